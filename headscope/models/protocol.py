@@ -1,0 +1,126 @@
+"""What every way of running a model offers to the rest of headscope."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.heads import ModelShape
+from headscope.outputs import HeadWeights, Readout
+from headscope.rows import AttentionRows
+
+
+class LayerView(Protocol):
+    """One attention layer of a running forward pass, handed over as it completes.
+
+    Valid only during the call that receives it: take numbers from it, never keep it.
+    """
+
+    @property
+    def layer(self) -> int:
+        """The model's layer number."""
+
+    @property
+    def n_queries(self) -> int:
+        """Number of positions in this pass."""
+
+    @property
+    def z(self) -> Float[Tensor, "batch pos head d_head"]:
+        """Attention-weighted values, before the output projection, in the model's dtype."""
+
+    def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
+        """Exact softmax rows of these queries, in fp32."""
+
+    def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
+        """Value vectors as attention used them."""
+
+
+class Observer(Protocol):
+    """Something that watches a forward pass."""
+
+    def on_layer(self, view: LayerView) -> None:
+        """Look at one attention layer."""
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Look at the residual stream that enters the final norm."""
+
+    @property
+    def wants_final(self) -> bool:
+        """False lets the pass stop after the last attention layer."""
+
+
+class Edit(Protocol):
+    """An intervention on heads during a forward pass.
+
+    ``site`` says what is edited: ``z`` (attention-weighted values ``[batch pos head d_head]``),
+    ``query`` (as attention uses it, ``[batch head query d_head]``) or ``pattern``
+    (``[batch head query key]``).
+    """
+
+    @property
+    def site(self) -> Literal["z", "query", "pattern"]:
+        """What is edited."""
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers that it touches."""
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Return the edited value; the input is left as it is."""
+
+
+class HeadModel(Protocol):
+    """A language model seen head by head. ``hf.py`` and ``bridge.py`` implement it."""
+
+    name: str
+    shape: ModelShape
+    tokenizer: Any | None
+    path: Literal["hf", "bridge"]
+    revision: str | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+
+    @property
+    def limits(self) -> Mapping[str, str]:
+        """What this family cannot be asked, and why: e.g. ``{"linear_write": "gemma2 ..."}``."""
+
+    @property
+    def readout(self) -> Readout:
+        """Final norm and unembedding."""
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        real: Bool[Tensor, "batch pos"] | None = None,
+        observers: Sequence[Observer] = (),
+        edits: Sequence[Edit] = (),
+        logits_at: Int[Tensor, " at"] | None = None,
+    ) -> Float[Tensor, "batch at d_vocab"]:
+        """Run the model once.
+
+        Args:
+            tokens: token ids.
+            real: False at padding (either side); None means no padding.
+            observers: each sees every attention layer as it completes.
+            edits: applied in order.
+            logits_at: positions whose logits are returned; None means all, an empty tensor none
+                (and then the pass stops as early as the observers allow).
+        """
+
+    def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """``W_O`` of one layer, cheaply."""
+
+    def weights(self, layer: int) -> HeadWeights:
+        """All attention weights of one layer; key/value heads not repeated."""
+
+    def digest(self) -> str:
+        """SHA-256 over the weights: which model this was."""

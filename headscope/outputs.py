@@ -1,0 +1,104 @@
+"""What a scorer sees of what heads write: outputs of one layer, and how the model reads them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.rows import AttentionRows
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """Attention weights of one layer, row-vector convention: ``q = x W_Q + b_Q``.
+
+    Key/value heads are not repeated: query head ``h`` reads kv head ``h // (head / kv_head)``.
+    """
+
+    W_Q: Float[Tensor, "head d_model d_head"]
+    W_K: Float[Tensor, "kv_head d_model d_head"]
+    W_V: Float[Tensor, "kv_head d_model d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    b_Q: Float[Tensor, "head d_head"]
+    b_K: Float[Tensor, "kv_head d_head"]
+    b_V: Float[Tensor, "kv_head d_head"]
+    b_O: Float[Tensor, " d_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """How the model turns its last residual stream into logits.
+
+    ``logits = logit_scale * (((x - mean(x)) / scale(x)) * gain + bias) @ W_U + b_U``, with no
+    subtraction of the mean where ``centred`` is False (RMSNorm), and before a soft cap.
+
+    Attributes:
+        gain: effective multiplier of the final norm (``1 + weight`` where a family uses that).
+        bias: additive part of the final norm.
+        soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)`` where it is given.
+    """
+
+    W_U: Float[Tensor, "d_vocab d_model"]
+    b_U: Float[Tensor, " d_vocab"] | None
+    gain: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    centred: bool
+    epsilon: float
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+
+    def scale(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any"]:
+        """Denominator of the final norm: standard deviation or root mean square, per position."""
+        x = residual.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return (x.square().mean(-1) + self.epsilon).sqrt()
+
+    def directions(self, tokens: Int[Tensor, "*any"]) -> Float[Tensor, "*any d_model"]:
+        """Residual direction that raises each token's logit, with the final norm's scale at 1.
+
+        A write ``r`` adds ``r @ direction / scale`` to the (uncapped) logit.
+        """
+        direction = self.W_U[tokens].float() * self.gain.float() * self.logit_scale
+        return direction - direction.mean(-1, keepdim=True) if self.centred else direction
+
+
+@dataclass(frozen=True, eq=False)
+class HeadOutputs:
+    """What the heads of one layer write at some query positions. Never written to.
+
+    Attributes:
+        layer: the model's layer number.
+        query_pos: positions of the outputs.
+        z: attention-weighted values in fp32, before the output projection.
+        W_O: output projection per head, so that head ``h`` writes ``z[..., h, :] @ W_O[h]``.
+        readout: how the model reads its last residual stream.
+    """
+
+    layer: int
+    query_pos: Int[Tensor, " query"]
+    z: Float[Tensor, "batch query head d_head"]
+    W_O: Float[Tensor, "head d_head d_model"]
+    readout: Readout
+    make_rows: Callable[[], AttentionRows]
+
+    @cached_property
+    def rows(self) -> AttentionRows:
+        """Attention rows of the same queries; computed only if a scorer asks."""
+        return self.make_rows()
+
+    def norm(self) -> Float[Tensor, "batch head query"]:
+        """Euclidean length of every head's write, through the Gram matrix of ``W_O``."""
+        gram = self.W_O.float() @ self.W_O.float().mT
+        squared = torch.einsum("bqhd,hde,bqhe->bhq", self.z, gram, self.z)
+        return squared.clamp_min(0).sqrt()
+
+    def along(
+        self, direction: Float[Tensor, "batch query d_model"]
+    ) -> Float[Tensor, "batch head query"]:
+        """Component of every head's write along one residual direction per query."""
+        heads = torch.einsum("hdm,bqm->bqhd", self.W_O.float(), direction)
+        return torch.einsum("bqhd,bqhd->bhq", self.z, heads)

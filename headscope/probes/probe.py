@@ -1,0 +1,113 @@
+"""Probe: a batch of token sequences with known structure, and the facts that scorers need."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from headscope.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A batch of token sequences with known structure.
+
+    Attributes:
+        tokens: token ids; what stands at padding is never looked at.
+        real: False at padding, which may be on either side but not inside.
+        structure: equal labels mean "the same token by design"; -1 matches nothing. It is the
+            tokens themselves but in a control, which keeps the labels and changes the tokens.
+        targets: token that each position should predict; -1 where none is asked for.
+        foils: wrong alternative to each target, for differences; None where there is none.
+        marks: named sets of positions, e.g. ``needle``, ``subject_2``, ``end``.
+        name: kind of probe.
+        seed: what it was drawn with; None if nothing was drawn.
+        settings: the other facts that made it, for provenance (JSON values).
+        control: the matched probe without the structure; None where there is none.
+        corrupt: the paired probe whose answer differs, aligned position by position.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    structure: Int[Tensor, "batch pos"]
+    targets: Int[Tensor, "batch pos"]
+    foils: Int[Tensor, "batch pos"] | None = None
+    marks: Mapping[str, Bool[Tensor, "batch pos"]] = field(default_factory=dict)
+    name: str = "tokens"
+    seed: int | None = None
+    settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    control: "Probe | None" = None
+    corrupt: "Probe | None" = None
+
+    def __post_init__(self) -> None:
+        """Check shapes and padding; freeze the mappings."""
+        if self.tokens.ndim != 2 or 0 in self.tokens.shape:
+            raise InputError(
+                f"a probe is a batch of sequences [batch pos]; got shape {tuple(self.tokens.shape)}."
+            )
+        for name, value in (("real", self.real), ("structure", self.structure), *self.marks.items()):
+            if value.shape != self.tokens.shape:
+                raise InputError(
+                    f"{name!r} has shape {tuple(value.shape)}, the tokens {tuple(self.tokens.shape)}."
+                )
+        steps = self.real.int().diff(dim=1)
+        if not self.real.any(1).all() or ((steps != 0).sum(1) > 2).any() or (
+            (steps == -1).any(1) & (steps == 1).any(1) & (self.real[:, 0])
+        ).any():
+            raise InputError("every example needs one unbroken run of real tokens.")
+        object.__setattr__(self, "marks", MappingProxyType(dict(self.marks)))
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Number of positions, padding included."""
+        return int(self.tokens.shape[1])
+
+    @cached_property
+    def first(self) -> Int[Tensor, " batch"]:
+        """First real position of each example."""
+        return self.real.int().argmax(1)
+
+    @cached_property
+    def last(self) -> Int[Tensor, " batch"]:
+        """Last real position of each example."""
+        return self.length - 1 - self.real.flip(1).int().argmax(1)
+
+    @cached_property
+    def position_in_text(self) -> Int[Tensor, "batch pos"]:
+        """Position counted from the first real token; negative in left padding."""
+        return torch.arange(self.length) - self.first[:, None]
+
+    def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
+        """Positions marked ``name``.
+
+        Raises:
+            InputError: if there is no such mark.
+        """
+        if name not in self.marks:
+            known = ", ".join(sorted(self.marks)) or "none"
+            raise InputError(f"this probe has no mark {name!r}; it has: {known}.")
+        return self.marks[name]
+
+    def examples(self, chosen: slice) -> Self:
+        """The same probe with some of its examples."""
+        return replace(
+            self,
+            tokens=self.tokens[chosen],
+            real=self.real[chosen],
+            structure=self.structure[chosen],
+            targets=self.targets[chosen],
+            foils=None if self.foils is None else self.foils[chosen],
+            marks={name: mark[chosen] for name, mark in self.marks.items()},
+            control=None if self.control is None else self.control.examples(chosen),
+            corrupt=None if self.corrupt is None else self.corrupt.examples(chosen),
+        )

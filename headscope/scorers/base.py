@@ -1,0 +1,162 @@
+"""What a scorer is: one pure function and what it declares about itself."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headscope.outputs import HeadOutputs
+from headscope.probes.probe import Probe
+from headscope.rows import AttentionRows
+
+QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
+Kind = Literal["row", "output"]
+View = Literal["plain", "no_sink", "value_weighted"]
+Control = Literal["flat", "unrepeated"]
+RowFunction = Callable[[AttentionRows, Probe], Float[Tensor, "batch head query"]]
+OutputFunction = Callable[[HeadOutputs, Probe], Float[Tensor, "batch head query"]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A score for every head: a pure function of one layer and a probe, and what it declares.
+
+    The function returns a value per query; the engine averages over the queries that
+    ``queries(probe)`` selects, then over examples. NaN marks a query whose target the head
+    could not see; it is counted and left out.
+
+    Attributes:
+        name: column name in the table.
+        function: ``(rows | outputs, probe) -> [batch head query]``.
+        kind: what the function reads.
+        unit: of the value, e.g. ``attention`` (probability), ``nats``, ``logits``, ``tokens``.
+        bounds: smallest and largest possible value; None where there is none.
+        source: paper and definition.
+        queries: which queries count.
+        probe: kind of probe that it is meant for.
+        control: what the null is: ``flat`` (attention spread evenly over the visible keys),
+            ``unrepeated`` (the probe's control: same shape, no repetition), None for no null.
+        threshold: mean above which a significant head is called by this name; None: never.
+        view: which form of the rows it reads.
+        per_final_scale: the engine divides by the final norm's scale at each query.
+        needs: capabilities the model must have, e.g. ``linear_write``.
+    """
+
+    name: str
+    function: Callable[[Any, Probe], Float[Tensor, "batch head query"]]
+    kind: Kind
+    unit: str
+    bounds: tuple[float | None, float | None]
+    source: str
+    queries: QuerySelector
+    probe: str
+    control: Control | None
+    threshold: float | None = None
+    view: View = "plain"
+    per_final_scale: bool = False
+    needs: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """First sentence of the function's docstring."""
+        return (inspect.getdoc(self.function) or self.name).split("\n\n")[0].replace("\n", " ")
+
+    def __call__(self, seen: Any, probe: Probe) -> Float[Tensor, "batch head query"]:
+        """Score one chunk."""
+        return self.function(seen, probe)
+
+
+def every_query(probe: Probe) -> Bool[Tensor, "batch pos"]:
+    """Every real position but the first of each example, whose row is 1 by construction."""
+    return probe.real & (probe.position_in_text > 0)
+
+
+def row_scorer(
+    *,
+    unit: str = "attention",
+    bounds: tuple[float | None, float | None] = (0.0, 1.0),
+    source: str = "user",
+    queries: QuerySelector = every_query,
+    probe: str = "repeated_tokens",
+    control: Control | None = "flat",
+    threshold: float | None = None,
+    name: str | None = None,
+) -> Callable[[RowFunction], Scorer]:
+    """Make a scorer of a function of attention rows.
+
+    Example:
+        >>> @row_scorer()
+        ... def three_back(rows, probe):
+        ...     '''Attention to the token three back.'''
+        ...     return rows.at((rows.query_pos - 3).expand(len(probe), -1))
+        >>> three_back.name
+        'three_back'
+    """
+
+    def wrap(function: RowFunction) -> Scorer:
+        return Scorer(
+            name=name or function.__name__,
+            function=function,
+            kind="row",
+            unit=unit,
+            bounds=bounds,
+            source=source,
+            queries=queries,
+            probe=probe,
+            control=control,
+            threshold=threshold,
+        )
+
+    return wrap
+
+
+def output_scorer(
+    *,
+    unit: str,
+    bounds: tuple[float | None, float | None] = (None, None),
+    source: str = "user",
+    queries: QuerySelector = every_query,
+    probe: str = "repeated_tokens",
+    control: Control | None = "unrepeated",
+    threshold: float | None = None,
+    per_final_scale: bool = False,
+    needs: tuple[str, ...] = ("linear_write",),
+    name: str | None = None,
+) -> Callable[[OutputFunction], Scorer]:
+    """Make a scorer of a function of head outputs; see :class:`Scorer` for the arguments."""
+
+    def wrap(function: OutputFunction) -> Scorer:
+        return Scorer(
+            name=name or function.__name__,
+            function=function,
+            kind="output",
+            unit=unit,
+            bounds=bounds,
+            source=source,
+            queries=queries,
+            probe=probe,
+            control=control,
+            threshold=threshold,
+            per_final_scale=per_final_scale,
+            needs=needs,
+        )
+
+    return wrap
+
+
+def without_sink(scorer: Scorer) -> Scorer:
+    """The same scorer on rows renormalised without the first position."""
+    return replace(scorer, name=f"{scorer.name}_no_sink", view="no_sink")
+
+
+def value_weighted(scorer: Scorer) -> Scorer:
+    """The same scorer on rows weighted by what each key's value writes (Kobayashi 2020)."""
+    return replace(
+        scorer,
+        name=f"{scorer.name}_value_weighted",
+        view="value_weighted",
+        needs=(*scorer.needs, "linear_write"),
+    )
