@@ -1,0 +1,78 @@
+"""headscope scores every attention head of a transformer.
+
+    import headscope as hs
+
+    model = hs.load()                    # the bundled model; or a name, a folder, your own model
+    table = hs.score(model)              # layers x heads x scores
+    table.top("induction", 5)
+    hs.plots.heatmap(table["induction"])
+
+This file is the whole public surface; everything else may be rearranged. Names are loaded when
+first used, so that importing headscope (and printing the command line's help) needs neither torch
+nor transformers. To publish a name, add it twice: to the imports, which type checkers read, and
+to ``_HOME``, which Python reads. A test holds the two equal.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headscope import capture as capture
+    from headscope import plots as plots
+    from headscope import probes as probes
+    from headscope import scorers as scorers
+    from headscope.errors import HeadscopeError as HeadscopeError
+    from headscope.heads import HeadIndex as HeadIndex
+    from headscope.heads import ModelShape as ModelShape
+    from headscope.models.load import load as load
+    from headscope.probes import Probe as Probe
+    from headscope.scorers import AttentionRows as AttentionRows
+    from headscope.scorers import output_scorer as output_scorer
+    from headscope.scorers import row_scorer as row_scorer
+    from headscope.scoring import score as score
+    from headscope.table import HeadScores as HeadScores
+    from headscope.table import HeadTable as HeadTable
+    from headscope.table import PairScores as PairScores
+    from headscope.table import Provenance as Provenance
+
+__version__ = "0.1.0"
+
+# Name -> the module that defines it; a name that is itself a module is its own home. No function
+# here may share its name with a module directly under headscope: importing that module would put
+# the module in the function's place. Hence `score` lives in scoring.py, `prune` in pruning/.
+_HOME = {
+    "AttentionRows": "headscope.scorers",
+    "HeadIndex": "headscope.heads",
+    "HeadScores": "headscope.table",
+    "HeadTable": "headscope.table",
+    "HeadscopeError": "headscope.errors",
+    "ModelShape": "headscope.heads",
+    "PairScores": "headscope.table",
+    "Probe": "headscope.probes",
+    "Provenance": "headscope.table",
+    "capture": "headscope.capture",
+    "load": "headscope.models.load",
+    "output_scorer": "headscope.scorers",
+    "plots": "headscope.plots",
+    "probes": "headscope.probes",
+    "row_scorer": "headscope.scorers",
+    "score": "headscope.scoring",
+    "scorers": "headscope.scorers",
+}
+
+if not TYPE_CHECKING:  # a type checker that saw these would take every name for an unknown object
+    __all__ = [*_HOME, "__version__"]
+
+    def __getattr__(name: str) -> object:
+        """Load a public name on its first use."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'headscope' has no attribute {name!r}")
+        home = _HOME[name]
+        module = import_module(home)
+        value = module if home == f"headscope.{name}" else getattr(module, name)
+        globals()[name] = value  # the next use is a plain lookup
+        return value
+
+    def __dir__() -> list[str]:
+        """List what is public."""
+        return sorted(__all__)

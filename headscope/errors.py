@@ -1,0 +1,39 @@
+"""Errors that a user can act on. Each is one sentence: the input, the cause, the fix."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class HeadscopeError(Exception):
+    """Base of everything that headscope raises on purpose; the command line prints it as it is."""
+
+
+class InputError(HeadscopeError, ValueError):
+    """An argument, a file or a config does not hold what it should; nothing was computed yet."""
+
+
+class UnsupportedModelError(HeadscopeError):
+    """The model runs, but headscope cannot see its heads, or a method does not apply to it."""
+
+
+class ModelLoadError(HeadscopeError):
+    """The model could not be found, read or trusted."""
+
+
+def nearest(name: str, options: Iterable[str], *, kind: str = "name") -> str:
+    """Say that ``name`` is unknown, what was probably meant, and what there is.
+
+    Args:
+        name: what the user wrote.
+        options: every name that would have been right.
+        kind: what the names are names of: ``"scorer"``, ``"metric"``, ``"layer"``.
+
+    Examples:
+        >>> nearest("inducton", ["entropy", "induction"], kind="scorer")
+        "unknown scorer 'inducton'; did you mean 'induction'? known: entropy, induction."
+    """
+    known = sorted(set(options))
+    by_lower = {option.lower(): option for option in known}
+    close = get_close_matches(name.lower(), by_lower, n=1)
+    guess = f" did you mean {by_lower[close[0]]!r}?" if close else ""
+    return f"unknown {kind} {name!r};{guess} known: {', '.join(known) or 'none'}."
