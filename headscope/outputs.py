@@ -32,7 +32,7 @@ class HeadWeights:
 class Readout:
     """How the model turns its last residual stream into logits.
 
-    ``logits = logit_scale * (((x - mean(x)) / scale(x)) * gain + bias) @ W_U + b_U``, with no
+    ``logits = logit_scale * (((x - mean(x)) / scale(x) * gain + bias) @ W_U + b_U)``, with no
     subtraction of the mean where ``centred`` is False (RMSNorm), and before a soft cap.
 
     Attributes:
@@ -56,6 +56,24 @@ class Readout:
         if self.centred:
             x = x - x.mean(-1, keepdim=True)
         return (x.square().mean(-1) + self.epsilon).sqrt()
+
+    def logits(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
+        """Logits of a residual stream: the definition above, soft cap included."""
+        x = residual.float()
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        normed = x / self.scale(residual).unsqueeze(-1) * self.gain.float() + self.bias.float()
+        logits = normed @ self.W_U.float().T * self.logit_scale
+        if self.b_U is not None:
+            logits = logits + self.b_U.float() * self.logit_scale
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits
+
+    @cached_property
+    def mean_direction(self) -> Float[Tensor, " d_model"]:
+        """Mean of :meth:`directions` over the vocabulary: what raises all logits alike."""
+        direction = self.W_U.mean(0, dtype=torch.float32) * self.gain.float() * self.logit_scale
+        return direction - direction.mean() if self.centred else direction
 
     def directions(self, tokens: Int[Tensor, "*any"]) -> Float[Tensor, "*any d_model"]:
         """Residual direction that raises each token's logit, with the final norm's scale at 1.

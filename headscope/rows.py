@@ -1,6 +1,7 @@
 """What a scorer sees of attention: exact rows of one layer, for some query positions."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -16,7 +17,8 @@ class AttentionRows:
         layer: the model's layer number.
         query_pos: position of each row's query.
         pattern: softmax probabilities in fp32; rows sum to 1, less what a learned sink takes;
-            0 where a key is not visible.
+            0 where a key is not visible. The key axis starts at position 0 and may end before
+            the text does, at the last key that any of these queries can see.
         visible: which keys the query may see: causal order, window and padding together.
             Padding queries see themselves alone and are in no mean.
     """
@@ -26,13 +28,25 @@ class AttentionRows:
     pattern: Float[Tensor, "batch head query key"]
     visible: Bool[Tensor, "batch query key"]
 
+    @cached_property
+    def total(self) -> Float[Tensor, "batch head query"]:
+        """Sum of each row: 1, less what a learned sink takes."""
+        return self.pattern.sum(-1)
+
+    @cached_property
+    def entropy(self) -> Float[Tensor, "batch head query"]:
+        """Entropy of each row in nats, of the row divided by its sum; NaN for an empty row."""
+        total = self.total
+        return (torch.special.entr(self.pattern).sum(-1) / total + total.log()).clamp_min(0)
+
     def mass(self, keys: Bool[Tensor, "batch query key"]) -> Float[Tensor, "batch head query"]:
         """Probability on a set of keys; NaN where no key of the set is visible.
 
         Args:
-            keys: the set, for every example and query of this chunk.
+            keys: the set, for every example and query of this chunk; keys past the last visible
+                one may be given and count for nothing.
         """
-        reachable = keys & self.visible
+        reachable = keys[..., : self.pattern.shape[-1]] & self.visible
         weights = reachable.to(self.pattern.dtype).unsqueeze(-1)
         mass = torch.matmul(self.pattern.transpose(1, 2), weights).squeeze(-1).transpose(1, 2)
         return mass.masked_fill(~reachable.any(-1).unsqueeze(1), float("nan"))

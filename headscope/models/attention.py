@@ -1,0 +1,163 @@
+"""Attention as one layer was called with it: exact rows on demand, and the fused output."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.rows import AttentionRows
+
+# Entries of one boolean mask or one block of scores inside the fused path: small enough to be
+# nothing beside the activations, large enough that the loop costs nothing.
+_BLOCK_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """Final queries, keys and values of one layer, with everything that shapes the softmax.
+
+    Attributes:
+        layer: the model's layer number.
+        query, key, value: after rotation and normalisation, as attention uses them.
+        scaling: multiplier of the scores.
+        real: False at padding keys; None where there is no padding.
+        window: how many keys back a query sees, itself included; None: all.
+        soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
+        sinks: learned extra logit per head that takes part in the softmax (gpt-oss).
+    """
+
+    layer: int
+    query: Float[Tensor, "batch head query d_head"]
+    key: Float[Tensor, "batch kv_head key d_head"]
+    value: Float[Tensor, "batch kv_head key d_value"]
+    scaling: float
+    real: Bool[Tensor, "batch key"] | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+
+    @property
+    def n_queries(self) -> int:
+        """Queries of this call; fewer than the keys while decoding."""
+        return self.query.shape[2]
+
+    @property
+    def n_keys(self) -> int:
+        """Keys, those of a cache included."""
+        return self.key.shape[2]
+
+    @property
+    def first_query(self) -> int:
+        """Position of the first query among the keys."""
+        return self.n_keys - self.n_queries
+
+    @cached_property
+    def key_fp32(self) -> Float[Tensor, "batch kv_head key d_head"]:
+        """Keys in fp32, converted once a layer."""
+        return self.key.float()
+
+    def visible(
+        self, positions: Int[Tensor, " query"], n_keys: int
+    ) -> Bool[Tensor, "batch query key"]:
+        """Which of the first ``n_keys`` keys each query position sees.
+
+        A padding query sees itself alone, so that no row is empty.
+        """
+        keys = torch.arange(n_keys, device=positions.device)
+        reach = keys[None] <= positions[:, None]
+        if self.window is not None:
+            reach = reach & (keys[None] > positions[:, None] - self.window)
+        if self.real is None:
+            return reach[None].expand(self.query.shape[0], -1, -1)
+        itself = keys[None] == positions[:, None]
+        shown = reach[None] & self.real[:, None, :n_keys]
+        padding = ~self.real[:, positions]
+        return torch.where(padding[:, :, None], itself[None], shown)
+
+    def rows(self, positions: Int[Tensor, " query"]) -> AttentionRows:
+        """Exact softmax rows in fp32, keys up to the last that any of the queries sees.
+
+        Args:
+            positions: query positions, counted among the keys.
+        """
+        n_keys = int(positions.max()) + 1
+        visible = self.visible(positions, n_keys)
+        batch, kv_heads, _, d_head = self.key.shape
+        query = self.query[:, :, positions - self.first_query].float() * self.scaling
+        grouped = query.reshape(batch, kv_heads, -1, d_head)
+        scores = torch.matmul(grouped, self.key_fp32[:, :, :n_keys].mT)
+        scores = scores.view(batch, -1, len(positions), n_keys)
+        if self.soft_cap is not None:
+            scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
+        scores = scores.masked_fill_(~visible[:, None], float("-inf"))
+        pattern = torch.softmax(scores, -1)
+        if self.sinks is not None:
+            total = torch.logsumexp(scores, -1, keepdim=True)
+            pattern = pattern * torch.sigmoid(total - self.sinks.float()[None, :, None, None])
+        return AttentionRows(self.layer, positions, pattern, visible)
+
+    def average(
+        self, pattern: Float[Tensor, "batch head query key"]
+    ) -> Float[Tensor, "batch query head d_value"]:
+        """Values averaged by a pattern, in the model's dtype."""
+        batch, kv_heads, _, d_value = self.value.shape
+        _, heads, queries, n_keys = pattern.shape
+        grouped = pattern.to(self.value.dtype).reshape(batch, kv_heads, -1, n_keys)
+        z = torch.matmul(grouped, self.value[:, :, :n_keys])
+        return z.view(batch, heads, queries, d_value).transpose(1, 2)
+
+
+def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
+    """Attention output of every query, never holding more than a block of scores.
+
+    torch's fused kernel where it can say what the layer wants, in blocks of queries where a
+    mask is needed, and blocks of exact rows for soft caps and learned sinks.
+    """
+    if call.soft_cap is not None or call.sinks is not None:
+        blocks = [call.average(call.rows(block).pattern) for block in _blocks(call)]
+        return torch.cat(blocks, dim=1)
+    windowed = call.window is not None and call.window < call.n_keys
+    if call.real is None and not windowed and call.n_queries in (1, call.n_keys):
+        z = _sdpa(call, call.query, slice(0, call.n_keys), None, causal=call.n_queries > 1)
+        return z.transpose(1, 2)
+    parts = []
+    for block in _blocks(call):
+        first, last = int(block[0]), int(block[-1])
+        start = 0 if call.window is None else max(0, first - call.window + 1)
+        keys = slice(start, last + 1)
+        mask = call.visible(block, last + 1)[:, None, :, start:]
+        query = call.query[:, :, first - call.first_query : last + 1 - call.first_query]
+        parts.append(_sdpa(call, query, keys, mask, causal=False).transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+def _blocks(call: AttentionCall) -> Iterator[Int[Tensor, " query"]]:
+    """Runs of query positions whose scores fit a block."""
+    width = call.n_keys if call.window is None else min(call.n_keys, 2 * call.window)
+    rows = call.query.shape[0] * width
+    if call.soft_cap is not None or call.sinks is not None:
+        rows *= call.query.shape[1]
+    size = max(1, min(call.n_queries, _BLOCK_ENTRIES // rows))
+    positions = torch.arange(call.first_query, call.n_keys, device=call.query.device)
+    return iter(positions.split(size))
+
+
+def _sdpa(
+    call: AttentionCall,
+    query: Float[Tensor, "batch head query d_head"],
+    keys: slice,
+    mask: Bool[Tensor, "batch 1 query key"] | None,
+    *,
+    causal: bool,
+) -> Float[Tensor, "batch head query d_value"]:
+    key, value = call.key[:, :, keys], call.value[:, :, keys]
+    group = query.shape[1] // key.shape[1]
+    if group > 1:  # the CPU kernels are faster on repeated keys than with enable_gqa
+        key = key.repeat_interleave(group, dim=1)
+        value = value.repeat_interleave(group, dim=1)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=call.scaling
+    )

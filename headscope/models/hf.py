@@ -1,0 +1,282 @@
+"""A transformers model seen head by head, on fused attention."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.models.attention import AttentionCall, fused
+from headscope.models.hf_interface import register, routed
+from headscope.models.hf_layout import LayerParts, Layout, find_layout
+from headscope.models.hf_readout import find_readout
+from headscope.models.protocol import Edit, Observer
+from headscope.outputs import HeadWeights, Readout
+from headscope.rows import AttentionRows
+
+
+class _Finished(Exception):
+    """Raised inside a pass that has nothing left to show."""
+
+
+@dataclass(frozen=True, eq=False)
+class HFLayerView:
+    """One attention layer of a running pass; see :class:`headscope.models.protocol.LayerView`."""
+
+    call: AttentionCall
+    z: Float[Tensor, "batch pos head d_head"]
+
+    @property
+    def layer(self) -> int:
+        """The model's layer number."""
+        return self.call.layer
+
+    @property
+    def n_queries(self) -> int:
+        """Number of positions in this pass."""
+        return self.call.n_queries
+
+    def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
+        """Exact softmax rows of these queries, in fp32."""
+        return self.call.rows(query_pos.to(self.call.query.device))
+
+    def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
+        """Value vectors as attention used them."""
+        return self.call.value
+
+
+class HFModel:
+    """A ``PreTrainedModel`` whose attention goes through transformers' attention registry.
+
+    The module is used as it is: nothing of it is changed between passes.
+
+    Raises:
+        UnsupportedModelError: from :meth:`wrap`, where the family cannot be taken apart.
+    """
+
+    path: Literal["hf", "bridge"] = "hf"
+
+    def __init__(
+        self,
+        module: Any,
+        layout: Layout,
+        *,
+        tokenizer: Any | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Keep the parts; use :meth:`wrap` to find them."""
+        self.module = module
+        self.layout = layout
+        self.tokenizer = tokenizer
+        self.name = name or module.config.name_or_path or type(module).__name__
+        self.revision = revision
+        self.shape = layout.shape
+
+    @classmethod
+    def wrap(cls, module: Any, **facts: Any) -> "HFModel | None":
+        """Take a model apart; None if its attention does not go through the registry."""
+        register()
+        layout = find_layout(module)
+        return None if layout is None else cls(module, layout, **facts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        device: torch.device = self.module.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        dtype: torch.dtype = self.module.dtype
+        return dtype
+
+    @cached_property
+    def limits(self) -> Mapping[str, str]:
+        """What this family cannot be asked, and why."""
+        limits = {}
+        if any(parts.write_scale is None for parts in self.layout.layers.values()):
+            limits["linear_write"] = (
+                f"{self.name} ({self.module.config.model_type}) applies a norm after attention, so "
+                "a head's write into the residual stream is not z @ W_O."
+            )
+        if self.layout.final_norm is None:
+            limits["readout"] = (
+                f"{self.name} ({self.module.config.model_type}) has no plain norm before its "
+                "unembedding."
+            )
+        return limits
+
+    @cached_property
+    def readout(self) -> Readout:
+        """Final norm and unembedding."""
+        if self.layout.final_norm is None:
+            raise UnsupportedModelError(self.limits["readout"])
+        return find_readout(self.module, self.layout.final_norm, self.shape.d_model)
+
+    def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """``W_O`` as it reaches the residual stream, the family's multiplier included."""
+        parts = self.layout.layers[layer]
+        weight: Tensor = parts.projection.weight.detach()  # type: ignore[assignment, operator]
+        if isinstance(parts.projection, nn.Linear):
+            weight = weight.T
+        scale = 1.0 if parts.write_scale is None else parts.write_scale
+        return weight.reshape(self.shape.n_heads, self.shape.d_head, -1) * scale
+
+    @cached_property
+    def bridge(self) -> Any:
+        """A transformer-lens ``TransformerBridge`` over the same parameter storage."""
+        from headscope.models.bridge import bridge_over
+
+        return bridge_over(self.module)
+
+    def weights(self, layer: int) -> HeadWeights:
+        """All attention weights of one layer; key/value heads not repeated."""
+        from headscope.models.bridge import bridge_weights
+
+        return bridge_weights(self.bridge, layer)
+
+    def digest(self) -> str:
+        """SHA-256 over the names and bytes of all weights."""
+        return weight_digest(self.module)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        real: Bool[Tensor, "batch pos"] | None = None,
+        observers: Sequence[Observer] = (),
+        edits: Sequence[Edit] = (),
+        logits_at: Int[Tensor, " at"] | None = None,
+    ) -> Float[Tensor, "batch at d_vocab"]:
+        """Run the model once; see :class:`headscope.models.protocol.HeadModel`."""
+        inputs = self._inputs(tokens, real)
+        no_logits = logits_at is not None and len(logits_at) == 0
+        run = _Pass(self.layout, observers, edits, may_stop=no_logits)
+        with run.attached():
+            try:
+                if no_logits:
+                    self.module.base_model(**inputs)
+                    return torch.empty(len(tokens), 0, self.shape.d_vocab)
+                return self._logits(inputs, logits_at)
+            except _Finished:
+                return torch.empty(len(tokens), 0, self.shape.d_vocab)
+
+    def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": tokens.to(self.device), "use_cache": False}
+        if real is not None and not bool(real.all()):
+            mask = real.to(self.device)
+            inputs["attention_mask"] = mask.long()
+            if "position_ids" in self._arguments:
+                inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        return inputs
+
+    @cached_property
+    def _arguments(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.module.forward).parameters)
+
+    def _logits(self, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
+        if logits_at is None:
+            logits: Tensor = self.module(**inputs).logits
+            return logits
+        if "logits_to_keep" in self._arguments:
+            kept = logits_at.to(self.device)
+            logits = self.module(**inputs, logits_to_keep=kept).logits
+            return logits
+        logits = self.module(**inputs).logits
+        return logits[:, logits_at.to(logits.device)]
+
+
+@dataclass
+class _Pass:
+    """One forward pass: routes attention, applies edits, shows layers to observers."""
+
+    layout: Layout
+    observers: Sequence[Observer]
+    edits: Sequence[Edit]
+    may_stop: bool
+    parts: dict[nn.Module, LayerParts] = field(init=False)
+    pending: AttentionCall | None = None
+
+    def __post_init__(self) -> None:
+        """Index the layers by the module that calls attention."""
+        self.parts = self.layout.by_attention()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook the model for the length of one pass."""
+        handles = []
+        try:
+            if self.observers or any(edit.site == "z" for edit in self.edits):
+                for parts in self.layout.layers.values():
+                    hook = self._at_projection(parts.layer)
+                    handles.append(parts.projection.register_forward_pre_hook(hook))
+            if any(observer.wants_final for observer in self.observers):
+                if self.layout.final_norm is None:
+                    raise UnsupportedModelError("it has no plain norm before its unembedding.")
+                handles.append(self.layout.final_norm.register_forward_pre_hook(self._at_final))
+            with routed(self.layout.configs, self._attend):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        from dataclasses import replace
+
+        layer = self.parts[module].layer
+        query = self._edited("query", layer, call.query)
+        call = replace(call, layer=layer, query=query)
+        self.pending = call if self.observers else None
+        if not any(edit.site == "pattern" and layer in edit.layers for edit in self.edits):
+            return fused(call)
+        positions = torch.arange(call.first_query, call.n_keys, device=query.device)
+        return call.average(self._edited("pattern", layer, call.rows(positions).pattern))
+
+    def _at_projection(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
+        last = max(self.layout.layers)
+        shape = self.layout.shape
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            z = args[0].unflatten(-1, (shape.n_heads, shape.d_head))
+            edited = self._edited("z", layer, z)
+            if self.pending is not None:
+                view = HFLayerView(self.pending, edited)
+                self.pending = None
+                for observer in self.observers:
+                    observer.on_layer(view)
+            if self.may_stop and layer == last and not any(o.wants_final for o in self.observers):
+                raise _Finished
+            return None if edited is z else (edited.flatten(-2), *args[1:])
+
+        return hook
+
+    def _at_final(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        for observer in self.observers:
+            if observer.wants_final:
+                observer.on_final(args[0])
+        if self.may_stop:
+            raise _Finished
+
+    def _edited(self, site: str, layer: int, value: Tensor) -> Tensor:
+        for edit in self.edits:
+            if edit.site == site and layer in edit.layers:
+                value = edit(layer, value)
+        return value
+
+
+def weight_digest(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all weights, in name order."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,225 @@
+"""Where the parts of a transformers model are, found by watching one tiny forward pass.
+
+No family is known by name. Attention layers are the modules that call the attention registry;
+the output projection is the first matrix that then acts inside such a module; the final norm is
+the module whose output enters the unembedding; whether heads write ``z @ W_O`` into the residual
+stream, and with which multiplier, is measured.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.heads import ModelShape
+from headscope.models.attention import AttentionCall, fused
+from headscope.models.hf_interface import routed
+
+# Tokens of the watched pass: two examples, so that no axis is mistaken for another.
+_BATCH, _LENGTH = 2, 5
+
+
+@dataclass(frozen=True, eq=False)
+class LayerParts:
+    """Modules of one attention layer.
+
+    ``write_scale`` multiplies ``z @ W_O`` on its way into the residual stream; None where the
+    write is not linear in ``z`` (a norm after attention).
+    """
+
+    layer: int
+    attention: nn.Module
+    projection: nn.Module
+    write_scale: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Parts of a model and the shape of its attention stack."""
+
+    shape: ModelShape
+    layers: dict[int, LayerParts]
+    blocks: nn.ModuleList
+    final_norm: nn.Module | None
+    configs: tuple[Any, ...]
+
+    def by_attention(self) -> dict[nn.Module, LayerParts]:
+        """Layer parts by the module that calls attention."""
+        return {parts.attention: parts for parts in self.layers.values()}
+
+
+@dataclass
+class _Watch:
+    """What one watched forward pass left behind."""
+
+    calls: list[tuple[nn.Module, AttentionCall]] = field(default_factory=list)
+    projections: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    writes: dict[nn.Module, Tensor] = field(default_factory=dict)
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+
+def find_layout(model: Any) -> Layout | None:
+    """Find the parts of a causal language model; None if its attention is out of our reach.
+
+    Raises:
+        UnsupportedModelError: if the family cannot be taken apart by heads at all.
+    """
+    if not model._can_set_attn_implementation():
+        return None
+    configs = tuple({id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values())
+    watch = _watch(model, configs)
+    if not watch.calls:
+        return None
+    names = {module: name for name, module in model.named_modules()}
+    blocks, numbers = _number_layers(model, [module for module, _ in watch.calls], names)
+    shape = _shape(model, watch, blocks, numbers)
+    layers = {}
+    width = shape.n_heads * shape.d_head
+    for (module, _), number in zip(watch.calls, numbers, strict=True):
+        given = watch.inputs.get(watch.projections.get(module, module))
+        if module not in watch.projections or given is None or given.shape[-1] != width:
+            return None
+        scale = _write_scale(watch, blocks[number], module)
+        layers[number] = LayerParts(number, module, watch.projections[module], scale)
+    return Layout(shape, layers, blocks, _final_norm(model, watch), configs)
+
+
+def tiny_tokens(model: Any) -> Tensor:
+    """Return a small batch of distinct valid token ids on the model's input device."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(_BATCH * _LENGTH) * 7 % max(rows - 1, 1)
+    return ids.view(_BATCH, _LENGTH).to(model.get_input_embeddings().weight.device)
+
+
+def _watch(model: Any, configs: tuple[Any, ...]) -> _Watch:
+    watch = _Watch()
+    open_calls: list[nn.Module] = []
+
+    def handler(module: nn.Module, call: AttentionCall) -> Tensor:
+        watch.calls.append((module, call))
+        open_calls.append(module)
+        return fused(call)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        weight = getattr(module, "weight", None)
+        is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
+        if is_matrix and open_calls and isinstance(output, Tensor):
+            caller = open_calls.pop()
+            watch.projections[caller] = module
+            watch.writes[caller] = output
+        given = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(given, Tensor) and given.is_floating_point():
+            watch.inputs[module] = given
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            watch.outputs[module] = first
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(_removed(module.register_forward_hook(after, with_kwargs=True)))
+        stack.enter_context(routed(configs, handler))
+        stack.enter_context(torch.no_grad())
+        model(input_ids=tiny_tokens(model), use_cache=False)
+    return watch
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _number_layers(
+    model: Any, attentions: list[nn.Module], names: dict[nn.Module, str]
+) -> tuple[nn.ModuleList, list[int]]:
+    """Layer numbers from where the attention modules stand in the list of blocks."""
+    numbers, lists = [], []
+    for module in attentions:
+        path = names[module].split(".")
+        place = next(i for i, part in enumerate(path) if part.isdigit())
+        lists.append(".".join(path[:place]))
+        numbers.append(int(path[place]))
+    if len(set(lists)) != 1 or len(set(numbers)) != len(numbers):
+        raise UnsupportedModelError("it has more than one attention stack.")
+    blocks = model.get_submodule(lists[0])
+    return blocks, numbers
+
+
+def _shape(
+    model: Any, watch: _Watch, blocks: nn.ModuleList, numbers: list[int]
+) -> ModelShape:
+    calls = [call for _, call in watch.calls]
+    head_shapes = {(c.query.shape[1], c.key.shape[1], c.value.shape[3]) for c in calls}
+    if len(head_shapes) != 1:
+        raise UnsupportedModelError("its layers differ in their number or size of heads.")
+    if any(call.query.shape[3] != call.value.shape[3] for call in calls):
+        raise UnsupportedModelError(
+            "it uses multi-head latent attention, whose queries and values differ in size."
+        )
+    n_heads, n_kv_heads, d_head = next(iter(head_shapes))
+    windows: list[int | None] = [None] * len(blocks)
+    for number, call in zip(numbers, calls, strict=True):
+        windows[number] = call.window
+    config = model.config.get_text_config()
+    n_ctx = getattr(config, "max_position_embeddings", None)
+    embedding = model.get_input_embeddings().weight
+    return ModelShape(
+        n_layers=len(blocks),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        d_model=watch.inputs[blocks[numbers[0]]].shape[-1],
+        d_head=d_head,
+        d_vocab=embedding.shape[0],
+        n_ctx=n_ctx,
+        attention_layers=tuple(numbers),
+        windows=tuple(windows),
+    )
+
+
+def _write_scale(watch: _Watch, block: nn.Module, attention: nn.Module) -> float | None:
+    """Multiplier m with which the block adds m * (z @ W_O) to its input; None if it does not.
+
+    Sequential blocks: the input of some norm inside is ``x + m * write``. Parallel blocks: so is
+    the block's output less what another child of the block wrote.
+    """
+    if block not in watch.inputs or block not in watch.outputs:
+        return None
+    x, write = watch.inputs[block].float(), watch.writes[attention].float()
+    seen = [watch.inputs[module] for module in block.modules() if module in watch.inputs]
+    out = watch.outputs[block].float()
+    children = [watch.outputs[child] for child in block.children() if child in watch.outputs]
+    children = [child for child in children if child.numel() == out.numel()]
+    after = [out, *(out - child.float().view_as(out) for child in children)]
+    tolerance = 1e-4 if watch.writes[attention].dtype == torch.float32 else 3e-2
+    for candidate in (*seen, *after):
+        if candidate.numel() != x.numel():  # some families flatten batch and position
+            continue
+        difference = candidate.float().view_as(x) - x
+        scale = float((difference * write).sum() / write.square().sum().clamp_min(1e-30))
+        error = (difference - scale * write).norm() / difference.norm().clamp_min(1e-30)
+        if abs(scale) > 1e-3 and error < tolerance:
+            return 1.0 if abs(scale - 1) < tolerance else scale
+    return None
+
+
+def _final_norm(model: Any, watch: _Watch) -> nn.Module | None:
+    head = model.get_output_embeddings()
+    entering = watch.inputs.get(head)
+    if entering is None:
+        return None
+    norms = [
+        module
+        for module, output in watch.outputs.items()
+        if getattr(module, "weight", None) is not None
+        and module.weight.ndim == 1
+        and output.shape == entering.shape
+        and torch.equal(output, entering)
+    ]
+    return norms[-1] if norms else None

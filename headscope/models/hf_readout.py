@@ -1,0 +1,66 @@
+"""How a transformers model reads its last residual stream, measured from its own final norm."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.outputs import Readout
+
+
+def find_readout(model: Any, final_norm: nn.Module, d_model: int) -> Readout:
+    """Measure gain, bias, centring and epsilon of the final norm, and take the unembedding.
+
+    The norm is applied to a known vector and its negative: half the difference is the gain
+    times the normalised vector, half the sum is the bias. So ``weight``, ``1 + weight`` and
+    whatever comes next are the same to us.
+
+    Raises:
+        UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
+    """
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    norm = copy.deepcopy(final_norm).float()  # a few thousand numbers; exact in half precision too
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, 2, d_model, generator=generator) + 0.5
+    probe = probe.to(next(norm.parameters()).device)
+    with torch.no_grad():
+        there, back, moved = norm(probe), norm(-probe), norm(probe + 3.0)
+    centred = bool((moved - there).abs().max() < 1e-3 * there.abs().max())
+    epsilon = _epsilon(final_norm)
+    x = probe.float()
+    x = x - x.mean(-1, keepdim=True) if centred else x
+    unit = x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
+    bias = (there + back)[0, 0] / 2
+    odd = (there - back) / 2
+    gain = (odd * unit).sum((0, 1)) / unit.square().sum((0, 1))
+    if (gain * unit - odd).abs().max() > 1e-3 * odd.abs().max():
+        raise UnsupportedModelError("its final norm is neither LayerNorm nor RMSNorm.")
+    return Readout(
+        W_U=head.weight.detach(),
+        b_U=None if getattr(head, "bias", None) is None else head.bias.detach(),
+        gain=gain,
+        bias=torch.zeros_like(bias) if float(bias.abs().max()) < 1e-6 else bias,
+        centred=centred,
+        epsilon=epsilon,
+        logit_scale=_logit_scale(config),
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _epsilon(norm: nn.Module) -> float:
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        value = getattr(norm, name, None)
+        if isinstance(value, float):
+            return value
+    return 0.0
+
+
+def _logit_scale(config: Any) -> float:
+    """Multiplier of the logits: cohere multiplies, granite divides."""
+    multiplier = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return float(multiplier or 1.0) / float(divisor or 1.0)
+
