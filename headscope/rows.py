@@ -51,6 +51,17 @@ class AttentionRows:
         mass = torch.matmul(self.pattern.transpose(1, 2), weights).squeeze(-1).transpose(1, 2)
         return mass.masked_fill(~reachable.any(-1).unsqueeze(1), float("nan"))
 
+    def column_mass(self, keys: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch head query"]:
+        """Probability on a set of keys that is the same for every query; NaN as in :meth:`mass`.
+
+        One matrix product over the chunk, without a copy of it.
+        """
+        keys = keys[:, : self.pattern.shape[-1]].to(self.pattern.device)
+        weights = keys.to(self.pattern.dtype)[:, :, None]
+        mass = torch.matmul(self.pattern.flatten(1, 2), weights).view(self.pattern.shape[:-1])
+        seen = (self.visible & keys[:, None]).any(-1)
+        return mass.masked_fill(~seen.unsqueeze(1), float("nan"))
+
     def at(self, key_pos: Int[Tensor, "batch query"]) -> Float[Tensor, "batch head query"]:
         """Probability on one key per query; NaN where it is negative or not visible."""
         index = key_pos.clamp(0, self.pattern.shape[-1] - 1)

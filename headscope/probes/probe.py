@@ -85,7 +85,32 @@ class Probe:
     @cached_property
     def position_in_text(self) -> Int[Tensor, "batch pos"]:
         """Position counted from the first real token; negative in left padding."""
-        return torch.arange(self.length) - self.first[:, None]
+        return torch.arange(self.length, device=self.tokens.device) - self.first[:, None]
+
+    @cached_property
+    def previous_occurrence(self) -> Int[Tensor, "batch pos"]:
+        """Last earlier position with the same ``structure`` label; -1 where there is none.
+
+        Following it again and again visits every earlier occurrence. Found by one stable sort,
+        in memory linear in the length.
+        """
+        labels = self.structure.masked_fill(~self.real, -1)
+        by_label = labels.argsort(dim=1, stable=True)
+        ordered = labels.gather(1, by_label)
+        same = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        previous = torch.full_like(by_label, -1)
+        previous[:, 1:] = by_label[:, :-1].where(same, previous[:, 1:])
+        return torch.empty_like(previous).scatter_(1, by_label, previous)
+
+    @cached_property
+    def most_earlier(self) -> int:
+        """Largest number of earlier occurrences that any position has."""
+        labels = self.structure.masked_fill(~self.real, -1).sort(dim=1).values
+        rank = torch.arange(self.length, device=labels.device).expand_as(labels)
+        new = torch.ones_like(self.real)
+        new[:, 1:] = labels[:, 1:] != labels[:, :-1]
+        run_start = rank.where(new, 0).cummax(dim=1).values
+        return int((rank - run_start).where(labels >= 0, 0).max())
 
     def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
         """Positions marked ``name``.
@@ -97,6 +122,20 @@ class Probe:
             known = ", ".join(sorted(self.marks)) or "none"
             raise InputError(f"this probe has no mark {name!r}; it has: {known}.")
         return self.marks[name]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same probe with its tensors on ``device``."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            real=self.real.to(device),
+            structure=self.structure.to(device),
+            targets=self.targets.to(device),
+            foils=None if self.foils is None else self.foils.to(device),
+            marks={name: mark.to(device) for name, mark in self.marks.items()},
+            control=None if self.control is None else self.control.to(device),
+            corrupt=None if self.corrupt is None else self.corrupt.to(device),
+        )
 
     def examples(self, chosen: slice) -> Self:
         """The same probe with some of its examples."""
