@@ -1,0 +1,206 @@
+"""Forward passes over a probe: each attention layer is handed over as it completes, then forgotten.
+
+Nothing here knows what is computed of a layer. :func:`stream` is the engine under every scorer;
+:func:`collect` gives whole patterns and head outputs to a notebook that asks for them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.errors import HeadscopeError, InputError
+from headscope.memory import is_out_of_memory
+from headscope.models.protocol import HeadModel, LayerView, Observer
+from headscope.probes.probe import Probe
+
+# Tokens of one forward pass unless the caller says otherwise.
+_TOKENS_PER_PASS = 8192
+Watcher = TypeVar("Watcher", bound=Observer)
+
+
+def stream(
+    model: HeadModel,
+    probe: Probe,
+    make_observer: Callable[[Probe, int], Watcher],
+    *,
+    batch_size: int | None = None,
+) -> Iterator[tuple[slice, Watcher]]:
+    """Run the model over a probe, batch by batch, and yield each batch's observer when done.
+
+    Out of memory, a batch is run again with a fresh observer: as two halves, and at one example
+    with ``halvings`` raised, by which the observer may cut its own chunks.
+
+    Args:
+        model: the model.
+        probe: what to run; no longer than the model's context.
+        make_observer: ``(batch of the probe, halvings) -> observer``.
+        batch_size: examples per pass; default: about 8192 tokens.
+
+    Raises:
+        InputError: if the probe does not fit the model.
+    """
+    check_fits(model, probe)
+    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
+    start, halvings = 0, 0
+    while start < len(probe):
+        chosen = slice(start, min(start + size, len(probe)))
+        batch = probe.examples(chosen)
+        observer = make_observer(batch, halvings)
+        try:
+            with torch.no_grad():
+                model.forward(
+                    batch.tokens,
+                    real=batch.real,
+                    observers=(observer,),
+                    logits_at=torch.empty(0, dtype=torch.long),
+                )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size, halvings = _halved(size, halvings, probe)
+            continue
+        yield chosen, observer
+        start = chosen.stop
+
+
+def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
+    """Smaller batch or, at one example, smaller chunks."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if size > 1:
+        return size // 2, halvings
+    if halvings >= 10:
+        raise HeadscopeError(
+            f"one example of {probe.length} tokens does not fit in memory, even with the smallest "
+            "chunks: use shorter texts or a device with more memory."
+        )
+    return size, halvings + 1
+
+
+def check_fits(model: HeadModel, probe: Probe) -> None:
+    """Raise InputError if the probe is longer than the model's context or has unknown tokens."""
+    longest = int(probe.real.sum(1).max())
+    n_ctx = model.shape.n_ctx
+    if n_ctx is not None and longest > n_ctx:
+        raise InputError(
+            f"the probe has {longest} tokens, but {model.name} sees at most {n_ctx}: shorten it."
+        )
+    used = probe.tokens[probe.real]
+    if int(used.min()) < 0 or int(used.max()) >= model.shape.d_vocab:
+        raise InputError(
+            f"the probe has token ids {int(used.min())} to {int(used.max())}, but {model.name} "
+            f"knows 0 to {model.shape.d_vocab - 1}."
+        )
+
+
+def chunks(
+    positions: Int[Tensor, " query"], bytes_per_query: int, budget: int
+) -> Iterator[Int[Tensor, " query"]]:
+    """Cut query positions into runs whose rows fit a budget, one query at least.
+
+    Args:
+        positions: which queries.
+        bytes_per_query: memory of one query's row over all examples and heads.
+        budget: bytes.
+    """
+    return iter(positions.split(max(1, budget // max(1, bytes_per_query))))
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedLayer:
+    """Whole pattern and head outputs of one layer, in fp32 on the CPU.
+
+    Attributes:
+        heads: which heads the head axes hold.
+        pattern: attention probabilities.
+        z: attention-weighted values before the output projection.
+    """
+
+    heads: tuple[int, ...]
+    pattern: Float[Tensor, "batch head query key"]
+    z: Float[Tensor, "batch pos head d_head"]
+
+
+@dataclass
+class _Collector:
+    heads: Mapping[int, tuple[int, ...]]
+    layers: dict[int, CapturedLayer] = field(default_factory=dict)
+    wants_final: bool = False
+
+    def on_layer(self, view: LayerView) -> None:
+        chosen = self.heads.get(view.layer)
+        if chosen is None:
+            return
+        index = list(chosen)
+        rows = view.rows(torch.arange(view.n_queries))
+        self.layers[view.layer] = CapturedLayer(
+            heads=chosen,
+            pattern=rows.pattern[:, index].cpu(),
+            z=view.z[:, :, index].float().cpu().clone(),
+        )
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Nothing is kept of it."""
+
+
+def collect(
+    model: HeadModel,
+    probe: Probe,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[int] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> dict[int, CapturedLayer]:
+    """Whole attention patterns and head outputs of named layers and heads.
+
+    Memory is ``4 * batch * heads * length^2`` bytes per layer: meant for looking at a few heads.
+
+    Args:
+        model: the model.
+        probe: what to run.
+        layers: which layers; default: all with attention.
+        heads: which heads of each; default: all.
+        batch_size: examples per pass.
+
+    Returns:
+        ``{layer: CapturedLayer}`` with ``.pattern [batch head query key]``, ``.z [batch pos head
+        d_head]``.
+
+    Raises:
+        InputError: if the model has no such layer or head.
+
+    Example:
+        >>> import headscope as hs
+        >>> model = hs.load()
+        >>> acts = collect(model, hs.probes.repeated_tokens(model, length=5, batch=2), layers=[1])
+        >>> acts[1].pattern.shape[0]
+        2
+    """
+    shape = model.shape
+    wanted_layers = tuple(shape.attention_layers if layers is None else layers)
+    wanted_heads = tuple(range(shape.n_heads) if heads is None else heads)
+    for layer in wanted_layers:
+        if layer not in shape.attention_layers:
+            raise InputError(f"{model.name} has no attention in layer {layer}.")
+    for head in wanted_heads:
+        if not 0 <= head < shape.n_heads:
+            raise InputError(f"{model.name} has heads 0 to {shape.n_heads - 1}, not {head}.")
+    chosen = dict.fromkeys(wanted_layers, wanted_heads)
+    parts = [
+        observer.layers
+        for _, observer in stream(
+            model, probe, lambda _batch, _halvings: _Collector(chosen), batch_size=batch_size
+        )
+    ]
+    return {
+        layer: CapturedLayer(
+            heads=wanted_heads,
+            pattern=torch.cat([part[layer].pattern for part in parts]),
+            z=torch.cat([part[layer].z for part in parts]),
+        )
+        for layer in sorted(wanted_layers)
+    }

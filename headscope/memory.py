@@ -1,0 +1,51 @@
+"""How much memory a chunk of work may take, and what to do when it was too much."""
+
+import re
+
+import torch
+
+from headscope.errors import InputError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# A chunk much larger than the processor's caches is slower, not faster; a GPU wants more.
+_CPU_CHUNK = 32 * 2**20
+_GPU_CHUNK = 512 * 2**20
+_SHARE = 0.25
+
+
+def parse_memory(amount: "str | int | None") -> int | None:
+    """Bytes of ``"2GB"``, ``"512 MiB"`` or a number; None stays None.
+
+    Raises:
+        InputError: if it is not an amount.
+    """
+    if amount is None:
+        return None
+    if isinstance(amount, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", amount.upper())
+        unit = match.group(2) if match else None
+        if match is None or unit not in _UNITS:
+            raise InputError(f"{amount!r} is not an amount of memory: write it as '2GB' or '512MB'.")
+        amount = int(float(match.group(1)) * _UNITS[unit])
+    if amount <= 0:
+        raise InputError("the memory for a chunk must be more than nothing.")
+    return amount
+
+
+def chunk_bytes(device: torch.device, limit: int | None) -> int:
+    """Bytes that one chunk of rows may take: at most the limit, a share of what is free, and
+    what the device works through fastest.
+    """
+    if limit is not None:
+        return limit
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(min(_GPU_CHUNK, _SHARE * free))
+    return _CPU_CHUNK
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU, or on the CPU, where torch raises a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )

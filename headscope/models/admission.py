@@ -1,0 +1,38 @@
+"""Which families headscope refuses, told from the config before any weight is read."""
+
+from typing import Any
+
+from headscope.errors import UnsupportedModelError
+
+
+def admit(config: Any, name: str) -> None:
+    """Return if a model with this config may have heads that headscope can take apart.
+
+    Raises:
+        UnsupportedModelError: with the model and the reason, where it certainly has not.
+    """
+    text = config.get_text_config()
+    family = getattr(config, "model_type", "unknown")
+    reason = None
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, with several attention stacks"
+    elif getattr(text, "kv_lora_rank", None):
+        reason = (
+            "it uses multi-head latent attention (MLA), whose heads share compressed keys and values"
+        )
+    elif not _has_heads(text):
+        reason = "it has no attention heads (a state-space or recurrent model)"
+    elif "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        reason = "it uses chunked attention, whose visible keys headscope cannot tell"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{name} ({family}) is not supported: {reason}. Decoder-only transformers with ordinary "
+            "or grouped-query attention are."
+        )
+
+
+def _has_heads(config: Any) -> bool:
+    recurrent = ("mamba", "rwkv", "xlstm")
+    if str(getattr(config, "model_type", "")).startswith(recurrent):
+        return False
+    return any(getattr(config, key, None) for key in ("num_attention_heads", "n_head", "num_heads"))

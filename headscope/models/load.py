@@ -1,0 +1,202 @@
+"""Load a model, from wherever it is, as something seen head by head."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headscope.errors import InputError, ModelLoadError, UnsupportedModelError
+from headscope.models import shipped
+from headscope.models.admission import admit
+from headscope.models.protocol import HeadModel
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def load(
+    source: Any = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    check: bool = True,
+) -> HeadModel:
+    """Load a causal language model.
+
+    Args:
+        source: a Hugging Face name, a local folder, a ``PreTrainedModel``, a transformer-lens
+            ``TransformerBridge``, the name of a bundled model, or None for the default one.
+            A model that you pass is used as it is and left as it was.
+        revision: branch, tag or commit; for a bundled model one of its training checkpoints.
+        device: where to put the weights; default: a GPU if there is one, else the CPU.
+        dtype: type of the weights; default: as they are stored.
+        device_map: spread over devices, as transformers takes it; excludes ``device``.
+        tokenizer: for a model that you pass; otherwise it is loaded with the model.
+        trust_remote_code: run code that comes with the model; only with a 40-digit ``revision``.
+        allow_pickle: also accept weights that are not safetensors.
+        check: prove the hook points on a few tokens (a handful of tiny passes).
+
+    Raises:
+        InputError: if the arguments do not fit together.
+        ModelLoadError: if the model is missing, unreadable or broken.
+        UnsupportedModelError: if its heads cannot be told apart.
+
+    Example:
+        >>> load().shape.n_layers > 0
+        True
+    """
+    if device is not None and device_map is not None:
+        raise InputError("give either device or device_map, not both.")
+    if trust_remote_code and not _is_commit(revision):
+        raise InputError(
+            "trust_remote_code runs code from the model's repository: pin it with revision=<the "
+            "40-digit commit> that you have read."
+        )
+    if source is None or isinstance(source, str | Path):
+        given, tokenizer, name, commit = _from_files(
+            source, revision, device, _dtype(dtype), device_map, trust_remote_code, allow_pickle
+        )
+        return _wrapped(given, tokenizer, name, commit, check)
+    if type(source).__module__.split(".")[0] == "transformer_lens":
+        from headscope.models.bridge import wrap_bridge
+
+        return wrap_bridge(source, tokenizer=tokenizer)
+    from transformers import PreTrainedModel
+
+    if not isinstance(source, PreTrainedModel):
+        raise InputError(
+            f"load() takes a name, a folder, a PreTrainedModel or a TransformerBridge; got "
+            f"{type(source).__name__}."
+        )
+    if source.training:
+        raise InputError(
+            "the model is in training mode, where dropout makes every pass differ: call "
+            "model.eval() first."
+        )
+    name = source.config.name_or_path or type(source).__name__
+    admit(source.config, name)
+    return _wrapped(source, tokenizer, name, revision, check)
+
+
+def _wrapped(
+    module: Any, tokenizer: Any, name: str, revision: str | None, check: bool
+) -> HeadModel:
+    """Choose the path and prove the hook points."""
+    from headscope.models.hf import HFModel
+    from headscope.models.hf_layout import tiny_tokens
+
+    facts = {"tokenizer": tokenizer, "name": name, "revision": revision}
+    try:
+        model: HeadModel | None = HFModel.wrap(module, **facts)
+        if model is None:
+            from headscope.models.bridge import bridge_over, wrap_bridge
+
+            model = wrap_bridge(bridge_over(module), **facts)
+    except UnsupportedModelError as error:
+        if str(error).startswith(name):
+            raise
+        raise UnsupportedModelError(
+            f"{name} ({module.config.model_type}) is not supported: {error}"
+        ) from error
+    if check:
+        from headscope.models.proof import prove
+
+        tokens = tiny_tokens(module)
+        with torch.no_grad():
+            plain = module(input_ids=tokens, use_cache=False).logits
+        prove(model, tokens, plain)
+    return model
+
+
+def _from_files(
+    source: str | Path | None,
+    revision: str | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    device_map: Any,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> tuple[Any, Any, str, str | None]:
+    """Read config, weights and tokenizer; return them with the model's name and commit."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = shipped.DEFAULT if source is None else str(source)
+    place, code = name, {"trust_remote_code": trust_remote_code}
+    tokenizer_place = name
+    if name in shipped.names() and not Path(name).exists():
+        place = str(shipped.folder(name, revision))
+        tokenizer_place = str(shipped.folder(name))
+        dtype = torch.float32 if dtype is None else dtype  # checkpoints are stored in half
+    elif revision is not None:
+        code["revision"] = revision  # type: ignore[assignment]
+    try:
+        config = AutoConfig.from_pretrained(place, **code)
+        admit(config, name)
+        module = AutoModelForCausalLM.from_pretrained(
+            place,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            device_map=device_map,
+            use_safetensors=None if allow_pickle else True,
+            **code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(_load_failure(name, error, allow_pickle)) from error
+    if device_map is None:
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        module = module.to(chosen)
+    commit = getattr(config, "_commit_hash", None) or revision
+    return module.eval(), _tokenizer(tokenizer_place, code), name, commit
+
+
+def _tokenizer(place: str, code: dict[str, Any]) -> Any:
+    """Load the tokenizer; None if the model has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place, **code)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _load_failure(name: str, error: Exception, allow_pickle: bool) -> str:
+    text = " ".join(str(error).split())
+    if Path(name).exists():
+        if "safetensors" in text and not allow_pickle:
+            return (
+                f"{name} holds no safetensors weights; pickled weights can run code, so they are "
+                "read only with allow_pickle=True (--allow-pickle)."
+            )
+        return f"{name} could not be read as a model: {text[:300]}"
+    return (
+        f"no model {name!r}: it is neither a folder here, nor one of the bundled models "
+        f"({', '.join(shipped.names())}), nor could it be had from Hugging Face: {text[:200]}"
+    )
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}: one of {', '.join(_DTYPES)}.")
+    return _DTYPES[dtype]
+
+
+def _is_commit(revision: str | None) -> bool:
+    return (
+        revision is not None
+        and len(revision) == 40
+        and all(digit in "0123456789abcdef" for digit in revision)
+    )
