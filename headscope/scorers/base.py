@@ -16,6 +16,7 @@ QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
 Kind = Literal["row", "output"]
 View = Literal["plain", "no_sink", "value_weighted"]
 Control = Literal["flat", "unrepeated"]
+Alternative = Literal["greater", "two-sided"]
 RowFunction = Callable[[AttentionRows, Probe], Float[Tensor, "batch head query"]]
 OutputFunction = Callable[[HeadOutputs, Probe], Float[Tensor, "batch head query"]]
 
@@ -40,6 +41,7 @@ class Scorer:
         control: what the null is: ``flat`` (attention spread evenly over the visible keys),
             ``unrepeated`` (the probe's control: same shape, no repetition), None for no null.
         threshold: mean above which a significant head is called by this name; None: never.
+        alternative: what the null is tested against: more than the control, or other than it.
         view: which form of the rows it reads.
         per_final_scale: the engine divides by the final norm's scale at each query.
         needs: capabilities the model must have, e.g. ``linear_write``.
@@ -55,6 +57,7 @@ class Scorer:
     probe: str
     control: Control | None
     threshold: float | None = None
+    alternative: Alternative = "greater"
     view: View = "plain"
     per_final_scale: bool = False
     needs: tuple[str, ...] = ()
@@ -83,6 +86,7 @@ def row_scorer(
     probe: str = "repeated_tokens",
     control: Control | None = "flat",
     threshold: float | None = None,
+    alternative: Alternative = "greater",
     name: str | None = None,
 ) -> Callable[[RowFunction], Scorer]:
     """Make a scorer of a function of attention rows.
@@ -108,6 +112,7 @@ def row_scorer(
             probe=probe,
             control=control,
             threshold=threshold,
+            alternative=alternative,
         )
 
     return wrap
@@ -122,6 +127,7 @@ def output_scorer(
     probe: str = "repeated_tokens",
     control: Control | None = "unrepeated",
     threshold: float | None = None,
+    alternative: Alternative = "greater",
     per_final_scale: bool = False,
     needs: tuple[str, ...] = ("linear_write",),
     name: str | None = None,
@@ -140,6 +146,7 @@ def output_scorer(
             probe=probe,
             control=control,
             threshold=threshold,
+            alternative=alternative,
             per_final_scale=per_final_scale,
             needs=needs,
         )

@@ -1,0 +1,209 @@
+"""``hs.score``: the needs of all scorers, one shared forward pass per probe, one table.
+
+The function is ``headscope.score``; the module is not called so, or importing it would hide it.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope import capture, probes
+from headscope.accumulate import Accumulator, Sums, joined
+from headscope.errors import InputError, UnsupportedModelError
+from headscope.memory import parse_memory
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.progress import Advance, track
+from headscope.scorers import DEFAULT, Scorer, resolve
+from headscope.table import HeadScores, HeadTable, Provenance
+from headscope.table.provenance import versions
+
+Wanted = Iterable[str | Scorer] | str | Scorer | None
+
+
+def score(
+    model: HeadModel,
+    probe: Probe | None = None,
+    scorers: Wanted = None,
+    *,
+    batch_size: int | None = None,
+    memory: str | int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> HeadTable:
+    """Score every attention head of a model.
+
+    One forward pass per batch of a probe serves all scorers; a second one, on the probe's
+    control, serves the nulls of those scorers that name it.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: what to run; default: for each scorer the kind of probe that it is meant for.
+        scorers: names from ``headscope.scorers.CATALOGUE``, scorers of your own, or a mixture;
+            default: ``headscope.scorers.DEFAULT``, less what this family cannot be asked.
+        batch_size: examples per pass; changes nothing but time and memory.
+        memory: what one chunk of attention rows may take, e.g. ``"2GB"``.
+        seed: of the default probes.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: for unknown scorers, or a probe that does not fit the model.
+        UnsupportedModelError: if a scorer that you named does not apply to this family.
+
+    Example:
+        >>> import headscope as hs
+        >>> table = hs.score(hs.load(), scorers=["previous_token", "induction"])
+        >>> list(table)
+        ['previous_token', 'induction']
+    """
+    chosen = _applicable(model, scorers)
+    by_probe = _assign(model, chosen, probe, seed)
+    for one, _ in by_probe:
+        capture.check_fits(model, one)
+    budget = parse_memory(memory)
+    layers = len(model.shape.attention_layers)
+    total = sum(len(one) * (1 + _has_control_pass(one, group)) for one, group in by_probe) * layers
+    facts = _facts(model)
+    done: dict[str, HeadScores] = {}
+    with track(total, f"scoring {model.name}", show=progress) as advance:
+        run = partial(_run, model, batch_size=batch_size, memory=budget, advance=advance)
+        for one, group in by_probe:
+            sums, flat = run(one, group, flat=True)
+            compared = tuple(s for s in group if s.control == "unrepeated")
+            control: dict[str, Sums] = {}
+            if one.control is not None and compared:
+                control, _ = run(one.control, compared, flat=False)
+            for scorer in group:
+                null = control.get(scorer.name) or flat.get(scorer.name)
+                done[scorer.name] = _to_scores(
+                    model, scorer, one, sums[scorer.name], null, facts
+                )
+    return HeadTable(done[scorer.name] for scorer in chosen)
+
+
+def _applicable(model: HeadModel, wanted: Wanted) -> tuple[Scorer, ...]:
+    """Scorers that were asked for; by default those that this family can be asked."""
+    if wanted is None:
+        return tuple(
+            scorer
+            for scorer in resolve(DEFAULT)
+            if not set(scorer.needs) & set(model.limits)
+            and (scorer.probe != "text" or model.tokenizer is not None)
+        )
+    listed = [wanted] if isinstance(wanted, str | Scorer) else list(wanted)
+    chosen = resolve(listed)
+    if not chosen:
+        raise InputError("no scorers given: name at least one, or leave them out for the defaults.")
+    for scorer in chosen:
+        for need in scorer.needs:
+            if need in model.limits:
+                raise UnsupportedModelError(f"{scorer.name} needs {need}: {model.limits[need]}")
+    return chosen
+
+
+def _assign(
+    model: HeadModel, scorers: tuple[Scorer, ...], probe: Probe | None, seed: int
+) -> list[tuple[Probe, tuple[Scorer, ...]]]:
+    """Which probe serves which scorers."""
+    if probe is not None:
+        return [(probe, scorers)]
+    made = []
+    for kind in dict.fromkeys(scorer.probe for scorer in scorers):
+        group = tuple(scorer for scorer in scorers if scorer.probe == kind)
+        made.append((_default_probe(model, kind, seed), group))
+    return made
+
+
+def _default_probe(model: HeadModel, kind: str, seed: int) -> Probe:
+    """Kind of probe by the name that scorers use."""
+    if kind == "repeated_tokens":
+        longest = model.shape.n_ctx or 512
+        length = min(50, (longest - 1) // 2)
+        return probes.repeated_tokens(model, length=length, batch=16, seed=seed)
+    if kind == "text":
+        return probes.text(model, seed=seed)
+    if kind == "ioi":
+        return probes.pairs(model, "ioi", seed=seed)
+    raise InputError(f"there is no default probe of kind {kind!r}: pass probe=.")
+
+
+def _has_control_pass(probe: Probe, scorers: tuple[Scorer, ...]) -> bool:
+    return probe.control is not None and any(s.control == "unrepeated" for s in scorers)
+
+
+def _run(
+    model: HeadModel,
+    probe: Probe,
+    scorers: tuple[Scorer, ...],
+    *,
+    flat: bool,
+    batch_size: int | None,
+    memory: int | None,
+    advance: Advance,
+) -> tuple[dict[str, Sums], dict[str, Sums]]:
+    """Sums of every scorer over the whole probe, and of those whose control is flat attention."""
+
+    def watch(batch: Probe, halvings: int) -> Accumulator:
+        def on_layer(steps: float = 1) -> None:
+            advance(steps * len(batch))
+
+        return Accumulator(model, batch, scorers, flat, memory, halvings, on_layer)
+
+    parts = [part for _, part in capture.stream(model, probe, watch, batch_size=batch_size)]
+    names = [scorer.name for scorer in scorers]
+    sums = {name: joined(part.sums[name] for part in parts) for name in names}
+    flats = {name: joined(p.flat_sums[name] for p in parts) for name in parts[0].flat_sums}
+    return sums, flats
+
+
+def _to_scores(
+    model: HeadModel,
+    scorer: Scorer,
+    probe: Probe,
+    sums: Sums,
+    null: Sums | None,
+    facts: Mapping[str, str | None],
+) -> HeadScores:
+    provenance = Provenance(
+        model=model.name,
+        revision=model.revision,
+        weight_digest=facts["digest"] or "",
+        path=model.path,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        probe={"kind": probe.name, "examples": len(probe), **probe.settings},
+        control=scorer.control if null is not None else None,
+        seed=probe.seed,
+        versions=versions(),
+    )
+    return HeadScores.from_examples(
+        scorer.name,
+        _absent(model, sums.mean.numpy()),
+        kv_heads=model.shape.n_kv_heads,
+        control_per_example=None if null is None else _absent(model, null.mean.numpy()),
+        alternative=scorer.alternative,
+        missing=sums.missing.numpy().astype(int),
+        unit=scorer.unit,
+        bounds=scorer.bounds,
+        description=scorer.description,
+        source=scorer.source,
+        threshold=scorer.threshold,
+        provenance=provenance,
+    )
+
+
+def _absent(
+    model: HeadModel, values: Float[np.ndarray, "layer head batch"]
+) -> Float[np.ndarray, "layer head batch"]:
+    """NaN where a layer has no attention."""
+    absent = [n for n in range(model.shape.n_layers) if n not in model.shape.attention_layers]
+    values = values.copy()
+    values[absent] = np.nan
+    return values
+
+
+def _facts(model: HeadModel) -> dict[str, str | None]:
+    """What is the same for all scores of a run."""
+    return {"digest": model.digest()}
