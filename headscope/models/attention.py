@@ -66,16 +66,8 @@ class AttentionCall:
 
         A padding query sees itself alone, so that no row is empty.
         """
-        keys = torch.arange(n_keys, device=positions.device)
-        reach = keys[None] <= positions[:, None]
-        if self.window is not None:
-            reach = reach & (keys[None] > positions[:, None] - self.window)
-        if self.real is None:
-            return reach[None].expand(self.query.shape[0], -1, -1)
-        itself = keys[None] == positions[:, None]
-        shown = reach[None] & self.real[:, None, :n_keys]
-        padding = ~self.real[:, positions]
-        return torch.where(padding[:, :, None], itself[None], shown)
+        batch = self.query.shape[0]
+        return visible_keys(positions, n_keys, batch, window=self.window, real=self.real)
 
     def rows(self, positions: Int[Tensor, " query"]) -> AttentionRows:
         """Exact softmax rows in fp32, keys up to the last that any of the queries sees.
@@ -108,6 +100,27 @@ class AttentionCall:
         grouped = pattern.to(self.value.dtype).reshape(batch, kv_heads, -1, n_keys)
         z = torch.matmul(grouped, self.value[:, :, :n_keys])
         return z.view(batch, heads, queries, d_value).transpose(1, 2)
+
+
+def visible_keys(
+    positions: Int[Tensor, " query"],
+    n_keys: int,
+    batch: int,
+    *,
+    window: int | None,
+    real: Bool[Tensor, "batch key"] | None,
+) -> Bool[Tensor, "batch query key"]:
+    """Which of the first ``n_keys`` keys each query position sees under causal attention."""
+    keys = torch.arange(n_keys, device=positions.device)
+    reach = keys[None] <= positions[:, None]
+    if window is not None:
+        reach = reach & (keys[None] > positions[:, None] - window)
+    if real is None:
+        return reach[None].expand(batch, -1, -1)
+    itself = keys[None] == positions[:, None]
+    shown = reach[None] & real[:, None, :n_keys]
+    padding = ~real[:, positions]
+    return torch.where(padding[:, :, None], itself[None], shown)
 
 
 def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:

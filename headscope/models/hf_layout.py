@@ -53,7 +53,7 @@ class Layout:
 
 
 @dataclass
-class _Watch:
+class Watch:
     """What one watched forward pass left behind."""
 
     calls: list[tuple[nn.Module, AttentionCall]] = field(default_factory=list)
@@ -71,7 +71,9 @@ def find_layout(model: Any) -> Layout | None:
     """
     if not model._can_set_attn_implementation():
         return None
-    configs = tuple({id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values())
+    configs = tuple(
+        {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values()
+    )
     watch = _watch(model, configs)
     if not watch.calls:
         return None
@@ -84,20 +86,20 @@ def find_layout(model: Any) -> Layout | None:
         given = watch.inputs.get(watch.projections.get(module, module))
         if module not in watch.projections or given is None or given.shape[-1] != width:
             return None
-        scale = _write_scale(watch, blocks[number], module)
+        scale = write_scale(watch, blocks[number], module)
         layers[number] = LayerParts(number, module, watch.projections[module], scale)
     return Layout(shape, layers, blocks, _final_norm(model, watch), configs)
 
 
 def tiny_tokens(model: Any) -> Tensor:
     """Return a small batch of distinct valid token ids on the model's input device."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(_BATCH * _LENGTH) * 7 % max(rows - 1, 1)
-    return ids.view(_BATCH, _LENGTH).to(model.get_input_embeddings().weight.device)
+    embedding: Tensor = model.get_input_embeddings().weight
+    ids = torch.arange(_BATCH * _LENGTH) * 7 % max(embedding.shape[0] - 1, 1)
+    return ids.view(_BATCH, _LENGTH).to(embedding.device)
 
 
-def _watch(model: Any, configs: tuple[Any, ...]) -> _Watch:
-    watch = _Watch()
+def _watch(model: Any, configs: tuple[Any, ...]) -> Watch:
+    watch = Watch()
     open_calls: list[nn.Module] = []
 
     def handler(module: nn.Module, call: AttentionCall) -> Tensor:
@@ -105,7 +107,9 @@ def _watch(model: Any, configs: tuple[Any, ...]) -> _Watch:
         open_calls.append(module)
         return fused(call)
 
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         weight = getattr(module, "weight", None)
         is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
         if is_matrix and open_calls and isinstance(output, Tensor):
@@ -152,9 +156,7 @@ def _number_layers(
     return blocks, numbers
 
 
-def _shape(
-    model: Any, watch: _Watch, blocks: nn.ModuleList, numbers: list[int]
-) -> ModelShape:
+def _shape(model: Any, watch: Watch, blocks: nn.ModuleList, numbers: list[int]) -> ModelShape:
     calls = [call for _, call in watch.calls]
     head_shapes = {(c.query.shape[1], c.key.shape[1], c.value.shape[3]) for c in calls}
     if len(head_shapes) != 1:
@@ -183,7 +185,7 @@ def _shape(
     )
 
 
-def _write_scale(watch: _Watch, block: nn.Module, attention: nn.Module) -> float | None:
+def write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float | None:
     """Multiplier m with which the block adds m * (z @ W_O) to its input; None if it does not.
 
     Sequential blocks: the input of some norm inside is ``x + m * write``. Parallel blocks: so is
@@ -209,7 +211,7 @@ def _write_scale(watch: _Watch, block: nn.Module, attention: nn.Module) -> float
     return None
 
 
-def _final_norm(model: Any, watch: _Watch) -> nn.Module | None:
+def _final_norm(model: Any, watch: Watch) -> nn.Module | None:
     head = model.get_output_embeddings()
     entering = watch.inputs.get(head)
     if entering is None:

@@ -11,7 +11,25 @@ from headscope.outputs import Readout
 
 
 def find_readout(model: Any, final_norm: nn.Module, d_model: int) -> Readout:
-    """Measure gain, bias, centring and epsilon of the final norm, and take the unembedding.
+    """Measure the final norm, and take the unembedding and its scales from the config.
+
+    Raises:
+        UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
+    """
+    config = model.config.get_text_config()
+    return measure_readout(
+        model.get_output_embeddings(),
+        final_norm,
+        d_model,
+        logit_scale=_logit_scale(config),
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def measure_readout(
+    head: Any, final_norm: nn.Module, d_model: int, *, logit_scale: float, soft_cap: float | None
+) -> Readout:
+    """Measure gain, bias, centring and epsilon of a norm that is followed by an unembedding.
 
     The norm is applied to a known vector and its negative: half the difference is the gain
     times the normalised vector, half the sum is the bias. So ``weight``, ``1 + weight`` and
@@ -20,12 +38,10 @@ def find_readout(model: Any, final_norm: nn.Module, d_model: int) -> Readout:
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
     norm = copy.deepcopy(final_norm).float()  # a few thousand numbers; exact in half precision too
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 2, d_model, generator=generator) + 0.5
-    probe = probe.to(next(norm.parameters()).device)
+    probe = probe.to(head.weight.device)
     with torch.no_grad():
         there, back, moved = norm(probe), norm(-probe), norm(probe + 3.0)
     centred = bool((moved - there).abs().max() < 1e-3 * there.abs().max())
@@ -45,8 +61,8 @@ def find_readout(model: Any, final_norm: nn.Module, d_model: int) -> Readout:
         bias=torch.zeros_like(bias) if float(bias.abs().max()) < 1e-6 else bias,
         centred=centred,
         epsilon=epsilon,
-        logit_scale=_logit_scale(config),
-        soft_cap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
     )
 
 
@@ -63,4 +79,3 @@ def _logit_scale(config: Any) -> float:
     multiplier = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     return float(multiplier or 1.0) / float(divisor or 1.0)
-
