@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from headscope.errors import InputError
 
@@ -27,7 +27,7 @@ class HeadIndex(NamedTuple):
         return f"L{self.layer}H{self.head}"
 
     @classmethod
-    def parse(cls, address: "str | tuple[int, int]") -> Self:
+    def parse(cls, address: "str | tuple[int, int]") -> "HeadIndex":
         """Read ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,7 +36,9 @@ class AttentionRows:
     def entropy(self) -> Float[Tensor, "batch head query"]:
         """Entropy of each row in nats, of the row divided by its sum; NaN for an empty row."""
         total = self.total
-        return (torch.special.entr(self.pattern).sum(-1) / total + total.log()).clamp_min(0)
+        # Half the time of torch.special.entr.
+        plogp = self.pattern.clamp_min(1e-38).log_().mul_(self.pattern)
+        return (total.log() - plogp.sum(-1) / total).clamp_min(0)
 
     def mass(self, keys: Bool[Tensor, "batch query key"]) -> Float[Tensor, "batch head query"]:
         """Probability on a set of keys; NaN where no key of the set is visible.
@@ -47,8 +48,8 @@ class AttentionRows:
                 one may be given and count for nothing.
         """
         reachable = keys[..., : self.pattern.shape[-1]] & self.visible
-        weights = reachable.to(self.pattern.dtype).unsqueeze(-1)
-        mass = torch.matmul(self.pattern.transpose(1, 2), weights).squeeze(-1).transpose(1, 2)
+        weights = reachable.to(self.pattern.dtype).unsqueeze(1)
+        mass: Tensor = torch.linalg.vecdot(self.pattern, weights)
         return mass.masked_fill(~reachable.any(-1).unsqueeze(1), float("nan"))
 
     def column_mass(self, keys: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch head query"]:
@@ -71,12 +72,12 @@ class AttentionRows:
             & (key_pos < self.pattern.shape[-1])
         )
         heads = self.pattern.shape[1]
-        picked = self.pattern.gather(
-            -1, index[:, None, :, None].expand(-1, heads, -1, 1)
-        ).squeeze(-1)
+        picked = self.pattern.gather(-1, index[:, None, :, None].expand(-1, heads, -1, 1)).squeeze(
+            -1
+        )
         return picked.masked_fill(~reachable.unsqueeze(1), float("nan"))
 
-    def without_first(self, first: Int[Tensor, " batch"]) -> Self:
+    def without_first(self, first: Int[Tensor, " batch"]) -> "AttentionRows":
         """The same rows with each example's first real key removed, renormalised.
 
         This is the sink-corrected form: what a head does with the attention that it does
@@ -91,7 +92,7 @@ class AttentionRows:
         total = kept.sum(-1, keepdim=True)
         return replace(self, pattern=kept / total.clamp_min(1e-30), visible=self.visible & keep)
 
-    def weighted(self, value_norms: Float[Tensor, "batch head key"]) -> Self:
+    def weighted(self, value_norms: Float[Tensor, "batch head key"]) -> "AttentionRows":
         """The same rows weighted by how much each key's value writes, renormalised.
 
         Entry (i, j) becomes ``A_ij |v_j W_O| / sum_k A_ik |v_k W_O|`` (Kobayashi et al. 2020):
@@ -104,7 +105,9 @@ class AttentionRows:
         total = moved.sum(-1, keepdim=True)
         return replace(self, pattern=moved / total.clamp_min(1e-30))
 
-    def uniform(self) -> Self:
+    def uniform(self) -> "AttentionRows":
         """One head that spreads the same total evenly over the visible keys: the flat null."""
         shown = self.visible.to(self.pattern.dtype)
-        return replace(self, pattern=(shown / shown.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(1))
+        return replace(
+            self, pattern=(shown / shown.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(1)
+        )

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Int
@@ -48,17 +47,23 @@ class Probe:
         """Check shapes and padding; freeze the mappings."""
         if self.tokens.ndim != 2 or 0 in self.tokens.shape:
             raise InputError(
-                f"a probe is a batch of sequences [batch pos]; got shape {tuple(self.tokens.shape)}."
+                "a probe is a batch of sequences [batch pos]; "
+                f"got shape {tuple(self.tokens.shape)}."
             )
-        for name, value in (("real", self.real), ("structure", self.structure), *self.marks.items()):
+        facts = {"real": self.real, "structure": self.structure, "targets": self.targets}
+        facts |= {} if self.foils is None else {"foils": self.foils}
+        for name, value in (*facts.items(), *self.marks.items()):
             if value.shape != self.tokens.shape:
                 raise InputError(
-                    f"{name!r} has shape {tuple(value.shape)}, the tokens {tuple(self.tokens.shape)}."
+                    f"{name!r} has shape {tuple(value.shape)}, "
+                    f"the tokens {tuple(self.tokens.shape)}."
                 )
         steps = self.real.int().diff(dim=1)
-        if not self.real.any(1).all() or ((steps != 0).sum(1) > 2).any() or (
-            (steps == -1).any(1) & (steps == 1).any(1) & (self.real[:, 0])
-        ).any():
+        if (
+            not self.real.any(1).all()
+            or ((steps != 0).sum(1) > 2).any()
+            or ((steps == -1).any(1) & (steps == 1).any(1) & (self.real[:, 0])).any()
+        ):
             raise InputError("every example needs one unbroken run of real tokens.")
         object.__setattr__(self, "marks", MappingProxyType(dict(self.marks)))
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
@@ -123,7 +128,7 @@ class Probe:
             raise InputError(f"this probe has no mark {name!r}; it has: {known}.")
         return self.marks[name]
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Probe":
         """The same probe with its tensors on ``device``."""
         return replace(
             self,
@@ -137,7 +142,7 @@ class Probe:
             corrupt=None if self.corrupt is None else self.corrupt.to(device),
         )
 
-    def examples(self, chosen: slice) -> Self:
+    def examples(self, chosen: slice) -> "Probe":
         """The same probe with some of its examples."""
         return replace(
             self,

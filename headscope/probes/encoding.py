@@ -1,0 +1,101 @@
+"""From texts to padded token batches; positions are found by character offset."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from headscope.probes.vocabulary import Tokenizer
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one text and, for each, the characters that it stands for.
+
+    A token that was put in front of the text has the span (0, 0).
+    """
+
+    text: str
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    def covering(self, start: int, end: int) -> list[int]:
+        """Positions of the tokens that hold any character of ``text[start:end]``.
+
+        White space at the edges of the range is ignored, since many tokenizers keep the space
+        in front of a word in the word's token.
+        """
+        part = self.text[start:end]
+        start, end = end - len(part.lstrip()), start + len(part.rstrip())
+        return [i for i, (a, b) in enumerate(self.spans) if a < end and b > start]
+
+    def word(self, start: int, end: int) -> int | None:
+        """Position of the one token that is exactly ``text[start:end]``; None if there is none."""
+        found = self.covering(start, end)
+        if len(found) != 1:
+            return None
+        a, b = self.spans[found[0]]
+        return found[0] if self.text[a:b].strip() == self.text[start:end].strip() else None
+
+
+def encode(tokenizer: Tokenizer, text: str, prefix: Sequence[int] = ()) -> Encoded:
+    """Tokenize one text, with ``prefix`` in front in place of the tokenizer's own specials."""
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = [(int(a), int(b)) for a, b in out["offset_mapping"]]
+    return Encoded(text, [*prefix, *out["input_ids"]], [(0, 0)] * len(prefix) + spans)
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]],
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Stack token lists of different lengths; what stands at padding is never looked at."""
+    length = max(len(row) for row in rows)
+    tokens = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    sizes = torch.tensor([len(row) for row in rows])
+    return tokens, torch.arange(length)[None] < sizes[:, None]
+
+
+def next_tokens(
+    tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
+) -> Int[Tensor, "batch pos"]:
+    """Token after each position; -1 at the last one and at padding."""
+    targets = torch.full_like(tokens, -1)
+    targets[:, :-1] = tokens[:, 1:].where(real[:, 1:] & real[:, :-1], -1)
+    return targets
+
+
+def is_delimiter(text: str) -> bool:
+    """Whether a token's text is a line break, or nothing but punctuation and spaces."""
+    shown = text.strip()
+    if not shown:
+        return "\n" in text
+    return all(unicodedata.category(c).startswith("P") or c.isspace() for c in shown)
+
+
+def delimiters(
+    tokenizer: Tokenizer, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"]:
+    """Punctuation, line breaks and special separators, by decoded text.
+
+    The first token of each example is never among them: what it gets is the sink's, which
+    ``first_token`` measures.
+    """
+    ids = sorted(set(tokens[real].tolist()))
+    special = set(tokenizer.all_special_ids)
+    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    chosen = [i for i, text in zip(ids, texts, strict=True) if i in special or is_delimiter(text)]
+    mark = torch.isin(tokens, torch.tensor(chosen, dtype=tokens.dtype)) & real
+    return mark & (real.cumsum(1) > 1)
+
+
+def at_positions(
+    length: int, positions: Sequence[int | Sequence[int]]
+) -> Bool[Tensor, "batch pos"]:
+    """One mark: for each example, True at its positions."""
+    mark = torch.zeros(len(positions), length, dtype=torch.bool)
+    for row, places in zip(mark, positions, strict=True):
+        row[places] = True
+    return mark

@@ -1,0 +1,165 @@
+"""Your own prompts, from a JSON Lines file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from headscope.errors import InputError
+from headscope.probes.encoding import (
+    Encoded,
+    at_positions,
+    delimiters,
+    encode,
+    next_tokens,
+    pad_right,
+)
+from headscope.probes.probe import Probe
+from headscope.probes.vocabulary import (
+    HasVocabulary,
+    Tokenizer,
+    bos_prefix,
+    check_length,
+    need_tokenizer,
+)
+
+_FIELDS = {"text", "answer", "foil", "marks"}
+_SHOWN = 10
+
+
+class _Line(NamedTuple):
+    """One prompt: its tokens, the ids of answer and foil (-1: none), and its marks."""
+
+    ids: list[int]
+    answer: int
+    foil: int
+    marks: dict[str, list[int]]
+
+
+def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = None) -> Probe:
+    """Read prompts, one JSON object a line.
+
+    ``{"text": ..., "answer": ..., "foil": ..., "marks": {"name": [start, end]}}``; all but
+    ``text`` may be left out. ``answer`` is what follows the text, character by character (a new
+    word starts with its space), and must be one token, as must ``foil``, the wrong alternative.
+    A mark is a range of characters of the text, end excluded, and becomes every token that
+    holds one of them. Two marks are added unless the file has them: ``end``, the last token,
+    and ``delimiter``.
+
+    Targets are the answers, at ``end`` alone; in a file without answers, the next tokens.
+
+    Raises:
+        InputError: with one sentence for every bad line, naming it.
+    """
+    tokenizer = need_tokenizer(model, "a JSONL probe")
+    prefix = bos_prefix(model, bos)
+    try:
+        written = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    lines, wrong = [], []
+    for number, one in enumerate(written, 1):
+        if not one.strip():
+            continue
+        try:
+            line = _read(tokenizer, prefix, one)
+            check_length(model, len(line.ids), what="its text", fix="shorten it")
+            lines.append(line)
+        except InputError as error:
+            wrong.append(f"{path}, line {number}: {error}")
+    if wrong:
+        more = [f"... and {len(wrong) - _SHOWN} more bad lines."] if len(wrong) > _SHOWN else []
+        raise InputError("\n".join([*wrong[:_SHOWN], *more]))
+    if not lines:
+        raise InputError(f"{path} is empty: write one JSON object with a 'text' on each line.")
+    return _probe(tokenizer, lines, {"source": Path(path).name, "bos": bool(prefix)})
+
+
+def _probe(
+    tokenizer: Tokenizer,
+    lines: list[_Line],
+    settings: Mapping[str, str | int | float | bool | None],
+) -> Probe:
+    tokens, real = pad_right([line.ids for line in lines])
+    end = [len(line.ids) - 1 for line in lines]
+    targets, foils = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
+    rows = torch.arange(len(lines))
+    targets[rows, end] = torch.tensor([line.answer for line in lines])
+    foils[rows, end] = torch.tensor([line.foil for line in lines])
+    marks = {
+        "end": at_positions(tokens.shape[1], end),
+        "delimiter": delimiters(tokenizer, tokens, real),
+    }
+    for name in sorted({name for line in lines for name in line.marks}):
+        marks[name] = at_positions(tokens.shape[1], [line.marks.get(name, []) for line in lines])
+    return Probe(
+        tokens=tokens,
+        real=real,
+        structure=tokens.where(real, -1),
+        targets=targets if (targets >= 0).any() else next_tokens(tokens, real),
+        foils=foils if (foils >= 0).any() else None,
+        marks=marks,
+        name="jsonl",
+        settings=settings,
+    )
+
+
+def _read(tokenizer: Tokenizer, prefix: list[int], written: str) -> _Line:
+    """One line; raises :class:`InputError` with what is wrong with it."""
+    try:
+        fields = json.loads(written)
+    except json.JSONDecodeError as error:
+        raise InputError(f"no valid JSON ({error}).") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+        raise InputError("an object with a string 'text' is needed.")
+    if unknown := sorted(set(fields) - _FIELDS):
+        raise InputError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_FIELDS))}.")
+    encoded = encode(tokenizer, fields["text"], prefix)
+    if len(encoded.ids) == len(prefix):
+        raise InputError("its text is empty.")
+    if "foil" in fields and "answer" not in fields:
+        raise InputError("a foil needs an answer to differ from.")
+    answer, foil = (
+        _following(tokenizer, encoded, fields[name], name, len(prefix)) if name in fields else -1
+        for name in ("answer", "foil")
+    )
+    if answer >= 0 and answer == foil:
+        raise InputError("its answer and its foil are the same token.")
+    marks = fields.get("marks", {})
+    if not isinstance(marks, dict):
+        raise InputError('its marks are not {"name": [start, end]}.')
+    return _Line(
+        encoded.ids, answer, foil, {name: _span(encoded, name, at) for name, at in marks.items()}
+    )
+
+
+def _following(tokenizer: Tokenizer, before: Encoded, word: object, name: str, prefix: int) -> int:
+    """Id of the one token that ``word`` adds to the text."""
+    if not isinstance(word, str) or not word.strip():
+        raise InputError(f"its {name} is not a word.")
+    joint = before.text[-1] + word[0]
+    if joint.isascii() and joint.isalpha():
+        raise InputError(f"its {name} {word!r} would be glued to the text: start it with a space.")
+    both = encode(tokenizer, before.text + word).ids
+    start = len(before.ids) - prefix
+    if both[:start] != before.ids[prefix:]:
+        raise InputError(f"its {name} {word!r} changes the tokens of the text that it follows.")
+    if len(both) != start + 1:
+        raise InputError(f"its {name} {word!r} is {len(both) - start} tokens: it must be one.")
+    return both[start]
+
+
+def _span(encoded: Encoded, name: str, at: object) -> list[int]:
+    """Tokens of the character range ``at``."""
+    start, end = at if isinstance(at, list) and [type(n) for n in at] == [int, int] else (0, 0)
+    if not 0 <= start < end <= len(encoded.text):
+        raise InputError(
+            f"mark {name!r} is {at!r}: two character positions [start, end] within the "
+            f"{len(encoded.text)} characters of its text are needed."
+        )
+    found = encoded.covering(start, end)
+    if not found:
+        raise InputError(f"mark {name!r} covers no token.")
+    return found

@@ -1,0 +1,146 @@
+"""Random tokens said twice: the work-horse for induction, duplicate and copying heads."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from headscope.errors import InputError
+from headscope.probes.encoding import next_tokens
+from headscope.probes.probe import Probe
+from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length, ordinary_tokens
+
+
+def repeated_tokens(
+    model: HasVocabulary,
+    length: int = 50,
+    batch: int = 8,
+    seed: int = 0,
+    copies: int = 2,
+    *,
+    bos: bool | None = None,
+) -> Probe:
+    """``[BOS] R R`` per row, R uniform over the vocabulary.
+
+    No token occurs twice within R where the vocabulary is large enough, so each query of the
+    second copy has exactly one earlier occurrence; in a smaller one tokens are drawn with
+    replacement, and ``structure`` (the tokens themselves) shows every occurrence.
+
+    Marks ``first_copy`` and ``second_copy`` (all later copies). Targets are the next tokens.
+    The control has new tokens throughout, none twice where the vocabulary allows, and keeps
+    ``structure`` and the marks: scorers look at the same positions and find no repetition.
+
+    Args:
+        model: whose vocabulary is drawn from; no tokenizer is needed.
+        length: tokens in R.
+        batch: examples.
+        seed: the same seed gives the same bytes.
+        copies: how often R is said.
+        bos: whether a BOS stands in front; None does what the model's tokenizer does.
+
+    Raises:
+        InputError: if it does not fit the model's context, or a number is too small.
+    """
+    if copies < 2:
+        raise InputError(f"copies={copies} is no repetition: give 2 or more.")
+    draw = _Draw(model, length * copies, batch, seed, bos)
+    part = draw(length)
+    tokens = draw.with_prefix(part.repeat(1, copies))
+    start = tokens.shape[1] - length * copies
+    position = torch.arange(tokens.shape[1]).expand_as(tokens)
+    marks = {
+        "first_copy": (position >= start) & (position < start + length),
+        "second_copy": position >= start + length,
+    }
+    settings = {
+        "length": length,
+        "copies": copies,
+        "bos": start == 1,
+        "replacement": draw.replaces(length),
+    }
+    probe = draw.probe(tokens, "repeated_tokens", settings)
+    control = draw.probe(
+        draw.with_prefix(draw(length * copies)), "repeated_tokens_control", settings
+    )
+    control = replace(control, structure=tokens, marks=marks)
+    return replace(probe, marks=marks, control=control)
+
+
+def random_tokens(
+    model: HasVocabulary,
+    length: int = 100,
+    batch: int = 8,
+    seed: int = 0,
+    *,
+    bos: bool | None = None,
+) -> Probe:
+    """``[BOS]`` and ``length`` random tokens, none twice where the vocabulary allows.
+
+    The shape of a :func:`repeated_tokens` control, on its own.
+    """
+    draw = _Draw(model, length, batch, seed, bos)
+    tokens = draw.with_prefix(draw(length))
+    settings = {
+        "length": length,
+        "bos": tokens.shape[1] > length,
+        "replacement": draw.replaces(length),
+    }
+    return draw.probe(tokens, "random_tokens", settings)
+
+
+class _Draw:
+    """Random rows of one model's vocabulary, from one seeded stream."""
+
+    def __init__(
+        self, model: HasVocabulary, length: int, batch: int, seed: int, bos: bool | None
+    ) -> None:
+        for name, value in (("length", length), ("batch", batch)):
+            if value < 1:
+                raise InputError(f"{name}={value} leaves nothing to run: give 1 or more.")
+        self.batch, self.seed = batch, seed
+        self.prefix = bos_prefix(model, bos)
+        check_length(
+            model,
+            length + len(self.prefix),
+            what="the probe",
+            fix="ask for a smaller length",
+        )
+        self.vocabulary = ordinary_tokens(model)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def replaces(self, length: int) -> bool:
+        """Whether ``length`` tokens cannot all be different."""
+        return length > len(self.vocabulary)
+
+    def __call__(self, length: int) -> Int[Tensor, "batch pos"]:
+        size = len(self.vocabulary)
+        if self.replaces(length):
+            index = torch.randint(size, (self.batch, length), generator=self.generator)
+        else:
+            rows = [torch.randperm(size, generator=self.generator) for _ in range(self.batch)]
+            index = torch.stack([row[:length] for row in rows])
+        return self.vocabulary[index]
+
+    def with_prefix(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch longer"]:
+        """The same rows with the BOS, if any, in front."""
+        return torch.cat([torch.tensor(self.prefix).expand(self.batch, -1).long(), tokens], 1)
+
+    def probe(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        name: str,
+        settings: Mapping[str, str | int | float | bool | None],
+    ) -> Probe:
+        """A probe of these tokens, all real, structure and targets their own."""
+        real = torch.ones_like(tokens, dtype=torch.bool)
+        return Probe(
+            tokens=tokens,
+            real=real,
+            structure=tokens,
+            targets=next_tokens(tokens, real),
+            name=name,
+            seed=self.seed,
+            settings=settings,
+        )

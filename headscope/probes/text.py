@@ -1,0 +1,138 @@
+"""Natural text: a bundled sample, a file, or your own strings."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from headscope.errors import InputError
+from headscope.probes.encoding import delimiters, encode, next_tokens, pad_right
+from headscope.probes.probe import Probe
+from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length, need_tokenizer
+
+
+def text(
+    model: HasVocabulary,
+    texts_or_path: str | Path | Sequence[str] | None = None,
+    length: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    *,
+    bos: bool | None = None,
+) -> Probe:
+    """Natural text, padded on the right; mark ``delimiter``, targets the next tokens.
+
+    The control shuffles the tokens of each example (the BOS stays) and keeps ``structure`` and
+    the marks: same length, same words, same frequencies, no order. What a head still does at
+    the old positions is not due to the text's structure.
+
+    Args:
+        model: whose tokenizer reads the text.
+        texts_or_path: None for twelve bundled passages; strings, one example each; or a UTF-8
+            file (a ``Path``, or a string that names one), whose paragraphs, separated by
+            blank lines, are the examples.
+        length: cut every text into pieces of this many tokens, BOS included; a shorter rest is
+            dropped unless it is the whole text. None keeps texts whole; the bundled passages
+            are then cut to what the model can read.
+        batch: keep only this many examples, drawn with ``seed``. None keeps all.
+        seed: of that draw and of the control.
+        bos: whether a BOS stands in front; None does what the model's tokenizer does.
+
+    Raises:
+        InputError: if there is no text, too little of it, or too much for the context.
+    """
+    tokenizer = need_tokenizer(model, "a text probe")
+    prefix = bos_prefix(model, bos)
+    texts, source = _read(texts_or_path)
+    encoded = [encode(tokenizer, one, prefix).ids for one in texts]
+    if length is not None:
+        rows = [piece for ids in encoded for piece in _pieces(ids, prefix, length)]
+    elif texts_or_path is None and model.shape.n_ctx is not None:
+        rows = [ids[: model.shape.n_ctx] for ids in encoded]
+    else:
+        rows = encoded
+    for number, row in enumerate(rows, 1):
+        if len(row) < 2:
+            raise InputError(f"text {number} of {source} has fewer than two tokens: leave it out.")
+        check_length(
+            model,
+            len(row),
+            what=f"text {number} of {source}",
+            fix="cut it with length=..., or split it",
+        )
+    generator = torch.Generator().manual_seed(seed)
+    if batch is not None:
+        if not 1 <= batch <= len(rows):
+            raise InputError(
+                f"{source} gives {len(rows)} examples and batch={batch} were asked for: "
+                "give more text, or a smaller batch or length."
+            )
+        chosen = torch.randperm(len(rows), generator=generator)[:batch].sort().values
+        rows = [rows[i] for i in chosen.tolist()]
+    tokens, real = pad_right(rows)
+    shuffled = [_shuffled(row, len(prefix), generator) for row in rows]
+    probe = Probe(
+        tokens=tokens,
+        real=real,
+        structure=tokens.where(real, -1),
+        targets=next_tokens(tokens, real),
+        marks={"delimiter": delimiters(tokenizer, tokens, real)},
+        name="text",
+        seed=seed,
+        settings={"source": source, "length": length, "bos": bool(prefix)},
+    )
+    other = pad_right(shuffled)[0]
+    control = replace(
+        probe, tokens=other, targets=next_tokens(other, real), name="text_control", control=None
+    )
+    return replace(probe, control=control)
+
+
+def _read(texts_or_path: str | Path | Sequence[str] | None) -> tuple[list[str], str]:
+    """The texts, and what to call where they came from."""
+    if texts_or_path is None:
+        bundled = files("headscope.probes").joinpath("data", "passages.txt")
+        return _paragraphs(bundled.read_text("utf-8")), "the bundled passages"
+    if isinstance(texts_or_path, str) and not _names_a_file(texts_or_path):
+        texts_or_path = [texts_or_path]
+    if not isinstance(texts_or_path, (str, Path)):
+        texts, source = list(texts_or_path), "the texts given"
+    else:
+        try:
+            texts = _paragraphs(Path(texts_or_path).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{texts_or_path} cannot be read as UTF-8 text: {error}.") from error
+        source = Path(texts_or_path).name
+    if not texts or not any(one.strip() for one in texts):
+        raise InputError(f"{source}: no text in it; give at least one sentence.")
+    return texts, source
+
+
+def _names_a_file(one: str) -> bool:
+    """Whether a string is a path: an existing file, or one word that ends like one."""
+    if "\n" in one or len(one) > 1000:
+        return False
+    looks_like_one = " " not in one and Path(one).suffix in (".txt", ".md")
+    return looks_like_one or Path(one).is_file()
+
+
+def _paragraphs(whole: str) -> list[str]:
+    blocks = whole.replace("\r\n", "\n").split("\n\n")
+    return [block.strip() for block in blocks if block.strip()]
+
+
+def _pieces(ids: list[int], prefix: list[int], length: int) -> list[list[int]]:
+    """``ids`` in runs of ``length`` tokens, each with the prefix in front."""
+    size = length - len(prefix)
+    if size < 1 or length < 2:
+        raise InputError(f"length={length} leaves no text: give 2 or more, 3 with a BOS.")
+    body = ids[len(prefix) :]
+    whole = [body[i : i + size] for i in range(0, len(body) - size + 1, size)] or [body]
+    return [[*prefix, *piece] for piece in whole]
+
+
+def _shuffled(row: list[int], fixed: int, generator: torch.Generator) -> list[int]:
+    order = torch.randperm(len(row) - fixed, generator=generator) + fixed
+    return [*row[:fixed], *(row[i] for i in order.tolist())]
