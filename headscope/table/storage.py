@@ -1,0 +1,201 @@
+"""Tables as parquet: one row per layer, head and score; what the scores are in the metadata."""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from headscope.errors import InputError
+from headscope.table.frames import tidy_columns
+from headscope.table.provenance import Provenance
+from headscope.table.scores import Facts, HeadScores
+from headscope.table.summary import FLOATS
+from headscope.table.table import HeadTable
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_KEY = b"headscope"
+_FORMAT = 1
+_MAX_CELLS = 4_000_000  # a file from elsewhere must not make us allocate what it likes
+_NUMBERS = (*FLOATS, "n", "missing")
+_EXAMPLES = {"per_example": "examples", "control_per_example": "control_examples"}
+
+
+def save(table: HeadTable, path: "str | PathLike[str]", *, examples: bool = False) -> None:
+    """Write ``table`` to ``path``, whole or not at all, whatever kills the process."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = pyarrow.concat_tables([_rows(one, examples=examples) for one in table.values()])
+    layers, heads = table.shape
+    facts = {
+        "format": _FORMAT,
+        "layers": layers,
+        "heads": heads,
+        "scores": [_facts(one, examples=examples) for one in table.values()],
+    }
+    rows = rows.replace_schema_metadata({_KEY: json.dumps(facts, allow_nan=False)})
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with beside.open("xb") as file:
+            parquet.write_table(rows, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(target.parent)
+
+
+def load(path: "str | PathLike[str]") -> HeadTable:
+    """Read a table.
+
+    Raises:
+        InputError: if the file is none, or says what cannot be.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_table(Path(path))
+    except FileNotFoundError:
+        raise InputError(f"there is no file {str(path)!r}.") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{str(path)!r} is no readable parquet file: {error}") from None
+    if _KEY not in (rows.schema.metadata or {}):
+        raise InputError(f"{str(path)!r} is parquet, but not a table that headscope saved.")
+    try:
+        facts = json.loads(rows.schema.metadata[_KEY])
+        if facts["format"] != _FORMAT:
+            raise InputError(
+                f"{str(path)!r} has format {facts['format']}; this version reads {_FORMAT}."
+            )
+        shape = (int(facts["layers"]), int(facts["heads"]))
+        if min(shape) < 1 or shape[0] * shape[1] > _MAX_CELLS:
+            raise InputError(f"{str(path)!r} claims {shape[0]} layers of {shape[1]} heads.")
+        return HeadTable([_score(one, rows, shape) for one in facts["scores"]])
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(path)!r} is a damaged table: {error!r}.") from None
+
+
+def _rows(scores: HeadScores, *, examples: bool) -> "pyarrow.Table":
+    """Rows of one score; NaN becomes null, which is what other readers expect."""
+    import pyarrow
+
+    columns: dict[str, Any] = {
+        name: pyarrow.array(column, from_pandas=True)
+        for name, column in tidy_columns(scores).items()
+        if name not in ("label", "unit")
+    }
+    columns["score"] = pyarrow.array([scores.name] * len(columns["layer"]), pyarrow.string())
+    columns["score"] = columns["score"].dictionary_encode()
+    if examples:
+        for name, attribute in _EXAMPLES.items():
+            columns[name] = _lists(getattr(scores, attribute), scores)
+    return pyarrow.table(columns)
+
+
+def _lists(
+    values: Shaped[np.ndarray, "layer head example"] | None, scores: HeadScores
+) -> "pyarrow.Array":
+    """One list per row; null where there are no values."""
+    import pyarrow
+
+    count = int(scores.present.sum())
+    kind = pyarrow.list_(pyarrow.float64())
+    if values is None:
+        return pyarrow.nulls(count, kind)
+    kept = values[scores.present]
+    offsets = np.arange(count + 1, dtype=np.int32) * kept.shape[1]
+    flat = pyarrow.array(kept.ravel(), from_pandas=True)
+    return pyarrow.ListArray.from_arrays(pyarrow.array(offsets), flat)
+
+
+def _facts(scores: HeadScores, *, examples: bool) -> dict[str, object]:
+    """What a score says about itself, as JSON."""
+    return {
+        "name": scores.name,
+        "kv_heads": scores.kv_heads,
+        "unit": scores.unit,
+        "bounds": list(scores.bounds),
+        "description": scores.description,
+        "source": scores.source,
+        "threshold": scores.threshold,
+        "alternative": scores.alternative,
+        "provenance": scores.provenance.to_json(),
+        "examples": {
+            name: getattr(scores, attribute).shape[2]
+            for name, attribute in _EXAMPLES.items()
+            if examples and getattr(scores, attribute) is not None
+        },
+    }
+
+
+def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, int]) -> HeadScores:
+    """One score out of the rows of all."""
+    import pyarrow.compute as pc
+
+    mine = rows.filter(pc.equal(rows["score"].cast("string"), facts["name"]))
+    at = (mine["layer"].to_numpy(), mine["head"].to_numpy())
+    if mine.num_rows and min(axis.min() for axis in at) < 0:
+        raise InputError("a row names a negative layer or head.")
+
+    def cells(column: str) -> Shaped[np.ndarray, "layer head"]:
+        whole = np.full(shape, 0 if column in ("n", "missing") else np.nan)
+        whole[at] = mine[column].to_numpy()
+        return whole.astype(int) if column in ("n", "missing") else whole
+
+    def lists(column: str) -> Shaped[np.ndarray, "layer head example"]:
+        length = int(facts["examples"][column])
+        whole = np.full((*shape, length), np.nan)
+        flat = mine[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        whole[at] = flat.reshape(mine.num_rows, length)
+        return whole
+
+    said = Facts(
+        unit=facts["unit"],
+        bounds=(facts["bounds"][0], facts["bounds"][1]),
+        description=facts["description"],
+        source=facts["source"],
+        threshold=facts["threshold"],
+        provenance=Provenance.from_json(facts["provenance"]),
+    )
+    name, kv_heads, alternative = facts["name"], facts["kv_heads"], facts["alternative"]
+    if "per_example" in facts["examples"]:
+        return HeadScores.from_examples(
+            name,
+            lists("per_example"),
+            kv_heads=kv_heads,
+            control_per_example=(
+                lists("control_per_example") if "control_per_example" in facts["examples"] else None
+            ),
+            alternative=alternative,
+            missing=cells("missing"),
+            **said,
+        )
+    known = {column: cells(column) for column in _NUMBERS}
+    mean, n = known.pop("mean"), known.pop("n")
+    return HeadScores.from_summary(
+        name, mean, kv_heads=kv_heads, n=n, known=known, alternative=alternative, **said
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name survive a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,190 @@
+"""All scores of one model, side by side."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from headscope.errors import InputError, nearest
+from headscope.heads import HeadIndex
+from headscope.stats import rank_correlation, top_k_overlap
+from headscope.table.roles import RoleFinding, find_roles, roles_by_head
+from headscope.table.scores import HeadScores
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+
+class UnknownScoreError(InputError, KeyError):
+    """There is no score of this name."""
+
+    __str__ = Exception.__str__  # KeyError would print the quoted repr
+
+
+class HeadTable(Mapping[str, HeadScores]):
+    """Layers x heads x scores of one model: a read-only mapping from name to score."""
+
+    def __init__(self, scores: Iterable[HeadScores]) -> None:
+        """Put scores side by side.
+
+        Raises:
+            InputError: if there are none, two share a name, or they are not of one model.
+        """
+        self._scores: dict[str, HeadScores] = {}
+        for one in scores:
+            if one.name in self._scores:
+                raise InputError(f"two scores are called {one.name!r}; rename one of them.")
+            self._scores[one.name] = one
+        if not self._scores:
+            raise InputError("a table needs at least one score.")
+        _check_one_model(list(self._scores.values()))
+
+    def __getitem__(self, name: str) -> HeadScores:
+        """Return one score; an unknown name raises InputError with the nearest one."""
+        if name not in self._scores:
+            raise UnknownScoreError(nearest(name, self._scores, kind="score"))
+        return self._scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in order."""
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        """Return the number of scores."""
+        return len(self._scores)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of layers and of heads in a layer."""
+        layers, heads = next(iter(self.values())).mean.shape
+        return layers, heads
+
+    def top(self, score: str, k: int = 10) -> list[tuple[HeadIndex, float]]:
+        """The k heads with the largest mean of one score."""
+        return self[score].top(k)
+
+    def filter(
+        self,
+        score: str,
+        minimum: float | None = None,
+        maximum: float | None = None,
+        heads: "Iterable[str | tuple[int, int]] | None" = None,
+    ) -> list[HeadIndex]:
+        """Heads whose mean lies in a range, largest first.
+
+        This returns heads and not a smaller table: p-values are adjusted over all heads of the
+        model, and a table of chosen heads would adjust them over the chosen alone.
+
+        Args:
+            score: name of the score.
+            minimum: smallest mean that is kept, itself included.
+            maximum: largest mean that is kept, itself included.
+            heads: look only among these.
+        """
+        among = None if heads is None else {HeadIndex.parse(head) for head in heads}
+        return [
+            head
+            for head, mean in self[score].top(self[score].mean.size)
+            if (minimum is None or mean >= minimum)
+            and (maximum is None or mean <= maximum)
+            and (among is None or head in among)
+        ]
+
+    def join(self, other: "HeadTable") -> "HeadTable":
+        """Both tables' scores; a name that both have, or another model, is an error."""
+        return HeadTable([*self.values(), *other.values()])
+
+    def rank_correlation(self) -> "pandas.DataFrame":
+        """Spearman correlation over heads between every two scores."""
+        import pandas
+
+        rows = [[rank_correlation(a.mean, b.mean) for b in self.values()] for a in self.values()]
+        return pandas.DataFrame(rows, index=list(self), columns=list(self))
+
+    def overlap(self, other: "HeadTable", score: str, k: int = 10) -> float:
+        """Jaccard index of the k best heads of one score, here and in another table."""
+        if self.shape != other.shape:
+            raise InputError(f"the tables have heads {self.shape} and {other.shape}.")
+        return top_k_overlap(self[score].mean, other[score].mean, k)
+
+    def roles(self, alpha: float = 0.05) -> dict[HeadIndex, list[tuple[str, float]]]:
+        """Roles of each head that has any: (score, mean), strongest first.
+
+        A head has the role of a score if the score has a threshold, the head's mean reaches it,
+        and the head is above the control at false discovery rate ``alpha`` over all heads.
+        """
+        return roles_by_head(find_roles(self.values(), alpha))
+
+    def role_summary(self, alpha: float = 0.05) -> list[RoleFinding]:
+        """For each role the heads that have it, none included; print them to read them."""
+        return find_roles(self.values(), alpha)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per head and score, with all numbers."""
+        from headscope.table.frames import tidy
+
+        return tidy(list(self.values()))
+
+    def to_pandas_wide(self) -> "pandas.DataFrame":
+        """One row per head, one column of means per score."""
+        from headscope.table.frames import wide
+
+        return wide(list(self.values()))
+
+    def to_polars(self) -> "polars.DataFrame":
+        """The rows of :meth:`to_pandas` as a polars frame (extra ``polars``)."""
+        from headscope.table.frames import polars_frame
+
+        return polars_frame(list(self.values()))
+
+    def save(self, path: "str | PathLike[str]", *, examples: bool = False) -> None:
+        """Write one parquet file, whole or not at all.
+
+        Args:
+            path: of the file.
+            examples: also keep the values per example, for intervals later.
+        """
+        from headscope.table.storage import save
+
+        save(self, path, examples=examples)
+
+    @staticmethod
+    def load(path: "str | PathLike[str]") -> "HeadTable":
+        """Read what :meth:`save` wrote."""
+        from headscope.table.storage import load
+
+        return load(path)
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Best heads, other scores and roles, in the console's width."""
+        from headscope.table.terminal import render
+
+        yield from render(self, options.max_width)
+
+    def _repr_html_(self) -> str:
+        """Best heads as a small static table."""
+        from headscope.table.html import render_html
+
+        return render_html(self)
+
+    def __repr__(self) -> str:
+        """Size and names."""
+        layers, heads = self.shape
+        return f"HeadTable({layers} layers x {heads} heads: {', '.join(self)})"
+
+
+def _check_one_model(scores: list[HeadScores]) -> None:
+    """Raise if scores cannot be of one model."""
+    first = scores[0]
+    for one in scores[1:]:
+        for what, here, there in (
+            ("heads", first.mean.shape, one.mean.shape),
+            ("key/value heads", first.kv_heads, one.kv_heads),
+            ("weights", first.provenance.weight_digest, one.provenance.weight_digest),
+        ):
+            if here != there and here and there:
+                raise InputError(
+                    f"{first.name!r} and {one.name!r} are not of one model: "
+                    f"their {what} are {here} and {there}."
+                )

@@ -1,0 +1,86 @@
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from headscope.table import HeadTable
+from headscope.table.excerpt import best, fraction, written
+from tests.table.helpers import model_table, scores
+
+
+def printed(table, width=100):
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def test_roles_are_said_even_where_there_are_none():
+    text = printed(model_table())
+    assert "induction: L3H1 0.95, L0H3 0.60" in text
+    assert "no previous token heads" in text
+    assert "of 16 heads of toy (4 layers x 4)" in text
+
+
+def test_scores_with_a_role_come_first():
+    header = printed(model_table()).splitlines()
+    assert header[1].split()[:2] == ["head", "induction"]
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_twenty_scores_fit_the_width(width):
+    table = HeadTable([scores(f"some_longer_score_{i}") for i in range(20)])
+    lines = printed(table, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in printed(table, width)
+    assert sum("some_longer_score" in line for line in lines) >= 8
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.text = set(), ""
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.add(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_html_escapes_names_and_shows_roles():
+    name = "<img src=x onerror=alert(1)>"
+    page = HeadTable([scores(name, threshold=0.5, description='"><b>')])._repr_html_()
+    tags = Tags()
+    tags.feed(page)
+    assert tags.seen == {"div", "table", "thead", "tbody", "tr", "th", "td", "p", "ul", "li"}
+    assert name in tags.text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.000"),
+        (0.934, "0.93"),
+        (0.0512, "0.051"),
+        (-3.456, "-3.46"),
+        (123.4, "123"),
+        (1.2e-5, "1e-5"),
+        (-4.2e7, "-4e7"),
+        (float("nan"), "-"),
+    ],
+)
+def test_numbers_are_short(value, text):
+    assert written(value) == text
+
+
+def test_a_signed_score_shows_its_largest_effects_of_either_sign():
+    one = scores(means=((0.1, -0.9), (0.5, -0.2)), bounds=(None, None))
+    assert [str(head) for head, _ in best(one, 2)] == ["L0H1", "L1H0"]
+
+
+def test_colour_fraction_stays_in_range():
+    assert fraction(scores(), 0.25) == 0.25
+    assert fraction(scores(bounds=(None, None)), 99.0) == 1
+    assert fraction(scores(means=((0.5, 0.5),), jitter=0, bounds=(None, None)), 0.5) == 0
+    assert fraction(scores(), float("nan")) == 0
