@@ -32,9 +32,8 @@ class Sums:
     @classmethod
     def zeros(cls, layers: int, heads: int, batch: int) -> "Sums":
         """Nothing added yet."""
-        shape = (layers, heads, batch)
-        zeros = [torch.zeros(shape, dtype=torch.float64) for _ in range(2)]
-        return cls(*zeros, torch.zeros(layers, heads, dtype=torch.float64))
+        total = torch.zeros(layers, heads, batch, dtype=torch.float64)
+        return cls(total, total.clone(), torch.zeros(layers, heads, dtype=torch.float64))
 
     def add(
         self,

@@ -6,7 +6,16 @@ import torch
 
 from headscope.errors import InputError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 # A chunk much larger than the processor's caches is slower, not faster; a GPU wants more.
 _CPU_CHUNK = 32 * 2**20
 _GPU_CHUNK = 512 * 2**20
@@ -25,7 +34,9 @@ def parse_memory(amount: "str | int | None") -> int | None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", amount.upper())
         unit = match.group(2) if match else None
         if match is None or unit not in _UNITS:
-            raise InputError(f"{amount!r} is not an amount of memory: write it as '2GB' or '512MB'.")
+            raise InputError(
+                f"{amount!r} is not an amount of memory: write it as '2GB' or '512MB'."
+            )
         amount = int(float(match.group(1)) * _UNITS[unit])
     if amount <= 0:
         raise InputError("the memory for a chunk must be more than nothing.")
@@ -33,8 +44,10 @@ def parse_memory(amount: "str | int | None") -> int | None:
 
 
 def chunk_bytes(device: torch.device, limit: int | None) -> int:
-    """Bytes that one chunk of rows may take: at most the limit, a share of what is free, and
-    what the device works through fastest.
+    """Bytes that one chunk of rows may take.
+
+    The limit where it is given; else what the device works through fastest, and on a GPU never
+    more than a quarter of what is free.
     """
     if limit is not None:
         return limit

@@ -77,9 +77,7 @@ def score(
                 control, _ = run(one.control, compared, flat=False)
             for scorer in group:
                 null = control.get(scorer.name) or flat.get(scorer.name)
-                done[scorer.name] = _to_scores(
-                    model, scorer, one, sums[scorer.name], null, facts
-                )
+                done[scorer.name] = _to_scores(model, scorer, one, sums[scorer.name], null, facts)
     return HeadTable(done[scorer.name] for scorer in chosen)
 
 

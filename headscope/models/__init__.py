@@ -1,0 +1,1 @@
+"""Models seen head by head."""

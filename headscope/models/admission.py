@@ -17,17 +17,15 @@ def admit(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         reason = "it is an encoder-decoder, with several attention stacks"
     elif getattr(text, "kv_lora_rank", None):
-        reason = (
-            "it uses multi-head latent attention (MLA), whose heads share compressed keys and values"
-        )
+        reason = "it uses multi-head latent attention (MLA), with compressed keys and values"
     elif not _has_heads(text):
         reason = "it has no attention heads (a state-space or recurrent model)"
     elif "chunked_attention" in (getattr(text, "layer_types", None) or ()):
         reason = "it uses chunked attention, whose visible keys headscope cannot tell"
     if reason is not None:
         raise UnsupportedModelError(
-            f"{name} ({family}) is not supported: {reason}. Decoder-only transformers with ordinary "
-            "or grouped-query attention are."
+            f"{name} ({family}) is not supported: {reason}. Decoder-only transformers with "
+            "ordinary or grouped-query attention are."
         )
 
 

@@ -91,7 +91,8 @@ def prove(
     """
     if not bool(torch.isfinite(plain_logits).all()):
         raise ModelLoadError(
-            f"{model.name} gives logits that are not finite: its weights hold NaN or infinite values."
+            f"{model.name} gives logits that are not finite: its weights hold NaN or "
+            "infinite values."
         )
     look = _Look(model.shape.n_heads, model.shape.d_head)
     layers = model.shape.attention_layers

@@ -18,7 +18,9 @@ def checkpoints(name: str) -> tuple[str, ...]:
 
     Each is a revision: ``hs.load(name, revision=checkpoint)``.
     """
-    return tuple(sorted(path.parent.name for path in _folder(name).glob("checkpoints/*/config.json")))
+    return tuple(
+        sorted(path.parent.name for path in _folder(name).glob("checkpoints/*/config.json"))
+    )
 
 
 def folder(name: str, revision: str | None = None) -> Path:
