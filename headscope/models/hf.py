@@ -16,6 +16,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf_interface import register, routed
 from headscope.models.hf_layout import LayerParts, Layout, find_layout
+from headscope.models.hf_parts import HFParts
 from headscope.models.hf_readout import find_readout
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
@@ -146,6 +147,11 @@ class HFModel:
         from headscope.models.bridge import bridge_weights
 
         return bridge_weights(self.bridge, layer)
+
+    @cached_property
+    def parts(self) -> HFParts:
+        """What weight-level readings need besides the weights."""
+        return HFParts(self)
 
     def digest(self) -> str:
         """SHA-256 over the names and bytes of all weights."""

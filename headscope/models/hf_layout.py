@@ -28,13 +28,17 @@ class LayerParts:
     """Modules of one attention layer.
 
     ``write_scale`` multiplies ``z @ W_O`` on its way into the residual stream; None where the
-    write is not linear in ``z`` (a norm after attention).
+    write is not linear in ``z`` (a norm after attention). ``input_norm`` makes attention's input
+    of the block's; None where attention reads the block's input itself (``reads_residual``) or
+    something that is no plain norm of it.
     """
 
     layer: int
     attention: nn.Module
     projection: nn.Module
     write_scale: float | None
+    input_norm: nn.Module | None
+    reads_residual: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +91,8 @@ def find_layout(model: Any) -> Layout | None:
         if module not in watch.projections or given is None or given.shape[-1] != width:
             return None
         scale = write_scale(watch, blocks[number], module)
-        layers[number] = LayerParts(number, module, watch.projections[module], scale)
+        norm, plain = _input_norm(watch, blocks[number], module)
+        layers[number] = LayerParts(number, module, watch.projections[module], scale, norm, plain)
     return Layout(shape, layers, blocks, _final_norm(model, watch), configs)
 
 
@@ -209,6 +214,29 @@ def write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float |
         if abs(scale) > 1e-3 and error < tolerance:
             return 1.0 if abs(scale - 1) < tolerance else scale
     return None
+
+
+def _input_norm(
+    watch: Watch, block: nn.Module, attention: nn.Module
+) -> tuple[nn.Module | None, bool]:
+    """Module between the block's input and attention's, and whether they are the same."""
+    read, entering = watch.inputs.get(attention), watch.inputs.get(block)
+    if read is None or entering is None:
+        return None, False
+    if torch.equal(read, entering):
+        return None, True
+    for module in block.modules():
+        given, output = watch.inputs.get(module), watch.outputs.get(module)
+        if (
+            given is not None
+            and output is not None
+            and module not in (block, attention)
+            and output.shape == read.shape
+            and torch.equal(output, read)
+            and torch.equal(given, entering)
+        ):
+            return module, False
+    return None, False
 
 
 def _final_norm(model: Any, watch: Watch) -> nn.Module | None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from headscope.errors import UnsupportedModelError
+from headscope.inputs import InputNorm
 from headscope.outputs import Readout
 
 
@@ -21,7 +22,7 @@ def find_readout(model: Any, final_norm: nn.Module, d_model: int) -> Readout:
         model.get_output_embeddings(),
         final_norm,
         d_model,
-        logit_scale=_logit_scale(config),
+        logit_scale=logit_scale(config),
         soft_cap=getattr(config, "final_logit_softcapping", None),
     )
 
@@ -29,7 +30,26 @@ def find_readout(model: Any, final_norm: nn.Module, d_model: int) -> Readout:
 def measure_readout(
     head: Any, final_norm: nn.Module, d_model: int, *, logit_scale: float, soft_cap: float | None
 ) -> Readout:
-    """Measure gain, bias, centring and epsilon of a norm that is followed by an unembedding.
+    """Measure a norm that is followed by an unembedding.
+
+    Raises:
+        UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
+    """
+    norm = measure_norm(final_norm, d_model, head.weight.device)
+    return Readout(
+        W_U=head.weight.detach(),
+        b_U=None if getattr(head, "bias", None) is None else head.bias.detach(),
+        gain=norm.gain,
+        bias=norm.bias,
+        centred=norm.centred,
+        epsilon=norm.epsilon,
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
+    )
+
+
+def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
+    """Measure gain, bias, centring and epsilon of a norm.
 
     The norm is applied to a known vector and its negative: half the difference is the gain
     times the normalised vector, half the sum is the bias. So ``weight``, ``1 + weight`` and
@@ -38,14 +58,14 @@ def measure_readout(
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
-    norm = copy.deepcopy(final_norm).float()  # a few thousand numbers; exact in half precision too
+    norm = copy.deepcopy(module).float()  # a few thousand numbers; exact in half precision too
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 2, d_model, generator=generator) + 0.5
-    probe = probe.to(head.weight.device)
+    probe = probe.to(device)
     with torch.no_grad():
         there, back, moved = norm(probe), norm(-probe), norm(probe + 3.0)
     centred = bool((moved - there).abs().max() < 1e-3 * there.abs().max())
-    epsilon = _epsilon(final_norm)
+    epsilon = _epsilon(module)
     x = probe.float()
     x = x - x.mean(-1, keepdim=True) if centred else x
     unit = x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
@@ -53,17 +73,9 @@ def measure_readout(
     odd = (there - back) / 2
     gain = (odd * unit).sum((0, 1)) / unit.square().sum((0, 1))
     if (gain * unit - odd).abs().max() > 1e-3 * odd.abs().max():
-        raise UnsupportedModelError("its final norm is neither LayerNorm nor RMSNorm.")
-    return Readout(
-        W_U=head.weight.detach(),
-        b_U=None if getattr(head, "bias", None) is None else head.bias.detach(),
-        gain=gain,
-        bias=torch.zeros_like(bias) if float(bias.abs().max()) < 1e-6 else bias,
-        centred=centred,
-        epsilon=epsilon,
-        logit_scale=logit_scale,
-        soft_cap=soft_cap,
-    )
+        raise UnsupportedModelError("one of its norms is neither LayerNorm nor RMSNorm.")
+    bias = torch.zeros_like(bias) if float(bias.abs().max()) < 1e-6 else bias
+    return InputNorm(gain, bias, centred, epsilon)
 
 
 def _epsilon(norm: nn.Module) -> float:
@@ -74,7 +86,7 @@ def _epsilon(norm: nn.Module) -> float:
     return 0.0
 
 
-def _logit_scale(config: Any) -> float:
+def logit_scale(config: Any) -> float:
     """Multiplier of the logits: cohere multiplies, granite divides."""
     multiplier = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.heads import ModelShape
+from headscope.inputs import InputNorm, Rotation
 from headscope.outputs import HeadWeights, Readout
 from headscope.rows import AttentionRows
 
@@ -71,6 +72,40 @@ class Edit(Protocol):
         """Return the edited value; the input is left as it is."""
 
 
+class ModelParts(Protocol):
+    """What stands between weights and what they do: norms, positions, embedding, first MLP."""
+
+    def input_norm(self, layer: int) -> InputNorm:
+        """Norm between the residual stream and one layer's attention, measured.
+
+        Raises:
+            UnsupportedModelError: if something else is there.
+        """
+
+    def rotation(self, layer: int) -> Rotation:
+        """Rotary positions of one layer, measured; no planes where there are none.
+
+        Raises:
+            UnsupportedModelError: if queries and keys are changed by more than a rotation.
+        """
+
+    @property
+    def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Token embedding as it enters the first block, without positions.
+
+        Raises:
+            UnsupportedModelError: if a norm or a projection is in between.
+        """
+
+    def first_mlp(self, residual: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        """What the first block adds to each row when its attention writes nothing."""
+
+    def layer_inputs(
+        self, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
+    ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+        """Residual stream that enters each of these layers."""
+
+
 class HeadModel(Protocol):
     """A language model seen head by head. ``hf.py`` and ``bridge.py`` implement it."""
 
@@ -121,6 +156,10 @@ class HeadModel(Protocol):
 
     def weights(self, layer: int) -> HeadWeights:
         """All attention weights of one layer; key/value heads not repeated."""
+
+    @property
+    def parts(self) -> ModelParts:
+        """What weight-level readings need besides the weights."""
 
     def digest(self) -> str:
         """SHA-256 over the weights: which model this was."""

@@ -1,0 +1,95 @@
+"""What stands between the residual stream and a layer's queries, keys and values."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class InputNorm:
+    """Norm before attention: ``(x - mean(x)) / scale(x) * gain + bias``.
+
+    There is no subtraction of the mean where ``centred`` is False (RMSNorm), and no division
+    where ``divides`` is False (attention reads the residual stream as it is).
+
+    Attributes:
+        gain: effective multiplier (``1 + weight`` where a family uses that).
+        bias: additive part.
+    """
+
+    gain: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    centred: bool
+    epsilon: float
+    divides: bool = True
+
+    def scale(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any"]:
+        """Denominator: standard deviation or root mean square, per position."""
+        x = residual.float()
+        if not self.divides:
+            return torch.ones_like(x[..., 0])
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return (x.square().mean(-1) + self.epsilon).sqrt()
+
+    def __call__(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        """What attention reads of a residual stream."""
+        x = residual.float()
+        scale = self.scale(residual).unsqueeze(-1)
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x / scale * self.gain.float() + self.bias.float()
+
+    def folded(
+        self, weight: Float[Tensor, "*head d_model d_head"]
+    ) -> Float[Tensor, "*head d_model d_head"]:
+        """Weights that read ``x / scale(x)`` as ``weight`` reads the norm's output, bias apart."""
+        read = weight * self.gain.to(weight).unsqueeze(-1)
+        return read - read.mean(-2, keepdim=True) if self.centred else read
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rotary position embedding of one layer: a turn in each of some planes of head space.
+
+    A query at position i is ``content @ turn(i)``, a key at j likewise, so that their product
+    depends on ``i - j`` alone. Without rotary positions there are no planes.
+
+    Attributes:
+        first, second: coordinates of head space that span each plane.
+        frequency: angle in radians by which one position turns each plane.
+        gain: length of a rotated vector over its length before (YaRN changes it).
+    """
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    frequency: Float[Tensor, " plane"]
+    gain: float = 1.0
+
+    def phases(self, distance: int | Float[Tensor, " distance"]) -> Complex[Tensor, " plane"]:
+        """Complex factor by which query and key at a distance meet in each plane.
+
+        Many distances give the mean of their factors.
+        """
+        at = torch.as_tensor(distance, dtype=torch.float64).reshape(-1, 1)
+        angle = at * self.frequency.double().cpu()
+        return self.gain**2 * torch.polar(torch.ones_like(angle), angle).mean(0)
+
+    def turned(
+        self,
+        weight: Float[Tensor, "*any d_head"],
+        distance: int | Float[Tensor, " distance"],
+    ) -> Float[Tensor, "*any d_head"]:
+        """Query weights (or vectors) that meet unrotated keys as at this distance.
+
+        ``turned(q, i - j) @ k`` is the product of the rotated ``q`` at i and ``k`` at j.
+        """
+        if not self.first:
+            return weight
+        phase = self.phases(distance).to(weight.device)
+        cos, sin = phase.real.to(weight.dtype), phase.imag.to(weight.dtype)
+        a, b = weight[..., list(self.first)], weight[..., list(self.second)]
+        turned = weight.clone()
+        turned[..., list(self.first)] = a * cos - b * sin
+        turned[..., list(self.second)] = a * sin + b * cos
+        return turned

@@ -1,0 +1,98 @@
+"""Rotary positions, measured: what turns the queries that weights give into those in use."""
+
+from itertools import product
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from headscope.inputs import Rotation
+
+# Positions that the measurement looks at: from each, the phase of the next is known to within
+# far less than half a turn, so that long ones make the frequency exact and short ones unique.
+POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+Planes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def find_rotation(
+    content: Float[Tensor, "vector position d_head"],
+    actual: Float[Tensor, "vector position d_head"],
+    tolerance: float,
+) -> Rotation | None:
+    """Find the rotation with ``actual = turn(content)`` at every position.
+
+    Args:
+        content: queries and keys as the weights give them, at the first of :data:`POSITIONS`.
+        actual: the same as attention used them.
+        tolerance: largest share of the squared length that may stay unexplained.
+
+    Returns:
+        The rotation (no planes without rotary positions), or None if no rotation does it, e.g.
+        because queries and keys are normalised in between.
+    """
+    content, actual = content.double(), actual.double()
+    if _unexplained(content, actual, actual) < tolerance:
+        return Rotation((), (), torch.zeros(0, dtype=torch.float64))
+    best = min(_candidates(content.shape[-1]), key=lambda planes: _misfit(planes, content, actual))
+    factors = _factors(best, content, actual)
+    gain = float(factors[0].abs().mean())
+    rotation = Rotation(*best, _frequencies(factors), gain)
+    turned = _rotated(rotation, content)
+    return rotation if _unexplained(content, actual, turned) < tolerance else None
+
+
+def _candidates(d_head: int) -> list[Planes]:
+    """Ways of pairing coordinates: halves (GPT-NeoX, Llama) or neighbours (GPT-J, GLM)."""
+    found = []
+    for size, neighbours in product(range(d_head - d_head % 2, 0, -2), (False, True)):
+        if neighbours:
+            found.append((tuple(range(0, size, 2)), tuple(range(1, size, 2))))
+        else:
+            found.append((tuple(range(size // 2)), tuple(range(size // 2, size))))
+    return found
+
+
+def _planes(planes: Planes, x: Tensor) -> Complex[Tensor, "vector position plane"]:
+    first, second = planes
+    return torch.complex(x[..., list(first)], x[..., list(second)])
+
+
+def _factors(planes: Planes, content: Tensor, actual: Tensor) -> Complex[Tensor, "position plane"]:
+    """Complex factor per position and plane that takes content to actual, least squares."""
+    c, a = _planes(planes, content), _planes(planes, actual)
+    return (c.conj() * a).sum(0) / c.abs().square().sum(0).clamp_min(1e-30)
+
+
+def _misfit(planes: Planes, content: Tensor, actual: Tensor) -> float:
+    """Squared length that this pairing leaves unexplained."""
+    c, a = _planes(planes, content), _planes(planes, actual)
+    left = (a - c * _factors(planes, content, actual)).abs().square().sum()
+    size = 2 * len(planes[0])
+    return float(left + (actual - content)[..., size:].square().sum())
+
+
+def _frequencies(factors: Complex[Tensor, "position plane"]) -> Float[Tensor, " plane"]:
+    """Angle per position, made more exact at each doubling."""
+    frequency = factors[1].angle()
+    for position, factor in zip(POSITIONS[2:], factors[2:], strict=False):
+        expected = torch.polar(torch.ones_like(frequency), -frequency * position)
+        frequency = frequency + (factor * expected).angle() / position
+    return frequency
+
+
+def _rotated(rotation: Rotation, content: Tensor) -> Float[Tensor, "vector position d_head"]:
+    first, second = list(rotation.first), list(rotation.second)
+    at = torch.tensor(POSITIONS[: content.shape[1]], dtype=torch.float64)
+    angle = at[:, None] * rotation.frequency
+    turn = torch.polar(torch.full_like(angle, rotation.gain), angle)
+    planes = _planes((rotation.first, rotation.second), content) * turn
+    result = content.clone()
+    result[..., first], result[..., second] = planes.real, planes.imag
+    return result
+
+
+def _unexplained(content: Tensor, actual: Tensor, model: Tensor) -> float:
+    """Share of the squared length of ``actual`` that ``model`` leaves; of content if the same."""
+    against = content if model is actual else model
+    return float((actual - against).square().sum() / actual.square().sum().clamp_min(1e-30))
