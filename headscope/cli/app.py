@@ -1,0 +1,85 @@
+"""The commands and their options; what each does is in a file of its own."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="headscope",
+    help="Find out what every attention head of a transformer does.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Hugging Face name, local folder, or bundled model (default: tiny-gpt2).",
+        show_default=False,
+    ),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag, commit; or bundled checkpoint.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: as stored).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU if there is one).")]
+Memory = Annotated[str | None, typer.Option(help="What a chunk of rows may take, e.g. 2GB.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision COMMIT.")
+]
+
+
+@app.command()
+def scan(
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, pictures and page.")] = None,
+    scorers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    probe: Annotated[Path | None, typer.Option(help="YAML file with a probe.")] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    memory: Memory = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the default probes.")] = 0,
+    examples: Annotated[bool, typer.Option("--examples", help="Keep the values per example.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Score every attention head of MODEL; print the table, and with --out write it and pictures."""
+    from headscope.cli import scan as command
+
+    loading = command.Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
+    command.run(
+        loading,
+        out=out,
+        scorers=scorers,
+        probe_file=probe,
+        memory=memory,
+        batch_size=batch_size,
+        seed=seed,
+        examples=examples,
+        as_json=json,
+    )
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="Folder that scan wrote, or its table.parquet.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Print the table of a finished run."""
+    from headscope.cli import show as command
+
+    command.run(run, as_json=json)
+
+
+@app.command()
+def scorers(
+    json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+) -> None:
+    """List every scorer: name, unit, range, meaning and source."""
+    from headscope.cli import scorers as command
+
+    command.run(as_json=json)

@@ -1,0 +1,104 @@
+"""``headscope scan``: the main job."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from headscope.cli.output import console, print_table
+from headscope.errors import InputError
+from headscope.models.load import load
+from headscope.models.protocol import HeadModel
+from headscope.scoring import score
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which model, and how to load it."""
+
+    source: str | None
+    revision: str | None
+    dtype: str | None
+    device: str | None
+    allow_pickle: bool
+    trust_remote_code: bool
+
+    def model(self) -> HeadModel:
+        """Load it, without transformers' own bars and advice on the terminal."""
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return load(
+            self.source,
+            revision=self.revision,
+            dtype=self.dtype,
+            device=_device(self.device),
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def run(
+    loading: Loading,
+    *,
+    out: Path | None,
+    scorers: str | None,
+    probe_file: Path | None,
+    memory: str | None,
+    batch_size: int | None,
+    seed: int,
+    examples: bool,
+    as_json: bool,
+) -> None:
+    """Load, score, print, write."""
+    from headscope.configs import parse, read_yaml
+    from headscope.memory import parse_memory
+    from headscope.probes.config import ProbeConfig, build_probe
+    from headscope.report.folder import RunFolder
+    from headscope.scorers import resolve
+
+    names = None if scorers is None else [one.strip() for one in scorers.split(",") if one.strip()]
+    if names is not None:
+        resolve(names)
+    budget = parse_memory(memory)
+    config = None
+    if probe_file is not None:
+        config = parse(ProbeConfig, read_yaml(probe_file), str(probe_file))
+    folder = None if out is None else RunFolder.create(out)
+    started = time.perf_counter()
+    model = loading.model()
+    loaded = time.perf_counter()
+    probe = None if config is None else build_probe(config, model)
+    table = score(model, probe, names, batch_size=batch_size, memory=budget, seed=seed)
+    scored = time.perf_counter()
+    print_table(table, as_json=as_json)
+    if folder is None:
+        return
+    settings = {
+        "command": "scan",
+        "model": model.name,
+        "revision": model.revision,
+        "scorers": list(table),
+        "probe": None if config is None else config.model_dump(mode="json", exclude_none=True),
+        "seed": seed,
+    }
+    timings = {"load_seconds": loaded - started, "score_seconds": scored - loaded}
+    folder.write(table, settings, timings, examples=examples)
+    console(stderr=True).print(
+        f"Written to {out}: index.html (open it in a browser), table.parquet, pictures/."
+    )
+
+
+def _device(name: str | None) -> str | None:
+    """Check a device's name before anything is loaded."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}: cpu, cuda or cuda:1.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r} was asked for, but torch sees no GPU here.")
+    return name

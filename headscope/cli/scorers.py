@@ -1,0 +1,34 @@
+"""``headscope scorers``: what can be scored."""
+
+import json
+
+from headscope.cli.output import console
+from headscope.scorers import CATALOGUE, DEFAULT
+
+
+def run(*, as_json: bool) -> None:
+    """Print the catalogue."""
+    rows = [
+        {
+            "name": name,
+            "kind": scorer.kind,
+            "unit": scorer.unit,
+            "range": list(scorer.bounds),
+            "default": name in DEFAULT,
+            "description": scorer.description,
+            "source": scorer.source,
+        }
+        for name, scorer in CATALOGUE.items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from rich.table import Table
+
+    grid = Table("name", "unit", "range", "what it measures", "source", show_lines=False)
+    for name, scorer in CATALOGUE.items():
+        low, high = ("-" if bound is None else f"{bound:g}" for bound in scorer.bounds)
+        mark = "" if name in DEFAULT else " *"
+        grid.add_row(name + mark, scorer.unit, f"{low}..{high}", scorer.description, scorer.source)
+    console().print(grid)
+    console().print("* not in a plain scan; ask for it by name.")

@@ -1,0 +1,77 @@
+"""A probe written down: the YAML behind ``headscope scan --probe`` and every sweep."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from headscope.configs import Strict
+from headscope.errors import InputError
+from headscope.probes.jsonl import from_jsonl
+from headscope.pairs import pairs
+from headscope.probes.probe import Probe
+from headscope.probes.repeated import random_tokens, repeated_tokens
+from headscope.text import text
+from headscope.probes.vocabulary import HasVocabulary
+
+
+class ProbeConfig(Strict):
+    """Which probe, and with which settings; keys that a kind does not know are errors.
+
+    Attributes:
+        kind: ``repeated_tokens``, ``random_tokens``, ``text``, ``ioi`` or ``jsonl``.
+        length: tokens of one copy, of the random text, or of a piece of text.
+        batch: examples.
+        seed: what it is drawn with.
+        copies: how often ``repeated_tokens`` says its text.
+        bos: whether a BOS stands in front; default: as the model's tokenizer does.
+        file: of ``text`` and ``jsonl``.
+        texts: of ``text``, instead of a file.
+    """
+
+    kind: Literal["repeated_tokens", "random_tokens", "text", "ioi", "jsonl"]
+    length: int | None = Field(default=None, ge=1, le=10_000_000)
+    batch: int | None = Field(default=None, ge=1, le=1_000_000)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    copies: int | None = Field(default=None, ge=2, le=1000)
+    bos: bool | None = None
+    file: Path | None = None
+    texts: tuple[str, ...] | None = None
+
+
+# Keys that each kind takes besides its own name and the seed.
+_TAKES = {
+    "repeated_tokens": ("length", "batch", "copies", "bos"),
+    "random_tokens": ("length", "batch", "bos"),
+    "text": ("length", "batch", "bos", "file", "texts"),
+    "ioi": ("batch",),
+    "jsonl": ("file", "bos"),
+}
+
+
+def build_probe(config: ProbeConfig, model: HasVocabulary) -> Probe:
+    """Make the probe for one model.
+
+    Raises:
+        InputError: if a key does not belong to this kind, or the probe does not fit the model.
+    """
+    given = {key: value for key, value in config if value is not None and key not in ("kind", "seed")}
+    takes = _TAKES[config.kind]
+    for key in given:
+        if key not in takes:
+            raise InputError(f"a probe of kind {config.kind!r} has no {key!r}; it takes: "
+                             f"{', '.join(('seed', *takes))}.")
+    if config.kind == "jsonl":
+        if config.file is None:
+            raise InputError("a probe of kind 'jsonl' needs a file.")
+        return from_jsonl(model, config.file, bos=config.bos)
+    if config.kind == "ioi":
+        return pairs(model, "ioi", seed=config.seed, **given)
+    if config.kind == "text":
+        if config.file is not None and config.texts is not None:
+            raise InputError("a probe of kind 'text' takes a file or texts, not both.")
+        source = given.pop("file", None) or given.pop("texts", None)
+        texts = list(source) if isinstance(source, tuple) else source
+        return text(model, texts, seed=config.seed, **given)
+    make = repeated_tokens if config.kind == "repeated_tokens" else random_tokens
+    return make(model, seed=config.seed, **given)

@@ -1,0 +1,74 @@
+"""The folder that a run leaves behind: table, facts, pictures, page."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from headscope.files import whole_file, writable_folder
+from headscope.plots import heatmap, heatmaps, save
+from headscope.report.page import index_page
+from headscope.table import HeadTable
+from headscope.table.provenance import versions
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's results on disk.
+
+    ``table.parquet`` (one row per layer, head and score; provenance in its metadata),
+    ``run.json`` (settings, versions, timings), ``index.html`` (self-contained page) and
+    ``pictures/`` (one heatmap per score, and the scores with roles side by side).
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """Make the folder before the work starts, so that a wrong one costs nothing.
+
+        Raises:
+            InputError: if nothing can be written there.
+        """
+        return cls(writable_folder(path))
+
+    def write(
+        self,
+        table: HeadTable,
+        settings: Mapping[str, Any],
+        timings: Mapping[str, float],
+        *,
+        examples: bool = False,
+    ) -> None:
+        """Write everything; each file is whole or absent.
+
+        Args:
+            table: the scores.
+            settings: what was asked for, as JSON values.
+            timings: seconds by phase.
+            examples: keep the values per example in the table.
+        """
+        table.save(self.path / "table.parquet", examples=examples)
+        self._pictures(table)
+        page = index_page(table, settings)
+        with whole_file(self.path / "index.html") as file:
+            file.write(page.encode())
+        facts = {"settings": dict(settings), "versions": versions(), "timings": dict(timings)}
+        with whole_file(self.path / "run.json") as file:
+            file.write(json.dumps(facts, indent=2).encode() + b"\n")
+
+    def _pictures(self, table: HeadTable) -> None:
+        """PNG where the extra ``paper`` is installed, else interactive HTML."""
+        folder = writable_folder(self.path / "pictures")
+        kind = "png" if find_spec("matplotlib") else "html"
+        for name, scores in table.items():
+            save(heatmap(scores), folder / f"{_file_name(name)}.{kind}")
+        roles = [name for name, scores in table.items() if scores.threshold is not None]
+        if len(roles) > 1:
+            save(heatmaps(table, roles), folder / f"roles.{kind}")
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
