@@ -1,6 +1,7 @@
 """How a transformers model reads its last residual stream, measured from its own final norm."""
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
-    norm = copy.deepcopy(module).float()  # a few thousand numbers; exact in half precision too
+    bare = copy.copy(module)  # without hooks: a pass may be running, whose hooks cannot be copied
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    norm = copy.deepcopy(bare).float()  # a few thousand numbers; exact in half precision too
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 2, d_model, generator=generator) + 0.5
     probe = probe.to(device)
