@@ -1,0 +1,113 @@
+"""Every scorer that ships, by name. Adding one: its file, and one line here."""
+
+from collections.abc import Iterable
+
+from headscope.errors import InputError, nearest
+from headscope.scorers.base import Scorer, value_weighted, without_sink
+from headscope.scorers.between import (
+    ioi_duplicate,
+    ioi_induction,
+    ioi_previous,
+    name_mover,
+    s_inhibition,
+)
+from headscope.scorers.copying import copying
+from headscope.scorers.detect import (
+    detect_head_duplicate_token,
+    detect_head_induction,
+    detect_head_previous_token,
+)
+from headscope.scorers.offsets import current_token, previous_token
+from headscope.scorers.repetition import duplicate_token, induction
+from headscope.scorers.sinks import delimiter, first_token
+from headscope.scorers.spread import (
+    attention_distance,
+    entropy,
+    local_window,
+    max_attention,
+    normalised_entropy,
+)
+from headscope.scorers.writing import (
+    direct_logit_attribution,
+    direct_logit_difference,
+    head_output_norm,
+)
+
+CATALOGUE: dict[str, Scorer] = {
+    scorer.name: scorer
+    for scorer in (
+        previous_token,
+        current_token,
+        duplicate_token,
+        induction,
+        first_token,
+        delimiter,
+        local_window,
+        attention_distance,
+        entropy,
+        normalised_entropy,
+        max_attention,
+        without_sink(previous_token),
+        without_sink(current_token),
+        without_sink(duplicate_token),
+        without_sink(induction),
+        without_sink(delimiter),
+        without_sink(local_window),
+        without_sink(attention_distance),
+        without_sink(entropy),
+        without_sink(normalised_entropy),
+        without_sink(max_attention),
+        value_weighted(previous_token),
+        value_weighted(duplicate_token),
+        value_weighted(induction),
+        value_weighted(first_token),
+        value_weighted(delimiter),
+        copying,
+        direct_logit_attribution,
+        direct_logit_difference,
+        head_output_norm,
+        name_mover,
+        s_inhibition,
+        ioi_induction,
+        ioi_duplicate,
+        ioi_previous,
+        detect_head_previous_token,
+        detect_head_duplicate_token,
+        detect_head_induction,
+    )
+}
+
+# What a plain scan computes: every model can be asked, in two short passes and one control.
+DEFAULT: tuple[str, ...] = (
+    "previous_token",
+    "current_token",
+    "duplicate_token",
+    "induction",
+    "first_token",
+    "delimiter",
+    "local_window",
+    "attention_distance",
+    "entropy",
+    "copying",
+    "direct_logit_attribution",
+)
+
+
+def resolve(scorers: Iterable[str | Scorer]) -> tuple[Scorer, ...]:
+    """Turn names and scorers of your own into scorers, in the order given.
+
+    Raises:
+        InputError: for an unknown name, with the nearest one, or two scorers of one name.
+    """
+    wanted = [scorers] if isinstance(scorers, (str, Scorer)) else list(scorers)
+    found: dict[str, Scorer] = {}
+    for one in wanted:
+        if not isinstance(one, (str, Scorer)):
+            raise InputError(f"{one!r} is no scorer: give a name, or decorate it with row_scorer.")
+        if isinstance(one, str) and one not in CATALOGUE:
+            raise InputError(nearest(one, CATALOGUE, kind="scorer"))
+        scorer = CATALOGUE[one] if isinstance(one, str) else one
+        if scorer.name in found:
+            raise InputError(f"two scorers are named {scorer.name!r}: leave one out or rename it.")
+        found[scorer.name] = scorer
+    return tuple(found.values())

@@ -1,0 +1,70 @@
+"""Attention to a key at a fixed distance: previous token, current token, any other."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.errors import InputError
+from headscope.probes.probe import Probe
+from headscope.rows import AttentionRows
+from headscope.scorers.base import Scorer, row_scorer
+from headscope.scorers.queries import queries_past
+
+
+def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query"]:
+    return rows.at((rows.query_pos - distance).expand(rows.pattern.shape[0], -1))
+
+
+@row_scorer(
+    source="Olsson et al. 2022 (arXiv 2209.11895), previous-token score; ARENA's threshold",
+    threshold=0.4,
+)
+def previous_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to the token just before.
+
+    ``A[i, i-1]``, a probability in [0, 1], over every query but the first. Spread evenly it is
+    ``1/(i+1)``.
+
+    Weakness: on random tokens some heads that do this on text do not (GPT-2 small L3H7: .54
+    and .36 the other way round for L6H8), so compare both probes. The threshold takes in the
+    published heads of GPT-2 small (L4H11 .99, L2H2 .49) and no head below the fifth.
+    """
+    return _back(rows, 1)
+
+
+@row_scorer(source="ARENA 2.0, current-token score and threshold", threshold=0.4)
+def current_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to the query's own token.
+
+    ``A[i, i]``, a probability in [0, 1], over every query but the first, where it is 1 by
+    construction.
+
+    Weakness: a head with nothing to do may rest on itself instead of on the first token; look
+    at the size of what it writes.
+    """
+    return _back(rows, 0)
+
+
+def relative_offset(distance: int) -> Scorer:
+    """Make the scorer of attention to the token ``distance`` back; its name is ``offset_<n>``.
+
+    ``A[i, i-distance]``, a probability in [0, 1], over the queries that have such a key; NaN
+    where the layer's window is too short for it. ``relative_offset(1)`` is ``previous_token``.
+
+    Weakness: on repeated tokens a content head and a positional head look alike at the distance
+    of the repetition; vary the length.
+
+    Raises:
+        InputError: if the distance is negative, which a causal model cannot see.
+    """
+    if distance < 0:
+        raise InputError(f"distance={distance} is after the query: give 0 or more.")
+
+    def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+        return _back(rows, distance)
+
+    function.__doc__ = f"Attention to the token {distance} back."
+    return row_scorer(
+        name=f"offset_{distance}",
+        source="Voita et al. 2019 (arXiv 1905.09418), positional heads, as mass",
+        queries=queries_past(distance),
+    )(function)

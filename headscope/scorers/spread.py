@@ -1,0 +1,130 @@
+"""How far and how widely a head looks, whatever it looks for."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.errors import InputError
+from headscope.probes.probe import Probe
+from headscope.rows import AttentionRows
+from headscope.scorers.base import Scorer, row_scorer
+from headscope.scorers.queries import queries_past
+
+_LOCAL = 8
+
+
+def window_mass(width: int, *, name: str | None = None, threshold: float | None = None) -> Scorer:
+    """Make the scorer of attention to the last ``width`` tokens; ``local_window`` is width 8.
+
+    ``sum of A[i, j] over i - width < j <= i``, a probability in [0, 1], over the queries that
+    have seen more than ``width`` tokens, since the others can look nowhere else.
+
+    Weakness: previous- and current-token heads score 1 here too; it names those that are
+    neither. With the first token among the sinks, read the ``_no_sink`` form.
+
+    Raises:
+        InputError: if the width is not at least 1.
+    """
+    if width < 1:
+        raise InputError(f"width={width} holds no token: give 1 or more.")
+
+    def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+        batch, heads, _, keys = rows.pattern.shape
+        back = torch.arange(width, device=rows.pattern.device)
+        index = rows.query_pos[:, None] - back
+        inside = (index >= 0) & (index < keys)
+        index = index.clamp(0, keys - 1)
+        # Keys that are not visible hold 0, so only what was clamped has to be taken out.
+        picked = rows.pattern.gather(-1, index.expand(batch, heads, -1, -1)) * inside
+        seen = (rows.visible.gather(-1, index.expand(batch, -1, -1)) & inside).any(-1)
+        return picked.sum(-1).masked_fill(~seen[:, None], torch.nan)
+
+    function.__doc__ = f"Attention to the last {width} tokens, the query's own included."
+    return row_scorer(
+        name=name or f"window_{width}",
+        source="Xiao et al. 2023 (arXiv 2309.17453), recent window; local heads, arXiv 2409.03752",
+        probe="text",
+        queries=queries_past(width),
+        threshold=threshold,
+    )(function)
+
+
+local_window = window_mass(_LOCAL, name="local_window", threshold=0.8)
+
+
+@row_scorer(
+    unit="tokens",
+    bounds=(0.0, None),
+    source="Vig & Belinkov 2019 (arXiv 1906.04284), mean attention distance",
+    probe="text",
+    control=None,
+)
+def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Mean distance in tokens from the query to what it attends to.
+
+    ``sum_j A[i, j] (i - j) / sum_j A[i, j]``, from 0 (the query's own token) to the position in
+    the text, over every query but the first. Spread evenly it is ``i/2``. It has no null and
+    grows with the length of the texts: compare heads, not probes.
+
+    Weakness: attention on the first token counts as looking far; read
+    ``attention_distance_no_sink``.
+    """
+    # Counted from the middle of the chunk: fp32 then keeps short distances in long texts exact.
+    middle = rows.query_pos[len(rows.query_pos) // 2]
+    keys = torch.arange(rows.pattern.shape[-1], device=rows.pattern.device) - middle
+    weights = torch.stack([torch.ones_like(keys), keys], -1).to(rows.pattern.dtype)
+    total, moment = torch.matmul(rows.pattern, weights).unbind(-1)
+    return ((rows.query_pos - middle) - moment / total).clamp_min(0)
+
+
+@row_scorer(
+    unit="nats",
+    bounds=(0.0, None),
+    source="Clark et al. 2019 (arXiv 1906.04341), entropy of attention",
+    probe="text",
+    control=None,
+)
+def entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Entropy of the attention: how many tokens a query looks at, on a log scale.
+
+    ``-sum_j A[i, j] log A[i, j]`` in nats, from 0 (one key) to ``log(i+1)`` (spread evenly),
+    over every query but the first; of the row divided by its sum, where a learned sink takes
+    part of it. Higher is broader. No smoothing, unlike the source, which matters only at 0.
+
+    Weakness: later queries can spread wider; ``normalised_entropy`` divides that out.
+    """
+    return rows.entropy
+
+
+@row_scorer(
+    unit="share",
+    source="Clark et al. 2019 (arXiv 1906.04341), entropy over its maximum",
+    probe="text",
+    control=None,
+)
+def normalised_entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Entropy of the attention as a share of the largest possible.
+
+    ``entropy / log(number of visible keys)``, from 0 (one key) to 1 (spread evenly), over every
+    query but the first; NaN where only one key is visible.
+
+    Weakness: near 0 for every head that has a sink; read ``normalised_entropy_no_sink``.
+    """
+    most = rows.visible.sum(-1).log()
+    return (rows.entropy / most.where(most > 0, torch.nan)[:, None]).clamp_max(1)
+
+
+@row_scorer(
+    source="Voita et al. 2019 (arXiv 1905.09418), confidence",
+    probe="text",
+    control=None,
+)
+def max_attention(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Largest attention weight of a query: how sure a head is of one token.
+
+    ``max_j A[i, j]``, from ``1/(i+1)`` to 1, over every query but the first. The source leaves
+    out the end-of-sentence key; here ``max_attention_no_sink`` leaves out the first token.
+
+    Weakness: high for every head that has a sink.
+    """
+    return rows.pattern.amax(-1)
