@@ -203,12 +203,12 @@ def write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float |
     out = watch.outputs[block].float()
     children = [watch.outputs[child] for child in block.children() if child in watch.outputs]
     children = [child for child in children if child.numel() == out.numel()]
-    after = [out, *(out - child.float().view_as(out) for child in children)]
+    after = [out, *(out - child.float().reshape(out.shape) for child in children)]
     tolerance = 1e-4 if watch.writes[attention].dtype == torch.float32 else 3e-2
     for candidate in (*seen, *after):
         if candidate.numel() != x.numel():  # some families flatten batch and position
             continue
-        difference = candidate.float().view_as(x) - x
+        difference = candidate.float().reshape(x.shape) - x
         scale = float((difference * write).sum() / write.square().sum().clamp_min(1e-30))
         error = (difference - scale * write).norm() / difference.norm().clamp_min(1e-30)
         if abs(scale) > 1e-3 and error < tolerance:

@@ -1,0 +1,261 @@
+"""A transformer-lens ``TransformerBridge`` seen head by head, and per-head weights.
+
+The only file that imports transformer_lens, and only inside functions.
+"""
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.errors import UnsupportedModelError
+from headscope.models.bridge_layout import BridgeLayout, find_bridge_layout, tiny_bridge_tokens
+from headscope.models.bridge_pass import BridgePass, Finished
+from headscope.models.bridge_weights import bridge_weights
+from headscope.models.hf import weight_digest
+from headscope.models.hf_readout import logit_scale, measure_readout
+from headscope.models.protocol import Edit, Observer
+from headscope.outputs import HeadWeights, Readout
+
+# Largest difference between logits of bridge and model, relative to the largest logit. Half
+# precision rounds at other places on the two ways; a wrong layout gives differences near 1.
+_SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
+_SAME_HALF = 0.1
+
+__all__ = ["BridgeModel", "bridge_over", "bridge_weights", "wrap_bridge"]
+
+
+class BridgeModel:
+    """A ``TransformerBridge`` whose attention patterns are computed whole, layer by layer.
+
+    The bridge is used as it is: hooks of its owner stay, and act, during every pass.
+    """
+
+    path: Literal["hf", "bridge"] = "bridge"
+
+    def __init__(
+        self,
+        bridge: Any,
+        layout: BridgeLayout,
+        *,
+        tokenizer: Any | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Keep the parts; use :func:`wrap_bridge` to find them."""
+        self.bridge = bridge
+        self.layout = layout
+        self.tokenizer = tokenizer
+        self.name = name or _name(bridge)
+        self.revision = revision
+        self.shape = layout.shape
+
+    @property
+    def module(self) -> Any:
+        """The model under the bridge, with the bridge's components in it."""
+        return self.bridge.original_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        device: torch.device = next(self.module.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        dtype: torch.dtype = next(self.module.parameters()).dtype
+        return dtype
+
+    @cached_property
+    def limits(self) -> Mapping[str, str]:
+        """What this family cannot be asked, and why."""
+        layers = self.layout.layers.values()
+        limits = {}
+        if any(parts.write_scale is None for parts in layers):
+            limits["linear_write"] = (
+                f"{self.name} applies a norm after attention, so a head's write into the residual "
+                "stream is not z @ W_O."
+            )
+        if self.layout.final is None:
+            limits["readout"] = f"{self.name} has no plain norm before its unembedding."
+        if any(not parts.pattern_is_live and parts.kernel is None for parts in layers):
+            limits["pattern_edit"] = (
+                f"transformer-lens shows the attention patterns of {self.name} only after they "
+                "were used, so that they cannot be edited."
+            )
+        if any(parts.value is None for parts in layers):
+            limits["values"] = f"transformer-lens does not show the values of {self.name}."
+        return limits
+
+    @cached_property
+    def readout(self) -> Readout:
+        """Final norm and unembedding."""
+        if self.layout.final is None:
+            raise UnsupportedModelError(self.limits["readout"])
+        cap = getattr(self.bridge.cfg, "output_logits_soft_cap", None)
+        config = getattr(self.module, "config", None)
+        return measure_readout(
+            self.bridge.unembed.original_component,
+            self.bridge.ln_final.original_component,
+            self.shape.d_model,
+            logit_scale=1.0 if config is None else logit_scale(config),
+            soft_cap=float(cap) if cap is not None and cap > 0 else None,
+        )
+
+    def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """``W_O`` as it reaches the residual stream, the family's multiplier included."""
+        scale = self.layout.layers[layer].write_scale
+        weight: Tensor = self.bridge.blocks[layer].attn.W_O.detach()
+        return weight if scale is None else weight * scale
+
+    def weights(self, layer: int) -> HeadWeights:
+        """All attention weights of one layer; key/value heads not repeated."""
+        return bridge_weights(self.bridge, layer)
+
+    def digest(self) -> str:
+        """SHA-256 over the names and bits of all weights."""
+        return weight_digest(self.module)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        real: Bool[Tensor, "batch pos"] | None = None,
+        observers: Sequence[Observer] = (),
+        edits: Sequence[Edit] = (),
+        logits_at: Int[Tensor, " at"] | None = None,
+    ) -> Float[Tensor, "batch at d_vocab"]:
+        """Run the model once; see :class:`headscope.models.protocol.HeadModel`.
+
+        Edits of ``query`` see queries after rotation where the family shows them so, else before;
+        a query of zeros is uniform attention only without position biases (not in bloom).
+        """
+        padded = real is not None and not bool(real.all())
+        mask = real.to(self.device) if real is not None and padded else None
+        no_logits = logits_at is not None and len(logits_at) == 0
+        run = BridgePass(self.layout, observers, edits, may_stop=no_logits, real=mask)
+        inputs = self._inputs(mask)
+        if logits_at is not None and not no_logits and "logits_to_keep" in self._arguments:
+            inputs["logits_to_keep"] = logits_at.to(self.device)
+            logits_at = None
+        try:
+            with run.attached():
+                logits: Tensor = self.bridge(tokens.to(self.device), return_type="logits", **inputs)
+        except Finished:
+            return torch.empty(len(tokens), 0, self.shape.d_vocab)
+        return logits if logits_at is None else logits[:, logits_at.to(logits.device)]
+
+    def _inputs(self, mask: Tensor | None) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}
+        if mask is not None:
+            inputs["attention_mask"] = mask.long()
+            if "position_ids" in self._arguments:
+                inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+        return inputs
+
+    @cached_property
+    def _arguments(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.module.forward).parameters)
+
+
+def wrap_bridge(
+    bridge: Any,
+    *,
+    name: str | None = None,
+    tokenizer: Any | None = None,
+    revision: str | None = None,
+) -> BridgeModel:
+    """See a ``TransformerBridge`` head by head.
+
+    Args:
+        bridge: the user's own, or one from :func:`bridge_over`.
+        name: what to call it; default: what the bridge calls it.
+        tokenizer: default: the bridge's own.
+        revision: which version of the weights it holds.
+
+    Raises:
+        UnsupportedModelError: if its heads cannot be seen.
+    """
+    name = name or _name(bridge)
+    try:
+        layout = find_bridge_layout(bridge)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name} is not supported: {error}") from error
+    own = getattr(bridge, "tokenizer", None)
+    chosen = own if tokenizer is None else tokenizer
+    return BridgeModel(bridge, layout, tokenizer=chosen, name=name, revision=revision)
+
+
+def bridge_over(module: Any) -> Any:
+    """Build a ``TransformerBridge`` around a second module tree over the same parameter storage.
+
+    A bridge rewires the modules that it wraps, so it gets a tree of its own: an empty one of the
+    same class, to which the first one's parameters and buffers are assigned. Fused projections
+    whose heads lie interleaved (bloom, gpt_neox, phi3, falcon) are copied by transformer-lens.
+
+    Args:
+        module: a transformers model; left as it is.
+
+    Raises:
+        UnsupportedModelError: if transformer-lens cannot run it, or runs it differently.
+    """
+    name = module.config.name_or_path or type(module).__name__
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    try:
+        tree = _second_tree(module)
+        bridge = build_bridge_from_module(
+            tree,
+            architecture=type(module).__name__,
+            hf_config=tree.config,
+            tokenizer=None,
+            model_name=name,
+        )
+    except Exception as error:  # whatever an adapter of another package stumbles over
+        raise UnsupportedModelError(
+            f"{name} ({module.config.model_type}) is not supported: transformer-lens cannot open "
+            f"it ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+        ) from error
+    _check_same(module, bridge, name)
+    return bridge
+
+
+def _second_tree(module: Any) -> Any:
+    """Build a module tree of the same class over the same tensors."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(module.config)
+    config._attn_implementation = "eager"
+    with init_empty_weights(include_buffers=False):
+        tree = type(module)(config)
+    tree.load_state_dict(module.state_dict(), assign=True)
+    buffers = dict(module.named_buffers())
+    for path, _ in list(tree.named_buffers()):
+        owner, _, leaf = path.rpartition(".")
+        tree.get_submodule(owner)._buffers[leaf] = buffers[path]
+    return tree.train(module.training)
+
+
+@torch.no_grad()
+def _check_same(module: Any, bridge: Any, name: str) -> None:
+    """Refuse a bridge whose logits are not those of the model that it was built over."""
+    if module.training:
+        return
+    tokens = tiny_bridge_tokens(bridge)
+    plain = module(input_ids=tokens, use_cache=False).logits.float()
+    difference = float((bridge(tokens, return_type="logits").float() - plain).abs().max())
+    if not difference <= _SAME.get(module.dtype, _SAME_HALF) * float(plain.abs().max()):
+        raise UnsupportedModelError(
+            f"{name} ({module.config.model_type}) is not supported: transformer-lens gives other "
+            f"logits than transformers (by {difference:.2g})."
+        )
+
+
+def _name(bridge: Any) -> str:
+    return str(getattr(bridge.cfg, "model_name", None) or type(bridge.original_model).__name__)

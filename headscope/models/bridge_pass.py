@@ -1,0 +1,211 @@
+"""One forward pass of a ``TransformerBridge``: edits go in, layers are shown."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.models.attention import visible_keys
+from headscope.models.bridge_layout import BridgeLayer, BridgeLayout
+from headscope.models.protocol import Edit, Observer
+from headscope.rows import AttentionRows
+
+# Attention on keys that the config's window hides; above this the config does not tell the truth.
+_STRAY = 1e-3
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
+
+
+class Finished(Exception):  # noqa: N818 - it is no error
+    """Raised inside a pass that has nothing left to show."""
+
+
+@dataclass(frozen=True, eq=False)
+class BridgeLayerView:
+    """One attention layer of a running pass; see :class:`headscope.models.protocol.LayerView`."""
+
+    layer: int
+    pattern: Float[Tensor, "batch head query key"]
+    z: Float[Tensor, "batch query head d_head"]
+    value: Float[Tensor, "batch kv_head query d_head"] | None
+    window: int | None
+    real: Bool[Tensor, "batch query"] | None
+
+    @property
+    def n_queries(self) -> int:
+        """Number of positions in this pass."""
+        return self.pattern.shape[2]
+
+    def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
+        """Rows of these queries as the model computed them, in fp32; a padding query sees itself.
+
+        Raises:
+            UnsupportedModelError: if the layer attends where its config says that it cannot.
+        """
+        positions = query_pos.to(self.pattern.device)
+        n_keys = int(positions.max()) + 1
+        visible = visible_keys(
+            positions, n_keys, self.pattern.shape[0], window=self.window, real=self.real
+        )
+        whole = self.pattern[:, :, positions].float()
+        pattern = whole[..., :n_keys].masked_fill(~visible[:, None], 0.0)
+        stray = whole.sum(-1) - pattern.sum(-1)
+        if self.real is not None:
+            padding = ~self.real[:, None, positions]
+            stray = stray.masked_fill(padding, 0.0)
+            itself = torch.nn.functional.one_hot(positions, n_keys).to(pattern.dtype)
+            pattern = torch.where(padding[..., None], itself, pattern)
+        if bool((stray > _STRAY).any()):
+            raise UnsupportedModelError(
+                f"layer {self.layer} attends to keys that its config says it cannot see (window "
+                f"{self.window})."
+            )
+        return AttentionRows(self.layer, positions, pattern, visible)
+
+    def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
+        """Value vectors as attention used them."""
+        if self.value is None:
+            raise UnsupportedModelError(f"layer {self.layer} does not show its values.")
+        return self.value
+
+
+@dataclass
+class BridgePass:
+    """One forward pass: applies edits, shows layers to observers."""
+
+    layout: BridgeLayout
+    observers: Sequence[Observer]
+    edits: Sequence[Edit]
+    may_stop: bool
+    real: Bool[Tensor, "batch pos"] | None
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook the bridge for the length of one pass; hooks that it already has stay."""
+        with ExitStack() as stack:
+            for parts in self.layout.layers.values():
+                for point, hook in self._hooks(parts):
+                    stack.callback(point.register_forward_hook(hook).remove)
+                if parts.kernel is not None and self._edits(parts.layer, "query", "pattern"):
+                    stack.enter_context(self._inside(parts.kernel, parts.layer))
+            if self._wants_final:
+                if self.layout.final is None:
+                    raise UnsupportedModelError("it has no plain norm before its unembedding.")
+                stack.callback(self.layout.final.register_forward_hook(self._at_final).remove)
+            yield
+
+    @property
+    def _wants_final(self) -> bool:
+        return any(observer.wants_final for observer in self.observers)
+
+    def _edits(self, layer: int, *sites: str) -> list[Edit]:
+        return [edit for edit in self.edits if edit.site in sites and layer in edit.layers]
+
+    def _hooks(self, parts: BridgeLayer) -> Iterator[tuple[nn.Module, Hook]]:
+        layer = parts.layer
+        if self._edits(layer, "query") and parts.kernel is None:
+            if parts.query is None:
+                raise UnsupportedModelError(f"layer {layer} does not show its queries.")
+            yield parts.query, self._at_query(parts)
+        if self._edits(layer, "pattern") and parts.kernel is None and not parts.pattern_is_live:
+            raise UnsupportedModelError(
+                f"layer {layer} shows its attention pattern only after it was used, so that it "
+                "cannot be edited."
+            )
+        if parts.value is not None and self.observers:
+            yield parts.value, self._at_value(parts)
+        yield parts.pattern, self._at_pattern(parts)
+        yield parts.z, self._at_z(parts)
+
+    def _at_query(self, parts: BridgeLayer) -> Hook:
+        heads = self.layout.shape.n_heads
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> Tensor:
+            if parts.query_is_rotated:
+                return self._edited("query", parts.layer, value)
+            query = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
+            edited = self._edited("query", parts.layer, query)
+            return edited.transpose(1, 2).reshape(value.shape)
+
+        return hook
+
+    def _at_value(self, parts: BridgeLayer) -> Hook:
+        heads = self.layout.shape.n_kv_heads
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> None:
+            self.seen["value"] = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
+
+        return hook
+
+    def _at_pattern(self, parts: BridgeLayer) -> Hook:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+            self.seen["pattern"] = value
+            self._show(parts)
+            if parts.pattern_is_live and self._edits(parts.layer, "pattern"):
+                return self._edited("pattern", parts.layer, value.float()).to(value.dtype)
+            return None
+
+        return hook
+
+    def _at_z(self, parts: BridgeLayer) -> Hook:
+        shape = self.layout.shape
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+            z = value.reshape(*value.shape[:2], shape.n_heads, shape.d_head)
+            edited = self._edited("z", parts.layer, z)
+            self.seen["z"] = edited
+            self._show(parts)
+            return None if edited is z else edited.reshape(value.shape)
+
+        return hook
+
+    def _show(self, parts: BridgeLayer) -> None:
+        """Hand the layer over once its pattern and its head outputs are both there."""
+        if "pattern" not in self.seen or "z" not in self.seen:
+            return
+        seen, self.seen = self.seen, {}
+        window = self.layout.shape.windows[parts.layer]
+        view = BridgeLayerView(
+            parts.layer, seen["pattern"], seen["z"], seen.get("value"), window, self.real
+        )
+        for observer in self.observers:
+            observer.on_layer(view)
+        if self.may_stop and parts.layer == max(self.layout.layers) and not self._wants_final:
+            raise Finished
+
+    def _at_final(self, _module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> None:
+        for observer in self.observers:
+            if observer.wants_final:
+                observer.on_final(value)
+        if self.may_stop:
+            raise Finished
+
+    @contextmanager
+    def _inside(self, kernel: Any, layer: int) -> Iterator[None]:
+        """Edit queries and patterns inside a module that computes attention in one piece."""
+        original = kernel._attn
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+            query = self._edited("query", layer, query)
+            z, pattern = original(query, key, value, *rest)
+            if self._edits(layer, "pattern"):
+                edited = self._edited("pattern", layer, pattern.float()).to(value.dtype)
+                z = torch.matmul(edited, value)
+            return z, pattern
+
+        kernel._attn = attend
+        try:
+            yield
+        finally:
+            del kernel._attn
+
+    def _edited(self, site: str, layer: int, value: Tensor) -> Tensor:
+        for edit in self._edits(layer, site):
+            value = edit(layer, value)
+        return value
