@@ -1,0 +1,68 @@
+# Everything a developer runs. Needs only make and Python 3.11 to 3.13.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+
+# torch is by far the largest download, so it does not move with the rest at `make lock`: it is
+# raised here, on purpose.
+TORCH := 2.13.0
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format bench lock clean
+
+help: ## list what can be made
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
+		printf 'make %-8s %s\n' "$$name" "$$what"; done
+
+setup: $(VENV)/.installed ## build .venv from requirements.lock, headscope itself editable
+	@:
+
+demo: setup ## score the bundled model, offline; table and pictures in runs/demo
+	HF_HUB_OFFLINE=1 $(BIN)/headscope scan --out runs/demo
+
+test: lint ## all that CI runs: lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## run every script in benchmarks/
+	@ls benchmarks/bench_*.py > /dev/null 2>&1 || { echo "no benchmarks/bench_*.py here" >&2; exit 2; }
+	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+# Two stamps, because they go stale for different reasons: the downloads when the lock changes, the
+# editable install (entry points, metadata) when pyproject.toml does.
+$(VENV)/.installed: pyproject.toml $(VENV)/.locked
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/.locked: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null || { \
+		echo "headscope needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is" \
+			"$$($(PYTHON) --version 2>&1 || true). Name another one: make setup PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "'$(PYTHON) -m venv' failed; Debian and Ubuntu keep it in the package python3-venv." >&2; exit 2; }
+	@echo "installing $$(grep -c == requirements.lock) packages into $(VENV): minutes, the first time"
+	@$(PIP) install --quiet --requirement requirements.lock
+	@touch $@
+
+lock: ## resolve anew and write requirements.lock
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet '.[dev,paper]' torch==$(TORCH)
+	{ echo "# Written by 'make lock': all that 'make setup' installs. Builds of torch for a GPU bring"; \
+	  echo "# their own nvidia packages, so those are not listed, nor is a build's local suffix."; \
+	  build/lock/bin/python -m pip freeze --exclude headscope \
+		| sed -E 's/\+[^ ]*$$//; /^(nvidia|cuda|triton)(-|=)/d'; } > requirements.lock
+	rm -rf build/lock
+
+clean: ## remove caches and builds; .venv and runs/ stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find headscope tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,178 @@
+"""Reads the package's sources and finds imports and words where they do not belong."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+# The floors of the house, ground floor first. Imports go strictly downwards.
+FLOORS = (
+    {"errors"},
+    {"heads", "rows", "stats", "memory", "progress", "configs", "files"},
+    {"outputs", "inputs"},
+    {"table", "metrics", "edits", "probes"},
+    {"scorers", "plots", "models"},
+    {"capture", "circuits", "lens"},
+    {"accumulate"},
+    {"scoring", "ablation"},
+    {"pruning"},
+    {"sweeps", "report"},
+    {"cli"},
+    {"__main__"},
+)
+
+_BASE = {"errors", "heads"}
+_DISK = {"configs", "files"}
+_TENSORS = _BASE | {"rows", "outputs", "inputs", "memory", "progress"}
+_SEES_MODELS = _TENSORS | {"edits", "probes", "table", "stats", "models"}
+_RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
+
+# Who may import whom. Floors alone would let `capture` import `scorers` or `sweeps` import
+# `plots`; a new line here is a decision about the design, not a formality.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "heads": {"errors"},
+    "rows": {"errors"},
+    "stats": {"errors"},
+    "memory": {"errors"},
+    "progress": set(),
+    "configs": {"errors"},
+    "files": {"errors"},
+    "outputs": {"errors", "rows"},
+    "inputs": {"errors"},
+    "table": {"errors", "heads", "stats", "files"},
+    "metrics": {"errors"},
+    "edits": {"errors", "heads"},
+    "probes": {"errors", "heads", "configs"},
+    "scorers": {"errors", "heads", "rows", "outputs", "inputs", "probes"},
+    "plots": {"errors", "heads", "stats", "table"},
+    "models": {"errors", "heads", "rows", "outputs", "inputs", "edits", "memory"},
+    "capture": _TENSORS | {"edits", "probes", "models"},
+    "circuits": _TENSORS | {"stats", "table", "models"},
+    "lens": _SEES_MODELS,
+    "accumulate": _TENSORS | {"probes", "scorers", "models", "capture"},
+    "scoring": _RUNS_MODELS,
+    "ablation": _RUNS_MODELS - {"scorers", "accumulate"},
+    "pruning": _RUNS_MODELS | {"scoring", "ablation"},
+    "sweeps": _RUNS_MODELS | _DISK | {"circuits", "lens", "scoring", "ablation", "pruning"},
+    "report": {"errors", "heads", "files", "stats", "table", "plots"},
+    "cli": set().union(*FLOORS[:-2]),
+    "__main__": {"cli"},
+}
+
+MODEL_FILES = r"models/(hf|bridge)\w*\.py|models/bundled/training/.*"
+
+# A library -> the files that may import it (patterns on the path below headscope/).
+ONLY_IN = {
+    "transformer_lens": r"models/bridge\.py",
+    "plotly": r"(plots|report)/.*",
+}
+# A library -> the files that may not.
+NOT_IN = {
+    "torch": r"plots/.*|table\w*\.py|tables?/.*|heads\.py|errors\.py",
+}
+
+# Names of modules and hooks inside models, as words in strings or as attributes.
+HOOK_WORDS = re.compile(
+    r"""\b(?: hook_\w* | [qkvo]_proj | c_(?:attn|proj) | query_key_value | qkv_proj
+      | self_attn(?:ention)? | embed_(?:tokens|positions|in|out) | lm_head | wte | wpe | ln_f
+      | register_(?:full_)?(?:forward|backward)_(?:pre_)?hook )\b
+      | \bblocks\. | \btransformer\.h\b | \bmodel\.layers\b""",
+    re.VERBOSE,
+)
+
+MAX_LINES = 300
+
+
+class Found(NamedTuple):
+    """Something out of place."""
+
+    file: str
+    line: int
+    what: str
+
+    def __str__(self) -> str:
+        """One line, clickable in most terminals."""
+        return f"headscope/{self.file}:{self.line}: {self.what}"
+
+
+def violations(package: Path) -> list[Found]:
+    """Everything out of place in the sources below ``package``, which is named headscope."""
+    found: list[Found] = []
+    for path in sorted(package.rglob("*.py")):
+        file = path.relative_to(package).as_posix()
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text, str(path))
+        lines = len(text.splitlines())
+        if lines > MAX_LINES:
+            found.append(Found(file, MAX_LINES, f"{lines} lines, more than {MAX_LINES}"))
+        for line, module in imports(tree, file):
+            found += check_import(file, line, module)
+        if not re.fullmatch(MODEL_FILES, file):
+            found += hook_words(tree, file)
+    return found
+
+
+def unit(parts: tuple[str, ...]) -> str:
+    """The floor plan's name for a module: ``("models", "hf")`` -> ``"models"``."""
+    return parts[0] if parts else "__init__"
+
+
+def imports(tree: ast.AST, file: str) -> Iterator[tuple[int, str]]:
+    """Every imported module by its absolute name, wherever in the file the import stands."""
+    package = ("headscope", *Path(file).parent.parts)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *((node.module,) if node.module else ())))
+            if module == "headscope":  # the names may be modules
+                yield from ((node.lineno, f"headscope.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, module
+
+
+def check_import(file: str, line: int, module: str) -> Iterator[Found]:
+    """What is wrong with one import."""
+    top, *rest = module.split(".")
+    if top == "headscope":
+        yield from check_floor(file, line, unit(tuple(rest)))
+    only = ONLY_IN.get(top)
+    if only and not re.fullmatch(only, file):
+        yield Found(file, line, f"imports {top}, which belongs to {only}")
+    banned = NOT_IN.get(top)
+    if banned and re.fullmatch(banned, file):
+        yield Found(file, line, f"imports {top}, which this file must do without")
+
+
+def check_floor(file: str, line: int, target: str) -> Iterator[Found]:
+    """What is wrong with importing ``target``, a module directly under headscope."""
+    source = unit(Path(file).with_suffix("").parts)
+    if source in ("__init__", target) or target == "__version__":
+        return
+    if source not in ALLOWED:
+        yield Found(file, line, f"{source} has no place in tests/house/layers.py yet")
+    elif target not in ALLOWED[source]:
+        what = "the public surface" if target == "__init__" else target
+        yield Found(file, line, f"{source} imports {what}, which its floor plan does not allow")
+
+
+def hook_words(tree: ast.AST, file: str) -> Iterator[Found]:
+    """Names of modules and hooks in strings and attributes; docstrings may speak of them."""
+    prose = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            word = node.value
+        elif isinstance(node, ast.Attribute):
+            word = node.attr
+        else:
+            continue
+        match = HOOK_WORDS.search(word)
+        if match:
+            yield Found(file, node.lineno, f"{match[0]!r} may be written in {MODEL_FILES} only")

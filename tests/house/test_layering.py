@@ -1,0 +1,79 @@
+"""The floors of the house hold: who may import whom, and which words stand where."""
+
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+from tests.house.layers import ALLOWED, FLOORS, MAX_LINES, unit, violations
+
+PACKAGE = Path(__file__).parents[2] / "headscope"
+
+
+def test_sources_keep_to_the_floor_plan() -> None:
+    found = violations(PACKAGE)
+    assert not found, "\n" + "\n".join(map(str, found))
+
+
+def test_every_module_has_a_place() -> None:
+    units = {
+        unit(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
+    }
+    assert units - set(ALLOWED) <= {"__init__"}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_allowed_imports_go_strictly_downwards(name: str) -> None:
+    below = set().union(*takewhile(lambda floor: name not in floor, FLOORS))
+    assert ALLOWED[name] <= below
+    assert name in set().union(*FLOORS)
+
+
+PLANTED = {
+    # file: (source, what the finding must say)
+    "capture.py": ("from headscope.scorers.base import row_scorer", "capture imports scorers"),
+    "scorers/mine.py": ("def f():\n    import headscope.table as t", "scorers imports table"),
+    "scorers/rel.py": ("from ..models.hf import HFModel", "scorers imports models"),
+    "sweeps/run.py": ("from headscope import plots", "sweeps imports plots"),
+    "lens/direct.py": ("import headscope", "lens imports the public surface"),
+    "novelty.py": ("from headscope import heads", "novelty has no place"),
+    "models/load.py": ("import transformer_lens.model_bridge", "imports transformer_lens"),
+    "models/late.py": ("def f():\n    from plotly import express", "imports plotly"),
+    "plots/heatmap.py": ("import torch.nn as nn", "imports torch"),
+    "table.py": ("from torch import Tensor", "imports torch"),
+    "tables/wide.py": ("import torch", "imports torch"),
+    "ablation.py": ("HOOK = 'hook_z'", "'hook_z'"),
+    "circuits/ov.py": ("def f(m):\n    return m.self_attn.o_proj", "'o_proj'"),
+    "scoring.py": ("def f(m, g):\n    m.register_forward_pre_hook(g)", "register_forward_pre_hook"),
+    "models/bundled/card.py": ("names = f'{1}.embed_tokens'", "'embed_tokens'"),
+    "edits.py": ("x = 1\n" * (MAX_LINES + 1), "more than 300"),
+}
+
+
+@pytest.mark.parametrize("file", PLANTED)
+def test_a_planted_violation_is_found(file: str, tmp_path: Path) -> None:
+    source, expected = PLANTED[file]
+    planted = tmp_path / "headscope" / file
+    planted.parent.mkdir(parents=True)
+    planted.write_text(source)
+    found = violations(tmp_path / "headscope")
+    assert any(expected in str(one) for one in found), found
+
+
+FINE = {
+    "models/bridge.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
+    "models/hf_layout.py": "from headscope.rows import AttentionRows\nx = 'self_attn.o_proj'",
+    "models/bundled/training/train.py": "def f(m):\n    return m.lm_head",
+    "report/page.py": "from plotly import graph_objects\nfrom headscope.plots import heatmap",
+    "scoring.py": '"""Unlike hook_z, ..."""\nfrom headscope import __version__, capture',
+    "probes/needle.py": "from .probe import Probe\nfrom headscope.probes.probe import Probe as P",
+    "__init__.py": "from headscope.cli import main",
+}
+
+
+@pytest.mark.parametrize("file", FINE)
+def test_what_is_allowed_is_not_found(file: str, tmp_path: Path) -> None:
+    written = tmp_path / "headscope" / file
+    written.parent.mkdir(parents=True)
+    written.write_text(FINE[file])
+    assert violations(tmp_path / "headscope") == []

@@ -1,0 +1,150 @@
+"""Promises about the whole repository: safe loading, honest metadata, a complete wheel."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import headscope
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "headscope"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+FETCHES = {"requests", "urllib", "urllib3", "httpx", "http", "socket"}
+# An import name that is not its distribution's name.
+DISTRIBUTION = {"yaml": "pyyaml", "transformer_lens": "transformer-lens"}
+# Comes with transformers and says so in transformers' own interface.
+VIA_TRANSFORMERS = {"tokenizers", "huggingface_hub"}
+
+
+def unsafe(source: str) -> Iterator[str]:
+    """Every place in a source where foreign data could run as code."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for name in imported(node):
+                if name in RUNS_CODE:
+                    yield f"line {node.lineno}: imports {name}"
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if called in ("eval", "exec"):
+                yield f"line {node.lineno}: {called}"
+            if called == "torch.load" and given.get("weights_only") != "True":
+                yield f"line {node.lineno}: torch.load without weights_only=True"
+            if re.fullmatch(r"yaml\.(load|load_all|unsafe_load\w*|full_load\w*)", called):
+                yield f"line {node.lineno}: {called} instead of yaml.safe_load"
+            for risk in ("allow_pickle", "trust_remote_code"):
+                if given.get(risk) == "True":
+                    yield f"line {node.lineno}: {risk}=True"
+
+
+def imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """Top-level names of what an import statement imports; nothing for relative imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [] if node.level or not node.module else [node.module.split(".")[0]]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_nothing_runs_foreign_data(path: Path) -> None:
+    assert list(unsafe(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from dill import loads",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "yaml.unsafe_load(text)",
+        "eval('1')",
+        "np.load(path, allow_pickle=True)",
+        "from_pretrained(name, trust_remote_code=True)",
+    ],
+)
+def test_unsafe_code_is_recognised(source: str) -> None:
+    assert list(unsafe(source))
+
+
+@pytest.mark.parametrize(
+    "source", ["model.eval()", "torch.load(path, weights_only=True)", "yaml.safe_load(text)"]
+)
+def test_safe_code_is_let_through(source: str) -> None:
+    assert list(unsafe(source)) == []
+
+
+def test_pictures_and_reports_fetch_nothing() -> None:
+    for path in (*PACKAGE.glob("plots/**/*"), *PACKAGE.glob("report/**/*")):
+        if path.suffix not in {".py", ".html", ".js", ".css"}:
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"""(?:src|href|url|fetch|import)\W{1,3}(?:https?:)?//""", text), path
+        assert not re.search(r"""include_plotlyjs\s*=\s*["']cdn""", text), path
+        if path.suffix == ".py":
+            nodes = ast.walk(ast.parse(text))
+            names = {
+                n
+                for node in nodes
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for n in imported(node)
+            }
+            assert not names & FETCHES, path
+
+
+def test_every_library_used_is_declared() -> None:
+    extras = PROJECT["optional-dependencies"]
+    optional = (one for name in extras if name != "dev" for one in extras[name])
+    declared = {Requirement(one).name for one in (*PROJECT["dependencies"], *optional)}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                used = set(imported(node)) - sys.stdlib_module_names - {"headscope"}
+                missing = {DISTRIBUTION.get(name, name) for name in used - VIA_TRANSFORMERS}
+                assert missing <= declared, f"{path}:{node.lineno}"
+
+
+def test_version_is_stated_once_in_effect() -> None:
+    assert PROJECT["version"] == headscope.__version__
+    assert importlib.metadata.version("headscope") == headscope.__version__
+
+
+def test_lock_is_portable_and_satisfies_pyproject() -> None:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin) for pin in pins)
+    locked = {
+        re.sub(r"[-_.]+", "-", name).lower(): version
+        for name, version in (pin.split("==") for pin in pins)
+    }
+    assert not [name for name in locked if name.startswith(("nvidia-", "cuda-"))]
+    extras = PROJECT["optional-dependencies"]
+    for text in (*PROJECT["dependencies"], *extras["dev"], *extras["paper"]):
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(locked[wanted.name.lower()]), text
+
+
+def test_wheel_holds_types_and_data(tmp_path: Path) -> None:
+    code = (
+        "import sys; from hatchling.builders.wheel import WheelBuilder as B; "
+        "[*B(sys.argv[1]).build(directory=sys.argv[2], versions=['standard'])]"
+    )
+    subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], check=True)
+    (wheel,) = tmp_path.glob("headscope-*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    data = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {path.relative_to(ROOT).as_posix() for path in data} <= held
+    assert "headscope/py.typed" in held
+    assert not [name for name in held if name.startswith(("tests/", "runs/", ".venv/"))]
