@@ -1,7 +1,7 @@
 """What every way of running a model offers to the rest of headscope."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from headscope.outputs import HeadWeights, Readout
 from headscope.rows import AttentionRows
 
 
+@runtime_checkable
 class LayerView(Protocol):
     """One attention layer of a running forward pass, handed over as it completes.
 
@@ -38,6 +39,7 @@ class LayerView(Protocol):
         """Value vectors as attention used them."""
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Something that watches a forward pass."""
 
@@ -52,6 +54,7 @@ class Observer(Protocol):
         """False lets the pass stop after the last attention layer."""
 
 
+@runtime_checkable
 class Edit(Protocol):
     """An intervention on heads during a forward pass.
 
@@ -72,6 +75,7 @@ class Edit(Protocol):
         """Return the edited value; the input is left as it is."""
 
 
+@runtime_checkable
 class ModelParts(Protocol):
     """What stands between weights and what they do: norms, positions, embedding, first MLP."""
 
@@ -106,6 +110,7 @@ class ModelParts(Protocol):
         """Residual stream that enters each of these layers."""
 
 
+@runtime_checkable
 class HeadModel(Protocol):
     """A language model seen head by head. ``hf.py`` and ``bridge.py`` implement it."""
 
