@@ -93,7 +93,7 @@ DEFAULT: tuple[str, ...] = (
 )
 
 
-def resolve(scorers: Iterable[str | Scorer]) -> tuple[Scorer, ...]:
+def resolve(scorers: Iterable[str | Scorer] | Scorer) -> tuple[Scorer, ...]:
     """Turn names and scorers of your own into scorers, in the order given.
 
     Raises:
