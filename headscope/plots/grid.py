@@ -1,0 +1,181 @@
+"""Layer x head heatmaps: one score, or several side by side."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+from plotly.subplots import make_subplots
+
+from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
+from headscope.plots.text import label
+from headscope.table import HeadScores, HeadTable
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 96, 66, 50
+Limits = tuple[float, float]
+
+
+def heatmap(
+    scores: HeadScores | HeadTable, *, limits: Limits | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Mean of every head: layers downwards from 0, heads to the right.
+
+    A score with a sign is coloured about 0 and equally far to both sides; any other from its
+    lower to its upper bound, so that two pictures of one score can be compared. Grey cells have
+    no value.
+
+    Args:
+        scores: one score; a table shows all of its scores, as :func:`heatmaps` does.
+        limits: values of the first and last colour.
+        theme: ``light`` or ``dark``.
+    """
+    if isinstance(scores, HeadTable):
+        return heatmaps(scores, theme=theme)
+    layers, heads = scores.mean.shape
+    cell = _cell(layers, heads)
+    figure = go.Figure(_trace(scores, limits, theme))
+    figure.data[0].colorbar.update(x=1.0, xpad=10, thickness=14, len=1.0)
+    _axes(figure, layers, heads, theme)
+    width = max(cell * heads + _LEFT + _RIGHT, 380)
+    height = cell * layers + _TOP + _BOTTOM
+    dress(
+        figure,
+        theme,
+        title=label(scores.name),
+        subtitle=_subtitle(scores),
+        width=width,
+        height=max(height, 220),
+    )
+    figure.update_layout(
+        plot_bgcolor=STYLES[theme].missing,
+        margin={"l": _LEFT, "r": _RIGHT, "t": _TOP, "b": _BOTTOM},
+    )
+    return figure
+
+
+def heatmaps(
+    table: HeadTable,
+    names: Sequence[str] | None = None,
+    *,
+    columns: int = 3,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Several scores side by side, each with its own colours, as in :func:`heatmap`.
+
+    Args:
+        table: scores of one model.
+        names: which, in this order; default: all.
+        columns: panels in a row.
+        theme: ``light`` or ``dark``.
+    """
+    shown = [table[name] for name in (table if names is None else names)]
+    layers, heads = table.shape
+    across = min(columns, len(shown))
+    down = math.ceil(len(shown) / across)
+    cell = max(5, _cell(layers, heads) * 2 // 3)
+    panel = (max(cell * heads, 130) + _LEFT + _RIGHT - 10, max(cell * layers, 90) + 84)
+    width, height = panel[0] * across, panel[1] * down + 40
+    figure = make_subplots(
+        rows=down,
+        cols=across,
+        subplot_titles=[f"{label(one.name)}{_unit(one)}" for one in shown],
+        horizontal_spacing=(_LEFT + _RIGHT - 30) / width if across > 1 else 0,
+        vertical_spacing=84 / height if down > 1 else 0,
+    )
+    for i, one in enumerate(shown):
+        row, column = divmod(i, across)
+        figure.add_trace(_trace(one, None, theme), row=row + 1, col=column + 1)
+        at = figure.get_subplot(row + 1, column + 1)
+        x, y = at.xaxis.domain, at.yaxis.domain
+        figure.data[i].colorbar.update(
+            x=x[1], xpad=6, y=(y[0] + y[1]) / 2, len=y[1] - y[0], thickness=10, title=None
+        )
+    _axes(figure, layers, heads, theme)
+    model = shown[0].provenance.model
+    dress(figure, theme, title=label(model) or "scores", subtitle="", width=width, height=height)
+    figure.update_annotations(font={"size": 13, "color": STYLES[theme].text}, yshift=3)
+    figure.update_layout(
+        plot_bgcolor=STYLES[theme].missing, margin={"l": _LEFT, "r": 70, "t": 76, "b": _BOTTOM}
+    )
+    return figure
+
+
+def _trace(scores: HeadScores, limits: Limits | None, theme: Theme) -> go.Heatmap:
+    """Coloured cells with what is known of each head on hover."""
+    low, high = limits or _limits(scores)
+    layers, heads = scores.mean.shape
+    kv_head = np.broadcast_to(np.arange(heads) // (heads // scores.kv_heads), (layers, heads))
+    columns: list[tuple[str, Float[np.ndarray, "layer head"], str]] = [
+        ("KV head", kv_head.astype(float), "d"),
+        ("standard error", scores.sem, ".2g"),
+        ("null", scores.null, ".3g"),
+        ("p, adjusted", scores.p_adjusted, ".1e"),
+    ]
+    known = [column for column in columns if np.isfinite(column[1]).any()]
+    lines = [f"{name} %{{customdata[{i}]:{form}}}" for i, (name, _, form) in enumerate(known)]
+    unit = f" {label(scores.unit)}" if scores.unit else ""
+    return go.Heatmap(
+        z=scores.mean.astype(np.float32),
+        customdata=np.stack([column for _, column, _ in known], -1).astype(np.float32),
+        hovertemplate="<br>".join([f"<b>L%{{y}}H%{{x}}</b> %{{z:.3g}}{unit}", *lines])
+        + "<extra></extra>",
+        hoverongaps=False,
+        zmin=low,
+        zmax=high,
+        colorscale=STYLES[theme].diverging if scores.signed else SEQUENTIAL,
+        colorbar={"title": {"text": label(scores.unit), "side": "right"}, "outlinewidth": 0},
+        xgap=1 if max(layers, heads) <= 40 else 0,
+        ygap=1 if max(layers, heads) <= 40 else 0,
+    )
+
+
+def _limits(scores: HeadScores) -> Limits:
+    """First and last value of the colour scale."""
+    seen = scores.mean[np.isfinite(scores.mean)]
+    if seen.size == 0:
+        return (0.0, 1.0)
+    if scores.signed:
+        reach = float(np.abs(seen).max()) or 1.0
+        return (-reach, reach)
+    low = float(seen.min()) if scores.bounds[0] is None else scores.bounds[0]
+    high = float(seen.max()) if scores.bounds[1] is None else scores.bounds[1]
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def _axes(figure: go.Figure, layers: int, heads: int, theme: Theme) -> None:
+    """Whole numbers, layer 0 on top, square cells."""
+    common: dict[str, Any] = {"showgrid": False, "zeroline": False, "constrain": "domain"}
+    figure.update_xaxes(
+        title_text="head", dtick=_tick(heads), tick0=0, range=[-0.5, heads - 0.5], **common
+    )
+    figure.update_yaxes(
+        title_text="layer", dtick=_tick(layers), tick0=0, range=[layers - 0.5, -0.5], **common
+    )
+
+
+def _unit(scores: HeadScores) -> str:
+    """Unit in brackets; probabilities are told by their colour bar."""
+    return f" ({label(scores.unit)})" if scores.unit not in ("", "attention") else ""
+
+
+def _subtitle(scores: HeadScores) -> str:
+    """Model, number of examples, and what grey means where there is grey."""
+    parts = [label(scores.provenance.model)] if scores.provenance.model else []
+    most = int(scores.n.max(initial=0))
+    if most > 1:
+        parts.append(f"mean of {most} examples")
+    if np.isnan(scores.mean).any():
+        parts.append("grey: no value")
+    return ", ".join(parts)
+
+
+def _cell(layers: int, heads: int) -> int:
+    """Side of a cell in pixels."""
+    return int(min(34, max(9, 420 / max(layers, heads))))
+
+
+def _tick(n: int) -> int:
+    """Distance between ticks that leaves at most 16."""
+    return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, n) if n / step <= 16)

@@ -1,0 +1,105 @@
+import builtins
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+
+from headscope import plots
+from headscope.errors import InputError
+from headscope.plots.export import draw
+from tests.table.helpers import model_table, scores
+
+
+class Addresses(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_html_is_whole_and_fetches_nothing(tmp_path):
+    plots.save(plots.heatmap(scores()), tmp_path / "x.html")
+    page = (tmp_path / "x.html").read_text()
+    parser = Addresses()
+    parser.feed(page)
+    assert parser.found == []
+    assert len(page) > 1_000_000
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+def test_the_same_figure_is_the_same_bytes(tmp_path, kind):
+    for name in "ab":
+        plots.save(plots.ranking(scores()), tmp_path / f"{name}.{kind}")
+    assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+
+
+def test_a_drawn_heatmap_has_the_cells_colours_and_direction():
+    one = model_table()["effect"]
+    figure = plots.heatmap(one)
+    area, bar = draw(figure).axes
+    mesh = area.collections[0]
+    np.testing.assert_allclose(mesh.get_array().filled(np.nan), one.mean, rtol=1e-6)
+    assert mesh.get_clim() == (figure.data[0].zmin, figure.data[0].zmax)
+    assert area.get_ylim() == (3.5, -0.5)
+    assert (area.get_xlabel(), area.get_ylabel(), bar.get_ylabel()) == ("head", "layer", "logits")
+
+
+def test_drawn_bars_points_and_lines():
+    bars = draw(plots.ranking(scores(), 3)).axes[0]
+    assert [round(bar.get_height(), 3) for bar in bars.patches[:3]] == [0.9, 0.8, 0.2]
+    points = draw(plots.scatter(scores("a"), scores("b"))).axes[0]
+    assert len(points.collections[0].get_offsets()) == 4
+    line = go.Figure(go.Scatter(x=[1, 10], y=[3, 4], mode="lines")).update_xaxes(type="log")
+    drawn = draw(line).axes[0]
+    assert drawn.lines[0].get_ydata().tolist() == [3, 4]
+    assert drawn.get_xscale() == "log"
+
+
+def test_every_picture_of_the_package_can_be_drawn(tmp_path):
+    table = model_table()
+    for theme in ("light", "dark"):
+        for figure in (
+            plots.heatmaps(table, theme=theme),
+            plots.ranking(table["effect"], theme=theme),
+            plots.scatter(table["effect"], table["induction"], theme=theme),
+            plots.attention_pattern(np.eye(3), ["<b>", "$a_b$", "\\n"], theme=theme),
+        ):
+            plots.save(figure, tmp_path / "x.png")
+            assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_dollar_is_no_formula_and_an_entity_is_read():
+    drawn = draw(plots.heatmap(scores("<b> $x_1$ & more")))
+    texts = [text.get_text() for text in drawn.texts]
+    assert texts[0] == r"<b> \$x_1\$ & more"
+
+
+def test_unknown_endings_and_traces(tmp_path):
+    with pytest.raises(InputError, match=r"\.html, \.png"):
+        plots.save(plots.heatmap(scores()), tmp_path / "x.gif")
+    with pytest.raises(InputError, match="pie"):
+        plots.save(go.Figure(go.Pie(values=[1])), tmp_path / "x.png")
+
+
+def test_matplotlib_is_optional(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"headscope\[paper\]"):
+        plots.save(plots.heatmap(scores()), tmp_path / "x.png")
+
+
+def test_importing_plots_loads_neither_torch_nor_matplotlib():
+    code = "import sys, headscope.plots; print({'torch', 'matplotlib'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
