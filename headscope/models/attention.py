@@ -82,6 +82,14 @@ class AttentionCall:
         grouped = query.reshape(batch, kv_heads, -1, d_head)
         scores = torch.matmul(grouped, self.key_fp32[:, :, :n_keys].mT)
         scores = scores.view(batch, -1, len(positions), n_keys)
+        return AttentionRows(self.layer, positions, self.softmax(scores, visible), visible)
+
+    def softmax(
+        self,
+        scores: Float[Tensor, "batch head query key"],
+        visible: Bool[Tensor, "batch query key"],
+    ) -> Float[Tensor, "batch head query key"]:
+        """Probabilities of scaled scores, which are written over: cap, mask and sink included."""
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         scores = scores.masked_fill_(~visible[:, None], float("-inf"))
@@ -89,7 +97,7 @@ class AttentionCall:
         if self.sinks is not None:
             total = torch.logsumexp(scores, -1, keepdim=True)
             pattern = pattern * torch.sigmoid(total - self.sinks.float()[None, :, None, None])
-        return AttentionRows(self.layer, positions, pattern, visible)
+        return pattern
 
     def average(
         self, pattern: Float[Tensor, "batch head query key"]
@@ -108,7 +116,7 @@ def visible_keys(
     batch: int,
     *,
     window: int | None,
-    real: Bool[Tensor, "batch key"] | None,
+    real: Bool[Tensor, "batch pos"] | None,
 ) -> Bool[Tensor, "batch query key"]:
     """Which of the first ``n_keys`` keys each query position sees under causal attention."""
     keys = torch.arange(n_keys, device=positions.device)

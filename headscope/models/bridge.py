@@ -6,6 +6,7 @@ The only file that imports transformer_lens, and only inside functions.
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Literal
 
@@ -150,6 +151,10 @@ class BridgeModel:
         except Finished:
             return torch.empty(len(tokens), 0, self.shape.d_vocab)
         return logits if logits_at is None else logits[:, logits_at.to(logits.device)]
+
+    def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """Scope in which every pass of the bridge is edited, generation too; restored after."""
+        return BridgePass(self.layout, (), edits, may_stop=False, real=None).attached()
 
     def _inputs(self, mask: Tensor | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}

@@ -18,6 +18,9 @@ from headscope.rows import AttentionRows
 # Attention on keys that the config's window hides; above this the config does not tell the truth.
 _STRAY = 1e-3
 
+# Sites that are edited inside a module which computes attention in one piece.
+_INSIDE = ("query", "key", "value", "pattern")
+
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
 
 
@@ -92,7 +95,7 @@ class BridgePass:
             for parts in self.layout.layers.values():
                 for point, hook in self._hooks(parts):
                     stack.callback(point.register_forward_hook(hook).remove)
-                if parts.kernel is not None and self._edits(parts.layer, "query", "pattern"):
+                if parts.kernel is not None and self._edits(parts.layer, *_INSIDE):
                     stack.enter_context(self._inside(parts.kernel, parts.layer))
             if self._wants_final:
                 if self.layout.final is None:
@@ -118,8 +121,13 @@ class BridgePass:
                 f"layer {layer} shows its attention pattern only after it was used, so that it "
                 "cannot be edited."
             )
-        if parts.value is not None and self.observers:
-            yield parts.value, self._at_value(parts)
+        if parts.kernel is None and self._edits(layer, "key"):
+            raise UnsupportedModelError(f"layer {layer} does not show its keys as it uses them.")
+        edits_value = parts.kernel is None and bool(self._edits(layer, "value"))
+        if edits_value and parts.value is None:
+            raise UnsupportedModelError(f"layer {layer} does not show its values.")
+        if parts.value is not None and (self.observers or edits_value):
+            yield parts.value, self._at_value(parts, edits_value)
         yield parts.pattern, self._at_pattern(parts)
         yield parts.z, self._at_z(parts)
 
@@ -135,11 +143,15 @@ class BridgePass:
 
         return hook
 
-    def _at_value(self, parts: BridgeLayer) -> Hook:
+    def _at_value(self, parts: BridgeLayer, edits: bool) -> Hook:
         heads = self.layout.shape.n_kv_heads
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> None:
-            self.seen["value"] = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
+        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+            by_head = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
+            by_head = self._edited("value", parts.layer, by_head) if edits else by_head
+            if self.observers:
+                self.seen["value"] = by_head
+            return by_head.transpose(1, 2).reshape(value.shape) if edits else None
 
         return hook
 
@@ -193,6 +205,8 @@ class BridgePass:
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
             query = self._edited("query", layer, query)
+            key = self._edited("key", layer, key)
+            value = self._edited("value", layer, value)
             z, pattern = original(query, key, value, *rest)
             if self._edits(layer, "pattern"):
                 edited = self._edited("pattern", layer, pattern.float()).to(value.dtype)

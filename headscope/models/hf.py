@@ -2,9 +2,8 @@
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Literal
 
@@ -13,47 +12,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.attention import AttentionCall, fused
-from headscope.models.hf_interface import register, routed
-from headscope.models.hf_layout import LayerParts, Layout, find_layout
+from headscope.models.hf_interface import register
+from headscope.models.hf_layout import Layout, find_layout
 from headscope.models.hf_parts import HFParts
+from headscope.models.hf_pass import Finished, Pass
 from headscope.models.hf_readout import find_readout
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
-from headscope.rows import AttentionRows
-
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class _Finished(Exception):
-    """Raised inside a pass that has nothing left to show."""
-
-
-@dataclass(frozen=True, eq=False)
-class HFLayerView:
-    """One attention layer of a running pass; see :class:`headscope.models.protocol.LayerView`."""
-
-    call: AttentionCall
-    z: Float[Tensor, "batch pos head d_head"]
-
-    @property
-    def layer(self) -> int:
-        """The model's layer number."""
-        return self.call.layer
-
-    @property
-    def n_queries(self) -> int:
-        """Number of positions in this pass."""
-        return self.call.n_queries
-
-    def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
-        """Exact softmax rows of these queries, in fp32."""
-        return self.call.rows(query_pos.to(self.call.query.device))
-
-    def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
-        """Value vectors as attention used them."""
-        return self.call.value
 
 
 class HFModel:
@@ -129,7 +96,7 @@ class HFModel:
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """``W_O`` as it reaches the residual stream, the family's multiplier included."""
         parts = self.layout.layers[layer]
-        weight: Tensor = parts.projection.weight.detach()  # type: ignore[assignment, operator]
+        weight = parts.projection.get_parameter("weight").detach()
         if isinstance(parts.projection, nn.Linear):
             weight = weight.T
         scale = 1.0 if parts.write_scale is None else parts.write_scale
@@ -169,15 +136,19 @@ class HFModel:
         """Run the model once; see :class:`headscope.models.protocol.HeadModel`."""
         inputs = self._inputs(tokens, real)
         no_logits = logits_at is not None and len(logits_at) == 0
-        run = _Pass(self.layout, observers, edits, may_stop=no_logits)
+        run = Pass(self.layout, observers, edits, may_stop=no_logits)
         with run.attached():
             try:
                 if no_logits:
                     self.module.base_model(**inputs)
                     return torch.empty(len(tokens), 0, self.shape.d_vocab)
                 return self._logits(inputs, logits_at)
-            except _Finished:
+            except Finished:
                 return torch.empty(len(tokens), 0, self.shape.d_vocab)
+
+    def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """Scope in which every pass of ``module`` is edited, generation too; restored after."""
+        return Pass(self.layout, (), edits, may_stop=False).attached()
 
     def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": tokens.to(self.device), "use_cache": False}
@@ -204,85 +175,11 @@ class HFModel:
         return logits[:, logits_at.to(logits.device)]
 
 
-@dataclass
-class _Pass:
-    """One forward pass: routes attention, applies edits, shows layers to observers."""
-
-    layout: Layout
-    observers: Sequence[Observer]
-    edits: Sequence[Edit]
-    may_stop: bool
-    parts: dict[nn.Module, LayerParts] = field(init=False)
-    pending: AttentionCall | None = None
-
-    def __post_init__(self) -> None:
-        """Index the layers by the module that calls attention."""
-        self.parts = self.layout.by_attention()
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hook the model for the length of one pass."""
-        handles = []
-        try:
-            if self.observers or any(edit.site == "z" for edit in self.edits):
-                for parts in self.layout.layers.values():
-                    hook = self._at_projection(parts.layer)
-                    handles.append(parts.projection.register_forward_pre_hook(hook))
-            if any(observer.wants_final for observer in self.observers):
-                if self.layout.final_norm is None:
-                    raise UnsupportedModelError("it has no plain norm before its unembedding.")
-                handles.append(self.layout.final_norm.register_forward_pre_hook(self._at_final))
-            with routed(self.layout.configs, self._attend):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
-        layer = self.parts[module].layer
-        query = self._edited("query", layer, call.query)
-        call = replace(call, layer=layer, query=query)
-        self.pending = call if self.observers else None
-        if not any(edit.site == "pattern" and layer in edit.layers for edit in self.edits):
-            return fused(call)
-        positions = torch.arange(call.first_query, call.n_keys, device=query.device)
-        return call.average(self._edited("pattern", layer, call.rows(positions).pattern))
-
-    def _at_projection(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
-        last = max(self.layout.layers)
-        shape = self.layout.shape
-
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            z = args[0].unflatten(-1, (shape.n_heads, shape.d_head))
-            edited = self._edited("z", layer, z)
-            if self.pending is not None:
-                view = HFLayerView(self.pending, edited)
-                self.pending = None
-                for observer in self.observers:
-                    observer.on_layer(view)
-            if self.may_stop and layer == last and not any(o.wants_final for o in self.observers):
-                raise _Finished
-            return None if edited is z else (edited.flatten(-2), *args[1:])
-
-        return hook
-
-    def _at_final(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        for observer in self.observers:
-            if observer.wants_final:
-                observer.on_final(args[0])
-        if self.may_stop:
-            raise _Finished
-
-    def _edited(self, site: str, layer: int, value: Tensor) -> Tensor:
-        for edit in self.edits:
-            if edit.site == site and layer in edit.layers:
-                value = edit(layer, value)
-        return value
-
-
 def weight_digest(module: nn.Module) -> str:
-    """SHA-256 over names, types and shapes of all weights, the exact sum of each one's bits as
-    integers, and a strided sample of their bytes.
+    """SHA-256 over what all weights are.
+
+    Taken over names, types and shapes, the exact sum of each weight's bits as integers, and a
+    strided sample of the bytes themselves.
 
     Reading every byte through the hash would take half a minute for 16 GB; the exact sums read
     every byte at memory speed, so that one changed weight changes the digest.

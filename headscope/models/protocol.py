@@ -1,6 +1,7 @@
 """What every way of running a model offers to the rest of headscope."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -59,12 +60,12 @@ class Edit(Protocol):
     """An intervention on heads during a forward pass.
 
     ``site`` says what is edited: ``z`` (attention-weighted values ``[batch pos head d_head]``),
-    ``query`` (as attention uses it, ``[batch head query d_head]``) or ``pattern``
-    (``[batch head query key]``).
+    ``query``, ``key``, ``value`` (as attention uses them, ``[batch head pos d_head]``, keys and
+    values with key/value heads) or ``pattern`` (``[batch head query key]``).
     """
 
     @property
-    def site(self) -> Literal["z", "query", "pattern"]:
+    def site(self) -> Literal["z", "query", "key", "value", "pattern"]:
         """What is edited."""
 
     @property
@@ -155,6 +156,9 @@ class HeadModel(Protocol):
             logits_at: positions whose logits are returned; None means all, an empty tensor none
                 (and then the pass stops as early as the observers allow).
         """
+
+    def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """Scope in which every pass is edited, also those of generation; restored after."""
 
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """``W_O`` of one layer, cheaply."""

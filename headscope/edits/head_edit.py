@@ -1,0 +1,152 @@
+"""An intervention on heads, as a frozen value: which heads, where, and what they give instead."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+
+Site = Literal["z", "query", "key", "value", "pattern"]
+Scope = Literal["all", "prefill", "decode"]
+Heads = Iterable[str | tuple[int, int]] | str | HeadIndex
+
+SITES: tuple[Site, ...] = ("query", "key", "value", "pattern", "z")
+
+
+def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
+    """Read one head or several, named ``"L5H1"``, ``"5.1"`` or ``(5, 1)``; doubles go.
+
+    Raises:
+        InputError: if one is no head address.
+    """
+    given = [heads] if isinstance(heads, str | HeadIndex) else list(heads)
+    return tuple(dict.fromkeys(HeadIndex.parse(head) for head in given))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEdit:
+    """At some heads and positions, ``factor * value + donor`` instead of ``value``.
+
+    Everything else is left as it is, bit by bit. Make one with the functions of
+    :mod:`headscope.edits`.
+
+    Attributes:
+        name: of the kind of edit.
+        heads: heads by layer; at the sites ``key`` and ``value`` these are key/value heads.
+        site: ``z`` (attention-weighted values ``[batch pos head d_head]``, before the output
+            projection), ``query``, ``key``, ``value`` (as attention uses them, ``[batch head pos
+            d_head]``) or ``pattern`` (``[batch head query key]``).
+        donors: what is added, by layer, in the layout of the site with all heads; leading axes
+            may be left out, and axes of length 1 stand for all.
+        factor: multiplier of what was there.
+        positions: where; None: everywhere. At ``pattern`` a position is a query.
+        scope: ``prefill`` touches passes of several positions, ``decode`` those of one.
+    """
+
+    name: str
+    heads: Mapping[int, tuple[int, ...]]
+    site: Site = "z"
+    donors: Mapping[int, Tensor] | None = None
+    factor: float = 0.0
+    positions: Bool[Tensor, "batch pos"] | None = None
+    scope: Scope = "all"
+    layers: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the layers; check that every layer has its donor."""
+        object.__setattr__(self, "layers", frozenset(self.heads))
+        missing = self.layers - self.donors.keys() if self.donors is not None else ()
+        if missing:
+            raise InputError(f"the {self.name} edit has no values for layer {min(missing)}.")
+        if self.site not in SITES or self.scope not in ("all", "prefill", "decode"):
+            raise InputError(f"there is no site {self.site!r} or scope {self.scope!r}.")
+
+    @classmethod
+    def at(
+        cls,
+        name: str,
+        heads: Heads,
+        *,
+        site: Site = "z",
+        donors: Mapping[int, Tensor] | None = None,
+        factor: float = 0.0,
+        positions: Bool[Tensor, "batch pos"] | None = None,
+        scope: Scope = "all",
+    ) -> "HeadEdit":
+        """Make an edit of heads in any spelling."""
+        by_layer: dict[int, tuple[int, ...]] = {}
+        for layer, head in head_list(heads):
+            by_layer[layer] = (*by_layer.get(layer, ()), head)
+        if not by_layer:
+            raise InputError(f"the {name} edit names no heads.")
+        return cls(name, by_layer, site, donors, factor, positions, scope)
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Return the edited value; the input is left as it is."""
+        head_axis, position_axis = self._axes
+        in_decode = value.shape[position_axis] == 1
+        if self.scope != "all" and in_decode != (self.scope == "decode"):
+            return value
+        index = torch.tensor(self.heads[layer], device=value.device)
+        old = value.index_select(head_axis, index)
+        new = self._new(layer, old, index)
+        if self.positions is not None:
+            where = self.positions.to(value.device)
+            where = where[:, :, None, None] if self.site == "z" else where[:, None, :, None]
+            new = torch.where(where, new, old)
+        return value.index_copy(head_axis, index, new)
+
+    @property
+    def first_position(self) -> int:
+        """First position that is touched in any example; what comes before stays as it was."""
+        if self.positions is None or not bool(self.positions.any()):
+            return 0
+        return int(self.positions.any(0).int().argmax())
+
+    def covers(self, layer: int, n_heads: int) -> bool:
+        """Whether nothing of this layer's old value is left."""
+        every = len(self.heads.get(layer, ())) == n_heads
+        return every and self.positions is None and self.factor == 0 and self.scope != "decode"
+
+    def cut(self, examples: slice = slice(None), first: int = 0) -> "HeadEdit":
+        """The same edit for a pass over some examples, from one position on."""
+        donors = self.donors
+        if donors is not None:
+            donors = {layer: self._cut(donor, examples, first) for layer, donor in donors.items()}
+        positions = None if self.positions is None else self.positions[examples, first:]
+        return replace(self, donors=donors, positions=positions)
+
+    @property
+    def _axes(self) -> tuple[int, int]:
+        """Axis of the heads and axis of the positions."""
+        return (2, 1) if self.site == "z" else (1, 2)
+
+    def _new(self, layer: int, old: Tensor, index: Tensor) -> Tensor:
+        new = torch.zeros_like(old) if self.factor == 0 else old * self.factor
+        if self.donors is None:
+            return new
+        head_axis, position_axis = self._axes
+        donor = self.donors[layer].to(device=old.device, dtype=old.dtype)
+        donor = donor.reshape((1,) * (old.ndim - donor.ndim) + donor.shape)
+        if donor.shape[head_axis] > 1:
+            donor = donor.index_select(head_axis, index)
+        for axis in (0, position_axis):
+            if donor.shape[axis] not in (1, old.shape[axis]):
+                raise InputError(
+                    f"the {self.name} edit of layer {layer} has values for {donor.shape[axis]} "
+                    f"{'examples' if axis == 0 else 'positions'}, not {old.shape[axis]}."
+                )
+        return new + donor
+
+    def _cut(self, donor: Tensor, examples: slice, first: int) -> Tensor:
+        position_axis = self._axes[1] - 4
+        if donor.ndim == 4 and donor.shape[0] > 1:
+            donor = donor[examples]
+        if first and donor.ndim >= -position_axis and donor.shape[position_axis] > 1:
+            donor = donor.narrow(position_axis, first, donor.shape[position_axis] - first)
+        return donor

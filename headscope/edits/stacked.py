@@ -1,0 +1,87 @@
+"""Several variants of a pass stacked in its batch, each with edits of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headscope.edits.head_edit import SITES, HeadEdit, Site
+
+
+class AnyEdit(Protocol):
+    """What a model calls during a pass; see ``headscope.models.protocol.Edit``."""
+
+    @property
+    def site(self) -> Site:
+        """What is edited."""
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers that it touches."""
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Return the edited value."""
+
+
+Variant = Sequence[AnyEdit]
+
+
+@dataclass(frozen=True, eq=False)
+class Stacked:
+    """Edits of one site for a batch that holds every example once per variant, variants outside."""
+
+    site: Site
+    variants: tuple[tuple[AnyEdit, ...], ...]
+    layers: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive the layers."""
+        layers = [edit.layers for edits in self.variants for edit in edits]
+        object.__setattr__(self, "layers", frozenset().union(*layers))
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Edit every variant's share of the batch with its own edits."""
+        return self._joined(layer, value.chunk(len(self.variants)))
+
+    def spread(self, layer: int, value: Tensor) -> Tensor:
+        """Edit one value that all variants start from; it is not yet repeated in the batch."""
+        return self._joined(layer, (value,) * len(self.variants))
+
+    def _joined(self, layer: int, parts: Sequence[Tensor]) -> Tensor:
+        done = []
+        for part, edits in zip(parts, self.variants, strict=True):
+            for edit in edits:
+                part = edit(layer, part) if layer in edit.layers else part
+            done.append(part)
+        return torch.cat(done) if len(done) > 1 else done[0]
+
+
+def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
+    """Edits of a stacked pass, one for every site that some variant touches."""
+    stacks = []
+    for site in SITES:
+        mine = tuple(tuple(edit for edit in edits if edit.site == site) for edits in variants)
+        if any(mine):
+            stacks.append(Stacked(site, mine))
+    return tuple(stacks)
+
+
+def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tuple[AnyEdit, ...]:
+    """Edits of one variant for some examples, from one position on; others pass as they are."""
+    return tuple(
+        edit.cut(examples, first) if isinstance(edit, HeadEdit) else edit for edit in variant
+    )
+
+
+def first_layer(variant: Variant) -> int | None:
+    """Lowest layer that a variant touches; None if it touches none."""
+    return min((layer for edit in variant for layer in edit.layers), default=None)
+
+
+def first_position(variant: Variant) -> int:
+    """First position that a variant touches; 0 where an edit does not say."""
+    return min(
+        (edit.first_position if isinstance(edit, HeadEdit) else 0 for edit in variant), default=0
+    )

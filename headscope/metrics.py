@@ -1,0 +1,294 @@
+"""Metrics: one number per example from the logits, as frozen values.
+
+A metric says which positions it reads, so that logits are computed nowhere else. By default these
+are the positions that have a target; ``metric.at("end")`` reads a mark of the probe instead. Where
+an example has several, its number is their mean; where it has none, NaN. A metric is also a plain
+function of whole logits: ``hs.metrics.loss(model.forward(probe.tokens), probe)``.
+
+A function of your own, ``f(logits [batch pos d_vocab], probe) -> [batch]``, is a metric too.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.errors import InputError
+
+
+class Answered(Protocol):
+    """What a metric needs to know of a probe (or of a batch of one)."""
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """False at padding."""
+
+    @property
+    def targets(self) -> Int[Tensor, "batch pos"]:
+        """Token to predict at each position; -1 for none."""
+
+    @property
+    def foils(self) -> Int[Tensor, "batch pos"] | None:
+        """Wrong alternative to each target."""
+
+    @property
+    def marks(self) -> Mapping[str, Bool[Tensor, "batch pos"]]:
+        """Named sets of positions."""
+
+    def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
+        """One of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LogitRows:
+    """Logits of the positions that a metric reads, one row each, in fp32.
+
+    Attributes:
+        targets: -1 where there is none.
+        foils: None where the probe has none.
+        clean: logits of the unedited run; None where the metric does not ask for them.
+    """
+
+    logits: Float[Tensor, "row d_vocab"]
+    targets: Int[Tensor, " row"]
+    foils: Int[Tensor, " row"] | None = None
+    clean: Float[Tensor, "row d_vocab"] | None = None
+
+    def of(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """Logit of one token per row."""
+        return self.logits.gather(1, tokens[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A number per position read, averaged over the positions of an example.
+
+    Attributes:
+        name: of the metric.
+        value: the number of every row.
+        unit: of the number, e.g. ``logits``, ``nats``.
+        bounds: smallest and largest possible value; None where there is none.
+        description: what a high value means.
+        needs: which of ``target``, ``foil`` and ``clean`` it compares the logits with.
+        mark: which positions it reads; None: those with a target (and a foil, if it needs one).
+    """
+
+    name: str
+    value: Callable[[LogitRows], Float[Tensor, " row"]]
+    unit: str = ""
+    bounds: tuple[float | None, float | None] = (None, None)
+    description: str = ""
+    needs: frozenset[str] = frozenset({"target"})
+    mark: str | None = None
+
+    def at(self, mark: str) -> "Metric":
+        """The same metric, read at the positions with this mark."""
+        return replace(self, mark=mark)
+
+    def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
+        """Positions whose logits it reads.
+
+        Raises:
+            InputError: if there are none, or one of them lacks its target or foil.
+        """
+        answered = probe.real & (probe.targets >= 0)
+        if "foil" in self.needs:
+            if probe.foils is None:
+                raise InputError(
+                    f"{self.name} compares the target with a foil, and this probe has no foils: "
+                    "use a probe of pairs, or another metric."
+                )
+            answered = answered & (probe.foils >= 0)
+        if self.mark is None:
+            any_target = "target" in self.needs or bool(answered.any())
+            read = answered if any_target else probe.real
+        else:
+            read = probe.mark(self.mark) & probe.real
+            if "target" in self.needs and bool((read & ~answered).any()):
+                raise InputError(
+                    f"{self.name} reads positions marked {self.mark!r}, some of which have no "
+                    "target or foil to compare with."
+                )
+        if not bool(read.any()):
+            raise InputError(f"{self.name} has nothing to read: the probe has no such positions.")
+        return read
+
+    def by_position(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        probe: Answered,
+        clean: Float[Tensor, "batch pos d_vocab"] | None = None,
+    ) -> Float[Tensor, "batch pos"]:
+        """The number at every position read; NaN elsewhere."""
+        read = self.reads(probe).to(logits.device)
+        rows = rows_of(logits[read], probe, read, None if clean is None else clean[read])
+        values = torch.full(read.shape, float("nan"), device=logits.device)
+        values[read] = self.value(rows)
+        return values
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        probe: Answered,
+        clean: Float[Tensor, "batch pos d_vocab"] | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """One number per example: the mean over the positions read."""
+        return self.by_position(logits, probe, clean).nanmean(1)
+
+
+@dataclass(frozen=True, eq=False)
+class WholeMetric:
+    """A user's own function of the logits of all positions and the batch's probe."""
+
+    function: Callable[..., Tensor]
+    name: str = "metric"
+    unit: str = ""
+    bounds: tuple[float | None, float | None] = (None, None)
+    description: str = ""
+    needs: frozenset[str] = frozenset()
+
+    def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
+        """Every position."""
+        return torch.ones_like(probe.real)
+
+    def __call__(
+        self, logits: Float[Tensor, "batch pos d_vocab"], probe: Answered
+    ) -> Float[Tensor, " batch"]:
+        """Call the function and check that it gave one number per example."""
+        values = self.function(logits, probe)
+        if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+            raise InputError(
+                f"the metric {self.name!r} must give one number per example, a tensor of shape "
+                f"[{len(logits)}]; it gave {getattr(values, 'shape', type(values).__name__)}."
+            )
+        return values
+
+
+AnyMetric = Metric | WholeMetric
+
+
+def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric:
+    """A metric as it is; a plain function as a :class:`WholeMetric`.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if isinstance(metric, Metric | WholeMetric):
+        return metric
+    if not callable(metric):
+        raise InputError(f"a metric is a value of headscope.metrics or a function; got {metric!r}.")
+    return WholeMetric(metric, name=getattr(metric, "__name__", "metric").strip("<>"))
+
+
+def rows_of(
+    logits: Float[Tensor, "row d_vocab"],
+    probe: Answered,
+    read: Bool[Tensor, "batch pos"],
+    clean: Float[Tensor, "row d_vocab"] | None = None,
+) -> LogitRows:
+    """Rows with what the probe says about them."""
+    device = logits.device
+    where = read.to(probe.targets.device)
+    return LogitRows(
+        logits.float(),
+        probe.targets[where].to(device),
+        None if probe.foils is None else probe.foils[where].to(device),
+        None if clean is None else clean.float(),
+    )
+
+
+def normalised_effect(
+    value: Float[Tensor, "*any"],
+    clean: Float[Tensor, "*any"],
+    baseline: Float[Tensor, "*any"],
+    tolerance: float = 1e-6,
+) -> Float[Tensor, "*any"]:
+    """``(value - baseline) / (clean - baseline)``: 1 as in the clean run, 0 as in the baseline.
+
+    NaN where clean and baseline are less than ``tolerance`` apart.
+    """
+    span = clean - baseline
+    ratio = (value - baseline) / span
+    return ratio.masked_fill(span.abs() < tolerance, float("nan"))
+
+
+def _log_prob(rows: LogitRows) -> Float[Tensor, " row"]:
+    return rows.of(rows.targets) - rows.logits.logsumexp(1)
+
+
+def _logit_difference(rows: LogitRows) -> Float[Tensor, " row"]:
+    foils = rows.targets if rows.foils is None else rows.foils  # reads() saw to it that there are
+    return rows.of(rows.targets) - rows.of(foils)
+
+
+def _rank(rows: LogitRows) -> Float[Tensor, " row"]:
+    above = rows.logits > rows.of(rows.targets)[:, None]
+    return above.sum(1).to(rows.logits.dtype)
+
+
+def _correct(rows: LogitRows) -> Float[Tensor, " row"]:
+    best = (rows.logits == rows.logits.amax(1, keepdim=True)).int().argmax(1)
+    return (best == rows.targets).to(rows.logits.dtype)
+
+
+def _kl(rows: LogitRows) -> Float[Tensor, " row"]:
+    if rows.clean is None:
+        raise InputError("kl_divergence compares with the clean run: give its logits as clean=.")
+    clean, here = rows.clean.log_softmax(1), rows.logits.log_softmax(1)
+    divergence: Tensor = (clean.exp() * (clean - here)).sum(1)
+    return divergence.clamp_min(0)
+
+
+logit_difference = Metric(
+    "logit_difference",
+    _logit_difference,
+    unit="logits",
+    description="Logit of the target less that of the foil.",
+    needs=frozenset({"target", "foil"}),
+)
+answer_log_prob = Metric(
+    "answer_log_prob",
+    _log_prob,
+    unit="nats",
+    bounds=(None, 0.0),
+    description="Log-probability of the target.",
+)
+answer_probability = Metric(
+    "answer_probability",
+    lambda rows: _log_prob(rows).exp(),
+    unit="probability",
+    bounds=(0.0, 1.0),
+    description="Probability of the target.",
+)
+answer_rank = Metric(
+    "answer_rank",
+    _rank,
+    unit="rank",
+    bounds=(0.0, None),
+    description="Number of tokens with a larger logit than the target; 0 is best.",
+)
+accuracy = Metric(
+    "accuracy",
+    _correct,
+    unit="share",
+    bounds=(0.0, 1.0),
+    description="Share of targets with the largest logit; of equals the lowest token wins.",
+)
+loss = Metric(
+    "loss",
+    lambda rows: -_log_prob(rows),
+    unit="nats",
+    bounds=(0.0, None),
+    description="Mean cross-entropy per target; loss.by_position gives it token by token.",
+)
+kl_divergence = Metric(
+    "kl_divergence",
+    _kl,
+    unit="nats",
+    bounds=(0.0, None),
+    description="KL(clean || edited) of the next-token distribution, mean over positions.",
+    needs=frozenset({"clean"}),
+)
