@@ -87,7 +87,7 @@ def handwired_gpt2(size: int = 32, strength: float = 120.0) -> Handwired:
     heads, d_head = 5, 2 * size
     width = heads * d_head
     config = GPT2Config(
-        vocab_size=size, n_positions=size, n_embd=width, n_layer=2, n_head=heads,
+        vocab_size=size, n_positions=size, n_embd=width, n_layer=2, n_head=heads, n_inner=8,
         bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
