@@ -1,0 +1,154 @@
+"""hs.load: what it takes, what it refuses, and that the hook points are proved."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import headscope as hs
+from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
+from headscope.models import hf_pass
+from headscope.models.admission import admit
+from tests.models.families import ALIBI, BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
+
+
+@pytest.mark.parametrize("family", HF_FAMILIES)
+def test_fast_path_is_chosen_and_proved(family: str) -> None:
+    assert hs.load(build(family)).path == "hf"
+
+
+@pytest.mark.parametrize("family", BRIDGE_FAMILIES)
+def test_second_path_is_chosen_by_itself(family: str) -> None:
+    model = hs.load(build(family))
+    assert model.path == "bridge"
+    assert model.tokenizer is None
+
+
+def test_alibi_is_among_them() -> None:
+    assert set(ALIBI) <= set(BRIDGE_FAMILIES)
+
+
+def test_a_folder_loads_like_the_model(tmp_path: Path) -> None:
+    module = build("llama")
+    module.save_pretrained(tmp_path / "saved")
+    loaded = hs.load(tmp_path / "saved", device="cpu")
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(loaded.forward(ids), hs.load(module).forward(ids))
+    assert loaded.digest() == hs.load(module).digest()
+    assert hs.load(tmp_path / "saved", dtype="bf16").dtype == torch.bfloat16
+
+
+def test_one_changed_weight_changes_the_digest() -> None:
+    module = fresh("llama")
+    before = hs.load(module).digest()
+    with torch.no_grad():
+        module.model.layers[1].mlp.up_proj.weight[7, 3] += 1e-3
+    assert hs.load(module).digest() != before
+
+
+@pytest.mark.parametrize(
+    ("family", "word"),
+    [
+        ("t5", "encoder-decoder"),
+        ("mamba", "state-space"),
+        ("rwkv", "recurrent"),
+        ("deepseek_v3", "MLA"),
+        ("llama4_text", "chunked"),
+    ],
+)
+def test_other_kinds_are_refused_from_the_config(family: str, word: str) -> None:
+    config = AutoConfig.for_model(family)
+    with pytest.raises(UnsupportedModelError, match=word):
+        admit(config, f"some/{family}")
+
+
+def test_missing_models_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="neither a folder here"):
+        hs.load("no-such-model-anywhere")
+    with pytest.raises(ModelLoadError, match="could not be read"):
+        hs.load(tmp_path)
+
+
+class Poison:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.flag,))
+
+
+def test_pickled_weights_are_refused_and_never_run(tmp_path: Path) -> None:
+    flag, folder = tmp_path / "ran", tmp_path / "model"
+    build("llama").config.save_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Poison(flag)}))
+    with pytest.raises(ModelLoadError, match="safetensors"):
+        hs.load(folder)
+    with pytest.raises((HeadscopeError, pickle.UnpicklingError)):
+        hs.load(folder, allow_pickle=True)
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"trust_remote_code": True}, "pin it"),
+        ({"trust_remote_code": True, "revision": "main"}, "pin it"),
+        ({"device": "cpu", "device_map": "auto"}, "either"),
+        ({"dtype": "int3"}, "unknown dtype"),
+    ],
+)
+def test_arguments_that_do_not_fit(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        hs.load("anything", **options)
+
+
+def test_only_models_are_taken() -> None:
+    with pytest.raises(InputError, match="dict"):
+        hs.load({})
+    with pytest.raises(InputError, match="training mode"):
+        hs.load(fresh("llama").train())
+
+
+def test_nan_weights_are_told() -> None:
+    module = fresh("llama")
+    with torch.no_grad():
+        module.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelLoadError, match="NaN"):
+        hs.load(module)
+
+
+def test_a_wrong_hook_point_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that is not what the model computes must not pass the proof."""
+    fused = hf_pass.fused
+
+    def other(call: Any) -> torch.Tensor:
+        return fused(call).flip(2)  # heads in another order
+
+    monkeypatch.setattr(hf_pass, "fused", other)
+    with pytest.raises(UnsupportedModelError, match="logits change"):
+        hs.load(fresh("llama"))
+
+
+def test_an_edit_that_reaches_nothing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fresh("gpt2")
+    with torch.no_grad():
+        for block in module.transformer.h:
+            block.attn.c_proj.weight.zero_()
+    with pytest.raises(UnsupportedModelError, match="leaves the logits as they are"):
+        hs.load(module)
+
+
+def test_loading_leaves_the_model_as_it_was() -> None:
+    module = fresh("gemma2")
+    before = copy.deepcopy(module.state_dict())
+    hs.load(module)
+    assert module.config._attn_implementation == "eager"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
