@@ -41,11 +41,15 @@
   const ink = () => ({
     "font.color": dark.matches ? "#d7dce2" : "#24292f",
     paper_bgcolor: "rgba(0,0,0,0)",
+    "modebar.bgcolor": "rgba(0,0,0,0)",
   });
   const plots = [...document.querySelectorAll("figure[data-score]")].map((holder) => {
     const figure = figures[holder.dataset.score];
     const plot = holder.querySelector(".plot");
-    Plotly.newPlot(plot, figure.data, figure.layout, { displaylogo: false, responsive: false });
+    Plotly.newPlot(plot, figure.data, figure.layout, {
+      displaylogo: false,
+      modeBarButtons: [["toImage", "resetScale2d"]],
+    });
     return plot;
   });
   const dress = () => plots.forEach((plot) => Plotly.relayout(plot, ink()));

@@ -2,11 +2,11 @@
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from plotly.offline import get_plotlyjs
@@ -29,8 +29,9 @@ _UNSAFE = {ord(one): f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"}
 
 def index_page(
     table: HeadTable,
-    names: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
     *,
+    names: Sequence[str] | None = None,
     title: str | None = None,
     command: str | None = None,
     alpha: float = 0.05,
@@ -42,6 +43,7 @@ def index_page(
 
     Args:
         table: scores of one model.
+        settings: what was asked for, shown as facts of the run.
         names: scores to show, in this order; default: all, those with a role first.
         title: of the page; default: the model's name.
         command: how to make it again, shown as it is.
@@ -59,7 +61,7 @@ def index_page(
             title=heading,
             scores=scores,
             roles=find_roles(scores, alpha),
-            facts=_facts(table, provenance),
+            facts=_facts(table, provenance, settings or {}),
             rows=_rows(table, scores, alpha),
             command=command,
             alpha=alpha,
@@ -91,7 +93,9 @@ def _rows(table: HeadTable, scores: Sequence[HeadScores], alpha: float) -> list[
     return rows
 
 
-def _facts(table: HeadTable, provenance: Provenance) -> list[tuple[str, str]]:
+def _facts(
+    table: HeadTable, provenance: Provenance, settings: Mapping[str, Any]
+) -> list[tuple[str, str]]:
     """Model and provenance as pairs of words; what is unknown is left out."""
     layers, heads = table.shape
     kv_heads = next(iter(table.values())).kv_heads
@@ -102,6 +106,7 @@ def _facts(table: HeadTable, provenance: Provenance) -> list[tuple[str, str]]:
     }
     facts["probes"] = "; ".join(sorted({_words(one.provenance.probe) for one in table.values()}))
     del facts["probe"], facts["control"]
+    facts["settings"] = dict(settings)
     return [
         (name.replace("_", " "), _words(value))
         for name, value in facts.items()

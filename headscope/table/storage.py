@@ -1,8 +1,6 @@
 """Tables as parquet: one row per layer, head and score; what the scores are in the metadata."""
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from headscope.errors import InputError
+from headscope.files import whole_file
 from headscope.table.frames import tidy_columns
 from headscope.table.provenance import Provenance
 from headscope.table.scores import Facts, HeadScores
@@ -42,17 +41,8 @@ def save(table: HeadTable, path: "str | PathLike[str]", *, examples: bool = Fals
         "scores": [_facts(one, examples=examples) for one in table.values()],
     }
     rows = rows.replace_schema_metadata({_KEY: json.dumps(facts, allow_nan=False)})
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with beside.open("xb") as file:
-            parquet.write_table(rows, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    with whole_file(Path(path)) as file:
+        parquet.write_table(rows, file, compression="zstd")
 
 
 def load(path: "str | PathLike[str]") -> HeadTable:
@@ -188,14 +178,3 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
     return HeadScores.from_summary(
         name, mean, kv_heads=kv_heads, n=n, known=known, alternative=alternative, **said
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, where the system can."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,13 +6,13 @@ from headscope.table import HeadScores
 from tests.table.helpers import scores
 
 
-def test_bars_are_the_best_heads_in_order():
+def test_bars_are_the_best_heads_in_order() -> None:
     bar = plots.ranking(scores(), 3).data[0]
     assert list(bar.x) == ["L0H0", "L1H1", "L1H0"]
     np.testing.assert_allclose(bar.y, [0.9, 0.8, 0.2])
 
 
-def test_error_bars_are_the_bootstrap_interval():
+def test_error_bars_are_the_bootstrap_interval() -> None:
     one = scores(n=12)
     bar = plots.ranking(one, 1).data[0]
     low, high = one.interval(0.95)
@@ -20,13 +20,13 @@ def test_error_bars_are_the_bootstrap_interval():
     assert bar.error_y.arrayminus[0] == pytest.approx(one.mean[0, 0] - low[0, 0])
 
 
-def test_without_examples_they_are_standard_errors():
+def test_without_examples_they_are_standard_errors() -> None:
     mean, sem = np.array([[0.5, 0.4]]), np.array([[0.1, 0.2]])
     one = HeadScores.from_summary("x", mean, kv_heads=1, known={"sem": sem})
     assert plots.ranking(one).data[0].error_y.array == pytest.approx([0.196, 0.392])
 
 
-def test_colour_tells_significance_and_the_band_the_null():
+def test_colour_tells_significance_and_the_band_the_null() -> None:
     figure = plots.ranking(scores(), 4)
     colours = figure.data[0].marker.color
     assert colours[0] == colours[1] != colours[3]
@@ -34,12 +34,12 @@ def test_colour_tells_significance_and_the_band_the_null():
     assert "null" in figure.layout.title.subtitle.text
 
 
-def test_without_a_control_there_is_no_band():
+def test_without_a_control_there_is_no_band() -> None:
     figure = plots.ranking(scores(control_per_example=None))
     assert not figure.layout.shapes
     assert "null" not in figure.layout.title.subtitle.text
 
 
-def test_signed_scores_rank_by_size():
+def test_signed_scores_rank_by_size() -> None:
     one = scores(means=((0.1, -0.9), (0.5, -0.2)), bounds=(None, None))
     assert list(plots.ranking(one, 2).data[0].x) == ["L0H1", "L1H0"]

@@ -2,6 +2,7 @@ import builtins
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
@@ -14,15 +15,15 @@ from tests.table.helpers import model_table, scores
 
 
 class Addresses(HTMLParser):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.found = []
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found += [value for name, value in attrs if name in ("src", "href")]
 
 
-def test_html_is_whole_and_fetches_nothing(tmp_path):
+def test_html_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
     plots.save(plots.heatmap(scores()), tmp_path / "x.html")
     page = (tmp_path / "x.html").read_text()
     parser = Addresses()
@@ -32,13 +33,13 @@ def test_html_is_whole_and_fetches_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
-def test_the_same_figure_is_the_same_bytes(tmp_path, kind):
+def test_the_same_figure_is_the_same_bytes(tmp_path: Path, kind: str) -> None:
     for name in "ab":
         plots.save(plots.ranking(scores()), tmp_path / f"{name}.{kind}")
     assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
 
 
-def test_a_drawn_heatmap_has_the_cells_colours_and_direction():
+def test_a_drawn_heatmap_has_the_cells_colours_and_direction() -> None:
     one = model_table()["effect"]
     figure = plots.heatmap(one)
     area, bar = draw(figure).axes
@@ -49,7 +50,7 @@ def test_a_drawn_heatmap_has_the_cells_colours_and_direction():
     assert (area.get_xlabel(), area.get_ylabel(), bar.get_ylabel()) == ("head", "layer", "logits")
 
 
-def test_drawn_bars_points_and_lines():
+def test_drawn_bars_points_and_lines() -> None:
     bars = draw(plots.ranking(scores(), 3)).axes[0]
     assert [round(bar.get_height(), 3) for bar in bars.patches[:3]] == [0.9, 0.8, 0.2]
     points = draw(plots.scatter(scores("a"), scores("b"))).axes[0]
@@ -60,7 +61,7 @@ def test_drawn_bars_points_and_lines():
     assert drawn.get_xscale() == "log"
 
 
-def test_every_picture_of_the_package_can_be_drawn(tmp_path):
+def test_every_picture_of_the_package_can_be_drawn(tmp_path: Path) -> None:
     table = model_table()
     for theme in ("light", "dark"):
         for figure in (
@@ -73,23 +74,23 @@ def test_every_picture_of_the_package_can_be_drawn(tmp_path):
             assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_dollar_is_no_formula_and_an_entity_is_read():
+def test_a_dollar_is_no_formula_and_an_entity_is_read() -> None:
     drawn = draw(plots.heatmap(scores("<b> $x_1$ & more")))
     texts = [text.get_text() for text in drawn.texts]
     assert texts[0] == r"<b> \$x_1\$ & more"
 
 
-def test_unknown_endings_and_traces(tmp_path):
+def test_unknown_endings_and_traces(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.html, \.png"):
         plots.save(plots.heatmap(scores()), tmp_path / "x.gif")
     with pytest.raises(InputError, match="pie"):
         plots.save(go.Figure(go.Pie(values=[1])), tmp_path / "x.png")
 
 
-def test_matplotlib_is_optional(tmp_path, monkeypatch):
+def test_matplotlib_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
-    def without(name, *args, **kwargs):
+    def without(name: str, *args: object, **kwargs: object) -> object:
         if name.startswith("matplotlib"):
             raise ImportError(name)
         return real(name, *args, **kwargs)
@@ -99,7 +100,7 @@ def test_matplotlib_is_optional(tmp_path, monkeypatch):
         plots.save(plots.heatmap(scores()), tmp_path / "x.png")
 
 
-def test_importing_plots_loads_neither_torch_nor_matplotlib():
+def test_importing_plots_loads_neither_torch_nor_matplotlib() -> None:
     code = "import sys, headscope.plots; print({'torch', 'matplotlib'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

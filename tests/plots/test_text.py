@@ -21,12 +21,12 @@ from headscope.plots.text import label, visible
         ("", ""),
     ],
 )
-def test_marks(text, shown):
+def test_marks(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
 @given(st.text())
-def test_labels_hold_nothing_that_acts_or_hides(text):
+def test_labels_hold_nothing_that_acts_or_hides(text: str) -> None:
     made = label(text)
     assert "<" not in made
     assert ">" not in made

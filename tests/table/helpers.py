@@ -1,13 +1,21 @@
 """Small tables for tests of tables, plots and reports."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from headscope.table import HeadScores, HeadTable, Provenance
 
 NAN = float("nan")
 
 
-def scores(name="induction", means=((0.9, 0.1), (0.2, 0.8)), *, n=4, jitter=0.01, **facts):
+def scores(
+    name: str = "induction",
+    means: ArrayLike = ((0.9, 0.1), (0.2, 0.8)),
+    *,
+    n: int = 4,
+    jitter: float = 0.01,
+    **facts: object,
+) -> HeadScores:
     """A score with these means, tested against a null of 0.1."""
     mean = np.array(means, dtype=float)
     spread = jitter * (np.arange(n) - (n - 1) / 2)
@@ -16,7 +24,7 @@ def scores(name="induction", means=((0.9, 0.1), (0.2, 0.8)), *, n=4, jitter=0.01
     return HeadScores.from_examples(name, mean[..., None] + spread, **facts)
 
 
-def model_table(layers=4, heads=4, seed=0):
+def model_table(layers: int = 4, heads: int = 4, seed: int = 0) -> HeadTable:
     """A role with heads, a role without, a signed score with a missing layer, a plain one."""
     rng = np.random.default_rng(seed)
     noise = rng.uniform(0.02, 0.08, (3, layers, heads))

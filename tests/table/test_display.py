@@ -8,27 +8,27 @@ from headscope.table.excerpt import best, fraction, written
 from tests.table.helpers import model_table, scores
 
 
-def printed(table, width=100):
+def printed(table: HeadTable, width: int = 100) -> str:
     console = Console(width=width, force_terminal=False, color_system=None)
     with console.capture() as captured:
         console.print(table)
     return captured.get()
 
 
-def test_roles_are_said_even_where_there_are_none():
+def test_roles_are_said_even_where_there_are_none() -> None:
     text = printed(model_table())
     assert "induction: L3H1 0.95, L0H3 0.60" in text
     assert "no previous token heads" in text
     assert "of 16 heads of toy (4 layers x 4)" in text
 
 
-def test_scores_with_a_role_come_first():
+def test_scores_with_a_role_come_first() -> None:
     header = printed(model_table()).splitlines()
     assert header[1].split()[:2] == ["head", "induction"]
 
 
 @pytest.mark.parametrize("width", [60, 100])
-def test_twenty_scores_fit_the_width(width):
+def test_twenty_scores_fit_the_width(width: int) -> None:
     table = HeadTable([scores(f"some_longer_score_{i}") for i in range(20)])
     lines = printed(table, width).splitlines()
     assert max(map(len, lines)) <= width
@@ -37,18 +37,18 @@ def test_twenty_scores_fit_the_width(width):
 
 
 class Tags(HTMLParser):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.seen, self.text = set(), ""
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.add(tag)
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.text += data
 
 
-def test_html_escapes_names_and_shows_roles():
+def test_html_escapes_names_and_shows_roles() -> None:
     name = "<img src=x onerror=alert(1)>"
     page = HeadTable([scores(name, threshold=0.5, description='"><b>')])._repr_html_()
     tags = Tags()
@@ -70,16 +70,16 @@ def test_html_escapes_names_and_shows_roles():
         (float("nan"), "-"),
     ],
 )
-def test_numbers_are_short(value, text):
+def test_numbers_are_short(value: float, text: str) -> None:
     assert written(value) == text
 
 
-def test_a_signed_score_shows_its_largest_effects_of_either_sign():
+def test_a_signed_score_shows_its_largest_effects_of_either_sign() -> None:
     one = scores(means=((0.1, -0.9), (0.5, -0.2)), bounds=(None, None))
     assert [str(head) for head, _ in best(one, 2)] == ["L0H1", "L1H0"]
 
 
-def test_colour_fraction_stays_in_range():
+def test_colour_fraction_stays_in_range() -> None:
     assert fraction(scores(), 0.25) == 0.25
     assert fraction(scores(bounds=(None, None)), 99.0) == 1
     assert fraction(scores(means=((0.5, 0.5),), jitter=0, bounds=(None, None)), 0.5) == 0

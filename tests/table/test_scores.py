@@ -9,7 +9,7 @@ from headscope.table import HeadScores
 from tests.table.helpers import NAN, scores
 
 
-def test_numbers_come_from_the_examples():
+def test_numbers_come_from_the_examples() -> None:
     rng = np.random.default_rng(0)
     values, control = rng.random((2, 3, 5)), rng.random((2, 3, 4))
     one = HeadScores.from_examples("x", values, kv_heads=3, control_per_example=control)
@@ -22,7 +22,7 @@ def test_numbers_come_from_the_examples():
     np.testing.assert_allclose(one.p_adjusted, benjamini_hochberg(test.p))
 
 
-def test_order_of_examples_changes_nothing():
+def test_order_of_examples_changes_nothing() -> None:
     values = np.random.default_rng(0).random((2, 3, 5))
     one = HeadScores.from_examples("x", values, kv_heads=3)
     two = HeadScores.from_examples("x", values[..., ::-1].copy(), kv_heads=3)
@@ -30,7 +30,7 @@ def test_order_of_examples_changes_nothing():
     np.testing.assert_allclose(one.sem, two.sem)
 
 
-def test_top_and_bottom_break_ties_low_and_skip_missing():
+def test_top_and_bottom_break_ties_low_and_skip_missing() -> None:
     one = scores(means=((0.5, NAN), (0.5, 0.1)), jitter=0)
     assert [head for head, _ in one.top(9)] == [(0, 0), (1, 0), (1, 1)]
     assert [head for head, _ in one.bottom(2)] == [(1, 1), (0, 0)]
@@ -38,30 +38,30 @@ def test_top_and_bottom_break_ties_low_and_skip_missing():
 
 
 @pytest.mark.parametrize("address", ["L1H0", "1.0", (1, 0), HeadIndex(1, 0)])
-def test_one_head_by_any_address(address):
+def test_one_head_by_any_address(address: str | tuple[int, int]) -> None:
     assert scores()[address] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("address", ["L2H0", "L0H2", (-1, 0), "head one"])
-def test_a_head_that_is_not_there(address):
+def test_a_head_that_is_not_there(address: str | tuple[int, int]) -> None:
     with pytest.raises(InputError):
         scores()[address]
 
 
-def test_significant_needs_the_threshold_too():
+def test_significant_needs_the_threshold_too() -> None:
     assert scores().significant().tolist() == [[True, False], [True, True]]
     assert scores(threshold=0.5).significant().tolist() == [[True, False], [False, True]]
     assert not scores(threshold=0.5, n=1).significant().any()
 
 
-def test_interval_holds_the_mean():
+def test_interval_holds_the_mean() -> None:
     one = scores(n=20)
     low, high = one.interval()
     assert ((low <= one.mean) & (one.mean <= high)).all()
     assert (low < high).all()
 
 
-def test_without_examples_what_needs_them_is_refused():
+def test_without_examples_what_needs_them_is_refused() -> None:
     one = HeadScores.from_summary("x", np.array([[1.0, NAN]]), kv_heads=1)
     assert one.n.tolist() == [[1, 0]]
     assert np.isnan(one.sem).all()
@@ -70,21 +70,21 @@ def test_without_examples_what_needs_them_is_refused():
             ask()
 
 
-def test_missing_heads_count_as_present_but_absent_layers_do_not():
+def test_missing_heads_count_as_present_but_absent_layers_do_not() -> None:
     missing = np.array([[0, 7], [0, 0]])
     one = scores(means=((0.5, NAN), (NAN, NAN)), missing=missing)
     assert one.present.tolist() == [[True, True], [False, False]]
     assert list(one.to_pandas()["label"]) == ["L0H0", "L0H1"]
 
 
-def test_a_missing_head_is_not_a_test():
+def test_a_missing_head_is_not_a_test() -> None:
     full = scores(means=((0.3, 0.1), (0.2, 0.8)))
     holed = scores(means=((0.3, NAN), (0.2, 0.8)))
     assert np.isnan(holed.p_adjusted[0, 1])
     assert holed.p_adjusted[0, 0] < full.p_adjusted[0, 0]
 
 
-def test_arrays_cannot_be_written_to_and_do_not_alias():
+def test_arrays_cannot_be_written_to_and_do_not_alias() -> None:
     values = np.zeros((1, 2, 3))
     one = HeadScores.from_examples("x", values, kv_heads=1)
     values[:] = 5
@@ -97,11 +97,11 @@ def test_arrays_cannot_be_written_to_and_do_not_alias():
     ("bounds", "signed"),
     [((0.0, 1.0), False), ((0.0, None), False), ((None, None), True), ((-1.0, 1.0), True)],
 )
-def test_signed(bounds, signed):
+def test_signed(bounds: tuple[float | None, float | None], signed: bool) -> None:
     assert scores(bounds=bounds).signed == signed
 
 
-def test_uneven_groups_and_foreign_controls_are_refused():
+def test_uneven_groups_and_foreign_controls_are_refused() -> None:
     with pytest.raises(InputError, match="evenly"):
         scores(means=((1.0, 2.0, 3.0),), kv_heads=2)
     with pytest.raises((InputError, TypeCheckError), match="control"):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from headscope.errors import InputError
-from headscope.table import HeadTable, Provenance
+from headscope.table import HeadScores, HeadTable, Provenance
 from tests.table.helpers import NAN, model_table, scores
 
 
-def test_it_is_a_mapping():
+def test_it_is_a_mapping() -> None:
     table = model_table()
     assert list(table) == ["entropy", "induction", "previous_token", "effect"]
     assert "induction" in table
@@ -31,26 +31,26 @@ def test_it_is_a_mapping():
         ],
     ],
 )
-def test_what_cannot_be_one_table(pair):
+def test_what_cannot_be_one_table(pair: list[HeadScores]) -> None:
     with pytest.raises(InputError):
         HeadTable(pair)
 
 
-def test_filter():
+def test_filter() -> None:
     table = HeadTable([scores()])
     assert table.filter("induction", minimum=0.2) == [(0, 0), (1, 1), (1, 0)]
     assert table.filter("induction", maximum=0.5) == [(1, 0), (0, 1)]
     assert table.filter("induction", minimum=0.5, heads=["L1H1", "0.1"]) == [(1, 1)]
 
 
-def test_join_and_its_clash():
+def test_join_and_its_clash() -> None:
     both = HeadTable([scores("a")]).join(HeadTable([scores("b")]))
     assert list(both) == ["a", "b"]
     with pytest.raises(InputError, match="two scores are called 'a'"):
         both.join(HeadTable([scores("a")]))
 
 
-def test_rank_correlation_and_overlap():
+def test_rank_correlation_and_overlap() -> None:
     table = HeadTable([scores("a"), scores("b", means=((0.1, 0.9), (0.8, 0.2)))])
     frame = table.rank_correlation()
     assert frame.loc["a", "a"] == 1
@@ -59,7 +59,7 @@ def test_rank_correlation_and_overlap():
     assert table.overlap(other, "a", 2) == pytest.approx(1 / 3)
 
 
-def test_roles_are_strongest_first_and_need_a_threshold():
+def test_roles_are_strongest_first_and_need_a_threshold() -> None:
     table = HeadTable(
         [
             scores("a", threshold=0.5),
@@ -73,7 +73,7 @@ def test_roles_are_strongest_first_and_need_a_threshold():
     }
 
 
-def test_summary_says_none_and_not_tested_in_words():
+def test_summary_says_none_and_not_tested_in_words() -> None:
     table = HeadTable(
         [
             scores("induction", threshold=0.5),
@@ -87,7 +87,7 @@ def test_summary_says_none_and_not_tested_in_words():
     assert said[2].startswith("duplicate token: not tested")
 
 
-def test_tidy_and_wide_frames():
+def test_tidy_and_wide_frames() -> None:
     table = model_table()
     tidy = table.to_pandas()
     assert len(tidy) == 3 * 16 + 12
@@ -101,15 +101,15 @@ def test_tidy_and_wide_frames():
     assert wide.loc["L0H2", "kv_head"] == 1
 
 
-def test_a_layer_without_attention_has_no_row():
+def test_a_layer_without_attention_has_no_row() -> None:
     wide = HeadTable([scores(means=((0.5, 0.5), (NAN, NAN)))]).to_pandas_wide()
     assert list(wide.index) == ["L0H0", "L0H1"]
 
 
-def test_polars_is_optional(monkeypatch):
+def test_polars_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
-    def without_polars(name, *args, **kwargs):
+    def without_polars(name: str, *args: object, **kwargs: object) -> object:
         if name == "polars":
             raise ImportError(name)
         return real(name, *args, **kwargs)
@@ -119,7 +119,7 @@ def test_polars_is_optional(monkeypatch):
         model_table().to_polars()
 
 
-def test_polars_holds_the_same_rows():
+def test_polars_holds_the_same_rows() -> None:
     pytest.importorskip("polars")
     table = model_table()
     assert table.to_polars()["mean"].to_list() == table.to_pandas()["mean"].to_list()
