@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "plots": {"errors", "heads", "stats", "table"},
     "models": {"errors", "heads", "rows", "outputs", "inputs", "edits", "memory"},
     "capture": _TENSORS | {"edits", "probes", "models"},
-    "circuits": _TENSORS | {"stats", "table", "models"},
+    "circuits": _TENSORS | {"probes", "stats", "table", "models"},
     "lens": _SEES_MODELS,
     "accumulate": _TENSORS | {"probes", "scorers", "models", "capture"},
     "scoring": _RUNS_MODELS,

@@ -131,7 +131,7 @@ def test_lock_is_portable_and_satisfies_pyproject() -> None:
     }
     assert not [name for name in locked if name.startswith(("nvidia-", "cuda-"))]
     extras = PROJECT["optional-dependencies"]
-    for text in (*PROJECT["dependencies"], *extras["dev"], *extras["paper"]):
+    for text in (*PROJECT["dependencies"], *extras["dev"], *extras["paper"], *extras["polars"]):
         wanted = Requirement(text)
         assert wanted.specifier.contains(locked[wanted.name.lower()]), text
 
