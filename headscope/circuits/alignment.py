@@ -1,0 +1,41 @@
+"""How much of the embedding and of the unembedding lies where a head reads and writes."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.circuits.dictionary import Dictionary
+from headscope.circuits.factors import HeadFactors
+
+
+def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
+    """Share of the embedding's variance in the subspace that a head reads.
+
+    ``tr(Q.T @ C @ Q) / tr(C)`` with Q an orthonormal basis of the left factor's columns and C the
+    covariance of the token embeddings. Range [0, 1]; by chance d_head / d_model. Known weakness:
+    all directions of the subspace count alike, also those that the head hardly uses.
+    """
+    grams = {kind: words.input_gram(kind) for kind in {min(layer, 1) for layer in factors.layers}}
+    shares = [
+        _share(left, grams[min(layer, 1)])
+        for layer, left in zip(factors.layers, factors.left, strict=True)
+    ]
+    return factors.per_head(torch.stack(shares))
+
+
+def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
+    """Share of the unembedding's variance in the subspace that a head writes.
+
+    As :func:`read_alignment`, for the right factor's rows and the directions of all logits. Low
+    where a head writes for later layers rather than for the output.
+    """
+    gram = words.output_gram()
+    return factors.per_head(torch.stack([_share(right.mT, gram) for right in factors.right]))
+
+
+def _share(
+    side: Float[Tensor, "some_head d_model d_head"], gram: Float[Tensor, "d_model d_model"]
+) -> Float[Tensor, " some_head"]:
+    basis = torch.linalg.qr(side).Q
+    share: Tensor = (basis * (gram @ basis)).sum((-2, -1)) / gram.trace()
+    return share

@@ -1,0 +1,89 @@
+"""Copying by OV circuits and matching by QK circuits, read from weights over the vocabulary."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.circuits.dictionary import Dictionary
+from headscope.circuits.factors import HeadFactors
+from headscope.circuits.ranks import target_ranks
+from headscope.circuits.symmetry import eigenvalue_ratio
+
+
+def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
+    """Eigenvalue copying score of OV circuits: ``sum(Re(lambda)) / sum(|lambda|)``.
+
+    lambda: eigenvalues of the token-to-logit matrix ``E @ W_V @ W_O @ W_U.T``, those of the
+    d_head x d_head matrix ``W_O @ (W_U.T @ E) @ W_V``. Range [-1, 1]: 1 copies, -1 suppresses
+    what it attends to.
+
+    Source: Elhage et al. 2021; folded and centred as in Olsson et al. 2022. Known weakness: not
+    discriminative alone (a quarter of GPT-2 small's heads exceed 0.95).
+    """
+    return _ratios(factors, words.output_input_gram)
+
+
+def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
+    """Eigenvalue matching score of QK circuits: the same ratio for ``E @ W_QK @ E.T``.
+
+    Range [-1, 1]: 1 where queries look for keys of their own token, -1 where they avoid them.
+    The mean over the vocabulary is removed from E, since what all tokens share matches in every
+    head. Holds at the distance that the factors were made for.
+    """
+    return _ratios(factors, words.input_gram)
+
+
+def copying_share(
+    factors: HeadFactors, words: Dictionary, tokens: Int[Tensor, " token"], k: int = 1
+) -> Float[Tensor, "layer head"]:
+    """Share of tokens that the OV circuit maps to themselves: among the k largest logits.
+
+    Range [0, 1]; chance is k / vocabulary. All logits count, sources are ``tokens`` alone.
+    Source: the top-1 version is common in tutorials (ARENA); k as in Wang et al. 2022.
+    """
+    ranks = target_ranks(
+        factors, lambda layer: words.inputs(tokens, layer), words.outputs, tokens, words.size
+    )
+    return (ranks.promoted < k).double().mean(-1)
+
+
+def matching_share(
+    factors: HeadFactors, words: Dictionary, tokens: Int[Tensor, " token"], k: int = 1
+) -> Float[Tensor, "layer head"]:
+    """Share of tokens whose query scores the key of the same token among the k highest.
+
+    Range [0, 1]; chance is k / vocabulary. Holds at the distance that the factors were made for,
+    and without biases; every key counts at its own embedding's length.
+    """
+    found = []
+    for place, layer in enumerate(factors.layers):
+        ranks = target_ranks(
+            _one(factors, place),
+            lambda number: words.inputs(tokens, number),
+            lambda ids, layer=layer: words.inputs(ids, layer),  # type: ignore[misc]
+            tokens,
+            words.size,
+        )
+        found.append((ranks.promoted[0] < k).double().mean(-1))
+    return torch.stack(found)
+
+
+def _ratios(
+    factors: HeadFactors, gram_of: Callable[[int], Float[Tensor, "d_model d_model"]]
+) -> Float[Tensor, "layer head"]:
+    """Eigenvalue ratios of ``right @ gram @ left``; layers above 0 share one Gram matrix."""
+    found, grams = [], {}
+    for place, layer in enumerate(factors.layers):
+        kind = min(layer, 1)
+        if kind not in grams:
+            grams[kind] = gram_of(layer)
+        one = _one(factors, place)
+        found.append(eigenvalue_ratio(replace(one, left=grams[kind] @ one.left).core())[0])
+    return torch.stack(found)
+
+
+def _one(factors: HeadFactors, place: int) -> HeadFactors:
+    return factors.at(slice(place, place + 1))

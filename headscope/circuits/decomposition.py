@@ -1,0 +1,246 @@
+"""Sparse attention decomposition: few directions carry a score, and earlier heads supply them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.circuits.factors import with_bias
+from headscope.circuits.qk import qk
+from headscope.circuits.reading import need_linear_write
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel, LayerView
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreParts:
+    """One attention score (before scaling and soft cap) in the singular basis of its QK circuit.
+
+    ``score = sum(products)``, where component k gives
+    ``S[k] * (x_query . U[:, k]) * (x_key . Vh[k])``; x are inputs over the norm's scale, with a
+    last coordinate 1 that carries the biases.
+
+    Attributes:
+        score: as attention computes it, before ``1 / sqrt(d_head)``.
+        products: what each component adds.
+        kept: components that carry the score, largest first.
+        along_query: direction per unit of residual stream at the query position: its product
+            with any part of the stream is what that part adds to the kept components' sum.
+        along_key: the same at the key position.
+        constants: what biases add to that sum, on the query and on the key side.
+    """
+
+    head: HeadIndex
+    query: int
+    key: int
+    score: float
+    products: Float[Tensor, " component"]
+    kept: Int[Tensor, " kept"]
+    along_query: Float[Tensor, " d_model"]
+    along_key: Float[Tensor, " d_model"]
+    constants: tuple[float, float]
+
+    @property
+    def kept_score(self) -> float:
+        """Part of the score that the kept components carry."""
+        return float(self.products[self.kept].sum())
+
+
+@dataclass(frozen=True)
+class TracedEdge:
+    """One earlier head that supplies a head's query or key signal.
+
+    Attributes:
+        reader: head whose attention from ``query`` to ``key`` is explained.
+        side: ``query`` or ``key``.
+        writer: earlier head; None: everything else together (embedding, MLPs, output biases).
+        position: where the writer writes.
+        contribution: what it adds to the score's kept components.
+        share: the same as a share of their sum.
+    """
+
+    reader: HeadIndex
+    query: int
+    key: int
+    side: str
+    writer: HeadIndex | None
+    position: int
+    contribution: float
+    share: float
+
+
+@dataclass(eq=False)
+class Recording:
+    """What one prompt left behind; make it with :func:`record`."""
+
+    residual: dict[int, Float[Tensor, "pos d_model"]]
+    z: dict[int, Float[Tensor, "pos head d_head"]] = field(default_factory=dict)
+    attends: dict[int, Float[Tensor, "head pos key"]] = field(default_factory=dict)
+    wants_final: bool = False
+
+    def on_layer(self, view: LayerView) -> None:
+        """Keep one layer's head outputs and pattern."""
+        every = torch.arange(view.n_queries)
+        self.z[view.layer] = view.z[0].float()
+        self.attends[view.layer] = view.rows(every).pattern[0]
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Nothing to keep."""
+
+
+@torch.no_grad()
+def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Recording:
+    """Run one prompt; keep residual inputs, head outputs and patterns of all layers."""
+    ids = torch.as_tensor(tokens).reshape(1, -1)
+    inputs = model.parts.layer_inputs(ids, model.shape.attention_layers)
+    recording = Recording({layer: x[0].float() for layer, x in inputs.items()})
+    model.forward(ids, observers=[recording], logits_at=torch.empty(0, dtype=torch.long))
+    return recording
+
+
+def score_parts(
+    model: HeadModel,
+    recording: Recording,
+    head: "str | tuple[int, int]",
+    query: int,
+    key: int,
+    share: float = 0.7,
+) -> ScoreParts:
+    """Write one attention score in its singular basis and keep the directions that carry it.
+
+    Kept is the shortest run of components, sorted by product (largest first; most negative first
+    where the score is negative), whose sum reaches ``share`` of the score. Under rotary
+    positions the basis is that of the exact circuit at this distance.
+
+    Raises:
+        UnsupportedModelError: where scores are not bilinear.
+
+    Source: Franco and Crovella 2024, "Sparse Attention Decomposition Applied to Circuit Tracing".
+    """
+    index = model.shape.check(HeadIndex.parse(head))
+    if not 0 <= key <= query < len(recording.residual[index.layer]):
+        raise InputError(f"query {query} cannot attend to key {key} in this prompt.")
+    factors = with_bias(qk(model, offset=query - key, layers=[index.layer]))
+    svd = factors.svd()
+    U, S, Vh = (part[0, index.head] for part in (svd.U, svd.S, svd.Vh))
+    x, y = (_normed(model, recording, index.layer, position) for position in (query, key))
+    products = S * (x @ U) * (Vh @ y)
+    total = products.sum()
+    order = products.argsort(descending=bool(total >= 0), stable=True)
+    reached = products[order].cumsum(0) * total.sign() >= share * total.abs() - 1e-6
+    count = int(reached.nonzero()[0]) + 1 if bool(reached.any()) else len(order)
+    kept = order[:count]
+    along_query = U[:, kept] @ (S[kept] * (Vh[kept] @ y))
+    along_key = (S[kept] * (x @ U[:, kept])) @ Vh[kept]
+    norm = model.parts.input_norm(index.layer)
+    scales = norm.scale(recording.residual[index.layer][[query, key]])
+    return ScoreParts(
+        head=index,
+        query=query,
+        key=key,
+        score=float(total),
+        products=products,
+        kept=kept,
+        along_query=along_query[:-1] / scales[0],
+        along_key=along_key[:-1] / scales[1],
+        constants=(float(along_query[-1]), float(along_key[-1])),
+    )
+
+
+def suppliers(model: HeadModel, recording: Recording, parts: ScoreParts) -> list[TracedEdge]:
+    """What every earlier head, and the rest of the stream, adds to the kept components.
+
+    Exact with the norm's scale held: on either side the contributions and that side's constant
+    sum to ``kept_score``. Unlike the paper, which projects on the signal directions with weights
+    ``sqrt(S)``, contributions are in units of the score, and the bias is counted once.
+    """
+    need_linear_write(model, "what earlier heads supply")
+    edges = []
+    for side, position, along in (
+        ("query", parts.query, parts.along_query),
+        ("key", parts.key, parts.along_key),
+    ):
+        rest = float(recording.residual[parts.head.layer][position] @ along)
+        found: list[tuple[HeadIndex | None, float]] = []
+        for layer in model.shape.attention_layers:
+            if layer >= parts.head.layer:
+                break
+            read = model.output_weights(layer).float() @ along
+            for head, value in enumerate((recording.z[layer][position] * read).sum(-1).tolist()):
+                found.append((HeadIndex(layer, head), value))
+                rest -= value
+        for writer, value in [*found, (None, rest)]:
+            part = value / parts.kept_score if parts.kept_score else 0.0
+            at = (parts.head, parts.query, parts.key, side, writer, position)
+            edges.append(TracedEdge(*at, contribution=value, share=part))
+    return edges
+
+
+def trace(
+    model: HeadModel,
+    tokens: Int[Tensor, " pos"] | Sequence[int],
+    head: "str | tuple[int, int]",
+    query: int,
+    key: int,
+    share: float = 0.7,
+    firing: float = 0.5,
+) -> list[TracedEdge]:
+    """Trace one attention score back through the heads that supply it.
+
+    On each side the largest suppliers are kept until they reach ``share`` of all that is
+    supplied in the score's own sign, heads and rest together. A kept head that attends with at
+    least ``firing`` to one key other than the first position is traced in turn.
+
+    Args:
+        model: any model with bilinear scores whose heads write linearly.
+        tokens: one prompt.
+        head: where to start.
+        query: position that attends.
+        key: position that is attended to.
+        share: of the components kept, and of the suppliers kept.
+        firing: smallest attention that is traced on.
+
+    Returns:
+        Edges in the order of tracing; each score is traced once.
+    """
+    recording = record(model, tokens)
+    pending, done, edges = [(HeadIndex.parse(head), query, key)], set(), []
+    while pending:
+        place = pending.pop(0)
+        if place in done:
+            continue
+        done.add(place)
+        parts = score_parts(model, recording, *place, share)
+        supplied = suppliers(model, recording, parts)
+        for side in ("query", "key"):
+            for edge in _largest([one for one in supplied if one.side == side], share):
+                edges.append(edge)
+                if edge.writer is None:
+                    continue
+                row = recording.attends[edge.writer.layer][edge.writer.head, edge.position]
+                target = int(row.argmax())
+                if float(row[target]) >= firing and target != 0:
+                    pending.append((edge.writer, edge.position, target))
+    return edges
+
+
+def _largest(edges: list[TracedEdge], share: float) -> list[TracedEdge]:
+    """Edges that support the score, largest first, up to a share of their sum."""
+    helpful = sorted((one for one in edges if one.share > 0), key=lambda one: -one.share)
+    wanted, kept, reached = share * sum(one.share for one in helpful), [], 0.0
+    for edge in helpful:
+        if reached >= wanted:
+            break
+        kept.append(edge)
+        reached += edge.share
+    return kept
+
+
+def _normed(model: HeadModel, recording: Recording, layer: int, position: int) -> Tensor:
+    """Residual stream over the norm's scale, with the coordinate of the biases."""
+    x = recording.residual[layer][position]
+    x = x / model.parts.input_norm(layer).scale(x)
+    return torch.cat([x, torch.ones_like(x[:1])])

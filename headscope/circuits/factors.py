@@ -1,0 +1,162 @@
+"""Low-rank products of all heads at once, never multiplied out."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSVD:
+    """Singular value decomposition of every head's matrix: ``U @ diag(S) @ Vh``.
+
+    Singular values fall. Signs are fixed: the entry of each row of ``Vh`` that is largest in
+    magnitude is positive (the sign of a singular vector pair is arbitrary otherwise).
+
+    Attributes:
+        U: unit directions that are read (or, of QK, the query side's), one per column.
+        S: singular values.
+        Vh: unit directions that are written (or, of QK, the key side's), one per row.
+        layers: layer number of each entry of the layer axis.
+    """
+
+    U: Float[Tensor, "layer head d_model rank"]
+    S: Float[Tensor, "layer head rank"]
+    Vh: Float[Tensor, "layer head rank d_model"]
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadFactors:
+    """``left @ right`` for every head, as its two thin factors.
+
+    An axis of heads is either all query heads or the key/value heads that they share; the latter
+    are not repeated. Affine parts are apart: the bilinear form (or map) of ``x`` is that of
+    ``x @ left + left_bias`` and ``y @ right.mT + right_bias``.
+
+    Attributes:
+        left: read side, ``W_V`` (OV) or ``W_Q`` (QK).
+        right: write side, ``W_O`` (OV) or ``W_K.mT`` (QK).
+        left_bias: what the left side adds in head space, biases of weights and norm together.
+        right_bias: the same on the right side of QK; zero for OV.
+        layers: layer number of each entry of the layer axis.
+        n_heads: query heads in a layer.
+        name: of the circuit, for messages.
+    """
+
+    left: Float[Tensor, "layer left_head d_model d_head"]
+    right: Float[Tensor, "layer right_head d_head d_model"]
+    left_bias: Float[Tensor, "layer left_head d_head"]
+    right_bias: Float[Tensor, "layer right_head d_head"]
+    layers: tuple[int, ...]
+    n_heads: int
+    name: str = "product"
+
+    @cached_property
+    def triangles(
+        self,
+    ) -> tuple[Float[Tensor, "layer head left d_head"], Float[Tensor, "layer head d_head right"]]:
+        """Small factors with the same singular values: the R of each side's QR decomposition."""
+        left = torch.linalg.qr(self.left, mode="r").R
+        right = torch.linalg.qr(self.right.mT, mode="r").R
+        return self.per_head(left), self.per_head(right).mT
+
+    def per_head(self, values: Float[Tensor, "layer some_head *any"]) -> Tensor:
+        """Repeat an axis of key/value heads to query heads; use it on small things only."""
+        group = self.n_heads // values.shape[1]
+        return values if group == 1 else values.repeat_interleave(group, dim=1)
+
+    def svd(self) -> HeadSVD:
+        """Decompose every head through the QR of its thin factors: O(d_model d_head^2) a head."""
+        left, left_r = torch.linalg.qr(self.left)
+        right, right_r = torch.linalg.qr(self.right.mT)
+        small = self.per_head(left_r) @ self.per_head(right_r).mT
+        u, s, vh = torch.linalg.svd(small, full_matrices=False)
+        U = widened(left, u)
+        V = widened(right, vh.mT)
+        largest = V.abs().argmax(-2, keepdim=True)
+        sign = V.gather(-2, largest).sign()
+        sign = torch.where(sign == 0, torch.ones_like(sign), sign)
+        return HeadSVD(U * sign, s, (V * sign).mT, self.layers)
+
+    def singular_values(self) -> Float[Tensor, "layer head rank"]:
+        """Singular values alone, largest first."""
+        left, right = self.triangles
+        values: Tensor = torch.linalg.svdvals(left @ right)
+        return values
+
+    def norm(self) -> Float[Tensor, "layer head"]:
+        """Frobenius norm of every head's product."""
+        left, right = self.triangles
+        size: Tensor = torch.linalg.matrix_norm(left @ right)
+        return size
+
+    def core(self) -> Float[Tensor, "layer head d_head d_head"]:
+        """``right @ left``: the small matrix with the product's nonzero eigenvalues."""
+        shared = min(self.left.shape[1], self.right.shape[1])
+        left, right = (side.unflatten(1, (shared, -1)) for side in (self.left, self.right))
+        group = max(left.shape[2], right.shape[2])
+        parts = [
+            right[:, :, i % right.shape[2]] @ left[:, :, i % left.shape[2]] for i in range(group)
+        ]
+        return torch.stack(parts, dim=2).flatten(1, 2)
+
+    def transposed(self) -> "HeadFactors":
+        """The transposed product: the two sides change places."""
+        return replace(
+            self,
+            left=self.right.mT,
+            right=self.left.mT,
+            left_bias=self.right_bias,
+            right_bias=self.left_bias,
+        )
+
+    def at(self, places: slice) -> "HeadFactors":
+        """Some of the layers, by their place on the layer axis."""
+        parts = {name: getattr(self, name)[places] for name in _TENSORS}
+        return replace(self, layers=self.layers[places], **parts)
+
+    def explicit(self, head: "str | tuple[int, int]") -> Float[Tensor, "d_model d_model"]:
+        """One head multiplied out: for looking and for tests."""
+        index = HeadIndex.parse(head)
+        if index.layer not in self.layers or not 0 <= index.head < self.n_heads:
+            raise InputError(f"these {self.name} factors have no head {index}.")
+        layer = self.layers.index(index.layer)
+        left = index.head * self.left.shape[1] // self.n_heads
+        right = index.head * self.right.shape[1] // self.n_heads
+        return self.left[layer, left] @ self.right[layer, right]
+
+
+_TENSORS = ("left", "right", "left_bias", "right_bias")
+
+
+def with_bias(factors: HeadFactors) -> HeadFactors:
+    """The same with the affine parts in a last coordinate of d_model that is always 1."""
+    left = torch.cat([factors.left, factors.left_bias.unsqueeze(-2)], -2)
+    right = torch.cat([factors.right, factors.right_bias.unsqueeze(-1)], -1)
+    return replace(
+        factors,
+        left=left,
+        right=right,
+        left_bias=torch.zeros_like(factors.left_bias),
+        right_bias=torch.zeros_like(factors.right_bias),
+    )
+
+
+def widened(
+    basis: Float[Tensor, "layer some_head d_model rank"],
+    small: Float[Tensor, "layer head rank component"],
+) -> Float[Tensor, "layer head d_model component"]:
+    """``basis @ small`` per query head, heads that share a basis in one product."""
+    layers, shared = basis.shape[:2]
+    group = small.shape[1] // shared
+    if group == 1:
+        return basis @ small
+    side_by_side = small.unflatten(1, (shared, group)).transpose(2, 3).flatten(3)
+    wide = (basis @ side_by_side).unflatten(-1, (group, small.shape[-1]))
+    return wide.permute(0, 1, 3, 2, 4).reshape(layers, small.shape[1], basis.shape[2], -1)

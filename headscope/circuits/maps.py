@@ -1,0 +1,138 @@
+"""MAPS: which relations a head's weights implement, and what a head maps to what."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.circuits.dictionary import Dictionary
+from headscope.circuits.ov import ov
+from headscope.circuits.ranks import target_ranks
+from headscope.circuits.reading import over_all_layers, provenance
+from headscope.circuits.relations import Relation, relations
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
+from headscope.table import HeadScores, HeadTable
+
+
+def relation_scores(
+    model: HeadModel,
+    pairs: Mapping[str, Relation] | None = None,
+    k: int = 10,
+    *,
+    first_mlp: bool = True,
+    fold_norm: bool = False,
+) -> HeadTable:
+    """Relation scores of every head: share of pairs whose target is in the source's top k.
+
+    ``phi = mean(target in top_k((E[source] @ W_V @ W_O @ W_U.T)))``; scores named ``maps_R`` and,
+    with the k smallest logits, ``maps_R_suppressed``. Range [0, 1]; chance is k / vocabulary.
+    k = 1 for ``copy``, as in the paper. Biases are left out.
+
+    Args:
+        model: any model whose heads write linearly.
+        pairs: relations; None: those of :func:`relations`.
+        k: largest rank that counts; the paper has 10, and 25 for large vocabularies.
+        first_mlp: heads above layer 0 see what the first MLP makes of the embedding, alone, as
+            the paper does; False: the raw embedding.
+        fold_norm: fold the gains of the norms and centre; the paper does not.
+
+    Source: Elhelo and Geva 2024, "Inferring Functionality of Attention Heads from their
+    Parameters" (MAPS). Ties go to the lowest token id.
+    """
+    chosen = relations(model) if pairs is None else pairs
+    if not chosen:
+        raise InputError("there are no relations to score: none has enough single-token pairs.")
+    words = Dictionary(model, "mlp_only" if first_mlp else "raw", fold_norm)
+    factors = ov(model, fold_norm)
+    source = torch.cat([one.source for one in chosen.values()])
+    target = torch.cat([one.target for one in chosen.values()])
+    ranks = target_ranks(
+        factors, lambda layer: words.inputs(source, layer), words.outputs, target, words.size
+    )
+    facts = provenance(model, circuit="MAPS", k=k, first_mlp=first_mlp, fold_norm=fold_norm)
+    scores, at = [], 0
+    for name, one in chosen.items():
+        limit = 1 if name == "copy" else k
+        for suffix, found in (("", ranks.promoted), ("_suppressed", ranks.suppressed)):
+            share = (found[..., at : at + len(one)] < limit).double().mean(-1)
+            scores.append(
+                HeadScores.from_summary(
+                    f"maps_{name}{suffix}",
+                    over_all_layers(model, share, factors.layers),
+                    kv_heads=model.shape.n_kv_heads,
+                    n=_counted(model, len(one)),
+                    unit="share of pairs",
+                    bounds=(0.0, 1.0),
+                    description=f"{'demotes' if suffix else 'promotes'} the {name} of a token",
+                    source=f"MAPS, Elhelo and Geva 2024, k={limit}",
+                    provenance=facts,
+                )
+            )
+        at += len(one)
+    return HeadTable(scores)
+
+
+def _counted(model: HeadModel, pairs: int) -> Int[np.ndarray, "layer head"]:
+    counts = np.zeros((model.shape.n_layers, model.shape.n_heads), dtype=int)
+    counts[list(model.shape.attention_layers)] = pairs
+    return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Mappings:
+    """What one head makes of the tokens that it responds to most.
+
+    Attributes:
+        head: whose mappings they are.
+        source: tokens, most salient first.
+        saliency: length of the write over length of the input.
+        promoted: tokens with the largest logits, for each source.
+        suppressed: tokens with the smallest.
+    """
+
+    head: HeadIndex
+    source: Int[Tensor, " source"]
+    saliency: Float[Tensor, " source"]
+    promoted: Int[Tensor, "source target"]
+    suppressed: Int[Tensor, "source target"]
+
+
+def salient_mappings(
+    model: HeadModel,
+    head: "str | tuple[int, int]",
+    sources: int = 20,
+    targets: int = 10,
+    *,
+    first_mlp: bool = True,
+    fold_norm: bool = False,
+) -> Mappings:
+    """Strongest mappings of one head: tokens by ``|e @ W_OV| / |e|``, and what they become.
+
+    The first MLP is applied as in :func:`relation_scores`, above layer 0 alone (the paper's
+    saliency figures applied it in layer 0 too).
+
+    Source: Elhelo and Geva 2024, section 3.
+    """
+    index = model.shape.check(HeadIndex.parse(head))
+    factors = ov(model, fold_norm, layers=[index.layer])
+    left = factors.left[0, model.shape.kv_head(index.head)]
+    right = factors.right[0, index.head]
+    words = Dictionary(model, "mlp_only" if first_mlp else "raw", fold_norm)
+    gram, parts = right @ right.T, []
+    for block in words.blocks():
+        x = words.inputs(block, index.layer)
+        inner = x @ left
+        written = ((inner @ gram) * inner).sum(-1).clamp_min(0).sqrt()
+        parts.append(written / x.norm(dim=-1).clamp_min(1e-12))
+    saliency = torch.cat(parts)
+    order = saliency.argsort(descending=True, stable=True)[:sources]
+    writes = words.inputs(order, index.layer) @ left @ right
+    logits = torch.cat([writes @ words.outputs(block).T for block in words.blocks()], 1)
+    most = logits.argsort(dim=1, descending=True, stable=True)[:, :targets]
+    least = logits.argsort(dim=1, stable=True)[:, :targets]
+    return Mappings(index, order, saliency[order], most, least)

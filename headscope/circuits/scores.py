@@ -1,0 +1,233 @@
+"""All weight scores of a model in one table."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.circuits import spectrum
+from headscope.circuits.alignment import read_alignment, write_alignment
+from headscope.circuits.copying import (
+    copying_eigenvalues,
+    copying_share,
+    matching_eigenvalues,
+    matching_share,
+)
+from headscope.circuits.dictionary import Dictionary, Embedding
+from headscope.circuits.factors import HeadFactors
+from headscope.circuits.ov import ov
+from headscope.circuits.qk import qk
+from headscope.circuits.reading import over_all_layers, provenance
+from headscope.circuits.symmetry import symmetric_share
+from headscope.errors import UnsupportedModelError
+from headscope.models.protocol import HeadModel
+from headscope.probes.vocabulary import ordinary_tokens
+from headscope.table import HeadScores, HeadTable
+from headscope.table.scores import Bounds
+
+# name, values, unit, bounds, what a high value means, source
+Line = tuple[str, Float[Tensor, "layer head"], str, Bounds, str, str]
+_UNIT: Bounds = (0.0, 1.0)
+
+
+def score(model: HeadModel, *, tokens: int = 256, k: int = 5, seed: int = 0) -> HeadTable:
+    """Score every head by its weights alone; nothing is run but tiny passes that measure norms.
+
+    Spectra of OV and QK (``ov_*``, ``qk_*``: norm, spectral_norm, effective_rank, stable_rank,
+    participation_ratio, top_share, outliers above a random product, symmetric_share), copying and
+    matching scores with the raw embedding and (``*_mlp``) with the first MLP's part added, and
+    alignment with embedding and unembedding. QK at distance 0 under rotary positions.
+
+    A circuit that the family does not allow (norms after attention: OV; norms on queries and
+    keys: QK) is left out of the table.
+
+    Args:
+        model: any model.
+        tokens: how many source tokens the shares over the vocabulary are taken on, drawn with
+            ``seed``; the others look at all of it.
+        k: largest rank of the top-k copying share.
+        seed: of that draw and of the random spectra.
+
+    Raises:
+        UnsupportedModelError: if neither circuit can be read.
+    """
+    sample = _sample(model, tokens, seed)
+    lines, reasons, layers = [], [], model.shape.attention_layers
+    for circuit in (_ov_lines, _qk_lines):
+        try:
+            lines += list(circuit(model, sample, k, seed))
+        except UnsupportedModelError as error:
+            reasons.append(str(error))
+    if not lines:
+        raise UnsupportedModelError(" ".join(reasons))
+    facts = provenance(model, circuit="weights", tokens=len(sample), k=k, fold_norm=True)
+    return HeadTable(
+        HeadScores.from_summary(
+            name,
+            over_all_layers(model, values, layers),
+            kv_heads=model.shape.n_kv_heads,
+            unit=unit,
+            bounds=bounds,
+            description=description,
+            source=source,
+            provenance=facts,
+        )
+        for name, values, unit, bounds, description, source in lines
+    )
+
+
+def _ov_lines(model: HeadModel, sample: Tensor, k: int, seed: int) -> Iterator[Line]:
+    factors = ov(model)
+    yield from _spectrum_lines("ov", factors, seed)
+    for kind, suffix in _kinds(model):
+        words = Dictionary(model, kind)
+        yield (
+            f"copying_eigenvalues{suffix}",
+            copying_eigenvalues(factors, words),
+            "ratio",
+            (-1.0, 1.0),
+            "attended tokens raise their own logit (-1: lower it)",
+            "Elhage et al. 2021",
+        )
+        for rank in (1, k):
+            yield (
+                f"copying_top{rank}{suffix}",
+                copying_share(factors, words, sample, rank),
+                "share of tokens",
+                _UNIT,
+                f"attended tokens are among the {rank} that are raised most",
+                "Wang et al. 2022, without positions",
+            )
+    words = Dictionary(model)
+    yield (
+        "ov_read_alignment",
+        read_alignment(factors, words),
+        "share of variance",
+        _UNIT,
+        "values are read from where token embeddings vary",
+        "subspace projection",
+    )
+    yield (
+        "ov_write_alignment",
+        write_alignment(factors, words),
+        "share of variance",
+        _UNIT,
+        "the head writes where logits are read",
+        "subspace projection",
+    )
+
+
+def _qk_lines(model: HeadModel, sample: Tensor, k: int, seed: int) -> Iterator[Line]:
+    factors = qk(model, offset=0)
+    yield from _spectrum_lines("qk", factors, seed)
+    for kind, suffix in _kinds(model):
+        words = Dictionary(model, kind)
+        yield (
+            f"matching_eigenvalues{suffix}",
+            matching_eigenvalues(factors, words),
+            "ratio",
+            (-1.0, 1.0),
+            "queries look for keys of their own token (-1: avoid them)",
+            "Elhage et al. 2021",
+        )
+        for rank in (1, k):
+            yield (
+                f"matching_top{rank}{suffix}",
+                matching_share(factors, words, sample, rank),
+                "share of tokens",
+                _UNIT,
+                f"a token's own key is among its {rank} best",
+                "copying share, for QK",
+            )
+    words = Dictionary(model)
+    for side, one in (("query", factors), ("key", factors.transposed())):
+        yield (
+            f"qk_{side}_alignment",
+            read_alignment(one, words),
+            "share of variance",
+            _UNIT,
+            f"{side} vectors are read from where token embeddings vary",
+            "subspace projection",
+        )
+
+
+def _spectrum_lines(name: str, factors: HeadFactors, seed: int) -> Iterator[Line]:
+    S, rank = factors.singular_values(), float(factors.left.shape[-1])
+    count: Bounds = (0.0, rank)
+    measures = {
+        "norm": (factors.norm(), "", (0.0, None), "large matrix", "Frobenius norm"),
+        "spectral_norm": (S[..., 0], "", (0.0, None), "large top direction", "spectral norm"),
+        "effective_rank": (
+            spectrum.effective_rank(S),
+            "directions",
+            count,
+            "many directions alike",
+            "Roy and Vetterli 2007",
+        ),
+        "stable_rank": (
+            spectrum.stable_rank(S),
+            "directions",
+            count,
+            "energy not in one direction",
+            "Rudelson and Vershynin 2007",
+        ),
+        "participation_ratio": (
+            spectrum.participation_ratio(S),
+            "directions",
+            count,
+            "energy spread out",
+            "(sum S^2)^2 / sum S^4",
+        ),
+        "top_share": (
+            spectrum.top_share(S),
+            "share of energy",
+            _UNIT,
+            "one direction carries it",
+            "S[0]^2 / sum S^2",
+        ),
+        "outliers": (
+            spectrum.outliers(S, random_edge(factors, seed)).to(S),
+            "directions",
+            count,
+            "directions above those of random factors of its shape and variance",
+            "product of Gaussian factors, mean + 3 sd of the largest",
+        ),
+        "symmetric_share": (
+            symmetric_share(factors),
+            "share of energy",
+            _UNIT,
+            "symmetric matrix (0: antisymmetric)",
+            "(1 + tr(W W) / |W|^2) / 2",
+        ),
+    }
+    for measure, (values, unit, bounds, description, source) in measures.items():
+        yield f"{name}_{measure}", values, unit, bounds, description, source
+
+
+def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer head"]:
+    """Largest singular value that random factors of each head's shape and variance would give.
+
+    Mean plus three standard deviations over draws of Gaussian factors; the variance of either
+    factor is that of its own entries. Not the Marchenko-Pastur edge, which holds for one factor
+    and not for a product.
+    """
+    width, rank = factors.left.shape[-2:]
+    mean, deviation = spectrum.product_edge(width, rank, width, seed=seed)
+    sizes = [
+        factors.per_head(torch.linalg.matrix_norm(side)) / math.sqrt(width * rank)
+        for side in (factors.left, factors.right)
+    ]
+    return sizes[0] * sizes[1] * (mean + 3 * deviation)
+
+
+def _kinds(model: HeadModel) -> tuple[tuple[Embedding, str], ...]:
+    return (("raw", ""), ("mlp", "_mlp"))
+
+
+def _sample(model: HeadModel, count: int, seed: int) -> Int[Tensor, " token"]:
+    """Some ordinary tokens, sorted."""
+    ids = ordinary_tokens(model)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]
+    return ids[order.sort().values].to(model.device)

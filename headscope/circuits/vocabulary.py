@@ -1,0 +1,134 @@
+"""Tokens that each singular direction of a head reads and writes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.circuits.dictionary import Dictionary
+from headscope.circuits.factors import HeadFactors
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+
+
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """Tokens with the largest and smallest products with some directions.
+
+    Attributes:
+        ids: of the tokens; along ``sign`` first the most positive, then the most negative.
+        values: their products with the direction.
+    """
+
+    ids: Int[Tensor, "layer head direction sign token"]
+    values: Float[Tensor, "layer head direction sign token"]
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyView:
+    """Tokens at both ends of every head's largest singular directions.
+
+    A direction reads and writes with signs that belong together: what raises ``read[..., 0, :]``
+    is written as ``written[..., 0, :]``, and ``read[..., 1, :]`` as ``written[..., 1, :]``.
+
+    Attributes:
+        S: singular values.
+        read: by products of token embeddings with the left singular vector.
+        written: by products of logit directions (OV) or of token embeddings (QK: tokens of the
+            keys) with the right one.
+        layers: layer number of each entry of the layer axis.
+    """
+
+    S: Float[Tensor, "layer head direction"]
+    read: TopTokens
+    written: TopTokens
+    layers: tuple[int, ...]
+
+    def words(self, head: "str | tuple[int, int]", tokenizer: Any) -> list[dict[str, Any]]:
+        """Directions of one head with their tokens as text, for print."""
+        index = HeadIndex.parse(head)
+        if index.layer not in self.layers:
+            raise InputError(f"this view has no layer {index.layer}; it has {self.layers}.")
+        place = (self.layers.index(index.layer), index.head)
+
+        def text(found: TopTokens, direction: int, sign: int) -> list[str]:
+            ids = found.ids[place][direction, sign].tolist()
+            return [str(one) if tokenizer is None else tokenizer.decode([one]) for one in ids]
+
+        return [
+            {
+                "singular_value": float(self.S[place][direction]),
+                "reads": [text(self.read, direction, sign) for sign in (0, 1)],
+                "writes": [text(self.written, direction, sign) for sign in (0, 1)],
+            }
+            for direction in range(self.S.shape[-1])
+        ]
+
+
+def vocabulary_view(
+    factors: HeadFactors, words: Dictionary, directions: int = 5, tokens: int = 10
+) -> VocabularyView:
+    """Top tokens of the largest singular directions of every head, in one pass over vocabulary.
+
+    Memory is that of one block of the vocabulary against all directions, whatever its size.
+
+    Args:
+        factors: of :func:`ov` or :func:`qk`, with the norm folded.
+        words: vectors of the vocabulary; ``mlp`` shows what later layers see of tokens.
+        directions: how many of each head.
+        tokens: how many at each end of a direction.
+
+    Source: Millidge and Black 2022; Dar et al. 2022. Known weakness: directions of nearly equal
+    singular value may be mixed by any rotation, so that only their span means something.
+    """
+    svd = factors.svd()
+    U, Vh = svd.U[..., :directions].mT, svd.Vh[:, :, :directions]
+    read = _top_tokens(U, words, factors.layers, tokens, logits=False)
+    written = _top_tokens(Vh, words, factors.layers, tokens, logits=factors.name == "OV")
+    return VocabularyView(svd.S[..., :directions], read, written, factors.layers)
+
+
+def _top_tokens(
+    vectors: Float[Tensor, "layer head direction d_model"],
+    words: Dictionary,
+    layers: tuple[int, ...],
+    count: int,
+    *,
+    logits: bool,
+) -> TopTokens:
+    count = min(count, words.size)
+    parts = []
+    for kind in sorted({min(layer, 1) for layer in layers}):
+        chosen = [place for place, layer in enumerate(layers) if min(layer, 1) == kind]
+        flat = vectors[chosen].flatten(0, 2)
+        best = [_Best(count), _Best(count)]
+        for block in words.blocks():
+            table = words.outputs(block) if logits else words.inputs(block, kind)
+            scores = flat @ table.T
+            best[0].add(scores, block.start)
+            best[1].add(-scores, block.start)
+        ids = torch.stack([one.ids for one in best], 1)
+        values = torch.stack([best[0].values, -best[1].values], 1)
+        shape = (len(chosen), *vectors.shape[1:3], 2, count)
+        parts.append(TopTokens(ids.view(shape), values.view(shape)))
+    return TopTokens(torch.cat([p.ids for p in parts]), torch.cat([p.values for p in parts]))
+
+
+class _Best:
+    """The largest scores of each row seen so far; ties between blocks go to the lower id."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.values = torch.empty(0)
+        self.ids = torch.empty(0, dtype=torch.long)
+
+    def add(self, scores: Float[Tensor, "row token"], first: int) -> None:
+        values, ids = scores.topk(min(self.count, scores.shape[1]), dim=1)
+        ids = ids + first
+        if self.values.numel():
+            values = torch.cat([self.values, values], 1)
+            ids = torch.cat([self.ids, ids], 1)
+        order = values.sort(dim=1, descending=True, stable=True).indices[:, : self.count]
+        self.values, self.ids = values.gather(1, order), ids.gather(1, order)
