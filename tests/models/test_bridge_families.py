@@ -222,7 +222,7 @@ def test_what_transformer_lens_runs_wrongly_is_refused() -> None:
         num_kv_heads=2,
         initializer_range=0.4,
     )
-    with pytest.raises(UnsupportedModelError, match="FalconForCausalLM .* other logits"):
+    with pytest.raises(UnsupportedModelError, match=r"FalconForCausalLM .* other logits"):
         bridge_over(FalconForCausalLM(config).eval())
 
 
@@ -231,7 +231,7 @@ def test_what_transformer_lens_does_not_know_is_refused() -> None:
         pass
 
     module = Unheard(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2)).eval()
-    with pytest.raises(UnsupportedModelError, match="Unheard .*Unsupported architecture"):
+    with pytest.raises(UnsupportedModelError, match=r"Unheard .*Unsupported architecture"):
         bridge_over(module)
 
 
