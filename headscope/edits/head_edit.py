@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -13,7 +13,7 @@ from headscope.heads import HeadIndex
 
 Site = Literal["z", "query", "key", "value", "pattern"]
 Scope = Literal["all", "prefill", "decode"]
-Heads = Iterable[str | tuple[int, int]] | str | HeadIndex
+Heads = str | tuple[int, int] | Iterable[str | tuple[int, int]]
 
 SITES: tuple[Site, ...] = ("query", "key", "value", "pattern", "z")
 
@@ -24,7 +24,9 @@ def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
     Raises:
         InputError: if one is no head address.
     """
-    given = [heads] if isinstance(heads, str | HeadIndex) else list(heads)
+    given: list[Any] = [heads] if isinstance(heads, str) else list(heads)
+    if len(given) == 2 and all(isinstance(part, int) for part in given):
+        given = [tuple(given)]  # one head, (layer, head)
     return tuple(dict.fromkeys(HeadIndex.parse(head) for head in given))
 
 

@@ -49,6 +49,13 @@ class Stacked:
         """Edit one value that all variants start from; it is not yet repeated in the batch."""
         return self._joined(layer, (value,) * len(self.variants))
 
+    def covers(self, layer: int, n_heads: int) -> bool:
+        """Whether no variant keeps anything of this layer's old value."""
+        return all(
+            any(isinstance(edit, HeadEdit) and edit.covers(layer, n_heads) for edit in edits)
+            for edits in self.variants
+        )
+
     def _joined(self, layer: int, parts: Sequence[Tensor]) -> Tensor:
         done = []
         for part, edits in zip(parts, self.variants, strict=True):

@@ -1,0 +1,238 @@
+"""Suffix replay: an edit of layer l runs only blocks l to n again, and only where it can matter.
+
+One clean pass is recorded. Variants (sets of edits) that start in the same layer are stacked in
+the batch and go through the blocks from there on. In the layer where a variant edits head outputs,
+attention is not computed again: its output is the projection of the edited outputs. Causality cuts
+the other axis: positions before the first edited one keep the clean run's keys and values. The
+last block computes queries and everything after attention only at the positions that are read.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from headscope.edits import Stacked, Variant, cut, first_layer, first_position, stack
+from headscope.models.attention import AttentionCall
+from headscope.models.hf_interface import routed
+from headscope.models.hf_layout import LayerParts
+from headscope.models.hf_queries import Prefix, attend, joined
+from headscope.models.hf_record import Recording, fitted, repeated, replaced
+
+if TYPE_CHECKING:
+    from headscope.models.hf import HFModel
+
+# The last block is cut to the positions read only where that spares at least half of them.
+_LEAN_SHARE = 0.5
+
+
+class _HeadOutputs(Exception):  # noqa: N818  # carries a result out of a module, no error
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """Runs variants of a recorded pass.
+
+    Attributes:
+        read: positions of each example whose last residual stream is wanted.
+        prefix: keep what lies before the first edit.
+        lean: compute the last block only where it is read.
+    """
+
+    model: "HFModel"
+    recording: Recording
+    read: Bool[Tensor, "batch pos"]
+    prefix: bool = True
+    lean: bool = True
+
+    def start(self, variant: Variant) -> tuple[int, int]:
+        """First block and first position that a variant must run."""
+        layer = first_layer(variant)
+        at = self.model.shape.n_layers - 1 if layer is None else layer
+        if not self.prefix:
+            return at, 0
+        return at, min(first_position(variant), int(self.read.any(0).int().argmax()))
+
+    @torch.no_grad()
+    def residual(
+        self, variants: Sequence[Variant], start: tuple[int, int] | None = None
+    ) -> Float[Tensor, "row d_model"]:
+        """Last residual stream of every variant at the positions read, variants outermost.
+
+        Args:
+            variants: edits of each; they are stacked in one batch.
+            start: first block and position to run; default: as early as any variant needs.
+        """
+        starts = [self.start(variant) for variant in variants]
+        layer, first = start or (min(s[0] for s in starts), min(s[1] for s in starts))
+        edits = stack([cut(variant, first=first) for variant in variants])
+        run = _Run(self, len(variants), layer, first, edits)
+        with routed(self.model.layout.configs, run.attend):
+            return run.through()
+
+    @torch.no_grad()
+    def logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+        """Logits of some last residual streams, by the model's own modules."""
+        model = self.model
+        normed = model.layout.final_norm(rows) if model.layout.final_norm is not None else rows
+        logits: Tensor = model.module.get_output_embeddings()(normed)
+        readout = model.readout
+        if readout.logit_scale != 1:
+            logits = logits * readout.logit_scale
+        if readout.soft_cap is not None:
+            logits = readout.soft_cap * torch.tanh(logits / readout.soft_cap)
+        return logits
+
+
+@dataclass
+class _Run:
+    """One stacked pass through the blocks from ``layer`` on, over positions from ``first`` on."""
+
+    replay: Replay
+    copies: int
+    layer: int
+    first: int
+    edits: tuple[Stacked, ...]
+    queries: Int[Tensor, " read"] | None = None
+    arguments: dict[int, Any] = field(default_factory=dict)
+
+    def through(self) -> Float[Tensor, "row d_model"]:
+        recording, blocks = self.replay.recording, self.replay.model.layout.blocks
+        hidden = repeated(recording.blocks[self.layer].hidden[:, self.first :], self.copies)
+        read = self.replay.read[:, self.first :].to(hidden.device)
+        for layer in range(self.layer, len(blocks)):
+            if layer == len(blocks) - 1 and self._can_be_lean(read):
+                self.queries = read.any(0).nonzero().squeeze(1)
+                read = read[:, self.queries]
+            hidden = self._block(layer, blocks[layer], hidden)
+        by_variant = hidden.unflatten(0, (self.copies, -1))
+        rows: Tensor = by_variant[:, read.to(hidden.device)].flatten(0, 1)
+        return rows
+
+    def _can_be_lean(self, read: Tensor) -> bool:
+        parts = self.replay.model.layout.layers.get(len(self.replay.recording.blocks) - 1)
+        if not self.replay.lean or parts is None:
+            return False
+        plain = parts.input_norm is not None or parts.reads_residual
+        return plain and int(read.any(0).sum()) <= _LEAN_SHARE * read.shape[1]
+
+    def _block(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """One block, with attention given or computed."""
+        parts = self.replay.model.layout.layers.get(layer)
+        with ExitStack() as stack_:
+            if parts is not None:
+                self._prepare(layer, parts, hidden, stack_)
+            given = hidden if self.queries is None else hidden[:, self.queries]
+            output = self._called(layer, block, given)
+        after: Tensor = output[0] if isinstance(output, tuple) else output
+        return after
+
+    def _prepare(self, layer: int, parts: LayerParts, hidden: Tensor, scope: ExitStack) -> None:
+        """Set how this layer's attention comes about."""
+        edit = next((e for e in self.edits if e.site == "z" and layer in e.layers), None)
+        if self._is_given(layer):
+            z = self.replay.recording.z[layer][:, self.first :]
+            z = repeated(z, self.copies) if edit is None else edit.spread(layer, z)
+            write = parts.projection(
+                (z if self.queries is None else z[:, self.queries]).flatten(-2)
+            )
+            scope.enter_context(replaced(parts.attention, partial(self._returned, layer, write)))
+        elif self.queries is not None:
+            lean = partial(self._lean, parts, edit, parts.attention.forward, hidden)
+            scope.enter_context(replaced(parts.attention, lean))
+        elif edit is not None:
+            hook = partial(self._at_projection, layer, edit)
+            scope.callback(parts.projection.register_forward_pre_hook(hook).remove)
+
+    def _is_given(self, layer: int) -> bool:
+        """Whether attention need not run: what it gives is known before it does."""
+        here = [edit for edit in self.edits if layer in edit.layers]
+        if any(edit.site != "z" for edit in here):
+            return False
+        n_heads = self.replay.model.shape.n_heads
+        return layer == self.layer or any(edit.covers(layer, n_heads) for edit in here)
+
+    def _returned(self, layer: int, write: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """Stand in for an attention module whose output is known."""
+        n = self.replay.recording.returns[layer]
+        return write if n is None else (write, *[None] * (n - 1))
+
+    def _lean(
+        self,
+        parts: LayerParts,
+        edit: Stacked | None,
+        attention: Callable[..., Any],
+        hidden: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Stand in for an attention module that is called with the positions read alone."""
+        normed = hidden if parts.input_norm is None else parts.input_norm(hidden)
+        if "hidden_states" in kwargs:
+            kwargs["hidden_states"] = normed
+        else:
+            args = (normed, *args[1:])
+        try:
+            attention(*args, **kwargs)
+        except _HeadOutputs as found:
+            z = found.z
+        if edit is not None:  # it speaks of all positions
+            whole = z.new_zeros(len(z), hidden.shape[1], *z.shape[2:])
+            whole[:, self.queries] = z
+            z = edit(parts.layer, whole)[:, self.queries]
+        return self._returned(parts.layer, parts.projection(z.flatten(-2)))
+
+    def _at_projection(
+        self, layer: int, edit: Stacked, _module: nn.Module, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        shape = self.replay.model.shape
+        z = args[0].unflatten(-1, (shape.n_heads, shape.d_head))
+        return (edit(layer, z).flatten(-2), *args[1:])
+
+    def _called(self, layer: int, block: nn.Module, hidden: Tensor) -> Any:
+        call = self.replay.recording.blocks[layer]
+        args = [self._argument(value) for value in call.args]
+        kwargs = {name: self._argument(value) for name, value in call.kwargs.items()}
+        if call.by_name:
+            return block(*args, **{**kwargs, "hidden_states": hidden})
+        return block(hidden, *args, **kwargs)
+
+    def _argument(self, value: Any) -> Any:
+        """An argument for this stack; blocks share most of theirs."""
+        if id(value) not in self.arguments:
+            recording = self.replay.recording
+            self.arguments[id(value)] = fitted(value, recording, self.copies, self.first)
+        return self.arguments[id(value)]
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """Compute attention of one layer, edits of queries, keys, values and patterns included."""
+        layer = self.replay.model.layout.by_attention()[module].layer
+        recording = self.replay.recording
+        by_site = {e.site: e for e in self.edits if layer in e.layers}
+        query, key, value = (
+            by_site[site](layer, given) if site in by_site else given
+            for site, given in (("query", call.query), ("key", call.key), ("value", call.value))
+        )
+        call = replace(call, layer=layer, query=query, key=key, value=value)
+        before = slice(0, self.first)
+        prefix = Prefix(
+            recording.key[layer][:, :, before], recording.value[layer][:, :, before], self.copies
+        )
+        if "pattern" in by_site:
+            whole = joined(call, prefix)
+            positions = torch.arange(self.first, whole.n_keys, device=call.query.device)
+            pattern = by_site["pattern"](layer, whole.rows(positions).pattern)
+            z = whole.average(pattern)
+            z = z if self.queries is None else z[:, self.queries]
+        else:
+            z = attend(call, prefix, self.queries)
+        if self.queries is not None:
+            raise _HeadOutputs(z)
+        return z
