@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge_layout import BridgeLayout, find_bridge_layout, tiny_bridge_tokens
+from headscope.models.bridge_parts import BridgeParts
 from headscope.models.bridge_pass import BridgePass, Finished
 from headscope.models.bridge_weights import bridge_weights
 from headscope.models.hf import weight_digest
@@ -118,6 +119,11 @@ class BridgeModel:
     def weights(self, layer: int) -> HeadWeights:
         """All attention weights of one layer; key/value heads not repeated."""
         return bridge_weights(self.bridge, layer)
+
+    @cached_property
+    def parts(self) -> BridgeParts:
+        """What weight-level readings need besides the weights."""
+        return BridgeParts(self)
 
     def digest(self) -> str:
         """SHA-256 over the names and bits of all weights."""

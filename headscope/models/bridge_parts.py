@@ -1,0 +1,112 @@
+"""Norms, positions and embedding of a bridge; see :mod:`headscope.models.parts`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.inputs import InputNorm
+from headscope.models.hf_readout import measure_norm
+from headscope.models.parts import MeasuredParts
+
+_ROTARY = ("rotary", "rope")
+
+
+class BridgeParts(MeasuredParts):
+    """Parts of a :class:`headscope.models.bridge.BridgeModel`."""
+
+    def input_norm(self, layer: int) -> InputNorm:
+        """Norm between the residual stream and one layer's attention, checked on a tiny pass."""
+        model = self.model
+        norm = getattr(getattr(self.block(layer), "ln1", None), "original_component", None)
+        if norm is not None:
+            found = measure_norm(norm, model.shape.d_model, model.device)
+            tokens = torch.arange(4)[None] % model.shape.d_vocab
+            residual = self.layer_inputs(tokens, [layer])[layer].float()
+            read = self._reads(tokens, [layer])[layer].float()
+            if (found(residual) - read).norm() < 1e-2 * read.norm():
+                return found
+        raise UnsupportedModelError(
+            f"{model.name}: what attention of layer {layer} reads is no plain norm of the "
+            "residual stream that transformer-lens shows."
+        )
+
+    def block(self, layer: int) -> nn.Module:
+        """Module that is one layer, attention and MLP."""
+        block: nn.Module = self.model.bridge.blocks[layer]
+        return block
+
+    def first_projection(self) -> nn.Module:
+        """Output projection of the first layer's attention."""
+        projection = getattr(getattr(self.block(0), "attn", None), "o", None)
+        if not isinstance(projection, nn.Module):
+            raise UnsupportedModelError(
+                f"transformer-lens does not show the first output projection of {self.model.name}."
+            )
+        return projection
+
+    def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        """Run the model."""
+        self.model.bridge(tokens, return_type="logits")
+
+    def short_pass(
+        self, tokens: Int[Tensor, "batch pos"], at: list[int]
+    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """Attention's input, queries and keys per layer at some positions of one pass."""
+        shape, rotary = self.model.shape, self._is_rotary()
+        names = ("hook_rot_q", "hook_rot_k") if rotary else ("hook_q", "hook_k")
+        heads = (shape.n_heads, shape.n_kv_heads)
+        kept: dict[tuple[int, str], Tensor] = {}
+
+        def keep(layer: int, name: str, count: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _args: Any, value: Tensor) -> None:
+                whole = value if value.ndim == 4 else value.unflatten(-1, (count, -1))
+                by_head = whole if whole.shape[1] == count and rotary else whole.transpose(1, 2)
+                kept[layer, name] = by_head[:, :, at]
+
+            return hook
+
+        hooks = []
+        for layer in shape.attention_layers:
+            for name, count in zip(names, heads, strict=True):
+                point = getattr(self.block(layer).attn, name, None)
+                if isinstance(point, nn.Module):
+                    hooks.append(partial(point.register_forward_hook, keep(layer, name, count)))
+        read = self._reads(tokens, shape.attention_layers, hooks)
+        if any((layer, name) not in kept for layer in read for name in names):
+            raise UnsupportedModelError(
+                f"transformer-lens does not show the queries and keys of {self.model.name} as "
+                "attention uses them."
+            )
+        return {
+            layer: (x[:, at], kept[layer, names[0]], kept[layer, names[1]])
+            for layer, x in read.items()
+        }
+
+    def _is_rotary(self) -> bool:
+        kind = str(getattr(self.model.bridge.cfg, "positional_embedding_type", ""))
+        return any(word in kind for word in _ROTARY)
+
+    def _reads(
+        self, tokens: Tensor, layers: Any, hooks: "list[Callable[[], Any]] | tuple[()]" = ()
+    ) -> dict[int, Tensor]:
+        """What attention of these layers reads."""
+        seen: dict[int, Tensor] = {}
+
+        def hook(layer: int) -> Callable[..., None]:
+            def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+                seen[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+            return enter
+
+        own = [
+            partial(self.block(n).attn.register_forward_pre_hook, hook(n), with_kwargs=True)  # type: ignore[union-attr, operator]
+            for n in layers
+        ]
+        with torch.no_grad():
+            self.watch(tokens, [*own, *hooks])
+        return seen

@@ -1,0 +1,167 @@
+"""Parts of a model that weight-level readings need, measured on tiny passes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.inputs import InputNorm, Rotation
+from headscope.models.rotary import POSITIONS, find_rotation
+from headscope.outputs import HeadWeights
+
+# Rows of the embedding that pass the first block at a time.
+_BATCH = 1024
+Hook = Callable[[], Any]
+
+
+class Finished(Exception):  # noqa: N818  # not an error
+    """Raised inside a pass that has shown all it had to."""
+
+
+class MeasuredParts(ABC):
+    """What the two paths have in common; see :class:`headscope.models.protocol.ModelParts`."""
+
+    def __init__(self, model: Any) -> None:
+        """Measure nothing yet."""
+        self.model = model
+        self._rotations: dict[int, Rotation] = {}
+
+    @abstractmethod
+    def input_norm(self, layer: int) -> InputNorm:
+        """Norm between the residual stream and one layer's attention."""
+
+    @abstractmethod
+    def block(self, layer: int) -> nn.Module:
+        """Module that is one layer, attention and MLP."""
+
+    @abstractmethod
+    def first_projection(self) -> nn.Module:
+        """Output projection of the first layer's attention."""
+
+    @abstractmethod
+    def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        """Run the model's body."""
+
+    @abstractmethod
+    def short_pass(
+        self, tokens: Int[Tensor, "batch pos"], at: list[int]
+    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """Attention's input, queries and keys per layer at some positions of one pass."""
+
+    @cached_property
+    def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Token embedding as it enters the first block, the family's multiplier included."""
+        module = self.model.module
+        weight: Tensor = module.get_input_embeddings().weight.detach()
+        ids = torch.arange(8, device=weight.device) * 7 % len(weight)
+        seen = self.layer_inputs(ids[:, None], [0])[0][:, 0].float()
+        given = weight[ids].float()
+        if seen.shape == given.shape:
+            change, source = seen[1:] - seen[:1], given[1:] - given[:1]
+            scale = float((change * source).sum() / source.square().sum())
+            if (change - scale * source).norm() < 1e-2 * change.norm():
+                return weight if abs(scale - 1) < 1e-3 else weight * scale
+        raise UnsupportedModelError(
+            f"{self.model.name} applies a norm or a projection to its embedding, so a token does "
+            "not enter the first block as a row of it."
+        )
+
+    @torch.no_grad()
+    def first_mlp(self, residual: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        """What the first block adds to each row when its attention writes nothing."""
+        return torch.cat([self._first_mlp(rows) for rows in residual.split(_BATCH)])
+
+    def _first_mlp(self, rows: Float[Tensor, "row d_model"]) -> Tensor:
+        block, dtype, result = self.block(0), self.model.dtype, []
+
+        def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            x = rows[:, None].to(dtype)
+            return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
+
+        def silence(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            return torch.zeros_like(output)
+
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            result.append(output[0] if isinstance(output, tuple) else output)
+            raise Finished
+
+        hooks = [
+            partial(block.register_forward_pre_hook, enter, with_kwargs=True),
+            partial(self.first_projection().register_forward_hook, silence),
+            partial(block.register_forward_hook, leave),
+        ]
+        self.watch(torch.zeros(len(rows), 1, dtype=torch.long), hooks)
+        added: Tensor = result[0].reshape(rows.shape).float() - rows.float()
+        return added
+
+    @torch.no_grad()
+    def layer_inputs(
+        self, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
+    ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+        """Residual stream that enters each of these layers."""
+        seen: dict[int, Tensor] = {}
+        last = max(layers)
+
+        def hook(layer: int) -> Any:
+            def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+                seen[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+                if layer == last:
+                    raise Finished
+
+            return enter
+
+        hooks = [
+            partial(self.block(layer).register_forward_pre_hook, hook(layer), with_kwargs=True)
+            for layer in layers
+        ]
+        self.watch(tokens, hooks)
+        return seen
+
+    def rotation(self, layer: int) -> Rotation:
+        """Rotary positions of one layer, measured once."""
+        if layer not in self._rotations:
+            weights = self.model.weights(layer)
+            self._rotations[layer] = self._rotation(*self._short_pass[layer], weights)
+        return self._rotations[layer]
+
+    @cached_property
+    @torch.no_grad()
+    def _short_pass(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        limit = self.model.shape.n_ctx or POSITIONS[-1] + 1
+        at = [position for position in POSITIONS if position < limit]
+        ids = torch.arange(2 * (at[-1] + 1)) * 7 % max(self.model.shape.d_vocab - 1, 1)
+        return self.short_pass(ids.view(2, -1), at)
+
+    def _rotation(self, read: Tensor, query: Tensor, key: Tensor, weights: HeadWeights) -> Rotation:
+        vectors = []
+        for used, weight, bias in (
+            (query, weights.W_Q, weights.b_Q),
+            (key, weights.W_K, weights.b_K),
+        ):
+            content = torch.einsum("bpd,hde->bhpe", read.float(), weight.float())
+            content = content + bias.float()[:, None]
+            vectors.append((content.flatten(0, 1), used.float().flatten(0, 1)))
+        content, actual = (torch.cat(pair) for pair in zip(*vectors, strict=True))
+        tolerance = 1e-6 if self.model.dtype in (torch.float32, torch.float64) else 1e-3
+        found = find_rotation(content.cpu(), actual.cpu(), tolerance)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{self.model.name} changes its queries and keys by more than a rotation (a norm "
+                "on them, as in qwen3 or gemma3), so its attention scores are not bilinear and no "
+                "matrix gives them; fold_norm=False shows the bare weights."
+            )
+        return found
+
+    def watch(self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook]) -> None:
+        """Run the model's body with these hooks in place, up to the one that ends it."""
+        with ExitStack() as stack:
+            for register in hooks:
+                stack.callback(register().remove)
+            with suppress(Finished):
+                self.run(tokens.to(self.model.device))
