@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
-from headscope.models.hf_layout import Watch, write_scale
+from headscope.models.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
 _BATCH, _LENGTH = 2, 5
@@ -82,7 +82,10 @@ def find_bridge_layout(bridge: Any) -> BridgeLayout:
         raise UnsupportedModelError("none of its blocks has attention that transformer-lens shows.")
     seen, watch = _watch(bridge, blocks)
     shape = _shape(bridge, seen, {layer: block.attn for layer, block in blocks.items()})
-    layers = {layer: _layer(layer, block, seen[layer], watch) for layer, block in blocks.items()}
+    scales = write_scales(watch, {layer: (block, block.attn) for layer, block in blocks.items()})
+    layers = {
+        layer: _layer(layer, block, seen[layer], scales[layer]) for layer, block in blocks.items()
+    }
     final = getattr(getattr(bridge, "ln_final", None), "hook_in", None)
     return BridgeLayout(shape, layers, final)
 
@@ -132,7 +135,7 @@ def _watch(bridge: Any, blocks: dict[int, Any]) -> tuple[dict[int, _Seen], Watch
     return seen, watch
 
 
-def _layer(layer: int, block: Any, seen: _Seen, watch: Watch) -> BridgeLayer:
+def _layer(layer: int, block: Any, seen: _Seen, scale: float | None) -> BridgeLayer:
     attention = block.attn
     live = seen.order("hook_pattern") < seen.order("hook_z")
     rotated = "hook_rot_q" in seen.values
@@ -149,7 +152,7 @@ def _layer(layer: int, block: Any, seen: _Seen, watch: Watch) -> BridgeLayer:
         query_is_rotated=rotated,
         value=attention.hook_v if "hook_v" in seen.values else None,
         kernel=kernel if not live and callable(getattr(kernel, "_attn", None)) else None,
-        write_scale=write_scale(watch, block, attention) if attention in watch.writes else None,
+        write_scale=scale,
     )
 
 

@@ -8,7 +8,7 @@ stream, and with which multiplier, is measured.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf_interface import routed
+from headscope.models.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
 _BATCH, _LENGTH = 2, 5
@@ -56,17 +57,6 @@ class Layout:
         return {parts.attention: parts for parts in self.layers.values()}
 
 
-@dataclass
-class Watch:
-    """What one watched forward pass left behind."""
-
-    calls: list[tuple[nn.Module, AttentionCall]] = field(default_factory=list)
-    projections: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    writes: dict[nn.Module, Tensor] = field(default_factory=dict)
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-
 def find_layout(model: Any) -> Layout | None:
     """Find the parts of a causal language model; None if its attention is out of our reach.
 
@@ -86,13 +76,18 @@ def find_layout(model: Any) -> Layout | None:
     shape = _shape(model, watch, blocks, numbers)
     layers = {}
     width = shape.n_heads * shape.d_head
+    scales = write_scales(
+        watch,
+        {n: (blocks[n], m) for (m, _), n in zip(watch.calls, numbers, strict=True)},
+    )
     for (module, _), number in zip(watch.calls, numbers, strict=True):
         given = watch.inputs.get(watch.projections.get(module, module))
         if module not in watch.projections or given is None or given.shape[-1] != width:
             return None
-        scale = write_scale(watch, blocks[number], module)
         norm, plain = _input_norm(watch, blocks[number], module)
-        layers[number] = LayerParts(number, module, watch.projections[module], scale, norm, plain)
+        layers[number] = LayerParts(
+            number, module, watch.projections[module], scales[number], norm, plain
+        )
     return Layout(shape, layers, blocks, _final_norm(model, watch), configs)
 
 
@@ -188,32 +183,6 @@ def _shape(model: Any, watch: Watch, blocks: nn.ModuleList, numbers: list[int]) 
         attention_layers=tuple(numbers),
         windows=tuple(windows),
     )
-
-
-def write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float | None:
-    """Multiplier m with which the block adds m * (z @ W_O) to its input; None if it does not.
-
-    Sequential blocks: the input of some norm inside is ``x + m * write``. Parallel blocks: so is
-    the block's output less what another child of the block wrote.
-    """
-    if block not in watch.inputs or block not in watch.outputs:
-        return None
-    x, write = watch.inputs[block].float(), watch.writes[attention].float()
-    seen = [watch.inputs[module] for module in block.modules() if module in watch.inputs]
-    out = watch.outputs[block].float()
-    children = [watch.outputs[child] for child in block.children() if child in watch.outputs]
-    children = [child for child in children if child.numel() == out.numel()]
-    after = [out, *(out - child.float().reshape(out.shape) for child in children)]
-    tolerance = 1e-4 if watch.writes[attention].dtype == torch.float32 else 3e-2
-    for candidate in (*seen, *after):
-        if candidate.numel() != x.numel():  # some families flatten batch and position
-            continue
-        difference = candidate.float().reshape(x.shape) - x
-        scale = float((difference * write).sum() / write.square().sum().clamp_min(1e-30))
-        error = (difference - scale * write).norm() / difference.norm().clamp_min(1e-30)
-        if abs(scale) > 1e-3 and error < tolerance:
-            return 1.0 if abs(scale - 1) < tolerance else scale
-    return None
 
 
 def _input_norm(

@@ -159,3 +159,15 @@ def test_write_into_the_residual_stream() -> None:
             assert only is None
         else:
             assert only == pytest.approx(0.5 if family == "granite" else 1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_write_below_a_long_residual_stream(family: str, dtype: torch.dtype) -> None:
+    module = fresh(family)
+    first = module.base_model.layers[0].mlp if family != "gpt2" else module.transformer.h[0].mlp
+    first.register_forward_hook(lambda _module, _args, output: output * 1e4)
+    model = HFModel.wrap(module.to(dtype))
+    assert model is not None
+    expected = None if family == "gemma2" else 1.0
+    assert {parts.write_scale for parts in model.layout.layers.values()} == {expected}

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from headscope.errors import UnsupportedModelError
+from headscope.models.bridge import BridgeModel, bridge_over, wrap_bridge
+from headscope.models.hf import HFModel
+from tests.models import checks
+from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, tokens
+
+
+def wrapped(family: str) -> HFModel | BridgeModel:
+    if family in BRIDGE_FAMILIES:
+        return wrap_bridge(bridge_over(build(family)))
+    model = HFModel.wrap(build(family))
+    assert model is not None
+    return model
+
+
+@pytest.mark.parametrize("family", [*HF_FAMILIES, *BRIDGE_FAMILIES])
+def test_readout_of_the_last_residual_stream_is_the_logits(family: str) -> None:
+    model = wrapped(family)
+    seen = checks.Everything()
+    with torch.no_grad():
+        logits = model.forward(tokens(), observers=[seen])
+        assert seen.final is not None
+        readout = model.readout
+        assert checks.difference(readout.logits(seen.final), logits) < 1e-5
+        # A token's direction gives its logit, less what norm bias and unembedding bias add.
+        ids = torch.tensor([3, 7, 50])
+        centred = seen.final - seen.final.mean(-1, keepdim=True) * readout.centred
+        linear = centred @ readout.directions(ids).T / readout.scale(seen.final)[..., None]
+        constant = readout.bias @ readout.W_U[ids].T * readout.logit_scale
+        if readout.b_U is not None:
+            constant = constant + readout.b_U[ids] * readout.logit_scale
+        expected = linear + constant
+        if readout.soft_cap is not None:
+            expected = readout.soft_cap * torch.tanh(expected / readout.soft_cap)
+        assert checks.difference(expected, logits[..., ids]) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite", "cohere2", "opt", "llama"])
+def test_both_paths_read_out_alike(family: str) -> None:
+    fast, slow = wrapped(family).readout, wrap_bridge(bridge_over(build(family))).readout
+    assert slow.soft_cap == fast.soft_cap
+    assert slow.logit_scale == fast.logit_scale
+    assert slow.centred == fast.centred
+    assert slow.epsilon == fast.epsilon
+    assert checks.difference(slow.gain, fast.gain) < 1e-5
+    assert torch.equal(slow.W_U, fast.W_U)
+
+
+def test_what_the_families_do_to_logits() -> None:
+    assert wrapped("gemma2").readout.soft_cap == 5.0
+    assert wrapped("granite").readout.logit_scale == 0.5
+    assert wrapped("cohere2").readout.logit_scale == 0.25
+    assert wrapped("gptj").readout.b_U is not None
+    assert wrapped("llama").readout.b_U is None
+    assert not wrapped("llama").readout.centred
+    assert wrapped("opt").readout.centred
+
+
+@pytest.mark.parametrize("path", ["hf", "bridge"])
+def test_a_model_without_a_last_norm_has_no_readout(path: str) -> None:
+    config = OPTConfig(  # as opt-350m: norms after the sums, embedding narrower than the stream
+        vocab_size=61,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+        pad_token_id=0,
+        init_std=0.4,
+    )
+    module = OPTForCausalLM(config).eval()
+    model = HFModel.wrap(module) if path == "hf" else wrap_bridge(bridge_over(module))
+    assert model is not None
+    assert {"readout", "linear_write"} <= set(model.limits)
+    with pytest.raises(UnsupportedModelError, match="no plain norm"):
+        _ = model.readout
+    assert model.forward(tokens()).shape == (4, 12, 61)
