@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from transformers import (
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, Rotation
 from headscope.models.hf import HFModel
+from headscope.models.protocol import HeadModel
 from headscope.outputs import HeadWeights, Readout
 
 D_VOCAB = 97
@@ -84,7 +85,7 @@ def family_model() -> Callable[[str], HFModel]:
     return random_model
 
 
-class HandWired:
+class HandWired(HeadModel):
     """Weights alone: two layers of two heads over one-hot tokens.
 
     Residual space: 6 token dimensions, 6 for "token before me", 6 spare. L0H0 copies the token of
@@ -100,36 +101,36 @@ class HandWired:
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self) -> None:
-        self.shape = ModelShape(2, 2, 2, 18, 6, 6, None, (0, 1), (None, None))
-        self.limits: dict[str, str] = {}
-        eye = torch.eye(6)
-        token, before = torch.zeros(18, 6), torch.zeros(18, 6)
-        token[:6], before[6:12] = eye, eye
-        nothing = torch.zeros(18, 6)
-        self._sides = {
-            "Q": [[nothing, nothing], [token, nothing]],
-            "K": [[nothing, nothing], [before, nothing]],
-            "V": [[token, token], [token, nothing]],
-            "O": [[before, -token], [token, nothing]],
-        }
-        self.embedding = token.T.contiguous()
-        self.readout = Readout(
-            W_U=self.embedding,
-            b_U=None,
-            gain=torch.ones(18),
-            bias=torch.zeros(18),
-            centred=False,
-            epsilon=0.0,
-        )
-        self.parts = SimpleNamespace(
-            embedding=self.embedding,
-            input_norm=lambda layer: InputNorm(
-                torch.ones(18), torch.zeros(18), False, 0.0, divides=False
-            ),
-            rotation=lambda layer: Rotation((), (), torch.zeros(0)),
-            first_mlp=lambda rows: torch.zeros_like(rows),
-        )
+    limits: ClassVar[dict[str, str]] = {}
+    shape = ModelShape(2, 2, 2, 18, 6, 6, None, (0, 1), (None, None))
+    _token, _before, _nothing = (
+        torch.eye(18, 6),
+        torch.eye(18).roll(-6, 1)[:, :6],
+        torch.zeros(18, 6),
+    )
+    _sides: ClassVar[dict[str, list[list[Tensor]]]] = {
+        "Q": [[_nothing, _nothing], [_token, _nothing]],
+        "K": [[_nothing, _nothing], [_before, _nothing]],
+        "V": [[_token, _token], [_token, _nothing]],
+        "O": [[_before, -_token], [_token, _nothing]],
+    }
+    readout = Readout(
+        W_U=torch.eye(6, 18),
+        b_U=None,
+        gain=torch.ones(18),
+        bias=torch.zeros(18),
+        centred=False,
+        epsilon=0.0,
+    )
+    parts = SimpleNamespace(
+        embedding=torch.eye(6, 18),
+        input_norm=lambda layer: InputNorm(
+            torch.ones(18), torch.zeros(18), False, 0.0, divides=False
+        ),
+        rotation=lambda layer: Rotation((), (), torch.zeros(0)),
+        first_mlp=lambda rows: torch.zeros_like(rows),
+        layer_inputs=None,
+    )
 
     def output_weights(self, layer: int) -> Tensor:
         return torch.stack(self._sides["O"][layer]).mT.contiguous()

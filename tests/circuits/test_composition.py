@@ -4,7 +4,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tests.circuits.conftest import HandWired
 
 from headscope import circuits
 from headscope.circuits.composition import _all_pairs
@@ -12,6 +11,7 @@ from headscope.circuits.factors import HeadFactors
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.hf import HFModel
+from tests.circuits.conftest import HandWired
 
 ModelOf = Callable[[str], HFModel]
 
@@ -47,9 +47,7 @@ def test_equals_the_definition(
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("mode", ["Q", "K", "V"])
-def test_bare_weights_equal_transformer_lens(
-    family: str, mode: str, family_model: ModelOf
-) -> None:
+def test_bare_weights_equal_transformer_lens(family: str, mode: str, family_model: ModelOf) -> None:
     model = family_model(family)
     expected = model.bridge.all_composition_scores(mode).scores.detach().numpy()
     found = circuits.composition(model, mode, fold_norm=False).values
@@ -77,10 +75,10 @@ def test_baseline_is_subtracted_where_pairs_exist(family_model: ModelOf) -> None
     model = family_model("llama")
     chance = circuits.random_composition(model)
     assert chance == pytest.approx(1 / math.sqrt(32))
-    plain, less = (
-        circuits.composition(model, "K", subtract_random=flag) for flag in (False, True)
+    plain, less = (circuits.composition(model, "K", subtract_random=flag) for flag in (False, True))
+    np.testing.assert_allclose(
+        less.values[less.present], plain.values[plain.present] - chance, atol=1e-7
     )
-    np.testing.assert_allclose(less.values[less.present], plain.values[plain.present] - chance)
     assert not less.values[~less.present].any()
 
 
@@ -155,9 +153,7 @@ def test_affinity_is_the_mean_squared_cosine(mode: str, family_model: ModelOf) -
     side = {"Q": weights.W_Q[3], "K": weights.W_K[1], "V": weights.W_V[1]}[mode]
     read = np.linalg.qr((model.parts.input_norm(2).folded(side)).numpy())[0]
     written = np.linalg.qr(model.output_weights(0)[1].T.numpy())[0]
-    assert found[0, 1, 2, 3] == pytest.approx(
-        np.square(written.T @ read).sum() / 8, abs=1e-6
-    )
+    assert found[0, 1, 2, 3] == pytest.approx(np.square(written.T @ read).sum() / 8, abs=1e-6)
     assert found[2, 0, 0, 1] == 0
 
 

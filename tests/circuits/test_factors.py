@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,9 @@ shapes = st.tuples(
 
 @settings(deadline=None, max_examples=25)
 @given(shape=shapes, seed=st.integers(0, 1000))
-def test_svd_is_that_of_the_explicit_product(shape, seed) -> None:
+def test_svd_is_that_of_the_explicit_product(
+    shape: tuple[int, int, tuple[int, int]], seed: int
+) -> None:
     d_model, d_head, (kv_heads, heads) = shape
     for factors in (
         factors_of(d_model, d_head, kv_heads, heads, seed),
@@ -75,8 +79,6 @@ def test_spectrum_is_invariant_to_the_basis_of_head_space(seed: int, scale: floa
     change = torch.randn(4, 4, generator=generator, dtype=torch.float64) + 3 * torch.eye(4)
     rotation = torch.linalg.qr(change).Q
     S = factors.singular_values()
-    from dataclasses import replace
-
     for M in (rotation, change):
         moved = replace(factors, left=factors.left @ M, right=torch.linalg.inv(M) @ factors.right)
         torch.testing.assert_close(moved.singular_values(), S, rtol=1e-8, atol=1e-8)
