@@ -111,6 +111,10 @@ class Accumulator:
         return wanted.nonzero().squeeze(-1)
 
     @cached_property
+    def _flat(self) -> dict[tuple[str, int | None, int], Tensor]:
+        return {}
+
+    @cached_property
     def _probes(self) -> dict[torch.device, Probe]:
         return {}
 
@@ -139,9 +143,21 @@ class Accumulator:
             else:
                 self.sums[scorer.name].add(layer.number, values, chosen)
             if scorer.name in self.flat_sums:
-                spread = scorer(chunk.flat_rows(scorer), layer.probe)
+                spread = self._flat_values(scorer, layer, chunk).to(layer.device)
                 spread = spread.expand(-1, self.model.shape.n_heads, -1)
                 self.flat_sums[scorer.name].add(layer.number, spread, chosen)
+
+    def _flat_values(
+        self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk"
+    ) -> Float[Tensor, "batch head_or_one query"]:
+        """Score attention spread evenly: the same in all layers that see equally far back."""
+        if scorer.view == "value_weighted":
+            return scorer(chunk.flat_rows(scorer), layer.probe)
+        window = self.model.shape.windows[layer.number]
+        key = (scorer.name, window, int(chunk.positions[0]))
+        if key not in self._flat:
+            self._flat[key] = scorer(chunk.flat_rows(scorer), layer.probe)
+        return self._flat[key]
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide what was held back by the final norm's scale."""
@@ -193,6 +209,10 @@ class _Chunk:
         return self.layer.view.rows(self.positions)
 
     @cached_property
+    def even(self) -> AttentionRows:
+        return self.rows.uniform()
+
+    @cached_property
     def no_sink(self) -> AttentionRows:
         return self.rows.without_first(self.layer.probe.first)
 
@@ -221,7 +241,7 @@ class _Chunk:
 
     def flat_rows(self, scorer: Scorer) -> AttentionRows:
         """Attention spread evenly, in the form that this scorer reads."""
-        even = self.rows.uniform()
+        even = self.even
         if scorer.view == "no_sink":
             return even.without_first(self.layer.probe.first)
         if scorer.view == "value_weighted":

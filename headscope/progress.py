@@ -4,12 +4,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 # Seconds of work before a bar appears.
 _PATIENCE = 2.0
 
 
+@runtime_checkable
 class Advance(Protocol):
     """Call with the number of steps just done."""
 

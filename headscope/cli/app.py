@@ -21,19 +21,26 @@ Model = Annotated[
     ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag, commit; or bundled checkpoint.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: as stored).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU if there is one).")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16 (default: as stored).")
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU if there is one).")
+]
 Memory = Annotated[str | None, typer.Option(help="What a chunk of rows may take, e.g. 2GB.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights.")]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision COMMIT.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision COMMIT."),
 ]
 
 
 @app.command()
 def scan(
     model: Model = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the table, pictures and page.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table, pictures and page.")
+    ] = None,
     scorers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
     probe: Annotated[Path | None, typer.Option(help="YAML file with a probe.")] = None,
     revision: Revision = None,
@@ -42,7 +49,9 @@ def scan(
     memory: Memory = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the default probes.")] = 0,
-    examples: Annotated[bool, typer.Option("--examples", help="Keep the values per example.")] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Keep the values per example.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustCode = False,

@@ -8,10 +8,10 @@ from pydantic import Field
 from headscope.configs import Strict
 from headscope.errors import InputError
 from headscope.probes.jsonl import from_jsonl
-from headscope.pairs import pairs
+from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
 from headscope.probes.repeated import random_tokens, repeated_tokens
-from headscope.text import text
+from headscope.probes.text import text
 from headscope.probes.vocabulary import HasVocabulary
 
 
@@ -55,12 +55,16 @@ def build_probe(config: ProbeConfig, model: HasVocabulary) -> Probe:
     Raises:
         InputError: if a key does not belong to this kind, or the probe does not fit the model.
     """
-    given = {key: value for key, value in config if value is not None and key not in ("kind", "seed")}
+    given = {
+        key: value for key, value in config if value is not None and key not in ("kind", "seed")
+    }
     takes = _TAKES[config.kind]
     for key in given:
         if key not in takes:
-            raise InputError(f"a probe of kind {config.kind!r} has no {key!r}; it takes: "
-                             f"{', '.join(('seed', *takes))}.")
+            raise InputError(
+                f"a probe of kind {config.kind!r} has no {key!r}; it takes: "
+                f"{', '.join(('seed', *takes))}."
+            )
     if config.kind == "jsonl":
         if config.file is None:
             raise InputError("a probe of kind 'jsonl' needs a file.")

@@ -1,0 +1,209 @@
+"""hs.score equals the slow version, and nothing that should not matter changes it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import headscope as hs
+from headscope.errors import InputError, UnsupportedModelError
+from headscope.models.bridge import bridge_over, wrap_bridge
+from headscope.probes.probe import Probe
+from headscope.scorers import CATALOGUE, Scorer
+from tests.models.families import VOCAB, build, fresh
+from tests.scoring.slow import SLOW, eager_patterns, slow_scores
+
+TOLERANCE = 2e-6  # fp32 softmax of scores up to a few hundred
+
+
+def few_tokens(batch: int = 5, length: int = 17, vocabulary: int = 9) -> torch.Tensor:
+    """Tokens with many repetitions, and runs of one token."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(3, 3 + vocabulary, (batch, length), generator=generator)
+
+
+def table(model: hs.models.protocol.HeadModel, probe: Probe, **options: object) -> np.ndarray:
+    scored = hs.score(model, probe, NAMES, progress=False, **options)
+    return np.stack([scored[name].per_example for name in NAMES])
+
+
+NAMES = [name for name, scorer in CATALOGUE.items() if scorer.probe == "repeated_tokens"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("name", SLOW)
+def test_equal_to_the_slow_version(family: str, name: str) -> None:
+    module, tokens = fresh(family), few_tokens()
+    model = hs.load(module)
+    scored = hs.score(model, hs.probes.from_tokens(tokens), [name], progress=False)
+    expected = slow_scores(eager_patterns(module, tokens), tokens, name, model.shape.windows)
+    np.testing.assert_allclose(scored[name].per_example, expected, atol=20 * TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def llama() -> hs.models.protocol.HeadModel:
+    return hs.load(build("llama"))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(batch_size=st.integers(1, 6), memory=st.sampled_from([1, 2000, 30_000, 10**9]))
+def test_batch_and_chunk_size_change_nothing(batch_size: int, memory: int) -> None:
+    model = hs.load(build("llama"), check=False)
+    probe = hs.probes.repeated_tokens(model, length=6, batch=5, seed=1)
+    whole = table(model, probe)
+    parts = table(model, probe, batch_size=batch_size, memory=memory)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=6, deadline=None)
+@given(order=st.permutations(range(5)))
+def test_example_order_changes_nothing(order: list[int]) -> None:
+    model = hs.load(build("mistral"), check=False)
+    tokens = few_tokens()
+    whole = table(model, hs.probes.from_tokens(tokens))
+    mixed = table(model, hs.probes.from_tokens(tokens[order]))
+    np.testing.assert_allclose(mixed, whole[..., order], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "opt"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(family: str, side: str) -> None:
+    model = hs.load(build(family), check=False)
+    tokens = few_tokens(batch=3, length=14)
+    real = torch.ones(3, 18, dtype=torch.bool)
+    padded = torch.zeros(3, 18, dtype=torch.long)
+    where = slice(4, 18) if side == "left" else slice(0, 14)
+    real[:] = False
+    real[:, where] = True
+    padded[:, where] = tokens
+    chosen = [name for name in NAMES if not set(CATALOGUE[name].needs) & set(model.limits)]
+    plain = hs.score(model, hs.probes.from_tokens(tokens), chosen, progress=False)
+    other = hs.score(model, hs.probes.from_tokens(padded, real), chosen, progress=False)
+    for name in chosen:
+        np.testing.assert_allclose(
+            other[name].per_example, plain[name].per_example, rtol=2e-4, atol=2e-5, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+def test_both_paths_agree(family: str) -> None:
+    module = build(family)
+    probe = hs.probes.from_tokens(few_tokens())
+    fast = hs.load(module, check=False)
+    slow = wrap_bridge(bridge_over(module), name=family)
+    assert (fast.path, slow.path) == ("hf", "bridge")
+    np.testing.assert_allclose(table(slow, probe), table(fast, probe), rtol=1e-4, atol=2e-5)
+
+
+def test_half_precision_is_near() -> None:
+    module = fresh("llama")
+    probe = hs.probes.from_tokens(few_tokens())
+    names = ["previous_token", "entropy"]
+    exact = hs.score(hs.load(module), probe, names, progress=False)
+    half = hs.score(hs.load(module.to(torch.bfloat16)), probe, names, progress=False)
+    # bf16 keeps 8 bits: scores near 50 move by 0.2, so that single probabilities may move by
+    # tenths, means over queries by hundredths.
+    for name in names:
+        assert np.median(np.abs(half[name].mean - exact[name].mean)) < 0.05
+        assert half[name].mean.dtype == np.float64
+
+
+def test_flat_control_is_one_over_visible() -> None:
+    model = hs.load(build("mistral"), check=False)
+    window = model.shape.windows[0]
+    probe = hs.probes.from_tokens(few_tokens(batch=2, length=12))
+    null = hs.score(model, probe, ["previous_token"], progress=False)["previous_token"].null
+    expected = np.mean([1 / min(i + 1, window) for i in range(1, 12)])
+    np.testing.assert_allclose(null, expected, rtol=1e-6)
+
+
+def test_a_target_outside_the_window_is_missing_not_zero() -> None:
+    model = hs.load(build("mistral"), check=False)
+    probe = hs.probes.repeated_tokens(model, length=8, batch=2, seed=0)
+    scores = hs.score(model, probe, ["induction"], progress=False)["induction"]
+    assert np.isnan(scores.mean).all()
+    assert (scores.missing == 2 * 8).all()
+
+
+def test_a_user_scorer_needs_three_lines(llama: hs.models.protocol.HeadModel) -> None:
+    @hs.row_scorer()
+    def three_back(rows, probe):  # type: ignore[no-untyped-def]
+        """Attention to the token three back."""
+        return rows.at((rows.query_pos - 3).expand(len(probe), -1))
+
+    assert isinstance(three_back, Scorer)
+    tokens = few_tokens()
+    scored = hs.score(llama, hs.probes.from_tokens(tokens), three_back, progress=False)
+    # the model is shared: patterns come from a copy
+    pattern = torch.stack(eager_patterns(fresh("llama"), tokens))
+    expected = pattern.diagonal(-3, dim1=-2, dim2=-1).mean(-1).permute(0, 2, 1)
+    np.testing.assert_allclose(scored["three_back"].per_example, expected, atol=TOLERANCE * 20)
+
+
+def test_direct_logit_attribution_sums_to_the_attention_part(
+    llama: hs.models.protocol.HeadModel,
+) -> None:
+    """Heads of a layer together = what the output projection adds along the target's direction."""
+    module, tokens = fresh("llama"), few_tokens()
+    model = hs.load(module)
+    writes, final = {}, []
+    for n, block in enumerate(module.model.layers):
+        projection = block.self_attn.o_proj
+        projection.register_forward_hook(
+            lambda m, _a, out, n=n: writes.__setitem__(n, out - (0 if m.bias is None else m.bias))
+        )
+    module.model.norm.register_forward_pre_hook(lambda _m, args: final.append(args[0]))
+    with torch.no_grad():
+        module(tokens)
+    gain, unembed = module.model.norm.weight, module.lm_head.weight
+    scale = (final[0].square().mean(-1) + module.model.norm.variance_epsilon).sqrt()
+    direction = unembed[tokens[:, 1:]] * gain
+    expected = torch.stack(
+        [(writes[n][:, :-1] * direction).sum(-1) / scale[:, :-1] for n in range(3)]
+    )
+    probe = hs.probes.from_tokens(tokens)
+    name = "direct_logit_attribution"
+    scored = hs.score(model, probe, [name], progress=False)[name]
+    queries = (CATALOGUE[name].queries(probe) & probe.real)[:, :-1]
+    wanted = torch.stack(
+        [(expected[n] * queries).sum(1) / queries.sum(1) for n in range(3)]
+    ).detach()
+    np.testing.assert_allclose(scored.per_example.sum(1), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_norm_after_attention_is_refused_with_a_reason() -> None:
+    model = hs.load(build("gemma2"), check=False)
+    probe = hs.probes.from_tokens(few_tokens())
+    with pytest.raises(UnsupportedModelError, match="norm after attention"):
+        hs.score(model, probe, ["direct_logit_attribution"])
+    by_default = hs.score(model, probe, progress=False)
+    assert "direct_logit_attribution" not in by_default
+    assert "induction" in by_default
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"scorers": ["inducton"]}, "did you mean 'induction'"),
+        ({"scorers": []}, "no scorers"),
+        ({"scorers": ["entropy", "entropy"]}, "entropy"),
+        ({"memory": "lots"}, "'lots' is no amount"),
+    ],
+)
+def test_mistakes_are_told_before_any_pass(
+    llama: hs.models.protocol.HeadModel,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, object],
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(type(llama), "forward", lambda *_a, **_k: pytest.fail("a pass was run"))
+    with pytest.raises(InputError, match=sentence):
+        hs.score(llama, hs.probes.from_tokens(few_tokens()), **arguments)
+
+
+def test_a_probe_that_does_not_fit_is_told(llama: hs.models.protocol.HeadModel) -> None:
+    with pytest.raises(InputError, match="at most 128"):
+        hs.score(llama, hs.probes.from_tokens(torch.ones(1, 200, dtype=torch.long)))
+    with pytest.raises(InputError, match=f"knows 0 to {VOCAB - 1}"):
+        hs.score(llama, hs.probes.from_tokens(torch.full((1, 8), VOCAB)))
