@@ -29,6 +29,9 @@ from headscope.outputs import HeadWeights, Readout
 _SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
 _SAME_HALF = 0.1
 
+# Attribute of a module tree that says which weights it had before a bridge added views of them.
+_OWN_NAMES = "_headscope_weight_names"
+
 __all__ = ["BridgeModel", "bridge_over", "bridge_weights", "wrap_bridge"]
 
 
@@ -126,8 +129,16 @@ class BridgeModel:
         return BridgeParts(self)
 
     def digest(self) -> str:
-        """SHA-256 over the names and bits of all weights."""
-        return weight_digest(self.module)
+        """SHA-256 over the names and bits of all weights.
+
+        The same as of the transformers model that a bridge of headscope's own was built over.
+        """
+        weights = self.module.state_dict()
+        own = getattr(self.module, _OWN_NAMES, None)
+        if own is not None:
+            weights = {name.replace("._original_component", ""): w for name, w in weights.items()}
+            weights = {name: weights[name] for name in own}
+        return weight_digest(weights)
 
     def forward(
         self,
@@ -245,7 +256,9 @@ def _second_tree(module: Any) -> Any:
     config._attn_implementation = "eager"
     with init_empty_weights(include_buffers=False):
         tree = type(module)(config)
-    tree.load_state_dict(module.state_dict(), assign=True)
+    weights = module.state_dict()
+    tree.load_state_dict(weights, assign=True)
+    setattr(tree, _OWN_NAMES, tuple(weights))
     buffers = dict(module.named_buffers())
     for path, _ in list(tree.named_buffers()):
         owner, _, leaf = path.rpartition(".")

@@ -122,7 +122,7 @@ class HFModel:
 
     def digest(self) -> str:
         """SHA-256 over the names and bytes of all weights."""
-        return weight_digest(self.module)
+        return weight_digest(self.module.state_dict())
 
     def forward(
         self,
@@ -175,7 +175,7 @@ class HFModel:
         return logits[:, logits_at.to(logits.device)]
 
 
-def weight_digest(module: nn.Module) -> str:
+def weight_digest(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 over what all weights are.
 
     Taken over names, types and shapes, the exact sum of each weight's bits as integers, and a
@@ -185,7 +185,7 @@ def weight_digest(module: nn.Module) -> str:
     every byte at memory speed, so that one changed weight changes the digest.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(weights.items()):
         flat = value.detach().contiguous().flatten()
         if flat.is_floating_point() and flat.element_size() in _INTEGERS:
             flat = flat.view(_INTEGERS[flat.element_size()])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.models.bridge import bridge_over, bridge_weights
+from headscope.models.bridge import bridge_over, bridge_weights, wrap_bridge
 from headscope.models.hf import HFModel
 from headscope.outputs import HeadWeights
 from tests.models import checks
@@ -104,6 +104,19 @@ def test_both_ways_to_the_output_weights(family: str) -> None:
     scale = model.layout.layers[1].write_scale
     expected = weights.W_O * (1.0 if scale is None else scale)
     assert checks.difference(model.output_weights(1), expected) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "gpt_oss", "opt"])
+def test_both_paths_have_one_digest(family: str) -> None:
+    model = HFModel.wrap(build(family))
+    assert model is not None
+    assert wrap_bridge(bridge(family)).digest() == model.digest()
+    other = fresh(family)
+    with torch.no_grad():
+        next(other.parameters()).flatten()[5] += 1e-3
+    changed = HFModel.wrap(other)
+    assert changed is not None
+    assert changed.digest() != model.digest()
 
 
 def test_tied_weights_stay_tied() -> None:
