@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headscope import capture as capture
+    from headscope import circuits as circuits
     from headscope import plots as plots
     from headscope import probes as probes
     from headscope import scorers as scorers
@@ -51,6 +52,7 @@ _HOME = {
     "Probe": "headscope.probes",
     "Provenance": "headscope.table",
     "capture": "headscope.capture",
+    "circuits": "headscope.circuits",
     "load": "headscope.models.load",
     "output_scorer": "headscope.scorers",
     "plots": "headscope.plots",

@@ -156,7 +156,9 @@ def widened(
     layers, shared = basis.shape[:2]
     group = small.shape[1] // shared
     if group == 1:
-        return basis @ small
+        plain: Tensor = basis @ small
+        return plain
     side_by_side = small.unflatten(1, (shared, group)).transpose(2, 3).flatten(3)
     wide = (basis @ side_by_side).unflatten(-1, (group, small.shape[-1]))
-    return wide.permute(0, 1, 3, 2, 4).reshape(layers, small.shape[1], basis.shape[2], -1)
+    per_head: Tensor = wide.transpose(2, 3).reshape(layers, small.shape[1], basis.shape[2], -1)
+    return per_head

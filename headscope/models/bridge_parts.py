@@ -1,6 +1,6 @@
 """Norms, positions and embedding of a bridge; see :mod:`headscope.models.parts`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,7 +92,7 @@ class BridgeParts(MeasuredParts):
         return any(word in kind for word in _ROTARY)
 
     def _reads(
-        self, tokens: Tensor, layers: Any, hooks: "list[Callable[[], Any]] | tuple[()]" = ()
+        self, tokens: Tensor, layers: Any, hooks: Sequence[Callable[[], Any]] = ()
     ) -> dict[int, Tensor]:
         """What attention of these layers reads."""
         seen: dict[int, Tensor] = {}
@@ -104,7 +104,7 @@ class BridgeParts(MeasuredParts):
             return enter
 
         own = [
-            partial(self.block(n).attn.register_forward_pre_hook, hook(n), with_kwargs=True)  # type: ignore[union-attr, operator]
+            partial(self.block(n).attn.register_forward_pre_hook, hook(n), with_kwargs=True)  # type: ignore[union-attr]
             for n in layers
         ]
         with torch.no_grad():
