@@ -17,11 +17,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headscope import ablation as ablation
     from headscope import capture as capture
     from headscope import circuits as circuits
+    from headscope import edits as edits
+    from headscope import metrics as metrics
     from headscope import plots as plots
     from headscope import probes as probes
     from headscope import scorers as scorers
+    from headscope.ablation import ablate_heads as ablate_heads
     from headscope.errors import HeadscopeError as HeadscopeError
     from headscope.heads import HeadIndex as HeadIndex
     from headscope.heads import ModelShape as ModelShape
@@ -51,9 +55,13 @@ _HOME = {
     "PairScores": "headscope.table",
     "Probe": "headscope.probes",
     "Provenance": "headscope.table",
+    "ablate_heads": "headscope.ablation",
+    "ablation": "headscope.ablation",
     "capture": "headscope.capture",
     "circuits": "headscope.circuits",
+    "edits": "headscope.edits",
     "load": "headscope.models.load",
+    "metrics": "headscope.metrics",
     "output_scorer": "headscope.scorers",
     "plots": "headscope.plots",
     "probes": "headscope.probes",

@@ -70,17 +70,17 @@ def _few(
     by_group = query.reshape(copies, batch, kv_heads, rows, d_head)
     shared = by_group.permute(1, 2, 0, 3, 4).reshape(batch, kv_heads, copies * rows, d_head)
     before = torch.matmul(shared, prefix.key.float().mT)
-    before = before.view(batch, kv_heads, copies, rows, -1).permute(2, 0, 1, 3, 4)
+    before = before.reshape(batch, kv_heads, copies, rows, -1).permute(2, 0, 1, 3, 4)
     after = torch.matmul(by_group.flatten(0, 1), call.key.float().mT)
     scores = torch.cat([before.reshape(stacked, kv_heads, rows, -1), after], dim=-1)
     n_keys = prefix.length + own
     visible = visible_keys(
         prefix.length + queries, n_keys, stacked, window=call.window, real=call.real
     )
-    pattern = call.softmax(scores.view(stacked, -1, len(queries), n_keys), visible)
-    pattern = pattern.view(copies, batch, kv_heads, rows, n_keys).to(call.value.dtype)
+    pattern = call.softmax(scores.reshape(stacked, -1, len(queries), n_keys), visible)
+    pattern = pattern.reshape(copies, batch, kv_heads, rows, n_keys).to(call.value.dtype)
     over = pattern[..., : prefix.length].permute(1, 2, 0, 3, 4)
     over = torch.matmul(over.reshape(batch, kv_heads, copies * rows, -1), prefix.value)
-    z = over.view(batch, kv_heads, copies, rows, -1).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    z = over.reshape(batch, kv_heads, copies, rows, -1).permute(2, 0, 1, 3, 4).flatten(0, 1)
     z = z + torch.matmul(pattern[..., prefix.length :].flatten(0, 1), call.value)
-    return z.view(stacked, -1, len(queries), z.shape[-1]).transpose(1, 2)
+    return z.reshape(stacked, -1, len(queries), z.shape[-1]).transpose(1, 2)

@@ -42,6 +42,7 @@ class Provenance:
         seed: of the probe; None where nothing was drawn.
         versions: of the packages that computed it.
         attention: how the rows were computed.
+        checks: what was measured to prove that an intervention did what it says.
     """
 
     model: str = ""
@@ -55,12 +56,14 @@ class Provenance:
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     attention: str = "streamed rows, fp32"
+    checks: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Cut absolute paths."""
         object.__setattr__(self, "model", _portable(self.model))
         object.__setattr__(self, "probe", _portable(dict(self.probe)))
         object.__setattr__(self, "versions", dict(self.versions))
+        object.__setattr__(self, "checks", dict(self.checks))
 
     def to_json(self) -> dict[str, Any]:
         """Return the facts as a JSON object."""

@@ -1,0 +1,126 @@
+"""Proof that an ablation hit: cheap measurements, once a call, recorded in the result."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.ablation.engine import Batch
+from headscope.ablation.methods import Place
+from headscope.ablation.sources import ForwardSource, Plan
+from headscope.edits import Variant, cut, zero
+from headscope.errors import HeadscopeError
+from headscope.heads import HeadIndex
+from headscope.metrics import Metric
+from headscope.models.protocol import HeadModel, LayerView
+
+# The metric of a replay and of a whole pass may differ by this, beside the metric's own size.
+_AGREEMENT = 1e-3
+_HALF_AGREEMENT = 1e-1
+_SILENT_LENGTH = 16
+
+
+@dataclass
+class _Layer:
+    """Keeps the outputs of one layer."""
+
+    layer: int
+    z: Tensor = field(default_factory=lambda: torch.empty(0))
+    wants_final: bool = False
+
+    def on_layer(self, view: LayerView) -> None:
+        """Keep them."""
+        if view.layer == self.layer:
+            self.z = view.z.float().clone()
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Nothing is kept of it."""
+
+
+def proofs(
+    model: HeadModel, plan: Plan, batch: Batch, place: Place, heads: Sequence[HeadIndex]
+) -> dict[str, Any]:
+    """Measure, on one example and two heads, that edits do what they say.
+
+    Returns:
+        ``engine``; ``noop_error``, the change of the logits by an edit of nothing, as a share of
+        the largest; ``heads_checked``; ``other_heads_changed``, in the layer of the edited one
+        (0: none); ``replay_error``, between the metric by replay and by a whole pass;
+        ``heads_off_error``, how much of the logits still depends on other positions when all
+        heads are zeroed (0: nothing).
+
+    Raises:
+        HeadscopeError: if an edit changed another head of its layer, or none, or if replay and
+            whole pass disagree.
+    """
+    checked = list(dict.fromkeys((heads[0], heads[-1])))
+    found = [_check_head(model, plan, batch, place, head) for head in checked]
+    return {
+        "engine": "suffix replay" if plan.replays else "whole passes",
+        "prefix_reuse": plan.prefix,
+        "noop_error": plan.noop_error,
+        "heads_checked": [str(head) for head in checked],
+        "own_output_changed": [changed for changed, _ in found],
+        "other_heads_changed": 0,
+        "replay_error": max(error for _, error in found),
+        "heads_off_error": heads_off_error(model, batch),
+    }
+
+
+@torch.no_grad()
+def _check_head(
+    model: HeadModel, plan: Plan, batch: Batch, place: Place, head: HeadIndex
+) -> tuple[bool, float]:
+    """Whether a head's own output changed, and how far replay and whole pass are apart."""
+    one = batch.probe.examples(slice(0, 1))
+    variant: Variant = cut((place([head]),), examples=slice(0, 1))
+    before, after = _Layer(head.layer), _Layer(head.layer)
+    nothing = torch.empty(0, dtype=torch.long)
+    model.forward(one.tokens, real=one.real, observers=(before,), logits_at=nothing)
+    model.forward(one.tokens, real=one.real, observers=(after,), edits=variant, logits_at=nothing)
+    difference = (after.z - before.z).abs().amax((0, 1, 3))
+    others = torch.arange(len(difference), device=difference.device) != head.head
+    scale = float(before.z.abs().max()) or 1.0
+    if bool((difference[others] > 1e-5 * scale).any()):
+        raise HeadscopeError(
+            f"ablating {head} changed the output of another head of its layer: the edit does not "
+            "do what it says."
+        )
+    if not isinstance(batch.metric, Metric):
+        return bool(difference[head.head] > 0), 0.0
+    read = batch.read[:1]
+    sources = (
+        ForwardSource(model, one.tokens, one.real, read),
+        plan.source(model, one.tokens, one.real, read),
+    )
+    whole, replayed = (
+        Batch(one, batch.metric, source, read, batch.limit).values([variant])[0, 0]
+        for source in sources
+    )
+    error = float((whole - replayed).abs().nan_to_num())
+    allowed = _AGREEMENT if model.dtype in (torch.float32, torch.float64) else _HALF_AGREEMENT
+    if error > allowed * max(1.0, abs(float(replayed))):
+        raise HeadscopeError(
+            f"ablating {head} by replay and by a whole pass gives metrics {error:.2g} apart."
+        )
+    return bool(difference[head.head] > 0), error
+
+
+@torch.no_grad()
+def heads_off_error(model: HeadModel, batch: Batch) -> float | None:
+    """How much the last logits still depend on earlier tokens when all heads give 0.
+
+    With attention removed nothing can move between positions. As a share of the largest logit;
+    None where it cannot be told (one token, or layers without attention that mix positions).
+    """
+    text = batch.probe.tokens[0, batch.probe.real[0]][:_SILENT_LENGTH]
+    hybrid = len(model.shape.attention_layers) < model.shape.n_layers
+    if hybrid or len(text) < 2:
+        return None
+    tokens = torch.stack([text, torch.cat([text[:-1].flip(0), text[-1:]])])
+    last = torch.tensor([len(text) - 1])
+    off = model.forward(tokens, edits=(zero(model.shape.heads),), logits_at=last).float()
+    return float((off[0] - off[1]).abs().max() / off.abs().max().clamp_min(1e-12))

@@ -1,0 +1,135 @@
+"""Values that edits need from other runs: means over a probe, and outputs of single examples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope import capture
+from headscope.edits import Site
+from headscope.models.protocol import HeadModel, LayerView
+from headscope.probes.probe import Probe
+
+
+@dataclass
+class _Sums:
+    """Sums of head outputs over real positions, per layer."""
+
+    real: Bool[Tensor, "batch pos"]
+    per_position: bool
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    wants_final: bool = False
+
+    def on_layer(self, view: LayerView) -> None:
+        """Add one layer's outputs."""
+        self.sums[view.layer] = summed(view.z, self.real, self.per_position)
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Nothing is kept of it."""
+
+
+def summed(z: Tensor, real: Tensor, per_position: bool) -> Tensor:
+    """Sum of ``z [batch pos head d_head]`` over real positions, or over examples at each."""
+    weights = real.to(z.device)[:, :, None, None]
+    return (z.float() * weights).sum(0 if per_position else (0, 1))
+
+
+def averaged(
+    sums: Mapping[int, Tensor], real: Tensor, per_position: bool
+) -> dict[int, Float[Tensor, "*pos head d_head"]]:
+    """Sums divided by how many real positions they hold; 0 where there is none."""
+    counts = real.sum(0)[:, None, None] if per_position else real.sum()
+    return {layer: s / counts.to(s.device).clamp_min(1) for layer, s in sums.items()}
+
+
+def head_means(
+    model: HeadModel, probe: Probe, *, per_position: bool = False, batch_size: int | None = None
+) -> dict[int, Float[Tensor, "*pos head d_head"]]:
+    """Mean output of every head over a probe's real positions, before the output projection.
+
+    Args:
+        model: the model.
+        probe: the reference.
+        per_position: average over examples only, at each position of the batch.
+        batch_size: examples per pass.
+
+    Returns:
+        By layer ``[head d_head]``, or ``[pos head d_head]``.
+    """
+    total: dict[int, Tensor] = {}
+    for _, part in capture.stream(
+        model, probe, lambda batch, _: _Sums(batch.real, per_position), batch_size=batch_size
+    ):
+        for layer, s in part.sums.items():
+            total[layer] = total[layer] + s if layer in total else s
+    return averaged(total, probe.real, per_position)
+
+
+@dataclass
+class _Outputs:
+    """Keeps head outputs of some layers, and patterns where they are asked for."""
+
+    layers: frozenset[int]
+    patterns: bool
+    found: dict[int, Tensor] = field(default_factory=dict)
+    wants_final: bool = False
+
+    def on_layer(self, view: LayerView) -> None:
+        """Keep one layer."""
+        if view.layer in self.layers:
+            rows = view.rows(torch.arange(view.n_queries)).pattern if self.patterns else None
+            self.found[view.layer] = view.z.clone() if rows is None else rows
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Nothing is kept of it."""
+
+
+@dataclass
+class _Keeper:
+    """An edit that changes nothing and keeps what it sees."""
+
+    site: Literal["query", "key", "value"]
+    layers: frozenset[int]
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Keep the value."""
+        self.found[layer] = value
+        return value
+
+
+@torch.no_grad()
+def head_values(
+    model: HeadModel,
+    tokens: Int[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"] | None = None,
+    *,
+    site: Site = "z",
+    layers: Sequence[int] | None = None,
+) -> dict[int, Tensor]:
+    """What all heads of some layers have at a site, for :func:`headscope.edits.patch`.
+
+    Args:
+        model: the model.
+        tokens: one batch; all of it is kept.
+        real: False at padding.
+        site: see :class:`headscope.edits.HeadEdit`.
+        layers: which; default: all with attention.
+
+    Returns:
+        By layer, in the layout of the site.
+    """
+    chosen = frozenset(model.shape.attention_layers if layers is None else layers)
+    nothing = torch.empty(0, dtype=torch.long)
+    if site in ("query", "key", "value"):
+        keeper = _Keeper(site, chosen)
+        # An observer, so that the pass may stop after the last layer.
+        watcher = _Outputs(frozenset(), False)
+        model.forward(tokens, real=real, observers=(watcher,), edits=(keeper,), logits_at=nothing)
+        return keeper.found
+    outputs = _Outputs(chosen, site == "pattern")
+    model.forward(tokens, real=real, observers=(outputs,), logits_at=nothing)
+    return outputs.found

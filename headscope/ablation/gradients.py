@@ -1,0 +1,108 @@
+"""First-order estimates of all heads' effects: one forward and one backward pass.
+
+Every head gets a gate: with gate g it gives ``z + g (baseline - z)``, clean at 0 and ablated at 1.
+The estimate of its effect is the derivative of the metric by its gate at 0, which equals
+``sum (baseline - z) . d metric / d z`` over the edited positions. With several steps it is the
+mean derivative along the straight way on which all gates open together; the estimates of all heads
+then sum to the effect of ablating all of them, up to the error of the midpoint rule.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.ablation.engine import Batch
+from headscope.ablation.run import Placer, Study
+from headscope.ablation.sources import quick
+from headscope.edits import AnyEdit, Site
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.metrics import Metric
+from headscope.models.protocol import HeadModel
+from headscope.progress import track
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """The way from what heads give to what an edit makes of it, one gate per example and head."""
+
+    edit: AnyEdit
+    amounts: dict[int, Float[Tensor, "batch head"]]
+    site: Site = field(init=False)
+    layers: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Act where the edit acts."""
+        object.__setattr__(self, "site", self.edit.site)
+        object.__setattr__(self, "layers", frozenset(self.amounts))
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Go part of the way."""
+        amount = self.amounts[layer].to(value.dtype)
+        gate = amount[:, None, :, None] if self.site == "z" else amount[:, :, None, None]
+        return value + gate * (self.edit(layer, value) - value)
+
+
+def attribution(
+    study: Study, placer: Placer, heads: Sequence[HeadIndex], steps: int
+) -> Float[np.ndarray, "head example"]:
+    """Estimated effect of every head on every example.
+
+    Args:
+        study: what is measured.
+        placer: what heads are ablated to.
+        heads: whose gates open.
+        steps: 1 for the gradient at the clean run; more for integrated gradients.
+    """
+    if steps < 1:
+        raise InputError(f"attribution takes steps=1 or more; got {steps}.")
+    points = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
+    parts = []
+    total = len(study.probe) * steps
+    with quick(study.model), track(total, "attribution", show=study.progress) as advance:
+        for chosen, batch in study.batches():
+            place = placer.place(chosen, batch)
+            placer.prove(batch, place, heads)
+            edit = place(heads)
+            estimate = torch.zeros(len(heads), len(batch.probe), dtype=torch.float64)
+            for point in points:
+                estimate += _derivatives(study.model, batch, edit, heads, point) / steps
+                advance(len(batch.probe))
+            parts.append(estimate)
+    return torch.cat(parts, 1).numpy()
+
+
+def _derivatives(
+    model: HeadModel, batch: Batch, edit: AnyEdit, heads: Sequence[HeadIndex], point: float
+) -> Float[Tensor, "head batch"]:
+    """Derivative of the metric by every gate, all of them open by ``point``."""
+    shape = (len(batch.probe), model.shape.n_heads)
+    layers = sorted({head.layer for head in heads})
+    with torch.enable_grad():
+        gates = {
+            layer: torch.full(shape, point, device=model.device, requires_grad=True)
+            for layer in layers
+        }
+        total = total_metric(model, batch, (Gates(edit, gates),))
+        found = torch.autograd.grad(total, [gates[layer] for layer in layers])
+    by_layer = dict(zip(layers, found, strict=True))
+    rows = torch.stack([by_layer[head.layer][:, head.head] for head in heads]).double().cpu()
+    unread = ~batch.read.any(1).cpu()
+    return rows.masked_fill(unread, float("nan"))
+
+
+def total_metric(model: HeadModel, batch: Batch, edits: Sequence[AnyEdit]) -> Float[Tensor, ""]:
+    """Sum of the metric over the examples of a batch, ready for a backward pass."""
+    read = batch.read
+    at = read.any(0).nonzero().squeeze(1)
+    logits = model.forward(batch.probe.tokens, real=batch.probe.real, edits=edits, logits_at=at)
+    if not isinstance(batch.metric, Metric):
+        return batch.metric(logits.float(), batch.probe).sum()
+    rows = logits[read[:, at].to(logits.device)].float()
+    values = batch.metric.value(batch.facts(rows))
+    weights = (1.0 / read.sum(1))[read.nonzero()[:, 0]].to(values)
+    return (values * weights).sum()

@@ -1,0 +1,164 @@
+"""What every causal measurement shares: read the arguments, run batches, say where it came from."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from headscope import capture
+from headscope.ablation.arguments import Maker, Metricish, Positions, default_reference, marked
+from headscope.ablation.checks import proofs
+from headscope.ablation.engine import Batch, stack_tokens
+from headscope.ablation.methods import Method, Place, Setting
+from headscope.ablation.sources import Plan, plan_for, quick
+from headscope.edits import AnyEdit, HeadEdit, Heads, Variant
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.memory import parse_memory
+from headscope.metrics import AnyMetric, as_metric
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.progress import track
+from headscope.table import Provenance
+from headscope.table.provenance import versions
+
+# Tokens of one recorded batch on a GPU; on a CPU a batch is one stack.
+_GPU_BATCH = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A model, a probe and a metric, ready for any number of variants.
+
+    Attributes:
+        limit: tokens per stack.
+        size: examples per batch.
+    """
+
+    model: HeadModel
+    probe: Probe
+    metric: AnyMetric
+    plan: Plan
+    limit: int
+    size: int
+    progress: bool | None
+
+    @classmethod
+    def of(
+        cls,
+        model: HeadModel,
+        probe: Probe,
+        metric: Metricish,
+        *,
+        batch_size: int | None = None,
+        memory: str | int | None = None,
+        progress: bool | None = None,
+    ) -> "Study":
+        """Check everything that can be checked before the first pass, and choose the engine."""
+        capture.check_fits(model, probe)
+        chosen = as_metric(metric)
+        chosen.reads(probe)
+        limit = stack_tokens(model, parse_memory(memory))
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size={batch_size} leaves nothing to run: give 1 or more.")
+        room = limit if model.device.type == "cpu" else min(limit, _GPU_BATCH)
+        size = batch_size or max(1, room // probe.length)
+        plan = plan_for(model, probe.tokens, probe.real)
+        return cls(model, probe, chosen, plan, limit, min(size, len(probe)), progress)
+
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
+        """Batches of the probe, each run once cleanly."""
+        for start in range(0, len(self.probe), self.size):
+            chosen = slice(start, min(start + self.size, len(self.probe)))
+            part = self.probe.examples(chosen)
+            yield chosen, Batch.of(self.model, self.plan, part, self.metric, self.limit)
+
+    def measure(
+        self, variants: Callable[[slice, Batch], Sequence[Variant]], count: int, what: str
+    ) -> tuple[Float[np.ndarray, "variant example"], Float[np.ndarray, " example"]]:
+        """The metric of every variant on every example, and on the clean run.
+
+        Args:
+            variants: of one batch; ``count`` of them.
+            count: how many there are, for the progress bar.
+            what: is being done, for the progress bar.
+        """
+        edited, clean = [], []
+        total = count * len(self.probe)
+        with quick(self.model), track(total, what, show=self.progress) as advance:
+            for chosen, batch in self.batches():
+                edited.append(batch.values(variants(chosen, batch), advance))
+                clean.append(batch.clean)
+        return torch.cat(edited, 1).numpy(), torch.cat(clean).numpy()
+
+    def provenance(self, seed: int | None = None, **facts: Any) -> Provenance:
+        """Where the result came from; ``facts`` join those of the probe, ``checks`` apart."""
+        checks = facts.pop("checks", {})
+        return Provenance(
+            model=self.model.name,
+            revision=self.model.revision,
+            weight_digest=self.model.digest(),
+            path=self.model.path,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=self.model.device.type,
+            probe={
+                "kind": self.probe.name,
+                "examples": len(self.probe),
+                **self.probe.settings,
+                "metric": self.metric.name,
+                **facts,
+            },
+            seed=self.probe.seed if seed is None else seed,
+            versions=versions(),
+            checks=checks,
+        )
+
+
+class Placer:
+    """How one call edits heads, batch by batch, with its proofs taken on the first batch."""
+
+    def __init__(
+        self,
+        study: Study,
+        method: Maker,
+        *,
+        positions: Positions = None,
+        reference: Probe | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._study, self._maker = study, method
+        self.checks: dict[str, Any] = {}
+        where = marked(study.probe, positions)
+        self._method: Method | None = None
+        if isinstance(method, str):
+            chosen = reference if reference is not None else default_reference(study.probe, method)
+            capture.check_fits(study.model, chosen)
+            own = chosen is study.probe
+            self._method = Method(
+                method,
+                Setting(study.model, study.probe, chosen, own, where, seed, study.size),
+            )
+        elif where is not None or reference is not None:
+            raise InputError("an edit of your own says itself where it acts and what it reads.")
+
+    def place(self, chosen: slice, batch: Batch) -> Place:
+        """How to edit any heads of one batch."""
+        if self._method is not None:
+            return self._method.place(chosen, batch.source)
+        maker = self._maker
+        assert callable(maker)  # noqa: S101  # a name has a method
+
+        def own(heads: Heads) -> AnyEdit:
+            edit = maker(heads)
+            return edit.cut(chosen) if isinstance(edit, HeadEdit) else edit
+
+        return own
+
+    def prove(self, batch: Batch, place: Place, heads: Sequence[HeadIndex]) -> None:
+        """Take the proofs, once."""
+        if not self.checks:
+            study = self._study
+            self.checks = proofs(study.model, study.plan, batch, place, heads)

@@ -1,0 +1,211 @@
+"""Two ways to run edited variants of a batch, with the same numbers: replay, or whole passes."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.edits import Variant, scale, stack
+from headscope.errors import UnsupportedModelError
+from headscope.models.hf import HFModel
+from headscope.models.hf_record import quick_activations, record
+from headscope.models.hf_replay import Replay
+from headscope.models.protocol import HeadModel
+
+# A replay must give the model's own logits to this share of the largest; half precision keeps
+# about three digits.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_HALF_TOLERANCE = 5e-2
+_TRIAL_LENGTH = 32
+
+
+class Source(Protocol):
+    """One batch, ready to be run with edits."""
+
+    @property
+    def z(self) -> dict[int, Tensor] | None:
+        """Clean head outputs by layer, where they were kept."""
+
+    def start(self, variant: Variant) -> tuple[int, int]:
+        """First layer and first position that a variant runs."""
+
+    def rows(self, variants: Sequence[Variant]) -> Tensor:
+        """What :meth:`logits` makes logits of: every position read of every variant, in order."""
+
+    def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
+        """Logits of such rows."""
+
+    def clean(self) -> Tensor:
+        """Rows of the unedited batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaySource:
+    """Suffix replay of a recorded pass."""
+
+    replay: Replay
+
+    @property
+    def z(self) -> dict[int, Tensor] | None:
+        """Clean head outputs by layer."""
+        return self.replay.recording.z
+
+    def start(self, variant: Variant) -> tuple[int, int]:
+        """First layer and first position that a variant runs."""
+        return self.replay.start(variant)
+
+    def rows(self, variants: Sequence[Variant]) -> Tensor:
+        """Last residual stream at the positions read."""
+        return self.replay.residual(variants)
+
+    def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
+        """Final norm and unembedding."""
+        return self.replay.logits(rows)
+
+    def clean(self) -> Tensor:
+        """Last residual stream of the recorded pass."""
+        final = self.replay.recording.final
+        return final[self.replay.read.to(final.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardSource:
+    """Whole passes, one per stack of variants."""
+
+    model: HeadModel
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    read: Bool[Tensor, "batch pos"]
+    z: None = None
+
+    def start(self, variant: Variant) -> tuple[int, int]:
+        """Run everything."""
+        return 0, 0
+
+    @torch.no_grad()
+    def rows(self, variants: Sequence[Variant]) -> Tensor:
+        """Logits at the positions read."""
+        copies = len(variants)
+        at = self.read.any(0).nonzero().squeeze(1)
+        logits = self.model.forward(
+            self.tokens.repeat(copies, 1),
+            real=self.real.repeat(copies, 1),
+            edits=stack(variants),
+            logits_at=at,
+        )
+        return logits[self.read[:, at].repeat(copies, 1).to(logits.device)]
+
+    def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
+        """They are logits already."""
+        return rows
+
+    def clean(self) -> Tensor:
+        """Logits of the unedited batch."""
+        return self.rows([()])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is run, and how far a pass that edits nothing is from the model's own logits.
+
+    Attributes:
+        replays: whether parts of a pass can be run again.
+        prefix: whether positions before the first edit can be kept.
+        noop_error: largest difference of logits, as a share of the largest logit.
+    """
+
+    replays: bool
+    prefix: bool
+    noop_error: float
+
+    def source(
+        self,
+        model: HeadModel,
+        tokens: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"],
+        read: Bool[Tensor, "batch pos"],
+    ) -> Source:
+        """Make a batch ready."""
+        if not self.replays or not isinstance(model, HFModel):
+            return ForwardSource(model, tokens, real, read)
+        padding = None if bool(real.all()) else real
+        recording = record(model, tokens, padding)
+        return ReplaySource(Replay(model, recording, read, self.prefix, lean=self.prefix))
+
+
+def quick(model: HeadModel) -> AbstractContextManager[None]:
+    """Scope in which a model's own modules run their faster equals."""
+    return quick_activations(model) if isinstance(model, HFModel) else nullcontext()
+
+
+_PLANS: "WeakKeyDictionary[HeadModel, Plan]" = WeakKeyDictionary()
+
+
+def plan_for(
+    model: HeadModel, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
+) -> Plan:
+    """The fastest way to run a model that gives its own logits when nothing is edited.
+
+    Tried once per model, on two short texts of the batch: suffix replay with kept prefixes and a
+    last block cut to what is read; suffix replay alone; whole passes.
+    """
+    if model not in _PLANS:
+        with quick(model):
+            _PLANS[model] = _tried(model, *_trial(tokens, real))
+    return _PLANS[model]
+
+
+def _trial(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Two rows from the first example's text; with padding in one if the batch has any."""
+    text = tokens[0, real[0]][:_TRIAL_LENGTH]
+    rows = torch.stack([text, text.roll(1)])
+    shown = torch.ones_like(rows, dtype=torch.bool)
+    if not bool(real.all()) and len(text) > 2:
+        shown[1, :1] = False
+    return rows, shown
+
+
+@torch.no_grad()
+def _tried(model: HeadModel, tokens: Tensor, real: Tensor) -> Plan:
+    read = torch.zeros_like(real)
+    read[:, -1] = True
+    own = model.forward(tokens, real=real)[read.to(model.device)].float()
+    limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+    plain = len(model.shape.attention_layers) == model.shape.n_layers
+    for prefix in (True, False):
+        # Layers without attention carry a state of their own from position to position.
+        if isinstance(model, HFModel) and (plain or not prefix) and "readout" not in model.limits:
+            plan = Plan(True, prefix, 0.0)
+            error = _noop_error(model, plan, tokens, real, read, own)
+            if error <= limit:
+                return Plan(True, prefix, error)
+    plan = Plan(False, False, 0.0)
+    return Plan(False, False, _noop_error(model, plan, tokens, real, read, own))
+
+
+def _noop_error(
+    model: HeadModel, plan: Plan, tokens: Tensor, real: Tensor, read: Tensor, own: Tensor
+) -> float:
+    """Run edits that change nothing from the first and from a middle layer and position on."""
+    layers = model.shape.attention_layers
+    late = torch.zeros_like(real)
+    late[:, tokens.shape[1] // 2 :] = True
+    starts = ((layers[0], None), (layers[len(layers) // 2], late))
+    errors = []
+    try:
+        source = plan.source(model, tokens, real, read)
+        for layer, where in starts:
+            noop = scale((layer, 0), 1.0, positions=where)
+            again = source.logits(source.rows([(noop,), (noop,)])).float()
+            difference = (again.view(2, *own.shape) - own).abs().max()
+            errors.append(float(difference / own.abs().max().clamp_min(1e-12)))
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, UnsupportedModelError):
+        if not plan.replays:
+            raise
+        return float("inf")  # this architecture's blocks do not run on their own
+    return max(errors) if all(error == error for error in errors) else float("inf")
