@@ -77,12 +77,10 @@ class HeadFactors:
         right, right_r = torch.linalg.qr(self.right.mT)
         small = self.per_head(left_r) @ self.per_head(right_r).mT
         u, s, vh = torch.linalg.svd(small, full_matrices=False)
-        U = widened(left, u)
         V = widened(right, vh.mT)
-        largest = V.abs().argmax(-2, keepdim=True)
-        sign = V.gather(-2, largest).sign()
-        sign = torch.where(sign == 0, torch.ones_like(sign), sign)
-        return HeadSVD(U * sign, s, (V * sign).mT, self.layers)
+        upright = V.amax(-2, keepdim=True) >= -V.amin(-2, keepdim=True)
+        sign = torch.where(upright, 1.0, -1.0).to(V)
+        return HeadSVD(widened(left, u * sign), s, V.mul_(sign).mT, self.layers)
 
     def singular_values(self) -> Float[Tensor, "layer head rank"]:
         """Singular values alone, largest first."""
