@@ -1,4 +1,4 @@
-"""Norms, positions and embedding of a bridge; see :mod:`headscope.models.parts`."""
+"""Norms, positions and embedding of a bridge; see :mod:`headscope.models.hf_measured`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
+from headscope.models.hf_measured import MeasuredParts
 from headscope.models.hf_readout import measure_norm
-from headscope.models.parts import MeasuredParts
 
 _ROTARY = ("rotary", "rope")
 

@@ -1,4 +1,4 @@
-"""Norms, positions and embedding of a transformers model; see :mod:`headscope.models.parts`."""
+"""Norms, positions and embedding of a transformers model; see :mod:`headscope.models.hf_measured`."""
 
 from functools import partial
 from typing import Any
@@ -11,8 +11,8 @@ from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf_interface import routed
+from headscope.models.hf_measured import MeasuredParts
 from headscope.models.hf_readout import measure_norm
-from headscope.models.parts import MeasuredParts
 
 
 class HFParts(MeasuredParts):
