@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+# Not from typing: before Python 3.12 that one computes every property of what it checks.
+from typing_extensions import Protocol, runtime_checkable
 
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, Rotation
