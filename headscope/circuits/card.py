@@ -82,13 +82,7 @@ def head_card(
             views[name] = view.words(index, model.tokenizer)
         except UnsupportedModelError as error:
             missing[name] = str(error)
-    pairs: dict[str, PairScores] = {}
-    modes: tuple[str, ...] = ("Q", "K", "V")
-    for mode in modes:
-        try:
-            pairs[mode] = composition(model, mode)
-        except UnsupportedModelError as error:
-            missing[f"{mode}_composition"] = str(error)
+    pairs = _compositions(model, missing)
     found = _all_scores(model, missing) if table is None else table
     return HeadCard(
         head=str(index),
@@ -102,6 +96,16 @@ def head_card(
         feeds={mode: _partners(one, index, partners, below=False) for mode, one in pairs.items()},
         missing=missing,
     )
+
+
+def _compositions(model: HeadModel, missing: dict[str, str]) -> dict[str, PairScores]:
+    pairs = {}
+    for mode in ("Q", "K", "V"):
+        try:
+            pairs[mode] = composition(model, mode)
+        except UnsupportedModelError as error:
+            missing[f"{mode}_composition"] = str(error)
+    return pairs
 
 
 def _all_scores(model: HeadModel, missing: dict[str, str]) -> HeadTable:

@@ -30,13 +30,15 @@ from headscope.table.scores import Bounds
 # name, values, unit, bounds, what a high value means, source
 Line = tuple[str, Float[Tensor, "layer head"], str, Bounds, str, str]
 _UNIT: Bounds = (0.0, 1.0)
+_MP = "Marchenko and Pastur 1967"
 
 
 def score(model: HeadModel, *, tokens: int = 256, k: int = 5, seed: int = 0) -> HeadTable:
     """Score every head by its weights alone; nothing is run but tiny passes that measure norms.
 
     Spectra of OV and QK (``ov_*``, ``qk_*``: norm, spectral_norm, effective_rank, stable_rank,
-    participation_ratio, top_share, outliers above a random product, symmetric_share), copying and
+    participation_ratio, top_share, symmetric_share, outliers above random products and, for either
+    factor alone, above the Marchenko-Pastur edge), copying and
     matching scores with the raw embedding and (``*_mlp``) with the first MLP's part added, and
     alignment with embedding and unembedding. QK at distance 0 under rotary positions.
 
@@ -154,56 +156,53 @@ def _qk_lines(model: HeadModel, sample: Tensor, k: int, seed: int) -> Iterator[L
 
 
 def _spectrum_lines(name: str, factors: HeadFactors, seed: int) -> Iterator[Line]:
-    S, rank = factors.singular_values(), float(factors.left.shape[-1])
-    count: Bounds = (0.0, rank)
-    measures = {
-        "norm": (factors.norm(), "", (0.0, None), "large matrix", "Frobenius norm"),
-        "spectral_norm": (S[..., 0], "", (0.0, None), "large top direction", "spectral norm"),
-        "effective_rank": (
-            spectrum.effective_rank(S),
-            "directions",
-            count,
-            "many directions alike",
-            "Roy and Vetterli 2007",
-        ),
-        "stable_rank": (
-            spectrum.stable_rank(S),
-            "directions",
-            count,
-            "energy not in one direction",
-            "Rudelson and Vershynin 2007",
-        ),
-        "participation_ratio": (
-            spectrum.participation_ratio(S),
-            "directions",
-            count,
-            "energy spread out",
-            "(sum S^2)^2 / sum S^4",
-        ),
-        "top_share": (
-            spectrum.top_share(S),
-            "share of energy",
-            _UNIT,
-            "one direction carries it",
-            "S[0]^2 / sum S^2",
-        ),
-        "outliers": (
-            spectrum.outliers(S, random_edge(factors, seed)).to(S),
-            "directions",
-            count,
-            "directions above those of random factors of its shape and variance",
-            "product of Gaussian factors, mean + 3 sd of the largest",
-        ),
-        "symmetric_share": (
-            symmetric_share(factors),
-            "share of energy",
-            _UNIT,
-            "symmetric matrix (0: antisymmetric)",
-            "(1 + tr(W W) / |W|^2) / 2",
-        ),
-    }
-    for measure, (values, unit, bounds, description, source) in measures.items():
+    S, count = factors.singular_values(), (0.0, float(factors.left.shape[-1]))
+    roy, rudelson = "Roy and Vetterli 2007", "Rudelson and Vershynin 2007"
+    spread, energy = "(sum S^2)^2 / sum S^4", "share of energy"
+    size: Bounds = (0.0, None)
+    rank, stable, many = (
+        measure(S)
+        for measure in (
+            spectrum.effective_rank,
+            spectrum.stable_rank,
+            spectrum.participation_ratio,
+        )
+    )
+    top, symmetric = spectrum.top_share(S), symmetric_share(factors)
+    symmetry = "symmetric matrix (0: antisymmetric)"
+    for measure, values, unit, bounds, description, source in (
+        ("norm", factors.norm(), "", size, "large matrix", "Frobenius norm"),
+        ("spectral_norm", S[..., 0], "", size, "large top direction", "spectral norm"),
+        ("effective_rank", rank, "directions", count, "many directions alike", roy),
+        ("stable_rank", stable, "directions", count, "energy not in one direction", rudelson),
+        ("participation_ratio", many, "directions", count, "energy spread out", spread),
+        ("top_share", top, energy, _UNIT, "one direction carries it", "S[0]^2 / sum S^2"),
+        ("symmetric_share", symmetric, energy, _UNIT, symmetry, "(1 + tr(W W) / |W|^2) / 2"),
+    ):
         yield f"{name}_{measure}", values, unit, bounds, description, source
+    yield from _outlier_lines(name, factors, S, seed)
+
+
+def _outlier_lines(name: str, factors: HeadFactors, S: Tensor, seed: int) -> Iterator[Line]:
+    count: Bounds = (0.0, float(factors.left.shape[-1]))
+    above = spectrum.outliers(S, random_edge(factors, seed)).to(S)
+    product = "product of Gaussian factors, mean + 3 sd of the largest"
+    described = "directions above those of random factors of its shape and variance"
+    yield f"{name}_outliers", above, "directions", count, described, product
+    for side, factor in (("left", factors.left), ("right", factors.right)):
+        above = factors.per_head(_factor_outliers(factor))
+        described = f"directions of the {side} factor alone above the edge of a random one"
+        yield f"{name}_{side}_outliers", above, "directions", count, described, _MP
+
+
+def _factor_outliers(
+    factor: Float[Tensor, "layer some_head rows columns"],
+) -> Float[Tensor, "layer some_head"]:
+    """Singular values of one factor above the Marchenko-Pastur edge of its shape and variance."""
+    rows, columns = factor.shape[-2:]
+    S = torch.linalg.svdvals(factor)
+    deviation = torch.linalg.matrix_norm(factor) / math.sqrt(rows * columns)
+    return spectrum.outliers(S, deviation * spectrum.marchenko_pastur_edge(rows, columns)).to(S)
 
 
 def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer head"]:

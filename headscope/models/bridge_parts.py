@@ -1,4 +1,4 @@
-"""Norms, positions and embedding of a bridge; see :mod:`headscope.models.hf_measured`."""
+"""Norms, positions and embedding of a bridge, see :mod:`.hf_measured`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

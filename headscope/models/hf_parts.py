@@ -1,4 +1,4 @@
-"""Norms, positions and embedding of a transformers model; see :mod:`headscope.models.hf_measured`."""
+"""Norms, positions and embedding of a transformers model, see :mod:`.hf_measured`."""
 
 from functools import partial
 from typing import Any
