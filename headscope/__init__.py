@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from headscope import plots as plots
     from headscope import probes as probes
     from headscope import scorers as scorers
+    from headscope.ablation import ablate_cumulatively as ablate_cumulatively
+    from headscope.ablation import ablate_groups as ablate_groups
     from headscope.ablation import ablate_heads as ablate_heads
+    from headscope.ablation import interactions as interactions
+    from headscope.ablation import patch_activations as patch_activations
+    from headscope.ablation import path_patch as path_patch
     from headscope.errors import HeadscopeError as HeadscopeError
     from headscope.heads import HeadIndex as HeadIndex
     from headscope.heads import ModelShape as ModelShape
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
     from headscope.scorers import output_scorer as output_scorer
     from headscope.scorers import row_scorer as row_scorer
     from headscope.scoring import score as score
+    from headscope.table import EffectGrid as EffectGrid
     from headscope.table import HeadScores as HeadScores
     from headscope.table import HeadTable as HeadTable
     from headscope.table import PairScores as PairScores
@@ -47,6 +53,7 @@ __version__ = "0.1.0"
 # the module in the function's place. Hence `score` lives in scoring.py, `prune` in pruning/.
 _HOME = {
     "AttentionRows": "headscope.scorers",
+    "EffectGrid": "headscope.table",
     "HeadIndex": "headscope.heads",
     "HeadScores": "headscope.table",
     "HeadTable": "headscope.table",
@@ -55,14 +62,19 @@ _HOME = {
     "PairScores": "headscope.table",
     "Probe": "headscope.probes",
     "Provenance": "headscope.table",
+    "ablate_cumulatively": "headscope.ablation",
+    "ablate_groups": "headscope.ablation",
     "ablate_heads": "headscope.ablation",
     "ablation": "headscope.ablation",
     "capture": "headscope.capture",
     "circuits": "headscope.circuits",
     "edits": "headscope.edits",
+    "interactions": "headscope.ablation",
     "load": "headscope.models.load",
     "metrics": "headscope.metrics",
     "output_scorer": "headscope.scorers",
+    "patch_activations": "headscope.ablation",
+    "path_patch": "headscope.ablation",
     "plots": "headscope.plots",
     "probes": "headscope.probes",
     "row_scorer": "headscope.scorers",

@@ -15,7 +15,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.hf import HFModel
 from headscope.models.hf_record import quick_activations, record
 from headscope.models.hf_replay import Replay
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import HeadModel, Observer
 
 # A replay must give the model's own logits to this share of the largest; half precision keeps
 # about three digits.
@@ -81,6 +81,7 @@ class ForwardSource:
     tokens: Int[Tensor, "batch pos"]
     real: Bool[Tensor, "batch pos"]
     read: Bool[Tensor, "batch pos"]
+    observers: tuple[Observer, ...] = ()
     z: None = None
 
     def start(self, variant: Variant) -> tuple[int, int]:
@@ -95,6 +96,7 @@ class ForwardSource:
         logits = self.model.forward(
             self.tokens.repeat(copies, 1),
             real=self.real.repeat(copies, 1),
+            observers=self.observers,
             edits=stack(variants),
             logits_at=at,
         )

@@ -1,5 +1,6 @@
 """Results: one score for every head, all scores of a model, and scores of pairs of heads."""
 
+from headscope.table.effects import EffectGrid as EffectGrid
 from headscope.table.pairs import PairScores as PairScores
 from headscope.table.provenance import Provenance as Provenance
 from headscope.table.provenance import versions as versions

@@ -1,0 +1,156 @@
+"""Activation patching: one run with values of its paired run, cell by cell."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from headscope import edits
+from headscope.ablation.arguments import Metricish, Positions, marked
+from headscope.ablation.donors import head_values
+from headscope.ablation.engine import Batch
+from headscope.ablation.run import Study
+from headscope.edits import Heads, Site, Variant, head_list
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.table import EffectGrid
+
+Axis = Literal["layer", "head", "position"]
+Direction = Literal["noise", "denoise"]
+Cell = tuple[tuple[HeadIndex, ...], Bool[Tensor, "batch pos"] | None]
+
+
+def patch_activations(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish,
+    axes: Sequence[Axis] = ("layer", "head"),
+    *,
+    site: Site = "z",
+    direction: Direction = "noise",
+    positions: Positions | Sequence[str] = None,
+    batch_size: int | None = None,
+    memory: str | int | None = None,
+    progress: bool | None = None,
+) -> EffectGrid:
+    """Patch what heads have at a site, from the paired run, and measure the metric.
+
+    ``noise`` runs the clean probe and patches in values of the corrupt one: what is needed.
+    ``denoise`` runs the corrupt one and patches in clean values: what is enough. The metric always
+    reads the clean probe's targets. ``.normalised()`` puts 1 at clean and 0 at corrupt.
+
+    Args:
+        model: the model.
+        probe: with a ``corrupt`` pair.
+        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        axes: of the grid: ``("layer", "head")``; ``("layer", "position")``, all heads of a layer
+            at once; or all three. Without ``position``, every position is patched, or those that
+            ``positions`` marks.
+        site: ``z``, ``query``, ``key``, ``value`` or ``pattern``; at ``key`` and ``value`` the
+            heads are key/value heads.
+        direction: see above.
+        positions: with a ``position`` axis, the marks along it (default: every position).
+        batch_size: examples per recorded pass.
+        memory: what a stack of variants may take.
+        progress: show a bar.
+
+    Raises:
+        InputError: if the probe has no pair that is aligned with it.
+    """
+    clean, corrupt = _aligned_pair(probe)
+    run, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
+    if direction not in ("noise", "denoise"):
+        raise InputError(f"direction is 'noise' or 'denoise'; got {direction!r}.")
+    study = Study.of(model, run, metric, batch_size=batch_size, memory=memory, progress=progress)
+    labels, cells = _grid(model, run, axes, site, positions)
+
+    def variants(chosen: slice, batch: Batch) -> list[Variant]:
+        donors = head_values(model, donor.tokens[chosen], donor.real[chosen], site=site)
+        made: list[Variant] = []
+        for heads, where in cells:
+            mask = None if where is None else where[chosen]
+            made.append((edits.patch(heads, donors, site=site, positions=mask),))
+        return made
+
+    edited, unedited = study.measure(variants, len(cells), f"patching {len(cells)} cells")
+    other, _ = replace(study, probe=donor).measure(lambda _slice, _batch: [()], 1, "paired run")
+    pair = (unedited, other[0]) if direction == "noise" else (other[0], unedited)
+    shape = (*(len(names) for names in labels), len(run))
+    return EffectGrid(
+        name=f"{direction}_{site}",
+        axes=tuple("kv_head" if a == "head" and site in ("key", "value") else a for a in axes),
+        labels=labels,
+        per_example=(edited - unedited).reshape(shape),
+        unedited=unedited,
+        pair=np.stack(pair),
+        unit=study.metric.unit,
+        description=f"{study.metric.name} with the patch less that without.",
+        provenance=study.provenance(site=site, direction=direction),
+    )
+
+
+def _aligned_pair(probe: Probe) -> tuple[Probe, Probe]:
+    """The clean probe, and the corrupt tokens with the clean probe's answers."""
+    other = probe.corrupt
+    if other is None:
+        raise InputError("patching needs a pair: this probe has no corrupt probe.")
+    if other.tokens.shape != probe.tokens.shape or not torch.equal(other.real, probe.real):
+        raise InputError("the corrupt probe is not aligned with the clean one, token by token.")
+    return probe, replace(probe, tokens=other.tokens, structure=other.structure)
+
+
+def _grid(
+    model: HeadModel,
+    probe: Probe,
+    axes: Sequence[Axis],
+    site: Site,
+    positions: Positions | Sequence[str],
+) -> tuple[tuple[tuple[str, ...], ...], list[Cell]]:
+    """Names along the axes, and what to patch in each cell."""
+    if len(set(axes)) != len(axes) or not set(axes) <= {"layer", "head", "position"}:
+        raise InputError(f"axes are some of layer, head and position; got {tuple(axes)}.")
+    if "layer" not in axes:
+        raise InputError("patching needs the axis 'layer'.")
+    shape = model.shape
+    n_heads = shape.n_kv_heads if site in ("key", "value") else shape.n_heads
+    names, masks = _places(probe, positions, "position" in axes)
+    choices = {
+        "layer": list(shape.attention_layers),
+        "head": list(range(n_heads)) if "head" in axes else [None],
+        "position": list(range(len(names))),
+    }
+    order: list[str] = list(axes)
+    shown = {"layer": [f"L{i}" for i in choices["layer"] if i is not None]}
+    shown |= {"head": [f"H{i}" for i in range(n_heads)], "position": names}
+    rest = [axis for axis in choices if axis not in order]
+    cells: list[Cell] = []
+    for at in product(*(choices[axis] for axis in (*order, *rest))):
+        cell = dict(zip((*order, *rest), at, strict=True))
+        chosen = range(n_heads) if cell["head"] is None else [cell["head"]]
+        heads: Heads = [(int(cell["layer"] or 0), int(head or 0)) for head in chosen]
+        cells.append((head_list(heads), masks[cell["position"] or 0]))
+    return tuple(tuple(shown[axis]) for axis in order), cells
+
+
+def _places(
+    probe: Probe, positions: Positions | Sequence[str], split: bool
+) -> tuple[list[str], list[Bool[Tensor, "batch pos"] | None]]:
+    """Sets of positions to patch, by name."""
+    if not split:
+        if positions is not None and not isinstance(positions, str | Tensor):
+            raise InputError("several marks need the axis 'position'.")
+        return [""], [marked(probe, positions)]
+    if positions is None:
+        single = torch.eye(probe.length, dtype=torch.bool)[:, None].expand(-1, len(probe), -1)
+        return [str(i) for i in range(probe.length)], list(single)
+    if isinstance(positions, Tensor):
+        raise InputError("along the axis 'position' give names of marks, or nothing for all.")
+    listed = [positions] if isinstance(positions, str) else list(positions)
+    return listed, [marked(probe, name) for name in listed]

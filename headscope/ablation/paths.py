@@ -1,0 +1,141 @@
+"""Path patching: what one head tells another, or the logits, without the heads in between."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headscope import edits
+from headscope.ablation.arguments import Metricish, by_head, present
+from headscope.ablation.donors import head_values
+from headscope.ablation.engine import Batch
+from headscope.ablation.patching import _aligned_pair
+from headscope.ablation.run import Study
+from headscope.ablation.single import as_scores
+from headscope.ablation.sources import quick
+from headscope.edits import Heads, Variant
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.progress import track
+from headscope.table import HeadScores
+
+Entry = Literal["query", "key", "value"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Keep:
+    """An edit that changes nothing and keeps what it sees."""
+
+    site: Entry
+    layers: frozenset[int]
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Keep the value."""
+        self.found[layer] = value
+        return value
+
+
+def path_patch(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish,
+    receivers: Heads | None = None,
+    entry: Entry = "query",
+    *,
+    senders: Heads | None = None,
+    batch_size: int | None = None,
+    memory: str | int | None = None,
+    progress: bool | None = None,
+) -> HeadScores:
+    """Effect on the metric of a sender's corrupt output, by the paths to some receivers alone.
+
+    Wang et al. 2022 (arXiv 2211.00593), appendix B: the clean run with the sender's output taken
+    from the corrupt run, all other heads frozen to their clean outputs and MLPs computed anew,
+    gives the receivers' queries (or keys, or values); the clean run with those gives the metric.
+    Without receivers the first run's own logits are read: the direct effect. This is not the
+    direct-edge patch that freezes MLPs too.
+
+    Args:
+        model: the model.
+        probe: with a ``corrupt`` pair.
+        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        receivers: heads that listen; None: the logits.
+        entry: where they listen. Keys and values belong to the whole key/value head.
+        senders: default: all heads below the highest receiver.
+        batch_size: examples per recorded pass.
+        memory: what a stack of variants may take.
+        progress: show a bar.
+
+    Returns:
+        Effect per sender; NaN where no path leads from it to a receiver.
+    """
+    if entry not in ("query", "key", "value"):
+        raise InputError(f"entry is 'query', 'key' or 'value'; got {entry!r}.")
+    clean, corrupt = _aligned_pair(probe)
+    listening = () if receivers is None else present(model, receivers)
+    top = max((head.layer for head in listening), default=model.shape.n_layers)
+    chosen = [head for head in present(model, senders) if head.layer < top]
+    if not chosen:
+        raise InputError("no path leads from these senders to these receivers.")
+    study = Study.of(model, clean, metric, batch_size=batch_size, memory=memory, progress=progress)
+    parts = []
+    with quick(model), track(len(chosen) * len(clean), "path patching", show=progress) as advance:
+        for examples, batch in study.batches():
+            donors = head_values(model, corrupt.tokens[examples], corrupt.real[examples])
+            kept = batch.source.z or head_values(model, batch.probe.tokens, batch.probe.real)
+            first = [_sent(model, sender, donors, kept, top) for sender in chosen]
+            if listening:
+                values = _received(model, batch, first, listening, entry)
+            else:
+                values = batch.values(first)
+            advance(len(chosen) * len(batch.probe))
+            parts.append(values - batch.clean)
+    name = "logits" if not listening else f"{entry} of {', '.join(map(str, listening))}"
+    provenance = study.provenance(receivers=name)
+    return as_scores(study, by_head(model, chosen, torch.cat(parts, 1).numpy()), "path", provenance)
+
+
+def _sent(
+    model: HeadModel,
+    sender: HeadIndex,
+    donors: dict[int, Tensor],
+    kept: dict[int, Tensor],
+    top: int,
+) -> Variant:
+    """The sender's corrupt output, and clean outputs of all heads above it up to the receivers."""
+    above = [head for head in model.shape.heads if sender.layer < head.layer < top]
+    frozen = (edits.patch(above, kept),) if above else ()
+    return (edits.patch([sender], donors), *frozen)
+
+
+def _received(
+    model: HeadModel,
+    batch: Batch,
+    first: Sequence[Variant],
+    listening: Sequence[HeadIndex],
+    entry: Entry,
+) -> Tensor:
+    """The metric with the receivers' inputs of each first run."""
+    shape = model.shape
+    layers = frozenset(head.layer for head in listening)
+    heads = [
+        head if entry == "query" else HeadIndex(head.layer, shape.kv_head(head.head))
+        for head in listening
+    ]
+    size = max(1, batch.limit // (len(batch.probe) * batch.probe.length))
+    done = []
+    for start in range(0, len(first), size):
+        some = first[start : start + size]
+        keepers = [_Keep(entry, layers) for _ in some]
+        # Receivers in a layer below another receiver are clean there: heads do not hear heads.
+        batch.source.rows(
+            [(*variant, keeper) for variant, keeper in zip(some, keepers, strict=True)]
+        )
+        second = [(edits.patch(heads, keeper.found, site=entry),) for keeper in keepers]
+        done.append(batch.values(second))
+    return torch.cat(done)
