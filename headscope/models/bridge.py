@@ -19,7 +19,7 @@ from headscope.models.bridge_layout import BridgeLayout, find_bridge_layout, tin
 from headscope.models.bridge_parts import BridgeParts
 from headscope.models.bridge_pass import BridgePass, Finished
 from headscope.models.bridge_weights import bridge_weights
-from headscope.models.hf import weight_digest
+from headscope.models.digest import Digest
 from headscope.models.hf_readout import logit_scale, measure_readout
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
@@ -59,6 +59,7 @@ class BridgeModel:
         self.name = name or _name(bridge)
         self.revision = revision
         self.shape = layout.shape
+        self._digest = Digest()
 
     @property
     def module(self) -> Any:
@@ -138,7 +139,7 @@ class BridgeModel:
         if own is not None:
             weights = {name.replace("._original_component", ""): w for name, w in weights.items()}
             weights = {name: weights[name] for name in own}
-        return weight_digest(weights)
+        return self._digest.of(weights)
 
     def forward(
         self,

@@ -1,6 +1,5 @@
 """A transformers model seen head by head, on fused attention."""
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
+from headscope.models.digest import Digest
 from headscope.models.hf_interface import register
 from headscope.models.hf_layout import Layout, find_layout
 from headscope.models.hf_parts import HFParts
@@ -19,8 +19,6 @@ from headscope.models.hf_pass import Finished, Pass
 from headscope.models.hf_readout import find_readout
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class HFModel:
@@ -50,6 +48,7 @@ class HFModel:
         self.name = name or module.config.name_or_path or type(module).__name__
         self.revision = revision
         self.shape = layout.shape
+        self._digest = Digest()
 
     @classmethod
     def wrap(cls, module: Any, **facts: Any) -> "HFModel | None":
@@ -122,7 +121,7 @@ class HFModel:
 
     def digest(self) -> str:
         """SHA-256 over the names and bytes of all weights."""
-        return weight_digest(self.module.state_dict())
+        return self._digest.of(self.module.state_dict())
 
     def forward(
         self,
@@ -173,23 +172,3 @@ class HFModel:
             return logits
         logits = self.module(**inputs).logits
         return logits[:, logits_at.to(logits.device)]
-
-
-def weight_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over what all weights are.
-
-    Taken over names, types and shapes, the exact sum of each weight's bits as integers, and a
-    strided sample of the bytes themselves.
-
-    Reading every byte through the hash would take half a minute for 16 GB; the exact sums read
-    every byte at memory speed, so that one changed weight changes the digest.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        flat = value.detach().contiguous().flatten()
-        if flat.is_floating_point() and flat.element_size() in _INTEGERS:
-            flat = flat.view(_INTEGERS[flat.element_size()])
-        total = int(flat.sum(dtype=torch.int64)) if flat.numel() else 0
-        sample = flat[:: max(1, flat.numel() // 4096)].cpu().numpy().tobytes()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} {total}".encode() + sample)
-    return digest.hexdigest()
