@@ -10,7 +10,7 @@ A function of your own, ``f(logits [batch pos d_vocab], probe) -> [batch]``, is 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from torch import Tensor
 from headscope.errors import InputError
 
 
+@runtime_checkable
 class Answered(Protocol):
     """What a metric needs to know of a probe (or of a batch of one)."""
 

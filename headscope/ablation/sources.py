@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,6 +24,7 @@ _HALF_TOLERANCE = 5e-2
 _TRIAL_LENGTH = 32
 
 
+@runtime_checkable
 class Source(Protocol):
     """One batch, ready to be run with edits."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from headscope.edits.head_edit import SITES, HeadEdit, Site
 
 
+@runtime_checkable
 class AnyEdit(Protocol):
     """What a model calls during a pass; see ``headscope.models.protocol.Edit``."""
 

@@ -23,7 +23,8 @@ class AttentionCall:
         layer: the model's layer number.
         query, key, value: after rotation and normalisation, as attention uses them.
         scaling: multiplier of the scores.
-        real: False at padding keys; None where there is no padding.
+        real: False at padding, from position 0 on, also where a replay brings only the last keys;
+            None where there is no padding.
         window: how many keys back a query sees, itself included; None: all.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
         sinks: learned extra logit per head that takes part in the softmax (gpt-oss).
@@ -34,7 +35,7 @@ class AttentionCall:
     key: Float[Tensor, "batch kv_head key d_head"]
     value: Float[Tensor, "batch kv_head key d_value"]
     scaling: float
-    real: Bool[Tensor, "batch key"] | None = None
+    real: Bool[Tensor, "batch pos"] | None = None
     window: int | None = None
     soft_cap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
