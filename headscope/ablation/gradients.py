@@ -42,7 +42,7 @@ class Gates:
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
         """Go part of the way."""
-        amount = self.amounts[layer].to(value.dtype)
+        amount = self.amounts[layer].to(value)
         gate = amount[:, None, :, None] if self.site == "z" else amount[:, :, None, None]
         return value + gate * (self.edit(layer, value) - value)
 

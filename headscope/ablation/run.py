@@ -113,6 +113,7 @@ class Study:
             },
             seed=self.probe.seed if seed is None else seed,
             versions=versions(),
+            attention="suffix replay" if self.plan.replays else "whole passes",
             checks=checks,
         )
 

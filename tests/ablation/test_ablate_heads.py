@@ -13,13 +13,14 @@ from headscope import edits
 from headscope.ablation import engine
 from headscope.ablation.methods import partners_of
 from headscope.models.load import load
+from headscope.models.protocol import HeadModel
 from tests import handwired
 from tests.ablation.helpers import model_of, probe_of, whole_pass
 
 difference = hs.metrics.logit_difference
 
 
-def edit_of(method: str, model, probe: hs.Probe, head):  # type: ignore[no-untyped-def]
+def edit_of(method: str, model: HeadModel, probe: hs.Probe, head: hs.HeadIndex) -> edits.HeadEdit:
     """The edit that a method stands for, made by hand."""
     if method == "mean":
         return edits.mean([head], hs.ablation.head_means(model, probe))
@@ -128,7 +129,7 @@ def test_all_heads_off_is_attention_removed() -> None:
 
 
 def test_an_edit_of_another_head_is_caught() -> None:
-    def wrong(heads):  # type: ignore[no-untyped-def]
+    def wrong(heads: edits.Heads) -> edits.HeadEdit:
         return edits.zero([(layer, (head + 1) % 4) for layer, head in edits.head_list(heads)])
 
     with pytest.raises(hs.HeadscopeError, match="another head"):

@@ -1,7 +1,7 @@
 """Suffix replay gives what whole passes give: every family, padding, site, window and stack."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ from tests.ablation.helpers import model_of, probe_of
 from tests.models import families
 
 
-def variants_of(model: HFModel, layer: int, late: torch.Tensor, real: torch.Tensor) -> list[Variant]:
+def variants_of(
+    model: HFModel, layer: int, late: torch.Tensor, real: torch.Tensor
+) -> list[Variant]:
     """One variant of every kind that starts in a layer."""
     shape, generator = model.shape, torch.Generator().manual_seed(3)
     layers = shape.attention_layers
@@ -84,7 +86,7 @@ def test_blocks_that_do_not_run_alone_fall_back(monkeypatch: pytest.MonkeyPatch)
     class Stateful(type(model.layout.blocks[1])):
         """A block that also needs what the block below left behind."""
 
-        def forward(self, hidden, *args, **kwargs):  # type: ignore[no-untyped-def]
+        def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             first = model.layout.blocks[0]
             if first.left is None:
                 raise RuntimeError("the block below has not run")
@@ -92,7 +94,7 @@ def test_blocks_that_do_not_run_alone_fall_back(monkeypatch: pytest.MonkeyPatch)
             first.left = None
             return out
 
-    def leave(module, args, output):  # type: ignore[no-untyped-def]
+    def leave(module: Any, _args: Any, output: Any) -> None:
         module.left = output[0] if isinstance(output, tuple) else output
 
     model.layout.blocks[0].register_forward_hook(leave)
