@@ -69,8 +69,6 @@ def test_mistakes_are_named() -> None:
         edits.mean(["0.1", "2.1"], {0: torch.zeros(4, 2)})
     with pytest.raises(hs.HeadscopeError, match="values for 5 positions"):
         edits.mean_pos("0.1", {0: torch.zeros(5, 4, 2)})(0, Z)
-    with pytest.raises(hs.HeadscopeError, match="no site"):
-        edits.patch("0.1", {0: Z}, site="residual")  # type: ignore[arg-type]
 
 
 def test_stacked_variants_get_their_own_edits() -> None:

@@ -79,7 +79,7 @@ class Batch:
             if sum(len(index) for index, _ in waiting) * per_variant >= _ROWS:
                 self._flush(waiting, done)
             if advance is not None:
-                advance(len(chosen) * len(self.probe))
+                advance(float(len(chosen) * len(self.probe)))
         self._flush(waiting, done)
         return done
 

@@ -62,7 +62,7 @@ def attribution(
         raise InputError(f"attribution takes steps=1 or more; got {steps}.")
     points = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
     parts = []
-    total = len(study.probe) * steps
+    total = float(len(study.probe) * steps)
     with quick(study.model), track(total, "attribution", show=study.progress) as advance:
         for chosen, batch in study.batches():
             place = placer.place(chosen, batch)
@@ -71,7 +71,7 @@ def attribution(
             estimate = torch.zeros(len(heads), len(batch.probe), dtype=torch.float64)
             for point in points:
                 estimate += _derivatives(study.model, batch, edit, heads, point) / steps
-                advance(len(batch.probe))
+                advance(float(len(batch.probe)))
             parts.append(estimate)
     return torch.cat(parts, 1).numpy()
 

@@ -84,7 +84,8 @@ def path_patch(
         raise InputError("no path leads from these senders to these receivers.")
     study = Study.of(model, clean, metric, batch_size=batch_size, memory=memory, progress=progress)
     parts = []
-    with quick(model), track(len(chosen) * len(clean), "path patching", show=progress) as advance:
+    total = float(len(chosen) * len(clean))
+    with quick(model), track(total, "path patching", show=progress) as advance:
         for examples, batch in study.batches():
             donors = head_values(model, corrupt.tokens[examples], corrupt.real[examples])
             kept = batch.source.z or head_values(model, batch.probe.tokens, batch.probe.real)
@@ -93,7 +94,7 @@ def path_patch(
                 values = _received(model, batch, first, listening, entry)
             else:
                 values = batch.values(first)
-            advance(len(chosen) * len(batch.probe))
+            advance(float(len(chosen) * len(batch.probe)))
             parts.append(values - batch.clean)
     name = "logits" if not listening else f"{entry} of {', '.join(map(str, listening))}"
     provenance = study.provenance(receivers=name)

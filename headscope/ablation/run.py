@@ -87,7 +87,7 @@ class Study:
             what: is being done, for the progress bar.
         """
         edited, clean = [], []
-        total = count * len(self.probe)
+        total = float(count * len(self.probe))
         with quick(self.model), track(total, what, show=self.progress) as advance:
             for chosen, batch in self.batches():
                 edited.append(batch.values(variants(chosen, batch), advance))
