@@ -34,8 +34,8 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 bench: setup ## run every script in benchmarks/
-	@ls benchmarks/bench_*.py > /dev/null 2>&1 || { echo "no benchmarks/bench_*.py here" >&2; exit 2; }
-	@set -e; for script in benchmarks/bench_*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(filter-out benchmarks/support.py,$(wildcard benchmarks/*.py)); do \
+		echo "$$script"; $(BIN)/python "$$script"; done
 
 # Two stamps, because they go stale for different reasons: the downloads when the lock changes, the
 # editable install (entry points, metadata) when pyproject.toml does.

@@ -26,6 +26,10 @@ class HeadIndex(NamedTuple):
         """Return the form used everywhere in print: ``L5H1``."""
         return f"L{self.layer}H{self.head}"
 
+    def __repr__(self) -> str:
+        """Return the same form, so that lists of heads read well."""
+        return str(self)
+
     @classmethod
     def parse(cls, address: "str | tuple[int, int]") -> "HeadIndex":
         """Read ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.

@@ -88,7 +88,7 @@ def _applicable(model: HeadModel, wanted: Wanted) -> tuple[Scorer, ...]:
             scorer
             for scorer in resolve(DEFAULT)
             if not set(scorer.needs) & set(model.limits)
-            and (scorer.probe != "text" or model.tokenizer is not None)
+            and (model.tokenizer is not None or scorer.name != "delimiter")  # marks need text
         )
     listed = [wanted] if isinstance(wanted, str | Scorer) else list(wanted)
     chosen = resolve(listed)
@@ -107,11 +107,17 @@ def _assign(
     """Which probe serves which scorers."""
     if probe is not None:
         return [(probe, scorers)]
-    made = []
-    for kind in dict.fromkeys(scorer.probe for scorer in scorers):
-        group = tuple(scorer for scorer in scorers if scorer.probe == kind)
-        made.append((_default_probe(model, kind, seed), group))
-    return made
+    by_kind: dict[str, list[Scorer]] = {}
+    for scorer in scorers:
+        by_kind.setdefault(_kind_for(model, scorer), []).append(scorer)
+    return [(_default_probe(model, kind, seed), tuple(group)) for kind, group in by_kind.items()]
+
+
+def _kind_for(model: HeadModel, scorer: Scorer) -> str:
+    """Kind of probe for a scorer; without a tokenizer, random tokens stand in for text."""
+    if scorer.probe == "text" and model.tokenizer is None and scorer.name != "delimiter":
+        return "repeated_tokens"
+    return scorer.probe
 
 
 def _default_probe(model: HeadModel, kind: str, seed: int) -> Probe:

@@ -56,7 +56,7 @@ def scan(
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustCode = False,
 ) -> None:
-    """Score every attention head of MODEL; print the table, and with --out write it and pictures."""
+    """Score every attention head of MODEL; with --out also write the table and pictures."""
     from headscope.cli import scan as command
 
     loading = command.Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)

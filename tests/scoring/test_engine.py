@@ -10,6 +10,7 @@ import headscope as hs
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.bridge import bridge_over, wrap_bridge
 from headscope.probes.probe import Probe
+from headscope.rows import AttentionRows
 from headscope.scorers import CATALOGUE, Scorer
 from tests.models.families import VOCAB, build, fresh
 from tests.scoring.slow import SLOW, eager_patterns, slow_scores
@@ -128,7 +129,7 @@ def test_a_target_outside_the_window_is_missing_not_zero() -> None:
 
 def test_a_user_scorer_needs_three_lines(llama: hs.models.protocol.HeadModel) -> None:
     @hs.row_scorer()
-    def three_back(rows, probe):  # type: ignore[no-untyped-def]
+    def three_back(rows: AttentionRows, probe: Probe) -> torch.Tensor:
         """Attention to the token three back."""
         return rows.at((rows.query_pos - 3).expand(len(probe), -1))
 
