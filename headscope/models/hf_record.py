@@ -75,7 +75,7 @@ def record(
     model: "HFModel", tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
 ) -> Recording:
     """Run a batch once, cleanly, and keep what a replay needs."""
-    recording = Recording(*tokens.shape, real)
+    recording = Recording(len(tokens), tokens.shape[1], real)
     with ExitStack() as hooks:
         for block in model.layout.blocks:
             handle = block.register_forward_pre_hook(_at_block(recording), with_kwargs=True)

@@ -156,7 +156,7 @@ def _from_files(
         raise ModelLoadError(_load_failure(name, error, allow_pickle)) from error
     if device_map is None:
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        module.to(chosen)  # type: ignore[arg-type]  # transformers wraps Module.to untyped
+        module.to(chosen)
     commit = getattr(config, "_commit_hash", None) or revision
     return module.eval(), _tokenizer(tokenizer_place, code), name, commit
 
