@@ -19,7 +19,7 @@ def test_attribution_is_the_derivative_by_the_gate(
     model, probe = model_of(family), probe_of(padding)
     found = hs.ablate_heads(model, probe, difference, "attribution", baseline=baseline)
     means = hs.ablation.head_means(model, probe)
-    step = 1e-2
+    step = 2e-3
     for head in model.shape.heads[::5]:
 
         def moved(by: float, head: hs.HeadIndex = head) -> np.ndarray:
@@ -28,7 +28,7 @@ def test_attribution_is_the_derivative_by_the_gate(
             return whole_pass(model, probe, [edit])
 
         slope = (moved(step) - moved(-step)) / (2 * step)
-        assert found.per_example[head] == pytest.approx(slope, rel=2e-2, abs=5e-3)
+        assert found.per_example[head] == pytest.approx(slope, rel=2e-2, abs=1e-2)
 
 
 def test_gate_identity() -> None:
@@ -40,7 +40,7 @@ def test_gate_identity() -> None:
         site, layers = "z", frozenset({0, 1, 2})
 
         def __call__(self, layer: int, value: torch.Tensor) -> torch.Tensor:
-            kept[layer] = value if value.requires_grad else value.detach().requires_grad_()
+            kept[layer] = value * 1.0  # a tensor of its own, that the rest of the pass hangs on
             return kept[layer]
 
     logits = model.forward(probe.tokens, edits=[Keep()])
@@ -57,12 +57,12 @@ def test_integrated_gradients_are_complete() -> None:
     everything = edits.zero(model.shape.heads)
     effect = whole_pass(model, probe, [everything]) - whole_pass(model, probe, ())
     errors = []
-    for steps in (4, 32):
+    for steps in (4, 96):
         found = hs.ablate_heads(
             model, probe, difference, "attribution", baseline="zero", steps=steps
         )
         errors.append(np.abs(found.per_example.sum((0, 1)) - effect).max())
-    assert errors[1] < 0.05 * np.abs(effect).max()
+    assert errors[1] < 0.03 * np.abs(effect).max()
     assert errors[1] < errors[0]
 
 
