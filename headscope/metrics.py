@@ -86,14 +86,14 @@ class Metric:
     mark: str | None = None
 
     def at(self, mark: str) -> "Metric":
-        """The same metric, read at the positions with this mark."""
+        """The same metric, read at the positions with this mark (that have a target)."""
         return replace(self, mark=mark)
 
     def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
         """Positions whose logits it reads.
 
         Raises:
-            InputError: if there are none, or one of them lacks its target or foil.
+            InputError: if there are none.
         """
         answered = probe.real & (probe.targets >= 0)
         if "foil" in self.needs:
@@ -107,12 +107,7 @@ class Metric:
             any_target = "target" in self.needs or bool(answered.any())
             read = answered if any_target else probe.real
         else:
-            read = probe.mark(self.mark) & probe.real
-            if "target" in self.needs and bool((read & ~answered).any()):
-                raise InputError(
-                    f"{self.name} reads positions marked {self.mark!r}, some of which have no "
-                    "target or foil to compare with."
-                )
+            read = probe.mark(self.mark) & (answered if "target" in self.needs else probe.real)
         if not bool(read.any()):
             raise InputError(f"{self.name} has nothing to read: the probe has no such positions.")
         return read

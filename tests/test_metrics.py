@@ -81,8 +81,8 @@ def test_marks_choose_the_positions() -> None:
     assert found[1] == pytest.approx(log(8))
     with pytest.raises(hs.HeadscopeError, match="no mark 'needle'"):
         hs.metrics.loss.at("needle").reads(probe)
-    unanswered = replace(probe, marks={"end": ~probe.mark("end")})
-    with pytest.raises(hs.HeadscopeError, match="no target or foil"):
+    unanswered = replace(probe, marks={"end": PROBE.targets < 0})
+    with pytest.raises(hs.HeadscopeError, match="nothing to read"):
         hs.metrics.loss.at("end").reads(unanswered)
 
 
