@@ -14,12 +14,12 @@ _PATIENCE = 2.0
 class Advance(Protocol):
     """Call with the number of steps just done."""
 
-    def __call__(self, steps: float = 1) -> None:
+    def __call__(self, steps: int | float = 1) -> None:
         """Count steps."""
 
 
 @contextmanager
-def track(total: float, description: str, *, show: bool | None = None) -> Iterator[Advance]:
+def track(total: int | float, description: str, *, show: bool | None = None) -> Iterator[Advance]:
     """Show a bar on stderr once the work has taken two seconds.
 
     Args:
@@ -37,7 +37,7 @@ def track(total: float, description: str, *, show: bool | None = None) -> Iterat
         bar.close()
 
 
-def _silent(steps: float = 1) -> None:
+def _silent(steps: int | float = 1) -> None:
     """Count nothing."""
 
 
@@ -46,12 +46,12 @@ def _watched() -> bool:
 
 
 class _LateBar:
-    def __init__(self, total: float, description: str) -> None:
+    def __init__(self, total: int | float, description: str) -> None:
         self._total, self._description = total, description
         self._done, self._started = 0.0, time.monotonic()
         self._close = _silent
 
-    def advance(self, steps: float = 1) -> None:
+    def advance(self, steps: int | float = 1) -> None:
         self._done += steps
         if self._close is _silent and time.monotonic() - self._started > _PATIENCE:
             self._open()

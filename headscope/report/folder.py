@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from headscope.files import whole_file, writable_folder
 from headscope.plots import heatmap, heatmaps, save
@@ -26,7 +26,7 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path) -> Self:
+    def create(cls, path: Path) -> "RunFolder":
         """Make the folder before the work starts, so that a wrong one costs nothing.
 
         Raises:

@@ -104,7 +104,7 @@ def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
         ("scan", "--probe", str(tmp_path / "empty.yaml")): "should hold keys",
         ("scan", "--probe", str(tmp_path / "wrong.yaml")): "did you mean 'length'",
         ("scan", "--probe", str(tmp_path / "evil.yaml")): "no readable YAML",
-        ("scan", "--probe", str(tmp_path / "long.yaml")): "5000",
+        ("scan", "--probe", str(tmp_path / "long.yaml")): "10001 tokens long",
         ("scan", "--probe", str(tmp_path / "text.yaml")): "empty",
         ("scan", "--memory", "potato"): "no amount of memory",
         ("scan", "--device", "cuda:99"): "no GPU",

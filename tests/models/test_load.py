@@ -83,6 +83,7 @@ class Poison:
         return (Path.touch, (self.flag,))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # torch, of our fixture
 def test_pickled_weights_are_refused_and_never_run(tmp_path: Path) -> None:
     flag, folder = tmp_path / "ran", tmp_path / "model"
     build("llama").config.save_pretrained(folder)

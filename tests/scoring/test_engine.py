@@ -159,7 +159,7 @@ def test_direct_logit_attribution_sums_to_the_attention_part(
         module(tokens)
     gain, unembed = module.model.norm.weight, module.lm_head.weight
     scale = (final[0].square().mean(-1) + module.model.norm.variance_epsilon).sqrt()
-    direction = unembed[tokens[:, 1:]] * gain
+    direction = (unembed[tokens[:, 1:]] - unembed.mean(0)) * gain  # above the average logit
     expected = torch.stack(
         [(writes[n][:, :-1] * direction).sum(-1) / scale[:, :-1] for n in range(3)]
     )

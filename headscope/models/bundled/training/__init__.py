@@ -1,0 +1,1 @@
+"""How the bundled models were made: words, texts, tokenizer, training, evaluation."""
