@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TORCH := 2.13.0
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format bench lock clean
+.PHONY: help setup demo test lint format notebooks bench lock clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
@@ -32,6 +32,9 @@ lint: setup ## ruff and mypy
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: setup ## run the notebooks and write their .ipynb
+	$(BIN)/python notebooks/build.py
 
 bench: setup ## run every script in benchmarks/
 	@set -e; for script in $(filter-out benchmarks/support.py,$(wildcard benchmarks/*.py)); do \

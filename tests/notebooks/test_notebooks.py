@@ -5,10 +5,10 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from notebooks.build import build
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-SOURCES = sorted(FOLDER.glob("*.py"))
+SOURCES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 
 def test_there_are_notebooks() -> None:
@@ -17,9 +17,7 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_it_runs(source: Path) -> None:
-    notebook = jupytext.read(source)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}})
-    client.execute()
+    notebook = build(source)
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     assert outputs
     assert not [out for out in outputs if out.output_type == "error"]
