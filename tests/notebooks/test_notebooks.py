@@ -5,6 +5,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+
 from notebooks.build import build
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
