@@ -61,7 +61,7 @@ def stream(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            size, halvings = _halved(size, halvings, probe)
+            size, halvings = _halved(len(batch), halvings, probe)
             continue
         yield chosen, observer
         start = chosen.stop

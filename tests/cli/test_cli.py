@@ -1,5 +1,6 @@
 """The command line as a user meets it: results, or one sentence and exit code 2."""
 
+import html
 import json
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_scan_prints_the_table_and_leaves_a_run(scanned: tuple[Path, str]) -> No
     assert facts["settings"]["model"] == "tiny-gpt2"
     assert facts["versions"]["torch"]
     page = (folder / "index.html").read_text()
-    assert "default-src 'none'" in page
+    assert "default-src 'none'" in html.unescape(page)
     assert {"induction.png", "roles.png"} <= {p.name for p in (folder / "pictures").iterdir()}
 
 
