@@ -4,7 +4,7 @@ GPT-2 small with random weights, 10 prompts of 100 tokens, logit difference at t
 ablation. headscope runs all 144 heads; of the loop every LOOP_EVERY-th head is run and its time
 multiplied, which is stated. Ratios are of medians of one run, both sides warm, same threads.
 
-    python benchmarks/bench_ablation.py [rounds] [headscope's heads: every n-th]     # prints JSON
+    python benchmarks/ablation.py [rounds] [headscope's heads: every n-th]     # prints JSON
 """
 
 import sys
