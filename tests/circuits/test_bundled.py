@@ -1,4 +1,4 @@
-"""The weights alone show the circuit of a trained model: previous-token heads feed induction heads."""
+"""Weights alone show a trained circuit: previous-token heads feed induction heads."""
 
 import headscope as hs
 
