@@ -20,6 +20,8 @@ def build(source: Path) -> nbformat.NotebookNode:
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02d}"  # else drawn anew each time
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:  # warnings of the kernel's own set-up name paths of this computer
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
     return notebook
 
 
