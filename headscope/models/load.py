@@ -133,14 +133,15 @@ def _from_files(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name = shipped.DEFAULT if source is None else str(source)
-    place, code = name, {"trust_remote_code": trust_remote_code}
+    place = name
+    code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     tokenizer_place = name
     if name in shipped.names() and not Path(name).exists():
         place = str(shipped.folder(name, revision))
         tokenizer_place = str(shipped.folder(name))
         dtype = torch.float32 if dtype is None else dtype  # checkpoints are stored in half
     elif revision is not None:
-        code["revision"] = revision  # type: ignore[assignment]
+        code["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(place, **code)
         admit(config, name)

@@ -24,8 +24,6 @@ from headscope.table import HeadTable
 SEED = 98765
 NAMES = ("tiny-gpt2", "tiny-llama")
 each = pytest.mark.parametrize("name", NAMES)
-# Share of facts recalled. 0.9 is what both should reach; tiny-gpt2 does not yet (see its card).
-RECALL = {"tiny-gpt2": 0.75, "tiny-llama": 0.9}
 
 
 @cache
@@ -112,7 +110,13 @@ def test_without_the_induction_heads_the_advantage_is_gone(name: str) -> None:
     assert np.mean(draws) - clean < 0.25 * (first - clean)
 
 
-@each
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("tiny-gpt2", marks=pytest.mark.xfail(reason="0.84 so far: see its card")),
+        "tiny-llama",
+    ],
+)
 def test_facts_with_new_keys_are_recalled_over_the_whole_context(name: str) -> None:
     rows = Rows(model(name).tokenizer)
     prompts = examples.fact_prompts(rows, 100, model(name).shape.n_ctx or 256, SEED)
@@ -121,7 +125,7 @@ def test_facts_with_new_keys_are_recalled_over_the_whole_context(name: str) -> N
         for prompt in prompts:
             logits = model(name).forward(torch.tensor([prompt.ids]), logits_at=torch.tensor([-1]))
             right += int(logits[0, 0].argmax()) == prompt.answer
-    assert right / len(prompts) >= RECALL[name]
+    assert right / len(prompts) >= 0.9
 
 
 @each
