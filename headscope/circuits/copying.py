@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -63,7 +64,7 @@ def matching_share(
         ranks = target_ranks(
             _one(factors, place),
             lambda number: words.inputs(tokens, number),
-            lambda ids, layer=layer: words.inputs(ids, layer),  # type: ignore[misc]
+            partial(words.inputs, layer=layer),
             tokens,
             words.size,
         )

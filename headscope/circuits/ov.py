@@ -22,6 +22,8 @@ def ov(
     weight folding elsewhere moves into the output bias.
 
     Exact as a map of normalised inputs; the scale is the only thing that weights do not know.
+    ``W_O`` is the one that reaches the residual stream: where a family multiplies what attention
+    writes (granite), that factor is in it, folded or not, so spectra are of what heads add.
 
     Args:
         model: any model whose heads write linearly.
