@@ -92,3 +92,24 @@ def scorers(
     from headscope.cli import scorers as command
 
     command.run(as_json=json)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Also examine this model: name, folder, bundled.", show_default=False),
+    ] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Tell what is installed here, and what headscope can do with MODEL."""
+    from headscope.cli import doctor as command
+    from headscope.cli.scan import Loading
+
+    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
+    command.run(loading, as_json=json)
