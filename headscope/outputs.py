@@ -57,17 +57,35 @@ class Readout:
             x = x - x.mean(-1, keepdim=True)
         return (x.square().mean(-1) + self.epsilon).sqrt()
 
-    def logits(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
-        """Logits of a residual stream: the definition above, soft cap included."""
+    def normed(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        """What the unembedding reads of a residual stream, in fp32."""
         x = residual.float()
         x = x - x.mean(-1, keepdim=True) if self.centred else x
-        normed = x / self.scale(residual).unsqueeze(-1) * self.gain.float() + self.bias.float()
-        logits = normed @ self.W_U.float().T * self.logit_scale
+        return x / self.scale(residual).unsqueeze(-1) * self.gain.float() + self.bias.float()
+
+    def uncapped(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
+        """Logits of a residual stream before the soft cap."""
+        logits = self.normed(residual) @ self.W_U.float().T * self.logit_scale
         if self.b_U is not None:
             logits = logits + self.b_U.float() * self.logit_scale
-        if self.soft_cap is not None:
-            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
+
+    def capped(self, logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Logits behind the soft cap; the same ones where there is none."""
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def logits(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
+        """Logits of a residual stream: the definition above, soft cap included."""
+        return self.capped(self.uncapped(residual))
+
+    def constant(self, tokens: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """Part of each token's logit that no residual stream changes: biases of norm and matrix."""
+        constant = self.W_U[tokens].float() @ self.bias.float()
+        if self.b_U is not None:
+            constant = constant + self.b_U[tokens].float()
+        return constant * self.logit_scale
 
     @cached_property
     def mean_direction(self) -> Float[Tensor, " d_model"]:

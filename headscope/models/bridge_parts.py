@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
@@ -40,14 +40,20 @@ class BridgeParts(MeasuredParts):
         block: nn.Module = self.model.bridge.blocks[layer]
         return block
 
-    def first_projection(self) -> nn.Module:
-        """Output projection of the first layer's attention."""
-        projection = getattr(getattr(self.block(0), "attn", None), "o", None)
+    def projection(self, layer: int) -> nn.Module:
+        """Output projection of one layer's attention."""
+        projection = getattr(getattr(self.block(layer), "attn", None), "o", None)
         if not isinstance(projection, nn.Module):
             raise UnsupportedModelError(
-                f"transformer-lens does not show the first output projection of {self.model.name}."
+                f"transformer-lens does not show the output projection of layer {layer} of "
+                f"{self.model.name}."
             )
         return projection
+
+    def projection_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Bias of that projection; zeros where it has none."""
+        bias: Tensor = self.model.weights(layer).b_O
+        return bias
 
     def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Run the model."""

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm, Rotation
+from headscope.models.blocks import AttentionWrite, BlockObserver
+from headscope.models.hf_blocks import Seen, Writers, attention_write, find_writers, shown
 from headscope.models.rotary import POSITIONS, find_rotation
 from headscope.outputs import HeadWeights
 
@@ -31,6 +33,7 @@ class MeasuredParts(ABC):
         """Measure nothing yet."""
         self.model = model
         self._rotations: dict[int, Rotation] = {}
+        self._attention_writes: dict[int, AttentionWrite] = {}
 
     @abstractmethod
     def input_norm(self, layer: int) -> InputNorm:
@@ -41,8 +44,12 @@ class MeasuredParts(ABC):
         """Module that is one layer, attention and MLP."""
 
     @abstractmethod
-    def first_projection(self) -> nn.Module:
-        """Output projection of the first layer's attention."""
+    def projection(self, layer: int) -> nn.Module:
+        """Output projection of one layer's attention."""
+
+    @abstractmethod
+    def projection_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Its bias; zeros where it has none."""
 
     @abstractmethod
     def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
@@ -93,7 +100,7 @@ class MeasuredParts(ABC):
 
         hooks = [
             partial(block.register_forward_pre_hook, enter, with_kwargs=True),
-            partial(self.first_projection().register_forward_hook, silence),
+            partial(self.projection(0).register_forward_hook, silence),
             partial(block.register_forward_hook, leave),
         ]
         self.watch(torch.zeros(len(rows), 1, dtype=torch.long), hooks)
@@ -122,6 +129,46 @@ class MeasuredParts(ABC):
         ]
         self.watch(tokens, hooks)
         return seen
+
+    def attention_write(self, layer: int) -> AttentionWrite:
+        """How head outputs of one layer reach the residual stream, measured once."""
+        if layer not in self._attention_writes:
+            self._attention_writes[layer] = attention_write(
+                self.block(layer),
+                self._writers[layer],
+                self.projection_bias(layer),
+                self.model.device,
+            )
+        return self._attention_writes[layer]
+
+    def blocks_shown(self, observer: BlockObserver) -> AbstractContextManager[None]:
+        """Scope in which an observer sees every block of every pass as it completes."""
+        with_attention = self.model.shape.attention_layers
+        blocks = {
+            layer: (
+                self.block(layer),
+                self.projection(layer) if layer in with_attention else None,
+            )
+            for layer in range(self.model.shape.n_layers)
+        }
+        return shown(blocks, self._writers, observer)
+
+    @cached_property
+    @torch.no_grad()
+    def _writers(self) -> dict[int, Writers]:
+        layers = self.model.shape.attention_layers
+        blocks = {layer: (self.block(layer), self.projection(layer)) for layer in layers}
+        seen = Seen()
+        modules = {module for block, _ in blocks.values() for module in block.modules()}
+        hooks = [
+            partial(module.register_forward_hook, seen.note, with_kwargs=True) for module in modules
+        ]
+        ids = torch.arange(10) * 7 % max(self.model.shape.d_vocab - 1, 1)
+        self.watch(ids.view(2, 5), hooks)
+        try:
+            return find_writers(seen, blocks)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{self.model.name}: {error}") from error
 
     def rotation(self, layer: int) -> Rotation:
         """Rotary positions of one layer, measured once."""

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
@@ -37,12 +37,19 @@ class HFParts(MeasuredParts):
         block: nn.Module = self.model.layout.blocks[layer]
         return block
 
-    def first_projection(self) -> nn.Module:
-        """Output projection of the first layer's attention."""
-        if 0 not in self.model.layout.layers:
-            raise UnsupportedModelError(f"{self.model.name} has no attention in its first layer.")
-        projection: nn.Module = self.model.layout.layers[0].projection
+    def projection(self, layer: int) -> nn.Module:
+        """Output projection of one layer's attention."""
+        if layer not in self.model.layout.layers:
+            raise UnsupportedModelError(f"{self.model.name} has no attention in layer {layer}.")
+        projection: nn.Module = self.model.layout.layers[layer].projection
         return projection
+
+    def projection_bias(self, layer: int) -> Float[Tensor, " d_model"]:
+        """Bias of that projection; zeros where it has none."""
+        bias: Tensor | None = getattr(self.projection(layer), "bias", None)
+        if bias is None:
+            return torch.zeros(self.model.shape.d_model, device=self.model.device)
+        return bias.detach()
 
     def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Run the model's body."""

@@ -13,6 +13,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, Rotation
+from headscope.models.blocks import AttentionWrite, BlockObserver
 from headscope.outputs import HeadWeights, Readout
 from headscope.rows import AttentionRows
 
@@ -112,6 +113,20 @@ class ModelParts(Protocol):
         self, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
     ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
         """Residual stream that enters each of these layers."""
+
+    def attention_write(self, layer: int) -> AttentionWrite:
+        """How head outputs of one layer reach the residual stream.
+
+        Raises:
+            UnsupportedModelError: if what stands in between is no norm, or cannot be told.
+        """
+
+    def blocks_shown(self, observer: BlockObserver) -> AbstractContextManager[None]:
+        """Scope in which an observer sees every block of every pass as it completes.
+
+        Raises:
+            UnsupportedModelError: if what a block adds is not attention and one other part.
+        """
 
 
 @runtime_checkable

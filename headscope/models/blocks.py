@@ -1,0 +1,91 @@
+"""What one block of a running pass adds to the residual stream, and how heads take part in it."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Protocol, runtime_checkable
+
+from headscope.inputs import InputNorm
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStates:
+    """One block of a running pass: ``leaving = entering + attention + mlp``, up to rounding.
+
+    Valid only during the call that receives it. Each part was recorded where the model computes
+    it; none is the difference of others, but in a block without attention.
+
+    Attributes:
+        layer: the model's layer number.
+        attention: what attention added, a norm after it and multipliers included; None where the
+            block has no attention.
+        mlp: what the MLP (or experts) added; without attention, all that the block added.
+        head_sum: output projection's output, ``sum over heads of z @ W_O``, with its bias and
+            without multipliers; None where the block has no attention.
+    """
+
+    layer: int
+    entering: Float[Tensor, "batch pos d_model"]
+    leaving: Float[Tensor, "batch pos d_model"]
+    attention: Float[Tensor, "batch pos d_model"] | None
+    mlp: Float[Tensor, "batch pos d_model"]
+    head_sum: Float[Tensor, "batch pos d_model"] | None
+
+
+@runtime_checkable
+class BlockObserver(Protocol):
+    """Something that watches blocks complete."""
+
+    def on_block(self, states: BlockStates) -> None:
+        """Look at one block; its attention layer, if it has one, was shown before."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWrite:
+    """How head outputs of one layer reach the residual stream.
+
+    ``sum over heads of z @ W_O + bias``, with ``W_O`` of ``model.output_weights``; where a norm
+    follows attention (gemma2, gemma3, olmo2), that norm of it.
+
+    Attributes:
+        bias: of the output projection, the family's multiplier included.
+        norm: norm after attention, the multiplier in its gain and bias; None where there is none.
+    """
+
+    bias: Float[Tensor, " d_model"]
+    norm: InputNorm | None
+
+    def read_by(self, direction: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        """Direction that reads ``z @ W_O`` as ``direction`` reads the stream, norm's scale at 1."""
+        if self.norm is None:
+            return direction
+        read = direction * self.norm.gain.float()
+        return read - read.mean(-1, keepdim=True) if self.norm.centred else read
+
+    def scale(self, head_sum: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any"]:
+        """Denominator of the norm after attention; 1 where there is none."""
+        if self.norm is None:
+            return torch.ones_like(head_sum[..., 0], dtype=torch.float32)
+        return self.norm.scale(head_sum)
+
+    def constant(
+        self,
+        direction: Float[Tensor, "*any d_model"],
+        scale: Float[Tensor, "*any"],
+    ) -> Float[Tensor, "*any"]:
+        """What belongs to no head, along a direction: biases of projection and norm."""
+        constant = self.read_by(direction) @ self.bias.float() / scale
+        if self.norm is not None:
+            constant = constant + direction @ self.norm.bias.float()
+        return constant
+
+    def vectors(
+        self, writes: Float[Tensor, "*any d_model"], scale: Float[Tensor, "*any"]
+    ) -> Float[Tensor, "*any d_model"]:
+        """What ``z @ W_O`` of single heads adds to the stream, with the norm's scale held."""
+        if self.norm is None:
+            return writes
+        centred = writes - writes.mean(-1, keepdim=True) if self.norm.centred else writes
+        return centred * self.norm.gain.float() / scale.unsqueeze(-1)

@@ -1,0 +1,218 @@
+"""Which modules of a block add to the residual stream, and with which multipliers: measured.
+
+No family is known by name. On one tiny pass, what a block adds to its input is written as a
+number times what attention wrote (after the norm that follows it, if there is one) plus a number
+times what some other module wrote. Parallel and sequential blocks, multipliers and norms after
+sublayers are all of this form.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.inputs import InputNorm
+from headscope.models.blocks import AttentionWrite, BlockObserver, BlockStates
+from headscope.models.hf_readout import measure_norm
+
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # share of a write that may be missing
+_LEAST = 1e-3  # a smaller multiplier is none
+
+
+@dataclass(frozen=True)
+class Writers:
+    """Modules of one block that write, by their names inside it.
+
+    Attributes:
+        attention: whose output is attention's write; the projection's or that of a norm after it.
+        mlp: whose output is the other write.
+        attention_scale, mlp_scale: multipliers on the way into the stream.
+        normed: whether a norm stands behind the projection.
+        error: share of the block's write that this leaves unexplained.
+    """
+
+    attention: str
+    mlp: str
+    attention_scale: float
+    mlp_scale: float
+    normed: bool
+    error: float
+
+
+@dataclass
+class Seen:
+    """Inputs and outputs of modules in one pass, copied: some families write over them."""
+
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def note(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Hook: keep what a module was given and gave."""
+        given = args[0] if args else kwargs.get("hidden_states")
+        first = output[0] if isinstance(output, tuple) else output
+        for kept, value in ((self.inputs, given), (self.outputs, first)):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                kept[module] = value.detach().clone()
+
+
+def find_writers(
+    seen: Seen, blocks: Mapping[int, tuple[nn.Module, nn.Module]]
+) -> dict[int, Writers]:
+    """Writers of every block with attention; deep blocks, whose writes rounding hides, as others.
+
+    Args:
+        seen: of one pass.
+        blocks: block and output projection by layer.
+
+    Raises:
+        UnsupportedModelError: if no block is a sum of two writes.
+    """
+    found = {layer: _fit(seen, *modules) for layer, modules in blocks.items()}
+    known = [one for one in found.values() if one is not None]
+    if not known:
+        raise UnsupportedModelError(
+            "what its blocks add is not attention's write and one other, so a logit cannot be "
+            "split exactly."
+        )
+    best = min(known, key=lambda one: one.error)
+    return {layer: best if one is None else one for layer, one in found.items()}
+
+
+def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
+    x, out = seen.inputs[block].double(), seen.outputs[block]
+    added = out.double().reshape(x.shape) - x
+    dtype = out.dtype
+    least = _TOLERANCE if dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE
+    tolerance = least + float(torch.finfo(dtype).eps * x.norm() / added.norm().clamp_min(1e-30))
+    best: Writers | None = None
+    names = {module: name for name, module in block.named_modules()}
+    for attention, normed in _attention_writes(seen, block, projection):
+        write = seen.outputs[attention].double().reshape(x.shape)
+        for module, name in names.items():
+            other = seen.outputs.get(module)
+            if module is block or other is None or other.numel() != x.numel():
+                continue
+            a, b, error = _two_scales(added, write, other.double().reshape(x.shape))
+            real = min(abs(a), abs(b)) > _LEAST and error < tolerance
+            if real and (best is None or error < 0.5 * best.error):
+                a, b = (1.0 if abs(one - 1) < tolerance else one for one in (a, b))
+                best = Writers(names[attention], name, a, b, normed, error)
+    return best
+
+
+def _attention_writes(
+    seen: Seen, block: nn.Module, projection: nn.Module
+) -> Iterator[tuple[nn.Module, bool]]:
+    """The projection, and every module that makes something else of its output."""
+    yield projection, False
+    written = seen.outputs[projection]
+    for module in block.modules():
+        given, made = seen.inputs.get(module), seen.outputs.get(module)
+        if module is projection or given is None or made is None or made.shape != written.shape:
+            continue
+        if torch.equal(given, written) and not torch.equal(made, written):
+            yield module, True
+
+
+def _two_scales(added: Tensor, a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """Numbers with which two writes make up a third, and the share that they leave."""
+    aa, ab, bb = (a * a).sum(), (a * b).sum(), (b * b).sum()
+    determinant = aa * bb - ab * ab
+    if float(determinant) <= 1e-12 * float(aa * bb):
+        return 0.0, 0.0, float("inf")
+    ya, yb = (added * a).sum(), (added * b).sum()
+    first, second = (bb * ya - ab * yb) / determinant, (aa * yb - ab * ya) / determinant
+    rest = added - first * a - second * b
+    return float(first), float(second), float(rest.norm() / added.norm().clamp_min(1e-30))
+
+
+def attention_write(
+    block: nn.Module, writers: Writers, bias: Float[Tensor, " d_model"], device: torch.device
+) -> AttentionWrite:
+    """Bias and norm between one layer's head outputs and the residual stream.
+
+    Raises:
+        UnsupportedModelError: if what follows attention is neither LayerNorm nor RMSNorm.
+    """
+    scale = writers.attention_scale
+    if not writers.normed:
+        return AttentionWrite(bias.float() * scale, None)
+    module = block.get_submodule(writers.attention)
+    norm: InputNorm = measure_norm(getattr(module, "original_component", module), len(bias), device)
+    norm = replace(norm, gain=norm.gain * scale, bias=norm.bias * scale)
+    return AttentionWrite(bias.float(), norm)
+
+
+@contextmanager
+def shown(
+    blocks: Mapping[int, tuple[nn.Module, nn.Module | None]],
+    writers: Mapping[int, Writers],
+    observer: BlockObserver,
+) -> Iterator[None]:
+    """Scope in which an observer sees every block as it completes."""
+    with ExitStack() as stack:
+        for layer, (block, projection) in blocks.items():
+            seen = Seen()
+            chosen = writers.get(layer)
+            if chosen is not None and projection is not None:
+                parts = {
+                    block.get_submodule(chosen.attention),
+                    block.get_submodule(chosen.mlp),
+                    projection,
+                }
+                for module in parts:
+                    hook = module.register_forward_hook(seen.note, with_kwargs=True)
+                    stack.callback(hook.remove)
+            enter = block.register_forward_pre_hook(_entering(seen), with_kwargs=True)
+            leave = block.register_forward_hook(_leaving(layer, seen, chosen, projection, observer))
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        yield
+
+
+def _entering(seen: Seen) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.inputs[module] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+    return hook
+
+
+def _leaving(
+    layer: int,
+    seen: Seen,
+    writers: Writers | None,
+    projection: nn.Module | None,
+    observer: BlockObserver,
+) -> Callable[..., None]:
+    def hook(block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        entering = seen.inputs[block].float()
+        leaving = (output[0] if isinstance(output, tuple) else output).detach().float()
+        leaving = leaving.reshape(entering.shape)
+
+        def written(name: str, scale: float) -> Tensor:
+            write = seen.outputs[block.get_submodule(name)].float().reshape(entering.shape)
+            return write if scale == 1 else write * scale
+
+        if writers is None or projection is None:
+            states = BlockStates(layer, entering, leaving, None, leaving - entering, None)
+        else:
+            states = BlockStates(
+                layer,
+                entering,
+                leaving,
+                written(writers.attention, writers.attention_scale),
+                written(writers.mlp, writers.mlp_scale),
+                seen.outputs[projection].float().reshape(entering.shape),
+            )
+        seen.inputs.clear()
+        seen.outputs.clear()
+        observer.on_block(states)
+
+    return hook
