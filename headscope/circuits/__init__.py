@@ -12,7 +12,6 @@ hs.circuits.head_card(model, "L2H5")         # all of it for one head
 from headscope.circuits.affinity import subspace_affinity as subspace_affinity
 from headscope.circuits.alignment import read_alignment as read_alignment
 from headscope.circuits.alignment import write_alignment as write_alignment
-from headscope.circuits.card import HeadCard as HeadCard
 from headscope.circuits.card import head_card as head_card
 from headscope.circuits.composition import ComponentScores as ComponentScores
 from headscope.circuits.composition import component_composition as component_composition
@@ -50,11 +49,14 @@ from headscope.circuits.relations import read_relations as read_relations
 from headscope.circuits.relations import relations as relations
 from headscope.circuits.scores import random_edge as random_edge
 from headscope.circuits.scores import score as score
+from headscope.circuits.spectra import eigenvalues as eigenvalues
+from headscope.circuits.spectra import spectra as spectra
 from headscope.circuits.spectrum import effective_rank as effective_rank
 from headscope.circuits.spectrum import marchenko_pastur_edge as marchenko_pastur_edge
 from headscope.circuits.spectrum import outliers as outliers
 from headscope.circuits.spectrum import participation_ratio as participation_ratio
 from headscope.circuits.spectrum import product_edge as product_edge
+from headscope.circuits.spectrum import product_spectra as product_spectra
 from headscope.circuits.spectrum import stable_rank as stable_rank
 from headscope.circuits.spectrum import top_share as top_share
 from headscope.circuits.symmetry import eigenvalue_ratio as eigenvalue_ratio
@@ -62,3 +64,4 @@ from headscope.circuits.symmetry import symmetric_share as symmetric_share
 from headscope.circuits.vocabulary import TopTokens as TopTokens
 from headscope.circuits.vocabulary import VocabularyView as VocabularyView
 from headscope.circuits.vocabulary import vocabulary_view as vocabulary_view
+from headscope.table import HeadCard as HeadCard

@@ -24,7 +24,7 @@ def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor
     Source: Elhage et al. 2021; folded and centred as in Olsson et al. 2022. Known weakness: not
     discriminative alone (a quarter of GPT-2 small's heads exceed 0.95).
     """
-    return _ratios(factors, words.output_input_gram)
+    return eigenvalue_ratio(token_cores(factors, words.output_input_gram))
 
 
 def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
@@ -34,7 +34,7 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
     The mean over the vocabulary is removed from E, since what all tokens share matches in every
     head. Holds at the distance that the factors were made for.
     """
-    return _ratios(factors, words.input_gram)
+    return eigenvalue_ratio(token_cores(factors, words.input_gram))
 
 
 def copying_share(
@@ -72,18 +72,22 @@ def matching_share(
     return torch.stack(found)
 
 
-def _ratios(
+def token_cores(
     factors: HeadFactors, gram_of: Callable[[int], Float[Tensor, "d_model d_model"]]
-) -> Float[Tensor, "layer head"]:
-    """Eigenvalue ratios of ``right @ gram @ left``; layers above 0 share one Gram matrix."""
-    found, grams = [], {}
+) -> Float[Tensor, "layer head d_head d_head"]:
+    """``right @ gram @ left``: small matrices with the eigenvalues of token-to-token matrices.
+
+    ``gram_of`` gives the Gram matrix of a layer number; layers above 0 share one.
+    """
+    grams: dict[int, Tensor] = {}
+    cores = []
     for place, layer in enumerate(factors.layers):
         kind = min(layer, 1)
         if kind not in grams:
             grams[kind] = gram_of(layer)
         one = _one(factors, place)
-        found.append(eigenvalue_ratio(replace(one, left=grams[kind] @ one.left).core())[0])
-    return torch.stack(found)
+        cores.append(replace(one, left=grams[kind] @ one.left).core())
+    return torch.cat(cores)
 
 
 def _one(factors: HeadFactors, place: int) -> HeadFactors:

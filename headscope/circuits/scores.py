@@ -214,11 +214,17 @@ def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer hea
     """
     width, rank = factors.left.shape[-2:]
     mean, deviation = spectrum.product_edge(width, rank, width, seed=seed)
-    sizes = [
+    return entry_sizes(factors) * (mean + 3 * deviation)
+
+
+def entry_sizes(factors: HeadFactors) -> Float[Tensor, "layer head"]:
+    """Standard deviation of the left factor's entries times that of the right one's."""
+    width, rank = factors.left.shape[-2:]
+    left, right = (
         factors.per_head(torch.linalg.matrix_norm(side)) / math.sqrt(width * rank)
         for side in (factors.left, factors.right)
-    ]
-    return sizes[0] * sizes[1] * (mean + 3 * deviation)
+    )
+    return left * right
 
 
 def _kinds(model: HeadModel) -> tuple[tuple[Embedding, str], ...]:

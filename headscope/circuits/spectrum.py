@@ -60,6 +60,17 @@ def product_edge(
 ) -> tuple[float, float]:
     """Mean and standard deviation of the largest singular value of ``A @ B``, by drawing.
 
+    As :func:`product_spectra`, of the largest alone.
+    """
+    largest = product_spectra(rows, inner, columns, draws, seed)[:, 0]
+    return float(largest.mean()), float(largest.std())
+
+
+def product_spectra(
+    rows: int, inner: int, columns: int, draws: int = 64, seed: int = 0
+) -> Float[Tensor, "draw inner"]:
+    """Singular values of products ``A @ B`` of random factors, largest first.
+
     A is ``[rows inner]`` and B is ``[inner columns]``, entries independent, mean 0, variance 1.
     Only the small triangular factors are drawn (Bartlett's decomposition), so that the cost does
     not grow with the outer sizes.
@@ -67,8 +78,8 @@ def product_edge(
     generator = torch.Generator().manual_seed(seed)
     left = _triangle(rows, inner, draws, generator)
     right = _triangle(columns, inner, draws, generator)
-    largest = torch.linalg.matrix_norm(left @ right.mT, ord=2)
-    return float(largest.mean()), float(largest.std())
+    values: Tensor = torch.linalg.svdvals(left @ right.mT)
+    return values
 
 
 def outliers(

@@ -1,12 +1,17 @@
 """Pictures of tables, as plotly figures. Nothing here runs a model, shows a window or fetches.
 
 One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`scatter`. One head:
-:func:`attention_pattern`. To a file: :func:`save` (html, png, svg, pdf).
+:func:`attention_pattern`. Weights: :func:`spectra`, :func:`eigenvalues`, :func:`composition_graph`,
+:func:`composition_matrix`. To a file: :func:`save` (html, png, svg, pdf).
 """
 
 from headscope.plots.bars import ranking as ranking
+from headscope.plots.complex_plane import eigenvalues as eigenvalues
 from headscope.plots.export import save as save
+from headscope.plots.graph import composition_graph as composition_graph
 from headscope.plots.grid import heatmap as heatmap
 from headscope.plots.grid import heatmaps as heatmaps
+from headscope.plots.matrix import composition_matrix as composition_matrix
 from headscope.plots.pattern import attention_pattern as attention_pattern
 from headscope.plots.points import scatter as scatter
+from headscope.plots.singular import spectra as spectra

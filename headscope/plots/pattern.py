@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float, UInt8
 
 from headscope.errors import InputError
+from headscope.plots.blocks import block_max
 from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
 from headscope.plots.text import label
 
@@ -37,7 +38,7 @@ def attention_pattern(
     if tokens is not None and (len(tokens) != keys or queries > keys):
         raise InputError(f"{len(tokens)} tokens for a pattern of {queries} queries, {keys} keys.")
     block = -(-max(queries, keys) // _MOST_CELLS)
-    cells = _block_max(np.nan_to_num(pattern), block)
+    cells = block_max(np.nan_to_num(pattern), block)
     peak = float(cells.max(initial=0.0))
     key_names = _names(tokens, keys, block)
     query_names = (
@@ -87,15 +88,6 @@ def attention_pattern(
         plot_bgcolor=STYLES[theme].missing, margin={"l": 150, "r": 100, "t": 70, "b": 140}
     )
     return figure
-
-
-def _block_max(pattern: Float[np.ndarray, "query key"], block: int) -> Float[np.ndarray, "row col"]:
-    """Largest value of every block x block square; the last ones may be smaller."""
-    if block == 1:
-        return pattern
-    for axis in (0, 1):
-        pattern = np.maximum.reduceat(pattern, np.arange(0, pattern.shape[axis], block), axis)
-    return pattern
 
 
 def _quantised(cells: Float[np.ndarray, "row col"], peak: float) -> UInt8[np.ndarray, "row col"]:

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from headscope.errors import InputError
-from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
+from headscope.plots.style import STYLES, Theme, dress, layer_marker
 from headscope.plots.text import label
 from headscope.stats import rank_correlation
 from headscope.table import HeadScores
@@ -45,11 +45,8 @@ def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "lig
             marker={
                 "size": 8,
                 "color": np.nonzero(known)[0],
-                "colorscale": SEQUENTIAL,
-                "cmin": 0,
-                "cmax": max(1, a.mean.shape[0] - 1),
                 "line": {"width": 0.5, "color": style.paper},
-                "colorbar": {"title": {"text": "layer", "side": "right"}, "thickness": 12},
+                **layer_marker(a.mean.shape[0], theme),
             },
         )
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import plotly.graph_objects as go
-from plotly.colors import get_colorscale
+from plotly.colors import get_colorscale, sample_colorscale
 
 Theme = Literal["light", "dark"]
 Scale = list[tuple[float, str]]
@@ -21,6 +21,7 @@ class Style:
     accent: str
     muted: str
     diverging: Scale
+    modes: dict[str, str]
 
 
 def _steps(colours: str) -> Scale:
@@ -41,6 +42,7 @@ STYLES: dict[Theme, Style] = {
         accent="#2a6fb0",
         muted="#aab2bc",
         diverging=_steps("#0b3c6f #3f87c1 #b4d3e9 #f7f7f7 #f6c3a1 #d3633f #7a0f22"),
+        modes={"Q": "#0072b2", "K": "#d55e00", "V": "#009e73"},
     ),
     "dark": Style(
         paper="#14171c",
@@ -50,8 +52,34 @@ STYLES: dict[Theme, Style] = {
         accent="#5aa9e6",
         muted="#59626e",
         diverging=_steps("#9fd0ff #4a90d9 #1f4a78 #14171c #7a3520 #e07b4a #ffd0a8"),
+        modes={"Q": "#56b4e9", "K": "#f0843c", "V": "#2fc79a"},
     ),
 }
+
+
+def layer_colours(layers: int, theme: Theme) -> list[str]:
+    """One colour per layer, from the part of the map that stands out from the paper."""
+    ends = {"light": (0.0, 0.92), "dark": (0.3, 1.0)}[theme]
+    at = [ends[0] + (ends[1] - ends[0]) * layer / max(1, layers - 1) for layer in range(layers)]
+    return [str(colour) for colour in sample_colorscale("viridis", at)]
+
+
+def layer_marker(layers: int, theme: Theme) -> dict[str, Any]:
+    """Marker whose colour is a layer number, with a colour bar of whole layers."""
+    shown = list(range(0, layers, -(-layers // 12)))
+    colours = layer_colours(max(2, layers), theme)
+    return {
+        "colorscale": [(i / (len(colours) - 1), colour) for i, colour in enumerate(colours)],
+        "cmin": 0,
+        "cmax": max(1, layers - 1),
+        "colorbar": {
+            "title": {"text": "layer", "side": "right"},
+            "thickness": 12,
+            "outlinewidth": 0,
+            "tickvals": shown,
+            "ticktext": [str(layer) for layer in shown],
+        },
+    }
 
 
 def dress(

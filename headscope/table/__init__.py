@@ -1,10 +1,13 @@
 """Results: one score for every head, all scores of a model, and scores of pairs of heads."""
 
+from headscope.table.card import HeadCard as HeadCard
 from headscope.table.effects import EffectGrid as EffectGrid
 from headscope.table.pairs import PairScores as PairScores
 from headscope.table.provenance import Provenance as Provenance
 from headscope.table.provenance import versions as versions
 from headscope.table.roles import RoleFinding as RoleFinding
 from headscope.table.scores import HeadScores as HeadScores
+from headscope.table.spectra import HeadEigenvalues as HeadEigenvalues
+from headscope.table.spectra import HeadSpectra as HeadSpectra
 from headscope.table.summary import Summary as Summary
 from headscope.table.table import HeadTable as HeadTable

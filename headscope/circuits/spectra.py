@@ -1,0 +1,102 @@
+"""Singular values and eigenvalues of all heads as numbers, for tables and pictures."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from headscope.circuits.copying import token_cores
+from headscope.circuits.dictionary import Dictionary, Embedding
+from headscope.circuits.factors import HeadFactors
+from headscope.circuits.ov import ov
+from headscope.circuits.qk import qk
+from headscope.circuits.reading import provenance
+from headscope.circuits.scores import entry_sizes
+from headscope.circuits.spectrum import product_spectra
+from headscope.errors import InputError, nearest
+from headscope.models.protocol import HeadModel
+from headscope.table import HeadEigenvalues, HeadSpectra
+
+Circuit = Literal["OV", "QK"]
+_DRAWS = 64
+
+
+def spectra(
+    model: HeadModel, circuit: Circuit = "OV", fold_norm: bool = True, *, seed: int = 0
+) -> HeadSpectra:
+    """Singular values of every head, and the band in which random factors would put them.
+
+    The band is that of products of two Gaussian factors, each with the shape and the variance of
+    the head's own: smallest and largest of 64 draws, place by place. It is not Marchenko and
+    Pastur's law, which holds for one factor and not for a product. QK at distance 0 under rotary
+    positions.
+
+    Args:
+        model: any model that has this circuit.
+        circuit: ``OV`` or ``QK``.
+        fold_norm: fold the norm before attention.
+        seed: of the draws.
+
+    Raises:
+        UnsupportedModelError: where weights alone do not give the circuit.
+    """
+    factors = _factors(model, circuit, fold_norm)
+    width, rank = factors.left.shape[-2:]
+    drawn = product_spectra(width, rank, width, _DRAWS, seed)
+    largest = drawn[:, 0].mean()
+    relative = (drawn / largest).numpy()
+    return HeadSpectra(
+        circuit,
+        _by_layer(model, factors, factors.singular_values()),
+        _by_layer(model, factors, entry_sizes(factors).double() * float(largest)),
+        low=relative.min(0),
+        high=relative.max(0),
+        chance=f"products of Gaussian factors of the same shape and variance, {_DRAWS} draws",
+        provenance=provenance(model, circuit=circuit, fold_norm=fold_norm, draws=_DRAWS, seed=seed),
+    )
+
+
+def eigenvalues(
+    model: HeadModel, circuit: Circuit = "OV", embedding: Embedding = "raw"
+) -> HeadEigenvalues:
+    """Eigenvalues behind the copying (OV) and matching (QK) scores of every head.
+
+    Those of ``E @ W_V @ W_O @ W_U.T`` (token to logit) or ``E @ W_Q @ W_K.T @ E.T`` (query token to
+    key token, mean over the vocabulary removed) that are not 0 by rank; see
+    :func:`copying_eigenvalues`, whose value is their ratio.
+
+    Args:
+        model: any model that has this circuit.
+        circuit: ``OV`` or ``QK``.
+        embedding: what tokens look like: ``raw``, ``mlp`` or ``mlp_only``.
+    """
+    factors = _factors(model, circuit, True)
+    words = Dictionary(model, embedding)
+    gram_of = words.output_input_gram if circuit == "OV" else words.input_gram
+    values = torch.linalg.eigvals(token_cores(factors, gram_of).double().cpu())
+    return HeadEigenvalues(
+        circuit,
+        _by_layer(model, factors, values),
+        description="token to logit" if circuit == "OV" else "query token to key token",
+        provenance=provenance(model, circuit=circuit, embedding=embedding, fold_norm=True),
+    )
+
+
+def _factors(model: HeadModel, circuit: str, fold_norm: bool) -> HeadFactors:
+    if circuit == "OV":
+        return ov(model, fold_norm)
+    if circuit == "QK":
+        return qk(model, fold_norm, 0 if fold_norm else None)
+    raise InputError(nearest(str(circuit), ["OV", "QK"], kind="circuit"))
+
+
+def _by_layer(
+    model: HeadModel, factors: HeadFactors, values: Tensor
+) -> Shaped[np.ndarray, "layer head *rest"]:
+    """Values of the layers that have attention, over the model's own layer numbers."""
+    found = values.detach().cpu().numpy()
+    result = np.full((model.shape.n_layers, *found.shape[1:]), np.nan, found.dtype)
+    result[list(factors.layers)] = found
+    return result

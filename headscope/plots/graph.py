@@ -1,0 +1,212 @@
+"""Which head feeds which: heads placed by layer, the strongest pairs as curves."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.plots.style import SEQUENTIAL, STYLES, Style, Theme, dress
+from headscope.plots.text import label
+from headscope.table import HeadScores, PairScores
+
+_WIDTHS = (0.9, 1.8, 3.0, 4.5)
+_SIDE = {"Q": -0.3, "K": 0.0, "V": 0.3}  # curves of one pair must not hide each other
+_BEND = np.linspace(0, 1, 17)
+
+
+class _Edge(NamedTuple):
+    value: float
+    mode: str
+    first: HeadIndex
+    second: HeadIndex
+
+
+def composition_graph(
+    scores: PairScores | Sequence[PairScores],
+    *,
+    threshold: float | None = None,
+    most: int = 40,
+    nodes: HeadScores | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Heads by layer, layer 0 at the bottom; curves join the strongest pairs, thick for strong.
+
+    Args:
+        scores: one kind of composition, or several, each in its own colour.
+        threshold: smallest value that is drawn; default: only ``most`` counts.
+        most: how many pairs are drawn, the strongest.
+        nodes: colours the heads by this score.
+        theme: ``light`` or ``dark``.
+    """
+    kinds = [scores] if isinstance(scores, PairScores) else list(scores)
+    if not kinds or len({one.values.shape for one in kinds}) > 1:
+        raise InputError("a composition graph needs pair scores, all of one model.")
+    layers, heads = kinds[0].values.shape[:2]
+    if nodes is not None and nodes.mean.shape != (layers, heads):
+        raise InputError(f"{nodes.name!r} and {kinds[0].name!r} are not of one model.")
+    edges, above = _strongest(kinds, threshold, most)
+    style = STYLES[theme]
+    figure = go.Figure()
+    modes = list(dict.fromkeys(_mode(one) for one in kinds))
+    for mode in modes:
+        _add_curves(figure, [edge for edge in edges if edge.mode == mode], edges, mode, style)
+    figure.add_trace(_middles(edges))
+    figure.add_trace(_heads(kinds[0], edges, nodes, style))
+    words = f"the {len(edges)} strongest" if len(edges) < above else f"{len(edges)}"
+    said = [label(kinds[0].provenance.model), f"{words} of {above} pairs"]
+    said.append("" if not edges else f"from {edges[-1].value:.3f} to {edges[0].value:.3f}")
+    dress(
+        figure,
+        theme,
+        title=f"composition: {', '.join(label(mode) for mode in modes)}",
+        subtitle=", ".join(part for part in said if part),
+        width=int(min(1100, max(480, 62 * heads + 190))),
+        height=int(min(900, max(340, 62 * layers + 190))),
+    )
+    common = {"showgrid": False, "zeroline": False}
+    figure.update_xaxes(
+        title_text="head", range=[-0.7, heads - 0.3], dtick=_step(heads), tick0=0, **common
+    )
+    figure.update_yaxes(
+        title_text="layer", range=[-0.4, layers - 0.6], dtick=_step(layers), tick0=0, **common
+    )
+    figure.update_layout(
+        showlegend=len(modes) > 1,
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
+        hovermode="closest",
+        margin={"l": 60, "r": 100 if nodes is not None else 40, "t": 92, "b": 56},
+    )
+    return figure
+
+
+def _mode(scores: PairScores) -> str:
+    """``K_composition`` -> ``K``."""
+    return scores.name.partition("_")[0]
+
+
+def _strongest(
+    kinds: Iterable[PairScores], threshold: float | None, most: int
+) -> tuple[list[_Edge], int]:
+    """Edges to draw, strongest first, and how many pairs there were."""
+    found: list[_Edge] = []
+    total = 0
+    for one in kinds:
+        total += int(one.present.sum())
+        found += [_Edge(value, _mode(one), a, b) for a, b, value in one.top(most)]
+    kept = [edge for edge in found if threshold is None or edge.value >= threshold]
+    return sorted(kept, key=lambda edge: (-edge.value, edge.first, edge.second))[:most], total
+
+
+def _add_curves(
+    figure: go.Figure, mine: list[_Edge], every: list[_Edge], mode: str, style: Style
+) -> None:
+    """One trace per width, since a trace has but one; and one more for the legend."""
+    colour = style.modes.get(mode, style.accent)
+    low, high = (every[-1].value, every[0].value) if every else (0.0, 1.0)
+    by_width: dict[int, list[_Edge]] = {}
+    for edge in mine:
+        part = (edge.value - low) / (high - low) if high > low else 1.0
+        by_width.setdefault(round(part * (len(_WIDTHS) - 1)), []).append(edge)
+    figure.add_trace(  # in the legend for all of them
+        go.Scatter(
+            x=[np.nan],
+            y=[np.nan],
+            mode="lines",
+            name=label(mode),
+            legendgroup=mode,
+            line={"width": 3, "color": colour},
+        )
+    )
+    for width, edges in sorted(by_width.items()):
+        points = np.concatenate([np.vstack([_curve(edge), [np.nan, np.nan]]) for edge in edges])
+        figure.add_trace(
+            go.Scatter(
+                x=points[:, 0].round(3),
+                y=points[:, 1].round(3),
+                mode="lines",
+                legendgroup=mode,
+                showlegend=False,
+                line={"width": _WIDTHS[width], "color": colour},
+                opacity=0.75,
+                hoverinfo="skip",
+            )
+        )
+
+
+def _curve(edge: _Edge) -> Float[np.ndarray, "point 2"]:
+    """Points of a smooth curve that leaves upwards and arrives from below."""
+    start = np.array([edge.first.head, edge.first.layer], dtype=float)
+    end = np.array([edge.second.head, edge.second.layer], dtype=float)
+    rise = end[1] - start[1]
+    bow = _SIDE.get(edge.mode, 0.0)
+    if abs(end[0] - start[0]) < 0.5 and rise > 1:
+        bow += 0.55  # else it would run through the heads in between
+    near = start + np.array([bow, 0.45 * rise])
+    far = end + np.array([bow, -0.45 * rise])
+    t = _BEND[:, None]
+    curve: np.ndarray = (
+        (1 - t) ** 3 * start + 3 * (1 - t) ** 2 * t * near + 3 * (1 - t) * t**2 * far + t**3 * end
+    )
+    return curve
+
+
+def _middles(edges: list[_Edge]) -> go.Scatter:
+    """Unseen points that tell an edge on hover."""
+    middle = np.array([_curve(edge)[len(_BEND) // 2] for edge in edges]).reshape(-1, 2)
+    return go.Scatter(
+        x=middle[:, 0].round(3),
+        y=middle[:, 1].round(3),
+        mode="markers",
+        text=[f"{edge.first} -{label(edge.mode)}-> {edge.second}" for edge in edges],
+        customdata=[edge.value for edge in edges],
+        hovertemplate="<b>%{text}</b> %{customdata:.3f}<extra></extra>",
+        marker={"size": 14, "color": "rgba(0,0,0,0)"},
+        showlegend=False,
+    )
+
+
+def _heads(
+    scores: PairScores, edges: list[_Edge], nodes: HeadScores | None, style: Style
+) -> go.Scatter:
+    """Every head a point; those that an edge touches carry their name."""
+    layers, heads = scores.values.shape[:2]
+    places = [HeadIndex(i, j) for i in range(layers) for j in range(heads)]
+    touched = {head for edge in edges for head in (edge.first, edge.second)}
+    marker: dict[str, object] = {
+        "size": [13 if head in touched else 7 for head in places],
+        "color": [style.accent if head in touched else style.missing for head in places],
+        "line": {"width": 1, "color": style.paper if nodes is None else style.muted},
+    }
+    hover = "<b>%{customdata}</b><extra></extra>"
+    if nodes is not None:
+        low, high = float(np.nanmin(nodes.mean)), float(np.nanmax(nodes.mean))
+        reach = max(-low, high)
+        marker |= {
+            "color": [float(nodes.mean[head]) for head in places],
+            "colorscale": style.diverging if nodes.signed else SEQUENTIAL,
+            "cmin": -reach if nodes.signed else low,
+            "cmax": reach if nodes.signed else high,
+            "colorbar": {"title": {"text": label(nodes.name), "side": "right"}, "thickness": 12},
+        }
+        hover = f"<b>%{{customdata}}</b> {label(nodes.name)} %{{marker.color:.3g}}<extra></extra>"
+    return go.Scatter(
+        x=[head.head for head in places],
+        y=[head.layer for head in places],
+        mode="markers+text",
+        text=[str(head) if head in touched else "" for head in places],
+        textposition="bottom center",
+        textfont={"size": 10},
+        customdata=[str(head) for head in places],
+        hovertemplate=hover,
+        marker=marker,
+        cliponaxis=False,
+        showlegend=False,
+    )
+
+
+def _step(n: int) -> int:
+    return max(1, -(-n // 16))
