@@ -1,6 +1,8 @@
 """Probes: batches of token sequences with known structure."""
 
 from headscope.probes.jsonl import from_jsonl
+from headscope.probes.needle import needle
+from headscope.probes.needle_sets import Needle
 from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
 from headscope.probes.repeated import random_tokens, repeated_tokens
@@ -10,9 +12,11 @@ from headscope.probes.vocabulary import HasVocabulary, uses_bos
 
 __all__ = [
     "HasVocabulary",
+    "Needle",
     "Probe",
     "from_jsonl",
     "from_tokens",
+    "needle",
     "pairs",
     "random_tokens",
     "repeated_tokens",

@@ -8,6 +8,7 @@ from pydantic import Field
 from headscope.configs import Strict
 from headscope.errors import InputError
 from headscope.probes.jsonl import from_jsonl
+from headscope.probes.needle import needle
 from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
 from headscope.probes.repeated import random_tokens, repeated_tokens
@@ -19,7 +20,7 @@ class ProbeConfig(Strict):
     """Which probe, and with which settings; keys that a kind does not know are errors.
 
     Attributes:
-        kind: ``repeated_tokens``, ``random_tokens``, ``text``, ``ioi`` or ``jsonl``.
+        kind: ``repeated_tokens``, ``random_tokens``, ``text``, ``ioi``, ``needle`` or ``jsonl``.
         length: tokens of one copy, of the random text, or of a piece of text.
         batch: examples.
         seed: what it is drawn with.
@@ -27,9 +28,11 @@ class ProbeConfig(Strict):
         bos: whether a BOS stands in front; default: as the model's tokenizer does.
         file: of ``text`` and ``jsonl``.
         texts: of ``text``, instead of a file.
+        lengths, depths, needles, haystack, per_cell, distractors, control, chat: of ``needle``,
+            see :func:`headscope.probes.needle`.
     """
 
-    kind: Literal["repeated_tokens", "random_tokens", "text", "ioi", "jsonl"]
+    kind: Literal["repeated_tokens", "random_tokens", "text", "ioi", "needle", "jsonl"]
     length: int | None = Field(default=None, ge=1, le=10_000_000)
     batch: int | None = Field(default=None, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -37,14 +40,24 @@ class ProbeConfig(Strict):
     bos: bool | None = None
     file: Path | None = None
     texts: tuple[str, ...] | None = None
+    lengths: int | tuple[int, ...] | None = None
+    depths: int | tuple[float, ...] | None = None
+    needles: str | None = None
+    haystack: Path | None = None
+    per_cell: int | None = Field(default=None, ge=1, le=1_000_000)
+    distractors: int | None = Field(default=None, ge=0, le=1000)
+    control: Literal["removed", "other_question"] | None = None
+    chat: bool | None = None
 
 
+_NEEDLE = ("lengths", "depths", "needles", "haystack", "per_cell", "distractors", "control", "chat")
 # Keys that each kind takes besides its own name and the seed.
 _TAKES = {
     "repeated_tokens": ("length", "batch", "copies", "bos"),
     "random_tokens": ("length", "batch", "bos"),
     "text": ("length", "batch", "bos", "file", "texts"),
     "ioi": ("batch",),
+    "needle": (*_NEEDLE, "bos"),
     "jsonl": ("file", "bos"),
 }
 
@@ -71,6 +84,8 @@ def build_probe(config: ProbeConfig, model: HasVocabulary) -> Probe:
         return from_jsonl(model, config.file, bos=config.bos)
     if config.kind == "ioi":
         return pairs(model, "ioi", seed=config.seed, **given)
+    if config.kind == "needle":
+        return needle(model, seed=config.seed, **given)
     if config.kind == "text":
         if config.file is not None and config.texts is not None:
             raise InputError("a probe of kind 'text' takes a file or texts, not both.")

@@ -6,7 +6,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.errors import InputError
@@ -24,6 +24,7 @@ class Probe:
         targets: token that each position should predict; -1 where none is asked for.
         foils: wrong alternative to each target, for differences; None where there is none.
         marks: named sets of positions, e.g. ``needle``, ``subject_2``, ``end``.
+        facts: named numbers, one per example, e.g. ``length``, ``depth``.
         name: kind of probe.
         seed: what it was drawn with; None if nothing was drawn.
         settings: the other facts that made it, for provenance (JSON values).
@@ -37,6 +38,7 @@ class Probe:
     targets: Int[Tensor, "batch pos"]
     foils: Int[Tensor, "batch pos"] | None = None
     marks: Mapping[str, Bool[Tensor, "batch pos"]] = field(default_factory=dict)
+    facts: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict)
     name: str = "tokens"
     seed: int | None = None
     settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
@@ -58,6 +60,11 @@ class Probe:
                     f"{name!r} has shape {tuple(value.shape)}, "
                     f"the tokens {tuple(self.tokens.shape)}."
                 )
+        for name, numbers in self.facts.items():
+            if numbers.shape != self.tokens.shape[:1]:
+                raise InputError(
+                    f"{name!r} has {tuple(numbers.shape)} numbers for {len(self)} examples."
+                )
         steps = self.real.int().diff(dim=1)
         if (
             not self.real.any(1).all()
@@ -66,6 +73,7 @@ class Probe:
         ):
             raise InputError("every example needs one unbroken run of real tokens.")
         object.__setattr__(self, "marks", MappingProxyType(dict(self.marks)))
+        object.__setattr__(self, "facts", MappingProxyType(dict(self.facts)))
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
 
     def __len__(self) -> int:
@@ -138,6 +146,7 @@ class Probe:
             targets=self.targets.to(device),
             foils=None if self.foils is None else self.foils.to(device),
             marks={name: mark.to(device) for name, mark in self.marks.items()},
+            facts={name: numbers.to(device) for name, numbers in self.facts.items()},
             control=None if self.control is None else self.control.to(device),
             corrupt=None if self.corrupt is None else self.corrupt.to(device),
         )
@@ -152,6 +161,7 @@ class Probe:
             targets=self.targets[chosen],
             foils=None if self.foils is None else self.foils[chosen],
             marks={name: mark[chosen] for name, mark in self.marks.items()},
+            facts={name: numbers[chosen] for name, numbers in self.facts.items()},
             control=None if self.control is None else self.control.examples(chosen),
             corrupt=None if self.corrupt is None else self.corrupt.examples(chosen),
         )

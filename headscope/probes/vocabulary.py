@@ -31,6 +31,9 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]:
         """Every token and its id."""
 
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """Messages as the model was trained to read them."""
+
     def batch_decode(self, sequences: list[list[int]], **options: object) -> list[str]:
         """Texts of lists of ids."""
 

@@ -1,0 +1,216 @@
+"""A needle in a haystack: a sentence hidden in long text, a question, and its answer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Literal, NamedTuple
+
+import torch
+
+from headscope.errors import InputError
+from headscope.probes.encoding import at_positions, pad_right
+from headscope.probes.haystack import Haystack, read_haystack
+from headscope.probes.needle_draw import Drawer
+from headscope.probes.needle_layout import Example, Plan, Writer
+from headscope.probes.needle_sets import Needle
+from headscope.probes.probe import Probe
+from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length
+
+Control = Literal["removed", "other_question"]
+_MARKS = ("needle", "needle_answer", "distractor", "question", "answer", "answering", "end")
+_LONGEST = 1024
+
+
+def needle(
+    model: HasVocabulary,
+    lengths: Sequence[int] | int | None = None,
+    depths: Sequence[float] | int = 5,
+    needles: str | Path | Sequence[Needle] = "facts",
+    *,
+    per_cell: int | None = None,
+    distractors: int = 3,
+    haystack: str | Path | None = None,
+    control: Control = "removed",
+    chat: bool | None = None,
+    bos: bool | None = None,
+    seed: int = 0,
+) -> Probe:
+    """Sentences hidden at several depths of texts of several lengths, and questions about them.
+
+    After Kamradt's needle test as Wu et al. 2024 (arXiv 2404.15574) use it: of each haystack as
+    many whole sentences as fit; the needle stands at a share ``depth`` of their tokens, moved
+    left to the end of a sentence; the answer is only in the needle. Each example is the prompt
+    **with its answer appended**, for teacher-forced scores; the prompt alone ends at ``end``.
+
+    Marks: ``needle`` (all hidden sentences that the answer needs), ``needle_answer`` (the tokens
+    in it that say the answer; what the published code calls the needle), ``distractor``,
+    ``question``, ``end`` (last token of the prompt), ``answer`` (appended), ``answering`` (the
+    positions that predict those answer tokens which can be copied; teacher-forced scores are
+    means over these). Targets are the answer's tokens. Facts: ``length`` and ``depth`` as asked
+    for, ``place`` (share of the prompt before the needle), ``number`` (which needle of the cell).
+
+    The control is what ``control`` says: ``"removed"`` puts other sentences' tokens where the
+    needle stood (marks and targets stay), ``"other_question"`` asks about a needle that is not
+    in the text, and appends that one's answer.
+
+    Args:
+        model: whose tokenizer reads the texts.
+        lengths: tokens of an example, answer included, at most; default: a quarter, half and all
+            of what the model reads, up to 1024.
+        depths: shares from 0 (start) to 1 (end), or how many of them, evenly spaced.
+        needles: ``facts`` (random key-value facts in the words of the bundled models, as a
+            sentence to complete), ``numbers`` (random numbers of made-up names), ``several``
+            (three numbers of one name), ``hops`` (a chain of two), ``prose`` (fixed sentences);
+            a JSONL file with ``{"needle": text or list, "question": ..., "answer": ...}``; or
+            needles of your own. Random content cannot be answered from memory.
+        per_cell: examples per length and depth; default: 2 with random content, else all needles.
+        distractors: other needles of the same set in the text (with a fixed set at most the
+            rest of it).
+        haystack: a UTF-8 file or folder, read in order; default: bundled sentences, drawn anew
+            for every example.
+        control: see above.
+        chat: lay the tokenizer's chat template around the prompt; default: if it has one.
+        bos: whether a BOS stands in front; default: as the tokenizer does. Not with ``chat``.
+        seed: the same seed gives the same bytes.
+
+    Raises:
+        InputError: if an argument makes no sense, or a text does not fit the model.
+
+    Example:
+        >>> import headscope as hs
+        >>> probe = needle(hs.load(), lengths=96, depths=[0.5], per_cell=1)
+        >>> int(probe.mark("needle_answer").sum())
+        1
+    """
+    cells = _cells(model, lengths, depths)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise InputError(f"a needle probe needs a tokenizer and {model.name} has none.")
+    if control not in ("removed", "other_question"):
+        raise InputError(f"control={control!r} is unknown: 'removed' or 'other_question'.")
+    if distractors < 0 or (per_cell is not None and per_cell < 1):
+        raise InputError("distractors must be 0 or more, per_cell 1 or more.")
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    chat = templated if chat is None else chat
+    if chat and not templated:
+        raise InputError(
+            f"the tokenizer of {model.name} has no chat template: leave chat=True out."
+        )
+    if chat and bos is not None:
+        raise InputError("with chat=True the chat template decides about a BOS: leave bos out.")
+    writer = Writer(tokenizer, () if chat else tuple(bos_prefix(model, bos)), chat)
+    hay = read_haystack(haystack)
+    draw = Drawer(needles, distractors, control == "other_question", seed)
+    made = [
+        _example(writer, hay, draw, cell, number)
+        for cell in cells
+        for number in range(per_cell or draw.per_cell)
+    ]
+    settings: dict[str, str | int | float | bool | None] = {
+        "needles": draw.name,
+        "haystack": hay.name,
+        "lengths": ",".join(str(n) for n in dict.fromkeys(length for length, _ in cells)),
+        "depths": ",".join(f"{d:g}" for d in dict.fromkeys(depth for _, depth in cells)),
+        "distractors": distractors,
+        "control": control,
+        "chat": chat,
+        "bos": bool(writer.prefix),
+        "spans": "offsets" if getattr(tokenizer, "is_fast", False) else "concatenated",
+        "cloze": any(one.cloze for one in made),
+    }
+    probe = replace(_probe([one.asked for one in made], made), seed=seed, settings=settings)
+    check_length(model, probe.length, what="a needle prompt", fix="ask for shorter lengths")
+    other = _probe([one.control for one in made], made)
+    other = replace(other, name="needle_control", seed=seed, settings=settings)
+    return replace(probe, control=other)
+
+
+class _Made(NamedTuple):
+    """One example, its control, and the cell that it belongs to."""
+
+    asked: Example
+    control: Example
+    length: int
+    depth: float
+    number: int
+    cloze: bool
+
+
+def _cells(
+    model: HasVocabulary, lengths: Sequence[int] | int | None, depths: Sequence[float] | int
+) -> list[tuple[int, float]]:
+    """Every length with every depth."""
+    if lengths is None:
+        most = min(model.shape.n_ctx or _LONGEST, _LONGEST)
+        wanted = [most // 4, most // 2, most]
+    else:
+        wanted = [lengths] if isinstance(lengths, int) else [int(n) for n in lengths]
+    if isinstance(depths, int):
+        shares = [i / max(depths - 1, 1) for i in range(depths)]
+    else:
+        shares = [float(depth) for depth in depths]
+    if not wanted or not shares or min(wanted) < 1:
+        raise InputError("give at least one length of 1 or more, and at least one depth.")
+    if not all(0 <= depth <= 1 for depth in shares):
+        raise InputError(f"depths are shares from 0 to 1; got {shares}.")
+    check_length(model, max(wanted), what="a needle prompt", fix="ask for shorter lengths")
+    return [(length, depth) for length in wanted for depth in shares]
+
+
+def _example(
+    writer: Writer, hay: Haystack, draw: Drawer, cell: tuple[int, float], number: int
+) -> _Made:
+    """One example and its control."""
+    length, depth = cell
+    drawn = draw(cell, number)
+    rng = Random(f"haystack {draw.seed} {cell} {number}")  # noqa: S311 - sentences, not secrets
+    hidden = len(drawn.needle.texts) - 1 + sum(len(one.texts) for one in drawn.distractors)
+    plan = Plan(drawn.needle, drawn.distractors, depth, tuple(rng.random() for _ in range(hidden)))
+    asked = [drawn.needle] if drawn.other is None else [drawn.needle, drawn.other]
+    sentences = hay.endless(rng)
+    chosen = writer.fit(sentences, plan, length, asked)
+    example = writer.write(chosen, plan, drawn.needle)
+    if drawn.other is None:
+        control = _without_needle(writer, example, sentences)
+    else:
+        control = writer.write(chosen, plan, drawn.other)
+    return _Made(example, control, length, depth, number, drawn.needle.cloze)
+
+
+def _without_needle(writer: Writer, example: Example, sentences: Iterator[str]) -> Example:
+    """The same with the tokens of further sentences where the needle stood."""
+    ids, places = list(example.ids), example.marks["needle"]
+    filler: list[int] = []
+    while len(filler) < len(places):
+        filler += writer.tokenizer(next(sentences), add_special_tokens=False)["input_ids"]
+    for place, token in zip(places, filler, strict=False):
+        ids[place] = token
+    return Example(ids, example.marks)
+
+
+def _probe(examples: list[Example], made: list[_Made]) -> Probe:
+    tokens, real = pad_right([one.ids for one in examples])
+    targets = torch.full_like(tokens, -1)
+    for row, ids, example in zip(targets, tokens, examples, strict=True):
+        at = torch.tensor(example.marks["answer"])
+        row[at - 1] = ids[at]
+    places = [min(one.marks["needle"]) / max(one.marks["end"]) for one in examples]
+    facts = {
+        "length": [float(one.length) for one in made],
+        "depth": [one.depth for one in made],
+        "place": places,
+        "number": [float(one.number) for one in made],
+    }
+    return Probe(
+        tokens=tokens,
+        real=real,
+        structure=tokens.where(real, -1),
+        targets=targets,
+        marks={
+            name: at_positions(tokens.shape[1], [one.marks.get(name, []) for one in examples])
+            for name in _MARKS
+        },
+        facts={name: torch.tensor(values) for name, values in facts.items()},
+        name="needle",
+    )

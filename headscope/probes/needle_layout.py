@@ -1,0 +1,188 @@
+"""One needle prompt: haystack, hidden sentences, question and answer, with what is where."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from headscope.errors import InputError
+from headscope.probes.needle_sets import Needle
+from headscope.probes.pieces import Assembled, Piece, assemble
+from headscope.probes.vocabulary import Tokenizer
+
+# Stands for the content while the chat template is laid around it.
+_CONTENT = "\ue000"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one example hides, and where.
+
+    Attributes:
+        needle: the needle; its last text stands at ``depth``.
+        distractors: other needles, at places of their own.
+        depth: share of the haystack that stands before the needle, 0 to 1.
+        places: for every other hidden text, a number in [0, 1) that becomes its place.
+    """
+
+    needle: Needle
+    distractors: tuple[Needle, ...]
+    depth: float
+    places: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens of a prompt with its answer appended, and the positions of every mark."""
+
+    ids: list[int]
+    marks: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes prompts for one tokenizer.
+
+    Attributes:
+        tokenizer: with character offsets, or without (see :func:`assemble`).
+        prefix: ids in front; none where a chat template brings its own.
+        chat: whether the tokenizer's chat template is laid around the prompt.
+    """
+
+    tokenizer: Tokenizer
+    prefix: tuple[int, ...]
+    chat: bool
+    _sizes: dict[str, int] = field(default_factory=dict)
+
+    def fit(
+        self, sentences: Iterator[str], plan: Plan, length: int, asked: Sequence[Needle]
+    ) -> tuple[str, ...]:
+        """As many whole sentences as keep every prompt, answer included, within ``length``.
+
+        Args:
+            sentences: endless.
+            plan: what is hidden among them.
+            length: tokens.
+            asked: needles that may be asked about in this haystack.
+
+        Raises:
+            InputError: if not even the needle, its question and its answer fit.
+        """
+        bare = max(len(self.write((), plan, one).ids) for one in asked)
+        if bare > length:
+            raise InputError(
+                f"length={length} does not hold the needle, its distractors, question and answer, "
+                f"which are {bare} tokens: ask for longer texts or fewer distractors."
+            )
+        chosen: list[str] = []
+        room = length - bare
+        for sentence in sentences:
+            room -= self.size(sentence)
+            if room < 0:
+                break
+            chosen.append(sentence)
+        while chosen and max(len(self.write(chosen, plan, one).ids) for one in asked) > length:
+            chosen.pop()  # tokens at the seams are counted with their neighbours only here
+        return tuple(chosen)
+
+    def size(self, sentence: str) -> int:
+        """Tokens of one sentence by itself."""
+        if sentence not in self._sizes:
+            ids = self.tokenizer(sentence, add_special_tokens=False)["input_ids"]
+            self._sizes[sentence] = len(ids)
+        return self._sizes[sentence]
+
+    def write(self, sentences: Sequence[str], plan: Plan, asked: Needle) -> Example:
+        """The prompt that asks about ``asked``, with its answer."""
+        before, after = self._around()
+        context = self._context(sentences, plan)
+        prompt = [before, *context, *_question(asked, self.chat), after]
+        prompt[1] = Piece(prompt[1].text.lstrip(), prompt[1].marks)
+        begun = bool(after.text) and after.text[-1].isspace()
+        said = _answer(asked, "" if begun else " ")
+        alone = assemble(self.tokenizer, prompt, self.prefix)
+        whole = assemble(self.tokenizer, [*prompt, *said], self.prefix)
+        if whole.ids[: len(alone.ids)] != alone.ids:  # the answer would change the prompt
+            whole = _joined(alone, assemble(self.tokenizer, said, ()))
+        whole.marks["answer"] = list(range(len(alone.ids), len(whole.ids)))
+        whole.marks["answering"] = [position - 1 for position in whole.marks["copied"]]
+        whole.marks["end"] = [len(alone.ids) - 1]
+        return Example(whole.ids, whole.marks)
+
+    def _around(self) -> tuple[Piece, Piece]:
+        """What the chat template puts before and after the content; nothing without one."""
+        if not self.chat:
+            return Piece(""), Piece("")
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _CONTENT}], tokenize=False, add_generation_prompt=True
+        )
+        parts = str(rendered).split(_CONTENT)
+        if len(parts) != 2:
+            raise InputError("the chat template does not say the message once: pass chat=False.")
+        return Piece(parts[0]), Piece(parts[1])
+
+    def _context(self, sentences: Sequence[str], plan: Plan) -> list[Piece]:
+        """The haystack with everything hidden in it."""
+        sizes = [0, *accumulate(self.size(sentence) for sentence in sentences)]
+        # As published: the place in tokens, moved left to where the last sentence ended.
+        asked_for = bisect_right(sizes, plan.depth * sizes[-1]) - 1
+        hidden: dict[int, list[Piece]] = {}
+        others = [*plan.needle.texts[:-1], *(t for d in plan.distractors for t in d.texts)]
+        n_own = len(plan.needle.texts) - 1
+        for number, (text, place) in enumerate(zip(others, plan.places, strict=True)):
+            own = number < n_own
+            parts, mark = (plan.needle.parts, "needle") if own else ((), "distractor")
+            pieces = _hide(text, parts, mark)
+            hidden.setdefault(int(place * len(sizes)), []).extend(pieces)
+        last = _hide(plan.needle.texts[-1], plan.needle.parts, "needle")
+        here = hidden.setdefault(asked_for, [])
+        hidden[asked_for] = [*last, *here] if asked_for == 0 else [*here, *last]
+        pieces = []
+        for boundary in range(len(sizes)):
+            pieces += hidden.get(boundary, [])
+            if boundary < len(sentences):
+                pieces.append(Piece(sentences[boundary]))
+        return pieces
+
+
+def _hide(text: str, parts: tuple[str, ...], mark: str) -> list[Piece]:
+    """One hidden sentence; the pieces of the answer in it are marked ``needle_answer`` too."""
+    text = f" {text}"
+    for part in parts:
+        start = text.rfind(f" {part}") if f" {part}" in text else text.rfind(part)
+        if start >= 0:
+            end = start + len(part) + text[start].isspace()
+            inside = Piece(text[start:end], (mark, "needle_answer"))
+            return [Piece(text[:start], (mark,)), inside, Piece(text[end:], (mark,))]
+    return [Piece(text, (mark,))]
+
+
+def _question(needle: Needle, chat: bool) -> list[Piece]:
+    if needle.cloze:
+        lead = Piece("\n\nComplete with one word of the text: " if chat else " ")
+        return [lead, Piece(needle.question, ("question",))]
+    ask = "\n\nAnswer with words of the text above. " if chat else "\n\n"
+    return [
+        Piece(f"{ask}Question:"),
+        Piece(f" {needle.question}", ("question",)),
+        Piece("" if chat else "\nAnswer:"),
+    ]
+
+
+def _answer(needle: Needle, space: str) -> list[Piece]:
+    """The answer, and in it what can be copied from the needle (mark ``copied``)."""
+    pieces, rest = [], space + needle.answer
+    for part in needle.parts:
+        start = rest.find(part)
+        if start < 0:
+            continue
+        lead = start - 1 if start and rest[start - 1] == " " else start
+        pieces += [Piece(rest[:lead]), Piece(rest[lead : start + len(part)], ("copied",))]
+        rest = rest[start + len(part) :]
+    return [piece for piece in (*pieces, Piece(rest)) if piece.text]
+
+
+def _joined(prompt: Assembled, answer: Assembled) -> Assembled:
+    shift = len(prompt.ids)
+    moved = {mark: [p + shift for p in found] for mark, found in answer.marks.items()}
+    return Assembled([*prompt.ids, *answer.ids], prompt.marks | moved)
