@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TORCH := 2.13.0
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format notebooks bench lock clean
+.PHONY: help setup demo test lint format notebooks docs bench dist lock clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
@@ -36,6 +36,9 @@ format: setup ## let ruff rewrite what it can
 notebooks: setup ## run the notebooks and write their .ipynb
 	$(BIN)/python notebooks/build.py
 
+docs: setup ## build the documentation into docs/_build/html
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 bench: setup ## run every script in benchmarks/
 	@set -e; for script in $(filter-out benchmarks/support.py,$(wildcard benchmarks/*.py)); do \
 		echo "$$script"; $(BIN)/python "$$script"; done
@@ -56,10 +59,13 @@ $(VENV)/.locked: requirements.lock
 	@$(PIP) install --quiet --requirement requirements.lock
 	@touch $@
 
+dist: setup ## build wheel and sdist into dist/
+	$(BIN)/python -m hatchling build
+
 lock: ## resolve anew and write requirements.lock
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[dev,docs,paper,polars]' torch==$(TORCH)
+	build/lock/bin/python -m pip install --quiet '.[dev,docs,duckdb,paper,polars,ray]' torch==$(TORCH)
 	{ echo "# Written by 'make lock': all that 'make setup' installs. Builds of torch for a GPU bring"; \
 	  echo "# their own nvidia packages, so those are not listed, nor is a build's local suffix."; \
 	  build/lock/bin/python -m pip freeze --exclude headscope \
@@ -67,5 +73,5 @@ lock: ## resolve anew and write requirements.lock
 	rm -rf build/lock
 
 clean: ## remove caches and builds; .venv and runs/ stay
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist docs/_build docs/generated .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find headscope tests -name __pycache__ -type d -prune -exec rm -rf {} +

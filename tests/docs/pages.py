@@ -1,0 +1,20 @@
+"""Reads the code out of Markdown pages."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of one language, in order."""
+    found = _FENCE.findall(page.read_text(encoding="utf-8"))
+    return [body for name, body in found if name == language]
+
+
+def commands(page: Path, language: str) -> list[list[str]]:
+    """Calls of headscope or make in fenced blocks, split into words, comments left out."""
+    lines = (line.split("#")[0].split() for body in blocks(page, language)
+             for line in body.splitlines())  # fmt: skip
+    return [words for words in lines if words and words[0] in ("headscope", "make")]
