@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from headscope import capture as capture
     from headscope import circuits as circuits
     from headscope import edits as edits
+    from headscope import lens as lens
     from headscope import metrics as metrics
     from headscope import plots as plots
     from headscope import probes as probes
+    from headscope import pruning as pruning
     from headscope import scorers as scorers
+    from headscope import sweeps as sweeps
     from headscope.ablation import ablate_cumulatively as ablate_cumulatively
     from headscope.ablation import ablate_groups as ablate_groups
     from headscope.ablation import ablate_heads as ablate_heads
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from headscope.heads import ModelShape as ModelShape
     from headscope.models.load import load as load
     from headscope.probes import Probe as Probe
+    from headscope.pruning import prune as prune
     from headscope.scorers import AttentionRows as AttentionRows
     from headscope.scorers import output_scorer as output_scorer
     from headscope.scorers import row_scorer as row_scorer
@@ -70,6 +74,7 @@ _HOME = {
     "circuits": "headscope.circuits",
     "edits": "headscope.edits",
     "interactions": "headscope.ablation",
+    "lens": "headscope.lens",
     "load": "headscope.models.load",
     "metrics": "headscope.metrics",
     "output_scorer": "headscope.scorers",
@@ -77,9 +82,12 @@ _HOME = {
     "path_patch": "headscope.ablation",
     "plots": "headscope.plots",
     "probes": "headscope.probes",
+    "prune": "headscope.pruning",
+    "pruning": "headscope.pruning",
     "row_scorer": "headscope.scorers",
     "score": "headscope.scoring",
     "scorers": "headscope.scorers",
+    "sweeps": "headscope.sweeps",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw these would take every name for an unknown object

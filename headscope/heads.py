@@ -53,7 +53,8 @@ class ModelShape:
 
     ``attention_layers`` lists the layers that have attention (all of them but in hybrids).
     ``windows`` gives, for every layer, how many keys back a query sees, itself included
-    (None: all).
+    (None: all). ``removed`` lists heads that were pruned out of those layers: the others keep
+    their numbers.
     """
 
     n_layers: int
@@ -65,6 +66,7 @@ class ModelShape:
     n_ctx: int | None
     attention_layers: tuple[int, ...]
     windows: tuple[int | None, ...]
+    removed: frozenset[HeadIndex] = frozenset()
 
     def __post_init__(self) -> None:
         """Check what every user of a shape relies on."""
@@ -91,6 +93,7 @@ class ModelShape:
             HeadIndex(layer, head)
             for layer in self.attention_layers
             for head in range(self.n_heads)
+            if (layer, head) not in self.removed
         )
 
     def check(self, head: HeadIndex) -> HeadIndex:
@@ -104,4 +107,6 @@ class ModelShape:
                 f"the model has no head {head}: it has heads 0-{self.n_heads - 1} in "
                 f"layers {self.attention_layers[0]}-{self.attention_layers[-1]}."
             )
+        if head in self.removed:
+            raise InputError(f"head {head} was pruned out of the model.")
         return head

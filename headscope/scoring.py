@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from headscope import capture, probes
 from headscope.accumulate import Accumulator, Sums, joined
@@ -188,7 +188,7 @@ def _to_scores(
         kv_heads=model.shape.n_kv_heads,
         control_per_example=None if null is None else _absent(model, null.mean.numpy()),
         alternative=scorer.alternative,
-        missing=sums.missing.numpy().astype(int),
+        missing=np.where(_there(model), sums.missing.numpy(), 0).astype(int),
         unit=scorer.unit,
         bounds=scorer.bounds,
         description=scorer.description,
@@ -201,11 +201,15 @@ def _to_scores(
 def _absent(
     model: HeadModel, values: Float[np.ndarray, "layer head batch"]
 ) -> Float[np.ndarray, "layer head batch"]:
-    """NaN where a layer has no attention."""
-    absent = [n for n in range(model.shape.n_layers) if n not in model.shape.attention_layers]
-    values = values.copy()
-    values[absent] = np.nan
-    return values
+    """NaN where a layer has no attention, or lost the head."""
+    return np.where(_there(model)[:, :, None], values, np.nan)
+
+
+def _there(model: HeadModel) -> Bool[np.ndarray, "layer head"]:
+    """Which heads the model has."""
+    there = np.zeros((model.shape.n_layers, model.shape.n_heads), dtype=bool)
+    there[tuple(np.transpose(model.shape.heads))] = True
+    return there
 
 
 def _facts(model: HeadModel) -> dict[str, str | None]:

@@ -17,6 +17,7 @@ from headscope.models.hf_layout import Layout, find_layout
 from headscope.models.hf_parts import HFParts
 from headscope.models.hf_pass import Finished, Pass
 from headscope.models.hf_readout import find_readout
+from headscope.models.hf_removed import kept_in
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
 
@@ -98,14 +99,21 @@ class HFModel:
         weight = parts.projection.get_parameter("weight").detach()
         if isinstance(parts.projection, nn.Linear):
             weight = weight.T
-        scale = 1.0 if parts.write_scale is None else parts.write_scale
-        return weight.reshape(self.shape.n_heads, self.shape.d_head, -1) * scale
+        by_head = weight.reshape(-1, self.shape.d_head, weight.shape[-1])
+        kept = kept_in(parts.projection)
+        whole = by_head if kept is None else kept.spread(by_head, 0)
+        return whole * (1.0 if parts.write_scale is None else parts.write_scale)
 
     @cached_property
     def bridge(self) -> Any:
         """A transformer-lens ``TransformerBridge`` over the same parameter storage."""
         from headscope.models.bridge import bridge_over
 
+        if self.shape.removed:
+            raise UnsupportedModelError(
+                f"{self.name} was pruned, and transformer-lens knows no model with different "
+                "numbers of heads: read the weights of the model that it came from."
+            )
         return bridge_over(self.module)
 
     def weights(self, layer: int) -> HeadWeights:

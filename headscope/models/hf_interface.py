@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
+from headscope.models.hf_removed import kept_in
 
 NAME = "headscope_stream"
 Handler = Callable[[torch.nn.Module, AttentionCall], Tensor]
@@ -37,6 +38,7 @@ def routed(configs: tuple[Any, ...], handler: Handler) -> Iterator[None]:
     Args:
         configs: config objects that the model's modules hold.
         handler: gets the calling module and its call, returns ``[batch query head d_value]``.
+            Heads that were pruned are in the call, under their numbers, with nothing but zeros.
     """
     before = [config._attn_implementation for config in configs]
     token = _HANDLER.set(handler)
@@ -85,4 +87,7 @@ def _attend(
         sinks=s_aux,
     )
     handler = _HANDLER.get()
-    return (fused(call) if handler is None else handler(module, call)), None
+    if handler is None:
+        return fused(call), None
+    kept = kept_in(module)
+    return handler(module, call if kept is None else kept.spread_call(call)), None

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.heads import ModelShape
+from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf_interface import routed
+from headscope.models.hf_removed import NoHeads, kept_in
 from headscope.models.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
@@ -70,6 +71,8 @@ def find_layout(model: Any) -> Layout | None:
     )
     watch = _watch(model, configs)
     if not watch.calls:
+        if any(isinstance(module, NoHeads) for module in model.modules()):
+            raise UnsupportedModelError("all its heads were pruned: there is nothing to see.")
         return None
     names = {module: name for name, module in model.named_modules()}
     blocks, numbers = _number_layers(model, [module for module, _ in watch.calls], names)
@@ -182,6 +185,12 @@ def _shape(model: Any, watch: Watch, blocks: nn.ModuleList, numbers: list[int]) 
         n_ctx=n_ctx,
         attention_layers=tuple(numbers),
         windows=tuple(windows),
+        removed=frozenset(
+            HeadIndex(number, head)
+            for (module, _), number in zip(watch.calls, numbers, strict=True)
+            if (kept := kept_in(module)) is not None
+            for head in set(range(n_heads)) - set(kept.heads)
+        ),
     )
 
 

@@ -132,6 +132,8 @@ def _from_files(
     """Read config, weights and tokenizer; return them with the model's name and commit."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from headscope.models.hf_prune import is_pruned, read_pruned
+
     name = shipped.DEFAULT if source is None else str(source)
     place = name
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -145,7 +147,7 @@ def _from_files(
     try:
         config = AutoConfig.from_pretrained(place, **code)
         admit(config, name)
-        module = AutoModelForCausalLM.from_pretrained(
+        module = (read_pruned if is_pruned(config) else AutoModelForCausalLM.from_pretrained)(
             place,
             config=config,
             dtype="auto" if dtype is None else dtype,

@@ -41,9 +41,10 @@ class _Look:
 
 @dataclass(frozen=True)
 class _Disturb:
-    """Replace the output of head 0 of one layer by twice itself plus one."""
+    """Replace the output of one head by twice itself plus one."""
 
     layer: int
+    head: int
     site: Literal["z", "query", "pattern"] = "z"
     layers: frozenset[int] = field(init=False)
 
@@ -52,9 +53,9 @@ class _Disturb:
         object.__setattr__(self, "layers", frozenset({self.layer}))
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Change head 0 alone."""
+        """Change this head alone."""
         changed = value.clone()
-        changed[:, :, 0] = 2 * changed[:, :, 0] + 1
+        changed[:, :, self.head] = 2 * changed[:, :, self.head] + 1
         return changed
 
 
@@ -109,9 +110,10 @@ def prove(
                 f"{model.name}: its logits change by {difference:.2g} when its heads are only "
                 f"watched (allowed: {tolerance:.2g}), so what is seen is not what the model does."
             )
-    for layer in {layers[0], layers[-1]}:
-        if torch.equal(model.forward(tokens, edits=(_Disturb(layer),)), seen):
+    first = {head.layer: head for head in reversed(model.shape.heads)}
+    for head in {first[layers[0]], first[layers[-1]]}:
+        if torch.equal(model.forward(tokens, edits=(_Disturb(*head),)), seen):
             raise UnsupportedModelError(
-                f"{model.name}: changing the output of L{layer}H0 leaves the logits as they are, "
+                f"{model.name}: changing the output of {head} leaves the logits as they are, "
                 "so it is not where the model reads that head."
             )

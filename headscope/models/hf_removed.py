@@ -1,0 +1,155 @@
+"""What stands in a model whose heads were removed: smaller matrices in the model's own modules.
+
+The model keeps its class. Attention modules keep theirs and only see fewer heads; four things
+stand in: an output projection that also takes all heads' outputs and reads those that are there
+(headscope shows a pruned model under the heads' own numbers), a projection that repeats key/value
+heads (grouped heads that went unevenly), a layer's own view of the config, and a module for layers
+that have no head left.
+"""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from headscope.models.attention import AttentionCall
+
+# Attribute of an attention module that lost heads.
+MARK = "headscope_kept"
+
+
+class Kept:
+    """Which heads of a layer are there, under the numbers that they had.
+
+    Attributes:
+        heads: query heads, in order.
+        kv_heads: for every key/value head that attention is given, its number; several times
+            where grouped query heads went unevenly.
+        n_heads, n_kv_heads: how many there were.
+    """
+
+    def __init__(
+        self, heads: tuple[int, ...], kv_heads: tuple[int, ...], n_heads: int, n_kv_heads: int
+    ) -> None:
+        self.heads, self.kv_heads = heads, kv_heads
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+
+    def spread(self, value: Tensor, axis: int, *, kv: bool = False) -> Tensor:
+        """Values of the heads that are there at their old numbers, zeros at the others."""
+        index = torch.tensor(self.kv_heads if kv else self.heads, device=value.device)
+        shape = list(value.shape)
+        shape[axis] = self.n_kv_heads if kv else self.n_heads
+        return value.new_zeros(shape).index_copy(axis, index, value)
+
+    def spread_call(self, call: AttentionCall) -> AttentionCall:
+        """The call as the whole layer would have made it, with zeros for heads that went."""
+        return replace(
+            call,
+            query=self.spread(call.query, 1),
+            key=self.spread(call.key, 1, kv=True),
+            value=self.spread(call.value, 1, kv=True),
+            sinks=None if call.sinks is None else self.spread(call.sinks, 0),
+        )
+
+
+def kept_in(module: nn.Module) -> Kept | None:
+    """Which heads of an attention module (or of its output projection) are left; None: all."""
+    kept: Kept | None = getattr(module, MARK, None)
+    return kept
+
+
+def _narrow(projection: Any, x: Tensor) -> Tensor:
+    """Outputs of the heads that are there, of all heads' outputs."""
+    kept, width = projection.headscope_kept, projection.headscope_width
+    if x.shape[-1] == width:
+        return x
+    index = torch.tensor(kept.heads, device=x.device)
+    narrow: Tensor = x.unflatten(-1, (kept.n_heads, -1)).index_select(-2, index).flatten(-2)
+    return narrow
+
+
+class KeptLinear(nn.Linear):
+    """Output projection of the heads that are there."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Read their outputs, or theirs among all."""
+        return super().forward(_narrow(self, input))
+
+
+class KeptConv1D(Conv1D):  # type: ignore[misc]  # transformers is not typed here
+    """The same in gpt2's transposed form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Read their outputs, or theirs among all."""
+        output: Tensor = super().forward(_narrow(self, x))
+        return output
+
+
+class RepeatingLinear(nn.Linear):
+    """Gives some key/value heads several times, once for each group of query heads that is left.
+
+    Attributes:
+        headscope_blocks: which block of d_head outputs stands at each place.
+        headscope_d_head: size of a block.
+    """
+
+    headscope_blocks: tuple[int, ...]
+    headscope_d_head: int
+
+    def forward(self, input: Tensor) -> Tensor:  # torch's name
+        """Project, then repeat."""
+        blocks = super().forward(input).unflatten(-1, (-1, self.headscope_d_head))
+        index = torch.tensor(self.headscope_blocks, device=blocks.device)
+        repeated: Tensor = blocks.index_select(-2, index).flatten(-2)
+        return repeated
+
+
+class LayerConfig:
+    """The model's config with this layer's own number of heads; all else is the model's."""
+
+    def __init__(self, config: Any, own: dict[str, int]) -> None:
+        self.__dict__.update(_config=config, _own=own)
+
+    def __getattr__(self, name: str) -> Any:
+        """Look it up here, then in the model's config."""
+        if name.startswith("__") or "_config" not in self.__dict__:
+            raise AttributeError(name)
+        return self._own[name] if name in self._own else getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set it in the model's config."""
+        setattr(self._config, name, value)
+
+
+class NoHeads(nn.Module):
+    """Attention of a layer without heads: it writes what the output projection's bias is."""
+
+    def __init__(self, attention: nn.Module, projection: str, returns: int | None) -> None:
+        """Keep the bias under its name, and how the module is called and answers."""
+        super().__init__()
+        holder: nn.Module = self
+        for part in projection.split("."):
+            holder.add_module(part, nn.Module())
+            holder = holder.get_submodule(part)
+        bias = getattr(attention.get_submodule(projection), "bias", None)
+        if bias is not None:
+            holder.register_parameter("bias", nn.Parameter(bias.detach().clone()))
+        self.projection, self.returns = projection, returns
+        self.layer_idx = getattr(attention, "layer_idx", None)
+        self.names = tuple(inspect.signature(type(attention).forward).parameters)[1:]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the bias; enter a key of no meaning into a cache, which counts positions by it."""
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        hidden: Float[Tensor, "batch pos d_model"] = given["hidden_states"]
+        cache = next((given[n] for n in ("past_key_values", "layer_past") if given.get(n)), None)
+        if cache is not None and self.layer_idx is not None:
+            nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            cache.update(nothing, nothing, self.layer_idx)
+        bias = getattr(self.get_submodule(self.projection), "bias", None)
+        write = torch.zeros_like(hidden) if bias is None else torch.zeros_like(hidden) + bias
+        return write if self.returns is None else (write, *[None] * (self.returns - 1))
