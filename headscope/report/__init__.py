@@ -1,3 +1,9 @@
 """Reports: one HTML file that holds everything it shows and fetches nothing."""
 
 from headscope.report.page import index_page as index_page
+from headscope.report.page import sections_page as sections_page
+from headscope.report.sections import Facts as Facts
+from headscope.report.sections import Grid as Grid
+from headscope.report.sections import Picture as Picture
+from headscope.report.sections import Section as Section
+from headscope.report.sections import Words as Words

@@ -1,15 +1,18 @@
 """The folder that a run leaves behind: table, facts, pictures, page."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
+
 from headscope.files import whole_file, writable_folder
 from headscope.plots import heatmap, heatmaps, save
 from headscope.report.page import index_page
+from headscope.report.sections import Section
 from headscope.table import HeadTable
 from headscope.table.provenance import versions
 
@@ -41,6 +44,8 @@ class RunFolder:
         timings: Mapping[str, float],
         *,
         examples: bool = False,
+        sections: Sequence[Section] = (),
+        pictures: Mapping[str, go.Figure] | None = None,
     ) -> None:
         """Write everything; each file is whole or absent.
 
@@ -49,25 +54,33 @@ class RunFolder:
             settings: what was asked for, as JSON values.
             timings: seconds by phase.
             examples: keep the values per example in the table.
+            sections: shown on the page before the table of all heads.
+            pictures: by file name; default: a heatmap per score, and the roles.
         """
         table.save(self.path / "table.parquet", examples=examples)
-        self._pictures(table)
-        page = index_page(table, settings)
+        self._pictures(_heatmaps(table) if pictures is None else pictures)
+        page = index_page(table, settings, sections=sections)
         with whole_file(self.path / "index.html") as file:
             file.write(page.encode())
         facts = {"settings": dict(settings), "versions": versions(), "timings": dict(timings)}
         with whole_file(self.path / "run.json") as file:
             file.write(json.dumps(facts, indent=2).encode() + b"\n")
 
-    def _pictures(self, table: HeadTable) -> None:
+    def _pictures(self, pictures: Mapping[str, go.Figure]) -> None:
         """PNG where the extra ``paper`` is installed, else interactive HTML."""
         folder = writable_folder(self.path / "pictures")
         kind = "png" if find_spec("matplotlib") else "html"
-        for name, scores in table.items():
-            save(heatmap(scores), folder / f"{_file_name(name)}.{kind}")
-        roles = [name for name, scores in table.items() if scores.threshold is not None]
-        if len(roles) > 1:
-            save(heatmaps(table, roles), folder / f"roles.{kind}")
+        for name, figure in pictures.items():
+            save(figure, folder / f"{_file_name(name)}.{kind}")
+
+
+def _heatmaps(table: HeadTable) -> dict[str, go.Figure]:
+    """One heatmap per score, and the scores with roles side by side."""
+    pictures = {name: heatmap(scores) for name, scores in table.items()}
+    roles = [name for name, scores in table.items() if scores.threshold is not None]
+    if len(roles) > 1:
+        pictures["roles"] = heatmaps(table, roles)
+    return pictures
 
 
 def _file_name(name: str) -> str:

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from headscope.plots import heatmap
 from headscope.plots.text import visible
+from headscope.report.sections import Section, laid_out
 from headscope.table import HeadTable, Provenance
 from headscope.table.excerpt import by_interest, fraction, written
 from headscope.table.roles import find_roles
@@ -35,6 +36,7 @@ def index_page(
     title: str | None = None,
     command: str | None = None,
     alpha: float = 0.05,
+    sections: Sequence[Section] = (),
 ) -> str:
     """One page: roles, facts, every head with every score, and a heatmap per score.
 
@@ -48,27 +50,73 @@ def index_page(
         title: of the page; default: the model's name.
         command: how to make it again, shown as it is.
         alpha: false discovery rate of the roles.
+        sections: shown before the table of all heads.
     """
     scores = by_interest(table) if names is None else [table[name] for name in names]
-    scripts = {"plotly": _plotly(), "own": _resource("page.js")}
-    figures = _data([json.loads(heatmap(one).to_json()) for one in scores])
     provenance = next(iter(table.values())).provenance
-    heading = title or provenance.model or "attention heads"
+    roles = find_roles(scores, alpha)
+    return _render(
+        title=title or provenance.model or "attention heads",
+        subject="attention heads",
+        lead="What every attention head does, by headscope.",
+        scores=scores,
+        roles=None if sections and not roles else roles,
+        facts=_facts(table, provenance, settings or {}),
+        rows=_rows(table, scores, alpha),
+        sections=sections,
+        command=command,
+        alpha=alpha,
+    )
+
+
+def sections_page(
+    title: str,
+    subject: str,
+    lead: str,
+    sections: Sequence[Section],
+    facts: Sequence[tuple[str, str]] = (),
+    command: str | None = None,
+) -> str:
+    """A page of sections alone, with the same promises as :func:`index_page`.
+
+    Args:
+        title: of the page.
+        subject: what kind of page it is, in the browser's title.
+        lead: one sentence below the title.
+        sections: in this order.
+        facts: where it came from.
+        command: how to make it again, shown as it is.
+    """
+    return _render(
+        title=title,
+        subject=subject,
+        lead=lead,
+        scores=[],
+        roles=None,
+        facts=list(facts),
+        rows=[],
+        sections=sections,
+        command=command,
+        alpha=0.05,
+    )
+
+
+def _render(*, scores: Sequence[HeadScores], sections: Sequence[Section], **words: object) -> str:
+    """Fill the template; every figure and script goes in once."""
+    scripts = {"plotly": _plotly(), "own": _resource("page.js")}
+    shown, pictures = laid_out(sections, first=len(scores))
+    figures = _data([*(json.loads(heatmap(one).to_json()) for one in scores), *pictures])
     return (
         _environment()
         .get_template("page.html")
         .render(
-            title=heading,
             scores=scores,
-            roles=find_roles(scores, alpha),
-            facts=_facts(table, provenance, settings or {}),
-            rows=_rows(table, scores, alpha),
-            command=command,
-            alpha=alpha,
+            sections=shown,
             style=_resource("page.css"),
             scripts=scripts,
             figures=figures,
             policy=_policy(scripts.values()),
+            **words,
         )
     )
 
