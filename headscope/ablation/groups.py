@@ -1,7 +1,9 @@
 """Ablating several heads at once: named groups, growing sets, and pairs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
+from typing import TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Float
@@ -21,9 +23,20 @@ from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.table import EffectGrid, PairScores
+from headscope.table import EffectGrid, PairScores, Provenance
 
 Sets = Sequence[tuple[HeadIndex, ...]]
+
+
+class Options(TypedDict, total=False):
+    """What all measurements of sets take, as :func:`headscope.ablate_heads` does."""
+
+    positions: Positions
+    reference: Probe | None
+    seed: int
+    batch_size: int | None
+    memory: str | int | None
+    progress: bool | None
 
 
 def ablate_groups(
@@ -32,13 +45,7 @@ def ablate_groups(
     metric: Metricish,
     groups: Mapping[str, Heads],
     method: Maker = "mean",
-    *,
-    positions: Positions = None,
-    reference: Probe | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    memory: str | int | None = None,
-    progress: bool | None = None,
+    **options: Unpack[Options],
 ) -> EffectGrid:
     """Ablate named sets of heads, each set at once; an empty set has effect 0.
 
@@ -52,22 +59,19 @@ def ablate_groups(
         >>> hs.ablate_groups(model, probe, hs.metrics.loss, groups).mean[0]
         np.float64(0.0)
     """
-    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
-    placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
     if not groups:
         raise InputError("no groups given: name at least one set of heads.")
     sets = [() if not heads else present(model, heads) for heads in groups.values()]
-    effects, clean = joint(study, placer, sets)
-    facts = facts_of(method, reference, positions)
+    found = _measured(model, probe, metric, sets, method, **options)
     return EffectGrid(
-        name=f"{facts['method']}_ablation",
+        name=f"{found.method}_ablation",
         axes=("group",),
         labels=(tuple(groups),),
-        per_example=effects,
-        unedited=clean,
-        unit=study.metric.unit,
-        description=f"{study.metric.name} with the group ablated less that without.",
-        provenance=study.provenance(seed, checks=placer.checks, **facts),
+        per_example=found.effects,
+        unedited=found.clean,
+        unit=found.study.metric.unit,
+        description=f"{found.study.metric.name} with the group ablated less that without.",
+        provenance=found.provenance,
     )
 
 
@@ -77,33 +81,20 @@ def ablate_cumulatively(
     metric: Metricish,
     order: Heads,
     method: Maker = "mean",
-    *,
-    positions: Positions = None,
-    reference: Probe | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    memory: str | int | None = None,
-    progress: bool | None = None,
+    **options: Unpack[Options],
 ) -> EffectGrid:
     """Ablate the first, the first two, ... of some heads: a curve that starts at none.
 
     Arguments are those of :func:`headscope.ablate_heads`; ``order`` says which heads go first.
+
+    Example:
+        >>> curve = hs.ablate_cumulatively(model, probe, hs.metrics.loss, ["L0H0", "L1H2"])
+        >>> curve.labels
+        (('0', '1', '2'),)
     """
     heads = present(model, order)
     growing: dict[str, Heads] = {str(n): heads[:n] for n in range(len(heads) + 1)}
-    return ablate_groups(
-        model,
-        probe,
-        metric,
-        growing,
-        method,
-        positions=positions,
-        reference=reference,
-        seed=seed,
-        batch_size=batch_size,
-        memory=memory,
-        progress=progress,
-    )
+    return ablate_groups(model, probe, metric, growing, method, **options)
 
 
 def interactions(
@@ -112,13 +103,7 @@ def interactions(
     metric: Metricish,
     heads: Heads,
     method: Maker = "mean",
-    *,
-    positions: Positions = None,
-    reference: Probe | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    memory: str | int | None = None,
-    progress: bool | None = None,
+    **options: Unpack[Options],
 ) -> PairScores:
     """How far two heads together do more or less than each by itself, for chosen heads.
 
@@ -126,29 +111,66 @@ def interactions(
     heads act independently; backup heads show with the sign of the effects of the pair. Pairs that
     were not asked for, and of a head with itself, are NaN. Arguments are those of
     :func:`headscope.ablate_heads`.
+
+    Example:
+        >>> pairs = hs.interactions(model, probe, hs.metrics.loss, ["L0H0", "L1H2"])
+        >>> bool(pairs.values[0, 0, 1, 2] == pairs.values[1, 2, 0, 0])
+        True
     """
     chosen = present(model, heads)
     if len(chosen) < 2:
         raise InputError("interactions are between heads: give at least two.")
-    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
-    placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
     both = list(combinations(chosen, 2))
-    effects, _ = joint(study, placer, [*((head,) for head in chosen), *both])
-    mean = np.nanmean(effects, axis=1)
+    sets = [*((head,) for head in chosen), *both]
+    found = _measured(model, probe, metric, sets, method, **options)
+    mean = np.nanmean(found.effects, axis=1)
     alone = dict(zip(chosen, mean, strict=False))
     shape = (model.shape.n_layers, model.shape.n_heads)
     values = np.full((*shape, *shape), np.nan)
     for (a, b), together in zip(both, mean[len(chosen) :], strict=True):
         values[(*a, *b)] = values[(*b, *a)] = together - alone[a] - alone[b]
-    facts = facts_of(method, reference, positions)
     return PairScores(
-        f"{facts['method']}_interaction",
+        f"{found.method}_interaction",
         values,
-        unit=study.metric.unit,
+        unit=found.study.metric.unit,
         upward=False,
         description="Effect of ablating both heads less the effects of each by itself.",
-        provenance=study.provenance(seed, checks=placer.checks, **facts),
+        provenance=found.provenance,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Effects of sets of heads, and how they came about."""
+
+    study: Study
+    method: str
+    effects: Float[np.ndarray, "set example"]
+    clean: Float[np.ndarray, " example"]
+    provenance: Provenance
+
+
+def _measured(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish,
+    sets: Sets,
+    method: Maker,
+    *,
+    positions: Positions = None,
+    reference: Probe | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    memory: str | int | None = None,
+    progress: bool | None = None,
+) -> _Measured:
+    """Ablate sets of heads, each at once."""
+    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
+    placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
+    effects, clean = joint(study, placer, sets)
+    facts = facts_of(method, reference, positions)
+    provenance = study.provenance(seed, checks=placer.checks, **facts)
+    return _Measured(study, str(facts["method"]), effects, clean, provenance)
 
 
 def joint(
