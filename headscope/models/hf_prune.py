@@ -20,14 +20,7 @@ from headscope.heads import HeadIndex
 from headscope.models.hf_layout import tiny_tokens
 from headscope.models.hf_owners import Owner, find_owners
 from headscope.models.hf_removal import Removal, Rows, removal_of
-from headscope.models.hf_removed import (
-    Kept,
-    KeptConv1D,
-    KeptLinear,
-    LayerConfig,
-    NoHeads,
-    RepeatingLinear,
-)
+from headscope.models.hf_removed import Kept, LayerConfig, NoHeads, RepeatingLinear, reading_kept
 
 if TYPE_CHECKING:
     from headscope.models.hf import HFModel
@@ -157,7 +150,7 @@ def _chosen(parameter: nn.Parameter, axis: int, index: Tensor) -> nn.Parameter:
 def _cut_projection(projection: Any, kept: Kept, d_head: int) -> None:
     columns = torch.tensor(kept.heads)[:, None] * d_head + torch.arange(d_head)
     _cut(projection, columns.flatten(), out=False)
-    projection.__class__ = KeptLinear if isinstance(projection, nn.Linear) else KeptConv1D
+    projection.__class__ = reading_kept(type(projection))
     projection.headscope_kept = kept
     projection.headscope_width = len(columns.flatten())
 

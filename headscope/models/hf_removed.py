@@ -9,12 +9,12 @@ that have no head left.
 
 import inspect
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from headscope.models.attention import AttentionCall
 
@@ -62,31 +62,31 @@ def kept_in(module: nn.Module) -> Kept | None:
     return kept
 
 
-def _narrow(projection: Any, x: Tensor) -> Tensor:
-    """Outputs of the heads that are there, of all heads' outputs."""
-    kept, width = projection.headscope_kept, projection.headscope_width
-    if x.shape[-1] == width:
-        return x
-    index = torch.tensor(kept.heads, device=x.device)
-    narrow: Tensor = x.unflatten(-1, (kept.n_heads, -1)).index_select(-2, index).flatten(-2)
-    return narrow
+class ReadsKept(nn.Module):
+    """Output projection of the heads that are there; stands before the projection's own class.
 
+    Attributes:
+        headscope_kept: which they are.
+        headscope_width: how many numbers they give together.
+    """
 
-class KeptLinear(nn.Linear):
-    """Output projection of the heads that are there."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Read their outputs, or theirs among all."""
-        return super().forward(_narrow(self, input))
-
-
-class KeptConv1D(Conv1D):  # type: ignore[misc]  # transformers is not typed here
-    """The same in gpt2's transposed form."""
+    headscope_kept: Kept
+    headscope_width: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read their outputs, or theirs among all."""
-        output: Tensor = super().forward(_narrow(self, x))
+        """Read their outputs, or theirs among all heads'."""
+        kept = self.headscope_kept
+        if x.shape[-1] != self.headscope_width:
+            index = torch.tensor(kept.heads, device=x.device)
+            x = x.unflatten(-1, (kept.n_heads, -1)).index_select(-2, index).flatten(-2)
+        output: Tensor = super().forward(x)  # type: ignore[misc]  # the next class has one
         return output
+
+
+@cache
+def reading_kept(projection: type[nn.Module]) -> type[nn.Module]:
+    """Class of an output projection that lost heads (``Linear``, or gpt2's ``Conv1D``)."""
+    return type(f"Kept{projection.__name__}", (ReadsKept, projection), {})
 
 
 class RepeatingLinear(nn.Linear):

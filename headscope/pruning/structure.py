@@ -94,5 +94,5 @@ def load_pruned(
         folder, config, dtype=dtype, use_safetensors=True, local_files_only=True
     )
     if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
     return model
