@@ -95,6 +95,69 @@ def scorers(
 
 
 @app.command()
+def circuits(
+    model: Model = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table, pairs, pictures and page.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that the copying shares are taken on.")
+    ] = 256,
+    paths: Annotated[int, typer.Option(min=1, help="Chains of each kind.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and random bands.")] = 0,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Read every head of MODEL from its weights: spectra, copying, composition, paths."""
+    from headscope.cli import circuits as command
+    from headscope.cli.scan import Loading
+
+    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
+    command.run(loading, out=out, tokens=tokens, paths=paths, seed=seed, as_json=json)
+
+
+@app.command(no_args_is_help=True)
+def head(
+    names: Annotated[
+        list[str], typer.Argument(metavar="[MODEL] HEAD", help="A head, such as L5H1 or 5.1.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for the page, HEAD.html.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Example for the attention pattern (default: random tokens).")
+    ] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Run no probe: weights alone.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of probes and random bands.")] = 0,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Show all there is to know of one HEAD: scores, weights, partners, example, ablation."""
+    from headscope.cli import head as command
+    from headscope.cli.scan import Loading
+
+    model, address = command.split(names)
+    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
+    command.run(
+        loading,
+        address,
+        out=out,
+        text=text,
+        weights_only=weights_only,
+        seed=seed,
+        as_json=json,
+    )
+
+
+@app.command()
 def doctor(
     model: Annotated[
         str | None,
@@ -113,3 +176,56 @@ def doctor(
 
     loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
     command.run(loading, as_json=json)
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a sweep.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder (default: runs/NAME).")] = None,
+    shard: Annotated[str, typer.Option(help="Run part i of N, as i/N, from 1.")] = "1/1",
+    executor: Annotated[str, typer.Option(help="inline or ray.")] = "inline",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Ray workers (default: one per GPU or two cores).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of the config, for editors.")
+    ] = False,
+) -> None:
+    """Run the ablations of CONFIG, or what is left of them; safe to interrupt and kill."""
+    from headscope.cli import sweep as command
+
+    command.run(
+        config,
+        out=out,
+        shard=shard,
+        executor=executor,
+        workers=workers,
+        dry_run=dry_run,
+        as_schema=schema,
+    )
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+) -> None:
+    """Tell how far a sweep is, what failed and why; also while it runs."""
+    from headscope.cli import status as command
+
+    command.run(run, as_json=json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
+    to: Annotated[str, typer.Option(help="csv, sqlite or duckdb.")] = "csv",
+    out: Annotated[Path | None, typer.Option(help="File (default: in the folder).")] = None,
+) -> None:
+    """Write the results of a sweep for other programs."""
+    from headscope.cli import export as command
+
+    command.run(run, to=to, out=out)

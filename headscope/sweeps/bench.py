@@ -1,0 +1,184 @@
+"""One loaded model with its probes and studies, ready to measure any chunk of a sweep."""
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+from transformers.utils import logging
+
+from headscope import edits
+from headscope.ablation.arguments import Maker, facts_of, marked, without_rounding
+from headscope.ablation.engine import Batch
+from headscope.ablation.heads import ablate_heads
+from headscope.ablation.run import Placer
+from headscope.ablation.run import Study as Measurement
+from headscope.edits import AnyEdit, Heads, Variant
+from headscope.errors import InputError
+from headscope.metrics import Metric
+from headscope.models.load import load
+from headscope.models.protocol import HeadModel
+from headscope.probes.config import build_probe
+from headscope.probes.probe import Probe
+from headscope.sweeps.config import METRICS, EditConfig, MetricConfig, ModelConfig, SweepConfig
+from headscope.sweeps.plan import Chunk, Plan, PlannedModel
+from headscope.sweeps.rows import rows_table
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+@dataclass
+class Bench:
+    """A model of a sweep, its probes, and the studies that were begun on it.
+
+    A study's reference values and proofs are kept from chunk to chunk.
+    """
+
+    config: SweepConfig
+    model: HeadModel
+    probes: dict[str, Probe]
+    begun: dict[int, tuple[Measurement, Placer]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: SweepConfig, wanted: ModelConfig, checkpoint: str | None) -> "Bench":
+        """Load a model and build all probes for it."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            model = load(
+                wanted.model, revision=checkpoint, dtype=wanted.dtype, device=config.device
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+            logging.enable_progress_bar()
+        named = (*config.probes, *config.references)
+        probes = {one.label: build_probe(one.plain, model) for one in named}
+        bench = cls(config, model, probes)
+        # The engine is tried out on the first probe that a model meets: always the same one, so
+        # that what is recorded of it does not depend on where a sweep was resumed.
+        bench.measurement(config.probes[0].label, config.metrics[0])
+        return bench
+
+    def measurement(self, probe: str, metric: MetricConfig) -> Measurement:
+        """A probe and metric on this model; everything that can be checked is."""
+        return Measurement.of(
+            self.model,
+            self.probes[probe],
+            metric_of(metric),
+            batch_size=self.config.batch_size,
+            memory=self.config.memory,
+            progress=False,
+        )
+
+    def placer(self, measurement: Measurement, edit: EditConfig, seed: int) -> Placer:
+        """How an edit is done on a probe; what does not fit is refused."""
+        if edit.method == "scale":
+            return Placer(measurement, _scaling(edit, measurement.probe), seed=seed)
+        reference = None if edit.reference is None else self.probes[edit.reference]
+        own = reference is measurement.probe
+        return Placer(
+            measurement,
+            edit.method,
+            positions=edit.positions,
+            reference=None if own else reference,
+            seed=seed,
+        )
+
+    def attribution(self, probe: str, metric: MetricConfig) -> Float[np.ndarray, "layer head"]:
+        """Size of the first-order estimate of every head's effect."""
+        estimate = ablate_heads(
+            self.model,
+            self.probes[probe],
+            metric_of(metric),
+            "attribution",
+            batch_size=self.config.batch_size,
+            memory=self.config.memory,
+            progress=False,
+        )
+        return np.asarray(np.abs(estimate.mean))
+
+    def measure(self, plan: Plan, chunk: Chunk) -> "pyarrow.Table":
+        """Rows of one chunk, a row per cell."""
+        number, study = chunk.study, plan.studies[chunk.study]
+        planned = plan.models[study.model]
+        if number not in self.begun:
+            measurement = self.measurement(study.probe, study.metric)
+            self.begun[number] = (measurement, self.placer(measurement, study.edit, study.seed))
+        measurement, placer = self.begun[number]
+
+        def variants(chosen: slice, batch: Batch) -> list[Variant]:
+            place = placer.place(chosen, batch)
+            # Proved on heads of the study, not of the chunk: the same record in all its chunks.
+            placer.prove(batch, place, study.heads)
+            return [(place(cell.heads),) if cell.heads else () for cell in chunk.cells]
+
+        edited, clean = measurement.measure(variants, len(chunk.cells), "sweep")
+        effects = without_rounding(edited - clean, clean)
+        facts = facts_of(study.edit.method, None, study.edit.positions)
+        facts = {**facts, "reference": study.edit.reference or facts["reference"]}
+        if study.edit.factor is not None:
+            facts["factor"] = study.edit.factor
+        origin = measurement.provenance(study.seed, checks=placer.checks, **facts)
+        said = json.dumps(origin.to_json(), sort_keys=True)
+        return rows_table(planned, study, chunk, effects, clean, said, measurement.metric.unit)
+
+
+class Benches:
+    """The bench of the model in use; another one's takes its place."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        """Load nothing yet."""
+        self._config = config
+        self._held: tuple[int, str | None] | None = None
+        self._bench: Bench | None = None
+        self._checked: PlannedModel | None = None
+
+    def of(self, entry: int, checkpoint: str | None) -> Bench:
+        """The bench of a model of the config: the one in use, or a new one."""
+        if self._bench is None or self._held != (entry, checkpoint):
+            self.drop()  # the last model goes before the next one comes
+            self._bench = Bench.of(self._config, self._config.models[entry], checkpoint)
+            self._held = (entry, checkpoint)
+        return self._bench
+
+    def drop(self) -> None:
+        """Let go of the model."""
+        self._bench = self._held = self._checked = None
+
+    def measure(self, plan: Plan, chunk: Chunk) -> "pyarrow.Table":
+        """Rows of any chunk of a plan.
+
+        Raises:
+            InputError: if a model's weights are not those that the sweep was planned with.
+        """
+        planned = plan.models[plan.model_of(chunk)]
+        bench = self.of(planned.entry, planned.checkpoint)
+        if self._checked != planned:
+            digest = bench.model.digest()
+            if digest != planned.digest:
+                raise InputError(
+                    f"the weights of {planned.label} are not those that this sweep was planned "
+                    f"with (digest {digest[:12]}, not {planned.digest[:12]}): start it in another "
+                    "folder."
+                )
+            self._checked = planned
+        return bench.measure(plan, chunk)
+
+
+def metric_of(metric: MetricConfig) -> Metric:
+    """The metric that a config names."""
+    chosen = METRICS[metric.metric]
+    return chosen if metric.at is None else chosen.at(metric.at)
+
+
+def _scaling(edit: EditConfig, probe: Probe) -> Maker:
+    """Scaling as an edit of the caller's own."""
+    where, factor = marked(probe, edit.positions), float(edit.factor or 0.0)
+
+    def scale(heads: Heads) -> AnyEdit:
+        return edits.scale(heads, factor, positions=where)
+
+    return scale

@@ -1,0 +1,188 @@
+"""Chunks on Ray: one actor per device, each with a model in memory; chunks go to who is free.
+
+Workers write their results into the folder themselves; the driver learns only that a chunk is
+finished, and loses nothing when it dies. Ray restarts a worker that dies and runs its chunk
+again; a chunk that took three workers with it is recorded as failed.
+"""
+
+import os
+import secrets
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headscope.errors import HeadscopeError, InputError
+from headscope.sweeps.bench import Benches
+from headscope.sweeps.config import SweepConfig
+from headscope.sweeps.plan import Chunk
+from headscope.sweeps.store import Store
+from headscope.sweeps.work import ATTEMPTS, Finished, Stop, Work, reason, run_chunk
+
+# How often the driver looks whether somebody asked to stop, in seconds.
+_LOOK = 1.0
+
+
+class Worker:
+    """What runs in an actor: a model, and the folder that results go to."""
+
+    def __init__(self, config: dict[str, Any], folder: str) -> None:
+        """Read the plan; models are loaded when a chunk needs them."""
+        read = SweepConfig.model_validate(config)
+        store = Store.open(Path(folder))
+        self._work = Work(read, store.plan(), store, Benches(read))
+
+    def run(self, chunk: str) -> str:
+        """Run one chunk; what went wrong for good, or nothing."""
+        try:
+            run_chunk(self._work, self._work.plan.by_id[chunk])
+        except HeadscopeError as error:
+            return str(error)
+        return ""
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """Runs chunks on a Ray cluster: that of ``RAY_ADDRESS``, or one on this machine alone.
+
+    A cluster of its own listens on the loopback interface, has no dashboard, and asks for a token
+    that only this process and its workers know.
+
+    Attributes:
+        workers: how many; default: one per GPU, or one per two cores.
+    """
+
+    workers: int | None = None
+
+    def __call__(self, work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+        """Run the chunks.
+
+        Raises:
+            InputError: if Ray is not installed.
+            HeadscopeError: if a model is no longer what it was planned to be.
+        """
+        work.benches.drop()  # the driver needs no model, and a GPU has room for one
+        with _cluster(self.workers) as ray:
+            count, devices = _workers(ray, self.workers)
+            actor = ray.remote(Worker).options(
+                max_restarts=-1,  # as often as it takes: each chunk has its own limit
+                max_task_retries=ATTEMPTS - 1,
+                **devices,
+            )
+            config = work.config.model_dump(mode="json")
+            folder = str(work.store.path.resolve())
+            actors = [actor.remote(config, folder) for _ in range(min(count, len(chunks)))]
+            _drive(ray, actors, work, chunks, stop, finished)
+
+
+def _drive(
+    ray: Any, actors: list[Any], work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished
+) -> None:
+    """Give every actor that is free another chunk, until there are none."""
+    waiting = list(chunks)
+    held: dict[int, int] = {}
+    running: dict[Any, tuple[int, Chunk]] = {}
+    free = list(range(len(actors)))
+    while running or (waiting and not stop.asked):
+        while free and waiting and not stop.asked:
+            number = free.pop()
+            chunk = _next(work, waiting, held.get(number), Counter(held.values()))
+            held[number] = work.plan.model_of(chunk)
+            running[actors[number].run.remote(chunk.id)] = (number, chunk)
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK)
+        for reference in ready:
+            number, chunk = running.pop(reference)
+            free.append(number)
+            try:
+                fatal = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                if getattr(error, "actor_init_failed", False):
+                    raise HeadscopeError(f"a worker could not start: {reason(error)}") from error
+                died = f"its worker died {ATTEMPTS} times ({reason(error)[:300]})"
+                work.store.fail(chunk.id, [died])
+                fatal = ""
+            if fatal:
+                raise HeadscopeError(fatal)
+            finished(chunk)
+
+
+def _next(work: Work, waiting: list[Chunk], held: int | None, loaded: Counter[int]) -> Chunk:
+    """The next chunk for an actor: of its own model, else of the one with most work per actor."""
+    left = Counter(work.plan.model_of(chunk) for chunk in waiting)
+    model = held if held in left else max(left, key=lambda one: left[one] / (1 + loaded[one]))
+    chosen = next(chunk for chunk in waiting if work.plan.model_of(chunk) == model)
+    waiting.remove(chosen)
+    return chosen
+
+
+def _workers(ray: Any, wanted: int | None) -> tuple[int, dict[str, Any]]:
+    """How many actors, and what each takes: as many as fit at once."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    if gpus:
+        count = wanted or gpus
+        return count, {"num_gpus": 1 / -(-count // gpus), "num_cpus": 0}
+    count = min(wanted or max(1, sum(cpus) // 2), max(1, sum(cpus)))
+    shares = range(max(cpus, default=1), 0, -1)
+    each = next((share for share in shares if sum(n // share for n in cpus) >= count), 1)
+    return count, {"num_cpus": each}
+
+
+@contextmanager
+def _cluster(workers: int | None) -> Iterator[Any]:
+    """Ray, connected; a cluster of our own goes when we go.
+
+    Ray reads its environment when it is imported, and keeps the token: both stay set.
+    """
+    joined = "RAY_ADDRESS" in os.environ
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not joined:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        import ray
+    except ImportError:
+        raise InputError("Ray is not installed: pip install 'headscope[ray]'.") from None
+    if ray.is_initialized():  # the caller's own; theirs to end
+        yield ray
+        return
+    own = OWN | {"num_cpus": max(os.cpu_count() or 1, workers or 1)}
+    with _handlers_kept():
+        ray.init(**(JOINED if joined else own))
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Scope that leaves signal handlers as they were: Ray puts one of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+# A cluster of our own: loopback, no dashboard. One that exists has its own settings.
+OWN: dict[str, Any] = {
+    "address": "local",
+    "_node_ip_address": "127.0.0.1",
+    "include_dashboard": False,
+    "dashboard_host": "127.0.0.1",
+    "log_to_driver": False,
+    "logging_level": "error",
+}
+JOINED: dict[str, Any] = {"address": "auto", "log_to_driver": False, "logging_level": "error"}

@@ -1,0 +1,157 @@
+"""From a config to a plan: every model is loaded once, to read its shape, weights and probes."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.progress import track
+from headscope.sweeps.bench import Bench, Benches
+from headscope.sweeps.config import (
+    ATTRIBUTION,
+    RUNTIME_KEYS,
+    EditConfig,
+    MetricConfig,
+    NamedProbe,
+    SweepConfig,
+    check_config,
+)
+from headscope.sweeps.plan import (
+    FORMAT,
+    Chunk,
+    Plan,
+    PlannedModel,
+    Study,
+    chunked,
+    key,
+    plan_json,
+    probe_digest,
+)
+from headscope.sweeps.selection import Cell, Scored, cells
+from headscope.table import Provenance
+from headscope.table.provenance import versions
+
+# Edits that draw: the others give the same with every seed.
+_DRAWS = {"resample"}
+
+
+def make_plan(
+    config: SweepConfig, *, benches: Benches | None = None, progress: bool | None = None
+) -> Plan:
+    """Plan a sweep; everything that does not fit is found here, before it starts.
+
+    Args:
+        config: what is wanted.
+        benches: keeps the last model, for whoever goes on with it.
+        progress: show a bar over the models; default: where somebody looks on.
+
+    Raises:
+        InputError: if a probe, edit, metric or set does not fit a model.
+        ModelLoadError: if a model cannot be had.
+    """
+    check_config(config)
+    loader = benches or Benches(config)
+    states = [
+        (entry, revision)
+        for entry, model in enumerate(config.models)
+        for revision in model.revisions()
+    ]
+    models: list[PlannedModel] = []
+    studies: list[Study] = []
+    chunks: list[Chunk] = []
+    with track(len(states), f"planning {config.name}", show=progress) as advance:
+        for entry, revision in states:
+            wanted = config.models[entry]
+            bench = loader.of(entry, revision)
+            shape = bench.model.shape
+            models.append(
+                PlannedModel(
+                    entry=entry,
+                    name=wanted.label,
+                    checkpoint=revision,
+                    digest=bench.model.digest(),
+                    layers=shape.n_layers,
+                    heads=shape.n_heads,
+                    kv_heads=shape.n_kv_heads,
+                )
+            )
+            for study, chosen in _studies(config, bench, len(models) - 1):
+                chunks += chunked(models, study, len(studies), chosen, config.chunk)
+                studies.append(study)
+            advance(1)
+    return Plan(config.name, tuple(models), tuple(studies), tuple(chunks))
+
+
+def _studies(
+    config: SweepConfig, bench: Bench, model: int
+) -> Iterator[tuple[Study, tuple[Cell, ...]]]:
+    """Studies of one model with their cells."""
+    fixed: Scored | None = None
+    for probe in config.probes:
+        for metric in config.metrics:
+            scored = Scored(bench.model, partial(bench.attribution, probe.label, metric))
+            if fixed is not None:
+                scored.take(fixed, without=ATTRIBUTION)
+            chosen = cells(bench.model, config.sets, scored)
+            fixed = scored
+            named = _named(chosen)
+            for edit in config.edits:
+                placed = bench.measurement(probe.label, metric)
+                for seed in config.seeds if edit.method in _DRAWS else config.seeds[:1]:
+                    bench.placer(placed, edit, seed)
+                    yield _study(bench, model, probe, edit, metric, seed, named), chosen
+
+
+def _study(
+    bench: Bench,
+    model: int,
+    probe: NamedProbe,
+    edit: EditConfig,
+    metric: MetricConfig,
+    seed: int,
+    named: tuple[HeadIndex, ...],
+) -> Study:
+    own = bench.probes[probe.label]
+    other = None if edit.reference is None else bench.probes[edit.reference]
+    return Study(
+        model=model,
+        probe=probe.label,
+        probe_digest=probe_digest(own, other),
+        examples=len(own),
+        edit=edit,
+        metric=metric,
+        seed=seed,
+        heads=named,
+    )
+
+
+def _named(chosen: tuple[Cell, ...]) -> tuple[HeadIndex, ...]:
+    """All heads of some cells, in order."""
+    heads = sorted({head for cell in chosen for head in cell.heads})
+    if not heads:
+        raise InputError("the sweep edits no heads.")
+    return tuple(heads)
+
+
+def manifest(config: SweepConfig, plan: Plan) -> dict[str, Any]:
+    """What is written down of a sweep before it starts: nothing that tells of a home."""
+    return {
+        "format": FORMAT,
+        "name": config.name,
+        "digest": config_digest(config),
+        "config": portable_config(config),
+        "versions": versions(),
+        "plan": plan_json(plan),
+    }
+
+
+def config_digest(config: SweepConfig) -> str:
+    """Digest of what a sweep computes; settings of how it is run do not count."""
+    said = portable_config(config)
+    return key({name: value for name, value in said.items() if name not in RUNTIME_KEYS})
+
+
+def portable_config(config: SweepConfig) -> Mapping[str, Any]:
+    """A config as JSON values, absolute paths cut to their last part."""
+    return Provenance(probe=config.model_dump(mode="json", exclude_none=True)).probe

@@ -1,0 +1,230 @@
+"""A sweep's results as tables again: scores of single heads, effects of groups, curves."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope.errors import InputError, nearest
+from headscope.stats import bootstrap_interval
+from headscope.sweeps.plan import Plan
+from headscope.sweeps.store import Store
+from headscope.table import EffectGrid, HeadScores, HeadTable, Provenance
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+_STUDY = ("model", "probe", "edit", "seed", "metric")
+
+
+def read(folder: str | Path) -> "Results":
+    """Read what a sweep has computed so far.
+
+    Raises:
+        InputError: if the folder holds no sweep.
+
+    Example:
+        >>> import headscope as hs
+        >>> results = hs.sweeps.read("runs/ioi-all-heads")  # doctest: +SKIP
+        >>> hs.plots.heatmap(results.scores(metric="logit_difference"))  # doctest: +SKIP
+    """
+    store = Store.open(Path(folder))
+    plan = store.plan()
+    arranged = {
+        one["name"]: one.get("arrange", "each") for one in store.manifest()["config"]["sets"]
+    }
+    return Results(plan, store.rows(plan), arranged)
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """Rows of a sweep, and how to pick from them.
+
+    In every method a name may be left out where the sweep has only one: ``model`` (with
+    ``@checkpoint`` where there are several), ``probe``, ``edit``, ``seed``, ``metric``, ``set``.
+
+    Attributes:
+        plan: what the sweep computes.
+        rows: one per finished cell; see :func:`headscope.sweeps.rows.row_schema`.
+        arranged: set -> ``each``, ``together`` or ``cumulative``.
+    """
+
+    plan: Plan
+    rows: "pyarrow.Table"
+    arranged: dict[str, str]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell is there."""
+        return bool(self.rows.num_rows == self.plan.n_cells)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per cell: names, effect, sem, n, p_value, 95% interval; no values per example."""
+        frame = self._frame.drop(columns=["effects", "clean_values", "provenance"])
+        low, high = intervals(self._frame)
+        return frame.assign(low=low, high=high)
+
+    def scores(self, set: str | None = None, **names: str | int) -> HeadScores:
+        """Effects of single heads, with their values per example, intervals and p-values.
+
+        Args:
+            set: of heads, arranged ``each``.
+            names: of the study, as above.
+
+        Raises:
+            InputError: if a name is unknown, or was left out where there are several.
+        """
+        chosen = self._set(set, "each")
+        study, rows = self._rows(chosen, names)
+        return self._scores(str(study["edit"]) + "_ablation", study, rows)
+
+    def table(self, set: str | None = None, **names: str | int) -> HeadTable:
+        """All studies of one model and probe side by side; scores are called ``edit:metric``.
+
+        Where the sweep has several seeds, ``edit#seed:metric``.
+        """
+        chosen = self._set(set, "each")
+        frame = self._of_set(chosen)
+        several = frame["seed"].nunique() > 1
+        for name in ("model", "probe"):
+            frame = frame[frame[name] == self._pick(frame, name, names.pop(name, None))]
+        for name, value in names.items():
+            frame = frame[frame[name] == self._pick(frame, name, value)]
+        found = []
+        for key, rows in frame.groupby(list(_STUDY), sort=False, observed=True):
+            study = dict(zip(_STUDY, key, strict=True))
+            mark = f"#{study['seed']}" if several else ""
+            found.append(self._scores(f"{study['edit']}{mark}:{study['metric']}", study, rows))
+        return HeadTable(found)
+
+    def effects(self, set: str, **names: str | int) -> EffectGrid:
+        """Effects of a set that is edited together, or along its curve.
+
+        The axes are ``draw`` and ``heads``: how many were edited, 1 column for a group. With
+        values per example, so that intervals and tests follow.
+        """
+        self._set(set, self.arranged.get(set, ""))
+        study, rows = self._rows(set, names)
+        counts = sorted(rows["count"].unique())
+        draws = sorted(rows["draw"].unique())
+        size = int(rows["effects"].map(len).max())
+        values = np.full((len(draws), len(counts), size), np.nan)
+        for row in rows.itertuples():
+            values[draws.index(row.draw), counts.index(row.count)] = _floats(row.effects)
+        return EffectGrid(
+            name=f"{study['edit']}_ablation",
+            axes=("draw", "heads"),
+            labels=(tuple(map(str, draws)), tuple(map(str, counts))),
+            per_example=values,
+            unedited=_floats(rows["clean_values"].iloc[0]),
+            unit=str(rows["unit"].iloc[0]),
+            description=f"{study['metric']} with the heads of {set!r} edited less that without.",
+            provenance=_origin(rows),
+        )
+
+    @cached_property
+    def _frame(self) -> "pandas.DataFrame":
+        frame = self.rows.to_pandas()
+        checkpoint = frame["checkpoint"].astype(object)
+        name = frame["model"].astype(object)
+        frame["model"] = name.where(
+            checkpoint.isna(), name + "@" + checkpoint.fillna("").astype(str)
+        )
+        return frame
+
+    def _scores(self, name: str, study: dict[str, Any], rows: "pandas.DataFrame") -> HeadScores:
+        """One study's single heads; those that are not there yet are NaN."""
+        model = next(one for one in self.plan.models if one.label == study["model"])
+        values = np.full((model.layers, model.heads, len(rows["effects"].iloc[0])), np.nan)
+        for row in rows.itertuples():
+            values[int(row.layer), int(row.head)] = _floats(row.effects)
+        none = np.where(np.isnan(values).all(-1, keepdims=True), np.nan, 0.0)
+        return HeadScores.from_examples(
+            name,
+            values,
+            kv_heads=model.kv_heads,
+            control_per_example=none,
+            alternative="two-sided",
+            unit=str(rows["unit"].iloc[0]),
+            description=f"{study['metric']} with the head edited ({study['edit']}) less that "
+            "without.",
+            source="Michel et al. 2019, arXiv 1905.10650 (ablation)",
+            provenance=_origin(rows),
+        )
+
+    def _set(self, name: str | None, arrange: str) -> str:
+        """A set by its name, or the only one of its kind."""
+        fitting = [one for one, kind in self.arranged.items() if kind == arrange]
+        if name is None and len(fitting) == 1:
+            return fitting[0]
+        if name is None:
+            raise InputError(
+                f"the sweep has {len(fitting)} sets arranged {arrange!r}: say which set, of "
+                f"{', '.join(self.arranged)}."
+            )
+        if name not in self.arranged:
+            raise InputError(nearest(name, self.arranged, kind="set"))
+        if self.arranged[name] != arrange:
+            raise InputError(
+                f"the set {name!r} is arranged {self.arranged[name]!r}: use effects()."
+            )
+        return name
+
+    def _of_set(self, name: str) -> "pandas.DataFrame":
+        frame = self._frame[self._frame["set"] == name]
+        if frame.empty:
+            raise InputError(f"no cell of the set {name!r} is done yet.")
+        return frame
+
+    def _rows(
+        self, chosen: str, names: dict[str, str | int]
+    ) -> tuple[dict[str, Any], "pandas.DataFrame"]:
+        """Rows of one study and set."""
+        for name in names:
+            if name not in _STUDY:
+                raise InputError(nearest(name, [*_STUDY, "set"], kind="argument"))
+        frame, study = self._of_set(chosen), {}
+        for name in _STUDY:
+            study[name] = self._pick(frame, name, names.get(name))
+            frame = frame[frame[name] == study[name]]
+        return study, frame
+
+    def _pick(self, frame: "pandas.DataFrame", name: str, value: str | int | None) -> Any:
+        """A value of one column: the one asked for, or the only one."""
+        known = list(dict.fromkeys(frame[name].tolist()))
+        if value is None and len(known) == 1:
+            return known[0]
+        if value is None:
+            listed = ", ".join(map(str, known))
+            raise InputError(f"the sweep has several of {name}: say which of {listed}.")
+        if value not in known:
+            raise InputError(nearest(str(value), map(str, known), kind=name))
+        return value
+
+
+def intervals(
+    frame: "pandas.DataFrame",
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """95% bootstrap intervals of the effects, as :meth:`HeadScores.interval` gives them."""
+    low, high = np.full((2, len(frame)), np.nan)
+    lengths = frame["effects"].map(len).to_numpy()
+    for length in np.unique(lengths):
+        at = np.flatnonzero(lengths == length)
+        values = np.stack([_floats(frame["effects"].iloc[i]) for i in at])
+        low[at], high[at] = (end[0] for end in bootstrap_interval(values[None]))
+    return low, high
+
+
+def _floats(values: Any) -> Float[np.ndarray, " example"]:
+    """Values of one list; what is missing in the file is NaN."""
+    return np.asarray(values, dtype=np.float64)
+
+
+def _origin(rows: "pandas.DataFrame") -> Provenance:
+    """Where the rows of one study came from."""
+    return Provenance.from_json(json.loads(rows["provenance"].iloc[0]))

@@ -1,0 +1,157 @@
+"""Running a sweep: resume, retry, stop in good order; the inline executor."""
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headscope.errors import InputError
+from headscope.progress import track
+from headscope.sweeps.bench import Benches
+from headscope.sweeps.config import SweepConfig
+from headscope.sweeps.plan import Chunk, Plan
+from headscope.sweeps.planner import config_digest, make_plan, manifest, portable_config
+from headscope.sweeps.store import Store
+from headscope.sweeps.work import Executor, Finished, Stop, Work, run_chunk
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        total: chunks of the sweep, or of this shard.
+        done: of those.
+        failed: chunks given up, and why.
+        stopped: whether somebody stopped it.
+        compacted: whether the table is written.
+    """
+
+    store: Store
+    total: int
+    done: int
+    failed: Mapping[str, str]
+    stopped: bool
+    compacted: bool
+
+
+def inline(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+    """Run chunks one after the other in this process."""
+    for chunk in chunks:
+        if stop.asked:
+            return
+        run_chunk(work, chunk)
+        finished(chunk)
+
+
+def run_sweep(
+    config: SweepConfig,
+    out: str | Path,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    executor: Executor = inline,
+    progress: bool | None = None,
+) -> Outcome:
+    """Run a sweep, or what is left of it, into a folder.
+
+    What is done stays done: run it again to resume, also after a kill. Chunks that were given up
+    are tried again. Interrupt it (Ctrl-C, or SIGTERM) and it finishes the chunk at hand; interrupt
+    it twice and it stops at once; neither loses a finished chunk.
+
+    Args:
+        config: what is wanted; see :func:`headscope.sweeps.read_config`.
+        out: the folder; several processes may share it.
+        shard: ``(i, n)`` runs part i of n, from 1.
+        executor: where the chunks are run; default: here.
+        progress: show bars; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: if the config does not fit a model, or the folder holds another sweep.
+
+    Example:
+        >>> import headscope as hs, tempfile
+        >>> config = hs.sweeps.read_config("configs/sweeps/ioi-all-heads.yaml")
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     hs.sweeps.run_sweep(config, out).compacted
+        True
+    """
+    if not 1 <= shard[0] <= shard[1]:
+        raise InputError(f"there is no shard {shard[0]}/{shard[1]}: they count from 1.")
+    store = Store.create(Path(out))
+    benches = Benches(config)
+    plan = begun(config, store, benches, progress=progress)
+    work = Work(config, plan, store, benches)
+    mine = plan.shard(*shard)
+    done = store.done()
+    pending = [chunk for chunk in mine if chunk.id not in done]
+    cells = sum(len(chunk.cells) for chunk in pending)
+    with _stoppable() as stop, track(cells, f"sweeping {plan.name}", show=progress) as advance:
+        if pending:
+            executor(work, pending, stop, lambda one: advance(len(one.cells)))
+    return outcome(store, plan, mine, stopped=stop.asked)
+
+
+def begun(
+    config: SweepConfig, store: Store, benches: Benches, *, progress: bool | None = None
+) -> Plan:
+    """The plan in the folder; made and written if it is the first time.
+
+    Raises:
+        InputError: if the folder holds another sweep.
+    """
+    if not store.manifest_file.exists():
+        planned = make_plan(config, benches=benches, progress=progress)
+        store.begin(manifest(config, planned))
+    found = store.manifest()
+    if found.get("digest") != config_digest(config):
+        raise InputError(
+            f"{store.path} holds a sweep with another config ({_difference(found, config)}): "
+            "choose another folder with --out."
+        )
+    return store.plan()
+
+
+def outcome(store: Store, plan: Plan, mine: Sequence[Chunk], *, stopped: bool = False) -> Outcome:
+    """Where a sweep stands; compacts it if nothing is missing."""
+    compacted = store.compact(plan)
+    done, failed = store.done(), store.failed()
+    ids = {chunk.id for chunk in mine}
+    return Outcome(
+        store=store,
+        total=len(mine),
+        done=len(ids & done),
+        failed={chunk: why for chunk, why in failed.items() if chunk in ids},
+        stopped=stopped and not ids <= done | failed.keys(),
+        compacted=compacted,
+    )
+
+
+@contextmanager
+def _stoppable() -> Iterator[Stop]:
+    """Scope in which the first interrupt asks to stop and the second one stops."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _difference(found: Mapping[str, Any], config: SweepConfig) -> str:
+    """Keys in which two configs differ."""
+    there, here = found.get("config", {}), portable_config(config)
+    names = sorted({*there, *here})
+    return "differs in: " + ", ".join(n for n in names if there.get(n) != here.get(n))

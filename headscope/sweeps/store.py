@@ -1,0 +1,214 @@
+"""What a sweep has run: one file per chunk, whole or absent, whatever kills the process.
+
+``manifest.json`` (config, plan, versions) is written once. ``parts/<id>.parquet`` holds a finished
+chunk; the id says what it computes, so a part that exists is done, and two writers of the same
+part write the same. ``failed/<id>.json`` says why a chunk was given up. When all parts are there
+they become one ``table.parquet``, whose metadata name the chunks in it. No locks: only whole
+files that appear and, once in the table, vanish.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscope.errors import InputError
+from headscope.files import sync_folder, whole_file, writable_folder
+from headscope.sweeps.plan import FORMAT, Plan, plan_from_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_IDS = b"headscope.chunks"
+_MANIFEST = b"headscope.manifest"
+_PATIENCE = 20
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of one sweep."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> "Store":
+        """Make the folder.
+
+        Raises:
+            InputError: if nothing can be written there.
+        """
+        for folder in (path, path / "parts", path / "failed"):
+            writable_folder(folder)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "Store":
+        """A folder that holds a sweep.
+
+        Raises:
+            InputError: if it does not.
+        """
+        store = cls(path)
+        if not store.manifest_file.exists():
+            raise InputError(f"{path} holds no sweep: there is no manifest.json in it.")
+        return store
+
+    @property
+    def manifest_file(self) -> Path:
+        """What was to be run."""
+        return self.path / "manifest.json"
+
+    @property
+    def table_file(self) -> Path:
+        """All rows, once every chunk is done."""
+        return self.path / "table.parquet"
+
+    def part(self, chunk: str) -> Path:
+        """File of one chunk."""
+        return self.path / "parts" / f"{chunk}.parquet"
+
+    def begin(self, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest, unless another process was first: then that one stands."""
+        text = json.dumps(manifest, indent=1, allow_nan=False).encode() + b"\n"
+        beside = self.path / f".manifest.{secrets.token_hex(4)}.tmp"
+        with whole_file(beside) as file:
+            file.write(text)
+        try:
+            os.link(beside, self.manifest_file)  # unlike a rename, never replaces
+        except FileExistsError:
+            pass
+        except OSError:  # a disk without hard links
+            if not self.manifest_file.exists():
+                beside.replace(self.manifest_file)
+        finally:
+            beside.unlink(missing_ok=True)
+        sync_folder(self.path)
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest.
+
+        Raises:
+            InputError: if it is unreadable, or of another version.
+        """
+        try:
+            found = json.loads(self.manifest_file.read_text(encoding="utf-8"))
+            version = found["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.manifest_file} is no readable manifest: {error!r}") from None
+        if version != FORMAT:
+            raise InputError(
+                f"{self.path} was written in format {version}; this version reads {FORMAT}."
+            )
+        assert isinstance(found, dict)  # noqa: S101  # it has keys
+        return found
+
+    def plan(self) -> Plan:
+        """The plan in the manifest."""
+        try:
+            return plan_from_json(self.manifest()["plan"])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.manifest_file} is damaged: {error!r}") from None
+
+    def has(self, chunk: str) -> bool:
+        """Whether a chunk is done."""
+        return self.part(chunk).exists() or chunk in self.compacted()
+
+    def done(self) -> frozenset[str]:
+        """Chunks that are done."""
+        # Parts first: one that vanishes meanwhile is in the table by then.
+        parts = {file.stem for file in (self.path / "parts").glob("*.parquet")}
+        return frozenset(parts | self.compacted())
+
+    def compacted(self) -> frozenset[str]:
+        """Chunks in the table."""
+        from pyarrow import parquet
+
+        try:
+            found = parquet.read_schema(self.table_file).metadata or {}
+        except FileNotFoundError:
+            return frozenset()
+        return frozenset(json.loads(found.get(_IDS, b"[]")))
+
+    def commit(self, chunk: str, rows: "pyarrow.Table") -> None:
+        """Save a finished chunk; it appears whole."""
+        from pyarrow import parquet
+
+        with whole_file(self.part(chunk)) as file:
+            parquet.write_table(rows, file, compression="zstd")
+        (self.path / "failed" / f"{chunk}.json").unlink(missing_ok=True)
+
+    def fail(self, chunk: str, reasons: list[str]) -> None:
+        """Record why a chunk was given up, unless another process finished it."""
+        if self.has(chunk):
+            return
+        facts = {"chunk": chunk, "attempts": len(reasons), "reason": reasons[-1], "all": reasons}
+        with whole_file(self.path / "failed" / f"{chunk}.json") as file:
+            file.write(json.dumps(facts, indent=1).encode() + b"\n")
+
+    def failed(self) -> dict[str, str]:
+        """Chunks that were given up, and why; not those that were done since."""
+        found, done = {}, self.done()
+        for file in sorted((self.path / "failed").glob("*.json")):
+            try:
+                facts = json.loads(file.read_text(encoding="utf-8"))
+            except (FileNotFoundError, ValueError):
+                continue  # done meanwhile
+            if file.stem not in done:
+                found[file.stem] = str(facts.get("reason", "unknown"))
+        return found
+
+    def rows(self, plan: Plan) -> "pyarrow.Table":
+        """All rows so far, in the order of the plan, each chunk once."""
+        from pyarrow import parquet
+
+        for _ in range(_PATIENCE):
+            if set(plan.by_id) <= self.compacted():
+                return parquet.ParquetFile(self.table_file).read()
+            try:
+                rows = self._parts(plan)
+            except FileNotFoundError:
+                continue
+            if not set(plan.by_id) <= self.compacted():
+                return rows
+            # Compacted between two looks: look again.
+        raise InputError(f"{self.path} changes faster than it can be read: try again.")
+
+    def _parts(self, plan: Plan) -> "pyarrow.Table":
+        """Rows of all parts there are."""
+        import pyarrow
+        from pyarrow import parquet
+
+        from headscope.sweeps.rows import row_schema
+
+        there = {file.stem for file in (self.path / "parts").glob("*.parquet")}
+        files = [self.part(chunk.id) for chunk in plan.chunks if chunk.id in there]
+        empty = row_schema().empty_table()
+        tables = [parquet.ParquetFile(file).read() for file in files]
+        return pyarrow.concat_tables([empty, *tables]).unify_dictionaries()
+
+    def compact(self, plan: Plan) -> bool:
+        """Make one table of all parts, once every chunk is done; whether it is there.
+
+        Whoever does this writes the same, because nothing is missing: several at once do no harm.
+        """
+        from pyarrow import parquet
+
+        ids = [chunk.id for chunk in plan.chunks]
+        if not set(ids) <= self.compacted():
+            if not set(ids) <= self.done():
+                return False
+            rows = self.rows(plan)
+            facts = {_IDS: json.dumps(ids), _MANIFEST: self.manifest()["digest"]}
+            with whole_file(self.table_file) as file:
+                table = rows.replace_schema_metadata(facts)
+                parquet.write_table(table, file, compression="zstd")
+        for chunk in ids:
+            self.part(chunk).unlink(missing_ok=True)
+        for left in (self.path / "parts").glob(".*.tmp"):  # of processes that were killed
+            left.unlink(missing_ok=True)
+        return True
