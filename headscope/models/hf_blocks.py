@@ -22,6 +22,7 @@ from headscope.models.hf_readout import measure_norm
 
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # share of a write that may be missing
 _LEAST = 1e-3  # a smaller multiplier is none
+_GUESSED = 2.0  # added to the error where a part wrote nothing
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Writers:
         mlp: whose output is the other write.
         attention_scale, mlp_scale: multipliers on the way into the stream.
         normed: whether a norm stands behind the projection.
-        error: share of the block's write that this leaves unexplained.
+        error: share of the block's write that this leaves unexplained; above 1 where one of the
+            two wrote nothing, so that its place was only guessed.
     """
 
     attention: str
@@ -82,7 +84,10 @@ def find_writers(
             "split exactly."
         )
     best = min(known, key=lambda one: one.error)
-    return {layer: best if one is None else one for layer, one in found.items()}
+    return {
+        layer: best if one is None or one.error > 1 > best.error else one
+        for layer, one in found.items()
+    }
 
 
 def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
@@ -93,18 +98,31 @@ def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
     tolerance = least + float(torch.finfo(dtype).eps * x.norm() / added.norm().clamp_min(1e-30))
     best: Writers | None = None
     names = {module: name for name, module in block.named_modules()}
+    others = [
+        (name, seen.outputs[module].double().reshape(x.shape))
+        for module, name in names.items()
+        if module in seen.outputs
+        and seen.outputs[module].numel() == x.numel()
+        and not _around(name, names[projection])
+    ]
     for attention, normed in _attention_writes(seen, block, projection):
         write = seen.outputs[attention].double().reshape(x.shape)
-        for module, name in names.items():
-            other = seen.outputs.get(module)
-            if module is block or other is None or other.numel() != x.numel():
+        for name, other in others:
+            if name == names[attention]:
                 continue
-            a, b, error = _two_scales(added, write, other.double().reshape(x.shape))
-            real = min(abs(a), abs(b)) > _LEAST and error < tolerance
+            a, b, error = _two_scales(added, write, other)
+            real = min(abs(a), abs(b)) > _LEAST and error % _GUESSED < tolerance
             if real and (best is None or error < 0.5 * best.error):
                 a, b = (1.0 if abs(one - 1) < tolerance else one for one in (a, b))
                 best = Writers(names[attention], name, a, b, normed, error)
     return best
+
+
+def _around(name: str, projection: str) -> bool:
+    """Whether a module is attention's own: around the projection, or beside it in its parent."""
+    parent = projection.rpartition(".")[0]
+    own = bool(parent) and name.startswith(f"{parent}.")
+    return own or name in ("", projection) or projection.startswith(f"{name}.")
 
 
 def _attention_writes(
@@ -122,8 +140,16 @@ def _attention_writes(
 
 
 def _two_scales(added: Tensor, a: Tensor, b: Tensor) -> tuple[float, float, float]:
-    """Numbers with which two writes make up a third, and the share that they leave."""
+    """Numbers with which two writes make up a third, and the share that they leave.
+
+    Where one of them is nothing, its number is taken to be the other's, and the error is marked.
+    """
     aa, ab, bb = (a * a).sum(), (a * b).sum(), (b * b).sum()
+    if not (aa and bb):
+        whole = a + b
+        scale = float((added * whole).sum() / (aa + bb)) if aa or bb else 1.0
+        error = (added - scale * whole).norm() / added.norm().clamp_min(1e-30)
+        return scale, scale, float(error) + _GUESSED
     determinant = aa * bb - ab * ab
     if float(determinant) <= 1e-12 * float(aa * bb):
         return 0.0, 0.0, float("inf")

@@ -1,7 +1,10 @@
 """Results: one score for every head, all scores of a model, and scores of pairs of heads."""
 
+from headscope.table.attribution import Attribution as Attribution
 from headscope.table.card import HeadCard as HeadCard
 from headscope.table.effects import EffectGrid as EffectGrid
+from headscope.table.lens import HeadWords as HeadWords
+from headscope.table.lens import LensGrid as LensGrid
 from headscope.table.pairs import PairScores as PairScores
 from headscope.table.provenance import Provenance as Provenance
 from headscope.table.provenance import versions as versions

@@ -1,0 +1,21 @@
+"""Lenses: vectors inside a model, read in the vocabulary.
+
+Every layer at every position: :func:`logit_lens`. One logit as an exact sum of parts:
+:func:`attribute`; over a probe, per head: :func:`head_attribution`. What single heads say:
+:func:`head_lens`. Learned lenses, each judged on held-out text beside the plain one:
+:func:`tuned_lens`, :func:`linear_shortcuts`, :func:`attention_lens`; read back by :func:`load`.
+"""
+
+from headscope.lens.attention import AttentionLens as AttentionLens
+from headscope.lens.attention_fit import attention_lens as attention_lens
+from headscope.lens.attribution import attribute as attribute
+from headscope.lens.grid import logit_lens as logit_lens
+from headscope.lens.grid import logit_lenses as logit_lenses
+from headscope.lens.heads import head_lens as head_lens
+from headscope.lens.linear import ResidualLens as ResidualLens
+from headscope.lens.load import load as load
+from headscope.lens.over_probe import head_attribution as head_attribution
+from headscope.lens.report import FitReport as FitReport
+from headscope.lens.shortcuts import linear_shortcuts as linear_shortcuts
+from headscope.lens.states import SITES as SITES
+from headscope.lens.tuned import tuned_lens as tuned_lens

@@ -1,0 +1,210 @@
+"""The logit lens: what the model would say if it stopped at each layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.errors import InputError, nearest
+from headscope.lens.facts import provenance
+from headscope.lens.linear import ResidualLens
+from headscope.lens.prompt import Prompt, Promptish, Token, read_prompt, read_token, token_texts
+from headscope.lens.reading import Top, logits_of, rank_of, row_chunks, top_of
+from headscope.lens.states import SITES, States
+from headscope.models.protocol import HeadModel
+from headscope.table.lens import LensGrid
+
+
+def logit_lens(
+    model: HeadModel,
+    prompt: Promptish,
+    site: str = "residual",
+    *,
+    target: Token | Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    k: int = 5,
+    lens: ResidualLens | None = None,
+) -> LensGrid:
+    """Read one place of every layer in the vocabulary, at every position.
+
+    ``softmax(readout(x))`` with the model's own final norm (its scale taken from ``x`` itself),
+    unembedding, logit scale and soft cap. ``residual``: x is the stream that enters block 0
+    (``embedding``) or leaves block l (``L0``, ...); the last row is the model itself.
+    ``attention`` and ``mlp``: x is what these added, read as if it were the stream; of single
+    heads, and with the run's scale held, :func:`head_lens` and :func:`attribute` tell.
+
+    One forward pass; logits exist for a few positions at a time.
+
+    Args:
+        model: from :func:`headscope.load`.
+        prompt: text, or token ids.
+        site: what is read.
+        target: token whose rank and probability are followed: one for all positions, or one id
+            per position; default: the model's own most likely next token at each position.
+        positions: which; default: all.
+        k: how many likely tokens are kept per cell.
+        lens: a learned lens for ``residual``; default: the identity, the plain logit lens.
+
+    Raises:
+        InputError: if the prompt is empty or too long, or an argument does not fit it.
+
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens". Known weakness: early layers
+    may use another basis; the tuned lens corrects for that.
+
+    Example:
+        >>> import headscope as hs
+        >>> grid = logit_lens(hs.load(), [5, 9, 5, 9])
+        >>> grid.rows[0], grid.kl.shape[1], float(grid.kl[-1].max()) < 1e-5
+        ('embedding', 4, True)
+    """
+    return logit_lenses(model, prompt, (site,), target=target, positions=positions, k=k, lens=lens)[
+        site
+    ]
+
+
+@torch.no_grad()
+def logit_lenses(
+    model: HeadModel,
+    prompt: Promptish,
+    sites: Sequence[str] = SITES,
+    *,
+    target: Token | Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    k: int = 5,
+    lens: ResidualLens | None = None,
+) -> dict[str, LensGrid]:
+    """Several sites in one forward pass; arguments as of :func:`logit_lens`."""
+    for site in sites:
+        if site not in SITES:
+            raise InputError(nearest(str(site), SITES, kind="site"))
+    if k < 1:
+        raise InputError(f"k must be at least 1; got {k}.")
+    if lens is not None:
+        if tuple(sites) != ("residual",):
+            raise InputError("a learned lens reads the residual stream: site='residual'.")
+        lens.check(model)
+    text = read_prompt(model, prompt)
+    places = range(len(text)) if positions is None else [text.at(one) for one in positions]
+    at = torch.tensor(list(places), device=model.device)
+    if not len(at):
+        raise InputError("positions is empty: name at least one, or leave it out for all.")
+    follow = _targets(model, target, len(at))
+    states = States(torch.zeros_like(at), at, tuple(sites))
+    with model.parts.blocks_shown(states):
+        model.forward(
+            text.ids[None], observers=[states], logits_at=torch.empty(0, dtype=torch.long)
+        )
+    return {
+        site: _grid(model, text, at, states.rows[site], states.final, site, follow, k, lens)
+        for site in sites
+    }
+
+
+def _targets(
+    model: HeadModel, target: Token | Sequence[int] | None, count: int
+) -> Int[Tensor, " pos"] | None:
+    if target is None:
+        return None
+    if isinstance(target, str | int):
+        ids = [read_token(model, target)] * count
+    else:
+        ids = [read_token(model, int(one)) for one in target]
+    if len(ids) != count:
+        raise InputError(f"{len(ids)} targets were given for {count} positions.")
+    return torch.tensor(ids, device=model.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """What is known of some cells."""
+
+    top: Top
+    log_probs: Float[Tensor, "row k"]
+    entropy: Float[Tensor, " row"]
+    kl: Float[Tensor, " row"]
+    rank: Int[Tensor, " row"]
+    target_log_prob: Float[Tensor, " row"]
+
+
+def cells_of(
+    logits: Float[Tensor, "row d_vocab"],
+    final: Float[Tensor, "row d_vocab"],
+    targets: Int[Tensor, " row"],
+    k: int,
+) -> _Cells:
+    """Everything that is kept of some rows of logits.
+
+    Args:
+        logits: of the lens.
+        final: log-probabilities of the model at the same positions.
+        targets: token to follow.
+        k: how many tokens are kept.
+    """
+    log_probs = logits.log_softmax(1)
+    top = top_of(logits, k)
+    kl: Tensor = (final.exp() * (final - log_probs)).sum(1)
+    entropy: Tensor = -(log_probs.exp() * log_probs).sum(1)
+    return _Cells(
+        top,
+        log_probs.gather(1, top.ids),
+        entropy,
+        kl.clamp_min(0),
+        rank_of(logits, targets),
+        log_probs.gather(1, targets[:, None])[:, 0],
+    )
+
+
+def _grid(
+    model: HeadModel,
+    text: Prompt,
+    at: Int[Tensor, " pos"],
+    rows: dict[str, Float[Tensor, "pos d_model"]],
+    final: Float[Tensor, "pos d_model"],
+    site: str,
+    targets: Int[Tensor, " pos"] | None,
+    k: int,
+    lens: ResidualLens | None,
+) -> LensGrid:
+    readout, names = model.readout, tuple(rows)
+    parts: list[list[_Cells]] = [[] for _ in names]
+    followed = []
+    for chosen in row_chunks(len(at), readout):
+        last = logits_of(readout, final[chosen])
+        wanted = top_of(last, 1).ids[:, 0] if targets is None else targets[chosen]
+        followed.append(wanted)
+        last = last.log_softmax(1)
+        for place, name in enumerate(names):
+            x = rows[name][chosen]
+            x = x if lens is None else lens.translate(x, place)
+            parts[place].append(cells_of(logits_of(readout, x), last, wanted, k))
+
+    def whole(name: str) -> np.ndarray:
+        columns = [torch.cat([getattr(cells, name) for cells in row]) for row in parts]
+        return torch.stack(columns).cpu().numpy()
+
+    ids = np.stack([torch.cat([cells.top.ids for cells in row]).cpu().numpy() for row in parts])
+    logits = np.stack(
+        [torch.cat([cells.top.values for cells in row]).cpu().numpy() for row in parts]
+    )
+    follow = torch.cat(followed).tolist()
+    texts = np.array(token_texts(model.tokenizer, ids.ravel().tolist()), dtype=object)
+    return LensGrid(
+        name=f"{'logit lens' if lens is None else lens.title}, {site}",
+        rows=names,
+        positions=at.cpu().numpy(),
+        tokens=tuple(text.texts[one] for one in at.tolist()),
+        ids=ids,
+        texts=texts.reshape(ids.shape),
+        logits=logits.astype(np.float64),
+        probabilities=np.exp(whole("log_probs").astype(np.float64)),
+        entropy=whole("entropy").astype(np.float64),
+        kl=whole("kl").astype(np.float64),
+        targets=np.array(follow),
+        target_texts=tuple(token_texts(model.tokenizer, follow)),
+        target_rank=whole("rank"),
+        target_log_prob=whole("target_log_prob").astype(np.float64),
+        provenance=provenance(model, "lens", tokens=len(text), site=site),
+    )

@@ -1,0 +1,90 @@
+"""Vectors read in the vocabulary, a few at a time, so that no [layer pos vocab] is ever kept."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope.outputs import Readout
+
+# Entries of one chunk of logits, and of one block of the unembedding in fp32: 64 MB.
+_ENTRIES = 1 << 24
+
+
+class Top(NamedTuple):
+    """The largest values of each row, largest first; of equals the lowest index comes first."""
+
+    values: Float[Tensor, "row k"]
+    ids: Int[Tensor, "row k"]
+
+
+def row_chunks(rows: int, readout: Readout) -> Iterator[slice]:
+    """Runs of rows whose logits fit a chunk."""
+    step = max(1, _ENTRIES // readout.W_U.shape[0])
+    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
+
+
+def logits_of(
+    readout: Readout, residual: Float[Tensor, "row d_model"]
+) -> Float[Tensor, "row d_vocab"]:
+    """Logits of residual streams, each through its own final norm, soft cap included."""
+    logits = _over_vocabulary(readout, readout.normed(residual), lambda block: readout.W_U[block])
+    if readout.b_U is not None:
+        logits = logits + readout.b_U.float()
+    return readout.capped(logits * readout.logit_scale)
+
+
+def logits_added(
+    readout: Readout, writes: Float[Tensor, "row d_model"]
+) -> Float[Tensor, "row d_vocab"]:
+    """Logits that writes add to the stream, already divided by the final norm's scale."""
+
+    def directions(block: slice) -> Tensor:
+        return readout.directions(_ids(readout)[block])
+
+    return _over_vocabulary(readout, writes, directions)
+
+
+def constants(readout: Readout) -> Float[Tensor, " d_vocab"]:
+    """Part of every logit that no residual stream changes."""
+    step = max(1, _ENTRIES // readout.W_U.shape[1])
+    return torch.cat([readout.constant(block) for block in _ids(readout).split(step)])
+
+
+def _ids(readout: Readout) -> Int[Tensor, " d_vocab"]:
+    return torch.arange(readout.W_U.shape[0], device=readout.W_U.device)
+
+
+def _over_vocabulary(
+    readout: Readout, rows: Tensor, vectors: Callable[[slice], Tensor]
+) -> Float[Tensor, "row d_vocab"]:
+    size, width = readout.W_U.shape
+    step = max(1, _ENTRIES // width)
+    starts = range(0, size, step)
+    parts = [rows @ vectors(slice(at, min(at + step, size))).float().T for at in starts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def top_of(values: Float[Tensor, "row d_vocab"], k: int) -> Top:
+    """The k largest values of each row; torch alone does not say which of equals it takes."""
+    k = min(k, values.shape[1])
+    least = values.topk(k, dim=1).values[:, -1:]
+    above = values > least
+    level = values == least
+    wanted = k - above.sum(1, keepdim=True)
+    chosen = above | (level & (level.cumsum(1) <= wanted))
+    ids = chosen.nonzero()[:, 1].view(len(values), k)
+    found = values.gather(1, ids)
+    order = found.sort(dim=1, descending=True, stable=True).indices
+    return Top(found.gather(1, order), ids.gather(1, order))
+
+
+def rank_of(
+    values: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]
+) -> Int[Tensor, " row"]:
+    """Number of tokens above the wanted one; of equals the lowest id stands above."""
+    own = values.gather(1, tokens[:, None])
+    lower = torch.arange(values.shape[1], device=values.device)[None] < tokens[:, None]
+    return ((values > own) | ((values == own) & lower)).sum(1)

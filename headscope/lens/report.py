@@ -1,0 +1,97 @@
+"""How good a learned lens is on text that it was not fitted to, beside the plain one."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from headscope.stats import mean_and_sem
+from headscope.table.summary import frozen
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False)
+class FitReport:
+    """Held-out loss of a learned lens and of the plain one, per place and example.
+
+    Attributes:
+        rows: places that the lens reads.
+        learned: ``KL(model || learned lens)`` in nats, mean over an example's tokens.
+        plain: the same of the plain lens.
+        agreement: share of tokens whose most likely token is the model's own, learned and plain.
+        tokens: held out.
+        fitted: tokens that the lens was fitted to.
+    """
+
+    rows: tuple[str, ...]
+    learned: Float[np.ndarray, "row example"]
+    plain: Float[np.ndarray, "row example"]
+    agreement: Float[np.ndarray, "2 row"]
+    tokens: int
+    fitted: int
+
+    def __post_init__(self) -> None:
+        """Freeze the arrays."""
+        for name in ("learned", "plain", "agreement"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+
+    @property
+    def gain(self) -> Float[np.ndarray, " row"]:
+        """Nats that the learned lens saves per token, mean over examples."""
+        return np.asarray((self.plain - self.learned).mean(1))
+
+    @property
+    def better(self) -> Bool[np.ndarray, " row"]:
+        """Where the held-out loss is lower than that of the plain lens."""
+        return np.asarray(self.gain > 0)
+
+    def __str__(self) -> str:
+        """Say in one line whether learning was worth it."""
+        learned, plain = float(self.learned.mean()), float(self.plain.mean())
+        where = f"better at {int(self.better.sum())} of {len(self.rows)} places"
+        text = f"held-out KL {learned:.3g} nats, plain lens {plain:.3g}, {where}"
+        return text if learned < plain else f"NO BETTER than the plain lens: {text}"
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per place: both losses, what is saved with its standard error, agreement."""
+        import pandas
+
+        return pandas.DataFrame(
+            {
+                "row": self.rows,
+                "learned_kl": self.learned.mean(1),
+                "plain_kl": self.plain.mean(1),
+                "saved": self.gain,
+                "saved_sem": mean_and_sem(self.plain - self.learned).sem,
+                "learned_agreement": self.agreement[0],
+                "plain_agreement": self.agreement[1],
+                "better": self.better,
+            }
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as a JSON object."""
+        return {
+            "rows": list(self.rows),
+            "learned": self.learned.tolist(),
+            "plain": self.plain.tolist(),
+            "agreement": self.agreement.tolist(),
+            "tokens": self.tokens,
+            "fitted": self.fitted,
+        }
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> "FitReport":
+        """Read what :meth:`to_json` wrote."""
+        arrays = {
+            name: np.array(facts[name], dtype=float) for name in ("learned", "plain", "agreement")
+        }
+        return cls(
+            rows=tuple(str(one) for one in facts["rows"]),
+            tokens=int(facts["tokens"]),
+            fitted=int(facts["fitted"]),
+            **arrays,
+        )
