@@ -13,6 +13,7 @@ from torch import Tensor
 from headscope.edits import Variant, scale, stack
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf import HFModel
+from headscope.models.hf_pass import scoped_edits
 from headscope.models.hf_record import quick_activations, record
 from headscope.models.hf_replay import Replay
 from headscope.models.protocol import HeadModel, Observer
@@ -157,10 +158,18 @@ def plan_for(
     Tried once per model, on two short texts of the batch: suffix replay with kept prefixes and a
     last block cut to what is read; suffix replay alone; whole passes.
     """
+    if _in_scope(model):
+        with quick(model):
+            return _tried(model, *_trial(tokens, real), replay=False)
     if model not in _PLANS:
         with quick(model):
             _PLANS[model] = _tried(model, *_trial(tokens, real))
     return _PLANS[model]
+
+
+def _in_scope(model: HeadModel) -> bool:
+    """Whether ``model.edited`` changes attention now, which a replay would not do."""
+    return isinstance(model, HFModel) and bool(scoped_edits(model.layout))
 
 
 def _trial(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,13 +183,13 @@ def _trial(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _tried(model: HeadModel, tokens: Tensor, real: Tensor) -> Plan:
+def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = True) -> Plan:
     read = torch.zeros_like(real)
     read[:, -1] = True
     own = model.forward(tokens, real=real)[read.to(model.device)].float()
     limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
     plain = len(model.shape.attention_layers) == model.shape.n_layers
-    for prefix in (True, False):
+    for prefix in (True, False) if replay else ():
         # Layers without attention carry a state of their own from position to position.
         if isinstance(model, HFModel) and (plain or not prefix) and "readout" not in model.limits:
             plan = Plan(True, prefix, 0.0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,21 @@ from headscope.models.hf_interface import routed
 from headscope.models.hf_layout import LayerParts, Layout
 from headscope.models.protocol import Edit, Observer
 from headscope.rows import AttentionRows
+
+
+# Passes that are attached now, outermost first: a pass inside a scope keeps to the scope's edits.
+_ATTACHED: ContextVar[tuple["Pass", ...]] = ContextVar("headscope_passes", default=())
+
+
+def scoped_edits(layout: Layout) -> tuple[Edit, ...]:
+    """Edits of attention by the scopes that run now; those of ``z`` act by their own hooks."""
+    return tuple(
+        edit
+        for scope in _ATTACHED.get()
+        if scope.layout is layout
+        for edit in scope.edits
+        if edit.site != "z"
+    )
 
 
 class Finished(Exception):  # noqa: N818  # not an error
@@ -57,6 +73,7 @@ class Pass:
     may_stop: bool
     parts: dict[nn.Module, LayerParts] = field(init=False)
     pending: AttentionCall | None = None
+    acting: tuple[Edit, ...] = ()
 
     def __post_init__(self) -> None:
         """Index the layers by the module that calls attention."""
@@ -66,6 +83,8 @@ class Pass:
     def attached(self) -> Iterator[None]:
         """Hook the model for the length of one pass."""
         handles = []
+        self.acting = (*scoped_edits(self.layout), *self.edits)
+        token = _ATTACHED.set((*_ATTACHED.get(), self))
         try:
             if self.observers or any(edit.site == "z" for edit in self.edits):
                 for parts in self.layout.layers.values():
@@ -78,6 +97,7 @@ class Pass:
             with routed(self.layout.configs, self._attend):
                 yield
         finally:
+            _ATTACHED.reset(token)
             for handle in handles:
                 handle.remove()
 
@@ -89,7 +109,7 @@ class Pass:
         )
         call = replace(call, layer=layer, query=query, key=key, value=value)
         self.pending = call if self.observers else None
-        if not any(edit.site == "pattern" and layer in edit.layers for edit in self.edits):
+        if not any(edit.site == "pattern" and layer in edit.layers for edit in self.acting):
             return fused(call)
         positions = torch.arange(call.first_query, call.n_keys, device=query.device)
         return call.average(self._edited("pattern", layer, call.rows(positions).pattern))
@@ -120,7 +140,7 @@ class Pass:
             raise Finished
 
     def _edited(self, site: str, layer: int, value: Tensor) -> Tensor:
-        for edit in self.edits:
+        for edit in self.acting:
             if edit.site == site and layer in edit.layers:
                 value = edit(layer, value)
         return value
