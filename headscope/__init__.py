@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from headscope import plots as plots
     from headscope import probes as probes
     from headscope import pruning as pruning
+    from headscope import retrieval as retrieval
     from headscope import scorers as scorers
     from headscope import sweeps as sweeps
     from headscope.ablation import ablate_cumulatively as ablate_cumulatively
@@ -84,6 +85,7 @@ _HOME = {
     "probes": "headscope.probes",
     "prune": "headscope.pruning",
     "pruning": "headscope.pruning",
+    "retrieval": "headscope.retrieval",
     "row_scorer": "headscope.scorers",
     "score": "headscope.scoring",
     "scorers": "headscope.scorers",

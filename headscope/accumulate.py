@@ -1,7 +1,7 @@
 """The observer behind ``hs.score``: feeds each layer's chunks to the scorers, keeps sums only."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.capture import chunks
+from headscope.inputs import Rotation
+from headscope.matches import Matches
 from headscope.memory import chunk_bytes
 from headscope.models.protocol import HeadModel, LayerView
 from headscope.outputs import HeadOutputs
@@ -78,10 +80,16 @@ class Accumulator:
     advance: Advance
     sums: dict[str, Sums] = field(init=False)
     flat_sums: dict[str, Sums] = field(init=False)
+    _rotations: dict[int, Rotation] = field(default_factory=dict)
     _held: list[tuple[Scorer, int, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Make room for the sums."""
+        """Make room for the sums; measure what cannot be measured during the pass."""
+        if any("rotary" in scorer.needs for scorer in self.scorers):
+            rotation = self.model.parts.rotation
+            self._rotations = {
+                layer: rotation(layer) for layer in self.model.shape.attention_layers
+            }
         shape, batch = self.model.shape, len(self.batch)
 
         def room() -> Sums:
@@ -123,7 +131,8 @@ class Accumulator:
         device = view.z.device
         if device not in self._probes:
             self._probes[device] = self.batch.to(device)
-        layer = _Layer(self.model, view, self._probes[device])
+        rotation = self._rotations.get(view.layer)
+        layer = _Layer(self.model, view, self._probes[device], rotation)
         row = _COPIES * 4 * len(self.batch) * self.model.shape.n_heads * self.batch.length
         budget = chunk_bytes(device, self.memory) >> self.halvings
         for positions in chunks(self.positions, row, budget):
@@ -175,6 +184,7 @@ class _Layer:
     model: HeadModel
     view: LayerView
     probe: Probe
+    rotation: Rotation | None
 
     @property
     def number(self) -> int:
@@ -229,10 +239,19 @@ class _Chunk:
             W_O=self.layer.W_O,
             readout=self.layer.model.readout,
             make_rows=lambda: self.rows,
+            make_values=self.layer.view.values,
+            make_matches=lambda: self.matches,
         )
 
-    def seen(self, scorer: Scorer) -> AttentionRows | HeadOutputs:
+    @cached_property
+    def matches(self) -> Matches:
+        seen = self.layer.view.matches(self.positions)
+        return replace(seen, rotation=self.layer.rotation)
+
+    def seen(self, scorer: Scorer) -> AttentionRows | HeadOutputs | Matches:
         """What this scorer reads."""
+        if scorer.kind == "match":
+            return self.matches
         if scorer.kind == "output":
             return self.outputs
         return {"plain": lambda: self.rows, "no_sink": lambda: self.no_sink}.get(

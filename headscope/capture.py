@@ -42,6 +42,17 @@ def stream(
 
     Raises:
         InputError: if the probe does not fit the model.
+
+    Example:
+        >>> class Sizes:
+        ...     wants_final = False
+        ...     def on_layer(self, view):
+        ...         self.size = view.z.norm(dim=-1).mean((0, 1))
+        ...     def on_final(self, residual):
+        ...         pass
+        >>> passes = hs.capture.stream(model, probe, lambda batch, halvings: Sizes(), batch_size=1)
+        >>> [observer.size.shape[0] == model.shape.n_heads for _, observer in passes]
+        [True, True]
     """
     check_fits(model, probe)
     size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
@@ -82,12 +93,17 @@ def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
 
 
 def check_fits(model: HeadModel, probe: Probe) -> None:
-    """Raise InputError if the probe is longer than the model's context or has unknown tokens."""
+    """Raise InputError if the probe is longer than the model's context or has unknown tokens.
+
+    Example:
+        >>> hs.capture.check_fits(model, probe)
+    """
     longest = int(probe.real.sum(1).max())
     n_ctx = model.shape.n_ctx
     if n_ctx is not None and longest > n_ctx:
         raise InputError(
-            f"the probe has {longest} tokens, but {model.name} sees at most {n_ctx}: shorten it."
+            f"the probe has {longest} tokens, but {model.name} sees at most {n_ctx}: shorten it, "
+            "or load a model of rotary positions with extrapolate=True."
         )
     used = probe.tokens[probe.real]
     if int(used.min()) < 0 or int(used.max()) >= model.shape.d_vocab:
@@ -95,6 +111,18 @@ def check_fits(model: HeadModel, probe: Probe) -> None:
             f"the probe has token ids {int(used.min())} to {int(used.max())}, but {model.name} "
             f"knows 0 to {model.shape.d_vocab - 1}."
         )
+
+
+def extrapolated(model: HeadModel, probe: Probe) -> dict[str, int]:
+    """For provenance: the trained length, where the probe goes beyond it; else nothing.
+
+    Example:
+        >>> hs.capture.extrapolated(model, probe)
+        {}
+    """
+    trained = model.shape.trained_ctx
+    beyond = trained is not None and int(probe.real.sum(1).max()) > trained
+    return {"extrapolated_from": trained} if trained is not None and beyond else {}
 
 
 def chunks(
@@ -106,6 +134,10 @@ def chunks(
         positions: which queries.
         bytes_per_query: memory of one query's row over all examples and heads.
         budget: bytes.
+
+    Example:
+        >>> [len(chunk) for chunk in hs.capture.chunks(torch.arange(10), 100, 450)]
+        [4, 4, 2]
     """
     return iter(positions.split(max(1, budget // max(1, bytes_per_query))))
 

@@ -54,7 +54,8 @@ class ModelShape:
     ``attention_layers`` lists the layers that have attention (all of them but in hybrids).
     ``windows`` gives, for every layer, how many keys back a query sees, itself included
     (None: all). ``removed`` lists heads that were pruned out of those layers: the others keep
-    their numbers.
+    their numbers. ``n_ctx`` is the longest text that it takes (None: no limit), ``trained_ctx``
+    what that was where the limit has been lifted.
     """
 
     n_layers: int
@@ -67,6 +68,7 @@ class ModelShape:
     attention_layers: tuple[int, ...]
     windows: tuple[int | None, ...]
     removed: frozenset[HeadIndex] = frozenset()
+    trained_ctx: int | None = None
 
     def __post_init__(self) -> None:
         """Check what every user of a shape relies on."""

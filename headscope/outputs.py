@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.errors import UnsupportedModelError
+from headscope.matches import Matches
 from headscope.rows import AttentionRows
 
 
@@ -102,6 +105,10 @@ class Readout:
         return direction - direction.mean(-1, keepdim=True) if self.centred else direction
 
 
+def _nothing() -> Any:
+    raise UnsupportedModelError("nobody handed over the values, queries and keys of this layer.")
+
+
 @dataclass(frozen=True, eq=False)
 class HeadOutputs:
     """What the heads of one layer write at some query positions. Never written to.
@@ -112,6 +119,8 @@ class HeadOutputs:
         z: attention-weighted values in fp32, before the output projection.
         W_O: output projection per head, so that head ``h`` writes ``z[..., h, :] @ W_O[h]``.
         readout: how the model reads its last residual stream.
+        make_rows, make_values, make_matches: give attention rows, values, queries and keys to a
+            scorer that asks.
     """
 
     layer: int
@@ -120,6 +129,18 @@ class HeadOutputs:
     W_O: Float[Tensor, "head d_head d_model"]
     readout: Readout
     make_rows: Callable[[], AttentionRows]
+    make_values: Callable[[], Float[Tensor, "batch kv_head key d_head"]] = _nothing
+    make_matches: Callable[[], Matches] = _nothing
+
+    @cached_property
+    def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
+        """Value vectors as attention used them, in the model's dtype."""
+        return self.make_values()
+
+    @cached_property
+    def matches(self) -> Matches:
+        """Queries and keys of the same queries; only if a scorer asks."""
+        return self.make_matches()
 
     @cached_property
     def rows(self) -> AttentionRows:
@@ -131,6 +152,29 @@ class HeadOutputs:
         gram = self.W_O.float() @ self.W_O.float().mT
         squared = torch.einsum("bqhd,hde,bqhe->bhq", self.z, gram, self.z)
         return squared.clamp_min(0).sqrt()
+
+    def averaged(
+        self, pattern: Float[Tensor, "batch head query key"]
+    ) -> Float[Tensor, "batch query head d_head"]:
+        """Values averaged by another pattern over the first keys: what ``z`` would then be."""
+        return self._summed(pattern, self.values[:, :, : pattern.shape[-1]])
+
+    def of_keys(self, keys: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch query head d_head"]:
+        """The part of ``z`` that comes from a set of keys: ``sum of A[i, j] v[j]`` over them."""
+        pattern = self.rows.pattern
+        columns = keys[:, : pattern.shape[-1]].any(0).nonzero().squeeze(-1)
+        chosen = pattern[..., columns] * keys[:, None, None, columns]
+        return self._summed(chosen, self.values[:, :, columns])
+
+    def _summed(
+        self,
+        pattern: Float[Tensor, "batch head query key"],
+        values: Float[Tensor, "batch kv_head key d_head"],
+    ) -> Float[Tensor, "batch query head d_head"]:
+        batch, heads, queries, keys = pattern.shape
+        grouped = pattern.reshape(batch, values.shape[1], -1, keys)
+        z = torch.matmul(grouped, values.float())
+        return z.view(batch, heads, queries, -1).transpose(1, 2)
 
     def along(
         self, direction: Float[Tensor, "batch query d_model"]

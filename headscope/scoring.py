@@ -20,6 +20,8 @@ from headscope.scorers import DEFAULT, Scorer, resolve
 from headscope.table import HeadScores, HeadTable, Provenance
 from headscope.table.provenance import versions
 
+# Nulls that come from a pass over the probe's control.
+_OWN_PASS = ("unrepeated", "needle")
 Wanted = Iterable[str | Scorer] | str | Scorer | None
 
 
@@ -71,7 +73,7 @@ def score(
         run = partial(_run, model, batch_size=batch_size, memory=budget, advance=advance)
         for one, group in by_probe:
             sums, flat = run(one, group, flat=True)
-            compared = tuple(s for s in group if s.control == "unrepeated")
+            compared = tuple(s for s in group if s.control in _OWN_PASS)
             control: dict[str, Sums] = {}
             if one.control is not None and compared:
                 control, _ = run(one.control, compared, flat=False)
@@ -128,13 +130,15 @@ def _default_probe(model: HeadModel, kind: str, seed: int) -> Probe:
         return probes.repeated_tokens(model, length=length, batch=16, seed=seed)
     if kind == "text":
         return probes.text(model, seed=seed)
+    if kind == "needle":
+        return probes.needle(model, seed=seed)
     if kind == "ioi":
         return probes.pairs(model, "ioi", seed=seed)
     raise InputError(f"there is no default probe of kind {kind!r}: pass probe=.")
 
 
 def _has_control_pass(probe: Probe, scorers: tuple[Scorer, ...]) -> bool:
-    return probe.control is not None and any(s.control == "unrepeated" for s in scorers)
+    return probe.control is not None and any(s.control in _OWN_PASS for s in scorers)
 
 
 def _run(
@@ -177,7 +181,12 @@ def _to_scores(
         path=model.path,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
-        probe={"kind": probe.name, "examples": len(probe), **probe.settings},
+        probe={
+            "kind": probe.name,
+            "examples": len(probe),
+            **probe.settings,
+            **capture.extrapolated(model, probe),
+        },
         control=scorer.control if null is not None else None,
         seed=probe.seed,
         versions=versions(),

@@ -13,10 +13,13 @@ _PROBES = {
     "repeated_tokens": "random tokens said twice (:func:`headscope.probes.repeated_tokens`)",
     "text": "bundled passages of text (:func:`headscope.probes.text`)",
     "ioi": "indirect-object pairs (:func:`headscope.probes.pairs`)",
+    "needle": "facts hidden in long text (:func:`headscope.probes.needle`)",
 }
+_READS = {"row": "attention rows", "output": "head outputs", "match": "queries and keys"}
 _CONTROLS = {
     "flat": "the same attention spread evenly over the visible keys",
     "unrepeated": "the same positions in a control of the same shape without repetition",
+    "needle": "the same positions with the needle removed, or a question about something else",
     None: "none: compare heads, not probes",
 }
 
@@ -24,7 +27,8 @@ _CONTROLS = {
 def scorer_pages(pictures: Path | None) -> dict[str, str]:
     """Pages by path below ``generated/``; with pictures drawn into that folder."""
     model = hs.load()
-    table = None if pictures is None else hs.score(model, scorers=list(CATALOGUE))
+    asked = [name for name, one in CATALOGUE.items() if not set(one.needs) & set(model.limits)]
+    table = None if pictures is None else hs.score(model, scorers=asked)
     families = _families()
     pages = {
         f"scorers/{base}.rst": _page(base, names, table, pictures, model.name)
@@ -55,7 +59,7 @@ def _page(
     facts = [
         ["Unit", scorer.unit],
         ["Range", _range(scorer)],
-        ["Reads", "attention rows" if scorer.kind == "row" else "head outputs"],
+        ["Reads", _READS[scorer.kind]],
         ["Probe it is meant for", _PROBES.get(scorer.probe, scorer.probe)],
         ["Null", _CONTROLS[scorer.control]],
         ["A head is called so when", called],
@@ -73,7 +77,8 @@ def _page(
     forms = [(name, _VIEWS[CATALOGUE[name].view]) for name in names if name != base]
     if forms:
         text += "Other forms: " + "; ".join(f"``{name}`` ({how})" for name, how in forms) + ".\n\n"
-    if table is not None and pictures is not None:
+    shown = table is not None and base in table and bool((table[base].n > 0).any())
+    if table is not None and pictures is not None and shown:
         text += _measured(base, names, table, pictures, model)
     return text
 

@@ -108,6 +108,7 @@ class Study:
                 "kind": self.probe.name,
                 "examples": len(self.probe),
                 **self.probe.settings,
+                **capture.extrapolated(self.model, self.probe),
                 "metric": self.metric.name,
                 **facts,
             },

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.matches import Matches
 from headscope.rows import AttentionRows
 
 # Entries of one boolean mask or one block of scores inside the fused path: small enough to be
@@ -84,6 +85,19 @@ class AttentionCall:
         scores = torch.matmul(grouped, self.key_fp32[:, :, :n_keys].mT)
         scores = scores.view(batch, -1, len(positions), n_keys)
         return AttentionRows(self.layer, positions, self.softmax(scores, visible), visible)
+
+    def matches(self, positions: Int[Tensor, " query"]) -> Matches:
+        """Queries at some positions and the keys up to the last that any of them sees."""
+        n_keys = int(positions.max()) + 1
+        return Matches(
+            layer=self.layer,
+            query_pos=positions,
+            query=self.query[:, :, positions - self.first_query].float(),
+            key=self.key_fp32[:, :, :n_keys],
+            scaling=self.scaling,
+            soft_cap=self.soft_cap,
+            visible=self.visible(positions, n_keys),
+        )
 
     def softmax(
         self,

@@ -20,6 +20,7 @@ from headscope.models.bridge_parts import BridgeParts
 from headscope.models.bridge_pass import BridgePass, Finished
 from headscope.models.bridge_weights import bridge_weights
 from headscope.models.digest import Digest
+from headscope.models.extrapolation import no_rotation
 from headscope.models.hf_readout import logit_scale, measure_readout
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
@@ -82,7 +83,12 @@ class BridgeModel:
     def limits(self) -> Mapping[str, str]:
         """What this family cannot be asked, and why."""
         layers = self.layout.layers.values()
-        limits = {}
+        limits = {
+            "matches": f"transformer-lens does not show the queries and keys of {self.name} as "
+            "attention uses them."
+        }
+        if (config := getattr(self.module, "config", None)) is not None:
+            limits |= no_rotation(self.name, config)
         if any(parts.write_scale is None for parts in layers):
             limits["linear_write"] = (
                 f"{self.name} applies a norm after attention, so a head's write into the residual "

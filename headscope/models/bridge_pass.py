@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
+from headscope.matches import Matches
 from headscope.models.attention import visible_keys
 from headscope.models.bridge_layout import BridgeLayer, BridgeLayout
 from headscope.models.protocol import Edit, Observer
@@ -75,6 +76,12 @@ class BridgeLayerView:
         if self.value is None:
             raise UnsupportedModelError(f"layer {self.layer} does not show its values.")
         return self.value
+
+    def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
+        """Not shown on this path."""
+        raise UnsupportedModelError(
+            f"layer {self.layer} does not show its queries and keys as attention uses them."
+        )
 
 
 @dataclass

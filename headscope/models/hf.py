@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.digest import Digest
+from headscope.models.extrapolation import no_rotation
 from headscope.models.hf_interface import register
 from headscope.models.hf_layout import Layout, find_layout
 from headscope.models.hf_parts import HFParts
@@ -73,7 +74,7 @@ class HFModel:
     @cached_property
     def limits(self) -> Mapping[str, str]:
         """What this family cannot be asked, and why."""
-        limits = {}
+        limits = no_rotation(self.name, self.module.config)
         if any(parts.write_scale is None for parts in self.layout.layers.values()):
             limits["linear_write"] = (
                 f"{self.name} ({self.module.config.model_type}) applies a norm after attention, so "

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
+from headscope.matches import Matches
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf_interface import routed
 from headscope.models.hf_layout import LayerParts, Layout
 from headscope.models.protocol import Edit, Observer
 from headscope.rows import AttentionRows
-
 
 # Passes that are attached now, outermost first: a pass inside a scope keeps to the scope's edits.
 _ATTACHED: ContextVar[tuple["Pass", ...]] = ContextVar("headscope_passes", default=())
@@ -61,6 +61,10 @@ class HFLayerView:
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
         """Value vectors as attention used them."""
         return self.call.value
+
+    def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
+        """Queries at these positions and keys, as attention used them, in fp32."""
+        return self.call.matches(query_pos.to(self.call.query.device))
 
 
 @dataclass

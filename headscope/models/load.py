@@ -9,6 +9,7 @@ import torch
 from headscope.errors import InputError, ModelLoadError, UnsupportedModelError
 from headscope.models import shipped
 from headscope.models.admission import admit
+from headscope.models.extrapolation import extrapolate as extrapolate_positions
 from headscope.models.protocol import HeadModel
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -32,6 +33,7 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     check: bool = True,
+    extrapolate: bool = False,
 ) -> HeadModel:
     """Load a causal language model.
 
@@ -47,6 +49,8 @@ def load(
         trust_remote_code: run code that comes with the model; only with a 40-digit ``revision``.
         allow_pickle: also accept weights that are not safetensors.
         check: prove the hook points on a few tokens (a handful of tiny passes).
+        extrapolate: take texts longer than the config's context, for rotary positions only;
+            results that used such positions say so.
 
     Raises:
         InputError: if the arguments do not fit together.
@@ -68,11 +72,12 @@ def load(
         given, tokenizer, name, commit = _from_files(
             source, revision, device, _dtype(dtype), device_map, trust_remote_code, allow_pickle
         )
-        return _wrapped(given, tokenizer, name, commit, check)
+        return _lifted(_wrapped(given, tokenizer, name, commit, check), given, extrapolate)
     if type(source).__module__.split(".")[0] == "transformer_lens":
         from headscope.models.bridge import wrap_bridge
 
-        return wrap_bridge(source, tokenizer=tokenizer)
+        bridge = wrap_bridge(source, tokenizer=tokenizer)
+        return _lifted(bridge, bridge.module, extrapolate)
     from transformers import PreTrainedModel
 
     if not isinstance(source, PreTrainedModel):
@@ -87,7 +92,14 @@ def load(
         )
     name = source.config.name_or_path or type(source).__name__
     admit(source.config, name)
-    return _wrapped(source, tokenizer, name, revision, check)
+    return _lifted(_wrapped(source, tokenizer, name, revision, check), source, extrapolate)
+
+
+def _lifted(model: HeadModel, module: Any, wanted: bool) -> HeadModel:
+    """Lift the limit on the length of texts, if that is wanted."""
+    if wanted:
+        extrapolate_positions(model, module.config)
+    return model
 
 
 def _wrapped(

@@ -14,6 +14,7 @@ from typing_extensions import Protocol, runtime_checkable
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, Rotation
 from headscope.models.blocks import AttentionWrite, BlockObserver
+from headscope.matches import Matches
 from headscope.outputs import HeadWeights, Readout
 from headscope.rows import AttentionRows
 
@@ -42,6 +43,13 @@ class LayerView(Protocol):
 
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
         """Value vectors as attention used them."""
+
+    def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
+        """Queries at these positions and keys, as attention used them, in fp32.
+
+        Raises:
+            UnsupportedModelError: if this way of running the model does not show them.
+        """
 
 
 @runtime_checkable

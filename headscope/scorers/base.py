@@ -8,17 +8,19 @@ from typing import Any, Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.matches import Matches
 from headscope.outputs import HeadOutputs
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
 
 QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
-Kind = Literal["row", "output"]
+Kind = Literal["row", "output", "match"]
 View = Literal["plain", "no_sink", "value_weighted"]
-Control = Literal["flat", "unrepeated"]
+Control = Literal["flat", "unrepeated", "needle"]
 Alternative = Literal["greater", "two-sided"]
 RowFunction = Callable[[AttentionRows, Probe], Float[Tensor, "batch head query"]]
 OutputFunction = Callable[[HeadOutputs, Probe], Float[Tensor, "batch head query"]]
+MatchFunction = Callable[[Matches, Probe], Float[Tensor, "batch head query"]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Scorer:
 
     Attributes:
         name: column name in the table.
-        function: ``(rows | outputs, probe) -> [batch head query]``.
+        function: ``(rows | outputs | matches, probe) -> [batch head query]``.
         kind: what the function reads.
         unit: of the value, e.g. ``attention`` (probability), ``nats``, ``logits``, ``tokens``.
         bounds: smallest and largest possible value; None where there is none.
@@ -39,7 +41,8 @@ class Scorer:
         queries: which queries count.
         probe: kind of probe that it is meant for.
         control: what the null is: ``flat`` (attention spread evenly over the visible keys),
-            ``unrepeated`` (the probe's control: same shape, no repetition), None for no null.
+            ``unrepeated`` (the probe's control: same shape, no repetition), ``needle`` (the
+            probe's control: needle removed or another question), None for no null.
         threshold: mean above which a significant head is called by this name; None: never.
         alternative: what the null is tested against: more than the control, or other than it.
         view: which form of the rows it reads.
@@ -73,7 +76,12 @@ class Scorer:
 
 
 def every_query(probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """Every real position but the first of each example, whose row is 1 by construction."""
+    """Every real position but the first of each example, whose row is 1 by construction.
+
+    Example:
+        >>> bool(every_query(probe)[:, 0].any())  # never the first token
+        False
+    """
     return probe.real & (probe.position_in_text > 0)
 
 
@@ -132,7 +140,16 @@ def output_scorer(
     needs: tuple[str, ...] = ("linear_write",),
     name: str | None = None,
 ) -> Callable[[OutputFunction], Scorer]:
-    """Make a scorer of a function of head outputs; see :class:`Scorer` for the arguments."""
+    """Make a scorer of a function of head outputs; see :class:`Scorer` for the arguments.
+
+    Example:
+        >>> @output_scorer(unit="length", needs=())
+        ... def size(outputs, probe):
+        ...     '''Length of what the head gives before the projection.'''
+        ...     return outputs.z.norm(dim=-1).transpose(1, 2)
+        >>> hs.score(model, probe, size)["size"].unit
+        'length'
+    """
 
     def wrap(function: OutputFunction) -> Scorer:
         return Scorer(
@@ -154,13 +171,55 @@ def output_scorer(
     return wrap
 
 
+def match_scorer(
+    *,
+    unit: str,
+    bounds: tuple[float | None, float | None] = (None, None),
+    source: str = "user",
+    queries: QuerySelector = every_query,
+    probe: str = "needle",
+    control: Control | None = "needle",
+    alternative: Alternative = "greater",
+    needs: tuple[str, ...] = (),
+    name: str | None = None,
+) -> Callable[[MatchFunction], Scorer]:
+    """Make a scorer of a function of queries and keys; see :class:`Scorer` for the arguments."""
+
+    def wrap(function: MatchFunction) -> Scorer:
+        return Scorer(
+            name=name or function.__name__,
+            function=function,
+            kind="match",
+            unit=unit,
+            bounds=bounds,
+            source=source,
+            queries=queries,
+            probe=probe,
+            control=control,
+            alternative=alternative,
+            needs=("matches", *needs),
+        )
+
+    return wrap
+
+
 def without_sink(scorer: Scorer) -> Scorer:
-    """The same scorer on rows renormalised without the first position."""
+    """The same scorer on rows renormalised without the first position.
+
+    Example:
+        >>> without_sink(hs.scorers.CATALOGUE["entropy"]).name
+        'entropy_no_sink'
+    """
     return replace(scorer, name=f"{scorer.name}_no_sink", view="no_sink")
 
 
 def value_weighted(scorer: Scorer) -> Scorer:
-    """The same scorer on rows weighted by what each key's value writes (Kobayashi 2020)."""
+    """The same scorer on rows weighted by what each key's value writes (Kobayashi 2020).
+
+    Example:
+        >>> value_weighted(hs.scorers.CATALOGUE["induction"]).name
+        'induction_value_weighted'
+    """
     return replace(
         scorer,
         name=f"{scorer.name}_value_weighted",

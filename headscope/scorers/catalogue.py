@@ -17,8 +17,23 @@ from headscope.scorers.detect import (
     detect_head_induction,
     detect_head_previous_token,
 )
+from headscope.scorers.long_need import (
+    default_long_need,
+    default_predicted,
+    default_predicted_local,
+)
+from headscope.scorers.needle_writes import needle_write, needle_write_contrast
 from headscope.scorers.offsets import current_token, previous_token
 from headscope.scorers.repetition import duplicate_token, induction
+from headscope.scorers.retrieval import (
+    importance_weighted_retrieval,
+    needle_mass,
+    query_focused_retrieval,
+    retrieval,
+    retrieval_copy_only,
+    retrieval_needle_only,
+)
+from headscope.scorers.rotary import rotary_slowness
 from headscope.scorers.sinks import delimiter, first_token
 from headscope.scorers.spread import (
     attention_distance,
@@ -27,6 +42,7 @@ from headscope.scorers.spread import (
     max_attention,
     normalised_entropy,
 )
+from headscope.scorers.streaming import default_streaming_gap
 from headscope.scorers.writing import (
     direct_logit_attribution,
     direct_logit_difference,
@@ -71,6 +87,19 @@ CATALOGUE: dict[str, Scorer] = {
         ioi_induction,
         ioi_duplicate,
         ioi_previous,
+        retrieval,
+        retrieval_needle_only,
+        retrieval_copy_only,
+        needle_mass,
+        query_focused_retrieval,
+        importance_weighted_retrieval,
+        needle_write,
+        needle_write_contrast,
+        default_streaming_gap,
+        default_long_need,
+        default_predicted,
+        default_predicted_local,
+        rotary_slowness,
         detect_head_previous_token,
         detect_head_duplicate_token,
         detect_head_induction,
@@ -98,6 +127,10 @@ def resolve(scorers: Iterable[str | Scorer] | Scorer) -> tuple[Scorer, ...]:
 
     Raises:
         InputError: for an unknown name, with the nearest one, or two scorers of one name.
+
+    Example:
+        >>> [scorer.name for scorer in resolve("induction")]
+        ['induction']
     """
     wanted = [scorers] if isinstance(scorers, (str, Scorer)) else list(scorers)
     found: dict[str, Scorer] = {}

@@ -10,13 +10,15 @@ from typing import NamedTuple
 FLOORS = (
     {"errors"},
     {"heads", "rows", "stats", "memory", "progress", "configs", "files"},
-    {"outputs", "inputs"},
+    {"inputs"},
+    {"matches"},
+    {"outputs"},
     {"table", "metrics", "edits", "probes"},
     {"scorers", "plots", "models"},
     {"capture", "circuits"},
     {"accumulate", "lens"},
     {"scoring", "ablation"},
-    {"pruning"},
+    {"pruning", "retrieval"},
     {"sweeps", "report"},
     {"cli"},
     {"__main__"},
@@ -24,7 +26,7 @@ FLOORS = (
 
 _BASE = {"errors", "heads"}
 _DISK = {"configs", "files"}
-_TENSORS = _BASE | {"rows", "outputs", "inputs", "memory", "progress"}
+_TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
 _SEES_MODELS = _TENSORS | {"edits", "probes", "table", "stats", "models"}
 _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
 
@@ -39,15 +41,16 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "configs": {"errors"},
     "files": {"errors"},
-    "outputs": {"errors", "rows"},
+    "outputs": {"errors", "rows", "matches"},
     "inputs": {"errors"},
+    "matches": {"inputs"},
     "table": {"errors", "heads", "stats", "files"},
     "metrics": {"errors"},
     "edits": {"errors", "heads"},
     "probes": {"errors", "heads", "configs"},
-    "scorers": {"errors", "heads", "rows", "outputs", "inputs", "probes"},
+    "scorers": {"errors", "heads", "rows", "outputs", "inputs", "matches", "probes"},
     "plots": {"errors", "heads", "stats", "table"},
-    "models": {"errors", "heads", "rows", "outputs", "inputs", "edits", "memory"},
+    "models": {"errors", "heads", "rows", "outputs", "inputs", "matches", "edits", "memory"},
     "capture": _TENSORS | {"edits", "probes", "models"},
     "circuits": _TENSORS | {"probes", "stats", "table", "models"},
     "lens": _SEES_MODELS | _DISK | {"capture"},
@@ -55,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": _RUNS_MODELS,
     "ablation": _RUNS_MODELS - {"scorers", "accumulate"},
     "pruning": _RUNS_MODELS | {"scoring", "ablation"},
+    "retrieval": _RUNS_MODELS | {"scoring", "ablation"},
     "sweeps": _RUNS_MODELS | _DISK | {"circuits", "lens", "scoring", "ablation", "pruning"},
     "report": {"errors", "heads", "files", "stats", "table", "plots"},
     "cli": set().union(*FLOORS[:-2]),

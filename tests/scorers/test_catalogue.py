@@ -13,9 +13,12 @@ from headscope.scorers import (
     DEFAULT,
     Scorer,
     between,
+    long_need,
+    long_need_predicted,
     relative_offset,
     resolve,
     row_scorer,
+    streaming_gap,
     window_mass,
 )
 from tests.scorers.support import averaged, random_rows, repeated
@@ -42,15 +45,22 @@ def test_what_the_design_promises_is_in_the_default_scan() -> None:
 @pytest.mark.parametrize("scorer", CATALOGUE.values(), ids=lambda s: s.name)
 def test_every_scorer_says_what_it_is(scorer: Scorer) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9_]*", scorer.name)
-    assert scorer.unit in {"attention", "tokens", "nats", "share", "logits", "norm"}
+    units = {"attention", "tokens", "nats", "share", "logits", "norm", "correlation"}
+    assert scorer.unit in units
     assert scorer.source != "user"
-    assert scorer.probe in {"repeated_tokens", "text", "ioi"}
+    assert scorer.probe in {"repeated_tokens", "text", "ioi", "needle"}
     assert scorer.description.endswith(".") or "detect_head" in scorer.description
-    made_by = {"ioi": between, "local": window_mass, "detect": None}
+    made_by = {
+        "ioi": between,
+        "local": window_mass,
+        "detect": None,
+        "streaming": streaming_gap,
+        "long": long_need_predicted if "predicted" in scorer.name else long_need,
+    }
     text = inspect.getdoc(made_by.get(scorer.name.split("_")[0]) or scorer.function) or ""
     assert "Weakness:" in text or scorer.name.startswith("detect_head")
     if scorer.threshold is not None:
-        assert scorer.unit == "attention"
+        assert scorer.unit in ("attention", "share")
         assert 0 < scorer.threshold < 1
 
 

@@ -38,9 +38,21 @@ def texts(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return tokens, real
 
 
+def marks_of(tokens: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Marks that any scorer may ask for, by token."""
+    where = {
+        "delimiter": tokens % 3 == 0,
+        "needle": tokens % 3 == 1,
+        "needle_answer": tokens % 6 == 1,
+        "question": tokens % 2 == 0,
+        "answering": tokens % 4 != 0,
+    }
+    return {name: mark & real for name, mark in where.items()}
+
+
 def probe_of(text: tuple[Tensor, Tensor]) -> Probe:
     tokens, real = text
-    return from_tokens(tokens, real, {"delimiter": (tokens % 3 == 0) & real})
+    return from_tokens(tokens, real, marks_of(tokens, real))
 
 
 def keys_of(name: str, probe: Probe, b: int, i: int) -> set[int]:
@@ -170,7 +182,7 @@ def test_chunks_padding_and_order_change_nothing(
     shifted = from_tokens(
         torch.nn.functional.pad(probe.tokens, (pad, 0), value=3),
         real,
-        {"delimiter": torch.nn.functional.pad(probe.marks["delimiter"], (pad, 0))},
+        {name: torch.nn.functional.pad(mark, (pad, 0)) for name, mark in probe.marks.items()},
     )
     moved = rows_of(wider, visible_keys(real))
     torch.testing.assert_close(
@@ -182,7 +194,7 @@ def test_chunks_padding_and_order_change_nothing(
 
     backwards = probe.examples(slice(None)).tokens.flip(0)
     flipped = from_tokens(
-        backwards, probe.real.flip(0), {"delimiter": probe.marks["delimiter"].flip(0)}
+        backwards, probe.real.flip(0), {name: mark.flip(0) for name, mark in probe.marks.items()}
     )
     turned = rows_of(rows.pattern.flip(0), rows.visible.flip(0))
     torch.testing.assert_close(
@@ -192,8 +204,8 @@ def test_chunks_padding_and_order_change_nothing(
 
 @pytest.mark.parametrize("scorer", ROW_SCORERS, ids=lambda s: s.name)
 def test_bounds_hold_and_inputs_stay(scorer: Scorer) -> None:
-    tokens = torch.randint(0, 9, (3, 20))
-    probe = from_tokens(tokens, marks={"delimiter": tokens == 4})
+    tokens = torch.randint(0, 9, (3, 160))  # some scorers ask for tokens further back than 144
+    probe = from_tokens(tokens, marks=marks_of(tokens, torch.ones_like(tokens, dtype=torch.bool)))
     rows = random_rows(probe)
     before = (
         rows.pattern.clone(),

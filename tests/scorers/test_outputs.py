@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headscope.matches import Matches
 from headscope.outputs import HeadOutputs, Readout
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE
@@ -27,6 +28,9 @@ def readout(centred: bool) -> Readout:
 
 def outputs_of(probe: Probe, centred: bool = True, **weights: torch.Tensor) -> HeadOutputs:
     rows = random_rows(probe, HEADS)
+    values = torch.randn(len(probe), 1, probe.length, D_HEAD)
+    query = torch.randn(len(probe), HEADS, probe.length, D_HEAD)
+    matches = Matches(0, rows.query_pos, query, values, 1.0, None, rows.visible)
     made = HeadOutputs(
         layer=0,
         query_pos=rows.query_pos,
@@ -34,6 +38,8 @@ def outputs_of(probe: Probe, centred: bool = True, **weights: torch.Tensor) -> H
         W_O=torch.randn(HEADS, D_HEAD, D_MODEL),
         readout=readout(centred),
         make_rows=lambda: rows,
+        make_values=lambda: values,
+        make_matches=lambda: matches,
     )
     return replace(made, **weights)
 
@@ -42,7 +48,8 @@ def probe() -> Probe:
     tokens = torch.randint(0, D_VOCAB, (2, 9))
     real = torch.ones_like(tokens, dtype=torch.bool)
     real[0, 7:] = False
-    made = from_tokens(tokens, real)
+    marks = dict.fromkeys(("needle", "needle_answer", "answering"), real & (tokens % 2 == 0))
+    made = from_tokens(tokens, real, marks)
     foils = (made.targets + 1) % D_VOCAB
     return replace(made, foils=foils.where(made.targets >= 0, -1))
 

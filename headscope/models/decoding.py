@@ -1,0 +1,145 @@
+"""Generation step by step, with each attention layer of each step in view."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# Not from typing: before Python 3.12 that one computes every property of what it checks.
+from typing_extensions import Protocol, runtime_checkable
+
+from headscope.errors import UnsupportedModelError
+from headscope.models.hf import HFModel
+from headscope.models.hf_pass import Pass
+from headscope.models.protocol import Edit, HeadModel, Observer
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """A text that grows. The first step reads the prompt, each further one what was appended."""
+
+    @property
+    def length(self) -> int:
+        """Number of positions read so far, left padding included."""
+
+    def step(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        *,
+        observers: Sequence[Observer] = (),
+        edits: Sequence[Edit] = (),
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Read further tokens and return the logits of what comes next.
+
+        Observers see the new queries, at positions counted among all keys; ``edits`` act on
+        this step alone.
+        """
+
+
+def decoding(model: HeadModel, real: Bool[Tensor, "batch pos"] | None = None) -> Decoding:
+    """Begin to generate with a model.
+
+    With transformers' fused attention each step keeps keys and values and reads only the new
+    tokens. A transformer-lens bridge reads the whole text again at each step: the same numbers,
+    in more time.
+
+    Args:
+        model: as it is; give edits to each step, not by a scope around it.
+        real: of the prompt, False at padding, which must be on the left.
+
+    Raises:
+        UnsupportedModelError: if the model keeps more than keys and values.
+    """
+    if isinstance(model, HFModel):
+        if getattr(model.module, "_is_stateful", False):
+            raise UnsupportedModelError(
+                f"{model.name} keeps a recurrent state besides keys and values: its generation "
+                "cannot be followed; use the teacher-forced form."
+            )
+        return _Cached(model, real)
+    return _Repeated(model, real)
+
+
+class _Cached:
+    """Keys and values are kept, those out of a layer's window too, so that positions stay."""
+
+    def __init__(self, model: HFModel, real: Tensor | None) -> None:
+        from transformers import DynamicCache
+
+        self._model, self._cache, self._length = model, DynamicCache(), 0
+        self._arguments = frozenset(inspect.signature(model.module.forward).parameters)
+        self._real = None if real is None or bool(real.all()) else real.to(model.device)
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def step(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        *,
+        observers: Sequence[Observer] = (),
+        edits: Sequence[Edit] = (),
+    ) -> Float[Tensor, "batch d_vocab"]:
+        model = self._model
+        tokens = tokens.to(model.device)
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if self._real is not None:
+            self._real = _extended(self._real, self._length, tokens)
+            inputs["attention_mask"] = self._real.long()
+            if "position_ids" in self._arguments:
+                places = (self._real.long().cumsum(1) - 1).clamp_min(0)
+                inputs["position_ids"] = places[:, self._length :]
+        if "logits_to_keep" in self._arguments:
+            inputs["logits_to_keep"] = 1
+        run = Pass(model.layout, observers, edits, may_stop=False)
+        with torch.no_grad(), run.attached():
+            out = model.module(**inputs, past_key_values=self._cache, use_cache=True)
+        self._length += tokens.shape[1]
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+class _Repeated:
+    """The whole text is read again at each step."""
+
+    def __init__(self, model: HeadModel, real: Tensor | None) -> None:
+        self._model, self._real = model, real
+        self._tokens: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self._tokens is None else int(self._tokens.shape[1])
+
+    def step(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        *,
+        observers: Sequence[Observer] = (),
+        edits: Sequence[Edit] = (),
+    ) -> Float[Tensor, "batch d_vocab"]:
+        if self._real is not None:
+            self._real = _extended(self._real, self.length, tokens)
+        grown = tokens if self._tokens is None else torch.cat([self._tokens, tokens], 1)
+        self._tokens = grown
+        with torch.no_grad():
+            logits = self._model.forward(
+                grown,
+                real=self._real,
+                observers=observers,
+                edits=edits,
+                logits_at=torch.tensor([grown.shape[1] - 1]),
+            )
+        return logits[:, -1]
+
+
+def _extended(
+    real: Bool[Tensor, "batch pos"], length: int, tokens: Int[Tensor, "batch new"]
+) -> Bool[Tensor, "batch longer"]:
+    """The padding mask of the text with its new tokens, all real beyond the prompt."""
+    missing = length + tokens.shape[1] - real.shape[1]
+    more = torch.ones(len(real), max(missing, 0), dtype=torch.bool, device=real.device)
+    return torch.cat([real, more], 1)

@@ -1,0 +1,246 @@
+"""Greedy decoding of a needle probe, with each head's most attended token at every step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.capture import check_fits
+from headscope.errors import HeadscopeError, InputError
+from headscope.memory import is_out_of_memory
+from headscope.models.decoding import decoding
+from headscope.models.protocol import Edit, HeadModel, LayerView
+from headscope.probes.probe import Probe
+from headscope.progress import track
+from headscope.retrieval.recall import recall, word_recall
+from headscope.retrieval.runs import Run, Runs
+
+# As published: steps of a run at most, recall above which it counts.
+_STEPS = 50
+_THRESHOLD = 0.5
+_TOKENS_PER_PASS = 8192
+
+
+def follow(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    new_tokens: int | None = None,
+    threshold: float = _THRESHOLD,
+    edits: Sequence[Edit] = (),
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Runs:
+    """Let a model answer every example of a needle probe, and see who copies the answer.
+
+    Greedy decoding with keys and values kept; the prompt on fused attention, and of every step
+    only the newest query's row, the prompt's last one included, which says the first token. A run
+    stops at the tokenizer's end-of-sequence token, or at a line break once something was said.
+
+    Args:
+        model: the model.
+        probe: with the marks ``end`` and ``needle_answer``; what stands after ``end`` is not read.
+        new_tokens: steps at most; default: 50 as published, and for needles whose answer
+            completes a sentence, which nothing ends, as many as the answer has.
+        threshold: recall above which a run counts; as published, 0.5.
+        edits: the same for all examples; those with ``scope="decode"`` act after the prompt.
+        batch_size: examples at a time, of equal length; default: about 8192 tokens.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: if the probe has no such marks or does not fit the model.
+    """
+    check_fits(model, probe)
+    if new_tokens is not None and new_tokens < 1:
+        raise InputError(f"new_tokens={new_tokens} leaves nothing to say: give 1 or more.")
+    end, needle = probe.mark("end"), probe.mark("needle_answer")
+    if not bool(end.any(1).all()) or not bool(needle.any(1).all()):
+        raise InputError("every example needs tokens marked 'end' and 'needle_answer'.")
+    steps = new_tokens or _steps(probe)
+    longest = int((end.int().argmax(1) - probe.first).max()) + 1
+    if model.shape.n_ctx is not None and longest + steps - 1 > model.shape.n_ctx:
+        raise InputError(
+            f"{longest} tokens and {steps} steps are more than the {model.shape.n_ctx} that "
+            f"{model.name} takes: shorten the probe, or give a smaller new_tokens."
+        )
+    done: dict[int, Run] = {}
+    with track(len(probe), f"{model.name} answers", show=progress) as advance:
+        for rows in _batches(probe, batch_size):
+            waiting = [rows]
+            while waiting:
+                part = waiting.pop()
+                try:
+                    done |= zip(part, _decode(model, probe, part, steps, edits), strict=True)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    waiting += _halves(part, error)
+                else:
+                    advance(len(part))
+    unknown = torch.full((len(probe),), torch.nan)
+    facts = [probe.facts.get(name, unknown).double().numpy() for name in ("length", "depth")]
+    return Runs(tuple(done[row] for row in range(len(probe))), facts[0], facts[1], threshold)
+
+
+def _steps(probe: Probe) -> int:
+    if probe.settings.get("cloze") and "answer" in probe.marks:
+        return int(probe.mark("answer").sum(1).max())
+    return _STEPS
+
+
+def _batches(probe: Probe, batch_size: int | None) -> Iterator[list[int]]:
+    """Examples whose prompts are equally long, so that none is padded."""
+    lengths = probe.mark("end").int().argmax(1) - probe.first + 1
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
+        size = batch_size or max(1, _TOKENS_PER_PASS // length)
+        yield from (part.tolist() for part in rows.split(size))
+
+
+def _halves(rows: list[int], error: BaseException) -> list[list[int]]:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(rows) == 1:
+        raise HeadscopeError(
+            "one example does not fit in memory: use shorter texts or a device with more memory."
+        ) from error
+    return [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+
+
+@dataclass
+class _Looked:
+    """Sees where each head's newest query looks most."""
+
+    position: int
+    needle: Bool[Tensor, "batch pos"]
+    windows: tuple[int | None, ...]
+    best: dict[int, Int[Tensor, "batch head"]] = field(default_factory=dict)
+    reachable: dict[int, Bool[Tensor, " batch"]] = field(default_factory=dict)
+    wants_final: bool = False
+
+    def on_layer(self, view: LayerView) -> None:
+        """Keep one argmax a head; of equals the first."""
+        rows = view.rows(torch.tensor([self.position]))
+        self.best[view.layer] = rows.pattern[:, :, 0].argmax(-1)
+        if self.windows[view.layer] is not None:
+            marked = self.needle[:, : rows.visible.shape[-1]].to(rows.visible.device)
+            shown = rows.visible[:, 0, : marked.shape[1]] & marked
+            self.reachable[view.layer] = shown.any(-1)
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Nothing is kept of it."""
+
+
+class _Step(NamedTuple):
+    """Tokens said at one step, and where everybody looked."""
+
+    said: Int[Tensor, " batch"]
+    looked: _Looked
+
+
+def _decode(
+    model: HeadModel, probe: Probe, rows: list[int], steps: int, edits: Sequence[Edit]
+) -> list[Run]:
+    """Runs of examples whose prompts are equally long."""
+    prompts, marks = [], []
+    for row in rows:
+        start, end = int(probe.first[row]), int(probe.mark("end")[row].int().argmax()) + 1
+        prompts.append(probe.tokens[row, start:end])
+        marks.append(probe.mark("needle_answer")[row, start:end])
+    tokens, needle = torch.stack(prompts), torch.stack(marks)
+    text, given = decoding(model), tokens
+    taken: list[_Step] = []
+    stops = _Stops(model)
+    open_runs = set(range(len(rows)))
+    for _ in range(steps):
+        looked = _Looked(text.length + given.shape[1] - 1, needle, model.shape.windows)
+        logits = text.step(given, observers=(looked,), edits=edits)
+        said = logits.argmax(-1).cpu()
+        taken.append(_Step(said, looked))
+        open_runs -= {i for i in open_runs if stops(int(said[i]), len(taken) - 1)}
+        if not open_runs:
+            break
+        given = said[:, None]
+    return _runs(model, tokens, needle, taken, stops)
+
+
+class _Stops:
+    """Whether a run ends with a token: end of sequence, or a line break after something said."""
+
+    def __init__(self, model: HeadModel) -> None:
+        self._tokenizer = model.tokenizer
+        self._known: dict[int, bool] = {}
+        self._eos = getattr(model.tokenizer, "eos_token_id", None)
+
+    def __call__(self, token: int, step: int) -> bool:
+        if token == self._eos:
+            return True
+        return step > 0 and self._breaks(token)
+
+    def _breaks(self, token: int) -> bool:
+        if token not in self._known:
+            self._known[token] = self._tokenizer is not None and "\n" in self._tokenizer.decode(
+                [token]
+            )
+        return self._known[token]
+
+
+def _runs(
+    model: HeadModel,
+    prompts: Int[Tensor, "batch pos"],
+    needle: Bool[Tensor, "batch pos"],
+    steps: list[_Step],
+    stops: _Stops,
+) -> list[Run]:
+    """What each example said before it stopped, and who copied it."""
+    said = torch.stack([step.said for step in steps])
+    copied = np.zeros((len(steps), len(prompts), model.shape.n_layers, model.shape.n_heads), bool)
+    reachable = np.ones((len(steps), len(prompts), model.shape.n_layers), bool)
+    wanted = prompts.masked_fill(~needle, -1)  # the needle's answer tokens where they stand
+    for at, step in enumerate(steps):
+        for layer, best in step.looked.best.items():
+            keys = best.cpu()
+            inside = keys < wanted.shape[1]
+            token = wanted.gather(1, keys.clamp_max(wanted.shape[1] - 1)).where(inside, -1)
+            copied[at, :, layer] = (token == step.said[:, None]).numpy()
+            if layer in step.looked.reachable:
+                reachable[at, :, layer] = step.looked.reachable[layer].cpu().numpy()
+    runs = []
+    for row in range(len(prompts)):
+        tokens = said[:, row].tolist()
+        ends = (at for at, token in enumerate(tokens) if stops(token, at))
+        length = next(ends, len(tokens))
+        key = prompts[row, needle[row]].tolist()
+        response, share = _answered(model, tokens[:length], _unbroken(prompts[row], needle[row]))
+        runs.append(
+            Run(
+                tokens=tuple(tokens[:length]),
+                response=response,
+                recall=share,
+                needle=tuple(key),
+                copied=copied[:length, row],
+                reachable=reachable[: max(length, 1), row],
+            )
+        )
+    return runs
+
+
+def _unbroken(tokens: Int[Tensor, " pos"], mark: Bool[Tensor, " pos"]) -> list[list[int]]:
+    """Tokens of each unbroken run of a mark."""
+    at = mark.nonzero().flatten()
+    parts = at.tensor_split((at.diff() > 1).nonzero().flatten() + 1)
+    return [tokens[part].tolist() for part in parts]
+
+
+def _answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> tuple[str, float]:
+    """The response as text, and its recall of the answer."""
+    if model.tokenizer is None:
+        text = " ".join(map(str, said))
+        return text, recall([token for part in wanted for token in part], said)
+    response = model.tokenizer.decode(said)
+    reference = " ".join(model.tokenizer.decode(part) for part in wanted)
+    return response, word_recall(reference, response)

@@ -1,0 +1,195 @@
+"""The retrieval score of Wu et al. 2024, decoded as published and teacher-forced."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope.errors import HeadscopeError
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.retrieval.follow import follow
+from headscope.retrieval.origin import origin
+from headscope.retrieval.runs import Run, Runs
+from headscope.scoring import score
+from headscope.table import HeadScores
+
+_SOURCE = "Wu et al. 2024 (arXiv 2404.15574), {}"
+# Mean score from which the source calls a head a retrieval head.
+THRESHOLD = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Retrieval:
+    """Retrieval scores of a decoded probe, means over the runs that count.
+
+    Attributes:
+        by_set: the paper's counting: different needle tokens copied over different needle
+            tokens, at most 1.
+        by_step: the published code's counting: every step that copies, over the needle's
+            length; above 1 where the model says the needle twice.
+        activation: share of the runs in which the head copies at least one token.
+        runs: what was said, and how well.
+    """
+
+    by_set: HeadScores
+    by_step: HeadScores
+    activation: HeadScores
+    runs: Runs
+
+    def heads(self, threshold: float = THRESHOLD) -> tuple[HeadIndex, ...]:
+        """Heads whose mean (``by_set``) is above the threshold, highest first."""
+        ranked = self.by_set.top(self.by_set.mean.size)
+        return tuple(head for head, value in ranked if value > threshold)
+
+    def __str__(self) -> str:
+        """One sentence."""
+        best = ", ".join(f"{head} {value:.2f}" for head, value in self.by_set.top(5))
+        return (
+            f"{len(self.heads())} retrieval heads (above {THRESHOLD:g}) in "
+            f"{int(self.runs.counted.sum())} of {len(self.runs.runs)} runs with recall above "
+            f"{self.runs.threshold:g}; highest: {best}."
+        )
+
+
+def decoded(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    null: bool = True,
+    new_tokens: int | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Retrieval:
+    """Retrieval scores as published: greedy decoding, and who copies what is said.
+
+    A head copies at a step when the key it attends to most lies among the needle's answer tokens
+    and holds the very token that is generated. Runs with recall up to 0.5 are left out.
+
+    Args:
+        model: the model.
+        probe: of kind ``needle``.
+        null: decode the probe's control too, where all runs count.
+        new_tokens: steps at most; see :func:`follow`.
+        batch_size: examples at a time.
+        progress: show a bar.
+
+    Raises:
+        HeadscopeError: if the model answers no example well enough to count.
+    """
+    runs = follow(model, probe, new_tokens=new_tokens, batch_size=batch_size, progress=progress)
+    if not runs.counted.any():
+        raise HeadscopeError(
+            f"{model.name} answered none of the {len(probe)} examples with recall above "
+            f"{runs.threshold:g} (highest: {runs.recall.max():.2f}), so there is nothing to score: "
+            "use easier needles, shorter texts, or the teacher-forced form."
+        )
+    control = None
+    if null and probe.control is not None:
+        control = follow(
+            model, probe.control, new_tokens=new_tokens, batch_size=batch_size, progress=progress
+        )
+
+    def scored(
+        name: str, value: Callable[[Run], Float[np.ndarray, "layer head"]], most: float | None
+    ) -> HeadScores:
+        return _scores(model, probe, runs, control, name, value, most)
+
+    return Retrieval(
+        by_set=scored("retrieval_set", lambda run: run.by_set, 1.0),
+        by_step=scored("retrieval_steps", lambda run: run.by_step, None),
+        activation=scored("retrieval_activation", lambda run: run.active, 1.0),
+        runs=runs,
+    )
+
+
+_MEANING = {
+    "retrieval_set": ("Share of the needle's different tokens that the head copies.", "score"),
+    "retrieval_steps": ("Steps at which the head copies, over the needle's length.", "code"),
+    "retrieval_activation": ("Share of runs in which the head copies a token.", "activation"),
+}
+
+
+def _scores(
+    model: HeadModel,
+    probe: Probe,
+    runs: Runs,
+    control: Runs | None,
+    name: str,
+    value: Callable[[Run], Float[np.ndarray, "layer head"]],
+    most: float | None,
+) -> HeadScores:
+    there = np.zeros((model.shape.n_layers, model.shape.n_heads), dtype=bool)
+    there[tuple(np.transpose(model.shape.heads))] = True
+
+    def values(of: Runs) -> Float[np.ndarray, "layer head example"]:
+        return np.where(there[..., None], np.stack([value(run) for run in of.runs], -1), np.nan)
+
+    per_example = values(runs)
+    missing = np.isnan(per_example[..., runs.counted]).sum(-1) * there
+    per_example[..., ~runs.counted] = np.nan
+    description, what = _MEANING[name]
+    return HeadScores.from_examples(
+        name,
+        per_example,
+        kv_heads=model.shape.n_kv_heads,
+        control_per_example=None if control is None else values(control),
+        missing=missing,
+        unit="share",
+        bounds=(0.0, most),
+        description=description,
+        source=_SOURCE.format(what),
+        threshold=None if name == "retrieval_activation" else THRESHOLD,
+        provenance=origin(
+            model,
+            probe,
+            form="decoded",
+            runs_counted=int(runs.counted.sum()),
+            recall_threshold=runs.threshold,
+        ),
+    )
+
+
+def forced(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    runs: Runs | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> HeadScores:
+    """Retrieval scores of one forward pass with the answer appended: the scorer ``retrieval``.
+
+    Rows are computed at the positions that predict the answer alone. Each is counted as in the
+    published code; where the model would say just the answer, both forms agree.
+
+    Args:
+        model: the model.
+        probe: of kind ``needle``.
+        runs: of :func:`follow`: only examples that count there; default: all.
+        batch_size: examples at a time.
+        progress: show a bar.
+    """
+    scores = score(model, probe, "retrieval", batch_size=batch_size, progress=progress)["retrieval"]
+    if runs is None:
+        return scores
+    kept = np.where(runs.counted, scores.per_example, np.nan)
+    return HeadScores.from_examples(
+        scores.name,
+        kept,
+        kv_heads=scores.kv_heads,
+        control_per_example=scores.control_per_example,
+        alternative=scores.alternative,
+        missing=np.asarray(scores.missing),
+        unit=scores.unit,
+        bounds=scores.bounds,
+        description=scores.description,
+        source=scores.source,
+        threshold=scores.threshold,
+        provenance=replace(
+            scores.provenance,
+            probe={**scores.provenance.probe, "runs_counted": int(runs.counted.sum())},
+        ),
+    )

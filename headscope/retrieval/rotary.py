@@ -1,0 +1,98 @@
+"""What each rotary frequency adds to a head's scores with far tokens."""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.capture import stream
+from headscope.errors import UnsupportedModelError
+from headscope.inputs import Rotation
+from headscope.models.protocol import HeadModel, LayerView
+from headscope.probes.probe import Probe
+from headscope.scorers.rotary import far_keys, plane_shares
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryContributions:
+    """Shares of the rotary planes in the size of far scores; a head's shares add up to 1.
+
+    Attributes:
+        share: mean over the queries that predict an answer, and over examples; NaN in layers
+            without attention.
+        frequency: radians by which one position turns each plane, by layer; planes run from the
+            fastest to the slowest.
+    """
+
+    share: Float[np.ndarray, "layer head plane"]
+    frequency: Float[np.ndarray, "layer plane"]
+
+    @property
+    def wavelength(self) -> Float[np.ndarray, "layer plane"]:
+        """Tokens after which each plane has turned once."""
+        with np.errstate(divide="ignore"):
+            return 2 * np.pi / self.frequency
+
+
+def rotary_contributions(
+    model: HeadModel, probe: Probe, *, batch_size: int | None = None
+) -> RotaryContributions:
+    """Which frequencies make each head's scores with the farther half of the text.
+
+    Hong et al. 2024 (arXiv 2410.08703); definitions at the scorer ``rotary_slowness``.
+
+    Args:
+        model: with rotary positions, whose queries and keys can be seen.
+        probe: of kind ``needle``.
+        batch_size: examples at a time.
+
+    Raises:
+        UnsupportedModelError: if the model has none, or shows none.
+    """
+    for limit in ("matches", "rotary"):
+        if limit in model.limits:
+            raise UnsupportedModelError(model.limits[limit])
+    rotations = {layer: model.parts.rotation(layer) for layer in model.shape.attention_layers}
+    wanted = probe.mark("answering")
+    total: dict[int, Tensor] = {}
+    for _, seen in stream(
+        model, probe, lambda batch, _halvings: _Seen(batch, rotations), batch_size=batch_size
+    ):
+        for layer, values in seen.total.items():
+            total[layer] = total.get(layer, torch.zeros_like(values)) + values
+    planes = {len(rotation.first) for rotation in rotations.values()}
+    if len(planes) != 1:
+        raise UnsupportedModelError(f"{model.name} has layers with different rotary planes.")
+    shape = model.shape
+    share = np.full((shape.n_layers, shape.n_heads, planes.pop()), np.nan)
+    frequency = np.full((shape.n_layers, share.shape[-1]), np.nan)
+    for layer, rotation in rotations.items():
+        speed = rotation.frequency.abs().cpu()
+        order = speed.argsort(descending=True)
+        share[layer] = (total[layer] / int(wanted.sum()))[:, order].numpy()
+        frequency[layer] = speed[order].numpy()
+    return RotaryContributions(share, frequency)
+
+
+@dataclass
+class _Seen:
+    """Sums of the shares over the queries of a batch."""
+
+    batch: Probe
+    rotations: dict[int, Rotation]
+    total: dict[int, Float[Tensor, "head plane"]] = field(default_factory=dict)
+    wants_final: bool = False
+
+    def on_layer(self, view: LayerView) -> None:
+        """Add one layer's queries."""
+        wanted = self.batch.mark("answering")
+        positions = wanted.any(0).nonzero().flatten()
+        seen = replace(view.matches(positions), rotation=self.rotations[view.layer])
+        shares = plane_shares(seen, far_keys(seen)).double().cpu()
+        chosen = wanted[:, None, positions, None].to(shares.dtype)
+        self.total[view.layer] = (shares.nan_to_num(0) * chosen).sum((0, 2))
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Nothing is kept of it."""

@@ -1,0 +1,101 @@
+"""What happened in each run of a needle probe: what was said, and who copied it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One example, decoded greedily.
+
+    Attributes:
+        tokens: what was generated, up to where it stopped.
+        response: the same as text; ids with spaces between, without a tokenizer.
+        recall: share of the answer's words (see :func:`word_recall`) that it says.
+        needle: ids of the needle's answer tokens.
+        copied: at each step, whether the head's most attended token lies among the needle's
+            answer tokens and is the one generated.
+        reachable: at each step, whether the layer's window shows any of those.
+    """
+
+    tokens: tuple[int, ...]
+    response: str
+    recall: float
+    needle: tuple[int, ...]
+    copied: Bool[np.ndarray, "step layer head"]
+    reachable: Bool[np.ndarray, "step layer"]
+
+    @cached_property
+    def by_step(self) -> Float[np.ndarray, "layer head"]:
+        """Copied steps over the needle's length; above 1 where the needle is said again."""
+        return self._unless_hidden(self.copied.sum(0) / max(len(self.needle), 1))
+
+    @cached_property
+    def by_set(self) -> Float[np.ndarray, "layer head"]:
+        """Different copied tokens over different tokens of the needle; at most 1."""
+        said = np.array(self.tokens, dtype=int)
+        different = sorted(set(self.needle))
+        found = [self.copied[np.equal(said, token)].any(0) for token in different]
+        return self._unless_hidden(np.sum(found, axis=0) / max(len(different), 1))
+
+    @cached_property
+    def active(self) -> Float[np.ndarray, "layer head"]:
+        """1 where the head copied at least one token."""
+        return self._unless_hidden(self.copied.any(0).astype(float))
+
+    def _unless_hidden(
+        self, values: Float[np.ndarray, "layer head"]
+    ) -> Float[np.ndarray, "layer head"]:
+        """NaN in layers that could not see the needle at any step."""
+        return np.where(self.reachable.any(0)[:, None], values, np.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """All runs of a probe, in its order.
+
+    Attributes:
+        runs: one per example.
+        length, depth: of each example, as asked for; NaN where the probe does not say.
+        threshold: recall above which a run counts.
+    """
+
+    runs: tuple[Run, ...]
+    length: Float[np.ndarray, " example"]
+    depth: Float[np.ndarray, " example"]
+    threshold: float
+
+    @cached_property
+    def recall(self) -> Float[np.ndarray, " example"]:
+        """Recall of each run."""
+        return np.array([run.recall for run in self.runs])
+
+    @cached_property
+    def counted(self) -> Bool[np.ndarray, " example"]:
+        """Runs that answered well enough to be counted."""
+        return self.recall > self.threshold
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the runs that count."""
+        return float(self.counted.mean())
+
+    def grid(
+        self,
+    ) -> tuple[
+        Float[np.ndarray, " length"],
+        Float[np.ndarray, " depth"],
+        Float[np.ndarray, "length depth"],
+        Int[np.ndarray, "length depth"],
+    ]:
+        """Lengths, depths, the share of right runs in each cell (NaN: none), and how many."""
+        lengths, row = np.unique(self.length, return_inverse=True)
+        depths, column = np.unique(self.depth, return_inverse=True)
+        right, count = np.zeros((2, len(lengths), len(depths)))
+        np.add.at(right, (row, column), self.counted)
+        np.add.at(count, (row, column), 1)
+        with np.errstate(invalid="ignore"):
+            return lengths, depths, right / count, count.astype(int)
