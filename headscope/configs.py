@@ -59,7 +59,9 @@ def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        # A key that is wrong explains the one that is missing.
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
         place = [str(part) for part in first["loc"]]
         if first["type"] == "extra_forbidden":
             sentence = nearest(place[-1], _keys_beside(kind, place), kind="key")
