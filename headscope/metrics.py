@@ -171,6 +171,10 @@ def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric
 
     Raises:
         InputError: if it is neither.
+
+    Example:
+        >>> as_metric(lambda logits, probe: logits.amax((1, 2))).name
+        'lambda'
     """
     if isinstance(metric, Metric | WholeMetric):
         return metric
@@ -185,7 +189,13 @@ def rows_of(
     read: Bool[Tensor, "batch pos"],
     clean: Float[Tensor, "row d_vocab"] | None = None,
 ) -> LogitRows:
-    """Rows with what the probe says about them."""
+    """Rows with what the probe says about them.
+
+    Example:
+        >>> read = hs.metrics.loss.reads(probe)
+        >>> len(rows_of(model.forward(probe.tokens)[read], probe, read).targets) == int(read.sum())
+        True
+    """
     device = logits.device
     where = read.to(probe.targets.device)
     return LogitRows(
@@ -205,6 +215,10 @@ def normalised_effect(
     """``(value - baseline) / (clean - baseline)``: 1 as in the clean run, 0 as in the baseline.
 
     NaN where clean and baseline are less than ``tolerance`` apart.
+
+    Example:
+        >>> float(normalised_effect(*torch.tensor([3.0, 4.0, 2.0])))
+        0.5
     """
     span = clean - baseline
     ratio = (value - baseline) / span

@@ -58,6 +58,11 @@ def head_means(
 
     Returns:
         By layer ``[head d_head]``, or ``[pos head d_head]``.
+
+    Example:
+        >>> means = hs.ablation.head_means(model, probe)
+        >>> means[0].shape == (model.shape.n_heads, model.shape.d_head)
+        True
     """
     total: dict[int, Tensor] = {}
     for _, part in capture.stream(
@@ -121,6 +126,11 @@ def head_values(
 
     Returns:
         By layer, in the layout of the site.
+
+    Example:
+        >>> z = hs.ablation.head_values(model, probe.tokens, layers=[1])[1]
+        >>> z.shape == (*probe.tokens.shape, model.shape.n_heads, model.shape.d_head)
+        True
     """
     chosen = frozenset(model.shape.attention_layers if layers is None else layers)
     nothing = torch.empty(0, dtype=torch.long)

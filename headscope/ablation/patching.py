@@ -63,6 +63,11 @@ def patch_activations(
 
     Raises:
         InputError: if the probe has no pair that is aligned with it.
+
+    Example:
+        >>> names = hs.probes.pairs(model, "ioi", batch=2)
+        >>> hs.patch_activations(model, names, hs.metrics.logit_difference).axes
+        ('layer', 'head')
     """
     clean, corrupt = _aligned_pair(probe)
     run, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)

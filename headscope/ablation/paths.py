@@ -73,6 +73,12 @@ def path_patch(
 
     Returns:
         Effect per sender; NaN where no path leads from it to a receiver.
+
+    Example:
+        >>> names = hs.probes.pairs(model, "ioi", batch=2)
+        >>> effect = hs.path_patch(model, names, hs.metrics.logit_difference, receivers="L2H1")
+        >>> bool(np.isnan(effect.mean[2]).all())  # no path from heads of the receiver's own layer
+        True
     """
     if entry not in ("query", "key", "value"):
         raise InputError(f"entry is 'query', 'key' or 'value'; got {entry!r}.")

@@ -17,6 +17,11 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
     directions of a subspace alike. Heads that share keys and values have equal entries.
 
     Source: the projection kernel of Grassmann learning (Hamm and Lee 2008).
+
+    Example:
+        >>> pairs = hs.circuits.subspace_affinity(model, "K")
+        >>> pairs.values.ndim
+        4
     """
     writer, reader = operands(model, mode, fold_norm)
     written = torch.linalg.qr(writer.right.mT).Q

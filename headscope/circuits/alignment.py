@@ -14,6 +14,12 @@ def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "la
     ``tr(Q.T @ C @ Q) / tr(C)`` with Q an orthonormal basis of the left factor's columns and C the
     covariance of the token embeddings. Range [0, 1]; by chance d_head / d_model. Known weakness:
     all directions of the subspace count alike, also those that the head hardly uses.
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> share = hs.circuits.read_alignment(hs.circuits.ov(model), words)
+        >>> bool(((share >= 0) & (share <= 1)).all())
+        True
     """
     grams = {kind: words.input_gram(kind) for kind in {min(layer, 1) for layer in factors.layers}}
     shares = [
@@ -28,6 +34,12 @@ def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "l
 
     As :func:`read_alignment`, for the right factor's rows and the directions of all logits. Low
     where a head writes for later layers rather than for the output.
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> share = hs.circuits.write_alignment(hs.circuits.ov(model), words)
+        >>> share.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
     """
     gram = words.output_gram()
     return factors.per_head(torch.stack([_share(right.mT, gram) for right in factors.right]))

@@ -35,6 +35,11 @@ def head_card(
         directions: singular directions shown.
         tokens: tokens shown at each end of a direction.
         partners: heads shown on each side of a composition.
+
+    Example:
+        >>> card = hs.circuits.head_card(model, "L2H1")
+        >>> card.head
+        'L2H1'
     """
     index = model.shape.check(HeadIndex.parse(head))
     missing: dict[str, str] = {}

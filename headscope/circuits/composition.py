@@ -48,6 +48,12 @@ def composition(
     out (distance 0). Known weakness: the Frobenius norm mixes in directions that no input ever
     takes; in GPT-2 small some heads score high without composing. See
     :func:`component_composition`.
+
+    Example:
+        >>> pairs = hs.circuits.composition(model, "K")
+        >>> first, second, score = pairs.top(1)[0]
+        >>> first.layer < second.layer
+        True
     """
     first, second = operands(model, mode, fold_norm)
     values = _all_pairs(first, second)
@@ -72,6 +78,10 @@ def random_composition(model: HeadModel, fold_norm: bool = True) -> float:
     The root mean square over all rotations of one head against the other, whatever their
     spectra; random Gaussian factors, as in Elhage et al. 2021, have the same mean to within a
     percent. One dimension less where both sides are centred.
+
+    Example:
+        >>> 0 < hs.circuits.random_composition(model) < 1
+        True
     """
     centred = fold_norm and model.parts.input_norm(model.shape.attention_layers[-1]).centred
     return 1 / math.sqrt(model.shape.d_model - int(centred))
@@ -108,6 +118,11 @@ def component_composition(
 
     Source: Merullo et al. 2024, "Talking Heads", section 3 (they decompose one matrix of the
     pair and keep the other whole, as here).
+
+    Example:
+        >>> scores = hs.circuits.component_composition(model, "V", components=2)
+        >>> type(scores).__name__
+        'ComponentScores'
     """
     first, second = operands(model, mode, fold_norm)
     directions = first.svd().Vh[:, :, :components]
@@ -133,6 +148,11 @@ def direction_composition(
 
     Entry (i, j): ``v_i . u_j`` of the earlier head's OV and the later head's read circuit, both
     sorted by singular value. Range [-1, 1]; signs follow :class:`HeadSVD`.
+
+    Example:
+        >>> cosines = hs.circuits.direction_composition(model, "L0H0", "L1H0", "Q")
+        >>> cosines.shape == (model.shape.d_head, model.shape.d_head)
+        True
     """
     one, two = (model.shape.check(HeadIndex.parse(head)) for head in (first, second))
     if one.layer >= two.layer:

@@ -23,6 +23,12 @@ def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor
 
     Source: Elhage et al. 2021; folded and centred as in Olsson et al. 2022. Known weakness: not
     discriminative alone (a quarter of GPT-2 small's heads exceed 0.95).
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> scores = hs.circuits.copying_eigenvalues(hs.circuits.ov(model), words)
+        >>> bool(((scores >= -1) & (scores <= 1)).all())
+        True
     """
     return eigenvalue_ratio(token_cores(factors, words.output_input_gram))
 
@@ -33,6 +39,12 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
     Range [-1, 1]: 1 where queries look for keys of their own token, -1 where they avoid them.
     The mean over the vocabulary is removed from E, since what all tokens share matches in every
     head. Holds at the distance that the factors were made for.
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> scores = hs.circuits.matching_eigenvalues(hs.circuits.qk(model), words)
+        >>> bool(((scores >= -1) & (scores <= 1)).all())
+        True
     """
     return eigenvalue_ratio(token_cores(factors, words.input_gram))
 
@@ -44,6 +56,12 @@ def copying_share(
 
     Range [0, 1]; chance is k / vocabulary. All logits count, sources are ``tokens`` alone.
     Source: the top-1 version is common in tutorials (ARENA); k as in Wang et al. 2022.
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> scores = hs.circuits.copying_share(hs.circuits.ov(model), words, torch.arange(50, 60))
+        >>> bool(((scores >= 0) & (scores <= 1)).all())
+        True
     """
     ranks = target_ranks(
         factors, lambda layer: words.inputs(tokens, layer), words.outputs, tokens, words.size
@@ -58,6 +76,12 @@ def matching_share(
 
     Range [0, 1]; chance is k / vocabulary. Holds at the distance that the factors were made for,
     and without biases; every key counts at its own embedding's length.
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> scores = hs.circuits.matching_share(hs.circuits.qk(model), words, torch.arange(50, 60))
+        >>> bool(((scores >= 0) & (scores <= 1)).all())
+        True
     """
     found = []
     for place, layer in enumerate(factors.layers):

@@ -93,7 +93,13 @@ class Recording:
 
 @torch.no_grad()
 def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Recording:
-    """Run one prompt; keep residual inputs, head outputs and patterns of all layers."""
+    """Run one prompt; keep residual inputs, head outputs and patterns of all layers.
+
+    Example:
+        >>> recording = hs.circuits.record(model, probe.tokens[0])
+        >>> type(recording).__name__
+        'Recording'
+    """
     ids = torch.as_tensor(tokens).reshape(1, -1)
     inputs = model.parts.layer_inputs(ids, model.shape.attention_layers)
     recording = Recording({layer: x[0].float() for layer, x in inputs.items()})
@@ -119,6 +125,12 @@ def score_parts(
         UnsupportedModelError: where scores are not bilinear.
 
     Source: Franco and Crovella 2024, "Sparse Attention Decomposition Applied to Circuit Tracing".
+
+    Example:
+        >>> recording = hs.circuits.record(model, probe.tokens[0])
+        >>> parts = hs.circuits.score_parts(model, recording, "L2H1", query=15, key=6)
+        >>> parts.head
+        L2H1
     """
     index = model.shape.check(HeadIndex.parse(head))
     if not 0 <= key <= query < len(recording.residual[index.layer]):
@@ -156,6 +168,12 @@ def suppliers(model: HeadModel, recording: Recording, parts: ScoreParts) -> list
     Exact with the norm's scale held: on either side the contributions and that side's constant
     sum to ``kept_score``. Unlike the paper, which projects on the signal directions with weights
     ``sqrt(S)``, contributions are in units of the score, and the bias is counted once.
+
+    Example:
+        >>> recording = hs.circuits.record(model, probe.tokens[0])
+        >>> parts = hs.circuits.score_parts(model, recording, "L2H1", query=15, key=6)
+        >>> len(hs.circuits.suppliers(model, recording, parts)) > 0
+        True
     """
     need_linear_write(model, "what earlier heads supply")
     edges = []
@@ -205,6 +223,11 @@ def trace(
 
     Returns:
         Edges in the order of tracing; each score is traced once.
+
+    Example:
+        >>> edges = hs.circuits.trace(model, probe.tokens[0], "L2H1", query=15, key=6)
+        >>> {type(edge).__name__ for edge in edges}
+        {'TracedEdge'}
     """
     recording = record(model, tokens)
     pending, done, edges = [(HeadIndex.parse(head), query, key)], set(), []

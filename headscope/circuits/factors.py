@@ -134,7 +134,13 @@ _TENSORS = ("left", "right", "left_bias", "right_bias")
 
 
 def with_bias(factors: HeadFactors) -> HeadFactors:
-    """The same with the affine parts in a last coordinate of d_model that is always 1."""
+    """The same with the affine parts in a last coordinate of d_model that is always 1.
+
+    Example:
+        >>> wider = hs.circuits.with_bias(hs.circuits.qk(model))
+        >>> wider.left.shape[-2] == model.shape.d_model + 1
+        True
+    """
     left = torch.cat([factors.left, factors.left_bias.unsqueeze(-2)], -2)
     right = torch.cat([factors.right, factors.right_bias.unsqueeze(-1)], -1)
     return replace(

@@ -43,6 +43,11 @@ def relation_scores(
 
     Source: Elhelo and Geva 2024, "Inferring Functionality of Attention Heads from their
     Parameters" (MAPS). Ties go to the lowest token id.
+
+    Example:
+        >>> table = hs.circuits.relation_scores(model)
+        >>> "copy" in list(table)[0]
+        True
     """
     chosen = relations(model) if pairs is None else pairs
     if not chosen:
@@ -117,6 +122,11 @@ def salient_mappings(
     saliency figures applied it in layer 0 too).
 
     Source: Elhelo and Geva 2024, section 3.
+
+    Example:
+        >>> found = hs.circuits.salient_mappings(model, "L2H1", sources=3, targets=2)
+        >>> type(found).__name__
+        'Mappings'
     """
     index = model.shape.check(HeadIndex.parse(head))
     factors = ov(model, fold_norm, layers=[index.layer])

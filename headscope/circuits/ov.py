@@ -34,6 +34,11 @@ def ov(
         UnsupportedModelError: where a norm after attention makes the write another one.
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+
+    Example:
+        >>> factors = hs.circuits.ov(model)
+        >>> factors.svd().S.shape == (model.shape.n_layers, model.shape.n_heads, model.shape.d_head)
+        True
     """
     need_linear_write(model, "its OV circuit")
     numbers = chosen_layers(model, layers)

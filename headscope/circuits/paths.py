@@ -52,6 +52,11 @@ def strongest_paths(
         fold_norm: fold the norms.
 
     Known weakness: high composition is no proof of use (see :func:`composition`); ablate.
+
+    Example:
+        >>> paths = hs.circuits.strongest_paths(model, k=3, modes=["K"])
+        >>> len(paths)
+        3
     """
     chance = random_composition(model, fold_norm)
     return chains([composition(model, mode, fold_norm) for mode in modes], chance, k, length)
@@ -62,6 +67,11 @@ def chains(scores: Iterable[PairScores], chance: float, k: int, length: int) -> 
 
     The logarithm of a chain's strength is a sum over its links, so that the k best chains that
     end in a head come from the k best that end in the heads below it.
+
+    Example:
+        >>> pairs = hs.circuits.composition(model, "K")
+        >>> len(hs.circuits.chains([pairs], hs.circuits.random_composition(model), k=2, length=2))
+        2
     """
     if length < 2:
         raise InputError("a chain has at least two heads: length=2 or more.")

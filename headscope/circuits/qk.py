@@ -44,6 +44,10 @@ def qk(
             bilinear, unless ``fold_norm=False`` and no offset ask for the bare weights.
 
     Source: Elhage et al. 2021; Su et al. 2021, "RoFormer", equation 16.
+
+    Example:
+        >>> hs.circuits.qk(hs.load("tiny-llama"), offset=1).svd().S.shape[2]
+        32
     """
     bare = not fold_norm and offset is None
     factors, rotations = _unrotated(model, fold_norm, layers, bare=bare)
@@ -67,6 +71,10 @@ def qk_content(
         distances: the distances that count alike, e.g. ``range(1, 512)``.
         fold_norm: fold the norm before attention.
         layers: layer numbers; None means all that have attention.
+
+    Example:
+        >>> hs.circuits.qk_content(hs.load("tiny-llama"), range(1, 9)).svd().S.ndim
+        3
     """
     factors, rotations = _unrotated(model, fold_norm, layers, bare=False)
     return _turned(factors, rotations, torch.tensor(list(distances), dtype=torch.float64))
@@ -86,6 +94,11 @@ def qk_bands(
 
     Raises:
         UnsupportedModelError: where scores are not bilinear.
+
+    Example:
+        >>> bands = hs.circuits.qk_bands(hs.load("tiny-llama"))
+        >>> len(bands)  # rotary planes of a head of 32
+        16
     """
     factors, rotations = _unrotated(model, fold_norm, layers, bare=False)
     whole, rotation = _turned(factors, rotations, offset), rotations[0]

@@ -45,6 +45,15 @@ def target_ranks(
         outputs: vectors of tokens at the far end.
         targets: token wanted for each source.
         d_vocab: number of tokens.
+
+    Example:
+        >>> words, ids = hs.circuits.Dictionary(model), torch.arange(50, 54)
+        >>> ranks = hs.circuits.target_ranks(
+        ...     hs.circuits.ov(model), lambda layer: words.inputs(ids, layer), words.outputs, ids,
+        ...     model.shape.d_vocab,
+        ... )
+        >>> ranks.promoted.shape == (model.shape.n_layers, model.shape.n_heads, 4)
+        True
     """
     found = []
     for place, layer in enumerate(factors.layers):

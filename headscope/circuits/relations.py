@@ -60,6 +60,10 @@ def relations(model: HeadModel, path: "str | PathLike[str] | None" = None) -> di
 
     Raises:
         InputError: if the file holds something else.
+
+    Example:
+        >>> "copy" in hs.circuits.relations(model)
+        True
     """
     lists = _word_lists() if path is None else read_relations(path)
     found = {} if path is not None else {"copy": _copy(model)}
@@ -92,6 +96,12 @@ def read_relations(path: "str | PathLike[str]") -> dict[str, WordPairs]:
 
     Raises:
         InputError: naming what is wrong with the file.
+
+    Example:
+        >>> with open("capitals.json", "w") as file:
+        ...     _ = file.write('{"capital": [["France", "Paris"], ["Italy", "Rome"]]}')
+        >>> hs.circuits.read_relations("capitals.json")
+        {'capital': [('France', 'Paris'), ('Italy', 'Rome')]}
     """
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))

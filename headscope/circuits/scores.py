@@ -54,6 +54,11 @@ def score(model: HeadModel, *, tokens: int = 256, k: int = 5, seed: int = 0) -> 
 
     Raises:
         UnsupportedModelError: if neither circuit can be read.
+
+    Example:
+        >>> table = hs.circuits.score(model, tokens=32)
+        >>> "copying_eigenvalues" in table
+        True
     """
     sample = _sample(model, tokens, seed)
     lines, reasons, layers = [], [], model.shape.attention_layers
@@ -211,6 +216,11 @@ def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer hea
     Mean plus three standard deviations over draws of Gaussian factors; the variance of either
     factor is that of its own entries. Not the Marchenko-Pastur edge, which holds for one factor
     and not for a product.
+
+    Example:
+        >>> edge = hs.circuits.random_edge(hs.circuits.ov(model))
+        >>> bool((edge > 0).all())
+        True
     """
     width, rank = factors.left.shape[-2:]
     mean, deviation = spectrum.product_edge(width, rank, width, seed=seed)

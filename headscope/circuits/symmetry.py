@@ -14,6 +14,11 @@ def symmetric_share(factors: HeadFactors) -> Float[Tensor, "layer head"]:
     [0, 1]: 1 symmetric (a QK circuit that matches like with like, or unlike with unlike), 0
     antisymmetric (each looks for what does not look for it), 1/2 on average by chance. NaN for
     a zero matrix. Known weakness: says nothing of the sign; see :func:`eigenvalue_ratio`.
+
+    Example:
+        >>> share = hs.circuits.symmetric_share(hs.circuits.ov(model))
+        >>> bool(((share >= 0) & (share <= 1)).all())
+        True
     """
     core = factors.core()
     trace = (core * core.mT).sum((-2, -1))
@@ -27,6 +32,10 @@ def eigenvalue_ratio(
 
     1 where all eigenvalues are positive (what goes in comes out), -1 where all are negative;
     NaN for a zero matrix.
+
+    Example:
+        >>> float(hs.circuits.eigenvalue_ratio(torch.eye(3)[None, None]))
+        1.0
     """
     values = torch.linalg.eigvals(core.double().cpu())
     ratio: Tensor = values.real.sum(-1) / values.abs().sum(-1)

@@ -82,6 +82,12 @@ def vocabulary_view(
 
     Source: Millidge and Black 2022; Dar et al. 2022. Known weakness: directions of nearly equal
     singular value may be mixed by any rotation, so that only their span means something.
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> view = hs.circuits.vocabulary_view(hs.circuits.ov(model), words, directions=2, tokens=3)
+        >>> type(view).__name__
+        'VocabularyView'
     """
     svd = factors.svd()
     U, Vh = svd.U[..., :directions].mT, svd.Vh[:, :, :directions]

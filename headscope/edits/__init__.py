@@ -33,7 +33,12 @@ Positions = Bool[Tensor, "batch pos"] | None
 
 
 def zero(heads: Heads, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
-    """``z`` becomes 0. What a value bias adds goes too; the output bias stays."""
+    """``z`` becomes 0. What a value bias adds goes too; the output bias stays.
+
+    Example:
+        >>> hs.edits.zero(["L0H1", "L2H3"]).layers == {0, 2}
+        True
+    """
     return HeadEdit.at("zero", heads, positions=positions, scope=scope)
 
 
@@ -44,7 +49,13 @@ def mean(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """``z`` becomes the head's mean over a reference probe."""
+    """``z`` becomes the head's mean over a reference probe.
+
+    Example:
+        >>> edit = hs.edits.mean("L1H2", hs.ablation.head_means(model, probe))
+        >>> model.forward(probe.tokens, edits=[edit]).shape[2] == model.shape.d_vocab
+        True
+    """
     return HeadEdit.at("mean", heads, donors=means, positions=positions, scope=scope)
 
 
@@ -55,7 +66,13 @@ def mean_pos(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """``z`` becomes the head's mean at that position: for prompts of one template."""
+    """``z`` becomes the head's mean at that position: for prompts of one template.
+
+    Example:
+        >>> means = hs.ablation.head_means(model, probe, per_position=True)
+        >>> hs.edits.mean_pos("L1H2", means).site
+        'z'
+    """
     return HeadEdit.at("mean_pos", heads, donors=means, positions=positions, scope=scope)
 
 
@@ -66,7 +83,13 @@ def resample(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """``z`` becomes that of another example at the same position."""
+    """``z`` becomes that of another example at the same position.
+
+    Example:
+        >>> values = hs.ablation.head_values(model, probe.tokens.flip(0))
+        >>> hs.edits.resample("L1H2", values).site
+        'z'
+    """
     return HeadEdit.at("resample", heads, donors=donors, positions=positions, scope=scope)
 
 
@@ -76,6 +99,12 @@ def uniform(heads: Heads, *, positions: Positions = None, scope: Scope = "all") 
     What the retrieval-head literature calls masking (Wu et al. 2024, arXiv 2404.15574). Exact
     where nothing but ``q k`` enters the softmax: with a position bias (ALiBi) the bias remains, and
     with a learned sink (gpt-oss) the row is flat but for the sink's share.
+
+    Example:
+        >>> with model.edited([hs.edits.uniform("L0H0")]):
+        ...     rows = hs.capture.collect(model, probe, layers=[0], heads=[0])[0].pattern
+        >>> torch.allclose(rows[0, 0, 3, :4], torch.full((4,), 0.25))
+        True
     """
     return HeadEdit.at("uniform", heads, site="query", positions=positions, scope=scope)
 
@@ -86,7 +115,13 @@ def freeze_pattern(
     *,
     positions: Positions = None,
 ) -> HeadEdit:
-    """Attention stays what it was in another run, whatever its queries and keys become."""
+    """Attention stays what it was in another run, whatever its queries and keys become.
+
+    Example:
+        >>> patterns = hs.ablation.head_values(model, probe.tokens, site="pattern")
+        >>> hs.edits.freeze_pattern("L0H0", patterns).site
+        'pattern'
+    """
     return HeadEdit.at(
         "freeze_pattern", heads, site="pattern", donors=patterns, positions=positions
     )
@@ -102,6 +137,11 @@ def patch(
     """The value at a site becomes that of a paired run, position by position.
 
     At ``key`` and ``value`` heads are key/value heads, which several query heads may share.
+
+    Example:
+        >>> keys = hs.ablation.head_values(model, probe.control.tokens, site="key")
+        >>> hs.edits.patch("L1H0", keys, site="key").site
+        'key'
     """
     return HeadEdit.at("patch", heads, site=site, donors=donors, positions=positions)
 
@@ -114,7 +154,12 @@ def scale(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """The value at a site is multiplied."""
+    """The value at a site is multiplied.
+
+    Example:
+        >>> hs.edits.scale("L1H0", 0.5, positions=probe.mark("second_copy")).factor
+        0.5
+    """
     return HeadEdit.at("scale", heads, site=site, factor=factor, positions=positions, scope=scope)
 
 
@@ -127,6 +172,10 @@ def attend_to_first(
         heads: which.
         real: the probe's real positions.
         positions: of the queries; None: all.
+
+    Example:
+        >>> hs.edits.attend_to_first("L1H0", probe.real).site
+        'pattern'
     """
     first = real.int().argmax(1)
     row = torch.nn.functional.one_hot(first, real.shape[1]).float()[:, None, None]

@@ -23,6 +23,10 @@ def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
 
     Raises:
         InputError: if one is no head address.
+
+    Example:
+        >>> hs.edits.head_list(["L1H0", "0.2", (2, 1)])
+        (L1H0, L0H2, L2H1)
     """
     given: list[Any] = [heads] if isinstance(heads, str) else list(heads)
     if len(given) == 2 and all(isinstance(part, int) for part in given):

@@ -67,7 +67,13 @@ class Stacked:
 
 
 def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
-    """Edits of a stacked pass, one for every site that some variant touches."""
+    """Edits of a stacked pass, one for every site that some variant touches.
+
+    Example:
+        >>> stacked = hs.edits.stack([(hs.edits.zero("L0H0"),), (hs.edits.zero("L1H1"),)])
+        >>> [one.site for one in stacked]
+        ['z']
+    """
     stacks = []
     for site in SITES:
         mine = tuple(tuple(edit for edit in edits if edit.site == site) for edits in variants)
@@ -77,19 +83,36 @@ def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
 
 
 def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tuple[AnyEdit, ...]:
-    """Edits of one variant for some examples, from one position on; others pass as they are."""
+    """Edits of one variant for some examples, from one position on; others pass as they are.
+
+    Example:
+        >>> edit = hs.edits.zero("L0H0", positions=probe.mark("second_copy"))
+        >>> len(hs.edits.cut((edit,), examples=slice(0, 1)))
+        1
+    """
     return tuple(
         edit.cut(examples, first) if isinstance(edit, HeadEdit) else edit for edit in variant
     )
 
 
 def first_layer(variant: Variant) -> int | None:
-    """Lowest layer that a variant touches; None if it touches none."""
+    """Lowest layer that a variant touches; None if it touches none.
+
+    Example:
+        >>> hs.edits.first_layer([hs.edits.zero("L2H0"), hs.edits.zero("L1H1")])
+        1
+    """
     return min((layer for edit in variant for layer in edit.layers), default=None)
 
 
 def first_position(variant: Variant) -> int:
-    """First position that a variant touches; 0 where an edit does not say."""
+    """First position that a variant touches; 0 where an edit does not say.
+
+    Example:
+        >>> edit = hs.edits.zero("L0H0", positions=probe.mark("second_copy"))
+        >>> bool(hs.edits.first_position([edit]) == probe.mark("second_copy").int().argmax())
+        True
+    """
     return min(
         (edit.first_position if isinstance(edit, HeadEdit) else 0 for edit in variant), default=0
     )

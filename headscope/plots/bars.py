@@ -23,6 +23,10 @@ def ranking(
         k: number of bars.
         level: of the interval.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> type(hs.plots.ranking(table["induction"], k=5)).__name__
+        'Figure'
     """
     style = STYLES[theme]
     chosen = best(scores, k)

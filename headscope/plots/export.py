@@ -23,6 +23,9 @@ def save(figure: go.Figure, path: "str | PathLike[str]", *, scale: float = 2.0) 
         figure: from headscope, or one of your own of those kinds.
         path: of the file.
         scale: pixels of a ``.png`` per pixel of the figure.
+
+    Example:
+        >>> hs.plots.save(hs.plots.heatmap(table["induction"]), "induction.html")
     """
     target = Path(path)
     kind = target.suffix.lower()

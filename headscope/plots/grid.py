@@ -30,6 +30,11 @@ def heatmap(
         scores: one score; a table shows all of its scores, as :func:`heatmaps` does.
         limits: values of the first and last colour.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> figure = hs.plots.heatmap(table["induction"])
+        >>> figure.data[0].z.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
     """
     if isinstance(scores, HeadTable):
         return heatmaps(scores, theme=theme)
@@ -69,6 +74,10 @@ def heatmaps(
         names: which, in this order; default: all.
         columns: panels in a row.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> len(hs.plots.heatmaps(table, ["induction", "previous_token"]).data)
+        2
     """
     shown = [table[name] for name in (table if names is None else names)]
     layers, heads = table.shape

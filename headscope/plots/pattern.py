@@ -33,6 +33,11 @@ def attention_pattern(
         tokens: one text per key position; queries are the last of them if they are fewer.
         title: e.g. ``"gpt2 L5H1"``.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> layer = hs.capture.collect(model, probe, layers=[2], heads=[1])[2]
+        >>> type(hs.plots.attention_pattern(layer.pattern[0, 0].numpy())).__name__
+        'Figure'
     """
     queries, keys = pattern.shape
     if tokens is not None and (len(tokens) != keys or queries > keys):

@@ -22,6 +22,11 @@ def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "lig
         b: score on the vertical axis.
         named: how many of the best heads of each score carry their name.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> figure = hs.plots.scatter(table["previous_token"], table["induction"])
+        >>> len(figure.data[0].x) == model.shape.n_layers * model.shape.n_heads
+        True
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"{a.name!r} and {b.name!r} are not of one model.")

@@ -52,6 +52,13 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
 
     Raises:
         InputError: with one sentence for every bad line, naming it.
+
+    Example:
+        >>> with open("mine.jsonl", "w") as file:
+        ...     _ = file.write('{"text": "Mary gave a drink to", "answer": " John"}')
+        >>> probe = hs.probes.from_jsonl(model, "mine.jsonl")
+        >>> len(probe), sorted(probe.marks)
+        (1, ['delimiter', 'end'])
     """
     tokenizer = need_tokenizer(model, "a JSONL probe")
     prefix = bos_prefix(model, bos)

@@ -28,6 +28,11 @@ def pairs(
 
     Raises:
         InputError: if the task is unknown or the tokenizer cannot do it.
+
+    Example:
+        >>> probe = hs.probes.pairs(model, "ioi", batch=4)
+        >>> probe.corrupt.tokens.shape == probe.tokens.shape
+        True
     """
     if task not in _TASKS:
         raise InputError(nearest(task, _TASKS, kind="task"))

@@ -42,6 +42,11 @@ def repeated_tokens(
 
     Raises:
         InputError: if it does not fit the model's context, or a number is too small.
+
+    Example:
+        >>> probe = hs.probes.repeated_tokens(model, length=5, batch=2)
+        >>> probe.tokens.shape == (2, 1 + 5 + 5)  # a BOS in front, since this model uses one
+        True
     """
     if copies < 2:
         raise InputError(f"copies={copies} is no repetition: give 2 or more.")
@@ -79,6 +84,10 @@ def random_tokens(
     """``[BOS]`` and ``length`` random tokens, none twice where the vocabulary allows.
 
     The shape of a :func:`repeated_tokens` control, on its own.
+
+    Example:
+        >>> hs.probes.random_tokens(model, length=8, batch=3).length
+        9
     """
     draw = _Draw(model, length, batch, seed, bos)
     tokens = draw.with_prefix(draw(length))

@@ -42,6 +42,11 @@ def text(
 
     Raises:
         InputError: if there is no text, too little of it, or too much for the context.
+
+    Example:
+        >>> probe = hs.probes.text(model, ["The cat sat on the mat.", "The dog ran."])
+        >>> probe.real.all(1).tolist()  # the second is padded
+        [True, False]
     """
     tokenizer = need_tokenizer(model, "a text probe")
     prefix = bos_prefix(model, bos)

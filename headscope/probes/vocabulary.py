@@ -61,6 +61,10 @@ def uses_bos(model: HasVocabulary) -> bool:
     That is what the model saw in training. GPT-2 and GPT-NeoX name a BOS token but do not
     prepend it, so this is False for them; transformer-lens prepends it all the same, and
     ``bos=True`` does so here.
+
+    Example:
+        >>> hs.probes.uses_bos(model)
+        True
     """
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.bos_token_id is None:

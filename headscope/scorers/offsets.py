@@ -55,6 +55,10 @@ def relative_offset(distance: int) -> Scorer:
 
     Raises:
         InputError: if the distance is negative, which a causal model cannot see.
+
+    Example:
+        >>> list(hs.score(model, probe, relative_offset(3)))
+        ['offset_3']
     """
     if distance < 0:
         raise InputError(f"distance={distance} is after the query: give 0 or more.")

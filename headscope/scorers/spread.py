@@ -24,6 +24,10 @@ def window_mass(width: int, *, name: str | None = None, threshold: float | None 
 
     Raises:
         InputError: if the width is not at least 1.
+
+    Example:
+        >>> list(hs.score(model, probe, window_mass(4)))
+        ['window_4']
     """
     if width < 1:
         raise InputError(f"width={width} holds no token: give 1 or more.")
