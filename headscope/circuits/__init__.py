@@ -7,6 +7,7 @@ hs.circuits.composition(model, "K").top(5)   # pairs of heads
 hs.circuits.strongest_paths(model, modes=["K"])
 hs.circuits.score(model)                     # HeadTable of all weight scores
 hs.circuits.head_card(model, "L2H5")         # all of it for one head
+hs.circuits.survey(model)                    # all of it for all heads
 """
 
 from headscope.circuits.affinity import subspace_affinity as subspace_affinity
@@ -59,6 +60,8 @@ from headscope.circuits.spectrum import product_edge as product_edge
 from headscope.circuits.spectrum import product_spectra as product_spectra
 from headscope.circuits.spectrum import stable_rank as stable_rank
 from headscope.circuits.spectrum import top_share as top_share
+from headscope.circuits.survey import Survey as Survey
+from headscope.circuits.survey import survey as survey
 from headscope.circuits.symmetry import eigenvalue_ratio as eigenvalue_ratio
 from headscope.circuits.symmetry import symmetric_share as symmetric_share
 from headscope.circuits.vocabulary import TopTokens as TopTokens

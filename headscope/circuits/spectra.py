@@ -1,7 +1,5 @@
 """Singular values and eigenvalues of all heads as numbers, for tables and pictures."""
 
-from typing import Literal
-
 import numpy as np
 import torch
 from jaxtyping import Shaped
@@ -19,12 +17,13 @@ from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
 from headscope.table import HeadEigenvalues, HeadSpectra
 
-Circuit = Literal["OV", "QK"]
 _DRAWS = 64
+_BETWEEN = {"OV": "token to logit", "QK": "query token to key token"}
+_SEEN = {"raw": "raw embedding", "mlp": "first MLP added", "mlp_only": "first MLP alone"}
 
 
 def spectra(
-    model: HeadModel, circuit: Circuit = "OV", fold_norm: bool = True, *, seed: int = 0
+    model: HeadModel, circuit: str = "OV", fold_norm: bool = True, *, seed: int = 0
 ) -> HeadSpectra:
     """Singular values of every head, and the band in which random factors would put them.
 
@@ -59,7 +58,7 @@ def spectra(
 
 
 def eigenvalues(
-    model: HeadModel, circuit: Circuit = "OV", embedding: Embedding = "raw"
+    model: HeadModel, circuit: str = "OV", embedding: Embedding = "raw"
 ) -> HeadEigenvalues:
     """Eigenvalues behind the copying (OV) and matching (QK) scores of every head.
 
@@ -79,7 +78,7 @@ def eigenvalues(
     return HeadEigenvalues(
         circuit,
         _by_layer(model, factors, values),
-        description="token to logit" if circuit == "OV" else "query token to key token",
+        description=f"{_BETWEEN[circuit]}, {_SEEN[embedding]}",
         provenance=provenance(model, circuit=circuit, embedding=embedding, fold_norm=True),
     )
 

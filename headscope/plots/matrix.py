@@ -72,8 +72,8 @@ def composition_matrix(
     for update, shown in ((figure.update_xaxes, column_names), (figure.update_yaxes, row_names)):
         update(type="category", showgrid=False, zeroline=False, **_ticks(shown.tolist()))
     figure.update_xaxes(title_text="later head", tickangle=-60)
-    figure.update_yaxes(title_text="earlier head", autorange="reversed")
-    figure.update_layout(margin={"l": 80, "r": 100, "t": 70, "b": 80})
+    figure.update_yaxes(title_text="earlier head", title_standoff=10, autorange="reversed")
+    figure.update_layout(margin={"l": 96, "r": 100, "t": 70, "b": 80})
     return figure
 
 

@@ -1,0 +1,122 @@
+"""``headscope circuits``: what the weights of every head say."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscope.circuits.survey import Survey, survey
+from headscope.cli.output import console, table_rows
+from headscope.cli.scan import Loading
+from headscope.files import whole_file
+
+if TYPE_CHECKING:
+    from headscope.report.folder import RunFolder
+
+_SHOWN = (
+    "ov_effective_rank",
+    "ov_outliers",
+    "copying_eigenvalues_mlp",
+    "qk_effective_rank",
+    "qk_outliers",
+    "matching_eigenvalues_mlp",
+)
+
+
+def run(
+    loading: Loading, *, out: Path | None, tokens: int, paths: int, seed: int, as_json: bool
+) -> None:
+    """Load, read the weights, print, write."""
+    from headscope.report.folder import RunFolder
+
+    folder = None if out is None else RunFolder.create(out)
+    started = time.perf_counter()
+    model = loading.model()
+    loaded = time.perf_counter()
+    found = survey(model, tokens=tokens, paths=paths, seed=seed)
+    timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
+    if as_json:
+        print(json.dumps(_as_json(found), allow_nan=False))
+    else:
+        _print(found)
+    if folder is None:
+        return
+    settings = {
+        "command": "circuits",
+        "model": model.name,
+        "revision": model.revision,
+        "tokens": tokens,
+        "seed": seed,
+    }
+    _write(folder, found, settings, timings)
+    console(stderr=True).print(
+        f"Written to {out}: index.html (open it in a browser), table.parquet, pairs.parquet, "
+        "paths.json, pictures/."
+    )
+
+
+def _as_json(found: Survey) -> dict[str, Any]:
+    return {
+        "scores": table_rows(found.table),
+        "pairs": {
+            one.name: [[str(a), str(b), value] for a, b, value in one.top()] for one in found.pairs
+        },
+        "paths": _chains(found),
+        "missing": dict(found.missing),
+    }
+
+
+def _chains(found: Survey) -> dict[str, list[dict[str, Any]]]:
+    return {
+        kind: [
+            {"heads": [*map(str, one.heads)], "modes": one.modes, "strength": one.strength}
+            for one in paths
+        ]
+        for kind, paths in found.paths.items()
+    }
+
+
+def _print(found: Survey) -> None:
+    """Best heads of every score, then the strongest chains."""
+    from rich.text import Text
+
+    terminal = console()
+    terminal.print(found.table)
+    for kind, paths in found.paths.items():
+        if paths:
+            terminal.print(Text(f"\nStrongest paths, {kind} (in units of chance)", style="bold"))
+        for path in paths[:5]:
+            terminal.print(Text(f"  {path}"))
+    for name, reason in found.missing.items():
+        terminal.print(Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim"))
+
+
+def _write(
+    folder: "RunFolder", found: Survey, settings: dict[str, Any], timings: dict[str, float]
+) -> None:
+    import pandas
+
+    from headscope.plots import heatmaps
+    from headscope.report.circuits import circuit_sections, drawings
+
+    nodes = found.table.get("copying_eigenvalues_mlp")
+    made = drawings(found.pairs, found.spectra, found.eigenvalues, nodes)
+    chains = {
+        kind: [(str(one).rpartition(" (")[0], one.strength) for one in paths]
+        for kind, paths in found.paths.items()
+    }
+    pictures = {name: draw("light") for name, draw in made.items()}
+    pictures["scores"] = heatmaps(found.table, [one for one in _SHOWN if one in found.table])
+    if found.pairs:
+        rows = pandas.concat([one.to_pandas() for one in found.pairs])
+        with whole_file(folder.path / "pairs.parquet") as file:
+            rows.to_parquet(file, index=False)
+    with whole_file(folder.path / "paths.json") as file:
+        file.write(json.dumps(_chains(found), indent=2).encode() + b"\n")
+    folder.write(
+        found.table,
+        settings,
+        timings,
+        sections=circuit_sections(chains, made, found.missing),
+        pictures=pictures,
+    )
