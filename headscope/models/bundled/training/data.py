@@ -21,8 +21,12 @@ class Mixture:
 
     random_share: float
     """Share of rows of random tokens."""
-    random_kinds: tuple[float, float, float] = (0.2, 0.6, 0.2)
-    """Among those: groups, repeated spans, chunks in any order."""
+    random_kinds: tuple[float, float, float, float] = (0.2, 0.6, 0.2, 0.0)
+    """Among those: groups, repeated spans, chunks in any order, pairs with a value."""
+    facts_share: float = 0.5
+    """Share of facts among the rows of words; names and text share the rest, 3 to 2."""
+    near_share: float = 0.5
+    """Share of fact rows whose keys share colours and objects, so that both must be matched."""
 
 
 class Rows:
@@ -105,6 +109,28 @@ class Rows:
             seen.add(index)
         return ids[:length], weights[:length]
 
+    def random_pairs(self, rng: Random, length: int) -> Row:
+        """Pairs of random tokens with a value each, said again and again in any order.
+
+        Every first token stands with several second ones and the other way round, so that only
+        both together tell the value: facts without words.
+        """
+        lead, gap = rng.randint(0, 2), rng.randint(0, 1)
+        firsts, seconds = rng.randint(2, 5), rng.randint(2, 5)
+        tokens = rng.sample(self.ids, firsts + seconds + lead + gap)
+        start, between, keys = tokens[:lead], tokens[lead : lead + gap], tokens[lead + gap :]
+        pairs = [(a, b) for a in keys[:firsts] for b in keys[firsts:]]
+        values = {pair: rng.choice(self.ids) for pair in pairs}
+        told = rng.sample(pairs, rng.randint(3, len(pairs)))
+        ids, weights = [self.bos], [0.0]
+        seen: set[tuple[int, int]] = set()
+        while len(ids) < length:
+            pair = rng.choice(told)
+            ids += [*start, *pair, *between, values[pair]]
+            weights += [0.0] * (lead + 2 + gap) + [COPIED if pair in seen else 0.0]
+            seen.add(pair)
+        return ids[:length], weights[:length]
+
     def story(self, rng: Random, length: int, repeat: bool = False) -> Row:
         """Plain text; with `repeat`, a span of it comes back word by word later on."""
         ids, weights = [self.bos], [0.0]
@@ -119,9 +145,9 @@ class Rows:
                 weights += [PLAIN] * 2 + [COPIED] * (span - 2)
         return ids[:length], weights[:length]
 
-    def facts(self, rng: Random, length: int) -> Row:
+    def facts(self, rng: Random, length: int, near_share: float = 0.5) -> Row:
         """Facts, filler and earlier facts again in turn; the value said again is an answer."""
-        pool = text.facts(rng, count=30, held_out=False)
+        pool = text.facts(rng, count=30, held_out=False, near_share=near_share)
         told: list[text.Fact] = []
         ids, weights = [self.bos], [0.0]
         ask, filler = rng.uniform(0.2, 0.7), rng.choice((0.0, 0.1, 0.5))
@@ -161,13 +187,19 @@ class Rows:
     def row(self, rng: Random, length: int, mixture: Mixture) -> Row:
         """One row of the mixture."""
         if rng.random() < mixture.random_share:
-            makers = (self.random_groups, self.random_repeats, self.random_chunks)
+            makers = (
+                self.random_groups,
+                self.random_repeats,
+                self.random_chunks,
+                self.random_pairs,
+            )
             return rng.choices(makers, mixture.random_kinds)[0](rng, length)
+        rest = 1 - mixture.facts_share
         kinds: tuple[tuple[float, Callable[[Random, int], Row]], ...] = (
-            (0.08, self.story),
-            (0.12, lambda r, n: self.story(r, n, repeat=True)),
-            (0.50, self.facts),
-            (0.30, self.names),
+            (0.16 * rest, self.story),
+            (0.24 * rest, lambda r, n: self.story(r, n, repeat=True)),
+            (mixture.facts_share, lambda r, n: self.facts(r, n, mixture.near_share)),
+            (0.60 * rest, self.names),
         )
         make = rng.choices([kind for _, kind in kinds], [share for share, _ in kinds])[0]
         return make(rng, length)

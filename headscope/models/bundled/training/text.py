@@ -91,10 +91,13 @@ class Fact:
         return "."
 
 
-def facts(rng: Random, count: int, held_out: bool) -> list[Fact]:
-    """Facts with distinct keys and one relation, all held out from training or none."""
+def facts(rng: Random, count: int, held_out: bool, near_share: float = 0.5) -> list[Fact]:
+    """Facts with distinct keys and one relation, all held out from training or none.
+
+    In `near_share` of all calls the keys share few colours and few objects.
+    """
     keys = [(c, o) for c in w.COLOURS for o in w.OBJECTS if w.is_held_out_key(c, o) == held_out]
-    if rng.random() < 0.5:  # few colours and few objects: both are needed to tell the keys apart
+    if rng.random() < near_share:  # both colour and object are needed to tell the keys apart
         colours = set(rng.sample(w.COLOURS, 6))
         things = set(rng.sample(w.OBJECTS, 15))
         near = [(c, o) for c, o in keys if c in colours and o in things]

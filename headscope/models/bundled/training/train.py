@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .architectures import CONTEXT, NAMES, new_model
 from .data import Mixture, Rows
 from .evaluate import quick_figures
+from .revive import revive
 from .tokenizer import build_tokenizer, save_tokenizer
 
 
@@ -46,6 +47,7 @@ class Stage:
     steps: int
     length: int
     mixture: Mixture
+    tokens_per_step: int = 1536
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Cycle:
 
     stages: tuple[Stage, ...]
     peak: float = 0.7
+    revive: bool = False
+    """Redraw the heads of the first layer that rest on BOS before this cycle."""
 
     def rate(self, done: float) -> float:
         """Share of the full rate: down along a cosine."""
@@ -83,8 +87,21 @@ class Plan:
 
 AGAIN = Cycle((Stage(2500, CONTEXT, Mixture(0.25)),), peak=0.6)
 RECALL = Cycle((Stage(3000, CONTEXT, Mixture(0.1)),), peak=0.5)
+PAIRS_FIRST = Mixture(0.8, (0.1, 0.1, 0.1, 0.7))
+PAIRS_ALONG = Mixture(0.35, (0.1, 0.4, 0.1, 0.4), facts_share=0.7, near_share=0.9)
+# Two tokens together must name a value, in short rows first. Without the second cycle's redrawn
+# heads the first layer has one working head, and facts whose keys share a word stay mixed up.
+PAIRS = Cycle((Stage(1800, 64, PAIRS_FIRST), Stage(2400, CONTEXT, PAIRS_ALONG, 2048)), peak=0.8)
+REVIVED = Cycle(
+    (
+        Stage(3000, 64, Mixture(0.85, (0.1, 0.1, 0.1, 0.7))),
+        Stage(2400, CONTEXT, PAIRS_ALONG, 2048),
+    ),
+    peak=0.9,
+    revive=True,
+)
 PLANS = {
-    "tiny-gpt2": Plan(cycles=(TOGETHER, AGAIN, AGAIN, RECALL)),
+    "tiny-gpt2": Plan(cycles=(TOGETHER, AGAIN, AGAIN, RECALL, PAIRS, REVIVED)),
     "tiny-llama": Plan(),
 }
 
@@ -188,7 +205,7 @@ class Run:
         """Second part: everything together, in longer rows."""
         total, done = sum(stage.steps for stage in cycle.stages), 0
         for stage in cycle.stages:
-            count = self.plan.tokens_per_step // stage.length
+            count = stage.tokens_per_step // stage.length
             for _ in range(stage.steps):
                 ids, weights = self.rows.batch(self.rng(), count, stage.length, stage.mixture)
                 self.take(ids, weights, cycle.rate(done / total))
@@ -210,11 +227,11 @@ def train(name: str, out: Path, seed: int, plan: Plan, cycle: int = 0) -> PreTra
     run = Run(name, new_model(name, len(tokenizer), rows.bos, seed), rows, plan, out, seed)
     if cycle:
         last = max((out / "checkpoints").glob("step-*"))
-        run = _going_on(run, int(last.name.removeprefix("step-")))
+        run.step = int(last.name.removeprefix("step-"))
     else:
         run.grow()
     for number in range(cycle, len(plan.cycles)):
-        run = run if number == 0 or number == cycle else _going_on(run, run.step)
+        run = run if number == 0 else _going_on(run, plan.cycles[number].revive)
         run.mix(plan.cycles[number])
         run.report()
         save(run.model, out / "checkpoints" / f"step-{run.step:06d}")
@@ -223,10 +240,13 @@ def train(name: str, out: Path, seed: int, plan: Plan, cycle: int = 0) -> PreTra
     return run.model
 
 
-def _going_on(run: Run, step: int) -> Run:
+def _going_on(run: Run, redraw: bool) -> Run:
     """The run from its stored weights, with a fresh optimizer."""
     stored = type(run.model).from_pretrained(run.out, dtype=torch.float32)
-    return Run(run.name, stored, run.rows, run.plan, run.out, run.seed, step)
+    if redraw:
+        heads = revive(stored, run.rows, run.seed)
+        print(f"{run.name} redrew heads {heads} of the first layer", flush=True)
+    return Run(run.name, stored, run.rows, run.plan, run.out, run.seed, run.step)
 
 
 def main() -> None:
