@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from headscope.cli.app import app
+from headscope.scorers import CATALOGUE
 from tests.docs.pages import ROOT, blocks, commands
 
 README = ROOT / "README.md"
@@ -69,3 +70,14 @@ def test_readme_commands_run(desk: Path) -> None:
         said = ["tiny-gpt2" if word == "gpt2" else word for word in words[1:]]
         result = CliRunner().invoke(app, said, catch_exceptions=False)
         assert result.exit_code == 0, (words, result.output)
+
+
+def test_readme_table_is_checkable() -> None:
+    text = README.read_text(encoding="utf-8")
+    table = text.split("## Beside other tools")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 5
+    assert {len(row) for row in rows} == {len(rows[0])}
+    for row in rows[1:]:
+        assert list((ROOT / row[-1].strip(" `")).glob("test_*.py")), row
+    assert len(CATALOGUE) > 35
