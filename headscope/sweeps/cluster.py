@@ -141,6 +141,7 @@ def _cluster(workers: int | None) -> Iterator[Any]:
     """
     joined = "RAY_ADDRESS" in os.environ
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # not behind everything else on a shared box
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not joined:
         os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -32,7 +32,7 @@ from headscope.sweeps.selection import Cell, Scored, cells
 from headscope.table import Provenance
 from headscope.table.provenance import versions
 
-# Edits that draw: the others give the same with every seed.
+# Edits that draw: the others give the same with every seed, and are run once, as seed 0.
 _DRAWS = {"resample"}
 
 
@@ -98,7 +98,7 @@ def _studies(
             named = _named(chosen)
             for edit in config.edits:
                 placed = bench.measurement(probe.label, metric)
-                for seed in config.seeds if edit.method in _DRAWS else config.seeds[:1]:
+                for seed in config.seeds if edit.method in _DRAWS else (0,):
                     bench.placer(placed, edit, seed)
                     yield _study(bench, model, probe, edit, metric, seed, named), chosen
 

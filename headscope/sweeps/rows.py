@@ -77,7 +77,7 @@ def rows_table(
         "effect": mean,
         "sem": sem,
         "p_value": p,
-        "clean": np.full(size, mean_and_sem(clean).mean),
+        "clean": [mean_and_sem(clean[None]).mean[0]] * size,
         "effects": list(effects),
         "clean_values": [clean] * size,
         "provenance": [provenance] * size,
