@@ -2,11 +2,12 @@
 
 One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`scatter`. One head:
 :func:`attention_pattern`. Weights: :func:`spectra`, :func:`eigenvalues`, :func:`composition_graph`,
-:func:`composition_matrix`. To a file: :func:`save` (html, png, svg, pdf).
+:func:`composition_matrix`. Arms: :func:`curves`. To a file: :func:`save` (html, png, svg, pdf).
 """
 
 from headscope.plots.bars import ranking as ranking
 from headscope.plots.complex_plane import eigenvalues as eigenvalues
+from headscope.plots.curves import curves as curves
 from headscope.plots.export import save as save
 from headscope.plots.graph import composition_graph as composition_graph
 from headscope.plots.grid import heatmap as heatmap

@@ -44,7 +44,7 @@ def draw(figure: go.Figure) -> "Figure":
         _finish(area, _axis(layout, key[0]), _axis(layout, key[1]), ink)
     _shapes(next(iter(axes.values())), figure)
     if layout.showlegend:
-        _legend(next(iter(axes.values())), ink)
+        _legend(next(iter(axes.values())), layout.legend.orientation == "v", ink)
     for note in layout.annotations:
         at = place(note.x, note.y)
         canvas.text(*at, plain(note.text), color=ink, ha="center", va="bottom", fontsize=9.5)
@@ -95,12 +95,12 @@ def _shapes(area: "Axes", figure: go.Figure) -> None:
             area.axhline(shape.y0, color=colour_of(shape.line.color), lw=1, ls=dots, zorder=2.5)
 
 
-def _legend(area: "Axes", ink: str) -> None:
-    """Names of the traces that have one, above the panel to the right."""
+def _legend(area: "Axes", upright: bool, ink: str) -> None:
+    """Names of the traces that have one: above the panel to the right, or upright beside it."""
     area.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=6,
+        loc="upper left" if upright else "lower right",
+        bbox_to_anchor=(1.01, 1.0) if upright else (1.0, 1.0),
+        ncols=1 if upright else 6,
         frameon=False,
         fontsize=8.5,
         labelcolor=ink,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headscope.ablation.arguments import present
-from headscope.edits import Heads
+from headscope.edits import Heads, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.hf import HFModel
 from headscope.models.hf_prune import is_pruned, pruned, read_pruned
@@ -38,7 +38,7 @@ def prune(model: HeadModel, heads: Heads) -> "PreTrainedModel":
     Args:
         model: from :func:`headscope.load`; of a family whose attention goes through transformers'
             attention registry (``model.path == "hf"``).
-        heads: which to remove.
+        heads: which to remove; none: a plain copy.
 
     Raises:
         InputError: if the model lacks one of them.
@@ -52,7 +52,8 @@ def prune(model: HeadModel, heads: Heads) -> "PreTrainedModel":
         >>> len(model.shape.heads) - len(hs.load(smaller).shape.heads)
         2
     """
-    chosen = present(model, heads)
+    named = head_list(heads)
+    chosen = present(model, named) if named else ()
     if not isinstance(model, HFModel):
         raise UnsupportedModelError(
             f"{model.name} cannot be pruned: its attention does not go through transformers' "
@@ -81,6 +82,13 @@ def load_pruned(
     Raises:
         InputError: if the folder holds no pruned model.
         ModelLoadError: if its weights are not what its config says.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> hs.prune(model, "L0H1").save_pretrained(folder)
+        >>> hs.load(hs.pruning.load_pruned(folder)).shape.removed
+        frozenset({L0H1})
     """
     from transformers import AutoConfig
 

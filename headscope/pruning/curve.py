@@ -1,0 +1,233 @@
+"""A metric against the number of heads that went, for several orders and random ones."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope import metrics
+from headscope.ablation.arguments import Maker, Metricish, facts_of, present
+from headscope.ablation.groups import joint
+from headscope.ablation.run import Placer, Study
+from headscope.edits import Heads
+from headscope.errors import InputError
+from headscope.files import whole_file
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.progress import track
+from headscope.pruning.orders import Order, random_order
+from headscope.pruning.size import Size, measure_size
+from headscope.pruning.structure import prune
+from headscope.stats import bootstrap_interval, mean_and_sem
+from headscope.table import EffectGrid
+
+if TYPE_CHECKING:
+    import pandas
+
+_POINTS = 21
+_SIZES = ("parameters", "flops", "seconds")
+_SUFFIXES = (".parquet", ".csv")
+
+
+@dataclass(frozen=True, eq=False)
+class PruningCurve:
+    """A metric against heads removed. Draw it with ``hs.plots.curves(curve.effects, ...)``.
+
+    Attributes:
+        effects: edited run less clean run, axes ``arm`` and ``removed``; NaN where an order ends.
+        orders: heads of every arm, the first to go first.
+        controls: names of the arms in random order.
+        sizes: cost of the model at every point that was measured, by arm and number of heads.
+    """
+
+    effects: EffectGrid
+    orders: Mapping[str, Order]
+    controls: tuple[str, ...]
+    sizes: Mapping[tuple[str, int], Size] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of heads removed."""
+        return tuple(int(label) for label in self.effects.labels[1])
+
+    @property
+    def per_example(self) -> Float[np.ndarray, "arm point example"]:
+        """The metric itself."""
+        return np.asarray(self.effects.per_example + self.effects.unedited)
+
+    @property
+    def mean(self) -> Float[np.ndarray, "arm point"]:
+        """Mean of the metric over examples."""
+        return mean_and_sem(self.per_example).mean
+
+    def interval(
+        self, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    ) -> tuple[Float[np.ndarray, "arm point"], Float[np.ndarray, "arm point"]]:
+        """Percentile bootstrap interval of the mean over examples, lower and upper end."""
+        return bootstrap_interval(self.per_example, level, resamples, seed)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per arm and number of heads.
+
+        Columns: arm, control, removed, head (the last one that went), mean, sem, low and high (95%
+        interval), effect, parameters, flops, seconds (NaN where not measured).
+        """
+        import pandas
+
+        low, high = self.interval()
+        sem = mean_and_sem(self.per_example).sem
+        rows = []
+        for i, arm in enumerate(self.effects.labels[0]):
+            for j, count in enumerate(self.counts):
+                if count > len(self.orders[arm]):
+                    continue
+                size = self.sizes.get((arm, count))
+                rows.append(
+                    {
+                        "arm": arm,
+                        "control": arm in self.controls,
+                        "removed": count,
+                        "head": str(self.orders[arm][count - 1]) if count else "",
+                        "mean": self.mean[i, j],
+                        "sem": sem[i, j],
+                        "low": low[i, j],
+                        "high": high[i, j],
+                        "effect": self.effects.mean[i, j],
+                    }
+                    | {name: np.nan if size is None else getattr(size, name) for name in _SIZES}
+                )
+        return pandas.DataFrame(rows)
+
+    def save(self, path: "str | PathLike[str]") -> None:
+        """Write :meth:`to_pandas` as ``.parquet`` or ``.csv``, whole or not at all.
+
+        Raises:
+            InputError: for another ending.
+        """
+        target = Path(path)
+        if target.suffix not in _SUFFIXES:
+            raise InputError(f"a curve is saved as {' or '.join(_SUFFIXES)}, not {target.name!r}.")
+        frame = self.to_pandas()
+        with whole_file(target) as file:
+            if target.suffix == ".csv":
+                frame.to_csv(file, index=False)
+            else:
+                frame.to_parquet(file, index=False)
+
+
+def pruning_curve(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish = metrics.loss,
+    orders: Mapping[str, Heads] | None = None,
+    *,
+    counts: Sequence[int] | None = None,
+    random: int = 5,
+    method: Maker = "zero",
+    sizes: bool = False,
+    reference: Probe | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> PruningCurve:
+    """Measure a metric while heads go, in every order given and in random ones.
+
+    Heads are ablated, which is what structural pruning does to the metric; sets that several arms
+    share are measured once.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: what the metric is measured on: not the one that the orders were found on.
+        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        orders: heads by name of the arm, the first to go first.
+        counts: at which numbers of heads; default: all, or 21 at even distances.
+        random: how many random orders to add as controls, seeded from ``seed`` on.
+        method: of :func:`headscope.ablate_heads`; ``zero`` is what pruning does.
+        sizes: also prune for real at every point of the arms that are no controls, and measure
+            parameters, operations and time of each model.
+        reference: where replacement values come from.
+        seed: of the random orders, and of what the method draws.
+        batch_size: examples per recorded pass.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: if an argument does not fit.
+        UnsupportedModelError: if sizes are wanted of a family that cannot be pruned.
+
+    Example:
+        >>> import headscope as hs
+        >>> model = hs.load()
+        >>> probe = hs.probes.repeated_tokens(model, length=10, batch=2)
+        >>> order = hs.pruning.one_shot(hs.pruning.gradient_importance(model, probe))
+        >>> curve = hs.pruning.pruning_curve(
+        ...     model, probe, orders={"importance": order}, counts=[0, 4], random=2
+        ... )
+        >>> curve.mean.shape
+        (3, 2)
+    """
+    study = Study.of(model, probe, metric, batch_size=batch_size, progress=progress)
+    placer = Placer(study, method, reference=reference, seed=seed)
+    if sizes:
+        prune(model, model.shape.heads[0])  # what cannot be done is said before anything is run
+    arms = {name: present(model, heads) for name, heads in (orders or {}).items()}
+    controls = {f"random {seed + i}": random_order(model, seed + i) for i in range(random)}
+    if (not arms and not controls) or arms.keys() & controls.keys():
+        raise InputError("give at least one order or random one, under a name of its own.")
+    everything = {**arms, **controls}
+    points = _points(counts, max(len(order) for order in everything.values()))
+    sets = {
+        (arm, n): tuple(sorted(order[:n]))
+        for arm, order in everything.items()
+        for n in points
+        if n <= len(order)
+    }
+    distinct = list(dict.fromkeys(sets.values()))
+    effects, clean = joint(study, placer, distinct)
+    grid = np.full((len(everything), len(points), len(clean)), np.nan)
+    for (arm, n), heads in sets.items():
+        grid[list(everything).index(arm), points.index(n)] = effects[distinct.index(heads)]
+    wanted = {at: heads for at, heads in sets.items() if sizes and at[0] in arms}
+    measured = _sizes(model, probe, wanted, progress)
+    facts = facts_of(method, reference, None)
+    found = EffectGrid(
+        name="pruning",
+        axes=("arm", "removed"),
+        labels=(tuple(everything), tuple(map(str, points))),
+        per_example=grid,
+        unedited=clean,
+        unit=study.metric.unit,
+        description=f"{study.metric.name} without the heads less that of the whole model.",
+        provenance=study.provenance(seed, checks=placer.checks, **facts),
+    )
+    return PruningCurve(found, everything, tuple(controls), measured)
+
+
+def _points(counts: Sequence[int] | None, most: int) -> list[int]:
+    if counts is None:
+        return sorted({round(i) for i in np.linspace(0, most, min(_POINTS, most + 1))})
+    points = sorted(set(counts))
+    if not points or points[0] < 0 or points[-1] > most:
+        raise InputError(f"counts={list(counts)}: 0 to {most} heads can go.")
+    return points
+
+
+def _sizes(
+    model: HeadModel,
+    probe: Probe,
+    wanted: Mapping[tuple[str, int], tuple[HeadIndex, ...]],
+    progress: bool | None,
+) -> dict[tuple[str, int], Size]:
+    """Prune for real and measure, one model at a time."""
+    real = None if bool(probe.real.all()) else probe.real
+    by_set: dict[tuple[HeadIndex, ...], Size] = {}
+    with track(float(len(wanted)), "measuring pruned models", show=progress) as advance:
+        for heads in wanted.values():
+            if heads not in by_set:
+                by_set[heads] = measure_size(prune(model, heads), probe.tokens, real)
+            advance(1.0)
+    return {at: by_set[heads] for at, heads in wanted.items()}

@@ -1,0 +1,216 @@
+"""Learned gates: which heads a frozen model can do without, by hard-concrete L0.
+
+After Voita et al. 2019. Every head's output is multiplied by a gate: a random number that is
+exactly 0 or 1 with some probability and differentiable in its parameter ``log_alpha`` (Louizos et
+al. 2018, arXiv 1712.01312, section 2.2): with u uniform on (0, 1),
+
+    s = sigmoid((log u - log(1 - u) + log_alpha) / beta),  gate = clip(1.2 s - 0.1, 0, 1).
+
+Training lowers ``cost + penalty * sum over heads of P(gate > 0)``; only the gates learn.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope import metrics
+from headscope.ablation.arguments import Metricish
+from headscope.ablation.gradients import total_metric
+from headscope.ablation.run import Study
+from headscope.edits import Site
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.models.bridge import BridgeModel
+from headscope.models.hf import HFModel
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.progress import track
+from headscope.pruning.direction import Better, cost_sign
+from headscope.pruning.passes import whole_batches
+from headscope.table import HeadScores
+
+# Temperature and the interval that is stretched over, as published.
+BETA, LOW, HIGH = 0.33, -0.1, 1.1
+_EDGE = 1e-6
+
+
+def sample_gates(
+    log_alpha: Float[Tensor, "layer head"], uniform: Float[Tensor, "layer head"]
+) -> Float[Tensor, "layer head"]:
+    """Gates for uniform random numbers, as in training."""
+    noise = uniform.clamp(_EDGE, 1 - _EDGE)
+    s = torch.sigmoid((noise.log() - (1 - noise).log() + log_alpha) / BETA)
+    return (s * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def settled_gates(log_alpha: Float[Tensor, "layer head"]) -> Float[Tensor, "layer head"]:
+    """Gates without noise, as in evaluation: ``clip(1.2 sigmoid(log_alpha) - 0.1, 0, 1)``."""
+    return (torch.sigmoid(log_alpha) * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def chance_open(log_alpha: Float[Tensor, "layer head"]) -> Float[Tensor, "layer head"]:
+    """``P(gate > 0) = sigmoid(log_alpha - beta log(0.1 / 1.1))``."""
+    return torch.sigmoid(log_alpha - BETA * float(np.log(-LOW / HIGH)))
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedGates:
+    """What training found.
+
+    Attributes:
+        scores: settled gate of every head, from 0 (gone) to 1; in the mean.
+        log_alpha: parameter of every gate; orders heads that are equally open.
+        kept, removed: heads whose settled gate is above 0, and the others, smallest first.
+        costs: of every step, with sampled gates: the metric, or less it where higher is better.
+        open_heads: expected number of open gates before every step.
+    """
+
+    scores: HeadScores
+    log_alpha: Float[np.ndarray, "layer head"]
+    kept: tuple[HeadIndex, ...]
+    removed: tuple[HeadIndex, ...]
+    costs: Float[np.ndarray, " step"]
+    open_heads: Float[np.ndarray, " step"]
+
+    @property
+    def order(self) -> tuple[HeadIndex, ...]:
+        """All heads, the most closed gate first: an order of pruning."""
+        return _by_alpha(self.log_alpha, (*self.kept, *self.removed))
+
+    def __repr__(self) -> str:
+        """How many stay."""
+        return f"LearnedGates({len(self.kept)} heads kept, {len(self.removed)} removed)"
+
+
+@dataclass(frozen=True, eq=False)
+class _Gated:
+    """Multiplies head outputs by one gate per head."""
+
+    gates: Float[Tensor, "layer head"]
+    layers: frozenset[int]
+    site: Site = field(default="z", init=False)
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        return value * self.gates[layer].to(value)[:, None]
+
+
+def learn_gates(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish = metrics.loss,
+    *,
+    penalty: float = 0.1,
+    steps: int = 150,
+    rate: float = 0.1,
+    start: float = 2.0,
+    better: Better | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> LearnedGates:
+    """Train one gate per head on a frozen model, so that the heads it can do without close.
+
+    Adam on the gates alone; the model's weights get no gradient and stay as they are, bit by bit.
+    Gates are sampled once per step. Source: Voita et al. 2019 (arXiv 1905.09418), section 6
+    (``L0`` penalty), with gates and constants of Louizos et al. 2018. A model that is trained
+    further along with its gates would lose more heads; here it is left alone.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: what to train on; measure what is lost on another one.
+        metric: what shall stay good; differentiable.
+        penalty: cost of one open head, in the metric's unit; more closes more.
+        steps: of training, one batch of the probe each.
+        rate: of Adam.
+        start: of every ``log_alpha``; 2: open with probability .95 or more.
+        better: for a metric of your own: is it better ``higher`` or ``lower``?
+        seed: of the noise and of the order of batches.
+        batch_size: examples per step; default: all that one pass takes.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: if an argument makes no sense.
+
+    Example:
+        >>> gates = hs.pruning.learn_gates(model, probe, steps=2)
+        >>> len(gates.kept) + len(gates.removed) == len(model.shape.heads)
+        True
+    """
+    if penalty < 0 or steps < 1 or rate <= 0:
+        raise InputError(
+            f"gates need penalty >= 0, steps >= 1 and rate > 0; got {penalty}, {steps}, {rate}."
+        )
+    study = Study.of(model, probe, metric, batch_size=batch_size, progress=False)
+    sign = cost_sign(study.metric, better)
+    generator = torch.Generator().manual_seed(seed)
+    there = torch.zeros(model.shape.n_layers, model.shape.n_heads, dtype=torch.bool)
+    there[tuple(zip(*model.shape.heads, strict=True))] = True
+    log_alpha = torch.full(there.shape, start, requires_grad=True)
+    adam = torch.optim.Adam([log_alpha], lr=rate)
+    layers = frozenset(model.shape.attention_layers)
+    batches = list(whole_batches(study))
+    costs, opened = [], []
+    with frozen(model), track(float(steps), "learning gates", show=progress) as advance:
+        for step in range(steps):
+            if step % len(batches) == 0:
+                turns = torch.randperm(len(batches), generator=generator).tolist()
+            batch = batches[turns[step % len(batches)]]
+            noise = torch.rand(there.shape, generator=generator)
+            with torch.enable_grad():
+                gates = _Gated(sample_gates(log_alpha, noise).to(model.device), layers)
+                cost = sign * total_metric(model, batch, (gates,)) / len(batch.probe)
+                stay = chance_open(log_alpha)[there].sum()
+                (cost + penalty * stay.to(cost)).backward()
+            adam.step()
+            adam.zero_grad()
+            costs.append(float(cost.detach()))
+            opened.append(float(stay.detach()))
+            advance(1.0)
+    final = log_alpha.detach()
+    values = np.where(there.numpy(), settled_gates(final).double().numpy(), np.nan)
+    alpha = np.where(there.numpy(), final.double().numpy(), np.nan)
+    heads = _by_alpha(alpha, model.shape.heads)
+    scores = HeadScores.from_summary(
+        "gate",
+        values,
+        kv_heads=model.shape.n_kv_heads,
+        unit="gate",
+        bounds=(0.0, 1.0),
+        description="Learned gate on the head: 0 is closed, 1 open.",
+        source="Voita et al. 2019, arXiv 1905.09418; Louizos et al. 2018, arXiv 1712.01312",
+        provenance=study.provenance(seed, penalty=penalty, steps=steps, rate=rate, start=start),
+    )
+    return LearnedGates(
+        scores=scores,
+        log_alpha=alpha,
+        kept=tuple(head for head in heads if values[head] > 0),
+        removed=tuple(head for head in heads if values[head] == 0),
+        costs=np.array(costs),
+        open_heads=np.array(opened),
+    )
+
+
+@contextmanager
+def frozen(model: HeadModel) -> Iterator[None]:
+    """Scope in which no weight of the model asks for a gradient."""
+    asking: list[torch.nn.Parameter] = []
+    if isinstance(model, HFModel | BridgeModel):
+        asking = [p for p in model.module.parameters() if p.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def _by_alpha(
+    alpha: Float[np.ndarray, "layer head"], heads: tuple[HeadIndex, ...]
+) -> tuple[HeadIndex, ...]:
+    return tuple(sorted(heads, key=lambda head: (float(alpha[head]), head)))

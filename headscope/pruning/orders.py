@@ -1,0 +1,182 @@
+"""In which order heads go: each function gives heads, the first to go first.
+
+A table's column, an importance score, anything with a mean per head makes a one-shot order. The
+others measure as they go.
+"""
+
+from collections import Counter
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from headscope import metrics
+from headscope.ablation.arguments import Maker, Metricish
+from headscope.ablation.groups import joint
+from headscope.ablation.run import Placer, Study
+from headscope.edits import Heads
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.progress import track
+from headscope.pruning.direction import Better, cost_sign
+from headscope.pruning.importance import gradient_importance
+from headscope.table import HeadScores
+
+Order = tuple[HeadIndex, ...]
+
+
+@runtime_checkable
+class Importance(Protocol):
+    """Scores the heads that are left, e.g. :func:`gradient_importance`."""
+
+    def __call__(
+        self, model: HeadModel, probe: Probe, metric: Metricish, *, removed: Heads
+    ) -> HeadScores:
+        """Score all heads but the removed ones."""
+
+
+def one_shot(scores: HeadScores, *, keep: int = 0) -> Order:
+    """Heads by a score, the smallest mean first; ties by lowest head; those without one never.
+
+    Args:
+        scores: any column of a table, e.g. of :func:`gradient_importance`.
+        keep: how many heads of each layer never go: its best ones (Michel et al. 2019).
+
+    Example:
+        >>> order = hs.pruning.one_shot(table["induction"], keep=1)
+        >>> len(order) == len(model.shape.heads) - model.shape.n_layers
+        True
+    """
+    order = [head for head, _ in scores.bottom(scores.mean.size)]
+    return _kept(order, keep)
+
+
+def random_order(model: HeadModel, seed: int) -> Order:
+    """All heads in a random order: the control that every other order is compared with.
+
+    Example:
+        >>> sorted(hs.pruning.random_order(model, seed=0)) == list(model.shape.heads)
+        True
+    """
+    heads = model.shape.heads
+    return tuple(heads[i] for i in np.random.default_rng(seed).permutation(len(heads)))
+
+
+def iterative(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish = metrics.loss,
+    *,
+    step: float = 0.1,
+    count: int | None = None,
+    keep: int = 0,
+    importance: Importance = gradient_importance,
+    progress: bool | None = None,
+) -> Order:
+    """The least important heads, scored again after every step with those before taken out.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: what importance is measured on.
+        metric: what heads are important to.
+        step: share of all heads that goes between two scorings (Michel et al. 2019 take .05 or
+            .1); at least one head.
+        count: how many heads go in all; default: all but those that are kept.
+        keep: how many heads of each layer never go: the best ones of the first scoring.
+        importance: scores the heads that are left.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Example:
+        >>> len(hs.pruning.iterative(model, probe, step=0.25, count=4))
+        4
+    """
+    if not 0 < step <= 1:
+        raise InputError(f"a step is a share of all heads, above 0 and at most 1; got {step}.")
+    size = max(1, round(step * len(model.shape.heads)))
+    gone: Order = ()
+    may_go: Order | None = None
+    wanted = 1
+    with track(float(len(model.shape.heads)), "pruning in steps", show=progress) as advance:
+        while len(gone) < wanted:
+            order = one_shot(importance(model, probe, metric, removed=gone))
+            if may_go is None:
+                may_go = _kept(list(order), keep)
+                wanted = _wanted(count, len(may_go))
+            nearest = [head for head in order if head in may_go]
+            gone = (*gone, *nearest[: min(size, wanted - len(gone))])
+            advance(float(size))
+    return gone
+
+
+def greedy(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish = metrics.loss,
+    method: Maker = "zero",
+    *,
+    count: int | None = None,
+    keep: int = 0,
+    better: Better | None = None,
+    reference: Probe | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Order:
+    """At every step the head whose removal leaves the metric best, by exact ablation.
+
+    All candidates of a step are measured together with the heads that went before, by suffix
+    replay. That is ``n + (n-1) + ...`` ablations for all n heads.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: what the metric is measured on.
+        metric: what shall stay good.
+        method: of :func:`headscope.ablate_heads`; ``zero`` is what pruning does.
+        count: how many heads go; default: all that may.
+        keep: how many heads of each layer stay at the least.
+        better: for a metric of your own: is it better ``higher`` or ``lower``?
+        reference: where replacement values come from.
+        batch_size: examples per recorded pass.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Example:
+        >>> len(hs.pruning.greedy(model, probe, count=2))
+        2
+    """
+    study = Study.of(model, probe, metric, batch_size=batch_size, progress=False)
+    placer = Placer(study, method, reference=reference)
+    sign = cost_sign(study.metric, better)
+    left = Counter(head.layer for head in model.shape.heads)
+    heads = model.shape.heads
+    wanted = _wanted(count, sum(max(0, number - keep) for number in left.values()))
+    gone: Order = ()
+    total = float(sum(len(heads) - i for i in range(wanted)))
+    with track(total, "greedy pruning", show=progress) as advance:
+        while len(gone) < wanted:
+            candidates = [h for h in heads if h not in gone and left[h.layer] > keep]
+            effects, _ = joint(study, placer, [(*gone, head) for head in candidates])
+            cost = sign * np.nanmean(effects, axis=1)
+            best = candidates[int(np.argmin(cost))]
+            gone = (*gone, best)
+            left[best.layer] -= 1
+            advance(float(len(candidates)))
+    return gone
+
+
+def _kept(order: list[HeadIndex], keep: int) -> Order:
+    """The order without the last ``keep`` heads of each layer."""
+    if keep < 0:
+        raise InputError(f"keep={keep}: a layer keeps 0 or more heads.")
+    seen: Counter[int] = Counter()
+    stays = set()
+    for head in reversed(order):
+        if seen[head.layer] < keep:
+            stays.add(head)
+        seen[head.layer] += 1
+    return tuple(head for head in order if head not in stays)
+
+
+def _wanted(count: int | None, most: int) -> int:
+    if count is not None and not 1 <= count <= most:
+        raise InputError(f"count={count}: 1 to {most} heads can go.")
+    return most if count is None else count
