@@ -157,6 +157,47 @@ def head(
     )
 
 
+@app.command(no_args_is_help=True)
+def lens(
+    names: Annotated[
+        list[str], typer.Argument(metavar="[MODEL] PROMPT", help="A text, in quotes.")
+    ],
+    target: Annotated[
+        str | None, typer.Option(help="Next token to explain (default: the model's own).")
+    ] = None,
+    foil: Annotated[str | None, typer.Option(help="Token that it is compared with.")] = None,
+    position: Annotated[int, typer.Option(help="Whose next token; -1 is the last.")] = -1,
+    top: Annotated[int, typer.Option(min=1, help="Tokens shown of each reading.")] = 5,
+    learned: Annotated[
+        Path | None, typer.Option("--lens", help="Folder of a tuned lens or of shortcuts.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for numbers, pictures, page.")] = None,
+    revision: Revision = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustCode = False,
+) -> None:
+    """Read every layer of MODEL in the vocabulary, and split the next token's logit exactly."""
+    from headscope.cli import lens as command
+    from headscope.cli.scan import Loading
+
+    model, prompt = command.split(names)
+    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
+    command.run(
+        loading,
+        prompt,
+        target=target,
+        foil=foil,
+        position=position,
+        k=top,
+        learned=learned,
+        out=out,
+        as_json=json,
+    )
+
+
 @app.command()
 def doctor(
     model: Annotated[

@@ -17,7 +17,12 @@ def print_table(table: HeadTable, *, as_json: bool) -> None:
 
 def table_rows(table: HeadTable) -> list[dict[str, Any]]:
     """One JSON object per head and score; numbers that are not finite become null."""
-    records: list[dict[str, Any]] = table.to_pandas().to_dict(orient="records")
+    return plain_rows(table.to_pandas())
+
+
+def plain_rows(frame: Any) -> list[dict[str, Any]]:
+    """Rows of a data frame as JSON objects; what is missing or not finite becomes null."""
+    records: list[dict[str, Any]] = frame.to_dict(orient="records")
     return [{key: _plain(value) for key, value in record.items()} for record in records]
 
 
@@ -34,6 +39,8 @@ def console(*, stderr: bool = False) -> Any:
 def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
+    if type(value).__name__ == "NAType":  # pandas' own missing number
+        return None
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -68,6 +68,11 @@ def read_prompt(model: HeadModel, prompt: Promptish) -> Prompt:
                 f"{model.name} has no tokenizer, so it cannot read text: give token ids instead."
             )
         ids = encode(need_tokenizer(model, "a prompt"), prompt, bos_prefix(model, None)).ids
+        if not ids:  # transformers makes an empty tokenizer where a folder has none
+            raise InputError(
+                f"the tokenizer of {model.name} makes no token of the prompt: there is none in its "
+                "folder, or an empty one. Give token ids instead."
+            )
     else:
         ids = [int(one) for one in prompt]
     if not ids:

@@ -43,8 +43,21 @@ def _heatmap(area: "Axes", trace: Part, ink: str) -> None:
             step = -(-len(names) // 40)
             axis.set_ticks(range(0, len(names), step), [plain(str(one)) for one in names[::step]])
         area.invert_yaxis()
+    if trace.texttemplate:
+        _inside(area, mesh, trace, np.asarray(z.filled(low)))
     if trace.showscale is not False:
         _bar(area, mesh, trace.colorbar, ink)
+
+
+def _inside(area: "Axes", mesh: Part, trace: Part, z: np.ndarray) -> None:
+    """Texts in the cells, black or white, whichever shows better on the cell's colour."""
+    colours = mesh.cmap(mesh.norm(z))
+    bright = colours[..., :3] @ [0.299, 0.587, 0.114] > 0.55
+    size = 0.72 * given(trace.textfont.size, 11)
+    for at in np.ndindex(z.shape):
+        text = plain(str(trace.text[at[0]][at[1]]))
+        colour = "#111111" if bright[at] else "#f5f5f5"
+        area.text(at[1], at[0], text, color=colour, ha="center", va="center", fontsize=size)
 
 
 def _map(scale: Part) -> "Colormap":
@@ -82,6 +95,7 @@ def _bars(area: "Axes", trace: Part, ink: str) -> None:
         [plain(str(one)) for one in trace.x],
         np.asarray(trace.y, float),
         width=0.75,
+        bottom=None if trace.base is None else np.asarray(trace.base, float),
         color=_colours(trace.marker.color),
         yerr=None if both is None else both.clip(0),
         error_kw={"ecolor": ink, "elinewidth": 1, "capsize": 2},

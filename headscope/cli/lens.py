@@ -1,0 +1,180 @@
+"""``headscope lens``: what each layer says of a prompt, and what makes the next token's logit."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headscope import lens
+from headscope.cli.output import console, plain_rows
+from headscope.cli.scan import Loading
+from headscope.errors import InputError
+from headscope.files import whole_file
+from headscope.lens.linear import ResidualLens
+from headscope.models.protocol import HeadModel
+from headscope.plots.text import visible
+from headscope.report.lens import lens_drawings, lens_sections, strongest
+from headscope.table import Attribution, HeadTable, HeadWords, LensGrid
+
+if TYPE_CHECKING:
+    from headscope.report.folder import RunFolder
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """All that the command found."""
+
+    grids: dict[str, LensGrid]
+    split: Attribution
+    words: HeadWords
+
+
+def split(names: Sequence[str]) -> tuple[str | None, str]:
+    """``[MODEL] PROMPT`` as model and prompt."""
+    if len(names) > 2:
+        raise InputError(
+            f"give a model and one prompt, not {len(names)} words: put the prompt in quotes."
+        )
+    *model, prompt = names
+    if not prompt.strip():
+        raise InputError("the prompt is empty: give at least one word.")
+    return (model[0] if model else None), prompt
+
+
+def run(
+    loading: Loading,
+    prompt: str,
+    *,
+    target: str | None,
+    foil: str | None,
+    position: int,
+    k: int,
+    learned: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Load, read, print, write."""
+    from headscope.report.folder import RunFolder
+
+    fitted = None if learned is None else lens.load(learned)
+    if fitted is not None and not isinstance(fitted, ResidualLens):
+        raise InputError(f"{learned} reads heads, not layers: use it from Python.")
+    folder = None if out is None else RunFolder.create(out)
+    started = time.perf_counter()
+    model = loading.model()
+    loaded = time.perf_counter()
+    found = _read(model, prompt, target, foil, position, k, fitted)
+    timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
+    if as_json:
+        print(json.dumps(_as_json(found), allow_nan=False))
+    else:
+        _print(found)
+    if folder is None:
+        return
+    settings = {
+        "command": "lens",
+        "model": model.name,
+        "revision": model.revision,
+        "prompt": prompt,
+        "target": found.split.target,
+        "foil": found.split.foil,
+        "position": found.split.position,
+        "lens": found.grids["residual"].name,
+    }
+    _write(folder, found, settings, timings)
+    console(stderr=True).print(
+        f"Written to {out}: index.html (open it in a browser), lens.parquet, attribution.parquet, "
+        "heads.parquet, table.parquet, pictures/."
+    )
+
+
+def _read(
+    model: HeadModel,
+    prompt: str,
+    target: str | None,
+    foil: str | None,
+    position: int,
+    k: int,
+    fitted: ResidualLens | None,
+) -> Reading:
+    sources = "values" not in model.limits
+    made = lens.attribute(model, prompt, target, foil, position=position, sources=sources)
+    if fitted is None:
+        grids = lens.logit_lenses(model, prompt, target=target, k=k)
+    else:
+        grids = {"residual": lens.logit_lens(model, prompt, target=target, k=k, lens=fitted)}
+    return Reading(grids, made, lens.head_lens(model, prompt, position, k=k))
+
+
+def _as_json(found: Reading) -> dict[str, Any]:
+    return {
+        "lens": {site: plain_rows(grid.to_pandas()) for site, grid in found.grids.items()},
+        "attribution": plain_rows(found.split.to_pandas()),
+        "logit": found.split.whole,
+        "moves": [list(one) for one in found.split.top_sources(20)],
+        "heads": plain_rows(found.words.to_pandas()),
+    }
+
+
+def _print(found: Reading) -> None:
+    """Three small tables: layers at the position read, parts of the logit, heads."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid, made = found.grids["residual"], found.split
+    at = grid.positions.tolist().index(made.position)
+    where = f"position {made.position}, {visible(made.tokens[-1])}"
+    layers = Table(
+        "read after", "most likely next tokens", "KL", title=Text(f"{grid.name}: {where}")
+    )
+    layers.add_column(Text(f"place of {visible(grid.target_texts[at])}"), justify="right")
+    for row in reversed(range(len(grid.rows))):
+        likely = [
+            f"{visible(str(text))} {probability:.2f}"
+            for text, probability in zip(
+                grid.texts[row, at], grid.probabilities[row, at], strict=True
+            )
+        ]
+        place = str(int(grid.target_rank[row, at]) + 1)
+        layers.add_row(grid.rows[row], Text("  ".join(likely)), f"{grid.kl[row, at]:.3g}", place)
+    parts = Table("part", "logits", title=Text(f"logit of {made.name}: {made.whole:.4g}"))
+    for part in made.top(12):
+        parts.add_row(part.name, Text(f"{part.value:+.3g}"))
+    heads = Table("head", "logits", "promotes", "suppresses", title="what the strongest heads say")
+    values = {part.name: part.value for part in made}
+    for head in strongest(made, 6):
+        sides = (found.words.promoted(head), found.words.suppressed(head))
+        texts = [Text(" ".join(visible(text) for text, _ in side[:5])) for side in sides]
+        heads.add_row(head, f"{values[head]:+.3g}", *texts)
+    terminal = console()
+    for table in (layers, parts, heads):
+        terminal.print(table)
+    for head, token, value in made.top_sources(5):
+        moved = f"{head} moved {value:+.3g} from {token} {visible(made.tokens[token])}"
+        terminal.print(Text(moved))
+
+
+def _write(
+    folder: "RunFolder", found: Reading, settings: dict[str, Any], timings: dict[str, float]
+) -> None:
+    import pandas
+
+    grids = [grid.to_pandas().assign(lens=site) for site, grid in found.grids.items()]
+    frames = {
+        "lens": pandas.concat(grids),
+        "attribution": found.split.to_pandas(),
+        "heads": found.words.to_pandas(),
+    }
+    for name, frame in frames.items():
+        with whole_file(folder.path / f"{name}.parquet") as file:
+            frame.to_parquet(file, index=False)
+    made = lens_drawings(found.grids, found.split)
+    folder.write(
+        HeadTable([found.split.head_scores()]),
+        settings,
+        timings,
+        sections=lens_sections(found.grids, found.split, found.words, made),
+        pictures={name: draw("light") for name, draw in made.items()},
+    )
