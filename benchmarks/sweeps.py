@@ -1,0 +1,146 @@
+"""What sweeping costs over the bare ablation, and what a second Ray worker brings.
+
+python benchmarks/sweeps.py [--prompts N] [--layers N]: random-weight GPT-2 small cut to some
+layers, all heads by themselves, mean ablation. ``store_share``: time spent on writing parts,
+compaction and looking into the folder, of the whole run. ``over_bare``: the sweep's time over that
+of one ``hs.ablate_heads`` call: what cutting into chunks costs. ``ray``: two workers against this
+process on several checkpoints, start of the cluster apart and included.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import gpt2_small, report
+
+import headscope as hs
+from headscope.sweeps import RayExecutor, SweepConfig, run_sweep
+from headscope.sweeps.bench import Benches
+from headscope.sweeps.planner import make_plan
+from headscope.sweeps.run import inline
+from headscope.sweeps.store import Store
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip-ray", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model"
+        module = gpt2_small()
+        module.transformer.h = module.transformer.h[: given.layers]
+        module.config.n_layer = given.layers
+        module.save_pretrained(place)
+        config = sweep_of([str(place)], given.prompts)
+        results = {"inline": against_bare(config, place, Path(folder), given)}
+        if not given.skip_ray:
+            results["ray"] = against_ray(place, Path(folder), given)
+    report("sweeps", results)
+
+
+def sweep_of(places: list[str], prompts: int) -> SweepConfig:
+    """All heads of some models, on prompts of about a hundred tokens."""
+    return SweepConfig.model_validate(
+        {
+            "name": "benchmark",
+            "models": [{"model": place, "name": f"m{i}"} for i, place in enumerate(places)],
+            "probes": [{"kind": "repeated_tokens", "length": 50, "batch": prompts, "bos": False}],
+            "edits": ["mean"],
+            "metrics": ["loss"],
+        }
+    )
+
+
+def against_bare(
+    config: SweepConfig, place: Path, folder: Path, given: argparse.Namespace
+) -> dict[str, Any]:
+    """The sweep against one call, in turn, the model loaded in both."""
+    model = hs.load(place)
+    probe = hs.probes.repeated_tokens(model, length=50, batch=given.prompts, bos=False)
+    benches = Benches(config)
+    plan = make_plan(config, benches=benches)
+    bare, swept, stored = [], [], []
+    for number in range(given.rounds + 1):
+        started = time.perf_counter()
+        hs.ablate_heads(model, probe, hs.metrics.loss, "mean", progress=False)
+        middle = time.perf_counter()
+        spent = sweep_once(plan, benches, Store.create(folder / f"run{number}"), config)
+        ended = time.perf_counter()
+        if number:  # the first round warms up
+            bare.append(middle - started)
+            swept.append(ended - middle)
+            stored.append(spent / (ended - middle))
+    return {
+        "cells": plan.n_cells,
+        "chunks": len(plan.chunks),
+        "bare_seconds": statistics.median(bare),
+        "sweep_seconds": statistics.median(swept),
+        "over_bare": round(statistics.median(swept) / statistics.median(bare), 3),
+        "store_share": round(statistics.median(stored), 5),
+        "limit": 0.03,
+    }
+
+
+def sweep_once(plan: Any, benches: Benches, store: Store, config: SweepConfig) -> float:
+    """Run all chunks and compact; seconds that the store took."""
+    from headscope.sweeps.planner import manifest
+    from headscope.sweeps.work import Stop, Work
+
+    spent = [0.0]
+
+    def timed(action: Callable[[], object]) -> Any:
+        started = time.perf_counter()
+        result = action()
+        spent[0] += time.perf_counter() - started
+        return result
+
+    class Timed(Store):
+        """Counts the time of every look and every write."""
+
+        def has(self, chunk: str) -> bool:
+            return bool(timed(lambda: super(Timed, self).has(chunk)))
+
+        def commit(self, chunk: str, rows: Any) -> None:
+            timed(lambda: super(Timed, self).commit(chunk, rows))
+
+    watched = Timed(store.path)
+    timed(lambda: store.begin(manifest(config, plan)))
+    inline(Work(config, plan, watched, benches), plan.chunks, Stop(), lambda _: None)
+    timed(lambda: store.compact(plan))
+    return spent[0]
+
+
+def against_ray(place: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Four models of one shape, in this process and on two workers of one thread each."""
+    config = sweep_of([str(place)] * 4, given.prompts)
+    threads = torch.get_num_threads()
+    seconds = {}
+    for name, executor in (("inline", inline), ("ray_2_workers", RayExecutor(2))):
+        started = time.perf_counter()
+        run_sweep(config, folder / name, executor=executor, progress=False)
+        seconds[name] = time.perf_counter() - started
+        parts = (folder / name / "manifest.json").stat().st_mtime
+        seconds[f"{name}_after_planning"] = time.time() - parts
+    same = (folder / "inline" / "table.parquet").read_bytes() == (
+        folder / "ray_2_workers" / "table.parquet"
+    ).read_bytes()
+    speed = seconds["inline_after_planning"] / seconds["ray_2_workers_after_planning"]
+    return {
+        "seconds": seconds,
+        "speed": round(speed, 2),
+        "inline_threads": threads,
+        "tables_equal_to_the_byte": same,
+    }
+
+
+if __name__ == "__main__":
+    main()
