@@ -4,6 +4,9 @@ from typing import Any
 
 from headscope.errors import UnsupportedModelError
 
+# Tokens of the passes that are watched to find the parts of a model.
+_SHORTEST = 5
+
 
 def admit(config: Any, name: str) -> None:
     """Return if a model with this config may have heads that headscope can take apart.
@@ -18,6 +21,8 @@ def admit(config: Any, name: str) -> None:
         reason = "it is an encoder-decoder, with several attention stacks"
     elif getattr(text, "kv_lora_rank", None):
         reason = "it uses multi-head latent attention (MLA), with compressed keys and values"
+    elif (getattr(text, "max_position_embeddings", None) or _SHORTEST) < _SHORTEST:
+        reason = f"its context is too short to take its heads apart: {_SHORTEST} tokens at least"
     elif not _has_heads(text):
         reason = "it has no attention heads (a state-space or recurrent model)"
     elif "chunked_attention" in (getattr(text, "layer_types", None) or ()):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from headscope.errors import InputError, ModelLoadError, UnsupportedModelError
+from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
 from headscope.models import shipped
 from headscope.models.admission import admit
 from headscope.models.extrapolation import extrapolate as extrapolate_positions
@@ -108,8 +108,11 @@ def _wrapped(
     """Choose the path and prove the hook points."""
     from headscope.models.hf import HFModel
     from headscope.models.hf_layout import tiny_tokens
+    from headscope.models.proof import prove
 
     facts = {"tokenizer": tokenizer, "name": name, "revision": revision}
+    tokens = tiny_tokens(module)
+    plain = _logits(module, tokens, name)
     try:
         model: HeadModel | None = HFModel.wrap(module, **facts)
         if model is None:
@@ -123,13 +126,21 @@ def _wrapped(
             f"{name} ({module.config.model_type}) is not supported: {error}"
         ) from error
     if check:
-        from headscope.models.proof import prove
-
-        tokens = tiny_tokens(module)
-        with torch.no_grad():
-            plain = module(input_ids=tokens, use_cache=False).logits
         prove(model, tokens, plain)
     return model
+
+
+@torch.no_grad()
+def _logits(module: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
+    """The model's own logits of a few tokens, untouched by us."""
+    try:
+        logits: torch.Tensor = module(input_ids=tokens, use_cache=False).logits
+    except Exception as error:  # config and weights may contradict each other in any way
+        reason = " ".join(str(error).split())[:300]
+        raise ModelLoadError(
+            f"{name} does not run: {type(error).__name__} on {tokens.numel()} tokens ({reason})."
+        ) from error
+    return logits
 
 
 def _from_files(
@@ -167,7 +178,9 @@ def _from_files(
             use_safetensors=None if allow_pickle else True,
             **code,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except HeadscopeError:
+        raise
+    except Exception as error:  # foreign files through foreign parsers: anything may come
         raise ModelLoadError(_load_failure(name, error, allow_pickle)) from error
     if device_map is None:
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,19 +195,24 @@ def _tokenizer(place: str, code: dict[str, Any]) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(place, **code)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # as above; what needs a tokenizer says that there is none
         return None
 
 
 def _load_failure(name: str, error: Exception, allow_pickle: bool) -> str:
     text = " ".join(str(error).split())
+    if type(error).__name__ == "UnpicklingError":  # its own advice is to switch the guard off
+        return (
+            f"the pickled weights of {name} hold something other than tensors, which could run "
+            "code; it was not read."
+        )
     if Path(name).exists():
         if "safetensors" in text and not allow_pickle:
             return (
                 f"{name} holds no safetensors weights; pickled weights can run code, so they are "
                 "read only with allow_pickle=True (--allow-pickle)."
             )
-        return f"{name} could not be read as a model: {text[:300]}"
+        return f"{name} could not be read as a model: {text[:300] or type(error).__name__}"
     return (
         f"no model {name!r}: it is neither a folder here, nor one of the bundled models "
         f"({', '.join(shipped.names())}), nor could it be had from Hugging Face: {text[:200]}"
