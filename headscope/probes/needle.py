@@ -25,7 +25,7 @@ _LONGEST = 1024
 def needle(
     model: HasVocabulary,
     lengths: Sequence[int] | int | None = None,
-    depths: Sequence[float] | int = 5,
+    depths: Sequence[int | float] | int = 5,
     needles: str | Path | Sequence[Needle] = "facts",
     *,
     per_cell: int | None = None,
@@ -138,7 +138,7 @@ class _Made(NamedTuple):
 
 
 def _cells(
-    model: HasVocabulary, lengths: Sequence[int] | int | None, depths: Sequence[float] | int
+    model: HasVocabulary, lengths: Sequence[int] | int | None, depths: Sequence[int | float] | int
 ) -> list[tuple[int, float]]:
     """Every length with every depth."""
     if lengths is None:

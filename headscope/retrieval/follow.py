@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -21,8 +21,17 @@ from headscope.retrieval.runs import Run, Runs
 
 # As published: steps of a run at most, recall above which it counts.
 _STEPS = 50
-_THRESHOLD = 0.5
+RECALL = 0.5
 _TOKENS_PER_PASS = 8192
+
+
+class Options(TypedDict):
+    """How :func:`follow` decodes."""
+
+    new_tokens: int | None
+    threshold: int | float
+    batch_size: int | None
+    progress: bool | None
 
 
 def follow(
@@ -30,7 +39,7 @@ def follow(
     probe: Probe,
     *,
     new_tokens: int | None = None,
-    threshold: float = _THRESHOLD,
+    threshold: int | float = RECALL,
     edits: Sequence[Edit] = (),
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -83,7 +92,8 @@ def follow(
                     advance(len(part))
     unknown = torch.full((len(probe),), torch.nan)
     facts = [probe.facts.get(name, unknown).double().numpy() for name in ("length", "depth")]
-    return Runs(tuple(done[row] for row in range(len(probe))), facts[0], facts[1], threshold)
+    runs = tuple(done[row] for row in range(len(probe)))
+    return Runs(runs, facts[0], facts[1], float(threshold))
 
 
 def _steps(probe: Probe) -> int:

@@ -10,7 +10,7 @@ from headscope.errors import HeadscopeError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.retrieval.follow import follow
+from headscope.retrieval.follow import RECALL, Options, follow
 from headscope.retrieval.origin import origin
 from headscope.retrieval.runs import Run, Runs
 from headscope.scoring import score
@@ -60,26 +60,34 @@ def decoded(
     *,
     null: bool = True,
     new_tokens: int | None = None,
+    threshold: int | float = RECALL,
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Retrieval:
     """Retrieval scores as published: greedy decoding, and who copies what is said.
 
     A head copies at a step when the key it attends to most lies among the needle's answer tokens
-    and holds the very token that is generated. Runs with recall up to 0.5 are left out.
+    and holds the very token that is generated. Runs with recall up to the threshold are left out.
 
     Args:
         model: the model.
         probe: of kind ``needle``.
         null: decode the probe's control too, where all runs count.
         new_tokens: steps at most; see :func:`follow`.
+        threshold: recall above which a run counts; as published, 0.5.
         batch_size: examples at a time.
         progress: show a bar.
 
     Raises:
         HeadscopeError: if the model answers no example well enough to count.
     """
-    runs = follow(model, probe, new_tokens=new_tokens, batch_size=batch_size, progress=progress)
+    options: Options = {
+        "new_tokens": new_tokens,
+        "threshold": threshold,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    runs = follow(model, probe, **options)
     if not runs.counted.any():
         raise HeadscopeError(
             f"{model.name} answered none of the {len(probe)} examples with recall above "
@@ -88,9 +96,7 @@ def decoded(
         )
     control = None
     if null and probe.control is not None:
-        control = follow(
-            model, probe.control, new_tokens=new_tokens, batch_size=batch_size, progress=progress
-        )
+        control = follow(model, probe.control, **options)
 
     def scored(
         name: str, value: Callable[[Run], Float[np.ndarray, "layer head"]], most: float | None

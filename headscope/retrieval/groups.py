@@ -59,7 +59,7 @@ def by_kv_head(scores: HeadScores, how: Literal["mean", "max"] = "mean") -> Head
     )
 
 
-def activity(scores: HeadScores, at_least: float = 0.0) -> dict[HeadIndex, Activity]:
+def activity(scores: HeadScores, at_least: int | float = 0.0) -> dict[HeadIndex, Activity]:
     """Which heads act in every context, in some, in none (Wu et al. 2024, section 3).
 
     Args:

@@ -16,7 +16,7 @@ def need(
     *,
     sink: int = 16,
     recent: int = 128,
-    threshold: float = 0.6,
+    threshold: int | float = 0.6,
     moments: Moments = "bulk",
     batch_size: int | None = None,
     progress: bool | None = None,

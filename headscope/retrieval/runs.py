@@ -36,9 +36,11 @@ class Run:
     @cached_property
     def by_set(self) -> Float[np.ndarray, "layer head"]:
         """Different copied tokens over different tokens of the needle; at most 1."""
-        said = np.array(self.tokens, dtype=int)
         different = sorted(set(self.needle))
-        found = [self.copied[np.equal(said, token)].any(0) for token in different]
+        steps = {
+            token: [i for i, said in enumerate(self.tokens) if said == token] for token in different
+        }
+        found = [self.copied[at].any(0) for at in steps.values()]
         return self._unless_hidden(np.sum(found, axis=0) / max(len(different), 1))
 
     @cached_property
@@ -50,7 +52,8 @@ class Run:
         self, values: Float[np.ndarray, "layer head"]
     ) -> Float[np.ndarray, "layer head"]:
         """NaN in layers that could not see the needle at any step."""
-        return np.where(self.reachable.any(0)[:, None], values, np.nan)
+        seen = np.any(self.reachable, axis=0, keepdims=True).T
+        return np.where(seen, values, np.nan)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ def asked(probe: Probe) -> Bool[Tensor, "batch pos"]:
 
 
 def long_need(
-    sink: int = 16, recent: int = 128, threshold: float = 0.6, *, name: str | None = None
+    sink: int = 16, recent: int = 128, threshold: int | float = 0.6, *, name: str | None = None
 ) -> Scorer:
     """Make the scorer of how often a head needs what is not local; ``long_need`` is 16 and 128.
 
@@ -60,7 +60,7 @@ def long_need(
 def long_need_predicted(
     sink: int = 16,
     recent: int = 128,
-    threshold: float = 0.6,
+    threshold: int | float = 0.6,
     moments: Moments = "bulk",
     *,
     both: bool = False,
@@ -136,7 +136,7 @@ def _moments(
 def _is_long(
     local: Float[Tensor, "batch head query"],
     far: Float[Tensor, "batch head query"],
-    threshold: float,
+    threshold: int | float,
 ) -> Bool[Tensor, "batch head query"]:
     return local - torch.logaddexp(local, far) < math.log(threshold)
 
