@@ -3,6 +3,7 @@
 import torch
 
 from headscope.circuits.composition import operands
+from headscope.circuits.orthogonal import thin_qr
 from headscope.circuits.reading import over_all_pairs, provenance, upward
 from headscope.models.protocol import HeadModel
 from headscope.table import PairScores
@@ -24,8 +25,8 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
         4
     """
     writer, reader = operands(model, mode, fold_norm)
-    written = torch.linalg.qr(writer.right.mT).Q
-    read = torch.linalg.qr(reader.left).Q
+    written = thin_qr(writer.right.mT)[0]
+    read = thin_qr(reader.left)[0]
     size = written.shape[-1]
     layers, heads = written.shape[:2]
     rows = written.permute(0, 1, 3, 2).flatten(1, 2)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.factors import HeadFactors
+from headscope.circuits.orthogonal import thin_qr
 
 
 def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
@@ -48,6 +49,6 @@ def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "l
 def _share(
     side: Float[Tensor, "some_head d_model d_head"], gram: Float[Tensor, "d_model d_model"]
 ) -> Float[Tensor, " some_head"]:
-    basis = torch.linalg.qr(side).Q
+    basis = thin_qr(side)[0]
     share: Tensor = (basis * (gram @ basis)).sum((-2, -1)) / gram.trace()
     return share

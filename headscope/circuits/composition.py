@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.circuits.factors import HeadFactors, widened
+from headscope.circuits.orthogonal import thin_qr
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
 from headscope.circuits.reading import need_linear_write, over_all_pairs, provenance, upward
@@ -180,14 +181,14 @@ def _reader(model: HeadModel, mode: str, fold_norm: bool, layers: list[int] | No
 
 def _collapsed(factors: HeadFactors) -> list[Float[Tensor, "d_model column"]]:
     """Per layer ``left @ R.T`` of all heads side by side: as long as the product, but thin."""
-    triangle = factors.per_head(torch.linalg.qr(factors.right.mT, mode="r").R)
+    triangle = factors.per_head(thin_qr(factors.right.mT)[1])
     wide = widened(factors.left, triangle.mT)
     return [layer.transpose(0, 1).flatten(1) for layer in wide]
 
 
 def _all_pairs(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer head layer head"]:
     """Normalised norms of all products whose first factor lies below the second."""
-    triangle = first.per_head(torch.linalg.qr(first.left, mode="r").R)
+    triangle = first.per_head(thin_qr(first.left)[1])
     written = triangle @ first.per_head(first.right)
     columns = _collapsed(second)
     first_norm = torch.linalg.vector_norm(written, dim=(-2, -1))

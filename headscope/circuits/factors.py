@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.circuits.orthogonal import thin_qr
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 
@@ -62,8 +63,7 @@ class HeadFactors:
         self,
     ) -> tuple[Float[Tensor, "layer head left d_head"], Float[Tensor, "layer head d_head right"]]:
         """Small factors with the same singular values: the R of each side's QR decomposition."""
-        left = torch.linalg.qr(self.left, mode="r").R
-        right = torch.linalg.qr(self.right.mT, mode="r").R
+        left, right = thin_qr(self.left)[1], thin_qr(self.right.mT)[1]
         return self.per_head(left), self.per_head(right).mT
 
     def per_head(self, values: Float[Tensor, "layer some_head *any"]) -> Tensor:
@@ -73,8 +73,8 @@ class HeadFactors:
 
     def svd(self) -> HeadSVD:
         """Decompose every head through the QR of its thin factors: O(d_model d_head^2) a head."""
-        left, left_r = torch.linalg.qr(self.left)
-        right, right_r = torch.linalg.qr(self.right.mT)
+        left, left_r = thin_qr(self.left)
+        right, right_r = thin_qr(self.right.mT)
         small = self.per_head(left_r) @ self.per_head(right_r).mT
         u, s, vh = torch.linalg.svd(small, full_matrices=False)
         V = widened(right, vh.mT)
