@@ -19,8 +19,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build", "pages"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-# Pages of the gallery hold headings as their notebooks have them; a glob may find nothing yet.
-suppress_warnings = ["myst.header", "toc.empty_glob"]
+# Pages of the gallery hold headings as their notebooks have them.
+suppress_warnings = ["myst.header"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
