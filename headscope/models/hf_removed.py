@@ -9,7 +9,6 @@ that have no head left.
 
 import inspect
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -79,11 +78,10 @@ class ReadsKept(nn.Module):
         if x.shape[-1] != self.headscope_width:
             index = torch.tensor(kept.heads, device=x.device)
             x = x.unflatten(-1, (kept.n_heads, -1)).index_select(-2, index).flatten(-2)
-        output: Tensor = super().forward(x)  # type: ignore[misc]  # the next class has one
+        output: Tensor = super().forward(x)  # the projection's own
         return output
 
 
-@cache
 def reading_kept(projection: type[nn.Module]) -> type[nn.Module]:
     """Class of an output projection that lost heads (``Linear``, or gpt2's ``Conv1D``)."""
     return type(f"Kept{projection.__name__}", (ReadsKept, projection), {})
