@@ -144,6 +144,9 @@ def _cluster(workers: int | None) -> Iterator[Any]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # not behind everything else on a shared box
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if not joined:
+        # Its name speaks of other systems, but everywhere it is what makes Ray bind to loopback:
+        # asked for 127.0.0.1 it would look for an address that others can reach.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -177,10 +180,9 @@ def _handlers_kept() -> Iterator[None]:
             signal.signal(one, handler)
 
 
-# A cluster of our own: loopback, no dashboard. One that exists has its own settings.
+# A cluster of our own: no dashboard. One that exists has its own settings.
 OWN: dict[str, Any] = {
     "address": "local",
-    "_node_ip_address": "127.0.0.1",
     "include_dashboard": False,
     "dashboard_host": "127.0.0.1",
     "log_to_driver": False,

@@ -86,19 +86,19 @@ class Results:
     def table(self, set: str | None = None, **names: str | int) -> HeadTable:
         """All studies of one model and probe side by side; scores are called ``edit:metric``.
 
-        Where the sweep has several seeds, ``edit#seed:metric``.
+        Edits with several seeds are called ``edit#seed:metric``.
         """
         chosen = self._set(set, "each")
         frame = self._of_set(chosen)
-        several = frame["seed"].nunique() > 1
         for name in ("model", "probe"):
             frame = frame[frame[name] == self._pick(frame, name, names.pop(name, None))]
         for name, value in names.items():
             frame = frame[frame[name] == self._pick(frame, name, value)]
-        found = []
+        seeds = frame.groupby("edit", observed=True)["seed"].nunique()
+        several, found = {*seeds.index[seeds > 1]}, []
         for key, rows in frame.groupby(list(_STUDY), sort=False, observed=True):
             study = dict(zip(_STUDY, key, strict=True))
-            mark = f"#{study['seed']}" if several else ""
+            mark = f"#{study['seed']}" if study["edit"] in several else ""
             found.append(self._scores(f"{study['edit']}{mark}:{study['metric']}", study, rows))
         return HeadTable(found)
 

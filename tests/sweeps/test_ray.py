@@ -111,14 +111,21 @@ def check_closed(processes: list[psutil.Process]) -> None:
     assert all(one["RAY_AUTH_MODE"] == "token" for one in environments)
     assert all(len(one["RAY_AUTH_TOKEN"]) == 64 for one in environments)
     assert 8265 not in {one.laddr.port for one in listening}
-    assert {one.laddr.ip for one in listening} <= {"127.0.0.1", "::1"}
+    assert {one.laddr.ip for one in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_without_ray_there_is_a_sentence(
     tmp_path: Path, wanted: SweepConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED"):
-        monkeypatch.setenv(name, os.environ.get(name, "token"))
+    for name in (
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
+        "RAY_USAGE_STATS_ENABLED",
+        "RAY_worker_niceness",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    ):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'headscope\[ray\]'"):
         run_sweep(wanted, tmp_path, executor=RayExecutor(2))
