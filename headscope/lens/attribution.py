@@ -1,11 +1,9 @@
 """Direct logit attribution: a logit as an exact sum over embedding, heads, MLPs and biases."""
 
-import numpy as np
 import torch
-from jaxtyping import Float
 
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.lens.checks import check_readout, need_readout, over_layers, tolerance
+from headscope.lens.checks import check_readout, need_readout, over_heads, over_layers, tolerance
 from headscope.lens.facts import provenance
 from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.lens.reading import top_of
@@ -88,12 +86,12 @@ def attribute(
         position=at,
         tokens=text.texts[: at + 1],
         embedding=_embedding(model, int(text.ids[at]), split),
-        heads=over_layers(model, split.heads, model.shape.n_heads)[..., 0],
+        heads=over_heads(model, split.heads)[..., 0],
         biases=over_layers(model, split.biases)[:, 0],
         mlps=over_layers(model, split.mlps)[:, 0],
         constant=constant,
         whole=float(whole),
-        sources=_sources(model, split) if sources else None,
+        sources=over_heads(model, split.sources)[..., 0] if sources else None,
         tolerance=tolerance(model),
         kv_heads=model.shape.n_kv_heads,
         provenance=provenance(
@@ -114,11 +112,3 @@ def _embedding(model: HeadModel, token: int, split: Split) -> dict[str, float]:
     if abs(rest) < 1e-5 * max(1.0, abs(whole)):
         return {"token embedding": whole}
     return {"token embedding": by_token, "position embedding": rest}
-
-
-def _sources(model: HeadModel, split: Split) -> Float[np.ndarray, "layer head source"]:
-    keys = max(one.shape[-1] for one in split.sources.values())
-    result = np.full((model.shape.n_layers, model.shape.n_heads, keys), np.nan)
-    for layer, values in split.sources.items():
-        result[layer] = values[0].cpu().double().numpy()
-    return result

@@ -69,12 +69,26 @@ def need_readout(model: HeadModel) -> None:
         raise UnsupportedModelError(model.limits["readout"])
 
 
-def over_layers(
-    model: HeadModel, parts: dict[int, Tensor], *middle: int
-) -> Float[np.ndarray, "layer *middle row"]:
+def over_layers(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray, "layer row"]:
     """Parts of the layers that have them, over all layers; NaN elsewhere."""
-    rows = next(iter(parts.values())).shape[0]
-    result = np.full((model.shape.n_layers, *middle, rows), np.nan)
+    result = np.full((model.shape.n_layers, len(next(iter(parts.values())))), np.nan)
+    for layer, values in parts.items():
+        result[layer] = values.cpu().double().numpy()
+    return result
+
+
+def over_heads(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray, "layer head *rest"]:
+    """Parts of heads over all layers; NaN where there is no attention or the head was removed.
+
+    Args:
+        model: whose heads they are.
+        parts: by layer, ``[row head ...]``; rows come last in the result.
+    """
+    rows, _, *rest = next(iter(parts.values())).shape
+    shape = (model.shape.n_layers, model.shape.n_heads, *rest, rows)
+    result = np.full(shape, np.nan)
     for layer, values in parts.items():
         result[layer] = values.movedim(0, -1).cpu().double().numpy()
+    for head in model.shape.removed:
+        result[head] = np.nan
     return result

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.errors import InputError
-from headscope.lens.checks import check_first, need_readout, over_layers, tolerance
+from headscope.lens.checks import check_first, need_readout, over_heads, tolerance
 from headscope.lens.facts import provenance
 from headscope.lens.splitting import Split, rows_of
 from headscope.models.blocks import BlockStates
@@ -142,7 +142,7 @@ def _per_example(
     model: HeadModel, split: Split, examples: int
 ) -> Float[np.ndarray, "layer head example"]:
     """Mean over each example's rows; NaN where it has none."""
-    heads = over_layers(model, split.heads, model.shape.n_heads)
+    heads = over_heads(model, split.heads)
     example = split.example.cpu().numpy()
     member = np.eye(examples)[example]
     count = member.sum(0)

@@ -79,8 +79,8 @@ class Attribution:
         tokens: text of the prompt up to there.
         embedding: what token embedding and position embedding add; one part where they cannot
             be told apart.
-        heads: what every head adds; NaN in layers without attention.
-        biases: what attention of each layer adds that belongs to no head.
+        heads: what every head adds; NaN where there is none, or it was removed.
+        biases: what attention of each layer adds that belongs to no head; NaN where there is none.
         mlps: what every MLP (or block without attention) adds.
         constant: biases of the final norm and of the unembedding.
         whole: the logit (difference).
@@ -146,9 +146,9 @@ class Attribution:
         for kind, value in self.embedding.items():
             yield Part(kind, None, None, value)
         for layer, heads in enumerate(self.heads):
-            if np.isfinite(heads).any():
-                for head, value in enumerate(heads.tolist()):
-                    yield Part("head", layer, head, value)
+            for head in np.flatnonzero(np.isfinite(heads)).tolist():
+                yield Part("head", layer, head, float(heads[head]))
+            if np.isfinite(self.biases[layer]):
                 yield Part("attention bias", layer, None, float(self.biases[layer]))
             yield Part("mlp", layer, None, float(self.mlps[layer]))
         yield Part("output bias", None, None, self.constant)

@@ -242,6 +242,15 @@ def test_over_a_probe_batches_and_padding_change_nothing() -> None:
     )
 
 
+def test_removed_heads_have_no_part() -> None:
+    model = load(hs.prune(model_of("llama"), ["L1H0", "L1H1"]))
+    split = lens.attribute(model, TOKENS, 5, 9)
+    assert np.isnan(split.heads[1]).tolist() == [True, True, False, False]
+    assert "L1H0" not in {part.name for part in split}
+    assert split.sources is not None
+    assert np.isnan(split.sources[1, 0]).all()
+
+
 def test_the_frame_has_every_part() -> None:
     split = lens.attribute(model_of("gpt2"), TOKENS, 5, 9)
     frame = split.to_pandas()
