@@ -1,31 +1,20 @@
 """The report of a scan, as one HTML page that works without a network."""
 
 import json
-from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from hashlib import sha256
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from plotly.offline import get_plotlyjs
 
 from headscope.plots import heatmap
-from headscope.plots.text import visible
 from headscope.report.sections import Section, laid_out
+from headscope.report.shell import filled
 from headscope.table import HeadTable, Provenance
 from headscope.table.excerpt import by_interest, fraction, written
 from headscope.table.roles import find_roles
 from headscope.table.scores import HeadScores
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
 Row = dict[str, object]
-
-# What may end a script element or a line of script inside a string.
-_UNSAFE = {ord(one): f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"}
 
 
 def index_page(
@@ -103,21 +92,15 @@ def sections_page(
 
 def _render(*, scores: Sequence[HeadScores], sections: Sequence[Section], **words: object) -> str:
     """Fill the template; every figure and script goes in once."""
-    scripts = {"plotly": _plotly(), "own": _resource("page.js")}
     shown, pictures = laid_out(sections, first=len(scores))
-    figures = _data([*(json.loads(heatmap(one).to_json()) for one in scores), *pictures])
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            scores=scores,
-            sections=shown,
-            style=_resource("page.css"),
-            scripts=scripts,
-            figures=figures,
-            policy=_policy(scripts.values()),
-            **words,
-        )
+    return filled(
+        "page.html",
+        styles=["page.css"],
+        scripts=["page.js"],
+        data=[*(json.loads(heatmap(one).to_json()) for one in scores), *pictures],
+        scores=scores,
+        sections=shown,
+        **words,
     )
 
 
@@ -167,49 +150,3 @@ def _words(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(one)}" for key, one in value.items())
     return str(value)
-
-
-def _data(value: object) -> str:
-    """JSON that stays inside its script element, whatever the strings in it say."""
-    return json.dumps(value, allow_nan=False).translate(_UNSAFE)
-
-
-def _policy(scripts: Iterable[str]) -> str:
-    """Content security policy: our scripts by hash, our styles, pictures made in the page."""
-    hashes = " ".join(
-        f"'sha256-{b64encode(sha256(one.encode()).digest()).decode()}'" for one in scripts
-    )
-    return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; "
-        "img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-
-
-@cache
-def _plotly() -> str:
-    """plotly.js; browsers hash a script after turning line ends into newlines."""
-    return str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _resource(name: str) -> str:
-    return (files("headscope.report") / name).read_text(encoding="utf-8")
-
-
-def _environment() -> "Environment":
-    from jinja2 import BaseLoader, Environment, StrictUndefined, TemplateNotFound
-
-    class Own(BaseLoader):
-        def get_source(self, environment: Environment, template: str) -> tuple[str, None, None]:
-            if template != "page.html":
-                raise TemplateNotFound(template)
-            return _resource(template), None, None
-
-    made = Environment(
-        loader=Own(),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters["visible"] = visible
-    return made
