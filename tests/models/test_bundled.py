@@ -67,7 +67,7 @@ def second_copy_loss(name: str, edits: tuple[Edit, ...] = ()) -> tuple[float, fl
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), probe.tokens[:, 1:].flatten(), reduction="none"
     ).view(len(probe), -1)
-    return float(losses[:, :50].mean()), float(losses[:, 50:].mean())
+    return float(losses[:, :50].mean()), float(losses[:, 51:].mean())
 
 
 @each
@@ -100,23 +100,19 @@ def test_without_the_induction_heads_the_advantage_is_gone(name: str) -> None:
     induction = table(name)["induction"]
     top = [head for head, score in induction.top(induction.mean.size) if score > 0.5]
     _, without = second_copy_loss(name, off(top))
-    assert without - clean > 0.5 * (first - clean)
+    # Guessing evenly costs log(d_vocab); the first copy costs more, since the model is sure there.
+    chance = np.log(model(name).shape.d_vocab)
+    assert clean < 0.1 * chance < chance < min(without, first)
     # Previous-token heads feed the induction heads: they are of the circuit, and no control for it.
     circuit = {*top, *table(name).filter("previous_token", minimum=0.3)}
     others = [head for head in model(name).shape.heads if head not in circuit]
     draws = [
         second_copy_loss(name, off(Random(seed).sample(others, len(top))))[1] for seed in range(8)
     ]
-    assert np.mean(draws) - clean < 0.25 * (first - clean)
+    assert np.mean(draws) - clean < 0.25 * (chance - clean)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("tiny-gpt2", marks=pytest.mark.xfail(reason="0.84 so far: see its card")),
-        "tiny-llama",
-    ],
-)
+@each
 def test_facts_with_new_keys_are_recalled_over_the_whole_context(name: str) -> None:
     rows = Rows(model(name).tokenizer)
     prompts = examples.fact_prompts(rows, 100, model(name).shape.n_ctx or 256, SEED)
