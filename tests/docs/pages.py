@@ -1,9 +1,11 @@
 """Reads the code out of Markdown pages."""
 
 import re
+import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+_CALL = re.compile(r"(headscope|make) ")
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -15,6 +17,6 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(page: Path, language: str) -> list[list[str]]:
     """Calls of headscope or make in fenced blocks, split into words, comments left out."""
-    lines = (line.split("#")[0].split() for body in blocks(page, language)
-             for line in body.splitlines())  # fmt: skip
-    return [words for words in lines if words and words[0] in ("headscope", "make")]
+    lines = (line for body in blocks(page, language) for line in body.splitlines())
+    calls = (shlex.split(line, comments=True) for line in lines if _CALL.match(line))
+    return list(calls)
