@@ -191,6 +191,11 @@ def _sdpa(
 ) -> Float[Tensor, "batch head query d_value"]:
     key, value = call.key[:, :, keys], call.value[:, :, keys]
     group = query.shape[1] // key.shape[1]
+    if group > 1 and query.shape[2] == 1:  # a step of decoding: the group's queries stand in line
+        z = torch.nn.functional.scaled_dot_product_attention(
+            query.unflatten(1, (-1, group)).squeeze(3), key, value, mask, scale=call.scaling
+        )
+        return z.flatten(1, 2).unsqueeze(2)
     if group > 1:  # the CPU kernels are faster on repeated keys than with enable_gqa
         key = key.repeat_interleave(group, dim=1)
         value = value.repeat_interleave(group, dim=1)
