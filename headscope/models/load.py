@@ -63,6 +63,7 @@ def load(
     """
     if device is not None and device_map is not None:
         raise InputError("give either device or device_map, not both.")
+    _check_device(device)
     if trust_remote_code and not _is_commit(revision):
         raise InputError(
             "trust_remote_code runs code from the model's repository: pin it with revision=<the "
@@ -225,6 +226,24 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in _DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: one of {', '.join(_DTYPES)}.")
     return _DTYPES[dtype]
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    """Refuse a device that tensors cannot be put on, before anything is read.
+
+    Raises:
+        InputError: if torch does not know it, was built without it, or it is not there.
+    """
+    if device is None:
+        return
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0][:100]
+        raise InputError(f"nothing can be put on device {str(device)!r}: {reason}") from error
+    if place.type == "meta":
+        raise InputError("device 'meta' holds no numbers: give cpu, cuda or cuda:1.")
 
 
 def _is_commit(revision: str | None) -> bool:
