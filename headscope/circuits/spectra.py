@@ -40,6 +40,11 @@ def spectra(
 
     Raises:
         UnsupportedModelError: where weights alone do not give the circuit.
+
+    Example:
+        >>> found = hs.circuits.spectra(model, "QK")
+        >>> found.values.shape == (model.shape.n_layers, model.shape.n_heads, model.shape.d_head)
+        True
     """
     factors = _factors(model, circuit, fold_norm)
     width, rank = factors.left.shape[-2:]
@@ -70,6 +75,11 @@ def eigenvalues(
         model: any model that has this circuit.
         circuit: ``OV`` or ``QK``.
         embedding: what tokens look like: ``raw``, ``mlp`` or ``mlp_only``.
+
+    Example:
+        >>> found = hs.circuits.eigenvalues(model)
+        >>> found.values.shape[:2] == (model.shape.n_layers, model.shape.n_heads)
+        True
     """
     factors = _factors(model, circuit, True)
     words = Dictionary(model, embedding)

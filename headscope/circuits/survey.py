@@ -60,6 +60,11 @@ def survey(
 
     Raises:
         UnsupportedModelError: if the weights say nothing alone.
+
+    Example:
+        >>> found = hs.circuits.survey(model, tokens=32, paths=2)
+        >>> dict(found.missing)  # this family allows everything
+        {}
     """
     missing: dict[str, str] = {}
     with track(9, "reading weights", show=progress) as advance:

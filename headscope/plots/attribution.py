@@ -21,6 +21,11 @@ def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.
         split: of a logit.
         k: number of parts with a bar of their own.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> split = hs.lens.attribute(model, "The cat sat on the")
+        >>> type(hs.plots.waterfall(split)).__name__
+        'Figure'
     """
     if k < 1:
         raise InputError(f"a waterfall needs at least one part; got k={k}.")
@@ -73,6 +78,11 @@ def source_bars(
 
     Raises:
         InputError: if the attribution has no sources, or not this head.
+
+    Example:
+        >>> split = hs.lens.attribute(model, "The cat sat on the")
+        >>> type(hs.plots.source_bars(split, "L2H1")).__name__
+        'Figure'
     """
     if split.sources is None:
         raise InputError("this attribution was made without sources: make it with sources=True.")

@@ -30,6 +30,10 @@ def eigenvalues(
         values: of :func:`headscope.circuits.eigenvalues`.
         heads: only these.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> type(hs.plots.eigenvalues(hs.circuits.eigenvalues(model))).__name__
+        'Figure'
     """
     style = STYLES[theme]
     layers, n_heads, rank = values.values.shape

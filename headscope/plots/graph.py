@@ -41,6 +41,11 @@ def composition_graph(
         most: how many pairs are drawn, the strongest.
         nodes: colours the heads by this score.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> figure = hs.plots.composition_graph(hs.circuits.composition(model, "K"))
+        >>> type(figure).__name__
+        'Figure'
     """
     kinds = [scores] if isinstance(scores, PairScores) else list(scores)
     if not kinds or len({one.values.shape for one in kinds}) > 1:

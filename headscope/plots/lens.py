@@ -22,6 +22,11 @@ def lens_grid(grid: LensGrid, *, theme: Theme = "light") -> go.Figure:
     Args:
         grid: of a lens.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> grid = hs.lens.logit_lens(model, "The cat sat on the")
+        >>> type(hs.plots.lens_grid(grid)).__name__
+        'Figure'
     """
     first = max(0, len(grid.positions) - _MOST_POSITIONS)
     shown = slice(first, None)

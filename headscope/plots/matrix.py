@@ -22,6 +22,11 @@ def composition_matrix(
         scores: such as :func:`headscope.circuits.composition`.
         limits: values of the first and last colour; default: the smallest and largest value.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> figure = hs.plots.composition_matrix(hs.circuits.composition(model, "K"))
+        >>> type(figure).__name__
+        'Figure'
     """
     layers, heads = scores.values.shape[:2]
     size = layers * heads

@@ -30,6 +30,10 @@ def spectra(
         heads: those to draw in colour, the others in grey; default: all in colour.
         named: how many of the heads with the largest first value carry their name.
         theme: ``light`` or ``dark``.
+
+    Example:
+        >>> type(hs.plots.spectra(hs.circuits.spectra(model))).__name__
+        'Figure'
     """
     style = STYLES[theme]
     relative = np.where(values.relative >= _FLOOR, values.relative, np.nan)

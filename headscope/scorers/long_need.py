@@ -35,6 +35,10 @@ def long_need(
     oracle; its threshold is free, 0.6 is ours.
 
     Weakness: a yes or no per query; a head just above the threshold looks like a local one.
+
+    Example:
+        >>> type(long_need(sink=1, recent=2)).__name__
+        'Scorer'
     """
     check_widths(sink, recent)
 
@@ -83,6 +87,10 @@ def long_need_predicted(
         name: of the scorer.
 
     Weakness: heavy-tailed scores blow the variance up, so that local heads are called long.
+
+    Example:
+        >>> type(long_need_predicted(sink=1, recent=2)).__name__
+        'Scorer'
     """
     check_widths(sink, recent)
 

@@ -32,6 +32,10 @@ def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None)
 
     Raises:
         InputError: if a width makes no sense.
+
+    Example:
+        >>> type(streaming_gap(sink=1, recent=2)).__name__
+        'Scorer'
     """
     check_widths(sink, recent)
 

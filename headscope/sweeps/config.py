@@ -219,6 +219,10 @@ def read_config(path: str | Path) -> SweepConfig:
 
     Raises:
         InputError: naming the first thing that is wrong, and the nearest word that would be right.
+
+    Example:
+        >>> hs.sweeps.read_config("configs/sweeps/ioi-all-heads.yaml").name
+        'ioi-all-heads'
     """
     config = parse(SweepConfig, read_yaml(path), str(path))
     check_config(config)

@@ -49,6 +49,11 @@ def make_plan(
     Raises:
         InputError: if a probe, edit, metric or set does not fit a model.
         ModelLoadError: if a model cannot be had.
+
+    Example:
+        >>> config = hs.sweeps.read_config("configs/sweeps/ioi-all-heads.yaml")
+        >>> hs.sweeps.make_plan(config).name
+        'ioi-all-heads'
     """
     check_config(config)
     loader = benches or Benches(config)
