@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from headscope.models.load import load as load
     from headscope.probes import Probe as Probe
     from headscope.pruning import prune as prune
+    from headscope.retrieval import mask_heads as mask_heads
     from headscope.scorers import AttentionRows as AttentionRows
     from headscope.scorers import output_scorer as output_scorer
     from headscope.scorers import row_scorer as row_scorer
@@ -77,6 +78,7 @@ _HOME = {
     "interactions": "headscope.ablation",
     "lens": "headscope.lens",
     "load": "headscope.models.load",
+    "mask_heads": "headscope.retrieval",
     "metrics": "headscope.metrics",
     "output_scorer": "headscope.scorers",
     "patch_activations": "headscope.ablation",

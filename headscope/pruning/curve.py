@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
 
 from headscope import metrics
 from headscope.ablation.arguments import Maker, Metricish, facts_of, present
@@ -15,27 +12,24 @@ from headscope.ablation.groups import joint
 from headscope.ablation.run import Placer, Study
 from headscope.edits import Heads
 from headscope.errors import InputError
-from headscope.files import whole_file
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.progress import track
-from headscope.pruning.orders import Order, random_order
+from headscope.pruning.orders import random_order
 from headscope.pruning.size import Size, measure_size
 from headscope.pruning.structure import prune
-from headscope.stats import bootstrap_interval, mean_and_sem
-from headscope.table import EffectGrid
+from headscope.table import EffectGrid, OrderCurve
 
 if TYPE_CHECKING:
     import pandas
 
 _POINTS = 21
 _SIZES = ("parameters", "flops", "seconds")
-_SUFFIXES = (".parquet", ".csv")
 
 
 @dataclass(frozen=True, eq=False)
-class PruningCurve:
+class PruningCurve(OrderCurve):
     """A metric against heads removed. Draw it with ``hs.plots.curves(curve.effects, ...)``.
 
     Attributes:
@@ -45,79 +39,19 @@ class PruningCurve:
         sizes: cost of the model at every point that was measured, by arm and number of heads.
     """
 
-    effects: EffectGrid
-    orders: Mapping[str, Order]
-    controls: tuple[str, ...]
     sizes: Mapping[tuple[str, int], Size] = field(default_factory=dict)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Numbers of heads removed."""
-        return tuple(int(label) for label in self.effects.labels[1])
-
-    @property
-    def per_example(self) -> Float[np.ndarray, "arm point example"]:
-        """The metric itself."""
-        return np.asarray(self.effects.per_example + self.effects.unedited)
-
-    @property
-    def mean(self) -> Float[np.ndarray, "arm point"]:
-        """Mean of the metric over examples."""
-        return mean_and_sem(self.per_example).mean
-
-    def interval(
-        self, level: float = 0.95, resamples: int = 2000, seed: int = 0
-    ) -> tuple[Float[np.ndarray, "arm point"], Float[np.ndarray, "arm point"]]:
-        """Percentile bootstrap interval of the mean over examples, lower and upper end."""
-        return bootstrap_interval(self.per_example, level, resamples, seed)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per arm and number of heads.
 
-        Columns: arm, control, removed, head (the last one that went), mean, sem, low and high (95%
-        interval), effect, parameters, flops, seconds (NaN where not measured).
+        Columns: those of :class:`headscope.table.OrderCurve`, then parameters, flops, seconds (NaN
+        where not measured).
         """
-        import pandas
-
-        low, high = self.interval()
-        sem = mean_and_sem(self.per_example).sem
-        rows = []
-        for i, arm in enumerate(self.effects.labels[0]):
-            for j, count in enumerate(self.counts):
-                if count > len(self.orders[arm]):
-                    continue
-                size = self.sizes.get((arm, count))
-                rows.append(
-                    {
-                        "arm": arm,
-                        "control": arm in self.controls,
-                        "removed": count,
-                        "head": str(self.orders[arm][count - 1]) if count else "",
-                        "mean": self.mean[i, j],
-                        "sem": sem[i, j],
-                        "low": low[i, j],
-                        "high": high[i, j],
-                        "effect": self.effects.mean[i, j],
-                    }
-                    | {name: np.nan if size is None else getattr(size, name) for name in _SIZES}
-                )
-        return pandas.DataFrame(rows)
-
-    def save(self, path: "str | PathLike[str]") -> None:
-        """Write :meth:`to_pandas` as ``.parquet`` or ``.csv``, whole or not at all.
-
-        Raises:
-            InputError: for another ending.
-        """
-        target = Path(path)
-        if target.suffix not in _SUFFIXES:
-            raise InputError(f"a curve is saved as {' or '.join(_SUFFIXES)}, not {target.name!r}.")
-        frame = self.to_pandas()
-        with whole_file(target) as file:
-            if target.suffix == ".csv":
-                frame.to_csv(file, index=False)
-            else:
-                frame.to_parquet(file, index=False)
+        frame = super().to_pandas()
+        found = [self.sizes.get(at) for at in zip(frame.arm, frame.removed, strict=True)]
+        for name in _SIZES:
+            frame[name] = [np.nan if one is None else getattr(one, name) for one in found]
+        return frame
 
 
 def pruning_curve(

@@ -2,6 +2,7 @@
 
 from headscope.table.attribution import Attribution as Attribution
 from headscope.table.card import HeadCard as HeadCard
+from headscope.table.curve import OrderCurve as OrderCurve
 from headscope.table.effects import EffectGrid as EffectGrid
 from headscope.table.lens import HeadWords as HeadWords
 from headscope.table.lens import LensGrid as LensGrid

@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": _RUNS_MODELS,
     "ablation": _RUNS_MODELS - {"scorers", "accumulate"},
     "pruning": _RUNS_MODELS | {"files", "scoring", "ablation"},
-    "retrieval": _RUNS_MODELS | {"scoring", "ablation"},
+    "retrieval": _RUNS_MODELS | _DISK | {"scoring", "ablation"},
     "sweeps": _RUNS_MODELS | _DISK | {"circuits", "lens", "scoring", "ablation", "pruning"},
     "report": {"errors", "heads", "files", "stats", "table", "plots"},
     "cli": set().union(*FLOORS[:-2]),

@@ -1,0 +1,256 @@
+"""How well a model answers without its highest-scored heads, and without as many others."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from headscope.ablation.arguments import present
+from headscope.ablation.groups import joint
+from headscope.ablation.run import Placer, Study
+from headscope.configs import Strict, parse, read_yaml
+from headscope.edits import Heads, Scope
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.metrics import accuracy
+from headscope.models.protocol import HeadModel
+from headscope.probes.config import ProbeConfig, build_probe
+from headscope.probes.probe import Probe
+from headscope.retrieval.masks import Masking
+from headscope.table import EffectGrid, HeadScores, OrderCurve, Provenance
+
+Right = Literal["all", "share"]
+_COUNTS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 75, 100)
+Order = tuple[HeadIndex, ...]
+
+
+def masking_curve(
+    model: HeadModel,
+    probe: Probe,
+    scores: HeadScores | Heads,
+    *,
+    counts: Sequence[int] | None = None,
+    random: int = 5,
+    method: Masking = "uniform",
+    scope: Scope = "decode",
+    right: Right = "all",
+    at: str | None = None,
+    reference: Probe | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> OrderCurve:
+    """Share of right answers against the number of masked heads (Wu et al. 2024, section 4).
+
+    Arms: ``top``, the highest scores first; ``lowest``, the lowest first; and random orders of
+    the heads that are not above the score's threshold, the controls. An arm ends where its heads
+    do. An example is right if each token of its answer is the likeliest one, given those before:
+    that is when greedy decoding with the same mask says the answer, so nothing is generated, and
+    only positions that the mask reaches are run again.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: with targets: needles, repeated tokens, your own questions; not the one that the
+            scores were found on. Decoding begins at its mark ``end``, else at the first target
+            that is read.
+        scores: of a retrieval scorer; or heads, the first to be masked first (then there is no
+            ``lowest``, and controls are all other heads).
+        counts: numbers of masked heads; default: up to half of all.
+        random: how many random orders, seeded from ``seed`` on.
+        method: how heads are masked, see :func:`headscope.mask_heads`.
+        scope: where: ``decode``, ``prefill`` or ``all``.
+        right: ``all``: 1 where the whole answer is right; ``share`` of its right tokens, for
+            long copies.
+        at: mark of the positions that predict the answer; default: ``second_copy`` where a probe
+            has it, else all with a target.
+        reference: of ``mean``; default: the probe itself.
+        seed: of the random orders.
+        batch_size: examples at a time.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: if an argument does not fit the probe or the model.
+
+    Example:
+        >>> import headscope as hs
+        >>> model = hs.load("tiny-llama")
+        >>> find, test = (
+        ...     hs.probes.needle(model, lengths=64, depths=2, per_cell=1, seed=i) for i in (0, 1)
+        ... )
+        >>> curve = masking_curve(model, test, hs.retrieval.forced(model, find), counts=[0, 6])
+        >>> curve.counts
+        (0, 6)
+    """
+    if reference is not None and method != "mean":
+        raise InputError(f"reference is for method='mean'; {method} needs none.")
+    mark = at or ("second_copy" if "second_copy" in probe.marks else None)
+    metric = accuracy if mark is None else accuracy.at(mark)
+    study = Study.of(model, probe, metric, batch_size=batch_size, progress=progress)
+    where = reached(probe, scope, metric.reads(probe))
+    placer = Placer(study, method, positions=where, reference=reference, seed=seed)
+    arms = _arms(model, scores)
+    controls = _controls(model, scores, random, seed)
+    everything = {**arms, **controls}
+    points = _points(model, counts)
+    sets = {
+        (arm, n): tuple(sorted(order[:n]))
+        for arm, order in everything.items()
+        for n in points
+        if n <= len(order)
+    }
+    distinct = list(dict.fromkeys(sets.values()))
+    effects, clean = joint(study, placer, distinct)
+    values, unmasked = (_judged(one, right) for one in (effects + clean, clean))
+    grid = np.full((len(everything), len(points), len(clean)), np.nan)
+    for (arm, n), heads in sets.items():
+        place = list(everything).index(arm), points.index(n)
+        grid[place] = values[distinct.index(heads)] - unmasked
+    found = EffectGrid(
+        name=f"{method}_masking",
+        axes=("arm", "masked"),
+        labels=(tuple(everything), tuple(map(str, points))),
+        per_example=grid,
+        unedited=unmasked,
+        unit="share",
+        description="Right answers with the heads masked less those of the whole model.",
+        provenance=_origin(study, placer, seed, method, scope, right),
+    )
+    return OrderCurve(found, everything, tuple(controls))
+
+
+def reached(
+    probe: Probe, scope: Scope, answering: Bool[Tensor, "batch pos"]
+) -> Bool[Tensor, "batch pos"] | None:
+    """Positions at which a scope masks: from the prompt's last token on, before it, all (None)."""
+    if scope == "all":
+        return None
+    first = (probe.mark("end") if "end" in probe.marks else answering).int()
+    if not bool(first.any(1).all()):
+        raise InputError("every example needs a token marked 'end', or a target.")
+    decoding = torch.arange(probe.length, device=first.device) >= first.argmax(1)[:, None]
+    where: Tensor = probe.real & (decoding if scope == "decode" else ~decoding)
+    return where
+
+
+def _origin(study: Study, placer: Placer, seed: int, *words: str) -> Provenance:
+    method, scope, right = words
+    made = study.provenance(
+        seed, checks=placer.checks, method=method, scope=scope, right=right, positions=scope
+    )
+    name = "right answers" if right == "all" else "right tokens"
+    return replace(made, probe={**made.probe, "metric": name})
+
+
+def _judged(share: Float[np.ndarray, "*set example"], right: Right) -> Float[np.ndarray, "*set e"]:
+    if right == "share":
+        return share
+    return np.where(np.isnan(share), np.nan, (share > 1 - 1e-6).astype(float))
+
+
+def _arms(model: HeadModel, scores: HeadScores | Heads) -> dict[str, Order]:
+    if not isinstance(scores, HeadScores):
+        return {"top": present(model, scores)}
+    size = scores.mean.size
+    top = tuple(model.shape.check(head) for head, _ in scores.top(size))
+    return {"top": top, "lowest": tuple(head for head, _ in scores.bottom(size))}
+
+
+def _controls(
+    model: HeadModel, scores: HeadScores | Heads, random: int, seed: int
+) -> dict[str, Order]:
+    """Random orders of the heads that nobody calls retrieval heads."""
+    if random < 0:
+        raise InputError(f"random={random} must be 0 or more.")
+    if isinstance(scores, HeadScores):
+        limit = np.inf if scores.threshold is None else scores.threshold
+        left_out = {head for head, value in scores.top(scores.mean.size) if value > limit}
+    else:
+        left_out = set(present(model, scores))
+    others = [head for head in model.shape.heads if head not in left_out]
+    return {
+        f"random {seed + i}": tuple(
+            others[at] for at in np.random.default_rng(seed + i).permutation(len(others))
+        )
+        for i in range(random if others else 0)
+    }
+
+
+def _points(model: HeadModel, counts: Sequence[int] | None) -> list[int]:
+    most = len(model.shape.heads)
+    if counts is None:
+        return [n for n in _COUNTS if n <= max(1, most // 2)]
+    points = sorted(set(counts))
+    if not points or points[0] < 0 or points[-1] > most:
+        raise InputError(f"counts={list(counts)}: 0 to {most} heads can be masked.")
+    return points
+
+
+class MaskingConfig(Strict):
+    """Masking curves written down: which tasks, and how heads are masked.
+
+    Attributes:
+        tasks: probes by name: needles, questions of your own, repeated tokens.
+        counts, random, method, scope, right, seed: of :func:`masking_curve`.
+    """
+
+    tasks: dict[str, ProbeConfig] = Field(min_length=1)
+    counts: tuple[int, ...] | None = None
+    random: int = Field(default=5, ge=0, le=1000)
+    method: Masking = "uniform"
+    scope: Scope = "decode"
+    right: Right = "all"
+    seed: int = Field(default=0, ge=0)
+
+
+def masking_curves(
+    model: HeadModel,
+    scores: HeadScores | Heads,
+    config: MaskingConfig | str | Path,
+    *,
+    progress: bool | None = None,
+) -> dict[str, OrderCurve]:
+    """One masking curve per task of a config, or of a YAML file with one.
+
+    Args:
+        model: from :func:`headscope.load`.
+        scores: as :func:`masking_curve` takes them.
+        config: see :class:`headscope.retrieval.MaskingConfig`; ``configs/masking.yaml`` is one.
+        progress: show bars.
+
+    Raises:
+        InputError: naming the first thing in the file that is wrong.
+
+    Example:
+        >>> config = MaskingConfig(
+        ...     tasks={"copying": {"kind": "repeated_tokens", "length": 8, "batch": 2}},
+        ...     counts=[0, 2], random=1,
+        ... )
+        >>> list(masking_curves(model, ["L0H0", "L1H0"], config))
+        ['copying']
+    """
+    if not isinstance(config, MaskingConfig):
+        config = parse(MaskingConfig, read_yaml(config), str(config))
+    probes: Mapping[str, Probe] = {
+        name: build_probe(task, model) for name, task in config.tasks.items()
+    }
+    return {
+        name: masking_curve(
+            model,
+            probe,
+            scores,
+            counts=config.counts,
+            random=config.random,
+            method=config.method,
+            scope=config.scope,
+            right=config.right,
+            seed=config.seed,
+            progress=progress,
+        )
+        for name, probe in probes.items()
+    }

@@ -1,0 +1,185 @@
+"""Generation with keys and values kept, under a mask or under several at once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.models.decoding import Decoding, decoding
+from headscope.models.protocol import HeadModel
+from headscope.progress import track
+from headscope.retrieval.masks import Mask
+from headscope.retrieval.prompts import Chooser, Padded, Prompts, batches, check_room, prompt_ids
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model said after each prompt.
+
+    Attributes:
+        tokens: new tokens, up to and without the end-of-sequence token.
+        texts: the same as text; ids with spaces between, without a tokenizer.
+        alphas: weight of the contrast at every step; empty without one.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    alphas: tuple[tuple[float, ...], ...] = ()
+
+
+class Mixed(NamedTuple):
+    """Scores of the next token made of several runs, and the weight that they were mixed by."""
+
+    scores: Float[Tensor, "batch d_vocab"]
+    alpha: Float[Tensor, " batch"] | None = None
+
+
+Mixer = Callable[[list[Tensor]], Mixed]
+
+
+def generate(
+    model: HeadModel,
+    prompts: Prompts,
+    *,
+    mask: Mask | None = None,
+    new_tokens: int = 20,
+    temperature: int | float = 0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Generated:
+    """Continue prompts, some heads masked if wanted.
+
+    The prompt is read but for its last token, then one token at a time: the last token's query
+    says the first new one, and belongs to decoding. Keys and values are kept; transformer-lens
+    bridges read the whole text again, with the same numbers.
+
+    Args:
+        model: from :func:`headscope.load`.
+        prompts: texts, token ids ``[batch pos]``, or a probe, whose examples end at ``end``.
+        mask: which heads, e.g. ``hs.retrieval.Mask.of(model, heads)``.
+        new_tokens: at most.
+        temperature: 0: always the likeliest token; else drawn from ``softmax(logits / t)``.
+        seed: of the draws.
+        batch_size: prompts at a time; default: about 8192 tokens.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: if a prompt does not fit, or an argument makes no sense.
+        UnsupportedModelError: if the model keeps more than keys and values.
+
+    Example:
+        >>> import headscope as hs
+        >>> model = hs.load()
+        >>> mask = hs.retrieval.Mask.of(model, ["L2H0"], scope="all")
+        >>> said = generate(model, ["One day the", "Every night the"], mask=mask, new_tokens=3)
+        >>> [len(one) for one in said.tokens]
+        [3, 3]
+    """
+    return write(
+        model,
+        prompts,
+        [mask],
+        lambda runs: Mixed(runs[0]),
+        new_tokens=new_tokens,
+        chooser=Chooser(float(temperature), seed),
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def write(
+    model: HeadModel,
+    prompts: Prompts,
+    masks: Sequence[Mask | None],
+    mix: Mixer,
+    *,
+    new_tokens: int,
+    chooser: Chooser,
+    batch_size: int | None,
+    progress: bool | None,
+) -> Generated:
+    """Write with one run per mask, all of which read what is said; ``mix`` makes its scores."""
+    ids = prompt_ids(model, prompts)
+    check_room(model, ids, new_tokens)
+    said: dict[int, list[int]] = {}
+    weights: dict[int, list[float]] = {}
+    with track(len(ids) * new_tokens, f"{model.name} writes", show=progress) as advance:
+        for batch in batches(ids, batch_size):
+            texts = [Text(model, batch.real, mask) for mask in masks]
+            tokens, alphas = _written(model, batch, texts, mix, chooser, new_tokens, advance)
+            for at, row in enumerate(batch.rows):
+                said[row] = tokens[at]
+                weights[row] = alphas[at][: len(tokens[at])]
+    in_order = [tuple(said[row]) for row in range(len(ids))]
+    contrasted = [tuple(weights[row]) for row in range(len(ids))]
+    decode = None if model.tokenizer is None else model.tokenizer.decode
+    return Generated(
+        tuple(in_order),
+        tuple(" ".join(map(str, one)) if decode is None else decode(one) for one in in_order),
+        tuple(contrasted) if any(contrasted) else (),
+    )
+
+
+@dataclass
+class Text:
+    """One run of a model over a batch that grows, under a mask."""
+
+    model: HeadModel
+    real: Bool[Tensor, "batch pos"]
+    mask: Mask | None
+    _state: Decoding = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin; every prompt's last token is real, and read by itself."""
+        self._state = decoding(self.model, self.real[:, : max(1, self.real.shape[1] - 1)])
+
+    @property
+    def length(self) -> int:
+        """Positions read."""
+        return self._state.length
+
+    def prompt(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
+        """Read the prompt, its last token by itself."""
+        if tokens.shape[1] > 1:
+            self.read(tokens[:, :-1])
+        return self.read(tokens[:, -1:])
+
+    def read(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch d_vocab"]:
+        """Read further tokens; gives the logits of what comes next, in fp32."""
+        length = self.length + tokens.shape[1]
+        edits = () if self.mask is None else (self.mask.step(self.real.shape[1], length),)
+        return self._state.step(tokens, edits=edits).float()
+
+
+def _written(
+    model: HeadModel,
+    batch: Padded,
+    texts: list[Text],
+    mix: Mixer,
+    chooser: Chooser,
+    new_tokens: int,
+    advance: Callable[[int], None],
+) -> tuple[list[list[int]], list[list[float]]]:
+    """New tokens of a batch, and the weights of each step."""
+    end = getattr(model.tokenizer, "eos_token_id", None)
+    draws = chooser.draws(batch.rows)
+    said: list[list[int]] = [[] for _ in batch.rows]
+    alphas: list[list[float]] = [[] for _ in batch.rows]
+    open_rows = set(range(len(batch.rows)))
+    runs = [text.prompt(batch.tokens) for text in texts]
+    for step in range(new_tokens):
+        mixed = mix(runs)
+        tokens = chooser(mixed.scores, draws)
+        open_rows -= {row for row in open_rows if int(tokens[row]) == end}
+        for row in open_rows:
+            said[row].append(int(tokens[row]))
+            if mixed.alpha is not None:
+                alphas[row].append(float(mixed.alpha[row]))
+        advance(len(batch.rows))
+        if not open_rows or step == new_tokens - 1:
+            break
+        runs = [text.read(tokens[:, None]) for text in texts]
+    return said, alphas

@@ -1,0 +1,104 @@
+"""A metric against the number of heads that were taken, in several orders and random ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope.errors import InputError
+from headscope.files import whole_file
+from headscope.heads import HeadIndex
+from headscope.stats import bootstrap_interval, mean_and_sem
+from headscope.table.effects import EffectGrid
+
+if TYPE_CHECKING:
+    import pandas
+
+_SUFFIXES = (".parquet", ".csv")
+
+
+@dataclass(frozen=True, eq=False)
+class OrderCurve:
+    """A metric against heads taken. Draw it with ``hs.plots.curves(curve.effects, ...)``.
+
+    Attributes:
+        effects: edited run less clean run; axes ``arm`` and what was done to the heads, e.g.
+            ``masked``; NaN where an order ends.
+        orders: heads of every arm, the first to be taken first.
+        controls: names of the arms in random order.
+    """
+
+    effects: EffectGrid
+    orders: Mapping[str, tuple[HeadIndex, ...]]
+    controls: tuple[str, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of heads taken."""
+        return tuple(int(label) for label in self.effects.labels[1])
+
+    @property
+    def per_example(self) -> Float[np.ndarray, "arm point example"]:
+        """The metric itself."""
+        return np.asarray(self.effects.per_example + self.effects.unedited)
+
+    @property
+    def mean(self) -> Float[np.ndarray, "arm point"]:
+        """Mean of the metric over examples."""
+        return mean_and_sem(self.per_example).mean
+
+    def interval(
+        self, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    ) -> tuple[Float[np.ndarray, "arm point"], Float[np.ndarray, "arm point"]]:
+        """Percentile bootstrap interval of the mean over examples, lower and upper end."""
+        return bootstrap_interval(self.per_example, level, resamples, seed)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per arm and number of heads.
+
+        Columns: arm, control, the number (named as the second axis), head (the last one that was
+        taken), mean, sem, low and high (95% interval), effect.
+        """
+        import pandas
+
+        low, high = self.interval()
+        sem = mean_and_sem(self.per_example).sem
+        rows = []
+        for i, arm in enumerate(self.effects.labels[0]):
+            for j, count in enumerate(self.counts):
+                if count > len(self.orders[arm]):
+                    continue
+                rows.append(
+                    {
+                        "arm": arm,
+                        "control": arm in self.controls,
+                        self.effects.axes[1]: count,
+                        "head": str(self.orders[arm][count - 1]) if count else "",
+                        "mean": self.mean[i, j],
+                        "sem": sem[i, j],
+                        "low": low[i, j],
+                        "high": high[i, j],
+                        "effect": self.effects.mean[i, j],
+                    }
+                )
+        return pandas.DataFrame(rows)
+
+    def save(self, path: "str | PathLike[str]") -> None:
+        """Write :meth:`to_pandas` as ``.parquet`` or ``.csv``, whole or not at all.
+
+        Raises:
+            InputError: for another ending.
+        """
+        target = Path(path)
+        if target.suffix not in _SUFFIXES:
+            raise InputError(f"a curve is saved as {' or '.join(_SUFFIXES)}, not {target.name!r}.")
+        frame = self.to_pandas()
+        with whole_file(target) as file:
+            if target.suffix == ".csv":
+                frame.to_csv(file, index=False)
+            else:
+                frame.to_parquet(file, index=False)
