@@ -1,13 +1,14 @@
 """What sweeping costs over the bare ablation, and what a second Ray worker brings.
 
-python benchmarks/sweeps.py [--prompts N] [--layers N]: random-weight GPT-2 small cut to some
-layers, all heads by themselves, mean ablation. ``store_share``: time spent on writing parts,
-compaction and looking into the folder, of the whole run. ``over_bare``: the sweep's time over that
-of one ``hs.ablate_heads`` call: what cutting into chunks costs. ``ray``: two workers against this
-process on several checkpoints, start of the cluster apart and included.
+python benchmarks/sweeps.py [--prompts N] [--layers N]: random-weight GPT-2 small with some layers
+and few tokens, all heads by themselves, mean ablation. ``store_share``: time spent on writing
+parts, compaction and looking into the folder, of the whole run. ``over_bare``: the sweep's time
+over that of one ``hs.ablate_heads`` call: what cutting into chunks costs. ``ray``: two workers
+against this process on four models, planning apart and included.
 """
 
 import argparse
+import shutil
 import statistics
 import tempfile
 import time
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import gpt2_small, report
+from support import report
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import headscope as hs
+from headscope.models import shipped
 from headscope.sweeps import RayExecutor, SweepConfig, run_sweep
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.planner import make_plan
@@ -36,10 +39,13 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "model"
-        module = gpt2_small()
-        module.transformer.h = module.transformer.h[: given.layers]
-        module.config.n_layer = given.layers
+        torch.manual_seed(0)
+        # Few tokens: it is the blocks that are swept.
+        sizes = GPT2Config(vocab_size=1024, n_layer=given.layers, initializer_range=0.1)
+        module = AutoModelForCausalLM.from_config(sizes).eval()
         module.save_pretrained(place)
+        for file in shipped.folder("tiny-gpt2").glob("tokenizer*"):
+            shutil.copy(file, place)
         config = sweep_of([str(place)], given.prompts)
         results = {"inline": against_bare(config, place, Path(folder), given)}
         if not given.skip_ray:
@@ -53,7 +59,7 @@ def sweep_of(places: list[str], prompts: int) -> SweepConfig:
         {
             "name": "benchmark",
             "models": [{"model": place, "name": f"m{i}"} for i, place in enumerate(places)],
-            "probes": [{"kind": "repeated_tokens", "length": 50, "batch": prompts, "bos": False}],
+            "probes": [{"kind": "repeated_tokens", "length": 50, "batch": prompts}],
             "edits": ["mean"],
             "metrics": ["loss"],
         }
@@ -65,7 +71,7 @@ def against_bare(
 ) -> dict[str, Any]:
     """The sweep against one call, in turn, the model loaded in both."""
     model = hs.load(place)
-    probe = hs.probes.repeated_tokens(model, length=50, batch=given.prompts, bos=False)
+    probe = hs.probes.repeated_tokens(model, length=50, batch=given.prompts)
     benches = Benches(config)
     plan = make_plan(config, benches=benches)
     bare, swept, stored = [], [], []

@@ -30,6 +30,10 @@ def export(folder: str | Path, kind: str, target: str | Path | None = None) -> P
 
     Raises:
         InputError: if the kind is unknown, its library missing, or the file cannot be written.
+
+    Example:
+        >>> hs.sweeps.export("runs/ioi-all-heads", "sqlite")  # doctest: +SKIP
+        PosixPath('runs/ioi-all-heads/export.sqlite')
     """
     if kind not in WRITERS:
         raise InputError(nearest(kind, WRITERS, kind="format"))

@@ -15,7 +15,6 @@ from headscope.sweeps.config import (
     MetricConfig,
     NamedProbe,
     SweepConfig,
-    check_config,
 )
 from headscope.sweeps.plan import (
     FORMAT,
@@ -28,6 +27,7 @@ from headscope.sweeps.plan import (
     plan_json,
     probe_digest,
 )
+from headscope.sweeps.reading import check_config
 from headscope.sweeps.selection import Cell, Scored, cells
 from headscope.table import Provenance
 from headscope.table.provenance import versions

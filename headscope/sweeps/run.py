@@ -72,11 +72,22 @@ def run_sweep(
         InputError: if the config does not fit a model, or the folder holds another sweep.
 
     Example:
-        >>> import headscope as hs, tempfile
-        >>> config = hs.sweeps.read_config("configs/sweeps/ioi-all-heads.yaml")
+        >>> import tempfile
+        >>> import headscope as hs
+        >>> config = hs.sweeps.SweepConfig(
+        ...     name="small",
+        ...     models=["tiny-gpt2"],
+        ...     probes=[{"kind": "repeated_tokens", "length": 5, "batch": 2}],
+        ...     edits=["zero"],
+        ...     metrics=["loss"],
+        ... )
         >>> with tempfile.TemporaryDirectory() as out:
-        ...     hs.sweeps.run_sweep(config, out).compacted
-        True
+        ...     outcome = hs.sweeps.run_sweep(config, out)
+        ...     scores = hs.sweeps.read(out).scores()
+        ...     hs.sweeps.status(out).cells_done, scores.mean.shape
+        ...     hs.sweeps.export(out, "csv").name
+        (12, (3, 4))
+        'export.csv'
     """
     if not 1 <= shard[0] <= shard[1]:
         raise InputError(f"there is no shard {shard[0]}/{shard[1]}: they count from 1.")

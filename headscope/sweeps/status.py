@@ -51,6 +51,10 @@ def status(folder: str | Path) -> Status:
 
     Raises:
         InputError: if the folder holds no sweep.
+
+    Example:
+        >>> hs.sweeps.status("runs/ioi-all-heads").pending  # doctest: +SKIP
+        0
     """
     store = Store.open(Path(folder))
     plan, done, failed = store.plan(), store.done(), store.failed()

@@ -25,7 +25,6 @@ WITHOUT: tuple[str, ...] = (
     "headscope.lens",
     "headscope.retrieval",
     "headscope.scorers.base",
-    "headscope.sweeps",
 )
 
 MODULES = [

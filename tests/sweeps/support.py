@@ -3,7 +3,7 @@
 from typing import Any
 
 from headscope.sweeps import SweepConfig
-from headscope.sweeps.config import check_config
+from headscope.sweeps.reading import check_config
 
 REPEATED = {"kind": "repeated_tokens", "length": 6, "batch": 3}
 

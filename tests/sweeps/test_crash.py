@@ -47,7 +47,7 @@ def start(file: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
 
 def wait_for_parts(out: Path, process: "subprocess.Popen[str]", count: int = 1) -> None:
     """Wait until some chunks are done."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while len(list(out.glob("parts/*.parquet"))) < count:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, "nothing was finished"
