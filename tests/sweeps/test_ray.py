@@ -60,7 +60,7 @@ def ended() -> Iterator[list[psutil.Process]]:
     """Processes that are gone when the test is over, one way or the other."""
     known: list[psutil.Process] = []
     yield known
-    _, alive = psutil.wait_procs(known, timeout=30)
+    _, alive = psutil.wait_procs(known, timeout=150)  # its agents take a minute to notice
     for process in alive:
         process.kill()
     assert not alive, "a cluster outlived its driver"
