@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.circuits.orthogonal import thin_qr
+from headscope.circuits.orthogonal import orthonormal, thin_qr
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 
@@ -73,14 +73,15 @@ class HeadFactors:
 
     def svd(self) -> HeadSVD:
         """Decompose every head through the QR of its thin factors: O(d_model d_head^2) a head."""
-        left, left_r = thin_qr(self.left)
-        right, right_r = thin_qr(self.right.mT)
+        left, left_mix, left_r = orthonormal(self.left)
+        right, right_mix, right_r = orthonormal(self.right.mT)
         small = self.per_head(left_r) @ self.per_head(right_r).mT
         u, s, vh = torch.linalg.svd(small, full_matrices=False)
-        V = widened(right, vh.mT)
-        upright = V.amax(-2, keepdim=True) >= -V.amin(-2, keepdim=True)
-        sign = torch.where(upright, 1.0, -1.0).to(V)
-        return HeadSVD(widened(left, u * sign), s, V.mul_(sign).mT, self.layers)
+        Vh = widened(right, self.per_head(right_mix) @ vh.mT).mT
+        upright = Vh.amax(-1, keepdim=True) >= -Vh.amin(-1, keepdim=True)
+        sign = torch.where(upright, 1.0, -1.0).to(Vh)
+        U = widened(left, self.per_head(left_mix) @ (u * sign.mT))
+        return HeadSVD(U, s, Vh.mul_(sign), self.layers)
 
     def singular_values(self) -> Float[Tensor, "layer head rank"]:
         """Singular values alone, largest first."""

@@ -6,6 +6,9 @@ from torch import Tensor
 
 # Largest |Q.T Q - 1| after the first pass from which the second one reaches rounding error.
 _NEAR = 0.1
+# Condition up to which one pass is enough: its error is the condition squared times rounding. The
+# measure used lies between 1 and the condition; at 1.5 no 64 columns are conditioned above 9.
+_EVEN = 1.5
 
 
 def thin_qr(
@@ -34,3 +37,27 @@ def thin_qr(
     if not bool(good.all()):
         Q[~good], R[~good] = torch.linalg.qr(matrices[~good])
     return Q, R
+
+
+def orthonormal(
+    matrices: Float[Tensor, "*batch rows columns"],
+) -> tuple[
+    Float[Tensor, "*batch rows columns"],
+    Float[Tensor, "*batch columns columns"],
+    Float[Tensor, "*batch columns columns"],
+]:
+    """QR decomposition with ``Q = span @ mix`` not multiplied out: ``span, mix, R``.
+
+    For well conditioned matrices (random weights, say) ``span`` is ``matrices`` itself, ``mix`` the
+    inverse of R, and what is to be multiplied with Q costs one product instead of four. Where any
+    of them is not, all are done by ``thin_qr``.
+    """
+    R, info = torch.linalg.cholesky_ex(matrices.mT @ matrices, upper=True)
+    columns = R.shape[-1]
+    identity = torch.eye(columns, dtype=R.dtype, device=R.device).expand_as(R)
+    mix = torch.linalg.solve_triangular(R, identity, upper=True)
+    uneven = torch.linalg.matrix_norm(R) * torch.linalg.matrix_norm(mix) / max(columns, 1)
+    if bool(((info == 0) & (uneven < _EVEN)).all()):
+        return matrices, mix, R
+    Q, R = thin_qr(matrices)
+    return Q, identity, R

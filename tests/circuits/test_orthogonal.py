@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headscope.circuits.orthogonal import thin_qr
+from headscope.circuits.orthogonal import orthonormal, thin_qr
 
 
 def of_condition(condition: float, rows: int = 60, columns: int = 8, seed: int = 0) -> torch.Tensor:
@@ -43,6 +43,16 @@ def test_rank_deficient_and_empty_heads_are_among_good_ones() -> None:
     matrices = torch.stack([of_condition(5.0), torch.zeros(60, 8), of_condition(5.0, seed=1)])
     matrices[2, :, 3] = matrices[2, :, 4]
     check(matrices)
+
+
+@pytest.mark.parametrize("condition", [1.0, 3.0, 10.0, 1e3, 1e9])
+def test_span_times_mix_is_orthonormal_at_any_condition(condition: float) -> None:
+    matrices = torch.stack([of_condition(1.0), of_condition(condition, seed=1)])
+    span, mix, R = orthonormal(matrices)
+    Q = span.double() @ mix.double()
+    assert float((Q @ R.double() - matrices.double()).abs().max()) < 1e-6
+    assert float((Q.mT @ Q - torch.eye(8, dtype=torch.float64)).abs().max()) < 5e-6
+    assert (span is matrices) == (condition < 5)
 
 
 @settings(max_examples=20, deadline=None)
