@@ -67,4 +67,5 @@ from headscope.circuits.symmetry import symmetric_share as symmetric_share
 from headscope.circuits.vocabulary import TopTokens as TopTokens
 from headscope.circuits.vocabulary import VocabularyView as VocabularyView
 from headscope.circuits.vocabulary import vocabulary_view as vocabulary_view
+from headscope.circuits.vocabulary import vocabulary_words as vocabulary_words
 from headscope.table import HeadCard as HeadCard

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.factors import HeadFactors
-from headscope.errors import InputError
+from headscope.circuits.ov import ov
+from headscope.circuits.qk import qk
+from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,36 @@ def vocabulary_view(
     read = _top_tokens(U, words, factors.layers, tokens, logits=False)
     written = _top_tokens(Vh, words, factors.layers, tokens, logits=factors.name == "OV")
     return VocabularyView(svd.S[..., :directions], read, written, factors.layers)
+
+
+def vocabulary_words(
+    model: HeadModel, directions: int = 3, tokens: int = 6
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Tokens of the largest directions of every head, as text: circuit -> head -> directions.
+
+    Token embeddings are raw. Circuits that the family does not have are left out.
+
+    Args:
+        model: from :func:`headscope.load`.
+        directions: how many of each head.
+        tokens: how many at each end of a direction.
+
+    Example:
+        >>> sorted(hs.circuits.vocabulary_words(model, directions=1, tokens=2))
+        ['OV', 'QK']
+    """
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    words = Dictionary(model, "raw")
+    for circuit in (ov, qk):
+        try:
+            factors = circuit(model)
+            view = vocabulary_view(factors, words, directions, tokens)
+        except UnsupportedModelError:
+            continue
+        found[factors.name] = {
+            str(head): view.words(head, model.tokenizer) for head in model.shape.heads
+        }
+    return found
 
 
 def _top_tokens(

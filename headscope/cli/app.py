@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from headscope.cli.options import AllowPickle, Device, Dtype, Memory, Model, Revision, TrustCode
+
 app = typer.Typer(
     name="headscope",
     help="Find out what every attention head of a transformer does.",
@@ -12,27 +14,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        help="Hugging Face name, local folder, or bundled model (default: tiny-gpt2).",
-        show_default=False,
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag, commit; or bundled checkpoint.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16 (default: as stored).")
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU if there is one).")
-]
-Memory = Annotated[str | None, typer.Option(help="What a chunk of rows may take, e.g. 2GB.")]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights.")]
-TrustCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run the model's own code; needs --revision COMMIT."),
-]
 
 
 @app.command()
@@ -270,3 +251,17 @@ def export(
     from headscope.cli import export as command
 
     command.run(run, to=to, out=out)
+
+
+@app.command(no_args_is_help=True)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs and sweeps, or saved tables.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Title (default: the models).")] = None,
+) -> None:
+    """Join runs of one model, or of several side by side, into one HTML file that opens offline."""
+    from headscope.cli import report as command
+
+    command.run(runs, out=out, title=title)

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope.circuits.survey import Survey, survey
+from headscope.circuits.vocabulary import vocabulary_words
+from headscope.cli.command import typed
 from headscope.cli.output import console, table_rows
 from headscope.cli.scan import Loading
 from headscope.files import whole_file
+from headscope.table import save_spectra
 
 if TYPE_CHECKING:
     from headscope.report.folder import RunFolder
@@ -48,10 +51,11 @@ def run(
         "tokens": tokens,
         "seed": seed,
     }
-    _write(folder, found, settings, timings)
+    words = vocabulary_words(model, 3 if len(model.shape.heads) <= 1024 else 1)
+    _write(folder, found, words, settings, timings)
     console(stderr=True).print(
         f"Written to {out}: index.html (open it in a browser), table.parquet, pairs.parquet, "
-        "paths.json, pictures/."
+        "spectra.safetensors, words.json, paths.json, pictures/."
     )
 
 
@@ -92,7 +96,11 @@ def _print(found: Survey) -> None:
 
 
 def _write(
-    folder: "RunFolder", found: Survey, settings: dict[str, Any], timings: dict[str, float]
+    folder: "RunFolder",
+    found: Survey,
+    words: dict[str, Any],
+    settings: dict[str, Any],
+    timings: dict[str, float],
 ) -> None:
     import pandas
 
@@ -111,12 +119,17 @@ def _write(
         rows = pandas.concat([one.to_pandas() for one in found.pairs])
         with whole_file(folder.path / "pairs.parquet") as file:
             rows.to_parquet(file, index=False)
+    if found.spectra:
+        save_spectra(found.spectra, folder.path / "spectra.safetensors")
+    with whole_file(folder.path / "words.json") as file:
+        file.write(json.dumps(words).encode() + b"\n")
     with whole_file(folder.path / "paths.json") as file:
         file.write(json.dumps(_chains(found), indent=2).encode() + b"\n")
     folder.write(
         found.table,
         settings,
         timings,
+        command=typed(),
         sections=circuit_sections(chains, made, found.missing),
         pictures=pictures,
     )

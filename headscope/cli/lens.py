@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import lens
+from headscope.cli.command import typed
 from headscope.cli.output import console, plain_rows
 from headscope.cli.scan import Loading
 from headscope.errors import InputError
@@ -175,6 +176,7 @@ def _write(
         HeadTable([found.split.head_scores()]),
         settings,
         timings,
+        command=typed(),
         sections=lens_sections(found.grids, found.split, found.words, made),
         pictures={name: draw("light") for name, draw in made.items()},
     )

@@ -1,13 +1,16 @@
 """``headscope scan``: the main job."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from headscope.cli.command import typed
 from headscope.cli.output import console, print_table
-from headscope.errors import InputError
+from headscope.errors import HeadscopeError, InputError
 from headscope.models.load import load
 from headscope.models.protocol import HeadModel
+from headscope.patterns import attention_example
 from headscope.scoring import score
 
 
@@ -83,10 +86,18 @@ def run(
         "seed": seed,
     }
     timings = {"load_seconds": loaded - started, "score_seconds": scored - loaded}
-    folder.write(table, settings, timings, examples=examples)
+    folder.write(table, settings, timings, command=typed(), examples=examples)
+    with suppress(HeadscopeError):  # an example is a help for the eye; the table stands without
+        example = attention_example(model, length=_example_length(len(model.shape.heads)))
+        example.save(folder.path / "attention.safetensors")
     console(stderr=True).print(
         f"Written to {out}: index.html (open it in a browser), table.parquet, pictures/."
     )
+
+
+def _example_length(heads: int) -> int:
+    """Tokens of the kept example: a megabyte of patterns, or 20 tokens."""
+    return int(max(20, min(48, (1_000_000 / heads) ** 0.5)))
 
 
 def _device(name: str | None) -> str | None:

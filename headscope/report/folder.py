@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from headscope.files import whole_file, writable_folder
 from headscope.plots import heatmap, heatmaps, save
+from headscope.report.kept import sections_json
 from headscope.report.page import index_page
 from headscope.report.sections import Section
 from headscope.table import HeadTable
@@ -22,8 +23,9 @@ class RunFolder:
     """One run's results on disk.
 
     ``table.parquet`` (one row per layer, head and score; provenance in its metadata),
-    ``run.json`` (settings, versions, timings), ``index.html`` (self-contained page) and
-    ``pictures/`` (one heatmap per score, and the scores with roles side by side).
+    ``run.json`` (command, settings, versions, timings), ``index.html`` (self-contained page),
+    ``pictures/`` (one heatmap per score, and the scores with roles side by side) and, where the
+    page shows more than the table, ``sections.json``, from which reports are joined.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class RunFolder:
         settings: Mapping[str, Any],
         timings: Mapping[str, float],
         *,
+        command: str | None = None,
         examples: bool = False,
         sections: Sequence[Section] = (),
         pictures: Mapping[str, go.Figure] | None = None,
@@ -53,16 +56,25 @@ class RunFolder:
             table: the scores.
             settings: what was asked for, as JSON values.
             timings: seconds by phase.
+            command: that was typed, shown as the way to make it again.
             examples: keep the values per example in the table.
             sections: shown on the page before the table of all heads.
             pictures: by file name; default: a heatmap per score, and the roles.
         """
         table.save(self.path / "table.parquet", examples=examples)
         self._pictures(_heatmaps(table) if pictures is None else pictures)
-        page = index_page(table, settings, sections=sections)
+        page = index_page(table, settings, sections=sections, command=command)
         with whole_file(self.path / "index.html") as file:
             file.write(page.encode())
-        facts = {"settings": dict(settings), "versions": versions(), "timings": dict(timings)}
+        if sections:
+            with whole_file(self.path / "sections.json") as file:
+                file.write(sections_json(sections))
+        facts = {
+            "command": command,
+            "settings": dict(settings),
+            "versions": versions(),
+            "timings": dict(timings),
+        }
         with whole_file(self.path / "run.json") as file:
             file.write(json.dumps(facts, indent=2).encode() + b"\n")
 

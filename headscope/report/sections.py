@@ -47,14 +47,14 @@ class Picture:
     """A figure in both themes; the page shows the one that fits the reader's.
 
     Attributes:
-        light: drawn for light paper.
+        light: drawn for light paper; a figure, or its JSON as it was kept.
         dark: drawn for dark paper.
         said: what it shows, for readers who cannot see it.
         caption: what to look for.
     """
 
-    light: go.Figure
-    dark: go.Figure
+    light: go.Figure | dict[str, Any]
+    dark: go.Figure | dict[str, Any]
     said: str
     caption: str = ""
 
@@ -85,10 +85,18 @@ def laid_out(
             elif isinstance(block, Picture):
                 plain["number"] = first + len(pictures)
                 themes = {"light": block.light, "dark": block.dark}
-                pictures.append({name: json.loads(one.to_json()) for name, one in themes.items()})
+                pictures.append({name: plain_figure(one) for name, one in themes.items()})
             blocks.append(plain)
         shown.append({"id": f"section-{number}", "title": section.title, "blocks": blocks})
     return shown, pictures
+
+
+def plain_figure(figure: go.Figure | dict[str, Any]) -> dict[str, Any]:
+    """A figure as JSON values."""
+    if isinstance(figure, dict):
+        return figure
+    plain: dict[str, Any] = json.loads(figure.to_json())
+    return plain
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

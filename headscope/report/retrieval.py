@@ -1,0 +1,95 @@
+"""Sections and pictures of a needle scan: what was found, by whom, and what masking them does."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+import plotly.graph_objects as go
+
+from headscope.plots import curves, heatmap, recall_grid
+from headscope.plots.style import Theme
+from headscope.report.sections import Block, Grid, Picture, Section, Words
+from headscope.table import HeadScores, OrderCurve, RecallGrid
+
+Drawing = Callable[[Theme], go.Figure]
+_MOST = 20
+
+
+def retrieval_drawings(
+    scores: HeadScores, grid: RecallGrid, masked: Mapping[str, OrderCurve]
+) -> dict[str, Drawing]:
+    """Every picture of a needle scan, by name, to be drawn in a theme."""
+    found: dict[str, Drawing] = {
+        scores.name: partial(_heatmap, scores),
+        "recall": partial(_recall, grid),
+    }
+    return found | {f"masking_{name}": partial(_curve, one) for name, one in masked.items()}
+
+
+def _heatmap(scores: HeadScores, theme: Theme) -> go.Figure:
+    return heatmap(scores, theme=theme)
+
+
+def _recall(grid: RecallGrid, theme: Theme) -> go.Figure:
+    return recall_grid(grid, theme=theme)
+
+
+def _curve(curve: OrderCurve, theme: Theme) -> go.Figure:
+    return curves(curve.effects, controls=curve.controls, theme=theme)
+
+
+def retrieval_sections(
+    scores: HeadScores,
+    grid: RecallGrid,
+    masked: Mapping[str, OrderCurve],
+    pictures: Mapping[str, Drawing],
+) -> list[Section]:
+    """Sections of the page: heads that copy, where needles were found, what masking does.
+
+    Args:
+        scores: of retrieval, by the paper's counting.
+        grid: of recall.
+        masked: curves by task.
+        pictures: of :func:`retrieval_drawings`.
+    """
+    limit = scores.threshold or 0.0
+    above = [(head, value) for head, value in scores.top(scores.mean.size) if value > limit]
+    heads: list[Block] = [
+        Words(
+            f"{len(above)} of {int(np.isfinite(scores.mean).sum())} heads copy more than "
+            f"{limit:g} of the needle while the model answers: the most attended token lies in "
+            "the needle and is the token that is said. Grey: the layer's window hid the needle."
+        ),
+        _picture(scores.name, "Share of the needle that each head copies.", pictures),
+        Grid(
+            ("head", "share copied", "error", "needle removed"),
+            [
+                (str(head), value, float(scores.sem[head]), float(scores.null[head]))
+                for head, value in above[:_MOST]
+            ],
+            caption="Retrieval heads, highest first",
+        ),
+    ]
+    beyond = grid.provenance.probe.get("extrapolated_from")
+    said = f"{int(grid.count.sum())} texts, {float(np.nanmean(grid.share)):.0%} answered right."
+    if beyond is not None:
+        said += f" The model was trained on at most {beyond} tokens; positions were extrapolated."
+    where: list[Block] = [Words(said), _picture("recall", "Answers by length and depth.", pictures)]
+    sections = [Section("Retrieval heads", heads), Section("Where needles are found", where)]
+    if masked:
+        what: list[Block] = [
+            Words(
+                "Right answers while heads are masked (their attention made flat, from the last "
+                "token of the prompt on): those that copy most, those that copy least, and random "
+                "ones that are no retrieval heads. The needles are others than those that the "
+                "heads were found on."
+            )
+        ]
+        what += [_picture(f"masking_{name}", f"Task: {name}.", pictures) for name in masked]
+        sections.append(Section("What masking does", what))
+    return sections
+
+
+def _picture(name: str, caption: str, pictures: Mapping[str, Drawing]) -> Picture:
+    draw = pictures[name]
+    return Picture(draw("light"), draw("dark"), said=caption, caption=caption)
