@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from headscope.errors import HeadscopeError as HeadscopeError
     from headscope.heads import HeadIndex as HeadIndex
     from headscope.heads import ModelShape as ModelShape
+    from headscope.interactive import attention_view as attention_view
+    from headscope.interactive import explain as explain
     from headscope.models.load import load as load
     from headscope.probes import Probe as Probe
     from headscope.pruning import prune as prune
@@ -72,9 +74,11 @@ _HOME = {
     "ablate_groups": "headscope.ablation",
     "ablate_heads": "headscope.ablation",
     "ablation": "headscope.ablation",
+    "attention_view": "headscope.interactive",
     "capture": "headscope.capture",
     "circuits": "headscope.circuits",
     "edits": "headscope.edits",
+    "explain": "headscope.interactive",
     "interactions": "headscope.ablation",
     "lens": "headscope.lens",
     "load": "headscope.models.load",

@@ -10,3 +10,4 @@ from headscope.report.sections import Grid as Grid
 from headscope.report.sections import Picture as Picture
 from headscope.report.sections import Section as Section
 from headscope.report.sections import Words as Words
+from headscope.report.view import AttentionView as AttentionView

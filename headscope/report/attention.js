@@ -15,17 +15,17 @@ const attentionView = (() => {
     canvas.width = canvas.height = size;
     const context = canvas.getContext("2d");
     const image = context.createImageData(size, size);
-    for (let query = 0; query < size; query += 1) {
-      for (let key = 0; key <= size - 1; key += 1) {
-        const at = 4 * (query * size + key);
-        [image.data[at], image.data[at + 1], image.data[at + 2]] = colour;
-        image.data[at + 3] = pattern(query, key);
-      }
+    const pixels = new Uint32Array(image.data.buffer);
+    const ground = colour[0] | (colour[1] << 8) | (colour[2] << 16); // little-endian: R, G, B, A
+    for (let query = 0, at = 0; query < size; query += 1) {
+      for (let key = 0; key < size; key += 1, at += 1) pixels[at] = ground | (pattern(query, key) << 24);
     }
     context.putImageData(image, 0, 0);
   };
 
-  const line = (parent, tokens, pattern, colour, label) => {
+  // Returns a way to show another head's pattern in the same place; told(query, reverse) is
+  // called whenever another token is chosen.
+  const line = (parent, tokens, pattern, colour, label, told = () => {}) => {
     const size = tokens.length;
     let query = size - 1;
     let pinned = false;
@@ -54,10 +54,11 @@ const attentionView = (() => {
       });
       const best = row.map((value, at) => [value, at]).filter(([value]) => value > 2)
         .sort((a, b) => b[0] - a[0]).slice(0, 3);
-      const told = best.map(([value, at]) => `${(value / 255).toFixed(2)} ${reverse ? "from" : "to"} ${at} ${short(tokens[at])}`);
-      said.textContent = `${query} ${short(tokens[query])}: ${told.join(", ") || "nothing"}`;
+      const strongest = best.map(([value, at]) => `${(value / 255).toFixed(2)} ${reverse ? "from" : "to"} ${at} ${short(tokens[at])}`);
+      said.textContent = `${query} ${short(tokens[query])}: ${strongest.join(", ") || "nothing"}`;
       marker.style.top = `${(100 * query) / size}%`;
       marker.style.height = `${100 / size}%`;
+      told(query, reverse);
     };
     const choose = (at) => { query = at; show(); };
     const under = (event) => event.target.dataset?.at;
@@ -91,6 +92,13 @@ const attentionView = (() => {
     holder.append(frame, words);
     parent.append(holder, said, turn);
     show();
+    return (next, name) => {
+      pattern = next;
+      words.setAttribute("aria-label", `${name}: choose a token with the arrow keys`);
+      canvas.setAttribute("aria-label", `${name}: pattern, queries downwards, keys to the right`);
+      paint(canvas, size, pattern, colour);
+      show();
+    };
   };
-  return { line, paint };
+  return { line, paint, short };
 })();

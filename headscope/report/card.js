@@ -38,11 +38,11 @@
     .map((score) => {
       const marked = model.roles.some((role) => role.score === score && role.heads.has(head));
       return element("tr", marked ? { class: "marked" } : {},
-        element("th", { scope: "row", title: score.description }, score.name.replaceAll("_", " ")),
-        ...[`${written(score.mean[head])}`, interval(score, head), written(score.null?.[head]), p(score, head), rank(score, head), score.unit]
+        element("th", { scope: "row", title: score.description }, score.name.replaceAll("_", " "), score.unit ? element("small", {}, ` ${score.unit}`) : ""),
+        ...[`${written(score.mean[head])}`, interval(score, head), written(score.null?.[head]), p(score, head), rank(score, head)]
           .map((text) => element("td", {}, text)));
     });
-  const columns = ["score", "mean", "95%", "null", "p, adjusted", "rank", "unit"];
+  const columns = ["score", "mean", "95%", "null", "p, adjusted", "rank"];
 
   const tokens = (list) => list.map((token) => element("span", { class: "token" }, token));
   const spaced = (list) => list.flatMap((one) => [one, " "]);

@@ -3,6 +3,7 @@
 (() => {
   const { element, data, models, limits, scaleOf, atlas, dark, theme } = headscope;
   const maps = document.getElementById("heatmaps");
+  const rest = element("div", { class: "maps" });
   const drawn = [];
 
   const heatmap = (model, score) => {
@@ -49,9 +50,13 @@
       const plot = element("div", { class: "plot scroll", role: "img", "aria-label": `Heatmap of ${score.name}, layers by heads. Largest: ${told}.` });
       const title = element("button", { type: "button", class: "link", title: "Colour the grid of heads by this score", onclick: () => atlas.colour(score.name) }, score.name.replaceAll("_", " "));
       plot.style.minHeight = `${Math.max(150, Math.min(26, Math.max(5, 300 / Math.max(model.layers, model.heads))) * model.layers + 65)}px`;
-      maps.append(element("figure", { class: "map" }, element("h3", {}, title, models.length > 1 ? ` ${model.name}` : "", " ", element("small", {}, score.unit)), plot, element("figcaption", { class: "quiet" }, `${score.description.replace(/[.]?$/, ".")} Largest: ${told}.`)));
+      const place = model.scores.indexOf(score) < data.columns ? maps : rest;
+      place.append(element("figure", { class: "map" }, element("h3", {}, title, models.length > 1 ? ` ${model.name}` : "", " ", element("small", {}, score.unit)), plot, element("figcaption", { class: "quiet" }, `${score.description.replace(/[.]?$/, ".")} Largest: ${told}.`)));
       watch(plot, () => heatmap(model, score));
     }
+  }
+  if (rest.childElementCount) {
+    maps.after(element("details", {}, element("summary", {}, `${rest.childElementCount} more`), rest));
   }
   for (const holder of document.querySelectorAll("figure[data-figure]")) {
     const figure = data.pictures[holder.dataset.figure];

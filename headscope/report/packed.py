@@ -1,10 +1,15 @@
 """Arrays as base64 inside JSON: a fifth of the size of written numbers."""
 
 from base64 import b64encode
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 
+from headscope.plots.text import visible
+from headscope.table import AttentionExample
+
+_LONGEST = 120  # characters shown of a token
 Kind = Literal["f4", "f2", "u2", "u1"]
 
 
@@ -33,3 +38,20 @@ def _fits_half(values: np.ndarray) -> bool:
         return False
     lost = np.abs(known.astype(np.float16).astype(np.float64) - known)
     return bool((lost <= 2e-3 * known + 1e-6 * most).all())
+
+
+def packed_tokens(tokens: Iterable[str]) -> list[str]:
+    """Tokens made visible and cut."""
+    return [visible(one[:_LONGEST]) + ("…" if len(one) > _LONGEST else "") for one in tokens]
+
+
+def packed_example(example: AttentionExample) -> dict[str, Any]:
+    """Tokens and patterns; where nobody looks ahead, only what lies on and below the diagonal."""
+    rows, columns = np.tril_indices(len(example.tokens))
+    triangle = not np.triu(example.pattern, 1).any()
+    return {
+        "tokens": packed_tokens(example.tokens),
+        "triangle": triangle,
+        "pattern": packed(example.pattern[:, rows, columns] if triangle else example.pattern, "u1"),
+        "words": visible(example.words),
+    }

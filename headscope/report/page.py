@@ -90,7 +90,7 @@ def sections_page(
     )
 
 
-def _render(*, scores: Sequence[HeadScores], sections: Sequence[Section], **words: object) -> str:
+def _render(*, scores: Sequence[HeadScores], sections: Sequence[Section], **words: Any) -> str:
     """Fill the template; every figure and script goes in once."""
     shown, pictures = laid_out(sections, first=len(scores))
     return filled(

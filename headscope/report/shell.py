@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 # What may end a script element or a line of script inside a string.
 _UNSAFE = {ord(one): f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"}
-_TEMPLATES = ("page.html", "sections.html", "report.html")
+_TEMPLATES = ("page.html", "sections.html", "report.html", "view.html")
 
 
 def filled(
-    template: str, *, styles: Iterable[str], scripts: Iterable[str], data: object, **words: object
+    template: str,
+    *,
+    styles: Iterable[str],
+    scripts: Iterable[str],
+    data: object,
+    plotly: bool = True,
+    **words: object,
 ) -> str:
     """A page: template, styles, one copy of plotly.js, own scripts, and the data that they draw.
 
@@ -30,9 +36,10 @@ def filled(
         styles: names of style sheets, joined in this order.
         scripts: names of scripts, which run after plotly.js in this order.
         data: JSON values, in a script element of their own.
+        plotly: whether the scripts need it.
         words: what else the template uses.
     """
-    texts = [plotly_js(), *map(resource, scripts)]
+    texts = [*([plotly_js()] if plotly else []), *map(resource, scripts)]
     return (
         _environment()
         .get_template(template)

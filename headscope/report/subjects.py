@@ -8,7 +8,7 @@ import numpy as np
 
 from headscope.errors import InputError
 from headscope.plots.text import visible
-from headscope.report.packed import packed
+from headscope.report.packed import packed, packed_example, packed_tokens
 from headscope.report.runs import Run
 from headscope.table import AttentionExample, HeadScores, HeadSpectra, RoleFinding
 from headscope.table.excerpt import by_interest
@@ -16,7 +16,6 @@ from headscope.table.roles import find_roles
 from headscope.table.table import HeadTable
 
 _RANKS = 32  # singular values shown of a head
-_LONGEST = 120  # characters shown of a token
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +117,7 @@ def subject_data(subject: Subject) -> dict[str, Any]:
         "spectra": [_spectrum(one) for run in subject.runs for one in run.spectra],
         "words": _words(subject),
         "says": {
-            head: [_tokens(side) for side in sides]
+            head: [packed_tokens(side) for side in sides]
             for run in subject.runs
             for head, sides in run.says.items()
         },
@@ -181,8 +180,8 @@ def _words(subject: Subject) -> dict[str, Any]:
                 found.setdefault(head, {})[visible(circuit)] = [
                     {
                         "size": one["size"] if np.isfinite(one["size"]) else None,
-                        "reads": [_tokens(side) for side in one["reads"]],
-                        "writes": [_tokens(side) for side in one["writes"]],
+                        "reads": [packed_tokens(side) for side in one["reads"]],
+                        "writes": [packed_tokens(side) for side in one["writes"]],
                     }
                     for one in directions
                 ]
@@ -190,20 +189,5 @@ def _words(subject: Subject) -> dict[str, Any]:
 
 
 def _attention(one: AttentionExample, heads: int) -> dict[str, Any]:
-    """Patterns; where nobody looks ahead, only what lies on and below the diagonal."""
-    rows, columns = np.tril_indices(len(one.tokens))
-    triangle = not np.triu(one.pattern, 1).any()
-    kept = one.pattern[:, rows, columns] if triangle else one.pattern
-    return {
-        "heads": [head.layer * heads + head.head for head in one.heads],
-        "tokens": _tokens(one.tokens),
-        "triangle": triangle,
-        "pattern": packed(kept, "u1"),
-        "words": visible(one.words),
-    }
-
-
-def _tokens(tokens: Iterable[str]) -> list[str]:
-    """Tokens made visible and cut."""
-    shown = (visible(one[:_LONGEST]) + ("…" if len(one) > _LONGEST else "") for one in tokens)
-    return list(shown)
+    numbers = [head.layer * heads + head.head for head in one.heads]
+    return {"heads": numbers, **packed_example(one)}

@@ -66,7 +66,7 @@
   const draw = () => {
     const columns = names.filter((name) => chosen.has(name));
     const first = (name) => models.map((model) => byName[model.number].get(name)).find(Boolean);
-    const heads = [heading("", "head"), models.length > 1 ? element("th", { scope: "col" }, "model") : null, element("th", { scope: "col" }, "roles"),
+    const heads = [heading("", "head"), models.length > 1 ? element("th", { scope: "col", class: "words" }, "model") : null, element("th", { scope: "col", class: "words" }, "roles"),
       ...columns.map((name) => heading(name, name.replaceAll("_", " "), first(name).unit, first(name).description))];
     const rows = state.rows.slice(0, state.shown).map((row) => element("tr", {},
       element("th", { scope: "row" }, element("button", { type: "button", class: "link", onclick: () => { atlas.open(row.model.number, row.head); document.getElementById("card").scrollIntoView({ block: "nearest" }); } }, row.model.headName(row.head))),

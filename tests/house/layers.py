@@ -20,6 +20,7 @@ FLOORS = (
     {"scoring", "ablation"},
     {"pruning", "retrieval"},
     {"sweeps", "report"},
+    {"interactive"},
     {"cli"},
     {"__main__"},
 )
@@ -62,6 +63,8 @@ ALLOWED: dict[str, set[str]] = {
     "retrieval": _RUNS_MODELS | _DISK | {"scoring", "ablation"},
     "sweeps": _RUNS_MODELS | _DISK | {"circuits", "lens", "scoring", "ablation", "pruning"},
     "report": {"errors", "heads", "files", "stats", "table", "plots"},
+    "interactive": _RUNS_MODELS
+    | {"files", "circuits", "scoring", "ablation", "patterns", "report"},
     "cli": set().union(*FLOORS[:-2]),
     "__main__": {"cli"},
 }

@@ -1,15 +1,15 @@
 """The card of one head on a terminal."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from headscope.cli.output import console
 from headscope.heads import HeadIndex
 from headscope.plots.text import visible
 from headscope.table import HeadCard, HeadScores, HeadTable
 from headscope.table.excerpt import written
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 _SHOWN = 3  # directions, and tokens at each end of them
@@ -24,33 +24,32 @@ _WEIGHTS = (
 )
 
 
-def print_card(
+def card_lines(
     card: HeadCard, head: HeadIndex, scan: HeadTable | None, effects: Sequence[HeadScores]
-) -> None:
-    """Print what matters most of one head; the page has the rest."""
+) -> Iterator["RenderableType"]:
+    """What matters most of one head, for a terminal; the page has the rest."""
     from rich.text import Text
 
-    terminal = console()
-    terminal.print(Text(f"{card.model} {card.head}", style="bold cyan"))
+    yield (Text(f"{card.model} {card.head}", style="bold cyan"))
     if scan is not None or effects:
-        terminal.print(_behaviour(head, [*(() if scan is None else scan.values()), *effects]))
-    terminal.print(_weights(card))
+        yield (_behaviour(head, [*(() if scan is None else scan.values()), *effects]))
+    yield (_weights(card))
     for title, views in (("reads -> writes (OV)", card.ov), ("query -> key (QK)", card.qk)):
         if views:
-            terminal.print(Text(f"\n{title}", style="bold"))
+            yield (Text(f"\n{title}", style="bold"))
         for view in views[:_SHOWN]:
             for sign in (0, 1):
                 left, right = (_tokens(view[side][sign]) for side in ("reads", "writes"))
-                terminal.print(Text(f"  {view['singular_value']:7.2f}  {left}  ->  {right}"))
+                yield (Text(f"  {view['singular_value']:7.2f}  {left}  ->  {right}"))
     for title, partners in (("fed by", card.fed_by), ("feeds", card.feeds)):
         if any(partners.values()):
-            terminal.print(Text(f"\n{title}", style="bold"))
+            yield (Text(f"\n{title}", style="bold"))
         for mode, found in partners.items():
             heads = ", ".join(f"{one} {value:.2f}" for one, value in found)
             if heads:
-                terminal.print(Text(f"  {mode}: {heads}"))
+                yield (Text(f"  {mode}: {heads}"))
     for name, reason in card.missing.items():
-        terminal.print(Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim"))
+        yield (Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim"))
 
 
 def _tokens(tokens: Iterable[str]) -> str:

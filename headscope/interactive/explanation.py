@@ -1,0 +1,187 @@
+"""Everything that is known of one head, in one call."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from headscope.ablation import ablate_heads
+from headscope.circuits import eigenvalues, head_card, spectra
+from headscope.errors import InputError, UnsupportedModelError
+from headscope.files import whole_file
+from headscope.heads import HeadIndex
+from headscope.metrics import loss
+from headscope.models.load import load
+from headscope.models.protocol import HeadModel
+from headscope.patterns import attention_example
+from headscope.probes import repeated_tokens
+from headscope.report.head import Evidence, Example, head_page
+from headscope.report.head_html import head_html
+from headscope.report.head_terminal import card_lines
+from headscope.report.view import AttentionView
+from headscope.scoring import score
+from headscope.table import (
+    AttentionExample,
+    HeadCard,
+    HeadEigenvalues,
+    HeadScores,
+    HeadSpectra,
+    HeadTable,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+_EXAMPLE_LENGTH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What is known of one head; prints itself, and shows itself in notebooks.
+
+    Attributes:
+        model: whose head it is.
+        card: what its weights say.
+        scan: scores of all heads on probes; None: not run.
+        effects: what the loss becomes without the head.
+        attention: on an example; None: not run.
+        seed: of probes and random bands.
+    """
+
+    model: HeadModel
+    card: HeadCard
+    scan: HeadTable | None
+    effects: tuple[HeadScores, ...]
+    attention: AttentionExample | None
+    seed: int = 0
+
+    @property
+    def head(self) -> HeadIndex:
+        """Which head."""
+        return HeadIndex.parse(self.card.head)
+
+    def page(self) -> str:
+        """Everything, as one HTML page that opens offline."""
+        return head_page(self.card, self._evidence, _facts(self.model))
+
+    def save(self, path: "str | PathLike[str]") -> None:
+        """Write the page, whole or not at all.
+
+        Raises:
+            InputError: if the name does not end in ``.html``.
+        """
+        target = Path(path)
+        if target.suffix.lower() not in (".html", ".htm"):
+            raise InputError(f"{target.name!r} should end in .html.")
+        with whole_file(target) as file:
+            file.write(self.page().encode())
+
+    @cached_property
+    def _evidence(self) -> Evidence:
+        example = None
+        if self.attention is not None:
+            pattern = self.attention.pattern[0].astype(np.float32) / 255
+            example = Example(pattern, self.attention.tokens, self.attention.words)
+        singular, complex_values = _pictured(self.model, self.seed)
+        return Evidence(singular, complex_values, self.scan, example, self.effects)
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Scores, weights, tokens and partners."""
+        yield from card_lines(self.card, self.head, self.scan, self.effects)
+
+    def _repr_html_(self) -> str:
+        """The same as small static tables, with the attention viewer below."""
+        viewer = "" if self.attention is None else AttentionView(self.attention, 340)._repr_html_()
+        return head_html(self.card, self.scan, self.effects) + viewer
+
+    def __str__(self) -> str:
+        """What a terminal of 100 columns would show."""
+        from rich.console import Console
+
+        console = Console(width=100, color_system=None, record=True, quiet=True)
+        with console.capture() as said:
+            console.quiet = False
+            console.print(self)
+        return said.get()
+
+    def __repr__(self) -> str:
+        """The head and its roles."""
+        roles = {} if self.scan is None else self.scan.roles()
+        named = ", ".join(f"{role} {mean:.2f}" for role, mean in roles.get(self.head, []))
+        return f"Explanation({self.card.model} {self.card.head}: {named or 'no role'})"
+
+
+def explain(
+    head: "str | tuple[int, int]",
+    model: "HeadModel | str | None" = None,
+    *,
+    text: str | None = None,
+    weights_only: bool = False,
+    seed: int = 0,
+) -> Explanation:
+    """Tell all there is to know of one head: scores, weights, partners, example, ablation.
+
+    Args:
+        head: ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.
+        model: from :func:`headscope.load`, or what it takes; default: the bundled model.
+        text: for the example of attention; default: two sentences said twice.
+        weights_only: run no probe: weights alone.
+        seed: of probes and random bands.
+
+    Raises:
+        InputError: if the model has no such head, or a text is given with ``weights_only``.
+
+    Example:
+        >>> said = hs.explain("L2H1", model)
+        >>> said.card.head
+        'L2H1'
+    """
+    wanted = HeadIndex.parse(head)
+    if weights_only and text is not None:
+        raise InputError("a text needs a run of the model, which weights_only forbids.")
+    found = model if isinstance(model, HeadModel) else load(model)
+    index = found.shape.check(wanted)
+    attention = scan = None
+    effects: tuple[HeadScores, ...] = ()
+    if not weights_only:
+        attention = attention_example(found, text, [index], length=_EXAMPLE_LENGTH)
+    card = head_card(found, index)
+    if not weights_only:
+        scan = score(found, seed=seed)
+        effects = tuple(_effects(found, index, seed))
+    return Explanation(found, card, scan, effects, attention, seed)
+
+
+def _effects(model: HeadModel, head: HeadIndex, seed: int) -> Iterator[HeadScores]:
+    """What the loss on repeated random tokens becomes without the head."""
+    room = model.shape.n_ctx or 1000
+    probe = repeated_tokens(model, length=min(50, (room - 1) // 2), batch=8, seed=seed)
+    try:
+        yield ablate_heads(model, probe, metric=loss, method="mean", heads=[head])
+    except UnsupportedModelError:
+        return
+
+
+def _pictured(model: HeadModel, seed: int) -> tuple[list[HeadSpectra], list[HeadEigenvalues]]:
+    singular, complex_values = [], []
+    for circuit in ("OV", "QK"):
+        try:
+            singular.append(spectra(model, circuit, seed=seed))
+            complex_values.append(eigenvalues(model, circuit, "mlp"))
+        except UnsupportedModelError:
+            continue  # the card's `missing` gives the reason
+    return singular, complex_values
+
+
+def _facts(model: HeadModel) -> list[tuple[str, str]]:
+    shape = model.shape
+    return [
+        ("model", model.name),
+        ("layers", str(shape.n_layers)),
+        ("heads in a layer", f"{shape.n_heads} ({shape.n_kv_heads} key/value heads)"),
+        ("weight digest", model.digest()),
+    ]

@@ -1,0 +1,80 @@
+"""``hs.explain``: the same numbers as the parts that it is made of."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import headscope as hs
+from headscope.errors import InputError
+from headscope.report.head_html import head_html
+from headscope.table import HeadCard
+from tests.report.example import HOSTILE
+
+
+@pytest.fixture(scope="module")
+def said() -> Any:
+    model = hs.load()
+    (best, _), *_ = hs.score(model, scorers=["induction"]).top("induction", 1)
+    return hs.explain(str(best), model)
+
+
+def test_its_numbers_are_those_of_the_parts(said: Any) -> None:
+    model, head = said.model, said.head
+    card = hs.circuits.head_card(model, head)
+    assert said.card.to_json() == card.to_json()
+    table = hs.score(model)
+    for name, scores in table.items():
+        np.testing.assert_array_equal(said.scan[name].mean, scores.mean)
+    probe = hs.probes.repeated_tokens(model, length=50, batch=8, seed=0)
+    effect = hs.ablate_heads(model, probe, metric=hs.metrics.loss, method="mean", heads=[head])
+    assert said.effects[0].mean[head] == effect.mean[head]
+    assert said.attention.heads == (head,)
+
+
+def test_it_shows_itself(said: Any, tmp_path: Path) -> None:
+    assert repr(said).startswith(f"Explanation(tiny-gpt2 {said.head}: induction ")
+    console = Console(width=100, record=True, quiet=True)
+    console.print(said)
+    assert "induction" in str(said)
+    assert str(said.head) in str(said)
+    html = said._repr_html_()
+    assert "<b>induction</b>" in html
+    assert html.count("<iframe") == 1
+    assert len(html) < 200_000
+    said.save(tmp_path / "head.html")
+    assert "Composition partners" in (tmp_path / "head.html").read_text()
+
+
+def test_weights_alone_run_nothing() -> None:
+    found = hs.explain("1.1", "tiny-llama", weights_only=True)
+    assert (found.scan, found.effects, found.attention) == (None, (), None)
+    assert "iframe" not in found._repr_html_()
+    assert repr(found) == "Explanation(tiny-llama L1H1: no role)"
+
+
+def test_hostile_tokens_are_escaped() -> None:
+    direction = {"singular_value": 1.0, "reads": [HOSTILE, []], "writes": [[], HOSTILE]}
+    card = HeadCard(
+        "L0H0", 0, HOSTILE[0], {}, {}, [direction], [], {"Q": []}, {}, {HOSTILE[1]: "x"}
+    )
+    html = head_html(card, None, [])
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "\u202e" not in html
+    assert len(html) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "said"),
+    [
+        (("nonsense",), {}, "not a head"),
+        (("L9H9",), {}, "no head L9H9"),
+        (("L0H0",), {"text": "x", "weights_only": True}, "weights_only forbids"),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments: tuple, words: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        hs.explain(*arguments, **words)
