@@ -195,7 +195,9 @@ def _tokenizer(place: str, code: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(place, **code)
+        tokenizer = AutoTokenizer.from_pretrained(place, **code)
+        # Without files some families get a tokenizer of special tokens alone.
+        return tokenizer if {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} else None
     except Exception:  # as above; what needs a tokenizer says that there is none
         return None
 
