@@ -86,7 +86,9 @@ class _Cached:
     ) -> Float[Tensor, "batch d_vocab"]:
         model = self._model
         tokens = tokens.to(model.device)
-        inputs: dict[str, Any] = {"input_ids": tokens}
+        # All real, it changes nothing, but keeps families from warning of padding.
+        every = torch.ones(len(tokens), self._length + tokens.shape[1], dtype=torch.long)
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": every.to(tokens.device)}
         if self._real is not None:
             self._real = _extended(self._real, self._length, tokens)
             inputs["attention_mask"] = self._real.long()

@@ -159,7 +159,10 @@ class HFModel:
         return Pass(self.layout, (), edits, may_stop=False).attached()
 
     def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": tokens.to(self.device), "use_cache": False}
+        tokens = tokens.to(self.device)
+        inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+        # All real, it changes nothing, but keeps families from warning of padding.
+        inputs["attention_mask"] = torch.ones_like(tokens)
         if real is not None and not bool(real.all()):
             mask = real.to(self.device)
             inputs["attention_mask"] = mask.long()

@@ -95,9 +95,12 @@ def find_layout(model: Any) -> Layout | None:
 
 
 def tiny_tokens(model: Any) -> Tensor:
-    """Return a small batch of distinct valid token ids on the model's input device."""
+    """Return a small batch of distinct valid token ids on the model's input device.
+
+    They start above the low ids where padding often is: some families warn of it at an edge.
+    """
     embedding: Tensor = model.get_input_embeddings().weight
-    ids = torch.arange(_BATCH * _LENGTH) * 7 % max(embedding.shape[0] - 1, 1)
+    ids = (torch.arange(_BATCH * _LENGTH) * 7 + 3) % max(embedding.shape[0] - 1, 1)
     return ids.view(_BATCH, _LENGTH).to(embedding.device)
 
 

@@ -53,7 +53,8 @@ class HFParts(MeasuredParts):
 
     def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Run the model's body."""
-        self.model.module.base_model(input_ids=tokens, use_cache=False)
+        mask = torch.ones_like(tokens)  # or some families warn of padding
+        self.model.module.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
 
     def short_pass(
         self, tokens: Int[Tensor, "batch pos"], at: list[int]

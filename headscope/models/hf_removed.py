@@ -144,7 +144,9 @@ class NoHeads(nn.Module):
         """Write the bias; enter a key of no meaning into a cache, which counts positions by it."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
         hidden: Float[Tensor, "batch pos d_model"] = given["hidden_states"]
-        cache = next((given[n] for n in ("past_key_values", "layer_past") if given.get(n)), None)
+        # Not by truth: an empty cache is false, and its first layer has to be entered too.
+        names = ("past_key_values", "layer_past")
+        cache = next((given[name] for name in names if given.get(name) is not None), None)
         if cache is not None and self.layer_idx is not None:
             nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
             cache.update(nothing, nothing, self.layer_idx)

@@ -182,7 +182,7 @@ def _from_files(
     except HeadscopeError:
         raise
     except Exception as error:  # foreign files through foreign parsers: anything may come
-        raise ModelLoadError(_load_failure(name, error, allow_pickle)) from error
+        raise ModelLoadError(_load_failure(name, place, error, allow_pickle)) from error
     if device_map is None:
         chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
         module.to(chosen)
@@ -202,14 +202,14 @@ def _tokenizer(place: str, code: dict[str, Any]) -> Any:
         return None
 
 
-def _load_failure(name: str, error: Exception, allow_pickle: bool) -> str:
+def _load_failure(name: str, place: str, error: Exception, allow_pickle: bool) -> str:
     text = " ".join(str(error).split())
     if type(error).__name__ == "UnpicklingError":  # its own advice is to switch the guard off
         return (
             f"the pickled weights of {name} hold something other than tensors, which could run "
             "code; it was not read."
         )
-    if Path(name).exists():
+    if Path(place).exists():
         if "safetensors" in text and not allow_pickle:
             return (
                 f"{name} holds no safetensors weights; pickled weights can run code, so they are "

@@ -13,8 +13,8 @@ from typing_extensions import Protocol, runtime_checkable
 
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, Rotation
-from headscope.models.blocks import AttentionWrite, BlockObserver
 from headscope.matches import Matches
+from headscope.models.blocks import AttentionWrite, BlockObserver
 from headscope.outputs import HeadWeights, Readout
 from headscope.rows import AttentionRows
 

@@ -93,3 +93,32 @@ def test_edits_act_on_the_steps_that_they_name() -> None:
     assert plain.step(prompt).equal(edited.step(prompt, edits=[edit]))
     following = tokens()[:, 8:9]
     assert not plain.step(following).equal(edited.step(following, edits=[edit]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_first_layer_without_heads_counts_positions_too(family: str) -> None:
+    whole = hs.load(build(family), check=False)
+    model = hs.load(hs.prune(whole, [head for head in whole.shape.heads if head.layer == 0]))
+    text, read = decoding(model), tokens()[:2, :9]
+    found = [text.step(read[:, :6]), *(text.step(read[:, i : i + 1]) for i in range(6, 9))]
+    with torch.no_grad():
+        expected = model.forward(read, logits_at=torch.arange(5, 9))
+    torch.testing.assert_close(torch.stack(found, 1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gpt2_is_never_left_to_guess_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = fresh("gpt2")
+    module.config.pad_token_id = 0
+    missing: list[bool] = []
+
+    def warn(ids: Tensor, mask: Tensor | None) -> None:
+        missing.append(mask is None and 0 in ids[:, [-1, 0]])
+
+    monkeypatch.setattr(module.transformer, "warn_if_padding_and_no_attention_mask", warn)
+    model = hs.load(module)
+    read = torch.tensor([[0, 5, 9, 0]])
+    decoding(model).step(read)
+    model.forward(read)
+    hs.lens.attribute(model, read[0])
+    assert len(missing) > 5
+    assert not any(missing)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig
 
 import headscope as hs
+from headscope import lens
 from headscope.errors import InputError, ModelLoadError, UnsupportedModelError
 from headscope.models import hf_pass
 from headscope.models.admission import admit
@@ -156,3 +157,17 @@ def test_loading_leaves_the_model_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_device_map_of_one_device_is_that_device() -> None:
+    mapped, plain = (hs.load("tiny-llama", device_map=one) for one in ("cpu", None))
+    probe = hs.probes.needle(plain, lengths=64, depths=1, per_cell=1)
+    for model in (mapped, plain):
+        assert model.device == torch.device("cpu")
+    found, expected = (
+        hs.score(model, probe, "retrieval", progress=False)["retrieval"].mean
+        for model in (mapped, plain)
+    )
+    assert found.tolist() == expected.tolist()
+    split = lens.attribute(mapped, [5, 9, 5, 9])
+    assert split.heads.tolist() == lens.attribute(plain, [5, 9, 5, 9]).heads.tolist()
