@@ -5,7 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
@@ -69,6 +69,8 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
         there, back, moved = norm(probe), norm(-probe), norm(probe + 3.0)
     centred = bool((moved - there).abs().max() < 1e-3 * there.abs().max())
     epsilon = _epsilon(module)
+    if epsilon is None:
+        epsilon = _measured_epsilon(norm, probe, centred)
     x = probe.float()
     x = x - x.mean(-1, keepdim=True) if centred else x
     unit = x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
@@ -81,12 +83,27 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
     return InputNorm(gain, bias, centred, epsilon)
 
 
-def _epsilon(norm: nn.Module) -> float:
+def _epsilon(norm: nn.Module) -> float | None:
     for name in ("eps", "variance_epsilon", "epsilon"):
         value = getattr(norm, name, None)
         if isinstance(value, float):
             return value
-    return 0.0
+    return None
+
+
+@torch.no_grad()
+def _measured_epsilon(norm: nn.Module, probe: Tensor, centred: bool) -> float:
+    """From how much less than its share a small vector comes out (olmo names no epsilon).
+
+    With ``m`` the mean square of x and ``r`` the size of ``norm(t x)`` over that of ``norm(x)``,
+    ``r^2 (t^2 m + epsilon) = t^2 (m + epsilon)``.
+    """
+    x = probe - probe.mean(-1, keepdim=True) if centred else probe
+    square, t = float(x.square().mean()), 1e-3
+    x = x * (square / x.square().mean(-1, keepdim=True)).sqrt()  # all rows alike
+    small, large = (((norm(s * x) - norm(-s * x)) / 2).double() for s in (t, 1.0))
+    r2 = float((small * large).sum() / large.square().sum()) ** 2
+    return max(0.0, t**2 * square * (1 - r2) / max(r2 - t**2, 1e-12))
 
 
 def logit_scale(config: Any) -> float:

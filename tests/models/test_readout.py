@@ -1,10 +1,12 @@
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge import BridgeModel, bridge_over, wrap_bridge
 from headscope.models.hf import HFModel
+from headscope.models.hf_readout import measure_norm
 from tests.models import checks
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, tokens
 
@@ -80,3 +82,22 @@ def test_a_model_without_a_last_norm_has_no_readout(path: str) -> None:
     with pytest.raises(UnsupportedModelError, match="no plain norm"):
         _ = model.readout
     assert model.forward(tokens()).shape == (4, 12, 61)
+
+
+def test_a_norm_that_names_no_epsilon_has_it_measured() -> None:
+    class Olmo(nn.Module):
+        """As in olmo: no weights, and a constant in the code."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)
+
+    class Rms(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    for module, centred, epsilon in ((Olmo(), True, 1e-5), (Rms(), False, 1e-6)):
+        norm = measure_norm(module, 32, torch.device("cpu"))
+        assert norm.centred == centred
+        assert norm.epsilon == pytest.approx(epsilon, rel=1e-2)
+        small = 0.01 * torch.randn(3, 32)
+        torch.testing.assert_close(norm(small), module(small), rtol=1e-3, atol=1e-5)
