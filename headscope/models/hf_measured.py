@@ -200,8 +200,7 @@ class MeasuredParts(ABC):
         if found is None:
             raise UnsupportedModelError(
                 f"{self.model.name} changes its queries and keys by more than a rotation (a norm "
-                "on them, as in qwen3 or gemma3), so its attention scores are not bilinear and no "
-                "matrix gives them; fold_norm=False shows the bare weights."
+                "on them, as in qwen3 or gemma3), so how positions turn them cannot be measured."
             )
         return found
 

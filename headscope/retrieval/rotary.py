@@ -20,8 +20,9 @@ class RotaryContributions:
     """Shares of the rotary planes in the size of far scores; a head's shares add up to 1.
 
     Attributes:
-        share: mean over the queries that predict an answer, and over examples; NaN in layers
-            without attention.
+        share: mean over the queries that predict an answer and see a farther half, and over
+            examples; NaN in layers without attention or without rotary positions, and for heads
+            that are not there.
         frequency: radians by which one position turns each plane, by layer; planes run from the
             fastest to the slowest.
     """
@@ -55,13 +56,16 @@ def rotary_contributions(
         if limit in model.limits:
             raise UnsupportedModelError(model.limits[limit])
     rotations = {layer: model.parts.rotation(layer) for layer in model.shape.attention_layers}
-    wanted = probe.mark("answering")
+    probe.mark("answering")  # so that a missing mark is said before any forward pass
     total: dict[int, Tensor] = {}
+    count: dict[int, Tensor] = {}
     for _, seen in stream(
         model, probe, lambda batch, _halvings: _Seen(batch, rotations), batch_size=batch_size
     ):
         for layer, values in seen.total.items():
             total[layer] = total.get(layer, torch.zeros_like(values)) + values
+            count[layer] = count.get(layer, torch.zeros_like(seen.count[layer])) + seen.count[layer]
+    rotations = {layer: rotation for layer, rotation in rotations.items() if rotation.first}
     planes = {len(rotation.first) for rotation in rotations.values()}
     if len(planes) != 1:
         raise UnsupportedModelError(f"{model.name} has layers with different rotary planes.")
@@ -71,7 +75,8 @@ def rotary_contributions(
     for layer, rotation in rotations.items():
         speed = rotation.frequency.abs().cpu()
         order = speed.argsort(descending=True)
-        share[layer] = (total[layer] / int(wanted.sum()))[:, order].numpy()
+        seen_by = count[layer].where(count[layer] > 0, torch.nan)
+        share[layer] = (total[layer] / seen_by[:, None])[:, order].numpy()
         frequency[layer] = speed[order].numpy()
     return RotaryContributions(share, frequency)
 
@@ -83,6 +88,7 @@ class _Seen:
     batch: Probe
     rotations: dict[int, Rotation]
     total: dict[int, Float[Tensor, "head plane"]] = field(default_factory=dict)
+    count: dict[int, Float[Tensor, " head"]] = field(default_factory=dict)
     wants_final: bool = False
 
     def on_layer(self, view: LayerView) -> None:
@@ -93,6 +99,8 @@ class _Seen:
         shares = plane_shares(seen, far_keys(seen)).double().cpu()
         chosen = wanted[:, None, positions, None].to(shares.dtype)
         self.total[view.layer] = (shares.nan_to_num(0) * chosen).sum((0, 2))
+        known = ~shares.isnan().any(-1) & (chosen[..., 0] > 0)
+        self.count[view.layer] = known.sum((0, 2)).double()
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Nothing is kept of it."""

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.errors import InputError
 from headscope.matches import Matches
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
@@ -41,6 +42,7 @@ def long_need(
         'Scorer'
     """
     check_widths(sink, recent)
+    _check_threshold(threshold)
 
     def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
         kept = local_keys(rows, probe, sink, recent)
@@ -93,6 +95,9 @@ def long_need_predicted(
         'Scorer'
     """
     check_widths(sink, recent)
+    _check_threshold(threshold)
+    if moments not in ("bulk", "local"):
+        raise InputError(f"moments={moments!r} is unknown: 'bulk' or 'local'.")
 
     def function(seen: Matches, probe: Probe) -> Float[Tensor, "batch head query"]:
         rows = AttentionRows(seen.layer, seen.query_pos, seen.scores, seen.visible)
@@ -117,6 +122,11 @@ def long_need_predicted(
         source=_QADA.format("second-moment criterion"),
         queries=asked,
     )(function)
+
+
+def _check_threshold(threshold: int | float) -> None:
+    if not 0 < threshold < 1:
+        raise InputError(f"threshold={threshold} is a share of the attention between 0 and 1.")
 
 
 def _last(rows: AttentionRows, recent: int) -> Bool[Tensor, "batch query key"]:

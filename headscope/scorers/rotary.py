@@ -28,11 +28,14 @@ def rotary_slowness(seen: Matches, probe: Probe) -> Float[Tensor, "batch head qu
     over the sum of all planes' means. The score is Pearson's correlation of that share with the
     planes' rank from the fastest to the slowest, in [-1, 1], over the positions that predict the
     answer. Towards 1 a head's far attention rests on slow planes (content), towards -1 on fast
-    ones (exact distance). ``headscope.retrieval.rotary_contributions`` gives the shares.
+    ones (exact distance). NaN in layers without rotary positions (some of cohere2's or smollm3's).
+    ``headscope.retrieval.rotary_contributions`` gives the shares.
 
     Weakness: large contributions that cancel count, and dimensions that are not rotated do not.
     """
     share = plane_shares(seen, far_keys(seen))
+    if share.shape[-1] < 2:  # a correlation needs two
+        return share.new_full(share.shape[:-1], torch.nan)
     order = turning(seen).frequency.abs().argsort(descending=True)
     share = share[..., order.to(share.device)]
     rank = torch.arange(share.shape[-1], device=share.device, dtype=share.dtype)
@@ -63,6 +66,8 @@ def plane_shares(
     """Share of each rotary plane in the size of the scores with some keys; NaN without keys."""
     weights = keys[:, None].to(seen.key.dtype)
     sizes = []
+    if not turning(seen).first:  # a layer without rotary positions
+        return seen.query.new_zeros(*seen.query.shape[:3], 0)
     for plane in zip(turning(seen).first, turning(seen).second, strict=True):
         at = torch.tensor(plane, device=seen.key.device)
         sizes.append(torch.linalg.vecdot(seen.products(at).abs(), weights))

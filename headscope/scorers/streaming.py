@@ -25,7 +25,8 @@ def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None)
     those: 0 for a head to which nothing else matters, up to 1. Over the positions that predict
     the answer and have something out of sight; NaN elsewhere. A proxy without training of
     DuoAttention's gate, which learns per key/value head how much a long-context task needs full
-    attention: aggregate with ``headscope.retrieval.by_kv_head``. Its evaluation uses 64 and 256.
+    attention: aggregate with ``headscope.retrieval.by_kv_head``. Its evaluation uses 64 and 256,
+    so texts must be longer than 320 tokens; for shorter ones make it with smaller widths.
 
     Weakness: one head at a time and its own output only; the gate is learned for all together
     and judged by the last hidden state.

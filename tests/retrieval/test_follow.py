@@ -9,7 +9,7 @@ import torch
 
 import headscope as hs
 from headscope.errors import HeadscopeError, InputError
-from headscope.retrieval import Run, decoded, follow, forced
+from headscope.retrieval import Run, agreement, decoded, follow, forced
 from headscope.retrieval.follow import _Stops
 from tests.handwired import Handwired, handwired_gpt2, handwired_llama
 from tests.models.families import build
@@ -205,3 +205,13 @@ def test_what_cannot_be_decoded_is_said_first(llama: Any) -> None:
         follow(llama, hs.probes.from_tokens([[1, 2, 3]]))
     with pytest.raises(InputError, match="new_tokens=0"):
         follow(llama, probe, new_tokens=0)
+
+
+def test_half_precision_is_near() -> None:
+    exact, half = (hs.load("tiny-llama", dtype=dtype) for dtype in (None, "bf16"))
+    probe = hs.probes.needle(exact, lengths=64, depths=2, per_cell=2)
+    for form in (forced, lambda *given, **kept: decoded(*given, **kept).by_set):
+        found, expected = (form(model, probe, progress=False) for model in (half, exact))
+        assert found.provenance.dtype == "bfloat16"
+        assert np.abs(found.mean - expected.mean).max() < 0.3  # one token in four, at most
+        assert agreement(found, expected, 5).rank_correlation > 0.8

@@ -123,3 +123,26 @@ def test_models_without_rotation_refuse() -> None:
         hs.retrieval.rotary_contributions(learned, probe)
     with pytest.raises(UnsupportedModelError, match="no rotary positions"):
         hs.score(learned, probe, "rotary_slowness")
+
+
+def test_layers_without_rotation_have_no_contributions() -> None:
+    model = hs.load(build("cohere2"), check=False)  # its full layers know no positions
+    ids = torch.randint(3, 60, (2, 20))
+    at = torch.arange(20).expand(2, -1)
+    probe = hs.probes.from_tokens(ids, marks={"answering": at > 14})
+    found = hs.retrieval.rotary_contributions(model, probe)
+    slow = hs.score(model, probe, "rotary_slowness", progress=False)["rotary_slowness"]
+    for layer, turns in enumerate((True, False, True)):
+        assert np.isnan(found.share[layer]).all() != turns
+        assert np.isnan(slow.mean[layer]).all() != turns
+        assert np.isnan(found.frequency[layer]).all() != turns
+    np.testing.assert_allclose(found.share[[0, 2]].sum(-1), 1, rtol=1e-5)
+
+
+def test_what_has_no_measured_rotation_is_refused_in_words_for_it() -> None:
+    model = hs.load(build("qwen3"), check=False)
+    ids = torch.randint(3, 60, (1, 20))
+    probe = hs.probes.from_tokens(ids, marks={"answering": ids > 0})
+    with pytest.raises(UnsupportedModelError, match="how positions turn them cannot") as said:
+        hs.score(model, probe, "rotary_slowness")
+    assert "fold_norm" not in str(said.value)

@@ -277,3 +277,10 @@ def test_widths_that_leave_nothing_local_refuse() -> None:
             make(3, 0)
     with pytest.raises(InputError, match="needs="):
         CATALOGUE["rotary_slowness"](matches_of(probe()), probe())
+
+
+def test_what_makes_no_sense_is_said() -> None:
+    for threshold in (0, 1, -0.5, math.nan):
+        for make in (long_need, long_need_predicted):
+            with pytest.raises(InputError, match="share of the attention"):
+                make(threshold=threshold)
