@@ -1,5 +1,6 @@
 """One needle prompt: haystack, hidden sentences, question and answer, with what is where."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -149,12 +150,19 @@ def _hide(text: str, parts: tuple[str, ...], mark: str) -> list[Piece]:
     """One hidden sentence; the pieces of the answer in it are marked ``needle_answer`` too."""
     text = f" {text}"
     for part in parts:
-        start = text.rfind(f" {part}") if f" {part}" in text else text.rfind(part)
+        start, end = _last(part, text)
         if start >= 0:
-            end = start + len(part) + text[start].isspace()
             inside = Piece(text[start:end], (mark, "needle_answer"))
             return [Piece(text[:start], (mark,)), inside, Piece(text[end:], (mark,))]
     return [Piece(text, (mark,))]
+
+
+def _last(part: str, text: str) -> tuple[int, int]:
+    """Where a part last stands in a text, as whole words if it does, with the space before it."""
+    words = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text)]
+    start = words[-1] if words else text.rfind(part)
+    spaced = start > 0 and text[start - 1] == " "
+    return start - spaced, start + len(part)
 
 
 def _question(needle: Needle, chat: bool) -> list[Piece]:

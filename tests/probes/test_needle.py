@@ -17,6 +17,7 @@ from headscope.models.bundled.training import text, words
 from headscope.probes import Needle, needle
 from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.haystack import read_haystack, split_sentences
+from headscope.probes.needle_layout import _hide
 from headscope.probes.needle_sets import DRAWN, _words
 from headscope.probes.pieces import Piece, assemble
 from tests.probes.support import Reader, reader, real_reader, small_tokenizer
@@ -341,3 +342,21 @@ def test_facts_of_a_probe_follow_its_examples() -> None:
     assert part.facts["length"].tolist() == [200, 300]
     assert part.facts["depth"].tolist() == [1, 0]
     assert probe.to("cpu").facts["number"].tolist() == [0] * 4
+
+
+def test_an_answer_is_marked_where_it_is_a_word() -> None:
+    model = long_reader()
+    for sentence, answer, expected in (
+        ("The red door is by the redder one.", "red", " red"),
+        ("Start with art and then with cart.", "art", " art"),
+        ("He says that 5 of the 55 are blue.", "5", " 5"),
+        ("It was unbelievable.", "believ", "believ"),
+    ):
+        hidden = Needle((sentence,), "What is it?", answer, (answer,))
+        parts = _hide(sentence, hidden.parts, "needle")
+        assert "".join(part.text for part in parts) == f" {sentence}"
+        before = parts[0].text.split()[-1]
+        assert [p.text for p in parts if "needle_answer" in p.marks] == [expected]
+        assert before in ("The", "with", "that", "un")
+    probe = needle(model, lengths=120, depths=[0.5], needles=[hidden], distractors=0)
+    assert "believ" in said(model, probe, "needle_answer")
