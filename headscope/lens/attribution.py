@@ -109,6 +109,8 @@ def _embedding(model: HeadModel, token: int, split: Split) -> dict[str, float]:
         return {"embedding": whole}
     by_token = float((row * split.direction[0]).sum() / split.scale[0])
     rest = whole - by_token
-    if abs(rest) < 1e-5 * max(1.0, abs(whole)):
+    # What rounding of the row itself may come to: half precision has multipliers of its own.
+    rounding = 4 * torch.finfo(model.dtype).eps * row.norm() * split.direction[0].norm()
+    if abs(rest) < max(1e-5 * max(1.0, abs(whole)), float(rounding / split.scale[0])):
         return {"token embedding": whole}
     return {"token embedding": by_token, "position embedding": rest}

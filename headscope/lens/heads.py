@@ -24,7 +24,8 @@ def head_lens(model: HeadModel, prompt: Promptish, position: int = -1, *, k: int
     ``(write_h . d_v) / s`` less its mean over the vocabulary v (a shift of all logits changes no
     prediction), in logits: d_v is the residual direction of token v's logit, s the final norm's
     denominator in this run, held fixed, and so is that of a norm after attention. The value of
-    token v is the head's part in :func:`attribute` of v, but for that mean.
+    token v is the head's part in :func:`attribute` of v, but for that mean. Heads that were pruned
+    say nothing, and to ask for them is an error.
 
     Args:
         model: from :func:`headscope.load`.
@@ -94,6 +95,7 @@ def head_words(
         ids=ids,
         texts=texts.reshape(ids.shape),
         values=values.astype(np.float64),
+        removed=frozenset(model.shape.removed),
         provenance=provenance(model, "head lens", tokens=len(text), position=at),
     )
 

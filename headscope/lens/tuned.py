@@ -20,6 +20,8 @@ from headscope.progress import track
 
 # Largest norm of the gradient of one place's map.
 _CLIP = 1.0
+# d_model up to which a rate of 1e-3 is slow: a step moves x A by the rate times as many terms.
+_WIDTH = 768
 
 
 def tuned_lens(
@@ -27,7 +29,7 @@ def tuned_lens(
     probe: Probe | None = None,
     *,
     steps: int = 250,
-    learning_rate: float = 1e-3,
+    learning_rate: int | float | None = None,
     held_out: float = 0.2,
     seed: int = 0,
     progress: bool | None = None,
@@ -43,7 +45,8 @@ def tuned_lens(
         model: from :func:`headscope.load`.
         probe: text to fit to; default: the bundled passages, which are few: give more.
         steps: of the optimiser.
-        learning_rate: at the start; narrow models (d_model of a few hundred) like 3e-3 better.
+        learning_rate: at the start; default: 1e-3, and more where d_model is below 768, in
+            inverse proportion, up to 1e-2.
         held_out: share of the examples that the lens is judged by.
         seed: of the draw of examples.
         progress: show a bar; default: where somebody looks on and it takes over two seconds.
@@ -56,6 +59,8 @@ def tuned_lens(
 
     Source: Belrose et al. 2023, arXiv 2303.08112, section 2.
     """
+    if learning_rate is None:
+        learning_rate = min(1e-2, max(1e-3, 1e-3 * _WIDTH / model.shape.d_model))
     if steps < 1 or learning_rate <= 0:
         raise InputError(f"steps and learning_rate must be positive; got {steps}, {learning_rate}.")
     data = split_data(model, probe, held_out, seed)

@@ -126,7 +126,9 @@ class HeadWords:
         layers: layer number of each entry of the layer axis.
         ids: along ``sign`` first the promoted tokens, then the suppressed ones.
         texts: of these tokens.
-        values: logits that the head adds above its mean over the vocabulary.
+        values: logits that the head adds above its mean over the vocabulary; NaN for heads that
+            were pruned.
+        removed: heads that were pruned out of the model: they say nothing.
         provenance: where it came from.
     """
 
@@ -136,10 +138,16 @@ class HeadWords:
     ids: Int[np.ndarray, "layer head sign k"]
     texts: Shaped[np.ndarray, "layer head sign k"]
     values: Float[np.ndarray, "layer head sign k"]
+    removed: frozenset[HeadIndex] = frozenset()
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         """Freeze the arrays."""
+        values = np.array(self.values, dtype=np.float64)
+        for head in self.removed:
+            if head.layer in self.layers:
+                values[self.layers.index(head.layer), head.head] = np.nan
+        object.__setattr__(self, "values", values)
         for name, dtype in (("ids", np.int64), ("texts", object), ("values", np.float64)):
             object.__setattr__(self, name, frozen(getattr(self, name), dtype))
 
@@ -153,17 +161,19 @@ class HeadWords:
 
     def _of(self, head: "str | tuple[int, int]", sign: int) -> list[tuple[str, float]]:
         index = HeadIndex.parse(head)
+        if index in self.removed:
+            raise InputError(f"head {index} was pruned out of the model: it says nothing.")
         if index.layer not in self.layers or not 0 <= index.head < self.ids.shape[1]:
             raise InputError(f"there is no head {index} here: layers {self.layers}.")
         at = (self.layers.index(index.layer), index.head, sign)
         return list(zip(self.texts[at].tolist(), self.values[at].tolist(), strict=True))
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per head, sign and token."""
+        """One row per head that is there, sign and token."""
         import pandas
 
         layer, head, sign, rank = (axis.ravel() for axis in np.indices(self.ids.shape))
-        return pandas.DataFrame(
+        frame = pandas.DataFrame(
             {
                 "layer": np.array(self.layers)[layer],
                 "head": head,
@@ -174,3 +184,4 @@ class HeadWords:
                 "value": self.values.ravel(),
             }
         )
+        return frame[frame.value.notna()].reset_index(drop=True)

@@ -180,6 +180,7 @@ def test_half_precision_is_checked_too() -> None:
         assert abs(split.gap) < 5e-2 * scale
         exact = lens.attribute(model_of(family), TOKENS, 5, 9)
         assert np.corrcoef(split.heads.ravel(), exact.heads.ravel())[0, 1] > 0.95
+        assert list(split.embedding) == ["token embedding"]  # rounding is no position
 
 
 def test_a_wrong_part_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

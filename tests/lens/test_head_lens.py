@@ -6,6 +6,7 @@ import pytest
 from headscope import lens
 from headscope.errors import InputError
 from headscope.models.load import load
+from headscope.pruning import prune
 from tests.handwired import handwired_gpt2
 from tests.lens.helpers import TOKENS, model_of
 from tests.models.families import VOCAB
@@ -45,3 +46,19 @@ def test_mistakes_get_a_sentence() -> None:
         words.promoted("L7H0")
     with pytest.raises(InputError, match="at least 1"):
         lens.head_lens(model_of("gpt2"), TOKENS, k=0)
+
+
+def test_heads_that_were_pruned_say_nothing() -> None:
+    gone = ["L0H0", "L0H1", "L0H2", "L0H3", "L1H2"]
+    model = load(prune(model_of("gpt2"), gone))
+    words = lens.head_lens(model, TOKENS, k=3)
+    with pytest.raises(InputError, match="L1H2 was pruned"):
+        words.promoted("L1H2")
+    with pytest.raises(InputError, match=r"no head L0H0 here: layers \(1, 2\)"):
+        words.promoted("L0H0")
+    assert len(words.suppressed("L1H1")) == 3
+    frame = words.to_pandas()
+    there = {
+        (int(layer), int(head)) for layer, head in zip(frame.layer, frame["head"], strict=True)
+    }
+    assert there == set(model.shape.heads)

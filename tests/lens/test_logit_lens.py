@@ -153,3 +153,11 @@ def test_of_equals_the_lowest_comes_first(values: np.ndarray, k: int) -> None:
     tokens = torch.arange(len(values)) % values.shape[1]
     ranks = reading.rank_of(torch.from_numpy(values.copy()), tokens).tolist()
     assert ranks == [list(row).index(int(t)) for row, t in zip(order, tokens, strict=True)]
+
+
+def test_half_precision_is_near() -> None:
+    half = lens.logit_lens(load(families.fresh("llama").bfloat16()), TOKENS)
+    exact = lens.logit_lens(model_of("llama"), TOKENS)
+    assert half.kl[-1].max() < 1e-5
+    assert np.corrcoef(half.kl[:-1].ravel(), exact.kl[:-1].ravel())[0, 1] > 0.95
+    assert (half.ids[-1, :, 0] == exact.ids[-1, :, 0]).mean() > 0.7
