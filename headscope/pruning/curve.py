@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,6 +52,20 @@ class PruningCurve(OrderCurve):
         for name in _SIZES:
             frame[name] = [np.nan if one is None else getattr(one, name) for one in found]
         return frame
+
+    def _facts(self) -> dict[str, Any]:
+        sizes = [
+            [*at, *(getattr(size, name) for name in _SIZES)] for at, size in self.sizes.items()
+        ]
+        return super()._facts() | {"sizes": sizes}
+
+    @classmethod
+    def _read(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
+        sizes = {
+            (str(arm), int(count)): Size(int(parameters), int(flops), float(seconds))
+            for arm, count, parameters, flops, seconds in facts["sizes"]
+        }
+        return super()._read(facts) | {"sizes": sizes}
 
 
 def pruning_curve(

@@ -104,6 +104,11 @@ def iterative(
                 may_go = _kept(list(order), keep)
                 wanted = _wanted(count, len(may_go))
             nearest = [head for head in order if head in may_go]
+            if not nearest:
+                raise InputError(
+                    f"after {len(gone)} heads the importance has no value for any other that may "
+                    f"go: ask for count={len(gone)}, or for another importance."
+                )
             gone = (*gone, *nearest[: min(size, wanted - len(gone))])
             advance(float(size))
     return gone

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -13,12 +13,14 @@ from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.heads import HeadIndex
 from headscope.stats import bootstrap_interval, mean_and_sem
+from headscope.table.curve_file import read_curve, write_curve
 from headscope.table.effects import EffectGrid
 
 if TYPE_CHECKING:
     import pandas
 
 _SUFFIXES = (".parquet", ".csv")
+Curve = TypeVar("Curve", bound="OrderCurve")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +92,8 @@ class OrderCurve:
     def save(self, path: "str | PathLike[str]") -> None:
         """Write :meth:`to_pandas` as ``.parquet`` or ``.csv``, whole or not at all.
 
+        Parquet also keeps the values per example and everything else that :meth:`load` needs.
+
         Raises:
             InputError: for another ending.
         """
@@ -101,4 +105,34 @@ class OrderCurve:
             if target.suffix == ".csv":
                 frame.to_csv(file, index=False)
             else:
-                frame.to_parquet(file, index=False)
+                write_curve(self.effects, frame, self._facts(), file)
+
+    @classmethod
+    def load(cls: type[Curve], path: "str | PathLike[str]") -> Curve:
+        """Read a curve that :meth:`save` wrote as parquet.
+
+        Raises:
+            InputError: if the file is none, or a curve of another kind.
+        """
+        effects, facts = read_curve(Path(path), cls.__name__)
+        try:
+            return cls(effects=effects, **cls._read(facts))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{str(path)!r} is a damaged curve: {error!r}.") from None
+
+    def _facts(self) -> dict[str, Any]:
+        """What is not in the effects, as JSON values."""
+        return {
+            "kind": type(self).__name__,
+            "orders": {arm: [str(head) for head in order] for arm, order in self.orders.items()},
+            "controls": list(self.controls),
+        }
+
+    @classmethod
+    def _read(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments that :meth:`_facts` wrote down."""
+        orders = facts["orders"].items()
+        return {
+            "orders": {arm: tuple(HeadIndex.parse(one) for one in order) for arm, order in orders},
+            "controls": tuple(facts["controls"]),
+        }

@@ -10,6 +10,7 @@ import headscope as hs
 from headscope.edits import zero
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.pruning import (
+    PruningCurve,
     ablation_importance,
     gradient_importance,
     greedy,
@@ -19,6 +20,7 @@ from headscope.pruning import (
     pruning_curve,
     random_order,
 )
+from headscope.table import OrderCurve
 from tests.ablation.helpers import model_of, probe_of, whole_pass
 
 
@@ -57,6 +59,23 @@ def test_every_point_is_that_of_a_whole_pass(tmp_path: Path) -> None:
     assert pandas.read_csv(tmp_path / "curve.csv").arm.tolist() == frame.arm.tolist()
     with pytest.raises(InputError, match="saved as"):
         curve.save(tmp_path / "curve.xlsx")
+    same = PruningCurve.load(tmp_path / "curve.parquet")
+    for name in ("orders", "controls", "sizes", "counts"):
+        assert getattr(same, name) == getattr(curve, name)
+    for name in ("per_example", "unedited"):
+        np.testing.assert_array_equal(getattr(same.effects, name), getattr(curve.effects, name))
+    for name in ("name", "axes", "labels", "unit", "description"):
+        assert getattr(same.effects, name) == getattr(curve.effects, name)
+    assert same.effects.provenance.to_json() == curve.effects.provenance.to_json()
+    pandas.testing.assert_frame_equal(same.to_pandas(), frame)
+    for name, message in (("curve.csv", "no readable"), ("none", "no file")):
+        with pytest.raises(InputError, match=message):
+            PruningCurve.load(tmp_path / name)
+    with pytest.raises(InputError, match="holds PruningCurve of format 1; here OrderCurve"):
+        OrderCurve.load(tmp_path / "curve.parquet")
+    frame.to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(InputError, match="not a curve"):
+        PruningCurve.load(tmp_path / "other.parquet")
 
 
 def test_operations_are_counted_by_hand() -> None:

@@ -10,6 +10,7 @@ from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.pruning import gradient_importance, greedy, iterative, one_shot, random_order
+from headscope.table import HeadScores
 from tests.ablation.helpers import model_of, probe_of, whole_pass
 
 
@@ -86,3 +87,16 @@ def test_greedy_is_the_exhaustive_choice_at_every_step(family: str) -> None:
 def test_greedy_leaves_each_layer_what_it_must() -> None:
     order = greedy(model_of("gpt2"), probe_of(batch=2), keep=3)
     assert sorted(head.layer for head in order) == [0, 1, 2]
+
+
+def test_an_importance_that_runs_out_of_values_is_told() -> None:
+    def first_layer_alone(
+        model: HeadModel, probe: hs.Probe, metric: object, *, removed: object
+    ) -> HeadScores:
+        found = gradient_importance(model, probe, removed=removed)  # type: ignore[arg-type]
+        values = np.array(found.mean)
+        values[1 if removed else 3 :] = np.nan
+        return HeadScores.from_summary("some", values, kv_heads=found.kv_heads)
+
+    with pytest.raises(InputError, match="no value for any other"):
+        iterative(model_of("gpt2"), probe_of(batch=2), step=0.3, importance=first_layer_alone)
