@@ -69,6 +69,7 @@ class Accumulator:
         memory: bytes that a chunk may take; None: what suits the device.
         halvings: by how many powers of two to cut the chunks, after running out of memory.
         advance: called after each layer.
+        tokens: queries that a chunk may hold, over all examples; None: as many as fit.
     """
 
     model: HeadModel
@@ -78,6 +79,7 @@ class Accumulator:
     memory: int | None
     halvings: int
     advance: Advance
+    tokens: int | None = None
     sums: dict[str, Sums] = field(init=False)
     flat_sums: dict[str, Sums] = field(init=False)
     _rotations: dict[int, Rotation] = field(default_factory=dict)
@@ -134,7 +136,10 @@ class Accumulator:
         rotation = self._rotations.get(view.layer)
         layer = _Layer(self.model, view, self._probes[device], rotation)
         row = _COPIES * 4 * len(self.batch) * self.model.shape.n_heads * self.batch.length
-        budget = chunk_bytes(device, self.memory) >> self.halvings
+        budget = chunk_bytes(device, self.memory)
+        if self.tokens is not None:
+            budget = min(budget, self.tokens // len(self.batch) * row)
+        budget >>= self.halvings
         for positions in chunks(self.positions, row, budget):
             self._on_chunk(layer, positions)
         self.advance()

@@ -32,6 +32,7 @@ def score(
     *,
     batch_size: int | None = None,
     memory: str | int | None = None,
+    max_tokens_per_chunk: int | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> HeadTable:
@@ -47,6 +48,8 @@ def score(
             default: ``headscope.scorers.DEFAULT``, less what this family cannot be asked.
         batch_size: examples per pass; changes nothing but time and memory.
         memory: what one chunk of attention rows may take, e.g. ``"2GB"``.
+        max_tokens_per_chunk: queries whose rows are held at once, over all examples of a batch
+            (at least one of each); with ``memory`` the smaller of both counts.
         seed: of the default probes.
         progress: show a bar; default: where somebody looks on and it takes over two seconds.
 
@@ -65,12 +68,21 @@ def score(
     for one, _ in by_probe:
         capture.check_fits(model, one)
     budget = parse_memory(memory)
+    if max_tokens_per_chunk is not None and max_tokens_per_chunk < 1:
+        raise InputError(f"max_tokens_per_chunk={max_tokens_per_chunk}: a chunk holds 1 or more.")
     layers = len(model.shape.attention_layers)
     total = sum(len(one) * (1 + _has_control_pass(one, group)) for one, group in by_probe) * layers
     facts = _facts(model)
     done: dict[str, HeadScores] = {}
     with track(total, f"scoring {model.name}", show=progress) as advance:
-        run = partial(_run, model, batch_size=batch_size, memory=budget, advance=advance)
+        run = partial(
+            _run,
+            model,
+            batch_size=batch_size,
+            memory=budget,
+            tokens=max_tokens_per_chunk,
+            advance=advance,
+        )
         for one, group in by_probe:
             sums, flat = run(one, group, flat=True)
             compared = tuple(s for s in group if s.control in _OWN_PASS)
@@ -149,6 +161,7 @@ def _run(
     flat: bool,
     batch_size: int | None,
     memory: int | None,
+    tokens: int | None,
     advance: Advance,
 ) -> tuple[dict[str, Sums], dict[str, Sums]]:
     """Sums of every scorer over the whole probe, and of those whose control is flat attention."""
@@ -157,7 +170,7 @@ def _run(
         def on_layer(steps: float = 1) -> None:
             advance(steps * len(batch))
 
-        return Accumulator(model, batch, scorers, flat, memory, halvings, on_layer)
+        return Accumulator(model, batch, scorers, flat, memory, halvings, on_layer, tokens)
 
     parts = [part for _, part in capture.stream(model, probe, watch, batch_size=batch_size)]
     names = [scorer.name for scorer in scorers]

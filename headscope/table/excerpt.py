@@ -26,6 +26,16 @@ def best_heads(scores: Iterable[HeadScores], k: int = 3) -> list[HeadIndex]:
     return sorted({head for one in scores for head, _ in best(one, k)})
 
 
+def unreached(scores: HeadScores) -> str | None:
+    """Why a score has no value at all, in a sentence; None if it has one."""
+    if bool((scores.n > 0).any()) or not bool((scores.missing > 0).any()):
+        return None
+    return (
+        f"{scores.name} has no value: what it looks for was out of reach of every query (a text "
+        "too short for it, or a window)."
+    )
+
+
 def written(value: float) -> str:
     """A number in at most seven characters; a dash where it is missing."""
     if math.isnan(value):

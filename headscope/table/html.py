@@ -3,7 +3,7 @@
 from html import escape
 
 from headscope.heads import HeadIndex
-from headscope.table.excerpt import best_heads, by_interest, fraction, written
+from headscope.table.excerpt import best_heads, by_interest, fraction, unreached, written
 from headscope.table.roles import find_roles
 from headscope.table.scores import HeadScores
 from headscope.table.table import HeadTable
@@ -25,10 +25,12 @@ def render_html(table: HeadTable, limit: int = 40) -> str:
         for head in heads
     )
     roles = "".join(f"<li>{escape(str(finding))}</li>" for finding in find_roles(scores, 0.05))
+    missing = "".join(f"<p>{escape(said)}</p>" for said in map(unreached, scores) if said)
     return (
         f'<div style="overflow-x:auto"><table style="border-collapse:collapse">'
         f'<thead><tr><th style="{_CELL}">head</th>{names}</tr></thead><tbody>{body}</tbody>'
         f"</table></div><p>{len(heads)} of {layers * width} heads: the 3 best of each score.</p>"
+        + missing
         + (f"<ul>{roles}</ul>" if roles else "")
     )
 

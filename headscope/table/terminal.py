@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from headscope.table.excerpt import best, best_heads, by_interest, written
+from headscope.table.excerpt import best, best_heads, by_interest, unreached, written
 from headscope.table.roles import find_roles
 from headscope.table.scores import HeadScores
 from headscope.table.table import HeadTable
@@ -31,6 +31,7 @@ def render(table: HeadTable, width: int) -> "list[RenderableType]":
             style="dim",
         )
     )
+    parts += [Text(said, style="dim") for said in map(unreached, scores) if said]
     rest = scores[len(shown) :]
     if rest:
         parts += [Text("\nOther scores, 3 best heads", style="bold"), *map(_line, rest)]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import headscope as hs
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.bridge import bridge_over, wrap_bridge
+from headscope.models.hf_pass import HFLayerView
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
 from headscope.scorers import CATALOGUE, Scorer
@@ -208,3 +209,28 @@ def test_a_probe_that_does_not_fit_is_told(llama: hs.models.protocol.HeadModel) 
         hs.score(llama, hs.probes.from_tokens(torch.ones(1, 200, dtype=torch.long)))
     with pytest.raises(InputError, match=f"knows 0 to {VOCAB - 1}"):
         hs.score(llama, hs.probes.from_tokens(torch.full((1, 8), VOCAB)))
+
+
+def test_tokens_per_chunk_bound_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hs.load(build("llama"), check=False)
+    probe = hs.probes.from_tokens(few_tokens(batch=4, length=14))
+    held: list[int] = []
+    rows = HFLayerView.rows
+
+    def watched(self: HFLayerView, query_pos: torch.Tensor) -> AttentionRows:
+        held.append(len(query_pos) * self.z.shape[0])
+        return rows(self, query_pos)
+
+    monkeypatch.setattr(HFLayerView, "rows", watched)
+    expected = hs.score(model, probe, "entropy", progress=False)["entropy"].per_example
+    whole = max(held)
+    assert whole == 4 * 13
+    for tokens, most in ((20, 20), (9, 8), (3, 4), (1000, whole)):
+        held.clear()
+        found = hs.score(
+            model, probe, "entropy", max_tokens_per_chunk=tokens, memory="1GB", progress=False
+        )
+        assert max(held) == most
+        np.testing.assert_allclose(found["entropy"].per_example, expected, rtol=1e-5)
+    with pytest.raises(InputError, match="holds 1 or more"):
+        hs.score(model, probe, "entropy", max_tokens_per_chunk=0)

@@ -1,9 +1,10 @@
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from headscope.table import HeadTable
+from headscope.table import HeadScores, HeadTable
 from headscope.table.excerpt import best, fraction, written
 from tests.table.helpers import model_table, scores
 
@@ -84,3 +85,14 @@ def test_colour_fraction_stays_in_range() -> None:
     assert fraction(scores(bounds=(None, None)), 99.0) == 1
     assert fraction(scores(means=((0.5, 0.5),), jitter=0, bounds=(None, None)), 0.5) == 0
     assert fraction(scores(), float("nan")) == 0
+
+
+def test_a_score_out_of_reach_says_so() -> None:
+    nothing = np.full((2, 2, 3), np.nan)
+    unseen = HeadScores.from_examples(
+        "far", nothing, kv_heads=scores("near").kv_heads, missing=np.full((2, 2), 5), unit="share"
+    )
+    table = HeadTable([scores("near"), unseen])
+    for shown in (printed(table), table._repr_html_()):
+        assert "far has no value: what it looks for was out of reach of every query" in shown
+        assert "near has no value" not in shown
