@@ -63,6 +63,22 @@ def decoding(model: HeadModel, real: Bool[Tensor, "batch pos"] | None = None) ->
     return _Repeated(model, real)
 
 
+def end_tokens(model: HeadModel) -> frozenset[int]:
+    """Tokens that end a text; none without a tokenizer.
+
+    The tokenizer's, and those of the model's generation config, where chat models keep the token
+    that ends a turn.
+    """
+    if model.tokenizer is None:
+        return frozenset()
+    config = getattr(getattr(model, "module", None), "generation_config", None)
+    found: set[int] = set()
+    for source in (model.tokenizer, config):
+        named = getattr(source, "eos_token_id", None)
+        found |= set(named if isinstance(named, list | tuple) else [named]) - {None}
+    return frozenset(found)
+
+
 class _Cached:
     """Keys and values are kept, those out of a layer's window too, so that positions stay."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from headscope.capture import check_fits
 from headscope.errors import HeadscopeError, InputError
 from headscope.memory import is_out_of_memory
-from headscope.models.decoding import decoding
+from headscope.models.decoding import decoding, end_tokens
 from headscope.models.protocol import Edit, HeadModel, LayerView
 from headscope.probes.probe import Probe
 from headscope.progress import track
@@ -48,7 +48,8 @@ def follow(
 
     Greedy decoding with keys and values kept; the prompt on fused attention, and of every step
     only the newest query's row, the prompt's last one included, which says the first token. A run
-    stops at the tokenizer's end-of-sequence token, or at a line break once something was said.
+    stops at an end-of-sequence token of the tokenizer or of the model's generation config (where
+    chat models keep the end of a turn), or at a line break once something was said.
 
     Args:
         model: the model.
@@ -184,10 +185,10 @@ class _Stops:
     def __init__(self, model: HeadModel) -> None:
         self._tokenizer = model.tokenizer
         self._known: dict[int, bool] = {}
-        self._eos = getattr(model.tokenizer, "eos_token_id", None)
+        self._ends = end_tokens(model)
 
     def __call__(self, token: int, step: int) -> bool:
-        if token == self._eos:
+        if token in self._ends:
             return True
         return step > 0 and self._breaks(token)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.models.decoding import Decoding, decoding
+from headscope.models.decoding import Decoding, decoding, end_tokens
 from headscope.models.protocol import HeadModel
 from headscope.progress import track
 from headscope.retrieval.masks import Mask
@@ -164,7 +164,7 @@ def _written(
     advance: Callable[[int], None],
 ) -> tuple[list[list[int]], list[list[float]]]:
     """New tokens of a batch, and the weights of each step."""
-    end = getattr(model.tokenizer, "eos_token_id", None)
+    ends = end_tokens(model)
     draws = chooser.draws(batch.rows)
     said: list[list[int]] = [[] for _ in batch.rows]
     alphas: list[list[float]] = [[] for _ in batch.rows]
@@ -173,7 +173,7 @@ def _written(
     for step in range(new_tokens):
         mixed = mix(runs)
         tokens = chooser(mixed.scores, draws)
-        open_rows -= {row for row in open_rows if int(tokens[row]) == end}
+        open_rows -= {row for row in open_rows if int(tokens[row]) in ends}
         for row in open_rows:
             said[row].append(int(tokens[row]))
             if mixed.alpha is not None:

@@ -197,6 +197,15 @@ def test_runs_stop_at_a_line_break(llama: Any) -> None:
     assert stops(llama.tokenizer.eos_token_id, 0)
 
 
+def test_runs_stop_where_a_chat_model_ends_its_turn(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eos = llama.tokenizer.eos_token_id
+    monkeypatch.setattr(llama.module.generation_config, "eos_token_id", [eos, 41])
+    stops = _Stops(llama)
+    assert [stops(token, 0) for token in (eos, 41, 42)] == [True, True, False]
+
+
 def test_what_cannot_be_decoded_is_said_first(llama: Any) -> None:
     probe = hs.probes.needle(llama, lengths=256, depths=[0.5], per_cell=1)
     with pytest.raises(InputError, match="steps are more than the 256"):
