@@ -78,7 +78,7 @@ class Writer:
         chosen: list[str] = []
         room = length - bare
         for sentence in sentences:
-            room -= self.size(sentence)
+            room -= max(1, self.size(sentence))
             if room < 0:
                 break
             chosen.append(sentence)

@@ -127,7 +127,7 @@ def learn_gates(
         penalty: cost of one open head, in the metric's unit; more closes more.
         steps: of training, one batch of the probe each.
         rate: of Adam.
-        start: of every ``log_alpha``; 2: open with probability .95 or more.
+        start: of every ``log_alpha``; 2: open with probability .94.
         better: for a metric of your own: is it better ``higher`` or ``lower``?
         seed: of the noise and of the order of batches.
         batch_size: examples per step; default: all that one pass takes.
