@@ -28,6 +28,9 @@ def scan(
     dtype: Dtype = None,
     device: Device = None,
     memory: Memory = None,
+    max_tokens_per_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Queries whose rows are held at once.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the default probes.")] = 0,
     examples: Annotated[
@@ -47,6 +50,7 @@ def scan(
         scorers=scorers,
         probe_file=probe,
         memory=memory,
+        max_tokens_per_chunk=max_tokens_per_chunk,
         batch_size=batch_size,
         seed=seed,
         examples=examples,

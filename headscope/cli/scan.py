@@ -48,6 +48,7 @@ def run(
     scorers: str | None,
     probe_file: Path | None,
     memory: str | None,
+    max_tokens_per_chunk: int | None,
     batch_size: int | None,
     seed: int,
     examples: bool,
@@ -72,7 +73,15 @@ def run(
     model = loading.model()
     loaded = time.perf_counter()
     probe = None if config is None else build_probe(config, model)
-    table = score(model, probe, names, batch_size=batch_size, memory=budget, seed=seed)
+    table = score(
+        model,
+        probe,
+        names,
+        batch_size=batch_size,
+        memory=budget,
+        max_tokens_per_chunk=max_tokens_per_chunk,
+        seed=seed,
+    )
     scored = time.perf_counter()
     print_table(table, as_json=as_json)
     if folder is None:

@@ -57,6 +57,14 @@ def test_json_goes_to_stdout_alone() -> None:
     assert {row["score"] for row in rows} == {"entropy", "induction"}
 
 
+def test_small_chunks_change_nothing() -> None:
+    wanted = ("scan", "--scorers", "induction", "--json")
+    whole, cut = (
+        json.loads(run(*wanted, *more)) for more in ((), ("--max-tokens-per-chunk", "100"))
+    )
+    assert [row["mean"] for row in cut] == pytest.approx([row["mean"] for row in whole], rel=1e-5)
+
+
 def test_scorers_are_listed() -> None:
     listed = json.loads(run("scorers", "--json"))
     assert {"name", "unit", "range", "source", "description"} <= set(listed[0])

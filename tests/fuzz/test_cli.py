@@ -26,6 +26,7 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
     "--dtype": words | st.sampled_from(["float32", "bf16", "float16", "int8"]),
     "--device": words | st.sampled_from(["cpu", "cuda", "cuda:7", "meta", "mps", "xpu"]),
     "--memory": words | st.sampled_from(["1B", "64MB", "2GB", "0", "-1"]),
+    "--max-tokens-per-chunk": numbers,
     "--batch-size": numbers,
     "--seed": numbers | st.just(str(2**63)),
 }
