@@ -47,9 +47,9 @@ def proofs(
     Returns:
         ``engine``; ``noop_error``, the change of the logits by an edit of nothing, as a share of
         the largest; ``head_checked``; ``own_output_changed``; ``other_heads_changed``, in the
-        layer of the edited one (0: none); ``replay_error``, between the metric by replay and by a
-        whole pass; ``heads_off_error``, how much of the logits still depends on other positions
-        when all heads are zeroed (0: nothing).
+        layer of the edited one (0: none); ``replay_error``, between a metric by replay and by a
+        whole pass, the largest over metrics; ``heads_off_error``, how much of the logits still
+        depends on other positions when all heads are zeroed (0: nothing).
 
     Raises:
         HeadscopeError: if an edit changed another head of its layer, or if replay and whole pass
@@ -74,12 +74,15 @@ def _check_head(
     model: HeadModel, plan: Plan, batch: Batch, place: Place, head: HeadIndex
 ) -> tuple[bool, float | None]:
     """Whether a head's own output changed, and how far replay and whole pass are apart."""
-    one, read = batch.probe.examples(slice(0, 1)), batch.read[:1]
-    variant: Variant = cut((place([head]),), examples=slice(0, 1))
+    at = int(batch.read.any(1).nonzero()[0])  # an example that the metrics read
+    chosen = slice(at, at + 1)
+    one, read = batch.probe.examples(chosen), batch.read[chosen]
+    reads = [(reading.metric, reading.read[chosen]) for reading in batch.readings]
+    variant: Variant = cut((place([head]),), examples=chosen)
     after = _Layer(head.layer)
     whole_pass = ForwardSource(model, one.tokens, one.real, read, (after,))
-    whole = Batch(one, batch.metric, whole_pass, read, batch.limit).values([variant])
-    z = _clean_z(model, batch, head.layer)
+    whole = Batch(one, batch.metric, whole_pass, read, batch.limit, reads).all_values([variant])
+    z = _clean_z(model, batch, head.layer, chosen)
     difference = (after.z - z).abs().amax((0, 1, 3))
     others = torch.arange(len(difference), device=difference.device) != head.head
     if bool((difference[others] > 1e-5 * (float(z.abs().max()) or 1.0)).any()):
@@ -91,21 +94,24 @@ def _check_head(
     if not plan.replays:
         return changed, None
     source = plan.source(model, one.tokens, one.real, read)
-    replayed = Batch(one, batch.metric, source, read, batch.limit).values([variant])
-    error = float((whole - replayed).abs().nan_to_num())
+    replayed = Batch(one, batch.metric, source, read, batch.limit, reads).all_values([variant])
+    errors = (whole - replayed).abs().nan_to_num()
+    error = float(errors.max())
     allowed = _AGREEMENT if model.dtype in (torch.float32, torch.float64) else _HALF_AGREEMENT
-    if error > allowed * max(1.0, float(whole.abs().nan_to_num())):
+    if bool((errors > allowed * whole.abs().nan_to_num().clamp_min(1.0)).any()):
         raise HeadscopeError(
             f"ablating {head} by replay and by a whole pass gives metrics {error:.2g} apart."
         )
     return changed, error
 
 
-def _clean_z(model: HeadModel, batch: Batch, layer: int) -> Float[Tensor, "1 pos head d_head"]:
-    """Outputs of a layer on the first example, unedited."""
+def _clean_z(
+    model: HeadModel, batch: Batch, layer: int, chosen: slice
+) -> Float[Tensor, "1 pos head d_head"]:
+    """Outputs of a layer on one example, unedited."""
     if batch.source.z is not None:
-        return batch.source.z[layer][:1].float()
-    before, one = _Layer(layer), batch.probe.examples(slice(0, 1))
+        return batch.source.z[layer][chosen].float()
+    before, one = _Layer(layer), batch.probe.examples(chosen)
     nothing = torch.empty(0, dtype=torch.long)
     model.forward(one.tokens, real=one.real, observers=(before,), logits_at=nothing)
     return before.z

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.ablation.reading import Reading
 from headscope.ablation.sources import Plan, Source
 from headscope.edits import Variant
 from headscope.memory import is_out_of_memory
-from headscope.metrics import AnyMetric, LogitRows, Metric, WholeMetric
+from headscope.metrics import AnyMetric, WholeMetric
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.progress import Advance
@@ -39,9 +40,12 @@ class Batch:
     """A batch of a probe, run once cleanly and ready for variants.
 
     Attributes:
-        read: positions that the metric reads.
-        clean: the metric on the unedited batch.
+        metric: what :meth:`values` gives.
+        read: positions whose logits are computed.
         limit: tokens per stack; halved whenever memory runs out.
+        reads: each metric that shares the runs, and the positions that it reads; default: the one
+            metric, at ``read``.
+        all_clean: every metric on the unedited batch.
     """
 
     probe: Probe
@@ -49,29 +53,55 @@ class Batch:
     source: Source
     read: Bool[Tensor, "batch pos"]
     limit: int
-    clean: Float[Tensor, " batch"] = field(init=False)
-    reference: Tensor | None = None
+    reads: Sequence[tuple[AnyMetric, Bool[Tensor, "batch pos"]]] = ()
+    readings: tuple[Reading, ...] = field(init=False)
+    all_clean: Float[Tensor, "metric batch"] = field(init=False)
 
     def __post_init__(self) -> None:
         """Read the clean run."""
+        reads = self.reads or [(self.metric, self.read)]
+        self.readings = tuple(Reading(self.probe, one, read, self.read) for one, read in reads)
         rows = self.source.clean()
-        if "clean" in self.metric.needs:
-            self.reference = torch.cat([self.source.logits(part) for part in rows.split(_ROWS)])
-        self.clean = self._reduced([rows])[0]
+        for reading in self.readings:
+            if "clean" in reading.metric.needs:
+                reading.reference = torch.cat(
+                    [reading.own(logits, at) for logits, at in self._logits(rows, _ROWS)]
+                )
+        self.all_clean = self._reduced([rows])[:, 0]
 
     @classmethod
     def of(
-        cls, model: HeadModel, plan: Plan, probe: Probe, metric: AnyMetric, limit: int
+        cls,
+        model: HeadModel,
+        plan: Plan,
+        probe: Probe,
+        reads: Sequence[tuple[AnyMetric, Bool[Tensor, "batch pos"]]],
+        limit: int,
     ) -> "Batch":
         """Run a batch cleanly."""
-        read = metric.reads(probe)
-        return cls(probe, metric, plan.source(model, probe.tokens, probe.real, read), read, limit)
+        read = torch.stack([one for _, one in reads]).any(0)
+        if not bool(read.any()):  # a run reads something, if only for no metric
+            read[0, int(probe.last[0])] = True
+        source = plan.source(model, probe.tokens, probe.real, read)
+        return cls(probe, reads[0][0], source, read, limit, reads)
+
+    @property
+    def clean(self) -> Float[Tensor, " batch"]:
+        """The metric on the unedited batch."""
+        return self.all_clean[0]
 
     def values(
         self, variants: Sequence[Variant], advance: Advance | None = None
     ) -> Float[Tensor, "variant batch"]:
         """The metric of every variant on every example."""
-        done = torch.full((len(variants), len(self.probe)), float("nan"), dtype=torch.float64)
+        return self.all_values(variants, advance)[0]
+
+    def all_values(
+        self, variants: Sequence[Variant], advance: Advance | None = None
+    ) -> Float[Tensor, "metric variant batch"]:
+        """Every metric of every variant on every example; each variant is run once."""
+        size = (len(self.readings), len(variants), len(self.probe))
+        done = torch.full(size, float("nan"), dtype=torch.float64)
         waiting: list[tuple[list[int], Tensor]] = []
         per_variant = int(self.read.sum())
         for chosen, rows in self._stacks(variants):
@@ -86,7 +116,7 @@ class Batch:
     def _flush(self, waiting: list[tuple[list[int], Tensor]], done: Tensor) -> None:
         if waiting:
             index = [number for chosen, _ in waiting for number in chosen]
-            done[index] = self._reduced([rows for _, rows in waiting])
+            done[:, index] = self._reduced([rows for _, rows in waiting])
             waiting.clear()
 
     def _stacks(self, variants: Sequence[Variant]) -> Iterator[tuple[list[int], Tensor]]:
@@ -122,45 +152,21 @@ class Batch:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _reduced(self, parts: Sequence[Tensor]) -> Float[Tensor, "variant batch"]:
-        """One number per variant and example from rows, whole variants in order."""
+    def _reduced(self, parts: Sequence[Tensor]) -> Float[Tensor, "metric variant batch"]:
+        """One number per metric, variant and example from rows, whole variants in order."""
         rows = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         size = int(self.read.sum())
-        if not isinstance(self.metric, Metric):
-            values = [self._whole(self.metric, one) for one in rows.split(size)]
-            return torch.stack(values).double().cpu()
-        numbers = self._row_values(self.metric, rows)
-        example = self.read.nonzero()[:, 0]
-        count = torch.bincount(example, minlength=len(self.probe))
-        by_variant = numbers.double().cpu().view(-1, size)
-        total = by_variant.new_zeros(len(by_variant), len(self.probe))
-        return total.index_add(1, example.cpu(), by_variant) / count.cpu()
+        whole = any(isinstance(one.metric, WholeMetric) for one in self.readings)
+        found: list[list[Tensor]] = [[] for _ in self.readings]
+        for logits, at in self._logits(rows, size if whole else _ROWS):
+            for reading, numbers in zip(self.readings, found, strict=True):
+                numbers.append(reading.numbers(logits, at))
+        pairs = zip(self.readings, found, strict=True)
+        return torch.stack([one.by_example(numbers, len(rows) // size) for one, numbers in pairs])
 
-    def _row_values(self, metric: Metric, rows: Tensor) -> Float[Tensor, " row"]:
-        """Values of some whole variants, a few hundred rows at a time."""
-        values = []
-        for start in range(0, len(rows), _ROWS):
-            logits = self.source.logits(rows[start : start + _ROWS]).float()
-            at = torch.arange(start, start + len(logits)) % int(self.read.sum())
-            values.append(metric.value(self.facts(logits, at.to(logits.device))))
-        return torch.cat(values)
-
-    def facts(self, logits: Tensor, at: Tensor | slice = slice(None)) -> LogitRows:
-        """Logits with what the probe says about the positions that they belong to.
-
-        Args:
-            logits: of some positions read.
-            at: which of them; default: all of one variant.
-        """
-        probe, device = self.probe, logits.device
-        return LogitRows(
-            logits,
-            probe.targets[self.read].to(device)[at],
-            None if probe.foils is None else probe.foils[self.read].to(device)[at],
-            None if self.reference is None else self.reference[at].float(),
-        )
-
-    def _whole(self, metric: WholeMetric, rows: Tensor) -> Float[Tensor, " batch"]:
-        """A function of the user's own, on the logits of all positions."""
-        logits = self.source.logits(rows)
-        return metric(logits.view(*self.read.shape, -1).float(), self.probe)
+    def _logits(self, rows: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits of some rows at a time, and which positions of a variant these are."""
+        size = int(self.read.sum())
+        for start in range(0, len(rows), step):
+            logits = self.source.logits(rows[start : start + step]).float()
+            yield logits, torch.arange(start, start + len(logits)) % size

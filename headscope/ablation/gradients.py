@@ -91,18 +91,19 @@ def _derivatives(
         found = torch.autograd.grad(total, [gates[layer] for layer in layers])
     by_layer = dict(zip(layers, found, strict=True))
     rows = torch.stack([by_layer[head.layer][:, head.head] for head in heads]).double().cpu()
-    unread = ~batch.read.any(1).cpu()
+    unread = ~batch.readings[0].read.any(1).cpu()
     return rows.masked_fill(unread, float("nan"))
 
 
 def total_metric(model: HeadModel, batch: Batch, edits: Sequence[AnyEdit]) -> Float[Tensor, ""]:
     """Sum of the metric over the examples of a batch, ready for a backward pass."""
-    read = batch.read
+    reading = batch.readings[0]
+    read, metric = reading.read, reading.metric
     at = read.any(0).nonzero().squeeze(1)
     logits = model.forward(batch.probe.tokens, real=batch.probe.real, edits=edits, logits_at=at)
-    if not isinstance(batch.metric, Metric):
-        return batch.metric(logits.float(), batch.probe).sum()
+    if not isinstance(metric, Metric):
+        return metric(logits.float(), batch.probe).sum()
     rows = logits[read[:, at].to(logits.device)].float()
-    values = batch.metric.value(batch.facts(rows))
+    values = metric.value(reading.facts(rows))
     weights = (1.0 / read.sum(1))[read.nonzero()[:, 0]].to(values)
     return (values * weights).sum()

@@ -34,6 +34,7 @@ class Study:
     """A model, a probe and a metric, ready for any number of variants.
 
     Attributes:
+        others: more metrics, measured on the same passes.
         limit: tokens per stack.
         size: examples per batch.
     """
@@ -45,6 +46,7 @@ class Study:
     limit: int
     size: int
     progress: bool | None
+    others: tuple[AnyMetric, ...] = ()
 
     @classmethod
     def of(
@@ -53,28 +55,34 @@ class Study:
         probe: Probe,
         metric: Metricish,
         *,
+        others: Sequence[Metricish] = (),
         batch_size: int | None = None,
         memory: str | int | None = None,
         progress: bool | None = None,
     ) -> "Study":
         """Check everything that can be checked before the first pass, and choose the engine."""
         capture.check_fits(model, probe)
-        chosen = as_metric(metric)
-        chosen.reads(probe)
+        chosen, *more = map(as_metric, (metric, *others))
+        for one in (chosen, *more):
+            one.reads(probe)
         limit = stack_tokens(model, parse_memory(memory))
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size={batch_size} leaves nothing to run: give 1 or more.")
         room = limit if model.device.type == "cpu" else min(limit, _GPU_BATCH)
         size = batch_size or max(1, room // probe.length)
         plan = plan_for(model, probe.tokens, probe.real)
-        return cls(model, probe, chosen, plan, limit, min(size, len(probe)), progress)
+        size = min(size, len(probe))
+        return cls(model, probe, chosen, plan, limit, size, progress, tuple(more))
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Batches of the probe, each run once cleanly."""
+        # Of the whole probe: what is read of an example does not depend on who is beside it.
+        reads = [(one, one.reads(self.probe)) for one in (self.metric, *self.others)]
         for start in range(0, len(self.probe), self.size):
             chosen = slice(start, min(start + self.size, len(self.probe)))
             part = self.probe.examples(chosen)
-            yield chosen, Batch.of(self.model, self.plan, part, self.metric, self.limit)
+            own = [(one, read[chosen]) for one, read in reads]
+            yield chosen, Batch.of(self.model, self.plan, part, own, self.limit)
 
     def measure(
         self, variants: Callable[[slice, Batch], Sequence[Variant]], count: int, what: str
@@ -86,13 +94,20 @@ class Study:
             count: how many there are, for the progress bar.
             what: is being done, for the progress bar.
         """
+        edited, clean = self.measure_all(variants, count, what)
+        return edited[0], clean[0]
+
+    def measure_all(
+        self, variants: Callable[[slice, Batch], Sequence[Variant]], count: int, what: str
+    ) -> tuple[Float[np.ndarray, "metric variant example"], Float[np.ndarray, "metric example"]]:
+        """What :meth:`measure` gives, of the metric and all others; each variant is run once."""
         edited, clean = [], []
         total = float(count * len(self.probe))
         with quick(self.model), track(total, what, show=self.progress) as advance:
             for chosen, batch in self.batches():
-                edited.append(batch.values(variants(chosen, batch), advance))
-                clean.append(batch.clean)
-        return torch.cat(edited, 1).numpy(), torch.cat(clean).numpy()
+                edited.append(batch.all_values(variants(chosen, batch), advance))
+                clean.append(batch.all_clean)
+        return torch.cat(edited, 2).numpy(), torch.cat(clean, 1).numpy()
 
     def provenance(self, seed: int | None = None, **facts: Any) -> Provenance:
         """Where the result came from; ``facts`` join those of the probe, ``checks`` apart."""
