@@ -77,7 +77,7 @@ class HeadFactors:
         right, right_mix, right_r = orthonormal(self.right.mT)
         small = self.per_head(left_r) @ self.per_head(right_r).mT
         u, s, vh = torch.linalg.svd(small, full_matrices=False)
-        Vh = widened(right, self.per_head(right_mix) @ vh.mT).mT
+        Vh = lengthened(vh @ self.per_head(right_mix).mT, right.mT)
         upright = Vh.amax(-1, keepdim=True) >= -Vh.amin(-1, keepdim=True)
         sign = torch.where(upright, 1.0, -1.0).to(Vh)
         U = widened(left, self.per_head(left_mix) @ (u * sign.mT))
@@ -167,3 +167,15 @@ def widened(
     wide = (basis @ side_by_side).unflatten(-1, (group, small.shape[-1]))
     per_head: Tensor = wide.transpose(2, 3).reshape(layers, small.shape[1], basis.shape[2], -1)
     return per_head
+
+
+def lengthened(
+    small: Float[Tensor, "layer head component rank"],
+    rows: Float[Tensor, "layer some_head rank d_model"],
+) -> Float[Tensor, "layer head component d_model"]:
+    """``small @ rows`` per query head, heads that share rows in one product."""
+    shared = rows.shape[1]
+    group = small.shape[1] // shared
+    below = small.unflatten(1, (shared, group)).flatten(2, 3)
+    long: Tensor = (below @ rows).unflatten(2, (group, small.shape[2])).flatten(1, 2)
+    return long
