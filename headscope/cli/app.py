@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headscope.cli.app_retrieval import commands
 from headscope.cli.options import AllowPickle, Device, Dtype, Memory, Model, Revision, TrustCode
 
 app = typer.Typer(
@@ -269,3 +270,6 @@ def report(
     from headscope.cli import report as command
 
     command.run(runs, out=out, title=title)
+
+
+app.add_typer(commands)

@@ -24,6 +24,7 @@ class Loading:
     device: str | None
     allow_pickle: bool
     trust_remote_code: bool
+    extrapolate: bool = False
 
     def model(self) -> HeadModel:
         """Load it, without transformers' own bars and advice on the terminal."""
@@ -38,6 +39,7 @@ class Loading:
             device=_device(self.device),
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
+            extrapolate=self.extrapolate,
         )
 
 

@@ -2,15 +2,26 @@
 
 from headscope.retrieval.agreement import Agreement as Agreement
 from headscope.retrieval.agreement import agreement as agreement
+from headscope.retrieval.cells import Scanned as Scanned
+from headscope.retrieval.cells import scan_grid as scan_grid
+from headscope.retrieval.contradictions import contradictions as contradictions
+from headscope.retrieval.corpus import Corpus as Corpus
+from headscope.retrieval.corpus import score_corpus as score_corpus
 from headscope.retrieval.decore import Contrast as Contrast
 from headscope.retrieval.decore import DeCoReProcessor as DeCoReProcessor
 from headscope.retrieval.decore import decore as decore
+from headscope.retrieval.faithful import Faithfulness as Faithfulness
+from headscope.retrieval.faithful import faithfulness as faithfulness
 from headscope.retrieval.follow import follow as follow
 from headscope.retrieval.forms import Retrieval as Retrieval
 from headscope.retrieval.forms import decoded as decoded
 from headscope.retrieval.forms import forced as forced
 from headscope.retrieval.groups import activity as activity
 from headscope.retrieval.groups import by_kv_head as by_kv_head
+from headscope.retrieval.in_context import in_context_score as in_context_score
+from headscope.retrieval.in_context import token_losses as token_losses
+from headscope.retrieval.influence import Influence as Influence
+from headscope.retrieval.influence import influence as influence
 from headscope.retrieval.masking_curve import MaskingConfig as MaskingConfig
 from headscope.retrieval.masking_curve import masking_curve as masking_curve
 from headscope.retrieval.masking_curve import masking_curves as masking_curves

@@ -14,7 +14,7 @@ from headscope.retrieval.follow import RECALL, Options, follow
 from headscope.retrieval.origin import origin
 from headscope.retrieval.runs import Run, Runs
 from headscope.scoring import score
-from headscope.table import HeadScores
+from headscope.table import HeadScores, RecallGrid
 
 _SOURCE = "Wu et al. 2024 (arXiv 2404.15574), {}"
 # Mean score from which the source calls a head a retrieval head.
@@ -43,6 +43,10 @@ class Retrieval:
         """Heads whose mean (``by_set``) is above the threshold, highest first."""
         ranked = self.by_set.top(self.by_set.mean.size)
         return tuple(head for head, value in ranked if value > threshold)
+
+    def recall_grid(self) -> RecallGrid:
+        """How often the model answered, by length and depth."""
+        return RecallGrid(*self.runs.grid(), self.runs.threshold, self.by_set.provenance)
 
     def __str__(self) -> str:
         """One sentence."""
@@ -88,15 +92,39 @@ def decoded(
         "progress": progress,
     }
     runs = follow(model, probe, **options)
-    if not runs.counted.any():
-        raise HeadscopeError(
-            f"{model.name} answered none of the {len(probe)} examples with recall above "
-            f"{runs.threshold:g} (highest: {runs.recall.max():.2f}), so there is nothing to score: "
-            "use easier needles, shorter texts, or the teacher-forced form."
-        )
+    check_answered(model, runs)
     control = None
     if null and probe.control is not None:
         control = follow(model, probe.control, **options)
+
+    return summarised(model, probe, runs, control)
+
+
+def check_answered(model: HeadModel, runs: Runs) -> None:
+    """Raise HeadscopeError if no run counts."""
+    if not runs.counted.any():
+        raise HeadscopeError(
+            f"{model.name} answered none of the {len(runs.runs)} examples with recall above "
+            f"{runs.threshold:g} (highest: {runs.recall.max():.2f}), so there is nothing to score: "
+            "use easier needles, shorter texts, or the teacher-forced form."
+        )
+
+
+def summarised(
+    model: HeadModel, probe: Probe, runs: Runs, control: Runs | None = None
+) -> Retrieval:
+    """Scores of runs that were made before, e.g. cell by cell.
+
+    Args:
+        model: that made them.
+        probe: of all runs, in their order.
+        runs: of :func:`follow`.
+        control: runs of the probe's control.
+
+    Raises:
+        HeadscopeError: if no run counts.
+    """
+    check_answered(model, runs)
 
     def scored(
         name: str, value: Callable[[Run], Float[np.ndarray, "layer head"]], most: float | None

@@ -48,11 +48,11 @@ def masking_curve(
 ) -> OrderCurve:
     """Share of right answers against the number of masked heads (Wu et al. 2024, section 4).
 
-    Arms: ``top``, the highest scores first; ``lowest``, the lowest first; and random orders of
-    the heads that are not above the score's threshold, the controls. An arm ends where its heads
-    do. An example is right if each token of its answer is the likeliest one, given those before:
-    that is when greedy decoding with the same mask says the answer, so nothing is generated, and
-    only positions that the mask reaches are run again.
+    Arms: ``top``, the highest scores first; ``lowest``, the lowest first (equal ones in a random
+    order); and random orders of the heads that are not above the score's threshold, the controls.
+    An arm ends where its heads do. An example is right if each token of its answer is the
+    likeliest one, given those before: that is when greedy decoding with the same mask says the
+    answer, so nothing is generated, and only positions that the mask reaches are run again.
 
     Args:
         model: from :func:`headscope.load`.
@@ -94,7 +94,7 @@ def masking_curve(
     study = Study.of(model, probe, metric, batch_size=batch_size, progress=progress)
     where = reached(probe, scope, metric.reads(probe))
     placer = Placer(study, method, positions=where, reference=reference, seed=seed)
-    arms = _arms(model, scores)
+    arms = _arms(model, scores, seed)
     controls = _controls(model, scores, random, seed)
     everything = {**arms, **controls}
     points = _points(model, counts)
@@ -153,12 +153,16 @@ def _judged(share: Float[np.ndarray, "*set example"], right: Right) -> Float[np.
     return np.where(np.isnan(share), np.nan, (share > 1 - 1e-6).astype(float))
 
 
-def _arms(model: HeadModel, scores: HeadScores | Heads) -> dict[str, Order]:
+def _arms(model: HeadModel, scores: HeadScores | Heads, seed: int) -> dict[str, Order]:
     if not isinstance(scores, HeadScores):
         return {"top": present(model, scores)}
-    size = scores.mean.size
-    top = tuple(model.shape.check(head) for head, _ in scores.top(size))
-    return {"top": top, "lowest": tuple(head for head, _ in scores.bottom(size))}
+    ranked = [(model.shape.check(head), value) for head, value in scores.top(scores.mean.size)]
+    drawn = np.random.default_rng(seed).permutation(len(ranked))  # most heads tie at 0
+    lowest = sorted(range(len(ranked)), key=lambda i: (ranked[i][1], drawn[i]))
+    return {
+        "top": tuple(head for head, _ in ranked),
+        "lowest": tuple(ranked[i][0] for i in lowest),
+    }
 
 
 def _controls(

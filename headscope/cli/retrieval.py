@@ -1,0 +1,223 @@
+"""``headscope retrieval``: which heads fetch from far back, and what the model is without them."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headscope.cli.lengths import parse_depths, parse_lengths
+from headscope.cli.output import console, plain_rows, table_rows
+from headscope.cli.scan import Loading
+from headscope.configs import parse, read_yaml
+from headscope.files import whole_file
+from headscope.models.protocol import HeadModel
+from headscope.probes import Probe, needle
+from headscope.probes.haystack import read_haystack
+from headscope.probes.needle_sets import fixed_needles
+from headscope.report.retrieval import retrieval_drawings, retrieval_sections
+from headscope.retrieval import (
+    MaskingConfig,
+    Retrieval,
+    masking_curve,
+    masking_curves,
+    scan_grid,
+)
+from headscope.table import HeadTable, OrderCurve
+
+if TYPE_CHECKING:
+    from headscope.report.folder import RunFolder
+
+# Masking curves are taken at lengths up to this.
+_MASKED_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked for.
+
+    Attributes:
+        lengths, depths: as typed.
+        needles, haystack, per_cell, seed: of :func:`headscope.probes.needle`.
+        new_tokens, batch_size: of :func:`headscope.retrieval.follow`.
+        masking: a config of tasks; None: held-out needles.
+        random: orders of masked heads.
+    """
+
+    lengths: str | None
+    depths: str
+    needles: str
+    haystack: Path | None
+    per_cell: int | None
+    seed: int
+    new_tokens: int | None
+    batch_size: int | None
+    masking: Path | None
+    random: int
+
+    def probe(self, model: HeadModel, seed: int, **other: Any) -> Probe:
+        """Needles of this kind."""
+        return needle(model, needles=self.needles, haystack=self.haystack, seed=seed, **other)
+
+
+def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> None:
+    """Load, scan, mask, print, write."""
+    from headscope.report.folder import RunFolder
+
+    lengths = None if asked.lengths is None else parse_lengths(asked.lengths)
+    depths = parse_depths(asked.depths)
+    fixed_needles(asked.needles)  # mistakes are told before a model is loaded
+    read_haystack(asked.haystack)
+    config = None
+    if asked.masking is not None:
+        config = parse(MaskingConfig, read_yaml(asked.masking), str(asked.masking))
+    folder = None if out is None else RunFolder.create(out)
+    started = time.perf_counter()
+    model = loading.model()
+    loaded = time.perf_counter()
+    found, probe = scan_grid(
+        model,
+        lengths,
+        depths,
+        asked.needles,
+        folder=None if folder is None else folder.path / "cells",
+        haystack=asked.haystack,
+        per_cell=asked.per_cell,
+        seed=asked.seed,
+        new_tokens=asked.new_tokens,
+        batch_size=asked.batch_size,
+    )
+    scanned = time.perf_counter()
+    masked = _masked(model, found, asked, config)
+    timings = {
+        "load_seconds": loaded - started,
+        "scan_seconds": scanned - loaded,
+        "mask_seconds": time.perf_counter() - scanned,
+    }
+    table = HeadTable([found.by_set, found.by_step, found.activation])
+    if as_json:
+        print(json.dumps(_as_json(table, found, masked), allow_nan=False))
+    else:
+        _print(found, masked)
+    if folder is None:
+        return
+    settings = {
+        "command": "retrieval",
+        "model": model.name,
+        "revision": model.revision,
+        "extrapolate": loading.extrapolate,
+        **{name: value for name, value in probe.settings.items() if value is not None},
+        "seed": asked.seed,
+        "heads": [str(head) for head in found.heads()],
+    }
+    _write(folder, table, found, masked, settings, timings)
+    console(stderr=True).print(
+        f"Written to {out}: index.html (open it in a browser), table.parquet, recall.csv, "
+        "masking.csv, responses.jsonl, pictures/.",
+        soft_wrap=True,
+    )
+
+
+def _masked(
+    model: HeadModel, found: Retrieval, asked: Asked, config: MaskingConfig | None
+) -> dict[str, OrderCurve]:
+    """Masking curves of the tasks asked for, or of needles with another seed."""
+    if config is not None:
+        return masking_curves(model, found.by_set, config)
+    if asked.random < 0:
+        return {}
+    held_out = asked.probe(model, asked.seed + 1, lengths=_length(found), depths=4, per_cell=4)
+    curve = masking_curve(
+        model,
+        held_out,
+        found.by_set,
+        random=asked.random,
+        right="all" if held_out.settings["cloze"] else "share",
+        seed=asked.seed,
+    )
+    return {"needle": curve}
+
+
+def _length(found: Retrieval) -> int:
+    """The longest text that is not too long and mostly answered, else the best answered one."""
+    grid = found.recall_grid()
+    shares = np.nanmean(grid.share, 1)
+    good = grid.lengths[(shares >= 0.5) & (grid.lengths <= _MASKED_LENGTH)]
+    return int(good.max() if len(good) else grid.lengths[shares.argmax()])
+
+
+def _as_json(table: HeadTable, found: Retrieval, masked: dict[str, OrderCurve]) -> dict[str, Any]:
+    return {
+        "heads": [str(head) for head in found.heads()],
+        "scores": table_rows(table),
+        "recall": plain_rows(found.recall_grid().to_pandas()),
+        "masking": {name: plain_rows(curve.to_pandas()) for name, curve in masked.items()},
+    }
+
+
+def _print(found: Retrieval, masked: dict[str, OrderCurve]) -> None:
+    """Heads, recall by length and depth, masking curves."""
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = console()
+    scores, steps, acts = found.by_set, found.by_step, found.activation
+    heads = Table("head", title="retrieval heads, by the share of the needle that they copy")
+    for name in ("share copied", "by steps", "active in", "needle removed"):
+        heads.add_column(name, justify="right")
+    for head, value in scores.top(12):
+        numbers = (value, float(steps[head]), float(acts[head]), float(scores.null[head]))
+        heads.add_row(str(head), *(f"{one:.2f}" for one in numbers))
+    terminal.print(heads)
+    terminal.print(Text(str(found)))
+    grid = found.recall_grid()
+    cells = Table("tokens", title="share of needles found, by depth")
+    for depth in grid.depths:
+        cells.add_column(f"{100 * depth:.0f}%", justify="right")
+    for length, row in zip(grid.lengths, grid.share, strict=True):
+        cells.add_row(f"{int(length)}", *("" if one != one else f"{one:.2f}" for one in row))
+    terminal.print(cells)
+    for task, curve in masked.items():
+        of = Table("masked", title=Text(f"right answers with heads masked: {task}"))
+        for count in curve.counts:
+            of.add_column(str(count), justify="right")
+        for arm, means in zip(curve.effects.labels[0], curve.mean, strict=True):
+            of.add_row(arm, *("" if one != one else f"{one:.2f}" for one in means))
+        terminal.print(of)
+    beyond = scores.provenance.probe.get("extrapolated_from")
+    if beyond is not None:
+        terminal.print(f"Trained on at most {beyond} tokens: longer texts use positions beyond.")
+
+
+def _write(
+    folder: "RunFolder",
+    table: HeadTable,
+    found: Retrieval,
+    masked: dict[str, OrderCurve],
+    settings: dict[str, Any],
+    timings: dict[str, float],
+) -> None:
+    import pandas
+
+    grid = found.recall_grid()
+    with whole_file(folder.path / "recall.csv") as file:
+        grid.to_pandas().to_csv(file, index=False)
+    if masked:
+        rows = pandas.concat([one.to_pandas().assign(task=name) for name, one in masked.items()])
+        with whole_file(folder.path / "masking.csv") as file:
+            rows.to_csv(file, index=False)
+    with whole_file(folder.path / "responses.jsonl") as file:
+        runs = found.runs
+        for run, length, depth in zip(runs.runs, runs.length, runs.depth, strict=True):
+            said = {"length": int(length), "depth": float(depth), "recall": run.recall}
+            file.write(json.dumps(said | {"response": run.response}).encode() + b"\n")
+    made = retrieval_drawings(found.by_set, grid, masked)
+    folder.write(
+        table,
+        settings,
+        timings,
+        sections=retrieval_sections(found.by_set, grid, masked, made),
+        pictures={name: draw("light") for name, draw in made.items()},
+    )

@@ -1,0 +1,165 @@
+"""Passages that say something else than a model does by itself."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+
+from headscope.errors import InputError
+from headscope.models.protocol import HeadModel
+from headscope.probes import Needle, Probe, needle
+from headscope.probes.encoding import encode
+from headscope.probes.needle_sets import facts, fixed_needles
+from headscope.probes.vocabulary import bos_prefix, need_tokenizer
+
+if TYPE_CHECKING:
+    pass
+
+
+def contradictions(
+    model: HeadModel,
+    needles: str | Sequence[Needle] = "facts",
+    *,
+    examples: int = 32,
+    length: int = 96,
+    distractors: int = 2,
+    seed: int = 0,
+    **probe: Any,
+) -> Probe:
+    """Passages that say something else than the model does when it has not read them.
+
+    Every question is first asked without a passage: the first token of what the model then says
+    is its own answer, the probe's ``foils``. For the bundled ``facts`` that is the likeliest of
+    the words that are values, and the passage names the least likely one; of needles of your own
+    those are left out whose answer begins as the model's own does.
+
+    Args:
+        model: from :func:`headscope.load`.
+        needles: ``facts``, or needles, or a JSONL file of them.
+        examples: how many at most.
+        length: tokens of a passage with its question, at most.
+        distractors: sentences about other things of the same kind in every passage.
+        seed: of facts and passages.
+        probe: other arguments of :func:`headscope.probes.needle`.
+
+    Returns:
+        A probe of kind ``needle`` with foils at the first token of the answer.
+
+    Raises:
+        InputError: if no question is left.
+
+    Example:
+        >>> import headscope as hs
+        >>> probe = contradictions(hs.load(), examples=4)
+        >>> bool((probe.foils >= 0).sum() == 4)
+        True
+    """
+    if examples < 1:
+        raise InputError(f"examples={examples} leaves nothing to ask: give 1 or more.")
+    made: list[Probe] = []
+    if needles == "facts":
+        rng = Random(f"contradictions {seed}")  # noqa: S311 - words, not secrets
+        sets = [tuple(islice(facts(rng), 1 + distractors)) for _ in range(examples)]
+        own = closed_book(model, [one[0] for one in sets])
+        values = _values(model)
+        against = [_against(one, row, values) for one, row in zip(sets, own, strict=True)]
+        among = torch.full_like(own, -torch.inf)
+        among[:, list(values.values())] = 0
+        own = own + among
+    else:
+        given = fixed_needles(needles)
+        if given is None:
+            raise InputError(f"needles={needles!r} cannot be answered without a passage: 'facts'.")
+        own = closed_book(model, given)
+        first = [_first(model, one) for one in given]
+        kept = [i for i in range(len(given)) if int(own[i].argmax()) != first[i]][:examples]
+        against = [(given[i], *given[:i], *given[i + 1 :])[: 1 + distractors] for i in kept]
+        own = own[kept]
+    if not against:
+        raise InputError("the model says every answer without the passage: nothing contradicts it.")
+    for number, one in enumerate(against):
+        drawn = needle(
+            model,
+            length,
+            [0.5],
+            list(one),
+            per_cell=1,
+            distractors=len(one) - 1,
+            seed=seed + number,
+            **probe,
+        )
+        made.append(replace(drawn, control=None))
+    return _joined(made, own.argmax(1).tolist(), seed)
+
+
+def closed_book(
+    model: HeadModel, questions: Sequence[Needle]
+) -> Float[torch.Tensor, "question d_vocab"]:
+    """Log-probabilities of the next token after each question by itself."""
+    tokenizer = need_tokenizer(model, "a question")
+    prefix = bos_prefix(model, None)
+    rows = []
+    for one in questions:
+        ids = torch.tensor([encode(tokenizer, one.question, prefix).ids])
+        with torch.no_grad():
+            logits = model.forward(ids, logits_at=torch.tensor([ids.shape[1] - 1]))
+        rows.append(logits[0, -1].float().log_softmax(0).cpu())
+    return torch.stack(rows)
+
+
+def _first(model: HeadModel, one: Needle) -> int:
+    tokenizer = need_tokenizer(model, "an answer")
+    return int(encode(tokenizer, f" {one.answer.lstrip()}").ids[0])
+
+
+def _values(model: HeadModel) -> dict[str, int]:
+    """Values that bundled facts can have, and the first token of each."""
+    tokenizer = need_tokenizer(model, "a value")
+    words = sorted({one.answer for one in islice(facts(Random(0)), 20)})  # noqa: S311
+    return {word: int(encode(tokenizer, f" {word}").ids[0]) for word in words}
+
+
+def _against(
+    set_of: tuple[Needle, ...], own: Float[torch.Tensor, " d_vocab"], values: dict[str, int]
+) -> tuple[Needle, ...]:
+    """The same facts, the first with the value that the model holds least likely."""
+    taken = {one.answer for one in set_of[1:]}
+    value = min((word for word in values if word not in taken), key=lambda w: float(own[values[w]]))
+    asked = set_of[0]
+    text = asked.texts[0].replace(f"{asked.question} {asked.answer}", f"{asked.question} {value}")
+    return (replace(asked, texts=(text,), answer=value, parts=(value,)), *set_of[1:])
+
+
+def _joined(made: Sequence[Probe], foils: Sequence[int], seed: int) -> Probe:
+    """Probes of one example as one, padded on the right, with their foils."""
+    longest = max(one.length for one in made)
+
+    def stacked(values: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
+        return torch.cat(
+            [
+                torch.nn.functional.pad(one, (0, longest - one.shape[1]), value=fill)
+                for one in values
+            ]
+        )
+
+    first = made[0]
+    targets = stacked([one.targets for one in made], -1)
+    start = (targets >= 0).int().argmax(1)
+    opposed = torch.full_like(targets, -1)
+    opposed[torch.arange(len(made)), start] = torch.tensor(foils)
+    return replace(
+        first,
+        tokens=stacked([one.tokens for one in made], 0),
+        real=stacked([one.real for one in made], 0).bool(),
+        structure=stacked([one.structure for one in made], -1),
+        targets=targets,
+        foils=opposed,
+        marks={name: stacked([one.marks[name] for one in made], 0).bool() for name in first.marks},
+        facts={name: torch.cat([one.facts[name] for one in made]) for name in first.facts},
+        name="contradictions",
+        seed=seed,
+    )

@@ -1,0 +1,204 @@
+"""In-context learning: how much lower the loss is late in a text, and what that rests on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.ablation.arguments import Maker, by_head, facts_of, present
+from headscope.ablation.run import Placer, Study
+from headscope.ablation.single import ablated
+from headscope.capture import check_fits
+from headscope.edits import Heads
+from headscope.errors import InputError
+from headscope.metrics import LogitRows, Metric, loss
+from headscope.models.protocol import Edit, HeadModel
+from headscope.probes.encoding import next_tokens
+from headscope.probes.probe import Probe
+from headscope.progress import track
+from headscope.retrieval.masks import Mask, Masking
+from headscope.table import HeadScores, TokenLosses
+
+Places = int | tuple[int, int]
+_TOKENS_PER_PASS = 8192
+_SOURCE = "Olsson et al. 2022 (arXiv 2209.11895), in-context learning score"
+
+
+def in_context_score(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    early: Places = 50,
+    late: Places = 500,
+    method: Maker = "mean",
+    heads: Heads | None = None,
+    reference: Probe | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> HeadScores:
+    """What ablating each head does to the in-context-learning score, in nats.
+
+    The score is ``loss of a late token - loss of an early one`` (500th and 50th in the source,
+    counted from the text's first token as 0): the more negative, the more the model makes of its
+    context. The effect is the ablated model's score less the whole model's, per text: positive
+    where the head is used for it. The whole model's own score, mean over texts, is in
+    ``provenance.checks["score"]``.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: texts; every one must reach the late token. Next tokens are predicted, whatever
+            the probe's targets are.
+        early: token, or first and last token of a range, over which the loss is averaged.
+        late: the same, after it.
+        method: of :func:`headscope.ablate_heads`; zero ablation overstates heads whose mean
+            output others rely on.
+        heads: which; default: all.
+        reference: where means come from; default: the probe.
+        seed: of what the method draws.
+        batch_size: texts per pass.
+        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: if a text is too short, or an argument makes no sense.
+
+    Example:
+        >>> import headscope as hs
+        >>> model = hs.load()
+        >>> probe = hs.probes.repeated_tokens(model, length=20, batch=2)
+        >>> in_context_score(model, probe, early=(5, 15), late=(25, 35)).mean.shape
+        (3, 4)
+    """
+    asked, metric = _differences(probe, _range(early), _range(late))
+    study = Study.of(model, asked, metric, batch_size=batch_size, progress=progress)
+    chosen = present(model, heads)
+    own = reference if reference is not None else asked
+    placer = Placer(
+        study, method, reference=own if isinstance(method, str) else reference, seed=seed
+    )
+    effects = ablated(study, placer, chosen)
+    clean = np.concatenate([batch.clean.numpy() for _, batch in study.batches()])
+    checks = {**placer.checks, "score": float(clean.mean()), "scores": clean.tolist()}
+    facts = {**facts_of(method, reference, None), "early": str(early), "late": str(late)}
+    values = by_head(model, chosen, effects)
+    return HeadScores.from_examples(
+        "in_context_learning",
+        values,
+        kv_heads=model.shape.n_kv_heads,
+        control_per_example=np.where(np.isnan(values).all(-1, keepdims=True), np.nan, 0.0),
+        alternative="two-sided",
+        unit="nats",
+        description="In-context-learning score with the head ablated less that without.",
+        source=_SOURCE,
+        provenance=study.provenance(seed, checks=checks, **facts),
+    )
+
+
+def token_losses(
+    model: HeadModel,
+    probe: Probe,
+    masked: Mapping[str, Heads] | None = None,
+    *,
+    method: Masking = "uniform",
+    reference: Probe | None = None,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> TokenLosses:
+    """Loss of every token by its place in the text, of the whole model and without some heads.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: texts.
+        masked: heads to be masked at every position, by the name of the line.
+        method: how; see :func:`headscope.mask_heads`.
+        reference: of ``mean``.
+        batch_size: texts per pass; default: about 8192 tokens.
+        progress: show a bar.
+
+    Returns:
+        ``hs.plots.token_losses`` draws it; ``.score(50, 500)`` is the in-context-learning score.
+
+    Example:
+        >>> import headscope as hs
+        >>> model = hs.load()
+        >>> probe = hs.probes.repeated_tokens(model, length=20, batch=2)
+        >>> token_losses(model, probe, {"without L2H1": ["L2H1"]}).arms
+        ('whole model', 'without L2H1')
+    """
+    check_fits(model, probe)
+    arms: dict[str, tuple[Edit, ...]] = {"whole model": ()}
+    for name, heads in (masked or {}).items():
+        mask = Mask.of(model, heads, method, "all", reference=reference)
+        arms[name] = (mask.edit,)
+    targets = next_tokens(probe.tokens, probe.real)
+    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
+    losses = np.full((len(arms), len(probe), int(probe.real.sum(1).max())), np.nan)
+    with track(len(arms) * len(probe), "losses by token", show=progress) as advance:
+        for at, edits in enumerate(arms.values()):
+            for start in range(0, len(probe), size):
+                rows = slice(start, start + size)
+                part = replace(probe.examples(rows), targets=targets[rows], control=None)
+                losses[at, rows] = _losses(model, part, edits, losses.shape[2])
+                advance(len(part))
+    return TokenLosses(tuple(arms), losses, model.name)
+
+
+@torch.no_grad()
+def _losses(
+    model: HeadModel, part: Probe, edits: Sequence[Edit], width: int
+) -> Float[np.ndarray, "example token"]:
+    """Loss of each token of a text, counted from its first; NaN for that one, and at padding."""
+    logits = model.forward(part.tokens, real=part.real, edits=edits)
+    found = loss.by_position(logits, replace(part, marks={})).cpu().double().numpy()
+    by_token = np.full((len(part), width), np.nan)
+    for row, first in enumerate(part.first.tolist()):
+        values = found[row, first : first + width - 1]
+        by_token[row, 1 : 1 + len(values)] = values
+    return by_token
+
+
+def _range(places: Places) -> tuple[int, int]:
+    return (places, places) if isinstance(places, int) else places
+
+
+def _differences(
+    probe: Probe, early: tuple[int, int], late: tuple[int, int]
+) -> tuple[Probe, Metric]:
+    """A probe that asks for the tokens of both ranges, and the metric: late loss less early.
+
+    A metric sees rows one by one, not where they stand. The side that a row is on travels in the
+    place of the foil, which a loss has no use for.
+    """
+    if not 1 <= early[0] <= early[1] < late[0] <= late[1]:
+        raise InputError(
+            f"early={early} and late={late} must be tokens from 1 on, early before late."
+        )
+    short = int(probe.real.sum(1).min())
+    if late[1] >= short:
+        raise InputError(
+            f"token {late[1]} is asked for and the shortest text has {short}: give longer texts, "
+            "or smaller early= and late=."
+        )
+    token = probe.position_in_text + 1  # the token that a position predicts
+    sides = torch.full_like(probe.tokens, -1)
+    sides[(token >= early[0]) & (token <= early[1])] = 0
+    sides[(token >= late[0]) & (token <= late[1])] = 1
+    targets = next_tokens(probe.tokens, probe.real).where(sides >= 0, -1)
+    sizes = torch.tensor([early[1] - early[0] + 1, late[1] - late[0] + 1])
+    weights = sizes.sum() / sizes * torch.tensor([-1.0, 1.0])
+
+    def signed(rows: LogitRows) -> Float[Tensor, " row"]:
+        assert rows.foils is not None  # noqa: S101  # needs says so
+        return loss.value(rows) * weights.to(rows.logits.device)[rows.foils]
+
+    asked = replace(probe, targets=targets, foils=sides, control=None, corrupt=None)
+    return asked, Metric(
+        "in_context_learning",
+        signed,
+        unit="nats",
+        description="Loss of late tokens less that of early ones.",
+        needs=frozenset({"target", "foil"}),
+    )

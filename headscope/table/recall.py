@@ -1,0 +1,47 @@
+"""How often a model answered, by the length of the text and the depth of the needle."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from headscope.table.provenance import Provenance
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False)
+class RecallGrid:
+    """Share of right answers in every cell.
+
+    Attributes:
+        lengths: tokens of a text at most, as asked for.
+        depths: shares of the text before the needle.
+        share: of answers whose recall is above ``threshold``; NaN where there were none.
+        count: answers.
+        threshold: of the recall.
+        provenance: where it came from.
+    """
+
+    lengths: Float[np.ndarray, " length"]
+    depths: Float[np.ndarray, " depth"]
+    share: Float[np.ndarray, "length depth"]
+    count: Int[np.ndarray, "length depth"]
+    threshold: float
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per cell: length, depth, share, count."""
+        import pandas
+
+        at = [(i, j) for i in range(len(self.lengths)) for j in range(len(self.depths))]
+        return pandas.DataFrame(
+            {
+                "length": [int(self.lengths[i]) for i, _ in at],
+                "depth": [float(self.depths[j]) for _, j in at],
+                "share": self.share.ravel(),
+                "count": self.count.ravel(),
+            }
+        )
