@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from headscope.ablation import interactions as interactions
     from headscope.ablation import patch_activations as patch_activations
     from headscope.ablation import path_patch as path_patch
+    from headscope.comparing import compare as compare
+    from headscope.comparing import emergence as emergence
     from headscope.errors import HeadscopeError as HeadscopeError
     from headscope.heads import HeadIndex as HeadIndex
     from headscope.heads import ModelShape as ModelShape
@@ -77,7 +79,9 @@ _HOME = {
     "attention_view": "headscope.interactive",
     "capture": "headscope.capture",
     "circuits": "headscope.circuits",
+    "compare": "headscope.comparing",
     "edits": "headscope.edits",
+    "emergence": "headscope.comparing",
     "explain": "headscope.interactive",
     "interactions": "headscope.ablation",
     "lens": "headscope.lens",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from headscope.cli.app_retrieval import commands
+from headscope.cli.app_comparing import commands as comparing
 from headscope.cli.options import AllowPickle, Device, Dtype, Memory, Model, Revision, TrustCode
 
 app = typer.Typer(
@@ -272,4 +272,4 @@ def report(
     command.run(runs, out=out, title=title)
 
 
-app.add_typer(commands)
+app.add_typer(comparing)

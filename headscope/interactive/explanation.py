@@ -95,7 +95,7 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         """The same as small static tables, with the attention viewer below."""
-        viewer = "" if self.attention is None else AttentionView(self.attention, 340)._repr_html_()
+        viewer = "" if self.attention is None else AttentionView(self.attention, 400)._repr_html_()
         return head_html(self.card, self.scan, self.effects) + viewer
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
 """The models that come with headscope: where they are, and their training checkpoints."""
 
 from pathlib import Path
+from random import Random
 
 from headscope.errors import InputError, nearest
 
@@ -36,6 +37,17 @@ def folder(name: str, revision: str | None = None) -> Path:
     if revision not in known:
         raise InputError(nearest(revision, known, kind=f"revision of {name}"))
     return home / "checkpoints" / revision
+
+
+def stories(count: int = 12, sentences: int = 25, seed: int = 0) -> list[str]:
+    """Texts like those that the bundled models were trained on, drawn anew.
+
+    The sentences come from the same templates, so that single ones may have been seen.
+    """
+    from headscope.models.bundled.training.text import story_sentence
+
+    rng = Random(f"stories {seed}")  # noqa: S311  seeded, not secret
+    return [" ".join(story_sentence(rng) for _ in range(sentences)) for _ in range(count)]
 
 
 def _folder(name: str) -> Path:

@@ -53,5 +53,6 @@
     buttons.forEach(({ button }, other) => button.setAttribute("aria-pressed", String(other === which)));
     change(patterns[which], `Attention of ${data.heads[which]}`);
   };
+  strip.hidden = data.heads.length === 1;
   choose(0);
 })();

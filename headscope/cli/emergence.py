@@ -1,0 +1,153 @@
+"""``headscope emergence``: scores of heads at every checkpoint of a training run."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headscope.cli.command import typed
+from headscope.cli.output import console, plain_rows
+from headscope.cli.scan import Loading
+from headscope.comparing import emergence
+from headscope.errors import InputError
+from headscope.files import whole_file
+from headscope.plots.text import visible
+from headscope.scorers import resolve
+from headscope.sweeps.results import read
+from headscope.table import Emergence
+from headscope.table.emergence import joined_curves
+
+
+def run(
+    loading: Loading,
+    *,
+    checkpoints: str | None,
+    scorers: str | None,
+    texts: Path | None,
+    out: Path | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Score or read a sweep, print, write."""
+    from headscope.report.emergence import emergence_sections
+    from headscope.report.folder import RunFolder
+
+    names, revisions = _listed(scorers), _listed(checkpoints)
+    if names is not None:
+        resolve(names)
+    passages = None if texts is None else _passages(texts)
+    folder = None if out is None else RunFolder.create(out)
+    started = time.perf_counter()
+    if _is_sweep(loading.source):
+        story = of_sweep(Path(str(loading.source)))
+    else:
+        story = emergence(
+            loading.source,
+            revisions,
+            names,
+            texts=passages,
+            device=loading.device,
+            dtype=loading.dtype,
+            seed=seed,
+        )
+    timings = {"score_seconds": time.perf_counter() - started}
+    if as_json:
+        print(json.dumps(plain_rows(story.to_pandas()), allow_nan=False))
+    else:
+        _print(story)
+    if folder is None:
+        return
+    with whole_file(folder.path / "emergence.parquet") as file:
+        story.to_pandas().to_parquet(file, index=False)
+    settings: dict[str, Any] = {
+        "command": "emergence",
+        "model": story.model,
+        "checkpoints": list(story.checkpoints),
+        "seed": seed,
+    }
+    from headscope.plots import emergence as picture
+
+    folder.write(
+        story.tables[-1],
+        settings,
+        timings,
+        command=typed(),
+        sections=emergence_sections(story),
+        pictures={"emergence": picture(story)},
+    )
+    console(stderr=True).print(
+        f"Written to {out}: index.html (open it in a browser), emergence.parquet, table.parquet, "
+        "pictures/.",
+        soft_wrap=True,
+    )
+
+
+def of_sweep(folder: Path) -> Emergence:
+    """A sweep over checkpoints as a story: effects of single heads, and the metric untouched.
+
+    Raises:
+        InputError: if the sweep has not two checkpoints or more of one model.
+    """
+    results = read(folder)
+    labels = [one.label for one in results.plan.models if "@" in one.label]
+    names = {label.rpartition("@")[0] for label in labels}
+    if len(names) != 1 or len(labels) < 2:
+        raise InputError(
+            f"the sweep in {folder} has not two checkpoints or more of one model: "
+            f"{', '.join(one.label for one in results.plan.models)}."
+        )
+    frame = results.rows.to_pandas()
+    tables, parts, units = [], [], {}
+    for label in labels:
+        tables.append(results.table(model=label))
+        mine = frame[frame["checkpoint"] == label.rpartition("@")[2]]
+        part = {}
+        for (metric, probe), rows in mine.groupby(["metric", "probe"], observed=True):
+            name = f"{metric} on {probe}"
+            part[name] = np.asarray(rows["clean_values"].iloc[0], dtype=np.float64)
+            units[name] = str(rows["unit"].iloc[0])
+        parts.append(part)
+    checkpoints = tuple(label.rpartition("@")[2] for label in labels)
+    return Emergence(names.pop(), checkpoints, tuple(tables), joined_curves(parts), units)
+
+
+def _is_sweep(source: str | None) -> bool:
+    return source is not None and (Path(source) / "manifest.json").is_file()
+
+
+def _listed(names: str | None) -> list[str] | None:
+    return None if names is None else [one.strip() for one in names.split(",") if one.strip()]
+
+
+def _passages(file: Path) -> list[str]:
+    """Paragraphs of a UTF-8 file."""
+    try:
+        found = [one.strip() for one in file.read_text(encoding="utf-8").split("\n\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file} as UTF-8 text: {error}.") from None
+    if not any(found):
+        raise InputError(f"{file} holds no text.")
+    return [one for one in found if one]
+
+
+def _print(story: Emergence) -> None:
+    """A row per checkpoint: each score of the head that is best at the end, and the losses."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table("checkpoint", title=Text(f"{story.model} along training"))
+    best = {name: story.best(name) for name in story.scores}
+    for name, head in best.items():
+        grid.add_column(f"{name} {head}", justify="right")
+    for name in story.losses:
+        grid.add_column(name, justify="right")
+    for at, name in enumerate(story.checkpoints):
+        scores = [float(story.tables[at][one].mean[head]) for one, head in best.items()]
+        curves = [float(story.mean(one)[at]) for one in story.losses]
+        grid.add_row(Text(visible(name)), *(f"{value:.2f}" for value in [*scores, *curves]))
+    terminal = console()
+    terminal.print(grid)
+    for finding in story.findings():
+        terminal.print(Text(finding))

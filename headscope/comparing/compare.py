@@ -1,0 +1,126 @@
+"""Two models or two checkpoints: matched heads, and differences with intervals."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope.comparing.matching import by_address, by_profile, by_weights, shared
+from headscope.errors import InputError, nearest
+from headscope.models.load import load
+from headscope.models.protocol import HeadModel
+from headscope.scorers import Scorer
+from headscope.scoring import score
+from headscope.stats import bootstrap_interval
+from headscope.table import Comparison, HeadScores, HeadTable
+
+By = Literal["profile", "weights", "address"]
+_MEASURES = {
+    "profile": "distance of score profiles, in standard deviations (0: alike)",
+    "weights": "cosine of weights, mean of OV and QK (1: alike)",
+    "address": "distance of score profiles, in standard deviations (0: alike)",
+}
+
+
+def compare(
+    first: "HeadModel | HeadTable | str",
+    second: "HeadModel | HeadTable | str",
+    *,
+    by: By = "profile",
+    scorers: "Iterable[str | Scorer] | None" = None,
+    seed: int = 0,
+) -> Comparison:
+    """Match the heads of two models and tell how their scores differ.
+
+    Each head is matched with at most one: by ``profile`` so that the squared distances over all
+    shared scores sum to the least (any two models); by ``weights`` within each layer, by the
+    cosine of OV and QK matrices (checkpoints of one run; models trained apart share no basis);
+    by ``address`` each with itself. Differences are second less first, with 95% intervals:
+    bootstrapped over examples where both saw the same ones, else normal, of independent means.
+
+    A match by profile is a description: heads that do nothing in particular are alike too, and
+    what was matched differs less than what was not, by construction.
+
+    Args:
+        first: a model, what :func:`headscope.load` takes, or a table.
+        second: the same.
+        by: how heads are matched.
+        scorers: names or scorers of your own, for models; default: the default ones.
+        seed: of the probes.
+
+    Raises:
+        InputError: if the two share no score, or cannot be matched in that way.
+
+    Example:
+        >>> early = hs.load(revision="step-005000")
+        >>> found = hs.compare(early, model, by="weights", scorers=["induction"])
+        >>> len(found.pairs)
+        12
+    """
+    if by not in _MEASURES:
+        raise InputError(nearest(by, _MEASURES, kind="way to match"))
+    if by == "weights" and (isinstance(first, HeadTable) or isinstance(second, HeadTable)):
+        raise InputError("matching by weights needs two models, not tables.")
+    wanted = None if scorers is None else list(scorers)
+    models = [
+        one if isinstance(one, HeadTable | HeadModel) else load(one) for one in (first, second)
+    ]
+    one, two = (
+        model if isinstance(model, HeadTable) else score(model, scorers=wanted, seed=seed)
+        for model in models
+    )
+    names = shared(one, two)
+    if by == "weights":
+        a, b = models
+        if isinstance(a, HeadTable) or isinstance(b, HeadTable):
+            raise InputError("matching by weights needs two models, not tables.")
+        pairs, closeness = by_weights(a, b)
+        order = np.argsort(-closeness, kind="stable")
+    else:
+        pairs, closeness = (by_profile if by == "profile" else by_address)(one, two)
+        order = np.argsort(closeness, kind="stable")
+    pairs = [pairs[i] for i in order]
+    at = tuple(np.array([[p[side] for p in pairs] for side in (0, 1)]).transpose(0, 2, 1))
+    columns = [_difference(one[name], two[name], at) for name in names]
+    low, high = (np.stack([column[i] for column in columns], 1) for i in (0, 1))
+    return Comparison(
+        names=(_called(one), _called(two)),
+        pairs=tuple(pairs),
+        closeness=closeness[order],
+        measure=_MEASURES[by],
+        scores=names,
+        first=np.stack([one[name].mean[tuple(at[0])] for name in names], 1),
+        second=np.stack([two[name].mean[tuple(at[1])] for name in names], 1),
+        low=low,
+        high=high,
+        paired=tuple(_paired(one[name], two[name]) for name in names),
+    )
+
+
+def _difference(
+    first: HeadScores, second: HeadScores, at: "tuple[np.ndarray, ...]"
+) -> tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"]]:
+    """95% interval of second less first, pair by pair."""
+    a, b = tuple(at[0]), tuple(at[1])
+    if _paired(first, second):
+        values = second.per_example[b] - first.per_example[a]
+        low, high = bootstrap_interval(values[None])
+        return low[0], high[0]
+    middle = second.mean[b] - first.mean[a]
+    width = 1.96 * np.sqrt(first.sem[a] ** 2 + second.sem[b] ** 2)
+    return middle - width, middle + width
+
+
+def _paired(first: HeadScores, second: HeadScores) -> bool:
+    """Whether both were measured on the same examples."""
+    if first.examples is None or second.examples is None:
+        return False
+    same_size = first.examples.shape[2] == second.examples.shape[2] > 1
+    a, b = first.provenance, second.provenance
+    return bool(same_size and a.seed == b.seed and a.probe and a.probe == b.probe)
+
+
+def _called(table: HeadTable) -> str:
+    origin = next(iter(table.values())).provenance
+    return (origin.model or "model") + (f"@{origin.revision}" if origin.revision else "")

@@ -1,0 +1,167 @@
+"""Scores of every head along training, beside what the model has learned by then."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope.errors import InputError, nearest
+from headscope.heads import HeadIndex
+from headscope.stats import mean_and_sem
+from headscope.table.table import HeadTable
+
+if TYPE_CHECKING:
+    import pandas
+
+Curve = Float[np.ndarray, "checkpoint example"]
+
+
+@dataclass(frozen=True, eq=False)
+class Emergence:
+    """Tables of one model at several checkpoints, earliest first.
+
+    Attributes:
+        model: its name.
+        checkpoints: names.
+        tables: scores at each of them.
+        losses: per name of a curve, such as ``loss``, its value for every example; NaN is missing.
+        units: of the curves.
+    """
+
+    model: str
+    checkpoints: tuple[str, ...]
+    tables: tuple[HeadTable, ...]
+    losses: Mapping[str, Curve] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that there is a story to tell."""
+        if len(self.checkpoints) < 2 or len(self.checkpoints) != len(self.tables):
+            raise InputError(
+                f"a story of training needs a table for each of two checkpoints or more; got "
+                f"{len(self.checkpoints)} and {len(self.tables)}."
+            )
+        if len({table.shape for table in self.tables}) > 1:
+            raise InputError("the checkpoints are not of one architecture.")
+        for name, values in self.losses.items():
+            if len(values) != len(self.checkpoints):
+                raise InputError(f"{name!r} has {len(values)} values, not one per checkpoint.")
+
+    @property
+    def steps(self) -> list[int]:
+        """Training step of each checkpoint: the last number of its name, or its place."""
+        found = [re.findall(r"\d+", name) for name in self.checkpoints]
+        steps = [int(numbers[-1]) if numbers else -1 for numbers in found]
+        ordered = all(a < b for a, b in pairwise(steps))
+        return steps if ordered and steps[0] >= 0 else list(range(len(steps)))
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Names of the scores that every checkpoint has."""
+        return tuple(name for name in self.tables[0] if all(name in one for one in self.tables))
+
+    def of(self, score: str) -> Float[np.ndarray, "checkpoint layer head"]:
+        """Mean of one score at every checkpoint.
+
+        Raises:
+            InputError: if there is no such score.
+        """
+        if score not in self.scores:
+            raise InputError(nearest(score, self.scores, kind="score"))
+        return np.stack([table[score].mean for table in self.tables])
+
+    def best(self, score: str) -> HeadIndex:
+        """Head with the largest mean at the last checkpoint; of a signed score in magnitude.
+
+        Raises:
+            InputError: if no head has a value.
+        """
+        last = self.of(score)[-1]
+        if np.isnan(last).all():
+            raise InputError(f"no head has a value of {score!r} at {self.checkpoints[-1]}.")
+        size = np.abs(last) if self.tables[-1][score].signed else last
+        layer, head = np.unravel_index(int(np.nanargmax(size)), last.shape)
+        return HeadIndex(int(layer), int(head))
+
+    def appears(self, score: str, head: "str | tuple[int, int] | None" = None) -> int | None:
+        """Index of the first checkpoint from which a head stays half-way up to its last value.
+
+        Half-way between its value at the first checkpoint and at the last; None where the two are
+        equal.
+
+        Args:
+            score: name.
+            head: which; default: :meth:`best`.
+        """
+        values = self.of(score)[(slice(None), *HeadIndex.parse(head or self.best(score)))]
+        first, last = float(values[0]), float(values[-1])
+        if not np.isfinite(first + last) or first == last:
+            return None
+        share = (values - first) / (last - first)
+        below = np.flatnonzero(~(share >= 0.5))
+        return int(below[-1]) + 1
+
+    def mean(self, curve: str) -> Float[np.ndarray, " checkpoint"]:
+        """Mean of a curve over examples."""
+        return mean_and_sem(self.losses[curve]).mean
+
+    def sem(self, curve: str) -> Float[np.ndarray, " checkpoint"]:
+        """Standard error of that mean."""
+        return mean_and_sem(self.losses[curve]).sem
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per checkpoint, head and score, then one per checkpoint and curve.
+
+        Columns: checkpoint, step, kind (``score`` or ``curve``), name, head (empty for curves),
+        mean, sem, n, unit.
+        """
+        import pandas
+
+        parts = []
+        for name, step, table in zip(self.checkpoints, self.steps, self.tables, strict=True):
+            rows = table.to_pandas()[["label", "score", "mean", "sem", "n", "unit"]]
+            rows = rows.rename(columns={"label": "head", "score": "name"})
+            parts.append(rows.assign(checkpoint=name, step=step, kind="score"))
+        for curve, values in self.losses.items():
+            moments = mean_and_sem(values)
+            columns = {"checkpoint": self.checkpoints, "step": self.steps, "mean": moments.mean}
+            rows = pandas.DataFrame({**columns, "sem": moments.sem, "n": moments.n})
+            unit = self.units.get(curve, "")
+            parts.append(rows.assign(kind="curve", name=curve, head="", unit=unit))
+        order = ["checkpoint", "step", "kind", "name", "head", "mean", "sem", "n", "unit"]
+        return pandas.concat(parts, ignore_index=True)[order]
+
+    def findings(self) -> list[str]:
+        """One sentence per score with a role: which head, and when it appears."""
+        said = []
+        for score in self.scores:
+            threshold = self.tables[-1][score].threshold
+            if threshold is None:
+                continue
+            role = score.replace("_", " ")
+            head = self.best(score)
+            values = self.of(score)[(slice(None), *head)]
+            at = self.appears(score, head)
+            if values[-1] < threshold or at is None:
+                said.append(f"no {role} head by {self.checkpoints[-1]}")
+                continue
+            said.append(
+                f"{role}: {head} goes from {values[0]:.2f} to {values[-1]:.2f}; past half-way at "
+                f"{self.checkpoints[at]}"
+            )
+        return said
+
+
+def joined_curves(parts: Sequence[Mapping[str, Float[np.ndarray, " example"]]]) -> dict[str, Curve]:
+    """Curves of single checkpoints as curves along training; shorter ones are filled with NaN."""
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    width = {name: max(len(part[name]) for part in parts if name in part) for name in names}
+    made = {name: np.full((len(parts), width[name]), np.nan) for name in names}
+    for place, part in enumerate(parts):
+        for name, values in part.items():
+            made[name][place, : len(values)] = values
+    return made
