@@ -96,14 +96,25 @@ def _derivatives(
 
 
 def total_metric(model: HeadModel, batch: Batch, edits: Sequence[AnyEdit]) -> Float[Tensor, ""]:
-    """Sum of the metric over the examples of a batch, ready for a backward pass."""
+    """Sum of the metric over the examples of a batch, ready for a backward pass.
+
+    Raises:
+        InputError: if the metric has no gradient.
+    """
     reading = batch.readings[0]
     read, metric = reading.read, reading.metric
     at = read.any(0).nonzero().squeeze(1)
     logits = model.forward(batch.probe.tokens, real=batch.probe.real, edits=edits, logits_at=at)
-    if not isinstance(metric, Metric):
-        return metric(logits.float(), batch.probe).sum()
-    rows = logits[read[:, at].to(logits.device)].float()
-    values = metric.value(reading.facts(rows))
-    weights = (1.0 / read.sum(1))[read.nonzero()[:, 0]].to(values)
-    return (values * weights).sum()
+    if isinstance(metric, Metric):
+        rows = logits[read[:, at].to(logits.device)].float()
+        weights = (1.0 / read.sum(1))[read.nonzero()[:, 0]]
+        values = metric.value(reading.facts(rows))
+        total = (values * weights.to(values)).sum()
+    else:
+        total = metric(logits.float(), batch.probe).sum()
+    if not total.requires_grad:
+        raise InputError(
+            f"{metric.name} has no gradient, so nothing can be estimated of it: take another "
+            "metric, such as loss or logit_difference."
+        )
+    return total

@@ -1,28 +1,27 @@
 """One loaded model with its probes and studies, ready to measure any chunk of a sweep."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-from jaxtyping import Float
 from transformers.utils import logging
 
 from headscope import edits
 from headscope.ablation.arguments import Maker, facts_of, marked, without_rounding
 from headscope.ablation.engine import Batch
-from headscope.ablation.heads import ablate_heads
 from headscope.ablation.run import Placer
 from headscope.ablation.run import Study as Measurement
 from headscope.edits import AnyEdit, Heads, Variant
 from headscope.errors import InputError
-from headscope.metrics import Metric
 from headscope.models.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
 from headscope.probes.probe import Probe
-from headscope.sweeps.config import METRICS, EditConfig, MetricConfig, ModelConfig, SweepConfig
-from headscope.sweeps.plan import Chunk, Plan, PlannedModel
+from headscope.sweeps.config import EditConfig, MetricConfig, ModelConfig, SweepConfig
+from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Study
+from headscope.sweeps.rankings import Rankings, metric_of
 from headscope.sweeps.rows import rows_table
 
 if TYPE_CHECKING:
@@ -33,13 +32,13 @@ if TYPE_CHECKING:
 class Bench:
     """A model of a sweep, its probes, and the studies that were begun on it.
 
-    A study's reference values and proofs are kept from chunk to chunk.
+    The reference values and proofs of the study at hand are kept from chunk to chunk.
     """
 
     config: SweepConfig
     model: HeadModel
     probes: dict[str, Probe]
-    begun: dict[int, tuple[Measurement, Placer]] = field(default_factory=dict)
+    begun: tuple[Study, Measurement, Placer] | None = None
 
     @classmethod
     def of(cls, config: SweepConfig, wanted: ModelConfig, checkpoint: str | None) -> "Bench":
@@ -59,15 +58,22 @@ class Bench:
         bench = cls(config, model, probes)
         # The engine is tried out on the first probe that a model meets: always the same one, so
         # that what is recorded of it does not depend on where a sweep was resumed.
-        bench.measurement(config.probes[0].label, config.metrics[0])
+        bench.measurement(config.probes[0].label, config.metrics[:1])
         return bench
 
-    def measurement(self, probe: str, metric: MetricConfig) -> Measurement:
-        """A probe and metric on this model; everything that can be checked is."""
+    @cached_property
+    def rankings(self) -> Rankings:
+        """What heads of this model are ranked by."""
+        return Rankings(self.model, self.probes, self.config.batch_size, self.config.memory)
+
+    def measurement(self, probe: str, metrics: Sequence[MetricConfig]) -> Measurement:
+        """A probe and metrics on this model; everything that can be checked is."""
+        first, *others = map(metric_of, metrics)
         return Measurement.of(
             self.model,
             self.probes[probe],
-            metric_of(metric),
+            first,
+            others=others,
             batch_size=self.config.batch_size,
             memory=self.config.memory,
             progress=False,
@@ -87,27 +93,15 @@ class Bench:
             seed=seed,
         )
 
-    def attribution(self, probe: str, metric: MetricConfig) -> Float[np.ndarray, "layer head"]:
-        """Size of the first-order estimate of every head's effect."""
-        estimate = ablate_heads(
-            self.model,
-            self.probes[probe],
-            metric_of(metric),
-            "attribution",
-            batch_size=self.config.batch_size,
-            memory=self.config.memory,
-            progress=False,
-        )
-        return np.asarray(np.abs(estimate.mean))
-
     def measure(self, plan: Plan, chunk: Chunk) -> "pyarrow.Table":
-        """Rows of one chunk, a row per cell."""
-        number, study = chunk.study, plan.studies[chunk.study]
-        planned = plan.models[study.model]
-        if number not in self.begun:
-            measurement = self.measurement(study.probe, study.metric)
-            self.begun[number] = (measurement, self.placer(measurement, study.edit, study.seed))
-        measurement, placer = self.begun[number]
+        """Rows of one chunk: every cell with the first metric, then with the next."""
+        import pyarrow
+
+        study = plan.studies[chunk.study]
+        if self.begun is None or self.begun[0] is not study:
+            measurement = self.measurement(study.probe, study.metrics)
+            self.begun = study, measurement, self.placer(measurement, study.edit, study.seed)
+        _, measurement, placer = self.begun
 
         def variants(chosen: slice, batch: Batch) -> list[Variant]:
             place = placer.place(chosen, batch)
@@ -115,15 +109,30 @@ class Bench:
             placer.prove(batch, place, study.heads)
             return [(place(cell.heads),) if cell.heads else () for cell in chunk.cells]
 
-        edited, clean = measurement.measure(variants, len(chunk.cells), "sweep")
-        effects = without_rounding(edited - clean, clean)
+        edited, clean = measurement.measure_all(variants, len(chunk.cells), "sweep")
         facts = facts_of(study.edit.method, None, study.edit.positions)
         facts = {**facts, "reference": study.edit.reference or facts["reference"]}
         if study.edit.factor is not None:
             facts["factor"] = study.edit.factor
-        origin = measurement.provenance(study.seed, checks=placer.checks, **facts)
-        said = json.dumps(origin.to_json(), sort_keys=True)
-        return rows_table(planned, study, chunk, effects, clean, said, measurement.metric.unit)
+        parts = []
+        for metric, values, unedited in zip(study.metrics, edited, clean, strict=True):
+            chosen = metric_of(metric)
+            origin = measurement.provenance(
+                study.seed, checks=placer.checks, **facts, metric=chosen.name
+            )
+            parts.append(
+                rows_table(
+                    plan.models[study.model],
+                    study,
+                    chunk,
+                    metric.label,
+                    without_rounding(values - unedited, unedited),
+                    unedited,
+                    json.dumps(origin.to_json(), sort_keys=True),
+                    chosen.unit,
+                )
+            )
+        return pyarrow.concat_tables(parts).unify_dictionaries().combine_chunks()
 
 
 class Benches:
@@ -166,12 +175,6 @@ class Benches:
                 )
             self._checked = planned
         return bench.measure(plan, chunk)
-
-
-def metric_of(metric: MetricConfig) -> Metric:
-    """The metric that a config names."""
-    chosen = METRICS[metric.metric]
-    return chosen if metric.at is None else chosen.at(metric.at)
 
 
 def _scaling(edit: EditConfig, probe: Probe) -> Maker:

@@ -1,6 +1,7 @@
 """A sweep written down: which models, probes, edits, heads and metrics, each with each."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +19,14 @@ METRICS = {
     name: value for name, value in vars(metrics).items() if isinstance(value, metrics.Metric)
 }
 EDITS = (*METHODS, "scale")
-# Ranks heads by the first-order estimate of the sweep's own metric, not by a scorer.
-ATTRIBUTION = "attribution"
+# Rankings beside the scorers -> what of the sweep they are measured on; none: the weights alone.
+OWN_SCORES: Mapping[str, tuple[str, ...]] = {
+    "attribution": ("probe", "metric"),
+    "gradient_importance": ("probe", "metric"),
+    "confidence": ("probe",),
+    "output_norm": ("probe",),
+    "weight_norm": (),
+}
 
 
 class Short(Strict):
@@ -147,7 +154,9 @@ class HeadSet(Strict):
         heads: addresses such as ``L5H1``.
         layers: only these layers.
         score: rank heads by this scorer of the catalogue, measured on each model, or by
-            ``attribution`` (size of the first-order estimate on the sweep's own probe and metric).
+            ``attribution`` (size of the first-order estimate on the sweep's own probe and metric);
+            or as :mod:`headscope.pruning` does: by ``gradient_importance`` (on these too),
+            ``confidence`` or ``output_norm`` (on that probe) or ``weight_norm``.
         table: rank by ``score`` as saved in this file of a scan instead.
         order: of the ranking.
         top: how many heads of the ranking; default: all.
@@ -187,7 +196,7 @@ class SweepConfig(Strict):
         sets: which heads, and how.
         references: more probes, only for replacement values.
         seeds: of edits that draw (``resample``); the others run once.
-        chunk: cells measured and saved at a time.
+        chunk: sets of heads measured and saved at a time.
         batch_size: examples per recorded pass.
         memory: what a stack of variants may take, e.g. ``2GB``.
         device: default: a GPU if there is one.

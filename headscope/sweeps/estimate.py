@@ -13,9 +13,9 @@ class Estimate:
     """Cost of a plan.
 
     Attributes:
-        cells: sets of heads that are edited.
+        cells: rows of the table: sets of heads that are edited, with each metric.
         chunks: files that are written.
-        examples: edited examples, over all cells.
+        examples: edited examples, over all sets; metrics share them.
         passes: the same in whole passes: a cell whose first head is in layer l of n counts
             (n - l) / n an example; each chunk adds its clean run.
         seconds: on this machine, one process; extrapolated by passes from ``timed``.

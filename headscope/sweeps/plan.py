@@ -15,7 +15,7 @@ from headscope.sweeps.config import EditConfig, MetricConfig
 from headscope.sweeps.selection import Cell
 
 # Of the rows that a chunk writes: another format computes everything anew.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PlannedModel:
 
 @dataclass(frozen=True)
 class Study:
-    """One model, probe, edit, seed and metric; the cells differ in their heads alone.
+    """One model, probe, edit and seed; the cells differ in their heads alone.
 
     Attributes:
         model: number of the model in the plan.
@@ -56,9 +56,9 @@ class Study:
         probe_digest: of its tokens, marks and answers, and of the reference's.
         examples: in the probe.
         edit: what is done.
-        metric: what is measured.
+        metrics: what is measured of every cell, on the same passes.
         seed: of the edit.
-        heads: all heads of its cells; the ablation is proved on the one in the middle.
+        heads: all heads edited on this probe; the ablation is proved on the one in the middle.
     """
 
     model: int
@@ -66,7 +66,7 @@ class Study:
     probe_digest: str
     examples: int
     edit: EditConfig
-    metric: MetricConfig
+    metrics: tuple[MetricConfig, ...]
     seed: int
     heads: tuple[HeadIndex, ...]
 
@@ -94,10 +94,14 @@ class Plan:
         """Chunks by their id."""
         return {chunk.id: chunk for chunk in self.chunks}
 
-    @property
+    @cached_property
     def n_cells(self) -> int:
-        """Cells in all."""
-        return sum(len(chunk.cells) for chunk in self.chunks)
+        """Rows of the whole table."""
+        return sum(map(self.count, self.chunks))
+
+    def count(self, chunk: Chunk) -> int:
+        """Rows that a chunk gives: each of its cells with each metric."""
+        return len(chunk.cells) * len(self.studies[chunk.study].metrics)
 
     def model_of(self, chunk: Chunk) -> int:
         """Number of the model that a chunk needs."""
@@ -187,7 +191,7 @@ def study_json(study: Study) -> dict[str, Any]:
     kept = {name: getattr(study, name) for name in ("model", "probe", "probe_digest", "examples")}
     return kept | {
         "edit": study.edit.model_dump(mode="json", exclude_none=True),
-        "metric": study.metric.model_dump(mode="json", exclude_none=True),
+        "metrics": [one.model_dump(mode="json", exclude_none=True) for one in study.metrics],
         "seed": study.seed,
         "heads": heads_text(study.heads),
     }
@@ -219,7 +223,7 @@ def _study(found: Mapping[str, Any]) -> Study:
         probe_digest=found["probe_digest"],
         examples=found["examples"],
         edit=EditConfig.model_validate(found["edit"]),
-        metric=MetricConfig.model_validate(found["metric"]),
+        metrics=tuple(MetricConfig.model_validate(one) for one in found["metrics"]),
         seed=found["seed"],
         heads=heads_of(found["heads"]),
     )

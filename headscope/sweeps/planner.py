@@ -1,7 +1,6 @@
 """From a config to a plan: every model is loaded once, to read its shape, weights and probes."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from headscope.errors import InputError
@@ -9,7 +8,6 @@ from headscope.heads import HeadIndex
 from headscope.progress import track
 from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.config import (
-    ATTRIBUTION,
     RUNTIME_KEYS,
     EditConfig,
     MetricConfig,
@@ -28,7 +26,7 @@ from headscope.sweeps.plan import (
     probe_digest,
 )
 from headscope.sweeps.reading import check_config
-from headscope.sweeps.selection import Cell, Scored, cells
+from headscope.sweeps.selection import Cell, cells
 from headscope.table import Provenance
 from headscope.table.provenance import versions
 
@@ -88,24 +86,24 @@ def make_plan(
     return Plan(config.name, tuple(models), tuple(studies), tuple(chunks))
 
 
-def _studies(
-    config: SweepConfig, bench: Bench, model: int
-) -> Iterator[tuple[Study, tuple[Cell, ...]]]:
-    """Studies of one model with their cells."""
-    fixed: Scored | None = None
+def _studies(config: SweepConfig, bench: Bench, model: int) -> Iterator[tuple[Study, list[Cell]]]:
+    """Studies of one model with their cells; metrics share the cells that they have in common."""
     for probe in config.probes:
+        wanted: dict[Cell, tuple[MetricConfig, ...]] = {}
         for metric in config.metrics:
-            scored = Scored(bench.model, partial(bench.attribution, probe.label, metric))
-            if fixed is not None:
-                scored.take(fixed, without=ATTRIBUTION)
-            chosen = cells(bench.model, config.sets, scored)
-            fixed = scored
-            named = _named(chosen)
-            for edit in config.edits:
-                placed = bench.measurement(probe.label, metric)
+            ranking = bench.rankings.of(probe.label, metric)
+            for cell in cells(bench.model, config.sets, ranking):
+                wanted[cell] = (*wanted.get(cell, ()), metric)
+        shared: dict[tuple[MetricConfig, ...], list[Cell]] = {}
+        for cell, metrics in wanted.items():
+            shared.setdefault(metrics, []).append(cell)
+        named = _named(wanted)
+        for edit in config.edits:
+            for metrics, chosen in shared.items():
+                placed = bench.measurement(probe.label, metrics)
                 for seed in config.seeds if edit.method in _DRAWS else (0,):
                     bench.placer(placed, edit, seed)
-                    yield _study(bench, model, probe, edit, metric, seed, named), chosen
+                    yield _study(bench, model, probe, edit, metrics, seed, named), chosen
 
 
 def _study(
@@ -113,7 +111,7 @@ def _study(
     model: int,
     probe: NamedProbe,
     edit: EditConfig,
-    metric: MetricConfig,
+    metrics: tuple[MetricConfig, ...],
     seed: int,
     named: tuple[HeadIndex, ...],
 ) -> Study:
@@ -125,13 +123,13 @@ def _study(
         probe_digest=probe_digest(own, other),
         examples=len(own),
         edit=edit,
-        metric=metric,
+        metrics=metrics,
         seed=seed,
         heads=named,
     )
 
 
-def _named(chosen: tuple[Cell, ...]) -> tuple[HeadIndex, ...]:
+def _named(chosen: Iterable[Cell]) -> tuple[HeadIndex, ...]:
     """All heads of some cells, in order."""
     heads = sorted({head for cell in chosen for head in cell.heads})
     if not heads:

@@ -7,7 +7,7 @@ from typing import Any
 from headscope.configs import parse, read_yaml
 from headscope.errors import InputError, nearest
 from headscope.scorers import CATALOGUE
-from headscope.sweeps.config import ATTRIBUTION, EDITS, METRICS, HeadSet, SweepConfig
+from headscope.sweeps.config import EDITS, METRICS, OWN_SCORES, HeadSet, SweepConfig
 
 
 def read_config(path: str | Path) -> SweepConfig:
@@ -78,7 +78,7 @@ def _check_set(one: HeadSet, names: list[str]) -> None:
     if one.steps is not None and one.arrange != "cumulative":
         raise InputError(f"the set {one.name!r} has 'steps', which are of cumulative curves only.")
     if one.score is not None and one.table is None:
-        _known(one.score, [*CATALOGUE, ATTRIBUTION], "score")
+        _known(one.score, [*CATALOGUE, *OWN_SCORES], "score")
     if one.not_in is not None:
         _known(one.not_in, [name for name in names if name != one.name], "set")
 

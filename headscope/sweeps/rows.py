@@ -47,12 +47,13 @@ def rows_table(
     model: PlannedModel,
     study: Study,
     chunk: Chunk,
+    metric: str,
     effects: Float[np.ndarray, "cell example"],
     clean: Float[np.ndarray, " example"],
     provenance: str,
     unit: str,
 ) -> "pyarrow.Table":
-    """Rows of one chunk."""
+    """Rows of one chunk and metric."""
     import pyarrow as pa
 
     size = len(chunk.cells)
@@ -65,7 +66,7 @@ def rows_table(
         "probe": [study.probe] * size,
         "edit": [study.edit.label] * size,
         "seed": [study.seed] * size,
-        "metric": [study.metric.label] * size,
+        "metric": [metric] * size,
         "unit": [unit] * size,
         "set": [cell.set for cell in chunk.cells],
         "draw": [cell.draw for cell in chunk.cells],

@@ -98,10 +98,10 @@ def run_sweep(
     mine = plan.shard(*shard)
     done = store.done()
     pending = [chunk for chunk in mine if chunk.id not in done]
-    cells = sum(len(chunk.cells) for chunk in pending)
+    cells = sum(map(plan.count, pending))
     with _stoppable() as stop, track(cells, f"sweeping {plan.name}", show=progress) as advance:
         if pending:
-            executor(work, pending, stop, lambda one: advance(len(one.cells)))
+            executor(work, pending, stop, lambda one: advance(plan.count(one)))
     return outcome(store, plan, mine, stopped=stop.asked)
 
 

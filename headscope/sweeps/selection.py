@@ -1,21 +1,16 @@
 """Which heads a sweep edits together: the sets of a config, resolved for one model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
 
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
-from headscope.scoring import score
 from headscope.stats import top_order
-from headscope.sweeps.config import ATTRIBUTION, HeadSet
-from headscope.table import HeadTable
-
-Ranking = Callable[[HeadSet], Float[np.ndarray, "layer head"]]
+from headscope.sweeps.config import HeadSet
+from headscope.sweeps.rankings import Ranking
 
 
 @dataclass(frozen=True)
@@ -31,34 +26,6 @@ class Cell:
     set: str
     draw: int
     heads: tuple[HeadIndex, ...]
-
-
-class Scored:
-    """Rankings of one model's heads; each scorer runs once."""
-
-    def __init__(
-        self, model: HeadModel, attribution: Callable[[], Float[np.ndarray, "layer head"]]
-    ) -> None:
-        """Nothing is measured yet; ``attribution`` measures the size of the estimates."""
-        self._model, self._attribution = model, attribution
-        self._known: dict[str, Float[np.ndarray, "layer head"]] = {}
-
-    def take(self, other: "Scored", *, without: str) -> None:
-        """Know what another one of the same model measured, all but one score."""
-        self._known |= {name: values for name, values in other._known.items() if name != without}
-
-    def __call__(self, one: HeadSet) -> Float[np.ndarray, "layer head"]:
-        """Value of every head in the ranking of a set; NaN is never taken."""
-        assert one.score is not None  # noqa: S101  # only ranked sets ask
-        if one.table is not None:
-            return _from_table(one.table, one.score, self._model)
-        if one.score not in self._known:
-            if one.score == ATTRIBUTION:
-                self._known[one.score] = self._attribution()
-            else:
-                table = score(self._model, None, [one.score], progress=False)
-                self._known[one.score] = table[one.score].mean
-        return self._known[one.score]
 
 
 def cells(model: HeadModel, sets: tuple[HeadSet, ...], ranking: Ranking) -> tuple[Cell, ...]:
@@ -92,7 +59,8 @@ def _draws(
         signed = values if one.order == "largest" else -values
         width = values.shape[1]
         ranked = [HeadIndex(*divmod(int(i), width)) for i in top_order(signed, values.size)]
-        among = [head for head in ranked if head in set(among)][: one.top]
+        allowed = set(among)
+        among = [head for head in ranked if head in allowed][: one.top]
     if not among:
         raise InputError(f"the set {one.name!r} has no heads in {model.name}.")
     if one.random is None:
@@ -135,15 +103,3 @@ def _arranged(one: HeadSet, heads: tuple[HeadIndex, ...]) -> list[tuple[HeadInde
     steps = len(heads) if one.steps is None else min(one.steps, len(heads))
     counts = sorted({round(len(heads) * step / steps) for step in range(steps + 1)})
     return [heads[:count] for count in counts]
-
-
-def _from_table(table: Path, score: str, model: HeadModel) -> Float[np.ndarray, "layer head"]:
-    """A score as a scan saved it."""
-    values = HeadTable.load(table)[score].mean
-    expected = (model.shape.n_layers, model.shape.n_heads)
-    if values.shape != expected:
-        raise InputError(
-            f"{table} ranks heads of a model with {values.shape[0]} layers of "
-            f"{values.shape[1]} heads; {model.name} has {expected[0]} of {expected[1]}."
-        )
-    return values

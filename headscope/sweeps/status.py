@@ -18,7 +18,7 @@ class Status:
         total: chunks in all.
         done: chunks finished.
         failed: chunks given up so far, and why; running the sweep again tries them again.
-        cells: sets of heads in all.
+        cells: rows of the whole table: sets of heads, with each metric.
         cells_done: of those.
         models: model -> chunks done and in all.
         compacted: whether everything is in one table.
@@ -72,7 +72,7 @@ def status(folder: str | Path) -> Status:
         done=len(finished),
         failed=failed,
         cells=plan.n_cells,
-        cells_done=sum(len(chunk.cells) for chunk in finished),
+        cells_done=sum(map(plan.count, finished)),
         models=models,
         compacted=set(plan.by_id) <= inside,
         left_seconds=_left(store, pending),

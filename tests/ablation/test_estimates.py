@@ -6,6 +6,7 @@ import torch
 
 import headscope as hs
 from headscope import edits
+from headscope.errors import InputError
 from tests.ablation.helpers import model_of, probe_of, whole_pass
 
 difference = hs.metrics.logit_difference
@@ -29,6 +30,13 @@ def test_attribution_is_the_derivative_by_the_gate(
 
         slope = (moved(step) - moved(-step)) / (2 * step)
         assert found.per_example[head] == pytest.approx(slope, rel=2e-2, abs=1e-2)
+
+
+def test_what_has_no_gradient_is_refused() -> None:
+    model, probe = model_of("llama"), probe_of()
+    for metric in (hs.metrics.answer_rank, lambda logits, _: logits.argmax(2).float().mean(1)):
+        with pytest.raises(InputError, match="has no gradient"):
+            hs.ablate_heads(model, probe, metric, "attribution")
 
 
 def test_gate_identity() -> None:

@@ -30,7 +30,7 @@ def results(folder: Path) -> Results:
 def test_tables_hold_every_study(results: Results) -> None:
     assert results.complete
     table = results.table()
-    assert list(table) == ["zero:loss", "mean:loss", "zero:accuracy", "mean:accuracy"]
+    assert list(table) == ["zero:loss", "zero:accuracy", "mean:loss", "mean:accuracy"]
     assert list(results.table(metric="loss")) == ["zero:loss", "mean:loss"]
     scores = results.scores(edit="mean", metric="loss")
     np.testing.assert_array_equal(scores.mean, table["mean:loss"].mean)

@@ -1,5 +1,6 @@
 """Sets of heads, resolved."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import headscope as hs
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
-from headscope.sweeps.config import HeadSet
-from headscope.sweeps.selection import Cell, Scored, cells
+from headscope.scorers import CATALOGUE
+from headscope.sweeps.config import OWN_SCORES, HeadSet, MetricConfig
+from headscope.sweeps.rankings import Rankings
+from headscope.sweeps.selection import Cell, cells
 from headscope.table import HeadScores, HeadTable
 
 VALUES = np.arange(12.0).reshape(3, 4)
@@ -80,20 +83,56 @@ def test_random_orders_hold_every_head(model: HeadModel) -> None:
     assert curves[1][1] != curves[3][1]
 
 
+@pytest.fixture(scope="module")
+def probes(model: HeadModel) -> dict[str, hs.Probe]:
+    return {
+        "short": hs.probes.repeated_tokens(model, length=6, batch=3),
+        "ioi": hs.probes.pairs(model, "ioi", batch=3),
+    }
+
+
 def test_scores_are_measured_on_the_model_or_read_from_a_table(
-    model: HeadModel, tmp_path: Path
+    model: HeadModel, probes: dict[str, hs.Probe], tmp_path: Path
 ) -> None:
-    scored = Scored(model, lambda: VALUES)
-    one = HeadSet(name="a", score="induction")
+    loss = Rankings(model, probes).of("short", MetricConfig(metric="loss"))
     table = hs.score(model, scorers=["induction"])
-    np.testing.assert_array_equal(scored(one), table["induction"].mean)
-    np.testing.assert_array_equal(scored(HeadSet(name="a", score="attribution")), VALUES)
+    found = loss(HeadSet(name="a", score="induction"))
+    np.testing.assert_array_equal(found, table["induction"].mean)
     file = tmp_path / "table.parquet"
     HeadTable([HeadScores.from_summary("mine", VALUES, kv_heads=4)]).save(file)
-    np.testing.assert_array_equal(scored(HeadSet(name="a", score="mine", table=file)), VALUES)
-    HeadTable([HeadScores.from_summary("mine", VALUES[:2], kv_heads=4)]).save(file)
+    np.testing.assert_array_equal(loss(HeadSet(name="a", score="mine", table=file)), VALUES)
+    other = tmp_path / "other.parquet"
+    HeadTable([HeadScores.from_summary("mine", VALUES[:2], kv_heads=4)]).save(other)
     with pytest.raises(InputError, match="2 layers"):
-        scored(HeadSet(name="a", score="mine", table=file))
+        loss(HeadSet(name="a", score="mine", table=other))
+
+
+RANKED: dict[str, Callable[[HeadModel, hs.Probe, Any], np.ndarray]] = {
+    "attribution": lambda m, p, metric: abs(hs.ablate_heads(m, p, metric, "attribution").mean),
+    "gradient_importance": lambda m, p, metric: hs.pruning.gradient_importance(m, p, metric).mean,
+    "confidence": lambda m, p, _: hs.pruning.confidence(m, p).mean,
+    "output_norm": lambda m, p, _: hs.pruning.output_norm(m, p).mean,
+    "weight_norm": lambda m, *_: hs.pruning.weight_norm(m).mean,
+}
+
+
+@pytest.mark.parametrize("name", OWN_SCORES)
+def test_own_rankings_are_those_of_the_functions(
+    model: HeadModel, probes: dict[str, hs.Probe], name: str
+) -> None:
+    rankings, found = Rankings(model, probes), set()
+    for label, probe in probes.items():
+        for metric in ("loss", "answer_probability"):
+            ranking = rankings.of(label, MetricConfig(metric=metric))
+            values = ranking(HeadSet(name="a", score=name))
+            expected = RANKED[name](model, probe, getattr(hs.metrics, metric))
+            np.testing.assert_allclose(values, expected, atol=1e-6)
+            found.add(values.tobytes())
+    assert len(found) == len(rankings.known) == 2 ** len(OWN_SCORES[name])
+
+
+def test_rankings_and_scorers_have_different_names() -> None:
+    assert not OWN_SCORES.keys() & CATALOGUE.keys()
 
 
 def test_heads_that_are_not_there_are_refused(model: HeadModel) -> None:

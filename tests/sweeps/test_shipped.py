@@ -52,13 +52,16 @@ def _induction(done: Results) -> None:
 
 
 def _curves(done: Results) -> None:
-    small, large = (done.effects(f"{name}-first") for name in ("smallest", "largest"))
+    small, other, large = map(done.effects, ("attribution", "gradient", "largest-first"))
     random = done.effects("random")
     assert random.per_example.shape[:2] == (5, 13)
-    for curve in (small, large, random):
+    for curve in (small, other, large, random):
         assert (curve.mean[:, 0] == 0).all()
         np.testing.assert_allclose(curve.mean[:, -1], small.mean[0, -1], atol=1e-5)
-    assert np.abs(small.mean[0, 1:5]).mean() < np.abs(large.mean[0, 1:5]).mean()
+    for curve in (small, other):
+        assert np.abs(curve.mean[0, :9]).max() < 0.1, "nine of twelve heads can go"
+        assert random.mean[:, 3].mean() > 1
+        assert large.mean[0, 3] > 3
 
 
 def _edits(done: Results) -> None:
