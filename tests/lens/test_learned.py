@@ -80,6 +80,7 @@ def test_a_tuned_lens_starts_as_the_plain_one_and_learns() -> None:
     model = model_of("llama")
     probe = probe_of(24)
     start = lens.tuned_lens(model, probe, steps=1, learning_rate=1e-9)
+    assert lens.tuned_lens(model, probe, steps=1).settings["learning_rate"] == 1e-2  # it is narrow
     np.testing.assert_allclose(start.report.learned, start.report.plain, rtol=1e-3)
     fitted = lens.tuned_lens(model, probe, steps=15, learning_rate=1e-2, seed=2)
     again = lens.tuned_lens(model, probe, steps=15, learning_rate=1e-2, seed=2)
@@ -147,8 +148,8 @@ def test_an_unlearned_attention_lens_is_the_direct_path() -> None:
 
 @pytest.mark.parametrize(("family", "rank"), [("llama", 3), ("gpt2", None)])
 def test_an_attention_lens_learns(family: str, rank: int | None) -> None:
-    model, probe = model_of(family), probe_of(16)
-    options: dict[str, Any] = {"rank": rank, "steps": 25, "learning_rate": 1e-2}
+    model, probe = model_of(family), probe_of(12)
+    options: dict[str, Any] = {"rank": rank, "steps": 10, "learning_rate": 1e-2}
     fitted = lens.attention_lens(model, probe, [1, 2], **options)
     again = lens.attention_lens(model, probe, [1, 2], **options)
     assert torch.equal(fitted.outer, again.outer)
