@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 
+from headscope.cli.command import typed
 from headscope.cli.output import console, plain_rows
 from headscope.cli.scan import Loading
 from headscope.errors import InputError, nearest
@@ -54,6 +55,7 @@ def run(
         batch_size=batch_size,
     )
     facts = {
+        "command": typed(),
         "settings": {
             "command": "influence",
             "model": model.name,

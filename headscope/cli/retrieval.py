@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headscope.cli.command import typed
 from headscope.cli.lengths import parse_depths, parse_lengths
 from headscope.cli.output import console, plain_rows, table_rows
 from headscope.cli.scan import Loading
@@ -218,6 +219,7 @@ def _write(
         table,
         settings,
         timings,
+        command=typed(),
         sections=retrieval_sections(found.by_set, grid, masked, made),
         pictures={name: draw("light") for name, draw in made.items()},
     )

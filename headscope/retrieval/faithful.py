@@ -92,7 +92,7 @@ def faithfulness(
     Example:
         >>> import headscope as hs
         >>> model = hs.load()
-        >>> probe = contradictions(model, examples=4)
+        >>> probe = hs.retrieval.contradictions(model, examples=4)
         >>> faithfulness(model, probe, ["L2H1"], alphas=[0.5]).arms
         ('base', 'masked', 'DeCoRe 0.5')
     """

@@ -72,7 +72,7 @@ def test_retrieval_heads_are_why_the_passage_is_believed(model: Any, heads: Any)
 
 
 def test_needles_of_your_own_keep_those_that_contradict() -> None:
-    model = hs.load("tiny-llama")
+    model: Any = hs.load("tiny-llama")
     asked = [f"The {one} of the red door is" for one in ("code", "number", "price", "size", "sign")]
     alone = hs.retrieval.generate(model, asked, new_tokens=1).texts
     whole = [(one, text) for one, text in zip(asked, alone, strict=True) if text[:1] == " "]

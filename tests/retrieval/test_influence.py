@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -132,8 +131,7 @@ def test_after_a_kill_only_what_is_missing_is_run(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
-    while process.stdout.readline().strip() != b"2":
-        time.sleep(0.01)
+    assert [process.stdout.readline() for _ in range(2)] == [b"1\n", b"2\n"]
     process.send_signal(signal.SIGKILL)
     process.wait()
     for pipe in (process.stdin, process.stdout):
