@@ -6,13 +6,13 @@ take turns and the shortest time of each counts. The explicit product is timed o
 multiplied.
 """
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from support import report
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import headscope as hs
@@ -118,7 +118,7 @@ def vocabulary_memory(model: HFModel) -> dict[str, float]:
 def main() -> None:
     """Print one JSON object."""
     torch.manual_seed(0)
-    results: dict[str, Any] = {"threads": torch.get_num_threads()}
+    results: dict[str, Any] = {}
     cases: dict[str, tuple[Callable[[], Any], tuple[Callable[[HFModel], dict[str, float]], ...]]]
     cases = {
         "gpt2_small": (gpt2_small, (compare_svd, vocabulary_memory, compare_composition)),
@@ -133,7 +133,7 @@ def main() -> None:
             results[name] = {}
             for compare in comparisons:
                 results[name] |= compare(model)
-    print(json.dumps(results, indent=2))
+    report("circuits", results)
 
 
 if __name__ == "__main__":

@@ -59,11 +59,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def run(call: list[str]) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the program."""
+def run(call: list[str], folder: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the program, started in a folder."""
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
     with (
+        contextlib.chdir(folder),
         mock.patch.object(sys, "argv", ["headscope", *call]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -79,7 +80,7 @@ def run(call: list[str]) -> tuple[int, str, str]:
 @given(calls())
 @pytest.mark.filterwarnings("ignore")
 def test_any_call(folder: Path, call: list[str]) -> None:
-    code, out, err = run([word.replace("FOLDER", str(folder)) for word in call])
+    code, out, err = run([word.replace("FOLDER", str(folder)) for word in call], folder)
     assert code in (0, 2), (call, code)
     assert "Traceback" not in out + err
     if code == 0:
