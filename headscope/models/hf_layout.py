@@ -228,9 +228,18 @@ def _final_norm(model: Any, watch: Watch) -> nn.Module | None:
     norms = [
         module
         for module, output in watch.outputs.items()
-        if getattr(module, "weight", None) is not None
-        and module.weight.ndim == 1
+        if _may_be_norm(module, watch)
         and output.shape == entering.shape
         and torch.equal(output, entering)
     ]
     return norms[-1] if norms else None
+
+
+def _may_be_norm(module: nn.Module, watch: Watch) -> bool:
+    """Whether it has one number per direction, or (olmo's norm) none, but changes its input."""
+    weight = getattr(module, "weight", None)
+    if weight is not None:
+        return isinstance(weight, Tensor) and weight.ndim == 1
+    bare = not any(module.children()) and not any(True for _ in module.parameters())
+    given, made = watch.inputs.get(module), watch.outputs[module]
+    return bare and given is not None and not torch.equal(given, made)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OlmoConfig, OlmoForCausalLM, OPTConfig, OPTForCausalLM
 
+import headscope as hs
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge import BridgeModel, bridge_over, wrap_bridge
 from headscope.models.hf import HFModel
@@ -101,3 +102,26 @@ def test_a_norm_that_names_no_epsilon_has_it_measured() -> None:
         assert norm.epsilon == pytest.approx(epsilon, rel=1e-2)
         small = 0.01 * torch.randn(3, 32)
         torch.testing.assert_close(norm(small), module(small), rtol=1e-3, atol=1e-5)
+
+
+def test_a_final_norm_without_weights_is_found() -> None:
+    torch.manual_seed(0)
+    config = OlmoConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        eos_token_id=2,
+    )  # drawn as narrow as it is, so that epsilon matters
+    model = hs.load(OlmoForCausalLM(config).eval())
+    assert "readout" not in model.limits
+    assert model.readout.epsilon == pytest.approx(1e-5, rel=1e-2)
+    split = hs.lens.attribute(model, [3, 4, 5, 6], 7, 9)
+    logits = model.forward(torch.tensor([[3, 4, 5, 6]]))[0, -1].detach()
+    assert split.whole == pytest.approx(float(logits[7] - logits[9]), abs=1e-4)
+    grid = hs.lens.logit_lens(model, [3, 4, 5, 6])
+    expected = logits.softmax(0).max().item()
+    assert grid.probabilities[-1, -1, 0] == pytest.approx(expected, rel=1e-4)
