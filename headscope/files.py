@@ -1,5 +1,6 @@
 """Writing files so that each is whole or absent, whatever kills the process."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from headscope.errors import InputError
+
+# What disks answer that cannot sync a folder, such as SMB shares: their renames are on their own.
+_CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -33,11 +37,15 @@ def sync_folder(folder: Path) -> None:
     """Put a folder's own entries on the disk, where the system can do that."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
 
 
 def writable_folder(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
 from headscope.probes.probe import Probe
 from headscope.sweeps.config import EditConfig, MetricConfig, ModelConfig, SweepConfig
-from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Study
+from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Study, probe_digest
 from headscope.sweeps.rankings import Rankings, metric_of
 from headscope.sweeps.rows import rows_table
 
@@ -93,23 +93,43 @@ class Bench:
             seed=seed,
         )
 
+    def data_digest(self, probe: str, edit: EditConfig) -> str:
+        """Digest of a probe, and of what an edit takes values from."""
+        other = None if edit.reference is None else self.probes[edit.reference]
+        return probe_digest(self.probes[probe], other)
+
+    def _check_data(self, study: Study) -> None:
+        """Refuse a probe that was read from a file which changed since."""
+        if self.data_digest(study.probe, study.edit) != study.probe_digest:
+            other = study.edit.reference
+            given = repr(study.probe) + (f" with its reference {other!r}" if other else "")
+            raise InputError(
+                f"the probe {given} is not the one that this sweep was planned with: start it in "
+                "another folder."
+            )
+
     def measure(self, plan: Plan, chunk: Chunk) -> "pyarrow.Table":
         """Rows of one chunk: every cell with the first metric, then with the next."""
         import pyarrow
 
         study = plan.studies[chunk.study]
         if self.begun is None or self.begun[0] is not study:
+            self._check_data(study)
             measurement = self.measurement(study.probe, study.metrics)
             self.begun = study, measurement, self.placer(measurement, study.edit, study.seed)
         _, measurement, placer = self.begun
+        wanted = [tuple(sorted(cell.heads)) for cell in chunk.cells]
+        sets = list(dict.fromkeys(wanted))  # ends of curves are alike
+        number = {heads: at for at, heads in enumerate(sets)}
+        where = [number[heads] for heads in wanted]
 
         def variants(chosen: slice, batch: Batch) -> list[Variant]:
             place = placer.place(chosen, batch)
             # Proved on heads of the study, not of the chunk: the same record in all its chunks.
             placer.prove(batch, place, study.heads)
-            return [(place(cell.heads),) if cell.heads else () for cell in chunk.cells]
+            return [(place(heads),) if heads else () for heads in sets]
 
-        edited, clean = measurement.measure_all(variants, len(chunk.cells), "sweep")
+        edited, clean = measurement.measure_all(variants, len(sets), "sweep")
         facts = facts_of(study.edit.method, None, study.edit.positions)
         facts = {**facts, "reference": study.edit.reference or facts["reference"]}
         if study.edit.factor is not None:
@@ -126,7 +146,7 @@ class Bench:
                     study,
                     chunk,
                     metric.label,
-                    without_rounding(values - unedited, unedited),
+                    without_rounding(values[where] - unedited, unedited),
                     unedited,
                     json.dumps(origin.to_json(), sort_keys=True),
                     chosen.unit,

@@ -29,6 +29,9 @@ OWN_SCORES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Short(Strict):
     """A config that may also be written as one word: its first key's value."""
 
@@ -178,7 +181,7 @@ class HeadSet(Strict):
     top: int | None = Field(default=None, ge=1)
     random: Annotated[int, Field(ge=1)] | Literal["all"] | None = None
     draws: int = Field(default=1, ge=1, le=10_000)
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Seed = 0
     not_in: str | None = None
     arrange: Literal["each", "together", "cumulative"] = "each"
     steps: int | None = Field(default=None, ge=1)
@@ -209,7 +212,7 @@ class SweepConfig(Strict):
     metrics: tuple[MetricConfig, ...] = Field(min_length=1)
     sets: tuple[HeadSet, ...] = Field(default=(HeadSet(name="all"),), min_length=1)
     references: tuple[NamedProbe, ...] = ()
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     chunk: int = Field(default=64, ge=1, le=100_000)
     batch_size: int | None = Field(default=None, ge=1)
     memory: str | int | None = None

@@ -45,8 +45,9 @@ def export(folder: str | Path, kind: str, target: str | Path | None = None) -> P
     try:
         WRITERS[kind](results, beside)
         beside.replace(file)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror or error}.") from error
+    except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {file}: {reason}.") from error
     finally:
         beside.unlink(missing_ok=True)
     return file

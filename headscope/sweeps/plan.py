@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -209,7 +209,12 @@ def heads_text(heads: Iterable[HeadIndex]) -> str:
 
 def heads_of(text: str) -> tuple[HeadIndex, ...]:
     """Heads of such a text."""
-    return tuple(HeadIndex.parse(word) for word in text.split())
+    return tuple(_head(word) for word in text.split())
+
+
+@lru_cache(maxsize=2**16)
+def _head(word: str) -> HeadIndex:
+    return HeadIndex.parse(word)
 
 
 def _cell(found: Sequence[Any]) -> Cell:

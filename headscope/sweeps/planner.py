@@ -23,7 +23,6 @@ from headscope.sweeps.plan import (
     chunked,
     key,
     plan_json,
-    probe_digest,
 )
 from headscope.sweeps.reading import check_config
 from headscope.sweeps.selection import Cell, cells
@@ -115,13 +114,11 @@ def _study(
     seed: int,
     named: tuple[HeadIndex, ...],
 ) -> Study:
-    own = bench.probes[probe.label]
-    other = None if edit.reference is None else bench.probes[edit.reference]
     return Study(
         model=model,
         probe=probe.label,
-        probe_digest=probe_digest(own, other),
-        examples=len(own),
+        probe_digest=bench.data_digest(probe.label, edit),
+        examples=len(bench.probes[probe.label]),
         edit=edit,
         metrics=metrics,
         seed=seed,

@@ -1,6 +1,7 @@
 """A sweep's results as tables again: scores of single heads, effects of groups, curves."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
+_ROWS = 1000
 _STUDY = ("model", "probe", "edit", "seed", "metric")
 
 
@@ -88,6 +90,7 @@ class Results:
 
         Edits with several seeds are called ``edit#seed:metric``.
         """
+        _check_names(names)
         chosen = self._set(set, "each")
         frame = self._of_set(chosen)
         for name in ("model", "probe"):
@@ -108,7 +111,7 @@ class Results:
         The axes are ``draw`` and ``heads``: how many were edited, 1 column for a group. With
         values per example, so that intervals and tests follow.
         """
-        self._set(set, self.arranged.get(set, ""))
+        self._set(set, "together", "cumulative")
         study, rows = self._rows(set, names)
         counts = sorted(rows["count"].unique())
         draws = sorted(rows["draw"].unique())
@@ -157,22 +160,22 @@ class Results:
             provenance=_origin(rows),
         )
 
-    def _set(self, name: str | None, arrange: str) -> str:
+    def _set(self, name: str | None, *arrange: str) -> str:
         """A set by its name, or the only one of its kind."""
-        fitting = [one for one, kind in self.arranged.items() if kind == arrange]
+        fitting = [one for one, kind in self.arranged.items() if kind in arrange]
         if name is None and len(fitting) == 1:
             return fitting[0]
         if name is None:
             raise InputError(
-                f"the sweep has {len(fitting)} sets arranged {arrange!r}: say which set, of "
+                f"the sweep has {len(fitting)} sets arranged {arrange[0]!r}: say which set, of "
                 f"{', '.join(self.arranged)}."
             )
         if name not in self.arranged:
             raise InputError(nearest(name, self.arranged, kind="set"))
-        if self.arranged[name] != arrange:
-            raise InputError(
-                f"the set {name!r} is arranged {self.arranged[name]!r}: use effects()."
-            )
+        kind = self.arranged[name]
+        if kind not in arrange:
+            method = "scores" if kind == "each" else "effects"
+            raise InputError(f"the set {name!r} is arranged {kind!r}: use {method}().")
         return name
 
     def _of_set(self, name: str) -> "pandas.DataFrame":
@@ -185,9 +188,7 @@ class Results:
         self, chosen: str, names: dict[str, str | int]
     ) -> tuple[dict[str, Any], "pandas.DataFrame"]:
         """Rows of one study and set."""
-        for name in names:
-            if name not in _STUDY:
-                raise InputError(nearest(name, [*_STUDY, "set"], kind="argument"))
+        _check_names(names)
         frame, study = self._of_set(chosen), {}
         for name in _STUDY:
             study[name] = self._pick(frame, name, names.get(name))
@@ -207,6 +208,13 @@ class Results:
         return value
 
 
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse arguments that name nothing of a study."""
+    for name in names:
+        if name not in _STUDY:
+            raise InputError(nearest(name, [*_STUDY, "set"], kind="argument"))
+
+
 def intervals(
     frame: "pandas.DataFrame",
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
@@ -215,8 +223,9 @@ def intervals(
     lengths = frame["effects"].map(len).to_numpy()
     for length in np.unique(lengths):
         at = np.flatnonzero(lengths == length)
-        values = np.stack([_floats(frame["effects"].iloc[i]) for i in at])
-        low[at], high[at] = (end[0] for end in bootstrap_interval(values[None]))
+        for part in np.array_split(at, -(-len(at) // _ROWS)):  # each row has 2000 resamples
+            values = np.stack([_floats(frame["effects"].iloc[i]) for i in part])
+            low[part], high[part] = (end[0] for end in bootstrap_interval(values[None]))
     return low, high
 
 

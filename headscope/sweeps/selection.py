@@ -60,7 +60,13 @@ def _draws(
         width = values.shape[1]
         ranked = [HeadIndex(*divmod(int(i), width)) for i in top_order(signed, values.size)]
         allowed = set(among)
-        among = [head for head in ranked if head in allowed][: one.top]
+        among = [head for head in ranked if head in allowed]
+        if one.top is not None and one.top > len(among):
+            raise InputError(
+                f"the set {one.name!r} takes the top {one.top} heads, and {model.name} has "
+                f"{len(among)} with a score."
+            )
+        among = among[: one.top]
     if not among:
         raise InputError(f"the set {one.name!r} has no heads in {model.name}.")
     if one.random is None:
@@ -88,7 +94,11 @@ def _among(model: HeadModel, one: HeadSet) -> list[HeadIndex]:
         heads = list(dict.fromkeys(heads))
     if one.layers is not None:
         for layer in one.layers:
-            model.shape.check(HeadIndex(layer, 0))
+            if layer not in model.shape.attention_layers:
+                raise InputError(
+                    f"the set {one.name!r} asks for layer {layer}, and {model.name} has no heads "
+                    f"in layer {layer}."
+                )
         heads = [head for head in heads if head.layer in one.layers]
     return heads
 

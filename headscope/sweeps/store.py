@@ -10,10 +10,11 @@ files that appear and, once in the table, vanish.
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from headscope.errors import InputError
 from headscope.files import sync_folder, whole_file, writable_folder
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _IDS = b"headscope.chunks"
 _MANIFEST = b"headscope.manifest"
 _PATIENCE = 20
+# How often a file is tried: disks of networks are away at times.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,11 @@ class Store:
 
     def begin(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, unless another process was first: then that one stands."""
-        text = json.dumps(manifest, indent=1, allow_nan=False).encode() + b"\n"
+        # A line per key: a plan of many cells is written and read several times as fast in one.
+        lines = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in manifest.items())
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
         beside = self.path / f".manifest.{secrets.token_hex(4)}.tmp"
-        with whole_file(beside) as file:
-            file.write(text)
+        _write(beside, lambda file: file.write(text.encode()))
         try:
             os.link(beside, self.manifest_file)  # unlike a rename, never replaces
         except FileExistsError:
@@ -129,17 +133,21 @@ class Store:
         from pyarrow import parquet
 
         try:
-            found = parquet.read_schema(self.table_file).metadata or {}
+            with _readable(self.table_file):
+                found = parquet.read_schema(self.table_file).metadata or {}
         except FileNotFoundError:
             return frozenset()
         return frozenset(json.loads(found.get(_IDS, b"[]")))
 
     def commit(self, chunk: str, rows: "pyarrow.Table") -> None:
-        """Save a finished chunk; it appears whole."""
+        """Save a finished chunk; it appears whole.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
         from pyarrow import parquet
 
-        with whole_file(self.part(chunk)) as file:
-            parquet.write_table(rows, file, compression="zstd")
+        _write(self.part(chunk), lambda file: parquet.write_table(rows, file, compression="zstd"))
         (self.path / "failed" / f"{chunk}.json").unlink(missing_ok=True)
 
     def fail(self, chunk: str, reasons: list[str]) -> None:
@@ -147,8 +155,8 @@ class Store:
         if self.has(chunk):
             return
         facts = {"chunk": chunk, "attempts": len(reasons), "reason": reasons[-1], "all": reasons}
-        with whole_file(self.path / "failed" / f"{chunk}.json") as file:
-            file.write(json.dumps(facts, indent=1).encode() + b"\n")
+        text = json.dumps(facts, indent=1).encode() + b"\n"
+        _write(self.path / "failed" / f"{chunk}.json", lambda file: file.write(text))
 
     def failed(self) -> dict[str, str]:
         """Chunks that were given up, and why; not those that were done since."""
@@ -168,7 +176,8 @@ class Store:
 
         for _ in range(_PATIENCE):
             if set(plan.by_id) <= self.compacted():
-                return parquet.ParquetFile(self.table_file).read()
+                with _readable(self.table_file):
+                    return parquet.ParquetFile(self.table_file).read()
             try:
                 rows = self._parts(plan)
             except FileNotFoundError:
@@ -188,7 +197,10 @@ class Store:
         there = {file.stem for file in (self.path / "parts").glob("*.parquet")}
         files = [self.part(chunk.id) for chunk in plan.chunks if chunk.id in there]
         empty = row_schema().empty_table()
-        tables = [parquet.ParquetFile(file).read() for file in files]
+        tables = []
+        for file in files:
+            with _readable(file):
+                tables.append(parquet.ParquetFile(file).read())
         return pyarrow.concat_tables([empty, *tables]).unify_dictionaries()
 
     def compact(self, plan: Plan) -> bool:
@@ -204,11 +216,48 @@ class Store:
                 return False
             rows = self.rows(plan)
             facts = {_IDS: json.dumps(ids), _MANIFEST: self.manifest()["digest"]}
-            with whole_file(self.table_file) as file:
-                table = rows.replace_schema_metadata(facts)
-                parquet.write_table(table, file, compression="zstd")
+            table = rows.replace_schema_metadata(facts)
+            _write(
+                self.table_file,
+                lambda file: parquet.write_table(table, file, compression="zstd"),
+            )
         for chunk in ids:
             self.part(chunk).unlink(missing_ok=True)
         for left in (self.path / "parts").glob(".*.tmp"):  # of processes that were killed
             left.unlink(missing_ok=True)
         return True
+
+
+def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole.
+
+    Raises:
+        InputError: if the disk does not take it.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            with whole_file(file) as opened:
+                write(opened)
+            return
+        except OSError as error:
+            if not left:
+                raise InputError(
+                    f"cannot write {file}: {error.strerror or error}. What is done stays done: "
+                    "mend that, and run it again."
+                ) from error
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Scope in which a file that cannot be read becomes a sentence; one that is absent does not."""
+    import pyarrow
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"{file} is damaged ({str(error).splitlines()[0][:100]}): delete it, and run the sweep "
+            "again."
+        ) from error
