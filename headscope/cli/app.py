@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from headscope.cli.app_comparing import commands as comparing
+from headscope.cli.app_retrieval import commands
 from headscope.cli.options import AllowPickle, Device, Dtype, Memory, Model, Revision, TrustCode
 
 app = typer.Typer(
@@ -273,3 +274,4 @@ def report(
 
 
 app.add_typer(comparing)
+app.add_typer(commands)

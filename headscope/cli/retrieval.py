@@ -111,12 +111,15 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
         "extrapolate": loading.extrapolate,
         **{name: value for name, value in probe.settings.items() if value is not None},
         "seed": asked.seed,
+        "runs": len(found.runs.runs),
+        "runs_counted": int(found.runs.counted.sum()),
         "heads": [str(head) for head in found.heads()],
     }
     _write(folder, table, found, masked, settings, timings)
+    curves = "masking.csv, " if masked else ""
     console(stderr=True).print(
         f"Written to {out}: index.html (open it in a browser), table.parquet, recall.csv, "
-        "masking.csv, responses.jsonl, pictures/.",
+        f"{curves}responses.jsonl, pictures/.",
         soft_wrap=True,
     )
 
@@ -125,6 +128,8 @@ def _masked(
     model: HeadModel, found: Retrieval, asked: Asked, config: MaskingConfig | None
 ) -> dict[str, OrderCurve]:
     """Masking curves of the tasks asked for, or of needles with another seed."""
+    if not found.runs.counted.any():
+        return {}
     if config is not None:
         return masking_curves(model, found.by_set, config)
     if asked.random < 0:
@@ -151,6 +156,9 @@ def _length(found: Retrieval) -> int:
 
 def _as_json(table: HeadTable, found: Retrieval, masked: dict[str, OrderCurve]) -> dict[str, Any]:
     return {
+        "said": str(found),
+        "runs": len(found.runs.runs),
+        "runs_counted": int(found.runs.counted.sum()),
         "heads": [str(head) for head in found.heads()],
         "scores": table_rows(table),
         "recall": plain_rows(found.recall_grid().to_pandas()),
@@ -171,7 +179,8 @@ def _print(found: Retrieval, masked: dict[str, OrderCurve]) -> None:
     for head, value in scores.top(12):
         numbers = (value, float(steps[head]), float(acts[head]), float(scores.null[head]))
         heads.add_row(str(head), *(f"{one:.2f}" for one in numbers))
-    terminal.print(heads)
+    if heads.row_count:
+        terminal.print(heads)
     terminal.print(Text(str(found)))
     grid = found.recall_grid()
     cells = Table("tokens", title="share of needles found, by depth")
@@ -220,6 +229,6 @@ def _write(
         settings,
         timings,
         command=typed(),
-        sections=retrieval_sections(found.by_set, grid, masked, made),
+        sections=retrieval_sections(found.by_set, grid, masked, made, str(found)),
         pictures={name: draw("light") for name, draw in made.items()},
     )

@@ -18,11 +18,10 @@ _MOST = 20
 def retrieval_drawings(
     scores: HeadScores, grid: RecallGrid, masked: Mapping[str, OrderCurve]
 ) -> dict[str, Drawing]:
-    """Every picture of a needle scan, by name, to be drawn in a theme."""
-    found: dict[str, Drawing] = {
-        scores.name: partial(_heatmap, scores),
-        "recall": partial(_recall, grid),
-    }
+    """Every picture of a needle scan, by name, to be drawn in a theme; none of missing scores."""
+    found: dict[str, Drawing] = {"recall": partial(_recall, grid)}
+    if np.isfinite(scores.mean).any():
+        found = {scores.name: partial(_heatmap, scores)} | found
     return found | {f"masking_{name}": partial(_curve, one) for name, one in masked.items()}
 
 
@@ -43,6 +42,7 @@ def retrieval_sections(
     grid: RecallGrid,
     masked: Mapping[str, OrderCurve],
     pictures: Mapping[str, Drawing],
+    said: str,
 ) -> list[Section]:
     """Sections of the page: heads that copy, where needles were found, what masking does.
 
@@ -51,10 +51,39 @@ def retrieval_sections(
         grid: of recall.
         masked: curves by task.
         pictures: of :func:`retrieval_drawings`.
+        said: in one sentence, which stands for the heads where no score could be had.
     """
+    heads = _heads(scores, pictures) if scores.name in pictures else [Words(said)]
+    beyond = grid.provenance.probe.get("extrapolated_from")
+    counted = f"{int(grid.count.sum())} texts, {float(np.nanmean(grid.share)):.0%} answered right."
+    if beyond is not None:
+        counted += (
+            f" The model was trained on at most {beyond} tokens; positions were extrapolated."
+        )
+    where: list[Block] = [
+        Words(counted),
+        _picture("recall", "Answers by length and depth.", pictures),
+    ]
+    sections = [Section("Retrieval heads", heads), Section("Where needles are found", where)]
+    if masked:
+        what: list[Block] = [
+            Words(
+                "Right answers while heads are masked (their attention made flat, from the last "
+                "token of the prompt on): those that copy most, those that copy least, and random "
+                "ones that are no retrieval heads. The needles are others than those that the "
+                "heads were found on."
+            )
+        ]
+        what += [_picture(f"masking_{name}", f"Task: {name}.", pictures) for name in masked]
+        sections.append(Section("What masking does", what))
+    return sections
+
+
+def _heads(scores: HeadScores, pictures: Mapping[str, Drawing]) -> list[Block]:
+    """Which heads copy, as words, picture and table."""
     limit = scores.threshold or 0.0
     above = [(head, value) for head, value in scores.top(scores.mean.size) if value > limit]
-    heads: list[Block] = [
+    return [
         Words(
             f"{len(above)} of {int(np.isfinite(scores.mean).sum())} heads copy more than "
             f"{limit:g} of the needle while the model answers: the most attended token lies in "
@@ -70,24 +99,6 @@ def retrieval_sections(
             caption="Retrieval heads, highest first",
         ),
     ]
-    beyond = grid.provenance.probe.get("extrapolated_from")
-    said = f"{int(grid.count.sum())} texts, {float(np.nanmean(grid.share)):.0%} answered right."
-    if beyond is not None:
-        said += f" The model was trained on at most {beyond} tokens; positions were extrapolated."
-    where: list[Block] = [Words(said), _picture("recall", "Answers by length and depth.", pictures)]
-    sections = [Section("Retrieval heads", heads), Section("Where needles are found", where)]
-    if masked:
-        what: list[Block] = [
-            Words(
-                "Right answers while heads are masked (their attention made flat, from the last "
-                "token of the prompt on): those that copy most, those that copy least, and random "
-                "ones that are no retrieval heads. The needles are others than those that the "
-                "heads were found on."
-            )
-        ]
-        what += [_picture(f"masking_{name}", f"Task: {name}.", pictures) for name in masked]
-        sections.append(Section("What masking does", what))
-    return sections
 
 
 def _picture(name: str, caption: str, pictures: Mapping[str, Drawing]) -> Picture:

@@ -46,9 +46,10 @@ def scan_grid(
 ) -> Scanned:
     """Retrieval scores over a grid of lengths and depths, one cell after the other.
 
-    The same as :func:`headscope.retrieval.decoded` of the whole probe. With a folder every
-    finished cell is kept in it, and found again by what it holds (model, tokens, settings): after
-    a crash the same call goes on where it was.
+    The same as :func:`headscope.retrieval.decoded` of the whole probe; where no run counts, the
+    recall is the result and every score is missing. With a folder every finished cell is kept in
+    it, and found again by what it holds (model, tokens, settings): after a crash the same call
+    goes on where it was.
 
     Args:
         model: from :func:`headscope.load`.
@@ -64,7 +65,6 @@ def scan_grid(
 
     Raises:
         InputError: if an argument makes no sense, or the folder cannot be written.
-        HeadscopeError: if the model answers no example well enough to count.
 
     Example:
         >>> import headscope as hs

@@ -23,7 +23,7 @@ THRESHOLD = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Retrieval:
-    """Retrieval scores of a decoded probe, means over the runs that count.
+    """Retrieval scores of a decoded probe, means over the runs that count; NaN where none does.
 
     Attributes:
         by_set: the paper's counting: different needle tokens copied over different needle
@@ -50,6 +50,11 @@ class Retrieval:
 
     def __str__(self) -> str:
         """One sentence."""
+        if not self.runs.counted.any():
+            return (
+                f"No run was answered well enough to score: 0 of {len(self.runs.runs)} with recall "
+                f"above {self.runs.threshold:g} (highest: {self.runs.recall.max():.2f})."
+            )
         best = ", ".join(f"{head} {value:.2f}" for head, value in self.by_set.top(5))
         return (
             f"{len(self.heads())} retrieval heads (above {THRESHOLD:g}) in "
@@ -113,18 +118,14 @@ def check_answered(model: HeadModel, runs: Runs) -> None:
 def summarised(
     model: HeadModel, probe: Probe, runs: Runs, control: Runs | None = None
 ) -> Retrieval:
-    """Scores of runs that were made before, e.g. cell by cell.
+    """Scores of runs that were made before, e.g. cell by cell; all missing where no run counts.
 
     Args:
         model: that made them.
         probe: of all runs, in their order.
         runs: of :func:`follow`.
         control: runs of the probe's control.
-
-    Raises:
-        HeadscopeError: if no run counts.
     """
-    check_answered(model, runs)
 
     def scored(
         name: str, value: Callable[[Run], Float[np.ndarray, "layer head"]], most: float | None

@@ -4,6 +4,7 @@ import html
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 from typer.testing import CliRunner
@@ -80,6 +81,31 @@ def test_longer_texts_than_trained_say_so() -> None:
         "--random", "-1", "--extrapolate",
     )  # fmt: skip
     assert "Trained on at most 256 tokens" in printed
+
+
+def test_no_answer_at_all_is_a_result(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = ("--lengths", "1k", "--depths", "0,1", "--per-cell", "1", "--extrapolate")
+    printed = run("retrieval", "tiny-llama", *options, "--out", str(folder))
+    said = "No run was answered well enough to score: 0 of 2 with recall above 0.5"
+    assert said in printed
+    assert "heads masked" not in printed
+    page = (folder / "index.html").read_text()
+    assert said in page
+    assert "What masking does" not in page
+    assert pandas.read_csv(folder / "recall.csv").share.tolist() == [0, 0]
+    table = HeadTable.load(folder / "table.parquet")
+    scores = table["retrieval_set"]
+    assert np.isnan(scores.mean).all()
+    assert scores.provenance.probe["runs_counted"] == 0
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    assert (settings["runs"], settings["runs_counted"], settings["heads"]) == (2, 0, [])
+    assert not (folder / "masking.csv").exists()
+    assert [one.name for one in (folder / "pictures").iterdir()] == ["recall.png"]
+    found = json.loads(run("retrieval", "tiny-llama", *options, "--out", str(folder), "--json"))
+    assert found["said"].startswith(said)
+    assert found["scores"] == []  # a frame leaves out heads without a value
+    assert found["masking"] == {}
 
 
 def test_heads_for_influence_are_found_by_needles(tmp_path: Path) -> None:
