@@ -40,4 +40,29 @@ def read(place: Path) -> list[Run]:
         from headscope.cli.sweep_runs import sweep_runs
 
         return sweep_runs(place)
+    if place.is_file() and place.suffix == ".parquet" and (curve := _curve(place)):
+        return [curve]
     return [read_run(place)]
+
+
+def _curve(place: Path) -> Run | None:
+    """A saved curve of pruning or masking; None where the file is something else."""
+    from headscope.plots import curves
+    from headscope.pruning import PruningCurve
+    from headscope.report import Picture, Section
+    from headscope.table import OrderCurve
+
+    for kind in (PruningCurve, OrderCurve):
+        try:
+            found = kind.load(place)
+        except InputError:
+            continue
+        light, dark = (
+            curves(found.effects, controls=found.controls, theme=theme)
+            for theme in ("light", "dark")
+        )
+        said = f"{found.effects.description} Orders: {', '.join(found.orders)}."
+        section = Section("Curves", [Picture(light, dark, said, said)])
+        origin = found.effects.provenance
+        return Run(place.stem, "curve", None, sections=[section], of=origin)
+    return None

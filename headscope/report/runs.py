@@ -10,7 +10,7 @@ from headscope.errors import HeadscopeError, InputError
 from headscope.report.kept import read_sections
 from headscope.report.partners import Partners, read_partners
 from headscope.report.sections import Section
-from headscope.table import AttentionExample, HeadSpectra, HeadTable, load_spectra
+from headscope.table import AttentionExample, HeadSpectra, HeadTable, Provenance, load_spectra
 
 Words = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 _MAX_JSON = 100_000_000
@@ -23,7 +23,7 @@ class Run:
     Attributes:
         label: name of its folder or file.
         kind: ``scan``, ``circuits``, ``lens``, ``sweep``, ...
-        table: scores of single heads.
+        table: scores of single heads; None where there is nothing but sections.
         effects: whether those scores are changes made by editing heads.
         command: that makes it again.
         config: of the command, where it reads a file.
@@ -35,11 +35,12 @@ class Run:
         says: head -> tokens promoted and suppressed on a prompt.
         attention: of every head on one text.
         failed: what could not be computed, and why.
+        of: where it came from, if there is no table.
     """
 
     label: str
     kind: str
-    table: HeadTable
+    table: HeadTable | None
     effects: bool = False
     command: str = ""
     config: str = ""
@@ -51,6 +52,14 @@ class Run:
     says: Mapping[str, tuple[list[str], list[str]]] = field(default_factory=dict)
     attention: AttentionExample | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
+    of: Provenance | None = None
+
+    @property
+    def origin(self) -> Provenance:
+        """Whose run it is."""
+        if self.table is not None:
+            return next(iter(self.table.values())).provenance
+        return self.of or Provenance()
 
 
 def read_run(place: Path) -> Run:

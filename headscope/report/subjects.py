@@ -49,22 +49,28 @@ def subjects(runs: Iterable[Run], alpha: float) -> list[Subject]:
     Raises:
         InputError: if there are none, or runs of one name differ in their heads.
     """
-    groups: dict[tuple[str, str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        origin = next(iter(run.table.values())).provenance
-        key = (origin.model, origin.revision or "", origin.weight_digest)
+        origin = run.origin
+        # Equal weights are one model, whatever revision was asked for.
+        key = (origin.model, origin.weight_digest or origin.revision or "")
         groups.setdefault(key, []).append(run)
     if not groups:
         raise InputError("a report needs at least one run.")
-    return [_subject(key, group, alpha) for key, group in groups.items()]
+    return [_subject(group, alpha) for group in groups.values()]
 
 
-def _subject(key: tuple[str, str, str], runs: Sequence[Run], alpha: float) -> Subject:
-    name, revision, _ = key
-    named = (name or "model") + (f"@{revision}" if revision else "")
+def _subject(runs: Sequence[Run], alpha: float) -> Subject:
+    origin = runs[0].origin
+    named = (origin.model or "model") + (f"@{origin.revision}" if origin.revision else "")
+    if all(run.table is None for run in runs):
+        raise InputError(
+            f"{', '.join(run.label for run in runs)}: of {named} there is no table of heads; give "
+            "a scan of the same model as well."
+        )
     found: dict[str, tuple[HeadScores, str]] = {}
     for run in runs:
-        for one in run.table.values():
+        for one in (run.table or {}).values():
             distinct = one.name if one.name not in found else f"{one.name} ({run.label})"
             while distinct in found:
                 distinct += "'"

@@ -259,6 +259,12 @@ class HeadScores:
         layers, heads = self.mean.shape
         return f"HeadScores({self.name!r}, {layers} layers x {heads} heads, top: {best or 'none'})"
 
+    def _repr_html_(self) -> str:
+        """Layers by heads as a small static table."""
+        from headscope.table.score_html import score_html
+
+        return score_html(self)
+
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per head; see :meth:`HeadTable.to_pandas`."""
         from headscope.table.frames import tidy

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import headscope as hs
 from headscope.cli.app import app
 from headscope.cli.command import typed
 from headscope.cli.sweep_runs import sweep_runs
@@ -80,6 +81,18 @@ def test_a_sweep_keeps_its_numbers(runs: Path) -> None:
     expected = grid.mean.mean(0) + grid.unedited.mean()
     np.testing.assert_allclose(drawn.y, expected, rtol=1e-6)
     assert groups.blocks[0].rows[0][3] == pytest.approx(float(results.effects("pair").mean[0, 0]))
+
+
+def test_a_saved_pruning_curve_is_drawn(runs: Path) -> None:
+    model = hs.load()
+    probe = hs.probes.repeated_tokens(model, length=5, batch=2)
+    curve = hs.pruning.pruning_curve(model, probe, counts=[0, 3], random=2)
+    curve.save(runs / "curve.parquet")
+    out = runs / "curve.html"
+    run("report", str(runs / "scan"), str(runs / "curve.parquet"), "-o", str(out))
+    assert "curve: Curves" in out.read_text(encoding="utf-8")
+    with pytest.raises(HeadscopeError, match="no table of heads"):
+        run("report", str(runs / "curve.parquet"), "-o", str(out))
 
 
 def test_two_models_stand_in_one_report(runs: Path) -> None:

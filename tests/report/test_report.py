@@ -69,6 +69,15 @@ def test_runs_of_one_model_are_joined_and_names_kept_apart() -> None:
     assert [one["name"] for one in models] == ["model", "b"]
 
 
+def test_equal_weights_are_one_model() -> None:
+    def of(revision: str | None, digest: str) -> HeadTable:
+        return HeadTable([scores(provenance=Provenance("m", revision, digest))])
+
+    page = report_page([Run("a", "scan", of(None, "x")), Run("b", "scan", of("step-1", "x")),
+                        Run("c", "scan", of("step-2", "y"))])  # fmt: skip
+    assert [one["name"] for one in data_of(page)["models"]] == ["m", "m@step-2"]
+
+
 def test_the_page_is_small_and_fetches_nothing() -> None:
     page = report_page([run_of(4, 4)])
     assert len(page) < 10_000_000

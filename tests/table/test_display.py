@@ -6,7 +6,7 @@ from rich.console import Console
 
 from headscope.table import HeadScores, HeadTable
 from headscope.table.excerpt import best, fraction, written
-from tests.table.helpers import model_table, scores
+from tests.table.helpers import NAN, model_table, scores
 
 
 def printed(table: HeadTable, width: int = 100) -> str:
@@ -96,3 +96,24 @@ def test_a_score_out_of_reach_says_so() -> None:
     for shown in (printed(table), table._repr_html_()):
         assert "far has no value: what it looks for was out of reach of every query" in shown
         assert "near has no value" not in shown
+
+
+def test_a_score_shows_itself_as_a_grid_of_heads() -> None:
+    html = scores(means=((0.9, 0.1), (NAN, 0.8)), threshold=0.5)._repr_html_()
+    assert html.count("<td") == 4
+    assert html.count("font-weight:700") == 2
+    assert ">0.90<" in html
+    assert ">-<" in html
+
+
+def test_a_score_of_many_heads_shows_the_best() -> None:
+    html = model_table(40, 40)["induction"]._repr_html_()
+    assert html.count("<td") == 10
+    assert "L39H1" in html
+
+
+def test_a_hostile_score_is_escaped() -> None:
+    html = scores("<script>", description="<img src=x>", unit="<b>")._repr_html_()
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "<b><" not in html
