@@ -1,6 +1,7 @@
 """``headscope sweep``: run a study from a config, or what is left of it."""
 
 import json
+import shlex
 from pathlib import Path
 
 import typer
@@ -46,9 +47,12 @@ def run(
         return
     folder = out or Path("runs") / config.name
     chosen: Executor = RayExecutor(workers) if executor == "ray" else inline
-    again = f"headscope sweep {file} --out {folder}" + (f" --shard {shard}" if part[1] > 1 else "")
+    again = ["headscope", "sweep", str(file), "--out", str(folder)]
+    again += ["--shard", shard] if part[1] > 1 else []
+    again += ["--executor", executor] if executor != "inline" else []
+    again += ["--workers", str(workers)] if workers is not None else []
     outcome = run_sweep(config, folder, shard=part, executor=chosen)
-    _print_outcome(outcome, folder, again)
+    _print_outcome(outcome, folder, shlex.join(again))
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -94,7 +98,8 @@ def _print_outcome(outcome: Outcome, folder: Path, again: str) -> None:
         say(f"Stopped. Resume with: {again}", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(130)
     if outcome.failed:
-        say(f"{len(outcome.failed)} chunks failed; try them again with: {again}", soft_wrap=True)
+        said = f"{len(outcome.failed)} chunks failed; try them again with: {again}"
+        say(said, highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1)
     where = folder / "table.parquet" if outcome.compacted else folder
     say(f"Written to {where}; read it with hs.sweeps.read({str(folder)!r}).", soft_wrap=True)

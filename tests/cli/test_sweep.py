@@ -64,9 +64,11 @@ def test_failures_give_reasons_and_exit_code_1(
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(Bench, "measure", failing)
-    said = run("sweep", file, "--out", tmp_path / "out", code=1)
+    out = tmp_path / "the [out]"
+    said = run("sweep", file, "--out", out, "--shard", "1/2", code=1)
     assert "RuntimeError: no luck" in said
-    assert "try them again with: headscope sweep" in said
+    assert f"try them again with: headscope sweep {file} --out '{out}' --shard 1/2" in said
+    said = run("sweep", file, "--out", tmp_path / "out", code=1)
     assert "RuntimeError: no luck" in run("status", tmp_path / "out")
     assert len(status(tmp_path / "out").failed) == 3
 
