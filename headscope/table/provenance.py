@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,13 +15,17 @@ _ABSOLUTE = re.compile(r"^(?:~|/|\\\\|[A-Za-z]:[\\/])")
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
     """Installed versions, read from package metadata: nothing is imported."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in packages}
+    return {package: one for package, one in found.items() if one is not None}
+
+
+@cache  # metadata are files of some size, and every chunk of a sweep says its versions
+def _version(package: str) -> str | None:
+    """Version of one package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def wait_for_parts(out: Path, process: "subprocess.Popen[str]", count: int = 1) 
 
 def test_a_killed_and_an_interrupted_program_resume(tmp_path: Path) -> None:
     wanted = config(
-        probes=[REPEATED | {"length": 30, "batch": 64}], edits=["zero", "mean"], chunk=1
+        probes=[REPEATED | {"length": 30, "batch": 24}], edits=["zero", "mean"], chunk=1
     )
     file, out = tmp_path / "sweep.yaml", tmp_path / "killed"
     file.write_text(yaml.safe_dump(wanted.model_dump(mode="json", exclude_none=True)))
