@@ -38,6 +38,7 @@ class AttentionView:
             plotly=False,
             title=f"Attention of {example.provenance.model or 'the model'}",
             words=example.words,
+            several=len(heads) > 1,
         )
 
     def save(self, path: "str | PathLike[str]") -> None:
