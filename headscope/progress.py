@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Protocol, runtime_checkable
 
 # Seconds of work before a bar appears.
@@ -42,7 +43,9 @@ def _silent(steps: int | float = 1) -> None:
 
 
 def _watched() -> bool:
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    # In a notebook rich draws bars with ipywidgets, and warns in the cell where there is none.
+    notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
+    return sys.stderr.isatty() or notebook
 
 
 class _LateBar:
