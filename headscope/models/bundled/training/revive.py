@@ -1,6 +1,7 @@
 """Redraw heads that rest on BOS, where they do nothing and learn nothing."""
 
 from random import Random
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ def revive(model: PreTrainedModel, rows: Rows, seed: int) -> list[int]:
     return heads
 
 
-def _redraw(attention: torch.nn.Module, head: int, best: int, n_heads: int) -> None:
+def _redraw(attention: Any, head: int, best: int, n_heads: int) -> None:
     """Draw one head's columns of Q, K, V and rows of O."""
     into, out = attention.c_attn, attention.c_proj
     d_model = out.weight.shape[0]
