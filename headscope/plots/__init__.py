@@ -2,7 +2,8 @@
 
 One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`scatter`. One head:
 :func:`attention_pattern`. Weights: :func:`spectra`, :func:`eigenvalues`, :func:`composition_graph`,
-:func:`composition_matrix`. Arms: :func:`curves`. Lenses: :func:`lens_grid`, :func:`waterfall`, :func:`source_bars`. To a file:
+:func:`composition_matrix`. Arms: :func:`curves`. Needles: :func:`recall_grid`. Texts:
+:func:`token_losses`. Lenses: :func:`lens_grid`, :func:`waterfall`, :func:`source_bars`. To a file:
 :func:`save` (html, png, svg, pdf).
 """
 
@@ -17,7 +18,9 @@ from headscope.plots.graph import composition_graph as composition_graph
 from headscope.plots.grid import heatmap as heatmap
 from headscope.plots.grid import heatmaps as heatmaps
 from headscope.plots.lens import lens_grid as lens_grid
+from headscope.plots.losses import token_losses as token_losses
 from headscope.plots.matrix import composition_matrix as composition_matrix
 from headscope.plots.pattern import attention_pattern as attention_pattern
 from headscope.plots.points import scatter as scatter
+from headscope.plots.recall import recall_grid as recall_grid
 from headscope.plots.singular import spectra as spectra

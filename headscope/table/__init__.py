@@ -9,9 +9,11 @@ from headscope.table.effects import EffectGrid as EffectGrid
 from headscope.table.emergence import Emergence as Emergence
 from headscope.table.lens import HeadWords as HeadWords
 from headscope.table.lens import LensGrid as LensGrid
+from headscope.table.losses import TokenLosses as TokenLosses
 from headscope.table.pairs import PairScores as PairScores
 from headscope.table.provenance import Provenance as Provenance
 from headscope.table.provenance import versions as versions
+from headscope.table.recall import RecallGrid as RecallGrid
 from headscope.table.roles import RoleFinding as RoleFinding
 from headscope.table.scores import HeadScores as HeadScores
 from headscope.table.spectra import HeadEigenvalues as HeadEigenvalues
