@@ -8,7 +8,6 @@ against this process on four models, planning apart and included.
 """
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import time
@@ -21,7 +20,6 @@ from support import report
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import headscope as hs
-from headscope.models import shipped
 from headscope.sweeps import RayExecutor, SweepConfig, run_sweep
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.planner import make_plan
@@ -44,8 +42,6 @@ def main() -> None:
         sizes = GPT2Config(vocab_size=1024, n_layer=given.layers, initializer_range=0.1)
         module = AutoModelForCausalLM.from_config(sizes).eval()
         module.save_pretrained(place)
-        for file in shipped.folder("tiny-gpt2").glob("tokenizer*"):
-            shutil.copy(file, place)
         config = sweep_of([str(place)], given.prompts)
         results = {"inline": against_bare(config, place, Path(folder), given)}
         if not given.skip_ray:

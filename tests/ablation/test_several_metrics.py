@@ -35,8 +35,15 @@ def measured(study: Study) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     return edited, clean, placer.checks
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "bloom"])
-@pytest.mark.parametrize("metrics", [(END, LATE), (LATE, hs.metrics.loss), (END, biggest, LATE)])
+@pytest.mark.parametrize(
+    ("family", "metrics"),
+    [
+        ("gpt2", (END, LATE)),
+        ("gpt2", (END, biggest, LATE)),
+        ("gemma2", (LATE, hs.metrics.loss)),
+        ("bloom", (END, biggest, LATE)),
+    ],
+)
 def test_together_as_alone_and_as_whole_passes(family: str, metrics: tuple[Any, ...]) -> None:
     model, probe = model_of(family), probe_of("left")
     study = Study.of(model, probe, metrics[0], others=metrics[1:], batch_size=3)
