@@ -34,6 +34,10 @@ def retrieval(
     random: Annotated[
         int, typer.Option(min=-1, help="Random orders of masked heads; -1: mask nothing.")
     ] = 5,
+    form: Annotated[
+        str,
+        typer.Option(help="decoded (published), or forced: one pass each, the answer appended."),
+    ] = "decoded",
     new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of an answer at most.")
     ] = None,
@@ -61,6 +65,7 @@ def retrieval(
         haystack=haystack,
         per_cell=per_cell,
         seed=seed,
+        form=form,
         new_tokens=new_tokens,
         batch_size=batch_size,
         masking=masking,

@@ -13,6 +13,7 @@ from headscope.cli.lengths import parse_depths, parse_lengths
 from headscope.cli.output import console, plain_rows, table_rows
 from headscope.cli.scan import Loading
 from headscope.configs import parse, read_yaml
+from headscope.errors import InputError, nearest
 from headscope.files import whole_file
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, needle
@@ -26,11 +27,13 @@ from headscope.retrieval import (
     masking_curves,
     scan_grid,
 )
+from headscope.retrieval.runs import Form
 from headscope.table import HeadTable, OrderCurve
 
 if TYPE_CHECKING:
     from headscope.report.folder import RunFolder
 
+_FORMS: dict[str, Form] = {"decoded": "decoded", "forced": "forced"}
 # Masking curves are taken at lengths up to this.
 _MASKED_LENGTH = 4096
 
@@ -42,6 +45,7 @@ class Asked:
     Attributes:
         lengths, depths: as typed.
         needles, haystack, per_cell, seed: of :func:`headscope.probes.needle`.
+        form: decoded or forced.
         new_tokens, batch_size: of :func:`headscope.retrieval.follow`.
         masking: a config of tasks; None: held-out needles.
         random: orders of masked heads.
@@ -53,10 +57,23 @@ class Asked:
     haystack: Path | None
     per_cell: int | None
     seed: int
+    form: str
     new_tokens: int | None
     batch_size: int | None
     masking: Path | None
     random: int
+
+    def checked_form(self) -> Form:
+        """The form, which is one of two.
+
+        Raises:
+            InputError: if it is none, or an option does not go with it.
+        """
+        if self.form not in _FORMS:
+            raise InputError(nearest(self.form, list(_FORMS), kind="form"))
+        if self.form == "forced" and self.new_tokens is not None:
+            raise InputError("--new-tokens is for --form decoded: forced generates nothing.")
+        return _FORMS[self.form]
 
     def probe(self, model: HeadModel, seed: int, **other: Any) -> Probe:
         """Needles of this kind."""
@@ -69,6 +86,7 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
 
     lengths = None if asked.lengths is None else parse_lengths(asked.lengths)
     depths = parse_depths(asked.depths)
+    form = asked.checked_form()
     fixed_needles(asked.needles)  # mistakes are told before a model is loaded
     read_haystack(asked.haystack)
     config = None
@@ -83,6 +101,7 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
         lengths,
         depths,
         asked.needles,
+        form=form,
         folder=None if folder is None else folder.path / "cells",
         haystack=asked.haystack,
         per_cell=asked.per_cell,
@@ -111,8 +130,7 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
         "extrapolate": loading.extrapolate,
         **{name: value for name, value in probe.settings.items() if value is not None},
         "seed": asked.seed,
-        "runs": len(found.runs.runs),
-        "runs_counted": int(found.runs.counted.sum()),
+        **_counts(found),
         "heads": [str(head) for head in found.heads()],
     }
     _write(folder, table, found, masked, settings, timings)
@@ -128,11 +146,11 @@ def _masked(
     model: HeadModel, found: Retrieval, asked: Asked, config: MaskingConfig | None
 ) -> dict[str, OrderCurve]:
     """Masking curves of the tasks asked for, or of needles with another seed."""
-    if not found.runs.counted.any():
+    if not found.runs.scored.any():
         return {}
     if config is not None:
         return masking_curves(model, found.by_set, config)
-    if asked.random < 0:
+    if asked.random < 0 or not found.runs.counted.any():
         return {}
     held_out = asked.probe(model, asked.seed + 1, lengths=_length(found), depths=4, per_cell=4)
     curve = masking_curve(
@@ -154,11 +172,21 @@ def _length(found: Retrieval) -> int:
     return int(good.max() if len(good) else grid.lengths[shares.argmax()])
 
 
+def _counts(found: Retrieval) -> dict[str, Any]:
+    """How many texts there were, how many scores are means over, how many were answered."""
+    runs = found.runs
+    return {
+        "form": runs.form,
+        "runs": len(runs.runs),
+        "runs_counted": int(runs.scored.sum()),
+        "runs_answered": int(runs.counted.sum()),
+    }
+
+
 def _as_json(table: HeadTable, found: Retrieval, masked: dict[str, OrderCurve]) -> dict[str, Any]:
     return {
         "said": str(found),
-        "runs": len(found.runs.runs),
-        "runs_counted": int(found.runs.counted.sum()),
+        **_counts(found),
         "heads": [str(head) for head in found.heads()],
         "scores": table_rows(table),
         "recall": plain_rows(found.recall_grid().to_pandas()),

@@ -82,12 +82,15 @@ def retrieval_sections(
 def _heads(scores: HeadScores, pictures: Mapping[str, Drawing]) -> list[Block]:
     """Which heads copy, as words, picture and table."""
     limit = scores.threshold or 0.0
+    when, which = "the model answers", "said"
+    if scores.provenance.probe.get("form") == "forced":
+        when, which = "the model reads the answer (teacher-forced; all texts count)", "next"
     above = [(head, value) for head, value in scores.top(scores.mean.size) if value > limit]
     return [
         Words(
             f"{len(above)} of {int(np.isfinite(scores.mean).sum())} heads copy more than "
-            f"{limit:g} of the needle while the model answers: the most attended token lies in "
-            "the needle and is the token that is said. Grey: the layer's window hid the needle."
+            f"{limit:g} of the needle while {when}: the most attended token lies in "
+            f"the needle and is the token that is {which}. Grey: the layer's window hid the needle."
         ),
         _picture(scores.name, "Share of the needle that each head copies.", pictures),
         Grid(

@@ -16,12 +16,13 @@ from headscope.probes import Needle, Probe, needle
 from headscope.progress import track
 from headscope.retrieval.follow import RECALL, follow
 from headscope.retrieval.forms import Retrieval, summarised
-from headscope.retrieval.runs import Run, Runs
+from headscope.retrieval.runs import Form, Run, Runs
+from headscope.retrieval.teacher import follow_forced
 
 if TYPE_CHECKING:
     import pyarrow
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Scanned(NamedTuple):
@@ -37,6 +38,7 @@ def scan_grid(
     depths: Sequence[int | float] | int = 10,
     needles: str | Path | Sequence[Needle] = "facts",
     *,
+    form: Form = "decoded",
     folder: str | Path | None = None,
     new_tokens: int | None = None,
     threshold: int | float = RECALL,
@@ -47,7 +49,9 @@ def scan_grid(
     """Retrieval scores over a grid of lengths and depths, one cell after the other.
 
     The same as :func:`headscope.retrieval.decoded` of the whole probe; where no run counts, the
-    recall is the result and every score is missing. With a folder every finished cell is kept in
+    recall is the result and every score is missing. Teacher-forced, every text is read once with
+    its answer appended, all count, and the recall is of what the model would say at each token
+    of the answer, given the right ones before. With a folder every finished cell is kept in
     it, and found again by what it holds (model, tokens, settings): after a crash the same call
     goes on where it was.
 
@@ -56,6 +60,8 @@ def scan_grid(
         lengths: of :func:`headscope.probes.needle`, as ``depths`` and ``needles``.
         depths: shares, or how many.
         needles: a set, a file, or needles.
+        form: ``decoded`` as published, or ``forced``, which scores texts that the model does not
+            answer, too.
         folder: for finished cells; default: none is kept.
         new_tokens: steps of a run at most; see :func:`headscope.retrieval.follow`.
         threshold: recall above which a run counts.
@@ -73,12 +79,18 @@ def scan_grid(
         >>> found.recall_grid().share.shape
         (2, 2)
     """
+    if form not in ("decoded", "forced"):
+        raise InputError(f"form={form!r} is unknown: 'decoded' or 'forced'.")
+    if form == "forced" and new_tokens is not None:
+        raise InputError("new_tokens is for form='decoded'; 'forced' generates nothing.")
     whole = needle(model, lengths, depths, needles, **probe)
     store = None if folder is None else writable_folder(Path(folder))
     cells = list(_cells(whole))
     longest = max(cells, key=lambda cell: int(whole.real[cell].sum(1).max()))
     known = "" if store is None else model.digest()
-    if new_tokens is None and whole.settings.get("cloze"):  # as `follow` would for all of it
+    if (
+        form == "decoded" and new_tokens is None and whole.settings.get("cloze")
+    ):  # as `follow` would for all of it
         new_tokens = int(whole.mark("answer").sum(1).max())
     order = sorted(range(len(cells)), key=lambda i: cells[i] != longest)
     done: dict[int, tuple[list[Run], list[Run]]] = {}
@@ -86,13 +98,21 @@ def scan_grid(
     with track(sum(tokens), f"{model.name} looks for needles", show=progress) as advance:
         for i in order:  # the longest first: what does not fit is said at once
             part = whole.examples(cells[i])
-            file = None if store is None else store / f"{_name(part, known, new_tokens)}.parquet"
-            done[i] = _cell(model, part, file, new_tokens, batch_size)
+            file = (
+                None if store is None else store / f"{_name(part, known, form, new_tokens)}.parquet"
+            )
+            done[i] = _cell(model, part, file, form, new_tokens, batch_size)
             advance(tokens[i])
     limit = float(threshold)
     sizes, places = (whole.facts[name].double().numpy() for name in ("length", "depth"))
     runs, control = (
-        Runs(tuple(run for i in range(len(cells)) for run in done[i][side]), sizes, places, limit)
+        Runs(
+            tuple(run for i in range(len(cells)) for run in done[i][side]),
+            sizes,
+            places,
+            limit,
+            form,
+        )
         for side in (0, 1)
     )
     return Scanned(summarised(model, whole, runs, control), whole)
@@ -109,7 +129,12 @@ def _cells(probe: Probe) -> Iterator[slice]:
 
 
 def _cell(
-    model: HeadModel, part: Probe, file: Path | None, new_tokens: int | None, size: int | None
+    model: HeadModel,
+    part: Probe,
+    file: Path | None,
+    form: Form,
+    new_tokens: int | None,
+    size: int | None,
 ) -> tuple[list[Run], list[Run]]:
     """Runs of one cell and of its control, from the disk if they are there."""
     if file is not None and file.exists():
@@ -117,7 +142,11 @@ def _cell(
     bare = replace(part, control=None)
     given = [bare] if part.control is None else [bare, part.control]
     found = [
-        list(follow(model, one, new_tokens=new_tokens, batch_size=size, progress=False).runs)
+        list(
+            follow(model, one, new_tokens=new_tokens, batch_size=size, progress=False).runs
+            if form == "decoded"
+            else follow_forced(model, one, batch_size=size, progress=False).runs
+        )
         for one in given
     ]
     made = (found[0], found[1] if len(found) > 1 else [])
@@ -129,10 +158,10 @@ def _cell(
     return made
 
 
-def _name(part: Probe, model: str, new_tokens: int | None) -> str:
+def _name(part: Probe, model: str, form: Form, new_tokens: int | None) -> str:
     """Digest of everything that the runs of a cell depend on."""
     digest = hashlib.sha256()
-    facts = {"format": _FORMAT, "model": model, "new_tokens": new_tokens}
+    facts = {"format": _FORMAT, "model": model, "form": form, "new_tokens": new_tokens}
     facts |= {"cloze": part.settings.get("cloze"), "answer": part.settings.get("needles")}
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for one in (part, part.control):

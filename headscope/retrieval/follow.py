@@ -1,6 +1,6 @@
 """Greedy decoding of a needle probe, with each head's most attended token at every step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
@@ -10,19 +10,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.capture import check_fits
-from headscope.errors import HeadscopeError, InputError
-from headscope.memory import is_out_of_memory
+from headscope.errors import InputError
 from headscope.models.decoding import decoding, end_tokens
 from headscope.models.protocol import Edit, HeadModel, LayerView
 from headscope.probes.probe import Probe
-from headscope.progress import track
+from headscope.retrieval.passes import each_run
 from headscope.retrieval.recall import recall, word_recall
 from headscope.retrieval.runs import Run, Runs
 
 # As published: steps of a run at most, recall above which it counts.
 _STEPS = 50
 RECALL = 0.5
-_TOKENS_PER_PASS = 8192
 
 
 class Options(TypedDict):
@@ -77,49 +75,21 @@ def follow(
             f"{longest} tokens and {steps} steps are more than the {model.shape.n_ctx} that "
             f"{model.name} takes: shorten the probe, or give a smaller new_tokens."
         )
-    done: dict[int, Run] = {}
-    with track(len(probe), f"{model.name} answers", show=progress) as advance:
-        for rows in _batches(probe, batch_size):
-            waiting = [rows]
-            while waiting:
-                part = waiting.pop()
-                try:
-                    done |= zip(part, _decode(model, probe, part, steps, edits), strict=True)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    waiting += _halves(part, error)
-                else:
-                    advance(len(part))
-    unknown = torch.full((len(probe),), torch.nan)
-    facts = [probe.facts.get(name, unknown).double().numpy() for name in ("length", "depth")]
-    runs = tuple(done[row] for row in range(len(probe)))
-    return Runs(runs, facts[0], facts[1], float(threshold))
+    return each_run(
+        model,
+        probe,
+        lambda rows: _decode(model, probe, rows, steps, edits),
+        form="decoded",
+        threshold=threshold,
+        batch_size=batch_size,
+        progress=progress,
+    )
 
 
 def _steps(probe: Probe) -> int:
     if probe.settings.get("cloze") and "answer" in probe.marks:
         return int(probe.mark("answer").sum(1).max())
     return _STEPS
-
-
-def _batches(probe: Probe, batch_size: int | None) -> Iterator[list[int]]:
-    """Examples whose prompts are equally long, so that none is padded."""
-    lengths = probe.mark("end").int().argmax(1) - probe.first + 1
-    for length in lengths.unique().tolist():
-        rows = (lengths == length).nonzero().flatten()
-        size = batch_size or max(1, _TOKENS_PER_PASS // length)
-        yield from (part.tolist() for part in rows.split(size))
-
-
-def _halves(rows: list[int], error: BaseException) -> list[list[int]]:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if len(rows) == 1:
-        raise HeadscopeError(
-            "one example does not fit in memory: use shorter texts or a device with more memory."
-        ) from error
-    return [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
 
 
 @dataclass
@@ -226,7 +196,7 @@ def _runs(
         ends = (at for at, token in enumerate(tokens) if stops(token, at))
         length = next(ends, len(tokens))
         key = prompts[row, needle[row]].tolist()
-        response, share = _answered(model, tokens[:length], _unbroken(prompts[row], needle[row]))
+        response, share = answered(model, tokens[:length], unbroken(prompts[row], needle[row]))
         runs.append(
             Run(
                 tokens=tuple(tokens[:length]),
@@ -240,14 +210,14 @@ def _runs(
     return runs
 
 
-def _unbroken(tokens: Int[Tensor, " pos"], mark: Bool[Tensor, " pos"]) -> list[list[int]]:
+def unbroken(tokens: Int[Tensor, " pos"], mark: Bool[Tensor, " pos"]) -> list[list[int]]:
     """Tokens of each unbroken run of a mark."""
     at = mark.nonzero().flatten()
     parts = at.tensor_split((at.diff() > 1).nonzero().flatten() + 1)
     return [tokens[part].tolist() for part in parts]
 
 
-def _answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> tuple[str, float]:
+def answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> tuple[str, float]:
     """The response as text, and its recall of the answer."""
     if model.tokenizer is None:
         text = " ".join(map(str, said))

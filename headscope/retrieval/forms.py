@@ -23,7 +23,9 @@ THRESHOLD = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Retrieval:
-    """Retrieval scores of a decoded probe, means over the runs that count; NaN where none does.
+    """Retrieval scores of a probe, means over the runs that count; NaN where none does.
+
+    Teacher-forced, all runs count.
 
     Attributes:
         by_set: the paper's counting: different needle tokens copied over different needle
@@ -50,16 +52,20 @@ class Retrieval:
 
     def __str__(self) -> str:
         """One sentence."""
-        if not self.runs.counted.any():
+        runs = self.runs
+        if not runs.scored.any():
             return (
-                f"No run was answered well enough to score: 0 of {len(self.runs.runs)} with recall "
-                f"above {self.runs.threshold:g} (highest: {self.runs.recall.max():.2f})."
+                f"No run was answered well enough to score: 0 of {len(runs.runs)} with recall "
+                f"above {runs.threshold:g} (highest: {runs.recall.max():.2f})."
             )
         best = ", ".join(f"{head} {value:.2f}" for head, value in self.by_set.top(5))
+        enough = f"{int(runs.counted.sum())} of {len(runs.runs)} runs with recall above "
+        where = f"{enough}{runs.threshold:g}"
+        if runs.form == "forced":
+            where = f"{len(runs.runs)} texts with the answer appended ({where})"
         return (
-            f"{len(self.heads())} retrieval heads (above {THRESHOLD:g}) in "
-            f"{int(self.runs.counted.sum())} of {len(self.runs.runs)} runs with recall above "
-            f"{self.runs.threshold:g}; highest: {best}."
+            f"{len(self.heads())} retrieval heads (above {THRESHOLD:g}) in {where}; "
+            f"highest: {best}."
         )
 
 
@@ -163,8 +169,8 @@ def _scores(
         return np.where(there[..., None], np.stack([value(run) for run in of.runs], -1), np.nan)
 
     per_example = values(runs)
-    missing = np.isnan(per_example[..., runs.counted]).sum(-1) * there
-    per_example[..., ~runs.counted] = np.nan
+    missing = np.isnan(per_example[..., runs.scored]).sum(-1) * there
+    per_example[..., ~runs.scored] = np.nan
     description, what = _MEANING[name]
     return HeadScores.from_examples(
         name,
@@ -180,8 +186,9 @@ def _scores(
         provenance=origin(
             model,
             probe,
-            form="decoded",
-            runs_counted=int(runs.counted.sum()),
+            form=runs.form,
+            runs_counted=int(runs.scored.sum()),
+            runs_answered=int(runs.counted.sum()),
             recall_threshold=runs.threshold,
         ),
     )

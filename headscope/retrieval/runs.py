@@ -2,22 +2,26 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+# How runs were made: decoded greedily, or read with the answer appended.
+Form = Literal["decoded", "forced"]
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One example, decoded greedily.
+    """One example, decoded greedily, or read with its answer (teacher-forced).
 
     Attributes:
-        tokens: what was generated, up to where it stopped.
+        tokens: what was generated, up to where it stopped; teacher-forced, the answer.
         response: the same as text; ids with spaces between, without a tokenizer.
         recall: share of the answer's words (see :func:`word_recall`) that it says.
         needle: ids of the needle's answer tokens.
         copied: at each step, whether the head's most attended token lies among the needle's
-            answer tokens and is the one generated.
+            answer tokens and is that step's token.
         reachable: at each step, whether the layer's window shows any of those.
     """
 
@@ -64,12 +68,14 @@ class Runs:
         runs: one per example.
         length, depth: of each example, as asked for; NaN where the probe does not say.
         threshold: recall above which a run counts.
+        form: how they were made.
     """
 
     runs: tuple[Run, ...]
     length: Float[np.ndarray, " example"]
     depth: Float[np.ndarray, " example"]
     threshold: float
+    form: Form = "decoded"
 
     @cached_property
     def recall(self) -> Float[np.ndarray, " example"]:
@@ -80,6 +86,11 @@ class Runs:
     def counted(self) -> Bool[np.ndarray, " example"]:
         """Runs that answered well enough to be counted."""
         return self.recall > self.threshold
+
+    @cached_property
+    def scored(self) -> Bool[np.ndarray, " example"]:
+        """Runs that scores are means over: those that count; teacher-forced, all."""
+        return self.counted if self.form == "decoded" else np.ones_like(self.counted)
 
     @property
     def accuracy(self) -> float:

@@ -108,6 +108,18 @@ def test_no_answer_at_all_is_a_result(tmp_path: Path) -> None:
     assert found["masking"] == {}
 
 
+def test_teacher_forced_texts_are_scored_without_an_answer(tmp_path: Path) -> None:
+    options = ("--lengths", "128,1k", "--depths", "1", "--per-cell", "1", "--random", "1")
+    folder = tmp_path / "run"
+    long = ("--extrapolate", "--form", "forced", "--out", str(folder))
+    found = json.loads(run("retrieval", "tiny-llama", *options, *long, "--json"))
+    assert (found["form"], found["runs"], found["runs_counted"]) == ("forced", 2, 2)
+    assert found["runs_answered"] == 1
+    assert len(found["scores"]) == 3 * 24  # three scores of every head
+    assert "needle" in found["masking"]
+    assert "teacher-forced" in (folder / "index.html").read_text()
+
+
 def test_heads_for_influence_are_found_by_needles(tmp_path: Path) -> None:
     corpus = tmp_path / "c.jsonl"
     corpus.write_text('{"text": "The cat slept. The cat slept."}\n{"text": "One day"}\n')
@@ -161,6 +173,8 @@ def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
         ("retrieval", "--depths", "0,2"): "shares from 0",
         ("retrieval", "--depths", "few"): "are no depths",
         ("retrieval", "--needles", "fact"): "did you mean 'facts'",
+        ("retrieval", "--form", "force"): "did you mean 'forced'",
+        ("retrieval", "--form", "forced", "--new-tokens", "3"): "generates nothing",
         ("retrieval", "--haystack", str(tmp_path / "none.txt")): "cannot be read",
         ("retrieval", "--masking", str(bad)): "bad.yaml",
         ("retrieval", "--lengths", "512"): "reads at most 256",
