@@ -17,17 +17,17 @@ from headscope.ablation.run import Placer, Study
 from headscope.configs import Strict, parse, read_yaml
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
-from headscope.heads import HeadIndex
 from headscope.metrics import accuracy
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.probe import Probe
+from headscope.retrieval.control_orders import Order, matched
 from headscope.retrieval.masks import Masking
 from headscope.table import EffectGrid, HeadScores, OrderCurve, Provenance
 
 Right = Literal["all", "share"]
 _COUNTS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 75, 100)
-Order = tuple[HeadIndex, ...]
+Controls = Literal["any", "layers"]
 
 
 def masking_curve(
@@ -37,6 +37,7 @@ def masking_curve(
     *,
     counts: Sequence[int] | None = None,
     random: int = 5,
+    controls: Controls = "any",
     method: Masking = "uniform",
     scope: Scope = "decode",
     right: Right = "all",
@@ -63,6 +64,8 @@ def masking_curve(
             ``lowest``, and controls are all other heads).
         counts: numbers of masked heads; default: up to half of all.
         random: how many random orders, seeded from ``seed`` on.
+        controls: ``any`` random heads as published; ``layers``: as many of each layer as in the
+            top set of the same size, where a layer has so many, so that depth explains nothing.
         method: how heads are masked, see :func:`headscope.mask_heads`.
         scope: where: ``decode``, ``prefill`` or ``all``.
         right: ``all``: 1 where the whole answer is right; ``share`` of its right tokens, for
@@ -95,8 +98,10 @@ def masking_curve(
     where = reached(probe, scope, metric.reads(probe))
     placer = Placer(study, method, positions=where, reference=reference, seed=seed)
     arms = _arms(model, scores, seed)
-    controls = _controls(model, scores, random, seed)
-    everything = {**arms, **controls}
+    drawn = _controls(model, scores, random, seed)
+    if controls == "layers":
+        drawn = {name: matched(arms["top"], order) for name, order in drawn.items()}
+    everything = {**arms, **drawn}
     points = _points(model, counts)
     sets = {
         (arm, n): tuple(sorted(order[:n]))
@@ -119,9 +124,9 @@ def masking_curve(
         unedited=unmasked,
         unit="share",
         description="Right answers with the heads masked less those of the whole model.",
-        provenance=_origin(study, placer, seed, method, scope, right),
+        provenance=_origin(study, placer, seed, method, scope, right, controls),
     )
-    return OrderCurve(found, everything, tuple(controls))
+    return OrderCurve(found, everything, tuple(drawn))
 
 
 def reached(
@@ -139,9 +144,15 @@ def reached(
 
 
 def _origin(study: Study, placer: Placer, seed: int, *words: str) -> Provenance:
-    method, scope, right = words
+    method, scope, right, controls = words
     made = study.provenance(
-        seed, checks=placer.checks, method=method, scope=scope, right=right, positions=scope
+        seed,
+        checks=placer.checks,
+        method=method,
+        scope=scope,
+        right=right,
+        controls=controls,
+        positions=scope,
     )
     name = "right answers" if right == "all" else "right tokens"
     return replace(made, probe={**made.probe, "metric": name})
@@ -200,12 +211,13 @@ class MaskingConfig(Strict):
 
     Attributes:
         tasks: probes by name: needles, questions of your own, repeated tokens.
-        counts, random, method, scope, right, seed: of :func:`masking_curve`.
+        counts, random, controls, method, scope, right, seed: of :func:`masking_curve`.
     """
 
     tasks: dict[str, ProbeConfig] = Field(min_length=1)
     counts: tuple[int, ...] | None = None
     random: int = Field(default=5, ge=0, le=1000)
+    controls: Controls = "any"
     method: Masking = "uniform"
     scope: Scope = "decode"
     right: Right = "all"
@@ -250,6 +262,7 @@ def masking_curves(
             scores,
             counts=config.counts,
             random=config.random,
+            controls=config.controls,
             method=config.method,
             scope=config.scope,
             right=config.right,

@@ -1,15 +1,20 @@
 """Masking curves: equal to generation under the same mask; what retrieval heads are for."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import headscope as hs
 from headscope.errors import InputError
+from headscope.heads import HeadIndex
 from headscope.retrieval import Mask, MaskingConfig, decoded, generate, masking_curve
+from headscope.retrieval.control_orders import matched
 from tests.handwired import handwired_gpt2
 from tests.models.families import build
 
@@ -141,3 +146,43 @@ def test_what_does_not_fit_is_said_first() -> None:
         with pytest.raises(InputError, match=message):
             call()
     assert MaskingConfig(tasks={"a": {"kind": "ioi"}}).method == "uniform"  # type: ignore[dict-item]
+
+
+@given(
+    heads=st.permutations([HeadIndex(layer, head) for layer in range(4) for head in range(3)]),
+    kept=st.integers(0, 12),
+)
+def test_matched_orders_have_as_many_heads_of_every_layer(heads: Any, kept: int) -> None:
+    top, drawn = tuple(heads), tuple(sorted(heads[kept:], key=lambda head: head.head))
+    order = matched(top, drawn)
+    assert sorted(order) == sorted(drawn)
+    there = Counter(head.layer for head in drawn)
+    for n in range(len(drawn) + 1):
+        wanted, given_ = (Counter(head.layer for head in one[:n]) for one in (top, order))
+        for layer in range(4):
+            assert given_[layer] >= min(wanted[layer], there[layer])
+        if all(wanted[layer] <= there[layer] for layer in range(4)):
+            assert given_ == wanted
+
+
+def test_controls_of_the_same_layers(trained: tuple[Any, Any]) -> None:
+    model, found = trained
+    probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1, seed=8)
+    options: dict[str, Any] = {"counts": [0, 2], "random": 4, "progress": False}
+    curve = masking_curve(model, probe, found.by_set, controls="layers", **options)
+    loose = masking_curve(model, probe, found.by_set, **options)
+    count = min(
+        len(found.heads()),
+        *(sum(head.layer == 2 for head in curve.orders[n]) for n in curve.controls),
+    )
+    assert count > 0
+    top = sorted(head.layer for head in curve.orders["top"][:count])
+    for name in curve.controls:
+        assert sorted(head.layer for head in curve.orders[name][:count]) == top
+        assert sorted(curve.orders[name]) == sorted(loose.orders[name])
+    assert len({curve.orders[name] for name in curve.controls}) > 1
+    assert any(
+        sorted(head.layer for head in loose.orders[name][:count]) != top for name in loose.controls
+    )
+    assert curve.effects.provenance.probe["controls"] == "layers"
+    assert loose.effects.provenance.probe["controls"] == "any"
