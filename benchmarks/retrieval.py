@@ -7,13 +7,16 @@ published way: the prompt on fused attention, then steps on eager attention with
 what many notebooks do; where it does not fit, it "cannot run".
 (b) The teacher-forced form against one fused forward of the same text.
 (c) Peak memory of both forms at 1k to 32k tokens, each in a process of its own.
+(d) Both forms once on a model with 32 heads, at 16k tokens: seconds and peak memory.
 
     python benchmarks/retrieval.py            # prints JSON
     python benchmarks/retrieval.py --small    # short texts, one round
+    python benchmarks/retrieval.py wide       # part (d) alone
 """
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +29,13 @@ import headscope as hs
 SMALL = "--small" in sys.argv
 LENGTHS = (512, 1024) if SMALL else (1024, 2048, 4096)
 MEMORY_LENGTHS = (1024, 2048) if SMALL else (1024, 2048, 4096, 8192, 16384, 32768)
+WIDE_LENGTH = 1024 if SMALL else 16384
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2752,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
 ROUNDS = 1 if SMALL else 5
 STEPS = 32
 ANSWER = 16
@@ -146,15 +156,15 @@ def forced(length: int) -> dict[str, Any]:
     }
 
 
-def memory_of(what: str, length: int) -> None:
-    """Print this process's peak memory in MB, before and after one run."""
-    module = small_llama()
+def memory_of(what: str, length: int, **sizes: int) -> None:
+    """Print the seconds of one run, and this process's peak memory in MB before and after it."""
+    module = small_llama(**sizes)
     model = hs.load(module)
     probe, short = probe_of(length), probe_of(64)
     hs.score(model, short, "retrieval", progress=False)
     hs.retrieval.follow(model, short, new_tokens=2, progress=False)
     prompt = probe.tokens[:, : length - ANSWER]
-    before = peak_memory_mb()
+    before, started = peak_memory_mb(), time.perf_counter()
     if what == "decoded":
         hs.retrieval.follow(model, probe, new_tokens=STEPS, progress=False)
     elif what == "forced":
@@ -167,7 +177,37 @@ def memory_of(what: str, length: int) -> None:
         module.set_attn_implementation("sdpa")
         with torch.no_grad():
             module.base_model(input_ids=probe.tokens, use_cache=False)
-    print(before, peak_memory_mb())
+    print(time.perf_counter() - started, before, peak_memory_mb())
+
+
+def alone(*arguments: str) -> tuple[float, float, float] | None:
+    """What a process of its own printed: seconds, MB before, MB after; None where it died."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        return None
+    seconds, before, after = map(float, done.stdout.split()[-3:])
+    return seconds, before, after
+
+
+def wide() -> dict[str, Any]:
+    """Seconds and peak memory of part (d)."""
+    found: dict[str, Any] = {"tokens": WIDE_LENGTH, **WIDE}
+    patterns = 4 * 4 * WIDE["num_attention_heads"] * WIDE_LENGTH**2
+    found["patterns_would_take_mb"] = round(patterns / 2**20, 1)
+    for what in ("plain", "forced", "decoded"):
+        made = alone(what, str(WIDE_LENGTH), "wide")
+        if made is None:
+            found[what] = "cannot run"
+            continue
+        seconds, before, after = made
+        found[what] = {
+            "seconds": round(seconds, 2),
+            "peak_mb": round(after, 1),
+            "growth_mb": round(after - before, 1),
+        }
+    return found
 
 
 def memory() -> list[dict[str, Any]]:
@@ -181,14 +221,11 @@ def memory() -> list[dict[str, Any]]:
             if what == "eager" and 4 * 4 * 8 * length**2 > MOST_BYTES:
                 row["eager_peak_mb"] = "cannot run"
                 continue
-            done = subprocess.run(
-                [sys.executable, __file__, what, str(length)],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            if done.returncode:
+            made = alone(what, str(length))
+            if made is None:
                 row[f"{what}_peak_mb"] = "cannot run"
                 continue
-            before, after = map(float, done.stdout.split()[-2:])
+            _, before, after = made
             row[f"{what}_peak_mb"] = round(after, 1)
             row[f"{what}_growth_mb"] = round(after - before, 1)
         rows.append(row)
@@ -196,8 +233,10 @@ def memory() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        memory_of(sys.argv[1], int(sys.argv[2]))
+    if len(sys.argv) >= 3 and sys.argv[2].isdigit():
+        memory_of(sys.argv[1], int(sys.argv[2]), **(WIDE if "wide" in sys.argv else {}))
+    elif "wide" in sys.argv:
+        report("retrieval", {"wide": wide()})
     else:
         report(
             "retrieval",
@@ -205,5 +244,6 @@ if __name__ == "__main__":
                 "decoding": [decoding(length) for length in LENGTHS],
                 "teacher_forced": [forced(length) for length in LENGTHS],
                 "memory": memory(),
+                "wide": wide(),
             },
         )
