@@ -153,7 +153,7 @@ def learn_gates(
     log_alpha = torch.full(there.shape, start, requires_grad=True)
     adam = torch.optim.Adam([log_alpha], lr=rate)
     layers = frozenset(model.shape.attention_layers)
-    batches = list(whole_batches(study))
+    batches = [batch for _, batch in whole_batches(study)]
     costs, opened = [], []
     with frozen(model), track(float(steps), "learning gates", show=progress) as advance:
         for step in range(steps):

@@ -93,12 +93,12 @@ def gradient_importance(
     if not heads:
         raise InputError("all heads are removed: there is none to score.")
     edits: tuple[AnyEdit, ...] = (zero(gone),) if gone else ()
-    parts = []
+    found = np.full((len(heads), len(probe)), np.nan)
     with quick(model), track(float(len(probe)), "importance", show=progress) as advance:
-        for batch in whole_batches(study):
-            parts.append(_by_example(model, batch, edits, heads, over))
+        for chosen, batch in whole_batches(study):
+            found[:, chosen] = _by_example(model, batch, edits, heads, over).numpy()
             advance(float(len(batch.probe)))
-    values = by_head(model, heads, torch.cat(parts, 1).numpy())
+    values = by_head(model, heads, found)
     if normalise:
         values = _normalised(values)
     return HeadScores.from_examples(

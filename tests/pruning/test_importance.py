@@ -1,5 +1,6 @@
 """Importance against slow versions: finite differences, whole matrices, loops over patterns."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,3 +159,18 @@ def test_confidence_and_output_norm_by_hand(padding: str) -> None:
             lengths = (z @ model.output_weights(layer)[head]).norm(dim=-1)
             expected = float(lengths.mean())
             assert size.per_example[layer, head, example] == pytest.approx(expected, rel=1e-4)
+
+
+def test_examples_without_answer_count_for_nothing_whoever_is_beside_them() -> None:
+    model = hs.load("tiny-gpt2")
+    probe = hs.probes.pairs(model, "ioi", batch=3, seed=0)
+    assert probe.targets is not None
+    targets = probe.targets.clone()
+    targets[1] = -1
+    given = replace(probe, targets=targets)
+    alone, together = (
+        gradient_importance(model, given, hs.metrics.answer_log_prob, batch_size=size)
+        for size in (1, 3)
+    )
+    assert set(np.unique(alone.n)) == {2}
+    np.testing.assert_allclose(alone.mean, together.mean, rtol=1e-4, atol=1e-6)
