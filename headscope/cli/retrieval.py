@@ -224,6 +224,8 @@ def _print(found: Retrieval, masked: dict[str, OrderCurve]) -> None:
         for arm, means in zip(curve.effects.labels[0], curve.mean, strict=True):
             of.add_row(arm, *("" if one != one else f"{one:.2f}" for one in means))
         terminal.print(of)
+    if not masked and not found.runs.counted.any():
+        terminal.print("Without right answers there is no masking curve.")
     beyond = scores.provenance.probe.get("extrapolated_from")
     if beyond is not None:
         terminal.print(f"Trained on at most {beyond} tokens: longer texts use positions beyond.")

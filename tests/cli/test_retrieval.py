@@ -90,6 +90,7 @@ def test_no_answer_at_all_is_a_result(tmp_path: Path) -> None:
     said = "No run was answered well enough to score: 0 of 2 with recall above 0.5"
     assert said in printed
     assert "heads masked" not in printed
+    assert "there is no masking curve" in printed
     page = (folder / "index.html").read_text()
     assert said in page
     assert "What masking does" not in page
