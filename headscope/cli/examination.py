@@ -94,6 +94,7 @@ def _probes(model: HeadModel) -> dict[str, str | None]:
         "repeated_tokens": _reason(lambda: probes.repeated_tokens(model, length=length, batch=1)),
         "text": _reason(lambda: probes.text(model)),
         "ioi": _reason(lambda: probes.pairs(model, "ioi", batch=2)),
+        "needle": _reason(lambda: probes.needle(model)),
     }
 
 

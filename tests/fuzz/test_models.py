@@ -191,7 +191,7 @@ def test_poisoned_weights_do_nothing(tmp_path: Path) -> None:
     shutil.copy(good() / "config.json", home)
     (home / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Poison(flag)}))
     for extra in ([], ["--allow-pickle"]):
-        code, out, err = run(["scan", str(home), *extra])
+        code, out, err = run(["scan", str(home), *extra], tmp_path)
         assert code == 2
         assert err.startswith("headscope: ")
         assert "Traceback" not in err + out
@@ -207,7 +207,7 @@ def test_poisoned_yaml_does_nothing(tmp_path: Path) -> None:
                  f"kind: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib."
                  f"Path ['{flag}']]"):  # fmt: skip
         evil.write_text(text)
-        code, _, err = run(["scan", "--probe", str(evil)])
+        code, _, err = run(["scan", "--probe", str(evil)], tmp_path)
         assert (code, err.count("\n")) == (2, 1)
     assert not flag.exists()
 
@@ -224,7 +224,7 @@ def test_code_beside_a_model_is_not_run(tmp_path: Path) -> None:
     for options in ({}, {"allow_pickle": True}):
         with pytest.raises(HeadscopeError):
             hs.load(home, **options)
-    code, _, err = run(["scan", str(home), "--trust-remote-code"])
+    code, _, err = run(["scan", str(home), "--trust-remote-code"], tmp_path)
     assert code == 2
     assert "pin it" in err
     assert not flag.exists()

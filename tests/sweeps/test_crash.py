@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 
 from headscope.sweeps import read, run_sweep, status
@@ -42,7 +43,9 @@ def test_thirty_kills_change_nothing(tmp_path: Path) -> None:
 
 def start(file: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "headscope", "sweep", str(file), "--out", str(out), *more]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # Bytes are compared with those of this process, and rounding depends on the threads.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for_parts(out: Path, process: "subprocess.Popen[str]", count: int = 1) -> None:
