@@ -33,12 +33,21 @@ OPTIONS: dict[str, st.SearchStrategy[str]] = {
 FLAGS = ("--examples", "--json", "--allow-pickle", "--trust-remote-code", "--help", "--nonsense")
 MODELS = ("tiny-gpt2", "tiny-llama", "FOLDER", "FOLDER/broken", "FOLDER/probe.yaml", "no/such")
 COMMANDS = ("scan", "show", "scorers", "doctor", "scna", "")
+# Commands that work for seconds where all is right: what is given to them is mostly wrong.
+READING = ("status", "export", "report", "sweep", "compare", "emergence", "influence")
+ABOUT_ONE = ("head", "lens")
+WRONG = ("FOLDER", "FOLDER/broken", "FOLDER/probe.yaml", "FOLDER/wrong.yaml", "no/such", "--to")
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> list[str]:
     command = draw(st.sampled_from(COMMANDS) | words)
     call = [command]
+    if draw(st.integers(0, 3)) == 0:
+        command = draw(st.sampled_from(READING + ABOUT_ONE))
+        given = st.sampled_from(WRONG) | words
+        wrong = draw(st.lists(given, min_size=1, max_size=3))
+        return [command, *(["no/such"] if command in ABOUT_ONE else []), *wrong]
     if command in ("scan", "doctor", "show"):
         call += draw(st.lists(st.sampled_from(MODELS) | words, max_size=1))
     if command in ("scan", "doctor"):
