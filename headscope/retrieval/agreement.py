@@ -40,6 +40,12 @@ def agreement(a: HeadScores, b: HeadScores, k: int = 10) -> Agreement:
 
     Raises:
         InputError: if they are not of the same heads.
+
+    Example:
+        >>> scores = table["induction"]
+        >>> found = agreement(scores, scores, k=3)
+        >>> found.overlap, found.largest_difference
+        (1.0, 0.0)
     """
     if a.mean.shape != b.mean.shape:
         raise InputError(f"{a.name} has heads {a.mean.shape}, {b.name} {b.mean.shape}.")

@@ -41,6 +41,12 @@ class Corpus:
     Attributes:
         path: of the file.
         field: name of the text in each object.
+
+    Example:
+        >>> path = Path("documents.jsonl")
+        >>> _ = path.write_text('{"body": "One day"}')
+        >>> [document.text for document in Corpus(path, field="body").documents()]
+        ['One day']
     """
 
     path: Path

@@ -26,6 +26,11 @@ class Contrast:
             model's next token, in nats; ``gain``: how much masking adds to it, at least 0.
         most: largest alpha; None: no limit.
         share: divide an entropy by that of the flat distribution, so that it is at most 1.
+
+    Example:
+        >>> base, masked = torch.zeros(1, 4), torch.eye(4)[:1]
+        >>> Contrast(0.5)(base, masked).scores.argmin().item()  # what masking makes likelier
+        0
     """
 
     alpha: Alpha = "entropy"

@@ -61,6 +61,12 @@ def follow(
 
     Raises:
         InputError: if the probe has no such marks or does not fit the model.
+
+    Example:
+        >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
+        >>> run = follow(model, probe, new_tokens=2).runs[0]
+        >>> run.copied.shape == (len(run.tokens), model.shape.n_layers, model.shape.n_heads)
+        True
     """
     check_fits(model, probe)
     if new_tokens is not None and new_tokens < 1:

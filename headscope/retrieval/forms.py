@@ -95,6 +95,12 @@ def decoded(
 
     Raises:
         HeadscopeError: if the model answers no example well enough to count.
+
+    Example:
+        >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
+        >>> found = decoded(model, probe, null=False)
+        >>> found.by_set.mean.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
     """
     options: Options = {
         "new_tokens": new_tokens,
@@ -213,6 +219,12 @@ def forced(
         runs: of :func:`follow`: only examples that count there; default: all.
         batch_size: examples at a time.
         progress: show a bar.
+
+    Example:
+        >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
+        >>> scores = forced(model, probe)
+        >>> scores.name, scores.mean.shape == (model.shape.n_layers, model.shape.n_heads)
+        ('retrieval', True)
     """
     scores = score(model, probe, "retrieval", batch_size=batch_size, progress=progress)["retrieval"]
     if runs is None:

@@ -26,6 +26,13 @@ def by_kv_head(scores: HeadScores, how: Literal["mean", "max"] = "mean") -> Head
 
     Raises:
         InputError: if the values per example were not kept.
+
+    Example:
+        >>> model = hs.load("tiny-llama")
+        >>> probe = hs.probes.repeated_tokens(model, length=10, batch=2)
+        >>> scores = hs.score(model, probe, "induction")["induction"]
+        >>> by_kv_head(scores).mean.shape == (model.shape.n_layers, model.shape.n_kv_heads)
+        True
     """
     if how not in ("mean", "max"):
         raise InputError(f"how={how!r} is unknown: 'mean' or 'max'.")
@@ -68,6 +75,11 @@ def activity(scores: HeadScores, at_least: int | float = 0.0) -> dict[HeadIndex,
 
     Returns:
         Every head with a value; the source calls those that act sometimes dynamically activated.
+
+    Example:
+        >>> found = activity(table["induction"], at_least=1.0)
+        >>> len(found), set(found.values())
+        (12, {'never'})
     """
     known = ~np.isnan(scores.per_example)
     acts = np.where(known, scores.per_example, -np.inf) > at_least

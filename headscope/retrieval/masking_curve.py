@@ -212,6 +212,11 @@ class MaskingConfig(Strict):
     Attributes:
         tasks: probes by name: needles, questions of your own, repeated tokens.
         counts, random, controls, method, scope, right, seed: of :func:`masking_curve`.
+
+    Example:
+        >>> task = {"kind": "repeated_tokens", "length": 8, "batch": 2}
+        >>> MaskingConfig(tasks={"copying": task}).scope
+        'decode'
     """
 
     tasks: dict[str, ProbeConfig] = Field(min_length=1)

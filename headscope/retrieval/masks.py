@@ -27,6 +27,11 @@ class Mask:
         edit: what becomes of their values, wherever it is applied.
         scope: ``decode``: from the last token of the prompt on, whose query predicts the first
             new token (so in the source); ``prefill``: before it; ``all``: everywhere.
+
+    Example:
+        >>> mask = Mask.of(model, ["L2H0"])
+        >>> sorted(mask.edit.layers), mask.scope
+        ([2], 'decode')
     """
 
     edit: HeadEdit

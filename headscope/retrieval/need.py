@@ -40,6 +40,11 @@ def need(
     Returns:
         The scores ``long_need``, ``long_need_predicted``, ``long_need_precision`` and
         ``long_need_recall``.
+
+    Example:
+        >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
+        >>> list(need(model, probe, sink=2, recent=8))[:2]
+        ['long_need', 'long_need_predicted']
     """
     exact = long_need(sink, recent, threshold, name="long_need")
     guess = long_need_predicted(sink, recent, threshold, moments, name="long_need_predicted")

@@ -51,6 +51,13 @@ def rotary_contributions(
 
     Raises:
         UnsupportedModelError: if the model has none, or shows none.
+
+    Example:
+        >>> model = hs.load("tiny-llama")
+        >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
+        >>> found = rotary_contributions(model, probe)
+        >>> np.allclose(found.share.sum(-1), 1)
+        True
     """
     for limit in ("matches", "rotary"):
         if limit in model.limits:

@@ -69,6 +69,13 @@ class Runs:
         length, depth: of each example, as asked for; NaN where the probe does not say.
         threshold: recall above which a run counts.
         form: how they were made.
+
+    Example:
+        >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
+        >>> runs = hs.retrieval.follow(model, probe)
+        >>> lengths, depths, right, count = runs.grid()
+        >>> right.shape, count.tolist()
+        ((1, 1), [[1]])
     """
 
     runs: tuple[Run, ...]
