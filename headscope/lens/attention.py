@@ -38,6 +38,12 @@ class AttentionLens:
         model: name of the model that it belongs to.
         digest: of its weights.
         settings: what it was fitted with. JSON values.
+
+    Example:
+        >>> lens = hs.lens.attention_lens(model, probe, layers=[0], rank=2, steps=1)
+        >>> words = lens.read(model, [5, 9, 5, 9], k=3)
+        >>> len(words.promoted("L0H0")), len(words.suppressed("L0H0"))
+        (3, 3)
     """
 
     layers: tuple[int, ...]

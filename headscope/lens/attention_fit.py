@@ -53,6 +53,13 @@ def attention_lens(
         InputError: if the data does not fit the model, or a number is out of range.
 
     Source: Sakarvadia et al. 2023, "Attention Lens", arXiv 2310.16270.
+
+    Example:
+        >>> lens = hs.lens.attention_lens(model, probe, layers=[0], rank=2, steps=1)
+        >>> lens.inner.shape == (1, model.shape.n_heads, model.shape.d_head, 2)
+        True
+        >>> lens.report.rows
+        ('L0',)
     """
     if steps < 1 or learning_rate <= 0 or (rank is not None and rank < 1):
         raise InputError(

@@ -76,7 +76,13 @@ def logit_lenses(
     k: int = 5,
     lens: ResidualLens | None = None,
 ) -> dict[str, LensGrid]:
-    """Several sites in one forward pass; arguments as of :func:`logit_lens`."""
+    """Several sites in one forward pass; arguments as of :func:`logit_lens`.
+
+    Example:
+        >>> grids = hs.lens.logit_lenses(model, [5, 9, 5, 9], ["attention", "mlp"])
+        >>> [(site, grid.rows[0], grid.kl.shape[1]) for site, grid in grids.items()]
+        [('attention', 'L0', 4), ('mlp', 'L0', 4)]
+    """
     for site in sites:
         if site not in SITES:
             raise InputError(nearest(str(site), SITES, kind="site"))

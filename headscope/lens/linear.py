@@ -27,6 +27,11 @@ class ResidualLens:
         model: name of the model that it belongs to.
         digest: of its weights.
         settings: what it was fitted with. JSON values.
+
+    Example:
+        >>> lens = hs.lens.tuned_lens(model, probe, steps=1)
+        >>> lens.title, lens.translate(torch.zeros(3, model.shape.d_model), 0).shape[0]
+        ('tuned lens', 3)
     """
 
     kind: Literal["tuned", "shortcut"]

@@ -23,6 +23,12 @@ def load(folder: "str | PathLike[str]") -> ResidualLens | AttentionLens:
 
     Raises:
         InputError: if there is none, or its parts do not fit together.
+
+    Example:
+        >>> lens = hs.lens.linear_shortcuts(model, probe)
+        >>> lens.save("shortcuts")
+        >>> torch.equal(hs.lens.load("shortcuts").weight, lens.weight)
+        True
     """
     tensors, facts = load_lens(folder)
     if facts.kind not in _TENSORS:

@@ -52,6 +52,13 @@ def head_attribution(
         InputError: if the probe does not fit the model or has nothing to read.
         UnsupportedModelError: as of :func:`attribute`.
         HeadscopeError: if the parts do not sum to the whole.
+
+    Example:
+        >>> scores = hs.lens.head_attribution(model, probe)
+        >>> scores.mean.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
+        >>> scores.unit
+        'logits'
     """
     need_readout(model)
     chosen: Against = against or ("mean" if probe.foils is None else "foil")

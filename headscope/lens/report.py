@@ -24,6 +24,11 @@ class FitReport:
         agreement: share of tokens whose most likely token is the model's own, learned and plain.
         tokens: held out.
         fitted: tokens that the lens was fitted to.
+
+    Example:
+        >>> report = hs.lens.tuned_lens(model, probe, steps=1).report
+        >>> report.rows[0], report.gain.shape == (model.shape.n_layers,)
+        ('embedding', True)
     """
 
     rows: tuple[str, ...]

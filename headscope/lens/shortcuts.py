@@ -50,6 +50,13 @@ def linear_shortcuts(
         InputError: if the data does not fit the model, or there is no such place.
 
     Source: Din et al. 2023, "Jump to Conclusions", arXiv 2303.09435, sections 3 and 4.
+
+    Example:
+        >>> lens = hs.lens.linear_shortcuts(model, probe, to="L1")
+        >>> lens.report.rows, len(lens.settings["r2"])
+        (('embedding', 'L0'), 2)
+        >>> bool((lens.bias == 0).all())  # without intercept
+        True
     """
     names = row_names(model.shape.n_layers)
     goal = names[-1] if to is None else to

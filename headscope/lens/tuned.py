@@ -58,6 +58,14 @@ def tuned_lens(
         InputError: if the data does not fit the model, or a number is out of range.
 
     Source: Belrose et al. 2023, arXiv 2303.08112, section 2.
+
+    Example:
+        >>> lens = hs.lens.tuned_lens(model, probe, steps=2)
+        >>> again = hs.lens.tuned_lens(model, probe, steps=2)
+        >>> torch.equal(lens.weight, again.weight)  # same seed, same lens
+        True
+        >>> hs.lens.logit_lens(model, [5, 9, 5, 9], lens=lens).name
+        'tuned lens, residual'
     """
     if learning_rate is None:
         learning_rate = min(1e-2, max(1e-3, 1e-3 * _WIDTH / model.shape.d_model))

@@ -183,7 +183,17 @@ def match_scorer(
     needs: tuple[str, ...] = (),
     name: str | None = None,
 ) -> Callable[[MatchFunction], Scorer]:
-    """Make a scorer of a function of queries and keys; see :class:`Scorer` for the arguments."""
+    """Make a scorer of a function of queries and keys; see :class:`Scorer` for the arguments.
+
+    Example:
+        >>> @match_scorer(unit="score", control=None)
+        ... def own_match(matches, probe):
+        ...     '''Score of each token with itself, before the softmax.'''
+        ...     own = matches.query_pos.expand(*matches.scores.shape[:2], -1)
+        ...     return matches.scores.gather(-1, own[..., None])[..., 0]
+        >>> bool(hs.score(model, probe, own_match)["own_match"].mean.std() > 0)
+        True
+    """
 
     def wrap(function: MatchFunction) -> Scorer:
         return Scorer(
