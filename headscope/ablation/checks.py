@@ -108,9 +108,11 @@ def _check_head(
 def _clean_z(
     model: HeadModel, batch: Batch, layer: int, chosen: slice
 ) -> Float[Tensor, "1 pos head d_head"]:
-    """Outputs of a layer on one example, unedited."""
-    if batch.source.z is not None:
-        return batch.source.z[layer][chosen].float()
+    """Outputs of a layer on one example, unedited.
+
+    Run alone, as the edited pass is: beside others it would be rounded differently, and a deep
+    model makes more of that than the check allows.
+    """
     before, one = _Layer(layer), batch.probe.examples(chosen)
     nothing = torch.empty(0, dtype=torch.long)
     model.forward(one.tokens, real=one.real, observers=(before,), logits_at=nothing)
