@@ -3,19 +3,17 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from headscope.cli.command import typed
 from headscope.cli.output import console, plain_rows
 from headscope.comparing import compare
-from headscope.errors import InputError, nearest
+from headscope.comparing.compared import By
 from headscope.files import whole_file, writable_folder
 from headscope.models.load import load
 from headscope.models.protocol import HeadModel
 from headscope.scorers import resolve
 from headscope.table import Comparison, HeadTable
-
-_WAYS = ("profile", "weights", "address")
 
 
 def run(
@@ -29,14 +27,12 @@ def run(
     as_json: bool,
 ) -> None:
     """Read or score both, match, print, write."""
-    if by not in _WAYS:
-        raise InputError(nearest(by, _WAYS, kind="way to match"))
     names = None if scorers is None else [one.strip() for one in scorers.split(",") if one.strip()]
     if names is not None:
         resolve(names)
     folder = None if out is None else writable_folder(out)
     started = time.perf_counter()
-    found = compare(_read(first), _read(second), by=by, scorers=names, seed=seed)  # type: ignore[arg-type]
+    found = compare(_read(first), _read(second), by=cast(By, by), scorers=names, seed=seed)
     seconds = time.perf_counter() - started
     if as_json:
         print(json.dumps(plain_rows(found.to_pandas()), allow_nan=False))

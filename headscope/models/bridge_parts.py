@@ -110,7 +110,11 @@ class BridgeParts(MeasuredParts):
             return enter
 
         own = [
-            partial(self.block(n).attn.register_forward_pre_hook, hook(n), with_kwargs=True)  # type: ignore[union-attr]
+            partial(
+                self.block(n).get_submodule("attn").register_forward_pre_hook,
+                hook(n),
+                with_kwargs=True,
+            )
             for n in layers
         ]
         with torch.no_grad():

@@ -74,10 +74,10 @@ def read_pruned(folder: str | Path, config: Any, **options: Any) -> Any:
         family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except (ValidationError, KeyError) as error:
         raise ModelLoadError(f"{folder} holds no pruned model that can be read: {error}") from error
-    whole: type = family[0] if isinstance(family, tuple) else family
+    whole: Any = family[0] if isinstance(family, tuple) else family
 
     def start(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        whole.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+        whole.__init__(self, config, *args, **kwargs)
         try:
             _apply(self, plan, {})
         except (AttributeError, IndexError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -42,13 +43,13 @@ def _row(scores: HeadScores, head: HeadIndex) -> tuple[str, ...]:
     return (name, *map(written, values), _said(scores.unit))
 
 
-def _directions(title: str, views: Sequence[dict[str, object]]) -> str:
+def _directions(title: str, views: Sequence[dict[str, Any]]) -> str:
     if not views:
         return ""
     first = views[0]
     lines = []
     for sign in (0, 1):
-        sides = [_tokens(first[side][sign]) for side in ("reads", "writes")]  # type: ignore[index]
+        sides = [_tokens(first[side][sign]) for side in ("reads", "writes")]
         lines.append(f"{sides[0]} → {sides[1]}")
     return f"<p><b>{title}</b><br>{'<br>'.join(lines)}</p>"
 

@@ -6,6 +6,7 @@ import torch
 
 import headscope as hs
 from headscope import edits
+from headscope.ablation.paths import Entry
 from tests.ablation.helpers import model_of, probe_of, whole_pass
 
 difference = hs.metrics.logit_difference
@@ -111,11 +112,11 @@ def test_direct_paths_to_the_logits(family: str) -> None:
 
 
 @pytest.mark.parametrize("entry", ["query", "key", "value"])
-def test_paths_to_a_head(entry: str) -> None:
+def test_paths_to_a_head(entry: Entry) -> None:
     model, probe = model_of("llama"), probe_of()
     assert probe.corrupt is not None
     receiver, sender = hs.HeadIndex(2, 3), hs.HeadIndex(0, 1)
-    found = hs.path_patch(model, probe, difference, [receiver], entry)  # type: ignore[arg-type]
+    found = hs.path_patch(model, probe, difference, [receiver], entry)
     corrupt = hs.ablation.head_values(model, probe.corrupt.tokens)
     kept = hs.ablation.head_values(model, probe.tokens)
     middle = [(1, head) for head in range(4)]
@@ -131,7 +132,7 @@ def test_paths_to_a_head(entry: str) -> None:
     sent = [edits.patch([sender], corrupt), edits.patch(middle, kept), Keep()]
     whole_pass(model, probe, sent)
     head = 3 if entry == "query" else 1
-    final = [edits.patch((2, head), seen, site=entry)]  # type: ignore[arg-type]
+    final = [edits.patch((2, head), seen, site=entry)]
     effect = whole_pass(model, probe, final) - whole_pass(model, probe, ())
     assert found.per_example[sender] == pytest.approx(effect, abs=2e-5)
     assert np.isnan(found.mean[2]).all()

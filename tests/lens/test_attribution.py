@@ -13,6 +13,7 @@ from torch import Tensor
 import headscope as hs
 from headscope import lens
 from headscope.errors import HeadscopeError, InputError
+from headscope.lens.over_probe import Against
 from headscope.models.bridge import bridge_over, wrap_bridge
 from headscope.models.load import load
 from tests.handwired import handwired_gpt2, handwired_llama
@@ -193,7 +194,8 @@ def test_a_wrong_part_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HeadscopeError, match="parts sum to"):
         lens.head_attribution(model, probe)
     monkeypatch.undo()
-    model.readout = dataclasses.replace(model.readout, logit_scale=1.01)  # type: ignore[misc]
+    readout = dataclasses.replace(model.readout, logit_scale=1.01)
+    monkeypatch.setattr(model, "readout", readout)
     with pytest.raises(HeadscopeError, match="logits of"):
         lens.attribute(model, TOKENS, 5, 9)
     with pytest.raises(HeadscopeError, match="logits of"):
@@ -214,12 +216,13 @@ def test_over_a_probe_it_is_the_scorers_value() -> None:
         model = model_of(family)
         probe = hs.probes.repeated_tokens(model, length=5, batch=3)
         foiled = dataclasses.replace(probe, foils=(probe.targets + 1).where(probe.targets >= 0, -1))
-        for one, against, name in (
+        cases: tuple[tuple[hs.Probe, Against, str], ...] = (
             (probe, "mean", "direct_logit_attribution"),
             (foiled, "foil", "direct_logit_difference"),
-        ):
+        )
+        for one, against, name in cases:
             expected = hs.score(model, one, [name])[name]
-            found = lens.head_attribution(model, one, against, mark="second_copy")  # type: ignore[arg-type]
+            found = lens.head_attribution(model, one, against, mark="second_copy")
             np.testing.assert_allclose(
                 found.per_example, expected.per_example, atol=1e-4, rtol=1e-4
             )

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as arrays
 from headscope import lens
 from headscope.errors import InputError
 from headscope.lens import reading
+from headscope.models.hf import HFModel
 from headscope.models.load import load
 from tests.handwired import handwired_gpt2
 from tests.lens.helpers import EVERY, TOKENS, model_of, plain_logits
@@ -40,7 +41,8 @@ def test_equal_to_transformer_lens(family: str) -> None:
     from transformer_lens.tools.analysis.logit_lens import logit_readout
 
     model = model_of(family)
-    bridge, tokens = model.bridge, torch.tensor([TOKENS])  # type: ignore[attr-defined]
+    assert isinstance(model, HFModel)
+    bridge, tokens = model.bridge, torch.tensor([TOKENS])
     targets = torch.tensor([[*TOKENS[1:], 7]])
     grids = lens.logit_lenses(model, TOKENS, target=targets[0].tolist(), k=4)
     with torch.no_grad():
