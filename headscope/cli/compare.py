@@ -3,12 +3,12 @@
 import json
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from headscope.cli.command import typed
 from headscope.cli.output import console, plain_rows
 from headscope.comparing import compare
-from headscope.comparing.compared import By
+from headscope.comparing.compared import way_to_match
 from headscope.files import whole_file, writable_folder
 from headscope.models.load import load
 from headscope.models.protocol import HeadModel
@@ -27,12 +27,13 @@ def run(
     as_json: bool,
 ) -> None:
     """Read or score both, match, print, write."""
+    way = way_to_match(by)
     names = None if scorers is None else [one.strip() for one in scorers.split(",") if one.strip()]
     if names is not None:
         resolve(names)
     folder = None if out is None else writable_folder(out)
     started = time.perf_counter()
-    found = compare(_read(first), _read(second), by=cast(By, by), scorers=names, seed=seed)
+    found = compare(_read(first), _read(second), by=way, scorers=names, seed=seed)
     seconds = time.perf_counter() - started
     if as_json:
         print(json.dumps(plain_rows(found.to_pandas()), allow_nan=False))

@@ -16,11 +16,23 @@ from headscope.stats import bootstrap_interval
 from headscope.table import Comparison, HeadScores, HeadTable
 
 By = Literal["profile", "weights", "address"]
-_MEASURES = {
+_MEASURES: dict[By, str] = {
     "profile": "distance of score profiles, in standard deviations (0: alike)",
     "weights": "cosine of weights, mean of OV and QK (1: alike)",
     "address": "distance of score profiles, in standard deviations (0: alike)",
 }
+
+
+def way_to_match(name: str) -> By:
+    """``name`` as a way to match heads.
+
+    Raises:
+        InputError: if there is no such way.
+    """
+    for way in _MEASURES:
+        if way == name:
+            return way
+    raise InputError(nearest(name, _MEASURES, kind="way to match"))
 
 
 def compare(
@@ -58,8 +70,7 @@ def compare(
         >>> len(found.pairs)
         12
     """
-    if by not in _MEASURES:
-        raise InputError(nearest(by, _MEASURES, kind="way to match"))
+    way_to_match(by)
     if by == "weights" and (isinstance(first, HeadTable) or isinstance(second, HeadTable)):
         raise InputError("matching by weights needs two models, not tables.")
     wanted = None if scorers is None else list(scorers)
