@@ -48,6 +48,18 @@ def sync_folder(folder: Path) -> None:
             raise
 
 
+def whole_page(target: Path, page: str) -> None:
+    """Write an HTML page, whole or not at all.
+
+    Raises:
+        InputError: if the name does not end in ``.html``.
+    """
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{target.name!r} should end in .html.")
+    with whole_file(target) as file:
+        file.write(page.encode())
+
+
 def writable_folder(folder: Path) -> Path:
     """Make a folder and prove that files can be written into it.
 

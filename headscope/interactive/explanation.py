@@ -12,7 +12,7 @@ import numpy as np
 from headscope.ablation import ablate_heads
 from headscope.circuits import eigenvalues, head_card, spectra
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.files import whole_file
+from headscope.files import whole_page
 from headscope.heads import HeadIndex
 from headscope.metrics import loss
 from headscope.models.load import load
@@ -74,11 +74,7 @@ class Explanation:
         Raises:
             InputError: if the name does not end in ``.html``.
         """
-        target = Path(path)
-        if target.suffix.lower() not in (".html", ".htm"):
-            raise InputError(f"{target.name!r} should end in .html.")
-        with whole_file(target) as file:
-            file.write(self.page().encode())
+        whole_page(Path(path), self.page())
 
     @cached_property
     def _evidence(self) -> Evidence:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # What may end a script element or a line of script inside a string.
 _UNSAFE = {ord(one): f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"}
-_TEMPLATES = ("page.html", "sections.html", "report.html", "view.html")
+_TEMPLATES = ("frame.html", "page.html", "sections.html", "report.html", "view.html")
 
 
 def filled(

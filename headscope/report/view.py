@@ -5,8 +5,7 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
-from headscope.errors import InputError
-from headscope.files import whole_file
+from headscope.files import whole_page
 from headscope.report.packed import packed_example
 from headscope.report.shell import filled
 from headscope.table import AttentionExample
@@ -47,11 +46,7 @@ class AttentionView:
         Raises:
             InputError: if the name does not end in ``.html``.
         """
-        target = Path(path)
-        if target.suffix.lower() not in (".html", ".htm"):
-            raise InputError(f"{target.name!r} should end in .html.")
-        with whole_file(target) as file:
-            file.write(self.page().encode())
+        whole_page(Path(path), self.page())
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own: nothing of it touches the notebook, or the reverse."""
