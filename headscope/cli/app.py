@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from headscope.cli.app_comparing import commands as comparing
-from headscope.cli.app_retrieval import commands
-from headscope.cli.options import AllowPickle, Device, Dtype, Memory, Model, Revision, TrustCode
+from headscope.cli.app_retrieval import commands as retrieving
+from headscope.cli.loading import Loading, with_loading
+from headscope.cli.options import Json, Memory, Model, Scorers
 
 app = typer.Typer(
     name="headscope",
@@ -19,16 +20,15 @@ app = typer.Typer(
 
 
 @app.command()
+@with_loading
 def scan(
+    loading: Loading,
     model: Model = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the table, pictures and page.")
     ] = None,
-    scorers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    scorers: Scorers = None,
     probe: Annotated[Path | None, typer.Option(help="YAML file with a probe.")] = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
     memory: Memory = None,
     max_tokens_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="Queries whose rows are held at once.")
@@ -38,16 +38,13 @@ def scan(
     examples: Annotated[
         bool, typer.Option("--examples", help="Keep the values per example.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustCode = False,
+    json: Json = False,
 ) -> None:
     """Score every attention head of MODEL; with --out also write the table and pictures."""
     from headscope.cli import scan as command
 
-    loading = command.Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
     command.run(
-        loading,
+        loading.of(model),
         out=out,
         scorers=scorers,
         probe_file=probe,
@@ -63,7 +60,7 @@ def scan(
 @app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="Folder that scan wrote, or its table.parquet.")],
-    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Print the table of a finished run."""
     from headscope.cli import show as command
@@ -73,7 +70,7 @@ def show(
 
 @app.command()
 def scorers(
-    json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """List every scorer: name, unit, range, meaning and source."""
     from headscope.cli import scorers as command
@@ -82,7 +79,9 @@ def scorers(
 
 
 @app.command()
+@with_loading
 def circuits(
+    loading: Loading,
     model: Model = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the table, pairs, pictures and page.")
@@ -92,23 +91,18 @@ def circuits(
     ] = 256,
     paths: Annotated[int, typer.Option(min=1, help="Chains of each kind.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and random bands.")] = 0,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustCode = False,
+    json: Json = False,
 ) -> None:
     """Read every head of MODEL from its weights: spectra, copying, composition, paths."""
     from headscope.cli import circuits as command
-    from headscope.cli.scan import Loading
 
-    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
-    command.run(loading, out=out, tokens=tokens, paths=paths, seed=seed, as_json=json)
+    command.run(loading.of(model), out=out, tokens=tokens, paths=paths, seed=seed, as_json=json)
 
 
 @app.command(no_args_is_help=True)
+@with_loading
 def head(
+    loading: Loading,
     names: Annotated[
         list[str], typer.Argument(metavar="[MODEL] HEAD", help="A head, such as L5H1 or 5.1.")
     ],
@@ -120,21 +114,14 @@ def head(
         bool, typer.Option("--weights-only", help="Run no probe: weights alone.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of probes and random bands.")] = 0,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the card as JSON.")] = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustCode = False,
+    json: Json = False,
 ) -> None:
     """Show all there is to know of one HEAD: scores, weights, partners, example, ablation."""
     from headscope.cli import head as command
-    from headscope.cli.scan import Loading
 
     model, address = command.split(names)
-    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
     command.run(
-        loading,
+        loading.of(model),
         address,
         out=out,
         text=text,
@@ -145,7 +132,9 @@ def head(
 
 
 @app.command(no_args_is_help=True)
+@with_loading
 def lens(
+    loading: Loading,
     names: Annotated[
         list[str], typer.Argument(metavar="[MODEL] PROMPT", help="A text, in quotes.")
     ],
@@ -159,21 +148,14 @@ def lens(
         Path | None, typer.Option("--lens", help="Folder of a tuned lens or of shortcuts.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for numbers, pictures, page.")] = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustCode = False,
+    json: Json = False,
 ) -> None:
     """Read every layer of MODEL in the vocabulary, and split the next token's logit exactly."""
     from headscope.cli import lens as command
-    from headscope.cli.scan import Loading
 
     model, prompt = command.split(names)
-    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
     command.run(
-        loading,
+        loading.of(model),
         prompt,
         target=target,
         foil=foil,
@@ -186,24 +168,19 @@ def lens(
 
 
 @app.command()
+@with_loading
 def doctor(
+    loading: Loading,
     model: Annotated[
         str | None,
         typer.Argument(help="Also examine this model: name, folder, bundled.", show_default=False),
     ] = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustCode = False,
+    json: Json = False,
 ) -> None:
     """Tell what is installed here, and what headscope can do with MODEL."""
     from headscope.cli import doctor as command
-    from headscope.cli.scan import Loading
 
-    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
-    command.run(loading, as_json=json)
+    command.run(loading.of(model), as_json=json)
 
 
 @app.command()
@@ -239,7 +216,7 @@ def sweep(
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
-    json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Tell how far a sweep is, what failed and why; also while it runs."""
     from headscope.cli import status as command
@@ -274,4 +251,4 @@ def report(
 
 
 app.add_typer(comparing)
-app.add_typer(commands)
+app.add_typer(retrieving)

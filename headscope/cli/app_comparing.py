@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from headscope.cli.options import Device, Dtype
+from headscope.cli.loading import Loading
+from headscope.cli.options import Device, Dtype, Json, Scorers
 
 commands = typer.Typer()
 
@@ -22,7 +23,7 @@ def emergence(
     checkpoints: Annotated[
         str | None, typer.Option(help="Revisions, earliest first (default: all bundled ones).")
     ] = None,
-    scorers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    scorers: Scorers = None,
     texts: Annotated[
         Path | None, typer.Option(help="UTF-8 text for the loss, a paragraph each.")
     ] = None,
@@ -30,15 +31,13 @@ def emergence(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Score heads at every checkpoint of training, beside the losses: which appear when."""
     from headscope.cli import emergence as command
-    from headscope.cli.scan import Loading
 
-    loading = Loading(model, None, dtype, device, False, False)
     command.run(
-        loading,
+        Loading(model, dtype=dtype, device=device),
         checkpoints=checkpoints,
         scorers=scorers,
         texts=texts,
@@ -53,10 +52,10 @@ def compare(
     first: Annotated[str, typer.Argument(help="Model, MODEL@REVISION, or folder of a scan.")],
     second: Annotated[str, typer.Argument(help="The same.")],
     by: Annotated[str, typer.Option(help="profile, weights or address.")] = "profile",
-    scorers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    scorers: Scorers = None,
     out: Annotated[Path | None, typer.Option(help="Folder for numbers and page.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Match the heads of two models or checkpoints, and tell how their scores differ."""
     from headscope.cli import compare as command

@@ -5,13 +5,16 @@ from typing import Annotated
 
 import typer
 
-from headscope.cli.options import AllowPickle, Device, Dtype, Model, Revision, TrustCode
+from headscope.cli.loading import Loading, with_loading
+from headscope.cli.options import Json, Model
 
 commands = typer.Typer()
 
 
 @commands.command()
+@with_loading
 def retrieval(
+    loading: Loading,
     model: Model = None,
     lengths: Annotated[
         str | None,
@@ -46,18 +49,12 @@ def retrieval(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of needles and texts.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustCode = False,
+    json: Json = False,
 ) -> None:
     """Find the heads of MODEL that fetch from far back, and mask them; resumable with --out."""
     from headscope.cli import retrieval as command
-    from headscope.cli.scan import Loading
 
-    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code, extrapolate)
+    loading = loading.of(model, extrapolate=extrapolate)
     asked = command.Asked(
         lengths=lengths,
         depths=depths,
@@ -75,7 +72,9 @@ def retrieval(
 
 
 @commands.command(no_args_is_help=True)
+@with_loading
 def influence(
+    loading: Loading,
     corpus: Annotated[Path, typer.Argument(help="JSONL file, one object with a text a line.")],
     model: Annotated[
         str | None, typer.Option(help="Model that reads it (default: tiny-gpt2).")
@@ -93,20 +92,13 @@ def influence(
     denominator: Annotated[
         str, typer.Option(help="base or masked: what the rise is a share of.")
     ] = "base",
-    revision: Revision = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the best and worst as JSON.")] = False,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustCode = False,
+    json: Json = False,
 ) -> None:
     """Rank the documents of CORPUS by how much retrieval heads help to read them; resumable."""
     from headscope.cli import influence as command
-    from headscope.cli.scan import Loading
 
-    loading = Loading(model, revision, dtype, device, allow_pickle, trust_remote_code)
     command.run(
-        loading,
+        loading.of(model),
         corpus,
         heads=heads,
         out=out,

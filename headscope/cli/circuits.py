@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from headscope.circuits.survey import Survey, survey
 from headscope.circuits.vocabulary import vocabulary_words
 from headscope.cli.command import typed
+from headscope.cli.loading import Loading
 from headscope.cli.output import console, table_rows
-from headscope.cli.scan import Loading
 from headscope.files import whole_file
 from headscope.table import save_spectra
 

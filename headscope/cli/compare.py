@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from headscope.cli.command import typed
+from headscope.cli.names import scorer_names
 from headscope.cli.output import console, plain_rows
 from headscope.comparing import compare
 from headscope.comparing.compared import way_to_match
-from headscope.files import whole_file, writable_folder
+from headscope.files import whole_file, whole_page, writable_folder
 from headscope.models.load import load
 from headscope.models.protocol import HeadModel
-from headscope.scorers import resolve
 from headscope.table import Comparison, HeadTable
 
 
@@ -28,9 +28,7 @@ def run(
 ) -> None:
     """Read or score both, match, print, write."""
     way = way_to_match(by)
-    names = None if scorers is None else [one.strip() for one in scorers.split(",") if one.strip()]
-    if names is not None:
-        resolve(names)
+    names = scorer_names(scorers)
     folder = None if out is None else writable_folder(out)
     started = time.perf_counter()
     found = compare(_read(first), _read(second), by=way, scorers=names, seed=seed)
@@ -95,5 +93,4 @@ def _write(folder: Path, found: Comparison, settings: dict[str, Any]) -> None:
         [(name, str(value)) for name, value in settings.items()],
         typed(),
     )
-    with whole_file(folder / "index.html") as file:
-        file.write(page.encode())
+    whole_page(folder / "index.html", page)

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Any
 
+from headscope.cli.loading import Loading
 from headscope.cli.output import console
-from headscope.cli.scan import Loading
 from headscope.errors import HeadscopeError
 from headscope.models import shipped
 

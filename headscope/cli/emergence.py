@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from headscope.cli.command import typed
+from headscope.cli.loading import Loading
+from headscope.cli.names import listed, scorer_names
 from headscope.cli.output import console, plain_rows
-from headscope.cli.scan import Loading
 from headscope.comparing import emergence
 from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.plots.text import visible
-from headscope.scorers import resolve
 from headscope.sweeps.results import read
 from headscope.table import Emergence
 from headscope.table.emergence import joined_curves
@@ -34,9 +34,7 @@ def run(
     from headscope.report.emergence import emergence_sections
     from headscope.report.folder import RunFolder
 
-    names, revisions = _listed(scorers), _listed(checkpoints)
-    if names is not None:
-        resolve(names)
+    names, revisions = scorer_names(scorers), listed(checkpoints)
     passages = None if texts is None else _passages(texts)
     folder = None if out is None else RunFolder.create(out)
     started = time.perf_counter()
@@ -115,10 +113,6 @@ def of_sweep(folder: Path) -> Emergence:
 
 def _is_sweep(source: str | None) -> bool:
     return source is not None and (Path(source) / "manifest.json").is_file()
-
-
-def _listed(names: str | None) -> list[str] | None:
-    return None if names is None else [one.strip() for one in names.split(",") if one.strip()]
 
 
 def _passages(file: Path) -> list[str]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headscope.cli.loading import Loading
 from headscope.cli.output import console
-from headscope.cli.scan import Loading
 from headscope.errors import InputError
 from headscope.files import writable_folder
 from headscope.heads import HeadIndex

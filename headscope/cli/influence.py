@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from headscope.cli.command import typed
+from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows
-from headscope.cli.scan import Loading
 from headscope.errors import InputError, nearest
 from headscope.files import whole_file, writable_folder
 from headscope.heads import HeadIndex

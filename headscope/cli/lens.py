@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from headscope import lens
 from headscope.cli.command import typed
+from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows
-from headscope.cli.scan import Loading
 from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.lens.linear import ResidualLens

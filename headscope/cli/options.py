@@ -19,6 +19,8 @@ Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU if there is one).")
 ]
 Memory = Annotated[str | None, typer.Option(help="What a chunk of rows may take, e.g. 2GB.")]
+Scorers = Annotated[str | None, typer.Option(help="Names, separated by commas.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights.")]
 TrustCode = Annotated[
     bool,

@@ -10,8 +10,8 @@ import numpy as np
 
 from headscope.cli.command import typed
 from headscope.cli.lengths import parse_depths, parse_lengths
+from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows, table_rows
-from headscope.cli.scan import Loading
 from headscope.configs import parse, read_yaml
 from headscope.errors import InputError, nearest
 from headscope.files import whole_file

@@ -2,45 +2,15 @@
 
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from headscope.cli.command import typed
+from headscope.cli.loading import Loading
+from headscope.cli.names import scorer_names
 from headscope.cli.output import console, print_table
-from headscope.errors import HeadscopeError, InputError
-from headscope.models.load import load
-from headscope.models.protocol import HeadModel
+from headscope.errors import HeadscopeError
 from headscope.patterns import attention_example
 from headscope.scoring import score
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Which model, and how to load it."""
-
-    source: str | None
-    revision: str | None
-    dtype: str | None
-    device: str | None
-    allow_pickle: bool
-    trust_remote_code: bool
-    extrapolate: bool = False
-
-    def model(self) -> HeadModel:
-        """Load it, without transformers' own bars and advice on the terminal."""
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        return load(
-            self.source,
-            revision=self.revision,
-            dtype=self.dtype,
-            device=_device(self.device),
-            allow_pickle=self.allow_pickle,
-            trust_remote_code=self.trust_remote_code,
-            extrapolate=self.extrapolate,
-        )
 
 
 def run(
@@ -61,11 +31,8 @@ def run(
     from headscope.memory import parse_memory
     from headscope.probes.config import ProbeConfig, build_probe
     from headscope.report.folder import RunFolder
-    from headscope.scorers import resolve
 
-    names = None if scorers is None else [one.strip() for one in scorers.split(",") if one.strip()]
-    if names is not None:
-        resolve(names)
+    names = scorer_names(scorers)
     budget = parse_memory(memory)
     config = None
     if probe_file is not None:
@@ -109,18 +76,3 @@ def run(
 def _example_length(heads: int) -> int:
     """Tokens of the kept example: a megabyte of patterns, or 20 tokens."""
     return int(max(20, min(48, (1_000_000 / heads) ** 0.5)))
-
-
-def _device(name: str | None) -> str | None:
-    """Check a device's name before anything is loaded."""
-    if name is None:
-        return None
-    import torch
-
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}: cpu, cuda or cuda:1.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} was asked for, but torch sees no GPU here.")
-    return name
