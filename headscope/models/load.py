@@ -1,5 +1,6 @@
 """Load a model, from wherever it is, as something seen head by head."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def load(
@@ -45,7 +47,8 @@ def load(
         device: where to put the weights; default: a GPU if there is one, else the CPU.
         dtype: type of the weights; default: as they are stored.
         device_map: spread over devices, as transformers takes it; excludes ``device``.
-        tokenizer: for a model that you pass; otherwise it is loaded with the model.
+        tokenizer: for a model that you pass; otherwise it is loaded with the model, or warned of
+            where it cannot be read.
         trust_remote_code: run code that comes with the model; only with a 40-digit ``revision``.
         allow_pickle: also accept weights that are not safetensors.
         check: prove the hook points on a few tokens (a handful of tiny passes).
@@ -117,7 +120,8 @@ def _wrapped(
     try:
         model: HeadModel | None = HFModel.wrap(module, **facts)
         if model is None:
-            from headscope.models.bridge import bridge_over, wrap_bridge
+            from headscope.models.bridge import wrap_bridge
+            from headscope.models.bridge_build import bridge_over
 
             model = wrap_bridge(bridge_over(module), **facts)
     except UnsupportedModelError as error:
@@ -191,14 +195,20 @@ def _from_files(
 
 
 def _tokenizer(place: str, code: dict[str, Any]) -> Any:
-    """Load the tokenizer; None if the model has none."""
+    """Load the tokenizer; None if the model has none, or, with a warning, one that cannot be read.
+
+    A model is worth having without: random tokens need no tokenizer.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **code)
         # Without files some families get a tokenizer of special tokens alone.
         return tokenizer if {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} else None
-    except Exception:  # as above; what needs a tokenizer says that there is none
+    except Exception as error:  # as above; what needs a tokenizer says that there is none
+        if any((Path(place) / file).is_file() for file in _TOKENIZER_FILES):
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            warnings.warn(f"the tokenizer in {place} could not be read: {reason}", stacklevel=2)
         return None
 
 

@@ -43,6 +43,14 @@ def test_a_folder_loads_like_the_model(tmp_path: Path) -> None:
     assert hs.load(tmp_path / "saved", dtype="bf16").dtype == torch.bfloat16
 
 
+def test_a_broken_tokenizer_is_warned_of(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    assert hs.load(tmp_path).tokenizer is None  # none is no reason to warn: warnings are errors
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BP')
+    with pytest.warns(UserWarning, match="tokenizer in .* could not be read"):
+        assert hs.load(tmp_path).tokenizer is None
+
+
 def test_one_changed_weight_changes_the_digest() -> None:
     module = fresh("llama")
     before = hs.load(module).digest()
