@@ -1,10 +1,5 @@
-"""A transformer-lens ``TransformerBridge`` seen head by head, and per-head weights.
+"""A transformer-lens ``TransformerBridge`` seen head by head."""
 
-The only file that imports transformer_lens, and only inside functions.
-"""
-
-import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -15,25 +10,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge_layout import BridgeLayout, find_bridge_layout, tiny_bridge_tokens
+from headscope.models.bridge_build import OWN_NAMES
+from headscope.models.bridge_layout import BridgeLayout, find_bridge_layout
 from headscope.models.bridge_parts import BridgeParts
 from headscope.models.bridge_pass import BridgePass, Finished
 from headscope.models.bridge_weights import bridge_weights
+from headscope.models.calls import accepted, padding
 from headscope.models.digest import Digest
 from headscope.models.extrapolation import no_rotation
 from headscope.models.hf_readout import logit_scale, measure_readout
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
-
-# Largest difference between logits of bridge and model, relative to the largest logit. Half
-# precision rounds at other places on the two ways; a wrong layout gives differences near 1.
-_SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
-_SAME_HALF = 0.1
-
-# Attribute of a module tree that says which weights it had before a bridge added views of them.
-_OWN_NAMES = "_headscope_weight_names"
-
-__all__ = ["BridgeModel", "bridge_over", "bridge_weights", "wrap_bridge"]
 
 
 class BridgeModel:
@@ -141,7 +128,7 @@ class BridgeModel:
         The same as of the transformers model that a bridge of headscope's own was built over.
         """
         weights = self.module.state_dict()
-        own = getattr(self.module, _OWN_NAMES, None)
+        own = getattr(self.module, OWN_NAMES, None)
         if own is not None:
             weights = {name.replace("._original_component", ""): w for name, w in weights.items()}
             weights = {name: weights[name] for name in own}
@@ -183,14 +170,12 @@ class BridgeModel:
     def _inputs(self, mask: Tensor | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}
         if mask is not None:
-            inputs["attention_mask"] = mask.long()
-            if "position_ids" in self._arguments:
-                inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+            inputs |= padding(mask, self._arguments)
         return inputs
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.module.forward).parameters)
+        return accepted(self.module)
 
 
 def wrap_bridge(
@@ -203,7 +188,7 @@ def wrap_bridge(
     """See a ``TransformerBridge`` head by head.
 
     Args:
-        bridge: the user's own, or one from :func:`bridge_over`.
+        bridge: the user's own, or one from :func:`headscope.models.bridge_build.bridge_over`.
         name: what to call it; default: what the bridge calls it.
         tokenizer: default: the bridge's own.
         revision: which version of the weights it holds.
@@ -219,73 +204,6 @@ def wrap_bridge(
     own = getattr(bridge, "tokenizer", None)
     chosen = own if tokenizer is None else tokenizer
     return BridgeModel(bridge, layout, tokenizer=chosen, name=name, revision=revision)
-
-
-def bridge_over(module: Any) -> Any:
-    """Build a ``TransformerBridge`` around a second module tree over the same parameter storage.
-
-    A bridge rewires the modules that it wraps, so it gets a tree of its own: an empty one of the
-    same class, to which the first one's parameters and buffers are assigned. Fused projections
-    whose heads lie interleaved (bloom, gpt_neox, phi3, falcon) are copied by transformer-lens.
-
-    Args:
-        module: a transformers model; left as it is.
-
-    Raises:
-        UnsupportedModelError: if transformer-lens cannot run it, or runs it differently.
-    """
-    name = module.config.name_or_path or type(module).__name__
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-    try:
-        tree = _second_tree(module)
-        bridge = build_bridge_from_module(
-            tree,
-            architecture=type(module).__name__,
-            hf_config=tree.config,
-            tokenizer=None,
-            model_name=name,
-        )
-    except Exception as error:  # whatever an adapter of another package stumbles over
-        raise UnsupportedModelError(
-            f"{name} ({module.config.model_type}) is not supported: transformer-lens cannot open "
-            f"it ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
-        ) from error
-    _check_same(module, bridge, name)
-    return bridge
-
-
-def _second_tree(module: Any) -> Any:
-    """Build a module tree of the same class over the same tensors."""
-    from accelerate import init_empty_weights
-
-    config = copy.deepcopy(module.config)
-    config._attn_implementation = "eager"
-    with init_empty_weights(include_buffers=False):
-        tree = type(module)(config)
-    weights = module.state_dict()
-    tree.load_state_dict(weights, assign=True)
-    setattr(tree, _OWN_NAMES, tuple(weights))
-    buffers = dict(module.named_buffers())
-    for path, _ in list(tree.named_buffers()):
-        owner, _, leaf = path.rpartition(".")
-        tree.get_submodule(owner)._buffers[leaf] = buffers[path]
-    return tree.train(module.training)
-
-
-@torch.no_grad()
-def _check_same(module: Any, bridge: Any, name: str) -> None:
-    """Refuse a bridge whose logits are not those of the model that it was built over."""
-    if module.training:
-        return
-    tokens = tiny_bridge_tokens(bridge)
-    plain = module(input_ids=tokens, use_cache=False).logits.float()
-    difference = float((bridge(tokens, return_type="logits").float() - plain).abs().max())
-    if not difference <= _SAME.get(module.dtype, _SAME_HALF) * float(plain.abs().max()):
-        raise UnsupportedModelError(
-            f"{name} ({module.config.model_type}) is not supported: transformer-lens gives other "
-            f"logits than transformers (by {difference:.2g})."
-        )
 
 
 def _name(bridge: Any) -> str:

@@ -107,16 +107,6 @@ def _watch(bridge: Any, blocks: dict[int, Any]) -> tuple[dict[int, _Seen], Watch
 
         return hook
 
-    def after(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        given = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(given, Tensor) and given.is_floating_point():
-            watch.inputs[module] = given
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor):
-            watch.outputs[module] = first
-
     with ExitStack() as stack, torch.no_grad():
         for layer, block in blocks.items():
             for name in ("hook_pattern", "hook_z", "hook_q", "hook_rot_q", "hook_k", "hook_v"):
@@ -125,7 +115,7 @@ def _watch(bridge: Any, blocks: dict[int, Any]) -> tuple[dict[int, _Seen], Watch
                     handle = point.register_forward_hook(note(layer, name))
                     stack.callback(handle.remove)
             for module in block.modules():
-                handle = module.register_forward_hook(after, with_kwargs=True)
+                handle = module.register_forward_hook(watch.note, with_kwargs=True)
                 stack.callback(handle.remove)
         bridge(tiny_bridge_tokens(bridge), return_type="logits")
     for block in blocks.values():

@@ -1,6 +1,5 @@
 """Generation step by step, with each attention layer of each step in view."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
 from headscope.errors import UnsupportedModelError
+from headscope.models.calls import accepted
 from headscope.models.hf import HFModel
 from headscope.models.hf_pass import Pass
 from headscope.models.protocol import Edit, HeadModel, Observer
@@ -86,7 +86,7 @@ class _Cached:
         from transformers import DynamicCache
 
         self._model, self._cache, self._length = model, DynamicCache(), 0
-        self._arguments = frozenset(inspect.signature(model.module.forward).parameters)
+        self._arguments = accepted(model.module)
         self._real = None if real is None or bool(real.all()) else real.to(model.device)
 
     @property

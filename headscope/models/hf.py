@@ -1,6 +1,5 @@
 """A transformers model seen head by head, on fused attention."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
+from headscope.models.calls import accepted, padding
 from headscope.models.digest import Digest
 from headscope.models.extrapolation import no_rotation
 from headscope.models.hf_interface import register
@@ -108,7 +108,7 @@ class HFModel:
     @cached_property
     def bridge(self) -> Any:
         """A transformer-lens ``TransformerBridge`` over the same parameter storage."""
-        from headscope.models.bridge import bridge_over
+        from headscope.models.bridge_build import bridge_over
 
         if self.shape.removed:
             raise UnsupportedModelError(
@@ -119,7 +119,7 @@ class HFModel:
 
     def weights(self, layer: int) -> HeadWeights:
         """All attention weights of one layer; key/value heads not repeated."""
-        from headscope.models.bridge import bridge_weights
+        from headscope.models.bridge_weights import bridge_weights
 
         return bridge_weights(self.bridge, layer)
 
@@ -164,15 +164,12 @@ class HFModel:
         # All real, it changes nothing, but keeps families from warning of padding.
         inputs["attention_mask"] = torch.ones_like(tokens)
         if real is not None and not bool(real.all()):
-            mask = real.to(self.device)
-            inputs["attention_mask"] = mask.long()
-            if "position_ids" in self._arguments:
-                inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+            inputs |= padding(real.to(self.device), self._arguments)
         return inputs
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.module.forward).parameters)
+        return accepted(self.module)
 
     def _logits(self, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
         if logits_at is None:

@@ -122,12 +122,7 @@ def _watch(model: Any, configs: tuple[Any, ...]) -> Watch:
             caller = open_calls.pop()
             watch.projections[caller] = module
             watch.writes[caller] = output
-        given = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(given, Tensor) and given.is_floating_point():
-            watch.inputs[module] = given
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor):
-            watch.outputs[module] = first
+        watch.note(module, args, kwargs, output)
 
     with ExitStack() as stack:
         for module in model.modules():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,17 @@ class Watch:
     writes: dict[nn.Module, Tensor] = field(default_factory=dict)
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def note(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        """Keep what a module was given and what it made, as its forward hook sees them."""
+        given = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(given, Tensor) and given.is_floating_point():
+            self.inputs[module] = given
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            self.outputs[module] = first
 
 
 def write_scales(

@@ -14,7 +14,8 @@ import headscope as hs
 from headscope import lens
 from headscope.errors import HeadscopeError, InputError
 from headscope.lens.over_probe import Against
-from headscope.models.bridge import bridge_over, wrap_bridge
+from headscope.models.bridge import wrap_bridge
+from headscope.models.bridge_build import bridge_over
 from headscope.models.load import load
 from tests.handwired import handwired_gpt2, handwired_llama
 from tests.lens.helpers import EVERY, TOKENS, model_of, plain_logits

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import BlockStates
-from headscope.models.bridge import bridge_over, wrap_bridge
+from headscope.models.bridge import wrap_bridge
+from headscope.models.bridge_build import bridge_over
 from headscope.models.hf_blocks import Seen, find_writers
 from headscope.models.load import load
 from headscope.models.protocol import HeadModel, LayerView

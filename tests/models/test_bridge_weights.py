@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.models.bridge import bridge_over, bridge_weights, wrap_bridge
+from headscope.models.bridge import wrap_bridge
+from headscope.models.bridge_build import bridge_over
+from headscope.models.bridge_weights import bridge_weights
 from headscope.models.hf import HFModel
 from headscope.outputs import HeadWeights
 from tests.models import checks

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 import headscope as hs
-from headscope.models.bridge import bridge_over, wrap_bridge
+from headscope.models.bridge import wrap_bridge
+from headscope.models.bridge_build import bridge_over
 from headscope.models.decoding import decoding
 from headscope.models.protocol import LayerView
 from tests.models.families import build, fresh, padding, tokens

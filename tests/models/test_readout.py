@@ -5,7 +5,8 @@ from transformers import OlmoConfig, OlmoForCausalLM, OPTConfig, OPTForCausalLM
 
 import headscope as hs
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge import BridgeModel, bridge_over, wrap_bridge
+from headscope.models.bridge import BridgeModel, wrap_bridge
+from headscope.models.bridge_build import bridge_over
 from headscope.models.hf import HFModel
 from headscope.models.hf_readout import measure_norm
 from tests.models import checks

@@ -1,0 +1,87 @@
+"""A ``TransformerBridge`` over a transformers model's own weights.
+
+The only file that imports transformer_lens, and only inside a function.
+"""
+
+import copy
+from typing import Any
+
+import torch
+
+from headscope.errors import UnsupportedModelError
+from headscope.models.bridge_layout import tiny_bridge_tokens
+
+# Largest difference between logits of bridge and model, relative to the largest logit. Half
+# precision rounds at other places on the two ways; a wrong layout gives differences near 1.
+_SAME = {torch.float32: 1e-3, torch.float64: 1e-6}
+_SAME_HALF = 0.1
+
+# Attribute of a module tree that says which weights it had before a bridge added views of them.
+OWN_NAMES = "_headscope_weight_names"
+
+
+def bridge_over(module: Any) -> Any:
+    """Build a ``TransformerBridge`` around a second module tree over the same parameter storage.
+
+    A bridge rewires the modules that it wraps, so it gets a tree of its own: an empty one of the
+    same class, to which the first one's parameters and buffers are assigned. Fused projections
+    whose heads lie interleaved (bloom, gpt_neox, phi3, falcon) are copied by transformer-lens.
+
+    Args:
+        module: a transformers model; left as it is.
+
+    Raises:
+        UnsupportedModelError: if transformer-lens cannot run it, or runs it differently.
+    """
+    name = module.config.name_or_path or type(module).__name__
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    try:
+        tree = _second_tree(module)
+        bridge = build_bridge_from_module(
+            tree,
+            architecture=type(module).__name__,
+            hf_config=tree.config,
+            tokenizer=None,
+            model_name=name,
+        )
+    except Exception as error:  # whatever an adapter of another package stumbles over
+        raise UnsupportedModelError(
+            f"{name} ({module.config.model_type}) is not supported: transformer-lens cannot open "
+            f"it ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+        ) from error
+    _check_same(module, bridge, name)
+    return bridge
+
+
+def _second_tree(module: Any) -> Any:
+    """Build a module tree of the same class over the same tensors."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(module.config)
+    config._attn_implementation = "eager"
+    with init_empty_weights(include_buffers=False):
+        tree = type(module)(config)
+    weights = module.state_dict()
+    tree.load_state_dict(weights, assign=True)
+    setattr(tree, OWN_NAMES, tuple(weights))
+    buffers = dict(module.named_buffers())
+    for path, _ in list(tree.named_buffers()):
+        owner, _, leaf = path.rpartition(".")
+        tree.get_submodule(owner)._buffers[leaf] = buffers[path]
+    return tree.train(module.training)
+
+
+@torch.no_grad()
+def _check_same(module: Any, bridge: Any, name: str) -> None:
+    """Refuse a bridge whose logits are not those of the model that it was built over."""
+    if module.training:
+        return
+    tokens = tiny_bridge_tokens(bridge)
+    plain = module(input_ids=tokens, use_cache=False).logits.float()
+    difference = float((bridge(tokens, return_type="logits").float() - plain).abs().max())
+    if not difference <= _SAME.get(module.dtype, _SAME_HALF) * float(plain.abs().max()):
+        raise UnsupportedModelError(
+            f"{name} ({module.config.model_type}) is not supported: transformer-lens gives other "
+            f"logits than transformers (by {difference:.2g})."
+        )
