@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscope import metrics
+from headscope.ablation.along import along
 from headscope.ablation.arguments import Maker, Metricish, facts_of, present
-from headscope.ablation.groups import joint
 from headscope.ablation.run import Placer, Study
 from headscope.edits import Heads
 from headscope.errors import InputError
@@ -128,25 +128,20 @@ def pruning_curve(
         raise InputError("give at least one order or random one, under a name of its own.")
     everything = {**arms, **controls}
     points = _points(counts, max(len(order) for order in everything.values()))
-    sets = {
-        (arm, n): tuple(sorted(order[:n]))
-        for arm, order in everything.items()
-        for n in points
-        if n <= len(order)
+    effects, clean = along(study, placer, everything, points)
+    wanted = {
+        (arm, count): tuple(sorted(order[:count]))
+        for arm, order in (arms.items() if sizes else ())
+        for count in points
+        if count <= len(order)
     }
-    distinct = list(dict.fromkeys(sets.values()))
-    effects, clean = joint(study, placer, distinct)
-    grid = np.full((len(everything), len(points), len(clean)), np.nan)
-    for (arm, n), heads in sets.items():
-        grid[list(everything).index(arm), points.index(n)] = effects[distinct.index(heads)]
-    wanted = {at: heads for at, heads in sets.items() if sizes and at[0] in arms}
     measured = _sizes(model, probe, wanted, progress)
     facts = facts_of(method, reference, None)
     found = EffectGrid(
         name="pruning",
         axes=("arm", "removed"),
         labels=(tuple(everything), tuple(map(str, points))),
-        per_example=grid,
+        per_example=effects,
         unedited=clean,
         unit=study.metric.unit,
         description=f"{study.metric.name} without the heads less that of the whole model.",

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
+from headscope.ablation.along import along
 from headscope.ablation.arguments import present
-from headscope.ablation.groups import joint
 from headscope.ablation.run import Placer, Study
 from headscope.configs import Strict, parse, read_yaml
 from headscope.edits import Heads, Scope
@@ -103,24 +103,13 @@ def masking_curve(
         drawn = {name: matched(arms["top"], order) for name, order in drawn.items()}
     everything = {**arms, **drawn}
     points = _points(model, counts)
-    sets = {
-        (arm, n): tuple(sorted(order[:n]))
-        for arm, order in everything.items()
-        for n in points
-        if n <= len(order)
-    }
-    distinct = list(dict.fromkeys(sets.values()))
-    effects, clean = joint(study, placer, distinct)
-    values, unmasked = (_judged(one, right) for one in (effects + clean, clean))
-    grid = np.full((len(everything), len(points), len(clean)), np.nan)
-    for (arm, n), heads in sets.items():
-        place = list(everything).index(arm), points.index(n)
-        grid[place] = values[distinct.index(heads)] - unmasked
+    effects, clean = along(study, placer, everything, points)
+    masked, unmasked = (_judged(one, right) for one in (effects + clean, clean))
     found = EffectGrid(
         name=f"{method}_masking",
         axes=("arm", "masked"),
         labels=(tuple(everything), tuple(map(str, points))),
-        per_example=grid,
+        per_example=masked - unmasked,
         unedited=unmasked,
         unit="share",
         description="Right answers with the heads masked less those of the whole model.",
