@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope.edits import Variant, scale, stack
 from headscope.errors import UnsupportedModelError
+from headscope.memory import keep_freed_memory
 from headscope.models.hf import HFModel
 from headscope.models.hf_pass import scoped_edits
 from headscope.models.hf_record import quick_activations, record
@@ -144,6 +145,7 @@ class Plan:
 
 def quick(model: HeadModel) -> AbstractContextManager[None]:
     """Scope in which a model's own modules run their faster equals."""
+    keep_freed_memory()
     return quick_activations(model) if isinstance(model, HFModel) else nullcontext()
 
 
