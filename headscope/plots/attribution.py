@@ -48,21 +48,16 @@ def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.
             hovertemplate="<b>%{x}</b> %{y:+.4g}<br>up to here %{customdata:.4g}<extra></extra>",
         )
     )
-    said = [label(split.provenance.model)] if split.provenance.model else []
-    said.append(f"position {split.position} {label(split.tokens[-1], 20)}")
-    dress(
+    _finish(
         figure,
         theme,
+        split,
+        [f"position {split.position} {label(split.tokens[-1], 20)}"],
         title=f"logit of {_what(split)}",
-        subtitle=", ".join(said),
+        axes=("part", "logits, one part after the other"),
         width=max(460, 130 + 40 * len(values)),
         height=420,
     )
-    figure.add_hline(0.0, line={"dash": "dot", "width": 1})
-    figure.update_xaxes(title_text="part", type="category", tickangle=-60, showgrid=False)
-    figure.update_yaxes(title_text="logits, one part after the other")
-    figure.update_layout(bargap=0.2, showlegend=False, margin={"l": 70, "r": 20, "t": 70, "b": 130})
-    figure.update_shapes(line_color=style.text, selector={"type": "line"})
     return figure
 
 
@@ -107,26 +102,42 @@ def source_bars(
             hovertemplate="<b>%{x}</b> %{y:+.4g} logits<extra></extra>",
         )
     )
-    said = [label(split.provenance.model)] if split.provenance.model else []
-    said.append(f"value of each token moved by {who} to position {split.position}")
+    said = [f"value of each token moved by {who} to position {split.position}"]
     if first:
         said.append(f"the last {_MOST_TOKENS} tokens")
-    dress(
+    _finish(
         figure,
         theme,
+        split,
+        said,
         title=f"logit of {_what(split)}, by source token",
-        subtitle=", ".join(said),
+        axes=("token", "logits"),
         width=max(460, 120 + 30 * len(names)),
         height=380,
     )
-    figure.add_hline(0.0, line={"dash": "dot", "width": 1})
-    figure.update_xaxes(title_text="token", type="category", tickangle=-60, showgrid=False)
-    figure.update_yaxes(title_text="logits")
-    figure.update_layout(
-        bargap=0.25, showlegend=False, margin={"l": 70, "r": 20, "t": 70, "b": 110}
-    )
-    figure.update_shapes(line_color=style.text, selector={"type": "line"})
     return figure
+
+
+def _finish(
+    figure: go.Figure,
+    theme: Theme,
+    split: Attribution,
+    said: list[str],
+    *,
+    title: str,
+    axes: tuple[str, str],
+    width: int,
+    height: int,
+) -> None:
+    """Titles, axes and the line of no effect."""
+    model = [label(split.provenance.model)] if split.provenance.model else []
+    subtitle = ", ".join([*model, *said])
+    dress(figure, theme, title=title, subtitle=subtitle, width=width, height=height)
+    figure.add_hline(0.0, line={"dash": "dot", "width": 1, "color": STYLES[theme].text})
+    figure.update_xaxes(title_text=axes[0], type="category", tickangle=-60, showgrid=False)
+    figure.update_yaxes(title_text=axes[1])
+    margin = {"l": 70, "r": 20, "t": 70, "b": 130}
+    figure.update_layout(bargap=0.2, showlegend=False, margin=margin)
 
 
 def _what(split: Attribution) -> str:
