@@ -22,7 +22,7 @@ demo: setup ## score the bundled model, offline; table and pictures in runs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/headscope scan --out runs/demo
 
 test: lint ## all that CI runs: lint, types, tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -34,8 +34,25 @@ def refuse(*args, **kwargs):
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 """
 
+# Files of few tests that take long; begun last, they would leave all workers but one idle.
+LONGEST = (
+    "sweeps/test_ray.py",
+    "docs/test_pages.py",
+    "sweeps/test_crash.py",
+    "notebooks/test_notebooks.py",
+    "docs/test_build.py",
+    "retrieval/test_influence.py",
+    "report/test_browser.py",
+)
+
 # Models here are tiny: threads cost more than they bring, and the workers fill the cores.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first, the rest as they were."""
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
