@@ -113,18 +113,6 @@ def check_fits(model: HeadModel, probe: Probe) -> None:
         )
 
 
-def extrapolated(model: HeadModel, probe: Probe) -> dict[str, int]:
-    """For provenance: the trained length, where the probe goes beyond it; else nothing.
-
-    Example:
-        >>> hs.capture.extrapolated(model, probe)
-        {}
-    """
-    trained = model.shape.trained_ctx
-    beyond = trained is not None and int(probe.real.sum(1).max()) > trained
-    return {"extrapolated_from": trained} if trained is not None and beyond else {}
-
-
 def chunks(
     positions: Int[Tensor, " query"], bytes_per_query: int, budget: int
 ) -> Iterator[Int[Tensor, " query"]]:

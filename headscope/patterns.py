@@ -9,10 +9,11 @@ from headscope.capture import collect
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.origin import origin
 from headscope.probes import Probe, from_tokens, repeated_tokens
 from headscope.probes.encoding import encode
 from headscope.probes.vocabulary import bos_prefix, need_tokenizer
-from headscope.table import AttentionExample, Provenance, versions
+from headscope.table import AttentionExample
 
 EXAMPLE = "When Mary and John went to the store, John gave a drink to Mary. " * 2
 _MOST_TOKENS = 1024
@@ -65,14 +66,7 @@ def attention_example(
         _texts(model, probe.tokens[0].tolist()),
         np.stack([patterns[head] for head in chosen]),
         words,
-        Provenance(
-            model=model.name,
-            revision=model.revision,
-            weight_digest=model.digest(),
-            path=model.path,
-            dtype=str(model.dtype).removeprefix("torch."),
-            versions=versions(),
-        ),
+        origin(model),
     )
 
 

@@ -14,11 +14,11 @@ from headscope.accumulate import Accumulator, Sums, joined
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel
+from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.progress import Advance, track
 from headscope.scorers import DEFAULT, Scorer, resolve
-from headscope.table import HeadScores, HeadTable, Provenance
-from headscope.table.provenance import versions
+from headscope.table import HeadScores, HeadTable
 
 # Nulls that come from a pass over the probe's control.
 _OWN_PASS = ("unrepeated", "needle")
@@ -187,23 +187,6 @@ def _to_scores(
     null: Sums | None,
     facts: Mapping[str, str | None],
 ) -> HeadScores:
-    provenance = Provenance(
-        model=model.name,
-        revision=model.revision,
-        weight_digest=facts["digest"] or "",
-        path=model.path,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
-        probe={
-            "kind": probe.name,
-            "examples": len(probe),
-            **probe.settings,
-            **capture.extrapolated(model, probe),
-        },
-        control=scorer.control if null is not None else None,
-        seed=probe.seed,
-        versions=versions(),
-    )
     return HeadScores.from_examples(
         scorer.name,
         _absent(model, sums.mean.numpy()),
@@ -216,7 +199,7 @@ def _to_scores(
         description=scorer.description,
         source=scorer.source,
         threshold=scorer.threshold,
-        provenance=provenance,
+        provenance=origin(model, probe, control=scorer.control if null is not None else None),
     )
 
 

@@ -20,10 +20,10 @@ from headscope.heads import HeadIndex
 from headscope.memory import parse_memory
 from headscope.metrics import AnyMetric, as_metric
 from headscope.models.protocol import HeadModel
+from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.progress import track
 from headscope.table import Provenance
-from headscope.table.provenance import versions
 
 # Tokens of one recorded batch on a GPU; on a CPU a batch is one stack.
 _GPU_BATCH = 8192
@@ -111,26 +111,13 @@ class Study:
 
     def provenance(self, seed: int | None = None, **facts: Any) -> Provenance:
         """Where the result came from; ``facts`` join those of the probe, ``checks`` apart."""
-        checks = facts.pop("checks", {})
-        return Provenance(
-            model=self.model.name,
-            revision=self.model.revision,
-            weight_digest=self.model.digest(),
-            path=self.model.path,
-            dtype=str(self.model.dtype).removeprefix("torch."),
-            device=self.model.device.type,
-            probe={
-                "kind": self.probe.name,
-                "examples": len(self.probe),
-                **self.probe.settings,
-                **capture.extrapolated(self.model, self.probe),
-                "metric": self.metric.name,
-                **facts,
-            },
-            seed=self.probe.seed if seed is None else seed,
-            versions=versions(),
+        return origin(
+            self.model,
+            self.probe,
+            seed=seed,
             attention="suffix replay" if self.plan.replays else "whole passes",
-            checks=checks,
+            metric=self.metric.name,
+            **facts,
         )
 
 

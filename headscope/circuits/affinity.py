@@ -4,8 +4,9 @@ import torch
 
 from headscope.circuits.composition import operands
 from headscope.circuits.orthogonal import thin_qr
-from headscope.circuits.reading import over_all_pairs, provenance, upward
+from headscope.circuits.reading import over_all_pairs, upward
 from headscope.models.protocol import HeadModel
+from headscope.origin import of_weights
 from headscope.table import PairScores
 
 
@@ -44,5 +45,5 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
         bounds=(0.0, 1.0),
         description="the later head reads the subspace that the earlier head writes",
         source="projection kernel, Hamm and Lee 2008",
-        provenance=provenance(model, circuit="affinity", mode=mode, fold_norm=fold_norm),
+        provenance=of_weights(model, circuit="affinity", mode=mode, fold_norm=fold_norm),
     )

@@ -13,10 +13,11 @@ from headscope.circuits.factors import HeadFactors, widened
 from headscope.circuits.orthogonal import thin_qr
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
-from headscope.circuits.reading import need_linear_write, over_all_pairs, provenance, upward
+from headscope.circuits.reading import need_linear_write, over_all_pairs, upward
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.origin import of_weights
 from headscope.table import PairScores
 
 # Entries of one block of products: 64 MB in fp32.
@@ -69,7 +70,7 @@ def composition(
         bounds=(low, 1.0 + low),
         description=f"the later head's {_READS[mode]} read what the earlier head writes",
         source="Elhage et al. 2021",
-        provenance=provenance(model, circuit="composition", mode=mode, fold_norm=fold_norm),
+        provenance=of_weights(model, circuit="composition", mode=mode, fold_norm=fold_norm),
     )
 
 

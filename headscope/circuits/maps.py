@@ -11,11 +11,12 @@ from torch import Tensor
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.ov import ov
 from headscope.circuits.ranks import target_ranks
-from headscope.circuits.reading import over_all_layers, provenance
+from headscope.circuits.reading import over_all_layers
 from headscope.circuits.relations import Relation, relations
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.origin import of_weights
 from headscope.table import HeadScores, HeadTable
 
 
@@ -59,7 +60,7 @@ def relation_scores(
     ranks = target_ranks(
         factors, lambda layer: words.inputs(source, layer), words.outputs, target, words.size
     )
-    facts = provenance(model, circuit="MAPS", k=k, first_mlp=first_mlp, fold_norm=fold_norm)
+    facts = of_weights(model, circuit="MAPS", k=k, first_mlp=first_mlp, fold_norm=fold_norm)
     scores, at = [], 0
     for name, one in chosen.items():
         limit = 1 if name == "copy" else k

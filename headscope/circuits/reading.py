@@ -9,7 +9,6 @@ from torch import Tensor
 
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.protocol import HeadModel
-from headscope.table import Provenance, versions
 
 
 def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, ...]:
@@ -63,18 +62,3 @@ def upward(layers: Sequence[int]) -> Bool[Tensor, "layer 1 layer 1"]:
     """Pairs whose first layer lies below the second."""
     number = torch.tensor(layers)
     return (number[:, None] < number)[:, None, :, None]
-
-
-def provenance(model: HeadModel, **settings: object) -> Provenance:
-    """Facts of a score that came from weights alone."""
-    return Provenance(
-        model=model.name,
-        revision=model.revision,
-        weight_digest=model.digest(),
-        path=model.path,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=torch.device(model.device).type,
-        probe=settings,
-        versions=versions(),
-        attention="weights alone",
-    )

@@ -19,10 +19,11 @@ from headscope.circuits.dictionary import Dictionary, Embedding
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
-from headscope.circuits.reading import over_all_layers, provenance
+from headscope.circuits.reading import over_all_layers
 from headscope.circuits.symmetry import symmetric_share
 from headscope.errors import UnsupportedModelError
 from headscope.models.protocol import HeadModel
+from headscope.origin import of_weights
 from headscope.probes.vocabulary import ordinary_tokens
 from headscope.table import HeadScores, HeadTable
 from headscope.table.scores import Bounds
@@ -69,7 +70,7 @@ def score(model: HeadModel, *, tokens: int = 256, k: int = 5, seed: int = 0) -> 
             reasons.append(str(error))
     if not lines:
         raise UnsupportedModelError(" ".join(reasons))
-    facts = provenance(model, circuit="weights", tokens=len(sample), k=k, fold_norm=True)
+    facts = of_weights(model, circuit="weights", tokens=len(sample), k=k, fold_norm=True)
     return HeadTable(
         HeadScores.from_summary(
             name,

@@ -10,11 +10,11 @@ from headscope.circuits.dictionary import Dictionary, Embedding
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
-from headscope.circuits.reading import provenance
 from headscope.circuits.scores import entry_sizes
 from headscope.circuits.spectrum import product_spectra
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
+from headscope.origin import of_weights
 from headscope.table import HeadEigenvalues, HeadSpectra
 
 _DRAWS = 64
@@ -58,7 +58,7 @@ def spectra(
         low=relative.min(0),
         high=relative.max(0),
         chance=f"products of Gaussian factors of the same shape and variance, {_DRAWS} draws",
-        provenance=provenance(model, circuit=circuit, fold_norm=fold_norm, draws=_DRAWS, seed=seed),
+        provenance=of_weights(model, circuit=circuit, fold_norm=fold_norm, draws=_DRAWS, seed=seed),
     )
 
 
@@ -89,7 +89,7 @@ def eigenvalues(
         circuit,
         _by_layer(model, factors, values),
         description=f"{_BETWEEN[circuit]}, {_SEEN[embedding]}",
-        provenance=provenance(model, circuit=circuit, embedding=embedding, fold_norm=True),
+        provenance=of_weights(model, circuit=circuit, embedding=embedding, fold_norm=True),
     )
 
 

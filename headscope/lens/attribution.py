@@ -4,11 +4,11 @@ import torch
 
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.lens.checks import check_readout, need_readout, over_heads, over_layers, tolerance
-from headscope.lens.facts import provenance
 from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.lens.reading import top_of
 from headscope.lens.splitting import Split
 from headscope.models.protocol import HeadModel
+from headscope.origin import origin
 from headscope.table.attribution import Attribution
 
 
@@ -94,8 +94,8 @@ def attribute(
         sources=over_heads(model, split.sources)[..., 0] if sources else None,
         tolerance=tolerance(model),
         kv_heads=model.shape.n_kv_heads,
-        provenance=provenance(
-            model, "attribution", tokens=len(text), position=at, target=wanted, foil=other
+        provenance=origin(
+            model, reading="attribution", tokens=len(text), position=at, target=wanted, foil=other
         ),
     )
 

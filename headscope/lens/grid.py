@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.errors import InputError, nearest
-from headscope.lens.facts import provenance
 from headscope.lens.linear import ResidualLens
 from headscope.lens.prompt import Prompt, Promptish, Token, read_prompt, read_token, token_texts
 from headscope.lens.reading import Top, logits_of, rank_of, row_chunks, top_of
 from headscope.lens.states import SITES, States
 from headscope.models.protocol import HeadModel
+from headscope.origin import origin
 from headscope.table.lens import LensGrid
 
 
@@ -212,5 +212,5 @@ def _grid(
         target_texts=tuple(token_texts(model.tokenizer, follow)),
         target_rank=whole("rank"),
         target_log_prob=whole("target_log_prob").astype(np.float64),
-        provenance=provenance(model, "lens", tokens=len(text), site=site),
+        provenance=origin(model, reading="lens", tokens=len(text), site=site),
     )

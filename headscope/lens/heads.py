@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.errors import InputError
-from headscope.lens.facts import provenance
 from headscope.lens.prompt import Prompt, Promptish, read_prompt, token_texts
 from headscope.lens.reading import Top, logits_added, row_chunks, top_of
 from headscope.models.blocks import BlockStates
 from headscope.models.protocol import HeadModel, LayerView
+from headscope.origin import origin
 from headscope.table.lens import HeadWords
 
 
@@ -96,7 +96,7 @@ def head_words(
         texts=texts.reshape(ids.shape),
         values=values.astype(np.float64),
         removed=frozenset(model.shape.removed),
-        provenance=provenance(model, "head lens", tokens=len(text), position=at),
+        provenance=origin(model, reading="head lens", tokens=len(text), position=at),
     )
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from headscope import capture
 from headscope.errors import InputError
 from headscope.lens.checks import check_first, need_readout, over_heads, tolerance
-from headscope.lens.facts import provenance
 from headscope.lens.splitting import Split, rows_of
 from headscope.models.blocks import BlockStates
 from headscope.models.protocol import HeadModel
+from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores
 from headscope.table.attribution import check_sum
@@ -84,7 +84,7 @@ def head_attribution(
         unit="logits",
         description=f"What each head adds directly to the target's logit, less {_WORDS[chosen]}.",
         source="Elhage et al. 2021, direct path; Wang et al. 2022, direct effect",
-        provenance=provenance(model, "attribution", probe, against=chosen, mark=mark),
+        provenance=origin(model, probe, reading="attribution", against=chosen, mark=mark),
     )
 
 

@@ -6,12 +6,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.models.protocol import HeadModel
+from headscope.origin import of_weights
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
 from headscope.scorers import row_scorer
 from headscope.scoring import score
-from headscope.table import HeadScores, Provenance
-from headscope.table.provenance import versions
+from headscope.table import HeadScores
 
 
 def weight_norm(model: HeadModel) -> HeadScores:
@@ -44,15 +44,7 @@ def weight_norm(model: HeadModel) -> HeadScores:
         bounds=(0.0, None),
         description="Frobenius norm of W_V W_O.",
         source="magnitude pruning, Han et al. 2015, arXiv 1506.02626",
-        provenance=Provenance(
-            model=model.name,
-            revision=model.revision,
-            weight_digest=model.digest(),
-            path=model.path,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=model.device.type,
-            versions=versions(),
-        ),
+        provenance=of_weights(model),
     )
 
 

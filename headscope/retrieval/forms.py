@@ -9,9 +9,9 @@ from jaxtyping import Float
 from headscope.errors import HeadscopeError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.retrieval.follow import RECALL, Options, follow
-from headscope.retrieval.origin import origin
 from headscope.retrieval.runs import Run, Runs
 from headscope.scoring import score
 from headscope.table import HeadScores, RecallGrid
@@ -192,6 +192,7 @@ def _scores(
         provenance=origin(
             model,
             probe,
+            control=str(probe.settings.get("control")) if probe.control is not None else None,
             form=runs.form,
             runs_counted=int(runs.scored.sum()),
             runs_answered=int(runs.counted.sum()),

@@ -15,6 +15,7 @@ FLOORS = (
     {"outputs"},
     {"table", "metrics", "edits", "probes"},
     {"scorers", "plots", "models"},
+    {"origin"},
     {"capture", "circuits"},
     {"accumulate", "lens", "patterns"},
     {"scoring", "ablation"},
@@ -28,7 +29,7 @@ FLOORS = (
 _BASE = {"errors", "heads"}
 _DISK = {"configs", "files"}
 _TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
-_SEES_MODELS = _TENSORS | {"edits", "probes", "table", "stats", "models"}
+_SEES_MODELS = _TENSORS | {"edits", "probes", "table", "stats", "models", "origin"}
 _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
 
 # Who may import whom. Floors alone would let `capture` import `scorers` or `sweeps` import
@@ -52,8 +53,9 @@ ALLOWED: dict[str, set[str]] = {
     "scorers": {"errors", "heads", "rows", "outputs", "inputs", "matches", "probes"},
     "plots": {"errors", "heads", "stats", "table"},
     "models": {"errors", "heads", "rows", "outputs", "inputs", "matches", "edits", "memory"},
+    "origin": {"probes", "table", "models"},
     "capture": _TENSORS | {"edits", "probes", "models"},
-    "circuits": _TENSORS | {"probes", "stats", "table", "models"},
+    "circuits": _TENSORS | {"probes", "stats", "table", "models", "origin"},
     "lens": _SEES_MODELS | _DISK | {"capture"},
     "patterns": _SEES_MODELS | {"capture"},
     "accumulate": _TENSORS | {"probes", "scorers", "models", "capture"},
@@ -74,7 +76,7 @@ MODEL_FILES = r"models/(hf|bridge)\w*\.py|models/bundled/training/.*"
 
 # A library -> the files that may import it (patterns on the path below headscope/).
 ONLY_IN = {
-    "transformer_lens": r"models/bridge\.py",
+    "transformer_lens": r"models/bridge_build\.py",
     "plotly": r"(plots|report)/.*",
 }
 # A library -> the files that may not.

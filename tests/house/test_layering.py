@@ -61,7 +61,7 @@ def test_a_planted_violation_is_found(file: str, tmp_path: Path) -> None:
 
 
 FINE = {
-    "models/bridge.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
+    "models/bridge_build.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
     "models/hf_layout.py": "from headscope.rows import AttentionRows\nx = 'self_attn.o_proj'",
     "models/bundled/training/train.py": "def f(m):\n    return m.lm_head",
     "report/page.py": "from plotly import graph_objects\nfrom headscope.plots import heatmap",
