@@ -6,19 +6,11 @@ from pathlib import Path
 
 import pandas
 import pytest
-from typer.testing import CliRunner
 
 from headscope.circuits import strongest_paths
-from headscope.cli.app import app
-from headscope.errors import HeadscopeError
 from headscope.models.load import load
 from headscope.table import HeadTable
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+from tests.cli.support import run, sentence
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +90,4 @@ def test_a_head_by_weights_alone_as_json() -> None:
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], said: str) -> None:
-    with pytest.raises(HeadscopeError) as error:
-        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
+    assert said in sentence(*arguments)

@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from headscope.cli.app import app
 from headscope.errors import HeadscopeError, InputError
 from headscope.table import HeadTable
+from tests.cli.support import run, sentence
 from tests.models.families import fresh
-
-
-def run(*arguments: str) -> str:
-    """Run a command in this process; what it printed on stdout."""
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +70,6 @@ def test_a_probe_file_is_used(tmp_path: Path) -> None:
     run("scan", "--probe", str(file), "--scorers", "induction", "--out", str(out))
     probe = HeadTable.load(out / "table.parquet")["induction"].provenance.probe
     assert (probe["length"], probe["examples"]) == (7, 3)
-
-
-def sentence(*arguments: str) -> str:
-    """The one sentence that a wrong call gives."""
-    with pytest.raises(HeadscopeError) as error:
-        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def broken_model(folder: Path) -> Path:

@@ -6,12 +6,10 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from typer.testing import CliRunner
 
-from headscope.cli.app import app
 from headscope.cli.emergence import of_sweep
-from headscope.errors import HeadscopeError
 from headscope.sweeps.results import read
+from tests.cli.support import run, sentence
 
 SWEEP = """
 name: along
@@ -22,12 +20,6 @@ probes:
 edits: [mean]
 metrics: [loss]
 """
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_emergence_prints_and_writes(tmp_path: Path) -> None:
@@ -78,6 +70,4 @@ def test_compare_matches_runs_and_checkpoints(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], said: str) -> None:
-    with pytest.raises(HeadscopeError) as error:
-        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert said in str(error.value)
+    assert said in sentence(*arguments)

@@ -6,19 +6,11 @@ from pathlib import Path
 
 import pandas
 import pytest
-from typer.testing import CliRunner
 
-from headscope.cli.app import app
-from headscope.errors import HeadscopeError
+from tests.cli.support import run, sentence
 from tests.models.families import fresh
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_it_prints_and_leaves_a_run(tmp_path: Path) -> None:
@@ -45,14 +37,6 @@ def test_json_goes_to_stdout_alone() -> None:
     assert total == pytest.approx(found["logit"], abs=1e-4)
     assert {one["rank"] for one in found["lens"]["residual"]} == {0, 1}
     assert found["attribution"][0]["head"] is None
-
-
-def sentence(*arguments: str) -> str:
-    with pytest.raises(HeadscopeError) as error:
-        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def test_mistakes_get_a_sentence(tmp_path: Path) -> None:

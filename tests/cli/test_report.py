@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import headscope as hs
-from headscope.cli.app import app
 from headscope.cli.command import typed
 from headscope.cli.sweep_runs import sweep_runs
 from headscope.errors import HeadscopeError
 from headscope.sweeps.results import read
+from tests.cli.support import run, sentence
 
 SWEEP = """
 name: small
@@ -27,11 +26,6 @@ sets:
   - {name: pair, heads: [L0H0, L2H1], arrange: together}
   - {name: random, random: 3, draws: 2, arrange: cumulative}
 """
-
-
-def run(*arguments: str) -> None:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +121,4 @@ def test_mistakes_get_a_sentence(
     arguments: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(HeadscopeError) as error:
-        CliRunner().invoke(app, ["report", *arguments], catch_exceptions=False)
-    assert said in str(error.value)
-    assert "\n" not in str(error.value)
+    assert said in sentence("report", *arguments)

@@ -7,21 +7,13 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
-from typer.testing import CliRunner
 
-from headscope.cli.app import app
 from headscope.cli.lengths import parse_depths, parse_lengths
-from headscope.errors import HeadscopeError
 from headscope.table import HeadTable
+from tests.cli.support import run, sentence
 from tests.models.families import fresh
 
 SMALL = ("--lengths", "64,110", "--depths", "0,0.5", "--per-cell", "2", "--random", "2")
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_it_prints_and_leaves_a_run_that_can_go_on(tmp_path: Path) -> None:
@@ -150,14 +142,6 @@ def test_depths() -> None:
     assert parse_depths("10") == 10
     assert parse_depths("0,0.5,1") == [0, 0.5, 1]
     assert parse_depths("0.5") == [0.5]
-
-
-def sentence(*arguments: str) -> str:
-    with pytest.raises(HeadscopeError) as error:
-        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
