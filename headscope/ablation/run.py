@@ -116,8 +116,7 @@ class Study:
             self.probe,
             seed=seed,
             attention="suffix replay" if self.plan.replays else "whole passes",
-            metric=self.metric.name,
-            **facts,
+            **{"metric": self.metric.name, **facts},
         )
 
 

@@ -1,7 +1,6 @@
 """How well a model answers without its highest-scored heads, and without as many others."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +22,7 @@ from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.probe import Probe
 from headscope.retrieval.control_orders import Order, matched
 from headscope.retrieval.masks import Masking
-from headscope.table import EffectGrid, HeadScores, OrderCurve, Provenance
+from headscope.table import EffectGrid, HeadScores, OrderCurve
 
 Right = Literal["all", "share"]
 _COUNTS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 75, 100)
@@ -113,7 +112,16 @@ def masking_curve(
         unedited=unmasked,
         unit="share",
         description="Right answers with the heads masked less those of the whole model.",
-        provenance=_origin(study, placer, seed, method, scope, right, controls),
+        provenance=study.provenance(
+            seed,
+            checks=placer.checks,
+            metric="right answers" if right == "all" else "right tokens",
+            method=method,
+            scope=scope,
+            right=right,
+            controls=controls,
+            positions=scope,
+        ),
     )
     return OrderCurve(found, everything, tuple(drawn))
 
@@ -130,21 +138,6 @@ def reached(
     decoding = torch.arange(probe.length, device=first.device) >= first.argmax(1)[:, None]
     where: Tensor = probe.real & (decoding if scope == "decode" else ~decoding)
     return where
-
-
-def _origin(study: Study, placer: Placer, seed: int, *words: str) -> Provenance:
-    method, scope, right, controls = words
-    made = study.provenance(
-        seed,
-        checks=placer.checks,
-        method=method,
-        scope=scope,
-        right=right,
-        controls=controls,
-        positions=scope,
-    )
-    name = "right answers" if right == "all" else "right tokens"
-    return replace(made, probe={**made.probe, "metric": name})
 
 
 def _judged(share: Float[np.ndarray, "*set example"], right: Right) -> Float[np.ndarray, "*set e"]:
