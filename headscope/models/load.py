@@ -250,6 +250,13 @@ def _check_device(device: str | torch.device | None) -> None:
         return
     try:
         place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}: give cpu, cuda or cuda:1.") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device {str(device)!r} was asked for, but torch sees no GPU here: give cpu."
+        )
+    try:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0][:100]
