@@ -35,7 +35,11 @@ MODELS = ("tiny-gpt2", "tiny-llama", "FOLDER", "FOLDER/broken", "FOLDER/probe.ya
 COMMANDS = ("scan", "show", "scorers", "doctor", "scna", "")
 # Commands that work for seconds where all is right: what is given to them is mostly wrong.
 READING = ("status", "export", "report", "sweep", "compare", "emergence", "influence")
-ABOUT_ONE = ("head", "lens")
+ABOUT_ONE = ("head", "lens", "circuits", "retrieval")
+LIMITED = {
+    "circuits": ("--tokens", "--paths", "--seed"),
+    "retrieval": ("--lengths", "--depths", "--needles", "--per-cell", "--form", "--random"),
+}
 WRONG = ("FOLDER", "FOLDER/broken", "FOLDER/probe.yaml", "FOLDER/wrong.yaml", "no/such", "--to")
 
 
@@ -47,6 +51,9 @@ def calls(draw: st.DrawFn) -> list[str]:
         command = draw(st.sampled_from(READING + ABOUT_ONE))
         given = st.sampled_from(WRONG) | words
         wrong = draw(st.lists(given, min_size=1, max_size=3))
+        for option in LIMITED.get(command, ()):
+            if draw(st.booleans()):
+                wrong = [option, draw(numbers | words), *wrong]
         return [command, *(["no/such"] if command in ABOUT_ONE else []), *wrong]
     if command in ("scan", "doctor", "show"):
         call += draw(st.lists(st.sampled_from(MODELS) | words, max_size=1))
