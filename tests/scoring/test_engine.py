@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import headscope as hs
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.models.bridge import bridge_over, wrap_bridge
+from headscope.models.bridge import wrap_bridge
+from headscope.models.bridge_build import bridge_over
 from headscope.models.hf_pass import HFLayerView
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
