@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.calls import accepted
+from headscope.models.calls import accepted, padding
 from headscope.models.hf import HFModel
 from headscope.models.hf_pass import Pass
 from headscope.models.protocol import Edit, HeadModel, Observer
@@ -107,10 +107,9 @@ class _Cached:
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": every.to(tokens.device)}
         if self._real is not None:
             self._real = _extended(self._real, self._length, tokens)
-            inputs["attention_mask"] = self._real.long()
-            if "position_ids" in self._arguments:
-                places = (self._real.long().cumsum(1) - 1).clamp_min(0)
-                inputs["position_ids"] = places[:, self._length :]
+            inputs |= padding(self._real, self._arguments)
+            if "position_ids" in inputs:
+                inputs["position_ids"] = inputs["position_ids"][:, self._length :]
         if "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = 1
         run = Pass(model.layout, observers, edits, may_stop=False)
