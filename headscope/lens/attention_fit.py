@@ -1,6 +1,7 @@
 """Fitting the Attention Lens."""
 
 from collections.abc import Sequence
+from os import PathLike
 
 import torch
 from jaxtyping import Float
@@ -8,13 +9,13 @@ from torch import Tensor
 
 from headscope.errors import InputError
 from headscope.lens.attention import AttentionLens, correction, layer_logits
-from headscope.lens.fitting import Data, Judge, batches, divergence, in_turn, split_data
+from headscope.lens.descent import Descent
+from headscope.lens.fitting import Data, Judge, divergence, in_turn, split_data
 from headscope.lens.outputs import head_streams
 from headscope.lens.reading import constants, logits_of, row_chunks
 from headscope.lens.report import FitReport
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.progress import track
 
 
 def attention_lens(
@@ -27,6 +28,7 @@ def attention_lens(
     learning_rate: float = 1e-3,
     held_out: float = 0.2,
     seed: int = 0,
+    checkpoint: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> AttentionLens:
     """Fit a map from every head's output to the vocabulary, so that a layer says what follows.
@@ -47,10 +49,13 @@ def attention_lens(
         learning_rate: at the start; it falls linearly.
         held_out: share of the examples that the lens is judged by.
         seed: of the draw of examples and of the start.
+        checkpoint: file in which the fit is kept, every 20 seconds, and from which the same call
+            goes on after a kill, to the same numbers; default: none.
         progress: show a bar; default: where somebody looks on and it takes over two seconds.
 
     Raises:
-        InputError: if the data does not fit the model, or a number is out of range.
+        InputError: if the data does not fit the model, a number is out of range, or the
+            checkpoint is of another fit.
 
     Source: Sakarvadia et al. 2023, "Attention Lens", arXiv 2310.16270.
 
@@ -74,16 +79,22 @@ def attention_lens(
     data = split_data(model, probe, held_out, seed)
     inner, outer, shift = _start(model, len(chosen), rank, seed)
     learned = [outer, shift] if rank is None else [inner, outer, shift]
-    optimiser = torch.optim.Adam([one.requires_grad_() for one in learned], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    parameters = [one.requires_grad_() for one in learned]
     biases = constants(model.readout)
-    with track(steps, f"attention lens of {model.name}", show=progress) as advance:
-        for batch in batches(data.fit, steps, seed):
-            optimiser.zero_grad()
-            _descend(model, batch, chosen, (inner, outer, shift), biases)
-            optimiser.step()
-            schedule.step()
-            advance()
+    settings = {
+        "rank": rank,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        **data.facts,
+    }
+    facts = {"lens": "attention", "model": model.digest(), "layers": chosen, **settings}
+    Descent(steps, learning_rate, seed, checkpoint, facts, progress).run(
+        f"attention lens of {model.name}",
+        data,
+        parameters,
+        lambda batch: _descend(model, batch, chosen, (inner, outer, shift), biases),
+    )
     lens = AttentionLens(
         layers=chosen,
         inner=inner.detach().cpu(),
@@ -92,13 +103,7 @@ def attention_lens(
         report=None,
         model=model.name,
         digest=model.digest(),
-        settings={
-            "rank": rank,
-            "steps": steps,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            **data.facts,
-        },
+        settings=settings,
     )
     return lens.judged(judge(model, data, lens))
 

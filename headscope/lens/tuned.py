@@ -1,22 +1,18 @@
 """The tuned lens: one affine map per layer, fitted so that its reading is the model's own."""
 
+from os import PathLike
+
 import torch
 from torch import Tensor
 
 from headscope.errors import InputError
-from headscope.lens.fitting import (
-    batches,
-    divergence,
-    judge_streams,
-    split_data,
-    streams,
-)
+from headscope.lens.descent import Descent
+from headscope.lens.fitting import divergence, judge_streams, split_data, streams
 from headscope.lens.linear import ResidualLens
 from headscope.lens.reading import logits_of, row_chunks
 from headscope.lens.states import row_names
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.progress import track
 
 # Largest norm of the gradient of one place's map.
 _CLIP = 1.0
@@ -32,6 +28,7 @@ def tuned_lens(
     learning_rate: int | float | None = None,
     held_out: float = 0.2,
     seed: int = 0,
+    checkpoint: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> ResidualLens:
     """Fit ``x + x A + b`` at every place below the last, read by the model's own norm and W_U.
@@ -49,13 +46,16 @@ def tuned_lens(
             inverse proportion, up to 1e-2.
         held_out: share of the examples that the lens is judged by.
         seed: of the draw of examples.
+        checkpoint: file in which the fit is kept, every 20 seconds, and from which the same call
+            goes on after a kill, to the same numbers; default: none.
         progress: show a bar; default: where somebody looks on and it takes over two seconds.
 
     Returns:
         A lens for :func:`logit_lens`; ``.report`` has the held-out loss beside the plain lens'.
 
     Raises:
-        InputError: if the data does not fit the model, or a number is out of range.
+        InputError: if the data does not fit the model, a number is out of range, or the
+            checkpoint is of another fit.
 
     Source: Belrose et al. 2023, arXiv 2303.08112, section 2.
 
@@ -76,19 +76,18 @@ def tuned_lens(
     change = [torch.zeros(width, width, device=model.device) for _ in range(count)]
     shift = [torch.zeros(width, device=model.device) for _ in range(count)]
     parameters = [one.requires_grad_() for one in (*change, *shift)]
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-    with track(steps, f"tuned lens of {model.name}", show=progress) as advance:
-        for batch in batches(data.fit, steps, seed):
-            rows, last, _ = streams(model, batch)
-            optimiser.zero_grad()
-            for place in range(count):
-                with torch.enable_grad():
-                    _descend(model, rows[place], last, change[place], shift[place])
-                torch.nn.utils.clip_grad_norm_([change[place], shift[place]], _CLIP)
-            optimiser.step()
-            schedule.step()
-            advance()
+    settings = {"steps": steps, "learning_rate": learning_rate, "seed": seed, **data.facts}
+
+    def descend(batch: Probe) -> None:
+        rows, last, _ = streams(model, batch)
+        for place in range(count):
+            with torch.enable_grad():
+                _descend(model, rows[place], last, change[place], shift[place])
+            torch.nn.utils.clip_grad_norm_([change[place], shift[place]], _CLIP)
+
+    facts = {"lens": "tuned", "model": model.digest(), **settings}
+    descent = Descent(steps, learning_rate, seed, checkpoint, facts, progress)
+    descent.run(f"tuned lens of {model.name}", data, parameters, descend)
     weight = torch.stack([one.detach() for one in change]) + torch.eye(width, device=model.device)
     bias = torch.stack([one.detach() for one in shift])
 
@@ -96,7 +95,6 @@ def tuned_lens(
         return x @ weight[place] + bias[place]
 
     report = judge_streams(model, data, row_names(count)[:-1], translate)
-    settings = {"steps": steps, "learning_rate": learning_rate, "seed": seed, **data.facts}
     return ResidualLens(
         "tuned", weight.cpu(), bias.cpu(), report, model.name, model.digest(), settings
     )
