@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from headscope.errors import HeadscopeError, InputError
 from headscope.files import whole_file, writable_folder
 from headscope.lens.fitting import Data, batches
+from headscope.probes.digest import probe_digest
 from headscope.probes.probe import Probe
 from headscope.progress import track
 
@@ -58,7 +58,7 @@ class Descent:
         if self.checkpoint is not None:
             place = Path(self.checkpoint)
             writable_folder(place.parent)
-            kept = _Kept(place, {**self.facts, "data": _digest(data.fit)})
+            kept = _Kept(place, {**self.facts, "data": probe_digest(data.fit)})
         done = 0 if kept is None else kept.restore(parameters, optimiser)
         with track(self.steps, what, show=self.progress) as advance:
             for step, batch in enumerate(batches(data.fit, self.steps, self.seed)):
@@ -147,8 +147,3 @@ def _fill(
         }
     for name, one in _named(parameters, optimiser):
         one.copy_(read(name))
-
-
-def _digest(probe: Probe) -> str:
-    parts = (probe.tokens.numpy().tobytes(), probe.real.numpy().tobytes())
-    return sha256(b"".join(parts)).hexdigest()

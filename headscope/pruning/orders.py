@@ -5,23 +5,27 @@ others measure as they go.
 """
 
 from collections import Counter
-from typing import Protocol, runtime_checkable
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from headscope import metrics
-from headscope.ablation.arguments import Maker, Metricish
+from headscope.ablation.arguments import Maker, Metricish, facts_of
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Placer, Study
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.probes.digest import probe_digest
 from headscope.probes.probe import Probe
 from headscope.progress import track
 from headscope.pruning.direction import Better, cost_sign
 from headscope.pruning.importance import gradient_importance
-from headscope.table import HeadScores
+from headscope.pruning.kept_order import KeptOrder
+from headscope.table import HeadScores, Provenance
 
 Order = tuple[HeadIndex, ...]
 
@@ -125,6 +129,7 @@ def greedy(
     better: Better | None = None,
     reference: Probe | None = None,
     batch_size: int | None = None,
+    checkpoint: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> Order:
     """At every step the head whose removal leaves the metric best, by exact ablation.
@@ -142,7 +147,12 @@ def greedy(
         better: for a metric of your own: is it better ``higher`` or ``lower``?
         reference: where replacement values come from.
         batch_size: examples per recorded pass.
+        checkpoint: JSON file in which the order is kept head by head, and from which the same
+            call, or one for more heads, goes on after a kill; default: none.
         progress: show a bar; default: where somebody looks on and it takes over two seconds.
+
+    Raises:
+        InputError: if an argument does not fit, or the checkpoint is of another order.
 
     Example:
         >>> len(hs.pruning.greedy(model, probe, count=2))
@@ -154,8 +164,13 @@ def greedy(
     left = Counter(head.layer for head in model.shape.heads)
     heads = model.shape.heads
     wanted = _wanted(count, sum(max(0, number - keep) for number in left.values()))
-    gone: Order = ()
-    total = float(sum(len(heads) - i for i in range(wanted)))
+    kept = None
+    if checkpoint is not None:
+        facts = study.provenance(**facts_of(method, reference, None), keep=keep, better=better)
+        kept = KeptOrder(Path(checkpoint), _deciding(facts, probe, reference))
+    gone: Order = () if kept is None else kept.read()[:wanted]
+    left.subtract(head.layer for head in gone)
+    total = float(sum(len(heads) - i for i in range(len(gone), wanted)))
     with track(total, "greedy pruning", show=progress) as advance:
         while len(gone) < wanted:
             candidates = [h for h in heads if h not in gone and left[h.layer] > keep]
@@ -164,8 +179,16 @@ def greedy(
             best = candidates[int(np.argmin(cost))]
             gone = (*gone, best)
             left[best.layer] -= 1
+            if kept is not None:
+                kept.write(gone)
             advance(float(len(candidates)))
     return gone
+
+
+def _deciding(facts: Provenance, probe: Probe, reference: Probe | None) -> dict[str, Any]:
+    """What an order depends on: the weights, the data, the metric, the method."""
+    data = probe_digest(probe, reference)
+    return {"weights": facts.weight_digest, "dtype": facts.dtype, "data": data, **facts.probe}
 
 
 def _kept(order: list[HeadIndex], keep: int) -> Order:

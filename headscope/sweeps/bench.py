@@ -18,9 +18,10 @@ from headscope.errors import InputError
 from headscope.models.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
+from headscope.probes.digest import probe_digest
 from headscope.probes.probe import Probe
 from headscope.sweeps.config import EditConfig, MetricConfig, ModelConfig, SweepConfig
-from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Study, probe_digest
+from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Study
 from headscope.sweeps.rankings import Rankings, metric_of
 from headscope.sweeps.rows import rows_table
 

@@ -1,15 +1,19 @@
 """Orders of pruning: by a score, in steps, greedily, at random."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import headscope as hs
 from headscope.ablation.arguments import Metricish
+from headscope.ablation.groups import Sets
+from headscope.ablation.run import Placer, Study
 from headscope.edits import Heads, head_list, zero
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
-from headscope.pruning import gradient_importance, greedy, iterative, one_shot, random_order
+from headscope.pruning import gradient_importance, greedy, iterative, one_shot, orders, random_order
 from headscope.table import HeadScores
 from tests.ablation.helpers import model_of, probe_of, whole_pass
 
@@ -100,3 +104,34 @@ def test_an_importance_that_runs_out_of_values_is_told() -> None:
 
     with pytest.raises(InputError, match="no value for any other"):
         iterative(model_of("gpt2"), probe_of(batch=2), step=0.3, importance=first_layer_alone)
+
+
+def test_a_greedy_order_that_was_stopped_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, probe, file = model_of("llama"), probe_of(batch=2), tmp_path / "kept" / "order.json"
+    expected, measured = greedy(model, probe), orders.joint
+    steps: list[int] = []
+
+    def counted(study: Study, placer: Placer, sets: Sets) -> tuple[np.ndarray, np.ndarray]:
+        steps.append(len(sets))
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return measured(study, placer, sets)
+
+    monkeypatch.setattr(orders, "joint", counted)
+    with pytest.raises(KeyboardInterrupt):
+        greedy(model, probe, checkpoint=file)
+    assert greedy(model, probe, checkpoint=file) == expected
+    n = len(expected)
+    assert steps == [*range(n, n - 4, -1), *range(n - 3, 0, -1)]  # only the fourth was run again
+    assert greedy(model, probe, count=2, checkpoint=file) == expected[:2]
+    assert len(steps) == n + 1
+    with pytest.raises(InputError, match=r"another order \(other keep\)"):
+        greedy(model, probe, keep=1, checkpoint=file)
+    with pytest.raises(InputError, match=r"another order \(other data, examples\)"):
+        greedy(model, probe_of(batch=3), checkpoint=file)
+    for text in ("", "[]", '{"heads": ["x"], "facts": {}}'):
+        file.write_text(text)
+        with pytest.raises(InputError, match="no kept order"):
+            greedy(model, probe, checkpoint=file)
