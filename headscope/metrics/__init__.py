@@ -1,0 +1,24 @@
+"""Metrics: one number per example from the logits, as frozen values.
+
+A metric says which positions it reads, so that logits are computed nowhere else. By default these
+are the positions that have a target; ``metric.at("end")`` reads a mark of the probe instead. Where
+an example has several, its number is their mean; where it has none, NaN. A metric is also a plain
+function of whole logits: ``hs.metrics.loss(model.forward(probe.tokens), probe)``.
+A function of your own, ``f(logits [batch pos d_vocab], probe) -> [batch]``, is a metric too.
+"""
+
+from headscope.metrics.answers import accuracy as accuracy
+from headscope.metrics.answers import answer_log_prob as answer_log_prob
+from headscope.metrics.answers import answer_probability as answer_probability
+from headscope.metrics.answers import answer_rank as answer_rank
+from headscope.metrics.answers import logit_difference as logit_difference
+from headscope.metrics.distributions import kl_divergence as kl_divergence
+from headscope.metrics.distributions import loss as loss
+from headscope.metrics.effect import normalised_effect as normalised_effect
+from headscope.metrics.rows import Answered as Answered
+from headscope.metrics.rows import AnyMetric as AnyMetric
+from headscope.metrics.rows import LogitRows as LogitRows
+from headscope.metrics.rows import Metric as Metric
+from headscope.metrics.rows import WholeMetric as WholeMetric
+from headscope.metrics.rows import as_metric as as_metric
+from headscope.metrics.rows import rows_of as rows_of
