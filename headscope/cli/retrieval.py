@@ -12,6 +12,7 @@ from headscope.cli.command import typed
 from headscope.cli.lengths import parse_depths, parse_lengths
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows, table_rows
+from headscope.cli.retrieval_text import show
 from headscope.configs import parse, read_yaml
 from headscope.errors import InputError, nearest
 from headscope.files import whole_file
@@ -120,7 +121,7 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
     if as_json:
         print(json.dumps(_as_json(table, found, masked), allow_nan=False))
     else:
-        _print(found, masked)
+        show(found, masked)
     if folder is None:
         return
     settings = {
@@ -192,43 +193,6 @@ def _as_json(table: HeadTable, found: Retrieval, masked: dict[str, OrderCurve]) 
         "recall": plain_rows(found.recall_grid().to_pandas()),
         "masking": {name: plain_rows(curve.to_pandas()) for name, curve in masked.items()},
     }
-
-
-def _print(found: Retrieval, masked: dict[str, OrderCurve]) -> None:
-    """Heads, recall by length and depth, masking curves."""
-    from rich.table import Table
-    from rich.text import Text
-
-    terminal = console()
-    scores, steps, acts = found.by_set, found.by_step, found.activation
-    heads = Table("head", title="retrieval heads, by the share of the needle that they copy")
-    for name in ("share copied", "by steps", "active in", "needle removed"):
-        heads.add_column(name, justify="right")
-    for head, value in scores.top(12):
-        numbers = (value, float(steps[head]), float(acts[head]), float(scores.null[head]))
-        heads.add_row(str(head), *(f"{one:.2f}" for one in numbers))
-    if heads.row_count:
-        terminal.print(heads)
-    terminal.print(Text(str(found)))
-    grid = found.recall_grid()
-    cells = Table("tokens", title="share of needles found, by depth")
-    for depth in grid.depths:
-        cells.add_column(f"{100 * depth:.0f}%", justify="right")
-    for length, row in zip(grid.lengths, grid.share, strict=True):
-        cells.add_row(f"{int(length)}", *("" if one != one else f"{one:.2f}" for one in row))
-    terminal.print(cells)
-    for task, curve in masked.items():
-        of = Table("masked", title=Text(f"right answers with heads masked: {task}"))
-        for count in curve.counts:
-            of.add_column(str(count), justify="right")
-        for arm, means in zip(curve.effects.labels[0], curve.mean, strict=True):
-            of.add_row(arm, *("" if one != one else f"{one:.2f}" for one in means))
-        terminal.print(of)
-    if not masked and not found.runs.counted.any():
-        terminal.print("Without right answers there is no masking curve.")
-    beyond = scores.provenance.probe.get("extrapolated_from")
-    if beyond is not None:
-        terminal.print(f"Trained on at most {beyond} tokens: longer texts use positions beyond.")
 
 
 def _write(
