@@ -8,7 +8,7 @@ import typer
 from headscope.cli.app_comparing import commands as comparing
 from headscope.cli.app_retrieval import commands as retrieving
 from headscope.cli.loading import Loading, with_loading
-from headscope.cli.options import Json, Memory, Model, Scorers
+from headscope.cli.options import Json, Memory, Model, Scorers, path_option
 
 app = typer.Typer(
     name="headscope",
@@ -24,11 +24,9 @@ app = typer.Typer(
 def scan(
     loading: Loading,
     model: Model = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the table, pictures and page.")
-    ] = None,
+    out: Annotated[Path | None, path_option("Folder for the table, pictures and page.")] = None,
     scorers: Scorers = None,
-    probe: Annotated[Path | None, typer.Option(help="YAML file with a probe.")] = None,
+    probe: Annotated[Path | None, path_option("YAML file with a probe.")] = None,
     memory: Memory = None,
     max_tokens_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="Queries whose rows are held at once.")
@@ -84,7 +82,7 @@ def circuits(
     loading: Loading,
     model: Model = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the table, pairs, pictures and page.")
+        Path | None, path_option("Folder for the table, pairs, pictures and page.")
     ] = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that the copying shares are taken on.")
@@ -106,7 +104,7 @@ def head(
     names: Annotated[
         list[str], typer.Argument(metavar="[MODEL] HEAD", help="A head, such as L5H1 or 5.1.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for the page, HEAD.html.")] = None,
+    out: Annotated[Path | None, path_option("Folder for the page, HEAD.html.")] = None,
     text: Annotated[
         str | None, typer.Option(help="Example for the attention pattern (default: random tokens).")
     ] = None,
@@ -145,9 +143,9 @@ def lens(
     position: Annotated[int, typer.Option(help="Whose next token; -1 is the last.")] = -1,
     top: Annotated[int, typer.Option(min=1, help="Tokens shown of each reading.")] = 5,
     learned: Annotated[
-        Path | None, typer.Option("--lens", help="Folder of a tuned lens or of shortcuts.")
+        Path | None, path_option("Folder of a tuned lens or of shortcuts.", "--lens")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for numbers, pictures, page.")] = None,
+    out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
     json: Json = False,
 ) -> None:
     """Read every layer of MODEL in the vocabulary, and split the next token's logit exactly."""
@@ -188,7 +186,7 @@ def sweep(
     config: Annotated[
         Path | None, typer.Argument(help="YAML file of a sweep.", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder (default: runs/NAME).")] = None,
+    out: Annotated[Path | None, path_option("Folder (default: runs/NAME).")] = None,
     shard: Annotated[str, typer.Option(help="Run part i of N, as i/N, from 1.")] = "1/1",
     executor: Annotated[str, typer.Option(help="inline or ray.")] = "inline",
     workers: Annotated[
@@ -228,7 +226,7 @@ def status(
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     to: Annotated[str, typer.Option(help="csv, sqlite or duckdb.")] = "csv",
-    out: Annotated[Path | None, typer.Option(help="File (default: in the folder).")] = None,
+    out: Annotated[Path | None, path_option("File (default: in the folder).")] = None,
 ) -> None:
     """Write the results of a sweep for other programs."""
     from headscope.cli import export as command
@@ -241,7 +239,7 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of runs and sweeps, or saved tables.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file.")] = Path("report.html"),
+    out: Annotated[Path, path_option("HTML file.", "--out", "-o")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Title (default: the models).")] = None,
 ) -> None:
     """Join runs of one model, or of several side by side, into one HTML file that opens offline."""

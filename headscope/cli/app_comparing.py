@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from headscope.cli.loading import Loading
-from headscope.cli.options import Device, Dtype, Json, Scorers
+from headscope.cli.options import Device, Dtype, Json, Scorers, path_option
 
 commands = typer.Typer()
 
@@ -24,10 +24,8 @@ def emergence(
         str | None, typer.Option(help="Revisions, earliest first (default: all bundled ones).")
     ] = None,
     scorers: Scorers = None,
-    texts: Annotated[
-        Path | None, typer.Option(help="UTF-8 text for the loss, a paragraph each.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for numbers, picture, page.")] = None,
+    texts: Annotated[Path | None, path_option("UTF-8 text for the loss, a paragraph each.")] = None,
+    out: Annotated[Path | None, path_option("Folder for numbers, picture, page.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -53,7 +51,7 @@ def compare(
     second: Annotated[str, typer.Argument(help="The same.")],
     by: Annotated[str, typer.Option(help="profile, weights or address.")] = "profile",
     scorers: Scorers = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for numbers and page.")] = None,
+    out: Annotated[Path | None, path_option("Folder for numbers and page.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
     json: Json = False,
 ) -> None:

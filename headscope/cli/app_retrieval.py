@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from headscope.cli.loading import Loading, with_loading
-from headscope.cli.options import Json, Model
+from headscope.cli.options import Json, Model, path_option
 
 commands = typer.Typer()
 
@@ -25,15 +25,13 @@ def retrieval(
         str, typer.Option(help="facts, numbers, several, hops, prose, or a JSONL file.")
     ] = "facts",
     haystack: Annotated[
-        Path | None, typer.Option(help="Text file or folder to hide them in (default: bundled).")
+        Path | None, path_option("Text file or folder to hide them in (default: bundled).")
     ] = None,
     per_cell: Annotated[int | None, typer.Option(min=1, help="Texts per length and depth.")] = None,
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Also beyond the trained length (rotary models).")
     ] = False,
-    masking: Annotated[
-        Path | None, typer.Option(help="YAML file with tasks to mask heads in.")
-    ] = None,
+    masking: Annotated[Path | None, path_option("YAML file with tasks to mask heads in.")] = None,
     random: Annotated[
         int, typer.Option(min=-1, help="Random orders of masked heads; -1: mask nothing.")
     ] = 5,
@@ -45,7 +43,7 @@ def retrieval(
         int | None, typer.Option(min=1, help="Tokens of an answer at most.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for tables, pictures, page, and finished cells.")
+        Path | None, path_option("Folder for tables, pictures, page, and finished cells.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of needles and texts.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
@@ -83,7 +81,7 @@ def influence(
         str | None,
         typer.Option(help="L5H1,L7H3 or a folder of `retrieval` (default: found by needles)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder (default: runs/influence-FILE).")] = None,
+    out: Annotated[Path | None, path_option("Folder (default: runs/influence-FILE).")] = None,
     field: Annotated[str, typer.Option(help="Name of the text in each object.")] = "text",
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens read of a document (default: all that fit).")

@@ -1,8 +1,21 @@
 """Arguments and options that several commands share."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+
+def path_option(said: str, *names: str) -> Any:
+    """An option that takes a path, and no empty one: that is a variable which was never set."""
+    return typer.Option(*names, help=said, parser=_path, metavar="<path>")
+
+
+def _path(text: "str | Path") -> Path:
+    if str(text) == "":
+        raise typer.BadParameter("the path is empty: give a name, or leave the option out.")
+    return Path(text)
+
 
 Model = Annotated[
     str | None,

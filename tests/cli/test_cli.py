@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from headscope.cli.app import app
 from headscope.errors import HeadscopeError, InputError
 from headscope.table import HeadTable
 from tests.cli.support import run, sentence
@@ -70,6 +72,15 @@ def test_a_probe_file_is_used(tmp_path: Path) -> None:
     run("scan", "--probe", str(file), "--scorers", "induction", "--out", str(out))
     probe = HeadTable.load(out / "table.parquet")["induction"].provenance.probe
     assert (probe["length"], probe["examples"]) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    "call", [("scan", "--out"), ("report", ".", "-o"), ("lens", "x", "--lens")]
+)
+def test_an_empty_path_is_no_path(call: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*call, ""])
+    assert result.exit_code == 2
+    assert "the path is empty" in result.output
 
 
 def broken_model(folder: Path) -> Path:
