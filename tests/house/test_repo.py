@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import headscope
 
@@ -129,6 +130,12 @@ def test_lock_is_portable_and_satisfies_pyproject() -> None:
         for name, version in (pin.split("==") for pin in pins)
     }
     assert not [name for name in locked if name.startswith(("nvidia-", "cuda-"))]
+    for (
+        name
+    ) in locked:  # the first of each Python that we promise, which distributions keep for years
+        wanted = importlib.metadata.metadata(name).get("Requires-Python")
+        allowed = SpecifierSet(wanted or "")
+        assert not [one for one in ("3.11.0", "3.12.0", "3.13.0") if one not in allowed], name
     extras = PROJECT["optional-dependencies"]
     for text in (
         *PROJECT["dependencies"],
