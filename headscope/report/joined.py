@@ -17,7 +17,7 @@ MAX_BYTES = 10_000_000
 _PICTURE_BYTES = 2_000_000  # of all pictures together
 _COLUMNS = 12
 _SCRIPTS = ("data.js", "attention.js", "atlas.js", "card.js", "table.js", "figures.js")
-_FACTS = ("model", "revision", "weight_digest", "path", "dtype", "device")
+_FACTS = ("revision", "weight_digest", "path", "dtype", "device")
 
 
 def report_page(
