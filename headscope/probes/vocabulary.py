@@ -13,9 +13,11 @@ from headscope.heads import ModelShape
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that probes use."""
+    """The part of a Hugging Face tokenizer that probes use.
 
-    bos_token_id: int | None
+    Apart from ``bos_token_id``, which transformers makes up when it is asked for: from Python 3.12
+    on a protocol does not see such attributes.
+    """
 
     @property
     def is_fast(self) -> bool:
@@ -66,11 +68,11 @@ def uses_bos(model: HasVocabulary) -> bool:
         >>> hs.probes.uses_bos(model)
         True
     """
-    tokenizer = model.tokenizer
-    if tokenizer is None or tokenizer.bos_token_id is None:
+    tokenizer, bos = model.tokenizer, _bos(model)
+    if tokenizer is None or bos is None:
         return False
     ids = tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
+    return bool(ids) and ids[0] == bos
 
 
 def bos_prefix(model: HasVocabulary, bos: bool | None) -> list[int]:
@@ -85,9 +87,15 @@ def bos_prefix(model: HasVocabulary, bos: bool | None) -> list[int]:
     """
     if not (uses_bos(model) if bos is None else bos):
         return []
-    if model.tokenizer is None or model.tokenizer.bos_token_id is None:
+    token = _bos(model)
+    if token is None:
         raise InputError(f"{model.name} has no BOS token; leave bos=True out.")
-    return [int(model.tokenizer.bos_token_id)]
+    return [token]
+
+
+def _bos(model: HasVocabulary) -> int | None:
+    token = getattr(model.tokenizer, "bos_token_id", None)
+    return None if token is None else int(token)
 
 
 def ordinary_tokens(model: HasVocabulary) -> Int[Tensor, " ordinary"]:
