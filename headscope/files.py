@@ -3,10 +3,10 @@
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from headscope.errors import InputError
 
@@ -58,6 +58,21 @@ def whole_page(target: Path, page: str) -> None:
         raise InputError(f"{target.name!r} should end in .html.")
     with whole_file(target) as file:
         file.write(page.encode())
+
+
+def check_same(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    """Refuse to go on from a file that was made from other facts.
+
+    Raises:
+        InputError: naming the facts that differ, and the way out.
+    """
+    names = sorted({*found, *wanted})
+    other = [name for name in names if found.get(name) != wanted.get(name)]
+    if other:
+        raise InputError(
+            f"{file} is of another {what} (other {', '.join(other)}): give another name, or "
+            "delete it."
+        )
 
 
 def writable_folder(folder: Path) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.errors import HeadscopeError, InputError
-from headscope.files import whole_file, writable_folder
+from headscope.errors import InputError
+from headscope.files import check_same, whole_file, writable_folder
 from headscope.lens.fitting import Data, batches
 from headscope.probes.digest import probe_digest
 from headscope.probes.probe import Probe
@@ -104,24 +104,14 @@ class _Kept:
             with safe_open(self._file, "pt") as file:
                 told = file.metadata() or {}
                 step, facts = int(told["step"]), dict(json.loads(told["facts"]))
-                self._check(facts)
-                _fill(parameters, optimiser, step, file.get_tensor)
-        except HeadscopeError:
-            raise
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"{self._file} is no checkpoint of a fit: give another name, or delete it."
             ) from error
+        check_same(self._file, facts, self._facts, "fit")
+        with safe_open(self._file, "pt") as file:
+            _fill(parameters, optimiser, step, file.get_tensor)
         return step
-
-    def _check(self, facts: Mapping[str, Any]) -> None:
-        names = sorted({*facts, *self._facts})
-        other = [name for name in names if facts.get(name) != self._facts.get(name)]
-        if other:
-            raise InputError(
-                f"{self._file} is of another fit (other {', '.join(other)}): give another name, "
-                "or delete it."
-            )
 
 
 def _named(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope.errors import HeadscopeError, InputError
-from headscope.files import whole_file, writable_folder
+from headscope.files import check_same, whole_file, writable_folder
 from headscope.heads import HeadIndex
 
 
@@ -38,13 +38,7 @@ class KeptOrder:
             raise InputError(
                 f"{self._file} is no kept order: give another name, or delete it."
             ) from error
-        names = sorted({*facts, *self._facts})
-        other = [name for name in names if facts.get(name) != self._facts.get(name)]
-        if other:
-            raise InputError(
-                f"{self._file} is another order (other {', '.join(other)}): give another name, "
-                "or delete it."
-            )
+        check_same(self._file, facts, self._facts, "order")
         return heads
 
     def write(self, heads: tuple[HeadIndex, ...]) -> None:

@@ -64,7 +64,7 @@ def test_steps_score_again_without_those_that_went() -> None:
     assert whole == one_shot(gradient_importance(model, probe))
     for wrong in ({"step": 0.0}, {"count": 13}, {"count": 0}):
         with pytest.raises(InputError):
-            iterative(model, probe, **wrong)  # type: ignore[arg-type]
+            iterative(model, probe, **wrong)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -97,7 +97,7 @@ def test_an_importance_that_runs_out_of_values_is_told() -> None:
     def first_layer_alone(
         model: HeadModel, probe: hs.Probe, metric: object, *, removed: object
     ) -> HeadScores:
-        found = gradient_importance(model, probe, removed=removed)  # type: ignore[arg-type]
+        found = gradient_importance(model, probe, removed=removed)
         values = np.array(found.mean)
         values[1 if removed else 3 :] = np.nan
         return HeadScores.from_summary("some", values, kv_heads=found.kv_heads)
@@ -127,9 +127,9 @@ def test_a_greedy_order_that_was_stopped_goes_on(
     assert steps == [*range(n, n - 4, -1), *range(n - 3, 0, -1)]  # only the fourth was run again
     assert greedy(model, probe, count=2, checkpoint=file) == expected[:2]
     assert len(steps) == n + 1
-    with pytest.raises(InputError, match=r"another order \(other keep\)"):
+    with pytest.raises(InputError, match=r"of another order \(other keep\)"):
         greedy(model, probe, keep=1, checkpoint=file)
-    with pytest.raises(InputError, match=r"another order \(other data, examples\)"):
+    with pytest.raises(InputError, match=r"of another order \(other data, examples\)"):
         greedy(model, probe_of(batch=3), checkpoint=file)
     for text in ("", "[]", '{"heads": ["x"], "facts": {}}'):
         file.write_text(text)
