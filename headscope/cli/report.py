@@ -7,7 +7,7 @@ from pathlib import Path
 from headscope.cli.command import typed
 from headscope.cli.output import console
 from headscope.errors import InputError
-from headscope.files import whole_file
+from headscope.files import whole_page
 from headscope.report import Run, read_run, report_page
 
 
@@ -20,8 +20,7 @@ def run(places: Sequence[Path], *, out: Path, title: str | None) -> None:
     runs = [one for place in places for one in read(place)]
     command = typed() or shlex.join(["headscope", "report", *(one.name for one in places)])
     page = report_page(runs, title=title, command=command)
-    with whole_file(out) as file:
-        file.write(page.encode())
+    whole_page(out, page)
     console(stderr=True).print(
         f"Written to {out} ({len(page.encode()) / 1e6:.1f} MB, open it in a browser).",
         soft_wrap=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from headscope.files import whole_file, writable_folder
+from headscope.files import whole_file, whole_page, writable_folder
 from headscope.plots import heatmap, heatmaps, save
 from headscope.report.kept import sections_json
 from headscope.report.page import index_page
@@ -64,8 +64,7 @@ class RunFolder:
         table.save(self.path / "table.parquet", examples=examples)
         self._pictures(_heatmaps(table) if pictures is None else pictures)
         page = index_page(table, settings, sections=sections, command=command)
-        with whole_file(self.path / "index.html") as file:
-            file.write(page.encode())
+        whole_page(self.path / "index.html", page)
         if sections:
             with whole_file(self.path / "sections.json") as file:
                 file.write(sections_json(sections))
