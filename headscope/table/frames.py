@@ -10,7 +10,7 @@ from headscope.table.scores import HeadScores
 
 if TYPE_CHECKING:
     import pandas
-    import polars  # type: ignore[import-not-found, unused-ignore]  # optional
+    import polars
 
 
 def tidy_columns(scores: HeadScores) -> dict[str, Any]:

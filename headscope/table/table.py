@@ -12,7 +12,7 @@ from headscope.table.scores import HeadScores
 
 if TYPE_CHECKING:
     import pandas
-    import polars  # type: ignore[import-not-found, unused-ignore]  # optional
+    import polars
     from rich.console import Console, ConsoleOptions, RenderResult
 
 

@@ -58,9 +58,9 @@ def bridged(family: str) -> HeadModel:
 @pytest.mark.parametrize("family", [*families.HF_FAMILIES, *families.BRIDGE_FAMILIES])
 def test_blocks_add_what_their_parts_write(family: str) -> None:
     model = load(families.build(family))
-    before = state(model.module)  # type: ignore[attr-defined]
+    before = state(model.module)
     seen = watched(model)
-    assert same_state(before, state(model.module))  # type: ignore[attr-defined]
+    assert same_state(before, state(model.module))
     assert list(seen.states) == list(range(model.shape.n_layers))
     entering = model.parts.layer_inputs(families.tokens(), [0])[0]
     for layer, one in seen.states.items():

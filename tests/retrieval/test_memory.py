@@ -39,7 +39,7 @@ def test_memory_is_linear_in_the_length(form: str) -> None:
     largest = {}
     for length in (600, 2400):
         probe = hs.probes.needle(model, length, [0.5], per_cell=1)
-        with Largest() as seen:  # type: ignore[no-untyped-call]
+        with Largest() as seen:
             if form == "decoded":
                 follow(model, probe, new_tokens=2, progress=False)
             else:

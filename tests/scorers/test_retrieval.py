@@ -159,7 +159,7 @@ def outputs_with(p: Probe, window: int | None, learned_sink: bool) -> HeadOutput
     grown = scores.exp()
     pattern = grown / (grown.sum(-1, keepdim=True) + total)
     rows = AttentionRows(0, matches.query_pos, pattern, matches.visible)
-    outputs = outputs_of(p, make_rows=lambda: rows, make_matches=lambda: matches)  # type: ignore[arg-type]
+    outputs = outputs_of(p, make_rows=lambda: rows, make_matches=lambda: matches)
     return replace(outputs, z=outputs.averaged(pattern))
 
 
@@ -200,7 +200,7 @@ def test_a_head_that_looks_far_loses_all_and_a_local_one_nothing() -> None:
     object.__setattr__(matches, "scores", far)
     pattern = far.masked_fill(~matches.visible[:, None], -torch.inf).softmax(-1)
     rows = AttentionRows(0, matches.query_pos, pattern, matches.visible)
-    outputs = outputs_of(p, make_rows=lambda: rows, make_matches=lambda: matches)  # type: ignore[arg-type]
+    outputs = outputs_of(p, make_rows=lambda: rows, make_matches=lambda: matches)
     outputs = replace(outputs, z=outputs.averaged(pattern))
     found = streaming_gap(2, 3)(outputs, p)[:, :, 12:15]
     assert found.isfinite().all()
@@ -214,8 +214,8 @@ def test_predicted_need_is_the_formula_in_keys(moments: str, window: int | None)
     """With mean and covariance of the keys, as a cache would keep them, in fp64."""
     p = probe()
     seen, sink, recent, tau = matches_of(p, window), 2, 4, 0.6
-    scored = long_need_predicted(sink, recent, tau, moments)(seen, p)  # type: ignore[arg-type]
-    both = long_need_predicted(sink, recent, tau, moments, both=True)(seen, p)  # type: ignore[arg-type]
+    scored = long_need_predicted(sink, recent, tau, moments)(seen, p)
+    both = long_need_predicted(sink, recent, tau, moments, both=True)(seen, p)
     rows = AttentionRows(
         0,
         seen.query_pos,
