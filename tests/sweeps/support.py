@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pytest
+
+from headscope.ablation.engine import Batch
 from headscope.sweeps import SweepConfig
 from headscope.sweeps.reading import check_config
 
@@ -21,3 +24,16 @@ def config(**changes: Any) -> SweepConfig:
     made = SweepConfig.model_validate(wanted | changes)
     check_config(made)
     return made
+
+
+def variants_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of variants of every batch that is run from now on."""
+    run: list[int] = []
+    values = Batch.all_values
+
+    def counting(self: Batch, variants: Any, *more: Any) -> Any:
+        run.append(len(variants))
+        return values(self, variants, *more)
+
+    monkeypatch.setattr(Batch, "all_values", counting)
+    return run

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headscope.ablation.engine import Batch
 from headscope.sweeps import make_plan, read, run_sweep
 from headscope.sweeps.rows import KEYS
-from tests.sweeps.support import config
+from tests.sweeps.support import config, variants_run
 
 IOI = {"kind": "ioi", "batch": 4}
 METRICS = ["logit_difference", {"metric": "kl_divergence", "at": "end"}, "loss"]
@@ -41,14 +40,7 @@ def test_numbers_are_those_of_a_sweep_per_metric(tmp_path: Path) -> None:
 
 
 def test_a_set_is_run_once_for_all_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run: list[int] = []
-    values = Batch.all_values
-
-    def counting(self: Batch, variants: Any, *more: Any) -> Any:
-        run.append(len(variants))
-        return values(self, variants, *more)
-
-    monkeypatch.setattr(Batch, "all_values", counting)
+    run = variants_run(monkeypatch)
     counts = {}
     for name, metrics in (("one", METRICS[:1]), ("three", METRICS)):
         run.clear()

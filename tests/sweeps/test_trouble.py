@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from headscope.ablation.engine import Batch
 from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.sweeps import export, make_plan, read, run_sweep, status
@@ -19,7 +18,7 @@ from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.results import intervals
 from headscope.sweeps.store import Store
 from headscope.sweeps.work import ATTEMPTS
-from tests.sweeps.support import config
+from tests.sweeps.support import config, variants_run
 
 FEW = {"sets": [{"name": "few", "heads": ["L0H0", "L1H1", "L2H2"]}], "chunk": 1}
 
@@ -149,14 +148,7 @@ def test_single_heads_are_no_group(finished: Path) -> None:
 def test_sets_that_are_alike_are_run_once_a_chunk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run: list[int] = []
-    values = Batch.all_values
-
-    def counting(self: Batch, variants: Any, *more: Any) -> Any:
-        run.append(len(variants))
-        return values(self, variants, *more)
-
-    monkeypatch.setattr(Batch, "all_values", counting)
+    run = variants_run(monkeypatch)
     curve = {"arrange": "cumulative", "steps": 1}
     sets = [{"name": f"c{i}", "random": "all", "seed": i, **curve} for i in range(4)]
     sets.append({"name": "pair", "heads": ["L2H0", "L0H1"], "arrange": "together"})
