@@ -18,7 +18,7 @@ def of_condition(condition: float, rows: int = 60, columns: int = 8, seed: int =
     return ((left * torch.logspace(0, -np.log10(condition), columns)) @ right.T).float()
 
 
-def check(matrices: torch.Tensor) -> None:
+def assert_exact_qr(matrices: torch.Tensor) -> None:
     Q, R = thin_qr(matrices)
     size = matrices.double().norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
     assert float(((Q.double() @ R.double() - matrices.double()) / size).abs().max()) < 1e-6
@@ -29,7 +29,7 @@ def check(matrices: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e3, 1e4, 1e6, 1e9])
 def test_orthogonal_and_exact_at_any_condition(condition: float) -> None:
-    check(torch.stack([of_condition(condition, seed=seed) for seed in range(3)])[None])
+    assert_exact_qr(torch.stack([of_condition(condition, seed=seed) for seed in range(3)])[None])
 
 
 def test_singular_values_equal_numpys_in_float64() -> None:
@@ -42,7 +42,7 @@ def test_singular_values_equal_numpys_in_float64() -> None:
 def test_rank_deficient_and_empty_heads_are_among_good_ones() -> None:
     matrices = torch.stack([of_condition(5.0), torch.zeros(60, 8), of_condition(5.0, seed=1)])
     matrices[2, :, 3] = matrices[2, :, 4]
-    check(matrices)
+    assert_exact_qr(matrices)
 
 
 @pytest.mark.parametrize("condition", [1.0, 3.0, 10.0, 1e3, 1e9])
@@ -59,4 +59,4 @@ def test_span_times_mix_is_orthonormal_at_any_condition(condition: float) -> Non
 @given(st.integers(0, 1000), st.integers(1, 9), st.integers(0, 20), st.floats(-15, 10))
 def test_any_shape_and_size(seed: int, columns: int, more: int, power: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    check(10.0**power * torch.randn(2, columns + more, columns, generator=generator))
+    assert_exact_qr(10.0**power * torch.randn(2, columns + more, columns, generator=generator))

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import headscope
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "headscope"
@@ -142,3 +143,7 @@ def test_lock_is_portable_and_satisfies_pyproject() -> None:
     ):
         wanted = Requirement(text)
         assert wanted.specifier.contains(locked[wanted.name.lower()]), text
+
+
+def test_the_longest_tests_are_there() -> None:
+    assert not [name for name in LONGEST if not (ROOT / "tests" / name).is_file()]

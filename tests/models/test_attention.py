@@ -88,7 +88,7 @@ def slow_z(call: AttentionCall) -> Tensor:
     return (slow_pattern(call) @ values).transpose(1, 2)
 
 
-def check(call: AttentionCall) -> None:
+def assert_textbook(call: AttentionCall) -> None:
     expected = slow_pattern(call)
     positions = torch.arange(call.first_query, call.n_keys)
     for size in (1, 7, len(positions)):
@@ -112,7 +112,7 @@ def test_every_combination_is_the_textbook_softmax(
     kv_heads: int, padding: str, queries: int
 ) -> None:
     for window, soft_cap, sinks in product((None, 1, 3), (None, 1.5), (False, True)):
-        check(
+        assert_textbook(
             a_call(
                 kv_heads=kv_heads,
                 window=window,
@@ -158,7 +158,7 @@ def test_any_call_is_the_textbook_softmax(
     share: float,
     seed: int,
 ) -> None:
-    check(
+    assert_textbook(
         a_call(
             kv_heads=kv_heads,
             window=window,
