@@ -14,7 +14,7 @@ from headscope.errors import InputError
 from headscope.models.decoding import decoding, end_tokens
 from headscope.models.protocol import Edit, HeadModel, LayerView
 from headscope.probes.probe import Probe
-from headscope.retrieval.passes import each_run
+from headscope.retrieval.passes import each_run, need_marks
 from headscope.retrieval.recall import recall, word_recall
 from headscope.retrieval.runs import Run, Runs
 
@@ -71,9 +71,8 @@ def follow(
     check_fits(model, probe)
     if new_tokens is not None and new_tokens < 1:
         raise InputError(f"new_tokens={new_tokens} leaves nothing to say: give 1 or more.")
-    end, needle = probe.mark("end"), probe.mark("needle_answer")
-    if not bool(end.any(1).all()) or not bool(needle.any(1).all()):
-        raise InputError("every example needs tokens marked 'end' and 'needle_answer'.")
+    need_marks(probe, "end", "needle_answer")
+    end = probe.mark("end")
     steps = new_tokens or _steps(probe)
     longest = int((end.int().argmax(1) - probe.first).max()) + 1
     if model.shape.n_ctx is not None and longest + steps - 1 > model.shape.n_ctx:

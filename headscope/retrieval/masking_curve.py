@@ -134,7 +134,10 @@ def reached(
         return None
     first = (probe.mark("end") if "end" in probe.marks else answering).int()
     if not bool(first.any(1).all()):
-        raise InputError("every example needs a token marked 'end', or a target.")
+        raise InputError(
+            "every example needs a token marked 'end', or a target: give a probe that has answers, "
+            "or scope='all'."
+        )
     decoding = torch.arange(probe.length, device=first.device) >= first.argmax(1)[:, None]
     where: Tensor = probe.real & (decoding if scope == "decode" else ~decoding)
     return where

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from headscope.errors import HeadscopeError
+from headscope.errors import HeadscopeError, InputError
 from headscope.memory import is_out_of_memory
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
@@ -56,6 +56,21 @@ def each_run(
     facts = [probe.facts.get(name, unknown).double().numpy() for name in ("length", "depth")]
     runs = tuple(done[row] for row in range(len(probe)))
     return Runs(runs, facts[0], facts[1], float(threshold), form)
+
+
+def need_marks(probe: Probe, *names: str) -> None:
+    """Check that every example has tokens with each of these marks.
+
+    Raises:
+        InputError: if one has none.
+    """
+    for name in names:
+        without = (~probe.mark(name).any(1)).nonzero().flatten().tolist()
+        if without:
+            raise InputError(
+                f"example {without[0]} has no token marked {name!r}: make the probe by "
+                "probes.needle, or mark them as it does."
+            )
 
 
 def _batches(probe: Probe, batch_size: int | None) -> Iterator[list[int]]:

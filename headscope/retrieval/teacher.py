@@ -8,12 +8,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.capture import check_fits, chunks
-from headscope.errors import InputError
 from headscope.memory import chunk_bytes
 from headscope.models.protocol import HeadModel, LayerView
 from headscope.probes.probe import Probe
 from headscope.retrieval.follow import RECALL, answered, unbroken
-from headscope.retrieval.passes import each_run
+from headscope.retrieval.passes import each_run, need_marks
 from headscope.retrieval.runs import Run, Runs
 
 
@@ -43,9 +42,7 @@ def follow_forced(
         InputError: if the probe has no such marks or does not fit the model.
     """
     check_fits(model, probe)
-    for name in ("end", "answering", "needle_answer"):
-        if not bool(probe.mark(name).any(1).all()):
-            raise InputError(f"every example needs tokens marked {name!r}.")
+    need_marks(probe, "end", "answering", "needle_answer")
     return each_run(
         model,
         probe,

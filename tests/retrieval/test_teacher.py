@@ -1,5 +1,7 @@
 """Teacher-forced runs: equal to decoding where the answer is what greedy decoding says."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,14 @@ def test_what_does_not_fit_is_said() -> None:
         follow_forced(model, bare)
     with pytest.raises(InputError, match="generates nothing"):
         scan_grid(model, 64, form="forced", new_tokens=3)
+
+
+@pytest.mark.parametrize("form", [follow, follow_forced])
+def test_an_example_without_its_marks_is_named(form: Callable[..., object]) -> None:
+    model = hs.load("tiny-llama")
+    probe = hs.probes.needle(model, lengths=64, depths=2, per_cell=1)
+    needle = probe.mark("needle_answer").clone()
+    needle[1] = False
+    bare = replace(probe, marks={**probe.marks, "needle_answer": needle})
+    with pytest.raises(InputError, match=r"example 1 has no token marked 'needle_answer': make"):
+        form(model, bare)
