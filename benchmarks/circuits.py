@@ -16,7 +16,7 @@ from support import report
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import headscope as hs
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 
 # Composition is compared on a narrow llama: transformer-lens copies both factors for every pair of
 # heads, which takes 77 GB at the width at which singular values are compared.

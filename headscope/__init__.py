@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from headscope.heads import ModelShape as ModelShape
     from headscope.interactive import attention_view as attention_view
     from headscope.interactive import explain as explain
-    from headscope.models.load import load as load
+    from headscope.models.loading.load import load as load
     from headscope.probes import Probe as Probe
     from headscope.pruning import prune as prune
     from headscope.retrieval import mask_heads as mask_heads
@@ -85,7 +85,7 @@ _HOME = {
     "explain": "headscope.interactive",
     "interactions": "headscope.ablation",
     "lens": "headscope.lens",
-    "load": "headscope.models.load",
+    "load": "headscope.models.loading.load",
     "mask_heads": "headscope.retrieval",
     "metrics": "headscope.metrics",
     "output_scorer": "headscope.scorers",

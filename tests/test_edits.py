@@ -5,8 +5,8 @@ import torch
 
 import headscope as hs
 from headscope import edits
-from headscope.models.bridge import wrap_bridge
-from headscope.models.hf import HFModel
+from headscope.models.bridge.model import wrap_bridge
+from headscope.models.hf.model import HFModel
 from headscope.models.protocol import LayerView
 from tests.ablation.helpers import model_of, probe_of
 from tests.models import families

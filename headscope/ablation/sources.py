@@ -13,10 +13,10 @@ from torch import Tensor
 from headscope.edits import Variant, scale, stack
 from headscope.errors import UnsupportedModelError
 from headscope.memory import keep_freed_memory
-from headscope.models.hf import HFModel
-from headscope.models.hf_pass import scoped_edits
-from headscope.models.hf_record import quick_activations, record
-from headscope.models.hf_replay import Replay
+from headscope.models.hf.model import HFModel
+from headscope.models.hf.passes import scoped_edits
+from headscope.models.hf.record import quick_activations, record
+from headscope.models.hf.replay import Replay
 from headscope.models.protocol import HeadModel, Observer
 
 # A replay must give the model's own logits to this share of the largest; half precision keeps

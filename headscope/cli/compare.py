@@ -11,7 +11,7 @@ from headscope.cli.output import console, plain_rows
 from headscope.comparing import compare
 from headscope.comparing.compared import way_to_match
 from headscope.files import whole_file, whole_page, writable_folder
-from headscope.models.load import load
+from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.table import Comparison, HeadTable
 

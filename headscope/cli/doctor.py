@@ -10,7 +10,7 @@ from typing import Any
 from headscope.cli.loading import Loading
 from headscope.cli.output import console
 from headscope.errors import HeadscopeError
-from headscope.models import shipped
+from headscope.models.loading import shipped
 
 _SHOWN = (
     "headscope",

@@ -32,7 +32,7 @@ class Loading:
         """Load it, without transformers' own bars and advice on the terminal."""
         from transformers.utils import logging
 
-        from headscope.models.load import load
+        from headscope.models.loading.load import load
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()

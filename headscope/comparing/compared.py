@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from headscope.comparing.matching import by_address, by_profile, by_weights, shared
 from headscope.errors import InputError, nearest
-from headscope.models.load import load
+from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.scorers import Scorer
 from headscope.scoring import score

@@ -8,8 +8,8 @@ from jaxtyping import Float
 
 from headscope.comparing.curves import UNITS, copy_curves, text_curves, token_losses
 from headscope.errors import HeadscopeError, InputError
-from headscope.models import shipped
-from headscope.models.load import load
+from headscope.models.loading import shipped
+from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes import repeated_tokens, text
 from headscope.progress import track

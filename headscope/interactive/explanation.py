@@ -15,7 +15,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.files import whole_page
 from headscope.heads import HeadIndex
 from headscope.metrics import loss
-from headscope.models.load import load
+from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.patterns import attention_example
 from headscope.probes import repeated_tokens

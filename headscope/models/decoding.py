@@ -11,9 +11,9 @@ from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.calls import accepted, padding
-from headscope.models.hf import HFModel
-from headscope.models.hf_pass import Pass
+from headscope.models.hf.model import HFModel
+from headscope.models.hf.passes import Pass
+from headscope.models.loading.calls import accepted, padding
 from headscope.models.protocol import Edit, HeadModel, Observer
 
 

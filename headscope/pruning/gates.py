@@ -25,8 +25,8 @@ from headscope.ablation.run import Study
 from headscope.edits import Site
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.models.bridge import BridgeModel
-from headscope.models.hf import HFModel
+from headscope.models.bridge.model import BridgeModel
+from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.progress import track

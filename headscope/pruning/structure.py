@@ -8,8 +8,8 @@ import torch
 from headscope.ablation.arguments import present
 from headscope.edits import Heads, head_list
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.models.hf import HFModel
-from headscope.models.hf_prune import is_pruned, pruned, read_pruned
+from headscope.models.hf.model import HFModel
+from headscope.models.hf.prune import is_pruned, pruned, read_pruned
 from headscope.models.protocol import HeadModel
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from headscope.ablation.run import Placer
 from headscope.ablation.run import Study as Measurement
 from headscope.edits import AnyEdit, Heads, Variant
 from headscope.errors import InputError
-from headscope.models.load import load
+from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
 from headscope.probes.digest import probe_digest

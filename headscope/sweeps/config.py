@@ -11,7 +11,7 @@ from headscope import metrics
 from headscope.ablation.methods import METHODS
 from headscope.configs import Strict
 from headscope.errors import InputError
-from headscope.models import shipped
+from headscope.models.loading import shipped
 from headscope.probes.config import ProbeConfig
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"

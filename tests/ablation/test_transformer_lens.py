@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import headscope as hs
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 from tests.ablation.helpers import model_of, probe_of
 
 FAMILIES = ("gpt2", "llama", "gpt_neox", "cohere2", "mistral", "gemma2", "qwen3")

@@ -26,7 +26,7 @@ from transformers import (
 
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, Rotation
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.outputs import HeadWeights, Readout
 

@@ -10,7 +10,7 @@ from headscope.circuits.composition import _all_pairs
 from headscope.circuits.factors import HeadFactors
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 from tests.circuits.conftest import HandWired
 
 ModelOf = Callable[[str], HFModel]

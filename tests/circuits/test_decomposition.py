@@ -6,7 +6,7 @@ import torch
 from headscope import circuits
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 
 ModelOf = Callable[[str], HFModel]
 TOKENS = [5, 9, 44, 9, 60, 31, 8, 77]

@@ -8,7 +8,7 @@ import torch
 from transformers import GraniteConfig, GraniteForCausalLM
 
 from headscope import circuits
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 
 MULTIPLIER = 0.37
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from headscope import circuits
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.hf import HFModel
-from headscope.models.hf_interface import routed
+from headscope.models.hf.interface import routed
+from headscope.models.hf.model import HFModel
 
 ModelOf = Callable[[str], HFModel]
 

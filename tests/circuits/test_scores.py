@@ -7,7 +7,7 @@ import torch
 
 from headscope import circuits
 from headscope.circuits.factors import HeadFactors
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 from tests.circuits.conftest import HandWired
 
 ModelOf = Callable[[str], HFModel]

@@ -8,7 +8,7 @@ import torch
 
 from headscope import circuits
 from headscope.errors import InputError
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 from headscope.table import HeadEigenvalues, HeadSpectra
 
 ModelOf = Callable[[str], HFModel]

@@ -10,7 +10,7 @@ from torch import Tensor
 from headscope import circuits
 from headscope.circuits.relations import Relation, of_words
 from headscope.errors import InputError
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 from tests.circuits.conftest import HandWired
 
 ModelOf = Callable[[str], HFModel]

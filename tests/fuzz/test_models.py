@@ -127,7 +127,7 @@ def test_broken_weights(drawn: dict[str, Any], place: int, value: float) -> None
 @cache
 def good() -> Path:
     """Folder of the bundled model, to copy and break."""
-    from headscope.models import shipped
+    from headscope.models.loading import shipped
 
     return shipped.folder("tiny-llama")
 

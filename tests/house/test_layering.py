@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.layers import ALLOWED, FLOORS, MAX_LINES, unit, violations
+from tests.house.layers import ALLOWED, FLOORS, unit, violations
 
 PACKAGE = Path(__file__).parents[2] / "headscope"
 
@@ -37,7 +37,7 @@ PLANTED = {
     "sweeps/run.py": ("from headscope import plots", "sweeps imports plots"),
     "lens/direct.py": ("import headscope", "lens imports the public surface"),
     "novelty.py": ("from headscope import heads", "novelty has no place"),
-    "models/load.py": ("import transformer_lens.model_bridge", "imports transformer_lens"),
+    "models/loading/load.py": ("import transformer_lens.model_bridge", "imports transformer_lens"),
     "models/late.py": ("def f():\n    from plotly import express", "imports plotly"),
     "plots/heatmap.py": ("import torch.nn as nn", "imports torch"),
     "table.py": ("from torch import Tensor", "imports torch"),
@@ -46,7 +46,6 @@ PLANTED = {
     "circuits/ov.py": ("def f(m):\n    return m.self_attn.o_proj", "'o_proj'"),
     "scoring.py": ("def f(m, g):\n    m.register_forward_pre_hook(g)", "register_forward_pre_hook"),
     "models/bundled/card.py": ("names = f'{1}.embed_tokens'", "'embed_tokens'"),
-    "edits.py": ("x = 1\n" * (MAX_LINES + 1), "more than 300"),
 }
 
 
@@ -61,8 +60,8 @@ def test_a_planted_violation_is_found(file: str, tmp_path: Path) -> None:
 
 
 FINE = {
-    "models/bridge_build.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
-    "models/hf_layout.py": "from headscope.rows import AttentionRows\nx = 'self_attn.o_proj'",
+    "models/bridge/build.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
+    "models/hf/layout.py": "from headscope.rows import AttentionRows\nx = 'self_attn.o_proj'",
     "models/bundled/training/train.py": "def f(m):\n    return m.lm_head",
     "report/page.py": "from plotly import graph_objects\nfrom headscope.plots import heatmap",
     "scoring.py": '"""Unlike hook_z, ..."""\nfrom headscope import __version__, capture',

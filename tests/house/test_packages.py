@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import headscope
-from headscope.models import shipped
+from headscope.models.loading import shipped
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "headscope"

@@ -14,9 +14,9 @@ import headscope as hs
 from headscope import lens
 from headscope.errors import HeadscopeError, InputError
 from headscope.lens.over_probe import Against
-from headscope.models.bridge import wrap_bridge
-from headscope.models.bridge_build import bridge_over
-from headscope.models.load import load
+from headscope.models.bridge.build import bridge_over
+from headscope.models.bridge.model import wrap_bridge
+from headscope.models.loading.load import load
 from tests.handwired import handwired_gpt2, handwired_llama
 from tests.lens.helpers import EVERY, TOKENS, model_of, plain_logits
 from tests.models import families

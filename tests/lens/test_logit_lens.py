@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as arrays
 from headscope import lens
 from headscope.errors import InputError
 from headscope.lens import reading
-from headscope.models.hf import HFModel
-from headscope.models.load import load
+from headscope.models.hf.model import HFModel
+from headscope.models.loading.load import load
 from tests.handwired import handwired_gpt2
 from tests.lens.helpers import EVERY, TOKENS, model_of, plain_logits
 from tests.models import families

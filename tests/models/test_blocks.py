@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import BlockStates
-from headscope.models.bridge import wrap_bridge
-from headscope.models.bridge_build import bridge_over
-from headscope.models.hf_blocks import Seen, find_writers
-from headscope.models.load import load
+from headscope.models.bridge.build import bridge_over
+from headscope.models.bridge.model import wrap_bridge
+from headscope.models.hf.blocks import Seen, find_writers
+from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel, LayerView
 from tests.models import families
 from tests.models.checks import difference, same_state, state

@@ -6,9 +6,9 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge import BridgeModel, wrap_bridge
-from headscope.models.bridge_build import bridge_over
-from headscope.models.hf import HFModel
+from headscope.models.bridge.build import bridge_over
+from headscope.models.bridge.model import BridgeModel, wrap_bridge
+from headscope.models.hf.model import HFModel
 from tests.models import checks
 from tests.models.families import (
     ALIBI,

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.models.bridge import wrap_bridge
-from headscope.models.bridge_build import bridge_over
-from headscope.models.bridge_weights import bridge_weights
-from headscope.models.hf import HFModel
+from headscope.models.bridge.build import bridge_over
+from headscope.models.bridge.model import wrap_bridge
+from headscope.models.bridge.weights import bridge_weights
+from headscope.models.hf.model import HFModel
 from headscope.outputs import HeadWeights
 from tests.models import checks
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, fresh, tokens

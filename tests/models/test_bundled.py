@@ -15,9 +15,9 @@ from torch import Tensor
 
 import headscope as hs
 from headscope.heads import HeadIndex
-from headscope.models import shipped
 from headscope.models.bundled.training import examples
 from headscope.models.bundled.training.data import Rows
+from headscope.models.loading import shipped
 from headscope.models.protocol import Edit, HeadModel
 from headscope.table import HeadTable
 

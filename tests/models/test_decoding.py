@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 import headscope as hs
-from headscope.models.bridge import wrap_bridge
-from headscope.models.bridge_build import bridge_over
+from headscope.models.bridge.build import bridge_over
+from headscope.models.bridge.model import wrap_bridge
 from headscope.models.decoding import decoding
-from headscope.models.protocol import LayerView
+from headscope.models.protocol import HeadModel, LayerView
 from tests.models.families import build, fresh, padding, tokens
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "qwen3", "opt", "gpt_neox", "phi3"]
@@ -29,9 +29,7 @@ class Rows:
         """Nothing is kept."""
 
 
-def stepped(
-    model: hs.models.protocol.HeadModel, real: Tensor | None = None
-) -> list[tuple[Tensor, dict[int, Tensor]]]:
+def stepped(model: HeadModel, real: Tensor | None = None) -> list[tuple[Tensor, dict[int, Tensor]]]:
     """Greedy logits and rows of four steps, after a prompt of eight."""
     text, given = decoding(model, real), tokens()[:, :8]
     out = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.models.hf import HFModel
+from headscope.models.hf.model import HFModel
 from tests.models import checks
 from tests.models.families import HF_FAMILIES, WINDOW, build, fresh, padding, tokens
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 import headscope as hs
 from headscope import lens
 from headscope.errors import InputError, ModelLoadError, UnsupportedModelError
-from headscope.models import hf_pass
-from headscope.models.admission import admit
+from headscope.models.hf import passes
+from headscope.models.loading.admission import admit
 from tests.models.families import ALIBI, BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
 
 
@@ -138,12 +138,12 @@ def test_nan_weights_are_told() -> None:
 
 def test_a_wrong_hook_point_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that is not what the model computes must not pass the proof."""
-    fused = hf_pass.fused
+    fused = passes.fused
 
     def other(call: Any) -> torch.Tensor:
         return fused(call).flip(2)  # heads in another order
 
-    monkeypatch.setattr(hf_pass, "fused", other)
+    monkeypatch.setattr(passes, "fused", other)
     with pytest.raises(UnsupportedModelError, match="logits change"):
         hs.load(fresh("llama"))
 

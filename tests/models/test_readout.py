@@ -5,10 +5,10 @@ from transformers import OlmoConfig, OlmoForCausalLM, OPTConfig, OPTForCausalLM
 
 import headscope as hs
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge import BridgeModel, wrap_bridge
-from headscope.models.bridge_build import bridge_over
-from headscope.models.hf import HFModel
-from headscope.models.hf_readout import measure_norm
+from headscope.models.bridge.build import bridge_over
+from headscope.models.bridge.model import BridgeModel, wrap_bridge
+from headscope.models.hf.model import HFModel
+from headscope.models.hf.readout import measure_norm
 from tests.models import checks
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, tokens
 

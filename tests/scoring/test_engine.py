@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 import headscope as hs
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.models.bridge import wrap_bridge
-from headscope.models.bridge_build import bridge_over
-from headscope.models.hf_pass import HFLayerView
+from headscope.models.bridge.build import bridge_over
+from headscope.models.bridge.model import wrap_bridge
+from headscope.models.hf.passes import HFLayerView
+from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
 from headscope.scorers import CATALOGUE, Scorer
@@ -26,7 +27,7 @@ def few_tokens(batch: int = 5, length: int = 17, vocabulary: int = 9) -> torch.T
     return torch.randint(3, 3 + vocabulary, (batch, length), generator=generator)
 
 
-def table(model: hs.models.protocol.HeadModel, probe: Probe, **options: object) -> np.ndarray:
+def table(model: HeadModel, probe: Probe, **options: object) -> np.ndarray:
     scored = hs.score(model, probe, NAMES, progress=False, **options)
     return np.stack([scored[name].per_example for name in NAMES])
 
@@ -45,7 +46,7 @@ def test_equal_to_the_slow_version(family: str, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def llama() -> hs.models.protocol.HeadModel:
+def llama() -> HeadModel:
     return hs.load(build("llama"))
 
 
@@ -129,7 +130,7 @@ def test_a_target_outside_the_window_is_missing_not_zero() -> None:
     assert (scores.missing == 2 * 8).all()
 
 
-def test_a_user_scorer_needs_three_lines(llama: hs.models.protocol.HeadModel) -> None:
+def test_a_user_scorer_needs_three_lines(llama: HeadModel) -> None:
     @hs.row_scorer()
     def three_back(rows: AttentionRows, probe: Probe) -> torch.Tensor:
         """Attention to the token three back."""
@@ -145,7 +146,7 @@ def test_a_user_scorer_needs_three_lines(llama: hs.models.protocol.HeadModel) ->
 
 
 def test_direct_logit_attribution_sums_to_the_attention_part(
-    llama: hs.models.protocol.HeadModel,
+    llama: HeadModel,
 ) -> None:
     """Heads of a layer together = what the output projection adds along the target's direction."""
     module, tokens = fresh("llama"), few_tokens()
@@ -195,7 +196,7 @@ def test_norm_after_attention_is_refused_with_a_reason() -> None:
     ],
 )
 def test_mistakes_are_told_before_any_pass(
-    llama: hs.models.protocol.HeadModel,
+    llama: HeadModel,
     monkeypatch: pytest.MonkeyPatch,
     arguments: dict[str, object],
     sentence: str,
@@ -205,7 +206,7 @@ def test_mistakes_are_told_before_any_pass(
         hs.score(llama, hs.probes.from_tokens(few_tokens()), **arguments)
 
 
-def test_a_probe_that_does_not_fit_is_told(llama: hs.models.protocol.HeadModel) -> None:
+def test_a_probe_that_does_not_fit_is_told(llama: HeadModel) -> None:
     with pytest.raises(InputError, match="at most 128"):
         hs.score(llama, hs.probes.from_tokens(torch.ones(1, 200, dtype=torch.long)))
     with pytest.raises(InputError, match=f"knows 0 to {VOCAB - 1}"):

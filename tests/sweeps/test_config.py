@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from headscope.errors import InputError
-from headscope.models import shipped
+from headscope.models.loading import shipped
 from headscope.sweeps import read_config, schema
 from tests.sweeps.support import REPEATED, config
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from headscope.errors import InputError
-from headscope.models import shipped
+from headscope.models.loading import shipped
 from headscope.sweeps import make_plan
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.plan import Plan, plan_from_json, plan_json

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from headscope.errors import InputError
-from headscope.models import shipped
+from headscope.models.loading import shipped
 from headscope.sweeps import RayExecutor, SweepConfig, run_sweep, status
 from headscope.sweeps.store import Store
 from tests.conftest import ROOT

@@ -11,7 +11,7 @@ import torch
 
 import headscope as hs
 from headscope.errors import InputError
-from headscope.models import shipped
+from headscope.models.loading import shipped
 from headscope.sweeps import read, run_sweep, status
 from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.plan import Chunk, Plan

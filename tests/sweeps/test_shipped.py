@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headscope.models import shipped
+from headscope.models.loading import shipped
 from headscope.sweeps import Results, read, read_config, run_sweep
 from tests.conftest import ROOT
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm, Rotation
 from headscope.models.blocks import AttentionWrite, BlockObserver
-from headscope.models.hf_blocks import Seen, Writers, attention_write, find_writers, shown
+from headscope.models.hf.blocks import Seen, Writers, attention_write, find_writers, shown
 from headscope.models.rotary import POSITIONS, find_rotation
 from headscope.outputs import HeadWeights
 

@@ -10,15 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.calls import accepted, padding
 from headscope.models.digest import Digest
-from headscope.models.extrapolation import no_rotation
-from headscope.models.hf_interface import register
-from headscope.models.hf_layout import Layout, find_layout
-from headscope.models.hf_parts import HFParts
-from headscope.models.hf_pass import Finished, Pass
-from headscope.models.hf_readout import find_readout
-from headscope.models.hf_removed import kept_in
+from headscope.models.hf.interface import register
+from headscope.models.hf.layout import Layout, find_layout
+from headscope.models.hf.parts import HFParts
+from headscope.models.hf.passes import Finished, Pass
+from headscope.models.hf.readout import find_readout
+from headscope.models.hf.removed import kept_in
+from headscope.models.loading.calls import accepted, padding
+from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
 
@@ -108,7 +108,7 @@ class HFModel:
     @cached_property
     def bridge(self) -> Any:
         """A transformer-lens ``TransformerBridge`` over the same parameter storage."""
-        from headscope.models.bridge_build import bridge_over
+        from headscope.models.bridge.build import bridge_over
 
         if self.shape.removed:
             raise UnsupportedModelError(
@@ -119,7 +119,7 @@ class HFModel:
 
     def weights(self, layer: int) -> HeadWeights:
         """All attention weights of one layer; key/value heads not repeated."""
-        from headscope.models.bridge_weights import bridge_weights
+        from headscope.models.bridge.weights import bridge_weights
 
         return bridge_weights(self.bridge, layer)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.hf_removed import kept_in
+from headscope.models.hf.removed import kept_in
 
 NAME = "headscope_stream"
 Handler = Callable[[torch.nn.Module, AttentionCall], Tensor]

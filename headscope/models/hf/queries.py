@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.models.attention import AttentionCall, fused, visible_keys
-from headscope.models.hf_record import repeated
+from headscope.models.hf.record import repeated
 
 # Up to so many queries the scores are cheaper than copies of the shared keys and values.
 _FEW = 32

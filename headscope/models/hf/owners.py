@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.hf_interface import routed
-from headscope.models.hf_layout import LayerParts, tiny_tokens
+from headscope.models.hf.interface import routed
+from headscope.models.hf.layout import LayerParts, tiny_tokens
 
 if TYPE_CHECKING:
-    from headscope.models.hf import HFModel
+    from headscope.models.hf.model import HFModel
 
 Site = Literal["query", "key", "value"]
 Owner = tuple[Site, int]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
-from headscope.models import shipped
-from headscope.models.admission import admit
-from headscope.models.extrapolation import extrapolate as extrapolate_positions
+from headscope.models.loading import shipped
+from headscope.models.loading.admission import admit
+from headscope.models.loading.extrapolation import extrapolate as extrapolate_positions
 from headscope.models.protocol import HeadModel
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -78,7 +78,7 @@ def load(
         )
         return _lifted(_wrapped(given, tokenizer, name, commit, check), given, extrapolate)
     if type(source).__module__.split(".")[0] == "transformer_lens":
-        from headscope.models.bridge import wrap_bridge
+        from headscope.models.bridge.model import wrap_bridge
 
         bridge = wrap_bridge(source, tokenizer=tokenizer)
         return _lifted(bridge, bridge.module, extrapolate)
@@ -110,9 +110,9 @@ def _wrapped(
     module: Any, tokenizer: Any, name: str, revision: str | None, check: bool
 ) -> HeadModel:
     """Choose the path and prove the hook points."""
-    from headscope.models.hf import HFModel
-    from headscope.models.hf_layout import tiny_tokens
-    from headscope.models.proof import prove
+    from headscope.models.hf.layout import tiny_tokens
+    from headscope.models.hf.model import HFModel
+    from headscope.models.loading.proof import prove
 
     facts = {"tokenizer": tokenizer, "name": name, "revision": revision}
     tokens = tiny_tokens(module)
@@ -120,8 +120,8 @@ def _wrapped(
     try:
         model: HeadModel | None = HFModel.wrap(module, **facts)
         if model is None:
-            from headscope.models.bridge import wrap_bridge
-            from headscope.models.bridge_build import bridge_over
+            from headscope.models.bridge.build import bridge_over
+            from headscope.models.bridge.model import wrap_bridge
 
             model = wrap_bridge(bridge_over(module), **facts)
     except UnsupportedModelError as error:
@@ -160,7 +160,7 @@ def _from_files(
     """Read config, weights and tokenizer; return them with the model's name and commit."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from headscope.models.hf_prune import is_pruned, read_pruned
+    from headscope.models.hf.prune import is_pruned, read_pruned
 
     name = shipped.DEFAULT if source is None else str(source)
     place = name

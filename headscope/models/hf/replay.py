@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from headscope.edits import Stacked, Variant, cut, first_layer, first_position, stack
 from headscope.models.attention import AttentionCall
-from headscope.models.hf_interface import routed
-from headscope.models.hf_layout import LayerParts
-from headscope.models.hf_queries import Prefix, attend, joined
-from headscope.models.hf_record import Recording, fitted, repeated, replaced
+from headscope.models.hf.interface import routed
+from headscope.models.hf.layout import LayerParts
+from headscope.models.hf.queries import Prefix, attend, joined
+from headscope.models.hf.record import Recording, fitted, repeated, replaced
 
 if TYPE_CHECKING:
-    from headscope.models.hf import HFModel
+    from headscope.models.hf.model import HFModel
 
 # The last block is cut to the positions read only where that spares at least half of them.
 _LEAN_SHARE = 0.5

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
-from headscope.models.hf_layout import tiny_tokens
-from headscope.models.hf_owners import Owner
+from headscope.models.hf.layout import tiny_tokens
+from headscope.models.hf.owners import Owner
 
 if TYPE_CHECKING:
-    from headscope.models.hf import HFModel
+    from headscope.models.hf.model import HFModel
 
 # By attention module and matrix, the outputs that stay.
 Rows = dict[tuple[str, str], Tensor]
@@ -29,7 +29,7 @@ class LayerRemoval(BaseModel):
 
     Attributes:
         attention, projection: where the module is in the model, and its output projection in it.
-        heads, kv_heads: those left, by old number; see :class:`headscope.models.hf_removed.Kept`.
+        heads, kv_heads: those left, by old number; see :class:`headscope.models.hf.removed.Kept`.
         outputs: by input projection, how many outputs are left.
         blocks: by input projection, which block of d_head outputs stands at each place, where
             some repeat.
@@ -77,7 +77,7 @@ def removal_of(
     Args:
         model: to remove heads from.
         removed: these.
-        owners: from :func:`headscope.models.hf_owners.find_owners`.
+        owners: from :func:`headscope.models.hf.owners.find_owners`.
     """
     shape = model.shape
     names = {module: name for name, module in model.module.named_modules()}

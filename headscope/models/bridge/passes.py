@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.matches import Matches
 from headscope.models.attention import visible_keys
-from headscope.models.bridge_layout import BridgeLayer, BridgeLayout
+from headscope.models.bridge.layout import BridgeLayer, BridgeLayout
 from headscope.models.protocol import Edit, Observer
 from headscope.rows import AttentionRows
 

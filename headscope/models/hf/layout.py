@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.hf_interface import routed
-from headscope.models.hf_removed import NoHeads, kept_in
+from headscope.models.hf.interface import routed
+from headscope.models.hf.removed import NoHeads, kept_in
 from headscope.models.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.

@@ -6,7 +6,7 @@ from random import Random
 from headscope.errors import InputError, nearest
 
 DEFAULT = "tiny-gpt2"
-_FOLDER = Path(__file__).parent / "bundled"
+_FOLDER = Path(__file__).parents[1] / "bundled"
 
 
 def names() -> tuple[str, ...]:

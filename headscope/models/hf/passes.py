@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.matches import Matches
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.hf_interface import routed
-from headscope.models.hf_layout import LayerParts, Layout
+from headscope.models.hf.interface import routed
+from headscope.models.hf.layout import LayerParts, Layout
 from headscope.models.protocol import Edit, Observer
 from headscope.rows import AttentionRows
 

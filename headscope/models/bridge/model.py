@@ -10,15 +10,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge_build import OWN_NAMES
-from headscope.models.bridge_layout import BridgeLayout, find_bridge_layout
-from headscope.models.bridge_parts import BridgeParts
-from headscope.models.bridge_pass import BridgePass, Finished
-from headscope.models.bridge_weights import bridge_weights
-from headscope.models.calls import accepted, padding
+from headscope.models.bridge.build import OWN_NAMES
+from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
+from headscope.models.bridge.parts import BridgeParts
+from headscope.models.bridge.passes import BridgePass, Finished
+from headscope.models.bridge.weights import bridge_weights
 from headscope.models.digest import Digest
-from headscope.models.extrapolation import no_rotation
-from headscope.models.hf_readout import logit_scale, measure_readout
+from headscope.models.hf.readout import logit_scale, measure_readout
+from headscope.models.loading.calls import accepted, padding
+from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
 
@@ -188,7 +188,7 @@ def wrap_bridge(
     """See a ``TransformerBridge`` head by head.
 
     Args:
-        bridge: the user's own, or one from :func:`headscope.models.bridge_build.bridge_over`.
+        bridge: the user's own, or one from :func:`headscope.models.bridge.build.bridge_over`.
         name: what to call it; default: what the bridge calls it.
         tokenizer: default: the bridge's own.
         revision: which version of the weights it holds.

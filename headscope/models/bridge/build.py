@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge_layout import tiny_bridge_tokens
+from headscope.models.bridge.layout import tiny_bridge_tokens
 
 # Largest difference between logits of bridge and model, relative to the largest logit. Half
 # precision rounds at other places on the two ways; a wrong layout gives differences near 1.

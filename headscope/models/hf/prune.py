@@ -1,6 +1,6 @@
 """Structural removal of heads: rows and columns of Q, K, V and O really go.
 
-What goes is written down as a :class:`headscope.models.hf_removal.Removal`, which is saved in the
+What goes is written down as a :class:`headscope.models.hf.removal.Removal`, which is saved in the
 model's config. Reading applies the same removal to an empty model and then lets transformers load
 the weights, which fit.
 """
@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from headscope.edits import zero
 from headscope.errors import ModelLoadError, UnsupportedModelError
 from headscope.heads import HeadIndex
-from headscope.models.hf_layout import tiny_tokens
-from headscope.models.hf_owners import Owner, find_owners
-from headscope.models.hf_removal import Removal, Rows, removal_of
-from headscope.models.hf_removed import Kept, LayerConfig, NoHeads, RepeatingLinear, reading_kept
+from headscope.models.hf.layout import tiny_tokens
+from headscope.models.hf.owners import Owner, find_owners
+from headscope.models.hf.removal import Removal, Rows, removal_of
+from headscope.models.hf.removed import (
+    Kept,
+    LayerConfig,
+    NoHeads,
+    RepeatingLinear,
+    reading_kept,
+)
 
 if TYPE_CHECKING:
-    from headscope.models.hf import HFModel
+    from headscope.models.hf.model import HFModel
 
 # Under this name the removal stands in a config.
 KEY = "headscope_removal"

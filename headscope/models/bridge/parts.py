@@ -1,4 +1,4 @@
-"""Norms, positions and embedding of a bridge, see :mod:`.hf_measured`."""
+"""Norms, positions and embedding of a bridge, see :mod:`headscope.models.hf.measured`."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
-from headscope.models.hf_measured import MeasuredParts
-from headscope.models.hf_readout import measure_norm
+from headscope.models.hf.measured import MeasuredParts
+from headscope.models.hf.readout import measure_norm
 
 _ROTARY = ("rotary", "rope")
 
 
 class BridgeParts(MeasuredParts):
-    """Parts of a :class:`headscope.models.bridge.BridgeModel`."""
+    """Parts of a :class:`headscope.models.bridge.model.BridgeModel`."""
 
     def input_norm(self, layer: int) -> InputNorm:
         """Norm between the residual stream and one layer's attention, checked on a tiny pass."""

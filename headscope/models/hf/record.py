@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headscope.models.hf_pass import HFLayerView
+from headscope.models.hf.passes import HFLayerView
 
 if TYPE_CHECKING:
-    from headscope.models.hf import HFModel
+    from headscope.models.hf.model import HFModel
     from headscope.models.protocol import LayerView
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.blocks import AttentionWrite, BlockObserver, BlockStates
-from headscope.models.hf_readout import measure_norm
+from headscope.models.hf.readout import measure_norm
 
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # share of a write that may be missing
 _LEAST = 1e-3  # a smaller multiplier is none

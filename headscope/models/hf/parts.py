@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.hf_interface import routed
-from headscope.models.hf_measured import MeasuredParts
-from headscope.models.hf_readout import measure_norm
+from headscope.models.hf.interface import routed
+from headscope.models.hf.measured import MeasuredParts
+from headscope.models.hf.readout import measure_norm
 
 
 class HFParts(MeasuredParts):
-    """Parts of an :class:`headscope.models.hf.HFModel`."""
+    """Parts of an :class:`headscope.models.hf.model.HFModel`."""
 
     def input_norm(self, layer: int) -> InputNorm:
         """Norm between the residual stream and one layer's attention."""

@@ -1,0 +1,1 @@
+"""Models of transformer-lens (``TransformerBridge``); hooks are named here and in ``hf`` only."""

@@ -1,0 +1,1 @@
+"""Transformers models on fused attention; modules are named here and in ``bridge`` only."""
