@@ -2,29 +2,78 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from headscope.errors import InputError
+from headscope.errors import InputError, nearest
 
-_ADDRESS = re.compile(r"^\s*(?:L(\d+)H(\d+)|(\d+)\.(\d+))\s*$", re.IGNORECASE)
+# Letter of each attention stack in a head's address; a model with a single stack writes L.
+STACK_LETTERS = {"": "L", "encoder": "E", "decoder": "D", "cross": "X", "vision": "V", "text": "T"}
+_STACKS = {letter: stack for stack, letter in STACK_LETTERS.items()}
+_ADDRESS = re.compile(rf"^\s*(?:([{''.join(_STACKS)}])(\d+)H(\d+)|(\d+)\.(\d+))\s*$", re.IGNORECASE)
 
 
-class HeadIndex(NamedTuple):
-    """Address of one query head: the model's own layer number, then the head within it.
+class HeadIndex(tuple[int, int]):
+    """Address of one query head: layer, head within the layer, and attention stack.
+
+    It is the pair ``(layer, head)``: it unpacks and indexes an array ``[layer head]`` as one.
+    Heads of different stacks are unequal even where their numbers agree.
 
     Examples:
-        >>> str(HeadIndex(5, 1))
-        'L5H1'
+        >>> str(HeadIndex(5, 1)), str(HeadIndex(3, 2, "cross"))
+        ('L5H1', 'X3H2')
         >>> HeadIndex.parse("5.1") == (5, 1)
         True
+        >>> HeadIndex.parse("X3H2").stack
+        'cross'
     """
 
-    layer: int
-    head: int
+    stack: str
+
+    def __new__(cls, layer: int, head: int, stack: str = "") -> "HeadIndex":
+        """Make an address.
+
+        Args:
+            layer: the model's own layer number.
+            head: query head within the layer.
+            stack: name of the attention stack; empty in a model with a single one.
+
+        Raises:
+            InputError: if the stack is unknown.
+        """
+        if stack not in STACK_LETTERS:
+            raise InputError(nearest(stack, [name for name in STACK_LETTERS if name], kind="stack"))
+        index = super().__new__(cls, (layer, head))
+        index.stack = stack
+        return index
+
+    @property
+    def layer(self) -> int:
+        """The model's own layer number."""
+        return self[0]
+
+    @property
+    def head(self) -> int:
+        """Query head within the layer."""
+        return self[1]
+
+    def __eq__(self, other: object) -> bool:
+        """Compare pairs and stacks; a plain pair is a head of a model with a single stack."""
+        return tuple.__eq__(self, other) is True and self.stack == getattr(other, "stack", "")
+
+    def __ne__(self, other: object) -> bool:
+        """Negate equality, which the tuple's own comparison would not."""
+        return not self == other
+
+    def __hash__(self) -> int:
+        """Hash as the plain pair does, so that sets find either."""
+        return tuple.__hash__(self)
+
+    def __getnewargs__(self) -> tuple[int, int, str]:
+        """Pickle the stack too."""
+        return self.layer, self.head, self.stack
 
     def __str__(self) -> str:
         """Return the form used everywhere in print: ``L5H1``."""
-        return f"L{self.layer}H{self.head}"
+        return f"{STACK_LETTERS[self.stack]}{self.layer}H{self.head}"
 
     def __repr__(self) -> str:
         """Return the same form, so that lists of heads read well."""
@@ -32,19 +81,20 @@ class HeadIndex(NamedTuple):
 
     @classmethod
     def parse(cls, address: "str | tuple[int, int]") -> "HeadIndex":
-        """Read ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.
+        """Read ``"L5H1"``, ``"5.1"``, ``(5, 1)``, or ``"X3H2"`` for a head of a named stack.
 
         Raises:
-            InputError: if the text is no head address.
+            InputError: if the text is not a head address.
         """
         if not isinstance(address, str):
             layer, head = address
-            return cls(int(layer), int(head))
+            return cls(int(layer), int(head), getattr(address, "stack", ""))
         match = _ADDRESS.match(address)
         if match is None:
             raise InputError(f"{address!r} is not a head: write it as 'L5H1' or '5.1'.")
-        layer_text, head_text = (group for group in match.groups() if group is not None)
-        return cls(int(layer_text), int(head_text))
+        letter, *numbers = match.groups()
+        layer_text, head_text = (number for number in numbers if number is not None)
+        return cls(int(layer_text), int(head_text), _STACKS[(letter or "L").upper()])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 def build(source: Path) -> nbformat.NotebookNode:
     """Run one notebook; its figures are kept as plotly's data, without a copy of plotly.js."""
     os.environ["PLOTLY_RENDERER"] = "plotly_mimetype"
-    notebook = jupytext.read(source)
+    notebook: nbformat.NotebookNode = jupytext.read(source)
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
     ).execute()

@@ -67,7 +67,7 @@ def _page(
         ["In a plain scan", "yes" if base in DEFAULT else "no: ask for it by name"],
         ["Source", scorer.source],
     ]
-    text = heading(base) + "\n" + inspect.getdoc(scorer.function) + "\n\n"
+    text = heading(base) + "\n" + (inspect.getdoc(scorer.function) or "") + "\n\n"
     text += list_table([], [[f"**{name}**", value] for name, value in facts], "25 75")
     text += (
         "\n.. code-block:: python\n\n"
@@ -93,11 +93,11 @@ def _measured(base: str, names: list[str], table: HeadTable, pictures: Path, mod
             sem, p = scores.sem[head], scores.p_value
             chance = "" if p is None else f"{p[head]:.2g}"
             rows.append([f"``{name}``", str(head), f"{mean:.3f}", f"{sem:.3f}", chance])
-    head = ["score", "head", "mean", "standard error", "p-value"]
+    titles = ["score", "head", "mean", "standard error", "p-value"]
     return (
         heading(f"On the bundled model {model}", "-")
         + f"\n.. image:: ../pictures/{base}.png\n   :alt: {base} of every head of {model}, layer "
-        "by head; the highest are in the table below\n   :width: 70%\n\n" + list_table(head, rows)
+        "by head; the highest are in the table below\n   :width: 70%\n\n" + list_table(titles, rows)
     )
 
 

@@ -98,6 +98,6 @@ def _chosen(
             if head.layer >= ratio.shape[0] or head.head >= ratio.shape[1]:
                 raise InputError(f"there is no head {head} among these eigenvalues.")
         return chosen
-    known = [HeadIndex(*map(int, at)) for at in np.argwhere(np.isfinite(ratio))]
+    known = [HeadIndex(int(layer), int(head)) for layer, head in np.argwhere(np.isfinite(ratio))]
     strongest = sorted(known, key=lambda head: (-abs(ratio[head]), head))
     return sorted(strongest[: max(1, _MOST_POINTS // rank)])

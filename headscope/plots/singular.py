@@ -112,7 +112,7 @@ def _names(
 ) -> go.Scatter:
     """Names at the first values of the heads that stand out, and the colour bar of all layers."""
     first = relative[..., 0]
-    known = [HeadIndex(*map(int, at)) for at in np.argwhere(np.isfinite(first))]
+    known = [HeadIndex(int(layer), int(head)) for layer, head in np.argwhere(np.isfinite(first))]
     known = [head for head in known if chosen is None or head in chosen]
     shown: list[HeadIndex] = []
     for head in sorted(known, key=lambda head: (-first[head], head)):

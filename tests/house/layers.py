@@ -10,6 +10,7 @@ from typing import NamedTuple
 FLOORS = (
     {"errors"},
     {"heads", "rows", "stats", "memory", "progress", "configs", "files"},
+    {"base"},
     {"inputs"},
     {"matches"},
     {"outputs"},
@@ -26,7 +27,7 @@ FLOORS = (
     {"__main__"},
 )
 
-_BASE = {"errors", "heads"}
+_BASE = {"errors", "heads", "base"}
 _DISK = {"configs", "files"}
 _TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
 _SEES_MODELS = _TENSORS | {"edits", "probes", "table", "stats", "models", "origin"}
@@ -37,6 +38,7 @@ _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "heads": {"errors"},
+    "base": {"errors", "heads"},
     "rows": {"errors"},
     "stats": {"errors"},
     "memory": {"errors"},
@@ -52,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "probes": {"errors", "heads", "configs"},
     "scorers": {"errors", "heads", "rows", "outputs", "inputs", "matches", "probes"},
     "plots": {"errors", "heads", "stats", "table"},
-    "models": {"errors", "heads", "rows", "outputs", "inputs", "matches", "edits", "memory"},
+    "models": _BASE | {"rows", "outputs", "inputs", "matches", "edits", "memory"},
     "origin": {"probes", "table", "models"},
     "capture": _TENSORS | {"edits", "probes", "models"},
     "circuits": _TENSORS | {"probes", "stats", "table", "models", "origin"},
