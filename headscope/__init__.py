@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from headscope import ablation as ablation
     from headscope import capture as capture
     from headscope import circuits as circuits
+    from headscope import compiled as compiled
     from headscope import edits as edits
     from headscope import lens as lens
     from headscope import metrics as metrics
@@ -80,6 +81,7 @@ _HOME = {
     "capture": "headscope.capture",
     "circuits": "headscope.circuits",
     "compare": "headscope.comparing",
+    "compiled": "headscope.compiled",
     "edits": "headscope.edits",
     "emergence": "headscope.comparing",
     "explain": "headscope.interactive",

@@ -1,0 +1,34 @@
+"""Exact models with known heads: compile head programs into real GPT-2 and Llama weights.
+
+    made = hs.compiled.induction(rotation_seed=1)
+    table = hs.score(made.model, made.probe())
+    made.truth.roles                     # {"previous_token": (L0H0,), "induction": (L1H0,)}
+
+The models are the ground truth that methods are held to: their patterns, roles, edges and
+composition follow from the program and are found without looking at the weights.
+"""
+
+from headscope.compiled.compiled import Compiled as Compiled
+from headscope.compiled.compiled import compiled as compiled
+from headscope.compiled.compiled import from_library as from_library
+from headscope.compiled.compiled import induction as induction
+from headscope.compiled.compiled import program as program
+from headscope.compiled.compiler import Build as Build
+from headscope.compiled.interpreter import Interpretation as Interpretation
+from headscope.compiled.interpreter import interpret as interpret
+from headscope.compiled.library import LIBRARY as LIBRARY
+from headscope.compiled.library import induction_program as induction_program
+from headscope.compiled.library import ioi_program as ioi_program
+from headscope.compiled.library import pointer_program as pointer_program
+from headscope.compiled.program import Feature as Feature
+from headscope.compiled.program import Head as Head
+from headscope.compiled.program import Lookup as Lookup
+from headscope.compiled.program import Predicate as Predicate
+from headscope.compiled.program import Program as Program
+from headscope.compiled.program import always as always
+from headscope.compiled.program import offset as offset
+from headscope.compiled.program import same as same
+from headscope.compiled.program import table as table
+from headscope.compiled.truth import Edge as Edge
+from headscope.compiled.truth import Truth as Truth
+from headscope.compiled.truth import truth_of as truth_of

@@ -1,0 +1,231 @@
+"""A library of head programs, from a single copying head to an indirect-object circuit."""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+from headscope.compiled.program import (
+    Feature,
+    Head,
+    Lookup,
+    Program,
+    always,
+    offset,
+    same,
+    table,
+)
+
+
+def copy_program(tokens: int = 5, length: int = 8) -> Program:
+    """Every position shows its own token, copied by a head that attends to itself."""
+    head = Head(0, "position", "position", offset(0), "token", "answer", role="current_token")
+    return Program("copy", tokens, length, (head,), ("answer",))
+
+
+def previous_program(tokens: int = 5, length: int = 8) -> Program:
+    """Every position shows the token before it."""
+    return Program("previous", tokens, length, (_previous("answer"),), ("answer",))
+
+
+def reverse_program(tokens: int = 5, length: int = 9) -> Program:
+    """The second half of the positions shows the first half's tokens, last first."""
+    half = (length + 1) // 2
+    mirror = table("mirror", {i: [length - 1 - i] for i in range(half, length)})
+    head = Head(0, "position", "position", mirror, "token", "answer")
+    return Program("reverse", tokens, length, (head,), ("answer",))
+
+
+def duplicate_program(tokens: int = 5, length: int = 8) -> Program:
+    """Positions whose token occurred before show it; others show the BOS."""
+    head = Head(
+        0, "token", "token", same(), "token", "answer", ties="last", others_only=True,
+        role="duplicate_token",
+    )  # fmt: skip
+    return Program("duplicate", tokens, length, (head,), ("answer",))
+
+
+def induction_program(tokens: int = 8, length: int = 16) -> Program:
+    """Positions show what followed the earlier occurrences of their token (Elhage et al. 2021)."""
+    heads = (_previous("previous"), _induction("answer"))
+    return Program("induction", tokens, length, heads, ("answer",))
+
+
+def redundant_induction_program(tokens: int = 8, length: int = 16) -> Program:
+    """Induction by two heads that do the same, so that neither alone is needed."""
+    heads = (_previous("previous"), _induction("first"), _induction("second"))
+    return Program(
+        "redundant induction", tokens, length, heads, ("first", "second"),
+        redundant=frozenset({"first", "second"}),
+    )  # fmt: skip
+
+
+def recall_program(pairs: int = 3, length: int = 10) -> Program:
+    """Keys followed by values; a key shows its value: associative recall by an induction pair."""
+    tokens = 1 + 2 * pairs
+    kind = Feature("kind", (0, *[1] * pairs, *[2] * pairs), size=3)
+    heads = (_previous("previous"), _induction("answer"))
+    return Program("recall", tokens, length, heads, ("answer",), features=(kind,))
+
+
+def pointer_program(tokens: int = 6, length: int = 8) -> Program:
+    """Induction by a pointer: find the earlier occurrence, take its position, read the next."""
+    after = table("next", {i: [i + 1] for i in range(length - 1)})
+    heads = (
+        Head(0, "token", "token", same(), "position", "place", ties="last", others_only=True,
+             role="duplicate_token"),
+        Head(1, "place", "position", after, "token", "answer", role="pointer"),
+    )  # fmt: skip
+    return Program("pointer", tokens, length, heads, ("answer",))
+
+
+def trigram_program(tokens: int = 4, length: int = 8) -> Program:
+    """A table of the last two tokens decides what is shown, in an MLP fed by a head."""
+    lookup = Lookup(
+        0, ("previous", "token"), "answer", tokens, lambda before, now: (before + 2 * now) % tokens
+    )
+    return Program("trigram", tokens, length, (_previous("previous"),), ("answer",), (lookup,))
+
+
+def successor_program(tokens: int = 6, length: int = 8) -> Program:
+    """Every position shows the token after its own in order, by a head that reads that order."""
+    successors = Feature("successor", tuple((n + 1) % tokens for n in range(tokens)), size=tokens)
+    head = Head(0, "token", "token", same(), "successor", "answer", role="successor")
+    return Program("successor", tokens, length, (head,), ("answer",), features=(successors,))
+
+
+def histogram_program(tokens: int = 6, length: int = 6) -> Program:
+    """Every position shows how often its token has occurred so far.
+
+    The head attends to all occurrences and the BOS alike; what it takes from the BOS is
+    ``1 / (1 + count)``, and the MLP reads the count off that (RASP's selector width).
+    """
+    counts = [1 / (1 + n) for n in range(1, tokens)]
+    cuts = tuple(sorted((a + b) / 2 for a, b in pairwise(counts)))
+    widths = table("same or BOS", {n: sorted({0, n}) for n in range(tokens)})
+    head = Head(0, "token", "token", widths, "is_bos", "width")
+    lookup = Lookup(0, ("width",), "answer", tokens, lambda n: tokens - 1 - n, cuts)
+    first = Feature("is_bos", (1.0, *[0.0] * (tokens - 1)))
+    return Program("histogram", tokens, length, (head,), ("answer",), (lookup,), (first,))
+
+
+def most_frequent_program(tokens: int = 6, length: int = 6) -> Program:
+    """Every position shows the token that has occurred most so far; ties are averaged."""
+    counting = histogram_program(tokens, length)
+    lookup = counting.lookups[0]
+    counted = Lookup(0, lookup.inputs, "count", tokens, lookup.maps, lookup.cuts)
+    most = Head(1, "one", "count", always(), "token", "answer", ties="largest")
+    return Program(
+        "most frequent", tokens, length, (*counting.heads, most), ("answer",), (counted,),
+        counting.features,
+    )  # fmt: skip
+
+
+def largest_program(tokens: int = 6, length: int = 8) -> Program:
+    """Every position shows the largest token so far: the last step of a sort."""
+    head = Head(0, "one", "token", always(), "token", "answer", ties="largest")
+    return Program("largest", tokens, length, (head,), ("answer",))
+
+
+def dyck_program(length: int = 8) -> Program:
+    """Tokens 1 and 2 are brackets; shows 1 where more are open, 2 where closed, 0 if balanced."""
+    opened = Feature("opened", (0.5, 1.0, 0.0))
+    head = Head(0, "one", "one", always(), "opened", "share")
+    margin = 0.2 / length
+    lookup = Lookup(
+        0, ("share",), "answer", 3, lambda n: (2, 0, 1)[n], (0.5 - margin, 0.5 + margin)
+    )
+    return Program("dyck", 3, length, (head,), ("answer",), (lookup,), (opened,))
+
+
+def mean_program(length: int = 8) -> Program:
+    """Every position shows the mean so far of the numbers that tokens stand for, rounded.
+
+    Token ``n`` stands for ``(n - 1) / 3``, the BOS for 0: the simplest in-context estimate.
+    """
+    number = Feature("number", (0.0, 0.0, 1 / 3, 2 / 3, 1.0))
+    head = Head(0, "one", "one", always(), "number", "mean")
+    cuts = (0.118, 0.354, 0.646, 0.882)  # between the means that 8 such numbers can have
+    lookup = Lookup(0, ("mean",), "answer", 5, lambda n: n, cuts)
+    return Program("mean", 5, length, (head,), ("answer",), (lookup,), (number,))
+
+
+def name_mover_program(names: int = 4, length: int = 8) -> Program:
+    """Tokens 1 to ``names`` are names: every position shows the names so far."""
+    tokens = names + 3
+    listed = table("names", {0: range(1, names + 1)})
+    head = Head(0, "one", "token", listed, "token", "answer", role="name_mover")
+    return Program("name mover", tokens, length, (head,), ("answer",))
+
+
+def ioi_program(names: int = 4, length: int = 8) -> Program:
+    """Indirect object: of two names, show the one that is not repeated (Wang et al. 2023).
+
+    A duplicate-token head marks the repeated name, an inhibition head carries it to every later
+    position, and a name mover attends to the other names.
+    """
+    tokens = names + 3
+    people = range(1, names + 1)
+    repeated = table("repeated", {0: people})
+    others = table("others", {n: [m for m in people if m != n] for n in people})
+    heads = (
+        Head(0, "token", "token", same(), "token", "seen", ties="last", others_only=True,
+             role="duplicate_token"),
+        Head(1, "one", "seen", repeated, "token", "subject", ties="last", role="s_inhibition"),
+        Head(2, "subject", "token", others, "token", "answer", role="name_mover"),
+    )  # fmt: skip
+    return Program("indirect object", tokens, length, heads, ("answer",))
+
+
+def retrieval_program(tokens: int = 8, length: int = 16) -> Program:
+    """Token 1 announces the needle: every later position shows the token after the latest one."""
+    announced = table("after the marker", {0: [1]})
+    heads = (
+        _previous("previous"),
+        Head(1, "one", "previous", announced, "token", "answer", ties="last", role="retrieval"),
+    )
+    return Program("planted retrieval", tokens, length, heads, ("answer",))
+
+
+def bystander_program(tokens: int = 8, length: int = 16) -> Program:
+    """Induction beside a duplicate-token head and a copying head whose output nobody reads."""
+    heads = (
+        _previous("previous"),
+        Head(0, "token", "token", same(), "token", "seen", ties="last", others_only=True,
+             role="duplicate_token"),
+        _induction("answer"),
+        Head(1, "position", "position", offset(0), "token", "copied", role="current_token"),
+    )  # fmt: skip
+    return Program("bystanders", tokens, length, heads, ("answer",))
+
+
+def _previous(output: str) -> Head:
+    return Head(0, "position", "position", offset(1), "token", output, role="previous_token")
+
+
+def _induction(output: str) -> Head:
+    return Head(1, "token", "previous", same(), "token", output, role="induction")
+
+
+LIBRARY: Mapping[str, Callable[[], Program]] = {
+    program().name: program
+    for program in (
+        copy_program,
+        previous_program,
+        reverse_program,
+        duplicate_program,
+        induction_program,
+        redundant_induction_program,
+        recall_program,
+        pointer_program,
+        trigram_program,
+        successor_program,
+        histogram_program,
+        most_frequent_program,
+        largest_program,
+        dyck_program,
+        mean_program,
+        name_mover_program,
+        ioi_program,
+        retrieval_program,
+        bystander_program,
+    )
+}

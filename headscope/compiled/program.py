@@ -1,0 +1,244 @@
+"""Head programs: what each head of a small exact model looks for, reads and writes.
+
+A program is a list of heads and lookup tables over named variables. It says what a transformer
+computes without saying how: :mod:`.interpreter` runs it on token ids, :mod:`.compiler` turns it
+into weights, and :mod:`.truth` states what any method that looks at those weights should find.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from headscope.errors import InputError, nearest
+from headscope.heads import HeadIndex
+
+EMBEDDED = ("token", "position", "one")
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """Which key values a query value selects.
+
+    Attributes:
+        name: how it reads in a table of programs.
+        holds: ``(query value, key value) -> bool``.
+        distance: the fixed distance of an offset between positions; None for other predicates.
+            Rotary models have no position variable, but can express these.
+    """
+
+    name: str
+    holds: Callable[[int, int], bool]
+    distance: int | None = None
+
+    def matrix(self, queries: int, keys: int) -> Bool[np.ndarray, "query_value key_value"]:
+        """Return the predicate as a table over all values of both variables."""
+        return np.array([[self.holds(q, k) for k in range(keys)] for q in range(queries)], bool)
+
+
+def same() -> Predicate:
+    """Select keys whose value equals the query's."""
+    return Predicate("same", lambda query, key: query == key)
+
+
+def offset(distance: int) -> Predicate:
+    """Select the key ``distance`` positions before the query."""
+    return Predicate(f"offset {distance}", lambda query, key: query - key == distance, distance)
+
+
+def always() -> Predicate:
+    """Select every key."""
+    return Predicate("always", lambda query, key: True)
+
+
+def table(name: str, pairs: Mapping[int, Sequence[int]]) -> Predicate:
+    """Select, for each query value, the key values listed for it.
+
+    Args:
+        name: how it reads in a table of programs.
+        pairs: ``{query value: key values}``; a query value that is missing selects nothing.
+    """
+    listed = {query: frozenset(keys) for query, keys in pairs.items()}
+    return Predicate(name, lambda query, key: key in listed.get(query, ()))
+
+
+@dataclass(frozen=True)
+class Head:
+    """One attention head of a program.
+
+    The head selects the keys (up to the query, itself included) whose ``key`` variable satisfies
+    the predicate, averages their ``value`` variable, and writes it to a new variable ``output``.
+
+    Attributes:
+        layer: where it stands.
+        query, key, value: variables it reads.
+        predicate: which keys it selects.
+        output: variable it writes.
+        ties: ``mean`` averages over all selected keys; ``last`` takes the latest (GPT-2 only);
+            ``largest`` averages over those whose key variable has the largest value.
+        default: what an empty selection attends to: ``first`` (position 0) or ``spread`` (all).
+        others_only: never select the query's own position (GPT-2 only).
+        role: what the field calls such a head, e.g. ``previous_token``; empty: no common name.
+    """
+
+    layer: int
+    query: str
+    key: str
+    predicate: Predicate
+    value: str
+    output: str
+    ties: Literal["mean", "last", "largest"] = "mean"
+    default: Literal["first", "spread"] = "first"
+    others_only: bool = False
+    role: str = ""
+
+    @property
+    def hard(self) -> bool:
+        """Whether it always attends to a single key, whatever the text."""
+        single = self.ties == "last" or self.predicate.distance is not None
+        return single and self.default == "first"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One MLP of a program: a table from the values of some variables to a new variable.
+
+    Attributes:
+        layer: where it stands; it sees what the heads of its layer wrote.
+        inputs: categorical variables it reads, or one numeric variable.
+        output: variable it writes.
+        size: number of values of the output.
+        maps: ``(value, ...) -> value``. Of a numeric input it gets the index of its interval.
+        cuts: ends of the intervals of a numeric input, increasing; empty for categorical inputs.
+    """
+
+    layer: int
+    inputs: tuple[str, ...]
+    output: str
+    size: int
+    maps: Callable[..., int]
+    cuts: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A variable that is a function of the token alone.
+
+    Attributes:
+        name: of the variable.
+        values: its value for every token id; numbers in [0, 1] where it is numeric.
+        size: number of values; 0 makes it numeric.
+    """
+
+    name: str
+    values: tuple[int | float, ...]
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """Heads and lookup tables over named variables.
+
+    Every text begins with the BOS, token 0. The variables ``token``, ``position`` and ``one`` (a
+    constant) are given, and one for every feature.
+
+    Attributes:
+        name: of the program.
+        tokens: number of token ids, the BOS included.
+        length: longest text.
+        heads: in any order; several heads may share a layer.
+        outputs: variables whose values are token ids; the logits show the mean of their
+            distributions.
+        lookups: MLPs.
+        features: variables that are functions of the token.
+        redundant: heads whose work other heads do as well, so that ablating one shows nothing.
+
+    Raises:
+        InputError: if a variable is unknown, read before it is written, or written twice.
+    """
+
+    name: str
+    tokens: int
+    length: int
+    heads: tuple[Head, ...]
+    outputs: tuple[str, ...]
+    lookups: tuple[Lookup, ...] = ()
+    features: tuple[Feature, ...] = ()
+    redundant: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        """Check that every variable is written once, before it is read."""
+        if self.tokens < 2 or self.length < 2:
+            raise InputError(f"program {self.name!r} needs 2 tokens and 2 positions at least.")
+        known = {*EMBEDDED, *(feature.name for feature in self.features)}
+        for feature in self.features:
+            if len(feature.values) != self.tokens:
+                raise InputError(
+                    f"feature {feature.name!r} has {len(feature.values)} values for "
+                    f"{self.tokens} tokens."
+                )
+        for layer in range(self.n_layers):
+            written = [head.output for head in self.heads if head.layer == layer]
+            for head in self.heads:
+                if head.layer == layer:
+                    self._check_read((head.query, head.key, head.value), known, f"L{layer}")
+            self._check_new(written, known)
+            known |= set(written)
+            tables = [lookup for lookup in self.lookups if lookup.layer == layer]
+            for lookup in tables:
+                self._check_read(lookup.inputs, known, f"MLP {layer}")
+            self._check_new([lookup.output for lookup in tables], known)
+            known |= {lookup.output for lookup in tables}
+        self._check_read(self.outputs, known, "the logits")
+        for output in self.outputs:
+            if self.sizes[output] != self.tokens:
+                raise InputError(
+                    f"the output {output!r} has {self.sizes[output]} values, not one for each of "
+                    f"the {self.tokens} tokens."
+                )
+
+    def _check_read(self, names: Sequence[str], known: set[str], reader: str) -> None:
+        for name in names:
+            if name not in known:
+                what = nearest(name, known, kind="variable")
+                raise InputError(f"{reader} of program {self.name!r}: {what}")
+
+    def _check_new(self, names: Sequence[str], known: set[str]) -> None:
+        for name in names:
+            if name in known or names.count(name) > 1:
+                raise InputError(f"program {self.name!r} writes variable {name!r} twice.")
+
+    @cached_property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        layers = [head.layer for head in self.heads] + [table.layer for table in self.lookups]
+        return 1 + max(layers, default=0)
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Number of values of every variable; 0 for a numeric one."""
+        sizes = {"token": self.tokens, "position": self.length, "one": 1}
+        sizes |= {feature.name: feature.size for feature in self.features}
+        for layer in range(self.n_layers):
+            sizes |= {h.output: sizes[h.value] for h in self.heads if h.layer == layer}
+            sizes |= {t.output: t.size for t in self.lookups if t.layer == layer}
+        return sizes
+
+    @cached_property
+    def addresses(self) -> Mapping[str, HeadIndex]:
+        """Address of every head, by the variable it writes; numbered in the order given."""
+        counts = dict.fromkeys(range(self.n_layers), 0)
+        found = {}
+        for head in self.heads:
+            found[head.output] = HeadIndex(head.layer, counts[head.layer])
+            counts[head.layer] += 1
+        return found
+
+    def texts(self, length: int) -> Int[np.ndarray, "text pos"]:
+        """Return every text of BOS and ``length`` further tokens, ``[text length + 1]``."""
+        words = list(product(range(1, self.tokens), repeat=length))
+        return np.array([(0, *word) for word in words], int)
