@@ -22,8 +22,22 @@ def retrieval(
     ] = None,
     depths: Annotated[str, typer.Option(help="How many, or shares: 0,0.5,1.")] = "10",
     needles: Annotated[
-        str, typer.Option(help="facts, numbers, several, hops, prose, or a JSONL file.")
-    ] = "facts",
+        str | None,
+        typer.Option(
+            help="numbers (default with a chat template), facts (default without one), several, "
+            "hops, prose, or a JSONL file."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask in the tokenizer's chat template (default: if it has one).",
+        ),
+    ] = None,
+    distractors: Annotated[
+        int, typer.Option(min=0, help="Other needles of the same kind in every text.")
+    ] = 3,
     haystack: Annotated[
         Path | None, path_option("Text file or folder to hide them in (default: bundled).")
     ] = None,
@@ -57,6 +71,8 @@ def retrieval(
         lengths=lengths,
         depths=depths,
         needles=needles,
+        chat=chat,
+        distractors=distractors,
         haystack=haystack,
         per_cell=per_cell,
         seed=seed,

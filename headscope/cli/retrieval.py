@@ -45,7 +45,8 @@ class Asked:
 
     Attributes:
         lengths, depths: as typed.
-        needles, haystack, per_cell, seed: of :func:`headscope.probes.needle`.
+        needles, chat, distractors, haystack, per_cell, seed: of
+            :func:`headscope.probes.needle`.
         form: decoded or forced.
         new_tokens, batch_size: of :func:`headscope.retrieval.follow`.
         masking: a config of tasks; None: held-out needles.
@@ -54,7 +55,9 @@ class Asked:
 
     lengths: str | None
     depths: str
-    needles: str
+    needles: str | None
+    chat: bool | None
+    distractors: int
     haystack: Path | None
     per_cell: int | None
     seed: int
@@ -78,7 +81,15 @@ class Asked:
 
     def probe(self, model: HeadModel, seed: int, **other: Any) -> Probe:
         """Needles of this kind."""
-        return needle(model, needles=self.needles, haystack=self.haystack, seed=seed, **other)
+        return needle(
+            model,
+            needles=self.needles,
+            chat=self.chat,
+            distractors=self.distractors,
+            haystack=self.haystack,
+            seed=seed,
+            **other,
+        )
 
 
 def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> None:
@@ -88,7 +99,8 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
     lengths = None if asked.lengths is None else parse_lengths(asked.lengths)
     depths = parse_depths(asked.depths)
     form = asked.checked_form()
-    fixed_needles(asked.needles)  # mistakes are told before a model is loaded
+    if asked.needles is not None:
+        fixed_needles(asked.needles)  # mistakes are told before a model is loaded
     read_haystack(asked.haystack)
     config = None
     if asked.masking is not None:
@@ -104,6 +116,8 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
         asked.needles,
         form=form,
         folder=None if folder is None else folder.path / "cells",
+        chat=asked.chat,
+        distractors=asked.distractors,
         haystack=asked.haystack,
         per_cell=asked.per_cell,
         seed=asked.seed,
@@ -187,6 +201,7 @@ def _counts(found: Retrieval) -> dict[str, Any]:
 def _as_json(table: HeadTable, found: Retrieval, masked: dict[str, OrderCurve]) -> dict[str, Any]:
     return {
         "said": str(found),
+        "hint": found.hint() or None,
         **_counts(found),
         "heads": [str(head) for head in found.heads()],
         "scores": table_rows(table),
@@ -215,14 +230,20 @@ def _write(
     with whole_file(folder.path / "responses.jsonl") as file:
         runs = found.runs
         for run, length, depth in zip(runs.runs, runs.length, runs.depth, strict=True):
-            said = {"length": int(length), "depth": float(depth), "recall": run.recall}
-            file.write(json.dumps(said | {"response": run.response}).encode() + b"\n")
+            line: dict[str, Any] = {
+                "length": int(length),
+                "depth": float(depth),
+                "recall": run.recall,
+            }
+            line |= {"answer": run.answer.strip(), "response": run.response}
+            file.write(json.dumps(line).encode() + b"\n")
+    said = "\n".join(filter(None, [str(found), found.hint()]))
     made = retrieval_drawings(found.by_set, grid, masked)
     folder.write(
         table,
         settings,
         timings,
         command=typed(),
-        sections=retrieval_sections(found.by_set, grid, masked, made, str(found)),
+        sections=retrieval_sections(found.by_set, grid, masked, made, said),
         pictures={name: draw("light") for name, draw in made.items()},
     )

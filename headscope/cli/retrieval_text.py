@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from headscope.cli.output import console
 from headscope.retrieval import Retrieval
 from headscope.table import OrderCurve, RecallGrid
+from headscope.table.roles import against
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +28,7 @@ def show(found: Retrieval, masked: Mapping[str, OrderCurve]) -> None:
         terminal.print(_curve(task, curve))
     if not masked and not found.runs.counted.any():
         terminal.print("Without right answers there is no masking curve.")
+        terminal.print(Text(found.hint()))
     beyond = found.by_set.provenance.probe.get("extrapolated_from")
     if beyond is not None:
         terminal.print(f"Trained on at most {beyond} tokens: longer texts use positions beyond.")
@@ -37,7 +39,7 @@ def _heads(found: Retrieval) -> "Table":
 
     scores, steps, acts = found.by_set, found.by_step, found.activation
     table = Table("head", title="retrieval heads, by the share of the needle that they copy")
-    for name in ("share copied", "by steps", "active in", "needle removed"):
+    for name in ("share copied", "by steps", "active in", against(scores)):
         table.add_column(name, justify="right")
     for head, value in scores.top(_SHOWN):
         numbers = (value, float(steps[head]), float(acts[head]), float(scores.null[head]))

@@ -46,7 +46,7 @@ class ProbeConfig(Strict):
     haystack: Path | None = None
     per_cell: int | None = Field(default=None, ge=1, le=1_000_000)
     distractors: int | None = Field(default=None, ge=0, le=1000)
-    control: Literal["removed", "other_question"] | None = None
+    control: Literal["removed", "other_question", "distractor"] | None = None
     chat: bool | None = None
 
 

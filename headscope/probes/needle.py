@@ -17,8 +17,11 @@ from headscope.probes.needle_sets import Needle
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length
 
-Control = Literal["removed", "other_question"]
+Control = Literal["removed", "other_question", "distractor"]
+# Sets whose distractors are as like the needle as the words of its answer allow.
+_MATCHED = ("numbers", "several")
 _MARKS = ("needle", "needle_answer", "distractor", "question", "answer", "answering", "end")
+_HIDDEN = ("needle", "needle_answer")
 _LONGEST = 1024
 
 
@@ -26,12 +29,12 @@ def needle(
     model: HasVocabulary,
     lengths: Sequence[int] | int | None = None,
     depths: Sequence[int | float] | int = 5,
-    needles: str | Path | Sequence[Needle] = "facts",
+    needles: str | Path | Sequence[Needle] | None = None,
     *,
     per_cell: int | None = None,
     distractors: int = 3,
     haystack: str | Path | None = None,
-    control: Control = "removed",
+    control: Control | None = None,
     chat: bool | None = None,
     bos: bool | None = None,
     seed: int = 0,
@@ -47,20 +50,26 @@ def needle(
     in it that say the answer; what the published code calls the needle), ``distractor``,
     ``question``, ``end`` (last token of the prompt), ``answer`` (appended), ``answering`` (the
     positions that predict those answer tokens which can be copied; teacher-forced scores are
-    means over these). Targets are the answer's tokens. Facts: ``length`` and ``depth`` as asked
+    means over these). A chat model replies in whole sentences, so with a chat template the words
+    that such a reply begins with stand between ``end`` and ``answer`` ("The magic number of
+    Fenmora is"). Targets are the answer's tokens. Facts: ``length`` and ``depth`` as asked
     for, ``place`` (share of the prompt before the needle), ``number`` (which needle of the cell).
 
     The control is what ``control`` says: ``"removed"`` puts other sentences' tokens where the
     needle stood (marks and targets stay), ``"other_question"`` asks about a needle that is not
-    in the text, and appends that one's answer.
+    in the text, and appends that one's answer, and ``"distractor"`` is the same text with the
+    marks ``needle`` and ``needle_answer`` on a distractor. Those of ``numbers`` have the answer's
+    digits in another order, so that a head which looks for equal digits, wherever they stand,
+    scores the same there.
 
     Args:
         model: whose tokenizer reads the texts.
         lengths: tokens of an example, answer included, at most; default: a quarter, half and all
             of what the model reads, up to 1024.
         depths: shares from 0 (start) to 1 (end), or how many of them, evenly spaced.
-        needles: ``facts`` (random key-value facts in the words of the bundled models, as a
-            sentence to complete), ``numbers`` (random numbers of made-up names), ``several``
+        needles: ``numbers`` (random numbers of made-up names; the default with a chat template),
+            ``facts`` (random key-value facts in the words of the bundled models, as a sentence to
+            complete, for a chat model as a question; the default without a template), ``several``
             (three numbers of one name), ``hops`` (a chain of two), ``prose`` (fixed sentences);
             a JSONL file with ``{"needle": text or list, "question": ..., "answer": ...}``; or
             needles of your own. Random content cannot be answered from memory.
@@ -69,7 +78,8 @@ def needle(
             rest of it).
         haystack: a UTF-8 file or folder, read in order; default: bundled sentences, drawn anew
             for every example.
-        control: see above.
+        control: see above; default: ``"distractor"`` for ``numbers`` and ``several``, as long as
+            there are distractors, else ``"removed"``.
         chat: lay the tokenizer's chat template around the prompt; default: if it has one.
         bos: whether a BOS stands in front; default: as the tokenizer does. Not with ``chat``.
         seed: the same seed gives the same bytes.
@@ -87,10 +97,14 @@ def needle(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise InputError(f"a needle probe needs a tokenizer and {model.name} has none.")
-    if control not in ("removed", "other_question"):
-        raise InputError(f"control={control!r} is unknown: 'removed' or 'other_question'.")
+    if control not in (None, "removed", "other_question", "distractor"):
+        raise InputError(
+            f"control={control!r} is unknown: 'removed', 'other_question' or 'distractor'."
+        )
     if distractors < 0 or (per_cell is not None and per_cell < 1):
         raise InputError("distractors must be 0 or more, per_cell 1 or more.")
+    if control == "distractor" and distractors == 0:
+        raise InputError("control='distractor' needs a distractor: give distractors=1 or more.")
     templated = bool(getattr(tokenizer, "chat_template", None))
     chat = templated if chat is None else chat
     if chat and not templated:
@@ -101,9 +115,13 @@ def needle(
         raise InputError("with chat=True the chat template decides about a BOS: leave bos out.")
     writer = Writer(tokenizer, () if chat else tuple(bos_prefix(model, bos)), chat)
     hay = read_haystack(haystack)
+    if needles is None:
+        needles = "numbers" if chat else "facts"
+    if control is None:
+        control = "distractor" if needles in _MATCHED and distractors else "removed"
     draw = Drawer(needles, distractors, control == "other_question", seed)
     made = [
-        _example(writer, hay, draw, cell, number)
+        _example(writer, hay, draw, cell, number, control)
         for cell in cells
         for number in range(per_cell or draw.per_cell)
     ]
@@ -117,7 +135,7 @@ def needle(
         "chat": chat,
         "bos": bool(writer.prefix),
         "spans": "offsets" if getattr(tokenizer, "is_fast", False) else "concatenated",
-        "cloze": any(one.cloze for one in made),
+        "cloze": any(one.cloze for one in made) and not chat,
     }
     probe = replace(_probe([one.asked for one in made], made), seed=seed, settings=settings)
     check_length(model, probe.length, what="a needle prompt", fix="ask for shorter lengths")
@@ -159,7 +177,12 @@ def _cells(
 
 
 def _example(
-    writer: Writer, hay: Haystack, draw: Drawer, cell: tuple[int, float], number: int
+    writer: Writer,
+    hay: Haystack,
+    draw: Drawer,
+    cell: tuple[int, float],
+    number: int,
+    control: Control,
 ) -> _Made:
     """One example and its control."""
     length, depth = cell
@@ -171,11 +194,24 @@ def _example(
     sentences = hay.endless(rng)
     chosen = writer.fit(sentences, plan, length, asked)
     example = writer.write(chosen, plan, drawn.needle)
-    if drawn.other is None:
-        control = _without_needle(writer, example, sentences)
+    if drawn.other is not None:
+        other = writer.write(chosen, plan, drawn.other)
+    elif control == "distractor":
+        other = _of_rival(example)
     else:
-        control = writer.write(chosen, plan, drawn.other)
-    return _Made(example, control, length, depth, number, drawn.needle.cloze)
+        other = _without_needle(writer, example, sentences)
+    return _Made(example, other, length, depth, number, drawn.needle.cloze)
+
+
+def _of_rival(example: Example) -> Example:
+    """The same text, with the needle's marks on the distractor that is its rival."""
+    if "rival_answer" not in example.marks:
+        raise InputError(
+            "control='distractor' needs a second needle, whose answer is said in its text: give "
+            "more needles, or another control."
+        )
+    moved = {name: example.marks[f"rival{name.removeprefix('needle')}"] for name in _HIDDEN}
+    return Example(example.ids, example.marks | moved)
 
 
 def _without_needle(writer: Writer, example: Example, sentences: Iterator[str]) -> Example:

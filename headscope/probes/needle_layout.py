@@ -100,15 +100,27 @@ class Writer:
         prompt = [before, *context, *_question(asked, self.chat), after]
         prompt[1] = Piece(prompt[1].text.lstrip(), prompt[1].marks)
         begun = bool(after.text) and after.text[-1].isspace()
-        said = _answer(asked, "" if begun else " ")
+        space = "" if begun else " "
+        lead = [Piece(space + asked.lead)] if self.chat and asked.lead else []
+        said = _answer(asked, " " if lead else space)
         alone = assemble(self.tokenizer, prompt, self.prefix)
-        whole = assemble(self.tokenizer, [*prompt, *said], self.prefix)
-        if whole.ids[: len(alone.ids)] != alone.ids:  # the answer would change the prompt
-            whole = _joined(alone, assemble(self.tokenizer, said, ()))
-        whole.marks["answer"] = list(range(len(alone.ids), len(whole.ids)))
+        led = self._continued(alone, prompt, lead)
+        whole = self._continued(led, [*prompt, *lead], said)
+        whole.marks["answer"] = list(range(len(led.ids), len(whole.ids)))
         whole.marks["answering"] = [position - 1 for position in whole.marks["copied"]]
         whole.marks["end"] = [len(alone.ids) - 1]
         return Example(whole.ids, whole.marks)
+
+    def _continued(
+        self, before: Assembled, pieces: Sequence[Piece], more: Sequence[Piece]
+    ) -> Assembled:
+        """Tokens of both; those of ``before`` stay as they are, whatever the tokenizer would do."""
+        if not more:
+            return before
+        whole = assemble(self.tokenizer, [*pieces, *more], self.prefix)
+        if whole.ids[: len(before.ids)] == before.ids:
+            return whole
+        return _joined(before, assemble(self.tokenizer, more, ()))
 
     def _around(self) -> tuple[Piece, Piece]:
         """What the chat template puts before and after the content; nothing without one."""
@@ -128,33 +140,40 @@ class Writer:
         # As published: the place in tokens, moved left to where the last sentence ended.
         asked_for = bisect_right(sizes, plan.depth * sizes[-1]) - 1
         hidden: dict[int, list[Piece]] = {}
-        others = [*plan.needle.texts[:-1], *(t for d in plan.distractors for t in d.texts)]
-        n_own = len(plan.needle.texts) - 1
-        for number, (text, place) in enumerate(zip(others, plan.places, strict=True)):
-            own = number < n_own
-            parts, mark = (plan.needle.parts, "needle") if own else ((), "distractor")
-            pieces = _hide(text, parts, mark)
+        own = [_hide(text, plan.needle.parts, "needle") for text in plan.needle.texts]
+        others = [
+            _hide(text, one.parts, "distractor", "rival" if number == 0 else "")
+            for number, one in enumerate(plan.distractors)
+            for text in one.texts
+        ]
+        last = own.pop()
+        for pieces, place in zip([*own, *others], plan.places, strict=True):
             hidden.setdefault(int(place * len(sizes)), []).extend(pieces)
-        last = _hide(plan.needle.texts[-1], plan.needle.parts, "needle")
         here = hidden.setdefault(asked_for, [])
         hidden[asked_for] = [*last, *here] if asked_for == 0 else [*here, *last]
-        pieces = []
+        found = []
         for boundary in range(len(sizes)):
-            pieces += hidden.get(boundary, [])
+            found += hidden.get(boundary, [])
             if boundary < len(sentences):
-                pieces.append(Piece(sentences[boundary]))
-        return pieces
+                found.append(Piece(sentences[boundary]))
+        return found
 
 
-def _hide(text: str, parts: tuple[str, ...], mark: str) -> list[Piece]:
-    """One hidden sentence; the pieces of the answer in it are marked ``needle_answer`` too."""
+def _hide(text: str, parts: tuple[str, ...], mark: str, rival: str = "") -> list[Piece]:
+    """One hidden sentence; the piece of the answer in it is marked ``needle_answer`` too.
+
+    A distractor has no mark for its answer, but for the one that is the needle's rival: its marks
+    are ``rival`` and ``rival_answer``.
+    """
     text = f" {text}"
-    for part in parts:
+    marks = (mark, rival) if rival else (mark,)
+    answer = f"{rival}_answer" if rival else "needle_answer" if mark == "needle" else ""
+    for part in parts if answer else ():
         start, end = _last(part, text)
         if start >= 0:
-            inside = Piece(text[start:end], (mark, "needle_answer"))
-            return [Piece(text[:start], (mark,)), inside, Piece(text[end:], (mark,))]
-    return [Piece(text, (mark,))]
+            inside = Piece(text[start:end], (*marks, answer))
+            return [Piece(text[:start], marks), inside, Piece(text[end:], marks)]
+    return [Piece(text, marks)]
 
 
 def _last(part: str, text: str) -> tuple[int, int]:
@@ -166,13 +185,16 @@ def _last(part: str, text: str) -> tuple[int, int]:
 
 
 def _question(needle: Needle, chat: bool) -> list[Piece]:
-    if needle.cloze:
+    asked = needle.question
+    if chat and needle.cloze and needle.asks:
+        asked = needle.asks
+    elif needle.cloze:
         lead = Piece("\n\nComplete with one word of the text: " if chat else " ")
         return [lead, Piece(needle.question, ("question",))]
     ask = "\n\nAnswer with words of the text above. " if chat else "\n\n"
     return [
         Piece(f"{ask}Question:"),
-        Piece(f" {needle.question}", ("question",)),
+        Piece(f" {asked}", ("question",)),
         Piece("" if chat else "\nAnswer:"),
     ]
 

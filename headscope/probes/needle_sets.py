@@ -26,6 +26,9 @@ class Needle:
         answer: what is to be said.
         parts: pieces of the answer, each said literally in a text; what heads can copy.
         cloze: whether the answer continues the question.
+        asks: for a cloze needle, the same as a question, which a chat model is asked instead.
+        lead: how the reply of a chat model begins before the answer, as far as that is known; a
+            chat model restates what it was asked.
     """
 
     texts: tuple[str, ...]
@@ -33,6 +36,8 @@ class Needle:
     answer: str
     parts: tuple[str, ...]
     cloze: bool = False
+    asks: str = ""
+    lead: str = ""
 
     def __post_init__(self) -> None:
         """Check that the answer can be found."""
@@ -70,31 +75,66 @@ def facts(rng: Random) -> NeedleSource:
     values = rng.sample(words["values"], len(words["values"]))
     for key, value in zip(rng.sample(keys, len(keys)), cycle(values), strict=False):
         question = f"The {relation} of the {key} is"
-        yield Needle((f"{question} {value}.",), question, value, (value,), cloze=True)
+        yield Needle(
+            (f"{question} {value}.",),
+            question,
+            value,
+            (value,),
+            cloze=True,
+            asks=f"What is the {relation} of the {key}?",
+            lead=question,
+        )
 
 
 def numbers(rng: Random) -> NeedleSource:
-    """``The magic number of Fenmora is 48213.``: made-up names, random five-digit numbers."""
-    for name in _names(rng):
-        number = str(rng.randint(10_000, 99_999))
+    """``The magic number of Fenmora is 48213.``: made-up names, random five-digit numbers.
+
+    The second number has the digits of the first in another order: a head that looks for equal
+    digits, and not for the name, finds as many in either.
+    """
+    first = str(_number(rng))
+    for place, name in enumerate(_names(rng)):
+        number = (first, _reordered(first, rng))[place] if place < 2 else str(_number(rng))
         yield Needle(
             (f"The magic number of {name} is {number}.",),
             f"What is the magic number of {name}?",
             number,
             (number,),
+            lead=f"The magic number of {name} is",
         )
 
 
 def several(rng: Random) -> NeedleSource:
-    """Three magic numbers of one made-up name, in three places, all asked for."""
-    for name in _names(rng):
-        said = tuple(str(rng.randint(10_000, 99_999)) for _ in range(3))
+    """Three magic numbers of one made-up name, in three places, all asked for.
+
+    Those of the second name have the digits of the first name's, in other orders.
+    """
+    first = tuple(str(_number(rng)) for _ in range(3))
+    for place, name in enumerate(_names(rng)):
+        said = first if place == 0 else tuple(str(_number(rng)) for _ in range(3))
+        if place == 1:
+            said = tuple(_reordered(number, rng) for number in first)
         yield Needle(
             tuple(f"One of the magic numbers of {name} is {number}." for number in said),
             f"What are the three magic numbers of {name}?",
             f"{said[0]}, {said[1]} and {said[2]}",
             said,
+            lead=f"The three magic numbers of {name} are",
         )
+
+
+def _number(rng: Random) -> int:
+    """Five digits, at least three of them different, so that there are other orders."""
+    while len(set(str(number := rng.randint(10_000, 99_999)))) < 3:
+        pass
+    return number
+
+
+def _reordered(number: str, rng: Random) -> str:
+    """The same digits in another order, none of them a leading zero."""
+    while (other := "".join(rng.sample(number, len(number)))) == number or other[0] == "0":
+        pass
+    return other
 
 
 def hops(rng: Random) -> NeedleSource:
@@ -106,6 +146,7 @@ def hops(rng: Random) -> NeedleSource:
             f"In which land does {person} live?",
             land,
             (land,),
+            lead=f"{person} lives in",
         )
 
 

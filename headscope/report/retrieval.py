@@ -10,6 +10,7 @@ from headscope.plots import curves, heatmap, recall_grid
 from headscope.plots.style import Theme
 from headscope.report.sections import Block, Grid, Picture, Section, Words
 from headscope.table import HeadScores, OrderCurve, RecallGrid
+from headscope.table.roles import against, copying
 
 Drawing = Callable[[Theme], go.Figure]
 _MOST = 20
@@ -85,21 +86,28 @@ def _heads(scores: HeadScores, pictures: Mapping[str, Drawing]) -> list[Block]:
     when, which = "the model answers", "said"
     if scores.provenance.probe.get("form") == "forced":
         when, which = "the model reads the answer (teacher-forced; all texts count)", "next"
+    beyond = scores.significant()
     above = [(head, value) for head, value in scores.top(scores.mean.size) if value > limit]
     return [
         Words(
-            f"{len(above)} of {int(np.isfinite(scores.mean).sum())} heads copy more than "
-            f"{limit:g} of the needle while {when}: the most attended token lies in "
-            f"the needle and is the token that is {which}. Grey: the layer's window hid the needle."
+            f"{copying(scores)}. A head copies where, while {when}, its most attended token lies "
+            f"in the needle's answer and is the token that is {which}. Grey: the layer's window "
+            "hid the needle."
         ),
         _picture(scores.name, "Share of the needle that each head copies.", pictures),
         Grid(
-            ("head", "share copied", "error", "needle removed"),
+            ("head", "share copied", "error", against(scores), "beyond chance"),
             [
-                (str(head), value, float(scores.sem[head]), float(scores.null[head]))
+                (
+                    str(head),
+                    value,
+                    float(scores.sem[head]),
+                    float(scores.null[head]),
+                    "yes" if beyond[head] else "no",
+                )
                 for head, value in above[:_MOST]
             ],
-            caption="Retrieval heads, highest first",
+            caption=f"Heads above {limit:g}, highest first",
         ),
     ]
 

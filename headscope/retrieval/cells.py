@@ -14,7 +14,7 @@ from headscope.files import whole_file, writable_folder
 from headscope.models.protocol import HeadModel
 from headscope.probes import Needle, Probe, needle
 from headscope.progress import track
-from headscope.retrieval.follow import RECALL, follow
+from headscope.retrieval.follow import RECALL, follow_both
 from headscope.retrieval.forms import Retrieval, summarised
 from headscope.retrieval.runs import Form, Run, Runs
 from headscope.retrieval.teacher import follow_forced
@@ -22,7 +22,7 @@ from headscope.retrieval.teacher import follow_forced
 if TYPE_CHECKING:
     import pyarrow
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class Scanned(NamedTuple):
@@ -36,7 +36,7 @@ def scan_grid(
     model: HeadModel,
     lengths: Sequence[int] | int | None = None,
     depths: Sequence[int | float] | int = 10,
-    needles: str | Path | Sequence[Needle] = "facts",
+    needles: str | Path | Sequence[Needle] | None = None,
     *,
     form: Form = "decoded",
     folder: str | Path | None = None,
@@ -112,6 +112,7 @@ def scan_grid(
             places,
             limit,
             form,
+            bool(whole.settings.get("chat")),
         )
         for side in (0, 1)
     )
@@ -139,17 +140,16 @@ def _cell(
     """Runs of one cell and of its control, from the disk if they are there."""
     if file is not None and file.exists():
         return _read(file)
-    bare = replace(part, control=None)
-    given = [bare] if part.control is None else [bare, part.control]
-    found = [
-        list(
-            follow(model, one, new_tokens=new_tokens, batch_size=size, progress=False).runs
-            if form == "decoded"
-            else follow_forced(model, one, batch_size=size, progress=False).runs
+    if form == "decoded":
+        runs, control = follow_both(
+            model, part, new_tokens=new_tokens, batch_size=size, progress=False
         )
-        for one in given
-    ]
-    made = (found[0], found[1] if len(found) > 1 else [])
+    else:
+        runs = follow_forced(model, replace(part, control=None), batch_size=size, progress=False)
+        control = None
+        if part.control is not None:
+            control = follow_forced(model, part.control, batch_size=size, progress=False)
+    made = (list(runs.runs), [] if control is None else list(control.runs))
     if file is not None:
         from pyarrow import parquet
 
@@ -162,7 +162,8 @@ def _name(part: Probe, model: str, form: Form, new_tokens: int | None) -> str:
     """Digest of everything that the runs of a cell depend on."""
     digest = hashlib.sha256()
     facts = {"format": _FORMAT, "model": model, "form": form, "new_tokens": new_tokens}
-    facts |= {"cloze": part.settings.get("cloze"), "answer": part.settings.get("needles")}
+    facts |= {name: part.settings.get(name) for name in ("cloze", "chat")}
+    facts |= {"answer": part.settings.get("needles")}
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for one in (part, part.control):
         if one is None:
@@ -184,6 +185,7 @@ def _rows(made: tuple[list[Run], list[Run]]) -> "pyarrow.Table":
             "tokens": list(run.tokens),
             "response": run.response,
             "recall": run.recall,
+            "answer": run.answer,
             "needle": list(run.needle),
             "copied": np.packbits(run.copied).tobytes(),
             "copied_shape": list(run.copied.shape),
@@ -222,4 +224,5 @@ def _run(row: dict[str, Any]) -> Run:
         needle=tuple(row["needle"]),
         copied=bits("copied"),
         reachable=bits("reachable"),
+        answer=row["answer"],
     )

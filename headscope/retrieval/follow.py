@@ -1,7 +1,7 @@
 """Greedy decoding of a needle probe, with each head's most attended token at every step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -47,13 +47,16 @@ def follow(
     Greedy decoding with keys and values kept; the prompt on fused attention, and of every step
     only the newest query's row, the prompt's last one included, which says the first token. A run
     stops at an end-of-sequence token of the tokenizer or of the model's generation config (where
-    chat models keep the end of a turn), or at a line break once something was said.
+    chat models keep the end of a turn), or, without a chat template, at a line break once
+    something was said: the reply of a chat model may have several lines, and its answer is looked
+    for in all of them.
 
     Args:
         model: the model.
         probe: with the marks ``end`` and ``needle_answer``; what stands after ``end`` is not read.
-        new_tokens: steps at most; default: 50 as published, and for needles whose answer
-            completes a sentence, which nothing ends, as many as the answer has.
+        new_tokens: steps at most; default: 50 as published; for needles whose answer completes
+            a sentence, which nothing ends, as many as the longest answer has (not with a chat
+            template, which lets the model reply in its own words).
         threshold: recall above which a run counts; as published, 0.5.
         edits: the same for all examples; those with ``scope="decode"`` act after the prompt.
         batch_size: examples at a time, of equal length; default: about 8192 tokens.
@@ -68,6 +71,34 @@ def follow(
         >>> run.copied.shape == (len(run.tokens), model.shape.n_layers, model.shape.n_heads)
         True
     """
+    return follow_both(
+        model,
+        replace(probe, control=None),
+        new_tokens=new_tokens,
+        threshold=threshold,
+        edits=edits,
+        batch_size=batch_size,
+        progress=progress,
+    )[0]
+
+
+def follow_both(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    new_tokens: int | None = None,
+    threshold: int | float = RECALL,
+    edits: Sequence[Edit] = (),
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> tuple[Runs, Runs | None]:
+    """Runs of a probe and of its control, which is decoded again only where its text differs.
+
+    A control of the same texts with other marks (``control="distractor"``) asks of the same runs
+    who copied from elsewhere. Arguments and errors are those of :func:`follow`.
+    """
+    control = probe.control
+    beside = control if control is not None and _same_prompts(probe, control) else None
     check_fits(model, probe)
     if new_tokens is not None and new_tokens < 1:
         raise InputError(f"new_tokens={new_tokens} leaves nothing to say: give 1 or more.")
@@ -80,14 +111,47 @@ def follow(
             f"{longest} tokens and {steps} steps are more than the {model.shape.n_ctx} that "
             f"{model.name} takes: shorten the probe, or give a smaller new_tokens."
         )
-    return each_run(
+    others: dict[int, Run] = {}
+
+    def run(rows: list[int]) -> list[Run]:
+        found = _decode(model, [probe] if beside is None else [probe, beside], rows, steps, edits)
+        if beside is not None:
+            others.update(zip(rows, found[1], strict=True))
+        return found[0]
+
+    runs = each_run(
         model,
         probe,
-        lambda rows: _decode(model, probe, rows, steps, edits),
+        run,
         form="decoded",
         threshold=threshold,
         batch_size=batch_size,
         progress=progress,
+    )
+    if control is None:
+        return runs, None
+    if beside is not None:
+        return runs, replace(runs, runs=tuple(others[row] for row in range(len(probe))))
+    return runs, follow(
+        model,
+        control,
+        new_tokens=new_tokens,
+        threshold=threshold,
+        edits=edits,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def _same_prompts(probe: Probe, control: Probe) -> bool:
+    """Whether both ask the same of the same texts."""
+    ends = probe.marks.get("end"), control.marks.get("end")
+    return (
+        ends[0] is not None
+        and ends[1] is not None
+        and torch.equal(probe.tokens, control.tokens)
+        and torch.equal(probe.real, control.real)
+        and torch.equal(ends[0], ends[1])
     )
 
 
@@ -102,10 +166,10 @@ class _Looked:
     """Sees where each head's newest query looks most."""
 
     position: int
-    needle: Bool[Tensor, "batch pos"]
+    needles: Bool[Tensor, "probe batch pos"]
     windows: tuple[int | None, ...]
     best: dict[int, Int[Tensor, "batch head"]] = field(default_factory=dict)
-    reachable: dict[int, Bool[Tensor, " batch"]] = field(default_factory=dict)
+    reachable: dict[int, Bool[Tensor, "probe batch"]] = field(default_factory=dict)
     wants_final: bool = False
 
     def on_layer(self, view: LayerView) -> None:
@@ -113,8 +177,8 @@ class _Looked:
         rows = view.rows(torch.tensor([self.position]))
         self.best[view.layer] = rows.pattern[:, :, 0].argmax(-1)
         if self.windows[view.layer] is not None:
-            marked = self.needle[:, : rows.visible.shape[-1]].to(rows.visible.device)
-            shown = rows.visible[:, 0, : marked.shape[1]] & marked
+            marked = self.needles[..., : rows.visible.shape[-1]].to(rows.visible.device)
+            shown = rows.visible[:, 0, : marked.shape[-1]] & marked
             self.reachable[view.layer] = shown.any(-1)
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
@@ -129,21 +193,25 @@ class _Step(NamedTuple):
 
 
 def _decode(
-    model: HeadModel, probe: Probe, rows: list[int], steps: int, edits: Sequence[Edit]
-) -> list[Run]:
-    """Runs of examples whose prompts are equally long."""
-    prompts, marks = [], []
-    for row in rows:
-        start, end = int(probe.first[row]), int(probe.mark("end")[row].int().argmax()) + 1
-        prompts.append(probe.tokens[row, start:end])
-        marks.append(probe.mark("needle_answer")[row, start:end])
-    tokens, needle = torch.stack(prompts), torch.stack(marks)
+    model: HeadModel, probes: Sequence[Probe], rows: list[int], steps: int, edits: Sequence[Edit]
+) -> list[list[Run]]:
+    """Runs of examples whose prompts are equally long, by probe: the same texts, other marks."""
+    probe = probes[0]
+    ends = probe.mark("end").int().argmax(1) + 1
+    spans = [(row, slice(int(probe.first[row]), int(ends[row]))) for row in rows]
+    tokens = torch.stack([probe.tokens[row, span] for row, span in spans])
+    needles = torch.stack(
+        [
+            torch.stack([one.mark("needle_answer")[row, span] for row, span in spans])
+            for one in probes
+        ]
+    )
     text, given = decoding(model), tokens
     taken: list[_Step] = []
-    stops = _Stops(model)
+    stops = _Stops(model, at_breaks=not probe.settings.get("chat"))
     open_runs = set(range(len(rows)))
     for _ in range(steps):
-        looked = _Looked(text.length + given.shape[1] - 1, needle, model.shape.windows)
+        looked = _Looked(text.length + given.shape[1] - 1, needles, model.shape.windows)
         logits = text.step(given, observers=(looked,), edits=edits)
         said = logits.argmax(-1).cpu()
         taken.append(_Step(said, looked))
@@ -151,13 +219,14 @@ def _decode(
         if not open_runs:
             break
         given = said[:, None]
-    return _runs(model, tokens, needle, taken, stops)
+    return [_runs(model, tokens, needles, i, taken, stops) for i in range(len(probes))]
 
 
 class _Stops:
     """Whether a run ends with a token: end of sequence, or a line break after something said."""
 
-    def __init__(self, model: HeadModel) -> None:
+    def __init__(self, model: HeadModel, *, at_breaks: bool = True) -> None:
+        self._at_breaks = at_breaks
         self._tokenizer = model.tokenizer
         self._known: dict[int, bool] = {}
         self._ends = end_tokens(model)
@@ -165,7 +234,7 @@ class _Stops:
     def __call__(self, token: int, step: int) -> bool:
         if token in self._ends:
             return True
-        return step > 0 and self._breaks(token)
+        return self._at_breaks and step > 0 and self._breaks(token)
 
     def _breaks(self, token: int) -> bool:
         if token not in self._known:
@@ -178,11 +247,13 @@ class _Stops:
 def _runs(
     model: HeadModel,
     prompts: Int[Tensor, "batch pos"],
-    needle: Bool[Tensor, "batch pos"],
+    needles: Bool[Tensor, "probe batch pos"],
+    which: int,
     steps: list[_Step],
     stops: _Stops,
 ) -> list[Run]:
-    """What each example said before it stopped, and who copied it."""
+    """What each example said before it stopped, and who copied it from one probe's needles."""
+    needle = needles[which]
     said = torch.stack([step.said for step in steps])
     copied = np.zeros((len(steps), len(prompts), model.shape.n_layers, model.shape.n_heads), bool)
     reachable = np.ones((len(steps), len(prompts), model.shape.n_layers), bool)
@@ -194,22 +265,23 @@ def _runs(
             token = wanted.gather(1, keys.clamp_max(wanted.shape[1] - 1)).where(inside, -1)
             copied[at, :, layer] = (token == step.said[:, None]).numpy()
             if layer in step.looked.reachable:
-                reachable[at, :, layer] = step.looked.reachable[layer].cpu().numpy()
+                reachable[at, :, layer] = step.looked.reachable[layer][which].cpu().numpy()
     runs = []
     for row in range(len(prompts)):
         tokens = said[:, row].tolist()
         ends = (at for at, token in enumerate(tokens) if stops(token, at))
         length = next(ends, len(tokens))
         key = prompts[row, needle[row]].tolist()
-        response, share = answered(model, tokens[:length], unbroken(prompts[row], needle[row]))
+        reply = answered(model, tokens[:length], unbroken(prompts[row], needle[row]))
         runs.append(
             Run(
                 tokens=tuple(tokens[:length]),
-                response=response,
-                recall=share,
+                response=reply.said,
+                recall=reply.recall,
                 needle=tuple(key),
                 copied=copied[:length, row],
                 reachable=reachable[: max(length, 1), row],
+                answer=reply.wanted,
             )
         )
     return runs
@@ -222,11 +294,19 @@ def unbroken(tokens: Int[Tensor, " pos"], mark: Bool[Tensor, " pos"]) -> list[li
     return [tokens[part].tolist() for part in parts]
 
 
-def answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> tuple[str, float]:
+class Reply(NamedTuple):
+    """What was said and what was wanted, as text, and how much of the latter was said."""
+
+    said: str
+    wanted: str
+    recall: float
+
+
+def answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> Reply:
     """The response as text, and its recall of the answer."""
     if model.tokenizer is None:
-        text = " ".join(map(str, said))
-        return text, recall([token for part in wanted for token in part], said)
+        asked = [token for part in wanted for token in part]
+        return Reply(" ".join(map(str, said)), " ".join(map(str, asked)), recall(asked, said))
     response = model.tokenizer.decode(said)
     reference = " ".join(model.tokenizer.decode(part) for part in wanted)
-    return response, word_recall(reference, response)
+    return Reply(response, reference, word_recall(reference, response))

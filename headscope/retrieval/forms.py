@@ -11,10 +11,11 @@ from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin
 from headscope.probes.probe import Probe
-from headscope.retrieval.follow import RECALL, Options, follow
+from headscope.retrieval.follow import RECALL, Options, follow_both
 from headscope.retrieval.runs import Run, Runs
 from headscope.scoring import score
 from headscope.table import HeadScores, RecallGrid
+from headscope.table.roles import copying
 
 _SOURCE = "Wu et al. 2024 (arXiv 2404.15574), {}"
 # Mean score from which the source calls a head a retrieval head.
@@ -63,9 +64,22 @@ class Retrieval:
         where = f"{enough}{runs.threshold:g}"
         if runs.form == "forced":
             where = f"{len(runs.runs)} texts with the answer appended ({where})"
-        return (
-            f"{len(self.heads())} retrieval heads (above {THRESHOLD:g}) in {where}; "
-            f"highest: {best}."
+        return f"{self.found()}, in {where}; highest: {best}."
+
+    def found(self) -> str:
+        """How many heads copy more than the threshold, and how many of them beyond chance."""
+        return copying(self.by_set)
+
+    def hint(self) -> str:
+        """What to try where nothing was answered, after some of the replies; else nothing."""
+        if self.runs.counted.any():
+            return ""
+        return "\n".join(
+            [
+                "Replies:",
+                *(f"  {one}" for one in self.runs.samples()),
+                _advice(self.runs, self.by_set.provenance.probe.get("needles")),
+            ]
         )
 
 
@@ -108,23 +122,33 @@ def decoded(
         "batch_size": batch_size,
         "progress": progress,
     }
-    runs = follow(model, probe, **options)
-    check_answered(model, runs)
-    control = None
-    if null and probe.control is not None:
-        control = follow(model, probe.control, **options)
-
+    runs, control = follow_both(model, probe if null else replace(probe, control=None), **options)
+    check_answered(model, runs, probe.settings.get("needles"))
     return summarised(model, probe, runs, control)
 
 
-def check_answered(model: HeadModel, runs: Runs) -> None:
+def check_answered(model: HeadModel, runs: Runs, needles: object = None) -> None:
     """Raise HeadscopeError if no run counts."""
     if not runs.counted.any():
         raise HeadscopeError(
             f"{model.name} answered none of the {len(runs.runs)} examples with recall above "
-            f"{runs.threshold:g} (highest: {runs.recall.max():.2f}), so there is nothing to score: "
-            "use easier needles, shorter texts, or the teacher-forced form."
+            f"{runs.threshold:g} (highest: {runs.recall.max():.2f}), so there is nothing to score. "
+            f"It said {', '.join(runs.samples())}. {_advice(runs, needles)}"
         )
+
+
+def _advice(runs: Runs, needles: object) -> str:
+    """What to try where no run was answered."""
+    tried = [] if needles == "numbers" else ["number needles (needles='numbers')"]
+    if runs.chat:
+        tried.append("plain text without the chat template (chat=False, --no-chat)")
+    elif runs.chat is not None:
+        tried.append("a chat model with its chat template")
+    tried += ["shorter texts (lengths=)", "fewer distractors (distractors=)"]
+    return (
+        f"Try {', '.join(tried)}, or the teacher-forced form (--form forced), which also scores "
+        "texts that the model does not answer."
+    )
 
 
 def summarised(
@@ -171,18 +195,23 @@ def _scores(
     there = np.zeros((model.shape.n_layers, model.shape.n_heads), dtype=bool)
     there[tuple(np.transpose(model.shape.heads))] = True
 
+    paired = probe.settings.get("control") == "distractor"  # the same runs
+
     def values(of: Runs) -> Float[np.ndarray, "layer head example"]:
         return np.where(there[..., None], np.stack([value(run) for run in of.runs], -1), np.nan)
 
     per_example = values(runs)
     missing = np.isnan(per_example[..., runs.scored]).sum(-1) * there
     per_example[..., ~runs.scored] = np.nan
+    chance = None if control is None else values(control)
+    if chance is not None and paired:
+        chance[..., ~runs.scored] = np.nan
     description, what = _MEANING[name]
     return HeadScores.from_examples(
         name,
         per_example,
         kv_heads=model.shape.n_kv_heads,
-        control_per_example=None if control is None else values(control),
+        control_per_example=chance,
         missing=missing,
         unit="share",
         bounds=(0.0, most),

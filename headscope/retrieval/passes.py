@@ -55,7 +55,10 @@ def each_run(
     unknown = torch.full((len(probe),), torch.nan)
     facts = [probe.facts.get(name, unknown).double().numpy() for name in ("length", "depth")]
     runs = tuple(done[row] for row in range(len(probe)))
-    return Runs(runs, facts[0], facts[1], float(threshold), form)
+    chat = probe.settings.get("chat")
+    return Runs(
+        runs, facts[0], facts[1], float(threshold), form, None if chat is None else bool(chat)
+    )
 
 
 def need_marks(probe: Probe, *names: str) -> None:

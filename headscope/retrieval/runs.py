@@ -19,6 +19,7 @@ class Run:
         tokens: what was generated, up to where it stopped; teacher-forced, the answer.
         response: the same as text; ids with spaces between, without a tokenizer.
         recall: share of the answer's words (see :func:`word_recall`) that it says.
+        answer: what was asked for, as text.
         needle: ids of the needle's answer tokens.
         copied: at each step, whether the head's most attended token lies among the needle's
             answer tokens and is that step's token.
@@ -31,6 +32,7 @@ class Run:
     needle: tuple[int, ...]
     copied: Bool[np.ndarray, "step layer head"]
     reachable: Bool[np.ndarray, "step layer"]
+    answer: str = ""
 
     @cached_property
     def by_step(self) -> Float[np.ndarray, "layer head"]:
@@ -69,6 +71,7 @@ class Runs:
         length, depth: of each example, as asked for; NaN where the probe does not say.
         threshold: recall above which a run counts.
         form: how they were made.
+        chat: whether a chat template was laid around the prompts; None: not known.
 
     Example:
         >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
@@ -83,6 +86,7 @@ class Runs:
     depth: Float[np.ndarray, " example"]
     threshold: float
     form: Form = "decoded"
+    chat: bool | None = None
 
     @cached_property
     def recall(self) -> Float[np.ndarray, " example"]:
@@ -104,6 +108,12 @@ class Runs:
         """Share of the runs that count."""
         return float(self.counted.mean())
 
+    def samples(self, count: int = 3) -> list[str]:
+        """What was said where what was asked for, of the first runs; long replies cut."""
+        return [
+            f"{_short(run.response)} (asked for: {run.answer.strip()})" for run in self.runs[:count]
+        ]
+
     def grid(
         self,
     ) -> tuple[
@@ -120,3 +130,8 @@ class Runs:
         np.add.at(count, (row, column), 1)
         with np.errstate(invalid="ignore"):
             return lengths, depths, right / count, count.astype(int)
+
+
+def _short(text: str, most: int = 80) -> str:
+    shown = " ".join(text.split())
+    return repr(shown if len(shown) <= most else shown[: most - 3] + "...")

@@ -117,7 +117,17 @@ def _read(model: HeadModel, probe: Probe, rows: list[int]) -> list[Run]:
             if layer in looked.reachable:
                 reachable[:, layer] = looked.reachable[layer][i, asked].numpy()
         said = predicted[i, asked].tolist()
-        response, share = answered(model, said, unbroken(tokens[i], needle[i]))
+        reply = answered(model, said, unbroken(tokens[i], needle[i]))
         key = tuple(tokens[i, needle[i]].tolist())
-        runs.append(Run(tuple(wanted.tolist()), response, share, key, copied, reachable))
+        runs.append(
+            Run(
+                tuple(wanted.tolist()),
+                reply.said,
+                reply.recall,
+                key,
+                copied,
+                reachable,
+                reply.wanted,
+            )
+        )
     return runs

@@ -17,17 +17,28 @@ class RoleFinding:
         score: name of the role-bearing score.
         heads: those that have the role, with their means, strongest first.
         tested: False where no head has a p-value (no control, or fewer than two examples).
+        above: heads above the threshold, whether or not beyond chance.
+        threshold: of the score.
+        n: examples of the head that has most.
     """
 
     score: str
     heads: tuple[tuple[HeadIndex, float], ...]
     tested: bool
+    above: int = 0
+    threshold: float = 0.0
+    n: int = 0
 
     def __str__(self) -> str:
         """One line; says it in words where there is none."""
         role = self.score.replace("_", " ")
         if not self.tested:
             return f"{role}: not tested (needs a control and at least two examples)"
+        if not self.heads and self.above:
+            return (
+                f"no {role} heads beyond chance: {self.above} above {self.threshold:g}, none of "
+                f"them significant with n = {self.n}"
+            )
         if not self.heads:
             return f"no {role} heads"
         shown = ", ".join(f"{head} {mean:.2f}" for head, mean in self.heads[:8])
@@ -44,7 +55,10 @@ def find_roles(scores: Iterable[HeadScores], alpha: float) -> list[RoleFinding]:
         significant = one.significant(alpha)
         heads = tuple(pair for pair in one.top(one.mean.size) if significant[pair[0]])
         tested = bool(np.isfinite(one.p_value).any())
-        findings.append(RoleFinding(one.name, heads, tested))
+        above = int((one.mean > one.threshold).sum())
+        findings.append(
+            RoleFinding(one.name, heads, tested, above, one.threshold, int(one.n.max()))
+        )
     return findings
 
 
@@ -57,3 +71,35 @@ def roles_by_head(
         for head, mean in finding.heads:
             roles.setdefault(head, []).append((finding.score, mean))
     return {head: sorted(roles[head], key=lambda role: -role[1]) for head in sorted(roles)}
+
+
+def copying(scores: HeadScores) -> str:
+    """How many heads of a retrieval score are above its threshold, and how many beyond chance.
+
+    The one sentence that the terminal, the page and the result itself say.
+
+    Example:
+        >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
+        >>> "retrieval heads of" in copying(hs.retrieval.forced(model, probe))
+        True
+    """
+    limit = scores.threshold or 0.0
+    above = scores.mean > limit
+    said = (
+        f"{int(above.sum())} retrieval heads of {int(np.isfinite(scores.mean).sum())} "
+        f"(copying more than {limit:g} of the needle)"
+    )
+    if not above.any():
+        return said
+    n = int(scores.n.max())
+    if not np.isfinite(scores.p_value).any():
+        return f"{said}, not tested against a control (n = {n})"
+    beyond = int((above & scores.significant()).sum())
+    return f"{said}, {beyond} of them beyond chance (n = {n}, control: {against(scores)})"
+
+
+def against(scores: HeadScores) -> str:
+    """What the control of a needle score is, in two words."""
+    kind = str(scores.provenance.control)
+    names = {"removed": "needle removed", "other_question": "other question"}
+    return names.get(kind, kind)

@@ -121,7 +121,7 @@ def test_same_seed_same_bytes_other_seed_other_ones() -> None:
 
 def test_the_control_has_no_needle() -> None:
     model = long_reader()
-    probe = needle(model, 300, 3, "numbers", distractors=1)
+    probe = needle(model, 300, 3, "numbers", distractors=1, control="removed")
     control = probe.control
     assert control is not None
     changed = probe.tokens != control.tokens
@@ -240,8 +240,8 @@ def test_a_chat_template_is_laid_around_the_prompt() -> None:
     text = tokenizer.decode(chat.tokens[0])
     assert text.startswith("<s>[INST]")
     assert text.count("<s>") == 1
-    assert re.search(r"\? \[/INST\] +\d{5}$", text)
-    assert said(model, chat, "answer") == said(model, chat, "needle_answer")
+    assert re.search(r"number of (\w+)\? \[/INST\] The magic number of \1 is +\d{5}$", text)
+    assert said(model, chat, "answer").strip() == said(model, chat, "needle_answer").strip()
     plain = needle(model, 300, [0.5], "numbers", per_cell=1, chat=False)
     assert "[INST]" not in tokenizer.decode(plain.tokens[0])
     assert (chat.settings["chat"], plain.settings["chat"]) == (True, False)

@@ -33,15 +33,15 @@ def test_cells_equal_the_whole_grid_and_are_kept(
     same(scan_grid(model, **GRID, progress=False).retrieval, whole)
     calls: list[int] = []
     module: Any = cells
-    real = module.follow
+    real = module.follow_both
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
-        if len(calls) == 4:  # two cells with their controls
+        if len(calls) == 2:  # two cells, each with its control
             raise KeyboardInterrupt
         calls.append(len(args[1]))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(cells, "follow", stopping)
+    monkeypatch.setattr(cells, "follow_both", stopping)
     with pytest.raises(KeyboardInterrupt):
         scan_grid(model, **GRID, folder=tmp_path, progress=False)
     assert len(list(tmp_path.glob("*.parquet"))) == 2
@@ -50,15 +50,15 @@ def test_cells_equal_the_whole_grid_and_are_kept(
         calls.append(0)
         return real(*args, **options)
 
-    monkeypatch.setattr(cells, "follow", counting)
+    monkeypatch.setattr(cells, "follow_both", counting)
     again = scan_grid(model, **GRID, folder=tmp_path, progress=False)
-    assert len(calls) == 8  # four more, for the two cells that were missing
+    assert len(calls) == 4  # two more, for the two cells that were missing
     same(again.retrieval, whole)
     more = scan_grid(model, **(GRID | {"depths": [0, 0.3, 0.6]}), folder=tmp_path, progress=False)
-    assert len(calls) == 12  # a larger grid finds the cells of the smaller one
+    assert len(calls) == 6  # a larger grid finds the cells of the smaller one
     assert more.retrieval.recall_grid().share.shape == (2, 3)
     scan_grid(model, **(GRID | {"seed": 6}), folder=tmp_path, progress=False)
-    assert len(calls) == 20  # other texts are other cells
+    assert len(calls) == 10  # other texts are other cells
 
 
 def test_a_damaged_cell_is_named(model: Any, tmp_path: Path) -> None:
