@@ -18,6 +18,7 @@ from headscope.circuits.composition import ComponentScores as ComponentScores
 from headscope.circuits.composition import component_composition as component_composition
 from headscope.circuits.composition import composition as composition
 from headscope.circuits.composition import direction_composition as direction_composition
+from headscope.circuits.composition import partners as partners
 from headscope.circuits.composition import random_composition as random_composition
 from headscope.circuits.copying import copying_eigenvalues as copying_eigenvalues
 from headscope.circuits.copying import copying_share as copying_share

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.circuits.dictionary import Dictionary
+from headscope.circuits.dictionary import Dictionary, Gram
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.orthogonal import thin_qr
 
@@ -22,9 +22,8 @@ def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "la
         >>> bool(((share >= 0) & (share <= 1)).all())
         True
     """
-    grams = {kind: words.input_gram(kind) for kind in {min(layer, 1) for layer in factors.layers}}
     shares = [
-        _share(left, grams[min(layer, 1)])
+        _share(left, words, "input", layer, few=factors.few)
         for layer, left in zip(factors.layers, factors.left, strict=True)
     ]
     return factors.per_head(torch.stack(shares))
@@ -42,13 +41,18 @@ def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "l
         >>> share.shape == (model.shape.n_layers, model.shape.n_heads)
         True
     """
-    gram = words.output_gram()
-    return factors.per_head(torch.stack([_share(right.mT, gram) for right in factors.right]))
+    shares = [_share(right.mT, words, "output", 0, few=factors.few) for right in factors.right]
+    return factors.per_head(torch.stack(shares))
 
 
 def _share(
-    side: Float[Tensor, "some_head d_model d_head"], gram: Float[Tensor, "d_model d_model"]
+    side: Float[Tensor, "some_head d_model d_head"],
+    words: Dictionary,
+    kind: Gram,
+    layer: int,
+    *,
+    few: bool,
 ) -> Float[Tensor, " some_head"]:
     basis = thin_qr(side)[0]
-    share: Tensor = (basis * (gram @ basis)).sum((-2, -1)) / gram.trace()
-    return share
+    inside = (basis * words.gram_times(kind, layer, basis, few=few)).sum((-2, -1))
+    return inside / words.gram_trace(kind, layer)

@@ -2,17 +2,19 @@
 
 from typing import Any
 
-from headscope.circuits.composition import composition
+from headscope.circuits.composition import partners_of
 from headscope.circuits.dictionary import Dictionary, Embedding
+from headscope.circuits.factors import HeadFactors
 from headscope.circuits.maps import relation_scores
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
+from headscope.circuits.reading import need_linear_write
 from headscope.circuits.scores import score
 from headscope.circuits.vocabulary import vocabulary_view
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
-from headscope.table import HeadCard, HeadTable, PairScores
+from headscope.table import HeadCard, HeadTable
 
 
 def head_card(
@@ -25,12 +27,15 @@ def head_card(
     tokens: int = 10,
     partners: int = 5,
 ) -> HeadCard:
-    """Collect what weights say of one head.
+    """Collect what weights say of one head; without a table, no other head is scored.
 
     Args:
         model: any model.
         head: ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.
-        table: weight scores of this model, if they are there already; else computed.
+        table: weight scores of all heads of this model (:func:`score`), from which the card
+            takes the head's values and its rank by each. None: this head alone is scored, with
+            the raw embedding (and with ``mlp`` where ``embedding`` asks for it), and the card has
+            no ranks.
         embedding: what tokens look like to the head: ``raw``, ``mlp`` or ``mlp_only``.
         directions: singular directions shown.
         tokens: tokens shown at each end of a direction.
@@ -40,6 +45,9 @@ def head_card(
         >>> card = hs.circuits.head_card(model, "L2H1")
         >>> card.head
         'L2H1'
+        >>> ranked = hs.circuits.head_card(model, "L2H1", table=hs.circuits.score(model))
+        >>> 1 <= ranked.ranks["ov_norm"] <= model.shape.n_layers * model.shape.n_heads
+        True
     """
     index = model.shape.check(HeadIndex.parse(head))
     missing: dict[str, str] = {}
@@ -47,41 +55,54 @@ def head_card(
     words = Dictionary(model, embedding)
     for name, circuit in (("ov", ov), ("qk", qk)):
         try:
-            factors = circuit(model, layers=[index.layer])
+            factors = circuit(model, layers=[index.layer]).only(index)
             view = vocabulary_view(factors, words, directions, tokens)
-            views[name] = view.words(index, model.tokenizer)
+            views[name] = view.words(HeadIndex(index.layer, 0), model.tokenizer)
         except UnsupportedModelError as error:
             missing[name] = str(error)
-    pairs = _compositions(model, missing)
-    found = _all_scores(model, missing) if table is None else table
+    below, above = _partners(model, index, partners, missing)
+    found = _scores(model, index, embedding, missing) if table is None else table
     return HeadCard(
         head=str(index),
         kv_head=model.shape.kv_head(index.head),
         model=model.name,
         scores={name: one[index] for name, one in found.items()},
-        ranks={name: _rank(found, name, index) for name in found},
+        ranks={} if table is None else {name: _rank(found, name, index) for name in found},
         ov=views["ov"],
         qk=views["qk"],
-        fed_by={mode: _partners(one, index, partners, below=True) for mode, one in pairs.items()},
-        feeds={mode: _partners(one, index, partners, below=False) for mode, one in pairs.items()},
+        fed_by=below,
+        feeds=above,
         missing=missing,
     )
 
 
-def _compositions(model: HeadModel, missing: dict[str, str]) -> dict[str, PairScores]:
-    pairs = {}
-    for mode in ("Q", "K", "V"):
-        try:
-            pairs[mode] = composition(model, mode)
-        except UnsupportedModelError as error:
-            missing[f"{mode}_composition"] = str(error)
-    return pairs
-
-
-def _all_scores(model: HeadModel, missing: dict[str, str]) -> HeadTable:
-    found = score(model)
+def _partners(
+    model: HeadModel, head: HeadIndex, count: int, missing: dict[str, str]
+) -> tuple[dict[str, list[tuple[str, float]]], dict[str, list[tuple[str, float]]]]:
+    """Strongest partners below and above, by what the later head does with what it reads."""
+    sides: tuple[dict[str, list[tuple[str, float]]], ...] = ({}, {})
+    readers: dict[str, HeadFactors] = {}
     try:
-        return found.join(relation_scores(model))
+        need_linear_write(model, "composition")
+        readers["V"] = writer = ov(model)
+        readers["Q"] = qk(model)
+        readers["K"] = readers["Q"].transposed()
+    except UnsupportedModelError as error:
+        missing |= {f"{mode}_composition": str(error) for mode in "QKV" if mode not in readers}
+    for mode in sorted(readers, key="QKV".index):
+        for side, found in zip(sides, partners_of(head, writer, readers[mode]), strict=True):
+            side[mode] = [(str(one), value) for one, value in found[:count]]
+    return sides[0], sides[1]
+
+
+def _scores(
+    model: HeadModel, head: HeadIndex, embedding: Embedding, missing: dict[str, str]
+) -> HeadTable:
+    """Scores of one head with the raw embedding, and with the first MLP where that is asked for."""
+    seen: list[Embedding] = ["raw", "mlp"] if embedding == "mlp" else ["raw"]
+    found = score(model, heads=[head], embeddings=seen)
+    try:
+        return found.join(relation_scores(model, heads=[head]))
     except UnsupportedModelError as error:
         missing["maps"] = str(error)
         return found
@@ -90,15 +111,3 @@ def _all_scores(model: HeadModel, missing: dict[str, str]) -> HeadTable:
 def _rank(table: HeadTable, name: str, head: HeadIndex) -> int:
     mean = table[name].mean
     return int((mean > mean[head]).sum()) + 1
-
-
-def _partners(
-    pairs: PairScores, head: HeadIndex, count: int, *, below: bool
-) -> list[tuple[str, float]]:
-    """Strongest partners of one head in the layers below or above it."""
-    found = [
-        (str(first if below else second), value)
-        for first, second, value in pairs.top(pairs.values.size)
-        if (second if below else first) == head
-    ]
-    return found[:count]

@@ -1,7 +1,7 @@
 """How strongly what one head writes is what a later head reads."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,69 @@ def composition(
         source="Elhage et al. 2021",
         provenance=of_weights(model, circuit="composition", mode=mode, fold_norm=fold_norm),
     )
+
+
+def partners(
+    model: HeadModel, mode: str, head: "str | tuple[int, int]", fold_norm: bool = True
+) -> tuple[list[tuple[HeadIndex, float]], list[tuple[HeadIndex, float]]]:
+    """Composition scores of one head with every head below it, and with every head above it.
+
+    The values of :func:`composition` for this head alone: ``|A B C D|_F^2`` of four thin factors
+    is the trace of a product of d_head x d_head matrices, in fp64.
+
+    Args:
+        model: any model whose heads write linearly.
+        mode: what the later head of each pair does with it: ``"Q"``, ``"K"`` or ``"V"``.
+        head: ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.
+        fold_norm: as for :func:`composition`.
+
+    Returns:
+        heads that feed it, and heads that it feeds, each with its score, strongest first.
+
+    Raises:
+        UnsupportedModelError: where a norm after attention makes the write another one.
+
+    Example:
+        >>> below, above = hs.circuits.partners(model, "K", "L2H1")
+        >>> {one.layer < 2 for one, _ in below}
+        {True}
+    """
+    index = model.shape.check(HeadIndex.parse(head))
+    return partners_of(index, *operands(model, mode, fold_norm))
+
+
+def partners_of(
+    index: HeadIndex, first: HeadFactors, second: HeadFactors
+) -> tuple[list[tuple[HeadIndex, float]], list[tuple[HeadIndex, float]]]:
+    """Partners of a head, from the two sides that :func:`operands` gives."""
+    place = first.layers.index(index.layer)
+    writer, reader = (factors.only(index) for factors in (first, second))
+    below = _pair_norms(first.at(slice(0, place)), reader)
+    above = _pair_norms(writer, second.at(slice(place + 1, None)))
+    return _ranked(below, first.layers[:place]), _ranked(above, first.layers[place + 1 :])
+
+
+def _ranked(
+    values: Float[Tensor, "layer head"], layers: Sequence[int]
+) -> list[tuple[HeadIndex, float]]:
+    found = [
+        (HeadIndex(layer, head), value)
+        for layer, row in zip(layers, values.tolist(), strict=True)
+        for head, value in enumerate(row)
+    ]
+    return sorted(found, key=lambda one: -one[1])
+
+
+def _pair_norms(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer head"]:
+    """Normalised norms of the products of one head with many, either side being the one."""
+    sides = (first.left.mT, first.right, second.left.mT, second.right)
+    W_V, W_O, left, right = (side.double() for side in sides)
+    written, out = (first.per_head(side @ side.mT) for side in (W_V, W_O))
+    inner, read = (second.per_head(side @ side.mT) for side in (left, right))
+    between = first.per_head(W_O) @ second.per_head(left).mT
+    squared = ((written @ between) * (between @ read)).sum((-2, -1))
+    scale = (written * out).sum((-2, -1)) * (inner * read).sum((-2, -1))
+    return (squared.clamp_min(0) / scale.clamp_min(1e-60)).sqrt()
 
 
 def random_composition(model: HeadModel, fold_norm: bool = True) -> float:

@@ -1,17 +1,19 @@
 """Copying by OV circuits and matching by QK circuits, read from weights over the vocabulary."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.circuits.dictionary import Dictionary
+from headscope.circuits.dictionary import Dictionary, Gram
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ranks import target_ranks
 from headscope.circuits.symmetry import eigenvalue_ratio
+from headscope.progress import Advance
 
 
 def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
@@ -30,7 +32,7 @@ def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor
         >>> bool(((scores >= -1) & (scores <= 1)).all())
         True
     """
-    return eigenvalue_ratio(token_cores(factors, words.output_input_gram))
+    return eigenvalue_ratio(token_cores(factors, words, "output_input"))
 
 
 def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
@@ -46,7 +48,7 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
         >>> bool(((scores >= -1) & (scores <= 1)).all())
         True
     """
-    return eigenvalue_ratio(token_cores(factors, words.input_gram))
+    return eigenvalue_ratio(token_cores(factors, words, "input"))
 
 
 def copying_share(
@@ -63,10 +65,29 @@ def copying_share(
         >>> bool(((scores >= 0) & (scores <= 1)).all())
         True
     """
-    ranks = target_ranks(
-        factors, lambda layer: words.inputs(tokens, layer), words.outputs, tokens, words.size
-    )
-    return (ranks.promoted < k).double().mean(-1)
+    return share_within(copying_ranks(factors, words, tokens, k), k)
+
+
+def copying_ranks(
+    factors: HeadFactors,
+    words: Dictionary,
+    tokens: Int[Tensor, " token"],
+    limit: int,
+    advance: Advance | None = None,
+) -> Int[Tensor, "layer head token"]:
+    """Places of tokens among what the OV circuit makes of them, from 0; ``limit``: there or later.
+
+    One pass over the vocabulary serves every k up to the limit.
+    """
+    return target_ranks(
+        factors,
+        lambda layer: words.inputs(tokens, layer),
+        words.outputs,
+        tokens,
+        words.size,
+        limit=limit,
+        advance=advance,
+    ).promoted
 
 
 def matching_share(
@@ -83,34 +104,55 @@ def matching_share(
         >>> bool(((scores >= 0) & (scores <= 1)).all())
         True
     """
+    return share_within(matching_ranks(factors, words, tokens, k), k)
+
+
+def matching_ranks(
+    factors: HeadFactors,
+    words: Dictionary,
+    tokens: Int[Tensor, " token"],
+    limit: int,
+    advance: Advance | None = None,
+) -> Int[Tensor, "layer head token"]:
+    """Places of tokens' own keys among all keys, from 0; ``limit``: there or later."""
     found = []
-    for place, layer in enumerate(factors.layers):
+    for places, layer in alike(factors, words):
         ranks = target_ranks(
-            _one(factors, place),
+            factors.at(places),
             lambda number: words.inputs(tokens, number),
             partial(words.inputs, layer=layer),
             tokens,
             words.size,
+            limit=limit,
+            advance=advance if places.stop == len(factors.layers) else None,
         )
-        found.append((ranks.promoted[0] < k).double().mean(-1))
-    return torch.stack(found)
+        found.append(ranks.promoted)
+    return torch.cat(found)
+
+
+def share_within(ranks: Int[Tensor, "layer head token"], k: int) -> Float[Tensor, "layer head"]:
+    """Share of ranks among the first k."""
+    return (ranks < k).double().mean(-1)
+
+
+def alike(factors: HeadFactors, words: Dictionary) -> Iterator[tuple[slice, int]]:
+    """Runs of layers that see the same token vectors, each with one of its layer numbers."""
+    start = 0
+    for _, run in groupby(factors.layers, key=words.kind):
+        layers = list(run)
+        yield slice(start, start + len(layers)), layers[0]
+        start += len(layers)
 
 
 def token_cores(
-    factors: HeadFactors, gram_of: Callable[[int], Float[Tensor, "d_model d_model"]]
+    factors: HeadFactors, words: Dictionary, kind: Gram
 ) -> Float[Tensor, "layer head d_head d_head"]:
-    """``right @ gram @ left``: small matrices with the eigenvalues of token-to-token matrices.
-
-    ``gram_of`` gives the Gram matrix of a layer number; layers above 0 share one.
-    """
-    grams: dict[int, Tensor] = {}
+    """``right @ gram @ left``: small matrices with the eigenvalues of token-to-token matrices."""
     cores = []
     for place, layer in enumerate(factors.layers):
-        kind = min(layer, 1)
-        if kind not in grams:
-            grams[kind] = gram_of(layer)
         one = _one(factors, place)
-        cores.append(replace(one, left=grams[kind] @ one.left).core())
+        left = words.gram_times(kind, layer, one.left, few=factors.few)
+        cores.append(replace(one, left=left).core())
     return torch.cat(cores)
 
 

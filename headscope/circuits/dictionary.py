@@ -1,7 +1,7 @@
 """The vocabulary on both ends of a circuit: what tokens put in, what logits take out."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -12,9 +12,13 @@ from torch import Tensor
 from headscope.models.protocol import HeadModel
 
 Embedding = Literal["raw", "mlp", "mlp_only"]
+Gram = Literal["output_input", "input", "output"]
 
-# Entries of one block of vocabulary vectors: 64 MB in fp32.
-_BLOCK_ENTRIES = 1 << 24
+# Entries of one block of vocabulary vectors: 16 MB in fp32.
+_BLOCK_ENTRIES = 1 << 22
+# Entries of the table of all tokens behind the first MLP, 128 MB in fp32: a larger one is not
+# kept, and blocks of it are computed whenever they are asked for.
+_KEPT_ENTRIES = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,22 +44,35 @@ class Dictionary:
         """Number of tokens."""
         return self.model.shape.d_vocab
 
+    _kept: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def kind(self, layer: int) -> int:
+        """Number that layers share where tokens look alike to their heads."""
+        return 0 if self.embedding == "raw" else min(layer, 1)
+
+    @property
+    def _keeps(self) -> bool:
+        return self.size * self.model.shape.d_model <= _KEPT_ENTRIES
+
     @cached_property
     def _after_mlp(self) -> Float[Tensor, "d_vocab d_model"]:
         """What all tokens look like behind the first MLP; kept, since blocks are read often."""
-        raw = self.model.parts.embedding
-        added = torch.empty_like(raw)
+        added = torch.empty_like(self.model.parts.embedding)
         for block in self.blocks():
-            row = raw[block].float()
-            change = self.model.parts.first_mlp(row)
-            added[block] = (change if self.embedding == "mlp_only" else row + change).to(raw.dtype)
+            added[block] = self._behind_mlp(block).to(added.dtype)
         return added
+
+    def _behind_mlp(self, tokens: Int[Tensor, " token"] | slice) -> Tensor:
+        rows = self.model.parts.embedding[tokens].float()
+        change = self.model.parts.first_mlp(rows)
+        return change if self.embedding == "mlp_only" else rows + change
 
     def inputs(self, tokens: Int[Tensor, " token"] | slice, layer: int) -> Tensor:
         """Vectors ``[token d_model]`` that these tokens put into heads of a layer."""
-        raw = self.embedding == "raw" or layer == 0
-        table = self.model.parts.embedding if raw else self._after_mlp
-        return table[tokens].float()
+        if self.embedding == "raw" or layer == 0:
+            return self.model.parts.embedding[tokens].float()
+        kept = "_after_mlp" in self.__dict__ or (isinstance(tokens, slice) and self._keeps)
+        return self._after_mlp[tokens].float() if kept else self._behind_mlp(tokens)
 
     def outputs(self, tokens: Int[Tensor, " token"] | slice) -> Float[Tensor, "token d_model"]:
         """Residual directions that raise the logits of these tokens."""
@@ -71,27 +88,58 @@ class Dictionary:
         step = max(1, _BLOCK_ENTRIES // self.model.shape.d_model)
         return (slice(at, min(at + step, self.size)) for at in range(0, self.size, step))
 
-    def output_input_gram(self, layer: int) -> Float[Tensor, "d_model d_model"]:
-        """``W_U.T @ E``, shared by all heads of a layer: one matrix the size of a weight."""
-        return self._gram(lambda block: (self.outputs(block), self.inputs(block, layer)))
+    def gram(self, kind: Gram, layer: int) -> Float[Tensor, "d_model d_model"]:
+        """Gram matrix of vectors of all tokens, shared by all heads of a layer and kept.
 
-    def input_gram(self, layer: int) -> Float[Tensor, "d_model d_model"]:
-        """``E.T @ E`` with the mean over the vocabulary removed."""
-        mean = self._input_mean(layer)
-        return self._gram(lambda block: (self.inputs(block, layer) - mean,) * 2)
+        ``output_input``: ``W_U.T @ E``; ``input``: ``E.T @ E`` with the mean over the vocabulary
+        removed; ``output``: ``W_U.T @ W_U``.
+        """
+        key = (kind, self.kind(layer))
+        if key not in self._kept:
+            width = self.model.shape.d_model
+            gram = torch.zeros(width, width, device=self.model.device)
+            for out, given in self._pairs(kind, layer):
+                gram += out.T @ given
+            self._kept[key] = gram
+        return self._kept[key]
 
-    def output_gram(self) -> Float[Tensor, "d_model d_model"]:
-        """``W_U.T @ W_U``."""
-        return self._gram(lambda block: (self.outputs(block),) * 2)
+    def gram_times(
+        self, kind: Gram, layer: int, columns: Float[Tensor, "*head d_model column"], *, few: bool
+    ) -> Float[Tensor, "*head d_model column"]:
+        """Product of :meth:`gram` with some columns; without the matrix itself where they are few.
+
+        Args:
+            kind: of the matrix.
+            layer: whose heads read the tokens.
+            columns: to be multiplied.
+            few: whether these are the only columns, and fewer than pay for the whole matrix.
+        """
+        if not few or (kind, self.kind(layer)) in self._kept:
+            return self.gram(kind, layer) @ columns
+        product = torch.zeros_like(columns)
+        for out, given in self._pairs(kind, layer):
+            product += out.T @ (given @ columns)
+        return product
+
+    def gram_trace(self, kind: Gram, layer: int) -> Float[Tensor, ""]:
+        """Trace of :meth:`gram`, without the matrix."""
+        if (kind, self.kind(layer)) in self._kept:
+            return self.gram(kind, layer).trace()
+        return torch.stack([(out * given).sum() for out, given in self._pairs(kind, layer)]).sum()
+
+    def _pairs(self, kind: Gram, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both factors of a Gram matrix, a block of the vocabulary at a time."""
+        for block in self.blocks():
+            if kind == "input":
+                centred = self.inputs(block, layer) - self._input_mean(layer)
+                yield centred, centred
+            else:
+                out = self.outputs(block)
+                yield out, out if kind == "output" else self.inputs(block, layer)
 
     def _input_mean(self, layer: int) -> Tensor:
-        total = sum(self.inputs(block, layer).sum(0) for block in self.blocks())
-        return torch.as_tensor(total) / self.size
-
-    def _gram(self, pair: "Callable[[slice], tuple[Tensor, Tensor]]") -> Tensor:
-        width = self.model.shape.d_model
-        gram = torch.zeros(width, width, device=self.model.device)
-        for block in self.blocks():
-            out, given = pair(block)
-            gram += out.T @ given
-        return gram
+        key = ("mean", self.kind(layer))
+        if key not in self._kept:
+            total = sum(self.inputs(block, layer).sum(0) for block in self.blocks())
+            self._kept[key] = torch.as_tensor(total) / self.size
+        return self._kept[key]

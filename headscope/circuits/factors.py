@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -66,6 +67,12 @@ class HeadFactors:
         left, right = thin_qr(self.left)[1], thin_qr(self.right.mT)[1]
         return self.per_head(left), self.per_head(right).mT
 
+    @property
+    def few(self) -> bool:
+        """Whether all heads together are so few that no d_model x d_model matrix pays for them."""
+        layers, heads, width, rank = self.left.shape
+        return 2 * layers * heads * rank < width
+
     def per_head(self, values: Float[Tensor, "layer some_head *any"]) -> Tensor:
         """Repeat an axis of key/value heads to query heads; use it on small things only."""
         group = self.n_heads // values.shape[1]
@@ -120,15 +127,27 @@ class HeadFactors:
         parts = {name: getattr(self, name)[places] for name in _TENSORS}
         return replace(self, layers=self.layers[places], **parts)
 
-    def explicit(self, head: "str | tuple[int, int]") -> Float[Tensor, "d_model d_model"]:
-        """One head multiplied out: for looking and for tests."""
+    def only(self, head: "str | tuple[int, int]") -> "HeadFactors":
+        """The same of one head alone: one layer of one head.
+
+        Raises:
+            InputError: if these factors have no such head.
+        """
         index = HeadIndex.parse(head)
         if index.layer not in self.layers or not 0 <= index.head < self.n_heads:
             raise InputError(f"these {self.name} factors have no head {index}.")
         layer = self.layers.index(index.layer)
-        left = index.head * self.left.shape[1] // self.n_heads
-        right = index.head * self.right.shape[1] // self.n_heads
-        return self.left[layer, left] @ self.right[layer, right]
+        parts: dict[str, Any] = {}
+        for name in _TENSORS:
+            values: Tensor = getattr(self, name)
+            place = index.head * values.shape[1] // self.n_heads
+            parts[name] = values[layer : layer + 1, place : place + 1]
+        return replace(self, layers=(index.layer,), n_heads=1, **parts)
+
+    def explicit(self, head: "str | tuple[int, int]") -> Float[Tensor, "d_model d_model"]:
+        """One head multiplied out: for looking and for tests."""
+        one = self.only(head)
+        return one.left[0, 0] @ one.right[0, 0]
 
 
 _TENSORS = ("left", "right", "left_bias", "right_bias")

@@ -1,6 +1,6 @@
 """MAPS: which relations a head's weights implement, and what a head maps to what."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.circuits.dictionary import Dictionary
+from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ov import ov
-from headscope.circuits.ranks import target_ranks
-from headscope.circuits.reading import over_all_layers
+from headscope.circuits.ranks import Ranks, target_ranks
 from headscope.circuits.relations import Relation, relations
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.origin import of_weights
+from headscope.progress import Advance, track
 from headscope.table import HeadScores, HeadTable
 
 
@@ -27,6 +28,8 @@ def relation_scores(
     *,
     first_mlp: bool = True,
     fold_norm: bool = False,
+    heads: "Sequence[str | tuple[int, int]] | None" = None,
+    progress: bool | None = None,
 ) -> HeadTable:
     """Relation scores of every head: share of pairs whose target is in the source's top k.
 
@@ -41,6 +44,8 @@ def relation_scores(
         first_mlp: heads above layer 0 see what the first MLP makes of the embedding, alone, as
             the paper does; False: the raw embedding.
         fold_norm: fold the gains of the norms and centre; the paper does not.
+        heads: only these; the others have no value. None: all.
+        progress: show a bar; None: on a terminal or in a notebook.
 
     Source: Elhelo and Geva 2024, "Inferring Functionality of Attention Heads from their
     Parameters" (MAPS). Ties go to the lowest token id.
@@ -54,24 +59,44 @@ def relation_scores(
     if not chosen:
         raise InputError("there are no relations to score: none has enough single-token pairs.")
     words = Dictionary(model, "mlp_only" if first_mlp else "raw", fold_norm)
-    factors = ov(model, fold_norm)
+    asked = None if heads is None else [model.shape.check(HeadIndex.parse(one)) for one in heads]
     source = torch.cat([one.source for one in chosen.values()])
     target = torch.cat([one.target for one in chosen.values()])
-    ranks = target_ranks(
-        factors, lambda layer: words.inputs(source, layer), words.outputs, target, words.size
-    )
+
+    def ranks_of(factors: HeadFactors, advance: Advance | None = None) -> Ranks:
+        def vectors(layer: int) -> Tensor:
+            return words.inputs(source, layer)
+
+        return target_ranks(
+            factors, vectors, words.outputs, target, words.size, limit=k, advance=advance
+        )
+
+    size = (model.shape.n_layers, model.shape.n_heads)
+    ranks = {side: np.full((*size, len(target)), np.nan) for side in Ranks._fields}
+    if asked is None:
+        factors = ov(model, fold_norm)
+        with track(1, "scoring relations", show=progress) as advance:
+            found = ranks_of(factors, advance)
+        for side in Ranks._fields:
+            ranks[side][list(factors.layers)] = getattr(found, side).cpu().numpy()
+    for head in asked or ():
+        found = ranks_of(ov(model, fold_norm, layers=[head.layer]).only(head))
+        for side in Ranks._fields:
+            ranks[side][head] = getattr(found, side)[0, 0].cpu().numpy()
     facts = of_weights(model, circuit="MAPS", k=k, first_mlp=first_mlp, fold_norm=fold_norm)
     scores, at = [], 0
     for name, one in chosen.items():
         limit = 1 if name == "copy" else k
-        for suffix, found in (("", ranks.promoted), ("_suppressed", ranks.suppressed)):
-            share = (found[..., at : at + len(one)] < limit).double().mean(-1)
+        for suffix, side in (("", "promoted"), ("_suppressed", "suppressed")):
+            part = ranks[side][..., at : at + len(one)]
+            scored = np.isfinite(part[..., 0])
+            share = np.where(scored, (part < limit).mean(-1), np.nan)
             scores.append(
                 HeadScores.from_summary(
                     f"maps_{name}{suffix}",
-                    over_all_layers(model, share, factors.layers),
+                    share,
                     kv_heads=model.shape.n_kv_heads,
-                    n=_counted(model, len(one)),
+                    n=scored * len(one),
                     unit="share of pairs",
                     bounds=(0.0, 1.0),
                     description=f"{'demotes' if suffix else 'promotes'} the {name} of a token",
@@ -81,12 +106,6 @@ def relation_scores(
             )
         at += len(one)
     return HeadTable(scores)
-
-
-def _counted(model: HeadModel, pairs: int) -> Int[np.ndarray, "layer head"]:
-    counts = np.zeros((model.shape.n_layers, model.shape.n_heads), dtype=int)
-    counts[list(model.shape.attention_layers)] = pairs
-    return counts
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Where a wanted token stands among all tokens that a head's circuit points at."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,9 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.circuits.factors import HeadFactors
+from headscope.progress import Advance
 
-# Entries of one block of scores of all heads of a layer: 64 MB in fp32.
-_BLOCK_ENTRIES = 1 << 24
+# Tokens of the first block of the vocabulary, which decides most pairs; each later one is twice
+# as long, up to 16 MB of scores or of vectors in fp32.
+_FIRST_BLOCK = 512
+_BLOCK_ENTRIES = 1 << 22
 
 Lookup = Callable[[Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 
@@ -33,11 +37,16 @@ def target_ranks(
     outputs: Lookup,
     targets: Int[Tensor, " pair"],
     d_vocab: int,
+    *,
+    limit: int | None = None,
+    advance: Advance | None = None,
 ) -> Ranks:
     """Rank of each pair's target in ``source @ left @ right @ outputs.T``, for every head.
 
     Nothing of size vocabulary x vocabulary is built: each block of the vocabulary is compared
-    with the target's own score and forgotten.
+    with the target's own score and forgotten. With a limit, a pair takes part in further blocks
+    only as long as one of its two ranks may still be below the limit: most pairs of most heads
+    are decided by the first few hundred tokens.
 
     Args:
         factors: circuits of the heads, biases not used.
@@ -45,6 +54,9 @@ def target_ranks(
         outputs: vectors of tokens at the far end.
         targets: token wanted for each source.
         d_vocab: number of tokens.
+        limit: ranks from here on are all given as ``limit``; those below are exact. None: all
+            ranks are exact, for which every pair is compared with the whole vocabulary.
+        advance: is told the share of the vocabulary that is done.
 
     Example:
         >>> words, ids = hs.circuits.Dictionary(model), torch.arange(50, 54)
@@ -55,38 +67,112 @@ def target_ranks(
         >>> ranks.promoted.shape == (model.shape.n_layers, model.shape.n_heads, 4)
         True
     """
-    found = []
-    for place, layer in enumerate(factors.layers):
-        inner = torch.einsum("nd,hde->hne", source(layer), factors.left[place])
-        inner = factors.per_head(inner[None])[0]
-        right = factors.per_head(factors.right[place][None])[0]
-        found.append(_one_layer(inner, right, outputs, targets, d_vocab))
-    promoted, suppressed = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return Ranks(promoted, suppressed)
+    race = _Race.start(factors, source, outputs(targets), targets)
+    done = 0
+    for block in _blocks(d_vocab, max(len(targets), factors.left.shape[-2]), targets.device):
+        waiting = race.waiting(limit)
+        if waiting is None:
+            break
+        race.compare(block, outputs(block), waiting)
+        if advance is not None:
+            advance(len(block) / d_vocab)
+            done += len(block)
+    if advance is not None:
+        advance(1 - done / d_vocab)
+    found = Ranks(race.above, race.below)
+    return found if limit is None else Ranks(*(side.clamp_max(limit) for side in found))
 
 
-def _one_layer(
-    inner: Float[Tensor, "head pair d_head"],
-    right: Float[Tensor, "head d_head d_model"],
-    outputs: Lookup,
-    targets: Int[Tensor, " pair"],
-    d_vocab: int,
-) -> tuple[Tensor, Tensor]:
-    n_heads, pairs, _ = inner.shape
-    wanted = torch.einsum("hed,nd->hne", right, outputs(targets))
-    own = (inner * wanted).sum(-1, keepdim=True)
-    above = torch.zeros(n_heads, pairs, dtype=torch.long, device=inner.device)
-    below = torch.zeros_like(above)
-    for ids in _blocks(d_vocab, n_heads * max(pairs, inner.shape[2]), inner.device):
-        scores = inner @ (right @ outputs(ids).T)
-        before = ids < targets[:, None]
-        equal = (scores == own) & before
-        other = ids != targets[:, None]  # rounding must not set a token above itself
-        above += (((scores > own) & other) | equal).sum(-1)
-        below += (((scores < own) & other) | equal).sum(-1)
-    return above, below
+@dataclass(frozen=True, eq=False)
+class _Race:
+    """Pairs of all heads, and how many tokens have been found before and behind each target."""
+
+    inner: Float[Tensor, "layer head pair d_head"]
+    right: Float[Tensor, "layer some_head d_head d_model"]
+    own: Float[Tensor, "layer head pair"]
+    targets: Int[Tensor, " pair"]
+    above: Int[Tensor, "layer head pair"]
+    below: Int[Tensor, "layer head pair"]
+
+    @classmethod
+    def start(
+        cls,
+        factors: HeadFactors,
+        source: Callable[[int], Float[Tensor, "pair d_model"]],
+        wanted: Float[Tensor, "pair d_model"],
+        targets: Int[Tensor, " pair"],
+    ) -> "_Race":
+        layers = zip(factors.layers, factors.left, strict=True)
+        inner = factors.per_head(
+            torch.stack(
+                [torch.einsum("nd,hde->hne", source(layer), left) for layer, left in layers]
+            )
+        )
+        reached = factors.per_head(torch.einsum("lhed,nd->lhne", factors.right, wanted))
+        none = torch.zeros(inner.shape[:-1], dtype=torch.long, device=inner.device)
+        own = (inner * reached).sum(-1)
+        return cls(inner, factors.right, own, targets, none, none.clone())
+
+    def waiting(self, limit: int | None) -> "list[list[Tensor]] | None":
+        """Undecided pairs of every layer and head; None where all are decided."""
+        if limit is None:
+            every = torch.arange(len(self.targets), device=self.targets.device)
+            return [[every] * self.inner.shape[1]] * self.inner.shape[0]
+        undecided = (self.above < limit) | (self.below < limit)
+        counts = undecided.sum(-1).tolist()  # the one wait for the device in a block
+        if not any(map(any, counts)):
+            return None
+        order = undecided.byte().argsort(dim=-1, descending=True, stable=True)
+        return [
+            [places[:count] for places, count in zip(*layer, strict=True)]
+            for layer in zip(order, counts, strict=True)
+        ]
+
+    def compare(
+        self,
+        block: Int[Tensor, " token"],
+        vectors: Float[Tensor, "token d_model"],
+        waiting: list[list[Tensor]],
+    ) -> None:
+        """Count the block's tokens on either side of each waiting pair's target."""
+        shared = self.inner.shape[1] // self.right.shape[1]
+        for layer, heads in enumerate(waiting):
+            for first in range(0, len(heads), shared):
+                group = range(first, first + shared)
+                count = sum(len(heads[head]) for head in group)
+                if count == 0:
+                    continue
+                right = self.right[layer, first // shared]
+                rank, width = right.shape
+                # Few pairs are multiplied out on their own side, many share the far one.
+                far = vectors.T if count * (width - rank) < rank * width else right @ vectors.T
+                for head in group:
+                    near = self.inner[layer, head][heads[head]]
+                    near = near if len(far) == rank else near @ right
+                    self._count((layer, head), heads[head], block, near @ far)
+
+    def _count(
+        self,
+        at: tuple[int, int],
+        pairs: Int[Tensor, " waiting"],
+        block: Int[Tensor, " token"],
+        scores: Float[Tensor, "waiting token"],
+    ) -> None:
+        own, targets = self.own[at][pairs, None], self.targets[pairs, None]
+        # Rounding must not set a target above or below itself.
+        place = targets - block[0]
+        inside = (place >= 0) & (place < len(block))
+        place = place.clamp(0, len(block) - 1)
+        scores.scatter_(1, place, torch.where(inside, own, scores.gather(1, place)))
+        equal = ((scores == own) & (block < targets)).sum(-1)
+        self.above[at].index_add_(0, pairs, (scores > own).sum(-1) + equal)
+        self.below[at].index_add_(0, pairs, (scores < own).sum(-1) + equal)
 
 
 def _blocks(d_vocab: int, width: int, device: torch.device) -> Iterator[Int[Tensor, " token"]]:
-    size = max(1, _BLOCK_ENTRIES // width)
-    return iter(torch.arange(d_vocab, device=device).split(size))
+    """Runs of token ids, the first ones short; a row of scores or vectors has this width."""
+    most, size, start = max(1, _BLOCK_ENTRIES // width), _FIRST_BLOCK, 0
+    while start < d_vocab:
+        end = min(start + min(size, most), d_vocab)
+        yield torch.arange(start, end, device=device)
+        start, size = end, 2 * size

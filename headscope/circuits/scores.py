@@ -1,8 +1,12 @@
 """All weight scores of a model in one table."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,9 +15,10 @@ from headscope.circuits import spectrum
 from headscope.circuits.alignment import read_alignment, write_alignment
 from headscope.circuits.copying import (
     copying_eigenvalues,
-    copying_share,
+    copying_ranks,
     matching_eigenvalues,
-    matching_share,
+    matching_ranks,
+    share_within,
 )
 from headscope.circuits.dictionary import Dictionary, Embedding
 from headscope.circuits.factors import HeadFactors
@@ -21,20 +26,40 @@ from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
 from headscope.circuits.reading import over_all_layers
 from headscope.circuits.symmetry import symmetric_share
-from headscope.errors import UnsupportedModelError
+from headscope.errors import InputError, UnsupportedModelError, nearest
+from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.origin import of_weights
 from headscope.probes.vocabulary import ordinary_tokens
+from headscope.progress import Advance, track
 from headscope.table import HeadScores, HeadTable
 from headscope.table.scores import Bounds
 
-# name, values, unit, bounds, what a high value means, source
-Line = tuple[str, Float[Tensor, "layer head"], str, Bounds, str, str]
-_UNIT: Bounds = (0.0, 1.0)
 _MP = "Marchenko and Pastur 1967"
+_UNIT: Bounds = (0.0, 1.0)
 
 
-def score(model: HeadModel, *, tokens: int = 256, k: int = 5, seed: int = 0) -> HeadTable:
+class Line(NamedTuple):
+    """One score of the table; its values are of the factors that it was read from."""
+
+    name: str
+    values: Float[Tensor, "layer head"] | Int[Tensor, "layer head"]
+    unit: str
+    bounds: Bounds
+    description: str
+    source: str
+
+
+def score(
+    model: HeadModel,
+    *,
+    tokens: int = 256,
+    k: int = 5,
+    seed: int = 0,
+    heads: "Sequence[str | tuple[int, int]] | None" = None,
+    embeddings: Sequence[Embedding] = ("raw", "mlp"),
+    progress: bool | None = None,
+) -> HeadTable:
     """Score every head by its weights alone; nothing is run but tiny passes that measure norms.
 
     Spectra of OV and QK (``ov_*``, ``qk_*``: norm, spectral_norm, effective_rank, stable_rank,
@@ -52,113 +77,178 @@ def score(model: HeadModel, *, tokens: int = 256, k: int = 5, seed: int = 0) -> 
             ``seed``; the others look at all of it.
         k: largest rank of the top-k copying share.
         seed: of that draw and of the random spectra.
+        heads: only these; the others have no value. None: all.
+        embeddings: what tokens look like in copying and matching scores, ``raw`` or ``mlp``;
+            ``mlp`` takes the whole vocabulary through the first MLP.
+        progress: show a bar; None: on a terminal or in a notebook.
 
     Raises:
+        InputError: if the model has no such head, or an embedding is neither of the two.
         UnsupportedModelError: if neither circuit can be read.
 
     Example:
         >>> table = hs.circuits.score(model, tokens=32)
         >>> "copying_eigenvalues" in table
         True
+        >>> hs.circuits.score(model, tokens=32, heads=["L1H2"])["ov_norm"].top(2)[0][0]
+        HeadIndex(layer=1, head=2)
     """
-    sample = _sample(model, tokens, seed)
-    lines, reasons, layers = [], [], model.shape.attention_layers
-    for circuit in (_ov_lines, _qk_lines):
-        try:
-            lines += list(circuit(model, sample, k, seed))
-        except UnsupportedModelError as error:
-            reasons.append(str(error))
-    if not lines:
-        raise UnsupportedModelError(" ".join(reasons))
-    facts = of_weights(model, circuit="weights", tokens=len(sample), k=k, fold_norm=True)
+    for kind in embeddings:
+        if kind not in _SUFFIX:
+            raise InputError(nearest(str(kind), _SUFFIX, kind="embedding"))
+    chosen = None if heads is None else [model.shape.check(HeadIndex.parse(one)) for one in heads]
+    reading = _Reading(
+        model,
+        _sample(model, tokens, seed),
+        k,
+        seed,
+        tuple((Dictionary(model, kind), _SUFFIX[kind]) for kind in dict.fromkeys(embeddings)),
+        Dictionary(model),
+    )
+    lines = reading.every_head(progress) if chosen is None else reading.some_heads(chosen)
+    facts = of_weights(model, circuit="weights", tokens=len(reading.sample), k=k, fold_norm=True)
     return HeadTable(
         HeadScores.from_summary(
-            name,
-            over_all_layers(model, values, layers),
+            line.name,
+            values,
             kv_heads=model.shape.n_kv_heads,
-            unit=unit,
-            bounds=bounds,
-            description=description,
-            source=source,
+            unit=line.unit,
+            bounds=line.bounds,
+            description=line.description,
+            source=line.source,
             provenance=facts,
         )
-        for name, values, unit, bounds, description, source in lines
+        for line, values in lines
     )
 
 
-def _ov_lines(model: HeadModel, sample: Tensor, k: int, seed: int) -> Iterator[Line]:
-    factors = ov(model)
-    yield from _spectrum_lines("ov", factors, seed)
-    for kind, suffix in _kinds(model):
-        words = Dictionary(model, kind)
-        yield (
-            f"copying_eigenvalues{suffix}",
-            copying_eigenvalues(factors, words),
-            "ratio",
-            (-1.0, 1.0),
-            "attended tokens raise their own logit (-1: lower it)",
-            "Elhage et al. 2021",
-        )
-        for rank in (1, k):
-            yield (
-                f"copying_top{rank}{suffix}",
-                copying_share(factors, words, sample, rank),
-                "share of tokens",
-                _UNIT,
-                f"attended tokens are among the {rank} that are raised most",
-                "Wang et al. 2022, without positions",
+_SUFFIX = {"raw": "", "mlp": "_mlp"}
+
+
+Values = tuple[Line, Float[np.ndarray, "layer head"]]
+
+
+def _uncounted(steps: float = 1) -> None:
+    """Count nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What all scores of one table share: the vocabulary, the sampled tokens, the settings."""
+
+    model: HeadModel
+    sample: Int[Tensor, " token"]
+    k: int
+    seed: int
+    words: tuple[tuple[Dictionary, str], ...]
+    raw: Dictionary
+
+    def every_head(self, progress: bool | None) -> list[Values]:
+        """Scores of all heads at once."""
+        steps = 2 * (2 + 2 * len(self.words))
+        with track(steps, "scoring weights", show=progress) as advance:
+            lines = self._lines(advance)
+        layers = self.model.shape.attention_layers
+        return [(line, over_all_layers(self.model, line.values, layers)) for line in lines]
+
+    def some_heads(self, heads: Sequence[HeadIndex]) -> list[Values]:
+        """Scores of these heads, one after the other; NaN for all others."""
+        found: dict[str, Values] = {}
+        size = (self.model.shape.n_layers, self.model.shape.n_heads)
+        for head in heads:
+            for line in self._lines(_uncounted, head):
+                _, values = found.setdefault(line.name, (line, np.full(size, np.nan)))
+                values[head] = float(line.values)
+        return list(found.values())
+
+    def _lines(self, advance: Advance, head: HeadIndex | None = None) -> list[Line]:
+        lines, reasons = [], []
+        layers = None if head is None else [head.layer]
+        for circuit, read in ((self._ov_lines, ov), (self._qk_lines, partial(qk, offset=0))):
+            try:
+                factors = read(self.model, layers=layers)
+            except UnsupportedModelError as error:
+                reasons.append(str(error))
+                continue
+            lines += list(circuit(factors if head is None else factors.only(head), advance))
+        if not lines:
+            raise UnsupportedModelError(" ".join(reasons))
+        return lines
+
+    def _ov_lines(self, factors: HeadFactors, advance: Advance) -> Iterator[Line]:
+        yield from _spectrum_lines("ov", factors, self.seed)
+        advance()
+        for words, suffix in self.words:
+            yield Line(
+                f"copying_eigenvalues{suffix}",
+                copying_eigenvalues(factors, words),
+                "ratio",
+                (-1.0, 1.0),
+                "attended tokens raise their own logit (-1: lower it)",
+                "Elhage et al. 2021",
             )
-    words = Dictionary(model)
-    yield (
-        "ov_read_alignment",
-        read_alignment(factors, words),
-        "share of variance",
-        _UNIT,
-        "values are read from where token embeddings vary",
-        "subspace projection",
-    )
-    yield (
-        "ov_write_alignment",
-        write_alignment(factors, words),
-        "share of variance",
-        _UNIT,
-        "the head writes where logits are read",
-        "subspace projection",
-    )
-
-
-def _qk_lines(model: HeadModel, sample: Tensor, k: int, seed: int) -> Iterator[Line]:
-    factors = qk(model, offset=0)
-    yield from _spectrum_lines("qk", factors, seed)
-    for kind, suffix in _kinds(model):
-        words = Dictionary(model, kind)
-        yield (
-            f"matching_eigenvalues{suffix}",
-            matching_eigenvalues(factors, words),
-            "ratio",
-            (-1.0, 1.0),
-            "queries look for keys of their own token (-1: avoid them)",
-            "Elhage et al. 2021",
-        )
-        for rank in (1, k):
-            yield (
-                f"matching_top{rank}{suffix}",
-                matching_share(factors, words, sample, rank),
-                "share of tokens",
-                _UNIT,
-                f"a token's own key is among its {rank} best",
-                "copying share, for QK",
-            )
-    words = Dictionary(model)
-    for side, one in (("query", factors), ("key", factors.transposed())):
-        yield (
-            f"qk_{side}_alignment",
-            read_alignment(one, words),
+            advance()
+            ranks = copying_ranks(factors, words, self.sample, max(1, self.k), advance)
+            for rank in (1, self.k):
+                yield Line(
+                    f"copying_top{rank}{suffix}",
+                    share_within(ranks, rank),
+                    "share of tokens",
+                    _UNIT,
+                    f"attended tokens are among the {rank} that are raised most",
+                    "Wang et al. 2022, without positions",
+                )
+        yield Line(
+            "ov_read_alignment",
+            read_alignment(factors, self.raw),
             "share of variance",
             _UNIT,
-            f"{side} vectors are read from where token embeddings vary",
+            "values are read from where token embeddings vary",
             "subspace projection",
         )
+        yield Line(
+            "ov_write_alignment",
+            write_alignment(factors, self.raw),
+            "share of variance",
+            _UNIT,
+            "the head writes where logits are read",
+            "subspace projection",
+        )
+        advance()
+
+    def _qk_lines(self, factors: HeadFactors, advance: Advance) -> Iterator[Line]:
+        yield from _spectrum_lines("qk", factors, self.seed)
+        advance()
+        for words, suffix in self.words:
+            yield Line(
+                f"matching_eigenvalues{suffix}",
+                matching_eigenvalues(factors, words),
+                "ratio",
+                (-1.0, 1.0),
+                "queries look for keys of their own token (-1: avoid them)",
+                "Elhage et al. 2021",
+            )
+            advance()
+            ranks = matching_ranks(factors, words, self.sample, max(1, self.k), advance)
+            for rank in (1, self.k):
+                yield Line(
+                    f"matching_top{rank}{suffix}",
+                    share_within(ranks, rank),
+                    "share of tokens",
+                    _UNIT,
+                    f"a token's own key is among its {rank} best",
+                    "copying share, for QK",
+                )
+        for side, one in (("query", factors), ("key", factors.transposed())):
+            yield Line(
+                f"qk_{side}_alignment",
+                read_alignment(one, self.raw),
+                "share of variance",
+                _UNIT,
+                f"{side} vectors are read from where token embeddings vary",
+                "subspace projection",
+            )
+        advance()
 
 
 def _spectrum_lines(name: str, factors: HeadFactors, seed: int) -> Iterator[Line]:
@@ -185,7 +275,7 @@ def _spectrum_lines(name: str, factors: HeadFactors, seed: int) -> Iterator[Line
         ("top_share", top, energy, _UNIT, "one direction carries it", "S[0]^2 / sum S^2"),
         ("symmetric_share", symmetric, energy, _UNIT, symmetry, "(1 + tr(W W) / |W|^2) / 2"),
     ):
-        yield f"{name}_{measure}", values, unit, bounds, description, source
+        yield Line(f"{name}_{measure}", values, unit, bounds, description, source)
     yield from _outlier_lines(name, factors, S, seed)
 
 
@@ -194,11 +284,11 @@ def _outlier_lines(name: str, factors: HeadFactors, S: Tensor, seed: int) -> Ite
     above = spectrum.outliers(S, random_edge(factors, seed)).to(S)
     product = "product of Gaussian factors, mean + 3 sd of the largest"
     described = "directions above those of random factors of its shape and variance"
-    yield f"{name}_outliers", above, "directions", count, described, product
+    yield Line(f"{name}_outliers", above, "directions", count, described, product)
     for side, factor in (("left", factors.left), ("right", factors.right)):
         above = factors.per_head(_factor_outliers(factor))
         described = f"directions of the {side} factor alone above the edge of a random one"
-        yield f"{name}_{side}_outliers", above, "directions", count, described, _MP
+        yield Line(f"{name}_{side}_outliers", above, "directions", count, described, _MP)
 
 
 def _factor_outliers(
@@ -236,10 +326,6 @@ def entry_sizes(factors: HeadFactors) -> Float[Tensor, "layer head"]:
         for side in (factors.left, factors.right)
     )
     return left * right
-
-
-def _kinds(model: HeadModel) -> tuple[tuple[Embedding, str], ...]:
-    return (("raw", ""), ("mlp", "_mlp"))
 
 
 def _sample(model: HeadModel, count: int, seed: int) -> Int[Tensor, " token"]:

@@ -6,7 +6,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from headscope.circuits.copying import token_cores
-from headscope.circuits.dictionary import Dictionary, Embedding
+from headscope.circuits.dictionary import Dictionary, Embedding, Gram
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
@@ -83,8 +83,8 @@ def eigenvalues(
     """
     factors = _factors(model, circuit, True)
     words = Dictionary(model, embedding)
-    gram_of = words.output_input_gram if circuit == "OV" else words.input_gram
-    values = torch.linalg.eigvals(token_cores(factors, gram_of).double().cpu())
+    kind: Gram = "output_input" if circuit == "OV" else "input"
+    values = torch.linalg.eigvals(token_cores(factors, words, kind).double().cpu())
     return HeadEigenvalues(
         circuit,
         _by_layer(model, factors, values),

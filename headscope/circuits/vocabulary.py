@@ -139,8 +139,8 @@ def _top_tokens(
 ) -> TopTokens:
     count = min(count, words.size)
     parts = []
-    for kind in sorted({min(layer, 1) for layer in layers}):
-        chosen = [place for place, layer in enumerate(layers) if min(layer, 1) == kind]
+    for kind in sorted({words.kind(layer) for layer in layers}):
+        chosen = [place for place, layer in enumerate(layers) if words.kind(layer) == kind]
         flat = vectors[chosen].flatten(0, 2)
         best = [_Best(count), _Best(count)]
         for block in words.blocks():

@@ -175,6 +175,8 @@ def _partners(card: HeadCard) -> list[Section]:
 
 def _weights(card: HeadCard) -> Section:
     rows = [
-        (name, value, card.ranks[name]) for name, value in card.scores.items() if np.isfinite(value)
+        (name, value, card.ranks.get(name, ""))
+        for name, value in card.scores.items()
+        if np.isfinite(value)
     ]
     return Section("Weight scores", [Grid(("score", "value", "rank"), rows, "1 is the largest")])

@@ -89,5 +89,5 @@ def _weights(card: HeadCard) -> "Table":
     grid = _grid("from weights", "value", "rank")
     for name in _WEIGHTS:
         if name in card.scores:
-            grid.add_row(name, written(card.scores[name]), str(card.ranks[name]))
+            grid.add_row(name, written(card.scores[name]), str(card.ranks.get(name, "")))
     return grid

@@ -14,7 +14,8 @@ class HeadCard:
         kv_head: key/value head that it reads.
         model: name.
         scores: value of every weight score.
-        ranks: place of the head among all heads by each score, 1 the largest.
+        ranks: place of the head among all heads by each score, 1 the largest; empty where no
+            other head was scored.
         ov: largest directions of the OV circuit with tokens read and written.
         qk: the same of the QK circuit: tokens of the query and of the key.
         fed_by: per kind of composition, the earlier heads that feed it most.
