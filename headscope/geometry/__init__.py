@@ -1,0 +1,1 @@
+"""Geometry of hidden states: how layers and heads spread, curve and carry what they hold."""

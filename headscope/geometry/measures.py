@@ -1,0 +1,494 @@
+"""Measures of a cloud of hidden states: entropy, curvature, dimension, neighbourhoods, linearity.
+
+Each takes points as rows, ``[*any point d_model]``, and gives a number per cloud in fp32 or better.
+They are invariant to a rotation of the space, and to its scale, unless the docstring says
+otherwise.
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import brentq
+from torch import Tensor
+
+from headscope.errors import InputError
+
+Cloud = Float[Tensor, "*any point d_model"]
+
+
+def matrix_entropy(x: Cloud, alpha: float = 1.0, *, normalise: bool = False) -> Tensor:
+    """Entropy of the spectrum of the points' Gram matrix, in nats.
+
+    The points are centred and scaled to unit norm; with ``K = X X^T / trace`` and its eigenvalues
+    ``p``, order 1 is ``-sum p ln p`` and another order is ``ln(sum p^alpha) / (1 - alpha)``. It is
+    0 for points on a line and ``ln(points)`` for orthogonal ones.
+
+    Args:
+        x: points; two at least.
+        alpha: order of the entropy (Renyi); 1 is Shannon's.
+        normalise: divide by ``ln(min(points - 1, d_model))``, the largest value possible for
+            centred points.
+
+    Returns:
+        A number per cloud, 0 to ``ln(min(points - 1, d_model))``; NaN where all points are equal.
+
+    Source:
+        Skean et al. 2025, "Layer by Layer", definition 1; Giraldo et al. 2014. Their code clamps
+        negative entries of the Gram matrix to 0, which changes the spectrum; this does not.
+
+    Example:
+        >>> points = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> round(matrix_entropy(points).item(), 4) == round(math.log(2), 4)
+        True
+    """
+    _at_least(x, 2, "matrix entropy")
+    if alpha <= 0:
+        raise InputError(f"alpha={alpha}: the order of an entropy must be positive.")
+    wide = _wide(x)
+    centred = wide - wide.mean(-2, keepdim=True)
+    norms = centred.norm(dim=-1, keepdim=True)
+    at_mean = norms <= 1e-6 * wide.norm(dim=-1, keepdim=True)  # such a point has no direction
+    unit = (centred / norms).masked_fill(at_mean, 0)
+    total = (~at_mean).double().sum((-2, -1))
+    narrow = x.shape[-2] <= x.shape[-1]
+    gram = unit @ unit.mT if narrow else unit.mT @ unit
+    if alpha == 2:
+        entropy = -(gram.square().sum((-2, -1)) / total.square()).log()
+    else:
+        p = torch.linalg.eigvalsh(gram).clamp_min(0) / total[..., None]
+        if alpha == 1:
+            entropy = torch.special.entr(p).sum(-1)
+        else:
+            entropy = (p.pow(alpha).sum(-1)).log() / (1 - alpha)
+    largest = math.log(max(2, min(x.shape[-2] - 1, x.shape[-1]))) if normalise else 1.0
+    found: Tensor = entropy.masked_fill(total == 0, float("nan")) / largest
+    return found
+
+
+def curvature(x: Cloud) -> Tensor:
+    """Mean angle between successive steps of the path through the points, in radians.
+
+    The steps are ``x[i + 1] - x[i]``; a straight path has 0, a path that turns back pi.
+
+    Args:
+        x: points in order; three at least.
+
+    Returns:
+        A number per cloud, 0 to pi; NaN where a step is zero everywhere.
+
+    Source:
+        Hosseini and Fedorenko 2023, "Large language models implicitly learn to straighten neural
+        sentence trajectories". Skean et al. 2025 call by this name what is :func:`token_angle`.
+
+    Example:
+        >>> curvature(torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])).item()
+        0.0
+    """
+    _at_least(x, 3, "curvature")
+    steps = _wide(x).diff(dim=-2)
+    return _mean_angle(steps[..., :-1, :], steps[..., 1:, :])
+
+
+def token_angle(x: Cloud, apart: int = 1) -> Tensor:
+    """Mean angle between the vectors of points a fixed number of places apart, in radians.
+
+    Args:
+        x: points in order.
+        apart: places between the two; 1 or more.
+
+    Returns:
+        A number per cloud, 0 to pi. It changes when the cloud is shifted.
+
+    Source:
+        The code of Skean et al. 2025, "Layer by Layer", where it is called curvature.
+
+    Example:
+        >>> points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> round(token_angle(points).item(), 4) == round(math.pi / 2, 4)
+        True
+    """
+    if apart < 1:
+        raise InputError(f"apart={apart}: points must be 1 or more places apart.")
+    _at_least(x, apart + 1, "the angle between tokens")
+    x = _wide(x)
+    return _mean_angle(x[..., :-apart, :], x[..., apart:, :])
+
+
+def _mean_angle(a: Tensor, b: Tensor) -> Tensor:
+    """Mean angle by ``atan2``, which keeps small angles that a cosine rounds away."""
+    a, b = (v / v.norm(dim=-1, keepdim=True) for v in (a, b))
+    return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)).nanmean(-1)
+
+
+def anisotropy(x: Cloud) -> Tensor:
+    """Share of the centred cloud's variance along its first principal direction.
+
+    Args:
+        x: points; two at least.
+
+    Returns:
+        A number per cloud, ``1 / min(points - 1, d_model)`` to 1; NaN where all points are equal.
+
+    Source:
+        Razzhigaev et al. 2024, "The Shape of Learning".
+
+    Example:
+        >>> anisotropy(torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])).item()
+        1.0
+    """
+    _at_least(x, 2, "anisotropy")
+    centred = _wide(x) - _wide(x).mean(-2, keepdim=True)
+    gram = centred @ centred.mT if x.shape[-2] <= x.shape[-1] else centred.mT @ centred
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)
+    share: Tensor = values[..., -1] / values.sum(-1)
+    return share
+
+
+def mean_cosine(x: Cloud) -> Tensor:
+    """Mean cosine between different points, without centring.
+
+    Args:
+        x: points; two at least.
+
+    Returns:
+        A number per cloud, -1 / (points - 1) to 1. It changes when the cloud is shifted.
+
+    Source:
+        Ethayarajh 2019, "How Contextual are Contextualized Word Representations?".
+
+    Example:
+        >>> mean_cosine(torch.eye(3)).item()
+        0.0
+    """
+    _at_least(x, 2, "the mean cosine")
+    unit = torch.nn.functional.normalize(_wide(x), dim=-1)
+    n = x.shape[-2]
+    return (unit.sum(-2).square().sum(-1) - unit.square().sum((-2, -1))) / (n * (n - 1))
+
+
+def two_nn(x: Float[Tensor, "*any point d_model"]) -> Tensor:
+    """Intrinsic dimension from the ratio of each point's two nearest distances.
+
+    The maximum-likelihood form ``(N - 1) / sum ln(r2 / r1)``; it is biased low in high dimensions
+    (a cube of 5 dimensions and 2,000 points gives 4.6).
+
+    Args:
+        x: points; ten at least, and no two equal.
+
+    Returns:
+        A number per cloud, above 0; NaN where two points coincide.
+
+    Source:
+        Facco et al. 2017, "Estimating the intrinsic dimension of datasets by a minimal
+        neighborhood information".
+
+    Example:
+        >>> line = torch.rand(500, 1, generator=torch.Generator().manual_seed(0))
+        >>> 0.9 < two_nn(line @ torch.ones(1, 8)).item() < 1.1
+        True
+    """
+    _at_least(x, 10, "TwoNN")
+    near = _nearest(x, 2)
+    ratio = (near[..., 1] / near[..., 0]).log()
+    dimension = (x.shape[-2] - 1) / ratio.sum(-1)
+    return dimension.masked_fill((near[..., 0] == 0).any(-1), float("nan"))
+
+
+def gride(x: Float[Tensor, "point d_model"], scale: int = 2) -> float:
+    """Intrinsic dimension from neighbours of ranks ``scale`` and ``2 * scale``.
+
+    Larger scales look past the noise of the nearest neighbours; 1 is :func:`two_nn`. The maximum
+    of the likelihood of the ratios ``mu = r(2 scale) / r(scale)`` is found by bisection.
+
+    Args:
+        x: points of one cloud; more than ``2 * scale``, ten at least.
+        scale: rank of the nearer neighbour.
+
+    Returns:
+        The dimension, above 0; NaN where points coincide.
+
+    Source:
+        Denti et al. 2022, "The generalized ratios intrinsic dimension estimator".
+
+    Example:
+        >>> square = torch.rand(800, 2, generator=torch.Generator().manual_seed(0))
+        >>> 1.8 < gride(square, scale=4) < 2.2
+        True
+    """
+    if scale < 1:
+        raise InputError(f"scale={scale}: the rank of a neighbour is 1 or more.")
+    _at_least(x, max(10, 2 * scale + 1), f"GRIDE at scale {scale}")
+    near = _nearest(x, 2 * scale).numpy()
+    if (near[:, scale - 1] == 0).any():
+        return float("nan")
+    log_mu = np.log(near[:, 2 * scale - 1] / near[:, scale - 1])
+    log_mu = log_mu[log_mu > 0]
+
+    def slope(d: float) -> float:
+        """Derivative of the mean log-likelihood with respect to the dimension."""
+        pulled = log_mu / -np.expm1(-d * log_mu) if scale > 1 else 0.0
+        return float(1 / d + np.mean((scale - 1) * pulled - (2 * scale - 1) * log_mu))
+
+    return float(brentq(slope, 1e-3, 1e4))
+
+
+def neighbourhood_overlap(
+    x: Float[Tensor, "*any point d_model"], y: Float[Tensor, "*any point d_other"], k: int = 10
+) -> Tensor:
+    """Share of each point's k nearest neighbours that two clouds of the same points have in common.
+
+    Args:
+        x: points.
+        y: the same points elsewhere, e.g. one layer later.
+        k: neighbours, the point itself not counted.
+
+    Returns:
+        A number per cloud, 0 to 1; independent clouds give about ``k / (points - 1)``.
+
+    Source:
+        Valeriani et al. 2023, "The geometry of hidden representations of large transformer models".
+
+    Example:
+        >>> points = torch.rand(40, 5, generator=torch.Generator().manual_seed(0))
+        >>> neighbourhood_overlap(points, 3 * points).item()
+        1.0
+    """
+    _at_least(x, k + 2, f"the overlap of {k} neighbours")
+    a, b = (_neighbours(cloud, k) for cloud in (x, y))
+    shared = (a[..., :, None] == b[..., None, :]).any(-1).double()
+    return shared.mean((-2, -1))
+
+
+def linearity(
+    x: Float[Tensor, "point d_model"], y: Float[Tensor, "point d_model"], *, adjusted: bool = True
+) -> float:
+    """How well a linear map takes one cloud to another: 1 minus the share that it leaves.
+
+    Both clouds are centred and scaled to unit Frobenius norm; the value is
+    ``1 - min_A |X A - Y|^2``. Even for unrelated clouds that is about ``d / (N - 1)``, so the
+    adjusted value takes it off: ``(v - d / (N - 1)) / (1 - d / (N - 1))``.
+
+    Args:
+        x: points before; ten times as many as dimensions at least.
+        y: the same points after.
+        adjusted: take off what a fit of noise gives.
+
+    Returns:
+        A number up to 1; about 0 for unrelated clouds if adjusted.
+
+    Raises:
+        InputError: if there are too few points for the dimensions.
+
+    Source:
+        Razzhigaev et al. 2024, "Your Transformer is Secretly Linear".
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> points, weights = torch.rand(60, 4, generator=g), torch.rand(4, 4, generator=g)
+        >>> round(linearity(points, points @ weights), 6)
+        1.0
+    """
+    moments = LinearMoments.of(x, y)
+    return moments.linearity(adjusted=adjusted)
+
+
+class LinearMoments:
+    """Running sums from which the linearity between two layers follows: no points are kept.
+
+    Attributes:
+        n: points so far.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        """Begin with no points.
+
+        Args:
+            d_model: dimensions of both clouds.
+        """
+        self.n = 0
+        self._sums = torch.zeros(2, d_model, dtype=torch.float64)
+        self._products = torch.zeros(3, d_model, d_model, dtype=torch.float64)
+
+    @classmethod
+    def of(
+        cls, x: Float[Tensor, "point d_model"], y: Float[Tensor, "point d_model"]
+    ) -> "LinearMoments":
+        """Take the sums of one pair of clouds."""
+        moments = cls(x.shape[-1])
+        moments.add(x, y)
+        return moments
+
+    def add(self, x: Float[Tensor, "point d_model"], y: Float[Tensor, "point d_model"]) -> None:
+        """Add points."""
+        a, b = (v.detach().cpu().double() for v in (x, y))
+        self.n += len(a)
+        self._sums += torch.stack([a.sum(0), b.sum(0)])
+        self._products += torch.stack([a.T @ a, a.T @ b, b.T @ b])
+
+    def linearity(self, *, adjusted: bool = True) -> float:
+        """Return the linearity of the points so far; see :func:`linearity`."""
+        d = self._sums.shape[1]
+        if self.n < 10 * d:
+            raise InputError(
+                f"linearity of {self.n} points in {d} dimensions: a linear map can fit noise that "
+                f"well; give {10 * d} points or more."
+            )
+        mean_x, mean_y = self._sums / self.n
+        xx = self._products[0] - self.n * torch.outer(mean_x, mean_x)
+        xy = self._products[1] - self.n * torch.outer(mean_x, mean_y)
+        total = float((self._products[2].diagonal() - self.n * mean_y.square()).sum())
+        if not total > 0:
+            return float("nan")
+        explained = float((torch.linalg.pinv(xx, hermitian=True) @ xy * xy).sum()) / total
+        chance = d / (self.n - 1)
+        return (explained - chance) / (1 - chance) if adjusted else explained
+
+
+def info_nce(
+    a: Float[Tensor, "text d_model"], b: Float[Tensor, "text d_model"], temperature: float = 0.1
+) -> float:
+    """Contrastive loss of two views of each text, in nats: low where views of one text are close.
+
+    Vectors are scaled to unit norm; each view must pick out its partner among the ``2N - 2``
+    views of other texts.
+
+    Args:
+        a: a vector for each text, of the first view.
+        b: the same of the second view.
+        temperature: divides the cosines.
+
+    Returns:
+        A loss of 0 or more; ``ln(2N - 1)`` where all vectors are equal.
+
+    Source:
+        van den Oord et al. 2018; Skean et al. 2025, "Layer by Layer". Their code does not
+        re-normalise averaged tokens, so that it compares no cosines.
+
+    Example:
+        >>> round(info_nce(torch.ones(4, 3), torch.ones(4, 3)), 4) == round(math.log(7), 4)
+        True
+    """
+    _at_least(a, 2, "InfoNCE")
+    views = torch.nn.functional.normalize(_wide(torch.cat([a, b])), dim=-1)
+    scores = views @ views.T / temperature
+    scores.fill_diagonal_(float("-inf"))
+    partner = torch.arange(2 * len(a)).roll(len(a))
+    return float(torch.nn.functional.cross_entropy(scores, partner.to(scores.device)))
+
+
+def lidar(views: Float[Tensor, "text view d_model"], delta: float = 1e-4) -> float:
+    """Effective rank of what tells texts apart, against what tells views of one text apart.
+
+    The spectrum of ``W^(-1/2) B W^(-1/2)``, with ``B`` the covariance of the texts' means and
+    ``W`` that of views around them; its exponentiated entropy is a number of dimensions.
+
+    Args:
+        views: vectors of several views of each text.
+        delta: added to the diagonal of ``W``.
+
+    Returns:
+        A number of dimensions, 1 to ``min(texts - 1, d_model)``.
+
+    Source:
+        Thilak et al. 2023, "LiDAR: Sensing Linear Probing Performance in Joint Embedding SSL
+        Architectures".
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> centres = torch.randn(50, 1, 3, generator=g)
+        >>> views = centres + 0.1 * torch.randn(50, 4, 3, generator=g)
+        >>> 2.5 < lidar(views) <= 3
+        True
+    """
+    texts, n_views, d = views.shape
+    if texts < 3 or n_views < 2:
+        raise InputError(f"LiDAR of {texts} texts of {n_views} views: give 3 and 2 or more.")
+    x = _wide(views)
+    means = x.mean(1)
+    between = torch.cov(means.T, correction=0).reshape(d, d)
+    around = (x - means[:, None]).flatten(0, 1)
+    within = around.T @ around / (texts * (n_views - 1)) + delta * torch.eye(d).to(x)
+    values, vectors = torch.linalg.eigh(within)
+    whiten = vectors * values.rsqrt() @ vectors.T
+    spectrum = torch.linalg.eigvalsh(whiten @ between @ whiten).clamp_min(0)
+    p = spectrum / spectrum.sum()
+    return float(torch.special.entr(p).sum().exp())
+
+
+def dime(
+    a: Float[Tensor, "text d_model"],
+    b: Float[Tensor, "text d_model"],
+    permutations: int = 10,
+    seed: int = 0,
+) -> float:
+    """Difference of matrix entropies: how much two views of texts say about each other, in nats.
+
+    ``mean over permutations of H(Ka * P Kb P^T)`` less ``H(Ka * Kb)``, with Gram matrices of unit
+    vectors over the texts and the entry-wise product.
+
+    Args:
+        a: a vector for each text, of the first view.
+        b: the same of the second view.
+        permutations: shuffles of the second view's texts.
+        seed: of the shuffles.
+
+    Returns:
+        About 0 for unrelated views, more the more they share.
+
+    Source:
+        Skean et al. 2023, "DiME: Maximizing Mutual Information by a Difference of Matrix-Based
+        Entropies". Always over texts: for covariances of dimensions the product means nothing.
+
+    Example:
+        >>> g = torch.Generator().manual_seed(0)
+        >>> x, y = torch.randn(2, 40, 8, generator=g)
+        >>> dime(x, x) > dime(x, y) + 0.1
+        True
+    """
+    _at_least(a, 3, "DiME")
+    first, second = (
+        (unit := torch.nn.functional.normalize(_wide(view), dim=-1)) @ unit.T for view in (a, b)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = []
+    for _ in range(permutations):
+        order = torch.randperm(len(a), generator=generator).to(a.device)
+        shuffled.append(_gram_entropy(first * second[order][:, order]))
+    return float(torch.stack(shuffled).mean() - _gram_entropy(first * second))
+
+
+def _gram_entropy(gram: Float[Tensor, "text text"]) -> Tensor:
+    p = torch.linalg.eigvalsh(gram).clamp_min(0) / gram.diagonal().sum()
+    entropy: Tensor = torch.special.entr(p).sum()
+    return entropy
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return fp64 values, on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+def _distances(x: Float[Tensor, "*any point d_model"]) -> Float[Tensor, "*any point point"]:
+    """Euclidean distances, exactly 0 on the diagonal; no cancellation for close points."""
+    return torch.cdist(_wide(x), _wide(x), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _nearest(x: Float[Tensor, "*any point d_model"], k: int) -> Float[Tensor, "*any point k"]:
+    """Distances to the k nearest other points, nearest first."""
+    far = _distances(x)
+    far.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
+    return far.topk(k, largest=False).values.cpu()
+
+
+def _neighbours(x: Float[Tensor, "*any point d_model"], k: int) -> Int[Tensor, "*any point k"]:
+    """Which points are nearest; of equally near ones those that come first."""
+    far = _distances(x)
+    far.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
+    return far.sort(dim=-1, stable=True).indices[..., :k]
+
+
+def _at_least(x: Tensor, least: int, what: str) -> None:
+    if x.shape[-2] < least:
+        raise InputError(f"{what} of {x.shape[-2]} points: give {least} or more.")
