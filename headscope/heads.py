@@ -105,7 +105,8 @@ class ModelShape:
     ``windows`` gives, for every layer, how many keys back a query sees, itself included
     (None: all). ``removed`` lists heads that were pruned out of those layers: the others keep
     their numbers. ``n_ctx`` is the longest text that it takes (None: no limit), ``trained_ctx``
-    what that was where the limit has been lifted.
+    what that was where the limit has been lifted. ``d_vocab`` counts the tokens that go in,
+    ``d_vocab_out`` those that have a logit (None: as many).
     """
 
     n_layers: int
@@ -119,6 +120,7 @@ class ModelShape:
     windows: tuple[int | None, ...]
     removed: frozenset[HeadIndex] = frozenset()
     trained_ctx: int | None = None
+    d_vocab_out: int | None = None
 
     def __post_init__(self) -> None:
         """Check what every user of a shape relies on."""
@@ -128,6 +130,11 @@ class ModelShape:
             )
         if len(self.windows) != self.n_layers:
             raise InputError(f"{len(self.windows)} windows given for {self.n_layers} layers.")
+
+    @property
+    def n_logits(self) -> int:
+        """Number of tokens that have a logit."""
+        return self.d_vocab if self.d_vocab_out is None else self.d_vocab_out
 
     @property
     def group_size(self) -> int:

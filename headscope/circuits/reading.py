@@ -27,12 +27,12 @@ def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, 
 
 
 def need_linear_write(model: HeadModel, what: str) -> None:
-    """Refuse where ``z @ W_O`` is not what a head adds to the residual stream.
+    """Refuse where values times ``W_O`` are not what a head adds to the residual stream.
 
     Raises:
         UnsupportedModelError: with the model's own reason.
     """
-    reason = model.limits.get("linear_write")
+    reason = model.limits.get("linear_write", model.limits.get("ov"))
     if reason is not None:
         raise UnsupportedModelError(f"{reason} The weights alone do not give {what}.")
 

@@ -18,21 +18,37 @@ _BLURRED = 0.05
 
 @dataclass
 class Watch:
-    """What one watched forward pass left behind."""
+    """What one watched forward pass left behind.
+
+    Attributes:
+        calls: attention modules with their calls, in order.
+        projections: output projection by attention module; ``writes`` what it returned.
+        inputs, outputs: of the last call of each module.
+        uses: how often each module was called.
+        single: modules that were given one tensor and nothing else.
+        inside: matrices that acted after the attention call and inside its module, in order.
+    """
 
     calls: list[tuple[nn.Module, AttentionCall]] = field(default_factory=list)
     projections: dict[nn.Module, nn.Module] = field(default_factory=dict)
     writes: dict[nn.Module, Tensor] = field(default_factory=dict)
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    uses: dict[nn.Module, int] = field(default_factory=dict)
+    single: set[nn.Module] = field(default_factory=set)
+    inside: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
 
     def note(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         """Keep what a module was given and what it made, as its forward hook sees them."""
+        self.uses[module] = self.uses.get(module, 0) + 1
         given = args[0] if args else kwargs.get("hidden_states")
         if isinstance(given, Tensor) and given.is_floating_point():
             self.inputs[module] = given
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) == 1 and tensors[0] is given:
+            self.single.add(module)
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
             self.outputs[module] = first
@@ -74,6 +90,8 @@ def _write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float 
     if not {block} <= watch.inputs.keys() & watch.outputs.keys() or attention not in watch.writes:
         return None
     x, write = watch.inputs[block].float(), watch.writes[attention].float()
+    if x.numel() != write.numel() or x.numel() != watch.outputs[block].numel():
+        return None  # what was taken for the write goes somewhere else
     out = watch.outputs[block].float().reshape(x.shape)
     dtype = watch.outputs[block].dtype
     least = _TOLERANCE if dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE

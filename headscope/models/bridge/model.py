@@ -17,6 +17,7 @@ from headscope.models.bridge.passes import BridgePass, Finished
 from headscope.models.bridge.weights import bridge_weights
 from headscope.models.digest import Digest
 from headscope.models.hf.readout import logit_scale, measure_readout
+from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.protocol import Edit, Observer
@@ -47,6 +48,7 @@ class BridgeModel:
         self.name = name or _name(bridge)
         self.revision = revision
         self.shape = layout.shape
+        self.proof = Proof()
         self._digest = Digest()
 
     @property
@@ -66,7 +68,7 @@ class BridgeModel:
         dtype: torch.dtype = next(self.module.parameters()).dtype
         return dtype
 
-    @cached_property
+    @property
     def limits(self) -> Mapping[str, str]:
         """What this family cannot be asked, and why."""
         layers = self.layout.layers.values()
@@ -90,7 +92,7 @@ class BridgeModel:
             )
         if any(parts.value is None for parts in layers):
             limits["values"] = f"transformer-lens does not show the values of {self.name}."
-        return limits
+        return limits | self.proof.limits
 
     @cached_property
     def readout(self) -> Readout:

@@ -1,34 +1,153 @@
 """The hook into transformers: an attention implementation that hands each layer over.
 
 transformers routes the attention of most architectures through a public registry. Under our
-entry every layer calls :func:`_attend` with its final queries, keys and values, and masks stay
-in their flash form (nothing, or ``[batch key]``), so that no ``[L, L]`` mask is ever built.
+entry every layer calls :func:`_attend` with its final queries, keys and values, and masks are
+facts (which keys are real, which window the mask has), so that no ``[L, L]`` mask is ever built.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.attention import AttentionCall, fused
+from headscope.models.attention import AttentionCall, fused, visible_keys
 from headscope.models.hf.removed import kept_in
+from headscope.models.hf.transformers_api import (
+    MaskFunction,
+    attention_name,
+    padding_of_keys,
+    plainly_causal,
+    register_attention,
+    set_attention_name,
+    visible_by,
+)
 
 NAME = "headscope_stream"
 Handler = Callable[[torch.nn.Module, AttentionCall], Tensor]
 _HANDLER: ContextVar[Handler | None] = ContextVar("headscope_attention", default=None)
 
 
+# Attribute of a mask that says what it is. A mask is handed through code of the model, which keeps
+# attributes as long as it keeps the tensor.
+_FACTS = "headscope_mask"
+# Keyword arguments with tensors that change nothing about which key a query sees, or how much.
+_HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
+# Entries of a mask up to which every row of it is looked at, and rows that are looked at above.
+_WHOLE, _ROWS = 1 << 16, 16
+
+
+@dataclass(frozen=True)
+class MaskFacts:
+    """What the model's mask says about one call of attention.
+
+    Attributes:
+        window: how many keys back a query sees, itself included; None: all.
+        padded: whether any key is padding.
+        end: number of keys up to and with the last query's own; a static cache has more.
+        function: transformers' definition of the mask, of examples, heads, queries and keys.
+        use_vmap: whether that takes single indices only.
+    """
+
+    window: int | None
+    padded: bool
+    end: int
+    function: MaskFunction
+    use_vmap: bool
+
+
+_MADE: ContextVar[list[MaskFacts] | None] = ContextVar("headscope_masks", default=None)
+
+
 def register() -> None:
     """Enter our attention into transformers' registry. Idempotent."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
+    register_attention(NAME, _attend, _mask)
 
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
+
+@contextmanager
+def made_masks() -> Iterator[list[MaskFacts]]:
+    """Scope that lists the masks that are made in it."""
+    made: list[MaskFacts] = []
+    token = _MADE.set(made)
+    try:
+        yield made
+    finally:
+        _MADE.reset(token)
+
+
+def mask_facts(mask: Tensor | None) -> MaskFacts | None:
+    """What a mask says that was made under our entry; None if it is another."""
+    facts: MaskFacts | None = getattr(mask, _FACTS, None)
+    return facts
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    mask_function: MaskFunction,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_others: Any,
+) -> Tensor:
+    """Say which keys are real, and with which window; see transformers' AttentionMaskInterface.
+
+    Raises:
+        UnsupportedModelError: if the mask is neither causal nor causal with a window.
+    """
+    first = int(q_offset)
+    end = first + q_length - kv_offset
+    real = padding_of_keys(attention_mask, kv_length, kv_offset)
+    window = local_size
+    if not plainly_causal(mask_function):
+        window = _window(
+            mask_function,
+            batch_size,
+            torch.arange(first, first + q_length, device=device),
+            torch.arange(kv_offset, kv_offset + end, device=device),
+            local_size,
+            use_vmap,
+        )
+    padded = real is not None and not bool(real[:, :end].all())
+    mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    mask = mask if real is None else real.to(device).clone()
+    facts = MaskFacts(window, padded, end, mask_function, use_vmap)
+    setattr(mask, _FACTS, facts)
+    if (made := _MADE.get()) is not None:
+        made.append(facts)
+    return mask
+
+
+def _window(
+    function: MaskFunction,
+    batch: int,
+    queries: Tensor,
+    keys: Tensor,
+    local_size: int | None,
+    use_vmap: bool,
+) -> int | None:
+    """Window of a mask, held against the mask itself."""
+    if len(queries) * len(keys) > _WHOLE:
+        pick = torch.linspace(0, len(queries) - 1, _ROWS, device=queries.device).long()
+        queries = queries[torch.cat([pick, pick[-1:] - 1]).clamp_min(0)]
+    shown = visible_by(function, batch, queries, keys, use_vmap=use_vmap)
+    for window in dict.fromkeys((local_size, None)):
+        expected = visible_keys(queries - keys[0], len(keys), batch, window=window, real=None)
+        if torch.equal(shown, expected):
+            return window
+    raise UnsupportedModelError(
+        "its attention mask is neither causal nor a sliding window (e.g. chunks or blocks), so "
+        "which keys a query sees cannot be told from its position."
+    )
 
 
 @contextmanager
@@ -40,16 +159,16 @@ def routed(configs: tuple[Any, ...], handler: Handler) -> Iterator[None]:
         handler: gets the calling module and its call, returns ``[batch query head d_value]``.
             Heads that were pruned are in the call, under their numbers, with nothing but zeros.
     """
-    before = [config._attn_implementation for config in configs]
+    before = [attention_name(config) for config in configs]
     token = _HANDLER.set(handler)
     try:
         for config in configs:
-            config._attn_implementation = NAME
+            set_attention_name(config, NAME)
         yield
     finally:
         _HANDLER.reset(token)
         for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
+            set_attention_name(config, name)
 
 
 def _attend(
@@ -68,6 +187,7 @@ def _attend(
     **ignored: Any,
 ) -> tuple[Tensor, None]:
     """Stand in for an attention function of transformers; see its AttentionInterface."""
+    _refuse_unknown(ignored)
     if position_bias is not None:
         raise UnsupportedModelError("its attention adds a position bias to the scores.")
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -75,6 +195,11 @@ def _attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         raise UnsupportedModelError("its attention is not causal (an encoder).")
+    facts = mask_facts(attention_mask)
+    if facts is not None and attention_mask is not None:
+        key, value = key[:, :, : facts.end], value[:, :, : facts.end]
+        attention_mask = attention_mask[:, : facts.end] if facts.padded else None
+        sliding_window = facts.window
     call = AttentionCall(
         layer=getattr(module, "layer_idx", -1),
         query=query,
@@ -91,3 +216,19 @@ def _attend(
         return fused(call), None
     kept = kept_in(module)
     return handler(module, call if kept is None else kept.spread_call(call)), None
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Refuse a keyword argument with a tensor that may change attention in an unknown way."""
+    for name, value in arguments.items():
+        if name not in _HARMLESS and _holds_tensor(value):
+            raise UnsupportedModelError(
+                f"its attention is given a tensor {name!r}, and what that does to the rows is not "
+                "known to headscope."
+            )
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_tensor(one) for one in value)
+    return isinstance(value, Tensor)

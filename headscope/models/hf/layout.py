@@ -1,12 +1,13 @@
 """Where the parts of a transformers model are, found by watching one tiny forward pass.
 
 No family is known by name. Attention layers are the modules that call the attention registry;
-the output projection is the first matrix that then acts inside such a module; the final norm is
-the module whose output enters the unembedding; whether heads write ``z @ W_O`` into the residual
-stream, and with which multiplier, is measured.
+the output projection is the matrix that then acts inside such a module and makes what the module
+returns, with all that is wrapped around it; the final norm is the module whose output enters the
+unembedding; whether heads write ``z @ W_O`` into the residual stream, and with which multiplier,
+is measured, and so is what happens to logits behind the unembedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.interface import routed
+from headscope.models.hf.readout import LogitMap, measure_logit_map, ramp
 from headscope.models.hf.removed import NoHeads, kept_in
+from headscope.models.hf.transformers_api import takes_attention_functions
 from headscope.models.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
@@ -45,13 +48,22 @@ class LayerParts:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Parts of a model and the shape of its attention stack."""
+    """Parts of a model and the shape of its attention stack.
+
+    Attributes:
+        final_norm: norm before the unembedding; None if there is no plain one.
+        final_norm_uses: how often a pass calls it; the last call is the one before the unembedding
+            (nanochat also sends its embedding through it).
+        logit_map: what makes logits of the unembedding's outputs; None if that is not known.
+    """
 
     shape: ModelShape
     layers: dict[int, LayerParts]
     blocks: nn.ModuleList
     final_norm: nn.Module | None
     configs: tuple[Any, ...]
+    final_norm_uses: int = 1
+    logit_map: LogitMap | None = None
 
     def by_attention(self) -> dict[nn.Module, LayerParts]:
         """Layer parts by the module that calls attention."""
@@ -64,34 +76,45 @@ def find_layout(model: Any) -> Layout | None:
     Raises:
         UnsupportedModelError: if the family cannot be taken apart by heads at all.
     """
-    if not model._can_set_attn_implementation():
+    if not takes_attention_functions(model):
         return None
     configs = tuple(
         {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values()
     )
-    watch = _watch(model, configs)
+    watch, logits = _watch(model, configs)
     if not watch.calls:
         if any(isinstance(module, NoHeads) for module in model.modules()):
             raise UnsupportedModelError("all its heads were pruned: there is nothing to see.")
         return None
     names = {module: name for name, module in model.named_modules()}
     blocks, numbers = _number_layers(model, [module for module, _ in watch.calls], names)
-    shape = _shape(model, watch, blocks, numbers)
+    _choose_projections(watch, names)
+    shape = _shape(model, watch, blocks, numbers, logits)
     layers = {}
     width = shape.n_heads * shape.d_head
+    for module, _ in watch.calls:
+        given = watch.inputs.get(watch.projections.get(module, module))
+        if module not in watch.projections or given is None or given.shape[-1] != width:
+            return None
     scales = write_scales(
         watch,
         {n: (blocks[n], m) for (m, _), n in zip(watch.calls, numbers, strict=True)},
     )
     for (module, _), number in zip(watch.calls, numbers, strict=True):
-        given = watch.inputs.get(watch.projections.get(module, module))
-        if module not in watch.projections or given is None or given.shape[-1] != width:
-            return None
         norm, plain = _input_norm(watch, blocks[number], module)
         layers[number] = LayerParts(
             number, module, watch.projections[module], scales[number], norm, plain
         )
-    return Layout(shape, layers, blocks, _final_norm(model, watch), configs)
+    final = _final_norm(model, watch)
+    return Layout(
+        shape,
+        layers,
+        blocks,
+        final,
+        configs,
+        final_norm_uses=1 if final is None else watch.uses[final],
+        logit_map=None if logits is None else measure_logit_map(*logits),
+    )
 
 
 def tiny_tokens(model: Any) -> Tensor:
@@ -104,9 +127,11 @@ def tiny_tokens(model: Any) -> Tensor:
     return ids.view(_BATCH, _LENGTH).to(embedding.device)
 
 
-def _watch(model: Any, configs: tuple[Any, ...]) -> Watch:
+def _watch(model: Any, configs: tuple[Any, ...]) -> tuple[Watch, tuple[Tensor, Tensor] | None]:
+    """One pass of a few tokens: what modules did, and logits of known unembedding outputs."""
     watch = Watch()
     open_calls: list[nn.Module] = []
+    unembedding, entered = model.get_output_embeddings(), []
 
     def handler(module: nn.Module, call: AttentionCall) -> Tensor:
         watch.calls.append((module, call))
@@ -119,18 +144,54 @@ def _watch(model: Any, configs: tuple[Any, ...]) -> Watch:
         weight = getattr(module, "weight", None)
         is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
         if is_matrix and open_calls and isinstance(output, Tensor):
-            caller = open_calls.pop()
-            watch.projections[caller] = module
-            watch.writes[caller] = output
+            watch.inside.setdefault(open_calls[-1], []).append(module)
         watch.note(module, args, kwargs, output)
+        if open_calls and module is open_calls[-1] and module in watch.inside:
+            open_calls.pop()
+
+    def known(_module: nn.Module, _args: Any, output: Any) -> Any:
+        entered.append(ramp(output))
+        return entered[-1]
 
     with ExitStack() as stack:
         for module in model.modules():
             stack.enter_context(_removed(module.register_forward_hook(after, with_kwargs=True)))
+        if isinstance(unembedding, nn.Module):
+            stack.enter_context(_removed(unembedding.register_forward_hook(known, prepend=True)))
         stack.enter_context(routed(configs, handler))
         stack.enter_context(torch.no_grad())
-        model(input_ids=tiny_tokens(model), use_cache=False)
-    return watch
+        logits = model(input_ids=tiny_tokens(model), use_cache=False).logits
+    return watch, (entered[0], logits) if len(entered) == 1 else None
+
+
+def _choose_projections(watch: Watch, names: Mapping[nn.Module, str]) -> None:
+    """Of the matrices after each attention call, the one that makes what the layer writes.
+
+    With everything that is wrapped around it: a module that is given the same tensor and nothing
+    else (an adapter beside a matrix) is the projection, and not the matrix in it.
+
+    Raises:
+        UnsupportedModelError: if two layers share one.
+    """
+    by_name = {name: module for module, name in names.items()}
+    for attention, matrices in watch.inside.items():
+        made = watch.outputs.get(attention)
+        chosen = next(
+            (m for m in reversed(matrices) if made is not None and _same(watch.outputs[m], made)),
+            matrices[0],
+        )
+        given, parent = watch.inputs.get(chosen), names[chosen].rpartition(".")[0]
+        while (around := by_name[parent]) is not attention and around in watch.single:
+            if watch.inputs.get(around) is not given:
+                break
+            chosen, parent = around, parent.rpartition(".")[0]
+        watch.projections[attention], watch.writes[attention] = chosen, watch.outputs[chosen]
+    if len(set(watch.projections.values())) != len(watch.projections):
+        raise UnsupportedModelError("several of its layers share one output projection.")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 @contextmanager
@@ -157,7 +218,13 @@ def _number_layers(
     return blocks, numbers
 
 
-def _shape(model: Any, watch: Watch, blocks: nn.ModuleList, numbers: list[int]) -> ModelShape:
+def _shape(
+    model: Any,
+    watch: Watch,
+    blocks: nn.ModuleList,
+    numbers: list[int],
+    logits: tuple[Tensor, Tensor] | None,
+) -> ModelShape:
     calls = [call for _, call in watch.calls]
     head_shapes = {(c.query.shape[1], c.key.shape[1], c.value.shape[3]) for c in calls}
     if len(head_shapes) != 1:
@@ -181,6 +248,7 @@ def _shape(model: Any, watch: Watch, blocks: nn.ModuleList, numbers: list[int]) 
         d_head=d_head,
         d_vocab=embedding.shape[0],
         n_ctx=n_ctx,
+        d_vocab_out=None if logits is None else logits[1].shape[-1],
         attention_layers=tuple(numbers),
         windows=tuple(windows),
         removed=frozenset(

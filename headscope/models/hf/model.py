@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.digest import Digest
@@ -15,8 +15,10 @@ from headscope.models.hf.interface import register
 from headscope.models.hf.layout import Layout, find_layout
 from headscope.models.hf.parts import HFParts
 from headscope.models.hf.passes import Finished, Pass
+from headscope.models.hf.projection import matrix
 from headscope.models.hf.readout import find_readout
 from headscope.models.hf.removed import kept_in
+from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.protocol import Edit, Observer
@@ -50,6 +52,7 @@ class HFModel:
         self.name = name or module.config.name_or_path or type(module).__name__
         self.revision = revision
         self.shape = layout.shape
+        self.proof = Proof()
         self._digest = Digest()
 
     @classmethod
@@ -71,35 +74,38 @@ class HFModel:
         dtype: torch.dtype = self.module.dtype
         return dtype
 
-    @cached_property
+    @property
     def limits(self) -> Mapping[str, str]:
         """What this family cannot be asked, and why."""
+        family = f"{self.name} ({self.module.config.model_type})"
         limits = no_rotation(self.name, self.module.config)
         if any(parts.write_scale is None for parts in self.layout.layers.values()):
             limits["linear_write"] = (
-                f"{self.name} ({self.module.config.model_type}) applies a norm after attention, so "
+                f"{family} applies a norm after attention, so "
                 "a head's write into the residual stream is not z @ W_O."
             )
         if self.layout.final_norm is None:
+            limits["readout"] = f"{family} has no plain norm before its unembedding."
+        elif self.layout.logit_map is None:
             limits["readout"] = (
-                f"{self.name} ({self.module.config.model_type}) has no plain norm before its "
-                "unembedding."
+                f"{family} makes its logits of the unembedding's outputs by more than a "
+                "multiplier and a soft cap."
             )
-        return limits
+        return limits | self.proof.limits
 
     @cached_property
     def readout(self) -> Readout:
         """Final norm and unembedding."""
-        if self.layout.final_norm is None:
+        if self.layout.final_norm is None or self.layout.logit_map is None:
             raise UnsupportedModelError(self.limits["readout"])
-        return find_readout(self.module, self.layout.final_norm, self.shape.d_model)
+        return find_readout(
+            self.module, self.layout.final_norm, self.shape.d_model, self.layout.logit_map
+        )
 
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """``W_O`` as it reaches the residual stream, the family's multiplier included."""
         parts = self.layout.layers[layer]
-        weight = parts.projection.get_parameter("weight").detach()
-        if isinstance(parts.projection, nn.Linear):
-            weight = weight.T
+        weight = matrix(parts.projection, self.shape.n_heads * self.shape.d_head)
         by_head = weight.reshape(-1, self.shape.d_head, weight.shape[-1])
         kept = kept_in(parts.projection)
         whole = by_head if kept is None else kept.spread(by_head, 0)

@@ -12,6 +12,7 @@ from headscope.inputs import InputNorm
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.interface import routed
 from headscope.models.hf.measured import MeasuredParts
+from headscope.models.hf.projection import bias
 from headscope.models.hf.readout import measure_norm
 
 
@@ -46,10 +47,9 @@ class HFParts(MeasuredParts):
 
     def projection_bias(self, layer: int) -> Float[Tensor, " d_model"]:
         """Bias of that projection; zeros where it has none."""
-        bias: Tensor | None = getattr(self.projection(layer), "bias", None)
-        if bias is None:
-            return torch.zeros(self.model.shape.d_model, device=self.model.device)
-        return bias.detach()
+        shape = self.model.shape
+        found = bias(self.projection(layer), shape.n_heads * shape.d_head)
+        return torch.zeros(shape.d_model, device=self.model.device) if found is None else found
 
     def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Run the model's body."""

@@ -78,6 +78,7 @@ class Pass:
     parts: dict[nn.Module, LayerParts] = field(init=False)
     pending: AttentionCall | None = None
     acting: tuple[Edit, ...] = ()
+    finals: int = 0
 
     def __post_init__(self) -> None:
         """Index the layers by the module that calls attention."""
@@ -137,6 +138,9 @@ class Pass:
         return hook
 
     def _at_final(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.finals += 1
+        if self.finals < self.layout.final_norm_uses:
+            return  # the model uses its final norm for something else before
         for observer in self.observers:
             if observer.wants_final:
                 observer.on_final(args[0])

@@ -1,30 +1,95 @@
 """How a transformers model reads its last residual stream, measured from its own final norm."""
 
 import copy
+import math
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.optimize import curve_fit
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
+from headscope.models.loading.agreement import gap
 from headscope.outputs import Readout
 
 
-def find_readout(model: Any, final_norm: nn.Module, d_model: int) -> Readout:
-    """Measure the final norm, and take the unembedding and its scales from the config.
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model does to the outputs ``u`` of its unembedding, all of them alike.
+
+    ``logits = scale * u``, or ``cap * tanh(scale * u / cap)`` where there is a soft cap.
+    """
+
+    scale: float
+    soft_cap: float | None
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Logits in fp64."""
+        scaled = u.double() * self.scale
+        return scaled if self.soft_cap is None else self.soft_cap * (scaled / self.soft_cap).tanh()
+
+
+# Outputs of the unembedding that are sent to the logits: from where a cap does nothing to where
+# it does everything.
+_SMALLEST, _LARGEST = 1e-3, 300.0
+
+
+def ramp(output: Tensor) -> Tensor:
+    """Numbers of both signs and all sizes, in the shape of an unembedding's outputs."""
+    count = output.numel()
+    sizes = torch.logspace(math.log10(_SMALLEST), math.log10(_LARGEST), count, dtype=torch.float64)
+    signs = 1.0 - 2.0 * (torch.arange(count) % 2)
+    return (sizes * signs).reshape(output.shape).to(output)
+
+
+def measure_logit_map(u: Tensor, logits: Tensor) -> LogitMap | None:
+    """Find scale and soft cap that take outputs of an unembedding to logits; None if none do.
+
+    Args:
+        u: outputs that span many sizes, see :func:`ramp`.
+        logits: what the model made of them.
+    """
+    if u.shape != logits.shape:
+        return None
+    given, made = u.detach().double().flatten().cpu(), logits.detach().double().flatten().cpu()
+    near = given.abs() < 100 * _SMALLEST
+    scale = float((given * made)[near].sum() / given[near].square().sum())
+    allowed = 8 * torch.finfo(logits.dtype).eps + 8 * torch.finfo(u.dtype).eps
+    linear = LogitMap(_short(float((given * made).sum() / given.square().sum())), None)
+    if gap(linear(given), made, allowed).closed:
+        return linear
+    bound = float(made.abs().max())
+    if not 0 < scale < math.inf or not 0 < bound < math.inf:
+        return None
+    found, _ = curve_fit(
+        lambda x, s, c: c * np.tanh(s * x / c), given.numpy(), made.numpy(), p0=(scale, bound)
+    )
+    capped = LogitMap(_short(float(found[0])), _short(float(found[1])))
+    return capped if gap(capped(given), made, allowed).closed else None
+
+
+def _short(value: float) -> float:
+    """The number with few digits that a config would hold, where it is as good."""
+    rounded = float(f"{value:.4g}")
+    return rounded if abs(rounded - value) <= 1e-5 * abs(value) else value
+
+
+def find_readout(model: Any, final_norm: nn.Module, d_model: int, logit_map: LogitMap) -> Readout:
+    """Measure the final norm, and join it to the unembedding and what follows it.
 
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
-    config = model.config.get_text_config()
     return measure_readout(
         model.get_output_embeddings(),
         final_norm,
         d_model,
-        logit_scale=logit_scale(config),
-        soft_cap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=logit_map.scale,
+        soft_cap=logit_map.soft_cap,
     )
 
 

@@ -51,7 +51,8 @@ def load(
             where it cannot be read.
         trust_remote_code: run code that comes with the model; only with a 40-digit ``revision``.
         allow_pickle: also accept weights that are not safetensors.
-        check: prove the hook points on a few tokens (a handful of tiny passes).
+        check: prove on a text of 64 to 256 tokens that what is read is what runs (two passes,
+            once per process for the same weights); see ``model.proof``.
         extrapolate: take texts longer than the config's context, for rotary positions only;
             results that used such positions say so.
 
@@ -110,42 +111,47 @@ def _wrapped(
     module: Any, tokenizer: Any, name: str, revision: str | None, check: bool
 ) -> HeadModel:
     """Choose the path and prove the hook points."""
-    from headscope.models.hf.layout import tiny_tokens
+    from headscope.models.bridge.model import BridgeModel, wrap_bridge
     from headscope.models.hf.model import HFModel
     from headscope.models.loading.proof import prove
 
     facts = {"tokenizer": tokenizer, "name": name, "revision": revision}
-    tokens = tiny_tokens(module)
-    plain = _logits(module, tokens, name)
+    family = f"{name} ({module.config.model_type})"
     try:
-        model: HeadModel | None = HFModel.wrap(module, **facts)
+        model: HFModel | BridgeModel | None = HFModel.wrap(module, **facts)
         if model is None:
             from headscope.models.bridge.build import bridge_over
-            from headscope.models.bridge.model import wrap_bridge
 
             model = wrap_bridge(bridge_over(module), **facts)
+        if check:
+            prove(model)
     except UnsupportedModelError as error:
         if str(error).startswith(name):
             raise
+        raise UnsupportedModelError(f"{family} is not supported: {error}") from error
+    except HeadscopeError:
+        raise
+    except Exception as error:  # code of any family ran, in passes that it was not written for
+        _check_runs(module, name)
+        reason = " ".join(str(error).split())[:200]
         raise UnsupportedModelError(
-            f"{name} ({module.config.model_type}) is not supported: {error}"
+            f"{family} is not supported: it could not be taken apart by heads "
+            f"({type(error).__name__}: {reason})."
         ) from error
-    if check:
-        prove(model, tokens, plain)
     return model
 
 
 @torch.no_grad()
-def _logits(module: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
-    """The model's own logits of a few tokens, untouched by us."""
-    try:
-        logits: torch.Tensor = module(input_ids=tokens, use_cache=False).logits
-    except Exception as error:  # config and weights may contradict each other in any way
-        reason = " ".join(str(error).split())[:300]
-        raise ModelLoadError(
-            f"{name} does not run: {type(error).__name__} on {tokens.numel()} tokens ({reason})."
-        ) from error
-    return logits
+def _check_runs(module: Any, name: str) -> None:
+    """Return if a model runs at all.
+
+    Raises:
+        ModelLoadError: if it does not, whoever calls it.
+    """
+    from headscope.models.hf.evidence import own_logits
+    from headscope.models.hf.layout import tiny_tokens
+
+    own_logits(module, tiny_tokens(module), name)
 
 
 def _from_files(

@@ -1,119 +1,123 @@
 """Proof at load that what headscope reads and writes are the model's real heads."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import zlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from headscope.errors import ModelLoadError, UnsupportedModelError
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.errors import UnsupportedModelError
+from headscope.models.loading.agreement import Check, Proof
 
-# Differences below are relative to the largest logit; half precision keeps about three digits.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-_HALF_TOLERANCE = 5e-2
+if TYPE_CHECKING:
+    from headscope.models.bridge.model import BridgeModel
+    from headscope.models.hf.model import HFModel
 
-
-@dataclass
-class _Look:
-    """Notes what is wrong with the first layer that is wrong."""
-
-    heads: int
-    d_head: int
-    sinks: bool = False
-    fault: str | None = None
-    wants_final: bool = False
-
-    def on_layer(self, view: LayerView) -> None:
-        """Check rows and outputs of one layer."""
-        rows = view.rows(torch.arange(view.n_queries))
-        if rows.pattern.shape[1] != self.heads or view.z.shape[2:] != (self.heads, self.d_head):
-            self.fault = f"layer {view.layer} has heads of another shape"
-        total = rows.pattern.sum(-1)
-        if bool((total > 1 + 1e-4).any()) or bool((rows.pattern < 0).any()):
-            self.fault = f"attention rows of layer {view.layer} sum to more than 1"
-        self.sinks |= bool((total < 1 - 1e-4).any())
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing to check."""
+# Proofs of this process, by module, with the weights that they are of.
+_PROVED: "WeakKeyDictionary[nn.Module, tuple[object, Proof]]" = WeakKeyDictionary()
+# Numbers of each weight that tell one state of a model from another.
+_SAMPLED = 64
 
 
-@dataclass(frozen=True)
-class _Disturb:
-    """Replace the output of one head by twice itself plus one."""
+def prove(model: "HFModel | BridgeModel") -> None:
+    """Show on one text that what headscope sees is what the model does; keep it in ``model.proof``.
 
-    layer: int
-    head: int
-    site: Literal["z", "query", "pattern"] = "z"
-    layers: frozenset[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Derive the layers."""
-        object.__setattr__(self, "layers", frozenset({self.layer}))
-
-    def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Change this head alone."""
-        changed = value.clone()
-        changed[:, :, self.head] = 2 * changed[:, :, self.head] + 1
-        return changed
-
-
-@dataclass(frozen=True)
-class _Nothing:
-    """An edit that changes nothing, in every layer."""
-
-    layers: frozenset[int]
-    site: Literal["z", "query", "pattern"] = "z"
-
-    def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Return an equal copy."""
-        return value.clone()
-
-
-@torch.no_grad()
-def prove(
-    model: HeadModel, tokens: Tensor, plain_logits: Float[Tensor, "batch pos d_vocab"]
-) -> None:
-    """Run a few tokens and check the hook points.
-
-    Rows sum to 1 (less a learned sink's share) and have the right shape; with our hooks, and
-    with an edit that changes nothing, the logits are the model's own; changing one head's output
-    in the first or last attention layer changes them.
+    Two passes over a text of 64 to 256 tokens, longer than any window of the model where one fits:
+    the model alone, and the model through headscope. Compared are the logits, every layer's output,
+    ``rows x values`` with ``z``, ``z @ W_O + bias`` with what the output projection returns, final
+    norm and unembedding with the logits, and windows with the masks that the model builds. What
+    fails takes away the capability that needs it, with the reason in ``model.limits``; wrong rows
+    refuse the model. The same weights of the same module are proved once per process.
 
     Args:
         model: the model as headscope sees it.
-        tokens: a small batch of valid ids.
-        plain_logits: the model's own logits of these, computed without headscope.
 
     Raises:
-        ModelLoadError: if the weights are broken.
-        UnsupportedModelError: if a hook point is not what it should be.
+        ModelLoadError: if the model does not run, or its weights are broken.
+        UnsupportedModelError: if rows or head outputs are not the model's.
     """
-    if not bool(torch.isfinite(plain_logits).all()):
-        raise ModelLoadError(
-            f"{model.name} gives logits that are not finite: its weights hold NaN or "
-            "infinite values."
-        )
-    look = _Look(model.shape.n_heads, model.shape.d_head)
-    layers = model.shape.attention_layers
-    scale = float(plain_logits.abs().max()) or 1.0
-    tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE) * scale
-    seen = model.forward(tokens, observers=(look,))
-    kept = model.forward(tokens, edits=(_Nothing(frozenset(layers)),))
-    if look.fault:
-        raise UnsupportedModelError(f"{model.name}: {look.fault}.")
-    for logits in (seen, kept):
-        difference = float((logits.float() - plain_logits.float()).abs().max())
-        if difference > tolerance:
+    module, weights = _key(model)
+    known = _PROVED.get(module)
+    if known is None or known[0] != weights:
+        known = (weights, _proved(model))
+        _PROVED[module] = known
+    model.proof = known[1]
+
+
+def _proved(model: "HFModel | BridgeModel") -> Proof:
+    from headscope.models.hf.model import HFModel
+
+    if isinstance(model, HFModel):
+        from headscope.models.hf import evidence
+
+        tokens = evidence.proof_tokens(model)
+        plain = evidence.plain_pass(model, tokens)
+        checks, facts = evidence.watched_pass(model, tokens, plain)
+        longer, more = evidence.long_masks(model, tokens.shape[1])
+        return judge(model, tokens.shape[1], [*checks, *longer], (*facts, *more))
+    from headscope.models.bridge import evidence as bridge_evidence
+
+    tokens = bridge_evidence.proof_tokens(model)
+    checks, facts = bridge_evidence.watched_pass(model, tokens)
+    return judge(model, tokens.shape[1], checks, facts)
+
+
+def judge(model: Any, length: int, checks: list[Check], facts: tuple[str, ...]) -> Proof:
+    """Make a proof of what was compared.
+
+    Raises:
+        UnsupportedModelError: if something failed that everything else stands on.
+    """
+    limits: dict[str, str] = {}
+    for check in checks:
+        if check.passed:
+            continue
+        if not check.costs:
             raise UnsupportedModelError(
-                f"{model.name}: its logits change by {difference:.2g} when its heads are only "
-                f"watched (allowed: {tolerance:.2g}), so what is seen is not what the model does."
+                f"{model.name} is not supported: {check.what} does not hold on {length} tokens "
+                f"(off by {check.gap.size:.2g} of the largest, allowed {check.gap.allowed:.1g})"
+                f"{f': {check.reason}' if check.reason else ''}."
             )
-    first = {head.layer: head for head in reversed(model.shape.heads)}
-    for head in {first[layers[0]], first[layers[-1]]}:
-        if torch.equal(model.forward(tokens, edits=(_Disturb(*head),)), seen):
-            raise UnsupportedModelError(
-                f"{model.name}: changing the output of {head} leaves the logits as they are, "
-                "so it is not where the model reads that head."
-            )
+        for capability in check.costs:
+            limits.setdefault(capability, f"{model.name} {check.reason}.")
+    return Proof(length, tuple(_worst(checks)), facts, limits)
+
+
+def _worst(checks: Iterable[Check]) -> list[Check]:
+    """The check of each kind that came nearest to failing, or failed."""
+    found: dict[str, Check] = {}
+    for check in checks:
+        before = found.get(check.what)
+        if before is None or _share(check) > _share(before):
+            found[check.what] = check
+    return list(found.values())
+
+
+def _share(check: Check) -> float:
+    size, allowed = check.gap.size, check.gap.allowed
+    if not size <= float("inf"):
+        return float("inf")
+    return size / allowed if allowed else (float("inf") if size else 0.0)
+
+
+def _key(model: Any) -> tuple[nn.Module, object]:
+    """The module that is proved, and what changes when its weights do."""
+    module: nn.Module = model.module
+    kind = (type(module), str(getattr(module, "config", "")))
+    weights = tuple(
+        (name, tuple(w.shape), w.dtype, w.device, w.data_ptr(), w._version, _sample(w))
+        for name, w in (*module.named_parameters(), *module.named_buffers())
+    )
+    return module, (kind, weights)
+
+
+@torch.no_grad()
+def _sample(weight: Tensor) -> int:
+    """Checksum of some numbers of a weight: ``.data`` may be written to past any counter."""
+    if weight.device.type == "meta" or weight.numel() == 0:
+        return 0
+    step = max(1, weight.numel() // _SAMPLED)
+    some = weight.detach().flatten()[::step][: 2 * _SAMPLED].cpu().contiguous()
+    return zlib.crc32(some.view(torch.uint8).numpy().tobytes())

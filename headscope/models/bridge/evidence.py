@@ -1,0 +1,176 @@
+"""What two passes of one text show of a bridge: the model's own, and the one that is watched."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.models.hf.evidence import SameOutputs, dead_heads, own_logits, text_for
+from headscope.models.loading.agreement import Check, Gap, gap, rounding
+from headscope.models.protocol import LayerView
+
+if TYPE_CHECKING:
+    from headscope.models.bridge.model import BridgeModel
+
+
+def proof_tokens(model: "BridgeModel") -> Int[Tensor, "1 pos"]:
+    """A text longer than every window of the model that fits, of tokens that differ."""
+    shape, config = model.shape, getattr(model.module, "config", None)
+    local = [w for w in shape.windows if w is not None]
+    if config is None or not hasattr(config, "get_text_config"):
+        config = _NoConfig()
+    return text_for(config, shape.d_vocab, shape.n_ctx, local).to(model.device)
+
+
+class _NoConfig:
+    """Config of a bridge whose model has none of transformers'."""
+
+    def get_text_config(self) -> "_NoConfig":
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class Look:
+    """Observer that holds rows and head outputs against each other."""
+
+    model: "BridgeModel"
+    checks: list[Check] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    last: Tensor | None = None
+
+    @property
+    def wants_final(self) -> bool:
+        """Whether the model shows a last residual stream."""
+        return self.model.layout.final is not None
+
+    def on_layer(self, view: LayerView) -> None:
+        """Check one layer."""
+        shape, dtype = self.model.shape, self.model.dtype
+        self.layers.append(view.layer)
+        pattern, z = view.rows(torch.arange(view.n_queries)).pattern, view.z.float()
+        where = f"of layer {view.layer}"
+        if pattern.shape[1] != shape.n_heads or z.shape[2:] != (shape.n_heads, shape.d_head):
+            self.checks.append(Check(f"heads {where} have another shape", Gap(float("inf"), 0.0)))
+            return
+        over = float((pattern.sum(-1) - 1).clamp_min(0).max() - pattern.clamp_max(0).min())
+        self.checks.append(
+            Check(
+                "rows are at least 0 and sum to at most 1",
+                Gap(over, rounding(dtype, pattern.shape[-1])),
+                (),
+                where,
+            )
+        )
+        if self.model.layout.layers[view.layer].value is None:
+            return
+        values = view.values().float()
+        averaged = pattern @ values.repeat_interleave(shape.n_heads // values.shape[1], 1)
+        self.checks.append(
+            Check(
+                "rows x values = z",
+                gap(averaged.transpose(1, 2), z, rounding(dtype, pattern.shape[-1])),
+                ("values", "ov"),
+                "changes its head outputs between the average of the values and the output "
+                "projection (a gate or a norm), or keeps its values in another order than its "
+                "heads, so values and OV circuits do not say what a head writes",
+            )
+        )
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Keep it."""
+        self.last = residual
+
+
+@torch.no_grad()
+def watched_pass(
+    model: "BridgeModel", tokens: Int[Tensor, "batch pos"]
+) -> tuple[list[Check], tuple[str, ...]]:
+    """Run the model alone and watched; compare everything."""
+    if getattr(model.module, "config", None) is not None:
+        plain = own_logits(model.module, tokens, model.name)
+    else:
+        plain = model.bridge(tokens, return_type="logits")
+    look = Look(model)
+    writes: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def wrote(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            if args and isinstance(output, Tensor):
+                writes[layer] = (args[0], output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in model.layout.layers:
+            projection = getattr(model.parts.block(layer).attn, "o", None)
+            if isinstance(projection, nn.Module):
+                stack.callback(projection.register_forward_hook(wrote(layer)).remove)
+        edit = SameOutputs(frozenset(model.layout.layers))
+        logits = model.forward(tokens, observers=(look,), edits=(edit,))
+    missing = sorted(set(model.layout.layers) - set(look.layers))
+    checks = [
+        *look.checks,
+        Check(
+            "every attention layer is seen",
+            Gap(float("inf") if missing else 0.0, 0.0),
+            (),
+            f"layers {missing} never showed" if missing else "",
+        ),
+        Check(
+            "logits = the model's own",
+            gap(logits, plain, max(1e-4, rounding(model.dtype, model.shape.d_model))),
+            (),
+            "so what is seen is not what the model does",
+        ),
+    ]
+    for layer, (z, written) in writes.items():
+        checks.append(_projection(model, layer, z, written))
+    checks += _readout(model, look, logits)
+    return checks, dead_heads(model, {layer: z for layer, (z, _) in writes.items()})
+
+
+def _projection(model: "BridgeModel", layer: int, z: Tensor, written: Tensor) -> Check:
+    """Whether the output projection is its matrix; a multiplier behind it is not part of it."""
+    what = "z @ W_O + bias = what the output projection returns"
+    try:
+        weights = model.weights(layer)
+    except UnsupportedModelError as error:
+        return Check(what, Gap(float("inf"), 0.0), ("linear_write",), str(error))
+    weight = weights.W_O.float().flatten(0, 1)
+    flat = z.float().reshape(*z.shape[:2], -1)
+    if flat.shape[-1] != len(weight):
+        return Check(
+            what, Gap(float("inf"), 0.0), ("linear_write",), "has another W_O than it uses"
+        )
+    expected = flat @ weight + weights.b_O.float()
+    return Check(
+        what,
+        gap(expected.reshape(written.shape), written, rounding(model.dtype, len(weight))),
+        (),
+        f"layer {layer} adds something to z @ W_O (an adapter, or quantised weights): merge the "
+        "adapter first, or load the weights dequantised",
+    )
+
+
+def _readout(model: "BridgeModel", look: Look, logits: Tensor) -> list[Check]:
+    """Whether final norm and unembedding make the logits."""
+    if model.layout.final is None:
+        return []
+    what = "final norm and unembedding = the model's own logits"
+    reason = "does more between its last residual stream and its logits than a norm and a matrix"
+    if look.last is None:
+        return [Check(what, Gap(float("inf"), 0.0), ("readout",), "never shows its last stream")]
+    try:
+        found = model.readout.logits(look.last)
+    except UnsupportedModelError as error:
+        return [Check(what, Gap(float("inf"), 0.0), ("readout",), str(error))]
+    allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
+    return [Check(what, gap(found, logits, allowed), ("readout",), reason)]

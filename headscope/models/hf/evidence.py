@@ -1,0 +1,430 @@
+"""What two passes of one text show of a transformers model: the model's own, and headscope's.
+
+The first pass is the model alone, on eager attention, which is the definition of every family.
+In the second, attention goes through headscope, and every attention layer is given what it was
+given in the first, so that a difference belongs to the layer that shows it and rounding cannot
+build up from layer to layer.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headscope.errors import HeadscopeError, ModelLoadError, UnsupportedModelError
+from headscope.matches import Matches
+from headscope.models.attention import AttentionCall
+from headscope.models.hf.interface import MaskFacts, made_masks, routed
+from headscope.models.hf.projection import bias, matrix
+from headscope.models.hf.removed import kept_in
+from headscope.models.hf.transformers_api import attention_named, visible_by
+from headscope.models.loading.agreement import Check, Gap, gap, rounding
+from headscope.models.protocol import HeadModel, LayerView
+
+if TYPE_CHECKING:
+    from headscope.models.hf.model import HFModel
+
+# Lengths of the text that a model is proved on.
+SHORTEST, LONGEST = 64, 256
+# Numbers of embeddings that a look at the masks of a longer text may cost.
+_EMBEDDED = 1 << 28
+
+
+@dataclass
+class Plain:
+    """The model's own pass: what attention layers read, what their projections wrote, the end."""
+
+    reads: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    writes: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    finals: list[Tensor] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def proof_tokens(model: "HFModel") -> Int[Tensor, "1 pos"]:
+    """A text longer than every window of the model that fits, of tokens that differ.
+
+    Special tokens of the config (images, padding) are left out where others are there.
+    """
+    local = [w for w in model.shape.windows if w is not None]
+    return text_for(model.module.config, model.shape.d_vocab, model.shape.n_ctx, local).to(
+        model.device
+    )
+
+
+def text_for(
+    config: Any, d_vocab: int, n_ctx: int | None, windows: list[int]
+) -> Int[Tensor, "1 pos"]:
+    """See :func:`proof_tokens`; also for models that are not seen yet."""
+    text = config.get_text_config()
+    sizes = [*windows, *_sizes(text)]
+    length = max(SHORTEST, *(size + size // 2 + 2 for size in sizes if size < LONGEST - 2), 0)
+    length = min(length, LONGEST, n_ctx or LONGEST)
+    special = {value for c in (config, text) for value in _special(c)}
+    ids = [at for at in range(d_vocab) if at not in special] if d_vocab < 4096 else None
+    draw = torch.Generator().manual_seed(0)
+    if ids:
+        return torch.tensor(ids)[torch.randint(len(ids), (1, length), generator=draw)]
+    return torch.randint(min(3, d_vocab - 1), min(d_vocab, 20_000), (1, length), generator=draw)
+
+
+def _sizes(config: Any) -> Iterator[int]:
+    """Numbers of a config that may be a window, a block, or an original length."""
+    words = ("window", "chunk", "block", "local", "original")
+    found = config.to_dict()
+    nested = [value for value in found.values() if isinstance(value, dict)]
+    for part in (found, *nested):
+        for name, value in part.items():
+            if isinstance(value, int) and value > 1 and any(word in str(name) for word in words):
+                yield value
+
+
+def _special(config: Any) -> Iterator[int]:
+    for name, value in config.to_dict().items():
+        if name.endswith("token_id") or name.endswith("token_index"):
+            yield from (v for v in (value if isinstance(value, list) else [value]) if v is not None)
+
+
+@torch.no_grad()
+def plain_pass(model: "HFModel", tokens: Int[Tensor, "batch pos"]) -> Plain:
+    """Run the model alone on eager attention.
+
+    Raises:
+        ModelLoadError: if it does not run, or gives numbers that are not finite.
+    """
+    plain = Plain()
+
+    def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(given, Tensor):
+            plain.reads.setdefault(module, []).append(given)
+
+    def wrote(module: nn.Module, _args: Any, output: Any) -> None:
+        plain.writes.setdefault(module, []).append(output)
+
+    def final(_module: nn.Module, args: Any) -> None:
+        plain.finals.append(args[0])
+
+    with ExitStack() as stack:
+        for parts in model.layout.layers.values():
+            for handle in (
+                parts.attention.register_forward_pre_hook(read, with_kwargs=True),
+                parts.projection.register_forward_hook(wrote),
+            ):
+                stack.callback(handle.remove)
+        if model.layout.final_norm is not None:
+            stack.callback(model.layout.final_norm.register_forward_pre_hook(final).remove)
+        stack.enter_context(attention_named(model.layout.configs, "eager"))
+        plain.logits = own_logits(model.module, tokens, model.name)
+    return plain
+
+
+def own_logits(module: Any, tokens: Int[Tensor, "batch pos"], name: str) -> Tensor:
+    """The model's own logits.
+
+    Raises:
+        ModelLoadError: if it does not run, or they are not finite.
+    """
+    try:
+        logits: Tensor = module(input_ids=tokens, use_cache=False).logits
+    except HeadscopeError:
+        raise
+    except Exception as error:  # config and weights may contradict each other in any way
+        reason = " ".join(str(error).split())[:300]
+        raise ModelLoadError(
+            f"{name} does not run: {type(error).__name__} on {tokens.numel()} tokens ({reason})."
+        ) from error
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelLoadError(
+            f"{name} gives logits that are not finite: its weights hold NaN or infinite values, "
+            "or its dtype is too narrow for them (try dtype='float32')."
+        )
+    return logits
+
+
+@dataclass
+class Look:
+    """Observer that holds rows, head outputs and their shapes against what they should be."""
+
+    model: "HFModel"
+    checks: list[Check] = field(default_factory=list)
+    scores: dict[int, float] = field(default_factory=dict)
+    wants_final: bool = True
+
+    def on_layer(self, view: LayerView) -> None:
+        """Check one layer."""
+        shape, dtype = self.model.shape, self.model.dtype
+        positions = torch.arange(view.n_queries)
+        pattern = view.rows(positions).pattern
+        values = view.values().float()
+        z = view.z.float()
+        where = f"of layer {view.layer}"
+        if pattern.shape[1] != shape.n_heads or z.shape[2:] != (shape.n_heads, shape.d_head):
+            self.checks.append(_failed(f"heads {where} have another shape than those before"))
+            return
+        total = pattern.sum(-1)
+        over = float((total - 1).clamp_min(0).max() - pattern.clamp_max(0).min())
+        allowed = rounding(torch.float32, pattern.shape[-1])
+        self.checks.append(
+            Check("rows are at least 0 and sum to at most 1", Gap(over, allowed), (), where)
+        )
+        matches = view.matches(positions)
+        score = _largest_score(matches)
+        self.scores[view.layer] = score
+        averaged = torch.matmul(
+            pattern, values.repeat_interleave(shape.n_heads // values.shape[1], 1)
+        ).transpose(1, 2)
+        self.checks.append(
+            Check(
+                "rows x values = z",
+                gap(averaged, z, rounding(dtype, pattern.shape[-1], score)),
+                ("values", "ov"),
+                "changes its head outputs between the average of the values and the output "
+                "projection (a gate or a norm), so values and OV circuits do not say what a head "
+                "writes; scores of rows, ablation and direct logit attribution do",
+            )
+        )
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Nothing to check: the plain pass shows it."""
+
+
+def _largest_score(matches: Matches) -> float:
+    """Size of the largest attention score, before a soft cap."""
+    query, key = matches.query, matches.key
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    return float((grouped @ key.mT).abs().max() * abs(matches.scaling))
+
+
+def _failed(what: str) -> Check:
+    return Check(what, Gap(float("inf"), 0.0))
+
+
+@dataclass(frozen=True)
+class SameOutputs:
+    """An edit of every layer's head outputs that changes nothing."""
+
+    layers: frozenset[int]
+    site: Literal["z"] = "z"
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Return an equal copy."""
+        return value.clone()
+
+
+@torch.no_grad()
+def watched_pass(
+    model: "HFModel", tokens: Int[Tensor, "batch pos"], plain: Plain
+) -> tuple[list[Check], tuple[str, ...]]:
+    """Run the model through headscope, layer by layer on what the plain pass read.
+
+    Returns:
+        What was compared, and other things that were seen, as sentences.
+    """
+    look = Look(model)
+    writes: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
+    uses: dict[nn.Module, int] = {}
+
+    def forced(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        at = uses[module] = uses.get(module, 0) + 1
+        before = plain.reads.get(module, [])
+        if at > len(before):
+            return None
+        if args:
+            return (before[at - 1], *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": before[at - 1]}
+
+    def wrote(module: nn.Module, args: Any, output: Any) -> None:
+        writes.setdefault(module, []).append((args[0], output))
+
+    with ExitStack() as stack:
+        for parts in model.layout.layers.values():
+            for handle in (
+                parts.attention.register_forward_pre_hook(forced, with_kwargs=True),
+                parts.projection.register_forward_hook(wrote),
+            ):
+                stack.callback(handle.remove)
+        same = SameOutputs(frozenset(model.layout.layers))
+        logits = model.forward(tokens, observers=(look,), edits=(same,))
+    checks = [*look.checks, _all_layers(model, look)]
+    for layer, parts in model.layout.layers.items():
+        before, now = plain.writes.get(parts.projection, []), writes.get(parts.projection, [])
+        if len(before) != 1 or len(now) != 1:
+            checks.append(
+                _failed(f"the output projection of layer {layer} is used {len(now)} times a pass")
+            )
+            continue
+        checks += _projection(model, layer, now[0], before[0], look.scores.get(layer, 0.0))
+    score = max(look.scores.values(), default=0.0)
+    allowed = max(1e-4, rounding(model.dtype, 4 * len(model.layout.layers), score))
+    if model.dtype == torch.float32:
+        allowed = max(1e-4, min(1e-2, allowed))
+    checks.append(
+        Check(
+            "logits = the model's own",
+            gap(logits, plain.logits.to(logits.device), allowed),
+            (),
+            "so what is seen is not what the model does",
+        )
+    )
+    checks += _readout(model, plain)
+    z = {layer: writes[parts.projection][0][0] for layer, parts in model.layout.layers.items()}
+    return checks, dead_heads(model, z)
+
+
+def dead_heads(model: HeadModel, z: Mapping[int, Tensor]) -> tuple[str, ...]:
+    """The sentence that names heads that write nothing, if there are any.
+
+    Args:
+        model: whose output weights are asked for.
+        z: what the output projection of each layer was given.
+    """
+    found = []
+    for head in model.shape.heads:
+        if head.layer not in z:
+            continue
+        given = z[head.layer].reshape(*z[head.layer].shape[:2], -1)
+        if given.shape[-1] != model.shape.n_heads * model.shape.d_head:
+            continue  # heads were removed, and those that are left write
+        own = given.unflatten(-1, (model.shape.n_heads, -1))[:, :, head.head]
+        if not bool(own.any()):
+            found.append(str(head))
+    for layer in z:
+        silent = ~model.output_weights(layer).flatten(1).any(1)
+        found += [str(h) for h in model.shape.heads if h.layer == layer and bool(silent[h.head])]
+    names = sorted(set(found), key=found.index)
+    if not names:
+        return ()
+    more = f" and {len(names) - 8} others" if len(names) > 8 else ""
+    return (f"{', '.join(names[:8])}{more} write nothing: their outputs are 0 in the weights.",)
+
+
+def _all_layers(model: "HFModel", look: Look) -> Check:
+    missing = set(model.layout.layers) - set(look.scores)
+    size = float("inf") if missing else 0.0
+    return Check(
+        "every attention layer is seen",
+        Gap(size, 0.0),
+        (),
+        f"layers {sorted(missing)} never showed" if missing else "",
+    )
+
+
+def _projection(
+    model: "HFModel",
+    layer: int,
+    now: tuple[Tensor, Tensor],
+    before: Tensor,
+    score: float,
+) -> Iterator[Check]:
+    """Whether the projection is its matrix, and writes what it writes without headscope."""
+    z, written = now
+    projection, shape = model.layout.layers[layer].projection, model.shape
+    width = shape.n_heads * shape.d_head
+    if kept_in(projection) is None:
+        weight, constant = matrix(projection, width), bias(projection, width)
+        expected = z.float() @ weight.float()
+        expected = expected if constant is None else expected + constant.float()
+        yield Check(
+            "z @ W_O + bias = what the output projection returns",
+            gap(expected.reshape(written.shape), written, rounding(model.dtype, width)),
+            (),
+            f"layer {layer} adds something to z @ W_O (an adapter, or quantised weights): merge "
+            "the adapter first (model.merge_and_unload()), or load the weights dequantised",
+        )
+    yield Check(
+        "every layer attends as without headscope",
+        gap(written, before, max(1e-5, rounding(model.dtype, z.shape[1], score))),
+        (),
+        f"attention of layer {layer} is masked, scaled or gated in a way that headscope does not "
+        "see",
+    )
+
+
+def _readout(model: "HFModel", plain: Plain) -> Iterator[Check]:
+    """Whether final norm and unembedding make the model's own logits."""
+    what, costs = "final norm and unembedding = the model's own logits", ("readout",)
+    if model.layout.final_norm is None or model.layout.logit_map is None:
+        return
+    reason = "does more between its last residual stream and its logits than a norm and a matrix"
+    if len(plain.finals) != model.layout.final_norm_uses:
+        yield Check(what, Gap(float("inf"), 0.0), costs, reason)
+        return
+    try:
+        logits = model.readout.logits(plain.finals[-1])
+    except UnsupportedModelError as error:
+        yield Check(what, Gap(float("inf"), 0.0), costs, str(error))
+        return
+    allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
+    yield Check(what, gap(logits, plain.logits, allowed), costs, reason)
+
+
+@torch.no_grad()
+def long_masks(model: "HFModel", length: int) -> tuple[list[Check], tuple[str, ...]]:
+    """Whether windows that reach beyond the text of the proof are what the model masks with.
+
+    The masks that the model builds for a longer text are held against their windows as they are
+    made (the pass stops before its first block), and single rows of attention against a softmax
+    over the keys that such a mask shows.
+    """
+    windows = sorted({w for w in model.shape.windows if w is not None and w >= length})
+    checks, facts = [], []
+    for window in windows:
+        wanted = min(window + window // 2 + 2, model.shape.n_ctx or 2 * window)
+        if wanted <= window or wanted * model.shape.d_model > _EMBEDDED:
+            facts.append(f"its window of {window} is longer than any text that it was proved on.")
+            continue
+        masks = _masks_for(model, wanted)
+        facts.append(f"its window of {window} was proved on masks for {wanted} tokens.")
+        checks += [_single_rows(model, mask, wanted) for mask in masks if mask.window == window]
+        if not any(mask.window == window for mask in masks):
+            checks.append(_failed(f"no mask for {wanted} tokens has the window of {window}"))
+    return checks, tuple(facts)
+
+
+def _masks_for(model: "HFModel", length: int) -> list[MaskFacts]:
+    """Masks that the model makes for a text of this length, before its first block runs."""
+    ids = torch.full((1, length), min(3, model.shape.d_vocab - 1), device=model.device)
+
+    def stop(_module: nn.Module, _args: Any) -> None:
+        raise _Stopped
+
+    def never(_module: nn.Module, _call: AttentionCall) -> Tensor:
+        raise _Stopped
+
+    handle = model.layout.blocks[0].register_forward_pre_hook(stop)
+    try:
+        with routed(model.layout.configs, never), made_masks() as masks, suppress(_Stopped):
+            mask = torch.ones_like(ids)
+            model.module.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        handle.remove()
+    return masks
+
+
+class _Stopped(Exception):  # noqa: N818  # not an error
+    """Raised where a pass has shown all that it had to."""
+
+
+def _single_rows(model: "HFModel", mask: MaskFacts, length: int) -> Check:
+    """Rows of three queries around the edge of a window, against a softmax over what is shown."""
+    window = mask.window or length
+    draw = torch.Generator().manual_seed(0)
+    query, key = (
+        torch.randn(1, 1, length, model.shape.d_head, generator=draw).to(model.device)
+        for _ in range(2)
+    )
+    at = torch.tensor([window - 1, min(window, length - 1), length - 1], device=model.device)
+    keys = torch.arange(length, device=model.device)
+    shown = visible_by(mask.function, 1, at, keys, use_vmap=mask.use_vmap)
+    scores = (query[:, :, at] @ key.mT).masked_fill(~shown[:, None], float("-inf"))
+    call = AttentionCall(0, query, key, key, 1.0, window=mask.window)
+    return Check(
+        "windows beyond the text of the proof, on single rows",
+        gap(call.rows(at).pattern, scores.softmax(-1), 1e-5),
+        (),
+        f"its window of {mask.window} is not what its mask shows at {length} tokens",
+    )

@@ -1,0 +1,219 @@
+"""Every name inside transformers that headscope relies on and transformers does not promise.
+
+When transformers moves, :func:`moved` says in one line per name what is no longer where it was;
+a test holds that the list is empty. Nothing else in headscope names these.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+# What a layer of a causal language model may be, by its name in ``config.layer_types``. A name that
+# is not here may hide keys in a way that headscope does not know, so the model is refused.
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+OTHER_LAYERS = frozenset(
+    {
+        "attention",  # of configs that name only the kind of block
+        "conv",
+        "dense",
+        "hybrid",
+        "hybrid_sliding",
+        "linear_attention",
+        "mamba",
+        "mlp",
+        "moe",
+        "recurrent",
+        "sparse",
+    }
+)
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def register_attention(name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Enter an attention function and what builds its masks into the registries. Idempotent."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+
+
+def takes_attention_functions(model: Any) -> bool:
+    """Whether the attention of a ``PreTrainedModel`` goes through the registry."""
+    return bool(model._can_set_attn_implementation())
+
+
+def attention_name(config: Any) -> str | None:
+    """Name of the attention function that models with this config call."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def set_attention_name(config: Any, name: str | None) -> None:
+    """Make models with this config call another attention function from now on."""
+    config._attn_implementation = name
+
+
+@contextmanager
+def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
+    """Scope in which models with these configs call another attention function."""
+    before = [attention_name(config) for config in configs]
+    try:
+        for config in configs:
+            set_attention_name(config, name)
+        yield
+    finally:
+        for config, old in zip(configs, before, strict=True):
+            set_attention_name(config, old)
+
+
+def commit_hash(config: Any) -> str | None:
+    """Commit of the repository that a config was read from; None for one made here."""
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
+
+
+def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """The attention function that the file of a module falls back on; None if it has none."""
+    source = sys.modules.get(type(module).__module__)
+    found: Callable[..., Any] | None = getattr(source, "eager_attention_forward", None)
+    return found
+
+
+def plainly_causal(function: MaskFunction) -> bool:
+    """Whether a mask function is transformers' own for causal attention without a window."""
+    from transformers.masking_utils import causal_mask_function
+
+    return function is causal_mask_function
+
+
+def padding_of_keys(
+    attention_mask: Bool[Tensor, "batch pos"] | None, kv_length: int, kv_offset: int
+) -> Bool[Tensor, "batch key"] | None:
+    """Which of a call's keys are real, of a mask over all positions."""
+    if attention_mask is None:
+        return None
+    whole = attention_mask
+    if (missing := kv_length + kv_offset - whole.shape[-1]) > 0:
+        whole = nn.functional.pad(whole, (0, missing))
+    return whole[:, kv_offset : kv_offset + kv_length]
+
+
+def visible_by(
+    function: MaskFunction,
+    batch: int,
+    queries: Int[Tensor, " query"],
+    keys: Int[Tensor, " key"],
+    *,
+    use_vmap: bool,
+) -> Bool[Tensor, "batch query key"]:
+    """What a mask function of transformers shows to some queries; padding is not in it.
+
+    Args:
+        function: takes indices of example, head, query and key.
+        batch: number of examples.
+        queries: positions of queries in the text.
+        keys: positions of keys in the text.
+        use_vmap: the function takes single indices only.
+    """
+    examples = torch.arange(batch, device=queries.device)
+    head = torch.zeros(1, dtype=torch.long, device=queries.device)
+    if not use_vmap:
+        shown = function(
+            examples[:, None, None, None],
+            head,
+            queries[None, None, :, None],
+            keys[None, None, None],
+        )
+        return shown.expand(batch, 1, len(queries), len(keys))[:, 0]
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    mapped: Any = function
+    for dims in ((None, None, None, 0), (None, None, 0, None), (0, None, None, None)):
+        mapped = torch.vmap(mapped, in_dims=dims, out_dims=0)
+    with TransformGetItemToIndex():
+        result: Tensor = mapped(examples, head[0], queries, keys)
+    return result
+
+
+def moved() -> list[str]:
+    """One line for every name that is no longer where this file looks for it; empty if all is well.
+
+    Example:
+        >>> moved()
+        []
+    """
+    import transformers
+    from transformers import PreTrainedModel, masking_utils
+
+    found = []
+
+    def want(there: bool, line: str) -> None:
+        if not there:
+            found.append(f"transformers {transformers.__version__}: {line}")
+
+    want(
+        hasattr(PreTrainedModel, "_can_set_attn_implementation"),
+        "PreTrainedModel._can_set_attn_implementation is gone: it said whether attention goes "
+        "through the registry",
+    )
+    want(
+        callable(getattr(masking_utils, "causal_mask_function", None)),
+        "masking_utils.causal_mask_function is gone: it was the mask of plain causal attention",
+    )
+    want(
+        "_global_mapping" in vars(masking_utils.AttentionMaskInterface),
+        "AttentionMaskInterface._global_mapping is gone: models asked it for our masks",
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        attn_implementation="eager",
+    )
+    model = transformers.LlamaForCausalLM(config)
+    want(
+        getattr(model.config, "_attn_implementation", None) == "eager",
+        "config._attn_implementation is gone: it named the attention function",
+    )
+    want(
+        callable(eager_attention(model.model.layers[0].self_attn)),
+        "eager_attention_forward is gone from the modeling files: it was the attention to match",
+    )
+    want(_mask_call(model) is None, f"masks are made otherwise: {_mask_call(model)}")
+    kinds = getattr(transformers.configuration_utils, "ALLOWED_LAYER_TYPES", ())
+    want(
+        set(kinds) >= ATTENTION_LAYERS,
+        "ALLOWED_LAYER_TYPES lacks full_attention or sliding_attention: layers have other names",
+    )
+    return found
+
+
+def _mask_call(model: Any) -> str | None:
+    """How the arguments with which masks are asked for differ from what is expected; None: not."""
+    seen: dict[str, Any] = {}
+
+    def mask(**arguments: Any) -> None:
+        seen.update(arguments)
+
+    def attend(
+        _module: nn.Module, _query: Tensor, _key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, None]:
+        return value.transpose(1, 2), None
+
+    register_attention("headscope_canary", attend, mask)
+    with attention_named((model.config,), "headscope_canary"), torch.no_grad():
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False)
+    wanted = {
+        "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function",
+        "attention_mask", "use_vmap", "device",
+    }  # fmt: skip
+    missing = sorted(wanted - seen.keys())
+    return f"{', '.join(missing)} missing" if missing else None
