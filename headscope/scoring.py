@@ -3,7 +3,7 @@
 The function is ``headscope.score``; the module is not called so, or importing it would hide it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 
 from headscope import capture, probes
 from headscope.accumulate import Accumulator, Sums, joined
+from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel
@@ -72,7 +73,6 @@ def score(
         raise InputError(f"max_tokens_per_chunk={max_tokens_per_chunk}: a chunk holds 1 or more.")
     layers = len(model.shape.attention_layers)
     total = sum(len(one) * (1 + _has_control_pass(one, group)) for one, group in by_probe) * layers
-    facts = _facts(model)
     done: dict[str, HeadScores] = {}
     with track(total, f"scoring {model.name}", show=progress) as advance:
         run = partial(
@@ -91,7 +91,7 @@ def score(
                 control, _ = run(one.control, compared, flat=False)
             for scorer in group:
                 null = control.get(scorer.name) or flat.get(scorer.name)
-                done[scorer.name] = _to_scores(model, scorer, one, sums[scorer.name], null, facts)
+                done[scorer.name] = _to_scores(model, scorer, one, sums[scorer.name], null)
     return HeadTable(done[scorer.name] for scorer in chosen)
 
 
@@ -185,13 +185,13 @@ def _to_scores(
     probe: Probe,
     sums: Sums,
     null: Sums | None,
-    facts: Mapping[str, str | None],
 ) -> HeadScores:
     return HeadScores.from_examples(
         scorer.name,
         _absent(model, sums.mean.numpy()),
         kv_heads=model.shape.n_kv_heads,
         control_per_example=None if null is None else _absent(model, null.mean.numpy()),
+        design=_design(scorer, probe),
         alternative=scorer.alternative,
         missing=np.where(_there(model), sums.missing.numpy(), 0).astype(int),
         unit=scorer.unit,
@@ -217,6 +217,11 @@ def _there(model: HeadModel) -> Bool[np.ndarray, "layer head"]:
     return there
 
 
-def _facts(model: HeadModel) -> dict[str, str | None]:
-    """What is the same for all scores of a run."""
-    return {"digest": model.digest()}
+def _design(scorer: Scorer, probe: Probe) -> Design:
+    """How the examples and those of the null belong together: flat attention is paired."""
+    other = probe.control if scorer.control in _OWN_PASS else None
+    return Design(
+        paired=other.paired if other is not None else scorer.control == "flat",
+        clusters=probe.cluster_labels,
+        control_clusters=None if other is None else other.cluster_labels,
+    )

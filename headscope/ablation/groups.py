@@ -72,6 +72,7 @@ def ablate_groups(
         unit=found.study.metric.unit,
         description=f"{found.study.metric.name} with the group ablated less that without.",
         provenance=found.provenance,
+        clusters=probe.cluster_labels,
     )
 
 

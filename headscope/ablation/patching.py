@@ -98,6 +98,7 @@ def patch_activations(
         unit=study.metric.unit,
         description=f"{study.metric.name} with the patch less that without.",
         provenance=study.provenance(site=site, direction=direction),
+        clusters=study.probe.cluster_labels,
     )
 
 

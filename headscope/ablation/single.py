@@ -9,10 +9,10 @@ from headscope.ablation.arguments import without_rounding
 from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import attribution
 from headscope.ablation.run import Placer, Study
+from headscope.base.statistics import Design, rank_correlation
 from headscope.edits import Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.stats import rank_correlation
 from headscope.table import HeadScores, Provenance
 
 
@@ -77,6 +77,7 @@ def as_scores(
         effects,
         kv_heads=study.model.shape.n_kv_heads,
         control_per_example=none,
+        design=Design(clusters=study.probe.cluster_labels),
         alternative="two-sided",
         unit=study.metric.unit,
         description=f"{study.metric.name} with the head ablated ({method}) less that without.",

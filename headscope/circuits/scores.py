@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.statistics import Bounds
 from headscope.circuits import spectrum
 from headscope.circuits.alignment import read_alignment, write_alignment
 from headscope.circuits.copying import (
@@ -33,7 +34,6 @@ from headscope.origin import of_weights
 from headscope.probes.vocabulary import ordinary_tokens
 from headscope.progress import Advance, track
 from headscope.table import HeadScores, HeadTable
-from headscope.table.scores import Bounds
 
 _MP = "Marchenko and Pastur 1967"
 _UNIT: Bounds = (0.0, 1.0)

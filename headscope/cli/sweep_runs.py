@@ -163,5 +163,6 @@ def joined(grids: Sequence[tuple[str, EffectGrid]]) -> tuple[EffectGrid, list[st
         unit=first.unit,
         description=first.description,
         provenance=first.provenance,
+        clusters=first.clusters,
     )
     return made, controls

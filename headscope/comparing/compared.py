@@ -6,13 +6,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.statistics import mean_interval, welch_interval
 from headscope.comparing.matching import by_address, by_profile, by_weights, shared
 from headscope.errors import InputError, nearest
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.scorers import Scorer
 from headscope.scoring import score
-from headscope.stats import bootstrap_interval
 from headscope.table import Comparison, HeadScores, HeadTable
 
 By = Literal["profile", "weights", "address"]
@@ -49,7 +49,8 @@ def compare(
     shared scores sum to the least (any two models); by ``weights`` within each layer, by the
     cosine of OV and QK matrices (checkpoints of one run; models trained apart share no basis);
     by ``address`` each with itself. Differences are second less first, with 95% intervals:
-    bootstrapped over examples where both saw the same ones, else normal, of independent means.
+    of the differences example by example where both saw the same ones, else Welch's, of
+    independent means.
 
     A match by profile is a description: heads that do nothing in particular are alike too, and
     what was matched differs less than what was not, by construction.
@@ -116,11 +117,9 @@ def _difference(
     a, b = tuple(at[0]), tuple(at[1])
     if _paired(first, second):
         values = second.per_example[b] - first.per_example[a]
-        low, high = bootstrap_interval(values[None])
-        return low[0], high[0]
-    middle = second.mean[b] - first.mean[a]
-    width = 1.96 * np.sqrt(first.sem[a] ** 2 + second.sem[b] ** 2)
-    return middle - width, middle + width
+        return mean_interval(values, clusters=first.design.clusters)
+    mine, other = ((s.mean[at], s.sem[at], s.n[at]) for s, at in ((second, b), (first, a)))
+    return welch_interval(mine, other)
 
 
 def _paired(first: HeadScores, second: HeadScores) -> bool:

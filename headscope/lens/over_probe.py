@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import capture
+from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.lens.checks import check_first, need_readout, over_heads, tolerance
 from headscope.lens.splitting import Split, rows_of
@@ -80,6 +81,7 @@ def head_attribution(
         values,
         kv_heads=model.shape.n_kv_heads,
         control_per_example=none,
+        design=Design(clusters=probe.cluster_labels),
         alternative="two-sided",
         unit="logits",
         description=f"What each head adds directly to the target's logit, less {_WORDS[chosen]}.",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from headscope.stats import mean_and_sem
+from headscope.base.statistics import mean_and_sem
 from headscope.table.summary import frozen
 
 if TYPE_CHECKING:

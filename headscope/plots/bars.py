@@ -3,6 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
+from headscope.base.statistics import interval_of_sem
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import HeadScores
@@ -14,8 +15,8 @@ def ranking(
 ) -> go.Figure:
     """The k best heads, with intervals and the band in which the nulls lie.
 
-    Best means largest, or for a score with a sign farthest from 0. The interval is a bootstrap
-    over examples; where those were not kept, 1.96 standard errors, and ``level`` is not used. The
+    Best means largest, or for a score with a sign farthest from 0. The interval is that of
+    ``scores.interval``; where the examples were not kept, Student's t of the standard error. The
     band holds the middle 95% of all heads' means on the control.
 
     Args:
@@ -33,7 +34,7 @@ def ranking(
     names = [str(head) for head, _ in chosen]
     means = np.array([mean for _, mean in chosen], dtype=float)
     if scores.examples is None:
-        low, high = scores.mean - 1.96 * scores.sem, scores.mean + 1.96 * scores.sem
+        low, high = interval_of_sem(scores.mean, scores.sem, scores.n, level)
     else:
         low, high = scores.interval(level)
     marked = scores.significant()

@@ -6,10 +6,10 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
-from headscope.stats import bootstrap_interval
 from headscope.table import EffectGrid
 
 # Okabe and Ito 2008, less yellow and black: told apart by colour-blind readers.
@@ -25,7 +25,7 @@ def curves(
 ) -> go.Figure:
     """Mean of the metric along the second axis of a grid, one line per name on the first.
 
-    Every arm has a band: the bootstrap interval of its mean over examples. Control arms are drawn
+    Every arm has a band: the confidence interval of its mean over examples. Control arms are drawn
     as one grey line, the mean over them, in a grey band from the lowest to the highest of them.
     The dotted line is the unedited run.
 
@@ -49,7 +49,7 @@ def curves(
         raise InputError(f"{grid.name!r} has no arm {missing[0]!r}: it has {', '.join(arms)}.")
     style = STYLES[theme]
     values = grid.per_example + grid.unedited
-    low, high = bootstrap_interval(values, level)
+    low, high = mean_interval(values, level, grid.clusters)
     means = grid.mean + float(np.nanmean(grid.unedited))
     figure = go.Figure()
     chosen = [i for i, arm in enumerate(arms) if arm in controls]

@@ -4,10 +4,10 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from headscope.base.statistics import rank_correlation
 from headscope.errors import InputError
 from headscope.plots.style import STYLES, Theme, dress, layer_marker
 from headscope.plots.text import label
-from headscope.stats import rank_correlation
 from headscope.table import HeadScores
 from headscope.table.excerpt import best_heads
 

@@ -69,7 +69,8 @@ def ioi(
 ) -> Probe:
     """Two names, one of them said twice; the answer is the other (the indirect object, IO).
 
-    Half the prompts name the IO first (ABBA), half the subject S (BABA). The target at ``end``
+    Half the prompts name the IO first (ABBA), half the subject S (BABA). Prompts of one template
+    and order are a cluster: errors and tests count these (12 at most). The target at ``end``
     is the IO, the foil is S. Marks: ``end``, ``io``, ``s1``, ``s1_next`` (the token after S1),
     ``s2``. ``probe.corrupt`` has the same sentences with another second name, aligned:
 
@@ -102,11 +103,12 @@ def ioi(
         )
     templates = _same_length(tokenizer, names, places[0], gifts[0])
     rng = Random(f"ioi {seed}")  # noqa: S311 - sentences, not secrets
-    clean, other = [], []
+    clean, other, forms = [], [], []
     for number in range(batch):
         template = rng.choice(templates)
         io, s, third = rng.sample(names, 3)
         a, b = (io, s) if number % 2 == 0 else (s, io)
+        forms.append(2 * templates.index(template) + number % 2)
         words = {"a": a, "b": b, "place": rng.choice(places), "gift": rng.choice(gifts), "io": io}
         clean.append(_prompt(tokenizer, prefix, template, words, s, s))
         swapped = io if corrupt == "flip" else third
@@ -115,7 +117,9 @@ def ioi(
     probe = _probe(clean, clean, seed, settings, flipped=False)
     check_length(model, probe.length, what="an IOI prompt", fix="this model is too small for it")
     paired = _probe(other, clean, seed, settings, flipped=corrupt == "flip")
-    return replace(probe, corrupt=paired)
+    # Names, places and objects are drawn; what prompts share is the template and its order.
+    clusters = torch.tensor(forms)
+    return replace(probe, corrupt=replace(paired, clusters=clusters), clusters=clusters)
 
 
 def _is_one_token(tokenizer: Tokenizer, word: str) -> bool:

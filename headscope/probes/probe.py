@@ -30,6 +30,11 @@ class Probe:
         settings: the other facts that made it, for provenance (JSON values).
         control: the matched probe without the structure; None where there is none.
         corrupt: the paired probe whose answer differs, aligned position by position.
+        clusters: a label per example; examples with the same label share a needle, a document
+            or a template and count as one observation in errors, intervals and tests. None:
+            every example stands for itself.
+        paired: of a control, whether its example i is example i of the probe without the
+            structure, so that tests are of the difference; False: its examples are others.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -44,6 +49,8 @@ class Probe:
     settings: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     control: "Probe | None" = None
     corrupt: "Probe | None" = None
+    clusters: Int[Tensor, " batch"] | None = None
+    paired: bool = False
 
     def __post_init__(self) -> None:
         """Check shapes and padding; freeze the mappings."""
@@ -65,6 +72,15 @@ class Probe:
                 raise InputError(
                     f"{name!r} has {tuple(numbers.shape)} numbers for {len(self)} examples."
                 )
+        if self.clusters is not None and self.clusters.shape != self.tokens.shape[:1]:
+            raise InputError(
+                f"the clusters have {tuple(self.clusters.shape)} labels for {len(self)} examples."
+            )
+        if self.control is not None and self.control.paired and len(self.control) != len(self):
+            raise InputError(
+                f"a paired control has an example for each of the {len(self)} examples; "
+                f"got {len(self.control)}."
+            )
         steps = self.real.int().diff(dim=1)
         if (
             not self.real.any(1).all()
@@ -84,6 +100,11 @@ class Probe:
     def length(self) -> int:
         """Number of positions, padding included."""
         return int(self.tokens.shape[1])
+
+    @property
+    def cluster_labels(self) -> tuple[int, ...] | None:
+        """Cluster of each example, as numbers; None where every example stands for itself."""
+        return None if self.clusters is None else tuple(int(one) for one in self.clusters.tolist())
 
     @cached_property
     def first(self) -> Int[Tensor, " batch"]:
@@ -149,6 +170,7 @@ class Probe:
             facts={name: numbers.to(device) for name, numbers in self.facts.items()},
             control=None if self.control is None else self.control.to(device),
             corrupt=None if self.corrupt is None else self.corrupt.to(device),
+            clusters=None if self.clusters is None else self.clusters.to(device),
         )
 
     def examples(self, chosen: slice) -> "Probe":
@@ -164,4 +186,5 @@ class Probe:
             facts={name: numbers[chosen] for name, numbers in self.facts.items()},
             control=None if self.control is None else self.control.examples(chosen),
             corrupt=None if self.corrupt is None else self.corrupt.examples(chosen),
+            clusters=None if self.clusters is None else self.clusters[chosen],
         )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from headscope.errors import InputError
@@ -29,8 +29,14 @@ def repeated_tokens(
     replacement, and ``structure`` (the tokens themselves) shows every occurrence.
 
     Marks ``first_copy`` and ``second_copy`` (all later copies). Targets are the next tokens.
-    The control has new tokens throughout, none twice where the vocabulary allows, and keeps
-    ``structure`` and the marks: scorers look at the same positions and find no repetition.
+    The control is paired: each later copy is a permutation of the example's first. Every other
+    token of a copy stays where it was, the rest change places, none keeping its own, so that no
+    token follows the one that it followed before. ``structure`` is kept at the tokens that moved:
+    a scorer then asks of the same positions, for a key that holds a token of R which the later
+    copy has not said yet, just as in the probe. A head that only looks back a fixed distance
+    scores what it scored, and so does one whose attention follows from which tokens there are,
+    whatever their order. With fewer than three tokens in R nothing can change places; the later
+    copies of the control are then new tokens.
 
     Args:
         model: whose vocabulary is drawn from; no tokenizer is needed.
@@ -66,11 +72,39 @@ def repeated_tokens(
         "replacement": draw.replaces(length),
     }
     probe = draw.probe(tokens, "repeated_tokens", settings)
+    later, moved = _unrepeated(draw, part, copies)
     control = draw.probe(
-        draw.with_prefix(draw(length * copies)), "repeated_tokens_control", settings
+        draw.with_prefix(torch.cat([part, later], 1)), "repeated_tokens_control", settings
     )
-    control = replace(control, structure=tokens, marks=marks)
+    asked = torch.cat([torch.ones(batch, start + length, dtype=torch.bool), moved], 1)
+    control = replace(control, structure=tokens.where(asked, -1), marks=marks, paired=True)
     return replace(probe, marks=marks, control=control)
+
+
+def _unrepeated(
+    draw: "_Draw", part: Int[Tensor, "batch pos"], copies: int
+) -> tuple[Int[Tensor, "batch later"], Bool[Tensor, "batch later"]]:
+    """The control's later copies, and which of their tokens changed places.
+
+    Even places move in half the examples, odd ones in the others, so that over the examples all
+    places count alike.
+    """
+    batch, length = part.shape
+    if length < 3:
+        new = draw(length * (copies - 1))
+        return new, torch.ones_like(new, dtype=torch.bool)
+    later = part.repeat(1, copies - 1).unflatten(1, (copies - 1, length))
+    moved = torch.zeros_like(later, dtype=torch.bool)
+    for row in range(batch):
+        first = row % 2 if length > 3 else 0  # of three tokens only both ends can change places
+        for copy in range(copies - 1):
+            places = torch.arange(first, length, 2)
+            order = places[torch.randperm(len(places), generator=draw.generator)]
+            later[row, copy, order] = part[row, order.roll(1)]
+            moved[row, copy, order] = True
+            # What follows a moved token must stay: not so at the seam of an odd number of places.
+            moved[row, copy, -1] &= first == 1
+    return later.flatten(1), moved.flatten(1)
 
 
 def random_tokens(

@@ -6,6 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from headscope.errors import InputError
 from headscope.probes.encoding import delimiters, encode, next_tokens, pad_right
@@ -25,8 +27,10 @@ def text(
     """Natural text, padded on the right; mark ``delimiter``, targets the next tokens.
 
     The control shuffles the tokens of each example (the BOS stays) and keeps ``structure`` and
-    the marks: same length, same words, same frequencies, no order. What a head still does at
-    the old positions is not due to the text's structure.
+    the marks: same length, same words, same frequencies, no order. What a head still does at the
+    old positions is not due to the text's structure. It is paired.
+
+    Pieces that were cut from one text are one cluster: errors and tests count texts.
 
     Args:
         model: whose tokenizer reads the text.
@@ -53,11 +57,15 @@ def text(
     texts, source = _read(texts_or_path)
     encoded = [encode(tokenizer, one, prefix).ids for one in texts]
     if length is not None:
-        rows = [piece for ids in encoded for piece in _pieces(ids, prefix, length)]
+        cut = [_pieces(ids, prefix, length) for ids in encoded]
+        rows = [piece for pieces in cut for piece in pieces]
+        source_of = [number for number, pieces in enumerate(cut) for _ in pieces]
     elif texts_or_path is None and model.shape.n_ctx is not None:
         rows = [ids[: model.shape.n_ctx] for ids in encoded]
+        source_of = list(range(len(rows)))
     else:
         rows = encoded
+        source_of = list(range(len(rows)))
     for number, row in enumerate(rows, 1):
         if len(row) < 2:
             raise InputError(f"text {number} of {source} has fewer than two tokens: leave it out.")
@@ -76,6 +84,7 @@ def text(
             )
         chosen = torch.randperm(len(rows), generator=generator)[:batch].sort().values
         rows = [rows[i] for i in chosen.tolist()]
+        source_of = [source_of[i] for i in chosen.tolist()]
     tokens, real = pad_right(rows)
     shuffled = [_shuffled(row, len(prefix), generator) for row in rows]
     probe = Probe(
@@ -87,10 +96,16 @@ def text(
         name="text",
         seed=seed,
         settings={"source": source, "length": length, "bos": bool(prefix)},
+        clusters=_clusters(source_of),
     )
     other = pad_right(shuffled)[0]
     control = replace(
-        probe, tokens=other, targets=next_tokens(other, real), name="text_control", control=None
+        probe,
+        tokens=other,
+        targets=next_tokens(other, real),
+        name="text_control",
+        control=None,
+        paired=True,
     )
     return replace(probe, control=control)
 
@@ -136,6 +151,11 @@ def _pieces(ids: list[int], prefix: list[int], length: int) -> list[list[int]]:
     body = ids[len(prefix) :]
     whole = [body[i : i + size] for i in range(0, len(body) - size + 1, size)] or [body]
     return [[*prefix, *piece] for piece in whole]
+
+
+def _clusters(source_of: list[int]) -> Int[Tensor, " batch"] | None:
+    """The text that each example was cut from; None where each has its own."""
+    return torch.tensor(source_of) if len(set(source_of)) < len(source_of) else None
 
 
 def _shuffled(row: list[int], fixed: int, generator: torch.Generator) -> list[int]:

@@ -17,6 +17,7 @@ def from_tokens(
     real: Bool[Tensor, "batch pos"] | None = None,
     marks: Mapping[str, Bool[Tensor, "batch pos"]] | None = None,
     targets: Int[Tensor, "batch pos"] | None = None,
+    clusters: Sequence[int] | Int[Tensor, " batch"] | None = None,
 ) -> Probe:
     """Use your own ids as a probe; equal tokens count as repetitions.
 
@@ -25,6 +26,8 @@ def from_tokens(
         real: False at padding, on either side; None means no padding.
         marks: named sets of positions.
         targets: token to predict at each position, -1 for none; None means the next token.
+        clusters: a label per example; those with one label (a needle, a document, a template)
+            count as one observation in errors, intervals and tests.
 
     Raises:
         InputError: if the shapes do not fit each other.
@@ -47,4 +50,5 @@ def from_tokens(
         probe,
         structure=ids.where(shown, -1),
         targets=next_tokens(ids, shown) if targets is None else targets,
+        clusters=None if clusters is None else torch.as_tensor(clusters).long(),
     )

@@ -146,6 +146,7 @@ def pruning_curve(
         unit=study.metric.unit,
         description=f"{study.metric.name} without the heads less that of the whole model.",
         provenance=study.provenance(seed, checks=placer.checks, **facts),
+        clusters=probe.cluster_labels,
     )
     return PruningCurve(found, everything, tuple(controls), measured)
 

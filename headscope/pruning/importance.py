@@ -15,6 +15,7 @@ from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import total_metric
 from headscope.ablation.run import Study
 from headscope.ablation.sources import quick
+from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, Site, zero
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -105,6 +106,7 @@ def gradient_importance(
         "gradient_importance",
         values,
         kv_heads=model.shape.n_kv_heads,
+        design=Design(clusters=probe.cluster_labels),
         unit="share of the layer" if normalise else study.metric.unit,
         bounds=(0.0, None),
         description=f"Size of the first-order effect of scaling the head on {study.metric.name}.",
@@ -200,6 +202,7 @@ def ablation_importance(
         values,
         kv_heads=effects.kv_heads,
         control_per_example=none,
+        design=effects.design,
         alternative="two-sided",
         unit=effects.unit,
         description=f"How much worse {as_metric(metric).name} is without the head.",

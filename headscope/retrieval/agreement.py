@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from headscope.base.statistics import rank_correlation, top_k_overlap
 from headscope.errors import InputError
-from headscope.stats import rank_correlation, top_k_overlap
 from headscope.table import HeadScores
 
 

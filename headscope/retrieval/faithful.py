@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from headscope.base.statistics import mean_and_sem
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.models.protocol import HeadModel
@@ -16,7 +17,6 @@ from headscope.retrieval.decore import Alpha, Contrast, decore
 from headscope.retrieval.masks import Mask, Masking
 from headscope.retrieval.prompts import batches, prompt_ids
 from headscope.retrieval.writing import Text, generate
-from headscope.stats import mean_and_sem
 
 if TYPE_CHECKING:
     import pandas

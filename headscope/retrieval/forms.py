@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.statistics import Design
 from headscope.errors import HeadscopeError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
@@ -212,6 +213,11 @@ def _scores(
         per_example,
         kv_heads=model.shape.n_kv_heads,
         control_per_example=chance,
+        design=Design(
+            paired=probe.control is not None and probe.control.paired,
+            clusters=probe.cluster_labels,
+            control_clusters=None if probe.control is None else probe.control.cluster_labels,
+        ),
         missing=missing,
         unit="share",
         bounds=(0.0, most),
@@ -265,6 +271,7 @@ def forced(
         kept,
         kv_heads=scores.kv_heads,
         control_per_example=scores.control_per_example,
+        design=scores.design,
         alternative=scores.alternative,
         missing=np.asarray(scores.missing),
         unit=scores.unit,

@@ -55,6 +55,7 @@ def by_kv_head(scores: HeadScores, how: Literal["mean", "max"] = "mean") -> Head
         grouped(scores.per_example),
         kv_heads=scores.kv_heads,
         control_per_example=None if control is None else grouped(control),
+        design=scores.design,
         alternative=scores.alternative,
         missing=missing.max(2),
         unit=scores.unit,

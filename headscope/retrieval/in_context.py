@@ -11,6 +11,7 @@ from torch import Tensor
 from headscope.ablation.arguments import Maker, by_head, facts_of, present
 from headscope.ablation.run import Placer, Study
 from headscope.ablation.single import ablated
+from headscope.base.statistics import Design
 from headscope.capture import check_fits
 from headscope.edits import Heads
 from headscope.errors import InputError
@@ -89,6 +90,7 @@ def in_context_score(
         values,
         kv_heads=model.shape.n_kv_heads,
         control_per_example=np.where(np.isnan(values).all(-1, keepdims=True), np.nan, 0.0),
+        design=Design(clusters=probe.cluster_labels),
         alternative="two-sided",
         unit="nats",
         description="In-context-learning score with the head ablated less that without.",

@@ -122,6 +122,7 @@ def masking_curve(
             controls=controls,
             positions=scope,
         ),
+        clusters=probe.cluster_labels,
     )
     return OrderCurve(found, everything, tuple(drawn))
 

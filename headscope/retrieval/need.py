@@ -59,6 +59,7 @@ def need(
             name,
             values,
             kv_heads=of.kv_heads,
+            design=of.design,
             unit="share",
             bounds=(0.0, 1.0),
             description=meaning,

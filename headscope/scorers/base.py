@@ -40,11 +40,14 @@ class Scorer:
         source: paper and definition.
         queries: which queries count.
         probe: kind of probe that it is meant for.
-        control: what the null is: ``flat`` (attention spread evenly over the visible keys),
-            ``unrepeated`` (the probe's control: same shape, no repetition), ``needle`` (the
-            probe's control: needle removed or another question), None for no null.
+        control: what the null is: ``flat`` (attention spread evenly over the visible keys;
+            paired), ``unrepeated`` (the probe's control: same shape, no repetition), ``needle``
+            (the probe's control: another needle, or another question), None for no null. Whether
+            a probe's control is paired, it says itself (``probe.control.paired``).
         threshold: mean above which a significant head is called by this name; None: never.
-        alternative: what the null is tested against: more than the control, or other than it.
+        alternative: what the null is tested against: ``greater`` than the control, or
+            ``two-sided``: other than it. The decorators take the second where 0 lies inside the
+            bounds, so that a head that suppresses is seen.
         view: which form of the rows it reads.
         per_final_scale: the engine divides by the final norm's scale at each query.
         needs: capabilities the model must have, e.g. ``linear_write``.
@@ -75,6 +78,13 @@ class Scorer:
         return self.function(seen, probe)
 
 
+def _tested(bounds: tuple[float | None, float | None]) -> Alternative:
+    """Two-sided for a score whose sign has a meaning."""
+    low, high = bounds
+    signed = (low is None or low < 0) and (high is None or high > 0)
+    return "two-sided" if signed else "greater"
+
+
 def every_query(probe: Probe) -> Bool[Tensor, "batch pos"]:
     """Every real position but the first of each example, whose row is 1 by construction.
 
@@ -94,7 +104,7 @@ def row_scorer(
     probe: str = "repeated_tokens",
     control: Control | None = "flat",
     threshold: float | None = None,
-    alternative: Alternative = "greater",
+    alternative: Alternative | None = None,
     name: str | None = None,
 ) -> Callable[[RowFunction], Scorer]:
     """Make a scorer of a function of attention rows.
@@ -120,7 +130,7 @@ def row_scorer(
             probe=probe,
             control=control,
             threshold=threshold,
-            alternative=alternative,
+            alternative=alternative or _tested(bounds),
         )
 
     return wrap
@@ -135,7 +145,7 @@ def output_scorer(
     probe: str = "repeated_tokens",
     control: Control | None = "unrepeated",
     threshold: float | None = None,
-    alternative: Alternative = "greater",
+    alternative: Alternative | None = None,
     per_final_scale: bool = False,
     needs: tuple[str, ...] = ("linear_write",),
     name: str | None = None,
@@ -163,7 +173,7 @@ def output_scorer(
             probe=probe,
             control=control,
             threshold=threshold,
-            alternative=alternative,
+            alternative=alternative or _tested(bounds),
             per_final_scale=per_final_scale,
             needs=needs,
         )
@@ -179,7 +189,7 @@ def match_scorer(
     queries: QuerySelector = every_query,
     probe: str = "needle",
     control: Control | None = "needle",
-    alternative: Alternative = "greater",
+    alternative: Alternative | None = None,
     needs: tuple[str, ...] = (),
     name: str | None = None,
 ) -> Callable[[MatchFunction], Scorer]:
@@ -206,7 +216,7 @@ def match_scorer(
             queries=queries,
             probe=probe,
             control=control,
-            alternative=alternative,
+            alternative=alternative or _tested(bounds),
             needs=("matches", *needs),
         )
 

@@ -17,7 +17,6 @@ from headscope.scorers.retrieval import answering
     bounds=(-1.0, 1.0),
     source="Hong et al. 2024 (arXiv 2410.08703), positional heads, by contribution of dimensions",
     queries=answering,
-    alternative="two-sided",
     needs=("rotary",),
 )
 def rotary_slowness(seen: Matches, probe: Probe) -> Float[Tensor, "batch head query"]:

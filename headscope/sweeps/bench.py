@@ -135,6 +135,9 @@ class Bench:
         facts = {**facts, "reference": study.edit.reference or facts["reference"]}
         if study.edit.factor is not None:
             facts["factor"] = study.edit.factor
+        labels = measurement.probe.cluster_labels
+        if labels is not None:
+            facts["clusters"] = list(labels)
         parts = []
         for metric, values, unedited in zip(study.metrics, edited, clean, strict=True):
             chosen = metric_of(metric)
@@ -151,6 +154,7 @@ class Bench:
                     unedited,
                     json.dumps(origin.to_json(), sort_keys=True),
                     chosen.unit,
+                    labels,
                 )
             )
         return pyarrow.concat_tables(parts).unify_dictionaries().combine_chunks()

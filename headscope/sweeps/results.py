@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.statistics import Design, mean_interval
 from headscope.errors import InputError, nearest
-from headscope.stats import bootstrap_interval
 from headscope.sweeps.plan import Plan
 from headscope.sweeps.store import Store
 from headscope.table import EffectGrid, HeadScores, HeadTable, Provenance
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-_ROWS = 1000
 _STUDY = ("model", "probe", "edit", "seed", "metric")
 
 
@@ -128,6 +127,7 @@ class Results:
             unit=str(rows["unit"].iloc[0]),
             description=f"{study['metric']} with the heads of {set!r} edited less that without.",
             provenance=_origin(rows),
+            clusters=_clusters(_origin(rows)),
         )
 
     @cached_property
@@ -152,6 +152,7 @@ class Results:
             values,
             kv_heads=model.kv_heads,
             control_per_example=none,
+            design=Design(clusters=_clusters(_origin(rows))),
             alternative="two-sided",
             unit=str(rows["unit"].iloc[0]),
             description=f"{study['metric']} with the head edited ({study['edit']}) less that "
@@ -218,20 +219,26 @@ def _check_names(names: Iterable[str]) -> None:
 def intervals(
     frame: "pandas.DataFrame",
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """95% bootstrap intervals of the effects, as :meth:`HeadScores.interval` gives them."""
+    """95% intervals of the effects, as :meth:`HeadScores.interval` gives them."""
     low, high = np.full((2, len(frame)), np.nan)
-    lengths = frame["effects"].map(len).to_numpy()
-    for length in np.unique(lengths):
-        at = np.flatnonzero(lengths == length)
-        for part in np.array_split(at, -(-len(at) // _ROWS)):  # each row has 2000 resamples
-            values = np.stack([_floats(frame["effects"].iloc[i]) for i in part])
-            low[part], high[part] = (end[0] for end in bootstrap_interval(values[None]))
+    for (_, origin), at in frame.groupby(
+        [frame["effects"].map(len), frame["provenance"].astype(str)], sort=False
+    ).indices.items():
+        values = np.stack([_floats(frame["effects"].iloc[i]) for i in at])
+        clusters = _clusters(Provenance.from_json(json.loads(origin)))
+        low[at], high[at] = mean_interval(values, clusters=clusters)
     return low, high
 
 
 def _floats(values: Any) -> Float[np.ndarray, " example"]:
     """Values of one list; what is missing in the file is NaN."""
     return np.asarray(values, dtype=np.float64)
+
+
+def _clusters(origin: Provenance) -> tuple[int, ...] | None:
+    """Cluster labels of the probe's examples, where it has any."""
+    labels = origin.probe.get("clusters")
+    return None if labels is None else tuple(int(one) for one in labels)
 
 
 def _origin(rows: "pandas.DataFrame") -> Provenance:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from headscope.stats import mean_and_sem, welch_test
+from headscope.base.statistics import Design, compare_means, mean_and_sem
 from headscope.sweeps.plan import Chunk, PlannedModel, Study, heads_text
 
 if TYPE_CHECKING:
@@ -52,13 +52,15 @@ def rows_table(
     clean: Float[np.ndarray, " example"],
     provenance: str,
     unit: str,
+    clusters: tuple[int, ...] | None = None,
 ) -> "pyarrow.Table":
     """Rows of one chunk and metric."""
     import pyarrow as pa
 
     size = len(chunk.cells)
-    mean, sem, n = mean_and_sem(effects)
-    p = welch_test(effects, np.zeros((size, 1)), "two-sided").p
+    mean, sem, n = mean_and_sem(effects, clusters)
+    none = np.zeros((size, 1))
+    p = compare_means(effects, none, "two-sided", Design(clusters=clusters)).p
     alone = [cell.heads[0] if len(cell.heads) == 1 else None for cell in chunk.cells]
     columns = {
         "model": [model.name] * size,

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from headscope.base.statistics import top_order
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
-from headscope.stats import top_order
 from headscope.sweeps.config import HeadSet
 from headscope.sweeps.rankings import Ranking
 

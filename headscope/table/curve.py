@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.statistics import mean_and_sem, mean_interval
 from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.heads import HeadIndex
-from headscope.stats import bootstrap_interval, mean_and_sem
 from headscope.table.curve_file import read_curve, write_curve
 from headscope.table.effects import EffectGrid
 
@@ -54,10 +54,13 @@ class OrderCurve:
         return mean_and_sem(self.per_example).mean
 
     def interval(
-        self, level: float = 0.95, resamples: int = 2000, seed: int = 0
+        self, level: float = 0.95
     ) -> tuple[Float[np.ndarray, "arm point"], Float[np.ndarray, "arm point"]]:
-        """Percentile bootstrap interval of the mean over examples, lower and upper end."""
-        return bootstrap_interval(self.per_example, level, resamples, seed)
+        """Confidence interval of the mean over examples, lower and upper end.
+
+        Student's t, widened for skewness; see :func:`headscope.base.statistics.mean_interval`.
+        """
+        return mean_interval(self.per_example, level, self.effects.clusters)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per arm and number of heads.
@@ -68,7 +71,7 @@ class OrderCurve:
         import pandas
 
         low, high = self.interval()
-        sem = mean_and_sem(self.per_example).sem
+        sem = mean_and_sem(self.per_example, self.effects.clusters).sem
         rows = []
         for i, arm in enumerate(self.effects.labels[0]):
             for j, count in enumerate(self.counts):

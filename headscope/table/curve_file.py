@@ -53,6 +53,7 @@ def write_curve(
         "unit": effects.unit,
         "description": effects.description,
         "provenance": effects.provenance.to_json(),
+        "clusters": effects.clusters,
     }
     known = {_KEY: json.dumps(head, allow_nan=False).encode()}
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), **known})
@@ -101,12 +102,17 @@ def read_curve(path: Path, kind: str) -> tuple[EffectGrid, dict[str, Any]]:
             unit=str(facts["unit"]),
             description=str(facts["description"]),
             provenance=Provenance.from_json(facts["provenance"]),
+            clusters=_labels(facts.get("clusters")),
         )
     except InputError:
         raise
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise InputError(f"{str(path)!r} is a damaged curve: {error!r}.") from None
     return effects, facts
+
+
+def _labels(values: Any) -> tuple[int, ...] | None:
+    return None if values is None else tuple(int(one) for one in values)
 
 
 def _plain(value: float) -> float | None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.statistics import Design, compare_means, mean_and_sem, mean_interval, top_order
 from headscope.errors import InputError
-from headscope.stats import bootstrap_interval, mean_and_sem, top_order, welch_test
 from headscope.table.provenance import Provenance
 from headscope.table.summary import frozen
 
@@ -31,6 +31,8 @@ class EffectGrid:
         unit: of the metric.
         description: what a positive effect means.
         provenance: where it came from.
+        clusters: label per example; those with one label count as one observation in errors,
+            intervals and tests. None: every example stands for itself.
     """
 
     name: str
@@ -42,6 +44,7 @@ class EffectGrid:
     unit: str = ""
     description: str = ""
     provenance: Provenance = field(default_factory=Provenance)
+    clusters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check the shape; freeze the arrays."""
@@ -64,21 +67,26 @@ class EffectGrid:
     @cached_property
     def sem(self) -> Float[np.ndarray, "*cell"]:
         """Standard error of the mean; NaN with fewer than two examples."""
-        return mean_and_sem(self.per_example).sem
+        return mean_and_sem(self.per_example, self.clusters).sem
 
     @cached_property
     def p_value(self) -> Float[np.ndarray, "*cell"]:
-        """Two-sided test of no effect, one cell at a time."""
+        """Two-sided test of no effect, one cell at a time; NaN where examples are too few.
+
+        Which test: :func:`headscope.base.statistics.compare_means`.
+        """
         none = np.zeros((*self.per_example.shape[:-1], 1))
-        return welch_test(self.per_example, none, "two-sided").p
+        design = Design(clusters=self.clusters)
+        return compare_means(self.per_example, none, "two-sided", design).p
 
     def interval(
-        self, level: float = 0.95, resamples: int = 2000, seed: int = 0
+        self, level: float = 0.95
     ) -> tuple[Float[np.ndarray, "*cell"], Float[np.ndarray, "*cell"]]:
-        """Percentile bootstrap interval of the mean, lower and upper end."""
-        flat = self.per_example.reshape(1, -1, self.per_example.shape[-1])
-        low, high = bootstrap_interval(flat, level, resamples, seed)
-        return low.reshape(self.mean.shape), high.reshape(self.mean.shape)
+        """Confidence interval of the mean, lower and upper end.
+
+        Student's t, widened for skewness; see :func:`headscope.base.statistics.mean_interval`.
+        """
+        return mean_interval(self.per_example, level, self.clusters)
 
     def normalised(self, tolerance: float = 1e-6) -> Float[np.ndarray, "*cell"]:
         """Where the edited run stands: 1 as in the clean run, 0 as in the corrupt one.

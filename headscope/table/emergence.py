@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
-from headscope.stats import mean_and_sem
 from headscope.table.table import HeadTable
 
 if TYPE_CHECKING:

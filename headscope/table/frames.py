@@ -31,6 +31,7 @@ def tidy_columns(scores: HeadScores) -> dict[str, Any]:
         "null": scores.null[at],
         "effect_size": scores.effect_size[at],
         "p_value": scores.p_value[at],
+        "p_floor": scores.p_floor[at],
         "p_adjusted": scores.p_adjusted[at],
     }
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError
-from headscope.stats import mean_and_sem
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float
 
+from headscope.base.statistics import Bounds, top_order
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.stats import top_order
 from headscope.table.provenance import Provenance
-from headscope.table.scores import Bounds
 from headscope.table.summary import frozen
 
 if TYPE_CHECKING:

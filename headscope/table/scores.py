@@ -8,16 +8,30 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from headscope.base.statistics import (
+    LEVEL,
+    Alternative,
+    Bounds,
+    Design,
+    benjamini_hochberg,
+    examples_needed,
+    mean_interval,
+    top_order,
+)
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.stats import Alternative, benjamini_hochberg, bootstrap_interval, top_order
 from headscope.table.provenance import Provenance
 from headscope.table.summary import FLOATS, Summary, frozen
 
 if TYPE_CHECKING:
     import pandas
 
-Bounds = tuple[float | None, float | None]
+
+def alternative_for(bounds: Bounds) -> Alternative:
+    """What to test of a score: ``two-sided`` where 0 lies inside the bounds, else ``greater``."""
+    low, high = bounds
+    signed = (low is None or low < 0) and (high is None or high > 0)
+    return "two-sided" if signed else "greater"
 
 
 class Facts(TypedDict, total=False):
@@ -50,6 +64,7 @@ class HeadScores:
         provenance: where it came from.
         examples: values per example, where they are known; NaN is missing.
         control_examples: the same on the control; one column means an exact null.
+        design: how the examples, and those of the control, belong together.
     """
 
     name: str
@@ -64,6 +79,7 @@ class HeadScores:
     provenance: Provenance = field(default_factory=Provenance)
     examples: Float[np.ndarray, "layer head example"] | None = None
     control_examples: Float[np.ndarray, "layer head control_example"] | None = None
+    design: Design = field(default_factory=Design)
 
     def __post_init__(self) -> None:
         """Check what every user of a score relies on; freeze the arrays."""
@@ -86,7 +102,8 @@ class HeadScores:
         *,
         kv_heads: int,
         control_per_example: Float[np.ndarray, "layer head control_example"] | None = None,
-        alternative: Alternative = "greater",
+        design: Design | None = None,
+        alternative: Alternative | None = None,
         missing: Int[np.ndarray, "layer head"] | None = None,
         **facts: Unpack[Facts],
     ) -> "HeadScores":
@@ -98,7 +115,10 @@ class HeadScores:
             kv_heads: number of key/value heads.
             control_per_example: values on the control, if there is one; a last axis of length 1
                 is an exact null.
-            alternative: what the p-value tests.
+            design: which examples are paired with the control's, and which share a cluster;
+                default: independent examples.
+            alternative: what the p-value tests; default: ``two-sided`` where 0 lies inside the
+                bounds, so that the sign has a meaning, else ``greater``.
             missing: queries per head whose target was out of reach.
             facts: other attributes of the class, by name.
         """
@@ -107,11 +127,14 @@ class HeadScores:
             raise InputError(
                 f"{name!r}: the control has heads {control_per_example.shape[:2]}, not {shape}."
             )
+        design = design or Design()
+        tested = alternative or alternative_for(facts.get("bounds", (None, None)))
         return cls(
             name=name,
-            summary=Summary.of_examples(per_example, control_per_example, alternative, missing),
+            summary=Summary.of_examples(per_example, control_per_example, tested, missing, design),
             kv_heads=kv_heads,
-            alternative=alternative,
+            alternative=tested,
+            design=design,
             examples=per_example,
             control_examples=control_per_example,
             **facts,
@@ -126,7 +149,7 @@ class HeadScores:
         kv_heads: int,
         n: Int[np.ndarray, "layer head"] | None = None,
         known: Mapping[str, Shaped[np.ndarray, "layer head"]] | None = None,
-        alternative: Alternative = "greater",
+        alternative: Alternative | None = None,
         **facts: Unpack[Facts],
     ) -> "HeadScores":
         """Make a score whose examples are not kept, or that has none (weights).
@@ -136,15 +159,17 @@ class HeadScores:
             mean: value of every head; NaN is missing.
             kv_heads: number of key/value heads.
             n: examples behind it; 1 where there is a value unless given.
-            known: any of ``sem``, ``null``, ``effect_size``, ``p_value``, ``missing``.
-            alternative: what the p-value tests.
+            known: any of ``sem``, ``null``, ``effect_size``, ``p_value``, ``p_floor``,
+                ``missing``.
+            alternative: what the p-value tests; default: as in :meth:`from_examples`.
             facts: other attributes of the class, by name.
         """
         arrays = dict.fromkeys(FLOATS, np.full(mean.shape, np.nan))
         arrays |= {"mean": mean, "missing": np.zeros(mean.shape, int)}
         arrays["n"] = (~np.isnan(mean)).astype(int) if n is None else n
         arrays |= known or {}
-        return cls(name, Summary(**arrays), kv_heads, alternative=alternative, **facts)
+        tested = alternative or alternative_for(facts.get("bounds", (None, None)))
+        return cls(name, Summary(**arrays), kv_heads, alternative=tested, **facts)
 
     @property
     def mean(self) -> Float[np.ndarray, "layer head"]:
@@ -153,7 +178,7 @@ class HeadScores:
 
     @property
     def sem(self) -> Float[np.ndarray, "layer head"]:
-        """Standard error of the mean; NaN with fewer than two examples."""
+        """Standard error of the mean, by cluster; NaN with fewer than two."""
         return self.summary.sem
 
     @property
@@ -178,8 +203,16 @@ class HeadScores:
 
     @property
     def p_value(self) -> Float[np.ndarray, "layer head"]:
-        """Welch's test against the control, one head at a time."""
+        """p-value against the control, one head at a time; NaN where there are too few examples.
+
+        Which test: :func:`headscope.base.statistics.compare_means`.
+        """
         return self.summary.p_value
+
+    @property
+    def p_floor(self) -> Float[np.ndarray, "layer head"]:
+        """Smallest p-value that the head's test can give with this many examples."""
+        return self.summary.p_floor
 
     @cached_property
     def p_adjusted(self) -> Float[np.ndarray, "layer head"]:
@@ -200,8 +233,7 @@ class HeadScores:
     @property
     def signed(self) -> bool:
         """Whether 0 lies inside the bounds, so that the sign has a meaning."""
-        low, high = self.bounds
-        return (low is None or low < 0) and (high is None or high > 0)
+        return alternative_for(self.bounds) == "two-sided"
 
     @property
     def per_example(self) -> Float[np.ndarray, "layer head example"]:
@@ -227,10 +259,13 @@ class HeadScores:
         return self.control_examples if self.per_example is not None else None
 
     def interval(
-        self, level: float = 0.95, resamples: int = 2000, seed: int = 0
+        self, level: float = 0.95
     ) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
-        """Percentile bootstrap interval of the mean, lower and upper end."""
-        return bootstrap_interval(self.per_example, level, resamples, seed)
+        """Confidence interval of the mean, lower and upper end, by cluster.
+
+        Student's t, widened for skewness; see :func:`headscope.base.statistics.mean_interval`.
+        """
+        return mean_interval(self.per_example, level, self.design.clusters, self.bounds)
 
     def top(self, k: int = 10) -> list[tuple[HeadIndex, float]]:
         """The k heads with the largest mean, largest first; ties by lowest head; never NaN."""
@@ -241,9 +276,29 @@ class HeadScores:
         return self._ranked(-self.mean, k)
 
     def significant(self, alpha: float = 0.05) -> Bool[np.ndarray, "layer head"]:
-        """Heads above the control, at false discovery rate alpha, and above any threshold."""
-        above = self.p_adjusted < alpha
-        return above if self.threshold is None else above & (self.mean >= self.threshold)
+        """Heads that differ from the control at false discovery rate alpha, past any threshold.
+
+        Above the control, and at or above the threshold; of a two-sided score on either side of
+        the control, and at least the threshold away from 0.
+        """
+        found = self.p_adjusted < alpha
+        if self.threshold is None:
+            return found
+        size = np.abs(self.mean) if self.alternative == "two-sided" else self.mean
+        return np.asarray(found & (size >= self.threshold))
+
+    def examples_needed(self, alpha: float = LEVEL) -> int | None:
+        """How many examples it takes for one head among these to be significant by itself.
+
+        An exact test on n examples gives no p-value below ``2^-n``, and Benjamini-Hochberg asks
+        ``alpha / heads`` of a head that stands alone. None where these examples are enough, where
+        the score has no control, or where the smallest p-values are not known.
+        """
+        heads = int(self.present.sum())
+        short = (self.p_floor > alpha / max(heads, 1)) | (np.isnan(self.p_floor) & (self.n == 1))
+        if not (short & ~np.isnan(self.null)).any():
+            return None
+        return examples_needed(heads, self.alternative, alpha)
 
     def __getitem__(self, head: "str | tuple[int, int]") -> float:
         """Mean of one head, named ``"L5H1"``, ``"5.1"`` or ``(5, 1)``."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Shaped
 
+from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.table.frames import tidy_columns
@@ -122,6 +123,7 @@ def _facts(scores: HeadScores, *, examples: bool) -> dict[str, object]:
         "source": scores.source,
         "threshold": scores.threshold,
         "alternative": scores.alternative,
+        "design": scores.design.to_json(),
         "provenance": scores.provenance.to_json(),
         "examples": {
             name: getattr(scores, attribute).shape[2]
@@ -142,6 +144,8 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
 
     def cells(column: str) -> Shaped[np.ndarray, "layer head"]:
         whole = np.full(shape, 0 if column in ("n", "missing") else np.nan)
+        if column == "p_floor" and column not in mine.column_names:  # written before 0.2
+            return whole
         whole[at] = mine[column].to_numpy()
         return whole.astype(int) if column in ("n", "missing") else whole
 
@@ -161,6 +165,7 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
         provenance=Provenance.from_json(facts["provenance"]),
     )
     name, kv_heads, alternative = facts["name"], facts["kv_heads"], facts["alternative"]
+    design = Design.from_json(facts["design"]) if "design" in facts else Design()
     if "per_example" in facts["examples"]:
         return HeadScores.from_examples(
             name,
@@ -169,6 +174,7 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
             control_per_example=(
                 lists("control_per_example") if "control_per_example" in facts["examples"] else None
             ),
+            design=design,
             alternative=alternative,
             missing=cells("missing"),
             **said,

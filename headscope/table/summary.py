@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from headscope.stats import Alternative, mean_and_sem, welch_test
+from headscope.base.statistics import Alternative, Design, compare_means, mean_and_sem
 
 # Rows are computed in fp32, whose rounding is about 1e-7 a step.
 _RESOLUTION = 1e-6
@@ -17,12 +17,14 @@ class Summary:
 
     Attributes:
         mean: over examples.
-        sem: standard error of the mean.
+        sem: standard error of the mean; of clustered examples, by cluster.
         n: how many examples had a value.
         missing: queries whose target was out of reach.
         null: mean on the control.
         effect_size: Hedges' g of the values against the control.
-        p_value: Welch's test against the control, one head at a time.
+        p_value: of the test against the control, one head at a time; see
+            :func:`headscope.base.statistics.compare_means`.
+        p_floor: smallest p-value that the test can give with this many examples; 0 for t-tests.
     """
 
     mean: Float[np.ndarray, "layer head"]
@@ -32,6 +34,7 @@ class Summary:
     null: Float[np.ndarray, "layer head"]
     effect_size: Float[np.ndarray, "layer head"]
     p_value: Float[np.ndarray, "layer head"]
+    p_floor: Float[np.ndarray, "layer head"]
 
     def __post_init__(self) -> None:
         """Copy and freeze the arrays."""
@@ -47,19 +50,20 @@ class Summary:
         control: Float[np.ndarray, "layer head control_example"] | None,
         alternative: Alternative,
         missing: Int[np.ndarray, "layer head"] | None,
+        design: Design,
     ) -> "Summary":
         """Average the examples and test them against the control."""
-        mean, sem, n = mean_and_sem(values)
+        mean, sem, n = mean_and_sem(values, design.clusters)
         counted = np.zeros_like(n) if missing is None else missing
         if control is None:
             blank = np.full_like(mean, np.nan)
-            return cls(mean, sem, n, counted, blank, blank, blank)
-        test = welch_test(values, control, alternative, _RESOLUTION)
+            return cls(mean, sem, n, counted, blank, blank, blank, blank)
+        test = compare_means(values, control, alternative, design, _RESOLUTION)
         null = np.where((n > 0) | (counted > 0), mean_and_sem(control).mean, np.nan)
-        return cls(mean, sem, n, counted, null, test.effect, test.p)
+        return cls(mean, sem, n, counted, null, test.effect, test.p, test.floor)
 
 
-FLOATS = ("mean", "sem", "null", "effect_size", "p_value")
+FLOATS = ("mean", "sem", "null", "effect_size", "p_value", "p_floor")
 
 
 def frozen(array: np.ndarray, kind: type) -> np.ndarray:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from headscope.base.statistics import rank_correlation, top_k_overlap
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
-from headscope.stats import rank_correlation, top_k_overlap
 from headscope.table.roles import RoleFinding, find_roles, roles_by_head
 from headscope.table.scores import HeadScores
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import headscope as hs
 from headscope.comparing.matching import by_profile, profile_distances, weight_similarity
@@ -98,7 +99,7 @@ def test_paired_differences_use_the_same_examples() -> None:
     apart = hs.compare(of(0.0), of(0.5, seed=1), by="address")
     assert apart.paired == (False,)
     sem = np.sqrt(2) * noise[0].std(-1, ddof=1) / np.sqrt(40)
-    widths = [2 * 1.96 * sem[a.head] for a, _ in apart.pairs]
+    widths = [2 * stats.t.ppf(0.975, 78) * sem[a.head] for a, _ in apart.pairs]  # Welch
     np.testing.assert_allclose((apart.high - apart.low)[:, 0], widths)
 
 

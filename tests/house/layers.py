@@ -9,7 +9,7 @@ from typing import NamedTuple
 # The floors of the house, ground floor first. Imports go strictly downwards.
 FLOORS = (
     {"errors"},
-    {"heads", "rows", "stats", "memory", "progress", "configs", "files"},
+    {"heads", "rows", "memory", "progress", "configs", "files"},
     {"base"},
     {"inputs"},
     {"matches"},
@@ -30,7 +30,7 @@ FLOORS = (
 _BASE = {"errors", "heads", "base"}
 _DISK = {"configs", "files"}
 _TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
-_SEES_MODELS = _TENSORS | {"edits", "probes", "table", "stats", "models", "origin"}
+_SEES_MODELS = _TENSORS | {"edits", "probes", "table", "models", "origin"}
 _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
 
 # Who may import whom. Floors alone would let `capture` import `scorers` or `sweeps` import
@@ -40,7 +40,6 @@ ALLOWED: dict[str, set[str]] = {
     "heads": {"errors"},
     "base": {"errors", "heads"},
     "rows": {"errors"},
-    "stats": {"errors"},
     "memory": {"errors"},
     "progress": set(),
     "configs": {"errors"},
@@ -48,16 +47,16 @@ ALLOWED: dict[str, set[str]] = {
     "outputs": {"errors", "rows", "matches"},
     "inputs": {"errors"},
     "matches": {"inputs"},
-    "table": {"errors", "heads", "stats", "files"},
+    "table": _BASE | {"files"},
     "metrics": {"errors"},
     "edits": {"errors", "heads"},
     "probes": {"errors", "heads", "configs"},
     "scorers": {"errors", "heads", "rows", "outputs", "inputs", "matches", "probes"},
-    "plots": {"errors", "heads", "stats", "table"},
+    "plots": _BASE | {"table"},
     "models": _BASE | {"rows", "outputs", "inputs", "matches", "edits", "memory"},
     "origin": {"probes", "table", "models"},
     "capture": _TENSORS | {"edits", "probes", "models"},
-    "circuits": _TENSORS | {"probes", "stats", "table", "models", "origin"},
+    "circuits": _TENSORS | {"probes", "table", "models", "origin"},
     "compiled": _BASE | {"models", "probes"},
     "lens": _SEES_MODELS | _DISK | {"capture"},
     "geometry": _SEES_MODELS | {"capture"},
@@ -69,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparing": _RUNS_MODELS | {"circuits", "scoring"},
     "retrieval": _RUNS_MODELS | _DISK | {"scoring", "ablation"},
     "sweeps": _RUNS_MODELS | _DISK | {"circuits", "lens", "scoring", "ablation", "pruning"},
-    "report": {"errors", "heads", "files", "stats", "table", "plots"},
+    "report": _BASE | {"files", "table", "plots"},
     "interactive": _RUNS_MODELS
     | {"files", "circuits", "scoring", "ablation", "patterns", "report"},
     "cli": set().union(*FLOORS[:-2]),

@@ -12,7 +12,7 @@ def test_bars_are_the_best_heads_in_order() -> None:
     np.testing.assert_allclose(bar.y, [0.9, 0.8, 0.2])
 
 
-def test_error_bars_are_the_bootstrap_interval() -> None:
+def test_error_bars_are_the_interval() -> None:
     one = scores(n=12)
     bar = plots.ranking(one, 1).data[0]
     low, high = one.interval(0.95)
@@ -23,7 +23,11 @@ def test_error_bars_are_the_bootstrap_interval() -> None:
 def test_without_examples_they_are_standard_errors() -> None:
     mean, sem = np.array([[0.5, 0.4]]), np.array([[0.1, 0.2]])
     one = HeadScores.from_summary("x", mean, kv_heads=1, known={"sem": sem})
-    assert plots.ranking(one).data[0].error_y.array == pytest.approx([0.196, 0.392])
+    assert plots.ranking(one).data[0].error_y.array == pytest.approx([0.196, 0.392], abs=1e-4)
+    n = np.array([[16, 16]])
+    known = HeadScores.from_summary("x", mean, kv_heads=1, n=n, known={"sem": sem})
+    drawn = plots.ranking(known).data[0].error_y.array
+    assert drawn == pytest.approx([0.21314, 0.42629], abs=1e-4)  # t with 15 degrees of freedom
 
 
 def test_colour_tells_significance_and_the_band_the_null() -> None:

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from headscope import plots
+from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
 from headscope.plots.drawing import draw
-from headscope.stats import bootstrap_interval
 from headscope.table import EffectGrid
 
 
@@ -25,7 +25,7 @@ def test_lines_are_means_and_bands_are_intervals() -> None:
     assert lines["short"].x == (0, 2)
     np.testing.assert_allclose(lines["random (2)"].y, one.mean[2:].mean(0) + 2)
     bands = [trace for trace in figure.data if trace.fill == "toself"]
-    low, high = bootstrap_interval(one.per_example + 2.0)
+    low, high = mean_interval(one.per_example + 2.0)
     np.testing.assert_allclose(bands[1].y, [*low[0], *high[0][::-1]])
     np.testing.assert_allclose(bands[0].y[:3], one.mean[2:].min(0) + 2)
     drawn = draw(figure).axes[0]

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -35,14 +37,49 @@ def test_only_ordinary_tokens_are_drawn() -> None:
     assert tokens.min() > 1  # <s> and the reserved token are special
 
 
-def test_the_control_has_the_shape_and_no_repetition() -> None:
+@pytest.mark.parametrize("length", [3, 4, 7, 30])
+@pytest.mark.parametrize("copies", [2, 3])
+def test_the_control_permutes_the_later_copies(length: int, copies: int) -> None:
+    probe = repeated_tokens(reader(), length=length, batch=4, copies=copies)
+    control = probe.control
+    assert control is not None
+    assert control.paired
+    assert control.tokens.shape == probe.tokens.shape
+    assert control.tokens[:, : 1 + length].equal(probe.tokens[:, : 1 + length])
+    for row in range(4):
+        first, *later = control.tokens[row, 1:].unflatten(0, (copies, length)).tolist()
+        asked = (control.previous_occurrence[row, 1:] >= 0).unflatten(0, (copies, length))
+        assert not asked[0].any()
+        for copy, wanted in zip(later, asked[1:], strict=True):
+            assert sorted(copy) == sorted(first)
+            for j in wanted.nonzero().flatten().tolist():
+                # the query is another token, and the key's token is the next that will be said
+                assert copy[j] != first[j]
+                assert copy[(j + 1) % length] == first[(j + 1) % length]
+                assert first[(j + 1) % length] not in copy[: j + 1] or j == length - 1
+            assert not set(pairwise(copy)) & set(pairwise(first))
+            if length > 3:
+                assert wanted.sum() >= length // 2 - 1
+
+
+def test_all_places_count_alike_in_the_control() -> None:
+    control = repeated_tokens(reader(), length=30, batch=4).control
+    assert control is not None
+    assert (control.previous_occurrence >= 0).sum(0)[31:].tolist() == [2] * 30
+
+
+def test_of_two_tokens_there_is_no_other_order() -> None:
+    probe = repeated_tokens(reader(), length=2, batch=4)
+    control = probe.control
+    assert control is not None
+    assert all(len(set(row)) == len(row) for row in control.tokens.tolist())
+    assert control.structure.equal(probe.structure)
+
+
+def test_the_control_has_the_facts_of_the_probe() -> None:
     probe = repeated_tokens(reader(), length=30, batch=4)
     control = probe.control
     assert control is not None
-    assert control.tokens.shape == probe.tokens.shape
-    assert all(len(set(row)) == len(row) for row in control.tokens.tolist())
-    assert not control.tokens[:, 1:].equal(probe.tokens[:, 1:])
-    assert control.structure.equal(probe.structure)
     assert control.targets[:, :-1].equal(control.tokens[:, 1:])
     assert all(control.marks[name].equal(mark) for name, mark in probe.marks.items())
     assert control.name == "repeated_tokens_control"

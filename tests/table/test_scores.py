@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
+from scipy import stats
 
+from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.stats import benjamini_hochberg, welch_test
 from headscope.table import HeadScores
 from tests.table.helpers import NAN, scores
 
@@ -16,10 +17,53 @@ def test_numbers_come_from_the_examples() -> None:
     np.testing.assert_allclose(one.mean, values.mean(-1))
     np.testing.assert_allclose(one.sem, values.std(-1, ddof=1) / np.sqrt(5))
     np.testing.assert_allclose(one.null, control.mean(-1))
-    test = welch_test(values, control)
-    np.testing.assert_allclose(one.p_value, test.p)
-    np.testing.assert_allclose(one.effect_size, test.effect)
-    np.testing.assert_allclose(one.p_adjusted, benjamini_hochberg(test.p))
+    welch = stats.ttest_ind(values, control, axis=-1, equal_var=False)
+    np.testing.assert_allclose(one.p_value, welch.pvalue)  # no bounds: the sign has a meaning
+    adjusted = stats.false_discovery_control(welch.pvalue.ravel())
+    np.testing.assert_allclose(one.p_adjusted.ravel(), adjusted)
+    pooled = np.sqrt((4 * values.var(-1, ddof=1) + 3 * control.var(-1, ddof=1)) / 7)
+    g = (values.mean(-1) - control.mean(-1)) / pooled * (1 - 3 / 27)
+    np.testing.assert_allclose(one.effect_size, g)
+
+
+def test_paired_and_clustered_examples() -> None:
+    rng = np.random.default_rng(0)
+    values, control = rng.random((2, 3, 6)), rng.random((2, 3, 6))
+    design = Design(paired=True, clusters=(0, 0, 1, 1, 2, 2))
+    one = HeadScores.from_examples(
+        "x", values, kv_heads=3, control_per_example=control, bounds=(0.0, 1.0), design=design
+    )
+    means = (values - control).reshape(2, 3, 3, 2).mean(-1)
+    test = stats.ttest_1samp(means, 0, axis=-1, alternative="greater")
+    np.testing.assert_allclose(one.p_value, test.pvalue)
+    np.testing.assert_allclose(one.sem, stats.sem(values.reshape(2, 3, 3, 2).mean(-1), axis=-1))
+
+
+def test_a_head_that_suppresses_is_significant_where_the_sign_has_a_meaning() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.1, (1, 4, 16))
+    values[0, 2] -= 3.0
+    none = np.zeros((1, 4, 1))
+    for facts in ({}, {"threshold": 0.5}, {"bounds": (-9.0, 9.0)}):
+        one = HeadScores.from_examples("x", values, kv_heads=1, control_per_example=none, **facts)
+        assert one.alternative == "two-sided"
+        assert one.significant().tolist() == [[False, False, True, False]]
+    far = HeadScores.from_examples("x", values, kv_heads=1, control_per_example=none, threshold=5.0)
+    assert not far.significant().any()
+
+
+def test_too_few_examples_are_said() -> None:
+    def of(n: int) -> HeadScores:
+        values = np.zeros((2, 512, n))
+        values[0, 0] = 1.0
+        return HeadScores.from_examples(
+            "x", values, kv_heads=1, control_per_example=np.zeros((2, 512, n)), bounds=(0.0, 1.0)
+        )
+
+    assert [of(n).examples_needed() for n in (1, 2, 14, 15)] == [15, 15, 15, None]
+    assert [bool(of(n).significant()[0, 0]) for n in (2, 14, 15)] == [False, False, True]
+    assert scores(means=((0.9, 0.3), (0.2, 0.8))).examples_needed() is None
+    assert scores(control_per_example=None).examples_needed() is None
 
 
 def test_order_of_examples_changes_nothing() -> None:
@@ -78,8 +122,8 @@ def test_missing_heads_count_as_present_but_absent_layers_do_not() -> None:
 
 
 def test_a_missing_head_is_not_a_test() -> None:
-    full = scores(means=((0.3, 0.1), (0.2, 0.8)))
-    holed = scores(means=((0.3, NAN), (0.2, 0.8)))
+    full = scores(means=((0.3, 0.1), (0.2, 0.8)), n=6)
+    holed = scores(means=((0.3, NAN), (0.2, 0.8)), n=6)
     assert np.isnan(holed.p_adjusted[0, 1])
     assert holed.p_adjusted[0, 0] < full.p_adjusted[0, 0]
 
