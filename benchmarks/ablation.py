@@ -20,7 +20,7 @@ import torch
 from support import gpt2_small, report
 
 import headscope as hs
-from headscope.stats import rank_correlation
+from headscope.base.statistics import rank_correlation
 
 PROMPTS, LENGTH, LAYERS, HEADS, WIDTH, VOCAB = 10, 100, 12, 12, 768, 50257
 LOOP_EVERY = 13  # coprime to 12: the sample walks through the layers and the heads
