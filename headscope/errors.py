@@ -12,6 +12,18 @@ class InputError(HeadscopeError, ValueError):
     """An argument, a file or a config does not hold what it should; nothing was computed yet."""
 
 
+class HeadscopeWarning(UserWarning):
+    """Something worth knowing that changes no number unasked; said once."""
+
+
+class WriteError(InputError, OSError):
+    """A file could not be written; what stood under its name is untouched."""
+
+    def __str__(self) -> str:
+        """The sentence, where other errors of the system would print their number."""
+        return str(self.args[0]) if self.args else ""
+
+
 class UnsupportedModelError(HeadscopeError):
     """The model runs, but headscope cannot see its heads, or a method does not apply to it."""
 

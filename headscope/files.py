@@ -1,36 +1,134 @@
-"""Writing files so that each is whole or absent, whatever kills the process."""
+"""Reading text as people have it, and writing files so that each is whole or absent."""
 
 import errno
+import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from headscope.errors import InputError
+from headscope.errors import InputError, WriteError
 
 # What disks answer that cannot sync a folder, such as SMB shares: their renames are on their own.
 _CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
+
+
+def read_text(path: "str | Path") -> str:
+    """Text of a UTF-8 file, without a byte-order mark; line ends stay as they are.
+
+    Raises:
+        InputError: if it cannot be read, or holds something else.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"{path} cannot be read as UTF-8 text: line {line} holds the byte "
+            f"{error.object[error.start]:#04x}; save it as UTF-8."
+        ) from error
+
+
+def read_lines(path: "str | Path") -> list[str]:
+    r"""Lines of a UTF-8 file; only ``\n``, or ``\r\n``, ends a line.
+
+    ``str.splitlines`` would also split at form feeds and Unicode's line separators, which stand
+    inside JSON strings.
+
+    Raises:
+        InputError: if it cannot be read, or holds something else.
+    """
+    return [line.removesuffix("\r") for line in read_text(path).split("\n")]
+
+
+def paragraphs(text: str) -> list[str]:
+    """Paragraphs of a text: what blank lines separate."""
+    blocks = text.replace("\r\n", "\n").split("\n\n")
+    return [block.strip() for block in blocks if block.strip()]
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under its name only once it is complete and on the disk.
 
+    A symbolic link of that name is replaced, never followed.
+
     Args:
         target: where it shall stand; what stands there is replaced at once.
+
+    Raises:
+        WriteError: if the disk does not take it, or what stands there must not be replaced.
     """
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    with whole_path(target) as beside, beside.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_path(target: Path) -> Iterator[Path]:
+    """Give the path of a temporary file that takes the place of ``target`` in the end.
+
+    For libraries that write to a path; see :func:`whole_file`. The temporary name is unique, so
+    two writers of one target never meet.
+
+    Raises:
+        WriteError: if the disk does not take it, or what stands there must not be replaced.
+    """
+    _check_replaceable(target)
+    beside = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with beside.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
         beside.replace(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        if isinstance(error, WriteError) or error.filename not in _names(beside, target):
+            raise
+        raise _refusal(target, error) from error
     finally:
-        beside.unlink(missing_ok=True)
-    sync_folder(target.parent)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _names(*paths: Path) -> set[str | None]:
+    """File names of errors that are about these paths; writing to an open file names none."""
+    return {None, *map(str, paths)}
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace what is not a plain file that may be written to."""
+    try:
+        mode = target.lstat().st_mode
+    except OSError:
+        return  # absent, or opening it will tell
+    if stat.S_ISDIR(mode):
+        raise WriteError(f"cannot write {target}: a folder has that name. Choose another name.")
+    if stat.S_ISREG(mode) and not mode & 0o222:
+        raise WriteError(
+            f"cannot write {target}: that file is read-only. Choose another name, or make it "
+            "writable."
+        )
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise WriteError(f"cannot write {target}: it is a device or pipe. Choose a file.")
+
+
+def _refusal(target: Path, error: OSError) -> WriteError:
+    """The sentence for an error of the system."""
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        fix = "Free some space, or choose another place."
+    elif error.errno == errno.ENOENT:
+        fix = "Make its folder first."
+    else:
+        fix = "Choose another place."
+    found = WriteError(f"cannot write {target}: {reason}. {fix}")
+    found.errno, found.strerror = error.errno, error.strerror
+    return found
 
 
 def sync_folder(folder: Path) -> None:
@@ -48,8 +146,13 @@ def sync_folder(folder: Path) -> None:
             raise
 
 
-def whole_page(target: Path, page: str) -> None:
+def whole_page(target: Path, page: str, asked: Mapping[str, Any] | None = None) -> None:
     """Write an HTML page, whole or not at all.
+
+    Args:
+        target: of the page.
+        page: as HTML.
+        asked: what it was made from, kept in it for :func:`check_page`.
 
     Raises:
         InputError: if the name does not end in ``.html``.
@@ -58,6 +161,37 @@ def whole_page(target: Path, page: str) -> None:
         raise InputError(f"{target.name!r} should end in .html.")
     with whole_file(target) as file:
         file.write(page.encode())
+        if asked is not None:
+            file.write(_stamp(asked))
+
+
+def check_page(target: Path, asked: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Refuse to replace a file that is not the same page made before.
+
+    Raises:
+        InputError: if another file has the name.
+    """
+    if overwrite or not target.exists():
+        return
+    try:
+        with target.open("rb") as file:
+            file.seek(max(0, target.stat().st_size - _STAMP_BYTES))
+            same = file.read().endswith(_stamp(asked))
+    except OSError as error:
+        raise InputError(f"cannot read {target}: {error.strerror or error}.") from error
+    if not same:
+        raise InputError(
+            f"{target} holds something else: choose another --out, or replace it with --overwrite."
+        )
+
+
+_STAMP_BYTES = 1_000_000
+
+
+def _stamp(asked: Mapping[str, Any]) -> bytes:
+    """What a page was made from, as an HTML comment; two dashes would end it."""
+    said = json.dumps(asked, sort_keys=True, default=str).replace("-", "\\u002d")
+    return f"\n<!-- headscope {said} -->\n".encode()
 
 
 def check_same(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
@@ -81,12 +215,27 @@ def writable_folder(folder: Path) -> Path:
     Raises:
         InputError: if they cannot.
     """
+    probe = folder / f".{secrets.token_hex(8)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / ".writable") as file:
-            file.write(b"")
-        (folder / ".writable").unlink(missing_ok=True)  # another process may try it too
+        probe.touch(exist_ok=False)
+        probe.unlink()
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write to {folder}: {reason}. Choose another folder.") from error
     return folder
+
+
+def subfolder(folder: Path, name: str) -> Path:
+    """Make a folder inside a folder of results; a symbolic link is refused, not followed.
+
+    Raises:
+        InputError: if it leads elsewhere, or cannot be written to.
+    """
+    place = folder / name
+    if place.is_symlink():
+        raise InputError(
+            f"{place} is a symbolic link and would lead out of the folder: remove it, or choose "
+            "another folder."
+        )
+    return writable_folder(place)

@@ -8,7 +8,7 @@ import typer
 from headscope.cli.app_comparing import commands as comparing
 from headscope.cli.app_retrieval import commands as retrieving
 from headscope.cli.loading import Loading, with_loading
-from headscope.cli.options import Json, Memory, Model, Scorers, path_option
+from headscope.cli.options import Json, Memory, Model, Overwrite, Scorers, path_option
 
 app = typer.Typer(
     name="headscope",
@@ -36,6 +36,7 @@ def scan(
     examples: Annotated[
         bool, typer.Option("--examples", help="Keep the values per example.")
     ] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Score every attention head of MODEL; with --out also write the table and pictures."""
@@ -44,6 +45,7 @@ def scan(
     command.run(
         loading.of(model),
         out=out,
+        overwrite=overwrite,
         scorers=scorers,
         probe_file=probe,
         memory=memory,
@@ -89,12 +91,21 @@ def circuits(
     ] = 256,
     paths: Annotated[int, typer.Option(min=1, help="Chains of each kind.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and random bands.")] = 0,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Read every head of MODEL from its weights: spectra, copying, composition, paths."""
     from headscope.cli import circuits as command
 
-    command.run(loading.of(model), out=out, tokens=tokens, paths=paths, seed=seed, as_json=json)
+    command.run(
+        loading.of(model),
+        out=out,
+        overwrite=overwrite,
+        tokens=tokens,
+        paths=paths,
+        seed=seed,
+        as_json=json,
+    )
 
 
 @app.command(no_args_is_help=True)
@@ -112,6 +123,7 @@ def head(
         bool, typer.Option("--weights-only", help="Run no probe: weights alone.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of probes and random bands.")] = 0,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Show all there is to know of one HEAD: scores, weights, partners, example, ablation."""
@@ -122,6 +134,7 @@ def head(
         loading.of(model),
         address,
         out=out,
+        overwrite=overwrite,
         text=text,
         weights_only=weights_only,
         seed=seed,
@@ -146,6 +159,7 @@ def lens(
         Path | None, path_option("Folder of a tuned lens or of shortcuts.", "--lens")
     ] = None,
     out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Read every layer of MODEL in the vocabulary, and split the next token's logit exactly."""
@@ -161,6 +175,7 @@ def lens(
         k=top,
         learned=learned,
         out=out,
+        overwrite=overwrite,
         as_json=json,
     )
 
@@ -196,6 +211,7 @@ def sweep(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of the config, for editors.")
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run the ablations of CONFIG, or what is left of them; safe to interrupt and kill."""
     from headscope.cli import sweep as command
@@ -203,6 +219,7 @@ def sweep(
     command.run(
         config,
         out=out,
+        overwrite=overwrite,
         shard=shard,
         executor=executor,
         workers=workers,
@@ -241,11 +258,12 @@ def report(
     ],
     out: Annotated[Path, path_option("HTML file.", "--out", "-o")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Title (default: the models).")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Join runs of one model, or of several side by side, into one HTML file that opens offline."""
     from headscope.cli import report as command
 
-    command.run(runs, out=out, title=title)
+    command.run(runs, out=out, overwrite=overwrite, title=title)
 
 
 app.add_typer(comparing)

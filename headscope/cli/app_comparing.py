@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from headscope.cli.loading import Loading
-from headscope.cli.options import Device, Dtype, Json, Scorers, path_option
+from headscope.cli.options import Device, Dtype, Json, Overwrite, Scorers, path_option
 
 commands = typer.Typer()
 
@@ -29,6 +29,7 @@ def emergence(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Score heads at every checkpoint of training, beside the losses: which appear when."""
@@ -40,6 +41,7 @@ def emergence(
         scorers=scorers,
         texts=texts,
         out=out,
+        overwrite=overwrite,
         seed=seed,
         as_json=json,
     )
@@ -53,9 +55,12 @@ def compare(
     scorers: Scorers = None,
     out: Annotated[Path | None, path_option("Folder for numbers and page.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Match the heads of two models or checkpoints, and tell how their scores differ."""
     from headscope.cli import compare as command
 
-    command.run(first, second, by=by, scorers=scorers, out=out, seed=seed, as_json=json)
+    command.run(
+        first, second, by=by, scorers=scorers, out=out, overwrite=overwrite, seed=seed, as_json=json
+    )

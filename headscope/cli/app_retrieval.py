@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from headscope.cli.loading import Loading, with_loading
-from headscope.cli.options import Json, Model, path_option
+from headscope.cli.options import Json, Model, Overwrite, path_option
 
 commands = typer.Typer()
 
@@ -61,6 +61,7 @@ def retrieval(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of needles and texts.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Find the heads of MODEL that fetch from far back, and mask them; resumable with --out."""
@@ -82,7 +83,7 @@ def retrieval(
         masking=masking,
         random=random,
     )
-    command.run(loading, asked, out=out, as_json=json)
+    command.run(loading, asked, out=out, overwrite=overwrite, as_json=json)
 
 
 @commands.command(no_args_is_help=True)
@@ -106,6 +107,7 @@ def influence(
     denominator: Annotated[
         str, typer.Option(help="base or masked: what the rise is a share of.")
     ] = "base",
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Rank the documents of CORPUS by how much retrieval heads help to read them; resumable."""
@@ -116,6 +118,7 @@ def influence(
         corpus,
         heads=heads,
         out=out,
+        overwrite=overwrite,
         field=field,
         max_tokens=max_tokens,
         batch_size=batch_size,

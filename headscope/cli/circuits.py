@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from headscope.circuits.survey import Survey, survey
 from headscope.circuits.vocabulary import vocabulary_words
 from headscope.cli.command import typed
+from headscope.cli.folder import asked_of, run_folder
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, table_rows
 from headscope.files import whole_file
@@ -27,23 +28,28 @@ _SHOWN = (
 
 
 def run(
-    loading: Loading, *, out: Path | None, tokens: int, paths: int, seed: int, as_json: bool
+    loading: Loading,
+    *,
+    out: Path | None,
+    overwrite: bool,
+    tokens: int,
+    paths: int,
+    seed: int,
+    as_json: bool,
 ) -> None:
-    """Load, read the weights, print, write."""
-    from headscope.report.folder import RunFolder
-
-    folder = None if out is None else RunFolder.create(out)
+    """Load, read the weights, write, print."""
+    folder = run_folder(out, "circuits", overwrite=overwrite)
     started = time.perf_counter()
     model = loading.model()
     loaded = time.perf_counter()
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, tokens=tokens, paths=paths, seed=seed))
     found = survey(model, tokens=tokens, paths=paths, seed=seed)
     timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
-    if as_json:
-        print(json.dumps(_as_json(found), allow_nan=False))
-    else:
-        _print(found)
     if folder is None:
+        _show(found, as_json=as_json)
         return
+    folder = folder.ready()
     settings = {
         "command": "circuits",
         "model": model.name,
@@ -53,10 +59,19 @@ def run(
     }
     words = vocabulary_words(model, 3 if len(model.shape.heads) <= 1024 else 1)
     _write(folder, found, words, settings, timings)
+    _show(found, as_json=as_json)
     console(stderr=True).print(
-        f"Written to {out}: index.html (open it in a browser), table.parquet, pairs.parquet, "
-        "spectra.safetensors, words.json, paths.json, pictures/."
+        f"Written to {folder.path}: index.html (open it in a browser), table.parquet, "
+        "pairs.parquet, spectra.safetensors, words.json, paths.json, pictures/.",
+        soft_wrap=True,
     )
+
+
+def _show(found: Survey, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_as_json(found), allow_nan=False))
+    else:
+        _print(found)
 
 
 def _as_json(found: Survey) -> dict[str, Any]:

@@ -5,7 +5,9 @@ import shlex
 import sys
 from pathlib import Path
 
-_ABSOLUTE = re.compile(r"^(?:~|/|\\\\|[A-Za-z]:[\\/])")
+_ABSOLUTE = re.compile(r"^(?:~|/|\\\\|[A-Za-z]:[\\/]|file:)")
+# ``--name=`` and ``-n``, with the value in the same word.
+_JOINED = re.compile(r"^(--[\w-]+=|-[A-Za-z](?=[/~\\]))(.*)$", re.DOTALL)
 
 
 def typed() -> str | None:
@@ -15,10 +17,19 @@ def typed() -> str | None:
     author's home is.
     """
     program = Path(sys.argv[0])
-    if "headscope" not in (program.stem, program.parent.name):
+    script = program.stem == "headscope" and program.suffix in ("", ".exe")
+    module = program.parts[-2:] == ("headscope", "__main__.py")
+    if not (script or module):
         return None
-    return shlex.join(["headscope", *map(_portable, sys.argv[1:])])
+    return shlex.join(["headscope", *map(portable, sys.argv[1:])])
 
 
-def _portable(word: str) -> str:
-    return re.split(r"[\\/]", word.rstrip("\\/"))[-1] if _ABSOLUTE.match(word) else word
+def portable(word: str) -> str:
+    """A word of a command line without the folders of this machine."""
+    joined = _JOINED.match(word)
+    name, value = joined.groups() if joined else ("", word)
+    return name + ",".join(_last_part(one) for one in value.split(","))
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] if _ABSOLUTE.match(path) else path

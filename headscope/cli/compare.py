@@ -1,19 +1,24 @@
 """``headscope compare``: heads of two models, matched."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headscope.cli.command import typed
+from headscope.cli.folder import run_folder
 from headscope.cli.names import scorer_names
 from headscope.cli.output import console, plain_rows
 from headscope.comparing import compare
 from headscope.comparing.compared import way_to_match
-from headscope.files import whole_file, whole_page, writable_folder
+from headscope.files import whole_file, whole_page
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
-from headscope.table import Comparison, HeadTable
+from headscope.table import Comparison, HeadTable, versions
+
+if TYPE_CHECKING:
+    from headscope.report.folder import RunFolder
 
 
 def run(
@@ -23,26 +28,46 @@ def run(
     by: str,
     scorers: str | None,
     out: Path | None,
+    overwrite: bool,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Read or score both, match, print, write."""
+    """Read or score both, match, write, print."""
     way = way_to_match(by)
     names = scorer_names(scorers)
-    folder = None if out is None else writable_folder(out)
+    folder = run_folder(out, "compare", overwrite=overwrite)
     started = time.perf_counter()
-    found = compare(_read(first), _read(second), by=way, scorers=names, seed=seed)
+    one, two = _read(first), _read(second)
+    if folder is not None:
+        sides = {"first": _identity(one), "second": _identity(two)}
+        folder = folder.of({**sides, "by": by, "scorers": names, "seed": seed})
+    found = compare(one, two, by=way, scorers=names, seed=seed)
     seconds = time.perf_counter() - started
+    if folder is None:
+        _show(found, as_json=as_json)
+        return
+    folder = folder.ready()
+    _write(folder, found, {"by": by, "seed": seed, "seconds": round(seconds, 2)})
+    _show(found, as_json=as_json)
+    console(stderr=True).print(
+        f"Written to {folder.path}: index.html (open it in a browser), comparison.parquet.",
+        soft_wrap=True,
+    )
+
+
+def _identity(side: "HeadModel | HeadTable") -> str:
+    """What tells one side from another: a model's weights, or where a table came from."""
+    if isinstance(side, HeadTable):
+        origins = [[name, one.provenance.to_json()] for name, one in side.items()]
+        return hashlib.sha256(json.dumps(origins, sort_keys=True).encode()).hexdigest()
+    return side.digest()
+
+
+def _show(found: Comparison, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plain_rows(found.to_pandas()), allow_nan=False))
     else:
         _print(found)
-    if folder is None:
-        return
-    _write(folder, found, {"by": by, "seed": seed, "seconds": round(seconds, 2)})
-    console(stderr=True).print(
-        f"Written to {out}: index.html (open it in a browser), comparison.parquet.", soft_wrap=True
-    )
 
 
 def _read(name: str) -> "HeadModel | HeadTable":
@@ -79,11 +104,11 @@ def _print(found: Comparison) -> None:
     terminal.print(Text(repr(found)))
 
 
-def _write(folder: Path, found: Comparison, settings: dict[str, Any]) -> None:
+def _write(folder: "RunFolder", found: Comparison, settings: dict[str, Any]) -> None:
     from headscope.report import sections_page
     from headscope.report.comparison import comparison_sections
 
-    with whole_file(folder / "comparison.parquet") as file:
+    with whole_file(folder.path / "comparison.parquet") as file:
         found.to_pandas().to_parquet(file, index=False)
     page = sections_page(
         f"{found.names[0]} and {found.names[1]}",
@@ -93,4 +118,5 @@ def _write(folder: Path, found: Comparison, settings: dict[str, Any]) -> None:
         [(name, str(value)) for name, value in settings.items()],
         typed(),
     )
-    whole_page(folder / "index.html", page)
+    whole_page(folder.path / "index.html", page)
+    folder.claim.write_facts({"command": typed(), "settings": settings, "versions": versions()})

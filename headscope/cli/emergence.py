@@ -1,5 +1,6 @@
 """``headscope emergence``: scores of heads at every checkpoint of a training run."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from headscope.cli.command import typed
+from headscope.cli.folder import run_folder
 from headscope.cli.loading import Loading
 from headscope.cli.names import listed, scorer_names
 from headscope.cli.output import console, plain_rows
 from headscope.comparing import emergence
 from headscope.errors import InputError
-from headscope.files import whole_file
+from headscope.files import paragraphs, read_text, whole_file
 from headscope.plots.text import visible
 from headscope.sweeps.results import read
 from headscope.table import Emergence
@@ -27,16 +29,27 @@ def run(
     scorers: str | None,
     texts: Path | None,
     out: Path | None,
+    overwrite: bool,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Score or read a sweep, print, write."""
+    """Score or read a sweep, write, print."""
     from headscope.report.emergence import emergence_sections
-    from headscope.report.folder import RunFolder
 
     names, revisions = scorer_names(scorers), listed(checkpoints)
     passages = None if texts is None else _passages(texts)
-    folder = None if out is None else RunFolder.create(out)
+    folder = run_folder(out, "emergence", overwrite=overwrite)
+    if folder is not None:
+        folder = folder.of(
+            {
+                "model": _source(loading.source),
+                "checkpoints": revisions,
+                "scorers": names,
+                "texts": None if passages is None else _digest("\n\n".join(passages)),
+                "dtype": loading.dtype,
+                "seed": seed,
+            }
+        )
     started = time.perf_counter()
     if _is_sweep(loading.source):
         story = of_sweep(Path(str(loading.source)))
@@ -51,12 +64,10 @@ def run(
             seed=seed,
         )
     timings = {"score_seconds": time.perf_counter() - started}
-    if as_json:
-        print(json.dumps(plain_rows(story.to_pandas()), allow_nan=False))
-    else:
-        _print(story)
     if folder is None:
+        _show(story, as_json=as_json)
         return
+    folder = folder.ready()
     with whole_file(folder.path / "emergence.parquet") as file:
         story.to_pandas().to_parquet(file, index=False)
     settings: dict[str, Any] = {
@@ -75,11 +86,19 @@ def run(
         sections=emergence_sections(story),
         pictures={"emergence": picture(story)},
     )
+    _show(story, as_json=as_json)
     console(stderr=True).print(
-        f"Written to {out}: index.html (open it in a browser), emergence.parquet, table.parquet, "
-        "pictures/.",
+        f"Written to {folder.path}: index.html (open it in a browser), emergence.parquet, "
+        "table.parquet, pictures/.",
         soft_wrap=True,
     )
+
+
+def _show(story: Emergence, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plain_rows(story.to_pandas()), allow_nan=False))
+    else:
+        _print(story)
 
 
 def of_sweep(folder: Path) -> Emergence:
@@ -111,19 +130,26 @@ def of_sweep(folder: Path) -> Emergence:
     return Emergence(names.pop(), checkpoints, tuple(tables), joined_curves(parts), units)
 
 
+def _source(source: str | None) -> str | None:
+    """A model by its name; a folder by a digest, which tells nothing of this machine."""
+    place = Path(source) if source else None
+    return _digest(str(place.resolve())) if place and place.exists() else source
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _is_sweep(source: str | None) -> bool:
     return source is not None and (Path(source) / "manifest.json").is_file()
 
 
 def _passages(file: Path) -> list[str]:
     """Paragraphs of a UTF-8 file."""
-    try:
-        found = [one.strip() for one in file.read_text(encoding="utf-8").split("\n\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file} as UTF-8 text: {error}.") from None
-    if not any(found):
+    found = paragraphs(read_text(file))
+    if not found:
         raise InputError(f"{file} holds no text.")
-    return [one for one in found if one]
+    return found
 
 
 def _print(story: Emergence) -> None:

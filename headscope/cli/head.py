@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headscope.cli.folder import asked_of, check_overwrite
 from headscope.cli.loading import Loading
 from headscope.cli.output import console
 from headscope.errors import InputError
-from headscope.files import writable_folder
+from headscope.files import check_page, whole_page, writable_folder
 from headscope.heads import HeadIndex
 from headscope.interactive import Explanation, explain
 from headscope.table import HeadScores
@@ -27,27 +28,32 @@ def run(
     address: str,
     *,
     out: Path | None,
+    overwrite: bool,
     text: str | None,
     weights_only: bool,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Load, look at one head, print, write."""
+    """Load, look at one head, write, print."""
     if weights_only and text is not None:
         raise InputError("--text needs a run of the model, which --weights-only forbids.")
     if text is not None and not text.strip():
         raise InputError("--text is empty: give a sentence.")
-    folder = None if out is None else writable_folder(out)
-    found = explain(address, loading.model(), text=text, weights_only=weights_only, seed=seed)
+    check_overwrite(out, overwrite=overwrite)
+    file = None if out is None else writable_folder(out) / f"{address}.html"
+    model = loading.model()
+    asked = asked_of(model, loading, head=address, text=text, weights_only=weights_only, seed=seed)
+    if file is not None:
+        check_page(file, asked, overwrite=overwrite)
+    found = explain(address, model, text=text, weights_only=weights_only, seed=seed)
+    if file is not None:
+        whole_page(file, found.page(), asked)
     if as_json:
         print(json.dumps(_as_json(found), allow_nan=False))
     else:
         console().print(found)
-    if folder is None:
-        return
-    file = folder / f"{found.card.head}.html"
-    found.save(file)
-    console(stderr=True).print(f"Written to {file} (open it in a browser).")
+    if file is not None:
+        console(stderr=True).print(f"Written to {file} (open it in a browser).", soft_wrap=True)
 
 
 def _as_json(found: Explanation) -> dict[str, Any]:

@@ -5,11 +5,12 @@ import math
 import time
 from pathlib import Path
 
-from headscope.cli.command import typed
+from headscope.cli.command import portable, typed
+from headscope.cli.folder import asked_of
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows
 from headscope.errors import InputError, nearest
-from headscope.files import whole_file, writable_folder
+from headscope.folders import Claim
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes import needle
@@ -29,22 +30,39 @@ def run(
     *,
     heads: str | None,
     out: Path | None,
+    overwrite: bool,
     field: str,
     max_tokens: int | None,
     batch_size: int | None,
     denominator: str,
     as_json: bool,
 ) -> None:
-    """Load, find heads, score, print, write."""
+    """Load, find heads, score, write, print."""
     if denominator not in _DENOMINATORS:
         raise InputError(nearest(denominator, _DENOMINATORS, kind="denominator"))
     given = Corpus(corpus, field)
     given.check()
     known = None if heads is None else _named(heads)
-    folder = writable_folder(out or Path("runs") / f"influence-{corpus.stem}")
+    claim = Claim.create(
+        out or Path("runs") / f"influence-{corpus.stem}", "influence", overwrite=overwrite
+    )
     started = time.perf_counter()
     model = loading.model()
     chosen = _by_needles(model) if known is None else known
+    claim = claim.of(
+        asked_of(
+            model,
+            loading,
+            corpus=corpus.name,
+            field=field,
+            heads=[str(head) for head in chosen],
+            max_tokens=max_tokens,
+            denominator=denominator,
+        )
+    )
+    if overwrite:
+        claim = claim.ready()
+    folder = claim.path
     frame = score_corpus(
         model,
         given,
@@ -64,15 +82,14 @@ def run(
             "corpus": corpus.name,
             "documents": len(frame),
             "heads": [str(head) for head in chosen],
-            "heads_from": "needles" if known is None else heads,
+            "heads_from": "needles" if heads is None else portable(heads),
             "denominator": denominator,
             "max_tokens": max_tokens,
         },
         "versions": versions(),
         "timings": {"seconds": time.perf_counter() - started},
     }
-    with whole_file(folder / "run.json") as file:
-        file.write(json.dumps(facts, indent=2).encode() + b"\n")
+    claim.write_facts(facts)
     if as_json:
         print(json.dumps(plain_rows(frame), allow_nan=False))
     else:

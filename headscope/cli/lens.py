@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headscope import lens
 from headscope.cli.command import typed
+from headscope.cli.folder import asked_of, run_folder
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows
 from headscope.errors import InputError
@@ -54,26 +55,34 @@ def run(
     k: int,
     learned: Path | None,
     out: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Load, read, print, write."""
-    from headscope.report.folder import RunFolder
-
+    """Load, read, write, print."""
     fitted = None if learned is None else lens.load(learned)
     if fitted is not None and not isinstance(fitted, ResidualLens):
         raise InputError(f"{learned} reads heads, not layers: use it from Python.")
-    folder = None if out is None else RunFolder.create(out)
+    folder = run_folder(out, "lens", overwrite=overwrite)
     started = time.perf_counter()
     model = loading.model()
     loaded = time.perf_counter()
+    if folder is not None:
+        asked = asked_of(
+            model,
+            loading,
+            prompt=prompt,
+            target=target,
+            foil=foil,
+            position=position,
+            lens=None if learned is None else learned.resolve().name,
+        )
+        folder = folder.of(asked)
     found = _read(model, prompt, target, foil, position, k, fitted)
     timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
-    if as_json:
-        print(json.dumps(_as_json(found), allow_nan=False))
-    else:
-        _print(found)
     if folder is None:
+        _show(found, as_json=as_json)
         return
+    folder = folder.ready()
     settings = {
         "command": "lens",
         "model": model.name,
@@ -85,10 +94,19 @@ def run(
         "lens": found.grids["residual"].name,
     }
     _write(folder, found, settings, timings)
+    _show(found, as_json=as_json)
     console(stderr=True).print(
-        f"Written to {out}: index.html (open it in a browser), lens.parquet, attribution.parquet, "
-        "heads.parquet, table.parquet, pictures/."
+        f"Written to {folder.path}: index.html (open it in a browser), lens.parquet, "
+        "attribution.parquet, heads.parquet, table.parquet, pictures/.",
+        soft_wrap=True,
     )
+
+
+def _show(found: Reading, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_as_json(found), allow_nan=False))
+    else:
+        _print(found)
 
 
 def _read(

@@ -33,6 +33,9 @@ Device = Annotated[
 ]
 Memory = Annotated[str | None, typer.Option(help="What a chunk of rows may take, e.g. 2GB.")]
 Scorers = Annotated[str | None, typer.Option(help="Names, separated by commas.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights.")]
 TrustCode = Annotated[

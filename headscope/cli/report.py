@@ -7,20 +7,22 @@ from pathlib import Path
 from headscope.cli.command import typed
 from headscope.cli.output import console
 from headscope.errors import InputError
-from headscope.files import whole_page
+from headscope.files import check_page, whole_page
 from headscope.report import Run, read_run, report_page
 
 
-def run(places: Sequence[Path], *, out: Path, title: str | None) -> None:
+def run(places: Sequence[Path], *, out: Path, overwrite: bool, title: str | None) -> None:
     """Read, join, write."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out.name!r} should end in .html.")
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent} to write {out.name} into.")
+    asked = {"kind": "report", "runs": [place.resolve().name for place in places]}
+    check_page(out, asked, overwrite=overwrite)
     runs = [one for place in places for one in read(place)]
     command = typed() or shlex.join(["headscope", "report", *(one.name for one in places)])
     page = report_page(runs, title=title, command=command)
-    whole_page(out, page)
+    whole_page(out, page, asked)
     console(stderr=True).print(
         f"Written to {out} ({len(page.encode()) / 1e6:.1f} MB, open it in a browser).",
         soft_wrap=True,

@@ -2,20 +2,21 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headscope.cli.command import typed
+from headscope.cli.folder import asked_of, run_folder
 from headscope.cli.lengths import parse_depths, parse_lengths
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows, table_rows
 from headscope.cli.retrieval_text import show
 from headscope.configs import parse, read_yaml
 from headscope.errors import InputError, nearest
-from headscope.files import whole_file
+from headscope.files import subfolder, whole_file
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, needle
 from headscope.probes.haystack import read_haystack
@@ -79,6 +80,17 @@ class Asked:
             raise InputError("--new-tokens is for --form decoded: forced generates nothing.")
         return _FORMS[self.form]
 
+    def identity(self, config: MaskingConfig | None) -> dict[str, Any]:
+        """What tells one run from another, as JSON values; files by their names."""
+        told = {one.name: getattr(self, one.name) for one in fields(self)}
+        del told["batch_size"]  # changes no result
+        told["needles"] = None if self.needles is None else Path(self.needles).name
+        told["haystack"] = None if self.haystack is None else self.haystack.resolve().name
+        told["masking"] = (
+            None if config is None else config.model_dump(mode="json", exclude_none=True)
+        )
+        return told
+
     def probe(self, model: HeadModel, seed: int, **other: Any) -> Probe:
         """Needles of this kind."""
         return needle(
@@ -92,10 +104,10 @@ class Asked:
         )
 
 
-def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> None:
-    """Load, scan, mask, print, write."""
-    from headscope.report.folder import RunFolder
-
+def run(
+    loading: Loading, asked: Asked, *, out: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    """Load, scan, mask, write, print."""
     lengths = None if asked.lengths is None else parse_lengths(asked.lengths)
     depths = parse_depths(asked.depths)
     form = asked.checked_form()
@@ -105,17 +117,21 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
     config = None
     if asked.masking is not None:
         config = parse(MaskingConfig, read_yaml(asked.masking), str(asked.masking))
-    folder = None if out is None else RunFolder.create(out)
+    folder = run_folder(out, "retrieval", overwrite=overwrite)
     started = time.perf_counter()
     model = loading.model()
     loaded = time.perf_counter()
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, **asked.identity(config)))
+        if overwrite:
+            folder = folder.ready()
     found, probe = scan_grid(
         model,
         lengths,
         depths,
         asked.needles,
         form=form,
-        folder=None if folder is None else folder.path / "cells",
+        folder=None if folder is None else subfolder(folder.path, "cells"),
         chat=asked.chat,
         distractors=asked.distractors,
         haystack=asked.haystack,
@@ -132,12 +148,17 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
         "mask_seconds": time.perf_counter() - scanned,
     }
     table = HeadTable([found.by_set, found.by_step, found.activation])
-    if as_json:
-        print(json.dumps(_as_json(table, found, masked), allow_nan=False))
-    else:
-        show(found, masked)
+
+    def printed() -> None:
+        if as_json:
+            print(json.dumps(_as_json(table, found, masked), allow_nan=False))
+        else:
+            show(found, masked)
+
     if folder is None:
+        printed()
         return
+    folder = folder.ready()
     settings = {
         "command": "retrieval",
         "model": model.name,
@@ -150,8 +171,9 @@ def run(loading: Loading, asked: Asked, *, out: Path | None, as_json: bool) -> N
     }
     _write(folder, table, found, masked, settings, timings)
     curves = "masking.csv, " if masked else ""
+    printed()
     console(stderr=True).print(
-        f"Written to {out}: index.html (open it in a browser), table.parquet, recall.csv, "
+        f"Written to {folder.path}: index.html (open it in a browser), table.parquet, recall.csv, "
         f"{curves}responses.jsonl, pictures/.",
         soft_wrap=True,
     )

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from headscope.cli.command import typed
+from headscope.cli.folder import asked_of, run_folder
 from headscope.cli.loading import Loading
 from headscope.cli.names import scorer_names
 from headscope.cli.output import console, print_table
@@ -17,6 +18,7 @@ def run(
     loading: Loading,
     *,
     out: Path | None,
+    overwrite: bool,
     scorers: str | None,
     probe_file: Path | None,
     memory: str | None,
@@ -26,21 +28,23 @@ def run(
     examples: bool,
     as_json: bool,
 ) -> None:
-    """Load, score, print, write."""
+    """Load, score, write, print."""
     from headscope.configs import parse, read_yaml
     from headscope.memory import parse_memory
     from headscope.probes.config import ProbeConfig, build_probe
-    from headscope.report.folder import RunFolder
 
     names = scorer_names(scorers)
     budget = parse_memory(memory)
     config = None
     if probe_file is not None:
         config = parse(ProbeConfig, read_yaml(probe_file), str(probe_file))
-    folder = None if out is None else RunFolder.create(out)
+    folder = run_folder(out, "scan", overwrite=overwrite)
     started = time.perf_counter()
     model = loading.model()
     loaded = time.perf_counter()
+    asked = None if config is None else config.model_dump(mode="json", exclude_none=True)
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, scorers=names, probe=asked, seed=seed))
     probe = None if config is None else build_probe(config, model)
     table = score(
         model,
@@ -52,15 +56,16 @@ def run(
         seed=seed,
     )
     scored = time.perf_counter()
-    print_table(table, as_json=as_json)
     if folder is None:
+        print_table(table, as_json=as_json)
         return
+    folder = folder.ready()
     settings = {
         "command": "scan",
         "model": model.name,
         "revision": model.revision,
         "scorers": list(table),
-        "probe": None if config is None else config.model_dump(mode="json", exclude_none=True),
+        "probe": asked,
         "seed": seed,
     }
     timings = {"load_seconds": loaded - started, "score_seconds": scored - loaded}
@@ -68,8 +73,10 @@ def run(
     with suppress(HeadscopeError):  # an example is a help for the eye; the table stands without
         example = attention_example(model, length=_example_length(len(model.shape.heads)))
         example.save(folder.path / "attention.safetensors")
+    print_table(table, as_json=as_json)
     console(stderr=True).print(
-        f"Written to {out}: index.html (open it in a browser), table.parquet, pictures/."
+        f"Written to {folder.path}: index.html (open it in a browser), table.parquet, pictures/.",
+        soft_wrap=True,
     )
 
 

@@ -24,6 +24,7 @@ def run(
     file: Path | None,
     *,
     out: Path | None,
+    overwrite: bool,
     shard: str,
     executor: str,
     workers: int | None,
@@ -51,7 +52,7 @@ def run(
     again += ["--shard", shard] if part[1] > 1 else []
     again += ["--executor", executor] if executor != "inline" else []
     again += ["--workers", str(workers)] if workers is not None else []
-    outcome = run_sweep(config, folder, shard=part, executor=chosen)
+    outcome = run_sweep(config, folder, shard=part, executor=chosen, overwrite=overwrite)
     _print_outcome(outcome, folder, shlex.join(again))
 
 

@@ -17,6 +17,7 @@ def draw(figure: go.Figure) -> "Figure":
     """The figure as a matplotlib one, of the same size and colours."""
     from matplotlib.figure import Figure
 
+    _check(figure)
     layout = figure.layout
     width, height = layout.width or 700, layout.height or 450
     canvas = Figure((width / PIXELS, height / PIXELS), facecolor=colour_of(layout.paper_bgcolor))
@@ -30,8 +31,6 @@ def draw(figure: go.Figure) -> "Figure":
 
     axes: dict[tuple[str, str], Axes] = {}
     for trace in figure.data:
-        if trace.type not in DRAW:
-            raise InputError(f"a {trace.type!r} trace can only be saved as .html.")
         key = (trace.xaxis or "x", trace.yaxis or "y")
         if key not in axes:
             x_axis, y_axis = (_axis(layout, name) for name in key)
@@ -40,16 +39,45 @@ def draw(figure: go.Figure) -> "Figure":
             axes[key] = canvas.add_axes((x0, y0, x1 - x0, y1 - y0))
             axes[key].set_facecolor(colour_of(layout.plot_bgcolor))
         DRAW[trace.type](axes[key], trace, ink)
+    if not axes:
+        raise InputError("the figure is empty: it has no trace to draw.")
     for key, area in axes.items():
         _finish(area, _axis(layout, key[0]), _axis(layout, key[1]), ink)
     _shapes(next(iter(axes.values())), figure)
     if layout.showlegend:
         _legend(next(iter(axes.values())), layout.legend.orientation == "v", ink)
     for note in layout.annotations:
-        at = place(note.x, note.y)
-        canvas.text(*at, plain(note.text), color=ink, ha="center", va="bottom", fontsize=9.5)
+        words: dict[str, Part] = {"color": ink, "ha": "center", "va": "bottom", "fontsize": 9.5}
+        if note.xref == "paper":
+            canvas.text(*place(note.x, note.y), plain(note.text), **words)
+        else:
+            area = axes.get((note.xref or "x", note.yref or "y"), next(iter(axes.values())))
+            area.text(note.x, note.y, plain(note.text), **words)
     _title(canvas, layout, left, height, ink)
     return canvas
+
+
+def _check(figure: go.Figure) -> None:
+    """Refuse what would be drawn differently from what plotly shows.
+
+    Raises:
+        InputError: naming the part.
+    """
+    bars: set[tuple[str, str]] = set()
+    for trace in figure.data:
+        if trace.type not in DRAW:
+            raise InputError(f"a {trace.type!r} trace can only be saved as .html.")
+        if trace.type != "bar":
+            continue
+        if trace.orientation == "h":
+            raise InputError("horizontal bars can only be saved as .html.")
+        key = (trace.xaxis or "x", trace.yaxis or "y")
+        if key in bars and figure.layout.barmode != "overlay":
+            raise InputError("bars of several traces in one panel can only be saved as .html.")
+        bars.add(key)
+    for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
+        if axis.overlaying:
+            raise InputError("an axis that overlays another can only be saved as .html.")
 
 
 def _finish(area: "Axes", x: Part, y: Part, ink: str) -> None:

@@ -61,9 +61,11 @@ def _inside(area: "Axes", mesh: Part, trace: Part, z: np.ndarray) -> None:
 
 
 def _map(scale: Part) -> "Colormap":
-    """A plotly colour scale as a colour map."""
+    """A plotly colour scale as a colour map; plotly's own default where none is given."""
     from matplotlib.colors import LinearSegmentedColormap
+    from plotly.colors import get_colorscale
 
+    scale = get_colorscale("plasma") if scale is None else scale
     return LinearSegmentedColormap.from_list("figure", [(at, colour_of(one)) for at, one in scale])
 
 
@@ -91,8 +93,9 @@ def _bars(area: "Axes", trace: Part, ink: str) -> None:
     if error.array is not None:
         below = error.array if error.arrayminus is None else error.arrayminus
         both = np.nan_to_num(np.stack([np.asarray(below, float), np.asarray(error.array, float)]))
+    x = range(len(trace.y)) if trace.x is None else trace.x
     area.bar(
-        [plain(str(one)) for one in trace.x],
+        [one if isinstance(one, int | float) else plain(str(one)) for one in x],
         np.asarray(trace.y, float),
         width=0.75,
         bottom=None if trace.base is None else np.asarray(trace.base, float),
@@ -105,7 +108,8 @@ def _bars(area: "Axes", trace: Part, ink: str) -> None:
 
 def _points(area: "Axes", trace: Part, ink: str) -> None:
     mode = trace.mode or "lines"
-    x, y = (np.asarray(side, float) if _numbers(side) else side for side in (trace.x, trace.y))
+    both = (range(len(trace.y)) if trace.x is None else trace.x, trace.y)
+    x, y = (np.asarray(side, float) if _numbers(side) else side for side in both)
     name = None if trace.showlegend is False else plain(trace.name) or None
     alpha = trace.opacity
     if "lines" in mode:

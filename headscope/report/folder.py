@@ -1,15 +1,15 @@
 """The folder that a run leaves behind: table, facts, pictures, page."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
-from headscope.files import whole_file, whole_page, writable_folder
+from headscope.files import subfolder, whole_file, whole_page
+from headscope.folders import Claim
 from headscope.plots import heatmap, heatmaps, save
 from headscope.report.kept import sections_json
 from headscope.report.page import index_page
@@ -26,18 +26,43 @@ class RunFolder:
     ``run.json`` (command, settings, versions, timings), ``index.html`` (self-contained page),
     ``pictures/`` (one heatmap per score, and the scores with roles side by side) and, where the
     page shows more than the table, ``sections.json``, from which reports are joined.
+
+    Attributes:
+        claim: the run's right to the folder.
     """
 
-    path: Path
+    claim: Claim
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.claim.path
 
     @classmethod
-    def create(cls, path: Path) -> "RunFolder":
+    def create(cls, path: Path, kind: str, *, overwrite: bool = False) -> "RunFolder":
         """Make the folder before the work starts, so that a wrong one costs nothing.
 
+        Args:
+            path: of the folder.
+            kind: of run, such as ``scan``.
+            overwrite: replace what another run left there.
+
         Raises:
-            InputError: if nothing can be written there.
+            InputError: if nothing can be written there, or another kind of run did so before.
         """
-        return cls(writable_folder(path))
+        return cls(Claim.create(path, kind, overwrite=overwrite))
+
+    def of(self, asked: Mapping[str, Any]) -> "RunFolder":
+        """The same for a run whose settings are known, before its work starts.
+
+        Raises:
+            InputError: if the folder holds a run with other settings.
+        """
+        return replace(self, claim=self.claim.of(asked))
+
+    def ready(self) -> "RunFolder":
+        """The folder to write into once the work is done, as of :meth:`Claim.ready`."""
+        return replace(self, claim=self.claim.ready())
 
     def write(
         self,
@@ -68,18 +93,18 @@ class RunFolder:
         if sections:
             with whole_file(self.path / "sections.json") as file:
                 file.write(sections_json(sections))
-        facts = {
-            "command": command,
-            "settings": dict(settings),
-            "versions": versions(),
-            "timings": dict(timings),
-        }
-        with whole_file(self.path / "run.json") as file:
-            file.write(json.dumps(facts, indent=2).encode() + b"\n")
+        self.claim.write_facts(
+            {
+                "command": command,
+                "settings": dict(settings),
+                "versions": versions(),
+                "timings": dict(timings),
+            }
+        )
 
     def _pictures(self, pictures: Mapping[str, go.Figure]) -> None:
         """PNG where the extra ``paper`` is installed, else interactive HTML."""
-        folder = writable_folder(self.path / "pictures")
+        folder = subfolder(self.path, "pictures")
         kind = "png" if find_spec("matplotlib") else "html"
         for name, figure in pictures.items():
             save(figure, folder / f"{_file_name(name)}.{kind}")

@@ -12,7 +12,7 @@ import numpy as np
 from headscope.ablation.arguments import present
 from headscope.edits import Heads
 from headscope.errors import InputError
-from headscope.files import whole_file, writable_folder
+from headscope.files import subfolder, whole_file, writable_folder
 from headscope.models.protocol import HeadModel
 from headscope.progress import track
 from headscope.retrieval.influence import Denominator, influence
@@ -149,7 +149,7 @@ def score_corpus(
     chosen = sorted(present(model, heads))
     count = given.check()
     place = writable_folder(Path(folder))
-    parts = writable_folder(place / "parts")
+    parts = subfolder(place, "parts")
     key = {
         "format": _FORMAT,
         "model": model.digest(),

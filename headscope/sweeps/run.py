@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope.errors import InputError
+from headscope.folders import Claim, clear
 from headscope.progress import track
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.config import SweepConfig
@@ -54,6 +55,7 @@ def run_sweep(
     shard: tuple[int, int] = (1, 1),
     executor: Executor = inline,
     progress: bool | None = None,
+    overwrite: bool = False,
 ) -> Outcome:
     """Run a sweep, or what is left of it, into a folder.
 
@@ -67,9 +69,10 @@ def run_sweep(
         shard: ``(i, n)`` runs part i of n, from 1.
         executor: where the chunks are run; default: here.
         progress: show bars; default: where somebody looks on and it takes over two seconds.
+        overwrite: replace what another run left in the folder; the same sweep is resumed.
 
     Raises:
-        InputError: if the config does not fit a model, or the folder holds another sweep.
+        InputError: if the config does not fit a model, or the folder holds another run.
 
     Example:
         >>> import tempfile
@@ -91,6 +94,7 @@ def run_sweep(
     """
     if not 1 <= shard[0] <= shard[1]:
         raise InputError(f"there is no shard {shard[0]}/{shard[1]}: they count from 1.")
+    _claim(config, Path(out), overwrite=overwrite)
     store = Store.create(Path(out))
     benches = Benches(config)
     plan = begun(config, store, benches, progress=progress)
@@ -103,6 +107,24 @@ def run_sweep(
         if pending:
             executor(work, pending, stop, lambda one: advance(plan.count(one)))
     return outcome(store, plan, mine, stopped=stop.asked)
+
+
+def _claim(config: SweepConfig, out: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that another run wrote, or remove what it left there.
+
+    Raises:
+        InputError: if it holds another run, and that may not be replaced.
+    """
+    Claim.create(out, "sweep", overwrite=overwrite)
+    store = Store(out)
+    if not overwrite:
+        return
+    try:
+        same = store.manifest().get("digest") == config_digest(config)
+    except InputError:
+        same = False
+    if not same:
+        clear(out)
 
 
 def begun(
@@ -120,7 +142,7 @@ def begun(
     if found.get("digest") != config_digest(config):
         raise InputError(
             f"{store.path} holds a sweep with another config ({_difference(found, config)}): "
-            "choose another folder with --out."
+            "choose another folder, or replace it with overwrite=True (--overwrite)."
         )
     return store.plan()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from headscope.errors import InputError
-from headscope.files import sync_folder, whole_file, writable_folder
+from headscope.files import subfolder, sync_folder, whole_file, writable_folder
 from headscope.sweeps.plan import FORMAT, Plan, plan_from_json
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ class Store:
         Raises:
             InputError: if nothing can be written there.
         """
-        for folder in (path, path / "parts", path / "failed"):
-            writable_folder(folder)
+        writable_folder(path)
+        for name in ("parts", "failed"):
+            subfolder(path, name)
         return cls(path)
 
     @classmethod

@@ -9,8 +9,8 @@ from typing import NamedTuple
 # The floors of the house, ground floor first. Imports go strictly downwards.
 FLOORS = (
     {"errors"},
-    {"heads", "rows", "memory", "progress", "configs", "files"},
-    {"base"},
+    {"heads", "rows", "memory", "progress", "files"},
+    {"base", "configs", "folders"},
     {"inputs"},
     {"matches"},
     {"outputs"},
@@ -28,7 +28,7 @@ FLOORS = (
 )
 
 _BASE = {"errors", "heads", "base"}
-_DISK = {"configs", "files"}
+_DISK = {"configs", "files", "folders"}
 _TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
 _SEES_MODELS = _TENSORS | {"edits", "probes", "table", "models", "origin"}
 _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
@@ -42,17 +42,18 @@ ALLOWED: dict[str, set[str]] = {
     "rows": {"errors"},
     "memory": {"errors"},
     "progress": set(),
-    "configs": {"errors"},
+    "configs": {"errors", "files"},
     "files": {"errors"},
+    "folders": {"errors", "files"},
     "outputs": {"errors", "rows", "matches"},
     "inputs": {"errors"},
     "matches": {"inputs"},
     "table": _BASE | {"files"},
     "metrics": {"errors"},
     "edits": {"errors", "heads"},
-    "probes": {"errors", "heads", "configs"},
+    "probes": {"errors", "heads", "configs", "files"},
     "scorers": {"errors", "heads", "rows", "outputs", "inputs", "matches", "probes"},
-    "plots": _BASE | {"table"},
+    "plots": _BASE | {"files", "table"},
     "models": _BASE | {"rows", "outputs", "inputs", "matches", "edits", "memory"},
     "origin": {"probes", "table", "models"},
     "capture": _TENSORS | {"edits", "probes", "models"},
@@ -68,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparing": _RUNS_MODELS | {"circuits", "scoring"},
     "retrieval": _RUNS_MODELS | _DISK | {"scoring", "ablation"},
     "sweeps": _RUNS_MODELS | _DISK | {"circuits", "lens", "scoring", "ablation", "pruning"},
-    "report": _BASE | {"files", "table", "plots"},
+    "report": _BASE | {"files", "folders", "table", "plots"},
     "interactive": _RUNS_MODELS
     | {"files", "circuits", "scoring", "ablation", "patterns", "report"},
     "cli": set().union(*FLOORS[:-2]),

@@ -110,7 +110,7 @@ def test_a_run_folder_is_read_back(tmp_path: Path) -> None:
         Section("One", [Words("said", True), Facts([("a", "b")]), Picture(figure, figure, "x")]),
         Section("Two", [Grid(("c", "d"), [("r", 1.5), ("s", ("t1", "t2"))], "cap")]),
     ]
-    RunFolder.create(tmp_path / "run").write(
+    RunFolder.create(tmp_path / "run", "circuits").write(
         table,
         {"command": "circuits", "model": "toy", "seed": 3},
         {"read_seconds": 1.5},
