@@ -18,10 +18,10 @@ def run(places: Sequence[Path], *, out: Path, overwrite: bool, title: str | None
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent} to write {out.name} into.")
     asked = {"kind": "report", "runs": [place.resolve().name for place in places]}
-    check_page(out, asked, overwrite=overwrite)
     runs = [one for place in places for one in read(place)]
     command = typed() or shlex.join(["headscope", "report", *(one.name for one in places)])
     page = report_page(runs, title=title, command=command)
+    check_page(out, asked, overwrite=overwrite)
     whole_page(out, page, asked)
     console(stderr=True).print(
         f"Written to {out} ({len(page.encode()) / 1e6:.1f} MB, open it in a browser).",

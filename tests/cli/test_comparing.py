@@ -66,7 +66,7 @@ def test_compare_matches_runs_and_checkpoints(tmp_path: Path) -> None:
         (("compare", "tiny-gpt2", "tiny-llama", "--by", "weights"), "not of one shape"),
         (("emergence", "tiny-llama"), "does not come with checkpoints"),
         (("emergence", "--scorers", "inducton"), "induction"),
-        (("emergence", "--texts", "no-such-file"), "cannot read"),
+        (("emergence", "--texts", "no-such-file"), "cannot be read"),
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], said: str) -> None:
