@@ -20,7 +20,8 @@ class ProbeConfig(Strict):
     """Which probe, and with which settings; keys that a kind does not know are errors.
 
     Attributes:
-        kind: ``repeated_tokens``, ``random_tokens``, ``text``, ``ioi``, ``needle`` or ``jsonl``.
+        kind: ``repeated_tokens``, ``random_tokens``, ``text``, ``ioi``, ``pairs``, ``needle`` or
+            ``jsonl``.
         length: tokens of one copy, of the random text, or of a piece of text.
         batch: examples.
         seed: what it is drawn with.
@@ -28,11 +29,12 @@ class ProbeConfig(Strict):
         bos: whether a BOS stands in front; default: as the model's tokenizer does.
         file: of ``text`` and ``jsonl``.
         texts: of ``text``, instead of a file.
+        task: of ``pairs``, see :func:`headscope.probes.pairs`.
         lengths, depths, needles, haystack, per_cell, distractors, control, chat: of ``needle``,
             see :func:`headscope.probes.needle`.
     """
 
-    kind: Literal["repeated_tokens", "random_tokens", "text", "ioi", "needle", "jsonl"]
+    kind: Literal["repeated_tokens", "random_tokens", "text", "ioi", "pairs", "needle", "jsonl"]
     length: int | None = Field(default=None, ge=1, le=10_000_000)
     batch: int | None = Field(default=None, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -40,6 +42,7 @@ class ProbeConfig(Strict):
     bos: bool | None = None
     file: Path | None = None
     texts: tuple[str, ...] | None = None
+    task: str | None = None
     lengths: int | tuple[int, ...] | None = None
     depths: int | tuple[float, ...] | None = None
     needles: str | None = None
@@ -57,6 +60,7 @@ _TAKES = {
     "random_tokens": ("length", "batch", "bos"),
     "text": ("length", "batch", "bos", "file", "texts"),
     "ioi": ("batch",),
+    "pairs": ("task", "batch", "bos"),
     "needle": (*_NEEDLE, "bos"),
     "jsonl": ("file", "bos"),
 }
@@ -84,6 +88,8 @@ def build_probe(config: ProbeConfig, model: HasVocabulary) -> Probe:
         return from_jsonl(model, config.file, bos=config.bos)
     if config.kind == "ioi":
         return pairs(model, "ioi", seed=config.seed, **given)
+    if config.kind == "pairs":
+        return pairs(model, seed=config.seed, **given)
     if config.kind == "needle":
         return needle(model, seed=config.seed, **given)
     if config.kind == "text":

@@ -1,13 +1,15 @@
 """Your own prompts, from a JSON Lines file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from headscope.errors import InputError
+from headscope.probes.accuracy import with_accuracy
 from headscope.probes.encoding import (
     Encoded,
     at_positions,
@@ -25,7 +27,9 @@ from headscope.probes.vocabulary import (
     need_tokenizer,
 )
 
-_FIELDS = {"text", "answer", "foil", "marks"}
+_FIELDS = {
+    "text", "clean", "answer", "foil", "marks", "corrupt", "corrupt_answer", "corrupt_foil",
+}  # fmt: skip
 _SHOWN = 10
 
 
@@ -36,6 +40,7 @@ class _Line(NamedTuple):
     answer: int
     foil: int
     marks: dict[str, list[int]]
+    corrupt: "_Line | None" = None
 
 
 def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = None) -> Probe:
@@ -49,6 +54,16 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
     and ``delimiter``.
 
     Targets are the answers, at ``end`` alone; in a file without answers, the next tokens.
+
+    Pairs for patching have a second text, ``{"clean": ..., "corrupt": ..., "answer": ..., "foil":
+    ..., "corrupt_answer": ..., "corrupt_foil": ...}`` (``clean`` is another word for ``text``): in
+    every line or in none, in as many tokens as the first, so that positions correspond. They are
+    the probe's ``corrupt``. ``corrupt_answer`` and ``corrupt_foil`` are what follows the corrupt
+    text; default: the same as of the clean one, which makes a metric ask of both runs for the
+    same answer. Marks are ranges of the clean text and name positions of both.
+
+    With answers, and a model that can be run, ``settings["accuracy"]`` says how often the model
+    prefers them, see :func:`headscope.probes.pairs`.
 
     Raises:
         InputError: with one sentence for every bad line, naming it.
@@ -81,7 +96,21 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
         raise InputError("\n".join([*wrong[:_SHOWN], *more]))
     if not lines:
         raise InputError(f"{path} is empty: write one JSON object with a 'text' on each line.")
-    return _probe(tokenizer, lines, {"source": Path(path).name, "bos": bool(prefix)})
+    single = [number for number, line in enumerate(lines, 1) if line.corrupt is None]
+    if single and len(single) < len(lines):
+        raise InputError(
+            f"{path}: some prompts have a 'corrupt' text and prompt {single[0]} has none: "
+            "give it in every line or in none."
+        )
+    settings: dict[str, str | int | float | bool | None] = {
+        "source": Path(path).name,
+        "bos": bool(prefix),
+    }
+    probe = _probe(tokenizer, lines, settings)
+    if not single:
+        others = [line.corrupt for line in lines if line.corrupt is not None]
+        probe = replace(probe, corrupt=_probe(tokenizer, others, settings))
+    return with_accuracy(model, probe) if any(line.answer >= 0 for line in lines) else probe
 
 
 def _probe(
@@ -119,11 +148,16 @@ def _read(tokenizer: Tokenizer, prefix: list[int], written: str) -> _Line:
         fields = json.loads(written)
     except json.JSONDecodeError as error:
         raise InputError(f"no valid JSON ({error}).") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+    if not isinstance(fields, dict):
+        raise InputError("an object with a string 'text' is needed.")
+    if "text" in fields and "clean" in fields:
+        raise InputError("'clean' is another word for 'text': give one of them.")
+    named = "clean" if "clean" in fields else "text"
+    if not isinstance(fields.get(named), str):
         raise InputError("an object with a string 'text' is needed.")
     if unknown := sorted(set(fields) - _FIELDS):
         raise InputError(f"unknown field {unknown[0]!r}; known: {', '.join(sorted(_FIELDS))}.")
-    encoded = encode(tokenizer, fields["text"], prefix)
+    encoded = encode(tokenizer, fields[named], prefix)
     if len(encoded.ids) == len(prefix):
         raise InputError("its text is empty.")
     if "foil" in fields and "answer" not in fields:
@@ -134,12 +168,53 @@ def _read(tokenizer: Tokenizer, prefix: list[int], written: str) -> _Line:
     )
     if answer >= 0 and answer == foil:
         raise InputError("its answer and its foil are the same token.")
+    corrupt = _corrupt(tokenizer, prefix, encoded, fields)
     marks = fields.get("marks", {})
     if not isinstance(marks, dict):
         raise InputError('its marks are not {"name": [start, end]}.')
-    return _Line(
-        encoded.ids, answer, foil, {name: _span(encoded, name, at) for name, at in marks.items()}
+    placed = {name: _span(encoded, name, at) for name, at in marks.items()}
+    if corrupt is not None:
+        corrupt = corrupt._replace(marks=placed)
+    return _Line(encoded.ids, answer, foil, placed, corrupt)
+
+
+def _corrupt(
+    tokenizer: Tokenizer, prefix: list[int], clean: Encoded, fields: Mapping[str, object]
+) -> _Line | None:
+    """The second text of a pair with what follows it; None where there is none."""
+    if "corrupt" not in fields:
+        for name in ("corrupt_answer", "corrupt_foil"):
+            if name in fields:
+                raise InputError(f"a {name} needs a 'corrupt' text to follow.")
+        return None
+    text = fields["corrupt"]
+    if not isinstance(text, str):
+        raise InputError("its corrupt text is not a string.")
+    encoded = encode(tokenizer, text, prefix)
+    if len(encoded.ids) != len(clean.ids):
+        raise InputError(
+            f"its corrupt text is {len(encoded.ids) - len(prefix)} tokens and its clean one "
+            f"{len(clean.ids) - len(prefix)}: change words for others of as many tokens, so that "
+            "positions correspond."
+        )
+    if encoded.ids == clean.ids:
+        raise InputError("its corrupt text is the clean one.")
+    if "corrupt_foil" in fields and "corrupt_answer" not in fields:
+        raise InputError("a corrupt_foil needs a corrupt_answer to differ from.")
+    answer, foil = (
+        _following(tokenizer, encoded, word, name, len(prefix)) if word is not None else -1
+        for name, word in _followers(fields)
     )
+    if answer >= 0 and answer == foil:
+        raise InputError("its corrupt_answer and its corrupt_foil are the same token.")
+    return _Line(encoded.ids, answer, foil, {})
+
+
+def _followers(fields: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Names and words of what follows a corrupt text: its own, or those of the clean one."""
+    for name in ("answer", "foil"):
+        own = f"corrupt_{name}"
+        yield (own, fields[own]) if own in fields else (name, fields.get(name))
 
 
 def _following(tokenizer: Tokenizer, before: Encoded, word: object, name: str, prefix: int) -> int:

@@ -94,9 +94,6 @@ def needle(
         1
     """
     cells = _cells(model, lengths, depths)
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise InputError(f"a needle probe needs a tokenizer and {model.name} has none.")
     if control not in (None, "removed", "other_question", "distractor"):
         raise InputError(
             f"control={control!r} is unknown: 'removed', 'other_question' or 'distractor'."
@@ -105,15 +102,8 @@ def needle(
         raise InputError("distractors must be 0 or more, per_cell 1 or more.")
     if control == "distractor" and distractors == 0:
         raise InputError("control='distractor' needs a distractor: give distractors=1 or more.")
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    chat = templated if chat is None else chat
-    if chat and not templated:
-        raise InputError(
-            f"the tokenizer of {model.name} has no chat template: leave chat=True out."
-        )
-    if chat and bos is not None:
-        raise InputError("with chat=True the chat template decides about a BOS: leave bos out.")
-    writer = Writer(tokenizer, () if chat else tuple(bos_prefix(model, bos)), chat)
+    writer = writer_for(model, chat, bos)
+    tokenizer, chat = writer.tokenizer, writer.chat
     hay = read_haystack(haystack)
     if needles is None:
         needles = "numbers" if chat else "facts"
@@ -142,6 +132,26 @@ def needle(
     other = _probe([one.control for one in made], made)
     other = replace(other, name="needle_control", seed=seed, settings=settings)
     return replace(probe, control=other)
+
+
+def writer_for(model: HasVocabulary, chat: bool | None, bos: bool | None) -> Writer:
+    """Write prompts for a model, in its chat template if it has one or that is asked for.
+
+    Raises:
+        InputError: if there is no tokenizer or no template, or a BOS is asked for beside it.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise InputError(f"a needle probe needs a tokenizer and {model.name} has none.")
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    chat = templated if chat is None else chat
+    if chat and not templated:
+        raise InputError(
+            f"the tokenizer of {model.name} has no chat template: leave chat=True out."
+        )
+    if chat and bos is not None:
+        raise InputError("with chat=True the chat template decides about a BOS: leave bos out.")
+    return Writer(tokenizer, () if chat else tuple(bos_prefix(model, bos)), chat)
 
 
 class _Made(NamedTuple):

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 from headscope.errors import InputError
 from headscope.probes.needle_sets import Needle
@@ -38,6 +39,21 @@ class Example:
 
     ids: list[int]
     marks: dict[str, list[int]]
+
+
+class Asked(NamedTuple):
+    """A question by itself: its tokens up to where the answer begins, and the answer's first."""
+
+    ids: list[int]
+    answer: int
+
+
+class _Written(NamedTuple):
+    """A prompt, the same with its answer, and where the answer begins."""
+
+    prompt: Assembled
+    whole: Assembled
+    answer: int
 
 
 @dataclass(frozen=True)
@@ -95,21 +111,39 @@ class Writer:
 
     def write(self, sentences: Sequence[str], plan: Plan, asked: Needle) -> Example:
         """The prompt that asks about ``asked``, with its answer."""
-        before, after = self._around()
         context = self._context(sentences, plan)
-        prompt = [before, *context, *_question(asked, self.chat), after]
-        prompt[1] = Piece(prompt[1].text.lstrip(), prompt[1].marks)
+        alone, whole, begin = self._written([*context, *_question(asked, self.chat)], asked)
+        whole.marks["answer"] = list(range(begin, len(whole.ids)))
+        whole.marks["answering"] = [position - 1 for position in whole.marks["copied"]]
+        whole.marks["end"] = [len(alone.ids) - 1]
+        return Example(whole.ids, whole.marks)
+
+    def ask(self, asked: Needle) -> Asked:
+        """The question without any text, asked in the same way."""
+        _, whole, begin = self._written(_question(asked, self.chat, closed=True), asked)
+        begin = self._after_white(whole.ids, begin)
+        return Asked(whole.ids[:begin], whole.ids[begin])
+
+    def _written(self, content: list[Piece], asked: Needle) -> _Written:
+        """A prompt and its answer; in a chat after the words that the reply begins with."""
+        before, after = self._around()
+        content[0] = Piece(content[0].text.lstrip(), content[0].marks)
+        prompt = [before, *content, after]
         begun = bool(after.text) and after.text[-1].isspace()
         space = "" if begun else " "
-        lead = [Piece(space + asked.lead)] if self.chat and asked.lead else []
+        opening = _opening(asked) if self.chat else ""
+        lead = [Piece(space + opening)] if opening else []
         said = _answer(asked, " " if lead else space)
         alone = assemble(self.tokenizer, prompt, self.prefix)
         led = self._continued(alone, prompt, lead)
         whole = self._continued(led, [*prompt, *lead], said)
-        whole.marks["answer"] = list(range(len(led.ids), len(whole.ids)))
-        whole.marks["answering"] = [position - 1 for position in whole.marks["copied"]]
-        whole.marks["end"] = [len(alone.ids) - 1]
-        return Example(whole.ids, whole.marks)
+        begin = len(led.ids)
+        return _Written(alone, whole, self._after_white(whole.ids, begin) if lead else begin)
+
+    def _after_white(self, ids: list[int], begin: int) -> int:
+        """The first position from ``begin`` on whose token is more than white space."""
+        texts = self.tokenizer.batch_decode([[one] for one in ids[begin:]])
+        return begin + next((i for i, text in enumerate(texts) if text.strip()), 0)
 
     def _continued(
         self, before: Assembled, pieces: Sequence[Piece], more: Sequence[Piece]
@@ -184,14 +218,30 @@ def _last(part: str, text: str) -> tuple[int, int]:
     return start - spaced, start + len(part)
 
 
-def _question(needle: Needle, chat: bool) -> list[Piece]:
+def _opening(needle: Needle) -> str:
+    """How a reply begins that says the answer: as given, or as the needle says it."""
+    if needle.lead or needle.cloze:
+        return needle.lead or needle.question
+    first = needle.parts[0] if needle.parts else ""
+    if not first or not needle.answer.startswith(first):
+        return ""
+    for text in reversed(needle.texts):
+        start, _ = _last(first, text)
+        if start > 0:
+            return re.split(r"(?<=[.!?])\s+", text[:start])[-1].strip()
+    return ""
+
+
+def _question(needle: Needle, chat: bool, *, closed: bool = False) -> list[Piece]:
+    """What asks for the answer; ``closed``: without words about a text, since there is none."""
     asked = needle.question
     if chat and needle.cloze and needle.asks:
         asked = needle.asks
     elif needle.cloze:
-        lead = Piece("\n\nComplete with one word of the text: " if chat else " ")
+        ask = "Complete the sentence" if closed else "Complete with one word of the text"
+        lead = Piece(f"\n\n{ask}: " if chat else " ")
         return [lead, Piece(needle.question, ("question",))]
-    ask = "\n\nAnswer with words of the text above. " if chat else "\n\n"
+    ask = "\n\nAnswer with words of the text above. " if chat and not closed else "\n\n"
     return [
         Piece(f"{ask}Question:"),
         Piece(f" {asked}", ("question",)),

@@ -27,8 +27,8 @@ class Needle:
         parts: pieces of the answer, each said literally in a text; what heads can copy.
         cloze: whether the answer continues the question.
         asks: for a cloze needle, the same as a question, which a chat model is asked instead.
-        lead: how the reply of a chat model begins before the answer, as far as that is known; a
-            chat model restates what it was asked.
+        lead: how the reply of a chat model begins before the answer, since a chat model restates
+            what it was asked; default: the needle's last sentence up to the answer.
     """
 
     texts: tuple[str, ...]

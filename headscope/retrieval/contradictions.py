@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,16 +13,16 @@ from headscope.errors import InputError
 from headscope.models.protocol import HeadModel
 from headscope.probes import Needle, Probe, needle
 from headscope.probes.encoding import encode
+from headscope.probes.needle import writer_for
+from headscope.probes.needle_layout import Writer
 from headscope.probes.needle_sets import facts, fixed_needles
-from headscope.probes.vocabulary import bos_prefix, need_tokenizer
-
-if TYPE_CHECKING:
-    pass
+from headscope.probes.tasks import CAPITALS
+from headscope.probes.vocabulary import need_tokenizer, ordinary_tokens
 
 
 def contradictions(
     model: HeadModel,
-    needles: str | Sequence[Needle] = "facts",
+    needles: str | Sequence[Needle] | None = None,
     *,
     examples: int = 32,
     length: int = 96,
@@ -32,14 +32,18 @@ def contradictions(
 ) -> Probe:
     """Passages that say something else than the model does when it has not read them.
 
-    Every question is first asked without a passage: the first token of what the model then says
-    is its own answer, the probe's ``foils``. For the bundled ``facts`` that is the likeliest of
+    Every question is first asked without a passage, in the chat template if the passages are, and
+    after the words that the reply begins with: the token that the model then holds likeliest is the
+    beginning of its own answer, the probe's ``foils``. Special tokens and tokens without a letter
+    or digit answer nothing and are never foils. For the bundled ``facts`` that is the likeliest of
     the words that are values, and the passage names the least likely one; of needles of your own
     those are left out whose answer begins as the model's own does.
 
     Args:
         model: from :func:`headscope.load`.
-        needles: ``facts``, or needles, or a JSONL file of them.
+        needles: ``facts`` (in the words of the bundled models; the default without a chat
+            template), ``capitals`` (the capitals of other countries; the default with one), or
+            needles, or a JSONL file of them.
         examples: how many at most.
         length: tokens of a passage with its question, at most.
         distractors: sentences about other things of the same kind in every passage.
@@ -50,7 +54,8 @@ def contradictions(
         A probe of kind ``needle`` with foils at the first token of the answer.
 
     Raises:
-        InputError: if no question is left.
+        InputError: if no question is left, or the model's words for the values are not known to
+            its tokenizer as single tokens.
 
     Example:
         >>> import headscope as hs
@@ -60,22 +65,29 @@ def contradictions(
     """
     if examples < 1:
         raise InputError(f"examples={examples} leaves nothing to ask: give 1 or more.")
+    if distractors < 0:
+        raise InputError(f"distractors={distractors} must be 0 or more.")
+    writer = writer_for(model, probe.get("chat"), probe.get("bos"))
     made: list[Probe] = []
+    if needles is None:
+        needles = "capitals" if writer.chat else "facts"
     if needles == "facts":
         rng = Random(f"contradictions {seed}")  # noqa: S311 - words, not secrets
         sets = [tuple(islice(facts(rng), 1 + distractors)) for _ in range(examples)]
-        own = closed_book(model, [one[0] for one in sets])
-        values = _values(model)
+        own = closed_book(model, writer, [one[0] for one in sets])
+        values = _values(model, distractors)
         against = [_against(one, row, values) for one, row in zip(sets, own, strict=True)]
         among = torch.full_like(own, -torch.inf)
         among[:, list(values.values())] = 0
         own = own + among
     else:
-        given = fixed_needles(needles)
+        given = _capitals(seed) if needles == "capitals" else fixed_needles(needles)
         if given is None:
-            raise InputError(f"needles={needles!r} cannot be answered without a passage: 'facts'.")
-        own = closed_book(model, given)
-        first = [_first(model, one) for one in given]
+            raise InputError(
+                f"needles={needles!r} cannot be answered without a passage: 'facts' or 'capitals'."
+            )
+        own = closed_book(model, writer, given)
+        first = [writer.ask(one).answer for one in given]
         kept = [i for i in range(len(given)) if int(own[i].argmax()) != first[i]][:examples]
         against = [(given[i], *given[:i], *given[i + 1 :])[: 1 + distractors] for i in kept]
         own = own[kept]
@@ -93,34 +105,62 @@ def contradictions(
             **probe,
         )
         made.append(replace(drawn, control=None))
-    return _joined(made, own.argmax(1).tolist(), seed)
+    return _joined(model, made, own.argmax(1).tolist(), seed)
+
+
+def _capitals(seed: int) -> tuple[Needle, ...]:
+    """Countries with the capitals of others."""
+    rng = Random(f"capitals {seed}")  # noqa: S311 - words, not secrets
+    countries = rng.sample(sorted(CAPITALS), len(CAPITALS))
+    false = [CAPITALS[one] for one in (*countries[1:], countries[0])]
+    return tuple(
+        Needle(
+            (f"The capital of {country} is {city}.",),
+            f"What is the capital of {country}?",
+            city,
+            (city,),
+        )
+        for country, city in zip(countries, false, strict=True)
+    )
 
 
 def closed_book(
-    model: HeadModel, questions: Sequence[Needle]
+    model: HeadModel, writer: Writer, questions: Sequence[Needle]
 ) -> Float[torch.Tensor, "question d_vocab"]:
-    """Log-probabilities of the next token after each question by itself."""
+    """Log-probabilities of the answer's first token after each question by itself.
+
+    -inf for special tokens and those that hold no letter or digit.
+    """
     tokenizer = need_tokenizer(model, "a question")
-    prefix = bos_prefix(model, None)
+    ordinary = ordinary_tokens(model)
+    texts = tokenizer.batch_decode(ordinary[:, None].tolist())
+    words = ordinary[[any(map(str.isalnum, text)) for text in texts]]
     rows = []
     for one in questions:
-        ids = torch.tensor([encode(tokenizer, one.question, prefix).ids])
+        ids = torch.tensor([writer.ask(one).ids])
         with torch.no_grad():
             logits = model.forward(ids, logits_at=torch.tensor([ids.shape[1] - 1]))
-        rows.append(logits[0, -1].float().log_softmax(0).cpu())
+        said = logits[0, -1].float().log_softmax(0).cpu()
+        rows.append(torch.full_like(said, -torch.inf).index_copy(0, words, said[words]))
     return torch.stack(rows)
 
 
-def _first(model: HeadModel, one: Needle) -> int:
-    tokenizer = need_tokenizer(model, "an answer")
-    return int(encode(tokenizer, f" {one.answer.lstrip()}").ids[0])
-
-
-def _values(model: HeadModel) -> dict[str, int]:
-    """Values that bundled facts can have, and the first token of each."""
+def _values(model: HeadModel, distractors: int) -> dict[str, int]:
+    """Values that bundled facts can have, and the first token of each, which no other has."""
     tokenizer = need_tokenizer(model, "a value")
     words = sorted({one.answer for one in islice(facts(Random(0)), 20)})  # noqa: S311
-    return {word: int(encode(tokenizer, f" {word}").ids[0]) for word in words}
+    first = {word: encode(tokenizer, f" {word}").word(1, 1 + len(word)) for word in words}
+    ids = {
+        word: encode(tokenizer, f" {word}").ids[place]
+        for word, place in first.items()
+        if place is not None
+    }
+    if len(ids) < 2 + distractors:
+        raise InputError(
+            f"the tokenizer of {model.name} has {len(ids)} of the values of 'facts' as single "
+            f"tokens and {2 + distractors} are needed: give needles, or fewer distractors."
+        )
+    return ids
 
 
 def _against(
@@ -134,8 +174,11 @@ def _against(
     return (replace(asked, texts=(text,), answer=value, parts=(value,)), *set_of[1:])
 
 
-def _joined(made: Sequence[Probe], foils: Sequence[int], seed: int) -> Probe:
-    """Probes of one example as one, padded on the right, with their foils."""
+def _joined(model: HeadModel, made: Sequence[Probe], foils: Sequence[int], seed: int) -> Probe:
+    """Probes of one example as one, padded on the right, with their foils.
+
+    A foil stands where the answer's first token with more than white space is predicted.
+    """
     longest = max(one.length for one in made)
 
     def stacked(values: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
@@ -148,7 +191,11 @@ def _joined(made: Sequence[Probe], foils: Sequence[int], seed: int) -> Probe:
 
     first = made[0]
     targets = stacked([one.targets for one in made], -1)
-    start = (targets >= 0).int().argmax(1)
+    tokenizer = need_tokenizer(model, "an answer")
+    known = targets.unique()
+    texts = tokenizer.batch_decode([[max(one, 0)] for one in known.tolist()])
+    white = known[[not text.strip() for text in texts]]
+    start = ((targets >= 0) & ~torch.isin(targets, white)).int().argmax(1)
     opposed = torch.full_like(targets, -1)
     opposed[torch.arange(len(made)), start] = torch.tensor(foils)
     return replace(

@@ -1,5 +1,6 @@
 """DeCoRe: a model contrasted with itself without its retrieval heads, token by token."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,17 +16,30 @@ from headscope.retrieval.prompts import Chooser, Prompts
 from headscope.retrieval.writing import Generated, Mixed, Text, write
 
 Alpha = Literal["entropy", "gain"] | int | float
+# Largest weight that an entropy gives, and the share of the likeliest token's probability below
+# which a token is not chosen (Li et al. 2022, arXiv 2210.15097: 0.1).
+MOST = 1.0
+PLAUSIBLE = 0.1
 
 
 @dataclass(frozen=True)
 class Contrast:
     """Scores ``(1 + alpha) log p_base - alpha log p_masked`` (Gema et al. 2024, section 2).
 
+    An entropy of several nats weighs the difference so much that tokens win which both models hold
+    impossible. So by default an entropy counts as 1 at most, and tokens that the base model gives
+    less than a tenth of the likeliest one's probability are out: the plausibility constraint of
+    contrastive decoding (Li et al. 2022, arXiv 2210.15097, section 3.3). The source of DeCoRe has
+    neither; :meth:`published` is its setting.
+
     Attributes:
         alpha: a number >= 0 for all steps (0.5 in the source); ``entropy``: that of the base
             model's next token, in nats; ``gain``: how much masking adds to it, at least 0.
-        most: largest alpha; None: no limit.
+        most: largest alpha that ``entropy`` and ``gain`` give; None: no limit. A number given as
+            alpha is taken as it is.
         share: divide an entropy by that of the flat distribution, so that it is at most 1.
+        plausible: tokens with ``p_base < plausible * max(p_base)`` are left out (score -inf); from
+            0, which leaves out none, to 1, which leaves the base model's choice.
 
     Example:
         >>> base, masked = torch.zeros(1, 4), torch.eye(4)[:1]
@@ -34,11 +48,22 @@ class Contrast:
     """
 
     alpha: Alpha = "entropy"
-    most: int | float | None = None
+    most: int | float | None = MOST
     share: bool = False
+    plausible: int | float = PLAUSIBLE
+
+    @classmethod
+    def published(cls, alpha: Alpha = "entropy") -> "Contrast":
+        """As in Gema et al. 2024: no largest alpha, and every token may be chosen.
+
+        Example:
+            >>> Contrast.published().most is None
+            True
+        """
+        return cls(alpha, most=None, plausible=0.0)
 
     def __post_init__(self) -> None:
-        """Check alpha."""
+        """Check alpha and its limits."""
         if isinstance(self.alpha, str):
             if self.alpha not in ("entropy", "gain"):
                 raise InputError(f"alpha={self.alpha!r} is unknown: 'entropy', 'gain' or a number.")
@@ -46,6 +71,8 @@ class Contrast:
             raise InputError(f"alpha={self.alpha} must be 0 or more.")
         if self.most is not None and self.most < 0:
             raise InputError(f"most={self.most} must be 0 or more.")
+        if not 0 <= self.plausible <= 1:
+            raise InputError(f"plausible={self.plausible} is a share of a probability: 0 to 1.")
 
     def __call__(
         self, base: Float[Tensor, "batch d_vocab"], masked: Float[Tensor, "batch d_vocab"]
@@ -54,17 +81,19 @@ class Contrast:
         own, other = base.float().log_softmax(1), masked.float().log_softmax(1)
         alpha = self._weight(own, other)
         scores = own + alpha[:, None] * (own - other)
-        return Mixed(scores.masked_fill(own.isneginf(), -torch.inf), alpha)
+        out = own.isneginf()
+        if self.plausible:
+            out = out | (own < own.amax(1, keepdim=True) + math.log(self.plausible))
+        return Mixed(scores.masked_fill(out, -torch.inf), alpha)
 
     def _weight(self, own: Tensor, other: Tensor) -> Float[Tensor, " batch"]:
         if not isinstance(self.alpha, str):
-            weight = torch.full((len(own),), float(self.alpha), device=own.device)
-        else:
-            weight = _entropy(own)
-            if self.alpha == "gain":
-                weight = (_entropy(other) - weight).clamp_min(0)
-            if self.share:
-                weight = weight / torch.tensor(float(own.shape[1])).log()
+            return torch.full((len(own),), float(self.alpha), device=own.device)
+        weight = _entropy(own)
+        if self.alpha == "gain":
+            weight = (_entropy(other) - weight).clamp_min(0)
+        if self.share:
+            weight = weight / math.log(own.shape[1])
         return weight if self.most is None else weight.clamp_max(float(self.most))
 
 
@@ -80,8 +109,9 @@ def decore(
     heads: Heads,
     alpha: Alpha = "entropy",
     *,
-    most: int | float | None = None,
+    most: int | float | None = MOST,
     share: bool = False,
+    plausible: int | float = PLAUSIBLE,
     method: Masking = "uniform",
     scope: Scope = "decode",
     new_tokens: int = 20,
@@ -94,16 +124,21 @@ def decore(
 
     Two runs read the same text, one with the heads masked; each keeps its keys and values. The
     next token is taken from ``(1 + alpha) log p_base - alpha log p_masked``, with ``alpha`` the
-    entropy of ``p_base``: where the model is unsure, what its retrieval heads add counts more.
+    entropy of ``p_base``, at most 1: where the model is unsure, what its retrieval heads add counts
+    more. Only tokens with at least a tenth of the likeliest one's probability can be chosen, as in
+    contrastive decoding (Li et al. 2022). The source has no such limits: ``most=None,
+    plausible=0`` is its setting, with which small models and large vocabularies, whose entropies
+    are several nats, write nonsense.
     With ``alpha=0`` the base model writes by itself. About twice the time of plain generation.
 
     Args:
         model: from :func:`headscope.load`.
         prompts: as :func:`headscope.retrieval.generate` takes them.
         heads: to be masked, e.g. ``retrieval.heads()``.
-        alpha: see :class:`headscope.retrieval.Contrast`, ``most`` and ``share`` too.
-        most: largest alpha.
+        alpha: see :class:`headscope.retrieval.Contrast`, as for the next three.
+        most: largest alpha that an entropy gives; None: no limit, as in the source.
         share: divide an entropy by that of the flat distribution.
+        plausible: least share of the likeliest token's probability; 0: none, as in the source.
         method: how heads are masked; ``uniform`` in the source.
         scope: where; ``decode`` in the source.
         new_tokens: at most.
@@ -123,7 +158,7 @@ def decore(
         >>> len(said.alphas[0])
         2
     """
-    contrast = Contrast(alpha, most, share)
+    contrast = Contrast(alpha, most, share, plausible)
     return write(
         model,
         prompts,

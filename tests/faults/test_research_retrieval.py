@@ -1,7 +1,11 @@
 """What a researcher with a small chat model needs of needles, contrasts and pairs."""
 
 import json
+import re
 import sys
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -9,14 +13,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import headscope as hs
-from headscope.errors import HeadscopeError
+from headscope.errors import HeadscopeError, InputError
+from headscope.probes import Needle
 from headscope.probes.needle_sets import DRAWN
+from headscope.probes.pairs import NAMES
+from headscope.probes.tasks import CAPITALS, TASKS
 from headscope.report.retrieval import retrieval_drawings, retrieval_sections
 from headscope.report.sections import Words
-from headscope.retrieval import decoded, follow, scan_grid, word_recall
+from headscope.retrieval import (
+    Contrast,
+    contradictions,
+    decoded,
+    decore,
+    faithfulness,
+    follow,
+    scan_grid,
+    word_recall,
+)
 from headscope.retrieval.follow import follow_both
 from headscope.table.roles import find_roles
 from tests.cli.support import run
@@ -309,3 +329,321 @@ def test_e10_the_control_takes_no_second_run(monkeypatch: pytest.MonkeyPatch) ->
 
 def both_of(model: Any, probe: hs.Probe, **options: Any) -> Any:
     return follow_both(model, probe, progress=False, batch_size=1, **options)
+
+
+CITIES = (("France", "Rome"), ("Italy", "Oslo"), ("Spain", "Lima"))
+COUNTRIES = [
+    Needle((f"The capital of {one} is {city}.",), f"What is the capital of {one}?", city, (city,))
+    for one, city in CITIES
+]
+
+
+def prefer(monkeypatch: pytest.MonkeyPatch, model: Any, *words: str) -> None:
+    """Let the model hold these tokens likeliest, the first most, whatever it reads."""
+    real = type(model).forward
+
+    def forward(self: Any, tokens: Any, **options: Any) -> Any:
+        logits = real(self, tokens, **options).clone()
+        for rank, word in enumerate(words):
+            ids = model.tokenizer(word, add_special_tokens=False)["input_ids"]
+            logits[..., ids[0]] = 1000.0 - rank
+        return logits
+
+    monkeypatch.setattr(type(model), "forward", forward)
+
+
+@pytest.mark.parametrize("needles", [None, "capitals", COUNTRIES])
+def test_e2_foils_are_words_never_special_tokens(
+    monkeypatch: pytest.MonkeyPatch, needles: Any
+) -> None:
+    model = tiny()
+    prefer(monkeypatch, model, "<reserved>", "<s>", ".", "\n", "q")
+    probe = contradictions(model, needles, examples=3, length=400)
+    assert probe.foils is not None
+    foils = probe.foils[probe.foils >= 0]
+    assert len(foils) == len(probe)
+    assert {model.tokenizer.decode([one]) for one in foils.tolist()} == {"q"}
+
+
+def test_e2_questions_are_asked_in_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    asked: list[str] = []
+    real = type(model).forward
+
+    def forward(self: Any, tokens: Any, **options: Any) -> Any:
+        asked.extend(map(model.tokenizer.decode, tokens))
+        return real(self, tokens, **options)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    contradictions(model, COUNTRIES, examples=3, length=400)
+    assert len(asked) == 3
+    for text, (country, _) in zip(asked, CITIES, strict=True):
+        assert "[user]" in text
+        assert f"What is the capital of {country}?" in text
+        assert "text above" not in text  # there is none
+        assert text.split("[assistant]\n")[1].strip() == f"The capital of {country} is"
+    asked.clear()
+    contradictions(model, COUNTRIES, examples=3, length=400, chat=False)
+    assert all(text.rstrip().endswith("Answer:") and "[user]" not in text for text in asked)
+
+
+def test_e2_a_void_comparison_is_refused() -> None:
+    model = tiny()
+    probe = contradictions(model, COUNTRIES, examples=3, length=400)
+    with pytest.raises(HeadscopeError, match="nothing to compare"):
+        faithfulness(model, probe, ["L1H0"], alphas=[])
+    assert probe.foils is not None
+    special = probe.foils.masked_fill(probe.foils >= 0, model.tokenizer.eos_token_id)
+    with pytest.raises(InputError, match="special token"):
+        faithfulness(model, replace(probe, foils=special), ["L1H0"])
+
+
+def test_e2_arms_go_on_from_where_the_answer_begins() -> None:
+    model = tiny()
+    probe = contradictions(model, COUNTRIES, examples=3, length=400)
+    assert probe.foils is not None
+    begins = [int((row >= 0).nonzero()[0]) for row in probe.foils]
+    own = []
+    for row, at in enumerate(begins):
+        with torch.no_grad():
+            own.append(int(model.forward(probe.tokens[row : row + 1, : at + 1])[0, -1].argmax()))
+    foils = torch.full_like(probe.tokens, -1)
+    foils[torch.arange(3), torch.tensor(begins)] = torch.tensor(own)
+    found = faithfulness(model, replace(probe, foils=foils), ["L1H0"], alphas=[0.5])
+    assert found.own[0].all()
+    assert np.isfinite(found.margin).all()
+    assert [one.strip() for one in found.answers] == [city for _, city in CITIES]
+
+
+def test_e3_a_contrast_has_a_cap_and_a_plausibility_cut() -> None:
+    torch.manual_seed(0)
+    base, masked = 3 * torch.randn(8, 500), 3 * torch.randn(8, 500)
+    mixed = Contrast()(base, masked)
+    share = base.softmax(1) / base.softmax(1).amax(1, keepdim=True)
+    assert torch.equal(mixed.scores.isfinite(), share >= 0.1)
+    assert mixed.alpha is not None
+    assert mixed.alpha.max() == 1
+    kept = share.gather(1, mixed.scores.argmax(1)[:, None])
+    assert kept.min() >= 0.1
+    paper = Contrast.published()(base, masked)
+    own, other = base.log_softmax(1), masked.log_softmax(1)
+    entropy = -(own.exp() * own).sum(1)
+    assert entropy.min() > 1
+    torch.testing.assert_close(paper.alpha, entropy)
+    torch.testing.assert_close(paper.scores, own + entropy[:, None] * (own - other))
+    assert Contrast(2.5)(base, masked).alpha.tolist() == [2.5] * 8
+    assert torch.equal(Contrast(plausible=1)(base, masked).scores.argmax(1), base.argmax(1))
+    with pytest.raises(InputError, match="plausible=2"):
+        Contrast(plausible=2)
+
+
+def test_e3_decore_says_only_what_the_model_holds_plausible() -> None:
+    model = tiny(chat=False, seed=3)
+    prompt = torch.randint(2, 500, (3, 12), generator=torch.Generator().manual_seed(1))
+    said = decore(model, prompt, ["L0H0", "L1H1", "L1H2"], new_tokens=6, progress=False)
+    assert max(max(row) for row in said.alphas) <= 1
+    for row, tokens in enumerate(said.tokens):
+        text = prompt[row].tolist()
+        for token in tokens:
+            with torch.no_grad():
+                shares = model.forward(torch.tensor([text]))[0, -1].float().softmax(0)
+            assert shares[token] >= 0.0999 * shares.max()
+            text.append(token)
+    free = decore(
+        model, prompt, ["L0H0", "L1H1", "L1H2"], most=None, plausible=0, new_tokens=6,
+        progress=False,
+    )  # fmt: skip
+    assert free.tokens != said.tokens
+    assert max(max(row) for row in free.alphas) > 1
+
+
+WORD = r" ?[A-Za-z]+| ?\d|[^\w ]| +"
+
+
+@lru_cache
+def word_reader() -> Any:
+    """A word-level tokenizer that has every word of the tasks, and digits, as single tokens."""
+    words: set[str] = set()
+    for task in TASKS.values():
+        for pair in islice(task(Random(0)), 3000):
+            for text in (
+                pair.clean,
+                pair.corrupt,
+                pair.clean + pair.answer,
+                pair.clean + pair.foil,
+            ):
+                words.update(re.findall(r" ?[A-Za-z]+| ?\d|[^\w ]| +", text))
+    tokenizer = Tokenizer(
+        WordLevel({word: i for i, word in enumerate(["<u>", *sorted(words)])}, "<u>")
+    )
+    tokenizer.pre_tokenizer = Split(Regex(r" ?[A-Za-z]+| ?\d|[^\w ]| +"), "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<u>")  # noqa: S106
+
+
+def word_model(seed: int = 0) -> Any:
+    tokenizer = word_reader()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        initializer_range=0.4,
+    )  # fmt: skip
+    return hs.load(LlamaForCausalLM(config).eval(), tokenizer=tokenizer, check=False)
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_e15_every_task_is_aligned_with_single_token_answers(task: str) -> None:
+    model = word_model()
+    probe = hs.probes.pairs(model, task, batch=12, seed=1)
+    other = probe.corrupt
+    assert other is not None
+    assert probe.foils is not None
+    assert other.foils is not None
+    assert probe.tokens.shape == other.tokens.shape
+    both = torch.cat([probe.tokens, other.tokens], 1)
+    assert len({tuple(row) for row in both.tolist()}) == 12
+    flipped = bool(probe.settings["flipped"])
+    end = probe.length - 1
+    assert probe.mark("end").int().argmax(1).eq(end).all()
+    right, wrong = probe.targets[:, end], probe.foils[:, end]
+    assert (right != wrong).all()
+    assert other.targets[:, end].equal(wrong if flipped else right)
+    assert other.foils[:, end].equal(right if flipped else wrong)
+    changed = (probe.tokens != other.tokens).sum(1)
+    assert (changed > 0).all()
+    assert (changed <= 2).all()
+    assert hs.probes.pairs(model, task, batch=12, seed=1).tokens.equal(probe.tokens)
+    assert not hs.probes.pairs(model, task, batch=12, seed=2).tokens.equal(probe.tokens)
+    assert hs.probes.pairs(model, task.replace("_", "-"), batch=12, seed=1).name == task
+
+
+def words_of(task: str, row: int) -> tuple[str, str, str, str, dict[str, str]]:
+    """Clean and corrupt text, answer, foil and the words of the marks of one example."""
+    model = word_model()
+    probe = hs.probes.pairs(model, task, batch=12)
+    decode = model.tokenizer.decode
+    assert probe.corrupt is not None
+    assert probe.foils is not None
+    marks = {name: decode(probe.tokens[row][at[row]]).strip() for name, at in probe.marks.items()}
+    texts = (decode(one.tokens[row]) for one in (probe, probe.corrupt))
+    said = (decode([int(one[row, -1])]).strip() for one in (probe.targets, probe.foils))
+    return (*texts, *said, marks)
+
+
+@pytest.mark.parametrize("row", range(12))
+def test_e15_answers_are_right(row: int) -> None:
+    clean, corrupt, answer, foil, marks = words_of("greater_than", row)
+    year = int(re.findall(r"\d{4}", clean)[0][2:])
+    assert int(answer) > year // 10 > int(foil)  # this tokenizer reads digit by digit
+    assert re.findall(r"\d{4}", corrupt)[0].endswith("01")
+    assert marks["year"] == str(year)
+    clean, corrupt, answer, foil, marks = words_of("agreement", row)
+    plural = marks["subject"].endswith("s")
+    assert (answer in ("are", "were", "have")) == plural
+    assert (foil in ("are", "were", "have")) != plural
+    assert marks["attractor"].endswith("s") != plural
+    assert clean.endswith(marks["attractor"])
+    clean, corrupt, answer, foil, marks = words_of("docstring", row)
+    named = re.findall(r"\w+", clean[clean.index("(") : clean.index(")")])
+    assert (answer, foil) == (named[3], named[4])
+    assert named[1:3] == re.findall(r":param (\w+):", clean)
+    assert [marks[name] for name in ("documented", "argument", "other")] == named[2:5]
+    clean, corrupt, answer, foil, marks = words_of("colour_objects", row)
+    told = {b: a for a, b in re.findall(r"an? (\w+) (\w+)", clean)}
+    assert told[clean.split()[-5]] == answer == marks["colour"]
+    assert told[corrupt.split()[-5]] == foil
+    assert marks["asked"] == marks["object"] == clean.split()[-5]
+    clean, corrupt, answer, foil, marks = words_of("capital_of", row)
+    assert CAPITALS[marks["country"]] == answer
+    assert any(country in corrupt and CAPITALS[country] == foil for country in CAPITALS)
+
+
+def test_e15_the_models_accuracy_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = word_model()
+    probe = hs.probes.pairs(model, "capital_of", batch=12)
+    assert probe.foils is not None
+    assert probe.corrupt is not None
+    with torch.no_grad():
+        logits = model.module(probe.tokens).logits[:, -1]
+        other = model.module(probe.corrupt.tokens).logits[:, -1]
+    rows = torch.arange(12)
+    target, foil = probe.targets[:, -1], probe.foils[:, -1]
+    right = logits[rows, target] > logits[rows, foil]
+    assert probe.facts["right"].bool().equal(right)
+    assert probe.settings["accuracy"] == pytest.approx(float(right.float().mean()))
+    theirs = (other[rows, foil] > other[rows, target]).float().mean()
+    assert probe.settings["accuracy_corrupt"] == pytest.approx(float(theirs))
+    assert 0 < float(right.float().mean()) < 1
+    neutral = hs.probes.pairs(model, "greater_than", batch=4)
+    assert "accuracy_corrupt" not in neutral.settings
+    alone = Reader(word_reader(), shape_of(len(word_reader())))
+    assert "accuracy" not in hs.probes.pairs(alone, "capital_of", batch=4).settings
+
+
+def test_e15_what_a_tokenizer_cannot_do_is_said() -> None:
+    model = reader(chat=False)
+    with pytest.raises(InputError, match="from_jsonl"):
+        hs.probes.pairs(model, "capital_of")
+    with pytest.raises(InputError, match=r"give batch=\d+ or fewer"):
+        hs.probes.pairs(word_model(), "capital_of", batch=3000)
+    with pytest.raises(InputError, match="agreement"):
+        hs.probes.pairs(word_model(), "agrement")
+    with pytest.raises(InputError, match="no option 'corrupt'"):
+        hs.probes.pairs(word_model(), "agreement", corrupt="third")
+    assert set(NAMES) == {"ioi", *TASKS}
+
+
+def jsonl(folder: Path, *lines: dict[str, Any]) -> Path:
+    file = folder / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
+    return file
+
+
+PAIR = {
+    "clean": "The capital of France is the city of",
+    "corrupt": "The capital of Italy is the city of",
+    "answer": " Paris",
+    "foil": " Rome",
+}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_e15_pairs_of_ones_own_come_from_a_file(tmp_path: Path, own: bool) -> None:
+    model = word_model()
+    line = PAIR | ({"corrupt_answer": " Rome", "corrupt_foil": " Paris"} if own else {})
+    place = [PAIR["clean"].index("France"), PAIR["clean"].index("France") + 6]
+    probe = hs.probes.from_jsonl(model, jsonl(tmp_path, line | {"marks": {"country": place}}))
+    other = probe.corrupt
+    decode = model.tokenizer.decode
+    assert other is not None
+    assert probe.foils is not None
+    assert other.foils is not None
+    assert decode(probe.tokens[0]) == PAIR["clean"]
+    assert decode(other.tokens[0]) == PAIR["corrupt"]
+    said = [decode([int(one[0, -1])]) for one in (probe.targets, probe.foils)]
+    theirs = [decode([int(one[0, -1])]) for one in (other.targets, other.foils)]
+    assert said == [" Paris", " Rome"]
+    assert theirs == (said[::-1] if own else said)
+    assert decode(other.tokens[0][other.mark("country")[0]]) == " Italy"
+    assert "accuracy" in probe.settings
+    assert ("accuracy_corrupt" in probe.settings) == own
+    grid = hs.patch_activations(model, probe, hs.metrics.logit_difference)
+    assert np.isfinite(np.asarray(grid.mean)).any()
+
+
+def test_e15_bad_pairs_get_a_sentence(tmp_path: Path) -> None:
+    model = word_model()
+    for line, message in (
+        (PAIR | {"corrupt": "The capital of Italy"}, r"4 tokens and its clean one 8"),
+        (PAIR | {"corrupt": PAIR["clean"]}, "is the clean one"),
+        (PAIR | {"text": "The"}, "another word for 'text'"),
+        ({"text": "The city", "corrupt_answer": " of"}, "needs a 'corrupt' text"),
+        (PAIR | {"corrupt_foil": " Rome"}, "needs a corrupt_answer"),
+        (PAIR | {"corrupt_answer": " Rome"}, "are the same token"),
+        (PAIR | {"corrupt": 3}, "not a string"),
+    ):
+        with pytest.raises(InputError, match=message):
+            hs.probes.from_jsonl(model, jsonl(tmp_path, line))
+    with pytest.raises(InputError, match="prompt 2 has none"):
+        hs.probes.from_jsonl(model, jsonl(tmp_path, PAIR, {"text": "The city of"}))

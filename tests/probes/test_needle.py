@@ -241,7 +241,7 @@ def test_a_chat_template_is_laid_around_the_prompt() -> None:
     assert text.startswith("<s>[INST]")
     assert text.count("<s>") == 1
     assert re.search(r"number of (\w+)\? \[/INST\] The magic number of \1 is +\d{5}$", text)
-    assert said(model, chat, "answer").strip() == said(model, chat, "needle_answer").strip()
+    assert said(model, chat, "answer") == said(model, chat, "needle_answer")
     plain = needle(model, 300, [0.5], "numbers", per_cell=1, chat=False)
     assert "[INST]" not in tokenizer.decode(plain.tokens[0])
     assert (chat.settings["chat"], plain.settings["chat"]) == (True, False)
