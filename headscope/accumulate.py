@@ -1,6 +1,6 @@
 """The observer behind ``hs.score``: feeds each layer's chunks to the scorers, keeps sums only."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,30 +31,68 @@ class Sums:
     count: Float[Tensor, "layer head batch"]
     missing: Float[Tensor, "layer head"]
 
-    @classmethod
-    def zeros(cls, layers: int, heads: int, batch: int) -> "Sums":
-        """Nothing added yet."""
-        total = torch.zeros(layers, heads, batch, dtype=torch.float64)
-        return cls(total, total.clone(), torch.zeros(layers, heads, dtype=torch.float64))
-
-    def add(
-        self,
-        layer: int,
-        values: Float[Tensor, "batch head query"],
-        chosen: Bool[Tensor, "batch query"],
-    ) -> None:
-        """Add the values of the chosen queries; NaN counts as missing."""
-        wanted = chosen[:, None].expand_as(values)
-        known = wanted & ~values.isnan()
-        filled = torch.where(known, values, 0.0).sum(-1, dtype=torch.float64)
-        self.total[layer] += filled.T.cpu()
-        self.count[layer] += known.sum(-1).T.cpu()
-        self.missing[layer] += (wanted & ~known).sum((0, 2)).cpu()
-
     @property
     def mean(self) -> Float[Tensor, "layer head batch"]:
         """Mean over queries; NaN where no query had a value."""
         return self.total / self.count.where(self.count > 0, torch.nan)
+
+
+class RunningSums:
+    """Sums of several scorers during a pass, on whatever devices the layers are.
+
+    Nothing is read back before :meth:`moved`, which copies once per device: the host never waits
+    for a layer. Off the CPU, sums are in fp32 (not every device knows float64) with Kahan's
+    correction from chunk to chunk.
+    """
+
+    def __init__(self, names: Sequence[str], layers: int, heads: int, batch: int) -> None:
+        """Nothing added yet."""
+        self._row = {name: number for number, name in enumerate(names)}
+        self._shape = (len(names), layers, heads, batch)
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether this scorer is summed."""
+        return name in self._row
+
+    def add(
+        self,
+        name: str,
+        layer: int,
+        values: Float[Tensor, "batch head query"],
+        chosen: Bool[Tensor, "batch query"],
+    ) -> None:
+        """Add a scorer's values of the chosen queries; NaN counts as missing."""
+        wanted = chosen[:, None].expand_as(values)
+        known = wanted & ~values.isnan()
+        total, lost, counts = self._on(values.device)
+        at = (self._row[name], layer)
+        filled = torch.where(known, values, 0.0).sum(-1, dtype=total.dtype).T - lost[at]
+        sums = total[at] + filled
+        lost[at] = ((sums - total[at]) - filled).nan_to_num(0.0, 0.0, 0.0)  # of infinite values
+        total[at] = sums
+        counts[0][at] += known.sum(-1).T
+        counts[1][at] += (wanted & ~known).sum(-1).T
+
+    def moved(self) -> dict[str, Sums]:
+        """What was summed, by scorer, in float64 on the CPU."""
+        total = torch.zeros(self._shape, dtype=torch.float64)
+        counts = torch.zeros(2, *self._shape, dtype=torch.float64)
+        for sums, _, counted in self._by_device.values():
+            total += sums.cpu()
+            counts += counted.cpu()
+        return {
+            name: Sums(total[row], counts[0, row], counts[1, row].sum(-1))
+            for name, row in self._row.items()
+        }
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._by_device:
+            exact = torch.float64 if device.type == "cpu" else torch.float32
+            total = torch.zeros(self._shape, dtype=exact, device=device)
+            counts = torch.zeros(2, *self._shape, dtype=torch.int64, device=device)
+            self._by_device[device] = (total, torch.zeros_like(total), counts)
+        return self._by_device[device]
 
 
 @dataclass(eq=False)
@@ -80,29 +118,34 @@ class Accumulator:
     halvings: int
     advance: Advance
     tokens: int | None = None
-    sums: dict[str, Sums] = field(init=False)
-    flat_sums: dict[str, Sums] = field(init=False)
+    _sums: RunningSums = field(init=False)
+    _flat_sums: RunningSums = field(init=False)
     _rotations: dict[int, Rotation] = field(default_factory=dict)
     _held: list[tuple[Scorer, int, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make room for the sums; measure what cannot be measured during the pass."""
+        if self.batch.tokens.device.type != "cpu":  # which queries count is asked of the host
+            self.batch = self.batch.to("cpu")
         if any("rotary" in scorer.needs for scorer in self.scorers):
             rotation = self.model.parts.rotation
             self._rotations = {
                 layer: rotation(layer) for layer in self.model.shape.attention_layers
             }
-        shape, batch = self.model.shape, len(self.batch)
+        size = (self.model.shape.n_layers, self.model.shape.n_heads, len(self.batch))
+        self._sums = RunningSums([scorer.name for scorer in self.scorers], *size)
+        flat = [s.name for s in self.scorers if s.kind == "row" and s.control == "flat"]
+        self._flat_sums = RunningSums(flat if self.flat else [], *size)
 
-        def room() -> Sums:
-            return Sums.zeros(shape.n_layers, shape.n_heads, batch)
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """What every scorer gave, once the pass is over."""
+        return self._sums.moved()
 
-        self.sums = {scorer.name: room() for scorer in self.scorers}
-        self.flat_sums = {
-            scorer.name: room()
-            for scorer in self.scorers
-            if self.flat and scorer.kind == "row" and scorer.control == "flat"
-        }
+    @property
+    def flat_sums(self) -> dict[str, Sums]:
+        """What attention spread evenly gives those scorers whose control that is."""
+        return self._flat_sums.moved()
 
     @property
     def wants_final(self) -> bool:
@@ -121,7 +164,7 @@ class Accumulator:
         return wanted.nonzero().squeeze(-1)
 
     @cached_property
-    def _flat(self) -> dict[tuple[str, int | None, int], Tensor]:
+    def _flat(self) -> dict[tuple[str, int | None, int, int], Tensor]:
         return {}
 
     @cached_property
@@ -145,7 +188,7 @@ class Accumulator:
         self.advance()
 
     def _on_chunk(self, layer: "_Layer", positions: Int[Tensor, " query"]) -> None:
-        chunk = _Chunk(layer, positions.to(layer.device))
+        chunk = _Chunk(layer, positions)
         for scorer in self.scorers:
             chosen = self.selected[scorer.name][:, positions]
             if not bool(chosen.any()):
@@ -153,13 +196,13 @@ class Accumulator:
             chosen = chosen.to(layer.device)
             values = scorer(chunk.seen(scorer), layer.probe)
             if scorer.per_final_scale:
-                self._held.append((scorer, layer.number, values.cpu(), positions))
+                self._held.append((scorer, layer.number, values, positions))
             else:
-                self.sums[scorer.name].add(layer.number, values, chosen)
-            if scorer.name in self.flat_sums:
+                self._sums.add(scorer.name, layer.number, values, chosen)
+            if scorer.name in self._flat_sums:
                 spread = self._flat_values(scorer, layer, chunk).to(layer.device)
                 spread = spread.expand(-1, self.model.shape.n_heads, -1)
-                self.flat_sums[scorer.name].add(layer.number, spread, chosen)
+                self._flat_sums.add(scorer.name, layer.number, spread, chosen)
 
     def _flat_values(
         self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk"
@@ -168,17 +211,18 @@ class Accumulator:
         if scorer.view == "value_weighted":
             return scorer(chunk.flat_rows(scorer), layer.probe)
         window = self.model.shape.windows[layer.number]
-        key = (scorer.name, window, int(chunk.positions[0]))
+        key = (scorer.name, window, int(chunk.positions[0]), len(chunk.positions))
         if key not in self._flat:
             self._flat[key] = scorer(chunk.flat_rows(scorer), layer.probe)
         return self._flat[key]
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide what was held back by the final norm's scale."""
-        scale = self.model.readout.scale(residual).cpu()
+        scale = self.model.readout.scale(residual)
         for scorer, layer, values, positions in self._held:
-            chosen = self.selected[scorer.name][:, positions]
-            self.sums[scorer.name].add(layer, values / scale[:, None, positions], chosen)
+            chosen = self.selected[scorer.name][:, positions].to(values.device)
+            part = scale.to(values.device)[:, None, positions]
+            self._sums.add(scorer.name, layer, values / part, chosen)
         self._held.clear()
 
 
@@ -214,7 +258,11 @@ class _Layer:
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Some queries of one layer; every derived form is computed once, if asked for."""
+    """Some queries of one layer; every derived form is computed once, if asked for.
+
+    Attributes:
+        positions: on the CPU, where the number of keys that they see is known without waiting.
+    """
 
     layer: _Layer
     positions: Int[Tensor, " query"]
@@ -239,7 +287,7 @@ class _Chunk:
     def outputs(self) -> HeadOutputs:
         return HeadOutputs(
             layer=self.layer.number,
-            query_pos=self.positions,
+            query_pos=self.positions.to(self.layer.device),
             z=self.layer.view.z[:, self.positions].float(),
             W_O=self.layer.W_O,
             readout=self.layer.model.readout,
@@ -273,11 +321,13 @@ class _Chunk:
         return even
 
 
-def joined(parts: Iterable[Sums]) -> Sums:
-    """Batches of one scorer, one after another."""
-    listed = list(parts)
-    return Sums(
-        torch.cat([part.total for part in listed], -1),
-        torch.cat([part.count for part in listed], -1),
-        torch.stack([part.missing for part in listed]).sum(0),
-    )
+def joined(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
+    """Batches of a probe, one after another, for every scorer."""
+    return {
+        name: Sums(
+            torch.cat([part[name].total for part in parts], -1),
+            torch.cat([part[name].count for part in parts], -1),
+            torch.stack([part[name].missing for part in parts]).sum(0),
+        )
+        for name in parts[0]
+    }

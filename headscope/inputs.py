@@ -86,8 +86,8 @@ class Rotation:
         """
         if not self.first:
             return weight
-        phase = self.phases(distance).to(weight.device)
-        cos, sin = phase.real.to(weight.dtype), phase.imag.to(weight.dtype)
+        phase = self.phases(distance)
+        cos, sin = (part.to(weight.dtype).to(weight.device) for part in (phase.real, phase.imag))
         a, b = weight[..., list(self.first)], weight[..., list(self.second)]
         turned = weight.clone()
         turned[..., list(self.first)] = a * cos - b * sin

@@ -160,10 +160,14 @@ class HeadOutputs:
         return self._summed(pattern, self.values[:, :, : pattern.shape[-1]])
 
     def of_keys(self, keys: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch query head d_head"]:
-        """The part of ``z`` that comes from a set of keys: ``sum of A[i, j] v[j]`` over them."""
+        """The part of ``z`` that comes from a set of keys: ``sum of A[i, j] v[j]`` over them.
+
+        Args:
+            keys: the set; best on the CPU (``probe.host``): counting them on a device waits for it.
+        """
         pattern = self.rows.pattern
         columns = keys[:, : pattern.shape[-1]].any(0).nonzero().squeeze(-1)
-        chosen = pattern[..., columns] * keys[:, None, None, columns]
+        chosen = pattern[..., columns] * keys[:, None, None, columns].to(pattern.device)
         return self._summed(chosen, self.values[:, :, columns])
 
     def _summed(

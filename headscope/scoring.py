@@ -4,6 +4,7 @@ The function is ``headscope.score``; the module is not called so, or importing i
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +20,7 @@ from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.progress import Advance, track
 from headscope.scorers import DEFAULT, Scorer, resolve
-from headscope.table import HeadScores, HeadTable
+from headscope.table import HeadScores, HeadTable, Provenance
 
 # Nulls that come from a pass over the probe's control.
 _OWN_PASS = ("unrepeated", "needle")
@@ -89,9 +90,10 @@ def score(
             control: dict[str, Sums] = {}
             if one.control is not None and compared:
                 control, _ = run(one.control, compared, flat=False)
+            facts = origin(model, one)  # reads all weights, so once for all scorers
             for scorer in group:
                 null = control.get(scorer.name) or flat.get(scorer.name)
-                done[scorer.name] = _to_scores(model, scorer, one, sums[scorer.name], null)
+                done[scorer.name] = _to_scores(model, scorer, one, sums[scorer.name], null, facts)
     return HeadTable(done[scorer.name] for scorer in chosen)
 
 
@@ -172,11 +174,10 @@ def _run(
 
         return Accumulator(model, batch, scorers, flat, memory, halvings, on_layer, tokens)
 
-    parts = [part for _, part in capture.stream(model, probe, watch, batch_size=batch_size)]
-    names = [scorer.name for scorer in scorers]
-    sums = {name: joined(part.sums[name] for part in parts) for name in names}
-    flats = {name: joined(p.flat_sums[name] for p in parts) for name in parts[0].flat_sums}
-    return sums, flats
+    passes = capture.stream(model, probe, watch, batch_size=batch_size)
+    parts = [(part.sums, part.flat_sums) for _, part in passes]
+    sums, flats = zip(*parts, strict=True)
+    return joined(sums), joined(flats)
 
 
 def _to_scores(
@@ -185,6 +186,7 @@ def _to_scores(
     probe: Probe,
     sums: Sums,
     null: Sums | None,
+    facts: Provenance,
 ) -> HeadScores:
     return HeadScores.from_examples(
         scorer.name,
@@ -199,7 +201,7 @@ def _to_scores(
         description=scorer.description,
         source=scorer.source,
         threshold=scorer.threshold,
-        provenance=origin(model, probe, control=scorer.control if null is not None else None),
+        provenance=replace(facts, control=scorer.control if null is not None else None),
     )
 
 

@@ -90,7 +90,7 @@ def _derivatives(
         total = total_metric(model, batch, (Gates(edit, gates),))
         found = torch.autograd.grad(total, [gates[layer] for layer in layers])
     by_layer = dict(zip(layers, found, strict=True))
-    rows = torch.stack([by_layer[head.layer][:, head.head] for head in heads]).double().cpu()
+    rows = torch.stack([by_layer[head.layer][:, head.head] for head in heads]).cpu().double()
     unread = ~batch.readings[0].read.any(1).cpu()
     return rows.masked_fill(unread, float("nan"))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headscope import edits
-from headscope.ablation.arguments import Metricish, by_head, present
+from headscope.ablation.arguments import Metricish, by_head, present, without_rounding
 from headscope.ablation.donors import head_values
 from headscope.ablation.engine import Batch
 from headscope.ablation.patching import _aligned_pair
@@ -89,7 +89,7 @@ def path_patch(
     if not chosen:
         raise InputError("no path leads from these senders to these receivers.")
     study = Study.of(model, clean, metric, batch_size=batch_size, memory=memory, progress=progress)
-    parts = []
+    parts, clean_parts = [], []
     total = float(len(chosen) * len(clean))
     with quick(model), track(total, "path patching", show=progress) as advance:
         for examples, batch in study.batches():
@@ -101,10 +101,13 @@ def path_patch(
             else:
                 values = batch.values(first)
             advance(float(len(chosen) * len(batch.probe)))
-            parts.append(values - batch.clean)
+            parts.append(values)
+            clean_parts.append(batch.clean)
+    unedited = torch.cat(clean_parts).numpy()
+    effects = without_rounding(torch.cat(parts, 1).numpy() - unedited, unedited)
     name = "logits" if not listening else f"{entry} of {', '.join(map(str, listening))}"
     provenance = study.provenance(receivers=name)
-    return as_scores(study, by_head(model, chosen, torch.cat(parts, 1).numpy()), "path", provenance)
+    return as_scores(study, by_head(model, chosen, effects), "path", provenance)
 
 
 def _sent(

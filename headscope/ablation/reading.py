@@ -70,7 +70,7 @@ class Reading:
 
     def by_example(self, parts: Sequence[Tensor], runs: int) -> Float[Tensor, "run batch"]:
         """One number per run and example from those of its rows; NaN where it reads nothing."""
-        numbers = torch.cat(list(parts)).double().cpu()
+        numbers = torch.cat(list(parts)).cpu().double()
         if not isinstance(self.metric, Metric):
             return numbers.view(runs, -1)
         example = self.read.nonzero()[:, 0].cpu()

@@ -128,13 +128,14 @@ def _ranked(
 def _pair_norms(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer head"]:
     """Normalised norms of the products of one head with many, either side being the one."""
     sides = (first.left.mT, first.right, second.left.mT, second.right)
-    W_V, W_O, left, right = (side.double() for side in sides)
+    exact = torch.float64 if first.left.device.type == "cpu" else torch.float32
+    W_V, W_O, left, right = (side.to(exact) for side in sides)
     written, out = (first.per_head(side @ side.mT) for side in (W_V, W_O))
     inner, read = (second.per_head(side @ side.mT) for side in (left, right))
     between = first.per_head(W_O) @ second.per_head(left).mT
     squared = ((written @ between) * (between @ read)).sum((-2, -1))
     scale = (written * out).sum((-2, -1)) * (inner * read).sum((-2, -1))
-    return (squared.clamp_min(0) / scale.clamp_min(1e-60)).sqrt()
+    return (squared.clamp_min(0) / scale.clamp_min(torch.finfo(exact).tiny)).sqrt()
 
 
 def random_composition(model: HeadModel, fold_norm: bool = True) -> float:

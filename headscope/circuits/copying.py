@@ -132,7 +132,7 @@ def matching_ranks(
 
 def share_within(ranks: Int[Tensor, "layer head token"], k: int) -> Float[Tensor, "layer head"]:
     """Share of ranks among the first k."""
-    return (ranks < k).double().mean(-1)
+    return (ranks < k).cpu().double().mean(-1)
 
 
 def alike(factors: HeadFactors, words: Dictionary) -> Iterator[tuple[slice, int]]:

@@ -67,6 +67,7 @@ def target_ranks(
         >>> ranks.promoted.shape == (model.shape.n_layers, model.shape.n_heads, 4)
         True
     """
+    targets = targets.to(factors.left.device)
     race = _Race.start(factors, source, outputs(targets), targets)
     done = 0
     for block in _blocks(d_vocab, max(len(targets), factors.left.shape[-2]), targets.device):

@@ -54,7 +54,7 @@ def spectra(
     return HeadSpectra(
         circuit,
         _by_layer(model, factors, factors.singular_values()),
-        _by_layer(model, factors, entry_sizes(factors).double() * float(largest)),
+        _by_layer(model, factors, entry_sizes(factors).cpu().double() * float(largest)),
         low=relative.min(0),
         high=relative.max(0),
         chance=f"products of Gaussian factors of the same shape and variance, {_DRAWS} draws",
@@ -84,7 +84,7 @@ def eigenvalues(
     factors = _factors(model, circuit, True)
     words = Dictionary(model, embedding)
     kind: Gram = "output_input" if circuit == "OV" else "input"
-    values = torch.linalg.eigvals(token_cores(factors, words, kind).double().cpu())
+    values = torch.linalg.eigvals(token_cores(factors, words, kind).cpu().double())
     return HeadEigenvalues(
         circuit,
         _by_layer(model, factors, values),

@@ -37,6 +37,6 @@ def eigenvalue_ratio(
         >>> float(hs.circuits.eigenvalue_ratio(torch.eye(3)[None, None]))
         1.0
     """
-    values = torch.linalg.eigvals(core.double().cpu())
+    values = torch.linalg.eigvals(core.cpu().double())
     ratio: Tensor = values.real.sum(-1) / values.abs().sum(-1)
     return ratio

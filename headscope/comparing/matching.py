@@ -138,7 +138,7 @@ def _cosines(first: HeadFactors, second: HeadFactors) -> dict[int, np.ndarray]:
             rows.append(inner.sum((-1, -2)))
         size = norms[0][place][:, None] * norms[1][place][None]
         cosine = torch.stack(rows) / torch.where(size > 0, size, torch.nan)
-        found[layer] = cosine.nan_to_num().double().cpu().numpy()
+        found[layer] = cosine.nan_to_num().cpu().double().numpy()
     return found
 
 

@@ -75,9 +75,11 @@ class AttentionCall:
         """Exact softmax rows in fp32, keys up to the last that any of the queries sees.
 
         Args:
-            positions: query positions, counted among the keys.
+            positions: query positions, counted among the keys; on the CPU, where reading them
+                does not make the host wait for the device.
         """
         n_keys = int(positions.max()) + 1
+        positions = positions.to(self.query.device)
         visible = self.visible(positions, n_keys)
         batch, kv_heads, _, d_head = self.key.shape
         query = self.query[:, :, positions - self.first_query].float() * self.scaling
@@ -89,6 +91,7 @@ class AttentionCall:
     def matches(self, positions: Int[Tensor, " query"]) -> Matches:
         """Queries at some positions and the keys up to the last that any of them sees."""
         n_keys = int(positions.max()) + 1
+        positions = positions.to(self.query.device)
         return Matches(
             layer=self.layer,
             query_pos=positions,
@@ -162,6 +165,7 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     parts = []
     for block in _blocks(call):
         first, last = int(block[0]), int(block[-1])
+        block = block.to(call.query.device)
         start = 0 if call.window is None else max(0, first - call.window + 1)
         keys = slice(start, last + 1)
         mask = call.visible(block, last + 1)[:, None, :, start:]
@@ -177,8 +181,7 @@ def _blocks(call: AttentionCall) -> Iterator[Int[Tensor, " query"]]:
     if call.soft_cap is not None or call.sinks is not None:
         rows *= call.query.shape[1]
     size = max(1, min(call.n_queries, _BLOCK_ENTRIES // rows))
-    positions = torch.arange(call.first_query, call.n_keys, device=call.query.device)
-    return iter(positions.split(size))
+    return iter(torch.arange(call.first_query, call.n_keys).split(size))
 
 
 def _sdpa(

@@ -1,9 +1,10 @@
 """Probe: a batch of token sequences with known structure, and the facts that scorers need."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -139,12 +140,19 @@ class Probe:
     @cached_property
     def most_earlier(self) -> int:
         """Largest number of earlier occurrences that any position has."""
+        if self.host is not self:
+            return self.host.most_earlier
         labels = self.structure.masked_fill(~self.real, -1).sort(dim=1).values
         rank = torch.arange(self.length, device=labels.device).expand_as(labels)
         new = torch.ones_like(self.real)
         new[:, 1:] = labels[:, 1:] != labels[:, :-1]
         run_start = rank.where(new, 0).cummax(dim=1).values
         return int((rank - run_start).where(labels >= 0, 0).max())
+
+    @cached_property
+    def host(self) -> "Probe":
+        """The same probe on the CPU: to be asked what decides a size, as no device waits for it."""
+        return self if self.tokens.device.type == "cpu" else self.to("cpu")
 
     def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
         """Positions marked ``name``.
@@ -159,19 +167,27 @@ class Probe:
 
     def to(self, device: torch.device | str) -> "Probe":
         """The same probe with its tensors on ``device``."""
-        return replace(
-            self,
+        return self._unchecked(
             tokens=self.tokens.to(device),
             real=self.real.to(device),
             structure=self.structure.to(device),
             targets=self.targets.to(device),
             foils=None if self.foils is None else self.foils.to(device),
-            marks={name: mark.to(device) for name, mark in self.marks.items()},
-            facts={name: numbers.to(device) for name, numbers in self.facts.items()},
+            marks=MappingProxyType({name: one.to(device) for name, one in self.marks.items()}),
+            facts=MappingProxyType({name: one.to(device) for name, one in self.facts.items()}),
             control=None if self.control is None else self.control.to(device),
             corrupt=None if self.corrupt is None else self.corrupt.to(device),
             clusters=None if self.clusters is None else self.clusters.to(device),
         )
+
+    def _unchecked(self, **changes: Any) -> "Probe":
+        """The same facts elsewhere: checking them again would make the host wait for a device."""
+        made = object.__new__(Probe)
+        for one in fields(self):
+            object.__setattr__(made, one.name, changes.get(one.name, getattr(self, one.name)))
+        if self.tokens.device.type == "cpu" != made.tokens.device.type:
+            made.__dict__["host"] = self
+        return made
 
     def examples(self, chosen: slice) -> "Probe":
         """The same probe with some of its examples."""

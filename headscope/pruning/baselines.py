@@ -32,11 +32,10 @@ def weight_norm(model: HeadModel) -> HeadScores:
     values = np.full((shape.n_layers, shape.n_heads), np.nan)
     for layer in shape.attention_layers:
         weights = model.weights(layer)
-        reads = weights.W_V.double()
-        reads = (reads.mT @ reads).repeat_interleave(shape.group_size, dim=0)
-        writes = weights.W_O.double()
-        squared = (reads * (writes @ writes.mT)).sum((1, 2))
-        values[layer] = squared.clamp_min(0).sqrt().cpu().numpy()
+        reads, writes = weights.W_V.float(), weights.W_O.float()
+        reads = (reads.mT @ reads).cpu().double().repeat_interleave(shape.group_size, dim=0)
+        squared = (reads * (writes @ writes.mT).cpu().double()).sum((1, 2))
+        values[layer] = squared.clamp_min(0).sqrt().numpy()
     return HeadScores.from_summary(
         "weight_norm",
         values,

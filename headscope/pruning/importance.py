@@ -131,7 +131,7 @@ def _by_example(
         gates = {n: torch.ones(shape, device=model.device, requires_grad=True) for n in layers}
         total = total_metric(model, batch, (*edits, _Gates(gates)))
         found = torch.autograd.grad(total, [gates[n] for n in layers])
-    by_layer = dict(zip(layers, (gradient.double().cpu() for gradient in found), strict=True))
+    by_layer = dict(zip(layers, (gradient.cpu().double() for gradient in found), strict=True))
     rows = torch.stack([by_layer[head.layer][:, :, head.head] for head in heads])
     real = batch.probe.real.sum(1).clamp_min(1)
     values = rows.sum(2).abs() if over == "example" else rows.abs().sum(2) / real

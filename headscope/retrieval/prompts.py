@@ -114,7 +114,7 @@ class Chooser:
         """Choose one token per row."""
         if self.temperature == 0:
             return (logits == logits.amax(1, keepdim=True)).int().argmax(1).cpu()
-        shares = (logits.double() / self.temperature).softmax(1).cpu().cumsum(1)
+        shares = (logits.cpu().double() / self.temperature).softmax(1).cumsum(1)
         at = torch.tensor([one.random() for one in draws], dtype=torch.float64)[:, None]
         found = torch.searchsorted(shares, at * shares[:, -1:], right=True)
         return found[:, 0].clamp_max(logits.shape[1] - 1)

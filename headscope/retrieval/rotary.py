@@ -103,11 +103,11 @@ class _Seen:
         wanted = self.batch.mark("answering")
         positions = wanted.any(0).nonzero().flatten()
         seen = replace(view.matches(positions), rotation=self.rotations[view.layer])
-        shares = plane_shares(seen, far_keys(seen)).double().cpu()
+        shares = plane_shares(seen, far_keys(seen)).cpu().double()
         chosen = wanted[:, None, positions, None].to(shares.dtype)
         self.total[view.layer] = (shares.nan_to_num(0) * chosen).sum((0, 2))
         known = ~shares.isnan().any(-1) & (chosen[..., 0] > 0)
-        self.count[view.layer] = known.sum((0, 2)).double()
+        self.count[view.layer] = known.sum((0, 2)).cpu().double()
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Nothing is kept of it."""

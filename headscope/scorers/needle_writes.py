@@ -34,8 +34,8 @@ def needle_write(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch hea
 
     Weakness: the direct path only; what later layers make of the write is not seen.
     """
-    mark = probe.mark("needle")
-    return _along_target(replace(outputs, z=outputs.of_keys(mark)), outputs, probe)
+    needle = outputs.of_keys(probe.host.mark("needle"))
+    return _along_target(replace(outputs, z=needle), outputs, probe)
 
 
 @output_scorer(
@@ -56,7 +56,7 @@ def needle_write_contrast(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "
     Weakness: a head that fetches the answer also from elsewhere scores low; so does one whose
     other values lower it by their bias alone.
     """
-    needle = outputs.of_keys(probe.mark("needle"))
+    needle = outputs.of_keys(probe.host.mark("needle"))
     return _along_target(replace(outputs, z=2 * needle - outputs.z), outputs, probe)
 
 

@@ -136,7 +136,7 @@ def importance_weighted_retrieval(
     """
     mark = probe.mark("needle")
     size = mark.sum(1)
-    most = min(int(size.max()), rows.pattern.shape[-1])
+    most = min(int(probe.host.mark("needle").sum(1).max()), rows.pattern.shape[-1])
     largest = rows.pattern.topk(most, dim=-1)
     rank = torch.arange(most, device=size.device)
     counted = (rank < size[:, None])[:, None, None]

@@ -51,8 +51,8 @@ class BridgeLayerView:
         Raises:
             UnsupportedModelError: if the layer attends where its config says that it cannot.
         """
+        n_keys = int(query_pos.max()) + 1
         positions = query_pos.to(self.pattern.device)
-        n_keys = int(positions.max()) + 1
         visible = visible_keys(
             positions, n_keys, self.pattern.shape[0], window=self.window, real=self.real
         )

@@ -91,22 +91,22 @@ def find_writers(
 
 
 def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
-    x, out = seen.inputs[block].double(), seen.outputs[block]
-    added = out.double().reshape(x.shape) - x
+    x, out = seen.inputs[block].cpu().double(), seen.outputs[block]
+    added = out.cpu().double().reshape(x.shape) - x
     dtype = out.dtype
     least = _TOLERANCE if dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE
     tolerance = least + float(torch.finfo(dtype).eps * x.norm() / added.norm().clamp_min(1e-30))
     best: Writers | None = None
     names = {module: name for name, module in block.named_modules()}
     others = [
-        (name, seen.outputs[module].double().reshape(x.shape))
+        (name, seen.outputs[module].cpu().double().reshape(x.shape))
         for module, name in names.items()
         if module in seen.outputs
         and seen.outputs[module].numel() == x.numel()
         and not _around(name, names[projection])
     ]
     for attention, normed in _attention_writes(seen, block, projection):
-        write = seen.outputs[attention].double().reshape(x.shape)
+        write = seen.outputs[attention].cpu().double().reshape(x.shape)
         for name, other in others:
             if name == names[attention]:
                 continue

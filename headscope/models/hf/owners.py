@@ -140,15 +140,18 @@ def _numbers(
     number = torch.zeros(output.shape[-1], dtype=torch.long, device=value.device)
     exact = model.dtype in (torch.float32, torch.float64)
     tolerance = _TOLERANCE if exact else _HALF_TOLERANCE
+    furthest = torch.zeros((), device=value.device)
     for bit in range((value.shape[1] - 1).bit_length()):
         signs = (heads >> bit & 1) * 2.0 - 1.0
         part = derivative(signs).float().flatten(0, -2)
         ratio = (part * every).sum(0) / every.square().sum(0).clamp_min(1e-30)
         away = (part - ratio.sign() * every).norm(dim=0) / every.norm(dim=0).clamp_min(1e-30)
-        if bool((away[reached] > tolerance).any()):
-            raise _mixed(model, layer, "queries and keys")
+        furthest = torch.maximum(furthest, away.where(reached, 0.0).max())
         number += (ratio > 0).long() << bit
-    return {int(at): int(number[at]) for at in reached.nonzero().squeeze(1)}
+    if not float(furthest) <= tolerance:
+        raise _mixed(model, layer, "queries and keys")
+    by_output = torch.where(reached, number, -1).tolist()
+    return {at: head for at, head in enumerate(by_output) if head >= 0}
 
 
 def _mixed(model: "HFModel", layer: int, what: str) -> UnsupportedModelError:

@@ -56,7 +56,7 @@ class HFLayerView:
 
     def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
         """Exact softmax rows of these queries, in fp32."""
-        return self.call.rows(query_pos.to(self.call.query.device))
+        return self.call.rows(query_pos)
 
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
         """Value vectors as attention used them."""
@@ -64,7 +64,7 @@ class HFLayerView:
 
     def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
         """Queries at these positions and keys, as attention used them, in fp32."""
-        return self.call.matches(query_pos.to(self.call.query.device))
+        return self.call.matches(query_pos)
 
 
 @dataclass

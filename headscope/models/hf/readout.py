@@ -166,7 +166,7 @@ def _measured_epsilon(norm: nn.Module, probe: Tensor, centred: bool) -> float:
     x = probe - probe.mean(-1, keepdim=True) if centred else probe
     square, t = float(x.square().mean()), 1e-3
     x = x * (square / x.square().mean(-1, keepdim=True)).sqrt()  # all rows alike
-    small, large = (((norm(s * x) - norm(-s * x)) / 2).double() for s in (t, 1.0))
+    small, large = (((norm(s * x) - norm(-s * x)) / 2).cpu().double() for s in (t, 1.0))
     r2 = float((small * large).sum() / large.square().sum()) ** 2
     return max(0.0, t**2 * square * (1 - r2) / max(r2 - t**2, 1e-12))
 

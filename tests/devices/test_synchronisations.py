@@ -1,0 +1,84 @@
+"""How often the host waits for the device, on a device that counts it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import headscope as hs
+from headscope.models.protocol import HeadModel
+from tests.devices import standin
+
+_SAME = ["previous_token", "induction", "duplicate_token", "current_token"]
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    standin.install()
+    with torch.autograd.set_multithreading_enabled(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> HeadModel:
+    """A model whose digest is known: it reads weights, and has nothing to do with a pass."""
+    standin.install()
+    model = hs.load("tiny-llama", device=standin.NAME)
+    digest = model.digest()
+    model.digest = lambda: digest
+    return model
+
+
+def waits(model: HeadModel, probe: hs.Probe, scorers: list[str], **options: int) -> int:
+    """Of the second run: in the first one, some parts of the model are measured once for all."""
+    hs.score(model, probe, scorers, **options)
+    with standin.counting() as counted:
+        hs.score(model, probe, scorers, **options)
+    return counted.total()
+
+
+def scorers_for(model: HeadModel, kind: str) -> list[str]:
+    catalogue = hs.scorers.CATALOGUE.values()
+    return [s.name for s in catalogue if s.probe == kind and not set(s.needs) & set(model.limits)]
+
+
+def test_as_many_for_one_scorer_as_for_all(model: HeadModel) -> None:
+    probe = hs.probes.repeated_tokens(model, length=8, batch=3)
+    every = scorers_for(model, "repeated_tokens")
+    assert len(every) > 10
+    few = waits(model, probe, ["previous_token", "induction"])  # both kinds of control
+    assert waits(model, probe, every) == few
+
+
+@pytest.mark.parametrize("kind", ["repeated_tokens", "needle", "ioi", "text"])
+def test_at_most_four_a_layer(model: HeadModel, kind: str) -> None:
+    probe = {
+        "repeated_tokens": lambda: hs.probes.repeated_tokens(model, length=8, batch=3),
+        "needle": lambda: hs.probes.needle(model, lengths=64, depths=2, per_cell=1),
+        "ioi": lambda: hs.probes.pairs(model, "ioi", batch=3),
+        "text": lambda: hs.probes.text(model, ["The cat slept. The dog slept.", "One day"]),
+    }[kind]()
+    assert waits(model, probe, scorers_for(model, kind)) <= 4 * model.shape.n_layers
+
+
+def test_chunks_and_batches_are_not_waited_for(model: HeadModel) -> None:
+    probe = hs.probes.repeated_tokens(model, length=8, batch=4)
+    whole = waits(model, probe, _SAME)
+    assert waits(model, probe, _SAME, max_tokens_per_chunk=8) == whole
+    assert waits(model, probe, _SAME, batch_size=2) == 2 * whole  # once per pass
+    shortened = waits(model, hs.probes.repeated_tokens(model, length=4, batch=4), _SAME)
+    assert shortened == whole
+
+
+def test_a_probe_on_the_device_costs_one_copy_more(model: HeadModel) -> None:
+    probe = hs.probes.repeated_tokens(model, length=8, batch=3)
+    there = hs.score(model, probe.to(standin.NAME), _SAME)
+    here = hs.score(model, probe, _SAME)
+    for name in _SAME:
+        assert (there[name].mean == here[name].mean).all()
+
+
+def test_removing_heads_reads_no_head_by_itself(model: HeadModel) -> None:
+    with standin.counting() as counted:
+        hs.prune(model, ["L0H1"])
+    assert counted.total() < 60 * model.shape.n_layers
