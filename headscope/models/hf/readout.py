@@ -55,7 +55,7 @@ def measure_logit_map(u: Tensor, logits: Tensor) -> LogitMap | None:
     """
     if u.shape != logits.shape:
         return None
-    given, made = u.detach().double().flatten().cpu(), logits.detach().double().flatten().cpu()
+    given, made = (one.detach().flatten().cpu().double() for one in (u, logits))
     near = given.abs() < 100 * _SMALLEST
     scale = float((given * made)[near].sum() / given[near].square().sum())
     allowed = 8 * torch.finfo(logits.dtype).eps + 8 * torch.finfo(u.dtype).eps

@@ -53,7 +53,8 @@ def gap(actual: Tensor, expected: Tensor, allowed: float) -> Gap:
         return Gap(math.inf, allowed)
     if expected.numel() == 0:
         return Gap(math.nan, allowed)  # nothing was seen, so nothing was proved
-    a, e = actual.detach().to(expected.device).double(), expected.detach().double()
+    exact = torch.promote_types(expected.dtype, torch.float32)  # not every device has float64
+    a, e = actual.detach().to(expected.device, exact), expected.detach().to(exact)
     least = float(torch.finfo(torch.float32).tiny)
     return Gap(float((a - e).abs().max() / e.abs().max().clamp_min(least)), allowed)
 
