@@ -179,7 +179,7 @@ def estimate(
 ) -> dict[str, Any]:
     """Attribution of all heads against the loop, and its rank correlation with the effects."""
     metric = hs.metrics.logit_difference
-    found, seconds, _ = timed(lambda: hs.ablate_heads(model, probe, metric, "attribution"), rounds)
+    found, seconds, _ = timed(lambda: hs.estimate_heads(model, probe, metric), rounds)
     exact = hs.ablate_heads(model, probe, metric, "mean", heads)
     known = ~np.isnan(exact.mean)
     return {

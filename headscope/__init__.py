@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from headscope.ablation import ablate_cumulatively as ablate_cumulatively
     from headscope.ablation import ablate_groups as ablate_groups
     from headscope.ablation import ablate_heads as ablate_heads
+    from headscope.ablation import estimate_heads as estimate_heads
     from headscope.ablation import interactions as interactions
     from headscope.ablation import patch_activations as patch_activations
     from headscope.ablation import path_patch as path_patch
+    from headscope.ablation import screen_heads as screen_heads
     from headscope.comparing import compare as compare
     from headscope.comparing import emergence as emergence
     from headscope.errors import HeadscopeError as HeadscopeError
@@ -84,6 +86,7 @@ _HOME = {
     "compiled": "headscope.compiled",
     "edits": "headscope.edits",
     "emergence": "headscope.comparing",
+    "estimate_heads": "headscope.ablation",
     "explain": "headscope.interactive",
     "interactions": "headscope.ablation",
     "lens": "headscope.lens",
@@ -101,6 +104,7 @@ _HOME = {
     "row_scorer": "headscope.scorers",
     "score": "headscope.scoring",
     "scorers": "headscope.scorers",
+    "screen_heads": "headscope.ablation",
     "sweeps": "headscope.sweeps",
 }
 

@@ -1,6 +1,6 @@
 """The observer behind ``hs.score``: feeds each layer's chunks to the scorers, keeps sums only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from headscope.inputs import Rotation
 from headscope.matches import Matches
 from headscope.memory import chunk_bytes
 from headscope.models.protocol import HeadModel, LayerView
-from headscope.outputs import HeadOutputs
+from headscope.outputs import HeadOutputs, Readout
 from headscope.probes.probe import Probe
 from headscope.progress import Advance
 from headscope.rows import AttentionRows
@@ -118,6 +118,7 @@ class Accumulator:
     halvings: int
     advance: Advance
     tokens: int | None = None
+    budget: int = field(init=False)
     _sums: RunningSums = field(init=False)
     _flat_sums: RunningSums = field(init=False)
     _rotations: dict[int, Rotation] = field(default_factory=dict)
@@ -136,6 +137,7 @@ class Accumulator:
         self._sums = RunningSums([scorer.name for scorer in self.scorers], *size)
         flat = [s.name for s in self.scorers if s.kind == "row" and s.control == "flat"]
         self._flat_sums = RunningSums(flat if self.flat else [], *size)
+        self.budget = self._budget()
 
     @property
     def sums(self) -> dict[str, Sums]:
@@ -168,6 +170,14 @@ class Accumulator:
         return {}
 
     @cached_property
+    def _measured_readout(self) -> Readout:
+        return self.model.readout
+
+    def _readout(self) -> Readout:
+        """The final norm and unembedding of this pass, measured when first asked for."""
+        return self._measured_readout
+
+    @cached_property
     def _probes(self) -> dict[torch.device, Probe]:
         return {}
 
@@ -177,15 +187,22 @@ class Accumulator:
         if device not in self._probes:
             self._probes[device] = self.batch.to(device)
         rotation = self._rotations.get(view.layer)
-        layer = _Layer(self.model, view, self._probes[device], rotation)
-        row = _COPIES * 4 * len(self.batch) * self.model.shape.n_heads * self.batch.length
-        budget = chunk_bytes(device, self.memory)
-        if self.tokens is not None:
-            budget = min(budget, self.tokens // len(self.batch) * row)
-        budget >>= self.halvings
-        for positions in chunks(self.positions, row, budget):
+        layer = _Layer(self.model, view, self._probes[device], rotation, self._readout)
+        for positions in chunks(self.positions, self._row, self.budget):
             self._on_chunk(layer, positions)
         self.advance()
+
+    @property
+    def _row(self) -> int:
+        """Bytes of one query's rows over all examples and heads."""
+        return _COPIES * 4 * len(self.batch) * self.model.shape.n_heads * self.batch.length
+
+    def _budget(self) -> int:
+        """Bytes of a chunk, decided once a pass: free memory is another number in every layer."""
+        budget = chunk_bytes(self.model.device, self.memory)
+        if self.tokens is not None:
+            budget = min(budget, self.tokens // len(self.batch) * self._row)
+        return budget >> self.halvings
 
     def _on_chunk(self, layer: "_Layer", positions: Int[Tensor, " query"]) -> None:
         chunk = _Chunk(layer, positions)
@@ -218,7 +235,7 @@ class Accumulator:
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide what was held back by the final norm's scale."""
-        scale = self.model.readout.scale(residual)
+        scale = self._readout().scale(residual)
         for scorer, layer, values, positions in self._held:
             chosen = self.selected[scorer.name][:, positions].to(values.device)
             part = scale.to(values.device)[:, None, positions]
@@ -234,6 +251,7 @@ class _Layer:
     view: LayerView
     probe: Probe
     rotation: Rotation | None
+    readout: Callable[[], Readout]
 
     @property
     def number(self) -> int:
@@ -290,7 +308,7 @@ class _Chunk:
             query_pos=self.positions.to(self.layer.device),
             z=self.layer.view.z[:, self.positions].float(),
             W_O=self.layer.W_O,
-            readout=self.layer.model.readout,
+            readout=self.layer.readout(),
             make_rows=lambda: self.rows,
             make_values=self.layer.view.values,
             make_matches=lambda: self.matches,

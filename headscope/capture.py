@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.errors import HeadscopeError, InputError
-from headscope.memory import is_out_of_memory
+from headscope.memory import free_cached_memory, is_out_of_memory
 from headscope.models.protocol import HeadModel, LayerView, Observer
 from headscope.probes.probe import Probe
 
@@ -61,17 +61,21 @@ def stream(
         chosen = slice(start, min(start + size, len(probe)))
         batch = probe.examples(chosen)
         observer = make_observer(batch, halvings)
+        full = False
         try:
-            with torch.no_grad():
-                model.forward(
-                    batch.tokens,
-                    real=batch.real,
-                    observers=(observer,),
-                    logits_at=torch.empty(0, dtype=torch.long),
-                )
+            model.forward(
+                batch.tokens,
+                real=batch.real,
+                observers=(observer,),
+                logits_at=torch.empty(0, dtype=torch.long),
+            )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            full = True
+        if full:
+            del observer
+            free_cached_memory()
             size, halvings = _halved(len(batch), halvings, probe)
             continue
         yield chosen, observer
@@ -80,8 +84,6 @@ def stream(
 
 def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
     """Smaller batch or, at one example, smaller chunks."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     if size > 1:
         return size // 2, halvings
     if halvings >= 10:

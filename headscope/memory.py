@@ -65,6 +65,15 @@ def keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)  # never touched, so it costs nothing
 
 
+def free_cached_memory() -> None:
+    """Give a GPU's cached blocks back after an allocation failed.
+
+    Outside of the ``except`` block: inside it the traceback still holds the tensors.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: on a GPU, or on the CPU, where torch raises a RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (

@@ -47,9 +47,14 @@ def test_the_input_is_left_as_it_is() -> None:
 def test_scope() -> None:
     prefill, decode = edits.zero("0.0", scope="prefill"), edits.zero("0.0", scope="decode")
     assert not prefill(0, Z)[:, :, 0].any()
-    assert torch.equal(prefill(0, Z[:, :1]), Z[:, :1])
-    assert not decode(0, Z[:, :1])[:, :, 0].any()
+    assert not prefill(0, Z[:, :1])[:, :, 0].any()  # a prompt of one token is a prompt
     assert torch.equal(decode(0, Z), Z)
+    step = edits.Span(first=7, count=3, prompt=8)  # however many positions a step runs
+    assert not prefill.during(step)(0, Z)[:, 0, 0].any()
+    assert torch.equal(prefill.during(step)(0, Z)[:, 1:], Z[:, 1:])
+    assert not decode.during(step)(0, Z)[:, 1:, 0].any()
+    assert torch.equal(decode.during(step)(0, Z)[:, 0], Z[:, 0])
+    assert not prefill.during(edits.Span(8, 3, 8)).layers
 
 
 def test_cut_gives_what_the_whole_gives() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from headscope.ablation.reading import Reading
 from headscope.ablation.sources import Plan, Source
 from headscope.edits import Variant
-from headscope.memory import is_out_of_memory
+from headscope.memory import free_cached_memory, is_out_of_memory
 from headscope.metrics import AnyMetric, WholeMetric
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
@@ -127,12 +127,15 @@ class Batch:
         while at < len(order):
             count = self._fitting([starts[i] for i in order[at:]])
             chosen = order[at : at + count]
+            rows = None
             try:
                 rows = self.source.rows([variants[i] for i in chosen])
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or count == 1:
                     raise
-                self._spare()
+            if rows is None:
+                self.limit //= 2
+                free_cached_memory()
                 continue
             yield chosen, rows
             at += count
@@ -146,11 +149,6 @@ class Batch:
                 break
             count += 1
         return count
-
-    def _spare(self) -> None:
-        self.limit //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def _reduced(self, parts: Sequence[Tensor]) -> Float[Tensor, "metric variant batch"]:
         """One number per metric, variant and example from rows, whole variants in order."""

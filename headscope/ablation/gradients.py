@@ -18,7 +18,7 @@ from torch import Tensor
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Placer, Study
 from headscope.ablation.sources import quick
-from headscope.edits import AnyEdit, Site
+from headscope.edits import AnyEdit, Site, Span, during
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import Metric
@@ -40,6 +40,11 @@ class Gates:
         object.__setattr__(self, "site", self.edit.site)
         object.__setattr__(self, "layers", frozenset(self.amounts))
 
+    def during(self, span: Span) -> "Gates":
+        """The way to what the edit is in a pass over some positions."""
+        there = during((self.edit,), span)
+        return Gates(there[0], self.amounts) if there else Gates(self.edit, {})
+
     def __call__(self, layer: int, value: Tensor) -> Tensor:
         """Go part of the way."""
         amount = self.amounts[layer].to(value)
@@ -58,12 +63,10 @@ def attribution(
         heads: whose gates open.
         steps: 1 for the gradient at the clean run; more for integrated gradients.
     """
-    if steps < 1:
-        raise InputError(f"attribution takes steps=1 or more; got {steps}.")
     points = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
     parts = []
     total = float(len(study.probe) * steps)
-    with quick(study.model), track(total, "attribution", show=study.progress) as advance:
+    with track(total, "attribution", show=study.progress) as advance:
         for chosen, batch in study.batches():
             place = placer.place(chosen, batch)
             placer.prove(batch, place, heads)
@@ -104,7 +107,10 @@ def total_metric(model: HeadModel, batch: Batch, edits: Sequence[AnyEdit]) -> Fl
     reading = batch.readings[0]
     read, metric = reading.read, reading.metric
     at = read.any(0).nonzero().squeeze(1)
-    logits = model.forward(batch.probe.tokens, real=batch.probe.real, edits=edits, logits_at=at)
+    with quick(model):
+        logits = model.forward(
+            batch.probe.tokens, real=batch.probe.real, edits=edits, logits_at=at, grad=True
+        )
     if isinstance(metric, Metric):
         rows = logits[read[:, at].to(logits.device)].float()
         weights = (1.0 / read.sum(1))[read.nonzero()[:, 0]]

@@ -17,6 +17,7 @@ from headscope.ablation.arguments import (
     without_rounding,
 )
 from headscope.ablation.engine import Batch
+from headscope.ablation.methods import check_method
 from headscope.ablation.run import Placer, Study
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
@@ -166,6 +167,8 @@ def _measured(
     progress: bool | None = None,
 ) -> _Measured:
     """Ablate sets of heads, each at once."""
+    if isinstance(method, str):
+        check_method(method, reference)
     study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
     placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
     effects, clean = joint(study, placer, sets)

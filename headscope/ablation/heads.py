@@ -1,13 +1,28 @@
-"""``hs.ablate_heads``: the causal effect of every head on a metric."""
+"""Causal effects of every head on a metric: measured, estimated, or measured where it matters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from headscope.ablation.arguments import Maker, Metricish, Positions, by_head, facts_of, present
 from headscope.ablation.gradients import attribution
+from headscope.ablation.methods import check_method
 from headscope.ablation.run import Placer, Study
 from headscope.ablation.single import ablated, as_scores, screened
 from headscope.edits import Heads
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores
+
+# Options of estimates, and who takes them.
+_OF_ESTIMATES = {"baseline": "estimate_heads", "steps": "estimate_heads"} | {
+    "top": "screen_heads",
+    "sample": "screen_heads",
+}
 
 
 def ablate_heads(
@@ -19,14 +34,11 @@ def ablate_heads(
     *,
     positions: Positions = None,
     reference: Probe | None = None,
-    baseline: str = "mean",
-    steps: int = 1,
-    top: int = 10,
-    sample: int = 10,
     seed: int = 0,
     batch_size: int | None = None,
     memory: str | int | None = None,
     progress: bool | None = None,
+    **unknown: Any,
 ) -> HeadScores:
     """Ablate every head on its own and measure what that does to a metric.
 
@@ -39,11 +51,6 @@ def ablate_heads(
         ``zero``: 0 (what a value bias adds goes too). ``resample``: the output on another example
         (seeded). ``patch``: the output on the paired, corrupt example. ``uniform``: attention flat
         over the visible keys. ``attend_to_first``: all attention on the first token.
-        ``attribution``: a first-order estimate of ``baseline`` for all heads at once, from one
-        forward and one backward pass; with ``steps > 1``, integrated gradients on the way from
-        the clean run to all heads ablated together. ``screened``: attribution for all, the
-        ablation itself for the ``top`` heads and for a random ``sample`` of the others; the rank
-        correlation of the two is in ``provenance.checks``.
         A function from heads to an edit: e.g. ``lambda heads: hs.edits.scale(heads, 0.5)``.
 
     Args:
@@ -54,18 +61,14 @@ def ablate_heads(
         heads: which; default: all.
         positions: where to ablate: a mark of the probe, or ``[batch pos]``; default: everywhere.
         reference: where means and other examples come from; default: the probe itself.
-        baseline: what attribution and screening estimate: ``mean``, ``zero``, ``mean_pos``,
-            ``resample`` or ``patch``.
-        steps: of attribution.
-        top: heads with the largest estimates, of screening.
-        sample: heads drawn from the others, of screening.
         seed: of what is drawn.
         batch_size: examples per recorded pass; changes nothing but time and memory.
         memory: what a stack of variants may take, e.g. ``"2GB"``.
         progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        unknown: nothing; options of estimates are refused here with the function that takes them.
 
     Raises:
-        InputError: if an argument does not fit the probe or the model.
+        InputError: if an argument does not fit the probe, the model or the method.
         HeadscopeError: if a proof fails that the edits do what they say.
 
     Example:
@@ -75,18 +78,161 @@ def ablate_heads(
         >>> hs.ablate_heads(model, probe, hs.metrics.loss, "zero", heads="L0H1").n[0, :2].tolist()
         [0, 2]
     """
-    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
+    _refuse_unknown("ablate_heads", unknown)
+    if isinstance(method, str):
+        check_method(method, reference)
     chosen = present(model, heads)
-    facts = dict(facts_of(method, reference, positions))
-    if method in ("attribution", "screened"):
-        facts |= {"baseline": baseline, "steps": steps}
-        placer = Placer(study, baseline, positions=positions, reference=reference, seed=seed)
-        if method == "attribution":
-            effects = attribution(study, placer, chosen, steps)
-        else:
-            effects = screened(study, placer, chosen, steps, top, sample, seed)
-    else:
-        placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
-        effects = ablated(study, placer, chosen)
+    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
+    facts = facts_of(method, reference, positions)
+    placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
+    effects = ablated(study, placer, chosen)
+    return _scores(study, chosen, effects, placer, facts, seed)
+
+
+def estimate_heads(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish,
+    *,
+    baseline: str = "mean",
+    steps: int = 1,
+    heads: Heads | None = None,
+    positions: Positions = None,
+    reference: Probe | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    memory: str | int | None = None,
+    progress: bool | None = None,
+) -> HeadScores:
+    """Estimate the effect of ablating every head, all at once, from gradients.
+
+    Every head gets a gate that leads from its output to what the baseline makes of it. With one
+    step the estimate is the derivative by the gate at the clean run, ``sum (baseline - z) .
+    d metric / d z``: one forward and one backward pass for all heads. With more it is the mean
+    derivative on the way from the clean run to all heads ablated together (integrated gradients);
+    the estimates of all heads then sum to that effect, up to the error of the midpoint rule.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: what to run.
+        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; differentiable.
+        baseline: which ablation is estimated, by its name in :func:`ablate_heads`.
+        steps: 1, or how many points the way is integrated over.
+        heads: whose gates open; default: all.
+        positions: as :func:`ablate_heads` takes them.
+        reference: likewise.
+        seed: likewise.
+        batch_size: likewise.
+        memory: likewise.
+        progress: likewise.
+
+    Raises:
+        InputError: if an argument does not fit, or the metric has no gradient.
+
+    Source:
+        Nanda 2023, attribution patching; Sundararajan et al. 2017, arXiv 1703.01365.
+
+    Example:
+        >>> estimate = hs.estimate_heads(model, probe, hs.metrics.loss, baseline="zero")
+        >>> estimate.mean.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
+    """
+    _check_steps(steps)
+    check_method(baseline, reference, "baseline")
+    chosen = present(model, heads)
+    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
+    facts = {**facts_of("attribution", reference, positions), "baseline": baseline, "steps": steps}
+    placer = Placer(study, baseline, positions=positions, reference=reference, seed=seed)
+    effects = attribution(study, placer, chosen, steps)
+    return _scores(study, chosen, effects, placer, facts, seed)
+
+
+def screen_heads(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish,
+    *,
+    top: int = 10,
+    sample: int = 10,
+    baseline: str = "mean",
+    steps: int = 1,
+    heads: Heads | None = None,
+    positions: Positions = None,
+    reference: Probe | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    memory: str | int | None = None,
+    progress: bool | None = None,
+) -> HeadScores:
+    """Estimate the effect of every head, and ablate those that the estimate points at.
+
+    Measured are the ``top`` heads by the size of their estimates and a random ``sample`` of the
+    others; the rest are missing. The rank correlation of estimate and effect over the heads that
+    have both, in ``provenance.checks``, says how far the estimate can be trusted.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: what to run.
+        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; differentiable.
+        top: heads with the largest estimates.
+        sample: heads drawn from the others.
+        baseline: the ablation, by its name in :func:`ablate_heads`.
+        steps: of the estimate, see :func:`estimate_heads`.
+        heads: among which; default: all.
+        positions: as :func:`ablate_heads` takes them.
+        reference: likewise.
+        seed: of the sample, and of what the ablation draws.
+        batch_size: as :func:`ablate_heads` takes it.
+        memory: likewise.
+        progress: likewise.
+
+    Raises:
+        InputError: if an argument does not fit, or the metric has no gradient.
+
+    Example:
+        >>> effects = hs.screen_heads(model, probe, hs.metrics.loss, top=2, sample=1)
+        >>> int((effects.n > 0).sum())
+        3
+    """
+    _check_steps(steps)
+    if not _is_count(top, 1) or not _is_count(sample, 0):
+        raise InputError(f"screening needs top >= 1 and sample >= 0; got {top!r} and {sample!r}.")
+    check_method(baseline, reference, "baseline")
+    chosen = present(model, heads)
+    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
+    facts = {**facts_of("screened", reference, positions), "baseline": baseline, "steps": steps}
+    placer = Placer(study, baseline, positions=positions, reference=reference, seed=seed)
+    effects = screened(study, placer, chosen, steps, top, sample, seed)
+    return _scores(study, chosen, effects, placer, facts, seed)
+
+
+def _scores(
+    study: Study,
+    heads: tuple[HeadIndex, ...],
+    effects: Float[np.ndarray, "head example"],
+    placer: Placer,
+    facts: Mapping[str, Any],
+    seed: int,
+) -> HeadScores:
     provenance = study.provenance(seed, checks=placer.checks, **facts)
-    return as_scores(study, by_head(model, chosen, effects), str(facts["method"]), provenance)
+    placed = by_head(study.model, heads, effects)
+    return as_scores(study, placed, str(facts["method"]), provenance)
+
+
+def _refuse_unknown(function: str, unknown: Mapping[str, Any]) -> None:
+    for name in unknown:
+        if name in _OF_ESTIMATES:
+            raise InputError(
+                f"{function} takes no {name}: it measures, and that is an option of estimates; "
+                f"call hs.{_OF_ESTIMATES[name]}."
+            )
+        raise InputError(f"{function} takes no argument {name!r}.")
+
+
+def _check_steps(steps: int) -> None:
+    if not _is_count(steps, 1):
+        raise InputError(f"an estimate takes steps=1 or more; got {steps!r}.")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -42,12 +42,36 @@ class Setting:
         return None if self.positions is None else self.positions[chosen]
 
 
+# What was once a method, and the function that it has become.
+_MOVED = {
+    "attribution": "hs.estimate_heads(model, probe, metric, baseline=..., steps=...)",
+    "screened": "hs.screen_heads(model, probe, metric, top=..., sample=...)",
+}
+
+
+def check_method(method: str, reference: Probe | None, kind: str = "method") -> None:
+    """Refuse a method that is unknown, and a reference that nothing would read.
+
+    Raises:
+        InputError: with what to take instead.
+    """
+    if method in _MOVED:
+        raise InputError(
+            f"{kind}={method!r} is an estimate, not an ablation: call {_MOVED[method]}."
+        )
+    if method not in METHODS:
+        raise InputError(nearest(str(method), list(METHODS), kind=kind))
+    if reference is not None and method in ("zero", "uniform", "attend_to_first"):
+        raise InputError(
+            f"{kind}={method!r} takes no values from elsewhere: leave reference out, or take "
+            "mean, mean_pos, resample or patch."
+        )
+
+
 class Method:
     """Makes edits, batch by batch; what needs the whole reference is computed once."""
 
     def __init__(self, name: str, setting: Setting) -> None:
-        if name not in METHODS:
-            raise InputError(nearest(name, [*METHODS, "attribution", "screened"], kind="method"))
         self._make, self._setting = METHODS[name], setting
         self._means: dict[int, Tensor] | None = None
         setting_checks = {"mean_pos": _same_length, "resample": _aligned, "patch": _aligned}

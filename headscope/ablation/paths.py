@@ -14,7 +14,6 @@ from headscope.ablation.engine import Batch
 from headscope.ablation.patching import _aligned_pair
 from headscope.ablation.run import Study
 from headscope.ablation.single import as_scores
-from headscope.ablation.sources import quick
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -91,7 +90,7 @@ def path_patch(
     study = Study.of(model, clean, metric, batch_size=batch_size, memory=memory, progress=progress)
     parts, clean_parts = [], []
     total = float(len(chosen) * len(clean))
-    with quick(model), track(total, "path patching", show=progress) as advance:
+    with track(total, "path patching", show=progress) as advance:
         for examples, batch in study.batches():
             donors = head_values(model, corrupt.tokens[examples], corrupt.real[examples])
             kept = batch.source.z or head_values(model, batch.probe.tokens, batch.probe.real)

@@ -12,8 +12,8 @@ from headscope import capture
 from headscope.ablation.arguments import Maker, Metricish, Positions, default_reference, marked
 from headscope.ablation.checks import proofs
 from headscope.ablation.engine import Batch, stack_tokens
-from headscope.ablation.methods import Method, Place, Setting
-from headscope.ablation.sources import Plan, plan_for, quick
+from headscope.ablation.methods import Method, Place, Setting, check_method
+from headscope.ablation.sources import Plan, plan_for
 from headscope.edits import AnyEdit, HeadEdit, Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -103,7 +103,7 @@ class Study:
         """What :meth:`measure` gives, of the metric and all others; each variant is run once."""
         edited, clean = [], []
         total = float(count * len(self.probe))
-        with quick(self.model), track(total, what, show=self.progress) as advance:
+        with track(total, what, show=self.progress) as advance:
             for chosen, batch in self.batches():
                 edited.append(batch.all_values(variants(chosen, batch), advance))
                 clean.append(batch.all_clean)
@@ -137,6 +137,7 @@ class Placer:
         where = marked(study.probe, positions)
         self._method: Method | None = None
         if isinstance(method, str):
+            check_method(method, reference)
             chosen = reference if reference is not None else default_reference(study.probe, method)
             capture.check_fits(study.model, chosen)
             own = chosen is study.probe

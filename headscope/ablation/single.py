@@ -11,7 +11,6 @@ from headscope.ablation.gradients import attribution
 from headscope.ablation.run import Placer, Study
 from headscope.base.statistics import Design, rank_correlation
 from headscope.edits import Variant
-from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.table import HeadScores, Provenance
 
@@ -49,8 +48,6 @@ def screened(
     The rank correlation between estimate and effect, over the heads that have both, says what
     the shortcut cost.
     """
-    if top < 1 or sample < 0:
-        raise InputError(f"screening needs top >= 1 and sample >= 0; got {top} and {sample}.")
     estimate = attribution(study, placer, heads, steps)
     size = np.abs(np.nanmean(estimate, axis=1))
     order = np.argsort(-size, kind="stable")

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from headscope.edits import Variant, scale, stack
 from headscope.errors import UnsupportedModelError
-from headscope.memory import keep_freed_memory
+from headscope.memory import free_cached_memory, is_out_of_memory, keep_freed_memory
 from headscope.models.hf.model import HFModel
-from headscope.models.hf.passes import scoped_edits
 from headscope.models.hf.record import quick_activations, record
 from headscope.models.hf.replay import Replay
 from headscope.models.protocol import HeadModel, Observer
+from headscope.models.running import use_of
 
 # A replay must give the model's own logits to this share of the largest; half precision keeps
 # about three digits.
@@ -91,18 +91,23 @@ class ForwardSource:
         """Run everything."""
         return 0, 0
 
-    @torch.no_grad()
     def rows(self, variants: Sequence[Variant]) -> Tensor:
         """Logits at the positions read."""
+        if _in_scope(self.model):  # whose edits may be values of each example
+            return torch.cat([self._stacked((variant,)) for variant in variants])
+        return self._stacked(variants)
+
+    def _stacked(self, variants: Sequence[Variant]) -> Tensor:
         copies = len(variants)
         at = self.read.any(0).nonzero().squeeze(1)
-        logits = self.model.forward(
-            self.tokens.repeat(copies, 1),
-            real=self.real.repeat(copies, 1),
-            observers=self.observers,
-            edits=stack(variants),
-            logits_at=at,
-        )
+        with quick(self.model):
+            logits = self.model.forward(
+                self.tokens.repeat(copies, 1),
+                real=self.real.repeat(copies, 1),
+                observers=self.observers,
+                edits=stack(variants),
+                logits_at=at,
+            )
         return logits[self.read[:, at].repeat(copies, 1).to(logits.device)]
 
     def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
@@ -144,12 +149,12 @@ class Plan:
 
 
 def quick(model: HeadModel) -> AbstractContextManager[None]:
-    """Scope in which a model's own modules run their faster equals."""
-    keep_freed_memory()
+    """Scope of one pass in which a model's own modules run their faster equals."""
     return quick_activations(model) if isinstance(model, HFModel) else nullcontext()
 
 
-_PLANS: "WeakKeyDictionary[HeadModel, Plan]" = WeakKeyDictionary()
+# By model, and whether a batch is padded and of which type: a plan speaks of nothing else.
+_PLANS: "WeakKeyDictionary[HeadModel, dict[tuple[bool, torch.dtype], Plan]]" = WeakKeyDictionary()
 
 
 def plan_for(
@@ -158,20 +163,32 @@ def plan_for(
     """The fastest way to run a model that gives its own logits when nothing is edited.
 
     Tried once per model, on two short texts of the batch: suffix replay with kept prefixes and a
-    last block cut to what is read; suffix replay alone; whole passes.
+    last block cut to what is read; suffix replay alone; whole passes. Running out of memory says
+    nothing about a model: then memory is freed and the trial taken again, or its error raised.
     """
+    keep_freed_memory()
     if _in_scope(model):
-        with quick(model):
-            return _tried(model, *_trial(tokens, real), replay=False)
-    if model not in _PLANS:
-        with quick(model):
-            _PLANS[model] = _tried(model, *_trial(tokens, real))
-    return _PLANS[model]
+        return _tried(model, *_trial(tokens, real), replay=False)
+    known = _PLANS.setdefault(model, {})
+    key = (not bool(real.all()), model.dtype)
+    if key not in known:
+        known[key] = _tried_twice(model, *_trial(tokens, real))
+    return known[key]
+
+
+def _tried_twice(model: HeadModel, tokens: Tensor, real: Tensor) -> Plan:
+    try:
+        return _tried(model, tokens, real)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    free_cached_memory()  # not above, where the error still holds what was allocated
+    return _tried(model, tokens, real)
 
 
 def _in_scope(model: HeadModel) -> bool:
-    """Whether ``model.edited`` changes attention now, which a replay would not do."""
-    return isinstance(model, HFModel) and bool(scoped_edits(model.layout))
+    """Whether the model is being edited now, which a replay would do twice or not at all."""
+    return isinstance(model, HFModel) and bool(use_of(model.module).scopes)
 
 
 def _trial(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,20 +223,26 @@ def _noop_error(
     model: HeadModel, plan: Plan, tokens: Tensor, real: Tensor, read: Tensor, own: Tensor
 ) -> float:
     """Run edits that change nothing from the first and from a middle layer and position on."""
-    layers = model.shape.attention_layers
-    late = torch.zeros_like(real)
-    late[:, tokens.shape[1] // 2 :] = True
-    starts = ((layers[0], None), (layers[len(layers) // 2], late))
-    errors = []
     try:
-        source = plan.source(model, tokens, real, read)
-        for layer, where in starts:
-            noop = scale((layer, 0), 1.0, positions=where)
-            again = source.logits(source.rows([(noop,), (noop,)])).float()
-            difference = (again.view(2, *own.shape) - own).abs().max()
-            errors.append(float(difference / own.abs().max().clamp_min(1e-12)))
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, UnsupportedModelError):
-        if not plan.replays:
+        errors = _noop_errors(model, plan, tokens, real, read, own)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, UnsupportedModelError) as e:
+        if is_out_of_memory(e) or not plan.replays:
             raise
         return float("inf")  # this architecture's blocks do not run on their own
     return max(errors) if all(error == error for error in errors) else float("inf")
+
+
+def _noop_errors(
+    model: HeadModel, plan: Plan, tokens: Tensor, real: Tensor, read: Tensor, own: Tensor
+) -> list[float]:
+    layers = model.shape.attention_layers
+    late = torch.zeros_like(real)
+    late[:, tokens.shape[1] // 2 :] = True
+    source = plan.source(model, tokens, real, read)
+    errors = []
+    for layer, where in ((layers[0], None), (layers[len(layers) // 2], late)):
+        noop = scale((layer, 0), 1.0, positions=where)
+        again = source.logits(source.rows([(noop,), (noop,)])).float()
+        difference = (again.view(2, *own.shape) - own).abs().max()
+        errors.append(float(difference / own.abs().max().clamp_min(1e-12)))
+    return errors

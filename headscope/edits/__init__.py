@@ -7,7 +7,10 @@ there are no heads. Values that an edit needs (means, other runs) are captured b
 :func:`headscope.ablation.head_means` and :func:`headscope.ablation.head_values`; they are data.
 
 ``positions`` limits an edit to marked positions, e.g. ``probe.mark("end")``; ``scope`` to the
-first pass over a prompt (``prefill``) or to generation one token at a time (``decode``).
+prompt (``prefill``) or to what is generated after it (``decode``). Which is which is a fact of the
+pass, not of its size: a prompt of one token is a prompt. ``model.forward`` reads prompts; of
+transformers' ``generate`` the prompt is what it was given; in a loop of your own, what extends a
+cache is decoding.
 """
 
 from collections.abc import Mapping
@@ -21,10 +24,15 @@ from headscope.edits.head_edit import Heads as Heads
 from headscope.edits.head_edit import Scope as Scope
 from headscope.edits.head_edit import Site as Site
 from headscope.edits.head_edit import head_list as head_list
+from headscope.edits.span import Span as Span
 from headscope.edits.stacked import AnyEdit as AnyEdit
+from headscope.edits.stacked import SpanEdit as SpanEdit
 from headscope.edits.stacked import Stacked as Stacked
 from headscope.edits.stacked import Variant as Variant
+from headscope.edits.stacked import among as among
 from headscope.edits.stacked import cut as cut
+from headscope.edits.stacked import during as during
+from headscope.edits.stacked import edited_heads as edited_heads
 from headscope.edits.stacked import first_layer as first_layer
 from headscope.edits.stacked import first_position as first_position
 from headscope.edits.stacked import stack as stack

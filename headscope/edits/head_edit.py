@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from headscope.edits.span import Span
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 
@@ -51,7 +52,8 @@ class HeadEdit:
             may be left out, and axes of length 1 stand for all.
         factor: multiplier of what was there.
         positions: where; None: everywhere. At ``pattern`` a position is a query.
-        scope: ``prefill`` touches passes of several positions, ``decode`` those of one.
+        scope: ``prefill`` touches the positions of the prompt, ``decode`` those after it, however
+            many of them a pass runs; which is which is a fact of the pass (:class:`Span`).
     """
 
     name: str
@@ -93,19 +95,68 @@ class HeadEdit:
         return cls(name, by_layer, site, donors, factor, positions, scope)
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Return the edited value; the input is left as it is."""
+        """Return the edited value of a text read at once; the input is left as it is.
+
+        Within another pass, ask :meth:`during` first.
+        """
         head_axis, position_axis = self._axes
-        in_decode = value.shape[position_axis] == 1
-        if self.scope != "all" and in_decode != (self.scope == "decode"):
-            return value
+        if self.scope != "all":
+            here = self.during(Span.whole(value.shape[position_axis]))
+            return here(layer, value) if layer in here.layers else value
         index = torch.tensor(self.heads[layer], device=value.device)
         old = value.index_select(head_axis, index)
         new = self._new(layer, old, index)
         if self.positions is not None:
-            where = self.positions.to(value.device)
+            where = self._fitting(self.positions, value)
             where = where[:, :, None, None] if self.site == "z" else where[:, None, :, None]
             new = torch.where(where, new, old)
         return value.index_copy(head_axis, index, new)
+
+    def during(self, span: Span) -> "HeadEdit":
+        """The edit of the positions that a pass runs; without heads where it touches none.
+
+        At the sites ``key`` and ``value`` the positions are those of the keys.
+
+        Args:
+            span: positions of the value that will be edited.
+        """
+        prompt = min(max(span.prompt - span.first, 0), span.count)
+        touched = {
+            "all": slice(0, span.count),
+            "prefill": slice(0, prompt),
+            "decode": slice(prompt, span.count),
+        }[self.scope]
+        where = None
+        if self.positions is not None:
+            where = self._seen(self.positions, span)
+        if touched != slice(0, span.count):
+            where = torch.ones(1, span.count, dtype=torch.bool) if where is None else where
+            here = torch.zeros_like(where)
+            here[:, touched] = where[:, touched]
+            where = here
+        if where is not None and not bool(where.any()):
+            return replace(self, heads={}, donors=None, positions=None, scope="all")
+        donors = self.donors
+        if donors is not None and span != Span.whole(span.count):
+            donors = {layer: self._shown(donor, span) for layer, donor in donors.items()}
+        return replace(self, donors=donors, positions=where, scope="all")
+
+    def among(self, layer: int, heads: tuple[int, ...]) -> "HeadEdit":
+        """The same edit of one layer, for a value that holds some heads alone.
+
+        Args:
+            layer: whose value.
+            heads: on its head axis, those of the edit among them.
+        """
+        axis = self._axes[0] - 4
+        donors = None
+        if self.donors is not None:
+            donor = self.donors[layer]
+            if donor.ndim >= -axis and donor.shape[axis] > 1:
+                donor = donor.index_select(axis, torch.tensor(heads, device=donor.device))
+            donors = {layer: donor}
+        places = tuple(heads.index(head) for head in self.heads[layer])
+        return replace(self, heads={layer: places}, donors=donors)
 
     @property
     def first_position(self) -> int:
@@ -117,7 +168,7 @@ class HeadEdit:
     def covers(self, layer: int, n_heads: int) -> bool:
         """Whether nothing of this layer's old value is left."""
         every = len(self.heads.get(layer, ())) == n_heads
-        return every and self.positions is None and self.factor == 0 and self.scope != "decode"
+        return every and self.positions is None and self.factor == 0 and self.scope == "all"
 
     def cut(self, examples: slice = slice(None), first: int = 0) -> "HeadEdit":
         """The same edit for a pass over some examples, from one position on."""
@@ -141,6 +192,10 @@ class HeadEdit:
         donor = donor.reshape((1,) * (old.ndim - donor.ndim) + donor.shape)
         if donor.shape[head_axis] > 1:
             donor = donor.index_select(head_axis, index)
+        if (
+            self.site == "pattern" and donor.shape[-1] > 1
+        ):  # keys that the other run did not have get nothing
+            donor = torch.nn.functional.pad(donor, (0, old.shape[-1] - donor.shape[-1]))
         for axis in (0, position_axis):
             if donor.shape[axis] not in (1, old.shape[axis]):
                 raise InputError(
@@ -148,6 +203,35 @@ class HeadEdit:
                     f"{'examples' if axis == 0 else 'positions'}, not {old.shape[axis]}."
                 )
         return new + donor
+
+    def _fitting(
+        self, positions: Bool[Tensor, "batch pos"], value: Tensor
+    ) -> Bool[Tensor, "batch pos"]:
+        shape = (value.shape[0], value.shape[self._axes[1]])
+        if positions.shape[0] not in (1, shape[0]) or positions.shape[1] != shape[1]:
+            raise InputError(
+                f"the {self.name} edit has positions {tuple(positions.shape)}, but the pass runs "
+                f"{shape[0]} examples of {shape[1]} positions."
+            )
+        return positions.to(value.device)
+
+    def _seen(self, positions: Tensor, span: Span) -> Bool[Tensor, "batch pos"]:
+        """Which of a pass's positions are chosen; none beyond those that were given."""
+        shown = positions[:, span.first : span.end]
+        missing = span.count - shown.shape[1]
+        if missing and span == Span.whole(span.count):
+            raise InputError(
+                f"the {self.name} edit has positions for {shown.shape[1]} tokens, but the text has "
+                f"{span.count}."
+            )
+        return torch.nn.functional.pad(shown, (0, missing))
+
+    def _shown(self, donor: Tensor, span: Span) -> Tensor:
+        """What a donor has for the positions of a pass; all of it where it has too few."""
+        axis = self._axes[1] - 4
+        if donor.ndim < -axis or donor.shape[axis] == 1 or donor.shape[axis] < span.end:
+            return donor
+        return donor.narrow(axis, span.first, span.count)
 
     def _cut(self, donor: Tensor, examples: slice, first: int) -> Tensor:
         position_axis = self._axes[1] - 4

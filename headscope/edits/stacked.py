@@ -1,13 +1,14 @@
 """Several variants of a pass stacked in its batch, each with edits of its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from headscope.edits.head_edit import SITES, HeadEdit, Site
+from headscope.edits.span import Span
 
 
 @runtime_checkable
@@ -24,6 +25,14 @@ class AnyEdit(Protocol):
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
         """Return the edited value."""
+
+
+@runtime_checkable
+class SpanEdit(AnyEdit, Protocol):
+    """An edit that wants to know which positions a pass runs, and which of them are decoding."""
+
+    def during(self, span: Span) -> AnyEdit:
+        """The edit of these positions."""
 
 
 Variant = Sequence[AnyEdit]
@@ -55,6 +64,20 @@ class Stacked:
         return all(
             any(isinstance(edit, HeadEdit) and edit.covers(layer, n_heads) for edit in edits)
             for edits in self.variants
+        )
+
+    def during(self, span: Span) -> "Stacked":
+        """The same variants in a pass over some positions."""
+        return replace(self, variants=tuple(during(edits, span) for edits in self.variants))
+
+    def among(self, layer: int, heads: tuple[int, ...]) -> "Stacked":
+        """The same edits of one layer, for a value that holds some heads alone."""
+        return Stacked(
+            self.site,
+            tuple(
+                tuple(among(edit, layer, heads) for edit in edits if layer in edit.layers)
+                for edits in self.variants
+            ),
         )
 
     def _joined(self, layer: int, parts: Sequence[Tensor]) -> Tensor:
@@ -93,6 +116,51 @@ def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tupl
     return tuple(
         edit.cut(examples, first) if isinstance(edit, HeadEdit) else edit for edit in variant
     )
+
+
+def during(variant: Variant, span: Span) -> tuple[AnyEdit, ...]:
+    """Edits of one variant in a pass over some positions; those that touch none of them go.
+
+    Example:
+        >>> step = hs.edits.Span(first=9, count=1, prompt=9)
+        >>> len(hs.edits.during([hs.edits.zero("L0H0", scope="prefill")], step))
+        0
+    """
+    there = [edit.during(span) if isinstance(edit, SpanEdit) else edit for edit in variant]
+    return tuple(edit for edit in there if edit.layers)
+
+
+def edited_heads(variant: Variant, layer: int) -> tuple[int, ...] | None:
+    """Heads of a layer that a variant edits, in order; None if an edit does not say.
+
+    Example:
+        >>> hs.edits.edited_heads([hs.edits.zero(["L0H2", "L0H1"])], 0)
+        (1, 2)
+    """
+    found: set[int] = set()
+    for edit in variant:
+        if layer not in edit.layers:
+            continue
+        if isinstance(edit, Stacked):
+            parts = [edited_heads(edits, layer) for edits in edit.variants]
+            if None in parts:
+                return None
+            found.update(head for part in parts if part is not None for head in part)
+        elif isinstance(edit, HeadEdit):
+            found.update(edit.heads[layer])
+        else:
+            return None
+    return tuple(sorted(found))
+
+
+def among(edit: AnyEdit, layer: int, heads: tuple[int, ...]) -> AnyEdit:
+    """The same edit for a value of one layer that holds some heads alone.
+
+    Example:
+        >>> hs.edits.among(hs.edits.zero("L0H5"), 0, (3, 5)).heads
+        {0: (1,)}
+    """
+    return edit.among(layer, heads) if isinstance(edit, HeadEdit | Stacked) else edit
 
 
 def first_layer(variant: Variant) -> int | None:

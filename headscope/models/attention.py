@@ -1,7 +1,7 @@
 """Attention as one layer was called with it: exact rows on demand, and the fused output."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -55,6 +55,32 @@ class AttentionCall:
     def first_query(self) -> int:
         """Position of the first query among the keys."""
         return self.n_keys - self.n_queries
+
+    @property
+    def positions(self) -> Int[Tensor, " query"]:
+        """Positions of the queries among the keys."""
+        return torch.arange(self.first_query, self.n_keys, device=self.query.device)
+
+    def up_to(self, end: int) -> "AttentionCall":
+        """The call without keys from ``end`` on: places of a static cache that are still free."""
+        if self.n_keys <= end:
+            return self
+        real = None if self.real is None else self.real[:, :end]
+        if real is not None and bool(real.all()):
+            real = None
+        return replace(self, key=self.key[:, :, :end], value=self.value[:, :, :end], real=real)
+
+    def of_heads(self, heads: Sequence[int]) -> "AttentionCall":
+        """The call of some query heads alone, each with its own key/value head."""
+        index = torch.tensor(tuple(heads), device=self.query.device)
+        shared = index // (self.query.shape[1] // self.key.shape[1])
+        return replace(
+            self,
+            query=self.query[:, index],
+            key=self.key[:, shared],
+            value=self.value[:, shared],
+            sinks=None if self.sinks is None else self.sinks[index],
+        )
 
     @cached_property
     def key_fp32(self) -> Float[Tensor, "batch kv_head key d_head"]:

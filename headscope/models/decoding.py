@@ -10,6 +10,7 @@ from torch import Tensor
 # Not from typing: before Python 3.12 that one computes every property of what it checks.
 from typing_extensions import Protocol, runtime_checkable
 
+from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.passes import Pass
@@ -39,7 +40,12 @@ class Decoding(Protocol):
         """
 
 
-def decoding(model: HeadModel, real: Bool[Tensor, "batch pos"] | None = None) -> Decoding:
+def decoding(
+    model: HeadModel,
+    real: Bool[Tensor, "batch pos"] | None = None,
+    *,
+    prompt: int | None = None,
+) -> Decoding:
     """Begin to generate with a model.
 
     With transformers' fused attention each step keeps keys and values and reads only the new
@@ -49,6 +55,8 @@ def decoding(model: HeadModel, real: Bool[Tensor, "batch pos"] | None = None) ->
     Args:
         model: as it is; give edits to each step, not by a scope around it.
         real: of the prompt, False at padding, which must be on the left.
+        prompt: positions from this one on count as decoding, for edits that ask; default: those
+            after the first step.
 
     Raises:
         UnsupportedModelError: if the model keeps more than keys and values.
@@ -59,8 +67,8 @@ def decoding(model: HeadModel, real: Bool[Tensor, "batch pos"] | None = None) ->
                 f"{model.name} keeps a recurrent state besides keys and values: its generation "
                 "cannot be followed; use the teacher-forced form."
             )
-        return _Cached(model, real)
-    return _Repeated(model, real)
+        return _Cached(model, real, prompt)
+    return _Repeated(model, real, prompt)
 
 
 def end_tokens(model: HeadModel) -> frozenset[int]:
@@ -82,9 +90,10 @@ def end_tokens(model: HeadModel) -> frozenset[int]:
 class _Cached:
     """Keys and values are kept, those out of a layer's window too, so that positions stay."""
 
-    def __init__(self, model: HFModel, real: Tensor | None) -> None:
+    def __init__(self, model: HFModel, real: Tensor | None, prompt: int | None) -> None:
         from transformers import DynamicCache
 
+        self._prompt = prompt
         self._model, self._cache, self._length = model, DynamicCache(), 0
         self._arguments = accepted(model.module)
         self._real = None if real is None or bool(real.all()) else real.to(model.device)
@@ -112,8 +121,10 @@ class _Cached:
                 inputs["position_ids"] = inputs["position_ids"][:, self._length :]
         if "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = 1
-        run = Pass(model.layout, observers, edits, may_stop=False)
-        with torch.no_grad(), run.attached():
+        self._prompt = tokens.shape[1] if self._prompt is None else self._prompt
+        span = Span(self._length, tokens.shape[1], self._prompt)
+        run = Pass(model.module, model.layout, observers, edits, span)
+        with run.attached(), torch.no_grad():
             out = model.module(**inputs, past_key_values=self._cache, use_cache=True)
         self._length += tokens.shape[1]
         logits: Tensor = out.logits[:, -1]
@@ -123,8 +134,8 @@ class _Cached:
 class _Repeated:
     """The whole text is read again at each step."""
 
-    def __init__(self, model: HeadModel, real: Tensor | None) -> None:
-        self._model, self._real = model, real
+    def __init__(self, model: HeadModel, real: Tensor | None, prompt: int | None) -> None:
+        self._model, self._real, self._prompt = model, real, prompt
         self._tokens: Tensor | None = None
 
     @property
@@ -142,14 +153,15 @@ class _Repeated:
             self._real = _extended(self._real, self.length, tokens)
         grown = tokens if self._tokens is None else torch.cat([self._tokens, tokens], 1)
         self._tokens = grown
-        with torch.no_grad():
-            logits = self._model.forward(
-                grown,
-                real=self._real,
-                observers=observers,
-                edits=edits,
-                logits_at=torch.tensor([grown.shape[1] - 1]),
-            )
+        self._prompt = grown.shape[1] if self._prompt is None else self._prompt
+        logits = self._model.forward(
+            grown,
+            real=self._real,
+            observers=observers,
+            edits=edits,
+            logits_at=torch.tensor([grown.shape[1] - 1]),
+            prompt=self._prompt,
+        )
         return logits[:, -1]
 
 

@@ -4,55 +4,95 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+import xxhash
 from torch import Tensor
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Values of each weight that are looked at to see that nothing has changed.
-_GLANCE = 64
+# Bytes of a weight that are read at once, and words that share one row of multipliers.
+_CHUNK = 1 << 26
+_ROW = 1 << 14
+
+
+def weight_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and every byte of all weights.
+
+    The bytes enter through XXH3-128, which reads them at the speed of memory: whichever weight
+    changes or moves to another place, the digest is another.
+    """
+    return _joined({name: _described(name, value) for name, value in weights.items()})
 
 
 class Digest:
-    """Digest of one model's weights, computed anew only where a weight is not what it was.
+    """Digest of one model's weights, always of what they are now.
 
-    A weight counts as unchanged if its storage, torch's count of in-place changes and a strided
-    sample of its values are the same; only a change past torch's count that also misses the
-    sample (``weight.data[i] = x`` on single entries) goes unseen.
+    Weights in main memory are read each time. Those on another device are copied once; after that
+    a sum over all their bytes, each multiplied by a number of its place, is taken where they are,
+    and only what that shows to have changed is copied again.
     """
 
     def __init__(self) -> None:
         """Nothing is known yet."""
-        self._seen: object = None
-        self._value = ""
+        self._known: dict[str, tuple[bytes, str]] = {}
 
     def of(self, weights: Mapping[str, Tensor]) -> str:
-        """SHA-256 over what all weights are; see :func:`weight_digest`."""
-        glance = tuple((name, *_glance(value)) for name, value in weights.items())
-        if glance != self._seen:
-            self._value, self._seen = weight_digest(weights), glance
-        return self._value
+        """The same as :func:`weight_digest`."""
+        sums = _place_sums({n: w for n, w in weights.items() if w.device.type != "cpu"})
+        known = self._known
+        self._known = {
+            name: known[name]
+            if name in known and known[name][0] == total
+            else (total, _described(name, weights[name]))
+            for name, total in sums.items()
+        }
+        described = {
+            name: self._known[name][1] if name in self._known else _described(name, value)
+            for name, value in weights.items()
+        }
+        return _joined(described)
 
 
-def _glance(value: Tensor) -> tuple[int, int, bytes]:
-    flat = value.detach().reshape(-1) if value.is_contiguous() else value.detach().flatten()
-    sample = flat[:: max(1, flat.numel() // _GLANCE)].float().cpu().numpy().tobytes()
-    return value.data_ptr(), value._version, sample
-
-
-def weight_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over what all weights are.
-
-    Taken over names, types and shapes, the exact sum of each weight's bits as integers, and a
-    strided sample of the bytes themselves.
-
-    Reading every byte through the hash would take half a minute for 16 GB; the exact sums read
-    every byte at memory speed, so that one changed weight changes the digest.
-    """
+def _joined(described: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        flat = value.detach().contiguous().flatten()
-        if flat.is_floating_point() and flat.element_size() in _INTEGERS:
-            flat = flat.view(_INTEGERS[flat.element_size()])
-        total = int(flat.sum(dtype=torch.int64)) if flat.numel() else 0
-        sample = flat[:: max(1, flat.numel() // 4096)].cpu().numpy().tobytes()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} {total}".encode() + sample)
+    for name in sorted(described):
+        digest.update(described[name].encode())
     return digest.hexdigest()
+
+
+def _described(name: str, value: Tensor) -> str:
+    """Name, type, shape and hash of one weight."""
+    bytes_of = xxhash.xxh3_128()
+    for part in _bytes(value).split(_CHUNK):
+        bytes_of.update(part.cpu().numpy())
+    return f"{name} {value.dtype} {tuple(value.shape)} {bytes_of.hexdigest()}\n"
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _place_sums(weights: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Sums over the words of each weight, each times an odd number of its place, modulo 2^64.
+
+    One number for every 128 kB, so that both a change and a move show; all are fetched at once.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, value in weights.items():
+        by_device.setdefault(value.device, {})[name] = value
+    found: dict[str, bytes] = {}
+    for device, group in by_device.items():
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.randint(-(2**62), 2**62, (_ROW,), generator=generator) * 2 + 1
+        factors = factors.to(device)
+        sums = {name: _row_sums(_bytes(value), factors) for name, value in group.items()}
+        fetched = torch.cat(list(sums.values())).cpu().split([len(one) for one in sums.values()])
+        facts = {name: f"{value.dtype} {tuple(value.shape)} " for name, value in group.items()}
+        found |= {
+            name: facts[name].encode() + part.numpy().tobytes()
+            for name, part in zip(sums, fetched, strict=True)
+        }
+    return found
+
+
+def _row_sums(flat: Tensor, factors: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % (8 * len(factors))))
+    rows = padded.view(torch.int64).view(-1, len(factors))
+    return torch.cat([(part * factors).sum(1) for part in rows.split(64)])

@@ -161,7 +161,7 @@ class HeadModel(Protocol):
 
     @property
     def readout(self) -> Readout:
-        """Final norm and unembedding."""
+        """Final norm and unembedding as they are now: hold it for a call, never longer."""
 
     def forward(
         self,
@@ -171,8 +171,10 @@ class HeadModel(Protocol):
         observers: Sequence[Observer] = (),
         edits: Sequence[Edit] = (),
         logits_at: Int[Tensor, " at"] | None = None,
+        prompt: int | None = None,
+        grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"]:
-        """Run the model once.
+        """Run the model once, in evaluation mode and in its own types.
 
         Args:
             tokens: token ids.
@@ -181,6 +183,12 @@ class HeadModel(Protocol):
             edits: applied in order.
             logits_at: positions whose logits are returned; None means all, an empty tensor none
                 (and then the pass stops as early as the observers allow).
+            prompt: positions from this one on count as decoding, for edits that ask; default: the
+                whole text is a prompt.
+            grad: track gradients.
+
+        Raises:
+            HeadscopeError: if another thread has a scope of edits open on this model.
         """
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
@@ -197,4 +205,4 @@ class HeadModel(Protocol):
         """What weight-level readings need besides the weights."""
 
     def digest(self) -> str:
-        """SHA-256 over the weights: which model this was."""
+        """SHA-256 that stands for all bytes of the weights: which model this was."""

@@ -14,7 +14,6 @@ from headscope.ablation.arguments import Maker, Metricish, Positions, by_head, p
 from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import total_metric
 from headscope.ablation.run import Study
-from headscope.ablation.sources import quick
 from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, Site, zero
 from headscope.errors import InputError
@@ -95,7 +94,7 @@ def gradient_importance(
         raise InputError("all heads are removed: there is none to score.")
     edits: tuple[AnyEdit, ...] = (zero(gone),) if gone else ()
     found = np.full((len(heads), len(probe)), np.nan)
-    with quick(model), track(float(len(probe)), "importance", show=progress) as advance:
+    with track(float(len(probe)), "importance", show=progress) as advance:
         for chosen, batch in whole_batches(study):
             found[:, chosen] = _by_example(model, batch, edits, heads, over).numpy()
             advance(float(len(batch.probe)))

@@ -1,16 +1,13 @@
 """Masking heads while a model reads or writes: a scope, or a value for one generation."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
-
-import torch
-from torch import Tensor
 
 from headscope import edits
 from headscope.ablation.arguments import present
 from headscope.ablation.donors import head_means
-from headscope.edits import HeadEdit, Heads, Scope, Site
+from headscope.edits import HeadEdit, Heads, Scope
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, text
@@ -24,9 +21,10 @@ class Mask:
     """Heads that are masked, how, and while what is done. Make it with :meth:`of`.
 
     Attributes:
-        edit: what becomes of their values, wherever it is applied.
+        edit: what becomes of their values, in its scope.
         scope: ``decode``: from the last token of the prompt on, whose query predicts the first
-            new token (so in the source); ``prefill``: before it; ``all``: everywhere.
+            new token (so in the source): headscope reads that token by itself, as the first step
+            of decoding; ``prefill``: before it; ``all``: everywhere.
 
     Example:
         >>> mask = Mask.of(model, ["L2H0"])
@@ -50,47 +48,7 @@ class Mask:
         """A mask for generation step by step; arguments are those of :func:`mask_heads`."""
         if scope not in _SCOPES:
             raise InputError(nearest(str(scope), _SCOPES, kind="scope"))
-        return cls(_edit(model, heads, method, "all", reference), scope)
-
-    def step(self, prompt: int, length: int) -> "StepMask":
-        """The mask in a pass that ends at position ``length``, padding counted.
-
-        Args:
-            prompt: positions of the prompt.
-            length: positions of the text once the pass is done.
-        """
-        return StepMask(self.edit, self.scope, prompt - 1, length)
-
-
-@dataclass(frozen=True, eq=False)
-class StepMask:
-    """An edit of one pass over the end of a text, however much of it the pass reads again."""
-
-    edit: HeadEdit
-    scope: Scope
-    first: int
-    length: int
-
-    @property
-    def site(self) -> Site:
-        """What is edited."""
-        return self.edit.site
-
-    @property
-    def layers(self) -> frozenset[int]:
-        """Layers that it touches."""
-        return self.edit.layers
-
-    def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Edit the positions of this pass that the scope names."""
-        new = value.shape[1 if self.site == "z" else 2]
-        at = torch.arange(self.length - new, self.length)
-        decoding = at >= self.first
-        chosen = {"decode": decoding, "prefill": ~decoding, "all": at >= 0}[self.scope]
-        if not bool(chosen.any()):
-            return value
-        where = None if bool(chosen.all()) else chosen[None]
-        return replace(self.edit, positions=where)(layer, value)
+        return cls(_edit(model, heads, method, scope, reference), scope)
 
 
 def mask_heads(
@@ -108,17 +66,17 @@ def mask_heads(
     its mean over a reference. Until the scope ends the model's own ``generate`` runs masked, with
     keys and values kept.
 
-    A pass of one position counts as decoding. transformers' ``generate`` reads the whole prompt
-    at once, so its first new token is said before ``scope="decode"`` begins; in the source the
-    mask begins with the last token of the prompt, as it does in
-    :func:`headscope.retrieval.generate`.
+    transformers' ``generate`` reads the whole prompt at once, so its first new token is said
+    before ``scope="decode"`` begins; in the source the mask begins with the last token of the
+    prompt, as it does in :func:`headscope.retrieval.generate`. In a loop of your own, a pass that
+    extends a cache counts as decoding.
 
     Args:
         model: from :func:`headscope.load`.
         heads: which.
         method: ``uniform``, ``zero`` or ``mean``.
-        scope: ``decode`` while tokens are generated one by one, ``prefill`` while a prompt is
-            read, ``all`` in both.
+        scope: ``decode`` while tokens are generated, ``prefill`` while a prompt is read, ``all``
+            in both.
         reference: of ``mean``; default: the bundled passages.
 
     Raises:

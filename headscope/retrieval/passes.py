@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from headscope.errors import HeadscopeError, InputError
-from headscope.memory import is_out_of_memory
+from headscope.memory import free_cached_memory, is_out_of_memory
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.progress import track
@@ -44,12 +44,16 @@ def each_run(
             waiting = [rows]
             while waiting:
                 part = waiting.pop()
+                full = False
                 try:
                     done |= zip(part, run(part), strict=True)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    waiting += _halves(part, error)
+                    full = True
+                if full:
+                    free_cached_memory()
+                    waiting += _halves(part)
                 else:
                     advance(len(part))
     unknown = torch.full((len(probe),), torch.nan)
@@ -85,11 +89,9 @@ def _batches(probe: Probe, batch_size: int | None) -> Iterator[list[int]]:
         yield from (part.tolist() for part in rows.split(size))
 
 
-def _halves(rows: list[int], error: BaseException) -> list[list[int]]:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _halves(rows: list[int]) -> list[list[int]]:
     if len(rows) == 1:
         raise HeadscopeError(
             "one example does not fit in memory: use shorter texts or a device with more memory."
-        ) from error
+        )
     return [rows[: len(rows) // 2], rows[len(rows) // 2 :]]

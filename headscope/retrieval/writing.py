@@ -134,7 +134,8 @@ class Text:
 
     def __post_init__(self) -> None:
         """Begin; every prompt's last token is real, and read by itself."""
-        self._state = decoding(self.model, self.real[:, : max(1, self.real.shape[1] - 1)])
+        prompt = self.real.shape[1] - 1
+        self._state = decoding(self.model, self.real[:, : max(1, prompt)], prompt=prompt)
 
     @property
     def length(self) -> int:
@@ -149,8 +150,7 @@ class Text:
 
     def read(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch d_vocab"]:
         """Read further tokens; gives the logits of what comes next, in fp32."""
-        length = self.length + tokens.shape[1]
-        edits = () if self.mask is None else (self.mask.step(self.real.shape[1], length),)
+        edits = () if self.mask is None else (self.mask.edit,)
         return self._state.step(tokens, edits=edits).float()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from headscope import pruning
-from headscope.ablation.heads import ablate_heads
+from headscope.ablation.heads import estimate_heads
 from headscope.errors import InputError
 from headscope.metrics import Metric
 from headscope.models.protocol import HeadModel
@@ -54,8 +54,8 @@ class Rankings:
     def _measured(self, name: str, probe: Probe, metric: Metric) -> Float[np.ndarray, "layer head"]:
         model, size = self.model, self.batch_size
         if name == "attribution":
-            estimate = ablate_heads(
-                model, probe, metric, name, batch_size=size, memory=self.memory, progress=False
+            estimate = estimate_heads(
+                model, probe, metric, batch_size=size, memory=self.memory, progress=False
             )
             return np.asarray(np.abs(estimate.mean))
         if name == "gradient_importance":

@@ -18,7 +18,7 @@ def test_attribution_is_the_derivative_by_the_gate(
     family: str, baseline: str, padding: str
 ) -> None:
     model, probe = model_of(family), probe_of(padding)
-    found = hs.ablate_heads(model, probe, difference, "attribution", baseline=baseline)
+    found = hs.estimate_heads(model, probe, difference, baseline=baseline)
     means = hs.ablation.head_means(model, probe)
     step = 2e-3
     for head in model.shape.heads[::5]:
@@ -36,7 +36,7 @@ def test_what_has_no_gradient_is_refused() -> None:
     model, probe = model_of("llama"), probe_of()
     for metric in (hs.metrics.answer_rank, lambda logits, _: logits.argmax(2).float().mean(1)):
         with pytest.raises(InputError, match="has no gradient"):
-            hs.ablate_heads(model, probe, metric, "attribution")
+            hs.estimate_heads(model, probe, metric)
 
 
 def test_gate_identity() -> None:
@@ -51,10 +51,10 @@ def test_gate_identity() -> None:
             kept[layer] = value * 1.0  # a tensor of its own, that the rest of the pass hangs on
             return kept[layer]
 
-    logits = model.forward(probe.tokens, edits=[Keep()])
+    logits = model.forward(probe.tokens, edits=[Keep()], grad=True)
     total = difference(logits, probe).nansum()
     grads = torch.autograd.grad(total, [kept[i] for i in range(3)])
-    found = hs.ablate_heads(model, probe, difference, "attribution", baseline="zero")
+    found = hs.estimate_heads(model, probe, difference, baseline="zero")
     for layer in range(3):
         expected = -(kept[layer] * grads[layer]).sum((1, 3)).T.detach().numpy()
         assert found.per_example[layer] == pytest.approx(expected, abs=1e-4)
@@ -66,9 +66,7 @@ def test_integrated_gradients_are_complete() -> None:
     effect = whole_pass(model, probe, [everything]) - whole_pass(model, probe, ())
     errors = []
     for steps in (4, 96):
-        found = hs.ablate_heads(
-            model, probe, difference, "attribution", baseline="zero", steps=steps
-        )
+        found = hs.estimate_heads(model, probe, difference, baseline="zero", steps=steps)
         errors.append(np.abs(found.per_example.sum((0, 1)) - effect).max())
     assert errors[1] < 0.03 * np.abs(effect).max()
     assert errors[1] < errors[0]
@@ -77,9 +75,7 @@ def test_integrated_gradients_are_complete() -> None:
 def test_attribution_on_the_bridge_path_and_at_positions() -> None:
     probe = probe_of()
     for family in ("bloom", "llama"):
-        found = hs.ablate_heads(
-            model_of(family), probe, difference, "attribution", positions="late"
-        )
+        found = hs.estimate_heads(model_of(family), probe, difference, positions="late")
         assert np.isfinite(found.per_example).all()
         assert found.mean.any()
 
@@ -87,10 +83,8 @@ def test_attribution_on_the_bridge_path_and_at_positions() -> None:
 def test_screening_measures_the_best_and_a_sample() -> None:
     model, probe = model_of("llama"), probe_of()
     exact = hs.ablate_heads(model, probe, difference, "zero")
-    estimate = hs.ablate_heads(model, probe, difference, "attribution", baseline="zero")
-    found = hs.ablate_heads(
-        model, probe, difference, "screened", baseline="zero", top=3, sample=2, seed=4
-    )
+    estimate = hs.estimate_heads(model, probe, difference, baseline="zero")
+    found = hs.screen_heads(model, probe, difference, baseline="zero", top=3, sample=2, seed=4)
     measured = ~np.isnan(found.mean)
     assert measured.sum() == 5
     assert found.mean[measured] == pytest.approx(exact.mean[measured], abs=1e-5)

@@ -196,7 +196,7 @@ def test_a_wrong_part_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         lens.head_attribution(model, probe)
     monkeypatch.undo()
     readout = dataclasses.replace(model.readout, logit_scale=1.01)
-    monkeypatch.setattr(model, "readout", readout)
+    monkeypatch.setattr(type(model), "readout", readout)
     with pytest.raises(HeadscopeError, match="logits of"):
         lens.attribute(model, TOKENS, 5, 9)
     with pytest.raises(HeadscopeError, match="logits of"):

@@ -108,7 +108,7 @@ def test_scores_are_measured_on_the_model_or_read_from_a_table(
 
 
 RANKED: dict[str, Callable[[HeadModel, hs.Probe, Any], np.ndarray]] = {
-    "attribution": lambda m, p, metric: abs(hs.ablate_heads(m, p, metric, "attribution").mean),
+    "attribution": lambda m, p, metric: abs(hs.estimate_heads(m, p, metric).mean),
     "gradient_importance": lambda m, p, metric: hs.pruning.gradient_importance(m, p, metric).mean,
     "confidence": lambda m, p, _: hs.pruning.confidence(m, p).mean,
     "output_norm": lambda m, p, _: hs.pruning.output_norm(m, p).mean,

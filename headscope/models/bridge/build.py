@@ -10,6 +10,8 @@ import torch
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.layout import tiny_bridge_tokens
+from headscope.models.offload import all_weights
+from headscope.models.running import pass_over
 
 # Largest difference between logits of bridge and model, relative to the largest logit. Half
 # precision rounds at other places on the two ways; a wrong layout gives differences near 1.
@@ -62,24 +64,25 @@ def _second_tree(module: Any) -> Any:
     config._attn_implementation = "eager"
     with init_empty_weights(include_buffers=False):
         tree = type(module)(config)
-    weights = module.state_dict()
+    weights = all_weights(module)
     tree.load_state_dict(weights, assign=True)
     setattr(tree, OWN_NAMES, tuple(weights))
     buffers = dict(module.named_buffers())
     for path, _ in list(tree.named_buffers()):
         owner, _, leaf = path.rpartition(".")
         tree.get_submodule(owner)._buffers[leaf] = buffers[path]
-    return tree.train(module.training)
+    return tree.eval()
 
 
 @torch.no_grad()
 def _check_same(module: Any, bridge: Any, name: str) -> None:
     """Refuse a bridge whose logits are not those of the model that it was built over."""
-    if module.training:
-        return
     tokens = tiny_bridge_tokens(bridge)
-    plain = module(input_ids=tokens, use_cache=False).logits.float()
-    difference = float((bridge(tokens, return_type="logits").float() - plain).abs().max())
+    with pass_over(module):
+        plain = module(input_ids=tokens, use_cache=False).logits.float()
+    with pass_over(bridge.original_model):
+        own = bridge(tokens, return_type="logits").float()
+    difference = float((own - plain.to(own.device)).abs().max())
     if not difference <= _SAME.get(module.dtype, _SAME_HALF) * float(plain.abs().max()):
         raise UnsupportedModelError(
             f"{name} ({module.config.model_type}) is not supported: transformer-lens gives other "

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
@@ -94,9 +95,9 @@ class BridgeModel:
             limits["values"] = f"transformer-lens does not show the values of {self.name}."
         return limits | self.proof.limits
 
-    @cached_property
+    @property
     def readout(self) -> Readout:
-        """Final norm and unembedding."""
+        """Final norm and unembedding, measured anew: weights may have been trained since."""
         if self.layout.final is None:
             raise UnsupportedModelError(self.limits["readout"])
         cap = getattr(self.bridge.cfg, "output_logits_soft_cap", None)
@@ -125,7 +126,7 @@ class BridgeModel:
         return BridgeParts(self)
 
     def digest(self) -> str:
-        """SHA-256 over the names and bits of all weights.
+        """SHA-256 that stands for all bytes of all weights as they are now.
 
         The same as of the transformers model that a bridge of headscope's own was built over.
         """
@@ -144,6 +145,8 @@ class BridgeModel:
         observers: Sequence[Observer] = (),
         edits: Sequence[Edit] = (),
         logits_at: Int[Tensor, " at"] | None = None,
+        prompt: int | None = None,
+        grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"]:
         """Run the model once; see :class:`headscope.models.protocol.HeadModel`.
 
@@ -153,13 +156,17 @@ class BridgeModel:
         padded = real is not None and not bool(real.all())
         mask = real.to(self.device) if real is not None and padded else None
         no_logits = logits_at is not None and len(logits_at) == 0
-        run = BridgePass(self.layout, observers, edits, may_stop=no_logits, real=mask)
+        length = tokens.shape[1]
+        span = Span(0, length, length if prompt is None else prompt)
+        run = BridgePass(
+            self.module, self.layout, observers, edits, may_stop=no_logits, real=mask, span=span
+        )
         inputs = self._inputs(mask)
         if logits_at is not None and not no_logits and "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = logits_at.to(self.device)
             logits_at = None
         try:
-            with run.attached():
+            with run.attached(), torch.set_grad_enabled(grad):
                 logits: Tensor = self.bridge(tokens.to(self.device), return_type="logits", **inputs)
         except Finished:
             return torch.empty(len(tokens), 0, self.shape.d_vocab)
@@ -167,7 +174,10 @@ class BridgeModel:
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Scope in which every pass of the bridge is edited, generation too; restored after."""
-        return BridgePass(self.layout, (), edits, may_stop=False, real=None).attached()
+        scope = BridgePass(
+            self.module, self.layout, (), edits, may_stop=False, real=None, span=None
+        )
+        return scope.attached()
 
     def _inputs(self, mask: Tensor | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}

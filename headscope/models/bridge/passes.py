@@ -9,11 +9,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headscope.edits import Span, during
 from headscope.errors import UnsupportedModelError
 from headscope.matches import Matches
 from headscope.models.attention import visible_keys
 from headscope.models.bridge.layout import BridgeLayer, BridgeLayout
+from headscope.models.hf.spans import OwnPasses, replaced, watched
 from headscope.models.protocol import Edit, Observer
+from headscope.models.running import pass_over, scope_over, use_of
 from headscope.rows import AttentionRows
 
 # Attention on keys that the config's window hides; above this the config does not tell the truth.
@@ -84,31 +87,64 @@ class BridgeLayerView:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class BridgePass:
-    """One forward pass: applies edits, shows layers to observers."""
+    """Applies edits and shows layers to observers, for one pass or, as a scope, for all.
 
+    Attributes:
+        module: the model under the bridge.
+        span: which positions the pass runs; None: a scope, which each pass is asked for its own.
+    """
+
+    module: Any
     layout: BridgeLayout
     observers: Sequence[Observer]
     edits: Sequence[Edit]
     may_stop: bool
     real: Bool[Tensor, "batch pos"] | None
+    span: Span | None
+    own: OwnPasses | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook the bridge for the length of one pass; hooks that it already has stay."""
+        """Hook the bridge for one pass or scope; hooks that it already has stay."""
         with ExitStack() as stack:
+            if self.span is None:
+                stack.enter_context(scope_over(self.module, self))
+                self.own = stack.enter_context(watched(self.module))
+            else:
+                stack.enter_context(pass_over(self.module, self))
             for parts in self.layout.layers.values():
                 for point, hook in self._hooks(parts):
-                    stack.callback(point.register_forward_hook(hook).remove)
+                    stack.callback(point.register_forward_hook(self._mine(hook)).remove)
                 if parts.kernel is not None and self._edits(parts.layer, *_INSIDE):
                     stack.enter_context(self._inside(parts.kernel, parts.layer))
             if self._wants_final:
                 if self.layout.final is None:
                     raise UnsupportedModelError("it has no plain norm before its unembedding.")
-                stack.callback(self.layout.final.register_forward_hook(self._at_final).remove)
+                hook = self._mine(self._at_final)
+                stack.callback(self.layout.final.register_forward_hook(hook).remove)
             yield
+
+    def _mine(self, hook: Hook) -> Hook:
+        """The hook, silent in passes that are not this one or not of this scope."""
+
+        def mine(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+            return hook(module, args, value) if self._acts else None
+
+        return mine
+
+    @property
+    def _acts(self) -> bool:
+        use = use_of(self.module)
+        return not use.measuring() if self.span is None else use.running() is self
+
+    def _span(self, count: int) -> Span:
+        """Positions of a value that has ``count`` of them."""
+        run = use_of(self.module).running()
+        span = self.own.span if run is None and self.own is not None else getattr(run, "span", None)
+        return (span or Span.whole(count)).last(count)
 
     @property
     def _wants_final(self) -> bool:
@@ -211,6 +247,9 @@ class BridgePass:
         original = kernel._attn
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+            if not self._acts:
+                inner: tuple[Tensor, Tensor] = original(query, key, value, *rest)
+                return inner
             query = self._edited("query", layer, query)
             key = self._edited("key", layer, key)
             value = self._edited("value", layer, value)
@@ -220,13 +259,13 @@ class BridgePass:
                 z = torch.matmul(edited, value)
             return z, pattern
 
-        kernel._attn = attend
-        try:
+        with replaced(kernel, "_attn", attend):
             yield
-        finally:
-            del kernel._attn
 
     def _edited(self, site: str, layer: int, value: Tensor) -> Tensor:
-        for edit in self._edits(layer, site):
+        edits = self._edits(layer, site)
+        if not edits:
+            return value
+        for edit in during(edits, self._span(value.shape[1 if site == "z" else 2])):
             value = edit(layer, value)
         return value

@@ -24,6 +24,7 @@ from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
 from headscope.models.loading.agreement import Check, Gap, gap, rounding
 from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.running import pass_over
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -109,6 +110,7 @@ def plain_pass(model: "HFModel", tokens: Int[Tensor, "batch pos"]) -> Plain:
         plain.finals.append(args[0])
 
     with ExitStack() as stack:
+        stack.enter_context(pass_over(model.module))
         for parts in model.layout.layers.values():
             for handle in (
                 parts.attention.register_forward_pre_hook(read, with_kwargs=True),
@@ -129,7 +131,8 @@ def own_logits(module: Any, tokens: Int[Tensor, "batch pos"], name: str) -> Tens
         ModelLoadError: if it does not run, or they are not finite.
     """
     try:
-        logits: Tensor = module(input_ids=tokens, use_cache=False).logits
+        with pass_over(module):
+            logits: Tensor = module(input_ids=tokens, use_cache=False).logits
     except HeadscopeError:
         raise
     except Exception as error:  # config and weights may contradict each other in any way
@@ -241,6 +244,7 @@ def watched_pass(
         writes.setdefault(module, []).append((args[0], output))
 
     with ExitStack() as stack:
+        stack.enter_context(pass_over(model.module))
         for parts in model.layout.layers.values():
             for handle in (
                 parts.attention.register_forward_pre_hook(forced, with_kwargs=True),
@@ -397,7 +401,12 @@ def _masks_for(model: "HFModel", length: int) -> list[MaskFacts]:
 
     handle = model.layout.blocks[0].register_forward_pre_hook(stop)
     try:
-        with routed(model.layout.configs, never), made_masks() as masks, suppress(_Stopped):
+        with (
+            pass_over(model.module),
+            routed(model.layout.configs, never),
+            made_masks() as masks,
+            suppress(_Stopped),
+        ):
             mask = torch.ones_like(ids)
             model.module.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:

@@ -5,7 +5,8 @@ entry every layer calls :func:`_attend` with its final queries, keys and values,
 facts (which keys are real, which window the mask has), so that no ``[L, L]`` mask is ever built.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,7 +30,41 @@ from headscope.models.hf.transformers_api import (
 
 NAME = "headscope_stream"
 Handler = Callable[[torch.nn.Module, AttentionCall], Tensor]
-_HANDLER: ContextVar[Handler | None] = ContextVar("headscope_attention", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Where the attention calls of some modules go.
+
+    Attributes:
+        modules: whose calls; None: everybody's.
+        thread: in which thread; None: in all.
+    """
+
+    handler: Handler
+    modules: Container[torch.nn.Module] | None
+    thread: int | None
+
+    def takes(self, module: torch.nn.Module) -> bool:
+        """Whether a call that a module makes in this thread goes here."""
+        here = self.thread is None or self.thread == threading.get_ident()
+        return here and (self.modules is None or module in self.modules)
+
+
+@dataclass
+class _Switched:
+    """A config whose attention is ours for now, and what it was."""
+
+    config: Any
+    before: str | None
+    users: int = 0
+
+
+# Innermost last. Models may share a config, and threads a model: a call that no route takes is
+# computed as it is, and a config gets its attention back when the last that uses it leaves.
+_ROUTES: tuple[Route, ...] = ()
+_SWITCHED: dict[int, _Switched] = {}
+_GUARD = threading.RLock()
 
 
 # Attribute of a mask that says what it is. A mask is handed through code of the model, which keeps
@@ -151,24 +186,52 @@ def _window(
 
 
 @contextmanager
-def routed(configs: tuple[Any, ...], handler: Handler) -> Iterator[None]:
-    """Send every attention call of models with these configs to ``handler``; restore after.
+def routed(
+    configs: tuple[Any, ...],
+    handler: Handler,
+    modules: Container[torch.nn.Module] | None = None,
+    *,
+    all_threads: bool = False,
+) -> Iterator[None]:
+    """Send attention calls to ``handler`` within a scope; restore what was before.
 
     Args:
         configs: config objects that the model's modules hold.
         handler: gets the calling module and its call, returns ``[batch query head d_value]``.
             Heads that were pruned are in the call, under their numbers, with nothing but zeros.
+        modules: whose calls go there; None: everybody's.
+        all_threads: whether calls of other threads go there too.
     """
-    before = [attention_name(config) for config in configs]
-    token = _HANDLER.set(handler)
+    global _ROUTES
+    route = Route(handler, modules, None if all_threads else threading.get_ident())
+    entered: list[Any] = []
     try:
-        for config in configs:
-            set_attention_name(config, NAME)
+        with _GUARD:
+            _ROUTES = (*_ROUTES, route)
+            for config in configs:
+                _switch_on(config)
+                entered.append(config)
         yield
     finally:
-        _HANDLER.reset(token)
-        for config, name in zip(configs, before, strict=True):
-            set_attention_name(config, name)
+        with _GUARD:
+            _ROUTES = tuple(one for one in _ROUTES if one is not route)
+            for config in reversed(entered):
+                _switch_off(config)
+
+
+def _switch_on(config: Any) -> None:
+    one = _SWITCHED.get(id(config)) or _Switched(config, attention_name(config))
+    one.users += 1
+    _SWITCHED[id(config)] = one
+    set_attention_name(config, NAME)
+
+
+def _switch_off(config: Any) -> None:
+    one = _SWITCHED[id(config)]
+    one.users -= 1
+    if one.users == 0:
+        set_attention_name(config, one.before)
+        del _SWITCHED[id(config)]
 
 
 def _attend(
@@ -211,11 +274,10 @@ def _attend(
         soft_cap=softcap,
         sinks=s_aux,
     )
-    handler = _HANDLER.get()
-    if handler is None:
-        return fused(call), None
     kept = kept_in(module)
-    return handler(module, call if kept is None else kept.spread_call(call)), None
+    call = call if kept is None else kept.spread_call(call)
+    route = next((route for route in reversed(_ROUTES) if route.takes(module)), None)
+    return (fused(call) if route is None else route.handler(module, call)), None
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from headscope.models.hf.interface import routed
 from headscope.models.hf.readout import LogitMap, measure_logit_map, ramp
 from headscope.models.hf.removed import NoHeads, kept_in
 from headscope.models.hf.transformers_api import takes_attention_functions
+from headscope.models.offload import runs_on
+from headscope.models.running import pass_over
 from headscope.models.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
@@ -122,9 +124,10 @@ def tiny_tokens(model: Any) -> Tensor:
 
     They start above the low ids where padding often is: some families warn of it at an edge.
     """
-    embedding: Tensor = model.get_input_embeddings().weight
+    module = model.get_input_embeddings()
+    embedding: Tensor = module.weight
     ids = (torch.arange(_BATCH * _LENGTH) * 7 + 3) % max(embedding.shape[0] - 1, 1)
-    return ids.view(_BATCH, _LENGTH).to(embedding.device)
+    return ids.view(_BATCH, _LENGTH).to(runs_on(module, embedding))
 
 
 def _watch(model: Any, configs: tuple[Any, ...]) -> tuple[Watch, tuple[Tensor, Tensor] | None]:
@@ -154,6 +157,7 @@ def _watch(model: Any, configs: tuple[Any, ...]) -> tuple[Watch, tuple[Tensor, T
         return entered[-1]
 
     with ExitStack() as stack:
+        stack.enter_context(pass_over(model))
         for module in model.modules():
             stack.enter_context(_removed(module.register_forward_hook(after, with_kwargs=True)))
         if isinstance(unembedding, nn.Module):

@@ -14,7 +14,9 @@ from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm, Rotation
 from headscope.models.blocks import AttentionWrite, BlockObserver
 from headscope.models.hf.blocks import Seen, Writers, attention_write, find_writers, shown
+from headscope.models.offload import parameter
 from headscope.models.rotary import POSITIONS, find_rotation
+from headscope.models.running import MEASURING, pass_over
 from headscope.outputs import HeadWeights
 
 # Rows of the embedding that pass the first block at a time.
@@ -33,7 +35,6 @@ class MeasuredParts(ABC):
         """Measure nothing yet."""
         self.model = model
         self._rotations: dict[int, Rotation] = {}
-        self._attention_writes: dict[int, AttentionWrite] = {}
 
     @abstractmethod
     def input_norm(self, layer: int) -> InputNorm:
@@ -61,11 +62,11 @@ class MeasuredParts(ABC):
     ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """Attention's input, queries and keys per layer at some positions of one pass."""
 
-    @cached_property
+    @property
     def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
         """Token embedding as it enters the first block, the family's multiplier included."""
         module = self.model.module
-        weight: Tensor = module.get_input_embeddings().weight.detach()
+        weight = parameter(module.get_input_embeddings(), "weight")
         ids = torch.arange(8, device=weight.device) * 7 % len(weight)
         seen = self.layer_inputs(ids[:, None], [0])[0][:, 0].float()
         given = weight[ids].float()
@@ -127,19 +128,17 @@ class MeasuredParts(ABC):
             partial(self.block(layer).register_forward_pre_hook, hook(layer), with_kwargs=True)
             for layer in layers
         ]
-        self.watch(tokens, hooks)
+        self.watch(tokens, hooks, run=None)
         return seen
 
     def attention_write(self, layer: int) -> AttentionWrite:
-        """How head outputs of one layer reach the residual stream, measured once."""
-        if layer not in self._attention_writes:
-            self._attention_writes[layer] = attention_write(
-                self.block(layer),
-                self._writers[layer],
-                self.projection_bias(layer),
-                self.model.device,
-            )
-        return self._attention_writes[layer]
+        """How head outputs of one layer reach the residual stream, with the weights of now."""
+        return attention_write(
+            self.block(layer),
+            self._writers[layer],
+            self.projection_bias(layer),
+            self.model.device,
+        )
 
     def blocks_shown(self, observer: BlockObserver) -> AbstractContextManager[None]:
         """Scope in which an observer sees every block of every pass as it completes."""
@@ -204,9 +203,15 @@ class MeasuredParts(ABC):
             )
         return found
 
-    def watch(self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook]) -> None:
-        """Run the model's body with these hooks in place, up to the one that ends it."""
+    def watch(
+        self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook], run: Any = MEASURING
+    ) -> None:
+        """Run the model's body with these hooks in place, up to the one that ends it.
+
+        Scopes of edits leave it alone, unless ``run`` is None.
+        """
         with ExitStack() as stack:
+            stack.enter_context(pass_over(self.model.module, run))
             for register in hooks:
                 stack.callback(register().remove)
             with suppress(Finished):

@@ -9,18 +9,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.digest import Digest
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import Layout, find_layout
 from headscope.models.hf.parts import HFParts
-from headscope.models.hf.passes import Finished, Pass
+from headscope.models.hf.passes import Finished, Pass, Scope
 from headscope.models.hf.projection import matrix
 from headscope.models.hf.readout import find_readout
 from headscope.models.hf.removed import kept_in
 from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
+from headscope.models.offload import all_weights, runs_on
 from headscope.models.protocol import Edit, Observer
 from headscope.outputs import HeadWeights, Readout
 
@@ -54,6 +56,7 @@ class HFModel:
         self.shape = layout.shape
         self.proof = Proof()
         self._digest = Digest()
+        self._bridge: tuple[tuple[tuple[str, int], ...], Any] | None = None
 
     @classmethod
     def wrap(cls, module: Any, **facts: Any) -> "HFModel | None":
@@ -65,8 +68,8 @@ class HFModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        device: torch.device = self.module.get_input_embeddings().weight.device
-        return device
+        embedding = self.module.get_input_embeddings()
+        return runs_on(embedding, embedding.weight)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,9 +96,9 @@ class HFModel:
             )
         return limits | self.proof.limits
 
-    @cached_property
+    @property
     def readout(self) -> Readout:
-        """Final norm and unembedding."""
+        """Final norm and unembedding, measured anew: weights may have been trained since."""
         if self.layout.final_norm is None or self.layout.logit_map is None:
             raise UnsupportedModelError(self.limits["readout"])
         return find_readout(
@@ -111,9 +114,12 @@ class HFModel:
         whole = by_head if kept is None else kept.spread(by_head, 0)
         return whole * (1.0 if parts.write_scale is None else parts.write_scale)
 
-    @cached_property
+    @property
     def bridge(self) -> Any:
-        """A transformer-lens ``TransformerBridge`` over the same parameter storage."""
+        """A transformer-lens ``TransformerBridge`` over the same parameter storage.
+
+        Built when it is first asked for, and again where the model was given other parameters.
+        """
         from headscope.models.bridge.build import bridge_over
 
         if self.shape.removed:
@@ -121,7 +127,10 @@ class HFModel:
                 f"{self.name} was pruned, and transformer-lens knows no model with different "
                 "numbers of heads: read the weights of the model that it came from."
             )
-        return bridge_over(self.module)
+        places = tuple((n, w.data_ptr()) for n, w in self.module.named_parameters())
+        if self._bridge is None or self._bridge[0] != places:
+            self._bridge = places, bridge_over(self.module)
+        return self._bridge[1]
 
     def weights(self, layer: int) -> HeadWeights:
         """All attention weights of one layer; key/value heads not repeated."""
@@ -135,8 +144,8 @@ class HFModel:
         return HFParts(self)
 
     def digest(self) -> str:
-        """SHA-256 over the names and bytes of all weights."""
-        return self._digest.of(self.module.state_dict())
+        """SHA-256 that stands for all bytes of all weights as they are now."""
+        return self._digest.of(all_weights(self.module))
 
     def forward(
         self,
@@ -146,12 +155,16 @@ class HFModel:
         observers: Sequence[Observer] = (),
         edits: Sequence[Edit] = (),
         logits_at: Int[Tensor, " at"] | None = None,
+        prompt: int | None = None,
+        grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"]:
         """Run the model once; see :class:`headscope.models.protocol.HeadModel`."""
-        inputs = self._inputs(tokens, real)
+        length = tokens.shape[1]
         no_logits = logits_at is not None and len(logits_at) == 0
-        run = Pass(self.layout, observers, edits, may_stop=no_logits)
-        with run.attached():
+        span = Span(0, length, length if prompt is None else prompt)
+        run = Pass(self.module, self.layout, observers, edits, span, may_stop=no_logits)
+        with run.attached(), torch.set_grad_enabled(grad):
+            inputs = self._inputs(tokens, real)
             try:
                 if no_logits:
                     self.module.base_model(**inputs)
@@ -162,10 +175,12 @@ class HFModel:
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Scope in which every pass of ``module`` is edited, generation too; restored after."""
-        return Pass(self.layout, (), edits, may_stop=False).attached()
+        return Scope(self.module, self.layout, edits).open()
 
     def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
         tokens = tokens.to(self.device)
+        if tokens.is_inference():  # made in inference mode, it could serve no gradient
+            tokens = tokens.clone()
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         # All real, it changes nothing, but keeps families from warning of padding.
         inputs["attention_mask"] = torch.ones_like(tokens)

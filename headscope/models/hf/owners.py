@@ -19,6 +19,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts, tiny_tokens
+from headscope.models.running import pass_over
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -79,10 +80,11 @@ def _watch(model: "HFModel") -> _Watched:
         return fused(call).detach()
 
     with ExitStack() as stack:
+        stack.enter_context(pass_over(model.module))
         for layer, parts in model.layout.layers.items():
             for name, module in matrices(parts):
                 stack.callback(module.register_forward_hook(keep(layer, name)).remove)
-        stack.enter_context(routed(model.layout.configs, attend))
+        stack.enter_context(routed(model.layout.configs, attend, by_attention))
         model.module.base_model(input_ids=tiny_tokens(model.module), use_cache=False)
     return watched
 

@@ -75,6 +75,6 @@ class HFParts(MeasuredParts):
         hooks = [
             partial(module.register_forward_pre_hook, enter, with_kwargs=True) for module in parts
         ]
-        with routed(self.model.layout.configs, attend):
+        with routed(self.model.layout.configs, attend, parts):
             self.watch(tokens, hooks)
         return seen

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headscope.models.hf.removed import ReadsKept
+from headscope.models.offload import at_hand, parameter
 
 # Rows of the identity that pass a module at a time.
 _ROWS = 1024
@@ -22,7 +23,7 @@ def matrix(projection: nn.Module, width: int) -> Float[Tensor, "in out"]:
     """
     weight = getattr(projection, "weight", None)
     if isinstance(projection, ReadsKept) or _is_plain(projection):
-        stored: Tensor = projection.get_parameter("weight") if weight is None else weight
+        stored = parameter(projection, "weight") if weight is None or weight.is_meta else weight
         return (stored.T if isinstance(projection, nn.Linear) else stored).detach()
     rows = torch.eye(width, dtype=_dtype(projection), device=_device(projection))
     return torch.cat([_through(projection, part) for part in rows.split(_ROWS)]) - _through(
@@ -33,8 +34,9 @@ def matrix(projection: nn.Module, width: int) -> Float[Tensor, "in out"]:
 def bias(projection: nn.Module, width: int) -> Float[Tensor, " out"] | None:
     """What the module returns for a head output of zeros; None if it is plain and has no bias."""
     if isinstance(projection, ReadsKept) or _is_plain(projection):
-        given = getattr(projection, "bias", None)
-        return given.detach() if isinstance(given, Tensor) else None
+        with at_hand(projection):
+            given = getattr(projection, "bias", None)
+            return given.detach() if isinstance(given, Tensor) else None
     zeros = torch.zeros(1, width, dtype=_dtype(projection), device=_device(projection))
     return _through(projection, zeros)[0]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.loading.agreement import gap
+from headscope.models.offload import at_hand, parameter, runs_on
 from headscope.outputs import Readout
 
 
@@ -101,10 +102,10 @@ def measure_readout(
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
-    norm = measure_norm(final_norm, d_model, head.weight.device)
+    norm = measure_norm(final_norm, d_model, runs_on(head, head.weight))
     return Readout(
-        W_U=head.weight.detach(),
-        b_U=None if getattr(head, "bias", None) is None else head.bias.detach(),
+        W_U=parameter(head, "weight"),
+        b_U=None if getattr(head, "bias", None) is None else parameter(head, "bias"),
         gain=norm.gain,
         bias=norm.bias,
         centred=norm.centred,
@@ -124,11 +125,14 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
-    bare = copy.copy(module)  # without hooks: a pass may be running, whose hooks cannot be copied
-    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
-    norm = copy.deepcopy(bare).float()  # a few thousand numbers; exact in half precision too
+    with at_hand(module):
+        bare = copy.copy(module)  # without hooks: those of a running pass cannot be copied
+        bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+        bare.__dict__.pop("forward", None)  # accelerate's, which would unload it again
+        bare.__dict__.pop("_hf_hook", None)
+        norm = copy.deepcopy(bare).float().eval()  # a few thousand numbers; exact in half, too
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(1, 2, d_model, generator=generator) + 0.5
+    probe = torch.randn(1, 2, d_model, generator=generator, dtype=torch.float32) + 0.5
     probe = probe.to(device)
     with torch.no_grad():
         there, back, moved = norm(probe), norm(-probe), norm(probe + 3.0)

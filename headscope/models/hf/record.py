@@ -1,7 +1,7 @@
 """What one clean pass leaves behind, so that parts of it can be run again with changes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.models.hf.passes import HFLayerView
+from headscope.models.hf.spans import replaced as put_in_place
+from headscope.models.running import held, pass_over
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -77,6 +79,8 @@ def record(
     """Run a batch once, cleanly, and keep what a replay needs."""
     recording = Recording(len(tokens), tokens.shape[1], real)
     with ExitStack() as hooks:
+        hooks.enter_context(pass_over(model.module))
+        hooks.enter_context(quick_activations(model))
         for block in model.layout.blocks:
             handle = block.register_forward_pre_hook(_at_block(recording), with_kwargs=True)
             hooks.callback(handle.remove)
@@ -132,18 +136,9 @@ def repeated(value: Tensor, copies: int) -> Tensor:
     return spread.reshape(-1, *value.shape[1:])
 
 
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
     """Let another function stand in for a module's forward, within a scope."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
+    return put_in_place(module, "forward", forward)
 
 
 @contextmanager
@@ -155,7 +150,7 @@ def quick_activations(model: "HFModel") -> Iterator[None]:
     from transformers.activations import FastGELUActivation, NewGELUActivation
 
     fused = torch.nn.GELU(approximate="tanh")
-    with ExitStack() as stack:
+    with held(model.module), ExitStack() as stack:
         for module in set(model.layout.blocks.modules()):
             if type(module) in (NewGELUActivation, FastGELUActivation):
                 stack.enter_context(replaced(module, fused.forward))

@@ -10,19 +10,22 @@ last block computes queries and everything after attention only at the positions
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headscope.edits import Stacked, Variant, cut, first_layer, first_position, stack
+from headscope.edits import Span, Stacked, Variant, first_layer, first_position, stack
 from headscope.models.attention import AttentionCall
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts
+from headscope.models.hf.passes import edited_attention, edited_call
 from headscope.models.hf.queries import Prefix, attend, joined
-from headscope.models.hf.record import Recording, fitted, repeated, replaced
+from headscope.models.hf.record import Recording, fitted, quick_activations, repeated, replaced
+from headscope.models.running import pass_over
+from headscope.outputs import Readout
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -60,6 +63,10 @@ class Replay:
             return at, 0
         return at, min(first_position(variant), int(self.read.any(0).int().argmax()))
 
+    @cached_property
+    def _readout(self) -> Readout:
+        return self.model.readout
+
     @torch.no_grad()
     def residual(
         self, variants: Sequence[Variant], start: tuple[int, int] | None = None
@@ -72,18 +79,25 @@ class Replay:
         """
         starts = [self.start(variant) for variant in variants]
         layer, first = start or (min(s[0] for s in starts), min(s[1] for s in starts))
-        edits = stack([cut(variant, first=first) for variant in variants])
+        length = self.recording.length
+        span = Span.whole(length).part(first, length - first)
+        edits = tuple(one.during(span) for one in stack(variants))
         run = _Run(self, len(variants), layer, first, edits)
-        with routed(self.model.layout.configs, run.attend):
+        layout = self.model.layout
+        with (
+            pass_over(self.model.module),
+            quick_activations(self.model),
+            routed(layout.configs, run.attend, layout.by_attention()),
+        ):
             return run.through()
 
     @torch.no_grad()
     def logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
         """Logits of some last residual streams, by the model's own modules."""
-        model = self.model
-        normed = model.layout.final_norm(rows) if model.layout.final_norm is not None else rows
-        logits: Tensor = model.module.get_output_embeddings()(normed)
-        readout = model.readout
+        model, readout = self.model, self._readout
+        with pass_over(model.module):
+            normed = model.layout.final_norm(rows) if model.layout.final_norm is not None else rows
+            logits: Tensor = model.module.get_output_embeddings()(normed)
         if readout.logit_scale != 1:
             logits = logits * readout.logit_scale
         if readout.soft_cap is not None:
@@ -214,22 +228,16 @@ class _Run:
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         """Compute attention of one layer, edits of queries, keys, values and patterns included."""
         layer = self.replay.model.layout.by_attention()[module].layer
-        recording = self.replay.recording
-        by_site = {e.site: e for e in self.edits if layer in e.layers}
-        query, key, value = (
-            by_site[site](layer, given) if site in by_site else given
-            for site, given in (("query", call.query), ("key", call.key), ("value", call.value))
-        )
-        call = replace(call, layer=layer, query=query, key=key, value=value)
-        before = slice(0, self.first)
+        recording, before = self.replay.recording, slice(0, self.first)
+        call = replace(call, layer=layer)
+        # The edits were cut to the positions that run: to them these are the whole text.
+        span = Span.whole(call.n_queries)
+        call = edited_call(call, self.edits, span)
         prefix = Prefix(
             recording.key[layer][:, :, before], recording.value[layer][:, :, before], self.copies
         )
-        if "pattern" in by_site:
-            whole = joined(call, prefix)
-            positions = torch.arange(self.first, whole.n_keys, device=call.query.device)
-            pattern = by_site["pattern"](layer, whole.rows(positions).pattern)
-            z = whole.average(pattern)
+        if any(edit.site == "pattern" and layer in edit.layers for edit in self.edits):
+            z = edited_attention(joined(call, prefix), self.edits, span)
             z = z if self.queries is None else z[:, self.queries]
         else:
             z = attend(call, prefix, self.queries)

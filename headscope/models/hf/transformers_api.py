@@ -56,7 +56,8 @@ def attention_name(config: Any) -> str | None:
 
 def set_attention_name(config: Any, name: str | None) -> None:
     """Make models with this config call another attention function from now on."""
-    config._attn_implementation = name
+    # As a dict, so that configs inside this one keep their own.
+    config._attn_implementation = {"": name}
 
 
 @contextmanager
@@ -99,6 +100,8 @@ def padding_of_keys(
     if attention_mask is None:
         return None
     whole = attention_mask
+    if kv_offset and whole.shape[-1] == kv_length:  # too short for all: generate made it of these
+        return whole
     if (missing := kv_length + kv_offset - whole.shape[-1]) > 0:
         whole = nn.functional.pad(whole, (0, missing))
     return whole[:, kv_offset : kv_offset + kv_length]

@@ -42,7 +42,8 @@ def load(
     Args:
         source: a Hugging Face name, a local folder, a ``PreTrainedModel``, a transformer-lens
             ``TransformerBridge``, the name of a bundled model, or None for the default one.
-            A model that you pass is used as it is and left as it was.
+            A model that you pass is used as it is and left as it was; a compiled one runs
+            uncompiled while headscope looks.
         revision: branch, tag or commit; for a bundled model one of its training checkpoints.
         device: where to put the weights; default: a GPU if there is one, else the CPU.
         dtype: type of the weights; default: as they are stored.
@@ -85,6 +86,7 @@ def load(
         return _lifted(bridge, bridge.module, extrapolate)
     from transformers import PreTrainedModel
 
+    source = getattr(source, "_orig_mod", source)  # torch.compile(model); passes run uncompiled
     if not isinstance(source, PreTrainedModel):
         raise InputError(
             f"load() takes a name, a folder, a PreTrainedModel or a TransformerBridge; got "

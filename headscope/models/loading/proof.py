@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.loading.agreement import Check, Proof
+from headscope.models.running import pass_over
 
 if TYPE_CHECKING:
     from headscope.models.bridge.model import BridgeModel
@@ -41,7 +42,8 @@ def prove(model: "HFModel | BridgeModel") -> None:
     module, weights = _key(model)
     known = _PROVED.get(module)
     if known is None or known[0] != weights:
-        known = (weights, _proved(model))
+        with pass_over(module):
+            known = (weights, _proved(model))
         _PROVED[module] = known
     model.proof = known[1]
 

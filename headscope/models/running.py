@@ -1,0 +1,199 @@
+"""The state in which a pass runs: evaluation mode, the model's own types, one thread at a time.
+
+A module is shared: with its owner's training loop, with other wrappers, with other threads. What
+a pass changes for its duration is put back whatever ends it, and what must not be shared is held
+under a re-entrant lock per module.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from headscope.errors import HeadscopeError
+from headscope.models.offload import put_away
+
+# Stands for a pass that finds out what a model is: no scope edits it.
+MEASURING = object()
+
+
+@dataclass(eq=False)
+class Use:
+    """Who runs and who edits one module now, through whichever wrapper.
+
+    Attributes:
+        lock: held by the thread that runs a pass.
+        scopes: open scopes of edits with the threads that opened them, outermost first.
+        passes: what runs in the thread that holds the lock, innermost last.
+    """
+
+    lock: Any = field(default_factory=threading.RLock)
+    scopes: tuple[tuple[Any, int], ...] = ()
+    passes: tuple[tuple[Any, int], ...] = ()
+
+    def running(self) -> Any:
+        """The innermost pass of headscope in this thread; None while there is none."""
+        if not self.passes:
+            return None
+        run, thread = self.passes[-1]
+        return run if thread == threading.get_ident() else None
+
+    def measuring(self) -> bool:
+        """Whether a measurement runs in this thread, with whatever passes inside it."""
+        return (MEASURING, threading.get_ident()) in self.passes
+
+
+_USES: "WeakKeyDictionary[nn.Module, Use]" = WeakKeyDictionary()
+_GUARD = threading.RLock()
+
+
+def use_of(module: Any) -> Use:
+    """Return the state that all wrappers of a module share; a head model shares its body's."""
+    body = getattr(module, "base_model", module)
+    with _GUARD:
+        return _USES.setdefault(body if isinstance(body, nn.Module) else module, Use())
+
+
+@contextmanager
+def pass_over(module: Any, run: Any = MEASURING) -> Iterator[None]:
+    """Run a module alone, in evaluation mode, uncompiled and in its own types, for one pass.
+
+    Args:
+        module: that runs.
+        run: the pass, which the hooks of scopes ask for its positions; None: they find out; by
+            default a measurement, which no scope edits.
+
+    Raises:
+        HeadscopeError: if another thread has a scope of edits open on this module.
+    """
+    with ExitStack() as stack:
+        use = stack.enter_context(held(module))
+        stack.enter_context(own_types())
+        stack.enter_context(uncompiled())
+        stack.enter_context(evaluating(module))
+        before = use.passes
+        try:
+            use.passes = (*before, (run, threading.get_ident()))
+            yield
+        finally:
+            use.passes = before
+            put_away(module)
+
+
+@contextmanager
+def scope_over(module: Any, scope: Any) -> Iterator[None]:
+    """Have a scope of edits known to every pass of a module, and compiled graphs step aside.
+
+    Raises:
+        HeadscopeError: if another thread has a scope of edits open on this module.
+    """
+    entry = (scope, threading.get_ident())
+    with uncompiled():
+        with held(module) as use:
+            use.scopes = (*use.scopes, entry)
+        try:
+            yield
+        finally:
+            with use.lock:
+                use.scopes = tuple(one for one in use.scopes if one is not entry)
+
+
+@contextmanager
+def held(module: Any) -> Iterator[Use]:
+    """Hold a module's lock; wait for passes of other threads, refuse their scopes of edits.
+
+    Raises:
+        HeadscopeError: if another thread has a scope of edits open on this module.
+    """
+    use = use_of(module)
+    with use.lock:
+        if any(thread != threading.get_ident() for _, thread in use.scopes):
+            raise HeadscopeError(
+                "another thread has a scope of edits open on this model (model.edited, "
+                "mask_heads): leave that scope first, or load a second copy of the model for this "
+                "thread."
+            )
+        yield use
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put every submodule in evaluation mode, and those that trained back into training mode."""
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextmanager
+def own_types() -> Iterator[None]:
+    """Compute in the types of the tensors: without autocast, and outside of inference mode.
+
+    A tensor made in inference mode could never take part in a gradient later.
+    """
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        for device in _autocast_devices():
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _autocast_devices() -> list[str]:
+    devices = ["cpu"]
+    if torch.accelerator.is_available() and (here := torch.accelerator.current_accelerator()):
+        devices.append(here.type)
+    return [device for device in devices if torch.is_autocast_enabled(device)]
+
+
+class _Counted:
+    """A process-wide switch that is on while anybody needs it and put back after the last."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._open = ExitStack()
+
+    def enter(self, switch: AbstractContextManager[Any]) -> None:
+        with _GUARD:
+            if self._count == 0:
+                self._open.enter_context(switch)
+            self._count += 1
+
+    def leave(self) -> None:
+        with _GUARD:
+            self._count -= 1
+            if self._count == 0:
+                self._open.close()
+
+
+_EAGER = _Counted()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let compiled modules run as Python: a compiled graph has no place for our hooks."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it is slow
+        yield
+        return
+    _EAGER.enter(_eager_stance())
+    try:
+        yield
+    finally:
+        _EAGER.leave()
+
+
+@contextmanager
+def _eager_stance() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
