@@ -1,6 +1,6 @@
 """Reading YAML that users write: safe, small, and with one sentence for every mistake."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +10,9 @@ from headscope.errors import InputError, nearest
 
 # A config is written by hand; anything larger is another file by mistake.
 _MAX_BYTES = 2**20
+_MAX_DEPTH = 32
+_MAX_ALIASES = 1000
+_MAX_NODES = 200_000
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -19,11 +22,52 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+class Written(dict[str, Any]):
+    """A mapping as it was written in a file, which knows the line of every key.
+
+    Attributes:
+        node: the file's syntax tree.
+    """
+
+    node: Any = None
+
+    def line(self, place: Sequence[str | int]) -> int:
+        """Line of a place in it, counted from 1; of what holds it where it is absent."""
+        node, line = self.node, 1
+        for part in place:
+            found = [
+                (key, value)
+                for key, value in (node.value if node.id == "mapping" else ())
+                if key.value == str(part)
+            ]
+            if found:
+                line, node = found[0][0].start_mark.line + 1, found[0][1]
+            elif node.id == "sequence" and isinstance(part, int) and part < len(node.value):
+                node = node.value[part]
+                line = node.start_mark.line + 1
+            # Anything else is pydantic's own word, such as the kind of a union.
+        return line
+
+    def line_of(self, word: str) -> int | None:
+        """Line of a word, as a key or a value; None where it is not there."""
+        waiting = [self.node]
+        while waiting:
+            node = waiting.pop(0)
+            if node.id == "scalar" and node.value == word:
+                return int(node.start_mark.line) + 1
+            if node.id == "sequence":
+                waiting += node.value
+            elif node.id == "mapping":
+                waiting += [one for pair in node.value for one in pair]
+        return None
+
+
+def read_yaml(path: str | Path) -> Written:
     """Mapping in a YAML file, read with the safe loader.
 
     Raises:
-        InputError: if the file is missing, empty, too large, no YAML or no mapping.
+        InputError: naming the line, if the file is missing, empty, too large, too deep, no YAML
+            or no mapping, or says the same key twice.
     """
     import yaml
 
@@ -31,18 +75,104 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         if place.stat().st_size > _MAX_BYTES:
             raise InputError(f"{path} is larger than a config should be (1 MiB).")
-        text = place.read_text(encoding="utf-8")
+        text = place.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} could not be read: {_reason(error)}.") from error
     try:
+        _check_events(text, str(path))
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_nodes(node, str(path))
         found = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where is not None else ""
-        raise InputError(f"{path} is no readable YAML{line}.") from error
+        if isinstance(error, InputError):
+            raise
+        where = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        line = where.line + 1 if where is not None else _line_of_position(error, text)
+        raise InputError(
+            f"{path} is no readable YAML in line {line}: {_problem(error)}."
+        ) from error
     if not isinstance(found, dict) or not found:
-        raise InputError(f"{path} should hold keys with values, such as 'kind: repeated_tokens'.")
-    return {str(key): value for key, value in found.items()}
+        raise InputError(
+            f"{path} should hold keys with values, such as 'kind: repeated_tokens', from line 1."
+        )
+    made = Written({str(key): value for key, value in found.items()})
+    made.node = node
+    return made
+
+
+def _check_events(text: str, path: str) -> None:
+    """Refuse what is too deep, or refers back too often, before anything is built of it."""
+    import yaml
+
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = 1 if event.start_mark is None else event.start_mark.line + 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.AliasEvent):
+            aliases += 1
+        if depth > _MAX_DEPTH:
+            raise InputError(f"{path}, line {line}: more than {_MAX_DEPTH} levels deep.")
+        if aliases > _MAX_ALIASES:
+            raise InputError(f"{path}, line {line}: more than {_MAX_ALIASES} aliases (*name).")
+
+
+def _check_nodes(root: Any, path: str) -> None:
+    """Refuse keys that stand twice, values that cannot be read, and what aliases blow up."""
+    from yaml import SafeLoader
+
+    sizes: dict[int, int | None] = {}
+    loader = SafeLoader("")
+
+    def size(node: Any) -> int:
+        line = node.start_mark.line + 1
+        if id(node) in sizes:
+            known = sizes[id(node)]
+            if known is None:
+                raise InputError(f"{path}, line {line}: an alias (*name) holds itself.")
+            return known
+        sizes[id(node)] = None
+        total = 1
+        if node.id == "scalar" and node.tag.rpartition(":")[2] not in ("merge", "value"):
+            try:
+                loader.construct_object(node)
+            except ValueError as error:
+                said = f"{node.value[:40]!r} cannot be read ({error})"
+                raise InputError(f"{path}, line {line}: {said}.") from error
+        if node.id == "sequence":
+            total += sum(size(one) for one in node.value)
+        if node.id == "mapping":
+            seen: dict[tuple[str, str], int] = {}
+            for key, value in node.value:
+                if key.id == "scalar":
+                    name, at = (key.tag, key.value), key.start_mark.line + 1
+                    if name in seen:
+                        raise InputError(
+                            f"{path}, line {at}: the key {key.value[:40]!r} stands twice (also in "
+                            f"line {seen[name]}): keep one."
+                        )
+                    seen[name] = at
+                total += size(key) + size(value)
+        if total > _MAX_NODES:
+            raise InputError(f"{path}, line {line}: more than {_MAX_NODES} values with aliases.")
+        sizes[id(node)] = total
+        return total
+
+    if root is not None:
+        size(root)
+
+
+def _line_of_position(error: Exception, text: str) -> int:
+    """Line of a character that YAML cannot hold; 1 where nothing is known."""
+    at = getattr(error, "position", None)
+    return text[:at].count("\n") + 1 if isinstance(at, int) else 1
+
+
+def _problem(error: Exception) -> str:
+    said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return " ".join(str(said).split())[:200]
 
 
 def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
@@ -69,7 +199,8 @@ def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
             given = repr(first["input"])
             shown = given if len(given) <= 60 else given[:57] + "..."
             sentence = f"{'.'.join(place) or 'the config'}: {first['msg']} (given: {shown})."
-        raise InputError(f"{where}: {sentence}") from error
+        line = f", line {values.line(first['loc'])}" if isinstance(values, Written) else ""
+        raise InputError(f"{where}{line}: {sentence}") from error
 
 
 def _keys_beside(kind: type[BaseModel], place: list[str]) -> list[str]:

@@ -52,6 +52,9 @@ def ablate_groups(
 
     Arguments are those of :func:`headscope.ablate_heads`; ``groups`` gives the sets by name.
 
+    Raises:
+        InputError: if the groups have no names, or there is none.
+
     Example:
         >>> import headscope as hs
         >>> model = hs.load()
@@ -60,6 +63,11 @@ def ablate_groups(
         >>> hs.ablate_groups(model, probe, hs.metrics.loss, groups).mean[0]
         np.float64(0.0)
     """
+    if not isinstance(groups, Mapping):
+        raise InputError(
+            f"groups are given by name, as {{'early': ['L0H0', 'L0H1']}}, not as "
+            f"{type(groups).__name__}."
+        )
     if not groups:
         raise InputError("no groups given: name at least one set of heads.")
     sets = [() if not heads else present(model, heads) for heads in groups.values()]

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headscope.errors import InputError
+from headscope.files import read_text
 from headscope.models.protocol import HeadModel
 from headscope.probes.vocabulary import ordinary_tokens
 
@@ -104,8 +105,10 @@ def read_relations(path: "str | PathLike[str]") -> dict[str, WordPairs]:
         {'capital': [('France', 'Paris'), ('Italy', 'Rome')]}
     """
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        given = json.loads(read_text(Path(path)))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(given, Mapping) or not given:
         raise InputError(f'{path} must hold {{"name": [["source", "target"], ...]}}.')

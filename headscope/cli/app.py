@@ -19,6 +19,25 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> bool:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"headscope {version('headscope')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _shared(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 @with_loading
 def scan(

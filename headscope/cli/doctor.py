@@ -3,8 +3,7 @@
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import Any
 
 from headscope.cli.loading import Loading
@@ -23,11 +22,17 @@ _SHOWN = (
     "pandas",
     "pyarrow",
 )
-# Extra -> the module that it brings, and what is missing without it.
-_EXTRAS = {
-    "paper": ("matplotlib", "pictures as PNG, SVG and PDF (without it: interactive HTML)"),
-    "polars": ("polars", "table.to_polars()"),
-    "ray": ("ray", "sweeps over several GPUs or machines"),
+# Extra -> what is missing without it. Which extras there are, and what each brings, is read from
+# the package.
+_GIVES = {
+    "paper": "pictures as PNG, SVG and PDF (without it: interactive HTML)",
+    "polars": "table.to_polars()",
+    "ray": "sweeps over several GPUs or machines",
+    "duckdb": "export of sweeps to DuckDB",
+    "notebook": "progress bars in notebooks",
+    "gguf": "models in GGUF files",
+    "docs": "building the documentation",
+    "dev": "working on headscope itself",
 }
 
 
@@ -64,14 +69,30 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "versions": {name: _version(name) for name in _SHOWN},
         "devices": _devices(),
-        "extras": {
-            name: {"installed": find_spec(module) is not None, "gives": gives}
-            for name, (module, gives) in _EXTRAS.items()
-        },
+        "extras": extras(),
         "bundled": {name: list(shipped.checkpoints(name)) for name in shipped.names()},
         "offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
         "missing": _missing(),
     }
+
+
+def extras() -> dict[str, dict[str, Any]]:
+    """Every extra of the package: whether all that it brings is here, and what it gives."""
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in requires("headscope") or ()]
+    found = {}
+    for name in metadata("headscope").get_all("Provides-Extra") or ():
+        brings = [
+            one.name
+            for one in wanted
+            if one.marker is not None
+            and one.marker.evaluate({"extra": name})
+            and not one.marker.evaluate({"extra": ""})
+        ]
+        here = all(_version(one) is not None for one in brings)
+        found[name] = {"installed": here, "gives": _GIVES.get(name, ", ".join(brings))}
+    return found
 
 
 def _version(package: str) -> str | None:

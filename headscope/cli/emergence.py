@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from headscope.plots.text import visible
 from headscope.sweeps.results import read
 from headscope.table import Emergence
 from headscope.table.emergence import joined_curves
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def run(
@@ -154,20 +159,57 @@ def _passages(file: Path) -> list[str]:
 
 def _print(story: Emergence) -> None:
     """A row per checkpoint: each score of the head that is best at the end, and the losses."""
+    from rich.text import Text
+
+    columns = {}
+    for name in story.scores:
+        head = story.best(name)
+        columns[f"{name}_{head}"] = [float(table[name].mean[head]) for table in story.tables]
+    for name in story.losses:
+        columns[name] = [float(value) for value in story.mean(name)]
+    terminal = console()
+    for grid in _grids(columns, [visible(one) for one in story.checkpoints], terminal.width):
+        grid.title = f"{story.model} along training"
+        terminal.print(grid)
+    for finding in story.findings():
+        terminal.print(Text(finding))
+
+
+def _grids(
+    columns: Mapping[str, Sequence[float]], checkpoints: Sequence[str], width: int
+) -> "Iterator[Table]":
+    """As many tables as it takes for no column to be cut; a header's words stand in a stack."""
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table("checkpoint", title=Text(f"{story.model} along training"))
-    best = {name: story.best(name) for name in story.scores}
-    for name, head in best.items():
-        grid.add_column(f"{name} {head}", justify="right")
-    for name in story.losses:
-        grid.add_column(name, justify="right")
-    for at, name in enumerate(story.checkpoints):
-        scores = [float(story.tables[at][one].mean[head]) for one, head in best.items()]
-        curves = [float(story.mean(one)[at]) for one in story.losses]
-        grid.add_row(Text(visible(name)), *(f"{value:.2f}" for value in [*scores, *curves]))
-    terminal = console()
-    terminal.print(grid)
-    for finding in story.findings():
-        terminal.print(Text(finding))
+    steps = steps_of(checkpoints)
+    first = max(len("step"), *map(len, steps)) + 4
+    waiting = list(columns.items())
+    while waiting:
+        grid, used = Table(), first
+        grid.add_column("step", justify="right", no_wrap=True, vertical="bottom")
+        shown: list[Sequence[float]] = []
+        while waiting:
+            name, values = waiting[0]
+            words = re.split(r"[_ ]", name)
+            wide = max(*map(len, words), *(len(f"{one:.2f}") for one in values)) + 3
+            if shown and used + wide > width:
+                break
+            grid.add_column(
+                Text("\n".join(words)), justify="right", no_wrap=True, vertical="bottom"
+            )
+            shown.append(values)
+            used += wide
+            waiting.pop(0)
+        for at, step in enumerate(steps):
+            grid.add_row(Text(step), *(f"{values[at]:.2f}" for values in shown))
+        yield grid
+
+
+def steps_of(checkpoints: Sequence[str]) -> list[str]:
+    """Checkpoints as numbers of steps, where their names are numbers with the same words around."""
+    found = [re.fullmatch(r"(\D*)0*(\d+)(\D*)", one) for one in checkpoints]
+    around = {(one[1], one[3]) for one in found if one}
+    if not all(found) or len(around) != 1:
+        return list(checkpoints)
+    return [one[2] for one in found if one]

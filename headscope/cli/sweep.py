@@ -52,7 +52,9 @@ def run(
     again += ["--shard", shard] if part[1] > 1 else []
     again += ["--executor", executor] if executor != "inline" else []
     again += ["--workers", str(workers)] if workers is not None else []
-    outcome = run_sweep(config, folder, shard=part, executor=chosen, overwrite=overwrite)
+    outcome = run_sweep(
+        config, folder, shard=part, executor=chosen, overwrite=overwrite, catch_signals=True
+    )
     _print_outcome(outcome, folder, shlex.join(again))
 
 

@@ -1,6 +1,6 @@
 """Two models or two checkpoints: matched heads, and differences with intervals."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from headscope.base.statistics import mean_interval, welch_interval
 from headscope.comparing.matching import by_address, by_profile, by_weights, shared
 from headscope.errors import InputError, nearest
+from headscope.heads import HeadIndex
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.scorers import Scorer
@@ -88,10 +89,9 @@ def compare(
         if isinstance(a, HeadTable) or isinstance(b, HeadTable):
             raise InputError("matching by weights needs two models, not tables.")
         pairs, closeness = by_weights(a, b)
-        order = np.argsort(-closeness, kind="stable")
     else:
         pairs, closeness = (by_profile if by == "profile" else by_address)(one, two)
-        order = np.argsort(closeness, kind="stable")
+    order = np.argsort(-_distinctive(one, two, names, pairs), kind="stable")
     pairs = [pairs[i] for i in order]
     at = tuple(np.array([[p[side] for p in pairs] for side in (0, 1)]).transpose(0, 2, 1))
     columns = [_difference(one[name], two[name], at) for name in names]
@@ -108,6 +108,27 @@ def compare(
         high=high,
         paired=tuple(_paired(one[name], two[name]) for name in names),
     )
+
+
+def _distinctive(
+    one: HeadTable, two: HeadTable, names: Sequence[str], pairs: Sequence[tuple[HeadIndex, ...]]
+) -> Float[np.ndarray, " pair"]:
+    """How far both heads of a pair are from the typical head of their model.
+
+    The largest distance of any score from the median over heads, in standard deviations over
+    heads; of the two heads the smaller one, so that both must stand out.
+    """
+    sides = []
+    for side, table in enumerate((one, two)):
+        at = tuple(np.array([pair[side] for pair in pairs]).T)
+        far = [np.zeros(len(pairs))]
+        for name in names:
+            mean = table[name].mean
+            spread = np.nanstd(mean)
+            if np.isfinite(spread) and spread > 0:
+                far.append(np.nan_to_num(np.abs(mean[at] - np.nanmedian(mean)) / spread))
+        sides.append(np.max(far, axis=0))
+    return np.asarray(np.minimum(*sides))
 
 
 def _difference(

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from headscope.edits.span import Span
-from headscope.errors import InputError
+from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 
 Site = Literal["z", "query", "key", "value", "pattern"]
@@ -33,6 +33,9 @@ def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
     if len(given) == 2 and all(isinstance(part, int) for part in given):
         given = [tuple(given)]  # one head, (layer, head)
     return tuple(dict.fromkeys(HeadIndex.parse(head) for head in given))
+
+
+_SCOPES = ("all", "prefill", "decode")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +74,10 @@ class HeadEdit:
         missing = self.layers - self.donors.keys() if self.donors is not None else ()
         if missing:
             raise InputError(f"the {self.name} edit has no values for layer {min(missing)}.")
-        if self.site not in SITES or self.scope not in ("all", "prefill", "decode"):
-            raise InputError(f"there is no site {self.site!r} or scope {self.scope!r}.")
+        if self.site not in SITES:
+            raise InputError(nearest(str(self.site), SITES, kind="site of a head's edit"))
+        if self.scope not in _SCOPES:
+            raise InputError(nearest(str(self.scope), _SCOPES, kind="scope"))
 
     @classmethod
     def at(

@@ -1,6 +1,7 @@
 """From texts to padded token batches; positions are found by character offset."""
 
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headscope.errors import HeadscopeWarning
 from headscope.probes.vocabulary import Tokenizer
+
+_KEPT = "a text begins with the model's BOS already: it is kept, and no second is put in front."
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,17 @@ class Encoded:
 
 
 def encode(tokenizer: Tokenizer, text: str, prefix: Sequence[int] = ()) -> Encoded:
-    """Tokenize one text, with ``prefix`` in front in place of the tokenizer's own specials."""
+    """Tokenize one text, with ``prefix`` in front in place of the tokenizer's own specials.
+
+    A text that begins with the prefix already, such as a copied prompt, keeps it once.
+    """
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = [(int(a), int(b)) for a, b in out["offset_mapping"]]
-    return Encoded(text, [*prefix, *out["input_ids"]], [(0, 0)] * len(prefix) + spans)
+    ids = list(out["input_ids"])
+    if prefix and ids[: len(prefix)] == list(prefix):
+        warnings.warn(_KEPT, HeadscopeWarning, stacklevel=2)
+        return Encoded(text, ids, spans)
+    return Encoded(text, [*prefix, *ids], [(0, 0)] * len(prefix) + spans)
 
 
 def pad_right(

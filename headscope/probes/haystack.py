@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 from headscope.errors import InputError
+from headscope.files import read_text
 
 # A sentence with the white space before it; it ends at a full stop, question or exclamation mark
 # (with closing quotes), at a blank line, or with the text.
@@ -54,10 +55,7 @@ def read_haystack(source: str | Path | None) -> Haystack:
             raise InputError(f"the haystack {source} is a folder without .txt or .md files.")
     else:
         paths = [place]
-    try:
-        text = "\n\n".join(path.read_text("utf-8").strip() for path in paths)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the haystack {source} cannot be read as UTF-8 text: {error}.") from error
+    text = "\n\n".join(read_text(path).replace("\r\n", "\n").strip() for path in paths)
     sentences = split_sentences(text)
     if not sentences:
         raise InputError(f"the haystack {source} holds no sentence.")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from headscope.errors import InputError
+from headscope.files import read_lines
 from headscope.probes.accuracy import with_accuracy
 from headscope.probes.encoding import (
     Encoded,
@@ -47,8 +48,9 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
     """Read prompts, one JSON object a line.
 
     ``{"text": ..., "answer": ..., "foil": ..., "marks": {"name": [start, end]}}``; all but
-    ``text`` may be left out. ``answer`` is what follows the text, character by character (a new
-    word starts with its space), and must be one token, as must ``foil``, the wrong alternative.
+    ``text`` may be left out, or be null. ``answer`` is what follows the text, character by
+    character (a new word starts with its space), and must be one token, as must ``foil``, the
+    wrong alternative.
     A mark is a range of characters of the text, end excluded, and becomes every token that
     holds one of them. Two marks are added unless the file has them: ``end``, the last token,
     and ``delimiter``.
@@ -77,10 +79,7 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
     """
     tokenizer = need_tokenizer(model, "a JSONL probe")
     prefix = bos_prefix(model, bos)
-    try:
-        written = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    written = read_lines(path)
     lines, wrong = [], []
     for number, one in enumerate(written, 1):
         if not one.strip():
@@ -146,10 +145,11 @@ def _read(tokenizer: Tokenizer, prefix: list[int], written: str) -> _Line:
     """One line; raises :class:`InputError` with what is wrong with it."""
     try:
         fields = json.loads(written)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"no valid JSON ({error}).") from error
     if not isinstance(fields, dict):
         raise InputError("an object with a string 'text' is needed.")
+    fields = {name: value for name, value in fields.items() if value is not None}  # null: absent
     if "text" in fields and "clean" in fields:
         raise InputError("'clean' is another word for 'text': give one of them.")
     named = "clean" if "clean" in fields else "text"
@@ -172,6 +172,7 @@ def _read(tokenizer: Tokenizer, prefix: list[int], written: str) -> _Line:
     marks = fields.get("marks", {})
     if not isinstance(marks, dict):
         raise InputError('its marks are not {"name": [start, end]}.')
+    marks = {name: at for name, at in marks.items() if at is not None}
     placed = {name: _span(encoded, name, at) for name, at in marks.items()}
     if corrupt is not None:
         corrupt = corrupt._replace(marks=placed)
@@ -224,9 +225,9 @@ def _following(tokenizer: Tokenizer, before: Encoded, word: object, name: str, p
     joint = before.text[-1] + word[0]
     if joint.isascii() and joint.isalpha():
         raise InputError(f"its {name} {word!r} would be glued to the text: start it with a space.")
-    both = encode(tokenizer, before.text + word).ids
-    start = len(before.ids) - prefix
-    if both[:start] != before.ids[prefix:]:
+    both = encode(tokenizer, before.text + word, before.ids[:prefix]).ids
+    start = len(before.ids)
+    if both[:start] != before.ids:
         raise InputError(f"its {name} {word!r} changes the tokens of the text that it follows.")
     if len(both) != start + 1:
         raise InputError(f"its {name} {word!r} is {len(both) - start} tokens: it must be one.")

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 from headscope.errors import InputError, nearest
+from headscope.files import read_lines
 
 NeedleSource = Iterator["Needle"]
 
@@ -183,17 +184,14 @@ def fixed_needles(source: str | Path | Sequence[Needle]) -> tuple[Needle, ...] |
 
 def _read_jsonl(path: Path) -> tuple[Needle, ...]:
     """One object a line: ``{"needle": text or list, "question": ..., "answer": ...}``."""
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the needles {path} cannot be read as UTF-8 text: {error}.") from error
+    lines = read_lines(path)
     found, wrong = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             found.append(_from_mapping(json.loads(line)))
-        except (json.JSONDecodeError, InputError) as error:
+        except (ValueError, RecursionError) as error:
             wrong.append(f"{path}, line {number}: {error}")
     if wrong:
         raise InputError("\n".join(wrong[:10]))
@@ -207,6 +205,7 @@ def _from_mapping(fields: Any) -> Needle:
     known = {"needle", "question", "answer", "real_needle"}
     if not isinstance(fields, dict):
         raise InputError('an object {"needle": ..., "question": ..., "answer": ...} is needed.')
+    fields = {name: value for name, value in fields.items() if value is not None}
     if unknown := sorted(set(fields) - known):
         raise InputError(nearest(unknown[0], known, kind="field"))
     hidden, question = fields.get("needle"), fields.get("question")

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from headscope.errors import InputError
+from headscope.files import paragraphs, read_text
 from headscope.probes.encoding import delimiters, encode, next_tokens, pad_right
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length, need_tokenizer
@@ -114,16 +115,13 @@ def _read(texts_or_path: str | Path | Sequence[str] | None) -> tuple[list[str], 
     """The texts, and what to call where they came from."""
     if texts_or_path is None:
         bundled = files("headscope.probes").joinpath("data", "passages.txt")
-        return _paragraphs(bundled.read_text("utf-8")), "the bundled passages"
+        return paragraphs(bundled.read_text("utf-8")), "the bundled passages"
     if isinstance(texts_or_path, str) and not _names_a_file(texts_or_path):
         texts_or_path = [texts_or_path]
     if not isinstance(texts_or_path, (str, Path)):
         texts, source = list(texts_or_path), "the texts given"
     else:
-        try:
-            texts = _paragraphs(Path(texts_or_path).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{texts_or_path} cannot be read as UTF-8 text: {error}.") from error
+        texts = paragraphs(read_text(texts_or_path))
         source = Path(texts_or_path).name
     if not texts or not any(one.strip() for one in texts):
         raise InputError(f"{source}: no text in it; give at least one sentence.")
@@ -136,11 +134,6 @@ def _names_a_file(one: str) -> bool:
         return False
     looks_like_one = " " not in one and Path(one).suffix in (".txt", ".md")
     return looks_like_one or Path(one).is_file()
-
-
-def _paragraphs(whole: str) -> list[str]:
-    blocks = whole.replace("\r\n", "\n").split("\n\n")
-    return [block.strip() for block in blocks if block.strip()]
 
 
 def _pieces(ids: list[int], prefix: list[int], length: int) -> list[list[int]]:

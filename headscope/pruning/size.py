@@ -23,11 +23,21 @@ class Size:
         flops: floating-point operations of the matrix products of the pass, a multiply-add being
             two; attention over all pairs of positions (counted by torch, on eager attention).
         seconds: of the pass as measured, the shortest of three: of this machine at this moment.
+        shared: key/value heads that lost some of their query heads and stay for the others, so
+            that removing heads saved less than their share of the weights.
     """
 
     parameters: int
     flops: int
     seconds: float
+    shared: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """In words, with the key/value heads that had to stay."""
+        said = f"{self.parameters:,} parameters, {self.flops:,} FLOPs, {self.seconds:.3g} s"
+        if not self.shared:
+            return said
+        return f"{said}; key/value heads that stay: {'; '.join(self.shared)}"
 
 
 @torch.no_grad()
@@ -65,7 +75,24 @@ def measure_size(
         _wait(model)
         times.append(time.perf_counter() - started)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Size(parameters, int(counter.get_total_flops()), min(times))
+    return Size(parameters, int(counter.get_total_flops()), min(times), _shared(model))
+
+
+def _shared(model: Any) -> tuple[str, ...]:
+    """Key/value heads of a pruned model that only some of their query heads still read."""
+    found = []
+    for module in model.modules():
+        kept = module.__dict__.get("headscope_kept")
+        layer = getattr(module, "layer_idx", None)
+        if kept is None or layer is None:
+            continue
+        group = kept.n_heads // kept.n_kv_heads
+        for kv_head in dict.fromkeys(kept.kv_heads):
+            readers = [head for head in kept.heads if head // group == kv_head]
+            if len(readers) < group:
+                names = ", ".join(f"L{layer}H{head}" for head in readers)
+                found.append(f"L{layer} KV{kv_head}, read by {names}")
+    return tuple(found)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from headscope.errors import InputError
+from headscope.parquet_files import read_parquet
 
 WIDTH = 5
 
@@ -52,12 +53,11 @@ def read_partners(file: Path, shape: tuple[int, int]) -> Partners:
     """
     import pyarrow
     import pyarrow.compute as pc
-    from pyarrow import parquet
 
     names = ["first_layer", "first_head", "second_layer", "second_head", "score", "value"]
     layers, heads = shape
     try:
-        rows = parquet.read_table(file, columns=names)
+        rows = read_parquet(file, names)
         modes = sorted(pc.unique(rows["score"].cast("string")).to_pylist())
         fed_by, feeds = [], []
         for mode in modes:
@@ -68,7 +68,7 @@ def read_partners(file: Path, shape: tuple[int, int]) -> Partners:
             square = np.nan_to_num(values.reshape(layers * heads, layers * heads))
             feeds.append(_strongest(square))
             fed_by.append(_strongest(square.T))
-    except (pyarrow.ArrowException, OSError, IndexError, KeyError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{str(file)!r} holds no pairs of these heads: {error!r}.") from None
     return Partners(tuple(modes), fed_by, feeds)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope.errors import HeadscopeError, InputError
+from headscope.parquet_files import read_parquet
 from headscope.report.kept import read_sections
 from headscope.report.partners import Partners, read_partners
 from headscope.report.sections import Section
@@ -165,14 +166,12 @@ def _says(file: Path) -> dict[str, tuple[list[str], list[str]]]:
     """Tokens that heads promote and suppress on the prompt of a lens run."""
     if not file.is_file():
         return {}
-    import pandas
-
-    try:
-        frame = pandas.read_parquet(file, columns=["layer", "head", "sign", "rank", "text"])
-    except (ValueError, OSError, HeadscopeError) as error:
-        raise InputError(f"{str(file)!r} is damaged: {error}") from None
     found: dict[str, tuple[list[str], list[str]]] = {}
-    for row in frame[frame["rank"] < 6].sort_values("rank").itertuples():
-        sides = found.setdefault(f"L{row.layer}H{row.head}", ([], []))
-        sides[0 if row.sign == "promoted" else 1].append(str(row.text))
+    try:
+        frame = read_parquet(file, ["layer", "head", "sign", "rank", "text"]).to_pandas()
+        for row in frame[frame["rank"] < 6].sort_values("rank").itertuples():
+            sides = found.setdefault(f"L{int(row.layer)}H{int(row.head)}", ([], []))
+            sides[0 if row.sign == "promoted" else 1].append(str(row.text))
+    except (ValueError, TypeError, OSError, HeadscopeError) as error:
+        raise InputError(f"{str(file)!r} is damaged: {error}") from None
     return found

@@ -1,5 +1,6 @@
 """Scoring a corpus on disk: in parts that are whole or absent, ranked once all are there."""
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator
@@ -76,7 +77,8 @@ class Corpus:
         return count
 
     def _read(self, file: BinaryIO) -> Iterator[Document]:
-        offset = 0
+        offset = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(offset)
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield Document(offset, number, self._text(line, number))

@@ -8,6 +8,8 @@ again; a chunk that took three workers with it is recorded as failed.
 import os
 import secrets
 import signal
+import socket
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,11 @@ from headscope.sweeps.work import ATTEMPTS, Finished, Stop, Work, reason, run_ch
 
 # How often the driver looks whether somebody asked to stop, in seconds.
 _LOOK = 1.0
+# How long a cluster may take to answer, in seconds.
+_ANSWER = 10.0
+# Names of sockets end after 107 characters; Ray adds this many to the temporary folder:
+# /ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store
+_LONGEST_SOCKET, _SOCKET = 107, 69
 
 
 class Worker:
@@ -157,13 +164,53 @@ def _cluster(workers: int | None) -> Iterator[Any]:
     if ray.is_initialized():  # the caller's own; theirs to end
         yield ray
         return
+    if joined:
+        check_address(os.environ["RAY_ADDRESS"])
+    else:
+        check_temporary(Path(tempfile.gettempdir()))
     own = OWN | {"num_cpus": max(os.cpu_count() or 1, workers or 1)}
     with _handlers_kept():
-        ray.init(**(JOINED if joined else own))
+        try:
+            ray.init(**(JOINED if joined else own))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"Ray does not start: {reason(error)[:300]}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Refuse a cluster that does not answer, which Ray would wait minutes for.
+
+    Raises:
+        InputError: if nothing listens there.
+    """
+    place = address.rpartition("://")[2].partition("/")[0]
+    host, _, port = place.rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # "auto", "local" or a name that Ray resolves itself
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER):
+            return
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start it with "
+            "'ray start --head', or unset RAY_ADDRESS to run on this machine alone."
+        ) from error
+
+
+def check_temporary(folder: Path) -> None:
+    """Refuse a folder for temporary files whose name is too long for Ray's sockets.
+
+    Raises:
+        InputError: naming the folder and the way out.
+    """
+    if os.name == "posix" and len(str(folder)) + _SOCKET > _LONGEST_SOCKET:
+        raise InputError(
+            f"Ray cannot keep its sockets in {folder}: the name is {len(str(folder))} characters "
+            f"long, and it takes {_LONGEST_SOCKET - _SOCKET} at most. Set TMPDIR=/tmp."
+        )
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headscope.errors import InputError, nearest
-from headscope.files import writable_folder
+from headscope.errors import InputError, WriteError, nearest
+from headscope.files import whole_path, writable_folder
 from headscope.sweeps.results import Results, read
 
 if TYPE_CHECKING:
@@ -40,16 +40,14 @@ def export(folder: str | Path, kind: str, target: str | Path | None = None) -> P
     results = read(folder)
     file = Path(folder) / f"export.{kind}" if target is None else Path(target)
     writable_folder(file.parent)
-    beside = file.with_name(f".{file.name}.tmp")
-    beside.unlink(missing_ok=True)
     try:
-        WRITERS[kind](results, beside)
-        beside.replace(file)
+        with whole_path(file) as beside:
+            WRITERS[kind](results, beside)
+    except WriteError:
+        raise
     except (OSError, sqlite3.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot write {file}: {reason}.") from error
-    finally:
-        beside.unlink(missing_ok=True)
     return file
 
 

@@ -1,5 +1,6 @@
 """Reading a sweep's file, and checking what can be told of it without any model."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ def read_config(path: str | Path) -> SweepConfig:
         >>> hs.sweeps.read_config("configs/sweeps/ioi-all-heads.yaml").name
         'ioi-all-heads'
     """
-    config = parse(SweepConfig, read_yaml(path), str(path))
-    check_config(config)
+    written = read_yaml(path)
+    config = parse(SweepConfig, written, str(path))
+    try:
+        check_config(config)
+    except InputError as error:
+        word = re.search(r"'([^']*)'", str(error))
+        line = word and written.line_of(word[1])
+        raise InputError(f"{path}{f', line {line}' if line else ''}: {error}") from error
     return config
 
 

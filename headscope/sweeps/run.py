@@ -56,6 +56,7 @@ def run_sweep(
     executor: Executor = inline,
     progress: bool | None = None,
     overwrite: bool = False,
+    catch_signals: bool = False,
 ) -> Outcome:
     """Run a sweep, or what is left of it, into a folder.
 
@@ -69,6 +70,10 @@ def run_sweep(
         shard: ``(i, n)`` runs part i of n, from 1.
         executor: where the chunks are run; default: here.
         progress: show bars; default: where somebody looks on and it takes over two seconds.
+        catch_signals: end in good order after a signal, with ``stopped`` in the outcome, as the
+            command line does. By default the signal goes on to your program once the chunk at
+            hand is saved: ``KeyboardInterrupt`` after Ctrl-C, the end of the process or your own
+            handler after SIGTERM.
         overwrite: replace what another run left in the folder; the same sweep is resumed.
 
     Raises:
@@ -103,7 +108,10 @@ def run_sweep(
     done = store.done()
     pending = [chunk for chunk in mine if chunk.id not in done]
     cells = sum(map(plan.count, pending))
-    with _stoppable() as stop, track(cells, f"sweeping {plan.name}", show=progress) as advance:
+    with (
+        _stoppable(catch_signals) as stop,
+        track(cells, f"sweeping {plan.name}", show=progress) as advance,
+    ):
         if pending:
             executor(work, pending, stop, lambda one: advance(plan.count(one)))
     return outcome(store, plan, mine, stopped=stop.asked)
@@ -163,17 +171,23 @@ def outcome(store: Store, plan: Plan, mine: Sequence[Chunk], *, stopped: bool = 
 
 
 @contextmanager
-def _stoppable() -> Iterator[Stop]:
-    """Scope in which the first interrupt asks to stop and the second one stops."""
+def _stoppable(catch: bool) -> Iterator[Stop]:
+    """Scope in which the first interrupt asks to stop and the second one stops.
+
+    Unless it is caught, the signal is sent again at the end, to whoever handled it before.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
+    got: list[int] = []
+
     def on_signal(number: int, frame: Any) -> None:
         if stop.asked:
             raise KeyboardInterrupt
         stop.asked = True
+        got.append(number)
 
     before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -181,6 +195,8 @@ def _stoppable() -> Iterator[Stop]:
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
+    if got and not catch:
+        signal.raise_signal(got[0])
 
 
 def _difference(found: Mapping[str, Any], config: SweepConfig) -> str:

@@ -10,6 +10,7 @@ files that appear and, once in the table, vanish.
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 
 _IDS = b"headscope.chunks"
 _MANIFEST = b"headscope.manifest"
-_PATIENCE = 20
+_PATIENCE = 10
+_WAIT = 0.01  # seconds, doubled each time
 # How often a file is tried: disks of networks are away at times.
 _TRIES = 3
+_PAUSE = 0.2  # seconds between tries
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,23 @@ class Store:
         _write(self.part(chunk), lambda file: parquet.write_table(rows, file, compression="zstd"))
         (self.path / "failed" / f"{chunk}.json").unlink(missing_ok=True)
 
-    def fail(self, chunk: str, reasons: list[str]) -> None:
-        """Record why a chunk was given up, unless another process finished it."""
+    def fail(self, chunk: str, reasons: list[str], traceback: str = "") -> None:
+        """Record why a chunk was given up, unless another process finished it.
+
+        Args:
+            chunk: its id.
+            reasons: of every attempt, in a line each.
+            traceback: of the last one, without folders of this machine.
+        """
         if self.has(chunk):
             return
-        facts = {"chunk": chunk, "attempts": len(reasons), "reason": reasons[-1], "all": reasons}
+        facts: dict[str, Any] = {
+            "chunk": chunk,
+            "attempts": len(reasons),
+            "reason": reasons[-1],
+            "all": reasons,
+        }
+        facts["traceback"] = traceback.splitlines()
         text = json.dumps(facts, indent=1).encode() + b"\n"
         _write(self.path / "failed" / f"{chunk}.json", lambda file: file.write(text))
 
@@ -175,7 +190,9 @@ class Store:
         """All rows so far, in the order of the plan, each chunk once."""
         from pyarrow import parquet
 
-        for _ in range(_PATIENCE):
+        for attempt in range(_PATIENCE):
+            if attempt:
+                time.sleep(min(_WAIT * 2**attempt, 1.0))  # a part has just become the table
             if set(plan.by_id) <= self.compacted():
                 with _readable(self.table_file):
                     return parquet.ParquetFile(self.table_file).read()
@@ -236,6 +253,8 @@ def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
         InputError: if the disk does not take it.
     """
     for left in reversed(range(_TRIES)):
+        if left < _TRIES - 1:
+            time.sleep(_PAUSE)
         try:
             with whole_file(file) as opened:
                 write(opened)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Pairs of heads of two models, closest first.
+    """Pairs of heads of two models, those that differ most from a typical head first.
 
     Attributes:
         names: of the two models.

@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from headscope.errors import InputError
+from headscope.parquet_files import read_parquet
 from headscope.table.effects import EffectGrid
 from headscope.table.provenance import Provenance
 
@@ -67,14 +68,8 @@ def read_curve(path: Path, kind: str) -> tuple[EffectGrid, dict[str, Any]]:
         InputError: if the file is none, is damaged, or holds another kind of curve.
     """
     import pyarrow
-    from pyarrow import parquet
 
-    try:
-        rows = parquet.read_table(path)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {str(path)!r}.") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{str(path)!r} is no readable parquet file: {error}") from None
+    rows = read_parquet(path)
     if _KEY not in (rows.schema.metadata or {}):
         raise InputError(f"{str(path)!r} is parquet, but not a curve that headscope saved.")
     try:
@@ -106,7 +101,10 @@ def read_curve(path: Path, kind: str) -> tuple[EffectGrid, dict[str, Any]]:
         )
     except InputError:
         raise
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+    except (
+        *(KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError),
+        *(RecursionError, MemoryError, pyarrow.ArrowException),
+    ) as error:
         raise InputError(f"{str(path)!r} is a damaged curve: {error!r}.") from None
     return effects, facts
 

@@ -41,8 +41,9 @@ class RoleFinding:
             )
         if not self.heads:
             return f"no {role} heads"
-        shown = ", ".join(f"{head} {mean:.2f}" for head, mean in self.heads[:8])
-        more = len(self.heads) - 8
+        most = 3 if self.score.startswith("first_token") else 8  # sinks: half of the heads, often
+        shown = ", ".join(f"{head} {mean:.2f}" for head, mean in self.heads[:most])
+        more = len(self.heads) - most
         return f"{role}: {shown}" + (f" and {more} more" if more > 0 else "")
 
 

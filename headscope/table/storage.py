@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from jaxtyping import Shaped
 from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.files import whole_file
+from headscope.parquet_files import MAX_VALUES as _MAX_VALUES
+from headscope.parquet_files import read_parquet
 from headscope.table.frames import tidy_columns
 from headscope.table.provenance import Provenance
 from headscope.table.scores import Facts, HeadScores
@@ -53,14 +56,8 @@ def load(path: "str | PathLike[str]") -> HeadTable:
         InputError: if the file is none, or says what cannot be.
     """
     import pyarrow
-    from pyarrow import parquet
 
-    try:
-        rows = parquet.read_table(Path(path))
-    except FileNotFoundError:
-        raise InputError(f"there is no file {str(path)!r}.") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{str(path)!r} is no readable parquet file: {error}") from None
+    rows = read_parquet(path)
     if _KEY not in (rows.schema.metadata or {}):
         raise InputError(f"{str(path)!r} is parquet, but not a table that headscope saved.")
     try:
@@ -72,11 +69,49 @@ def load(path: "str | PathLike[str]") -> HeadTable:
         shape = (int(facts["layers"]), int(facts["heads"]))
         if min(shape) < 1 or shape[0] * shape[1] > _MAX_CELLS:
             raise InputError(f"{str(path)!r} claims {shape[0]} layers of {shape[1]} heads.")
+        _check_facts(facts["scores"], shape)
         return HeadTable([_score(one, rows, shape) for one in facts["scores"]])
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (
+        *(KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError),
+        *(RecursionError, MemoryError, pyarrow.ArrowException),
+    ) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{str(path)!r} is a damaged table: {error!r}.") from None
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "name": (str,),
+    "kv_heads": (int,),
+    "unit": (str,),
+    "bounds": (list,),
+    "description": (str,),
+    "source": (str,),
+    "threshold": (int, float, NoneType),
+    "alternative": (str, NoneType),
+    "provenance": (dict,),
+    "examples": (dict,),
+}
+
+
+def _check_facts(scores: Any, shape: tuple[int, int]) -> None:
+    """Refuse facts of other types or of sizes that no table has.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if not isinstance(scores, list) or len(scores) * shape[0] * shape[1] > _MAX_CELLS:
+        raise ValueError("the scores are no list, or too many")
+    for one in scores:
+        for name, kinds in _TYPES.items():
+            if not isinstance(one[name], kinds) or isinstance(one[name], bool):
+                raise ValueError(f"{name} of a score is {one[name]!r}"[:200])
+        low, high = one["bounds"]
+        if not all(isinstance(end, int | float | NoneType) for end in (low, high)):
+            raise ValueError(f"bounds of {one['name']} are {one['bounds']!r}"[:200])
+        for length in one["examples"].values():
+            if not 0 <= int(length) * shape[0] * shape[1] <= _MAX_VALUES:
+                raise ValueError(f"{one['name']} claims {length} examples")
 
 
 def _rows(scores: HeadScores, *, examples: bool) -> "pyarrow.Table":

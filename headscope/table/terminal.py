@@ -32,6 +32,7 @@ def render(table: HeadTable, width: int) -> "list[RenderableType]":
         )
     )
     parts += [Text(said, style="dim") for said in map(unreached, scores) if said]
+    parts += [Text(said, style="dim") for said in measured_on(scores)]
     rest = scores[len(shown) :]
     if rest:
         parts += [Text("\nOther scores, 3 best heads", style="bold"), *map(_line, rest)]
@@ -42,6 +43,17 @@ def render(table: HeadTable, width: int) -> "list[RenderableType]":
             Text(f"  {finding}", style="" if finding.heads else "dim") for finding in findings
         ]
     return parts
+
+
+def measured_on(scores: list[HeadScores]) -> list[str]:
+    """What each score was measured on, a line per probe; none where that is not known."""
+    by_probe: dict[str, list[str]] = {}
+    for one in scores:
+        probe = one.provenance.probe
+        kind = str(probe.get("name") or probe.get("kind") or "").replace("_", " ")
+        if kind:
+            by_probe.setdefault(kind, []).append(one.name.replace("_", " "))
+    return [f"Measured on {probe}: {', '.join(names)}." for probe, names in by_probe.items()]
 
 
 def _fitting(scores: list[HeadScores], width: int) -> list[HeadScores]:

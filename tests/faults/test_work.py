@@ -5,23 +5,43 @@ import inspect
 import io
 import json
 import os
+import re
+import signal
+import socket
 import sys
+import time
+import tomllib
+import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import metadata, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
+from pyarrow import parquet
 
+import headscope as hs
 from headscope import plots
 from headscope.cli import main
 from headscope.cli.command import portable
+from headscope.cli.emergence import steps_of
+from headscope.configs import parse, read_yaml
+from headscope.edits.head_edit import HeadEdit
 from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, WriteError
 from headscope.files import check_page, subfolder, whole_file, whole_page
 from headscope.folders import Claim, clear, occupant
+from headscope.probes.config import ProbeConfig
+from headscope.progress import plain_line, track
 from headscope.report import Run, report_page
 from headscope.report.folder import RunFolder
-from headscope.sweeps import SweepConfig, run_sweep
+from headscope.sweeps import SweepConfig, read_config, run_sweep
+from headscope.sweeps.cluster import check_address, check_temporary
+from headscope.sweeps.run import inline
+from headscope.sweeps.work import Stop, may_pass
 from headscope.table import HeadTable
 from tests.cli.support import run, sentence
 from tests.table.helpers import model_table, scores
@@ -383,3 +403,275 @@ def test_e6_what_cannot_be_drawn_is_refused(why: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="not a dict"):
         not_checked(plots.save)({"data": []}, tmp_path / "x.png")
+
+
+YAML = {
+    "kind: text\nseed: 1\nseed: 2\n": "line 3: the key 'seed' stands twice",
+    "kind: repeated_tokens\nlenght: 5\n": "line 2: unknown key 'lenght'",
+    "kind: repeated_tokens\n\nlength: x\n": "line 3: length",
+    "a: [1\nb: 2": "in line 2",
+    "x: 1\na: *x\n": "in line 2",
+    "a: &a [*a]\n": "line 1: an alias",
+    "kind: text\nx: 2020-99-99\n": "line 2: '2020-99-99'",
+    "- 1\n": "line 1",
+    "x: 1\ny: " + "[" * 50: "line 2: more than 32 levels",
+    "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+    + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(7)
+    ): "more than 200000 values",
+}
+
+
+@pytest.mark.parametrize("text", YAML, ids=range(len(YAML)))
+def test_d6_every_yaml_error_has_its_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as error:
+        parse(ProbeConfig, read_yaml(file), "a.yaml")
+    assert YAML[text] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_d6_good_yaml_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_bytes(b"\xef\xbb\xbfbase: &b {kind: text}\nprobe:\n  <<: *b\n  kind: ioi\n")
+    assert read_yaml(file)["probe"] == {"kind": "ioi"}
+    file.write_text(SWEEP.replace("zero", "zro"))
+    with pytest.raises(InputError, match="line 4: unknown edit 'zro'"):
+        read_config(file)
+
+
+def test_d7_text_is_read_as_people_have_it(tmp_path: Path) -> None:
+    model = hs.load()
+    file = tmp_path / "a.jsonl"
+    line = json.dumps({"text": "the cat\x85sat", "answer": None, "marks": None}, ensure_ascii=False)
+    file.write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n{line}\n".encode())
+    probe = hs.probes.from_jsonl(model, file)
+    assert len(probe) == 2
+    plain = hs.probes.from_tokens(probe.tokens)
+    file.write_text(f"{line}\n{line}\n", encoding="utf-8")
+    assert hs.probes.from_jsonl(model, file).tokens.equal(plain.tokens)
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"\xef\xbb\xbfthe cat sat\r\n\r\nthe dog ran")
+    assert hs.probes.text(model, text).tokens.equal(
+        hs.probes.text(model, ["the cat sat", "the dog ran"]).tokens
+    )
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    found = list(hs.retrieval.Corpus(corpus).documents())
+    assert [one.text for one in found] == ["a", "b"]
+    assert corpus.read_bytes()[found[0].offset :].startswith(b'{"text": "a"}')
+
+
+def test_d8_a_bos_that_is_there_is_kept_once() -> None:
+    model = hs.load()
+    bos = model.tokenizer.bos_token
+    with pytest.warns(HeadscopeWarning, match="BOS already"):
+        found = hs.probes.text(model, [f"{bos}the cat sat"])
+    assert found.tokens.equal(hs.probes.text(model, ["the cat sat"]).tokens)
+
+
+def damaged(file: Path, **changed: object) -> Path:
+    """A table whose metadata say something else."""
+    rows = parquet.read_table(file)
+    facts = json.loads(rows.schema.metadata[b"headscope"])
+    for name, value in changed.items():
+        (facts if name in facts else facts["scores"][0])[name] = value
+    made = file.with_name("damaged.parquet")
+    parquet.write_table(rows.replace_schema_metadata({b"headscope": json.dumps(facts)}), made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"scores": 3},
+        {"scores": ["x"]},
+        {"layers": "many"},
+        {"layers": 10**9, "heads": 10**9},
+        {"layers": 1e400},
+        {"bounds": "01"},
+        {"bounds": [{}, 1]},
+        {"name": 7},
+        {"unit": []},
+        {"kv_heads": "two"},
+        {"threshold": "high"},
+        {"provenance": []},
+        {"examples": {"per_example": 10**12}},
+        {"examples": []},
+    ],
+)
+def test_d9_damaged_metadata_get_a_sentence(changed: dict[str, object], tmp_path: Path) -> None:
+    model_table().save(tmp_path / "t.parquet")
+    with pytest.raises(InputError) as error:
+        HeadTable.load(damaged(tmp_path / "t.parquet", **changed))
+    assert "\n" not in str(error.value)
+
+
+def test_d9_files_larger_than_the_limits_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_table().save(tmp_path / "t.parquet")
+    for name, what in (("MAX_ROWS", "rows"), ("MAX_VALUES", "values"), ("MAX_BYTES", "bytes")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"headscope.parquet_files.{name}", 3)
+            with pytest.raises(InputError, match=f"claims [0-9,]+ {what}"):
+                HeadTable.load(tmp_path / "t.parquet")
+
+
+def test_d10_two_exports_at_once(made: dict[str, str], tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            pool.submit(hs.sweeps.export, made["SWEPT"], "sqlite", tmp_path / "e.sqlite")
+            for _ in range(4)
+        ]
+        assert {one.result().name for one in jobs} == {"e.sqlite"}
+    assert [one.name for one in tmp_path.iterdir()] == ["e.sqlite"]
+
+
+def test_d10_ray_is_refused_where_it_could_not_start() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        started = time.monotonic()
+        with pytest.raises(InputError, match="no Ray cluster answers"):
+            check_address(f"127.0.0.1:{taken.getsockname()[1]}")
+        assert time.monotonic() - started < 20
+    check_address("auto")
+    with pytest.raises(InputError, match="Set TMPDIR"):
+        check_temporary(Path("/somewhere") / ("x" * 100))
+    check_temporary(Path("/var/tmp"))  # noqa: S108
+
+
+def failing(error: Exception, made: dict[str, str], tmp_path: Path) -> dict[str, Any]:
+    """What a sweep keeps of chunks that fail."""
+
+    def measure(*_: object) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headscope.sweeps.bench.Benches.measure", measure)
+        patch.setattr("headscope.sweeps.work._PAUSE", 0.0)
+        run_sweep(hs.sweeps.read_config(made["CONFIG"]), tmp_path / "s")
+    file = next((tmp_path / "s" / "failed").iterdir())
+    assert str(tmp_path) not in file.read_text()
+    facts = json.loads(file.read_text())
+    assert isinstance(facts, dict)
+    return facts
+
+
+def test_d15_failures_keep_their_traceback_and_only_what_may_pass_is_tried_again(
+    made: dict[str, str], tmp_path: Path
+) -> None:
+    facts = failing(RuntimeError(f"sizes differ in {tmp_path}/x.txt"), made, tmp_path)
+    assert facts["attempts"] == 1
+    assert facts["reason"] == "RuntimeError: sizes differ in x.txt"
+    assert any("headscope/sweeps/work.py" in line for line in facts["traceback"])
+    assert not any('File "/' in line for line in facts["traceback"])
+    assert failing(OSError(5, "Input/output error"), made, tmp_path / "b")["attempts"] == 3
+    assert may_pass(MemoryError())
+    assert may_pass(RuntimeError("CUDA out of memory"))
+    assert not may_pass(KeyError("x"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_d16_a_signal_reaches_the_program_once_the_chunk_is_saved(
+    number: int, made: dict[str, str], tmp_path: Path
+) -> None:
+    got: list[int] = []
+    before = signal.signal(number, lambda *which: got.append(which[0]))
+    config = hs.sweeps.read_config(made["CONFIG"])
+
+    def executor(work: Any, chunks: Any, stop: Any, finished: Any) -> None:
+        signal.raise_signal(number)
+        assert stop.asked
+        assert not got
+        inline(work, chunks, Stop(), finished)
+
+    try:
+        assert run_sweep(config, tmp_path / "a", executor=executor).compacted
+        assert got == [number]
+        run_sweep(config, tmp_path / "b", executor=executor, catch_signals=True)
+        assert got == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_d14_version_and_extras() -> None:
+    assert run("--version") == f"headscope {version('headscope')}\n"
+    names = metadata("headscope").get_all("Provides-Extra")
+    assert list(json.loads(run("doctor", "--json"))["extras"]) == names
+
+
+def test_d12_nbformat_comes_with_headscope() -> None:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    assert any(one.startswith("nbformat") for one in project["dependencies"])
+    assert re.search(r"^nbformat==", Path("requirements.lock").read_text(), re.M)
+
+
+def test_e8_a_bare_notebook_gets_progress_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, bundle: dict[str, str], raw: bool) -> None:
+            shown.append(bundle["text/plain"])
+
+    def display(bundle: dict[str, str], **_: object) -> Handle:
+        shown.append(bundle["text/plain"])
+        return Handle()
+
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.setattr("headscope.progress.find_spec", lambda _: None)
+    monkeypatch.setattr("headscope.progress._PATIENCE", -1.0)
+    monkeypatch.setattr("IPython.display.display", display)
+    with track(4, "scoring") as advance:
+        advance(1)
+        advance(1)
+    assert shown[0].startswith("scoring: 0% after 0:00")
+    assert shown[-1].startswith("scoring: done in 0:0")
+    assert plain_line("scoring", 1, 4, 60) == "scoring: 25% after 1:00, 3:00 left"
+
+
+def test_e12_columns_say_what_they_were_measured_on(made: dict[str, str]) -> None:
+    assert "Measured on repeated tokens: induction." in run("show", made["SCAN"])
+
+
+def test_e18_distinctive_heads_stand_first() -> None:
+    model = hs.load()
+    found = hs.compare(model, model, scorers=["induction"])
+    value = found.first[:, 0]
+    far = np.abs(value - np.median(value))
+    assert (np.diff(far) <= 1e-12).all()
+
+
+def test_e19_errors_name_what_was_given_and_what_is_known(tmp_path: Path) -> None:
+    model = hs.load()
+    probe = hs.probes.repeated_tokens(model, length=5, batch=1)
+    with pytest.raises(InputError, match=r"by name, as .* not as list"):
+        not_checked(hs.ablate_groups)(model, probe, hs.metrics.loss, [["L0H0"]])
+    (tmp_path / "model-a").mkdir()
+    with pytest.raises(HeadscopeError, match=r"Did you mean .*model-a"):
+        hs.load(str(tmp_path / "modle-a"))
+    edit = object.__new__(HeadEdit)  # past the tests' own checks of annotations
+    known = {"name": "mine", "heads": {0: (0,)}, "donors": None, "site": "mlp", "scope": "all"}
+    for name, value in known.items():
+        object.__setattr__(edit, name, value)
+    with pytest.raises(InputError, match=r"'mlp'.*known"):
+        edit.__post_init__()
+
+
+def test_e20_the_size_says_which_key_value_heads_stay() -> None:
+    model = hs.load("tiny-llama")
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    size = hs.pruning.measure_size(hs.prune(model, "L0H1"), tokens)
+    assert size.shared == ("L0 KV0, read by L0H0, L0H2, L0H3",)
+    assert "L0 KV0" in str(size)
+    assert hs.pruning.measure_size(model.module, tokens).shared == ()
+
+
+def test_e22_headers_fit_a_terminal(made: dict[str, str]) -> None:
+    printed = run("emergence", made["SWEEP2"])
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    assert steps_of(["step-000500", "step-010000"]) == ["500", "10000"]
+    assert steps_of(["main", "step-1"]) == ["main", "step-1"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 FLOORS = (
     {"errors"},
     {"heads", "rows", "memory", "progress", "files"},
-    {"base", "configs", "folders"},
+    {"base", "configs", "folders", "parquet_files"},
     {"inputs"},
     {"matches"},
     {"outputs"},
@@ -28,7 +28,7 @@ FLOORS = (
 )
 
 _BASE = {"errors", "heads", "base"}
-_DISK = {"configs", "files", "folders"}
+_DISK = {"configs", "files", "folders", "parquet_files"}
 _TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
 _SEES_MODELS = _TENSORS | {"edits", "probes", "table", "models", "origin"}
 _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
@@ -45,10 +45,11 @@ ALLOWED: dict[str, set[str]] = {
     "configs": {"errors", "files"},
     "files": {"errors"},
     "folders": {"errors", "files"},
+    "parquet_files": {"errors"},
     "outputs": {"errors", "rows", "matches"},
     "inputs": {"errors"},
     "matches": {"inputs"},
-    "table": _BASE | {"files"},
+    "table": _BASE | {"files", "parquet_files"},
     "metrics": {"errors"},
     "edits": {"errors", "heads"},
     "probes": {"errors", "heads", "configs", "files"},
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": _BASE | {"rows", "outputs", "inputs", "matches", "edits", "memory"},
     "origin": {"probes", "table", "models"},
     "capture": _TENSORS | {"edits", "probes", "models"},
-    "circuits": _TENSORS | {"probes", "table", "models", "origin"},
+    "circuits": _TENSORS | {"files", "probes", "table", "models", "origin"},
     "compiled": _BASE | {"models", "probes"},
     "lens": _SEES_MODELS | _DISK | {"capture"},
     "geometry": _SEES_MODELS | {"capture"},
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "comparing": _RUNS_MODELS | {"circuits", "scoring"},
     "retrieval": _RUNS_MODELS | _DISK | {"scoring", "ablation"},
     "sweeps": _RUNS_MODELS | _DISK | {"circuits", "lens", "scoring", "ablation", "pruning"},
-    "report": _BASE | {"files", "folders", "table", "plots"},
+    "report": _BASE | {"files", "folders", "parquet_files", "table", "plots"},
     "interactive": _RUNS_MODELS
     | {"files", "circuits", "scoring", "ablation", "patterns", "report"},
     "cli": set().union(*FLOORS[:-2]),

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +235,24 @@ def _load_failure(name: str, place: str, error: Exception, allow_pickle: bool) -
                 "read only with allow_pickle=True (--allow-pickle)."
             )
         return f"{name} could not be read as a model: {text[:300] or type(error).__name__}"
+    if _looks_like_path(place):
+        there = Path(place).expanduser().parent
+        beside = sorted(one.name for one in there.iterdir()) if there.is_dir() else []
+        close = get_close_matches(Path(place).name, beside, n=1)
+        guess = f" Did you mean {str(there / close[0])!r}?" if close else ""
+        return (
+            f"there is no model folder {name!r}.{guess} Give a folder with a config.json, a name "
+            f"on Hugging Face such as gpt2, or a bundled model: {', '.join(shipped.names())}."
+        )
     return (
         f"no model {name!r}: it is neither a folder here, nor one of the bundled models "
         f"({', '.join(shipped.names())}), nor could it be had from Hugging Face: {text[:200]}"
     )
+
+
+def _looks_like_path(place: str) -> bool:
+    """Whether a name can only be a path: Hugging Face's are ``NAME`` or ``OWNER/NAME``."""
+    return place.startswith((".", "~", "/", "\\")) or place.count("/") > 1 or "\\" in place
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
