@@ -90,7 +90,7 @@ def told(error: BaseException) -> str:
 
 # The folders before the package of a source file, and those of any other absolute path.
 _FOLDERS = re.compile(
-    r"(?:/|[A-Za-z]:[\\/])(?:[^\s\"'<>:*?|]+[\\/])??((?:site-packages|headscope)[\\/]"
+    r"(?:/|[A-Za-z]:[\\/])(?:[^\s\"'<>:*?|]+?[\\/])??((?:site-packages|headscope)[\\/]"
     r"[^\s\"']+|[^\s\"'/\\]+(?=[\"'\s,;:.)]|$))"
 )
 _PAUSE = 0.5  # seconds
