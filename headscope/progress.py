@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,11 +64,9 @@ class _Line:
     """Progress as a line of text that a notebook replaces, at most once a second."""
 
     def __init__(self, description: str, total: float, started: float) -> None:
-        from IPython.display import display
-
         self._description, self._total, self._started = description, total, started
         self._shown = 0.0
-        show: Any = display
+        show: Any = import_module("IPython.display").display  # with ipykernel it is there
         self._handle = show(self._bundle(0.0), raw=True, display_id=True)
 
     def _bundle(self, done: float) -> dict[str, str]:
