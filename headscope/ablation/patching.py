@@ -126,7 +126,7 @@ def _grid(
         raise InputError("patching needs the axis 'layer'.")
     shape = model.shape
     n_heads = shape.n_kv_heads if site in ("key", "value") else shape.n_heads
-    names, masks = _places(probe, positions, "position" in axes)
+    names, masks = _places(model, probe, positions, "position" in axes)
     choices = {
         "layer": list(shape.attention_layers),
         "head": list(range(n_heads)) if "head" in axes else [None],
@@ -145,8 +145,20 @@ def _grid(
     return tuple(tuple(shown[axis]) for axis in order), cells
 
 
+def position_names(model: HeadModel, probe: Probe) -> list[str]:
+    """Positions, each with its token where all examples have the same one: ``3 ' the'``."""
+    names = [str(at) for at in range(probe.length)]
+    if model.tokenizer is None:
+        return names
+    for at, (column, real) in enumerate(zip(probe.tokens.T, probe.real.T, strict=True)):
+        ids = set(column[real].tolist())
+        if len(ids) == 1:
+            names[at] += f" {model.tokenizer.batch_decode([list(ids)])[0]!r}"
+    return names
+
+
 def _places(
-    probe: Probe, positions: Positions | Sequence[str], split: bool
+    model: HeadModel, probe: Probe, positions: Positions | Sequence[str], split: bool
 ) -> tuple[list[str], list[Bool[Tensor, "batch pos"] | None]]:
     """Sets of positions to patch, by name."""
     if not split:
@@ -155,7 +167,7 @@ def _places(
         return [""], [marked(probe, positions)]
     if positions is None:
         single = torch.eye(probe.length, dtype=torch.bool)[:, None].expand(-1, len(probe), -1)
-        return [str(i) for i in range(probe.length)], list(single)
+        return position_names(model, probe), list(single)
     if isinstance(positions, Tensor):
         raise InputError("along the axis 'position' give names of marks, or nothing for all.")
     listed = [positions] if isinstance(positions, str) else list(positions)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from headscope.base.saved import Stored
 from headscope.errors import InputError
 
 Alternative = Literal["greater", "two-sided"]
@@ -48,7 +49,7 @@ class MeanTest(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Design:
+class Design(Stored):
     """How the examples of a score, and of its control, belong together.
 
     Attributes:

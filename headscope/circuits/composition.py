@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.saved import Saved
 from headscope.circuits.factors import HeadFactors, widened
 from headscope.circuits.orthogonal import thin_qr
 from headscope.circuits.ov import ov
@@ -153,8 +155,8 @@ def random_composition(model: HeadModel, fold_norm: bool = True) -> float:
     return 1 / math.sqrt(model.shape.d_model - int(centred))
 
 
-@dataclass(frozen=True, eq=False)
-class ComponentScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class ComponentScores(Saved, Shown):
     """Composition of single singular directions of the earlier head.
 
     Attributes:
@@ -166,6 +168,26 @@ class ComponentScores:
     values: Float[np.ndarray, "layer head component layer head"]
     layers: tuple[int, ...]
     mode: str
+
+    def glance(self) -> Glance:
+        """Shape, and the strongest components."""
+        order = np.argsort(-self.values, axis=None, kind="stable")[:6]
+        places = zip(*np.unravel_index(order, self.values.shape), strict=True)
+        rows = [
+            (
+                f"{HeadIndex(self.layers[i], int(j))} component {c}",
+                str(HeadIndex(self.layers[m], int(n))),
+                number(float(self.values[i, j, c, m, n])),
+            )
+            for i, j, c, m, n in places
+        ]
+        return Glance(
+            f"{self.mode}-composition of singular components",
+            [sizes(("layer", "head", "component"), self.values.shape[:3])],
+            ("component", "later head", "score"),
+            rows,
+            hint="scores.values[layer, head, component]",
+        )
 
 
 def component_composition(

@@ -8,13 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.saved import Saved
 from headscope.circuits.orthogonal import orthonormal, thin_qr
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 
 
-@dataclass(frozen=True, eq=False)
-class HeadSVD:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadSVD(Saved, Shown):
     """Singular value decomposition of every head's matrix: ``U @ diag(S) @ Vh``.
 
     Singular values fall. Signs are fixed: the entry of each row of ``Vh`` that is largest in
@@ -32,9 +34,26 @@ class HeadSVD:
     Vh: Float[Tensor, "layer head rank d_model"]
     layers: tuple[int, ...]
 
+    def glance(self) -> Glance:
+        """Shapes, and the heads with the largest singular values."""
+        largest = self.S[..., 0]
+        order = largest.flatten().argsort(descending=True, stable=True)[:6].tolist()
+        heads = [divmod(place, largest.shape[1]) for place in order]
+        spectra = [(" ".join(number(one) for one in self.S[at][:4].tolist()), at) for at in heads]
+        return Glance(
+            "singular value decomposition",
+            [
+                sizes(("layer", "head"), largest.shape),
+                f"U {list(self.U.shape)}, S {list(self.S.shape)}, Vh {list(self.Vh.shape)}",
+            ],
+            ("head", "largest singular values"),
+            [(str(HeadIndex(self.layers[at[0]], at[1])), values) for values, at in spectra],
+            hint="svd.S[layer, head], hs.plots.spectra(hs.circuits.spectra(model), ['L5H1'])",
+        )
 
-@dataclass(frozen=True, eq=False)
-class HeadFactors:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadFactors(Shown):
     """``left @ right`` for every head, as its two thin factors.
 
     An axis of heads is either all query heads or the key/value heads that they share; the latter
@@ -58,6 +77,18 @@ class HeadFactors:
     layers: tuple[int, ...]
     n_heads: int
     name: str = "product"
+
+    def glance(self) -> Glance:
+        """Which circuit, of how many heads, as which factors."""
+        return Glance(
+            f"{self.name} circuits",
+            [
+                sizes(("layer", "head"), (len(self.layers), self.n_heads)),
+                f"left {list(self.left.shape)} @ right {list(self.right.shape)}",
+                "with biases apart" if bool(self.left_bias.any()) else "",
+            ],
+            hint="factors.svd(), factors.norm(), factors.explicit('L5H1')",
+        )
 
     @cached_property
     def triangles(

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.glance import Glance, Shown, number
+from headscope.base.saved import Saved
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ov import ov
@@ -108,8 +110,8 @@ def relation_scores(
     return HeadTable(scores)
 
 
-@dataclass(frozen=True, eq=False)
-class Mappings:
+@dataclass(frozen=True, eq=False, repr=False)
+class Mappings(Saved, Shown):
     """What one head makes of the tokens that it responds to most.
 
     Attributes:
@@ -125,6 +127,22 @@ class Mappings:
     saliency: Float[Tensor, " source"]
     promoted: Int[Tensor, "source target"]
     suppressed: Int[Tensor, "source target"]
+
+    def glance(self) -> Glance:
+        """Most salient tokens and what they become, as ids."""
+        rows = [
+            (str(source), number(size), " ".join(map(str, ids[:5])))
+            for source, size, ids in zip(
+                self.source.tolist(), self.saliency.tolist(), self.promoted.tolist(), strict=True
+            )
+        ]
+        return Glance(
+            f"mappings of {self.head}",
+            [f"{len(rows)} source tokens"],
+            ("source id", "saliency", "promoted ids"),
+            rows[:10],
+            hint="model.tokenizer.decode(mappings.promoted[0])",
+        )
 
 
 def salient_mappings(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from headscope.base.saved import Stored
 from headscope.circuits.composition import composition, random_composition
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -15,7 +16,7 @@ from headscope.table import PairScores
 
 
 @dataclass(frozen=True)
-class Path:
+class Path(Stored):
     """A chain of heads, each of which reads what the one before it writes.
 
     Attributes:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from headscope.base.glance import Glance, Shown, sizes
+from headscope.base.saved import Saved
 from headscope.circuits.composition import composition, random_composition
 from headscope.circuits.maps import relation_scores
 from headscope.circuits.paths import Path, chains
@@ -20,8 +22,8 @@ _MODES = ("Q", "K", "V")
 _CIRCUITS = ("OV", "QK")
 
 
-@dataclass(frozen=True, eq=False)
-class Survey:
+@dataclass(frozen=True, eq=False, repr=False)
+class Survey(Saved, Shown):
     """What the weights of a model say.
 
     Attributes:
@@ -39,6 +41,28 @@ class Survey:
     eigenvalues: tuple[HeadEigenvalues, ...]
     paths: Mapping[str, list[Path]]
     missing: Mapping[str, str]
+
+    def glance(self) -> Glance:
+        """The heads that stand out in each part."""
+        rows = []
+        for name in ("copying_eigenvalues", "copying_top5", "matching_eigenvalues", "ov_norm"):
+            if name in self.table:
+                best = ", ".join(f"{head} {value:.2f}" for head, value in self.table.top(name, 3))
+                rows.append((name, best))
+        for pairs in self.pairs:
+            found = (f"{one} → {other} {value:.2f}" for one, other, value in pairs.top(3))
+            rows.append((pairs.name, ", ".join(found)))
+        rows += [(f"paths: {kind}", str(found[0])) for kind, found in self.paths.items() if found]
+        rows += [(f"no {name}", why) for name, why in self.missing.items()]
+        facts = [sizes(("layer", "head"), self.table.shape), f"{len(self.table)} weight scores"]
+        model = next(iter(self.table.values())).provenance.model
+        return Glance(
+            "survey of weights",
+            [*facts, model],
+            ("part", "strongest"),
+            rows,
+            hint="survey.table.to_pandas_wide(), hs.plots.composition_graph(survey.pairs)",
+        )
 
 
 def survey(

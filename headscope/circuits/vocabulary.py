@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.glance import Glance, Shown, sizes
+from headscope.base.saved import Saved, Stored
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ov import ov
@@ -17,7 +19,7 @@ from headscope.models.protocol import HeadModel
 
 
 @dataclass(frozen=True, eq=False)
-class TopTokens:
+class TopTokens(Stored):
     """Tokens with the largest and smallest products with some directions.
 
     Attributes:
@@ -29,8 +31,8 @@ class TopTokens:
     values: Float[Tensor, "layer head direction sign token"]
 
 
-@dataclass(frozen=True, eq=False)
-class VocabularyView:
+@dataclass(frozen=True, eq=False, repr=False)
+class VocabularyView(Saved, Shown):
     """Tokens at both ends of every head's largest singular directions.
 
     A direction reads and writes with signs that belong together: what raises ``read[..., 0, :]``
@@ -48,6 +50,15 @@ class VocabularyView:
     read: TopTokens
     written: TopTokens
     layers: tuple[int, ...]
+
+    def glance(self) -> Glance:
+        """Shape, and how to see the words."""
+        count = self.read.ids.shape[-1]
+        return Glance(
+            "tokens of singular directions",
+            [sizes(("layer", "head", "direction"), self.S.shape), f"{count} tokens at each end"],
+            hint="view.words('L5H1', model.tokenizer)",
+        )
 
     def words(self, head: "str | tuple[int, int]", tokenizer: Any) -> list[dict[str, Any]]:
         """Directions of one head with their tokens as text, for print."""

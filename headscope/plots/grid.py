@@ -9,16 +9,20 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from headscope.plots.effects import effect_heatmap
 from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
 from headscope.plots.text import label
-from headscope.table import HeadScores, HeadTable
+from headscope.table import EffectGrid, HeadScores, HeadTable
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 96, 66, 50
 Limits = tuple[float, float]
 
 
 def heatmap(
-    scores: HeadScores | HeadTable, *, limits: Limits | None = None, theme: Theme = "light"
+    scores: HeadScores | HeadTable | EffectGrid,
+    *,
+    limits: Limits | None = None,
+    theme: Theme = "light",
 ) -> go.Figure:
     """Mean of every head: layers downwards from 0, heads to the right.
 
@@ -27,7 +31,8 @@ def heatmap(
     no value.
 
     Args:
-        scores: one score; a table shows all of its scores, as :func:`heatmaps` does.
+        scores: one score; a table shows all of its scores, as :func:`heatmaps` does; effects on a
+            grid of one or two axes (:func:`headscope.patch_activations`) keep their own labels.
         limits: values of the first and last colour.
         theme: ``light`` or ``dark``.
 
@@ -35,9 +40,16 @@ def heatmap(
         >>> figure = hs.plots.heatmap(table["induction"])
         >>> figure.data[0].z.shape == (model.shape.n_layers, model.shape.n_heads)
         True
+        >>> names = hs.probes.pairs(model, "ioi", batch=2)
+        >>> metric, axes = hs.metrics.logit_difference, ("layer", "position")
+        >>> grid = hs.patch_activations(model, names, metric, axes)
+        >>> hs.plots.heatmap(grid).layout.yaxis.title.text
+        'layer'
     """
     if isinstance(scores, HeadTable):
         return heatmaps(scores, theme=theme)
+    if isinstance(scores, EffectGrid):
+        return effect_heatmap(scores, limits=limits, theme=theme)
     layers, heads = scores.mean.shape
     cell = _cell(layers, heads)
     figure = go.Figure(_trace(scores, limits, theme))

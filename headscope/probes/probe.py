@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.glance import Glance, Shown, sizes
+from headscope.base.saved import Saved
 from headscope.errors import InputError
 
 
-@dataclass(frozen=True, eq=False)
-class Probe:
+@dataclass(frozen=True, eq=False, repr=False)
+class Probe(Saved, Shown):
     """A batch of token sequences with known structure.
 
     Attributes:
@@ -153,6 +155,38 @@ class Probe:
     def host(self) -> "Probe":
         """The same probe on the CPU: to be asked what decides a size, as no device waits for it."""
         return self if self.tokens.device.type == "cpu" else self.to("cpu")
+
+    def glance(self) -> Glance:
+        """Kind, size, what is marked, and how long the examples are."""
+        lengths = self.real.sum(1)
+        short, long = int(lengths.min()), int(lengths.max())
+        rows = [
+            (f"mark {name}", f"{int(mark.sum())} positions") for name, mark in self.marks.items()
+        ]
+        asked = int((self.targets >= 0).sum())
+        rows += [("targets", f"{asked} positions")] if asked else []
+        rows += [
+            (name, "a probe of the same size")
+            for name in ("control", "corrupt")
+            if getattr(self, name) is not None
+        ]
+        rows += (
+            [("made with", ", ".join(f"{k}={v}" for k, v in self.settings.items()))]
+            if self.settings
+            else []
+        )
+        reach = f"{short} tokens" if short == long else f"{short} to {long} tokens"
+        return Glance(
+            f"probe {self.name}",
+            [
+                sizes(("example",), (len(self),)),
+                f"{reach} each",
+                "" if self.seed is None else f"seed {self.seed}",
+            ],
+            ("what", ""),
+            rows,
+            hint="hs.score(model, probe), model.tokenizer.decode(probe.tokens[0])",
+        )
 
     def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
         """Positions marked ``name``.

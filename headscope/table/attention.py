@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from headscope.base.glance import Glance, Shown, readable, sizes
+from headscope.base.saved import Stored
 from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.heads import HeadIndex
@@ -18,8 +20,8 @@ _KEY = "headscope"
 _MAX_BYTES = 200_000_000  # a file from elsewhere must not make us allocate what it likes
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionExample:
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionExample(Stored, Shown):
     """Attention probabilities in steps of 1/255.
 
     Attributes:
@@ -58,6 +60,18 @@ class AttentionExample:
         """Round probabilities; NaN becomes 0."""
         coarse = np.rint(np.nan_to_num(pattern) * 255).clip(0, 255).astype(np.uint8)
         return cls(tuple(heads), tuple(tokens), coarse, words, provenance or Provenance())
+
+    def glance(self) -> Glance:
+        """How many heads on which text."""
+        return Glance(
+            "attention",
+            [
+                sizes(("head", "token"), self.pattern.shape[:2]),
+                readable(self.words or "".join(self.tokens), 60),
+                self.provenance.model,
+            ],
+            hint="hs.attention_view(model, text)",
+        )
 
     def save(self, path: "str | PathLike[str]") -> None:
         """Write one safetensors file, whole or not at all."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.glance import Glance, Shown, sizes
+from headscope.base.saved import Saved
 from headscope.errors import HeadscopeError
 from headscope.heads import HeadIndex
 from headscope.table.provenance import Provenance
@@ -65,8 +67,8 @@ def check_sum(
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Attribution:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attribution(Saved, Shown):
     """A logit, or a difference of two, as an exact sum of parts, with the norms' scales held.
 
     All values are logits before a soft cap. The parts sum to ``whole``, which is computed from
@@ -175,6 +177,24 @@ class Attribution:
         if self.sources is None:
             return np.zeros(0)
         return np.asarray(np.nansum(self.sources, axis=(0, 1)))
+
+    def glance(self) -> Glance:
+        """The parts that add most, of either sign."""
+        most = max((abs(part.value) for part in self.top(1)), default=0.0) or 1.0
+        return Glance(
+            f"direct attribution of {self.name}",
+            [
+                sizes(("layer", "head"), self.heads.shape),
+                f"parts sum to {self.whole:.3f} logits",
+                self.provenance.model,
+            ],
+            ("part", "logits", ""),
+            [
+                (part.name, f"{part.value:+.3f}", "█" * round(20 * abs(part.value) / most))
+                for part in self.top(12)
+            ],
+            hint="hs.plots.waterfall(attribution), attribution.top(10), attribution.to_pandas()",
+        )
 
     def head_scores(self) -> HeadScores:
         """What every head adds, as a score for heatmaps and rankings."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.glance import Glance, Grid, Shown, number, shaded, sizes
+from headscope.base.saved import Saved
 from headscope.base.statistics import Design, compare_means, mean_and_sem, mean_interval, top_order
 from headscope.errors import InputError
 from headscope.table.provenance import Provenance
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False)
-class EffectGrid:
+@dataclass(frozen=True, eq=False, repr=False)
+class EffectGrid(Saved, Shown):
     """What interventions do to a metric: edited run less unedited run, per cell and example.
 
     Attributes:
@@ -110,6 +112,26 @@ class EffectGrid:
         cells = np.unravel_index(top_order(np.abs(self.mean), k), self.mean.shape)
         places = zip(*(axis.tolist() for axis in cells), strict=True)
         return [(" ".join(self._names(at)), float(self.mean[at])) for at in places]
+
+    def glance(self) -> Glance:
+        """Mean effects: a picture where there are one or two axes, else the largest cells."""
+        scale = f"{self.unit or 'metric'}, mean of {len(self.unedited)} examples"
+        return Glance(
+            self.name,
+            [sizes(self.axes, self.mean.shape), scale, self.provenance.model],
+            (" ".join(self.axes), "effect"),
+            [(cell, number(value)) for cell, value in self.top(6)],
+            self._grid(),
+            hint="hs.plots.heatmap(effects), effects.top(10), effects.to_pandas()",
+        )
+
+    def _grid(self) -> Grid | None:
+        if self.mean.ndim == 1:
+            return shaded([self.axes[0]], self.labels[0], [self.mean.tolist()])
+        if self.mean.ndim != 2:
+            return None
+        rows, columns = self.labels
+        return shaded(rows, columns, self.mean.tolist())
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per cell: a column per axis, then mean, sem and p_value."""

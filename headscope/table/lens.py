@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from headscope.base.glance import Glance, Grid, Shown, number, readable, sizes
+from headscope.base.saved import Saved
+from headscope.base.statistics import top_order
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.table.provenance import Provenance
@@ -15,8 +18,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False)
-class LensGrid:
+@dataclass(frozen=True, eq=False, repr=False)
+class LensGrid(Saved, Shown):
     """What a lens reads at every row (a place in the stack) and position of one prompt.
 
     Attributes:
@@ -75,6 +78,29 @@ class LensGrid:
             found.append(self.rows[start] if start < len(self.rows) else None)
         return found
 
+    def glance(self) -> Glance:
+        """Most likely token of every cell, coloured by its probability, the model's on top."""
+        top = self.texts[::-1, :, 0]
+        tokens = [
+            (str(at), token, str(best), number(float(chance)))
+            for at, token, best, chance in zip(
+                self.positions, self.tokens, top[0], self.probabilities[-1, :, 0], strict=True
+            )
+        ]
+        return Glance(
+            self.name,
+            [sizes(("row", "position"), self.kl.shape), self.provenance.model],
+            ("position", "token", f"read at {self.rows[-1]}", "probability"),
+            tokens[-6:],
+            Grid(
+                self.rows[::-1],
+                [f"{at} {token}" for at, token in zip(self.positions, self.tokens, strict=True)],
+                [[str(one) for one in row] for row in top],
+                self.probabilities[::-1, :, 0].tolist(),
+            ),
+            hint="hs.plots.lens_grid(grid), grid.settled(), grid.to_pandas()",
+        )
+
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per place, position and rank of token, with what is known of the cell."""
         import pandas
@@ -116,8 +142,12 @@ _DTYPES: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class HeadWords:
+def _listed(words: list[tuple[str, float]]) -> str:
+    return ", ".join(f"{readable(text, 12)!r} {value:+.2f}" for text, value in words)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadWords(Saved, Shown):
     """Tokens whose logits every head's output on one token raises and lowers most.
 
     Attributes:
@@ -167,6 +197,25 @@ class HeadWords:
             raise InputError(f"there is no head {index} here: layers {self.layers}.")
         at = (self.layers.index(index.layer), index.head, sign)
         return list(zip(self.texts[at].tolist(), self.values[at].tolist(), strict=True))
+
+    def glance(self) -> Glance:
+        """Heads that raise a token most, with their tokens."""
+        best = self.values[:, :, 0, 0]
+        order = top_order(best, 10)
+        layers, heads = np.unravel_index(order, best.shape)
+        rows = []
+        for place, head in zip(layers.tolist(), heads.tolist(), strict=True):
+            index = HeadIndex(self.layers[place], head)
+            sides = (self.promoted(index)[:3], self.suppressed(index)[:2])
+            rows.append((str(index), *(_listed(side) for side in sides)))
+        where = f"at position {self.position} {readable(self.token, 20)!r}"
+        return Glance(
+            "tokens that heads write",
+            [sizes(("layer", "head"), self.ids.shape[:2]), where, "logits", self.provenance.model],
+            ("head", "raises", "lowers"),
+            rows,
+            hint="words.promoted('L5H1'), words.to_pandas()",
+        )
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per head that is there, sign and token."""

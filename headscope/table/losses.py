@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.saved import Saved
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError
 
 
-@dataclass(frozen=True, eq=False)
-class TokenLosses:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenLosses(Saved, Shown):
     """Cross-entropy of each token given those before, nats.
 
     Attributes:
@@ -22,6 +24,19 @@ class TokenLosses:
     arms: tuple[str, ...]
     losses: Float[np.ndarray, "arm example token"]
     model: str = ""
+
+    def glance(self) -> Glance:
+        """Mean loss of each arm."""
+        return Glance(
+            "loss by token",
+            [sizes(("arm", "text", "token"), self.losses.shape), "nats", self.model],
+            ("arm", "mean loss"),
+            [
+                (name, number(float(np.nanmean(one))) if np.isfinite(one).any() else "-")
+                for name, one in zip(self.arms, self.losses, strict=True)
+            ],
+            hint="hs.plots.token_losses(losses), losses.score(early=50, late=500)",
+        )
 
     @property
     def mean(self) -> Float[np.ndarray, "arm token"]:

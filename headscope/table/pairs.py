@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float
 
+from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.saved import Saved
 from headscope.base.statistics import Bounds, top_order
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False)
-class PairScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class PairScores(Saved, Shown):
     """One score for every ordered pair of heads.
 
     Attributes:
@@ -66,6 +68,22 @@ class PairScores:
             (HeadIndex(i, j), HeadIndex(m, n), float(self.values[i, j, m, n]))
             for i, j, m, n in zip(*(axis.tolist() for axis in found), strict=True)
         ]
+
+    def glance(self) -> Glance:
+        """The largest pairs."""
+        layers, heads = self.values.shape[:2]
+        return Glance(
+            self.name,
+            [
+                f"{int(self.present.sum()):,} pairs of heads",
+                sizes(("layer", "head"), (layers, heads)),
+                self.unit,
+                self.provenance.model,
+            ],
+            ("first", "second", "value"),
+            [(str(one), str(other), number(value)) for one, other, value in self.top(10)],
+            hint="hs.plots.composition_matrix(pairs), hs.plots.composition_graph(pairs)",
+        )
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per existing pair: first, second (``L0H1``), their numbers, and the value."""

@@ -7,6 +7,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from headscope.base.saved import Stored
 from headscope.errors import InputError, nearest
 
 _PACKAGES = ("headscope", "torch", "transformers", "transformer-lens", "numpy")
@@ -29,7 +30,7 @@ def _version(package: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Provenance(Stored):
     """Facts that decide what a score is. JSON values only; empty means unknown.
 
     Absolute paths are cut to their last part when they enter: a result that is passed on should

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
+from headscope.base.glance import Glance, Shown, number, shaded, sizes
+from headscope.base.saved import Saved
 from headscope.table.provenance import Provenance
 
 if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False)
-class RecallGrid:
+@dataclass(frozen=True, eq=False, repr=False)
+class RecallGrid(Saved, Shown):
     """Share of right answers in every cell.
 
     Attributes:
@@ -31,6 +33,23 @@ class RecallGrid:
     count: Int[np.ndarray, "length depth"]
     threshold: float
     provenance: Provenance = field(default_factory=Provenance)
+
+    def glance(self) -> Glance:
+        """Share of right answers by length and depth."""
+        lengths = [f"{int(one)} tokens" for one in self.lengths]
+        depths = [f"{one:.0%}" for one in self.depths.tolist()]
+        rows = [
+            (name, *(number(one) for one in row))
+            for name, row in zip(lengths, self.share.tolist(), strict=True)
+        ]
+        return Glance(
+            "needle recall",
+            [sizes(("length", "depth"), self.share.shape), self.provenance.model],
+            ("", *depths),
+            rows,
+            shaded(lengths, depths, self.share.tolist()),
+            hint="hs.plots.recall_grid(grid), grid.to_pandas()",
+        )
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per cell: length, depth, share, count."""

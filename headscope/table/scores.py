@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from headscope.base.saved import Saved
 from headscope.base.statistics import (
     LEVEL,
     Alternative,
@@ -46,7 +47,7 @@ class Facts(TypedDict, total=False):
 
 
 @dataclass(frozen=True, eq=False)
-class HeadScores:
+class HeadScores(Saved):
     """One score for every head of a model. Make it with :meth:`from_examples`.
 
     Cells without a value are NaN: layers without attention, and heads that no query could serve.

@@ -5,13 +5,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Complex, Float
 
+from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.saved import Saved
+from headscope.base.statistics import top_order
 from headscope.errors import InputError
+from headscope.heads import HeadIndex
 from headscope.table.provenance import Provenance
 from headscope.table.summary import frozen
 
 
-@dataclass(frozen=True, eq=False)
-class HeadSpectra:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadSpectra(Saved, Shown):
     """Singular values of every head beside those of random factors of its shape and variance.
 
     Attributes:
@@ -44,6 +48,16 @@ class HeadSpectra:
         for name in ("values", "scale", "low", "high"):
             object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
 
+    def glance(self) -> Glance:
+        """Heads with the largest singular value, relative to chance."""
+        return Glance(
+            f"{self.name} singular values",
+            [sizes(("layer", "head", "value"), self.values.shape), self.provenance.model],
+            ("head", "largest over chance"),
+            _largest(self.relative[..., 0]),
+            hint="hs.plots.spectra(spectra, ['L5H1'])",
+        )
+
     @property
     def relative(self) -> Float[np.ndarray, "layer head rank"]:
         """Values in units of each head's scale; NaN for a head of zeros."""
@@ -52,8 +66,8 @@ class HeadSpectra:
         return ratio
 
 
-@dataclass(frozen=True, eq=False)
-class HeadEigenvalues:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadEigenvalues(Saved, Shown):
     """Eigenvalues of every head's token-to-token matrix, those that are not 0 by its rank.
 
     Attributes:
@@ -72,6 +86,20 @@ class HeadEigenvalues:
         """Freeze the array."""
         object.__setattr__(self, "values", frozen(self.values, np.complex128))
 
+    def glance(self) -> Glance:
+        """Heads with the largest ratio."""
+        return Glance(
+            f"{self.name} eigenvalues",
+            [
+                sizes(("layer", "head", "value"), self.values.shape),
+                self.description,
+                self.provenance.model,
+            ],
+            ("head", "sum Re / sum abs"),
+            _largest(self.ratio),
+            hint="hs.plots.eigenvalues(values, ['L5H1'])",
+        )
+
     @property
     def ratio(self) -> Float[np.ndarray, "layer head"]:
         """``sum(Re(lambda)) / sum(|lambda|)``, in [-1, 1]; NaN for a zero matrix."""
@@ -85,3 +113,11 @@ class HeadEigenvalues:
         most = np.abs(self.values).max(-1, keepdims=True)
         ratio: np.ndarray = self.values / np.where(most > 0, most, np.nan)
         return ratio
+
+
+def _largest(values: Float[np.ndarray, "layer head"]) -> list[tuple[str, str]]:
+    places = zip(*np.unravel_index(top_order(values, 6), values.shape), strict=True)
+    return [
+        (str(HeadIndex(int(layer), int(head))), number(float(values[layer, head])))
+        for layer, head in places
+    ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from headscope.base.saved import Stored
 from headscope.base.statistics import Alternative, Design, compare_means, mean_and_sem
 
 # Rows are computed in fp32, whose rounding is about 1e-7 a step.
@@ -12,7 +13,7 @@ _RESOLUTION = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Summary:
+class Summary(Stored):
     """Numbers of one score for every head; NaN where there is none.
 
     Attributes:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING
 
+from headscope.base.saved import Stored
 from headscope.base.statistics import rank_correlation, top_k_overlap
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
@@ -22,7 +23,7 @@ class UnknownScoreError(InputError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the quoted repr
 
 
-class HeadTable(Mapping[str, HeadScores]):
+class HeadTable(Mapping[str, HeadScores], Stored):
     """Layers x heads x scores of one model: a read-only mapping from name to score."""
 
     def __init__(self, scores: Iterable[HeadScores]) -> None:
@@ -155,6 +156,10 @@ class HeadTable(Mapping[str, HeadScores]):
         from headscope.table.storage import load
 
         return load(path)
+
+    def _parts(self) -> dict[str, object]:
+        """What a saved result that holds a table keeps of it."""
+        return {"scores": tuple(self.values())}
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         """Best heads, other scores and roles, in the console's width."""

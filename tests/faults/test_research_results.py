@@ -1,5 +1,9 @@
 """What a day of research asked of results: fast cards, exact ranks, pictures, files, norms."""
 
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -7,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import headscope as hs
 from headscope import circuits
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.ranks import Ranks
-from headscope.errors import UnsupportedModelError
+from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.models.hf.model import HFModel
-from headscope.table import HeadTable
+from headscope.table import HeadTable, RecallGrid, TokenLosses
 from tests.circuits.conftest import random_model
 
 D_VOCAB = 97
@@ -154,3 +159,155 @@ def test_e4_the_memory_of_ranks_does_not_grow_with_the_vocabulary() -> None:
         assert sum(seen) == size + len(tokens)
         most[size] = max(seen) * model.shape.d_model
     assert max(most.values()) <= 1 << 22
+
+
+def shown_results() -> dict[str, Any]:
+    """Whatever a cell of a notebook may end in, of a small model."""
+    model = hs.load()
+    prompt = "The cat sat on the mat. The cat"
+    names = hs.probes.pairs(model, "ioi", batch=3)
+    difference = hs.metrics.logit_difference
+    grids = {
+        "_".join(axes): hs.patch_activations(model, names, difference, axes)
+        for axes in (("layer", "head"), ("layer", "position"), ("layer",))
+    }
+    losses = np.random.default_rng(0).normal(size=(2, 3, 9))
+    weights = hs.circuits.ov(model)
+    return {
+        **grids,
+        "groups": hs.ablate_groups(model, names, difference, {"two": ["L0H0", "L1H1"]}),
+        "lens": hs.lens.logit_lens(model, prompt),
+        "attribution": hs.lens.attribute(model, prompt, sources=True),
+        "words": hs.lens.head_lens(model, prompt),
+        "svd": weights.svd(),
+        "view": circuits.vocabulary_view(weights, Dictionary(model), 2, 3),
+        "survey": circuits.survey(model, tokens=16, paths=2),
+        "card": circuits.head_card(model, "L1H2"),
+        "probe": names,
+        "repeated": hs.probes.repeated_tokens(model, length=8, batch=2),
+        "pairs": circuits.composition(model, "K"),
+        "components": circuits.component_composition(model, "K", components=2),
+        "spectra": circuits.spectra(model),
+        "eigenvalues": circuits.eigenvalues(model),
+        "mappings": circuits.salient_mappings(model, "L1H2", sources=3, targets=4),
+        "losses": TokenLosses(("whole", "without"), losses, "a model"),
+        "recall": RecallGrid(
+            np.array([8.0, 16.0]), np.array([0.0, 1.0]), np.eye(2), np.full((2, 2), 3), 0.5
+        ),
+        "scores": hs.score(model, scorers=["induction"])["induction"],
+    }
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return shown_results()
+
+
+def test_e7_every_result_ends_a_cell_in_a_few_lines_and_a_small_page(
+    results: dict[str, Any],
+) -> None:
+    model = hs.load()
+    for name, one in {**results, "factors": circuits.ov(model), "model": model}.items():
+        text, page = repr(one), one._repr_html_()
+        assert text.count("\n") < 10, name
+        assert 20 < len(text) < 1500, name
+        assert "object at 0x" not in text, name
+        assert "tensor(" not in text, name
+        assert 60 < len(page) < 60_000, name
+        assert "<script" not in page, name
+        if name != "scores":
+            assert "next: " in text, name
+
+
+def test_d13_tensors_of_a_decomposition_are_shapes_and_not_numbers() -> None:
+    svd = circuits.ov(random_model("llama")).svd()
+    assert "3 layers x 4 heads" in repr(svd)
+    assert "U [3, 4, 32, 8]" in repr(svd)
+
+
+def test_e7_every_result_is_the_same_after_save_and_load(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    for name, one in results.items():
+        file = tmp_path / f"{name}.safetensors"
+        one.save(file)
+        again = type(one).load(file)
+        assert repr(again) == repr(one), name
+        same(again, one, name)
+
+
+def same(one: Any, other: Any, where: str) -> None:
+    """Equal in every field, at any depth."""
+    assert type(one) is type(other) or {type(one), type(other)} <= {dict, MappingProxyType}, where
+    if is_dataclass(one):
+        for field in fields(one):
+            same(getattr(one, field.name), getattr(other, field.name), f"{where}.{field.name}")
+    elif isinstance(one, np.ndarray):
+        np.testing.assert_array_equal(one, other, where)
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, Mapping):
+        assert list(one) == list(other), where
+        for key in one:
+            same(one[key], other[key], f"{where}[{key}]")
+    elif isinstance(one, tuple | list):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            same(*pair, f"{where}[{number}]")
+    else:
+        assert one == other or (one != one and other != other), where
+
+
+def test_e7_files_of_another_kind_or_damaged_files_are_a_sentence(
+    results: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "pairs.safetensors"
+    results["pairs"].save(file)
+    with pytest.raises(HeadscopeError, match=r"holds PairScores: read it with PairScores\.load"):
+        hs.EffectGrid.load(file)
+    with pytest.raises(HeadscopeError, match="there is no file"):
+        hs.PairScores.load(tmp_path / "missing")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(HeadscopeError, match="not a saved PairScores, or is damaged"):
+        hs.PairScores.load(file)
+    file.write_bytes(b"")
+    with pytest.raises(HeadscopeError, match="damaged"):
+        hs.PairScores.load(file)
+
+
+def test_e7_hostile_tokens_are_escaped() -> None:
+    grid = hs.lens.logit_lens(hs.load(), [5, 9, 5])
+    bad = replace(grid, tokens=("<script>alert(1)</script>", "\u202egnp", "a\nb"))
+    page, text = bad._repr_html_(), repr(bad)
+    assert "<script" not in page
+    assert "\u202e" not in page + text
+    assert "a\nb" not in text
+
+
+def test_e5_a_patching_grid_is_a_heatmap_with_its_tokens(results: dict[str, Any]) -> None:
+    grid = results["layer_position"]
+    figure = hs.plots.heatmap(grid)
+    assert figure.data[0].z.shape == grid.mean.shape
+    np.testing.assert_allclose(figure.data[0].z, grid.mean, rtol=1e-5)
+    assert figure.layout.xaxis.title.text == "position"
+    assert list(figure.layout.yaxis.ticktext) == list(grid.labels[0])
+    assert hs.plots.heatmap(results["layer"]).data[0].z.shape == (1, len(grid.labels[0]))
+    three = hs.patch_activations(
+        hs.load(), results["probe"], hs.metrics.logit_difference, ("layer", "head", "position")
+    )
+    with pytest.raises(HeadscopeError, match="a heatmap has two"):
+        hs.plots.heatmap(three)
+
+
+def test_e5_positions_carry_the_token_that_all_examples_share() -> None:
+    model = hs.load()
+    probe = hs.probes.pairs(model, "ioi", batch=4)
+    grid = hs.patch_activations(model, probe, hs.metrics.logit_difference, ("layer", "position"))
+    for at, name in enumerate(grid.labels[1]):
+        ids = set(probe.tokens[:, at][probe.real[:, at]].tolist())
+        number, _, token = name.partition(" ")
+        assert number == str(at)
+        expected = repr(model.tokenizer.decode(list(ids))) if len(ids) == 1 else ""
+        assert token == expected
+    assert any(" " in name for name in grid.labels[1])

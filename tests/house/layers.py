@@ -38,7 +38,7 @@ _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "heads": {"errors"},
-    "base": {"errors", "heads"},
+    "base": {"errors", "heads", "files"},
     "rows": {"errors"},
     "memory": {"errors"},
     "progress": set(),
@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "table": _BASE | {"files", "parquet_files"},
     "metrics": {"errors"},
     "edits": {"errors", "heads"},
-    "probes": {"errors", "heads", "configs", "files"},
+    "probes": {"base", "errors", "heads", "configs", "files"},
     "scorers": {"errors", "heads", "rows", "outputs", "inputs", "matches", "probes"},
     "plots": _BASE | {"files", "table"},
     "models": _BASE | {"rows", "outputs", "inputs", "matches", "edits", "memory"},

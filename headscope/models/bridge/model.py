@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.edits import Span
+from headscope.base.glance import Glance, Shown
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
@@ -22,10 +23,11 @@ from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.protocol import Edit, Observer
+from headscope.models.shown import glance_of
 from headscope.outputs import HeadWeights, Readout
 
 
-class BridgeModel:
+class BridgeModel(Shown):
     """A ``TransformerBridge`` whose attention patterns are computed whole, layer by layer.
 
     The bridge is used as it is: hooks of its owner stay, and act, during every pass.
@@ -56,6 +58,10 @@ class BridgeModel:
     def module(self) -> Any:
         """The model under the bridge, with the bridge's components in it."""
         return self.bridge.original_model
+
+    def glance(self) -> Glance:
+        """Size, path and limits."""
+        return glance_of(self)
 
     @property
     def device(self) -> torch.device:

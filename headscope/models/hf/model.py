@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.edits import Span
+from headscope.base.glance import Glance, Shown
 from headscope.errors import UnsupportedModelError
 from headscope.models.digest import Digest
 from headscope.models.hf.interface import register
@@ -24,10 +25,11 @@ from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.offload import all_weights, runs_on
 from headscope.models.protocol import Edit, Observer
+from headscope.models.shown import glance_of
 from headscope.outputs import HeadWeights, Readout
 
 
-class HFModel:
+class HFModel(Shown):
     """A ``PreTrainedModel`` whose attention goes through transformers' attention registry.
 
     The module is used as it is: nothing of it is changed between passes.
@@ -64,6 +66,10 @@ class HFModel:
         register()
         layout = find_layout(module)
         return None if layout is None else cls(module, layout, **facts)
+
+    def glance(self) -> Glance:
+        """Size, path and limits."""
+        return glance_of(self)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,171 @@
+"""How results show themselves: a few lines in a terminal, a small static page in a notebook."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+_MOST_ROWS, _MOST_COLUMNS = 40, 48  # of a coloured grid
+_TEXT_ROWS, _TEXT_WIDTH = 6, 56
+_CELL = "padding:1px 6px;text-align:right;font-variant-numeric:tabular-nums;white-space:pre"
+_LEFT = "padding:1px 8px;text-align:left;white-space:pre"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A picture in cells: what they say, and how strongly they are coloured.
+
+    Attributes:
+        rows: labels downwards.
+        columns: labels to the right.
+        cells: text of every cell.
+        shades: from -1 to 1, blue above 0 and orange below; NaN is grey.
+    """
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    cells: Sequence[Sequence[str]]
+    shades: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What is worth knowing of a result at a glance.
+
+    Attributes:
+        title: what it is.
+        facts: its shape, its model, its unit, in a few words each.
+        columns: names of the columns of ``rows``.
+        rows: its most notable entries.
+        grid: a picture in cells, for notebooks.
+        hint: what to do next, as code.
+    """
+
+    title: str
+    facts: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    grid: Grid | None = None
+    hint: str = ""
+
+    def text(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{self.title}: {', '.join(self._facts)}" if self._facts else self.title]
+        shown = [[readable(one, _TEXT_WIDTH) for one in row] for row in self.rows[:_TEXT_ROWS]]
+        if shown:
+            table = [list(self.columns), *shown] if self.columns else shown
+            widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+            lines += [("  " + "  ".join(map(str.ljust, row, widths))).rstrip() for row in table]
+        return "\n".join([*lines, f"  next: {self.hint}"] if self.hint else lines)
+
+    def html(self) -> str:
+        """A small page: static, every text escaped, nothing fetched."""
+        facts = f" <span>{said(', '.join(self._facts), 400)}</span>" if self._facts else ""
+        parts = [f"<p><b>{said(self.title, 120)}</b>{facts}</p>"]
+        if self.grid is not None:
+            parts.append(_grid_html(self.grid))
+        elif self.rows:
+            parts.append(_rows_html(self.columns, self.rows[:_MOST_ROWS]))
+        if self.hint:
+            parts.append(f"<p>next: <code>{escape(self.hint)}</code></p>")
+        return "".join(parts)
+
+    @property
+    def _facts(self) -> list[str]:
+        return [fact for fact in self.facts if fact]
+
+
+class Shown:
+    """Base of whatever shows itself as its :meth:`glance` at the end of a notebook cell."""
+
+    def glance(self) -> Glance:
+        """What is worth knowing at a glance."""
+        return Glance(type(self).__name__)
+
+    def __repr__(self) -> str:
+        """A few lines."""
+        return self.glance().text()
+
+    def _repr_html_(self) -> str:
+        """A small static page."""
+        return self.glance().html()
+
+
+def readable(text: str, most: int = 40) -> str:
+    """Text on one line, what cannot be seen written out, cut to a length."""
+    line = "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
+    )
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def said(text: str, most: int = 40) -> str:
+    """:func:`readable` text, escaped for HTML."""
+    return escape(readable(text, most))
+
+
+def number(value: float) -> str:
+    """A number in three digits; a dash where it is missing."""
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+def sizes(names: Sequence[str], counts: Sequence[int]) -> str:
+    """A shape in words: ``12 layers x 8 heads``."""
+    return " x ".join(
+        f"{count} {name}{'' if count == 1 else 's'}"
+        for name, count in zip(names, counts, strict=True)
+    )
+
+
+def shaded(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Grid:
+    """Grid of numbers, coloured by their share of the largest magnitude."""
+    known = [abs(one) for row in values for one in row if math.isfinite(one)]
+    most = max(known, default=0.0) or 1.0
+    cells = [[number(one) for one in row] for row in values]
+    return Grid(rows, columns, cells, [[one / most for one in row] for row in values])
+
+
+def _rows_html(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    names = "".join(f'<th style="{_LEFT}">{said(one)}</th>' for one in columns)
+    body = "".join(
+        f"<tr>{''.join(f'<td style={chr(34)}{_LEFT}{chr(34)}>{said(one, 80)}</td>' for one in row)}"
+        "</tr>"
+        for row in rows
+    )
+    return _table(f"<tr>{names}</tr>" if columns else "", body)
+
+
+def _grid_html(grid: Grid) -> str:
+    rows, columns = grid.rows[:_MOST_ROWS], grid.columns[-_MOST_COLUMNS:]
+    first = len(grid.columns) - len(columns)
+    names = "".join(f'<th style="{_CELL}">{said(one, 12)}</th>' for one in columns)
+    body = "".join(
+        f'<tr><th style="{_CELL}">{said(name, 20)}</th>'
+        + "".join(
+            f'<td style="{_CELL}{_ground(shade)}">{said(cell, 12)}</td>'
+            for cell, shade in zip(cells[first:], shades[first:], strict=True)
+        )
+        + "</tr>"
+        for name, cells, shades in zip(rows, grid.cells, grid.shades, strict=False)
+    )
+    left = []
+    if first:
+        left.append(f"the last {len(columns)} of {len(grid.columns)} columns")
+    if len(rows) < len(grid.rows):
+        left.append(f"the first {len(rows)} of {len(grid.rows)} rows")
+    note = f"<p>{' and '.join(left)}</p>" if left else ""
+    return _table(f"<tr><th></th>{names}</tr>", body) + note
+
+
+def _ground(shade: float) -> str:
+    if math.isnan(shade):
+        return ";background:rgba(127,127,127,.15)"
+    colour = "38,130,190" if shade >= 0 else "214,110,50"
+    return f";background:rgba({colour},{0.65 * min(1.0, abs(shade)):.2f})"
+
+
+def _table(head: str, body: str) -> str:
+    return (
+        '<div style="overflow-x:auto"><table style="border-collapse:collapse">'
+        f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
+    )
