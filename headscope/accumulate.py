@@ -12,6 +12,7 @@ from headscope.capture import chunks
 from headscope.inputs import Rotation
 from headscope.matches import Matches
 from headscope.memory import chunk_bytes
+from headscope.models.blocks import AttentionWrite
 from headscope.models.protocol import HeadModel, LayerView
 from headscope.outputs import HeadOutputs, Readout
 from headscope.probes.probe import Probe
@@ -122,6 +123,7 @@ class Accumulator:
     _sums: RunningSums = field(init=False)
     _flat_sums: RunningSums = field(init=False)
     _rotations: dict[int, Rotation] = field(default_factory=dict)
+    _writes: dict[int, AttentionWrite] = field(default_factory=dict)
     _held: list[tuple[Scorer, int, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -133,6 +135,11 @@ class Accumulator:
             self._rotations = {
                 layer: rotation(layer) for layer in self.model.shape.attention_layers
             }
+        if "linear_write" in self.model.limits and any(
+            "attention_write" in scorer.needs for scorer in self.scorers
+        ):
+            write = self.model.parts.attention_write
+            self._writes = {layer: write(layer) for layer in self.model.shape.attention_layers}
         size = (self.model.shape.n_layers, self.model.shape.n_heads, len(self.batch))
         self._sums = RunningSums([scorer.name for scorer in self.scorers], *size)
         flat = [s.name for s in self.scorers if s.kind == "row" and s.control == "flat"]
@@ -187,7 +194,8 @@ class Accumulator:
         if device not in self._probes:
             self._probes[device] = self.batch.to(device)
         rotation = self._rotations.get(view.layer)
-        layer = _Layer(self.model, view, self._probes[device], rotation, self._readout)
+        write = self._writes.get(view.layer)
+        layer = _Layer(self.model, view, self._probes[device], rotation, self._readout, write)
         for positions in chunks(self.positions, self._row, self.budget):
             self._on_chunk(layer, positions)
         self.advance()
@@ -252,6 +260,7 @@ class _Layer:
     probe: Probe
     rotation: Rotation | None
     readout: Callable[[], Readout]
+    write: AttentionWrite | None = None
 
     @property
     def number(self) -> int:
@@ -263,7 +272,18 @@ class _Layer:
 
     @cached_property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        return self.model.output_weights(self.number).float()
+        weights = self.model.output_weights(self.number).float()
+        return weights if self.write is None else self.write.folded(weights)
+
+    def write_scale(
+        self, z: Float[Tensor, "batch query head d_head"]
+    ) -> Float[Tensor, "batch query"] | None:
+        """Denominator of a norm after attention at some queries; None where there is none."""
+        if self.write is None or self.write.norm is None:
+            return None
+        weights = self.model.output_weights(self.number).float()
+        together = torch.einsum("bqhd,hdm->bqm", z, weights) + self.write.bias
+        return self.write.scale(together)
 
     @cached_property
     def value_norms(self) -> Float[Tensor, "batch head key"]:
@@ -303,15 +323,17 @@ class _Chunk:
 
     @cached_property
     def outputs(self) -> HeadOutputs:
+        z = self.layer.view.z[:, self.positions].float()
         return HeadOutputs(
             layer=self.layer.number,
             query_pos=self.positions.to(self.layer.device),
-            z=self.layer.view.z[:, self.positions].float(),
+            z=z,
             W_O=self.layer.W_O,
             readout=self.layer.readout(),
             make_rows=lambda: self.rows,
             make_values=self.layer.view.values,
             make_matches=lambda: self.matches,
+            write_scale=self.layer.write_scale(z),
         )
 
     @cached_property

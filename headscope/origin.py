@@ -54,7 +54,14 @@ def origin(
 
 def of_weights(model: HeadModel, **facts: Any) -> Provenance:
     """Provenance of numbers that came from weights alone."""
-    return origin(model, attention=_WEIGHTS, **facts)
+    return origin(model, attention=_WEIGHTS, **held_norm(model), **facts)
+
+
+def held_norm(model: HeadModel) -> dict[str, Any]:
+    """What stands between heads and the residual stream beside W_O, for provenance."""
+    if "linear_write" not in model.limits:
+        return {}
+    return {"write": "through the norm after attention, its gain folded and its scale held fixed"}
 
 
 def _extrapolated(model: HeadModel, probe: Probe) -> dict[str, int]:

@@ -117,10 +117,13 @@ class HeadOutputs:
         layer: the model's layer number.
         query_pos: positions of the outputs.
         z: attention-weighted values in fp32, before the output projection.
-        W_O: output projection per head, so that head ``h`` writes ``z[..., h, :] @ W_O[h]``.
+        W_O: output projection per head, so that head ``h`` writes ``z[..., h, :] @ W_O[h]``, over
+            ``write_scale`` where there is one.
         readout: how the model reads its last residual stream.
         make_rows, make_values, make_matches: give attention rows, values, queries and keys to a
             scorer that asks.
+        write_scale: denominator of a norm that follows attention, in this run, held fixed; that
+            norm's gain and centring are in ``W_O``. None where no norm follows attention.
     """
 
     layer: int
@@ -131,6 +134,7 @@ class HeadOutputs:
     make_rows: Callable[[], AttentionRows]
     make_values: Callable[[], Float[Tensor, "batch kv_head key d_head"]] = _nothing
     make_matches: Callable[[], Matches] = _nothing
+    write_scale: Float[Tensor, "batch query"] | None = None
 
     @cached_property
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
@@ -151,7 +155,7 @@ class HeadOutputs:
         """Euclidean length of every head's write, through the Gram matrix of ``W_O``."""
         gram = self.W_O.float() @ self.W_O.float().mT
         squared = torch.einsum("bqhd,hde,bqhe->bhq", self.z, gram, self.z)
-        return squared.clamp_min(0).sqrt()
+        return self._scaled(squared.clamp_min(0).sqrt())
 
     def averaged(
         self, pattern: Float[Tensor, "batch head query key"]
@@ -185,4 +189,9 @@ class HeadOutputs:
     ) -> Float[Tensor, "batch head query"]:
         """Component of every head's write along one residual direction per query."""
         heads = torch.einsum("hdm,bqm->bqhd", self.W_O.float(), direction)
-        return torch.einsum("bqhd,bqhd->bhq", self.z, heads)
+        return self._scaled(torch.einsum("bqhd,bqhd->bhq", self.z, heads))
+
+    def _scaled(
+        self, values: Float[Tensor, "batch head query"]
+    ) -> Float[Tensor, "batch head query"]:
+        return values if self.write_scale is None else values / self.write_scale[:, None]

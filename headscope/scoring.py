@@ -16,7 +16,7 @@ from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel
-from headscope.origin import origin
+from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
 from headscope.progress import Advance, track
 from headscope.scorers import DEFAULT, Scorer, resolve
@@ -188,6 +188,7 @@ def _to_scores(
     null: Sums | None,
     facts: Provenance,
 ) -> HeadScores:
+    held = held_norm(model) if "attention_write" in scorer.needs else {}
     return HeadScores.from_examples(
         scorer.name,
         _absent(model, sums.mean.numpy()),
@@ -201,7 +202,11 @@ def _to_scores(
         description=scorer.description,
         source=scorer.source,
         threshold=scorer.threshold,
-        provenance=replace(facts, control=scorer.control if null is not None else None),
+        provenance=replace(
+            facts,
+            control=scorer.control if null is not None else None,
+            probe={**facts.probe, **held},
+        ),
     )
 
 

@@ -8,7 +8,6 @@ from headscope.circuits.factors import HeadFactors
 from headscope.circuits.maps import relation_scores
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
-from headscope.circuits.reading import need_linear_write
 from headscope.circuits.scores import score
 from headscope.circuits.vocabulary import vocabulary_view
 from headscope.errors import UnsupportedModelError
@@ -83,7 +82,6 @@ def _partners(
     sides: tuple[dict[str, list[tuple[str, float]]], ...] = ({}, {})
     readers: dict[str, HeadFactors] = {}
     try:
-        need_linear_write(model, "composition")
         readers["V"] = writer = ov(model)
         readers["Q"] = qk(model)
         readers["K"] = readers["Q"].transposed()

@@ -15,7 +15,7 @@ from headscope.circuits.factors import HeadFactors, widened
 from headscope.circuits.orthogonal import thin_qr
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
-from headscope.circuits.reading import need_linear_write, over_all_pairs, upward
+from headscope.circuits.reading import need_write, over_all_pairs, upward
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
@@ -45,7 +45,8 @@ def composition(
         subtract_random: subtract :func:`random_composition`; values may then be negative.
 
     Raises:
-        UnsupportedModelError: where a norm after attention makes the write another one.
+        UnsupportedModelError: where what follows attention is not a plain norm, or where
+            queries and keys are normalised (Q and K).
 
     Source: Elhage et al. 2021, "Attention Composition Scores". The norm's gain is folded, which
     they leave open, and the baseline is exact where theirs is drawn. Rotary positions are left
@@ -94,7 +95,8 @@ def partners(
         heads that feed it, and heads that it feeds, each with its score, strongest first.
 
     Raises:
-        UnsupportedModelError: where a norm after attention makes the write another one.
+        UnsupportedModelError: where what follows attention is not a plain norm, or where
+            queries and keys are normalised (Q and K).
 
     Example:
         >>> below, above = hs.circuits.partners(model, "K", "L2H1")
@@ -254,7 +256,7 @@ def operands(model: HeadModel, mode: str, fold_norm: bool) -> tuple[HeadFactors,
     """Circuits of the earlier and of the later head, the latter's rows being what it reads."""
     if mode not in _READS:
         raise InputError(nearest(str(mode), _READS, kind="composition"))
-    need_linear_write(model, "composition")
+    need_write(model, "composition")
     first = ov(model, fold_norm)
     return first, first if mode == "V" else _reader(model, mode, fold_norm, None)
 

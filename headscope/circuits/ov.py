@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from headscope.circuits.factors import HeadFactors
-from headscope.circuits.reading import chosen_layers, need_linear_write
+from headscope.circuits.reading import chosen_layers, need_write
 from headscope.models.protocol import HeadModel
 
 
@@ -24,6 +24,9 @@ def ov(
     Exact as a map of normalised inputs; the scale is the only thing that weights do not know.
     ``W_O`` is the one that reaches the residual stream: where a family multiplies what attention
     writes (granite), that factor is in it, folded or not, so spectra are of what heads add.
+    So is the gain of a norm that follows attention (gemma2, gemma3, olmo2), with its centring;
+    that norm's scale is another positive number of each position that weights do not know, so
+    sizes compare within a layer only, and ranks, ratios and composition scores are exact.
 
     Args:
         model: any model whose heads write linearly.
@@ -31,7 +34,7 @@ def ov(
         layers: layer numbers; None means all that have attention.
 
     Raises:
-        UnsupportedModelError: where a norm after attention makes the write another one.
+        UnsupportedModelError: where what follows attention is not a plain norm.
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
@@ -40,13 +43,15 @@ def ov(
         >>> factors.svd().S.shape == (model.shape.n_layers, model.shape.n_heads, model.shape.d_head)
         True
     """
-    need_linear_write(model, "its OV circuit")
+    need_write(model, "its OV circuit")
     numbers = chosen_layers(model, layers)
     left, right, bias = [], [], []
     for layer in numbers:
         weights = model.weights(layer)
         W_V, b_V = weights.W_V.float(), weights.b_V.float()
         W_O = model.output_weights(layer).float()
+        if "linear_write" in model.limits:
+            W_O = model.parts.attention_write(layer).folded(W_O)
         if fold_norm:
             norm = model.parts.input_norm(layer)
             b_V = b_V + torch.einsum("d,hde->he", norm.bias.float(), W_V)

@@ -138,7 +138,8 @@ def _rotations(model: HeadModel, layers: Sequence[int]) -> list[Rotation]:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{error} So its attention scores are not bilinear, and no matrix gives them; "
-            "fold_norm=False shows the bare weights."
+            "fold_norm=False shows the bare weights, and a match_scorer reads the scores "
+            "of a run, with their norms."
         ) from error
 
 

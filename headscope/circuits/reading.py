@@ -26,6 +26,17 @@ def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, 
     return tuple(layers)
 
 
+def need_write(model: HeadModel, what: str) -> None:
+    """Refuse where a norm after attention is none whose gain can be folded.
+
+    Raises:
+        UnsupportedModelError: with the model's own reason.
+    """
+    reason = model.limits.get("attention_write")
+    if reason is not None:
+        raise UnsupportedModelError(f"{reason} The weights alone do not give {what}.")
+
+
 def need_linear_write(model: HeadModel, what: str) -> None:
     """Refuse where values times ``W_O`` are not what a head adds to the residual stream.
 

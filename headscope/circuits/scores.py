@@ -68,8 +68,9 @@ def score(
     matching scores with the raw embedding and (``*_mlp``) with the first MLP's part added, and
     alignment with embedding and unembedding. QK at distance 0 under rotary positions.
 
-    A circuit that the family does not allow (norms after attention: OV; norms on queries and
-    keys: QK) is left out of the table.
+    A circuit that the family does not allow (norms on queries and keys: QK) is left out of the
+    table. Under a norm after attention, OV circuits contain its gain but not its scale, so that
+    ``ov_norm`` and ``ov_spectral_norm`` compare within a layer only; the provenance says so.
 
     Args:
         model: any model.

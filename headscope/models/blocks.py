@@ -1,12 +1,15 @@
 """What one block of a running pass adds to the residual stream, and how heads take part in it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
+from headscope.errors import UnsupportedModelError
+from headscope.heads import ModelShape
 from headscope.inputs import InputNorm
 
 
@@ -81,6 +84,12 @@ class AttentionWrite:
             constant = constant + direction @ self.norm.bias.float()
         return constant
 
+    def folded(
+        self, W_O: Float[Tensor, "head d_head d_model"]
+    ) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights as they reach the stream with the scale of a norm at 1."""
+        return self.vectors(W_O, torch.ones_like(W_O[..., 0]))
+
     def vectors(
         self, writes: Float[Tensor, "*any d_model"], scale: Float[Tensor, "*any"]
     ) -> Float[Tensor, "*any d_model"]:
@@ -89,3 +98,26 @@ class AttentionWrite:
             return writes
         centred = writes - writes.mean(-1, keepdim=True) if self.norm.centred else writes
         return centred * self.norm.gain.float() / scale.unsqueeze(-1)
+
+
+@runtime_checkable
+class HasWrites(Protocol):
+    """The part of a model that knows how heads reach the residual stream."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Gives the layers that have attention."""
+
+    @property
+    def parts(self) -> Any:
+        """Gives ``attention_write``."""
+
+
+def unmeasured_write(model: HasWrites) -> dict[str, str]:
+    """Limit of a model with a norm after attention that cannot be held fixed; else none."""
+    try:
+        for layer in model.shape.attention_layers:
+            model.parts.attention_write(layer)
+    except UnsupportedModelError as error:
+        return {"attention_write": str(error)}
+    return {}

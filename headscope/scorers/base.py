@@ -50,7 +50,9 @@ class Scorer:
             bounds, so that a head that suppresses is seen.
         view: which form of the rows it reads.
         per_final_scale: the engine divides by the final norm's scale at each query.
-        needs: capabilities the model must have, e.g. ``linear_write``.
+        needs: capabilities the model must have: ``linear_write`` where ``z @ W_O`` itself must be
+            what a head adds to the residual stream; ``attention_write`` where the norm that follows
+            attention in some families may stand between, with its scale of this run held fixed.
     """
 
     name: str
@@ -244,5 +246,5 @@ def value_weighted(scorer: Scorer) -> Scorer:
         scorer,
         name=f"{scorer.name}_value_weighted",
         view="value_weighted",
-        needs=(*scorer.needs, "linear_write"),
+        needs=(*scorer.needs, "attention_write"),
     )

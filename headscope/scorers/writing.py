@@ -11,6 +11,7 @@ from headscope.scorers.queries import contrasting_queries, predicting_queries
 
 
 @output_scorer(
+    needs=("attention_write",),
     unit="norm",
     bounds=(0.0, None),
     source="Kobayashi et al. 2020 (arXiv 2004.10102), norm of a head's output",
@@ -29,6 +30,7 @@ def head_output_norm(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch
 
 
 @output_scorer(
+    needs=("attention_write",),
     unit="logits",
     source="Elhage et al. 2021, direct path; nostalgebraist 2020, logit lens, with frozen scale",
     queries=predicting_queries,
@@ -46,6 +48,10 @@ def direct_logit_attribution(
     changes no prediction. Summed over all that is written, with the embedding, it gives the
     logit above the average logit.
 
+    Where a norm follows attention (gemma2, gemma3, olmo2) its scale at query i is held fixed as
+    well, and its gain is part of ``W_O``, which keeps the sum over heads exact; as
+    ``hs.lens.attribute``.
+
     Weakness: the direct path only; what later layers make of the write is not seen. Before a
     soft cap of the logits, where there is one.
     """
@@ -56,6 +62,7 @@ def direct_logit_attribution(
 
 
 @output_scorer(
+    needs=("attention_write",),
     unit="logits",
     source="Wang et al. 2022 (arXiv 2211.00593), direct effect on the logit difference",
     queries=contrasting_queries,

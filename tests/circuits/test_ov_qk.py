@@ -129,17 +129,22 @@ def test_where_no_matrix_gives_the_scores_it_says_why(family_model: ModelOf) -> 
     assert circuits.qk(model, fold_norm=False).left.shape == (3, 4, 32, 8)
 
 
-def test_norms_after_attention_are_refused(family_model: ModelOf) -> None:
+def test_norms_after_attention_are_in_the_circuit_but_for_their_scale(
+    family_model: ModelOf,
+) -> None:
+    """The product of W_V, W_O and the norm's gain is what a head adds, up to that norm's scale."""
     model = family_model("gemma2")
+    factors = circuits.ov(model)
+    gain = model.parts.attention_write(1).norm.gain
+    weights, norm = model.weights(1), model.parts.input_norm(1)
+    expected = norm.folded(weights.W_V)[1] @ (model.output_weights(1)[2] * gain)
+    torch.testing.assert_close(factors.explicit("L1H2"), expected)
     for ask in (
-        lambda: circuits.ov(model),
         lambda: circuits.composition(model, "K"),
         lambda: circuits.subspace_affinity(model, "K"),
-        lambda: circuits.relation_scores(model),
+        lambda: circuits.relation_scores(model)["maps_copy"],
     ):
-        with pytest.raises(UnsupportedModelError, match="norm after attention"):
-            ask()
-    assert "qk_norm" in circuits.score(model, tokens=8)
+        assert "scale held fixed" in ask().provenance.probe["write"]
 
 
 def test_chosen_layers(family_model: ModelOf) -> None:

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import Olmo2Config, Olmo2ForCausalLM
 
 import headscope as hs
 from headscope import circuits
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.ranks import Ranks
 from headscope.errors import HeadscopeError, UnsupportedModelError
+from headscope.lens.heads import HeadWrites
 from headscope.models.hf.model import HFModel
 from headscope.table import HeadTable, RecallGrid, TokenLosses
 from tests.circuits.conftest import random_model
@@ -311,3 +313,89 @@ def test_e5_positions_carry_the_token_that_all_examples_share() -> None:
         expected = repr(model.tokenizer.decode(list(ids))) if len(ids) == 1 else ""
         assert token == expected
     assert any(" " in name for name in grid.labels[1])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "llama"])
+def test_e13_the_scorer_equals_the_exact_attribution_with_the_norm_held(family: str) -> None:
+    model = made(family)
+    tokens = torch.tensor([[3, 9, 5, 9, 5, 7]])
+    targets = torch.full_like(tokens, -1)
+    targets[0, 4] = 9
+    probe = replace(hs.probes.from_tokens(tokens), targets=targets)
+    table = hs.score(model, probe, ["direct_logit_attribution", "head_output_norm", "copying"])
+    found = table["direct_logit_attribution"]
+    split = hs.lens.attribute(model, tokens[0].tolist(), 9, position=4)
+    every = [
+        hs.lens.attribute(model, tokens[0].tolist(), token, position=4, sources=False).heads
+        for token in range(model.shape.d_vocab)
+    ]
+    expected = split.heads - np.mean(every, axis=0)
+    np.testing.assert_allclose(found.mean, expected, atol=2e-5, rtol=1e-4)
+    assert ("scale held fixed" in found.provenance.probe.get("write", "")) == (family != "llama")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_e13_output_norms_are_those_of_what_reaches_the_stream(family: str) -> None:
+    model = made(family)
+    ids = [3, 9, 5, 9]
+    found = hs.score(model, hs.probes.from_tokens(torch.tensor([ids])), "head_output_norm")
+    lengths = []
+    for at in (1, 2, 3):
+        writes = HeadWrites(model, at)
+        with model.parts.blocks_shown(writes):
+            model.forward(torch.tensor([ids]), observers=[writes])
+        lengths.append(torch.stack([one.norm(dim=-1) for one in writes.vectors.values()]))
+    np.testing.assert_allclose(
+        found["head_output_norm"].mean, torch.stack(lengths).mean(0).numpy(), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_e13_the_default_scorers_and_circuits_run_with_a_norm_after_attention(family: str) -> None:
+    model = made(family)
+    names = set(hs.score(model, hs.probes.repeated_tokens(model, length=8, batch=4)))
+    assert "direct_logit_attribution" in names
+    table = circuits.score(model, tokens=10)
+    assert "copying_eigenvalues" in table
+    assert "scale held fixed" in table["ov_norm"].provenance.probe["write"]
+    pairs = circuits.composition(model, "V")
+    layer, width = 2, model.shape.d_model
+    assert 0 < pairs.values[0, :, layer].mean() < 4 / np.sqrt(width)
+
+
+@torch.no_grad()
+def test_e13_a_head_that_copies_copies_in_the_run_too() -> None:
+    """Ranks by the circuit are ranks by the frozen run: the norm's scale moves no rank."""
+    model = made("gemma2")
+    words = Dictionary(model)
+    head = circuits.ov(model).explicit("L0H1")
+    ids = torch.tensor([9])
+    x = words.inputs(ids, 0)
+    logits = (x @ head @ words.outputs(torch.arange(model.shape.d_vocab)).T)[0]
+    writes = HeadWrites(model, 0)
+    with model.parts.blocks_shown(writes):
+        model.forward(ids[None], observers=[writes])
+    ran = writes.vectors[0][1] @ words.outputs(torch.arange(model.shape.d_vocab)).T
+    assert torch.equal(logits.argsort(), ran.argsort())
+    ratio = ran / logits
+    assert float(ratio.std() / ratio.mean().abs()) < 1e-3
+
+
+def made(family: str) -> HFModel:
+    if family != "olmo2":
+        return random_model(family)
+    torch.manual_seed(0)
+    module = Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=D_VOCAB,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            initializer_range=0.4,
+            pad_token_id=0,
+        )
+    )
+    return hs.load(module.eval())

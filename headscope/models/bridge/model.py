@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.edits import Span
 from headscope.base.glance import Glance, Shown
 from headscope.errors import UnsupportedModelError
+from headscope.models.blocks import unmeasured_write
 from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
 from headscope.models.bridge.parts import BridgeParts
@@ -90,6 +91,7 @@ class BridgeModel(Shown):
                 f"{self.name} applies a norm after attention, so a head's write into the residual "
                 "stream is not z @ W_O."
             )
+            limits |= unmeasured_write(self)
         if self.layout.final is None:
             limits["readout"] = f"{self.name} has no plain norm before its unembedding."
         if any(not parts.pattern_is_live and parts.kernel is None for parts in layers):

@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.edits import Span
 from headscope.base.glance import Glance, Shown
 from headscope.errors import UnsupportedModelError
+from headscope.models.blocks import unmeasured_write
 from headscope.models.digest import Digest
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import Layout, find_layout
@@ -93,6 +94,7 @@ class HFModel(Shown):
                 f"{family} applies a norm after attention, so "
                 "a head's write into the residual stream is not z @ W_O."
             )
+            limits |= unmeasured_write(self)
         if self.layout.final_norm is None:
             limits["readout"] = f"{family} has no plain norm before its unembedding."
         elif self.layout.logit_map is None:
