@@ -19,6 +19,7 @@ from headscope.circuits.ranks import Ranks
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.lens.heads import HeadWrites
 from headscope.models.hf.model import HFModel
+from headscope.models.protocol import HeadModel
 from headscope.table import HeadTable, RecallGrid, TokenLosses
 from tests.circuits.conftest import random_model
 
@@ -304,6 +305,7 @@ def test_e5_a_patching_grid_is_a_heatmap_with_its_tokens(results: dict[str, Any]
 
 def test_e5_positions_carry_the_token_that_all_examples_share() -> None:
     model = hs.load()
+    assert model.tokenizer is not None
     probe = hs.probes.pairs(model, "ioi", batch=4)
     grid = hs.patch_activations(model, probe, hs.metrics.logit_difference, ("layer", "position"))
     for at, name in enumerate(grid.labels[1]):
@@ -382,7 +384,7 @@ def test_e13_a_head_that_copies_copies_in_the_run_too() -> None:
     assert float(ratio.std() / ratio.mean().abs()) < 1e-3
 
 
-def made(family: str) -> HFModel:
+def made(family: str) -> HeadModel:
     if family != "olmo2":
         return random_model(family)
     torch.manual_seed(0)
