@@ -93,7 +93,7 @@ def attention_lens(
         f"attention lens of {model.name}",
         data,
         parameters,
-        lambda batch: _descend(model, batch, chosen, (inner, outer, shift), biases),
+        lambda batch, _step: _descend(model, batch, chosen, (inner, outer, shift), biases),
     )
     lens = AttentionLens(
         layers=chosen,

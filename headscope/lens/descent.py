@@ -44,9 +44,13 @@ class Descent:
     progress: bool | None
 
     def run(
-        self, what: str, data: Data, parameters: Sequence[Tensor], descend: Callable[[Probe], None]
+        self,
+        what: str,
+        data: Data,
+        parameters: Sequence[Tensor],
+        descend: Callable[[Probe, int], None],
     ) -> None:
-        """Change the parameters in place; ``descend`` adds a batch's gradients to them.
+        """Change the parameters in place; ``descend`` adds the gradients of a batch and step.
 
         A fit that was kept and goes on gives the same numbers as one that was not stopped.
 
@@ -66,7 +70,7 @@ class Descent:
                     for group in optimiser.param_groups:
                         group["lr"] = self.learning_rate * (1 - step / self.steps)
                     optimiser.zero_grad()
-                    descend(batch)
+                    descend(batch, step)
                     optimiser.step()
                     if kept is not None:
                         kept.keep(step + 1, parameters, optimiser, last=step + 1 == self.steps)

@@ -17,7 +17,10 @@ from headscope import circuits
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.ranks import Ranks
 from headscope.errors import HeadscopeError, UnsupportedModelError
+from headscope.lens.distilled import affordable_tokens, distance, logit_metric
+from headscope.lens.fitting import divergence
 from headscope.lens.heads import HeadWrites
+from headscope.lens.reading import logits_of
 from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.table import HeadTable, RecallGrid, TokenLosses
@@ -401,3 +404,39 @@ def made(family: str) -> HeadModel:
         )
     )
     return hs.load(module.eval())
+
+
+def test_e21_distance_of_hidden_states_is_the_divergence_to_second_order() -> None:
+    torch.manual_seed(0)
+    readout, last = random_model("llama").readout, torch.randn(1, 32)
+    metric = logit_metric(readout, last).double()
+    seen = last + 0.02 * torch.randn(1, 32)
+    exact = divergence(
+        logits_of(readout, last).double().log_softmax(1), logits_of(readout, seen).double()
+    )
+    gap = (readout.normed(seen) - readout.normed(last)).double()
+    assert float(exact) > 1e-5
+    assert float(((gap @ metric) * gap).sum() / 2) == pytest.approx(float(exact), rel=0.1)
+    found = distance(readout, metric.float(), seen, last)
+    assert float(found) == pytest.approx(float(exact), rel=0.1)
+
+
+def test_e21_a_lens_that_reads_few_tokens_is_as_good_and_repeats() -> None:
+    model = hs.load()
+    probe = hs.probes.text(model, length=32)
+    whole = hs.lens.tuned_lens(model, probe, steps=24)
+    cheap = hs.lens.tuned_lens(model, probe, steps=24, tokens=64)
+    assert cheap.settings["tokens"] == 64
+    assert "tokens" not in whole.settings
+    saved = [float(lens.report.gain.mean()) for lens in (whole, cheap)]
+    assert saved[0] > 0
+    assert saved[1] > 0.75 * saved[0]
+    again = hs.lens.tuned_lens(model, probe, steps=24, tokens=64)
+    assert torch.equal(again.weight, cheap.weight)
+    with pytest.raises(HeadscopeError, match="tokens must be at least 1"):
+        hs.lens.tuned_lens(model, probe, steps=1, tokens=0)
+
+
+def test_e21_what_a_step_reads_does_not_grow_with_the_vocabulary() -> None:
+    reads = [affordable_tokens(30, 576, size) * size for size in (49_152, 131_072, 262_144)]
+    assert max(reads) < 1.1 * min(reads)
