@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.edits import Span
 from headscope.base.glance import Glance, Shown
+from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import unmeasured_write
 from headscope.models.bridge.build import OWN_NAMES
