@@ -18,7 +18,7 @@ from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length
 
 Control = Literal["removed", "other_question", "distractor"]
-# Sets whose distractors are as like the needle as the words of its answer allow.
+# Sets whose answers share tokens with other needles: their control keeps the text.
 _MATCHED = ("numbers", "several")
 _MARKS = ("needle", "needle_answer", "distractor", "question", "answer", "answering", "end")
 _HIDDEN = ("needle", "needle_answer")
@@ -55,12 +55,18 @@ def needle(
     Fenmora is"). Targets are the answer's tokens. Facts: ``length`` and ``depth`` as asked
     for, ``place`` (share of the prompt before the needle), ``number`` (which needle of the cell).
 
-    The control is what ``control`` says: ``"removed"`` puts other sentences' tokens where the
-    needle stood (marks and targets stay), ``"other_question"`` asks about a needle that is not
-    in the text, and appends that one's answer, and ``"distractor"`` is the same text with the
-    marks ``needle`` and ``needle_answer`` on a distractor. Those of ``numbers`` have the answer's
-    digits in another order, so that a head which looks for equal digits, wherever they stand,
-    scores the same there.
+    The control is what ``control`` says; it is paired, and in it a head that does not look for
+    what the question asks for scores what it scores in the probe. ``"removed"`` puts another needle
+    of the set in the needle's place, asks the same question, which the text no longer answers,
+    and appends the other needle's answer. (Of a set without another needle, sentences of the
+    haystack stand there, and the tokens at the answer's place are appended.) ``"other_question"``
+    keeps the text, asks about a needle that is not in it, and appends the same answer.
+    ``"distractor"`` is the same text and question with the marks ``needle`` and ``needle_answer``
+    on a distractor; those of ``numbers`` have the answer's digits in another order, so that a
+    head which looks for equal digits, wherever they stand, scores the same there. A head that
+    looks at a fixed place does not: the distractor stands elsewhere.
+
+    Examples of a fixed set that share a needle are a cluster: errors and tests count needles.
 
     Args:
         model: whose tokenizer reads the texts.
@@ -78,8 +84,8 @@ def needle(
             rest of it).
         haystack: a UTF-8 file or folder, read in order; default: bundled sentences, drawn anew
             for every example.
-        control: see above; default: ``"distractor"`` for ``numbers`` and ``several``, as long as
-            there are distractors, else ``"removed"``.
+        control: see above; default: ``"other_question"`` for ``numbers`` and ``several``, whose
+            digits a control must keep, else ``"removed"``.
         chat: lay the tokenizer's chat template around the prompt; default: if it has one.
         bos: whether a BOS stands in front; default: as the tokenizer does. Not with ``chat``.
         seed: the same seed gives the same bytes.
@@ -108,8 +114,8 @@ def needle(
     if needles is None:
         needles = "numbers" if chat else "facts"
     if control is None:
-        control = "distractor" if needles in _MATCHED and distractors else "removed"
-    draw = Drawer(needles, distractors, control == "other_question", seed)
+        control = "other_question" if needles in _MATCHED else "removed"
+    draw = Drawer(needles, distractors, None if control == "distractor" else control, seed)
     made = [
         _example(writer, hay, draw, cell, number, control)
         for cell in cells
@@ -130,8 +136,11 @@ def needle(
     probe = replace(_probe([one.asked for one in made], made), seed=seed, settings=settings)
     check_length(model, probe.length, what="a needle prompt", fix="ask for shorter lengths")
     other = _probe([one.control for one in made], made)
-    other = replace(other, name="needle_control", seed=seed, settings=settings)
-    return replace(probe, control=other)
+    clusters = draw.clusters([one.number for one in made])
+    other = replace(
+        other, name="needle_control", seed=seed, settings=settings, clusters=clusters, paired=True
+    )
+    return replace(probe, control=other, clusters=clusters)
 
 
 def writer_for(model: HasVocabulary, chat: bool | None, bos: bool | None) -> Writer:
@@ -200,17 +209,33 @@ def _example(
     rng = Random(f"haystack {draw.seed} {cell} {number}")  # noqa: S311 - sentences, not secrets
     hidden = len(drawn.needle.texts) - 1 + sum(len(one.texts) for one in drawn.distractors)
     plan = Plan(drawn.needle, drawn.distractors, depth, tuple(rng.random() for _ in range(hidden)))
-    asked = [drawn.needle] if drawn.other is None else [drawn.needle, drawn.other]
+    forms = [(plan, drawn.needle)]
+    if drawn.other is not None and control == "removed":
+        hidden_instead = _asking(drawn.other, drawn.needle)
+        forms.append((replace(plan, needle=hidden_instead), hidden_instead))
+    elif drawn.other is not None:
+        forms.append((plan, _asking(drawn.needle, drawn.other)))
     sentences = hay.endless(rng)
-    chosen = writer.fit(sentences, plan, length, asked)
-    example = writer.write(chosen, plan, drawn.needle)
-    if drawn.other is not None:
-        other = writer.write(chosen, plan, drawn.other)
+    chosen = writer.fit(sentences, forms, length)
+    example, *others = (writer.write(chosen, *form) for form in forms)
+    if others:
+        (other,) = others
     elif control == "distractor":
         other = _of_rival(example)
     else:
         other = _without_needle(writer, example, sentences)
     return _Made(example, other, length, depth, number, drawn.needle.cloze)
+
+
+def _asking(needle: Needle, question: Needle) -> Needle:
+    """A needle under the question of another."""
+    return replace(
+        needle,
+        question=question.question,
+        cloze=question.cloze,
+        asks=question.asks,
+        lead=question.lead,
+    )
 
 
 def _of_rival(example: Example) -> Example:
@@ -225,13 +250,16 @@ def _of_rival(example: Example) -> Example:
 
 
 def _without_needle(writer: Writer, example: Example, sentences: Iterator[str]) -> Example:
-    """The same with the tokens of further sentences where the needle stood."""
+    """The same with the tokens of further sentences where the needle stood, and in its answer."""
     ids, places = list(example.ids), example.marks["needle"]
     filler: list[int] = []
     while len(filler) < len(places):
         filler += writer.tokenizer(next(sentences), add_special_tokens=False)["input_ids"]
     for place, token in zip(places, filler, strict=False):
         ids[place] = token
+    said = example.marks["needle_answer"]
+    for number, query in enumerate(example.marks["answering"] if said else []):
+        ids[query + 1] = ids[said[number % len(said)]]
     return Example(ids, example.marks)
 
 

@@ -5,14 +5,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from headscope.errors import InputError
 from headscope.probes.needle_sets import DRAWN, Needle, fixed_needles
 
 
 class Drawn(NamedTuple):
-    """What one example hides and asks; ``other`` is asked about in its place, and not hidden."""
+    """What one example hides and asks; its control hides, or asks about, ``other`` instead."""
 
     needle: Needle
     distractors: tuple[Needle, ...]
@@ -26,20 +30,21 @@ class Drawer:
     Attributes:
         source: as ``probes.needle`` takes it.
         distractors: how many are wanted; of a fixed list, as many as there are.
-        asks_other: whether every example needs a question about something that is not hidden.
+        control: what another needle, which is not in the text, is for: to be put in the
+            needle's place (``removed``), or to be asked about; None: for nothing.
         seed: of random content.
     """
 
     source: str | Path | Sequence[Needle]
     distractors: int
-    asks_other: bool
+    control: Literal["removed", "other_question"] | None
     seed: int
     fixed: tuple[Needle, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Read the list, if it is one."""
         object.__setattr__(self, "fixed", fixed_needles(self.source))
-        if self.fixed is not None and self.asks_other and len(self.fixed) < 2:
+        if self.fixed is not None and self.control == "other_question" and len(self.fixed) < 2:
             raise InputError("control='other_question' needs two needles at least; there is one.")
 
     @property
@@ -57,12 +62,29 @@ class Drawer:
         if self.fixed is None:
             rng = Random(f"needle {self.seed} {cell} {number}")  # noqa: S311 - words, not secrets
             drawn = DRAWN[str(self.source)](rng)
-            needles = tuple(islice(drawn, 1 + self.distractors + self.asks_other))
-            if len(needles) < 1 + self.distractors + self.asks_other:
+            count = 1 + self.distractors + (self.control is not None)
+            needles = tuple(islice(drawn, count))
+            if len(needles) < count:
                 raise InputError(f"the set {self.name!r} has no {self.distractors} distractors.")
         else:
             start = number % len(self.fixed)
             needles = self.fixed[start:] + self.fixed[:start]
-        last = len(needles) - self.asks_other
-        distractors = needles[1:last][: self.distractors]
-        return Drawn(needles[0], distractors, needles[-1] if self.asks_other else None)
+        asks = self.control == "other_question"
+        distractors = needles[1 : len(needles) - asks][: self.distractors]
+        return Drawn(needles[0], distractors, self._other(needles, 1 + len(distractors)))
+
+    def _other(self, needles: tuple[Needle, ...], start: int) -> Needle | None:
+        """A needle that is not in the text; to stand in the first one's place, of as many parts."""
+        if self.control is None:
+            return None
+        if self.control == "other_question":
+            return needles[-1]
+        alike = (one for one in needles[start:] if len(one.texts) == len(needles[0].texts))
+        return next(alike, None)
+
+    def clusters(self, numbers: Sequence[int]) -> Int[Tensor, " batch"] | None:
+        """Which needle each example has, where some share one; drawn needles are all different."""
+        if self.fixed is None:
+            return None
+        which = [number % len(self.fixed) for number in numbers]
+        return torch.tensor(which) if len(set(which)) < len(which) else None

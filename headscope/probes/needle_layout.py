@@ -72,20 +72,19 @@ class Writer:
     _sizes: dict[str, int] = field(default_factory=dict)
 
     def fit(
-        self, sentences: Iterator[str], plan: Plan, length: int, asked: Sequence[Needle]
+        self, sentences: Iterator[str], forms: Sequence[tuple[Plan, Needle]], length: int
     ) -> tuple[str, ...]:
         """As many whole sentences as keep every prompt, answer included, within ``length``.
 
         Args:
             sentences: endless.
-            plan: what is hidden among them.
+            forms: what may be hidden among them, with what is then asked about.
             length: tokens.
-            asked: needles that may be asked about in this haystack.
 
         Raises:
             InputError: if not even the needle, its question and its answer fit.
         """
-        bare = max(len(self.write((), plan, one).ids) for one in asked)
+        bare = max(len(self.write((), *form).ids) for form in forms)
         if bare > length:
             raise InputError(
                 f"length={length} does not hold the needle, its distractors, question and answer, "
@@ -98,7 +97,7 @@ class Writer:
             if room < 0:
                 break
             chosen.append(sentence)
-        while chosen and max(len(self.write(chosen, plan, one).ids) for one in asked) > length:
+        while chosen and max(len(self.write(chosen, *form).ids) for form in forms) > length:
             chosen.pop()  # tokens at the seams are counted with their neighbours only here
         return tuple(chosen)
 

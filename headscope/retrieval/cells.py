@@ -22,7 +22,7 @@ from headscope.retrieval.teacher import follow_forced
 if TYPE_CHECKING:
     import pyarrow
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 class Scanned(NamedTuple):

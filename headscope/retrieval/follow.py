@@ -92,11 +92,15 @@ def follow_both(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> tuple[Runs, Runs | None]:
-    """Runs of a probe and of its control, which is decoded again only where its text differs.
+    """Runs of a probe and of its control.
 
     A control of the same texts with other marks (``control="distractor"``) asks of the same runs
-    who copied from elsewhere. Arguments and errors are those of :func:`follow`.
+    who copied from elsewhere. In any other the question does not lead to the answer, so that the
+    model would not say it: it is read with its answer appended (the teacher-forced form), or no
+    head could copy it by chance. Arguments and errors are those of :func:`follow`.
     """
+    from headscope.retrieval.teacher import follow_forced  # which needs this module
+
     control = probe.control
     beside = control if control is not None and _same_prompts(probe, control) else None
     check_fits(model, probe)
@@ -132,14 +136,8 @@ def follow_both(
         return runs, None
     if beside is not None:
         return runs, replace(runs, runs=tuple(others[row] for row in range(len(probe))))
-    return runs, follow(
-        model,
-        control,
-        new_tokens=new_tokens,
-        threshold=threshold,
-        edits=edits,
-        batch_size=batch_size,
-        progress=progress,
+    return runs, follow_forced(
+        model, control, threshold=threshold, batch_size=batch_size, progress=progress
     )
 
 

@@ -102,7 +102,7 @@ def decoded(
     Args:
         model: the model.
         probe: of kind ``needle``.
-        null: decode the probe's control too, where all runs count.
+        null: read the probe's control too, with its answer appended; all of its runs count.
         new_tokens: steps at most; see :func:`follow`.
         threshold: recall above which a run counts; as published, 0.5.
         batch_size: examples at a time.
@@ -196,7 +196,7 @@ def _scores(
     there = np.zeros((model.shape.n_layers, model.shape.n_heads), dtype=bool)
     there[tuple(np.transpose(model.shape.heads))] = True
 
-    paired = probe.settings.get("control") == "distractor"  # the same runs
+    paired = probe.control is not None and probe.control.paired
 
     def values(of: Runs) -> Float[np.ndarray, "layer head example"]:
         return np.where(there[..., None], np.stack([value(run) for run in of.runs], -1), np.nan)
@@ -214,7 +214,7 @@ def _scores(
         kv_heads=model.shape.n_kv_heads,
         control_per_example=chance,
         design=Design(
-            paired=probe.control is not None and probe.control.paired,
+            paired=paired,
             clusters=probe.cluster_labels,
             control_clusters=None if probe.control is None else probe.control.cluster_labels,
         ),

@@ -267,7 +267,7 @@ def test_e10_a_distractor_has_the_answers_digits_in_another_order(kind: str) -> 
 @pytest.mark.parametrize("kind", ["numbers", "several"])
 def test_e10_the_control_is_the_same_text_with_the_distractor_marked(kind: str) -> None:
     model = reader(chat=True)
-    probe = hs.probes.needle(model, 700, [0.0, 1.0], kind, per_cell=2)
+    probe = hs.probes.needle(model, 700, [0.0, 1.0], kind, per_cell=2, control="distractor")
     control = probe.control
     assert control is not None
     assert probe.settings["control"] == "distractor"
@@ -289,7 +289,9 @@ def test_e10_the_control_is_the_same_text_with_the_distractor_marked(kind: str) 
 def test_e10_a_head_that_looks_for_equal_digits_has_a_null_as_high_as_its_score() -> None:
     """Attention spread evenly over every earlier copy of the query's token, by hand."""
     model = reader(chat=True)
-    probe = hs.probes.needle(model, 300, [0.5], "numbers", per_cell=20, distractors=1, seed=3)
+    probe = hs.probes.needle(
+        model, 300, [0.5], "numbers", per_cell=20, distractors=1, seed=3, control="distractor"
+    )
     control = probe.control
     assert control is not None
     shares = []
@@ -308,7 +310,7 @@ def test_e10_a_head_that_looks_for_equal_digits_has_a_null_as_high_as_its_score(
 
 def test_e10_the_control_takes_no_second_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    probe = hs.probes.needle(model, 400, [0.2, 0.8], per_cell=1)
+    probe = hs.probes.needle(model, 400, [0.2, 0.8], per_cell=1, control="distractor")
     script = Scripted(monkeypatch, model, ["4 8 2", "1 3 5"])
     runs, control = both_of(model, probe)
     assert script.started == 2

@@ -119,19 +119,42 @@ def test_same_seed_same_bytes_other_seed_other_ones() -> None:
     assert first.tokens.shape != other.tokens.shape or not first.tokens.equal(other.tokens)
 
 
-def test_the_control_has_no_needle() -> None:
+@pytest.mark.parametrize("kind", [*DRAWN, "prose"])
+def test_the_control_hides_another_needle_and_says_its_answer(kind: str) -> None:
     model = long_reader()
-    probe = needle(model, 300, 3, "numbers", distractors=1, control="removed")
+    probe = needle(model, 400, 3, kind, distractors=1, control="removed")
     control = probe.control
     assert control is not None
-    changed = probe.tokens != control.tokens
-    assert not bool((changed & ~probe.mark("needle")).any())
-    assert bool((changed & probe.mark("needle_answer")).any())
+    assert control.paired
+    assert int(control.real.sum(1).max()) <= 400
     for row in range(len(probe)):
-        assert said(model, probe, "answer", row).strip() not in model.tokenizer.decode(
-            control.tokens[row][: int(probe.mark("end")[row].int().argmax())]
-        )
-    assert all(probe.mark(name).equal(control.mark(name)) for name in probe.marks)
+        assert said(model, probe, "question", row) == said(model, control, "question", row)
+        own, other = (said(model, one, "needle", row) for one in (probe, control))
+        assert own != other
+        assert own not in model.tokenizer.decode(control.tokens[row])
+        place, stood = (int(one.mark("needle")[row].int().argmax()) for one in (probe, control))
+        assert abs(place - stood) <= 30  # depth is that of the same sentences
+        asked = control.mark("answering")[row].nonzero().flatten()
+        key = set(control.tokens[row][control.mark("needle_answer")[row]].tolist())
+        assert set(control.targets[row][asked].tolist()) <= key
+
+
+def test_one_needle_has_a_control_too() -> None:
+    """Other sentences stand where it stood, and what stands in its answer's place is asked for."""
+    model = long_reader()
+    alone = Needle(("The cat ate the blue cheese.",), "What was eaten?", "blue cheese", ("blue",))
+    probe = needle(model, 300, 3, [alone], control="removed")
+    control = probe.control
+    assert control is not None
+    for row in range(len(probe)):
+        changed = probe.tokens[row] != control.tokens[row]
+        (asking,) = probe.mark("answering")[row].nonzero().flatten().tolist()
+        inside = probe.mark("needle")[row].clone()
+        inside[asking + 1] = True
+        assert not bool((changed & ~inside).any())
+        (key,) = control.mark("needle_answer")[row].nonzero().flatten().tolist()
+        assert control.targets[row, asking] == control.tokens[row, key] != probe.tokens[row, key]
+        assert control.tokens[row, asking + 1] == control.tokens[row, key]
 
 
 def test_the_other_control_asks_about_something_else() -> None:
@@ -142,9 +165,10 @@ def test_the_other_control_asks_about_something_else() -> None:
     for row in range(len(probe)):
         assert said(model, probe, "needle", row) == said(model, control, "needle", row)
         assert said(model, probe, "question", row) != said(model, control, "question", row)
-        other = said(model, control, "answer", row).strip()
-        context = control.tokens[row][: int(control.mark("end")[row].int().argmax())]
-        assert other not in model.tokenizer.decode(context)
+        assert said(model, probe, "answer", row) == said(model, control, "answer", row)
+        asked_for = said(model, control, "question", row).rstrip("?").split()[-1]
+        start = int(control.mark("question")[row].int().argmax())
+        assert asked_for not in model.tokenizer.decode(control.tokens[row][:start])
 
 
 def test_distractors_are_like_the_needle_with_other_answers() -> None:
