@@ -21,7 +21,7 @@ from headscope.ablation.sources import quick
 from headscope.edits import AnyEdit, Site, Span, during
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.metrics import Metric
+from headscope.metrics import AnyMetric, Metric
 from headscope.models.protocol import HeadModel
 from headscope.progress import track
 
@@ -61,8 +61,10 @@ def attribution(
         study: what is measured.
         placer: what heads are ablated to.
         heads: whose gates open.
-        steps: 1 for the gradient at the clean run; more for integrated gradients.
+        steps: 1 for the gradient at the clean run; more for integrated gradients, whose
+            completeness is put into the placer's checks.
     """
+    check_slope(study.model, study.metric, placer.method, steps)
     points = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
     parts = []
     total = float(len(study.probe) * steps)
@@ -76,7 +78,52 @@ def attribution(
                 estimate += _derivatives(study.model, batch, edit, heads, point) / steps
                 advance(float(len(batch.probe)))
             parts.append(estimate)
-    return torch.cat(parts, 1).numpy()
+    found = torch.cat(parts, 1).numpy()
+    if steps > 1:
+        placer.checks["completeness"] = _completeness(study, placer, heads, found)
+    return found
+
+
+def check_slope(model: HeadModel, metric: AnyMetric, baseline: object, steps: int) -> None:
+    """Refuse first-order estimates of what has no slope where they take it.
+
+    Raises:
+        InputError: for a metric that compares with the clean run, at the clean run, where its
+            gradient is 0 whatever the heads do; and for the straight way to 0 in a model with a
+            norm after attention, which undoes any scaling until nothing is left to scale.
+    """
+    if steps == 1 and "clean" in metric.needs:
+        raise InputError(
+            f"{metric.name} is smallest at the clean run, so its gradient there is 0 and a "
+            "first-order estimate of it is rounding: give steps=16 (integrated gradients), "
+            "another metric, or ablate the heads."
+        )
+    if steps > 1 and baseline == "zero" and "linear_write" in model.limits:
+        raise InputError(
+            f"integrated gradients to zero do not converge here: {model.limits['linear_write']} "
+            "Such a norm undoes the scaling on the way to 0: give another baseline, such as "
+            "'mean', or ablate the heads."
+        )
+
+
+def _completeness(
+    study: Study,
+    placer: Placer,
+    heads: Sequence[HeadIndex],
+    estimates: Float[np.ndarray, "head example"],
+) -> dict[str, float]:
+    """What integrated gradients should sum to, and by how much they miss it.
+
+    ``sum``: mean over examples of the sum over heads; ``effect``: mean effect of ablating these
+    heads together; ``gap``: sum less effect, in the metric's unit; 0 up to the midpoint rule.
+    """
+    edited, clean = study.measure(
+        lambda chosen, batch: [(placer.place(chosen, batch)(heads),)], 1, "completeness"
+    )
+    effect = edited[0] - clean
+    total = np.where(np.isnan(effect), np.nan, np.nansum(estimates, axis=0))
+    means = [float(np.nanmean(one)) for one in (total, effect, total - effect)]
+    return dict(zip(("sum", "effect", "gap"), means, strict=True))
 
 
 def _derivatives(

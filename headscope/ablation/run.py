@@ -148,6 +148,11 @@ class Placer:
         elif where is not None or reference is not None:
             raise InputError("an edit of your own says itself where it acts and what it reads.")
 
+    @property
+    def method(self) -> Maker:
+        """What heads are ablated to: a name, or a function from heads to an edit."""
+        return self._maker
+
     def place(self, chosen: slice, batch: Batch) -> Place:
         """How to edit any heads of one batch."""
         if self._method is not None:

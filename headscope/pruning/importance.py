@@ -12,7 +12,7 @@ from headscope import metrics
 from headscope.ablation import ablate_heads
 from headscope.ablation.arguments import Maker, Metricish, Positions, by_head, present
 from headscope.ablation.engine import Batch
-from headscope.ablation.gradients import total_metric
+from headscope.ablation.gradients import check_slope, total_metric
 from headscope.ablation.run import Study
 from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, Site, zero
@@ -89,6 +89,8 @@ def gradient_importance(
         raise InputError(f"the absolute value is taken over 'example' or 'token', not {over!r}.")
     study = Study.of(model, probe, metric, batch_size=batch_size, progress=progress)
     gone = present(model, removed) if removed else ()
+    if not gone:
+        check_slope(model, study.metric, None, 1)
     heads = tuple(head for head in model.shape.heads if head not in gone)
     if not heads:
         raise InputError("all heads are removed: there is none to score.")
