@@ -106,7 +106,10 @@ class AttentionRows:
         return replace(self, pattern=moved / total.clamp_min(1e-30))
 
     def uniform(self) -> "AttentionRows":
-        """One head that spreads the same total evenly over the visible keys: the flat null."""
+        """One head that spreads its attention evenly over the visible keys: the flat null.
+
+        Its rows sum to 1, also where a learned sink takes part of the model's own rows.
+        """
         shown = self.visible.to(self.pattern.dtype)
         return replace(
             self, pattern=(shown / shown.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(1)

@@ -17,9 +17,9 @@ _PROBES = {
 }
 _READS = {"row": "attention rows", "output": "head outputs", "match": "queries and keys"}
 _CONTROLS = {
-    "flat": "the same attention spread evenly over the visible keys",
-    "unrepeated": "the same positions in a control of the same shape without repetition",
-    "needle": "the same positions with the needle removed, or a question about something else",
+    "flat": "attention spread evenly over the visible keys, on the same examples (paired)",
+    "unrepeated": "the probe's control: on repeated tokens, the later copies permuted (paired)",
+    "needle": "the probe's control: another needle in its place, or another question (paired)",
     None: "none: compare heads, not probes",
 }
 
@@ -46,6 +46,17 @@ def _families() -> dict[str, list[str]]:
     return families
 
 
+def _tested(scorer: Scorer) -> str:
+    """Which test the p-value comes from."""
+    if scorer.control is None:
+        return "none"
+    side = "two-sided" if scorer.alternative == "two-sided" else "one-sided, above the null"
+    return (
+        f"Student's t of the differences, {side}; the sign test where these are tied "
+        "(:doc:`/validity`)"
+    )
+
+
 def _range(scorer: Scorer) -> str:
     low, high = ("unbounded" if bound is None else f"{bound:g}" for bound in scorer.bounds)
     return f"{low} to {high}"
@@ -62,6 +73,7 @@ def _page(
         ["Reads", _READS[scorer.kind]],
         ["Probe it is meant for", _PROBES.get(scorer.probe, scorer.probe)],
         ["Null", _CONTROLS[scorer.control]],
+        ["Test", _tested(scorer)],
         ["A head is called so when", called],
         ["Needs of the model", ", ".join(f"``{one}``" for one in scorer.needs) or "nothing"],
         ["In a plain scan", "yes" if base in DEFAULT else "no: ask for it by name"],

@@ -43,14 +43,15 @@ def ablate_heads(
     """Ablate every head on its own and measure what that does to a metric.
 
     The effect is ``metric(ablated) - metric(clean)``, per example. Its p-value is that of no
-    effect, two-sided; ``.interval()`` gives bootstrap intervals. Numbers are those of one whole
+    effect, two-sided; ``.interval()`` gives its interval. Numbers are those of one whole
     pass per head, at a fraction of the cost: only what an edit can reach is run again.
 
     Methods:
         ``mean``: the head's mean output over the reference. ``mean_pos``: at each position.
         ``zero``: 0 (what a value bias adds goes too). ``resample``: the output on another example
-        (seeded). ``patch``: the output on the paired, corrupt example. ``uniform``: attention flat
-        over the visible keys. ``attend_to_first``: all attention on the first token.
+        (seeded). ``patch``: the output on the paired, corrupt example. ``uniform``: the query
+        is 0, so that attention is flat over the visible keys, but for a position bias (ALiBi) and
+        the share of a learned sink. ``attend_to_first``: all attention on the first token.
         A function from heads to an edit: e.g. ``lambda heads: hs.edits.scale(heads, 0.5)``.
 
     Args:

@@ -210,7 +210,8 @@ def trace(
 
     On each side the largest suppliers are kept until they reach ``share`` of all that is
     supplied in the score's own sign, heads and rest together. A kept head that attends with at
-    least ``firing`` to one key other than the first position is traced in turn.
+    least ``firing`` to one key other than the first position, by a score above 0, is traced in
+    turn.
 
     Args:
         model: any model with bilinear scores whose heads write linearly.
@@ -237,6 +238,8 @@ def trace(
             continue
         done.add(place)
         parts = score_parts(model, recording, *place, share)
+        if edges and parts.score <= 0:  # it attends by what it avoids elsewhere, not by this score
+            continue
         supplied = suppliers(model, recording, parts)
         for side in ("query", "key"):
             for edge in _largest([one for one in supplied if one.side == side], share):

@@ -37,7 +37,7 @@ def relation_scores(
 
     ``phi = mean(target in top_k((E[source] @ W_V @ W_O @ W_U.T)))``; scores named ``maps_R`` and,
     with the k smallest logits, ``maps_R_suppressed``. Range [0, 1]; chance is k / vocabulary.
-    k = 1 for ``copy``, as in the paper. Biases are left out.
+    ``copy`` has a tenth of k, rounded up, as in the paper: 1 for 10, 3 for 25. Biases are left out.
 
     Args:
         model: any model whose heads write linearly.
@@ -88,7 +88,7 @@ def relation_scores(
     facts = of_weights(model, circuit="MAPS", k=k, first_mlp=first_mlp, fold_norm=fold_norm)
     scores, at = [], 0
     for name, one in chosen.items():
-        limit = 1 if name == "copy" else k
+        limit = -(-k // 10) if name == "copy" else k
         for suffix, side in (("", "promoted"), ("_suppressed", "suppressed")):
             part = ranks[side][..., at : at + len(one)]
             scored = np.isfinite(part[..., 0])

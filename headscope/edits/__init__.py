@@ -76,6 +76,9 @@ def mean_pos(
 ) -> HeadEdit:
     """``z`` becomes the head's mean at that position: for prompts of one template.
 
+    A position is a column of the batch, counted from the left with its padding: under left padding
+    prompts of several lengths are averaged, and replaced, at different places of their texts.
+
     Example:
         >>> means = hs.ablation.head_means(model, probe, per_position=True)
         >>> hs.edits.mean_pos("L1H2", means).site

@@ -44,7 +44,9 @@ def linear_shortcuts(
 
     Returns:
         A lens for :func:`logit_lens`; ``.settings["r2"]`` has the share of variance explained on
-        held-out text per place, ``.settings["r2_plain"]`` that of the identity.
+        held-out text per place, pooled (squares are summed over tokens and dimensions before they
+        are divided; no mean of one r2 per dimension), ``.settings["r2_plain"]`` that of the
+        identity.
 
     Raises:
         InputError: if the data does not fit the model, or there is no such place.

@@ -34,7 +34,7 @@ from headscope.pruning.direction import Better, cost_sign
 from headscope.pruning.passes import whole_batches
 from headscope.table import HeadScores
 
-# Temperature and the interval that is stretched over, as published.
+# Temperature and the interval that is stretched over, of Voita et al.; Louizos et al. have 2/3.
 BETA, LOW, HIGH = 0.33, -0.1, 1.1
 _EDGE = 1e-6
 
@@ -117,8 +117,9 @@ def learn_gates(
 
     Adam on the gates alone; the model's weights get no gradient and stay as they are, bit by bit.
     Gates are sampled once per step. Source: Voita et al. 2019 (arXiv 1905.09418), section 6
-    (``L0`` penalty), with gates and constants of Louizos et al. 2018. A model that is trained
-    further along with its gates would lose more heads; here it is left alone.
+    (``L0`` penalty and constants, beta .33), with the gates of Louizos et al. 2018 (beta 2/3).
+    A model that is trained further along with its gates would lose more heads; here it is left
+    alone.
 
     Args:
         model: from :func:`headscope.load`.

@@ -107,9 +107,10 @@ def query_focused_retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, 
     """Attention on the needle while the question is read.
 
     ``sum of A[i, j] over the keys marked needle``, a probability in [0, 1], over the tokens of
-    the question. The source subtracts the same of an empty question, token by token; here the
-    null of a probe with ``control="other_question"`` is that, and ``mean - null`` the
-    calibrated score. It also drops tokens two deviations below the mean; nothing is dropped here.
+    the question. The source subtracts the same of an empty query ("N/A"), token by token, and
+    drops the tokens that are then two deviations below the mean. Here nothing is dropped, and
+    ``mean - null`` takes off the attention under another question
+    (``control="other_question"``).
 
     Weakness: tokens that question and needle share attract duplicate-token heads.
     """
@@ -128,9 +129,11 @@ def importance_weighted_retrieval(
     """Attention on those of the needle's tokens that are among the head's most attended ones.
 
     ``sum of A[i, j] over j in needle and in the k largest of row i``, k the needle's length; a
-    probability in [0, 1], over the positions that predict the answer. The source divides the sum
-    over steps by the needle's length, which is the same where the answer is as long. Softer than
-    ``retrieval``: hardly any head is at 0. NaN where the layer's window hides the needle.
+    probability in [0, 1], over the positions that predict the answer. The source decodes,
+    keeps runs with an F1 above .5, and divides the sum over steps by the needle's length; this
+    mean over steps equals it where the answer is as long as the needle, and is larger where it is
+    shorter. Softer than ``retrieval``: hardly any head is at 0. NaN where the layer's window hides
+    the needle.
 
     Weakness: no token has to be the right one.
     """

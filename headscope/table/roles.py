@@ -20,6 +20,8 @@ class RoleFinding:
         above: heads above the threshold, whether or not beyond chance.
         threshold: of the score.
         n: examples of the head that has most.
+        needed: examples that it takes for one head to be significant by itself; None where
+            there are enough.
     """
 
     score: str
@@ -28,23 +30,28 @@ class RoleFinding:
     above: int = 0
     threshold: float = 0.0
     n: int = 0
+    needed: int | None = None
 
     def __str__(self) -> str:
         """One line; says it in words where there is none."""
         role = self.score.replace("_", " ")
         if not self.tested:
-            return f"{role}: not tested (needs a control and at least two examples)"
+            more = f" and {self.needed} examples" if self.needed else ""
+            return f"{role}: not tested (needs a control{more or ' and at least two examples'})"
         if not self.heads and self.above:
             return (
                 f"no {role} heads beyond chance: {self.above} above {self.threshold:g}, none of "
-                f"them significant with n = {self.n}"
+                f"them significant with n = {self.n}{self._asks()}"
             )
         if not self.heads:
-            return f"no {role} heads"
+            return f"no {role} heads{self._asks()}"
         most = 3 if self.score.startswith("first_token") else 8  # sinks: half of the heads, often
         shown = ", ".join(f"{head} {mean:.2f}" for head, mean in self.heads[:most])
         more = len(self.heads) - most
         return f"{role}: {shown}" + (f" and {more} more" if more > 0 else "")
+
+    def _asks(self) -> str:
+        return f" (one head alone takes {self.needed} examples)" if self.needed else ""
 
 
 def find_roles(scores: Iterable[HeadScores], alpha: float) -> list[RoleFinding]:
@@ -58,7 +65,15 @@ def find_roles(scores: Iterable[HeadScores], alpha: float) -> list[RoleFinding]:
         tested = bool(np.isfinite(one.p_value).any())
         above = int((one.mean > one.threshold).sum())
         findings.append(
-            RoleFinding(one.name, heads, tested, above, one.threshold, int(one.n.max()))
+            RoleFinding(
+                one.name,
+                heads,
+                tested,
+                above,
+                one.threshold,
+                int(one.n.max()),
+                one.examples_needed(alpha),
+            )
         )
     return findings
 

@@ -148,13 +148,14 @@ def test_one_needle_has_a_control_too() -> None:
     assert control is not None
     for row in range(len(probe)):
         changed = probe.tokens[row] != control.tokens[row]
-        (asking,) = probe.mark("answering")[row].nonzero().flatten().tolist()
+        asking = probe.mark("answering")[row].nonzero().flatten()
         inside = probe.mark("needle")[row].clone()
         inside[asking + 1] = True
         assert not bool((changed & ~inside).any())
-        (key,) = control.mark("needle_answer")[row].nonzero().flatten().tolist()
-        assert control.targets[row, asking] == control.tokens[row, key] != probe.tokens[row, key]
-        assert control.tokens[row, asking + 1] == control.tokens[row, key]
+        key = control.mark("needle_answer")[row]
+        assert control.targets[row, asking].equal(control.tokens[row, key])
+        assert control.tokens[row, asking + 1].equal(control.tokens[row, key])
+        assert not control.tokens[row, key].equal(probe.tokens[row, key])
 
 
 def test_the_other_control_asks_about_something_else() -> None:
