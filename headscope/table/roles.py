@@ -36,8 +36,8 @@ class RoleFinding:
         """One line; says it in words where there is none."""
         role = self.score.replace("_", " ")
         if not self.tested:
-            more = f" and {self.needed} examples" if self.needed else ""
-            return f"{role}: not tested (needs a control{more or ' and at least two examples'})"
+            asks = f" and {self.needed} examples" if self.needed else " and at least two examples"
+            return f"{role}: not tested (needs a control{asks})"
         if not self.heads and self.above:
             return (
                 f"no {role} heads beyond chance: {self.above} above {self.threshold:g}, none of "
