@@ -231,7 +231,8 @@ def trace(
         {'TracedEdge'}
     """
     recording = record(model, tokens)
-    pending, done, edges = [(HeadIndex.parse(head), query, key)], set(), []
+    pending, done = [(HeadIndex.parse(head), query, key)], set()
+    edges: list[TracedEdge] = []
     while pending:
         place = pending.pop(0)
         if place in done:

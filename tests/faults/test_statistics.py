@@ -112,7 +112,7 @@ def test_c1_chance_hits_the_answer_in_the_control_too() -> None:
 def test_c1_a_head_that_retrieves_is_still_named() -> None:
     model = reader(n_ctx=None)
     for control in ("removed", "other_question"):
-        probe = hs.probes.needle(model, 160, 5, "facts", per_cell=6, control=control)  # type: ignore[arg-type]
+        probe = hs.probes.needle(model, 160, 5, "facts", per_cell=6, control=control)
 
         def looks(one: hs.Probe) -> Tensor:
             """Looks at what stands after the question's words in the text; else at the start."""
