@@ -16,6 +16,7 @@ from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
 from headscope.progress import Advance, track
@@ -27,6 +28,7 @@ _OWN_PASS = ("unrepeated", "needle")
 Wanted = Iterable[str | Scorer] | str | Scorer | None
 
 
+@own_types()
 def score(
     model: HeadModel,
     probe: Probe | None = None,

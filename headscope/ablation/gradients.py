@@ -134,7 +134,9 @@ def _derivatives(
     layers = sorted({head.layer for head in heads})
     with torch.enable_grad():
         gates = {
-            layer: torch.full(shape, point, device=model.device, requires_grad=True)
+            layer: torch.full(
+                shape, point, dtype=torch.float32, device=model.device, requires_grad=True
+            )
             for layer in layers
         }
         total = total_metric(model, batch, (Gates(edit, gates),))

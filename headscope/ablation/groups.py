@@ -23,6 +23,7 @@ from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.table import EffectGrid, PairScores, Provenance
 
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     progress: bool | None
 
 
+@own_types()
 def ablate_groups(
     model: HeadModel,
     probe: Probe,
@@ -85,6 +87,7 @@ def ablate_groups(
     )
 
 
+@own_types()
 def ablate_cumulatively(
     model: HeadModel,
     probe: Probe,
@@ -107,6 +110,7 @@ def ablate_cumulatively(
     return ablate_groups(model, probe, metric, growing, method, **options)
 
 
+@own_types()
 def interactions(
     model: HeadModel,
     probe: Probe,

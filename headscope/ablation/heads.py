@@ -15,6 +15,7 @@ from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores
 
@@ -25,6 +26,7 @@ _OF_ESTIMATES = {"baseline": "estimate_heads", "steps": "estimate_heads"} | {
 }
 
 
+@own_types()
 def ablate_heads(
     model: HeadModel,
     probe: Probe,
@@ -90,6 +92,7 @@ def ablate_heads(
     return _scores(study, chosen, effects, placer, facts, seed)
 
 
+@own_types()
 def estimate_heads(
     model: HeadModel,
     probe: Probe,
@@ -148,6 +151,7 @@ def estimate_heads(
     return _scores(study, chosen, effects, placer, facts, seed)
 
 
+@own_types()
 def screen_heads(
     model: HeadModel,
     probe: Probe,

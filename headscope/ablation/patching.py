@@ -19,6 +19,7 @@ from headscope.edits import Heads, Site, Variant, head_list
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.table import EffectGrid
 
@@ -27,6 +28,7 @@ Direction = Literal["noise", "denoise"]
 Cell = tuple[tuple[HeadIndex, ...], Bool[Tensor, "batch pos"] | None]
 
 
+@own_types()
 def patch_activations(
     model: HeadModel,
     probe: Probe,

@@ -18,6 +18,7 @@ from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.progress import track
 from headscope.table import HeadScores
@@ -39,6 +40,7 @@ class _Keep:
         return value
 
 
+@own_types()
 def path_patch(
     model: HeadModel,
     probe: Probe,

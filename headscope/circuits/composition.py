@@ -19,6 +19,7 @@ from headscope.circuits.reading import need_write, over_all_pairs, upward
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import of_weights
 from headscope.table import PairScores
 
@@ -27,6 +28,7 @@ _BLOCK_ENTRIES = 1 << 24
 _READS = {"Q": "queries", "K": "keys", "V": "values"}
 
 
+@own_types()
 def composition(
     model: HeadModel, mode: str, fold_norm: bool = True, *, subtract_random: bool = False
 ) -> PairScores:
@@ -218,7 +220,7 @@ def component_composition(
     directions = first.svd().Vh[:, :, :components]
     collapsed, norms = _collapsed(second), second.norm()
     n_layers, n_heads, count = directions.shape[:3]
-    values = torch.zeros(n_layers, n_heads, count, n_layers, n_heads)
+    values = torch.zeros(n_layers, n_heads, count, n_layers, n_heads, dtype=torch.float32)
     for later in range(1, n_layers):
         rows = directions[:later].flatten(0, 2)
         products = _squared_by_head(rows, collapsed[later], second.n_heads)

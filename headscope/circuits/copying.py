@@ -13,9 +13,11 @@ from headscope.circuits.dictionary import Dictionary, Gram
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ranks import target_ranks
 from headscope.circuits.symmetry import eigenvalue_ratio
+from headscope.models.running import own_types
 from headscope.progress import Advance
 
 
+@own_types()
 def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Eigenvalue copying score of OV circuits: ``sum(Re(lambda)) / sum(|lambda|)``.
 
@@ -35,6 +37,7 @@ def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor
     return eigenvalue_ratio(token_cores(factors, words, "output_input"))
 
 
+@own_types()
 def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Eigenvalue matching score of QK circuits: the same ratio for ``E @ W_QK @ E.T``.
 
@@ -51,6 +54,7 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
     return eigenvalue_ratio(token_cores(factors, words, "input"))
 
 
+@own_types()
 def copying_share(
     factors: HeadFactors, words: Dictionary, tokens: Int[Tensor, " token"], k: int = 1
 ) -> Float[Tensor, "layer head"]:
@@ -90,6 +94,7 @@ def copying_ranks(
     ).promoted
 
 
+@own_types()
 def matching_share(
     factors: HeadFactors, words: Dictionary, tokens: Int[Tensor, " token"], k: int = 1
 ) -> Float[Tensor, "layer head"]:

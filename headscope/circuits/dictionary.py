@@ -97,7 +97,7 @@ class Dictionary:
         key = (kind, self.kind(layer))
         if key not in self._kept:
             width = self.model.shape.d_model
-            gram = torch.zeros(width, width, device=self.model.device)
+            gram = torch.zeros(width, width, dtype=torch.float32, device=self.model.device)
             for out, given in self._pairs(kind, layer):
                 gram += out.T @ given
             self._kept[key] = gram

@@ -13,6 +13,7 @@ from headscope.base.saved import Saved
 from headscope.circuits.orthogonal import orthonormal, thin_qr
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.models.running import own_types
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,6 +110,7 @@ class HeadFactors(Shown):
         group = self.n_heads // values.shape[1]
         return values if group == 1 else values.repeat_interleave(group, dim=1)
 
+    @own_types()
     def svd(self) -> HeadSVD:
         """Decompose every head through the QR of its thin factors: O(d_model d_head^2) a head."""
         left, left_mix, left_r = orthonormal(self.left)
@@ -121,12 +123,14 @@ class HeadFactors(Shown):
         U = widened(left, self.per_head(left_mix) @ (u * sign.mT))
         return HeadSVD(U, s, Vh.mul_(sign), self.layers)
 
+    @own_types()
     def singular_values(self) -> Float[Tensor, "layer head rank"]:
         """Singular values alone, largest first."""
         left, right = self.triangles
         values: Tensor = torch.linalg.svdvals(left @ right)
         return values
 
+    @own_types()
     def norm(self) -> Float[Tensor, "layer head"]:
         """Frobenius norm of every head's product."""
         left, right = self.triangles
@@ -175,6 +179,7 @@ class HeadFactors(Shown):
             parts[name] = values[layer : layer + 1, place : place + 1]
         return replace(self, layers=(index.layer,), n_heads=1, **parts)
 
+    @own_types()
     def explicit(self, head: "str | tuple[int, int]") -> Float[Tensor, "d_model d_model"]:
         """One head multiplied out: for looking and for tests."""
         one = self.only(head)

@@ -7,8 +7,10 @@ import torch
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.reading import chosen_layers, need_write
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 
 
+@own_types()
 def ov(
     model: HeadModel, fold_norm: bool = True, *, layers: Sequence[int] | None = None
 ) -> HeadFactors:

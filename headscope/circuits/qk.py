@@ -12,8 +12,10 @@ from headscope.circuits.reading import chosen_layers
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import Rotation
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 
 
+@own_types()
 def qk(
     model: HeadModel,
     fold_norm: bool = True,
@@ -55,6 +57,7 @@ def qk(
     return factors if offset is None else _turned(factors, rotations, offset)
 
 
+@own_types()
 def qk_content(
     model: HeadModel,
     distances: range,
@@ -81,6 +84,7 @@ def qk_content(
     return _turned(factors, rotations, torch.tensor(list(distances), dtype=torch.float64))
 
 
+@own_types()
 def qk_bands(
     model: HeadModel,
     offset: int = 0,

@@ -30,6 +30,7 @@ from headscope.circuits.symmetry import symmetric_share
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import of_weights
 from headscope.probes.vocabulary import ordinary_tokens
 from headscope.progress import Advance, track
@@ -50,6 +51,7 @@ class Line(NamedTuple):
     source: str
 
 
+@own_types()
 def score(
     model: HeadModel,
     *,

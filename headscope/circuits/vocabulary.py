@@ -16,6 +16,7 @@ from headscope.circuits.qk import qk
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,7 @@ class VocabularyView(Saved, Shown):
         ]
 
 
+@own_types()
 def vocabulary_view(
     factors: HeadFactors, words: Dictionary, directions: int = 5, tokens: int = 10
 ) -> VocabularyView:

@@ -115,11 +115,15 @@ def _start(
     shape, device = model.shape, model.device
     size = shape.d_head if rank is None else min(rank, shape.d_head)
     generator = torch.Generator().manual_seed(seed)
-    inner = torch.randn(layers, shape.n_heads, shape.d_head, size, generator=generator)
+    inner = torch.randn(
+        layers, shape.n_heads, shape.d_head, size, generator=generator, dtype=torch.float32
+    )
     inner = inner / shape.d_head**0.5
     if rank is None:
-        inner = torch.eye(size).expand_as(inner).clone()
-    outer = torch.zeros(layers, shape.n_heads, size, shape.d_vocab, device=device)
+        inner = torch.eye(size, dtype=torch.float32).expand_as(inner).clone()
+    outer = torch.zeros(
+        layers, shape.n_heads, size, shape.d_vocab, dtype=torch.float32, device=device
+    )
     return inner.to(device), outer, torch.zeros(layers, shape.d_vocab, device=device)
 
 

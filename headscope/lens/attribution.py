@@ -8,10 +8,12 @@ from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, tok
 from headscope.lens.reading import top_of
 from headscope.lens.splitting import Split
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.table.attribution import Attribution
 
 
+@own_types()
 @torch.no_grad()
 def attribute(
     model: HeadModel,
@@ -70,7 +72,7 @@ def attribute(
     if wanted == other:
         raise InputError("target and foil are the same token: their difference is always 0.")
     pair = torch.tensor([wanted] if other is None else [wanted, other], device=model.device)
-    sign = torch.tensor([1.0, -1.0], device=model.device)[: len(pair)]
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float32, device=model.device)[: len(pair)]
     direction = (model.readout.directions(pair) * sign[:, None]).sum(0, keepdim=True)
     place = torch.zeros(1, dtype=torch.long, device=model.device)
     split = Split(model, place, place + at, direction, with_sources=sources)

@@ -43,7 +43,10 @@ def check_first(model: HeadModel, probe: Probe) -> None:
     last = one.last
     place = torch.zeros(1, dtype=torch.long, device=model.device)
     split = Split(
-        model, place, last.to(model.device), torch.zeros(1, model.shape.d_model).to(model.device)
+        model,
+        place,
+        last.to(model.device),
+        torch.zeros(1, model.shape.d_model, dtype=torch.float32).to(model.device),
     )
     logits = model.forward(one.tokens, real=one.real, observers=[_Final(split)], logits_at=last)
     check_readout(model, split.residual, logits[:, 0].float())

@@ -14,10 +14,12 @@ from headscope.lens.prompt import Prompt, Promptish, Token, read_prompt, read_to
 from headscope.lens.reading import Top, logits_of, rank_of, row_chunks, top_of
 from headscope.lens.states import SITES, States
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.table.lens import LensGrid
 
 
+@own_types()
 def logit_lens(
     model: HeadModel,
     prompt: Promptish,
@@ -65,6 +67,7 @@ def logit_lens(
     ]
 
 
+@own_types()
 @torch.no_grad()
 def logit_lenses(
     model: HeadModel,

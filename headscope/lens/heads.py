@@ -13,10 +13,12 @@ from headscope.lens.prompt import Prompt, Promptish, read_prompt, token_texts
 from headscope.lens.reading import Top, logits_added, row_chunks, top_of
 from headscope.models.blocks import BlockStates
 from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.table.lens import HeadWords
 
 
+@own_types()
 @torch.no_grad()
 def head_lens(model: HeadModel, prompt: Promptish, position: int = -1, *, k: int = 10) -> HeadWords:
     """Tokens whose logits each head's output at one position raises and lowers most.

@@ -16,6 +16,7 @@ from headscope.lens.checks import check_first, need_readout, over_heads, toleran
 from headscope.lens.splitting import Split, rows_of
 from headscope.models.blocks import BlockStates
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores
@@ -24,6 +25,7 @@ from headscope.table.attribution import check_sum
 Against = Literal["foil", "mean", "nothing"]
 
 
+@own_types()
 @torch.no_grad()
 def head_attribution(
     model: HeadModel,

@@ -91,8 +91,10 @@ def tuned_lens(
         raise InputError(f"steps and learning_rate must be positive; got {steps}, {learning_rate}.")
     data = split_data(model, probe, held_out, seed)
     width, count = model.shape.d_model, model.shape.n_layers
-    change = [torch.zeros(width, width, device=model.device) for _ in range(count)]
-    shift = [torch.zeros(width, device=model.device) for _ in range(count)]
+    change = [
+        torch.zeros(width, width, dtype=torch.float32, device=model.device) for _ in range(count)
+    ]
+    shift = [torch.zeros(width, dtype=torch.float32, device=model.device) for _ in range(count)]
     parameters = [one.requires_grad_() for one in (*change, *shift)]
     settings = {"steps": steps, "learning_rate": learning_rate, "seed": seed, **data.facts}
     size = model.shape.d_vocab
@@ -124,7 +126,9 @@ def tuned_lens(
     seconds = (steps - steps // 2 if few else steps) * step_seconds(read, count, width, size)
     told = f" (reads the vocabulary for about {seconds / 60:.0f} min)" if seconds > 90 else ""
     descent.run(f"tuned lens of {model.name}{told}", data, parameters, descend)
-    weight = torch.stack([one.detach() for one in change]) + torch.eye(width, device=model.device)
+    weight = torch.stack([one.detach() for one in change]) + torch.eye(
+        width, dtype=torch.float32, device=model.device
+    )
     bias = torch.stack([one.detach() for one in shift])
 
     def translate(x: Tensor, place: int) -> Tensor:

@@ -113,7 +113,7 @@ class Metric:
         """The number at every position read; NaN elsewhere."""
         read = self.reads(probe).to(logits.device)
         rows = rows_of(logits[read], probe, read, None if clean is None else clean[read])
-        values = torch.full(read.shape, float("nan"), device=logits.device)
+        values = torch.full(read.shape, float("nan"), dtype=torch.float32, device=logits.device)
         values[read] = self.value(rows)
         return values
 

@@ -151,7 +151,7 @@ def learn_gates(
     generator = torch.Generator().manual_seed(seed)
     there = torch.zeros(model.shape.n_layers, model.shape.n_heads, dtype=torch.bool)
     there[tuple(zip(*model.shape.heads, strict=True))] = True
-    log_alpha = torch.full(there.shape, start, requires_grad=True)
+    log_alpha = torch.full(there.shape, start, dtype=torch.float32, requires_grad=True)
     adam = torch.optim.Adam([log_alpha], lr=rate)
     layers = frozenset(model.shape.attention_layers)
     batches = [batch for _, batch in whole_batches(study)]
@@ -161,7 +161,7 @@ def learn_gates(
             if step % len(batches) == 0:
                 turns = torch.randperm(len(batches), generator=generator).tolist()
             batch = batches[turns[step % len(batches)]]
-            noise = torch.rand(there.shape, generator=generator)
+            noise = torch.rand(there.shape, generator=generator, dtype=torch.float32)
             with torch.enable_grad():
                 gates = _Gated(sample_gates(log_alpha, noise).to(model.device), layers)
                 cost = sign * total_metric(model, batch, (gates,)) / len(batch.probe)

@@ -20,6 +20,7 @@ from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import as_metric
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.progress import track
 from headscope.pruning.direction import Better, cost_sign
@@ -44,6 +45,7 @@ class _Gates:
         return value * self.amounts[layer].to(value)[..., None]
 
 
+@own_types()
 def gradient_importance(
     model: HeadModel,
     probe: Probe,
@@ -129,7 +131,10 @@ def _by_example(
     layers = sorted({head.layer for head in heads})
     shape = (*batch.probe.tokens.shape, model.shape.n_heads)
     with torch.enable_grad():
-        gates = {n: torch.ones(shape, device=model.device, requires_grad=True) for n in layers}
+        gates = {
+            n: torch.ones(shape, dtype=torch.float32, device=model.device, requires_grad=True)
+            for n in layers
+        }
         total = total_metric(model, batch, (*edits, _Gates(gates)))
         found = torch.autograd.grad(total, [gates[n] for n in layers])
     by_layer = dict(zip(layers, (gradient.cpu().double() for gradient in found), strict=True))

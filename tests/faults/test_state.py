@@ -672,8 +672,9 @@ def test_b10_readings_are_in_the_models_own_types(name: str) -> None:
     model = hs.load(llama())
     wanted = np.asarray(READINGS[name](model))
     for around, enter in AROUND.items():
+        module = llama()
         with enter():
-            loaded = hs.load(llama().float())
+            loaded = hs.load(module)
             found = [np.asarray(READINGS[name](one)) for one in (model, loaded)]
         for one in found:
             np.testing.assert_allclose(one, wanted, atol=2e-5, rtol=1e-4, err_msg=around)

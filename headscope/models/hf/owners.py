@@ -125,7 +125,9 @@ def _numbers(
 ) -> dict[int, int]:
     """Head that each output reaches at one site, for those that reach any."""
     heads = torch.arange(value.shape[1], device=value.device)
-    weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(layer))
+    weights = torch.randn(
+        value.shape, generator=torch.Generator().manual_seed(layer), dtype=torch.float32
+    )
     weighted = (value.float() * weights.to(value.device)).sum((0, 2, 3))
 
     def derivative(signs: Tensor) -> Tensor:

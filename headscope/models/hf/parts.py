@@ -24,7 +24,7 @@ class HFParts(MeasuredParts):
         width, device = self.model.shape.d_model, self.model.device
         parts = self.model.layout.layers[layer]
         if parts.reads_residual:
-            ones = torch.ones(width, device=device)
+            ones = torch.ones(width, dtype=torch.float32, device=device)
             return InputNorm(ones, torch.zeros_like(ones), False, 0.0, divides=False)
         if parts.input_norm is None:
             raise UnsupportedModelError(
