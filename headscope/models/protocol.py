@@ -1,6 +1,6 @@
 """What every way of running a model offers to the rest of headscope."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ from torch import Tensor
 # Not from typing: before Python 3.12 that one computes every property of what it checks.
 from typing_extensions import Protocol, runtime_checkable
 
+from headscope.base.stacks import Stack
+from headscope.edits import Span
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, Rotation
 from headscope.matches import Matches
@@ -189,6 +191,49 @@ class HeadModel(Protocol):
 
         Raises:
             HeadscopeError: if another thread has a scope of edits open on this model.
+        """
+
+    @property
+    def stacks(self) -> Mapping[str, Stack]:
+        """Attention stacks by name; a causal text model has a single one, with an empty name."""
+
+    def run(
+        self,
+        batch: Any,
+        *,
+        reads: Mapping[Any, Callable[[Any], Any]] = ...,
+        writes: Mapping[Any, Callable[[Tensor, Span], Tensor]] = ...,
+        until: Any = None,
+        logits_at: Int[Tensor, " at"] | None = None,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch at d_vocab"] | None:
+        """Run the model once, reading and writing named points of the computation.
+
+        At a tap that is both written and read, the reader sees what was written.
+
+        Args:
+            batch: a probe, or token ids ``[batch pos]``.
+            reads: ``{tap: read}``; ``read(view)`` is called as the pass comes by, with a
+                :class:`headscope.models.taps.TapView` that is valid during the call.
+            writes: ``{tap: write}``; ``write(value, span)`` returns the value to go on with.
+            until: tap after which the pass stops.
+            logits_at: positions whose logits are returned; None: all; empty: none.
+            grad: track gradients; what reads see is then part of the graph.
+
+        Returns:
+            Logits; None where the pass stops earlier or none were asked for.
+
+        Raises:
+            InputError: if a tap is not one of the model's.
+            UnsupportedModelError: if this family does not show it.
+
+        Example:
+            >>> norms = {}
+            >>> def keep(view):
+            ...     norms[view.tap.layer] = view.value.norm(dim=-1).mean().item()
+            >>> _ = model.run(probe, reads={("resid_post", layer): keep for layer in range(2)})
+            >>> sorted(norms)
+            [0, 1]
         """
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:

@@ -23,6 +23,10 @@ from headscope.models.offload import put_away
 MEASURING = object()
 
 
+class Finished(Exception):  # noqa: N818  # not an error
+    """Raised inside a pass that has nothing left to show."""
+
+
 @dataclass(eq=False)
 class Use:
     """Who runs and who edits one module now, through whichever wrapper.

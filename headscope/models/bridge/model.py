@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from headscope.base.glance import Glance, Shown
 from headscope.edits import Span
@@ -16,19 +16,21 @@ from headscope.models.blocks import unmeasured_write
 from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
 from headscope.models.bridge.parts import BridgeParts
-from headscope.models.bridge.passes import BridgePass, Finished
+from headscope.models.bridge.passes import BridgePass
 from headscope.models.bridge.weights import bridge_weights
 from headscope.models.digest import Digest
 from headscope.models.hf.readout import logit_scale, measure_readout
+from headscope.models.hf.taps import Tapped
 from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.protocol import Edit, Observer
+from headscope.models.running import Finished
 from headscope.models.shown import glance_of
 from headscope.outputs import HeadWeights, Readout
 
 
-class BridgeModel(Shown):
+class BridgeModel(Tapped, Shown):
     """A ``TransformerBridge`` whose attention patterns are computed whole, layer by layer.
 
     The bridge is used as it is: hooks of its owner stay, and act, during every pass.
@@ -179,6 +181,11 @@ class BridgeModel(Shown):
         except Finished:
             return torch.empty(len(tokens), 0, self.shape.d_vocab)
         return logits if logits_at is None else logits[:, logits_at.to(logits.device)]
+
+    @property
+    def final_entry(self) -> nn.Module | None:
+        """Module whose input is the last residual stream; None where it cannot be told."""
+        return self.layout.final
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Scope in which every pass of the bridge is edited, generation too; restored after."""

@@ -16,7 +16,7 @@ from headscope.models.attention import visible_keys
 from headscope.models.bridge.layout import BridgeLayer, BridgeLayout
 from headscope.models.hf.spans import OwnPasses, replaced, watched
 from headscope.models.protocol import Edit, Observer
-from headscope.models.running import pass_over, scope_over, use_of
+from headscope.models.running import Finished, pass_over, scope_over, use_of
 from headscope.rows import AttentionRows
 
 # Attention on keys that the config's window hides; above this the config does not tell the truth.
@@ -26,10 +26,6 @@ _STRAY = 1e-3
 _INSIDE = ("query", "key", "value", "pattern")
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
-
-
-class Finished(Exception):  # noqa: N818 - it is no error
-    """Raised inside a pass that has nothing left to show."""
 
 
 @dataclass(frozen=True, eq=False)

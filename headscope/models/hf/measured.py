@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,16 +16,12 @@ from headscope.models.blocks import AttentionWrite, BlockObserver
 from headscope.models.hf.blocks import Seen, Writers, attention_write, find_writers, shown
 from headscope.models.offload import parameter
 from headscope.models.rotary import POSITIONS, find_rotation
-from headscope.models.running import MEASURING, pass_over
+from headscope.models.running import MEASURING, Finished, pass_over
 from headscope.outputs import HeadWeights
 
 # Rows of the embedding that pass the first block at a time.
 _BATCH = 1024
 Hook = Callable[[], Any]
-
-
-class Finished(Exception):  # noqa: N818  # not an error
-    """Raised inside a pass that has shown all it had to."""
 
 
 class MeasuredParts(ABC):
@@ -168,6 +164,23 @@ class MeasuredParts(ABC):
             return find_writers(seen, blocks)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{self.model.name}: {error}") from error
+
+    def writer(self, layer: int, site: Literal["attn_out", "mlp_out"]) -> tuple[nn.Module, float]:
+        """Module of a block whose output is attention's or the MLP's write, and its multiplier.
+
+        Raises:
+            UnsupportedModelError: if the block adds something else.
+        """
+        writers = self._writers.get(layer)
+        if writers is None:
+            raise UnsupportedModelError(
+                f"layer {layer} of {self.model.name} has no attention, so what it adds is not "
+                "split into attention and MLP: read resid_post."
+            )
+        block = self.block(layer)
+        if site == "attn_out":
+            return block.get_submodule(writers.attention), writers.attention_scale
+        return block.get_submodule(writers.mlp), writers.mlp_scale
 
     def rotation(self, layer: int) -> Rotation:
         """Rotary positions of one layer, measured once."""

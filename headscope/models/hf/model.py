@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from headscope.base.glance import Glance, Shown
 from headscope.edits import Span
@@ -17,20 +17,22 @@ from headscope.models.digest import Digest
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import Layout, find_layout
 from headscope.models.hf.parts import HFParts
-from headscope.models.hf.passes import Finished, Pass, Scope
+from headscope.models.hf.passes import Pass, Scope
 from headscope.models.hf.projection import matrix
 from headscope.models.hf.readout import find_readout
 from headscope.models.hf.removed import kept_in
+from headscope.models.hf.taps import Tapped
 from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.offload import all_weights, runs_on
 from headscope.models.protocol import Edit, Observer
+from headscope.models.running import Finished
 from headscope.models.shown import glance_of
 from headscope.outputs import HeadWeights, Readout
 
 
-class HFModel(Shown):
+class HFModel(Tapped, Shown):
     """A ``PreTrainedModel`` whose attention goes through transformers' attention registry.
 
     The module is used as it is: nothing of it is changed between passes.
@@ -180,6 +182,11 @@ class HFModel(Shown):
                 return self._logits(inputs, logits_at)
             except Finished:
                 return torch.empty(len(tokens), 0, self.shape.d_vocab)
+
+    @property
+    def final_entry(self) -> nn.Module | None:
+        """Module whose input is the last residual stream; None where it cannot be told."""
+        return self.layout.final_norm
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Scope in which every pass of ``module`` is edited, generation too; restored after."""

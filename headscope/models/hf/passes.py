@@ -17,15 +17,11 @@ from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts, Layout
 from headscope.models.hf.spans import OwnPasses, watched
 from headscope.models.protocol import Edit, Observer
-from headscope.models.running import pass_over, scope_over, use_of
+from headscope.models.running import Finished, pass_over, scope_over, use_of
 from headscope.rows import AttentionRows
 
 # Entries of the rows that an edit of patterns holds at once.
 _EDITED_ENTRIES = 1 << 24
-
-
-class Finished(Exception):  # noqa: N818  # not an error
-    """Raised inside a pass that has nothing left to show."""
 
 
 @dataclass(frozen=True, eq=False)
