@@ -183,3 +183,10 @@ def test_a_device_map_of_one_device_is_that_device() -> None:
     assert found.tolist() == expected.tolist()
     split = lens.attribute(mapped, [5, 9, 5, 9])
     assert split.heads.tolist() == lens.attribute(plain, [5, 9, 5, 9]).heads.tolist()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "gemma2"])
+def test_a_model_in_double_precision_is_accepted(family: str) -> None:
+    model = hs.load(fresh(family).double())
+    assert model.dtype == torch.float64
+    assert model.forward(torch.tensor([[3, 4, 5]])).dtype == torch.float64

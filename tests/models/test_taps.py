@@ -161,10 +161,12 @@ def test_gradients_are_finite_differences(family: str, site: str) -> None:
     step = torch.randn(kept[0].shape, generator=torch.Generator().manual_seed(0)).double()
     ends = [
         metric(model.run(tokens, writes={tap: lambda value, span, e=e: value + e * step}))
-        for e in (1e-5, -1e-5)
+        for e in (1e-3, -1e-3)
     ]
-    numeric = float(ends[0] - ends[1]) / 2e-5
-    assert float((gradient * step).sum()) == pytest.approx(numeric, rel=1e-4, abs=1e-6)
+    numeric = float(ends[0] - ends[1]) / 2e-3  # a wide step: norms compute in fp32 all the same
+    assert float((gradient * step).sum()) == pytest.approx(
+        numeric, abs=3e-3 * float(gradient.norm())
+    )
 
 
 def test_no_gradient_unless_asked() -> None:

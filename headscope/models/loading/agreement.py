@@ -74,9 +74,11 @@ def rounding(dtype: torch.dtype, terms: int = 1, score: float = 0.0) -> float:
         >>> rounding(torch.float32, terms=64) < 1e-4 < rounding(torch.bfloat16) <= 0.5
         True
     """
-    itself, by_term, by_score = _SINGLE if dtype in (torch.float32, torch.float64) else _HALF
+    # A model in fp64 still rotates, normalises and takes its softmax in fp32.
+    computed = torch.float32 if dtype == torch.float64 else dtype
+    itself, by_term, by_score = _SINGLE if computed == torch.float32 else _HALF
     size = itself + by_term * math.sqrt(terms) + by_score * score
-    return min(0.5, torch.finfo(dtype).eps * size)
+    return min(0.5, torch.finfo(computed).eps * size)
 
 
 @dataclass(frozen=True)
