@@ -9,11 +9,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TORCH := 2.13.0
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format notebooks docs bench dist lock clean
+.PHONY: help setup demo test test-cpus lint format notebooks docs bench dist lock clean
 
 help: ## list what can be made
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
-		printf 'make %-8s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
+		printf 'make %-9s %s\n' "$$name" "$$what"; done
 
 setup: $(VENV)/.installed ## build .venv from requirements.lock, headscope itself editable
 	@:
@@ -23,6 +23,13 @@ demo: setup ## score the bundled model, offline; table and pictures in runs/demo
 
 test: lint ## all that CI runs: lint, types, tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# With two threads, where `make test` has one: no number may depend on the order of a sum.
+test-cpus: setup ## the numeric tests under every instruction set that this processor has
+	@set -e; for cpu in $$($(BIN)/python tests/capabilities.py); do \
+		echo "ATEN_CPU_CAPABILITY=$$cpu"; \
+		ATEN_CPU_CAPABILITY=$$cpu HEADSCOPE_TEST_THREADS=2 $(BIN)/python -m pytest -q -m numeric \
+			-n auto --dist loadfile; done
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
@@ -65,7 +72,7 @@ dist: setup ## build wheel and sdist into dist/
 lock: ## resolve anew and write requirements.lock
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[dev,docs,duckdb,paper,polars,ray]' torch==$(TORCH)
+	build/lock/bin/python -m pip install --quiet '.[dev,docs,duckdb,gguf,paper,polars,ray]' torch==$(TORCH)
 	{ echo "# Written by 'make lock': all that 'make setup' installs. Builds of torch for a GPU bring"; \
 	  echo "# their own nvidia packages, so those are not listed, nor is a build's local suffix."; \
 	  build/lock/bin/python -m pip freeze --exclude headscope \

@@ -45,14 +45,50 @@ LONGEST = (
     "report/test_browser.py",
 )
 
+# Marker -> the files and folders that it stands for: `pytest -m fast` is what to run while
+# writing, `-m numeric` what may depend on the processor.
+MARKED = {
+    "fast": (
+        *("base/test_stacks.py", "table", "plots", "test_errors.py", "test_metrics.py"),
+        *("circuits/test_orthogonal.py", "circuits/test_spectrum.py", "scorers/test_formulas.py"),
+    ),
+    "numeric": (
+        *("ablation", "base", "capture", "circuits", "scorers", "scoring", "test_metrics.py"),
+        *("lens/test_attribution.py", "models/test_attention.py", "models/test_blocks.py"),
+        *("models/test_bridge_weights.py", "models/test_readout.py", "pruning/test_structure.py"),
+    ),
+}
+
 # Models here are tiny: threads cost more than they bring, and the workers fill the cores.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("HEADSCOPE_TEST_THREADS", "1")))
+
+
+def markers_of(path: Path) -> set[str]:
+    """Markers that a test file or folder has by its place."""
+    return {
+        marker
+        for marker, names in MARKED.items()
+        if any(path.is_relative_to(ROOT / "tests" / name) for name in names)
+    }
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import nothing that is not asked for: most of the time of a few fast tests would be that."""
+    wanted = config.option.markexpr
+    if collection_path.is_dir():
+        return None
+    found = markers_of(collection_path)
+    only = collection_path.name.startswith("test_") and wanted in MARKED and wanted not in found
+    return True if only else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Longest files first, the rest as they were."""
+    """Longest files first, the rest as they were; markers by place."""
     place = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+    for item in items:
+        for marker in markers_of(item.path):
+            item.add_marker(marker)
 
 
 @pytest.fixture(autouse=True)

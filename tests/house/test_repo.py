@@ -139,7 +139,7 @@ def test_lock_is_portable_and_satisfies_pyproject() -> None:
     extras = PROJECT["optional-dependencies"]
     for text in (
         *PROJECT["dependencies"],
-        *(one for name in ("dev", "docs", "paper", "polars") for one in extras[name]),
+        *(one for name in ("dev", "docs", "gguf", "paper", "polars") for one in extras[name]),
     ):
         wanted = Requirement(text)
         assert wanted.specifier.contains(locked[wanted.name.lower()]), text

@@ -12,6 +12,7 @@ from headscope.errors import HeadscopeError, InputError, ModelLoadError, Unsuppo
 from headscope.models.loading import shipped
 from headscope.models.loading.admission import admit
 from headscope.models.loading.extrapolation import extrapolate as extrapolate_positions
+from headscope.models.loading.gguf import check_gguf, is_gguf, read_gguf, read_gguf_config
 from headscope.models.protocol import HeadModel
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -41,7 +42,8 @@ def load(
     """Load a causal language model.
 
     Args:
-        source: a Hugging Face name, a local folder, a ``PreTrainedModel``, a transformer-lens
+        source: a Hugging Face name, a local folder, a ``.gguf`` file (read dequantised, in fp32;
+            needs ``headscope[gguf]``), a ``PreTrainedModel``, a transformer-lens
             ``TransformerBridge``, the name of a bundled model, or None for the default one.
             A model that you pass is used as it is and left as it was; a compiled one runs
             uncompiled while headscope looks.
@@ -172,6 +174,13 @@ def _from_files(
     from headscope.models.hf.prune import is_pruned, read_pruned
 
     name = shipped.DEFAULT if source is None else str(source)
+    if source is not None and is_gguf(source):
+        check_gguf(source, revision)
+        config = read_gguf_config(source)
+        admit(config, name)
+        module = _placed(read_gguf(source, config, dtype, device_map), device, device_map)
+        file = Path(source)
+        return module.eval(), _tokenizer(str(file.parent), {"gguf_file": file.name}), name, None
     place = name
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     tokenizer_place = name
@@ -196,11 +205,16 @@ def _from_files(
         raise
     except Exception as error:  # foreign files through foreign parsers: anything may come
         raise ModelLoadError(_load_failure(name, place, error, allow_pickle)) from error
-    if device_map is None:
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        module.to(chosen)
+    module = _placed(module, device, device_map)
     commit = getattr(config, "_commit_hash", None) or revision
     return module.eval(), _tokenizer(tokenizer_place, code), name, commit
+
+
+def _placed(module: Any, device: str | torch.device | None, device_map: Any) -> Any:
+    """The model where it was wanted; a device map has put it there already."""
+    if device_map is None:
+        module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return module
 
 
 def _tokenizer(place: str, code: dict[str, Any]) -> Any:
@@ -215,9 +229,10 @@ def _tokenizer(place: str, code: dict[str, Any]) -> Any:
         # Without files some families get a tokenizer of special tokens alone.
         return tokenizer if {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} else None
     except Exception as error:  # as above; what needs a tokenizer says that there is none
-        if any((Path(place) / file).is_file() for file in _TOKENIZER_FILES):
+        if "gguf_file" in code or any((Path(place) / file).is_file() for file in _TOKENIZER_FILES):
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            warnings.warn(f"the tokenizer in {place} could not be read: {reason}", stacklevel=2)
+            where = code.get("gguf_file", place)
+            warnings.warn(f"the tokenizer in {where} could not be read: {reason}", stacklevel=2)
         return None
 
 
