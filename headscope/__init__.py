@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from headscope import retrieval as retrieval
     from headscope import scorers as scorers
     from headscope import sweeps as sweeps
+    from headscope import testing as testing
     from headscope.ablation import ablate_cumulatively as ablate_cumulatively
     from headscope.ablation import ablate_groups as ablate_groups
     from headscope.ablation import ablate_heads as ablate_heads
@@ -106,6 +107,7 @@ _HOME = {
     "scorers": "headscope.scorers",
     "screen_heads": "headscope.ablation",
     "sweeps": "headscope.sweeps",
+    "testing": "headscope.testing",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw these would take every name for an unknown object

@@ -99,18 +99,19 @@ def _bos(model: HasVocabulary) -> int | None:
 
 
 def ordinary_tokens(model: HasVocabulary) -> Int[Tensor, " ordinary"]:
-    """Ids that stand for text: in the tokenizer, in the embedding, and not special.
+    """Ids that stand for text: in the tokenizer, in the embedding, with a logit, and not special.
 
     Rows that pad the embedding beyond the tokenizer, and reserved special tokens, were never
     trained and are left out. Without a tokenizer every id counts.
     """
+    known = min(model.shape.d_vocab, model.shape.n_logits)
     if model.tokenizer is None:
-        return torch.arange(model.shape.d_vocab)
+        return torch.arange(known)
     special = set(model.tokenizer.all_special_ids)
     added = getattr(model.tokenizer, "added_tokens_decoder", {})
     special |= {token_id for token_id, token in added.items() if token.special}
     ids = set(model.tokenizer.get_vocab().values()) - special
-    return torch.tensor(sorted(i for i in ids if 0 <= i < model.shape.d_vocab))
+    return torch.tensor(sorted(i for i in ids if 0 <= i < known))
 
 
 def check_length(model: HasVocabulary, length: int, *, what: str, fix: str) -> None:

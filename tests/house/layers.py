@@ -21,7 +21,7 @@ FLOORS = (
     {"accumulate", "lens", "patterns", "geometry"},
     {"scoring", "ablation"},
     {"pruning", "retrieval", "comparing"},
-    {"sweeps", "report"},
+    {"sweeps", "report", "testing"},
     {"interactive"},
     {"cli"},
     {"__main__"},
@@ -74,10 +74,12 @@ ALLOWED: dict[str, set[str]] = {
     "interactive": _RUNS_MODELS
     | {"files", "circuits", "scoring", "ablation", "patterns", "report"},
     "cli": set().union(*FLOORS[:-2]),
+    "testing": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
     "__main__": {"cli"},
 }
 
-MODEL_FILES = r"models/(hf|bridge)/\w+\.py|models/bundled/training/.*"
+# testing/plain.py hooks a model on its own, to be independent of what it holds it against.
+MODEL_FILES = r"models/(hf|bridge)/\w+\.py|models/bundled/training/.*|testing/plain\.py"
 
 # A library -> the files that may import it (patterns on the path below headscope/).
 ONLY_IN = {

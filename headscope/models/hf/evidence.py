@@ -227,7 +227,7 @@ def watched_pass(
     Returns:
         What was compared, and other things that were seen, as sentences.
     """
-    look = Look(model)
+    look = Look(model, wants_final=model.layout.final_norm is not None)
     writes: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     uses: dict[nn.Module, int] = {}
 

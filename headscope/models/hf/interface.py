@@ -86,6 +86,8 @@ class MaskFacts:
         end: number of keys up to and with the last query's own; a static cache has more.
         function: transformers' definition of the mask, of examples, heads, queries and keys.
         use_vmap: whether that takes single indices only.
+        refused: why attention under this mask is refused; None where it is not. Some families
+            also make masks that no attention is called with (an encoder's, in bart's decoder).
     """
 
     window: int | None
@@ -93,6 +95,7 @@ class MaskFacts:
     end: int
     function: MaskFunction
     use_vmap: bool
+    refused: str | None = None
 
 
 _MADE: ContextVar[list[MaskFacts] | None] = ContextVar("headscope_masks", default=None)
@@ -136,28 +139,30 @@ def _mask(
 ) -> Tensor:
     """Say which keys are real, and with which window; see transformers' AttentionMaskInterface.
 
-    Raises:
-        UnsupportedModelError: if the mask is neither causal nor causal with a window.
+    A mask that is neither causal nor causal with a window is refused where attention uses it.
     """
     first = int(q_offset)
     end = first + q_length - kv_offset
     real = padding_of_keys(attention_mask, kv_length, kv_offset)
-    window = local_size
+    window, refused = local_size, None
     if not plainly_causal(mask_function):
-        window = _window(
-            mask_function,
-            batch_size,
-            torch.arange(first, first + q_length, device=device),
-            torch.arange(kv_offset, kv_offset + end, device=device),
-            local_size,
-            use_vmap,
-        )
+        try:
+            window = _window(
+                mask_function,
+                batch_size,
+                torch.arange(first, first + q_length, device=device),
+                torch.arange(kv_offset, kv_offset + end, device=device),
+                local_size,
+                use_vmap,
+            )
+        except UnsupportedModelError as error:
+            refused = str(error)
     padded = real is not None and not bool(real[:, :end].all())
     mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = mask if real is None else real.to(device).clone()
-    facts = MaskFacts(window, padded, end, mask_function, use_vmap)
+    facts = MaskFacts(window, padded, end, mask_function, use_vmap, refused)
     setattr(mask, _FACTS, facts)
-    if (made := _MADE.get()) is not None:
+    if (made := _MADE.get()) is not None and refused is None:
         made.append(facts)
     return mask
 
@@ -259,6 +264,8 @@ def _attend(
     if not causal:
         raise UnsupportedModelError("its attention is not causal (an encoder).")
     facts = mask_facts(attention_mask)
+    if facts is not None and facts.refused is not None:
+        raise UnsupportedModelError(facts.refused)
     if facts is not None and attention_mask is not None:
         key, value = key[:, :, : facts.end], value[:, :, : facts.end]
         attention_mask = attention_mask[:, : facts.end] if facts.padded else None

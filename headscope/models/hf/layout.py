@@ -107,7 +107,7 @@ def find_layout(model: Any) -> Layout | None:
         layers[number] = LayerParts(
             number, module, watch.projections[module], scales[number], norm, plain
         )
-    final = _final_norm(model, watch)
+    final = _final_norm(model, watch, blocks)
     return Layout(
         shape,
         layers,
@@ -287,7 +287,7 @@ def _input_norm(
     return None, False
 
 
-def _final_norm(model: Any, watch: Watch) -> nn.Module | None:
+def _final_norm(model: Any, watch: Watch, blocks: nn.ModuleList) -> nn.Module | None:
     head = model.get_output_embeddings()
     entering = watch.inputs.get(head)
     if entering is None:
@@ -299,7 +299,20 @@ def _final_norm(model: Any, watch: Watch) -> nn.Module | None:
         and output.shape == entering.shape
         and torch.equal(output, entering)
     ]
-    return norms[-1] if norms else None
+    if not norms or not _reads_stream(watch, norms[-1], blocks):
+        return None
+    return norms[-1]
+
+
+def _reads_stream(watch: Watch, norm: nn.Module, blocks: nn.ModuleList) -> bool:
+    """Whether the norm reads what the last block returns.
+
+    Not so where a prediction head comes first (bert), or several streams are joined (gemma3n).
+    """
+    given, made = watch.inputs.get(norm), watch.outputs.get(blocks[-1])
+    if given is None or made is None or given.numel() != made.numel():
+        return False
+    return torch.equal(given, made.reshape(given.shape))
 
 
 def _may_be_norm(module: nn.Module, watch: Watch) -> bool:

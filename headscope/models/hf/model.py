@@ -15,7 +15,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import unmeasured_write
 from headscope.models.digest import Digest
 from headscope.models.hf.interface import register
-from headscope.models.hf.layout import Layout, find_layout
+from headscope.models.hf.layout import Layout, find_layout, tiny_tokens
 from headscope.models.hf.parts import HFParts
 from headscope.models.hf.passes import Pass, Scope
 from headscope.models.hf.projection import matrix
@@ -23,7 +23,7 @@ from headscope.models.hf.readout import find_readout
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.taps import Tapped
 from headscope.models.loading.agreement import Proof
-from headscope.models.loading.calls import accepted, padding
+from headscope.models.loading.calls import accepted, first_position, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.offload import all_weights, runs_on
 from headscope.models.protocol import Edit, Observer
@@ -200,12 +200,45 @@ class HFModel(Tapped, Shown):
         # All real, it changes nothing, but keeps families from warning of padding.
         inputs["attention_mask"] = torch.ones_like(tokens)
         if real is not None and not bool(real.all()):
-            inputs |= padding(real.to(self.device), self._arguments)
+            if not bool(real[:, 0].all()):
+                self._need_left_padding()
+            inputs |= padding(real.to(self.device), self._arguments, self._first_position)
         return inputs
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
         return accepted(self.module)
+
+    @cached_property
+    def _first_position(self) -> int:
+        if "position_ids" not in self._arguments:
+            return 0
+        return first_position(self.module, tiny_tokens(self.module))
+
+    def _need_left_padding(self) -> None:
+        """Refuse texts with padding before them where the family reads them otherwise.
+
+        Raises:
+            UnsupportedModelError: if positions cannot be told apart from places (bart's decoder).
+        """
+        if self._shifts_on_the_left:
+            raise UnsupportedModelError(
+                f"{self.name} ({self.module.config.model_type}) reads a text otherwise when "
+                "padding stands before it, as it counts places and not tokens: pad on the right."
+            )
+
+    @cached_property
+    @torch.no_grad()
+    def _shifts_on_the_left(self) -> bool:
+        tokens = tiny_tokens(self.module)[:1]
+        wide = torch.cat([tokens[:, :3], tokens], 1)
+        real = torch.ones_like(wide, dtype=torch.bool)
+        real[:, :3] = False
+        alone = self.module(input_ids=tokens, use_cache=False).logits.float()
+        given = padding(real, self._arguments, self._first_position)
+        padded = self.module(input_ids=wide, use_cache=False, **given).logits[:, 3:].float()
+        allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
+        return not bool((padded - alone).abs().max() <= allowed * alone.abs().max())
 
     def _logits(self, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
         if logits_at is None:

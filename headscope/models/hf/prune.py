@@ -119,6 +119,11 @@ def _apply(model: Any, plan: Removal, rows: Rows) -> None:
     for layer in plan.layers:
         attention = model.get_submodule(layer.attention)
         if not layer.heads:
+            if layer.projection not in dict(attention.named_modules()):
+                raise UnsupportedModelError(
+                    "its output projections stand beside the attention modules, so no layer can "
+                    "lose all its heads: keep one of each."
+                )
             silent = NoHeads(attention, layer.projection, layer.returns)
             model.set_submodule(layer.attention, silent)
             continue
@@ -132,8 +137,14 @@ def _apply(model: Any, plan: Removal, rows: Rows) -> None:
                 module.__class__ = RepeatingLinear
                 module.headscope_blocks = layer.blocks[name]
                 module.headscope_d_head = plan.d_head
-        _cut_projection(attention.get_submodule(layer.projection), kept, plan.d_head)
+        _cut_projection(_projection(model, attention, layer.projection), kept, plan.d_head)
         _renumber(attention, kept, plan.d_head)
+
+
+def _projection(model: Any, attention: Any, path: str) -> Any:
+    """Output projection: in the attention module, or (bert) beside it, by its path in the model."""
+    inside = dict(attention.named_modules())
+    return inside[path] if path in inside else model.get_submodule(path)
 
 
 def _cut(module: Any, index: Tensor, *, out: bool) -> None:

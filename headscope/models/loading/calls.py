@@ -4,8 +4,11 @@ import inspect
 from collections.abc import Collection
 from typing import Any
 
-from jaxtyping import Bool
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
+
+from headscope.errors import UnsupportedModelError
 
 
 def accepted(module: Any) -> frozenset[str]:
@@ -13,9 +16,47 @@ def accepted(module: Any) -> frozenset[str]:
     return frozenset(inspect.signature(module.forward).parameters)
 
 
-def padding(real: Bool[Tensor, "batch pos"], accepts: Collection[str]) -> dict[str, Tensor]:
-    """Arguments that say which tokens are real; positions count them alone, on either side."""
+def padding(
+    real: Bool[Tensor, "batch pos"], accepts: Collection[str], first: int = 0
+) -> dict[str, Tensor]:
+    """Arguments that say which tokens are real; positions count them alone, on either side.
+
+    Args:
+        real: False at padding.
+        accepts: names of arguments that the module takes.
+        first: number of the first position; see :func:`first_position`.
+    """
     inputs = {"attention_mask": real.long()}
     if "position_ids" in accepts:
-        inputs["position_ids"] = (real.long().cumsum(1) - 1).clamp_min(0)
+        inputs["position_ids"] = (real.long().cumsum(1) - 1).clamp_min(0) + first
     return inputs
+
+
+@torch.no_grad()
+def first_position(module: Any, tokens: Int[Tensor, "batch pos"]) -> int:
+    """Number that a module gives to the position of its first token.
+
+    0, but in families whose table of positions begins with a row for padding (roberta).
+
+    Args:
+        module: a transformers model whose ``forward`` takes ``position_ids``.
+        tokens: a few ids, none of them padding.
+
+    Raises:
+        UnsupportedModelError: if no numbering gives what the model gives by itself.
+    """
+    own = module(input_ids=tokens, use_cache=False).logits
+    counted = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    padding_row = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
+    for first in dict.fromkeys((0, padding_row + 1, 1, 2)):
+        try:
+            logits = module(input_ids=tokens, position_ids=counted + first, use_cache=False).logits
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            continue
+        scale = own.abs().max().clamp_min(1.0)
+        if bool((logits - own).abs().max() <= 1e-3 * scale):
+            return first
+    raise UnsupportedModelError(
+        f"{type(module).__name__} numbers its positions in a way that padding cannot be told of: "
+        "give texts of one length."
+    )

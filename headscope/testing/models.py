@@ -1,0 +1,707 @@
+"""``hs.testing.check_model``: whether what headscope says of a model is what the model does."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from einops import einsum
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headscope import circuits, lens, metrics, probes
+from headscope.ablation import ablate_heads
+from headscope.capture import collect
+from headscope.edits import zero
+from headscope.errors import HeadscopeError, UnsupportedModelError
+from headscope.heads import HeadIndex
+from headscope.models.loading.load import load
+from headscope.models.protocol import HeadModel, LayerView
+from headscope.pruning import prune
+from headscope.scoring import score
+from headscope.testing.plain import PlainCall, PlainModel, PlainRun, Sites, flat_heads, hooked
+from headscope.testing.report import (
+    CheckError,
+    CheckReport,
+    agree,
+    ensure,
+    gap,
+    run_checks,
+)
+
+# Texts are at least this long, and longer than any window of the model that is not huge.
+_LENGTH, _LONGEST = 72, 256
+# Share of the largest number that rounding in other orders may come to.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+_HALF_TOLERANCE = 0.1
+
+
+def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckReport:
+    """Hold a model, as headscope sees it, against the model itself.
+
+    The model is run plainly beside it: on its own eager attention, with torch's own hooks, on
+    random texts longer than its windows (72 to 256 tokens). Checked are, in this order:
+
+    ``shape``: layers, heads and head sizes are those of the attention calls. ``logits``: as the
+    model's own, watched or not. ``rows``: attention of every layer and head, whole and in chunks.
+    ``head outputs``: ``z``. ``values``: their average by the rows is ``z``. ``zero ablation``: of
+    single heads, in one pass and by :func:`headscope.ablate_heads`. ``write``: ``z @ W_O`` is what
+    a head adds to the residual stream. ``readout``: final norm and unembedding give the logits.
+    ``attribution``: the parts of a logit sum to it. ``OV circuit``, ``QK circuit``: products of
+    weights do what attention does with single inputs. ``pruning``: the smaller model is the model
+    with these heads at 0. ``padding left``, ``padding right``: change nothing. ``batch size``: nor
+    does that. ``scores``: as computed from whole patterns. ``hooks``: those of the model's owner
+    stay and act. ``restored``: training mode, attention implementation, hooks and weights, after
+    a pass and after one that fails. ``not a number``: is refused.
+
+    Args:
+        model: from :func:`headscope.load`, or whatever that takes.
+        raises: raise at the first failure; else go on and list it in the report.
+        seed: of the texts.
+
+    Returns:
+        Every check: passed, limited (what it asks for is refused, and why) or failed.
+
+    Raises:
+        CheckError: with the check and the difference.
+        HeadscopeError: from :func:`headscope.load`, where the model is refused.
+
+    Example:
+        >>> import headscope as hs
+        >>> report = hs.testing.check_model("tiny-llama")
+        >>> bool(report), report.limited
+        (True, {})
+    """
+    seen: HeadModel = model if isinstance(model, HeadModel) else load(model)
+    from transformers import PreTrainedModel
+
+    subject = _Subject(seen, model if isinstance(model, PreTrainedModel) else None, seed)
+    return run_checks(seen.name, subject, _CHECKS, raises=raises)
+
+
+@dataclass
+class _Everything:
+    """Observer that keeps whole rows, head outputs, values and the last residual stream."""
+
+    chunk: int | None = None
+    wants_final: bool = False
+    patterns: dict[int, Tensor] = field(default_factory=dict)
+    z: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    wants_values: bool = True
+    final: Tensor | None = None
+
+    def on_layer(self, view: LayerView) -> None:
+        """Keep one layer."""
+        size = view.n_queries
+        parts = [view.rows(part) for part in torch.arange(size).split(self.chunk or size)]
+        patterns = [nn.functional.pad(p.pattern, (0, size - p.pattern.shape[-1])) for p in parts]
+        self.patterns[view.layer] = torch.cat(patterns, 2)
+        self.z[view.layer] = view.z.clone()
+        if self.wants_values:
+            self.values[view.layer] = view.values().clone()
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Keep the residual stream."""
+        self.final = residual.clone()
+
+
+class _Subject:
+    """A model seen both ways, and what several checks need of either."""
+
+    def __init__(self, model: HeadModel, module: Any, seed: int) -> None:
+        self.model = model
+        self.inside: Any = model.module  # type: ignore[attr-defined]  # both kinds have one
+        self.module: Any = self.inside if module is None else module
+        self.plain = PlainModel(self.module)
+        self.seed = seed
+        self.tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """Two random texts, without the lowest ids, where special tokens often are."""
+        windows = [window for window in self.model.shape.windows if window is not None]
+        length = max([_LENGTH, *(2 * window + 3 for window in windows)])
+        length = min(length, _LONGEST, self.model.shape.n_ctx or _LONGEST)
+        generator = torch.Generator().manual_seed(self.seed)
+        d_vocab = min(self.model.shape.d_vocab, self.model.shape.d_vocab_out or 1 << 62)
+        ids = torch.randint(min(5, d_vocab - 1), d_vocab, (2, length), generator=generator)
+        return ids.to(self.model.device)
+
+    @cached_property
+    def clean(self) -> PlainRun:
+        """The plain pass over these texts."""
+        return self.plain.run(self.tokens)
+
+    @cached_property
+    def seen(self) -> _Everything:
+        """Everything that headscope shows of the same pass."""
+        everything = _Everything(wants_values="values" not in self.model.limits)
+        with torch.no_grad():
+            self.model.forward(self.tokens, observers=[everything])
+        return everything
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with attention."""
+        return self.model.shape.attention_layers
+
+    @cached_property
+    def some_heads(self) -> tuple[HeadIndex, ...]:
+        """A head each of the first, a middle and the last attention layer, not the same in all."""
+        chosen = (self.layers[0], self.layers[len(self.layers) // 2], self.layers[-1])
+        heads = self.model.shape.heads
+        found = []
+        for layer, place in zip(chosen, (0, 1, -1), strict=True):
+            there = [head for head in heads if head.layer == layer]
+            found.append(there[place % len(there)])
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def by_reader(self) -> bool:
+        """Whether head outputs are what the output projection reads, and attention's own are not.
+
+        So it is with a gate or a norm in between, and where attention is no function of its own.
+        """
+        return "values" in self.model.limits or not self.clean.calls
+
+    def reader(self, layer: int) -> nn.Module:
+        """Module with a matrix that reads the head outputs of a layer, found by its input.
+
+        Raises:
+            UnsupportedModelError: if none does, as with a gate or a norm in between.
+        """
+        wanted = flat_heads(self.seen.z[layer])
+        for module, given in self.sites.inputs.items():
+            weight = getattr(module, "weight", None)
+            is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
+            if is_matrix and _equal(given, wanted, self.tolerance):
+                return module
+        raise UnsupportedModelError(
+            f"no matrix of {self.model.name} reads the head outputs of layer {layer} as they are."
+        )
+
+    @cached_property
+    def sites(self) -> Sites:
+        """What every module was given and gave in the plain pass."""
+        sites = Sites()
+        with sites.watching(self.module):
+            self.plain.run(self.tokens)
+        return sites
+
+    def zeroed(self, heads: tuple[HeadIndex, ...], tokens: Tensor | None = None) -> PlainRun:
+        """The plain pass with the outputs of some heads at 0."""
+        ids = self.tokens if tokens is None else tokens
+        by_layer: dict[int, list[int]] = {}
+        for head in heads:
+            by_layer.setdefault(head.layer, []).append(head.head)
+        if not self.by_reader:
+            order = {layer: place for place, layer in enumerate(self.layers)}
+            return self.plain.run(ids, zeroed={order[n]: some for n, some in by_layer.items()})
+        hooks = {self.reader(n): self._zeroing(some) for n, some in by_layer.items()}
+        return self.plain.run(ids, hooks=hooks)
+
+    def _zeroing(self, heads: list[int]) -> Callable[..., Any]:
+        d_head = self.model.shape.d_head
+
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            given = args[0].clone()
+            given.unflatten(-1, (-1, d_head))[..., heads, :] = 0
+            return (given, *args[1:]), kwargs
+
+        return hook
+
+
+def _shape(subject: _Subject) -> None:
+    """Layers, heads and sizes are those of the attention calls."""
+    shape, calls = subject.model.shape, subject.clean.calls
+    ensure(
+        len(subject.clean.patterns) == len(subject.layers),
+        f"headscope sees {len(subject.layers)} attention layers, the model runs "
+        f"{len(subject.clean.patterns)}.",
+    )
+    for layer, pattern in zip(subject.layers, subject.clean.patterns, strict=True):
+        ensure(
+            pattern.shape[1] == shape.n_heads,
+            f"layer {layer} has {pattern.shape[1]} heads, not {shape.n_heads}.",
+        )
+    for layer, call in zip(subject.layers, calls, strict=False):
+        ensure(
+            call.value.shape[-1] == shape.d_head,
+            f"heads of layer {layer} write {call.value.shape[-1]} numbers, not {shape.d_head}.",
+        )
+
+
+@torch.no_grad()
+def _logits(subject: _Subject) -> None:
+    """Watched or not, as the model's own."""
+    own = subject.module(input_ids=subject.tokens, **_no_cache(subject)).logits
+    agree(subject.clean.logits, own, subject.tolerance, "logits of its own eager attention")
+    agree(subject.model.forward(subject.tokens), own, subject.tolerance, "logits")
+    everything = _Everything(wants_values=False)
+    watched = subject.model.forward(subject.tokens, observers=[everything])
+    agree(watched, own, subject.tolerance, "logits of a watched pass")
+    at = torch.tensor([0, subject.tokens.shape[1] - 2])
+    some = subject.model.forward(subject.tokens, logits_at=at)
+    agree(some, own[:, at], subject.tolerance, "logits of single positions")
+
+
+@torch.no_grad()
+def _rows(subject: _Subject) -> None:
+    """As plain eager attention; whole and in chunks."""
+    for layer, pattern in zip(subject.layers, subject.clean.patterns, strict=True):
+        rows = subject.seen.patterns[layer]
+        agree(rows, pattern.float(), subject.tolerance, f"attention rows of layer {layer}")
+        ensure(bool((rows.sum(-1) < 1 + 1e-4).all()), f"rows of layer {layer} sum to more than 1.")
+    parts = _Everything(chunk=7, wants_values=False)
+    subject.model.forward(subject.tokens, observers=[parts])
+    for layer, rows in subject.seen.patterns.items():
+        agree(parts.patterns[layer], rows, 1e-5, f"rows of layer {layer} in chunks and whole")
+
+
+def _outputs(subject: _Subject) -> None:
+    """``z`` of every layer as plain eager attention gives it, or as the projection reads it.
+
+    The two differ where a gate or a norm stands in between, which ``model.limits`` says.
+    """
+    for layer in subject.layers if subject.by_reader else ():
+        subject.reader(layer)
+    calls = [] if subject.by_reader else subject.clean.calls
+    for layer, call in zip(subject.layers, calls, strict=False):
+        agree(subject.seen.z[layer], call.z, subject.tolerance, f"head outputs of layer {layer}")
+
+
+def _values(subject: _Subject) -> None:
+    """Rows times values are head outputs."""
+    if "values" in subject.model.limits:
+        raise UnsupportedModelError(subject.model.limits["values"])
+    for layer, pattern in zip(subject.layers, subject.clean.patterns, strict=True):
+        value = subject.seen.values[layer].float()
+        value = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
+        z = einsum(pattern.float(), value, "batch head q k, batch head k d -> batch q head d")
+        agree(
+            subject.seen.z[layer].float(), z, subject.tolerance, f"rows x values of layer {layer}"
+        )
+
+
+@torch.no_grad()
+def _zero_ablation(subject: _Subject) -> None:
+    """One head's output at 0, in a pass and by suffix replay."""
+    without = {head: subject.zeroed((head,)).logits for head in subject.some_heads}
+    for head, expected in without.items():
+        actual = subject.model.forward(subject.tokens, edits=(zero(head),))
+        agree(actual, expected, subject.tolerance, f"logits without {head}")
+    probe = probes.from_tokens(subject.tokens.cpu())
+    effect = ablate_heads(
+        subject.model, probe, metrics.loss, "zero", heads=subject.some_heads, progress=False
+    )
+    clean = _loss(subject.clean.logits, subject.tokens)
+    for head, logits in without.items():
+        change = float(_loss(logits, subject.tokens) - clean)
+        measured = torch.tensor(float(effect.mean[head.layer, head.head]))
+        # A loss is a difference of logits, so that their rounding is its scale.
+        scale = subject.clean.logits.abs().max().clamp_min(1.0).double().cpu()
+        agree(
+            measured / scale,
+            torch.tensor(change) / scale,
+            subject.tolerance,
+            f"changes of the loss by ablating {head}, in replay and in whole passes,",
+        )
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean next-token loss in nats."""
+    rows: Tensor = logits[:, :-1].flatten(0, 1).float()
+    return nn.functional.cross_entropy(rows, tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def _write(subject: _Subject) -> None:
+    """Without a head, some site of the residual stream changes by ``z @ W_O``."""
+    if "linear_write" in subject.model.limits:
+        raise UnsupportedModelError(subject.model.limits["linear_write"])
+    for head in subject.some_heads:
+        W_O = subject.model.output_weights(head.layer)[head.head].float()
+        write = subject.seen.z[head.layer][:, :, head.head].float() @ W_O
+        without = Sites()
+        with without.watching(subject.module):
+            subject.zeroed((head,))
+        found = min(
+            (
+                gap(before.float().reshape(write.shape) - after.float().reshape(write.shape), write)
+                for before, after in _residual_sites(subject, head.layer, without)
+                if before.numel() == write.numel()
+            ),
+            default=float("inf"),
+        )
+        ensure(
+            found <= subject.tolerance,
+            f"what {head} adds to the residual stream is not z @ W_O: the site that is nearest "
+            f"to it differs by {found:.2g}.",
+        )
+
+
+def _block(subject: _Subject, layer: int) -> nn.Module:
+    """Module that holds a layer: the entry of a list of modules that its projection is in."""
+    reader = subject.reader(layer)
+    for name, module in subject.module.named_modules():
+        if name.rpartition(".")[2] == str(layer) and reader in set(module.modules()):
+            block: nn.Module = module
+            return block
+    raise CheckError(f"layer {layer} is no numbered module.")
+
+
+def _residual_sites(
+    subject: _Subject, layer: int, without: Sites
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values inside a block, with and without an edit, that are not just the attention's output.
+
+    The attention's output itself would change by ``z @ W_O`` whatever comes after it.
+    """
+    clean, block = subject.sites, _block(subject, layer)
+    written = clean.outputs[subject.reader(layer)]
+    seen = [(clean.inputs, without.inputs, part) for part in block.modules()]
+    for before, after, part in [*seen, (clean.outputs, without.outputs, block)]:
+        if part in before and part in after and not _equal(before[part], written, 1e-3):
+            yield before[part], after[part]
+
+
+def _equal(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two tensors hold the same numbers, however their axes are split."""
+    same_size = actual.numel() == expected.numel()
+    return same_size and gap(actual.reshape(expected.shape), expected) <= tolerance
+
+
+@torch.no_grad()
+def _readout(subject: _Subject) -> None:
+    """Final norm and unembedding of the last residual stream give the logits."""
+    if "readout" in subject.model.limits:
+        raise UnsupportedModelError(subject.model.limits["readout"])
+    everything = _Everything(wants_final=True, wants_values=False)
+    subject.model.forward(subject.tokens, observers=[everything])
+    ensure(everything.final is not None, "the last residual stream was never shown.")
+    assert everything.final is not None  # noqa: S101  for the type checker
+    logits = subject.model.readout.logits(everything.final)
+    own = subject.clean.logits
+    agree(logits[..., : own.shape[-1]], own.float(), subject.tolerance, "logits of the readout")
+
+
+def _attribution(subject: _Subject) -> None:
+    """The parts of a logit sum to the model's own."""
+    text = subject.tokens[0].cpu()
+    target = int(text[0])
+    split = lens.attribute(subject.model, text.tolist(), target, sources=False)
+    own = subject.clean.logits[0, -1, target].float().cpu()
+    total = torch.tensor(sum(part.value for part in split))
+    parts = torch.tensor([part.value for part in split]).abs().max().clamp_min(1.0)
+    whole = subject.model.readout.capped(total)
+    agree(whole / parts, own / parts, subject.tolerance, "a logit and the sum of its parts")
+
+
+@torch.no_grad()
+def _ov(subject: _Subject) -> None:
+    """What one input adds to ``z @ W_O`` is its product with the OV circuit."""
+    layers = sorted({head.layer for head in subject.some_heads})
+    factors = circuits.ov(subject.model, fold_norm=False, layers=layers)
+    unit = _unit_inputs(subject)
+    for layer in layers:
+        nothing, one = (_with_input(subject, layer, x).value for x in (unit * 0, unit))
+        change = (one - nothing)[0].float()
+        W_O = subject.model.output_weights(layer).float()
+        group = subject.model.shape.n_heads // change.shape[0]
+        for head in (h.head for h in subject.some_heads if h.layer == layer):
+            expected = change[head // group] @ W_O[head]
+            actual = unit[0].float() @ factors.explicit((layer, head)).float()
+            if "linear_write" in subject.model.limits:
+                expected = _after_norm(subject, layer, expected)
+                actual = nn.functional.normalize(actual, dim=-1)
+            what = f"inputs through the OV circuit of layer {layer}"
+            agree(actual, expected, subject.tolerance, what)
+
+
+def _after_norm(
+    subject: _Subject, layer: int, write: Float[Tensor, "pos d_model"]
+) -> Float[Tensor, "pos d_model"]:
+    """Directions of writes behind the norm that follows attention, whose scale weights do not know.
+
+    Raises:
+        UnsupportedModelError: if no module reads just what the output projection returns.
+    """
+    reader = subject.reader(layer)
+    for module, given in subject.sites.inputs.items():
+        weight = getattr(module, "weight", None)
+        is_norm = isinstance(weight, Tensor) and weight.ndim == 1
+        if is_norm and _equal(given, subject.sites.outputs[reader], 1e-6):
+            value = write.to(subject.model.dtype)[None]
+            normed: Tensor = (module(value) - module(torch.zeros_like(value)))[0].float()
+            return nn.functional.normalize(normed, dim=-1)
+    raise UnsupportedModelError(
+        f"no norm of {subject.model.name} reads just what attention of layer {layer} writes."
+    )
+
+
+def _qk(subject: _Subject) -> None:
+    """Scores of single inputs are their products with the QK circuit at that distance."""
+    unit, length = _unit_inputs(subject), subject.tokens.shape[1]
+    layers = sorted({head.layer for head in subject.some_heads})
+    calls = {n: [_with_input(subject, n, x) for x in (unit * 0, unit)] for n in layers}
+    for offset in (0, 1, length // 2):
+        factors = circuits.qk(subject.model, fold_norm=False, offset=offset, layers=layers)
+        for layer in layers:
+            nothing, one = calls[layer]
+            query = (one.query - nothing.query)[0].float()
+            key = (one.key - nothing.key)[0].float()
+            group = query.shape[0] // key.shape[0]
+            for head in (h.head for h in subject.some_heads if h.layer == layer):
+                at = torch.arange(offset, length)
+                expected = (query[head, at] * key[head // group, at - offset]).sum(-1)
+                product = factors.explicit((layer, head)).float()
+                actual = ((unit[0, at].float() @ product) * unit[0, at - offset].float()).sum(-1)
+                what = f"scores of layer {layer} at distance {offset} and their QK circuits"
+                agree(actual, expected, subject.tolerance, what)
+
+
+def _unit_inputs(subject: _Subject) -> Float[Tensor, "batch pos d_model"]:
+    """Random inputs of an attention layer, of about unit size each."""
+    generator = torch.Generator().manual_seed(subject.seed + 1)
+    shape = (*subject.tokens.shape, subject.model.shape.d_model)
+    value = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+    placed: Tensor = value.to(subject.model.device, subject.model.dtype)
+    return placed
+
+
+def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
+    """One layer's attention call when its module is given other inputs."""
+    if not subject.clean.calls:
+        raise UnsupportedModelError(
+            f"the plain attention of {subject.model.name} does not show its queries and keys, so "
+            "its circuits are held against transformer-lens alone."
+        )
+    place = subject.layers.index(layer)
+    module = subject.clean.calls[place].module
+
+    def replace(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (given, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": given}
+
+    return subject.plain.run(subject.tokens, hooks={module: replace}).calls[place]
+
+
+@torch.no_grad()
+def _pruning(subject: _Subject) -> None:
+    """The smaller model is the whole one with these heads' outputs at 0."""
+    smaller: Any = prune(subject.model, subject.some_heads)
+    logits = smaller(input_ids=subject.tokens, **_no_cache(subject)).logits
+    expected = subject.zeroed(subject.some_heads).logits
+    agree(logits, expected, subject.tolerance, "logits of the pruned model")
+
+
+@torch.no_grad()
+def _padding(subject: _Subject, side: str) -> None:
+    """Real positions give what they give without padding."""
+    length = subject.tokens.shape[1]
+    real = torch.ones(2, length, dtype=torch.bool, device=subject.tokens.device)
+    real[0, slice(0, 9) if side == "left" else slice(length - 9, length)] = False
+    seen = _Everything(wants_values=False)
+    logits = subject.model.forward(subject.tokens, real=real, observers=[seen])
+    for example in range(2):
+        shown = real[example]
+        alone = subject.plain.run(subject.tokens[example : example + 1, shown])
+        what = f"with padding on the {side}"
+        agree(logits[example, shown], alone.logits[0], subject.tolerance, f"logits {what}")
+        for layer, pattern in zip(subject.layers, alone.patterns, strict=True):
+            rows = seen.patterns[layer][example][:, shown][:, :, shown]
+            agree(rows, pattern[0].float(), subject.tolerance, f"rows of layer {layer} {what}")
+        calls = [] if subject.by_reader else alone.calls
+        for layer, call in zip(subject.layers, calls, strict=False):
+            z = seen.z[layer][example, shown]
+            agree(z, call.z[0], subject.tolerance, f"head outputs of layer {layer} {what}")
+
+
+@torch.no_grad()
+def _batch_size(subject: _Subject) -> None:
+    """One example gives alone, and in another place of the batch, what it gives in a batch."""
+    seen = subject.seen
+    for order in ([1], [1, 0]):
+        one = _Everything(wants_values=False)
+        logits = subject.model.forward(subject.tokens[order], observers=[one])
+        agree(logits, subject.clean.logits[order], subject.tolerance, "logits of other batches")
+        for layer in subject.layers:
+            rows = seen.patterns[layer][order]
+            agree(one.patterns[layer], rows, subject.tolerance, "rows of other batches")
+    probe = probes.from_tokens(subject.tokens.cpu())
+    captured = [collect(subject.model, probe, batch_size=size) for size in (1, 2)]
+    for layer in subject.layers:
+        parts = (captured[0][layer].z, captured[1][layer].z)
+        agree(*parts, subject.tolerance, f"captured outputs of layer {layer} by batch size")
+
+
+def _scores(subject: _Subject) -> None:
+    """Scores of rows are what whole patterns give; every default score is in its bounds."""
+    probe = probes.from_tokens(subject.tokens.cpu())
+    table = score(subject.model, probe, ["previous_token", "entropy"], progress=False)
+    for layer, pattern in zip(subject.layers, subject.clean.patterns, strict=True):
+        rows = pattern.double().cpu()[:, :, 1:]
+        before = rows.diagonal(dim1=-2, dim2=-1).mean(-1).mean(0)
+        expected = {"previous_token": before, "entropy": _entropy(rows).mean(-1).mean(0)}
+        for name, value in expected.items():
+            actual = torch.tensor(table[name].mean[layer].tolist()).double()
+            agree(actual, value, subject.tolerance, f"{name} of layer {layer} and of its pattern")
+    for name, scores in score(subject.model, progress=False).items():
+        low, high = scores.bounds
+        values = torch.tensor(scores.mean[list(subject.layers)].tolist()).double()
+        values = values[~values.isnan()]
+        ensure(
+            bool(values.isfinite().all())
+            and (low is None or bool((values >= low - 1e-4).all()))
+            and (high is None or bool((values <= high + 1e-4).all())),
+            f"{name} leaves its range {scores.bounds}.",
+        )
+
+
+def _entropy(rows: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query"]:
+    """Entropy in nats of rows divided by their sum."""
+    share = rows / rows.sum(-1, keepdim=True)
+    entropy: Tensor = -torch.special.xlogy(share, share).sum(-1)
+    return entropy
+
+
+@torch.no_grad()
+def _hooks(subject: _Subject) -> None:
+    """A hook of the model's owner acts during every pass and stays."""
+    calls: list[int] = []
+
+    def louder(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        calls.append(1)
+        return output * 1.5
+
+    embeddings = {m.get_input_embeddings() for m in (subject.module, subject.inside)}
+    with hooked(embeddings, louder):
+        plain = subject.plain.run(subject.tokens)
+        count = len(calls)
+        seen = _Everything(wants_values=False)
+        logits = subject.model.forward(subject.tokens, observers=[seen])
+        ensure(len(calls) > count, "a hook on the embedding is not called.")
+        agree(logits, plain.logits, subject.tolerance, "logits under a hook on the embedding")
+        count = len(calls)
+        subject.inside(input_ids=subject.tokens, **_no_cache(subject))
+        ensure(len(calls) > count, "a hook on the embedding is gone after a pass.")
+
+
+class _Broken:
+    """Observer that fails in the last layer."""
+
+    wants_final = False
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
+    def on_layer(self, view: LayerView) -> None:
+        """Fail."""
+        if view.layer == self.layer:
+            raise ZeroDivisionError
+
+    def on_final(self, residual: Tensor) -> None:
+        """Nothing to fail at."""
+
+
+@torch.no_grad()
+def _restored(subject: _Subject) -> None:
+    """A pass leaves mode, attention implementation, hooks and weights as they were."""
+    before = _state(subject)
+    edit = zero(subject.some_heads[0])
+    subject.model.forward(subject.tokens, edits=(edit,))
+    ensure(_state(subject) == before, "a pass leaves the model changed.")
+    try:
+        subject.model.forward(
+            subject.tokens, observers=(_Broken(subject.layers[-1]),), edits=(edit,)
+        )
+    except ZeroDivisionError:
+        pass
+    else:
+        raise CheckError("an observer that fails goes unnoticed.")
+    ensure(_state(subject) == before, "a pass that fails leaves the model changed.")
+    with _training(subject.inside):
+        training = _state(subject)
+        try:
+            logits = subject.model.forward(subject.tokens)
+        except HeadscopeError:
+            logits = None
+        ensure(_state(subject) == training, "a pass in training mode leaves the model changed.")
+    if logits is not None:
+        agree(logits, subject.clean.logits, subject.tolerance, "logits of a pass in training mode")
+    with torch.no_grad():
+        again = subject.module(input_ids=subject.tokens, **_no_cache(subject)).logits
+    agree(again, subject.clean.logits, subject.tolerance, "the model's own logits afterwards")
+
+
+@contextmanager
+def _training(module: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    module.train()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _state(subject: _Subject) -> Any:
+    """What a pass must leave as it was, as one value that can be compared."""
+    parts = [*subject.module.named_modules(), *subject.inside.named_modules()]
+    return (
+        [(name, part.training, sorted(part.__dict__), _hook_counts(part)) for name, part in parts],
+        [config._attn_implementation for config in subject.plain.configs],
+        [(name, float(p.detach().double().sum())) for name, p in subject.module.named_parameters()],
+    )
+
+
+def _hook_counts(part: nn.Module) -> tuple[int, ...]:
+    return (len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks))
+
+
+def _not_a_number(subject: _Subject) -> None:
+    """A model whose weights hold a NaN is refused, and comparisons do not pass by one."""
+    nan = torch.tensor([float("nan")])
+    ensure(not gap(nan, torch.zeros(1)) <= 1.0, "a comparison passes by NaN.")
+    broken = copy.deepcopy(subject.module)
+    names = {module: name for name, module in subject.module.named_modules()}
+    name = names[subject.reader(subject.layers[-1])]
+    with torch.no_grad():
+        broken.get_submodule(name).weight.fill_(float("nan"))
+    try:
+        load(broken)
+    except HeadscopeError:
+        return
+    raise CheckError("weights that are not numbers are accepted.")
+
+
+_CHECKS: tuple[tuple[str, Callable[[_Subject], None]], ...] = (
+    ("shape", _shape),
+    ("logits", _logits),
+    ("rows", _rows),
+    ("head outputs", _outputs),
+    ("values", _values),
+    ("zero ablation", _zero_ablation),
+    ("write", _write),
+    ("readout", _readout),
+    ("attribution", _attribution),
+    ("OV circuit", _ov),
+    ("QK circuit", _qk),
+    ("pruning", _pruning),
+    ("padding left", lambda subject: _padding(subject, "left")),
+    ("padding right", lambda subject: _padding(subject, "right")),
+    ("batch size", _batch_size),
+    ("scores", _scores),
+    ("hooks", _hooks),
+    ("restored", _restored),
+    ("not a number", _not_a_number),
+)
+
+
+def _no_cache(subject: _Subject) -> dict[str, Any]:
+    return {"use_cache": False} if "use_cache" in subject.plain.accepts else {}

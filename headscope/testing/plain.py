@@ -1,0 +1,235 @@
+"""A transformers model run plainly: its own eager attention and torch's own hooks.
+
+Nothing here uses how headscope runs a model, so that the two can be held against each other.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from headscope.errors import UnsupportedModelError
+from headscope.testing.report import gap
+
+_NAME = "headscope_plain"
+_OWN = "eager_attention_forward"  # what transformers' model files call their plain attention
+_RUN: ContextVar["PlainRun | None"] = ContextVar("headscope_plain_run", default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class PlainCall:
+    """One layer's attention as the model's own eager function computed it.
+
+    Attributes:
+        module: the attention module that called it.
+        z: attention-weighted values.
+    """
+
+    module: nn.Module
+    query: Float[Tensor, "batch head query d_head"]
+    key: Float[Tensor, "batch kv_head key d_head"]
+    value: Float[Tensor, "batch kv_head key d_value"]
+    pattern: Float[Tensor, "batch head query key"]
+    z: Float[Tensor, "batch query head d_value"]
+
+
+@dataclass(eq=False)
+class PlainRun:
+    """One plain pass.
+
+    Attributes:
+        zeroed: heads whose output is set to 0, by the number of the attention call.
+        calls: what attention did, in order; empty where a family does not call a plain function.
+        patterns: attention probabilities of every attention layer, in order.
+        logits: of every position.
+    """
+
+    zeroed: Mapping[int, list[int]] = field(default_factory=dict)
+    calls: list[PlainCall] = field(default_factory=list)
+    patterns: list[Tensor] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class PlainModel:
+    """A transformers model on its own eager attention.
+
+    Args:
+        module: the model; left as it was after every pass.
+    """
+
+    def __init__(self, module: Any) -> None:
+        _register()
+        self.module = module
+        configs: list[Any] = [getattr(part, "config", None) for part in module.modules()]
+        with_attention = {id(c): c for c in configs if hasattr(c, "_attn_implementation")}
+        self.configs: tuple[Any, ...] = tuple(with_attention.values())
+        self.accepts = frozenset(signature(module.forward).parameters)
+
+    @torch.no_grad()
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"] | None = None,
+        *,
+        zeroed: Mapping[int, list[int]] | None = None,
+        hooks: Mapping[nn.Module, Callable[..., Any]] | None = None,
+    ) -> PlainRun:
+        """Run the model once.
+
+        Args:
+            tokens: token ids.
+            real: False at padding; None means no padding.
+            zeroed: heads whose output becomes 0, by the number of the attention call.
+            hooks: forward pre-hooks (called with keyword arguments) for the length of the pass.
+        """
+        run = PlainRun(zeroed or {})
+        inputs: dict[str, Any] = {"input_ids": tokens}
+        if "use_cache" in self.accepts:
+            inputs["use_cache"] = False
+        if real is not None:
+            inputs["attention_mask"] = real.long()
+            if "position_ids" in self.accepts:
+                inputs["position_ids"] = (real.long().cumsum(1) - 1).clamp_min(0)
+        with ExitStack() as stack:
+            for module, hook in (hooks or {}).items():
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(self._attention(_NAME, run))
+            run.logits = self.module(**inputs).logits
+        run.patterns = [call.pattern for call in run.calls]
+        if not run.calls:
+            run.patterns = self._shown(inputs, hooks or {})
+        return run
+
+    def _shown(
+        self, inputs: dict[str, Any], hooks: Mapping[nn.Module, Callable[..., Any]]
+    ) -> list[Tensor]:
+        """Patterns that the model itself returns, where it calls no plain function."""
+        with ExitStack() as stack:
+            for module, hook in hooks.items():
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(self._attention("eager", None))
+            output = self.module(**inputs, output_attentions=True)
+        return [p for p in output.attentions or () if isinstance(p, Tensor)]
+
+    @contextmanager
+    def _attention(self, name: str, run: PlainRun | None) -> Iterator[None]:
+        before = [config._attn_implementation for config in self.configs]
+        token = _RUN.set(run)
+        try:
+            for config in self.configs:
+                config._attn_implementation = name
+            yield
+        finally:
+            _RUN.reset(token)
+            for config, own in zip(self.configs, before, strict=True):
+                config._attn_implementation = own
+
+
+def _register() -> None:
+    """Enter the plain attention into transformers' registry, with eager masks."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(_NAME, _attend)
+    AttentionMaskInterface.register(_NAME, eager_mask)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The eager function of the model's own file, noted; see transformers' AttentionInterface."""
+    own = getattr(sys.modules[type(module).__module__], _OWN, None)
+    if own is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} comes with no plain attention to be held against."
+        )
+    output, pattern = own(module, query, key, value, attention_mask, **kwargs)
+    run = _RUN.get()
+    if run is None:
+        return output, pattern
+    if heads := run.zeroed.get(len(run.calls)):
+        output = output.clone()
+        output[:, :, heads] = 0
+    rows = pattern if heads else _rows(pattern, value, output)
+    run.calls.append(PlainCall(module, query, key, value, rows, output.clone()))
+    return output, pattern
+
+
+def _rows(
+    pattern: Float[Tensor, "batch head query key"],
+    value: Float[Tensor, "batch kv_head key d_value"],
+    z: Float[Tensor, "batch query head d_value"],
+) -> Float[Tensor, "batch head query key"]:
+    """Rows by which values are really averaged.
+
+    Some families return the softmax alone and scale each row's average by what a learned sink
+    leaves of it (granite_swa): one factor a row, read off from ``z``.
+    """
+    repeated = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
+    average = (pattern.float() @ repeated.float()).transpose(1, 2)
+    given = z.float()
+    factor = (average * given).sum(-1) / average.square().sum(-1).clamp_min(1e-30)
+    explained = gap(factor[..., None] * average, given) < 1e-4
+    alone = gap(average, given) < 1e-4
+    if alone or not explained:
+        return pattern
+    return pattern * factor.transpose(1, 2)[..., None].to(pattern.dtype)
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Scope with a forward hook of torch on some modules."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+class Sites:
+    """What went into and came out of every module of one pass, for those that give tensors.
+
+    Attributes:
+        inputs, outputs: first tensor that a module was given, and that it gave.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.outputs: dict[nn.Module, Tensor] = {}
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Watch every part of a module."""
+        with ExitStack() as stack:
+            for part in module.modules():
+                stack.callback(part.register_forward_hook(self._note, with_kwargs=True).remove)
+            yield
+
+    def _note(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        made = output[0] if isinstance(output, tuple) else output
+        if isinstance(given, Tensor) and given.is_floating_point():
+            self.inputs[module] = given.detach().clone()
+        if isinstance(made, Tensor):
+            self.outputs[module] = made.detach().clone()
+
+
+def flat_heads(z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos width"]:
+    """Head outputs side by side, as an output projection reads them."""
+    return rearrange(z, "batch pos head d_head -> batch pos (head d_head)")

@@ -1,0 +1,155 @@
+"""What a series of checks found: each held, does not apply, or failed."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from headscope.errors import HeadscopeError, UnsupportedModelError
+
+Verdict = Literal["passed", "limited", "failed"]
+Subject = TypeVar("Subject")
+
+
+class CheckError(HeadscopeError):
+    """A model, scorer or intervention does not do what headscope relies on."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check and what came of it.
+
+    Attributes:
+        name: of the check.
+        verdict: ``passed``; ``limited``: what it asks for is refused, with a reason; ``failed``.
+        reason: one sentence why it is limited or failed; empty where it passed.
+    """
+
+    name: str
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Every check of one subject, in the order in which they ran.
+
+    Attributes:
+        subject: name of what was checked.
+        checks: one entry a check.
+    """
+
+    subject: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """Names of the checks that held."""
+        return tuple(check.name for check in self.checks if check.verdict == "passed")
+
+    @property
+    def limited(self) -> Mapping[str, str]:
+        """Checks that do not apply, and why."""
+        return {check.name: check.reason for check in self.checks if check.verdict == "limited"}
+
+    @property
+    def failed(self) -> Mapping[str, str]:
+        """Checks that failed, and how; empty unless ``raises=False`` was asked for."""
+        return {check.name: check.reason for check in self.checks if check.verdict == "failed"}
+
+    def __bool__(self) -> bool:
+        """True if no check failed."""
+        return not self.failed
+
+    def __str__(self) -> str:
+        """A line for the whole, and one for each check that did not simply pass."""
+        told = [check for check in self.checks if check.verdict != "passed"]
+        head = f"{self.subject}: {len(self.passed)} of {len(self.checks)} checks passed"
+        return "\n".join([head, *(f"  {c.name}: {c.verdict}: {c.reason}" for c in told)])
+
+
+def run_checks(
+    subject: str,
+    given: Subject,
+    checks: Iterable[tuple[str, Callable[[Subject], None]]],
+    *,
+    raises: bool,
+) -> CheckReport:
+    """Run checks in order.
+
+    Args:
+        subject: name of what is checked.
+        given: what every check is called with.
+        checks: names and functions; a function that returns has passed, one that raises
+            :class:`~headscope.errors.UnsupportedModelError` does not apply, one that raises
+            anything else has failed.
+        raises: raise at the first failure, instead of going on.
+
+    Raises:
+        CheckError: with the subject, the check and what differed.
+    """
+    found = []
+    for name, check in checks:
+        try:
+            check(given)
+        except UnsupportedModelError as refusal:
+            found.append(Check(name, "limited", str(refusal)))
+        except Exception as error:  # what is checked may break in any way
+            found.append(Check(name, "failed", _told(error)))
+            if raises:
+                raise CheckError(f"{subject} fails the check {name!r}: {_told(error)}") from error
+        else:
+            found.append(Check(name, "passed"))
+    return CheckReport(subject, tuple(found))
+
+
+def _told(error: Exception) -> str:
+    """An error in one sentence."""
+    if isinstance(error, CheckError):
+        return str(error)
+    text = " ".join(str(error).split())[:300]
+    return f"it raises {type(error).__name__}: {text}" if text else f"it raises {error!r}"
+
+
+def gap(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected number (at least 1).
+
+    Infinite where shapes differ or a number is not finite on one side only, so that no comparison
+    with a tolerance passes by NaN.
+    """
+    if actual.shape != expected.shape:
+        return float("inf")
+    if actual.numel() == 0:
+        return 0.0
+    a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    a, b = a[b.isfinite()], b[b.isfinite()]
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) if a.numel() else 0.0
+
+
+def agree(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Return if two tensors are equal up to a tolerance.
+
+    Raises:
+        CheckError: with the difference.
+    """
+    if actual.shape != expected.shape:
+        raise CheckError(
+            f"{what} have shape {tuple(actual.shape)} instead of {tuple(expected.shape)}."
+        )
+    difference = gap(actual, expected)
+    if not difference <= tolerance:
+        raise CheckError(f"{what} differ by {difference:.2g} (allowed: {tolerance:.2g}).")
+
+
+def ensure(holds: bool, otherwise: str) -> None:
+    """Return if something holds.
+
+    Raises:
+        CheckError: with what is the case otherwise.
+    """
+    if not holds:
+        raise CheckError(otherwise)

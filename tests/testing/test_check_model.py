@@ -1,0 +1,111 @@
+"""``hs.testing.check_model`` passes what is right, and names what is wrong."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import headscope as hs
+from headscope.models.hf.model import HFModel
+from headscope.testing import CheckError, check_model
+from tests.models.families import fresh
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_oss"])
+def test_what_is_right_passes(family: str) -> None:
+    report = check_model(fresh(family))
+    assert len(report.passed) == 19, str(report)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "bloom"])
+def test_what_is_limited_says_why(family: str) -> None:
+    report = check_model(fresh(family))
+    assert report
+    assert {"rows", "head outputs", "zero ablation", "attribution"} <= set(report.passed)
+    assert all(reason.endswith(".") for reason in report.limited.values())
+    if family == "gemma2":
+        assert set(report.limited) == {"write"}
+
+
+def _wrapped(change: Callable[[HFModel], None]) -> Any:
+    model = hs.load(fresh("llama"))
+    change(model)
+    return model
+
+
+def _double_write(model: HFModel) -> None:
+    parts = model.layout.layers
+    for layer, part in list(parts.items()):
+        parts[layer] = replace(part, write_scale=2.0)
+
+
+def _other_outputs(model: HFModel) -> None:
+    forward = model.forward
+
+    def wrong(tokens: Tensor, **kwargs: Any) -> Tensor:
+        observers = [_Scaled(one) for one in kwargs.pop("observers", ())]
+        return forward(tokens, observers=observers, **kwargs)
+
+    model.forward = wrong
+
+
+class _Scaled:
+    """Observer that is shown head outputs a tenth too large."""
+
+    def __init__(self, observer: Any) -> None:
+        self.observer, self.wants_final = observer, observer.wants_final
+
+    def on_layer(self, view: Any) -> None:
+        self.observer.on_layer(replace(view, z=view.z * 1.1))
+
+    def on_final(self, residual: Tensor) -> None:
+        self.observer.on_final(residual)
+
+
+def _position_bound(model: HFModel) -> None:
+    forward = model.forward
+
+    def wrong(tokens: Tensor, real: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return forward(tokens, **kwargs)  # padding is not said
+
+    model.forward = wrong
+
+
+def _leaves_a_trace(model: HFModel) -> None:
+    forward = model.forward
+
+    def wrong(tokens: Tensor, **kwargs: Any) -> Tensor:
+        model.module.seen = [*getattr(model.module, "seen", ()), tokens]
+        setattr(model.module, f"pass_{len(model.module.seen)}", 0)
+        return forward(tokens, **kwargs)
+
+    model.forward = wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (_double_write, "write"),
+        (_other_outputs, "head outputs"),
+        (_position_bound, "padding left"),
+        (_leaves_a_trace, "restored"),
+    ],
+)
+def test_what_is_wrong_is_named(change: Callable[[HFModel], None], check: str) -> None:
+    report = check_model(_wrapped(change), raises=False)
+    assert check in report.failed, str(report)
+    with pytest.raises(CheckError, match="LlamaForCausalLM fails the check '"):
+        check_model(_wrapped(change))
+
+
+def test_a_check_leaves_the_model_as_it_was() -> None:
+    module = fresh("llama")
+    before = copy.deepcopy(module.state_dict())
+    check_model(module)
+    after = module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

@@ -1,0 +1,188 @@
+"""Try headscope on every causal language model class of transformers, and write what came of it.
+
+    python -m tools.families              # all, and write docs/families.md
+    python -m tools.families llama bloom  # some, printed
+
+Every class is built tiny (see :mod:`tools.tiny_models`) and held against itself by
+``hs.testing.check_model``. A family is *supported* if every check passed, *limited* if some do not
+apply and the reason is said, *refused* if it is not loaded and the reason is said; anything else is
+*wrong*, and the tests fail.
+"""
+
+import argparse
+import logging
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import headscope as hs
+from headscope.testing import check_model
+from tools.tiny_models import kinds, tiny_model
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+Verdict = Literal["supported", "limited", "refused", "not built", "wrong"]
+Cell = Callable[["Family"], str]
+PATHS = {"hf": "fused", "bridge": "transformer-lens"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What came of one model type.
+
+    Attributes:
+        kind: the model type, as in a ``config.json``.
+        name: of its class; empty where it could not be built.
+        path: ``fused`` or ``transformer-lens``; empty where it is not loaded.
+        reasons: of what is limited, by check; or one reason, under an empty name.
+    """
+
+    kind: str
+    name: str
+    verdict: Verdict
+    path: str
+    reasons: Mapping[str, str]
+
+
+def examine(kind: str) -> Family:
+    """Build a tiny model of a type, load it, and check it."""
+    try:
+        model = tiny_model(kind)
+    except Exception as error:  # a class may need packages, another model, or be broken
+        return Family(kind, "", "not built", "", {"": _short(error)})
+    name = type(model).__name__
+    try:
+        seen = hs.load(model)
+    except hs.HeadscopeError as refusal:
+        return Family(kind, name, "refused", "", {"": _without_name(str(refusal), name, kind)})
+    except Exception as error:
+        return Family(kind, name, "wrong", "", {"load": _short(error)})
+    report = check_model(model, raises=False)
+    path = PATHS[seen.path]
+    if report.failed:
+        return Family(kind, name, "wrong", path, report.failed)
+    reasons = {check: _without_name(why, name, kind) for check, why in report.limited.items()}
+    return Family(kind, name, "limited" if reasons else "supported", path, reasons)
+
+
+def _short(error: Exception) -> str:
+    """An error's type and first sentence."""
+    text = re.split(r"(?<=\w)\. |\n", str(error).strip())[0]
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
+
+
+def _without_name(reason: str, name: str, kind: str) -> str:
+    """A reason without the model's own name, so that equal reasons are equal."""
+    text = reason.replace(f"{name} ({kind})", "it").replace(name, "it").replace(f"({kind})", "")
+    return text.removeprefix("it is not supported: ").split(". Decoder-only")[0].rstrip(".")
+
+
+def page(families: Iterable[Family]) -> str:
+    """The page of the documentation."""
+    listed = sorted(families, key=lambda family: family.kind)
+    counts = Counter(family.verdict for family in listed)
+    good = counts["supported"] + counts["limited"]
+    lines = [
+        "# Families",
+        "",
+        "Every causal language model class of transformers "
+        f"{_transformers()}, built tiny with random weights, and held against itself by "
+        "[`hs.testing.check_model`](howto/your-model.md): attention rows, head outputs, ablation, "
+        "attribution, circuits, pruning, padding. Written by `python -m tools.families`; the tests "
+        "fail when it is out of date.",
+        "",
+        f"**{good} of {len(listed)} model types run**: {counts['supported']} without a limit, "
+        f"{counts['limited']} with some questions refused. {counts['refused']} are refused at "
+        f"load, in one sentence, and {counts['not built']} cannot be built here.",
+        "",
+        "`fused` is transformers' own attention interface, with exact rows on demand; "
+        "`transformer-lens` is a `TransformerBridge`, one layer's pattern at a time. Both give the "
+        "same numbers.",
+        "",
+    ]
+    lines += _table(
+        "Supported", ("model type", "class", "path"), _rows(listed, "supported", lambda f: f.path)
+    )
+    lines += _limited([family for family in listed if family.verdict == "limited"])
+    lines += _table(
+        "Refused",
+        ("model type", "class", "reason"),
+        _rows(listed, "refused", lambda f: f.reasons[""]),
+    )
+    lines += _table(
+        "Not built",
+        ("model type", "what transformers says"),
+        [(f"`{f.kind}`", f.reasons[""]) for f in listed if f.verdict == "not built"],
+    )
+    lines += _table(
+        "Wrong",
+        ("model type", "class", "check and difference"),
+        _rows(listed, "wrong", lambda f: "; ".join(f"{k}: {v}" for k, v in f.reasons.items())),
+    )
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _transformers() -> str:
+    from transformers import __version__
+
+    return ".".join(__version__.split(".")[:2])
+
+
+def _rows(families: list[Family], verdict: Verdict, last: Cell) -> list[tuple[str, ...]]:
+    return [(f"`{f.kind}`", f"`{f.name}`", last(f)) for f in families if f.verdict == verdict]
+
+
+def _limited(families: list[Family]) -> list[str]:
+    """What is refused, with a number for each reason, since many families share one."""
+    numbers: dict[str, int] = {}
+    rows = []
+    for family in families:
+        for reason in family.reasons.values():
+            numbers.setdefault(reason, len(numbers) + 1)
+        by_reason: dict[int, list[str]] = {}
+        for check, reason in family.reasons.items():
+            by_reason.setdefault(numbers[reason], []).append(check)
+        told = "; ".join(f"{', '.join(checks)} ({n})" for n, checks in sorted(by_reason.items()))
+        rows.append((f"`{family.kind}`", f"`{family.name}`", family.path, told))
+    lines = _table("Supported, with limits", ("model type", "class", "path", "refused"), rows)
+    return lines + [f"{number}. {reason}." for reason, number in numbers.items()] + [""]
+
+
+def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return []
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [
+        f"## {title}",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(row)} |" for row in cells),
+        "",
+    ]
+
+
+def main() -> None:
+    """Examine what was named and print it, or everything and write the page."""
+    parser = argparse.ArgumentParser(description="Try headscope on families of transformers.")
+    parser.add_argument("kinds", nargs="*", help="model types; none: all, and write the page")
+    chosen = parser.parse_args().kinds
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    families = []
+    for kind in chosen or kinds():
+        family = examine(kind)
+        families.append(family)
+        told = "; ".join(f"{k}: {v}" if k else v for k, v in family.reasons.items())
+        print(f"{kind:28} {family.verdict:10} {family.path:16} {told}", flush=True)
+    if not chosen:
+        PAGE.write_text(page(families), encoding="utf-8")
+    sys.exit(any(family.verdict == "wrong" for family in families))
+
+
+if __name__ == "__main__":
+    main()

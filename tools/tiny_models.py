@@ -1,0 +1,319 @@
+"""Tiny random models of every causal language model class of the installed transformers.
+
+A config is shrunk field by field, by the field's name. What is left has a width of 32, four heads
+(two key/value heads where there is grouping), as many layers as it takes for every kind of layer
+to occur, windows far shorter than the texts that are tried, and four experts. Weights are drawn
+wide, and gains, biases and sinks are moved off 0 and 1, so that attention is far from flat and a
+part that is misread changes every number.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCAB, CONTEXT, WINDOW, WIDTH, HEADS, KV_HEADS, DEPTH = 61, 256, 5, 32, 4, 2, 3
+LARGEST = 4_000_000
+
+
+def _each(value: Any, *names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, value)
+
+
+_DEPTHS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
+    *("num_decoder_layers", "num_blocks"),
+)
+
+# Name of a config field -> its size in a tiny model. A field that a config lacks, or leaves at
+# None, stays as it is.
+SIZES: Mapping[str, Any] = {
+    **_each(
+        WIDTH,
+        *("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim"),
+        *("word_embed_proj_dim", "input_embedding_size", "output_embedding_size", "lru_width"),
+        *("attention_hidden_size", "backbone_hidden_size", "cross_attention_hidden_size"),
+        *("hidden_size_global", "projection_dim"),
+    ),
+    **_each(
+        48,
+        *("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner"),
+        *("d_inner", "dff", "dim_ff", "ffn_hidden_size", "feed_forward_size"),
+        *("intermediate_size_mlp", "dense_intermediate_size", "prefix_dense_intermediate_size"),
+        *("shared_intermediate_size", "block_ffn_dim"),
+    ),
+    **_each(
+        24,
+        *("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"),
+        *("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"),
+        *("moe_latent_size", "router_hidden_size"),
+    ),
+    **_each(DEPTH, *_DEPTHS, "max_window_layers"),
+    **_each(1, "encoder_layers", "num_encoder_layers"),
+    **_each(
+        HEADS,
+        *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+        *("encoder_attention_heads", "num_decoder_attention_heads", "attention_heads"),
+        *("num_encoder_attention_heads", "swa_num_attention_heads"),
+    ),
+    **_each(
+        KV_HEADS,
+        *("num_key_value_heads", "swa_num_key_value_heads", "num_query_groups", "kv_n_heads"),
+        *("num_kv_heads", "num_global_key_value_heads"),
+    ),
+    # Heads together are wider than the residual stream.
+    **_each(
+        16,
+        *("head_dim", "swa_head_dim", "global_head_dim", "kv_channels", "dim_head"),
+        *("attention_head_dim", "d_head"),
+    ),
+    **_each(
+        WINDOW,
+        *("sliding_window", "window_size", "attention_window_size", "sliding_window_size"),
+        *("attention_chunk_size", "local_attention", "keep_window_size"),
+        *("local_attention_window_len",),
+    ),
+    **_each(
+        CONTEXT,
+        *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "model_max_length"),
+        *("max_target_positions", "context_length", "max_source_positions"),
+    ),
+    **_each(
+        VOCAB, "vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "audio_vocab_size"
+    ),
+    # Experts.
+    **_each(
+        4,
+        *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    ),
+    **_each(
+        2,
+        *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"),
+        *("top_k_experts", "n_group", "num_expert_group", "zero_expert_num"),
+    ),
+    **_each(
+        1,
+        *("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "topk_group"),
+        *("first_k_dense_replace", "num_dense_layers"),
+    ),
+    # Latent attention.
+    **_each(16, "kv_lora_rank", "q_lora_rank", "o_lora_rank", "qk_nope_head_dim", "v_head_dim"),
+    **_each(8, "qk_rope_head_dim"),
+    **_each(24, "qk_head_dim"),
+    **_each(2, "index_n_heads", "indexer_n_heads"),
+    **_each(16, "index_head_dim", "indexer_head_dim"),
+    **_each(8, "index_topk"),
+    # Mixers that are no attention.
+    **_each(8, "mamba_d_state", "state_size", "ssm_state_size", "chunk_size", "mamba_chunk_size"),
+    **_each(4, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "time_step_rank"),
+    **_each(16, "mamba_d_head", "mamba_head_dim", "mamba_headdim"),
+    **_each(64, "mamba_d_ssm"),
+    **_each(1, "mamba_n_groups", "mamba_ngroups", "n_groups"),
+    **_each(2, "linear_num_key_heads", "linear_num_heads"),
+    **_each(4, "linear_num_value_heads"),
+    **_each(8, "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"),
+    # How wide weights are drawn.
+    **_each(
+        0.4,
+        *("initializer_range", "init_std", "embed_init_std", "embedding_initializer_range"),
+    ),
+    # Special tokens stay below the ids that tests draw.
+    **_each(0, "pad_token_id"),
+    **_each(1, "bos_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+    **_each(2, "eos_token_id", "forced_eos_token_id", "sep_token_id", "cls_token_id"),
+    **_each(2, "eod_token_id"),
+    **_each(
+        0.0,
+        *("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "attn_pdrop"),
+        *("embd_pdrop", "decoder_layerdrop", "layerdrop", "encoder_layerdrop"),
+    ),
+}
+
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_NO_HEAD_DIM = {"head_dim": WIDTH // HEADS}
+_WINDOWED = {
+    **{"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": 24},
+    **_each(16, "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"),
+}
+_ASSISTANT = {
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": DEPTH,
+    "vocab_size_per_layer_input": 0,
+}
+
+# What a name alone does not tell, by model type.
+EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "dots3_note_text": {"head_dim": 24} | {f"swa_{name}": v for name, v in _WINDOWED.items()},
+    "dots3_note_audio": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH}
+    | {"adapter_input_size": WIDTH},
+    **_each({"rotary_dim": 4}, "codegen", "gptj"),
+    **_each({"head_dim": 16}, "hunyuan_v1_dense", "hunyuan_v1_moe"),
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    **_each({"head_dim": 8, "num_key_value_heads": HEADS}, "blt_patcher", "blt_local_encoder"),
+    **_each({"head_dim": 8, "num_key_value_heads": HEADS}, "blt_global_transformer"),
+    **_each({"head_dim": 8, "num_key_value_heads": HEADS}, "blt_local_decoder"),
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 4.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "cohere_compass_text": {
+        "layer_types": _SLIDING,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dots1": {"layer_types": _SLIDING}
+    | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": [*_SLIDING[1:], *_SLIDING[:2]]}
+    | {"num_hidden_layers": 4, "intermediate_size": 48, "activation_sparsity_pattern": None}
+    | {"hidden_size_per_layer_input": 8},
+    "gemma4_assistant": {"text_config": _ASSISTANT},
+    "gemma4_unified_assistant": {"text_config": _ASSISTANT},
+    "got_ocr2": {"vision_config": {"image_size": 64, "output_channels": 16, "window_size": 2}},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "helium": _NO_HEAD_DIM,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts_per_tok": 2}
+    | {"expert_layer_period": 2, "mamba_dt_rank": 4},
+    "laguna": {"layer_types": _SLIDING, "num_attention_heads_per_layer": [HEADS] * DEPTH},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]}
+    | {"full_attn_idxs": None, "block_multiple_of": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    **_each(
+        {
+            "moe_layers": [1],
+            "floor_scale": 16,
+            "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+            "no_rope_layers": [1, 1, 1, 0],
+            "num_hidden_layers": 4,
+        },
+        "llama4_text",
+    ),
+    "ministral": {"head_dim": 16, "layer_types": _SLIDING},
+    "moshi": {"audio_vocab_size": VOCAB},
+    "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "nemotron": {"num_key_value_heads": KV_HEADS},
+    **_each({"use_sliding_window": True, "max_window_layers": 1}, "qwen2", "qwen2_moe", "qwen3"),
+    "qwen3_moe": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+    | {"indexer_budget": 8, "indexer_compress_ratio": 4},
+    "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [16, 16]}
+    | {"attention_head_size": 8, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+    "roc_bert": {"pronunciation_embed_dim": 8, "pronunciation_vocab_size": 30}
+    | {"shape_embed_dim": 8, "shape_vocab_size": 30},
+    "xlnet": {"d_head": WIDTH // HEADS},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
+    | {"num_hidden_layers": 4, "attention_hidden_size": 2 * WIDTH, "num_key_value_heads": HEADS},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
+    | {"num_hidden_layers": 4, "attention_hidden_size": 2 * WIDTH, "num_key_value_heads": HEADS}
+    | {"n_mamba_heads": 4, "mamba_headdim": 16},
+    "zaya": {"num_experts_per_tok": 1, "sliding_window": WINDOW}
+    | {"layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"]},
+}
+
+
+def kinds() -> tuple[str, ...]:
+    """Model types that have a causal language model class, in alphabetical order."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
+def tiny_config(kind: str) -> Any:
+    """Config of a tiny model of a type.
+
+    Args:
+        kind: a model type, as in a ``config.json``.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[kind]
+    return config_class(**_shrunk(config_class, EXCEPTIONS.get(kind, {})))
+
+
+def _shrunk(config_class: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that make a config tiny.
+
+    Args:
+        config_class: its class.
+        own: what is to be otherwise; configs inside add the exceptions of their own type.
+    """
+    default = _default(config_class)
+    fields = default.to_dict()
+    lists = {
+        name: value
+        for name, value in fields.items()
+        if isinstance(value, list) and len(value) > 3 and len(value) == _depth(fields)
+    }
+    depth = max([DEPTH, *(len(set(v)) for v in lists.values() if isinstance(v[0], str))])
+    small: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in lists:
+            small[name] = _every_kind(name, value, depth)
+        elif name in SIZES and value is not None:
+            small[name] = depth if name in _DEPTHS else SIZES[name]
+    if "kv_lora_rank" in fields:  # latent attention: no grouping, and the rotary part alone
+        small |= {"num_key_value_heads": HEADS, "head_dim": SIZES["qk_rope_head_dim"]}
+    if "is_decoder" in fields:
+        small["is_decoder"] = True
+    small |= own
+    for name in getattr(default, "sub_configs", {}):
+        if (part := getattr(default, name, None)) is not None:
+            inside = EXCEPTIONS.get(part.model_type, {})
+            small[name] = _shrunk(type(part), {**inside, **own.get(name, {})})
+    return small
+
+
+def _default(config_class: Any) -> Any:
+    """A config as its class makes it, if it makes one without arguments."""
+    try:
+        return config_class()
+    except ValueError:
+        return config_class(**EXCEPTIONS[config_class.model_type])
+
+
+def _depth(fields: Mapping[str, Any]) -> int:
+    """Number of layers of a config."""
+    return next((fields[name] for name in _DEPTHS if isinstance(fields.get(name), int)), 0)
+
+
+def _every_kind(name: str, values: list[Any], depth: int) -> list[Any]:
+    """A list of one entry a layer, cut so that every kind of entry is left."""
+    kinds = [SIZES[name]] if name in SIZES else list(dict.fromkeys(values))
+    return [kinds[i % len(kinds)] for i in range(depth)]
+
+
+def tiny_model(kind: str, seed: int = 0) -> Any:
+    """Build a random model of a type, in fp32 and eval mode.
+
+    Raises:
+        ValueError: if what came out is not tiny.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(kind)
+    if kind.startswith("musicgen"):  # its class takes the decoder's config alone
+        config = config.decoder
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"the tiny {kind} has {size:,} parameters: shrink more fields by name.")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    unsettle(model)
+    return model
+
+
+@torch.no_grad()
+def unsettle(model: nn.Module) -> None:
+    """Draw matrices wide, and move biases, gains and sinks, which start at 0 or 1."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            parameter += 0.3 * noise
+        elif parameter.ndim == 2 and not 0.2 < float(parameter.std()) < 0.6:
+            parameter.copy_(0.35 * noise)
