@@ -292,11 +292,15 @@ class HeadScores(Saved):
         """How many examples it takes for one head among these to be significant by itself.
 
         An exact test on n examples gives no p-value below ``2^-n``, and Benjamini-Hochberg asks
-        ``alpha / heads`` of a head that stands alone. None where these examples are enough, where
-        the score has no control, or where the smallest p-values are not known.
+        ``alpha / heads`` of a head that stands alone. None where these examples are enough for
+        every head (past the threshold, if there is one), where the score has no control, or where
+        the smallest p-values are not known.
         """
         heads = int(self.present.sum())
         short = (self.p_floor > alpha / max(heads, 1)) | (np.isnan(self.p_floor) & (self.n == 1))
+        if self.threshold is not None:
+            size = np.abs(self.mean) if self.alternative == "two-sided" else self.mean
+            short &= size >= self.threshold
         if not (short & ~np.isnan(self.null)).any():
             return None
         return examples_needed(heads, self.alternative, alpha)
