@@ -94,8 +94,14 @@ def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
     return size, halvings + 1
 
 
-def check_fits(model: HeadModel, probe: Probe) -> None:
+def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None:
     """Raise InputError if the probe is longer than the model's context or has unknown tokens.
+
+    Args:
+        model: that will read the probe.
+        probe: any.
+        answers: logits of its tokens and targets are asked for; some models give a logit to fewer
+            tokens than they read.
 
     Example:
         >>> hs.capture.check_fits(model, probe)
@@ -112,6 +118,14 @@ def check_fits(model: HeadModel, probe: Probe) -> None:
         raise InputError(
             f"the probe has token ids {int(used.min())} to {int(used.max())}, but {model.name} "
             f"knows 0 to {model.shape.d_vocab - 1}."
+        )
+    known = [probe.tokens.masked_fill(~probe.real, 0), probe.targets]
+    known += [] if probe.foils is None else [probe.foils]
+    highest = max(int(ids.max()) for ids in known)
+    if answers and highest >= model.shape.n_logits:
+        raise InputError(
+            f"the probe has token {highest}, but {model.name} has logits of tokens 0 to "
+            f"{model.shape.n_logits - 1} only: take tokens and targets among those."
         )
 
 

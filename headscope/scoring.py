@@ -69,8 +69,8 @@ def score(
     """
     chosen = _applicable(model, scorers)
     by_probe = _assign(model, chosen, probe, seed)
-    for one, _ in by_probe:
-        capture.check_fits(model, one)
+    for one, group in by_probe:
+        capture.check_fits(model, one, answers=any("readout" in s.needs for s in group))
     budget = parse_memory(memory)
     if max_tokens_per_chunk is not None and max_tokens_per_chunk < 1:
         raise InputError(f"max_tokens_per_chunk={max_tokens_per_chunk}: a chunk holds 1 or more.")

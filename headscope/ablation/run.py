@@ -61,8 +61,9 @@ class Study:
         progress: bool | None = None,
     ) -> "Study":
         """Check everything that can be checked before the first pass, and choose the engine."""
-        capture.check_fits(model, probe)
         chosen, *more = map(as_metric, (metric, *others))
+        answers = any("target" in one.needs for one in (chosen, *more))
+        capture.check_fits(model, probe, answers=answers)
         for one in (chosen, *more):
             one.reads(probe)
         limit = stack_tokens(model, parse_memory(memory))

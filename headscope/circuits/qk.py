@@ -141,9 +141,9 @@ def _rotations(model: HeadModel, layers: Sequence[int]) -> list[Rotation]:
         return [model.parts.rotation(layer) for layer in layers]
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{error} So its attention scores are not bilinear, and no matrix gives them; "
-            "fold_norm=False shows the bare weights, and a match_scorer reads the scores "
-            "of a run, with their norms."
+            f"{error} So no one matrix gives its attention scores; fold_norm=False without an "
+            "offset shows the bare weights, and a match_scorer reads the scores of a run, with "
+            "their norms."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """What ``headscope doctor MODEL`` tells of a model: measured on it, not read from a list."""
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from headscope import probes
 from headscope.cli.output import console
 from headscope.errors import HeadscopeError
+from headscope.models.loading.agreement import Proof
 from headscope.models.protocol import HeadModel
 from headscope.scorers import CATALOGUE, DEFAULT
 
@@ -50,10 +52,32 @@ def examine(model: HeadModel) -> dict[str, Any]:
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         "bos": probes.uses_bos(model),
         "limits": dict(model.limits),
+        "proof": _proof(model),
         "parts": _parts(model),
         "probes": made,
         "refused": refused,
         "default_scorers": [name for name in DEFAULT if name not in refused],
+    }
+
+
+def _proof(model: HeadModel) -> dict[str, Any] | None:
+    """What was proved of the model when it was loaded; None where nothing was."""
+    proof: Proof = getattr(model, "proof", Proof())
+    if not proof.checks:
+        return None
+    return {
+        "tokens": proof.tokens,
+        "facts": list(proof.facts),
+        "checks": [
+            {
+                "what": check.what,
+                "holds": check.passed,
+                # JSON has no infinity and no NaN
+                "difference": check.gap.size if isfinite(check.gap.size) else None,
+                "allowed": check.gap.allowed,
+            }
+            for check in proof.checks
+        ],
     }
 
 
@@ -133,7 +157,14 @@ def print_model(facts: dict[str, Any]) -> None:
     row("context", facts["n_ctx"] or "no limit")
     bos = "with BOS" if facts["bos"] else "no BOS"
     row("tokenizer", f"{facts['tokenizer']}, {bos}" if facts["tokenizer"] else "none")
-    row("proved at load", "rows sum to 1; logits unchanged by watching; editing a head acts")
+    proof = facts["proof"]
+    row("proved on", f"{proof['tokens']} tokens" if proof else "nothing: loaded with check=False")
+    for check in proof["checks"] if proof else ():
+        size = "not measured" if check["difference"] is None else f"{check['difference']:.1e}"
+        state = "holds" if check["holds"] else "does not hold"
+        row("", f"{check['what']}: {state} (off by {size}, allowed {check['allowed']:.0e})")
+    for fact in proof["facts"] if proof else ():
+        row("", fact)
     for kind, found in (("", facts["parts"]), ("probe ", facts["probes"])):
         for name, reason in found.items():
             row(kind + name, "yes" if reason is None else f"no: {reason}")

@@ -24,7 +24,7 @@ def token_losses(model: HeadModel, probe: Probe) -> Float[np.ndarray, "example t
 
     NaN for the first token of an example, at padding, and at the first token after padding.
     """
-    check_fits(model, probe)
+    check_fits(model, probe, answers=True)
     found = np.full(tuple(probe.tokens.shape), np.nan)
     with torch.no_grad():
         for row in range(len(probe)):  # one at a time: logits are as wide as the vocabulary

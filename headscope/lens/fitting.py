@@ -57,7 +57,7 @@ def split_data(model: HeadModel, probe: Probe | None, held_out: float, seed: int
     if probe is None:
         length = min(_LENGTH, model.shape.n_ctx or _LENGTH)
         probe = probes.text(model, length=length, seed=seed)
-    capture.check_fits(model, probe)
+    capture.check_fits(model, probe, answers=True)
     if len(probe) < 2:
         raise InputError("one example cannot both be fitted to and held out: give at least two.")
     count = min(len(probe) - 1, max(1, round(held_out * len(probe))))

@@ -67,7 +67,7 @@ def head_attribution(
     chosen: Against = against or ("mean" if probe.foils is None else "foil")
     if chosen == "foil" and probe.foils is None:
         raise InputError("this probe has no foils: use against='mean', or a probe of pairs.")
-    capture.check_fits(model, probe)
+    capture.check_fits(model, probe, answers=True)
     if mark is not None:
         probe = replace(probe, targets=probe.targets.where(probe.mark(mark), -1))
     if not bool(_read(probe, chosen).any()):

@@ -111,8 +111,9 @@ def read_token(model: HeadModel, token: Token, what: str = "target") -> int:
                 "is needed; mind the space in front."
             )
         return int(ids[0])
-    if not 0 <= int(token) < model.shape.d_vocab:
+    if not 0 <= int(token) < model.shape.n_logits:
         raise InputError(
-            f"{model.name} has no token {token}: it knows 0 to {model.shape.d_vocab - 1}."
+            f"{model.name} has no logit of token {token}: it has those of 0 to "
+            f"{model.shape.n_logits - 1}."
         )
     return int(token)

@@ -14,6 +14,7 @@ from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.passes import Pass
+from headscope.models.hf.transformers_api import is_stateful
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.protocol import Edit, HeadModel, Observer
 
@@ -49,8 +50,8 @@ def decoding(
     """Begin to generate with a model.
 
     With transformers' fused attention each step keeps keys and values and reads only the new
-    tokens. A transformer-lens bridge reads the whole text again at each step: the same numbers,
-    in more time.
+    tokens. A transformer-lens bridge, and a hybrid whose other layers keep states of their own,
+    read the whole text again at each step: the same numbers, in more time.
 
     Args:
         model: as it is; give edits to each step, not by a scope around it.
@@ -62,12 +63,13 @@ def decoding(
         UnsupportedModelError: if the model keeps more than keys and values.
     """
     if isinstance(model, HFModel):
-        if getattr(model.module, "_is_stateful", False):
+        if is_stateful(model.module):
             raise UnsupportedModelError(
                 f"{model.name} keeps a recurrent state besides keys and values: its generation "
                 "cannot be followed; use the teacher-forced form."
             )
-        return _Cached(model, real, prompt)
+        if len(model.shape.attention_layers) == model.shape.n_layers:
+            return _Cached(model, real, prompt)
     return _Repeated(model, real, prompt)
 
 

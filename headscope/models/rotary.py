@@ -12,6 +12,10 @@ from headscope.inputs import Rotation
 # far less than half a turn, so that long ones make the frequency exact and short ones unique.
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
+# A pairing explains as much as the best one if it leaves no more than this many times what that
+# leaves, or than this share of the squared length: rounding of fp32.
+_AS_GOOD, _ROUNDED = 2.0, 1e-12
+
 Planes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -34,12 +38,24 @@ def find_rotation(
     content, actual = content.double(), actual.double()
     if _unexplained(content, actual, actual) < tolerance:
         return Rotation((), (), torch.zeros(0, dtype=torch.float64))
-    best = min(_candidates(content.shape[-1]), key=lambda planes: _misfit(planes, content, actual))
+    best = _smallest(content, actual)
     factors = _factors(best, content, actual)
     gain = float(factors[0].abs().mean())
     rotation = Rotation(*best, _frequencies(factors), gain)
     turned = _rotated(rotation, content)
     return rotation if _unexplained(content, actual, turned) < tolerance else None
+
+
+def _smallest(content: Tensor, actual: Tensor) -> Planes:
+    """The pairing of fewest coordinates that explains as much as any, up to rounding.
+
+    A pairing of more coordinates than turn explains as much, and by rounding a little more: it has
+    a factor of 1 in every further plane.
+    """
+    misfits = [(_misfit(p, content, actual), p) for p in _candidates(content.shape[-1])]
+    floor = _ROUNDED * float(actual.square().sum())
+    enough = _AS_GOOD * min(misfit for misfit, _ in misfits) + floor
+    return min((p for misfit, p in misfits if misfit <= enough), key=lambda p: len(p[0]))
 
 
 def _candidates(d_head: int) -> list[Planes]:

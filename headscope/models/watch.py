@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -124,8 +125,14 @@ def _same_size(
 
 
 def _adds_one(rest: Tensor, written: Iterator[Tensor], tolerance: float) -> bool:
-    """Whether a remainder is what some module wrote, times a number."""
-    return not rest.any() or any(_multiple(rest, write)[1] < tolerance for write in written)
+    """Whether a remainder is what some module wrote, or two together, times a number."""
+    if not rest.any():
+        return True
+    writes = list(written)
+    if any(_multiple(rest, write)[1] < tolerance for write in writes):
+        return True
+    pairs = combinations(writes, 2)  # experts and a shared MLP beside them
+    return any(_multiple(rest, one + other)[1] < tolerance for one, other in pairs)
 
 
 def _rounding(whole: Tensor, part: Tensor, dtype: torch.dtype) -> float:

@@ -149,7 +149,7 @@ def output_scorer(
     threshold: float | None = None,
     alternative: Alternative | None = None,
     per_final_scale: bool = False,
-    needs: tuple[str, ...] = ("linear_write",),
+    needs: tuple[str, ...] = ("linear_write", "readout"),
     name: str | None = None,
 ) -> Callable[[OutputFunction], Scorer]:
     """Make a scorer of a function of head outputs; see :class:`Scorer` for the arguments.
@@ -246,5 +246,5 @@ def value_weighted(scorer: Scorer) -> Scorer:
         scorer,
         name=f"{scorer.name}_value_weighted",
         view="value_weighted",
-        needs=(*scorer.needs, "attention_write"),
+        needs=(*scorer.needs, "attention_write", "ov"),
     )

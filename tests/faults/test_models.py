@@ -14,6 +14,7 @@ from headscope.models.hf import transformers_api
 from headscope.models.hf.interface import NAME, _attend
 from headscope.models.loading import proof
 from headscope.models.loading.agreement import Gap, gap, rounding
+from headscope.models.rotary import POSITIONS, find_rotation
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -310,6 +311,167 @@ def test_a9_a_dead_head_is_accepted_and_said() -> None:
     model = hs.load(module)
     assert "L0H0 write nothing" in model.proof.facts[0]
     assert torch.as_tensor(zero_effects(module))[0, 0] == 0
+
+
+def short_head() -> Any:
+    module = llama()
+    module.lm_head = nn.Linear(32, 40, bias=False)
+    return module
+
+
+def test_a10_tokens_in_and_tokens_out_are_two_sizes() -> None:
+    module = short_head()
+    model = hs.load(module)
+    assert (model.shape.d_vocab, model.shape.n_logits) == (61, 40)
+    with pytest.raises(hs.HeadscopeError, match="logits of tokens 0 to 39"):
+        hs.ablate_heads(model, probe(), hs.metrics.loss, method="zero", progress=False)
+    with pytest.raises(hs.HeadscopeError, match="no logit of token 50"):
+        hs.lens.logit_lens(model, TOKENS[0], target=50)
+    with pytest.raises(hs.HeadscopeError, match="logits of tokens 0 to 39"):
+        hs.score(model, probe(), scorers=["copying"], progress=False)
+    table = hs.score(model, probe(), scorers=["previous_token"], progress=False)
+    whole = hs.score(hs.load(llama()), probe(), scorers=["previous_token"], progress=False)
+    assert table["previous_token"].mean == pytest.approx(whole["previous_token"].mean, abs=1e-6)
+    low = hs.probes.from_tokens(TOKENS % 37 + 3)
+    hs.score(model, low, scorers=["copying"], progress=False)
+    effects = hs.ablate_heads(model, low, hs.metrics.loss, method="zero", progress=False)
+    assert effects.mean.shape == (3, 4)
+
+
+def test_a10_more_tokens_out_than_in() -> None:
+    module = llama()
+    module.lm_head = nn.Linear(32, 70, bias=False)
+    model = hs.load(module)
+    assert model.shape.n_logits == 70
+    own = module(TOKENS[:1]).logits[0].softmax(-1)[:, 65].detach()
+    grid = hs.lens.logit_lens(model, TOKENS[0], target=65)
+    found = torch.tensor(grid.target_probability[-1]).float()
+    torch.testing.assert_close(found, own, atol=1e-5, rtol=0)
+
+
+LENGTH_SCALED = {
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0] * 6,
+        "long_factor": [float(i + 2) for i in range(6)],
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 2.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LENGTH_SCALED)
+def test_a11_a_rotation_that_depends_on_length_has_no_offset(kind: str) -> None:
+    rope = {"rope_theta": 1e4, "rope_type": kind, **LENGTH_SCALED[kind]}
+    module = llama(max_position_embeddings=256, rope_parameters=rope)
+    model = hs.load(module)
+    if kind == "longrope":
+        assert "other angles in longer texts" in model.limits["rotary"]
+        with pytest.raises(hs.HeadscopeError, match="other angles in longer texts"):
+            hs.circuits.qk(model, fold_norm=False, offset=3)
+        return
+    product = hs.circuits.qk(model, fold_norm=False, offset=3).explicit("L1H2").double()
+    for length in (14, 100):
+        seen = products_in_the_run(model, length)
+        assert seen(product) == pytest.approx(seen(None), rel=1e-4)
+
+
+def products_in_the_run(model: Any, length: int) -> Any:
+    """Product of the last query of L1H2 with the key three before it, by a matrix or in the run."""
+    tokens = torch.randint(3, 61, (1, length), generator=torch.Generator().manual_seed(3))
+    kept: dict[str, Any] = {}
+
+    class Look:
+        wants_final = False
+
+        def on_layer(self, view: Any) -> None:
+            if view.layer == 1:
+                kept["matches"] = view.matches(torch.arange(length))
+
+        def on_final(self, _residual: Tensor) -> None: ...
+
+    def read(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        kept["read"] = kwargs["hidden_states"][0].double()
+
+    attention = model.module.model.layers[1].self_attn
+    handle = attention.register_forward_pre_hook(read, with_kwargs=True)
+    with torch.no_grad():
+        model.forward(tokens, observers=[Look()])
+    handle.remove()
+    i, matches, x = length - 1, kept["matches"], kept["read"]
+
+    def product(matrix: Tensor | None) -> float:
+        if matrix is not None:
+            return float(x[i] @ matrix @ x[i - 3])
+        return float(matches.query[0, 2, i].double() @ matches.key[0, 1, i - 3].double())
+
+    return product
+
+
+def test_a12_families_that_failed_with_tracebacks() -> None:
+    with pytest.raises(hs.HeadscopeError, match="not a matrix"):
+        hs.load(family("jetmoe", kv_channels=8, num_local_experts=4))
+    hybrid = hs.load(
+        family("lfm2", num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2)
+    )
+    assert hybrid.shape.attention_layers == (1, 3)
+    made = hs.retrieval.generate(hybrid, TOKENS[:1], new_tokens=2, progress=False)
+    assert made is not None
+    with pytest.raises(hs.HeadscopeError, match="cannot be pruned"):
+        hs.prune(hs.load(family("olmo", clip_qkv=0.5)), ["L0H1"])
+    afmoe = family(
+        "afmoe",
+        head_dim=8,
+        sliding_window=5,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        num_dense_layers=1,
+    )
+    pair = dataclasses.replace(probe(), corrupt=hs.probes.from_tokens(TOKENS.flip(0)))
+    patched = hs.patch_activations(
+        hs.load(afmoe), pair, hs.metrics.loss, site="query", progress=False
+    )
+    assert patched is not None
+
+
+def test_a12_layer_types_are_a_list_of_what_is_known() -> None:
+    module = llama()
+    module.config.layer_types = ["full_attention", "mirror_attention", "full_attention"]
+    with pytest.raises(hs.HeadscopeError, match="'mirror_attention'"):
+        hs.load(module)
+
+
+@pytest.mark.parametrize("turned", [2, 4, 8, 12])
+@pytest.mark.parametrize("neighbours", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_a14_the_smallest_pairing_that_explains_is_taken(
+    turned: int, neighbours: bool, seed: int
+) -> None:
+    """Rounding at the level of fp32 must not decide how many planes turn."""
+    draw = torch.Generator().manual_seed(seed)
+    content = torch.randn(8, len(POSITIONS), 12, generator=draw, dtype=torch.float64)
+    first = list(range(0, turned, 2)) if neighbours else list(range(turned // 2))
+    second = [i + 1 for i in first] if neighbours else [i + turned // 2 for i in first]
+    frequency = 100.0 ** -(torch.arange(turned // 2, dtype=torch.float64) * 2 / turned)
+    angle = torch.tensor(POSITIONS)[:, None] * frequency
+    planes = torch.complex(content[..., first], content[..., second])
+    planes = planes * torch.polar(torch.ones_like(angle), angle)
+    actual = content.clone()
+    actual[..., first], actual[..., second] = planes.real, planes.imag
+    noise = 1e-7 * torch.randn(actual.shape, generator=draw, dtype=torch.float64)
+    found = find_rotation(content, actual + noise, 1e-6)
+    assert found is not None
+    assert sorted(zip(found.first, found.second, strict=True)) == sorted(
+        zip(first, second, strict=True)
+    )
 
 
 def test_a13_nan_never_agrees() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.layout import tiny_bridge_tokens
+from headscope.models.loading.agreement import gap
 from headscope.models.offload import all_weights
 from headscope.models.running import pass_over
 
@@ -47,12 +48,14 @@ def bridge_over(module: Any) -> Any:
             tokenizer=None,
             model_name=name,
         )
+        _check_same(module, bridge, name)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # whatever an adapter of another package stumbles over
         raise UnsupportedModelError(
             f"{name} ({module.config.model_type}) is not supported: transformer-lens cannot open "
             f"it ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
         ) from error
-    _check_same(module, bridge, name)
     return bridge
 
 
@@ -79,12 +82,12 @@ def _check_same(module: Any, bridge: Any, name: str) -> None:
     """Refuse a bridge whose logits are not those of the model that it was built over."""
     tokens = tiny_bridge_tokens(bridge)
     with pass_over(module):
-        plain = module(input_ids=tokens, use_cache=False).logits.float()
+        plain = module(input_ids=tokens, use_cache=False).logits
     with pass_over(bridge.original_model):
-        own = bridge(tokens, return_type="logits").float()
-    difference = float((own - plain.to(own.device)).abs().max())
-    if not difference <= _SAME.get(module.dtype, _SAME_HALF) * float(plain.abs().max()):
+        seen = bridge(tokens, return_type="logits")
+    found = gap(seen, plain, _SAME.get(module.dtype, _SAME_HALF))
+    if not found.closed:
         raise UnsupportedModelError(
             f"{name} ({module.config.model_type}) is not supported: transformer-lens gives other "
-            f"logits than transformers (by {difference:.2g})."
+            f"logits than transformers (by {found.size:.2g} of the largest)."
         )

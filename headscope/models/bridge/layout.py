@@ -80,8 +80,8 @@ def find_bridge_layout(bridge: Any) -> BridgeLayout:
     blocks = dict(bridge.blocks_with("attn"))
     if not blocks:
         raise UnsupportedModelError("none of its blocks has attention that transformer-lens shows.")
-    seen, watch = _watch(bridge, blocks)
-    shape = _shape(bridge, seen, {layer: block.attn for layer, block in blocks.items()})
+    seen, watch, n_logits = _watch(bridge, blocks)
+    shape = _shape(bridge, seen, {layer: block.attn for layer, block in blocks.items()}, n_logits)
     scales = write_scales(watch, {layer: (block, block.attn) for layer, block in blocks.items()})
     layers = {
         layer: _layer(layer, block, seen[layer], scales[layer]) for layer, block in blocks.items()
@@ -96,8 +96,8 @@ def tiny_bridge_tokens(bridge: Any) -> Tensor:
     return ids.view(_BATCH, _LENGTH).to(next(bridge.original_model.parameters()).device)
 
 
-def _watch(bridge: Any, blocks: dict[int, Any]) -> tuple[dict[int, _Seen], Watch]:
-    """Run a few tokens; note what passes the hook points and the modules of every block."""
+def _watch(bridge: Any, blocks: dict[int, Any]) -> tuple[dict[int, _Seen], Watch, int]:
+    """Run a few tokens; note what passes the hook points and modules, and the number of logits."""
     seen = {layer: _Seen() for layer in blocks}
     watch = Watch()
 
@@ -117,12 +117,12 @@ def _watch(bridge: Any, blocks: dict[int, Any]) -> tuple[dict[int, _Seen], Watch
             for module in block.modules():
                 handle = module.register_forward_hook(watch.note, with_kwargs=True)
                 stack.callback(handle.remove)
-        bridge(tiny_bridge_tokens(bridge), return_type="logits")
+        logits: Tensor = bridge(tiny_bridge_tokens(bridge), return_type="logits")
     for block in blocks.values():
         projection = getattr(block.attn, "o", None)
         if projection in watch.outputs:
             watch.writes[block.attn] = watch.outputs[projection]
-    return seen, watch
+    return seen, watch, logits.shape[-1]
 
 
 def _layer(layer: int, block: Any, seen: _Seen, scale: float | None) -> BridgeLayer:
@@ -146,7 +146,9 @@ def _layer(layer: int, block: Any, seen: _Seen, scale: float | None) -> BridgeLa
     )
 
 
-def _shape(bridge: Any, seen: dict[int, _Seen], attentions: dict[int, Any]) -> ModelShape:
+def _shape(
+    bridge: Any, seen: dict[int, _Seen], attentions: dict[int, Any], n_logits: int
+) -> ModelShape:
     kinds = set()
     for layer, found in seen.items():
         if "hook_pattern" not in found.values or "hook_z" not in found.values:
@@ -175,7 +177,8 @@ def _shape(bridge: Any, seen: dict[int, _Seen], attentions: dict[int, Any]) -> M
         n_kv_heads=n_kv_heads,
         d_model=int(bridge.cfg.d_model),
         d_head=d_head,
-        d_vocab=int(bridge.cfg.d_vocab),
+        d_vocab=_d_vocab(bridge),
+        d_vocab_out=None if n_logits == _d_vocab(bridge) else n_logits,
         n_ctx=_n_ctx(bridge),
         attention_layers=tuple(sorted(attentions)),
         windows=tuple(_window(_config(bridge), layer) for layer in range(n_layers)),
@@ -186,6 +189,13 @@ def _config(bridge: Any) -> Any:
     """Config of the underlying model, transformer-lens' own where that has none."""
     config = getattr(bridge.original_model, "config", None)
     return bridge.cfg if config is None else config.get_text_config()
+
+
+def _d_vocab(bridge: Any) -> int:
+    """Tokens that go in: rows of the embedding, where transformers shows it."""
+    ask = getattr(bridge.original_model, "get_input_embeddings", None)
+    weight = getattr(ask() if callable(ask) else None, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) else int(bridge.cfg.d_vocab)
 
 
 def _n_ctx(bridge: Any) -> int | None:

@@ -24,8 +24,8 @@ def bridge_weights(bridge: Any, layer: int) -> HeadWeights:
     Raises:
         UnsupportedModelError: if the layer's weights cannot be split by heads.
     """
-    attention = bridge.blocks[layer].attn
     try:
+        attention = bridge.blocks[layer].attn
         matrices = {name: getattr(attention, name) for name in ("W_Q", "W_K", "W_V", "W_O")}
         biases = {name: getattr(attention, name) for name in ("b_Q", "b_K", "b_V", "b_O")}
     except (AttributeError, ValueError) as error:

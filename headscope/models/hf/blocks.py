@@ -92,6 +92,8 @@ def find_writers(
 
 def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
     x, out = seen.inputs[block].cpu().double(), seen.outputs[block]
+    if out.numel() != x.numel() or seen.outputs[projection].numel() != x.numel():
+        return None  # several residual streams
     added = out.cpu().double().reshape(x.shape) - x
     dtype = out.dtype
     least = _TOLERANCE if dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE

@@ -19,6 +19,7 @@ from headscope.errors import HeadscopeError, ModelLoadError, UnsupportedModelErr
 from headscope.matches import Matches
 from headscope.models.attention import AttentionCall
 from headscope.models.hf.interface import MaskFacts, made_masks, routed
+from headscope.models.hf.measured import TURNS_BY_LENGTH
 from headscope.models.hf.projection import bias, matrix
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
@@ -274,7 +275,7 @@ def watched_pass(
             "so what is seen is not what the model does",
         )
     )
-    checks += _readout(model, plain)
+    checks += [*_readout(model, plain), *_rotation(model)]
     z = {layer: writes[parts.projection][0][0] for layer, parts in model.layout.layers.items()}
     return checks, dead_heads(model, z)
 
@@ -364,6 +365,20 @@ def _readout(model: "HFModel", plain: Plain) -> Iterator[Check]:
         return
     allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
     yield Check(what, gap(logits, plain.logits, allowed), costs, reason)
+
+
+def _rotation(model: "HFModel") -> Iterator[Check]:
+    """Whether positions turn alike in texts of any length, where the config scales rotations.
+
+    Others are measured when a rotation is asked for.
+    """
+    parameters = getattr(model.module.config.get_text_config(), "rope_parameters", None) or {}
+    named = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    if {kind.get("rope_type", "default") for kind in named} <= {"default"}:
+        return
+    size = float("inf") if model.parts.turns_by_length else 0.0
+    what = "positions turn queries and keys alike in texts of any length"
+    yield Check(what, Gap(size, 0.0), ("rotary",), TURNS_BY_LENGTH)
 
 
 @torch.no_grad()

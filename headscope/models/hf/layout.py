@@ -98,6 +98,11 @@ def find_layout(model: Any) -> Layout | None:
         given = watch.inputs.get(watch.projections.get(module, module))
         if module not in watch.projections or given is None or given.shape[-1] != width:
             return None
+        if given.shape[:-1] != (_BATCH, _LENGTH):
+            raise UnsupportedModelError(
+                "what reads its head outputs takes them out of their order of examples and "
+                "positions (e.g. a mixture of experts) and is not a matrix, so there is no W_O."
+            )
     scales = write_scales(
         watch,
         {n: (blocks[n], m) for (m, _), n in zip(watch.calls, numbers, strict=True)},
@@ -244,6 +249,7 @@ def _shape(
     config = model.config.get_text_config()
     n_ctx = getattr(config, "max_position_embeddings", None)
     embedding = model.get_input_embeddings().weight
+    width = None if logits is None else logits[1].shape[-1]
     return ModelShape(
         n_layers=len(blocks),
         n_heads=n_heads,
@@ -252,7 +258,7 @@ def _shape(
         d_head=d_head,
         d_vocab=embedding.shape[0],
         n_ctx=n_ctx,
-        d_vocab_out=None if logits is None else logits[1].shape[-1],
+        d_vocab_out=None if width == embedding.shape[0] else width,
         attention_layers=tuple(numbers),
         windows=tuple(windows),
         removed=frozenset(

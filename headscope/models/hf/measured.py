@@ -22,6 +22,11 @@ from headscope.outputs import HeadWeights
 # Rows of the embedding that pass the first block at a time.
 _BATCH = 1024
 Hook = Callable[[], Any]
+TURNS_BY_LENGTH = (
+    "turns its queries and keys by other angles in longer texts (longrope or dynamic scaling), so "
+    "that an offset does not give one product: read queries and keys of the text itself, e.g. with "
+    "scorers of matches"
+)
 
 
 class MeasuredParts(ABC):
@@ -185,9 +190,16 @@ class MeasuredParts(ABC):
     def rotation(self, layer: int) -> Rotation:
         """Rotary positions of one layer, measured once."""
         if layer not in self._rotations:
+            if self.turns_by_length:
+                raise UnsupportedModelError(f"{self.model.name} {TURNS_BY_LENGTH}.")
             weights = self.model.weights(layer)
             self._rotations[layer] = self._rotation(*self._short_pass[layer], weights)
         return self._rotations[layer]
+
+    @cached_property
+    def turns_by_length(self) -> bool:
+        """Whether the length of a text changes how positions turn queries and keys."""
+        return False
 
     @cached_property
     @torch.no_grad()

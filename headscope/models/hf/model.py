@@ -93,8 +93,8 @@ class HFModel(Tapped, Shown):
         limits = no_rotation(self.name, self.module.config)
         if any(parts.write_scale is None for parts in self.layout.layers.values()):
             limits["linear_write"] = (
-                f"{family} applies a norm after attention, so "
-                "a head's write into the residual stream is not z @ W_O."
+                f"{family} applies a norm after attention, or mixes its residual stream otherwise, "
+                "so a head's write into the residual stream is not z @ W_O."
             )
             limits |= unmeasured_write(self)
         if self.layout.final_norm is None:
@@ -178,10 +178,10 @@ class HFModel(Tapped, Shown):
             try:
                 if no_logits:
                     self.module.base_model(**inputs)
-                    return torch.empty(len(tokens), 0, self.shape.d_vocab)
+                    return torch.empty(len(tokens), 0, self.shape.n_logits)
                 return self._logits(inputs, logits_at)
             except Finished:
-                return torch.empty(len(tokens), 0, self.shape.d_vocab)
+                return torch.empty(len(tokens), 0, self.shape.n_logits)
 
     @property
     def final_entry(self) -> nn.Module | None:

@@ -71,7 +71,7 @@ def _watch(model: "HFModel") -> _Watched:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
             # A leaf, so that the derivative stops here.
             watched.outputs[layer][name] = output.detach().requires_grad_()
-            return watched.outputs[layer][name]
+            return watched.outputs[layer][name].clone()  # some families write over it (clip_qkv)
 
         return hook
 

@@ -1,6 +1,6 @@
 """Norms, positions and embedding of a transformers model, see :mod:`.hf_measured`."""
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,9 +11,15 @@ from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.interface import routed
+from headscope.models.hf.layout import tiny_tokens
 from headscope.models.hf.measured import MeasuredParts
 from headscope.models.hf.projection import bias
 from headscope.models.hf.readout import measure_norm
+from headscope.models.loading.agreement import gap, rounding
+from headscope.models.loading.calls import accepted
+
+# Tokens of the pass that is run at two lengths, and a length beyond any where none is said.
+_FEW, _FAR = 8, 1 << 20
 
 
 class HFParts(MeasuredParts):
@@ -77,4 +83,43 @@ class HFParts(MeasuredParts):
         ]
         with routed(self.model.layout.configs, attend, parts):
             self.watch(tokens, hooks)
+        return seen
+
+    @cached_property
+    @torch.no_grad()
+    def turns_by_length(self) -> bool:
+        """Whether the length of a text changes how positions turn queries and keys, measured.
+
+        The same few tokens at the same positions, followed by one that stands next to them or at
+        the end of the context: what comes before must not see the difference.
+        """
+        shape = self.model.shape
+        far = shape.n_ctx or 4 * (shape.trained_ctx or _FAR)
+        if "position_ids" not in accepted(self.model.module) or far <= _FEW:
+            return False
+        ids = tiny_tokens(self.model.module).flatten()[None, :_FEW]
+        near = torch.arange(ids.shape[1], device=ids.device)[None]
+        last = near.clone()
+        last[0, -1] = far - 1
+        first, second = self._queries(ids, near), self._queries(ids, last)
+        return not all(
+            gap(query[:, :, :-1], first[layer][:, :, :-1], rounding(query.dtype, 64)).closed
+            for layer, query in second.items()
+        )
+
+    def _queries(self, ids: Tensor, position_ids: Tensor) -> dict[int, Tensor]:
+        """Queries of every layer as attention uses them, at some positions."""
+        parts, seen = self.model.layout.by_attention(), {}
+
+        def attend(module: nn.Module, call: AttentionCall) -> Tensor:
+            seen[parts[module].layer] = call.query
+            return fused(call)
+
+        with routed(self.model.layout.configs, attend):
+            self.model.module.base_model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                position_ids=position_ids,
+                use_cache=False,
+            )
         return seen

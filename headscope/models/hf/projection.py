@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from headscope.errors import UnsupportedModelError
 from headscope.models.hf.removed import ReadsKept
 from headscope.models.offload import at_hand, parameter
 
@@ -55,9 +56,25 @@ def _is_plain(projection: nn.Module) -> bool:
 
 @torch.no_grad()
 def _through(projection: nn.Module, rows: Float[Tensor, "row in"]) -> Float[Tensor, "row out"]:
-    """Send rows through a module past its hooks, which may be edits that run now."""
-    found: Tensor = projection.forward(rows[None])[0]
-    return found
+    """Send rows through a module past its hooks, which may be edits that run now.
+
+    Raises:
+        UnsupportedModelError: if it is something else than a map of each row.
+    """
+    try:
+        found = projection.forward(rows[None])
+    except Exception as error:  # code of any family
+        raise _no_matrix(projection) from error
+    if not isinstance(found, Tensor) or found.ndim != 3 or len(found[0]) != len(rows):
+        raise _no_matrix(projection)
+    return found[0]
+
+
+def _no_matrix(projection: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"what reads its head outputs is a {type(projection).__name__} and not a matrix (e.g. a "
+        "mixture of experts), so there is no W_O per head."
+    )
 
 
 def _dtype(projection: nn.Module) -> torch.dtype:

@@ -79,6 +79,11 @@ def commit_hash(config: Any) -> str | None:
     return commit
 
 
+def is_stateful(model: Any) -> bool:
+    """Whether generation keeps a recurrent state besides keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
 def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     """The attention function that the file of a module falls back on; None if it has none."""
     source = sys.modules.get(type(module).__module__)
@@ -164,6 +169,10 @@ def moved() -> list[str]:
         hasattr(PreTrainedModel, "_can_set_attn_implementation"),
         "PreTrainedModel._can_set_attn_implementation is gone: it said whether attention goes "
         "through the registry",
+    )
+    want(
+        hasattr(PreTrainedModel, "_is_stateful"),
+        "PreTrainedModel._is_stateful is gone: it said that a cache holds recurrent states",
     )
     want(
         callable(getattr(masking_utils, "causal_mask_function", None)),

@@ -3,7 +3,9 @@
 from typing import Any
 
 from headscope.errors import UnsupportedModelError
+from headscope.models.hf.transformers_api import ATTENTION_LAYERS, OTHER_LAYERS
 
+KNOWN_LAYERS = ATTENTION_LAYERS | OTHER_LAYERS
 # Tokens of the passes that are watched to find the parts of a model.
 _SHORTEST = 5
 
@@ -25,8 +27,10 @@ def admit(config: Any, name: str) -> None:
         reason = f"its context is too short to take its heads apart: {_SHORTEST} tokens at least"
     elif not _has_heads(text):
         reason = "it has no attention heads (a state-space or recurrent model)"
-    elif "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        reason = "it uses chunked attention, whose visible keys headscope cannot tell"
+    elif unknown := sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS):
+        reason = (
+            f"it has layers of the kind {unknown[0]!r}, whose visible keys headscope cannot tell"
+        )
     if reason is not None:
         raise UnsupportedModelError(
             f"{name} ({family}) is not supported: {reason}. Decoder-only transformers with "
