@@ -349,7 +349,7 @@ def test_a10_more_tokens_out_than_in() -> None:
     torch.testing.assert_close(found, own, atol=1e-5, rtol=0)
 
 
-LENGTH_SCALED = {
+LENGTH_SCALED: dict[str, dict[str, Any]] = {
     "longrope": {
         "factor": 4.0,
         "short_factor": [1.0] * 6,
