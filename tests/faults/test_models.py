@@ -233,11 +233,11 @@ def test_a5_a_final_norm_that_is_used_twice_shows_the_last_use() -> None:
     grid = hs.lens.logit_lens(model, TOKENS[0], target=5)
     own = module(TOKENS[:1]).logits[0].softmax(-1)[:, 5]
     torch.testing.assert_close(
-        torch.as_tensor(grid.target_probability[-1]).float(), own.detach(), atol=1e-5, rtol=0
+        torch.tensor(grid.target_probability[-1]).float(), own.detach(), atol=1e-5, rtol=0
     )
     table = hs.score(model, probe(), progress=False)
     for name in ("previous_token", "direct_logit_attribution"):
-        assert torch.isfinite(torch.as_tensor(table[name].mean)).all(), name
+        assert torch.isfinite(torch.tensor(table[name].mean)).all(), name
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a6_the_lens_ends_at_the_models_own_logits(name: str, changes: dict[str,
     grid = hs.lens.logit_lens(model, TOKENS[0], target=5)
     own = module(TOKENS[:1]).logits[0].softmax(-1)[:, 5]
     torch.testing.assert_close(
-        torch.as_tensor(grid.target_probability[-1]).float(), own.detach(), atol=1e-5, rtol=1e-4
+        torch.tensor(grid.target_probability[-1]).float(), own.detach(), atol=1e-5, rtol=1e-4
     )
 
 

@@ -25,7 +25,7 @@ def admit(config: Any, name: str) -> None:
         reason = "it uses multi-head latent attention (MLA), with compressed keys and values"
     elif (getattr(text, "max_position_embeddings", None) or _SHORTEST) < _SHORTEST:
         reason = f"its context is too short to take its heads apart: {_SHORTEST} tokens at least"
-    elif str(family).startswith("gemma4") and getattr(text, "num_kv_shared_layers", 0):
+    elif str(family).startswith("gemma4") and getattr(text, "num_kv_shared_layers", None):
         reason = (
             "it drops positions before its layers that share keys and values, so that not every "
             "row of attention exists"
