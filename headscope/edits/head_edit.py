@@ -142,7 +142,7 @@ class HeadEdit:
         if where is not None and not bool(where.any()):
             return replace(self, heads={}, donors=None, positions=None, scope="all")
         donors = self.donors
-        if donors is not None and span != Span.whole(span.count):
+        if donors is not None and not span.is_whole:
             donors = {layer: self._shown(donor, span) for layer, donor in donors.items()}
         return replace(self, donors=donors, positions=where, scope="all")
 
@@ -224,7 +224,7 @@ class HeadEdit:
         """Which of a pass's positions are chosen; none beyond those that were given."""
         shown = positions[:, span.first : span.end]
         missing = span.count - shown.shape[1]
-        if missing and span == Span.whole(span.count):
+        if missing and span.is_whole:
             raise InputError(
                 f"the {self.name} edit has positions for {shown.shape[1]} tokens, but the text has "
                 f"{span.count}."

@@ -1,6 +1,6 @@
 """Where in a text a pass is: which positions it runs, and which of them are decoding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -12,11 +12,13 @@ class Span:
         count: how many positions the pass runs.
         prompt: positions before this one are read as a prompt (``prefill``), those from it on are
             generated (``decode``).
+        grows: whether the text may go on after the pass.
     """
 
     first: int
     count: int
     prompt: int
+    grows: bool = False
 
     @classmethod
     def whole(cls, length: int) -> "Span":
@@ -33,6 +35,11 @@ class Span:
         """Position after the last."""
         return self.first + self.count
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the pass reads the whole text at once."""
+        return self == Span.whole(self.count)
+
     def last(self, count: int) -> "Span":
         """The same pass over its last ``count`` positions, which may reach back into its cache.
 
@@ -40,13 +47,13 @@ class Span:
             >>> hs.edits.Span(first=7, count=1, prompt=7).last(8).first
             0
         """
-        return Span(self.end - count, count, self.prompt)
+        return replace(self, first=self.end - count, count=count)
 
     def part(self, first: int, count: int) -> "Span":
         """Some of the pass's own positions, counted from its first.
 
         Example:
             >>> hs.edits.Span.whole(10).part(4, 2)
-            Span(first=4, count=2, prompt=10)
+            Span(first=4, count=2, prompt=10, grows=False)
         """
-        return Span(self.first + first, count, self.prompt)
+        return replace(self, first=self.first + first, count=count)

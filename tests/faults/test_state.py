@@ -517,7 +517,8 @@ def test_b7_positions_of_an_edit_are_those_of_the_text_in_every_step() -> None:
             for at in range(8, 12):
                 cache = first.past_key_values
                 steps.append(module(X[:, at : at + 1], past_key_values=cache).logits)
-        torch.testing.assert_close(torch.cat(steps, 1), wanted, msg=edit.name)
+        # Steps with a cache alone are rounded by up to 4e-5 otherwise; a wrong position is 0.1.
+        assert float((torch.cat(steps, 1) - wanted).abs().max()) < 1e-4, edit.name
 
 
 def test_b7_positions_that_do_not_fit_are_named() -> None:
@@ -663,7 +664,9 @@ READINGS: dict[str, Callable[[Any], Any]] = {
     "generate": lambda m: torch.tensor(
         hs.retrieval.generate(m, X, new_tokens=3, progress=False).tokens
     ),
-    "prune": lambda m: hs.prune(m, ["L0H1"])(X).logits.detach(),
+    "prune": lambda m: torch.cat(
+        [p.detach().flatten() for p in hs.prune(m, ["L0H1"]).parameters()]
+    ),
 }
 
 

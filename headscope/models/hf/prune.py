@@ -27,6 +27,7 @@ from headscope.models.hf.removed import (
     RepeatingLinear,
     reading_kept,
 )
+from headscope.models.running import pass_over
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -199,7 +200,8 @@ def _prove(model: "HFModel", smaller: Any, removed: tuple[HeadIndex, ...], name:
     tokens = tiny_tokens(model.module)
     wanted = model.forward(tokens, edits=(zero(removed),)).float()
     try:
-        got = smaller(input_ids=tokens, use_cache=False).logits.float()
+        with pass_over(smaller):
+            got = smaller(input_ids=tokens, use_cache=False).logits.float()
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UnsupportedModelError(
             f"{name} cannot be pruned: its attention does not run with fewer heads ({error})."

@@ -29,7 +29,7 @@ class OwnPasses(threading.local):
             prompt = length
         else:  # what a cache held before anybody looked was read as a prompt
             prompt = cached if self.span is None else self.span.prompt
-        self.span = Span(cached, length, prompt)
+        self.span = Span(cached, length, prompt, grows=True)
 
 
 @contextmanager
