@@ -28,6 +28,7 @@ from headscope.heads import HeadIndex
 from headscope.models.bridge.model import BridgeModel
 from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.progress import track
 from headscope.pruning.direction import Better, cost_sign
@@ -99,6 +100,7 @@ class _Gated:
         return value * self.gates[layer].to(value)[:, None]
 
 
+@own_types()
 def learn_gates(
     model: HeadModel,
     probe: Probe,

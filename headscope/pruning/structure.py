@@ -11,11 +11,13 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.prune import is_pruned, pruned, read_pruned
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@own_types()
 def prune(model: HeadModel, heads: Heads) -> "PreTrainedModel":
     """A copy of a model without some heads: rows and columns of Q, K, V and O are really gone.
 
