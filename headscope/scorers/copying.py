@@ -10,7 +10,7 @@ from headscope.scorers.base import output_scorer
 
 
 @output_scorer(
-    needs=("attention_write",),
+    needs=("attention_write", "readout"),
     unit="share",
     bounds=(0.0, 1.0),
     source="Olsson et al. 2022 (arXiv 2209.11895), behavioural copying score",

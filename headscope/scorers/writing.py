@@ -30,7 +30,7 @@ def head_output_norm(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch
 
 
 @output_scorer(
-    needs=("attention_write",),
+    needs=("attention_write", "readout"),
     unit="logits",
     source="Elhage et al. 2021, direct path; nostalgebraist 2020, logit lens, with frozen scale",
     queries=predicting_queries,
@@ -62,7 +62,7 @@ def direct_logit_attribution(
 
 
 @output_scorer(
-    needs=("attention_write",),
+    needs=("attention_write", "readout"),
     unit="logits",
     source="Wang et al. 2022 (arXiv 2211.00593), direct effect on the logit difference",
     queries=contrasting_queries,
