@@ -94,7 +94,7 @@ def score(
         >>> "copying_eigenvalues" in table
         True
         >>> hs.circuits.score(model, tokens=32, heads=["L1H2"])["ov_norm"].top(2)[0][0]
-        HeadIndex(layer=1, head=2)
+        L1H2
     """
     for kind in embeddings:
         if kind not in _SUFFIX:

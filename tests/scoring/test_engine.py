@@ -1,5 +1,7 @@
 """hs.score equals the slow version, and nothing that should not matter changes it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -176,13 +178,18 @@ def test_direct_logit_attribution_sums_to_the_attention_part(
     np.testing.assert_allclose(scored.per_example.sum(1), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_norm_after_attention_is_refused_with_a_reason() -> None:
+def test_norm_after_attention_is_refused_to_scorers_that_need_the_bare_product() -> None:
+    @hs.output_scorer(unit="length")
+    def own(outputs: Any, probe: Any) -> Any:
+        """Length of z @ W_O."""
+        return torch.einsum("bqhd,hdm->bhqm", outputs.z, outputs.W_O).norm(dim=-1)
+
     model = hs.load(build("gemma2"), check=False)
     probe = hs.probes.from_tokens(few_tokens())
     with pytest.raises(UnsupportedModelError, match="norm after attention"):
-        hs.score(model, probe, ["direct_logit_attribution"])
+        hs.score(model, probe, own)
     by_default = hs.score(model, probe, progress=False)
-    assert "direct_logit_attribution" not in by_default
+    assert "direct_logit_attribution" in by_default
     assert "induction" in by_default
 
 
