@@ -34,8 +34,9 @@ from headscope.testing.report import (
 
 # Texts are at least this long, and longer than any window of the model that is not huge.
 _LENGTH, _LONGEST = 72, 256
-# Share of the largest number that rounding in other orders may come to.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+# Share of the largest number that rounding may come to: fp32's, amplified two thousandfold by deep
+# stacks of wide random weights. Rows and scores are fp32 whatever the model's type.
+_TOLERANCE = {torch.float32: 2.5e-4, torch.float64: 2.5e-4}
 _HALF_TOLERANCE = 0.1
 
 
@@ -295,9 +296,12 @@ def _zero_ablation(subject: _Subject) -> None:
         actual = subject.model.forward(subject.tokens, edits=(zero(head),))
         agree(actual, expected, subject.tolerance, f"logits without {head}")
     probe = probes.from_tokens(subject.tokens.cpu())
-    effect = ablate_heads(
-        subject.model, probe, metrics.loss, "zero", heads=subject.some_heads, progress=False
-    )
+    try:
+        effect = ablate_heads(
+            subject.model, probe, metrics.loss, "zero", heads=subject.some_heads, progress=False
+        )
+    except HeadscopeError as refusal:  # it holds replay against a whole pass by itself
+        raise UnsupportedModelError(str(refusal)) from refusal
     clean = _loss(subject.clean.logits, subject.tokens)
     for head, logits in without.items():
         change = float(_loss(logits, subject.tokens) - clean)
@@ -482,6 +486,12 @@ def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
         )
     place = subject.layers.index(layer)
     module = subject.clean.calls[place].module
+    read = subject.sites.inputs.get(module)
+    if read is not None and read.shape[-1] != given.shape[-1]:
+        raise UnsupportedModelError(
+            f"attention of {subject.model.name} reads {read.shape[-1]} numbers a position and the "
+            f"residual stream has {given.shape[-1]}, so its circuits are no maps of the stream."
+        )
 
     def replace(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if args:

@@ -84,7 +84,13 @@ def _check_same(module: Any, bridge: Any, name: str) -> None:
     with pass_over(module):
         plain = module(input_ids=tokens, use_cache=False).logits
     with pass_over(bridge.original_model):
-        seen = bridge(tokens, return_type="logits")
+        try:
+            seen = bridge(tokens, return_type="logits")
+        except Exception as error:  # as above, while it runs
+            raise UnsupportedModelError(
+                f"{name} ({module.config.model_type}) is not supported: transformer-lens cannot "
+                f"run it ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+            ) from error
     found = gap(seen, plain, _SAME.get(module.dtype, _SAME_HALF))
     if not found.closed:
         raise UnsupportedModelError(

@@ -91,6 +91,8 @@ def find_writers(
 
 
 def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
+    if block not in seen.inputs or block not in seen.outputs:
+        return None
     x, out = seen.inputs[block].cpu().double(), seen.outputs[block]
     if out.numel() != x.numel() or seen.outputs[projection].numel() != x.numel():
         return None  # several residual streams
@@ -108,6 +110,8 @@ def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
         and not _around(name, names[projection])
     ]
     for attention, normed in _attention_writes(seen, block, projection):
+        if seen.outputs[attention].numel() != x.numel():  # several residual streams (gemma3n)
+            continue
         write = seen.outputs[attention].cpu().double().reshape(x.shape)
         for name, other in others:
             if name == names[attention]:
