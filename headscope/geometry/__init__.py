@@ -1,1 +1,19 @@
-"""Geometry of hidden states: how layers and heads spread, curve and carry what they hold."""
+"""Geometry of hidden states: how layers spread, curve and carry what they hold.
+
+table = hs.geometry.layers(model)    # entropy, curvature, dimension, ... after every block
+hs.plots.layers(table)
+"""
+
+from headscope.geometry.layers import layers as layers
+from headscope.geometry.measures import anisotropy as anisotropy
+from headscope.geometry.measures import curvature as curvature
+from headscope.geometry.measures import dime as dime
+from headscope.geometry.measures import gride as gride
+from headscope.geometry.measures import info_nce as info_nce
+from headscope.geometry.measures import lidar as lidar
+from headscope.geometry.measures import linearity as linearity
+from headscope.geometry.measures import matrix_entropy as matrix_entropy
+from headscope.geometry.measures import mean_cosine as mean_cosine
+from headscope.geometry.measures import neighbourhood_overlap as neighbourhood_overlap
+from headscope.geometry.measures import token_angle as token_angle
+from headscope.geometry.measures import two_nn as two_nn

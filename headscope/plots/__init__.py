@@ -3,8 +3,8 @@
 One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`scatter`. One head:
 :func:`attention_pattern`. Weights: :func:`spectra`, :func:`eigenvalues`, :func:`composition_graph`,
 :func:`composition_matrix`. Arms: :func:`curves`. Needles: :func:`recall_grid`. Texts:
-:func:`token_losses`. Lenses: :func:`lens_grid`, :func:`waterfall`, :func:`source_bars`. To a file:
-:func:`save` (html, png, svg, pdf).
+:func:`token_losses`. Layers: :func:`layers`. Lenses: :func:`lens_grid`, :func:`waterfall`,
+:func:`source_bars`. To a file: :func:`save` (html, png, svg, pdf).
 """
 
 from headscope.plots.attribution import source_bars as source_bars
@@ -17,6 +17,7 @@ from headscope.plots.export import save as save
 from headscope.plots.graph import composition_graph as composition_graph
 from headscope.plots.grid import heatmap as heatmap
 from headscope.plots.grid import heatmaps as heatmaps
+from headscope.plots.layers import layers as layers
 from headscope.plots.lens import lens_grid as lens_grid
 from headscope.plots.losses import token_losses as token_losses
 from headscope.plots.matrix import composition_matrix as composition_matrix

@@ -3,6 +3,7 @@
 Kept for agreement with published numbers. They average over all queries, also those that have
 no target and the first one, and count what cannot be seen as 0; so 1 is out of reach (about
 half on a text said twice). ``previous_token``, ``duplicate_token`` and ``induction`` do not.
+They have no null: a control asks the queries that have a target, and these average over all.
 """
 
 from jaxtyping import Float
@@ -30,7 +31,7 @@ def _diluted(scorer: Scorer, tail: str) -> Scorer:
         name=f"detect_head_{scorer.name}",
         source="transformer-lens, head_detector.detect_head, error measure 'mul'",
         queries=all_queries,
-        control=scorer.control,
+        control=None,
     )(function)
 
 

@@ -131,6 +131,16 @@ def test_rows_are_read_on_demand(family: str) -> None:
     torch.testing.assert_close(sums[0], torch.ones_like(sums[0]))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+@pytest.mark.parametrize("logits_at", [None, torch.empty(0, dtype=torch.long)])
+def test_without_logits_the_last_block_is_still_seen(family: str, logits_at: Tensor | None) -> None:
+    model, seen = model_of(family), []
+    last = ("resid_post", model.shape.n_layers - 1)
+    until = last if logits_at is None else None
+    model.run(families.tokens(), reads={last: seen.append}, until=until, logits_at=logits_at)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("site", ["resid_post", "z", "attn_out", "final_resid"])
 def test_until_stops_the_pass_after_its_tap(site: str) -> None:
     model = model_of("gpt2")

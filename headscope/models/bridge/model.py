@@ -165,7 +165,8 @@ class BridgeModel(Tapped, Shown):
         """
         padded = real is not None and not bool(real.all())
         mask = real.to(self.device) if real is not None and padded else None
-        no_logits = logits_at is not None and len(logits_at) == 0
+        asked = 0 if logits_at is None else len(logits_at)
+        no_logits = logits_at is not None and asked == 0
         length = tokens.shape[1]
         span = Span(0, length, length if prompt is None else prompt)
         run = BridgePass(
@@ -179,7 +180,7 @@ class BridgeModel(Tapped, Shown):
             with run.attached(), torch.set_grad_enabled(grad):
                 logits: Tensor = self.bridge(tokens.to(self.device), return_type="logits", **inputs)
         except Finished:
-            return torch.empty(len(tokens), 0, self.shape.d_vocab)
+            return torch.empty(len(tokens), asked, self.shape.d_vocab)
         return logits if logits_at is None else logits[:, logits_at.to(logits.device)]
 
     @property

@@ -170,7 +170,8 @@ class HFModel(Tapped, Shown):
     ) -> Float[Tensor, "batch at d_vocab"]:
         """Run the model once; see :class:`headscope.models.protocol.HeadModel`."""
         length = tokens.shape[1]
-        no_logits = logits_at is not None and len(logits_at) == 0
+        asked = 0 if logits_at is None else len(logits_at)
+        no_logits = logits_at is not None and asked == 0
         span = Span(0, length, length if prompt is None else prompt)
         run = Pass(self.module, self.layout, observers, edits, span, may_stop=no_logits)
         with run.attached(), torch.set_grad_enabled(grad):
@@ -181,7 +182,7 @@ class HFModel(Tapped, Shown):
                     return torch.empty(len(tokens), 0, self.shape.n_logits)
                 return self._logits(inputs, logits_at)
             except Finished:
-                return torch.empty(len(tokens), 0, self.shape.n_logits)
+                return torch.empty(len(tokens), asked, self.shape.n_logits)
 
     @property
     def final_entry(self) -> nn.Module | None:

@@ -95,7 +95,9 @@ class _Engine:
     def run(
         self, tokens: Tensor, real: Tensor | None, logits_at: Tensor | None
     ) -> Float[Tensor, "batch at d_vocab"] | None:
-        nothing = torch.empty(0, dtype=torch.long)
+        # A pass that owes no logits stops after its last attention layer, which may be too early.
+        nothing = torch.zeros(1 if self.wants_final else 0, dtype=torch.long)
+        empty = logits_at is not None and len(logits_at) == 0
         wants_logits = self.until is None or self.until.site == "logits"
         with ExitStack() as stack:
             stack.enter_context(held(self.model.module))
@@ -108,10 +110,10 @@ class _Engine:
                 real=real,
                 observers=(self,) if shows and not self.grad else (),
                 edits=self._edits(),
-                logits_at=logits_at if wants_logits else nothing,
+                logits_at=nothing if empty or not wants_logits else logits_at,
                 grad=self.grad,
             )
-        if not wants_logits or (logits_at is not None and len(logits_at) == 0):
+        if empty or not wants_logits:
             return None
         return self._through(Tap("logits"), logits)
 
@@ -172,10 +174,11 @@ class _Engine:
         return found
 
     def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """Keep a hook silent in passes of others."""
+        """Keep a hook silent in passes of others, and in measurements that this pass starts."""
 
         def guarded(*args: Any) -> Any:
-            return None if use_of(self.model.module).running() is None else hook(*args)
+            use = use_of(self.model.module)
+            return None if use.running() is None or use.measuring() else hook(*args)
 
         return guarded
 
