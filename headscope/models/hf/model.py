@@ -27,7 +27,7 @@ from headscope.models.loading.calls import accepted, first_position, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.offload import all_weights, runs_on
 from headscope.models.protocol import Edit, Observer
-from headscope.models.running import Finished
+from headscope.models.running import Finished, pass_over
 from headscope.models.shown import glance_of
 from headscope.outputs import HeadWeights, Readout
 
@@ -174,6 +174,7 @@ class HFModel(Tapped, Shown):
         no_logits = logits_at is not None and asked == 0
         span = Span(0, length, length if prompt is None else prompt)
         run = Pass(self.module, self.layout, observers, edits, span, may_stop=no_logits)
+        self._learn_padding(real)
         with run.attached(), torch.set_grad_enabled(grad):
             inputs = self._inputs(tokens, real)
             try:
@@ -193,6 +194,14 @@ class HFModel(Tapped, Shown):
         """Scope in which every pass of ``module`` is edited, generation too; restored after."""
         return Scope(self.module, self.layout, edits).open()
 
+    def _learn_padding(self, real: Tensor | None) -> None:
+        """Measure how the family counts positions under padding, before a pass that needs it."""
+        if real is not None and not bool(real.all()):
+            with pass_over(self.module):
+                _ = self._first_position
+                if not bool(real[:, 0].all()):
+                    self._need_left_padding()
+
     def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
         tokens = tokens.to(self.device)
         if tokens.is_inference():  # made in inference mode, it could serve no gradient
@@ -201,8 +210,6 @@ class HFModel(Tapped, Shown):
         # All real, it changes nothing, but keeps families from warning of padding.
         inputs["attention_mask"] = torch.ones_like(tokens)
         if real is not None and not bool(real.all()):
-            if not bool(real[:, 0].all()):
-                self._need_left_padding()
             inputs |= padding(real.to(self.device), self._arguments, self._first_position)
         return inputs
 
