@@ -46,7 +46,7 @@ def test_as_many_for_one_scorer_as_for_all(model: HeadModel) -> None:
     probe = hs.probes.repeated_tokens(model, length=8, batch=3)
     every = scorers_for(model, "repeated_tokens")
     assert len(every) > 10
-    few = waits(model, probe, ["previous_token", "induction"])  # both kinds of control
+    few = waits(model, probe, ["previous_token", "direct_logit_attribution"])
     assert waits(model, probe, every) == few
 
 

@@ -133,13 +133,13 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
         norm = copy.deepcopy(bare).float().eval()  # a few thousand numbers; exact in half, too
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 2, d_model, generator=generator, dtype=torch.float32) + 0.5
-    probe = probe.to(device)
-    with torch.no_grad():
-        there, back, moved = norm(probe), norm(-probe), norm(probe + 3.0)
+    given = probe.to(device)
+    with torch.no_grad():  # fetched together: the host waits for the device once
+        there, back, moved = torch.stack([norm(given), norm(-given), norm(given + 3.0)]).cpu()
     centred = bool((moved - there).abs().max() < 1e-3 * there.abs().max())
     epsilon = _epsilon(module)
     if epsilon is None:
-        epsilon = _measured_epsilon(norm, probe, centred)
+        epsilon = _measured_epsilon(norm, given, centred)
     x = probe.float()
     x = x - x.mean(-1, keepdim=True) if centred else x
     unit = x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
@@ -149,7 +149,7 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
     if (gain * unit - odd).abs().max() > 1e-3 * odd.abs().max():
         raise UnsupportedModelError("one of its norms is neither LayerNorm nor RMSNorm.")
     bias = torch.zeros_like(bias) if float(bias.abs().max()) < 1e-6 else bias
-    return InputNorm(gain, bias, centred, epsilon)
+    return InputNorm(gain.to(device), bias.to(device), centred, epsilon)
 
 
 def _epsilon(norm: nn.Module) -> float | None:
