@@ -143,7 +143,8 @@ class Accumulator:
         size = (self.model.shape.n_layers, self.model.shape.n_heads, len(self.batch))
         self._sums = RunningSums([scorer.name for scorer in self.scorers], *size)
         flat = [s.name for s in self.scorers if s.kind == "row" and s.control == "flat"]
-        self._flat_sums = RunningSums(flat if self.flat else [], *size)
+        other = [s.name for s in self.scorers if s.control == "other_example"]
+        self._flat_sums = RunningSums([*flat, *other] if self.flat else [], *size)
         self.budget = self._budget()
 
     @property
@@ -153,7 +154,7 @@ class Accumulator:
 
     @property
     def flat_sums(self) -> dict[str, Sums]:
-        """What attention spread evenly gives those scorers whose control that is."""
+        """What attention spread evenly, or another example, gives scorers whose control it is."""
         return self._flat_sums.moved()
 
     @property
@@ -167,9 +168,23 @@ class Accumulator:
         return {s.name: s.queries(self.batch) & self.batch.real for s in self.scorers}
 
     @cached_property
+    def _others(self) -> dict[str, Bool[Tensor, "batch pos"]]:
+        """Queries that count in the other example, for scorers whose null that is."""
+        other = self.batch.control
+        if other is None or not self.flat:
+            return {}
+        shown = self.batch.real & other.real
+        if "alone" in other.facts:
+            shown = shown & (other.facts["alone"] == 0)[:, None]
+        return {
+            s.name: s.queries(other) & shown for s in self.scorers if s.control == "other_example"
+        }
+
+    @cached_property
     def positions(self) -> Int[Tensor, " query"]:
         """Queries that any scorer asked for in any example."""
-        wanted = torch.stack([mask.any(0) for mask in self.selected.values()]).any(0)
+        masks = [*self.selected.values(), *self._others.values()]
+        wanted = torch.stack([mask.any(0) for mask in masks]).any(0)
         return wanted.nonzero().squeeze(-1)
 
     @cached_property
@@ -215,6 +230,7 @@ class Accumulator:
     def _on_chunk(self, layer: "_Layer", positions: Int[Tensor, " query"]) -> None:
         chunk = _Chunk(layer, positions)
         for scorer in self.scorers:
+            self._on_other(scorer, layer, chunk)
             chosen = self.selected[scorer.name][:, positions]
             if not bool(chosen.any()):
                 continue
@@ -224,10 +240,19 @@ class Accumulator:
                 self._held.append((scorer, layer.number, values, positions))
             else:
                 self._sums.add(scorer.name, layer.number, values, chosen)
-            if scorer.name in self._flat_sums:
+            if scorer.name in self._flat_sums and scorer.control == "flat":
                 spread = self._flat_values(scorer, layer, chunk).to(layer.device)
                 spread = spread.expand(-1, self.model.shape.n_heads, -1)
                 self._flat_sums.add(scorer.name, layer.number, spread, chosen)
+
+    def _on_other(self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk") -> None:
+        """What a scorer gives on these rows when it is asked of the other examples."""
+        if scorer.name not in self._others or layer.probe.control is None:
+            return
+        chosen = self._others[scorer.name][:, chunk.positions]
+        if bool(chosen.any()):
+            values = scorer(chunk.seen(scorer), layer.probe.control)
+            self._flat_sums.add(scorer.name, layer.number, values, chosen.to(layer.device))
 
     def _flat_values(
         self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk"

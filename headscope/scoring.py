@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
 from headscope import capture, probes
@@ -20,12 +21,12 @@ from headscope.models.running import own_types
 from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
 from headscope.progress import Advance, track
-from headscope.scorers import DEFAULT, Scorer, resolve
+from headscope.scorers import DEFAULT, Relation, Scorer, resolve
 from headscope.table import HeadScores, HeadTable, Provenance
 
 # Nulls that come from a pass over the probe's control.
 _OWN_PASS = ("unrepeated", "needle")
-Wanted = Iterable[str | Scorer] | str | Scorer | None
+Wanted = Iterable[str | Scorer | Relation] | str | Scorer | None
 
 
 @own_types()
@@ -48,8 +49,8 @@ def score(
     Args:
         model: from :func:`headscope.load`.
         probe: what to run; default: for each scorer the kind of probe that it is meant for.
-        scorers: names from ``headscope.scorers.CATALOGUE``, scorers of your own, or a mixture;
-            default: ``headscope.scorers.DEFAULT``, less what this family cannot be asked.
+        scorers: names from ``headscope.scorers.CATALOGUE``, scorers and relations of your own, or a
+            mixture; default: ``headscope.scorers.DEFAULT``, less what this family cannot be asked.
         batch_size: examples per pass; changes nothing but time and memory.
         memory: what one chunk of attention rows may take, e.g. ``"2GB"``.
         max_tokens_per_chunk: queries whose rows are held at once, over all examples of a batch
@@ -87,7 +88,7 @@ def score(
             advance=advance,
         )
         for one, group in by_probe:
-            sums, flat = run(one, group, flat=True)
+            sums, flat = run(_numbered(one, group), group, flat=True)
             compared = tuple(s for s in group if s.control in _OWN_PASS)
             control: dict[str, Sums] = {}
             if one.control is not None and compared:
@@ -153,6 +154,32 @@ def _default_probe(model: HeadModel, kind: str, seed: int) -> Probe:
     raise InputError(f"there is no default probe of kind {kind!r}: pass probe=.")
 
 
+def _numbered(probe: Probe, scorers: tuple[Scorer, ...]) -> Probe:
+    """The probe as it is run: examples know their number, and, if asked for, another example."""
+    own = {**probe.facts, "example": torch.arange(len(probe), dtype=torch.float32)}
+    numbered = replace(probe, facts=own)
+    if not any(scorer.control == "other_example" for scorer in scorers):
+        return numbered
+    return replace(numbered, control=_others(replace(numbered, control=None, corrupt=None)))
+
+
+def _others(probe: Probe) -> Probe:
+    """For every example another one of its length; ``alone`` is 1 where there is none.
+
+    Which one does not depend on the order of the examples: the next by their tokens.
+    """
+    order = sorted(range(len(probe)), key=lambda row: (probe.tokens[row].tolist(), row))
+    peers: dict[tuple[int, int], list[int]] = {}
+    for row in order:
+        peers.setdefault((int(probe.first[row]), int(probe.last[row])), []).append(row)
+    chosen = torch.arange(len(probe))
+    for rows in peers.values():
+        chosen[rows] = torch.tensor([*rows[1:], rows[0]])
+    alone = (chosen == torch.arange(len(probe))).float()
+    other = probe.examples(chosen)
+    return replace(other, facts={**other.facts, "alone": alone})
+
+
 def _has_control_pass(probe: Probe, scorers: tuple[Scorer, ...]) -> bool:
     return probe.control is not None and any(s.control in _OWN_PASS for s in scorers)
 
@@ -168,7 +195,7 @@ def _run(
     tokens: int | None,
     advance: Advance,
 ) -> tuple[dict[str, Sums], dict[str, Sums]]:
-    """Sums of every scorer over the whole probe, and of those whose control is flat attention."""
+    """Sums of every scorer over the whole probe, and of the nulls that come from the same rows."""
 
     def watch(batch: Probe, halvings: int) -> Accumulator:
         def on_layer(steps: float = 1) -> None:
@@ -230,7 +257,7 @@ def _design(scorer: Scorer, probe: Probe) -> Design:
     """How the examples and those of the null belong together: flat attention is paired."""
     other = probe.control if scorer.control in _OWN_PASS else None
     return Design(
-        paired=other.paired if other is not None else scorer.control == "flat",
+        paired=other.paired if other is not None else scorer.control in ("flat", "other_example"),
         clusters=probe.cluster_labels,
         control_clusters=None if other is None else other.cluster_labels,
     )

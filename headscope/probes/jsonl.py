@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from headscope.probes.encoding import (
     pad_right,
 )
 from headscope.probes.probe import Probe
+from headscope.probes.spans import find_span
 from headscope.probes.vocabulary import (
     HasVocabulary,
     Tokenizer,
@@ -29,7 +31,8 @@ from headscope.probes.vocabulary import (
 )
 
 _FIELDS = {
-    "text", "clean", "answer", "foil", "marks", "corrupt", "corrupt_answer", "corrupt_foil",
+    "text", "clean", "answer", "foil", "marks", "pairs",
+    "corrupt", "corrupt_answer", "corrupt_foil",
 }  # fmt: skip
 _SHOWN = 10
 
@@ -42,6 +45,7 @@ class _Line(NamedTuple):
     foil: int
     marks: dict[str, list[int]]
     corrupt: "_Line | None" = None
+    pairs: Mapping[str, list[tuple[int, int]]] = MappingProxyType({})
 
 
 def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = None) -> Probe:
@@ -52,8 +56,13 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
     character (a new word starts with its space), and must be one token, as must ``foil``, the
     wrong alternative.
     A mark is a range of characters of the text, end excluded, and becomes every token that
-    holds one of them. Two marks are added unless the file has them: ``end``, the last token,
-    and ``delimiter``.
+    holds one of them; or the part of the text itself, ``"Mary"``, where it stands once, or ``"the
+    second 'Mary'"``, ``"the last 'to'"``. Two marks are added unless the file has them: ``end``,
+    the last token, and ``delimiter``.
+
+    ``"pairs": {"name": [[query, key], ...]}`` are relations for :func:`headscope.scorers.relation`:
+    each end is a mark of the line by its name, or named as a mark's place is; every token of
+    the first is paired with every token of the second. They become the probe's ``pairs``.
 
     Targets are the answers, at ``end`` alone; in a file without answers, the next tokens.
 
@@ -129,6 +138,10 @@ def _probe(
     }
     for name in sorted({name for line in lines for name in line.marks}):
         marks[name] = at_positions(tokens.shape[1], [line.marks.get(name, []) for line in lines])
+    related = {
+        name: [[row, *pair] for row, line in enumerate(lines) for pair in line.pairs.get(name, [])]
+        for name in sorted({name for line in lines for name in line.pairs})
+    }
     return Probe(
         tokens=tokens,
         real=real,
@@ -136,6 +149,7 @@ def _probe(
         targets=targets if (targets >= 0).any() else next_tokens(tokens, real),
         foils=foils if (foils >= 0).any() else None,
         marks=marks,
+        pairs={name: torch.tensor(rows).reshape(-1, 3) for name, rows in related.items()},
         name="jsonl",
         settings=settings,
     )
@@ -171,12 +185,36 @@ def _read(tokenizer: Tokenizer, prefix: list[int], written: str) -> _Line:
     corrupt = _corrupt(tokenizer, prefix, encoded, fields)
     marks = fields.get("marks", {})
     if not isinstance(marks, dict):
-        raise InputError('its marks are not {"name": [start, end]}.')
+        raise InputError('its marks are not {"name": [start, end] or "part of the text"}.')
     marks = {name: at for name, at in marks.items() if at is not None}
     placed = {name: _span(encoded, name, at) for name, at in marks.items()}
+    related = _pairs(encoded, {"end": [len(encoded.ids) - 1], **placed}, fields.get("pairs", {}))
     if corrupt is not None:
-        corrupt = corrupt._replace(marks=placed)
-    return _Line(encoded.ids, answer, foil, placed, corrupt)
+        corrupt = corrupt._replace(marks=placed, pairs=related)
+    return _Line(encoded.ids, answer, foil, placed, corrupt, related)
+
+
+def _pairs(
+    encoded: Encoded, marks: Mapping[str, list[int]], given: object
+) -> dict[str, list[tuple[int, int]]]:
+    """Positions of the (query, key) pairs of every relation of a line."""
+    if not isinstance(given, dict):
+        raise InputError('its pairs are not {"name": [[query, key], ...]}.')
+    found = {}
+    for name, listed in given.items():
+        if not isinstance(listed, list) or not all(
+            isinstance(one, list) and len(one) == 2 for one in listed
+        ):
+            raise InputError(f"its pairs {name!r} are not a list of [query, key].")
+        ends = [
+            [
+                marks[end] if isinstance(end, str) and end in marks else _span(encoded, name, end)
+                for end in pair
+            ]
+            for pair in listed
+        ]
+        found[name] = [(query, key) for one, two in ends for query in one for key in two]
+    return found
 
 
 def _corrupt(
@@ -235,12 +273,17 @@ def _following(tokenizer: Tokenizer, before: Encoded, word: object, name: str, p
 
 
 def _span(encoded: Encoded, name: str, at: object) -> list[int]:
-    """Tokens of the character range ``at``."""
+    """Tokens of the characters ``at``: a range, or a part of the text in words."""
+    if isinstance(at, str):
+        try:
+            at = list(find_span(encoded.text, at))
+        except InputError as error:
+            raise InputError(f"mark {name!r}: {error}") from error
     start, end = at if isinstance(at, list) and [type(n) for n in at] == [int, int] else (0, 0)
     if not 0 <= start < end <= len(encoded.text):
         raise InputError(
             f"mark {name!r} is {at!r}: two character positions [start, end] within the "
-            f"{len(encoded.text)} characters of its text are needed."
+            f"{len(encoded.text)} characters of its text are needed, or the part itself."
         )
     found = encoded.covering(start, end)
     if not found:

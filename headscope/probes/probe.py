@@ -36,6 +36,8 @@ class Probe(Saved, Shown):
         clusters: a label per example; examples with the same label share a needle, a document
             or a template and count as one observation in errors, intervals and tests. None:
             every example stands for itself.
+        pairs: named relations, whole numbers ``[pair 3]``: example, query and key of each pair;
+            what :func:`headscope.scorers.relation` scores.
         paired: of a control, whether its example i is example i of the probe without the
             structure, so that tests are of the difference; False: its examples are others.
     """
@@ -54,6 +56,7 @@ class Probe(Saved, Shown):
     corrupt: "Probe | None" = None
     clusters: Int[Tensor, " batch"] | None = None
     paired: bool = False
+    pairs: Mapping[str, Int[Tensor, "_ 3"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check shapes and padding; freeze the mappings."""
@@ -91,9 +94,24 @@ class Probe(Saved, Shown):
             or ((steps == -1).any(1) & (steps == 1).any(1) & (self.real[:, 0])).any()
         ):
             raise InputError("every example needs one unbroken run of real tokens.")
+        for name, pairs in self.pairs.items():
+            self._check_pairs(name, pairs)
+        object.__setattr__(self, "pairs", MappingProxyType(dict(self.pairs)))
         object.__setattr__(self, "marks", MappingProxyType(dict(self.marks)))
         object.__setattr__(self, "facts", MappingProxyType(dict(self.facts)))
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    def _check_pairs(self, name: str, pairs: Tensor) -> None:
+        if pairs.ndim != 2 or pairs.shape[1] != 3:
+            raise InputError(f"the pairs {name!r} have shape {tuple(pairs.shape)}, not [pair 3].")
+        if not len(pairs):
+            return
+        most = pairs.amax(0).tolist()
+        if int(pairs.min()) < 0 or most[0] >= len(self) or max(most[1:]) >= self.length:
+            raise InputError(
+                f"the pairs {name!r} go up to example {most[0]}, query {most[1]}, key {most[2]}: "
+                f"the probe has {len(self)} examples of {self.length} positions, counted from 0."
+            )
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -199,6 +217,17 @@ class Probe(Saved, Shown):
             raise InputError(f"this probe has no mark {name!r}; it has: {known}.")
         return self.marks[name]
 
+    def related(self, name: str) -> Int[Tensor, "pair 3"]:
+        """Pairs of the relation ``name``: example, query and key of each.
+
+        Raises:
+            InputError: if there is no such relation.
+        """
+        if name not in self.pairs:
+            known = ", ".join(sorted(self.pairs)) or "none"
+            raise InputError(f"this probe has no pairs {name!r}; it has: {known}.")
+        return self.pairs[name]
+
     def to(self, device: torch.device | str) -> "Probe":
         """The same probe with its tensors on ``device``."""
         return self._unchecked(
@@ -212,6 +241,7 @@ class Probe(Saved, Shown):
             control=None if self.control is None else self.control.to(device),
             corrupt=None if self.corrupt is None else self.corrupt.to(device),
             clusters=None if self.clusters is None else self.clusters.to(device),
+            pairs={name: pairs.to(device) for name, pairs in self.pairs.items()},
         )
 
     def _unchecked(self, **changes: Any) -> "Probe":
@@ -223,8 +253,9 @@ class Probe(Saved, Shown):
             made.__dict__["host"] = self
         return made
 
-    def examples(self, chosen: slice) -> "Probe":
-        """The same probe with some of its examples."""
+    def examples(self, chosen: slice | Int[Tensor, " some"]) -> "Probe":
+        """The same probe with some of its examples, in the order given."""
+        numbers = torch.arange(len(self))[chosen]
         return replace(
             self,
             tokens=self.tokens[chosen],
@@ -237,4 +268,17 @@ class Probe(Saved, Shown):
             control=None if self.control is None else self.control.examples(chosen),
             corrupt=None if self.corrupt is None else self.corrupt.examples(chosen),
             clusters=None if self.clusters is None else self.clusters[chosen],
+            pairs={name: pairs_of_examples(pairs, numbers) for name, pairs in self.pairs.items()},
         )
+
+
+def pairs_of_examples(
+    pairs: Int[Tensor, "pair 3"], numbers: Int[Tensor, " some"]
+) -> Int[Tensor, "kept 3"]:
+    """Pairs of some examples, which are numbered anew."""
+    parts = [pairs[:0]]
+    for new, old in enumerate(numbers.tolist()):
+        part = pairs[pairs[:, 0] == old].clone()
+        part[:, 0] = new
+        parts.append(part)
+    return torch.cat(parts)

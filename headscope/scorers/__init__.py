@@ -16,6 +16,7 @@ from headscope.scorers.between import between
 from headscope.scorers.catalogue import CATALOGUE, DEFAULT, resolve
 from headscope.scorers.long_need import long_need, long_need_predicted
 from headscope.scorers.offsets import relative_offset
+from headscope.scorers.relation import Relation, relation
 from headscope.scorers.spread import window_mass
 from headscope.scorers.streaming import streaming_gap
 
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionRows",
     "HeadOutputs",
     "Matches",
+    "Relation",
     "Scorer",
     "between",
     "every_query",
@@ -32,6 +34,7 @@ __all__ = [
     "long_need_predicted",
     "match_scorer",
     "output_scorer",
+    "relation",
     "relative_offset",
     "resolve",
     "row_scorer",

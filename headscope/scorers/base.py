@@ -16,7 +16,7 @@ from headscope.rows import AttentionRows
 QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
 Kind = Literal["row", "output", "match"]
 View = Literal["plain", "no_sink", "value_weighted"]
-Control = Literal["flat", "unrepeated", "needle"]
+Control = Literal["flat", "unrepeated", "needle", "other_example"]
 Alternative = Literal["greater", "two-sided"]
 RowFunction = Callable[[AttentionRows, Probe], Float[Tensor, "batch head query"]]
 OutputFunction = Callable[[HeadOutputs, Probe], Float[Tensor, "batch head query"]]
@@ -42,7 +42,9 @@ class Scorer:
         probe: kind of probe that it is meant for.
         control: what the null is: ``flat`` (attention spread evenly over the visible keys;
             paired), ``unrepeated`` (the probe's control: same shape, no repetition), ``needle``
-            (the probe's control: another needle, or another question), None for no null. Whether
+            (the probe's control: another needle, or another question), ``other_example`` (the
+            function asked of another example of the same length, on this one's rows; paired;
+            see :func:`headscope.scorers.relation`), None for no null. Whether
             a probe's control is paired, it says itself (``probe.control.paired``).
         threshold: mean above which a significant head is called by this name; None: never.
         alternative: what the null is tested against: ``greater`` than the control, or

@@ -1,6 +1,7 @@
 """Every scorer that ships, by name. Adding one: its file, and one line here."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from headscope.errors import InputError, nearest
 from headscope.scorers.base import Scorer, value_weighted, without_sink
@@ -24,6 +25,7 @@ from headscope.scorers.long_need import (
 )
 from headscope.scorers.needle_writes import needle_write, needle_write_contrast
 from headscope.scorers.offsets import current_token, previous_token
+from headscope.scorers.relation import Relation
 from headscope.scorers.repetition import duplicate_token, induction
 from headscope.scorers.retrieval import (
     importance_weighted_retrieval,
@@ -122,7 +124,7 @@ DEFAULT: tuple[str, ...] = (
 )
 
 
-def resolve(scorers: Iterable[str | Scorer] | Scorer) -> tuple[Scorer, ...]:
+def resolve(scorers: Iterable[str | Scorer | Relation] | Scorer) -> tuple[Scorer, ...]:
     """Turn names and scorers of your own into scorers, in the order given.
 
     Raises:
@@ -132,7 +134,7 @@ def resolve(scorers: Iterable[str | Scorer] | Scorer) -> tuple[Scorer, ...]:
         >>> [scorer.name for scorer in resolve("induction")]
         ['induction']
     """
-    wanted = [scorers] if isinstance(scorers, (str, Scorer)) else list(scorers)
+    wanted = [scorers] if isinstance(scorers, (str, Scorer)) else _flattened(scorers)
     found: dict[str, Scorer] = {}
     for one in wanted:
         if not isinstance(one, (str, Scorer)):
@@ -144,3 +146,10 @@ def resolve(scorers: Iterable[str | Scorer] | Scorer) -> tuple[Scorer, ...]:
             raise InputError(f"two scorers are named {scorer.name!r}: leave one out or rename it.")
         found[scorer.name] = scorer
     return tuple(found.values())
+
+
+def _flattened(scorers: Iterable[object]) -> list[Any]:
+    """A list in which the scorers of a relation stand one by one."""
+    return [
+        one for given in scorers for one in (given if isinstance(given, Relation) else (given,))
+    ]

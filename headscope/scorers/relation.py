@@ -1,0 +1,277 @@
+"""Attention along any relation: pairs of a query and a key that somebody names.
+
+ALiBi, windows, padding and sinks are in the rows already: a pair whose key the query cannot see is
+left out of its set, and a query whose whole set is out of sight counts as missing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.errors import InputError
+from headscope.probes.probe import Probe, pairs_of_examples
+from headscope.rows import AttentionRows
+from headscope.scorers.base import Control, Scorer, every_query, without_sink
+
+PairsLike = Tensor | Sequence[Sequence[Sequence[int]]]
+PairsOf = Callable[[Probe], PairsLike]
+_SOURCE = "user-defined relation; evenness as of clustering heads, Cabannes et al. 2024"
+
+
+class Relation(NamedTuple):
+    """The scorers of one relation, to be given to ``hs.score`` together or one by one.
+
+    With ``A`` a row of attention, ``J`` the keys that the query is paired with and can see, ``m``
+    the number of keys that it can see; each is a mean over the queries that have a pair.
+
+    Attributes:
+        mass: ``sum of A over J``, a probability.
+        lift: ``mass * m / |J|``: how many times what even attention gives, from 0; 1 by chance.
+        hit: 1 where the most attended key (of equals the first) is in J, else 0; ``|J| / m`` by
+            chance.
+        auroc: share of the pairs of a key in J and a visible one outside in which the first gets
+            more attention, ties half; 0.5 by chance. NaN where J is all that is visible.
+        evenness: entropy of A within J over ``log |J|``: 1 where all of J gets the same. NaN for
+            fewer than two keys, or no mass.
+    """
+
+    mass: Scorer
+    lift: Scorer
+    hit: Scorer
+    auroc: Scorer
+    evenness: Scorer
+
+    @property
+    def no_sink(self) -> "Relation":
+        """The same on rows renormalised without the first position; names end in ``_no_sink``."""
+        return Relation(*map(without_sink, self))
+
+
+def relation(
+    name: str,
+    pairs: PairsOf | PairsLike | None = None,
+    *,
+    control: Control | None = "other_example",
+    probe: str = "text",
+    threshold: float | None = None,
+    source: str = _SOURCE,
+) -> Relation:
+    """Scorers of a relation: any set of (query, key) pairs of every example.
+
+    Args:
+        name: of the relation; the scores are ``name_mass``, ``name_lift``, ``name_hit``,
+            ``name_auroc`` and ``name_evenness``.
+        pairs: a function of the probe (asked of some of its examples at a time), or its result for
+            the whole probe: a Boolean ``[batch query key]``, dense or sparse; whole numbers
+            ``[pair 3]``, each example, query, key; or for every example a list of ``(query,
+            key)``. Positions count from the start of the row, padding included. Default: the
+            pairs that the probe itself has by this name (``probe.pairs[name]``, as
+            ``hs.probes.from_jsonl`` reads them).
+        control: ``other_example``: the same rows with the pairs of another example of the same
+            length, which a head that looks at fixed places serves as well (examples without a peer
+            are left out of the test); ``flat``: attention spread evenly; None: no null.
+        probe: kind of probe that is used where none is given.
+        threshold: of the mass, from which a significant head is called by the relation's name.
+        source: of the definition.
+
+    Raises:
+        InputError: when scored, if pairs do not fit the probe.
+
+    Example:
+        >>> def three_back(probe):
+        ...     keys = torch.arange(probe.length)
+        ...     return (keys[:, None] - keys == 3).expand(len(probe), -1, -1)
+        >>> table = hs.score(model, probe, relation("three_back", three_back, control="flat"))
+        >>> list(table)[:2]
+        ['three_back_mass', 'three_back_lift']
+    """
+    given = _Given(name, pairs)
+
+    def made(kind: str, unit: str, most: float | None, value: _Value) -> Scorer:
+        def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+            return value(rows, given.keys(probe, rows))
+
+        function.__doc__ = f"{_SAID[kind]} of the relation {name!r}."
+        return Scorer(
+            name=f"{name}_{kind}",
+            function=function,
+            kind="row",
+            unit=unit,
+            bounds=(0.0, most),
+            source=source,
+            queries=given.queries,
+            probe=probe,
+            control=control,
+            threshold=threshold if kind == "mass" else None,
+            alternative="two-sided" if kind == "evenness" else "greater",
+        )
+
+    return Relation(
+        mass=made("mass", "attention", 1.0, AttentionRows.mass),
+        lift=made("lift", "ratio", None, _lift),
+        hit=made("hit", "share", 1.0, _hit),
+        auroc=made("auroc", "share", 1.0, _auroc),
+        evenness=made("evenness", "share", 1.0, _evenness),
+    )
+
+
+_Value = Callable[
+    [AttentionRows, Bool[Tensor, "batch query key"]], Float[Tensor, "batch head query"]
+]
+_SAID = {
+    "mass": "Attention on the keys",
+    "lift": "Attention on the keys over what even attention gives them",
+    "hit": "Share of the queries whose most attended key is one",
+    "auroc": "Share of the pairs of a key and another one in which the key gets more attention",
+    "evenness": "Evenness of the attention among the keys",
+}
+
+
+class _Given:
+    """Pairs as they were given, as sets of keys for the rows of a chunk."""
+
+    def __init__(self, name: str, pairs: PairsOf | PairsLike | None) -> None:
+        self._name = name
+        if pairs is None:
+            self._pairs: PairsOf | Int[Tensor, "pair 3"] | None = None
+        elif callable(pairs):
+            self._pairs = pairs
+        else:
+            self._pairs = as_triples(name, pairs)
+        self._known: WeakKeyDictionary[Probe, Int[Tensor, "pair 3"]] = WeakKeyDictionary()
+
+    def triples(self, probe: Probe) -> Int[Tensor, "pair 3"]:
+        """Example, query and key of every pair of these examples."""
+        if probe not in self._known:
+            self._known[probe] = self._read(probe)
+        return self._known[probe]
+
+    def _read(self, probe: Probe) -> Int[Tensor, "pair 3"]:
+        size = (len(probe), probe.length)
+        if self._pairs is None:
+            found = probe.related(self._name)
+        elif callable(self._pairs):
+            found = as_triples(self._name, self._pairs(probe), size)
+        else:
+            number = probe.facts.get("example", torch.arange(len(probe))).long().cpu()
+            found = pairs_of_examples(self._pairs.cpu(), number)
+        check_triples(self._name, found, size)
+        return found.to(probe.tokens.device)
+
+    def queries(self, probe: Probe) -> Bool[Tensor, "batch pos"]:
+        """Queries that have a pair; never an example's first."""
+        example, query, _ = self.triples(probe).unbind(1)
+        paired = torch.zeros_like(probe.real)
+        paired[example, query] = True
+        return every_query(probe) & paired
+
+    def keys(self, probe: Probe, rows: AttentionRows) -> Bool[Tensor, "batch query key"]:
+        """Keys paired with each query of a chunk, without waiting for the device."""
+        device = rows.pattern.device
+        example, query, key = self.triples(probe).to(device).unbind(1)
+        n_queries, n_keys = rows.pattern.shape[2:]
+        place = torch.full((probe.length,), n_queries, device=device)
+        place[rows.query_pos.to(device)] = torch.arange(n_queries, device=device)
+        room = torch.zeros(len(probe), n_queries + 1, n_keys + 1, dtype=torch.bool, device=device)
+        room[example, place[query], key.clamp_max(n_keys)] = True  # the rest goes to the margin
+        keys: Tensor = room[:, :n_queries, :n_keys]
+        return keys
+
+
+def as_triples(
+    name: str, pairs: PairsLike, size: tuple[int, int] | None = None
+) -> Int[Tensor, "pair 3"]:
+    """Example, query and key of every pair, each once, in order.
+
+    Args:
+        name: of the relation, for messages.
+        pairs: in any form that :func:`relation` takes.
+        size: examples and positions, if a Boolean tensor must have them.
+
+    Raises:
+        InputError: if the pairs have none of the forms.
+    """
+    if not isinstance(pairs, Tensor):
+        try:
+            rows = [[i, int(q), int(k)] for i, one in enumerate(pairs) for q, k in one]
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the pairs of {name!r} are neither tensors nor lists of (query, key): {error}."
+            ) from error
+        pairs = torch.tensor(rows, dtype=torch.long).reshape(-1, 3)
+    if pairs.ndim == 2 and pairs.shape[1] == 3 and pairs.dtype in (torch.int32, torch.int64):
+        distinct: Tensor = pairs.long().unique(dim=0)
+        return distinct
+    if pairs.ndim != 3 or (size is not None and tuple(pairs.shape) != (size[0], size[1], size[1])):
+        wanted = "[batch query key]" if size is None else f"{[size[0], size[1], size[1]]}"
+        raise InputError(
+            f"the pairs of {name!r} have shape {list(pairs.shape)}: a Boolean tensor {wanted} or "
+            "whole numbers [pair 3] are needed."
+        )
+    if pairs.layout != torch.strided:
+        whole = pairs.to_sparse_coo().to(torch.int32).coalesce()
+        there: Tensor = whole.indices().T[whole.values() != 0]
+        return there
+    return (pairs != 0).nonzero()
+
+
+def check_triples(name: str, triples: Int[Tensor, "pair 3"], size: tuple[int, int]) -> None:
+    """Raise InputError if a pair lies outside the probe."""
+    if not len(triples):
+        return
+    low, high = int(triples.min()), triples.amax(0).tolist()
+    if low < 0 or high[0] >= size[0] or max(high[1:]) >= size[1]:
+        raise InputError(
+            f"the pairs of {name!r} go up to example {high[0]}, query {high[1]}, key {high[2]}: "
+            f"the probe has {size[0]} examples of {size[1]} positions, counted from 0."
+        )
+
+
+def _lift(
+    rows: AttentionRows, keys: Bool[Tensor, "batch query key"]
+) -> Float[Tensor, "batch head query"]:
+    shown = rows.visible.sum(-1)
+    paired = (keys & rows.visible).sum(-1)
+    return rows.mass(keys) * (shown / paired.clamp_min(1))[:, None]
+
+
+def _hit(
+    rows: AttentionRows, keys: Bool[Tensor, "batch query key"]
+) -> Float[Tensor, "batch head query"]:
+    reachable = keys & rows.visible
+    best = rows.pattern.argmax(-1)
+    found = reachable[:, None].expand(-1, best.shape[1], -1, -1).gather(-1, best[..., None])[..., 0]
+    hit: Tensor = found.float().masked_fill(~reachable.any(-1)[:, None], torch.nan)
+    return hit
+
+
+def _auroc(
+    rows: AttentionRows, keys: Bool[Tensor, "batch query key"]
+) -> Float[Tensor, "batch head query"]:
+    reachable = (keys & rows.visible)[:, None]
+    hidden = (~rows.visible).sum(-1)[:, None]
+    paired, shown = reachable.sum(-1), rows.visible.sum(-1)[:, None]
+    values = rows.pattern.masked_fill(~rows.visible[:, None], -1.0)
+    ordered = values.sort(-1).values
+    below, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    rank = (below + upto) / 2 - hidden[..., None]  # visible keys below, and half of the equal ones
+    won = (rank * reachable).sum(-1) - paired**2 / 2  # less what keys of the set win of each other
+    others = shown - paired
+    share: Tensor = won / (paired * others).clamp_min(1)
+    return share.masked_fill((paired * others) == 0, torch.nan)
+
+
+def _evenness(
+    rows: AttentionRows, keys: Bool[Tensor, "batch query key"]
+) -> Float[Tensor, "batch head query"]:
+    reachable = keys & rows.visible
+    paired = reachable.sum(-1)[:, None]
+    inside = rows.pattern * reachable[:, None]
+    mass = inside.sum(-1)
+    entropy = torch.special.entr(inside / mass.clamp_min(1e-30)[..., None]).sum(-1)
+    even: Tensor = entropy / paired.clamp_min(2).log()
+    return even.clamp(0, 1).masked_fill((paired < 2) | (mass <= 0), torch.nan)
