@@ -649,3 +649,18 @@ def test_e15_bad_pairs_get_a_sentence(tmp_path: Path) -> None:
             hs.probes.from_jsonl(model, jsonl(tmp_path, line))
     with pytest.raises(InputError, match="prompt 2 has none"):
         hs.probes.from_jsonl(model, jsonl(tmp_path, PAIR, {"text": "The city of"}))
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_observers_see_no_pass_that_measures_padding(left: bool) -> None:
+    """The first padded pass of a model is the same as the second."""
+    probes = []
+    torch.manual_seed(0)
+    tokens = torch.randint(2, 500, (2, 9))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    real[1, slice(0, 4) if left else slice(5, None)] = False
+    probe = hs.probes.from_tokens(tokens, real)
+    model = tiny(chat=False)
+    for _ in range(2):
+        probes.append(hs.score(model, probe, ["previous_token"])["previous_token"].per_example)
+    np.testing.assert_array_equal(probes[0], probes[1])
