@@ -44,7 +44,12 @@ def duplicate_program(tokens: int = 5, length: int = 8) -> Program:
 
 
 def induction_program(tokens: int = 8, length: int = 16) -> Program:
-    """Positions show what followed the earlier occurrences of their token (Elhage et al. 2021)."""
+    """Positions show what followed the earlier occurrences of their token (Elhage et al. 2021).
+
+    Example:
+        >>> [head.role for head in hs.compiled.induction_program().heads]
+        ['previous_token', 'induction']
+    """
     heads = (_previous("previous"), _induction("answer"))
     return Program("induction", tokens, length, heads, ("answer",))
 
@@ -67,7 +72,12 @@ def recall_program(pairs: int = 3, length: int = 10) -> Program:
 
 
 def pointer_program(tokens: int = 6, length: int = 8) -> Program:
-    """Induction by a pointer: find the earlier occurrence, take its position, read the next."""
+    """Induction by a pointer: find the earlier occurrence, take its position, read the next.
+
+    Example:
+        >>> [head.role for head in hs.compiled.pointer_program().heads]
+        ['duplicate_token', 'pointer']
+    """
     after = table("next", {i: [i + 1] for i in range(length - 1)})
     heads = (
         Head(0, "token", "token", same(), "position", "place", ties="last", others_only=True,
@@ -161,6 +171,10 @@ def ioi_program(names: int = 4, length: int = 8) -> Program:
 
     A duplicate-token head marks the repeated name, an inhibition head carries it to every later
     position, and a name mover attends to the other names.
+
+    Example:
+        >>> hs.compiled.ioi_program(names=3).tokens
+        6
     """
     tokens = names + 3
     people = range(1, names + 1)

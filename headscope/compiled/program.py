@@ -41,17 +41,35 @@ class Predicate:
 
 
 def same() -> Predicate:
-    """Select keys whose value equals the query's."""
+    """Select keys whose value equals the query's.
+
+    Example:
+        >>> hs.compiled.same().matrix(2, 2).tolist()
+        [[True, False], [False, True]]
+    """
     return Predicate("same", lambda query, key: query == key)
 
 
 def offset(distance: int) -> Predicate:
-    """Select the key ``distance`` positions before the query."""
+    """Select the key ``distance`` positions before the query.
+
+    Args:
+        distance: 0 is the query's own position.
+
+    Example:
+        >>> hs.compiled.offset(1).matrix(2, 2).tolist()
+        [[False, False], [True, False]]
+    """
     return Predicate(f"offset {distance}", lambda query, key: query - key == distance, distance)
 
 
 def always() -> Predicate:
-    """Select every key."""
+    """Select every key.
+
+    Example:
+        >>> bool(hs.compiled.always().matrix(3, 4).all())
+        True
+    """
     return Predicate("always", lambda query, key: True)
 
 
@@ -61,6 +79,10 @@ def table(name: str, pairs: Mapping[int, Sequence[int]]) -> Predicate:
     Args:
         name: how it reads in a table of programs.
         pairs: ``{query value: key values}``; a query value that is missing selects nothing.
+
+    Example:
+        >>> hs.compiled.table("swap", {0: [1], 1: [0]}).matrix(2, 2).tolist()
+        [[False, True], [True, False]]
     """
     listed = {query: frozenset(keys) for query, keys in pairs.items()}
     return Predicate(name, lambda query, key: key in listed.get(query, ()))
