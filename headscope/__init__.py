@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headscope import circuits as circuits
     from headscope import compiled as compiled
     from headscope import edits as edits
+    from headscope import flow as flow
     from headscope import geometry as geometry
     from headscope import lens as lens
     from headscope import metrics as metrics
@@ -90,6 +91,7 @@ _HOME = {
     "emergence": "headscope.comparing",
     "estimate_heads": "headscope.ablation",
     "explain": "headscope.interactive",
+    "flow": "headscope.flow",
     "geometry": "headscope.geometry",
     "interactions": "headscope.ablation",
     "lens": "headscope.lens",

@@ -20,6 +20,7 @@ from headscope.probes.probe import Probe
 # Tokens of one forward pass unless the caller says otherwise.
 _TOKENS_PER_PASS = 8192
 Watcher = TypeVar("Watcher", bound=Observer)
+Found = TypeVar("Found")
 
 
 def stream(
@@ -54,31 +55,64 @@ def stream(
         >>> [observer.size.shape[0] == model.shape.n_heads for _, observer in passes]
         [True, True]
     """
+
+    def run(batch: Probe, halvings: int) -> Watcher:
+        observer = make_observer(batch, halvings)
+        model.forward(
+            batch.tokens,
+            real=batch.real,
+            observers=(observer,),
+            logits_at=torch.empty(0, dtype=torch.long),
+        )
+        return observer
+
+    return passes(model, probe, run, batch_size=batch_size)
+
+
+def passes(
+    model: HeadModel,
+    probe: Probe,
+    run: Callable[[Probe, int], Found],
+    *,
+    batch_size: int | None = None,
+) -> Iterator[tuple[slice, Found]]:
+    """Run a function on batches of a probe, and yield what it returns for each.
+
+    Out of memory, a batch is run again: as two halves, and at one example with ``halvings``
+    raised, by which the function may cut its own chunks.
+
+    Args:
+        model: the model.
+        probe: what to run; no longer than the model's context.
+        run: ``(batch of the probe, halvings) -> result``; it runs the model.
+        batch_size: examples per pass; default: about 8192 tokens.
+
+    Raises:
+        InputError: if the probe does not fit the model.
+
+    Example:
+        >>> found = hs.capture.passes(model, probe, lambda batch, _: len(batch), batch_size=1)
+        >>> [size for _, size in found]
+        [1, 1]
+    """
     check_fits(model, probe)
     size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
     start, halvings = 0, 0
     while start < len(probe):
         chosen = slice(start, min(start + size, len(probe)))
         batch = probe.examples(chosen)
-        observer = make_observer(batch, halvings)
         full = False
         try:
-            model.forward(
-                batch.tokens,
-                real=batch.real,
-                observers=(observer,),
-                logits_at=torch.empty(0, dtype=torch.long),
-            )
+            found = run(batch, halvings)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             full = True
         if full:
-            del observer
             free_cached_memory()
             size, halvings = _halved(len(batch), halvings, probe)
             continue
-        yield chosen, observer
+        yield chosen, found
         start = chosen.stop
 
 

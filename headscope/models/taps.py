@@ -135,6 +135,14 @@ class TapView:
             query_pos = torch.arange(self.view.n_queries)[query_pos]
         return self.view.rows(query_pos)
 
+    def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows] | None:
+        """Return what computes rows after the pass too, holding the layer's queries and keys.
+
+        None where the model computes whole patterns, which are not to be held: run it again.
+        """
+        keep = getattr(self.view, "keep_rows", None)
+        return None if keep is None else keep()
+
 
 @runtime_checkable
 class TextBatch(Protocol):

@@ -7,6 +7,11 @@ from headscope.table.comparison import Comparison as Comparison
 from headscope.table.curve import OrderCurve as OrderCurve
 from headscope.table.effects import EffectGrid as EffectGrid
 from headscope.table.emergence import Emergence as Emergence
+from headscope.table.flow import Contributions as Contributions
+from headscope.table.flow import RouteEdge as RouteEdge
+from headscope.table.flow import RouteNode as RouteNode
+from headscope.table.flow import Routes as Routes
+from headscope.table.flow import TokenFlow as TokenFlow
 from headscope.table.lens import HeadWords as HeadWords
 from headscope.table.lens import LensGrid as LensGrid
 from headscope.table.losses import TokenLosses as TokenLosses

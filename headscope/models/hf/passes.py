@@ -53,6 +53,10 @@ class HFLayerView:
         """Queries at these positions and keys, as attention used them, in fp32."""
         return self.call.matches(query_pos)
 
+    def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows]:
+        """Return what computes rows after the pass too; it holds queries, keys and values."""
+        return self.call.rows
+
 
 @dataclass(eq=False)
 class Pass:

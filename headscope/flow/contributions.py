@@ -1,0 +1,406 @@
+"""What attention moves, as vectors: norms per head and fused, mixing ratios, and ALTI."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headscope.base.statistics import Design
+from headscope.capture import check_fits, passes
+from headscope.errors import InputError, nearest
+from headscope.flow.parts import (
+    LayerSum,
+    need_parts,
+    over_heads,
+    over_layers,
+    query_chunks,
+    texts_of,
+    texts_per_pass,
+)
+from headscope.memory import parse_memory
+from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
+from headscope.origin import held_norm, origin
+from headscope.probes.probe import Probe
+from headscope.table import Contributions, HeadScores, TokenFlow
+
+_FORMS = ("per_head", "fused", "residual")
+
+_ROUNDING = 1e-6  # share of a norm that its difference from another may be off by
+
+NORM_SOURCE = "Kobayashi et al. 2020 (arXiv 2004.10102) and 2021 (arXiv 2109.07152)"
+ALTI_SOURCE = "Ferrando et al. 2022 (arXiv 2203.04212), ALTI"
+
+
+@own_types()
+@torch.no_grad()
+def alti(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    batch_size: int | None = None,
+    memory: "str | int | None" = None,
+) -> TokenFlow:
+    """Aggregate layer-wise token-to-token contributions, measured on vectors instead of attention.
+
+    In a layer the vector of key j at query i is ``T_i(x_j) = sum over heads of A_ij v_j W_O``,
+    with ``x_i`` added where ``j = i``; with attention's biases they sum to ``y_i``, the stream
+    after attention. ``C_ij = max(0, |y_i| - |y_i - T_i(x_j)|)`` in L1 norm, each row divided by
+    its sum (where all are 0 the nearest key has 1), and the layers are multiplied as in
+    :func:`rollout`. MLPs act on one position at a time and are left out. A head whose values
+    are nothing contributes nothing: without values the result is the identity.
+
+    A norm after attention (gemma2, gemma3, olmo2) is held at its scale of this run. Costs
+    ``heads * d_model`` operations per pair of positions, in chunks; kept are ``heads * length *
+    d_model`` numbers of one layer and text.
+
+    Args:
+        model: with attention in every layer.
+        probe: what to run.
+        batch_size: texts per pass; changes nothing but time and memory.
+        memory: what one chunk of vectors may take, e.g. ``"2GB"``.
+
+    Returns:
+        ``.matrix [batch query key]``, 0 to 1; rows sum to 1.
+
+    Raises:
+        InputError: if the probe does not fit the model.
+        UnsupportedModelError: if attention's write cannot be split by head and key.
+
+    Source: Ferrando, Gállego and Costa-jussà 2022, "Measuring the Mixing of Contextual
+    Information in the Transformer". Pre-norm models: no norm is applied to the vectors.
+
+    Example:
+        >>> flow = hs.flow.alti(model, probe)
+        >>> torch.tensor(flow.matrix).sum(-1).allclose(torch.tensor(1.0))
+        True
+    """
+    check_fits(model, probe)
+    need_parts(model)
+    limit = parse_memory(memory)
+
+    def run(batch: Probe, halvings: int) -> Tensor:
+        state = torch.eye(batch.length, dtype=torch.float32, device=model.device)
+        state = state.repeat(len(batch), 1, 1)
+
+        def multiply(made: LayerSum) -> None:
+            whole = made.entering + made.written
+            for example in range(len(batch)):
+                vectors = Vectors.of(model, made, example, limit, halvings)
+                after = torch.zeros_like(state[example])
+                for at in vectors.chunks():
+                    shares = _alti_rows(vectors, at, whole[example])
+                    after[at] = shares @ state[example, : shares.shape[-1]]
+                state[example] = after
+
+        over_layers(model, batch, multiply)
+        padding = ~batch.real.to(model.device)
+        itself = torch.eye(batch.length, dtype=torch.float32, device=model.device)
+        return torch.where(padding[..., None], itself, state).cpu()
+
+    size = batch_size or texts_per_pass(probe)
+    parts = [found for _, found in passes(model, probe, run, batch_size=size)]
+    return TokenFlow(
+        "alti",
+        torch.cat(parts).numpy(),
+        probe.host.real.numpy(),
+        texts_of(model, probe),
+        "share of the contribution over all layers, by the L1 norm of what is moved",
+        ALTI_SOURCE,
+        origin(model, probe, reading="alti", **held_norm(model)),
+    )
+
+
+def _alti_rows(
+    vectors: "Vectors", at: slice, whole: Float[Tensor, "pos d_model"]
+) -> Float[Tensor, "query key"]:
+    """Rows of C of one chunk of queries, divided by their sums."""
+    rest, visible = vectors.fused(at, own=True, minus_from=whole[at])
+    reach = torch.linalg.vector_norm(whole[at], 1, -1)
+    near = reach[:, None] - torch.linalg.vector_norm(rest, 1, -1).T
+    near = near.masked_fill(~visible, float("-inf"))
+    return shares_of(near, reach)
+
+
+def shares_of(
+    near: Float[Tensor, "*any part"], reach: Float[Tensor, " *any"]
+) -> Float[Tensor, "*any part"]:
+    """Proximities, clamped at 0 and divided by their sum; where none is above 0, the largest has 1.
+
+    Args:
+        near: proximities; minus infinity where there is no part.
+        reach: norm of the whole. A proximity within 1e-6 of it is that of no vector.
+
+    Example:
+        >>> near = torch.tensor([[3.0, 1.0, 0.0], [-1.0, -2.0, 0.0]])
+        >>> shares_of(near, torch.tensor([4.0, 1.0])).tolist()
+        [[0.75, 0.25, 0.0], [1.0, 0.0, 0.0]]
+    """
+    floor = _ROUNDING * reach[..., None]
+    kept = near.clamp_min(0)
+    some = near.amax(-1, keepdim=True) > floor
+    nearest_part = near.masked_fill(near.abs() <= floor, float("-inf")).argmax(-1)
+    largest = torch.nn.functional.one_hot(nearest_part, near.shape[-1]).to(near)
+    return torch.where(some, kept / kept.sum(-1, keepdim=True).clamp_min(1e-38), largest)
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Vectors that one layer moves in one text, summed over heads, for chunks of queries."""
+
+    made: LayerSum
+    example: int
+    moved: Float[Tensor, "key head d_model"]
+    size: int
+
+    @classmethod
+    def of(
+        cls, model: HeadModel, made: LayerSum, example: int, memory: int | None, halvings: int
+    ) -> "Vectors":
+        """Multiply the values out once; chunks fit the memory given."""
+        length, width = made.entering.shape[1:]
+        per_query = 4 * 2 * length * width
+        first = next(query_chunks(model, length, per_query, memory, halvings))
+        return cls(made, example, made.moved(example).transpose(0, 1).contiguous(), len(first))
+
+    def chunks(self) -> list[slice]:
+        """Successive runs of queries."""
+        length = self.made.entering.shape[1]
+        return [slice(at, min(at + self.size, length)) for at in range(0, length, self.size)]
+
+    def fused(
+        self, at: slice, *, own: bool, minus_from: Tensor | None = None
+    ) -> tuple[Float[Tensor, "key query d_model"], Bool[Tensor, "query key"]]:
+        """``T_i(x_j)`` of all keys, and which keys are visible.
+
+        Args:
+            at: queries.
+            own: add the residual stream of the query itself.
+            minus_from: give ``minus_from - T`` instead.
+        """
+        query_pos = torch.arange(at.start, at.stop)
+        rows = self.made.make_rows(query_pos)
+        scale = self.made.scale[self.example, at]
+        weights = (rows.pattern[self.example] / scale[:, None]).permute(2, 1, 0)
+        keys = len(weights)
+        if minus_from is None:
+            found = torch.bmm(weights, self.moved[:keys])
+        else:
+            found = torch.baddbmm(
+                minus_from.expand(keys, -1, -1), weights, self.moved[:keys], alpha=-1
+            )
+        if own:
+            sign = 1 if minus_from is None else -1
+            place = torch.arange(at.stop - at.start, device=found.device)
+            found[place + at.start, place] += sign * self.made.entering[self.example, at]
+        return found, rows.visible[self.example]
+
+
+@own_types()
+@torch.no_grad()
+def norms(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    batch_size: int | None = None,
+    memory: "str | int | None" = None,
+) -> Contributions:
+    """Norms of what attention moves, per head and with the heads fused, and mixing ratios.
+
+    The vector of head h and key j at query i is ``A_ij v_j W_O`` (values with their bias, without
+    that of the output projection). Per head its Euclidean norm; fused, the norm of the heads' sum,
+    which is never larger than the sum of their norms and ranks keys otherwise. ``norm_share`` of a
+    head is its norms over ``j != i``, over the norms of all heads of its layer and all keys,
+    both summed over the queries of a text. The mixing ratio of a position is the norm of the
+    fused sum over other positions, over itself plus that of the position's own; in the form
+    ``residual`` its own part has the residual stream added.
+
+    First positions, which can only look at themselves, are in no mean. A norm after attention
+    (gemma2, gemma3, olmo2) is held at its scale of this run.
+
+    Args:
+        model: with attention in every layer.
+        probe: what to run.
+        batch_size: texts per pass; changes nothing but time and memory.
+        memory: what one chunk of vectors may take.
+
+    Returns:
+        ``.per_head_norm``, ``.fused_norm``, ``.mixing_ratio``, ``.norm_share`` and ``.moved``.
+
+    Raises:
+        InputError: if the probe does not fit the model.
+        UnsupportedModelError: if attention's write cannot be split by head and key.
+
+    Source: Kobayashi et al. 2020, "Attention is Not Only a Weight"; 2021, "Incorporating Residual
+    and Normalization Layers into Analysis of Masked Language Models", forms 1 and 2. Their form
+    with the norm behind the sum is for models that have one there.
+
+    Example:
+        >>> found = hs.flow.norms(model, probe)
+        >>> bool((found.fused_norm <= found.per_head_norm.sum(1) + 1e-4)[:, :, 1:].all())
+        True
+    """
+    check_fits(model, probe)
+    need_parts(model)
+    limit, shape = parse_memory(memory), model.shape
+
+    def run(batch: Probe, halvings: int) -> dict[str, Tensor]:
+        made = _Norms.empty(model, batch)
+        over_layers(model, batch, lambda layer: made.add(model, layer, limit, halvings))
+        return {name: value.cpu() for name, value in vars(made).items()}
+
+    size = batch_size or texts_per_pass(probe)
+    parts = [found for _, found in passes(model, probe, run, batch_size=size)]
+    joined = {name: torch.cat([part[name] for part in parts], -2) for name in parts[0]}
+    real = probe.host.real
+    joined = {name: value.masked_fill(~real, float("nan")) for name, value in joined.items()}
+    elsewhere, everything = (joined[name].double().numpy() for name in ("elsewhere", "everything"))
+    counted = (real & (probe.host.position_in_text > 0)).numpy()
+    moving = np.where(counted, elsewhere, 0.0).sum(-1)
+    total = np.where(counted, everything, 0.0).sum(-1).sum(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share, mean = moving / total, moving / counted.sum(-1)
+    about = origin(model, probe, reading="norms", **held_norm(model))
+
+    def scores(
+        name: str, values: np.ndarray, unit: str, top: float | None, said: str
+    ) -> HeadScores:
+        return HeadScores.from_examples(
+            name,
+            over_heads(model, values),
+            kv_heads=shape.n_kv_heads,
+            design=Design(clusters=probe.cluster_labels),
+            unit=unit,
+            bounds=(0.0, top),
+            description=said,
+            source=NORM_SOURCE,
+            provenance=about,
+        )
+
+    return Contributions(
+        per_head_norm=over_heads(model, elsewhere),
+        fused_norm=joined["fused"].numpy(),
+        mixing={form: joined[form].numpy() for form in ("attention", "residual")},
+        norm_share=scores(
+            "norm_share", share, "share", 1.0, "it moves more of its layer's norm between tokens"
+        ),
+        moved=scores("moved_norm", mean, "norm", None, "it moves longer vectors between tokens"),
+        real=real.numpy(),
+        tokens=texts_of(model, probe),
+        provenance=about,
+    )
+
+
+@dataclass(eq=False)
+class _Norms:
+    """What :func:`norms` keeps of a batch; positions come last."""
+
+    elsewhere: Float[Tensor, "layer head batch pos"]
+    everything: Float[Tensor, "layer head batch pos"]
+    fused: Float[Tensor, "layer batch pos"]
+    attention: Float[Tensor, "layer batch pos"]
+    residual: Float[Tensor, "layer batch pos"]
+
+    @classmethod
+    def empty(cls, model: HeadModel, batch: Probe) -> "_Norms":
+        shape = model.shape
+        per_head = (shape.n_layers, shape.n_heads, len(batch), batch.length)
+        sizes = [per_head, per_head] + [(shape.n_layers, len(batch), batch.length)] * 3
+        return cls(*(torch.zeros(size, dtype=torch.float32, device=model.device) for size in sizes))
+
+    def add(self, model: HeadModel, made: LayerSum, memory: int | None, halvings: int) -> None:
+        layer = made.layer
+        for example in range(len(made.entering)):
+            vectors = Vectors.of(model, made, example, memory, halvings)
+            for at in vectors.chunks():
+                per_head = _per_head(made, example, at)
+                own = _diagonal(per_head, at)
+                self.everything[layer, :, example, at] = per_head.sum(-1)
+                self.elsewhere[layer, :, example, at] = per_head.sum(-1) - own
+                found, _ = vectors.fused(at, own=False)
+                place = torch.arange(at.stop - at.start, device=found.device)
+                itself = found[place + at.start, place]
+                rest = torch.linalg.vector_norm(found.sum(0) - itself, dim=-1)
+                fused = torch.linalg.vector_norm(found, dim=-1).T
+                self.fused[layer, example, at] = fused.sum(-1) - _diagonal(fused, at)
+                for form, kept in (
+                    ("attention", itself),
+                    ("residual", itself + made.entering[example, at]),
+                ):
+                    length_kept = torch.linalg.vector_norm(kept, dim=-1)
+                    whole = (rest + length_kept).clamp_min(1e-38)
+                    getattr(self, form)[layer, example, at] = rest / whole
+
+
+def _per_head(made: LayerSum, example: int, at: slice) -> Float[Tensor, "head query key"]:
+    """``|A_ij v_j W_O|`` of a chunk of queries, without the vectors."""
+    weights = made.weights(torch.arange(at.start, at.stop))[example]
+    return weights * made.moved_norms[example, :, None, : weights.shape[-1]]
+
+
+def _diagonal(values: Float[Tensor, "*any query key"], at: slice) -> Float[Tensor, "*any query"]:
+    """Entries of each query at itself."""
+    return values[..., at.start : at.stop].diagonal(dim1=-2, dim2=-1)
+
+
+@own_types()
+@torch.no_grad()
+def norm_matrix(
+    model: HeadModel,
+    probe: Probe,
+    layer: int,
+    form: str = "fused",
+    *,
+    batch_size: int | None = None,
+) -> Float[np.ndarray, "batch *head query key"]:
+    """Whole matrix of norms of one layer: what attention maps weighted by what they move look like.
+
+    Args:
+        model: with attention in every layer.
+        probe: what to run.
+        layer: which.
+        form: ``per_head``: ``|A_ij v_j W_O|``, with an axis of heads; ``fused``: norm of the
+            heads' sum; ``residual``: the same with the position's own stream added where j = i.
+        batch_size: texts per pass.
+
+    Raises:
+        InputError: if there is no such layer or form.
+
+    Source: Kobayashi et al. 2020 and 2021; see :func:`norms`.
+
+    Example:
+        >>> hs.flow.norm_matrix(model, probe, layer=1, form="per_head").ndim
+        4
+    """
+    if form not in _FORMS:
+        raise InputError(nearest(form, _FORMS, kind="form"))
+    if layer not in model.shape.attention_layers:
+        raise InputError(f"{model.name} has no attention in layer {layer}.")
+    check_fits(model, probe)
+    need_parts(model)
+
+    def run(batch: Probe, halvings: int) -> Tensor:
+        length = batch.length
+        shape = (len(batch), *([model.shape.n_heads] if form == "per_head" else []), length, length)
+        found = torch.zeros(shape, dtype=torch.float32, device=model.device)
+
+        def fill(made: LayerSum) -> None:
+            for example in range(len(batch) if made.layer == layer else 0):
+                vectors = Vectors.of(model, made, example, None, halvings)
+                for at in vectors.chunks():
+                    if form == "per_head":
+                        rows = _per_head(made, example, at)
+                    else:
+                        moved, _ = vectors.fused(at, own=form == "residual")
+                        rows = torch.linalg.vector_norm(moved, dim=-1).T
+                    found[example, ..., at, : rows.shape[-1]] = rows
+
+        over_layers(model, batch, fill)
+        return found.cpu()
+
+    size = batch_size or texts_per_pass(probe)
+    parts = [found for _, found in passes(model, probe, run, batch_size=size)]
+    result: np.ndarray = torch.cat(parts).numpy()
+    return result

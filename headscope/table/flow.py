@@ -1,0 +1,349 @@
+"""How information flows: from token to token over all layers, and along routes of one prompt."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from headscope.base.glance import Glance, Shown, number, readable, sizes
+from headscope.base.saved import Saved
+from headscope.errors import InputError, nearest
+from headscope.heads import HeadIndex
+from headscope.table.provenance import Provenance
+from headscope.table.scores import HeadScores
+from headscope.table.summary import frozen
+
+if TYPE_CHECKING:
+    import pandas
+
+# Kinds of edges of a route graph, in the order of their codes.
+EDGE_KINDS = ("attention", "residual", "past_mlp", "mlp", "reads", "bias")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenFlow(Saved, Shown):
+    """How much of each position's last state comes from each input token, over all layers.
+
+    Attributes:
+        name: of the method: ``rollout``, ``max_flow`` or ``alti``.
+        matrix: from query (rows) to input token (columns), 0 to 1; NaN where not asked for. At
+            padding a position holds itself alone.
+        real: False at padding.
+        tokens: texts of the tokens, by example.
+        description: what an entry is, in one sentence.
+        source: paper.
+        provenance: where it came from.
+    """
+
+    name: str
+    matrix: Float[np.ndarray, "batch query key"]
+    real: Bool[np.ndarray, "batch pos"]
+    tokens: tuple[tuple[str, ...], ...]
+    description: str = ""
+    source: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Check the shape; freeze the arrays."""
+        batch, length = self.real.shape
+        if self.matrix.shape != (batch, length, length):
+            raise InputError(
+                f"{self.name!r} has a matrix {self.matrix.shape} for {batch} texts of {length} "
+                "tokens."
+            )
+        object.__setattr__(self, "matrix", frozen(self.matrix, np.float32))
+        object.__setattr__(self, "real", frozen(self.real, bool))
+
+    def into(self, example: int = 0, query: int = -1) -> Float[np.ndarray, " key"]:
+        """One row: what each input token gives to one position.
+
+        Args:
+            example: number of the text.
+            query: position; negative from the last real one.
+
+        Raises:
+            InputError: if there is no such text or position.
+        """
+        if not 0 <= example < len(self.real):
+            raise InputError(f"there are {len(self.real)} texts, and none has number {example}.")
+        places = np.flatnonzero(self.real[example])
+        if query < 0 and -query <= len(places):
+            query = int(places[query])
+        if query not in places:
+            raise InputError(f"text {example} has no position {query}.")
+        row: np.ndarray = self.matrix[example, query]
+        return row
+
+    def top(self, k: int = 5, example: int = 0, query: int = -1) -> list[tuple[int, str, float]]:
+        """Input tokens that give most to one position: place, text and value."""
+        row = np.nan_to_num(self.into(example, query), nan=-1.0)
+        order = np.argsort(-row, kind="stable")[:k]
+        return [(int(at), self.tokens[example][at], float(row[at])) for at in order]
+
+    def glance(self) -> Glance:
+        """Size, model, and what the last token of the first text holds."""
+        batch, length = self.real.shape
+        rows = [(f"{place} {readable(text)}", number(value)) for place, text, value in self.top(5)]
+        return Glance(
+            f"token flow {self.name}",
+            [sizes(("text", "token"), (batch, length)), self.provenance.model],
+            ("into the last token of text 0, from", "share"),
+            rows,
+            hint="hs.plots.token_flow(flow), flow.into(example, query), flow.matrix",
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Contributions(Saved, Shown):
+    """Norms of what attention moves: from other positions, from itself, and from the residual.
+
+    Attributes:
+        per_head_norm: sum over keys ``j != i`` of ``|A_ij v_j W_O|`` for every head and query i.
+        fused_norm: sum over keys ``j != i`` of ``|sum over heads of A_ij v_j W_O|``; never above
+            the sum of ``per_head_norm`` over heads.
+        mixing: by form (``attention``, ``residual``), from 0 to 1: ``|sum over j != i of F_ij|``
+            over itself plus ``|F_ii|``, where F fuses the heads and ``residual`` adds the
+            position's own residual stream to ``F_ii``.
+        norm_share: per head, part of the layer's per-head norms that it moves from elsewhere.
+        moved: per head, mean over queries of ``per_head_norm``.
+        real: False at padding, whose entries are NaN.
+        tokens: texts of the tokens, by example.
+        provenance: where it came from.
+    """
+
+    per_head_norm: Float[np.ndarray, "layer head batch pos"]
+    fused_norm: Float[np.ndarray, "layer batch pos"]
+    mixing: Mapping[str, Float[np.ndarray, "layer batch pos"]]
+    norm_share: HeadScores
+    moved: HeadScores
+    real: Bool[np.ndarray, "batch pos"]
+    tokens: tuple[tuple[str, ...], ...]
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Freeze the arrays."""
+        for name in ("per_head_norm", "fused_norm"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float32))
+        mixing = {name: frozen(one, np.float32) for name, one in self.mixing.items()}
+        object.__setattr__(self, "mixing", mixing)
+
+    @property
+    def mixing_ratio(self) -> Float[np.ndarray, "layer batch pos"]:
+        """Mixing ratio with the residual stream: 0 keeps the token, 1 replaces it by others."""
+        return self.mixing["residual"]
+
+    def mixing_of(self, form: str) -> Float[np.ndarray, "layer batch pos"]:
+        """Mixing ratio in one form: ``attention`` alone, or with the ``residual`` stream.
+
+        Raises:
+            InputError: if there is no such form.
+        """
+        if form == "norm":
+            raise InputError(
+                "the form 'norm' is for models whose norm follows the sum of attention and "
+                "residual stream (BERT); here that norm belongs to the next part: use 'residual'."
+            )
+        if form not in self.mixing:
+            raise InputError(nearest(form, self.mixing, kind="form"))
+        return self.mixing[form]
+
+    def glance(self) -> Glance:
+        """Size, and the heads that move most."""
+        layers, heads, batch, length = self.per_head_norm.shape
+        return Glance(
+            "norm-based contributions",
+            [
+                sizes(("layer", "head", "text", "position"), (layers, heads, batch, length)),
+                self.provenance.model,
+            ],
+            ("head", "norm share"),
+            [(str(head), number(value)) for head, value in self.norm_share.top(5)],
+            hint="hs.plots.mixing_map(contributions), contributions.norm_share.top(5)",
+        )
+
+
+class RouteNode(NamedTuple):
+    """A node of a route graph: a site of the residual stream, an MLP or a bias, at a position.
+
+    ``embed`` (layer -1) is what enters block 0, ``resid_mid`` the stream after attention,
+    ``mlp_out`` an MLP, ``resid_post`` the stream after a block, ``bias`` what attention adds
+    that belongs to no head. Parallel blocks have no ``resid_mid``.
+    """
+
+    site: str
+    layer: int
+    pos: int
+
+
+class RouteEdge(NamedTuple):
+    """One edge of a route graph.
+
+    Attributes:
+        kind: ``attention``, ``residual`` (the stream past attention; in parallel blocks past
+            both), ``past_mlp`` (the stream past an MLP), ``mlp`` (an MLP into the stream),
+            ``reads`` (the stream into an MLP) or ``bias``.
+        source, target: the nodes that it joins.
+        weight: share of the target that comes along it, heads summed, 0 to 1.
+        importance: the same times the importance of the target: what flows along it.
+        heads: share by head, of an attention edge; they sum to ``weight``.
+    """
+
+    kind: str
+    source: RouteNode
+    target: RouteNode
+    weight: float
+    importance: float
+    heads: Mapping[HeadIndex, float]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Routes(Saved, Shown):
+    """Information flow routes of one prompt: who gives what to one position, layer by layer.
+
+    The target has importance 1; every node hands its importance to its sources by their shares.
+    What belongs to no head ends in ``bias``. Over every cut the importances sum to 1.
+
+    Attributes:
+        tokens: texts of the prompt up to the target.
+        position: of the target.
+        part_threshold: share below which a single (key, head) part was dropped before the heads
+            were summed; the others were scaled up to sum to 1.
+        edge_threshold: share below which a head-summed edge is not drawn.
+        entering: importance of the residual stream that enters each layer, and of what leaves
+            the last one.
+        bias: importance that ended in biases of attention.
+        mlp: importance of every MLP.
+        head_flow: importance that passed through every head; NaN where there is no head.
+        on_route: heads of which a single part with at least ``edge_threshold`` goes into a node
+            that drawn edges join to the target.
+        parallel: whether attention and MLP read the same stream.
+        kinds, layers, sources, targets: of the drawn edges, by number: place in ``EDGE_KINDS``,
+            layer, source and target position.
+        weights: share of the target that comes along each drawn edge.
+        importances: what flows along each drawn edge.
+        head_weights: share by head of each drawn edge; 0 for other kinds than attention.
+        source: paper.
+        provenance: where it came from.
+    """
+
+    tokens: tuple[str, ...]
+    position: int
+    part_threshold: float
+    edge_threshold: float
+    entering: Float[np.ndarray, "cut pos"]
+    bias: Float[np.ndarray, "layer pos"]
+    mlp: Float[np.ndarray, "layer pos"]
+    head_flow: Float[np.ndarray, "layer head"]
+    on_route: Bool[np.ndarray, "layer head"]
+    parallel: bool
+    kinds: Int[np.ndarray, " edge"]
+    layers: Int[np.ndarray, " edge"]
+    sources: Int[np.ndarray, " edge"]
+    targets: Int[np.ndarray, " edge"]
+    weights: Float[np.ndarray, " edge"]
+    importances: Float[np.ndarray, " edge"]
+    head_weights: Float[np.ndarray, "edge head"]
+    source: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Freeze the arrays."""
+        for names, dtype in _ROUTE_ARRAYS.items():
+            for name in names:
+                object.__setattr__(self, name, frozen(getattr(self, name), dtype))
+
+    @property
+    def cuts(self) -> Float[np.ndarray, " cut"]:
+        """Importance over every cut, below each layer and above the last; each is 1.
+
+        A cut below layer l holds the stream that enters it and the biases from l on.
+        """
+        ended = np.append(self.bias.sum(1)[::-1].cumsum()[::-1], 0.0)
+        total: np.ndarray = self.entering.sum(1) + ended
+        return total
+
+    @property
+    def token_flow(self) -> Float[np.ndarray, " pos"]:
+        """Importance of every input token: what of the target goes back to its embedding."""
+        row: np.ndarray = self.entering[0]
+        return row
+
+    @cached_property
+    def edges(self) -> tuple[RouteEdge, ...]:
+        """Drawn edges, from the target down; of one layer the strongest flow first."""
+        return tuple(self._edge(number) for number in range(len(self.kinds)))
+
+    def _edge(self, number: int) -> RouteEdge:
+        kind, layer = EDGE_KINDS[self.kinds[number]], int(self.layers[number])
+        start, end = int(self.sources[number]), int(self.targets[number])
+        below = (
+            RouteNode("embed", -1, start)
+            if not layer
+            else RouteNode("resid_post", layer - 1, start)
+        )
+        above = RouteNode("resid_post", layer, end)
+        middle = below if self.parallel else RouteNode("resid_mid", layer, end)
+        mlp = RouteNode("mlp_out", layer, end)
+        source, target = {
+            "attention": (below, above if self.parallel else middle),
+            "residual": (below, above if self.parallel else middle),
+            "bias": (RouteNode("bias", layer, end), above if self.parallel else middle),
+            "past_mlp": (middle, above),
+            "mlp": (mlp, above),
+            "reads": (middle, mlp),
+        }[kind]
+        shares = self.head_weights[number] if kind == "attention" else np.zeros(0)
+        heads = {HeadIndex(layer, int(h)): float(shares[h]) for h in np.flatnonzero(shares)}
+        return RouteEdge(
+            kind, source, target, float(self.weights[number]), float(self.importances[number]),
+            heads,
+        )  # fmt: skip
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per drawn edge."""
+        import pandas
+
+        return pandas.DataFrame(
+            [
+                {
+                    "kind": edge.kind,
+                    **{f"source_{key}": value for key, value in edge.source._asdict().items()},
+                    **{f"target_{key}": value for key, value in edge.target._asdict().items()},
+                    "weight": edge.weight,
+                    "importance": edge.importance,
+                    "heads": " ".join(f"{head}:{share:.4g}" for head, share in edge.heads.items()),
+                }
+                for edge in self.edges
+            ]
+        )
+
+    def top(self, k: int = 10) -> list[tuple[HeadIndex, float]]:
+        """The k heads that most passes through, most first."""
+        flow = np.nan_to_num(self.head_flow, nan=-1.0)
+        order = np.argsort(-flow.ravel(), kind="stable")[:k]
+        places = [divmod(int(one), flow.shape[1]) for one in order]
+        return [(HeadIndex(*at), float(flow[at])) for at in places if flow[at] >= 0]
+
+    def glance(self) -> Glance:
+        """Size, thresholds, and the heads that most passes through."""
+        return Glance(
+            "information flow routes",
+            [
+                f"into position {self.position} {readable(self.tokens[-1])}",
+                sizes(("edge",), (len(self.kinds),)),
+                self.provenance.model,
+            ],
+            ("head", "flow"),
+            [(str(head), number(value)) for head, value in self.top(5)],
+            hint="hs.plots.route_graph(routes), routes.edges, routes.head_flow",
+        )
+
+
+_ROUTE_ARRAYS: dict[tuple[str, ...], type] = {
+    ("entering", "bias", "mlp", "head_flow", "weights", "importances", "head_weights"): np.float64,
+    ("kinds", "layers", "sources", "targets"): np.int64,
+    ("on_route",): bool,
+}
