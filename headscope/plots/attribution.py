@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import Attribution
@@ -38,7 +39,7 @@ def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.
     values = np.array([value for _, value in bars])
     ends = values.cumsum()
     up, down = style.diverging[-2][1], style.diverging[1][1]
-    figure = go.Figure(
+    figure = Figure(
         go.Bar(
             x=[*(name for name, _ in bars), "logit"],
             y=[*values, split.whole],
@@ -94,7 +95,7 @@ def source_bars(
     names = [f"{at} {label(text, 12)}" for at, text in enumerate(split.tokens)][first:]
     shown = np.nan_to_num(values[first:])
     up, down = style.diverging[-2][1], style.diverging[1][1]
-    figure = go.Figure(
+    figure = Figure(
         go.Bar(
             x=names,
             y=shown,

@@ -4,6 +4,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from headscope.base.statistics import interval_of_sem
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import HeadScores
@@ -38,7 +39,7 @@ def ranking(
     else:
         low, high = scores.interval(level)
     marked = scores.significant()
-    figure = go.Figure(
+    figure = Figure(
         go.Bar(
             x=names,
             y=means,

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress, layer_marker
 from headscope.plots.text import label
 from headscope.table import HeadEigenvalues
@@ -40,7 +41,7 @@ def eigenvalues(
     chosen = _chosen(values, heads)
     shown = values.relative[tuple(np.array(chosen).reshape(-1, 2).T)]
     circle = np.linspace(0, 2 * np.pi, 181)
-    figure = go.Figure(
+    figure = Figure(
         go.Scatter(
             x=np.cos(circle),
             y=np.sin(circle),

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import EffectGrid
@@ -51,7 +52,7 @@ def curves(
     values = grid.per_example + grid.unedited
     low, high = mean_interval(values, level, grid.clusters)
     means = grid.mean + float(np.nanmean(grid.unedited))
-    figure = go.Figure()
+    figure = Figure()
     chosen = [i for i, arm in enumerate(arms) if arm in controls]
     if chosen:
         of_them = means[chosen]

@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from headscope.errors import InputError
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import EffectGrid
@@ -46,7 +47,7 @@ def effect_heatmap(
         max((len(unescape(one)) for one in names), default=1) for names in (down, across)
     )
     left, bottom = int(34 + _CHARACTER * longest), int(48 + 0.87 * _CHARACTER * widest)
-    figure = go.Figure(
+    figure = Figure(
         go.Heatmap(
             z=values,
             x=list(range(len(across))),

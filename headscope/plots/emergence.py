@@ -8,6 +8,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from headscope.errors import InputError
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import Emergence
@@ -50,6 +51,7 @@ def emergence(
     x, ticks = _places(story.steps)
     lower = list(story.losses)
     figure = make_subplots(
+        figure=Figure(),
         rows=2 if lower else 1, cols=1, shared_xaxes=True, vertical_spacing=0.08,
         row_heights=[0.6, 0.4] if lower else [1.0],
     )  # fmt: skip

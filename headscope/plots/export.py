@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from headscope.errors import HeadscopeWarning, InputError
 from headscope.files import whole_file
 from headscope.plots.drawing import draw
-from headscope.plots.traces import PIXELS
+from headscope.plots.traces import PIXELS, unpacked
 
 _PAPER = (".png", ".svg", ".pdf")
 # Text stays text in all of them: SVG names the font, PDF embeds TrueType, which journals ask for.
@@ -89,6 +89,7 @@ def drawn_bytes(figure: go.Figure, kind: str, scale: float = 2.0) -> bytes:
         warnings.simplefilter("always")
         try:
             made = BytesIO()
+            figure = unpacked(figure)
             with style.context({"font.family": ["DejaVu Sans", *_fallbacks(figure)]}):
                 drawn = draw(figure)
                 drawn.savefig(made, format=kind, dpi=PIXELS * scale, metadata=dated.get(kind))

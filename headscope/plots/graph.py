@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.plots.figure import Figure
 from headscope.plots.style import SEQUENTIAL, STYLES, Style, Theme, dress
 from headscope.plots.text import label
 from headscope.table import HeadScores, PairScores
@@ -55,7 +56,7 @@ def composition_graph(
         raise InputError(f"{nodes.name!r} and {kinds[0].name!r} are not of one model.")
     edges, above = _strongest(kinds, threshold, most)
     style = STYLES[theme]
-    figure = go.Figure()
+    figure = Figure()
     modes = list(dict.fromkeys(_mode(one) for one in kinds))
     for mode in modes:
         _add_curves(figure, [edge for edge in edges if edge.mode == mode], edges, mode, style)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from headscope.plots.effects import effect_heatmap
+from headscope.plots.figure import Figure
 from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import EffectGrid, HeadScores, HeadTable
@@ -52,7 +53,7 @@ def heatmap(
         return effect_heatmap(scores, limits=limits, theme=theme)
     layers, heads = scores.mean.shape
     cell = _cell(layers, heads)
-    figure = go.Figure(_trace(scores, limits, theme))
+    figure = Figure(_trace(scores, limits, theme))
     figure.data[0].colorbar.update(x=1.0, xpad=10, thickness=14, len=1.0)
     _axes(figure, layers, heads, theme)
     width = max(cell * heads + _LEFT + _RIGHT, 380)
@@ -99,6 +100,7 @@ def heatmaps(
     panel = (max(cell * heads, 130) + _LEFT + _RIGHT - 10, max(cell * layers, 90) + 84)
     width, height = panel[0] * across, panel[1] * down + 40
     figure = make_subplots(
+        figure=Figure(),
         rows=down,
         cols=across,
         subplot_titles=[f"{label(one.name)}{_unit(one)}" for one in shown],

@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table.layers import LayerTable
@@ -43,7 +44,12 @@ def layers(
     rows = ceil(len(chosen) / columns)
     titles = [f"{label(one.name.replace('_', ' '))} ({label(one.unit)})" for one in chosen]
     figure = make_subplots(
-        rows, columns, subplot_titles=titles, horizontal_spacing=0.09, vertical_spacing=0.3 / rows
+        rows,
+        columns,
+        figure=Figure(),
+        subplot_titles=titles,
+        horizontal_spacing=0.09,
+        vertical_spacing=0.3 / rows,
     )
     style = STYLES[theme]
     at = np.arange(len(table.places))

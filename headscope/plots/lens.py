@@ -3,6 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
+from headscope.plots.figure import Figure
 from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import LensGrid
@@ -36,7 +37,7 @@ def lens_grid(grid: LensGrid, *, theme: Theme = "light") -> go.Figure:
         f"{at} {label(text, _MOST_TEXT)}"
         for at, text in zip(grid.positions[shown].tolist(), grid.tokens[shown], strict=True)
     ]
-    figure = go.Figure(
+    figure = Figure(
         go.Heatmap(
             z=grid.probabilities[top_down, shown, 0].astype(np.float32),
             x=columns,

@@ -4,6 +4,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import TokenLosses
@@ -25,7 +26,7 @@ def token_losses(losses: TokenLosses, *, window: int = 1, theme: Theme = "light"
         ['whole model']
     """
     colours = (STYLES[theme].muted, *_COLOURS)
-    figure = go.Figure()
+    figure = Figure()
     for number, (arm, values) in enumerate(zip(losses.arms, losses.mean, strict=True)):
         known = np.flatnonzero(np.isfinite(values))
         smooth = _running(values[known], max(1, window))

@@ -4,6 +4,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from headscope.plots.blocks import block_max
+from headscope.plots.figure import Figure
 from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import PairScores
@@ -42,7 +43,7 @@ def composition_matrix(
         cells[np.isneginf(cells)] = np.nan
         row_names, column_names = row_names[::block], column_names[::block]
     low, high = limits or _limits(cells)
-    figure = go.Figure(
+    figure = Figure(
         go.Heatmap(
             z=cells.astype(np.float32),
             x=column_names.tolist(),

@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 
 from headscope.errors import InputError
 from headscope.plots.blocks import block_max
+from headscope.plots.figure import Figure
 from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
 from headscope.plots.text import label
 
@@ -50,7 +51,7 @@ def attention_pattern(
         _names(None, queries, block, keys - queries) if block > 1 else key_names[keys - queries :]
     )
     exact = max(queries, keys) <= _MOST_EXACT
-    figure = go.Figure(
+    figure = Figure(
         go.Heatmap(
             z=_quantised(cells, peak),
             x=key_names,

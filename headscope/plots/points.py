@@ -6,6 +6,7 @@ from jaxtyping import Float
 
 from headscope.base.statistics import rank_correlation
 from headscope.errors import InputError
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress, layer_marker
 from headscope.plots.text import label
 from headscope.table import HeadScores
@@ -36,7 +37,7 @@ def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "lig
     places = _places(a.mean[known], b.mean[known], [one in names for one in labels])
     rho = rank_correlation(a.mean, b.mean)
     style = STYLES[theme]
-    figure = go.Figure(
+    figure = Figure(
         go.Scatter(
             x=a.mean[known],
             y=b.mean[known],

@@ -3,6 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
+from headscope.plots.figure import Figure
 from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import RecallGrid
@@ -26,7 +27,7 @@ def recall_grid(grid: RecallGrid, *, theme: Theme = "light") -> go.Figure:
     cells = grid.share.T.astype(np.float32)
     columns = [_length(float(one)) for one in grid.lengths]
     rows = [f"{100 * one:.0f}%" for one in grid.depths]
-    figure = go.Figure(
+    figure = Figure(
         go.Heatmap(
             z=cells,
             x=columns,

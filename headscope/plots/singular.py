@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from headscope.heads import HeadIndex
+from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress, layer_colours, layer_marker
 from headscope.plots.text import label
 from headscope.table import HeadSpectra
@@ -41,7 +42,7 @@ def spectra(
     chosen = None if heads is None else {HeadIndex.parse(head) for head in heads}
     colours = layer_colours(layers, theme)
     place = np.arange(1, rank + 1)
-    figure = go.Figure(
+    figure = Figure(
         go.Scatter(
             x=np.concatenate([place, place[::-1]]),
             y=np.concatenate([values.high, values.low[::-1]]).clip(_FLOOR),

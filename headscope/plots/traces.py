@@ -1,11 +1,13 @@
 """Single plotly traces as matplotlib draws them: heatmaps, bars, lines and points."""
 
 import re
+from base64 import b64decode
 from collections.abc import Callable
 from html import unescape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +17,23 @@ Part = Any  # of a plotly figure or a matplotlib one; plotly ships no types
 
 PIXELS = 96.0  # to the inch, as browsers count
 _TAG = re.compile(r"</?(?:b|i|br|sub|sup|span)\b[^>]*>")
+
+
+def unpacked(figure: go.Figure) -> go.Figure:
+    """The figure with plain arrays: a copied, pickled or loaded one holds them in base64."""
+    return go.Figure(_unpacked(figure.to_dict()))
+
+
+def _unpacked(value: Part) -> Part:
+    if isinstance(value, list | tuple):
+        return [_unpacked(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if {"bdata", "dtype"} <= value.keys():
+        flat = np.frombuffer(b64decode(value["bdata"]), value["dtype"])
+        shape = [int(size) for size in str(value.get("shape", flat.size)).split(",")]
+        return flat.reshape(shape)
+    return {name: _unpacked(one) for name, one in value.items()}
 
 
 def _heatmap(area: "Axes", trace: Part, ink: str) -> None:

@@ -11,6 +11,11 @@ from headscope.report.shell import filled
 from headscope.table import AttentionExample
 
 _HEIGHT = 560
+# What is left of the frame where a front end takes it out.
+_BLOCKED = (
+    "The attention viewer runs scripts, which this notebook may not: trust the notebook and run "
+    'the cell again, or write the viewer to a file with .save("view.html").'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +58,7 @@ class AttentionView:
         return (
             f'<iframe sandbox="allow-scripts" srcdoc="{escape(self.page())}" '
             f'title="Attention of {len(self.example.heads)} heads" '
-            f'style="width:100%;height:{self.height}px;border:0"></iframe>'
+            f'style="width:100%;height:{self.height}px;border:0">{escape(_BLOCKED)}</iframe>'
         )
 
     def __repr__(self) -> str:
