@@ -123,6 +123,12 @@ def mask_facts(mask: Tensor | None) -> MaskFacts | None:
     return facts
 
 
+def with_facts(mask: Tensor, facts: MaskFacts) -> Tensor:
+    """Mark a mask as made under our entry, e.g. the copy of such a mask for a larger batch."""
+    setattr(mask, _FACTS, facts)
+    return mask
+
+
 def _mask(
     batch_size: int,
     q_length: int,
@@ -161,10 +167,9 @@ def _mask(
     mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = mask if real is None else real.to(device).clone()
     facts = MaskFacts(window, padded, end, mask_function, use_vmap, refused)
-    setattr(mask, _FACTS, facts)
     if (made := _MADE.get()) is not None and refused is None:
         made.append(facts)
-    return mask
+    return with_facts(mask, facts)
 
 
 def _window(

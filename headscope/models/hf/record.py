@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headscope.models.hf.interface import mask_facts, with_facts
 from headscope.models.hf.passes import HFLayerView
 from headscope.models.hf.spans import replaced as put_in_place
-from headscope.models.running import held, pass_over
+from headscope.models.running import MEASURING, held, pass_over, use_of
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -82,7 +83,8 @@ def record(
         hooks.enter_context(pass_over(model.module))
         hooks.enter_context(quick_activations(model))
         for block in model.layout.blocks:
-            handle = block.register_forward_pre_hook(_at_block(recording), with_kwargs=True)
+            hook = _at_block(model.module, recording)
+            handle = block.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         for layer, parts in model.layout.layers.items():
             handle = parts.attention.register_forward_hook(_at_attention(recording, layer))
@@ -93,8 +95,12 @@ def record(
     return recording
 
 
-def _at_block(recording: Recording) -> Callable[..., None]:
+def _at_block(model: nn.Module, recording: Recording) -> Callable[..., None]:
+    use = use_of(model)
+
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if use.running() is MEASURING:  # how the family counts padding, before the pass
+            return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         rest = args if "hidden_states" in kwargs else args[1:]
         recording.blocks.append(BlockCall(hidden, rest, dict(kwargs)))
@@ -123,6 +129,8 @@ def fitted(value: Any, recording: Recording, copies: int, first: int) -> Any:
         return value
     if value.ndim == 1:
         return value[first:] if len(value) == recording.length else value
+    if (facts := mask_facts(value)) is not None:
+        return with_facts(repeated(value, copies), facts)
     if value.shape[1] == recording.length and not recording.is_padding_mask(value):
         value = value[:, first:]
     return value if value.shape[0] != recording.batch else repeated(value, copies)
