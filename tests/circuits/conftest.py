@@ -2,72 +2,27 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, Rotation
-from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.outputs import HeadWeights, Readout
 
-D_VOCAB = 97
-_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_COMMON: dict[str, Any] = {
-    "vocab_size": D_VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 160,
-    "initializer_range": 0.4,
-    **_SPECIAL,
-}
-_GROUPED = {**_COMMON, "num_key_value_heads": 2}
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=D_VOCAB,
-            n_embd=32,
-            n_layer=3,
-            n_head=4,
-            n_positions=160,
-            initializer_range=0.4,
-            **_SPECIAL,
-        )
-    ),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_GROUPED)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_GROUPED)),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_COMMON)),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**_GROUPED)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED, head_dim=8)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_GROUPED, head_dim=8)),
-}
-_MADE: dict[str, HFModel] = {}
+_MADE: dict[str, HeadModel] = {}
 
 
-def random_model(family: str) -> HFModel:
+def random_model(family: str) -> HeadModel:
     """A random model of one family, made once; biases and gains are random too."""
     if family not in _MADE:
+        # Here, as they take seconds to import and the fast tests beside do without.
+        from headscope.models.hf.model import HFModel
+        from tests.circuits.families import FAMILIES
+
         torch.manual_seed(0)
         module = FAMILIES[family]().eval()
         with torch.no_grad():
@@ -81,7 +36,7 @@ def random_model(family: str) -> HFModel:
 
 
 @pytest.fixture
-def family_model() -> Callable[[str], HFModel]:
+def family_model() -> Callable[[str], HeadModel]:
     return random_model
 
 
