@@ -14,6 +14,9 @@ from headscope.plots.complex_plane import eigenvalues as eigenvalues
 from headscope.plots.curves import curves as curves
 from headscope.plots.emergence import emergence as emergence
 from headscope.plots.export import save as save
+from headscope.plots.flow import mixing_map as mixing_map
+from headscope.plots.flow import route_graph as route_graph
+from headscope.plots.flow import token_flow as token_flow
 from headscope.plots.graph import composition_graph as composition_graph
 from headscope.plots.grid import heatmap as heatmap
 from headscope.plots.grid import heatmaps as heatmaps

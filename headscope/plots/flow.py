@@ -1,0 +1,299 @@
+"""Flow between tokens: matrices, how much positions mix, and routes through layers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from headscope.errors import InputError
+from headscope.plots.pattern import attention_pattern
+from headscope.plots.style import SEQUENTIAL, STYLES, Style, Theme, dress
+from headscope.plots.text import label
+from headscope.table import Contributions, RouteEdge, RouteNode, Routes, TokenFlow
+
+_WIDTHS = (0.8, 1.8, 3.2, 5.2)
+_BEND = np.linspace(0, 1, 13)
+_MOST_COLUMNS = 60
+_KINDS = {"attention": "attention", "residual": "residual", "past_mlp": "residual", "mlp": "mlp",
+          "reads": "mlp"}  # fmt: skip
+
+
+def token_flow(flow: TokenFlow, example: int = 0, *, theme: Theme = "light") -> go.Figure:
+    """What each position (downwards) holds of each input token, of one text, padding left out.
+
+    Args:
+        flow: such as :func:`headscope.flow.rollout` or :func:`headscope.flow.alti`.
+        example: number of the text.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> figure = hs.plots.token_flow(hs.flow.rollout(model, probe))
+        >>> type(figure).__name__
+        'Figure'
+    """
+    _check_example(example, len(flow.real))
+    real = np.flatnonzero(flow.real[example])
+    cells = flow.matrix[example][np.ix_(real, real)]
+    asked = np.flatnonzero(~np.isnan(cells).all(1))
+    first = int(asked[0]) if len(asked) else 0
+    tokens = [flow.tokens[example][at] for at in real]
+    title = f"{flow.name.replace('_', '-')} {flow.provenance.model}"
+    figure = attention_pattern(cells[first:], tokens, title=title, theme=theme)
+    figure.update_traces(colorbar_title_text="share", selector={"type": "heatmap"})
+    figure.update_xaxes(title_text="from input token")
+    figure.update_yaxes(title_text="into position")
+    return figure
+
+
+def mixing_map(
+    found: Contributions,
+    example: int = 0,
+    form: str = "residual",
+    *,
+    theme: Theme = "light",
+) -> go.Figure:
+    """How much of each layer's output at each position comes from other positions, 0 to 1.
+
+    Layers upwards, positions of one text to the right, padding left out.
+
+    Args:
+        found: from :func:`headscope.flow.norms`.
+        example: number of the text.
+        form: ``residual``, or ``attention`` for attention's write alone.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> figure = hs.plots.mixing_map(hs.flow.norms(model, probe))
+        >>> type(figure).__name__
+        'Figure'
+    """
+    _check_example(example, len(found.real))
+    real = np.flatnonzero(found.real[example])
+    cells = found.mixing_of(form)[:, example, real]
+    columns = [f"{n} {label(found.tokens[example][at], 12)}" for n, at in enumerate(real)]
+    layers = [f"L{n}" for n in range(len(cells))]
+    figure = go.Figure(
+        go.Heatmap(
+            z=cells[::-1].astype(np.float32),
+            x=columns,
+            y=layers[::-1],
+            zmin=0,
+            zmax=1,
+            colorscale=SEQUENTIAL,
+            hovertemplate="%{y}, %{x}<br>%{z:.3f} from other positions<extra></extra>",
+            colorbar={
+                "title": {"text": "mixing ratio", "side": "right"},
+                "thickness": 14,
+                "outlinewidth": 0,
+            },
+            xgap=1 if len(real) <= 80 else 0,
+            ygap=1,
+        )
+    )
+    said = {"residual": "with the residual stream", "attention": "attention alone"}[form]
+    dress(
+        figure,
+        theme,
+        title="mixing ratio",
+        subtitle=", ".join(part for part in (label(found.provenance.model), said) if part),
+        width=int(min(1200, max(460, 17 * len(real) + 220))),
+        height=int(min(900, max(280, 24 * len(layers) + 200))),
+    )
+    figure.update_xaxes(
+        title_text="token", type="category", tickangle=-60, nticks=60, showgrid=False
+    )
+    figure.update_yaxes(title_text="layer", type="category", autorange="reversed", showgrid=False)
+    figure.update_layout(
+        plot_bgcolor=STYLES[theme].missing, margin={"l": 70, "r": 100, "t": 70, "b": 120}
+    )
+    return figure
+
+
+def route_graph(routes: Routes, *, most: int = 300, theme: Theme = "light") -> go.Figure:
+    """Drawn edges of a prompt's routes: tokens to the right, layers upwards, wide where much flows.
+
+    Every layer has two rows, the stream after attention and after the MLP (one in parallel
+    blocks); MLPs stand beside them. Hovering over the middle of an edge shows its share, what
+    flows along it, and its heads. Biases are not drawn. Of more than 40 tokens only those on
+    the route have a column.
+
+    Args:
+        routes: from :func:`headscope.flow.routes`.
+        most: how many edges are drawn, those that most flows along.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> routes = hs.flow.routes(model, "The cat sat on the")
+        >>> type(hs.plots.route_graph(routes)).__name__
+        'Figure'
+    """
+    if most < 1:
+        raise InputError(f"most={most}: draw one edge at least.")
+    style = STYLES[theme]
+    drawable = [edge for edge in routes.edges if edge.kind != "bias" and edge.importance > 0]
+    edges = sorted(drawable, key=lambda edge: -edge.importance)[:most]
+    columns = _columns(routes, edges)
+    figure = go.Figure()
+    for kind, colour in (
+        ("residual", style.muted), ("mlp", style.modes["V"]), ("attention", style.accent)
+    ):  # fmt: skip
+        mine = [edge for edge in edges if _KINDS[edge.kind] == kind]
+        _add_edges(figure, mine, kind, colour, columns, routes.parallel)
+    figure.add_trace(_nodes(edges, columns, routes, style))
+    figure.add_trace(_middles(edges, columns, routes.parallel))
+    layers = routes.head_flow.shape[0]
+    width = 30 if len(columns) <= 40 else 20
+    said = [label(routes.provenance.model)]
+    said.append(f"{len(edges)} of {len(drawable)} edges of at least {routes.edge_threshold:g}")
+    said.append(f"{routes.bias.sum():.0%} in biases")
+    dress(
+        figure,
+        theme,
+        title=f"routes into {routes.position} {label(routes.tokens[-1], 20)}",
+        subtitle=", ".join(part for part in said if part),
+        width=int(min(1300, max(560, width * len(columns) + 150))),
+        height=int(min(1000, max(360, (46 if layers <= 14 else 30) * layers + 210))),
+    )
+    texts = [f"{at} {label(routes.tokens[at], 12)}" for at in columns]
+    figure.update_xaxes(
+        tickvals=list(range(len(columns))), ticktext=texts, tickangle=-60, showgrid=False,
+        zeroline=False, range=[-0.8, len(columns) - 0.2],
+    )  # fmt: skip
+    step = -(-layers // 16)
+    figure.update_yaxes(
+        title_text="after layer", tickvals=[0, *range(1, layers + 1, step)],
+        ticktext=["input", *map(str, range(0, layers, step))], range=[-0.3, layers + 0.3],
+        zeroline=False,
+    )  # fmt: skip
+    figure.update_layout(
+        hovermode="closest",
+        showlegend=True,
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
+        margin={"l": 66, "r": 30, "t": 92, "b": 110},
+    )
+    return figure
+
+
+def _check_example(example: int, count: int) -> None:
+    if not 0 <= example < count:
+        raise InputError(f"there are {count} texts, and none has number {example}.")
+
+
+def _columns(routes: Routes, edges: Sequence[RouteEdge]) -> dict[int, int]:
+    """Column of each position that has one."""
+    touched = {node.pos for edge in edges for node in (edge.source, edge.target)}
+    touched.add(len(routes.tokens) - 1)
+    few = len(routes.tokens) <= 40
+    shown = range(len(routes.tokens)) if few else sorted(touched)[-_MOST_COLUMNS:]
+    return {at: column for column, at in enumerate(shown)}
+
+
+def _place(node: RouteNode, columns: dict[int, int], parallel: bool) -> Float[np.ndarray, "2"]:
+    """Where a node stands."""
+    rise = {"embed": 1.0, "resid_mid": 0.5, "resid_post": 1.0, "mlp_out": 0.5 if parallel else 0.75}
+    aside = 0.34 if node.site == "mlp_out" else 0.0
+    return np.array([columns[node.pos] + aside, node.layer + rise[node.site]])
+
+
+def _curve(
+    edge: RouteEdge, columns: dict[int, int], parallel: bool
+) -> Float[np.ndarray, "point 2"]:
+    """Points of a curve that leaves upwards and arrives from below."""
+    start, end = (_place(node, columns, parallel) for node in (edge.source, edge.target))
+    bow = np.array([0.0, 0.6 * (end[1] - start[1])])
+    t = _BEND[:, None]
+    near, far = start + bow, end - bow
+    curve: np.ndarray = (
+        (1 - t) ** 3 * start + 3 * (1 - t) ** 2 * t * near + 3 * (1 - t) * t**2 * far + t**3 * end
+    )
+    return curve
+
+
+def _shown(edges: Sequence[RouteEdge], columns: dict[int, int]) -> list[RouteEdge]:
+    return [edge for edge in edges if {edge.source.pos, edge.target.pos} <= columns.keys()]
+
+
+def _add_edges(
+    figure: go.Figure,
+    edges: Sequence[RouteEdge],
+    kind: str,
+    colour: str,
+    columns: dict[int, int],
+    parallel: bool,
+) -> None:
+    """One trace per width, and one more for the legend."""
+    figure.add_trace(
+        go.Scatter(
+            x=[np.nan], y=[np.nan], mode="lines", name=kind, legendgroup=kind,
+            line={"width": 3, "color": colour},
+        )
+    )  # fmt: skip
+    by_width: dict[int, list[np.ndarray]] = {}
+    for edge in _shown(edges, columns):
+        width = min(len(_WIDTHS) - 1, int(edge.importance**0.5 * len(_WIDTHS)))
+        points = _curve(edge, columns, parallel)
+        by_width.setdefault(width, []).append(np.vstack([points, [np.nan, np.nan]]))
+    for width, curves in sorted(by_width.items()):
+        points = np.concatenate(curves)
+        figure.add_trace(
+            go.Scatter(
+                x=points[:, 0].round(3),
+                y=points[:, 1].round(3),
+                mode="lines",
+                legendgroup=kind,
+                showlegend=False,
+                line={"width": _WIDTHS[width], "color": colour},
+                opacity=0.8,
+                hoverinfo="skip",
+            )
+        )
+
+
+def _nodes(
+    edges: Sequence[RouteEdge], columns: dict[int, int], routes: Routes, style: Style
+) -> go.Scatter:
+    """Every node that an edge touches."""
+    flows: dict[RouteNode, float] = {}
+    for edge in _shown(edges, columns):
+        flows.setdefault(edge.target, 0.0)
+        flows[edge.target] += edge.importance
+        flows.setdefault(edge.source, 0.0)
+    points = np.array([_place(node, columns, routes.parallel) for node in flows]).reshape(-1, 2)
+    return go.Scatter(
+        x=points[:, 0].round(3),
+        y=points[:, 1].round(3),
+        mode="markers",
+        text=[f"{node.site} L{node.layer}" if node.layer >= 0 else "input" for node in flows],
+        customdata=[f"{node.pos} {label(routes.tokens[node.pos], 20)}" for node in flows],
+        hovertemplate="<b>%{text}</b> at %{customdata}<extra></extra>",
+        marker={
+            "size": [7 if node.site != "mlp_out" else 5 for node in flows],
+            "color": [style.modes["V"] if node.site == "mlp_out" else style.text for node in flows],
+        },
+        showlegend=False,
+    )
+
+
+def _middles(edges: Sequence[RouteEdge], columns: dict[int, int], parallel: bool) -> go.Scatter:
+    """Unseen points that tell an edge on hover."""
+    shown = _shown(edges, columns)
+    points = [_curve(edge, columns, parallel)[len(_BEND) // 2] for edge in shown]
+    middle = np.array(points).reshape(-1, 2)
+    return go.Scatter(
+        x=middle[:, 0].round(3),
+        y=middle[:, 1].round(3),
+        mode="markers",
+        text=[_told(edge) for edge in shown],
+        hovertemplate="%{text}<extra></extra>",
+        marker={"size": 12, "color": "rgba(0,0,0,0)"},
+        showlegend=False,
+    )
+
+
+def _told(edge: RouteEdge) -> str:
+    lines = [f"<b>{edge.kind.replace('_', ' ')}</b>, layer {edge.target.layer}"]
+    lines.append(f"share {edge.weight:.3f}, flow {edge.importance:.3g}")
+    strongest = sorted(edge.heads.items(), key=lambda item: -item[1])[:8]
+    lines += [f"{head} {share:.3f}" for head, share in strongest]
+    return "<br>".join(lines)
