@@ -199,6 +199,41 @@ def lens(
     )
 
 
+@app.command(no_args_is_help=True)
+@with_loading
+def flow(
+    loading: Loading,
+    names: Annotated[
+        list[str], typer.Argument(metavar="[MODEL] PROMPT", help="A text, in quotes.")
+    ],
+    position: Annotated[int, typer.Option(help="What is traced; -1 is the last token.")] = -1,
+    part_threshold: Annotated[
+        float, typer.Option(help="Share below which single parts are dropped.")
+    ] = 0.01,
+    edge_threshold: Annotated[float, typer.Option(help="Share from which edges are drawn.")] = 0.04,
+    memory: Memory = None,
+    out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Trace what a position of PROMPT holds back to its tokens, through heads and MLPs."""
+    from headscope.cli import flow as command
+    from headscope.cli.lens import split
+
+    model, prompt = split(names)
+    command.run(
+        loading.of(model),
+        prompt,
+        position=position,
+        part_threshold=part_threshold,
+        edge_threshold=edge_threshold,
+        memory=memory,
+        out=out,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
 @app.command()
 @with_loading
 def doctor(

@@ -410,6 +410,7 @@ class _Trace:
             on_route=self.on_route,
             parallel=self.parallel,
             head_weights=columns.pop("heads"),
+            kv_heads=self.model.shape.n_kv_heads,
             source=SOURCE,
             provenance=origin(
                 self.model, reading="routes", tokens=len(self.prompt), position=position,

@@ -225,6 +225,7 @@ class Routes(Saved, Shown):
         weights: share of the target that comes along each drawn edge.
         importances: what flows along each drawn edge.
         head_weights: share by head of each drawn edge; 0 for other kinds than attention.
+        kv_heads: number of key/value heads.
         source: paper.
         provenance: where it came from.
     """
@@ -246,6 +247,7 @@ class Routes(Saved, Shown):
     weights: Float[np.ndarray, " edge"]
     importances: Float[np.ndarray, " edge"]
     head_weights: Float[np.ndarray, "edge head"]
+    kv_heads: int = 1
     source: str = ""
     provenance: Provenance = field(default_factory=Provenance)
 
@@ -301,6 +303,19 @@ class Routes(Saved, Shown):
             kind, source, target, float(self.weights[number]), float(self.importances[number]),
             heads,
         )  # fmt: skip
+
+    def head_scores(self) -> HeadScores:
+        """Flow through every head, as a score for heatmaps and rankings."""
+        return HeadScores.from_summary(
+            "flow",
+            self.head_flow,
+            kv_heads=self.kv_heads,
+            unit="importance",
+            bounds=(0.0, 1.0),
+            description="more of what the target holds passes through it",
+            source=self.source,
+            provenance=self.provenance,
+        )
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per drawn edge."""
