@@ -1,6 +1,7 @@
 """Metric values of many edited variants of one batch: stacked, read where asked, averaged."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,10 @@ from headscope.progress import Advance
 CPU_STACK, GPU_STACK = 1024, 65536
 # Rows whose logits are computed at once.
 _ROWS = 512
+# Seconds of finished stacks that wait for more, where variants are kept as they are finished.
+_EVERY = 5.0
+
+Keep = Callable[[list[int], Float[Tensor, "metric variant batch"]], None]
 
 
 def stack_tokens(model: HeadModel, memory: int | None) -> int:
@@ -97,27 +102,42 @@ class Batch:
         return self.all_values(variants, advance)[0]
 
     def all_values(
-        self, variants: Sequence[Variant], advance: Advance | None = None
+        self,
+        variants: Sequence[Variant],
+        advance: Advance | None = None,
+        keep: Keep | None = None,
     ) -> Float[Tensor, "metric variant batch"]:
-        """Every metric of every variant on every example; each variant is run once."""
+        """Every metric of every variant on every example; each variant is run once.
+
+        Args:
+            variants: to run.
+            advance: told how many examples were run.
+            keep: given the numbers of variants as they are finished, and their values.
+        """
         size = (len(self.readings), len(variants), len(self.probe))
         done = torch.full(size, float("nan"), dtype=torch.float64)
         waiting: list[tuple[list[int], Tensor]] = []
-        per_variant = int(self.read.sum())
+        per_variant, since = int(self.read.sum()), time.monotonic()
         for chosen, rows in self._stacks(variants):
             waiting.append((chosen, rows))
-            if sum(len(index) for index, _ in waiting) * per_variant >= _ROWS:
-                self._flush(waiting, done)
+            due = keep is not None and time.monotonic() - since > _EVERY
+            if due or sum(len(index) for index, _ in waiting) * per_variant >= _ROWS:
+                self._flush(waiting, done, keep)
+                since = time.monotonic()
             if advance is not None:
                 advance(float(len(chosen) * len(self.probe)))
-        self._flush(waiting, done)
+        self._flush(waiting, done, keep)
         return done
 
-    def _flush(self, waiting: list[tuple[list[int], Tensor]], done: Tensor) -> None:
+    def _flush(
+        self, waiting: list[tuple[list[int], Tensor]], done: Tensor, keep: Keep | None
+    ) -> None:
         if waiting:
             index = [number for chosen, _ in waiting for number in chosen]
             done[:, index] = self._reduced([rows for _, rows in waiting])
             waiting.clear()
+            if keep is not None:
+                keep(index, done[:, index])
 
     def _stacks(self, variants: Sequence[Variant]) -> Iterator[tuple[list[int], Tensor]]:
         """Run the variants, those that start in one layer together, late positions first."""

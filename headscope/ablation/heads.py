@@ -1,6 +1,7 @@
 """Causal effects of every head on a metric: measured, estimated, or measured where it matters."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ from jaxtyping import Float
 
 from headscope.ablation.arguments import Maker, Metricish, Positions, by_head, facts_of, present
 from headscope.ablation.gradients import attribution
+from headscope.ablation.kept import Checkpoint, KeptEffects, deciding
 from headscope.ablation.methods import check_method
 from headscope.ablation.run import Placer, Study
-from headscope.ablation.single import ablated, as_scores, screened
+from headscope.ablation.single import Keeper, ablated, as_scores, screened
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -39,6 +41,7 @@ def ablate_heads(
     seed: int = 0,
     batch_size: int | None = None,
     memory: str | int | None = None,
+    checkpoint: Checkpoint = None,
     progress: bool | None = None,
     **unknown: Any,
 ) -> HeadScores:
@@ -67,11 +70,14 @@ def ablate_heads(
         seed: of what is drawn.
         batch_size: examples per recorded pass; changes nothing but time and memory.
         memory: what a stack of variants may take, e.g. ``"2GB"``.
+        checkpoint: file in which every finished head is kept, and from which the same call, or
+            one for other heads, goes on after an interrupt or a kill; default: none.
         progress: show a bar; default: where somebody looks on and it takes over two seconds.
         unknown: nothing; options of estimates are refused here with the function that takes them.
 
     Raises:
-        InputError: if an argument does not fit the probe, the model or the method.
+        InputError: if an argument does not fit the probe, the model or the method, or if the
+            checkpoint is of another model, probe, metric or method.
         HeadscopeError: if a proof fails that the edits do what they say.
 
     Example:
@@ -88,7 +94,8 @@ def ablate_heads(
     study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
     facts = facts_of(method, reference, positions)
     placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
-    effects = ablated(study, placer, chosen)
+    keep = _keeper(study, checkpoint, method, positions, reference, seed)
+    effects = ablated(study, placer, chosen, keep)
     return _scores(study, chosen, effects, placer, facts, seed)
 
 
@@ -167,6 +174,7 @@ def screen_heads(
     seed: int = 0,
     batch_size: int | None = None,
     memory: str | int | None = None,
+    checkpoint: Checkpoint = None,
     progress: bool | None = None,
 ) -> HeadScores:
     """Estimate the effect of every head, and ablate those that the estimate points at.
@@ -189,10 +197,13 @@ def screen_heads(
         seed: of the sample, and of what the ablation draws.
         batch_size: as :func:`ablate_heads` takes it.
         memory: likewise.
+        checkpoint: as :func:`ablate_heads` takes it, and the same file: heads that it measured
+            are not measured again. Estimates are one pass for all heads and are not kept.
         progress: likewise.
 
     Raises:
-        InputError: if an argument does not fit, or the metric has no gradient.
+        InputError: if an argument does not fit, the metric has no gradient, or the checkpoint is
+            of another measurement.
 
     Example:
         >>> effects = hs.screen_heads(model, probe, hs.metrics.loss, top=2, sample=1)
@@ -207,7 +218,8 @@ def screen_heads(
     study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
     facts = {**facts_of("screened", reference, positions), "baseline": baseline, "steps": steps}
     placer = Placer(study, baseline, positions=positions, reference=reference, seed=seed)
-    effects = screened(study, placer, chosen, steps, top, sample, seed)
+    keep = _keeper(study, checkpoint, baseline, positions, reference, seed)
+    effects = screened(study, placer, chosen, steps, top, sample, seed, keep)
     return _scores(study, chosen, effects, placer, facts, seed)
 
 
@@ -222,6 +234,23 @@ def _scores(
     provenance = study.provenance(seed, checks=placer.checks, **facts)
     placed = by_head(study.model, heads, effects)
     return as_scores(study, placed, str(facts["method"]), provenance)
+
+
+def _keeper(
+    study: Study,
+    checkpoint: Checkpoint,
+    method: Maker,
+    positions: Positions,
+    reference: Probe | None,
+    seed: int,
+) -> Keeper | None:
+    """Where finished heads are kept, if anywhere."""
+    if checkpoint is None:
+        return None
+    file, about = Path(checkpoint), study.provenance(seed)
+    facts = deciding(about, study.probe, reference, study.metric, method, positions)
+    KeptEffects(file, facts, (), len(study.probe))  # refuses the file of another before any pass
+    return lambda heads: KeptEffects(file, facts, heads, len(study.probe))
 
 
 def _refuse_unknown(function: str, unknown: Mapping[str, Any]) -> None:

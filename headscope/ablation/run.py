@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.arguments import Maker, Metricish, Positions, default_reference, marked
 from headscope.ablation.checks import proofs
 from headscope.ablation.engine import Batch, stack_tokens
+from headscope.ablation.kept import KeptEffects
 from headscope.ablation.methods import Method, Place, Setting, check_method
 from headscope.ablation.sources import Plan, plan_for
 from headscope.edits import AnyEdit, HeadEdit, Heads, Variant
@@ -22,7 +24,7 @@ from headscope.metrics import AnyMetric, as_metric
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin
 from headscope.probes.probe import Probe
-from headscope.progress import track
+from headscope.progress import Advance, track
 from headscope.table import Provenance
 
 # Tokens of one recorded batch on a GPU; on a CPU a batch is one stack.
@@ -86,7 +88,11 @@ class Study:
             yield chosen, Batch.of(self.model, self.plan, part, own, self.limit)
 
     def measure(
-        self, variants: Callable[[slice, Batch], Sequence[Variant]], count: int, what: str
+        self,
+        variants: Callable[[slice, Batch], Sequence[Variant]],
+        count: int,
+        what: str,
+        kept: KeptEffects | None = None,
     ) -> tuple[Float[np.ndarray, "variant example"], Float[np.ndarray, " example"]]:
         """The metric of every variant on every example, and on the clean run.
 
@@ -94,19 +100,29 @@ class Study:
             variants: of one batch; ``count`` of them.
             count: how many there are, for the progress bar.
             what: is being done, for the progress bar.
+            kept: variants of an earlier call, which are not run again, and where those that are
+                finished go; None: nowhere.
         """
-        edited, clean = self.measure_all(variants, count, what)
+        edited, clean = self.measure_all(variants, count, what, kept)
         return edited[0], clean[0]
 
     def measure_all(
-        self, variants: Callable[[slice, Batch], Sequence[Variant]], count: int, what: str
+        self,
+        variants: Callable[[slice, Batch], Sequence[Variant]],
+        count: int,
+        what: str,
+        kept: KeptEffects | None = None,
     ) -> tuple[Float[np.ndarray, "metric variant example"], Float[np.ndarray, "metric example"]]:
         """What :meth:`measure` gives, of the metric and all others; each variant is run once."""
         edited, clean = [], []
         total = float(count * len(self.probe))
         with track(total, what, show=self.progress) as advance:
             for chosen, batch in self.batches():
-                edited.append(batch.all_values(variants(chosen, batch), advance))
+                made = variants(chosen, batch)
+                if kept is None:
+                    edited.append(batch.all_values(made, advance))
+                else:
+                    edited.append(_with_kept(batch, chosen, made, advance, kept))
                 clean.append(batch.all_clean)
         return torch.cat(edited, 2).numpy(), torch.cat(clean, 1).numpy()
 
@@ -119,6 +135,21 @@ class Study:
             attention="suffix replay" if self.plan.replays else "whole passes",
             **{"metric": self.metric.name, **facts},
         )
+
+
+def _with_kept(
+    batch: Batch, chosen: slice, variants: Sequence[Variant], advance: Advance, kept: KeptEffects
+) -> Float[Tensor, "1 variant batch"]:
+    """Values of a batch's variants, of which only those run that are not finished."""
+    kept.prove(chosen, lambda number: batch.values([variants[number]]))
+    left = kept.left(chosen)
+    advance(float((len(variants) - len(left)) * len(batch.probe)))
+    batch.all_values(
+        [variants[number] for number in left],
+        advance,
+        lambda index, values: kept.keep(chosen, [left[i] for i in index], values[0]),
+    )
+    return torch.from_numpy(kept.values(chosen))[None]
 
 
 class Placer:

@@ -1,6 +1,6 @@
 """Effects of heads one at a time: all of them, or those that an estimate points at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -8,24 +8,28 @@ from jaxtyping import Float
 from headscope.ablation.arguments import without_rounding
 from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import attribution
+from headscope.ablation.kept import KeptEffects
 from headscope.ablation.run import Placer, Study
 from headscope.base.statistics import Design, rank_correlation
 from headscope.edits import Variant
 from headscope.heads import HeadIndex
 from headscope.table import HeadScores, Provenance
 
+Keeper = Callable[[Sequence[HeadIndex]], KeptEffects]
+
 
 def ablated(
-    study: Study, placer: Placer, heads: Sequence[HeadIndex]
+    study: Study, placer: Placer, heads: Sequence[HeadIndex], keep: Keeper | None = None
 ) -> Float[np.ndarray, "head example"]:
-    """Effect of every head by itself."""
+    """Effect of every head by itself; ``keep`` says where those of some heads are kept."""
+    kept = None if keep is None else keep(heads)
 
     def variants(chosen: slice, batch: Batch) -> list[Variant]:
         place = placer.place(chosen, batch)
         placer.prove(batch, place, heads)
         return [(place([head]),) for head in heads]
 
-    edited, clean = study.measure(variants, len(heads), f"ablating {len(heads)} heads")
+    edited, clean = study.measure(variants, len(heads), f"ablating {len(heads)} heads", kept)
     effects = without_rounding(edited - clean, clean)
     silent = [
         str(head) for head, row in zip(heads, effects, strict=True) if not np.nan_to_num(row).any()
@@ -42,6 +46,7 @@ def screened(
     top: int,
     sample: int,
     seed: int,
+    keep: Keeper | None = None,
 ) -> Float[np.ndarray, "head example"]:
     """Effects of the heads with the largest estimates and of a random sample; NaN for the rest.
 
@@ -54,7 +59,7 @@ def screened(
     rest = np.random.default_rng(seed).permutation(order[top:])[:sample]
     measured = np.sort(np.concatenate([order[:top], rest]))
     effects = np.full_like(estimate, np.nan)
-    effects[measured] = ablated(study, placer, [heads[i] for i in measured])
+    effects[measured] = ablated(study, placer, [heads[i] for i in measured], keep)
     means = (np.nanmean(values[measured], axis=1) for values in (estimate, effects))
     placer.checks["rank_correlation"] = rank_correlation(*means)
     placer.checks["heads_sampled"] = [str(heads[i]) for i in np.sort(rest)]

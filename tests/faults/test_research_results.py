@@ -1,5 +1,8 @@
 """What a day of research asked of results: fast cards, exact ranks, pictures, files, norms."""
 
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -9,21 +12,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
 import headscope as hs
 from headscope import circuits
+from headscope.ablation.engine import Batch
+from headscope.ablation.kept import KeptEffects
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.ranks import Ranks
-from headscope.errors import HeadscopeError, UnsupportedModelError
+from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.lens.distilled import affordable_tokens, distance, logit_metric
 from headscope.lens.fitting import divergence
 from headscope.lens.heads import HeadWrites
 from headscope.lens.reading import logits_of
 from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
-from headscope.table import HeadTable, RecallGrid, TokenLosses
+from headscope.table import HeadScores, HeadTable, RecallGrid, TokenLosses
 from tests.circuits.conftest import random_model
 
 D_VOCAB = 97
@@ -440,3 +446,136 @@ def test_e21_a_lens_that_reads_few_tokens_is_as_good_and_repeats() -> None:
 def test_e21_what_a_step_reads_does_not_grow_with_the_vocabulary() -> None:
     reads = [affordable_tokens(30, 576, size) * size for size in (49_152, 131_072, 262_144)]
     assert max(reads) < 1.1 * min(reads)
+
+
+# Run in another process that dies in the middle of its work, without a chance to clean up.
+_KILLED = """
+import os, signal, sys
+import headscope as hs
+from headscope.ablation.kept import KeptEffects
+
+keep, files = KeptEffects.keep, []
+
+def killed(self, *given):
+    keep(self, *given)
+    files.append(given)
+    if len(files) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+KeptEffects.keep = killed
+model = hs.load("tiny-gpt2")
+probe = hs.probes.repeated_tokens(model, length=50, batch=12)
+hs.ablate_heads(model, probe, hs.metrics.loss, "resample", seed=3, checkpoint=sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny() -> HFModel:
+    model = hs.load("tiny-gpt2")
+    assert isinstance(model, HFModel)
+    return model
+
+
+def test_e17_heads_finished_before_a_kill_are_not_ablated_again(
+    tiny: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "kept" / "effects"
+    died = subprocess.run([sys.executable, "-c", _KILLED, str(file)], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert [path.name for path in file.parent.iterdir()] == ["effects"]  # nothing torn beside it
+    probe = hs.probes.repeated_tokens(tiny, length=50, batch=12)
+    expected = hs.ablate_heads(tiny, probe, hs.metrics.loss, "resample", seed=3)
+    kept, keep = [], KeptEffects.keep
+
+    def counted(self: KeptEffects, chosen: slice, variants: Any, values: Tensor) -> None:
+        kept.append((chosen.start, *variants))
+        keep(self, chosen, variants, values)
+
+    monkeypatch.setattr(KeptEffects, "keep", counted)
+    options: dict[str, Any] = {"seed": 3, "checkpoint": file}
+    found = hs.ablate_heads(tiny, probe, hs.metrics.loss, "resample", **options)
+    assert np.array_equal(found.mean, expected.mean)
+    assert np.array_equal(found.p_value, expected.p_value)
+    heads, batches = len(tiny.shape.heads), len({start for start, *_ in kept})
+    assert batches == 2
+    assert sum(len(variants) for _, *variants in kept) == 2 * heads - 3
+    kept.clear()
+    again = hs.ablate_heads(tiny, probe, hs.metrics.loss, "resample", heads="L0H1", **options)
+    assert kept == []
+    assert again.mean[0, 1] == expected.mean[0, 1]
+
+
+def test_e17_an_interrupt_keeps_finished_heads_for_other_heads_and_for_screening(
+    tiny: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, probe = tmp_path / "effects", hs.probes.repeated_tokens(tiny, length=20, batch=4)
+    expected, rows = hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero"), Batch._reduced
+    reduced: list[int] = []
+
+    def interrupted(self: Batch, parts: Any) -> Tensor:
+        reduced.append(len(parts))
+        if len(reduced) == 8:  # the clean run, the proof's four, two heads
+            raise KeyboardInterrupt
+        return rows(self, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "_reduced", interrupted)
+        patch.setattr("headscope.ablation.engine._ROWS", 1)
+        with pytest.raises(KeyboardInterrupt):
+            hs.ablate_heads(
+                tiny, probe, hs.metrics.loss, "zero", batch_size=4, memory=1, checkpoint=file
+            )
+    with safe_open(file, "np") as kept:
+        assert kept.get_tensor("finished").all(1).sum() == 2
+    heads = ["L1H0", "L0H1"]
+    some = hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero", heads=heads, checkpoint=file)
+    screened = hs.screen_heads(
+        tiny, probe, hs.metrics.loss, baseline="zero", top=2, sample=1, checkpoint=file
+    )
+    for result in (some, screened):
+        measured = result.n > 0
+        np.testing.assert_allclose(result.mean[measured], expected.mean[measured], atol=1e-6)
+
+
+def test_e17_the_checkpoint_of_another_measurement_is_refused(
+    tiny: HFModel, tmp_path: Path
+) -> None:
+    file, probe = tmp_path / "effects", hs.probes.repeated_tokens(tiny, length=20, batch=4)
+    hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero", heads="L0H1", checkpoint=file)
+    other = hs.probes.repeated_tokens(tiny, length=20, batch=4, seed=1)
+    where = torch.zeros(probe.tokens.shape, dtype=torch.bool)
+    where[:, 3] = True
+    calls: dict[str, tuple[Any, ...]] = {
+        "weights": (hs.load("tiny-llama"), probe, hs.metrics.loss, "zero"),
+        "data": (tiny, other, hs.metrics.loss, "zero"),
+        "metric": (tiny, probe, hs.metrics.answer_log_prob, "zero"),
+        "method": (tiny, probe, hs.metrics.loss, "mean"),
+    }
+    for named, call in calls.items():
+        with pytest.raises(InputError, match=rf"another ablation \(other .*{named}"):
+            hs.ablate_heads(*call, checkpoint=file)
+    with pytest.raises(InputError, match=r"another ablation \(other positions"):
+        hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero", positions=where, checkpoint=file)
+    with pytest.raises(InputError, match=r"another ablation \(other method"):
+        hs.screen_heads(tiny, probe, hs.metrics.loss, baseline="mean", checkpoint=file)
+    own = tmp_path / "own"
+
+    def scaled(factor: float) -> HeadScores:
+        return hs.ablate_heads(
+            tiny,
+            probe,
+            hs.metrics.loss,
+            lambda heads: hs.edits.scale(heads, factor),
+            heads="L0H1",
+            checkpoint=own,
+        )
+
+    assert np.array_equal(scaled(0.5).n, scaled(0.5).n)
+    with pytest.raises(InputError, match=r"of another ablation \(its values of L0H1"):
+        scaled(0.3)  # functions of one name are told apart by what they do
+    for bad in (b"", b"{}", b"\x08\0\0\0\0\0\0\0{}      "):
+        file.write_bytes(bad)
+        with pytest.raises(InputError, match="no checkpoint of an ablation"):
+            hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero", checkpoint=file)
+    with pytest.raises(InputError, match="no checkpoint of an ablation"):
+        hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero", checkpoint=tmp_path)

@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "accumulate": _TENSORS | {"probes", "scorers", "models", "capture"},
     "scoring": _RUNS_MODELS,
     "flow": _SEES_MODELS | {"capture", "lens"},
-    "ablation": _RUNS_MODELS - {"scorers", "accumulate"},
+    "ablation": _RUNS_MODELS - {"scorers", "accumulate"} | {"files"},
     "pruning": _RUNS_MODELS | {"files", "scoring", "ablation"},
     "comparing": _RUNS_MODELS | {"circuits", "scoring"},
     "retrieval": _RUNS_MODELS | _DISK | {"scoring", "ablation"},
