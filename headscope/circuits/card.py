@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from headscope.circuits.composition import partners_of
 from headscope.circuits.dictionary import Dictionary, Embedding
 from headscope.circuits.factors import HeadFactors
@@ -14,6 +16,31 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.table import HeadCard, HeadTable
+
+# Heads x vocabulary x d_head up to which all heads are scored within about a second.
+_QUICK = 10_000_000
+
+
+def scores_quickly(model: HeadModel) -> bool:
+    """Whether all heads of a model are scored by their weights within about a second."""
+    shape = model.shape
+    return len(shape.heads) * shape.d_vocab * shape.d_head <= _QUICK
+
+
+def card_table(model: HeadModel) -> HeadTable:
+    """Scores of all heads that a card takes its values and ranks from: weights and relations.
+
+    Example:
+        >>> from headscope.circuits.card import card_table
+        >>> card = hs.circuits.head_card(model, "L2H1", table=card_table(model))
+        >>> set(card.ranks) <= set(card.scores)
+        True
+    """
+    found = score(model)
+    try:
+        return found.join(relation_scores(model))
+    except UnsupportedModelError:
+        return found
 
 
 def head_card(
@@ -66,7 +93,7 @@ def head_card(
         kv_head=model.shape.kv_head(index.head),
         model=model.name,
         scores={name: one[index] for name, one in found.items()},
-        ranks={} if table is None else {name: _rank(found, name, index) for name in found},
+        ranks={} if table is None else _ranks(table, index),
         ov=views["ov"],
         qk=views["qk"],
         fed_by=below,
@@ -106,6 +133,7 @@ def _scores(
         return found
 
 
-def _rank(table: HeadTable, name: str, head: HeadIndex) -> int:
-    mean = table[name].mean
-    return int((mean > mean[head]).sum()) + 1
+def _ranks(table: HeadTable, head: HeadIndex) -> dict[str, int]:
+    """Place of a head by every score that it has."""
+    known = {name: one.mean for name, one in table.items() if np.isfinite(one[head])}
+    return {name: int((mean > mean[head]).sum()) + 1 for name, mean in known.items()}

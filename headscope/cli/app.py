@@ -141,6 +141,13 @@ def head(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Run no probe: weights alone.")
     ] = False,
+    ranks: Annotated[
+        bool | None,
+        typer.Option(
+            "--ranks/--no-ranks",
+            help="Rank by weight scores among all heads (default: where that is quick).",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of probes and random bands.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -156,6 +163,7 @@ def head(
         overwrite=overwrite,
         text=text,
         weights_only=weights_only,
+        ranks=ranks,
         seed=seed,
         as_json=json,
     )

@@ -31,6 +31,7 @@ def run(
     overwrite: bool,
     text: str | None,
     weights_only: bool,
+    ranks: bool | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -42,10 +43,11 @@ def run(
     check_overwrite(out, overwrite=overwrite)
     file = None if out is None else writable_folder(out) / f"{address}.html"
     model = loading.model()
-    asked = asked_of(model, loading, head=address, text=text, weights_only=weights_only, seed=seed)
+    what = {"text": text, "weights_only": weights_only, "seed": seed}
+    asked = asked_of(model, loading, head=address, ranks=ranks, **what)
     if file is not None:
         check_page(file, asked, overwrite=overwrite)
-    found = explain(address, model, text=text, weights_only=weights_only, seed=seed)
+    found = explain(address, model, text=text, weights_only=weights_only, ranks=ranks, seed=seed)
     if file is not None:
         whole_page(file, found.page(), asked)
     if as_json:

@@ -11,6 +11,7 @@ import numpy as np
 
 from headscope.ablation import ablate_heads
 from headscope.circuits import eigenvalues, head_card, spectra
+from headscope.circuits.card import card_table, scores_quickly
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.files import whole_page
 from headscope.heads import HeadIndex
@@ -117,6 +118,7 @@ def explain(
     *,
     text: str | None = None,
     weights_only: bool = False,
+    ranks: bool | None = None,
     seed: int = 0,
 ) -> Explanation:
     """Tell all there is to know of one head: scores, weights, partners, example, ablation.
@@ -126,6 +128,9 @@ def explain(
         model: from :func:`headscope.load`, or what it takes; default: the bundled model.
         text: for the example of attention; default: two sentences said twice.
         weights_only: run no probe: weights alone.
+        ranks: tell the place of the head among all heads by each weight score, for which all
+            heads are scored: a minute at 50,000 tokens and 270 heads. None: where that takes
+            about a second.
         seed: of probes and random bands.
 
     Raises:
@@ -145,7 +150,8 @@ def explain(
     effects: tuple[HeadScores, ...] = ()
     if not weights_only:
         attention = attention_example(found, text, [index], length=_EXAMPLE_LENGTH)
-    card = head_card(found, index)
+    ranked = scores_quickly(found) if ranks is None else ranks
+    card = head_card(found, index, table=card_table(found) if ranked else None)
     if not weights_only:
         scan = score(found, seed=seed)
         effects = tuple(_effects(found, index, seed))

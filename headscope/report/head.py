@@ -14,6 +14,7 @@ from headscope.report.circuits import missing_words
 from headscope.report.page import sections_page
 from headscope.report.sections import Block, Grid, Picture, Section, Words
 from headscope.table import HeadCard, HeadEigenvalues, HeadScores, HeadSpectra, HeadTable
+from headscope.table.card import NO_RANKS
 
 _NAMES = {"Q": "queries", "K": "keys", "V": "values"}
 
@@ -179,4 +180,5 @@ def _weights(card: HeadCard) -> Section:
         for name, value in card.scores.items()
         if np.isfinite(value)
     ]
-    return Section("Weight scores", [Grid(("score", "value", "rank"), rows, "1 is the largest")])
+    told = "1 is the largest" if card.ranks else NO_RANKS
+    return Section("Weight scores", [Grid(("score", "value", "rank"), rows, told)])

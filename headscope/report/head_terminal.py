@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from headscope.heads import HeadIndex
 from headscope.plots.text import visible
 from headscope.table import HeadCard, HeadScores, HeadTable
+from headscope.table.card import NO_RANKS
 from headscope.table.excerpt import written
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def card_lines(
     if scan is not None or effects:
         yield (_behaviour(head, [*(() if scan is None else scan.values()), *effects]))
     yield (_weights(card))
+    if not card.ranks:
+        yield (Text(NO_RANKS, style="dim"))
     for title, views in (("reads -> writes (OV)", card.ov), ("query -> key (QK)", card.qk)):
         if views:
             yield (Text(f"\n{title}", style="bold"))

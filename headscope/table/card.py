@@ -7,6 +7,11 @@ from typing import Any
 from headscope.base.glance import Glance, Shown, number
 from headscope.base.saved import Saved
 
+# What a card without ranks says of them.
+NO_RANKS = (
+    "No ranks by weights: that takes scores of all heads; "
+    "hs.explain(head, model, ranks=True) or headscope head --ranks has them."
+)
 _TOLD = ("copying_eigenvalues", "copying_top5", "matching_eigenvalues", "ov_effective_rank")
 
 

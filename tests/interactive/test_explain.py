@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 import headscope as hs
+from headscope.circuits.card import card_table
 from headscope.errors import InputError
 from headscope.report.head_html import head_html
 from headscope.table import HeadCard
@@ -23,7 +24,7 @@ def said() -> Any:
 
 def test_its_numbers_are_those_of_the_parts(said: Any) -> None:
     model, head = said.model, said.head
-    card = hs.circuits.head_card(model, head)
+    card = hs.circuits.head_card(model, head, table=card_table(model))
     assert said.card.to_json() == card.to_json()
     table = hs.score(model)
     for name, scores in table.items():
@@ -53,6 +54,26 @@ def test_weights_alone_run_nothing() -> None:
     assert (found.scan, found.effects, found.attention) == (None, (), None)
     assert "iframe" not in found._repr_html_()
     assert repr(found) == "Explanation(tiny-llama L1H1: no role)"
+
+
+def test_ranks_are_told_where_they_are_quick_or_asked_for_and_else_the_call_that_has_them(
+    said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, model = said.card, said.model
+    table = hs.circuits.score(model)
+    assert set(table) <= set(card.scores)  # those with the first MLP too
+    for name, scores in table.items():
+        better = [head for head in model.shape.heads if scores[head] > scores[said.head]]
+        assert card.ranks[name] == 1 + len(better)
+    assert "No ranks" not in str(said) + said.page()
+    monkeypatch.setattr("headscope.circuits.card._QUICK", 1000)
+    found = hs.explain(said.head, model, weights_only=True)
+    assert found.card.ranks == {}
+    for shown in (str(found), found.page()):
+        assert "ranks=True" in shown
+        assert "headscope head --ranks" in shown
+    asked = hs.explain(said.head, model, weights_only=True, ranks=True)
+    assert asked.card.ranks == card.ranks
 
 
 def test_hostile_tokens_are_escaped() -> None:
