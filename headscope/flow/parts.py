@@ -251,16 +251,21 @@ def texts_of(model: HeadModel, probe: Probe) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(token_texts(model.tokenizer, row)) for row in probe.host.tokens.tolist())
 
 
-def places(probe: Probe, at: "str | Tensor | None") -> Bool[Tensor, "batch pos"]:
-    """Positions by the name of a mark, or as they are given; default: the last real of each text.
+def places(probe: Probe, at: "str | Tensor") -> Bool[Tensor, "batch pos"]:
+    """Positions as they are given, or by name: a mark, ``last`` or ``all`` real ones of each text.
 
     Raises:
         InputError: if there is no such mark, the shape is another, or one is at padding.
     """
     probe = probe.host
-    if at is None:
-        return torch.nn.functional.one_hot(probe.last, probe.length).bool()
-    given = probe.mark(at) if isinstance(at, str) else torch.as_tensor(at).cpu()
+    if not isinstance(at, str):
+        given = torch.as_tensor(at).cpu()
+    elif at == "last" and at not in probe.marks:
+        given = torch.nn.functional.one_hot(probe.last, probe.length).bool()
+    elif at == "all" and at not in probe.marks:
+        given = probe.real
+    else:
+        given = probe.mark(at)
     if given.shape != probe.tokens.shape or given.dtype != torch.bool:
         raise InputError(
             f"positions are a mark's name or True and False in the shape of the tokens "

@@ -139,7 +139,7 @@ def through_heads(
     probe: Probe,
     inputs: "str | Tensor",
     *,
-    at: "str | Tensor | None" = None,
+    at: "str | Tensor" = "last",
     batch_size: int | None = None,
     memory: "str | int | None" = None,
 ) -> HeadScores:
@@ -157,7 +157,8 @@ def through_heads(
         model: with attention in every layer.
         probe: what to run.
         inputs: the set of input tokens: a mark's name, or True and False ``[batch pos]``.
-        at: positions whose rollout it is, averaged over; default: the last token of each text.
+        at: positions whose rollout it is, averaged over: ``last`` of each text, ``all``, a mark's
+            name, or True and False ``[batch pos]``.
         batch_size: texts per pass.
         memory: what one chunk of rows may take.
 
@@ -237,7 +238,7 @@ def through_heads(
         provenance=origin(
             model, probe, reading="through_heads",
             inputs=inputs if isinstance(inputs, str) else "given",
-            at=at if isinstance(at, str) else "last" if at is None else "given",
+            at=at if isinstance(at, str) else "given",
         ),
     )  # fmt: skip
 
@@ -248,7 +249,7 @@ def max_flow(
     model: HeadModel,
     probe: Probe,
     *,
-    at: "str | Tensor | None" = None,
+    at: "str | Tensor" = "all",
     longest: int = _LONGEST,
     batch_size: int | None = None,
 ) -> TokenFlow:
@@ -256,13 +257,14 @@ def max_flow(
 
     The graph has a node per layer and position, and edges with the capacities of
     :func:`rollout`'s ``B``. An entry is the value of a maximum flow, 0 to 1, to 1e-6; rows do not
-    sum to 1, as every input is asked for by itself. Of 64 tokens and 12 layers a row takes
-    about a second, and time grows with the cube of the length.
+    sum to 1, as every input is asked for by itself. A row of 64 tokens and 12 layers takes 0.2
+    seconds, and time grows with the cube of the length.
 
     Args:
         model: with attention in every layer.
         probe: what to run.
-        at: positions that are asked for, all others NaN; default: the last token of each text.
+        at: positions that are asked for, all others NaN: ``all``, ``last`` of each text, a mark's
+            name, or True and False ``[batch pos]``.
         longest: longest text that is taken.
         batch_size: texts per pass.
 
@@ -303,6 +305,8 @@ def max_flow(
     parts = [found for _, found in passes(model, probe, run, batch_size=batch_size)]
     mixing = torch.cat(parts, 1).double().numpy()
     matrix = np.full((len(probe), probe.length, probe.length), np.nan)
+    if isinstance(at, str) and at == "all":
+        matrix[:] = np.eye(probe.length)  # at padding
     for example, query in asked.nonzero().tolist():
         matrix[example, query] = flow_of(mixing[:, example], query)
     return TokenFlow(

@@ -114,7 +114,7 @@ def route_scores(
     *,
     part_threshold: float = 0.01,
     edge_threshold: float = 0.01,
-    at: "str | Tensor | None" = None,
+    at: "str | Tensor" = "last",
     memory: "str | int | None" = None,
 ) -> HeadTable:
     """Flow through every head and how often it is on a route, over the texts of a probe.
@@ -130,7 +130,8 @@ def route_scores(
         probe: whose texts are traced.
         part_threshold: share below which single parts are dropped; see :func:`routes`.
         edge_threshold: share from which an edge is drawn.
-        at: targets: a mark's name, or True and False ``[batch pos]``; default: the last tokens.
+        at: targets: ``last`` of each text, ``all``, a mark's name, or True and False
+            ``[batch pos]``.
         memory: what one chunk of vectors may take.
 
     Returns:

@@ -121,6 +121,21 @@ def test_what_passes_through_heads_and_residual_streams_is_the_rollout(family: s
         below = torch.einsum("bqk,bk->bq", mixing[n], below)
 
 
+def test_max_flow_is_asked_for_all_positions_or_some() -> None:
+    model, probe = model_of("gpt2"), probe_of("both", batch=3)
+    whole, last = (hs.flow.max_flow(model, probe, at=at).matrix for at in ("all", "last"))
+    mixing = torch.stack(mixing_of(model, probe)).double().numpy()
+    for example in range(3):
+        real = np.flatnonzero(probe.real[example])
+        assert last[example, real[-1]] == pytest.approx(whole[example, real[-1]])
+        assert np.isnan(last[example, real[:-1]]).all()
+        for query in real[::4]:
+            wanted = hs.flow.flow_of(mixing[:, example], int(query))
+            assert whole[example, query] == pytest.approx(wanted, abs=1e-5)
+        padding = np.flatnonzero(~probe.real[example])
+        assert (whole[example, padding] == np.eye(12)[padding]).all()
+
+
 def test_targets_are_averaged_over() -> None:
     model, probe = model_of("gpt2"), probe_of()
     both = torch.zeros_like(probe.real)

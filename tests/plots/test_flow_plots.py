@@ -17,7 +17,7 @@ def test_a_token_flow_leaves_padding_and_unasked_rows_out() -> None:
     real = int(probe.real[1].sum())
     cells = np.asarray(figure.data[0].customdata)
     assert cells == pytest.approx(flow.matrix[1, :real, :real], abs=1e-6)
-    rows = hs.plots.token_flow(hs.flow.max_flow(model, probe), 1).data[0].y
+    rows = hs.plots.token_flow(hs.flow.max_flow(model, probe, at="last"), 1).data[0].y
     assert len(rows) == 1
     with pytest.raises(InputError, match="none has number 2"):
         hs.plots.token_flow(flow, 2)
