@@ -8,6 +8,7 @@ hs.flow.routes(model, "The cat sat").edges     # who gives what to the last posi
 """
 
 from headscope.flow.contributions import alti as alti
+from headscope.flow.contributions import alti_logits as alti_logits
 from headscope.flow.contributions import norm_matrix as norm_matrix
 from headscope.flow.contributions import norms as norms
 from headscope.flow.rollout import flow_of as flow_of

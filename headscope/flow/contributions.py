@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope import probes
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, passes
 from headscope.errors import InputError, nearest
@@ -19,18 +20,22 @@ from headscope.flow.parts import (
     texts_of,
     texts_per_pass,
 )
+from headscope.lens.checks import need_readout, tolerance
+from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
+from headscope.models.taps import Read, Tap, TapView
 from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
-from headscope.table import Contributions, HeadScores, TokenFlow
+from headscope.table import Contributions, HeadScores, TokenFlow, TokenLogits
 
 _FORMS = ("per_head", "fused", "residual")
 
 _ROUNDING = 1e-6  # share of a norm that its difference from another may be off by
 
 NORM_SOURCE = "Kobayashi et al. 2020 (arXiv 2004.10102) and 2021 (arXiv 2109.07152)"
+ALTI_LOGIT_SOURCE = "Ferrando et al. 2023 (arXiv 2305.12535), ALTI-Logit"
 ALTI_SOURCE = "Ferrando et al. 2022 (arXiv 2203.04212), ALTI"
 
 
@@ -89,11 +94,7 @@ def alti(
             whole = made.entering + made.written
             for example in range(len(batch)):
                 vectors = Vectors.of(model, made, example, limit, halvings)
-                after = torch.zeros_like(state[example])
-                for at in vectors.chunks():
-                    shares = _alti_rows(vectors, at, whole[example])
-                    after[at] = shares @ state[example, : shares.shape[-1]]
-                state[example] = after
+                state[example] = _alti_step(vectors, whole[example], state[example])
 
         over_layers(model, batch, multiply)
         padding = ~batch.real.to(model.device)
@@ -111,6 +112,19 @@ def alti(
         ALTI_SOURCE,
         origin(model, probe, reading="alti", **held_norm(model)),
     )
+
+
+def _alti_step(
+    vectors: "Vectors",
+    whole: Float[Tensor, "pos d_model"],
+    state: Float[Tensor, "query key"],
+) -> Float[Tensor, "query key"]:
+    """Contributions of one layer times those of the layers below."""
+    after = torch.zeros_like(state)
+    for at in vectors.chunks():
+        shares = _alti_rows(vectors, at, whole)
+        after[at] = shares @ state[: shares.shape[-1]]
+    return after
 
 
 def _alti_rows(
@@ -144,6 +158,101 @@ def shares_of(
     nearest_part = near.masked_fill(near.abs() <= floor, float("-inf")).argmax(-1)
     largest = torch.nn.functional.one_hot(nearest_part, near.shape[-1]).to(near)
     return torch.where(some, kept / kept.sum(-1, keepdim=True).clamp_min(1e-38), largest)
+
+
+@own_types()
+@torch.no_grad()
+def alti_logits(
+    model: HeadModel,
+    prompt: Promptish,
+    target: Token | None = None,
+    foil: Token | None = None,
+    *,
+    position: int = -1,
+    memory: "str | int | None" = None,
+) -> TokenLogits:
+    """Split a logit, or the difference of two, over the input tokens.
+
+    What attention of layer l moves from position j to the target, along the logit's residual
+    direction over the final norm's scale (held fixed), is spread over input tokens by row j of
+    :func:`alti`'s matrix of the layers below. The embedding at the target's own position is its
+    token's. MLPs and biases stay parts of their own, so that all sum to the logit.
+
+    Args:
+        model: with attention in every layer and a plain final norm.
+        prompt: text, or token ids.
+        target: token, as its text or id; default: the model's most likely next token.
+        foil: token whose logit is taken off; default: none.
+        position: whose next token is predicted.
+        memory: what one chunk of vectors may take.
+
+    Raises:
+        InputError: if the prompt, the position or a token does not fit the model.
+        UnsupportedModelError: if the model has no plain final norm, or attention's write cannot
+            be split.
+        HeadscopeError: if the parts do not sum to the logit.
+
+    Source: Ferrando et al. 2023 (arXiv 2305.12535), ALTI-Logit: its part of attention and the
+    embedding; MLPs are not spread over tokens here.
+
+    Example:
+        >>> found = hs.flow.alti_logits(model, [5, 9, 5, 9], target=5, foil=9)
+        >>> total = found.values.sum() + found.mlp.sum() + found.bias + found.constant
+        >>> bool(abs(total - found.whole) < 1e-3)
+        True
+    """
+    text = read_prompt(model, prompt)
+    at = text.at(position)
+    wanted = None if target is None else read_token(model, target)
+    other = None if foil is None else read_token(model, foil, "foil")
+    need_parts(model)
+    need_readout(model)
+    limit, ids = parse_memory(memory), text.ids[None, : at + 1]
+    if wanted is None:
+        logits = model.forward(ids, logits_at=torch.tensor([at]))
+        wanted = int(logits[0, 0].float().argmax())
+    if wanted == other:
+        raise InputError("target and foil are the same token: their difference is always 0.")
+    pair = torch.tensor([wanted] if other is None else [wanted, other], device=model.device)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float32, device=model.device)[: len(pair)]
+    direction = (model.readout.directions(pair) * sign[:, None]).sum(0)
+    state = torch.eye(at + 1, dtype=torch.float32, device=model.device)
+    values, mlps, biases, final = torch.zeros_like(state[0]), [], [], []
+
+    def add(made: LayerSum) -> None:
+        nonlocal state
+        if made.layer == model.shape.attention_layers[0]:
+            values[at] += made.entering[0, at] @ direction
+        vectors = Vectors.of(model, made, 0, limit, 0)
+        moved, _ = vectors.fused(slice(at, at + 1), own=False)
+        values.add_((moved[:, 0] @ direction) @ state)
+        biases.append(made.constant[0, at] @ direction)
+        state = _alti_step(vectors, (made.entering + made.written)[0], state)
+
+    def think(view: TapView) -> None:
+        mlps.append(view.value[0, at].float() @ direction)
+
+    also: dict[Tap, Read] = {Tap("mlp_out", n): think for n in range(model.shape.n_layers)}
+    end = Tap("final_resid")
+    also[end] = lambda view: final.append(view.value[0, at].float())
+    over_layers(model, probes.from_tokens(ids), add, also, until=end)
+    scale = model.readout.scale(final[0])
+    whole = (model.readout.uncapped(final[0])[pair] * sign).sum()
+    names = token_texts(model.tokenizer, pair.tolist())
+    return TokenLogits(
+        target=names[0],
+        foil=None if other is None else names[1],
+        position=at,
+        tokens=text.texts[: at + 1],
+        values=(values / scale).cpu().double().numpy(),
+        mlp=(torch.stack(mlps) / scale).cpu().double().numpy(),
+        bias=float(torch.stack(biases).sum() / scale),
+        constant=float((model.readout.constant(pair) * sign).sum()),
+        whole=float(whole),
+        tolerance=tolerance(model),
+        source=ALTI_LOGIT_SOURCE,
+        provenance=origin(model, reading="alti_logits", tokens=at + 1, target=wanted, foil=other),
+    )
 
 
 @dataclass(frozen=True, eq=False)

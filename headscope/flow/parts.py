@@ -1,8 +1,9 @@
 """What attention of one layer adds to the stream, as a sum over heads and keys, while it runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from headscope.lens.prompt import token_texts
 from headscope.memory import chunk_bytes
 from headscope.models.blocks import AttentionWrite
 from headscope.models.protocol import HeadModel
-from headscope.models.taps import Tap, TapView, TextBatch
+from headscope.models.taps import Read, Tap, TapView, TextBatch
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
 
@@ -116,10 +117,19 @@ def over_layers(
     model: HeadModel,
     batch: TextBatch,
     visit: Callable[[LayerSum], None],
+    also: Mapping[Tap, Read] = MappingProxyType({}),
+    until: Tap | None = None,
 ) -> None:
     """Run a batch once and show every layer with attention as a sum.
 
     Every layer's sum is held against what the model itself added.
+
+    Args:
+        model: that is run.
+        batch: what it runs.
+        visit: is shown each layer.
+        also: other taps that are read.
+        until: where the pass stops; default: after the last layer.
 
     Raises:
         HeadscopeError: if a sum is not what the model added.
@@ -142,7 +152,7 @@ def over_layers(
     layers = model.shape.attention_layers
     sites = {"resid_pre": enter, "pattern": attend, "attn_out": add}
     reads = {Tap(site, layer): read for site, read in sites.items() for layer in layers}
-    model.run(batch, reads=reads, until=Tap("resid_post", layers[-1]))
+    model.run(batch, reads=reads | dict(also), until=until or Tap("resid_post", layers[-1]))
     sums.check(model)
 
 

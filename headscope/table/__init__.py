@@ -12,6 +12,7 @@ from headscope.table.flow import RouteEdge as RouteEdge
 from headscope.table.flow import RouteNode as RouteNode
 from headscope.table.flow import Routes as Routes
 from headscope.table.flow import TokenFlow as TokenFlow
+from headscope.table.flow import TokenLogits as TokenLogits
 from headscope.table.lens import HeadWords as HeadWords
 from headscope.table.lens import LensGrid as LensGrid
 from headscope.table.losses import TokenLosses as TokenLosses

@@ -12,6 +12,7 @@ from headscope.base.glance import Glance, Shown, number, readable, sizes
 from headscope.base.saved import Saved
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
+from headscope.table.attribution import Tolerance, check_sum
 from headscope.table.provenance import Provenance
 from headscope.table.scores import HeadScores
 from headscope.table.summary import frozen
@@ -93,6 +94,68 @@ class TokenFlow(Saved, Shown):
             ("into the last token of text 0, from", "share"),
             rows,
             hint="hs.plots.token_flow(flow), flow.into(example, query), flow.matrix",
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenLogits(Saved, Shown):
+    """One logit, or a difference of two, as a sum over input tokens, MLPs and biases.
+
+    ``values.sum() + mlp.sum() + bias + constant = whole``, in logits before a soft cap, any sign;
+    checked on making.
+
+    Attributes:
+        target, foil: texts; the foil is None where one logit is split.
+        position: whose next token it is.
+        tokens: texts of the prompt up to there.
+        values: what comes from each input token, through the embedding and attention.
+        mlp: what every MLP adds, which belongs to no single token.
+        bias: what biases of attention add.
+        constant: biases of the final norm and of the unembedding.
+        whole: the logit (difference).
+        tolerance: largest gap: a number, and a share of the largest part; the larger one counts.
+        source: paper.
+        provenance: where it came from.
+    """
+
+    target: str
+    foil: str | None
+    position: int
+    tokens: tuple[str, ...]
+    values: Float[np.ndarray, " pos"]
+    mlp: Float[np.ndarray, " layer"]
+    bias: float
+    constant: float
+    whole: float
+    tolerance: Tolerance = (1e-4, 1e-5)
+    source: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Freeze the arrays; check the sum."""
+        for name in ("values", "mlp"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+        parts = np.concatenate([self.values, self.mlp, [self.bias, self.constant]])
+        largest = np.abs(parts).max(keepdims=True)
+        whole = np.array([self.whole])
+        check_sum(parts.sum(keepdims=True), whole, largest, self.tolerance, "a logit by token")
+
+    def top(self, k: int = 5) -> list[tuple[int, str, float]]:
+        """Input tokens that add most, in either direction: place, text and logits."""
+        order = np.argsort(-np.abs(self.values), kind="stable")[:k]
+        return [(int(at), self.tokens[at], float(self.values[at])) for at in order]
+
+    def glance(self) -> Glance:
+        """What is split, and the tokens that add most."""
+        said = readable(self.target) + ("" if self.foil is None else f" - {readable(self.foil)}")
+        rows = [(f"{at} {readable(text)}", number(value)) for at, text, value in self.top(5)]
+        rows.append(("all MLPs", number(float(self.mlp.sum()))))
+        return Glance(
+            "logit by input token",
+            [f"{said}: {self.whole:.4g}", self.provenance.model],
+            ("from", "logits"),
+            rows,
+            hint="found.values, found.top(10)",
         )
 
 

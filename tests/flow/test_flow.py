@@ -203,6 +203,37 @@ def test_alti_is_the_slow_way(family: str) -> None:
     assert np.triu(found.matrix, 1).max() == 0
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_neox", "granite", "bloom"])
+def test_a_logit_is_split_over_tokens_as_the_slow_way_does(family: str) -> None:
+    model, tokens = model_of(family), families.tokens()[0, :8]
+    found = hs.flow.alti_logits(model, tokens, target=5, foil=9)
+    split = hs.lens.attribute(model, tokens, 5, 9, sources=False)
+    assert found.whole == pytest.approx(split.whole, rel=1e-4, abs=1e-3)
+    size = max(abs(part.value) for part in split)
+    assert found.mlp == pytest.approx(split.mlps, abs=1e-4 * size)
+    assert found.bias == pytest.approx(split.biases.sum(), abs=1e-4 * size)
+    assert found.constant == pytest.approx(split.constant, abs=1e-4 * size)
+    # Below the first layer tokens are themselves; above it they are mixed as ALTI has them.
+    probe = hs.probes.from_tokens(tokens[None])
+    readout = model.readout
+    layers = slow.layers_of(model, probe)
+    last = layers[-1]
+    scale = readout.scale((last.entering + last.attention + last.mlp)[0, -1])
+    direction = readout.directions(torch.tensor([5, 9])).diff(dim=0)[0] / -scale
+    values = torch.zeros(8)
+    values[-1] = layers[0].entering[0, -1] @ direction
+    state = torch.eye(8)
+    for layer in layers:
+        vectors = layer.parts.sum(2)[0]
+        values = values + vectors[-1] @ direction @ state
+        whole = (layer.entering + layer.attention)[0]
+        vectors = vectors + torch.diag_embed(layer.entering[0].mT).permute(1, 2, 0)
+        near = whole.abs().sum(-1)[:, None] - (whole[:, None] - vectors).abs().sum(-1)
+        near = near.clamp_min(0).tril()
+        state = near / near.sum(-1, keepdim=True) @ state
+    assert found.values == pytest.approx(values.numpy(), abs=2e-4 * size)
+
+
 @pytest.mark.parametrize("family", SOME)
 def test_norms_are_the_slow_way(family: str) -> None:
     model, probe = model_of(family), probe_of(batch=2)
@@ -325,6 +356,7 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence() -> None:
         ),
         "has no attention in layer 7": lambda: hs.flow.norm_matrix(model, probe, 7),
         "unknown form 'fuse'": lambda: hs.flow.norm_matrix(model, probe, 0, "fuse"),
+        "target and foil are the same": lambda: hs.flow.alti_logits(model, [3, 4], 5, 5),
         "use 'residual'": lambda: hs.flow.norms(model, probe).mixing_of("norm"),
         "the probe has 200 tokens": lambda: hs.flow.rollout(
             model, hs.probes.from_tokens(torch.randint(3, 60, (1, 200)))
