@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headscope import edits as edits
     from headscope import flow as flow
     from headscope import geometry as geometry
+    from headscope import interventions as interventions
     from headscope import lens as lens
     from headscope import metrics as metrics
     from headscope import plots as plots
@@ -94,6 +95,7 @@ _HOME = {
     "flow": "headscope.flow",
     "geometry": "headscope.geometry",
     "interactions": "headscope.ablation",
+    "interventions": "headscope.interventions",
     "lens": "headscope.lens",
     "load": "headscope.models.loading.load",
     "mask_heads": "headscope.retrieval",

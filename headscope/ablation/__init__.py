@@ -1,7 +1,5 @@
 """Causal effects of heads: ablations, estimates, groups, pairs, patching, paths."""
 
-from headscope.ablation.donors import head_means as head_means
-from headscope.ablation.donors import head_values as head_values
 from headscope.ablation.groups import ablate_cumulatively as ablate_cumulatively
 from headscope.ablation.groups import ablate_groups as ablate_groups
 from headscope.ablation.groups import interactions as interactions
@@ -10,3 +8,5 @@ from headscope.ablation.heads import estimate_heads as estimate_heads
 from headscope.ablation.heads import screen_heads as screen_heads
 from headscope.ablation.patching import patch_activations as patch_activations
 from headscope.ablation.paths import path_patch as path_patch
+from headscope.interventions.donors import head_means as head_means
+from headscope.interventions.donors import head_values as head_values

@@ -10,25 +10,33 @@ from torch import Tensor
 from headscope.edits import AnyEdit, Heads, head_list
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.interventions import Intervention, named
 from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 
 Metricish = AnyMetric | Callable[..., Tensor]
 Positions = str | Bool[Tensor, "batch pos"] | None
-Maker = str | Callable[[Heads], AnyEdit]
+# What heads are ablated to: a value, its name, or a function from heads to an edit.
+Maker = str | Intervention | Callable[[Heads], AnyEdit]
 
 
-def default_reference(probe: Probe, method: str) -> Probe:
-    """Where replacement values come from unless the caller says: the probe, or its pair."""
-    if method != "patch":
-        return probe
-    if probe.corrupt is None:
+def intervention_of(
+    method: Maker, reference: Probe | None = None, seed: int = 0, kind: str = "method"
+) -> Intervention | None:
+    """Return the intervention that was given or named; None for a function of the caller's.
+
+    Raises:
+        InputError: if there is no such name, or nothing would read the reference.
+    """
+    if isinstance(method, str):
+        return named(method, reference, seed, kind)
+    if reference is not None:
         raise InputError(
-            "patch takes values from a paired run, and this probe has no corrupt pair: use a probe "
-            "of pairs, or give reference=."
+            f"reference= goes with the name of a {kind}: give it to the intervention itself, e.g. "
+            "hs.interventions.Mean(reference=other), or set it in your edit function."
         )
-    return probe.corrupt
+    return method if isinstance(method, Intervention) else None
 
 
 def marked(probe: Probe, positions: Positions) -> Bool[Tensor, "batch pos"] | None:
@@ -81,9 +89,21 @@ def without_rounding(
     return np.where(np.abs(effects) <= floor, 0.0, effects)
 
 
+def seed_of(method: Maker, seed: int) -> int:
+    """Seed of what is drawn: an intervention's own, or the one that goes with a name."""
+    return int(getattr(method, "seed", seed))
+
+
 def facts_of(method: Maker, reference: Probe | None, positions: Positions) -> Mapping[str, Any]:
     """What the settings were, for provenance."""
-    named = method if isinstance(method, str) else getattr(method, "__name__", "edit")
     where = positions if isinstance(positions, str) else "given" if positions is not None else "all"
     other = "own" if reference is None else reference.name
-    return {"method": named, "reference": other, "positions": where}
+    facts: dict[str, Any] = {"method": method, "reference": other, "positions": where}
+    if isinstance(method, Intervention):
+        given = getattr(method, "reference", None)
+        named_reference = {} if given is None else {"reference": given.name}
+        own = {name: value for name, value in method.facts.items() if name != "seed"}
+        return {**facts, **own, **named_reference}
+    if not isinstance(method, str):
+        facts["method"] = getattr(method, "__name__", "edit")
+    return facts

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.ablation.engine import Batch
-from headscope.ablation.methods import Place
 from headscope.ablation.sources import ForwardSource, Plan
 from headscope.edits import Variant, cut, zero
 from headscope.errors import HeadscopeError
 from headscope.heads import HeadIndex
+from headscope.interventions import Place
 from headscope.models.protocol import HeadModel, LayerView
 
 # The metric of a replay and of a whole pass may differ by this, beside the metric's own size.

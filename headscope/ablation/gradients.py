@@ -98,7 +98,8 @@ def check_slope(model: HeadModel, metric: AnyMetric, baseline: object, steps: in
             "first-order estimate of it is rounding: give steps=16 (integrated gradients), "
             "another metric, or ablate the heads."
         )
-    if steps > 1 and baseline == "zero" and "linear_write" in model.limits:
+    name = getattr(baseline, "name", baseline)
+    if steps > 1 and name == "zero" and "linear_write" in model.limits:
         raise InputError(
             f"integrated gradients to zero do not converge here: {model.limits['linear_write']} "
             "Such a norm undoes the scaling on the way to 0: give another baseline, such as "

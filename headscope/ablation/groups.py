@@ -13,11 +13,12 @@ from headscope.ablation.arguments import (
     Metricish,
     Positions,
     facts_of,
+    intervention_of,
     present,
+    seed_of,
     without_rounding,
 )
 from headscope.ablation.engine import Batch
-from headscope.ablation.methods import check_method
 from headscope.ablation.run import Placer, Study
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
@@ -179,13 +180,12 @@ def _measured(
     progress: bool | None = None,
 ) -> _Measured:
     """Ablate sets of heads, each at once."""
-    if isinstance(method, str):
-        check_method(method, reference)
+    intervention_of(method, reference)  # refused here, before any pass
     study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
     placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
     effects, clean = joint(study, placer, sets)
     facts = facts_of(method, reference, positions)
-    provenance = study.provenance(seed, checks=placer.checks, **facts)
+    provenance = study.provenance(seed_of(method, seed), checks=placer.checks, **facts)
     return _Measured(study, str(facts["method"]), effects, clean, provenance)
 
 

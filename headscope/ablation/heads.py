@@ -7,15 +7,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from headscope.ablation.arguments import Maker, Metricish, Positions, by_head, facts_of, present
+from headscope.ablation.arguments import (
+    Maker,
+    Metricish,
+    Positions,
+    by_head,
+    facts_of,
+    intervention_of,
+    present,
+    seed_of,
+)
 from headscope.ablation.gradients import attribution
 from headscope.ablation.kept import Checkpoint, KeptEffects, deciding
-from headscope.ablation.methods import check_method
 from headscope.ablation.run import Placer, Study
 from headscope.ablation.single import Keeper, ablated, as_scores, screened
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.interventions import Intervention
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
@@ -57,7 +66,8 @@ def ablate_heads(
         (seeded). ``patch``: the output on the paired, corrupt example. ``uniform``: the query
         is 0, so that attention is flat over the visible keys, but for a position bias (ALiBi) and
         the share of a learned sink. ``attend_to_first``: all attention on the first token.
-        A function from heads to an edit: e.g. ``lambda heads: hs.edits.scale(heads, 0.5)``.
+        Or a value of :mod:`headscope.interventions`, e.g. ``hs.interventions.Scale(0.5)``; or a
+        function from heads to an edit: ``lambda heads: hs.edits.scale(heads, 0.5)``.
 
     Args:
         model: from :func:`headscope.load`.
@@ -66,8 +76,9 @@ def ablate_heads(
         method: one of the above.
         heads: which; default: all.
         positions: where to ablate: a mark of the probe, or ``[batch pos]``; default: everywhere.
-        reference: where means and other examples come from; default: the probe itself.
-        seed: of what is drawn.
+        reference: of a named method: where means and other examples come from; default: the probe
+            itself.
+        seed: of what a named method draws.
         batch_size: examples per recorded pass; changes nothing but time and memory.
         memory: what a stack of variants may take, e.g. ``"2GB"``.
         checkpoint: file in which every finished head is kept, and from which the same call, or
@@ -88,15 +99,14 @@ def ablate_heads(
         [0, 2]
     """
     _refuse_unknown("ablate_heads", unknown)
-    if isinstance(method, str):
-        check_method(method, reference)
+    intervention_of(method, reference)  # refused here, before any pass
     chosen = present(model, heads)
     study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
     facts = facts_of(method, reference, positions)
     placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
     keep = _keeper(study, checkpoint, method, positions, reference, seed)
     effects = ablated(study, placer, chosen, keep)
-    return _scores(study, chosen, effects, placer, facts, seed)
+    return _scores(study, chosen, effects, placer, facts, seed_of(method, seed))
 
 
 @own_types()
@@ -105,7 +115,7 @@ def estimate_heads(
     probe: Probe,
     metric: Metricish,
     *,
-    baseline: str = "mean",
+    baseline: Maker = "mean",
     steps: int = 1,
     heads: Heads | None = None,
     positions: Positions = None,
@@ -127,7 +137,8 @@ def estimate_heads(
         model: from :func:`headscope.load`.
         probe: what to run.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; differentiable.
-        baseline: which ablation is estimated, by its name in :func:`ablate_heads`.
+        baseline: which ablation is estimated: an intervention, or its name in
+            :func:`ablate_heads`.
         steps: 1, or how many points the way is integrated over.
         heads: whose gates open; default: all.
         positions: as :func:`ablate_heads` takes them.
@@ -149,13 +160,14 @@ def estimate_heads(
         True
     """
     _check_steps(steps)
-    check_method(baseline, reference, "baseline")
+    given = _baseline(baseline, reference, seed)
     chosen = present(model, heads)
     study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
-    facts = {**facts_of("attribution", reference, positions), "baseline": baseline, "steps": steps}
+    facts = {**facts_of("attribution", reference, positions), "steps": steps}
+    facts |= {"baseline": given.name}
     placer = Placer(study, baseline, positions=positions, reference=reference, seed=seed)
     effects = attribution(study, placer, chosen, steps)
-    return _scores(study, chosen, effects, placer, facts, seed)
+    return _scores(study, chosen, effects, placer, facts, seed_of(baseline, seed))
 
 
 @own_types()
@@ -166,7 +178,7 @@ def screen_heads(
     *,
     top: int = 10,
     sample: int = 10,
-    baseline: str = "mean",
+    baseline: Maker = "mean",
     steps: int = 1,
     heads: Heads | None = None,
     positions: Positions = None,
@@ -189,7 +201,7 @@ def screen_heads(
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; differentiable.
         top: heads with the largest estimates.
         sample: heads drawn from the others.
-        baseline: the ablation, by its name in :func:`ablate_heads`.
+        baseline: the ablation: an intervention, or its name in :func:`ablate_heads`.
         steps: of the estimate, see :func:`estimate_heads`.
         heads: among which; default: all.
         positions: as :func:`ablate_heads` takes them.
@@ -213,14 +225,25 @@ def screen_heads(
     _check_steps(steps)
     if not _is_count(top, 1) or not _is_count(sample, 0):
         raise InputError(f"screening needs top >= 1 and sample >= 0; got {top!r} and {sample!r}.")
-    check_method(baseline, reference, "baseline")
+    given = _baseline(baseline, reference, seed)
     chosen = present(model, heads)
     study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
-    facts = {**facts_of("screened", reference, positions), "baseline": baseline, "steps": steps}
+    facts = {**facts_of("screened", reference, positions), "baseline": given.name, "steps": steps}
     placer = Placer(study, baseline, positions=positions, reference=reference, seed=seed)
     keep = _keeper(study, checkpoint, baseline, positions, reference, seed)
     effects = screened(study, placer, chosen, steps, top, sample, seed, keep)
-    return _scores(study, chosen, effects, placer, facts, seed)
+    return _scores(study, chosen, effects, placer, facts, seed_of(baseline, seed))
+
+
+def _baseline(baseline: Maker, reference: Probe | None, seed: int) -> Intervention:
+    """The intervention whose effect is estimated; functions of the caller's have no gate."""
+    given = intervention_of(baseline, reference, seed, "baseline")
+    if given is None:
+        raise InputError(
+            "baseline takes an intervention or its name: an edit function has no value at the end "
+            "of a gate. Use hs.ablate_heads."
+        )
+    return given
 
 
 def _scores(

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.ablation.arguments import Maker, Positions
+from headscope.ablation.arguments import Maker, Positions, seed_of
 from headscope.errors import InputError
 from headscope.files import check_same, whole_file, writable_folder
 from headscope.heads import HeadIndex
+from headscope.interventions import Intervention
 from headscope.metrics import AnyMetric, Metric
 from headscope.probes.digest import probe_digest
 from headscope.probes.probe import Probe
@@ -144,10 +145,17 @@ def deciding(
     return {
         "weights": about.weight_digest,
         "dtype": about.dtype,
-        "data": probe_digest(probe, reference),
+        "data": probe_digest(probe, getattr(method, "reference", reference)),
         "metric": metric.name,
         "mark": metric.mark if isinstance(metric, Metric) else None,
-        "method": method if isinstance(method, str) else getattr(method, "__name__", "edit"),
+        **_said_of(method),
         "positions": where,
-        "seed": about.seed,
+        "seed": seed_of(method, about.seed or 0),
     }
+
+
+def _said_of(method: Maker) -> dict[str, Any]:
+    """Name of what heads are ablated to, with an intervention's numbers."""
+    if isinstance(method, Intervention):
+        return {**method.facts}
+    return {"method": method if isinstance(method, str) else getattr(method, "__name__", "edit")}

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from headscope import edits
 from headscope.ablation.arguments import Metricish, Positions, marked
-from headscope.ablation.donors import head_values
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Study
 from headscope.edits import Heads, Site, Variant, head_list
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.interventions.donors import head_values
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from headscope import edits
 from headscope.ablation.arguments import Metricish, by_head, present, without_rounding
-from headscope.ablation.donors import head_values
 from headscope.ablation.engine import Batch
 from headscope.ablation.patching import _aligned_pair
 from headscope.ablation.run import Study
@@ -17,6 +16,7 @@ from headscope.ablation.single import as_scores
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.interventions.donors import head_values
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe

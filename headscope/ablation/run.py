@@ -10,15 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope import capture
-from headscope.ablation.arguments import Maker, Metricish, Positions, default_reference, marked
+from headscope.ablation.arguments import Maker, Metricish, Positions, intervention_of, marked
 from headscope.ablation.checks import proofs
 from headscope.ablation.engine import Batch, stack_tokens
 from headscope.ablation.kept import KeptEffects
-from headscope.ablation.methods import Method, Place, Setting, check_method
 from headscope.ablation.sources import Plan, plan_for
 from headscope.edits import AnyEdit, HeadEdit, Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.interventions import Place, Setting
+from headscope.interventions.base import BatchPlace
 from headscope.memory import parse_memory
 from headscope.metrics import AnyMetric, as_metric
 from headscope.models.protocol import HeadModel
@@ -167,18 +168,18 @@ class Placer:
         self._study, self._maker = study, method
         self.checks: dict[str, Any] = {}
         where = marked(study.probe, positions)
-        self._method: Method | None = None
-        if isinstance(method, str):
-            check_method(method, reference)
-            chosen = reference if reference is not None else default_reference(study.probe, method)
-            capture.check_fits(study.model, chosen)
-            own = chosen is study.probe
-            self._method = Method(
-                method,
-                Setting(study.model, study.probe, chosen, own, where, seed, study.size),
+        self._batch: BatchPlace | None = None
+        intervention = intervention_of(method, reference, seed)
+        if intervention is not None:
+            read = intervention.reference_for(study.probe)
+            if read is not None:
+                capture.check_fits(study.model, read)
+            setting = Setting(study.model, study.probe, where, study.size)
+            self._batch = intervention.prepare(setting)
+        elif where is not None:
+            raise InputError(
+                "positions= applies to interventions and their names: set it in your edit function."
             )
-        elif where is not None or reference is not None:
-            raise InputError("an edit of your own says itself where it acts and what it reads.")
 
     @property
     def method(self) -> Maker:
@@ -187,8 +188,8 @@ class Placer:
 
     def place(self, chosen: slice, batch: Batch) -> Place:
         """How to edit any heads of one batch."""
-        if self._method is not None:
-            return self._method.place(chosen, batch.source)
+        if self._batch is not None:
+            return self._batch(chosen, batch.source.z)
         maker = self._maker
         assert callable(maker)  # noqa: S101  # a name has a method
 

@@ -6,9 +6,9 @@ from typing import Literal, get_args
 
 from headscope import edits
 from headscope.ablation.arguments import present
-from headscope.ablation.donors import head_means
 from headscope.edits import HeadEdit, Heads, Scope
 from headscope.errors import InputError, nearest
+from headscope.interventions.donors import head_means
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, text
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from headscope import edits
-from headscope.ablation.arguments import Maker, facts_of, marked, without_rounding
+from headscope.ablation.arguments import facts_of, without_rounding
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Placer
 from headscope.ablation.run import Study as Measurement
-from headscope.edits import AnyEdit, Heads, Variant
+from headscope.edits import Variant
 from headscope.errors import InputError
+from headscope.interventions import Scale
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
@@ -82,8 +82,8 @@ class Bench:
 
     def placer(self, measurement: Measurement, edit: EditConfig, seed: int) -> Placer:
         """How an edit is done on a probe; what does not fit is refused."""
-        if edit.method == "scale":
-            return Placer(measurement, _scaling(edit, measurement.probe), seed=seed)
+        if edit.factor is not None:
+            return Placer(measurement, Scale(edit.factor), positions=edit.positions, seed=seed)
         reference = None if edit.reference is None else self.probes[edit.reference]
         own = reference is measurement.probe
         return Placer(
@@ -200,13 +200,3 @@ class Benches:
                 )
             self._checked = planned
         return bench.measure(plan, chunk)
-
-
-def _scaling(edit: EditConfig, probe: Probe) -> Maker:
-    """Scaling as an edit of the caller's own."""
-    where, factor = marked(probe, edit.positions), float(edit.factor or 0.0)
-
-    def scale(heads: Heads) -> AnyEdit:
-        return edits.scale(heads, factor, positions=where)
-
-    return scale

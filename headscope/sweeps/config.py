@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from headscope import metrics
-from headscope.ablation.methods import METHODS
 from headscope.configs import Strict
 from headscope.errors import InputError
+from headscope.interventions import NAMED
 from headscope.models.loading import shipped
 from headscope.probes.config import ProbeConfig
 
@@ -18,7 +18,7 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 METRICS = {
     name: value for name, value in vars(metrics).items() if isinstance(value, metrics.Metric)
 }
-EDITS = (*METHODS, "scale")
+EDITS = (*NAMED, "scale")
 # Rankings beside the scorers -> what of the sweep they are measured on; none: the weights alone.
 OWN_SCORES: Mapping[str, tuple[str, ...]] = {
     "attribution": ("probe", "metric"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import headscope as hs
 from headscope import edits
 from headscope.ablation import engine
-from headscope.ablation.methods import partners_of
+from headscope.interventions import partners_of
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from tests import handwired
@@ -193,7 +193,7 @@ def test_some_heads_only() -> None:
         ({"method": "mean", "top": 3}, "call hs.screen_heads"),
         ({"method": "zero", "bach_size": 3}, "no argument 'bach_size'"),
         ({"method": "zero", "reference": probe_of()}, "leave reference out"),
-        ({"method": edits.zero, "positions": "end"}, "says itself"),
+        ({"method": edits.zero, "positions": "end"}, "set it in your edit function"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(arguments: dict, message: str) -> None:

@@ -12,6 +12,7 @@ from headscope.edits import Variant
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.record import record
 from headscope.models.hf.replay import Replay
+from headscope.models.loading.load import load
 from tests.ablation.helpers import model_of, probe_of
 from tests.models import families
 
@@ -133,3 +134,15 @@ def test_replay_leaves_the_model_as_it_was_even_when_it_fails() -> None:
         assert not after[name]["_forward_pre_hooks"]
         assert not after[name]["_forward_hooks"]
     assert model.module.config._attn_implementation == config
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["none", "right"])
+def test_prefixes_are_reused_with_and_without_padding(family: str, kind: str) -> None:
+    """A mask that is cut like a value of each position would silently cost all of the reuse."""
+    model = load(families.build(family))
+    real = families.padding(kind)
+    plan = plan_for(model, families.tokens(), torch.ones_like(families.tokens()).bool()
+                    if real is None else real)  # fmt: skip
+    assert plan.replays
+    assert plan.prefix

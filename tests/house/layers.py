@@ -19,6 +19,7 @@ FLOORS = (
     {"origin"},
     {"capture", "circuits", "compiled"},
     {"accumulate", "lens", "patterns", "geometry"},
+    {"interventions"},
     {"scoring", "ablation", "flow"},
     {"pruning", "retrieval", "comparing"},
     {"sweeps", "report", "testing"},
@@ -31,7 +32,7 @@ _BASE = {"errors", "heads", "base"}
 _DISK = {"configs", "files", "folders", "parquet_files"}
 _TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
 _SEES_MODELS = _TENSORS | {"edits", "probes", "table", "models", "origin"}
-_RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate"}
+_RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate", "interventions"}
 
 # Who may import whom. Floors alone would let `capture` import `scorers` or `sweeps` import
 # `plots`; a new line here is a decision about the design, not a formality.
@@ -64,7 +65,8 @@ ALLOWED: dict[str, set[str]] = {
     "geometry": _SEES_MODELS | {"capture"},
     "patterns": _SEES_MODELS | {"capture"},
     "accumulate": _TENSORS | {"probes", "scorers", "models", "capture"},
-    "scoring": _RUNS_MODELS,
+    "scoring": _RUNS_MODELS - {"interventions"},
+    "interventions": _SEES_MODELS | {"capture"},
     "flow": _SEES_MODELS | {"capture", "lens"},
     "ablation": _RUNS_MODELS - {"scorers", "accumulate"} | {"files"},
     "pruning": _RUNS_MODELS | {"files", "scoring", "ablation"},

@@ -124,3 +124,13 @@ def test_a_block_that_is_no_sum_is_refused() -> None:
     assert len(hooks) == 3
     with pytest.raises(UnsupportedModelError, match="cannot be split"):
         find_writers(seen, {0: (block, block.projection)})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_blocks_of_the_first_padded_pass_are_shown_once(family: str) -> None:
+    """How a family counts padding is measured by passes of its own, which nobody may see."""
+    model = load(families.fresh(family))
+    first = watched(model, "left")
+    again = watched(model, "left")
+    for layer, states in first.states.items():
+        assert torch.equal(states.leaving, again.states[layer].leaving)

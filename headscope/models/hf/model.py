@@ -1,7 +1,7 @@
 """A transformers model seen head by head, on fused attention."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from typing import Any, Literal
 
@@ -174,7 +174,7 @@ class HFModel(Tapped, Shown):
         no_logits = logits_at is not None and asked == 0
         span = Span(0, length, length if prompt is None else prompt)
         run = Pass(self.module, self.layout, observers, edits, span, may_stop=no_logits)
-        self._learn_padding(real)
+        self.learn_padding(real)
         with run.attached(), torch.set_grad_enabled(grad):
             inputs = self._inputs(tokens, real)
             try:
@@ -194,8 +194,19 @@ class HFModel(Tapped, Shown):
         """Scope in which every pass of ``module`` is edited, generation too; restored after."""
         return Scope(self.module, self.layout, edits).open()
 
-    def _learn_padding(self, real: Tensor | None) -> None:
-        """Measure how the family counts positions under padding, before a pass that needs it."""
+    def learn_all_padding(self) -> None:
+        """Measure all that any padded pass will need, for hooks that stay over many passes."""
+        with suppress(UnsupportedModelError), pass_over(self.module):
+            _ = self._first_position, self._shifts_on_the_left
+
+    def learn_padding(self, real: Bool[Tensor, "batch pos"] | None) -> None:
+        """Measure how the family counts positions under padding, before a pass that needs it.
+
+        Whoever hooks the model for a pass calls this first: it runs tiny passes of its own.
+
+        Raises:
+            UnsupportedModelError: if the family reads padded texts in another way.
+        """
         if real is not None and not bool(real.all()):
             with pass_over(self.module):
                 _ = self._first_position

@@ -1,5 +1,6 @@
 """Norms, positions and embedding of a transformers model, see :mod:`.hf_measured`."""
 
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.attention import AttentionCall, fused
+from headscope.models.blocks import BlockObserver
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import tiny_tokens
 from headscope.models.hf.measured import MeasuredParts
@@ -24,6 +26,11 @@ _FEW, _FAR = 8, 1 << 20
 
 class HFParts(MeasuredParts):
     """Parts of an :class:`headscope.models.hf.model.HFModel`."""
+
+    def blocks_shown(self, observer: BlockObserver) -> AbstractContextManager[None]:
+        """Scope in which an observer sees every block of every pass as it completes."""
+        self.model.learn_all_padding()
+        return super().blocks_shown(observer)
 
     def input_norm(self, layer: int) -> InputNorm:
         """Norm between the residual stream and one layer's attention."""

@@ -78,6 +78,7 @@ def record(
     model: "HFModel", tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
 ) -> Recording:
     """Run a batch once, cleanly, and keep what a replay needs."""
+    model.learn_padding(real)
     recording = Recording(len(tokens), tokens.shape[1], real)
     with ExitStack() as hooks:
         hooks.enter_context(pass_over(model.module))
@@ -127,10 +128,10 @@ def fitted(value: Any, recording: Recording, copies: int, first: int) -> Any:
         return {key: fitted(one, recording, copies, first) for key, one in value.items()}
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
+    if (facts := mask_facts(value)) is not None:  # it speaks of keys, and says so itself
+        return with_facts(repeated(value, copies), facts)
     if value.ndim == 1:
         return value[first:] if len(value) == recording.length else value
-    if (facts := mask_facts(value)) is not None:
-        return with_facts(repeated(value, copies), facts)
     if value.shape[1] == recording.length and not recording.is_padding_mask(value):
         value = value[:, first:]
     return value if value.shape[0] != recording.batch else repeated(value, copies)

@@ -1,0 +1,397 @@
+"""The interventions that headscope ships, and their names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from headscope import edits
+from headscope.edits import Site
+from headscope.errors import InputError, nearest
+from headscope.interventions.base import (
+    BatchPlace,
+    Intervention,
+    Place,
+    Setting,
+    need_same_length,
+)
+from headscope.interventions.donors import averaged, head_means, head_values, summed
+from headscope.probes.probe import Probe
+
+
+@dataclass(frozen=True, eq=False)
+class Zero(Intervention):
+    """The head's output ``z`` becomes 0; what a value bias adds goes too.
+
+    Example:
+        >>> hs.interventions.Zero().name
+        'zero'
+    """
+
+    name: ClassVar[str] = "zero"
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Zero the heads at the positions asked for."""
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            return partial(edits.zero, positions=setting.where(chosen))
+
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Intervention):
+    """The head's output ``z`` is multiplied by a factor.
+
+    Attributes:
+        factor: 0 is zero ablation, 1 changes nothing.
+
+    Example:
+        >>> hs.interventions.Scale(0.5).facts
+        {'method': 'scale', 'factor': 0.5}
+    """
+
+    factor: int | float
+    name: ClassVar[str] = "scale"
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a number.
+
+        Raises:
+            InputError: if the factor is NaN, infinite or not a number.
+        """
+        if not isinstance(self.factor, int | float) or not abs(self.factor) < float("inf"):
+            raise InputError(f"Scale takes a finite number, not {self.factor!r}.")
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Scale the heads at the positions asked for."""
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            return partial(edits.scale, factor=float(self.factor), positions=setting.where(chosen))
+
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform(Intervention):
+    """The query becomes 0: attention is flat over the visible keys (Wu et al. 2024).
+
+    Position biases (ALiBi) and the share of a learned sink remain.
+
+    Example:
+        >>> hs.interventions.Uniform().name
+        'uniform'
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Flatten the heads' attention at the positions asked for."""
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            return partial(edits.uniform, positions=setting.where(chosen))
+
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class AttendToFirst(Intervention):
+    """All attention goes to each text's first token.
+
+    Example:
+        >>> hs.interventions.AttendToFirst().name
+        'attend_to_first'
+    """
+
+    name: ClassVar[str] = "attend_to_first"
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Send the heads' attention to the first real token."""
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            real = setting.probe.real[chosen]
+            where = setting.where(chosen)
+            return lambda heads: edits.attend_to_first(heads, real, positions=where)
+
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class _FromReference(Intervention):
+    """Base of interventions whose values come from a probe: by default the one that is run."""
+
+    reference: Probe | None = None
+
+    def reference_for(self, probe: Probe) -> Probe:
+        """Probe that replacement values come from."""
+        return probe if self.reference is None else self.reference
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(_FromReference):
+    """The head's output becomes its mean over all real positions of a reference.
+
+    Attributes:
+        reference: None: the probe that is run.
+
+    Example:
+        >>> other = hs.probes.repeated_tokens(model, length=10, batch=2, seed=1)
+        >>> mean = hs.interventions.Mean(reference=other)
+        >>> scores = hs.ablate_heads(model, probe, hs.metrics.loss, mean, heads="L0H1")
+        >>> scores.provenance.probe["reference"]
+        'repeated_tokens'
+    """
+
+    name: ClassVar[str] = "mean"
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Take the means once, of the recorded run itself where that is the reference."""
+        means = _Means(setting, self.reference_for(setting.probe), per_position=False)
+
+        def batch(chosen: slice, clean: Mapping[int, Tensor] | None) -> Place:
+            return partial(edits.mean, means=means.of(clean), positions=setting.where(chosen))
+
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class MeanPos(_FromReference):
+    """The head's output becomes its mean over a reference's examples, position by position.
+
+    Attributes:
+        reference: of the probe's length; None: the probe that is run.
+
+    Example:
+        >>> hs.interventions.MeanPos().name
+        'mean_pos'
+    """
+
+    name: ClassVar[str] = "mean_pos"
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Take the means once, of the recorded run itself where that is the reference."""
+        reference = self.reference_for(setting.probe)
+        need_same_length(setting.probe, reference, self.name)
+        means = _Means(setting, reference, per_position=True)
+
+        def batch(chosen: slice, clean: Mapping[int, Tensor] | None) -> Place:
+            return partial(edits.mean_pos, means=means.of(clean), positions=setting.where(chosen))
+
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class Resample(_FromReference):
+    """The head's output becomes that of another example at the same position.
+
+    Attributes:
+        reference: where the other examples are; None: the probe that is run, and then no example
+            is its own partner.
+        seed: of the draw of partners.
+
+    Example:
+        >>> hs.interventions.Resample(seed=3).facts
+        {'method': 'resample', 'seed': 3}
+    """
+
+    seed: int = 0
+    name: ClassVar[str] = "resample"
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Draw every example's partner."""
+        probe, reference = setting.probe, self.reference_for(setting.probe)
+        own = reference is probe
+        _need_aligned(probe, reference)
+        if own and len(probe) < 2:
+            raise InputError("resample needs another example: give two or more, or a reference.")
+        partners = partners_of(len(probe), len(reference), self.seed, own)
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            at = partners[chosen]
+            donors = head_values(setting.model, reference.tokens[at], reference.real[at])
+            return partial(edits.resample, donors=donors, positions=setting.where(chosen))
+
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(_FromReference):
+    """A value of the head becomes that of a paired run, position by position.
+
+    Attributes:
+        reference: example i is the pair of the probe's example i; None: the probe's corrupt pair.
+        site: ``z``, ``query`` or ``pattern``.
+
+    Example:
+        >>> hs.interventions.Patch(site="query").facts
+        {'method': 'patch', 'site': 'query'}
+    """
+
+    site: Site = "z"
+    name: ClassVar[str] = "patch"
+
+    def __post_init__(self) -> None:
+        """Refuse sites that belong to key/value heads or do not exist.
+
+        Raises:
+            InputError: for another site.
+        """
+        if self.site not in ("z", "query", "pattern"):
+            raise InputError(
+                f"Patch takes the site z, query or pattern, not {self.site!r}; keys and values "
+                "belong to key/value heads: use hs.patch_activations."
+            )
+
+    def reference_for(self, probe: Probe) -> Probe:
+        """The pair of the probe, or the one given."""
+        if self.reference is not None:
+            return self.reference
+        if probe.corrupt is None:
+            raise InputError(
+                f"{self.name} takes values from a paired run, and this probe has no corrupt pair: "
+                "use a probe of pairs, or give reference=."
+            )
+        return probe.corrupt
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Check that the pair is aligned, example by example."""
+        reference = self.reference_for(setting.probe)
+        _need_aligned(setting.probe, reference)
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            donors = head_values(
+                setting.model, reference.tokens[chosen], reference.real[chosen], site=self.site
+            )
+            where = setting.where(chosen)
+            if self.site == "pattern":
+                return partial(edits.freeze_pattern, patterns=donors, positions=where)
+            return partial(edits.patch, donors=donors, site=self.site, positions=where)
+
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class FreezePattern(Patch):
+    """Attention stays what it is in a paired run, whatever queries and keys become.
+
+    Attributes:
+        reference: example i is the pair of the probe's example i; None: the probe's corrupt pair.
+
+    Example:
+        >>> hs.interventions.FreezePattern().facts
+        {'method': 'freeze_pattern', 'site': 'pattern'}
+    """
+
+    site: Site = "pattern"
+    name: ClassVar[str] = "freeze_pattern"
+
+
+class _Means:
+    """Means of head outputs over a reference, taken once."""
+
+    def __init__(self, setting: Setting, reference: Probe, *, per_position: bool) -> None:
+        self._setting, self._reference, self._per_position = setting, reference, per_position
+        self._means: Mapping[int, Tensor] | None = None
+
+    def of(self, clean: Mapping[int, Tensor] | None) -> Mapping[int, Tensor]:
+        """Means by layer; of the recorded run itself where that is the whole reference."""
+        s, probe = self._setting, self._setting.probe
+        whole = self._reference is probe and s.batch_size >= len(probe)
+        if self._means is None and whole and clean is not None:
+            sums = {layer: summed(z, probe.real, self._per_position) for layer, z in clean.items()}
+            self._means = averaged(sums, probe.real, self._per_position)
+        if self._means is None:
+            self._means = head_means(
+                s.model,
+                self._reference,
+                per_position=self._per_position,
+                batch_size=s.batch_size,
+            )
+        return self._means
+
+
+_SHIPPED: tuple[type[Intervention], ...] = (
+    Zero, Mean, MeanPos, Resample, Patch, Uniform, AttendToFirst,
+)  # fmt: skip
+# Interventions that a name alone describes.
+NAMED: Mapping[str, type[Intervention]] = {one.name: one for one in _SHIPPED}
+
+# What was once a method, and the function that it has become.
+_MOVED = {
+    "attribution": "hs.estimate_heads(model, probe, metric, baseline=..., steps=...)",
+    "screened": "hs.screen_heads(model, probe, metric, top=..., sample=...)",
+}
+
+
+def named(
+    name: str, reference: Probe | None = None, seed: int = 0, kind: str = "method"
+) -> Intervention:
+    """Return the intervention of a name.
+
+    Args:
+        name: one of ``NAMED``.
+        reference: where values come from, for those that take them from elsewhere.
+        seed: of what is drawn.
+        kind: what the name is called in errors.
+
+    Raises:
+        InputError: if there is no such name, or it takes no reference.
+
+    Example:
+        >>> hs.interventions.named("mean").name
+        'mean'
+    """
+    if name in _MOVED:
+        raise InputError(f"{kind}={name!r} is an estimate, not an ablation: call {_MOVED[name]}.")
+    if name == Scale.name:
+        raise InputError(f"{kind}='scale' needs a factor: give hs.interventions.Scale(factor).")
+    if name not in NAMED:
+        raise InputError(nearest(str(name), list(NAMED), kind=kind))
+    made = NAMED[name]
+    if made is Resample:
+        return Resample(reference, seed)
+    if issubclass(made, _FromReference):
+        return made(reference)
+    if reference is not None:
+        raise InputError(
+            f"{kind}={name!r} takes no values from elsewhere: leave reference out, or take "
+            "mean, mean_pos, resample or patch."
+        )
+    return made()
+
+
+def partners_of(n: int, n_reference: int, seed: int, own: bool) -> Int[Tensor, " example"]:
+    """Draw another example for each: within one probe never itself, by a random cycle.
+
+    Args:
+        n: examples.
+        n_reference: examples to draw from.
+        seed: of the draw.
+        own: whether both are the same examples.
+
+    Example:
+        >>> partners = hs.interventions.partners_of(3, 3, seed=0, own=True)
+        >>> bool((partners != torch.arange(3)).all())
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if not own:
+        return torch.randint(n_reference, (n,), generator=generator)
+    order = torch.randperm(n, generator=generator)
+    partners = torch.empty_like(order)
+    partners[order] = order.roll(1)
+    return partners
+
+
+def _need_aligned(probe: Probe, reference: Probe) -> None:
+    need_same_length(probe, reference, "it")
+    both = torch.cat([probe.real, reference.real])
+    if not bool((both == both[:1]).all()):
+        raise InputError(
+            "resample and patch take another example's output at the same position: all examples "
+            "must have their padding in the same places."
+        )
