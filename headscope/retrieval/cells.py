@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from headscope.errors import InputError
 from headscope.files import whole_file, writable_folder
 from headscope.models.protocol import HeadModel
+from headscope.parquet_files import read_part, readable
 from headscope.probes import Needle, Probe, needle
 from headscope.progress import track
 from headscope.retrieval.follow import RECALL, follow_both
@@ -199,23 +201,21 @@ def _rows(made: tuple[list[Run], list[Run]]) -> "pyarrow.Table":
 
 
 def _read(file: Path) -> tuple[list[Run], list[Run]]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        rows = parquet.ParquetFile(file).read().to_pylist()
-        made: tuple[list[Run], list[Run]] = ([], [])
-        for row in rows:
-            made[row["control"]].append(_run(row))
-    except (ArrowInvalid, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{file} is damaged ({error}): remove it and run again.") from error
+    made: tuple[list[Run], list[Run]] = ([], [])
+    with readable(file):
+        for row in read_part(file).to_pylist():
+            made[bool(row["control"])].append(_run(row))
     return made
 
 
 def _run(row: dict[str, Any]) -> Run:
     def bits(name: str) -> np.ndarray:
-        shape = row[f"{name}_shape"]
+        shape = [int(size) for size in row[f"{name}_shape"]]
         packed = np.frombuffer(row[name], dtype=np.uint8)
-        return np.unpackbits(packed, count=int(np.prod(shape))).astype(bool).reshape(shape)
+        spare = 8 * packed.size - math.prod(shape)
+        if not shape or min(shape) < 0 or not 0 <= spare < 8:
+            raise ValueError(f"{packed.size} bytes for {name} of shape {shape}")
+        return np.unpackbits(packed, count=math.prod(shape)).astype(bool).reshape(shape)
 
     return Run(
         tokens=tuple(row["tokens"]),

@@ -15,6 +15,7 @@ from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.files import subfolder, whole_file, writable_folder
 from headscope.models.protocol import HeadModel
+from headscope.parquet_files import read_part, readable
 from headscope.progress import track
 from headscope.retrieval.influence import Denominator, influence
 from headscope.retrieval.masks import Masking
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 _FORMAT = 1
 # Documents of a part: what is lost at most when the process dies.
 _PART = 256
+# Columns of a part, and the type of their numbers.
+_COLUMNS = {
+    "line": "int64",
+    "offset": "int64",
+    "tokens": "int64",
+    "base": "float64",
+    "masked": "float64",
+}
 
 
 class Document(NamedTuple):
@@ -213,17 +222,23 @@ def _write(file: Path, columns: dict[str, Any]) -> None:
         parquet.write_table(pyarrow.table(columns), target, compression="zstd")
 
 
+def _read(file: Path) -> "pandas.DataFrame":
+    """One part.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    with readable(file):
+        return read_part(file).to_pandas()[list(_COLUMNS)].astype(_COLUMNS)
+
+
 def _ranked(
     corpus: Corpus, place: Path, names: list[str], denominator: Denominator
 ) -> "pandas.DataFrame":
     """All parts as one table, best first, and the documents in that order."""
     import pandas
-    from pyarrow import parquet
 
-    frames = [
-        parquet.ParquetFile(place / "parts" / f"{name}.parquet").read().to_pandas()
-        for name in names
-    ]
+    frames = [_read(place / "parts" / f"{name}.parquet") for name in names]
     frame = pandas.concat(frames, ignore_index=True)
     below = frame.base if denominator == "base" else frame.masked
     frame["influence"] = (frame.masked - frame.base) / below.where(below > 0, np.nan)

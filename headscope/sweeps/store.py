@@ -11,14 +11,14 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from headscope.errors import InputError
 from headscope.files import subfolder, sync_folder, whole_file, writable_folder
+from headscope.parquet_files import read_part, readable
 from headscope.sweeps.plan import FORMAT, Plan, plan_from_json
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _IDS = b"headscope.chunks"
 _MANIFEST = b"headscope.manifest"
+_AGAIN = "run the sweep again"
 _PATIENCE = 10
 _WAIT = 0.01  # seconds, doubled each time
 # How often a file is tried: disks of networks are away at times.
@@ -137,11 +138,11 @@ class Store:
         from pyarrow import parquet
 
         try:
-            with _readable(self.table_file):
+            with readable(self.table_file, again=_AGAIN):
                 found = parquet.read_schema(self.table_file).metadata or {}
+                return frozenset(json.loads(found.get(_IDS, b"[]")))
         except FileNotFoundError:
             return frozenset()
-        return frozenset(json.loads(found.get(_IDS, b"[]")))
 
     def commit(self, chunk: str, rows: "pyarrow.Table") -> None:
         """Save a finished chunk; it appears whole.
@@ -188,14 +189,11 @@ class Store:
 
     def rows(self, plan: Plan) -> "pyarrow.Table":
         """All rows so far, in the order of the plan, each chunk once."""
-        from pyarrow import parquet
-
         for attempt in range(_PATIENCE):
             if attempt:
                 time.sleep(min(_WAIT * 2**attempt, 1.0))  # a part has just become the table
             if set(plan.by_id) <= self.compacted():
-                with _readable(self.table_file):
-                    return parquet.ParquetFile(self.table_file).read()
+                return read_part(self.table_file, again=_AGAIN)
             try:
                 rows = self._parts(plan)
             except FileNotFoundError:
@@ -208,18 +206,19 @@ class Store:
     def _parts(self, plan: Plan) -> "pyarrow.Table":
         """Rows of all parts there are."""
         import pyarrow
-        from pyarrow import parquet
 
         from headscope.sweeps.rows import row_schema
 
         there = {file.stem for file in (self.path / "parts").glob("*.parquet")}
         files = [self.part(chunk.id) for chunk in plan.chunks if chunk.id in there]
         empty = row_schema().empty_table()
-        tables = []
-        for file in files:
-            with _readable(file):
-                tables.append(parquet.ParquetFile(file).read())
+        tables = [self._part(file, row_schema()) for file in files]
         return pyarrow.concat_tables([empty, *tables]).unify_dictionaries()
+
+    def _part(self, file: Path, schema: "pyarrow.Schema") -> "pyarrow.Table":
+        """Rows of one part."""
+        with readable(file, again=_AGAIN):
+            return read_part(file, again=_AGAIN).cast(schema)
 
     def compact(self, plan: Plan) -> bool:
         """Make one table of all parts, once every chunk is done; whether it is there.
@@ -265,19 +264,3 @@ def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
                     f"cannot write {file}: {error.strerror or error}. What is done stays done: "
                     "mend that, and run it again."
                 ) from error
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Scope in which a file that cannot be read becomes a sentence; one that is absent does not."""
-    import pyarrow
-
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(
-            f"{file} is damaged ({str(error).splitlines()[0][:100]}): delete it, and run the sweep "
-            "again."
-        ) from error
