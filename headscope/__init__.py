@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from headscope.interactive import attention_view as attention_view
     from headscope.interactive import explain as explain
     from headscope.models.loading.load import load as load
+    from headscope.models.taps import Tap as Tap
     from headscope.probes import Probe as Probe
     from headscope.pruning import prune as prune
     from headscope.retrieval import mask_heads as mask_heads
@@ -79,6 +80,7 @@ _HOME = {
     "PairScores": "headscope.table",
     "Probe": "headscope.probes",
     "Provenance": "headscope.table",
+    "Tap": "headscope.models.taps",
     "ablate_cumulatively": "headscope.ablation",
     "ablate_groups": "headscope.ablation",
     "ablate_heads": "headscope.ablation",

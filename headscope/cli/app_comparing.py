@@ -58,7 +58,10 @@ def compare(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Match the heads of two models or checkpoints, and tell how their scores differ."""
+    """Match the heads of two models or checkpoints, and tell how their scores differ.
+
+    Pairs whose heads both stand out from the typical head of their model come first.
+    """
     from headscope.cli import compare as command
 
     command.run(

@@ -82,7 +82,7 @@ def _read(name: str) -> "HeadModel | HeadTable":
 
 
 def _print(found: Comparison) -> None:
-    """Pairs, closest first, and for each the scores that differ most."""
+    """The pairs that stand out most first, and their differences in the first five scores."""
     from rich.table import Table
     from rich.text import Text
 

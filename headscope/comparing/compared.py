@@ -60,8 +60,13 @@ def compare(
         first: a model, what :func:`headscope.load` takes, or a table.
         second: the same.
         by: how heads are matched.
-        scorers: names or scorers of your own, for models; default: the default ones.
+        scorers: names or your own scorers, for models; default: the default ones.
         seed: of the probes.
+
+    Returns:
+        The pairs, not in the order of closeness: first those whose heads both stand out. A head
+        stands out by its largest distance, over the shared scores, from the median of its model's
+        heads, in standard deviations over them; a pair by the smaller distance of its two heads.
 
     Raises:
         InputError: if the two share no score, or cannot be matched in that way.

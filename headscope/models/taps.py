@@ -174,8 +174,30 @@ def checked(
         parts = (key,) if isinstance(key, str) else tuple(key)
         if not 1 <= len(parts) <= 3:
             raise InputError(f"{key!r} is not a tap: write Tap('z', layer).")
-        found[Tap(*parts).check(name, shape)] = function
+        tap = Tap(*parts).check(name, shape)
         if not callable(function):
             what = "write(value, span)" if writing else "read(view)"
-            raise InputError(f"{Tap(*parts)}: give a function {what}, not {function!r}.")
+            raise InputError(f"{tap}: give a function {what}, not {function!r}.")
+        found[tap] = _held(tap, function) if writing else function
     return found
+
+
+def _held(tap: Tap, write: Write) -> Write:
+    """The write, held to what a pass can go on with: same shape, type and device."""
+
+    def held(value: Tensor, span: Span) -> Tensor:
+        made: Any = write(value, span)
+        if not isinstance(made, Tensor):
+            raise InputError(
+                f"the write of {tap} returned {type(made).__name__}: return the tensor to go on "
+                "with."
+            )
+        if made.shape != value.shape:
+            raise InputError(
+                f"the write of {tap} returned {list(made.shape)} for {list(value.shape)}: a write "
+                "keeps the shape."
+            )
+        kept: Tensor = made.to(value)
+        return kept.contiguous() if tap.site == "z" else kept  # output projections take views of it
+
+    return held

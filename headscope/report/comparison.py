@@ -7,6 +7,8 @@ from headscope.table import Comparison
 
 _MOST = 200
 
+_ORDER = "Pairs first whose heads both stand out from the typical head of their model"
+
 
 def comparison_sections(found: Comparison) -> list[Section]:
     """How heads were matched, and which scores differ by more than their interval."""
@@ -37,7 +39,7 @@ def comparison_sections(found: Comparison) -> list[Section]:
     names = ("head", "match", "score", one, two, "difference", "95% from", "to")
     caption = "Differences whose 95% interval excludes 0, the largest of each score's spread first"
     return [
-        Section("Matched heads", [words, Grid((one, two, "closeness"), pairs, "Closest first")]),
+        Section("Matched heads", [words, Grid((one, two, "closeness"), pairs, _ORDER)]),
         Section("Differences", [Grid(names, rows, caption)]),
     ]
 

@@ -208,6 +208,30 @@ def test_taps_that_a_model_lacks_are_refused_before_it_runs(tap: tuple, message:
         model_of("gpt2").run(families.tokens(), reads={tap: print})
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+@pytest.mark.parametrize("site", ["resid_post", "z", "value", "query", "pattern", "mlp_out"])
+def test_writes_are_held_to_a_tensor_of_the_same_shape(family: str, site: str) -> None:
+    model, tap = model_of(family), Tap(site, 1)
+    before = state(model.module)
+
+    def run(made: Any) -> Tensor | None:
+        return model.run(families.tokens(), writes={tap: lambda value, span: made(value)})
+
+    for made, told in (
+        (lambda value: value[..., :3], f"the write of {site} of layer 1 returned .* for .*shape"),
+        (lambda value: None, "returned NoneType: return the tensor"),
+        (lambda value: value.numpy(), "returned ndarray"),
+    ):
+        with pytest.raises(InputError, match=told):
+            run(made)
+    assert same_state(before, state(model.module))
+    plain = run(lambda value: value.clone())
+    torch.testing.assert_close(run(lambda value: value.double()), plain)
+    strided = run(lambda value: value.mean(0, keepdim=True).expand_as(value))
+    whole = run(lambda value: value.mean(0, keepdim=True).expand_as(value).contiguous())
+    torch.testing.assert_close(strided, whole)
+
+
 def test_a_failing_reader_leaves_the_model_as_it_was() -> None:
     model = model_of("llama")
     before = state(model.module)
