@@ -287,7 +287,7 @@ class _Trace:
         whole = middle + mlp
         reach = torch.linalg.vector_norm(whole, 1, -1)
         near = torch.stack([_near(whole, reach, middle), _near(whole, reach, mlp)], -1)
-        shares = _thresholded(shares_of(near, reach), self.part_threshold).double().cpu().numpy()
+        shares = _thresholded(shares_of(near, reach), self.part_threshold).cpu().double().numpy()
         importance = self.entering[layer + 1, live]
         self.mlp[layer, live] = importance * shares[:, 1]
         drawn = self.joined[live, None] & (shares >= self.edge_threshold) & (shares > 0)
@@ -335,11 +335,11 @@ class _Trace:
         n_fixed: int,
     ) -> None:
         importance = self.entering[layer + 1, at]
-        fixed = shares[:, :n_fixed].double().cpu().numpy()
+        fixed = shares[:, :n_fixed].cpu().double().numpy()
         by_head = shares[:, n_fixed:].unflatten(1, (self.model.shape.n_heads, -1))
         flow = torch.from_numpy(importance).to(by_head)
-        summed = by_head.sum(1).double().cpu().numpy()
-        self.head_flow[layer] += torch.einsum("qhk,q->h", by_head, flow).double().cpu().numpy()
+        summed = by_head.sum(1).cpu().double().numpy()
+        self.head_flow[layer] += torch.einsum("qhk,q->h", by_head, flow).cpu().double().numpy()
         keys = summed.shape[1]
         self.entering[layer, :keys] += importance @ summed
         self.entering[layer, at] += importance * fixed[:, 0]
@@ -359,7 +359,7 @@ class _Trace:
                 self.joined[at[drawn]] = True
         drawn = joined[:, None] & (summed >= self.edge_threshold) & (summed > 0)
         query, key = np.nonzero(drawn)
-        heads = by_head[torch.from_numpy(query), :, torch.from_numpy(key)].double().cpu().numpy()
+        heads = by_head[torch.from_numpy(query), :, torch.from_numpy(key)].cpu().double().numpy()
         self.on_route[layer] |= ((heads >= self.edge_threshold) & (heads > 0)).any(0)
         share = summed[query, key]
         every = np.ones(len(query), bool)

@@ -160,6 +160,21 @@ CASES: dict[str, Case] = {
     "path patch": lambda m: hs.path_patch(m, probe_of(NAMES), _DIFFERENCE, receivers="L2H1"),
     "circuit scores": lambda m: hs.circuits.score(m, tokens=32),
     "circuit factors": _factor_scores,
+    "flow, rollout": lambda m: [
+        hs.flow.rollout(m, probe_of(REPEATED)).matrix,
+        hs.flow.max_flow(m, probe_of("text"), at="last").matrix,
+        hs.flow.through_heads(m, probe_of(REPEATED), "first_copy").mean,
+    ],
+    "flow, vectors": lambda m: [
+        hs.flow.alti(m, probe_of("text")).matrix,
+        hs.flow.norms(m, probe_of("text")).mixing_ratio,
+        hs.flow.norms(m, probe_of("text")).norm_share.mean,
+        hs.flow.alti_logits(m, [5, 9, 5, 9], target=5).values,
+    ],
+    "flow, routes": lambda m: [
+        hs.flow.routes(m, [5, 9, 5, 9, 7], part_threshold=0.0).head_flow,
+        hs.flow.route_scores(m, probe_of("text"), part_threshold=0.0)["flow"].mean,
+    ],
     "compositions": lambda m: [
         hs.circuits.composition(m, "K"),
         hs.circuits.composition(m, "Q", fold_norm=False),
