@@ -171,14 +171,13 @@ class Accumulator:
     def _others(self) -> dict[str, Bool[Tensor, "batch pos"]]:
         """Queries that count in the other example, for scorers whose null that is."""
         other = self.batch.control
-        if other is None or not self.flat:
+        asking = [s for s in self.scorers if s.control == "other_example"]
+        if other is None or not self.flat or not asking:
             return {}
         shown = self.batch.real & other.real
         if "alone" in other.facts:
             shown = shown & (other.facts["alone"] == 0)[:, None]
-        return {
-            s.name: s.queries(other) & shown for s in self.scorers if s.control == "other_example"
-        }
+        return {s.name: s.queries(other) & shown for s in asking}
 
     @cached_property
     def positions(self) -> Int[Tensor, " query"]:

@@ -1,5 +1,6 @@
 """hs.score equals the slow version, and nothing that should not matter changes it."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -243,3 +244,11 @@ def test_tokens_per_chunk_bound_what_is_held(monkeypatch: pytest.MonkeyPatch) ->
         np.testing.assert_allclose(found["entropy"].per_example, expected, rtol=1e-5)
     with pytest.raises(InputError, match="holds 1 or more"):
         hs.score(model, probe, "entropy", max_tokens_per_chunk=0)
+
+
+def test_a_control_may_have_another_length() -> None:
+    probe = hs.probes.from_tokens(few_tokens())
+    longer = replace(hs.probes.from_tokens(few_tokens(length=19)), paired=True)
+    model = hs.load(fresh("llama"))
+    scored = hs.score(model, replace(probe, control=longer), ["entropy"], progress=False)
+    assert np.isfinite(scored["entropy"].mean).all()
