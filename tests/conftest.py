@@ -53,7 +53,7 @@ MARKED = {
         *("circuits/test_orthogonal.py", "circuits/test_spectrum.py", "scorers/test_formulas.py"),
     ),
     "numeric": (
-        *("ablation", "base", "capture", "circuits", "scorers", "scoring", "test_metrics.py"),
+        *("ablation", "capture", "circuits", "scorers", "scoring", "test_metrics.py"),
         *("lens/test_attribution.py", "models/test_attention.py", "models/test_blocks.py"),
         *("models/test_bridge_weights.py", "models/test_readout.py", "pruning/test_structure.py"),
     ),

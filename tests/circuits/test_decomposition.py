@@ -73,5 +73,5 @@ def test_wrong_positions_and_families_are_refused(family_model: ModelOf) -> None
     recording = circuits.record(model, TOKENS)
     with pytest.raises(InputError, match="cannot attend"):
         circuits.score_parts(model, recording, "L1H0", 2, 5)
-    with pytest.raises(UnsupportedModelError, match="not bilinear"):
+    with pytest.raises(UnsupportedModelError, match="no one matrix"):
         circuits.trace(family_model("qwen3"), TOKENS, "L2H0", 7, 3)

@@ -98,13 +98,8 @@ def test_a_survey_has_everything(family_model: ModelOf) -> None:
     assert found.paths["three heads"] == circuits.strongest_paths(model, 3, length=3)
 
 
-@pytest.mark.parametrize(
-    ("family", "kept", "lost"), [("gemma2", "QK", "OV"), ("qwen3", "OV", "QK")]
-)
-def test_what_a_family_does_not_allow_is_told(
-    family: str, kept: str, lost: str, family_model: ModelOf
-) -> None:
-    found = circuits.survey(family_model(family), tokens=8)
-    assert [one.name for one in found.spectra] == [kept]
-    assert f"{lost}_spectra" in found.missing
+def test_what_a_family_does_not_allow_is_told(family_model: ModelOf) -> None:
+    found = circuits.survey(family_model("qwen3"), tokens=8)
+    assert [one.name for one in found.spectra] == ["OV"]
+    assert "QK_spectra" in found.missing
     assert all(reason.endswith(".") for reason in found.missing.values())
