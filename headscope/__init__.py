@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from headscope import capture as capture
     from headscope import circuits as circuits
     from headscope import compiled as compiled
+    from headscope import edges as edges
     from headscope import edits as edits
     from headscope import flow as flow
     from headscope import geometry as geometry
@@ -90,6 +91,7 @@ _HOME = {
     "circuits": "headscope.circuits",
     "compare": "headscope.comparing",
     "compiled": "headscope.compiled",
+    "edges": "headscope.edges",
     "edits": "headscope.edits",
     "emergence": "headscope.comparing",
     "estimate_heads": "headscope.ablation",

@@ -138,7 +138,8 @@ def compiled(program: Program, **build: Unpack[BuildOptions]) -> Compiled:
         (L1H0,)
     """
     options = Build(**build)
-    return Compiled(program, options, compile_program(program, options), truth_of(program))
+    truth = truth_of(program, rotary=options.family == "llama")
+    return Compiled(program, options, compile_program(program, options), truth)
 
 
 def induction(tokens: int = 8, length: int = 16, **build: Unpack[BuildOptions]) -> Compiled:

@@ -49,8 +49,13 @@ class Truth:
     qk_rank: Mapping[HeadIndex, int]
 
 
-def truth_of(program: Program) -> Truth:
+def truth_of(program: Program, *, rotary: bool = False) -> Truth:
     """Work out the truth of a program from its variables.
+
+    Args:
+        program: what the model computes.
+        rotary: it is built with rotary positions. Heads that look back by a fixed distance then do
+            so by their biases, and read nothing as queries and keys.
 
     Example:
         >>> from headscope.compiled.library import induction_program
@@ -59,7 +64,7 @@ def truth_of(program: Program) -> Truth:
         frozenset({(L0H0, L1H0)})
     """
     writers = _writers(program)
-    reads = _reads(program)
+    reads = _reads(program, rotary)
     used = _needed(program, writers, reads)
     edges = frozenset(
         Edge(writers[variable], target, slot)
@@ -126,15 +131,16 @@ def _writers(program: Program) -> dict[str, str]:
     return writers | {lookup.output: f"MLP{lookup.layer}" for lookup in program.lookups}
 
 
-def _reads(program: Program) -> dict[str, list[tuple[str, Slot]]]:
+def _reads(program: Program, rotary: bool) -> dict[str, list[tuple[str, Slot]]]:
     """Variables that each node reads, by slot."""
     reads: dict[str, list[tuple[str, Slot]]] = {
         "logits": [(output, "output") for output in program.outputs]
     }
     for head in program.heads:
+        by_bias = rotary and head.predicate.distance is not None
+        matched: list[tuple[str, Slot]] = [(head.query, "query"), (head.key, "key")]
         reads[str(program.addresses[head.output])] = [
-            (head.query, "query"),
-            (head.key, "key"),
+            *([] if by_bias else matched),
             (head.value, "value"),
         ]
     for lookup in program.lookups:

@@ -190,3 +190,15 @@ def test_texts_without_a_bos_are_refused() -> None:
         made.interpret(np.array([[1, 2]]))
     with pytest.raises(InputError, match="at most 5"):
         made.interpret(np.zeros((1, 6), int))
+
+
+def test_rotary_heads_that_look_back_read_nothing_as_queries_and_keys() -> None:
+    slots = {
+        family: {
+            edge.slot
+            for edge in hs.compiled.induction(family=family).truth.edges
+            if edge.target == "L0H0"
+        }
+        for family in ("gpt2", "llama")
+    }
+    assert slots == {"gpt2": {"query", "key", "value"}, "llama": {"value"}}

@@ -1,0 +1,16 @@
+"""Edges between heads: which node tells which what, and how faithful a circuit of some is.
+
+graph = hs.edges.attribute(model, probe, hs.metrics.logit_difference, method="eap_ig")
+graph.top(10)                        # [(Edge("L0H3", "L2H1", "key"), -0.8), ...]
+graph.head_scores                    # [layer head]: sums of the edges that leave each head
+curve = hs.edges.faithfulness(model, probe, hs.metrics.logit_difference, graph)
+curve.cpr, curve.cmd                 # beside those of random edges
+"""
+
+from headscope.edges.attribute import attribute as attribute
+from headscope.edges.faithfulness import Faithfulness as Faithfulness
+from headscope.edges.faithfulness import faithfulness as faithfulness
+from headscope.edges.graph import EdgeGraph as EdgeGraph
+from headscope.edges.graph import EdgeScores as EdgeScores
+from headscope.edges.wiring import Edge as Edge
+from headscope.edges.wiring import Wiring as Wiring

@@ -1,0 +1,321 @@
+"""``hs.edges.faithfulness``: how much of what a model does its best edges do alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.base.glance import Glance, Shown, number
+from headscope.base.saved import Saved
+from headscope.edges.circuit import circuit_value
+from headscope.edges.graph import EdgeGraph
+from headscope.edges.written import Study
+from headscope.errors import InputError
+from headscope.metrics import AnyMetric
+from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
+from headscope.origin import origin
+from headscope.probes.probe import Probe
+from headscope.progress import track
+from headscope.table import Provenance
+
+if TYPE_CHECKING:
+    import pandas
+
+# Shares of all edges at which circuits are compared (Mueller et al. 2025).
+SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness(Saved, Shown):
+    """The metric of circuits of the best edges, size by size, beside circuits of random edges.
+
+    ``f(k) = (m(C_k) - m(none)) / (m(all) - m(none))`` of means over examples: 1 where the circuit
+    does what the whole model does, 0 where it does what the model does with every edge taken out.
+    It may lie outside of [0, 1], as some edges work against the answer.
+
+    Attributes:
+        sizes: nominal shares of all edges.
+        counts: edges of each circuit, ``int(size * edges)``.
+        value: mean metric of each circuit.
+        control: mean metric of circuits of as many random edges, one row per draw.
+        full: mean metric with all edges, the clean run.
+        empty: mean metric with none.
+        method: what ranked the edges.
+        ablation: what edges outside of the circuit carry.
+        unit: of the metric.
+        provenance: where it came from.
+    """
+
+    sizes: Float[np.ndarray, " size"]
+    counts: Int[np.ndarray, " size"]
+    value: Float[np.ndarray, " size"]
+    control: Float[np.ndarray, "draw size"]
+    full: float
+    empty: float
+    method: str = ""
+    ablation: str = ""
+    unit: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def _share(self, value: Float[np.ndarray, "*any size"]) -> Float[np.ndarray, "*any size"]:
+        span = self.full - self.empty
+        if abs(span) < _TOLERANCE * max(1.0, abs(self.full)):
+            return np.full(value.shape, np.nan)
+        return np.asarray((value - self.empty) / span)
+
+    @cached_property
+    def faithfulness(self) -> Float[np.ndarray, " size"]:
+        """Faithfulness f of every circuit; NaN where taking out all edges changes nothing."""
+        return self._share(self.value)
+
+    @cached_property
+    def random(self) -> Float[np.ndarray, "draw size"]:
+        """Faithfulness f of circuits of random edges."""
+        return self._share(self.control)
+
+    @property
+    def cpr(self) -> float:
+        """Area under f over the nominal sizes (trapezoids): higher is better, without an upper end.
+
+        Integrated circuit performance ratio. The step from half to all edges is half of its axis.
+        """
+        return area(self.sizes, self.faithfulness)
+
+    @property
+    def cpr_capped(self) -> float:
+        """As :attr:`cpr`, of f cut to [0, 1]."""
+        return area(self.sizes, self.faithfulness.clip(0.0, 1.0))
+
+    @property
+    def cmd(self) -> float:
+        """Area under ``|1 - f|`` over the nominal sizes: 0 is best. Circuit-model distance."""
+        return area(self.sizes, np.abs(1 - self.faithfulness))
+
+    @property
+    def log_area(self) -> float:
+        """Mean of f along log sizes (trapezoids, over the length of the axis): about 1 is best.
+
+        Small circuits count as much as large ones; methods may rank otherwise than by :attr:`cpr`.
+        """
+        logs = np.log10(self.sizes)
+        return area(logs, self.faithfulness) / float(logs[-1] - logs[0])
+
+    @property
+    def random_cpr(self) -> float:
+        """Mean :attr:`cpr` of random edges."""
+        return float(np.mean([area(self.sizes, one) for one in self.random]))
+
+    @property
+    def random_cmd(self) -> float:
+        """Mean :attr:`cmd` of random edges."""
+        return float(np.mean([area(self.sizes, np.abs(1 - one)) for one in self.random]))
+
+    @property
+    def random_log_area(self) -> float:
+        """Mean :attr:`log_area` of random edges."""
+        logs = np.log10(self.sizes)
+        return float(np.mean([area(logs, one) for one in self.random]) / (logs[-1] - logs[0]))
+
+    def glance(self) -> Glance:
+        """The areas beside those of random edges, and the curve."""
+        rows = [
+            (f"{count:,} edges ({100 * size:.3g}%)", number(f), number(float(control)))
+            for size, count, f, control in zip(
+                self.sizes, self.counts, self.faithfulness, self.random.mean(0), strict=True
+            )
+        ]
+        areas = [
+            ("CPR", number(self.cpr), number(self.random_cpr)),
+            ("CMD", number(self.cmd), number(self.random_cmd)),
+            ("area over log size", number(self.log_area), number(self.random_log_area)),
+        ]
+        return Glance(
+            f"faithfulness of circuits by {self.method}",
+            [f"ablation {self.ablation}", self.unit, self.provenance.model],
+            ("circuit", "f", "random edges"),
+            [*areas, *rows],
+            hint="curve.faithfulness, curve.random, curve.to_pandas()",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per size: size, edges, value, faithfulness, and the mean of random edges."""
+        import pandas
+
+        return pandas.DataFrame(
+            {
+                "size": self.sizes,
+                "edges": self.counts,
+                "value": self.value,
+                "faithfulness": self.faithfulness,
+                "random": self.random.mean(0),
+            }
+        )
+
+
+def area(at: Float[np.ndarray, " size"], height: Float[np.ndarray, " size"]) -> float:
+    """Area under a curve by trapezoids, from the first point to the last.
+
+    Example:
+        >>> area(np.array([0.5, 1.0]), np.array([0.0, 1.0]))
+        0.25
+    """
+    return float(((at[1:] - at[:-1]) * (height[1:] + height[:-1]) / 2).sum())
+
+
+@own_types()
+def faithfulness(
+    model: HeadModel,
+    probe: Probe,
+    metric: AnyMetric | Callable[..., Tensor],
+    graph: EdgeGraph,
+    sizes: Sequence[float] = SIZES,
+    ablation: str | None = None,
+    *,
+    controls: int = 3,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Faithfulness:
+    """Run circuits of the best edges of a graph, and of random ones, against the whole model.
+
+    In a circuit, the input of every slot holds what the sources of kept edges write in this very
+    run, and what those of the others write once corrupted. Edges are kept by the magnitude of
+    their scores. Random circuits are nested draws from all edges, as many edges at every size.
+
+    Args:
+        model: the one that the graph is of.
+        probe: of the kind that the graph was made on; other examples of it are welcome.
+        metric: may be another than the graph's.
+        graph: of :func:`attribute`.
+        sizes: shares of all edges, increasing, from above 0 to 1; ``int(size * edges)`` are kept.
+        ablation: what edges outside of the circuit carry; default: as in the graph.
+        controls: draws of random edges.
+        seed: of the draws.
+        batch_size: examples per pass; changes no number.
+        progress: show a bar.
+
+    Returns:
+        f at every size, its areas, and those of random edges.
+
+    Raises:
+        InputError: if the graph is of another model or kind of probe, or sizes are out of range.
+
+    Source:
+        Mueller et al. 2025, arXiv 2504.13151 (CPR, CMD); Wang et al. 2022, arXiv 2211.00593;
+        Hanna et al. 2024, arXiv 2403.17806.
+
+    Example:
+        >>> names = hs.probes.pairs(model, "ioi", batch=2)
+        >>> metric = hs.metrics.logit_difference
+        >>> graph = hs.edges.attribute(model, names, metric)
+        >>> curve = faithfulness(model, names, metric, graph, sizes=[0.1, 1.0], controls=1)
+        >>> float(curve.faithfulness[-1])
+        1.0
+    """
+    shares = _checked_sizes(sizes)
+    if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
+        raise InputError(f"controls={controls!r}: draw random edges once or more.")
+    _check_graph(model, probe, graph)
+    study = Study.of(model, probe, metric, ablation or graph.ablation, batch_size)
+    total = len(study.wiring)
+    counts = np.floor(shares * total + 1e-9).astype(int)
+    orders = [graph.rank(), *_random_orders(total, controls, seed)]
+    circuits = [_first(order, count) for order in orders for count in (*counts.tolist(), 0, total)]
+    means = mean_values(study, circuits, progress).reshape(len(orders), -1)
+    return Faithfulness(
+        shares,
+        counts,
+        means[0, :-2],
+        means[1:, :-2],
+        full=float(means[0, -1]),
+        empty=float(means[0, -2]),
+        method=graph.method,
+        ablation=study.ablation,
+        unit=study.metric.unit,
+        provenance=origin(
+            model,
+            probe,
+            attention="whole passes",
+            metric=study.metric.name,
+            method=graph.method,
+            ablation=study.ablation,
+            granularity="edges",
+            direction="keep the circuit",
+            positions="all",
+            control_seed=seed,
+        ),
+    )
+
+
+def mean_values(
+    study: Study, circuits: Sequence[Bool[np.ndarray, " edge"]], progress: bool | None = None
+) -> Float[np.ndarray, " circuit"]:
+    """Mean metric of every circuit over the examples that the metric reads.
+
+    Args:
+        study: what is measured.
+        circuits: edges of each; one that occurs twice is run once.
+        progress: show a bar.
+    """
+    keys = [circuit.tobytes() for circuit in circuits]
+    unique = dict(zip(keys, circuits, strict=True))
+    found: dict[bytes, list[Tensor]] = {key: [] for key in unique}
+    with track(float(len(unique) * len(study.probe)), "circuits", show=progress) as advance:
+        for batch in study.batches():
+            counted = batch.measured.counted.to(batch.change.device)
+            for key, circuit in unique.items():
+                values = circuit_value(batch, study.wiring.kept(circuit))
+                found[key].append(values[counted].cpu().double())
+                advance(float(len(values)))
+    means = {key: float(torch.cat(parts).mean()) for key, parts in found.items()}
+    return np.array([means[key] for key in keys])
+
+
+def _first(order: Int[np.ndarray, " edge"], count: int) -> Bool[np.ndarray, " edge"]:
+    chosen = np.zeros(len(order), bool)
+    chosen[order[:count]] = True
+    return chosen
+
+
+def _random_orders(total: int, draws: int, seed: int) -> list[Int[np.ndarray, " edge"]]:
+    drawn = np.random.default_rng(seed)
+    return [drawn.permutation(total) for _ in range(draws)]
+
+
+def _checked_sizes(sizes: Sequence[float]) -> Float[np.ndarray, " size"]:
+    try:
+        shares = np.array(list(sizes), float)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"sizes are shares of all edges, such as [0.1, 1.0]; got {sizes!r}."
+        ) from None
+    if shares.ndim != 1 or len(shares) < 2 or not ((shares > 0) & (shares <= 1)).all():
+        raise InputError(
+            f"sizes={list(sizes)!r}: give two shares of all edges or more, above 0 and up to 1."
+        )
+    if (np.diff(shares) <= 0).any():
+        raise InputError(f"sizes={list(sizes)!r} must increase from one to the next.")
+    return shares
+
+
+def _check_graph(model: HeadModel, probe: Probe, graph: EdgeGraph) -> None:
+    shape, about = model.shape, graph.provenance
+    same = graph.wiring.n_layers == shape.n_layers and graph.wiring.n_heads == shape.n_heads
+    if not same or (about.weight_digest and about.weight_digest != model.digest()):
+        raise InputError(
+            f"this graph is of another model ({about.model or 'unknown'}) than {model.name}: "
+            "make one of this model with hs.edges.attribute."
+        )
+    kind = about.probe.get("kind", probe.name)
+    if kind != probe.name:
+        raise InputError(
+            f"this graph was made on a probe of kind {kind!r}, and this one is {probe.name!r}: "
+            "take a probe of the same kind, or make another graph."
+        )

@@ -1,0 +1,346 @@
+"""What every node writes to the residual stream in a run, and what it writes once corrupted."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope import capture
+from headscope.edges.measured import Measured
+from headscope.edges.wiring import Wiring
+from headscope.errors import InputError, UnsupportedModelError, nearest
+from headscope.metrics import AnyMetric, as_metric
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import Tap, TapView
+from headscope.probes.probe import Probe
+
+ENTRIES = ("query", "key", "value")
+Ablation = Literal["patch", "zero", "mean"]
+_NAMES = {"corrupt": "patch", "counterfactual": "patch", "resample": "patch"}
+# The nodes must add up to the residual stream to this share of it.
+_ADDS_UP = 1e-3
+_TOKENS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Token sequences as :meth:`HeadModel.run` takes them."""
+
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+
+    def times(self, copies: int) -> "Texts":
+        """The same texts several times over, copies outermost."""
+        return Texts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """One run of a batch, taken apart.
+
+    Attributes:
+        sources: what every node wrote, in fp32; 0 at padding.
+        taps: the residual stream before every layer and after the last, queries, keys, values
+            and head outputs, attention and MLP writes, as the pass holds them.
+        logits: at the positions asked for; None where none were.
+    """
+
+    sources: Float[Tensor, "batch source pos d_model"]
+    taps: Mapping[Tap, Tensor]
+    logits: Float[Tensor, "batch at d_vocab"] | None
+
+
+def taps_of(model: HeadModel) -> list[Tap]:
+    """Every tap that edges are made of, in the order of a pass."""
+    found = [Tap("embed")]
+    for layer in range(model.shape.n_layers):
+        sites = ("resid_pre", "query", "key", "value", "z", "attn_out", "mlp_out", "resid_post")
+        found += [Tap(site, layer) for site in sites]
+    return found
+
+
+def run_apart(
+    model: HeadModel,
+    texts: Texts,
+    *,
+    embed: Float[Tensor, "batch pos d_model"] | None = None,
+    logits_at: Int[Tensor, " at"] | None = None,
+    grad: bool = False,
+) -> Written:
+    """Run a batch once and keep what every node wrote.
+
+    Args:
+        model: the model.
+        texts: the batch.
+        embed: what enters the first block instead of the embedding.
+        logits_at: positions whose logits are returned; None: all; empty: none.
+        grad: keep the graph; the taps are then part of it, from the embedding on.
+    """
+    held: dict[Tap, Tensor] = {}
+
+    def keep(view: TapView) -> None:
+        held[view.tap] = view.value
+
+    def begin(value: Tensor, _span: Any) -> Tensor:
+        start = value if embed is None else embed.to(value)
+        return start.detach().clone().requires_grad_() if grad else start
+
+    writes: dict[Tap, Any] = {Tap("embed"): begin} if grad or embed is not None else {}
+    taps = taps_of(model)
+    reads = {tap: keep for tap in taps if tap.site not in ENTRIES}
+    writes |= {tap: keeper(held, tap) for tap in taps if tap.site in ENTRIES}
+    logits = model.run(texts, reads=reads, writes=writes, logits_at=logits_at, grad=grad)
+    with torch.no_grad():
+        return Written(_sources(model, held, texts.real), held, logits)
+
+
+def keeper(held: dict[Tap, Tensor], tap: Tap) -> Callable[[Tensor, Any], Tensor]:
+    """A write that changes nothing and keeps what it sees.
+
+    Queries, keys and values are kept as they are written, which every way of running a model
+    allows, and in the model's own type.
+    """
+
+    def keep(value: Tensor, _span: Any) -> Tensor:
+        held[tap] = value.view_as(value)
+        return held[tap]
+
+    return keep
+
+
+def _sources(
+    model: HeadModel, held: Mapping[Tap, Tensor], real: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch source pos d_model"]:
+    parts = [held[Tap("embed")].detach()[:, None].float()]
+    for layer in range(model.shape.n_layers):
+        z, mlp = held[Tap("z", layer)].detach(), held[Tap("mlp_out", layer)].detach()
+        parts += [heads_write(model, layer, z), mlp[:, None].float()]
+    sources = torch.cat(parts, 1)
+    return sources * real.to(sources.device)[:, None, :, None]
+
+
+def heads_write(
+    model: HeadModel, layer: int, z: Float[Tensor, "batch pos head d_head"]
+) -> Float[Tensor, "batch head pos d_model"]:
+    """What every head of a layer adds to the residual stream, in fp32, without biases."""
+    weights = model.output_weights(layer).detach().to(z.device).float()
+    return torch.einsum("bphd,hdm->bhpm", z.float(), weights)
+
+
+@dataclass(eq=False)
+class Study:
+    """A model, a probe, a metric and a corruption, checked and cut into batches.
+
+    Attributes:
+        ablation: what an edge that is taken out carries: ``patch``, ``zero`` or ``mean``.
+        size: examples per batch.
+        means: what every node writes on average over real positions, for ``mean``.
+    """
+
+    model: HeadModel
+    probe: Probe
+    metric: AnyMetric
+    ablation: Ablation
+    size: int
+    wiring: Wiring
+    means: Float[Tensor, "source d_model"] | None = field(default=None)
+
+    @classmethod
+    def of(
+        cls,
+        model: HeadModel,
+        probe: Probe,
+        metric: Any,
+        ablation: str | None,
+        batch_size: int | None,
+    ) -> "Study":
+        """Check everything that can be checked before a pass; then see how the layers are wired.
+
+        Raises:
+            InputError: if the arguments do not fit each other.
+            UnsupportedModelError: if the model's heads do not write to the residual stream by a
+                matrix of their own.
+        """
+        chosen = ablation_of(ablation, probe)
+        measured = as_metric(metric)
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size={batch_size} leaves nothing to run: give 1 or more.")
+        capture.check_fits(model, probe, answers="target" in measured.needs)
+        measured.reads(probe)
+        if chosen == "patch":
+            _check_pair(model, probe)
+        check_family(model)
+        size = min(len(probe), batch_size or max(1, _TOKENS // probe.length))
+        study = cls(model, probe, measured, chosen, size, wiring_of(model, probe))
+        study._check_sum()
+        if chosen == "mean":
+            study.means = study._averages()
+        return study
+
+    def batches(self) -> Iterator["EdgeBatch"]:
+        """Batches of the probe, each run once cleanly and once corrupted."""
+        reads = self.metric.reads(self.probe)
+        for start in range(0, len(self.probe), self.size):
+            chosen = slice(start, min(start + self.size, len(self.probe)))
+            yield self._batch(self.probe.examples(chosen), reads[chosen])
+
+    def _batch(self, probe: Probe, reads: Bool[Tensor, "batch pos"]) -> "EdgeBatch":
+        texts = Texts(probe.tokens, probe.real)
+        measured = Measured(self.metric, probe, reads)
+        with torch.no_grad():
+            clean = run_apart(self.model, texts, logits_at=measured.at)
+            measured.clean = clean.logits
+            corrupt = self._corrupt(probe, clean.sources)
+        mask = probe.real.to(corrupt.device)[:, None, :, None]
+        return EdgeBatch(self, texts, measured, clean, (corrupt - clean.sources) * mask)
+
+    def _corrupt(
+        self, probe: Probe, clean: Float[Tensor, "batch source pos d_model"]
+    ) -> Float[Tensor, "batch source pos d_model"]:
+        """What every node writes once corrupted."""
+        if self.ablation == "zero":
+            return torch.zeros_like(clean)
+        if self.means is not None:
+            return self.means[None, :, None].expand_as(clean)
+        assert probe.corrupt is not None  # noqa: S101  # checked at first
+        texts = Texts(probe.corrupt.tokens, probe.real)
+        nothing = torch.empty(0, dtype=torch.long)
+        return run_apart(self.model, texts, logits_at=nothing).sources
+
+    @torch.no_grad()
+    def _averages(self) -> Float[Tensor, "source d_model"]:
+        total: Any = 0.0
+        nothing = torch.empty(0, dtype=torch.long)
+        for start in range(0, len(self.probe), self.size):
+            part = self.probe.examples(slice(start, start + self.size))
+            total = total + run_apart(
+                self.model, Texts(part.tokens, part.real), logits_at=nothing
+            ).sources.sum((0, 2))
+        means: Tensor = total / self.probe.real.sum().to(total.device)
+        return means
+
+    @torch.no_grad()
+    def _check_sum(self) -> None:
+        """Refuse a model whose nodes do not add up to the residual stream, but for a constant."""
+        part = self.probe.examples(slice(0, 1))
+        run = run_apart(self.model, Texts(part.tokens, part.real), logits_at=torch.empty(0).long())
+        last = run.taps[Tap("resid_post", self.model.shape.n_layers - 1)].float()
+        real = part.real[0].to(last.device)
+        rest = (last[0] - run.sources[0].sum(0))[real]
+        gap = float((rest - rest.mean(0)).abs().max() / last[0][real].abs().max())
+        allowed = _ADDS_UP if self.model.dtype in (torch.float32, torch.float64) else 5e-2
+        if gap > allowed:
+            raise UnsupportedModelError(
+                f"edges of {self.model.name}: embedding, heads and MLPs do not add up to its "
+                f"residual stream (off by {gap:.2g} of it), so no edge carries a part of its own; "
+                "use hs.ablate_heads or hs.path_patch."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeBatch:
+    """One batch, ready to have edges taken out.
+
+    Attributes:
+        study: what is measured.
+        texts: the batch.
+        measured: the metric on it.
+        clean: the clean run.
+        change: what corruption changes in what every node writes; 0 at padding.
+    """
+
+    study: Study
+    texts: Texts
+    measured: Measured
+    clean: Written
+    change: Float[Tensor, "batch source pos d_model"]
+
+    @property
+    def room(self) -> int:
+        """Runs of the batch that are stacked at once."""
+        return max(1, 2 * _TOKENS // self.texts.tokens.numel())
+
+    def clean_value(self) -> Float[Tensor, " batch"]:
+        """The metric on the clean run."""
+        assert self.clean.logits is not None  # noqa: S101  # they were asked for
+        return self.measured(self.clean.logits)[0]
+
+
+def ablation_of(name: str | None, probe: Probe) -> Ablation:
+    """The corruption by its name; by default the probe's pair, or means where it has none.
+
+    Raises:
+        InputError: if there is no such corruption, or the probe has no pair for it.
+    """
+    if name is None:
+        return "mean" if probe.corrupt is None else "patch"
+    known = get_args(Ablation)
+    found = _NAMES.get(name, name) if isinstance(name, str) else repr(name)
+    if found not in known:
+        raise InputError(nearest(found, (*known, *_NAMES), kind="ablation"))
+    if found == "patch" and probe.corrupt is None:
+        raise InputError(
+            f"ablation={name!r} takes values from a paired run, and this probe has no corrupt "
+            "pair: use a probe of pairs, or ablation='mean' or 'zero'."
+        )
+    return found  # type: ignore[return-value]  # it is one of them
+
+
+def _check_pair(model: HeadModel, probe: Probe) -> None:
+    other = probe.corrupt
+    assert other is not None  # noqa: S101  # checked with the ablation's name
+    if other.tokens.shape != probe.tokens.shape or not torch.equal(other.real, probe.real):
+        raise InputError(
+            f"the corrupt probe has texts of other lengths or padding than the clean one "
+            f"({tuple(other.tokens.shape)} and {tuple(probe.tokens.shape)}): a pair must be "
+            "aligned token by token."
+        )
+    capture.check_fits(model, replace(other, corrupt=None, control=None))
+
+
+def check_family(model: HeadModel) -> None:
+    """Refuse models whose heads do not write by a matrix of their own, or read by other ways.
+
+    Raises:
+        UnsupportedModelError: if so.
+    """
+    shape = model.shape
+    for limit in ("linear_write", "values", "ov"):
+        if limit in model.limits:
+            raise UnsupportedModelError(
+                f"edges of {model.name}: {model.limits[limit].rstrip('.')}, so what a head writes "
+                "is not a sum of parts that edges could carry; use hs.ablate_heads or "
+                "hs.path_patch."
+            )
+    if len(shape.attention_layers) < shape.n_layers or shape.removed:
+        missing = "layers without attention" if not shape.removed else "heads that were removed"
+        raise UnsupportedModelError(
+            f"edges of {model.name}: it has {missing}, which are not among the nodes; use "
+            "hs.ablate_heads."
+        )
+
+
+def wiring_of(model: HeadModel, probe: Probe) -> Wiring:
+    """Nodes and edges of a model; two tokens are run to see what its MLPs read."""
+    first = int(probe.first[0])
+    tokens = probe.tokens[:1, first : first + 2]
+    texts = Texts(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    with torch.enable_grad():
+        try:
+            run = run_apart(model, texts, logits_at=torch.tensor([0]), grad=True)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"edges of {model.name}: {str(error).rstrip('.')}, so edges into its heads cannot "
+                "be told apart; use hs.ablate_heads."
+            ) from None
+        parallel = []
+        for layer in range(model.shape.n_layers):
+            attention, mlp = run.taps[Tap("attn_out", layer)], run.taps[Tap("mlp_out", layer)]
+            (slope,) = torch.autograd.grad(
+                mlp.sum(), attention, retain_graph=True, allow_unused=True
+            )
+            parallel.append(slope is None)
+    return Wiring(model.shape.n_heads, tuple(parallel))
