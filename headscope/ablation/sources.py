@@ -1,6 +1,6 @@
 """Two ways to run edited variants of a batch, with the same numbers: replay, or whole passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -212,19 +212,19 @@ def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = Tru
         # Layers without attention carry a state of their own from position to position.
         if isinstance(model, HFModel) and (plain or not prefix) and "readout" not in model.limits:
             plan = Plan(True, prefix, 0.0)
-            error = _noop_error(model, plan, tokens, real, read, own)
-            if error <= limit:
+            error = _largest(_noop_errors, model, plan, tokens, real, read, own)
+            if error <= limit and _largest(_edit_errors, model, plan, tokens, real, read) <= limit:
                 return Plan(True, prefix, error)
     plan = Plan(False, False, 0.0)
-    return Plan(False, False, _noop_error(model, plan, tokens, real, read, own))
+    return Plan(False, False, _largest(_noop_errors, model, plan, tokens, real, read, own))
 
 
-def _noop_error(
-    model: HeadModel, plan: Plan, tokens: Tensor, real: Tensor, read: Tensor, own: Tensor
+def _largest(
+    errors_of: Callable[..., list[float]], model: HeadModel, plan: Plan, *given: Tensor
 ) -> float:
-    """Run edits that change nothing from the first and from a middle layer and position on."""
+    """The largest of some errors; infinite where one is NaN or parts do not run on their own."""
     try:
-        errors = _noop_errors(model, plan, tokens, real, read, own)
+        errors = errors_of(model, plan, *given)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, UnsupportedModelError) as e:
         if is_out_of_memory(e) or not plan.replays:
             raise
@@ -235,14 +235,39 @@ def _noop_error(
 def _noop_errors(
     model: HeadModel, plan: Plan, tokens: Tensor, real: Tensor, read: Tensor, own: Tensor
 ) -> list[float]:
-    layers = model.shape.attention_layers
-    late = torch.zeros_like(real)
-    late[:, tokens.shape[1] // 2 :] = True
+    """Of edits that change nothing, from the first and from a middle layer and position on."""
     source = plan.source(model, tokens, real, read)
     errors = []
-    for layer, where in ((layers[0], None), (layers[len(layers) // 2], late)):
+    for layer, where in _starts(model, real):
         noop = scale((layer, 0), 1.0, positions=where)
         again = source.logits(source.rows([(noop,), (noop,)])).float()
         difference = (again.view(2, *own.shape) - own).abs().max()
         errors.append(float(difference / own.abs().max().clamp_min(1e-12)))
     return errors
+
+
+def _edit_errors(
+    model: HeadModel, plan: Plan, tokens: Tensor, real: Tensor, read: Tensor
+) -> list[float]:
+    """Of layers whose heads are all zeroed, against whole passes.
+
+    Shows what passes from layer to layer beside the residual stream (as the router states of
+    zaya): a replay would take it from the clean run, which edits of nothing do not tell.
+    """
+    source, whole = plan.source(model, tokens, real, read), ForwardSource(model, tokens, real, read)
+    errors = []
+    for layer, where in _starts(model, real):
+        heads = [head for head in model.shape.heads if head.layer == layer]
+        off = [(scale(heads, 0.0, positions=where),)]
+        expected = whole.rows(off).float()
+        difference = (source.logits(source.rows(off)).float() - expected).abs().max()
+        errors.append(float(difference / expected.abs().max().clamp_min(1e-12)))
+    return errors
+
+
+def _starts(model: HeadModel, real: Tensor) -> list[tuple[int, Tensor | None]]:
+    """The first layer, everywhere; and a middle one, from a middle position on."""
+    layers = model.shape.attention_layers
+    late = torch.zeros_like(real)
+    late[:, real.shape[1] // 2 :] = True
+    return [(layers[0], None), (layers[len(layers) // 2], late)]

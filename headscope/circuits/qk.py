@@ -9,7 +9,6 @@ from torch import Tensor
 
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.reading import chosen_layers
-from headscope.errors import UnsupportedModelError
 from headscope.inputs import Rotation
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
@@ -136,23 +135,12 @@ def _turned(
     return replace(factors, left=left, left_bias=bias)
 
 
-def _rotations(model: HeadModel, layers: Sequence[int]) -> list[Rotation]:
-    try:
-        return [model.parts.rotation(layer) for layer in layers]
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(
-            f"{error} So no one matrix gives its attention scores; fold_norm=False without an "
-            "offset shows the bare weights, and a match_scorer reads the scores of a run, with "
-            "their norms."
-        ) from error
-
-
 def _unrotated(
     model: HeadModel, fold_norm: bool, layers: Sequence[int] | None, *, bare: bool
 ) -> tuple[HeadFactors, list[Rotation]]:
     """Factors without rotation, and each layer's rotation (none asked for where bare)."""
     numbers = chosen_layers(model, layers)
-    rotations = [] if bare else _rotations(model, numbers)
+    rotations = [] if bare else [model.parts.rotation(layer) for layer in numbers]
     sides: dict[str, list[Tensor]] = {name: [] for name in ("Q", "K", "b_Q", "b_K")}
     for layer in numbers:
         weights = model.weights(layer)

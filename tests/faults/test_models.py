@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import headscope as hs
+from headscope.errors import UnsupportedModelError
 from headscope.models.hf import transformers_api
 from headscope.models.hf.interface import NAME, _attend
 from headscope.models.loading import proof
 from headscope.models.loading.agreement import Gap, gap, rounding
 from headscope.models.rotary import POSITIONS, find_rotation
+from tools.tiny_models import tiny_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -532,3 +534,59 @@ def test_a_proof_says_what_it_proved() -> None:
 
 def test_transformers_has_every_name_that_is_relied_on() -> None:
     assert transformers_api.moved() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("doge", r"makes more of the mask than which keys are visible \(in prepare_dynamic_mask"),
+        ("diffllama", "its layers call attention more than once"),
+        ("hrm_text", "it runs the same layers more than once in a pass"),
+    ],
+)
+def test_a12_refusals_say_what_the_family_does(kind: str, reason: str) -> None:
+    with pytest.raises(hs.HeadscopeError, match=reason) as refusal:
+        hs.load(tiny_model(kind))
+    assert "Error" not in str(refusal.value)
+
+
+def test_a12_a_model_that_cannot_be_opened_is_not_said_to_lack_bilinear_scores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = hs.load(llama())
+    reason = "transformer-lens cannot open it."
+
+    def refuse(*_: Any) -> None:
+        raise UnsupportedModelError(reason)
+
+    monkeypatch.setattr(type(model.parts), "rotation", refuse)
+    with pytest.raises(UnsupportedModelError) as refusal:
+        hs.circuits.qk(model, offset=1)
+    assert str(refusal.value) == reason
+
+
+def test_a12_what_passes_from_layer_to_layer_beside_the_stream_is_run_again() -> None:
+    """Zaya's routers read those of the layer before: a replay would leave them as they were."""
+    module = tiny_model("zaya").eval()
+    model = hs.load(module)
+    tokens = torch.arange(24).view(2, 12) + 5
+    given = hs.probes.from_tokens(tokens)
+    found = hs.ablate_heads(model, given, hs.metrics.loss, "zero", heads="L0H1", progress=False)
+    assert found.provenance.attention == "whole passes"
+
+    def losses() -> Tensor:
+        with torch.no_grad():
+            logits = module(input_ids=tokens).logits[:, :-1].float()
+        return nn.functional.cross_entropy(
+            logits.transpose(1, 2), tokens[:, 1:], reduction="none"
+        ).mean(1)
+
+    def silence(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z = args[0].clone()
+        z[..., model.shape.d_head : 2 * model.shape.d_head] = 0
+        return (z, *args[1:])
+
+    clean = losses()
+    with model.layout.layers[0].projection.register_forward_pre_hook(silence):
+        effect = losses() - clean
+    assert found.mean[0, 1] == pytest.approx(float(effect.mean()), abs=1e-5)

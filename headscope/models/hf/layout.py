@@ -10,6 +10,7 @@ is measured, and so is what happens to logits behind the unembedding.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -221,8 +222,22 @@ def _number_layers(
         place = next(i for i, part in enumerate(path) if part.isdigit())
         lists.append(".".join(path[:place]))
         numbers.append(int(path[place]))
+    if any(one is other for one, other in pairwise(attentions)):
+        raise UnsupportedModelError(
+            "its layers call attention more than once (as differential attention does), so a head "
+            "has more than one row for a query."
+        )
+    if len(set(attentions)) != len(attentions):
+        raise UnsupportedModelError(
+            "it runs the same layers more than once in a pass (recurrent depth), so a head has "
+            "more than one row for a query."
+        )
     if len(set(lists)) != 1 or len(set(numbers)) != len(numbers):
-        raise UnsupportedModelError("it has more than one attention stack.")
+        found = ", ".join(sorted(set(lists)))
+        raise UnsupportedModelError(
+            f"its attention stands in more than one list of layers ({found}), so its heads cannot "
+            "be numbered by layer."
+        )
     blocks = model.get_submodule(lists[0])
     return blocks, numbers
 

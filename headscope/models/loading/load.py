@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -138,12 +139,30 @@ def _wrapped(
         raise
     except Exception as error:  # code of any family ran, in passes that it was not written for
         _check_runs(module, name)
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedModelError(
-            f"{family} is not supported: it could not be taken apart by heads "
-            f"({type(error).__name__}: {reason})."
-        ) from error
+        raise UnsupportedModelError(f"{family} is not supported: {_stopped(error)}") from error
     return model
+
+
+def _stopped(error: Exception) -> str:
+    """What stood in the way of a model that runs by itself, and not with attention recorded.
+
+    The last line of the family's own code says whether that was the mask: headscope hands on which
+    keys are padding and builds no mask.
+    """
+    frames = extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).name.startswith("modeling_")]
+    if not own:
+        return f"headscope could not take it apart by heads ({type(error).__name__})."
+    place = f"{own[-1].name} in {Path(own[-1].filename).name}"
+    if "mask" in (own[-1].line or ""):
+        return (
+            f"its attention makes more of the mask than which keys are visible (in {place}), and "
+            "what that does to its rows is not known to headscope."
+        )
+    return (
+        f"its code does not run on the short text and the attention that headscope measures it "
+        f"with ({type(error).__name__} in {place})."
+    )
 
 
 @torch.no_grad()
