@@ -85,7 +85,7 @@ def _check_head(
     z = _clean_z(model, batch, head.layer, chosen)
     difference = (after.z - z).abs().amax((0, 1, 3))
     others = torch.arange(len(difference), device=difference.device) != head.head
-    if bool((difference[others] > 1e-5 * (float(z.abs().max()) or 1.0)).any()):
+    if not bool((difference[others] <= 1e-5 * (float(z.abs().max()) or 1.0)).all()):  # or NaN
         raise HeadscopeError(
             f"ablating {head} changed the output of another head of its layer: the edit does not "
             "do what it says."

@@ -7,6 +7,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from headscope.inputs import Rotation
+from headscope.models.loading.agreement import Gap
 
 # Positions that the measurement looks at: from each, the phase of the next is known to within
 # far less than half a turn, so that long ones make the frequency exact and short ones unique.
@@ -36,14 +37,16 @@ def find_rotation(
         because queries and keys are normalised in between.
     """
     content, actual = content.double(), actual.double()
-    if _unexplained(content, actual, actual) < tolerance:
+    if not bool((content.isfinite() & actual.isfinite()).all()):
+        return None  # there is no pairing to choose by
+    if Gap(_unexplained(content, actual, actual), tolerance).closed:
         return Rotation((), (), torch.zeros(0, dtype=torch.float64))
     best = _smallest(content, actual)
     factors = _factors(best, content, actual)
     gain = float(factors[0].abs().mean())
     rotation = Rotation(*best, _frequencies(factors), gain)
     turned = _rotated(rotation, content)
-    return rotation if _unexplained(content, actual, turned) < tolerance else None
+    return rotation if Gap(_unexplained(content, actual, turned), tolerance).closed else None
 
 
 def _smallest(content: Tensor, actual: Tensor) -> Planes:

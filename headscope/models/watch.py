@@ -1,5 +1,6 @@
 """What one watched pass left behind, and how attention reaches the residual stream in it."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.models.attention import AttentionCall
+from headscope.models.loading.agreement import Gap
 
 # Share of a write that may be missing where nothing was rounded away. Half precision rounds the
 # parts of a sum before they are compared.
@@ -76,9 +78,10 @@ def write_scales(
 def _blur(watch: Watch, block: nn.Module, attention: nn.Module) -> float:
     """Rounding of the block's input, relative to what attention wrote."""
     if block not in watch.inputs or attention not in watch.writes:
-        return float("inf")
+        return math.inf
     x = watch.inputs[block]
-    return _rounding(x, watch.writes[attention], x.dtype)
+    blur = _rounding(x, watch.writes[attention], x.dtype)
+    return blur if math.isfinite(blur) else math.inf  # NaN tells nothing
 
 
 def _write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float | None:
@@ -109,8 +112,8 @@ def _write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float 
     ]
     for state in (*sequential, *parallel):
         scale, error = _multiple(state - x, write.reshape(x.shape))
-        if abs(scale) > 1e-3 and error < tolerance:
-            return 1.0 if abs(scale - 1) < tolerance else scale
+        if abs(scale) > 1e-3 and Gap(error, tolerance).closed:
+            return 1.0 if Gap(abs(scale - 1), tolerance).closed else scale
     return None
 
 
@@ -129,10 +132,10 @@ def _adds_one(rest: Tensor, written: Iterator[Tensor], tolerance: float) -> bool
     if not rest.any():
         return True
     writes = list(written)
-    if any(_multiple(rest, write)[1] < tolerance for write in writes):
+    if any(Gap(_multiple(rest, write)[1], tolerance).closed for write in writes):
         return True
     pairs = combinations(writes, 2)  # experts and a shared MLP beside them
-    return any(_multiple(rest, one + other)[1] < tolerance for one, other in pairs)
+    return any(Gap(_multiple(rest, one + other)[1], tolerance).closed for one, other in pairs)
 
 
 def _rounding(whole: Tensor, part: Tensor, dtype: torch.dtype) -> float:

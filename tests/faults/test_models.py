@@ -12,10 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import headscope as hs
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf import transformers_api
+from headscope.models.hf.blocks import Seen, find_writers
 from headscope.models.hf.interface import NAME, _attend
+from headscope.models.hf.readout import measure_norm
 from headscope.models.loading import proof
 from headscope.models.loading.agreement import Gap, gap, rounding
 from headscope.models.rotary import POSITIONS, find_rotation
+from headscope.models.watch import Watch, write_scales
 from tools.tiny_models import tiny_model
 
 SMALL: dict[str, Any] = {
@@ -484,6 +487,44 @@ def test_a13_nan_never_agrees() -> None:
     assert not gap(one, torch.ones(3), 1e9).closed
     assert not gap(one[:0], one[:0], 1e9).closed
     assert not Gap(float("nan"), float("inf")).closed
+
+
+NAN = float("nan")
+
+
+def test_a13_what_is_measured_at_load_does_not_take_nan_for_agreement() -> None:
+    content = torch.randn(4, len(POSITIONS), 8)
+    broken = content.clone()
+    broken[0, 3, 2] = NAN
+    assert find_rotation(content, content, 1e-6) is not None
+    for pair in ((content, broken), (broken, content), (broken, broken)):
+        assert find_rotation(*pair, 1e-6) is None
+    norm = nn.LayerNorm(8)
+    assert measure_norm(norm, 8, torch.device("cpu")).centred
+    with torch.no_grad():
+        norm.weight[3] = NAN
+    with pytest.raises(UnsupportedModelError, match="neither LayerNorm nor RMSNorm"):
+        measure_norm(norm, 8, torch.device("cpu"))
+
+
+def test_a13_a_layer_that_is_nan_is_not_taken_for_the_clearest() -> None:
+    """How blocks add attention's write: by layer 1, as layer 0 saw nothing but NaN."""
+    watch, layers = Watch(), {}
+    for number, value in enumerate((NAN, 1.0)):
+        block, attention = nn.Identity(), nn.Identity()
+        x, write = torch.randn(2, 3, 4) * value, torch.randn(2, 3, 4)
+        layers[number] = (block, attention)
+        watch.inputs[block], watch.writes[attention] = x, write
+        watch.outputs[block] = x + 0.5 * write
+    assert write_scales(watch, layers)[1] == pytest.approx(0.5)
+    seen = Seen()
+    block = nn.ModuleDict({"attention": nn.Identity(), "mlp": nn.Identity()})
+    parts = [torch.randn(2, 3, 4) for _ in range(3)]
+    seen.inputs[block] = parts[0]
+    seen.outputs = {block["attention"]: parts[1], block["mlp"]: parts[2] * NAN}
+    seen.outputs[block] = parts[0] + parts[1] + seen.outputs[block["mlp"]]
+    with pytest.raises(UnsupportedModelError, match="not attention's write and one other"):
+        find_writers(seen, {0: (block, block["attention"])})
 
 
 @pytest.mark.parametrize("where", ["embed_tokens.weight", "norm.weight"])

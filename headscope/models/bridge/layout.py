@@ -156,7 +156,7 @@ def _shape(
                 f"transformer-lens shows no attention pattern or no head outputs in layer {layer}."
             )
         pattern, z = found.values["hook_pattern"], found.values["hook_z"]
-        if pattern.ndim != 4 or bool((pattern.float().triu(1).abs() > 1e-4).any()):
+        if pattern.ndim != 4 or not bool((pattern.float().triu(1).abs() <= 1e-4).all()):
             raise UnsupportedModelError("its attention is not causal (an encoder).")
         n_heads = pattern.shape[1]
         width = z.shape[2:].numel()

@@ -19,6 +19,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.blocks import AttentionWrite, BlockObserver, BlockStates
 from headscope.models.hf.readout import measure_norm
+from headscope.models.loading.agreement import Gap
 
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # share of a write that may be missing
 _LEAST = 1e-3  # a smaller multiplier is none
@@ -117,9 +118,10 @@ def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
             if name == names[attention]:
                 continue
             a, b, error = _two_scales(added, write, other)
-            real = min(abs(a), abs(b)) > _LEAST and error % _GUESSED < tolerance
+            left = Gap(error % _GUESSED, tolerance)
+            real = min(abs(a), abs(b)) > _LEAST and left.closed
             if real and (best is None or error < 0.5 * best.error):
-                a, b = (1.0 if abs(one - 1) < tolerance else one for one in (a, b))
+                a, b = (1.0 if Gap(abs(one - 1), tolerance).closed else one for one in (a, b))
                 best = Writers(names[attention], name, a, b, normed, error)
     return best
 
@@ -157,7 +159,7 @@ def _two_scales(added: Tensor, a: Tensor, b: Tensor) -> tuple[float, float, floa
         error = (added - scale * whole).norm() / added.norm().clamp_min(1e-30)
         return scale, scale, float(error) + _GUESSED
     determinant = aa * bb - ab * ab
-    if float(determinant) <= 1e-12 * float(aa * bb):
+    if not float(determinant) > 1e-12 * float(aa * bb):  # NaN too
         return 0.0, 0.0, float("inf")
     ya, yb = (added * a).sum(), (added * b).sum()
     first, second = (bb * ya - ab * yb) / determinant, (aa * yb - ab * ya) / determinant

@@ -14,6 +14,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm, Rotation
 from headscope.models.blocks import AttentionWrite, BlockObserver
 from headscope.models.hf.blocks import Seen, Writers, attention_write, find_writers, shown
+from headscope.models.loading.agreement import Gap
 from headscope.models.offload import parameter
 from headscope.models.rotary import POSITIONS, find_rotation
 from headscope.models.running import MEASURING, Finished, pass_over
@@ -74,8 +75,9 @@ class MeasuredParts(ABC):
         if seen.shape == given.shape:
             change, source = seen[1:] - seen[:1], given[1:] - given[:1]
             scale = float((change * source).sum() / source.square().sum())
-            if (change - scale * source).norm() < 1e-2 * change.norm():
-                return weight if abs(scale - 1) < 1e-3 else weight * scale
+            left = (change - scale * source).norm() / change.norm()
+            if Gap(float(left), 1e-2).closed:
+                return weight if Gap(abs(scale - 1), 1e-3).closed else weight * scale
         raise UnsupportedModelError(
             f"{self.model.name} applies a norm or a projection to its embedding, so a token does "
             "not enter the first block as a row of it."

@@ -136,7 +136,7 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
     given = probe.to(device)
     with torch.no_grad():  # fetched together: the host waits for the device once
         there, back, moved = torch.stack([norm(given), norm(-given), norm(given + 3.0)]).cpu()
-    centred = bool((moved - there).abs().max() < 1e-3 * there.abs().max())
+    centred = gap(moved, there, 1e-3).closed
     epsilon = _epsilon(module)
     if epsilon is None:
         epsilon = _measured_epsilon(norm, given, centred)
@@ -146,7 +146,7 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
     bias = (there + back)[0, 0] / 2
     odd = (there - back) / 2
     gain = (odd * unit).sum((0, 1)) / unit.square().sum((0, 1))
-    if (gain * unit - odd).abs().max() > 1e-3 * odd.abs().max():
+    if not gap(gain * unit, odd, 1e-3).closed:
         raise UnsupportedModelError("one of its norms is neither LayerNorm nor RMSNorm.")
     bias = torch.zeros_like(bias) if float(bias.abs().max()) < 1e-6 else bias
     return InputNorm(gain.to(device), bias.to(device), centred, epsilon)
