@@ -11,6 +11,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from headscope.models.hf.transformers_api import attention_name
+
 _REPEATS = 3
 
 
@@ -98,7 +100,7 @@ def _shared(model: Any) -> tuple[str, ...]:
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
     """Within a scope, attention in products that torch can count."""
-    before = model.config._attn_implementation
+    before = attention_name(model.config)
     model.set_attn_implementation("eager")
     try:
         yield

@@ -18,6 +18,7 @@ from headscope.capture import collect
 from headscope.edits import zero
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.heads import HeadIndex
+from headscope.models.hf.transformers_api import attention_name
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel, LayerView
 from headscope.pruning import prune
@@ -665,7 +666,7 @@ def _state(subject: _Subject) -> Any:
     parts = [*subject.module.named_modules(), *subject.inside.named_modules()]
     return (
         [(name, part.training, sorted(part.__dict__), _hook_counts(part)) for name, part in parts],
-        [config._attn_implementation for config in subject.plain.configs],
+        [attention_name(config) for config in subject.plain.configs],
         [(name, float(p.detach().double().sum())) for name, p in subject.module.named_parameters()],
     )
 

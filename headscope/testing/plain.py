@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
+from headscope.models.hf.transformers_api import attention_name, names_attention, set_attention_name
 from headscope.testing.report import gap
 
 _NAME = "headscope_plain"
@@ -69,7 +70,7 @@ class PlainModel:
         _register()
         self.module = module
         configs: list[Any] = [getattr(part, "config", None) for part in module.modules()]
-        with_attention = {id(c): c for c in configs if hasattr(c, "_attn_implementation")}
+        with_attention = {id(c): c for c in configs if names_attention(c)}
         self.configs: tuple[Any, ...] = tuple(with_attention.values())
         self.accepts = frozenset(signature(module.forward).parameters)
 
@@ -123,16 +124,16 @@ class PlainModel:
 
     @contextmanager
     def _attention(self, name: str, run: PlainRun | None) -> Iterator[None]:
-        before = [config._attn_implementation for config in self.configs]
+        before = [attention_name(config) for config in self.configs]
         token = _RUN.set(run)
         try:
             for config in self.configs:
-                config._attn_implementation = name
+                set_attention_name(config, name)
             yield
         finally:
             _RUN.reset(token)
             for config, own in zip(self.configs, before, strict=True):
-                config._attn_implementation = own
+                set_attention_name(config, own)
 
 
 def _register() -> None:

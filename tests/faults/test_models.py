@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -631,3 +632,16 @@ def test_a12_what_passes_from_layer_to_layer_beside_the_stream_is_run_again() ->
     with model.layout.layers[0].projection.register_forward_pre_hook(silence):
         effect = losses() - clean
     assert found.mean[0, 1] == pytest.approx(float(effect.mean()), abs=1e-5)
+
+
+def test_the_commit_of_a_repository_is_that_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, folder = "5" * 40, tmp_path / "models--some--model"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert transformers_api.commit_hash(LlamaConfig(), "some/model", None) == commit
+    assert transformers_api.commit_hash(LlamaConfig(), "another/model", "v2") == "v2"
+    assert transformers_api.commit_hash(LlamaConfig(), str(tmp_path), None) is None

@@ -105,6 +105,22 @@ HOOK_WORDS = re.compile(
 )
 
 
+# Private names that are not ours, by what has them. Those of transformers stand in one file.
+TRANSFORMERS_API = "models/hf/transformers_api.py"
+PRIVATE_NAMES = {
+    "_asdict": "named tuples",
+    "_fields": "named tuples",
+    "_replace": "named tuples",
+    "_backward_hooks": "torch",
+    "_buffers": "torch",
+    "_forward_hooks": "torch",
+    "_forward_pre_hooks": "torch",
+    "_orig_mod": "torch",
+    "_standard_gamma": "torch",
+    "_hf_hook": "accelerate",
+}
+
+
 class Found(NamedTuple):
     """Something out of place."""
 
@@ -120,15 +136,55 @@ class Found(NamedTuple):
 def violations(package: Path) -> list[Found]:
     """Everything out of place in the sources below ``package``, which is named headscope."""
     found: list[Found] = []
-    for path in sorted(package.rglob("*.py")):
-        file = path.relative_to(package).as_posix()
-        text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text, str(path))
+    trees = {
+        path.relative_to(package).as_posix(): ast.parse(path.read_text("utf-8"), str(path))
+        for path in sorted(package.rglob("*.py"))
+    }
+    own = set().union(*map(names_given, trees.values()))
+    for file, tree in trees.items():
         for line, module in imports(tree, file):
             found += check_import(file, line, module)
         if not re.fullmatch(MODEL_FILES, file):
             found += hook_words(tree, file)
+        if file != TRANSFORMERS_API:
+            found += (
+                Found(file, line, f"{name} is private to another library: {TRANSFORMERS_API}")
+                for line, name in private_names(tree)
+                if name not in own and name not in PRIVATE_NAMES
+            )
     return found
+
+
+def names_given(tree: ast.AST) -> set[str]:
+    """Names that a file gives to functions, classes, variables, and attributes of its classes."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "self"
+        ):
+            found.add(node.attr)
+        elif isinstance(node, ast.keyword) and node.arg is not None:  # __dict__.update(_own=...)
+            found.add(node.arg)
+    return found
+
+
+def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Private attributes that are read or set, by a dot or by name as in ``getattr``."""
+    for node in ast.walk(tree):
+        word: object = None
+        if isinstance(node, ast.Attribute):
+            word = node.attr
+        elif isinstance(node, ast.Call) and len(node.args) > 1:
+            word = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
+        if isinstance(word, str) and re.fullmatch(r"_(?!_)\w+", word):
+            yield node.lineno, word
 
 
 def unit(parts: tuple[str, ...]) -> str:

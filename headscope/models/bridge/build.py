@@ -10,6 +10,7 @@ import torch
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.layout import tiny_bridge_tokens
+from headscope.models.hf.transformers_api import make_eager
 from headscope.models.loading.agreement import gap
 from headscope.models.offload import all_weights
 from headscope.models.running import pass_over
@@ -64,7 +65,7 @@ def _second_tree(module: Any) -> Any:
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(module.config)
-    config._attn_implementation = "eager"
+    make_eager(config)
     with init_empty_weights(include_buffers=False):
         tree = type(module)(config)
     weights = all_weights(module)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
+from headscope.models.hf.transformers_api import ATTENTION_METHOD
 from headscope.models.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
@@ -141,7 +142,7 @@ def _layer(layer: int, block: Any, seen: _Seen, scale: float | None) -> BridgeLa
         query=query if rotated or "hook_q" in seen.values else None,
         query_is_rotated=rotated,
         value=attention.hook_v if "hook_v" in seen.values else None,
-        kernel=kernel if not live and callable(getattr(kernel, "_attn", None)) else None,
+        kernel=kernel if not live and callable(getattr(kernel, ATTENTION_METHOD, None)) else None,
         write_scale=scale,
     )
 

@@ -15,6 +15,7 @@ from headscope.matches import Matches
 from headscope.models.attention import visible_keys
 from headscope.models.bridge.layout import BridgeLayer, BridgeLayout
 from headscope.models.hf.spans import OwnPasses, replaced, watched
+from headscope.models.hf.transformers_api import ATTENTION_METHOD
 from headscope.models.protocol import Edit, Observer
 from headscope.models.running import Finished, pass_over, scope_over, use_of
 from headscope.rows import AttentionRows
@@ -240,7 +241,7 @@ class BridgePass:
     @contextmanager
     def _inside(self, kernel: Any, layer: int) -> Iterator[None]:
         """Edit queries and patterns inside a module that computes attention in one piece."""
-        original = kernel._attn
+        original = getattr(kernel, ATTENTION_METHOD)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
             if not self._acts:
@@ -255,7 +256,7 @@ class BridgePass:
                 z = torch.matmul(edited, value)
             return z, pattern
 
-        with replaced(kernel, "_attn", attend):
+        with replaced(kernel, ATTENTION_METHOD, attend):
             yield
 
     def _edited(self, site: str, layer: int, value: Tensor) -> Tensor:

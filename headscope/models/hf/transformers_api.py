@@ -60,6 +60,21 @@ def set_attention_name(config: Any, name: str | None) -> None:
     config._attn_implementation = {"": name}
 
 
+def names_attention(config: Any) -> bool:
+    """Whether models with this config look up their attention function by a name in it."""
+    return hasattr(config, "_attn_implementation")
+
+
+def make_eager(config: Any) -> None:
+    """Make models with this config, and those of all configs inside it, call eager attention."""
+    config._attn_implementation = "eager"
+
+
+# Method of a module that holds the whole of attention, queries, keys and values to output and
+# pattern, in families that do not go through the registry.
+ATTENTION_METHOD = "_attn"
+
+
 @contextmanager
 def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
     """Scope in which models with these configs call another attention function."""
@@ -73,9 +88,21 @@ def attention_named(configs: Sequence[Any], name: str) -> Iterator[None]:
             set_attention_name(config, old)
 
 
-def commit_hash(config: Any) -> str | None:
-    """Commit of the repository that a config was read from; None for one made here."""
+def commit_hash(config: Any, place: str, revision: str | None) -> str | None:
+    """Commit of the repository that a config was read from, as far as the cache knows it.
+
+    Args:
+        config: that was read; of transformers before 5.20 it names the commit itself.
+        place: name of the repository, or a folder.
+        revision: that was asked for; what is returned where no commit is known.
+    """
     commit: str | None = getattr(config, "_commit_hash", None)
+    if commit is None:
+        from transformers.utils import hub
+
+        resolve = getattr(hub, "resolve_revision", lambda *_, **__: revision)
+        found = resolve(place, revision, local_files_only=True)
+        commit = getattr(found, "resolved", found)
     return commit
 
 
@@ -182,6 +209,13 @@ def moved() -> list[str]:
         "_global_mapping" in vars(masking_utils.AttentionMaskInterface),
         "AttentionMaskInterface._global_mapping is gone: models asked it for our masks",
     )
+    from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+    from transformers.models.gptj.modeling_gptj import GPTJAttention
+
+    want(
+        all(hasattr(one, ATTENTION_METHOD) for one in (GPTNeoSelfAttention, GPTJAttention)),
+        f"{ATTENTION_METHOD} of gpt_neo and gptj is gone: it was the whole of their attention",
+    )
     config = transformers.LlamaConfig(
         vocab_size=8,
         hidden_size=8,
@@ -194,6 +228,10 @@ def moved() -> list[str]:
     want(
         getattr(model.config, "_attn_implementation", None) == "eager",
         "config._attn_implementation is gone: it named the attention function",
+    )
+    want(
+        callable(getattr(transformers.utils.hub, "resolve_revision", None)),
+        "utils.hub.resolve_revision is gone: it named the commit that a repository was read at",
     )
     want(
         callable(eager_attention(model.model.layers[0].self_attn)),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
+from headscope.models.hf.transformers_api import commit_hash
 from headscope.models.loading import shipped
 from headscope.models.loading.admission import admit
 from headscope.models.loading.extrapolation import extrapolate as extrapolate_positions
@@ -225,7 +226,7 @@ def _from_files(
     except Exception as error:  # foreign files through foreign parsers: anything may come
         raise ModelLoadError(_load_failure(name, place, error, allow_pickle)) from error
     module = _placed(module, device, device_map)
-    commit = getattr(config, "_commit_hash", None) or revision
+    commit = commit_hash(config, place, revision)
     return module.eval(), _tokenizer(tokenizer_place, code), name, commit
 
 

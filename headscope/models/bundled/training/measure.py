@@ -11,6 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from headscope.models.hf.transformers_api import attention_name
+
 from .examples import Prompt
 
 Head = tuple[int, int]
@@ -20,7 +22,7 @@ Head = tuple[int, int]
 @torch.no_grad()
 def patterns(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Attention of every head, `[layer batch head query key]`."""
-    before = model.config._attn_implementation
+    before = attention_name(model.config)
     model.set_attn_implementation("eager")
     found = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
     model.set_attn_implementation(before)
