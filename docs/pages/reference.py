@@ -75,7 +75,9 @@ def _entry(name: str, value: Any, *, again: bool = False) -> str:
     if inspect.isclass(value):
         if again:  # told in full on the page of the top names
             return f".. autoclass:: {name}\n   :no-index:\n\n"
-        return f".. autoclass:: {name}\n   :members:\n\n"
+        told = getattr(value, "_fields", ())  # of a NamedTuple: in the docstring already
+        without = f"   :exclude-members: {', '.join(told)}\n" if told else ""
+        return f".. autoclass:: {name}\n   :members:\n{without}\n"
     if inspect.isroutine(value):
         return f".. autofunction:: {name}\n\n"
     told = getattr(value, "description", None) or type(value).__name__
