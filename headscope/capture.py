@@ -214,7 +214,7 @@ class _Collector:
         )
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing is kept of it."""
+        """Unused."""
 
 
 def collect(

@@ -147,7 +147,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def whole_page(target: Path, page: str, asked: Mapping[str, Any] | None = None) -> None:
-    """Write an HTML page, whole or not at all.
+    """Write an HTML page atomically.
 
     Args:
         target: of the page.

@@ -27,7 +27,7 @@ def track(total: int | float, description: str, *, show: bool | None = None) -> 
     Args:
         total: steps in all.
         description: what is being done.
-        show: False for never; None for only where a person looks on (a terminal or notebook).
+        show: False: never. None: only in a terminal or notebook.
     """
     if show is False or (show is None and not _watched()):
         yield _silent

@@ -56,7 +56,7 @@ def score(
         max_tokens_per_chunk: queries whose rows are held at once, over all examples of a batch
             (at least one of each); with ``memory`` the smaller of both counts.
         seed: of the default probes.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: for unknown scorers, or a probe that does not fit the model.

@@ -36,7 +36,7 @@ class _Layer:
             self.z = view.z.float().clone()
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing is kept of it."""
+        """Unused."""
 
 
 def proofs(

@@ -83,7 +83,7 @@ def ablate_heads(
         memory: what a stack of variants may take, e.g. ``"2GB"``.
         checkpoint: file in which every finished head is kept, and from which the same call, or
             one for other heads, goes on after an interrupt or a kill; default: none.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
         unknown: nothing; options of estimates are refused here with the function that takes them.
 
     Raises:

@@ -46,7 +46,7 @@ class Saved(Stored):
     """Base of results with ``save`` and ``load``."""
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write one safetensors file, whole or not at all.
+        """Write one safetensors file atomically.
 
         Args:
             path: of the file; what is there is replaced.

@@ -80,7 +80,7 @@ def survey(
         tokens: see :func:`headscope.circuits.score`.
         paths: chains of each kind.
         seed: of what is drawn.
-        progress: show a bar; None: where a person looks on.
+        progress: show a progress bar. None: only in a terminal or notebook.
 
     Raises:
         UnsupportedModelError: if the weights say nothing alone.

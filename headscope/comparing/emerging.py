@@ -48,7 +48,7 @@ def emergence(
         device: where models are put.
         dtype: of the weights.
         seed: of the probes.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if the model does not come with checkpoints and none are named.

@@ -70,7 +70,7 @@ class Explanation:
         return head_page(self.card, self._evidence, _facts(self.model))
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write the page, whole or not at all.
+        """Write the page atomically.
 
         Raises:
             InputError: if the name does not end in ``.html``.

@@ -28,7 +28,7 @@ class _Sums:
         self.sums[view.layer] = summed(view.z, self.real, self.per_position)
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing is kept of it."""
+        """Unused."""
 
 
 def summed(z: Tensor, real: Tensor, per_position: bool) -> Tensor:
@@ -89,7 +89,7 @@ class _Outputs:
             self.found[view.layer] = view.z.clone() if rows is None else rows
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing is kept of it."""
+        """Unused."""
 
 
 @dataclass

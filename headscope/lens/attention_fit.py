@@ -51,7 +51,7 @@ def attention_lens(
         seed: of the draw of examples and of the start.
         checkpoint: file in which the fit is kept, every 20 seconds, and from which the same call
             goes on after a kill, to the same numbers; default: none.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if the data does not fit the model, a number is out of range, or the

@@ -33,7 +33,7 @@ class Descent:
         seed: of the draw of examples.
         checkpoint: file that the fit is kept in, and goes on from; None: it is not.
         facts: JSON values that say what is fitted to what: a file of other facts is refused.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
     """
 
     steps: int

@@ -40,7 +40,7 @@ def linear_shortcuts(
         to: place to reach, e.g. ``L5``; default: the last, whose reading is the model's own.
         held_out: share of the examples that it is judged by.
         seed: of the draw of examples.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         A lens for :func:`logit_lens`; ``.settings["r2"]`` has the share of variance explained on

@@ -64,7 +64,7 @@ def tuned_lens(
             30 layers, d_model 576 and 49k words). The held-out loss reads every held-out token.
         checkpoint: file in which the fit is kept, every 20 seconds, and from which the same call
             goes on after a kill, to the same numbers; default: none.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         A lens for :func:`logit_lens`; ``.report`` has the held-out loss beside the plain lens'.

@@ -101,7 +101,7 @@ def pruning_curve(
         reference: where replacement values come from.
         seed: of the random orders, and of what the method draws.
         batch_size: examples per recorded pass.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if an argument does not fit.

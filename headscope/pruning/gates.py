@@ -134,7 +134,7 @@ def learn_gates(
         better: for a metric of your own: is it better ``higher`` or ``lower``?
         seed: of the noise and of the order of batches.
         batch_size: examples per step; default: all that one pass takes.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if an argument makes no sense.

@@ -78,7 +78,7 @@ def gradient_importance(
         over: what the absolute value is taken of.
         normalise: divide by the layer's norm.
         batch_size: examples per pass; changes nothing but time and memory.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Example:
         >>> import headscope as hs

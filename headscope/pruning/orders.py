@@ -89,7 +89,7 @@ def iterative(
         count: how many heads go in all; default: all but those that are kept.
         keep: how many heads of each layer never go: the best ones of the first scoring.
         importance: scores the heads that are left.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Example:
         >>> len(hs.pruning.iterative(model, probe, step=0.25, count=4))
@@ -149,7 +149,7 @@ def greedy(
         batch_size: examples per recorded pass.
         checkpoint: JSON file in which the order is kept head by head, and from which the same
             call, or one for more heads, goes on after a kill; default: none.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if an argument does not fit, or the checkpoint is of another order.

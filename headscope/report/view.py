@@ -46,7 +46,7 @@ class AttentionView:
         )
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write the page, whole or not at all.
+        """Write the page atomically.
 
         Raises:
             InputError: if the name does not end in ``.html``.

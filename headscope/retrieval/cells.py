@@ -68,7 +68,7 @@ def scan_grid(
         new_tokens: steps of a run at most; see :func:`headscope.retrieval.follow`.
         threshold: recall above which a run counts.
         batch_size: examples at a time.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
         probe: other arguments of :func:`headscope.probes.needle`.
 
     Raises:

@@ -136,7 +136,7 @@ def score_corpus(
         max_tokens: read of a document.
         batch_size: documents per pass.
         part_size: documents of a part.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         One row per document, best first: rank, line, offset, tokens, base, masked, influence.

@@ -60,7 +60,7 @@ def follow(
         threshold: recall above which a run counts; as published, 0.5.
         edits: the same for all examples; those with ``scope="decode"`` act after the prompt.
         batch_size: examples at a time, of equal length; default: about 8192 tokens.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if the probe has no such marks or does not fit the model.
@@ -180,7 +180,7 @@ class _Looked:
             self.reachable[view.layer] = shown.any(-1)
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing is kept of it."""
+        """Unused."""
 
 
 class _Step(NamedTuple):

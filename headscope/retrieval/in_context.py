@@ -61,7 +61,7 @@ def in_context_score(
         reference: where means come from; default: the probe.
         seed: of what the method draws.
         batch_size: texts per pass.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if a text is too short, or an argument makes no sense.

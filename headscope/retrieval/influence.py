@@ -77,7 +77,7 @@ def influence(
         denominator: ``base``, equation 5 of the source; ``masked``, as in its figure 3.
         max_tokens: read of a document, from its start; default: what the model reads, up to 4096.
         batch_size: documents per pass; default: about 8192 tokens.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if there is no document, or an argument makes no sense.

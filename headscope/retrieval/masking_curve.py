@@ -74,7 +74,7 @@ def masking_curve(
         reference: of ``mean``; default: the probe itself.
         seed: of the random orders.
         batch_size: examples at a time.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if an argument does not fit the probe or the model.

@@ -110,4 +110,4 @@ class _Seen:
         self.count[view.layer] = known.sum((0, 2)).cpu().double()
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing is kept of it."""
+        """Unused."""

@@ -36,7 +36,7 @@ def follow_forced(
         probe: of kind ``needle``: with the marks ``end``, ``answering`` and ``needle_answer``.
         threshold: recall above which a run is called answered; all are scored.
         batch_size: examples at a time, of equal prompts; default: about 8192 tokens.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if the probe has no such marks or does not fit the model.
@@ -83,7 +83,7 @@ class _Looked:
             self.reachable[view.layer] = torch.cat(shown, 1)
 
     def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing is kept of it."""
+        """Unused."""
 
 
 def _read(model: HeadModel, probe: Probe, rows: list[int]) -> list[Run]:

@@ -64,7 +64,7 @@ def generate(
         temperature: 0: always the likeliest token; else drawn from ``softmax(logits / t)``.
         seed: of the draws.
         batch_size: prompts at a time; default: about 8192 tokens.
-        progress: show a bar; default: where somebody looks on and it takes over two seconds.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if a prompt does not fit, or an argument makes no sense.

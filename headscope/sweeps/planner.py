@@ -41,7 +41,7 @@ def make_plan(
     Args:
         config: what is wanted.
         benches: keeps the last model, for whoever goes on with it.
-        progress: show a bar over the models; default: where somebody looks on.
+        progress: show a progress bar over the models. Default: only in a terminal or notebook.
 
     Raises:
         InputError: if a probe, edit, metric or set does not fit a model.

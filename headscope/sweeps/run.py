@@ -69,7 +69,7 @@ def run_sweep(
         out: the folder; several processes may share it.
         shard: ``(i, n)`` runs part i of n, from 1.
         executor: where the chunks are run; default: here.
-        progress: show bars; default: where somebody looks on and it takes over two seconds.
+        progress: show progress bars. Default: only in a terminal or notebook, after 2 s.
         catch_signals: end in good order after a signal, with ``stopped`` in the outcome, as the
             command line does. By default the signal goes on to your program once the chunk at
             hand is saved: ``KeyboardInterrupt`` after Ctrl-C, the end of the process or your own

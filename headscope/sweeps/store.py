@@ -1,4 +1,4 @@
-"""What a sweep has run: one file per chunk, whole or absent, whatever kills the process.
+"""What a sweep has run: one file per chunk, written atomically.
 
 ``manifest.json`` (config, plan, versions) is written once. ``parts/<id>.parquet`` holds a finished
 chunk; the id says what it computes, so a part that exists is done, and two writers of the same

@@ -74,7 +74,7 @@ class AttentionExample(Stored, Shown):
         )
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file atomically."""
         from safetensors.numpy import save
 
         facts = {

@@ -93,7 +93,7 @@ class OrderCurve:
         return pandas.DataFrame(rows)
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write :meth:`to_pandas` as ``.parquet`` or ``.csv``, whole or not at all.
+        """Write :meth:`to_pandas` as ``.parquet`` or ``.csv``, atomically.
 
         Parquet also keeps the values per example and everything else that :meth:`load` needs.
 

@@ -16,7 +16,7 @@ _MAX_BYTES = 200_000_000
 
 
 def save_spectra(spectra: Sequence[HeadSpectra], path: "str | PathLike[str]") -> None:
-    """Write spectra of one model, whole or not at all."""
+    """Write spectra of one model atomically."""
     from safetensors.numpy import save
 
     arrays = {

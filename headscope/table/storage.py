@@ -32,7 +32,7 @@ _EXAMPLES = {"per_example": "examples", "control_per_example": "control_examples
 
 
 def save(table: HeadTable, path: "str | PathLike[str]", *, examples: bool = False) -> None:
-    """Write ``table`` to ``path``, whole or not at all, whatever kills the process."""
+    """Write ``table`` to ``path`` atomically."""
     import pyarrow
     from pyarrow import parquet
 

@@ -140,7 +140,7 @@ class HeadTable(Mapping[str, HeadScores], Stored):
         return polars_frame(list(self.values()))
 
     def save(self, path: "str | PathLike[str]", *, examples: bool = False) -> None:
-        """Write one parquet file, whole or not at all.
+        """Write one parquet file atomically.
 
         Args:
             path: of the file.
