@@ -27,12 +27,12 @@ def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, 
 
 
 def need_write(model: HeadModel, what: str) -> None:
-    """Refuse where a norm after attention is none whose gain can be folded.
+    """Refuse where values times ``W_O`` and a norm that can be folded are not what a head adds.
 
     Raises:
         UnsupportedModelError: with the model's own reason.
     """
-    reason = model.limits.get("attention_write")
+    reason = model.limits.get("attention_write", model.limits.get("ov"))
     if reason is not None:
         raise UnsupportedModelError(f"{reason} The weights alone do not give {what}.")
 

@@ -143,12 +143,12 @@ def _projection(model: "BridgeModel", layer: int, z: Tensor, written: Tensor) ->
     try:
         weights = model.weights(layer)
     except UnsupportedModelError as error:
-        return Check(what, Gap(float("inf"), 0.0), ("linear_write",), str(error))
+        return Check(what, Gap(float("inf"), 0.0), ("linear_write", "ov"), str(error))
     weight = weights.W_O.float().flatten(0, 1)
     flat = z.float().reshape(*z.shape[:2], -1)
     if flat.shape[-1] != len(weight):
         return Check(
-            what, Gap(float("inf"), 0.0), ("linear_write",), "has another W_O than it uses"
+            what, Gap(float("inf"), 0.0), ("linear_write", "ov"), "has another W_O than it uses"
         )
     expected = flat @ weight + weights.b_O.float()
     return Check(
