@@ -68,9 +68,11 @@ def score(
         >>> list(table)
         ['previous_token', 'induction']
     """
-    chosen = _applicable(model, scorers)
+    chosen = _applicable(model, scorers, probe)
     by_probe = _assign(model, chosen, probe, seed)
     for one, group in by_probe:
+        for scorer in group:
+            scorer.queries(one)  # a mark that the probe lacks is named before any pass
         capture.check_fits(model, one, answers=any("readout" in s.needs for s in group))
     budget = parse_memory(memory)
     if max_tokens_per_chunk is not None and max_tokens_per_chunk < 1:
@@ -100,14 +102,13 @@ def score(
     return HeadTable(done[scorer.name] for scorer in chosen)
 
 
-def _applicable(model: HeadModel, wanted: Wanted) -> tuple[Scorer, ...]:
-    """Scorers that were asked for; by default those that this family can be asked."""
+def _applicable(model: HeadModel, wanted: Wanted, probe: Probe | None) -> tuple[Scorer, ...]:
+    """Scorers that were asked for; by default those that fit this family and the caller's probe."""
     if wanted is None:
         return tuple(
             scorer
             for scorer in resolve(DEFAULT)
-            if not set(scorer.needs) & set(model.limits)
-            and (model.tokenizer is not None or scorer.name != "delimiter")  # marks need text
+            if not set(scorer.needs) & set(model.limits) and _can_read(scorer, model, probe)
         )
     listed = [wanted] if isinstance(wanted, str | Scorer) else list(wanted)
     chosen = resolve(listed)
@@ -118,6 +119,17 @@ def _applicable(model: HeadModel, wanted: Wanted) -> tuple[Scorer, ...]:
             if need in model.limits:
                 raise UnsupportedModelError(f"{scorer.name} needs {need}: {model.limits[need]}")
     return chosen
+
+
+def _can_read(scorer: Scorer, model: HeadModel, probe: Probe | None) -> bool:
+    """Whether a probe has the marks that a scorer looks at, or one with them can be made."""
+    if probe is None:
+        return model.tokenizer is not None or _kind_for(model, scorer) != "text"
+    try:
+        scorer.queries(probe)
+    except InputError:
+        return False
+    return True
 
 
 def _assign(

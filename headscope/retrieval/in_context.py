@@ -76,10 +76,7 @@ def in_context_score(
     asked, metric = _differences(probe, _range(early), _range(late))
     study = Study.of(model, asked, metric, batch_size=batch_size, progress=progress)
     chosen = present(model, heads)
-    own = reference if reference is not None else asked
-    placer = Placer(
-        study, method, reference=own if isinstance(method, str) else reference, seed=seed
-    )
+    placer = Placer(study, method, reference=reference, seed=seed)
     effects = ablated(study, placer, chosen)
     clean = np.concatenate([batch.clean.numpy() for _, batch in study.batches()])
     checks = {**placer.checks, "score": float(clean.mean()), "scores": clean.tolist()}

@@ -252,3 +252,13 @@ def test_a_control_may_have_another_length() -> None:
     model = hs.load(fresh("llama"))
     scored = hs.score(model, replace(probe, control=longer), ["entropy"], progress=False)
     assert np.isfinite(scored["entropy"].mean).all()
+
+
+def test_defaults_leave_out_what_the_callers_probe_has_no_marks_for() -> None:
+    model = hs.load()
+    probe = hs.probes.repeated_tokens(model, length=8, batch=2)
+    table = hs.score(model, probe)
+    assert "induction" in table
+    assert "delimiter" not in table
+    with pytest.raises(InputError, match="no mark 'delimiter'"):
+        hs.score(model, probe, ["induction", "delimiter"])
