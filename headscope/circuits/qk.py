@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.reading import chosen_layers
+from headscope.errors import UnsupportedModelError
 from headscope.inputs import Rotation
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
@@ -140,7 +141,7 @@ def _unrotated(
 ) -> tuple[HeadFactors, list[Rotation]]:
     """Factors without rotation, and each layer's rotation (none asked for where bare)."""
     numbers = chosen_layers(model, layers)
-    rotations = [] if bare else [model.parts.rotation(layer) for layer in numbers]
+    rotations = [] if bare else _rotations(model, numbers)
     sides: dict[str, list[Tensor]] = {name: [] for name in ("Q", "K", "b_Q", "b_K")}
     for layer in numbers:
         weights = model.weights(layer)
@@ -164,3 +165,13 @@ def _unrotated(
         name="QK",
     )
     return factors, rotations
+
+
+def _rotations(model: HeadModel, layers: Sequence[int]) -> list[Rotation]:
+    """Rotations of some layers; where there are none to measure, say what still works."""
+    try:
+        return [model.parts.rotation(layer) for layer in layers]
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{error} fold_norm=False without an offset shows the bare weights."
+        ) from error

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from headscope.errors import InputError
+from headscope.plots.figure import Figure
 from headscope.plots.pattern import attention_pattern
 from headscope.plots.style import SEQUENTIAL, STYLES, Style, Theme, dress
 from headscope.plots.text import label
@@ -73,7 +74,7 @@ def mixing_map(
     cells = found.mixing_of(form)[:, example, real]
     columns = [f"{n} {label(found.tokens[example][at], 12)}" for n, at in enumerate(real)]
     layers = [f"L{n}" for n in range(len(cells))]
-    figure = go.Figure(
+    figure = Figure(
         go.Heatmap(
             z=cells[::-1].astype(np.float32),
             x=columns,
@@ -134,7 +135,7 @@ def route_graph(routes: Routes, *, most: int = 300, theme: Theme = "light") -> g
     drawable = [edge for edge in routes.edges if edge.kind != "bias" and edge.importance > 0]
     edges = sorted(drawable, key=lambda edge: -edge.importance)[:most]
     columns = _columns(routes, edges)
-    figure = go.Figure()
+    figure = Figure()
     for kind, colour in (
         ("residual", style.muted), ("mlp", style.modes["V"]), ("attention", style.accent)
     ):  # fmt: skip

@@ -269,7 +269,7 @@ def test_mistakes_get_a_sentence() -> None:
     model = model_of("gpt2")
     with pytest.raises(InputError, match="same token"):
         lens.attribute(model, TOKENS, 5, 5)
-    with pytest.raises(InputError, match="no token 99"):
+    with pytest.raises(InputError, match="no logit of token 99"):
         lens.attribute(model, TOKENS, 99)
     probe = hs.probes.repeated_tokens(model, length=4, batch=2)
     with pytest.raises(InputError, match="no foils"):

@@ -226,9 +226,9 @@ class MeasuredParts(ABC):
         if found is None:
             raise UnsupportedModelError(
                 f"{self.model.name} changes its queries and keys by more than a rotation (a norm "
-                "on them, as in qwen3 or gemma3), so its attention scores are not bilinear and no "
-                "one matrix gives them: fold_norm=False without an offset shows the bare weights, "
-                "and a match_scorer reads the scores of a run, with their norms."
+                "on them, as in qwen3 or gemma3), so how positions turn them cannot be measured, "
+                "and no one matrix gives its attention scores: a match_scorer reads the scores of "
+                "a run, with their norms."
             )
         return found
 
