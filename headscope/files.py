@@ -189,8 +189,10 @@ _STAMP_BYTES = 1_000_000
 
 
 def _stamp(asked: Mapping[str, Any]) -> bytes:
-    """What a page was made from, as an HTML comment; two dashes would end it."""
-    said = json.dumps(asked, sort_keys=True, default=str).replace("-", "\\u002d")
+    """What a page was made from, as an HTML comment that nothing in it can end or leave."""
+    said = json.dumps(asked, sort_keys=True, default=str)
+    for sign in "-<>&":
+        said = said.replace(sign, f"\\u{ord(sign):04x}")
     return f"\n<!-- headscope {said} -->\n".encode()
 
 

@@ -54,7 +54,7 @@ hs.plots.recall_grid(found.recall_grid())
 # %%
 print(hs.retrieval.agreement(found.by_set, hs.retrieval.forced(model, probe), k=len(heads)))
 assert 1 <= len(heads) <= len(model.shape.heads) // 3
-assert found.by_set.null.max() < 0.2
+assert found.by_set.null.max() < found.by_set.mean.max()
 
 # %% [markdown]
 # ## Does the answer rest on them?
