@@ -96,7 +96,9 @@ def compare(
         pairs, closeness = by_weights(a, b)
     else:
         pairs, closeness = (by_profile if by == "profile" else by_address)(one, two)
-    order = np.argsort(-_distinctive(one, two, names, pairs), kind="stable")
+    # Heads that are equally distinctive up to rounding stay in their own order, on any device.
+    distinctive = np.round(_distinctive(one, two, names, pairs), 4)
+    order = np.argsort(-distinctive, kind="stable")
     pairs = [pairs[i] for i in order]
     at = tuple(np.array([[p[side] for p in pairs] for side in (0, 1)]).transpose(0, 2, 1))
     columns = [_difference(one[name], two[name], at) for name in names]
