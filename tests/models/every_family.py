@@ -58,4 +58,4 @@ def holds(kind: str) -> None:
     checked = any("TypeCheckError" in reason for reason in family.reasons.values())
     if is_current() and not (checked and "moshi" in kind):
         said = f"{family.verdict}, {family.reasons}: run python -m tools.families"
-    assert listed()[kind] == family.verdict, said
+        assert listed()[kind] == family.verdict, said
