@@ -66,7 +66,8 @@ def compare(
     Returns:
         The pairs, not in the order of closeness: first those whose heads both stand out. A head
         stands out by its largest distance, over the shared scores, from the median of its model's
-        heads, in standard deviations over them; a pair by the smaller distance of its two heads.
+        heads, in standard deviations over them (four decimals); a pair by the smaller distance
+        of its two heads. Pairs that are equal in this stay in the order of their first heads.
 
     Raises:
         InputError: if the two share no score, or cannot be matched in that way.

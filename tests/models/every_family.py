@@ -54,8 +54,6 @@ def holds(kind: str) -> None:
     """Right, limited or refused, and as the page says."""
     family = judged(kind)
     assert family.verdict != "wrong", family.reasons
-    # Shapes are checked in tests only; moshi hands attention some that annotations refuse.
-    checked = any("TypeCheckError" in reason for reason in family.reasons.values())
-    if is_current() and not (checked and "moshi" in kind):
+    if is_current():
         said = f"{family.verdict}, {family.reasons}: run python -m tools.families"
         assert listed()[kind] == family.verdict, said

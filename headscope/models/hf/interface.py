@@ -276,7 +276,7 @@ def _attend(
         attention_mask = attention_mask[:, : facts.end] if facts.padded else None
         sliding_window = facts.window
     call = AttentionCall(
-        layer=getattr(module, "layer_idx", -1),
+        layer=_layer_of(module),
         query=query,
         key=key,
         value=value,
@@ -290,6 +290,12 @@ def _attend(
     call = call if kept is None else kept.spread_call(call)
     route = next((route for route in reversed(_ROUTES) if route.takes(module)), None)
     return (fused(call) if route is None else route.handler(module, call)), None
+
+
+def _layer_of(module: torch.nn.Module) -> int:
+    """Number that a module of attention gives itself; -1 where it has none, as if it is shared."""
+    number = getattr(module, "layer_idx", None)
+    return number if isinstance(number, int) else -1
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:

@@ -116,11 +116,11 @@ class Pass:
         self.pending = call if self.observers else None
         return edited_attention(call, edits, self.span)
 
-    def _at_projection(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
+    def _at_projection(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         last = max(self.layout.layers)
         shape = self.layout.shape
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not self._runs:
                 return None
             z = args[0].unflatten(-1, (shape.n_heads, shape.d_head))
@@ -136,7 +136,7 @@ class Pass:
 
         return hook
 
-    def _at_final(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _at_final(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self._runs:
             return
         self.finals += 1
@@ -182,10 +182,10 @@ class Scope:
         call = edited_call(replace(call, layer=layer), edits, span)
         return edited_attention(call, edits, span)
 
-    def _at_projection(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
+    def _at_projection(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         shape = self.layout.shape
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             use = use_of(self.module)
             if use.measuring():
                 return None

@@ -204,8 +204,8 @@ class _Run:
         return self._returned(parts.layer, parts.projection(z.flatten(-2)))
 
     def _at_projection(
-        self, layer: int, edit: Stacked, _module: nn.Module, args: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+        self, layer: int, edit: Stacked, _module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
         shape = self.replay.model.shape
         z = args[0].unflatten(-1, (shape.n_heads, shape.d_head))
         return (edit(layer, z).flatten(-2), *args[1:])
