@@ -17,8 +17,7 @@ from headscope.files import check_same, whole_file, writable_folder
 from headscope.heads import HeadIndex
 from headscope.interventions import Intervention
 from headscope.metrics import AnyMetric, Metric
-from headscope.probes.digest import probe_digest
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.table import Provenance
 
 Checkpoint = str | PathLike[str] | None

@@ -19,8 +19,7 @@ from headscope.errors import InputError, nearest
 from headscope.files import subfolder, whole_file
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, needle
-from headscope.probes.haystack import read_haystack
-from headscope.probes.needle_sets import fixed_needles
+from headscope.probes.needle_sets import fixed_needles, read_haystack
 from headscope.report.retrieval import retrieval_drawings, retrieval_sections
 from headscope.retrieval import (
     MaskingConfig,

@@ -14,8 +14,7 @@ from torch import Tensor
 from headscope.errors import InputError
 from headscope.files import check_same, whole_file, writable_folder
 from headscope.lens.fitting import Data, batches
-from headscope.probes.digest import probe_digest
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.progress import track
 
 # Seconds between two writes: what a kill may cost.

@@ -7,18 +7,18 @@ function of whole logits: ``hs.metrics.loss(model.forward(probe.tokens), probe)`
 A function of your own, ``f(logits [batch pos d_vocab], probe) -> [batch]``, is a metric too.
 """
 
-from headscope.metrics.answers import accuracy as accuracy
-from headscope.metrics.answers import answer_log_prob as answer_log_prob
-from headscope.metrics.answers import answer_probability as answer_probability
-from headscope.metrics.answers import answer_rank as answer_rank
-from headscope.metrics.answers import logit_difference as logit_difference
-from headscope.metrics.distributions import kl_divergence as kl_divergence
-from headscope.metrics.distributions import loss as loss
-from headscope.metrics.effect import normalised_effect as normalised_effect
-from headscope.metrics.rows import Answered as Answered
-from headscope.metrics.rows import AnyMetric as AnyMetric
-from headscope.metrics.rows import LogitRows as LogitRows
-from headscope.metrics.rows import Metric as Metric
-from headscope.metrics.rows import WholeMetric as WholeMetric
-from headscope.metrics.rows import as_metric as as_metric
-from headscope.metrics.rows import rows_of as rows_of
+from headscope.metrics.base import Answered as Answered
+from headscope.metrics.base import AnyMetric as AnyMetric
+from headscope.metrics.base import LogitRows as LogitRows
+from headscope.metrics.base import Metric as Metric
+from headscope.metrics.base import WholeMetric as WholeMetric
+from headscope.metrics.base import as_metric as as_metric
+from headscope.metrics.base import rows_of as rows_of
+from headscope.metrics.catalogue import accuracy as accuracy
+from headscope.metrics.catalogue import answer_log_prob as answer_log_prob
+from headscope.metrics.catalogue import answer_probability as answer_probability
+from headscope.metrics.catalogue import answer_rank as answer_rank
+from headscope.metrics.catalogue import kl_divergence as kl_divergence
+from headscope.metrics.catalogue import logit_difference as logit_difference
+from headscope.metrics.catalogue import loss as loss
+from headscope.metrics.catalogue import normalised_effect as normalised_effect

@@ -1,5 +1,6 @@
 """Probes: batches of token sequences with known structure."""
 
+from headscope.probes.encoding import from_tokens
 from headscope.probes.jsonl import from_jsonl
 from headscope.probes.needle import needle
 from headscope.probes.needle_sets import Needle
@@ -7,7 +8,6 @@ from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
 from headscope.probes.repeated import random_tokens, repeated_tokens
 from headscope.probes.text import text
-from headscope.probes.tokens import from_tokens
 from headscope.probes.vocabulary import HasVocabulary, uses_bos
 
 __all__ = [

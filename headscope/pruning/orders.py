@@ -19,8 +19,7 @@ from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
-from headscope.probes.digest import probe_digest
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.progress import track
 from headscope.pruning.direction import Better, cost_sign
 from headscope.pruning.importance import gradient_importance

@@ -18,8 +18,7 @@ from headscope.interventions import Scale
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
-from headscope.probes.digest import probe_digest
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.sweeps.config import EditConfig, MetricConfig, ModelConfig, SweepConfig
 from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Study
 from headscope.sweeps.rankings import Rankings, metric_of

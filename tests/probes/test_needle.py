@@ -16,10 +16,8 @@ from headscope.errors import InputError
 from headscope.models.bundled.training import text, words
 from headscope.probes import Needle, needle
 from headscope.probes.config import ProbeConfig, build_probe
-from headscope.probes.haystack import read_haystack, split_sentences
-from headscope.probes.needle_layout import _hide
-from headscope.probes.needle_sets import DRAWN, _words
-from headscope.probes.pieces import Piece, assemble
+from headscope.probes.needle_layout import Piece, _hide, assemble
+from headscope.probes.needle_sets import DRAWN, _words, read_haystack, split_sentences
 from tests.probes.support import Reader, reader, real_reader, small_tokenizer
 
 CHAT = (

@@ -12,7 +12,7 @@ from scipy import stats
 
 import headscope as hs
 from headscope.errors import InputError
-from headscope.probes.spans import find_span
+from headscope.probes.jsonl import find_span
 from headscope.rows import AttentionRows
 from headscope.scorers import relation
 from tests.models.families import build
