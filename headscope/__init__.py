@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from headscope.table import HeadTable as HeadTable
     from headscope.table import PairScores as PairScores
     from headscope.table import Provenance as Provenance
+    from headscope.table import ScoreSpec as ScoreSpec
 
 __version__ = "0.1.0"
 
@@ -81,6 +82,7 @@ _HOME = {
     "PairScores": "headscope.table",
     "Probe": "headscope.probes",
     "Provenance": "headscope.table",
+    "ScoreSpec": "headscope.table",
     "Tap": "headscope.models.taps",
     "ablate_cumulatively": "headscope.ablation",
     "ablate_groups": "headscope.ablation",

@@ -73,14 +73,11 @@ def as_scores(
     provenance: Provenance,
 ) -> HeadScores:
     """Effects as a score, tested against no effect."""
-    none = np.where(np.isnan(effects).all(-1, keepdims=True), np.nan, 0.0)
-    return HeadScores.from_examples(
+    return HeadScores.from_effects(
         f"{method}_ablation",
         effects,
         kv_heads=study.model.shape.n_kv_heads,
-        control_per_example=none,
         design=Design(clusters=study.probe.cluster_labels),
-        alternative="two-sided",
         unit=study.metric.unit,
         description=f"{study.metric.name} with the head ablated ({method}) less that without.",
         source="Michel et al. 2019, arXiv 1905.10650 (ablation); Nanda 2023 (attribution)",

@@ -4,6 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 _MOST_ROWS, _MOST_COLUMNS = 40, 48  # of a coloured grid
 _TEXT_ROWS, _TEXT_WIDTH = 6, 56
@@ -20,12 +25,33 @@ class Grid:
         columns: labels to the right.
         cells: text of every cell.
         shades: from -1 to 1, blue above 0 and orange below; NaN is grey.
+        emphasis: how much each cell counts: ``role`` or ``strong`` (bold), ``faint``, or nothing.
+        titles: what the columns are, in a sentence each.
+        whole: show every column, however many.
     """
 
     rows: Sequence[str]
     columns: Sequence[str]
     cells: Sequence[Sequence[str]]
     shades: Sequence[Sequence[float]]
+    emphasis: Sequence[Sequence[str]] = ()
+    titles: Sequence[str] = ()
+    whole: bool = False
+
+
+class Line(NamedTuple):
+    """A line of a list: what it says, what in it counts most, and whether it counts little."""
+
+    text: str
+    strong: str = ""
+    faint: bool = False
+
+
+class Lines(NamedTuple):
+    """A list of lines with a heading."""
+
+    heading: str
+    lines: Sequence[Line]
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,8 @@ class Glance:
         rows: its most notable entries.
         grid: a picture in cells, for notebooks.
         hint: what to do next, as code.
+        notes: sentences below.
+        lists: further lists below, each with a heading.
     """
 
     title: str
@@ -47,6 +75,8 @@ class Glance:
     rows: Sequence[Sequence[str]] = ()
     grid: Grid | None = None
     hint: str = ""
+    notes: Sequence[str] = ()
+    lists: Sequence[Lines] = ()
 
     def text(self) -> str:
         """A few lines for a terminal."""
@@ -61,14 +91,31 @@ class Glance:
     def html(self) -> str:
         """A small page: static, every text escaped, nothing fetched."""
         facts = f" <span>{said(', '.join(self._facts), 400)}</span>" if self._facts else ""
-        parts = [f"<p><b>{said(self.title, 120)}</b>{facts}</p>"]
+        parts = [f"<p><b>{said(self.title, 120)}</b>{facts}</p>"] if self.title else []
         if self.grid is not None:
             parts.append(_grid_html(self.grid))
         elif self.rows:
             parts.append(_rows_html(self.columns, self.rows[:_MOST_ROWS]))
+        parts += [f"<p>{said(note, 400)}</p>" for note in self.notes]
+        for heading, lines in self.lists:
+            items = "".join(f"<li>{said(line.text + line.strong, 400)}</li>" for line in lines)
+            parts.append(f"<p>{said(heading)}</p><ul>{items}</ul>")
         if self.hint:
             parts.append(f"<p>next: <code>{escape(self.hint)}</code></p>")
         return "".join(parts)
+
+    def terminal(self) -> "list[RenderableType]":
+        """The grid, the notes and the lists, for a console of rich."""
+        from rich.text import Text
+
+        parts: list[RenderableType] = [] if self.grid is None else [_grid_terminal(self.grid)]
+        parts += [Text(readable(note, 400), style="dim") for note in self.notes]
+        for heading, lines in self.lists:
+            parts.append(Text(f"\n{heading}", style="bold"))
+            for line in lines:
+                text = Text(f"  {line.text}", style="dim" if line.faint else "")
+                parts.append(text.append(line.strong, style="cyan"))
+        return parts
 
     @property
     def _facts(self) -> list[str]:
@@ -109,6 +156,16 @@ def number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3g}"
 
 
+def short(value: float) -> str:
+    """A number in at most seven characters; a dash where it is missing."""
+    if math.isnan(value):
+        return "-"
+    if value != 0 and not 0.001 <= abs(value) < 10000:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    digits = 3 if abs(value) < 0.1 else 2 if abs(value) < 100 else 0
+    return f"{value:.{digits}f}"
+
+
 def sizes(names: Sequence[str], counts: Sequence[int]) -> str:
     """A shape in words: ``12 layers x 8 heads``."""
     return " x ".join(
@@ -136,17 +193,27 @@ def _rows_html(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _grid_html(grid: Grid) -> str:
-    rows, columns = grid.rows[:_MOST_ROWS], grid.columns[-_MOST_COLUMNS:]
+    rows = grid.rows[:_MOST_ROWS]
+    columns = grid.columns if grid.whole else grid.columns[-_MOST_COLUMNS:]
     first = len(grid.columns) - len(columns)
-    names = "".join(f'<th style="{_CELL}">{said(one, 12)}</th>' for one in columns)
+    titles = list(grid.titles or [""] * len(grid.columns))[first:]
+    names = "".join(
+        f'<th style="{_CELL}" title="{said(title, 400)}">'
+        f"{said(one, 120 if grid.whole else 12)}</th>"
+        for one, title in zip(columns, titles, strict=True)
+    )
     body = "".join(
         f'<tr><th style="{_CELL}">{said(name, 20)}</th>'
         + "".join(
-            f'<td style="{_CELL}{_ground(shade)}">{said(cell, 12)}</td>'
-            for cell, shade in zip(cells[first:], shades[first:], strict=True)
+            f'<td style="{_CELL}{_ground(shade)}{_WEIGHT.get(weight, "")}">{said(cell, 12)}</td>'
+            for cell, shade, weight in zip(
+                cells[first:], shades[first:], weights[first:], strict=True
+            )
         )
         + "</tr>"
-        for name, cells, shades in zip(rows, grid.cells, grid.shades, strict=False)
+        for name, cells, shades, weights in zip(
+            rows, grid.cells, grid.shades, _emphasis(grid), strict=False
+        )
     )
     left = []
     if first:
@@ -155,6 +222,29 @@ def _grid_html(grid: Grid) -> str:
         left.append(f"the first {len(rows)} of {len(grid.rows)} rows")
     note = f"<p>{' and '.join(left)}</p>" if left else ""
     return _table(f"<tr><th></th>{names}</tr>", body) + note
+
+
+_WEIGHT = {"role": ";font-weight:700", "strong": ";font-weight:700"}
+_STYLE = {"role": "bold green", "strong": "bold", "faint": "dim"}
+
+
+def _emphasis(grid: Grid) -> Sequence[Sequence[str]]:
+    return grid.emphasis or [[""] * len(row) for row in grid.cells]
+
+
+def _grid_terminal(grid: Grid) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table.add_column("head", style="bold cyan", no_wrap=True, vertical="bottom")
+    for name in grid.columns:
+        table.add_column(Text(name.replace("_", "\n")), justify="right", vertical="bottom")
+    for name, cells, weights in zip(grid.rows, grid.cells, _emphasis(grid), strict=True):
+        styled = (Text(cell, _STYLE.get(w, "")) for cell, w in zip(cells, weights, strict=True))
+        table.add_row(name, *styled)
+    return table
 
 
 def _ground(shade: float) -> str:

@@ -174,3 +174,10 @@ def _decoded(value: Any, array: Any, depth: int) -> Any:
             _decoded(key, array, depth - 1): _decoded(one, array, depth - 1) for key, one in held
         }
     return _SEQUENCES[kind](_decoded(one, array, depth - 1) for one in held)
+
+
+def frozen(array: np.ndarray, kind: type) -> np.ndarray:
+    """Return a copy that cannot be written to."""
+    copy: np.ndarray = np.array(array, dtype=kind)
+    copy.setflags(write=False)
+    return copy

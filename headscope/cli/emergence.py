@@ -21,7 +21,7 @@ from headscope.files import paragraphs, read_text, whole_file
 from headscope.plots.text import visible
 from headscope.sweeps.results import read
 from headscope.table import Emergence
-from headscope.table.emergence import joined_curves
+from headscope.table.comparing import joined_curves
 
 if TYPE_CHECKING:
     from rich.table import Table

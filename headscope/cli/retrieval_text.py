@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from headscope.cli.output import console
 from headscope.retrieval import Retrieval
 from headscope.table import OrderCurve, RecallGrid
-from headscope.table.roles import against
+from headscope.table.notable import against
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -59,8 +59,6 @@ def _studies(results: Results, model: str, name: str) -> Iterator[dict[str, Any]
 
 def _table(results: Results, model: str) -> HeadTable:
     """Effects of single heads; where a sweep has none, the first heads of its curves."""
-    from dataclasses import replace
-
     found = {}
     for name, arrange in results.arranged.items():
         if arrange != "each":
@@ -71,7 +69,7 @@ def _table(results: Results, model: str) -> HeadTable:
             title = ":".join(map(str, words))
             while title in found:
                 title += f" {name}"
-            found[title] = replace(one, name=title)
+            found[title] = one.renamed(title)
     if not found:
         found = _blank(results, model)
     return HeadTable(list(found.values()))

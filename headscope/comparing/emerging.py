@@ -16,7 +16,7 @@ from headscope.progress import track
 from headscope.scorers import Scorer
 from headscope.scoring import score
 from headscope.table import Emergence, HeadTable
-from headscope.table.emergence import joined_curves
+from headscope.table.comparing import joined_curves
 
 _SCORES = ("previous_token", "induction", "duplicate_token", "first_token")
 

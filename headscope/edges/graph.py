@@ -142,13 +142,11 @@ class EdgeGraph(Shown):
     def heads(self) -> HeadScores:
         """:attr:`head_scores` as a score of the table, tested against 0."""
         found = self._by_head(self.per_example.astype(np.float64))
-        return HeadScores.from_examples(
+        return HeadScores.from_effects(
             f"{self.method}_edges",
             found,
             kv_heads=self.kv_heads,
-            control_per_example=np.where(np.isnan(found).all(-1, keepdims=True), np.nan, 0.0),
             design=Design(clusters=self.clusters),
-            alternative="two-sided",
             unit=self.unit,
             description="Sum of the scores of the edges that leave the head.",
             source="Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806",

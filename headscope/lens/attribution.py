@@ -10,7 +10,7 @@ from headscope.lens.splitting import Split
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import origin
-from headscope.table.attribution import Attribution
+from headscope.table.lens import Attribution
 
 
 @own_types()

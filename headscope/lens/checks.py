@@ -11,7 +11,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.lens.splitting import Split
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.table.attribution import Tolerance, check_sum
+from headscope.table.lens import Tolerance, check_sum
 
 # Largest gap between the parts and the whole: a number, and a share of the largest part. Half
 # precision rounds the residual stream itself, block by block, to 8 or 11 bits.

@@ -20,7 +20,7 @@ from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores
-from headscope.table.attribution import check_sum
+from headscope.table.lens import check_sum
 
 Against = Literal["foil", "mean", "nothing"]
 
@@ -77,14 +77,11 @@ def head_attribution(
     for where, split in _splits(model, probe, chosen, batch_size):
         if len(split.example):
             values[..., where] = _per_example(model, split, where.stop - where.start)
-    none = np.where(np.isnan(values).all(-1, keepdims=True), np.nan, 0.0)
-    return HeadScores.from_examples(
+    return HeadScores.from_effects(
         "direct_attribution",
         values,
         kv_heads=model.shape.n_kv_heads,
-        control_per_example=none,
         design=Design(clusters=probe.cluster_labels),
-        alternative="two-sided",
         unit="logits",
         description=f"What each head adds directly to the target's logit, less {_WORDS[chosen]}.",
         source="Elhage et al. 2021, direct path; Wang et al. 2022, direct effect",

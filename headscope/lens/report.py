@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from headscope.base.saved import frozen
 from headscope.base.statistics import mean_and_sem
-from headscope.table.summary import frozen
 
 if TYPE_CHECKING:
     import pandas

@@ -8,7 +8,6 @@ from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress
 from headscope.plots.text import label
 from headscope.table import HeadScores
-from headscope.table.excerpt import best
 
 
 def ranking(
@@ -31,7 +30,7 @@ def ranking(
         'Figure'
     """
     style = STYLES[theme]
-    chosen = best(scores, k)
+    chosen = scores.notable(k)
     names = [str(head) for head, _ in chosen]
     means = np.array([mean for _, mean in chosen], dtype=float)
     if scores.examples is None:

@@ -10,7 +10,7 @@ from headscope.plots.figure import Figure
 from headscope.plots.style import STYLES, Theme, dress, layer_marker
 from headscope.plots.text import label
 from headscope.table import HeadScores
-from headscope.table.excerpt import best_heads
+from headscope.table.notable import best_heads
 
 
 def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "light") -> go.Figure:

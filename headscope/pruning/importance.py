@@ -202,14 +202,11 @@ def ablation_importance(
         progress=progress,
     )
     values = sign * effects.per_example
-    none = np.where(np.isnan(values).all(-1, keepdims=True), np.nan, 0.0)
-    return HeadScores.from_examples(
+    return HeadScores.from_effects(
         "ablation_importance",
         values,
         kv_heads=effects.kv_heads,
-        control_per_example=none,
         design=effects.design,
-        alternative="two-sided",
         unit=effects.unit,
         description=f"How much worse {as_metric(metric).name} is without the head.",
         source="Michel et al. 2019, arXiv 1905.10650, section 3.2",

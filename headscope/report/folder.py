@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from headscope.base.specs import versions
 from headscope.files import subfolder, whole_file, whole_page
 from headscope.folders import Claim
 from headscope.plots import heatmap, heatmaps, save
@@ -15,7 +16,6 @@ from headscope.report.kept import sections_json
 from headscope.report.page import index_page
 from headscope.report.sections import Section
 from headscope.table import HeadTable
-from headscope.table.provenance import versions
 
 
 @dataclass(frozen=True)

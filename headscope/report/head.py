@@ -14,7 +14,7 @@ from headscope.report.circuits import missing_words
 from headscope.report.page import sections_page
 from headscope.report.sections import Block, Grid, Picture, Section, Words
 from headscope.table import HeadCard, HeadEigenvalues, HeadScores, HeadSpectra, HeadTable
-from headscope.table.card import NO_RANKS
+from headscope.table.weights import NO_RANKS
 
 _NAMES = {"Q": "queries", "K": "keys", "V": "values"}
 

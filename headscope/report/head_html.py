@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from headscope.base.glance import short
 from headscope.heads import HeadIndex
 from headscope.plots.text import visible
 from headscope.table import HeadCard, HeadScores, HeadTable
-from headscope.table.excerpt import written
 
 _CELL = "padding:1px 8px;text-align:left"
 _MARK = "padding:0 .3em;background:rgba(127,127,127,.18);border-radius:3px;white-space:pre"
@@ -40,7 +40,7 @@ def _row(scores: HeadScores, head: HeadIndex) -> tuple[str, ...]:
     role = scores.threshold is not None and bool(scores.significant()[head])
     name = f"<b>{_said(scores.name)}</b>" if role else _said(scores.name)
     values = (float(one[head]) for one in (scores.mean, scores.sem, scores.null))
-    return (name, *map(written, values), _said(scores.unit))
+    return (name, *map(short, values), _said(scores.unit))
 
 
 def _directions(title: str, views: Sequence[dict[str, Any]]) -> str:

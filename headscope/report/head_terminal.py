@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from headscope.base.glance import short
 from headscope.heads import HeadIndex
 from headscope.plots.text import visible
 from headscope.table import HeadCard, HeadScores, HeadTable
-from headscope.table.card import NO_RANKS
-from headscope.table.excerpt import written
+from headscope.table.weights import NO_RANKS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,8 +80,8 @@ def _behaviour(head: HeadIndex, scores: Iterable[HeadScores]) -> "Table":
         rank = f"{int((known > mean).sum()) + 1}/{known.size}" if known.size > 1 else ""
         grid.add_row(
             Text(one.name, style="bold green" if role else ""),
-            written(float(mean)),
-            written(float(one.sem[head])),
+            short(float(mean)),
+            short(float(one.sem[head])),
             Text(one.unit),
             rank,
         )
@@ -92,5 +92,5 @@ def _weights(card: HeadCard) -> "Table":
     grid = _grid("from weights", "value", "rank")
     for name in _WEIGHTS:
         if name in card.scores:
-            grid.add_row(name, written(card.scores[name]), str(card.ranks.get(name, "")))
+            grid.add_row(name, short(card.scores[name]), str(card.ranks.get(name, "")))
     return grid

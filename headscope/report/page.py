@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from headscope.base.glance import short
 from headscope.plots import heatmap
 from headscope.report.sections import Section, laid_out
 from headscope.report.shell import filled
 from headscope.table import HeadTable, Provenance
-from headscope.table.excerpt import by_interest, fraction, written
-from headscope.table.roles import find_roles
+from headscope.table.notable import by_interest, find_roles
 from headscope.table.scores import HeadScores
 
 Row = dict[str, object]
@@ -41,7 +41,7 @@ def index_page(
         alpha: false discovery rate of the roles.
         sections: shown before the table of all heads.
     """
-    scores = by_interest(table) if names is None else [table[name] for name in names]
+    scores = by_interest(table.values()) if names is None else [table[name] for name in names]
     provenance = next(iter(table.values())).provenance
     roles = find_roles(scores, alpha)
     return _render(
@@ -114,8 +114,8 @@ def _rows(table: HeadTable, scores: Sequence[HeadScores], alpha: float) -> list[
         cells = [
             {
                 "value": float(one.mean[layer, head]),
-                "text": written(float(one.mean[layer, head])),
-                "strength": round(100 * fraction(one, float(one.mean[layer, head]))),
+                "text": short(float(one.mean[layer, head])),
+                "strength": round(100 * one.fraction(float(one.mean[layer, head]))),
                 "marked": bool(mark[layer, head]),
             }
             for one, mark in zip(scores, marks, strict=True)

@@ -10,7 +10,7 @@ from headscope.plots import curves, heatmap, recall_grid
 from headscope.plots.style import Theme
 from headscope.report.sections import Block, Grid, Picture, Section, Words
 from headscope.table import HeadScores, OrderCurve, RecallGrid
-from headscope.table.roles import against, copying
+from headscope.table.notable import against, copying
 
 Drawing = Callable[[Theme], go.Figure]
 _MOST = 20

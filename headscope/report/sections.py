@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from headscope.table.excerpt import written
+from headscope.base.glance import short
 
 Cell = str | int | float | tuple[str, ...]
 
@@ -105,5 +105,5 @@ def _cell(cell: Cell) -> dict[str, Any]:
         return {"tokens": cell, "text": "", "number": False}
     if isinstance(cell, str):
         return {"tokens": (), "text": cell, "number": False}
-    text = str(cell) if isinstance(cell, int) else written(float(cell))
+    text = str(cell) if isinstance(cell, int) else short(float(cell))
     return {"tokens": (), "text": text, "number": True}

@@ -1,7 +1,7 @@
 """Runs put together by the model that they are of, as the data that the page's scripts draw."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,7 @@ from headscope.plots.text import visible
 from headscope.report.packed import packed, packed_example, packed_tokens
 from headscope.report.runs import Run
 from headscope.table import AttentionExample, HeadScores, HeadSpectra, RoleFinding
-from headscope.table.excerpt import by_interest
-from headscope.table.roles import find_roles
+from headscope.table.notable import by_interest, find_roles
 from headscope.table.table import HeadTable
 
 _RANKS = 32  # singular values shown of a head
@@ -74,9 +73,9 @@ def _subject(runs: Sequence[Run], alpha: float) -> Subject:
             distinct = one.name if one.name not in found else f"{one.name} ({run.label})"
             while distinct in found:
                 distinct += "'"
-            found[distinct] = (replace(one, name=distinct), _kind(run, one))
+            found[distinct] = (one.renamed(distinct), _kind(run, one))
     table = HeadTable([one for one, _ in found.values()])
-    ordered = by_interest(table)
+    ordered = by_interest(table.values())
     return Subject(
         named,
         tuple(runs),

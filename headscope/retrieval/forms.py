@@ -16,7 +16,7 @@ from headscope.retrieval.follow import RECALL, Options, follow_both
 from headscope.retrieval.runs import Run, Runs
 from headscope.scoring import score
 from headscope.table import HeadScores, RecallGrid
-from headscope.table.roles import copying
+from headscope.table.notable import copying
 
 _SOURCE = "Wu et al. 2024 (arXiv 2404.15574), {}"
 # Mean score from which the source calls a head a retrieval head.
@@ -267,18 +267,12 @@ def forced(
         return scores
     kept = np.where(runs.counted, scores.per_example, np.nan)
     return HeadScores.from_examples(
-        scores.name,
+        scores.spec,
         kept,
         kv_heads=scores.kv_heads,
         control_per_example=scores.control_per_example,
         design=scores.design,
-        alternative=scores.alternative,
         missing=np.asarray(scores.missing),
-        unit=scores.unit,
-        bounds=scores.bounds,
-        description=scores.description,
-        source=scores.source,
-        threshold=scores.threshold,
         provenance=replace(
             scores.provenance,
             probe={**scores.provenance.probe, "runs_counted": int(runs.counted.sum())},

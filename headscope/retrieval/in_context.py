@@ -82,13 +82,11 @@ def in_context_score(
     checks = {**placer.checks, "score": float(clean.mean()), "scores": clean.tolist()}
     facts = {**facts_of(method, reference, None), "early": str(early), "late": str(late)}
     values = by_head(model, chosen, effects)
-    return HeadScores.from_examples(
+    return HeadScores.from_effects(
         "in_context_learning",
         values,
         kv_heads=model.shape.n_kv_heads,
-        control_per_example=np.where(np.isnan(values).all(-1, keepdims=True), np.nan, 0.0),
         design=Design(clusters=probe.cluster_labels),
-        alternative="two-sided",
         unit="nats",
         description="In-context-learning score with the head ablated less that without.",
         source=_SOURCE,

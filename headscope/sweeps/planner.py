@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from headscope.base.specs import versions
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.progress import track
@@ -27,7 +28,6 @@ from headscope.sweeps.plan import (
 from headscope.sweeps.reading import check_config
 from headscope.sweeps.selection import Cell, cells
 from headscope.table import Provenance
-from headscope.table.provenance import versions
 
 # Edits that draw: the others give the same with every seed, and are run once, as seed 0.
 _DRAWS = {"resample"}

@@ -146,14 +146,11 @@ class Results:
         values = np.full((model.layers, model.heads, len(rows["effects"].iloc[0])), np.nan)
         for row in rows.itertuples():
             values[int(row.layer), int(row.head)] = _floats(row.effects)
-        none = np.where(np.isnan(values).all(-1, keepdims=True), np.nan, 0.0)
-        return HeadScores.from_examples(
+        return HeadScores.from_effects(
             name,
             values,
             kv_heads=model.kv_heads,
-            control_per_example=none,
             design=Design(clusters=_clusters(_origin(rows))),
-            alternative="two-sided",
             unit=str(rows["unit"].iloc[0]),
             description=f"{study['metric']} with the head edited ({study['edit']}) less that "
             "without.",

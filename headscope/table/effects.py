@@ -1,19 +1,24 @@
-"""Effects of interventions on any grid: groups of heads, layers by positions, sites."""
+"""Effects of interventions on any grid, as curves over orders of heads, and by token."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from os import PathLike
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from headscope.base.glance import Glance, Grid, Shown, number, shaded, sizes
-from headscope.base.saved import Saved
+from headscope.base.saved import Saved, frozen
+from headscope.base.specs import Provenance
 from headscope.base.statistics import Design, compare_means, mean_and_sem, mean_interval, top_order
 from headscope.errors import InputError
-from headscope.table.provenance import Provenance
-from headscope.table.summary import frozen
+from headscope.files import whole_file
+from headscope.heads import HeadIndex
+from headscope.parquet_files import read_parquet
 
 if TYPE_CHECKING:
     import pandas
@@ -147,3 +152,328 @@ class EffectGrid(Saved, Shown):
 
     def _names(self, at: Sequence[int]) -> list[str]:
         return [names[i] for names, i in zip(self.labels, at, strict=True)]
+
+
+_SUFFIXES = (".parquet", ".csv")
+Curve = TypeVar("Curve", bound="OrderCurve")
+
+
+@dataclass(frozen=True, eq=False)
+class OrderCurve:
+    """A metric against heads taken. Draw it with ``hs.plots.curves(curve.effects, ...)``.
+
+    Attributes:
+        effects: edited run less clean run; axes ``arm`` and what was done to the heads, e.g.
+            ``masked``; NaN where an order ends.
+        orders: heads of every arm, the first to be taken first.
+        controls: names of the arms in random order.
+    """
+
+    effects: EffectGrid
+    orders: Mapping[str, tuple[HeadIndex, ...]]
+    controls: tuple[str, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of heads taken."""
+        return tuple(int(label) for label in self.effects.labels[1])
+
+    @property
+    def per_example(self) -> Float[np.ndarray, "arm point example"]:
+        """The metric itself."""
+        return np.asarray(self.effects.per_example + self.effects.unedited)
+
+    @property
+    def mean(self) -> Float[np.ndarray, "arm point"]:
+        """Mean of the metric over examples."""
+        return mean_and_sem(self.per_example).mean
+
+    def interval(
+        self, level: float = 0.95
+    ) -> tuple[Float[np.ndarray, "arm point"], Float[np.ndarray, "arm point"]]:
+        """Confidence interval of the mean over examples, lower and upper end.
+
+        Student's t, widened for skewness; see :func:`headscope.base.statistics.mean_interval`.
+        """
+        return mean_interval(self.per_example, level, self.effects.clusters)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per arm and number of heads.
+
+        Columns: arm, control, the number (named as the second axis), head (the last one that was
+        taken), mean, sem, low and high (95% interval), effect.
+        """
+        import pandas
+
+        low, high = self.interval()
+        sem = mean_and_sem(self.per_example, self.effects.clusters).sem
+        rows = []
+        for i, arm in enumerate(self.effects.labels[0]):
+            for j, count in enumerate(self.counts):
+                if count > len(self.orders[arm]):
+                    continue
+                rows.append(
+                    {
+                        "arm": arm,
+                        "control": arm in self.controls,
+                        self.effects.axes[1]: count,
+                        "head": str(self.orders[arm][count - 1]) if count else "",
+                        "mean": self.mean[i, j],
+                        "sem": sem[i, j],
+                        "low": low[i, j],
+                        "high": high[i, j],
+                        "effect": self.effects.mean[i, j],
+                    }
+                )
+        return pandas.DataFrame(rows)
+
+    def save(self, path: "str | PathLike[str]") -> None:
+        """Write :meth:`to_pandas` as ``.parquet`` or ``.csv``, atomically.
+
+        Parquet also keeps the values per example and everything else that :meth:`load` needs.
+
+        Raises:
+            InputError: for another ending.
+        """
+        target = Path(path)
+        if target.suffix not in _SUFFIXES:
+            raise InputError(f"a curve is saved as {' or '.join(_SUFFIXES)}, not {target.name!r}.")
+        frame = self.to_pandas()
+        with whole_file(target) as file:
+            if target.suffix == ".csv":
+                frame.to_csv(file, index=False)
+            else:
+                write_curve(self.effects, frame, self._facts(), file)
+
+    @classmethod
+    def load(cls: type[Curve], path: "str | PathLike[str]") -> Curve:
+        """Read a curve that :meth:`save` wrote as parquet.
+
+        Raises:
+            InputError: if the file is none, or a curve of another kind.
+        """
+        effects, facts = read_curve(Path(path), cls.__name__)
+        try:
+            return cls(effects=effects, **cls._read(facts))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{str(path)!r} is a damaged curve: {error!r}.") from None
+
+    def _facts(self) -> dict[str, Any]:
+        """What is not in the effects, as JSON values."""
+        return {
+            "kind": type(self).__name__,
+            "orders": {arm: [str(head) for head in order] for arm, order in self.orders.items()},
+            "controls": list(self.controls),
+        }
+
+    @classmethod
+    def _read(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments that :meth:`_facts` wrote down."""
+        orders = facts["orders"].items()
+        return {
+            "orders": {arm: tuple(HeadIndex.parse(one) for one in order) for arm, order in orders},
+            "controls": tuple(facts["controls"]),
+        }
+
+
+_KEY = b"headscope"
+_FORMAT = 1
+_EXAMPLES = "effect_per_example"
+_MAX_CELLS = 50_000_000  # a file from elsewhere must not make us allocate what it likes
+
+
+def write_curve(
+    effects: EffectGrid, frame: "pandas.DataFrame", facts: Mapping[str, Any], file: IO[bytes]
+) -> None:
+    """Write the rows of a curve, effects per example, and what else there is to know.
+
+    Args:
+        effects: of the curve, axes arm and number.
+        frame: a row for every arm and number that was measured.
+        facts: JSON values, with the ``kind`` of curve.
+        file: to write to.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    arms, counts = effects.labels
+    at = [
+        (arms.index(arm), counts.index(str(count)))
+        for arm, count in zip(frame.arm, frame[effects.axes[1]], strict=True)
+    ]
+    kept = np.stack([effects.per_example[place] for place in at])
+    table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    lists = pyarrow.array([[_plain(one) for one in row] for row in kept.tolist()])
+    table = table.append_column(_EXAMPLES, lists)
+    head = {
+        "format": _FORMAT,
+        **facts,
+        "name": effects.name,
+        "axes": list(effects.axes),
+        "labels": [list(names) for names in effects.labels],
+        "unedited": [_plain(one) for one in effects.unedited.tolist()],
+        "unit": effects.unit,
+        "description": effects.description,
+        "provenance": effects.provenance.to_json(),
+        "clusters": effects.clusters,
+    }
+    known = {_KEY: json.dumps(head, allow_nan=False).encode()}
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), **known})
+    parquet.write_table(table, file, compression="zstd")
+
+
+def read_curve(path: Path, kind: str) -> tuple[EffectGrid, dict[str, Any]]:
+    """Effects and facts that :func:`write_curve` wrote.
+
+    Raises:
+        InputError: if the file is none, is damaged, or holds another kind of curve.
+    """
+    import pyarrow
+
+    rows = read_parquet(path)
+    if _KEY not in (rows.schema.metadata or {}):
+        raise InputError(f"{str(path)!r} is parquet, but not a curve that headscope saved.")
+    try:
+        facts: dict[str, Any] = json.loads(rows.schema.metadata[_KEY])
+        if facts["format"] != _FORMAT or facts.get("kind") != kind:
+            raise InputError(
+                f"{str(path)!r} holds {facts.get('kind') or 'a table'} of format "
+                f"{facts['format']}; here {kind} of format {_FORMAT} is read."
+            )
+        arms, counts = (tuple(str(one) for one in names) for names in facts["labels"])
+        unedited = np.array(facts["unedited"], dtype=float)
+        if len(arms) * len(counts) * len(unedited) > _MAX_CELLS:
+            raise InputError(f"{str(path)!r} claims {len(arms)} arms of {len(counts)} points.")
+        grid = np.full((len(arms), len(counts), len(unedited)), np.nan)
+        axes = tuple(str(one) for one in facts["axes"])
+        columns = (rows[name].to_pylist() for name in ("arm", axes[1], _EXAMPLES))
+        for arm, count, values in zip(*columns, strict=True):
+            grid[arms.index(arm), counts.index(str(count))] = np.array(values, dtype=float)
+        effects = EffectGrid(
+            name=str(facts["name"]),
+            axes=axes,
+            labels=(arms, counts),
+            per_example=grid,
+            unedited=unedited,
+            unit=str(facts["unit"]),
+            description=str(facts["description"]),
+            provenance=Provenance.from_json(facts["provenance"]),
+            clusters=_labels(facts.get("clusters")),
+        )
+    except InputError:
+        raise
+    except (
+        *(KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError),
+        *(RecursionError, MemoryError, pyarrow.ArrowException),
+    ) as error:
+        raise InputError(f"{str(path)!r} is a damaged curve: {error!r}.") from None
+    return effects, facts
+
+
+def _labels(values: Any) -> tuple[int, ...] | None:
+    return None if values is None else tuple(int(one) for one in values)
+
+
+def _plain(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenLosses(Saved, Shown):
+    """Cross-entropy of each token given those before, nats.
+
+    Attributes:
+        arms: names; the first is the whole model.
+        losses: NaN for a text's first token and beyond its end.
+        model: its name.
+    """
+
+    arms: tuple[str, ...]
+    losses: Float[np.ndarray, "arm example token"]
+    model: str = ""
+
+    def glance(self) -> Glance:
+        """Mean loss of each arm."""
+        return Glance(
+            "loss by token",
+            [sizes(("arm", "text", "token"), self.losses.shape), "nats", self.model],
+            ("arm", "mean loss"),
+            [
+                (name, number(float(np.nanmean(one))) if np.isfinite(one).any() else "-")
+                for name, one in zip(self.arms, self.losses, strict=True)
+            ],
+            hint="hs.plots.token_losses(losses), losses.score(early=50, late=500)",
+        )
+
+    @property
+    def mean(self) -> Float[np.ndarray, "arm token"]:
+        """Mean over texts; NaN where there is none."""
+        return mean_and_sem(self.losses.swapaxes(1, 2)).mean
+
+    @property
+    def sem(self) -> Float[np.ndarray, "arm token"]:
+        """Standard error of the mean."""
+        return mean_and_sem(self.losses.swapaxes(1, 2)).sem
+
+    def score(self, early: int = 50, late: int = 500) -> Float[np.ndarray, "arm example"]:
+        """In-context-learning score: loss of a late token less that of an early one.
+
+        Raises:
+            InputError: if the texts do not reach that far.
+        """
+        most = self.losses.shape[2] - 1
+        if not 1 <= early < late <= most:
+            raise InputError(f"early={early}, late={late}: tokens 1 to {most} have a loss.")
+        return np.asarray(self.losses[..., late] - self.losses[..., early])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RecallGrid(Saved, Shown):
+    """Share of right answers in every cell.
+
+    Attributes:
+        lengths: tokens of a text at most, as asked for.
+        depths: shares of the text before the needle.
+        share: of answers whose recall is above ``threshold``; NaN where there were none.
+        count: answers.
+        threshold: of the recall.
+        provenance: where it came from.
+    """
+
+    lengths: Float[np.ndarray, " length"]
+    depths: Float[np.ndarray, " depth"]
+    share: Float[np.ndarray, "length depth"]
+    count: Int[np.ndarray, "length depth"]
+    threshold: float
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def glance(self) -> Glance:
+        """Share of right answers by length and depth."""
+        lengths = [f"{int(one)} tokens" for one in self.lengths]
+        depths = [f"{one:.0%}" for one in self.depths.tolist()]
+        rows = [
+            (name, *(number(one) for one in row))
+            for name, row in zip(lengths, self.share.tolist(), strict=True)
+        ]
+        return Glance(
+            "needle recall",
+            [sizes(("length", "depth"), self.share.shape), self.provenance.model],
+            ("", *depths),
+            rows,
+            shaded(lengths, depths, self.share.tolist()),
+            hint="hs.plots.recall_grid(grid), grid.to_pandas()",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per cell: length, depth, share, count."""
+        import pandas
+
+        at = [(i, j) for i in range(len(self.lengths)) for j in range(len(self.depths))]
+        return pandas.DataFrame(
+            {
+                "length": [int(self.lengths[i]) for i, _ in at],
+                "depth": [float(self.depths[j]) for _, j in at],
+                "share": self.share.ravel(),
+                "count": self.count.ravel(),
+            }
+        )

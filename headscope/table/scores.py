@@ -1,49 +1,116 @@
 """One score for every head: its numbers, its meaning and where it came from."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from headscope.base.saved import Saved
+from headscope.base.glance import Glance, Grid, short
+from headscope.base.saved import Saved, Stored, frozen
+from headscope.base.specs import Direction, Provenance, ScoreSpec
 from headscope.base.statistics import (
     LEVEL,
     Alternative,
     Bounds,
     Design,
     benjamini_hochberg,
+    compare_means,
     examples_needed,
+    mean_and_sem,
     mean_interval,
     top_order,
 )
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.table.provenance import Provenance
-from headscope.table.summary import FLOATS, Summary, frozen
 
 if TYPE_CHECKING:
     import pandas
 
-
-def alternative_for(bounds: Bounds) -> Alternative:
-    """What to test of a score: ``two-sided`` where 0 lies inside the bounds, else ``greater``."""
-    low, high = bounds
-    signed = (low is None or low < 0) and (high is None or high > 0)
-    return "two-sided" if signed else "greater"
+# Most layers and heads of a grid that is shown whole.
+_MOST = 32
+# Rows are computed in fp32, whose rounding is about 1e-7 a step.
+_RESOLUTION = 1e-6
 
 
-class Facts(TypedDict, total=False):
-    """What a score says about itself; the attributes of :class:`HeadScores` of these names."""
+@dataclass(frozen=True, eq=False)
+class Summary(Stored):
+    """Numbers of one score for every head; NaN where there is none.
+
+    Attributes:
+        mean: over examples.
+        sem: standard error of the mean; of clustered examples, by cluster.
+        n: how many examples had a value.
+        missing: queries whose target was out of reach.
+        null: mean on the control.
+        effect_size: Hedges' g of the values against the control.
+        p_value: of the test against the control, one head at a time; see
+            :func:`headscope.base.statistics.compare_means`.
+        p_floor: smallest p-value that the test can give with this many examples; 0 for t-tests.
+    """
+
+    mean: Float[np.ndarray, "layer head"]
+    sem: Float[np.ndarray, "layer head"]
+    n: Int[np.ndarray, "layer head"]
+    missing: Int[np.ndarray, "layer head"]
+    null: Float[np.ndarray, "layer head"]
+    effect_size: Float[np.ndarray, "layer head"]
+    p_value: Float[np.ndarray, "layer head"]
+    p_floor: Float[np.ndarray, "layer head"]
+
+    def __post_init__(self) -> None:
+        """Copy and freeze the arrays."""
+        for name in ("n", "missing"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.int64))
+        for name in FLOATS:
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+
+    @classmethod
+    def of_examples(
+        cls,
+        values: Float[np.ndarray, "layer head example"],
+        control: Float[np.ndarray, "layer head control_example"] | None,
+        alternative: Alternative,
+        missing: Int[np.ndarray, "layer head"] | None,
+        design: Design,
+    ) -> "Summary":
+        """Average the examples and test them against the control."""
+        mean, sem, n = mean_and_sem(values, design.clusters)
+        counted = np.zeros_like(n) if missing is None else missing
+        if control is None:
+            blank = np.full_like(mean, np.nan)
+            return cls(mean, sem, n, counted, blank, blank, blank, blank)
+        test = compare_means(values, control, alternative, design, _RESOLUTION)
+        null = np.where((n > 0) | (counted > 0), mean_and_sem(control).mean, np.nan)
+        return cls(mean, sem, n, counted, null, test.effect, test.p, test.floor)
+
+
+FLOATS = ("mean", "sem", "null", "effect_size", "p_value", "p_floor")
+
+
+class Declared(TypedDict, total=False):
+    """Fields of :class:`headscope.base.specs.ScoreSpec` but the name."""
 
     unit: str
     bounds: Bounds
-    description: str
+    direction: Direction | None
     source: str
     threshold: float | None
-    provenance: Provenance
+    alternative: Alternative | None
+    description: str
+
+
+_SPEC_FIELDS = frozenset(one.name for one in fields(ScoreSpec))
+
+
+def declared(name: str | ScoreSpec, facts: Declared) -> ScoreSpec:
+    """A declaration as it is, with these fields changed; or a new one of this name."""
+    if isinstance(name, ScoreSpec):
+        return replace(name, **facts) if facts else name
+    return ScoreSpec(name, **facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,30 +120,18 @@ class HeadScores(Saved):
     Cells without a value are NaN: layers without attention, and heads that no query could serve.
 
     Attributes:
-        name: of the score.
+        spec: what the score declares: name, unit, bounds, direction, source, threshold, ...
         summary: mean, standard error, n, null, effect size and p-value per head.
         kv_heads: number of key/value heads.
-        unit: of the values, e.g. ``attention``, ``nats``, ``logits``, ``tokens``.
-        bounds: smallest and largest possible value; None where there is none.
-        description: what a high value means, in one sentence.
-        source: paper and definition.
-        threshold: mean from which a significant head has the role of this name; None: no role.
-        alternative: what the p-value tests: ``greater`` than the control, or ``two-sided``.
         provenance: where it came from.
         examples: values per example, where they are known; NaN is missing.
         control_examples: the same on the control; one column means an exact null.
         design: how the examples, and those of the control, belong together.
     """
 
-    name: str
+    spec: ScoreSpec
     summary: Summary
     kv_heads: int
-    unit: str = ""
-    bounds: Bounds = (None, None)
-    description: str = ""
-    source: str = ""
-    threshold: float | None = None
-    alternative: Alternative = "greater"
     provenance: Provenance = field(default_factory=Provenance)
     examples: Float[np.ndarray, "layer head example"] | None = None
     control_examples: Float[np.ndarray, "layer head control_example"] | None = None
@@ -98,79 +153,167 @@ class HeadScores(Saved):
     @classmethod
     def from_examples(
         cls,
-        name: str,
+        spec: str | ScoreSpec,
         per_example: Float[np.ndarray, "layer head example"],
         *,
         kv_heads: int,
         control_per_example: Float[np.ndarray, "layer head control_example"] | None = None,
         design: Design | None = None,
-        alternative: Alternative | None = None,
         missing: Int[np.ndarray, "layer head"] | None = None,
-        **facts: Unpack[Facts],
+        provenance: Provenance | None = None,
+        **facts: Unpack[Declared],
     ) -> "HeadScores":
         """Make a score of its values per example.
 
         Args:
-            name: of the score.
+            spec: what the score declares, or its name alone.
             per_example: NaN is missing.
             kv_heads: number of key/value heads.
             control_per_example: values on the control, if there is one; a last axis of length 1
                 is an exact null.
             design: which examples are paired with the control's, and which share a cluster;
                 default: independent examples.
-            alternative: what the p-value tests; default: ``two-sided`` where 0 lies inside the
-                bounds, so that the sign has a meaning, else ``greater``.
             missing: queries per head whose target was out of reach.
-            facts: other attributes of the class, by name.
+            provenance: where it came from.
+            facts: of the declaration, beside or instead of those of ``spec``.
+
+        Example:
+            >>> values = np.array([[[0.25, 0.75]]])
+            >>> hs.HeadScores.from_examples("mine", values, kv_heads=1, unit="share").mean.tolist()
+            [[0.5]]
         """
+        made = declared(spec, facts)
         shape = per_example.shape[:2]
         if control_per_example is not None and control_per_example.shape[:2] != shape:
             raise InputError(
-                f"{name!r}: the control has heads {control_per_example.shape[:2]}, not {shape}."
+                f"{made.name!r}: the control has heads {control_per_example.shape[:2]}, not "
+                f"{shape}."
             )
         design = design or Design()
-        tested = alternative or alternative_for(facts.get("bounds", (None, None)))
         return cls(
-            name=name,
-            summary=Summary.of_examples(per_example, control_per_example, tested, missing, design),
+            made,
+            Summary.of_examples(per_example, control_per_example, made.tested, missing, design),
+            kv_heads,
+            provenance or Provenance(),
+            per_example,
+            control_per_example,
+            design,
+        )
+
+    @classmethod
+    def from_effects(
+        cls,
+        spec: str | ScoreSpec,
+        effects: Float[np.ndarray, "layer head example"],
+        *,
+        kv_heads: int,
+        design: Design | None = None,
+        provenance: Provenance | None = None,
+        **facts: Unpack[Declared],
+    ) -> "HeadScores":
+        """Make a score of effects per example, tested (two-sided) against no effect at all.
+
+        Args:
+            spec: what the score declares, or its name alone.
+            effects: changes of a metric; NaN is missing.
+            kv_heads: number of key/value heads.
+            design: which examples share a cluster; default: independent examples.
+            provenance: where it came from.
+            facts: of the declaration, beside or instead of those of ``spec``.
+
+        Example:
+            >>> effects = np.array([[[0.5, 0.75, 0.625, 0.5]]])
+            >>> one = hs.HeadScores.from_effects("change", effects, kv_heads=1, bounds=(0, None))
+            >>> one.alternative, one.null.tolist()
+            ('two-sided', [[0.0]])
+        """
+        none = np.where(np.isnan(effects).all(-1, keepdims=True), np.nan, 0.0)
+        return cls.from_examples(
+            replace(declared(spec, facts), alternative="two-sided"),
+            effects,
             kv_heads=kv_heads,
-            alternative=tested,
+            control_per_example=none,
             design=design,
-            examples=per_example,
-            control_examples=control_per_example,
-            **facts,
+            provenance=provenance,
         )
 
     @classmethod
     def from_summary(
         cls,
-        name: str,
+        spec: str | ScoreSpec,
         mean: Float[np.ndarray, "layer head"],
         *,
         kv_heads: int,
         n: Int[np.ndarray, "layer head"] | None = None,
         known: Mapping[str, Shaped[np.ndarray, "layer head"]] | None = None,
-        alternative: Alternative | None = None,
-        **facts: Unpack[Facts],
+        provenance: Provenance | None = None,
+        **facts: Unpack[Declared],
     ) -> "HeadScores":
         """Make a score whose examples are not kept, or that has none (weights).
 
         Args:
-            name: of the score.
+            spec: what the score declares, or its name alone.
             mean: value of every head; NaN is missing.
             kv_heads: number of key/value heads.
             n: examples behind it; 1 where there is a value unless given.
             known: any of ``sem``, ``null``, ``effect_size``, ``p_value``, ``p_floor``,
                 ``missing``.
-            alternative: what the p-value tests; default: as in :meth:`from_examples`.
-            facts: other attributes of the class, by name.
+            provenance: where it came from.
+            facts: of the declaration, beside or instead of those of ``spec``.
         """
         arrays = dict.fromkeys(FLOATS, np.full(mean.shape, np.nan))
         arrays |= {"mean": mean, "missing": np.zeros(mean.shape, int)}
         arrays["n"] = (~np.isnan(mean)).astype(int) if n is None else n
         arrays |= known or {}
-        tested = alternative or alternative_for(facts.get("bounds", (None, None)))
-        return cls(name, Summary(**arrays), kv_heads, alternative=tested, **facts)
+        return cls(declared(spec, facts), Summary(**arrays), kv_heads, provenance or Provenance())
+
+    @classmethod
+    def _of_parts(cls, parts: dict[str, Any]) -> "HeadScores":
+        """Make it again of what was saved; files of before 0.2 hold the declaration in pieces."""
+        if "spec" not in parts:
+            facts = {one: parts.pop(one) for one in list(parts) if one in _SPEC_FIELDS}
+            parts["spec"] = ScoreSpec(**facts)
+        return cls(**parts)
+
+    @property
+    def name(self) -> str:
+        """Name of the score."""
+        return self.spec.name
+
+    @property
+    def unit(self) -> str:
+        """Unit of the values."""
+        return self.spec.unit
+
+    @property
+    def bounds(self) -> Bounds:
+        """Smallest and largest possible value; None where there is none."""
+        return self.spec.bounds
+
+    @property
+    def description(self) -> str:
+        """What a high value means, in one sentence."""
+        return self.spec.description
+
+    @property
+    def source(self) -> str:
+        """Paper and definition."""
+        return self.spec.source
+
+    @property
+    def threshold(self) -> float | None:
+        """Mean from which a significant head has the role of this name; None: no role."""
+        return self.spec.threshold
+
+    @property
+    def alternative(self) -> Alternative:
+        """What the p-value tests: ``greater`` than the control, or ``two-sided``."""
+        return self.spec.tested
+
+    @property
+    def signed(self) -> bool:
+        """Whether 0 lies inside the bounds, so that the sign has a meaning."""
+        return self.spec.signed
 
     @property
     def mean(self) -> Float[np.ndarray, "layer head"]:
@@ -230,11 +373,6 @@ class HeadScores(Saved):
     def present(self) -> Bool[np.ndarray, "layer head"]:
         """Heads that were scored, those included whose every query was out of reach."""
         return (self.n > 0) | (self.missing > 0)
-
-    @property
-    def signed(self) -> bool:
-        """Whether 0 lies inside the bounds, so that the sign has a meaning."""
-        return alternative_for(self.bounds) == "two-sided"
 
     @property
     def per_example(self) -> Float[np.ndarray, "layer head example"]:
@@ -305,6 +443,10 @@ class HeadScores(Saved):
             return None
         return examples_needed(heads, self.alternative, alpha)
 
+    def renamed(self, name: str) -> "HeadScores":
+        """The same score under another name."""
+        return replace(self, spec=replace(self.spec, name=name))
+
     def __getitem__(self, head: "str | tuple[int, int]") -> float:
         """Mean of one head, named ``"L5H1"``, ``"5.1"`` or ``(5, 1)``."""
         index = HeadIndex.parse(head)
@@ -319,17 +461,77 @@ class HeadScores(Saved):
         layers, heads = self.mean.shape
         return f"HeadScores({self.name!r}, {layers} layers x {heads} heads, top: {best or 'none'})"
 
-    def _repr_html_(self) -> str:
-        """Layers by heads as a small static table."""
-        from headscope.table.score_html import score_html
-
-        return score_html(self)
+    def columns(self) -> dict[str, Any]:
+        """Columns of a tidy table: one entry per head that was scored, in head order."""
+        layer, head = np.nonzero(self.present)
+        at = (layer, head)
+        numbers = ("null", "effect_size", "p_value", "p_floor", "p_adjusted")
+        return {
+            "layer": layer.astype(np.int16),
+            "head": head.astype(np.int16),
+            "kv_head": (head // (self.mean.shape[1] // self.kv_heads)).astype(np.int16),
+            "label": self.labels[at],
+            "score": np.full(layer.size, self.name),
+            "unit": np.full(layer.size, self.unit),
+            "mean": self.mean[at],
+            "sem": self.sem[at],
+            "n": self.n[at].astype(np.int32),
+            "missing": self.missing[at].astype(np.int64),
+            **{name: getattr(self, name)[at] for name in numbers},
+        }
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per head; see :meth:`HeadTable.to_pandas`."""
-        from headscope.table.frames import tidy
+        import pandas
 
-        return tidy([self])
+        return pandas.DataFrame(self.columns())
+
+    def glance(self) -> Glance:
+        """Layers by heads as a grid; of a large model the ten most notable heads."""
+        layers, heads = self.mean.shape
+        if layers > _MOST or heads > _MOST:
+            found = self.notable(10)
+            grid = self._grid([str(head) for head, _ in found], [""], [[head] for head, _ in found])
+            notes = [f"10 of {layers * heads} heads."]
+        else:
+            rows, columns = range(layers), range(heads)
+            at = [[HeadIndex(row, column) for column in columns] for row in rows]
+            grid = self._grid([f"L{row}" for row in rows], [f"H{one}" for one in columns], at)
+            notes = []
+        return Glance(self.name, [self.unit, self.description], grid=grid, notes=notes)
+
+    def _grid(
+        self, rows: Sequence[str], columns: Sequence[str], at: Sequence[Sequence[HeadIndex]]
+    ) -> Grid:
+        marks = self.significant()
+        return Grid(
+            rows,
+            columns,
+            [[short(float(self.mean[head])) for head in row] for row in at],
+            [[self.fraction(float(self.mean[head])) for head in row] for row in at],
+            [["strong" if marks[head] else "" for head in row] for row in at],
+        )
+
+    def _repr_html_(self) -> str:
+        """Layers by heads as a small static table."""
+        return self.glance().html()
+
+    def notable(self, k: int = 3) -> list[tuple[HeadIndex, float]]:
+        """The k most notable heads: the largest means, or of a signed score the farthest from 0."""
+        if not self.signed:
+            return self.top(k)
+        both = dict(self.top(k)) | dict(self.bottom(k))
+        return sorted(both.items(), key=lambda pair: (-abs(pair[1]), pair[0]))[:k]
+
+    def fraction(self, value: float) -> float:
+        """Where a value lies between the ends of the score, in [0, 1], for a colour scale."""
+        low, high = self.bounds
+        seen = [mean for _, mean in (*self.top(1), *self.bottom(1))]
+        if math.isnan(value) or not seen:
+            return 0.0
+        low = min(seen) if low is None else low
+        high = max(seen) if high is None else high
+        return min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.0
 
     def _ranked(
         self, key: Float[np.ndarray, "layer head"], k: int

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from headscope.base.glance import Glance
 from headscope.base.saved import Stored
 from headscope.base.statistics import rank_correlation, top_k_overlap
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
-from headscope.table.roles import RoleFinding, find_roles, roles_by_head
+from headscope.table.notable import RoleFinding, find_roles, roles_by_head, table_glance
+from headscope.table.parquet import read_scores, write_scores
 from headscope.table.scores import HeadScores
 
 if TYPE_CHECKING:
@@ -121,23 +125,43 @@ class HeadTable(Mapping[str, HeadScores], Stored):
         """For each role the heads that have it, none included; print them to read them."""
         return find_roles(self.values(), alpha)
 
+    def columns(self) -> dict[str, Any]:
+        """Columns of :meth:`to_pandas`: one entry per head and score that was computed."""
+        parts = [one.columns() for one in self.values()]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per head and score, with all numbers."""
-        from headscope.table.frames import tidy
+        import pandas
 
-        return tidy(list(self.values()))
+        return pandas.DataFrame(self.columns())
 
     def to_pandas_wide(self) -> "pandas.DataFrame":
-        """One row per head, one column of means per score."""
-        from headscope.table.frames import wide
+        """One row per head, one column of means per score, indexed by ``L5H1``."""
+        import pandas
 
-        return wide(list(self.values()))
+        first = next(iter(self.values()))
+        shown = np.any([one.present for one in self.values()], axis=0)
+        layer, head = np.nonzero(shown)
+        columns: dict[str, Any] = {
+            "layer": layer,
+            "head": head,
+            "kv_head": head // (first.mean.shape[1] // first.kv_heads),
+        }
+        columns |= {one.name: one.mean[shown] for one in self.values()}
+        return pandas.DataFrame(columns, index=pandas.Index(first.labels[shown], name="label"))
 
     def to_polars(self) -> "polars.DataFrame":
-        """The rows of :meth:`to_pandas` as a polars frame (extra ``polars``)."""
-        from headscope.table.frames import polars_frame
+        """The rows of :meth:`to_pandas` as a polars frame (extra ``polars``).
 
-        return polars_frame(list(self.values()))
+        Raises:
+            InputError: if polars is not installed.
+        """
+        try:
+            import polars
+        except ImportError:
+            raise InputError("polars is not installed: pip install 'headscope[polars]'.") from None
+        return polars.DataFrame(self.columns())
 
     def save(self, path: "str | PathLike[str]", *, examples: bool = False) -> None:
         """Write one parquet file atomically.
@@ -146,32 +170,32 @@ class HeadTable(Mapping[str, HeadScores], Stored):
             path: of the file.
             examples: also keep the values per example, for intervals later.
         """
-        from headscope.table.storage import save
-
-        save(self, path, examples=examples)
+        write_scores(list(self.values()), path, examples=examples)
 
     @staticmethod
     def load(path: "str | PathLike[str]") -> "HeadTable":
-        """Read what :meth:`save` wrote."""
-        from headscope.table.storage import load
+        """Read what :meth:`save` wrote.
 
-        return load(path)
+        Raises:
+            InputError: if the file is missing or damaged, or holds something else.
+        """
+        return read_scores(path, HeadTable)
 
     def _parts(self) -> dict[str, object]:
         """What a saved result that holds a table keeps of it."""
         return {"scores": tuple(self.values())}
 
+    def glance(self) -> Glance:
+        """The three most notable heads of each score, and the roles."""
+        return table_glance(list(self.values()))
+
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         """Best heads, other scores and roles, in the console's width."""
-        from headscope.table.terminal import render
-
-        yield from render(self, options.max_width)
+        yield from table_glance(list(self.values()), options.max_width).terminal()
 
     def _repr_html_(self) -> str:
         """Best heads as a small static table."""
-        from headscope.table.html import render_html
-
-        return render_html(self)
+        return self.glance().html()
 
     def __repr__(self) -> str:
         """Size and names."""

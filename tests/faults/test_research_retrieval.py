@@ -38,7 +38,7 @@ from headscope.retrieval import (
     word_recall,
 )
 from headscope.retrieval.follow import follow_both
-from headscope.table.roles import find_roles
+from headscope.table.notable import find_roles
 from tests.cli.support import run
 from tests.probes.support import Reader, shape_of, small_tokenizer
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from headscope.base.glance import short
 from headscope.table import HeadScores, HeadTable
-from headscope.table.excerpt import best, fraction, written
 from tests.table.helpers import NAN, model_table, scores
 
 
@@ -72,19 +72,19 @@ def test_html_escapes_names_and_shows_roles() -> None:
     ],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
-    assert written(value) == text
+    assert short(value) == text
 
 
 def test_a_signed_score_shows_its_largest_effects_of_either_sign() -> None:
     one = scores(means=((0.1, -0.9), (0.5, -0.2)), bounds=(None, None))
-    assert [str(head) for head, _ in best(one, 2)] == ["L0H1", "L1H0"]
+    assert [str(head) for head, _ in one.notable(2)] == ["L0H1", "L1H0"]
 
 
 def test_colour_fraction_stays_in_range() -> None:
-    assert fraction(scores(), 0.25) == 0.25
-    assert fraction(scores(bounds=(None, None)), 99.0) == 1
-    assert fraction(scores(means=((0.5, 0.5),), jitter=0, bounds=(None, None)), 0.5) == 0
-    assert fraction(scores(), float("nan")) == 0
+    assert scores().fraction(0.25) == 0.25
+    assert scores(bounds=(None, None)).fraction(99.0) == 1
+    assert scores(means=((0.5, 0.5),), jitter=0, bounds=(None, None)).fraction(0.5) == 0
+    assert scores().fraction(float("nan")) == 0
 
 
 def test_a_score_out_of_reach_says_so() -> None:

@@ -1,17 +1,82 @@
-"""Where a score came from: enough to compute it again, and nothing about who did or where."""
+"""What a score declares about itself, and where its numbers came from."""
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 from headscope.base.saved import Stored
+from headscope.base.statistics import Alternative, Bounds
 from headscope.errors import InputError, nearest
 
 _PACKAGES = ("headscope", "torch", "transformers", "transformer-lens", "numpy")
 _ABSOLUTE = re.compile(r"^(?:~|/|\\\\|[A-Za-z]:[\\/])")
+
+
+Direction = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class ScoreSpec(Stored):
+    """Declaration of a score or a metric: written once, held by scorers, metrics and results.
+
+    Attributes:
+        name: column name in a table.
+        unit: of the values, e.g. ``attention`` (probability), ``nats``, ``logits``, ``tokens``.
+        bounds: smallest and largest possible value; None where there is none.
+        direction: which values mean more of what the name says (a score) or a better model (a
+            metric): ``higher`` or ``lower``; None where that is not known.
+        source: paper and definition.
+        threshold: mean from which a significant head has the role of this name; None: no role.
+        alternative: what a score is tested against: ``greater`` than its control, or
+            ``two-sided``; None: by the bounds, see :attr:`tested`.
+        description: what a high value means, in one sentence.
+
+    Example:
+        >>> hs.ScoreSpec("margin", unit="logits").tested
+        'two-sided'
+    """
+
+    name: str
+    unit: str = ""
+    bounds: Bounds = (None, None)
+    direction: Direction | None = None
+    source: str = ""
+    threshold: float | None = None
+    alternative: Alternative | None = None
+    description: str = ""
+
+    @property
+    def signed(self) -> bool:
+        """Whether 0 lies inside the bounds, so that the sign has a meaning."""
+        low, high = self.bounds
+        return (low is None or low < 0) and (high is None or high > 0)
+
+    @property
+    def tested(self) -> Alternative:
+        """What a p-value tests: ``alternative``, else ``two-sided`` where the sign matters."""
+        return self.alternative or ("two-sided" if self.signed else "greater")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the declaration as a JSON object; what is tested is written out."""
+        return {**asdict(self), "bounds": list(self.bounds), "alternative": self.tested}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "ScoreSpec":
+        """Read what :meth:`to_json` wrote; other entries are left alone.
+
+        Raises:
+            KeyError: if a fact is missing; ``direction`` may be.
+        """
+        low, high = facts["bounds"]
+        rest = ("name", "unit", "source", "threshold", "alternative", "description")
+        return cls(
+            bounds=(low, high),
+            direction=facts.get("direction"),
+            **{name: facts[name] for name in rest},
+        )
 
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:

@@ -1,25 +1,22 @@
 """Tables as parquet: one row per layer, head and score; what the scores are in the metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Shaped
 
+from headscope.base.specs import Provenance, ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.parquet_files import MAX_VALUES as _MAX_VALUES
 from headscope.parquet_files import read_parquet
-from headscope.table.frames import tidy_columns
-from headscope.table.provenance import Provenance
-from headscope.table.scores import Facts, HeadScores
-from headscope.table.summary import FLOATS
-from headscope.table.table import HeadTable
+from headscope.table.scores import FLOATS, HeadScores
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,29 +28,44 @@ _NUMBERS = (*FLOATS, "n", "missing")
 _EXAMPLES = {"per_example": "examples", "control_per_example": "control_examples"}
 
 
-def save(table: HeadTable, path: "str | PathLike[str]", *, examples: bool = False) -> None:
-    """Write ``table`` to ``path`` atomically."""
+Made = TypeVar("Made")
+
+
+def write_scores(
+    scores: Sequence[HeadScores], path: "str | PathLike[str]", *, examples: bool = False
+) -> None:
+    """Write scores of one model atomically.
+
+    Args:
+        scores: one or more.
+        path: of the file.
+        examples: also keep the values per example.
+    """
     import pyarrow
     from pyarrow import parquet
 
-    rows = pyarrow.concat_tables([_rows(one, examples=examples) for one in table.values()])
-    layers, heads = table.shape
+    rows = pyarrow.concat_tables([_rows(one, examples=examples) for one in scores])
+    layers, heads = scores[0].mean.shape
     facts = {
         "format": _FORMAT,
         "layers": layers,
         "heads": heads,
-        "scores": [_facts(one, examples=examples) for one in table.values()],
+        "scores": [_facts(one, examples=examples) for one in scores],
     }
     rows = rows.replace_schema_metadata({_KEY: json.dumps(facts, allow_nan=False)})
     with whole_file(Path(path)) as file:
         parquet.write_table(rows, file, compression="zstd")
 
 
-def load(path: "str | PathLike[str]") -> HeadTable:
-    """Read a table.
+def read_scores(path: "str | PathLike[str]", make: Callable[[list[HeadScores]], Made]) -> Made:
+    """Read what :func:`write_scores` wrote.
+
+    Args:
+        path: of the file.
+        make: what to make of the scores, such as a table; what it refuses is a damaged file.
 
     Raises:
-        InputError: if the file is none, or says what cannot be.
+        InputError: if the file is missing or damaged, or holds something else.
     """
     import pyarrow
 
@@ -70,7 +82,7 @@ def load(path: "str | PathLike[str]") -> HeadTable:
         if min(shape) < 1 or shape[0] * shape[1] > _MAX_CELLS:
             raise InputError(f"{str(path)!r} claims {shape[0]} layers of {shape[1]} heads.")
         _check_facts(facts["scores"], shape)
-        return HeadTable([_score(one, rows, shape) for one in facts["scores"]])
+        return make([_score(one, rows, shape) for one in facts["scores"]])
     except (
         *(KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError),
         *(RecursionError, MemoryError, pyarrow.ArrowException),
@@ -120,7 +132,7 @@ def _rows(scores: HeadScores, *, examples: bool) -> "pyarrow.Table":
 
     columns: dict[str, Any] = {
         name: pyarrow.array(column, from_pandas=True)
-        for name, column in tidy_columns(scores).items()
+        for name, column in scores.columns().items()
         if name not in ("label", "unit")
     }
     columns["score"] = pyarrow.array([scores.name] * len(columns["layer"]), pyarrow.string())
@@ -150,14 +162,8 @@ def _lists(
 def _facts(scores: HeadScores, *, examples: bool) -> dict[str, object]:
     """What a score says about itself, as JSON."""
     return {
-        "name": scores.name,
+        **scores.spec.to_json(),
         "kv_heads": scores.kv_heads,
-        "unit": scores.unit,
-        "bounds": list(scores.bounds),
-        "description": scores.description,
-        "source": scores.source,
-        "threshold": scores.threshold,
-        "alternative": scores.alternative,
         "design": scores.design.to_json(),
         "provenance": scores.provenance.to_json(),
         "examples": {
@@ -191,31 +197,21 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
         whole[at] = flat.reshape(mine.num_rows, length)
         return whole
 
-    said = Facts(
-        unit=facts["unit"],
-        bounds=(facts["bounds"][0], facts["bounds"][1]),
-        description=facts["description"],
-        source=facts["source"],
-        threshold=facts["threshold"],
-        provenance=Provenance.from_json(facts["provenance"]),
-    )
-    name, kv_heads, alternative = facts["name"], facts["kv_heads"], facts["alternative"]
-    design = Design.from_json(facts["design"]) if "design" in facts else Design()
-    if "per_example" in facts["examples"]:
-        return HeadScores.from_examples(
-            name,
-            lists("per_example"),
-            kv_heads=kv_heads,
-            control_per_example=(
-                lists("control_per_example") if "control_per_example" in facts["examples"] else None
-            ),
-            design=design,
-            alternative=alternative,
-            missing=cells("missing"),
-            **said,
+    spec, kv_heads = ScoreSpec.from_json(facts), facts["kv_heads"]
+    provenance = Provenance.from_json(facts["provenance"])
+    if "per_example" not in facts["examples"]:
+        known = {column: cells(column) for column in _NUMBERS}
+        mean, n = known.pop("mean"), known.pop("n")
+        return HeadScores.from_summary(
+            spec, mean, kv_heads=kv_heads, n=n, known=known, provenance=provenance
         )
-    known = {column: cells(column) for column in _NUMBERS}
-    mean, n = known.pop("mean"), known.pop("n")
-    return HeadScores.from_summary(
-        name, mean, kv_heads=kv_heads, n=n, known=known, alternative=alternative, **said
+    has_control = "control_per_example" in facts["examples"]
+    return HeadScores.from_examples(
+        spec,
+        lists("per_example"),
+        kv_heads=kv_heads,
+        control_per_example=lists("control_per_example") if has_control else None,
+        design=Design.from_json(facts["design"]) if "design" in facts else Design(),
+        missing=cells("missing"),
+        provenance=provenance,
     )

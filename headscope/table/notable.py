@@ -1,12 +1,16 @@
-"""Which heads earn a name, and which names no head earns."""
+"""What is notable in scores: the roles that heads have, the best heads, a table at a glance."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from headscope.base.glance import Glance, Grid, Line, Lines, short
 from headscope.heads import HeadIndex
 from headscope.table.scores import HeadScores
+
+# Most rows of a table in a notebook.
+_MOST_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -119,3 +123,109 @@ def against(scores: HeadScores) -> str:
     kind = str(scores.provenance.control)
     names = {"removed": "needle removed", "other_question": "other question"}
     return names.get(kind, kind)
+
+
+def by_interest(scores: Iterable[HeadScores]) -> list[HeadScores]:
+    """Scores with a role first, else in their order."""
+    return sorted(scores, key=lambda one: one.threshold is None)
+
+
+def best_heads(scores: Iterable[HeadScores], k: int = 3) -> list[HeadIndex]:
+    """Union of the k most notable heads of each score, in head order."""
+    return sorted({head for one in scores for head, _ in one.notable(k)})
+
+
+def unreached(scores: HeadScores) -> str | None:
+    """Why a score has no value at all, in a sentence; None if it has one."""
+    if bool((scores.n > 0).any()) or not bool((scores.missing > 0).any()):
+        return None
+    return (
+        f"{scores.name} has no value: what it looks for was out of reach of every query (a text "
+        "too short for it, or a window)."
+    )
+
+
+def measured_on(scores: Iterable[HeadScores]) -> list[str]:
+    """What each score was measured on, a line per probe; none where that is not known."""
+    by_probe: dict[str, list[str]] = {}
+    for one in scores:
+        probe = one.provenance.probe
+        kind = str(probe.get("name") or probe.get("kind") or "").replace("_", " ")
+        if kind:
+            by_probe.setdefault(kind, []).append(one.name.replace("_", " "))
+    return [f"Measured on {probe}: {', '.join(names)}." for probe, names in by_probe.items()]
+
+
+def table_glance(table: Sequence[HeadScores], width: int | None = None) -> Glance:
+    """The three most notable heads of each score, the other scores, and the roles.
+
+    Args:
+        table: scores of one model.
+        width: of the terminal, for the scores that fit into it; None: all scores.
+    """
+    scores = by_interest(table)
+    shown = scores if width is None else _fitting(scores, width)
+    heads = best_heads(shown)
+    if width is None:
+        heads = heads[:_MOST_ROWS]
+    layers, across = scores[0].mean.shape
+    model = scores[0].provenance.model
+    said = (
+        f"{len(heads)} of {layers * across} heads{f' of {model}' if model else ''} "
+        f"({layers} layers x {across}): the 3 best of each score. Bold: significant "
+        "(Benjamini-Hochberg, 5%)."
+    )
+    lists = []
+    if len(shown) < len(scores):
+        lists.append(Lines("Other scores, 3 best heads", [_line(o) for o in scores[len(shown) :]]))
+    findings = find_roles(scores, 0.05)
+    if findings:
+        roles = [Line(str(finding), faint=not finding.heads) for finding in findings]
+        lists.append(Lines("Roles", roles))
+    unseen = [text for text in map(unreached, scores) if text]
+    return Glance(
+        "",
+        grid=_grid(shown, heads),
+        notes=[said, *unseen, *measured_on(scores)],
+        lists=lists,
+    )
+
+
+def _fitting(scores: Sequence[HeadScores], width: int) -> list[HeadScores]:
+    """As many leading scores as fit beside the head column, at least one."""
+    used = 10
+    shown: list[HeadScores] = []
+    for one in scores:
+        used += max(7, *map(len, one.name.split("_"))) + 3
+        if shown and used > width:
+            break
+        shown.append(one)
+    return shown
+
+
+def _grid(scores: Sequence[HeadScores], heads: Sequence[HeadIndex]) -> Grid:
+    marks = [one.significant() for one in scores]
+    return Grid(
+        [str(head) for head in heads],
+        [one.name for one in scores],
+        [[short(one[head]) for one in scores] for head in heads],
+        [[one.fraction(one[head]) for one in scores] for head in heads],
+        [
+            [_weight(one, bool(mark[head])) for one, mark in zip(scores, marks, strict=True)]
+            for head in heads
+        ],
+        [one.description for one in scores],
+        whole=True,
+    )
+
+
+def _weight(scores: HeadScores, significant: bool) -> str:
+    if scores.threshold is not None:
+        return "role" if significant else "faint"
+    return "strong" if significant else ""
+
+
+def _line(scores: HeadScores) -> Line:
+    unit = f" ({scores.unit})" if scores.unit else ""
+    heads = ", ".join(f"{head} {short(mean)}" for head, mean in scores.notable())
+    return Line(f"{scores.name}{unit}: ", heads or "no values")

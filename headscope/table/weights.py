@@ -1,0 +1,330 @@
+"""What weights alone say: scores of pairs of heads, spectra, the card of one head."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Complex, Float
+
+from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.saved import Saved, frozen
+from headscope.base.specs import Provenance
+from headscope.base.statistics import Bounds, top_order
+from headscope.errors import InputError
+from headscope.files import whole_file
+from headscope.heads import HeadIndex
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PairScores(Saved, Shown):
+    """One score for every ordered pair of heads.
+
+    Attributes:
+        name: of the score.
+        values: of the pair (first layer, first head, second layer, second head).
+        unit: of the values.
+        bounds: smallest and largest possible value; None where there is none.
+        upward: only pairs whose first head lies in a lower layer exist; other cells are 0.
+        description: what a high value means, in one sentence.
+        source: paper and definition.
+        provenance: where it came from.
+    """
+
+    name: str
+    values: Float[np.ndarray, "layer head layer head"]
+    unit: str = ""
+    bounds: Bounds = (None, None)
+    upward: bool = True
+    description: str = ""
+    source: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Check the shape; freeze the array."""
+        shape = self.values.shape
+        if len(shape) != 4 or shape[:2] != shape[2:]:
+            raise InputError(f"{self.name!r} is [layer head layer head]; got shape {shape}.")
+        object.__setattr__(self, "values", frozen(self.values, np.float64))
+
+    @property
+    def present(self) -> Bool[np.ndarray, "layer head layer head"]:
+        """Pairs that exist and have a value."""
+        known: np.ndarray = ~np.isnan(self.values)
+        if not self.upward:
+            return known
+        layers = np.arange(self.values.shape[0])
+        below: np.ndarray = (layers[:, None] < layers)[:, None, :, None]
+        known &= below
+        return known
+
+    def top(self, k: int = 10) -> list[tuple[HeadIndex, HeadIndex, float]]:
+        """The k largest pairs, largest first; ties by lowest heads; pairs that exist only."""
+        masked = np.where(self.present, self.values, np.nan)
+        found = np.unravel_index(top_order(masked, k), masked.shape)
+        return [
+            (HeadIndex(i, j), HeadIndex(m, n), float(self.values[i, j, m, n]))
+            for i, j, m, n in zip(*(axis.tolist() for axis in found), strict=True)
+        ]
+
+    def glance(self) -> Glance:
+        """The largest pairs."""
+        layers, heads = self.values.shape[:2]
+        return Glance(
+            self.name,
+            [
+                f"{int(self.present.sum()):,} pairs of heads",
+                sizes(("layer", "head"), (layers, heads)),
+                self.unit,
+                self.provenance.model,
+            ],
+            ("first", "second", "value"),
+            [(str(one), str(other), number(value)) for one, other, value in self.top(10)],
+            hint="hs.plots.composition_matrix(pairs), hs.plots.composition_graph(pairs)",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per existing pair: first, second (``L0H1``), their numbers, and the value."""
+        import pandas
+
+        axes = np.nonzero(self.present)
+        names = ("first_layer", "first_head", "second_layer", "second_head")
+        columns: dict[str, object] = dict(zip(names, axes, strict=True))
+        for side, at in (("first", axes[:2]), ("second", axes[2:])):
+            columns[side] = [f"L{layer}H{head}" for layer, head in zip(*at, strict=True)]
+        return pandas.DataFrame({**columns, "score": self.name, "value": self.values[axes]})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadSpectra(Saved, Shown):
+    """Singular values of every head beside those of random factors of its shape and variance.
+
+    Attributes:
+        name: of the circuit, e.g. ``OV``.
+        values: singular values, largest first; NaN in layers without attention.
+        scale: largest singular value that random factors of the head's own shape and variance
+            give, on average over draws.
+        low: smallest value of each place over those draws, in units of ``scale``.
+        high: the largest.
+        chance: how the band was made, in a few words.
+        provenance: where it came from.
+    """
+
+    name: str
+    values: Float[np.ndarray, "layer head rank"]
+    scale: Float[np.ndarray, "layer head"]
+    low: Float[np.ndarray, " rank"]
+    high: Float[np.ndarray, " rank"]
+    chance: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Check the shapes; freeze the arrays."""
+        layers, heads, rank = self.values.shape
+        if self.scale.shape != (layers, heads) or {len(self.low), len(self.high)} != {rank}:
+            raise InputError(
+                f"{self.name!r}: spectra of shape {self.values.shape} need a scale per head and "
+                f"a band of {rank} values."
+            )
+        for name in ("values", "scale", "low", "high"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+
+    def glance(self) -> Glance:
+        """Heads with the largest singular value, relative to chance."""
+        return Glance(
+            f"{self.name} singular values",
+            [sizes(("layer", "head", "value"), self.values.shape), self.provenance.model],
+            ("head", "largest over chance"),
+            _largest(self.relative[..., 0]),
+            hint="hs.plots.spectra(spectra, ['L5H1'])",
+        )
+
+    @property
+    def relative(self) -> Float[np.ndarray, "layer head rank"]:
+        """Values in units of each head's scale; NaN for a head of zeros."""
+        scale = np.where(self.scale > 0, self.scale, np.nan)
+        ratio: np.ndarray = self.values / scale[..., None]
+        return ratio
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadEigenvalues(Saved, Shown):
+    """Eigenvalues of every head's token-to-token matrix, those that are not 0 by its rank.
+
+    Attributes:
+        name: of the circuit, e.g. ``OV``.
+        values: eigenvalues, in no order; NaN in layers without attention.
+        description: of the matrix.
+        provenance: where it came from.
+    """
+
+    name: str
+    values: Complex[np.ndarray, "layer head rank"]
+    description: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Freeze the array."""
+        object.__setattr__(self, "values", frozen(self.values, np.complex128))
+
+    def glance(self) -> Glance:
+        """Heads with the largest ratio."""
+        return Glance(
+            f"{self.name} eigenvalues",
+            [
+                sizes(("layer", "head", "value"), self.values.shape),
+                self.description,
+                self.provenance.model,
+            ],
+            ("head", "sum Re / sum abs"),
+            _largest(self.ratio),
+            hint="hs.plots.eigenvalues(values, ['L5H1'])",
+        )
+
+    @property
+    def ratio(self) -> Float[np.ndarray, "layer head"]:
+        """``sum(Re(lambda)) / sum(|lambda|)``, in [-1, 1]; NaN for a zero matrix."""
+        size = np.abs(self.values).sum(-1)
+        ratio: np.ndarray = self.values.real.sum(-1) / np.where(size > 0, size, np.nan)
+        return ratio
+
+    @property
+    def relative(self) -> Complex[np.ndarray, "layer head rank"]:
+        """Eigenvalues over the largest modulus of their head; NaN for a zero matrix."""
+        most = np.abs(self.values).max(-1, keepdims=True)
+        ratio: np.ndarray = self.values / np.where(most > 0, most, np.nan)
+        return ratio
+
+
+def _largest(values: Float[np.ndarray, "layer head"]) -> list[tuple[str, str]]:
+    places = zip(*np.unravel_index(top_order(values, 6), values.shape), strict=True)
+    return [
+        (str(HeadIndex(int(layer), int(head))), number(float(values[layer, head])))
+        for layer, head in places
+    ]
+
+
+_KEY = "headscope"
+_ARRAYS = ("values", "scale", "low", "high")
+_MAX_BYTES = 200_000_000
+
+
+def save_spectra(spectra: Sequence[HeadSpectra], path: "str | PathLike[str]") -> None:
+    """Write spectra of one model atomically."""
+    from safetensors.numpy import save
+
+    arrays = {
+        f"{i}.{name}": getattr(one, name).astype("float32")
+        for i, one in enumerate(spectra)
+        for name in _ARRAYS
+    }
+    facts = [
+        {"name": one.name, "chance": one.chance, "provenance": one.provenance.to_json()}
+        for one in spectra
+    ]
+    made = save(arrays, metadata={_KEY: json.dumps(facts)})
+    with whole_file(Path(path)) as file:
+        file.write(made)
+
+
+def load_spectra(path: "str | PathLike[str]") -> list[HeadSpectra]:
+    """Read what :func:`save_spectra` wrote.
+
+    Raises:
+        InputError: if the file is none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path)
+    try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{str(file)!r} is larger than any file of spectra.")
+        with safe_open(file, framework="numpy") as opened:
+            facts = json.loads((opened.metadata() or {})[_KEY])
+            return [
+                HeadSpectra(
+                    name=str(one["name"]),
+                    chance=str(one["chance"]),
+                    provenance=Provenance.from_json(one["provenance"]),
+                    **{
+                        name: opened.get_tensor(f"{i}.{name}").astype("float64") for name in _ARRAYS
+                    },
+                )
+                for i, one in enumerate(facts)
+            ]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(file)!r} holds no spectra: {error!r}.") from None
+
+
+# What a card without ranks says of them.
+NO_RANKS = (
+    "No ranks by weights: that takes scores of all heads; "
+    "hs.explain(head, model, ranks=True) or headscope head --ranks has them."
+)
+_TOLD = ("copying_eigenvalues", "copying_top5", "matching_eigenvalues", "ov_effective_rank")
+
+
+@dataclass(frozen=True, repr=False)
+class HeadCard(Saved, Shown):
+    """What weights say of one head. JSON values only.
+
+    Attributes:
+        head: ``L5H1``.
+        kv_head: key/value head that it reads.
+        model: name.
+        scores: value of every weight score.
+        ranks: place of the head among all heads by each score, 1 the largest; empty where no
+            other head was scored.
+        ov: largest directions of the OV circuit with tokens read and written.
+        qk: the same of the QK circuit: tokens of the query and of the key.
+        fed_by: per kind of composition, the earlier heads that feed it most.
+        feeds: per kind, the later heads that it feeds most.
+        missing: what the family does not allow, with the reason.
+    """
+
+    head: str
+    kv_head: int
+    model: str
+    scores: Mapping[str, float]
+    ranks: Mapping[str, int]
+    ov: list[dict[str, Any]]
+    qk: list[dict[str, Any]]
+    fed_by: Mapping[str, list[tuple[str, float]]]
+    feeds: Mapping[str, list[tuple[str, float]]]
+    missing: Mapping[str, str]
+
+    def glance(self) -> Glance:
+        """Scores of copying, what the head reads and writes, and its partners."""
+        rows = [(name, number(self.scores[name])) for name in _TOLD if name in self.scores]
+        for circuit, between, views in (
+            ("OV", "reads → writes", self.ov),
+            ("QK", "asks → finds", self.qk),
+        ):
+            for view in views[:2]:
+                sides = (" ".join(view[side][0][:4]) for side in ("reads", "writes"))
+                rows.append((f"{circuit} {between}", " → ".join(sides)))
+        for title, partners in (("fed by", self.fed_by), ("feeds", self.feeds)):
+            for mode, found in partners.items():
+                if found:
+                    heads = ", ".join(f"{one} {value:.2f}" for one, value in found[:3])
+                    rows.append((f"{title} ({mode})", heads))
+        rows += [(f"no {name}", why) for name, why in self.missing.items()]
+        return Glance(
+            f"head {self.head}",
+            [f"key/value head {self.kv_head}", f"{len(self.scores)} weight scores", self.model],
+            ("what", ""),
+            rows,
+            hint=f"card.to_json(), hs.explain({self.head!r}, model)",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the card as a JSON object."""
+        return asdict(self)
