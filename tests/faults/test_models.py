@@ -16,10 +16,10 @@ from headscope.models.hf import transformers_api
 from headscope.models.hf.blocks import Seen, find_writers
 from headscope.models.hf.interface import NAME, _attend
 from headscope.models.hf.readout import measure_norm
+from headscope.models.hf.watch import Watch, write_scales
 from headscope.models.loading import proof
 from headscope.models.loading.agreement import Gap, gap, rounding
 from headscope.models.rotary import POSITIONS, find_rotation
-from headscope.models.watch import Watch, write_scales
 from tools.tiny_models import tiny_model
 
 SMALL: dict[str, Any] = {

@@ -85,6 +85,9 @@ ALLOWED: dict[str, set[str]] = {
 # testing/plain.py hooks a model on its own, to be independent of what it holds it against.
 MODEL_FILES = r"models/(hf|bridge)/\w+\.py|models/bundled/training/.*|testing/plain\.py"
 
+# Modules are hooked in one place; everybody else hands functions to it.
+HOOKING_FILES = r"models/hf/hooks\.py|models/bundled/training/measure\.py|testing/plain\.py"
+
 # A library -> the files that may import it (patterns on the path below headscope/).
 ONLY_IN = {
     "transformer_lens": r"models/bridge/build\.py",
@@ -146,6 +149,8 @@ def violations(package: Path) -> list[Found]:
             found += check_import(file, line, module)
         if not re.fullmatch(MODEL_FILES, file):
             found += hook_words(tree, file)
+        if not re.fullmatch(HOOKING_FILES, file):
+            found += hooking(tree, file)
         if file != TRANSFORMERS_API:
             found += (
                 Found(file, line, f"{name} is private to another library: {TRANSFORMERS_API}")
@@ -230,6 +235,14 @@ def check_floor(file: str, line: int, target: str) -> Iterator[Found]:
     elif target not in ALLOWED[source]:
         what = "the public surface" if target == "__init__" else target
         yield Found(file, line, f"{source} imports {what}, which its floor plan does not allow")
+
+
+def hooking(tree: ast.AST, file: str) -> Iterator[Found]:
+    """Calls that hook a module."""
+    for node in ast.walk(tree):
+        word = node.attr if isinstance(node, ast.Attribute) else ""
+        if re.fullmatch(r"register_(full_)?(forward|backward)_(pre_)?hook", word):
+            yield Found(file, node.lineno, f"{word!r} may be called in {HOOKING_FILES} only")
 
 
 def hook_words(tree: ast.AST, file: str) -> Iterator[Found]:

@@ -45,6 +45,7 @@ PLANTED = {
     "ablation.py": ("HOOK = 'hook_z'", "'hook_z'"),
     "circuits/ov.py": ("def f(m):\n    return m.self_attn.o_proj", "'o_proj'"),
     "scoring.py": ("def f(m, g):\n    m.register_forward_pre_hook(g)", "register_forward_pre_hook"),
+    "models/hf/late.py": ("def f(m, g):\n    m.register_forward_hook(g)", "may be called in"),
     "models/loading/late.py": ("def f(c):\n    return c._attn_implementation", "_attn_impl"),
     "models/bridge/late.py": ("def f(c):\n    return getattr(c, '_commit_hash')", "_commit_hash"),
     "models/bundled/card.py": ("names = f'{1}.embed_tokens'", "'embed_tokens'"),

@@ -10,7 +10,9 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import BlockStates
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
-from headscope.models.hf.blocks import Seen, find_writers
+from headscope.models.hf.blocks import find_writers
+from headscope.models.hf.hooks import after, hooked
+from headscope.models.hf.watch import Watch
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel, LayerView
 from tests.models import families
@@ -118,10 +120,10 @@ def test_a_block_that_is_no_sum_is_refused() -> None:
             mixed: Tensor = x * torch.sigmoid(self.projection(x)) + self.mlp(x).square()
             return mixed
 
-    block, seen = Gated(), Seen()
-    hooks = [m.register_forward_hook(seen.note, with_kwargs=True) for m in block.modules()]
-    block(torch.randn(2, 5, 8))
-    assert len(hooks) == 3
+    block, seen = Gated(), Watch(copies=True)
+    with hooked(after(module, seen.note) for module in block.modules()):
+        block(torch.randn(2, 5, 8))
+    assert len(seen.outputs) == 3
     with pytest.raises(UnsupportedModelError, match="cannot be split"):
         find_writers(seen, {0: (block, block.projection)})
 

@@ -1,7 +1,6 @@
 """What two passes of one text show of a bridge: the model's own, and the one that is watched."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.evidence import SameOutputs, dead_heads, own_logits, text_for
+from headscope.models.hf.hooks import Call, after, hooked
 from headscope.models.loading.agreement import Check, Gap, gap, rounding
 from headscope.models.protocol import LayerView
 
@@ -102,17 +102,19 @@ def watched_pass(
     writes: dict[int, tuple[Tensor, Tensor]] = {}
 
     def wrote(layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, output: Any) -> None:
-            if args and isinstance(output, Tensor):
-                writes[layer] = (args[0], output)
+        def hook(_module: nn.Module, call: Call, output: Any) -> None:
+            if isinstance(call.stream, Tensor) and isinstance(output, Tensor):
+                writes[layer] = (call.stream, output)
 
         return hook
 
-    with ExitStack() as stack:
-        for layer in model.layout.layers:
-            projection = getattr(model.parts.block(layer).attn, "o", None)
-            if isinstance(projection, nn.Module):
-                stack.callback(projection.register_forward_hook(wrote(layer)).remove)
+    attentions = {layer: model.parts.block(layer).attn for layer in model.layout.layers}
+    projections = {layer: getattr(one, "o", None) for layer, one in attentions.items()}
+    with hooked(
+        after(projection, wrote(layer))
+        for layer, projection in projections.items()
+        if isinstance(projection, nn.Module)
+    ):
         edit = SameOutputs(frozenset(model.layout.layers))
         logits = model.forward(tokens, observers=(look,), edits=(edit,))
     missing = sorted(set(model.layout.layers) - set(look.layers))

@@ -5,7 +5,6 @@ and with which shapes differs. What is relied on here was seen to fire.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
+from headscope.models.hf.hooks import after, hooked, leaving
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
-from headscope.models.watch import Watch, write_scales
+from headscope.models.hf.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
 _BATCH, _LENGTH = 2, 5
@@ -102,22 +102,20 @@ def _watch(bridge: Any, blocks: dict[int, Any]) -> tuple[dict[int, _Seen], Watch
     seen = {layer: _Seen() for layer in blocks}
     watch = Watch()
 
-    def note(layer: int, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Any) -> None:
+    def note(layer: int, name: str) -> Callable[[Tensor], None]:
+        def noted(value: Tensor) -> None:
             seen[layer].values[name] = value
 
-        return hook
+        return noted
 
-    with ExitStack() as stack, torch.no_grad():
-        for layer, block in blocks.items():
-            for name in ("hook_pattern", "hook_z", "hook_q", "hook_rot_q", "hook_k", "hook_v"):
-                point = getattr(block.attn, name, None)
-                if isinstance(point, nn.Module):
-                    handle = point.register_forward_hook(note(layer, name))
-                    stack.callback(handle.remove)
-            for module in block.modules():
-                handle = module.register_forward_hook(watch.note, with_kwargs=True)
-                stack.callback(handle.remove)
+    hooks = []
+    for layer, block in blocks.items():
+        for name in ("hook_pattern", "hook_z", "hook_q", "hook_rot_q", "hook_k", "hook_v"):
+            point = getattr(block.attn, name, None)
+            if isinstance(point, nn.Module):
+                hooks.append(leaving(point, note(layer, name)))
+        hooks += [after(module, watch.note) for module in block.modules()]
+    with hooked(hooks), torch.no_grad():
         logits: Tensor = bridge(tiny_bridge_tokens(bridge), return_type="logits")
     for block in blocks.values():
         projection = getattr(block.attn, "o", None)

@@ -1,7 +1,6 @@
 """Norms, positions and embedding of a bridge, see :mod:`headscope.models.hf.measured`."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
+from headscope.models.hf.hooks import Hook, entering, leaving
 from headscope.models.hf.measured import MeasuredParts
 from headscope.models.hf.readout import measure_norm
 
@@ -68,20 +68,20 @@ class BridgeParts(MeasuredParts):
         heads = (shape.n_heads, shape.n_kv_heads)
         kept: dict[tuple[int, str], Tensor] = {}
 
-        def keep(layer: int, name: str, count: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, _args: Any, value: Tensor) -> None:
+        def keep(layer: int, name: str, count: int) -> Callable[[Tensor], None]:
+            def kept_now(value: Tensor) -> None:
                 whole = value if value.ndim == 4 else value.unflatten(-1, (count, -1))
                 by_head = whole if whole.shape[1] == count and rotary else whole.transpose(1, 2)
                 kept[layer, name] = by_head[:, :, at]
 
-            return hook
+            return kept_now
 
         hooks = []
         for layer in shape.attention_layers:
             for name, count in zip(names, heads, strict=True):
                 point = getattr(self.block(layer).attn, name, None)
                 if isinstance(point, nn.Module):
-                    hooks.append(partial(point.register_forward_hook, keep(layer, name, count)))
+                    hooks.append(leaving(point, keep(layer, name, count)))
         read = self._reads(tokens, shape.attention_layers, hooks)
         if any((layer, name) not in kept for layer in read for name in names):
             raise UnsupportedModelError(
@@ -97,26 +97,17 @@ class BridgeParts(MeasuredParts):
         kind = str(getattr(self.model.bridge.cfg, "positional_embedding_type", ""))
         return any(word in kind for word in _ROTARY)
 
-    def _reads(
-        self, tokens: Tensor, layers: Any, hooks: Sequence[Callable[[], Any]] = ()
-    ) -> dict[int, Tensor]:
+    def _reads(self, tokens: Tensor, layers: Any, hooks: Sequence[Hook] = ()) -> dict[int, Tensor]:
         """What attention of these layers reads."""
         seen: dict[int, Tensor] = {}
 
-        def hook(layer: int) -> Callable[..., None]:
-            def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-                seen[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+        def keep(layer: int) -> Callable[[Tensor], None]:
+            def entered(stream: Tensor) -> None:
+                seen[layer] = stream.detach()
 
-            return enter
+            return entered
 
-        own = [
-            partial(
-                self.block(n).get_submodule("attn").register_forward_pre_hook,
-                hook(n),
-                with_kwargs=True,
-            )
-            for n in layers
-        ]
+        own = [entering(self.block(n).get_submodule("attn"), keep(n)) for n in layers]
         with torch.no_grad():
             self.watch(tokens, [*own, *hooks])
         return seen

@@ -14,6 +14,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.matches import Matches
 from headscope.models.attention import visible_keys
 from headscope.models.bridge.layout import BridgeLayer, BridgeLayout
+from headscope.models.hf.hooks import hooked, leaving
 from headscope.models.hf.spans import OwnPasses, replaced, watched
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
 from headscope.models.protocol import Edit, Observer
@@ -26,7 +27,7 @@ _STRAY = 1e-3
 # Sites that are edited inside a module which computes attention in one piece.
 _INSIDE = ("query", "key", "value", "pattern")
 
-Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
+Act = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,22 +114,22 @@ class BridgePass:
             else:
                 stack.enter_context(pass_over(self.module, self))
             for parts in self.layout.layers.values():
-                for point, hook in self._hooks(parts):
-                    stack.callback(point.register_forward_hook(self._mine(hook)).remove)
+                hooks = (leaving(point, self._mine(hook)) for point, hook in self._hooks(parts))
+                stack.enter_context(hooked(hooks))
                 if parts.kernel is not None and self._edits(parts.layer, *_INSIDE):
                     stack.enter_context(self._inside(parts.kernel, parts.layer))
             if self._wants_final:
                 if self.layout.final is None:
                     raise UnsupportedModelError("it has no plain norm before its unembedding.")
-                hook = self._mine(self._at_final)
-                stack.callback(self.layout.final.register_forward_hook(hook).remove)
+                hook = leaving(self.layout.final, self._mine(self._at_final))
+                stack.enter_context(hooked([hook]))
             yield
 
-    def _mine(self, hook: Hook) -> Hook:
+    def _mine(self, hook: Act) -> Act:
         """The hook, silent in passes that are not this one or not of this scope."""
 
-        def mine(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
-            return hook(module, args, value) if self._acts else None
+        def mine(value: Tensor) -> Tensor | None:
+            return hook(value) if self._acts else None
 
         return mine
 
@@ -150,7 +151,7 @@ class BridgePass:
     def _edits(self, layer: int, *sites: str) -> list[Edit]:
         return [edit for edit in self.edits if edit.site in sites and layer in edit.layers]
 
-    def _hooks(self, parts: BridgeLayer) -> Iterator[tuple[nn.Module, Hook]]:
+    def _hooks(self, parts: BridgeLayer) -> Iterator[tuple[nn.Module, Act]]:
         layer = parts.layer
         if self._edits(layer, "query") and parts.kernel is None:
             if parts.query is None:
@@ -171,10 +172,10 @@ class BridgePass:
         yield parts.pattern, self._at_pattern(parts)
         yield parts.z, self._at_z(parts)
 
-    def _at_query(self, parts: BridgeLayer) -> Hook:
+    def _at_query(self, parts: BridgeLayer) -> Act:
         heads = self.layout.shape.n_heads
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> Tensor:
+        def hook(value: Tensor) -> Tensor:
             if parts.query_is_rotated:
                 return self._edited("query", parts.layer, value)
             query = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
@@ -183,10 +184,10 @@ class BridgePass:
 
         return hook
 
-    def _at_value(self, parts: BridgeLayer, edits: bool) -> Hook:
+    def _at_value(self, parts: BridgeLayer, edits: bool) -> Act:
         heads = self.layout.shape.n_kv_heads
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+        def hook(value: Tensor) -> Tensor | None:
             by_head = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
             by_head = self._edited("value", parts.layer, by_head) if edits else by_head
             if self.observers:
@@ -195,8 +196,8 @@ class BridgePass:
 
         return hook
 
-    def _at_pattern(self, parts: BridgeLayer) -> Hook:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+    def _at_pattern(self, parts: BridgeLayer) -> Act:
+        def hook(value: Tensor) -> Tensor | None:
             self.seen["pattern"] = value
             self._show(parts)
             if parts.pattern_is_live and self._edits(parts.layer, "pattern"):
@@ -205,10 +206,10 @@ class BridgePass:
 
         return hook
 
-    def _at_z(self, parts: BridgeLayer) -> Hook:
+    def _at_z(self, parts: BridgeLayer) -> Act:
         shape = self.layout.shape
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+        def hook(value: Tensor) -> Tensor | None:
             z = value.reshape(*value.shape[:2], shape.n_heads, shape.d_head)
             edited = self._edited("z", parts.layer, z)
             self.seen["z"] = edited
@@ -231,7 +232,7 @@ class BridgePass:
         if self.may_stop and parts.layer == max(self.layout.layers) and not self._wants_final:
             raise Finished
 
-    def _at_final(self, _module: nn.Module, _args: tuple[Any, ...], value: Tensor) -> None:
+    def _at_final(self, value: Tensor) -> None:
         for observer in self.observers:
             if observer.wants_final:
                 observer.on_final(value)

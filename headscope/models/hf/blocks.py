@@ -8,7 +8,7 @@ sublayers are all of this form.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.blocks import AttentionWrite, BlockObserver, BlockStates
+from headscope.models.hf.hooks import Call, after, before, hooked, stream_of
 from headscope.models.hf.readout import measure_norm
+from headscope.models.hf.watch import Watch
 from headscope.models.loading.agreement import Gap
 
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # share of a write that may be missing
@@ -47,26 +49,8 @@ class Writers:
     error: float
 
 
-@dataclass
-class Seen:
-    """Inputs and outputs of modules in one pass, copied: some families write over them."""
-
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-    def note(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """Hook: keep what a module was given and gave."""
-        given = args[0] if args else kwargs.get("hidden_states")
-        first = output[0] if isinstance(output, tuple) else output
-        for kept, value in ((self.inputs, given), (self.outputs, first)):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                kept[module] = value.detach().clone()
-
-
 def find_writers(
-    seen: Seen, blocks: Mapping[int, tuple[nn.Module, nn.Module]]
+    seen: Watch, blocks: Mapping[int, tuple[nn.Module, nn.Module]]
 ) -> dict[int, Writers]:
     """Writers of every block with attention; deep blocks, whose writes rounding hides, as others.
 
@@ -91,7 +75,7 @@ def find_writers(
     }
 
 
-def _fit(seen: Seen, block: nn.Module, projection: nn.Module) -> Writers | None:
+def _fit(seen: Watch, block: nn.Module, projection: nn.Module) -> Writers | None:
     if block not in seen.inputs or block not in seen.outputs:
         return None
     x, out = seen.inputs[block].cpu().double(), seen.outputs[block]
@@ -134,7 +118,7 @@ def _around(name: str, projection: str) -> bool:
 
 
 def _attention_writes(
-    seen: Seen, block: nn.Module, projection: nn.Module
+    seen: Watch, block: nn.Module, projection: nn.Module
 ) -> Iterator[tuple[nn.Module, bool]]:
     """The projection, and every module that makes something else of its output."""
     yield projection, False
@@ -193,7 +177,7 @@ def shown(
     """Scope in which an observer sees every block as it completes."""
     with ExitStack() as stack:
         for layer, (block, projection) in blocks.items():
-            seen = Seen()
+            seen = Watch(copies=True)
             chosen = writers.get(layer)
             if chosen is not None and projection is not None:
                 parts = {
@@ -201,33 +185,29 @@ def shown(
                     block.get_submodule(chosen.mlp),
                     projection,
                 }
-                for module in parts:
-                    hook = module.register_forward_hook(seen.note, with_kwargs=True)
-                    stack.callback(hook.remove)
-            enter = block.register_forward_pre_hook(_entering(seen), with_kwargs=True)
-            leave = block.register_forward_hook(_leaving(layer, seen, chosen, projection, observer))
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
+                stack.enter_context(hooked(after(module, seen.note) for module in parts))
+            leave = after(block, _leaving(layer, seen, chosen, projection, observer))
+            stack.enter_context(hooked([before(block, _entering(seen)), leave]))
         yield
 
 
-def _entering(seen: Seen) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.inputs[module] = (args[0] if args else kwargs["hidden_states"]).detach()
+def _entering(seen: Watch) -> Callable[..., None]:
+    def hook(module: nn.Module, call: Call) -> None:
+        seen.inputs[module] = call.stream.detach()
 
     return hook
 
 
 def _leaving(
     layer: int,
-    seen: Seen,
+    seen: Watch,
     writers: Writers | None,
     projection: nn.Module | None,
     observer: BlockObserver,
 ) -> Callable[..., None]:
-    def hook(block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def hook(block: nn.Module, _call: Call, output: Any) -> None:
         entering = seen.inputs[block].float()
-        leaving = (output[0] if isinstance(output, tuple) else output).detach().float()
+        leaving = stream_of(output).detach().float()
         leaving = leaving.reshape(entering.shape)
 
         def written(name: str, scale: float) -> Tensor:

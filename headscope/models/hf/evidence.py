@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from headscope.errors import HeadscopeError, ModelLoadError, UnsupportedModelError
 from headscope.matches import Matches
 from headscope.models.attention import AttentionCall
+from headscope.models.hf.hooks import Call, after, before, entering, hooked
 from headscope.models.hf.interface import MaskFacts, made_masks, routed
 from headscope.models.hf.measured import TURNS_BY_LENGTH
 from headscope.models.hf.projection import bias, matrix
@@ -99,27 +100,23 @@ def plain_pass(model: "HFModel", tokens: Int[Tensor, "batch pos"]) -> Plain:
     """
     plain = Plain()
 
-    def read(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(given, Tensor):
-            plain.reads.setdefault(module, []).append(given)
+    def read(module: nn.Module, call: Call) -> None:
+        if isinstance(call.stream, Tensor):
+            plain.reads.setdefault(module, []).append(call.stream)
 
-    def wrote(module: nn.Module, _args: Any, output: Any) -> None:
+    def wrote(module: nn.Module, _call: Call, output: Any) -> None:
         plain.writes.setdefault(module, []).append(output)
 
-    def final(_module: nn.Module, args: Any) -> None:
-        plain.finals.append(args[0])
-
+    hooks = [
+        hook
+        for parts in model.layout.layers.values()
+        for hook in (before(parts.attention, read), after(parts.projection, wrote))
+    ]
+    if model.layout.final_norm is not None:
+        hooks.append(entering(model.layout.final_norm, plain.finals.append))
     with ExitStack() as stack:
         stack.enter_context(pass_over(model.module))
-        for parts in model.layout.layers.values():
-            for handle in (
-                parts.attention.register_forward_pre_hook(read, with_kwargs=True),
-                parts.projection.register_forward_hook(wrote),
-            ):
-                stack.callback(handle.remove)
-        if model.layout.final_norm is not None:
-            stack.callback(model.layout.final_norm.register_forward_pre_hook(final).remove)
+        stack.enter_context(hooked(hooks))
         stack.enter_context(attention_named(model.layout.configs, "eager"))
         plain.logits = own_logits(model.module, tokens, model.name)
     return plain
@@ -232,37 +229,31 @@ def watched_pass(
     writes: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     uses: dict[nn.Module, int] = {}
 
-    def forced(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def forced(module: nn.Module, call: Call) -> Call | None:
         at = uses[module] = uses.get(module, 0) + 1
-        before = plain.reads.get(module, [])
-        if at > len(before):
-            return None
-        if args:
-            return (before[at - 1], *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": before[at - 1]}
+        given = plain.reads.get(module, [])
+        return None if at > len(given) else call.giving(given[at - 1])
 
-    def wrote(module: nn.Module, args: Any, output: Any) -> None:
-        writes.setdefault(module, []).append((args[0], output))
+    def wrote(module: nn.Module, call: Call, output: Any) -> None:
+        writes.setdefault(module, []).append((call.stream, output))
 
-    with ExitStack() as stack:
-        stack.enter_context(pass_over(model.module))
-        for parts in model.layout.layers.values():
-            for handle in (
-                parts.attention.register_forward_pre_hook(forced, with_kwargs=True),
-                parts.projection.register_forward_hook(wrote),
-            ):
-                stack.callback(handle.remove)
+    hooks = [
+        hook
+        for parts in model.layout.layers.values()
+        for hook in (before(parts.attention, forced), after(parts.projection, wrote))
+    ]
+    with pass_over(model.module), hooked(hooks):
         same = SameOutputs(frozenset(model.layout.layers))
         logits = model.forward(tokens, observers=(look,), edits=(same,))
     checks = [*look.checks, _all_layers(model, look)]
     for layer, parts in model.layout.layers.items():
-        before, now = plain.writes.get(parts.projection, []), writes.get(parts.projection, [])
-        if len(before) != 1 or len(now) != 1:
+        alone, now = plain.writes.get(parts.projection, []), writes.get(parts.projection, [])
+        if len(alone) != 1 or len(now) != 1:
             checks.append(
                 _failed(f"the output projection of layer {layer} is used {len(now)} times a pass")
             )
             continue
-        checks += _projection(model, layer, now[0], before[0], look.scores.get(layer, 0.0))
+        checks += _projection(model, layer, now[0], alone[0], look.scores.get(layer, 0.0))
     score = max(look.scores.values(), default=0.0)
     allowed = max(1e-4, rounding(model.dtype, 4 * len(model.layout.layers), score))
     if model.dtype == torch.float32:
@@ -408,24 +399,21 @@ def _masks_for(model: "HFModel", length: int) -> list[MaskFacts]:
     """Masks that the model makes for a text of this length, before its first block runs."""
     ids = torch.full((1, length), min(3, model.shape.d_vocab - 1), device=model.device)
 
-    def stop(_module: nn.Module, _args: Any) -> None:
+    def stop(_stream: Tensor) -> None:
         raise _Stopped
 
     def never(_module: nn.Module, _call: AttentionCall) -> Tensor:
         raise _Stopped
 
-    handle = model.layout.blocks[0].register_forward_pre_hook(stop)
-    try:
-        with (
-            pass_over(model.module),
-            routed(model.layout.configs, never),
-            made_masks() as masks,
-            suppress(_Stopped),
-        ):
-            mask = torch.ones_like(ids)
-            model.module.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        handle.remove()
+    with (
+        hooked([entering(model.layout.blocks[0], stop)]),
+        pass_over(model.module),
+        routed(model.layout.configs, never),
+        made_masks() as masks,
+        suppress(_Stopped),
+    ):
+        mask = torch.ones_like(ids)
+        model.module.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     return masks
 
 

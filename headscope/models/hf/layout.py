@@ -7,8 +7,8 @@ unembedding; whether heads write ``z @ W_O`` into the residual stream, and with 
 is measured, and so is what happens to logits behind the unembedding.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused
+from headscope.models.hf.hooks import Call, after, hooked
 from headscope.models.hf.interface import routed
 from headscope.models.hf.readout import LogitMap, measure_logit_map, ramp
 from headscope.models.hf.removed import NoHeads, kept_in
 from headscope.models.hf.transformers_api import takes_attention_functions
+from headscope.models.hf.watch import Watch, write_scales
 from headscope.models.offload import runs_on
 from headscope.models.running import pass_over
-from headscope.models.watch import Watch, write_scales
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
 _BATCH, _LENGTH = 2, 5
@@ -147,27 +148,24 @@ def _watch(model: Any, configs: tuple[Any, ...]) -> tuple[Watch, tuple[Tensor, T
         open_calls.append(module)
         return fused(call)
 
-    def after(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def note(module: nn.Module, call: Call, output: Any) -> None:
         weight = getattr(module, "weight", None)
         is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
         if is_matrix and open_calls and isinstance(output, Tensor):
             watch.inside.setdefault(open_calls[-1], []).append(module)
-        watch.note(module, args, kwargs, output)
+        watch.note(module, call, output)
         if open_calls and module is open_calls[-1] and module in watch.inside:
             open_calls.pop()
 
-    def known(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def known(_module: nn.Module, _call: Call, output: Any) -> Any:
         entered.append(ramp(output))
         return entered[-1]
 
     with ExitStack() as stack:
         stack.enter_context(pass_over(model))
-        for module in model.modules():
-            stack.enter_context(_removed(module.register_forward_hook(after, with_kwargs=True)))
+        stack.enter_context(hooked(after(module, note) for module in model.modules()))
         if isinstance(unembedding, nn.Module):
-            stack.enter_context(_removed(unembedding.register_forward_hook(known, prepend=True)))
+            stack.enter_context(hooked([after(unembedding, known, first=True)]))
         stack.enter_context(routed(configs, handler))
         stack.enter_context(torch.no_grad())
         logits = model(input_ids=tiny_tokens(model), use_cache=False).logits
@@ -202,14 +200,6 @@ def _choose_projections(watch: Watch, names: Mapping[nn.Module, str]) -> None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _number_layers(

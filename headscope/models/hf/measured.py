@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm, Rotation
 from headscope.models.blocks import AttentionWrite, BlockObserver
-from headscope.models.hf.blocks import Seen, Writers, attention_write, find_writers, shown
+from headscope.models.hf.blocks import Writers, attention_write, find_writers, shown
+from headscope.models.hf.hooks import Hook, after, entering, hooked, leaving
+from headscope.models.hf.watch import Watch
 from headscope.models.loading.agreement import Gap
 from headscope.models.offload import parameter
 from headscope.models.rotary import POSITIONS, find_rotation
@@ -22,7 +24,6 @@ from headscope.outputs import HeadWeights
 
 # Rows of the embedding that pass the first block at a time.
 _BATCH = 1024
-Hook = Callable[[], Any]
 TURNS_BY_LENGTH = (
     "turns its queries and keys by other angles in longer texts (longrope or dynamic scaling), so "
     "that an offset does not give one product: read queries and keys of the text itself, e.g. with "
@@ -91,21 +92,14 @@ class MeasuredParts(ABC):
     def _first_mlp(self, rows: Float[Tensor, "row d_model"]) -> Tensor:
         block, dtype, result = self.block(0), self.model.dtype, []
 
-        def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            x = rows[:, None].to(dtype)
-            return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
-
-        def silence(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return torch.zeros_like(output)
-
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            result.append(output[0] if isinstance(output, tuple) else output)
+        def leave(stream: Tensor) -> None:
+            result.append(stream)
             raise Finished
 
         hooks = [
-            partial(block.register_forward_pre_hook, enter, with_kwargs=True),
-            partial(self.projection(0).register_forward_hook, silence),
-            partial(block.register_forward_hook, leave),
+            entering(block, lambda _stream: rows[:, None].to(dtype)),
+            leaving(self.projection(0), torch.zeros_like),
+            leaving(block, leave),
         ]
         self.watch(torch.zeros(len(rows), 1, dtype=torch.long), hooks)
         added: Tensor = result[0].reshape(rows.shape).float() - rows.float()
@@ -119,18 +113,15 @@ class MeasuredParts(ABC):
         seen: dict[int, Tensor] = {}
         last = max(layers)
 
-        def hook(layer: int) -> Any:
-            def enter(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-                seen[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+        def keep(layer: int) -> Callable[[Tensor], None]:
+            def entered(stream: Tensor) -> None:
+                seen[layer] = stream.detach()
                 if layer == last:
                     raise Finished
 
-            return enter
+            return entered
 
-        hooks = [
-            partial(self.block(layer).register_forward_pre_hook, hook(layer), with_kwargs=True)
-            for layer in layers
-        ]
+        hooks = [entering(self.block(layer), keep(layer)) for layer in layers]
         self.watch(tokens, hooks, run=None)
         return seen
 
@@ -160,11 +151,9 @@ class MeasuredParts(ABC):
     def _writers(self) -> dict[int, Writers]:
         layers = self.model.shape.attention_layers
         blocks = {layer: (self.block(layer), self.projection(layer)) for layer in layers}
-        seen = Seen()
+        seen = Watch(copies=True)
         modules = {module for block, _ in blocks.values() for module in block.modules()}
-        hooks = [
-            partial(module.register_forward_hook, seen.note, with_kwargs=True) for module in modules
-        ]
+        hooks = [after(module, seen.note) for module in modules]
         ids = torch.arange(10) * 7 % max(self.model.shape.d_vocab - 1, 1)
         self.watch(ids.view(2, 5), hooks)
         try:
@@ -241,7 +230,6 @@ class MeasuredParts(ABC):
         """
         with ExitStack() as stack:
             stack.enter_context(pass_over(self.model.module, run))
-            for register in hooks:
-                stack.callback(register().remove)
+            stack.enter_context(hooked(hooks))
             with suppress(Finished):
                 self.run(tokens.to(self.model.device))

@@ -9,7 +9,7 @@ head's number in bits, whatever the layout.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
+from headscope.models.hf.hooks import hooked, leaving
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts, tiny_tokens
 from headscope.models.running import pass_over
@@ -68,12 +69,12 @@ def _watch(model: "HFModel") -> _Watched:
     by_attention = model.layout.by_attention()
 
     def keep(layer: int, name: str) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def kept(output: Tensor) -> Tensor:
             # A leaf, so that the derivative stops here.
             watched.outputs[layer][name] = output.detach().requires_grad_()
             return watched.outputs[layer][name].clone()  # some families write over it (clip_qkv)
 
-        return hook
+        return kept
 
     def attend(module: nn.Module, call: AttentionCall) -> Tensor:
         watched.calls[by_attention[module].layer] = call
@@ -81,9 +82,13 @@ def _watch(model: "HFModel") -> _Watched:
 
     with ExitStack() as stack:
         stack.enter_context(pass_over(model.module))
-        for layer, parts in model.layout.layers.items():
-            for name, module in matrices(parts):
-                stack.callback(module.register_forward_hook(keep(layer, name)).remove)
+        stack.enter_context(
+            hooked(
+                leaving(module, keep(layer, name))
+                for layer, parts in model.layout.layers.items()
+                for name, module in matrices(parts)
+            )
+        )
         stack.enter_context(routed(model.layout.configs, attend, by_attention))
         model.module.base_model(input_ids=tiny_tokens(model.module), use_cache=False)
     return watched

@@ -1,8 +1,7 @@
 """Norms, positions and embedding of a transformers model, see :mod:`.hf_measured`."""
 
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +11,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.blocks import BlockObserver
+from headscope.models.hf.hooks import Call, before
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import tiny_tokens
 from headscope.models.hf.measured import MeasuredParts
@@ -77,19 +77,16 @@ class HFParts(MeasuredParts):
         read: dict[int, Tensor] = {}
         seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            read[parts[module].layer] = (args[0] if args else kwargs["hidden_states"])[:, at]
+        def enter(module: nn.Module, call: Call) -> None:
+            read[parts[module].layer] = call.stream[:, at]
 
         def attend(module: nn.Module, call: AttentionCall) -> Tensor:
             layer = parts[module].layer
             seen[layer] = (read[layer], call.query[:, :, at], call.key[:, :, at])
             return fused(call)
 
-        hooks = [
-            partial(module.register_forward_pre_hook, enter, with_kwargs=True) for module in parts
-        ]
         with routed(self.model.layout.configs, attend, parts):
-            self.watch(tokens, hooks)
+            self.watch(tokens, [before(module, enter) for module in parts])
         return seen
 
     @cached_property

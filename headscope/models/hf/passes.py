@@ -13,6 +13,7 @@ from headscope.edits import AnyEdit, Span, among, during, edited_heads
 from headscope.errors import UnsupportedModelError
 from headscope.matches import Matches
 from headscope.models.attention import AttentionCall, fused
+from headscope.models.hf.hooks import entering, hooked
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts, Layout
 from headscope.models.hf.spans import OwnPasses, watched
@@ -88,14 +89,15 @@ class Pass:
         with ExitStack() as stack:
             stack.enter_context(pass_over(self.module, self))
             if self.observers or any(edit.site == "z" for edit in self.edits):
-                for parts in self.layout.layers.values():
-                    hook = self._at_projection(parts.layer)
-                    stack.callback(parts.projection.register_forward_pre_hook(hook).remove)
+                hooks = (
+                    entering(parts.projection, self._at_projection(parts.layer))
+                    for parts in self.layout.layers.values()
+                )
+                stack.enter_context(hooked(hooks))
             if self._wants_final:
                 if self.layout.final_norm is None:
                     raise UnsupportedModelError("it has no plain norm before its unembedding.")
-                handle = self.layout.final_norm.register_forward_pre_hook(self._at_final)
-                stack.callback(handle.remove)
+                stack.enter_context(hooked([entering(self.layout.final_norm, self._at_final)]))
             stack.enter_context(routed(self.layout.configs, self._attend, self.parts))
             yield
 
@@ -116,14 +118,14 @@ class Pass:
         self.pending = call if self.observers else None
         return edited_attention(call, edits, self.span)
 
-    def _at_projection(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+    def _at_projection(self, layer: int) -> Callable[[Tensor], Tensor | None]:
         last = max(self.layout.layers)
         shape = self.layout.shape
 
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def hook(given: Tensor) -> Tensor | None:
             if not self._runs:
                 return None
-            z = args[0].unflatten(-1, (shape.n_heads, shape.d_head))
+            z = given.unflatten(-1, (shape.n_heads, shape.d_head))
             edited = edited_at("z", layer, z, self.edits, self.span)
             if self.pending is not None:
                 view = HFLayerView(self.pending, edited)
@@ -132,11 +134,11 @@ class Pass:
                     observer.on_layer(view)
             if self.may_stop and layer == last and not self._wants_final:
                 raise Finished
-            return None if edited is z else (edited.flatten(-2), *args[1:])
+            return None if edited is z else edited.flatten(-2)
 
         return hook
 
-    def _at_final(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _at_final(self, residual: Tensor) -> None:
         if not self._runs:
             return
         self.finals += 1
@@ -144,7 +146,7 @@ class Pass:
             return  # the model uses its final norm for something else before
         for observer in self.observers:
             if observer.wants_final:
-                observer.on_final(args[0])
+                observer.on_final(residual)
         if self.may_stop:
             raise Finished
 
@@ -165,10 +167,11 @@ class Scope:
             stack.enter_context(scope_over(self.module, self))
             self.own = stack.enter_context(watched(self.module))
             touched = {layer for edit in self.edits if edit.site == "z" for layer in edit.layers}
-            for layer in sorted(touched & self.layout.layers.keys()):
-                hook = self._at_projection(layer)
-                projection = self.layout.layers[layer].projection
-                stack.callback(projection.register_forward_pre_hook(hook).remove)
+            hooks = (
+                entering(self.layout.layers[layer].projection, self._at_projection(layer))
+                for layer in sorted(touched & self.layout.layers.keys())
+            )
+            stack.enter_context(hooked(hooks))
             parts = self.layout.by_attention()
             stack.enter_context(routed(self.layout.configs, self._attend, parts, all_threads=True))
             yield
@@ -182,18 +185,18 @@ class Scope:
         call = edited_call(replace(call, layer=layer), edits, span)
         return edited_attention(call, edits, span)
 
-    def _at_projection(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+    def _at_projection(self, layer: int) -> Callable[[Tensor], Tensor | None]:
         shape = self.layout.shape
 
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def hook(given: Tensor) -> Tensor | None:
             use = use_of(self.module)
             if use.measuring():
                 return None
             run = use.running()
-            z = args[0].unflatten(-1, (shape.n_heads, shape.d_head))
+            z = given.unflatten(-1, (shape.n_heads, shape.d_head))
             span = self._span(z.shape[1]) if run is None else run.span
             edited = edited_at("z", layer, z, self.edits, span)
-            return None if edited is z else (edited.flatten(-2), *args[1:])
+            return None if edited is z else edited.flatten(-2)
 
         return hook
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headscope.models.hf.hooks import Call, after, before, hooked
 from headscope.models.hf.interface import mask_facts, with_facts
 from headscope.models.hf.passes import HFLayerView
 from headscope.models.hf.spans import replaced as put_in_place
@@ -17,20 +18,6 @@ from headscope.models.running import MEASURING, held, pass_over, use_of
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
     from headscope.models.protocol import LayerView
-
-
-@dataclass(frozen=True, eq=False)
-class BlockCall:
-    """How one block was called: its input, and everything else."""
-
-    hidden: Float[Tensor, "batch pos d_model"]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def by_name(self) -> bool:
-        """Whether the input was a keyword argument."""
-        return "hidden_states" in self.kwargs
 
 
 @dataclass
@@ -48,7 +35,7 @@ class Recording:
     batch: int
     length: int
     real: Bool[Tensor, "batch pos"] | None = None
-    blocks: list[BlockCall] = field(default_factory=list)
+    blocks: list[Call] = field(default_factory=list)
     z: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
     key: dict[int, Float[Tensor, "batch kv_head pos d_head"]] = field(default_factory=dict)
     value: dict[int, Float[Tensor, "batch kv_head pos d_head"]] = field(default_factory=dict)
@@ -83,34 +70,32 @@ def record(
     with ExitStack() as hooks:
         hooks.enter_context(pass_over(model.module))
         hooks.enter_context(quick_activations(model))
-        for block in model.layout.blocks:
-            hook = _at_block(model.module, recording)
-            handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-            hooks.callback(handle.remove)
-        for layer, parts in model.layout.layers.items():
-            handle = parts.attention.register_forward_hook(_at_attention(recording, layer))
-            hooks.callback(handle.remove)
+        at_block = _at_block(model.module, recording)
+        hooks.enter_context(hooked(before(block, at_block) for block in model.layout.blocks))
+        attentions = model.layout.layers.items()
+        hooks.enter_context(
+            hooked(
+                after(one.attention, _at_attention(recording, layer)) for layer, one in attentions
+            )
+        )
         model.forward(
             tokens, real=real, observers=(recording,), logits_at=torch.empty(0, dtype=torch.long)
         )
     return recording
 
 
-def _at_block(model: nn.Module, recording: Recording) -> Callable[..., None]:
+def _at_block(model: nn.Module, recording: Recording) -> Callable[[nn.Module, Call], None]:
     use = use_of(model)
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if use.running() is MEASURING:  # how the family counts padding, before the pass
-            return
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        rest = args if "hidden_states" in kwargs else args[1:]
-        recording.blocks.append(BlockCall(hidden, rest, dict(kwargs)))
+    def hook(_module: nn.Module, call: Call) -> None:
+        if use.running() is not MEASURING:  # how the family counts padding, before the pass
+            recording.blocks.append(call)
 
     return hook
 
 
 def _at_attention(recording: Recording, layer: int) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def hook(_module: nn.Module, _call: Call, output: Any) -> None:
         recording.returns[layer] = len(output) if isinstance(output, tuple) else None
 
     return hook

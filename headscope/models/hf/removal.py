@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
+from headscope.models.hf.hooks import Call, after, hooked
 from headscope.models.hf.layout import tiny_tokens
 from headscope.models.hf.owners import Owner
 
@@ -153,12 +154,9 @@ def _blocks(owners: list[Owner], given: tuple[int, ...], d_head: int) -> tuple[i
 def _returns(model: "HFModel", attention: nn.Module) -> int | None:
     found: list[int | None] = []
 
-    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+    def look(_module: nn.Module, _call: Call, output: Any) -> None:
         found.append(len(output) if isinstance(output, tuple) else None)
 
-    handle = attention.register_forward_hook(look)
-    try:
+    with hooked([after(attention, look)]):
         model.forward(tiny_tokens(model.module)[:1, :2])
-    finally:
-        handle.remove()
     return found[0]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headscope.edits import Span, Stacked, Variant, first_layer, first_position, stack
 from headscope.models.attention import AttentionCall
+from headscope.models.hf.hooks import Call, entering, hooked, stream_of
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts
 from headscope.models.hf.passes import edited_attention, edited_call
@@ -119,7 +120,7 @@ class _Run:
 
     def through(self) -> Float[Tensor, "row d_model"]:
         recording, blocks = self.replay.recording, self.replay.model.layout.blocks
-        hidden = repeated(recording.blocks[self.layer].hidden[:, self.first :], self.copies)
+        hidden = repeated(recording.blocks[self.layer].stream[:, self.first :], self.copies)
         read = self.replay.read[:, self.first :].to(hidden.device)
         for layer in range(self.layer, len(blocks)):
             if layer == len(blocks) - 1 and self._can_be_lean(read):
@@ -144,8 +145,7 @@ class _Run:
             if parts is not None:
                 self._prepare(layer, parts, hidden, stack_)
             given = hidden if self.queries is None else hidden[:, self.queries]
-            output = self._called(layer, block, given)
-        after: Tensor = output[0] if isinstance(output, tuple) else output
+            after: Tensor = stream_of(self._called(layer, block, given))
         return after
 
     def _prepare(self, layer: int, parts: LayerParts, hidden: Tensor, scope: ExitStack) -> None:
@@ -162,8 +162,8 @@ class _Run:
             lean = partial(self._lean, parts, edit, parts.attention.forward, hidden)
             scope.enter_context(replaced(parts.attention, lean))
         elif edit is not None:
-            hook = partial(self._at_projection, layer, edit)
-            scope.callback(parts.projection.register_forward_pre_hook(hook).remove)
+            hook = entering(parts.projection, partial(self._at_projection, layer, edit))
+            scope.enter_context(hooked([hook]))
 
     def _is_given(self, layer: int) -> bool:
         """Whether attention need not run: what it gives is known before it does."""
@@ -189,12 +189,9 @@ class _Run:
     ) -> Any:
         """Stand in for an attention module that is called with the positions read alone."""
         normed = hidden if parts.input_norm is None else parts.input_norm(hidden)
-        if "hidden_states" in kwargs:
-            kwargs["hidden_states"] = normed
-        else:
-            args = (normed, *args[1:])
+        call = Call(args, kwargs).giving(normed)
         try:
-            attention(*args, **kwargs)
+            attention(*call.args, **call.kwargs)
         except _HeadOutputs as found:
             z = found.z
         if edit is not None:  # it speaks of all positions
@@ -203,20 +200,14 @@ class _Run:
             z = edit(parts.layer, whole)[:, self.queries]
         return self._returned(parts.layer, parts.projection(z.flatten(-2)))
 
-    def _at_projection(
-        self, layer: int, edit: Stacked, _module: nn.Module, args: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
+    def _at_projection(self, layer: int, edit: Stacked, given: Tensor) -> Tensor:
         shape = self.replay.model.shape
-        z = args[0].unflatten(-1, (shape.n_heads, shape.d_head))
-        return (edit(layer, z).flatten(-2), *args[1:])
+        z = given.unflatten(-1, (shape.n_heads, shape.d_head))
+        return edit(layer, z).flatten(-2)
 
     def _called(self, layer: int, block: nn.Module, hidden: Tensor) -> Any:
-        call = self.replay.recording.blocks[layer]
-        args = [self._argument(value) for value in call.args]
-        kwargs = {name: self._argument(value) for name, value in call.kwargs.items()}
-        if call.by_name:
-            return block(*args, **{**kwargs, "hidden_states": hidden})
-        return block(hidden, *args, **kwargs)
+        call = self.replay.recording.blocks[layer].changed(self._argument).giving(hidden)
+        return block(*call.args, **call.kwargs)
 
     def _argument(self, value: Any) -> Any:
         """An argument for this stack; blocks share most of theirs."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headscope.edits import Span
+from headscope.models.hf.hooks import Call, before, hooked
 
 
 class OwnPasses(threading.local):
@@ -38,23 +39,22 @@ def watched(module: Any) -> Iterator[OwnPasses]:
     own = OwnPasses()
     with ExitStack() as stack:
         body = getattr(module, "base_model", module)
-        hook = body.register_forward_pre_hook(_entering(own), with_kwargs=True)
-        stack.callback(hook.remove)
+        stack.enter_context(hooked([before(body, _began(own))]))
         if callable(getattr(module, "generate", None)):
             stack.enter_context(replaced(module, "generate", _asked(own, module.generate)))
         yield own
 
 
-def _entering(own: OwnPasses) -> Callable[..., None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs.get("input_ids", args[0] if args else None)
-        given = kwargs.get("inputs_embeds") if given is None else given
-        cache = kwargs.get("past_key_values")
+def _began(own: OwnPasses) -> Callable[[nn.Module, Call], None]:
+    def began(_module: nn.Module, call: Call) -> None:
+        given = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+        given = call.kwargs.get("inputs_embeds") if given is None else given
+        cache = call.kwargs.get("past_key_values")
         if isinstance(given, Tensor):
             cached = 0 if cache is None else int(cache.get_seq_length())
             own.begin(int(given.shape[1]), cached)
 
-    return hook
+    return began
 
 
 def _asked(own: OwnPasses, generate: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from headscope.base.stacks import MaskRule, Stack
 from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
+from headscope.models.hf.hooks import Hook, entering, hooked, leaving
 from headscope.models.protocol import LayerView
 from headscope.models.running import Finished, held, use_of
 from headscope.models.taps import (
@@ -101,9 +102,7 @@ class _Engine:
         wants_logits = self.until is None or self.until.site == "logits"
         with ExitStack() as stack:
             stack.enter_context(held(self.model.module))
-            for module, register, hook in self._hooks():
-                handle = getattr(module, register)(self._guarded(hook), with_kwargs=True)
-                stack.callback(handle.remove)
+            stack.enter_context(hooked(self._hooks()))
             shows = any(tap.site in ATTENTION_SITES for tap in self._shown())
             logits = self.model.forward(
                 tokens,
@@ -150,19 +149,18 @@ class _Engine:
 
     # Residual stream: hooks on blocks, on the two modules of each that write, on the final norm.
 
-    def _hooks(self) -> list[tuple[nn.Module, str, Callable[..., Any]]]:
-        found: list[tuple[nn.Module, str, Callable[..., Any]]] = []
+    def _hooks(self) -> list[Hook]:
+        found: list[Hook] = []
         parts = self.model.parts
         taps = dict.fromkeys((*self.writes, *self._shown()))
         for tap in taps:
             if tap.site in ("embed", "resid_pre"):
-                hook = self._entering(tap)
-                found.append((parts.block(tap.layer or 0), "register_forward_pre_hook", hook))
+                found.append(entering(parts.block(tap.layer or 0), self._entered(tap)))
             elif tap.site == "resid_post":
-                found.append((parts.block(tap.layer), "register_forward_hook", self._leaving(tap)))
+                found.append(leaving(parts.block(tap.layer), self._left(tap)))
             elif tap.site in ("attn_out", "mlp_out"):
                 module, scale = parts.writer(tap.layer, tap.site)
-                found.append((module, "register_forward_hook", self._leaving(tap, scale)))
+                found.append(leaving(module, self._left(tap, scale)))
             elif tap.site == "final_resid":
                 norm = self.model.final_entry
                 if norm is None:
@@ -170,44 +168,34 @@ class _Engine:
                         f"{self.model.name} has no plain norm before its unembedding, so its "
                         f"final_resid cannot be told: read resid_post of the last layer."
                     )
-                found.append((norm, "register_forward_pre_hook", self._entering(tap)))
+                found.append(entering(norm, self._entered(tap)))
         return found
 
-    def _guarded(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """Keep a hook silent in passes of others, and in measurements that this pass starts."""
+    @property
+    def _acts(self) -> bool:
+        """False in passes of others, and in measurements that this pass starts."""
+        use = use_of(self.model.module)
+        return use.running() is not None and not use.measuring()
 
-        def guarded(*args: Any) -> Any:
-            use = use_of(self.model.module)
-            return None if use.running() is None or use.measuring() else hook(*args)
+    def _entered(self, tap: Tap) -> Callable[[Tensor], Tensor | None]:
+        def entered(given: Tensor) -> Tensor | None:
+            value = self._through(tap, given) if self._acts else given
+            return None if value is given else value
 
-        return guarded
+        return entered
 
-    def _entering(self, tap: Tap) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            named = "hidden_states" in kwargs
-            given = kwargs["hidden_states"] if named else args[0]
-            value = self._through(tap, given)
-            if value is given:
+    def _left(self, tap: Tap, scale: float = 1.0) -> Callable[[Tensor], Tensor | None]:
+        def left(given: Tensor) -> Tensor | None:
+            if not self._acts:
                 return None
-            return (
-                (args, {**kwargs, "hidden_states": value})
-                if named
-                else ((value, *args[1:]), kwargs)
-            )
-
-        return hook
-
-    def _leaving(self, tap: Tap, scale: float = 1.0) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
-            given = output[0] if isinstance(output, tuple) else output
             shaped = given.reshape(self._stream_shape(given))
             value = self._through(tap, shaped if scale == 1 else shaped * scale)
             if tap not in self.writes and not self.grad:  # a gradient passes what was read
                 return None
-            made = (value if scale == 1 else value / scale).reshape(given.shape).to(given.dtype)
-            return (made, *output[1:]) if isinstance(output, tuple) else made
+            made = value if scale == 1 else value / scale
+            return made.reshape(given.shape).to(given.dtype)
 
-        return hook
+        return left
 
     def _stream_shape(self, given: Tensor) -> tuple[int, ...]:
         """``[batch pos d_model]``, also where a module flattens batch and positions."""

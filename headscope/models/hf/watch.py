@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.models.attention import AttentionCall
+from headscope.models.hf.hooks import Call, stream_of
 from headscope.models.loading.agreement import Gap
 
 # Share of a write that may be missing where nothing was rounded away. Half precision rounds the
@@ -30,6 +31,7 @@ class Watch:
         uses: how often each module was called.
         single: modules that were given one tensor and nothing else.
         inside: matrices that acted after the attention call and inside its module, in order.
+        copies: keep copies of inputs and outputs: some families write over them.
     """
 
     calls: list[tuple[nn.Module, AttentionCall]] = field(default_factory=list)
@@ -40,21 +42,20 @@ class Watch:
     uses: dict[nn.Module, int] = field(default_factory=dict)
     single: set[nn.Module] = field(default_factory=set)
     inside: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    copies: bool = False
 
-    def note(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> None:
-        """Keep what a module was given and what it made, as its forward hook sees them."""
+    def note(self, module: nn.Module, call: Call, output: Any) -> None:
+        """Keep what a module was given and what it made."""
         self.uses[module] = self.uses.get(module, 0) + 1
-        given = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(given, Tensor) and given.is_floating_point():
-            self.inputs[module] = given
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        given, made = call.stream, stream_of(output)
+        arguments = (*call.args, *call.kwargs.values())
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
         if len(tensors) == 1 and tensors[0] is given:
             self.single.add(module)
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor):
-            self.outputs[module] = first
+        if isinstance(given, Tensor) and given.is_floating_point():
+            self.inputs[module] = given.detach().clone() if self.copies else given
+        if isinstance(made, Tensor):
+            self.outputs[module] = made.detach().clone() if self.copies else made
 
 
 def write_scales(

@@ -1,0 +1,129 @@
+"""The one place where modules are hooked, and where what they are given and return is taken apart.
+
+Families give a block or an attention module the residual stream as its first argument or as
+``hidden_states``, and get it back bare or as the first of several values.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+_STREAM = "hidden_states"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def stream(self) -> Any:
+        """The residual stream: ``hidden_states``, or else the first argument; None without any."""
+        if _STREAM in self.kwargs:
+            return self.kwargs[_STREAM]
+        return self.args[0] if self.args else None
+
+    def giving(self, stream: Tensor) -> "Call":
+        """The same call with another residual stream."""
+        if _STREAM in self.kwargs:
+            return Call(self.args, {**self.kwargs, _STREAM: stream})
+        return Call((stream, *self.args[1:]), self.kwargs)
+
+    def changed(self, change: Callable[[Any], Any]) -> "Call":
+        """The same call with everything but the residual stream put through a function."""
+        own = 0 if _STREAM in self.kwargs or not self.args else 1
+        args = (*self.args[:own], *(change(value) for value in self.args[own:]))
+        kwargs = {
+            name: value if name == _STREAM else change(value) for name, value in self.kwargs.items()
+        }
+        return Call(args, kwargs)
+
+
+def stream_of(output: Any) -> Any:
+    """The residual stream, or what is added to it, of what a module returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def returning(output: Any, stream: Tensor) -> Any:
+    """What a module returns, with another residual stream."""
+    return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """A function that is called before or after a module runs; see the functions that make them."""
+
+    module: nn.Module
+    act: Callable[..., Any]
+    after: bool
+    first: bool = False
+
+    def register(self) -> Callable[[], None]:
+        """Hook the module; call what is returned to unhook it."""
+        hook = self.act
+        if self.after:
+            remove = self.module.register_forward_hook(hook, with_kwargs=True, prepend=self.first)
+        else:
+            remove = self.module.register_forward_pre_hook(hook, with_kwargs=True)
+        return remove.remove
+
+
+@contextmanager
+def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
+    """Hook modules within a scope."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.register())
+        yield
+
+
+def before(module: nn.Module, act: Callable[[nn.Module, Call], Call | None]) -> Hook:
+    """A hook on a call: ``act(module, call)`` returns None, or the call to go on with."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        made = act(module, Call(args, kwargs))
+        return None if made is None else (made.args, made.kwargs)
+
+    return Hook(module, hook, after=False)
+
+
+def after(
+    module: nn.Module, act: Callable[[nn.Module, Call, Any], Any], *, first: bool = False
+) -> Hook:
+    """A hook on a return: ``act(module, call, output)`` returns None, or another output.
+
+    Args:
+        module: to hook.
+        act: what to call.
+        first: before hooks that are already there.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return act(module, Call(args, kwargs), output)
+
+    return Hook(module, hook, after=True, first=first)
+
+
+def entering(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Hook:
+    """A hook on the residual stream, or the only tensor, that a module is given."""
+
+    def hook(_module: nn.Module, call: Call) -> Call | None:
+        made = act(call.stream)
+        return None if made is None else call.giving(made)
+
+    return before(module, hook)
+
+
+def leaving(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Hook:
+    """A hook on the first tensor that a module returns."""
+
+    def hook(_module: nn.Module, _call: Call, output: Any) -> Any:
+        made = act(stream_of(output))
+        return None if made is None else returning(output, made)
+
+    return after(module, hook)
