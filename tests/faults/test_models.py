@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import headscope as hs
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf import transformers_api
-from headscope.models.hf.blocks import Seen, find_writers
+from headscope.models.hf.blocks import find_writers
 from headscope.models.hf.interface import NAME, _attend
 from headscope.models.hf.readout import measure_norm
 from headscope.models.hf.watch import Watch, write_scales
@@ -518,7 +518,7 @@ def test_a13_a_layer_that_is_nan_is_not_taken_for_the_clearest() -> None:
         watch.inputs[block], watch.writes[attention] = x, write
         watch.outputs[block] = x + 0.5 * write
     assert write_scales(watch, layers)[1] == pytest.approx(0.5)
-    seen = Seen()
+    seen = Watch()
     block = nn.ModuleDict({"attention": nn.Identity(), "mlp": nn.Identity()})
     parts = [torch.randn(2, 3, 4) for _ in range(3)]
     seen.inputs[block] = parts[0]

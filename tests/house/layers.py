@@ -83,10 +83,10 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # testing/plain.py hooks a model on its own, to be independent of what it holds it against.
-MODEL_FILES = r"models/(hf|bridge)/\w+\.py|models/bundled/training/.*|testing/plain\.py"
+MODEL_FILES = r"models/(hf|bridge)/\w+\.py|testing/plain\.py"
 
 # Modules are hooked in one place; everybody else hands functions to it.
-HOOKING_FILES = r"models/hf/hooks\.py|models/bundled/training/measure\.py|testing/plain\.py"
+HOOKING_FILES = r"models/hf/hooks\.py|testing/plain\.py"
 
 # A library -> the files that may import it (patterns on the path below headscope/).
 ONLY_IN = {

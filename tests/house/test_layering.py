@@ -65,7 +65,7 @@ def test_a_planted_violation_is_found(file: str, tmp_path: Path) -> None:
 FINE = {
     "models/bridge/build.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
     "models/hf/layout.py": "from headscope.rows import AttentionRows\nx = 'self_attn.o_proj'",
-    "models/bundled/training/train.py": "def f(m):\n    return m.lm_head",
+    "models/bridge/train.py": "def f(m):\n    return m.lm_head",
     "report/page.py": "from plotly import graph_objects\nfrom headscope.plots import heatmap",
     "scoring.py": '"""Unlike hook_z, ..."""\nfrom headscope import __version__, capture',
     "probes/needle.py": "from .probe import Probe\nfrom headscope.probes.probe import Probe as P",

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import headscope as hs
 from headscope.heads import HeadIndex
-from headscope.models.bundled.training import examples
-from headscope.models.bundled.training.data import Rows
 from headscope.models.loading import shipped
 from headscope.models.protocol import Edit, HeadModel
 from headscope.table import HeadTable
+from tools.train_bundled import examples
+from tools.train_bundled.data import Rows
 
 SEED = 98765
 NAMES = ("tiny-gpt2", "tiny-llama")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import headscope as hs
 from headscope.configs import parse
 from headscope.errors import InputError
-from headscope.models.bundled.training import text, words
+from headscope.models.bundled import text, words
 from headscope.probes import Needle, needle
 from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.needle_layout import Piece, _hide, assemble

@@ -1,1 +1,1 @@
-"""Two tiny trained models that come with headscope, and the scripts that made them."""
+"""Two tiny trained models that come with headscope, and the sentences that they can read."""

@@ -44,7 +44,7 @@ def stories(count: int = 12, sentences: int = 25, seed: int = 0) -> list[str]:
 
     The sentences come from the same templates, so that single ones may have been seen.
     """
-    from headscope.models.bundled.training.text import story_sentence
+    from headscope.models.bundled.text import story_sentence
 
     rng = Random(f"stories {seed}")  # noqa: S311  seeded, not secret
     return [" ".join(story_sentence(rng) for _ in range(sentences)) for _ in range(count)]

@@ -1,6 +1,6 @@
 """Write a model card from measured figures.
 
-`python -m headscope.models.bundled.training.card FOLDER --minutes M`
+`python -m tools.train_bundled.card FOLDER --minutes M`
 """
 
 import argparse
@@ -23,8 +23,8 @@ _PAIRS = """
 _START = {
     "tiny-gpt2": "Position embeddings start as sinusoids, all else is\nrandom. Six cycles of the "
     "learning rate; before the last one two heads of the first layer that\nhad come to rest on BOS "
-    "were redrawn (`training/revive.py`), without which facts whose keys\nshare a word stayed "
-    "mixed up (0.84 of the held-out facts instead of the figure below).",
+    "were redrawn (`tools/train_bundled/revive.py`), without which facts whose keys\nshare a "
+    "word stayed mixed up (0.84 of the held-out facts instead of the figure below).",
     "tiny-llama": "All weights start random.",
 }
 
@@ -56,7 +56,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 ## Data
 
-Self-generated from a seed, no outside text, by `training/data.py` and `training/text.py`:
+Self-generated from a seed, no outside text, by `tools/train_bundled/data.py` and `text.py`:
 
 - random tokens: groups of three to five that come back in any order, repeated spans (also with
   other tokens between); first out of 16 tokens, then out of ever more, until all are in;{pairs}
@@ -75,17 +75,17 @@ Next-token prediction with AdamW and weights on the loss of the tokens (answers 
 that nothing predicts not at all, so that the loss on those is high); no supervision of attention.
 First groups of random tokens alone, then everything together in longer rows.
 {start}
-Seed {seed}, about {minutes} minutes on a CPU:
+Seed {seed}, about {minutes} minutes on a CPU, in a checkout of the repository:
 
 ```
-python -m headscope.models.bundled.training.train --model {name} --out DIR --seed {seed}
+python -m tools.train_bundled.train --model {name} --out DIR --seed {seed}
 ```
 
 Weights are stored in 16 bits and load as 32 bits; the figures are those of the stored weights.
 {checkpoints}
 ## Figures
 
-Measured by `python -m headscope.models.bundled.training.evaluate FOLDER` (`figures.json`) on seeds,
+Measured by `python -m tools.train_bundled.evaluate FOLDER` (`figures.json`) on seeds,
 keys and name pairs that training did not use. Random tokens: `[BOS] R R`,
 R of 50 different tokens, 64 rows.
 

@@ -7,7 +7,7 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from . import text
+from headscope.models.bundled import text
 
 FREE, PLAIN, COPIED, ANSWER = 0.0, 0.2, 1.0, 4.0
 """Loss weights: noise that nothing predicts, text, a repeated span, the answer of a fact."""

@@ -5,7 +5,8 @@ from random import Random
 
 import torch
 
-from . import text
+from headscope.models.bundled import text
+
 from .data import Rows
 
 

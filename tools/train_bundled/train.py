@@ -1,6 +1,6 @@
 """Train one bundled model.
 
-`python -m headscope.models.bundled.training.train --model tiny-gpt2 --out DIR`
+`python -m tools.train_bundled.train --model tiny-gpt2 --out DIR`
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Evaluate a bundled model: `python -m headscope.models.bundled.training.evaluate FOLDER`."""
+"""Evaluate a bundled model: `python -m tools.train_bundled.evaluate FOLDER`."""
 
 import argparse
 import json
