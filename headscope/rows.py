@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.stacks import CAUSAL, MaskRule
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionRows:
@@ -18,14 +20,16 @@ class AttentionRows:
         pattern: softmax probabilities in fp32; rows sum to 1, less what a learned sink takes;
             0 where a key is not visible. The key axis starts at position 0 and may end before
             the text does, at the last key that any of these queries can see.
-        visible: which keys the query may see: causal order, window and padding together.
+        visible: which keys the query may see: mask rule and padding together.
             Padding queries see themselves alone and are in no mean.
+        mask: rule of the layer, padding apart.
     """
 
     layer: int
     query_pos: Int[Tensor, " query"]
     pattern: Float[Tensor, "batch head query key"]
     visible: Bool[Tensor, "batch query key"]
+    mask: MaskRule = CAUSAL
 
     @cached_property
     def total(self) -> Float[Tensor, "batch head query"]:

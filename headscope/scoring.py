@@ -16,6 +16,7 @@ from headscope.accumulate import Accumulator, Sums, joined
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.memory import parse_memory
+from headscope.models.needs import lacks
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import held_norm, origin
@@ -108,7 +109,8 @@ def _applicable(model: HeadModel, wanted: Wanted, probe: Probe | None) -> tuple[
         return tuple(
             scorer
             for scorer in resolve(DEFAULT)
-            if not set(scorer.needs) & set(model.limits) and _can_read(scorer, model, probe)
+            if not any(lacks(model, need) for need in scorer.needs)
+            and _can_read(scorer, model, probe)
         )
     listed = [wanted] if isinstance(wanted, str | Scorer) else list(wanted)
     chosen = resolve(listed)
@@ -116,8 +118,8 @@ def _applicable(model: HeadModel, wanted: Wanted, probe: Probe | None) -> tuple[
         raise InputError("no scorers given: name at least one, or leave them out for the defaults.")
     for scorer in chosen:
         for need in scorer.needs:
-            if need in model.limits:
-                raise UnsupportedModelError(f"{scorer.name} needs {need}: {model.limits[need]}")
+            if (reason := lacks(model, need)) is not None:
+                raise UnsupportedModelError(f"{scorer.name} needs {need}: {reason}")
     return chosen
 
 
@@ -146,7 +148,8 @@ def _assign(
 
 def _kind_for(model: HeadModel, scorer: Scorer) -> str:
     """Kind of probe for a scorer; without a tokenizer, random tokens stand in for text."""
-    if scorer.probe == "text" and model.tokenizer is None and scorer.name != "delimiter":
+    marked = scorer.name in ("delimiter", "separator")  # of which random tokens have none
+    if scorer.probe == "text" and model.tokenizer is None and not marked:
         return "repeated_tokens"
     return scorer.probe
 

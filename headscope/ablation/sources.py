@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.stacks import all_causal
 from headscope.edits import Variant, scale, stack
 from headscope.errors import UnsupportedModelError
 from headscope.memory import free_cached_memory, is_out_of_memory, keep_freed_memory
@@ -207,9 +208,10 @@ def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = Tru
     read[:, -1] = True
     own = model.forward(tokens, real=real)[read.to(model.device)].float()
     limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
-    plain = len(model.shape.attention_layers) == model.shape.n_layers
+    # Layers without attention carry a state of their own from position to position, and where later
+    # keys are seen an edit changes the positions before it too.
+    plain = len(model.shape.attention_layers) == model.shape.n_layers and all_causal(model.stacks)
     for prefix in (True, False) if replay else ():
-        # Layers without attention carry a state of their own from position to position.
         if isinstance(model, HFModel) and (plain or not prefix) and "readout" not in model.limits:
             plan = Plan(True, prefix, 0.0)
             error = _largest(_noop_errors, model, plan, tokens, real, read, own)

@@ -1,5 +1,6 @@
 """Attention stacks and their mask rules: which keys a query may see, and what a stack runs over."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,6 +72,13 @@ class MaskRule:
             seen = seen & (query // self.block == key // self.block)
         return seen
 
+    def sees(self, n_keys: int) -> int:
+        """Return the largest number of keys, of this many, that any query may see."""
+        most = n_keys
+        if self.window is not None:
+            most = min(most, self.window if self.causal else 2 * self.window - 1)
+        return most if self.block is None else min(most, self.block)
+
     def span(self, first_query: int, last_query: int, n_keys: int) -> slice:
         """Return the smallest run of keys that holds all that a run of queries may see.
 
@@ -88,18 +96,36 @@ class MaskRule:
             stop = min(stop, (last_query // self.block + 1) * self.block)
         return slice(start, stop)
 
+    def __str__(self) -> str:
+        """Return the rule in words: ``bidirectional, window of 64 keys``."""
+        sizes = {"window": self.window, "block": self.block}
+        limits = [f"{name} of {size:,} keys" for name, size in sizes.items() if size is not None]
+        return ", ".join([self.kind, *limits])
+
+
+CAUSAL = MaskRule("causal")
+
+
+def all_causal(stacks: Mapping[str, "Stack"]) -> bool:
+    """Return whether no query of any stack sees a later key.
+
+    Args:
+        stacks: of a model, by name.
+    """
+    return all(stack.mask.causal for stack in stacks.values())
+
 
 @dataclass(frozen=True)
 class Stack:
     """One attention stack of a model: how many heads it has and what they run over.
 
     Attributes:
-        name: empty in a text model with a single stack; else ``encoder``, ``decoder``, ``cross``,
-            ``vision``, ``text``.
+        name: empty in a text model with a single stack, decoder or encoder; else ``encoder``,
+            ``decoder``, ``cross``, ``vision``, ``text``.
         n_layers: layers of the stack, those without attention included.
         n_heads, n_kv_heads: query heads, and key/value heads, of a layer.
         d_head: size of a head.
-        mask: rule that most layers share; windows of single layers are in ``windows``.
+        mask: rule of all layers, but that windows of single layers are in ``windows``.
         queries, keys: names of the sequences that queries and keys run over.
         windows: by layer, how far back a query sees, itself included; None: no limit.
 

@@ -10,6 +10,7 @@ from headscope import probes
 from headscope.cli.output import console
 from headscope.errors import HeadscopeError
 from headscope.models.loading.agreement import Proof
+from headscope.models.needs import lacks
 from headscope.models.protocol import HeadModel
 from headscope.scorers import CATALOGUE, DEFAULT
 
@@ -126,11 +127,11 @@ def _refused(model: HeadModel, made: dict[str, str | None]) -> dict[str, str]:
     """Scorers that this model cannot be asked, each with the reason."""
     refused = {}
     for name, scorer in CATALOGUE.items():
-        reasons = [model.limits[need] for need in scorer.needs if need in model.limits]
+        reasons = [lacks(model, need) for need in scorer.needs]
         # Without a tokenizer random tokens stand in for text, but they hold no delimiters.
-        stands_in = scorer.probe == "text" and not name.startswith("delimiter")
+        stands_in = scorer.probe == "text" and not name.startswith(("delimiter", "separator"))
         if not stands_in or model.tokenizer is not None:
-            reasons.append(made.get(scorer.probe) or "")
+            reasons.append(made.get(scorer.probe))
         if reason := next(filter(None, reasons), None):
             refused[name] = reason
     return refused

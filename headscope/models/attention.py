@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.matches import Matches
 from headscope.rows import AttentionRows
 
@@ -26,7 +27,7 @@ class AttentionCall:
         scaling: multiplier of the scores.
         real: False at padding, from position 0 on, also where a replay brings only the last keys;
             None where there is no padding.
-        window: how many keys back a query sees, itself included; None: all.
+        mask: which keys a query sees, padding apart.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
         sinks: learned extra logit per head that takes part in the softmax (gpt-oss).
     """
@@ -37,7 +38,7 @@ class AttentionCall:
     value: Float[Tensor, "batch kv_head key d_value"]
     scaling: float
     real: Bool[Tensor, "batch pos"] | None = None
-    window: int | None = None
+    mask: MaskRule = CAUSAL
     soft_cap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
 
@@ -95,7 +96,16 @@ class AttentionCall:
         A padding query sees itself alone, so that no row is empty.
         """
         batch = self.query.shape[0]
-        return visible_keys(positions, n_keys, batch, window=self.window, real=self.real)
+        return visible_keys(positions, n_keys, batch, mask=self.mask, real=self.real)
+
+    def seen_by(self, positions: Int[Tensor, " query"]) -> int:
+        """How many keys, from the first on, hold all that these queries see.
+
+        Args:
+            positions: on the CPU, where reading them does not make the host wait for the device.
+        """
+        seen: int = self.mask.span(int(positions.min()), int(positions.max()), self.n_keys).stop
+        return seen
 
     def rows(self, positions: Int[Tensor, " query"]) -> AttentionRows:
         """Exact softmax rows in fp32, keys up to the last that any of the queries sees.
@@ -104,7 +114,7 @@ class AttentionCall:
             positions: query positions, counted among the keys; on the CPU, where reading them
                 does not make the host wait for the device.
         """
-        n_keys = int(positions.max()) + 1
+        n_keys = self.seen_by(positions)
         positions = positions.to(self.query.device)
         visible = self.visible(positions, n_keys)
         batch, kv_heads, _, d_head = self.key.shape
@@ -112,11 +122,12 @@ class AttentionCall:
         grouped = query.reshape(batch, kv_heads, -1, d_head)
         scores = torch.matmul(grouped, self.key_fp32[:, :, :n_keys].mT)
         scores = scores.view(batch, -1, len(positions), n_keys)
-        return AttentionRows(self.layer, positions, self.softmax(scores, visible), visible)
+        pattern = self.softmax(scores, visible)
+        return AttentionRows(self.layer, positions, pattern, visible, self.mask)
 
     def matches(self, positions: Int[Tensor, " query"]) -> Matches:
         """Queries at some positions and the keys up to the last that any of them sees."""
-        n_keys = int(positions.max()) + 1
+        n_keys = self.seen_by(positions)
         positions = positions.to(self.query.device)
         return Matches(
             layer=self.layer,
@@ -159,14 +170,15 @@ def visible_keys(
     n_keys: int,
     batch: int,
     *,
-    window: int | None,
+    mask: MaskRule,
     real: Bool[Tensor, "batch pos"] | None,
 ) -> Bool[Tensor, "batch query key"]:
-    """Which of the first ``n_keys`` keys each query position sees under causal attention."""
+    """Which of the first ``n_keys`` keys each query position sees, padding counted in.
+
+    A padding query sees itself alone.
+    """
     keys = torch.arange(n_keys, device=positions.device)
-    reach = keys[None] <= positions[:, None]
-    if window is not None:
-        reach = reach & (keys[None] > positions[:, None] - window)
+    reach: Tensor = mask.visible(positions, keys)
     if real is None:
         return reach[None].expand(batch, -1, -1)
     itself = keys[None] == positions[:, None]
@@ -184,17 +196,17 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     if call.soft_cap is not None or call.sinks is not None:
         blocks = [call.average(call.rows(block).pattern) for block in _blocks(call)]
         return torch.cat(blocks, dim=1)
-    windowed = call.window is not None and call.window < call.n_keys
-    if call.real is None and not windowed and call.n_queries in (1, call.n_keys):
-        z = _sdpa(call, call.query, slice(0, call.n_keys), None, causal=call.n_queries > 1)
+    hidden = call.mask.sees(call.n_keys) < call.n_keys
+    if call.real is None and not hidden and call.n_queries in (1, call.n_keys):
+        causal = call.mask.causal and call.n_queries > 1
+        z = _sdpa(call, call.query, slice(0, call.n_keys), None, causal=causal)
         return z.transpose(1, 2)
     parts = []
     for block in _blocks(call):
         first, last = int(block[0]), int(block[-1])
         block = block.to(call.query.device)
-        start = 0 if call.window is None else max(0, first - call.window + 1)
-        keys = slice(start, last + 1)
-        mask = call.visible(block, last + 1)[:, None, :, start:]
+        keys = call.mask.span(first, last, call.n_keys)
+        mask = call.visible(block, keys.stop)[:, None, :, keys.start :]
         query = call.query[:, :, first - call.first_query : last + 1 - call.first_query]
         parts.append(_sdpa(call, query, keys, mask, causal=False).transpose(1, 2))
     return torch.cat(parts, dim=1)
@@ -202,7 +214,7 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
 
 def _blocks(call: AttentionCall) -> Iterator[Int[Tensor, " query"]]:
     """Runs of query positions whose scores fit a block."""
-    width = call.n_keys if call.window is None else min(call.n_keys, 2 * call.window)
+    width = min(call.n_keys, 2 * call.mask.sees(call.n_keys))
     rows = call.query.shape[0] * width
     if call.soft_cap is not None or call.sinks is not None:
         rows *= call.query.shape[1]

@@ -195,7 +195,7 @@ class HeadModel(Protocol):
 
     @property
     def stacks(self) -> Mapping[str, Stack]:
-        """Attention stacks by name; a causal text model has a single one, with an empty name."""
+        """Attention stacks by name; a text model with a single one has it under an empty name."""
 
     def run(
         self,

@@ -54,7 +54,9 @@ class Scorer:
         per_final_scale: the engine divides by the final norm's scale at each query.
         needs: capabilities the model must have: ``linear_write`` where ``z @ W_O`` itself must be
             what a head adds to the residual stream; ``attention_write`` where the norm that follows
-            attention in some families may stand between, with its scale of this run held fixed.
+            attention in some families may stand between, with its scale of this run held fixed;
+            ``causal`` where the score means what it says only if no query sees a later key, and
+            ``bidirectional`` where queries must.
     """
 
     name: str
@@ -109,9 +111,10 @@ def row_scorer(
     control: Control | None = "flat",
     threshold: float | None = None,
     alternative: Alternative | None = None,
+    needs: tuple[str, ...] = (),
     name: str | None = None,
 ) -> Callable[[RowFunction], Scorer]:
-    """Make a scorer of a function of attention rows.
+    """Make a scorer of a function of attention rows; see :class:`Scorer` for the arguments.
 
     Example:
         >>> @row_scorer()
@@ -135,6 +138,7 @@ def row_scorer(
             control=control,
             threshold=threshold,
             alternative=alternative or _tested(bounds),
+            needs=needs,
         )
 
     return wrap

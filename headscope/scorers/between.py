@@ -10,7 +10,13 @@ from headscope.scorers.queries import queries_at
 
 
 def between(
-    query: str, key: str, *, name: str | None = None, probe: str = "ioi", source: str = "user"
+    query: str,
+    key: str,
+    *,
+    name: str | None = None,
+    probe: str = "ioi",
+    source: str = "user",
+    needs: tuple[str, ...] = (),
 ) -> Scorer:
     """Make the scorer of attention from the positions of one mark to those of another.
 
@@ -34,13 +40,21 @@ def between(
 
     function.__doc__ = f"Attention from '{query}' to '{key}'."
     return row_scorer(
-        name=name or f"{query}_to_{key}", probe=probe, queries=queries, source=source
+        name=name or f"{query}_to_{key}",
+        probe=probe,
+        queries=queries,
+        source=source,
+        needs=needs,
     )(function)
 
 
-_IOI = "Wang et al. 2022 (arXiv 2211.00593), {}"
-name_mover = between("end", "io", name="ioi_name_mover", source=_IOI.format("name movers"))
-s_inhibition = between("end", "s2", name="ioi_s_inhibition", source=_IOI.format("S-inhibition"))
-ioi_induction = between("s2", "s1_next", name="ioi_induction", source=_IOI.format("induction"))
-ioi_duplicate = between("s2", "s1", name="ioi_duplicate_token", source=_IOI.format("duplicate"))
-ioi_previous = between("s1_next", "s1", name="ioi_previous_token", source=_IOI.format("previous"))
+def _ioi(name: str, query: str, key: str, what: str) -> Scorer:
+    source = f"Wang et al. 2022 (arXiv 2211.00593), {what}"
+    return between(query, key, name=f"ioi_{name}", source=source, needs=("causal",))
+
+
+name_mover = _ioi("name_mover", "end", "io", "name movers")
+s_inhibition = _ioi("s_inhibition", "end", "s2", "S-inhibition")
+ioi_induction = _ioi("induction", "s2", "s1_next", "induction")
+ioi_duplicate = _ioi("duplicate_token", "s2", "s1", "duplicate")
+ioi_previous = _ioi("previous_token", "s1_next", "s1", "previous")

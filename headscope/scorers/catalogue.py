@@ -24,7 +24,7 @@ from headscope.scorers.long_need import (
     default_predicted_local,
 )
 from headscope.scorers.needle_writes import needle_write, needle_write_contrast
-from headscope.scorers.offsets import current_token, previous_token
+from headscope.scorers.offsets import current_token, next_token, previous_token
 from headscope.scorers.relation import Relation
 from headscope.scorers.repetition import duplicate_token, induction
 from headscope.scorers.retrieval import (
@@ -36,7 +36,7 @@ from headscope.scorers.retrieval import (
     retrieval_needle_only,
 )
 from headscope.scorers.rotary import rotary_slowness
-from headscope.scorers.sinks import delimiter, first_token
+from headscope.scorers.sinks import delimiter, first_token, separator
 from headscope.scorers.spread import (
     attention_distance,
     entropy,
@@ -55,11 +55,13 @@ CATALOGUE: dict[str, Scorer] = {
     scorer.name: scorer
     for scorer in (
         previous_token,
+        next_token,
         current_token,
         duplicate_token,
         induction,
         first_token,
         delimiter,
+        separator,
         local_window,
         attention_distance,
         entropy,
@@ -108,14 +110,16 @@ CATALOGUE: dict[str, Scorer] = {
     )
 }
 
-# What a plain scan computes: every model can be asked, in two short passes and one control.
+# What a plain scan computes, less what a family cannot be asked: two short passes and one control.
 DEFAULT: tuple[str, ...] = (
     "previous_token",
+    "next_token",
     "current_token",
     "duplicate_token",
     "induction",
     "first_token",
     "delimiter",
+    "separator",
     "local_window",
     "attention_distance",
     "entropy",

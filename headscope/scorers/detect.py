@@ -32,6 +32,7 @@ def _diluted(scorer: Scorer, tail: str) -> Scorer:
         source="transformer-lens, head_detector.detect_head, error measure 'mul'",
         queries=all_queries,
         control=None,
+        needs=("causal",),
     )(function)
 
 

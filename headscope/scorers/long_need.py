@@ -60,6 +60,7 @@ def long_need(
         probe="needle",
         queries=asked,
         control="needle",
+        needs=("causal",),
     )(function)
 
 
@@ -121,6 +122,7 @@ def long_need_predicted(
         bounds=(0.0, 1.0),
         source=_QADA.format("second-moment criterion"),
         queries=asked,
+        needs=("causal",),
     )(function)
 
 

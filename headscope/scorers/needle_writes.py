@@ -11,7 +11,7 @@ from headscope.probes.probe import Probe
 from headscope.scorers.base import output_scorer
 from headscope.scorers.retrieval import answering, unless_hidden
 
-_NEEDS = ("attention_write", "readout", "values")
+_NEEDS = ("attention_write", "readout", "values", "causal")
 
 
 @output_scorer(

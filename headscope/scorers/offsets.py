@@ -3,11 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.errors import InputError
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
 from headscope.scorers.base import Scorer, row_scorer
-from headscope.scorers.queries import queries_past
+from headscope.scorers.queries import queries_before, queries_past
 
 
 def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query"]:
@@ -44,31 +43,50 @@ def current_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch hea
     return _back(rows, 0)
 
 
+@row_scorer(
+    source="Clark et al. 2019 (arXiv 1906.04341), attention to the next token",
+    probe="text",
+    queries=queries_before(1),
+    threshold=0.4,
+    needs=("bidirectional",),
+)
+def next_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to the token just after, where queries see it.
+
+    ``A[i, i+1]``, a probability in [0, 1], over every query but the first and the last. Spread
+    evenly it is 1 over the number of tokens.
+
+    Weakness: as ``previous_token``, whose mirror image it is.
+    """
+    return _back(rows, -1)
+
+
 def relative_offset(distance: int) -> Scorer:
     """Make the scorer of attention to the token ``distance`` back; its name is ``offset_<n>``.
 
     ``A[i, i-distance]``, a probability in [0, 1], over the queries that have such a key; NaN
-    where the layer's window is too short for it. ``relative_offset(1)`` is ``previous_token``.
+    where the layer's window is too short for it. ``relative_offset(1)`` is ``previous_token``,
+    ``relative_offset(-1)`` is ``next_token``.
+
+    Args:
+        distance: in tokens; below 0 that many after the query, for models that see them.
 
     Weakness: on repeated tokens a content head and a positional head look alike at the distance
     of the repetition; vary the length.
-
-    Raises:
-        InputError: if the distance is negative, which a causal model cannot see.
 
     Example:
         >>> list(hs.score(model, probe, relative_offset(3)))
         ['offset_3']
     """
-    if distance < 0:
-        raise InputError(f"distance={distance} is after the query: give 0 or more.")
 
     def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
         return _back(rows, distance)
 
-    function.__doc__ = f"Attention to the token {distance} back."
+    way = "back" if distance >= 0 else "ahead"
+    function.__doc__ = f"Attention to the token {abs(distance)} {way}."
     return row_scorer(
         name=f"offset_{distance}",
         source="Voita et al. 2019 (arXiv 1905.09418), positional heads, as mass",
-        queries=queries_past(distance),
+        queries=queries_past(distance) if distance >= 0 else queries_before(-distance),
+        needs=() if distance >= 0 else ("bidirectional",),
     )(function)

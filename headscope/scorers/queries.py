@@ -46,6 +46,16 @@ def queries_past(distance: int) -> QuerySelector:
     return selector
 
 
+def queries_before(distance: int) -> QuerySelector:
+    """Every query with at least ``distance`` real tokens after it."""
+
+    def selector(probe: Probe) -> Bool[Tensor, "batch pos"]:
+        left = probe.last[:, None] - probe.first[:, None] - probe.position_in_text
+        return every_query(probe) & (left >= distance)
+
+    return selector
+
+
 def queries_with(mark: str) -> QuerySelector:
     """Every query, of a probe that must have the mark: asking says so before any forward."""
 

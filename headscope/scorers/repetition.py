@@ -36,6 +36,7 @@ def duplicate_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch h
     queries=repeated_queries,
     control="unrepeated",
     threshold=0.4,
+    needs=("causal",),
 )
 def induction(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the tokens that followed earlier occurrences of the query's token.

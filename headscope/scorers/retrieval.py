@@ -22,6 +22,7 @@ answering = queries_at("answering")
     probe="needle",
     queries=answering,
     control="needle",
+    needs=("causal",),
     threshold=0.1,
 )
 def retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
@@ -48,6 +49,7 @@ def retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head qu
     probe="needle",
     queries=answering,
     control="needle",
+    needs=("causal",),
 )
 def retrieval_needle_only(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Share of the answer's tokens at which the head looks at the needle, whatever token it is at.
@@ -68,6 +70,7 @@ def retrieval_needle_only(rows: AttentionRows, probe: Probe) -> Float[Tensor, "b
     probe="needle",
     queries=answering,
     control="needle",
+    needs=("causal",),
 )
 def retrieval_copy_only(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Share of the answer's tokens at which the head looks at that token, wherever it stands.
@@ -85,6 +88,7 @@ def retrieval_copy_only(rows: AttentionRows, probe: Probe) -> Float[Tensor, "bat
     probe="needle",
     queries=answering,
     control="needle",
+    needs=("causal",),
 )
 def needle_mass(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention on the needle while the answer is predicted.
@@ -102,6 +106,7 @@ def needle_mass(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head 
     probe="needle",
     queries=queries_at("question"),
     control="needle",
+    needs=("causal",),
 )
 def query_focused_retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention on the needle while the question is read.
@@ -122,6 +127,7 @@ def query_focused_retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, 
     probe="needle",
     queries=answering,
     control="needle",
+    needs=("causal",),
 )
 def importance_weighted_retrieval(
     rows: AttentionRows, probe: Probe

@@ -17,7 +17,7 @@ from headscope.scorers.retrieval import answering
     bounds=(-1.0, 1.0),
     source="Hong et al. 2024 (arXiv 2410.08703), positional heads, by contribution of dimensions",
     queries=answering,
-    needs=("rotary",),
+    needs=("rotary", "causal"),
 )
 def rotary_slowness(seen: Matches, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Correlation, over rotary planes, of slowness and of what a plane adds to far scores.

@@ -29,6 +29,24 @@ def first_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head 
 
 
 @row_scorer(
+    source="Clark et al. 2019 (arXiv 1906.04341), attention to [SEP]",
+    probe="text",
+    queries=queries_with("separator"),
+    threshold=0.5,
+    needs=("bidirectional",),
+)
+def separator(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to the separators of an encoder, ``[SEP]`` or ``</s>``, its usual sink.
+
+    ``sum of A[i, j] over the keys marked "separator"``, a probability in [0, 1], over every
+    query but the first; the separator's own query counts.
+
+    Weakness: as ``first_token``: attention is parked there when a head has nothing to do.
+    """
+    return rows.column_mass(probe.mark("separator"))
+
+
+@row_scorer(
     source="Clark et al. 2019 (arXiv 1906.04341), attention to [SEP] and punctuation",
     probe="text",
     queries=queries_with("delimiter"),

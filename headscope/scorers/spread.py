@@ -17,7 +17,8 @@ def window_mass(width: int, *, name: str | None = None, threshold: float | None 
     """Make the scorer of attention to the last ``width`` tokens; ``local_window`` is width 8.
 
     ``sum of A[i, j] over i - width < j <= i``, a probability in [0, 1], over the queries that
-    have seen more than ``width`` tokens, since the others can look nowhere else.
+    have seen more than ``width`` tokens, since the others can look nowhere else. Where queries
+    see later keys too (encoders), ``|i - j| < width``: as many tokens on either side.
 
     Weakness: previous- and current-token heads score 1 here too; it names those that are
     neither. With the first token among the sinks, read the ``_no_sink`` form.
@@ -34,7 +35,8 @@ def window_mass(width: int, *, name: str | None = None, threshold: float | None 
 
     def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
         batch, heads, _, keys = rows.pattern.shape
-        back = torch.arange(width, device=rows.pattern.device)
+        ahead = 0 if rows.mask.causal else 1 - width
+        back = torch.arange(ahead, width, device=rows.pattern.device)
         index = rows.query_pos[:, None] - back
         inside = (index >= 0) & (index < keys)
         index = index.clamp(0, keys - 1)
@@ -66,13 +68,18 @@ local_window = window_mass(_LOCAL, name="local_window", threshold=0.8)
 def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Mean distance in tokens from the query to what it attends to.
 
-    ``sum_j A[i, j] (i - j) / sum_j A[i, j]``, from 0 (the query's own token) to the position in
-    the text, over every query but the first. Spread evenly it is ``i/2``. It has no null and
-    grows with the length of the texts: compare heads, not probes.
+    ``sum_j A[i, j] |i - j| / sum_j A[i, j]``, from 0 (the query's own token) to the position in
+    the text, over every query but the first. Spread evenly over what came before it is ``i/2``.
+    It has no null and grows with the length of the texts: compare heads, not probes.
 
     Weakness: attention on the first token counts as looking far; read
     ``attention_distance_no_sink``.
     """
+    if not rows.mask.causal:
+        keys = torch.arange(rows.pattern.shape[-1], device=rows.pattern.device)
+        apart = (rows.query_pos[:, None] - keys).abs().to(rows.pattern.dtype)
+        far: Tensor = torch.linalg.vecdot(rows.pattern, apart) / rows.total
+        return far
     # Counted from the middle of the chunk: fp32 then keeps short distances in long texts exact.
     middle = rows.query_pos[len(rows.query_pos) // 2]
     keys = torch.arange(rows.pattern.shape[-1], device=rows.pattern.device) - middle
@@ -91,9 +98,10 @@ def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batc
 def entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Entropy of the attention: how many tokens a query looks at, on a log scale.
 
-    ``-sum_j A[i, j] log A[i, j]`` in nats, from 0 (one key) to ``log(i+1)`` (spread evenly),
-    over every query but the first; of the row divided by its sum, where a learned sink takes
-    part of it. Higher is broader. No smoothing, unlike the source, which matters only at 0.
+    ``-sum_j A[i, j] log A[i, j]`` in nats, from 0 (one key) to the log of the number of visible
+    keys (spread evenly; ``log(i+1)`` where only earlier ones are seen), over every query but the
+    first; of the row divided by its sum, where a learned sink takes part of it. Higher is
+    broader. No smoothing, unlike the source, which matters only at 0.
 
     Weakness: later queries can spread wider; ``normalised_entropy`` divides that out.
     """
@@ -126,8 +134,9 @@ def normalised_entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batc
 def max_attention(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Largest attention weight of a query: how sure a head is of one token.
 
-    ``max_j A[i, j]``, from ``1/(i+1)`` to 1, over every query but the first. The source leaves
-    out the end-of-sentence key; here ``max_attention_no_sink`` leaves out the first token.
+    ``max_j A[i, j]``, from 1 over the number of visible keys to 1, over every query but the
+    first. The source leaves out the end-of-sentence key; here ``max_attention_no_sink`` leaves
+    out the first token.
 
     Weakness: high for every head that has a sink.
     """

@@ -60,7 +60,7 @@ def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None)
         queries=answering,
         probe="needle",
         control="needle",
-        needs=("attention_write", "values", "matches"),
+        needs=("attention_write", "values", "matches", "causal"),
     )(function)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headscope import probes
+from headscope.base.stacks import CAUSAL
 from headscope.inputs import Rotation
 from headscope.matches import Matches
 from headscope.models.attention import visible_keys
@@ -194,7 +195,7 @@ class _Layer:
     def _visible(self, at: Tensor) -> Tensor:
         n_keys = int(at.max()) + 1
         real = None if bool(self.probe.real.all()) else self.probe.real
-        return visible_keys(at, n_keys, len(self.probe), window=None, real=real)
+        return visible_keys(at, n_keys, len(self.probe), mask=CAUSAL, real=real)
 
     def rows(self, at: Tensor) -> AttentionRows:
         """Peaky softmax rows."""

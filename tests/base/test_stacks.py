@@ -79,3 +79,10 @@ def test_unknown_stacks_and_heads_get_a_sentence() -> None:
     stack = Stack("cross", 2, 4, 4, 8, MaskRule("cross"), queries="decoder", keys="encoder")
     with pytest.raises(InputError, match="no head X2H0"):
         stack.head(2, 0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_the_most_keys_that_any_query_sees_bound_every_row(rule: MaskRule) -> None:
+    most = max(int(row.sum()) for row in rule.visible(np.arange(60), np.arange(60)))
+    assert most <= rule.sees(60)
+    assert rule.block is not None or most == rule.sees(60)

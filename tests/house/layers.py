@@ -9,9 +9,9 @@ from typing import NamedTuple
 # The floors of the house, ground floor first. Imports go strictly downwards.
 FLOORS = (
     {"errors"},
-    {"heads", "rows", "memory", "progress", "files"},
+    {"heads", "memory", "progress", "files"},
     {"base", "configs", "folders", "parquet_files"},
-    {"inputs"},
+    {"inputs", "rows"},
     {"matches"},
     {"outputs"},
     {"table", "metrics", "edits", "probes"},
@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "heads": {"errors"},
     "base": {"errors", "heads", "files"},
-    "rows": {"errors"},
+    "rows": {"errors", "base"},
     "memory": {"errors"},
     "progress": set(),
     "configs": {"errors", "files"},

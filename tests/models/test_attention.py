@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from headscope.base.stacks import MaskKind, MaskRule
 from headscope.models import attention
 from headscope.models.attention import AttentionCall, fused
 
@@ -23,6 +24,7 @@ def a_call(
     queries: int = KEYS,
     keys: int = KEYS,
     seed: int = 0,
+    kind: MaskKind = "causal",
     dtype: torch.dtype = torch.float32,
 ) -> AttentionCall:
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +44,7 @@ def a_call(
         value=normal(BATCH, kv_heads, keys, D_VALUE),
         scaling=0.4,
         real=None if padding == "none" else real,
-        window=window,
+        mask=MaskRule(kind, window),
         soft_cap=soft_cap,
         sinks=normal(HEADS) if sinks else None,
     )
@@ -51,8 +53,10 @@ def a_call(
 def sees(call: AttentionCall, example: int, position: int, key: int) -> bool:
     if call.real is not None and not call.real[example, position]:
         return key == position
-    inside = call.window is None or key > position - call.window
-    return key <= position and inside and (call.real is None or bool(call.real[example, key]))
+    window = call.mask.window
+    inside = window is None or abs(key - position) < window
+    reached = key <= position or not call.mask.causal
+    return reached and inside and (call.real is None or bool(call.real[example, key]))
 
 
 def slow_row(call: AttentionCall, example: int, head: int, position: int) -> list[float]:
@@ -94,7 +98,7 @@ def assert_textbook(call: AttentionCall) -> None:
     for size in (1, 7, len(positions)):
         for block in positions.split(size):
             rows = call.rows(block)
-            width = int(block.max()) + 1
+            width = int(block.max()) + 1 if call.mask.causal else rows.pattern.shape[-1]
             assert rows.pattern.shape == (BATCH, HEADS, len(block), width)
             part = expected[:, :, block - call.first_query]
             torch.testing.assert_close(rows.pattern.double(), part[..., :width], atol=2e-6, rtol=0)
@@ -107,9 +111,9 @@ def assert_textbook(call: AttentionCall) -> None:
 
 @pytest.mark.parametrize("queries", [KEYS, 4, 1])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("kv_heads", "kind"), [(4, "causal"), (2, "causal"), (1, "bidirectional")])
 def test_every_combination_is_the_textbook_softmax(
-    kv_heads: int, padding: str, queries: int
+    kv_heads: int, kind: MaskKind, padding: str, queries: int
 ) -> None:
     for window, soft_cap, sinks in product((None, 1, 3), (None, 1.5), (False, True)):
         assert_textbook(
@@ -120,6 +124,7 @@ def test_every_combination_is_the_textbook_softmax(
                 sinks=sinks,
                 padding=padding,
                 queries=queries,
+                kind=kind,
             )
         )
 
@@ -130,9 +135,16 @@ def test_fused_output_does_not_depend_on_its_blocks(
     monkeypatch: pytest.MonkeyPatch, padding: str, entries: int
 ) -> None:
     monkeypatch.setattr(attention, "_BLOCK_ENTRIES", entries)
-    for window, soft_cap, sinks in product((None, 3), (None, 1.5), (False, True)):
+    kinds: tuple[MaskKind, ...] = ("causal", "bidirectional")
+    for kind, window, soft_cap, sinks in product(kinds, (None, 3), (None, 1.5), (False, True)):
         call = a_call(
-            kv_heads=2, window=window, soft_cap=soft_cap, sinks=sinks, padding=padding, queries=7
+            kv_heads=2,
+            window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            padding=padding,
+            queries=7,
+            kind=kind,
         )
         torch.testing.assert_close(fused(call).double(), slow_z(call), atol=1e-5, rtol=0)
 
@@ -147,6 +159,7 @@ def test_fused_output_does_not_depend_on_its_blocks(
     keys=st.integers(1, 12),
     share=st.floats(0, 1),
     seed=st.integers(0, 1 << 16),
+    kind=st.sampled_from(["causal", "bidirectional"]),
 )
 def test_any_call_is_the_textbook_softmax(
     kv_heads: int,
@@ -157,6 +170,7 @@ def test_any_call_is_the_textbook_softmax(
     keys: int,
     share: float,
     seed: int,
+    kind: MaskKind,
 ) -> None:
     assert_textbook(
         a_call(
@@ -168,6 +182,7 @@ def test_any_call_is_the_textbook_softmax(
             keys=keys,
             queries=max(1, round(share * keys)),
             seed=seed,
+            kind=kind,
         )
     )
 

@@ -144,7 +144,11 @@ def test_look_up_and_mask_agree(
     )
 
 
-ROW_SCORERS = [s for s in CATALOGUE.values() if s.kind == "row" and "ioi" not in s.name]
+ROW_SCORERS = [
+    scorer
+    for scorer in CATALOGUE.values()
+    if scorer.kind == "row" and "ioi" not in scorer.name and "bidirectional" not in scorer.needs
+]
 
 
 def view_of(scorer: Scorer, rows: AttentionRows, probe: Probe) -> AttentionRows:

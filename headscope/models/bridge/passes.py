@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headscope.base.stacks import MaskRule
 from headscope.edits import Span, during
 from headscope.errors import UnsupportedModelError
 from headscope.matches import Matches
@@ -54,9 +55,8 @@ class BridgeLayerView:
         """
         n_keys = int(query_pos.max()) + 1
         positions = query_pos.to(self.pattern.device)
-        visible = visible_keys(
-            positions, n_keys, self.pattern.shape[0], window=self.window, real=self.real
-        )
+        batch, mask = self.pattern.shape[0], MaskRule("causal", self.window)
+        visible = visible_keys(positions, n_keys, batch, mask=mask, real=self.real)
         whole = self.pattern[:, :, positions].float()
         pattern = whole[..., :n_keys].masked_fill(~visible[:, None], 0.0)
         stray = whole.sum(-1) - pattern.sum(-1)
@@ -70,7 +70,7 @@ class BridgeLayerView:
                 f"layer {self.layer} attends to keys that its config says it cannot see (window "
                 f"{self.window})."
             )
-        return AttentionRows(self.layer, positions, pattern, visible)
+        return AttentionRows(self.layer, positions, pattern, visible, mask)
 
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
         """Value vectors as attention used them."""

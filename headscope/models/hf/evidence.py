@@ -389,8 +389,9 @@ def long_masks(model: "HFModel", length: int) -> tuple[list[Check], tuple[str, .
             continue
         masks = _masks_for(model, wanted)
         facts.append(f"its window of {window} was proved on masks for {wanted} tokens.")
-        checks += [_single_rows(model, mask, wanted) for mask in masks if mask.window == window]
-        if not any(mask.window == window for mask in masks):
+        mine = [mask for mask in masks if mask.rule.window == window]
+        checks += [_single_rows(model, mask, wanted) for mask in mine]
+        if not mine:
             checks.append(_failed(f"no mask for {wanted} tokens has the window of {window}"))
     return checks, tuple(facts)
 
@@ -423,7 +424,7 @@ class _Stopped(Exception):  # noqa: N818  # not an error
 
 def _single_rows(model: "HFModel", mask: MaskFacts, length: int) -> Check:
     """Rows of three queries around the edge of a window, against a softmax over what is shown."""
-    window = mask.window or length
+    window = mask.rule.window or length
     draw = torch.Generator().manual_seed(0)
     query, key = (
         torch.randn(1, 1, length, model.shape.d_head, generator=draw).to(model.device)
@@ -433,10 +434,10 @@ def _single_rows(model: "HFModel", mask: MaskFacts, length: int) -> Check:
     keys = torch.arange(length, device=model.device)
     shown = visible_by(mask.function, 1, at, keys, use_vmap=mask.use_vmap)
     scores = (query[:, :, at] @ key.mT).masked_fill(~shown[:, None], float("-inf"))
-    call = AttentionCall(0, query, key, key, 1.0, window=mask.window)
+    call = AttentionCall(0, query, key, key, 1.0, mask=mask.rule)
     return Check(
         "windows beyond the text of the proof, on single rows",
         gap(call.rows(at).pattern, scores.softmax(-1), 1e-5),
         (),
-        f"its window of {mask.window} is not what its mask shows at {length} tokens",
+        f"its window of {window} is not what its mask shows at {length} tokens",
     )

@@ -2,7 +2,7 @@
 
 transformers routes the attention of most architectures through a public registry. Under our
 entry every layer calls :func:`_attend` with its final queries, keys and values, and masks are
-facts (which keys are real, which window the mask has), so that no ``[L, L]`` mask is ever built.
+facts (which keys are real, which rule the mask follows), so that no ``[L, L]`` mask is ever built.
 """
 
 import threading
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused, visible_keys
 from headscope.models.hf.removed import kept_in
@@ -22,7 +23,7 @@ from headscope.models.hf.transformers_api import (
     MaskFunction,
     attention_name,
     padding_of_keys,
-    plainly_causal,
+    plain_rule,
     register_attention,
     set_attention_name,
     visible_by,
@@ -81,16 +82,16 @@ class MaskFacts:
     """What the model's mask says about one call of attention.
 
     Attributes:
-        window: how many keys back a query sees, itself included; None: all.
+        rule: which keys a query sees, padding apart.
         padded: whether any key is padding.
-        end: number of keys up to and with the last query's own; a static cache has more.
+        end: number of keys that any query sees; a static cache has more.
         function: transformers' definition of the mask, of examples, heads, queries and keys.
         use_vmap: whether that takes single indices only.
         refused: why attention under this mask is refused; None where it is not. Some families
             also make masks that no attention is called with (an encoder's, in bart's decoder).
     """
 
-    window: int | None
+    rule: MaskRule
     padded: bool
     end: int
     function: MaskFunction
@@ -143,17 +144,18 @@ def _mask(
     device: torch.device | str = "cpu",
     **_others: Any,
 ) -> Tensor:
-    """Say which keys are real, and with which window; see transformers' AttentionMaskInterface.
+    """Say which keys are real, and by which rule; see transformers' AttentionMaskInterface.
 
-    A mask that is neither causal nor causal with a window is refused where attention uses it.
+    A mask that no rule describes is refused where attention uses it.
     """
     first = int(q_offset)
     end = first + q_length - kv_offset
     real = padding_of_keys(attention_mask, kv_length, kv_offset)
-    window, refused = local_size, None
-    if not plainly_causal(mask_function):
+    rule, refused = plain_rule(mask_function), None
+    if rule is None:
+        rule = CAUSAL
         try:
-            window = _window(
+            rule = _rule(
                 mask_function,
                 batch_size,
                 torch.arange(first, first + q_length, device=device),
@@ -163,36 +165,48 @@ def _mask(
             )
         except UnsupportedModelError as error:
             refused = str(error)
+    elif rule.causal and local_size is not None:
+        rule = MaskRule("causal", local_size)
     padded = real is not None and not bool(real[:, :end].all())
     mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = mask if real is None else real.to(device).clone()
-    facts = MaskFacts(window, padded, end, mask_function, use_vmap, refused)
+    facts = MaskFacts(rule, padded, end, mask_function, use_vmap, refused)
     if (made := _MADE.get()) is not None and refused is None:
         made.append(facts)
     return with_facts(mask, facts)
 
 
-def _window(
+def _rule(
     function: MaskFunction,
     batch: int,
     queries: Tensor,
     keys: Tensor,
     local_size: int | None,
     use_vmap: bool,
-) -> int | None:
-    """Window of a mask, held against the mask itself."""
+) -> MaskRule:
+    """Rule of a mask, held against the mask itself."""
     if len(queries) * len(keys) > _WHOLE:
         pick = torch.linspace(0, len(queries) - 1, _ROWS, device=queries.device).long()
         queries = queries[torch.cat([pick, pick[-1:] - 1]).clamp_min(0)]
     shown = visible_by(function, batch, queries, keys, use_vmap=use_vmap)
-    for window in dict.fromkeys((local_size, None)):
-        expected = visible_keys(queries - keys[0], len(keys), batch, window=window, real=None)
+    for rule in _rules(local_size):
+        expected = visible_keys(queries - keys[0], len(keys), batch, mask=rule, real=None)
         if torch.equal(shown, expected):
-            return window
+            return rule
     raise UnsupportedModelError(
-        "its attention mask is neither causal nor a sliding window (e.g. chunks or blocks), so "
-        "which keys a query sees cannot be told from its position."
+        "its attention mask is neither causal nor bidirectional nor a sliding window (e.g. chunks "
+        "or blocks), so which keys a query sees cannot be told from its position."
     )
+
+
+def _rules(local_size: int | None) -> Iterator[MaskRule]:
+    """What a mask may be, the narrowest first: a short text does not tell a window from none."""
+    if local_size is not None:
+        yield MaskRule("causal", local_size)
+        # Counted to one side without the query itself where both sides are seen.
+        yield MaskRule("bidirectional", local_size + 1)
+    yield CAUSAL
+    yield MaskRule("bidirectional")
 
 
 @contextmanager
@@ -265,16 +279,16 @@ def _attend(
         raise UnsupportedModelError("its attention adds a position bias to the scores.")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModelError("it builds an attention mask of its own.")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal:
-        raise UnsupportedModelError("its attention is not causal (an encoder).")
     facts = mask_facts(attention_mask)
     if facts is not None and facts.refused is not None:
         raise UnsupportedModelError(facts.refused)
     if facts is not None and attention_mask is not None:
         key, value = key[:, :, : facts.end], value[:, :, : facts.end]
         attention_mask = attention_mask[:, : facts.end] if facts.padded else None
-        sliding_window = facts.window
+        rule = facts.rule
+    else:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        rule = MaskRule("causal" if causal else "bidirectional", sliding_window)
     call = AttentionCall(
         layer=_layer_of(module),
         query=query,
@@ -282,7 +296,7 @@ def _attend(
         value=value,
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         real=None if attention_mask is None else attention_mask.bool(),
-        window=sliding_window,
+        mask=rule,
         soft_cap=softcap,
         sinks=s_aux,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused
@@ -59,6 +60,7 @@ class Layout:
         final_norm_uses: how often a pass calls it; the last call is the one before the unembedding
             (nanochat also sends its embedding through it).
         logit_map: what makes logits of the unembedding's outputs; None if that is not known.
+        mask: rule of all layers, windows apart.
     """
 
     shape: ModelShape
@@ -68,6 +70,7 @@ class Layout:
     configs: tuple[Any, ...]
     final_norm_uses: int = 1
     logit_map: LogitMap | None = None
+    mask: MaskRule = CAUSAL
 
     def by_attention(self) -> dict[nn.Module, LayerParts]:
         """Layer parts by the module that calls attention."""
@@ -75,7 +78,7 @@ class Layout:
 
 
 def find_layout(model: Any) -> Layout | None:
-    """Find the parts of a causal language model; None if its attention is out of our reach.
+    """Find the parts of a language model; None if its attention is out of our reach.
 
     Raises:
         UnsupportedModelError: if the family cannot be taken apart by heads at all.
@@ -123,6 +126,7 @@ def find_layout(model: Any) -> Layout | None:
         configs,
         final_norm_uses=1 if final is None else watch.uses[final],
         logit_map=None if logits is None else measure_logit_map(*logits),
+        mask=_mask_rule([call for _, call in watch.calls]),
     )
 
 
@@ -232,6 +236,21 @@ def _number_layers(
     return blocks, numbers
 
 
+def _mask_rule(calls: list[AttentionCall]) -> MaskRule:
+    """Rule of all layers, windows apart.
+
+    Raises:
+        UnsupportedModelError: if some layers see later keys and others do not.
+    """
+    kinds = {call.mask.kind for call in calls}
+    if len(kinds) != 1:
+        raise UnsupportedModelError(
+            "some of its layers see later tokens and others do not, so that it has no mask rule "
+            "by which its heads could be compared."
+        )
+    return MaskRule(kinds.pop())
+
+
 def _shape(
     model: Any,
     watch: Watch,
@@ -250,7 +269,7 @@ def _shape(
     n_heads, n_kv_heads, d_head = next(iter(head_shapes))
     windows: list[int | None] = [None] * len(blocks)
     for number, call in zip(numbers, calls, strict=True):
-        windows[number] = call.window
+        windows[number] = call.mask.window
     config = model.config.get_text_config()
     n_ctx = getattr(config, "max_position_embeddings", None)
     embedding = model.get_input_embeddings().weight

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.base.glance import Glance, Shown
+from headscope.base.stacks import MaskRule
 from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import unmeasured_write
@@ -75,6 +76,11 @@ class HFModel(Tapped, Shown):
         return glance_of(self)
 
     @property
+    def mask(self) -> MaskRule:
+        """Rule of the model's attention, windows of single layers apart."""
+        return self.layout.mask
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         embedding = self.module.get_input_embeddings()
@@ -91,6 +97,10 @@ class HFModel(Tapped, Shown):
         """What this family cannot be asked, and why."""
         family = f"{self.name} ({self.module.config.model_type})"
         limits = no_rotation(self.name, self.module.config)
+        if not self.mask.causal:
+            limits["causal"] = (
+                f"{family} reads texts in both directions, so it continues no text token by token."
+            )
         if any(parts.write_scale is None for parts in self.layout.layers.values()):
             limits["linear_write"] = (
                 f"{family} applies a norm after attention, or mixes its residual stream otherwise, "

@@ -60,7 +60,7 @@ class Replay:
         """First block and first position that a variant must run."""
         layer = first_layer(variant)
         at = self.model.shape.n_layers - 1 if layer is None else layer
-        if not self.prefix:
+        if not (self.prefix and self.model.mask.causal):  # else later edits change earlier places
             return at, 0
         return at, min(first_position(variant), int(self.read.any(0).int().argmax()))
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.base.stacks import MaskRule, Stack
+from headscope.base.stacks import CAUSAL, MaskRule, Stack
 from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
@@ -38,8 +38,13 @@ class Tapped:
     shape: ModelShape
 
     @property
+    def mask(self) -> MaskRule:
+        """Rule of the model's attention, windows of single layers apart."""
+        return CAUSAL
+
+    @property
     def stacks(self) -> Mapping[str, Stack]:
-        """Attention stacks by name; a causal text model has a single one, with an empty name."""
+        """Attention stacks by name; a text model with a single one has it under an empty name."""
         shape = self.shape
         stack = Stack(
             "",
@@ -47,7 +52,7 @@ class Tapped:
             shape.n_heads,
             shape.n_kv_heads,
             shape.d_head,
-            MaskRule("causal"),
+            self.mask,
             windows=shape.windows,
         )
         return {"": stack}

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from headscope.base.stacks import CAUSAL, MaskRule
+
 # What a layer of a causal language model may be, by its name in ``config.layer_types``. A name that
 # is not here may hide keys in a way that headscope does not know, so the model is refused.
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -118,11 +120,15 @@ def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     return found
 
 
-def plainly_causal(function: MaskFunction) -> bool:
-    """Whether a mask function is transformers' own for causal attention without a window."""
-    from transformers.masking_utils import causal_mask_function
+def plain_rule(function: MaskFunction) -> MaskRule | None:
+    """Rule of a mask function of transformers' own that has no window; None of any other."""
+    from transformers import masking_utils
 
-    return function is causal_mask_function
+    if function is masking_utils.causal_mask_function:
+        return CAUSAL
+    if function is masking_utils.bidirectional_mask_function:
+        return MaskRule("bidirectional")
+    return None
 
 
 def padding_of_keys(
@@ -204,6 +210,10 @@ def moved() -> list[str]:
     want(
         callable(getattr(masking_utils, "causal_mask_function", None)),
         "masking_utils.causal_mask_function is gone: it was the mask of plain causal attention",
+    )
+    want(
+        callable(getattr(masking_utils, "bidirectional_mask_function", None)),
+        "masking_utils.bidirectional_mask_function is gone: it was the mask of plain encoders",
     )
     want(
         "_global_mapping" in vars(masking_utils.AttentionMaskInterface),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from headscope.base.stacks import all_causal
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
 from headscope.models.hf.transformers_api import commit_hash
 from headscope.models.loading import shipped
@@ -130,6 +131,8 @@ def _wrapped(
             from headscope.models.bridge.build import bridge_over
 
             model = wrap_bridge(bridge_over(module), **facts)
+        if not all_causal(model.stacks):
+            raise UnsupportedModelError("its attention is not causal (an encoder).")
         if check:
             prove(model)
     except UnsupportedModelError as error:
