@@ -46,7 +46,7 @@ LONGEST = (
 )
 
 # Marker -> the files and folders that it stands for: `pytest -m fast` is what to run while
-# writing, `-m numeric` what may depend on the processor.
+# writing, `-m numeric` what may depend on the processor, `-m real` needs a model's weights.
 MARKED = {
     "fast": (
         *("base/test_stacks.py", "table", "plots", "test_errors.py", "test_metrics.py"),
@@ -57,6 +57,7 @@ MARKED = {
         *("lens/test_attribution.py", "models/test_attention.py", "models/test_blocks.py"),
         *("models/test_bridge_weights.py", "models/test_readout.py", "pruning/test_structure.py"),
     ),
+    "real": ("real",),
 }
 
 # Models here are tiny: threads cost more than they bring, and the workers fill the cores.
@@ -78,6 +79,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if collection_path.is_dir():
         return None
     found = markers_of(collection_path)
+    if "real" in found and wanted != "real":
+        return True
     only = collection_path.name.startswith("test_") and wanted in MARKED and wanted not in found
     return True if only else None
 
