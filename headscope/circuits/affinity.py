@@ -3,7 +3,7 @@
 import torch
 
 from headscope.circuits.composition import operands
-from headscope.circuits.orthogonal import thin_qr
+from headscope.circuits.orthogonal import column_space
 from headscope.circuits.reading import over_all_pairs, upward
 from headscope.models.protocol import HeadModel
 from headscope.origin import of_weights
@@ -13,10 +13,11 @@ from headscope.table import PairScores
 def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> PairScores:
     """Overlap of every head's write subspace with every later head's read subspace.
 
-    ``|P.T @ Q|_F^2 / d_head`` with P and Q orthonormal bases of the rows of ``W_O`` and of the
-    columns of the later head's ``W_Q``, ``W_K`` or ``W_V``: the mean squared cosine of their
-    principal angles. Range [0, 1]; by chance d_head / d_model. Unlike composition it counts all
-    directions of a subspace alike. Heads that share keys and values have equal entries.
+    ``|P.T @ Q|_F^2 / min(rank)`` with P and Q orthonormal bases of what the rows of ``W_O`` and the
+    columns of the later head's ``W_Q``, ``W_K`` or ``W_V`` span: the mean squared cosine of their
+    principal angles. Range [0, 1]; by chance d_head / d_model where both have full rank. Unlike
+    composition it counts all directions of a subspace alike. Heads that share keys and values
+    have equal entries.
 
     Source: the projection kernel of Grassmann learning (Hamm and Lee 2008).
 
@@ -26,8 +27,8 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
         4
     """
     writer, reader = operands(model, mode, fold_norm)
-    written = thin_qr(writer.right.mT)[0]
-    read = thin_qr(reader.left)[0]
+    written, writes = column_space(writer.right.mT)
+    read, reads = column_space(reader.left)
     size = written.shape[-1]
     layers, heads = written.shape[:2]
     rows = written.permute(0, 1, 3, 2).flatten(1, 2)
@@ -35,7 +36,8 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
     for later in range(1, layers):
         columns = read[later].transpose(0, 1).flatten(1)
         product = (rows[:later] @ columns).square_()
-        shared = product.view(later, heads, size, -1, read.shape[-1]).sum((2, 4)) / size
+        shared = product.view(later, heads, size, -1, read.shape[-1]).sum((2, 4))
+        shared = shared / torch.minimum(writes[:later, :, None], reads[later]).clamp_min(1)
         values[:later, :, later] = shared.repeat_interleave(heads // shared.shape[-1], dim=-1)
     values = torch.where(upward(writer.layers), values.cpu(), 0.0)
     return PairScores(

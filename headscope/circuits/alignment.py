@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headscope.circuits.dictionary import Dictionary, Gram
 from headscope.circuits.factors import HeadFactors
-from headscope.circuits.orthogonal import thin_qr
+from headscope.circuits.orthogonal import column_space
 
 
 def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
@@ -53,6 +53,6 @@ def _share(
     *,
     few: bool,
 ) -> Float[Tensor, " some_head"]:
-    basis = thin_qr(side)[0]
+    basis, _ = column_space(side)
     inside = (basis * words.gram_times(kind, layer, basis, few=few)).sum((-2, -1))
     return inside / words.gram_trace(kind, layer)

@@ -13,8 +13,11 @@ _EVEN = 1.5
 
 def thin_qr(
     matrices: Float[Tensor, "*batch rows columns"],
-) -> tuple[Float[Tensor, "*batch rows columns"], Float[Tensor, "*batch columns columns"]]:
-    """``Q @ R`` with orthonormal columns of Q and an upper triangular R, for tall matrices.
+) -> tuple[Float[Tensor, "*batch rows rank"], Float[Tensor, "*batch rank columns"]]:
+    """``Q @ R`` with orthonormal columns of Q and an upper triangular R.
+
+    A matrix that is wider than tall (heads wider than the model) has as many columns of Q, and
+    rows of R, as it has rows.
 
     Cholesky QR done twice: Q is as orthogonal and the product as exact as by Householder's
     reflections, while nearly all work is in matrix products. A matrix whose first pass did not
@@ -22,6 +25,9 @@ def thin_qr(
 
     Source: Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm".
     """
+    if matrices.shape[-2] < matrices.shape[-1]:
+        wide = torch.linalg.qr(matrices)  # the Gram matrix of dependent columns has no root
+        return wide.Q, wide.R
     first, info = torch.linalg.cholesky_ex(matrices.mT @ matrices, upper=True)
     Q = torch.linalg.solve_triangular(first, matrices, upper=True, left=False)
     gram = Q.mT @ Q
@@ -39,12 +45,28 @@ def thin_qr(
     return Q, R
 
 
+def column_space(
+    matrices: Float[Tensor, "*batch rows columns"],
+) -> tuple[Float[Tensor, "*batch rows rank"], Float[Tensor, "*batch"]]:
+    """Orthonormal basis of what the columns span, and its dimension.
+
+    A matrix of less than full rank has as many zero columns as directions are missing: a QR
+    decomposition would fill them with directions that the matrix does not have. Singular values
+    below rounding (the largest times size times epsilon) count as 0.
+    """
+    Q, R = thin_qr(matrices)
+    U, S, _ = torch.linalg.svd(R, full_matrices=False)
+    rounding = max(matrices.shape[-2:]) * torch.finfo(matrices.dtype).eps
+    there = S.amax(-1, keepdim=True) * rounding < S
+    return (Q @ U) * there.unsqueeze(-2), there.sum(-1).to(matrices.dtype)
+
+
 def orthonormal(
     matrices: Float[Tensor, "*batch rows columns"],
 ) -> tuple[
-    Float[Tensor, "*batch rows columns"],
-    Float[Tensor, "*batch columns columns"],
-    Float[Tensor, "*batch columns columns"],
+    Float[Tensor, "*batch rows rank"],
+    Float[Tensor, "*batch rank rank"],
+    Float[Tensor, "*batch rank columns"],
 ]:
     """QR decomposition with ``Q = span @ mix`` not multiplied out: ``span, mix, R``.
 
@@ -60,4 +82,5 @@ def orthonormal(
     if bool(((info == 0) & (uneven < _EVEN)).all()):
         return matrices, mix, R
     Q, R = thin_qr(matrices)
-    return Q, identity, R
+    identity = torch.eye(R.shape[-2], dtype=R.dtype, device=R.device)
+    return Q, identity.expand(*R.shape[:-1], R.shape[-2]), R
