@@ -7,6 +7,7 @@ variable can hold a mixture or a number, the variance is not constant: a ballast
 makes what varies less than 1e-4 of it.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -140,7 +141,8 @@ class _Compiler:
         used: int = max(2 * slot.stop - slot.start for slot in self.slots.values())
         used += 2 * _NOISE + 2
         if self.build.family == "llama":
-            return used + used % 2
+            unit = math.lcm(2, self.n_heads)  # some versions of LlamaConfig insist on it
+            return -(-used // unit) * unit
         return self.n_heads * max(self.d_head, -(-used // self.n_heads))
 
     @cached_property
