@@ -8,6 +8,15 @@ The models are the ground truth that methods are held to: their patterns, roles,
 composition follow from the program and are found without looking at the weights.
 """
 
+from headscope.compiled.benchmark import CASES as CASES
+from headscope.compiled.benchmark import METHODS as METHODS
+from headscope.compiled.benchmark import QUESTIONS as QUESTIONS
+from headscope.compiled.benchmark import Benchmark as Benchmark
+from headscope.compiled.benchmark import Case as Case
+from headscope.compiled.benchmark import Method as Method
+from headscope.compiled.benchmark import Question as Question
+from headscope.compiled.benchmark import Trial as Trial
+from headscope.compiled.benchmark import benchmark as benchmark
 from headscope.compiled.compiled import Compiled as Compiled
 from headscope.compiled.compiled import compiled as compiled
 from headscope.compiled.compiled import from_library as from_library

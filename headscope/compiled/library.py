@@ -26,6 +26,12 @@ def previous_program(tokens: int = 5, length: int = 8) -> Program:
     return Program("previous", tokens, length, (_previous("answer"),), ("answer",))
 
 
+def two_back_program(tokens: int = 5, length: int = 8) -> Program:
+    """Every position shows the token two before it: a head moves what an earlier one moved."""
+    second = Head(1, "position", "position", offset(1), "previous", "answer", role="previous_token")
+    return Program("two back", tokens, length, (_previous("previous"), second), ("answer",))
+
+
 def reverse_program(tokens: int = 5, length: int = 9) -> Program:
     """The second half of the positions shows the first half's tokens, last first."""
     half = (length + 1) // 2
@@ -199,6 +205,23 @@ def retrieval_program(tokens: int = 8, length: int = 16) -> Program:
     return Program("planted retrieval", tokens, length, heads, ("answer",))
 
 
+def greater_than_program(numbers: int = 6, length: int = 10) -> Program:
+    """Token 1 announces a number: later positions show the numbers so far that are greater.
+
+    Tokens from 2 on are numbers. A head fetches the announced one, and another attends to all that
+    are greater (Hanna et al. 2023, who study years).
+    """
+    tokens = 2 + numbers
+    announced = table("after the marker", {0: [1]})
+    greater = table("greater", {n: list(range(n + 1, tokens)) for n in range(2, tokens)})
+    heads = (
+        _previous("previous"),
+        Head(1, "one", "previous", announced, "token", "start", ties="last", role="retrieval"),
+        Head(2, "start", "token", greater, "token", "answer", role="greater_than"),
+    )
+    return Program("greater than", tokens, length, heads, ("answer",))
+
+
 def bystander_program(tokens: int = 8, length: int = 16) -> Program:
     """Induction beside a duplicate-token head and a copying head whose output nobody reads."""
     heads = (
@@ -224,6 +247,7 @@ LIBRARY: Mapping[str, Callable[[], Program]] = {
     for program in (
         copy_program,
         previous_program,
+        two_back_program,
         reverse_program,
         duplicate_program,
         induction_program,
@@ -240,6 +264,7 @@ LIBRARY: Mapping[str, Callable[[], Program]] = {
         name_mover_program,
         ioi_program,
         retrieval_program,
+        greater_than_program,
         bystander_program,
     )
 }

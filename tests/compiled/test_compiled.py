@@ -22,6 +22,7 @@ BUILDS: list[BuildOptions] = [
 ]
 GPT2_ONLY = {
     "reverse", "duplicate", "pointer", "indirect object", "planted retrieval", "bystanders",
+    "greater than",
 }  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""Hold every method against compiled models, and write docs/methods.md.
+
+    python -m tools.methods
+
+Takes two minutes on one core.
+"""
+
+import warnings
+from pathlib import Path
+
+from headscope.compiled import CASES, QUESTIONS, Benchmark, benchmark
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+
+_HEAD = """\
+# Methods against the truth
+
+<!-- Written by `python -m tools.methods`. -->
+
+`hs.compiled.benchmark()` asks every method of headscope its question on {models} exact models
+(see [Exact models](howto/exact-models.md)) and compares the ranking with the truth, which follows
+from the program. A number is the share of pairs of a true and another head (or edge, or pair of
+heads) in which the true one is ranked higher. Ties count against the method: it must tell them
+apart. Chance has a half; *exact* is the share of models on which all true ones come first, and
+*refused* counts models on which the method gave no answer, for a reason that it says.
+
+The models are GPT-2s and Llamas with and without grouped heads, most with a hidden rotation of the
+residual stream, all with noise heads, whose output nobody reads. They are hard in one way in which
+trained models are soft: attention is saturated, so that gradients through it vanish.
+
+## Questions
+
+{questions}
+
+## Results
+
+{table}
+
+## Where methods fail, and why
+
+- **Attribution** (one gradient at the clean run, zero or mean baseline; the head sums of `eap` are
+  the same numbers) sees only heads after the last saturated softmax. An earlier head acts through
+  queries and keys, and there the gradient is 0. Integrated gradients over inputs (`eap_ig`) see it,
+  since the way from the corrupt to the clean embedding crosses the place where attention moves.
+- **Integrated gradients of head outputs** move all heads together from the clean run to the mean.
+  Half-way, the earlier head of a pair has faded so far that the later one attends elsewhere and
+  writes what hurts; on the rest of the way its derivative has the wrong sign.
+- **Output norm, weight norm, confidence** look at size, not at use: a head that writes loudly what
+  nobody reads (*bystanders*) is ranked with those that matter.
+- **Direct attribution** sees what a head writes to the logits itself, and not what it tells others.
+- **Edges by patching** with a paired text are blind to what both texts share, positions above all;
+  the truth counts such edges. Zero and mean ablation see them.
+- **Information flow** follows the size of what is written; the constant that keeps the norms of
+  these models fixed dwarfs it. Trained models have no such constant.
+- **Subspace affinity** counts all directions of a subspace alike, however little a head uses them,
+  and noise heads read all of theirs.
+- **Redundant heads** are asked about apart: ablating one alone shows little by construction.
+
+## Not asked
+
+Scores that describe rather than claim (entropy, distance, spectra, ranks) have no right answer
+here, beside the QK ranks that the tests hold to the programs. Long-context scores need a tokenizer.
+
+## A method of your own
+
+```python
+import headscope as hs
+from headscope.compiled import Method
+
+
+def loudest(case):
+    return hs.pruning.output_norm(case.made.model, case.probe).mean
+
+
+mine = Method("loudest", asks="used", answer=loudest)
+found = hs.compiled.benchmark(["ablation, mean"], hs.compiled.CASES[:2], extra=[mine])
+found.summary()  # one row per method: median AUROC, lowest, exact, seconds
+```
+"""
+
+
+def page(found: Benchmark) -> str:
+    """The page, with the results of a benchmark."""
+    questions = "\n".join(f"- *{name}*: {one.text}" for name, one in QUESTIONS.items())
+    return _HEAD.format(models=len(CASES), questions=questions, table=found.to_markdown())
+
+
+def main() -> None:
+    """Run all methods on all models and write the page."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = benchmark()
+    PAGE.write_text(page(found), encoding="utf-8")
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
