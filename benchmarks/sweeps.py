@@ -95,7 +95,7 @@ def against_bare(
 def sweep_once(plan: Any, benches: Benches, store: Store, config: SweepConfig) -> float:
     """Run all chunks and compact; seconds that the store took."""
     from headscope.sweeps.planner import manifest
-    from headscope.sweeps.work import Stop, Work
+    from headscope.sweeps.run import Stop, Work
 
     spent = [0.0]
 

@@ -314,6 +314,6 @@ def unsettle(model: nn.Module) -> None:
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:
-            parameter += 0.3 * noise
+            parameter.add_(0.3 * noise)
         elif parameter.ndim == 2 and not 0.2 < float(parameter.std()) < 0.6:
             parameter.copy_(0.35 * noise)

@@ -10,7 +10,7 @@ from headscope.cli.loading import Loading
 from headscope.cli.names import scorer_names
 from headscope.cli.output import console, print_table
 from headscope.errors import HeadscopeError
-from headscope.patterns import attention_example
+from headscope.interactive.view import attention_example
 from headscope.scoring import score
 
 

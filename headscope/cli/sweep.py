@@ -10,12 +10,9 @@ from headscope.cli.output import console
 from headscope.errors import InputError, nearest
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.cluster import RayExecutor
-from headscope.sweeps.config import SweepConfig
-from headscope.sweeps.estimate import estimate
-from headscope.sweeps.planner import make_plan
-from headscope.sweeps.reading import read_config, schema
-from headscope.sweeps.run import Outcome, inline, run_sweep
-from headscope.sweeps.work import Executor
+from headscope.sweeps.config import SweepConfig, read_config, schema
+from headscope.sweeps.planner import estimate, make_plan
+from headscope.sweeps.run import Executor, Outcome, inline, run_sweep
 
 _EXECUTORS = ("inline", "ray")
 

@@ -20,7 +20,7 @@ from headscope.flow.parts import (
     texts_of,
     texts_per_pass,
 )
-from headscope.lens.checks import need_readout, tolerance
+from headscope.lens.attribution import need_readout, tolerance
 from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel

@@ -15,10 +15,10 @@ from headscope.circuits.card import card_table, scores_quickly
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.files import whole_page
 from headscope.heads import HeadIndex
+from headscope.interactive.view import attention_example
 from headscope.metrics import loss
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
-from headscope.patterns import attention_example
 from headscope.probes import repeated_tokens
 from headscope.report.head import Evidence, Example, head_page
 from headscope.report.head_html import head_html

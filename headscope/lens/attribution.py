@@ -1,16 +1,224 @@
-"""Direct logit attribution: a logit as an exact sum over embedding, heads, MLPs and biases."""
+"""Direct logit attribution: a logit as an exact sum over embedding, heads, MLPs and biases.
 
+Of one prompt, or of every head averaged over a probe. Every part is read where the model computes
+it, at a few positions, and forgotten: no vector of a part is kept, only its product with the
+direction. Each attribution proves that its reading of the last stream is the model's own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
+from headscope import capture
+from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.lens.checks import check_readout, need_readout, over_heads, over_layers, tolerance
 from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.lens.reading import top_of
-from headscope.lens.splitting import Split
-from headscope.models.protocol import HeadModel
+from headscope.models.blocks import AttentionWrite, BlockStates
+from headscope.models.protocol import HeadModel, LayerView
 from headscope.models.running import own_types
 from headscope.origin import origin
-from headscope.table.lens import Attribution
+from headscope.probes.probe import Probe
+from headscope.table import HeadScores
+from headscope.table.lens import Attribution, Tolerance, check_sum
+
+
+@dataclass
+class Split:
+    """Products of parts with one direction per row, over the final norm's scale.
+
+    A row is one position of one example. Until :meth:`on_final` nothing is divided.
+
+    Attributes:
+        example, position: of each row.
+        direction: residual direction that is read, per row.
+        with_sources: also split every head by source token.
+        heads: by layer.
+        biases: by layer, of attention.
+        mlps: by layer.
+        sources: by layer; keys beyond the query's reach are 0.
+        embedding: what entered the first block.
+        scale: of the final norm.
+        residual: what entered the final norm.
+    """
+
+    model: HeadModel
+    example: Int[Tensor, " row"]
+    position: Int[Tensor, " row"]
+    direction: Float[Tensor, "row d_model"]
+    with_sources: bool = False
+    heads: dict[int, Float[Tensor, "row head"]] = field(default_factory=dict)
+    biases: dict[int, Float[Tensor, " row"]] = field(default_factory=dict)
+    mlps: dict[int, Float[Tensor, " row"]] = field(default_factory=dict)
+    sources: dict[int, Float[Tensor, "row head key"]] = field(default_factory=dict)
+    embedding: Float[Tensor, " row"] = field(default_factory=lambda: torch.empty(0))
+    scale: Float[Tensor, " row"] = field(default_factory=lambda: torch.empty(0))
+    residual: Float[Tensor, "row d_model"] = field(default_factory=lambda: torch.empty(0, 0))
+    wants_final: bool = True
+
+    def on_layer(self, view: LayerView) -> None:
+        """Read every head, before a norm that may follow attention."""
+        layer = view.layer
+        read = self._write(layer).read_by(self.direction)
+        per_head = torch.einsum("hem,rm->rhe", self.model.output_weights(layer).float(), read)
+        z = view.z[self.example, self.position].float()
+        self.heads[layer] = (z * per_head).sum(-1)
+        if self.with_sources:
+            self.sources[layer] = self._moved(view, per_head)
+
+    def _moved(
+        self, view: LayerView, per_head: Float[Tensor, "row head d_head"]
+    ) -> Float[Tensor, "row head key"]:
+        """``pattern[i, j] * (v_j W_O) . direction``, one value product per key/value head."""
+        positions, place = self.position.unique(return_inverse=True)
+        pattern = view.rows(positions).pattern[self.example, :, place]
+        values = view.values()[self.example][:, :, : pattern.shape[-1]].float()
+        grouped = per_head.unflatten(1, (values.shape[1], -1))
+        return torch.einsum("rgke,rgje->rgjk", values, grouped).flatten(1, 2) * pattern
+
+    def on_block(self, states: BlockStates) -> None:
+        """Read the MLP and attention's biases; divide by the scale of a norm after attention."""
+        if states.layer == 0:
+            self.embedding = self._along(states.entering)
+        self.mlps[states.layer] = self._along(states.mlp)
+        if states.head_sum is None:
+            return
+        write = self._write(states.layer)
+        scale = write.scale(states.head_sum[self.example, self.position])
+        self.heads[states.layer] /= scale[:, None]
+        self.biases[states.layer] = write.constant(self.direction, scale)
+        if self.with_sources:
+            self.sources[states.layer] /= scale[:, None, None]
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Divide everything by the final norm's scale."""
+        self.residual = residual[self.example, self.position].float()
+        self.scale = self.model.readout.scale(self.residual)
+        self.embedding = self.embedding / self.scale
+        for parts in (self.heads, self.biases, self.mlps, self.sources):
+            for layer, values in parts.items():
+                parts[layer] = values / self.scale.view(-1, *[1] * (values.ndim - 1))
+
+    def _along(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " row"]:
+        return (states[self.example, self.position] * self.direction).sum(-1)
+
+    def _write(self, layer: int) -> AttentionWrite:
+        return self.model.parts.attention_write(layer)
+
+    @property
+    def whole(self) -> Float[Tensor, " row"]:
+        """What all parts must sum to: the last residual stream along the direction."""
+        return (self.residual * self.direction).sum(-1) / self.scale
+
+    @property
+    def total(self) -> Float[Tensor, " row"]:
+        """Sum of all parts, in double precision."""
+        return self._stacked().sum(0)
+
+    @property
+    def largest(self) -> Float[Tensor, " row"]:
+        """Size of the largest part."""
+        return self._stacked().abs().amax(0)
+
+    def _stacked(self) -> Float[Tensor, "part row"]:
+        heads = [one for values in self.heads.values() for one in values.T]
+        parts = [self.embedding, *heads, *self.biases.values(), *self.mlps.values()]
+        return torch.stack(parts).cpu().double()
+
+
+def rows_of(read: Bool[Tensor, "batch pos"]) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+    """Example and position of every position read."""
+    example, position = read.nonzero(as_tuple=True)
+    return example, position
+
+
+# Largest gap between the parts and the whole: a number, and a share of the largest part. Half
+# precision rounds the residual stream itself, block by block, to 8 or 11 bits.
+_TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.float64: (1e-4, 1e-5)}
+_HALF_TOLERANCE = (5e-2, 5e-2)
+
+
+def tolerance(model: HeadModel) -> Tolerance:
+    """Largest gap between the parts and the whole."""
+    return _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+
+
+def check_readout(
+    model: HeadModel,
+    residual: Float[Tensor, "row d_model"],
+    logits: Float[Tensor, "row d_vocab"],
+) -> None:
+    """Raise HeadscopeError where our reading of the residual stream is not the model's own."""
+    read = model.readout.logits(residual).cpu().double().numpy()
+    own = logits.cpu().double().numpy()
+    largest = np.abs(own).max(1, keepdims=True).repeat(own.shape[1], 1).ravel()
+    allowed = (tolerance(model)[0],) * 2  # kernels differ more than sums do
+    check_sum(read.ravel(), own.ravel(), largest, allowed, f"logits of {model.name}")
+
+
+def check_first(model: HeadModel, probe: Probe) -> None:
+    """The same on one position of a probe."""
+    one = probe.examples(slice(0, 1))
+    last = one.last
+    place = torch.zeros(1, dtype=torch.long, device=model.device)
+    split = Split(
+        model,
+        place,
+        last.to(model.device),
+        torch.zeros(1, model.shape.d_model, dtype=torch.float32).to(model.device),
+    )
+    logits = model.forward(one.tokens, real=one.real, observers=[_Final(split)], logits_at=last)
+    check_readout(model, split.residual, logits[:, 0].float())
+
+
+@dataclass
+class _Final:
+    """Shows a split nothing but the last residual stream."""
+
+    split: Split
+    wants_final: bool = True
+
+    def on_layer(self, view: object) -> None:
+        """Nothing to see."""
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        self.split.residual = residual[self.split.example, self.split.position].float()
+
+
+def need_readout(model: HeadModel) -> None:
+    """Raise UnsupportedModelError where the model has no plain final norm."""
+    if "readout" in model.limits:
+        raise UnsupportedModelError(model.limits["readout"])
+
+
+def over_layers(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray, "layer row"]:
+    """Parts of the layers that have them, over all layers; NaN elsewhere."""
+    result = np.full((model.shape.n_layers, len(next(iter(parts.values())))), np.nan)
+    for layer, values in parts.items():
+        result[layer] = values.cpu().double().numpy()
+    return result
+
+
+def over_heads(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray, "layer head *rest"]:
+    """Parts of heads over all layers; NaN where there is no attention or the head was removed.
+
+    Args:
+        model: whose heads they are.
+        parts: by layer, ``[row head ...]``; rows come last in the result.
+    """
+    rows, _, *rest = next(iter(parts.values())).shape
+    shape = (model.shape.n_layers, model.shape.n_heads, *rest, rows)
+    result = np.full(shape, np.nan)
+    for layer, values in parts.items():
+        result[layer] = values.movedim(0, -1).cpu().double().numpy()
+    for head in model.shape.removed:
+        result[head] = np.nan
+    return result
 
 
 @own_types()
@@ -116,3 +324,138 @@ def _embedding(model: HeadModel, token: int, split: Split) -> dict[str, float]:
     if abs(rest) < max(1e-5 * max(1.0, abs(whole)), float(rounding / split.scale[0])):
         return {"token embedding": whole}
     return {"token embedding": by_token, "position embedding": rest}
+
+
+Against = Literal["foil", "mean", "nothing"]
+
+
+@own_types()
+@torch.no_grad()
+def head_attribution(
+    model: HeadModel,
+    probe: Probe,
+    against: Against | None = None,
+    *,
+    mark: str | None = None,
+    batch_size: int | None = None,
+) -> HeadScores:
+    """What every head adds directly to the logit of a probe's targets, averaged over the probe.
+
+    As :func:`attribute`, at every position with a target: the mean over an example's positions,
+    then over examples; tested against no effect. With ``mean`` this is the scorer
+    ``direct_logit_attribution`` (which reads the second copy alone, where there is one), with
+    ``foil`` the scorer ``direct_logit_difference``. Unlike these it also holds where a norm
+    follows attention, and its sums are checked.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: with targets.
+        against: what is taken off the target's logit: that of the ``foil``, the ``mean`` over the
+            vocabulary, or ``nothing``; default: the foil if the probe has foils, else the mean.
+        mark: read only positions with this mark of the probe.
+        batch_size: examples per pass.
+
+    Raises:
+        InputError: if the probe does not fit the model or has nothing to read.
+        UnsupportedModelError: as of :func:`attribute`.
+        HeadscopeError: if the parts do not sum to the whole.
+
+    Example:
+        >>> scores = hs.lens.head_attribution(model, probe)
+        >>> scores.mean.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
+        >>> scores.unit
+        'logits'
+    """
+    need_readout(model)
+    chosen: Against = against or ("mean" if probe.foils is None else "foil")
+    if chosen == "foil" and probe.foils is None:
+        raise InputError("this probe has no foils: use against='mean', or a probe of pairs.")
+    capture.check_fits(model, probe, answers=True)
+    if mark is not None:
+        probe = replace(probe, targets=probe.targets.where(probe.mark(mark), -1))
+    if not bool(_read(probe, chosen).any()):
+        raise InputError("the probe has no targets to attribute.")
+    check_first(model, probe)
+    values = np.full((model.shape.n_layers, model.shape.n_heads, len(probe)), np.nan)
+    for where, split in _splits(model, probe, chosen, batch_size):
+        if len(split.example):
+            values[..., where] = _per_example(model, split, where.stop - where.start)
+    return HeadScores.from_effects(
+        "direct_attribution",
+        values,
+        kv_heads=model.shape.n_kv_heads,
+        design=Design(clusters=probe.cluster_labels),
+        unit="logits",
+        description=f"What each head adds directly to the target's logit, less {_WORDS[chosen]}.",
+        source="Elhage et al. 2021, direct path; Wang et al. 2022, direct effect",
+        provenance=origin(model, probe, reading="attribution", against=chosen, mark=mark),
+    )
+
+
+_WORDS = {"foil": "the foil's", "mean": "the mean over the vocabulary", "nothing": "nothing"}
+
+
+@dataclass
+class _Relay:
+    """Hands blocks to the observer of the batch that is running."""
+
+    split: Split | None = None
+
+    def on_block(self, states: BlockStates) -> None:
+        if self.split is not None:
+            self.split.on_block(states)
+
+
+def _splits(
+    model: HeadModel, probe: Probe, against: Against, batch_size: int | None
+) -> Iterator[tuple[slice, Split]]:
+    """Each batch of a probe, split and checked."""
+    relay = _Relay()
+
+    def make(batch: Probe, _halvings: int) -> Split:
+        example, position = (one.to(model.device) for one in rows_of(_read(batch, against)))
+        direction = _directions(model, batch, example, position, against)
+        relay.split = Split(model, example, position, direction)
+        return relay.split
+
+    with model.parts.blocks_shown(relay):
+        for where, split in capture.stream(model, probe, make, batch_size=batch_size):
+            if len(split.example):
+                total, whole, largest = (
+                    one.cpu().double().numpy() for one in (split.total, split.whole, split.largest)
+                )
+                check_sum(total, whole, largest, tolerance(model), f"attribution on {model.name}")
+            yield where, split
+
+
+def _read(probe: Probe, against: Against) -> Tensor:
+    read = probe.real & (probe.targets >= 0)
+    return read & (probe.foils >= 0) if against == "foil" and probe.foils is not None else read
+
+
+def _directions(
+    model: HeadModel,
+    probe: Probe,
+    example: Int[Tensor, " row"],
+    position: Int[Tensor, " row"],
+    against: Against,
+) -> Float[Tensor, "row d_model"]:
+    readout = model.readout
+    direction = readout.directions(probe.to(model.device).targets[example, position])
+    if against == "mean":
+        return direction - readout.mean_direction
+    if against == "foil" and probe.foils is not None:
+        return direction - readout.directions(probe.foils.to(model.device)[example, position])
+    return direction
+
+
+def _per_example(
+    model: HeadModel, split: Split, examples: int
+) -> Float[np.ndarray, "layer head example"]:
+    """Mean over each example's rows; NaN where it has none."""
+    heads = over_heads(model, split.heads)
+    example = split.example.cpu().numpy()
+    member = np.eye(examples)[example]
+    count = member.sum(0)
+    return np.asarray(heads @ member / np.where(count > 0, count, np.nan))

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from headscope.errors import InputError, nearest
 from headscope.lens.attention import AttentionLens
+from headscope.lens.learned import FitReport, Saved, load_lens
 from headscope.lens.linear import ResidualLens
-from headscope.lens.report import FitReport
-from headscope.lens.saved import Saved, load_lens
 
 _TENSORS = {
     "tuned": {"weight": 3, "bias": 2},

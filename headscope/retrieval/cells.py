@@ -16,10 +16,9 @@ from headscope.models.protocol import HeadModel
 from headscope.parquet_files import read_part, readable
 from headscope.probes import Needle, Probe, needle
 from headscope.progress import track
-from headscope.retrieval.follow import RECALL, follow_both
+from headscope.retrieval.follow import RECALL, follow_both, follow_forced
 from headscope.retrieval.forms import Retrieval, summarised
 from headscope.retrieval.runs import Form, Run, Runs
-from headscope.retrieval.teacher import follow_forced
 
 if TYPE_CHECKING:
     import pyarrow

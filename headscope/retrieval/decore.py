@@ -11,9 +11,8 @@ from torch import Tensor
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
 from headscope.models.protocol import HeadModel
+from headscope.retrieval.generation import Chooser, Generated, Mixed, Prompts, Text, write
 from headscope.retrieval.masks import Mask, Masking
-from headscope.retrieval.prompts import Chooser, Prompts
-from headscope.retrieval.writing import Generated, Mixed, Text, write
 
 Alpha = Literal["entropy", "gain"] | int | float
 # Largest weight that an entropy gives, and the share of the likeliest token's probability below

@@ -1,7 +1,12 @@
-"""Passages against memory: does a model say what it reads, or what it tends to say?"""
+"""Passages against memory: does a model say what it reads, or what it tends to say?
+
+The passages contradict what the model answers with its book closed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,12 +17,17 @@ from headscope.base.statistics import mean_and_sem
 from headscope.edits import Heads
 from headscope.errors import HeadscopeError, InputError
 from headscope.models.protocol import HeadModel
-from headscope.probes import Probe
+from headscope.probes import Needle, Probe, needle
+from headscope.probes.encoding import encode
+from headscope.probes.needle import writer_for
+from headscope.probes.needle_layout import Writer
+from headscope.probes.needle_sets import facts, fixed_needles
+from headscope.probes.tasks import CAPITALS
+from headscope.probes.vocabulary import need_tokenizer, ordinary_tokens
 from headscope.retrieval.decore import Alpha, Contrast, decore
+from headscope.retrieval.follow import need_marks
+from headscope.retrieval.generation import Generated, Text, batches, generate, prompt_ids
 from headscope.retrieval.masks import Mask, Masking
-from headscope.retrieval.passes import need_marks
-from headscope.retrieval.prompts import batches, prompt_ids
-from headscope.retrieval.writing import Generated, Text, generate
 
 if TYPE_CHECKING:
     import pandas
@@ -194,3 +204,195 @@ def _margins(
             margin = one[here, answer[chosen]] - one[here, own[chosen]]
             found[arm, batch.rows] = margin.double().numpy()
     return found
+
+
+def contradictions(
+    model: HeadModel,
+    needles: str | Sequence[Needle] | None = None,
+    *,
+    examples: int = 32,
+    length: int = 96,
+    distractors: int = 2,
+    seed: int = 0,
+    **probe: Any,
+) -> Probe:
+    """Passages that say something else than the model does when it has not read them.
+
+    Every question is first asked without a passage, in the chat template if the passages are, and
+    after the words that the reply begins with: the token that the model then holds likeliest is the
+    beginning of its own answer, the probe's ``foils``. Special tokens and tokens without a letter
+    or digit answer nothing and are never foils. For the bundled ``facts`` that is the likeliest of
+    the words that are values, and the passage names the least likely one; of needles of your own
+    those are left out whose answer begins as the model's own does.
+
+    Args:
+        model: from :func:`headscope.load`.
+        needles: ``facts`` (in the words of the bundled models; the default without a chat
+            template), ``capitals`` (the capitals of other countries; the default with one), or
+            needles, or a JSONL file of them.
+        examples: how many at most.
+        length: tokens of a passage with its question, at most.
+        distractors: sentences about other things of the same kind in every passage.
+        seed: of facts and passages.
+        probe: other arguments of :func:`headscope.probes.needle`.
+
+    Returns:
+        A probe of kind ``needle`` with foils at the first token of the answer.
+
+    Raises:
+        InputError: if no question is left, or the model's words for the values are not known to
+            its tokenizer as single tokens.
+
+    Example:
+        >>> import headscope as hs
+        >>> probe = contradictions(hs.load(), examples=4)
+        >>> bool((probe.foils >= 0).sum() == 4)
+        True
+    """
+    if examples < 1:
+        raise InputError(f"examples={examples} leaves nothing to ask: give 1 or more.")
+    if distractors < 0:
+        raise InputError(f"distractors={distractors} must be 0 or more.")
+    writer = writer_for(model, probe.get("chat"), probe.get("bos"))
+    made: list[Probe] = []
+    if needles is None:
+        needles = "capitals" if writer.chat else "facts"
+    if needles == "facts":
+        rng = Random(f"contradictions {seed}")  # noqa: S311 - words, not secrets
+        sets = [tuple(islice(facts(rng), 1 + distractors)) for _ in range(examples)]
+        own = closed_book(model, writer, [one[0] for one in sets])
+        values = _values(model, distractors)
+        against = [_against(one, row, values) for one, row in zip(sets, own, strict=True)]
+        among = torch.full_like(own, -torch.inf)
+        among[:, list(values.values())] = 0
+        own = own + among
+    else:
+        given = _capitals(seed) if needles == "capitals" else fixed_needles(needles)
+        if given is None:
+            raise InputError(
+                f"needles={needles!r} cannot be answered without a passage: 'facts' or 'capitals'."
+            )
+        own = closed_book(model, writer, given)
+        first = [writer.ask(one).answer for one in given]
+        kept = [i for i in range(len(given)) if int(own[i].argmax()) != first[i]][:examples]
+        against = [(given[i], *given[:i], *given[i + 1 :])[: 1 + distractors] for i in kept]
+        own = own[kept]
+    if not against:
+        raise InputError("the model says every answer without the passage: nothing contradicts it.")
+    for number, one in enumerate(against):
+        drawn = needle(
+            model,
+            length,
+            [0.5],
+            list(one),
+            per_cell=1,
+            distractors=len(one) - 1,
+            seed=seed + number,
+            **probe,
+        )
+        made.append(replace(drawn, control=None))
+    return _joined(model, made, own.argmax(1).tolist(), seed)
+
+
+def _capitals(seed: int) -> tuple[Needle, ...]:
+    """Countries with the capitals of others."""
+    rng = Random(f"capitals {seed}")  # noqa: S311 - words, not secrets
+    countries = rng.sample(sorted(CAPITALS), len(CAPITALS))
+    false = [CAPITALS[one] for one in (*countries[1:], countries[0])]
+    return tuple(
+        Needle(
+            (f"The capital of {country} is {city}.",),
+            f"What is the capital of {country}?",
+            city,
+            (city,),
+        )
+        for country, city in zip(countries, false, strict=True)
+    )
+
+
+def closed_book(
+    model: HeadModel, writer: Writer, questions: Sequence[Needle]
+) -> Float[torch.Tensor, "question d_vocab"]:
+    """Log-probabilities of the answer's first token after each question by itself.
+
+    -inf for special tokens and those that hold no letter or digit.
+    """
+    tokenizer = need_tokenizer(model, "a question")
+    ordinary = ordinary_tokens(model)
+    texts = tokenizer.batch_decode(ordinary[:, None].tolist())
+    words = ordinary[[any(map(str.isalnum, text)) for text in texts]]
+    rows = []
+    for one in questions:
+        ids = torch.tensor([writer.ask(one).ids])
+        with torch.no_grad():
+            logits = model.forward(ids, logits_at=torch.tensor([ids.shape[1] - 1]))
+        said = logits[0, -1].float().log_softmax(0).cpu()
+        rows.append(torch.full_like(said, -torch.inf).index_copy(0, words, said[words]))
+    return torch.stack(rows)
+
+
+def _values(model: HeadModel, distractors: int) -> dict[str, int]:
+    """Values that bundled facts can have, and the first token of each, which no other has."""
+    tokenizer = need_tokenizer(model, "a value")
+    words = sorted({one.answer for one in islice(facts(Random(0)), 20)})  # noqa: S311
+    first = {word: encode(tokenizer, f" {word}").word(1, 1 + len(word)) for word in words}
+    ids = {
+        word: encode(tokenizer, f" {word}").ids[place]
+        for word, place in first.items()
+        if place is not None
+    }
+    if len(ids) < 2 + distractors:
+        raise InputError(
+            f"the tokenizer of {model.name} has {len(ids)} of the values of 'facts' as single "
+            f"tokens and {2 + distractors} are needed: give needles, or fewer distractors."
+        )
+    return ids
+
+
+def _against(
+    set_of: tuple[Needle, ...], own: Float[torch.Tensor, " d_vocab"], values: dict[str, int]
+) -> tuple[Needle, ...]:
+    """The same facts, the first with the value that the model holds least likely."""
+    taken = {one.answer for one in set_of[1:]}
+    value = min((word for word in values if word not in taken), key=lambda w: float(own[values[w]]))
+    asked = set_of[0]
+    text = asked.texts[0].replace(f"{asked.question} {asked.answer}", f"{asked.question} {value}")
+    return (replace(asked, texts=(text,), answer=value, parts=(value,)), *set_of[1:])
+
+
+def _joined(model: HeadModel, made: Sequence[Probe], foils: Sequence[int], seed: int) -> Probe:
+    """Probes of one example as one, padded on the right, with their foils.
+
+    A foil stands where the answer's first token with more than white space is predicted.
+    """
+    longest = max(one.length for one in made)
+
+    def stacked(values: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
+        return torch.cat(
+            [
+                torch.nn.functional.pad(one, (0, longest - one.shape[1]), value=fill)
+                for one in values
+            ]
+        )
+
+    first = made[0]
+    targets = stacked([one.targets for one in made], -1)
+    tokenizer = need_tokenizer(model, "an answer")
+    known = targets.unique()
+    texts = tokenizer.batch_decode([[max(one, 0)] for one in known.tolist()])
+    white = known[[not text.strip() for text in texts]]
+    start = ((targets >= 0) & ~torch.isin(targets, white)).int().argmax(1)
+    opposed = torch.full_like(targets, -1)
+    opposed[torch.arange(len(made)), start] = torch.tensor(foils)
+    return replace(
+        first,
+        tokens=stacked([one.tokens for one in made], 0),
+        real=stacked([one.real for one in made], 0).bool(),
+        structure=stacked([one.structure for one in made], -1),
+        targets=targets,
+        foils=opposed,
+        marks={name: stacked([one.marks[name] for one in made], 0).bool() for name in first.marks},
+        facts={name: torch.cat([one.facts[name] for one in made]) for name in first.facts},
+        name="contradictions",
+        seed=seed,
+    )

@@ -1,6 +1,6 @@
-"""Greedy decoding of a needle probe, with each head's most attended token at every step."""
+"""Each head's most attended token while a needle is answered: decoded greedily, or forced."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypedDict
 
@@ -9,14 +9,100 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.capture import check_fits
-from headscope.errors import InputError
+from headscope.capture import check_fits, chunks
+from headscope.errors import HeadscopeError, InputError
+from headscope.memory import chunk_bytes, free_cached_memory, is_out_of_memory
 from headscope.models.decoding import decoding, end_tokens
 from headscope.models.protocol import Edit, HeadModel, LayerView
 from headscope.probes.probe import Probe
-from headscope.retrieval.passes import each_run, need_marks
-from headscope.retrieval.recall import recall, word_recall
-from headscope.retrieval.runs import Run, Runs
+from headscope.progress import track
+from headscope.retrieval.runs import Form, Run, Runs, recall, word_recall
+
+_TOKENS_PER_PASS = 8192
+
+
+def each_run(
+    model: HeadModel,
+    probe: Probe,
+    run: Callable[[list[int]], list[Run]],
+    *,
+    form: Form,
+    threshold: int | float,
+    batch_size: int | None,
+    progress: bool | None,
+) -> Runs:
+    """Run examples, those with equally long prompts together; out of memory, half of them.
+
+    Args:
+        model: that runs, for the bar.
+        probe: with the mark ``end``.
+        run: gives the runs of these examples.
+        form: that ``run`` is of.
+        threshold: recall above which a run counts.
+        batch_size: examples at a time; default: about 8192 tokens.
+        progress: show a bar.
+
+    Raises:
+        HeadscopeError: if one example does not fit in memory.
+    """
+    done: dict[int, Run] = {}
+    with track(len(probe), f"{model.name} answers", show=progress) as advance:
+        for rows in _batches(probe, batch_size):
+            waiting = [rows]
+            while waiting:
+                part = waiting.pop()
+                full = False
+                try:
+                    done |= zip(part, run(part), strict=True)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    full = True
+                if full:
+                    free_cached_memory()
+                    waiting += _halves(part)
+                else:
+                    advance(len(part))
+    unknown = torch.full((len(probe),), torch.nan)
+    facts = [probe.facts.get(name, unknown).double().numpy() for name in ("length", "depth")]
+    runs = tuple(done[row] for row in range(len(probe)))
+    chat = probe.settings.get("chat")
+    return Runs(
+        runs, facts[0], facts[1], float(threshold), form, None if chat is None else bool(chat)
+    )
+
+
+def need_marks(probe: Probe, *names: str) -> None:
+    """Check that every example has tokens with each of these marks.
+
+    Raises:
+        InputError: if one has none.
+    """
+    for name in names:
+        without = (~probe.mark(name).any(1)).nonzero().flatten().tolist()
+        if without:
+            raise InputError(
+                f"example {without[0]} has no token marked {name!r}: make the probe by "
+                "probes.needle, or mark them as it does."
+            )
+
+
+def _batches(probe: Probe, batch_size: int | None) -> Iterator[list[int]]:
+    """Examples whose prompts are equally long, so that none is padded."""
+    lengths = probe.mark("end").int().argmax(1) - probe.first + 1
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
+        size = batch_size or max(1, _TOKENS_PER_PASS // length)
+        yield from (part.tolist() for part in rows.split(size))
+
+
+def _halves(rows: list[int]) -> list[list[int]]:
+    if len(rows) == 1:
+        raise HeadscopeError(
+            "one example does not fit in memory: use shorter texts or a device with more memory."
+        )
+    return [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+
 
 # As published: steps of a run at most, recall above which it counts.
 _STEPS = 50
@@ -99,8 +185,6 @@ def follow_both(
     model would not say it: it is read with its answer appended (the teacher-forced form), or no
     head could copy it by chance. Arguments and errors are those of :func:`follow`.
     """
-    from headscope.retrieval.teacher import follow_forced  # which needs this module
-
     control = probe.control
     beside = control if control is not None and _same_prompts(probe, control) else None
     check_fits(model, probe)
@@ -160,7 +244,7 @@ def _steps(probe: Probe) -> int:
 
 
 @dataclass
-class _Looked:
+class _LookedNewest:
     """Sees where each head's newest query looks most."""
 
     position: int
@@ -187,7 +271,7 @@ class _Step(NamedTuple):
     """Tokens said at one step, and where everybody looked."""
 
     said: Int[Tensor, " batch"]
-    looked: _Looked
+    looked: _LookedNewest
 
 
 def _decode(
@@ -209,7 +293,7 @@ def _decode(
     stops = _Stops(model, at_breaks=not probe.settings.get("chat"))
     open_runs = set(range(len(rows)))
     for _ in range(steps):
-        looked = _Looked(text.length + given.shape[1] - 1, needles, model.shape.windows)
+        looked = _LookedNewest(text.length + given.shape[1] - 1, needles, model.shape.windows)
         logits = text.step(given, observers=(looked,), edits=edits)
         said = logits.argmax(-1).cpu()
         taken.append(_Step(said, looked))
@@ -308,3 +392,120 @@ def answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> Repl
     response = model.tokenizer.decode(said)
     reference = " ".join(model.tokenizer.decode(part) for part in wanted)
     return Reply(response, reference, word_recall(reference, response))
+
+
+def follow_forced(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    threshold: int | float = RECALL,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Runs:
+    """Let a model read every example with its answer, and see who would copy each token of it.
+
+    One fused forward pass a text, rows only of the queries that predict the answer: the
+    teacher-forced form of :func:`headscope.retrieval.follow`, whose runs these equal where greedy
+    decoding says just the answer. A run's ``tokens`` are the answer's; its ``response`` is what
+    the model would say at each of them, given the right ones before.
+
+    Args:
+        model: the model.
+        probe: of kind ``needle``: with the marks ``end``, ``answering`` and ``needle_answer``.
+        threshold: recall above which a run is called answered; all are scored.
+        batch_size: examples at a time, of equal prompts; default: about 8192 tokens.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Raises:
+        InputError: if the probe has no such marks or does not fit the model.
+    """
+    check_fits(model, probe)
+    need_marks(probe, "end", "answering", "needle_answer")
+    return each_run(
+        model,
+        probe,
+        lambda rows: _read(model, probe, rows),
+        form="forced",
+        threshold=threshold,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+@dataclass
+class _LookedForced:
+    """Sees where each head looks most from some positions."""
+
+    positions: Int[Tensor, " query"]
+    needle: Bool[Tensor, "batch pos"]
+    windows: tuple[int | None, ...]
+    budget: int
+    best: dict[int, Int[Tensor, "batch head query"]] = field(default_factory=dict)
+    reachable: dict[int, Bool[Tensor, "batch query"]] = field(default_factory=dict)
+    wants_final: bool = False
+
+    def on_layer(self, view: LayerView) -> None:
+        """Keep one argmax a head and query; of equals the first."""
+        batch, length = self.needle.shape
+        row = 4 * batch * view.z.shape[2] * length
+        best, shown = [], []
+        for positions in chunks(self.positions, row, self.budget):
+            rows = view.rows(positions)
+            best.append(rows.pattern.argmax(-1).cpu())
+            if self.windows[view.layer] is not None:
+                visible = rows.visible.cpu()
+                marked = self.needle[:, None, : visible.shape[-1]]
+                shown.append((visible & marked).any(-1))
+        self.best[view.layer] = torch.cat(best, 2)
+        if shown:
+            self.reachable[view.layer] = torch.cat(shown, 1)
+
+    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Unused."""
+
+
+def _read(model: HeadModel, probe: Probe, rows: list[int]) -> list[Run]:
+    """Runs of some examples, in one pass."""
+    used = probe.real[rows].any(0).nonzero().flatten()
+    columns = slice(int(used[0]), int(used[-1]) + 1)
+    tokens, real, targets, answering, needle = (
+        values[rows, columns]
+        for values in (
+            probe.tokens,
+            probe.real,
+            probe.targets,
+            probe.mark("answering"),
+            probe.mark("needle_answer"),
+        )
+    )
+    positions = answering.any(0).nonzero().flatten()
+    looked = _LookedForced(positions, needle, model.shape.windows, chunk_bytes(model.device, None))
+    with torch.no_grad():
+        logits = model.forward(tokens, real=real, observers=(looked,), logits_at=positions)
+    predicted = logits.argmax(-1).cpu()
+    runs = []
+    for i in range(len(rows)):
+        asked = answering[i, positions]
+        wanted = targets[i, positions[asked]]
+        shape = (len(wanted), model.shape.n_layers)
+        copied, reachable = np.zeros((*shape, model.shape.n_heads), bool), np.ones(shape, bool)
+        inside = tokens[i].masked_fill(~needle[i], -1)  # the needle's tokens where they stand
+        for layer, best in looked.best.items():
+            copied[:, layer] = (inside[best[i][:, asked]] == wanted).T.numpy()
+            if layer in looked.reachable:
+                reachable[:, layer] = looked.reachable[layer][i, asked].numpy()
+        said = predicted[i, asked].tolist()
+        reply = answered(model, said, unbroken(tokens[i], needle[i]))
+        key = tuple(tokens[i, needle[i]].tolist())
+        runs.append(
+            Run(
+                tuple(wanted.tolist()),
+                reply.said,
+                reply.recall,
+                key,
+                copied,
+                reachable,
+                reply.wanted,
+            )
+        )
+    return runs

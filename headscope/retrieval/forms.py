@@ -1,13 +1,17 @@
-"""The retrieval score of Wu et al. 2024, decoded as published and teacher-forced."""
+"""The retrieval score of Wu et al. 2024, decoded as published and teacher-forced.
+
+Also by key/value head, by how often heads act, and how well two such scores agree.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from headscope.base.statistics import Design
-from headscope.errors import HeadscopeError
+from headscope.base.statistics import Design, rank_correlation, top_k_overlap
+from headscope.errors import HeadscopeError, InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin
@@ -277,4 +281,136 @@ def forced(
             scores.provenance,
             probe={**scores.provenance.probe, "runs_counted": int(runs.counted.sum())},
         ),
+    )
+
+
+Activity = Literal["always", "sometimes", "never"]
+
+
+def by_kv_head(scores: HeadScores, how: Literal["mean", "max"] = "mean") -> HeadScores:
+    """The same score per key/value head: mean or largest over the query heads that share it.
+
+    Taken example by example, so that errors and nulls stay honest; what decides about keeping
+    keys and values (DuoAttention, HeadKV) is per key/value head.
+
+    Args:
+        scores: with values per example.
+        how: ``mean``, or ``max`` where one query head is enough to need it.
+
+    Returns:
+        A score whose head axis counts key/value heads, named ``<name>_kv``.
+
+    Raises:
+        InputError: if the values per example were not kept.
+
+    Example:
+        >>> model = hs.load("tiny-llama")
+        >>> probe = hs.probes.repeated_tokens(model, length=10, batch=2)
+        >>> scores = hs.score(model, probe, "induction")["induction"]
+        >>> by_kv_head(scores).mean.shape == (model.shape.n_layers, model.shape.n_kv_heads)
+        True
+    """
+    if how not in ("mean", "max"):
+        raise InputError(f"how={how!r} is unknown: 'mean' or 'max'.")
+
+    def grouped(values: np.ndarray) -> np.ndarray:
+        layers, heads, examples = values.shape
+        apart = values.reshape(layers, scores.kv_heads, heads // scores.kv_heads, examples)
+        if how == "max":
+            known = np.where(np.isnan(apart), -np.inf, apart).max(2)
+            return np.where(np.isinf(known), np.nan, known)
+        count = (~np.isnan(apart)).sum(2)
+        total = np.nansum(apart, 2)
+        return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+    control = scores.control_per_example
+    layers, heads = scores.mean.shape
+    missing = scores.missing.reshape(layers, scores.kv_heads, heads // scores.kv_heads)
+    return HeadScores.from_examples(
+        f"{scores.name}_kv",
+        grouped(scores.per_example),
+        kv_heads=scores.kv_heads,
+        control_per_example=None if control is None else grouped(control),
+        design=scores.design,
+        alternative=scores.alternative,
+        missing=missing.max(2),
+        unit=scores.unit,
+        bounds=scores.bounds,
+        description=f"{scores.description.rstrip('.')}, {how} over a key/value head's queries.",
+        source=scores.source,
+        threshold=scores.threshold,
+        provenance=scores.provenance,
+    )
+
+
+def activity(scores: HeadScores, at_least: int | float = 0.0) -> dict[HeadIndex, Activity]:
+    """Which heads act in every context, in some, in none (Wu et al. 2024, section 3).
+
+    Args:
+        scores: with values per example, e.g. ``Retrieval.activation`` or ``Retrieval.by_set``.
+        at_least: a head acts in an example whose value is above this.
+
+    Returns:
+        Every head with a value; the source calls those that act sometimes dynamically activated.
+
+    Example:
+        >>> found = activity(table["induction"], at_least=1.0)
+        >>> len(found), set(found.values())
+        (12, {'never'})
+    """
+    known = ~np.isnan(scores.per_example)
+    acts = np.where(known, scores.per_example, -np.inf) > at_least
+    found: dict[HeadIndex, Activity] = {}
+    for layer, head in zip(*np.nonzero(known.any(-1)), strict=True):
+        times, of = int(acts[layer, head].sum()), int(known[layer, head].sum())
+        word: Activity = "never" if times == 0 else "always" if times == of else "sometimes"
+        found[HeadIndex(int(layer), int(head))] = word
+    return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two scores of the same heads.
+
+    Attributes:
+        rank_correlation: Spearman's, over all heads, in [-1, 1]; NaN if one score is constant.
+        overlap: Jaccard index of the two sets of ``k`` highest heads, in [0, 1].
+        k: how many heads.
+        largest_difference: between two means of the same head.
+    """
+
+    rank_correlation: float
+    overlap: float
+    k: int
+    largest_difference: float
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"rank correlation {self.rank_correlation:.3f}, overlap of the {self.k} highest heads "
+            f"{self.overlap:.2f}, largest difference {self.largest_difference:.3f}"
+        )
+
+
+def agreement(a: HeadScores, b: HeadScores, k: int = 10) -> Agreement:
+    """Compare two scores head by head.
+
+    Heads tie where neither form saw them copy; of equals the lowest are taken, in both.
+
+    Raises:
+        InputError: if they are not of the same heads.
+
+    Example:
+        >>> scores = table["induction"]
+        >>> found = agreement(scores, scores, k=3)
+        >>> found.overlap, found.largest_difference
+        (1.0, 0.0)
+    """
+    if a.mean.shape != b.mean.shape:
+        raise InputError(f"{a.name} has heads {a.mean.shape}, {b.name} {b.mean.shape}.")
+    return Agreement(
+        rank_correlation(np.asarray(a.mean), np.asarray(b.mean)),
+        top_k_overlap(np.asarray(a.mean), np.asarray(b.mean), k),
+        k,
+        float(np.nanmax(np.abs(a.mean - b.mean))),
     )

@@ -1,8 +1,15 @@
-"""AttentionInfluence: how much retrieval heads help to read each document of a corpus."""
+"""AttentionInfluence: how much retrieval heads help to read each document of a corpus.
 
-from collections.abc import Sequence
+A corpus on disk is scored in parts, each written atomically, and ranked once all are there.
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,12 +19,19 @@ from headscope.ablation.groups import joint
 from headscope.ablation.run import Placer, Study
 from headscope.edits import Heads
 from headscope.errors import InputError
+from headscope.files import subfolder, whole_file, writable_folder
 from headscope.metrics import loss
 from headscope.models.protocol import HeadModel
+from headscope.parquet_files import read_part, readable
 from headscope.probes.encoding import encode, next_tokens, pad_right
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import bos_prefix, need_tokenizer
+from headscope.progress import track
 from headscope.retrieval.masks import Masking
+
+if TYPE_CHECKING:
+    import pandas
+
 
 Denominator = Literal["base", "masked"]
 _TOKENS_PER_PASS = 8192
@@ -119,3 +133,240 @@ def _probe(rows: Sequence[Sequence[int]]) -> Probe:
     tokens, real = pad_right(rows)
     targets = next_tokens(tokens, real)
     return Probe(tokens, real, tokens.where(real, -1), targets, name="documents")
+
+
+_FORMAT = 1
+# Documents of a part: what is lost at most when the process dies.
+_PART = 256
+# Columns of a part, and the type of their numbers.
+_COLUMNS = {
+    "line": "int64",
+    "offset": "int64",
+    "tokens": "int64",
+    "base": "float64",
+    "masked": "float64",
+}
+
+
+class Document(NamedTuple):
+    """One line of the corpus: where it begins in the file, its number from 1, and its text."""
+
+    offset: int
+    line: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A JSONL file of documents.
+
+    Attributes:
+        path: of the file.
+        field: name of the text in each object.
+
+    Example:
+        >>> path = Path("documents.jsonl")
+        >>> _ = path.write_text('{"body": "One day"}')
+        >>> [document.text for document in Corpus(path, field="body").documents()]
+        ['One day']
+    """
+
+    path: Path
+    field: str = "text"
+
+    def documents(self) -> Iterator[Document]:
+        """All documents in order; blank lines are none.
+
+        Raises:
+            InputError: naming the first line that is wrong.
+        """
+        try:
+            with self.path.open("rb") as file:
+                yield from self._read(file)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror}.") from error
+
+    def check(self) -> int:
+        """Number of documents, once every line has been read.
+
+        Raises:
+            InputError: naming the first line that is wrong, or if there is no document.
+        """
+        count = sum(1 for _ in self.documents())
+        if not count:
+            raise InputError(f"{self.path} holds no document: write one JSON object a line.")
+        return count
+
+    def _read(self, file: BinaryIO) -> Iterator[Document]:
+        offset = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(offset)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield Document(offset, number, self._text(line, number))
+            offset += len(line)
+
+    def _text(self, line: bytes, number: int) -> str:
+        where = f"{self.path}, line {number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}: no JSON object in UTF-8.") from None
+        if not isinstance(fields, dict) or not isinstance(fields.get(self.field), str):
+            raise InputError(f'{where}: an object with a text under "{self.field}" is needed.')
+        text: str = fields[self.field]
+        return text
+
+
+def score_corpus(
+    model: HeadModel,
+    corpus: Corpus | str | Path,
+    heads: Heads,
+    folder: str | Path,
+    *,
+    method: Masking = "uniform",
+    denominator: Denominator = "base",
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    part_size: int = _PART,
+    progress: bool | None = None,
+) -> "pandas.DataFrame":
+    """Rank the documents of a JSONL file by :func:`influence`.
+
+    The file is read in parts of ``part_size`` documents, which never all stand in memory. A
+    finished part is a file in ``folder/parts``, found again by what it holds (model, heads,
+    settings, texts): after a crash the same call goes on where it was. In the end ``folder`` has
+    ``ranked.parquet`` (numbers) and ``ranked.jsonl`` (the documents, best first, with their
+    ``influence`` and ``rank``).
+
+    Args:
+        model: from :func:`headscope.load`.
+        corpus: a file, or :class:`Corpus` with the name of its text field.
+        heads: to be masked.
+        folder: for parts and results.
+        method: how heads are masked.
+        denominator: ``base`` or ``masked``, see :func:`influence`.
+        max_tokens: read of a document.
+        batch_size: documents per pass.
+        part_size: documents of a part.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Returns:
+        One row per document, best first: rank, line, offset, tokens, base, masked, influence.
+        Documents of fewer than two tokens come last, without a rank.
+
+    Raises:
+        InputError: if a line is no document, or the folder cannot be written.
+
+    Example:
+        >>> import headscope as hs
+        >>> with open("corpus.jsonl", "w") as file:
+        ...     print('{"text": "The cat slept. The cat slept."}', file=file)
+        ...     print('{"text": "One day"}', file=file)
+        >>> model = hs.load()
+        >>> score_corpus(model, "corpus.jsonl", ["L2H1"], "scored")["rank"].tolist()
+        [1, 2]
+    """
+    given = corpus if isinstance(corpus, Corpus) else Corpus(Path(corpus))
+    if part_size < 1:
+        raise InputError(f"part_size={part_size} must be 1 or more.")
+    chosen = sorted(present(model, heads))
+    count = given.check()
+    place = writable_folder(Path(folder))
+    parts = subfolder(place, "parts")
+    key = {
+        "format": _FORMAT,
+        "model": model.digest(),
+        "heads": [str(head) for head in chosen],
+        "method": method,
+        "max_tokens": max_tokens,
+        "context": model.shape.n_ctx,
+    }
+    names = []
+    with track(count, f"{model.name} reads {given.path.name}", show=progress) as advance:
+        for part in _parts(given.documents(), part_size):
+            name = _name(key, part)
+            names.append(name)
+            if not (parts / f"{name}.parquet").exists():
+                found = influence(
+                    model,
+                    [one.text for one in part],
+                    chosen,
+                    method=method,
+                    max_tokens=max_tokens,
+                    batch_size=batch_size,
+                    progress=False,
+                )
+                columns = {
+                    "line": [one.line for one in part],
+                    "offset": [one.offset for one in part],
+                    "tokens": found.tokens,
+                    "base": found.base,
+                    "masked": found.masked,
+                }
+                _write(parts / f"{name}.parquet", columns)
+            advance(len(part))
+    return _ranked(given, place, names, denominator)
+
+
+def _parts(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:
+    part: list[Document] = []
+    for one in documents:
+        part.append(one)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _name(key: dict[str, Any], part: list[Document]) -> str:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
+    for one in part:
+        digest.update(json.dumps(one).encode())
+    return f"{part[0].line:09d}-{digest.hexdigest()[:16]}"
+
+
+def _write(file: Path, columns: dict[str, Any]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    with whole_file(file) as target:
+        parquet.write_table(pyarrow.table(columns), target, compression="zstd")
+
+
+def _read(file: Path) -> "pandas.DataFrame":
+    """One part.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    with readable(file):
+        return read_part(file).to_pandas()[list(_COLUMNS)].astype(_COLUMNS)
+
+
+def _ranked(
+    corpus: Corpus, place: Path, names: list[str], denominator: Denominator
+) -> "pandas.DataFrame":
+    """All parts as one table, best first, and the documents in that order."""
+    import pandas
+
+    frames = [_read(place / "parts" / f"{name}.parquet") for name in names]
+    frame = pandas.concat(frames, ignore_index=True)
+    below = frame.base if denominator == "base" else frame.masked
+    frame["influence"] = (frame.masked - frame.base) / below.where(below > 0, np.nan)
+    frame = frame.sort_values(
+        ["influence", "line"], ascending=[False, True], na_position="last", ignore_index=True
+    )
+    rank = pandas.Series(range(1, len(frame) + 1), dtype="Int64")
+    frame.insert(0, "rank", rank.where(frame.influence.notna()))
+    with whole_file(place / "ranked.parquet") as file:
+        frame.to_parquet(file, index=False)
+    with corpus.path.open("rb") as read, whole_file(place / "ranked.jsonl") as file:
+        rows = zip(frame["rank"], frame["offset"], frame["influence"], strict=True)
+        for number, offset, score in rows:
+            read.seek(int(offset))
+            fields = json.loads(read.readline())
+            known = not pandas.isna(number)
+            fields |= {"rank": int(number), "influence": float(score)} if known else {}
+            file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+    return frame

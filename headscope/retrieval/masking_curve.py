@@ -16,13 +16,44 @@ from headscope.ablation.run import Placer, Study
 from headscope.configs import Strict, parse, read_yaml
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
+from headscope.heads import HeadIndex
 from headscope.metrics import accuracy
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.probe import Probe
-from headscope.retrieval.control_orders import Order, matched
 from headscope.retrieval.masks import Masking
 from headscope.table import EffectGrid, HeadScores, OrderCurve
+
+Order = tuple[HeadIndex, ...]
+
+
+def matched(top: Sequence[HeadIndex], drawn: Order) -> Order:
+    """A drawn order, rearranged so that its first n heads lie in the layers of the first n of top.
+
+    Step by step the next drawn head of the layer whose turn it is; where that layer has none
+    left, the next of any. So of every layer the first n hold at least as many as the first n of
+    ``top``, or all that were drawn.
+
+    Args:
+        top: heads whose layers are to be matched, the first first.
+        drawn: heads in a random order.
+
+    Example:
+        >>> from headscope.heads import HeadIndex as Head
+        >>> top = (Head(2, 0), Head(0, 1), Head(2, 1))
+        >>> order = matched(top, (Head(0, 0), Head(1, 0), Head(2, 3), Head(0, 2)))
+        >>> [str(head) for head in order]
+        ['L2H3', 'L0H0', 'L1H0', 'L0H2']
+    """
+    left = list(drawn)
+    found = []
+    for head in top:
+        if not left:
+            break
+        at = next((i for i, one in enumerate(left) if one.layer == head.layer), 0)
+        found.append(left.pop(at))
+    return (*found, *left)
+
 
 Right = Literal["all", "share"]
 _COUNTS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 75, 100)

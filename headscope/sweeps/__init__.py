@@ -2,10 +2,10 @@
 
 from headscope.sweeps.cluster import RayExecutor as RayExecutor
 from headscope.sweeps.config import SweepConfig as SweepConfig
+from headscope.sweeps.config import read_config as read_config
+from headscope.sweeps.config import schema as schema
 from headscope.sweeps.export import export as export
 from headscope.sweeps.planner import make_plan as make_plan
-from headscope.sweeps.reading import read_config as read_config
-from headscope.sweeps.reading import schema as schema
 from headscope.sweeps.results import Results as Results
 from headscope.sweeps.results import read as read
 from headscope.sweeps.run import Outcome as Outcome

@@ -21,8 +21,8 @@ from headscope.probes.config import build_probe
 from headscope.probes.probe import Probe, probe_digest
 from headscope.sweeps.config import EditConfig, MetricConfig, ModelConfig, SweepConfig
 from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Study
-from headscope.sweeps.rankings import Rankings, metric_of
-from headscope.sweeps.rows import rows_table
+from headscope.sweeps.selection import Rankings, metric_of
+from headscope.sweeps.store import rows_table
 
 if TYPE_CHECKING:
     import pyarrow

@@ -22,8 +22,8 @@ from headscope.errors import HeadscopeError, InputError
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.config import SweepConfig
 from headscope.sweeps.plan import Chunk
+from headscope.sweeps.run import ATTEMPTS, Finished, Stop, Work, reason, run_chunk
 from headscope.sweeps.store import Store
-from headscope.sweeps.work import ATTEMPTS, Finished, Stop, Work, reason, run_chunk
 
 # How often the driver looks whether somebody asked to stop, in seconds.
 _LOOK = 1.0

@@ -1,6 +1,11 @@
-"""From a config to a plan: every model is loaded once, to read its shape, weights and probes."""
+"""From a config to a plan, and what the plan will cost.
 
+Every model is loaded once, to read its shape, weights and probes; time is measured on one cell.
+"""
+
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headscope.base.specs import versions
@@ -14,18 +19,9 @@ from headscope.sweeps.config import (
     MetricConfig,
     NamedProbe,
     SweepConfig,
+    check_config,
 )
-from headscope.sweeps.plan import (
-    FORMAT,
-    Chunk,
-    Plan,
-    PlannedModel,
-    Study,
-    chunked,
-    key,
-    plan_json,
-)
-from headscope.sweeps.reading import check_config
+from headscope.sweeps.plan import FORMAT, Chunk, Plan, PlannedModel, Study, chunked, key, plan_json
 from headscope.sweeps.selection import Cell, cells
 from headscope.table import Provenance
 
@@ -155,3 +151,73 @@ def config_digest(config: SweepConfig) -> str:
 def portable_config(config: SweepConfig) -> Mapping[str, Any]:
     """A config as JSON values, absolute paths cut to their last part."""
     return Provenance(probe=config.model_dump(mode="json", exclude_none=True)).probe
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of a plan.
+
+    Attributes:
+        cells: rows of the table: sets of heads that are edited, with each metric.
+        chunks: files that are written.
+        examples: edited examples, over all sets; metrics share them.
+        passes: the same in whole passes: a cell whose first head is in layer l of n counts
+            (n - l) / n an example; each chunk adds its clean run.
+        seconds: on this machine, one process; extrapolated by passes from ``timed``.
+        timed: what was measured to tell.
+    """
+
+    cells: int
+    chunks: int
+    examples: int
+    passes: float
+    seconds: float
+    timed: str
+
+
+def estimate(config: SweepConfig, plan: Plan, benches: Benches) -> Estimate:
+    """Count, and time one cell of the model at hand (the last one planned)."""
+    chunk = plan.chunks[-1]
+    study = plan.studies[chunk.study]
+    edited = [cell for cell in chunk.cells if cell.heads] or list(chunk.cells)
+    one = replace(chunk, cells=(edited[len(edited) // 2],))
+    few = replace(chunk, cells=tuple((edited * 9)[:9]))
+    benches.measure(plan, one)  # reference values and proofs, once a study
+    alone, several = (_seconds(benches, plan, part) for part in (one, few))
+    # Eight more cells cost this much more: the clean run is in both.
+    per_pass = max(several - alone, 0.05 * several) / (8 * _share(plan, one) * study.examples)
+    passes = sum(passes_of(plan, part) for part in plan.chunks)
+    model = plan.models[study.model].label
+    return Estimate(
+        cells=plan.n_cells,
+        chunks=len(plan.chunks),
+        examples=sum(len(part.cells) * plan.studies[part.study].examples for part in plan.chunks),
+        passes=passes,
+        seconds=passes * per_pass,
+        timed=f"one cell of {model} ({study.edit.label} of {one.cells[0].set!r} on "
+        f"{study.examples} examples of {study.probe!r}), measured: "
+        f"{1000 * per_pass * _share(plan, one) * study.examples:.1f} ms",
+    )
+
+
+def passes_of(plan: Plan, chunk: Chunk) -> float:
+    """Whole passes that a chunk amounts to, one example each."""
+    examples = plan.studies[chunk.study].examples
+    return examples * (1 + _share(plan, chunk))
+
+
+def _share(plan: Plan, chunk: Chunk) -> float:
+    """Cells in units of whole passes: only layers from the first edited one on are run."""
+    layers = plan.models[plan.model_of(chunk)].layers
+    starts = [min(cell.heads).layer if cell.heads else layers for cell in chunk.cells]
+    return sum((layers - start) / layers for start in starts) or 1.0
+
+
+def _seconds(benches: Benches, plan: Plan, chunk: Chunk) -> float:
+    """Shortest of three."""
+    taken = []
+    for _ in range(3):
+        started = time.perf_counter()
+        benches.measure(plan, chunk)
+        taken.append(time.perf_counter() - started)
+    return min(taken)

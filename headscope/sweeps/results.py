@@ -51,7 +51,7 @@ class Results:
 
     Attributes:
         plan: what the sweep computes.
-        rows: one per finished cell; see :func:`headscope.sweeps.rows.row_schema`.
+        rows: one per finished cell; see :func:`headscope.sweeps.store.row_schema`.
         arranged: set -> ``each``, ``together`` or ``cumulative``.
     """
 

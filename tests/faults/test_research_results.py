@@ -23,10 +23,10 @@ from headscope.ablation.kept import KeptEffects
 from headscope.circuits.dictionary import Dictionary
 from headscope.circuits.ranks import Ranks
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
-from headscope.lens.distilled import affordable_tokens, distance, logit_metric
 from headscope.lens.fitting import divergence
-from headscope.lens.heads import HeadWrites
+from headscope.lens.logit import HeadWrites
 from headscope.lens.reading import logits_of
+from headscope.lens.tuned import affordable_tokens, distance, logit_metric
 from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.table import HeadScores, HeadTable, RecallGrid, TokenLosses

@@ -825,7 +825,7 @@ def test_b12_memory_is_given_back_outside_of_the_handler(monkeypatch: pytest.Mon
     import sys
 
     held: list[bool] = []
-    for place in ("headscope.capture", "headscope.ablation.engine", "headscope.retrieval.passes"):
+    for place in ("headscope.capture", "headscope.ablation.engine", "headscope.retrieval.follow"):
         note = lambda: held.append(sys.exc_info()[1] is not None)  # noqa: E731
         monkeypatch.setattr(f"{place}.free_cached_memory", note)
     model, left = hs.load(llama()), [2]

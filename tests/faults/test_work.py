@@ -40,8 +40,7 @@ from headscope.report import Run, report_page
 from headscope.report.folder import RunFolder
 from headscope.sweeps import SweepConfig, read_config, run_sweep
 from headscope.sweeps.cluster import check_address, check_temporary
-from headscope.sweeps.run import inline
-from headscope.sweeps.work import Stop, may_pass
+from headscope.sweeps.run import Stop, inline, may_pass
 from headscope.table import HeadTable
 from tests.cli.support import run, sentence
 from tests.table.helpers import model_table, scores
@@ -550,7 +549,7 @@ def failing(error: Exception, made: dict[str, str], tmp_path: Path) -> dict[str,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headscope.sweeps.bench.Benches.measure", measure)
-        patch.setattr("headscope.sweeps.work._PAUSE", 0.0)
+        patch.setattr("headscope.sweeps.run._PAUSE", 0.0)
         run_sweep(hs.sweeps.read_config(made["CONFIG"]), tmp_path / "s")
     file = next((tmp_path / "s" / "failed").iterdir())
     assert str(tmp_path) not in file.read_text()
@@ -565,7 +564,7 @@ def test_d15_failures_keep_their_traceback_and_only_what_may_pass_is_tried_again
     facts = failing(RuntimeError(f"sizes differ in {tmp_path}/x.txt"), made, tmp_path)
     assert facts["attempts"] == 1
     assert facts["reason"] == "RuntimeError: sizes differ in x.txt"
-    assert any("headscope/sweeps/work.py" in line for line in facts["traceback"])
+    assert any("headscope/sweeps/run.py" in line for line in facts["traceback"])
     assert not any('File "/' in line for line in facts["traceback"])
     assert failing(OSError(5, "Input/output error"), made, tmp_path / "b")["attempts"] == 3
     assert may_pass(MemoryError())

@@ -13,7 +13,7 @@ from torch import Tensor
 import headscope as hs
 from headscope import lens
 from headscope.errors import HeadscopeError, InputError
-from headscope.lens.over_probe import Against
+from headscope.lens.attribution import Against
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.loading.load import load

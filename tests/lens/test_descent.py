@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from headscope import lens
 from headscope.errors import HeadscopeError, InputError
-from headscope.lens import attention_fit, descent, tuned
+from headscope.lens import attention, fitting, tuned
 from tests.lens.helpers import model_of
 from tests.lens.test_learned import probe_of
 
@@ -31,7 +31,7 @@ def attention_lens(**more: Any) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize(
     ("fit", "module", "name"),
-    [(tuned_lens, tuned, "streams"), (attention_lens, attention_fit, "head_streams")],
+    [(tuned_lens, tuned, "streams"), (attention_lens, attention, "head_streams")],
 )
 def test_a_fit_that_was_stopped_goes_on_to_the_same_numbers(
     fit: Callable[..., tuple[torch.Tensor, ...]],
@@ -51,7 +51,7 @@ def test_a_fit_that_was_stopped_goes_on_to_the_same_numbers(
         return read(*given)
 
     monkeypatch.setattr(module, name, counted)
-    monkeypatch.setattr(descent, "_EVERY", 0.0)
+    monkeypatch.setattr(fitting, "_EVERY", 0.0)
     file = tmp_path / "fits" / "lens.safetensors"
     with pytest.raises(KeyboardInterrupt):
         fit(checkpoint=file)
@@ -67,7 +67,7 @@ def test_the_file_is_written_at_the_end_and_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    keep = descent._Kept.keep
+    keep = fitting._Kept.keep
 
     def seen(self: Any, step: int, *given: Any, last: bool) -> None:
         before = self._written
@@ -75,7 +75,7 @@ def test_the_file_is_written_at_the_end_and_now_and_then(
         if self._written != before:
             written.append(step)
 
-    monkeypatch.setattr(descent._Kept, "keep", seen)
+    monkeypatch.setattr(fitting._Kept, "keep", seen)
     tuned_lens(checkpoint=tmp_path / "lens.safetensors")
     assert written == [STEPS]
     assert [one.name for one in tmp_path.iterdir()] == ["lens.safetensors"]

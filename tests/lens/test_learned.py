@@ -13,8 +13,8 @@ import headscope as hs
 from headscope import lens
 from headscope.errors import InputError
 from headscope.lens import fitting
-from headscope.lens.report import FitReport
-from headscope.lens.shortcuts import least_squares
+from headscope.lens.learned import FitReport
+from headscope.lens.linear import least_squares
 from headscope.probes.probe import Probe
 from tests.lens.helpers import TOKENS, model_of
 from tests.models.families import VOCAB
@@ -160,8 +160,7 @@ def test_an_attention_lens_learns(family: str, rank: int | None) -> None:
     assert fitted.outer.shape == (2, 4, size, VOCAB)
     # what the layer says is the sum of what its heads say, and the report is its divergence
     held = fitting.split_data(model, probe, 0.2, 0).held_out
-    from headscope.lens.attention import correction, layer_logits
-    from headscope.lens.outputs import head_streams
+    from headscope.lens.attention import correction, head_streams, layer_logits
     from headscope.lens.reading import constants
 
     one = held.examples(slice(0, 1))

@@ -141,7 +141,7 @@ def test_after_a_kill_only_what_is_missing_is_run(
     assert len(kept) == 2
     assert not (out / "ranked.parquet").exists()
     run: list[int] = []
-    module: Any = import_module("headscope.retrieval.corpus")
+    module: Any = import_module("headscope.retrieval.influence")
 
     real = module.influence
 

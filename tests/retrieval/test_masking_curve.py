@@ -14,7 +14,7 @@ import headscope as hs
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.retrieval import Mask, MaskingConfig, decoded, generate, masking_curve
-from headscope.retrieval.control_orders import matched
+from headscope.retrieval.masking_curve import matched
 from tests.handwired import handwired_gpt2
 from tests.models.families import build
 

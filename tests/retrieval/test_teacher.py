@@ -12,7 +12,7 @@ import torch
 import headscope as hs
 from headscope.errors import InputError
 from headscope.retrieval import cells, follow, forced, scan_grid
-from headscope.retrieval.teacher import follow_forced
+from headscope.retrieval.follow import follow_forced
 from tests.models.families import build
 
 STEPS = 4

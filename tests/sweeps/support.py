@@ -6,7 +6,7 @@ import pytest
 
 from headscope.ablation.engine import Batch
 from headscope.sweeps import SweepConfig
-from headscope.sweeps.reading import check_config
+from headscope.sweeps.config import check_config
 
 REPEATED = {"kind": "repeated_tokens", "length": 6, "batch": 3}
 

@@ -14,8 +14,7 @@ import torch
 import yaml
 
 from headscope.sweeps import read, run_sweep, status
-from headscope.sweeps.rows import KEYS
-from headscope.sweeps.store import Store
+from headscope.sweeps.store import KEYS, Store
 from tests.conftest import ROOT
 from tests.sweeps.crash import crash_config
 from tests.sweeps.support import REPEATED, config

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from headscope.sweeps import make_plan, read, run_sweep
-from headscope.sweeps.rows import KEYS
+from headscope.sweeps.store import KEYS
 from tests.sweeps.support import config, variants_run
 
 IOI = {"kind": "ioi", "batch": 4}

@@ -12,8 +12,7 @@ from headscope.sweeps import make_plan
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.plan import Plan, plan_from_json, plan_json
 from headscope.sweeps.planner import manifest
-from headscope.sweeps.rows import KEYS
-from headscope.sweeps.store import Store
+from headscope.sweeps.store import KEYS, Store
 from tests.sweeps.support import REPEATED, config
 
 

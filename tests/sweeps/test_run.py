@@ -15,8 +15,7 @@ from headscope.models.loading import shipped
 from headscope.sweeps import read, run_sweep, status
 from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.plan import Chunk, Plan
-from headscope.sweeps.run import inline
-from headscope.sweeps.work import Finished, Stop, Work
+from headscope.sweeps.run import Finished, Stop, Work, inline
 from tests.sweeps.support import REPEATED, config
 
 

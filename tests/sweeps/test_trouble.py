@@ -16,8 +16,8 @@ from headscope.files import whole_file
 from headscope.sweeps import export, make_plan, read, run_sweep, status
 from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.results import intervals
+from headscope.sweeps.run import ATTEMPTS
 from headscope.sweeps.store import Store
-from headscope.sweeps.work import ATTEMPTS
 from tests.sweeps.support import config, variants_run
 
 FEW = {"sets": [{"name": "few", "heads": ["L0H0", "L1H1", "L2H2"]}], "chunk": 1}
