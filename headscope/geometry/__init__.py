@@ -17,3 +17,7 @@ from headscope.geometry.measures import mean_cosine as mean_cosine
 from headscope.geometry.measures import neighbourhood_overlap as neighbourhood_overlap
 from headscope.geometry.measures import token_angle as token_angle
 from headscope.geometry.measures import two_nn as two_nn
+from headscope.geometry.position import Anova as Anova
+from headscope.geometry.position import anova as anova
+from headscope.geometry.position import position_heads as position_heads
+from headscope.geometry.position import position_layers as position_layers
