@@ -45,11 +45,13 @@ LONGEST = (
     "report/test_browser.py",
 )
 
-# Marker -> the files and folders that it stands for: `pytest -m fast` is what to run while
-# writing, `-m numeric` what may depend on the processor, `-m real` needs a model's weights.
+# Marker -> the files and folders that it stands for, less those after a "!". `pytest -m fast` is
+# what to run while writing, `-m numeric` what may depend on the processor, `-m real` needs a
+# model's weights.
 MARKED = {
     "fast": (
         *("base/test_stacks.py", "table", "plots", "test_errors.py", "test_metrics.py"),
+        *("!plots/test_export.py", "!plots/test_flow_plots.py", "!plots/test_text.py"),
         *("circuits/test_orthogonal.py", "circuits/test_spectrum.py", "scorers/test_formulas.py"),
     ),
     "numeric": (
@@ -69,18 +71,23 @@ def markers_of(path: Path) -> set[str]:
     return {
         marker
         for marker, names in MARKED.items()
-        if any(path.is_relative_to(ROOT / "tests" / name) for name in names)
+        if _stands_in(path, [name for name in names if name[0] != "!"])
+        and not _stands_in(path, [name[1:] for name in names if name[0] == "!"])
     }
+
+
+def _stands_in(path: Path, names: list[str]) -> bool:
+    return any(path.is_relative_to(ROOT / "tests" / name) for name in names)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Import nothing that is not asked for: most of the time of a few fast tests would be that."""
     wanted = config.option.markexpr
-    if collection_path.is_dir():
-        return None
     found = markers_of(collection_path)
     if "real" in found and wanted != "real":
         return True
+    if collection_path.is_dir():
+        return None
     only = collection_path.name.startswith("test_") and wanted in MARKED and wanted not in found
     return True if only else None
 
