@@ -8,6 +8,9 @@ from headscope.rows import AttentionRows
 from headscope.scorers.base import Scorer, row_scorer
 from headscope.scorers.queries import queries_before, queries_past
 
+# Mean from which a head is named for the distance that it looks back.
+_THRESHOLD = 0.4
+
 
 def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query"]:
     return rows.at((rows.query_pos - distance).expand(rows.pattern.shape[0], -1))
@@ -15,7 +18,7 @@ def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query
 
 @row_scorer(
     source="Olsson et al. 2022 (arXiv 2209.11895), previous-token score; ARENA's threshold",
-    threshold=0.4,
+    threshold=_THRESHOLD,
 )
 def previous_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the token just before.
@@ -47,7 +50,7 @@ def current_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch hea
     source="Clark et al. 2019 (arXiv 1906.04341), attention to the next token",
     probe="text",
     queries=queries_before(1),
-    threshold=0.4,
+    threshold=_THRESHOLD,
     needs=("bidirectional",),
 )
 def next_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
@@ -72,7 +75,8 @@ def relative_offset(distance: int) -> Scorer:
         distance: in tokens; below 0 that many after the query, for models that see them.
 
     Weakness: on repeated tokens a content head and a positional head look alike at the distance
-    of the repetition; vary the length.
+    of the repetition; vary the length. The null is attention spread evenly, from which every head
+    departs a little: the threshold, that of ``previous_token``, says which are worth a name.
 
     Example:
         >>> list(hs.score(model, probe, relative_offset(3)))
@@ -87,6 +91,7 @@ def relative_offset(distance: int) -> Scorer:
     return row_scorer(
         name=f"offset_{distance}",
         source="Voita et al. 2019 (arXiv 1905.09418), positional heads, as mass",
+        threshold=_THRESHOLD,
         queries=queries_past(distance) if distance >= 0 else queries_before(-distance),
         needs=() if distance >= 0 else ("bidirectional",),
     )(function)

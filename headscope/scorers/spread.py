@@ -11,9 +11,13 @@ from headscope.scorers.base import Scorer, row_scorer
 from headscope.scorers.queries import queries_past
 
 _LOCAL = 8
+# Mean from which a head is called local.
+_MOSTLY = 0.8
 
 
-def window_mass(width: int, *, name: str | None = None, threshold: float | None = None) -> Scorer:
+def window_mass(
+    width: int, *, name: str | None = None, threshold: float | None = _MOSTLY
+) -> Scorer:
     """Make the scorer of attention to the last ``width`` tokens; ``local_window`` is width 8.
 
     ``sum of A[i, j] over i - width < j <= i``, a probability in [0, 1], over the queries that
@@ -55,7 +59,7 @@ def window_mass(width: int, *, name: str | None = None, threshold: float | None 
     )(function)
 
 
-local_window = window_mass(_LOCAL, name="local_window", threshold=0.8)
+local_window = window_mass(_LOCAL, name="local_window")
 
 
 @row_scorer(
