@@ -10,16 +10,13 @@ hs.circuits.head_card(model, "L2H5")         # all of it for one head
 hs.circuits.survey(model)                    # all of it for all heads
 """
 
-from headscope.circuits.affinity import subspace_affinity as subspace_affinity
-from headscope.circuits.alignment import read_alignment as read_alignment
-from headscope.circuits.alignment import write_alignment as write_alignment
-from headscope.circuits.card import head_card as head_card
 from headscope.circuits.composition import ComponentScores as ComponentScores
 from headscope.circuits.composition import component_composition as component_composition
 from headscope.circuits.composition import composition as composition
 from headscope.circuits.composition import direction_composition as direction_composition
 from headscope.circuits.composition import partners as partners
 from headscope.circuits.composition import random_composition as random_composition
+from headscope.circuits.composition import subspace_affinity as subspace_affinity
 from headscope.circuits.copying import copying_eigenvalues as copying_eigenvalues
 from headscope.circuits.copying import copying_share as copying_share
 from headscope.circuits.copying import matching_eigenvalues as matching_eigenvalues
@@ -31,13 +28,20 @@ from headscope.circuits.decomposition import record as record
 from headscope.circuits.decomposition import score_parts as score_parts
 from headscope.circuits.decomposition import suppliers as suppliers
 from headscope.circuits.decomposition import trace as trace
-from headscope.circuits.dictionary import Dictionary as Dictionary
 from headscope.circuits.factors import HeadFactors as HeadFactors
 from headscope.circuits.factors import HeadSVD as HeadSVD
 from headscope.circuits.factors import with_bias as with_bias
 from headscope.circuits.maps import Mappings as Mappings
+from headscope.circuits.maps import Relation as Relation
+from headscope.circuits.maps import read_relations as read_relations
 from headscope.circuits.maps import relation_scores as relation_scores
+from headscope.circuits.maps import relations as relations
 from headscope.circuits.maps import salient_mappings as salient_mappings
+from headscope.circuits.measures import eigenvalue_ratio as eigenvalue_ratio
+from headscope.circuits.measures import read_alignment as read_alignment
+from headscope.circuits.measures import symmetric_share as symmetric_share
+from headscope.circuits.measures import target_ranks as target_ranks
+from headscope.circuits.measures import write_alignment as write_alignment
 from headscope.circuits.ov import ov as ov
 from headscope.circuits.paths import Path as Path
 from headscope.circuits.paths import chains as chains
@@ -45,10 +49,6 @@ from headscope.circuits.paths import strongest_paths as strongest_paths
 from headscope.circuits.qk import qk as qk
 from headscope.circuits.qk import qk_bands as qk_bands
 from headscope.circuits.qk import qk_content as qk_content
-from headscope.circuits.ranks import target_ranks as target_ranks
-from headscope.circuits.relations import Relation as Relation
-from headscope.circuits.relations import read_relations as read_relations
-from headscope.circuits.relations import relations as relations
 from headscope.circuits.scores import random_edge as random_edge
 from headscope.circuits.scores import score as score
 from headscope.circuits.spectra import eigenvalues as eigenvalues
@@ -62,9 +62,9 @@ from headscope.circuits.spectrum import product_spectra as product_spectra
 from headscope.circuits.spectrum import stable_rank as stable_rank
 from headscope.circuits.spectrum import top_share as top_share
 from headscope.circuits.survey import Survey as Survey
+from headscope.circuits.survey import head_card as head_card
 from headscope.circuits.survey import survey as survey
-from headscope.circuits.symmetry import eigenvalue_ratio as eigenvalue_ratio
-from headscope.circuits.symmetry import symmetric_share as symmetric_share
+from headscope.circuits.vocabulary import Dictionary as Dictionary
 from headscope.circuits.vocabulary import TopTokens as TopTokens
 from headscope.circuits.vocabulary import VocabularyView as VocabularyView
 from headscope.circuits.vocabulary import vocabulary_view as vocabulary_view

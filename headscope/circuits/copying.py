@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.circuits.dictionary import Dictionary, Gram
 from headscope.circuits.factors import HeadFactors
-from headscope.circuits.ranks import target_ranks
-from headscope.circuits.symmetry import eigenvalue_ratio
+from headscope.circuits.measures import eigenvalue_ratio, target_ranks
+from headscope.circuits.vocabulary import Dictionary, Gram
 from headscope.models.running import own_types
 from headscope.progress import Advance
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from headscope.base.statistics import Bounds
 from headscope.circuits import spectrum
-from headscope.circuits.alignment import read_alignment, write_alignment
 from headscope.circuits.copying import (
     copying_eigenvalues,
     copying_ranks,
@@ -21,12 +20,12 @@ from headscope.circuits.copying import (
     matching_ranks,
     share_within,
 )
-from headscope.circuits.dictionary import Dictionary, Embedding
 from headscope.circuits.factors import HeadFactors
+from headscope.circuits.measures import read_alignment, symmetric_share, write_alignment
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
 from headscope.circuits.reading import over_all_layers
-from headscope.circuits.symmetry import symmetric_share
+from headscope.circuits.vocabulary import Dictionary, Embedding
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel

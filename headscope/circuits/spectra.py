@@ -6,12 +6,12 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from headscope.circuits.copying import token_cores
-from headscope.circuits.dictionary import Dictionary, Embedding, Gram
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ov import ov
 from headscope.circuits.qk import qk
 from headscope.circuits.scores import entry_sizes
 from headscope.circuits.spectrum import product_spectra
+from headscope.circuits.vocabulary import Dictionary, Embedding, Gram
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
 from headscope.origin import of_weights

@@ -11,7 +11,7 @@ import numpy as np
 
 from headscope.ablation import ablate_heads
 from headscope.circuits import eigenvalues, head_card, spectra
-from headscope.circuits.card import card_table, scores_quickly
+from headscope.circuits.survey import card_table, scores_quickly
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.files import whole_page
 from headscope.heads import HeadIndex

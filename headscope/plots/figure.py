@@ -1,17 +1,166 @@
-"""The figures that headscope makes: plotly's, which also show where plotly.js does not run."""
+"""The figures that headscope makes: plotly's, which also show where plotly.js does not run.
 
+Where no script runs a figure is a sentence, and its numbers as an HTML table.
+"""
+
+import re
 import sys
 import warnings
 from base64 import b64encode
+from collections.abc import Sequence
+from html import escape, unescape
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
+from plotly.colors import get_colorscale, sample_colorscale
 from plotly.io.base_renderers import ExternalRenderer
 
-from headscope.plots.export import drawn_bytes
-from headscope.plots.static import live_html, sentence, static_html
+from headscope.plots.export import drawn_bytes, unpacked
+
+_TAG = re.compile(r"<[^>]*>")
+_MOST_CELLS = 1_500  # of a heatmap that becomes a table
+_MOST_ROWS = 20  # of bars
+_WAY = (
+    "The interactive picture needs plotly where the notebook is shown, and a trusted notebook; "
+    'hs.plots.save(figure, "picture.html") writes it to a file that opens offline.'
+)
+
+
+def sentence(figure: go.Figure) -> str:
+    """Say what the figure shows, in plain words."""
+    layout = figure.layout
+    said = [_words(layout.title.text) or "untitled", _words(layout.title.subtitle.text)]
+    kinds = list(dict.fromkeys(trace.type for trace in figure.data)) or ["empty"]
+    return f"{': '.join(part for part in said if part)} ({', '.join(kinds)})"
+
+
+def static_html(figure: go.Figure, png: str | None = None) -> str:
+    """Write a figure as HTML without scripts and without anything to fetch.
+
+    Args:
+        figure: the figure.
+        png: its picture in base64; None: its numbers become tables, as far as they fit.
+    """
+    if png is not None:
+        name, width = escape(sentence(figure), quote=True), int(figure.layout.width or 700)
+        return f'<img alt="{name}" width="{width}" src="data:image/png;base64,{png}">'
+    tables = [_table(trace) for trace in unpacked(figure).data]
+    own = (
+        "For a static picture here, install matplotlib (pip install 'headscope[paper]'). "
+        if not _drawable()
+        else ""
+    )
+    return (
+        f"<div><p><strong>{escape(sentence(figure))}</strong></p>{''.join(tables)}"
+        f"<p><small>{escape(own + _WAY)}</small></p></div>"
+    )
+
+
+def live_html(static: str, live: str, name: str) -> str:
+    """HTML with a script that, where it runs, puts a live picture in place of a static one.
+
+    Args:
+        static: shown where scripts do not run.
+        live: shown where they do.
+        name: an id that no other element of the page has.
+    """
+    return (
+        f'<div id="{name}-static">{static}</div><div id="{name}-live" hidden><script>'
+        f'document.getElementById("{name}-static").remove();'
+        f'document.getElementById("{name}-live").hidden = false;'
+        f"</script>{live}</div>"
+    )
+
+
+def _drawable() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
+
+
+def _words(text: str | None) -> str:
+    """A title without markup."""
+    return " ".join(unescape(_TAG.sub(" ", text or "")).split())
+
+
+def _table(trace: Any) -> str:
+    """The numbers of a heatmap or of bars; empty for others, and where they are too many."""
+    try:
+        if trace.type == "heatmap" and trace.z is not None:
+            return _grid(trace)
+        if trace.type == "bar" and trace.y is not None:
+            return _bars(trace)
+    except (TypeError, ValueError, IndexError):  # texts for numbers, rows of several lengths
+        pass
+    return ""
+
+
+def _grid(trace: Any) -> str:
+    """A heatmap: coloured cells with their texts, or else their values."""
+    z = np.asarray(trace.z, dtype=float)
+    if z.ndim != 2 or not 0 < z.size <= _MOST_CELLS:
+        return ""
+    rows, columns = (
+        [str(i) for i in range(n)] if side is None else [_words(str(one)) for one in side]
+        for side, n in ((trace.y, z.shape[0]), (trace.x, z.shape[1]))
+    )
+    colours = _colours(trace, z)
+    told = trace.text if trace.texttemplate and trace.text is not None else z
+    body = [
+        _row(
+            rows[i],
+            [
+                f'<td style="background-color:{colours[i][j]};color:{_ink(colours[i][j])};'
+                f'padding:2px 4px;text-align:right">{escape(_number(told[i][j]))}</td>'
+                for j in range(z.shape[1])
+            ],
+        )
+        for i in range(z.shape[0])
+    ]
+    head = "".join(f"<th>{escape(one)}</th>" for one in columns)
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _colours(trace: Any, z: np.ndarray) -> list[list[str]]:
+    """Colour of every cell; grey where there is no value."""
+    known = z[np.isfinite(z)]
+    low = trace.zmin if trace.zmin is not None else (known.min() if known.size else 0.0)
+    high = trace.zmax if trace.zmax is not None else (known.max() if known.size else 1.0)
+    share = np.clip((z - low) / ((high - low) or 1.0), 0, 1)
+    scale = [list(step) for step in trace.colorscale or get_colorscale("plasma")]
+    sampled = sample_colorscale(scale, np.nan_to_num(share, nan=0.0).ravel().tolist())
+    found = np.where(np.isfinite(z).ravel(), np.array(sampled, dtype=object), "rgb(201, 206, 212)")
+    return [[str(one) for one in row] for row in found.reshape(z.shape)]
+
+
+def _ink(colour: str) -> str:
+    """Black or white, whichever shows better on ``rgb(...)``."""
+    red, green, blue = (float(part) for part in re.findall(r"[\d.]+", colour)[:3])
+    return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#f5f5f5"
+
+
+def _bars(trace: Any) -> str:
+    """Names and heights of the first bars."""
+    y = list(trace.y)
+    x: Sequence[Any] = range(len(y)) if trace.x is None else list(trace.x)
+    named = list(zip(x, y, strict=False))[:_MOST_ROWS]
+    rows = [_row(_number(a), [f"<td>{escape(_number(b))}</td>"]) for a, b in named]
+    more = f"<p>... and {len(y) - _MOST_ROWS:,} more</p>" if len(y) > _MOST_ROWS else ""
+    return f"<table><tbody>{''.join(rows)}</tbody></table>{more}" if rows else ""
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    return f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>"
+
+
+def _number(value: Any) -> str:
+    if value is None or (isinstance(value, float | np.floating) and not np.isfinite(value)):
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float | np.floating) else _words(str(value))
+
 
 _PLOTLY = "application/vnd.plotly.v1+json"
 

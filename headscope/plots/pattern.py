@@ -7,8 +7,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float, UInt8
 
 from headscope.errors import InputError
-from headscope.plots.blocks import block_max
 from headscope.plots.figure import Figure
+from headscope.plots.pairs import block_max
 from headscope.plots.style import SEQUENTIAL, STYLES, Theme, dress
 from headscope.plots.text import label
 

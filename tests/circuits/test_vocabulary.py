@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headscope import circuits
-from headscope.circuits.relations import Relation, of_words
+from headscope.circuits.maps import Relation, of_words
 from headscope.errors import InputError
 from headscope.models.hf.model import HFModel
 from tests.circuits.conftest import HandWired
@@ -124,8 +124,8 @@ def test_blocks_of_the_vocabulary_change_nothing(
         return view.read.ids, view.written.ids, share, circuits.copying_eigenvalues(factors, words)
 
     whole_at_once = measure()
-    monkeypatch.setattr("headscope.circuits.dictionary._BLOCK_ENTRIES", 32 * 7)
-    monkeypatch.setattr("headscope.circuits.ranks._BLOCK_ENTRIES", 4 * 20 * 3)
+    monkeypatch.setattr("headscope.circuits.vocabulary._BLOCK_ENTRIES", 32 * 7)
+    monkeypatch.setattr("headscope.circuits.measures._BLOCK_ENTRIES", 4 * 20 * 3)
     for one, other in zip(whole_at_once, measure(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 

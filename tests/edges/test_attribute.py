@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import headscope as hs
 from headscope.edges import Edge, EdgeGraph, Wiring
-from headscope.edges.circuit import circuit_value
+from headscope.edges.faithfulness import circuit_value
 from headscope.edges.written import Study
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.metrics import logit_difference

@@ -24,8 +24,7 @@ from nbclient import NotebookClient
 import headscope as hs
 from headscope import plots
 from headscope.plots import figure as figures
-from headscope.plots.figure import Figure
-from headscope.plots.static import live_html, static_html
+from headscope.plots.figure import Figure, live_html, static_html
 from tests.table.helpers import model_table, scores
 
 PLOTLY = "application/vnd.plotly.v1+json"

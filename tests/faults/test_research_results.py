@@ -20,8 +20,8 @@ import headscope as hs
 from headscope import circuits
 from headscope.ablation.engine import Batch
 from headscope.ablation.kept import KeptEffects
-from headscope.circuits.dictionary import Dictionary
-from headscope.circuits.ranks import Ranks
+from headscope.circuits.measures import Ranks
+from headscope.circuits.vocabulary import Dictionary
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.lens.fitting import divergence
 from headscope.lens.logit import HeadWrites
@@ -53,7 +53,7 @@ def slow_ranks(model: HFModel, words: Dictionary, head: tuple[int, int]) -> Rank
 def test_e4_ranks_are_those_of_the_whole_matrix_whatever_the_limit_and_the_blocks(
     family: str, first: int, limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headscope.circuits.ranks._FIRST_BLOCK", first)
+    monkeypatch.setattr("headscope.circuits.measures._FIRST_BLOCK", first)
     model, every = random_model(family), torch.arange(D_VOCAB)
     words = Dictionary(model, "mlp")
     found = circuits.target_ranks(
@@ -148,7 +148,7 @@ def test_e4_a_vocabulary_too_large_to_keep_gives_the_same_numbers(
 ) -> None:
     model = random_model("llama")
     kept = circuits.score(model, tokens=20)
-    monkeypatch.setattr("headscope.circuits.dictionary._KEPT_ENTRIES", 10)
+    monkeypatch.setattr("headscope.circuits.vocabulary._KEPT_ENTRIES", 10)
     anew = circuits.score(model, tokens=20)
     for name, scores in kept.items():
         np.testing.assert_allclose(anew[name].mean, scores.mean, atol=1e-5, err_msg=name)

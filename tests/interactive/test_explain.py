@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 import headscope as hs
-from headscope.circuits.card import card_table
+from headscope.circuits.survey import card_table
 from headscope.errors import InputError
 from headscope.report.head_html import head_html
 from headscope.table import HeadCard
@@ -66,7 +66,7 @@ def test_ranks_are_told_where_they_are_quick_or_asked_for_and_else_the_call_that
         better = [head for head in model.shape.heads if scores[head] > scores[said.head]]
         assert card.ranks[name] == 1 + len(better)
     assert "No ranks" not in str(said) + said.page()
-    monkeypatch.setattr("headscope.circuits.card._QUICK", 1000)
+    monkeypatch.setattr("headscope.circuits.survey._QUICK", 1000)
     found = hs.explain(said.head, model, weights_only=True)
     assert found.card.ranks == {}
     for shown in (str(found), found.page()):

@@ -4,7 +4,7 @@ import pytest
 from headscope import plots
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
-from headscope.plots.drawing import draw
+from headscope.plots.export import draw
 from headscope.table import EffectGrid
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from headscope import plots
 from headscope.errors import InputError
-from headscope.plots.drawing import draw
+from headscope.plots.export import draw
 from tests.table.helpers import model_table, scores
 
 

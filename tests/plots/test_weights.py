@@ -5,7 +5,7 @@ import pytest
 
 from headscope import plots
 from headscope.errors import InputError
-from headscope.plots.drawing import draw
+from headscope.plots.export import draw
 from headscope.table import HeadEigenvalues, HeadSpectra, PairScores, Provenance
 from tests.table.helpers import scores
 

@@ -1,4 +1,4 @@
-"""Where a wanted token stands among all tokens that a head's circuit points at."""
+"""Measures of a head by its factors: symmetry, alignment with the embedding, ranks of tokens."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,8 +8,94 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.circuits.factors import HeadFactors
+from headscope.circuits.factors import HeadFactors, column_space
+from headscope.circuits.vocabulary import Dictionary, Gram
 from headscope.progress import Advance
+
+
+def symmetric_share(factors: HeadFactors) -> Float[Tensor, "layer head"]:
+    """Share of the squared norm in the symmetric part of every head's matrix.
+
+    ``|(W + W.T) / 2|^2 / |W|^2 = (1 + tr(W W) / |W|^2) / 2``, from d_head x d_head pieces. Range
+    [0, 1]: 1 symmetric (a QK circuit that matches like with like, or unlike with unlike), 0
+    antisymmetric (each looks for what does not look for it), 1/2 on average by chance. NaN for
+    a zero matrix. Known weakness: says nothing of the sign; see :func:`eigenvalue_ratio`.
+
+    Example:
+        >>> share = hs.circuits.symmetric_share(hs.circuits.ov(model))
+        >>> bool(((share >= 0) & (share <= 1)).all())
+        True
+    """
+    core = factors.core()
+    trace = (core * core.mT).sum((-2, -1))
+    return (1 + trace / factors.norm().square()) / 2
+
+
+def eigenvalue_ratio(
+    core: Float[Tensor, "layer head d_head d_head"],
+) -> Float[Tensor, "layer head"]:
+    """``sum(Re(lambda)) / sum(|lambda|)`` of the eigenvalues of a small matrix, in [-1, 1].
+
+    1 where all eigenvalues are positive (what goes in comes out), -1 where all are negative;
+    NaN for a zero matrix.
+
+    Example:
+        >>> float(hs.circuits.eigenvalue_ratio(torch.eye(3)[None, None]))
+        1.0
+    """
+    values = torch.linalg.eigvals(core.cpu().double())
+    ratio: Tensor = values.real.sum(-1) / values.abs().sum(-1)
+    return ratio
+
+
+def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
+    """Share of the embedding's variance in the subspace that a head reads.
+
+    ``tr(Q.T @ C @ Q) / tr(C)`` with Q an orthonormal basis of the left factor's columns and C the
+    covariance of the token embeddings. Range [0, 1]; by chance d_head / d_model. Known weakness:
+    all directions of the subspace count alike, also those that the head hardly uses.
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> share = hs.circuits.read_alignment(hs.circuits.ov(model), words)
+        >>> bool(((share >= 0) & (share <= 1)).all())
+        True
+    """
+    shares = [
+        _share(left, words, "input", layer, few=factors.few)
+        for layer, left in zip(factors.layers, factors.left, strict=True)
+    ]
+    return factors.per_head(torch.stack(shares))
+
+
+def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
+    """Share of the unembedding's variance in the subspace that a head writes.
+
+    As :func:`read_alignment`, for the right factor's rows and the directions of all logits. Low
+    where a head writes for later layers rather than for the output.
+
+    Example:
+        >>> words = hs.circuits.Dictionary(model)
+        >>> share = hs.circuits.write_alignment(hs.circuits.ov(model), words)
+        >>> share.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
+    """
+    shares = [_share(right.mT, words, "output", 0, few=factors.few) for right in factors.right]
+    return factors.per_head(torch.stack(shares))
+
+
+def _share(
+    side: Float[Tensor, "some_head d_model d_head"],
+    words: Dictionary,
+    kind: Gram,
+    layer: int,
+    *,
+    few: bool,
+) -> Float[Tensor, " some_head"]:
+    basis, _ = column_space(side)
+    inside = (basis * words.gram_times(kind, layer, basis, few=few)).sum((-2, -1))
+    return inside / words.gram_trace(kind, layer)
+
 
 # Tokens of the first block of the vocabulary, which decides most pairs; each later one is twice
 # as long, up to 16 MB of scores or of vectors in fp32.
