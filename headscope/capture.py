@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.stacks import all_causal
 from headscope.errors import HeadscopeError, InputError
 from headscope.memory import free_cached_memory, is_out_of_memory
 from headscope.models.protocol import HeadModel, LayerView, Observer
@@ -146,6 +147,11 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
         raise InputError(
             f"the probe has {longest} tokens, but {model.name} sees at most {n_ctx}: shorten it, "
             "or load a model of rotary positions with extrapolate=True."
+        )
+    if answers and probe.next_token and not all_causal(model.stacks):
+        raise InputError(
+            f"the probe asks for the next tokens, and {model.name} sees them, as it reads in both "
+            "directions: hide tokens with hs.probes.masked, or give targets=."
         )
     used = probe.tokens[probe.real]
     if int(used.min()) < 0 or int(used.max()) >= model.shape.d_vocab:

@@ -12,7 +12,7 @@ from headscope.models.protocol import HeadModel
 from headscope.origin import origin
 from headscope.probes import Probe, from_tokens, repeated_tokens
 from headscope.probes.encoding import encode
-from headscope.probes.vocabulary import bos_prefix, need_tokenizer
+from headscope.probes.vocabulary import frame, need_tokenizer
 from headscope.report import AttentionView
 from headscope.table import AttentionExample
 
@@ -81,7 +81,8 @@ def _probe(model: HeadModel, text: str | None, length: int) -> tuple[Probe, str]
     if not said.strip():
         raise InputError("the text is empty: give a sentence.")
     tokenizer = need_tokenizer(model, "a text")
-    ids = encode(tokenizer, said, bos_prefix(model, None)).ids
+    before, after = frame(model, None)
+    ids = encode(tokenizer, said, before, after).ids
     words = "A sentence said twice." if text is None else "Your text."
     cut = "" if len(ids) <= room else f" The first {room} of {len(ids)} tokens."
     return from_tokens(torch.tensor([ids[:room]])), words + cut

@@ -60,8 +60,10 @@ def decoding(
             after the first step.
 
     Raises:
-        UnsupportedModelError: if the model keeps more than keys and values.
+        UnsupportedModelError: if the model keeps more than keys and values, or reads texts in both
+            directions.
     """
+    need_continuing(model)
     if isinstance(model, HFModel):
         if is_stateful(model.module):
             raise UnsupportedModelError(
@@ -71,6 +73,16 @@ def decoding(
         if len(model.shape.attention_layers) == model.shape.n_layers:
             return _Cached(model, real, prompt)
     return _Repeated(model, real, prompt)
+
+
+def need_continuing(model: HeadModel) -> None:
+    """Refuse a model that continues no text.
+
+    Raises:
+        UnsupportedModelError: for an encoder.
+    """
+    if (reason := model.limits.get("causal")) is not None:
+        raise UnsupportedModelError(f"nothing can be generated: {reason}")
 
 
 def end_tokens(model: HeadModel) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from headscope.probes.encoding import from_tokens
 from headscope.probes.jsonl import from_jsonl
+from headscope.probes.masked import masked
 from headscope.probes.needle import needle
 from headscope.probes.needle_sets import Needle
 from headscope.probes.pairs import pairs
@@ -16,6 +17,7 @@ __all__ = [
     "Probe",
     "from_jsonl",
     "from_tokens",
+    "masked",
     "needle",
     "pairs",
     "random_tokens",

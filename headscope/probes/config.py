@@ -8,6 +8,7 @@ from pydantic import Field
 from headscope.configs import Strict
 from headscope.errors import InputError
 from headscope.probes.jsonl import from_jsonl
+from headscope.probes.masked import masked
 from headscope.probes.needle import needle
 from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
@@ -20,21 +21,24 @@ class ProbeConfig(Strict):
     """Which probe, and with which settings; keys that a kind does not know are errors.
 
     Attributes:
-        kind: ``repeated_tokens``, ``random_tokens``, ``text``, ``ioi``, ``pairs``, ``needle`` or
-            ``jsonl``.
+        kind: ``repeated_tokens``, ``random_tokens``, ``text``, ``masked``, ``ioi``, ``pairs``,
+            ``needle`` or ``jsonl``.
         length: tokens of one copy, of the random text, or of a piece of text.
         batch: examples.
         seed: what it is drawn with.
         copies: how often ``repeated_tokens`` says its text.
         bos: whether a BOS stands in front; default: as the model's tokenizer does.
-        file: of ``text`` and ``jsonl``.
-        texts: of ``text``, instead of a file.
+        file: of ``text``, ``masked`` and ``jsonl``.
+        texts: of ``text`` and ``masked``, instead of a file.
+        count: tokens that ``masked`` hides in each example.
         task: of ``pairs``, see :func:`headscope.probes.pairs`.
         lengths, depths, needles, haystack, per_cell, distractors, control, chat: of ``needle``,
             see :func:`headscope.probes.needle`.
     """
 
-    kind: Literal["repeated_tokens", "random_tokens", "text", "ioi", "pairs", "needle", "jsonl"]
+    kind: Literal[
+        "repeated_tokens", "random_tokens", "text", "masked", "ioi", "pairs", "needle", "jsonl"
+    ]
     length: int | None = Field(default=None, ge=1, le=10_000_000)
     batch: int | None = Field(default=None, ge=1, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -42,6 +46,7 @@ class ProbeConfig(Strict):
     bos: bool | None = None
     file: Path | None = None
     texts: tuple[str, ...] | None = None
+    count: int | None = Field(default=None, ge=1, le=1_000_000)
     task: str | None = None
     lengths: int | tuple[int, ...] | None = None
     depths: int | tuple[float, ...] | None = None
@@ -59,6 +64,7 @@ _TAKES = {
     "repeated_tokens": ("length", "batch", "copies", "bos"),
     "random_tokens": ("length", "batch", "bos"),
     "text": ("length", "batch", "bos", "file", "texts"),
+    "masked": ("length", "batch", "file", "texts", "count"),
     "ioi": ("batch",),
     "pairs": ("task", "batch", "bos"),
     "needle": (*_NEEDLE, "bos"),
@@ -92,11 +98,12 @@ def build_probe(config: ProbeConfig, model: HasVocabulary) -> Probe:
         return pairs(model, seed=config.seed, **given)
     if config.kind == "needle":
         return needle(model, seed=config.seed, **given)
-    if config.kind == "text":
+    if config.kind in ("text", "masked"):
         if config.file is not None and config.texts is not None:
-            raise InputError("a probe of kind 'text' takes a file or texts, not both.")
+            raise InputError(f"a probe of kind {config.kind!r} takes a file or texts, not both.")
         source = given.pop("file", None) or given.pop("texts", None)
         texts = list(source) if isinstance(source, tuple) else source
-        return text(model, texts, seed=config.seed, **given)
+        read = text if config.kind == "text" else masked
+        return read(model, texts, seed=config.seed, **given)
     make = repeated_tokens if config.kind == "repeated_tokens" else random_tokens
     return make(model, seed=config.seed, **given)

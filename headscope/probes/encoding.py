@@ -46,18 +46,27 @@ class Encoded:
         return found[0] if self.text[a:b].strip() == self.text[start:end].strip() else None
 
 
-def encode(tokenizer: Tokenizer, text: str, prefix: Sequence[int] = ()) -> Encoded:
+def encode(
+    tokenizer: Tokenizer, text: str, prefix: Sequence[int] = (), suffix: Sequence[int] = ()
+) -> Encoded:
     """Tokenize one text, with ``prefix`` in front in place of the tokenizer's own specials.
 
     A text that begins with the prefix already, such as a copied prompt, keeps it once.
+
+    Args:
+        tokenizer: of the model.
+        text: any.
+        prefix: ids put in front.
+        suffix: ids put behind.
     """
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = [(int(a), int(b)) for a, b in out["offset_mapping"]]
     ids = list(out["input_ids"])
     if prefix and ids[: len(prefix)] == list(prefix):
         warnings.warn(_KEPT, HeadscopeWarning, stacklevel=2)
-        return Encoded(text, ids, spans)
-    return Encoded(text, [*prefix, *ids], [(0, 0)] * len(prefix) + spans)
+        prefix = ()
+    around = [(0, 0)] * len(prefix), [(0, 0)] * len(suffix)
+    return Encoded(text, [*prefix, *ids, *suffix], [*around[0], *spans, *around[1]])
 
 
 def pad_right(
@@ -103,6 +112,14 @@ def delimiters(
     return mark & (real.cumsum(1) > 1)
 
 
+def separators(
+    tokenizer: Tokenizer, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
+) -> dict[str, Bool[Tensor, "batch pos"]]:
+    """Mark ``separator`` of an encoder's text, ``[SEP]`` or ``</s>``; none where it has no such."""
+    token = getattr(tokenizer, "sep_token_id", None)
+    return {} if token is None else {"separator": (tokens == int(token)) & real}
+
+
 def at_positions(
     length: int, positions: Sequence[int | Sequence[int]]
 ) -> Bool[Tensor, "batch pos"]:
@@ -126,7 +143,8 @@ def from_tokens(
         tokens: token ids, as the model reads them (BOS included, if you want one).
         real: False at padding, on either side; None means no padding.
         marks: named sets of positions.
-        targets: token to predict at each position, -1 for none; None means the next token.
+        targets: token to predict at each position, -1 for none; None means the next token, which
+            an encoder cannot be asked for.
         clusters: a label per example; those with one label (a needle, a document, a template)
             count as one observation in errors, intervals and tests.
 
@@ -151,5 +169,6 @@ def from_tokens(
         probe,
         structure=ids.where(shown, -1),
         targets=next_tokens(ids, shown) if targets is None else targets,
+        next_token=targets is None,
         clusters=None if clusters is None else torch.as_tensor(clusters).long(),
     )

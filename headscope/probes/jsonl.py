@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -19,15 +20,18 @@ from headscope.probes.encoding import (
     encode,
     next_tokens,
     pad_right,
+    separators,
 )
 from headscope.probes.pairs import with_accuracy
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import (
     HasVocabulary,
     Tokenizer,
-    bos_prefix,
     check_length,
+    frame,
+    need_onwards,
     need_tokenizer,
+    reads_onwards,
 )
 
 _WORDS = [
@@ -161,7 +165,7 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
         (1, ['delimiter', 'end'])
     """
     tokenizer = need_tokenizer(model, "a JSONL probe")
-    prefix = bos_prefix(model, bos)
+    prefix, suffix = frame(model, bos)
     written = read_lines(path)
     lines, wrong = [], []
     for number, one in enumerate(written, 1):
@@ -169,7 +173,9 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
             continue
         try:
             line = _read(tokenizer, prefix, one)
-            check_length(model, len(line.ids), what="its text", fix="shorten it")
+            if line.answer >= 0:
+                need_onwards(model, "an answer")
+            check_length(model, len(line.ids) + len(suffix), what="its text", fix="shorten it")
             lines.append(line)
         except InputError as error:
             wrong.append(f"{path}, line {number}: {error}")
@@ -188,19 +194,24 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
         "source": Path(path).name,
         "bos": bool(prefix),
     }
-    probe = _probe(tokenizer, lines, settings)
+    make = partial(
+        _probe, tokenizer, suffix=suffix, settings=settings, next_token=reads_onwards(model)
+    )
+    probe = make(lines)
     if not single:
         others = [line.corrupt for line in lines if line.corrupt is not None]
-        probe = replace(probe, corrupt=_probe(tokenizer, others, settings))
+        probe = replace(probe, corrupt=make(others))
     return with_accuracy(model, probe) if any(line.answer >= 0 for line in lines) else probe
 
 
 def _probe(
     tokenizer: Tokenizer,
     lines: list[_Line],
+    suffix: list[int],
     settings: Mapping[str, str | int | float | bool | None],
+    next_token: bool,
 ) -> Probe:
-    tokens, real = pad_right([line.ids for line in lines])
+    tokens, real = pad_right([[*line.ids, *suffix] for line in lines])
     end = [len(line.ids) - 1 for line in lines]
     targets, foils = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
     rows = torch.arange(len(lines))
@@ -210,6 +221,9 @@ def _probe(
         "end": at_positions(tokens.shape[1], end),
         "delimiter": delimiters(tokenizer, tokens, real),
     }
+    if not next_token:
+        marks |= separators(tokenizer, tokens, real)
+    answered = bool((targets >= 0).any())
     for name in sorted({name for line in lines for name in line.marks}):
         marks[name] = at_positions(tokens.shape[1], [line.marks.get(name, []) for line in lines])
     related = {
@@ -220,7 +234,8 @@ def _probe(
         tokens=tokens,
         real=real,
         structure=tokens.where(real, -1),
-        targets=targets if (targets >= 0).any() else next_tokens(tokens, real),
+        targets=next_tokens(tokens, real) if next_token and not answered else targets,
+        next_token=next_token and not answered,
         foils=foils if (foils >= 0).any() else None,
         marks=marks,
         pairs={name: torch.tensor(rows).reshape(-1, 3) for name, rows in related.items()},

@@ -16,7 +16,7 @@ from headscope.probes.encoding import at_positions, pad_right
 from headscope.probes.needle_layout import Example, Plan, Writer
 from headscope.probes.needle_sets import DRAWN, Haystack, Needle, fixed_needles, read_haystack
 from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length
+from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length, need_onwards
 
 
 class Drawn(NamedTuple):
@@ -187,6 +187,7 @@ def needle(
         raise InputError("control='distractor' needs a distractor: give distractors=1 or more.")
     writer = writer_for(model, chat, bos)
     tokenizer, chat = writer.tokenizer, writer.chat
+    need_onwards(model, "a needle probe")
     hay = read_haystack(haystack)
     if needles is None:
         needles = "numbers" if chat else "facts"

@@ -20,6 +20,7 @@ from headscope.probes.vocabulary import (
     Tokenizer,
     bos_prefix,
     check_length,
+    need_onwards,
     need_tokenizer,
 )
 
@@ -149,6 +150,7 @@ class _Fitted(NamedTuple):
 def _paired(model: HasVocabulary, task: str, batch: int, seed: int, bos: bool | None) -> Probe:
     if batch < 1:
         raise InputError(f"batch={batch} leaves nothing to run: give 1 or more.")
+    need_onwards(model, f"the task {task!r}")
     tokenizer = need_tokenizer(model, f"the task {task!r}")
     prefix = bos_prefix(model, bos)
     drawn = TASKS[task](Random(f"{task} {seed}"))  # noqa: S311 - sentences, not secrets

@@ -39,6 +39,8 @@ class Probe(Saved, Shown):
             every example stands for itself.
         pairs: named relations, whole numbers ``[pair 3]``: example, query and key of each pair;
             what :func:`headscope.scorers.relation` scores.
+        next_token: whether the targets are the tokens that follow in the text itself, which a
+            model that reads in both directions sees and is not asked for.
         paired: of a control, whether its example i is example i of the probe without the
             structure, so that tests are of the difference; False: its examples are others.
     """
@@ -58,6 +60,7 @@ class Probe(Saved, Shown):
     clusters: Int[Tensor, " batch"] | None = None
     paired: bool = False
     pairs: Mapping[str, Int[Tensor, "_ 3"]] = field(default_factory=dict)
+    next_token: bool = False
 
     def __post_init__(self) -> None:
         """Check shapes and padding; freeze the mappings."""

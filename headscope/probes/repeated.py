@@ -10,7 +10,13 @@ from torch import Tensor
 from headscope.errors import InputError
 from headscope.probes.encoding import next_tokens
 from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length, ordinary_tokens
+from headscope.probes.vocabulary import (
+    HasVocabulary,
+    check_length,
+    frame,
+    ordinary_tokens,
+    reads_onwards,
+)
 
 
 def repeated_tokens(
@@ -22,13 +28,14 @@ def repeated_tokens(
     *,
     bos: bool | None = None,
 ) -> Probe:
-    """``[BOS] R R`` per row, R uniform over the vocabulary.
+    """``[BOS] R R`` per row, R uniform over the vocabulary; ``[CLS] R R [SEP]`` for an encoder.
 
     No token occurs twice within R where the vocabulary is large enough, so each query of the
     second copy has exactly one earlier occurrence; in a smaller one tokens are drawn with
     replacement, and ``structure`` (the tokens themselves) shows every occurrence.
 
-    Marks ``first_copy`` and ``second_copy`` (all later copies). Targets are the next tokens.
+    Marks ``first_copy`` and ``second_copy`` (all later copies). Targets are the next tokens; an
+    encoder, which sees them, has none.
     The control is paired: each later copy is a permutation of the example's first. Every other
     token of a copy stays where it was, the rest change places, none keeping its own, so that no
     token follows the one that it followed before. ``structure`` is kept at the tokens that moved:
@@ -58,25 +65,26 @@ def repeated_tokens(
         raise InputError(f"copies={copies} is no repetition: give 2 or more.")
     draw = _Draw(model, length * copies, batch, seed, bos)
     part = draw(length)
-    tokens = draw.with_prefix(part.repeat(1, copies))
-    start = tokens.shape[1] - length * copies
+    tokens = draw.framed(part.repeat(1, copies))
+    start, said = len(draw.prefix), length * copies
     position = torch.arange(tokens.shape[1]).expand_as(tokens)
     marks = {
         "first_copy": (position >= start) & (position < start + length),
-        "second_copy": position >= start + length,
+        "second_copy": (position >= start + length) & (position < start + said),
     }
     settings = {
         "length": length,
         "copies": copies,
-        "bos": start == 1,
+        "bos": start > 0,
         "replacement": draw.replaces(length),
     }
     probe = draw.probe(tokens, "repeated_tokens", settings)
     later, moved = _unrepeated(draw, part, copies)
     control = draw.probe(
-        draw.with_prefix(torch.cat([part, later], 1)), "repeated_tokens_control", settings
+        draw.framed(torch.cat([part, later], 1)), "repeated_tokens_control", settings
     )
-    asked = torch.cat([torch.ones(batch, start + length, dtype=torch.bool), moved], 1)
+    asked = torch.ones_like(tokens, dtype=torch.bool)
+    asked[:, start + length : start + said] = moved
     control = replace(control, structure=tokens.where(asked, -1), marks=marks, paired=True)
     return replace(probe, marks=marks, control=control)
 
@@ -124,10 +132,10 @@ def random_tokens(
         9
     """
     draw = _Draw(model, length, batch, seed, bos)
-    tokens = draw.with_prefix(draw(length))
+    tokens = draw.framed(draw(length))
     settings = {
         "length": length,
-        "bos": tokens.shape[1] > length,
+        "bos": len(draw.prefix) > 0,
         "replacement": draw.replaces(length),
     }
     return draw.probe(tokens, "random_tokens", settings)
@@ -143,10 +151,11 @@ class _Draw:
             if value < 1:
                 raise InputError(f"{name}={value} leaves nothing to run: give 1 or more.")
         self.batch, self.seed = batch, seed
-        self.prefix = bos_prefix(model, bos)
+        self.prefix, self.suffix = frame(model, bos)
+        self.onwards = reads_onwards(model)
         check_length(
             model,
-            length + len(self.prefix),
+            length + len(self.prefix) + len(self.suffix),
             what="the probe",
             fix="ask for a smaller length",
         )
@@ -166,9 +175,12 @@ class _Draw:
             index = torch.stack([row[:length] for row in rows])
         return self.vocabulary[index]
 
-    def with_prefix(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch longer"]:
-        """The same rows with the BOS, if any, in front."""
-        return torch.cat([torch.tensor(self.prefix).expand(self.batch, -1).long(), tokens], 1)
+    def framed(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch longer"]:
+        """The same rows with what stands around a text of the model: a BOS, [CLS] and [SEP]."""
+        before, after = (
+            torch.tensor(ids).expand(self.batch, -1).long() for ids in (self.prefix, self.suffix)
+        )
+        return torch.cat([before, tokens, after], 1)
 
     def probe(
         self,
@@ -182,7 +194,8 @@ class _Draw:
             tokens=tokens,
             real=real,
             structure=tokens,
-            targets=next_tokens(tokens, real),
+            targets=next_tokens(tokens, real) if self.onwards else torch.full_like(tokens, -1),
+            next_token=self.onwards,
             name=name,
             seed=self.seed,
             settings=settings,

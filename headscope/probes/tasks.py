@@ -24,6 +24,7 @@ from headscope.probes.vocabulary import (
     Tokenizer,
     bos_prefix,
     check_length,
+    need_onwards,
     need_tokenizer,
 )
 
@@ -310,6 +311,7 @@ def ioi(
         raise InputError(f"corrupt={corrupt!r} is unknown: 'flip' or 'third'.")
     if batch < 1:
         raise InputError(f"batch={batch} leaves nothing to run: give 1 or more.")
+    need_onwards(model, "an IOI probe")
     tokenizer = need_tokenizer(model, "an IOI probe")
     prefix = bos_prefix(model, bos)
     names, places, gifts = (

@@ -11,9 +11,15 @@ from torch import Tensor
 
 from headscope.errors import InputError
 from headscope.files import paragraphs, read_text
-from headscope.probes.encoding import delimiters, encode, next_tokens, pad_right
+from headscope.probes.encoding import delimiters, encode, next_tokens, pad_right, separators
 from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import HasVocabulary, bos_prefix, check_length, need_tokenizer
+from headscope.probes.vocabulary import (
+    HasVocabulary,
+    check_length,
+    frame,
+    need_tokenizer,
+    reads_onwards,
+)
 
 
 def text(
@@ -26,6 +32,9 @@ def text(
     bos: bool | None = None,
 ) -> Probe:
     """Natural text, padded on the right; mark ``delimiter``, targets the next tokens.
+
+    For an encoder, texts stand between the tokens that its tokenizer puts around them, marked
+    ``separator``, and have no targets: :func:`headscope.probes.masked` hides tokens of it.
 
     The control shuffles the tokens of each example (the BOS stays) and keeps ``structure`` and
     the marks: same length, same words, same frequencies, no order. What a head still does at the
@@ -43,7 +52,8 @@ def text(
             are then cut to what the model can read.
         batch: keep only this many examples, drawn with ``seed``. None keeps all.
         seed: of that draw and of the control.
-        bos: whether a BOS stands in front; None does what the model's tokenizer does.
+        bos: whether a BOS stands in front (for an encoder, ``[CLS]`` and ``[SEP]`` around); None
+            does what the model's tokenizer does.
 
     Raises:
         InputError: if there is no text, too little of it, or too much for the context.
@@ -54,21 +64,21 @@ def text(
         [True, False]
     """
     tokenizer = need_tokenizer(model, "a text probe")
-    prefix = bos_prefix(model, bos)
+    prefix, suffix = frame(model, bos)
     texts, source = _read(texts_or_path)
-    encoded = [encode(tokenizer, one, prefix).ids for one in texts]
+    encoded = [encode(tokenizer, one, prefix, suffix).ids for one in texts]
     if length is not None:
-        cut = [_pieces(ids, prefix, length) for ids in encoded]
+        cut = [_pieces(ids, prefix, suffix, length) for ids in encoded]
         rows = [piece for pieces in cut for piece in pieces]
         source_of = [number for number, pieces in enumerate(cut) for _ in pieces]
     elif texts_or_path is None and model.shape.n_ctx is not None:
-        rows = [ids[: model.shape.n_ctx] for ids in encoded]
+        rows = [_cut(ids, suffix, model.shape.n_ctx) for ids in encoded]
         source_of = list(range(len(rows)))
     else:
         rows = encoded
         source_of = list(range(len(rows)))
     for number, row in enumerate(rows, 1):
-        if len(row) < 2:
+        if len(row) - len(suffix) < 2:
             raise InputError(f"text {number} of {source} has fewer than two tokens: leave it out.")
         check_length(
             model,
@@ -87,13 +97,18 @@ def text(
         rows = [rows[i] for i in chosen.tolist()]
         source_of = [source_of[i] for i in chosen.tolist()]
     tokens, real = pad_right(rows)
-    shuffled = [_shuffled(row, len(prefix), generator) for row in rows]
+    shuffled = [_shuffled(row, len(prefix), len(suffix), generator) for row in rows]
+    onwards = reads_onwards(model)
+    marks = {"delimiter": delimiters(tokenizer, tokens, real)}
+    if not onwards:
+        marks |= separators(tokenizer, tokens, real)
     probe = Probe(
         tokens=tokens,
         real=real,
         structure=tokens.where(real, -1),
-        targets=next_tokens(tokens, real),
-        marks={"delimiter": delimiters(tokenizer, tokens, real)},
+        targets=next_tokens(tokens, real) if onwards else torch.full_like(tokens, -1),
+        next_token=onwards,
+        marks=marks,
         name="text",
         seed=seed,
         settings={"source": source, "length": length, "bos": bool(prefix)},
@@ -103,7 +118,7 @@ def text(
     control = replace(
         probe,
         tokens=other,
-        targets=next_tokens(other, real),
+        targets=next_tokens(other, real) if onwards else probe.targets,
         name="text_control",
         control=None,
         paired=True,
@@ -136,14 +151,20 @@ def _names_a_file(one: str) -> bool:
     return looks_like_one or Path(one).is_file()
 
 
-def _pieces(ids: list[int], prefix: list[int], length: int) -> list[list[int]]:
-    """``ids`` in runs of ``length`` tokens, each with the prefix in front."""
-    size = length - len(prefix)
+def _cut(ids: list[int], suffix: list[int], room: int) -> list[int]:
+    """As much of a text as there is room for, with the suffix behind it."""
+    return ids if len(ids) <= room else [*ids[: room - len(suffix)], *suffix]
+
+
+def _pieces(ids: list[int], prefix: list[int], suffix: list[int], length: int) -> list[list[int]]:
+    """``ids`` in runs of ``length`` tokens, each with the prefix in front and the suffix behind."""
+    size = length - len(prefix) - len(suffix)
     if size < 1 or length < 2:
-        raise InputError(f"length={length} leaves no text: give 2 or more, 3 with a BOS.")
-    body = ids[len(prefix) :]
+        least = max(2, len(prefix) + len(suffix) + 1)
+        raise InputError(f"length={length} leaves no text: give {least} or more.")
+    body = ids[len(prefix) : len(ids) - len(suffix)]
     whole = [body[i : i + size] for i in range(0, len(body) - size + 1, size)] or [body]
-    return [[*prefix, *piece] for piece in whole]
+    return [[*prefix, *piece, *suffix] for piece in whole]
 
 
 def _clusters(source_of: list[int]) -> Int[Tensor, " batch"] | None:
@@ -151,6 +172,6 @@ def _clusters(source_of: list[int]) -> Int[Tensor, " batch"] | None:
     return torch.tensor(source_of) if len(set(source_of)) < len(source_of) else None
 
 
-def _shuffled(row: list[int], fixed: int, generator: torch.Generator) -> list[int]:
-    order = torch.randperm(len(row) - fixed, generator=generator) + fixed
-    return [*row[:fixed], *(row[i] for i in order.tolist())]
+def _shuffled(row: list[int], before: int, after: int, generator: torch.Generator) -> list[int]:
+    order = torch.randperm(len(row) - before - after, generator=generator) + before
+    return [*row[:before], *(row[i] for i in order.tolist()), *row[len(row) - after :]]

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from headscope.errors import InputError
+from headscope.base.stacks import all_causal
+from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
 
 
@@ -91,6 +92,52 @@ def bos_prefix(model: HasVocabulary, bos: bool | None) -> list[int]:
     if token is None:
         raise InputError(f"{model.name} has no BOS token; leave bos=True out.")
     return [token]
+
+
+def frame(model: HasVocabulary, bos: bool | None) -> tuple[list[int], list[int]]:
+    """Tokens to put before and after every example.
+
+    A model that reads from left to right may have a BOS before; an encoder has what its tokenizer
+    puts around a text, ``[CLS]`` and ``[SEP]``.
+
+    Args:
+        model: whose tokenizer is asked.
+        bos: whether to use them; None does what the tokenizer does.
+
+    Raises:
+        InputError: if they are asked for and there are none.
+    """
+    if reads_onwards(model):
+        return bos_prefix(model, bos), []
+    if bos is False or model.tokenizer is None:
+        around: tuple[list[int], list[int]] = [], []
+    else:
+        framed = list(model.tokenizer("a")["input_ids"])
+        bare = list(model.tokenizer("a", add_special_tokens=False)["input_ids"])
+        places = [at for at in range(len(framed)) if bare and framed[at : at + len(bare)] == bare]
+        at = places[0] if places else min(1, len(framed))
+        around = framed[:at], framed[at + len(bare) :]
+    if bos and not any(around):
+        raise InputError(f"{model.name} puts no tokens around a text; leave bos=True out.")
+    return around
+
+
+def reads_onwards(model: HasVocabulary) -> bool:
+    """Whether a model reads from left to right, so that it predicts the next token."""
+    return all_causal(getattr(model, "stacks", {}))
+
+
+def need_onwards(model: HasVocabulary, what: str) -> None:
+    """Refuse a probe whose answers follow its texts for a model that sees whole texts at once.
+
+    Raises:
+        UnsupportedModelError: naming the probe.
+    """
+    if not reads_onwards(model):
+        raise UnsupportedModelError(
+            f"{what} asks for the token after a text, and {model.name} reads texts in both "
+            "directions: use hs.probes.masked."
+        )
 
 
 def _bos(model: HasVocabulary) -> int | None:

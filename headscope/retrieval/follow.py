@@ -12,7 +12,7 @@ from torch import Tensor
 from headscope.capture import check_fits, chunks
 from headscope.errors import HeadscopeError, InputError
 from headscope.memory import chunk_bytes, free_cached_memory, is_out_of_memory
-from headscope.models.decoding import decoding, end_tokens
+from headscope.models.decoding import decoding, end_tokens, need_continuing
 from headscope.models.protocol import Edit, HeadModel, LayerView
 from headscope.probes.probe import Probe
 from headscope.progress import track
@@ -187,6 +187,7 @@ def follow_both(
     """
     control = probe.control
     beside = control if control is not None and _same_prompts(probe, control) else None
+    need_continuing(model)
     check_fits(model, probe)
     if new_tokens is not None and new_tokens < 1:
         raise InputError(f"new_tokens={new_tokens} leaves nothing to say: give 1 or more.")

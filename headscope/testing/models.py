@@ -21,6 +21,7 @@ from headscope.heads import HeadIndex
 from headscope.models.hf.transformers_api import attention_name
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel, LayerView
+from headscope.probes.encoding import next_tokens
 from headscope.pruning import prune
 from headscope.scoring import score
 from headscope.testing.plain import PlainCall, PlainModel, PlainRun, Sites, flat_heads, hooked
@@ -296,7 +297,10 @@ def _zero_ablation(subject: _Subject) -> None:
     for head, expected in without.items():
         actual = subject.model.forward(subject.tokens, edits=(zero(head),))
         agree(actual, expected, subject.tolerance, f"logits without {head}")
-    probe = probes.from_tokens(subject.tokens.cpu())
+    tokens = subject.tokens.cpu()
+    # Any targets do, also of an encoder: the tokens that follow.
+    targets = next_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    probe = probes.from_tokens(tokens, targets=targets)
     try:
         effect = ablate_heads(
             subject.model, probe, metrics.loss, "zero", heads=subject.some_heads, progress=False

@@ -272,6 +272,8 @@ def _shape(
         windows[number] = call.mask.window
     config = model.config.get_text_config()
     n_ctx = getattr(config, "max_position_embeddings", None)
+    if n_ctx is not None:
+        n_ctx -= _first_place(watch, n_ctx)
     embedding = model.get_input_embeddings().weight
     width = None if logits is None else logits[1].shape[-1]
     return ModelShape(
@@ -292,6 +294,17 @@ def _shape(
             for head in set(range(n_heads)) - set(kept.heads)
         ),
     )
+
+
+def _first_place(watch: Watch, size: int) -> int:
+    """Row of a table of positions that the first token takes; some begin with padding (roberta)."""
+    counted = torch.arange(_LENGTH)
+    for table, rows in watch.looked_up.items():
+        if table.num_embeddings == size and rows.shape[-1] == _LENGTH:
+            first = int(rows.min())
+            if torch.equal(rows.cpu() - first, counted.expand(rows.shape)):
+                return first
+    return 0
 
 
 def _input_norm(

@@ -117,7 +117,9 @@ class HFParts(MeasuredParts):
 
         def attend(module: nn.Module, call: AttentionCall) -> Tensor:
             seen[parts[module].layer] = call.query
-            return fused(call)
+            z = fused(call)
+            # Where every position sees the last one, nothing may come from it but by its place.
+            return z if call.mask.causal else torch.zeros_like(z)
 
         with routed(self.model.layout.configs, attend):
             self.model.module.base_model(

@@ -28,6 +28,7 @@ class Watch:
         calls: attention modules with their calls, in order.
         projections: output projection by attention module; ``writes`` what it returned.
         inputs, outputs: of the last call of each module.
+        looked_up: rows of every table that were asked for last.
         uses: how often each module was called.
         single: modules that were given one tensor and nothing else.
         inside: matrices that acted after the attention call and inside its module, in order.
@@ -39,6 +40,7 @@ class Watch:
     writes: dict[nn.Module, Tensor] = field(default_factory=dict)
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    looked_up: dict[nn.Embedding, Tensor] = field(default_factory=dict)
     uses: dict[nn.Module, int] = field(default_factory=dict)
     single: set[nn.Module] = field(default_factory=set)
     inside: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
@@ -54,6 +56,8 @@ class Watch:
             self.single.add(module)
         if isinstance(given, Tensor) and given.is_floating_point():
             self.inputs[module] = given.detach().clone() if self.copies else given
+        elif isinstance(given, Tensor) and isinstance(module, nn.Embedding):
+            self.looked_up[module] = given
         if isinstance(made, Tensor):
             self.outputs[module] = made.detach().clone() if self.copies else made
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from headscope.base.stacks import all_causal
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
 from headscope.models.hf.transformers_api import commit_hash
 from headscope.models.loading import shipped
 from headscope.models.loading.admission import admit
 from headscope.models.loading.extrapolation import extrapolate as extrapolate_positions
 from headscope.models.loading.gguf import check_gguf, is_gguf, read_gguf, read_gguf_config
+from headscope.models.loading.tasks import auto_class
 from headscope.models.protocol import HeadModel
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -42,7 +42,7 @@ def load(
     check: bool = True,
     extrapolate: bool = False,
 ) -> HeadModel:
-    """Load a causal language model.
+    """Load a language model: a decoder, or an encoder such as BERT.
 
     Args:
         source: a Hugging Face name, a local folder, a ``.gguf`` file (read dequantised, in fp32;
@@ -131,8 +131,6 @@ def _wrapped(
             from headscope.models.bridge.build import bridge_over
 
             model = wrap_bridge(bridge_over(module), **facts)
-        if not all_causal(model.stacks):
-            raise UnsupportedModelError("its attention is not causal (an encoder).")
         if check:
             prove(model)
     except UnsupportedModelError as error:
@@ -192,7 +190,7 @@ def _from_files(
     allow_pickle: bool,
 ) -> tuple[Any, Any, str, str | None]:
     """Read config, weights and tokenizer; return them with the model's name and commit."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from headscope.models.hf.prune import is_pruned, read_pruned
 
@@ -216,7 +214,7 @@ def _from_files(
     try:
         config = AutoConfig.from_pretrained(place, **code)
         admit(config, name)
-        module = (read_pruned if is_pruned(config) else AutoModelForCausalLM.from_pretrained)(
+        module = (read_pruned if is_pruned(config) else auto_class(config).from_pretrained)(
             place,
             config=config,
             dtype="auto" if dtype is None else dtype,
