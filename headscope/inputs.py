@@ -93,3 +93,66 @@ class Rotation:
         turned[..., list(self.first)] = a * cos - b * sin
         turned[..., list(self.second)] = a * sin + b * cos
         return turned
+
+
+@dataclass(frozen=True, eq=False)
+class HeadNorm:
+    """Norm of a layer's queries (or keys): ``(c - mean(c)) / scale(c) * gain + bias``.
+
+    Attributes:
+        gain, bias: multiplier and additive part of every number of every head.
+        centred: whether the mean is subtracted (LayerNorm).
+        epsilon: added to the mean square under the root.
+        together: whether the heads of a position share one scale (olmo2); else each has its own.
+    """
+
+    gain: Float[Tensor, "head d_head"]
+    bias: Float[Tensor, "head d_head"]
+    centred: bool
+    epsilon: float
+    together: bool
+
+    def scale(self, content: Float[Tensor, "*any head d_head"]) -> Float[Tensor, "*any head"]:
+        """Denominator: standard deviation or root mean square, per position and head."""
+        square = (content - self._mean(content)).square()
+        over = (-2, -1) if self.together else (-1,)
+        found = (square.mean(over, keepdim=True) + self.epsilon).sqrt()
+        return found.expand(*content.shape[:-1], 1).squeeze(-1)
+
+    def __call__(
+        self, content: Float[Tensor, "*any head d_head"]
+    ) -> Float[Tensor, "*any head d_head"]:
+        """What the norm makes of queries (or keys)."""
+        x = (content - self._mean(content)) / self.scale(content).unsqueeze(-1)
+        return x * self.gain.to(x) + self.bias.to(x)
+
+    def folded(
+        self, content: Float[Tensor, "*any head d_head"]
+    ) -> Float[Tensor, "*any head d_head"]:
+        """The norm without its division and its bias: what weights alone know of it, linear."""
+        return (content - self._mean(content)) * self.gain.to(content)
+
+    def _mean(self, content: Tensor) -> Tensor:
+        if not self.centred:
+            return content.new_zeros(())
+        return content.mean((-2, -1) if self.together else (-1,), keepdim=True)
+
+
+@dataclass(frozen=True, eq=False)
+class QueryKey:
+    """What turns ``x W_Q + b_Q`` and ``x W_K + b_K`` into the queries and keys of the scores.
+
+    First a norm, where there is one, then rotation, then a constant multiplier.
+
+    Attributes:
+        rotation: of positions; no planes where there are none.
+        query_norm, key_norm: None where there is none.
+        query_scale, key_scale: constant multipliers that the model puts on queries and keys (opt
+            scales its queries before they meet keys); 1 nearly everywhere.
+    """
+
+    rotation: Rotation
+    query_norm: HeadNorm | None = None
+    key_norm: HeadNorm | None = None
+    query_scale: float = 1.0
+    key_scale: float = 1.0

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.circuits.factors import with_bias
-from headscope.circuits.qk import qk
-from headscope.circuits.reading import need_linear_write
+from headscope.circuits.qk import qk_of_run
+from headscope.circuits.reading import need_write
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel, LayerView
@@ -119,10 +119,11 @@ def score_parts(
 
     Kept is the shortest run of components, sorted by product (largest first; most negative first
     where the score is negative), whose sum reaches ``share`` of the score. Under rotary
-    positions the basis is that of the exact circuit at this distance.
+    positions the basis is that of the exact circuit at this distance; under norms on queries and
+    keys (qwen3, gemma3) at these positions, whose scales are held.
 
     Raises:
-        UnsupportedModelError: where scores are not bilinear.
+        UnsupportedModelError: where queries and keys are changed by more than norms and a rotation.
 
     Source: Franco and Crovella 2024, "Sparse Attention Decomposition Applied to Circuit Tracing".
 
@@ -135,8 +136,9 @@ def score_parts(
     index = model.shape.check(HeadIndex.parse(head))
     if not 0 <= key <= query < len(recording.residual[index.layer]):
         raise InputError(f"query {query} cannot attend to key {key} in this prompt.")
-    factors = with_bias(qk(model, offset=query - key, layers=[index.layer]))
-    svd = factors.svd()
+    streams = recording.residual[index.layer]
+    factors = qk_of_run(model, index.layer, streams[query], streams[key], query - key)
+    svd = with_bias(factors).svd()
     U, S, Vh = (part[0, index.head] for part in (svd.U, svd.S, svd.Vh))
     x, y = (_normed(model, recording, index.layer, position) for position in (query, key))
     products = S * (x @ U) * (Vh @ y)
@@ -165,8 +167,9 @@ def score_parts(
 def suppliers(model: HeadModel, recording: Recording, parts: ScoreParts) -> list[TracedEdge]:
     """What every earlier head, and the rest of the stream, adds to the kept components.
 
-    Exact with the norm's scale held: on either side the contributions and that side's constant
-    sum to ``kept_score``. Unlike the paper, which projects on the signal directions with weights
+    Exact with the norms' scales held, also those of norms on queries and keys and of a norm after
+    attention (gemma2): on either side the contributions and that side's constant sum to
+    ``kept_score``. Unlike the paper, which projects on the signal directions with weights
     ``sqrt(S)``, contributions are in units of the score, and the bias is counted once.
 
     Example:
@@ -175,7 +178,7 @@ def suppliers(model: HeadModel, recording: Recording, parts: ScoreParts) -> list
         >>> len(hs.circuits.suppliers(model, recording, parts)) > 0
         True
     """
-    need_linear_write(model, "what earlier heads supply")
+    need_write(model, "what earlier heads supply")
     edges = []
     for side, position, along in (
         ("query", parts.query, parts.along_query),
@@ -186,8 +189,8 @@ def suppliers(model: HeadModel, recording: Recording, parts: ScoreParts) -> list
         for layer in model.shape.attention_layers:
             if layer >= parts.head.layer:
                 break
-            read = model.output_weights(layer).float() @ along
-            for head, value in enumerate((recording.z[layer][position] * read).sum(-1).tolist()):
+            supplied = _supplied(model, layer, recording.z[layer][position], along)
+            for head, value in enumerate(supplied.tolist()):
                 found.append((HeadIndex(layer, head), value))
                 rest -= value
         for writer, value in [*found, (None, rest)]:
@@ -195,6 +198,21 @@ def suppliers(model: HeadModel, recording: Recording, parts: ScoreParts) -> list
             at = (parts.head, parts.query, parts.key, side, writer, position)
             edges.append(TracedEdge(*at, contribution=value, share=part))
     return edges
+
+
+def _supplied(
+    model: HeadModel,
+    layer: int,
+    z: Float[Tensor, "head d_head"],
+    along: Float[Tensor, " d_model"],
+) -> Float[Tensor, " head"]:
+    """What the heads of a layer add along a direction, the scale of a norm after attention held."""
+    W_O = model.output_weights(layer).float()
+    if "linear_write" not in model.limits:
+        return (z * (W_O @ along)).sum(-1)
+    write = model.parts.attention_write(layer)
+    scale = write.scale(torch.einsum("hd,hdm->m", z, W_O) + write.bias.float())
+    return (z * (W_O @ write.read_by(along))).sum(-1) / scale
 
 
 def trace(
@@ -214,7 +232,7 @@ def trace(
     turn.
 
     Args:
-        model: any model with bilinear scores whose heads write linearly.
+        model: any model whose scores a product gives at one pair of positions.
         tokens: one prompt.
         head: where to start.
         query: position that attends.

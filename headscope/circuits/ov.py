@@ -36,7 +36,8 @@ def ov(
         layers: layer numbers; None means all that have attention.
 
     Raises:
-        UnsupportedModelError: where what follows attention is not a plain norm.
+        UnsupportedModelError: where what follows attention is not a plain norm, or values are not
+            what their weights give.
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
@@ -50,6 +51,7 @@ def ov(
     left, right, bias = [], [], []
     for layer in numbers:
         weights = model.weights(layer)
+        model.parts.need_values(layer)
         W_V, b_V = weights.W_V.float(), weights.b_V.float()
         W_O = model.output_weights(layer).float()
         if "linear_write" in model.limits:

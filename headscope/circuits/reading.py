@@ -37,17 +37,6 @@ def need_write(model: HeadModel, what: str) -> None:
         raise UnsupportedModelError(f"{reason} The weights alone do not give {what}.")
 
 
-def need_linear_write(model: HeadModel, what: str) -> None:
-    """Refuse where values times ``W_O`` are not what a head adds to the residual stream.
-
-    Raises:
-        UnsupportedModelError: with the model's own reason.
-    """
-    reason = model.limits.get("linear_write", model.limits.get("ov"))
-    if reason is not None:
-        raise UnsupportedModelError(f"{reason} The weights alone do not give {what}.")
-
-
 def over_all_layers(
     model: HeadModel, values: Float[Tensor, "layer head"], layers: Sequence[int]
 ) -> Float[np.ndarray, "layer head"]:

@@ -69,9 +69,10 @@ def score(
     matching scores with the raw embedding and (``*_mlp``) with the first MLP's part added, and
     alignment with embedding and unembedding. QK at distance 0 under rotary positions.
 
-    A circuit that the family does not allow (norms on queries and keys: QK) is left out of the
-    table. Under a norm after attention, OV circuits contain its gain but not its scale, so that
-    ``ov_norm`` and ``ov_spectral_norm`` compare within a layer only; the provenance says so.
+    A circuit that the family does not allow is left out of the table, and so are ``qk_norm`` and
+    ``qk_spectral_norm`` where queries and keys are normed (qwen3, gemma3). Under a norm after
+    attention, OV circuits contain its gain but not its scale, so that ``ov_norm`` and
+    ``ov_spectral_norm`` compare within a layer only; the provenance says so.
 
     Args:
         model: any model.
@@ -219,7 +220,10 @@ class _Reading:
         advance()
 
     def _qk_lines(self, factors: HeadFactors, advance: Advance) -> Iterator[Line]:
-        yield from _spectrum_lines("qk", factors, self.seed)
+        sized = not self._norms_queries(factors.layers)
+        for line in _spectrum_lines("qk", factors, self.seed):
+            if sized or line.name not in _SIZES:
+                yield line
         advance()
         for words, suffix in self.words:
             yield Line(
@@ -251,6 +255,15 @@ class _Reading:
                 "subspace projection",
             )
         advance()
+
+    def _norms_queries(self, layers: Sequence[int]) -> bool:
+        """Whether some layer norms its queries or keys, so that the size of QK means nothing."""
+        between = [self.model.parts.query_key(layer) for layer in layers]
+        return any(one.query_norm or one.key_norm for one in between)
+
+
+# Scores that are sizes of a product, which a norm on queries and keys takes away.
+_SIZES = {"qk_norm", "qk_spectral_norm"}
 
 
 def _spectrum_lines(name: str, factors: HeadFactors, seed: int) -> Iterator[Line]:

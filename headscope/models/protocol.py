@@ -14,7 +14,7 @@ from typing_extensions import Protocol, runtime_checkable
 from headscope.base.stacks import Stack
 from headscope.edits import Span
 from headscope.heads import ModelShape
-from headscope.inputs import InputNorm, Rotation
+from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.matches import Matches
 from headscope.models.blocks import AttentionWrite, BlockObserver
 from headscope.outputs import HeadWeights, Readout
@@ -105,7 +105,22 @@ class ModelParts(Protocol):
         """Rotary positions of one layer, measured; no planes where there are none.
 
         Raises:
-            UnsupportedModelError: if queries and keys are changed by more than a rotation.
+            UnsupportedModelError: if queries and keys are changed by more than a norm and a
+                rotation.
+        """
+
+    def query_key(self, layer: int) -> QueryKey:
+        """What turns queries and keys as weights give them into those of the scores, measured.
+
+        Raises:
+            UnsupportedModelError: if it is more than norms, a rotation and constant multipliers.
+        """
+
+    def need_values(self, layer: int) -> None:
+        """Refuse where the values of a layer are not what its weights give.
+
+        Raises:
+            UnsupportedModelError: with the reason.
         """
 
     @property

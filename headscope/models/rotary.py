@@ -49,6 +49,18 @@ def find_rotation(
     return rotation if Gap(_unexplained(content, actual, turned), tolerance).closed else None
 
 
+def turns(
+    rotation: Rotation,
+    content: Float[Tensor, "vector position d_head"],
+    actual: Float[Tensor, "vector position d_head"],
+    tolerance: float,
+) -> bool:
+    """Whether a known rotation takes content to actual; arguments as of :func:`find_rotation`."""
+    content, actual = content.double(), actual.double()
+    turned = _rotated(rotation, content)
+    return Gap(_unexplained(content, actual, turned), tolerance).closed
+
+
 def _smallest(content: Tensor, actual: Tensor) -> Planes:
     """The pairing of fewest coordinates that explains as much as any, up to rounding.
 

@@ -453,24 +453,44 @@ def _after_norm(
 
 
 def _qk(subject: _Subject) -> None:
-    """Scores of single inputs are their products with the QK circuit at that distance."""
+    """Scores of single inputs are their products with the QK circuit at that distance.
+
+    Over what norms on queries and keys divide by at these inputs, where there are such norms.
+    """
     unit, length = _unit_inputs(subject), subject.tokens.shape[1]
     layers = sorted({head.layer for head in subject.some_heads})
-    calls = {n: [_with_input(subject, n, x) for x in (unit * 0, unit)] for n in layers}
+    calls = {layer: _with_input(subject, layer, unit) for layer in layers}
+    x = torch.cat([unit[0].float(), torch.ones_like(unit[0, :, :1]).float()], -1)
     for offset in (0, 1, length // 2):
-        factors = circuits.qk(subject.model, fold_norm=False, offset=offset, layers=layers)
+        bare = circuits.qk(subject.model, fold_norm=False, offset=offset, layers=layers)
+        factors, at = circuits.with_bias(bare), torch.arange(offset, length)
         for layer in layers:
-            nothing, one = calls[layer]
-            query = (one.query - nothing.query)[0].float()
-            key = (one.key - nothing.key)[0].float()
+            query, key = calls[layer].query[0].float(), calls[layer].key[0].float()
             group = query.shape[0] // key.shape[0]
+            over_query, over_key = _held_scales(subject, layer, unit)
             for head in (h.head for h in subject.some_heads if h.layer == layer):
-                at = torch.arange(offset, length)
                 expected = (query[head, at] * key[head // group, at - offset]).sum(-1)
                 product = factors.explicit((layer, head)).float()
-                actual = ((unit[0, at].float() @ product) * unit[0, at - offset].float()).sum(-1)
+                actual = ((x[at] @ product) * x[at - offset]).sum(-1)
+                actual = actual / over_query[at, head] / over_key[at - offset, head // group]
                 what = f"scores of layer {layer} at distance {offset} and their QK circuits"
                 agree(actual, expected, subject.tolerance, what)
+
+
+def _held_scales(
+    subject: _Subject, layer: int, unit: Tensor
+) -> tuple[Float[Tensor, "pos head"], Float[Tensor, "pos kv_head"]]:
+    """Numbers between products of weights and the model's own queries and keys at some inputs."""
+    between, weights = subject.model.parts.query_key(layer), subject.model.weights(layer)
+    found = []
+    for norm, multiplier, weight, bias in (
+        (between.query_norm, between.query_scale, weights.W_Q, weights.b_Q),
+        (between.key_norm, between.key_scale, weights.W_K, weights.b_K),
+    ):
+        made = torch.einsum("pd,hde->phe", unit[0].float(), weight.float()) + bias.float()
+        scale = torch.ones_like(made[..., 0]) if norm is None else norm.scale(made)
+        found.append(scale / multiplier)
+    return found[0], found[1]
 
 
 def _unit_inputs(subject: _Subject) -> Float[Tensor, "batch pos d_model"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headscope.heads import ModelShape
-from headscope.inputs import InputNorm, Rotation
+from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.models.protocol import HeadModel
 from headscope.outputs import HeadWeights, Readout
 
@@ -83,6 +83,8 @@ class HandWired(HeadModel):
             torch.ones(18), torch.zeros(18), False, 0.0, divides=False
         ),
         rotation=lambda layer: Rotation((), (), torch.zeros(0)),
+        query_key=lambda layer: QueryKey(Rotation((), (), torch.zeros(0))),
+        need_values=lambda layer: None,
         first_mlp=lambda rows: torch.zeros_like(rows),
         layer_inputs=None,
     )

@@ -14,6 +14,10 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PersimmonConfig,
+    PersimmonForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -50,5 +54,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_COMMON)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**_GROUPED)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED, head_dim=8)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_GROUPED)),
+    "persimmon": lambda: PersimmonForCausalLM(PersimmonConfig(**_COMMON)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_GROUPED, head_dim=8)),
 }

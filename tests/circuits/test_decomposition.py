@@ -3,16 +3,22 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import headscope as hs
 from headscope import circuits
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.hf.model import HFModel
+from tests.circuits.conftest import random_model
+from tools.tiny_models import tiny_model
 
 ModelOf = Callable[[str], HFModel]
 TOKENS = [5, 9, 44, 9, 60, 31, 8, 77]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gpt_neox", "cohere"])
+NORMED = ["qwen3", "olmo2", "persimmon", "gemma2"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gpt_neox", "cohere", *NORMED])
 def test_products_sum_to_the_models_own_score(family: str, family_model: ModelOf) -> None:
     from tests.circuits.test_ov_qk import attention_calls
 
@@ -39,7 +45,7 @@ def test_kept_components_are_the_fewest(family_model: ModelOf) -> None:
     assert abs(every.kept_score) >= abs(every.score) - 1e-4
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "cohere"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "cohere", *NORMED])
 def test_suppliers_and_constant_sum_to_the_kept_score(family: str, family_model: ModelOf) -> None:
     model = family_model(family)
     recording = circuits.record(model, TOKENS)
@@ -73,5 +79,20 @@ def test_wrong_positions_and_families_are_refused(family_model: ModelOf) -> None
     recording = circuits.record(model, TOKENS)
     with pytest.raises(InputError, match="cannot attend"):
         circuits.score_parts(model, recording, "L1H0", 2, 5)
-    with pytest.raises(UnsupportedModelError, match="no one matrix"):
-        circuits.trace(family_model("qwen3"), TOKENS, "L2H0", 7, 3)
+    clipped = hs.load(tiny_model("dbrx"))
+    with pytest.raises(UnsupportedModelError, match="by more than a norm, a rotation"):
+        circuits.trace(clipped, [token % 60 for token in TOKENS], "L2H0", 7, 3)
+
+
+def test_what_a_head_supplies_behind_a_norm_is_what_the_stream_loses_without_it() -> None:
+    """The scale of gemma2's norm after attention is held: without it, all of them would change."""
+    model = random_model("gemma2")
+    recording = circuits.record(model, TOKENS)
+    parts = circuits.score_parts(model, recording, "L1H0", 7, 3)
+    edge = next(e for e in circuits.suppliers(model, recording, parts) if e.writer == (0, 2))
+    norm = model.module.model.layers[0].post_attention_layernorm
+    W_O = model.output_weights(0)
+    write = recording.z[0][7, 2] @ W_O[2]
+    whole = torch.einsum("hd,hdm->m", recording.z[0][7], W_O)
+    added = write / (whole.square().mean() + norm.eps).sqrt() * (1 + norm.weight.detach())
+    assert edge.contribution == pytest.approx(float(added @ parts.along_query), rel=1e-4)

@@ -103,6 +103,34 @@ def test_offset_changes_rotary_circuits_alone(family_model: ModelOf) -> None:
         assert torch.equal(near.left, far.left) is not changes
 
 
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+@pytest.mark.parametrize("offset", [0, 1, 7, 130])
+def test_under_norms_on_queries_and_keys_products_lack_their_scales_alone(
+    family: str, offset: int, family_model: ModelOf
+) -> None:
+    """Every score is the product's over one number of the query and one of the key."""
+    model = family_model(family)
+    tokens = torch.randint(3, 97, (1, 140))
+    calls = attention_calls(model, tokens)
+    factors = circuits.with_bias(circuits.qk(model, offset=offset))
+    x, attention = normed(model, tokens, 2), model.layout.layers[2].attention
+    read = model.parts.input_norm(2)(model.parts.layer_inputs(tokens, [2])[2][0])
+    scales = []
+    for project in (attention.q_proj, attention.k_proj):
+        made = project(read).detach()
+        made = made if family == "olmo2" else made.unflatten(-1, (-1, 8))
+        size = (made.square().mean(-1) + attention.q_norm.variance_epsilon).sqrt()
+        scales.append(size[:, None] if family == "olmo2" else size)
+    for head in range(4):
+        query, key = calls[2].query[0, head], calls[2].key[0, head // 2]
+        expected = (query[offset:] * key[: 140 - offset]).sum(-1)
+        found = ((x[offset:] @ factors.explicit((2, head))) * x[: 140 - offset]).sum(-1)
+        by_query = scales[0][offset:, head if family == "qwen3" else 0]
+        found = found / by_query / scales[1][: 140 - offset, head // 2 if family == "qwen3" else 0]
+        scale = float(expected.abs().max())
+        np.testing.assert_allclose(found / scale, expected / scale, atol=2e-4)
+
+
 def test_bare_circuits_equal_transformer_lens(family_model: ModelOf) -> None:
     for family in ("gpt2", "llama"):
         model = family_model(family)
@@ -117,7 +145,7 @@ def test_bare_circuits_equal_transformer_lens(family_model: ModelOf) -> None:
 
 
 def test_where_no_matrix_gives_the_scores_it_says_why(family_model: ModelOf) -> None:
-    model = family_model("qwen3")
+    model = family_model("persimmon")
     for ask in (
         lambda: circuits.qk(model),
         lambda: circuits.qk(model, fold_norm=False, offset=0),
@@ -127,6 +155,9 @@ def test_where_no_matrix_gives_the_scores_it_says_why(family_model: ModelOf) -> 
         with pytest.raises(UnsupportedModelError, match="no one matrix"):
             ask()
     assert circuits.qk(model, fold_norm=False).left.shape == (3, 4, 32, 8)
+    parts = model.parts.query_key(1)
+    assert parts.query_norm is not None
+    assert bool(parts.query_norm.bias.any())
 
 
 def test_norms_after_attention_are_in_the_circuit_but_for_their_scale(

@@ -94,8 +94,16 @@ def test_card_holds_json_and_agrees_with_the_table(family_model: ModelOf) -> Non
     assert not card.missing
 
 
+def test_sizes_that_a_norm_takes_away_are_no_scores(family_model: ModelOf) -> None:
+    """Twice the query weights give the same model under a norm on queries, and twice the size."""
+    table = circuits.score(family_model("qwen3"), tokens=4)
+    assert "qk_stable_rank" in table
+    assert not {"qk_norm", "qk_spectral_norm"} & set(table)
+    assert "qk_norm" in circuits.score(family_model("llama"), tokens=4)
+
+
 def test_card_says_what_a_family_does_not_allow(family_model: ModelOf) -> None:
-    card = circuits.head_card(family_model("qwen3"), "L1H0", directions=1, tokens=2)
+    card = circuits.head_card(family_model("persimmon"), "L1H0", directions=1, tokens=2)
     assert set(card.missing) == {"qk", "Q_composition", "K_composition"}
     assert card.ov
     assert "V" in card.feeds

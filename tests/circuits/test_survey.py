@@ -99,7 +99,7 @@ def test_a_survey_has_everything(family_model: ModelOf) -> None:
 
 
 def test_what_a_family_does_not_allow_is_told(family_model: ModelOf) -> None:
-    found = circuits.survey(family_model("qwen3"), tokens=8)
+    found = circuits.survey(family_model("persimmon"), tokens=8)
     assert [one.name for one in found.spectra] == ["OV"]
     assert "QK_spectra" in found.missing
     assert all(reason.endswith(".") for reason in found.missing.values())

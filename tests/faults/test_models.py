@@ -601,7 +601,7 @@ def test_a12_a_model_that_cannot_be_opened_is_not_said_to_lack_bilinear_scores(
     def refuse(*_: Any) -> None:
         raise UnsupportedModelError(reason)
 
-    monkeypatch.setattr(type(model.parts), "rotation", refuse)
+    monkeypatch.setattr(type(model.parts), "query_key", refuse)
     with pytest.raises(UnsupportedModelError) as refusal:
         hs.circuits.qk(model, offset=1)
     assert str(refusal.value).startswith(reason)

@@ -179,7 +179,24 @@ def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(UnsupportedModelError, match="pruned already"):
         prune(smaller, "L0H1")
     with pytest.raises(UnsupportedModelError, match="was pruned"):
-        smaller.weights(0)
+        smaller.bridge  # noqa: B018
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_weights_of_a_pruned_model_are_those_that_are_left(family: str) -> None:
+    whole, gone = model_of(family), [HeadIndex(0, 1), HeadIndex(0, 3), HeadIndex(2, 0)]
+    smaller = hs.load(prune(whole, gone))
+    for layer in range(3):
+        before, after = whole.weights(layer), smaller.weights(layer)
+        kept = [head for head in range(4) if HeadIndex(layer, head) not in gone]
+        for name in ("W_Q", "b_Q", "W_O"):
+            assert gap(getattr(after, name)[kept], getattr(before, name)[kept]) < 1e-6
+        shared = sorted({whole.shape.kv_head(head) for head in kept})
+        for name in ("W_K", "W_V", "b_K", "b_V"):
+            assert gap(getattr(after, name)[shared], getattr(before, name)[shared]) < 1e-6
+        lost = sorted(set(range(4)) - set(kept))
+        assert not after.W_Q[lost].any()
+        assert not after.W_O[lost].any()
 
 
 def test_damaged_and_foreign_folders(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Norms, positions and embedding of a bridge, see :mod:`headscope.models.hf.measured`."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -8,16 +9,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.inputs import InputNorm
+from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.models.hf.hooks import Hook, entering, leaving
 from headscope.models.hf.measured import MeasuredParts
 from headscope.models.hf.readout import measure_norm
+from headscope.models.rotary import POSITIONS, find_rotation
+from headscope.outputs import HeadWeights
 
 _ROTARY = ("rotary", "rope")
 
 
 class BridgeParts(MeasuredParts):
     """Parts of a :class:`headscope.models.bridge.model.BridgeModel`."""
+
+    def __init__(self, model: Any) -> None:
+        """Measure nothing yet."""
+        super().__init__(model)
+        self._rotations: dict[int, Rotation] = {}
 
     def input_norm(self, layer: int) -> InputNorm:
         """Norm between the residual stream and one layer's attention, checked on a tiny pass."""
@@ -58,6 +66,49 @@ class BridgeParts(MeasuredParts):
     def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
         """Run the model."""
         self.model.bridge(tokens, return_type="logits")
+
+    def query_key(self, layer: int) -> QueryKey:
+        """Rotation of one layer; families with norms in between are refused."""
+        return QueryKey(self.rotation(layer))
+
+    def need_values(self, layer: int) -> None:
+        """Refuse nothing: limits say where values are not what weights give."""
+
+    def rotation(self, layer: int) -> Rotation:
+        """Rotary positions of one layer, measured once."""
+        if layer not in self._rotations:
+            weights = self.model.weights(layer)
+            self._rotations[layer] = self._rotation(*self._short_pass[layer], weights)
+        return self._rotations[layer]
+
+    @cached_property
+    @torch.no_grad()
+    def _short_pass(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        limit = self.model.shape.n_ctx or POSITIONS[-1] + 1
+        at = [position for position in POSITIONS if position < limit]
+        ids = torch.arange(2 * (at[-1] + 1)) * 7 % max(self.model.shape.d_vocab - 1, 1)
+        return self.short_pass(ids.view(2, -1), at)
+
+    def _rotation(self, read: Tensor, query: Tensor, key: Tensor, weights: HeadWeights) -> Rotation:
+        vectors = []
+        for used, weight, bias in (
+            (query, weights.W_Q, weights.b_Q),
+            (key, weights.W_K, weights.b_K),
+        ):
+            content = torch.einsum("bpd,hde->bhpe", read.float(), weight.float())
+            content = content + bias.float()[:, None]
+            vectors.append((content.flatten(0, 1), used.float().flatten(0, 1)))
+        content, actual = (torch.cat(pair) for pair in zip(*vectors, strict=True))
+        tolerance = 1e-6 if self.model.dtype in (torch.float32, torch.float64) else 1e-3
+        found = find_rotation(content.cpu(), actual.cpu(), tolerance)
+        if found is None:
+            raise UnsupportedModelError(
+                f"{self.model.name} changes its queries and keys by more than a rotation (a norm "
+                "on them, as in qwen3 or gemma3), so how positions turn them cannot be measured, "
+                "and no one matrix gives its attention scores: a match_scorer reads the scores of "
+                "a run, with their norms."
+            )
+        return found
 
     def short_pass(
         self, tokens: Int[Tensor, "batch pos"], at: list[int]

@@ -11,16 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.inputs import InputNorm, Rotation
+from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.models.blocks import AttentionWrite, BlockObserver
 from headscope.models.hf.blocks import Writers, attention_write, find_writers, shown
 from headscope.models.hf.hooks import Hook, after, entering, hooked, leaving
 from headscope.models.hf.watch import Watch
 from headscope.models.loading.agreement import Gap
 from headscope.models.offload import parameter
-from headscope.models.rotary import POSITIONS, find_rotation
 from headscope.models.running import MEASURING, Finished, pass_over
-from headscope.outputs import HeadWeights
 
 # Rows of the embedding that pass the first block at a time.
 _BATCH = 1024
@@ -37,7 +35,6 @@ class MeasuredParts(ABC):
     def __init__(self, model: Any) -> None:
         """Measure nothing yet."""
         self.model = model
-        self._rotations: dict[int, Rotation] = {}
 
     @abstractmethod
     def input_norm(self, layer: int) -> InputNorm:
@@ -60,10 +57,16 @@ class MeasuredParts(ABC):
         """Run the model's body."""
 
     @abstractmethod
-    def short_pass(
-        self, tokens: Int[Tensor, "batch pos"], at: list[int]
-    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """Attention's input, queries and keys per layer at some positions of one pass."""
+    def query_key(self, layer: int) -> QueryKey:
+        """What follows a layer's query and key matrices: norms, rotation, multipliers."""
+
+    @abstractmethod
+    def need_values(self, layer: int) -> None:
+        """Refuse where the values of a layer are not what its weights give."""
+
+    @abstractmethod
+    def rotation(self, layer: int) -> Rotation:
+        """Rotary positions of one layer, measured once."""
 
     @property
     def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
@@ -177,49 +180,6 @@ class MeasuredParts(ABC):
         if site == "attn_out":
             return block.get_submodule(writers.attention), writers.attention_scale
         return block.get_submodule(writers.mlp), writers.mlp_scale
-
-    def rotation(self, layer: int) -> Rotation:
-        """Rotary positions of one layer, measured once."""
-        if layer not in self._rotations:
-            if self.turns_by_length:
-                raise UnsupportedModelError(f"{self.model.name} {TURNS_BY_LENGTH}.")
-            weights = self.model.weights(layer)
-            self._rotations[layer] = self._rotation(*self._short_pass[layer], weights)
-        return self._rotations[layer]
-
-    @cached_property
-    def turns_by_length(self) -> bool:
-        """Whether the length of a text changes how positions turn queries and keys."""
-        return False
-
-    @cached_property
-    @torch.no_grad()
-    def _short_pass(self) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        limit = self.model.shape.n_ctx or POSITIONS[-1] + 1
-        at = [position for position in POSITIONS if position < limit]
-        ids = torch.arange(2 * (at[-1] + 1)) * 7 % max(self.model.shape.d_vocab - 1, 1)
-        return self.short_pass(ids.view(2, -1), at)
-
-    def _rotation(self, read: Tensor, query: Tensor, key: Tensor, weights: HeadWeights) -> Rotation:
-        vectors = []
-        for used, weight, bias in (
-            (query, weights.W_Q, weights.b_Q),
-            (key, weights.W_K, weights.b_K),
-        ):
-            content = torch.einsum("bpd,hde->bhpe", read.float(), weight.float())
-            content = content + bias.float()[:, None]
-            vectors.append((content.flatten(0, 1), used.float().flatten(0, 1)))
-        content, actual = (torch.cat(pair) for pair in zip(*vectors, strict=True))
-        tolerance = 1e-6 if self.model.dtype in (torch.float32, torch.float64) else 1e-3
-        found = find_rotation(content.cpu(), actual.cpu(), tolerance)
-        if found is None:
-            raise UnsupportedModelError(
-                f"{self.model.name} changes its queries and keys by more than a rotation (a norm "
-                "on them, as in qwen3 or gemma3), so how positions turn them cannot be measured, "
-                "and no one matrix gives its attention scores: a match_scorer reads the scores of "
-                "a run, with their norms."
-            )
-        return found
 
     def watch(
         self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook], run: Any = MEASURING

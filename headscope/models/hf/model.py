@@ -145,7 +145,7 @@ class HFModel(Tapped, Shown):
         if self.shape.removed:
             raise UnsupportedModelError(
                 f"{self.name} was pruned, and transformer-lens knows no model with different "
-                "numbers of heads: read the weights of the model that it came from."
+                "numbers of heads: bridge the model that it came from."
             )
         places = tuple((n, w.data_ptr()) for n, w in self.module.named_parameters())
         if self._bridge is None or self._bridge[0] != places:
@@ -153,10 +153,18 @@ class HFModel(Tapped, Shown):
         return self._bridge[1]
 
     def weights(self, layer: int) -> HeadWeights:
-        """All attention weights of one layer; key/value heads not repeated."""
-        from headscope.models.bridge.weights import bridge_weights
+        """All attention weights of one layer; key/value heads not repeated.
 
-        return bridge_weights(self.bridge, layer)
+        ``q = x W_Q + b_Q`` with ``x`` the block's normalised input: before rotation, and before
+        the query and key norms of families that have them (qwen3, gemma3, olmo2). ``z W_O + b_O``
+        is the output projection as it stands: before a norm after attention (gemma2, olmo2) and
+        before a residual multiplier (granite). Read from the model's own matrices, and proved on
+        its activations when a layer is first asked for.
+
+        Raises:
+            UnsupportedModelError: if the layer has none that its activations confirm.
+        """
+        return self.parts.weights(layer)
 
     @cached_property
     def parts(self) -> HFParts:

@@ -1,24 +1,28 @@
-"""Norms, positions and embedding of a transformers model, see :mod:`.hf_measured`."""
+"""Weights, norms, positions and embedding of a transformers model, measured and proved."""
 
 from contextlib import AbstractContextManager
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.inputs import InputNorm
+from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.blocks import BlockObserver
-from headscope.models.hf.hooks import Call, before
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import tiny_tokens
-from headscope.models.hf.measured import MeasuredParts
+from headscope.models.hf.measured import TURNS_BY_LENGTH, MeasuredParts
 from headscope.models.hf.projection import bias
+from headscope.models.hf.query_key import query_key_now
+from headscope.models.hf.readings import Reading, find_readings
 from headscope.models.hf.readout import measure_norm
+from headscope.models.hf.weights import not_by_head, read_weights
 from headscope.models.loading.agreement import gap, rounding
 from headscope.models.loading.calls import accepted
+from headscope.outputs import HeadWeights
 
 # Tokens of the pass that is run at two lengths, and a length beyond any where none is said.
 _FEW, _FAR = 8, 1 << 20
@@ -26,6 +30,11 @@ _FEW, _FAR = 8, 1 << 20
 
 class HFParts(MeasuredParts):
     """Parts of an :class:`headscope.models.hf.model.HFModel`."""
+
+    def __init__(self, model: Any) -> None:
+        """Measure nothing yet."""
+        super().__init__(model)
+        self._measured: tuple[object, dict[int, Reading | str]] | None = None
 
     def blocks_shown(self, observer: BlockObserver) -> AbstractContextManager[None]:
         """Scope in which an observer sees every block of every pass as it completes."""
@@ -69,25 +78,55 @@ class HFParts(MeasuredParts):
         mask = torch.ones_like(tokens)  # or some families warn of padding
         self.model.module.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
 
-    def short_pass(
-        self, tokens: Int[Tensor, "batch pos"], at: list[int]
-    ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """Attention's input, queries and keys per layer at some positions of one pass."""
-        parts = self.model.layout.by_attention()
-        read: dict[int, Tensor] = {}
-        seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    def weights(self, layer: int) -> HeadWeights:
+        """Attention weights of one layer, as they are now.
 
-        def enter(module: nn.Module, call: Call) -> None:
-            read[parts[module].layer] = call.stream[:, at]
+        Raises:
+            UnsupportedModelError: if they cannot be told apart by heads, or activations say that
+                something else happens.
+        """
+        reading = self._readings[layer]
+        if isinstance(reading, str):
+            raise not_by_head(self.model, reading)
+        return read_weights(self.model, layer, reading.sources, self.model.shape.d_model)
 
-        def attend(module: nn.Module, call: AttentionCall) -> Tensor:
-            layer = parts[module].layer
-            seen[layer] = (read[layer], call.query[:, :, at], call.key[:, :, at])
-            return fused(call)
+    def need_values(self, layer: int) -> None:
+        """Refuse where the values of a layer are not what its weights give.
 
-        with routed(self.model.layout.configs, attend, parts):
-            self.watch(tokens, [before(module, enter) for module in parts])
-        return seen
+        Raises:
+            UnsupportedModelError: with the reason.
+        """
+        reading = self._readings[layer]
+        if not isinstance(reading, str) and reading.values is not None:
+            raise UnsupportedModelError(
+                f"{self.model.name} {reading.values}, so weights do not say what a head writes."
+            )
+
+    def query_key(self, layer: int) -> QueryKey:
+        """Norms and rotation of one layer, as they are now."""
+        if self.turns_by_length:
+            raise UnsupportedModelError(f"{self.model.name} {TURNS_BY_LENGTH}.")
+        reading = self._readings[layer]
+        if isinstance(reading, str):
+            raise not_by_head(self.model, reading)
+        if isinstance(reading.turning, str):
+            raise UnsupportedModelError(
+                f"{self.model.name} {reading.turning}, so no one matrix gives its attention "
+                "scores: a match_scorer reads those of a run."
+            )
+        return query_key_now(self.model, layer, reading.turning)
+
+    def rotation(self, layer: int) -> Rotation:
+        """Rotary positions of one layer, measured."""
+        return self.query_key(layer).rotation
+
+    @property
+    def _readings(self) -> "dict[int, Reading | str]":
+        """What was measured and proved of every layer, again where the model got other modules."""
+        kind = tuple((n, w.shape, w.dtype) for n, w in self.model.module.named_parameters())
+        if self._measured is None or self._measured[0] != kind:
+            self._measured = kind, find_readings(self.model)
+        return self._measured[1]
 
     @cached_property
     @torch.no_grad()

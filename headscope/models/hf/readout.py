@@ -126,18 +126,14 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
     with at_hand(module):
-        bare = copy.copy(module)  # without hooks: those of a running pass cannot be copied
-        bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
-        bare.__dict__.pop("forward", None)  # accelerate's, which would unload it again
-        bare.__dict__.pop("_hf_hook", None)
-        norm = copy.deepcopy(bare).float().eval()  # a few thousand numbers; exact in half, too
+        norm = copy.deepcopy(unhooked(module)).float().eval()  # a few thousand numbers; exact
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 2, d_model, generator=generator, dtype=torch.float32) + 0.5
     given = probe.to(device)
     with torch.no_grad():  # fetched together: the host waits for the device once
         there, back, moved = torch.stack([norm(given), norm(-given), norm(given + 3.0)]).cpu()
     centred = gap(moved, there, 1e-3).closed
-    epsilon = _epsilon(module)
+    epsilon = named_epsilon(module)
     if epsilon is None:
         epsilon = _measured_epsilon(norm, given, centred)
     x = probe.float()
@@ -152,7 +148,17 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
     return InputNorm(gain.to(device), bias.to(device), centred, epsilon)
 
 
-def _epsilon(norm: nn.Module) -> float | None:
+def unhooked(module: Any) -> Any:
+    """The module with the same weights and no hooks: those of a running pass cannot be copied."""
+    bare = copy.copy(module)
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    bare.__dict__.pop("forward", None)  # accelerate's, which would unload it again
+    bare.__dict__.pop("_hf_hook", None)
+    return bare
+
+
+def named_epsilon(norm: nn.Module) -> float | None:
+    """What a norm adds under its root, by the names that families give it; None if it has none."""
     for name in ("eps", "variance_epsilon", "epsilon"):
         value = getattr(norm, name, None)
         if isinstance(value, float):
