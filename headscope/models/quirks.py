@@ -129,9 +129,10 @@ QUIRKS: tuple[Quirk, ...] = (
         "queries and keys with a norm",
         ("qwen3", "gemma3_text"),
         "limited",
-        "Rows are exact; no matrix gives the scores, so QK circuits and rotations are refused "
-        "when they are asked for.",
-        "scorers of matches, hs.circuits.qk(fold_norm=False) for the bare weights",
+        "Rows are exact. QK circuits hold the norms' gains and lack their scales, so that their "
+        "size says nothing; a norm that adds a bias (persimmon) or follows rotation (hunyuan) is "
+        "refused when a circuit is asked for.",
+        "hs.circuits.score_parts for the scores of a run, exact; scorers of matches",
     ),
     Quirk("soft caps", ("gemma2",), "exact", "Caps act on the scores before the softmax."),
     Quirk(
@@ -140,7 +141,13 @@ QUIRKS: tuple[Quirk, ...] = (
         "exact",
         "Windows are those of the mask that the model builds, whatever the config says.",
     ),
-    Quirk("fused QKV side by side", ("phi3", "gpt2"), "exact", "Split by transformer-lens."),
+    Quirk(
+        "fused QKV side by side",
+        ("phi3", "gpt2"),
+        "exact",
+        "Outputs are told apart by heads through gradients, and proved on activations; bloom and "
+        "falcon, which only transformer-lens runs, are split by it.",
+    ),
     Quirk("fused QKV in turns per head", ("gpt_neox", "bloom"), "exact", "As above."),
     Quirk("fused QKV with shared keys and values", ("falcon",), "exact", "As above."),
     Quirk(
