@@ -1,4 +1,4 @@
-"""Ablating several heads at once: named groups, growing sets, and pairs."""
+"""Ablating several heads at once: named groups, growing sets along orders, and pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ from typing import TypedDict, Unpack
 import numpy as np
 from jaxtyping import Float
 
-from headscope.ablation.arguments import (
+from headscope.ablation.engine import Batch
+from headscope.ablation.run import (
     Maker,
     Metricish,
+    Placer,
     Positions,
+    Study,
     facts_of,
     intervention_of,
     present,
     seed_of,
     without_rounding,
 )
-from headscope.ablation.engine import Batch
-from headscope.ablation.run import Placer, Study
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -203,4 +204,28 @@ def joint(
 
     edited, clean = study.measure(variants, len(sets), f"ablating {len(sets)} sets of heads")
     effects = without_rounding(edited - clean, clean)
+    return effects, clean
+
+
+def along(
+    study: Study,
+    placer: Placer,
+    orders: Mapping[str, Sequence[HeadIndex]],
+    counts: Sequence[int],
+) -> tuple[Float[np.ndarray, "order count example"], Float[np.ndarray, " example"]]:
+    """Effects of the first so many heads of each order, and the metric on the clean run.
+
+    A set that several orders reach is run once; NaN where an order has fewer heads.
+    """
+    sets = {
+        (row, column): tuple(sorted(order[:count]))
+        for row, order in enumerate(orders.values())
+        for column, count in enumerate(counts)
+        if count <= len(order)
+    }
+    distinct = {heads: place for place, heads in enumerate(dict.fromkeys(sets.values()))}
+    found, clean = joint(study, placer, list(distinct))
+    effects = np.full((len(orders), len(counts), len(clean)), np.nan)
+    for cell, heads in sets.items():
+        effects[cell] = found[distinct[heads]]
     return effects, clean

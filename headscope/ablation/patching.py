@@ -11,9 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from headscope import edits
-from headscope.ablation.arguments import Metricish, Positions, marked
 from headscope.ablation.engine import Batch
-from headscope.ablation.run import Study
+from headscope.ablation.run import Metricish, Positions, Study, marked
 from headscope.edits import Heads, Site, Variant, head_list
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from headscope import edits
-from headscope.ablation.arguments import Metricish, by_head, present, without_rounding
 from headscope.ablation.engine import Batch
+from headscope.ablation.heads import as_scores
 from headscope.ablation.patching import _aligned_pair
-from headscope.ablation.run import Study
-from headscope.ablation.single import as_scores
+from headscope.ablation.run import Metricish, Study, by_head, present, without_rounding
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

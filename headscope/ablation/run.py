@@ -1,32 +1,272 @@
-"""What every causal measurement shares: read the arguments, run batches, say where it came from."""
+"""What every causal measurement shares: arguments, batches, values on disk, provenance.
 
-from collections.abc import Callable, Iterator, Sequence
+Values of ablated heads are kept on the disk as they are finished.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import capture
-from headscope.ablation.arguments import Maker, Metricish, Positions, intervention_of, marked
 from headscope.ablation.checks import proofs
 from headscope.ablation.engine import Batch, stack_tokens
-from headscope.ablation.kept import KeptEffects
 from headscope.ablation.sources import Plan, plan_for
-from headscope.edits import AnyEdit, HeadEdit, Heads, Variant
+from headscope.edits import AnyEdit, HeadEdit, Heads, Variant, head_list
 from headscope.errors import InputError
+from headscope.files import check_same, whole_file, writable_folder
 from headscope.heads import HeadIndex
-from headscope.interventions import Place, Setting
-from headscope.interventions.base import BatchPlace
+from headscope.interventions import Intervention, Place, Setting, named
+from headscope.interventions.catalogue import BatchPlace
 from headscope.memory import parse_memory
-from headscope.metrics import AnyMetric, as_metric
+from headscope.metrics import AnyMetric, Metric, as_metric
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.progress import Advance, track
 from headscope.table import Provenance
+
+Metricish = AnyMetric | Callable[..., Tensor]
+Positions = str | Bool[Tensor, "batch pos"] | None
+# What heads are ablated to: a value, its name, or a function from heads to an edit.
+Maker = str | Intervention | Callable[[Heads], AnyEdit]
+
+
+def intervention_of(
+    method: Maker, reference: Probe | None = None, seed: int = 0, kind: str = "method"
+) -> Intervention | None:
+    """Return the intervention that was given or named; None for a function of the caller's.
+
+    Raises:
+        InputError: if there is no such name, or nothing would read the reference.
+    """
+    if isinstance(method, str):
+        return named(method, reference, seed, kind)
+    if reference is not None:
+        raise InputError(
+            f"reference= goes with the name of a {kind}: give it to the intervention itself, e.g. "
+            "hs.interventions.Mean(reference=other), or set it in your edit function."
+        )
+    return method if isinstance(method, Intervention) else None
+
+
+def marked(probe: Probe, positions: Positions) -> Bool[Tensor, "batch pos"] | None:
+    """Positions named by a mark, or given as they are.
+
+    Raises:
+        InputError: if the probe has no such mark, or the shape is another.
+    """
+    where = probe.mark(positions) if isinstance(positions, str) else positions
+    if where is not None and where.shape != probe.tokens.shape:
+        raise InputError(
+            f"positions have shape {tuple(where.shape)}, the probe {tuple(probe.tokens.shape)}."
+        )
+    if where is not None and not bool(where.any()):
+        raise InputError("there are no positions to edit: none is marked.")
+    return None if where is None else where.bool()
+
+
+def present(model: HeadModel, heads: Heads | None) -> tuple[HeadIndex, ...]:
+    """Heads that were asked for, all by default.
+
+    Raises:
+        InputError: if the model lacks one, or none was named.
+    """
+    if heads is None:
+        return model.shape.heads
+    chosen = tuple(model.shape.check(head) for head in head_list(heads))
+    if not chosen:
+        raise InputError("no heads given: name at least one, or leave them out for all.")
+    return chosen
+
+
+def by_head(
+    model: HeadModel, heads: Sequence[HeadIndex], values: Float[np.ndarray, "variant example"]
+) -> Float[np.ndarray, "layer head example"]:
+    """Values of some heads in the place of each; NaN for the others."""
+    shape = (model.shape.n_layers, model.shape.n_heads, values.shape[1])
+    placed = np.full(shape, np.nan)
+    for head, row in zip(heads, values, strict=True):
+        placed[head.layer, head.head] = row
+    return placed
+
+
+def without_rounding(
+    effects: Float[np.ndarray, "variant example"], clean: Float[np.ndarray, " example"]
+) -> Float[np.ndarray, "variant example"]:
+    """Effects with those that are rounding of fp32 set to 0 (a millionth of the clean metric)."""
+    known = np.abs(clean[np.isfinite(clean)])
+    floor = 1e-6 * float(known.max()) if known.size else 0.0
+    return np.where(np.abs(effects) <= floor, 0.0, effects)
+
+
+def seed_of(method: Maker, seed: int) -> int:
+    """Seed of what is drawn: an intervention's own, or the one that goes with a name."""
+    return int(getattr(method, "seed", seed))
+
+
+def facts_of(method: Maker, reference: Probe | None, positions: Positions) -> Mapping[str, Any]:
+    """What the settings were, for provenance."""
+    where = positions if isinstance(positions, str) else "given" if positions is not None else "all"
+    other = "own" if reference is None else reference.name
+    facts: dict[str, Any] = {"method": method, "reference": other, "positions": where}
+    if isinstance(method, Intervention):
+        given = getattr(method, "reference", None)
+        named_reference = {} if given is None else {"reference": given.name}
+        own = {name: value for name, value in method.facts.items() if name != "seed"}
+        return {**facts, **own, **named_reference}
+    if not isinstance(method, str):
+        facts["method"] = getattr(method, "__name__", "edit")
+    return facts
+
+
+Checkpoint = str | PathLike[str] | None
+
+# A finished head that is measured again may differ by this, beside its own size.
+_AGREEMENT = 1e-4
+_HALF_AGREEMENT = 5e-2
+
+
+class KeptEffects:
+    """The metric with each of some heads ablated, one value per head and example.
+
+    The file keeps the heads of earlier calls with the same facts, whether they are asked for now
+    or not.
+
+    Args:
+        file: safetensors, replaced whole whenever heads are finished.
+        facts: JSON values that decide the numbers: a file with others is refused.
+        heads: that are measured now, in the order of the variants.
+        examples: how many the probe has.
+
+    Raises:
+        InputError: if the file is of another measurement, cannot be read or not be written.
+    """
+
+    def __init__(
+        self, file: Path, facts: Mapping[str, Any], heads: Sequence[HeadIndex], examples: int
+    ) -> None:
+        writable_folder(file.parent)
+        self._file, self._facts, self._asked = file, json.loads(json.dumps(facts)), len(heads)
+        earlier = self._read()
+        self._heads = list(dict.fromkeys([*map(str, heads), *earlier]))
+        self._values = np.full((len(self._heads), examples), np.nan)
+        self._finished = np.zeros(self._values.shape, dtype=np.bool_)
+        for head, (values, finished) in earlier.items():
+            row = self._heads.index(head)
+            self._values[row], self._finished[row] = values, finished
+        self._proved = False
+
+    def left(self, chosen: slice) -> list[int]:
+        """Variants that are not finished on every example of a batch."""
+        finished = self._finished[: self._asked, chosen].all(1)
+        return [int(number) for number in np.flatnonzero(~finished)]
+
+    def values(self, chosen: slice) -> Float[np.ndarray, "variant example"]:
+        """Values of all variants on the examples of a batch; NaN where they are not finished."""
+        return self._values[: self._asked, chosen]
+
+    def keep(
+        self, chosen: slice, variants: Sequence[int], values: Float[Tensor, "variant example"]
+    ) -> None:
+        """Take finished variants of a batch, and write the file."""
+        rows = np.asarray(variants)
+        self._values[rows, chosen] = values.numpy()
+        self._finished[rows, chosen] = True
+        self._write()
+
+    def prove(self, chosen: slice, measure: Callable[[int], Float[Tensor, "1 example"]]) -> None:
+        """Measure one finished variant again, once a call: the one farthest from the others.
+
+        The facts tell named methods and metrics apart, but not functions of one name, nor a model
+        that runs differently on the same weights.
+
+        Raises:
+            InputError: if it gives other values now.
+        """
+        finished = sorted(set(range(self._asked)) - set(self.left(chosen)))
+        if self._proved or not finished:
+            return
+        self._proved = True
+        values = self.values(chosen)[finished]
+        distance = np.abs(np.nan_to_num(values - np.median(values, axis=0))).sum(1)
+        at = finished[int(distance.argmax())]
+        now, kept = measure(at)[0].numpy(), self.values(chosen)[at]
+        whole = self._facts["dtype"] in ("float32", "float64")
+        allowed = _AGREEMENT if whole else _HALF_AGREEMENT
+        if not np.allclose(now, kept, rtol=allowed, atol=allowed, equal_nan=True):
+            raise InputError(
+                f"{self._file} is of another ablation (its values of {self._heads[at]} are up to "
+                f"{np.nanmax(np.abs(now - kept)):.2g} from what is measured now): give another "
+                "name, or delete it."
+            )
+
+    def _read(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Values and what of them is finished, by head; empty if there is no file."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self._file.exists():
+            return {}
+        try:
+            with safe_open(self._file, "np") as file:
+                told = file.metadata() or {}
+                facts, heads = dict(json.loads(told["facts"])), list(json.loads(told["heads"]))
+                values, finished = file.get_tensor("values"), file.get_tensor("finished")
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{self._file} is no checkpoint of an ablation: give another name, or delete it."
+            ) from error
+        check_same(self._file, facts, self._facts, "ablation")
+        rows = zip(values, finished.astype(np.bool_), strict=True)
+        return dict(zip(heads, rows, strict=True))
+
+    def _write(self) -> None:
+        from safetensors.numpy import save
+
+        told = {"facts": json.dumps(self._facts), "heads": json.dumps(self._heads)}
+        tensors = {"values": self._values, "finished": self._finished.astype(np.uint8)}
+        with whole_file(self._file) as file:
+            file.write(save(tensors, told))
+
+
+def deciding(
+    about: Provenance,
+    probe: Probe,
+    reference: Probe | None,
+    metric: AnyMetric,
+    method: Maker,
+    positions: Positions,
+) -> dict[str, Any]:
+    """What the value of one ablated head depends on: weights, data, metric, method and seed."""
+    where: Any = positions
+    if isinstance(positions, Tensor):
+        where = hashlib.sha256(positions.bool().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return {
+        "weights": about.weight_digest,
+        "dtype": about.dtype,
+        "data": probe_digest(probe, getattr(method, "reference", reference)),
+        "metric": metric.name,
+        "mark": metric.mark if isinstance(metric, Metric) else None,
+        **_said_of(method),
+        "positions": where,
+        "seed": seed_of(method, about.seed or 0),
+    }
+
+
+def _said_of(method: Maker) -> dict[str, Any]:
+    """Name of what heads are ablated to, with an intervention's numbers."""
+    if isinstance(method, Intervention):
+        return {**method.facts}
+    return {"method": method if isinstance(method, str) else getattr(method, "__name__", "edit")}
+
 
 # Tokens of one recorded batch on a GPU; on a CPU a batch is one stack.
 _GPU_BATCH = 8192

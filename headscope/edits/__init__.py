@@ -23,8 +23,8 @@ from headscope.edits.head_edit import HeadEdit as HeadEdit
 from headscope.edits.head_edit import Heads as Heads
 from headscope.edits.head_edit import Scope as Scope
 from headscope.edits.head_edit import Site as Site
+from headscope.edits.head_edit import Span as Span
 from headscope.edits.head_edit import head_list as head_list
-from headscope.edits.span import Span as Span
 from headscope.edits.stacked import AnyEdit as AnyEdit
 from headscope.edits.stacked import SpanEdit as SpanEdit
 from headscope.edits.stacked import Stacked as Stacked

@@ -7,8 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from headscope.edits.head_edit import SITES, HeadEdit, Site
-from headscope.edits.span import Span
+from headscope.edits.head_edit import SITES, HeadEdit, Site, Span
 
 
 @runtime_checkable

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscope import metrics
-from headscope.ablation.along import along
-from headscope.ablation.arguments import Maker, Metricish, facts_of, present
-from headscope.ablation.run import Placer, Study
+from headscope.ablation.groups import along
+from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of, present
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

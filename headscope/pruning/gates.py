@@ -19,9 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope import metrics
-from headscope.ablation.arguments import Metricish
 from headscope.ablation.gradients import total_metric
-from headscope.ablation.run import Study
+from headscope.ablation.run import Metricish, Study
 from headscope.edits import Site
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

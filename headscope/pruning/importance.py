@@ -10,10 +10,9 @@ from torch import Tensor
 
 from headscope import metrics
 from headscope.ablation import ablate_heads
-from headscope.ablation.arguments import Maker, Metricish, Positions, by_head, present
 from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import check_slope, total_metric
-from headscope.ablation.run import Study
+from headscope.ablation.run import Maker, Metricish, Positions, Study, by_head, present
 from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, Site, zero
 from headscope.errors import InputError

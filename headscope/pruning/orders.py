@@ -12,9 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from headscope import metrics
-from headscope.ablation.arguments import Maker, Metricish, facts_of
 from headscope.ablation.groups import joint
-from headscope.ablation.run import Placer, Study
+from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

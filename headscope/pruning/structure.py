@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headscope.ablation.arguments import present
+from headscope.ablation.run import present
 from headscope.edits import Heads, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.hf.model import HFModel

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.ablation.arguments import Maker, by_head, facts_of, present
-from headscope.ablation.run import Placer, Study
-from headscope.ablation.single import ablated
+from headscope.ablation.heads import ablated
+from headscope.ablation.run import Maker, Placer, Study, by_head, facts_of, present
 from headscope.base.statistics import Design
 from headscope.capture import check_fits
 from headscope.edits import Heads

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from headscope.ablation.arguments import present
 from headscope.ablation.groups import joint
-from headscope.ablation.run import Placer, Study
+from headscope.ablation.run import Placer, Study, present
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.files import subfolder, whole_file, writable_folder

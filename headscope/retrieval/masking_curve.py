@@ -10,9 +10,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from headscope.ablation.along import along
-from headscope.ablation.arguments import present
-from headscope.ablation.run import Placer, Study
+from headscope.ablation.groups import along
+from headscope.ablation.run import Placer, Study, present
 from headscope.configs import Strict, parse, read_yaml
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from headscope import edits
-from headscope.ablation.arguments import present
+from headscope.ablation.run import present
 from headscope.edits import HeadEdit, Heads, Scope
 from headscope.errors import InputError, nearest
 from headscope.interventions.donors import head_means

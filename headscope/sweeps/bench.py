@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from headscope.ablation.arguments import facts_of, without_rounding
 from headscope.ablation.engine import Batch
-from headscope.ablation.run import Placer
+from headscope.ablation.run import Placer, facts_of, without_rounding
 from headscope.ablation.run import Study as Measurement
 from headscope.edits import Variant
 from headscope.errors import InputError

@@ -20,7 +20,7 @@ from headscope.interventions import (
     Uniform,
     Zero,
 )
-from headscope.interventions.base import BatchPlace
+from headscope.interventions.catalogue import BatchPlace
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from tests.models import families

@@ -19,7 +19,7 @@ from transformers import Olmo2Config, Olmo2ForCausalLM
 import headscope as hs
 from headscope import circuits
 from headscope.ablation.engine import Batch
-from headscope.ablation.kept import KeptEffects
+from headscope.ablation.run import KeptEffects
 from headscope.circuits.measures import Ranks
 from headscope.circuits.vocabulary import Dictionary
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
@@ -452,7 +452,7 @@ def test_e21_what_a_step_reads_does_not_grow_with_the_vocabulary() -> None:
 _KILLED = """
 import os, signal, sys
 import headscope as hs
-from headscope.ablation.kept import KeptEffects
+from headscope.ablation.run import KeptEffects
 
 keep, files = KeptEffects.keep, []
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import headscope as hs
-from headscope.ablation.arguments import Metricish
 from headscope.ablation.groups import Sets
-from headscope.ablation.run import Placer, Study
+from headscope.ablation.run import Metricish, Placer, Study
 from headscope.edits import Heads, head_list, zero
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
