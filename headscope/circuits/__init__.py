@@ -42,13 +42,13 @@ from headscope.circuits.measures import read_alignment as read_alignment
 from headscope.circuits.measures import symmetric_share as symmetric_share
 from headscope.circuits.measures import target_ranks as target_ranks
 from headscope.circuits.measures import write_alignment as write_alignment
-from headscope.circuits.ov import ov as ov
+from headscope.circuits.ov_qk import ov as ov
+from headscope.circuits.ov_qk import qk as qk
+from headscope.circuits.ov_qk import qk_bands as qk_bands
+from headscope.circuits.ov_qk import qk_content as qk_content
 from headscope.circuits.paths import Path as Path
 from headscope.circuits.paths import chains as chains
 from headscope.circuits.paths import strongest_paths as strongest_paths
-from headscope.circuits.qk import qk as qk
-from headscope.circuits.qk import qk_bands as qk_bands
-from headscope.circuits.qk import qk_content as qk_content
 from headscope.circuits.scores import random_edge as random_edge
 from headscope.circuits.scores import score as score
 from headscope.circuits.spectra import eigenvalues as eigenvalues

@@ -12,9 +12,7 @@ from torch import Tensor
 from headscope.base.glance import Glance, Shown, number, sizes
 from headscope.base.saved import Saved
 from headscope.circuits.factors import HeadFactors, column_space, thin_qr, widened
-from headscope.circuits.ov import ov
-from headscope.circuits.qk import qk
-from headscope.circuits.reading import need_write, over_all_pairs, upward
+from headscope.circuits.ov_qk import need_write, ov, over_all_pairs, qk, upward
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel

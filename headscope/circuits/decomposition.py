@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.circuits.factors import with_bias
-from headscope.circuits.qk import qk_of_run
-from headscope.circuits.reading import need_write
+from headscope.circuits.ov_qk import need_write, qk_of_run
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel, LayerView

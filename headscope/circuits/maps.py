@@ -21,7 +21,7 @@ from headscope.base.glance import Glance, Shown, number
 from headscope.base.saved import Saved
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import Ranks, target_ranks
-from headscope.circuits.ov import ov
+from headscope.circuits.ov_qk import ov
 from headscope.circuits.vocabulary import Dictionary
 from headscope.errors import InputError
 from headscope.files import read_text

@@ -22,9 +22,7 @@ from headscope.circuits.copying import (
 )
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import read_alignment, symmetric_share, write_alignment
-from headscope.circuits.ov import ov
-from headscope.circuits.qk import qk
-from headscope.circuits.reading import over_all_layers
+from headscope.circuits.ov_qk import ov, over_all_layers, qk
 from headscope.circuits.vocabulary import Dictionary, Embedding
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex

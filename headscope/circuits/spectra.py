@@ -7,8 +7,7 @@ from torch import Tensor
 
 from headscope.circuits.copying import token_cores
 from headscope.circuits.factors import HeadFactors
-from headscope.circuits.ov import ov
-from headscope.circuits.qk import qk
+from headscope.circuits.ov_qk import ov, qk
 from headscope.circuits.scores import entry_sizes
 from headscope.circuits.spectrum import product_spectra
 from headscope.circuits.vocabulary import Dictionary, Embedding, Gram

@@ -12,8 +12,7 @@ from torch import Tensor
 from headscope.base.glance import Glance, Shown, sizes
 from headscope.base.saved import Saved, Stored
 from headscope.circuits.factors import HeadFactors
-from headscope.circuits.ov import ov
-from headscope.circuits.qk import qk
+from headscope.circuits.ov_qk import ov, qk
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel

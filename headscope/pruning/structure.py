@@ -9,7 +9,7 @@ from headscope.ablation.run import present
 from headscope.edits import Heads, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.hf.model import HFModel
-from headscope.models.hf.prune import is_pruned, pruned, read_pruned
+from headscope.models.hf.removal import is_pruned, pruned, read_pruned
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 

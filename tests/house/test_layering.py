@@ -43,7 +43,7 @@ PLANTED = {
     "table.py": ("from torch import Tensor", "imports torch"),
     "tables/wide.py": ("import torch", "imports torch"),
     "ablation.py": ("HOOK = 'hook_z'", "'hook_z'"),
-    "circuits/ov.py": ("def f(m):\n    return m.self_attn.o_proj", "'o_proj'"),
+    "circuits/ov_qk.py": ("def f(m):\n    return m.self_attn.o_proj", "'o_proj'"),
     "scoring.py": ("def f(m, g):\n    m.register_forward_pre_hook(g)", "register_forward_pre_hook"),
     "models/hf/late.py": ("def f(m, g):\n    m.register_forward_hook(g)", "may be called in"),
     "models/loading/late.py": ("def f(c):\n    return c._attn_implementation", "_attn_impl"),

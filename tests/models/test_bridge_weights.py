@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
-from headscope.models.bridge.weights import bridge_weights
+from headscope.models.bridge.parts import bridge_weights
 from headscope.models.hf.model import HFModel
 from headscope.outputs import HeadWeights
 from tests.models import checks

@@ -11,7 +11,7 @@ from headscope import circuits
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import HeadNorm
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.bridge.weights import bridge_weights
+from headscope.models.bridge.parts import bridge_weights
 from headscope.models.hf.interface import routed
 from headscope.models.hf.model import HFModel
 from tests.models import checks

@@ -15,9 +15,8 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import unmeasured_write
 from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
-from headscope.models.bridge.parts import BridgeParts
+from headscope.models.bridge.parts import BridgeParts, bridge_weights
 from headscope.models.bridge.passes import BridgePass
-from headscope.models.bridge.weights import bridge_weights
 from headscope.models.digest import Digest
 from headscope.models.hf.readout import logit_scale, measure_readout
 from headscope.models.hf.taps import Tapped

@@ -1,25 +1,34 @@
-"""What a removal of heads comes to: which rows of which matrices stay, written down as data.
+"""Structural removal of heads: rows and columns of Q, K, V and O really go.
 
-It is saved in the smaller model's config, as no config of transformers can say different numbers
-of heads per layer.
+What a removal comes to, which rows of which matrices stay, is written down as data: a
+:class:`Removal`, which is saved in the smaller model's config, as no config of transformers can say
+different numbers of heads per layer. Reading applies the same removal to an empty model and then
+lets transformers load the weights, which fit.
 """
 
+import copy
 from collections import Counter
+from collections.abc import Iterable
 from math import gcd
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
-from headscope.errors import UnsupportedModelError
+from headscope.edits import zero
+from headscope.errors import ModelLoadError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.hf.hooks import Call, after, hooked
 from headscope.models.hf.layout import tiny_tokens
-from headscope.models.hf.owners import Owner
+from headscope.models.hf.owners import Owner, find_owners
+from headscope.models.hf.removed import Kept, LayerConfig, NoHeads, RepeatingLinear, reading_kept
+from headscope.models.running import pass_over
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
+
 
 # By attention module and matrix, the outputs that stay.
 Rows = dict[tuple[str, str], Tensor]
@@ -160,3 +169,185 @@ def _returns(model: "HFModel", attention: nn.Module) -> int | None:
     with hooked([after(attention, look)]):
         model.forward(tiny_tokens(model.module)[:1, :2])
     return found[0]
+
+
+# Under this name the removal stands in a config.
+KEY = "headscope_removal"
+# Names under which attention modules and configs of transformers keep their numbers of heads.
+_HEADS = ("num_heads", "num_attention_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_GROUPS = ("num_key_value_groups",)
+_WIDTHS = ("split_size",)
+_PER_HEAD = ("sinks",)
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+_HALF_TOLERANCE = 5e-2
+
+
+def pruned(model: "HFModel", heads: Iterable[HeadIndex]) -> Any:
+    """A smaller copy of the model without these heads; see :func:`headscope.prune`."""
+    removed = tuple(dict.fromkeys(model.shape.check(head) for head in heads))
+    name, family = model.name, model.module.config.model_type
+    if is_pruned(model.module.config):
+        raise UnsupportedModelError(
+            f"{name} was pruned already: prune the model that it came from, by all heads at once."
+        )
+    owners = find_owners(model)
+    _refuse_other_matrices(model, owners)
+    plan, rows = removal_of(model, removed, owners)
+    smaller = copy.deepcopy(model.module)
+    _apply(smaller, plan, rows)
+    setattr(smaller.config, KEY, plan.model_dump(mode="json"))
+    if removed:
+        _prove(model, smaller, removed, f"{name} ({family})")
+    return smaller
+
+
+def is_pruned(config: Any) -> bool:
+    """Whether a config says that heads were removed."""
+    return getattr(config, KEY, None) is not None
+
+
+def read_pruned(folder: str | Path, config: Any, **options: Any) -> Any:
+    """Load a model whose config says what was removed; ``options`` go to ``from_pretrained``.
+
+    Raises:
+        ModelLoadError: if the config does not fit the family.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        plan = Removal.model_validate(getattr(config, KEY))
+        family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except (ValidationError, KeyError) as error:
+        raise ModelLoadError(f"{folder} holds no pruned model that can be read: {error}") from error
+    whole: Any = family[0] if isinstance(family, tuple) else family
+
+    def start(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        whole.__init__(self, config, *args, **kwargs)
+        try:
+            _apply(self, plan, {})
+        except (AttributeError, IndexError, RuntimeError) as error:
+            raise ModelLoadError(f"{folder}: its config removes what is not there.") from error
+
+    # transformers makes the object and then loads what fits: the removal goes in between.
+    own: Any = type(whole.__name__, (whole,), {"__init__": start, "__module__": whole.__module__})
+    try:
+        model, found = own.from_pretrained(
+            folder, config=config, output_loading_info=True, **options
+        )
+    except RuntimeError as error:
+        raise ModelLoadError(f"{folder}: its weights are not those of its config.") from error
+    if found["missing_keys"]:
+        raise ModelLoadError(f"{folder} lacks weights: {sorted(found['missing_keys'])[0]} is one.")
+    model.__class__ = whole
+    return model.eval()
+
+
+def _refuse_other_matrices(model: "HFModel", owners: dict[int, dict[str, list[Owner]]]) -> None:
+    for layer, parts in model.layout.layers.items():
+        modules = [parts.attention.get_submodule(name) for name in owners[layer]]
+        for module in (*modules, parts.projection):
+            if type(module).__name__ not in ("Linear", "Conv1D"):
+                raise UnsupportedModelError(
+                    f"{model.name} cannot be pruned: layer {layer} has a {type(module).__name__} "
+                    "where a plain matrix should be; load it unquantised and without adapters."
+                )
+
+
+def _apply(model: Any, plan: Removal, rows: Rows) -> None:
+    """Make the modules smaller; ``rows`` says which outputs stay, else the first ones do."""
+    for layer in plan.layers:
+        attention = model.get_submodule(layer.attention)
+        if not layer.heads:
+            if layer.projection not in dict(attention.named_modules()):
+                raise UnsupportedModelError(
+                    "its output projections stand beside the attention modules, so no layer can "
+                    "lose all its heads: keep one of each."
+                )
+            silent = NoHeads(attention, layer.projection, layer.returns)
+            model.set_submodule(layer.attention, silent)
+            continue
+        kept = Kept(layer.heads, layer.kv_heads, plan.n_heads, plan.n_kv_heads)
+        attention.headscope_kept = kept
+        for name, count in layer.outputs.items():
+            module = attention.get_submodule(name)
+            here = rows.get((layer.attention, name), torch.arange(count))
+            _cut(module, here, out=True)
+            if name in layer.blocks:
+                module.__class__ = RepeatingLinear
+                module.headscope_blocks = layer.blocks[name]
+                module.headscope_d_head = plan.d_head
+        _cut_projection(_projection(model, attention, layer.projection), kept, plan.d_head)
+        _renumber(attention, kept, plan.d_head)
+
+
+def _projection(model: Any, attention: Any, path: str) -> Any:
+    """Output projection: in the attention module, or (bert) beside it, by its path in the model."""
+    inside = dict(attention.named_modules())
+    return inside[path] if path in inside else model.get_submodule(path)
+
+
+def _cut(module: Any, index: Tensor, *, out: bool) -> None:
+    """Keep some outputs or inputs of a matrix."""
+    linear = isinstance(module, nn.Linear)
+    axis = 0 if linear == out else 1
+    place = index.to(module.weight.device)
+    module.weight = _chosen(module.weight, axis, place)
+    if out and module.bias is not None:
+        module.bias = _chosen(module.bias, 0, place)
+    names = ("out_features", "in_features") if linear else ("nf", "nx")
+    setattr(module, names[0] if out else names[1], len(index))
+
+
+def _chosen(parameter: nn.Parameter, axis: int, index: Tensor) -> nn.Parameter:
+    value = parameter.detach().index_select(axis, index)
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _cut_projection(projection: Any, kept: Kept, d_head: int) -> None:
+    columns = torch.tensor(kept.heads)[:, None] * d_head + torch.arange(d_head)
+    _cut(projection, columns.flatten(), out=False)
+    projection.__class__ = reading_kept(type(projection))
+    projection.headscope_kept = kept
+    projection.headscope_width = len(columns.flatten())
+
+
+def _renumber(attention: Any, kept: Kept, d_head: int) -> None:
+    """Tell the attention module how many heads it has."""
+    numbers = {
+        **dict.fromkeys(_HEADS, len(kept.heads)),
+        **dict.fromkeys(_KV_HEADS, len(kept.kv_heads)),
+        **dict.fromkeys(_GROUPS, len(kept.heads) // len(kept.kv_heads)),
+        **dict.fromkeys(_WIDTHS, len(kept.heads) * d_head),
+    }
+    for name, value in numbers.items():
+        if isinstance(getattr(attention, name, None), int):
+            setattr(attention, name, value)
+    for name in _PER_HEAD:
+        given = getattr(attention, name, None)
+        if isinstance(given, nn.Parameter):
+            place = torch.tensor(kept.heads, device=given.device)
+            setattr(attention, name, _chosen(given, 0, place))
+    if getattr(attention, "config", None) is not None:
+        own = {name: numbers[name] for name in (*_HEADS[1:], *_KV_HEADS[:1])}
+        attention.config = LayerConfig(attention.config, own)
+
+
+@torch.no_grad()
+def _prove(model: "HFModel", smaller: Any, removed: tuple[HeadIndex, ...], name: str) -> None:
+    """The smaller model gives the logits of the whole one with these heads' outputs at 0."""
+    tokens = tiny_tokens(model.module)
+    wanted = model.forward(tokens, edits=(zero(removed),)).float()
+    try:
+        with pass_over(smaller):
+            got = smaller(input_ids=tokens, use_cache=False).logits.float()
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be pruned: its attention does not run with fewer heads ({error})."
+        ) from error
+    limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE) * max(1.0, float(wanted.abs().max()))
+    if not float((got - wanted).abs().max()) <= limit:
+        raise UnsupportedModelError(
+            f"{name} cannot be pruned: without these heads its logits are not those of the model "
+            "with their outputs at 0, so its attention uses numbers of heads that are not known."
+        )

@@ -1,4 +1,8 @@
-"""Load a model, from wherever it is, as something seen head by head."""
+"""Load a model, from wherever it is, as something seen head by head.
+
+The config alone tells which of transformers' classes opens it, and which families are refused
+before any weight is read.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -10,13 +14,91 @@ from typing import Any
 import torch
 
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
-from headscope.models.hf.transformers_api import commit_hash
+from headscope.models.hf.transformers_api import ATTENTION_LAYERS, OTHER_LAYERS, commit_hash
 from headscope.models.loading import shipped
-from headscope.models.loading.admission import admit
 from headscope.models.loading.extrapolation import extrapolate as extrapolate_positions
 from headscope.models.loading.gguf import check_gguf, is_gguf, read_gguf, read_gguf_config
-from headscope.models.loading.tasks import auto_class
 from headscope.models.protocol import HeadModel
+
+KNOWN_LAYERS = ATTENTION_LAYERS | OTHER_LAYERS
+# Tokens of the passes that are watched to find the parts of a model.
+_SHORTEST = 5
+
+
+def admit(config: Any, name: str) -> None:
+    """Return if a model with this config may have heads that headscope can take apart.
+
+    Raises:
+        UnsupportedModelError: with the model and the reason, where it certainly has not.
+    """
+    text = config.get_text_config()
+    family = getattr(config, "model_type", "unknown")
+    reason = None
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, with several attention stacks"
+    elif getattr(text, "kv_lora_rank", None):
+        reason = "it uses multi-head latent attention (MLA), with compressed keys and values"
+    elif (getattr(text, "max_position_embeddings", None) or _SHORTEST) < _SHORTEST:
+        reason = f"its context is too short to take its heads apart: {_SHORTEST} tokens at least"
+    elif str(family).startswith("gemma4") and getattr(text, "num_kv_shared_layers", None):
+        reason = (
+            "it drops positions before its layers that share keys and values, so that not every "
+            "row of attention exists"
+        )
+    elif not _has_heads(text):
+        reason = "it has no attention heads (a state-space or recurrent model)"
+    elif unknown := sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS):
+        reason = (
+            f"it has layers of the kind {unknown[0]!r}, whose visible keys headscope cannot tell"
+        )
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{name} ({family}) is not supported: {reason}. Decoder-only transformers with "
+            "ordinary or grouped-query attention are."
+        )
+
+
+def _has_heads(config: Any) -> bool:
+    recurrent = ("mamba", "rwkv", "xlstm")
+    if str(getattr(config, "model_type", "")).startswith(recurrent):
+        return False
+    return any(getattr(config, key, None) for key in ("num_attention_heads", "n_head", "num_heads"))
+
+
+def auto_class(config: Any) -> Any:
+    """Return the ``AutoModel...`` class that opens a checkpoint with all that it was trained with.
+
+    A causal language model where the config names one, or names nothing that is known; a masked
+    language model where the config names that; the bare model where it names another head (a
+    sentence encoder, a classifier), whose weights a language-model head would not find.
+
+    Args:
+        config: of the checkpoint.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+    )
+
+    kind = type(config)
+    masked = MODEL_FOR_MASKED_LM_MAPPING.get(kind, None)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if masked is None or named == _name(causal) or getattr(config, "is_decoder", False):
+        return AutoModelForCausalLM
+    if named in (_name(masked), "") or named.endswith("ForPreTraining"):
+        return AutoModelForMaskedLM
+    return AutoModel
+
+
+def _name(made: Any) -> str:
+    """Name of a class; of the first where there are several."""
+    first = made[0] if isinstance(made, tuple | list) else made
+    return getattr(first, "__name__", "-")
+
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -192,7 +274,7 @@ def _from_files(
     """Read config, weights and tokenizer; return them with the model's name and commit."""
     from transformers import AutoConfig
 
-    from headscope.models.hf.prune import is_pruned, read_pruned
+    from headscope.models.hf.removal import is_pruned, read_pruned
 
     name = shipped.DEFAULT if source is None else str(source)
     if source is not None and is_gguf(source):
