@@ -56,9 +56,12 @@ if TYPE_CHECKING:
     from headscope.pruning import prune as prune
     from headscope.retrieval import mask_heads as mask_heads
     from headscope.scorers import AttentionRows as AttentionRows
+    from headscope.scorers import gradient_scorer as gradient_scorer
     from headscope.scorers import output_scorer as output_scorer
+    from headscope.scorers import qk_scorer as qk_scorer
     from headscope.scorers import row_scorer as row_scorer
-    from headscope.scoring import score as score
+    from headscope.scorers import weight_scorer as weight_scorer
+    from headscope.scoring.score import score as score
     from headscope.table import EffectGrid as EffectGrid
     from headscope.table import HeadScores as HeadScores
     from headscope.table import HeadTable as HeadTable
@@ -70,7 +73,7 @@ __version__ = "0.1.0"
 
 # Name -> the module that defines it; a name that is itself a module is its own home. No function
 # here may share its name with a module directly under headscope: importing that module would put
-# the module in the function's place. Hence `score` lives in scoring.py, `prune` in pruning/.
+# the module in the function's place. Hence `score` lives in scoring/, `prune` in pruning/.
 _HOME = {
     "AttentionRows": "headscope.scorers",
     "EffectGrid": "headscope.table",
@@ -100,6 +103,7 @@ _HOME = {
     "explain": "headscope.interactive",
     "flow": "headscope.flow",
     "geometry": "headscope.geometry",
+    "gradient_scorer": "headscope.scorers",
     "interactions": "headscope.ablation",
     "interventions": "headscope.interventions",
     "lens": "headscope.lens",
@@ -113,13 +117,15 @@ _HOME = {
     "probes": "headscope.probes",
     "prune": "headscope.pruning",
     "pruning": "headscope.pruning",
+    "qk_scorer": "headscope.scorers",
     "retrieval": "headscope.retrieval",
     "row_scorer": "headscope.scorers",
-    "score": "headscope.scoring",
+    "score": "headscope.scoring.score",
     "scorers": "headscope.scorers",
     "screen_heads": "headscope.ablation",
     "sweeps": "headscope.sweeps",
     "testing": "headscope.testing",
+    "weight_scorer": "headscope.scorers",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw these would take every name for an unknown object

@@ -8,26 +8,40 @@ from docs.pages.write import heading, list_table, plain
 from headscope.scorers import CATALOGUE, DEFAULT, Scorer
 from headscope.table import HeadTable
 
-_VIEWS = {"no_sink": "without the first token", "value_weighted": "weighted by what values write"}
+_FORMS = {
+    "rows_no_sink": "without the first token",
+    "rows_value_weighted": "weighted by what values write",
+}
 _PROBES = {
     "repeated_tokens": "random tokens said twice (:func:`headscope.probes.repeated_tokens`)",
     "text": "bundled passages of text (:func:`headscope.probes.text`)",
     "ioi": "indirect-object pairs (:func:`headscope.probes.pairs`)",
     "needle": "facts hidden in long text (:func:`headscope.probes.needle`)",
 }
-_READS = {"row": "attention rows", "output": "head outputs", "match": "queries and keys"}
+_READS = {
+    "row": "attention rows",
+    "output": "head outputs",
+    "qk": "QK scores, before the softmax",
+    "gradient": "head outputs and the gradient of a metric by them",
+}
 _CONTROLS = {
     "flat": "attention spread evenly over the visible keys, on the same examples (paired)",
     "unrepeated": "the probe's control: on repeated tokens, the later copies permuted (paired)",
     "needle": "the probe's control: another needle in its place, or another question (paired)",
-    None: "none: compare heads, not probes",
 }
+
+
+_NO_CONTROL = "none: compare heads, not probes"
 
 
 def scorer_pages(pictures: Path | None) -> dict[str, str]:
     """Pages by path below ``generated/``; with pictures drawn into that folder."""
     model = hs.load()
-    asked = [name for name, one in CATALOGUE.items() if not set(one.needs) & set(model.limits)]
+    asked = [
+        name
+        for name, one in CATALOGUE.items()
+        if one.kind != "weight" and not set(one.needs) & set(model.limits)
+    ]
     table = None if pictures is None else hs.score(model, scorers=asked)
     families = _families()
     pages = {
@@ -41,7 +55,9 @@ def _families() -> dict[str, list[str]]:
     """Base name -> it and its other forms."""
     families: dict[str, list[str]] = {}
     for name, scorer in CATALOGUE.items():
-        base = name if scorer.view == "plain" else name.removesuffix(f"_{scorer.view}")
+        if scorer.kind == "weight":
+            continue
+        base = name.removesuffix(scorer.reads.removeprefix("rows"))
         families.setdefault(base, []).append(name)
     return families
 
@@ -71,8 +87,8 @@ def _page(
         ["Unit", scorer.unit],
         ["Range", _range(scorer)],
         ["Reads", _READS[scorer.kind]],
-        ["Probe it is meant for", _PROBES.get(scorer.probe, scorer.probe)],
-        ["Null", _CONTROLS[scorer.control]],
+        ["Probe it is meant for", _PROBES[scorer.probe.name] if scorer.probe else "none"],
+        ["Null", _CONTROLS[scorer.control.name] if scorer.control else _NO_CONTROL],
         ["Test", _tested(scorer)],
         ["A head is called so when", called],
         ["Needs of the model", ", ".join(f"``{one}``" for one in scorer.needs) or "nothing"],
@@ -86,7 +102,7 @@ def _page(
         f'   table = hs.score(model, scorers="{base}")\n'
         f'   table.top("{base}", 5)\n\n'
     )
-    forms = [(name, _VIEWS[CATALOGUE[name].view]) for name in names if name != base]
+    forms = [(name, _FORMS[CATALOGUE[name].reads]) for name in names if name != base]
     if forms:
         text += "Other forms: " + "; ".join(f"``{name}`` ({how})" for name, how in forms) + ".\n\n"
     shown = table is not None and base in table and bool((table[base].n > 0).any())
@@ -126,7 +142,8 @@ def _index(families: dict[str, list[str]]) -> str:
     toc = "\n".join(f"   {base}" for base in [*families, "weights"])
     return (
         heading("Scorers")
-        + f"\nHeadscope ships {len(CATALOGUE)} scorers of {len(families)} kinds. Every score has a "
+        + f"\nHeadscope ships {len(CATALOGUE)} scorers: those on :doc:`weights`, and "
+        f"{len(families)} kinds of scorers of what heads do. Every score has a "
         "mean, a standard error, a unit, a range and, where it says so, a null. What the numbers "
         "can and cannot show: :doc:`/validity`. A scorer of your own: :doc:`/howto/your-scorer`.\n"
         "\n"
@@ -146,7 +163,9 @@ def _weights() -> str:
         rows.append([f"``{name}``", unit, f"{low} to {high}", meaning, source])
     return (
         heading("Scores of the weights")
-        + "\n:func:`headscope.circuits.score` reads these from the weights: nothing is run but "
-        "tiny passes that measure norms. They say what a head could do, not what it does on a "
-        "text.\n\n" + list_table(["score", "unit", "range", "a high value means", "source"], rows)
+        + "\nThese are read from the weights: nothing is run but tiny passes that measure norms. "
+        '``hs.score(model, scorers=["ov_norm", "induction"])`` takes them by name, and '
+        ":func:`headscope.circuits.score` gives all of them. They say what a head could do, "
+        "not what it does on a text.\n\n"
+        + list_table(["score", "unit", "range", "a high value means", "source"], rows)
     )

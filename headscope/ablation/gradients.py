@@ -7,7 +7,7 @@ mean derivative along the straight way on which all gates open together; the est
 then sum to the effect of ablating all of them, up to the error of the midpoint rule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Placer, Study
-from headscope.ablation.sources import quick
+from headscope.ablation.sources import ForwardSource, quick
 from headscope.edits import AnyEdit, Site, Span, during
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -146,6 +146,20 @@ def _derivatives(
     rows = torch.stack([by_layer[head.layer][:, head.head] for head in heads]).cpu().double()
     unread = ~batch.readings[0].read.any(1).cpu()
     return rows.masked_fill(unread, float("nan"))
+
+
+def whole_batches(study: Study) -> Iterator[tuple[slice, Batch]]:
+    """Batches of a study's probe with the examples they hold, in order, ready for whole passes.
+
+    Batches of which the metric reads nothing are left out.
+    """
+    reads = study.metric.reads(study.probe)
+    for start in range(0, len(study.probe), study.size):
+        chosen = slice(start, min(start + study.size, len(study.probe)))
+        part, read = study.probe.examples(chosen), reads[chosen]
+        if bool(read.any()):
+            source = ForwardSource(study.model, part.tokens, part.real, read)
+            yield chosen, Batch(part, study.metric, source, read, study.limit)
 
 
 def total_metric(model: HeadModel, batch: Batch, edits: Sequence[AnyEdit]) -> Float[Tensor, ""]:

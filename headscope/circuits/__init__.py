@@ -49,8 +49,10 @@ from headscope.circuits.ov_qk import qk_content as qk_content
 from headscope.circuits.paths import Path as Path
 from headscope.circuits.paths import chains as chains
 from headscope.circuits.paths import strongest_paths as strongest_paths
+from headscope.circuits.scores import Weights as Weights
 from headscope.circuits.scores import random_edge as random_edge
 from headscope.circuits.scores import score as score
+from headscope.circuits.scores import weight_scorers as weight_scorers
 from headscope.circuits.spectra import eigenvalues as eigenvalues
 from headscope.circuits.spectra import spectra as spectra
 from headscope.circuits.spectrum import effective_rank as effective_rank

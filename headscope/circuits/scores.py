@@ -1,10 +1,9 @@
 """All weight scores of a model in one table."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,21 +30,111 @@ from headscope.models.running import own_types
 from headscope.origin import of_weights
 from headscope.probes.vocabulary import ordinary_tokens
 from headscope.progress import Advance, track
+from headscope.scorer import Scorer, weight_scorer
 from headscope.table import HeadScores, HeadTable
 
 _MP = "Marchenko and Pastur 1967"
 _UNIT: Bounds = (0.0, 1.0)
 
 
-class Line(NamedTuple):
-    """One score of the table; its values are of the factors that it was read from."""
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What a weight scorer sees: the circuits of all heads, or of one, and the vocabulary.
 
-    name: str
-    values: Float[Tensor, "layer head"] | Int[Tensor, "layer head"]
-    unit: str
-    bounds: Bounds
-    description: str
-    source: str
+    Attributes:
+        model: whose weights they are.
+        tokens: source tokens on which shares over the vocabulary are taken.
+        most: largest rank that shares look at.
+        seed: of random spectra.
+        head: the only head whose circuits are read; None: all heads.
+        words: tokens as they enter the model, by kind of embedding.
+    """
+
+    model: HeadModel
+    tokens: Int[Tensor, " token"]
+    most: int
+    seed: int
+    head: HeadIndex | None = None
+    words: Mapping[Embedding, Dictionary] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: HeadModel, *, tokens: int = 256, most: int = 5, seed: int = 0) -> "Weights":
+        """Weights of all heads, with ``tokens`` source tokens drawn by ``seed``.
+
+        Example:
+            >>> weights = hs.circuits.Weights.of(model, tokens=16)
+            >>> weights.ov.norm().shape == (model.shape.n_layers, model.shape.n_heads)
+            True
+        """
+        words = {kind: Dictionary(model, kind) for kind in _SUFFIX}
+        return cls(model, _sample(model, tokens, seed), most, seed, words=words)
+
+    def only(self, head: HeadIndex) -> "Weights":
+        """The same of one head."""
+        return replace(self, head=head)
+
+    @cached_property
+    def ov(self) -> HeadFactors:
+        """OV circuits.
+
+        Raises:
+            UnsupportedModelError: if the family does not allow it; likewise of :attr:`qk`.
+        """
+        return self._chosen(ov(self.model, layers=self._layers))
+
+    @cached_property
+    def qk(self) -> HeadFactors:
+        """QK circuits at distance 0."""
+        return self._chosen(qk(self.model, offset=0, layers=self._layers))
+
+    def sized(self, name: str) -> HeadFactors:
+        """:meth:`circuit`, where the size of the product means something.
+
+        Raises:
+            UnsupportedModelError: for QK where queries or keys are normed.
+        """
+        factors = self.circuit(name)
+        if name == "qk":
+            between = [self.model.parts.query_key(layer) for layer in factors.layers]
+            if any(one.query_norm or one.key_norm for one in between):
+                raise UnsupportedModelError(
+                    f"{self.model.name} norms its queries or keys, so the size of a QK product "
+                    "means nothing: use scores without a size, such as qk_stable_rank."
+                )
+        return factors
+
+    def circuit(self, name: str) -> HeadFactors:
+        """``ov`` or ``qk``."""
+        return self.ov if name == "ov" else self.qk
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, Embedding], Int[Tensor, "layer head token"]]:
+        return {}
+
+    def ranks(self, circuit: str, kind: Embedding) -> Int[Tensor, "layer head token"]:
+        """Rank of each source token among what the circuit makes of it, up to ``most``."""
+        if (circuit, kind) not in self._ranks:
+            read = copying_ranks if circuit == "ov" else matching_ranks
+            factors, words = self.circuit(circuit), self.words[kind]
+            self._ranks[circuit, kind] = read(factors, words, self.tokens, max(1, self.most))
+        return self._ranks[circuit, kind]
+
+    @cached_property
+    def _values(self) -> dict[str, Float[Tensor, "layer head rank"]]:
+        return {}
+
+    def singular_values(self, circuit: str) -> Float[Tensor, "layer head rank"]:
+        """Singular values of a circuit, largest first."""
+        if circuit not in self._values:
+            self._values[circuit] = self.circuit(circuit).singular_values()
+        return self._values[circuit]
+
+    @property
+    def _layers(self) -> list[int] | None:
+        return None if self.head is None else [self.head.layer]
+
+    def _chosen(self, factors: HeadFactors) -> HeadFactors:
+        return factors if self.head is None else factors.only(self.head)
 
 
 @own_types()
@@ -66,6 +155,8 @@ def score(
     factor alone, above the Marchenko-Pastur edge), copying and
     matching scores with the raw embedding and (``*_mlp``) with the first MLP's part added, and
     alignment with embedding and unembedding. QK at distance 0 under rotary positions.
+
+    Each is a scorer of the catalogue too: ``hs.score(model, scorers=["ov_norm", "induction"])``.
 
     A circuit that the family does not allow is left out of the table, and so are ``qk_norm`` and
     ``qk_spectral_norm`` where queries and keys are normed (qwen3, gemma3). Under a norm after
@@ -98,210 +189,260 @@ def score(
         if kind not in _SUFFIX:
             raise InputError(nearest(str(kind), _SUFFIX, kind="embedding"))
     chosen = None if heads is None else [model.shape.check(HeadIndex.parse(one)) for one in heads]
-    reading = _Reading(
-        model,
-        _sample(model, tokens, seed),
-        k,
-        seed,
-        tuple((Dictionary(model, kind), _SUFFIX[kind]) for kind in dict.fromkeys(embeddings)),
-        Dictionary(model),
+    weights = Weights.of(model, tokens=tokens, most=k, seed=seed)
+    scorers = weight_scorers(k, tuple(dict.fromkeys(embeddings)))
+    found = _computed(weights, scorers, chosen, progress, leave_out=True)
+    return HeadTable(found.values())
+
+
+def score_weights(
+    model: HeadModel, scorers: Sequence[Scorer], *, seed: int = 0
+) -> dict[str, HeadScores]:
+    """Scores of all heads by weight scorers, with the settings of :func:`score`.
+
+    Args:
+        model: any model.
+        scorers: of weights.
+        seed: of the source tokens and of the random spectra.
+
+    Raises:
+        UnsupportedModelError: if the family does not allow one of them.
+    """
+    weights = Weights.of(model, seed=seed)
+    return _computed(weights, scorers, None, progress=False, leave_out=False)
+
+
+def _computed(
+    weights: Weights,
+    scorers: Sequence[Scorer],
+    heads: Sequence[HeadIndex] | None,
+    progress: bool | None,
+    *,
+    leave_out: bool,
+) -> dict[str, HeadScores]:
+    """Every score of all heads at once, or of some heads one after the other."""
+    model = weights.model
+    facts = of_weights(
+        model, circuit="weights", tokens=len(weights.tokens), k=weights.most, fold_norm=True
     )
-    lines = reading.every_head(progress) if chosen is None else reading.some_heads(chosen)
-    facts = of_weights(model, circuit="weights", tokens=len(reading.sample), k=k, fold_norm=True)
-    return HeadTable(
-        HeadScores.from_summary(
-            line.name,
-            values,
-            kv_heads=model.shape.n_kv_heads,
-            unit=line.unit,
-            bounds=line.bounds,
-            description=line.description,
-            source=line.source,
-            provenance=facts,
-        )
-        for line, values in lines
-    )
-
-
-_SUFFIX = {"raw": "", "mlp": "_mlp"}
-
-
-Values = tuple[Line, Float[np.ndarray, "layer head"]]
-
-
-def _uncounted(steps: float = 1) -> None:
-    """Count nothing."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """What all scores of one table share: the vocabulary, the sampled tokens, the settings."""
-
-    model: HeadModel
-    sample: Int[Tensor, " token"]
-    k: int
-    seed: int
-    words: tuple[tuple[Dictionary, str], ...]
-    raw: Dictionary
-
-    def every_head(self, progress: bool | None) -> list[Values]:
-        """Scores of all heads at once."""
-        steps = 2 * (2 + 2 * len(self.words))
-        with track(steps, "scoring weights", show=progress) as advance:
-            lines = self._lines(advance)
-        layers = self.model.shape.attention_layers
-        return [(line, over_all_layers(self.model, line.values, layers)) for line in lines]
-
-    def some_heads(self, heads: Sequence[HeadIndex]) -> list[Values]:
-        """Scores of these heads, one after the other; NaN for all others."""
-        found: dict[str, Values] = {}
-        size = (self.model.shape.n_layers, self.model.shape.n_heads)
-        for head in heads:
-            for line in self._lines(_uncounted, head):
-                _, values = found.setdefault(line.name, (line, np.full(size, np.nan)))
-                values[head] = float(line.values)
-        return list(found.values())
-
-    def _lines(self, advance: Advance, head: HeadIndex | None = None) -> list[Line]:
-        lines, reasons = [], []
-        layers = None if head is None else [head.layer]
-        for circuit, read in ((self._ov_lines, ov), (self._qk_lines, partial(qk, offset=0))):
+    views = [weights] if heads is None else [weights.only(head) for head in heads]
+    found: dict[str, HeadScores] = {}
+    reasons = []
+    with track(len(scorers) * len(views), "scoring weights", show=progress) as advance:
+        for scorer in scorers:
             try:
-                factors = read(self.model, layers=layers)
+                values = _values(scorer, views, advance)
             except UnsupportedModelError as error:
+                if not leave_out:
+                    raise
                 reasons.append(str(error))
                 continue
-            lines += list(circuit(factors if head is None else factors.only(head), advance))
-        if not lines:
-            raise UnsupportedModelError(" ".join(reasons))
-        return lines
-
-    def _ov_lines(self, factors: HeadFactors, advance: Advance) -> Iterator[Line]:
-        yield from _spectrum_lines("ov", factors, self.seed)
-        advance()
-        for words, suffix in self.words:
-            yield Line(
-                f"copying_eigenvalues{suffix}",
-                copying_eigenvalues(factors, words),
-                "ratio",
-                (-1.0, 1.0),
-                "attended tokens raise their own logit (-1: lower it)",
-                "Elhage et al. 2021",
+            spec = scorer.spec
+            if scorer.bounds_of is not None:
+                spec = replace(spec, bounds=scorer.bounds_of(views[0]))
+            found[scorer.name] = HeadScores.from_summary(
+                spec, values, kv_heads=model.shape.n_kv_heads, provenance=facts
             )
-            advance()
-            ranks = copying_ranks(factors, words, self.sample, max(1, self.k), advance)
-            for rank in (1, self.k):
-                yield Line(
-                    f"copying_top{rank}{suffix}",
-                    share_within(ranks, rank),
-                    "share of tokens",
-                    _UNIT,
-                    f"attended tokens are among the {rank} that are raised most",
-                    "Wang et al. 2022, without positions",
-                )
-        yield Line(
-            "ov_read_alignment",
-            read_alignment(factors, self.raw),
-            "share of variance",
-            _UNIT,
-            "values are read from where token embeddings vary",
-            "subspace projection",
-        )
-        yield Line(
-            "ov_write_alignment",
-            write_alignment(factors, self.raw),
-            "share of variance",
-            _UNIT,
-            "the head writes where logits are read",
-            "subspace projection",
-        )
+    if not found:
+        raise UnsupportedModelError(" ".join(dict.fromkeys(reasons)))
+    return found
+
+
+def _values(
+    scorer: Scorer, views: Sequence[Weights], advance: Advance
+) -> Float[np.ndarray, "layer head"]:
+    """Values of one scorer; NaN for heads that were not asked for."""
+    model = views[0].model
+    whole = np.full((model.shape.n_layers, model.shape.n_heads), np.nan)
+    for view in views:
+        values = scorer(view)
+        if view.head is None:
+            whole = over_all_layers(model, values, model.shape.attention_layers)
+        else:
+            whole[view.head] = float(values)
         advance()
-
-    def _qk_lines(self, factors: HeadFactors, advance: Advance) -> Iterator[Line]:
-        sized = not self._norms_queries(factors.layers)
-        for line in _spectrum_lines("qk", factors, self.seed):
-            if sized or line.name not in _SIZES:
-                yield line
-        advance()
-        for words, suffix in self.words:
-            yield Line(
-                f"matching_eigenvalues{suffix}",
-                matching_eigenvalues(factors, words),
-                "ratio",
-                (-1.0, 1.0),
-                "queries look for keys of their own token (-1: avoid them)",
-                "Elhage et al. 2021",
-            )
-            advance()
-            ranks = matching_ranks(factors, words, self.sample, max(1, self.k), advance)
-            for rank in (1, self.k):
-                yield Line(
-                    f"matching_top{rank}{suffix}",
-                    share_within(ranks, rank),
-                    "share of tokens",
-                    _UNIT,
-                    f"a token's own key is among its {rank} best",
-                    "copying share, for QK",
-                )
-        for side, one in (("query", factors), ("key", factors.transposed())):
-            yield Line(
-                f"qk_{side}_alignment",
-                read_alignment(one, self.raw),
-                "share of variance",
-                _UNIT,
-                f"{side} vectors are read from where token embeddings vary",
-                "subspace projection",
-            )
-        advance()
-
-    def _norms_queries(self, layers: Sequence[int]) -> bool:
-        """Whether some layer norms its queries or keys, so that the size of QK means nothing."""
-        between = [self.model.parts.query_key(layer) for layer in layers]
-        return any(one.query_norm or one.key_norm for one in between)
+    return whole
 
 
-# Scores that are sizes of a product, which a norm on queries and keys takes away.
-_SIZES = {"qk_norm", "qk_spectral_norm"}
+_SUFFIX: dict[Embedding, str] = {"raw": "", "mlp": "_mlp"}
 
 
-def _spectrum_lines(name: str, factors: HeadFactors, seed: int) -> Iterator[Line]:
-    S, count = factors.singular_values(), (0.0, float(factors.left.shape[-1]))
+def _rank_bound(weights: Weights, circuit: str) -> Bounds:
+    return (0.0, float(weights.circuit(circuit).left.shape[-1]))
+
+
+def _spectrum(circuit: str) -> tuple[Scorer, ...]:
+    """Scorers of the spectrum of a circuit, ``ov`` or ``qk``."""
+
+    def made(
+        measure: str,
+        function: Callable[[Weights], Tensor],
+        unit: str,
+        bounds: Bounds | None,
+        description: str,
+        source: str,
+    ) -> Scorer:
+        return weight_scorer(
+            name=f"{circuit}_{measure}",
+            unit=unit,
+            bounds=bounds or (0.0, None),
+            bounds_of=None if bounds else lambda weights: _rank_bound(weights, circuit),
+            description=description,
+            source=source,
+            needs=(f"{circuit}_size" if unit == "" else f"{circuit}_circuit",),
+        )(function)
+
+    def of_values(measure: Callable[[Tensor], Tensor]) -> Callable[[Weights], Tensor]:
+        return lambda weights: measure(weights.singular_values(circuit))
+
+    def outliers(weights: Weights) -> Tensor:
+        S = weights.singular_values(circuit)
+        return spectrum.outliers(S, random_edge(weights.circuit(circuit), weights.seed)).to(S)
+
+    def of_factor(side: str) -> Callable[[Weights], Tensor]:
+        def function(weights: Weights) -> Tensor:
+            factors = weights.circuit(circuit)
+            return factors.per_head(_factor_outliers(getattr(factors, side)))
+
+        return function
+
+    def largest(weights: Weights) -> Tensor:
+        weights.sized(circuit)
+        return weights.singular_values(circuit)[..., 0]
+
+    size: Bounds = (0.0, None)
+    share = "(1 + tr(W W) / |W|^2) / 2"
     roy, rudelson = "Roy and Vetterli 2007", "Rudelson and Vershynin 2007"
     spread, energy = "(sum S^2)^2 / sum S^4", "share of energy"
-    size: Bounds = (0.0, None)
-    rank, stable, many = (
-        measure(S)
+    symmetry = "symmetric matrix (0: antisymmetric)"
+    product = "product of Gaussian factors, mean + 3 sd of the largest"
+    random = "directions above those of random factors of its shape and variance"
+    alone = "directions of the {} factor alone above the edge of a random one"
+    effective, stable, many, top = (
+        of_values(measure)
         for measure in (
             spectrum.effective_rank,
             spectrum.stable_rank,
             spectrum.participation_ratio,
+            spectrum.top_share,
         )
     )
-    top, symmetric = spectrum.top_share(S), symmetric_share(factors)
-    symmetry = "symmetric matrix (0: antisymmetric)"
-    for measure, values, unit, bounds, description, source in (
-        ("norm", factors.norm(), "", size, "large matrix", "Frobenius norm"),
-        ("spectral_norm", S[..., 0], "", size, "large top direction", "spectral norm"),
-        ("effective_rank", rank, "directions", count, "many directions alike", roy),
-        ("stable_rank", stable, "directions", count, "energy not in one direction", rudelson),
-        ("participation_ratio", many, "directions", count, "energy spread out", spread),
-        ("top_share", top, energy, _UNIT, "one direction carries it", "S[0]^2 / sum S^2"),
-        ("symmetric_share", symmetric, energy, _UNIT, symmetry, "(1 + tr(W W) / |W|^2) / 2"),
-    ):
-        yield Line(f"{name}_{measure}", values, unit, bounds, description, source)
-    yield from _outlier_lines(name, factors, S, seed)
+    return tuple(
+        made(*one)
+        for one in (
+            ("norm", lambda w: w.sized(circuit).norm(), "", size, "large matrix", "Frobenius norm"),
+            ("spectral_norm", largest, "", size, "large top direction", "spectral norm"),
+            ("effective_rank", effective, "directions", None, "many directions alike", roy),
+            ("stable_rank", stable, "directions", None, "energy not in one direction", rudelson),
+            ("participation_ratio", many, "directions", None, "energy spread out", spread),
+            ("top_share", top, energy, _UNIT, "one direction carries it", "S[0]^2 / sum S^2"),
+            (
+                "symmetric_share",
+                lambda w: symmetric_share(w.circuit(circuit)),
+                energy,
+                _UNIT,
+                symmetry,
+                share,
+            ),
+            ("outliers", outliers, "directions", None, random, product),
+            ("left_outliers", of_factor("left"), "directions", None, alone.format("left"), _MP),
+            ("right_outliers", of_factor("right"), "directions", None, alone.format("right"), _MP),
+        )
+    )
 
 
-def _outlier_lines(name: str, factors: HeadFactors, S: Tensor, seed: int) -> Iterator[Line]:
-    count: Bounds = (0.0, float(factors.left.shape[-1]))
-    above = spectrum.outliers(S, random_edge(factors, seed)).to(S)
-    product = "product of Gaussian factors, mean + 3 sd of the largest"
-    described = "directions above those of random factors of its shape and variance"
-    yield Line(f"{name}_outliers", above, "directions", count, described, product)
-    for side, factor in (("left", factors.left), ("right", factors.right)):
-        above = factors.per_head(_factor_outliers(factor))
-        described = f"directions of the {side} factor alone above the edge of a random one"
-        yield Line(f"{name}_{side}_outliers", above, "directions", count, described, _MP)
+def _of_words(circuit: str, kind: Embedding, k: int) -> tuple[Scorer, ...]:
+    """Scorers of what a circuit makes of each token, by its embedding."""
+    name = "copying" if circuit == "ov" else "matching"
+    eigenvalues = copying_eigenvalues if circuit == "ov" else matching_eigenvalues
+    raised = "attended tokens are among the {} that are raised most"
+    best = "a token's own key is among its {} best"
+    shares, source = (
+        (raised, "Wang et al. 2022, without positions")
+        if circuit == "ov"
+        else (best, "copying share, for QK")
+    )
+
+    def share(rank: int) -> Scorer:
+        return weight_scorer(
+            name=f"{name}_top{rank}{_SUFFIX[kind]}",
+            unit="share of tokens",
+            bounds=_UNIT,
+            description=shares.format(rank),
+            source=source,
+            needs=(f"{circuit}_circuit", "embedding", "readout"),
+        )(lambda weights: share_within(weights.ranks(circuit, kind), rank))
+
+    own = weight_scorer(
+        name=f"{name}_eigenvalues{_SUFFIX[kind]}",
+        unit="ratio",
+        bounds=(-1.0, 1.0),
+        description=(
+            "attended tokens raise their own logit (-1: lower it)"
+            if circuit == "ov"
+            else "queries look for keys of their own token (-1: avoid them)"
+        ),
+        source="Elhage et al. 2021",
+        needs=(f"{circuit}_circuit", "embedding", "readout"),
+    )(lambda weights: eigenvalues(weights.circuit(circuit), weights.words[kind]))
+    return (own, *(share(rank) for rank in dict.fromkeys((1, k))))
+
+
+def _aligned(name: str, description: str, function: Callable[[Weights], Tensor]) -> Scorer:
+    return weight_scorer(
+        name=name,
+        unit="share of variance",
+        bounds=_UNIT,
+        description=description,
+        source="subspace projection",
+        needs=(f"{name[:2]}_circuit", "embedding", "readout"),
+    )(function)
+
+
+_READ = "{} read from where token embeddings vary"
+_OV_ALIGNMENT = (
+    _aligned(
+        "ov_read_alignment",
+        _READ.format("values are"),
+        lambda weights: read_alignment(weights.ov, weights.words["raw"]),
+    ),
+    _aligned(
+        "ov_write_alignment",
+        "the head writes where logits are read",
+        lambda weights: write_alignment(weights.ov, weights.words["raw"]),
+    ),
+)
+_QK_ALIGNMENT = (
+    _aligned(
+        "qk_query_alignment",
+        _READ.format("query vectors are"),
+        lambda weights: read_alignment(weights.qk, weights.words["raw"]),
+    ),
+    _aligned(
+        "qk_key_alignment",
+        _READ.format("key vectors are"),
+        lambda weights: read_alignment(weights.qk.transposed(), weights.words["raw"]),
+    ),
+)
+
+
+def weight_scorers(
+    k: int = 5, embeddings: Sequence[Embedding] = ("raw", "mlp")
+) -> tuple[Scorer, ...]:
+    """Scorers of weights alone, in the order of their table; see :func:`score`.
+
+    Example:
+        >>> [one.name for one in hs.circuits.weight_scorers()][:2]
+        ['ov_norm', 'ov_spectral_norm']
+    """
+    return (
+        *_spectrum("ov"),
+        *(one for kind in embeddings for one in _of_words("ov", kind, k)),
+        *_OV_ALIGNMENT,
+        *_spectrum("qk"),
+        *(one for kind in embeddings for one in _of_words("qk", kind, k)),
+        *_QK_ALIGNMENT,
+    )
 
 
 def _factor_outliers(

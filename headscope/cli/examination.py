@@ -1,17 +1,20 @@
 """What ``headscope doctor MODEL`` tells of a model: measured on it, not read from a list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import torch
 
-from headscope import probes
+from headscope.circuits import Weights, ov, qk
 from headscope.cli.output import console
 from headscope.errors import HeadscopeError
 from headscope.models.loading.agreement import Proof
 from headscope.models.needs import lacks
 from headscope.models.protocol import HeadModel
+from headscope.probes import uses_bos
+from headscope.scorer import DefaultProbe
 from headscope.scorers import CATALOGUE, DEFAULT
 
 _PATHS = {
@@ -51,11 +54,11 @@ def examine(model: HeadModel) -> dict[str, Any]:
         "n_ctx": shape.n_ctx,
         "windows": list(shape.windows),
         "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
-        "bos": probes.uses_bos(model),
+        "bos": uses_bos(model),
         "limits": dict(model.limits),
         "proof": _proof(model),
         "parts": _parts(model),
-        "probes": made,
+        "probes": {kind.name: reason for kind, reason in made.items()},
         "refused": refused,
         "default_scorers": [name for name in DEFAULT if name not in refused],
     }
@@ -106,32 +109,33 @@ def _parts(model: HeadModel) -> dict[str, str | None]:
             lambda: [model.parts.input_norm(layer) for layer in layers]
         ),
         "positions": _reason(lambda: [model.parts.rotation(layer) for layer in layers]),
+        "ov_size": _reason(lambda: Weights.of(model).sized("ov")),
+        "qk_size": _reason(lambda: Weights.of(model).sized("qk")),
         "embedding": _reason(lambda: model.parts.embedding),
         "final norm and unembedding": _reason(lambda: model.readout),
     }
 
 
-def _probes(model: HeadModel) -> dict[str, str | None]:
-    """Kinds of probe that scorers are meant for."""
-    longest = model.shape.n_ctx or 512
-    length = min(50, (longest - 1) // 2)
-    return {
-        "repeated_tokens": _reason(lambda: probes.repeated_tokens(model, length=length, batch=1)),
-        "text": _reason(lambda: probes.text(model)),
-        "ioi": _reason(lambda: probes.pairs(model, "ioi", batch=2)),
-        "needle": _reason(lambda: probes.needle(model)),
-    }
+def _probes(model: HeadModel) -> dict[DefaultProbe, str | None]:
+    """Kinds of probe that scorers are meant for, each with the reason why it cannot be made."""
+    kinds = dict.fromkeys(one.probe for one in CATALOGUE.values() if one.probe is not None)
+    return {kind: _reason(partial(kind.make, model, 0)) for kind in kinds}
 
 
-def _refused(model: HeadModel, made: dict[str, str | None]) -> dict[str, str]:
+def _refused(model: HeadModel, made: Mapping[DefaultProbe, str | None]) -> dict[str, str]:
     """Scorers that this model cannot be asked, each with the reason."""
+    own = {
+        "ov_circuit": _reason(lambda: ov(model)),
+        "qk_circuit": _reason(lambda: qk(model, offset=0)),
+        "ov_size": _reason(lambda: Weights.of(model).sized("ov")),
+        "qk_size": _reason(lambda: Weights.of(model).sized("qk")),
+        "embedding": _reason(lambda: model.parts.embedding),
+    }
     refused = {}
     for name, scorer in CATALOGUE.items():
-        reasons = [lacks(model, need) for need in scorer.needs]
-        # Without a tokenizer random tokens stand in for text, but they hold no delimiters.
-        stands_in = scorer.probe == "text" and not name.startswith(("delimiter", "separator"))
-        if not stands_in or model.tokenizer is not None:
-            reasons.append(made.get(scorer.probe))
+        reasons = [own[need] if need in own else lacks(model, need) for need in scorer.needs]
+        if scorer.probe is not None:
+            reasons.append(made[scorer.probe.suited(model)])
         if reason := next(filter(None, reasons), None):
             refused[name] = reason
     return refused

@@ -25,10 +25,12 @@ def run(*, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    grid = Table("name", "unit", "range", "what it measures", "source", show_lines=False)
+    grid = Table("name", "reads", "unit", "range", "what it measures", "source", show_lines=False)
     for name, scorer in CATALOGUE.items():
         low, high = ("-" if bound is None else f"{bound:g}" for bound in scorer.bounds)
         mark = "" if name in DEFAULT else " *"
-        grid.add_row(name + mark, scorer.unit, f"{low}..{high}", scorer.description, scorer.source)
+        span = f"{low}..{high}"
+        said = (scorer.description, scorer.source)
+        grid.add_row(name + mark, scorer.kind, scorer.unit, span, *said)
     console().print(grid)
     console().print("* not in a plain scan; ask for it by name.")

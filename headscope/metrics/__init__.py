@@ -13,6 +13,7 @@ from headscope.metrics.base import LogitRows as LogitRows
 from headscope.metrics.base import Metric as Metric
 from headscope.metrics.base import WholeMetric as WholeMetric
 from headscope.metrics.base import as_metric as as_metric
+from headscope.metrics.base import cost_sign as cost_sign
 from headscope.metrics.base import rows_of as rows_of
 from headscope.metrics.catalogue import accuracy as accuracy
 from headscope.metrics.catalogue import answer_log_prob as answer_log_prob

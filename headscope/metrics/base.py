@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.specs import Direction, ScoreSpec
+from headscope.base.statistics import Bounds
 from headscope.errors import InputError
 
 
@@ -60,22 +62,36 @@ class Metric:
     """A number per position read, averaged over the positions of an example.
 
     Attributes:
-        name: of the metric.
+        spec: what the metric declares: name, unit, bounds, which direction is better, ...
         value: the number of every row.
-        unit: of the number, e.g. ``logits``, ``nats``.
-        bounds: smallest and largest possible value; None where there is none.
-        description: what a high value means.
         needs: which of ``target``, ``foil`` and ``clean`` it compares the logits with.
         mark: which positions it reads; None: those with a target (and a foil, if it needs one).
     """
 
-    name: str
+    spec: ScoreSpec
     value: Callable[[LogitRows], Float[Tensor, " row"]]
-    unit: str = ""
-    bounds: tuple[float | None, float | None] = (None, None)
-    description: str = ""
     needs: frozenset[str] = frozenset({"target"})
     mark: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the metric."""
+        return self.spec.name
+
+    @property
+    def unit(self) -> str:
+        """Unit of the number, e.g. ``logits``, ``nats``."""
+        return self.spec.unit
+
+    @property
+    def bounds(self) -> Bounds:
+        """Smallest and largest possible value; None where there is none."""
+        return self.spec.bounds
+
+    @property
+    def description(self) -> str:
+        """What a high value means."""
+        return self.spec.description
 
     def at(self, mark: str) -> "Metric":
         """The same metric, read at the positions with this mark (that have a target)."""
@@ -132,11 +148,28 @@ class WholeMetric:
     """A user's own function of the logits of all positions and the batch's probe."""
 
     function: Callable[..., Tensor]
-    name: str = "metric"
-    unit: str = ""
-    bounds: tuple[float | None, float | None] = (None, None)
-    description: str = ""
+    spec: ScoreSpec
     needs: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Name of the metric."""
+        return self.spec.name
+
+    @property
+    def unit(self) -> str:
+        """Unit of the number, e.g. ``logits``, ``nats``."""
+        return self.spec.unit
+
+    @property
+    def bounds(self) -> Bounds:
+        """Smallest and largest possible value; None where there is none."""
+        return self.spec.bounds
+
+    @property
+    def description(self) -> str:
+        """What a high value means."""
+        return self.spec.description
 
     def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
         """Every position."""
@@ -172,7 +205,29 @@ def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric
         return metric
     if not callable(metric):
         raise InputError(f"a metric is a value of headscope.metrics or a function; got {metric!r}.")
-    return WholeMetric(metric, name=getattr(metric, "__name__", "metric").strip("<>"))
+    return WholeMetric(metric, ScoreSpec(getattr(metric, "__name__", "metric").strip("<>")))
+
+
+def cost_sign(metric: AnyMetric, better: Direction | None = None) -> int:
+    """1 where a rise of the metric is damage, -1 where a fall is.
+
+    Args:
+        metric: one of :mod:`headscope.metrics`, or a user's.
+        better: which direction is better; needed where the metric does not declare it.
+
+    Raises:
+        InputError: if it cannot be told.
+
+    Example:
+        >>> cost_sign(hs.metrics.loss), cost_sign(hs.metrics.accuracy)
+        (1, -1)
+    """
+    known = better or metric.spec.direction
+    if known not in ("higher", "lower"):
+        raise InputError(
+            f"metric {metric.name!r} has no direction: pass better='higher' or better='lower'."
+        )
+    return 1 if known == "lower" else -1
 
 
 def rows_of(

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.specs import ScoreSpec
 from headscope.errors import InputError
 from headscope.metrics.base import LogitRows, Metric
 
@@ -27,39 +28,54 @@ def _correct(rows: LogitRows) -> Float[Tensor, " row"]:
 
 
 logit_difference = Metric(
-    "logit_difference",
+    ScoreSpec(
+        "logit_difference",
+        unit="logits",
+        direction="higher",
+        description="Logit of the target less that of the foil.",
+    ),
     _logit_difference,
-    unit="logits",
-    description="Logit of the target less that of the foil.",
     needs=frozenset({"target", "foil"}),
 )
 answer_log_prob = Metric(
-    "answer_log_prob",
+    ScoreSpec(
+        "answer_log_prob",
+        unit="nats",
+        bounds=(None, 0.0),
+        direction="higher",
+        description="Log-probability of the target.",
+    ),
     log_prob,
-    unit="nats",
-    bounds=(None, 0.0),
-    description="Log-probability of the target.",
 )
 answer_probability = Metric(
-    "answer_probability",
+    ScoreSpec(
+        "answer_probability",
+        unit="probability",
+        bounds=(0.0, 1.0),
+        direction="higher",
+        description="Probability of the target.",
+    ),
     lambda rows: log_prob(rows).exp(),
-    unit="probability",
-    bounds=(0.0, 1.0),
-    description="Probability of the target.",
 )
 answer_rank = Metric(
-    "answer_rank",
+    ScoreSpec(
+        "answer_rank",
+        unit="rank",
+        bounds=(0.0, None),
+        direction="lower",
+        description="Number of tokens with a larger logit than the target; 0 is best.",
+    ),
     _rank,
-    unit="rank",
-    bounds=(0.0, None),
-    description="Number of tokens with a larger logit than the target; 0 is best.",
 )
 accuracy = Metric(
-    "accuracy",
+    ScoreSpec(
+        "accuracy",
+        unit="share",
+        bounds=(0.0, 1.0),
+        direction="higher",
+        description="Share of targets with the largest logit; of equals the lowest token wins.",
+    ),
     _correct,
-    unit="share",
-    bounds=(0.0, 1.0),
-    description="Share of targets with the largest logit; of equals the lowest token wins.",
 )
 
 
@@ -71,18 +87,24 @@ def _kl(rows: LogitRows) -> Float[Tensor, " row"]:
 
 
 loss = Metric(
-    "loss",
+    ScoreSpec(
+        "loss",
+        unit="nats",
+        bounds=(0.0, None),
+        direction="lower",
+        description="Mean cross-entropy per target; loss.by_position gives it token by token.",
+    ),
     lambda rows: -log_prob(rows),
-    unit="nats",
-    bounds=(0.0, None),
-    description="Mean cross-entropy per target; loss.by_position gives it token by token.",
 )
 kl_divergence = Metric(
-    "kl_divergence",
+    ScoreSpec(
+        "kl_divergence",
+        unit="nats",
+        bounds=(0.0, None),
+        direction="lower",
+        description="KL(clean || edited) of the next-token distribution, mean over positions.",
+    ),
     _kl,
-    unit="nats",
-    bounds=(0.0, None),
-    description="KL(clean || edited) of the next-token distribution, mean over positions.",
     needs=frozenset({"clean"}),
 )
 

@@ -19,19 +19,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope import metrics
-from headscope.ablation.gradients import total_metric
+from headscope.ablation.gradients import total_metric, whole_batches
 from headscope.ablation.run import Metricish, Study
+from headscope.base.specs import Direction
 from headscope.edits import Site
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.metrics import cost_sign
 from headscope.models.bridge.model import BridgeModel
 from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.progress import track
-from headscope.pruning.direction import Better, cost_sign
-from headscope.pruning.passes import whole_batches
 from headscope.table import HeadScores
 
 # Temperature and the interval that is stretched over, of Voita et al.; Louizos et al. have 2/3.
@@ -109,7 +109,7 @@ def learn_gates(
     steps: int = 150,
     rate: float = 0.1,
     start: float = 2.0,
-    better: Better | None = None,
+    better: Direction | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: bool | None = None,

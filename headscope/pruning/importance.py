@@ -11,19 +11,18 @@ from torch import Tensor
 from headscope import metrics
 from headscope.ablation import ablate_heads
 from headscope.ablation.engine import Batch
-from headscope.ablation.gradients import check_slope, total_metric
+from headscope.ablation.gradients import check_slope, total_metric, whole_batches
 from headscope.ablation.run import Maker, Metricish, Positions, Study, by_head, present
+from headscope.base.specs import Direction
 from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, Site, zero
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.metrics import as_metric
+from headscope.metrics import as_metric, cost_sign
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.progress import track
-from headscope.pruning.direction import Better, cost_sign
-from headscope.pruning.passes import whole_batches
 from headscope.table import HeadScores
 
 _TINY = 1e-20
@@ -160,7 +159,7 @@ def ablation_importance(
     metric: Metricish = metrics.loss,
     method: Maker = "zero",
     *,
-    better: Better | None = None,
+    better: Direction | None = None,
     positions: Positions = None,
     reference: Probe | None = None,
     seed: int = 0,

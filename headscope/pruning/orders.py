@@ -14,13 +14,14 @@ import numpy as np
 from headscope import metrics
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of
+from headscope.base.specs import Direction
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.metrics import cost_sign
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe, probe_digest
 from headscope.progress import track
-from headscope.pruning.direction import Better, cost_sign
 from headscope.pruning.importance import gradient_importance
 from headscope.pruning.kept_order import KeptOrder
 from headscope.table import HeadScores, Provenance
@@ -124,7 +125,7 @@ def greedy(
     *,
     count: int | None = None,
     keep: int = 0,
-    better: Better | None = None,
+    better: Direction | None = None,
     reference: Probe | None = None,
     batch_size: int | None = None,
     checkpoint: "str | PathLike[str] | None" = None,

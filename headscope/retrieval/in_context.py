@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headscope.ablation.heads import ablated
 from headscope.ablation.run import Maker, Placer, Study, by_head, facts_of, present
+from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.capture import check_fits
 from headscope.edits import Heads
@@ -191,10 +192,10 @@ def _differences(
         return loss.value(rows) * weights.to(rows.logits.device)[rows.foils]
 
     asked = replace(probe, targets=targets, foils=sides, control=None, corrupt=None)
-    return asked, Metric(
+    spec = ScoreSpec(
         "in_context_learning",
-        signed,
         unit="nats",
+        direction="lower",
         description="Loss of late tokens less that of early ones.",
-        needs=frozenset({"target", "foil"}),
     )
+    return asked, Metric(spec, signed, needs=frozenset({"target", "foil"}))

@@ -1,15 +1,21 @@
-"""Scorers: pure functions from attention rows or head outputs to a number per head and query."""
+"""Scorers: pure functions from attention rows, head outputs, QK scores, gradients or weights."""
 
+from headscope.gradients import HeadGradients
 from headscope.matches import Matches
 from headscope.outputs import HeadOutputs
 from headscope.rows import AttentionRows
-from headscope.scorers.base import (
+from headscope.scorer import (
+    Control,
+    DefaultProbe,
     Scorer,
     every_query,
+    gradient_scorer,
     match_scorer,
     output_scorer,
+    qk_scorer,
     row_scorer,
     value_weighted,
+    weight_scorer,
     without_sink,
 )
 from headscope.scorers.between import between
@@ -24,22 +30,28 @@ __all__ = [
     "CATALOGUE",
     "DEFAULT",
     "AttentionRows",
+    "Control",
+    "DefaultProbe",
+    "HeadGradients",
     "HeadOutputs",
     "Matches",
     "Relation",
     "Scorer",
     "between",
     "every_query",
+    "gradient_scorer",
     "long_need",
     "long_need_predicted",
     "match_scorer",
     "output_scorer",
+    "qk_scorer",
     "relation",
     "relative_offset",
     "resolve",
     "row_scorer",
     "streaming_gap",
     "value_weighted",
+    "weight_scorer",
     "window_mass",
     "without_sink",
 ]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
-from headscope.scorers.base import Scorer, row_scorer
+from headscope.scorer import Scorer, row_scorer
 from headscope.scorers.queries import queries_at
 
 _IOI_THRESHOLD = 0.25

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+from headscope.circuits.scores import weight_scorers
 from headscope.errors import InputError, nearest
-from headscope.scorers.base import Scorer, value_weighted, without_sink
+from headscope.scorer import Scorer, value_weighted, without_sink
 from headscope.scorers.between import (
     ioi_duplicate,
     ioi_induction,
@@ -18,6 +19,7 @@ from headscope.scorers.detect import (
     detect_head_induction,
     detect_head_previous_token,
 )
+from headscope.scorers.gradients import loss_sensitivity
 from headscope.scorers.long_need import (
     default_long_need,
     default_predicted,
@@ -107,6 +109,8 @@ CATALOGUE: dict[str, Scorer] = {
         detect_head_previous_token,
         detect_head_duplicate_token,
         detect_head_induction,
+        loss_sensitivity,
+        *weight_scorers(),
     )
 }
 
@@ -142,7 +146,9 @@ def resolve(scorers: Iterable[str | Scorer | Relation] | Scorer) -> tuple[Scorer
     found: dict[str, Scorer] = {}
     for one in wanted:
         if not isinstance(one, (str, Scorer)):
-            raise InputError(f"{one!r} is no scorer: give a name, or decorate it with row_scorer.")
+            raise InputError(
+                f"{one!r} is not a scorer: give a name, or decorate it with row_scorer."
+            )
         if isinstance(one, str) and one not in CATALOGUE:
             raise InputError(nearest(one, CATALOGUE, kind="scorer"))
         scorer = CATALOGUE[one] if isinstance(one, str) else one

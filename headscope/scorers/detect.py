@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
-from headscope.scorers.base import Scorer, row_scorer
+from headscope.scorer import Scorer, row_scorer
 from headscope.scorers.offsets import previous_token
 from headscope.scorers.queries import all_queries
 from headscope.scorers.repetition import duplicate_token, induction

@@ -11,7 +11,7 @@ from headscope.errors import InputError
 from headscope.matches import Matches
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
-from headscope.scorers.base import Scorer, every_query, match_scorer, row_scorer
+from headscope.scorer import Scorer, every_query, match_scorer, row_scorer
 from headscope.scorers.streaming import check_widths, local_keys, out_of_sight
 
 Moments = Literal["bulk", "local"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headscope.outputs import HeadOutputs
 from headscope.probes.probe import Probe
-from headscope.scorers.base import output_scorer
+from headscope.scorer import output_scorer
 from headscope.scorers.retrieval import answering, unless_hidden
 
 _NEEDS = ("attention_write", "readout", "values", "causal")

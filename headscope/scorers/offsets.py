@@ -5,7 +5,7 @@ from torch import Tensor
 
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
-from headscope.scorers.base import Scorer, row_scorer
+from headscope.scorer import Scorer, row_scorer
 from headscope.scorers.queries import queries_before, queries_past
 
 # Mean from which a head is named for the distance that it looks back.

@@ -4,7 +4,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from headscope.probes.probe import Probe
-from headscope.scorers.base import QuerySelector, every_query
+from headscope.scorer import QuerySelector, every_query
 
 
 def all_queries(probe: Probe) -> Bool[Tensor, "batch pos"]:

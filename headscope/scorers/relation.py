@@ -15,7 +15,16 @@ from torch import Tensor
 from headscope.errors import InputError
 from headscope.probes.probe import Probe, pairs_of_examples
 from headscope.rows import AttentionRows
-from headscope.scorers.base import Control, Scorer, every_query, without_sink
+from headscope.scorer import (
+    OTHER_EXAMPLE,
+    TEXT,
+    Control,
+    DefaultProbe,
+    Scorer,
+    every_query,
+    row_scorer,
+    without_sink,
+)
 
 PairsLike = Tensor | Sequence[Sequence[Sequence[int]]]
 PairsOf = Callable[[Probe], PairsLike]
@@ -55,8 +64,8 @@ def relation(
     name: str,
     pairs: PairsOf | PairsLike | None = None,
     *,
-    control: Control | None = "other_example",
-    probe: str = "text",
+    control: str | Control | None = OTHER_EXAMPLE,
+    probe: str | DefaultProbe = TEXT,
     threshold: float | None = None,
     source: str = _SOURCE,
 ) -> Relation:
@@ -96,10 +105,8 @@ def relation(
             return value(rows, given.keys(probe, rows))
 
         function.__doc__ = f"{_SAID[kind]} of the relation {name!r}."
-        return Scorer(
+        return row_scorer(
             name=f"{name}_{kind}",
-            function=function,
-            kind="row",
             unit=unit,
             bounds=(0.0, most),
             source=source,
@@ -108,7 +115,7 @@ def relation(
             control=control,
             threshold=threshold if kind == "mass" else None,
             alternative="two-sided" if kind == "evenness" else "greater",
-        )
+        )(function)
 
     return Relation(
         mass=made("mass", "attention", 1.0, AttentionRows.mass),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
-from headscope.scorers.base import row_scorer
+from headscope.scorer import row_scorer
 from headscope.scorers.queries import repeated_queries
 
 # Up to this many earlier occurrences each is looked up; beyond, a mask of the chunk is cheaper.

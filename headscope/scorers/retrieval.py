@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
-from headscope.scorers.base import row_scorer
+from headscope.scorer import row_scorer
 from headscope.scorers.queries import queries_at
 
 _WU = "Wu et al. 2024 (arXiv 2404.15574), {}"

@@ -8,7 +8,7 @@ from headscope.errors import InputError
 from headscope.inputs import Rotation
 from headscope.matches import Matches
 from headscope.probes.probe import Probe
-from headscope.scorers.base import match_scorer
+from headscope.scorer import match_scorer
 from headscope.scorers.retrieval import answering
 
 

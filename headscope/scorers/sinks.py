@@ -5,7 +5,7 @@ from torch import Tensor
 
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
-from headscope.scorers.base import row_scorer
+from headscope.scorer import WORDS, row_scorer
 from headscope.scorers.queries import queries_with
 
 
@@ -30,7 +30,7 @@ def first_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head 
 
 @row_scorer(
     source="Clark et al. 2019 (arXiv 1906.04341), attention to [SEP]",
-    probe="text",
+    probe=WORDS,
     queries=queries_with("separator"),
     threshold=0.5,
     needs=("bidirectional",),
@@ -48,7 +48,7 @@ def separator(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head qu
 
 @row_scorer(
     source="Clark et al. 2019 (arXiv 1906.04341), attention to [SEP] and punctuation",
-    probe="text",
+    probe=WORDS,
     queries=queries_with("delimiter"),
     threshold=0.6,
 )

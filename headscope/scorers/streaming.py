@@ -10,7 +10,7 @@ from headscope.errors import InputError
 from headscope.outputs import HeadOutputs
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
-from headscope.scorers.base import Scorer, output_scorer
+from headscope.scorer import Scorer, output_scorer
 from headscope.scorers.retrieval import answering
 
 # A row that sums to more has lost nothing to a sink but rounding.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from headscope.outputs import HeadOutputs
 from headscope.probes.probe import Probe
-from headscope.scorers.base import output_scorer
+from headscope.scorer import output_scorer
 from headscope.scorers.queries import contrasting_queries, predicting_queries
 
 

@@ -1,6 +1,6 @@
 """``hs.testing.check_scorer``: whether a scorer is the pure function that it is taken for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -12,16 +12,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headscope import probes
-from headscope.base.stacks import CAUSAL
+from headscope.base.stacks import CAUSAL, MaskRule
+from headscope.circuits.scores import Weights
+from headscope.gradients import HeadGradients
+from headscope.heads import HeadIndex
 from headscope.inputs import Rotation
 from headscope.matches import Matches
 from headscope.models.attention import visible_keys
 from headscope.models.loading.load import load
+from headscope.models.protocol import HeadModel
 from headscope.outputs import HeadOutputs, Readout
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
+from headscope.scorer import IOI, NEEDLE, REPEATED, DefaultProbe
 from headscope.scorers import Scorer
-from headscope.testing.report import CheckReport, agree, ensure, run_checks
+from headscope.testing.report import CheckError, CheckReport, agree, ensure, run_checks
 
 _HEADS, _KV_HEADS, _D_HEAD, _D_MODEL = 4, 2, 8, 24
 _TOLERANCE = 1e-4
@@ -40,12 +45,14 @@ def check_scorer(
     is there. ``bounds``: kept. ``pure``: inputs are left as they were, no global random state is
     used, the same call gives the same bytes. ``batch size``, ``example order``, ``padding left``,
     ``padding right``, ``chunks``: change no value. ``heads``: a permutation of the heads permutes
-    the values.
+    the values. A scorer of weights is called on those of the bundled model: ``declared``,
+    ``shape`` (``[layer head]``), ``finite``, ``bounds``, ``pure``, and ``one head``: a head has
+    the same value when the others are not read.
 
     Args:
         scorer: from :func:`headscope.row_scorer` and its like.
         probe: what to call it on, at least two examples; default: the kind that it is meant for,
-            for the bundled model.
+            for the bundled model. A scorer of weights takes none.
         raises: raise at the first failure; else go on and list it in the report.
         seed: of the layer.
 
@@ -57,22 +64,25 @@ def check_scorer(
         >>> hs.testing.check_scorer(hs.scorers.CATALOGUE["induction"]).failed
         {}
     """
+    if scorer.reads == "weights":
+        return run_checks(scorer.name, scorer, _WEIGHT_CHECKS, raises=raises)
     chosen = _default_probe(scorer.probe) if probe is None else probe
     case = _Case(scorer, chosen.examples(slice(0, 4)), seed)
     return run_checks(scorer.name, case, _CHECKS, raises=raises)
 
 
 @cache
-def _default_probe(kind: str) -> Probe:
+def _default_probe(kind: DefaultProbe | None) -> Probe:
     """Small probe of a kind, for the bundled model."""
     model = load()
-    if kind == "needle":
-        return probes.needle(model, lengths=[60, 75], depths=2)
-    if kind == "ioi":
-        return probes.pairs(model, "ioi", batch=4)
-    if kind == "text":
-        return probes.text(model)
-    return probes.repeated_tokens(model, length=9, batch=4)
+    if kind is None:
+        raise CheckError("it has no default probe: pass probe=.")
+    small: Mapping[DefaultProbe, Callable[[], Probe]] = {
+        NEEDLE: lambda: probes.needle(model, lengths=[60, 75], depths=2),
+        IOI: lambda: probes.pairs(model, "ioi", batch=4),
+        REPEATED: lambda: probes.repeated_tokens(model, length=9, batch=4),
+    }
+    return small[kind]() if kind in small else kind.make(model, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,19 +107,22 @@ class _Case:
 
     def seen(
         self, probe: Probe, query_pos: Tensor | None = None, heads: Tensor | None = None
-    ) -> AttentionRows | HeadOutputs | Matches:
+    ) -> AttentionRows | HeadOutputs | Matches | HeadGradients:
         """The layer in the form that the scorer reads."""
         at = torch.arange(probe.length) if query_pos is None else query_pos
-        layer = _Layer.of(probe, self.drawn)
+        bidirectional = "bidirectional" in self.scorer.needs
+        layer = _Layer.of(probe, self.drawn, MaskRule("bidirectional") if bidirectional else CAUSAL)
         layer = layer if heads is None else layer.permuted(heads)
-        if self.scorer.kind == "match":
+        if self.scorer.reads == "qk":
             return layer.matches(at)
-        if self.scorer.kind == "output":
+        if self.scorer.reads == "outputs":
             return layer.outputs(at)
+        if self.scorer.reads == "gradients":
+            return layer.gradients(at)
         rows = layer.rows(at)
-        if self.scorer.view == "no_sink":
+        if self.scorer.reads == "rows_no_sink":
             return rows.without_first(probe.first)
-        if self.scorer.view == "value_weighted":
+        if self.scorer.reads == "rows_value_weighted":
             return rows.weighted(layer.value_norms[..., : rows.pattern.shape[-1]])
         return rows
 
@@ -168,14 +181,15 @@ class _Layer:
     W_O: Float[Tensor, "head d_head d_model"]
     by_distance: Float[Tensor, "head distance"]
     readout: Readout
+    mask: MaskRule = CAUSAL
 
     @classmethod
-    def of(cls, probe: Probe, drawn: "_Drawn") -> "_Layer":
+    def of(cls, probe: Probe, drawn: "_Drawn", mask: MaskRule) -> "_Layer":
         """What is drawn, for the tokens of a probe."""
         query, key, value = (
             part[probe.tokens].transpose(1, 2) for part in (drawn.query, drawn.key, drawn.value)
         )
-        return cls(probe, query, key, value, drawn.W_O, drawn.by_distance, drawn.readout)
+        return cls(probe, query, key, value, drawn.W_O, drawn.by_distance, drawn.readout, mask)
 
     def permuted(self, heads: Tensor) -> "_Layer":
         """The same layer with its query heads in another order (key/value heads repeated)."""
@@ -193,9 +207,9 @@ class _Layer:
         return part.repeat_interleave(_HEADS // part.shape[1], dim=1)
 
     def _visible(self, at: Tensor) -> Tensor:
-        n_keys = int(at.max()) + 1
+        n_keys = int(at.max()) + 1 if self.mask is CAUSAL else self.probe.length
         real = None if bool(self.probe.real.all()) else self.probe.real
-        return visible_keys(at, n_keys, len(self.probe), mask=CAUSAL, real=real)
+        return visible_keys(at, n_keys, len(self.probe), mask=self.mask, real=real)
 
     def rows(self, at: Tensor) -> AttentionRows:
         """Peaky softmax rows."""
@@ -226,6 +240,10 @@ class _Layer:
             make_values=lambda: self.value,
             make_matches=lambda: self.matches(at),
         )
+
+    def gradients(self, at: Tensor) -> HeadGradients:
+        """The outputs with a made-up gradient, which depends on the token and the head."""
+        return HeadGradients(0, at, self.outputs(at).z, self.query[:, :, at].transpose(1, 2))
 
     def matches(self, at: Tensor) -> Matches:
         """Queries and keys themselves; without the part that depends on the distance."""
@@ -438,6 +456,83 @@ def _heads(case: _Case) -> None:
     _same(case, turned, case.values()[:, order], _chosen(case), "when heads change places")
 
 
+@cache
+def _bundled() -> HeadModel:
+    return load()
+
+
+def _weights() -> Weights:
+    return Weights.of(_bundled(), tokens=16)
+
+
+def _of_weights(scorer: Scorer) -> Tensor:
+    values: Tensor = scorer(_weights())
+    return values
+
+
+def _weights_declared(scorer: Scorer) -> None:
+    ensure(scorer.name.isidentifier(), f"its name {scorer.name!r} is not a plain word.")
+    ensure(
+        scorer.description not in ("", scorer.name),
+        "its function has no docstring: say what it measures.",
+    )
+
+
+def _weights_shape(scorer: Scorer) -> None:
+    shape = _bundled().shape
+    expected, values = (len(shape.attention_layers), shape.n_heads), _of_weights(scorer)
+    given = tuple(getattr(values, "shape", ()))
+    ensure(given == expected, f"it gives {given} instead of [layer head] = {expected}.")
+
+
+def _weights_finite(scorer: Scorer) -> None:
+    values = _of_weights(scorer)
+    ensure(not bool(values.isinf().any()), "some value is infinite: give NaN where none exists.")
+    ensure(not bool(values.isnan().all()), "every value is missing on the bundled model.")
+
+
+def _weights_bounds(scorer: Scorer) -> None:
+    low, high = scorer.bounds if scorer.bounds_of is None else scorer.bounds_of(_weights())
+    values = _of_weights(scorer).float()
+    values = values[~values.isnan()]
+    ensure(
+        (low is None or bool((values >= low - _TOLERANCE).all()))
+        and (high is None or bool((values <= high + _TOLERANCE).all())),
+        f"it gives {float(values.min()):.4g} to {float(values.max()):.4g}, outside its bounds "
+        f"{(low, high)}.",
+    )
+
+
+def _weights_pure(scorer: Scorer) -> None:
+    model = _bundled()
+    layer = model.shape.attention_layers[0]
+    before = [part.clone() for part in (model.weights(layer).W_V, model.weights(layer).W_O)]
+    first = _of_weights(scorer)
+    state = torch.get_rng_state()
+    second = _of_weights(scorer)
+    ensure(torch.equal(state, torch.get_rng_state()), "it draws from torch's global random state.")
+    ensure(torch.equal(first.nan_to_num(7), second.nan_to_num(7)), "two calls give two results.")
+    after = (model.weights(layer).W_V, model.weights(layer).W_O)
+    same = all(torch.equal(was, now) for was, now in zip(before, after, strict=True))
+    ensure(same, "it writes to the weights.")
+
+
+def _weights_one_head(scorer: Scorer) -> None:
+    whole = _of_weights(scorer).float()
+    layer, head = len(whole) - 1, whole.shape[1] - 1
+    number = _bundled().shape.attention_layers[layer]
+    alone: Tensor = scorer(_weights().only(HeadIndex(number, head)))
+    agree(alone.reshape(()).float(), whole[layer, head], _TOLERANCE, "values of a head alone")
+
+
+_WEIGHT_CHECKS: tuple[tuple[str, Callable[[Scorer], None]], ...] = (
+    ("declared", _weights_declared),
+    ("shape", _weights_shape),
+    ("finite", _weights_finite),
+    ("bounds", _weights_bounds),
+    ("pure", _weights_pure),
+    ("one head", _weights_one_head),
+)
 _CHECKS: tuple[tuple[str, Callable[[_Case], None]], ...] = (
     ("declared", _declared),
     ("shape", _shape),

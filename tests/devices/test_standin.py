@@ -59,7 +59,7 @@ def _all_scores(model: HeadModel, kind: str, probe: str) -> hs.HeadTable:
     names = [
         name
         for name, scorer in hs.scorers.CATALOGUE.items()
-        if scorer.probe == kind and not set(scorer.needs) & set(model.limits)
+        if getattr(scorer.probe, "name", "") == kind and not set(scorer.needs) & set(model.limits)
     ]
     return hs.score(model, probe_of(probe), names)
 

@@ -39,7 +39,8 @@ def waits(model: HeadModel, probe: hs.Probe, scorers: list[str], **options: int)
 
 def scorers_for(model: HeadModel, kind: str) -> list[str]:
     catalogue = hs.scorers.CATALOGUE.values()
-    return [s.name for s in catalogue if s.probe == kind and not set(s.needs) & set(model.limits)]
+    meant = [one for one in catalogue if one.probe is not None and one.probe.name == kind]
+    return [one.name for one in meant if not set(one.needs) & set(model.limits)]
 
 
 def test_as_many_for_one_scorer_as_for_all(model: HeadModel) -> None:

@@ -13,14 +13,15 @@ FLOORS = (
     {"base", "configs", "folders", "parquet_files"},
     {"inputs", "rows"},
     {"matches"},
-    {"outputs"},
+    {"outputs", "gradients"},
     {"table", "metrics", "edits", "probes"},
-    {"scorers", "plots", "models"},
+    {"scorer", "plots", "models"},
     {"origin"},
     {"capture", "circuits"},
-    {"accumulate", "lens", "geometry"},
+    {"scorers", "lens", "geometry"},
     {"interventions"},
-    {"scoring", "ablation", "flow"},
+    {"ablation", "flow"},
+    {"scoring"},
     {"pruning", "retrieval", "comparing", "edges"},
     {"sweeps", "report", "testing", "compiled"},
     {"interactive"},
@@ -31,8 +32,9 @@ FLOORS = (
 _BASE = {"errors", "heads", "base"}
 _DISK = {"configs", "files", "folders", "parquet_files"}
 _TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
+_SEEN = _BASE | {"rows", "outputs", "inputs", "matches", "gradients"}
 _SEES_MODELS = _TENSORS | {"edits", "probes", "table", "models", "origin"}
-_RUNS_MODELS = _SEES_MODELS | {"metrics", "scorers", "capture", "accumulate", "interventions"}
+_RUNS_MODELS = _SEES_MODELS | {"metrics", "scorer", "scorers", "capture", "interventions"}
 
 # Who may import whom. Floors alone would let `capture` import `scorers` or `sweeps` import
 # `plots`; a new line here is a decision about the design, not a formality.
@@ -51,24 +53,25 @@ ALLOWED: dict[str, set[str]] = {
     "inputs": {"errors"},
     "matches": {"inputs"},
     "table": _BASE | {"files", "parquet_files"},
-    "metrics": {"errors"},
+    "metrics": {"base", "errors"},
     "edits": {"errors", "heads"},
     "probes": {"base", "errors", "heads", "configs", "files"},
-    "scorers": {"errors", "heads", "rows", "outputs", "inputs", "matches", "probes"},
+    "gradients": set(),
+    "scorer": _SEEN | {"metrics", "probes"},
+    "scorers": _SEEN | {"metrics", "probes", "scorer", "circuits"},
     "plots": _BASE | {"files", "table"},
     "models": _BASE | {"rows", "outputs", "inputs", "matches", "edits", "memory"},
     "origin": {"probes", "table", "models"},
     "capture": _TENSORS | {"edits", "probes", "models"},
-    "circuits": _TENSORS | {"files", "probes", "table", "models", "origin"},
+    "circuits": _TENSORS | {"files", "probes", "table", "models", "origin", "scorer"},
     "compiled": _RUNS_MODELS
     | {"circuits", "lens", "flow", "scoring", "ablation", "pruning", "edges"},
     "lens": _SEES_MODELS | _DISK | {"capture"},
     "geometry": _SEES_MODELS | {"capture"},
-    "accumulate": _TENSORS | {"probes", "scorers", "models", "capture"},
-    "scoring": _RUNS_MODELS - {"interventions"},
+    "scoring": _RUNS_MODELS - {"interventions"} | {"gradients", "circuits", "ablation"},
     "interventions": _SEES_MODELS | {"capture"},
     "flow": _SEES_MODELS | {"capture", "lens"},
-    "ablation": _RUNS_MODELS - {"scorers", "accumulate"} | {"files"},
+    "ablation": _RUNS_MODELS - {"scorer", "scorers"} | {"files"},
     "pruning": _RUNS_MODELS | {"files", "scoring", "ablation"},
     "edges": _SEES_MODELS | {"files", "parquet_files", "metrics", "capture"},
     "comparing": _RUNS_MODELS | {"circuits", "scoring"},
@@ -77,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": _BASE | {"files", "folders", "parquet_files", "table", "plots"},
     "interactive": _RUNS_MODELS | {"files", "circuits", "scoring", "ablation", "report"},
     "cli": set().union(*FLOORS[:-2]),
-    "testing": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
+    "testing": _RUNS_MODELS | {"gradients", "circuits", "lens", "scoring", "ablation", "pruning"},
     "__main__": {"cli"},
 }
 

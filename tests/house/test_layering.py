@@ -31,7 +31,7 @@ def test_allowed_imports_go_strictly_downwards(name: str) -> None:
 
 PLANTED = {
     # file: (source, what the finding must say)
-    "capture.py": ("from headscope.scorers.base import row_scorer", "capture imports scorers"),
+    "capture.py": ("from headscope.scorers.catalogue import row_scorer", "capture imports scorers"),
     "scorers/mine.py": ("def f():\n    import headscope.table as t", "scorers imports table"),
     "scorers/rel.py": ("from ..models.hf import HFModel", "scorers imports models"),
     "sweeps/run.py": ("from headscope import plots", "sweeps imports plots"),
@@ -44,7 +44,10 @@ PLANTED = {
     "tables/wide.py": ("import torch", "imports torch"),
     "ablation.py": ("HOOK = 'hook_z'", "'hook_z'"),
     "circuits/ov_qk.py": ("def f(m):\n    return m.self_attn.o_proj", "'o_proj'"),
-    "scoring.py": ("def f(m, g):\n    m.register_forward_pre_hook(g)", "register_forward_pre_hook"),
+    "scoring/score.py": (
+        "def f(m, g):\n    m.register_forward_pre_hook(g)",
+        "register_forward_pre_hook",
+    ),
     "models/hf/late.py": ("def f(m, g):\n    m.register_forward_hook(g)", "may be called in"),
     "models/loading/late.py": ("def f(c):\n    return c._attn_implementation", "_attn_impl"),
     "models/bridge/late.py": ("def f(c):\n    return getattr(c, '_commit_hash')", "_commit_hash"),
@@ -67,7 +70,7 @@ FINE = {
     "models/hf/layout.py": "from headscope.rows import AttentionRows\nx = 'self_attn.o_proj'",
     "models/bridge/train.py": "def f(m):\n    return m.lm_head",
     "report/page.py": "from plotly import graph_objects\nfrom headscope.plots import heatmap",
-    "scoring.py": '"""Unlike hook_z, ..."""\nfrom headscope import __version__, capture',
+    "scoring/score.py": '"""Unlike hook_z, ..."""\nfrom headscope import __version__, capture',
     "probes/needle.py": "from .probe import Probe\nfrom headscope.probes.probe import Probe as P",
     "__init__.py": "from headscope.cli import main",
 }

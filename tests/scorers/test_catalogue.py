@@ -42,13 +42,27 @@ def test_what_the_design_promises_is_in_the_default_scan() -> None:
     assert all(name == scorer.name for name, scorer in CATALOGUE.items())
 
 
-@pytest.mark.parametrize("scorer", CATALOGUE.values(), ids=lambda s: s.name)
+RUN = [scorer for scorer in CATALOGUE.values() if scorer.kind != "weight"]
+OF_WEIGHTS = [scorer for scorer in CATALOGUE.values() if scorer.kind == "weight"]
+
+
+@pytest.mark.parametrize("scorer", OF_WEIGHTS, ids=lambda s: s.name)
+def test_every_scorer_of_weights_says_what_it_is(scorer: Scorer) -> None:
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", scorer.name)
+    assert scorer.source != "user"
+    assert scorer.description
+    assert (scorer.probe, scorer.control, scorer.threshold) == (None, None, None)
+    assert scorer.spec.direction == "higher"
+
+
+@pytest.mark.parametrize("scorer", RUN, ids=lambda s: s.name)
 def test_every_scorer_says_what_it_is(scorer: Scorer) -> None:
     assert re.fullmatch(r"[a-z][a-z0-9_]*", scorer.name)
     units = {"attention", "tokens", "nats", "share", "logits", "norm", "correlation"}
     assert scorer.unit in units
     assert scorer.source != "user"
-    assert scorer.probe in {"repeated_tokens", "text", "ioi", "needle"}
+    assert scorer.probe is not None
+    assert scorer.probe.name in {"repeated_tokens", "text", "ioi", "needle"}
     assert scorer.description.endswith(".") or "detect_head" in scorer.description
     made_by = {
         "ioi": between,
@@ -89,7 +103,7 @@ def test_what_cannot_be_resolved_says_why() -> None:
         resolve(["inducton"])
     with pytest.raises(InputError, match="two scorers are named 'entropy'"):
         resolve(["entropy", CATALOGUE["entropy"]])
-    with pytest.raises(InputError, match="no scorer"):
+    with pytest.raises(InputError, match="not a scorer"):
         inspect.unwrap(resolve)([print])  # unwrapped: not type-checked, as for a user
 
 

@@ -17,6 +17,7 @@ from headscope.models.hf.passes import HFLayerView
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.rows import AttentionRows
+from headscope.scorer import REPEATED
 from headscope.scorers import CATALOGUE, Scorer
 from tests.models.families import VOCAB, build, fresh
 from tests.scoring.slow import SLOW, eager_patterns, slow_scores
@@ -35,7 +36,7 @@ def table(model: HeadModel, probe: Probe, **options: object) -> np.ndarray:
     return np.stack([scored[name].per_example for name in NAMES])
 
 
-NAMES = [name for name, scorer in CATALOGUE.items() if scorer.probe == "repeated_tokens"]
+NAMES = [name for name, scorer in CATALOGUE.items() if scorer.probe == REPEATED]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "gpt_neox"])

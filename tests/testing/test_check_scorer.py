@@ -1,6 +1,7 @@
 """``hs.testing.check_scorer`` passes every scorer that ships, and names what is wrong in others."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,37 @@ from headscope.testing import CheckError, check_scorer
 FAR = ("streaming_gap", "long_need", "long_need_predicted", "long_need_predicted_local")
 
 
-@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in FAR])
+MARKED = ("separator",)
+
+
+def test_a_scorer_of_marks_is_checked_on_a_probe_that_has_them() -> None:
+    probe = hs.probes.repeated_tokens(hs.load(), length=9, batch=4)
+    marks = {**probe.marks, "separator": probe.real & (probe.position_in_text % 4 == 3)}
+    assert check_scorer(CATALOGUE["separator"], replace(probe, marks=marks))
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in FAR + MARKED])
 def test_scorers_that_ship(name: str) -> None:
-    assert len(check_scorer(CATALOGUE[name]).passed) == 11
+    checks = 6 if CATALOGUE[name].kind == "weight" else 11
+    assert len(check_scorer(CATALOGUE[name]).passed) == checks
+
+
+def broken_by_weights() -> list[tuple[str, Scorer]]:
+    def made(function: Callable[[Any], Tensor], **declared: Any) -> Scorer:
+        return hs.weight_scorer(description="Breaks a rule.", **declared)(function)
+
+    return [
+        ("shape", made(lambda weights: weights.ov.norm()[:, 0])),
+        ("finite", made(lambda weights: weights.ov.norm() / 0)),
+        ("bounds", made(lambda weights: weights.ov.norm(), bounds=(None, 0.0))),
+        ("pure", made(lambda weights: torch.rand(weights.ov.norm().shape))),
+        ("one head", made(lambda weights: weights.ov.norm() / weights.ov.norm().sum())),
+    ]
+
+
+@pytest.mark.parametrize(("check", "scorer"), broken_by_weights())
+def test_a_broken_rule_of_a_weight_scorer_is_named(check: str, scorer: Scorer) -> None:
+    assert check in check_scorer(scorer, raises=False).failed
 
 
 def _scorer(function: Callable[[AttentionRows, Any], Tensor], **declared: Any) -> Scorer:

@@ -18,7 +18,7 @@ from headscope.outputs import HeadOutputs, Readout
 from headscope.probes.probe import Probe
 from headscope.progress import Advance
 from headscope.rows import AttentionRows
-from headscope.scorers.base import Scorer
+from headscope.scorer import Scorer
 
 # Copies of a chunk of rows that are alive at once: scores, probabilities, one derived view.
 _COPIES = 3
@@ -142,8 +142,8 @@ class Accumulator:
             self._writes = {layer: write(layer) for layer in self.model.shape.attention_layers}
         size = (self.model.shape.n_layers, self.model.shape.n_heads, len(self.batch))
         self._sums = RunningSums([scorer.name for scorer in self.scorers], *size)
-        flat = [s.name for s in self.scorers if s.kind == "row" and s.control == "flat"]
-        other = [s.name for s in self.scorers if s.control == "other_example"]
+        flat = [s.name for s in self.scorers if s.kind == "row" and against(s, "even_rows")]
+        other = [s.name for s in self.scorers if against(s, "same_rows")]
         self._flat_sums = RunningSums([*flat, *other] if self.flat else [], *size)
         self.budget = self._budget()
 
@@ -171,7 +171,7 @@ class Accumulator:
     def _others(self) -> dict[str, Bool[Tensor, "batch pos"]]:
         """Queries that count in the other example, for scorers whose null that is."""
         other = self.batch.control
-        asking = [s for s in self.scorers if s.control == "other_example"]
+        asking = [s for s in self.scorers if against(s, "same_rows")]
         if other is None or not self.flat or not asking:
             return {}
         shown = self.batch.real & other.real
@@ -239,7 +239,7 @@ class Accumulator:
                 self._held.append((scorer, layer.number, values, positions))
             else:
                 self._sums.add(scorer.name, layer.number, values, chosen)
-            if scorer.name in self._flat_sums and scorer.control == "flat":
+            if scorer.name in self._flat_sums and against(scorer, "even_rows"):
                 spread = self._flat_values(scorer, layer, chunk).to(layer.device)
                 spread = spread.expand(-1, self.model.shape.n_heads, -1)
                 self._flat_sums.add(scorer.name, layer.number, spread, chosen)
@@ -257,7 +257,7 @@ class Accumulator:
         self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk"
     ) -> Float[Tensor, "batch head_or_one query"]:
         """Score attention spread evenly: the same in all layers that see equally far back."""
-        if scorer.view == "value_weighted":
+        if scorer.reads == "rows_value_weighted":
             return scorer(chunk.flat_rows(scorer), layer.probe)
         window = self.model.shape.windows[layer.number]
         key = (scorer.name, window, int(chunk.positions[0]), len(chunk.positions))
@@ -367,22 +367,27 @@ class _Chunk:
 
     def seen(self, scorer: Scorer) -> AttentionRows | HeadOutputs | Matches:
         """What this scorer reads."""
-        if scorer.kind == "match":
+        if scorer.reads == "qk":
             return self.matches
-        if scorer.kind == "output":
+        if scorer.reads == "outputs":
             return self.outputs
-        return {"plain": lambda: self.rows, "no_sink": lambda: self.no_sink}.get(
-            scorer.view, lambda: self.value_weighted
-        )()
+        if scorer.reads == "rows_no_sink":
+            return self.no_sink
+        return self.value_weighted if scorer.reads == "rows_value_weighted" else self.rows
 
     def flat_rows(self, scorer: Scorer) -> AttentionRows:
         """Attention spread evenly, in the form that this scorer reads."""
         even = self.even
-        if scorer.view == "no_sink":
+        if scorer.reads == "rows_no_sink":
             return even.without_first(self.layer.probe.first)
-        if scorer.view == "value_weighted":
+        if scorer.reads == "rows_value_weighted":
             return even.weighted(self.layer.value_norms[..., : even.pattern.shape[-1]])
         return even
+
+
+def against(scorer: Scorer, of: str) -> bool:
+    """Whether the null of a scorer is of this kind; see :class:`headscope.scorer.Control`."""
+    return scorer.control is not None and scorer.control.of == of
 
 
 def joined(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:

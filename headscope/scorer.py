@@ -1,0 +1,542 @@
+"""What a scorer is: one pure function, and what it declares about itself.
+
+The default probe and the control are values that a scorer holds, so that the engine knows no
+scorer, probe or control by name.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headscope import probes
+from headscope.base.specs import Direction, ScoreSpec
+from headscope.base.statistics import Alternative, Bounds
+from headscope.errors import InputError, nearest
+from headscope.gradients import HeadGradients
+from headscope.matches import Matches
+from headscope.metrics import AnyMetric, as_metric
+from headscope.outputs import HeadOutputs
+from headscope.probes.probe import Probe
+from headscope.rows import AttentionRows
+
+QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
+Kind = Literal["row", "output", "qk", "weight", "gradient"]
+Reads = Literal[
+    "rows", "rows_no_sink", "rows_value_weighted", "outputs", "qk", "weights", "gradients"
+]
+RowFunction = Callable[[AttentionRows, Probe], Float[Tensor, "batch head query"]]
+OutputFunction = Callable[[HeadOutputs, Probe], Float[Tensor, "batch head query"]]
+QKFunction = Callable[[Matches, Probe], Float[Tensor, "batch head query"]]
+GradientFunction = Callable[[HeadGradients, Probe], Float[Tensor, "batch head query"]]
+WeightFunction = Callable[[Any], Float[Tensor, "layer head"]]
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+_KINDS: Mapping[Reads, Kind] = {
+    "rows": "row",
+    "rows_no_sink": "row",
+    "rows_value_weighted": "row",
+    "outputs": "output",
+    "qk": "qk",
+    "weights": "weight",
+    "gradients": "gradient",
+}
+
+
+@dataclass(frozen=True)
+class DefaultProbe:
+    """The kind of probe that a scorer is meant for, and how to make one.
+
+    Attributes:
+        name: of the kind.
+        make: ``(model, seed) -> probe``.
+        needs_tokenizer: whether it cannot be made of random tokens.
+        stand_in: what serves as well where there is no tokenizer; None: nothing.
+    """
+
+    name: str
+    make: Callable[[Any, int], Probe]
+    needs_tokenizer: bool = False
+    stand_in: "DefaultProbe | None" = None
+
+    def suited(self, model: probes.HasVocabulary) -> "DefaultProbe":
+        """Itself, or what stands in for it where the model has no tokenizer."""
+        if self.needs_tokenizer and model.tokenizer is None and self.stand_in is not None:
+            return self.stand_in
+        return self
+
+    def possible(self, model: probes.HasVocabulary) -> bool:
+        """Whether it, or its stand-in, can be made for a model."""
+        return model.tokenizer is not None or not self.suited(model).needs_tokenizer
+
+
+def _repeated(model: probes.HasVocabulary, seed: int) -> Probe:
+    longest = model.shape.n_ctx or 512
+    length = min(50, (longest - 1) // 2)
+    return probes.repeated_tokens(model, length=length, batch=16, seed=seed)
+
+
+def _text(model: probes.HasVocabulary, seed: int) -> Probe:
+    return probes.text(model, seed=seed)
+
+
+REPEATED = DefaultProbe("repeated_tokens", _repeated)
+TEXT = DefaultProbe("text", _text, needs_tokenizer=True, stand_in=REPEATED)
+# For scorers of words: of random tokens none is a delimiter.
+WORDS = DefaultProbe("text", _text, needs_tokenizer=True)
+NEEDLE = DefaultProbe(
+    "needle", lambda model, seed: probes.needle(model, seed=seed), needs_tokenizer=True
+)
+IOI = DefaultProbe(
+    "ioi", lambda model, seed: probes.pairs(model, "ioi", seed=seed), needs_tokenizer=True
+)
+_PROBES = {one.name: one for one in (REPEATED, TEXT, NEEDLE, IOI)}
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the values of a scorer are compared with.
+
+    Attributes:
+        name: of the control, kept in the provenance.
+        of: ``even_rows``: attention spread evenly over the visible keys, on the same examples;
+            ``pass``: a pass over other examples; ``same_rows``: the function is told of other
+            examples while it sees this probe's rows.
+        examples: the other examples for a probe; None where it has none. They say whether they are
+            paired with its own (``probe.paired``); those of ``same_rows`` are.
+    """
+
+    name: str
+    of: Literal["even_rows", "pass", "same_rows"]
+    examples: Callable[[Probe], Probe | None] = lambda probe: None
+
+
+def _own_control(probe: Probe) -> Probe | None:
+    return probe.control
+
+
+def other_examples(probe: Probe) -> Probe:
+    """For every example another one of its length; ``alone`` is 1 where there is none.
+
+    Which one does not depend on the order of the examples: the next by their tokens.
+
+    Example:
+        >>> len(other_examples(probe)) == len(probe)
+        True
+    """
+    order = sorted(range(len(probe)), key=lambda row: (probe.tokens[row].tolist(), row))
+    peers: dict[tuple[int, int], list[int]] = {}
+    for row in order:
+        peers.setdefault((int(probe.first[row]), int(probe.last[row])), []).append(row)
+    chosen = torch.arange(len(probe))
+    for rows in peers.values():
+        chosen[rows] = torch.tensor([*rows[1:], rows[0]])
+    alone = (chosen == torch.arange(len(probe))).float()
+    other = probe.examples(chosen)
+    return replace(other, facts={**other.facts, "alone": alone})
+
+
+FLAT = Control("flat", "even_rows")
+UNREPEATED = Control("unrepeated", "pass", _own_control)
+NEEDLE_CONTROL = Control("needle", "pass", _own_control)
+OTHER_EXAMPLE = Control("other_example", "same_rows", other_examples)
+_CONTROLS = {one.name: one for one in (FLAT, UNREPEATED, NEEDLE_CONTROL, OTHER_EXAMPLE)}
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A score for every head: a pure function of what it reads, and what it declares.
+
+    The function returns a value per query; the engine averages over the queries that
+    ``queries(probe)`` selects, then over examples. NaN marks a query whose target the head
+    could not see; it is counted and left out. A scorer of weights returns a value per head.
+
+    Attributes:
+        spec: what the score declares: name, unit, bounds, direction, source, threshold, ...
+        function: ``(rows | outputs | QK scores | gradients, probe) -> [batch head query]``, or
+            ``(weights) -> [layer head]``.
+        reads: what the function reads: ``rows`` of attention, as they are, ``rows_no_sink``
+            (renormalised without the first position) or ``rows_value_weighted``; ``outputs`` of
+            the heads; ``qk``: scores before the softmax; ``weights`` alone; ``gradients`` of
+            ``metric`` by the outputs.
+        queries: which queries count.
+        probe: kind of probe that it is meant for; None: it needs none.
+        control: what the null is; None for no null.
+        per_final_scale: the engine divides by the final norm's scale at each query.
+        needs: capabilities the model must have: ``linear_write`` where ``z @ W_O`` itself must be
+            what a head adds to the residual stream; ``attention_write`` where the norm that follows
+            attention in some families may stand between, with its scale of this run held fixed;
+            ``ov_circuit``, ``qk_circuit``, ``qk_size`` and ``embedding`` where these are read of
+            the weights;
+            ``causal`` where the score means what it says only if no query sees a later key, and
+            ``bidirectional`` where queries must.
+        metric: whose gradients are read.
+        bounds_of: bounds that depend on the model, by its weights; None: those of ``spec``.
+    """
+
+    spec: ScoreSpec
+    function: Callable[..., Tensor]
+    reads: Reads
+    queries: QuerySelector
+    probe: DefaultProbe | None
+    control: Control | None
+    per_final_scale: bool = False
+    needs: tuple[str, ...] = ()
+    metric: AnyMetric | None = None
+    bounds_of: Callable[[Any], Bounds] | None = None
+
+    @property
+    def name(self) -> str:
+        """Column name in the table."""
+        return self.spec.name
+
+    @property
+    def kind(self) -> Kind:
+        """``row``, ``output``, ``qk``, ``weight`` or ``gradient``."""
+        return _KINDS[self.reads]
+
+    @property
+    def unit(self) -> str:
+        """Unit of the value."""
+        return self.spec.unit
+
+    @property
+    def bounds(self) -> Bounds:
+        """Smallest and largest possible value; None where there is none."""
+        return self.spec.bounds
+
+    @property
+    def source(self) -> str:
+        """Paper and definition."""
+        return self.spec.source
+
+    @property
+    def threshold(self) -> float | None:
+        """Mean above which a significant head is called by this name; None: never."""
+        return self.spec.threshold
+
+    @property
+    def alternative(self) -> Alternative:
+        """What the null is tested against."""
+        return self.spec.tested
+
+    @property
+    def description(self) -> str:
+        """First sentence of the function's docstring."""
+        return self.spec.description
+
+    def default_probe(self, model: probes.HasVocabulary, seed: int = 0) -> Probe:
+        """A probe of the kind that the scorer is meant for.
+
+        Raises:
+            InputError: if it needs none, or the model cannot have one.
+        """
+        if self.probe is None:
+            raise InputError(f"{self.name} reads weights alone: it takes no probe.")
+        return self.probe.suited(model).make(model, seed)
+
+    def renamed(self, name: str) -> "Scorer":
+        """The same scorer under another name."""
+        return replace(self, spec=replace(self.spec, name=name))
+
+    def __call__(self, seen: Any, *probe: Probe) -> Tensor:
+        """Score one chunk, or all weights."""
+        return self.function(seen, *probe)
+
+
+class Declared(TypedDict, total=False):
+    """What every decorator takes: fields of the declaration, and the scorer's name."""
+
+    source: str
+    direction: Direction | None
+    threshold: float | None
+    alternative: Alternative | None
+    name: str | None
+
+
+def _made(
+    function: Callable[..., Tensor], unit: str, bounds: Bounds, declared: Declared
+) -> ScoreSpec:
+    """Declaration of a function, described by the first sentence of its docstring."""
+    name = str(declared.get("name") or getattr(function, "__name__", "score"))
+    text = (inspect.getdoc(function) or name).split("\n\n")[0].replace("\n", " ")
+    return ScoreSpec(
+        name=name,
+        unit=unit,
+        bounds=bounds,
+        direction=declared.get("direction", "higher"),
+        source=declared.get("source", "user"),
+        threshold=declared.get("threshold"),
+        alternative=declared.get("alternative"),
+        description=text,
+    )
+
+
+def as_probe(probe: str | DefaultProbe) -> DefaultProbe:
+    """A kind of probe by its name, or as it is.
+
+    Raises:
+        InputError: for an unknown name.
+
+    Example:
+        >>> as_probe("text").needs_tokenizer
+        True
+    """
+    if isinstance(probe, DefaultProbe):
+        return probe
+    if probe not in _PROBES:
+        raise InputError(nearest(str(probe), _PROBES, kind="default probe"))
+    return _PROBES[probe]
+
+
+def as_control(control: str | Control | None) -> Control | None:
+    """A control by its name, or as it is.
+
+    Raises:
+        InputError: for an unknown name.
+
+    Example:
+        >>> as_control("flat").of
+        'even_rows'
+    """
+    if control is None or isinstance(control, Control):
+        return control
+    if control not in _CONTROLS:
+        raise InputError(nearest(str(control), _CONTROLS, kind="control"))
+    return _CONTROLS[control]
+
+
+def every_query(probe: Probe) -> Bool[Tensor, "batch pos"]:
+    """Every real position but the first of each example, whose row is 1 by construction.
+
+    Example:
+        >>> bool(every_query(probe)[:, 0].any())  # never the first token
+        False
+    """
+    return probe.real & (probe.position_in_text > 0)
+
+
+def row_scorer(
+    *,
+    unit: str = "attention",
+    bounds: Bounds = (0.0, 1.0),
+    queries: QuerySelector = every_query,
+    probe: str | DefaultProbe = REPEATED,
+    control: str | Control | None = FLAT,
+    needs: tuple[str, ...] = (),
+    **declared: Unpack[Declared],
+) -> Callable[[RowFunction], Scorer]:
+    """Make a scorer of a function of attention rows; see :class:`Scorer` for the arguments.
+
+    Example:
+        >>> @row_scorer()
+        ... def three_back(rows, probe):
+        ...     '''Attention to the token three back.'''
+        ...     return rows.at((rows.query_pos - 3).expand(len(probe), -1))
+        >>> three_back.name
+        'three_back'
+    """
+
+    def wrap(function: RowFunction) -> Scorer:
+        spec = _made(function, unit, bounds, declared)
+        return Scorer(
+            spec, function, "rows", queries, as_probe(probe), as_control(control), needs=needs
+        )
+
+    return wrap
+
+
+def output_scorer(
+    *,
+    unit: str,
+    bounds: Bounds = (None, None),
+    queries: QuerySelector = every_query,
+    probe: str | DefaultProbe = REPEATED,
+    control: str | Control | None = UNREPEATED,
+    per_final_scale: bool = False,
+    needs: tuple[str, ...] = ("linear_write", "readout"),
+    **declared: Unpack[Declared],
+) -> Callable[[OutputFunction], Scorer]:
+    """Make a scorer of a function of head outputs; see :class:`Scorer` for the arguments.
+
+    Example:
+        >>> @output_scorer(unit="length", needs=())
+        ... def size(outputs, probe):
+        ...     '''Length of what the head gives before the projection.'''
+        ...     return outputs.z.norm(dim=-1).transpose(1, 2)
+        >>> hs.score(model, probe, size)["size"].unit
+        'length'
+    """
+
+    def wrap(function: OutputFunction) -> Scorer:
+        return Scorer(
+            _made(function, unit, bounds, declared),
+            function,
+            "outputs",
+            queries,
+            as_probe(probe),
+            as_control(control),
+            per_final_scale,
+            needs,
+        )
+
+    return wrap
+
+
+def qk_scorer(
+    *,
+    unit: str,
+    bounds: Bounds = (None, None),
+    queries: QuerySelector = every_query,
+    probe: str | DefaultProbe = NEEDLE,
+    control: str | Control | None = NEEDLE_CONTROL,
+    needs: tuple[str, ...] = (),
+    **declared: Unpack[Declared],
+) -> Callable[[QKFunction], Scorer]:
+    """Make a scorer of a function of QK scores, as they are before the softmax.
+
+    ``match_scorer`` is the same. See :class:`Scorer` for the arguments.
+
+    Example:
+        >>> @qk_scorer(unit="score", control=None)
+        ... def own_match(matches, probe):
+        ...     '''Score of each token with itself, before the softmax.'''
+        ...     own = matches.query_pos.expand(*matches.scores.shape[:2], -1)
+        ...     return matches.scores.gather(-1, own[..., None])[..., 0]
+        >>> bool(hs.score(model, probe, own_match)["own_match"].mean.std() > 0)
+        True
+    """
+
+    def wrap(function: QKFunction) -> Scorer:
+        return Scorer(
+            _made(function, unit, bounds, declared),
+            function,
+            "qk",
+            queries,
+            as_probe(probe),
+            as_control(control),
+            needs=("matches", *needs),
+        )
+
+    return wrap
+
+
+match_scorer = qk_scorer
+
+
+def gradient_scorer(
+    *,
+    metric: AnyMetric | Callable[..., Tensor],
+    unit: str | None = None,
+    bounds: Bounds = (None, None),
+    queries: QuerySelector = every_query,
+    probe: str | DefaultProbe = REPEATED,
+    needs: tuple[str, ...] = (),
+    **declared: Unpack[Declared],
+) -> Callable[[GradientFunction], Scorer]:
+    """Make a scorer of a function of head outputs and of the gradient of a metric by them.
+
+    Args:
+        metric: whose gradients are taken, example by example; see :mod:`headscope.metrics`.
+        unit: of the value; default: the metric's.
+        bounds: likewise of :class:`Scorer`, as the other arguments.
+        queries: which queries count.
+        probe: kind of probe that it is meant for.
+        needs: capabilities the model must have.
+        declared: other fields of the declaration.
+
+    Example:
+        >>> @gradient_scorer(metric=hs.metrics.loss)
+        ... def slope(gradients, probe):
+        ...     '''Change of the loss, first order, where the head gives twice as much.'''
+        ...     return (gradients.z * gradients.gradient).sum(-1).transpose(1, 2)
+        >>> hs.score(model, probe, slope)["slope"].unit
+        'nats'
+    """
+    chosen = as_metric(metric)
+
+    def wrap(function: GradientFunction) -> Scorer:
+        return Scorer(
+            _made(function, chosen.unit if unit is None else unit, bounds, declared),
+            function,
+            "gradients",
+            queries,
+            as_probe(probe),
+            control=None,
+            needs=needs,
+            metric=chosen,
+        )
+
+    return wrap
+
+
+def weight_scorer(
+    *,
+    unit: str = "",
+    bounds: Bounds = (None, None),
+    needs: tuple[str, ...] = (),
+    bounds_of: Callable[[Any], Bounds] | None = None,
+    description: str | None = None,
+    **declared: Unpack[Declared],
+) -> Callable[[WeightFunction], Scorer]:
+    """Make a scorer of a function of weights alone; nothing is run.
+
+    Args:
+        unit: of the value.
+        bounds: smallest and largest possible value; None where there is none.
+        needs: capabilities the model must have.
+        bounds_of: bounds that depend on the model, given what the function is given.
+        description: default: the first sentence of the function's docstring.
+        declared: other fields of the declaration.
+
+    Example:
+        >>> @weight_scorer(unit="", bounds=(0.0, None))
+        ... def gain(weights):
+        ...     '''Frobenius norm of the OV matrix.'''
+        ...     return weights.ov.norm()
+        >>> hs.score(model, scorers=gain)["gain"].mean.shape == (2, 4)
+        True
+    """
+
+    def wrap(function: WeightFunction) -> Scorer:
+        spec = _made(function, unit, bounds, declared)
+        return Scorer(
+            spec if description is None else replace(spec, description=description),
+            function,
+            "weights",
+            every_query,
+            probe=None,
+            control=None,
+            needs=needs,
+            bounds_of=bounds_of,
+        )
+
+    return wrap
+
+
+def without_sink(scorer: Scorer) -> Scorer:
+    """The same scorer on rows renormalised without the first position.
+
+    Example:
+        >>> without_sink(hs.scorers.CATALOGUE["entropy"]).name
+        'entropy_no_sink'
+    """
+    return replace(scorer.renamed(f"{scorer.name}_no_sink"), reads="rows_no_sink")
+
+
+def value_weighted(scorer: Scorer) -> Scorer:
+    """The same scorer on rows weighted by what each key's value writes (Kobayashi 2020).
+
+    Example:
+        >>> value_weighted(hs.scorers.CATALOGUE["induction"]).name
+        'induction_value_weighted'
+    """
+    return replace(
+        scorer.renamed(f"{scorer.name}_value_weighted"),
+        reads="rows_value_weighted",
+        needs=(*scorer.needs, "attention_write", "ov"),
+    )
