@@ -17,6 +17,7 @@ from headscope.compiled.benchmark import Method as Method
 from headscope.compiled.benchmark import Question as Question
 from headscope.compiled.benchmark import Trial as Trial
 from headscope.compiled.benchmark import benchmark as benchmark
+from headscope.compiled.benchmark import make_case as make_case
 from headscope.compiled.compiled import Compiled as Compiled
 from headscope.compiled.compiled import compiled as compiled
 from headscope.compiled.compiled import from_library as from_library
