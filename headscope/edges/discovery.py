@@ -13,7 +13,7 @@ from torch import Tensor
 from headscope.base.glance import Glance, Shown, number
 from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
-from headscope.edges.circuit import circuit_value
+from headscope.edges.faithfulness import circuit_value
 from headscope.edges.graph import EdgeGraph
 from headscope.edges.wiring import HEAD_SLOTS, Edge, Wiring
 from headscope.edges.written import EdgeBatch, Study
