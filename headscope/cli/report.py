@@ -4,8 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from headscope.cli.command import typed
-from headscope.cli.output import console
+from headscope.cli.output import console, typed
 from headscope.errors import InputError
 from headscope.files import check_page, whole_page
 from headscope.report import Run, read_run, report_page
