@@ -14,32 +14,36 @@ from torch import Tensor
 
 from headscope.base.stacks import all_causal
 from headscope.errors import HeadscopeError, InputError
+from headscope.heads import ModelShape
 from headscope.memory import free_cached_memory, is_out_of_memory
-from headscope.models.protocol import HeadModel, LayerView, Observer
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import Reader, Reads, Tap, TapView
 from headscope.probes.probe import Probe
 
 # Tokens of one forward pass unless the caller says otherwise.
 _TOKENS_PER_PASS = 8192
-Watcher = TypeVar("Watcher", bound=Observer)
+Reading = TypeVar("Reading", bound=Reader)
 Found = TypeVar("Found")
 
 
 def stream(
     model: HeadModel,
     probe: Probe,
-    make_observer: Callable[[Probe, int], Watcher],
+    make_reader: Callable[[Probe, int], Reading],
     *,
     batch_size: int | None = None,
-) -> Iterator[tuple[slice, Watcher]]:
-    """Run the model over a probe, batch by batch, and yield each batch's observer when done.
+) -> Iterator[tuple[slice, Reading]]:
+    """Run the model over a probe, batch by batch, and yield each batch's reader when done.
 
-    Out of memory, a batch is run again with a fresh observer: as two halves, and at one example
-    with ``halvings`` raised, by which the observer may cut its own chunks.
+    Out of memory, a batch is run again with a fresh reader: as two halves, and at one example
+    with ``halvings`` raised, by which the reader may cut its own chunks. The pass stops once
+    everything was read.
 
     Args:
         model: the model.
         probe: what to run; no longer than the model's context.
-        make_observer: ``(batch of the probe, halvings) -> observer``.
+        make_reader: ``(batch of the probe, halvings) -> reader``; what it reads is asked of its
+            method ``reads(shape)``, functions by tap (:meth:`HeadModel.run`).
         batch_size: examples per pass; default: about 8192 tokens.
 
     Raises:
@@ -47,25 +51,20 @@ def stream(
 
     Example:
         >>> class Sizes:
-        ...     wants_final = False
-        ...     def on_layer(self, view):
-        ...         self.size = view.z.norm(dim=-1).mean((0, 1))
-        ...     def on_final(self, residual):
-        ...         pass
+        ...     def reads(self, shape):
+        ...         return {("z", 0): self.keep}
+        ...     def keep(self, view):
+        ...         self.size = view.value.norm(dim=-1).mean((0, 1))
         >>> passes = hs.capture.stream(model, probe, lambda batch, halvings: Sizes(), batch_size=1)
-        >>> [observer.size.shape[0] == model.shape.n_heads for _, observer in passes]
+        >>> [reader.size.shape[0] == model.shape.n_heads for _, reader in passes]
         [True, True]
     """
 
-    def run(batch: Probe, halvings: int) -> Watcher:
-        observer = make_observer(batch, halvings)
-        model.forward(
-            batch.tokens,
-            real=batch.real,
-            observers=(observer,),
-            logits_at=torch.empty(0, dtype=torch.long),
-        )
-        return observer
+    def run(batch: Probe, halvings: int) -> Reading:
+        reader = make_reader(batch, halvings)
+        nothing = torch.empty(0, dtype=torch.long)
+        model.run(batch, reads=reader.reads(model.shape), logits_at=nothing)
+        return reader
 
     return passes(model, probe, run, batch_size=batch_size)
 
@@ -205,12 +204,12 @@ class CapturedLayer:
 class _Collector:
     heads: Mapping[int, tuple[int, ...]]
     layers: dict[int, CapturedLayer] = field(default_factory=dict)
-    wants_final: bool = False
 
-    def on_layer(self, view: LayerView) -> None:
-        chosen = self.heads.get(view.layer)
-        if chosen is None:
-            return
+    def reads(self, _shape: ModelShape) -> Reads:
+        return {Tap("z", layer): self._keep for layer in self.heads}
+
+    def _keep(self, view: TapView) -> None:
+        chosen = self.heads[view.layer]
         index = list(chosen)
         rows = view.rows(torch.arange(view.n_queries))
         self.layers[view.layer] = CapturedLayer(
@@ -218,9 +217,6 @@ class _Collector:
             pattern=rows.pattern[:, index].cpu(),
             z=view.z[:, :, index].float().cpu().clone(),
         )
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Unused."""
 
 
 def collect(
@@ -267,8 +263,8 @@ def collect(
             raise InputError(f"{model.name} has heads 0 to {shape.n_heads - 1}, not {head}.")
     chosen = dict.fromkeys(wanted_layers, wanted_heads)
     parts = [
-        observer.layers
-        for _, observer in stream(
+        reader.layers
+        for _, reader in stream(
             model, probe, lambda _batch, _halvings: _Collector(chosen), batch_size=batch_size
         )
     ]

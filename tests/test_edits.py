@@ -7,9 +7,10 @@ import headscope as hs
 from headscope import edits
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.hf.model import HFModel
-from headscope.models.protocol import LayerView
+from headscope.models.taps import TapView
 from tests.ablation.helpers import model_of, probe_of
 from tests.models import families
+from tests.watching import watch
 
 Z = torch.arange(2 * 3 * 4 * 2.0).view(2, 3, 4, 2) + 1
 
@@ -119,12 +120,12 @@ def test_uniform_is_the_mean_of_the_visible_values() -> None:
     class Watch:
         wants_final = False
 
-        def on_layer(self, view: LayerView) -> None:
+        def on_layer(self, view: TapView) -> None:
             seen[view.layer] = view.z
 
         def on_final(self, residual: torch.Tensor) -> None: ...
 
-    model.forward(probe.tokens, observers=[Watch()], edits=[edits.uniform("L0H3")])
+    watch(model, probe.tokens, Watch(), edits=[edits.uniform("L0H3")])
     counts = torch.arange(1, 13).view(1, -1, 1)
     expected = values[:, 1].cumsum(1) / counts  # head 3 reads key/value head 1
     assert torch.allclose(seen[0][:, :, 3], expected, atol=1e-5)

@@ -14,7 +14,8 @@ from headscope.edits import Variant, cut, zero
 from headscope.errors import HeadscopeError
 from headscope.heads import HeadIndex
 from headscope.interventions import Place
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import Reads, Tap, TapView
 
 # The metric of a replay and of a whole pass may differ by this, beside the metric's own size.
 _AGREEMENT = 1e-3
@@ -28,15 +29,14 @@ class _Layer:
 
     layer: int
     z: Tensor = field(default_factory=lambda: torch.empty(0))
-    wants_final: bool = False
 
-    def on_layer(self, view: LayerView) -> None:
-        """Keep them."""
-        if view.layer == self.layer:
-            self.z = view.z.float().clone()
+    @property
+    def reads(self) -> Reads:
+        """The layer's outputs."""
+        return {Tap("z", self.layer): self._keep}
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Unused."""
+    def _keep(self, view: TapView) -> None:
+        self.z = view.z.float().clone()
 
 
 def proofs(
@@ -80,7 +80,7 @@ def _check_head(
     reads = [(reading.metric, reading.read[chosen]) for reading in batch.readings]
     variant: Variant = cut((place([head]),), examples=chosen)
     after = _Layer(head.layer)
-    whole_pass = ForwardSource(model, one.tokens, one.real, read, (after,))
+    whole_pass = ForwardSource(model, one.tokens, one.real, read, after.reads)
     whole = Batch(one, batch.metric, whole_pass, read, batch.limit, reads).all_values([variant])
     z = _clean_z(model, batch, head.layer, chosen)
     difference = (after.z - z).abs().amax((0, 1, 3))
@@ -114,8 +114,7 @@ def _clean_z(
     model makes more of that than the check allows.
     """
     before, one = _Layer(layer), batch.probe.examples(chosen)
-    nothing = torch.empty(0, dtype=torch.long)
-    model.forward(one.tokens, real=one.real, observers=(before,), logits_at=nothing)
+    model.run(one, reads=before.reads, logits_at=torch.empty(0, dtype=torch.long))
     return before.z
 
 

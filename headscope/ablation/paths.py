@@ -1,7 +1,6 @@
 """Path patching: what one head tells another, or the logits, without the heads in between."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,25 +17,12 @@ from headscope.heads import HeadIndex
 from headscope.interventions.donors import head_values
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
+from headscope.models.taps import Tap
 from headscope.probes.probe import Probe
 from headscope.progress import track
 from headscope.table import HeadScores
 
 Entry = Literal["query", "key", "value"]
-
-
-@dataclass(frozen=True, eq=False)
-class _Keep:
-    """An edit that changes nothing and keeps what it sees."""
-
-    site: Entry
-    layers: frozenset[int]
-    found: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Keep the value."""
-        self.found[layer] = value
-        return value
 
 
 @own_types()
@@ -132,7 +118,7 @@ def _received(
 ) -> Tensor:
     """The metric with the receivers' inputs of each first run."""
     shape = model.shape
-    layers = frozenset(head.layer for head in listening)
+    layers = sorted({head.layer for head in listening})
     heads = [
         head if entry == "query" else HeadIndex(head.layer, shape.kv_head(head.head))
         for head in listening
@@ -141,11 +127,12 @@ def _received(
     done = []
     for start in range(0, len(first), size):
         some = first[start : start + size]
-        keepers = [_Keep(entry, layers) for _ in some]
         # Receivers in a layer below another receiver are clean there: heads do not hear heads.
-        batch.source.rows(
-            [(*variant, keeper) for variant, keeper in zip(some, keepers, strict=True)]
-        )
-        second = [(edits.patch(heads, keeper.found, site=entry),) for keeper in keepers]
+        found = batch.source.values_at(some, [Tap(entry, layer) for layer in layers])
+        by_layer = {tap.layer or 0: value for tap, value in found.items()}
+        second = [
+            (edits.patch(heads, {n: value[i] for n, value in by_layer.items()}, site=entry),)
+            for i in range(len(some))
+        ]
         done.append(batch.values(second))
     return torch.cat(done)

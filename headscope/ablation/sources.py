@@ -1,8 +1,8 @@
 """Two ways to run edited variants of a batch, with the same numbers: replay, or whole passes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -17,8 +17,9 @@ from headscope.memory import free_cached_memory, is_out_of_memory, keep_freed_me
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.record import quick_activations, record
 from headscope.models.hf.replay import Replay
-from headscope.models.protocol import HeadModel, Observer
+from headscope.models.protocol import HeadModel
 from headscope.models.running import use_of
+from headscope.models.taps import Read, Tap, TapView, Texts, writes_of
 
 # A replay must give the model's own logits to this share of the largest; half precision keeps
 # about three digits.
@@ -41,11 +42,23 @@ class Source(Protocol):
     def rows(self, variants: Sequence[Variant]) -> Tensor:
         """What :meth:`logits` makes logits of: every position read of every variant, in order."""
 
+    def values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """What some taps hold in every variant, ``[variant batch *rest]``."""
+
     def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
         """Logits of such rows."""
 
     def clean(self) -> Tensor:
         """Rows of the unedited batch."""
+
+
+def kept_in(found: dict[Tap, Tensor], copies: int) -> Read:
+    """A reader that keeps what it reads, the variants of a stack apart."""
+
+    def keep(view: TapView) -> None:
+        found[view.tap] = view.value.unflatten(0, (copies, -1)).clone()
+
+    return keep
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +78,15 @@ class ReplaySource:
 
     def rows(self, variants: Sequence[Variant]) -> Tensor:
         """Last residual stream at the positions read."""
-        return self.replay.residual(variants)
+        rows = self.replay.run(variants)
+        assert rows is not None  # noqa: S101  # nothing stops it before
+        return rows
+
+    def values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """What some taps hold in every variant, ``[variant batch *rest]``."""
+        found: dict[Tap, Tensor] = {}
+        self.replay.run(variants, reads=dict.fromkeys(taps, kept_in(found, len(variants))))
+        return found
 
     def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
         """Final norm and unembedding."""
@@ -85,7 +106,7 @@ class ForwardSource:
     tokens: Int[Tensor, "batch pos"]
     real: Bool[Tensor, "batch pos"]
     read: Bool[Tensor, "batch pos"]
-    observers: tuple[Observer, ...] = ()
+    reads: Mapping[Tap, Read] = field(default_factory=dict)
     z: None = None
 
     def start(self, variant: Variant) -> tuple[int, int]:
@@ -102,14 +123,32 @@ class ForwardSource:
         copies = len(variants)
         at = self.read.any(0).nonzero().squeeze(1)
         with quick(self.model):
-            logits = self.model.forward(
-                self.tokens.repeat(copies, 1),
-                real=self.real.repeat(copies, 1),
-                observers=self.observers,
-                edits=stack(variants),
+            logits = self.model.run(
+                Texts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1)),
+                reads=self.reads,
+                writes=writes_of(stack(variants)),
                 logits_at=at,
             )
+        assert logits is not None  # noqa: S101  # they were asked for
         return logits[self.read[:, at].repeat(copies, 1).to(logits.device)]
+
+    def values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        """What some taps hold in every variant, ``[variant batch *rest]``."""
+        if _in_scope(self.model):
+            parts = [self._values_at((variant,), taps) for variant in variants]
+            return {tap: torch.cat([part[tap] for part in parts]) for tap in taps}
+        return self._values_at(variants, taps)
+
+    def _values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
+        found: dict[Tap, Tensor] = {}
+        copies = len(variants)
+        self.model.run(
+            Texts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1)),
+            reads=dict.fromkeys(taps, kept_in(found, copies)),
+            writes=writes_of(stack(variants)),
+            logits_at=torch.empty(0, dtype=torch.long),
+        )
+        return found
 
     def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
         """They are logits already."""

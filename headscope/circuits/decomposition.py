@@ -10,8 +10,9 @@ from torch import Tensor
 from headscope.circuits.factors import with_bias
 from headscope.circuits.ov_qk import need_write, qk_of_run
 from headscope.errors import InputError
-from headscope.heads import HeadIndex
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.heads import HeadIndex, ModelShape
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import Reads, TapView, at_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,19 +76,24 @@ class TracedEdge:
 class Recording:
     """What one prompt left behind; make it with :func:`record`."""
 
-    residual: dict[int, Float[Tensor, "pos d_model"]]
+    residual: dict[int, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
     z: dict[int, Float[Tensor, "pos head d_head"]] = field(default_factory=dict)
     attends: dict[int, Float[Tensor, "head pos key"]] = field(default_factory=dict)
-    wants_final: bool = False
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """What enters every attention layer, and its head outputs."""
+        entering = at_layers(shape, self._on_entering, "resid_pre")
+        return entering | at_layers(shape, self._on_layer)
+
+    def _on_entering(self, view: TapView) -> None:
+        """Keep what one layer reads."""
+        self.residual[view.layer] = view.value[0].float()
+
+    def _on_layer(self, view: TapView) -> None:
         """Keep one layer's head outputs and pattern."""
         every = torch.arange(view.n_queries)
         self.z[view.layer] = view.z[0].float()
         self.attends[view.layer] = view.rows(every).pattern[0]
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing to keep."""
 
 
 @torch.no_grad()
@@ -100,9 +106,9 @@ def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Rec
         'Recording'
     """
     ids = torch.as_tensor(tokens).reshape(1, -1)
-    inputs = model.parts.layer_inputs(ids, model.shape.attention_layers)
-    recording = Recording({layer: x[0].float() for layer, x in inputs.items()})
-    model.forward(ids, observers=[recording], logits_at=torch.empty(0, dtype=torch.long))
+    recording = Recording()
+    nothing = torch.empty(0, dtype=torch.long)
+    model.run(ids, reads=recording.reads(model.shape), logits_at=nothing)
     return recording
 
 

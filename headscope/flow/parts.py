@@ -150,7 +150,7 @@ def over_layers(
         sums.meet(_layer(view), copied(view.value))
 
     layers = model.shape.attention_layers
-    sites = {"resid_pre": enter, "pattern": attend, "attn_out": add}
+    sites = {"resid_pre": enter, "z": attend, "attn_out": add}
     reads = {Tap(site, layer): read for site, read in sites.items() for layer in layers}
     model.run(batch, reads=reads | dict(also), until=until or Tap("resid_post", layers[-1]))
     sums.check(model)
@@ -162,13 +162,11 @@ def copied(value: Tensor) -> Tensor:
 
 
 def layer_sum(model: HeadModel, view: TapView, entering: Tensor) -> LayerSum:
-    """One layer's sum at its tap ``pattern``."""
-    layer, seen = _layer(view), view.view
-    if seen is None:
-        raise InputError(f"{view.tap} shows no attention here.")
+    """One layer's sum at its tap ``z``."""
+    layer = _layer(view)
     write = model.parts.attention_write(layer)
     weights = model.output_weights(layer)
-    return sum_of(layer, seen.rows, seen.z, entering, seen.values(), weights, write)
+    return sum_of(layer, view.rows, view.z, entering, view.values(), weights, write)
 
 
 class Sums:

@@ -502,7 +502,7 @@ def _recorded(model: HeadModel, prompt: Prompt) -> dict[int, _Block]:
     def think(view: TapView) -> None:
         mlps[_layer(view)] = copied(view.value)[0]
 
-    sites = {"resid_pre": enter, "pattern": attend, "attn_out": add, "mlp_out": think}
+    sites = {"resid_pre": enter, "z": attend, "attn_out": add, "mlp_out": think}
     reads = {Tap(site, layer): read for site, read in sites.items() for layer in layers}
     model.run(ids, reads=reads, until=Tap("resid_post", layers[-1]))
     met.check(model)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +9,9 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.edits import Site
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.heads import ModelShape
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import Reads, Tap, TapView, Texts, at_layers
 from headscope.probes.probe import Probe
 
 
@@ -21,14 +22,13 @@ class _Sums:
     real: Bool[Tensor, "batch pos"]
     per_position: bool
     sums: dict[int, Tensor] = field(default_factory=dict)
-    wants_final: bool = False
 
-    def on_layer(self, view: LayerView) -> None:
-        """Add one layer's outputs."""
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every layer's outputs."""
+        return at_layers(shape, self._add)
+
+    def _add(self, view: TapView) -> None:
         self.sums[view.layer] = summed(view.z, self.real, self.per_position)
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Unused."""
 
 
 def summed(z: Tensor, real: Tensor, per_position: bool) -> Tensor:
@@ -73,39 +73,6 @@ def head_means(
     return averaged(total, probe.real, per_position)
 
 
-@dataclass
-class _Outputs:
-    """Keeps head outputs of some layers, and patterns where they are asked for."""
-
-    layers: frozenset[int]
-    patterns: bool
-    found: dict[int, Tensor] = field(default_factory=dict)
-    wants_final: bool = False
-
-    def on_layer(self, view: LayerView) -> None:
-        """Keep one layer."""
-        if view.layer in self.layers:
-            rows = view.rows(torch.arange(view.n_queries)).pattern if self.patterns else None
-            self.found[view.layer] = view.z.clone() if rows is None else rows
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Unused."""
-
-
-@dataclass
-class _Keeper:
-    """An edit that changes nothing and keeps what it sees."""
-
-    site: Literal["query", "key", "value"]
-    layers: frozenset[int]
-    found: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Keep the value."""
-        self.found[layer] = value
-        return value
-
-
 @torch.no_grad()
 def head_values(
     model: HeadModel,
@@ -132,14 +99,12 @@ def head_values(
         >>> z.shape == (*probe.tokens.shape, model.shape.n_heads, model.shape.d_head)
         True
     """
-    chosen = frozenset(model.shape.attention_layers if layers is None else layers)
-    nothing = torch.empty(0, dtype=torch.long)
-    if site in ("query", "key", "value"):
-        keeper = _Keeper(site, chosen)
-        # An observer, so that the pass may stop after the last layer.
-        watcher = _Outputs(frozenset(), False)
-        model.forward(tokens, real=real, observers=(watcher,), edits=(keeper,), logits_at=nothing)
-        return keeper.found
-    outputs = _Outputs(chosen, site == "pattern")
-    model.forward(tokens, real=real, observers=(outputs,), logits_at=nothing)
-    return outputs.found
+    chosen = model.shape.attention_layers if layers is None else layers
+    found: dict[int, Tensor] = {}
+
+    def keep(view: TapView) -> None:
+        found[view.layer] = view.value.clone() if site == "z" else view.value
+
+    reads = {Tap(site, layer): keep for layer in chosen}
+    model.run(Texts(tokens, real), reads=reads, logits_at=torch.empty(0, dtype=torch.long))
+    return found

@@ -10,21 +10,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.errors import InputError
+from headscope.heads import ModelShape
 from headscope.lens.attribution import rows_of
 from headscope.lens.fitting import Data, Descent, Judge, divergence, in_turn, split_data
 from headscope.lens.learned import FitReport, Saved, save_lens
 from headscope.lens.logit import head_words
 from headscope.lens.prompt import Promptish, read_prompt
 from headscope.lens.reading import constants, logits_added, logits_of, row_chunks
-from headscope.models.blocks import BlockStates
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import BlockStates, Reads, TapView, at_blocks, at_final, at_layers
 from headscope.probes.probe import Probe
 from headscope.table.lens import HeadWords
 
 
 @dataclass
 class HeadStreams:
-    """Observer that keeps them.
+    """Reader that keeps them.
 
     Attributes:
         z: by layer, divided by the scales of a norm after attention and of the final norm.
@@ -38,21 +39,25 @@ class HeadStreams:
     position: Int[Tensor, " token"]
     z: dict[int, Float[Tensor, "token head d_head"]] = field(default_factory=dict)
     final: Float[Tensor, "token d_model"] = field(default_factory=lambda: torch.empty(0, 0))
-    wants_final: bool = True
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """Head outputs, the norms behind them, and what enters the final norm."""
+        layers = at_layers(shape, self._on_layer)
+        return layers | at_blocks(shape, self._on_block) | at_final(self._on_final)
+
+    def _on_layer(self, view: TapView) -> None:
         """Keep the outputs of a chosen layer."""
         if view.layer in self.layers:
             self.z[view.layer] = view.z[self.example, self.position].float()
 
-    def on_block(self, states: BlockStates) -> None:
+    def _on_block(self, states: BlockStates) -> None:
         """Divide by the scale of a norm after attention."""
         if states.layer in self.z and states.head_sum is not None:
             write = self.model.parts.attention_write(states.layer)
             scale = write.scale(states.head_sum[self.example, self.position])
             self.z[states.layer] = self.z[states.layer] / scale[:, None, None]
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+    def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide by the scale of the final norm."""
         self.final = residual[self.example, self.position].float()
         scale = self.model.readout.scale(self.final)
@@ -64,13 +69,7 @@ def head_streams(model: HeadModel, batch: Probe, layers: tuple[int, ...]) -> Hea
     """Run a batch once."""
     example, position = (one.to(model.device) for one in rows_of(batch.real))
     seen = HeadStreams(model, layers, example, position)
-    with model.parts.blocks_shown(seen):
-        model.forward(
-            batch.tokens,
-            real=batch.real,
-            observers=[seen],
-            logits_at=torch.empty(0, dtype=torch.long),
-        )
+    model.run(batch, reads=seen.reads(model.shape), logits_at=torch.empty(0, dtype=torch.long))
     return seen
 
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from headscope import capture
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
+from headscope.heads import ModelShape
 from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.lens.reading import top_of
-from headscope.models.blocks import AttentionWrite, BlockStates
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.blocks import AttentionWrite
+from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
+from headscope.models.taps import BlockStates, Reads, TapView, at_blocks, at_final, at_layers
 from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores
@@ -32,7 +34,7 @@ from headscope.table.lens import Attribution, Tolerance, check_sum
 class Split:
     """Products of parts with one direction per row, over the final norm's scale.
 
-    A row is one position of one example. Until :meth:`on_final` nothing is divided.
+    A row is one position of one example. Until the end of the pass nothing is divided.
 
     Attributes:
         example, position: of each row.
@@ -59,9 +61,13 @@ class Split:
     embedding: Float[Tensor, " row"] = field(default_factory=lambda: torch.empty(0))
     scale: Float[Tensor, " row"] = field(default_factory=lambda: torch.empty(0))
     residual: Float[Tensor, "row d_model"] = field(default_factory=lambda: torch.empty(0, 0))
-    wants_final: bool = True
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """Head outputs, the norms behind them, and what enters the final norm."""
+        layers = at_layers(shape, self._on_layer)
+        return layers | at_blocks(shape, self._on_block) | at_final(self._on_final)
+
+    def _on_layer(self, view: TapView) -> None:
         """Read every head, before a norm that may follow attention."""
         layer = view.layer
         read = self._write(layer).read_by(self.direction)
@@ -72,7 +78,7 @@ class Split:
             self.sources[layer] = self._moved(view, per_head)
 
     def _moved(
-        self, view: LayerView, per_head: Float[Tensor, "row head d_head"]
+        self, view: TapView, per_head: Float[Tensor, "row head d_head"]
     ) -> Float[Tensor, "row head key"]:
         """``pattern[i, j] * (v_j W_O) . direction``, one value product per key/value head."""
         positions, place = self.position.unique(return_inverse=True)
@@ -81,7 +87,7 @@ class Split:
         grouped = per_head.unflatten(1, (values.shape[1], -1))
         return torch.einsum("rgke,rgje->rgjk", values, grouped).flatten(1, 2) * pattern
 
-    def on_block(self, states: BlockStates) -> None:
+    def _on_block(self, states: BlockStates) -> None:
         """Read the MLP and attention's biases; divide by the scale of a norm after attention."""
         if states.layer == 0:
             self.embedding = self._along(states.entering)
@@ -95,14 +101,18 @@ class Split:
         if self.with_sources:
             self.sources[states.layer] /= scale[:, None, None]
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+    def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide everything by the final norm's scale."""
-        self.residual = residual[self.example, self.position].float()
+        self.read_final(residual)
         self.scale = self.model.readout.scale(self.residual)
         self.embedding = self.embedding / self.scale
         for parts in (self.heads, self.biases, self.mlps, self.sources):
             for layer, values in parts.items():
                 parts[layer] = values / self.scale.view(-1, *[1] * (values.ndim - 1))
+
+    def read_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Keep what enters the final norm."""
+        self.residual = residual[self.example, self.position].float()
 
     def _along(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " row"]:
         return (states[self.example, self.position] * self.direction).sum(-1)
@@ -172,22 +182,9 @@ def check_first(model: HeadModel, probe: Probe) -> None:
         last.to(model.device),
         torch.zeros(1, model.shape.d_model, dtype=torch.float32).to(model.device),
     )
-    logits = model.forward(one.tokens, real=one.real, observers=[_Final(split)], logits_at=last)
+    logits = model.run(one, reads=at_final(split.read_final), logits_at=last)
+    assert logits is not None  # noqa: S101  # they were asked for
     check_readout(model, split.residual, logits[:, 0].float())
-
-
-@dataclass
-class _Final:
-    """Shows a split nothing but the last residual stream."""
-
-    split: Split
-    wants_final: bool = True
-
-    def on_layer(self, view: object) -> None:
-        """Nothing to see."""
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        self.split.residual = residual[self.split.example, self.split.position].float()
 
 
 def need_readout(model: HeadModel) -> None:
@@ -275,8 +272,8 @@ def attribute(
     need_readout(model)
     tokens, where = text.ids[None], torch.tensor([at])
     if wanted is None:
-        logits = model.forward(tokens, logits_at=where)[:, 0].float()
-        wanted = int(top_of(logits, 1).ids[0, 0])
+        likely = model.forward(tokens, logits_at=where)[:, 0].float()
+        wanted = int(top_of(likely, 1).ids[0, 0])
     if wanted == other:
         raise InputError("target and foil are the same token: their difference is always 0.")
     pair = torch.tensor([wanted] if other is None else [wanted, other], device=model.device)
@@ -284,9 +281,9 @@ def attribute(
     direction = (model.readout.directions(pair) * sign[:, None]).sum(0, keepdim=True)
     place = torch.zeros(1, dtype=torch.long, device=model.device)
     split = Split(model, place, place + at, direction, with_sources=sources)
-    with model.parts.blocks_shown(split):
-        logits = model.forward(tokens, observers=[split], logits_at=where)[:, 0].float()
-    check_readout(model, split.residual, logits)
+    logits = model.run(tokens, reads=split.reads(model.shape), logits_at=where)
+    assert logits is not None  # noqa: S101  # they were asked for
+    check_readout(model, split.residual, logits[:, 0].float())
     constant = float((model.readout.constant(pair) * sign).sum())
     whole = (model.readout.uncapped(split.residual)[0, pair] * sign).sum()
     names = token_texts(model.tokenizer, pair.tolist())
@@ -396,37 +393,23 @@ def head_attribution(
 _WORDS = {"foil": "the foil's", "mean": "the mean over the vocabulary", "nothing": "nothing"}
 
 
-@dataclass
-class _Relay:
-    """Hands blocks to the observer of the batch that is running."""
-
-    split: Split | None = None
-
-    def on_block(self, states: BlockStates) -> None:
-        if self.split is not None:
-            self.split.on_block(states)
-
-
 def _splits(
     model: HeadModel, probe: Probe, against: Against, batch_size: int | None
 ) -> Iterator[tuple[slice, Split]]:
     """Each batch of a probe, split and checked."""
-    relay = _Relay()
 
     def make(batch: Probe, _halvings: int) -> Split:
         example, position = (one.to(model.device) for one in rows_of(_read(batch, against)))
         direction = _directions(model, batch, example, position, against)
-        relay.split = Split(model, example, position, direction)
-        return relay.split
+        return Split(model, example, position, direction)
 
-    with model.parts.blocks_shown(relay):
-        for where, split in capture.stream(model, probe, make, batch_size=batch_size):
-            if len(split.example):
-                total, whole, largest = (
-                    one.cpu().double().numpy() for one in (split.total, split.whole, split.largest)
-                )
-                check_sum(total, whole, largest, tolerance(model), f"attribution on {model.name}")
-            yield where, split
+    for where, split in capture.stream(model, probe, make, batch_size=batch_size):
+        if len(split.example):
+            total, whole, largest = (
+                one.cpu().double().numpy() for one in (split.total, split.whole, split.largest)
+            )
+            check_sum(total, whole, largest, tolerance(model), f"attribution on {model.name}")
+        yield where, split
 
 
 def _read(probe: Probe, against: Against) -> Tensor:

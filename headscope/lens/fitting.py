@@ -116,13 +116,7 @@ def streams(
     """Residual streams of all places below the last, the last one, and each token's example."""
     example, position = (one.to(model.device) for one in rows_of(batch.real))
     states = States(example, position)
-    with model.parts.blocks_shown(states):
-        model.forward(
-            batch.tokens,
-            real=batch.real,
-            observers=[states],
-            logits_at=torch.empty(0, dtype=torch.long),
-        )
+    model.run(batch, reads=states.reads(model.shape), logits_at=torch.empty(0, dtype=torch.long))
     rows = torch.stack(list(states.rows["residual"].values())[:-1])
     return rows, states.final, example
 

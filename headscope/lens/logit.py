@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.errors import InputError, nearest
+from headscope.heads import ModelShape
 from headscope.lens.linear import ResidualLens
 from headscope.lens.prompt import Prompt, Promptish, Token, read_prompt, read_token, token_texts
 from headscope.lens.reading import (
@@ -21,9 +22,9 @@ from headscope.lens.reading import (
     row_chunks,
     top_of,
 )
-from headscope.models.blocks import BlockStates
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
+from headscope.models.taps import BlockStates, Reads, TapView, at_blocks, at_final, at_layers
 from headscope.origin import origin
 from headscope.table.lens import HeadWords, LensGrid
 
@@ -111,10 +112,8 @@ def logit_lenses(
         raise InputError("positions is empty: name at least one, or leave it out for all.")
     follow = _targets(model, target, len(at))
     states = States(torch.zeros_like(at), at, tuple(sites))
-    with model.parts.blocks_shown(states):
-        model.forward(
-            text.ids[None], observers=[states], logits_at=torch.empty(0, dtype=torch.long)
-        )
+    nothing = torch.empty(0, dtype=torch.long)
+    model.run(text.ids[None], reads=states.reads(model.shape), logits_at=nothing)
     return {
         site: _grid(model, text, at, states.rows[site], states.final, site, follow, k, lens)
         for site in sites
@@ -262,10 +261,8 @@ def head_lens(model: HeadModel, prompt: Promptish, position: int = -1, *, k: int
     text = read_prompt(model, prompt)
     at = text.at(position)
     writes = HeadWrites(model, at)
-    with model.parts.blocks_shown(writes):
-        model.forward(
-            text.ids[None], observers=[writes], logits_at=torch.empty(0, dtype=torch.long)
-        )
+    nothing = torch.empty(0, dtype=torch.long)
+    model.run(text.ids[None], reads=writes.reads(model.shape), logits_at=nothing)
     vectors = torch.cat(list(writes.vectors.values())) / model.readout.scale(writes.final)
     chunks = row_chunks(len(vectors), model.readout)
     logits = (logits_added(model.readout, vectors[chosen]) for chosen in chunks)
@@ -318,7 +315,7 @@ def _joined(tops: list[Top], name: str) -> np.ndarray:
 
 @dataclass
 class HeadWrites:
-    """Observer that keeps what every head adds to the residual stream at one position.
+    """Reader that keeps what every head adds to the residual stream at one position.
 
     Attributes:
         at: the position.
@@ -330,15 +327,19 @@ class HeadWrites:
     at: int
     vectors: dict[int, Float[Tensor, "head d_model"]] = field(default_factory=dict)
     final: Float[Tensor, " d_model"] = field(default_factory=lambda: torch.empty(0))
-    wants_final: bool = True
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """Head outputs, the norms behind them, and what enters the final norm."""
+        layers = at_layers(shape, self._on_layer)
+        return layers | at_blocks(shape, self._on_block) | at_final(self._on_final)
+
+    def _on_layer(self, view: TapView) -> None:
         """Keep each head's write, before a norm that may follow attention."""
         weights = self.model.output_weights(view.layer).float()
         z = view.z[0, self.at].float()
         self.vectors[view.layer] = torch.einsum("he,hem->hm", z, weights)
 
-    def on_block(self, states: BlockStates) -> None:
+    def _on_block(self, states: BlockStates) -> None:
         """Take it through that norm."""
         if states.head_sum is not None:
             write = self.model.parts.attention_write(states.layer)
@@ -346,6 +347,6 @@ class HeadWrites:
             scale = write.scale(states.head_sum[0, self.at]).expand(len(vectors))
             self.vectors[states.layer] = write.vectors(vectors, scale)
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+    def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Keep the position's last residual stream."""
         self.final = residual[0, self.at].float()

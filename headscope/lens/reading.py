@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.models.blocks import BlockStates
-from headscope.models.protocol import LayerView
+from headscope.heads import ModelShape
+from headscope.models.taps import BlockStates, Reads, at_blocks, at_final
 from headscope.outputs import Readout
 
 # Entries of one chunk of logits, and of one block of the unembedding in fp32: 64 MB.
@@ -120,16 +120,16 @@ class States:
     sites: tuple[str, ...] = ("residual",)
     rows: dict[str, dict[str, Float[Tensor, "row d_model"]]] = field(default_factory=dict)
     final: Float[Tensor, "row d_model"] = field(default_factory=lambda: torch.empty(0, 0))
-    wants_final: bool = True
 
     def __post_init__(self) -> None:
         """Make room."""
         self.rows = {site: {} for site in self.sites}
 
-    def on_layer(self, view: LayerView) -> None:
-        """Nothing is kept of single heads."""
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every block, and what enters the final norm."""
+        return at_blocks(shape, self._on_block) | at_final(self._on_final)
 
-    def on_block(self, states: BlockStates) -> None:
+    def _on_block(self, states: BlockStates) -> None:
         """Keep what the sites name."""
         name = f"L{states.layer}"
         at = (self.example, self.position)
@@ -142,6 +142,6 @@ class States:
         if "mlp" in self.sites:
             self.rows["mlp"][name] = states.mlp[at].float()
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+    def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Keep what enters the final norm."""
         self.final = residual[self.example, self.position].float()

@@ -1,4 +1,4 @@
-"""What one block of a running pass adds to the residual stream, and how heads take part in it."""
+"""How the outputs of heads reach the residual stream."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,38 +11,6 @@ from typing_extensions import Protocol, runtime_checkable
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm
-
-
-@dataclass(frozen=True, eq=False)
-class BlockStates:
-    """One block of a running pass: ``leaving = entering + attention + mlp``, up to rounding.
-
-    Valid only during the call that receives it. Each part was recorded where the model computes
-    it; none is the difference of others, but in a block without attention.
-
-    Attributes:
-        layer: the model's layer number.
-        attention: what attention added, a norm after it and multipliers included; None where the
-            block has no attention.
-        mlp: what the MLP (or experts) added; without attention, all that the block added.
-        head_sum: output projection's output, ``sum over heads of z @ W_O``, with its bias and
-            without multipliers; None where the block has no attention.
-    """
-
-    layer: int
-    entering: Float[Tensor, "batch pos d_model"]
-    leaving: Float[Tensor, "batch pos d_model"]
-    attention: Float[Tensor, "batch pos d_model"] | None
-    mlp: Float[Tensor, "batch pos d_model"]
-    head_sum: Float[Tensor, "batch pos d_model"] | None
-
-
-@runtime_checkable
-class BlockObserver(Protocol):
-    """Something that watches blocks complete."""
-
-    def on_block(self, states: BlockStates) -> None:
-        """Look at one block; its attention layer, if it has one, was shown before."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Generation step by step, with each attention layer of each step in view."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,10 +14,13 @@ from typing_extensions import Protocol, runtime_checkable
 from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.model import HFModel
-from headscope.models.hf.passes import Pass
+from headscope.models.hf.taps import Pass
 from headscope.models.hf.transformers_api import is_stateful
 from headscope.models.loading.calls import accepted, padding
-from headscope.models.protocol import Edit, HeadModel, Observer
+from headscope.models.protocol import Edit, HeadModel
+from headscope.models.taps import Read, Texts, writes_of
+
+_NOTHING: Mapping[Any, Read] = MappingProxyType({})
 
 
 @runtime_checkable
@@ -31,13 +35,13 @@ class Decoding(Protocol):
         self,
         tokens: Int[Tensor, "batch new"],
         *,
-        observers: Sequence[Observer] = (),
+        reads: Mapping[Any, Read] = _NOTHING,
         edits: Sequence[Edit] = (),
     ) -> Float[Tensor, "batch d_vocab"]:
         """Read further tokens and return the logits of what comes next.
 
-        Observers see the new queries, at positions counted among all keys; ``edits`` act on
-        this step alone.
+        ``reads`` see the new queries, at positions counted among all keys; ``edits`` act on this
+        step alone.
         """
 
 
@@ -120,7 +124,7 @@ class _Cached:
         self,
         tokens: Int[Tensor, "batch new"],
         *,
-        observers: Sequence[Observer] = (),
+        reads: Mapping[Any, Read] = _NOTHING,
         edits: Sequence[Edit] = (),
     ) -> Float[Tensor, "batch d_vocab"]:
         model = self._model
@@ -137,7 +141,7 @@ class _Cached:
             inputs["logits_to_keep"] = 1
         self._prompt = tokens.shape[1] if self._prompt is None else self._prompt
         span = Span(self._length, tokens.shape[1], self._prompt, grows=True)
-        run = Pass(model.module, model.layout, observers, edits, span)
+        run = Pass(model, *model.taps(reads, writes_of(edits)), span)
         with run.attached(), torch.no_grad():
             out = model.module(**inputs, past_key_values=self._cache, use_cache=True)
         self._length += tokens.shape[1]
@@ -160,7 +164,7 @@ class _Repeated:
         self,
         tokens: Int[Tensor, "batch new"],
         *,
-        observers: Sequence[Observer] = (),
+        reads: Mapping[Any, Read] = _NOTHING,
         edits: Sequence[Edit] = (),
     ) -> Float[Tensor, "batch d_vocab"]:
         if self._real is not None:
@@ -168,14 +172,14 @@ class _Repeated:
         grown = tokens if self._tokens is None else torch.cat([self._tokens, tokens], 1)
         self._tokens = grown
         self._prompt = grown.shape[1] if self._prompt is None else self._prompt
-        logits = self._model.forward(
-            grown,
-            real=self._real,
-            observers=observers,
-            edits=edits,
+        logits = self._model.run(
+            Texts(grown, self._real),
+            reads=reads,
+            writes=writes_of(edits),
             logits_at=torch.tensor([grown.shape[1] - 1]),
             prompt=self._prompt,
         )
+        assert logits is not None  # noqa: S101  # they were asked for
         return logits[:, -1]
 
 

@@ -16,29 +16,17 @@ from headscope.edits import Span
 from headscope.heads import ModelShape
 from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.matches import Matches
-from headscope.models.blocks import AttentionWrite, BlockObserver
+from headscope.models.blocks import AttentionWrite
 from headscope.outputs import HeadWeights, Readout
 from headscope.rows import AttentionRows
 
 
 @runtime_checkable
 class LayerView(Protocol):
-    """One attention layer of a running forward pass, handed over as it completes.
+    """What one attention layer of a running pass can be asked, once it is complete.
 
-    Valid only during the call that receives it: take numbers from it, never keep it.
+    Readers reach it through :class:`headscope.models.taps.TapView`.
     """
-
-    @property
-    def layer(self) -> int:
-        """The model's layer number."""
-
-    @property
-    def n_queries(self) -> int:
-        """Number of positions in this pass."""
-
-    @property
-    def z(self) -> Float[Tensor, "batch pos head d_head"]:
-        """Attention-weighted values, before the output projection, in the model's dtype."""
 
     def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
         """Exact softmax rows of these queries, in fp32."""
@@ -52,21 +40,6 @@ class LayerView(Protocol):
         Raises:
             UnsupportedModelError: if this way of running the model does not show them.
         """
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """Something that watches a forward pass."""
-
-    def on_layer(self, view: LayerView) -> None:
-        """Look at one attention layer."""
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Look at the residual stream that enters the final norm."""
-
-    @property
-    def wants_final(self) -> bool:
-        """False lets the pass stop after the last attention layer."""
 
 
 @runtime_checkable
@@ -146,13 +119,6 @@ class ModelParts(Protocol):
             UnsupportedModelError: if what stands in between is no norm, or cannot be told.
         """
 
-    def blocks_shown(self, observer: BlockObserver) -> AbstractContextManager[None]:
-        """Scope in which an observer sees every block of every pass as it completes.
-
-        Raises:
-            UnsupportedModelError: if what a block adds is not attention and one other part.
-        """
-
 
 @runtime_checkable
 class HeadModel(Protocol):
@@ -185,21 +151,18 @@ class HeadModel(Protocol):
         tokens: Int[Tensor, "batch pos"],
         *,
         real: Bool[Tensor, "batch pos"] | None = None,
-        observers: Sequence[Observer] = (),
         edits: Sequence[Edit] = (),
         logits_at: Int[Tensor, " at"] | None = None,
         prompt: int | None = None,
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"]:
-        """Run the model once, in evaluation mode and in its own types.
+        """Logits of a run with edits of heads: short for :meth:`run` with edits as writes.
 
         Args:
             tokens: token ids.
             real: False at padding (either side); None means no padding.
-            observers: each sees every attention layer as it completes.
             edits: applied in order.
-            logits_at: positions whose logits are returned; None means all, an empty tensor none
-                (and then the pass stops as early as the observers allow).
+            logits_at: positions whose logits are returned; None means all, an empty tensor none.
             prompt: positions from this one on count as decoding, for edits that ask; default: the
                 whole text is a prompt.
             grad: track gradients.
@@ -220,11 +183,13 @@ class HeadModel(Protocol):
         writes: Mapping[Any, Callable[[Tensor, Span], Tensor]] = ...,
         until: Any = None,
         logits_at: Int[Tensor, " at"] | None = None,
+        prompt: int | None = None,
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"] | None:
         """Run the model once, reading and writing named points of the computation.
 
-        At a tap that is both written and read, the reader sees what was written.
+        It runs in evaluation mode and in its own types. At a tap that is both written and read,
+        the reader sees what was written.
 
         Args:
             batch: a probe, or token ids ``[batch pos]``.
@@ -232,7 +197,10 @@ class HeadModel(Protocol):
                 :class:`headscope.models.taps.TapView` that is valid during the call.
             writes: ``{tap: write}``; ``write(value, span)`` returns the value to go on with.
             until: tap after which the pass stops.
-            logits_at: positions whose logits are returned; None: all; empty: none.
+            logits_at: positions whose logits are returned; None: all; empty: none, and then the
+                pass stops once every tap was seen.
+            prompt: positions from this one on count as decoding, for writes that ask; default: the
+                whole text is a prompt.
             grad: track gradients; what reads see is then part of the graph.
 
         Returns:

@@ -1,18 +1,19 @@
 """Taps: named points of a model's computation, and what a pass hands to whoever reads one."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
-from headscope.edits import Span
+from headscope.edits import AnyEdit, Span, among, during, edited_heads
 from headscope.errors import InputError, nearest
 from headscope.heads import ModelShape
-from headscope.models.protocol import LayerView
+from headscope.matches import Matches
+from headscope.models.protocol import Edit, LayerView
 from headscope.rows import AttentionRows
 
 Site = Literal[
@@ -23,6 +24,7 @@ Site = Literal[
     "value",
     "pattern",
     "z",
+    "head_sum",
     "attn_out",
     "mlp_out",
     "resid_post",
@@ -32,6 +34,7 @@ Site = Literal[
 SITES: tuple[str, ...] = get_args(Site)
 ATTENTION_SITES = ("query", "key", "value", "pattern", "z")
 RESIDUAL_SITES = ("embed", "resid_pre", "attn_out", "mlp_out", "resid_post", "final_resid")
+_OF_ATTENTION = (*ATTENTION_SITES, "head_sum", "attn_out")
 # Sites of the whole model, which belong to no layer.
 _WHOLE = ("embed", "final_resid", "logits")
 
@@ -47,6 +50,8 @@ class Tap(NamedTuple):
       values by key/value head
     - ``pattern``: attention probabilities ``[batch head query key]``; a reader takes rows of it
     - ``z``: attention-weighted values ``[batch pos head d_head]``
+    - ``head_sum``: what the output projection makes of ``z``, the sum over heads of ``z @ W_O``
+      and its bias, before norms and multipliers, ``[batch pos d_model]``
     - ``attn_out``, ``mlp_out``: what attention and the MLP add to the stream, norms after them and
       multipliers included, ``[batch pos d_model]``
     - ``final_resid``: what enters the final norm, ``[batch pos d_model]``
@@ -87,9 +92,7 @@ class Tap(NamedTuple):
             raise InputError(
                 f"{self.site} needs a layer of {name}, 0 to {shape.n_layers - 1}; got {self.layer}."
             )
-        elif self.site in (*ATTENTION_SITES, "attn_out") and self.layer not in (
-            shape.attention_layers
-        ):
+        elif self.site in _OF_ATTENTION and self.layer not in shape.attention_layers:
             raise InputError(f"{name} has no attention in layer {self.layer}.")
         return self
 
@@ -101,7 +104,7 @@ class TapView:
     Attributes:
         tap: where it is.
         span: which positions the pass runs, and which of them are decoding.
-        view: the attention layer, at the sites of attention.
+        view: the attention layer, at ``z`` and ``pattern``.
         seen: the value; None where it would be a whole pattern.
     """
 
@@ -109,6 +112,16 @@ class TapView:
     span: Span
     view: LayerView | None = None
     seen: Tensor | None = None
+
+    @property
+    def layer(self) -> int:
+        """The model's layer number; -1 at sites of the whole model."""
+        return -1 if self.tap.layer is None else self.tap.layer
+
+    @property
+    def n_queries(self) -> int:
+        """Number of positions that the pass runs."""
+        return self.span.count
 
     @property
     def value(self) -> Tensor:
@@ -120,8 +133,19 @@ class TapView:
             return self.seen
         return self.rows(slice(None)).pattern
 
+    @property
+    def z(self) -> Tensor:
+        """Attention-weighted values ``[batch pos head d_head]``, at the tap ``z``.
+
+        Raises:
+            InputError: at other sites.
+        """
+        if self.tap.site != "z" or self.seen is None:
+            raise InputError(f"{self.tap} is not z: read the tap 'z'.")
+        return self.seen
+
     def rows(self, query_pos: Int[Tensor, " query"] | slice) -> AttentionRows:
-        """Exact softmax rows of these queries, in fp32, at a site of attention.
+        """Exact softmax rows of these queries, in fp32, at ``z`` and ``pattern``.
 
         Args:
             query_pos: positions of queries, or a slice of them.
@@ -129,11 +153,27 @@ class TapView:
         Raises:
             InputError: at other sites, or in a pass with gradients.
         """
-        if self.view is None:
-            raise InputError(f"{self.tap} has no attention rows here: read the tap 'pattern'.")
         if isinstance(query_pos, slice):
-            query_pos = torch.arange(self.view.n_queries)[query_pos]
-        return self.view.rows(query_pos)
+            query_pos = torch.arange(self.n_queries)[query_pos]
+        return self._attention.rows(query_pos)
+
+    def values(self) -> Tensor:
+        """Value vectors ``[batch kv_head key d_head]`` as attention used them.
+
+        Raises:
+            InputError: as :meth:`rows`.
+            UnsupportedModelError: if this way of running the model does not show them.
+        """
+        return self._attention.values()
+
+    def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
+        """Queries at these positions and keys, as attention used them, in fp32.
+
+        Raises:
+            InputError: as :meth:`rows`.
+            UnsupportedModelError: if this way of running the model does not show them.
+        """
+        return self._attention.matches(query_pos)
 
     def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows] | None:
         """Return what computes rows after the pass too, holding the layer's queries and keys.
@@ -142,6 +182,12 @@ class TapView:
         """
         keep = getattr(self.view, "keep_rows", None)
         return None if keep is None else keep()
+
+    @property
+    def _attention(self) -> LayerView:
+        if self.view is None:
+            raise InputError(f"{self.tap} has no attention rows here: read the tap 'pattern'.")
+        return self.view
 
 
 @runtime_checkable
@@ -157,8 +203,142 @@ class TextBatch(Protocol):
         """False at padding."""
 
 
+class Texts(NamedTuple):
+    """Token sequences that are no probe."""
+
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"] | None = None
+
+
 Read = Callable[[TapView], Any]
 Write = Callable[[Tensor, Span], Tensor]
+Reads = dict[Tap, Read]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Something that reads a pass, and holds what it made of it afterwards."""
+
+    def reads(self, shape: ModelShape) -> Mapping[Any, Read]:
+        """What it reads: functions by tap, or by pairs ``(site, layer)``."""
+
+
+def at_layers(shape: ModelShape, read: Read, site: str = "z") -> Reads:
+    """One function as the reader of every attention layer.
+
+    Args:
+        shape: of the model.
+        read: function of a :class:`TapView`.
+        site: of attention; at ``z`` a view also has rows, values and matches.
+    """
+    return {Tap(site, layer): read for layer in shape.attention_layers}
+
+
+def at_final(read: Callable[[Tensor], Any]) -> Reads:
+    """A function of the residual stream that enters the final norm, as its reader."""
+    return {Tap("final_resid"): lambda view: read(view.value)}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStates:
+    """One block of a running pass: ``leaving = entering + attention + mlp``, up to rounding.
+
+    Valid only during the call that receives it. Each part was recorded where the model computes
+    it; none is the difference of others, but in a block without attention.
+
+    Attributes:
+        layer: the model's layer number.
+        attention: what attention added, a norm after it and multipliers included; None where the
+            block has no attention.
+        mlp: what the MLP (or experts) added; without attention, all that the block added.
+        head_sum: output projection's output, ``sum over heads of z @ W_O``, with its bias and
+            without multipliers; None where the block has no attention.
+    """
+
+    layer: int
+    entering: Float[Tensor, "batch pos d_model"]
+    leaving: Float[Tensor, "batch pos d_model"]
+    attention: Float[Tensor, "batch pos d_model"] | None
+    mlp: Float[Tensor, "batch pos d_model"]
+    head_sum: Float[Tensor, "batch pos d_model"] | None
+
+
+def at_blocks(shape: ModelShape, read: Callable[[BlockStates], Any]) -> Reads:
+    """A function of whole blocks as their reader, layer by layer as they complete.
+
+    Args:
+        shape: of the model.
+        read: function of a block's states; its attention layer, if it has one, was read before.
+    """
+    found: Reads = {}
+    for layer in range(shape.n_layers):
+        sites = ["resid_pre", "resid_post"]
+        if layer in shape.attention_layers:
+            sites[1:1] = ["head_sum", "attn_out", "mlp_out"]
+        gathered = _Gathered(layer, read)
+        found |= {Tap(site, layer): gathered for site in sites}
+    return found
+
+
+@dataclass(eq=False)
+class _Gathered:
+    """Keeps what one block reads and writes until it is complete."""
+
+    layer: int
+    read: Callable[[BlockStates], Any]
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, view: TapView) -> None:
+        """Keep one tap, copied: some families write over what they were given."""
+        site, copies = view.tap.site, view.tap.site not in ("resid_pre", "resid_post")
+        self.held[site] = view.value.detach().to(torch.float32, copy=copies)
+        if site == "resid_post":
+            held, self.held = self.held, {}
+            entering, leaving = held["resid_pre"], held["resid_post"]
+            leaving = leaving.reshape(entering.shape)
+            mlp = held["mlp_out"] if "mlp_out" in held else leaving - entering
+            attention, head_sum = held.get("attn_out"), held.get("head_sum")
+            self.read(BlockStates(self.layer, entering, leaving, attention, mlp, head_sum))
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """Edits of heads in one layer, in order, as the function that writes their tap."""
+
+    layer: int
+    edits: tuple[AnyEdit, ...]
+
+    def __call__(self, value: Tensor, span: Span) -> Tensor:
+        """Edit the positions that a pass runs."""
+        for edit in during(self.edits, span):
+            value = edit(self.layer, value)
+        return value
+
+    @property
+    def heads(self) -> tuple[int, ...] | None:
+        """Heads that are edited; None if an edit does not say."""
+        return edited_heads(self.edits, self.layer)
+
+    def acting(self, span: Span) -> "Edited":
+        """Those edits that touch some of the positions that a pass runs."""
+        return Edited(self.layer, tuple(edit for edit in self.edits if during((edit,), span)))
+
+    def among(self, heads: tuple[int, ...]) -> "Edited":
+        """The same edits for a value that holds some heads alone."""
+        return Edited(self.layer, tuple(among(edit, self.layer, heads) for edit in self.edits))
+
+
+def writes_of(edits: Sequence[Edit]) -> dict[Tap, Edited]:
+    """Edits of heads by the taps that they write.
+
+    Args:
+        edits: applied in order.
+    """
+    by_tap: dict[Tap, list[AnyEdit]] = {}
+    for edit in edits:
+        for layer in sorted(edit.layers):
+            by_tap.setdefault(Tap(edit.site, layer), []).append(edit)
+    return {tap: Edited(tap.layer or 0, tuple(some)) for tap, some in by_tap.items()}
 
 
 def checked(
@@ -178,7 +358,8 @@ def checked(
         if not callable(function):
             what = "write(value, span)" if writing else "read(view)"
             raise InputError(f"{tap}: give a function {what}, not {function!r}.")
-        found[tap] = _held(tap, function) if writing else function
+        plain = writing and not isinstance(function, Edited)
+        found[tap] = _held(tap, function) if plain else function
     return found
 
 

@@ -6,14 +6,16 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from headscope.capture import check_fits, chunks
 from headscope.errors import HeadscopeError, InputError
+from headscope.heads import ModelShape
 from headscope.memory import chunk_bytes, free_cached_memory, is_out_of_memory
 from headscope.models.decoding import decoding, end_tokens, need_continuing
-from headscope.models.protocol import Edit, HeadModel, LayerView
+from headscope.models.protocol import Edit, HeadModel
+from headscope.models.taps import Reads, TapView, Texts, at_layers
 from headscope.probes.probe import Probe
 from headscope.progress import track
 from headscope.retrieval.runs import Form, Run, Runs, recall, word_recall
@@ -253,9 +255,12 @@ class _LookedNewest:
     windows: tuple[int | None, ...]
     best: dict[int, Int[Tensor, "batch head"]] = field(default_factory=dict)
     reachable: dict[int, Bool[Tensor, "probe batch"]] = field(default_factory=dict)
-    wants_final: bool = False
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every attention layer."""
+        return at_layers(shape, self._on_layer)
+
+    def _on_layer(self, view: TapView) -> None:
         """Keep one argmax a head; of equals the first."""
         rows = view.rows(torch.tensor([self.position]))
         self.best[view.layer] = rows.pattern[:, :, 0].argmax(-1)
@@ -263,9 +268,6 @@ class _LookedNewest:
             marked = self.needles[..., : rows.visible.shape[-1]].to(rows.visible.device)
             shown = rows.visible[:, 0, : marked.shape[-1]] & marked
             self.reachable[view.layer] = shown.any(-1)
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Unused."""
 
 
 class _Step(NamedTuple):
@@ -295,7 +297,7 @@ def _decode(
     open_runs = set(range(len(rows)))
     for _ in range(steps):
         looked = _LookedNewest(text.length + given.shape[1] - 1, needles, model.shape.windows)
-        logits = text.step(given, observers=(looked,), edits=edits)
+        logits = text.step(given, reads=looked.reads(model.shape), edits=edits)
         said = logits.argmax(-1).cpu()
         taken.append(_Step(said, looked))
         open_runs -= {i for i in open_runs if stops(int(said[i]), len(taken) - 1)}
@@ -443,9 +445,12 @@ class _LookedForced:
     budget: int
     best: dict[int, Int[Tensor, "batch head query"]] = field(default_factory=dict)
     reachable: dict[int, Bool[Tensor, "batch query"]] = field(default_factory=dict)
-    wants_final: bool = False
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every attention layer."""
+        return at_layers(shape, self._on_layer)
+
+    def _on_layer(self, view: TapView) -> None:
         """Keep one argmax a head and query; of equals the first."""
         batch, length = self.needle.shape
         row = 4 * batch * view.z.shape[2] * length
@@ -460,9 +465,6 @@ class _LookedForced:
         self.best[view.layer] = torch.cat(best, 2)
         if shown:
             self.reachable[view.layer] = torch.cat(shown, 1)
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Unused."""
 
 
 def _read(model: HeadModel, probe: Probe, rows: list[int]) -> list[Run]:
@@ -482,7 +484,10 @@ def _read(model: HeadModel, probe: Probe, rows: list[int]) -> list[Run]:
     positions = answering.any(0).nonzero().flatten()
     looked = _LookedForced(positions, needle, model.shape.windows, chunk_bytes(model.device, None))
     with torch.no_grad():
-        logits = model.forward(tokens, real=real, observers=(looked,), logits_at=positions)
+        logits = model.run(
+            Texts(tokens, real), reads=looked.reads(model.shape), logits_at=positions
+        )
+    assert logits is not None  # noqa: S101  # they were asked for
     predicted = logits.argmax(-1).cpu()
     runs = []
     for i in range(len(rows)):

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from headscope.capture import stream
 from headscope.errors import UnsupportedModelError
+from headscope.heads import ModelShape
 from headscope.inputs import Rotation
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import Reads, TapView, at_layers
 from headscope.probes.probe import Probe
 from headscope.scorers.rotary import far_keys, plane_shares
 
@@ -96,9 +98,12 @@ class _Seen:
     rotations: dict[int, Rotation]
     total: dict[int, Float[Tensor, "head plane"]] = field(default_factory=dict)
     count: dict[int, Float[Tensor, " head"]] = field(default_factory=dict)
-    wants_final: bool = False
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every attention layer."""
+        return at_layers(shape, self._on_layer)
+
+    def _on_layer(self, view: TapView) -> None:
         """Add one layer's queries."""
         wanted = self.batch.mark("answering")
         positions = wanted.any(0).nonzero().flatten()
@@ -108,6 +113,3 @@ class _Seen:
         self.total[view.layer] = (shares.nan_to_num(0) * chosen).sum((0, 2))
         known = ~shares.isnan().any(-1) & (chosen[..., 0] > 0)
         self.count[view.layer] = known.sum((0, 2)).cpu().double()
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Unused."""

@@ -9,11 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.capture import chunks
+from headscope.heads import ModelShape
 from headscope.inputs import Rotation
 from headscope.matches import Matches
 from headscope.memory import chunk_bytes
 from headscope.models.blocks import AttentionWrite
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import Reads, TapView, at_final, at_layers
 from headscope.outputs import HeadOutputs, Readout
 from headscope.probes.probe import Probe
 from headscope.progress import Advance
@@ -157,10 +159,11 @@ class Accumulator:
         """What attention spread evenly, or another example, gives scorers whose control it is."""
         return self._flat_sums.moved()
 
-    @property
-    def wants_final(self) -> bool:
-        """Whether some scorer is divided by the final norm's scale."""
-        return any(scorer.per_final_scale for scorer in self.scorers)
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every attention layer; the end too, if a scorer is divided by the final norm's scale."""
+        layers = at_layers(shape, self._on_layer)
+        scaled = any(scorer.per_final_scale for scorer in self.scorers)
+        return layers | at_final(self._on_final) if scaled else layers
 
     @cached_property
     def selected(self) -> dict[str, Bool[Tensor, "batch pos"]]:
@@ -202,7 +205,7 @@ class Accumulator:
     def _probes(self) -> dict[torch.device, Probe]:
         return {}
 
-    def on_layer(self, view: LayerView) -> None:
+    def _on_layer(self, view: TapView) -> None:
         """Feed one layer to every scorer, chunk by chunk."""
         device = view.z.device
         if device not in self._probes:
@@ -265,7 +268,7 @@ class Accumulator:
             self._flat[key] = scorer(chunk.flat_rows(scorer), layer.probe)
         return self._flat[key]
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+    def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide what was held back by the final norm's scale."""
         scale = self._readout().scale(residual)
         for scorer, layer, values, positions in self._held:
@@ -280,7 +283,7 @@ class _Layer:
     """One layer with what scorers may derive from it once."""
 
     model: HeadModel
-    view: LayerView
+    view: TapView
     probe: Probe
     rotation: Rotation | None
     readout: Callable[[], Readout]

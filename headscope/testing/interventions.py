@@ -15,7 +15,8 @@ from headscope.edits.head_edit import SITES
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.loading.load import load
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import TapView, at_layers, writes_of
 from headscope.probes.probe import Probe
 from headscope.testing.report import CheckError, CheckReport, agree, ensure, run_checks
 
@@ -239,27 +240,21 @@ def _replay(case: _Case) -> None:
     clean = _loss(model.forward(probe.tokens), probe)
     for head in case.heads:
         edit = case.intervention([head])
-        seen = _Seen()
-        changed = _loss(model.forward(probe.tokens, edits=(edit,), observers=(seen,)), probe)
-        ensure(seen.layers > 0, "the edited pass shows no layer.")
+        layers: set[int] = set()
+        logits = model.run(
+            probe, reads=at_layers(model.shape, _seen_in(layers)), writes=writes_of((edit,))
+        )
+        ensure(layers == set(model.shape.attention_layers), "the edited pass leaves out layers.")
+        assert logits is not None  # noqa: S101  # they were asked for
+        changed = _loss(logits, probe)
         expected = torch.tensor(float(changed - clean))
         actual = torch.tensor(float(effect.mean[head.layer, head.head]))
         agree(actual, expected, _TOLERANCE, f"effects of {head} by replay and by whole passes")
 
 
-@dataclass
-class _Seen:
-    """Observer that counts layers."""
-
-    layers: int = 0
-    wants_final: bool = False
-
-    def on_layer(self, view: LayerView) -> None:
-        """Count."""
-        self.layers += 1
-
-    def on_final(self, residual: Tensor) -> None:
-        """Nothing to count."""
+def _seen_in(layers: set[int]) -> Callable[[TapView], None]:
+    """A reader that notes which layers it saw."""
+    return lambda view: layers.add(view.layer)
 
 
 def _loss(logits: Tensor, probe: Probe) -> Tensor:

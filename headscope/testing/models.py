@@ -17,10 +17,11 @@ from headscope.ablation import ablate_heads
 from headscope.capture import collect
 from headscope.edits import zero
 from headscope.errors import HeadscopeError, UnsupportedModelError
-from headscope.heads import HeadIndex
+from headscope.heads import HeadIndex, ModelShape
 from headscope.models.hf.transformers_api import attention_name
 from headscope.models.loading.load import load
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import Reads, Tap, TapView, Texts, at_final, at_layers, writes_of
 from headscope.probes.encoding import next_tokens
 from headscope.pruning import prune
 from headscope.scoring import score
@@ -87,7 +88,7 @@ def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckRepor
 
 @dataclass
 class _Everything:
-    """Observer that keeps whole rows, head outputs, values and the last residual stream."""
+    """Reader that keeps whole rows, head outputs, values and the last residual stream."""
 
     chunk: int | None = None
     wants_final: bool = False
@@ -97,7 +98,19 @@ class _Everything:
     wants_values: bool = True
     final: Tensor | None = None
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every attention layer, and the last residual stream if it is wanted."""
+        layers = at_layers(shape, self._on_layer)
+        return layers | at_final(self._on_final) if self.wants_final else layers
+
+    def run(self, model: HeadModel, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        """Run a model under these eyes."""
+        logits = model.run(Texts(tokens, real), reads=self.reads(model.shape))
+        ensure(logits is not None, "a whole pass gives no logits.")
+        assert logits is not None  # noqa: S101  for the type checker
+        return logits
+
+    def _on_layer(self, view: TapView) -> None:
         """Keep one layer."""
         size = view.n_queries
         parts = [view.rows(part) for part in torch.arange(size).split(self.chunk or size)]
@@ -107,7 +120,7 @@ class _Everything:
         if self.wants_values:
             self.values[view.layer] = view.values().clone()
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+    def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Keep the residual stream."""
         self.final = residual.clone()
 
@@ -144,7 +157,7 @@ class _Subject:
         """Everything that headscope shows of the same pass."""
         everything = _Everything(wants_values="values" not in self.model.limits)
         with torch.no_grad():
-            self.model.forward(self.tokens, observers=[everything])
+            everything.run(self.model, self.tokens)
         return everything
 
     @property
@@ -245,7 +258,7 @@ def _logits(subject: _Subject) -> None:
     agree(subject.clean.logits, own, subject.tolerance, "logits of its own eager attention")
     agree(subject.model.forward(subject.tokens), own, subject.tolerance, "logits")
     everything = _Everything(wants_values=False)
-    watched = subject.model.forward(subject.tokens, observers=[everything])
+    watched = everything.run(subject.model, subject.tokens)
     agree(watched, own, subject.tolerance, "logits of a watched pass")
     at = torch.tensor([0, subject.tokens.shape[1] - 2])
     some = subject.model.forward(subject.tokens, logits_at=at)
@@ -260,7 +273,7 @@ def _rows(subject: _Subject) -> None:
         agree(rows, pattern.float(), subject.tolerance, f"attention rows of layer {layer}")
         ensure(bool((rows.sum(-1) < 1 + 1e-4).all()), f"rows of layer {layer} sum to more than 1.")
     parts = _Everything(chunk=7, wants_values=False)
-    subject.model.forward(subject.tokens, observers=[parts])
+    parts.run(subject.model, subject.tokens)
     for layer, rows in subject.seen.patterns.items():
         agree(parts.patterns[layer], rows, 1e-5, f"rows of layer {layer} in chunks and whole")
 
@@ -390,7 +403,7 @@ def _readout(subject: _Subject) -> None:
     if "readout" in subject.model.limits:
         raise UnsupportedModelError(subject.model.limits["readout"])
     everything = _Everything(wants_final=True, wants_values=False)
-    subject.model.forward(subject.tokens, observers=[everything])
+    everything.run(subject.model, subject.tokens)
     ensure(everything.final is not None, "the last residual stream was never shown.")
     assert everything.final is not None  # noqa: S101  for the type checker
     logits = subject.model.readout.logits(everything.final)
@@ -542,7 +555,7 @@ def _padding(subject: _Subject, side: str) -> None:
     real = torch.ones(2, length, dtype=torch.bool, device=subject.tokens.device)
     real[0, slice(0, 9) if side == "left" else slice(length - 9, length)] = False
     seen = _Everything(wants_values=False)
-    logits = subject.model.forward(subject.tokens, real=real, observers=[seen])
+    logits = seen.run(subject.model, subject.tokens, real)
     for example in range(2):
         shown = real[example]
         alone = subject.plain.run(subject.tokens[example : example + 1, shown])
@@ -563,7 +576,7 @@ def _batch_size(subject: _Subject) -> None:
     seen = subject.seen
     for order in ([1], [1, 0]):
         one = _Everything(wants_values=False)
-        logits = subject.model.forward(subject.tokens[order], observers=[one])
+        logits = one.run(subject.model, subject.tokens[order])
         agree(logits, subject.clean.logits[order], subject.tolerance, "logits of other batches")
         for layer in subject.layers:
             rows = seen.patterns[layer][order]
@@ -619,7 +632,7 @@ def _hooks(subject: _Subject) -> None:
         plain = subject.plain.run(subject.tokens)
         count = len(calls)
         seen = _Everything(wants_values=False)
-        logits = subject.model.forward(subject.tokens, observers=[seen])
+        logits = seen.run(subject.model, subject.tokens)
         ensure(len(calls) > count, "a hook on the embedding is not called.")
         agree(logits, plain.logits, subject.tolerance, "logits under a hook on the embedding")
         count = len(calls)
@@ -627,21 +640,8 @@ def _hooks(subject: _Subject) -> None:
         ensure(len(calls) > count, "a hook on the embedding is gone after a pass.")
 
 
-class _Broken:
-    """Observer that fails in the last layer."""
-
-    wants_final = False
-
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
-
-    def on_layer(self, view: LayerView) -> None:
-        """Fail."""
-        if view.layer == self.layer:
-            raise ZeroDivisionError
-
-    def on_final(self, residual: Tensor) -> None:
-        """Nothing to fail at."""
+def _fail(_view: TapView) -> None:
+    raise ZeroDivisionError
 
 
 @torch.no_grad()
@@ -652,13 +652,13 @@ def _restored(subject: _Subject) -> None:
     subject.model.forward(subject.tokens, edits=(edit,))
     ensure(_state(subject) == before, "a pass leaves the model changed.")
     try:
-        subject.model.forward(
-            subject.tokens, observers=(_Broken(subject.layers[-1]),), edits=(edit,)
+        subject.model.run(
+            subject.tokens, reads={Tap("z", subject.layers[-1]): _fail}, writes=writes_of((edit,))
         )
     except ZeroDivisionError:
         pass
     else:
-        raise CheckError("an observer that fails goes unnoticed.")
+        raise CheckError("a reader that fails goes unnoticed.")
     ensure(_state(subject) == before, "a pass that fails leaves the model changed.")
     with _training(subject.inside):
         training = _state(subject)

@@ -54,13 +54,13 @@ def test_equals_whole_passes(family: str, padding: str) -> None:
         for layer, fast in ((0, True), (1, True), (2, True), (1, False)):
             replay = Replay(model, recording, read, prefix=fast, lean=fast)
             variants = variants_of(model, layer, probe.mark("late"), probe.real)
-            found = replay.logits(replay.residual(variants))
+            found = replay.logits(replay.run(variants))
             expected = whole.rows(variants)
             assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
             late = [v for v in variants if len(v) == 1 and replay.start(v)[1] > 0]
             assert not fast or late or read is probe.real
             if late:
-                again = replay.logits(replay.residual(late))
+                again = replay.logits(replay.run(late))
                 assert (again - whole.rows(late)).abs().max() < 2e-5 * expected.abs().max()
 
 
@@ -127,7 +127,7 @@ def test_replay_leaves_the_model_as_it_was_even_when_it_fails() -> None:
     replay = Replay(model, record(model, probe.tokens, None), probe.mark("end"))
 
     with pytest.raises(ZeroDivisionError):
-        replay.residual([(edits.zero("L0H0"), _Broken())])
+        replay.run([(edits.zero("L0H0"), _Broken())])
     after = {name: dict(m.__dict__) for name, m in model.module.named_modules()}
     for name in before:
         assert before[name].keys() == after[name].keys()

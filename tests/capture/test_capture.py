@@ -63,15 +63,15 @@ def test_out_of_memory_halves_the_batch_and_then_the_chunks(
     probe = hs.probes.from_tokens(tokens(5))
     whole = hs.score(model, probe, ["entropy"], progress=False)["entropy"].per_example
     tried: list[int] = []
-    forward = type(model).forward
+    run = type(model).run
 
-    def scarce(self: object, ids: torch.Tensor, **options: object) -> torch.Tensor:
-        tried.append(len(ids))
-        if len(ids) > 1 or len(tried) < 6:
+    def scarce(self: object, batch: hs.probes.Probe, **options: object) -> torch.Tensor | None:
+        tried.append(len(batch))
+        if len(batch) > 1 or len(tried) < 6:
             raise torch.OutOfMemoryError("no room")
-        return forward(self, ids, **options)
+        return run(self, batch, **options)
 
-    monkeypatch.setattr(type(model), "forward", scarce)
+    monkeypatch.setattr(type(model), "run", scarce)
     halved = hs.score(model, probe, ["entropy"], progress=False)["entropy"].per_example
     assert tried[:3] == [5, 2, 1]
     assert abs(halved - whole).max() < 1e-5
@@ -83,7 +83,7 @@ def test_out_of_memory_for_good_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -
     def never(*_args: object, **_options: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(type(model), "forward", never)
+    monkeypatch.setattr(type(model), "run", never)
     with pytest.raises(HeadscopeError, match="does not fit in memory"):
         hs.score(model, hs.probes.from_tokens(tokens(2)), ["entropy"], progress=False)
 

@@ -20,6 +20,7 @@ from headscope.models.hf.watch import Watch, write_scales
 from headscope.models.loading import proof
 from headscope.models.loading.agreement import Gap, gap, rounding
 from headscope.models.rotary import POSITIONS, find_rotation
+from tests.watching import watch
 from tools.tiny_models import tiny_model
 
 SMALL: dict[str, Any] = {
@@ -409,7 +410,7 @@ def products_in_the_run(model: Any, length: int) -> Any:
     attention = model.module.model.layers[1].self_attn
     handle = attention.register_forward_pre_hook(read, with_kwargs=True)
     with torch.no_grad():
-        model.forward(tokens, observers=[Look()])
+        watch(model, tokens, Look())
     handle.remove()
     i, matches, x = length - 1, kept["matches"], kept["read"]
 

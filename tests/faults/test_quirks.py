@@ -11,6 +11,7 @@ import headscope as hs
 from docs.pages.quirks import quirk_table
 from headscope.models.quirks import QUIRKS, Quirk
 from tests.faults.test_models import family, llama
+from tests.watching import watch
 
 TOKENS = torch.randint(3, 61, (2, 14), generator=torch.Generator().manual_seed(1))
 _FOUR: dict[str, Any] = {"num_hidden_layers": 4}
@@ -182,7 +183,7 @@ def test_other_quirks_are_exact(quirk: Quirk) -> None:
         def on_final(self, _residual: Tensor) -> None: ...
 
     with torch.no_grad():
-        logits = model.forward(TOKENS, observers=[Look()])
+        logits = watch(model, TOKENS, Look())
         own = module(TOKENS, output_attentions=True, use_cache=False)
     scale = float(own.logits.abs().max())
     torch.testing.assert_close(logits, own.logits, atol=1e-5 * scale, rtol=0)

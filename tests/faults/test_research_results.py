@@ -31,6 +31,7 @@ from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.table import HeadScores, HeadTable, RecallGrid, TokenLosses
 from tests.circuits.conftest import random_model
+from tests.watching import watch
 
 D_VOCAB = 97
 
@@ -354,8 +355,7 @@ def test_e13_output_norms_are_those_of_what_reaches_the_stream(family: str) -> N
     lengths = []
     for at in (1, 2, 3):
         writes = HeadWrites(model, at)
-        with model.parts.blocks_shown(writes):
-            model.forward(torch.tensor([ids]), observers=[writes])
+        watch(model, torch.tensor([ids]), writes)
         lengths.append(torch.stack([one.norm(dim=-1) for one in writes.vectors.values()]))
     np.testing.assert_allclose(
         found["head_output_norm"].mean, torch.stack(lengths).mean(0).numpy(), rtol=1e-4
@@ -385,8 +385,7 @@ def test_e13_a_head_that_copies_copies_in_the_run_too() -> None:
     x = words.inputs(ids, 0)
     logits = (x @ head @ words.outputs(torch.arange(model.shape.d_vocab)).T)[0]
     writes = HeadWrites(model, 0)
-    with model.parts.blocks_shown(writes):
-        model.forward(ids[None], observers=[writes])
+    watch(model, ids[None], writes)
     ran = writes.vectors[0][1] @ words.outputs(torch.arange(model.shape.d_vocab)).T
     assert torch.equal(logits.argsort(), ran.argsort())
     ratio = ran / logits

@@ -22,6 +22,7 @@ from headscope.models.bridge.model import wrap_bridge
 from headscope.models.digest import weight_digest
 from headscope.scoring.accumulate import Accumulator
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
+from tests.watching import watch
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -132,7 +133,7 @@ def test_b1_whatever_ends_a_pass_everything_comes_back(
         def on_final(self, residual: Tensor) -> None: ...
 
     calls = {
-        "observer": lambda: model.forward(X, observers=[Stop()]),
+        "observer": lambda: watch(model, X, Stop()),
         "edit": lambda: model.forward(X, edits=[Stop(), hs.edits.uniform("L0H0")]),
         "scope": lambda: within(model, lambda: model.forward(X, edits=[Stop()])),
     }
@@ -340,9 +341,9 @@ def test_b5_a_call_beside_a_running_pass_is_the_models_own() -> None:
 
         def on_final(self, residual: Tensor) -> None: ...
 
-    watch = Beside()
-    edited = model.forward(X, observers=[watch], edits=[hs.edits.zero("L0H0")])
-    assert watch.seen == [0, 1, 2]
+    beside = Beside()
+    edited = watch(model, X, beside, edits=[hs.edits.zero("L0H0")])
+    assert beside.seen == [0, 1, 2]
     torch.testing.assert_close(found[0], plain)
     torch.testing.assert_close(edited, model.forward(X, edits=[hs.edits.zero("L0H0")]))
 
@@ -361,7 +362,7 @@ def test_b5_a_pass_inside_a_pass_is_not_edited_by_it() -> None:
         def on_final(self, residual: Tensor) -> None: ...
 
     edits = [hs.edits.zero("L0H0"), hs.edits.uniform("L2H0")]
-    outer = model.forward(X, observers=[Inside()], edits=edits)
+    outer = watch(model, X, Inside(), edits=edits)
     torch.testing.assert_close(found[0], plain)
     torch.testing.assert_close(outer, model.forward(X, edits=edits))
 
@@ -585,7 +586,7 @@ def test_b8_a_pass_that_is_cut_short_leaves_nothing_loaded() -> None:
         def on_final(self, residual: Tensor) -> None: ...
 
     with pytest.raises(KeyboardInterrupt):
-        model.forward(X, observers=[Stop()])
+        watch(model, X, Stop())
     assert all(p.is_meta for p in model.module.parameters())
 
 
@@ -789,15 +790,15 @@ def test_b12_running_out_of_memory_is_no_verdict(
     from headscope.models.hf.replay import Replay
 
     model = hs.load(llama())
-    residual, left = Replay.residual, [times]
+    run, left = Replay.run, [times]
 
-    def failing(self: Replay, *args: Any, **kwargs: Any) -> Tensor:
+    def failing(self: Replay, *args: Any, **kwargs: Any) -> Tensor | None:
         if left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return residual(self, *args, **kwargs)
+        return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(Replay, "residual", failing)
+    monkeypatch.setattr(Replay, "run", failing)
     if times == 2:  # said, and not remembered
         with pytest.raises(torch.OutOfMemoryError):
             ablated(model)
@@ -829,17 +830,17 @@ def test_b12_memory_is_given_back_outside_of_the_handler(monkeypatch: pytest.Mon
         note = lambda: held.append(sys.exc_info()[1] is not None)  # noqa: E731
         monkeypatch.setattr(f"{place}.free_cached_memory", note)
     model, left = hs.load(llama()), [2]
-    forward = type(model).forward
+    run = type(model).run
 
-    def failing(self: Any, tokens: Tensor, **options: Any) -> Tensor:
-        if left[0] and len(tokens) > 1:
+    def failing(self: Any, batch: Any, **options: Any) -> Tensor | None:
+        if left[0] and len(batch.tokens) > 1:
             left[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        found: Tensor = forward(self, tokens, **options)
+        found: Tensor | None = run(self, batch, **options)
         return found
 
     wanted = scored(model)
-    monkeypatch.setattr(type(model), "forward", failing)
+    monkeypatch.setattr(type(model), "run", failing)
     np.testing.assert_allclose(scored(model), wanted, atol=1e-6)
     assert held == [False, False]
     assert memory.is_out_of_memory(torch.OutOfMemoryError())
@@ -897,7 +898,7 @@ def test_b14_options_that_mean_nothing_are_refused_before_any_pass(
     call: Callable[[Any], Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = hs.load(llama())
-    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("a pass ran"))
+    monkeypatch.setattr(type(model), "run", lambda *_, **__: pytest.fail("a pass ran"))
     with pytest.raises(hs.HeadscopeError, match=said):
         call(model)
 

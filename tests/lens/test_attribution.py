@@ -20,6 +20,7 @@ from headscope.models.loading.load import load
 from tests.handwired import handwired_gpt2, handwired_llama
 from tests.lens.helpers import EVERY, TOKENS, model_of, plain_logits
 from tests.models import families
+from tests.watching import watch
 
 
 def uncapped(family: str, position: int) -> Tensor:
@@ -119,7 +120,7 @@ def test_heads_and_sources_by_hand_in_double_precision(family: str) -> None:
             seen["final"] = residual[0, -1].double().numpy()
 
     with torch.no_grad():
-        model.forward(torch.tensor([TOKENS]), observers=[Look()])
+        watch(model, torch.tensor([TOKENS]), Look())
     x = seen["final"] - (seen["final"].mean() if readout.centred else 0)
     sigma = math.sqrt(float(np.mean(x**2)) + readout.epsilon)
     W_U, gain = (one.double().numpy() for one in (readout.W_U, readout.gain))

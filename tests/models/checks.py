@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import TapView
 from tests.models.families import tokens
+from tests.watching import watch
 
 Site = Literal["z", "query", "pattern"]
 
@@ -26,7 +28,7 @@ class Everything:
     values: dict[int, Tensor] = field(default_factory=dict)
     final: Tensor | None = None
 
-    def on_layer(self, view: LayerView) -> None:
+    def on_layer(self, view: TapView) -> None:
         positions = torch.arange(view.n_queries)
         parts = [view.rows(part) for part in positions.split(self.chunk or view.n_queries)]
         width = view.n_queries
@@ -111,7 +113,7 @@ def difference(actual: Tensor, expected: Tensor, keep: Tensor | None = None) -> 
 def worst(model: HeadModel, reference: Plain, real: Tensor | None) -> dict[str, float]:
     """Largest differences from plain eager attention at real positions."""
     seen = Everything()
-    logits = model.forward(tokens(), real=real, observers=[seen])
+    logits = watch(model, tokens(), seen, real=real)
     layers = model.shape.attention_layers
     assert tuple(seen.patterns) == layers
     kept = torch.ones(logits.shape[:2], dtype=torch.bool) if real is None else real
@@ -131,11 +133,11 @@ def worst(model: HeadModel, reference: Plain, real: Tensor | None) -> dict[str, 
 def chunks_agree(model: HeadModel, real: Tensor | None) -> float:
     """Largest difference between rows asked for at once and in chunks."""
     whole = Everything()
-    model.forward(tokens(), real=real, observers=[whole])
+    watch(model, tokens(), whole, real=real)
     gaps = []
     for size in (1, 5):
         parts = Everything(chunk=size)
-        model.forward(tokens(), real=real, observers=[parts])
+        watch(model, tokens(), parts, real=real)
         for layer, pattern in whole.patterns.items():
             assert torch.equal(parts.visible[layer], whole.visible[layer])
             gaps.append(difference(parts.patterns[layer], pattern))
@@ -146,7 +148,7 @@ def chunks_agree(model: HeadModel, real: Tensor | None) -> float:
 def rows_are_exact(model: HeadModel, real: Tensor | None) -> None:
     """Rows are 0 where nothing is visible, sum to at most 1, and average values to z."""
     seen = Everything()
-    model.forward(tokens(), real=real, observers=[seen])
+    watch(model, tokens(), seen, real=real)
     for layer, pattern in seen.patterns.items():
         assert pattern.dtype == torch.float32
         assert not pattern.masked_select(~seen.visible[layer][:, None]).any()
@@ -165,7 +167,7 @@ def logits_at_selects(model: HeadModel) -> None:
     assert difference(model.forward(tokens(), logits_at=at), whole[:, at]) < 1e-5
     for final in (True, False):
         seen = Everything(wants_final=final)
-        nothing = model.forward(tokens(), observers=[seen], logits_at=at[:0])
+        nothing = watch(model, tokens(), seen, logits_at=at[:0])
         assert nothing.shape == (4, 0, model.shape.d_vocab)
         assert tuple(seen.patterns) == model.shape.attention_layers
         assert (seen.final is not None) is final
@@ -175,8 +177,8 @@ def logits_at_selects(model: HeadModel) -> None:
 def examples_are_independent(model: HeadModel) -> None:
     """One example gives alone what it gives in a batch."""
     whole, one = Everything(), Everything()
-    logits = model.forward(tokens(), observers=[whole])
-    alone = model.forward(tokens()[2:3], observers=[one])
+    logits = watch(model, tokens(), whole)
+    alone = watch(model, tokens()[2:3], one)
     assert difference(alone, logits[2:3]) < 1e-5
     for layer, pattern in one.patterns.items():
         assert difference(pattern, whole.patterns[layer][2:3]) < 1e-5
@@ -210,7 +212,7 @@ def zero_query_is_uniform(model: HeadModel, real: Tensor | None) -> None:
     layers = frozenset(model.shape.attention_layers)
     seen = Everything()
     edit = Change("query", layers, torch.zeros_like)
-    model.forward(tokens(), real=real, observers=[seen], edits=[edit])
+    watch(model, tokens(), seen, real=real, edits=[edit])
     for layer, pattern in seen.patterns.items():
         shown = seen.visible[layer].float()[:, None]
         even = shown / shown.sum(-1, keepdim=True)
@@ -247,7 +249,7 @@ class Broken:
 
     wants_final = False
 
-    def on_layer(self, view: LayerView) -> None:
+    def on_layer(self, view: TapView) -> None:
         if view.layer == 1:
             raise ZeroDivisionError
 

@@ -7,22 +7,23 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.blocks import BlockStates
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.hf.blocks import find_writers
 from headscope.models.hf.hooks import after, hooked
 from headscope.models.hf.watch import Watch
 from headscope.models.loading.load import load
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import BlockStates, TapView
 from tests.models import families
 from tests.models.checks import difference, same_state, state
+from tests.watching import watch
 
 NOTHING = torch.empty(0, dtype=torch.long)
 
 
 class Blocks:
-    """Observer that keeps every block and every layer's head outputs."""
+    """Keeps every block and every layer's head outputs."""
 
     wants_final = True
 
@@ -31,7 +32,7 @@ class Blocks:
         self.z: dict[int, Tensor] = {}
         self.final = torch.empty(0)
 
-    def on_layer(self, view: LayerView) -> None:
+    def on_layer(self, view: TapView) -> None:
         self.z[view.layer] = view.z.float()
 
     def on_block(self, states: BlockStates) -> None:
@@ -45,10 +46,7 @@ class Blocks:
 @torch.no_grad()
 def watched(model: HeadModel, kind: str = "none") -> Blocks:
     seen = Blocks()
-    with model.parts.blocks_shown(seen):
-        model.forward(
-            families.tokens(), real=families.padding(kind), observers=[seen], logits_at=NOTHING
-        )
+    watch(model, families.tokens(), seen, real=families.padding(kind), logits_at=NOTHING)
     return seen
 
 

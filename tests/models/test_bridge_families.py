@@ -20,6 +20,7 @@ from tests.models.families import (
     padding,
     tokens,
 )
+from tests.watching import watch
 
 each_family = pytest.mark.parametrize("family", BRIDGE_FAMILIES)
 TOLERANCE = 1e-5  # fp32 rounding in other orders of summation, amplified by wide random weights
@@ -90,9 +91,9 @@ def test_a_pass_leaves_bridge_and_model_as_they_were(family: str) -> None:
         checks.Change("pattern", frozenset({0}), torch.zeros_like),
     ]
     with torch.no_grad():
-        model.forward(tokens(), observers=[checks.Everything()], edits=edits)
+        watch(model, tokens(), checks.Everything(), edits=edits)
         with pytest.raises(ZeroDivisionError):
-            model.forward(tokens(), observers=[checks.Broken()], edits=edits)
+            watch(model, tokens(), checks.Broken(), edits=edits)
         assert checks.same_state(before, checks.state(model.module))
         assert checks.same_state(plain, checks.state(module))
         again = model.forward(tokens())
@@ -109,8 +110,8 @@ def test_both_paths_agree(family: str, kind: str) -> None:
     assert set(fast.limits) <= set(slow.limits)
     by_fast, by_slow = checks.Everything(), checks.Everything()
     with torch.no_grad():
-        logits = fast.forward(tokens(), real=real, observers=[by_fast])
-        again = slow.forward(tokens(), real=real, observers=[by_slow])
+        logits = watch(fast, tokens(), by_fast, real=real)
+        again = watch(slow, tokens(), by_slow, real=real)
     kept = torch.ones(logits.shape[:2], dtype=torch.bool) if real is None else real
     assert checks.difference(again, logits, kept) < TOLERANCE
     assert by_fast.final is not None
@@ -186,7 +187,7 @@ def test_folded_bridge_of_the_user(own_bridge: BridgeModel) -> None:
     model = wrap_bridge(own_bridge.bridge)
     seen = checks.Everything()
     with torch.no_grad():
-        logits = model.forward(tokens(), observers=[seen])
+        logits = watch(model, tokens(), seen)
         plain = build("gpt2")(tokens()).logits
     # Folding centres the unembedding: logits move by one number per position.
     assert checks.difference(logits.log_softmax(-1), plain.log_softmax(-1)) < 1e-4
@@ -204,7 +205,7 @@ def test_native_bridge_of_transformer_lens() -> None:
     model = wrap_bridge(bridge)
     seen = checks.Everything()
     with torch.no_grad():
-        logits = model.forward(tokens(), observers=[seen])
+        logits = watch(model, tokens(), seen)
     assert seen.final is not None
     assert checks.difference(model.readout.logits(seen.final), logits) < TOLERANCE
     checks.rows_are_exact(model, None)
@@ -241,4 +242,4 @@ def test_a_window_that_the_config_does_not_tell_is_noticed() -> None:
     bridge.original_model.config.attention_layers = ["local"] * 4
     model = wrap_bridge(bridge)
     with torch.no_grad(), pytest.raises(UnsupportedModelError, match="cannot see"):
-        model.forward(tokens(), observers=[checks.Everything()])
+        watch(model, tokens(), checks.Everything())

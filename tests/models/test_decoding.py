@@ -8,8 +8,10 @@ import headscope as hs
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.decoding import decoding
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
+from headscope.models.taps import TapView
 from tests.models.families import build, fresh, padding, tokens
+from tests.watching import reads_of
 
 FAMILIES = ["gpt2", "llama", "mistral", "gemma2", "gpt_oss", "qwen3", "opt", "gpt_neox", "phi3"]
 
@@ -22,7 +24,7 @@ class Rows:
     def __init__(self, position: int) -> None:
         self.position, self.rows = position, dict[int, Tensor]()
 
-    def on_layer(self, view: LayerView) -> None:
+    def on_layer(self, view: TapView) -> None:
         self.rows[view.layer] = view.rows(torch.tensor([self.position])).pattern[:, :, 0]
 
     def on_final(self, residual: Tensor) -> None:
@@ -35,7 +37,7 @@ def stepped(model: HeadModel, real: Tensor | None = None) -> list[tuple[Tensor, 
     out = []
     for _ in range(4):
         seen = Rows(text.length + given.shape[1] - 1)
-        logits = text.step(given, observers=(seen,))
+        logits = text.step(given, reads=reads_of(model.shape, seen))
         out.append((logits, seen.rows))
         given = logits.argmax(-1)[:, None].cpu()
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 from headscope.models.hf.model import HFModel
 from tests.models import checks
 from tests.models.families import HF_FAMILIES, WINDOW, build, fresh, padding, tokens
+from tests.watching import watch
 
 each_family = pytest.mark.parametrize("family", HF_FAMILIES)
 # A full mask row, the widest chunk and fused attention sum in other orders: fp32 rounding, which
@@ -82,10 +83,10 @@ def test_a_pass_leaves_the_model_as_it_was(family: str) -> None:
     before = checks.state(model.module)
     edit = checks.Change("z", frozenset({0}), torch.zeros_like)
     with torch.no_grad():
-        model.forward(tokens(), observers=[checks.Everything()], edits=[edit])
+        watch(model, tokens(), checks.Everything(), edits=[edit])
         assert checks.same_state(before, checks.state(model.module))
         with pytest.raises(ZeroDivisionError):
-            model.forward(tokens(), observers=[checks.Broken()])
+            watch(model, tokens(), checks.Broken())
         assert checks.same_state(before, checks.state(model.module))
         assert checks.difference(model.module(tokens()).logits, eager(family, "none").logits) < 1e-5
 
@@ -104,7 +105,7 @@ def test_half_precision_is_as_near_as_eager_half_precision(family: str) -> None:
     rounded = reference(module, model, None)
     seen = checks.Everything()
     with torch.no_grad():
-        logits = model.forward(tokens(), observers=[seen])
+        logits = watch(model, tokens(), seen)
     assert seen.patterns[0].dtype == torch.float32
     gap = (seen.patterns[0] - rounded.patterns[0].float()).abs()
     assert float(gap.max()) < 0.1

@@ -11,6 +11,7 @@ from headscope.models.hf.model import HFModel
 from headscope.models.hf.readout import measure_norm
 from tests.models import checks
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, tokens
+from tests.watching import watch
 
 
 def wrapped(family: str) -> HFModel | BridgeModel:
@@ -26,7 +27,7 @@ def test_readout_of_the_last_residual_stream_is_the_logits(family: str) -> None:
     model = wrapped(family)
     seen = checks.Everything()
     with torch.no_grad():
-        logits = model.forward(tokens(), observers=[seen])
+        logits = watch(model, tokens(), seen)
         assert seen.final is not None
         readout = model.readout
         assert checks.difference(readout.logits(seen.final), logits) < 1e-5

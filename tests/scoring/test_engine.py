@@ -210,7 +210,7 @@ def test_mistakes_are_told_before_any_pass(
     arguments: dict[str, object],
     sentence: str,
 ) -> None:
-    monkeypatch.setattr(type(llama), "forward", lambda *_a, **_k: pytest.fail("a pass was run"))
+    monkeypatch.setattr(type(llama), "run", lambda *_a, **_k: pytest.fail("a pass was run"))
     with pytest.raises(InputError, match=sentence):
         hs.score(llama, hs.probes.from_tokens(few_tokens()), **arguments)
 
@@ -229,7 +229,7 @@ def test_tokens_per_chunk_bound_what_is_held(monkeypatch: pytest.MonkeyPatch) ->
     rows = HFLayerView.rows
 
     def watched(self: HFLayerView, query_pos: torch.Tensor) -> AttentionRows:
-        held.append(len(query_pos) * self.z.shape[0])
+        held.append(len(query_pos) * self.call.query.shape[0])
         return rows(self, query_pos)
 
     monkeypatch.setattr(HFLayerView, "rows", watched)

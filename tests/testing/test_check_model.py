@@ -44,46 +44,38 @@ def _double_write(model: HFModel) -> None:
 
 
 def _other_outputs(model: HFModel) -> None:
-    forward = model.forward
+    run = model.run
 
-    def wrong(tokens: Tensor, **kwargs: Any) -> Tensor:
-        observers = [_Scaled(one) for one in kwargs.pop("observers", ())]
-        return forward(tokens, observers=observers, **kwargs)
+    def wrong(batch: Any, *, reads: Any = (), **kwargs: Any) -> Tensor | None:
+        louder = {tap: _louder(tap, read) for tap, read in dict(reads).items()}
+        return run(batch, reads=louder, **kwargs)
 
-    model.forward = wrong
+    model.run = wrong
 
 
-class _Scaled:
-    """Observer that is shown head outputs a tenth too large."""
-
-    def __init__(self, observer: Any) -> None:
-        self.observer, self.wants_final = observer, observer.wants_final
-
-    def on_layer(self, view: Any) -> None:
-        self.observer.on_layer(replace(view, z=view.z * 1.1))
-
-    def on_final(self, residual: Tensor) -> None:
-        self.observer.on_final(residual)
+def _louder(tap: Any, read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A reader that is shown head outputs a tenth too large."""
+    return lambda view: read(replace(view, seen=view.seen * 1.1) if tap[0] == "z" else view)
 
 
 def _position_bound(model: HFModel) -> None:
-    forward = model.forward
+    run = model.run
 
-    def wrong(tokens: Tensor, real: Tensor | None = None, **kwargs: Any) -> Tensor:
-        return forward(tokens, **kwargs)  # padding is not said
+    def wrong(batch: Any, **kwargs: Any) -> Tensor | None:
+        return run(getattr(batch, "tokens", batch), **kwargs)  # padding is not said
 
-    model.forward = wrong
+    model.run = wrong
 
 
 def _leaves_a_trace(model: HFModel) -> None:
-    forward = model.forward
+    run = model.run
 
-    def wrong(tokens: Tensor, **kwargs: Any) -> Tensor:
-        model.module.seen = [*getattr(model.module, "seen", ()), tokens]
+    def wrong(batch: Any, **kwargs: Any) -> Tensor | None:
+        model.module.seen = [*getattr(model.module, "seen", ()), batch]
         setattr(model.module, f"pass_{len(model.module.seen)}", 0)
-        return forward(tokens, **kwargs)
+        return run(batch, **kwargs)
 
-    model.forward = wrong
+    model.run = wrong
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.hf.evidence import SameOutputs, dead_heads, own_logits, text_for
+from headscope.heads import ModelShape
+from headscope.models.hf.evidence import dead_heads, own_logits, same_outputs, text_for
 from headscope.models.hf.hooks import Call, after, hooked
 from headscope.models.loading.agreement import Check, Gap, gap, rounding
-from headscope.models.protocol import LayerView
+from headscope.models.taps import Reads, TapView, at_final, at_layers
 
 if TYPE_CHECKING:
     from headscope.models.bridge.model import BridgeModel
@@ -39,19 +40,19 @@ class _NoConfig:
 
 @dataclass
 class Look:
-    """Observer that holds rows and head outputs against each other."""
+    """Reader that holds rows and head outputs against each other."""
 
     model: "BridgeModel"
     checks: list[Check] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     last: Tensor | None = None
 
-    @property
-    def wants_final(self) -> bool:
-        """Whether the model shows a last residual stream."""
-        return self.model.layout.final is not None
+    def reads(self, shape: ModelShape) -> Reads:
+        """Head outputs of all layers, and the last residual stream where the model shows it."""
+        layers = at_layers(shape, self._check)
+        return layers if self.model.layout.final is None else layers | at_final(self._end)
 
-    def on_layer(self, view: LayerView) -> None:
+    def _check(self, view: TapView) -> None:
         """Check one layer."""
         shape, dtype = self.model.shape, self.model.dtype
         self.layers.append(view.layer)
@@ -84,8 +85,7 @@ class Look:
             )
         )
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Keep it."""
+    def _end(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         self.last = residual
 
 
@@ -115,8 +115,8 @@ def watched_pass(
         for layer, projection in projections.items()
         if isinstance(projection, nn.Module)
     ):
-        edit = SameOutputs(frozenset(model.layout.layers))
-        logits = model.forward(tokens, observers=(look,), edits=(edit,))
+        logits = model.run(tokens, reads=look.reads(model.shape), writes=same_outputs(model.shape))
+        assert logits is not None  # noqa: S101  # they were asked for
     missing = sorted(set(model.layout.layers) - set(look.layers))
     checks = [
         *look.checks,

@@ -10,22 +10,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.base.glance import Glance, Shown
-from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import unmeasured_write
 from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
 from headscope.models.bridge.parts import BridgeParts, bridge_weights
-from headscope.models.bridge.passes import BridgePass
+from headscope.models.bridge.passes import PassTaps, Scope
 from headscope.models.digest import Digest
 from headscope.models.hf.readout import logit_scale, measure_readout
-from headscope.models.hf.taps import Tapped
+from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
-from headscope.models.protocol import Edit, Observer
-from headscope.models.running import Finished
+from headscope.models.protocol import Edit
 from headscope.models.shown import glance_of
+from headscope.models.taps import writes_of
 from headscope.outputs import HeadWeights, Readout
 
 
@@ -146,40 +145,31 @@ class BridgeModel(Tapped, Shown):
             weights = {name: weights[name] for name in own}
         return self._digest.of(weights)
 
-    def forward(
+    def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
+        """Scope in which attention runs with the taps of a pass.
+
+        Queries are those after rotation where the family shows them so, else before; a query of
+        zeros is uniform attention only without position biases (not in bloom).
+        """
+        return PassTaps(self.module, self.layout, run).attached()
+
+    def compute(
         self,
         tokens: Int[Tensor, "batch pos"],
-        *,
-        real: Bool[Tensor, "batch pos"] | None = None,
-        observers: Sequence[Observer] = (),
-        edits: Sequence[Edit] = (),
-        logits_at: Int[Tensor, " at"] | None = None,
-        prompt: int | None = None,
-        grad: bool = False,
+        real: Bool[Tensor, "batch pos"] | None,
+        logits_at: Int[Tensor, " at"] | None,
+        run: Pass,
     ) -> Float[Tensor, "batch at d_vocab"]:
-        """Run the model once; see :class:`headscope.models.protocol.HeadModel`.
-
-        Edits of ``query`` see queries after rotation where the family shows them so, else before;
-        a query of zeros is uniform attention only without position biases (not in bloom).
-        """
+        """Logits of a pass, in evaluation mode and in the model's own types."""
         padded = real is not None and not bool(real.all())
         mask = real.to(self.device) if real is not None and padded else None
-        asked = 0 if logits_at is None else len(logits_at)
-        no_logits = logits_at is not None and asked == 0
-        length = tokens.shape[1]
-        span = Span(0, length, length if prompt is None else prompt)
-        run = BridgePass(
-            self.module, self.layout, observers, edits, may_stop=no_logits, real=mask, span=span
-        )
         inputs = self._inputs(mask)
-        if logits_at is not None and not no_logits and "logits_to_keep" in self._arguments:
+        if logits_at is not None and "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = logits_at.to(self.device)
             logits_at = None
-        try:
-            with run.attached(), torch.set_grad_enabled(grad):
-                logits: Tensor = self.bridge(tokens.to(self.device), return_type="logits", **inputs)
-        except Finished:
-            return torch.empty(len(tokens), asked, self.shape.d_vocab)
+        run.real = mask
+        with run.attached(), torch.set_grad_enabled(run.grad):
+            logits: Tensor = self.bridge(tokens.to(self.device), return_type="logits", **inputs)
         return logits if logits_at is None else logits[:, logits_at.to(logits.device)]
 
     @property
@@ -189,10 +179,8 @@ class BridgeModel(Tapped, Shown):
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Scope in which every pass of the bridge is edited, generation too; restored after."""
-        scope = BridgePass(
-            self.module, self.layout, (), edits, may_stop=False, real=None, span=None
-        )
-        return scope.attached()
+        _, writes = self.taps({}, writes_of(edits))
+        return Scope(self.module, self.layout, writes).open()
 
     def _inputs(self, mask: Tensor | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}

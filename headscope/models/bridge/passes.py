@@ -1,34 +1,36 @@
-"""One forward pass of a ``TransformerBridge``: edits go in, layers are shown."""
+"""The taps of attention in a ``TransformerBridge``: in one pass, and in all passes of a scope."""
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.base.stacks import MaskRule
-from headscope.edits import Span, during
+from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.matches import Matches
 from headscope.models.attention import visible_keys
 from headscope.models.bridge.layout import BridgeLayer, BridgeLayout
-from headscope.models.hf.hooks import hooked, leaving
+from headscope.models.hf.hooks import Hook, hooked, leaving
+from headscope.models.hf.passes import Writes
 from headscope.models.hf.spans import OwnPasses, replaced, watched
+from headscope.models.hf.taps import Pass, written
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
-from headscope.models.protocol import Edit, Observer
-from headscope.models.running import Finished, pass_over, scope_over, use_of
+from headscope.models.running import scope_over, use_of
+from headscope.models.taps import Tap, TapView
 from headscope.rows import AttentionRows
 
 # Attention on keys that the config's window hides; above this the config does not tell the truth.
 _STRAY = 1e-3
 
-# Sites that are edited inside a module which computes attention in one piece.
+# Sites that are reached inside a module which computes attention in one piece.
 _INSIDE = ("query", "key", "value", "pattern")
-
-Act = Callable[[Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +39,9 @@ class BridgeLayerView:
 
     layer: int
     pattern: Float[Tensor, "batch head query key"]
-    z: Float[Tensor, "batch query head d_head"]
     value: Float[Tensor, "batch kv_head query d_head"] | None
     window: int | None
     real: Bool[Tensor, "batch query"] | None
-
-    @property
-    def n_queries(self) -> int:
-        """Number of positions in this pass."""
-        return self.pattern.shape[2]
 
     def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
         """Rows of these queries as the model computed them, in fp32; a padding query sees itself.
@@ -86,184 +82,237 @@ class BridgeLayerView:
 
 
 @dataclass(eq=False)
-class BridgePass:
-    """Applies edits and shows layers to observers, for one pass or, as a scope, for all.
+class AttentionTaps(ABC):
+    """Hooks on the attention of a bridge; what becomes of a value is said by subclasses.
 
     Attributes:
         module: the model under the bridge.
-        span: which positions the pass runs; None: a scope, which each pass is asked for its own.
     """
 
     module: Any
     layout: BridgeLayout
-    observers: Sequence[Observer]
-    edits: Sequence[Edit]
-    may_stop: bool
-    real: Bool[Tensor, "batch pos"] | None
-    span: Span | None
-    own: OwnPasses | None = None
-    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    @abstractmethod
+    def touches(self, layer: int, *sites: str) -> bool:
+        """Whether some of these sites of a layer are read or written."""
+
+    @property
+    @abstractmethod
+    def acts(self) -> bool:
+        """Whether it is this pass, or one of this scope, that runs now."""
+
+    @abstractmethod
+    def through(self, site: str, layer: int, value: Tensor) -> Tensor:
+        """A value as it is written; shown to who reads it."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook the bridge for one pass or scope; hooks that it already has stay."""
+        """Hook the bridge; hooks that it already has stay."""
         with ExitStack() as stack:
-            if self.span is None:
-                stack.enter_context(scope_over(self.module, self))
-                self.own = stack.enter_context(watched(self.module))
-            else:
-                stack.enter_context(pass_over(self.module, self))
             for parts in self.layout.layers.values():
-                hooks = (leaving(point, self._mine(hook)) for point, hook in self._hooks(parts))
-                stack.enter_context(hooked(hooks))
-                if parts.kernel is not None and self._edits(parts.layer, *_INSIDE):
+                stack.enter_context(hooked(self.hooks(parts)))
+                if parts.kernel is not None and self.touches(parts.layer, *_INSIDE):
                     stack.enter_context(self._inside(parts.kernel, parts.layer))
-            if self._wants_final:
-                if self.layout.final is None:
-                    raise UnsupportedModelError("it has no plain norm before its unembedding.")
-                hook = leaving(self.layout.final, self._mine(self._at_final))
-                stack.enter_context(hooked([hook]))
             yield
 
-    def _mine(self, hook: Act) -> Act:
-        """The hook, silent in passes that are not this one or not of this scope."""
-
-        def mine(value: Tensor) -> Tensor | None:
-            return hook(value) if self._acts else None
-
-        return mine
-
-    @property
-    def _acts(self) -> bool:
-        use = use_of(self.module)
-        return not use.measuring() if self.span is None else use.running() is self
-
-    def _span(self, count: int) -> Span:
-        """Positions of a value that has ``count`` of them."""
-        run = use_of(self.module).running()
-        span = self.own.span if run is None and self.own is not None else getattr(run, "span", None)
-        return (span or Span.whole(count)).last(count)
-
-    @property
-    def _wants_final(self) -> bool:
-        return any(observer.wants_final for observer in self.observers)
-
-    def _edits(self, layer: int, *sites: str) -> list[Edit]:
-        return [edit for edit in self.edits if edit.site in sites and layer in edit.layers]
-
-    def _hooks(self, parts: BridgeLayer) -> Iterator[tuple[nn.Module, Act]]:
+    def hooks(self, parts: BridgeLayer) -> Iterator[Hook]:
+        """Hooks of one layer."""
         layer = parts.layer
-        if self._edits(layer, "query") and parts.kernel is None:
-            if parts.query is None:
-                raise UnsupportedModelError(f"layer {layer} does not show its queries.")
-            yield parts.query, self._at_query(parts)
-        if self._edits(layer, "pattern") and parts.kernel is None and not parts.pattern_is_live:
-            raise UnsupportedModelError(
-                f"layer {layer} shows its attention pattern only after it was used, so that it "
-                "cannot be edited."
-            )
-        if parts.kernel is None and self._edits(layer, "key"):
-            raise UnsupportedModelError(f"layer {layer} does not show its keys as it uses them.")
-        edits_value = parts.kernel is None and bool(self._edits(layer, "value"))
-        if edits_value and parts.value is None:
-            raise UnsupportedModelError(f"layer {layer} does not show its values.")
-        if parts.value is not None and (self.observers or edits_value):
-            yield parts.value, self._at_value(parts, edits_value)
-        yield parts.pattern, self._at_pattern(parts)
-        yield parts.z, self._at_z(parts)
+        if parts.kernel is None:
+            if self.touches(layer, "query"):
+                yield self.mine(_point(parts.query, layer, "queries"), self._at_query(parts))
+            if self.touches(layer, "key"):
+                _point(None, layer, "keys as it uses them")
+            if self.touches(layer, "value"):
+                yield self.mine(_point(parts.value, layer, "values"), self._at_value(layer))
+        if self.touches(layer, "z"):
+            yield self.mine(parts.z, self._at_z(layer))
 
-    def _at_query(self, parts: BridgeLayer) -> Act:
+    def mine(self, point: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Hook:
+        """A hook that is silent in passes that are not this one or not of this scope."""
+        return leaving(point, lambda value: act(value) if self.acts else None)
+
+    def _at_query(self, parts: BridgeLayer) -> Callable[[Tensor], Tensor]:
         heads = self.layout.shape.n_heads
 
-        def hook(value: Tensor) -> Tensor:
+        def at_query(value: Tensor) -> Tensor:
             if parts.query_is_rotated:
-                return self._edited("query", parts.layer, value)
-            query = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
-            edited = self._edited("query", parts.layer, query)
-            return edited.transpose(1, 2).reshape(value.shape)
+                return self.through("query", parts.layer, value)
+            return self._by_head("query", parts.layer, value, heads)
 
-        return hook
+        return at_query
 
-    def _at_value(self, parts: BridgeLayer, edits: bool) -> Act:
+    def _at_value(self, layer: int) -> Callable[[Tensor], Tensor]:
         heads = self.layout.shape.n_kv_heads
+        return lambda value: self._by_head("value", layer, value, heads)
 
-        def hook(value: Tensor) -> Tensor | None:
-            by_head = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
-            by_head = self._edited("value", parts.layer, by_head) if edits else by_head
-            if self.observers:
-                self.seen["value"] = by_head
-            return by_head.transpose(1, 2).reshape(value.shape) if edits else None
+    def _by_head(self, site: str, layer: int, value: Tensor, heads: int) -> Tensor:
+        by_head = rearrange(value, "batch pos ... -> batch pos (...)")
+        by_head = rearrange(by_head, "batch pos (head d) -> batch head pos d", head=heads)
+        made = self.through(site, layer, by_head)
+        return rearrange(made, "batch head pos d -> batch pos head d").reshape(value.shape)
 
-        return hook
-
-    def _at_pattern(self, parts: BridgeLayer) -> Act:
-        def hook(value: Tensor) -> Tensor | None:
-            self.seen["pattern"] = value
-            self._show(parts)
-            if parts.pattern_is_live and self._edits(parts.layer, "pattern"):
-                return self._edited("pattern", parts.layer, value.float()).to(value.dtype)
-            return None
-
-        return hook
-
-    def _at_z(self, parts: BridgeLayer) -> Act:
+    def _at_z(self, layer: int) -> Callable[[Tensor], Tensor | None]:
         shape = self.layout.shape
 
-        def hook(value: Tensor) -> Tensor | None:
+        def at_z(value: Tensor) -> Tensor | None:
             z = value.reshape(*value.shape[:2], shape.n_heads, shape.d_head)
-            edited = self._edited("z", parts.layer, z)
-            self.seen["z"] = edited
-            self._show(parts)
+            edited = self.through("z", layer, z)
             return None if edited is z else edited.reshape(value.shape)
 
-        return hook
+        return at_z
 
-    def _show(self, parts: BridgeLayer) -> None:
-        """Hand the layer over once its pattern and its head outputs are both there."""
-        if "pattern" not in self.seen or "z" not in self.seen:
-            return
-        seen, self.seen = self.seen, {}
-        window = self.layout.shape.windows[parts.layer]
-        view = BridgeLayerView(
-            parts.layer, seen["pattern"], seen["z"], seen.get("value"), window, self.real
-        )
-        for observer in self.observers:
-            observer.on_layer(view)
-        if self.may_stop and parts.layer == max(self.layout.layers) and not self._wants_final:
-            raise Finished
-
-    def _at_final(self, value: Tensor) -> None:
-        for observer in self.observers:
-            if observer.wants_final:
-                observer.on_final(value)
-        if self.may_stop:
-            raise Finished
+    def at_pattern(self, layer: int, pattern: Tensor) -> Tensor:
+        """A pattern as it is written, in its own type."""
+        return self.through("pattern", layer, pattern.float()).to(pattern.dtype)
 
     @contextmanager
     def _inside(self, kernel: Any, layer: int) -> Iterator[None]:
-        """Edit queries and patterns inside a module that computes attention in one piece."""
+        """Reach queries and patterns inside a module that computes attention in one piece."""
         original = getattr(kernel, ATTENTION_METHOD)
 
         def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-            if not self._acts:
+            if not self.acts:
                 inner: tuple[Tensor, Tensor] = original(query, key, value, *rest)
                 return inner
-            query = self._edited("query", layer, query)
-            key = self._edited("key", layer, key)
-            value = self._edited("value", layer, value)
+            query = self.through("query", layer, query)
+            key = self.through("key", layer, key)
+            value = self.through("value", layer, value)
             z, pattern = original(query, key, value, *rest)
-            if self._edits(layer, "pattern"):
-                edited = self._edited("pattern", layer, pattern.float()).to(value.dtype)
-                z = torch.matmul(edited, value)
+            if self.touches(layer, "pattern"):
+                pattern = self.at_pattern(layer, pattern)
+                z = torch.matmul(pattern.to(value.dtype), value)
             return z, pattern
 
         with replaced(kernel, ATTENTION_METHOD, attend):
             yield
 
-    def _edited(self, site: str, layer: int, value: Tensor) -> Tensor:
-        edits = self._edits(layer, site)
-        if not edits:
-            return value
-        for edit in during(edits, self._span(value.shape[1 if site == "z" else 2])):
-            value = edit(layer, value)
+
+def _point(point: nn.Module | None, layer: int, what: str) -> nn.Module:
+    if point is None:
+        raise UnsupportedModelError(f"layer {layer} does not show its {what}.")
+    return point
+
+
+@dataclass(eq=False)
+class PassTaps(AttentionTaps):
+    """The attention of one pass with its taps.
+
+    Attributes:
+        seen: pattern, head outputs and values of the layer that runs, until it is shown.
+    """
+
+    run: Pass
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def touches(self, layer: int, *sites: str) -> bool:
+        """Whether some of these sites of a layer are read or written."""
+        return self.run.touches(layer, *sites)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is this pass that runs now."""
+        return self.run.acts
+
+    def hooks(self, parts: BridgeLayer) -> Iterator[Hook]:
+        """Hooks of one layer; who reads head outputs may ask for its rows and values."""
+        layer, run = parts.layer, self.run
+        writes = Tap("pattern", layer) in run.writes
+        if writes and parts.kernel is None and not parts.pattern_is_live:
+            raise _not_live(layer)
+        shows = any(run.is_read(Tap(site, layer)) for site in ("z", "pattern"))
+        yield from super().hooks(parts)
+        if shows and parts.value is not None:
+            yield self.mine(parts.value, self._keep_value)
+        if shows or writes:
+            yield self.mine(parts.pattern, self._at_pattern(parts))
+        if shows and not self.touches(layer, "z"):
+            yield self.mine(parts.z, self._at_z(layer))
+
+    def through(self, site: str, layer: int, value: Tensor) -> Tensor:
+        """A value as it is written; head outputs are shown once their pattern is there."""
+        tap, span = Tap(site, layer), self.run.span.last(value.shape[1 if site == "z" else 2])
+        if self.run.grad or site not in ("z", "pattern"):
+            return self.run.through(tap, value, span=span)
+        value = written(tap, value, [self.run.writes], span)
+        if site == "z":
+            self.seen["z"] = value
+            self._show(layer)
         return value
+
+    def _keep_value(self, value: Tensor) -> None:
+        heads = self.layout.shape.n_kv_heads
+        self.seen["value"] = value.reshape(*value.shape[:2], heads, -1).transpose(1, 2)
+
+    def _at_pattern(self, parts: BridgeLayer) -> Callable[[Tensor], Tensor | None]:
+        layer = parts.layer
+
+        def at_pattern(value: Tensor) -> Tensor | None:
+            live = parts.pattern_is_live and self.touches(layer, "pattern")
+            made = self.at_pattern(layer, value) if live else value
+            self.seen["pattern"] = made
+            self._show(layer)
+            return made if live else None
+
+        return at_pattern
+
+    def _show(self, layer: int) -> None:
+        """Hand the layer over once its pattern and its head outputs are both there."""
+        if self.run.grad or not {"pattern", "z"} <= self.seen.keys():
+            return
+        seen, self.seen = self.seen, {}
+        window = self.layout.shape.windows[layer]
+        view = BridgeLayerView(layer, seen["pattern"], seen.get("value"), window, self.run.real)
+        if self.run.is_read(Tap("pattern", layer)):
+            self.run.show(TapView(Tap("pattern", layer), self.run.span, view))
+        self.run.show(TapView(Tap("z", layer), self.run.span, view, seen["z"]))
+
+
+@dataclass(eq=False)
+class Scope(AttentionTaps):
+    """Edits of every pass of a bridge while the scope is open: headscope's, and its own."""
+
+    writes: Writes
+    own: OwnPasses | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hook the bridge until the scope ends."""
+        with ExitStack() as stack:
+            stack.enter_context(scope_over(self.module, self))
+            self.own = stack.enter_context(watched(self.module))
+            stack.enter_context(self.attached())
+            yield
+
+    def touches(self, layer: int, *sites: str) -> bool:
+        """Whether some of these sites of a layer are written."""
+        return any(Tap(site, layer) in self.writes for site in sites)
+
+    @property
+    def acts(self) -> bool:
+        """Whether no measurement runs."""
+        return not use_of(self.module).measuring()
+
+    def hooks(self, parts: BridgeLayer) -> Iterator[Hook]:
+        """Hooks of one layer."""
+        yield from super().hooks(parts)
+        if self.touches(parts.layer, "pattern") and parts.kernel is None:
+            if not parts.pattern_is_live:
+                raise _not_live(parts.layer)
+            layer = parts.layer
+            yield self.mine(parts.pattern, lambda value: self.at_pattern(layer, value))
+
+    def through(self, site: str, layer: int, value: Tensor) -> Tensor:
+        """A value as it is written, at the positions of whatever pass runs."""
+        count = value.shape[1 if site == "z" else 2]
+        run = use_of(self.module).running()
+        where = self.own if run is None else run
+        span = (getattr(where, "span", None) or Span.whole(count)).last(count)
+        return written(Tap(site, layer), value, [self.writes], span)
+
+
+def _not_live(layer: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"layer {layer} shows its attention pattern only after it was used, so that it cannot be "
+        "edited."
+    )

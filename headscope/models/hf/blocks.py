@@ -6,10 +6,8 @@ times what some other module wrote. Parallel and sequential blocks, multipliers 
 sublayers are all of this form.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,8 +15,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm
-from headscope.models.blocks import AttentionWrite, BlockObserver, BlockStates
-from headscope.models.hf.hooks import Call, after, before, hooked, stream_of
+from headscope.models.blocks import AttentionWrite
 from headscope.models.hf.readout import measure_norm
 from headscope.models.hf.watch import Watch
 from headscope.models.loading.agreement import Gap
@@ -166,67 +163,3 @@ def attention_write(
     norm: InputNorm = measure_norm(getattr(module, "original_component", module), len(bias), device)
     norm = replace(norm, gain=norm.gain * scale, bias=norm.bias * scale)
     return AttentionWrite(bias.float(), norm)
-
-
-@contextmanager
-def shown(
-    blocks: Mapping[int, tuple[nn.Module, nn.Module | None]],
-    writers: Mapping[int, Writers],
-    observer: BlockObserver,
-) -> Iterator[None]:
-    """Scope in which an observer sees every block as it completes."""
-    with ExitStack() as stack:
-        for layer, (block, projection) in blocks.items():
-            seen = Watch(copies=True)
-            chosen = writers.get(layer)
-            if chosen is not None and projection is not None:
-                parts = {
-                    block.get_submodule(chosen.attention),
-                    block.get_submodule(chosen.mlp),
-                    projection,
-                }
-                stack.enter_context(hooked(after(module, seen.note) for module in parts))
-            leave = after(block, _leaving(layer, seen, chosen, projection, observer))
-            stack.enter_context(hooked([before(block, _entering(seen)), leave]))
-        yield
-
-
-def _entering(seen: Watch) -> Callable[..., None]:
-    def hook(module: nn.Module, call: Call) -> None:
-        seen.inputs[module] = call.stream.detach()
-
-    return hook
-
-
-def _leaving(
-    layer: int,
-    seen: Watch,
-    writers: Writers | None,
-    projection: nn.Module | None,
-    observer: BlockObserver,
-) -> Callable[..., None]:
-    def hook(block: nn.Module, _call: Call, output: Any) -> None:
-        entering = seen.inputs[block].float()
-        leaving = stream_of(output).detach().float()
-        leaving = leaving.reshape(entering.shape)
-
-        def written(name: str, scale: float) -> Tensor:
-            write = seen.outputs[block.get_submodule(name)].float().reshape(entering.shape)
-            return write if scale == 1 else write * scale
-
-        if writers is None or projection is None:
-            states = BlockStates(layer, entering, leaving, None, leaving - entering, None)
-        else:
-            states = BlockStates(
-                layer,
-                entering,
-                leaving,
-                written(writers.attention, writers.attention_scale),
-                written(writers.mlp, writers.mlp_scale),
-                seen.outputs[projection].float().reshape(entering.shape),
-            )
-        seen.inputs.clear()
-        seen.outputs.clear()
-        observer.on_block(states)
-
-    return hook

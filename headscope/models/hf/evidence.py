@@ -9,13 +9,14 @@ build up from layer to layer.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from headscope.errors import HeadscopeError, ModelLoadError, UnsupportedModelError
+from headscope.heads import ModelShape
 from headscope.matches import Matches
 from headscope.models.attention import AttentionCall
 from headscope.models.hf.hooks import Call, after, before, entering, hooked
@@ -25,8 +26,9 @@ from headscope.models.hf.projection import bias, matrix
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
 from headscope.models.loading.agreement import Check, Gap, gap, rounding
-from headscope.models.protocol import HeadModel, LayerView
+from headscope.models.protocol import HeadModel
 from headscope.models.running import pass_over
+from headscope.models.taps import Reads, Tap, TapView, Write, at_layers
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -148,14 +150,17 @@ def own_logits(module: Any, tokens: Int[Tensor, "batch pos"], name: str) -> Tens
 
 @dataclass
 class Look:
-    """Observer that holds rows, head outputs and their shapes against what they should be."""
+    """Reader that holds rows, head outputs and their shapes against what they should be."""
 
     model: "HFModel"
     checks: list[Check] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
-    wants_final: bool = True
 
-    def on_layer(self, view: LayerView) -> None:
+    def reads(self, shape: ModelShape) -> Reads:
+        """Head outputs of all layers."""
+        return at_layers(shape, self._check)
+
+    def _check(self, view: TapView) -> None:
         """Check one layer."""
         shape, dtype = self.model.shape, self.model.dtype
         positions = torch.arange(view.n_queries)
@@ -189,9 +194,6 @@ class Look:
             )
         )
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Nothing to check: the plain pass shows it."""
-
 
 def _largest_score(matches: Matches) -> float:
     """Size of the largest attention score, before a soft cap."""
@@ -204,16 +206,9 @@ def _failed(what: str) -> Check:
     return Check(what, Gap(float("inf"), 0.0))
 
 
-@dataclass(frozen=True)
-class SameOutputs:
-    """An edit of every layer's head outputs that changes nothing."""
-
-    layers: frozenset[int]
-    site: Literal["z"] = "z"
-
-    def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Return an equal copy."""
-        return value.clone()
+def same_outputs(shape: ModelShape) -> dict[Tap, Write]:
+    """Writes of every layer's head outputs that change nothing."""
+    return {Tap("z", layer): lambda z, _span: z.clone() for layer in shape.attention_layers}
 
 
 @torch.no_grad()
@@ -225,7 +220,7 @@ def watched_pass(
     Returns:
         What was compared, and other things that were seen, as sentences.
     """
-    look = Look(model, wants_final=model.layout.final_norm is not None)
+    look = Look(model)
     writes: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
     uses: dict[nn.Module, int] = {}
 
@@ -243,8 +238,8 @@ def watched_pass(
         for hook in (before(parts.attention, forced), after(parts.projection, wrote))
     ]
     with pass_over(model.module), hooked(hooks):
-        same = SameOutputs(frozenset(model.layout.layers))
-        logits = model.forward(tokens, observers=(look,), edits=(same,))
+        logits = model.run(tokens, reads=look.reads(model.shape), writes=same_outputs(model.shape))
+        assert logits is not None  # noqa: S101  # they were asked for
     checks = [*look.checks, _all_layers(model, look)]
     for layer, parts in model.layout.layers.items():
         alone, now = plain.writes.get(parts.projection, []), writes.get(parts.projection, [])

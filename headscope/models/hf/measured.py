@@ -1,8 +1,7 @@
 """Parts of a model that weight-level readings need, measured on tiny passes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm, QueryKey, Rotation
-from headscope.models.blocks import AttentionWrite, BlockObserver
-from headscope.models.hf.blocks import Writers, attention_write, find_writers, shown
-from headscope.models.hf.hooks import Hook, after, entering, hooked, leaving
+from headscope.models.blocks import AttentionWrite
+from headscope.models.hf.blocks import Writers, attention_write, find_writers
+from headscope.models.hf.hooks import Hook, after, hooked
 from headscope.models.hf.watch import Watch
 from headscope.models.loading.agreement import Gap
 from headscope.models.offload import parameter
-from headscope.models.running import MEASURING, Finished, pass_over
+from headscope.models.running import pass_over
+from headscope.models.taps import Tap
 
 # Rows of the embedding that pass the first block at a time.
 _BATCH = 1024
@@ -93,18 +93,18 @@ class MeasuredParts(ABC):
         return torch.cat([self._first_mlp(rows) for rows in residual.split(_BATCH)])
 
     def _first_mlp(self, rows: Float[Tensor, "row d_model"]) -> Tensor:
-        block, dtype, result = self.block(0), self.model.dtype, []
-
-        def leave(stream: Tensor) -> None:
-            result.append(stream)
-            raise Finished
-
-        hooks = [
-            entering(block, lambda _stream: rows[:, None].to(dtype)),
-            leaving(self.projection(0), torch.zeros_like),
-            leaving(block, leave),
-        ]
-        self.watch(torch.zeros(len(rows), 1, dtype=torch.long), hooks)
+        result: list[Tensor] = []
+        given = rows[:, None].to(self.model.dtype)
+        end = Tap("resid_post", 0)
+        self.model.run(
+            torch.zeros(len(rows), 1, dtype=torch.long),
+            writes={
+                Tap("resid_pre", 0): lambda _stream, _span: given,
+                Tap("head_sum", 0): lambda write, _span: torch.zeros_like(write),
+            },
+            reads={end: lambda view: result.append(view.value)},
+            until=end,
+        )
         added: Tensor = result[0].reshape(rows.shape).float() - rows.float()
         return added
 
@@ -114,18 +114,12 @@ class MeasuredParts(ABC):
     ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
         """Residual stream that enters each of these layers."""
         seen: dict[int, Tensor] = {}
-        last = max(layers)
-
-        def keep(layer: int) -> Callable[[Tensor], None]:
-            def entered(stream: Tensor) -> None:
-                seen[layer] = stream.detach()
-                if layer == last:
-                    raise Finished
-
-            return entered
-
-        hooks = [entering(self.block(layer), keep(layer)) for layer in layers]
-        self.watch(tokens, hooks, run=None)
+        taps = [Tap("resid_pre", layer) for layer in layers]
+        self.model.run(
+            tokens,
+            reads=dict.fromkeys(taps, lambda view: seen.update({view.layer: view.value.detach()})),
+            until=max(taps, key=lambda tap: tap.layer or 0),
+        )
         return seen
 
     def attention_write(self, layer: int) -> AttentionWrite:
@@ -136,18 +130,6 @@ class MeasuredParts(ABC):
             self.projection_bias(layer),
             self.model.device,
         )
-
-    def blocks_shown(self, observer: BlockObserver) -> AbstractContextManager[None]:
-        """Scope in which an observer sees every block of every pass as it completes."""
-        with_attention = self.model.shape.attention_layers
-        blocks = {
-            layer: (
-                self.block(layer),
-                self.projection(layer) if layer in with_attention else None,
-            )
-            for layer in range(self.model.shape.n_layers)
-        }
-        return shown(blocks, self._writers, observer)
 
     @cached_property
     @torch.no_grad()
@@ -181,15 +163,7 @@ class MeasuredParts(ABC):
             return block.get_submodule(writers.attention), writers.attention_scale
         return block.get_submodule(writers.mlp), writers.mlp_scale
 
-    def watch(
-        self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook], run: Any = MEASURING
-    ) -> None:
-        """Run the model's body with these hooks in place, up to the one that ends it.
-
-        Scopes of edits leave it alone, unless ``run`` is None.
-        """
-        with ExitStack() as stack:
-            stack.enter_context(pass_over(self.model.module, run))
-            stack.enter_context(hooked(hooks))
-            with suppress(Finished):
-                self.run(tokens.to(self.model.device))
+    def watch(self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook]) -> None:
+        """Run the model's body with these hooks in place; scopes of edits leave it alone."""
+        with pass_over(self.model.module), hooked(hooks):
+            self.run(tokens.to(self.model.device))

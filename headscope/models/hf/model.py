@@ -1,7 +1,7 @@
 """A transformers model seen head by head, on fused attention."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,25 +11,25 @@ from torch import Tensor, nn
 
 from headscope.base.glance import Glance, Shown
 from headscope.base.stacks import MaskRule
-from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.models.blocks import unmeasured_write
 from headscope.models.digest import Digest
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import Layout, find_layout, tiny_tokens
 from headscope.models.hf.parts import HFParts
-from headscope.models.hf.passes import Pass, Scope
+from headscope.models.hf.passes import AttentionTaps, Scope
 from headscope.models.hf.projection import matrix
 from headscope.models.hf.readout import find_readout
 from headscope.models.hf.removed import kept_in
-from headscope.models.hf.taps import Tapped
+from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, first_position, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.offload import all_weights, runs_on
-from headscope.models.protocol import Edit, Observer
-from headscope.models.running import Finished, pass_over
+from headscope.models.protocol import Edit
+from headscope.models.running import pass_over
 from headscope.models.shown import glance_of
+from headscope.models.taps import Tap, writes_of
 from headscope.outputs import HeadWeights, Readout
 
 
@@ -175,33 +175,35 @@ class HFModel(Tapped, Shown):
         """SHA-256 that stands for all bytes of all weights as they are now."""
         return self._digest.of(all_weights(self.module))
 
-    def forward(
+    def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
+        """Scope in which attention runs with the taps of a pass."""
+        return AttentionTaps(run, self.layout).attached()
+
+    def compute(
         self,
         tokens: Int[Tensor, "batch pos"],
-        *,
-        real: Bool[Tensor, "batch pos"] | None = None,
-        observers: Sequence[Observer] = (),
-        edits: Sequence[Edit] = (),
-        logits_at: Int[Tensor, " at"] | None = None,
-        prompt: int | None = None,
-        grad: bool = False,
+        real: Bool[Tensor, "batch pos"] | None,
+        logits_at: Int[Tensor, " at"] | None,
+        run: Pass,
     ) -> Float[Tensor, "batch at d_vocab"]:
-        """Run the model once; see :class:`headscope.models.protocol.HeadModel`."""
-        length = tokens.shape[1]
-        asked = 0 if logits_at is None else len(logits_at)
-        no_logits = logits_at is not None and asked == 0
-        span = Span(0, length, length if prompt is None else prompt)
-        run = Pass(self.module, self.layout, observers, edits, span, may_stop=no_logits)
+        """Logits of a pass, in evaluation mode and in the model's own types."""
         self.learn_padding(real)
-        with run.attached(), torch.set_grad_enabled(grad):
+        with run.attached(), torch.set_grad_enabled(run.grad):
             inputs = self._inputs(tokens, real)
-            try:
-                if no_logits:
-                    self.module.base_model(**inputs)
-                    return torch.empty(len(tokens), 0, self.shape.n_logits)
-                return self._logits(inputs, logits_at)
-            except Finished:
-                return torch.empty(len(tokens), asked, self.shape.n_logits)
+            if run.stops and not (run.is_read(Tap("final_resid")) and self._norm_is_outside):
+                self.module.base_model(**inputs)
+                return torch.empty(len(tokens), 0, self.shape.n_logits)
+            return self._logits(inputs, logits_at)
+
+    @cached_property
+    def _norm_is_outside(self) -> bool:
+        """Whether the final norm belongs to the head of the model and not to its body."""
+        return all(part is not self.layout.final_norm for part in self.module.base_model.modules())
+
+    @property
+    def final_uses(self) -> int:
+        """How often a pass uses the final norm; the last time before the unembedding."""
+        return self.layout.final_norm_uses
 
     @property
     def final_entry(self) -> nn.Module | None:
@@ -210,12 +212,8 @@ class HFModel(Tapped, Shown):
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Scope in which every pass of ``module`` is edited, generation too; restored after."""
-        return Scope(self.module, self.layout, edits).open()
-
-    def learn_all_padding(self) -> None:
-        """Measure all that any padded pass will need, for hooks that stay over many passes."""
-        with suppress(UnsupportedModelError), pass_over(self.module):
-            _ = self._first_position, self._shifts_on_the_left
+        _, writes = self.taps({}, writes_of(edits))
+        return Scope(self.module, self.layout, writes).open()
 
     def learn_padding(self, real: Bool[Tensor, "batch pos"] | None) -> None:
         """Measure how the family counts positions under padding, before a pass that needs it.

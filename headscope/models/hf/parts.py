@@ -1,6 +1,5 @@
 """Weights, norms, positions and embedding of a transformers model, measured and proved."""
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.blocks import BlockObserver
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import tiny_tokens
 from headscope.models.hf.measured import TURNS_BY_LENGTH, MeasuredParts
@@ -116,11 +114,6 @@ class HFParts(MeasuredParts):
         """Measure nothing yet."""
         super().__init__(model)
         self._measured: tuple[object, dict[int, Reading | str]] | None = None
-
-    def blocks_shown(self, observer: BlockObserver) -> AbstractContextManager[None]:
-        """Scope in which an observer sees every block of every pass as it completes."""
-        self.model.learn_all_padding()
-        return super().blocks_shown(observer)
 
     def input_norm(self, layer: int) -> InputNorm:
         """Norm between the residual stream and one layer's attention."""

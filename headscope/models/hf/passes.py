@@ -1,6 +1,6 @@
-"""One forward pass of a transformers model: edits go in, layers are shown."""
+"""The taps of attention in a transformers model: in one pass, and in all passes of a scope."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,42 +9,47 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headscope.edits import AnyEdit, Span, among, during, edited_heads
-from headscope.errors import UnsupportedModelError
+from headscope.edits import Span
 from headscope.matches import Matches
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import entering, hooked
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts, Layout
 from headscope.models.hf.spans import OwnPasses, watched
-from headscope.models.protocol import Edit, Observer
-from headscope.models.running import Finished, pass_over, scope_over, use_of
+from headscope.models.hf.taps import Pass, written
+from headscope.models.running import scope_over, use_of
+from headscope.models.taps import Edited, Tap, TapView, Write
 from headscope.rows import AttentionRows
 
-# Entries of the rows that an edit of patterns holds at once.
+# Entries of the rows that a write of patterns holds at once.
 _EDITED_ENTRIES = 1 << 24
+
+Writes = Mapping[Tap, Write]
 
 
 @dataclass(frozen=True, eq=False)
 class HFLayerView:
-    """One attention layer of a running pass; see :class:`headscope.models.protocol.LayerView`."""
+    """One attention layer of a running pass; see :class:`headscope.models.protocol.LayerView`.
+
+    Attributes:
+        writes: what writes its pattern.
+        span: positions of the pass.
+    """
 
     call: AttentionCall
-    z: Float[Tensor, "batch pos head d_head"]
-
-    @property
-    def layer(self) -> int:
-        """The model's layer number."""
-        return self.call.layer
-
-    @property
-    def n_queries(self) -> int:
-        """Number of positions in this pass."""
-        return self.call.n_queries
+    writes: tuple[Write, ...]
+    span: Span
 
     def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
-        """Exact softmax rows of these queries, in fp32."""
-        return self.call.rows(query_pos)
+        """Exact softmax rows of these queries, in fp32, as they were written if they were."""
+        rows = self.call.rows(query_pos)
+        if not self.writes:
+            return rows
+        pattern = self.call.rows(self.call.positions).pattern
+        for write in self.writes:
+            pattern = write(pattern, self.span)
+        at = query_pos.to(pattern.device)
+        return replace(rows, pattern=pattern[:, :, at, : rows.pattern.shape[-1]])
 
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
         """Value vectors as attention used them."""
@@ -56,28 +61,21 @@ class HFLayerView:
 
     def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows]:
         """Return what computes rows after the pass too; it holds queries, keys and values."""
-        return self.call.rows
+        return self.rows
 
 
 @dataclass(eq=False)
-class Pass:
-    """One forward pass: routes attention, applies edits, shows layers to observers.
+class AttentionTaps:
+    """Routes the attention of one pass through its taps.
 
     Attributes:
-        module: that runs.
-        span: which positions it runs.
-        may_stop: whether it ends with the last layer that somebody wants to see.
+        pending: the layer whose head outputs come next, where somebody looks at it.
     """
 
-    module: Any
+    run: Pass
     layout: Layout
-    observers: Sequence[Observer]
-    edits: Sequence[Edit]
-    span: Span
-    may_stop: bool = False
     parts: dict[nn.Module, LayerParts] = field(init=False)
-    pending: AttentionCall | None = None
-    finals: int = 0
+    pending: HFLayerView | None = None
 
     def __post_init__(self) -> None:
         """Index the layers by the module that calls attention."""
@@ -85,70 +83,52 @@ class Pass:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook the model for the length of one pass."""
-        with ExitStack() as stack:
-            stack.enter_context(pass_over(self.module, self))
-            if self.observers or any(edit.site == "z" for edit in self.edits):
-                hooks = (
-                    entering(parts.projection, self._at_projection(parts.layer))
-                    for parts in self.layout.layers.values()
-                )
-                stack.enter_context(hooked(hooks))
-            if self._wants_final:
-                if self.layout.final_norm is None:
-                    raise UnsupportedModelError("it has no plain norm before its unembedding.")
-                stack.enter_context(hooked([entering(self.layout.final_norm, self._at_final)]))
-            stack.enter_context(routed(self.layout.configs, self._attend, self.parts))
+        """Route attention, and hook the projections of layers that somebody looks at."""
+        hooks = (
+            entering(parts.projection, self._at_projection(layer))
+            for layer, parts in self.layout.layers.items()
+            if self.run.touches(layer, "z", "pattern")
+        )
+        with hooked(hooks), routed(self.layout.configs, self._attend, self.parts):
             yield
 
-    @property
-    def _wants_final(self) -> bool:
-        return any(observer.wants_final for observer in self.observers)
-
-    @property
-    def _runs(self) -> bool:
-        """Whether it is this pass that runs now, and not one inside it or beside it."""
-        return use_of(self.module).running() is self
-
     def _attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
-        layer = self.parts[module].layer
-        # Head outputs that scopes edit are edited by their own hooks.
-        edits = (*scoped_edits(self.module), *self.edits)
-        call = edited_call(replace(call, layer=layer), edits, self.span)
-        self.pending = call if self.observers else None
-        return edited_attention(call, edits, self.span)
+        run, layer = self.run, self.parts[module].layer
+        # Head outputs that scopes write are written by their own hooks.
+        scopes = scoped_writes(run.model.module)
+        call = replace(call, layer=layer)
+        call = written_call(
+            call, run.span, lambda tap, value, span: run.through(tap, value, scopes, span)
+        )
+        writes = at_tap(Tap("pattern", layer), (*scopes, run.writes))
+        if run.touches(layer, "z", "pattern"):
+            self.pending = HFLayerView(call, tuple(writes), run.span)
+        if run.grad and run.is_read(Tap("pattern", layer)):
+            writes.append(self._read_whole)
+        return written_attention(call, writes, run.span)
+
+    def _read_whole(self, pattern: Tensor, span: Span) -> Tensor:
+        """Show a whole pattern as part of the graph."""
+        assert self.pending is not None  # noqa: S101  # set where it is read
+        shown = pattern.view_as(pattern)
+        self.run.show(TapView(Tap("pattern", self.pending.call.layer), span, None, shown))
+        return shown
 
     def _at_projection(self, layer: int) -> Callable[[Tensor], Tensor | None]:
-        last = max(self.layout.layers)
-        shape = self.layout.shape
+        run, shape = self.run, self.layout.shape
 
         def hook(given: Tensor) -> Tensor | None:
-            if not self._runs:
+            if not run.acts or self.pending is None:
                 return None
+            view = None if run.grad else self.pending
+            if not run.grad and run.touches(layer, "pattern"):
+                run.show(TapView(Tap("pattern", layer), run.span, view))
             z = given.unflatten(-1, (shape.n_heads, shape.d_head))
-            edited = edited_at("z", layer, z, self.edits, self.span)
-            if self.pending is not None:
-                view = HFLayerView(self.pending, edited)
-                self.pending = None
-                for observer in self.observers:
-                    observer.on_layer(view)
-            if self.may_stop and layer == last and not self._wants_final:
-                raise Finished
+            edited = run.through(Tap("z", layer), z, view=view)
+            self.pending = None
             return None if edited is z else edited.flatten(-2)
 
         return hook
-
-    def _at_final(self, residual: Tensor) -> None:
-        if not self._runs:
-            return
-        self.finals += 1
-        if self.finals < self.layout.final_norm_uses:
-            return  # the model uses its final norm for something else before
-        for observer in self.observers:
-            if observer.wants_final:
-                observer.on_final(residual)
-        if self.may_stop:
-            raise Finished
 
 
 @dataclass(eq=False)
@@ -157,33 +137,37 @@ class Scope:
 
     module: Any
     layout: Layout
-    edits: Sequence[Edit]
+    writes: Writes
     own: OwnPasses = field(init=False)
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hook the model until the scope ends."""
+        hooks = (
+            entering(parts.projection, self._at_projection(layer))
+            for layer, parts in sorted(self.layout.layers.items())
+            if Tap("z", layer) in self.writes
+        )
         with ExitStack() as stack:
             stack.enter_context(scope_over(self.module, self))
             self.own = stack.enter_context(watched(self.module))
-            touched = {layer for edit in self.edits if edit.site == "z" for layer in edit.layers}
-            hooks = (
-                entering(self.layout.layers[layer].projection, self._at_projection(layer))
-                for layer in sorted(touched & self.layout.layers.keys())
-            )
             stack.enter_context(hooked(hooks))
             parts = self.layout.by_attention()
             stack.enter_context(routed(self.layout.configs, self._attend, parts, all_threads=True))
             yield
 
     def _attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
-        """Attention of a pass of the model's own, with the edits of all scopes."""
+        """Attention of a pass of the model's own, with the writes of all scopes."""
         if use_of(self.module).measuring():
             return fused(call)
         layer = self.layout.by_attention()[module].layer
-        span, edits = self._span(call.n_queries), scoped_edits(self.module)
-        call = edited_call(replace(call, layer=layer), edits, span)
-        return edited_attention(call, edits, span)
+        span, scopes = self._span(call.n_queries), scoped_writes(self.module)
+        call = written_call(
+            replace(call, layer=layer),
+            span,
+            lambda tap, value, span: written(tap, value, scopes, span),
+        )
+        return written_attention(call, at_tap(Tap("pattern", layer), scopes), span)
 
     def _at_projection(self, layer: int) -> Callable[[Tensor], Tensor | None]:
         shape = self.layout.shape
@@ -195,7 +179,7 @@ class Scope:
             run = use.running()
             z = given.unflatten(-1, (shape.n_heads, shape.d_head))
             span = self._span(z.shape[1]) if run is None else run.span
-            edited = edited_at("z", layer, z, self.edits, span)
+            edited = written(Tap("z", layer), z, [self.writes], span)
             return None if edited is z else edited.flatten(-2)
 
         return hook
@@ -204,56 +188,65 @@ class Scope:
         return self.own.span or Span.whole(count)
 
 
-def scoped_edits(module: Any) -> tuple[Edit, ...]:
-    """Edits of attention by the scopes that are open on a module, outermost first."""
+def scoped_writes(module: Any) -> tuple[Writes, ...]:
+    """What the scopes that are open on a module write, outermost first."""
     use = use_of(module)
-    scopes = () if use.measuring() else use.scopes
-    return tuple(edit for scope, _ in scopes for edit in scope.edits if edit.site != "z")
+    return () if use.measuring() else tuple(scope.writes for scope, _ in use.scopes)
 
 
-def edited_at(site: str, layer: int, value: Tensor, edits: Sequence[Edit], span: Span) -> Tensor:
-    """A layer's value at a site, edited; ``span`` says which positions it has."""
-    chosen = [edit for edit in edits if edit.site == site and layer in edit.layers]
-    for edit in during(chosen, span):
-        value = edit(layer, value)
-    return value
+def at_tap(tap: Tap, sources: Sequence[Writes]) -> list[Write]:
+    """What several sources write at one tap, in order."""
+    return [writes[tap] for writes in sources if tap in writes]
 
 
-def edited_call(call: AttentionCall, edits: Sequence[Edit], span: Span) -> AttentionCall:
-    """A call with its queries, keys and values edited, and without the free places of a cache."""
+def written_call(
+    call: AttentionCall, span: Span, through: Callable[[Tap, Tensor, Span], Tensor]
+) -> AttentionCall:
+    """A call with its queries, keys and values as they are written.
+
+    Args:
+        call: of one layer.
+        span: positions of the queries; a cache's free places behind them go.
+        through: ``(tap, value, positions) -> value``.
+    """
     call = call.up_to(span.end)
     keys = span.last(call.n_keys)
     return replace(
         call,
-        query=edited_at("query", call.layer, call.query, edits, span),
-        key=edited_at("key", call.layer, call.key, edits, keys),
-        value=edited_at("value", call.layer, call.value, edits, keys),
+        query=through(Tap("query", call.layer), call.query, span),
+        key=through(Tap("key", call.layer), call.key, keys),
+        value=through(Tap("value", call.layer), call.value, keys),
     )
 
 
-def edited_attention(
-    call: AttentionCall, edits: Sequence[Edit], span: Span
+def written_attention(
+    call: AttentionCall, writes: Sequence[Write], span: Span
 ) -> Float[Tensor, "batch query head d_value"]:
-    """Fused attention, but for heads whose pattern is edited: exact rows of those, in chunks."""
-    here = [edit for edit in edits if edit.site == "pattern" and call.layer in edit.layers]
-    chosen = during(here, span)
-    if not chosen:
-        return fused(call)
-    heads = edited_heads(chosen, call.layer)
-    if heads is None:  # an edit of the caller's, which sees the whole pattern
+    """Fused attention, but for heads whose pattern is written: exact rows of those, in chunks."""
+    edits = [write.acting(span) for write in writes if isinstance(write, Edited)]
+    named = [edited.heads for edited in edits]
+    if len(edits) < len(writes) or None in named:  # the caller's own, which see the whole pattern
         pattern = call.rows(call.positions).pattern
-        for edit in chosen:
-            pattern = edit(call.layer, pattern)
+        for write in writes:
+            pattern = write(pattern, span)
         return call.average(pattern)
+    heads = tuple(sorted({head for some in named if some is not None for head in some}))
+    return _narrow(call, edits, heads, span) if heads else fused(call)
+
+
+def _narrow(
+    call: AttentionCall, edits: Sequence[Edited], heads: tuple[int, ...], span: Span
+) -> Float[Tensor, "batch query head d_value"]:
+    """Attention with the patterns of some heads edited."""
     own = call.of_heads(heads)
-    narrow = [among(edit, call.layer, heads) for edit in here if isinstance(edit, AnyEdit)]
+    narrow = [edited.among(heads) for edited in edits]
     parts = []
     size = max(1, _EDITED_ENTRIES // (call.query.shape[0] * len(heads) * call.n_keys))
     for at in range(0, call.n_queries, size):
         positions = own.positions[at : at + size]
         pattern = own.rows(positions).pattern
-        for edit in during(narrow, span.part(at, len(positions))):
-            pattern = edit(call.layer, pattern)
+        for edited in narrow:
+            pattern = edited(pattern, span.part(at, len(positions)))
         parts.append(own.average(pattern))
     index = torch.tensor(heads, device=call.query.device)
     return fused(call).index_copy(2, index, torch.cat(parts, 1))

@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headscope.heads import ModelShape
 from headscope.models.hf.hooks import Call, after, before, hooked
 from headscope.models.hf.interface import mask_facts, with_facts
-from headscope.models.hf.passes import HFLayerView
 from headscope.models.hf.spans import replaced as put_in_place
 from headscope.models.running import MEASURING, held, pass_over, use_of
+from headscope.models.taps import Reads, TapView, Texts, at_final, at_layers
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
-    from headscope.models.protocol import LayerView
 
 
 @dataclass
@@ -41,7 +41,6 @@ class Recording:
     value: dict[int, Float[Tensor, "batch kv_head pos d_head"]] = field(default_factory=dict)
     returns: dict[int, int | None] = field(default_factory=dict)
     final: Tensor = field(default_factory=lambda: torch.empty(0))
-    wants_final: bool = True
 
     def is_padding_mask(self, value: Tensor) -> bool:
         """Whether a tensor says which keys are padding, and not something of each position."""
@@ -49,14 +48,17 @@ class Recording:
             return False
         return torch.equal(value.bool(), self.real.to(value.device))
 
-    def on_layer(self, view: "LayerView") -> None:
-        """Keep one layer's outputs, keys and values."""
-        self.z[view.layer] = view.z
-        if isinstance(view, HFLayerView):
-            self.key[view.layer], self.value[view.layer] = view.call.key, view.call.value
+    def reads(self, shape: ModelShape) -> Reads:
+        """What is kept of the pass."""
 
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Keep the last residual stream."""
+        def kept_in(found: dict[int, Tensor]) -> Callable[[TapView], None]:
+            return lambda view: found.update({view.layer: view.value})
+
+        sites = {"z": self.z, "key": self.key, "value": self.value}
+        kept = [at_layers(shape, kept_in(found), site) for site, found in sites.items()]
+        return kept[0] | kept[1] | kept[2] | at_final(self._end)
+
+    def _end(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         self.final = residual
 
 
@@ -78,9 +80,8 @@ def record(
                 after(one.attention, _at_attention(recording, layer)) for layer, one in attentions
             )
         )
-        model.forward(
-            tokens, real=real, observers=(recording,), logits_at=torch.empty(0, dtype=torch.long)
-        )
+        nothing = torch.empty(0, dtype=torch.long)
+        model.run(Texts(tokens, real), reads=recording.reads(model.shape), logits_at=nothing)
     return recording
 
 

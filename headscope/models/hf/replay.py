@@ -7,10 +7,11 @@ the other axis: positions before the first edited one keep the clean run's keys 
 last block computes queries and everything after attention only at the positions that are read.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +23,12 @@ from headscope.models.attention import AttentionCall
 from headscope.models.hf.hooks import Call, entering, hooked, stream_of
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts
-from headscope.models.hf.passes import edited_attention, edited_call
+from headscope.models.hf.passes import at_tap, written_attention, written_call
 from headscope.models.hf.queries import Prefix, attend, joined
 from headscope.models.hf.record import Recording, fitted, quick_activations, repeated, replaced
-from headscope.models.running import pass_over
+from headscope.models.hf.taps import written
+from headscope.models.running import Finished, pass_over
+from headscope.models.taps import Read, Tap, TapView, writes_of
 from headscope.outputs import Readout
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 # The last block is cut to the positions read only where that spares at least half of them.
 _LEAN_SHARE = 0.5
+_NOTHING: Mapping[Tap, Read] = MappingProxyType({})
 
 
 class _HeadOutputs(Exception):  # noqa: N818  # carries a result out of a module, no error
@@ -69,28 +73,36 @@ class Replay:
         return self.model.readout
 
     @torch.no_grad()
-    def residual(
-        self, variants: Sequence[Variant], start: tuple[int, int] | None = None
-    ) -> Float[Tensor, "row d_model"]:
-        """Last residual stream of every variant at the positions read, variants outermost.
+    def run(
+        self, variants: Sequence[Variant], reads: Mapping[Tap, Read] = _NOTHING
+    ) -> Float[Tensor, "row d_model"] | None:
+        """Run the model again with edits, as :meth:`HeadModel.run` would, from the recording.
 
         Args:
-            variants: edits of each; they are stacked in one batch.
-            start: first block and position to run; default: as early as any variant needs.
+            variants: edits of each; they are stacked in one batch, variants outermost.
+            reads: functions by tap: queries, keys and values, all positions of them. The run then
+                stops once all were read.
+
+        Returns:
+            Last residual stream of every variant at the positions read; None where it stopped.
         """
         starts = [self.start(variant) for variant in variants]
-        layer, first = start or (min(s[0] for s in starts), min(s[1] for s in starts))
+        layer, first = min(s[0] for s in starts), min(s[1] for s in starts)
+        if reads:
+            layer, first = min(layer, *(tap.layer or 0 for tap in reads)), 0
         length = self.recording.length
         span = Span.whole(length).part(first, length - first)
         edits = tuple(one.during(span) for one in stack(variants))
-        run = _Run(self, len(variants), layer, first, edits)
+        run = _Run(self, len(variants), layer, first, edits, reads)
         layout = self.model.layout
         with (
             pass_over(self.model.module),
             quick_activations(self.model),
             routed(layout.configs, run.attend, layout.by_attention()),
+            suppress(Finished),
         ):
             return run.through()
+        return None
 
     @torch.no_grad()
     def logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
@@ -115,8 +127,10 @@ class _Run:
     layer: int
     first: int
     edits: tuple[Stacked, ...]
+    reads: Mapping[Tap, Read]
     queries: Int[Tensor, " read"] | None = None
     arguments: dict[int, Any] = field(default_factory=dict)
+    seen: set[Tap] = field(default_factory=set)
 
     def through(self) -> Float[Tensor, "row d_model"]:
         recording, blocks = self.replay.recording, self.replay.model.layout.blocks
@@ -133,7 +147,7 @@ class _Run:
 
     def _can_be_lean(self, read: Tensor) -> bool:
         parts = self.replay.model.layout.layers.get(len(self.replay.recording.blocks) - 1)
-        if not self.replay.lean or parts is None:
+        if not self.replay.lean or parts is None or self.reads:
             return False
         plain = parts.input_norm is not None or parts.reads_residual
         return plain and int(read.any(0).sum()) <= _LEAN_SHARE * read.shape[1]
@@ -168,7 +182,7 @@ class _Run:
     def _is_given(self, layer: int) -> bool:
         """Whether attention need not run: what it gives is known before it does."""
         here = [edit for edit in self.edits if layer in edit.layers]
-        if any(edit.site != "z" for edit in here):
+        if any(edit.site != "z" for edit in here) or any(tap.layer == layer for tap in self.reads):
             return False
         n_heads = self.replay.model.shape.n_heads
         return layer == self.layer or any(edit.covers(layer, n_heads) for edit in here)
@@ -209,6 +223,15 @@ class _Run:
         call = self.replay.recording.blocks[layer].changed(self._argument).giving(hidden)
         return block(*call.args, **call.kwargs)
 
+    def _shown(self, tap: Tap, value: Tensor) -> Tensor:
+        """Hand a tap to its reader; end the run where nothing is left to read."""
+        if tap in self.reads:
+            self.reads[tap](TapView(tap, Span.whole(self.replay.recording.length), None, value))
+            self.seen.add(tap)
+            if len(self.seen) == len(self.reads):
+                raise Finished
+        return value
+
     def _argument(self, value: Any) -> Any:
         """An argument for this stack; blocks share most of theirs."""
         if id(value) not in self.arguments:
@@ -223,12 +246,17 @@ class _Run:
         call = replace(call, layer=layer)
         # The edits were cut to the positions that run: to them these are the whole text.
         span = Span.whole(call.n_queries)
-        call = edited_call(call, self.edits, span)
+        sources = [writes_of(self.edits)]
+        call = written_call(
+            call,
+            span,
+            lambda tap, value, here: self._shown(tap, written(tap, value, sources, here)),
+        )
         prefix = Prefix(
             recording.key[layer][:, :, before], recording.value[layer][:, :, before], self.copies
         )
-        if any(edit.site == "pattern" and layer in edit.layers for edit in self.edits):
-            z = edited_attention(joined(call, prefix), self.edits, span)
+        if writes := at_tap(Tap("pattern", layer), sources):
+            z = written_attention(joined(call, prefix), writes, span)
             z = z if self.queries is None else z[:, self.queries]
         else:
             z = attend(call, prefix, self.queries)

@@ -1,41 +1,202 @@
-"""Read and write taps in one pass: the hooks behind ``model.run``, for both kinds of model."""
+"""The engine: one pass of a model with its taps, for both kinds of model.
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+A model says where its taps are; here they are read and written, and the pass ends as soon as
+nothing is left to see.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from headscope.base.stacks import CAUSAL, MaskRule, Stack
 from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.models.hf.hooks import Hook, entering, hooked, leaving
-from headscope.models.protocol import LayerView
-from headscope.models.running import Finished, held, use_of
+from headscope.models.protocol import Edit, LayerView
+from headscope.models.running import Finished, pass_over, use_of
 from headscope.models.taps import (
-    ATTENTION_SITES,
     Read,
     Tap,
     TapView,
     TextBatch,
+    Texts,
     Write,
     checked,
+    writes_of,
 )
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
-AttentionSite = Literal["z", "query", "key", "value", "pattern"]
 
 
-class Tapped:
-    """What both kinds of model offer by taps alone: :meth:`run`, and their stacks."""
+@dataclass(eq=False)
+class Pass:
+    """One pass with its taps.
+
+    Attributes:
+        model: that runs.
+        reads, writes: functions by tap.
+        span: which positions the pass runs.
+        until: tap after which it stops.
+        stops: whether it stops once every tap was seen.
+        grad: whether gradients are tracked: then what is read is what the pass goes on with.
+        real: False at padding, on the model's device; None where there is none.
+    """
+
+    model: Any
+    reads: Mapping[Tap, Read]
+    writes: Mapping[Tap, Write]
+    span: Span
+    until: Tap | None = None
+    stops: bool = False
+    grad: bool = False
+    real: Bool[Tensor, "batch pos"] | None = None
+    missing: set[Tap] = field(init=False)
+    finals: int = 0
+
+    def __post_init__(self) -> None:
+        """Note what there is to see."""
+        self.missing = {*self.reads, *self.writes}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hook the model for the length of one pass."""
+        with ExitStack() as stack:
+            stack.enter_context(pass_over(self.model.module, self))
+            stack.enter_context(hooked(self._stream_hooks()))
+            stack.enter_context(self.model.attention_taps(self))
+            yield
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is this pass that runs now, and not one inside it or beside it."""
+        return use_of(self.model.module).running() is self
+
+    def is_read(self, tap: Tap) -> bool:
+        """Whether somebody looks at a tap, or the pass ends there."""
+        return tap in self.reads or tap == self.until
+
+    def touches(self, layer: int, *sites: str) -> bool:
+        """Whether some of these sites of a layer are read or written."""
+        taps = [Tap(site, layer) for site in sites]
+        return any(self.is_read(tap) or tap in self.writes for tap in taps)
+
+    def through(
+        self,
+        tap: Tap,
+        value: Tensor,
+        before: Sequence[Mapping[Tap, Write]] = (),
+        span: Span | None = None,
+        view: LayerView | None = None,
+    ) -> Tensor:
+        """A value with its tap written and read.
+
+        Args:
+            tap: where it is.
+            value: what is there.
+            before: writes of scopes, which come first.
+            span: positions of the value; default: those of the pass.
+            view: the attention layer, for readers.
+        """
+        span = self.span if span is None else span
+        value = written(tap, value, (*before, self.writes), span)
+        if self.grad and self.is_read(tap):
+            value = value.view_as(value)  # so that what was read is what the pass goes on with
+        self.show(TapView(tap, span, view, value))
+        return value
+
+    def show(self, view: TapView) -> None:
+        """Hand a tap to its reader, and end the pass where nothing is left to see."""
+        tap = view.tap
+        read = self.reads.get(tap)
+        if read is not None:
+            read(view)
+        self.missing.discard(tap)
+        ends = tap == self.until and tap.site != "logits"
+        if ends or (self.stops and self.until is None and not self.missing):
+            raise Finished
+
+    # The residual stream: hooks on blocks, on the modules of each that write, on the final norm.
+
+    def _stream_hooks(self) -> list[Hook]:
+        found: list[Hook] = []
+        parts = self.model.parts
+        for tap in dict.fromkeys((*self.writes, *self.reads, *filter(None, [self.until]))):
+            if tap.site in ("embed", "resid_pre"):
+                found.append(entering(parts.block(tap.layer or 0), self._entered(tap)))
+            elif tap.site == "resid_post":
+                found.append(leaving(parts.block(tap.layer), self._left(tap)))
+            elif tap.site == "head_sum":
+                found.append(leaving(parts.projection(tap.layer), self._left(tap)))
+            elif tap.site in ("attn_out", "mlp_out"):
+                module, scale = parts.writer(tap.layer, tap.site)
+                found.append(leaving(module, self._left(tap, scale)))
+            elif tap.site == "final_resid":
+                found.append(entering(self._final_norm(), self._at_final))
+        return found
+
+    def _final_norm(self) -> nn.Module:
+        norm: nn.Module | None = self.model.final_entry
+        if norm is None:
+            raise UnsupportedModelError(
+                f"{self.model.name} has no plain norm before its unembedding, so its final_resid "
+                "cannot be told: read resid_post of the last layer."
+            )
+        return norm
+
+    def _entered(self, tap: Tap) -> Callable[[Tensor], Tensor | None]:
+        def entered(given: Tensor) -> Tensor | None:
+            value = self.through(tap, given) if self.acts else given
+            return None if value is given else value
+
+        return entered
+
+    def _at_final(self, given: Tensor) -> Tensor | None:
+        if not self.acts:
+            return None
+        self.finals += 1
+        if self.finals < self.model.final_uses:
+            return None  # the model uses its final norm for something else before
+        value = self.through(Tap("final_resid"), given)
+        return None if value is given else value
+
+    def _left(self, tap: Tap, scale: float = 1.0) -> Callable[[Tensor], Tensor | None]:
+        def left(given: Tensor) -> Tensor | None:
+            if not self.acts:
+                return None
+            # Some modules flatten batch and positions.
+            shaped = given.reshape(-1, self.span.count, given.shape[-1])
+            value = self.through(tap, shaped if scale == 1 else shaped * scale)
+            if tap not in self.writes and not self.grad:
+                return None
+            made = value if scale == 1 else value / scale
+            return made.reshape(given.shape).to(given.dtype)
+
+        return left
+
+
+def written(tap: Tap, value: Tensor, sources: Sequence[Mapping[Tap, Write]], span: Span) -> Tensor:
+    """A value as several sources write it, in order."""
+    for writes in sources:
+        write = writes.get(tap)
+        if write is not None:
+            value = write(value, span)
+    return value
+
+
+class Tapped(ABC):
+    """A model that is run by its taps; see :class:`headscope.models.protocol.HeadModel`."""
 
     name: str
     shape: ModelShape
+    module: Any
 
     @property
     def mask(self) -> MaskRule:
@@ -57,203 +218,87 @@ class Tapped:
         )
         return {"": stack}
 
+    def taps(
+        self, reads: Mapping[Any, Read], writes: Mapping[Any, Write]
+    ) -> tuple[dict[Tap, Read], dict[Tap, Write]]:
+        """Functions by tap, checked.
+
+        Raises:
+            InputError: if a tap is not one of the model's.
+        """
+        return (
+            checked(reads, self.name, self.shape),
+            checked(writes, self.name, self.shape, writing=True),
+        )
+
+    @property
+    def final_uses(self) -> int:
+        """How often a pass uses the final norm; the last time before the unembedding."""
+        return 1
+
+    @abstractmethod
+    def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
+        """Scope in which attention runs with the taps of a pass."""
+
+    @abstractmethod
+    def compute(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        real: Bool[Tensor, "batch pos"] | None,
+        logits_at: Int[Tensor, " at"] | None,
+        run: Pass,
+    ) -> Float[Tensor, "batch at d_vocab"]:
+        """Logits of a pass; none need to be computed where it stops before."""
+
     def run(
         self,
-        batch: TextBatch | Int[Tensor, "batch pos"],
+        batch: TextBatch | Texts | Int[Tensor, "batch pos"],
         *,
         reads: Mapping[Any, Read] = _NOTHING,
         writes: Mapping[Any, Write] = _NOTHING,
         until: Any = None,
         logits_at: Int[Tensor, " at"] | None = None,
+        prompt: int | None = None,
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"] | None:
         """Run the model once, reading and writing at taps; see :class:`HeadModel`."""
         tokens, real = (batch, None) if isinstance(batch, Tensor) else (batch.tokens, batch.real)
-        engine = _Engine(
-            self,
-            checked(reads, self.name, self.shape),
-            checked(writes, self.name, self.shape, writing=True),
-            None if until is None else next(iter(checked({until: id}, self.name, self.shape))),
-            Span.whole(tokens.shape[1]),
-            grad,
-        )
-        return engine.run(tokens, real, logits_at)
-
-
-@dataclass(eq=False)
-class _Engine:
-    """One pass with its taps."""
-
-    model: Any
-    reads: dict[Tap, Read]
-    writes: dict[Tap, Write]
-    until: Tap | None
-    span: Span
-    grad: bool
-    wants_final: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Let the pass go as far as the taps need."""
-        self.wants_final = any(
-            tap.site not in ATTENTION_SITES for tap in (*self.reads, *self.writes)
-        )
-
-    def run(
-        self, tokens: Tensor, real: Tensor | None, logits_at: Tensor | None
-    ) -> Float[Tensor, "batch at d_vocab"] | None:
-        # A pass that owes no logits stops after its last attention layer, which may be too early.
-        nothing = torch.zeros(1 if self.wants_final else 0, dtype=torch.long)
+        length = tokens.shape[1]
+        end = None if until is None else next(iter(self.taps({until: id}, {})[0]))
         empty = logits_at is not None and len(logits_at) == 0
-        wants_logits = self.until is None or self.until.site == "logits"
-        with ExitStack() as stack:
-            stack.enter_context(held(self.model.module))
-            stack.enter_context(hooked(self._hooks()))
-            shows = any(tap.site in ATTENTION_SITES for tap in self._shown())
-            logits = self.model.forward(
-                tokens,
-                real=real,
-                observers=(self,) if shows and not self.grad else (),
-                edits=self._edits(),
-                logits_at=nothing if empty or not wants_logits else logits_at,
-                grad=self.grad,
-            )
-        if empty or not wants_logits:
+        wanted = not empty and (end is None or end.site == "logits")
+        run = Pass(
+            self,
+            *self.taps(reads, writes),
+            Span(0, length, length if prompt is None else prompt),
+            end,
+            stops=not wanted,
+            grad=grad,
+        )
+        if not (wanted or run.missing or end):
+            return None  # there is nothing to see
+        try:
+            logits = self.compute(tokens, real, logits_at if wanted else None, run)
+        except Finished:
             return None
-        return self._through(Tap("logits"), logits)
+        return run.through(Tap("logits"), logits) if wanted else None
 
-    # Attention: edits write, and an observer reads. With gradients the reads are edits that
-    # change nothing, so that what is read is what the pass goes on with.
-
-    def _shown(self) -> list[Tap]:
-        taps = dict.fromkeys(self.reads)
-        if self.until is not None:
-            taps[self.until] = None
-        return list(taps)
-
-    def _edits(self) -> tuple["_Written", ...]:
-        made = [
-            _Written(self, tap, write)
-            for tap, write in self.writes.items()
-            if tap.site in ATTENTION_SITES
-        ]
-        if self.grad:
-            made += [
-                _Written(self, tap, None) for tap in self._shown() if tap.site in ATTENTION_SITES
-            ]
-        return tuple(made)
-
-    def on_layer(self, view: LayerView) -> None:
-        """Hand an attention layer to the reads of its sites."""
-        for tap in self._shown():
-            if tap.layer == view.layer and tap.site in ATTENTION_SITES:
-                seen = None if tap.site == "pattern" else _of_layer(view, tap.site)
-                self._read(TapView(tap, self.span, view, seen))
-
-    def on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Unused: the final residual stream has a hook of its own."""
-
-    # Residual stream: hooks on blocks, on the two modules of each that write, on the final norm.
-
-    def _hooks(self) -> list[Hook]:
-        found: list[Hook] = []
-        parts = self.model.parts
-        taps = dict.fromkeys((*self.writes, *self._shown()))
-        for tap in taps:
-            if tap.site in ("embed", "resid_pre"):
-                found.append(entering(parts.block(tap.layer or 0), self._entered(tap)))
-            elif tap.site == "resid_post":
-                found.append(leaving(parts.block(tap.layer), self._left(tap)))
-            elif tap.site in ("attn_out", "mlp_out"):
-                module, scale = parts.writer(tap.layer, tap.site)
-                found.append(leaving(module, self._left(tap, scale)))
-            elif tap.site == "final_resid":
-                norm = self.model.final_entry
-                if norm is None:
-                    raise UnsupportedModelError(
-                        f"{self.model.name} has no plain norm before its unembedding, so its "
-                        f"final_resid cannot be told: read resid_post of the last layer."
-                    )
-                found.append(entering(norm, self._entered(tap)))
-        return found
-
-    @property
-    def _acts(self) -> bool:
-        """False in passes of others, and in measurements that this pass starts."""
-        use = use_of(self.model.module)
-        return use.running() is not None and not use.measuring()
-
-    def _entered(self, tap: Tap) -> Callable[[Tensor], Tensor | None]:
-        def entered(given: Tensor) -> Tensor | None:
-            value = self._through(tap, given) if self._acts else given
-            return None if value is given else value
-
-        return entered
-
-    def _left(self, tap: Tap, scale: float = 1.0) -> Callable[[Tensor], Tensor | None]:
-        def left(given: Tensor) -> Tensor | None:
-            if not self._acts:
-                return None
-            shaped = given.reshape(self._stream_shape(given))
-            value = self._through(tap, shaped if scale == 1 else shaped * scale)
-            if tap not in self.writes and not self.grad:  # a gradient passes what was read
-                return None
-            made = value if scale == 1 else value / scale
-            return made.reshape(given.shape).to(given.dtype)
-
-        return left
-
-    def _stream_shape(self, given: Tensor) -> tuple[int, ...]:
-        """``[batch pos d_model]``, also where a module flattens batch and positions."""
-        return (-1, self.span.count, given.shape[-1])
-
-    def _through(self, tap: Tap, value: Tensor) -> Tensor:
-        """A value with its tap written and read."""
-        write = self.writes.get(tap)
-        if write is not None:
-            value = write(value, self.span)
-        if tap in self.reads or tap == self.until:
-            self._read(TapView(tap, self.span, None, value))
-        return value
-
-    def _read(self, view: TapView) -> None:
-        read = self.reads.get(view.tap)
-        if read is not None:
-            read(view)
-        if view.tap == self.until and view.tap.site != "logits":
-            raise Finished
-
-
-@dataclass(frozen=True, eq=False)
-class _Written:
-    """An edit of one tap of attention; without a function it reads and changes nothing."""
-
-    engine: _Engine
-    tap: Tap
-    write: Write | None
-
-    @property
-    def site(self) -> AttentionSite:
-        """What is edited."""
-        return self.tap.site  # type: ignore[return-value]  # checked when the engine was made
-
-    @property
-    def layers(self) -> frozenset[int]:
-        """The one layer that it touches."""
-        return frozenset({self.tap.layer or 0})
-
-    def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Write, or read a view that the pass goes on with."""
-        if self.write is not None:
-            return self.write(value, self.engine.span)
-        shown = value.view_as(value)
-        self.engine._read(TapView(self.tap, self.engine.span, None, shown))
-        return shown
-
-
-def _of_layer(view: LayerView, site: str) -> Tensor:
-    if site == "z":
-        return view.z
-    if site == "value":
-        return view.values()
-    matches = view.matches(torch.arange(view.n_queries))
-    return matches.query if site == "query" else matches.key
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        real: Bool[Tensor, "batch pos"] | None = None,
+        edits: Sequence[Edit] = (),
+        logits_at: Int[Tensor, " at"] | None = None,
+        prompt: int | None = None,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch at d_vocab"]:
+        """Logits of a run with edits; see :class:`headscope.models.protocol.HeadModel`."""
+        logits = self.run(
+            Texts(tokens, real),
+            writes=writes_of(edits),
+            logits_at=logits_at,
+            prompt=prompt,
+            grad=grad,
+        )
+        return torch.empty(len(tokens), 0, self.shape.n_logits) if logits is None else logits
