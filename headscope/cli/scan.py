@@ -5,12 +5,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from headscope import probes
 from headscope.cli.options import Loading, scorer_names
 from headscope.cli.output import asked_of, console, print_table, run_folder, typed
 from headscope.errors import HeadscopeError
 from headscope.interactive.view import attention_example
+from headscope.models.protocol import HeadModel
 from headscope.scorers import CATALOGUE, DEFAULT
 from headscope.scoring import score
+from headscope.table import HeadTable
+
+# Heads that are named in one line.
+_MOST = 8
 
 
 def run(
@@ -54,9 +60,16 @@ def run(
         max_tokens_per_chunk=max_tokens_per_chunk,
         seed=seed,
     )
+    placed = [] if config is not None else _on_text(model, table, seed, batch_size, budget)
     scored = time.perf_counter()
-    if folder is None:
+
+    def show() -> None:
         print_table(table, as_json=as_json)
+        if placed and not as_json:
+            console().print(*placed, sep="\n", soft_wrap=True, highlight=False)
+
+    if folder is None:
+        show()
         return
     folder = folder.ready()
     settings = {
@@ -66,17 +79,47 @@ def run(
         "scorers": list(table),
         "probe": asked,
         "seed": seed,
+        "roles_on_text": placed,
     }
     timings = {"load_seconds": loaded - started, "score_seconds": scored - loaded}
     folder.write(table, settings, timings, command=typed(), examples=examples)
     with suppress(HeadscopeError):  # an example is a help for the eye; the table stands without
         example = attention_example(model, length=_example_length(len(model.shape.heads)))
         example.save(folder.path / "attention.safetensors")
-    print_table(table, as_json=as_json)
+    show()
     console(stderr=True).print(
         f"Written to {folder.path}: index.html (open it in a browser), table.parquet, pictures/.",
         soft_wrap=True,
     )
+
+
+def _on_text(
+    model: HeadModel, table: HeadTable, seed: int, batch_size: int | None, memory: int | None
+) -> list[str]:
+    """Roles of places as natural text has them, beside what the table says of random tokens.
+
+    A line per role that needs no repetition (previous and current token): some heads look back
+    one token only where tokens have nothing to say.
+    """
+    again = [
+        scorer
+        for scorer in CATALOGUE.values()
+        if scorer.name in table
+        and (scorer.probe, scorer.control) == ("repeated_tokens", "flat")
+        and scorer.threshold is not None
+    ]
+    if not again or model.tokenizer is None:
+        return []
+    there = score(model, probes.text(model, seed=seed), again, batch_size=batch_size, memory=memory)
+    lines = []
+    for found in there.role_summary():
+        random = table[found.score]
+        heads = [f"{head} {mean:.2f} ({random[head]:.2f})" for head, mean in found.heads[:_MOST]]
+        more = [f"{len(found.heads) - _MOST} more"] if len(found.heads) > _MOST else []
+        said = ", ".join([*heads, *more]) or "no head"
+        role = found.score.replace("_", " ")
+        lines.append(f"{role} on natural text (on random tokens): {said}")
+    return lines
 
 
 def _example_length(heads: int) -> int:

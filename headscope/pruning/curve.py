@@ -54,15 +54,21 @@ class PruningCurve(OrderCurve):
 
     def _facts(self) -> dict[str, Any]:
         sizes = [
-            [*at, *(getattr(size, name) for name in _SIZES)] for at, size in self.sizes.items()
+            [*at, *(getattr(size, name) for name in _SIZES), list(size.shared)]
+            for at, size in self.sizes.items()
         ]
         return super()._facts() | {"sizes": sizes}
 
     @classmethod
     def _read(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
         sizes = {
-            (str(arm), int(count)): Size(int(parameters), int(flops), float(seconds))
-            for arm, count, parameters, flops, seconds in facts["sizes"]
+            (str(arm), int(count)): Size(
+                int(parameters),
+                int(flops),
+                float(seconds),
+                tuple(str(one) for one in (shared[0] if shared else ())),
+            )
+            for arm, count, parameters, flops, seconds, *shared in facts["sizes"]
         }
         return super()._read(facts) | {"sizes": sizes}
 

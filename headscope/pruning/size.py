@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Size:
     parameters: int
     flops: int
     seconds: float
-    shared: tuple[str, ...] = field(default=(), compare=False)
+    shared: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """In words, with the key/value heads that had to stay."""

@@ -23,8 +23,23 @@ const attentionView = (() => {
     context.putImageData(image, 0, 0);
   };
 
-  // Returns a way to show another head's pattern in the same place; told(query, reverse) is
-  // called whenever another token is chosen.
+  // Without the first token, usually a sink: each row is divided by what the others get.
+  const sums = new WeakMap();
+  const noSink = (pattern, size) => {
+    if (!sums.has(pattern)) {
+      sums.set(pattern, Array.from({ length: size }, (_, query) => {
+        let sum = 0;
+        for (let key = 1; key < size; key += 1) sum += pattern(query, key);
+        return sum;
+      }));
+    }
+    const rest = sums.get(pattern);
+    return (query, key) => (key && rest[query] ? Math.round((255 * pattern(query, key)) / rest[query]) : 0);
+  };
+  let hidden = false; // kept from head to head
+
+  // Returns a way to show another head's pattern in the same place; told(query, reverse, as) is
+  // called whenever another token is chosen; as(pattern) is how a pattern is shown now.
   const line = (parent, tokens, pattern, colour, label, told = () => {}) => {
     const size = tokens.length;
     let query = size - 1;
@@ -39,12 +54,18 @@ const attentionView = (() => {
     words.append(...spans);
     const said = make("p", { class: "quiet", role: "status" });
     const turn = make("button", { type: "button", "aria-pressed": "false" }, "who looks at it");
+    const hide = make("input", { type: "checkbox" });
+    const hider = make("label", { class: "hider", title: "and divide the rest of each row by its sum" });
+    hide.checked = hidden;
+    hider.append(hide, " hide first token");
     const canvas = make("canvas", { role: "img", "aria-label": `${label}: pattern, queries downwards, keys to the right`, class: "pattern" });
     const marker = make("div", { class: "marker" });
     const frame = make("div", { class: "frame" });
     frame.append(canvas, marker);
 
-    const strength = (at) => (reverse ? pattern(at, query) : pattern(query, at));
+    const as = (one) => (hidden ? noSink(one, size) : one);
+    let seen = as(pattern);
+    const strength = (at) => (reverse ? seen(at, query) : seen(query, at));
     const show = () => {
       const row = spans.map((_, at) => strength(at));
       spans.forEach((span, at) => {
@@ -55,10 +76,16 @@ const attentionView = (() => {
       const best = row.map((value, at) => [value, at]).filter(([value]) => value > 2)
         .sort((a, b) => b[0] - a[0]).slice(0, 3);
       const strongest = best.map(([value, at]) => `${(value / 255).toFixed(2)} ${reverse ? "from" : "to"} ${at} ${short(tokens[at])}`);
-      said.textContent = `${query} ${short(tokens[query])}: ${strongest.join(", ") || "nothing"}`;
+      const parked = hidden && !reverse ? ` (${(pattern(query, 0) / 255).toFixed(2)} to the first, hidden)` : "";
+      said.textContent = `${query} ${short(tokens[query])}: ${strongest.join(", ") || "nothing"}${parked}`;
       marker.style.top = `${(100 * query) / size}%`;
       marker.style.height = `${100 / size}%`;
-      told(query, reverse);
+      told(query, reverse, as);
+    };
+    const draw = () => {
+      seen = as(pattern);
+      paint(canvas, size, seen, colour);
+      show();
     };
     const choose = (at) => { query = at; show(); };
     const under = (event) => event.target.dataset?.at;
@@ -87,17 +114,19 @@ const attentionView = (() => {
       turn.setAttribute("aria-pressed", String(reverse));
       show();
     });
-    paint(canvas, size, pattern, colour);
+    hide.addEventListener("change", () => {
+      hidden = hide.checked;
+      draw();
+    });
     const holder = make("div", { class: "attention" });
     holder.append(frame, words);
-    parent.append(holder, said, turn);
-    show();
+    parent.append(holder, said, turn, hider);
+    draw();
     return (next, name) => {
       pattern = next;
       words.setAttribute("aria-label", `${name}: choose a token with the arrow keys`);
       canvas.setAttribute("aria-label", `${name}: pattern, queries downwards, keys to the right`);
-      paint(canvas, size, pattern, colour);
-      show();
+      draw();
     };
   };
   return { line, paint, short };

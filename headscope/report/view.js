@@ -40,10 +40,11 @@
     return { button, note };
   });
   // Below each thumbnail: where that head looks from the chosen token.
-  const told = (query, reverse) => buttons.forEach(({ note }, which) => {
+  const told = (query, reverse, as) => buttons.forEach(({ note }, which) => {
+    const seen = as(patterns[which]);
     let [best, at] = [-1, 0];
     for (let other = 0; other < size; other += 1) {
-      const value = reverse ? patterns[which](other, query) : patterns[which](query, other);
+      const value = reverse ? seen(other, query) : seen(query, other);
       if (value > best) [best, at] = [value, other];
     }
     note.textContent = best > 2 ? `${(best / 255).toFixed(2)} ${reverse ? "from" : "to"} ${at} ${attentionView.short(data.tokens[at])}` : "nothing";

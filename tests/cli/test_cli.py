@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import headscope as hs
 from headscope.cli.app import app
 from headscope.errors import HeadscopeError, InputError
 from headscope.table import HeadTable
@@ -36,6 +37,22 @@ def test_scan_prints_the_table_and_leaves_a_run(scanned: tuple[Path, str]) -> No
     page = (folder / "index.html").read_text()
     assert "default-src 'none'" in html.unescape(page)
     assert {"induction.png", "roles.png"} <= {p.name for p in (folder / "pictures").iterdir()}
+
+
+def test_e14_roles_of_places_are_told_on_natural_text_too(scanned: tuple[Path, str]) -> None:
+    folder, printed = scanned
+    model = hs.load()
+    there, random = (
+        hs.score(model, probe, "previous_token")["previous_token"]
+        for probe in (hs.probes.text(model), hs.probes.repeated_tokens(model, 50, batch=16))
+    )
+    best = there.top(1)[0][0]
+    line = "previous token on natural text (on random tokens): "
+    said = f"{line}{best} {there[best]:.2f} ({random[best]:.2f})"
+    assert said in printed
+    told = json.loads((folder / "run.json").read_text())["settings"]["roles_on_text"]
+    assert any(one.startswith(said) for one in told)
+    assert "current token on natural text (on random tokens): no head" in printed
 
 
 def test_show_prints_the_same_table(scanned: tuple[Path, str]) -> None:

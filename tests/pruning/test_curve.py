@@ -60,6 +60,7 @@ def test_every_point_is_that_of_a_whole_pass(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="saved as"):
         curve.save(tmp_path / "curve.xlsx")
     same = PruningCurve.load(tmp_path / "curve.parquet")
+    assert any(one.shared for one in curve.sizes.values())
     for name in ("orders", "controls", "sizes", "counts"):
         assert getattr(same, name) == getattr(curve, name)
     for name in ("per_example", "unedited"):

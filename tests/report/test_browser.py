@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from headscope.report import report_page
@@ -165,6 +166,41 @@ def test_hovering_a_token_tells_where_it_looks(chromium: Any, files: dict) -> No
             ".getImageData(0, 0, 20, 20).data].filter((_, i) => i % 4 === 3)"
         )
         assert drawn == example.pattern[29].ravel().tolist()
+
+
+def test_e14_the_first_token_can_be_hidden_and_the_rest_is_divided_by_its_sum(
+    chromium: Any, files: dict
+) -> None:
+    pattern = run_of(12, 12).attention.pattern.astype(float)
+    with opened(chromium, files["one"], at="#0-L2H5") as found:
+        page = found.page
+        status = page.locator("#card .attention ~ [role=status]")
+        page.locator("#card .tokens").focus()
+        before = status.inner_text()
+        page.keyboard.press("Tab")  # "who looks at it"
+        page.keyboard.press("Tab")
+        page.keyboard.press("Space")
+        box = page.get_by_role("checkbox", name="hide first token")
+        assert box.is_checked()
+        shown = np.array(
+            page.evaluate(
+                "[...document.querySelector('#card canvas').getContext('2d')"
+                ".getImageData(0, 0, 20, 20).data].filter((_, i) => i % 4 === 3)"
+            )
+        ).reshape(20, 20)
+        rest = pattern[29, :, 1:].sum(1, keepdims=True)
+        assert (rest[1:] > 0).all()
+        expected = 255 * pattern[29, :, 1:] / np.maximum(rest, 1)
+        assert (shown[:, 0] == 0).all()
+        np.testing.assert_allclose(shown[:, 1:], expected, atol=0.51)
+        assert f"({pattern[29, 19, 0] / 255:.2f} to the first, hidden)" in status.inner_text()
+        page.locator('.cell[data-head="30"]').click()  # the choice stays
+        assert head_of(page) == "L2H6"
+        assert box.is_checked()
+        page.locator('.cell[data-head="29"]').click()
+        assert head_of(page) == "L2H5"
+        box.uncheck()
+        assert status.inner_text() == before
 
 
 def test_colours_follow_the_choice(chromium: Any, files: dict) -> None:
