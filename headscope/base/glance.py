@@ -67,6 +67,7 @@ class Glance:
         hint: what to do next, as code.
         notes: sentences below.
         lists: further lists below, each with a heading.
+        whole: show every row in a terminal too, not the first few: they are all that there is.
     """
 
     title: str
@@ -77,11 +78,13 @@ class Glance:
     hint: str = ""
     notes: Sequence[str] = ()
     lists: Sequence[Lines] = ()
+    whole: bool = False
 
     def text(self) -> str:
         """A few lines for a terminal."""
         lines = [f"{self.title}: {', '.join(self._facts)}" if self._facts else self.title]
-        shown = [[readable(one, _TEXT_WIDTH) for one in row] for row in self.rows[:_TEXT_ROWS]]
+        rows = self.rows if self.whole else self.rows[:_TEXT_ROWS]
+        shown = [[readable(one, _TEXT_WIDTH) for one in row] for row in rows]
         if shown:
             table = [list(self.columns), *shown] if self.columns else shown
             widths = [max(map(len, column)) for column in zip(*table, strict=True)]

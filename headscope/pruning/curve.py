@@ -27,7 +27,7 @@ _POINTS = 21
 _SIZES = ("parameters", "flops", "seconds")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PruningCurve(OrderCurve):
     """A metric against heads removed. Draw it with ``hs.plots.curves(curve.effects, ...)``.
 

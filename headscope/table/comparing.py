@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.glance import Glance, Shown, number
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
@@ -17,9 +18,12 @@ from headscope.table.table import HeadTable
 if TYPE_CHECKING:
     import pandas
 
+# Pairs that are shown at a glance.
+_MOST = 10
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Shown):
     """Pairs of heads of two models, those that differ most from a typical head first.
 
     Attributes:
@@ -99,19 +103,38 @@ class Comparison:
             }
         )
 
-    def __repr__(self) -> str:
-        """The models, and how many heads were matched."""
-        return (
-            f"Comparison({self.names[0]} with {self.names[1]}: {len(self.pairs)} pairs, "
-            f"{self.moved:.0%} under another address)"
+    def glance(self) -> Glance:
+        """The first pairs, with the score in which each moved most."""
+        rows = []
+        for at, (mine, other) in enumerate(self.pairs[:_MOST]):
+            size = np.abs(self.difference[at])
+            row = [str(mine), str(other), number(float(self.closeness[at]))]
+            if np.isfinite(size).any():
+                most = int(np.nanargmax(size))
+                ends = [number(float(side[at, most])) for side in (self.first, self.second)]
+                row.append(f"{self.scores[most]} {' to '.join(ends)}")
+            rows.append([*row, ""][:4])
+        return Glance(
+            "comparison",
+            [
+                f"{self.names[0]} with {self.names[1]}",
+                f"{len(self.pairs)} pairs",
+                f"{self.moved:.0%} under another address",
+            ],
+            (self.names[0], self.names[1], self.measure, "moved most"),
+            rows,
+            hint=", ".join(
+                [f"comparison.largest({one!r})" for one in self.scores[:1]]
+                + ["comparison.to_pandas()"]
+            ),
         )
 
 
 Curve = Float[np.ndarray, "checkpoint example"]
 
 
-@dataclass(frozen=True, eq=False)
-class Emergence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Emergence(Shown):
     """Tables of one model at several checkpoints, earliest first.
 
     Attributes:
@@ -140,6 +163,25 @@ class Emergence:
         for name, values in self.losses.items():
             if len(values) != len(self.checkpoints):
                 raise InputError(f"{name!r} has {len(values)} values, not one per checkpoint.")
+
+    def glance(self) -> Glance:
+        """Of each score the best head of the last checkpoint, and when it appears."""
+        rows = []
+        for score in self.scores:
+            values = self.of(score)
+            if not np.isfinite(values[-1]).any():
+                continue
+            head = self.best(score)
+            at = self.appears(score, head)
+            ends = [number(float(values[(place, *head)])) for place in (0, -1)]
+            rows.append((score, str(head), *ends, "-" if at is None else self.checkpoints[at]))
+        return Glance(
+            "emergence",
+            [f"{len(self.checkpoints)} checkpoints", self.model],
+            ("score", "head", self.checkpoints[0], self.checkpoints[-1], "past half-way at"),
+            rows,
+            hint="hs.plots.emergence(story), story.findings(), story.to_pandas()",
+        )
 
     @property
     def steps(self) -> list[int]:

@@ -158,8 +158,8 @@ _SUFFIXES = (".parquet", ".csv")
 Curve = TypeVar("Curve", bound="OrderCurve")
 
 
-@dataclass(frozen=True, eq=False)
-class OrderCurve:
+@dataclass(frozen=True, eq=False, repr=False)
+class OrderCurve(Shown):
     """A metric against heads taken. Draw it with ``hs.plots.curves(curve.effects, ...)``.
 
     Attributes:
@@ -172,6 +172,29 @@ class OrderCurve:
     effects: EffectGrid
     orders: Mapping[str, tuple[HeadIndex, ...]]
     controls: tuple[str, ...]
+
+    def glance(self) -> Glance:
+        """The metric of every arm at a few numbers of heads."""
+        counts, grid = self.counts, self.effects
+        chosen = sorted({round(at) for at in np.linspace(0, len(counts) - 1, 5)})
+        return Glance(
+            f"{grid.name} along {len(grid.labels[0])} orders",
+            [
+                f"up to {counts[-1]} heads {grid.axes[1]}",
+                f"mean of {grid.per_example.shape[-1]} examples",
+                grid.unit,
+                grid.provenance.model,
+            ],
+            (f"heads {grid.axes[1]}", *(str(counts[at]) for at in chosen)),
+            [
+                (
+                    f"{arm} (control)" if arm in self.controls else arm,
+                    *(number(float(values[at])) for at in chosen),
+                )
+                for arm, values in zip(grid.labels[0], self.mean, strict=True)
+            ],
+            hint="hs.plots.curves(curve.effects), curve.to_pandas()",
+        )
 
     @property
     def counts(self) -> tuple[int, ...]:

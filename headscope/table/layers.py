@@ -206,6 +206,7 @@ class LayerTable(Shown, Mapping[str, LayerMeasure]):
                 for m in self.measures
             ],
             hint="hs.plots.layers(table); table.to_pandas()",
+            whole=True,
         )
 
 

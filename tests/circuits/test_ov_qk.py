@@ -84,7 +84,9 @@ def test_bands_sum_to_the_circuit(family: str, family_model: ModelOf) -> None:
     whole = circuits.with_bias(circuits.qk(model, offset=3))
     bands = [circuits.with_bias(band) for band in circuits.qk_bands(model, offset=3)]
     total = sum(band.explicit("L1H2") for band in bands)
-    torch.testing.assert_close(total, whole.explicit("L1H2"), rtol=1e-4, atol=1e-3)
+    expected = whole.explicit("L1H2")
+    size = float(expected.abs().max())  # bands cancel: rounding follows the largest, not each sum
+    torch.testing.assert_close(total / size, expected / size, rtol=0, atol=3e-6)
     planes = len(model.parts.rotation(1).first)
     still = model.shape.d_head - 2 * planes
     assert [band.left.shape[-1] for band in bands] == [2] * planes + [still] * (still > 0)
