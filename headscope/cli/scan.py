@@ -11,6 +11,7 @@ from headscope.cli.output import asked_of, console, print_table, run_folder, typ
 from headscope.errors import HeadscopeError
 from headscope.interactive.view import attention_example
 from headscope.models.protocol import HeadModel
+from headscope.scorer import FLAT, REPEATED
 from headscope.scorers import CATALOGUE, DEFAULT
 from headscope.scoring import score
 from headscope.table import HeadTable
@@ -105,7 +106,7 @@ def _on_text(
         scorer
         for scorer in CATALOGUE.values()
         if scorer.name in table
-        and (scorer.probe, scorer.control) == ("repeated_tokens", "flat")
+        and (scorer.probe, scorer.control) == (REPEATED, FLAT)
         and scorer.threshold is not None
     ]
     if not again or model.tokenizer is None:
