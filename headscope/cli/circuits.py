@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from headscope.circuits.survey import Survey, survey
 from headscope.circuits.vocabulary import vocabulary_words
-from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, console, run_folder, table_rows, typed
+from headscope.cli.command import typed
+from headscope.cli.folder import asked_of, run_folder
+from headscope.cli.loading import Loading
+from headscope.cli.output import console, table_rows
 from headscope.files import whole_file
 from headscope.table import save_spectra
 
@@ -118,7 +120,7 @@ def _write(
     import pandas
 
     from headscope.plots import heatmaps
-    from headscope.report.results import circuit_sections, drawings
+    from headscope.report.circuits import circuit_sections, drawings
 
     nodes = found.table.get("copying_eigenvalues_mlp")
     made = drawings(found.pairs, found.spectra, found.eigenvalues, nodes)

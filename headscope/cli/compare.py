@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headscope.cli.options import scorer_names
-from headscope.cli.output import console, plain_rows, run_folder, typed
+from headscope.cli.command import typed
+from headscope.cli.folder import run_folder
+from headscope.cli.names import scorer_names
+from headscope.cli.output import console, plain_rows
 from headscope.comparing import compare
 from headscope.comparing.compared import way_to_match
 from headscope.files import whole_file, whole_page
@@ -104,7 +106,7 @@ def _print(found: Comparison) -> None:
 
 def _write(folder: "RunFolder", found: Comparison, settings: dict[str, Any]) -> None:
     from headscope.report import sections_page
-    from headscope.report.results import comparison_sections
+    from headscope.report.comparison import comparison_sections
 
     with whole_file(folder.path / "comparison.parquet") as file:
         found.to_pandas().to_parquet(file, index=False)

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headscope.cli.options import Loading, listed, scorer_names
-from headscope.cli.output import console, plain_rows, run_folder, typed
+from headscope.cli.command import typed
+from headscope.cli.folder import run_folder
+from headscope.cli.loading import Loading
+from headscope.cli.names import listed, scorer_names
+from headscope.cli.output import console, plain_rows
 from headscope.comparing import emergence
 from headscope.errors import InputError
 from headscope.files import paragraphs, read_text, whole_file
@@ -36,7 +39,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Score or read a sweep, write, print."""
-    from headscope.report.results import emergence_sections
+    from headscope.report.emergence import emergence_sections
 
     names, revisions = scorer_names(scorers), listed(checkpoints)
     passages = None if texts is None else _passages(texts)

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import flow
-from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, console, plain_rows, run_folder, typed
+from headscope.cli.command import typed
+from headscope.cli.folder import asked_of, run_folder
+from headscope.cli.loading import Loading
+from headscope.cli.output import console, plain_rows
 from headscope.files import whole_file
 from headscope.lens.prompt import read_prompt
 from headscope.models.protocol import HeadModel
 from headscope.plots.text import visible
-from headscope.report.results import flow_drawings, flow_sections
+from headscope.report.flow import flow_drawings, flow_sections
 from headscope.table import Contributions, HeadTable, Routes, TokenFlow
 
 if TYPE_CHECKING:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import lens
-from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, console, plain_rows, run_folder, typed
+from headscope.cli.command import typed
+from headscope.cli.folder import asked_of, run_folder
+from headscope.cli.loading import Loading
+from headscope.cli.output import console, plain_rows
 from headscope.errors import InputError
 from headscope.files import whole_file
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
 from headscope.plots.text import visible
-from headscope.report.results import lens_drawings, lens_sections, strongest
+from headscope.report.lens import lens_drawings, lens_sections, strongest
 from headscope.table import Attribution, HeadTable, HeadWords, LensGrid
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from headscope.base.specs import versions
 from headscope.files import subfolder, whole_file, whole_page
 from headscope.folders import Claim
 from headscope.plots import heatmap, heatmaps, save
+from headscope.report.kept import sections_json
 from headscope.report.page import index_page
-from headscope.report.sections import Section, sections_json
+from headscope.report.sections import Section
 from headscope.table import HeadTable
 
 

@@ -6,7 +6,8 @@ from os import PathLike
 from pathlib import Path
 
 from headscope.files import whole_page
-from headscope.report.shell import filled, packed_example
+from headscope.report.packed import packed_example
+from headscope.report.shell import filled
 from headscope.table import AttentionExample
 
 _HEIGHT = 560

@@ -25,7 +25,7 @@ from headscope.probes import Needle
 from headscope.probes.needle_sets import DRAWN
 from headscope.probes.pairs import NAMES
 from headscope.probes.tasks import CAPITALS, TASKS
-from headscope.report.results import retrieval_drawings, retrieval_sections
+from headscope.report.retrieval import retrieval_drawings, retrieval_sections
 from headscope.report.sections import Words
 from headscope.retrieval import (
     Contrast,

@@ -27,8 +27,8 @@ from pyarrow import parquet
 import headscope as hs
 from headscope import plots
 from headscope.cli import main
+from headscope.cli.command import portable
 from headscope.cli.emergence import steps_of
-from headscope.cli.output import portable
 from headscope.configs import parse, read_yaml
 from headscope.edits.head_edit import HeadEdit
 from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, WriteError
