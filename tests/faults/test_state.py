@@ -92,6 +92,69 @@ def test_b1_passes_run_in_evaluation_mode_and_the_mode_comes_back(make: Callable
         assert all(m.training for m in module.modules() if m is not module.get_input_embeddings())
 
 
+@pytest.mark.parametrize("make", [gpt2, lambda: llama(attention_dropout=0.5), lambda: neo()])
+def test_b1_a_model_in_training_mode_is_loaded_as_it_runs_without_dropout(
+    make: Callable[[], Any],
+) -> None:
+    calm = hs.load(make())
+    module = make().train()
+    frozen = next(part for part in module.modules() if isinstance(part, nn.Dropout | nn.Linear))
+    frozen.eval()
+    modes = [part.training for part in module.modules()]
+    model = hs.load(module)
+    assert [part.training for part in module.modules()] == modes
+    assert model.limits == calm.limits
+    np.testing.assert_array_equal(scored(model), scored(calm))
+    np.testing.assert_array_equal(ablated(model), ablated(calm))
+    torch.testing.assert_close(model.weights(1).W_V, calm.weights(1).W_V)
+    assert [part.training for part in module.modules()] == modes
+
+
+def neo() -> Any:
+    """A model of a family that transformer-lens runs, with dropout."""
+    module = fresh("gpt_neo")
+    module.config.attention_dropout = 0.5
+    return module
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_b1_a_refused_model_keeps_its_mode(broken: bool) -> None:
+    module = llama(attention_dropout=0.5).train()
+    with torch.no_grad():
+        module.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    before = (hooks_of(module), module.config._attn_implementation)
+    with pytest.raises(hs.HeadscopeError):
+        hs.load(module if broken else module.model)
+    assert all(part.training for part in module.modules())
+    assert (hooks_of(module), module.config._attn_implementation) == before
+
+
+def test_b1_checkpoints_of_gradients_and_frozen_weights_change_nothing() -> None:
+    plain = hs.load(llama())
+    module = llama(attention_dropout=0.5).train()
+    module.activation_checkpointing_enable()
+    module.enable_input_require_grads()
+    for name, weight in module.named_parameters():
+        weight.requires_grad_("layers.1" in name)
+    wanted = [weight.requires_grad for weight in module.parameters()]
+    nothing = hs.load(llama().requires_grad_(False))
+    for reading in (
+        lambda m: scored(m),
+        lambda m: ablated(m, heads=["L1H1"]),
+        lambda m: hs.estimate_heads(m, PROBE, LOSS, progress=False).mean,
+        lambda m: hs.pruning.gradient_importance(m, PROBE, progress=False).mean,
+        lambda m: hs.lens.attribute(m, X[0], target=5).to_pandas()["value"].to_numpy(),
+        lambda m: hs.circuits.qk(m, offset=1).singular_values(),
+    ):
+        found, expected = (np.asarray(reading(m)) for m in (hs.load(module), plain))
+        np.testing.assert_allclose(found, expected, atol=1e-6, rtol=1e-4)
+        np.testing.assert_allclose(np.asarray(reading(nothing)), expected, atol=1e-6, rtol=1e-4)
+    assert [weight.requires_grad for weight in module.parameters()] == wanted
+    assert all(weight.grad is None for weight in module.parameters())
+    assert module.is_gradient_checkpointing
+    assert all(part.training for part in module.modules())
+
+
 def test_b1_a_scope_leaves_the_mode_to_the_owner() -> None:
     module = llama()
     model = hs.load(module)

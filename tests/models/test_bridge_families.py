@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import headscope as hs
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import BridgeModel, wrap_bridge
@@ -178,6 +179,43 @@ def test_users_own_bridge_keeps_its_hooks(own_bridge: BridgeModel) -> None:
         own_bridge.bridge(tokens())
     assert len(calls) == 2
     assert checks.difference(edited, plain) < TOLERANCE
+
+
+def test_a_bridge_of_the_user_is_proved_without_its_hooks(own_bridge: BridgeModel) -> None:
+    bridge = own_bridge.bridge
+    bridge.blocks[1].attn.hook_z.add_hook(lambda value, hook: torch.zeros_like(value))
+    bridge.blocks[1].attn.hook_z.add_hook(lambda value, hook: value + 1)
+    before = list(bridge.blocks[1].attn.hook_z._forward_hooks)
+    silenced = bridge(tokens()).detach()
+    model = hs.load(bridge)
+    assert {check.what for check in model.proof.checks} >= {
+        "rows x values = z",
+        "logits = the model's own",
+        "final norm and unembedding = the model's own logits",
+    }
+    assert all(check.passed for check in model.proof.checks)
+    assert not model.limits.keys() & {"values", "ov", "readout"}
+    assert list(bridge.blocks[1].attn.hook_z._forward_hooks) == before
+    assert checks.difference(model.forward(tokens()).detach(), silenced) < TOLERANCE
+
+
+def test_a_bridge_of_the_user_that_does_more_than_its_matrices_is_refused(
+    own_bridge: BridgeModel,
+) -> None:
+    projection = own_bridge.bridge.blocks[1].attn.o
+    handle = projection.register_forward_hook(lambda _m, _args, out: out + out.square())
+    with pytest.raises(UnsupportedModelError, match="layer 1 adds something to z @ W_O"):
+        hs.load(own_bridge.bridge)
+    handle.remove()
+    assert hs.load(own_bridge.bridge).proof.checks
+
+
+def test_a_bridge_of_the_user_may_be_in_training_mode(own_bridge: BridgeModel) -> None:
+    calm = hs.load(own_bridge.bridge).forward(tokens())
+    own_bridge.bridge.train()
+    model = hs.load(own_bridge.bridge)
+    assert checks.difference(model.forward(tokens()), calm) == 0
+    assert own_bridge.bridge.original_model.training
 
 
 def test_folded_bridge_of_the_user(own_bridge: BridgeModel) -> None:

@@ -124,8 +124,6 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], word: str) -> None:
 def test_only_models_are_taken() -> None:
     with pytest.raises(InputError, match="dict"):
         hs.load({})
-    with pytest.raises(InputError, match="training mode"):
-        hs.load(fresh("llama").train())
 
 
 def test_nan_weights_are_told() -> None:

@@ -4,12 +4,14 @@ The only file that imports transformer_lens, and only inside a function.
 """
 
 import copy
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.layout import tiny_bridge_tokens
+from headscope.models.hf.hooks import unhooked
 from headscope.models.hf.transformers_api import make_eager
 from headscope.models.loading.agreement import gap
 from headscope.models.offload import all_weights
@@ -22,6 +24,16 @@ _SAME_HALF = 0.1
 
 # Attribute of a module tree that says which weights it had before a bridge added views of them.
 OWN_NAMES = "_headscope_weight_names"
+
+
+def without_own_hooks(bridge: Any) -> AbstractContextManager[None]:
+    """Scope without the hooks that a bridge's owner added: they are edits, and not the model."""
+    return unhooked(
+        (point, handle.hook.id)
+        for point in bridge.modules()
+        for handle in getattr(point, "fwd_hooks", ())
+        if not handle.is_permanent
+    )
 
 
 def bridge_over(module: Any) -> Any:

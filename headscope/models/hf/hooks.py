@@ -82,6 +82,28 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unhooked(handles: Iterable[tuple[nn.Module, int]]) -> Iterator[None]:
+    """Scope without some hooks on what modules return; they come back where they were.
+
+    Args:
+        handles: modules with the ids of their hooks.
+    """
+    by_module: dict[nn.Module, list[int]] = {}
+    for module, number in handles:
+        by_module.setdefault(module, []).append(number)
+    kept = {module: dict(module._forward_hooks) for module in by_module}
+    try:
+        for module, numbers in by_module.items():
+            for number in numbers:
+                module._forward_hooks.pop(number, None)
+        yield
+    finally:
+        for module, hooks in kept.items():
+            module._forward_hooks.clear()
+            module._forward_hooks.update(hooks)
+
+
 def before(module: nn.Module, act: Callable[[nn.Module, Call], Call | None]) -> Hook:
     """A hook on a call: ``act(module, call)`` returns None, or the call to go on with."""
 

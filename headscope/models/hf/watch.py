@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -61,6 +61,15 @@ class Watch:
         if isinstance(made, Tensor):
             self.outputs[module] = made.detach().clone() if self.copies else made
 
+    def detached(self) -> "Watch":
+        """The same without gradients: an owner may have asked for those of embeddings."""
+        return replace(
+            self,
+            writes={module: value.detach() for module, value in self.writes.items()},
+            inputs={module: value.detach() for module, value in self.inputs.items()},
+            outputs={module: value.detach() for module, value in self.outputs.items()},
+        )
+
 
 def write_scales(
     watch: Watch, layers: Mapping[int, tuple[nn.Module, nn.Module]]
@@ -74,6 +83,7 @@ def write_scales(
         watch: inputs and outputs of modules, and what every attention module wrote.
         layers: block and attention module of every attention layer.
     """
+    watch = watch.detached()
     found = {n: _write_scale(watch, *modules) for n, modules in layers.items()}
     blur = {n: _blur(watch, *modules) for n, modules in layers.items()}
     clearest = min(blur, key=lambda n: blur[n])

@@ -131,7 +131,7 @@ def load(
             needs ``headscope[gguf]``), a ``PreTrainedModel``, a transformer-lens
             ``TransformerBridge``, the name of a bundled model, or None for the default one.
             A model that you pass is used as it is and left as it was; a compiled one runs
-            uncompiled while headscope looks.
+            uncompiled while headscope looks, and one in training mode without dropout.
         revision: branch, tag or commit; for a bundled model one of its training checkpoints.
         device: where to put the weights; default: a GPU if there is one, else the CPU.
         dtype: type of the weights; default: as they are stored.
@@ -168,9 +168,14 @@ def load(
         )
         return _lifted(_wrapped(given, tokenizer, name, commit, check), given, extrapolate)
     if type(source).__module__.split(".")[0] == "transformer_lens":
+        from headscope.models.bridge.build import without_own_hooks
         from headscope.models.bridge.model import wrap_bridge
+        from headscope.models.loading.proof import prove
 
         bridge = wrap_bridge(source, tokenizer=tokenizer)
+        if check:
+            with without_own_hooks(source):
+                prove(bridge)
         return _lifted(bridge, bridge.module, extrapolate)
     from transformers import PreTrainedModel
 
@@ -179,11 +184,6 @@ def load(
         raise InputError(
             f"load() takes a name, a folder, a PreTrainedModel or a TransformerBridge; got "
             f"{type(source).__name__}."
-        )
-    if source.training:
-        raise InputError(
-            "the model is in training mode, where dropout makes every pass differ: call "
-            "model.eval() first."
         )
     name = source.config.name_or_path or type(source).__name__
     admit(source.config, name)
