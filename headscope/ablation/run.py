@@ -21,7 +21,7 @@ from headscope.ablation.checks import proofs
 from headscope.ablation.engine import Batch, stack_tokens
 from headscope.ablation.sources import Plan, plan_for
 from headscope.edits import AnyEdit, HeadEdit, Heads, Variant, head_list
-from headscope.errors import InputError
+from headscope.errors import InputError, UnsupportedModelError
 from headscope.files import check_same, whole_file, writable_folder
 from headscope.heads import HeadIndex
 from headscope.interventions import Intervention, Place, Setting, named
@@ -305,6 +305,8 @@ class Study:
     ) -> "Study":
         """Check everything that can be checked before the first pass, and choose the engine."""
         chosen, *more = map(as_metric, (metric, *others))
+        if (reason := model.limits.get("logits")) is not None:
+            raise UnsupportedModelError(f"{chosen.name} is a number of the logits: {reason}")
         answers = any("target" in one.needs for one in (chosen, *more))
         capture.check_fits(model, probe, answers=answers)
         for one in (chosen, *more):

@@ -19,6 +19,7 @@ from headscope.edits import zero
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.hf.transformers_api import attention_name
+from headscope.models.loading.calls import answer
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Reads, Tap, TapView, Texts, at_final, at_layers, writes_of
@@ -105,7 +106,8 @@ class _Everything:
 
     def run(self, model: HeadModel, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """Run a model under these eyes."""
-        logits = model.run(Texts(tokens, real), reads=self.reads(model.shape))
+        says = getattr(model, "answer", model.run)  # hidden states where it has no head
+        logits: Tensor | None = says(Texts(tokens, real), reads=self.reads(model.shape))
         ensure(logits is not None, "a whole pass gives no logits.")
         assert logits is not None  # noqa: S101  for the type checker
         return logits
@@ -131,7 +133,10 @@ class _Subject:
     def __init__(self, model: HeadModel, module: Any, seed: int) -> None:
         self.model = model
         self.inside: Any = model.module  # type: ignore[attr-defined]  # both kinds have one
+        # Without logits what is compared is what the body says, its last hidden states.
+        headless = "logits" in model.limits
         self.module: Any = self.inside if module is None else module
+        self.module = getattr(model, "speaker", self.module) if headless else self.module
         self.plain = PlainModel(self.module)
         self.seed = seed
         self.tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
@@ -146,6 +151,14 @@ class _Subject:
         d_vocab = min(self.model.shape.d_vocab, self.model.shape.d_vocab_out or 1 << 62)
         ids = torch.randint(min(5, d_vocab - 1), d_vocab, (2, length), generator=generator)
         return ids.to(self.model.device)
+
+    def run(
+        self, tokens: Tensor, edits: tuple[Any, ...] = (), logits_at: Tensor | None = None
+    ) -> Tensor:
+        """What the model itself says: hidden states where it has no head."""
+        says: Callable[..., Any] = getattr(self.model, "answer", self.model.run)
+        found: Tensor = says(tokens, writes=writes_of(edits), logits_at=logits_at)
+        return found
 
     @cached_property
     def clean(self) -> PlainRun:
@@ -254,14 +267,14 @@ def _shape(subject: _Subject) -> None:
 @torch.no_grad()
 def _logits(subject: _Subject) -> None:
     """Watched or not, as the model's own."""
-    own = subject.module(input_ids=subject.tokens, **_no_cache(subject)).logits
+    own = answer(subject.module(input_ids=subject.tokens, **_no_cache(subject)))
     agree(subject.clean.logits, own, subject.tolerance, "logits of its own eager attention")
-    agree(subject.model.forward(subject.tokens), own, subject.tolerance, "logits")
+    agree(subject.run(subject.tokens), own, subject.tolerance, "logits")
     everything = _Everything(wants_values=False)
     watched = everything.run(subject.model, subject.tokens)
     agree(watched, own, subject.tolerance, "logits of a watched pass")
     at = torch.tensor([0, subject.tokens.shape[1] - 2])
-    some = subject.model.forward(subject.tokens, logits_at=at)
+    some = subject.run(subject.tokens, logits_at=at)
     agree(some, own[:, at], subject.tolerance, "logits of single positions")
 
 
@@ -308,7 +321,7 @@ def _zero_ablation(subject: _Subject) -> None:
     """One head's output at 0, in a pass and by suffix replay."""
     without = {head: subject.zeroed((head,)).logits for head in subject.some_heads}
     for head, expected in without.items():
-        actual = subject.model.forward(subject.tokens, edits=(zero(head),))
+        actual = subject.run(subject.tokens, edits=(zero(head),))
         agree(actual, expected, subject.tolerance, f"logits without {head}")
     tokens = subject.tokens.cpu()
     # Any targets do, also of an encoder: the tokens that follow.
@@ -543,7 +556,7 @@ def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
 def _pruning(subject: _Subject) -> None:
     """The smaller model is the whole one with these heads' outputs at 0."""
     smaller: Any = prune(subject.model, subject.some_heads)
-    logits = smaller(input_ids=subject.tokens, **_no_cache(subject)).logits
+    logits = answer(smaller(input_ids=subject.tokens, **_no_cache(subject)))
     expected = subject.zeroed(subject.some_heads).logits
     agree(logits, expected, subject.tolerance, "logits of the pruned model")
 
@@ -649,7 +662,7 @@ def _restored(subject: _Subject) -> None:
     """A pass leaves mode, attention implementation, hooks and weights as they were."""
     before = _state(subject)
     edit = zero(subject.some_heads[0])
-    subject.model.forward(subject.tokens, edits=(edit,))
+    subject.run(subject.tokens, edits=(edit,))
     ensure(_state(subject) == before, "a pass leaves the model changed.")
     try:
         subject.model.run(
@@ -663,14 +676,14 @@ def _restored(subject: _Subject) -> None:
     with _training(subject.inside):
         training = _state(subject)
         try:
-            logits = subject.model.forward(subject.tokens)
+            logits = subject.run(subject.tokens)
         except HeadscopeError:
             logits = None
         ensure(_state(subject) == training, "a pass in training mode leaves the model changed.")
     if logits is not None:
         agree(logits, subject.clean.logits, subject.tolerance, "logits of a pass in training mode")
     with torch.no_grad():
-        again = subject.module(input_ids=subject.tokens, **_no_cache(subject)).logits
+        again = answer(subject.module(input_ids=subject.tokens, **_no_cache(subject)))
     agree(again, subject.clean.logits, subject.tolerance, "the model's own logits afterwards")
 
 

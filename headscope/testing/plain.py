@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.transformers_api import attention_name, names_attention, set_attention_name
+from headscope.models.loading.calls import answer
 from headscope.testing.report import gap
 
 _NAME = "headscope_plain"
@@ -104,7 +105,7 @@ class PlainModel:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(self._attention(_NAME, run))
-            run.logits = self.module(**inputs).logits
+            run.logits = answer(self.module(**inputs))
         run.patterns = [call.pattern for call in run.calls]
         if not run.calls:
             run.patterns = self._shown(inputs, hooks or {})

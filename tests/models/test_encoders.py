@@ -22,6 +22,7 @@ from tests.models.encoders import (
     plain,
     text_of,
     tokenizer,
+    widened,
 )
 
 FAMILIES = sorted(CONFIGS)
@@ -262,3 +263,78 @@ def test_a_folder_opens_with_the_head_that_it_was_saved_with(tmp_path: Path, ber
     )  # fmt: skip
     decoder.save_pretrained(tmp_path / "decoder")
     assert hs.load(tmp_path / "decoder").stacks[""].mask.causal
+
+
+HEADLESS = {
+    "bare": transformers.BertModel,
+    "classifier": transformers.BertForSequenceClassification,
+    "tagger": transformers.BertForTokenClassification,
+    "answerer": transformers.BertForQuestionAnswering,
+}
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_without_a_language_model_head_all_but_logits_works(name: str) -> None:
+    torch.manual_seed(3)
+    module = widened(HEADLESS[name](CONFIGS["bert"]()))
+    model = hs.load(module)
+    tokens, real = padded("left")
+    probe = hs.probes.from_tokens(tokens, real)
+    acts = hs.capture.collect(model, probe)
+    body = module.base_model
+    for example in range(2):
+        shown = real[example].nonzero().squeeze(1)
+        for layer, pattern in enumerate(eager_rows(body, **own_inputs(tokens, example, real))):
+            seen = acts[layer].pattern[example][:, shown][..., shown]
+            torch.testing.assert_close(seen, pattern[0], atol=TOLERANCE, rtol=0)
+    assert hs.score(model, probe, "entropy").shape == (LAYERS, HEADS)
+    for metric in (hs.metrics.kl_divergence, lambda logits, _probe: logits.sum((1, 2))):
+        with pytest.raises(UnsupportedModelError, match="has no language-model head"):
+            hs.ablate_heads(model, probe, metric)
+    with pytest.raises(UnsupportedModelError, match="has no language-model head"):
+        model.forward(tokens)
+
+
+def test_a_bare_model_passes_the_shipped_checks() -> None:
+    torch.manual_seed(3)
+    report = hs.testing.check_model(
+        hs.load(widened(transformers.BertForSequenceClassification(CONFIGS["bert"]()))),
+        raises=False,
+    )
+    assert not report.failed, str(report)
+    assert {"logits", "rows", "head outputs", "padding left", "padding right"} <= set(report.passed)
+
+
+def test_a_folder_of_a_bare_model_opens_bare(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    widened(transformers.BertModel(CONFIGS["bert"]())).save_pretrained(tmp_path)
+    model = hs.load(tmp_path)
+    assert type(model.module).__name__ == "BertModel"
+    assert "logits" in model.limits
+
+
+_NO_ROWS = {
+    "albert": (transformers.AlbertConfig, "share one set of weights"),
+    "mpnet": (transformers.MPNetConfig, "code of its own"),
+    "deberta-v2": (transformers.DebertaV2Config, "code of its own"),
+}
+
+
+@pytest.mark.parametrize("name", _NO_ROWS)
+def test_what_has_no_row_per_head_is_refused_with_the_reason(name: str) -> None:
+    config, reason = _NO_ROWS[name]
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 16}
+    module = transformers.AutoModelForMaskedLM.from_config(config(**sizes)).eval()
+    with pytest.raises(UnsupportedModelError, match=reason) as refusal:
+        hs.load(module)
+    assert str(refusal.value).count("is not supported") == 1
+
+
+def test_a_model_of_images_is_refused() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="it reads pixel_values"):
+        hs.load(transformers.ViTModel(config).eval())

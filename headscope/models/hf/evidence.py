@@ -26,6 +26,7 @@ from headscope.models.hf.projection import bias, matrix
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
 from headscope.models.loading.agreement import Check, Gap, gap, rounding
+from headscope.models.loading.calls import answer
 from headscope.models.protocol import HeadModel
 from headscope.models.running import pass_over
 from headscope.models.taps import Reads, Tap, TapView, Write, at_layers
@@ -120,7 +121,7 @@ def plain_pass(model: "HFModel", tokens: Int[Tensor, "batch pos"]) -> Plain:
         stack.enter_context(pass_over(model.module))
         stack.enter_context(hooked(hooks))
         stack.enter_context(attention_named(model.layout.configs, "eager"))
-        plain.logits = own_logits(model.module, tokens, model.name)
+        plain.logits = own_logits(model.speaker, tokens, model.name)
     return plain
 
 
@@ -132,7 +133,7 @@ def own_logits(module: Any, tokens: Int[Tensor, "batch pos"], name: str) -> Tens
     """
     try:
         with pass_over(module):
-            logits: Tensor = module(input_ids=tokens, use_cache=False).logits
+            logits = answer(module(input_ids=tokens, use_cache=False))
     except HeadscopeError:
         raise
     except Exception as error:  # config and weights may contradict each other in any way
@@ -238,7 +239,8 @@ def watched_pass(
         for hook in (before(parts.attention, forced), after(parts.projection, wrote))
     ]
     with pass_over(model.module), hooked(hooks):
-        logits = model.run(tokens, reads=look.reads(model.shape), writes=same_outputs(model.shape))
+        same = same_outputs(model.shape)
+        logits = model.answer(tokens, reads=look.reads(model.shape), writes=same)
         assert logits is not None  # noqa: S101  # they were asked for
     checks = [*look.checks, _all_layers(model, look)]
     for layer, parts in model.layout.layers.items():

@@ -26,6 +26,7 @@ from headscope.models.hf.readout import LogitMap, measure_logit_map, ramp
 from headscope.models.hf.removed import NoHeads, kept_in
 from headscope.models.hf.transformers_api import takes_attention_functions
 from headscope.models.hf.watch import Watch, write_scales
+from headscope.models.loading.calls import answer
 from headscope.models.offload import runs_on
 from headscope.models.running import pass_over
 
@@ -61,6 +62,7 @@ class Layout:
             (nanochat also sends its embedding through it).
         logit_map: what makes logits of the unembedding's outputs; None if that is not known.
         mask: rule of all layers, windows apart.
+        has_logits: whether it gives a logit of every token at every position.
     """
 
     shape: ModelShape
@@ -71,6 +73,7 @@ class Layout:
     final_norm_uses: int = 1
     logit_map: LogitMap | None = None
     mask: MaskRule = CAUSAL
+    has_logits: bool = True
 
     def by_attention(self) -> dict[nn.Module, LayerParts]:
         """Layer parts by the module that calls attention."""
@@ -85,16 +88,20 @@ def find_layout(model: Any) -> Layout | None:
     """
     if not takes_attention_functions(model):
         return None
+    if (reads := getattr(model, "main_input_name", "input_ids")) != "input_ids":
+        raise UnsupportedModelError(f"it reads {reads}, and headscope gives a model token ids.")
     configs = tuple(
         {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values()
     )
-    watch, logits = _watch(model, configs)
+    watch, logits, has_logits = _watch(model, configs)
     if not watch.calls:
         if any(isinstance(module, NoHeads) for module in model.modules()):
             raise UnsupportedModelError("all its heads were pruned: there is nothing to see.")
         return None
     names = {module: name for name, module in model.named_modules()}
-    blocks, numbers = _number_layers(model, [module for module, _ in watch.calls], names)
+    blocks, numbers = _number_layers(
+        model, [module for module, _ in watch.calls], names, watch.uses
+    )
     _choose_projections(watch, names)
     shape = _shape(model, watch, blocks, numbers, logits)
     layers = {}
@@ -127,6 +134,7 @@ def find_layout(model: Any) -> Layout | None:
         final_norm_uses=1 if final is None else watch.uses[final],
         logit_map=None if logits is None else measure_logit_map(*logits),
         mask=_mask_rule([call for _, call in watch.calls]),
+        has_logits=has_logits,
     )
 
 
@@ -141,11 +149,17 @@ def tiny_tokens(model: Any) -> Tensor:
     return ids.view(_BATCH, _LENGTH).to(runs_on(module, embedding))
 
 
-def _watch(model: Any, configs: tuple[Any, ...]) -> tuple[Watch, tuple[Tensor, Tensor] | None]:
-    """One pass of a few tokens: what modules did, and logits of known unembedding outputs."""
+def _watch(
+    model: Any, configs: tuple[Any, ...]
+) -> tuple[Watch, tuple[Tensor, Tensor] | None, bool]:
+    """One pass of a few tokens: what modules did, logits of known unembedding outputs.
+
+    Returns:
+        Also whether the module gives logits of tokens at all.
+    """
     watch = Watch()
     open_calls: list[nn.Module] = []
-    unembedding, entered = model.get_output_embeddings(), []
+    unembedding, entered = _unembedding(model), []
 
     def handler(module: nn.Module, call: AttentionCall) -> Tensor:
         watch.calls.append((module, call))
@@ -172,8 +186,17 @@ def _watch(model: Any, configs: tuple[Any, ...]) -> tuple[Watch, tuple[Tensor, T
             stack.enter_context(hooked([after(unembedding, known, first=True)]))
         stack.enter_context(routed(configs, handler))
         stack.enter_context(torch.no_grad())
-        logits = model(input_ids=tiny_tokens(model), use_cache=False).logits
-    return watch, (entered[0], logits) if len(entered) == 1 else None
+        logits = answer(model(input_ids=tiny_tokens(model), use_cache=False))
+    told = isinstance(unembedding, nn.Module) and logits.shape[:-1] == (_BATCH, _LENGTH)
+    return watch, (entered[0], logits) if told and len(entered) == 1 else None, told
+
+
+def _unembedding(model: Any) -> Any:
+    """Module that makes logits; None in a model without a language-model head."""
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _choose_projections(watch: Watch, names: Mapping[nn.Module, str]) -> None:
@@ -207,7 +230,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _number_layers(
-    model: Any, attentions: list[nn.Module], names: dict[nn.Module, str]
+    model: Any,
+    attentions: list[nn.Module],
+    names: dict[nn.Module, str],
+    uses: Mapping[nn.Module, int],
 ) -> tuple[nn.ModuleList, list[int]]:
     """Layer numbers from where the attention modules stand in the list of blocks."""
     numbers, lists = [], []
@@ -216,6 +242,11 @@ def _number_layers(
         place = next(i for i, part in enumerate(path) if part.isdigit())
         lists.append(".".join(path[:place]))
         numbers.append(int(path[place]))
+    if any(uses[module] > 1 for module in attentions if attentions.count(module) > 1):
+        raise UnsupportedModelError(
+            "its layers share one set of weights (as albert's do, or with recurrent depth), which "
+            "it runs more than once in a pass, so a head has more than one row for a query."
+        )
     if any(one is other for one, other in pairwise(attentions)):
         raise UnsupportedModelError(
             "its layers call attention more than once (as differential attention does), so a head "
@@ -331,7 +362,7 @@ def _input_norm(
 
 
 def _final_norm(model: Any, watch: Watch, blocks: nn.ModuleList) -> nn.Module | None:
-    head = model.get_output_embeddings()
+    head = _unembedding(model)
     entering = watch.inputs.get(head)
     if entering is None:
         return None

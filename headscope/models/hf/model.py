@@ -23,7 +23,7 @@ from headscope.models.hf.readout import find_readout
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.loading.agreement import Proof
-from headscope.models.loading.calls import accepted, first_position, padding
+from headscope.models.loading.calls import accepted, answer, first_position, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.offload import all_weights, runs_on
 from headscope.models.protocol import Edit
@@ -76,6 +76,16 @@ class HFModel(Tapped, Shown):
         return glance_of(self)
 
     @property
+    def has_logits(self) -> bool:
+        """Whether it gives a logit of every token at every position."""
+        return self.layout.has_logits
+
+    @property
+    def speaker(self) -> Any:
+        """Part whose outputs are read: the module, or its body where that gives no logits."""
+        return self.module if self.layout.has_logits else self.module.base_model
+
+    @property
     def mask(self) -> MaskRule:
         """Rule of the model's attention, windows of single layers apart."""
         return self.layout.mask
@@ -107,7 +117,10 @@ class HFModel(Tapped, Shown):
                 "so a head's write into the residual stream is not z @ W_O."
             )
             limits |= unmeasured_write(self)
-        if self.layout.final_norm is None:
+        if not self.layout.has_logits:
+            limits["logits"] = f"{family} has no language-model head, so it gives no logits."
+            limits["readout"] = limits["logits"]
+        elif self.layout.final_norm is None:
             limits["readout"] = f"{family} has no plain norm before its unembedding."
         elif self.layout.logit_map is None:
             limits["readout"] = (
@@ -242,13 +255,13 @@ class HFModel(Tapped, Shown):
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
-        return accepted(self.module)
+        return accepted(self.speaker)
 
     @cached_property
     def _first_position(self) -> int:
         if "position_ids" not in self._arguments:
             return 0
-        return first_position(self.module, tiny_tokens(self.module))
+        return first_position(self.speaker, tiny_tokens(self.module))
 
     def _need_left_padding(self) -> None:
         """Refuse texts with padding before them where the family reads them otherwise.
@@ -269,19 +282,17 @@ class HFModel(Tapped, Shown):
         wide = torch.cat([tokens[:, :3], tokens], 1)
         real = torch.ones_like(wide, dtype=torch.bool)
         real[:, :3] = False
-        alone = self.module(input_ids=tokens, use_cache=False).logits.float()
+        alone = answer(self.speaker(input_ids=tokens, use_cache=False)).float()
         given = padding(real, self._arguments, self._first_position)
-        padded = self.module(input_ids=wide, use_cache=False, **given).logits[:, 3:].float()
+        padded = answer(self.speaker(input_ids=wide, use_cache=False, **given))[:, 3:].float()
         allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
         return not bool((padded - alone).abs().max() <= allowed * alone.abs().max())
 
     def _logits(self, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
         if logits_at is None:
-            logits: Tensor = self.module(**inputs).logits
-            return logits
+            return answer(self.speaker(**inputs))
         if "logits_to_keep" in self._arguments:
             kept = logits_at.to(self.device)
-            logits = self.module(**inputs, logits_to_keep=kept).logits
-            return logits
-        logits = self.module(**inputs).logits
+            return answer(self.speaker(**inputs, logits_to_keep=kept))
+        logits = answer(self.speaker(**inputs))
         return logits[:, logits_at.to(logits.device)]

@@ -199,6 +199,11 @@ class Tapped(ABC):
     module: Any
 
     @property
+    @abstractmethod
+    def limits(self) -> Mapping[str, str]:
+        """What this family cannot be asked, and why."""
+
+    @property
     def mask(self) -> MaskRule:
         """Rule of the model's attention, windows of single layers apart."""
         return CAUSAL
@@ -232,6 +237,11 @@ class Tapped(ABC):
         )
 
     @property
+    def has_logits(self) -> bool:
+        """Whether it gives a logit of every token at every position."""
+        return True
+
+    @property
     def final_uses(self) -> int:
         """How often a pass uses the final norm; the last time before the unembedding."""
         return 1
@@ -262,6 +272,34 @@ class Tapped(ABC):
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"] | None:
         """Run the model once, reading and writing at taps; see :class:`HeadModel`."""
+        wanted = logits_at
+        if not self.has_logits:
+            read, written = self.taps(reads, writes)
+            if any(tap.site == "logits" for tap in (*read, *written)):
+                raise UnsupportedModelError(self.limits["logits"])
+            wanted = torch.empty(0, dtype=torch.long)
+        return self.answer(
+            batch,
+            reads=reads,
+            writes=writes,
+            until=until,
+            logits_at=wanted,
+            prompt=prompt,
+            grad=grad,
+        )
+
+    def answer(
+        self,
+        batch: TextBatch | Texts | Int[Tensor, "batch pos"],
+        *,
+        reads: Mapping[Any, Read] = _NOTHING,
+        writes: Mapping[Any, Write] = _NOTHING,
+        until: Any = None,
+        logits_at: Int[Tensor, " at"] | None = None,
+        prompt: int | None = None,
+        grad: bool = False,
+    ) -> Float[Tensor, "batch at width"] | None:
+        """What the model itself says in a run: its last hidden states where it gives no logits."""
         tokens, real = (batch, None) if isinstance(batch, Tensor) else (batch.tokens, batch.real)
         length = tokens.shape[1]
         end = None if until is None else next(iter(self.taps({until: id}, {})[0]))
@@ -294,6 +332,8 @@ class Tapped(ABC):
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"]:
         """Logits of a run with edits; see :class:`headscope.models.protocol.HeadModel`."""
+        if not self.has_logits and (logits_at is None or len(logits_at)):
+            raise UnsupportedModelError(self.limits["logits"])
         logits = self.run(
             Texts(tokens, real),
             writes=writes_of(edits),

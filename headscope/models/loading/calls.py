@@ -16,6 +16,12 @@ def accepted(module: Any) -> frozenset[str]:
     return frozenset(inspect.signature(module.forward).parameters)
 
 
+def answer(output: Any) -> Tensor:
+    """What a module says of every position: logits, or its last hidden states without a head."""
+    found: Tensor | None = getattr(output, "logits", None)
+    return output[0] if found is None else found
+
+
 def padding(
     real: Bool[Tensor, "batch pos"], accepts: Collection[str], first: int = 0
 ) -> dict[str, Tensor]:
@@ -45,12 +51,13 @@ def first_position(module: Any, tokens: Int[Tensor, "batch pos"]) -> int:
     Raises:
         UnsupportedModelError: if no numbering gives what the model gives by itself.
     """
-    own = module(input_ids=tokens, use_cache=False).logits
+    own = answer(module(input_ids=tokens, use_cache=False))
     counted = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     padding_row = getattr(module.config.get_text_config(), "pad_token_id", None) or 0
     for first in dict.fromkeys((0, padding_row + 1, 1, 2)):
         try:
-            logits = module(input_ids=tokens, position_ids=counted + first, use_cache=False).logits
+            places = counted + first
+            logits = answer(module(input_ids=tokens, position_ids=places, use_cache=False))
         except (IndexError, RuntimeError, TypeError, ValueError):
             continue
         scale = own.abs().max().clamp_min(1.0)

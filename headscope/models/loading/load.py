@@ -53,7 +53,7 @@ def admit(config: Any, name: str) -> None:
         )
     if reason is not None:
         raise UnsupportedModelError(
-            f"{name} ({family}) is not supported: {reason}. Decoder-only transformers with "
+            f"{name} ({family}) is not supported: {reason}. Decoders and encoders of text with "
             "ordinary or grouped-query attention are."
         )
 
@@ -210,9 +210,7 @@ def _wrapped(
     try:
         model: HFModel | BridgeModel | None = HFModel.wrap(module, **facts)
         if model is None:
-            from headscope.models.bridge.build import bridge_over
-
-            model = wrap_bridge(bridge_over(module), **facts)
+            model = wrap_bridge(_bridged(module), **facts)
         if check:
             prove(model)
     except UnsupportedModelError as error:
@@ -225,6 +223,28 @@ def _wrapped(
         _check_runs(module, name)
         raise UnsupportedModelError(f"{family} is not supported: {_stopped(error)}") from error
     return model
+
+
+def _bridged(module: Any) -> Any:
+    """A bridge over a module whose attention transformers' attention functions do not compute.
+
+    Raises:
+        UnsupportedModelError: if transformer-lens cannot open it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from headscope.models.bridge.build import bridge_over
+
+    try:
+        return bridge_over(module)
+    except UnsupportedModelError as error:
+        if auto_class(module.config) is AutoModelForCausalLM:
+            raise
+        raise UnsupportedModelError(
+            "its attention is code of its own and not one of transformers' attention functions "
+            "(e.g. as it adds scores of relative positions to those of queries and keys), so its "
+            f"rows cannot be told, and {str(error).rpartition('is not supported: ')[2]}"
+        ) from error
 
 
 def _stopped(error: Exception) -> str:
