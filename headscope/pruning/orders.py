@@ -1,10 +1,12 @@
 """In which order heads go: each function gives heads, the first to go first.
 
 A table's column, an importance score, anything with a mean per head makes a one-shot order. The
-others measure as they go.
+others measure as they go, and keep an order that takes long on the disk, head by head.
 """
 
+import json
 from collections import Counter
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,15 +18,54 @@ from headscope.ablation.groups import joint
 from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of
 from headscope.base.specs import Direction
 from headscope.edits import Heads
-from headscope.errors import InputError
+from headscope.errors import HeadscopeError, InputError
+from headscope.files import check_same, whole_file, writable_folder
 from headscope.heads import HeadIndex
 from headscope.metrics import cost_sign
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe, probe_digest
 from headscope.progress import track
 from headscope.pruning.importance import gradient_importance
-from headscope.pruning.kept_order import KeptOrder
 from headscope.table import HeadScores, Provenance
+
+
+class KeptOrder:
+    """The heads that are gone so far, and what they were chosen by.
+
+    Args:
+        file: JSON, replaced whole after every head.
+        facts: JSON values that decide the order: a file of others is refused.
+    """
+
+    def __init__(self, file: Path, facts: Mapping[str, Any]) -> None:
+        """Write nothing yet."""
+        writable_folder(file.parent)
+        self._file, self._facts = file, json.loads(json.dumps(facts))
+
+    def read(self) -> tuple[HeadIndex, ...]:
+        """Heads of an earlier run; none if there is no file.
+
+        Raises:
+            InputError: if the file is another order's, or none at all.
+        """
+        if not self._file.exists():
+            return ()
+        try:
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            facts, heads = dict(found["facts"]), tuple(map(HeadIndex.parse, found["heads"]))
+        except (OSError, KeyError, TypeError, ValueError, HeadscopeError) as error:
+            raise InputError(
+                f"{self._file} is no kept order: give another name, or delete it."
+            ) from error
+        check_same(self._file, facts, self._facts, "order")
+        return heads
+
+    def write(self, heads: tuple[HeadIndex, ...]) -> None:
+        """Keep the heads so far."""
+        text = json.dumps({"facts": self._facts, "heads": [str(head) for head in heads]})
+        with whole_file(self._file) as file:
+            file.write(text.encode() + b"\n")
+
 
 Order = tuple[HeadIndex, ...]
 

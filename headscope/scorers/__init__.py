@@ -20,11 +20,10 @@ from headscope.scorer import (
 )
 from headscope.scorers.between import between
 from headscope.scorers.catalogue import CATALOGUE, DEFAULT, resolve
-from headscope.scorers.long_need import long_need, long_need_predicted
-from headscope.scorers.offsets import relative_offset
+from headscope.scorers.long_need import long_need, long_need_predicted, streaming_gap
+from headscope.scorers.patterns import relative_offset
 from headscope.scorers.relation import Relation, relation
 from headscope.scorers.spread import window_mass
-from headscope.scorers.streaming import streaming_gap
 
 __all__ = [
     "CATALOGUE",

@@ -13,22 +13,24 @@ from headscope.scorers.between import (
     name_mover,
     s_inhibition,
 )
-from headscope.scorers.copying import copying
-from headscope.scorers.detect import (
-    detect_head_duplicate_token,
-    detect_head_induction,
-    detect_head_previous_token,
-)
 from headscope.scorers.gradients import loss_sensitivity
 from headscope.scorers.long_need import (
     default_long_need,
     default_predicted,
     default_predicted_local,
+    default_streaming_gap,
 )
-from headscope.scorers.needle_writes import needle_write, needle_write_contrast
-from headscope.scorers.offsets import current_token, next_token, previous_token
+from headscope.scorers.patterns import (
+    current_token,
+    detect_head_duplicate_token,
+    detect_head_induction,
+    detect_head_previous_token,
+    duplicate_token,
+    induction,
+    next_token,
+    previous_token,
+)
 from headscope.scorers.relation import Relation
-from headscope.scorers.repetition import duplicate_token, induction
 from headscope.scorers.retrieval import (
     importance_weighted_retrieval,
     needle_mass,
@@ -38,19 +40,23 @@ from headscope.scorers.retrieval import (
     retrieval_needle_only,
 )
 from headscope.scorers.rotary import rotary_slowness
-from headscope.scorers.sinks import delimiter, first_token, separator
 from headscope.scorers.spread import (
     attention_distance,
+    delimiter,
     entropy,
+    first_token,
     local_window,
     max_attention,
     normalised_entropy,
+    separator,
 )
-from headscope.scorers.streaming import default_streaming_gap
 from headscope.scorers.writing import (
+    copying,
     direct_logit_attribution,
     direct_logit_difference,
     head_output_norm,
+    needle_write,
+    needle_write_contrast,
 )
 
 CATALOGUE: dict[str, Scorer] = {

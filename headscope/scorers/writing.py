@@ -1,4 +1,9 @@
-"""What a head writes: how much, and which logits it moves directly."""
+"""What a head writes: how much, which logits it moves directly, and whether it copies.
+
+Of a needle: what its values write onto the answer, attention and value together.
+"""
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -8,6 +13,7 @@ from headscope.outputs import HeadOutputs
 from headscope.probes.probe import Probe
 from headscope.scorer import output_scorer
 from headscope.scorers.queries import contrasting_queries, predicting_queries
+from headscope.scorers.retrieval import answering, unless_hidden
 
 
 @output_scorer(
@@ -85,3 +91,101 @@ def direct_logit_difference(
     readout = outputs.readout
     direction = readout.directions(target.clamp_min(0)) - readout.directions(foil.clamp_min(0))
     return outputs.along(direction).masked_fill(((target < 0) | (foil < 0))[:, None], torch.nan)
+
+
+@output_scorer(
+    needs=("attention_write", "readout"),
+    unit="share",
+    bounds=(0.0, 1.0),
+    source="Olsson et al. 2022 (arXiv 2209.11895), behavioural copying score",
+    control=None,
+)
+def copying(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Of all that a head's write raises, the share that falls on the tokens it attends to.
+
+    ``sum_j A[i, j] up_i(token j) / sum of up_i over the different tokens of the example``, where
+    ``up_i(t)`` is the logit that the write ``z_i W_O`` gives token t directly, less its mean
+    over the vocabulary, and 0 if that is negative. From 0 (raises other tokens, or none) to 1
+    (attends to one token and raises only it), over every query but the first; the source
+    stretches the same ratio to [-1, 1]. A head that raises all tokens alike gets 1 over their
+    number. It has no null: copying does not depend on repetition.
+
+    Weakness: attention parked on the first token dilutes it, and tokens outside the example are
+    not looked at. Only the logits of the example's own tokens are computed.
+    """
+    tokens, real = probe.tokens, probe.real
+    directions = outputs.readout.directions(tokens.where(real, 0)) - outputs.readout.mean_direction
+    by_head = torch.einsum("hem,bpm->bhep", outputs.W_O.float(), directions)
+    up = torch.matmul(outputs.z.transpose(1, 2), by_head).relu_()
+    pattern = outputs.rows.pattern
+    attended = (pattern * up[..., : pattern.shape[-1]]).sum(-1)
+    raised = torch.linalg.vecdot(up, _first_of_each(probe)[:, None, None].to(up.dtype))
+    return torch.where(raised > 0, attended / raised.where(raised > 0, 1), 0).clamp_max(1)
+
+
+def _first_of_each(probe: Probe) -> Float[Tensor, "batch pos"]:
+    """1 where a token (not a structure label) occurs for the first time in its example."""
+    order = probe.tokens.masked_fill(~probe.real, -1).sort(dim=1, stable=True)
+    new = torch.ones_like(order.values, dtype=torch.bool)
+    new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
+    new &= order.values >= 0
+    first = torch.zeros_like(new).scatter_(1, order.indices, new)
+    return first.float()
+
+
+_NEEDS = ("attention_write", "readout", "values", "causal")
+
+
+@output_scorer(
+    unit="logits",
+    source="LOCOS (arXiv 2607.01002), write-aware retrieval: the needle's part",
+    queries=answering,
+    probe="needle",
+    control="needle",
+    per_final_scale=True,
+    needs=_NEEDS,
+)
+def needle_write(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """How much what the head fetches from the needle raises the answer's logit.
+
+    ``sum over needle keys j of A[i, j] v_j W_O . (d_target - mean over the vocabulary of d) /
+    scale_i``, in logits, any sign, over the positions that predict the answer; ``d_t`` is the
+    residual direction of token t's logit and ``scale_i`` the final norm's denominator, held
+    fixed. It is the needle's share of ``direct_logit_attribution``. NaN where the layer's window
+    hides the needle.
+
+    Weakness: the direct path only; what later layers make of the write is not seen.
+    """
+    needle = outputs.of_keys(probe.host.mark("needle"))
+    return _along_target(replace(outputs, z=needle), outputs, probe)
+
+
+@output_scorer(
+    unit="logits",
+    source="LOCOS (arXiv 2607.01002), write-aware retrieval: needle minus the rest",
+    queries=answering,
+    probe="needle",
+    control="needle",
+    per_final_scale=True,
+    needs=_NEEDS,
+)
+def needle_write_contrast(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """How much more the needle's tokens raise the answer's logit than all other tokens do.
+
+    ``needle_write`` less the same sum over all other keys, in logits, any sign, over the
+    positions that predict the answer. NaN where the layer's window hides the needle.
+
+    Weakness: a head that fetches the answer also from elsewhere scores low; so does one whose
+    other values lower it by their bias alone.
+    """
+    needle = outputs.of_keys(probe.host.mark("needle"))
+    return _along_target(replace(outputs, z=2 * needle - outputs.z), outputs, probe)
+
+
+def _along_target(
+    part: HeadOutputs, whole: HeadOutputs, probe: Probe
+) -> Float[Tensor, "batch head query"]:
+    target = probe.targets[:, part.query_pos]
+    direction = part.readout.directions(target.clamp_min(0)) - part.readout.mean_direction
+    values = part.along(direction).masked_fill((target < 0)[:, None], torch.nan)
+    return unless_hidden(values, whole.rows, probe.mark("needle"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from headscope.probes import Probe, from_tokens
 from headscope.rows import AttentionRows
 from headscope.scorers import CATALOGUE, Scorer, relative_offset, window_mass
-from headscope.scorers.repetition import mass_by_look_up, mass_by_mask
+from headscope.scorers.patterns import mass_by_look_up, mass_by_mask
 from tests.scorers.support import random_rows, rows_of, visible_keys
 
 EXTRA = {"offset_3": relative_offset(3), "window_2": window_mass(2)}
@@ -152,9 +152,9 @@ ROW_SCORERS = [
 
 
 def view_of(scorer: Scorer, rows: AttentionRows, probe: Probe) -> AttentionRows:
-    if scorer.view == "no_sink":
+    if scorer.reads == "rows_no_sink":
         return rows.without_first(probe.first)
-    if scorer.view == "value_weighted":
+    if scorer.reads == "rows_value_weighted":
         return rows.weighted(torch.ones_like(rows.pattern[:, :, 0]))
     return rows
 

@@ -1,4 +1,4 @@
-"""The scorers of scorers/detect.py against transformer-lens itself, option by option."""
+"""The scorers of scorers/patterns.py against transformer-lens itself, option by option."""
 
 from typing import Any
 

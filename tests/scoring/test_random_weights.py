@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import headscope as hs
 from headscope.models.needs import lacks
 from headscope.scorers import CATALOGUE
-from headscope.scorers.offsets import relative_offset
+from headscope.scorers.patterns import relative_offset
 from headscope.scorers.spread import window_mass
 
 SEEDS = range(3)

@@ -1,0 +1,213 @@
+"""The textbook patterns: a fixed distance back, earlier occurrences of a token, what followed.
+
+``detect_head_*`` are equal to transformer-lens' ``detect_head(..., error_measure="mul")``, kept for
+agreement with published numbers. They average over all queries, also those that have no target
+and the first one, and count what cannot be seen as 0; so 1 is out of reach (about half on a text
+said twice). ``previous_token``, ``duplicate_token`` and ``induction`` do not. They have no null: a
+control asks the queries that have a target, and these average over all.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.probes.probe import Probe
+from headscope.rows import AttentionRows
+from headscope.scorer import Scorer, row_scorer
+from headscope.scorers.queries import all_queries, queries_before, queries_past, repeated_queries
+
+# Mean from which a head is named for the distance that it looks back.
+_THRESHOLD = 0.4
+
+
+def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query"]:
+    return rows.at((rows.query_pos - distance).expand(rows.pattern.shape[0], -1))
+
+
+@row_scorer(
+    source="Olsson et al. 2022 (arXiv 2209.11895), previous-token score; ARENA's threshold",
+    threshold=_THRESHOLD,
+)
+def previous_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to the token just before.
+
+    ``A[i, i-1]``, a probability in [0, 1], over every query but the first. Spread evenly it is
+    ``1/(i+1)``.
+
+    Weakness: some heads do this on random tokens more than on English (GPT-2 small L3H7 .54 and
+    .36, L6H8 .48 and .19, L5H6 .42 and .14), so compare both probes. The threshold takes in the
+    published heads of GPT-2 small (L4H11 .99, L2H2 .49), and on random tokens four others.
+    """
+    return _back(rows, 1)
+
+
+@row_scorer(source="ARENA 2.0, current-token score and threshold", threshold=0.4)
+def current_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to the query's own token.
+
+    ``A[i, i]``, a probability in [0, 1], over every query but the first, where it is 1 by
+    construction.
+
+    Weakness: a head with nothing to do may rest on itself instead of on the first token; look
+    at the size of what it writes.
+    """
+    return _back(rows, 0)
+
+
+@row_scorer(
+    source="Clark et al. 2019 (arXiv 1906.04341), attention to the next token",
+    probe="text",
+    queries=queries_before(1),
+    threshold=_THRESHOLD,
+    needs=("bidirectional",),
+)
+def next_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to the token just after, where queries see it.
+
+    ``A[i, i+1]``, a probability in [0, 1], over every query but the first and the last. Spread
+    evenly it is 1 over the number of tokens.
+
+    Weakness: as ``previous_token``, whose mirror image it is.
+    """
+    return _back(rows, -1)
+
+
+def relative_offset(distance: int) -> Scorer:
+    """Make the scorer of attention to the token ``distance`` back; its name is ``offset_<n>``.
+
+    ``A[i, i-distance]``, a probability in [0, 1], over the queries that have such a key; NaN
+    where the layer's window is too short for it. ``relative_offset(1)`` is ``previous_token``,
+    ``relative_offset(-1)`` is ``next_token``.
+
+    Args:
+        distance: in tokens; below 0 that many after the query, for models that see them.
+
+    Weakness: on repeated tokens a content head and a positional head look alike at the distance
+    of the repetition; vary the length. The null is attention spread evenly, from which every head
+    departs a little: the threshold, that of ``previous_token``, says which are worth a name.
+
+    Example:
+        >>> list(hs.score(model, probe, relative_offset(3)))
+        ['offset_3']
+    """
+
+    def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+        return _back(rows, distance)
+
+    way = "back" if distance >= 0 else "ahead"
+    function.__doc__ = f"Attention to the token {abs(distance)} {way}."
+    return row_scorer(
+        name=f"offset_{distance}",
+        source="Voita et al. 2019 (arXiv 1905.09418), positional heads, as mass",
+        threshold=_THRESHOLD,
+        queries=queries_past(distance) if distance >= 0 else queries_before(-distance),
+        needs=() if distance >= 0 else ("bidirectional",),
+    )(function)
+
+
+# Up to this many earlier occurrences each is looked up; beyond, a mask of the chunk is cheaper.
+_LOOK_UPS = 4
+
+
+@row_scorer(
+    source="Wang et al. 2022 (arXiv 2211.00593), duplicate-token heads",
+    queries=repeated_queries,
+    control="unrepeated",
+    threshold=0.25,
+)
+def duplicate_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to earlier occurrences of the query's token.
+
+    ``sum of A[i, j] over j < i with token j = token i``, a probability in [0, 1], over the
+    queries that have one. Its null is the same positions in the control without repetition.
+
+    Weakness: a head at the fixed distance of the repetition scores too; the control shows it.
+    The threshold takes in the published heads of GPT-2 small, the lowest of which has .26.
+    """
+    return earlier_mass(rows, probe, 0)
+
+
+@row_scorer(
+    source="Olsson et al. 2022 (arXiv 2209.11895), prefix matching; ARENA's threshold",
+    queries=repeated_queries,
+    control="unrepeated",
+    threshold=0.4,
+    needs=("causal",),
+)
+def induction(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Attention to the tokens that followed earlier occurrences of the query's token.
+
+    ``sum of A[i, j] over j <= i with token j-1 = token i``, a probability in [0, 1], over the
+    queries whose token occurred before. On ``[BOS] R R`` with N tokens in R that is key
+    ``i-N+1`` and exactly the N queries of the second copy; the whole diagonal that many
+    notebooks average holds one or two more entries, which are not induction. Its null is the
+    same positions in the control without repetition.
+
+    Weakness: it sees where the head looks, not whether it copies; read it beside ``copying``
+    or ``direct_logit_attribution``. The threshold lies well above a head that spreads out.
+    """
+    return earlier_mass(rows, probe, 1)
+
+
+def earlier_mass(
+    rows: AttentionRows, probe: Probe, shift: int
+) -> Float[Tensor, "batch head query"]:
+    """Attention to the keys ``shift`` after earlier occurrences, all of them together.
+
+    NaN where none of them is visible.
+    """
+    if probe.most_earlier <= _LOOK_UPS:
+        return mass_by_look_up(rows, probe, shift)
+    return mass_by_mask(rows, probe, shift)
+
+
+def mass_by_look_up(
+    rows: AttentionRows, probe: Probe, shift: int
+) -> Float[Tensor, "batch head query"]:
+    """One gather per earlier occurrence: reads a few entries of each row."""
+    link = probe.previous_occurrence[:, rows.query_pos]
+    total = rows.at(torch.where(link >= 0, link + shift, -1))
+    for _ in range(probe.most_earlier - 1):
+        link = probe.previous_occurrence.gather(1, link.clamp_min(0)).where(link >= 0, -1)
+        further = rows.at(torch.where(link >= 0, link + shift, -1))
+        both = total.nan_to_num(0) + further.nan_to_num(0)
+        total = both.masked_fill(total.isnan() & further.isnan(), torch.nan)
+    return total
+
+
+def mass_by_mask(
+    rows: AttentionRows, probe: Probe, shift: int
+) -> Float[Tensor, "batch head query"]:
+    """All occurrences at once: a mask ``[batch query key]`` of the chunk."""
+    labels = probe.structure.masked_fill(~probe.real, -1)
+    wanted = labels[:, rows.query_pos]
+    source = torch.full_like(labels, -2)  # label of the token that stands `shift` before each key
+    source[:, shift:] = labels[:, : labels.shape[1] - shift]
+    key = torch.arange(labels.shape[1], device=labels.device)
+    earlier = key[None, :] - shift < rows.query_pos[:, None]
+    same = (source[:, None, :] == wanted[:, :, None]) & (wanted >= 0)[:, :, None]
+    return rows.mass(same & earlier)
+
+
+def _diluted(scorer: Scorer, tail: str) -> Scorer:
+    """``scorer`` over all queries, 0 where it has no target."""
+
+    def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+        values: Tensor = scorer.function(rows, probe)
+        return values.nan_to_num(0)
+
+    function.__doc__ = (
+        f"Share of all attention that lies on {tail}, as transformer-lens' detect_head has it."
+    )
+    return row_scorer(
+        name=f"detect_head_{scorer.name}",
+        source="transformer-lens, head_detector.detect_head, error measure 'mul'",
+        queries=all_queries,
+        control=None,
+        needs=("causal",),
+    )(function)
+
+
+detect_head_previous_token = _diluted(previous_token, "the token before")
+detect_head_duplicate_token = _diluted(duplicate_token, "earlier equal tokens")
+detect_head_induction = _diluted(induction, "the followers of earlier equal tokens")
