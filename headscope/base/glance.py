@@ -4,7 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from headscope.base.sections import Grid as Rows
+from headscope.base.sections import Section, Words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -132,9 +135,21 @@ class Shown:
         """What is worth knowing at a glance."""
         return Glance(type(self).__name__)
 
+    def summary(self) -> str:
+        """The same in a few lines of text."""
+        return self.glance().text()
+
+    def sections(self) -> list[Section]:
+        """Sections of a page; by default its glance as one of them."""
+        seen = self.glance()
+        blocks: list[Any] = [Words(", ".join(fact for fact in seen.facts if fact))]
+        if seen.rows:
+            blocks.append(Rows(seen.columns or [""] * len(seen.rows[0]), seen.rows))
+        return [Section(seen.title, blocks)]
+
     def __repr__(self) -> str:
         """A few lines."""
-        return self.glance().text()
+        return self.summary()
 
     def _repr_html_(self) -> str:
         """A small static page."""

@@ -128,8 +128,8 @@ def _write(
         kind: [(str(one).rpartition(" (")[0], one.strength) for one in paths]
         for kind, paths in found.paths.items()
     }
-    pictures = {name: draw("light") for name, draw in made.items()}
-    pictures["scores"] = heatmaps(found.table, [one for one in _SHOWN if one in found.table])
+    shown = [one for one in _SHOWN if one in found.table]
+    made["scores"] = lambda theme: heatmaps(found.table, shown, theme=theme)
     if found.pairs:
         rows = pandas.concat([one.to_pandas() for one in found.pairs])
         with whole_file(folder.path / "pairs.parquet") as file:
@@ -146,5 +146,5 @@ def _write(
         timings,
         command=typed(),
         sections=circuit_sections(chains, made, found.missing),
-        pictures=pictures,
+        pictures=made,
     )

@@ -106,7 +106,6 @@ def _print(found: Comparison) -> None:
 
 def _write(folder: "RunFolder", found: Comparison, settings: dict[str, Any]) -> None:
     from headscope.report import sections_page
-    from headscope.report.comparison import comparison_sections
 
     with whole_file(folder.path / "comparison.parquet") as file:
         found.to_pandas().to_parquet(file, index=False)
@@ -114,7 +113,7 @@ def _write(folder: "RunFolder", found: Comparison, settings: dict[str, Any]) -> 
         f"{found.names[0]} and {found.names[1]}",
         "two models",
         "Matched heads of two models, by headscope.",
-        comparison_sections(found),
+        found.sections(),
         [(name, str(value)) for name, value in settings.items()],
         typed(),
     )

@@ -39,8 +39,6 @@ def run(
     as_json: bool,
 ) -> None:
     """Score or read a sweep, write, print."""
-    from headscope.report.emergence import emergence_sections
-
     names, revisions = scorer_names(scorers), listed(checkpoints)
     passages = None if texts is None else _passages(texts)
     folder = run_folder(out, "emergence", overwrite=overwrite)
@@ -81,15 +79,12 @@ def run(
         "checkpoints": list(story.checkpoints),
         "seed": seed,
     }
-    from headscope.plots import emergence as picture
-
     folder.write(
         story.tables[-1],
         settings,
         timings,
         command=typed(),
-        sections=emergence_sections(story),
-        pictures={"emergence": picture(story)},
+        results={"emergence": story},
     )
     _show(story, as_json=as_json)
     console(stderr=True).print(

@@ -15,7 +15,6 @@ from headscope.files import whole_file
 from headscope.lens.prompt import read_prompt
 from headscope.models.protocol import HeadModel
 from headscope.plots.text import visible
-from headscope.report.flow import flow_drawings, flow_sections
 from headscope.table import Contributions, HeadTable, Routes, TokenFlow
 
 if TYPE_CHECKING:
@@ -150,12 +149,16 @@ def _write(
     with whole_file(folder.path / "edges.parquet") as file:
         found.routes.to_pandas().to_parquet(file, index=False)
     found.routes.save(folder.path / "routes.safetensors")
-    made = flow_drawings(found.routes, found.flows, found.norms)
     folder.write(
         found.table,
         settings,
         timings,
         command=typed(),
-        sections=flow_sections(found.routes, made),
-        pictures={name: draw("light") for name, draw in made.items()},
+        results={
+            "routes": found.routes,
+            "flow_by_head": found.routes.head_scores(),
+            **{flow.name: flow for flow in found.flows},
+            "mixing": found.norms,
+            "norm_share": found.norms.norm_share,
+        },
     )

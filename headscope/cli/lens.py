@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import lens
+from headscope.base.sections import Drawn, Section
 from headscope.cli.command import typed
 from headscope.cli.folder import asked_of, run_folder
 from headscope.cli.loading import Loading
@@ -17,7 +18,6 @@ from headscope.files import whole_file
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
 from headscope.plots.text import visible
-from headscope.report.lens import lens_drawings, lens_sections, strongest
 from headscope.table import Attribution, HeadTable, HeadWords, LensGrid
 
 if TYPE_CHECKING:
@@ -31,6 +31,16 @@ class Reading:
     grids: dict[str, LensGrid]
     split: Attribution
     words: HeadWords
+
+    def sections(self) -> list[Section]:
+        """What each layer says, what makes the logit, what single heads say."""
+        (layers,) = next(iter(self.grids.values())).sections()
+        drawn = [Drawn(f"lens_{site}", grid.name) for site, grid in self.grids.items()]
+        return [
+            Section(layers.title, [layers.blocks[0], *drawn]),
+            *self.split.sections(),
+            *self.words.sections(self.split.strongest()),
+        ]
 
 
 def split(names: Sequence[str]) -> tuple[str | None, str]:
@@ -163,7 +173,7 @@ def _print(found: Reading) -> None:
         parts.add_row(part.name, Text(f"{part.value:+.3g}"))
     heads = Table("head", "logits", "promotes", "suppresses", title="what the strongest heads say")
     values = {part.name: part.value for part in made}
-    for head in strongest(made, 6):
+    for head in made.strongest(6):
         sides = (found.words.promoted(head), found.words.suppressed(head))
         texts = [Text(" ".join(visible(text) for text, _ in side[:5])) for side in sides]
         heads.add_row(head, f"{values[head]:+.3g}", *texts)
@@ -189,12 +199,12 @@ def _write(
     for name, frame in frames.items():
         with whole_file(folder.path / f"{name}.parquet") as file:
             frame.to_parquet(file, index=False)
-    made = lens_drawings(found.grids, found.split)
     folder.write(
         HeadTable([found.split.head_scores()]),
         settings,
         timings,
         command=typed(),
-        sections=lens_sections(found.grids, found.split, found.words, made),
-        pictures={name: draw("light") for name, draw in made.items()},
+        results={f"lens_{site}": grid for site, grid in found.grids.items()}
+        | {"attribution": found.split},
+        sections=found.sections(),
     )

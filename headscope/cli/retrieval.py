@@ -266,5 +266,5 @@ def _write(
         timings,
         command=typed(),
         sections=retrieval_sections(found.by_set, grid, masked, made, said),
-        pictures={name: draw("light") for name, draw in made.items()},
+        pictures=made,
     )

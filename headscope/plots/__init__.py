@@ -4,7 +4,7 @@ One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`s
 :func:`attention_pattern`. Weights: :func:`spectra`, :func:`eigenvalues`, :func:`composition_graph`,
 :func:`composition_matrix`. Arms: :func:`curves`. Needles: :func:`recall_grid`. Texts:
 :func:`token_losses`. Layers: :func:`layers`. Lenses: :func:`lens_grid`, :func:`waterfall`,
-:func:`source_bars`. To a file: :func:`save` (html, png, svg, pdf).
+:func:`source_bars`. Of any result: :func:`figures`. To a file: :func:`save` (html, png, svg, pdf).
 """
 
 from headscope.plots.attribution import source_bars as source_bars
@@ -13,6 +13,8 @@ from headscope.plots.curves import curves as curves
 from headscope.plots.curves import token_losses as token_losses
 from headscope.plots.emergence import emergence as emergence
 from headscope.plots.export import save as save
+from headscope.plots.figures import figures as figures
+from headscope.plots.figures import figures_of as figures_of
 from headscope.plots.flow import mixing_map as mixing_map
 from headscope.plots.flow import route_graph as route_graph
 from headscope.plots.flow import token_flow as token_flow

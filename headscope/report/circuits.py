@@ -5,9 +5,10 @@ from functools import partial
 
 import plotly.graph_objects as go
 
+from headscope.base.sections import Grid, Section, Words
 from headscope.plots import composition_graph, composition_matrix, eigenvalues, spectra
 from headscope.plots.style import Theme
-from headscope.report.sections import Block, Grid, Picture, Section, Words
+from headscope.report.sections import Block, Picture
 from headscope.table import HeadEigenvalues, HeadScores, HeadSpectra, PairScores
 
 Drawing = Callable[[Theme], go.Figure]

@@ -8,13 +8,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from headscope.base.sections import Section
 from headscope.base.specs import versions
 from headscope.files import subfolder, whole_file, whole_page
 from headscope.folders import Claim
-from headscope.plots import heatmap, heatmaps, save
+from headscope.plots import figures_of, heatmap, heatmaps, save
+from headscope.plots.figures import Drawing
 from headscope.report.kept import sections_json
 from headscope.report.page import index_page
-from headscope.report.sections import Section
+from headscope.report.sections import laid, with_pictures
 from headscope.table import HeadTable
 
 
@@ -72,8 +74,9 @@ class RunFolder:
         *,
         command: str | None = None,
         examples: bool = False,
-        sections: Sequence[Section] = (),
-        pictures: Mapping[str, go.Figure] | None = None,
+        results: Mapping[str, object] | None = None,
+        sections: Sequence[Section] | None = None,
+        pictures: Mapping[str, Drawing] | None = None,
     ) -> None:
         """Write everything; each file is whole or absent.
 
@@ -83,11 +86,19 @@ class RunFolder:
             timings: seconds by phase.
             command: that was typed, shown as the way to make it again.
             examples: keep the values per example in the table.
-            sections: shown on the page before the table of all heads.
-            pictures: by file name; default: a heatmap per score, and the roles.
+            results: of any kind, by the name of their figures: their sections are shown on the
+                page before the table of all heads, and their figures drawn.
+            sections: shown instead of those of the results.
+            pictures: further figures, by name; where there are neither results nor pictures, a
+                heatmap per score, and the roles.
         """
+        drawings = figures_of(results or {}) | dict(pictures or {})
+        if sections is None:
+            sections = [section for one in (results or {}).values() for section in laid(one)]
+        sections = with_pictures(sections, drawings)
         table.save(self.path / "table.parquet", examples=examples)
-        self._pictures(_heatmaps(table) if pictures is None else pictures)
+        drawn = {name: draw("light") for name, draw in drawings.items()}
+        self._pictures(drawn or _heatmaps(table))
         page = index_page(table, settings, sections=sections, command=command)
         whole_page(self.path / "index.html", page)
         if sections:

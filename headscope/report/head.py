@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.sections import Grid, Section, Words
 from headscope.heads import HeadIndex
 from headscope.plots import attention_pattern, eigenvalues, spectra
 from headscope.report.circuits import missing_words
 from headscope.report.page import sections_page
-from headscope.report.sections import Block, Grid, Picture, Section, Words
+from headscope.report.sections import Block, Picture
 from headscope.table import HeadCard, HeadEigenvalues, HeadScores, HeadSpectra, HeadTable
 from headscope.table.weights import NO_RANKS
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from headscope.base.sections import Grid, Section, Words
 from headscope.errors import InputError
 from headscope.plots.style import SEQUENTIAL, STYLES
 from headscope.report.runs import Run
-from headscope.report.sections import Grid, Picture, Section, Words, laid_out
+from headscope.report.sections import Picture, laid_out
 from headscope.report.shell import as_data, filled
 from headscope.report.subjects import Subject, subject_data, subjects
 

@@ -5,17 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headscope.base.sections import Cell, Drawn, Facts, Grid, Section, Words
 from headscope.errors import InputError
-from headscope.report.sections import (
-    Block,
-    Cell,
-    Facts,
-    Grid,
-    Picture,
-    Section,
-    Words,
-    plain_figure,
-)
+from headscope.report.sections import Block, Picture, plain_figure
 
 _MAX_BYTES = 100_000_000
 
@@ -58,6 +50,8 @@ def _plain(block: Block) -> dict[str, Any]:
             "rows": rows,
             "caption": block.caption,
         }
+    if isinstance(block, Drawn):
+        raise TypeError(f"the figure {block.name!r} is not drawn yet: see with_pictures.")
     return {
         "kind": "picture",
         "light": plain_figure(block.light),

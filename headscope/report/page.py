@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from headscope.base.glance import short
+from headscope.base.sections import Section
 from headscope.plots import heatmap
-from headscope.report.sections import Section, laid_out
+from headscope.report.sections import laid_out
 from headscope.report.shell import filled
 from headscope.table import HeadTable, Provenance
 from headscope.table.notable import by_interest, find_roles

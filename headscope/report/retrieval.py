@@ -6,9 +6,10 @@ from functools import partial
 import numpy as np
 import plotly.graph_objects as go
 
+from headscope.base.sections import Grid, Section, Words
 from headscope.plots import curves, heatmap, recall_grid
 from headscope.plots.style import Theme
-from headscope.report.sections import Block, Grid, Picture, Section, Words
+from headscope.report.sections import Block, Picture
 from headscope.table import HeadScores, OrderCurve, RecallGrid
 from headscope.table.notable import against, copying
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headscope.base.sections import Section
 from headscope.errors import HeadscopeError, InputError
 from headscope.parquet_files import read_parquet
 from headscope.report.kept import read_sections
 from headscope.report.partners import Partners, read_partners
-from headscope.report.sections import Section
 from headscope.table import AttentionExample, HeadSpectra, HeadTable, Provenance, load_spectra
 
 Words = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]

@@ -1,45 +1,15 @@
-"""What a page can be put together from: sections of texts, facts, small tables and pictures."""
+"""Sections of a page with their pictures drawn, as plain values for the template."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 
 from headscope.base.glance import short
-
-Cell = str | int | float | tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Words:
-    """A paragraph; ``quiet`` makes it small."""
-
-    text: str
-    quiet: bool = False
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Names and their values, one below the other."""
-
-    pairs: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A small table. A cell is a text, a number, or a tuple of tokens.
-
-    Attributes:
-        columns: their names.
-        rows: cells; the first of each names the row.
-        caption: what the table shows.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    caption: str = ""
+from headscope.base.sections import Cell, Drawn, Facts, Grid, Section, Words
+from headscope.plots.figures import Drawing
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +29,36 @@ class Picture:
     caption: str = ""
 
 
-Block = Words | Facts | Grid | Picture
+Block = Words | Facts | Grid | Drawn | Picture
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands below it."""
+def with_pictures(sections: Sequence[Section], drawings: Mapping[str, Drawing]) -> list[Section]:
+    """Sections whose named figures are drawn in both themes; names without a figure are dropped."""
+    return [
+        Section(
+            one.title,
+            [_pictured(block, drawings) for block in one.blocks if _known(block, drawings)],
+        )
+        for one in sections
+    ]
 
-    title: str
-    blocks: Sequence[Block]
+
+def laid(result: object) -> Sequence[Section]:
+    """Sections of a result; none where it does not lay itself out."""
+    sections = getattr(result, "sections", None)
+    return sections() if sections is not None else ()
+
+
+def _known(block: Block, drawings: Mapping[str, Drawing]) -> bool:
+    return not isinstance(block, Drawn) or block.name in drawings
+
+
+def _pictured(block: Block, drawings: Mapping[str, Drawing]) -> Block:
+    if not isinstance(block, Drawn):
+        return block
+    draw = drawings[block.name]
+    caption = block.said if block.caption is None else block.caption
+    return Picture(draw("light"), draw("dark"), said=block.said, caption=caption)
 
 
 def laid_out(

@@ -4,12 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from headscope.base.glance import Glance, Shown, number
+from headscope.base.sections import Drawn, Grid, Section, Words
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Pairs that are shown at a glance.
 _MOST = 10
+
+_ROWS = 200  # of a section
+_ORDER = "Pairs first whose heads both stand out from the typical head of their model"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,6 +132,47 @@ class Comparison(Shown):
                 + ["comparison.to_pandas()"]
             ),
         )
+
+    def sections(self) -> list[Section]:
+        """How heads were matched, and which scores differ by more than their interval."""
+        one, two = self.names
+        words = Words(
+            f"{one} and {two}: {len(self.pairs)} heads matched, {self.moved:.0%} of them under "
+            f"another address. Closeness: {self.measure}."
+        )
+        pairs = [
+            (str(a), str(b), float(close))
+            for (a, b), close in zip(self.pairs[:_ROWS], self.closeness, strict=False)
+        ]
+        clear = np.argwhere((self.low > 0) | (self.high < 0))
+        order = sorted(clear.tolist(), key=lambda at: -abs(self._in_spread(at)))[:_ROWS]
+        rows = [
+            (
+                str(self.pairs[i][0]),
+                str(self.pairs[i][1]),
+                self.scores[j],
+                float(self.first[i, j]),
+                float(self.second[i, j]),
+                float(self.difference[i, j]),
+                float(self.low[i, j]),
+                float(self.high[i, j]),
+            )
+            for i, j in order
+        ]
+        names = ("head", "match", "score", one, two, "difference", "95% from", "to")
+        caption = (
+            "Differences whose 95% interval excludes 0, the largest of each score's spread first"
+        )
+        return [
+            Section("Matched heads", [words, Grid((one, two, "closeness"), pairs, _ORDER)]),
+            Section("Differences", [Grid(names, rows, caption)]),
+        ]
+
+    def _in_spread(self, at: list[int]) -> float:
+        """A difference in units of the score's spread over all heads shown."""
+        pair, score = at
+        both = np.concatenate([self.first[:, score], self.second[:, score]])
+        return float(self.difference[pair, score]) / (float(np.nanstd(both)) or 1.0)
 
 
 Curve = Float[np.ndarray, "checkpoint example"]
@@ -286,6 +331,37 @@ class Emergence(Shown):
                 f"{self.checkpoints[at]}"
             )
         return said
+
+    def sections(self) -> list[Section]:
+        """Findings, the picture, and the numbers behind it."""
+        blocks: list[Any] = [Words(f"{one}.") for one in self.findings()]
+        blocks.append(
+            Drawn(
+                "emergence",
+                f"Scores of heads and losses of {self.model} against training step.",
+                "",
+            )
+        )
+        if "in-context score" in self.losses:
+            blocks.append(
+                Words(
+                    "In-context score: mean loss of the last tenth of a text less that from 5% to "
+                    "15% of it; negative where context helps (Olsson et al. 2022).",
+                    quiet=True,
+                )
+            )
+        best = {name: self.best(name) for name in self.scores}
+        columns = ["checkpoint", *(f"{name} {head}" for name, head in best.items()), *self.losses]
+        rows: list[tuple[str | float, ...]] = [
+            (
+                name,
+                *(float(self.tables[at][score].mean[head]) for score, head in best.items()),
+                *(float(self.mean(curve)[at]) for curve in self.losses),
+            )
+            for at, name in enumerate(self.checkpoints)
+        ]
+        blocks.append(Grid(columns, rows, "Each score of the head that is best at the end; losses"))
+        return [Section("Along training", blocks)]
 
 
 def joined_curves(parts: Sequence[Mapping[str, Float[np.ndarray, " example"]]]) -> dict[str, Curve]:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from headscope.base.glance import Glance, Grid, Shown, number, shaded, sizes
 from headscope.base.saved import Saved, frozen
+from headscope.base.sections import Drawn, Section, Words
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design, compare_means, mean_and_sem, mean_interval, top_order
 from headscope.errors import InputError
@@ -469,6 +470,19 @@ class RecallGrid(Saved, Shown):
     count: Int[np.ndarray, "length depth"]
     threshold: float
     provenance: Provenance = field(default_factory=Provenance)
+
+    def sections(self) -> list[Section]:
+        """How many were answered, and where."""
+        beyond = self.provenance.probe.get("extrapolated_from")
+        counted = (
+            f"{int(self.count.sum())} texts, {float(np.nanmean(self.share)):.0%} answered right."
+        )
+        if beyond is not None:
+            counted += (
+                f" The model was trained on at most {beyond} tokens; positions were extrapolated."
+            )
+        drawn = Drawn("recall", "Answers by length and depth.")
+        return [Section("Where needles are found", [Words(counted), drawn])]
 
     def glance(self) -> Glance:
         """Share of right answers by length and depth."""

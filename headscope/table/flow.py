@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from headscope.base.glance import Glance, Shown, number, readable, sizes
 from headscope.base.saved import Saved, Stored, frozen
+from headscope.base.sections import Drawn, Grid, Section, Words
 from headscope.base.specs import Provenance
 from headscope.errors import InputError, nearest
 from headscope.files import whole_file
@@ -127,6 +128,13 @@ class AttentionExample(Stored, Shown):
 EDGE_KINDS = ("attention", "residual", "past_mlp", "mlp", "reads", "bias")
 
 
+_MATRICES = {
+    "rollout": "Attention multiplied over layers, half of every step the residual stream.",
+    "alti": "The same of the vectors that attention moves, by how near they bring the sum.",
+    "max_flow": "Largest flow from each position down to each input token.",
+}
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenFlow(Saved, Shown):
     """How much of each position's last state comes from each input token, over all layers.
@@ -186,6 +194,15 @@ class TokenFlow(Saved, Shown):
         row = np.nan_to_num(self.into(example, query), nan=-1.0)
         order = np.argsort(-row, kind="stable")[:k]
         return [(int(at), self.tokens[example][at], float(row[at])) for at in order]
+
+    def sections(self) -> list[Section]:
+        """The matrix, with what it is."""
+        return [
+            Section(
+                "From token to token",
+                [Drawn(self.name, _MATRICES.get(self.name, self.description))],
+            )
+        ]
 
     def glance(self) -> Glance:
         """Size, model, and what the last token of the first text holds."""
@@ -315,6 +332,18 @@ class Contributions(Saved, Shown):
         if form not in self.mixing:
             raise InputError(nearest(form, self.mixing, kind="form"))
         return self.mixing[form]
+
+    def sections(self) -> list[Section]:
+        """How much comes from elsewhere, and which heads bring it."""
+        return [
+            Section(
+                "What moves",
+                [
+                    Drawn("mixing", "How much of each position comes from others, by layer."),
+                    Drawn("norm_share", "Share of its layer's norms that each head moves."),
+                ],
+            )
+        ]
 
     def glance(self) -> Glance:
         """Size, and the heads that move most."""
@@ -507,6 +536,30 @@ class Routes(Saved, Shown):
         order = np.argsort(-flow.ravel(), kind="stable")[:k]
         places = [divmod(int(one), flow.shape[1]) for one in order]
         return [(HeadIndex(*at), float(flow[at])) for at in places if flow[at] >= 0]
+
+    def sections(self) -> list[Section]:
+        """The routes, and the heads and tokens that most passes through."""
+        strongest = [(str(head), value) for head, value in self.top(12)]
+        order = sorted(range(len(self.tokens)), key=lambda at: -self.token_flow[at])[:12]
+        tokens = [(f"{at} {self.tokens[at]}", float(self.token_flow[at])) for at in order]
+        return [
+            Section(
+                "Routes",
+                [
+                    Words(
+                        f"What position {self.position} holds has importance 1 and is handed down "
+                        "by shares, layer by layer. Parts with a share below "
+                        f"{self.part_threshold:g} are dropped; edges from "
+                        f"{self.edge_threshold:g} are drawn. {self.bias.sum():.1%} ended in "
+                        "biases of attention."
+                    ),
+                    Drawn("routes", "Edges on the way to the target; wide where much flows."),
+                    Drawn("flow_by_head", "Importance that passes through each head."),
+                    Grid(("head", "flow"), strongest, caption="Heads that most passes through"),
+                    Grid(("token", "flow"), tokens, caption="Input tokens that most goes back to"),
+                ],
+            )
+        ]
 
     def glance(self) -> Glance:
         """Size, thresholds, and the heads that most passes through."""

@@ -1,6 +1,6 @@
 """What the residual stream says: lens readings, words of heads, direct attribution."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,6 +10,8 @@ from jaxtyping import Float, Int, Shaped
 
 from headscope.base.glance import Glance, Grid, Shown, number, readable, sizes
 from headscope.base.saved import Saved, frozen
+from headscope.base.sections import Drawn, Section, Words
+from headscope.base.sections import Grid as Rows
 from headscope.base.specs import Provenance
 from headscope.base.statistics import top_order
 from headscope.errors import HeadscopeError, InputError
@@ -79,6 +81,22 @@ class LensGrid(Saved, Shown):
             start = 0 if wrong.size == 0 else int(wrong[-1]) + 1
             found.append(self.rows[start] if start < len(self.rows) else None)
         return found
+
+    def sections(self) -> list[Section]:
+        """The grid, with what it is."""
+        return [
+            Section(
+                "Layer by layer",
+                [
+                    Words(
+                        "What the model would say next if it stopped here: each state through the "
+                        "model's own final norm and unembedding. The top row of the residual "
+                        "stream is the model itself."
+                    ),
+                    Drawn("lens", self.name),
+                ],
+            )
+        ]
 
     def glance(self) -> Glance:
         """Most likely token of every cell, coloured by its probability, the model's on top."""
@@ -199,6 +217,16 @@ class HeadWords(Saved, Shown):
             raise InputError(f"there is no head {index} here: layers {self.layers}.")
         at = (self.layers.index(index.layer), index.head, sign)
         return list(zip(self.texts[at].tolist(), self.values[at].tolist(), strict=True))
+
+    def sections(self, heads: Sequence[str] | None = None) -> list[Section]:
+        """What single heads promote and suppress; by default those of :meth:`glance`."""
+        rows = []
+        for head in heads if heads is not None else [row[0] for row in self.glance().rows]:
+            promoted = tuple(text for text, _ in self.promoted(head))
+            suppressed = tuple(text for text, _ in self.suppressed(head))
+            rows.append((head, promoted, suppressed))
+        grid = Rows(("head", "promotes", "suppresses"), rows, "Heads with the largest parts")
+        return [Section("What single heads say", [grid])]
 
     def glance(self) -> Glance:
         """Heads that raise a token most, with their tokens."""
@@ -395,6 +423,30 @@ class Attribution(Saved, Shown):
         if self.sources is None:
             return np.zeros(0)
         return np.asarray(np.nansum(self.sources, axis=(0, 1)))
+
+    def strongest(self, k: int = 8) -> list[str]:
+        """Heads with the largest parts."""
+        return [part.name for part in self.top(len(list(self))) if part.kind == "head"][:k]
+
+    def sections(self) -> list[Section]:
+        """What makes the logit: its largest parts, by head and by the token that was moved."""
+        blocks: list[Any] = [
+            Words(
+                f"The logit of {self.name} at position {self.position} is {self.whole:.4g}; its "
+                f"parts sum to it up to {abs(self.gap):.1e}. The scales of norms are held fixed."
+            ),
+            Drawn("attribution", "Largest parts of the logit."),
+            Drawn("attribution_by_head", "What each head adds."),
+        ]
+        if self.sources is not None:
+            blocks.append(Drawn("attribution_by_source", "Which token's value was moved."))
+            rows = [
+                (head, f"{at} {self.tokens[at]}", value) for head, at, value in self.top_sources(12)
+            ]
+            blocks.append(Rows(("head", "token", "logits"), rows, caption="Strongest moves"))
+        largest = [(part.name, part.value) for part in self.top(12)]
+        blocks.append(Rows(("part", "logits"), largest, caption="Largest parts"))
+        return [Section("What makes the logit", blocks)]
 
     def glance(self) -> Glance:
         """The parts that add most, of either sign."""

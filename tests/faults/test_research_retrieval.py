@@ -20,13 +20,13 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import headscope as hs
+from headscope.base.sections import Words
 from headscope.errors import HeadscopeError, InputError
 from headscope.probes import Needle
 from headscope.probes.needle_sets import DRAWN
 from headscope.probes.pairs import NAMES
 from headscope.probes.tasks import CAPITALS, TASKS
 from headscope.report.retrieval import retrieval_drawings, retrieval_sections
-from headscope.report.sections import Words
 from headscope.retrieval import (
     Contrast,
     contradictions,

@@ -1,0 +1,154 @@
+"""The figures of a result, whatever kind it is."""
+
+from collections.abc import Callable, Mapping
+from functools import partial, singledispatch
+
+import plotly.graph_objects as go
+
+from headscope.plots.attribution import source_bars, waterfall
+from headscope.plots.curves import curves, token_losses
+from headscope.plots.emergence import emergence
+from headscope.plots.flow import mixing_map, route_graph, token_flow
+from headscope.plots.grid import effect_heatmap, heatmap
+from headscope.plots.layers import layers
+from headscope.plots.lens import lens_grid
+from headscope.plots.pairs import composition_graph, composition_matrix
+from headscope.plots.recall import recall_grid
+from headscope.plots.spectra import eigenvalues, spectra
+from headscope.plots.style import Theme
+from headscope.table import (
+    Attribution,
+    Contributions,
+    EffectGrid,
+    Emergence,
+    HeadEigenvalues,
+    HeadScores,
+    HeadSpectra,
+    HeadTable,
+    LensGrid,
+    OrderCurve,
+    PairScores,
+    RecallGrid,
+    Routes,
+    TokenFlow,
+    TokenLosses,
+)
+from headscope.table.layers import LayerTable
+
+Drawing = Callable[[Theme], go.Figure]
+
+
+@singledispatch
+def figures(result: object) -> dict[str, Drawing]:
+    """Every figure of a result, by name, to be drawn in a theme.
+
+    The main figure is called ``""``; others by what is added to the result's name, such as
+    ``_by_head``. A result without figures has none. Other kinds of result join by
+    ``figures.register``.
+
+    Args:
+        result: of any kind.
+
+    Example:
+        >>> list(hs.plots.figures(table))[:2]
+        ['previous_token', 'current_token']
+        >>> hs.plots.figures(table["induction"])[""]("dark").layout.title.text is not None
+        True
+    """
+    return {}
+
+
+def figures_of(results: Mapping[str, object]) -> dict[str, Drawing]:
+    """Figures of several results, each name put before those of its figures."""
+    return {
+        name + added: draw
+        for name, result in results.items()
+        for added, draw in figures(result).items()
+    }
+
+
+def _themed(picture: Callable[..., go.Figure], *of: object) -> Drawing:
+    return lambda theme: partial(picture, *of)(theme=theme)
+
+
+@figures.register
+def _(result: HeadScores) -> dict[str, Drawing]:
+    return {"": _themed(heatmap, result)}
+
+
+@figures.register
+def _(result: HeadTable) -> dict[str, Drawing]:
+    return {name: _themed(heatmap, scores) for name, scores in result.items()}
+
+
+@figures.register
+def _(result: EffectGrid) -> dict[str, Drawing]:
+    return {"": _themed(effect_heatmap, result)} if len(result.axes) <= 2 else {}
+
+
+@figures.register
+def _(result: OrderCurve) -> dict[str, Drawing]:
+    return {"": lambda theme: curves(result.effects, controls=result.controls, theme=theme)}
+
+
+@figures.register
+def _(result: PairScores) -> dict[str, Drawing]:
+    return {"": _themed(composition_matrix, result), "_graph": _themed(composition_graph, result)}
+
+
+@figures.register
+def _(result: HeadSpectra) -> dict[str, Drawing]:
+    return {"": _themed(spectra, result)}
+
+
+@figures.register
+def _(result: HeadEigenvalues) -> dict[str, Drawing]:
+    return {"": _themed(eigenvalues, result)}
+
+
+@figures.register
+def _(result: LensGrid) -> dict[str, Drawing]:
+    return {"": _themed(lens_grid, result)}
+
+
+@figures.register
+def _(result: Attribution) -> dict[str, Drawing]:
+    found = {"": _themed(waterfall, result)}
+    if result.sources is not None:
+        found["_by_source"] = _themed(source_bars, result)
+    return found | {"_by_head": _themed(heatmap, result.head_scores())}
+
+
+@figures.register
+def _(result: Routes) -> dict[str, Drawing]:
+    return {"": _themed(route_graph, result)}
+
+
+@figures.register
+def _(result: TokenFlow) -> dict[str, Drawing]:
+    return {"": _themed(token_flow, result)}
+
+
+@figures.register
+def _(result: Contributions) -> dict[str, Drawing]:
+    return {"": _themed(mixing_map, result)}
+
+
+@figures.register
+def _(result: RecallGrid) -> dict[str, Drawing]:
+    return {"": _themed(recall_grid, result)}
+
+
+@figures.register
+def _(result: TokenLosses) -> dict[str, Drawing]:
+    return {"": _themed(token_losses, result)}
+
+
+@figures.register
+def _(result: Emergence) -> dict[str, Drawing]:
+    return {"": _themed(emergence, result)}
+
+
+@figures.register
+def _(result: LayerTable) -> dict[str, Drawing]:
+    return {"": _themed(layers, result)}
