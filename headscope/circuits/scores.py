@@ -388,14 +388,16 @@ def _of_words(circuit: str, kind: Embedding, k: int) -> tuple[Scorer, ...]:
     return (own, *(share(rank) for rank in dict.fromkeys((1, k))))
 
 
-def _aligned(name: str, description: str, function: Callable[[Weights], Tensor]) -> Scorer:
+def _aligned(
+    name: str, description: str, function: Callable[[Weights], Tensor], words: str = "embedding"
+) -> Scorer:
     return weight_scorer(
         name=name,
         unit="share of variance",
         bounds=_UNIT,
         description=description,
         source="subspace projection",
-        needs=(f"{name[:2]}_circuit", "embedding", "readout"),
+        needs=(f"{name[:2]}_circuit", words),
     )(function)
 
 
@@ -410,6 +412,7 @@ _OV_ALIGNMENT = (
         "ov_write_alignment",
         "the head writes where logits are read",
         lambda weights: write_alignment(weights.ov, weights.words["raw"]),
+        "readout",
     ),
 )
 _QK_ALIGNMENT = (
