@@ -16,6 +16,7 @@ import torch
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
 from headscope.models.hf.transformers_api import ATTENTION_LAYERS, OTHER_LAYERS, commit_hash
 from headscope.models.loading import shipped
+from headscope.models.loading.adapters import adapted
 from headscope.models.loading.extrapolation import extrapolate as extrapolate_positions
 from headscope.models.loading.gguf import check_gguf, is_gguf, read_gguf, read_gguf_config
 from headscope.models.protocol import HeadModel
@@ -129,7 +130,8 @@ def load(
     Args:
         source: a Hugging Face name, a local folder, a ``.gguf`` file (read dequantised, in fp32;
             needs ``headscope[gguf]``), a ``PreTrainedModel``, a transformer-lens
-            ``TransformerBridge``, the name of a bundled model, or None for the default one.
+            ``TransformerBridge``, what an installed adapter takes (entry points of the group
+            ``headscope.adapters``), the name of a bundled model, or None for the default one.
             A model that you pass is used as it is and left as it was; a compiled one runs
             uncompiled while headscope looks, and one in training mode without dropout.
         revision: branch, tag or commit; for a bundled model one of its training checkpoints.
@@ -179,6 +181,9 @@ def load(
         return _lifted(bridge, bridge.module, extrapolate)
     from transformers import PreTrainedModel
 
+    other = adapted(source, tokenizer)
+    if other is not None:
+        return other
     source = getattr(source, "_orig_mod", source)  # torch.compile(model); passes run uncompiled
     if not isinstance(source, PreTrainedModel):
         raise InputError(
