@@ -140,23 +140,13 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
     Example:
         >>> hs.capture.check_fits(model, probe)
     """
-    longest = int(probe.real.sum(1).max())
-    n_ctx = model.shape.n_ctx
-    if n_ctx is not None and longest > n_ctx:
-        raise InputError(
-            f"the probe has {longest} tokens, but {model.name} sees at most {n_ctx}: shorten it, "
-            "or load a model of rotary positions with extrapolate=True."
-        )
+    misfit = probe.batch.misfit(model.name, model.shape.n_ctx, model.shape.d_vocab)
+    if misfit is not None:
+        raise InputError(misfit)
     if answers and probe.next_token and not all_causal(model.stacks):
         raise InputError(
             f"the probe asks for the next tokens, and {model.name} sees them, as it reads in both "
             "directions: hide tokens with hs.probes.masked, or give targets=."
-        )
-    used = probe.tokens[probe.real]
-    if int(used.min()) < 0 or int(used.max()) >= model.shape.d_vocab:
-        raise InputError(
-            f"the probe has token ids {int(used.min())} to {int(used.max())}, but {model.name} "
-            f"knows 0 to {model.shape.d_vocab - 1}."
         )
     known = [probe.tokens.masked_fill(~probe.real, 0), probe.targets]
     known += [] if probe.foils is None else [probe.foils]

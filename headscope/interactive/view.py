@@ -64,7 +64,7 @@ def attention_example(
             patterns[HeadIndex(layer, head)] = found.pattern[0, place].float().numpy()
     return AttentionExample.of(
         chosen,
-        _texts(model, probe.tokens[0].tolist()),
+        probe.batch.labels(model.tokenizer),
         np.stack([patterns[head] for head in chosen]),
         words,
         origin(model),
@@ -86,12 +86,6 @@ def _probe(model: HeadModel, text: str | None, length: int) -> tuple[Probe, str]
     words = "A sentence said twice." if text is None else "Your text."
     cut = "" if len(ids) <= room else f" The first {room} of {len(ids)} tokens."
     return from_tokens(torch.tensor([ids[:room]])), words + cut
-
-
-def _texts(model: HeadModel, ids: list[int]) -> list[str]:
-    if model.tokenizer is None:
-        return [str(one) for one in ids]
-    return [str(text) for text in model.tokenizer.batch_decode([[one] for one in ids])]
 
 
 _LARGEST_PAGE = 30_000_000

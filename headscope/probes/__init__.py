@@ -1,6 +1,6 @@
 """Probes: batches of token sequences with known structure."""
 
-from headscope.probes.encoding import from_tokens
+from headscope.probes.encoding import from_batch, from_tokens
 from headscope.probes.jsonl import from_jsonl
 from headscope.probes.masked import masked
 from headscope.probes.needle import needle
@@ -15,6 +15,7 @@ __all__ = [
     "HasVocabulary",
     "Needle",
     "Probe",
+    "from_batch",
     "from_jsonl",
     "from_tokens",
     "masked",

@@ -4,11 +4,13 @@ import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headscope.base.batches import TEXT, TOKENS, Batch
 from headscope.errors import HeadscopeWarning, InputError
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import Tokenizer
@@ -172,3 +174,29 @@ def from_tokens(
         next_token=targets is None,
         clusters=None if clusters is None else torch.as_tensor(clusters).long(),
     )
+
+
+def from_batch(
+    inputs: Mapping[str, Any],
+    marks: Mapping[str, Bool[Tensor, "batch pos"]] | None = None,
+    targets: Int[Tensor, "batch pos"] | None = None,
+) -> Probe:
+    """Use the inputs of a model as a probe, named as a tokenizer names them.
+
+    Args:
+        inputs: ``input_ids [batch pos]``, and ``attention_mask`` where there is padding.
+        marks: named sets of positions.
+        targets: token to predict at each position, -1 for none; None means the next token, which
+            an encoder cannot be asked for.
+
+    Raises:
+        InputError: if there are no token ids, shapes differ, or an input (a second segment, an
+            image) would change what the model computes in a way that headscope does not hand on.
+
+    Example:
+        >>> read = {"input_ids": [[5, 7, 9], [5, 7, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}
+        >>> hs.probes.from_batch(read).real.sum(1).tolist()
+        [3, 2]
+    """
+    batch = Batch.of(inputs, targets)
+    return from_tokens(batch.inputs[TOKENS], batch.masks[TEXT], marks, batch.targets)

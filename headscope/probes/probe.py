@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.batches import TEXT, TOKENS, Batch
 from headscope.base.glance import Glance, Shown, sizes
 from headscope.base.saved import Saved
 from headscope.errors import InputError
@@ -18,7 +19,7 @@ from headscope.errors import InputError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Probe(Saved, Shown):
-    """A batch of token sequences with known structure.
+    """A batch of token sequences with known structure; :attr:`batch` is what the model reads.
 
     Attributes:
         tokens: token ids; what stands at padding is never looked at.
@@ -120,6 +121,11 @@ class Probe(Saved, Shown):
     def __len__(self) -> int:
         """Return the number of examples."""
         return int(self.tokens.shape[0])
+
+    @property
+    def batch(self) -> Batch:
+        """What goes into the model, without the structure."""
+        return Batch({TOKENS: self.tokens}, {TEXT: self.real}, self.targets)
 
     @property
     def length(self) -> int:

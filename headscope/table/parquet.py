@@ -164,6 +164,7 @@ def _facts(scores: HeadScores, *, examples: bool) -> dict[str, object]:
     return {
         **scores.spec.to_json(),
         "kv_heads": scores.kv_heads,
+        "stack": scores.stack,
         "design": scores.design.to_json(),
         "provenance": scores.provenance.to_json(),
         "examples": {
@@ -199,14 +200,15 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
 
     spec, kv_heads = ScoreSpec.from_json(facts), facts["kv_heads"]
     provenance = Provenance.from_json(facts["provenance"])
+    stack = str(facts.get("stack", ""))  # files of before 0.2 are of models with a single one
     if "per_example" not in facts["examples"]:
         known = {column: cells(column) for column in _NUMBERS}
         mean, n = known.pop("mean"), known.pop("n")
         return HeadScores.from_summary(
             spec, mean, kv_heads=kv_heads, n=n, known=known, provenance=provenance
-        )
+        ).of_stack(stack)
     has_control = "control_per_example" in facts["examples"]
-    return HeadScores.from_examples(
+    found = HeadScores.from_examples(
         spec,
         lists("per_example"),
         kv_heads=kv_heads,
@@ -215,3 +217,4 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
         missing=cells("missing"),
         provenance=provenance,
     )
+    return found.of_stack(stack)

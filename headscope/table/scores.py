@@ -25,7 +25,7 @@ from headscope.base.statistics import (
     top_order,
 )
 from headscope.errors import InputError
-from headscope.heads import HeadIndex
+from headscope.heads import STACK_LETTERS, HeadIndex
 
 if TYPE_CHECKING:
     import pandas
@@ -127,6 +127,7 @@ class HeadScores(Saved):
         examples: values per example, where they are known; NaN is missing.
         control_examples: the same on the control; one column means an exact null.
         design: how the examples, and those of the control, belong together.
+        stack: attention stack of the heads; empty in a model with a single one.
     """
 
     spec: ScoreSpec
@@ -136,10 +137,12 @@ class HeadScores(Saved):
     examples: Float[np.ndarray, "layer head example"] | None = None
     control_examples: Float[np.ndarray, "layer head control_example"] | None = None
     design: Design = field(default_factory=Design)
+    stack: str = ""
 
     def __post_init__(self) -> None:
         """Check what every user of a score relies on; freeze the arrays."""
         shape = self.summary.mean.shape
+        HeadIndex(0, 0, self.stack)  # which knows the names of stacks
         if self.kv_heads < 1 or shape[1] % self.kv_heads:
             raise InputError(
                 f"{self.name!r}: {shape[1]} query heads cannot share {self.kv_heads} "
@@ -367,7 +370,9 @@ class HeadScores(Saved):
     def labels(self) -> Shaped[np.ndarray, "layer head"]:
         """Names of the heads: ``L0H0`` and so on."""
         layers, heads = self.mean.shape
-        return np.array([[str(HeadIndex(i, j)) for j in range(heads)] for i in range(layers)])
+        return np.array(
+            [[str(HeadIndex(i, j, self.stack)) for j in range(heads)] for i in range(layers)]
+        )
 
     @property
     def present(self) -> Bool[np.ndarray, "layer head"]:
@@ -447,12 +452,20 @@ class HeadScores(Saved):
         """The same score under another name."""
         return replace(self, spec=replace(self.spec, name=name))
 
+    def of_stack(self, stack: str) -> "HeadScores":
+        """The same score as one of the heads of a named attention stack."""
+        return replace(self, stack=stack)
+
     def __getitem__(self, head: "str | tuple[int, int]") -> float:
         """Mean of one head, named ``"L5H1"``, ``"5.1"`` or ``(5, 1)``."""
         index = HeadIndex.parse(head)
         layers, heads = self.mean.shape
-        if not (0 <= index.layer < layers and 0 <= index.head < heads):
-            raise InputError(f"there is no head {index} among {layers} layers of {heads} heads.")
+        inside = 0 <= index.layer < layers and 0 <= index.head < heads
+        if not inside or index.stack not in ("", self.stack):
+            where = f" of the stack {self.stack!r}" if self.stack else ""
+            raise InputError(
+                f"there is no head {index} among {layers} layers of {heads} heads{where}."
+            )
         return float(self.mean[index])
 
     def __repr__(self) -> str:
@@ -495,8 +508,9 @@ class HeadScores(Saved):
             notes = [f"10 of {layers * heads} heads."]
         else:
             rows, columns = range(layers), range(heads)
-            at = [[HeadIndex(row, column) for column in columns] for row in rows]
-            grid = self._grid([f"L{row}" for row in rows], [f"H{one}" for one in columns], at)
+            at = [[HeadIndex(row, column, self.stack) for column in columns] for row in rows]
+            named = [f"{STACK_LETTERS[self.stack]}{row}" for row in rows]
+            grid = self._grid(named, [f"H{one}" for one in columns], at)
             notes = []
         return Glance(self.name, [self.unit, self.description], grid=grid, notes=notes)
 
@@ -537,5 +551,6 @@ class HeadScores(Saved):
         self, key: Float[np.ndarray, "layer head"], k: int
     ) -> list[tuple[HeadIndex, float]]:
         heads = key.shape[1]
-        order = [HeadIndex(*divmod(int(flat), heads)) for flat in top_order(key, k)]
+        places = (divmod(int(flat), heads) for flat in top_order(key, k))
+        order = [HeadIndex(layer, head, self.stack) for layer, head in places]
         return [(index, float(self.mean[index])) for index in order]

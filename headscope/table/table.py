@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,11 @@ class UnknownScoreError(InputError, KeyError):
 
 
 class HeadTable(Mapping[str, HeadScores], Stored):
-    """Layers x heads x scores of one model: a read-only mapping from name to score."""
+    """Layers x heads x scores of one model: a read-only mapping from name to score.
+
+    Scores of several attention stacks stand under ``stack:name``; :meth:`stack` gives the table of
+    one of them.
+    """
 
     def __init__(self, scores: Iterable[HeadScores]) -> None:
         """Put scores side by side.
@@ -36,14 +41,18 @@ class HeadTable(Mapping[str, HeadScores], Stored):
         Raises:
             InputError: if there are none, two share a name, or they are not of one model.
         """
+        given = list(scores)
+        several = len({one.stack for one in given}) > 1
         self._scores: dict[str, HeadScores] = {}
-        for one in scores:
-            if one.name in self._scores:
-                raise InputError(f"two scores are called {one.name!r}; rename one of them.")
-            self._scores[one.name] = one
+        for one in given:
+            name = f"{one.stack}:{one.name}" if several else one.name
+            if name in self._scores:
+                raise InputError(f"two scores are called {name!r}; rename one of them.")
+            self._scores[name] = one
         if not self._scores:
             raise InputError("a table needs at least one score.")
-        _check_one_model(list(self._scores.values()))
+        for stack in {one.stack for one in given}:
+            _check_one_model([one for one in given if one.stack == stack])
 
     def __getitem__(self, name: str) -> HeadScores:
         """Return one score; an unknown name raises InputError with the nearest one."""
@@ -60,8 +69,43 @@ class HeadTable(Mapping[str, HeadScores], Stored):
         return len(self._scores)
 
     @property
+    def stacks(self) -> "Mapping[str, HeadTable]":
+        """Table of every attention stack by its name; empty in a model with a single one."""
+        names = dict.fromkeys(one.stack for one in self.values())
+        if len(names) == 1:
+            return MappingProxyType({next(iter(names)): self})
+        return MappingProxyType({name: self.stack(name) for name in names})
+
+    def stack(self, name: str) -> "HeadTable":
+        """The scores of one attention stack.
+
+        Args:
+            name: of the stack; empty in a model with a single one.
+
+        Raises:
+            InputError: if the table has no such stack.
+
+        Example:
+            >>> table.stack("") is table, list(table.stacks)
+            (True, [''])
+        """
+        found = [one for one in self.values() if one.stack == name]
+        if not found:
+            known = ", ".join(dict.fromkeys(repr(one.stack) for one in self.values()))
+            raise InputError(f"the table has no stack {name!r}: it has {known}.")
+        return self if len(found) == len(self) else HeadTable(found)
+
+    @property
     def shape(self) -> tuple[int, int]:
-        """Number of layers and of heads in a layer."""
+        """Number of layers and of heads in a layer.
+
+        Raises:
+            InputError: if the table has several attention stacks.
+        """
+        if len(names := dict.fromkeys(one.stack for one in self.values())) > 1:
+            raise InputError(
+                f"the table has the stacks {', '.join(names)}: choose one, table.stack(...)."
+            )
         layers, heads = next(iter(self.values())).mean.shape
         return layers, heads
 
@@ -170,6 +214,8 @@ class HeadTable(Mapping[str, HeadScores], Stored):
             path: of the file.
             examples: also keep the values per example, for intervals later.
         """
+        if len(self.stacks) > 1:
+            raise InputError("a file holds one stack: save each, table.stack(name).save(path).")
         write_scores(list(self.values()), path, examples=examples)
 
     @staticmethod
@@ -199,6 +245,8 @@ class HeadTable(Mapping[str, HeadScores], Stored):
 
     def __repr__(self) -> str:
         """Size and names."""
+        if len(self.stacks) > 1:
+            return f"HeadTable(stacks {', '.join(self.stacks)}: {', '.join(self)})"
         layers, heads = self.shape
         return f"HeadTable({layers} layers x {heads} heads: {', '.join(self)})"
 

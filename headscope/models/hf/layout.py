@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headscope.base.batches import TINY, TOKENS, Batch
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
@@ -29,9 +30,6 @@ from headscope.models.hf.watch import Watch, write_scales
 from headscope.models.loading.calls import answer
 from headscope.models.offload import runs_on
 from headscope.models.running import pass_over
-
-# Tokens of the watched pass: two examples, so that no axis is mistaken for another.
-_BATCH, _LENGTH = 2, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +108,7 @@ def find_layout(model: Any) -> Layout | None:
         given = watch.inputs.get(watch.projections.get(module, module))
         if module not in watch.projections or given is None or given.shape[-1] != width:
             return None
-        if given.shape[:-1] != (_BATCH, _LENGTH):
+        if given.shape[:-1] != TINY:
             raise UnsupportedModelError(
                 "what reads its head outputs takes them out of their order of examples and "
                 "positions (e.g. a mixture of experts) and is not a matrix, so there is no W_O."
@@ -139,14 +137,10 @@ def find_layout(model: Any) -> Layout | None:
 
 
 def tiny_tokens(model: Any) -> Tensor:
-    """Return a small batch of distinct valid token ids on the model's input device.
-
-    They start above the low ids where padding often is: some families warn of it at an edge.
-    """
+    """Return a small batch of distinct valid token ids on the model's input device."""
     module = model.get_input_embeddings()
     embedding: Tensor = module.weight
-    ids = (torch.arange(_BATCH * _LENGTH) * 7 + 3) % max(embedding.shape[0] - 1, 1)
-    return ids.view(_BATCH, _LENGTH).to(runs_on(module, embedding))
+    return Batch.tiny(embedding.shape[0]).inputs[TOKENS].to(runs_on(module, embedding))
 
 
 def _watch(
@@ -187,7 +181,7 @@ def _watch(
         stack.enter_context(routed(configs, handler))
         stack.enter_context(torch.no_grad())
         logits = answer(model(input_ids=tiny_tokens(model), use_cache=False))
-    told = isinstance(unembedding, nn.Module) and logits.shape[:-1] == (_BATCH, _LENGTH)
+    told = isinstance(unembedding, nn.Module) and logits.shape[:-1] == TINY
     return watch, (entered[0], logits) if told and len(entered) == 1 else None, told
 
 
@@ -329,9 +323,9 @@ def _shape(
 
 def _first_place(watch: Watch, size: int) -> int:
     """Row of a table of positions that the first token takes; some begin with padding (roberta)."""
-    counted = torch.arange(_LENGTH)
+    counted = torch.arange(TINY[1])
     for table, rows in watch.looked_up.items():
-        if table.num_embeddings == size and rows.shape[-1] == _LENGTH:
+        if table.num_embeddings == size and rows.shape[-1] == TINY[1]:
             first = int(rows.min())
             if torch.equal(rows.cpu() - first, counted.expand(rows.shape)):
                 return first

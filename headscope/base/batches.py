@@ -1,0 +1,179 @@
+"""Batches: what goes into a model, by name, and what can be asked of it whatever its inputs are."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from headscope.errors import InputError
+
+TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
+TEXT = "text"  # name of the sequence that token ids make
+# Examples and positions of a test input: two, so that no axis is mistaken for another.
+TINY = (2, 5)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What goes into a model: named inputs, which positions are real, and what they predict.
+
+    Attributes:
+        inputs: tensors by the name that the model's ``forward`` has for them.
+        masks: for every sequence, False at padding; ``text`` is that of ``input_ids``.
+        targets: token that each position should predict; -1 where none is asked for; None where
+            nothing is.
+
+    Example:
+        >>> from headscope.base.batches import Batch
+        >>> batch = Batch.of({"input_ids": torch.tensor([[5, 7, 0]]),
+        ...                   "attention_mask": torch.tensor([[1, 1, 0]])})
+        >>> len(batch), batch.masks["text"].tolist()
+        (1, [[True, True, False]])
+    """
+
+    inputs: Mapping[str, Tensor]
+    masks: Mapping[str, Bool[Tensor, "batch pos"]]
+    targets: Int[Tensor, "batch pos"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that all is of the same examples; freeze the mappings.
+
+        Raises:
+            InputError: if it is not.
+        """
+        sizes = {name: value.shape[0] for name, value in (*self.inputs.items(), *self._others())}
+        if len(set(sizes.values())) != 1:
+            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise InputError(f"the inputs of a batch have different numbers of examples: {told}.")
+        object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
+        object.__setattr__(self, "masks", MappingProxyType(dict(self.masks)))
+
+    def _others(self) -> list[tuple[str, Tensor]]:
+        named = [(f"mask of {name}", mask) for name, mask in self.masks.items()]
+        return named if self.targets is None else [*named, ("targets", self.targets)]
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], targets: Any = None) -> "Batch":
+        """Make a batch of inputs as tokenizers and processors give them.
+
+        Args:
+            inputs: ``input_ids [batch pos]``, and ``attention_mask``, 1 at real tokens; segments
+                (``token_type_ids``) only where all are 0.
+            targets: token to predict at each position, -1 for none.
+
+        Raises:
+            InputError: if there are no token ids, shapes differ, or an input would change what
+                the model computes in a way that headscope does not hand on.
+        """
+        if TOKENS not in inputs:
+            named = ", ".join(inputs) or "nothing"
+            raise InputError(f"a batch needs {TOKENS!r}, the tokens of a text; it has: {named}.")
+        tokens = _whole_numbers(TOKENS, inputs[TOKENS])
+        if tokens.ndim != 2:
+            raise InputError(f"{TOKENS!r} has shape {tuple(tokens.shape)}, not [batch pos].")
+        mask = torch.ones_like(tokens) if inputs.get(MASK) is None else inputs[MASK]
+        real = _of_shape(MASK, mask, tokens) != 0
+        segments = inputs.get(SEGMENTS)
+        if segments is not None and bool((_of_shape(SEGMENTS, segments, tokens) * real).any()):
+            raise InputError(
+                f"{SEGMENTS!r} names second segments, and headscope reads texts of one: give each "
+                "text an example of its own."
+            )
+        if unknown := sorted(set(inputs) - {TOKENS, MASK, SEGMENTS}):
+            hint = ": give targets=, -1 where there is none" if unknown[0] == "labels" else ""
+            raise InputError(
+                f"headscope hands a model {TOKENS!r} and {MASK!r}, and cannot hand it "
+                f"{unknown[0]!r}{hint}."
+            )
+        asked = None if targets is None else _of_shape("targets", targets, tokens)
+        return cls({TOKENS: tokens}, {TEXT: real}, asked)
+
+    @classmethod
+    def tiny(cls, d_vocab: int) -> "Batch":
+        """A small batch of distinct valid tokens, to find out what a model does.
+
+        They start above the low ids where padding often is: some families warn of it at an edge.
+
+        Args:
+            d_vocab: tokens that the model knows.
+
+        Example:
+            >>> Batch.tiny(100).inputs["input_ids"].shape
+            torch.Size([2, 5])
+        """
+        ids = (torch.arange(TINY[0] * TINY[1]) * 7 + 3) % max(d_vocab - 1, 1)
+        tokens = ids.view(TINY)
+        return cls({TOKENS: tokens}, {TEXT: torch.ones_like(tokens, dtype=torch.bool)})
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return int(next(iter(self.inputs.values())).shape[0])
+
+    def misfit(self, reader: str, n_ctx: int | None, d_vocab: int) -> str | None:
+        """Return why a model cannot read the batch; None where it can.
+
+        Args:
+            reader: what the message calls the model.
+            n_ctx: tokens that it reads at most; None: no limit.
+            d_vocab: tokens that it knows.
+
+        Example:
+            >>> Batch.tiny(100).misfit("gpt2", 4, 100)[:46]
+            'the probe has 5 tokens, but gpt2 sees at most '
+        """
+        real = self.masks[TEXT]
+        longest = int(real.sum(1).max())
+        if n_ctx is not None and longest > n_ctx:
+            return (
+                f"the probe has {longest} tokens, but {reader} sees at most {n_ctx}: shorten it, "
+                "or load a model of rotary positions with extrapolate=True."
+            )
+        used = self.inputs[TOKENS][real]
+        if int(used.min()) < 0 or int(used.max()) >= d_vocab:
+            return (
+                f"the probe has token ids {int(used.min())} to {int(used.max())}, but {reader} "
+                f"knows 0 to {d_vocab - 1}."
+            )
+        return None
+
+    def labels(self, tokenizer: Any, example: int = 0) -> list[str]:
+        """Return what each position of an example is called in a picture.
+
+        Args:
+            tokenizer: that says what a token stands for; None: its id does.
+            example: which.
+
+        Example:
+            >>> Batch.tiny(100).labels(None)
+            ['3', '10', '17', '24', '31']
+        """
+        ids = self.inputs[TOKENS][example].tolist()
+        if tokenizer is None:
+            return [str(one) for one in ids]
+        return [str(text) for text in tokenizer.batch_decode([[one] for one in ids])]
+
+
+def _whole_numbers(name: str, value: Any) -> Int[Tensor, "..."]:
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name!r} does not hold rows of whole numbers of one length: pad the rows, and say "
+            f"with {MASK!r} which tokens are real."
+        ) from error
+    if found.is_floating_point():
+        raise InputError(f"{name!r} holds fractions, not whole numbers.")
+    return found.long()
+
+
+def _of_shape(name: str, value: Any, tokens: Tensor) -> Tensor:
+    found = _whole_numbers(name, value)
+    if found.shape != tokens.shape:
+        raise InputError(
+            f"{name!r} has shape {tuple(found.shape)}, {TOKENS!r} {tuple(tokens.shape)}."
+        )
+    return found
