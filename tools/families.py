@@ -2,6 +2,7 @@
 
     python -m tools.families              # all, and write docs/families.md
     python -m tools.families llama bloom  # some, printed
+    python -m tools.families --masked     # all masked language models (or some), printed
 
 Every class is built tiny (see :mod:`tools.tiny_models`) and held against itself by
 ``hs.testing.check_model``. A family is *supported* if every check passed, *limited* if some do not
@@ -22,7 +23,7 @@ from typing import Literal
 
 import headscope as hs
 from headscope.testing import check_model
-from tools.tiny_models import kinds, tiny_model
+from tools.tiny_models import kinds, masked_kinds, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 Verdict = Literal["supported", "limited", "refused", "not built", "wrong"]
@@ -48,10 +49,10 @@ class Family:
     reasons: Mapping[str, str]
 
 
-def examine(kind: str) -> Family:
+def examine(kind: str, *, masked: bool = False) -> Family:
     """Build a tiny model of a type, load it, and check it."""
     try:
-        model = tiny_model(kind)
+        model = tiny_model(kind, masked=masked)
     except Exception as error:  # a class may need packages, another model, or be broken
         return Family(kind, "", "not built", "", {"": _short(error)})
     name = type(model).__name__
@@ -78,7 +79,7 @@ def _short(error: Exception) -> str:
 def _without_name(reason: str, name: str, kind: str) -> str:
     """A reason without the model's own name, so that equal reasons are equal."""
     text = reason.replace(f"{name} ({kind})", "it").replace(name, "it").replace(f"({kind})", "")
-    return text.removeprefix("it is not supported: ").split(". Decoder-only")[0].rstrip(".")
+    return text.removeprefix("it is not supported: ").split(". Decoder")[0].rstrip(".")
 
 
 def page(families: Iterable[Family]) -> str:
@@ -170,16 +171,18 @@ def main() -> None:
     """Examine what was named and print it, or everything and write the page."""
     parser = argparse.ArgumentParser(description="Try headscope on families of transformers.")
     parser.add_argument("kinds", nargs="*", help="model types; none: all, and write the page")
-    chosen = parser.parse_args().kinds
+    parser.add_argument("--masked", action="store_true", help="masked language models; print only")
+    given = parser.parse_args()
+    chosen, masked = given.kinds, given.masked
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     families = []
-    for kind in chosen or kinds():
-        family = examine(kind)
+    for kind in chosen or (masked_kinds() if masked else kinds()):
+        family = examine(kind, masked=masked)
         families.append(family)
         told = "; ".join(f"{k}: {v}" if k else v for k, v in family.reasons.items())
         print(f"{kind:28} {family.verdict:10} {family.path:16} {told}", flush=True)
-    if not chosen:
+    if not chosen and not masked:
         PAGE.write_text(page(families), encoding="utf-8")
     sys.exit(any(family.verdict == "wrong" for family in families))
 

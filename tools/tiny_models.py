@@ -1,4 +1,4 @@
-"""Tiny random models of every causal language model class of the installed transformers.
+"""Tiny random models of every language model class, causal or masked, of transformers.
 
 A config is shrunk field by field, by the field's name. What is left has a width of 32, four heads
 (two key/value heads where there is grouping), as many layers as it takes for every kind of layer
@@ -205,6 +205,9 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     | {"shape_embed_dim": 8, "shape_vocab_size": 30},
     "xlnet": {"d_head": WIDTH // HEADS},
     "xmod": {"default_language": "en_XX"},
+    "distilbert": {"dim": WIDTH, "hidden_dim": 48},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 0, "mask_token_id": 4},
+    "luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
     | {"num_hidden_layers": 4, "attention_hidden_size": 2 * WIDTH, "num_key_value_heads": HEADS},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}
@@ -222,16 +225,27 @@ def kinds() -> tuple[str, ...]:
     return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
-def tiny_config(kind: str) -> Any:
+def masked_kinds() -> tuple[str, ...]:
+    """Model types that have a masked language model class, in alphabetical order."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return tuple(sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES))
+
+
+def tiny_config(kind: str, *, masked: bool = False) -> Any:
     """Config of a tiny model of a type.
 
     Args:
         kind: a model type, as in a ``config.json``.
+        masked: of an encoder with a masked-language-model head.
     """
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[kind]
-    return config_class(**_shrunk(config_class, EXCEPTIONS.get(kind, {})))
+    own = EXCEPTIONS.get(kind, {})
+    if masked and "is_decoder" in _default(config_class).to_dict():
+        own = {**own, "is_decoder": False}
+    return config_class(**_shrunk(config_class, own))
 
 
 def _shrunk(config_class: Any, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,23 +300,29 @@ def _every_kind(name: str, values: list[Any], depth: int) -> list[Any]:
     return [kinds[i % len(kinds)] for i in range(depth)]
 
 
-def tiny_model(kind: str, seed: int = 0) -> Any:
+def tiny_model(kind: str, seed: int = 0, *, masked: bool = False) -> Any:
     """Build a random model of a type, in fp32 and eval mode.
+
+    Args:
+        kind: a model type.
+        seed: of the weights.
+        masked: an encoder with a masked-language-model head, not a causal language model.
 
     Raises:
         ValueError: if what came out is not tiny.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    config = tiny_config(kind)
+    made = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    config = tiny_config(kind, masked=masked)
     if kind.startswith("musicgen"):  # its class takes the decoder's config alone
         config = config.decoder
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(p.numel() for p in made.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"the tiny {kind} has {size:,} parameters: shrink more fields by name.")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = made.from_config(config).eval()
     unsettle(model)
     return model
 

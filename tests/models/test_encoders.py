@@ -338,3 +338,18 @@ def test_a_model_of_images_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="it reads pixel_values"):
         hs.load(transformers.ViTModel(config).eval())
+
+
+def test_padding_that_is_read_as_text_is_refused() -> None:
+    """mobilebert joins every token's embedding with those of its neighbours, padding included."""
+    config = transformers.MobileBertConfig(
+        vocab_size=VOCAB, hidden_size=16, embedding_size=16, intra_bottleneck_size=16,
+        num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hs.load(widened(transformers.MobileBertForMaskedLM(config)))
+    for side, words in (("right", "stands behind it"), ("left", "stands before it")):
+        tokens, real = padded(side)
+        with pytest.raises(UnsupportedModelError, match=words):
+            hs.score(model, hs.probes.from_tokens(tokens, real), "entropy")
+    assert hs.score(model, hs.probes.from_tokens(text_of(20)), "entropy")["entropy"].n.min() == 2

@@ -241,6 +241,8 @@ class HFModel(Tapped, Shown):
                 _ = self._first_position
                 if not bool(real[:, 0].all()):
                     self._need_left_padding()
+                if not bool(real[:, -1].all()):
+                    self._need_right_padding()
 
     def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
         tokens = tokens.to(self.device)
@@ -275,16 +277,39 @@ class HFModel(Tapped, Shown):
                 "padding stands before it, as it counts places and not tokens: pad on the right."
             )
 
+    def _need_right_padding(self) -> None:
+        """Refuse texts with padding behind them where the family mixes tokens with what follows.
+
+        Raises:
+            UnsupportedModelError: if padding is read as text (mobilebert's trigrams).
+        """
+        if self._mixes_with_the_right:
+            raise UnsupportedModelError(
+                f"{self.name} ({self.module.config.model_type}) reads a text otherwise when "
+                "padding stands behind it: give texts of one length."
+            )
+
     @cached_property
-    @torch.no_grad()
     def _shifts_on_the_left(self) -> bool:
+        return self._changes(before=3, behind=0)
+
+    @cached_property
+    def _mixes_with_the_right(self) -> bool:
+        """Whether what stands behind a text changes it though it is padding."""
+        return not self.mask.causal and self._changes(before=0, behind=3)
+
+    @torch.no_grad()
+    def _changes(self, before: int, behind: int) -> bool:
+        """Whether so much padding before or behind a text changes what the model says of it."""
         tokens = tiny_tokens(self.module)[:1]
-        wide = torch.cat([tokens[:, :3], tokens], 1)
+        wide = torch.cat([tokens[:, :before], tokens, tokens[:, :behind]], 1)
         real = torch.ones_like(wide, dtype=torch.bool)
-        real[:, :3] = False
+        real[:, :before] = False
+        real[:, before + tokens.shape[1] :] = False
         alone = answer(self.speaker(input_ids=tokens, use_cache=False)).float()
         given = padding(real, self._arguments, self._first_position)
-        padded = answer(self.speaker(input_ids=wide, use_cache=False, **given))[:, 3:].float()
+        padded = answer(self.speaker(input_ids=wide, use_cache=False, **given)).float()
+        padded = padded[:, before : before + tokens.shape[1]]
         allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
         return not bool((padded - alone).abs().max() <= allowed * alone.abs().max())
 
