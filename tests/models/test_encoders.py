@@ -343,7 +343,7 @@ def test_a_model_of_images_is_refused() -> None:
 def test_padding_that_is_read_as_text_is_refused() -> None:
     """mobilebert joins every token's embedding with those of its neighbours, padding included."""
     config = transformers.MobileBertConfig(
-        vocab_size=VOCAB, hidden_size=16, embedding_size=16, intra_bottleneck_size=16,
+        vocab_size=VOCAB, hidden_size=32, embedding_size=16, intra_bottleneck_size=16,
         num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
     )  # fmt: skip
     torch.manual_seed(0)
