@@ -151,7 +151,7 @@ def test_b1_checkpoints_of_gradients_and_frozen_weights_change_nothing() -> None
         np.testing.assert_allclose(np.asarray(reading(nothing)), expected, atol=1e-6, rtol=1e-4)
     assert [weight.requires_grad for weight in module.parameters()] == wanted
     assert all(weight.grad is None for weight in module.parameters())
-    assert module.is_gradient_checkpointing
+    assert module.is_activation_checkpointing
     assert all(part.training for part in module.modules())
 
 
