@@ -17,6 +17,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
+from headscope.outputs import Readout
 
 Embedding = Literal["raw", "mlp", "mlp_only"]
 Gram = Literal["output_input", "input", "output"]
@@ -64,26 +65,36 @@ class Dictionary:
     @cached_property
     def _after_mlp(self) -> Float[Tensor, "d_vocab d_model"]:
         """What all tokens look like behind the first MLP; kept, since blocks are read often."""
-        added = torch.empty_like(self.model.parts.embedding)
+        added = torch.empty_like(self._embedding)
         for block in self.blocks():
             added[block] = self._behind_mlp(block).to(added.dtype)
         return added
 
+    @cached_property
+    def _embedding(self) -> Float[Tensor, "d_vocab d_model"]:
+        """Measured once: every block of the vocabulary is read from it."""
+        return self.model.parts.embedding
+
+    @cached_property
+    def _readout(self) -> Readout:
+        """Measured once, like the mean over the vocabulary that belongs to it."""
+        return self.model.readout
+
     def _behind_mlp(self, tokens: Int[Tensor, " token"] | slice) -> Tensor:
-        rows = self.model.parts.embedding[tokens].float()
+        rows = self._embedding[tokens].float()
         change = self.model.parts.first_mlp(rows)
         return change if self.embedding == "mlp_only" else rows + change
 
     def inputs(self, tokens: Int[Tensor, " token"] | slice, layer: int) -> Tensor:
         """Vectors ``[token d_model]`` that these tokens put into heads of a layer."""
         if self.embedding == "raw" or layer == 0:
-            return self.model.parts.embedding[tokens].float()
+            return self._embedding[tokens].float()
         kept = "_after_mlp" in self.__dict__ or (isinstance(tokens, slice) and self._keeps)
         return self._after_mlp[tokens].float() if kept else self._behind_mlp(tokens)
 
     def outputs(self, tokens: Int[Tensor, " token"] | slice) -> Float[Tensor, "token d_model"]:
         """Residual directions that raise the logits of these tokens."""
-        readout = self.model.readout
+        readout = self._readout
         if not self.fold_norm:
             return readout.W_U[tokens].float()
         if isinstance(tokens, slice):

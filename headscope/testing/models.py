@@ -545,8 +545,8 @@ def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
         )
 
     def replace(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (given, *args[1:]), kwargs
+        if args:  # ctrl gives it three times: for values, keys and queries
+            return tuple(given if one is args[0] else one for one in args), kwargs
         return args, kwargs | {"hidden_states": given}
 
     return subject.plain.run(subject.tokens, hooks={module: replace}).calls[place]

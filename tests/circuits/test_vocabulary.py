@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from headscope import circuits
+from headscope.circuits import vocabulary
 from headscope.circuits.maps import Relation, of_words
 from headscope.errors import InputError
+from headscope.models.hf.measured import MeasuredParts
 from headscope.models.hf.model import HFModel
 from tests.circuits.conftest import HandWired
 
@@ -223,3 +225,30 @@ def test_shipped_lists_are_pairs_without_repetition() -> None:
     assert len(lists) >= 8
     for pairs in lists.values():
         assert len(set(pairs)) == len(pairs) >= 6
+
+
+def test_a_dictionary_measures_the_model_once_for_all_blocks(
+    family_model: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family_model("llama")
+    asked = {"readout": 0, "embedding": 0}
+
+    def counted(kind: type, name: str) -> None:
+        own = getattr(kind, name)
+
+        def get(self: object) -> object:
+            asked[name] += 1
+            return own.fget(self)
+
+        monkeypatch.setattr(kind, name, property(get))
+
+    counted(type(model), "readout")
+    counted(MeasuredParts, "embedding")
+    monkeypatch.setattr(vocabulary, "_BLOCK_ENTRIES", 32 * 10)  # ten blocks
+    words = circuits.Dictionary(model)
+    blocks = list(words.blocks())
+    assert len(blocks) == 10
+    gram = words.gram("output_input", 1)
+    assert asked == {"readout": 1, "embedding": 1}
+    whole = circuits.Dictionary(model).outputs(slice(None)).T @ model.parts.embedding
+    torch.testing.assert_close(gram, whole.detach(), rtol=1e-4, atol=1e-3)
