@@ -6,6 +6,7 @@ Where no script runs a figure is a sentence, and its numbers as an HTML table.
 import re
 import sys
 import warnings
+import webbrowser
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape, unescape
@@ -20,6 +21,9 @@ from plotly.io.base_renderers import ExternalRenderer
 
 from headscope.plots.export import drawn_bytes, unpacked
 
+# How renderers of plotly say that this machine lacks what they need: IPython, nbformat (ValueError)
+# kaleido and its Chrome, a browser.
+_LACKING = (ImportError, OSError, RuntimeError, ValueError, webbrowser.Error)
 _TAG = re.compile(r"<[^>]*>")
 _MOST_CELLS = 1_500  # of a heatmap that becomes a table
 _MOST_ROWS = 20  # of bars
@@ -189,7 +193,7 @@ class Figure(go.Figure):  # type: ignore[misc]  # plotly ships no types
         """Data for plotly, and what is shown in its place where there is no plotly."""
         try:
             bundle = dict(super()._repr_mimebundle_(include, exclude, validate, **kwargs))
-        except Exception:  # a renderer that the user chose lacks something: IPython, Chrome
+        except _LACKING:  # a renderer that the user chose
             bundle = {}
         if not bundle:
             bundle = pio.renderers["plotly_mimetype"].to_mimebundle(self.to_dict())
@@ -231,7 +235,7 @@ def _png(figure: go.Figure) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a character without a font
             return b64encode(drawn_bytes(figure, "png")).decode("ascii")
-    except Exception:  # whatever it is, the figure still shows as HTML
+    except Exception:  # a figure of anyone's, drawn anew: what fails here must not hide plotly's
         return None
 
 
@@ -250,7 +254,7 @@ def _shown_outside(figure: go.Figure) -> bool:
         return False
     try:
         pio.show(figure)
-    except Exception:  # no browser on this machine, no nbformat
+    except _LACKING:
         return False
     return True
 
