@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from headscope.ablation import estimate_heads as estimate_heads
     from headscope.ablation import interactions as interactions
     from headscope.ablation import patch_activations as patch_activations
+    from headscope.ablation import patch_stream as patch_stream
     from headscope.ablation import path_patch as path_patch
     from headscope.ablation import screen_heads as screen_heads
     from headscope.comparing import compare as compare
@@ -112,6 +113,7 @@ _HOME = {
     "metrics": "headscope.metrics",
     "output_scorer": "headscope.scorers",
     "patch_activations": "headscope.ablation",
+    "patch_stream": "headscope.ablation",
     "path_patch": "headscope.ablation",
     "plots": "headscope.plots",
     "probes": "headscope.probes",

@@ -15,7 +15,7 @@ _FILES = (
     *("attention.safetensors", "spectra.safetensors", "pairs.parquet", "words.json", "paths.json"),
     *("lens.parquet", "attribution.parquet", "heads.parquet", "emergence.parquet"),
     *("comparison.parquet", "recall.csv", "masking.csv", "responses.jsonl"),
-    *("ranked.parquet", "ranked.jsonl"),
+    *("ranked.parquet", "ranked.jsonl", "effects.safetensors", "effects.parquet"),
 )
 _FOLDERS = {
     "pictures": (".png", ".html"),

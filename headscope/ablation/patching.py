@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import edits
@@ -70,10 +70,8 @@ def patch_activations(
         >>> hs.patch_activations(model, names, hs.metrics.logit_difference).axes
         ('layer', 'head')
     """
-    clean, corrupt = _aligned_pair(probe)
+    clean, corrupt = aligned_pair(probe, direction)
     run, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
-    if direction not in ("noise", "denoise"):
-        raise InputError(f"direction is 'noise' or 'denoise'; got {direction!r}.")
     study = Study.of(model, run, metric, batch_size=batch_size, memory=memory, progress=progress)
     labels, cells = _grid(model, run, axes, site, positions)
 
@@ -86,8 +84,6 @@ def patch_activations(
         return made
 
     edited, unedited = study.measure(variants, len(cells), f"patching {len(cells)} cells")
-    other, _ = replace(study, probe=donor).measure(lambda _slice, _batch: [()], 1, "paired run")
-    pair = (unedited, other[0]) if direction == "noise" else (other[0], unedited)
     shape = (*(len(names) for names in labels), len(run))
     return EffectGrid(
         name=f"{direction}_{site}",
@@ -95,7 +91,7 @@ def patch_activations(
         labels=labels,
         per_example=(edited - unedited).reshape(shape),
         unedited=unedited,
-        pair=np.stack(pair),
+        pair=both_runs(study, donor, unedited, direction),
         unit=study.metric.unit,
         description=f"{study.metric.name} with the patch less that without.",
         provenance=study.provenance(site=site, direction=direction),
@@ -103,8 +99,22 @@ def patch_activations(
     )
 
 
-def _aligned_pair(probe: Probe) -> tuple[Probe, Probe]:
-    """The clean probe, and the corrupt tokens with the clean probe's answers."""
+def both_runs(
+    study: Study, donor: Probe, unedited: Float[np.ndarray, " example"], direction: str
+) -> Float[np.ndarray, "2 example"]:
+    """The metric on the clean and on the corrupt run, one of which was measured."""
+    other, _ = replace(study, probe=donor).measure(lambda _slice, _batch: [()], 1, "paired run")
+    return np.stack((unedited, other[0]) if direction == "noise" else (other[0], unedited))
+
+
+def aligned_pair(probe: Probe, direction: str = "noise") -> tuple[Probe, Probe]:
+    """The clean probe, and the corrupt tokens with the clean probe's answers.
+
+    Raises:
+        InputError: if they are not aligned, or the direction is neither of the two.
+    """
+    if direction not in ("noise", "denoise"):
+        raise InputError(f"direction is 'noise' or 'denoise'; got {direction!r}.")
     other = probe.corrupt
     if other is None:
         raise InputError("patching needs a pair: this probe has no corrupt probe.")
@@ -127,7 +137,7 @@ def _grid(
         raise InputError("patching needs the axis 'layer'.")
     shape = model.shape
     n_heads = shape.n_kv_heads if site in ("key", "value") else shape.n_heads
-    names, masks = _places(model, probe, positions, "position" in axes)
+    names, masks = places(model, probe, positions, "position" in axes)
     choices = {
         "layer": list(shape.attention_layers),
         "head": list(range(n_heads)) if "head" in axes else [None],
@@ -158,7 +168,7 @@ def position_names(model: HeadModel, probe: Probe) -> list[str]:
     return names
 
 
-def _places(
+def places(
     model: HeadModel, probe: Probe, positions: Positions | Sequence[str], split: bool
 ) -> tuple[list[str], list[Bool[Tensor, "batch pos"] | None]]:
     """Sets of positions to patch, by name."""

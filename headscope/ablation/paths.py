@@ -9,7 +9,7 @@ from torch import Tensor
 from headscope import edits
 from headscope.ablation.engine import Batch
 from headscope.ablation.heads import as_scores
-from headscope.ablation.patching import _aligned_pair
+from headscope.ablation.patching import aligned_pair
 from headscope.ablation.run import Metricish, Study, by_head, present, without_rounding
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
@@ -68,7 +68,7 @@ def path_patch(
     """
     if entry not in ("query", "key", "value"):
         raise InputError(f"entry is 'query', 'key' or 'value'; got {entry!r}.")
-    clean, corrupt = _aligned_pair(probe)
+    clean, corrupt = aligned_pair(probe)
     listening = () if receivers is None else present(model, receivers)
     top = max((head.layer for head in listening), default=model.shape.n_layers)
     chosen = [head for head in present(model, senders) if head.layer < top]

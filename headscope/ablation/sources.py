@@ -19,7 +19,7 @@ from headscope.models.hf.record import quick_activations, record
 from headscope.models.hf.replay import Replay
 from headscope.models.protocol import HeadModel
 from headscope.models.running import use_of
-from headscope.models.taps import Read, Tap, TapView, Texts, writes_of
+from headscope.models.taps import Read, Tap, TapView, Texts, Write, writes_of
 
 # A replay must give the model's own logits to this share of the largest; half precision keeps
 # about three digits.
@@ -126,11 +126,15 @@ class ForwardSource:
             logits = self.model.run(
                 Texts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1)),
                 reads=self.reads,
-                writes=writes_of(stack(variants)),
+                writes=self.writes(variants),
                 logits_at=at,
             )
         assert logits is not None  # noqa: S101  # they were asked for
         return logits[self.read[:, at].repeat(copies, 1).to(logits.device)]
+
+    def writes(self, variants: Sequence[Variant]) -> Mapping[Tap, Write]:
+        """What a stack of variants writes."""
+        return writes_of(stack(variants))
 
     def values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         """What some taps hold in every variant, ``[variant batch *rest]``."""
@@ -145,7 +149,7 @@ class ForwardSource:
         self.model.run(
             Texts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1)),
             reads=dict.fromkeys(taps, kept_in(found, copies)),
-            writes=writes_of(stack(variants)),
+            writes=self.writes(variants),
             logits_at=torch.empty(0, dtype=torch.long),
         )
         return found

@@ -328,5 +328,45 @@ def report(
     command.run(runs, out=out, overwrite=overwrite, title=title)
 
 
+@app.command()
+@with_loading
+def patch(
+    loading: Loading,
+    model: Model = None,
+    site: Annotated[
+        str, typer.Option(help="resid_pre, attn_out, mlp_out or resid_post.")
+    ] = "resid_pre",
+    task: Annotated[
+        str, typer.Option(help="ioi, greater_than, agreement, docstring, ...: pairs of prompts.")
+    ] = "ioi",
+    pairs: Annotated[
+        Path | None, path_option("JSONL file of pairs: clean, corrupt, answer, foil.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Pairs of the task.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
+    direction: Annotated[
+        str, typer.Option(help="noise: corrupt values into the clean run; denoise: the reverse.")
+    ] = "denoise",
+    out: Annotated[Path | None, path_option("Folder for the effects and the picture.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Patch the residual stream, attention or MLPs from a paired run, by layer and position."""
+    from headscope.cli import patch as command
+
+    command.run(
+        loading.of(model),
+        site=site,
+        task=task,
+        pairs=pairs,
+        examples=examples,
+        seed=seed,
+        direction=direction,
+        out=out,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
 app.add_typer(comparing)
 app.add_typer(retrieving)
