@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headscope.ablation import ablate_heads
+from headscope.base.stacks import all_causal
 from headscope.circuits import eigenvalues, head_card, spectra
 from headscope.circuits.survey import card_table, scores_quickly
 from headscope.errors import InputError, UnsupportedModelError
@@ -19,7 +20,7 @@ from headscope.interactive.view import attention_example
 from headscope.metrics import loss
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
-from headscope.probes import repeated_tokens
+from headscope.probes import Probe, masked, repeated_tokens
 from headscope.report.head import Evidence, Example, head_page
 from headscope.report.head_html import head_html
 from headscope.report.head_terminal import card_lines
@@ -159,13 +160,24 @@ def explain(
 
 
 def _effects(model: HeadModel, head: HeadIndex, seed: int) -> Iterator[HeadScores]:
-    """What the loss on repeated random tokens becomes without the head."""
-    room = model.shape.n_ctx or 1000
-    probe = repeated_tokens(model, length=min(50, (room - 1) // 2), batch=8, seed=seed)
+    """What the loss on repeated random tokens, or on hidden ones, becomes without the head."""
+    probe = _asked(model, seed)
+    if probe is None:
+        return
     try:
         yield ablate_heads(model, probe, metric=loss, method="mean", heads=[head])
     except UnsupportedModelError:
         return
+
+
+def _asked(model: HeadModel, seed: int) -> Probe | None:
+    """What the loss is taken of; None for an encoder whose mask token is not known."""
+    room = model.shape.n_ctx or 1000
+    if all_causal(model.stacks):
+        return repeated_tokens(model, length=min(50, (room - 1) // 2), batch=8, seed=seed)
+    if getattr(model.tokenizer, "mask_token_id", None) is None:
+        return None
+    return masked(model, length=min(_EXAMPLE_LENGTH, room), batch=8, seed=seed)
 
 
 def _pictured(model: HeadModel, seed: int) -> tuple[list[HeadSpectra], list[HeadEigenvalues]]:

@@ -117,7 +117,12 @@ class Metric:
         else:
             read = probe.mark(self.mark) & (answered if "target" in self.needs else probe.real)
         if not bool(read.any()):
-            raise InputError(f"{self.name} has nothing to read: the probe has no such positions.")
+            what = f"mark {self.mark!r}" if self.mark is not None else "target"
+            raise InputError(
+                f"{self.name} has nothing to read: no position of the probe has a {what}"
+                f"{' and a target' if self.mark is not None and 'target' in self.needs else ''}; "
+                "for an encoder, hs.probes.masked hides tokens and asks for them."
+            )
         return read
 
     def by_position(

@@ -353,3 +353,13 @@ def test_padding_that_is_read_as_text_is_refused() -> None:
         with pytest.raises(UnsupportedModelError, match=words):
             hs.score(model, hs.probes.from_tokens(tokens, real), "entropy")
     assert hs.score(model, hs.probes.from_tokens(text_of(20)), "entropy")["entropy"].n.min() == 2
+
+
+def test_one_head_of_an_encoder_is_explained(bert: Any) -> None:
+    said = hs.explain("L1H2", bert)
+    assert said.scan is not None
+    assert "next_token" in said.scan
+    (effect,) = said.effects
+    assert effect.provenance.probe["kind"] == "masked"
+    assert said.attention is not None
+    assert not hs.explain("L1H2", hs.load(encoder("bert"))).effects  # no mask token is known
