@@ -1,4 +1,4 @@
-"""Forward passes over a probe: each attention layer is handed over as it completes, then forgotten.
+"""Forward passes over a probe: each attention layer is passed on as it completes, then dropped.
 
 Nothing here knows what is computed of a layer. :func:`stream` is the engine under every scorer;
 :func:`collect` gives whole patterns and head outputs to a notebook that asks for them.

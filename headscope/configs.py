@@ -88,9 +88,7 @@ def read_yaml(path: str | Path) -> Written:
             raise
         where = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = where.line + 1 if where is not None else _line_of_position(error, text)
-        raise InputError(
-            f"{path} is no readable YAML in line {line}: {_problem(error)}."
-        ) from error
+        raise InputError(f"{path} is not readable YAML, line {line}: {_problem(error)}.") from error
     if not isinstance(found, dict) or not found:
         raise InputError(
             f"{path} should hold keys with values, such as 'kind: repeated_tokens', from line 1."

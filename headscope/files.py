@@ -200,7 +200,7 @@ def check_same(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
     """Refuse to go on from a file that was made from other facts.
 
     Raises:
-        InputError: naming the facts that differ, and the way out.
+        InputError: naming the facts that differ, and what to do.
     """
     names = sorted({*found, *wanted})
     other = [name for name in names if found.get(name) != wanted.get(name)]

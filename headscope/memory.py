@@ -34,7 +34,9 @@ def parse_memory(amount: "str | int | None") -> int | None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", amount.upper())
         unit = match.group(2) if match else None
         if match is None or unit not in _UNITS:
-            raise InputError(f"{amount!r} is no amount of memory: write it as '2GB' or '512MB'.")
+            raise InputError(
+                f"{amount!r} is not an amount of memory: write it as '2GB' or '512MB'."
+            )
         amount = int(float(match.group(1)) * _UNITS[unit])
     if amount <= 0:
         raise InputError("the memory for a chunk must be more than nothing.")

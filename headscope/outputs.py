@@ -106,7 +106,10 @@ class Readout:
 
 
 def _nothing() -> Any:
-    raise UnsupportedModelError("nobody handed over the values, queries and keys of this layer.")
+    raise UnsupportedModelError(
+        "these HeadOutputs were made without access to the layer's values, queries and keys: use "
+        "hs.score, or give make_values= and make_matches=."
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ def read_parquet(
     except FileNotFoundError:
         raise InputError(f"there is no file {str(file)!r}.") from None
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
-        raise InputError(f"{str(file)!r} is no readable parquet file: {_line(error)}") from None
+        raise InputError(f"{str(file)!r} is not a readable parquet file: {_line(error)}") from None
 
 
 def read_part(file: Path, *, again: str = "run the same again") -> "pyarrow.Table":
@@ -50,7 +50,7 @@ def read_part(file: Path, *, again: str = "run the same again") -> "pyarrow.Tabl
 
     Raises:
         FileNotFoundError: if it is absent.
-        InputError: if it is no Parquet, or larger than the limits.
+        InputError: if it is not Parquet, or larger than the limits.
     """
     with readable(file, again=again):
         return read_limited(file)

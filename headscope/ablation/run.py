@@ -222,7 +222,7 @@ class KeptEffects:
                 values, finished = file.get_tensor("values"), file.get_tensor("finished")
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(
-                f"{self._file} is no checkpoint of an ablation: give another name, or delete it."
+                f"{self._file} is not a checkpoint of an ablation: give another name, or delete it."
             ) from error
         check_same(self._file, facts, self._facts, "ablation")
         rows = zip(values, finished.astype(np.bool_), strict=True)

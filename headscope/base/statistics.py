@@ -123,7 +123,7 @@ def mean_interval(
         Lower and upper end; NaN for heads with fewer than two examples (or clusters).
 
     Raises:
-        InputError: if the level is no share, or the labels do not fit.
+        InputError: if the level is not a share, or the labels do not fit.
 
     Example:
         >>> low, high = mean_interval(np.array([[1.0, 2.0, 3.0]]))
@@ -294,7 +294,7 @@ def benjamini_hochberg(p: Float[np.ndarray, "*heads"]) -> Float[np.ndarray, "*he
     """Adjusted p-values that control the false discovery rate (Benjamini and Hochberg 1995).
 
     ``q_(i) = min over j >= i of (m / j) p_(j)``, at most 1, in the shape of ``p``, as
-    ``scipy.stats.false_discovery_control`` gives them. NaN is no test: it stays NaN and does not
+    ``scipy.stats.false_discovery_control`` gives them. NaN is not a test: it stays NaN and does not
     count in m.
     """
     from scipy import stats

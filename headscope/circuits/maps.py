@@ -71,7 +71,7 @@ def relations(model: HeadModel, path: "str | PathLike[str] | None" = None) -> di
 
     Args:
         model: whose tokenizer decides.
-        path: JSON of your own, ``{"name": [["source", "target"], ...]}``, instead of the lists.
+        path: a JSON file, ``{"name": [["source", "target"], ...]}``, instead of the lists.
 
     Raises:
         InputError: if the file holds something else.

@@ -356,7 +356,7 @@ def _unrotated(
 
 
 def _between(model: HeadModel, layers: Sequence[int], biases: bool) -> list[QueryKey]:
-    """What follows the matrices of some layers; where that is no product, say what still works.
+    """What follows the matrices of some layers; where that is not a product, say what still works.
 
     Raises:
         UnsupportedModelError: if it is more than norms and a rotation, or a norm adds a bias and

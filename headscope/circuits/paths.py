@@ -52,7 +52,7 @@ def strongest_paths(
         length: heads in a chain, 2 or more.
         fold_norm: fold the norms.
 
-    Known weakness: high composition is no proof of use (see :func:`composition`); ablate.
+    Known weakness: high composition is not proof of use (see :func:`composition`); ablate.
 
     Example:
         >>> paths = hs.circuits.strongest_paths(model, k=3, modes=["K"])

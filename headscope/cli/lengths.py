@@ -36,7 +36,9 @@ def parse_lengths(text: str) -> list[int]:
 def _length(word: str, text: str) -> int:
     match = re.fullmatch(r"\s*(\d{1,9})\s*([kKmM]?)\s*", word)
     if match is None or int(match[1]) < 1:
-        raise InputError(f"{text!r} is no list of lengths: write 1k..32k (doubling) or 128,512,2k.")
+        raise InputError(
+            f"{text!r} is not a list of lengths: write 1k..32k (doubling) or 128,512,2k."
+        )
     return int(match[1]) * _UNITS[match[2].lower()]
 
 
@@ -55,7 +57,7 @@ def parse_depths(text: str) -> int | list[float]:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"{text!r} are no depths: write how many (10), or shares from 0 to 1 (0,0.5,1)."
+            f"{text!r} are not depths: write how many (10), or shares from 0 to 1 (0,0.5,1)."
         ) from None
     if not all(0 <= share <= 1 for share in shares):
         raise InputError(f"depths are shares from 0 (start) to 1 (end); got {text!r}.")

@@ -59,11 +59,11 @@ def parse_shard(text: str) -> tuple[int, int]:
     """``"2/8"`` as numbers.
 
     Raises:
-        InputError: if it is no shard.
+        InputError: if it is not a shard.
     """
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise InputError(f"{text!r} is no shard: write the second of eight as 2/8, from 1/8 on.")
+        raise InputError(f"{text!r} is not a shard: write the second of eight as 2/8, from 1/8 on.")
     return int(index), int(count)
 
 

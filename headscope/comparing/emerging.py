@@ -80,9 +80,9 @@ def text_curves(
 def copy_curves(
     losses: Float[np.ndarray, "example token"], half: int
 ) -> dict[str, Float[np.ndarray, " example"]]:
-    """Mean loss on the first and on the second copy of a text said twice.
+    """Mean loss on the first and on the second copy of a text repeated.
 
-    The second copy's first token is left out: nothing foretells it.
+    The second copy's first token is left out: nothing predicts it.
 
     Args:
         losses: of every token.
@@ -114,12 +114,12 @@ def emergence(
 
     One checkpoint is in memory at a time; all see the same probes. Curves: ``loss`` and
     ``in-context score`` (late loss less early loss; negative where context helps) on text, and
-    the losses on the ``first copy`` and the ``second copy`` of random tokens said twice.
+    the losses on the ``first copy`` and the ``second copy`` of random tokens repeated.
 
     Args:
         source: of :func:`headscope.load`; default: the bundled model.
         checkpoints: revisions, earliest first; default: all those of a bundled model.
-        scorers: names or scorers of your own; default: previous token, induction, duplicate token
+        scorers: names or scorers; default: previous token, induction, duplicate token
             and first token.
         texts: for the loss; default: of a bundled model stories like those of its training, else
             bundled passages of prose.

@@ -47,7 +47,7 @@ class Build:
         kv_group: query heads that share a key/value head (Llama only).
         rotation_seed: rotate the residual stream by a random orthogonal matrix, so that no
             coordinate means anything; None: no rotation.
-        noise_heads: heads added to every layer with random weights, whose output nobody reads.
+        noise_heads: heads added to every layer with random weights, whose output is not read.
         seed: of the noise.
 
     Raises:
@@ -339,7 +339,7 @@ class _Compiler:
     def noise(
         self, number: int, first: int, W_Q: Tensor, W_K: Tensor, W_V: Tensor, W_O: Tensor
     ) -> None:
-        """Fill heads that attend at random and write where nobody reads."""
+        """Fill heads that attend at random and write where nothing reads."""
         generator = torch.Generator().manual_seed(1000 * self.build.seed + number)
         group = self.build.kv_group
         names = ["token", *(["position"] if self.build.family == "gpt2" else [])]

@@ -223,7 +223,7 @@ def greater_than_program(numbers: int = 6, length: int = 10) -> Program:
 
 
 def bystander_program(tokens: int = 8, length: int = 16) -> Program:
-    """Induction beside a duplicate-token head and a copying head whose output nobody reads."""
+    """Induction beside a duplicate-token head and a copying head whose output is not read."""
     heads = (
         _previous("previous"),
         Head(0, "token", "token", same(), "token", "seen", ties="last", others_only=True,

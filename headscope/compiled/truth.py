@@ -34,7 +34,7 @@ class Truth:
 
     Attributes:
         roles: heads by the role that the field calls them.
-        used: heads that the output depends on; the others compute something nobody reads.
+        used: heads that the output depends on; what the others compute is not read.
         redundant: used heads whose work others do as well: ablating one alone shows nothing.
         edges: who reads from whom, among nodes that the output depends on.
         composition: pairs ``(earlier head, later head)`` by the letter of the slot, ``Q K V``.

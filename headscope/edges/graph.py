@@ -286,7 +286,7 @@ class EdgeGraph(Shown):
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{str(path)!r} is no saved edge graph, or is damaged: {error}."
+                f"{str(path)!r} is not a saved edge graph, or is damaged: {error}."
             ) from None
 
 

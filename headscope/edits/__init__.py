@@ -9,7 +9,7 @@ there are no heads. Values that an edit needs (means, other runs) are captured b
 ``positions`` limits an edit to marked positions, e.g. ``probe.mark("end")``; ``scope`` to the
 prompt (``prefill``) or to what is generated after it (``decode``). Which is which is a fact of the
 pass, not of its size: a prompt of one token is a prompt. ``model.forward`` reads prompts; of
-transformers' ``generate`` the prompt is what it was given; in a loop of your own, what extends a
+transformers' ``generate`` the prompt is what it was given; in your own loop, what extends a
 cache is decoding.
 """
 

@@ -82,7 +82,7 @@ def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
     """Read one head or several, named ``"L5H1"``, ``"5.1"`` or ``(5, 1)``; doubles go.
 
     Raises:
-        InputError: if one is no head address.
+        InputError: if one is not a head address.
 
     Example:
         >>> hs.edits.head_list(["L1H0", "0.2", (2, 1)])

@@ -71,7 +71,7 @@ def rollout(
         ``.matrix [batch query key]``, from 0 to 1.
 
     Raises:
-        InputError: if the probe does not fit, or ``heads`` is no fusion.
+        InputError: if the probe does not fit, or ``heads`` is not a fusion.
         UnsupportedModelError: if the model has layers without attention.
 
     Source: Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers".

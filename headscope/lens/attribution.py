@@ -253,7 +253,7 @@ def attribute(
 
     Raises:
         InputError: if the prompt, position or a token does not fit the model.
-        UnsupportedModelError: if the model has no plain final norm, or its blocks are no sums.
+        UnsupportedModelError: if the model has no plain final norm, or its blocks are not sums.
         HeadscopeError: if a check fails.
 
     Source: Elhage et al. 2021; Wang et al. 2022, appendix on direct effects. Unlike the scorer

@@ -290,7 +290,7 @@ class _Kept:
                 step, facts = int(told["step"]), dict(json.loads(told["facts"]))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(
-                f"{self._file} is no checkpoint of a fit: give another name, or delete it."
+                f"{self._file} is not a checkpoint of a fit: give another name, or delete it."
             ) from error
         check_same(self._file, facts, self._facts, "fit")
         with safe_open(self._file, "pt") as file:

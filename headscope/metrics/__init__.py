@@ -4,7 +4,7 @@ A metric says which positions it reads, so that logits are computed nowhere else
 are the positions that have a target; ``metric.at("end")`` reads a mark of the probe instead. Where
 an example has several, its number is their mean; where it has none, NaN. A metric is also a plain
 function of whole logits: ``hs.metrics.loss(model.forward(probe.tokens), probe)``.
-A function of your own, ``f(logits [batch pos d_vocab], probe) -> [batch]``, is a metric too.
+A user's function ``f(logits [batch pos d_vocab], probe) -> [batch]`` is a metric too.
 """
 
 from headscope.metrics.base import Answered as Answered

@@ -116,7 +116,7 @@ class ModelParts(Protocol):
         """How head outputs of one layer reach the residual stream.
 
         Raises:
-            UnsupportedModelError: if what stands in between is no norm, or cannot be told.
+            UnsupportedModelError: if what stands in between is not a norm, or cannot be told.
         """
 
 

@@ -204,7 +204,7 @@ class TextBatch(Protocol):
 
 
 class Texts(NamedTuple):
-    """Token sequences that are no probe."""
+    """Token sequences that are not a probe."""
 
     tokens: Int[Tensor, "batch pos"]
     real: Bool[Tensor, "batch pos"] | None = None

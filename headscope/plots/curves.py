@@ -94,7 +94,7 @@ def _axes(grid: EffectGrid) -> tuple[tuple[str, ...], list[float]]:
     try:
         return grid.labels[0], [float(step) for step in grid.labels[1]]
     except ValueError:
-        raise InputError(f"the steps of {grid.name!r} are no numbers: {grid.labels[1]}.") from None
+        raise InputError(f"the steps of {grid.name!r} are not numbers: {grid.labels[1]}.") from None
 
 
 def _line(

@@ -444,7 +444,7 @@ def drawn_bytes(figure: go.Figure, kind: str, scale: float = 2.0) -> bytes:
     import matplotlib.style as style
 
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    # Nobody's own settings leak in, and ours do not leak out; no date, so same in, same bytes out.
+    # The user's settings do not leak in, nor ours out; no date, so same in, same bytes out.
     with style.context(["default", _SETTINGS]), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:

@@ -155,7 +155,7 @@ def needle(
             complete, for a chat model as a question; the default without a template), ``several``
             (three numbers of one name), ``hops`` (a chain of two), ``prose`` (fixed sentences);
             a JSONL file with ``{"needle": text or list, "question": ..., "answer": ...}``; or
-            needles of your own. Random content cannot be answered from memory.
+            a list of :class:`Needle`. Random content cannot be answered from memory.
         per_cell: examples per length and depth; default: 2 with random content, else all needles.
         distractors: other needles of the same set in the text (with a fixed set at most the
             rest of it).

@@ -62,7 +62,7 @@ def repeated_tokens(
         True
     """
     if copies < 2:
-        raise InputError(f"copies={copies} is no repetition: give 2 or more.")
+        raise InputError(f"copies={copies} is not a repetition: give 2 or more.")
     draw = _Draw(model, length * copies, batch, seed, bos)
     part = draw(length)
     tokens = draw.framed(part.repeat(1, copies))

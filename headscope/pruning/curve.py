@@ -101,7 +101,7 @@ def pruning_curve(
         counts: at which numbers of heads; default: all, or 21 at even distances.
         random: how many random orders to add as controls, seeded from ``seed`` on.
         method: of :func:`headscope.ablate_heads`; ``zero`` is what pruning does.
-        sizes: also prune for real at every point of the arms that are no controls, and measure
+        sizes: also prune for real at every point of the arms that are not controls, and measure
             parameters, operations and time of each model.
         reference: where replacement values come from.
         seed: of the random orders, and of what the method draws.

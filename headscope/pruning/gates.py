@@ -130,7 +130,7 @@ def learn_gates(
         steps: of training, one batch of the probe each.
         rate: of Adam.
         start: of every ``log_alpha``; 2: open with probability .94.
-        better: for a metric of your own: is it better ``higher`` or ``lower``?
+        better: ``higher`` or ``lower``; needed for a metric without a direction.
         seed: of the noise and of the order of batches.
         batch_size: examples per step; default: all that one pass takes.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.

@@ -183,7 +183,7 @@ def ablation_importance(
         probe: what to run.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
         method: of :func:`headscope.ablate_heads`; ``zero`` is what pruning does.
-        better: for a metric of your own: is it better ``higher`` or ``lower``?
+        better: ``higher`` or ``lower``; needed for a metric without a direction.
         positions: as :func:`headscope.ablate_heads` takes them.
         reference: likewise.
         seed: likewise.

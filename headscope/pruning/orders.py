@@ -55,7 +55,7 @@ class KeptOrder:
             facts, heads = dict(found["facts"]), tuple(map(HeadIndex.parse, found["heads"]))
         except (OSError, KeyError, TypeError, ValueError, HeadscopeError) as error:
             raise InputError(
-                f"{self._file} is no kept order: give another name, or delete it."
+                f"{self._file} is not a kept order: give another name, or delete it."
             ) from error
         check_same(self._file, facts, self._facts, "order")
         return heads
@@ -184,7 +184,7 @@ def greedy(
         method: of :func:`headscope.ablate_heads`; ``zero`` is what pruning does.
         count: how many heads go; default: all that may.
         keep: how many heads of each layer stay at the least.
-        better: for a metric of your own: is it better ``higher`` or ``lower``?
+        better: ``higher`` or ``lower``; needed for a metric without a direction.
         reference: where replacement values come from.
         batch_size: examples per recorded pass.
         checkpoint: JSON file in which the order is kept head by head, and from which the same

@@ -56,7 +56,7 @@ def circuit_sections(
         Words(
             "Chains of heads in which each reads what the one before it writes, by weights alone. "
             "Strength: geometric mean of the composition scores, in units of chance; 1 is what "
-            "heads get that know nothing of each other. High composition is no proof of use: "
+            "heads get that know nothing of each other. High composition is not proof of use: "
             "ablate.",
         )
     ]

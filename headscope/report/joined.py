@@ -102,7 +102,7 @@ def _overview(subject: Subject) -> dict[str, Any]:
 
 
 def _facts(found: Sequence[Subject]) -> list[tuple[str, list[str]]]:
-    """What the models are, one column each; rows that nobody fills are left out."""
+    """What the models are, one column each; empty rows are left out."""
     rows: dict[str, list[str]] = {}
     for subject in found:
         first = subject.scores[0]

@@ -46,7 +46,7 @@ def packed_tokens(tokens: Iterable[str]) -> list[str]:
 
 
 def packed_example(example: AttentionExample) -> dict[str, Any]:
-    """Tokens and patterns; where nobody looks ahead, only what lies on and below the diagonal."""
+    """Tokens and patterns; under a causal mask only what lies on and below the diagonal."""
     rows, columns = np.tril_indices(len(example.tokens))
     triangle = not np.triu(example.pattern, 1).any()
     return {

@@ -72,7 +72,7 @@ def retrieval_sections(
             Words(
                 "Right answers while heads are masked (their attention made flat, from the last "
                 "token of the prompt on): those that copy most, those that copy least, and random "
-                "ones that are no retrieval heads. The needles are others than those that the "
+                "ones that are not retrieval heads. The needles are others than those that the "
                 "heads were found on."
             )
         ]

@@ -109,7 +109,7 @@ def _json(file: Path, otherwise: Any) -> Any:
             raise InputError(f"{str(file)!r} is larger than {_MAX_JSON // 10**6} MB.")
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{str(file)!r} is no readable JSON: {error}") from None
+        raise InputError(f"{str(file)!r} is not readable JSON: {error}") from None
     if not isinstance(found, dict):
         raise InputError(f"{str(file)!r} should hold a JSON object.")
     return found

@@ -254,7 +254,7 @@ def score_corpus(
         Documents of fewer than two tokens come last, without a rank.
 
     Raises:
-        InputError: if a line is no document, or the folder cannot be written.
+        InputError: if a line is not a document, or the folder cannot be written.
 
     Example:
         >>> import headscope as hs

@@ -195,7 +195,7 @@ def _arms(model: HeadModel, scores: HeadScores | Heads, seed: int) -> dict[str, 
 def _controls(
     model: HeadModel, scores: HeadScores | Heads, random: int, seed: int
 ) -> dict[str, Order]:
-    """Random orders of the heads that nobody calls retrieval heads."""
+    """Random orders of the heads that are not retrieval heads."""
     if random < 0:
         raise InputError(f"random={random} must be 0 or more.")
     if isinstance(scores, HeadScores):
@@ -226,7 +226,7 @@ class MaskingConfig(Strict):
     """Masking curves written down: which tasks, and how heads are masked.
 
     Attributes:
-        tasks: probes by name: needles, questions of your own, repeated tokens.
+        tasks: probes by name: needles, your questions, repeated tokens.
         counts, random, controls, method, scope, right, seed: of :func:`masking_curve`.
 
     Example:

@@ -68,7 +68,7 @@ def mask_heads(
 
     transformers' ``generate`` reads the whole prompt at once, so its first new token is said
     before ``scope="decode"`` begins; in the source the mask begins with the last token of the
-    prompt, as it does in :func:`headscope.retrieval.generate`. In a loop of your own, a pass that
+    prompt, as it does in :func:`headscope.retrieval.generate`. In your own loop, a pass that
     extends a cache counts as decoding.
 
     Args:

@@ -139,7 +139,7 @@ DEFAULT: tuple[str, ...] = (
 
 
 def resolve(scorers: Iterable[str | Scorer | Relation] | Scorer) -> tuple[Scorer, ...]:
-    """Turn names and scorers of your own into scorers, in the order given.
+    """Turn names and scorers into scorers, in the order given.
 
     Raises:
         InputError: for an unknown name, with the nearest one, or two scorers of one name.

@@ -50,7 +50,7 @@ def score(
     Args:
         model: from :func:`headscope.load`.
         probe: what to run; default: for each scorer the kind of probe that it is meant for.
-        scorers: names from ``headscope.scorers.CATALOGUE``, scorers and relations of your own, or a
+        scorers: names from ``headscope.scorers.CATALOGUE``, scorers and relations, or a
             mixture; default: ``headscope.scorers.DEFAULT``, less what this family cannot be asked.
         batch_size: examples per pass; changes nothing but time and memory.
         memory: what one chunk of attention rows may take, e.g. ``"2GB"``.

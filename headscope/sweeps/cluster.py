@@ -204,7 +204,7 @@ def check_temporary(folder: Path) -> None:
     """Refuse a folder for temporary files whose name is too long for Ray's sockets.
 
     Raises:
-        InputError: naming the folder and the way out.
+        InputError: naming the folder and what to do.
     """
     if os.name == "posix" and len(str(folder)) + _SOCKET > _LONGEST_SOCKET:
         raise InputError(

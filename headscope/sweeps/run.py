@@ -150,7 +150,7 @@ def run_sweep(
 ) -> Outcome:
     """Run a sweep, or what is left of it, into a folder.
 
-    What is done stays done: run it again to resume, also after a kill. Chunks that were given up
+    Finished chunks are kept: run it again to resume, also after a kill. Chunks that were given up
     are tried again. Interrupt it (Ctrl-C, or SIGTERM) and it finishes the chunk at hand; interrupt
     it twice and it stops at once; neither loses a finished chunk.
 

@@ -92,5 +92,5 @@ def _left(store: Store, pending: int) -> float | None:
         return None
     span = recent[-1] - recent[0]
     if time.time() - recent[-1] > max(10 * span, 60.0):
-        return None  # nobody is at work
+        return None  # no worker is running
     return pending * span / (len(recent) - 1)

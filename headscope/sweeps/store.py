@@ -119,7 +119,9 @@ class Store:
             found = json.loads(self.manifest_file.read_text(encoding="utf-8"))
             version = found["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.manifest_file} is no readable manifest: {error!r}") from None
+            raise InputError(
+                f"{self.manifest_file} is not a readable manifest: {error!r}"
+            ) from None
         if version != FORMAT:
             raise InputError(
                 f"{self.path} was written in format {version}; this version reads {FORMAT}."
@@ -272,8 +274,8 @@ def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
         except OSError as error:
             if not left:
                 raise InputError(
-                    f"cannot write {file}: {error.strerror or error}. What is done stays done: "
-                    "mend that, and run it again."
+                    f"cannot write {file}: {error.strerror or error}. Finished chunks are "
+                    "kept: fix the problem, and run the same command again to resume."
                 ) from error
 
 

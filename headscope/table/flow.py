@@ -121,7 +121,7 @@ class AttentionExample(Stored, Shown):
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{str(file)!r} is no example of attention: {error!r}.") from None
+            raise InputError(f"{str(file)!r} is not an example of attention: {error!r}.") from None
 
 
 # Kinds of edges of a route graph, in the order of their codes.

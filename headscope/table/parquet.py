@@ -113,7 +113,7 @@ def _check_facts(scores: Any, shape: tuple[int, int]) -> None:
         ValueError: saying which.
     """
     if not isinstance(scores, list) or len(scores) * shape[0] * shape[1] > _MAX_CELLS:
-        raise ValueError("the scores are no list, or too many")
+        raise ValueError("the scores are not a list, or too many")
     for one in scores:
         for name, kinds in _TYPES.items():
             if not isinstance(one[name], kinds) or isinstance(one[name], bool):

@@ -1,6 +1,6 @@
 """Checks that hold models, scorers and interventions to what headscope relies on.
 
-In the manner of scikit-learn's estimator checks: each function takes an object of your own, tries
+In the manner of scikit-learn's estimator checks: each function takes an object, tries
 it, raises at the first thing that is wrong, and returns a report of what was checked.
 
 hs.testing.check_model(model)          # from hs.load, or whatever hs.load takes

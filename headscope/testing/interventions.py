@@ -136,7 +136,7 @@ def _declared(case: _Case) -> None:
     ensure(case.edit.site in SITES, f"there is no site {case.edit.site!r}: one of {SITES}.")
     known = set(case.model.shape.attention_layers)
     layers = case.edit.layers
-    ensure(isinstance(layers, frozenset), "its layers are no frozenset.")
+    ensure(isinstance(layers, frozenset), "its layers are not a frozenset.")
     ensure(
         bool(layers) and layers <= known, f"it touches layers {sorted(layers)} of {sorted(known)}."
     )

@@ -193,7 +193,7 @@ class _Subject:
     def by_reader(self) -> bool:
         """Whether head outputs are what the output projection reads, and attention's own are not.
 
-        So it is with a gate or a norm in between, and where attention is no function of its own.
+        So it is with a gate or a norm in between, and where attention is not a function of its own.
         """
         return "values" in self.model.limits or not self.clean.calls
 
@@ -386,7 +386,7 @@ def _block(subject: _Subject, layer: int) -> nn.Module:
         if name.rpartition(".")[2] == str(layer) and reader in set(module.modules()):
             block: nn.Module = module
             return block
-    raise CheckError(f"layer {layer} is no numbered module.")
+    raise CheckError(f"layer {layer} is not a numbered module.")
 
 
 def _residual_sites(
@@ -541,7 +541,7 @@ def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
     if read is not None and read.shape[-1] != given.shape[-1]:
         raise UnsupportedModelError(
             f"attention of {subject.model.name} reads {read.shape[-1]} numbers a position and the "
-            f"residual stream has {given.shape[-1]}, so its circuits are no maps of the stream."
+            f"residual stream has {given.shape[-1]}, so its circuits are not maps of the stream."
         )
 
     def replace(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

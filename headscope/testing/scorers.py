@@ -170,7 +170,7 @@ class _Drawn:
 class _Layer:
     """A made-up layer whose queries, keys and values are drawn for each token of the vocabulary.
 
-    Scores get a part that depends on the distance, so that attention is no function of tokens
+    Scores get a part that depends on the distance, so that attention is not a function of tokens
     alone, and padding shifts nothing.
     """
 
@@ -283,10 +283,11 @@ def _chosen(case: _Case, probe: Probe | None = None) -> Tensor:
 
 def _declared(case: _Case) -> None:
     scorer, low, high = case.scorer, *case.scorer.bounds
-    ensure(bool(scorer.name.isidentifier()), f"its name {scorer.name!r} is no plain word.")
+    ensure(bool(scorer.name.isidentifier()), f"its name {scorer.name!r} is not a plain word.")
     ensure(bool(scorer.unit), "it names no unit: say unit='attention', 'nats', 'logits', ...")
     ensure(
-        low is None or high is None or low < high, f"its bounds {scorer.bounds} are no interval."
+        low is None or high is None or low < high,
+        f"its bounds {scorer.bounds} are not an interval.",
     )
     ensure(
         scorer.description != scorer.name, "its function has no docstring: say what it measures."
@@ -294,7 +295,7 @@ def _declared(case: _Case) -> None:
     chosen = scorer.queries(case.probe)
     ensure(
         chosen.dtype == torch.bool and chosen.shape == case.probe.tokens.shape,
-        "its queries are no Bool[batch pos].",
+        "its queries are not Bool[batch pos].",
     )
     ensure(
         bool((chosen & case.probe.real).any()),

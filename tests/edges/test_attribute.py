@@ -315,7 +315,7 @@ def test_a_graph_is_kept_whole(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="parquet"):
         EdgeGraph.load(tmp_path / "no.parquet")
     again.to_pandas().to_parquet(tmp_path / "other.parquet")
-    with pytest.raises(InputError, match="no saved edge graph"):
+    with pytest.raises(InputError, match="not a saved edge graph"):
         EdgeGraph.load(tmp_path / "other.parquet")
 
 

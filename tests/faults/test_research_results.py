@@ -574,7 +574,7 @@ def test_e17_the_checkpoint_of_another_measurement_is_refused(
         scaled(0.3)  # functions of one name are told apart by what they do
     for bad in (b"", b"{}", b"\x08\0\0\0\0\0\0\0{}      "):
         file.write_bytes(bad)
-        with pytest.raises(InputError, match="no checkpoint of an ablation"):
+        with pytest.raises(InputError, match="not a checkpoint of an ablation"):
             hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero", checkpoint=file)
-    with pytest.raises(InputError, match="no checkpoint of an ablation"):
+    with pytest.raises(InputError, match="not a checkpoint of an ablation"):
         hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero", checkpoint=tmp_path)

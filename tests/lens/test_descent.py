@@ -90,10 +90,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         attention_lens(checkpoint=file)
     tensors = load_file(file)
     save_file(tensors, file)
-    with pytest.raises(InputError, match="no checkpoint of a fit"):
+    with pytest.raises(InputError, match="not a checkpoint of a fit"):
         tuned_lens(checkpoint=file)
     file.write_bytes(b"\0" * 100)
-    with pytest.raises(InputError, match="no checkpoint of a fit"):
+    with pytest.raises(InputError, match="not a checkpoint of a fit"):
         tuned_lens(checkpoint=file)
     with pytest.raises(HeadscopeError, match="cannot write"):
         tuned_lens(checkpoint=file / "below" / "lens.safetensors")

@@ -35,7 +35,7 @@ def test_lines_are_means_and_bands_are_intervals() -> None:
 def test_other_grids_are_refused() -> None:
     with pytest.raises(InputError, match="no arm 'r9'"):
         plots.curves(grid(), controls=["r9"])
-    with pytest.raises(InputError, match="no numbers"):
+    with pytest.raises(InputError, match="not numbers"):
         plots.curves(grid(("a", "b", "c")))
     flat = EffectGrid("x", ("group",), (("a",),), np.zeros((1, 2)), np.zeros(2))
     with pytest.raises(InputError, match="arms by steps"):

@@ -69,7 +69,7 @@ def test_every_point_is_that_of_a_whole_pass(tmp_path: Path) -> None:
         assert getattr(same.effects, name) == getattr(curve.effects, name)
     assert same.effects.provenance.to_json() == curve.effects.provenance.to_json()
     pandas.testing.assert_frame_equal(same.to_pandas(), frame)
-    for name, message in (("curve.csv", "no readable"), ("none", "no file")):
+    for name, message in (("curve.csv", "not a readable"), ("none", "no file")):
         with pytest.raises(InputError, match=message):
             PruningCurve.load(tmp_path / name)
     with pytest.raises(InputError, match="holds PruningCurve of format 1; here OrderCurve"):

@@ -132,5 +132,5 @@ def test_a_greedy_order_that_was_stopped_goes_on(
         greedy(model, probe_of(batch=3), checkpoint=file)
     for text in ("", "[]", '{"heads": ["x"], "facts": {}}'):
         file.write_text(text)
-        with pytest.raises(InputError, match="no kept order"):
+        with pytest.raises(InputError, match="not a kept order"):
             greedy(model, probe, checkpoint=file)

@@ -201,7 +201,7 @@ def test_norm_after_attention_is_refused_to_scorers_that_need_the_bare_product()
         ({"scorers": ["inducton"]}, "did you mean 'induction'"),
         ({"scorers": []}, "no scorers"),
         ({"scorers": ["entropy", "entropy"]}, "entropy"),
-        ({"memory": "lots"}, "'lots' is no amount"),
+        ({"memory": "lots"}, "'lots' is not an amount"),
     ],
 )
 def test_mistakes_are_told_before_any_pass(

@@ -146,7 +146,7 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no sweep"):
         Store.open(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(InputError, match="no readable manifest"):
+    with pytest.raises(InputError, match="not a readable manifest"):
         Store.open(tmp_path).plan()
     (tmp_path / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(InputError, match="format 99"):

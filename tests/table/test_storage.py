@@ -100,7 +100,7 @@ def test_files_that_are_no_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file"):
         HeadTable.load(path)
     path.write_bytes(b"not parquet")
-    with pytest.raises(InputError, match="no readable parquet"):
+    with pytest.raises(InputError, match="not a readable parquet"):
         HeadTable.load(path)
     parquet.write_table(pyarrow.table({"a": [1]}), path)
     with pytest.raises(InputError, match="not a table that headscope saved"):

@@ -42,7 +42,7 @@ class BridgeParts(MeasuredParts):
             if (found(residual) - read).norm() < 1e-2 * read.norm():
                 return found
         raise UnsupportedModelError(
-            f"{model.name}: what attention of layer {layer} reads is no plain norm of the "
+            f"{model.name}: what attention of layer {layer} reads is not a plain norm of the "
             "residual stream that transformer-lens shows."
         )
 

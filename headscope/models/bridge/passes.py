@@ -61,7 +61,7 @@ class BridgeLayerView:
             stray = stray.masked_fill(padding, 0.0)
             itself = torch.nn.functional.one_hot(positions, n_keys).to(pattern.dtype)
             pattern = torch.where(padding[..., None], itself, pattern)
-        if not bool((stray <= _STRAY).all()):  # NaN is no row either
+        if not bool((stray <= _STRAY).all()):  # NaN is not a row either
             raise UnsupportedModelError(
                 f"layer {self.layer} attends to keys that its config says it cannot see (window "
                 f"{self.window})."

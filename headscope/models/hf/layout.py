@@ -39,7 +39,7 @@ class LayerParts:
     ``write_scale`` multiplies ``z @ W_O`` on its way into the residual stream; None where the
     write is not linear in ``z`` (a norm after attention). ``input_norm`` makes attention's input
     of the block's; None where attention reads the block's input itself (``reads_residual``) or
-    something that is no plain norm of it.
+    something that is not a plain norm of it.
     """
 
     layer: int

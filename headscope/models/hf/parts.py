@@ -80,7 +80,7 @@ def _read(
     if seen.read.shape[-1] != width:
         return (
             f"attention of layer {layer} reads {seen.read.shape[-1]} numbers a position and the "
-            f"residual stream has {width}, so its circuits are no maps of the stream"
+            f"residual stream has {width}, so its circuits are not maps of the stream"
         )
     weights = read_weights(model, layer, sources, width)
     reason = proved_linear(model, layer, seen, sources, weights)
@@ -93,7 +93,7 @@ def _read(
 
 
 def _seen(model: "HFModel") -> dict[int, SeenLayer]:
-    """A short pass, over a text whose length is no other size of its activations."""
+    """A short pass, over a text whose length differs from every other size of its activations."""
     shape = model.shape
     limit = shape.n_ctx or POSITIONS[-1] + 2
     sizes = {shape.n_heads, shape.n_kv_heads, shape.d_head}
@@ -124,7 +124,7 @@ class HFParts(MeasuredParts):
             return InputNorm(ones, torch.zeros_like(ones), False, 0.0, divides=False)
         if parts.input_norm is None:
             raise UnsupportedModelError(
-                f"{self.model.name}: what attention of layer {layer} reads is no plain norm of "
+                f"{self.model.name}: what attention of layer {layer} reads is not a plain norm of "
                 "the residual stream."
             )
         return measure_norm(parts.input_norm, width, device)

@@ -69,7 +69,7 @@ class AttentionTaps:
     """Routes the attention of one pass through its taps.
 
     Attributes:
-        pending: the layer whose head outputs come next, where somebody looks at it.
+        pending: the layer whose head outputs come next, where something reads or edits it.
     """
 
     run: Pass
@@ -83,7 +83,7 @@ class AttentionTaps:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Route attention, and hook the projections of layers that somebody looks at."""
+        """Route attention, and hook the projections of layers that something reads or edits."""
         hooks = (
             entering(parts.projection, self._at_projection(layer))
             for layer, parts in self.layout.layers.items()

@@ -62,7 +62,7 @@ def short_pass(
 
     Args:
         model: that runs.
-        tokens: the text; its length is no number of heads, so that axes can be told apart.
+        tokens: the text; its length differs from the number of heads, to tell axes apart.
         at: positions.
     """
     parts, length = model.layout.by_attention(), tokens.shape[1]
@@ -350,7 +350,7 @@ def _need_commuting(model: "HFModel", norm: HeadNorm, rotation: Rotation) -> Non
 def measure_head_norm(
     attention: nn.Module, place: SideNorm, heads: int, d_head: int, device: torch.device
 ) -> HeadNorm | None:
-    """Measure a norm of queries or keys by what it makes of known numbers; None if it is no norm.
+    """Measure a norm of queries or keys by what it makes of known numbers; None for anything else.
 
     It is applied to numbers and their negatives: half the difference is the gain times the
     normalised numbers, half the sum is the bias.

@@ -80,7 +80,7 @@ class Pass:
         return use_of(self.model.module).running() is self
 
     def is_read(self, tap: Tap) -> bool:
-        """Whether somebody looks at a tap, or the pass ends there."""
+        """Whether some read or write uses a tap, or the pass ends there."""
         return tap in self.reads or tap == self.until
 
     def touches(self, layer: int, *sites: str) -> bool:

@@ -22,7 +22,7 @@ def check_gguf(source: str | Path, revision: str | None) -> None:
 
     Raises:
         InputError: if a revision is asked of a file.
-        ModelLoadError: if there is no such file, it is no GGUF, or the package gguf is missing.
+        ModelLoadError: if there is no such file, it is not a GGUF, or the package gguf is missing.
     """
     if revision is not None:
         raise InputError(f"{source} is a file, which has no revisions: leave revision= out.")

@@ -1,0 +1,56 @@
+"""Phrases that docstrings, comments and messages do without, each with what to say instead."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import headscope
+
+PACKAGE = Path(headscope.__file__).parent
+# Texts that models read; not ours to word.
+TEXTS = ("models/bundled/words.py", "models/bundled/text.py")
+PHRASES = {
+    r"(?<!there )\b(?:is|are) no (?!longer\b|more\b)": "'is not a ...'",
+    r"\bof your own\b": "'your own ...', or say what it is",
+    r"\bwhatever kills\b": "'atomic'",
+    r"\bwhere somebody looks on\b": "'in a terminal or notebook'",
+    r"\bnobody\b": "say what does not do it",
+    r"\bstays done\b": "'finished chunks are kept'",
+    r"\bknows of\b": "'knows'",
+    r"\bthe way out\b": "'what to do'",
+}
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if not path.as_posix().endswith(TEXTS)]
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Every string of a source, parts of f-strings included, on one line."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, " ".join(node.value.split())
+
+
+def test_no_source_has_such_a_phrase() -> None:
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}: {match[0]!r}: say {better}"
+        for path in FILES
+        for line, text in texts(path)
+        for phrase, better in PHRASES.items()
+        if (match := re.search(phrase, text, re.IGNORECASE))
+    ]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["'x' is no shard.", "an edit of your own", "Nobody reads it.", "It stays done."],
+)
+def test_a_planted_phrase_is_found(text: str) -> None:
+    assert any(re.search(phrase, text, re.IGNORECASE) for phrase in PHRASES)
+
+
+@pytest.mark.parametrize("text", ["there is no head L9H9", "it is no longer there", "known of old"])
+def test_good_words_pass(text: str) -> None:
+    assert not any(re.search(phrase, text, re.IGNORECASE) for phrase in PHRASES)
