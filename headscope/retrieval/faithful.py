@@ -222,8 +222,8 @@ def contradictions(
     after the words that the reply begins with: the token that the model then holds likeliest is the
     beginning of its own answer, the probe's ``foils``. Special tokens and tokens without a letter
     or digit answer nothing and are never foils. For the bundled ``facts`` that is the likeliest of
-    the words that are values, and the passage names the least likely one; of your own needles
-    those are left out whose answer begins as the model's own does.
+    the words that are values, and the passage names the least likely one; needles that
+    you give are left out where their answer begins as the model's own does.
 
     Args:
         model: from :func:`headscope.load`.

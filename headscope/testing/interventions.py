@@ -14,6 +14,7 @@ from headscope.edits import AnyEdit, Heads, cut
 from headscope.edits.head_edit import SITES
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
+from headscope.interventions import Intervention, Setting
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import TapView, at_layers, writes_of
@@ -27,7 +28,7 @@ Maker = Callable[[Heads], AnyEdit]
 
 
 def check_intervention(
-    intervention: "Maker | AnyEdit",
+    intervention: "Intervention | Maker | AnyEdit",
     model: HeadModel | None = None,
     *,
     raises: bool = True,
@@ -48,8 +49,9 @@ def check_intervention(
     do (of a function from heads to an edit).
 
     Args:
-        intervention: a function from heads to an edit, such as ``hs.edits.zero``, as
-            :func:`headscope.ablate_heads` takes it for ``method``; or one edit. What it needs for
+        intervention: a value such as ``hs.interventions.Zero()``, or a function from heads to an
+            edit, such as ``hs.edits.zero``, as :func:`headscope.ablate_heads` takes them for
+            ``method``; or one edit. What it needs for
             its batch (donors, positions) has to fit two examples of the bundled model.
         model: default: the bundled model.
         raises: raise at the first failure; else go on and list it in the report.
@@ -62,7 +64,7 @@ def check_intervention(
         >>> import headscope as hs
         >>> hs.testing.check_intervention(hs.edits.zero).passed[:3]
         ('declared', 'shape', 'pure')
-        >>> bool(hs.testing.check_intervention(lambda heads: hs.edits.scale(heads, 0.5)))
+        >>> bool(hs.testing.check_intervention(hs.interventions.Scale(0.5)))
         True
     """
     case = _Case(intervention, load() if model is None else model, seed)
@@ -87,9 +89,18 @@ class _Case:
     @cached_property
     def edit(self) -> AnyEdit:
         """The edit."""
-        given = self.intervention
+        given = self.maker
         made: AnyEdit = given if isinstance(given, AnyEdit) else given(self.heads)
         return made
+
+    @cached_property
+    def maker(self) -> Any:
+        """What makes edits of heads; the edit itself where one was given."""
+        given = self.intervention
+        if not isinstance(given, Intervention):
+            return given
+        setting = Setting(self.model, self.probe, None, len(self.probe))
+        return given.prepare(setting)(slice(0, len(self.probe)), None)
 
     @property
     def makes_edits(self) -> bool:
@@ -239,7 +250,7 @@ def _replay(case: _Case) -> None:
     )
     clean = _loss(model.forward(probe.tokens), probe)
     for head in case.heads:
-        edit = case.intervention([head])
+        edit = case.maker([head])
         layers: set[int] = set()
         logits = model.run(
             probe, reads=at_layers(model.shape, _seen_in(layers)), writes=writes_of((edit,))

@@ -108,3 +108,10 @@ def test_a_broken_rule_is_named(change: Any, check: str) -> None:
     assert check in report.failed, str(report)
     with pytest.raises(CheckError, match="fails the check"):
         check_intervention(made(change))
+
+
+@pytest.mark.parametrize("value", [hs.interventions.Zero(), hs.interventions.Scale(0.5)], ids=repr)
+def test_values_are_checked_as_they_are(value: hs.interventions.Intervention) -> None:
+    report = check_intervention(value)
+    assert "replay" in report.passed
+    assert not report.failed
