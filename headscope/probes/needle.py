@@ -137,7 +137,9 @@ def needle(
     of the set in the needle's place, asks the same question, which the text no longer answers,
     and appends the other needle's answer. (Of a set without another needle, sentences of the
     haystack stand there, and the tokens at the answer's place are appended.) ``"other_question"``
-    keeps the text, asks about a needle that is not in it, and appends the same answer.
+    keeps the text, asks about a needle that is not in it, and appends the same answer; behind its
+    first token a head that continues what it finds scores there too, which the score
+    ``retrieval_first_token`` leaves out.
     ``"distractor"`` is the same text and question with the marks ``needle`` and ``needle_answer``
     on a distractor; those of ``numbers`` have the answer's digits in another order, so that a
     head which looks for equal digits, wherever they stand, scores the same there. A head that

@@ -37,6 +37,7 @@ from headscope.scorers.retrieval import (
     query_focused_retrieval,
     retrieval,
     retrieval_copy_only,
+    retrieval_first_token,
     retrieval_needle_only,
 )
 from headscope.scorers.rotary import rotary_slowness
@@ -100,6 +101,7 @@ CATALOGUE: dict[str, Scorer] = {
         ioi_duplicate,
         ioi_previous,
         retrieval,
+        retrieval_first_token,
         retrieval_needle_only,
         retrieval_copy_only,
         needle_mass,

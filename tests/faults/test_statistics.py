@@ -87,7 +87,7 @@ def test_c1_a_head_that_looks_at_a_place_is_no_retrieval_head(needles: str, cont
     )
     back = [*range(2, 90, 2)]
     heads = [lambda one, n=n: of_places(one, n) for n in back]
-    for name in ("retrieval", "needle_mass", "retrieval_needle_only"):
+    for name in ("retrieval", "needle_mass", "retrieval_needle_only", "retrieval_first_token"):
         found = named(probe, CATALOGUE[name], heads)
         if name == "needle_mass":
             assert found.mean.max() > 0.1
@@ -130,6 +130,40 @@ def test_c1_a_head_that_retrieves_is_still_named() -> None:
         found = named(probe, CATALOGUE["retrieval"], [looks, *[lambda one: of_places(one, 5)] * 40])
         assert found.mean[0, 0] > 0.9
         assert found.significant()[0].tolist() == [True, *[False] * 40]
+
+
+def test_c1_what_continues_a_number_is_told_from_what_finds_it() -> None:
+    """Behind its first digit a number goes on by itself, whatever was asked."""
+    model = reader(n_ctx=None)
+    probe = hs.probes.needle(model, 300, 5, "numbers", per_cell=4, control="other_question")
+
+    def looks(one: hs.Probe, finds: bool) -> Tensor:
+        """Continues the needle's number behind a digit of it; at its start only if asked for."""
+        logits = torch.zeros(len(one), one.length, one.length)
+        for row in range(len(one)):
+            number = one.mark("needle_answer")[row].nonzero().flatten().tolist()
+            steps = one.mark("answering")[row].nonzero().flatten().tolist()
+            for step, (query, key) in enumerate(zip(steps, number, strict=False)):
+                if step or (finds and asked_in_text(model, one, row)):
+                    logits[row, query, key] = 50
+        return attending(one, logits)
+
+    heads = [lambda one, f=f: looks(one, f) for f in (True, False)]
+    heads += [lambda one, n=n: of_places(one, n) for n in range(2, 42)]
+    whole = named(probe, CATALOGUE["retrieval"], heads)
+    first = named(probe, CATALOGUE["retrieval_first_token"], heads)
+    assert whole.mean[0, 0] > 0.9
+    assert whole.null[0, 0] > 0.6
+    assert whole.mean[0, 1] == pytest.approx(whole.null[0, 1])
+    assert (first.mean[0, 0], first.null[0, 0]) == (1.0, 0.0)
+    assert first.significant()[0].tolist() == [True, *[False] * 41]
+
+
+def asked_in_text(model: Any, one: hs.Probe, row: int) -> bool:
+    """Whether the name that the question asks about stands in the text before it."""
+    question = one.mark("question")[row]
+    name = model.tokenizer.decode(one.tokens[row][question]).split()[-1].rstrip("?")
+    return name in model.tokenizer.decode(one.tokens[row][: int(question.int().argmax())])
 
 
 def test_c2_controls_say_that_they_are_paired() -> None:

@@ -54,6 +54,7 @@ def slow(name: str, p: Probe, rows: AttentionRows, b: int, h: int, i: int) -> fl
     ranked = sorted(range(len(row)), key=lambda j: -row[j])[: len(needle)]
     return {
         "retrieval": float(best in answer and right),
+        "retrieval_first_token": float(best in answer and right),
         "retrieval_needle_only": float(best in needle),
         "retrieval_copy_only": float(right),
         "needle_mass": sum(row[j] for j in needle),
@@ -67,6 +68,7 @@ def slow(name: str, p: Probe, rows: AttentionRows, b: int, h: int, i: int) -> fl
     "name",
     [
         "retrieval",
+        "retrieval_first_token",
         "retrieval_needle_only",
         "retrieval_copy_only",
         "needle_mass",
@@ -76,15 +78,22 @@ def slow(name: str, p: Probe, rows: AttentionRows, b: int, h: int, i: int) -> fl
 )
 def test_row_scorers_do_what_they_say(name: str, window: int | None) -> None:
     p, scorer = probe(), CATALOGUE[name]
+    targets = p.targets.clone()
+    targets[:, 12] = p.tokens[:, 5]  # so that the answer's first token is in the needle
+    p = replace(p, targets=targets)
     found = set()
     for seed in range(6):
         rows = random_rows(p, HEADS, window=window, seed=seed)
         values = scorer(rows, p)
         asked = "question" if name == "query_focused_retrieval" else "answering"
         chosen = scorer.queries(p)
-        assert chosen.equal(p.mark(asked))
+        expected = p.mark(asked)
+        if name == "retrieval_first_token":
+            expected = expected & (torch.arange(p.length) == 12)
+        assert chosen.equal(expected)
         for b, i in chosen.nonzero().tolist():
-            key = "needle_answer" if name == "retrieval" else "needle"
+            copies = name in ("retrieval", "retrieval_first_token")
+            key = "needle_answer" if copies else "needle"
             hidden = not any(rows.visible[b, i, j] for j in where(p, key, b))
             for h in range(HEADS):
                 value = float(values[b, h, i])
