@@ -76,6 +76,7 @@ def composition(
     )
 
 
+@own_types()
 def partners(
     model: HeadModel, mode: str, head: "str | tuple[int, int]", fold_norm: bool = True
 ) -> tuple[list[tuple[HeadIndex, float]], list[tuple[HeadIndex, float]]]:
@@ -191,6 +192,7 @@ class ComponentScores(Saved, Shown):
         )
 
 
+@own_types()
 def component_composition(
     model: HeadModel, mode: str, components: int | None = 8, fold_norm: bool = True
 ) -> ComponentScores:
@@ -226,6 +228,7 @@ def component_composition(
     return ComponentScores(values.numpy(), first.layers, mode)
 
 
+@own_types()
 def direction_composition(
     model: HeadModel,
     first: "str | tuple[int, int]",
@@ -309,6 +312,7 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
+@own_types()
 def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> PairScores:
     """Overlap of every head's write subspace with every later head's read subspace.
 

@@ -12,6 +12,7 @@ from headscope.circuits.ov_qk import need_write, qk_of_run
 from headscope.errors import InputError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.models.taps import Reads, TapView, at_layers
 
 
@@ -96,6 +97,7 @@ class Recording:
         self.attends[view.layer] = view.rows(every).pattern[0]
 
 
+@own_types()
 @torch.no_grad()
 def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Recording:
     """Run one prompt; keep residual inputs, head outputs and patterns of all layers.
@@ -112,6 +114,7 @@ def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Rec
     return recording
 
 
+@own_types()
 def score_parts(
     model: HeadModel,
     recording: Recording,
@@ -169,6 +172,7 @@ def score_parts(
     )
 
 
+@own_types()
 def suppliers(model: HeadModel, recording: Recording, parts: ScoreParts) -> list[TracedEdge]:
     """What every earlier head, and the rest of the stream, adds to the kept components.
 
@@ -220,6 +224,7 @@ def _supplied(
     return (z * (W_O @ write.read_by(along))).sum(-1) / scale
 
 
+@own_types()
 def trace(
     model: HeadModel,
     tokens: Int[Tensor, " pos"] | Sequence[int],

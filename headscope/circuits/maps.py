@@ -27,6 +27,7 @@ from headscope.errors import InputError
 from headscope.files import read_text
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import of_weights
 from headscope.probes.vocabulary import ordinary_tokens
 from headscope.progress import Advance, track
@@ -171,6 +172,7 @@ def _case(model: HeadModel) -> Relation:
     return of_words(model, "case", [pair for pair in pairs if pair[1] in known][:_MADE_PAIRS])
 
 
+@own_types()
 def relation_scores(
     model: HeadModel,
     pairs: Mapping[str, Relation] | None = None,
@@ -293,6 +295,7 @@ class Mappings(Saved, Shown):
         )
 
 
+@own_types()
 def salient_mappings(
     model: HeadModel,
     head: "str | tuple[int, int]",

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from headscope.circuits.factors import HeadFactors, column_space
 from headscope.circuits.vocabulary import Dictionary, Gram
+from headscope.models.running import own_types
 from headscope.progress import Advance
 
 
+@own_types()
 def symmetric_share(factors: HeadFactors) -> Float[Tensor, "layer head"]:
     """Share of the squared norm in the symmetric part of every head's matrix.
 
@@ -31,6 +33,7 @@ def symmetric_share(factors: HeadFactors) -> Float[Tensor, "layer head"]:
     return (1 + trace / factors.norm().square()) / 2
 
 
+@own_types()
 def eigenvalue_ratio(
     core: Float[Tensor, "layer head d_head d_head"],
 ) -> Float[Tensor, "layer head"]:
@@ -48,6 +51,7 @@ def eigenvalue_ratio(
     return ratio
 
 
+@own_types()
 def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Share of the embedding's variance in the subspace that a head reads.
 
@@ -68,6 +72,7 @@ def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "la
     return factors.per_head(torch.stack(shares))
 
 
+@own_types()
 def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Share of the unembedding's variance in the subspace that a head writes.
 
@@ -117,6 +122,7 @@ class Ranks(NamedTuple):
     suppressed: Int[Tensor, "layer head pair"]
 
 
+@own_types()
 def target_ranks(
     factors: HeadFactors,
     source: Callable[[int], Float[Tensor, "pair d_model"]],

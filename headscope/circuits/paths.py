@@ -12,6 +12,7 @@ from headscope.circuits.composition import composition, random_composition
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.table import PairScores
 
 
@@ -36,6 +37,7 @@ class Path(Stored):
         return f"{' '.join(parts)} ({self.strength:.1f})"
 
 
+@own_types()
 def strongest_paths(
     model: HeadModel,
     k: int = 10,

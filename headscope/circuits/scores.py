@@ -458,6 +458,7 @@ def _factor_outliers(
     return spectrum.outliers(S, deviation * spectrum.marchenko_pastur_edge(rows, columns)).to(S)
 
 
+@own_types()
 def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer head"]:
     """Largest singular value that random factors of each head's shape and variance would give.
 

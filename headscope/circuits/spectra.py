@@ -13,6 +13,7 @@ from headscope.circuits.spectrum import product_spectra
 from headscope.circuits.vocabulary import Dictionary, Embedding, Gram
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import of_weights
 from headscope.table import HeadEigenvalues, HeadSpectra
 
@@ -21,6 +22,7 @@ _BETWEEN = {"OV": "token to logit", "QK": "query token to key token"}
 _SEEN = {"raw": "raw embedding", "mlp": "first MLP added", "mlp_only": "first MLP alone"}
 
 
+@own_types()
 def spectra(
     model: HeadModel, circuit: str = "OV", fold_norm: bool = True, *, seed: int = 0
 ) -> HeadSpectra:
@@ -61,6 +63,7 @@ def spectra(
     )
 
 
+@own_types()
 def eigenvalues(
     model: HeadModel, circuit: str = "OV", embedding: Embedding = "raw"
 ) -> HeadEigenvalues:

@@ -20,6 +20,7 @@ from headscope.circuits.vocabulary import Dictionary, Embedding, vocabulary_view
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.progress import track
 from headscope.table import HeadCard, HeadEigenvalues, HeadSpectra, HeadTable, PairScores
 
@@ -71,6 +72,7 @@ class Survey(Saved, Shown):
         )
 
 
+@own_types()
 def survey(
     model: HeadModel,
     *,
@@ -173,6 +175,7 @@ def card_table(model: HeadModel) -> HeadTable:
         return found
 
 
+@own_types()
 def head_card(
     model: HeadModel,
     head: "str | tuple[int, int]",

@@ -256,6 +256,7 @@ def vocabulary_view(
     return VocabularyView(svd.S[..., :directions], read, written, factors.layers)
 
 
+@own_types()
 def vocabulary_words(
     model: HeadModel, directions: int = 3, tokens: int = 6
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:

@@ -13,6 +13,7 @@ from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.scorers import Scorer
 from headscope.scoring import score
 from headscope.table import Comparison, HeadScores, HeadTable
@@ -108,6 +109,7 @@ def shared(first: HeadTable, second: HeadTable) -> tuple[str, ...]:
     return names
 
 
+@own_types()
 def weight_similarity(
     first: HeadModel, second: HeadModel
 ) -> dict[int, Float[np.ndarray, "first_head second_head"]]:
@@ -190,6 +192,7 @@ def way_to_match(name: str) -> By:
     raise InputError(nearest(name, _MEASURES, kind="way to match"))
 
 
+@own_types()
 def compare(
     first: "HeadModel | HeadTable | str",
     second: "HeadModel | HeadTable | str",

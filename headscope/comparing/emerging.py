@@ -13,6 +13,7 @@ from headscope.errors import HeadscopeError, InputError
 from headscope.models.loading import shipped
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes import Probe, repeated_tokens, text
 from headscope.progress import track
 from headscope.scorers import Scorer
@@ -30,6 +31,7 @@ UNITS = {
 _EARLY, _LATE = (0.05, 0.15), (0.9, 1.0)
 
 
+@own_types()
 def token_losses(model: HeadModel, probe: Probe) -> Float[np.ndarray, "example token"]:
     """Cross-entropy of each token given those before it, nats.
 
@@ -52,6 +54,7 @@ def _losses(logits: Float[Tensor, "pos d_vocab"], part: Probe) -> Float[np.ndarr
     return losses.where(real[1:] & real[:-1], torch.nan).numpy().astype(np.float64)
 
 
+@own_types()
 def text_curves(
     losses: Float[np.ndarray, "example token"],
 ) -> dict[str, Float[np.ndarray, " example"]]:
@@ -77,6 +80,7 @@ def text_curves(
     return {"loss": mean, "in-context score": np.array(scores)}
 
 
+@own_types()
 def copy_curves(
     losses: Float[np.ndarray, "example token"], half: int
 ) -> dict[str, Float[np.ndarray, " example"]]:
@@ -99,6 +103,7 @@ def copy_curves(
 _SCORES = ("previous_token", "induction", "duplicate_token", "first_token")
 
 
+@own_types()
 def emergence(
     source: str | None = None,
     checkpoints: Sequence[str] | None = None,

@@ -13,6 +13,7 @@ from headscope.base.statistics import Bounds
 from headscope.errors import InputError, nearest
 from headscope.geometry import measures as gm
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView
 from headscope.origin import origin
 from headscope.probes import Probe
@@ -126,6 +127,7 @@ POOLED = {
 }
 
 
+@own_types()
 def layers(
     model: HeadModel,
     texts: str | Path | Sequence[str] | Probe | None = None,

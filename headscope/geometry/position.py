@@ -18,6 +18,7 @@ from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView
 from headscope.origin import origin
 from headscope.probes import Probe
@@ -122,6 +123,7 @@ def anova(states: Float[Tensor, "text pos d_model"]) -> Anova:
     return Anova(*(part.to(states.dtype) for part in (mean, position, context, rest)))
 
 
+@own_types()
 def position_layers(
     model: HeadModel,
     texts: Probe | Sequence[str] | str | Path | None = None,
@@ -183,6 +185,7 @@ def position_layers(
     return LayerTable(places, tuple(made), origin(model, study.probe, skip=skip))
 
 
+@own_types()
 def position_heads(
     model: HeadModel,
     texts: Probe | Sequence[str] | str | Path | None = None,

@@ -18,6 +18,7 @@ from headscope.lens.logit import head_words
 from headscope.lens.prompt import Promptish, read_prompt
 from headscope.lens.reading import constants, logits_added, logits_of, row_chunks
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.models.taps import BlockStates, Reads, TapView, at_blocks, at_final, at_layers
 from headscope.probes.probe import Probe
 from headscope.table.lens import HeadWords
@@ -200,6 +201,8 @@ def correction(
     return held.flatten(1) @ outer.flatten(0, 1) + shift
 
 
+@own_types()
+@torch.enable_grad()
 def attention_lens(
     model: HeadModel,
     probe: Probe | None = None,

@@ -15,6 +15,7 @@ from headscope.lens.fitting import in_turn, judge_streams, split_data, streams
 from headscope.lens.learned import FitReport, Saved, save_lens
 from headscope.lens.reading import row_names
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.progress import track
 
@@ -86,6 +87,7 @@ class ResidualLens:
 _LEAST = 1e-10
 
 
+@own_types()
 @torch.no_grad()
 def linear_shortcuts(
     model: HeadModel,

@@ -23,6 +23,7 @@ from headscope.lens.fitting import (
 from headscope.lens.linear import ResidualLens
 from headscope.lens.reading import logits_of, row_chunks, row_names
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.outputs import Readout
 from headscope.probes.probe import Probe
 
@@ -111,6 +112,8 @@ _CLIP = 1.0
 _WIDTH = 768
 
 
+@own_types()
+@torch.enable_grad()
 def tuned_lens(
     model: HeadModel,
     probe: Probe | None = None,

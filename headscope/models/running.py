@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from headscope.errors import HeadscopeError
+from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.models.offload import put_away
 
 # Stands for a pass that finds out what a model is: no scope edits it.
@@ -152,6 +152,20 @@ def own_types() -> Iterator[None]:
         for device in _autocast_devices():
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+def need_gradients(module: nn.Module, name: str) -> None:
+    """Refuse a module whose weights gradients cannot pass.
+
+    Raises:
+        UnsupportedModelError: if it was made in inference mode.
+    """
+    if any(weight.is_inference() for weight in module.parameters()):
+        raise UnsupportedModelError(
+            f"{name} was made in torch.inference_mode, and gradients, by which weights are told "
+            "apart by heads too, can never pass through it: make it outside, or let headscope.load "
+            "read it by name."
+        )
 
 
 def _autocast_devices() -> list[str]:

@@ -219,6 +219,7 @@ def ablation_importance(
     )
 
 
+@own_types()
 def weight_norm(model: HeadModel) -> HeadScores:
     """Frobenius norm of ``W_V W_O``: how long a head's write is for inputs in all directions.
 
@@ -252,6 +253,7 @@ def weight_norm(model: HeadModel) -> HeadScores:
     )
 
 
+@own_types()
 def output_norm(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HeadScores:
     """Mean length of what a head writes, ``E |z W_O|``, over a probe: the activation baseline.
 
@@ -264,6 +266,7 @@ def output_norm(model: HeadModel, probe: Probe, *, batch_size: int | None = None
     return score(model, probe, "head_output_norm", batch_size=batch_size)["head_output_norm"]
 
 
+@own_types()
 def confidence(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HeadScores:
     """Mean over queries of a head's largest attention weight, sinks left out.
 

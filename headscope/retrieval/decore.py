@@ -11,6 +11,7 @@ from torch import Tensor
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.retrieval.generation import Chooser, Generated, Mixed, Prompts, Text, write
 from headscope.retrieval.masks import Mask, Masking
 
@@ -102,6 +103,7 @@ def _entropy(log_probabilities: Float[Tensor, "batch d_vocab"]) -> Float[Tensor,
     return entropy
 
 
+@own_types()
 def decore(
     model: HeadModel,
     prompts: Prompts,

@@ -17,6 +17,7 @@ from headscope.base.statistics import mean_and_sem
 from headscope.edits import Heads
 from headscope.errors import HeadscopeError, InputError
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes import Needle, Probe, needle
 from headscope.probes.encoding import encode
 from headscope.probes.needle import writer_for
@@ -78,6 +79,7 @@ class Faithfulness:
         )
 
 
+@own_types()
 def faithfulness(
     model: HeadModel,
     probe: Probe,

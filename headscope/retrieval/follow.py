@@ -15,6 +15,7 @@ from headscope.heads import ModelShape
 from headscope.memory import chunk_bytes, free_cached_memory, is_out_of_memory
 from headscope.models.decoding import decoding, end_tokens, need_continuing
 from headscope.models.protocol import Edit, HeadModel
+from headscope.models.running import own_types
 from headscope.models.taps import Reads, TapView, Texts, at_layers
 from headscope.probes.probe import Probe
 from headscope.progress import track
@@ -120,6 +121,7 @@ class Options(TypedDict):
     progress: bool | None
 
 
+@own_types()
 def follow(
     model: HeadModel,
     probe: Probe,
@@ -170,6 +172,7 @@ def follow(
     )[0]
 
 
+@own_types()
 def follow_both(
     model: HeadModel,
     probe: Probe,
@@ -397,6 +400,7 @@ def answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> Repl
     return Reply(response, reference, word_recall(reference, response))
 
 
+@own_types()
 def follow_forced(
     model: HeadModel,
     probe: Probe,

@@ -14,6 +14,7 @@ from headscope.base.statistics import Design, rank_correlation, top_k_overlap
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.retrieval.follow import RECALL, Options, follow_both
@@ -88,6 +89,7 @@ class Retrieval:
         )
 
 
+@own_types()
 def decoded(
     model: HeadModel,
     probe: Probe,
@@ -240,6 +242,7 @@ def _scores(
     )
 
 
+@own_types()
 def forced(
     model: HeadModel,
     probe: Probe,

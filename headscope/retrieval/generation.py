@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.errors import InputError
 from headscope.models.decoding import Decoding, decoding, end_tokens
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.encoding import encode
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import bos_prefix, need_tokenizer
@@ -153,6 +154,7 @@ class Mixed(NamedTuple):
 Mixer = Callable[[list[Tensor]], Mixed]
 
 
+@own_types()
 def generate(
     model: HeadModel,
     prompts: Prompts,

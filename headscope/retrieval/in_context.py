@@ -17,6 +17,7 @@ from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.metrics import LogitRows, Metric, loss
 from headscope.models.protocol import Edit, HeadModel
+from headscope.models.running import own_types
 from headscope.probes.encoding import next_tokens
 from headscope.probes.probe import Probe
 from headscope.progress import track
@@ -28,6 +29,7 @@ _TOKENS_PER_PASS = 8192
 _SOURCE = "Olsson et al. 2022 (arXiv 2209.11895), in-context learning score"
 
 
+@own_types()
 def in_context_score(
     model: HeadModel,
     probe: Probe,
@@ -94,6 +96,7 @@ def in_context_score(
     )
 
 
+@own_types()
 def token_losses(
     model: HeadModel,
     probe: Probe,

@@ -21,6 +21,7 @@ from headscope.errors import InputError
 from headscope.files import subfolder, whole_file, writable_folder
 from headscope.metrics import loss
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.parquet_files import read_part, readable
 from headscope.probes.encoding import encode, next_tokens, pad_right
 from headscope.probes.probe import Probe
@@ -62,6 +63,7 @@ class Influence:
             return np.where(below > 0, (self.masked - self.base) / below, np.nan)
 
 
+@own_types()
 def influence(
     model: HeadModel,
     documents: Sequence[str],
@@ -216,6 +218,7 @@ class Corpus:
         return text
 
 
+@own_types()
 def score_corpus(
     model: HeadModel,
     corpus: Corpus | str | Path,

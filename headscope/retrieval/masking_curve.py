@@ -18,6 +18,7 @@ from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import accuracy
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.probe import Probe
 from headscope.retrieval.masks import Masking
@@ -59,6 +60,7 @@ _COUNTS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 75, 100)
 Controls = Literal["any", "layers"]
 
 
+@own_types()
 def masking_curve(
     model: HeadModel,
     probe: Probe,
@@ -245,6 +247,7 @@ class MaskingConfig(Strict):
     seed: int = Field(default=0, ge=0)
 
 
+@own_types()
 def masking_curves(
     model: HeadModel,
     scores: HeadScores | Heads,

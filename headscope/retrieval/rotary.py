@@ -12,6 +12,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.inputs import Rotation
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 from headscope.models.taps import Reads, TapView, at_layers
 from headscope.probes.probe import Probe
 from headscope.scorers.rotary import far_keys, plane_shares
@@ -39,6 +40,7 @@ class RotaryContributions:
             return 2 * np.pi / self.frequency
 
 
+@own_types()
 def rotary_contributions(
     model: HeadModel, probe: Probe, *, batch_size: int | None = None
 ) -> RotaryContributions:

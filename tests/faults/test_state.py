@@ -725,6 +725,15 @@ READINGS: dict[str, Callable[[Any], Any]] = {
     "qk": lambda m: hs.circuits.qk(m).singular_values(),
     "composition": lambda m: hs.circuits.composition(m, "K").values,
     "circuits": lambda m: [one.mean for one in hs.circuits.score(m, tokens=16).values()],
+    "trace": lambda m: [e.contribution for e in hs.circuits.trace(m, X[0], "L2H0", 7, 3)],
+    "mappings": lambda m: hs.circuits.salient_mappings(m, "L1H1", sources=3, targets=2).saliency,
+    "components": lambda m: hs.circuits.component_composition(m, "K").values,
+    "affinity": lambda m: hs.circuits.subspace_affinity(m, "K").values,
+    "eigenvalues": lambda m: np.sort(np.abs(hs.circuits.eigenvalues(m, "OV").values)),
+    "survey": lambda m: [one.values for one in hs.circuits.survey(m, tokens=8, paths=1).pairs],
+    "weight norm": lambda m: hs.pruning.weight_norm(m).mean,
+    "tuned lens": lambda m: fitted(hs.lens.tuned_lens(m, PROBE, steps=3, progress=False)),
+    "attention lens": lambda m: fitted(hs.lens.attention_lens(m, PROBE, steps=3, progress=False)),
     "generate": lambda m: torch.tensor(
         hs.retrieval.generate(m, X, new_tokens=3, progress=False).tokens
     ),
@@ -732,6 +741,39 @@ READINGS: dict[str, Callable[[Any], Any]] = {
         [p.detach().flatten() for p in hs.prune(m, ["L0H1"]).parameters()]
     ),
 }
+
+
+def test_b10_a_model_made_in_inference_mode_is_read_but_for_gradients() -> None:
+    with torch.inference_mode():
+        module, named = llama(), hs.load("tiny-gpt2")
+    model = hs.load(module)
+    np.testing.assert_array_equal(scored(model), scored(hs.load(llama())))
+    asks: list[Callable[[], Any]] = [
+        lambda: hs.estimate_heads(model, PROBE, LOSS, progress=False),
+        lambda: hs.circuits.ov(model),
+        lambda: hs.prune(model, ["L0H1"]),
+    ]
+    for ask in asks:
+        with pytest.raises(hs.HeadscopeError, match=r"made in torch\.inference_mode"):
+            ask()
+    assert hs.circuits.ov(named).norm().shape == (named.shape.n_layers, named.shape.n_heads)
+
+
+def fitted(lens: Any) -> Tensor:
+    """The first of a fitted lens's weights."""
+    return next(value for value in vars(lens).values() if isinstance(value, Tensor)).detach()
+
+
+@pytest.mark.parametrize("around", [*AROUND, "no gradients"])
+def test_b10_norms_of_queries_are_measured_in_the_models_own_types(around: str) -> None:
+    wanted = hs.circuits.qk(hs.load(fresh("qwen3")), offset=1).singular_values()
+    module = fresh("qwen3")
+    with AROUND.get(around, torch.no_grad)():
+        model = hs.load(module)
+        found = hs.circuits.qk(model, offset=1).singular_values()
+        pruned = hs.prune(model, ["L0H1"])  # its heads are told apart by gradients
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert pruned.config.model_type == "qwen3"
 
 
 @pytest.mark.parametrize("name", READINGS)

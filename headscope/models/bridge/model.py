@@ -23,6 +23,7 @@ from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.protocol import Edit
+from headscope.models.running import need_gradients
 from headscope.models.shown import glance_of
 from headscope.models.taps import writes_of
 from headscope.outputs import HeadWeights, Readout
@@ -168,6 +169,8 @@ class BridgeModel(Tapped, Shown):
             inputs["logits_to_keep"] = logits_at.to(self.device)
             logits_at = None
         run.real = mask
+        if run.grad:
+            need_gradients(self.module, self.name)
         with run.attached(), torch.set_grad_enabled(run.grad):
             logits: Tensor = self.bridge(tokens.to(self.device), return_type="logits", **inputs)
         return logits if logits_at is None else logits[:, logits_at.to(logits.device)]

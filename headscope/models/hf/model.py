@@ -27,7 +27,7 @@ from headscope.models.loading.calls import accepted, answer, first_position, pad
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.offload import all_weights, runs_on
 from headscope.models.protocol import Edit
-from headscope.models.running import pass_over
+from headscope.models.running import need_gradients, pass_over
 from headscope.models.shown import glance_of
 from headscope.models.taps import Tap, writes_of
 from headscope.outputs import HeadWeights, Readout
@@ -201,6 +201,8 @@ class HFModel(Tapped, Shown):
     ) -> Float[Tensor, "batch at d_vocab"]:
         """Logits of a pass, in evaluation mode and in the model's own types."""
         self.learn_padding(real)
+        if run.grad:
+            need_gradients(self.module, self.name)
         with run.attached(), torch.set_grad_enabled(run.grad):
             inputs = self._inputs(tokens, real)
             if run.stops and not (run.is_read(Tap("final_resid")) and self._norm_is_outside):

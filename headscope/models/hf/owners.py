@@ -21,7 +21,7 @@ from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, after, before, hooked
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts, tiny_tokens
-from headscope.models.running import pass_over
+from headscope.models.running import need_gradients, pass_over
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -51,6 +51,7 @@ def find_owners(model: "HFModel") -> dict[int, dict[str, list[Owner]]]:
     Raises:
         UnsupportedModelError: if an output serves several heads, or none.
     """
+    need_gradients(model.module, model.name)
     with pass_over(model.module), torch.enable_grad():
         watched = _watch(model)
         try:
@@ -75,6 +76,7 @@ def find_readers(model: "HFModel", layers: Sequence[int]) -> dict[int, dict[str,
         By layer, the owners of every output, by module (None: it becomes no query, key or value,
         like a gate); or, where they cannot be told, the reason.
     """
+    need_gradients(model.module, model.name)
     with pass_over(model.module), torch.enable_grad():
         watched = _watch(model, readers=True)
         found: dict[int, dict[str, Owners] | str] = {}

@@ -358,7 +358,8 @@ def measure_head_norm(
     module = attention.get_submodule(place.name)
     with at_hand(module):
         norm = copy.deepcopy(unhooked(module)).float().eval()
-    probe = torch.randn(1, 2, heads, d_head, generator=torch.Generator().manual_seed(0)) + 0.5
+    draw = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, 2, heads, d_head, generator=draw, dtype=torch.float32) + 0.5
     held = next((one.device for one in (*norm.parameters(), *norm.buffers())), device)
     probe = probe.to(held)
 
@@ -375,7 +376,7 @@ def measure_head_norm(
     there, back, moved, mixed = made(probe), made(-probe), made(probe + 3), made(longer)
     centred = gap(moved, there, 1e-3).closed
     together = heads > 1 and not gap(mixed[:, :, 1:], there[:, :, 1:], 1e-3).closed
-    ones = torch.ones(heads, d_head, device=held)
+    ones = torch.ones(heads, d_head, device=held, dtype=torch.float32)
     epsilon = named_epsilon(module)
     bare = HeadNorm(ones, 0 * ones, centred, 0.0, together)
     if epsilon is None:

@@ -20,6 +20,7 @@ from headscope.models.loading.adapters import adapted
 from headscope.models.loading.extrapolation import extrapolate as extrapolate_positions
 from headscope.models.loading.gguf import check_gguf, is_gguf, read_gguf, read_gguf_config
 from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
 
 KNOWN_LAYERS = ATTENTION_LAYERS | OTHER_LAYERS
 # Tokens of the passes that are watched to find the parts of a model.
@@ -287,6 +288,7 @@ def _check_runs(module: Any, name: str) -> None:
     own_logits(module, tiny_tokens(module), name)
 
 
+@own_types()
 def _from_files(
     source: str | Path | None,
     revision: str | None,

@@ -109,10 +109,15 @@ def _key(model: Any) -> tuple[nn.Module, object]:
     module: nn.Module = model.module
     kind = (type(module), str(getattr(module, "config", "")))
     weights = tuple(
-        (name, tuple(w.shape), w.dtype, w.device, w.data_ptr(), w._version, _sample(w))
+        (name, tuple(w.shape), w.dtype, w.device, w.data_ptr(), _version(w), _sample(w))
         for name, w in (*module.named_parameters(), *module.named_buffers())
     )
     return module, (kind, weights)
+
+
+def _version(weight: Tensor) -> int:
+    """Torch's counter of writes; a weight that was made in inference mode has none."""
+    return 0 if weight.is_inference() else weight._version
 
 
 @torch.no_grad()
