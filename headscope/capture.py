@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.memory import free_cached_memory, is_out_of_memory
 from headscope.base.stacks import all_causal
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
-from headscope.memory import free_cached_memory, is_out_of_memory
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Reader, Reads, Tap, TapView
 from headscope.probes.probe import Probe

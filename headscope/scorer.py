@@ -17,12 +17,11 @@ from headscope import probes
 from headscope.base.specs import Direction, ScoreSpec
 from headscope.base.statistics import Alternative, Bounds
 from headscope.errors import InputError, nearest
-from headscope.gradients import HeadGradients
-from headscope.matches import Matches
 from headscope.metrics import AnyMetric, as_metric
-from headscope.outputs import HeadOutputs
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
+from headscope.views.outputs import HeadGradients, HeadOutputs
+from headscope.views.qk import Matches
+from headscope.views.rows import AttentionRows
 
 QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
 Kind = Literal["row", "output", "qk", "weight", "gradient"]

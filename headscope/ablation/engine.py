@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.ablation.sources import Plan, Source
+from headscope.base.memory import free_cached_memory, is_out_of_memory
+from headscope.base.progress import Advance
 from headscope.edits import Variant
-from headscope.memory import free_cached_memory, is_out_of_memory
 from headscope.metrics import AnyMetric, LogitRows, Metric, WholeMetric
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.progress import Advance
 
 
 @dataclass(eq=False)

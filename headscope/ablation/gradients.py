@@ -18,12 +18,12 @@ from torch import Tensor
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Placer, Study
 from headscope.ablation.sources import ForwardSource, quick
+from headscope.base.progress import track
 from headscope.edits import AnyEdit, Site, Span, during
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import AnyMetric, Metric
 from headscope.models.protocol import HeadModel
-from headscope.progress import track
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from headscope.ablation.engine import Batch
 from headscope.ablation.heads import as_scores
 from headscope.ablation.patching import aligned_pair
 from headscope.ablation.run import Metricish, Study, by_head, present, without_rounding
+from headscope.base.progress import track
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -19,7 +20,6 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap
 from headscope.probes.probe import Probe
-from headscope.progress import track
 from headscope.table import HeadScores
 
 Entry = Literal["query", "key", "value"]

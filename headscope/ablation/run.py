@@ -20,18 +20,18 @@ from headscope import capture
 from headscope.ablation.checks import proofs
 from headscope.ablation.engine import Batch, stack_tokens
 from headscope.ablation.sources import Plan, plan_for
+from headscope.base.files import check_same, whole_file, writable_folder
+from headscope.base.memory import parse_memory
+from headscope.base.progress import Advance, track
 from headscope.edits import AnyEdit, HeadEdit, Heads, Variant, head_list
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.files import check_same, whole_file, writable_folder
 from headscope.heads import HeadIndex
 from headscope.interventions import Intervention, Place, Setting, named
 from headscope.interventions.catalogue import BatchPlace
-from headscope.memory import parse_memory
 from headscope.metrics import AnyMetric, Metric, as_metric
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin
 from headscope.probes.probe import Probe, probe_digest
-from headscope.progress import Advance, track
 from headscope.table import Provenance
 
 Metricish = AnyMetric | Callable[..., Tensor]

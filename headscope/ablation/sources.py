@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.memory import free_cached_memory, is_out_of_memory, keep_freed_memory
 from headscope.base.stacks import all_causal
 from headscope.edits import Variant, scale, stack
 from headscope.errors import UnsupportedModelError
-from headscope.memory import free_cached_memory, is_out_of_memory, keep_freed_memory
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.record import quick_activations, record
 from headscope.models.hf.replay import Replay

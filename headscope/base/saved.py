@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from headscope.base.files import whole_file
 from headscope.errors import InputError
-from headscope.files import whole_file
 from headscope.heads import HeadIndex
 
 _KEY = "headscope"

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.progress import Advance
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import eigenvalue_ratio, target_ranks
 from headscope.circuits.vocabulary import Dictionary, Gram
 from headscope.models.running import own_types
-from headscope.progress import Advance
 
 
 @own_types()

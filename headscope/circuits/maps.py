@@ -17,20 +17,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.files import read_text
 from headscope.base.glance import Glance, Shown, number
+from headscope.base.progress import Advance, track
 from headscope.base.saved import Saved
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import Ranks, target_ranks
 from headscope.circuits.ov_qk import ov
 from headscope.circuits.vocabulary import Dictionary
 from headscope.errors import InputError
-from headscope.files import read_text
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import of_weights
 from headscope.probes.vocabulary import ordinary_tokens
-from headscope.progress import Advance, track
 from headscope.table import HeadScores, HeadTable
 
 WordPairs = list[tuple[str, str]]

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.progress import Advance
 from headscope.circuits.factors import HeadFactors, column_space
 from headscope.circuits.vocabulary import Dictionary, Gram
 from headscope.models.running import own_types
-from headscope.progress import Advance
 
 
 @own_types()

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from headscope.circuits.factors import HeadFactors
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.inputs import QueryKey
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
+from headscope.views.qk import QueryKey
 
 
 def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, ...]:

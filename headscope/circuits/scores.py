@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.progress import Advance, track
 from headscope.base.statistics import Bounds
 from headscope.circuits import spectrum
 from headscope.circuits.copying import (
@@ -29,7 +30,6 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import of_weights
 from headscope.probes.vocabulary import ordinary_tokens
-from headscope.progress import Advance, track
 from headscope.scorer import Scorer, weight_scorer
 from headscope.table import HeadScores, HeadTable
 

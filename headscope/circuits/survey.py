@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from headscope.base.glance import Glance, Shown, sizes
+from headscope.base.progress import track
 from headscope.base.saved import Saved
 from headscope.circuits.composition import composition, partners_of, random_composition
 from headscope.circuits.factors import HeadFactors
@@ -21,7 +22,6 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.progress import track
 from headscope.table import HeadCard, HeadEigenvalues, HeadSpectra, HeadTable, PairScores
 
 Found = TypeVar("Found")

@@ -17,7 +17,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.outputs import Readout
+from headscope.views.outputs import Readout
 
 Embedding = Literal["raw", "mlp", "mlp_only"]
 Gram = Literal["output_input", "input", "output"]

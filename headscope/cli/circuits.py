@@ -5,13 +5,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headscope.base.files import whole_file
 from headscope.circuits.survey import Survey, survey
 from headscope.circuits.vocabulary import vocabulary_words
 from headscope.cli.command import typed
 from headscope.cli.folder import asked_of, run_folder
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, table_rows
-from headscope.files import whole_file
 from headscope.table import save_spectra
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headscope.base.files import whole_file, whole_page
 from headscope.cli.command import typed
 from headscope.cli.folder import run_folder
 from headscope.cli.names import scorer_names
 from headscope.cli.output import console, plain_rows
 from headscope.comparing import compare
 from headscope.comparing.compared import way_to_match
-from headscope.files import whole_file, whole_page
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.table import Comparison, HeadTable, versions

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headscope.base.files import paragraphs, read_text, whole_file
 from headscope.cli.command import typed
 from headscope.cli.folder import run_folder
 from headscope.cli.loading import Loading
@@ -17,7 +18,6 @@ from headscope.cli.names import listed, scorer_names
 from headscope.cli.output import console, plain_rows
 from headscope.comparing import emergence
 from headscope.errors import InputError
-from headscope.files import paragraphs, read_text, whole_file
 from headscope.plots.text import visible
 from headscope.sweeps.results import read
 from headscope.table import Emergence

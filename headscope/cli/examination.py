@@ -11,8 +11,7 @@ from headscope.circuits import Weights, ov, qk
 from headscope.cli.output import console
 from headscope.errors import HeadscopeError
 from headscope.models.loading.agreement import Proof
-from headscope.models.needs import lacks
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import HeadModel, lacks
 from headscope.probes import uses_bos
 from headscope.scorer import DefaultProbe
 from headscope.scorers import CATALOGUE, DEFAULT

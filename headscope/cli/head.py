@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headscope.base.files import check_page, whole_page, writable_folder
 from headscope.cli.folder import asked_of, check_overwrite
 from headscope.cli.loading import Loading
 from headscope.cli.output import console
 from headscope.errors import InputError
-from headscope.files import check_page, whole_page, writable_folder
 from headscope.heads import HeadIndex
 from headscope.interactive import Explanation, explain
 from headscope.table import HeadScores

@@ -5,12 +5,12 @@ import math
 import time
 from pathlib import Path
 
+from headscope.base.folders import Claim
 from headscope.cli.command import portable, typed
 from headscope.cli.folder import asked_of
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows
 from headscope.errors import InputError, nearest
-from headscope.folders import Claim
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes import needle

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope import lens
+from headscope.base.files import whole_file
 from headscope.base.sections import Drawn, Section
 from headscope.cli.command import typed
 from headscope.cli.folder import asked_of, run_folder
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows
 from headscope.errors import InputError
-from headscope.files import whole_file
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
 from headscope.plots.text import visible

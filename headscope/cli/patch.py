@@ -8,12 +8,12 @@ from typing import Any
 from headscope import metrics, probes
 from headscope.ablation import patch_stream
 from headscope.ablation.stream import STREAM_SITES
+from headscope.base.folders import Claim
 from headscope.cli.command import typed
 from headscope.cli.folder import asked_of
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows
 from headscope.errors import InputError, nearest
-from headscope.folders import Claim
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.table import EffectGrid, versions
@@ -86,7 +86,7 @@ def _write(claim: Claim, grid: EffectGrid, settings: dict[str, Any], seconds: fl
     """The grid as numbers, as a table and as pictures of effects and of their share."""
     from importlib.util import find_spec
 
-    from headscope.files import subfolder, whole_file
+    from headscope.base.files import subfolder, whole_file
     from headscope.plots import heatmap, save
 
     grid.save(claim.path / "effects.safetensors")

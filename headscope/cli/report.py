@@ -4,10 +4,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from headscope.base.files import check_page, whole_page
 from headscope.cli.command import typed
 from headscope.cli.output import console
 from headscope.errors import InputError
-from headscope.files import check_page, whole_page
 from headscope.report import Run, read_run, report_page
 
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headscope.base.configs import parse, read_yaml
+from headscope.base.files import subfolder, whole_file
 from headscope.cli.command import typed
 from headscope.cli.folder import asked_of, run_folder
 from headscope.cli.lengths import parse_depths, parse_lengths
 from headscope.cli.loading import Loading
 from headscope.cli.output import console, plain_rows, table_rows
 from headscope.cli.retrieval_text import show
-from headscope.configs import parse, read_yaml
 from headscope.errors import InputError, nearest
-from headscope.files import subfolder, whole_file
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, needle
 from headscope.probes.needle_sets import fixed_needles, read_haystack

@@ -37,8 +37,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Load, score, write, print."""
-    from headscope.configs import parse, read_yaml
-    from headscope.memory import parse_memory
+    from headscope.base.configs import parse, read_yaml
+    from headscope.base.memory import parse_memory
     from headscope.probes.config import ProbeConfig, build_probe
 
     names = scorer_names(scorers)

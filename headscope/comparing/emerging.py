@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.progress import track
 from headscope.capture import check_fits
 from headscope.errors import HeadscopeError, InputError
 from headscope.models.loading import shipped
@@ -15,7 +16,6 @@ from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes import Probe, repeated_tokens, text
-from headscope.progress import track
 from headscope.scorers import Scorer
 from headscope.scoring import score
 from headscope.table import Emergence, HeadTable

@@ -18,13 +18,13 @@ from jaxtyping import Float
 
 from headscope import ablation, circuits, edges, flow, lens, metrics, pruning
 from headscope.base.glance import Glance, Shown
+from headscope.base.progress import track
 from headscope.compiled.compiled import BuildOptions, Compiled, compiled
 from headscope.compiled.library import LIBRARY
 from headscope.compiled.program import Head
 from headscope.errors import HeadscopeError, InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.probes import Probe, from_tokens
-from headscope.progress import track
 from headscope.scoring import score
 
 if TYPE_CHECKING:

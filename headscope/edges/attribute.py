@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.progress import track
 from headscope.edges.graph import EdgeGraph
 from headscope.edges.passes import measured_with, values_with
 from headscope.edges.wiring import Wiring
@@ -23,7 +24,6 @@ from headscope.models.running import own_types
 from headscope.models.taps import Tap
 from headscope.origin import origin
 from headscope.probes.probe import Probe
-from headscope.progress import track
 
 
 def gradient_scores(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope.base.glance import Glance, Shown, number
+from headscope.base.progress import track
 from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
 from headscope.edges.faithfulness import circuit_value
@@ -24,7 +25,6 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.probes.probe import Probe
-from headscope.progress import track
 
 Order = Literal["later first", "earlier first"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from headscope.base.files import whole_file
 from headscope.edges.graph import EdgeGraph
 from headscope.edges.wiring import HEAD_SLOTS, Edge, Wiring
 from headscope.errors import InputError
-from headscope.files import whole_file
 from headscope.heads import HeadIndex
 
 

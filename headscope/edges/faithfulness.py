@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.base.glance import Glance, Shown, number
+from headscope.base.progress import track
 from headscope.base.saved import Saved
 from headscope.edges.graph import EdgeGraph
 from headscope.edges.passes import measured_with, values_with
@@ -25,7 +26,6 @@ from headscope.models.running import own_types
 from headscope.models.taps import Tap
 from headscope.origin import origin
 from headscope.probes.probe import Probe
-from headscope.progress import track
 from headscope.table import Provenance
 
 if TYPE_CHECKING:

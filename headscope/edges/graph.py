@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number, shaded
+from headscope.base.parquet_files import read_parquet
 from headscope.base.statistics import Design, mean_and_sem
 from headscope.edges.wiring import Edge, Wiring
 from headscope.errors import InputError
-from headscope.files import whole_file
-from headscope.parquet_files import read_parquet
 from headscope.table import HeadScores, Provenance
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from headscope.base.glance import Glance, Shown, number
+from headscope.base.progress import track
 from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
 from headscope.edges.discovery import Circuit, mean_value
@@ -21,7 +22,6 @@ from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
-from headscope.progress import track
 
 STABLE = 0.8
 _LEAST_PROMPTS = 100

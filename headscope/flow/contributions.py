@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import probes
+from headscope.base.memory import parse_memory
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, passes
 from headscope.errors import InputError, nearest
@@ -22,7 +23,6 @@ from headscope.flow.parts import (
 )
 from headscope.lens.attribution import need_readout, tolerance
 from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
-from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Read, Tap, TapView

@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.memory import chunk_bytes
 from headscope.capture import chunks
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.lens.prompt import token_texts
-from headscope.memory import chunk_bytes
 from headscope.models.blocks import AttentionWrite
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Read, Tap, TapView, TextBatch
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
+from headscope.views.rows import AttentionRows
 
 # Share of the largest entry of a layer's write by which the parts' sum may miss it.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 5e-2

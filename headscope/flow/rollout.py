@@ -10,6 +10,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
+from headscope.base.memory import parse_memory
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, passes
 from headscope.errors import InputError, nearest
@@ -21,7 +22,6 @@ from headscope.flow.parts import (
     query_chunks,
     texts_of,
 )
-from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView

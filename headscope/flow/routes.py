@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.memory import parse_memory
 from headscope.base.statistics import Design
 from headscope.capture import check_fits
 from headscope.edits import Span
@@ -26,15 +27,14 @@ from headscope.flow.parts import (
     query_chunks,
 )
 from headscope.lens.prompt import Prompt, Promptish, read_prompt
-from headscope.memory import parse_memory
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView
 from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.table import HeadScores, HeadTable, Routes
 from headscope.table.flow import EDGE_KINDS
+from headscope.views.rows import AttentionRows
 
 SOURCE = "Ferrando and Voita 2024 (arXiv 2403.00824), information flow routes"
 _PARALLEL = 1e-4  # share by which an MLP's output may move where it does not read attention

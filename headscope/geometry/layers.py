@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.progress import track
 from headscope.base.statistics import Bounds
 from headscope.errors import InputError, nearest
 from headscope.geometry import measures as gm
@@ -18,7 +19,6 @@ from headscope.models.taps import Tap, TapView
 from headscope.origin import origin
 from headscope.probes import Probe
 from headscope.probes import text as text_probe
-from headscope.progress import track
 from headscope.table.layers import LayerMeasure, LayerTable
 
 _NEIGHBOURS = 10

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.base.progress import track
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
@@ -23,7 +24,6 @@ from headscope.models.taps import Tap, TapView
 from headscope.origin import origin
 from headscope.probes import Probe
 from headscope.probes import text as text_probe
-from headscope.progress import track
 from headscope.table import HeadScores, HeadTable
 from headscope.table.layers import LayerMeasure, LayerTable
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headscope.ablation import ablate_heads
+from headscope.base.files import whole_page
 from headscope.base.stacks import all_causal
 from headscope.circuits import eigenvalues, head_card, spectra
 from headscope.circuits.survey import card_table, scores_quickly
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.files import whole_page
 from headscope.heads import HeadIndex
 from headscope.interactive.view import attention_example
 from headscope.metrics import loss

@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import capture, probes
+from headscope.base.files import check_same, whole_file, writable_folder
+from headscope.base.progress import track
 from headscope.errors import InputError
-from headscope.files import check_same, whole_file, writable_folder
 from headscope.lens.attribution import rows_of
 from headscope.lens.learned import FitReport
 from headscope.lens.reading import States, logits_of, row_chunks
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe, probe_digest
-from headscope.progress import track
 
 # Tokens of one pass unless the caller says otherwise: their streams of all layers are kept.
 _TOKENS = 1024

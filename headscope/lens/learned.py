@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.base.configs import Strict, parse
+from headscope.base.files import whole_file, writable_folder
 from headscope.base.saved import frozen
 from headscope.base.statistics import mean_and_sem
-from headscope.configs import Strict, parse
 from headscope.errors import InputError
-from headscope.files import whole_file, writable_folder
 
 if TYPE_CHECKING:
     import pandas

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.progress import track
 from headscope.errors import InputError, nearest
 from headscope.lens.fitting import in_turn, judge_streams, split_data, streams
 from headscope.lens.learned import FitReport, Saved, save_lens
@@ -17,7 +18,6 @@ from headscope.lens.reading import row_names
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
-from headscope.progress import track
 
 _TITLES = {"tuned": "tuned lens", "shortcut": "linear shortcuts"}
 

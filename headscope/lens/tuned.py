@@ -24,8 +24,8 @@ from headscope.lens.linear import ResidualLens
 from headscope.lens.reading import logits_of, row_chunks, row_names
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.outputs import Readout
 from headscope.probes.probe import Probe
+from headscope.views.outputs import Readout
 
 # Entries of one block of unembedding vectors: 16 MB in fp32.
 _BLOCK_ENTRIES = 1 << 22

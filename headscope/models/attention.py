@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.base.stacks import CAUSAL, MaskRule
-from headscope.matches import Matches
-from headscope.rows import AttentionRows
+from headscope.views.qk import Matches
+from headscope.views.rows import AttentionRows
 
 # Entries of one boolean mask or one block of scores inside the fused path: small enough to be
 # nothing beside the activations, large enough that the loop costs nothing.

@@ -10,7 +10,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
-from headscope.inputs import InputNorm
+from headscope.views.qk import InputNorm
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,18 +7,18 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-# Not from typing: before Python 3.12 that one computes every property of what it checks.
 from typing_extensions import Protocol, runtime_checkable
 
-from headscope.base.stacks import Stack
+from headscope.base.glance import Glance, sizes
+from headscope.base.stacks import Stack, all_causal
 from headscope.edits import Span
 from headscope.heads import ModelShape
-from headscope.inputs import InputNorm, QueryKey, Rotation
-from headscope.matches import Matches
 from headscope.models.blocks import AttentionWrite
-from headscope.outputs import HeadWeights, Readout
-from headscope.rows import AttentionRows
+from headscope.views.outputs import HeadWeights, Readout
+from headscope.views.qk import InputNorm, Matches, QueryKey, Rotation
+from headscope.views.rows import AttentionRows
+
+# Not from typing: before Python 3.12 that one computes every property of what it checks.
 
 
 @runtime_checkable
@@ -234,3 +234,48 @@ class HeadModel(Protocol):
 
     def digest(self) -> str:
         """SHA-256 that stands for all bytes of the weights: which model this was."""
+
+
+def lacks(model: HeadModel, need: str) -> str | None:
+    """Return why a model cannot give what is needed; None where it can.
+
+    Args:
+        model: that is asked.
+        need: a key of ``model.limits``, or ``bidirectional``: queries that see later keys.
+
+    Example:
+        >>> lacks(model, "causal") is None
+        True
+    """
+    if need == "bidirectional" and all_causal(model.stacks):
+        return f"{model.name} reads from left to right, so no token sees the ones after it."
+    return model.limits.get(need)
+
+
+def glance_of(model: HeadModel) -> Glance:
+    """Size, path and limits of a model, without reading its weights."""
+    shape = model.shape
+    heads = f"{shape.n_heads} heads"
+    if shape.n_kv_heads != shape.n_heads:
+        heads += f" on {shape.n_kv_heads} key/value heads"
+    rows = [
+        ("heads", f"{sizes(('layer',), (shape.n_layers,))} of {heads}, d_head {shape.d_head}"),
+        ("width", f"d_model {shape.d_model}, vocabulary {shape.d_vocab:,}"),
+        ("context", "no limit" if shape.n_ctx is None else f"{shape.n_ctx:,} tokens"),
+    ]
+    windows = sorted({one for one in shape.windows if one is not None})
+    if windows:
+        rows.append(("windows", ", ".join(f"{one:,} tokens" for one in windows)))
+    if len(shape.attention_layers) < shape.n_layers:
+        rows.append(("attention", f"in {len(shape.attention_layers)} of the layers"))
+    if shape.removed:
+        rows.append(("pruned", f"{len(shape.removed)} heads"))
+    rows += [(f"no {name.replace('_', ' ')}", why) for name, why in model.limits.items()]
+    kind = str(model.dtype).removeprefix("torch.")
+    return Glance(
+        f"model {model.name}",
+        [f"{kind} on {model.device}", f"read through {model.path}"],
+        ("what", ""),
+        rows,
+        hint="hs.score(model), hs.circuits.survey(model), hs.explain('L1H0', model)",
+    )

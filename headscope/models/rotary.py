@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from headscope.inputs import Rotation
 from headscope.models.loading.agreement import Gap
+from headscope.views.qk import Rotation
 
 # Positions that the measurement looks at: from each, the phase of the next is known to within
 # far less than half a turn, so that long ones make the frequency exact and short ones unique.

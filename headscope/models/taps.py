@@ -12,9 +12,9 @@ from typing_extensions import Protocol, runtime_checkable
 from headscope.edits import AnyEdit, Span, among, during, edited_heads
 from headscope.errors import InputError, nearest
 from headscope.heads import ModelShape
-from headscope.matches import Matches
 from headscope.models.protocol import Edit, LayerView
-from headscope.rows import AttentionRows
+from headscope.views.qk import Matches
+from headscope.views.rows import AttentionRows
 
 Site = Literal[
     "embed",

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
+from headscope.base.files import whole_file
 from headscope.errors import HeadscopeWarning, InputError
-from headscope.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

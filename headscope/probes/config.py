@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from headscope.configs import Strict
+from headscope.base.configs import Strict
 from headscope.errors import InputError
 from headscope.probes.jsonl import from_jsonl
 from headscope.probes.masked import masked

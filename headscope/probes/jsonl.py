@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from headscope.base.files import read_lines
 from headscope.errors import InputError
-from headscope.files import read_lines
 from headscope.probes.encoding import (
     Encoded,
     at_positions,

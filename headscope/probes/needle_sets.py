@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from headscope.base.files import read_lines, read_text
 from headscope.errors import InputError, nearest
-from headscope.files import read_lines, read_text
 
 NeedleSource = Iterator["Needle"]
 

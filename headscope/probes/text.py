@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headscope.base.files import paragraphs, read_text
 from headscope.errors import InputError
-from headscope.files import paragraphs, read_text
 from headscope.probes.encoding import delimiters, encode, next_tokens, pad_right, separators
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import (

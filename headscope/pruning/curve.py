@@ -9,12 +9,12 @@ import numpy as np
 from headscope import metrics
 from headscope.ablation.groups import along
 from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of, present
+from headscope.base.progress import track
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.progress import track
 from headscope.pruning.orders import random_order
 from headscope.pruning.size import Size, measure_size
 from headscope.pruning.structure import prune

@@ -21,6 +21,7 @@ from torch import Tensor
 from headscope import metrics
 from headscope.ablation.gradients import total_metric, whole_batches
 from headscope.ablation.run import Metricish, Study
+from headscope.base.progress import track
 from headscope.base.specs import Direction
 from headscope.edits import Site
 from headscope.errors import InputError
@@ -31,7 +32,6 @@ from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
-from headscope.progress import track
 from headscope.table import HeadScores
 
 # Temperature and the interval that is stretched over, of Voita et al.; Louizos et al. have 2/3.

@@ -16,6 +16,7 @@ from headscope.ablation import ablate_heads
 from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import check_slope, total_metric, whole_batches
 from headscope.ablation.run import Maker, Metricish, Positions, Study, by_head, present
+from headscope.base.progress import track
 from headscope.base.specs import Direction
 from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, Site, zero
@@ -26,11 +27,10 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import of_weights
 from headscope.probes.probe import Probe
-from headscope.progress import track
-from headscope.rows import AttentionRows
 from headscope.scorers import row_scorer
 from headscope.scoring import score
 from headscope.table import HeadScores
+from headscope.views.rows import AttentionRows
 
 _TINY = 1e-20
 

@@ -16,15 +16,15 @@ import numpy as np
 from headscope import metrics
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of
+from headscope.base.files import check_same, whole_file, writable_folder
+from headscope.base.progress import track
 from headscope.base.specs import Direction
 from headscope.edits import Heads
 from headscope.errors import HeadscopeError, InputError
-from headscope.files import check_same, whole_file, writable_folder
 from headscope.heads import HeadIndex
 from headscope.metrics import cost_sign
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe, probe_digest
-from headscope.progress import track
 from headscope.pruning.importance import gradient_importance
 from headscope.table import HeadScores, Provenance
 

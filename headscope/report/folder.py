@@ -8,10 +8,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from headscope.base.files import subfolder, whole_file, whole_page
+from headscope.base.folders import Claim
 from headscope.base.sections import Section
 from headscope.base.specs import versions
-from headscope.files import subfolder, whole_file, whole_page
-from headscope.folders import Claim
 from headscope.plots import figures_of, heatmap, heatmaps, save
 from headscope.plots.figures import Drawing
 from headscope.report.kept import sections_json

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from headscope.base.parquet_files import read_parquet
 from headscope.errors import InputError
-from headscope.parquet_files import read_parquet
 
 WIDTH = 5
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headscope.base.parquet_files import read_parquet
 from headscope.base.sections import Section
 from headscope.errors import HeadscopeError, InputError
-from headscope.parquet_files import read_parquet
 from headscope.report.kept import read_sections
 from headscope.report.partners import Partners, read_partners
 from headscope.table import AttentionExample, HeadSpectra, HeadTable, Provenance, load_spectra

@@ -5,7 +5,7 @@ from html import escape
 from os import PathLike
 from pathlib import Path
 
-from headscope.files import whole_page
+from headscope.base.files import whole_page
 from headscope.report.packed import packed_example
 from headscope.report.shell import filled
 from headscope.table import AttentionExample

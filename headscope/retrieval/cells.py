@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from headscope.base.files import whole_file, writable_folder
+from headscope.base.parquet_files import read_part, readable
+from headscope.base.progress import track
 from headscope.errors import InputError
-from headscope.files import whole_file, writable_folder
 from headscope.models.protocol import HeadModel
-from headscope.parquet_files import read_part, readable
 from headscope.probes import Needle, Probe, needle
-from headscope.progress import track
 from headscope.retrieval.follow import RECALL, follow_both, follow_forced
 from headscope.retrieval.forms import Retrieval, summarised
 from headscope.retrieval.runs import Form, Run, Runs

@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headscope.base.memory import chunk_bytes, free_cached_memory, is_out_of_memory
+from headscope.base.progress import track
 from headscope.capture import check_fits, chunks
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
-from headscope.memory import chunk_bytes, free_cached_memory, is_out_of_memory
 from headscope.models.decoding import decoding, end_tokens, need_continuing
 from headscope.models.protocol import Edit, HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Reads, TapView, Texts, at_layers
 from headscope.probes.probe import Probe
-from headscope.progress import track
 from headscope.retrieval.runs import Form, Run, Runs, recall, word_recall
 
 _TOKENS_PER_PASS = 8192

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.progress import track
 from headscope.errors import InputError
 from headscope.models.decoding import Decoding, decoding, end_tokens
 from headscope.models.protocol import HeadModel
@@ -16,7 +17,6 @@ from headscope.models.running import own_types
 from headscope.probes.encoding import encode
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import bos_prefix, need_tokenizer
-from headscope.progress import track
 from headscope.retrieval.masks import Mask
 
 Prompts = Probe | str | Sequence[str] | Int[Tensor, "batch pos"]

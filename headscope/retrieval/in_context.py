@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headscope.ablation.heads import ablated
 from headscope.ablation.run import Maker, Placer, Study, by_head, facts_of, present
+from headscope.base.progress import track
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.capture import check_fits
@@ -20,7 +21,6 @@ from headscope.models.protocol import Edit, HeadModel
 from headscope.models.running import own_types
 from headscope.probes.encoding import next_tokens
 from headscope.probes.probe import Probe
-from headscope.progress import track
 from headscope.retrieval.masks import Mask, Masking
 from headscope.table import HeadScores, TokenLosses
 

@@ -16,17 +16,17 @@ from jaxtyping import Float, Int
 
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Placer, Study, present
+from headscope.base.files import subfolder, whole_file, writable_folder
+from headscope.base.parquet_files import read_part, readable
+from headscope.base.progress import track
 from headscope.edits import Heads
 from headscope.errors import InputError
-from headscope.files import subfolder, whole_file, writable_folder
 from headscope.metrics import loss
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.parquet_files import read_part, readable
 from headscope.probes.encoding import encode, next_tokens, pad_right
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import bos_prefix, need_tokenizer
-from headscope.progress import track
 from headscope.retrieval.masks import Masking
 
 if TYPE_CHECKING:

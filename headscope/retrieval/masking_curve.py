@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope.ablation.groups import along
 from headscope.ablation.run import Placer, Study, present
-from headscope.configs import Strict, parse, read_yaml
+from headscope.base.configs import Strict, parse, read_yaml
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

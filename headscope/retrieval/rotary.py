@@ -10,12 +10,12 @@ from torch import Tensor
 from headscope.capture import stream
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
-from headscope.inputs import Rotation
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Reads, TapView, at_layers
 from headscope.probes.probe import Probe
 from headscope.scorers.rotary import far_keys, plane_shares
+from headscope.views.qk import Rotation
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,5 @@
 """Scorers: pure functions from attention rows, head outputs, QK scores, gradients or weights."""
 
-from headscope.gradients import HeadGradients
-from headscope.matches import Matches
-from headscope.outputs import HeadOutputs
-from headscope.rows import AttentionRows
 from headscope.scorer import (
     Control,
     DefaultProbe,
@@ -24,6 +20,9 @@ from headscope.scorers.long_need import long_need, long_need_predicted, streamin
 from headscope.scorers.patterns import relative_offset
 from headscope.scorers.relation import Relation, relation
 from headscope.scorers.spread import window_mass
+from headscope.views.outputs import HeadGradients, HeadOutputs
+from headscope.views.qk import Matches
+from headscope.views.rows import AttentionRows
 
 __all__ = [
     "CATALOGUE",

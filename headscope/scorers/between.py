@@ -4,9 +4,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.scorer import Scorer, row_scorer
 from headscope.scorers.queries import queries_at
+from headscope.views.rows import AttentionRows
 
 _IOI_THRESHOLD = 0.25
 

@@ -4,10 +4,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope import metrics
-from headscope.gradients import HeadGradients
 from headscope.probes.probe import Probe
 from headscope.scorer import gradient_scorer
 from headscope.scorers.queries import all_queries
+from headscope.views.outputs import HeadGradients
 
 
 @gradient_scorer(

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope.errors import InputError
-from headscope.matches import Matches
-from headscope.outputs import HeadOutputs
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.scorer import Scorer, every_query, match_scorer, output_scorer, row_scorer
 from headscope.scorers.retrieval import answering
+from headscope.views.outputs import HeadOutputs
+from headscope.views.qk import Matches
+from headscope.views.rows import AttentionRows
 
 # A row that sums to more has lost nothing to a sink but rounding.
 _NO_SINK = 1 - 1e-5

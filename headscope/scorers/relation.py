@@ -14,7 +14,6 @@ from torch import Tensor
 
 from headscope.errors import InputError
 from headscope.probes.probe import Probe, pairs_of_examples
-from headscope.rows import AttentionRows
 from headscope.scorer import (
     OTHER_EXAMPLE,
     TEXT,
@@ -25,6 +24,7 @@ from headscope.scorer import (
     row_scorer,
     without_sink,
 )
+from headscope.views.rows import AttentionRows
 
 PairsLike = Tensor | Sequence[Sequence[Sequence[int]]]
 PairsOf = Callable[[Probe], PairsLike]

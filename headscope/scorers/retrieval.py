@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.scorer import row_scorer
 from headscope.scorers.queries import queries_at
+from headscope.views.rows import AttentionRows
 
 _WU = "Wu et al. 2024 (arXiv 2404.15574), {}"
 answering = queries_at("answering")

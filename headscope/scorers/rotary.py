@@ -5,11 +5,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope.errors import InputError
-from headscope.inputs import Rotation
-from headscope.matches import Matches
 from headscope.probes.probe import Probe
 from headscope.scorer import match_scorer
 from headscope.scorers.retrieval import answering
+from headscope.views.qk import Matches, Rotation
 
 
 @match_scorer(

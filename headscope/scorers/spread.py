@@ -6,9 +6,9 @@ from torch import Tensor
 
 from headscope.errors import InputError
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.scorer import WORDS, Scorer, row_scorer
 from headscope.scorers.queries import queries_past, queries_with
+from headscope.views.rows import AttentionRows
 
 _LOCAL = 8
 # Mean from which a head is called local.

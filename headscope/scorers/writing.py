@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.outputs import HeadOutputs
 from headscope.probes.probe import Probe
 from headscope.scorer import output_scorer
 from headscope.scorers.queries import contrasting_queries, predicting_queries
 from headscope.scorers.retrieval import answering, unless_hidden
+from headscope.views.outputs import HeadOutputs
 
 
 @output_scorer(

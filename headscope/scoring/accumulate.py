@@ -8,19 +8,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.memory import chunk_bytes
+from headscope.base.progress import Advance
 from headscope.capture import chunks
 from headscope.heads import ModelShape
-from headscope.inputs import Rotation
-from headscope.matches import Matches
-from headscope.memory import chunk_bytes
 from headscope.models.blocks import AttentionWrite
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Reads, TapView, at_final, at_layers
-from headscope.outputs import HeadOutputs, Readout
 from headscope.probes.probe import Probe
-from headscope.progress import Advance
-from headscope.rows import AttentionRows
 from headscope.scorer import Scorer
+from headscope.views.outputs import HeadOutputs, Readout
+from headscope.views.qk import Matches, Rotation
+from headscope.views.rows import AttentionRows
 
 # Copies of a chunk of rows that are alive at once: scores, probabilities, one derived view.
 _COPIES = 3

@@ -10,14 +10,14 @@ from torch import Tensor
 from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import check_slope, total_metric, whole_batches
 from headscope.ablation.run import Study
+from headscope.base.progress import Advance
 from headscope.edits import Site
-from headscope.gradients import HeadGradients
 from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.progress import Advance
 from headscope.scorer import Scorer
 from headscope.scoring.accumulate import RunningSums, Sums
+from headscope.views.outputs import HeadGradients
 
 
 @dataclass(frozen=True, eq=False)

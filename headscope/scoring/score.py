@@ -9,17 +9,16 @@ import torch
 from jaxtyping import Bool, Float
 
 from headscope import capture
+from headscope.base.memory import parse_memory
+from headscope.base.progress import Advance, track
 from headscope.base.statistics import Design
 from headscope.circuits.scores import score_weights
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.memory import parse_memory
 from headscope.metrics import AnyMetric
-from headscope.models.needs import lacks
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import HeadModel, lacks
 from headscope.models.running import own_types
 from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
-from headscope.progress import Advance, track
 from headscope.scorer import Control, DefaultProbe, Scorer
 from headscope.scorers import DEFAULT, Relation, resolve
 from headscope.scoring.accumulate import Accumulator, Sums, joined

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from headscope import metrics
-from headscope.configs import Strict, parse, read_yaml
+from headscope.base.configs import Strict, parse, read_yaml
 from headscope.errors import InputError, nearest
 from headscope.interventions import NAMED
 from headscope.models.loading import shipped

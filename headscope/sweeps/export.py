@@ -6,8 +6,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headscope.base.files import whole_path, writable_folder
 from headscope.errors import InputError, WriteError, nearest
-from headscope.files import whole_path, writable_folder
 from headscope.sweeps.results import Results, read
 
 if TYPE_CHECKING:

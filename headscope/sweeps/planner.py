@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from headscope.base.progress import track
 from headscope.base.specs import versions
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.progress import track
 from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.config import (
     RUNTIME_KEYS,

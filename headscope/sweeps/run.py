@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from headscope.base.folders import Claim, clear
+from headscope.base.progress import track
 from headscope.errors import HeadscopeError, InputError, ModelLoadError
-from headscope.folders import Claim, clear
-from headscope.progress import track
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.config import SweepConfig
 from headscope.sweeps.plan import Chunk, Plan

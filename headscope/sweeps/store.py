@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.files import subfolder, sync_folder, whole_file, writable_folder
+from headscope.base.parquet_files import read_part, readable
 from headscope.base.statistics import Design, compare_means, mean_and_sem
 from headscope.errors import InputError
-from headscope.files import subfolder, sync_folder, whole_file, writable_folder
-from headscope.parquet_files import read_part, readable
 from headscope.sweeps.plan import (
     FORMAT,
     Chunk,

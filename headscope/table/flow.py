@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number, readable, sizes
 from headscope.base.saved import Saved, Stored, frozen
 from headscope.base.sections import Drawn, Grid, Section, Words
 from headscope.base.specs import Provenance
 from headscope.errors import InputError, nearest
-from headscope.files import whole_file
 from headscope.heads import HeadIndex
 from headscope.table.lens import Tolerance, check_sum
 from headscope.table.scores import HeadScores

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number
+from headscope.base.parquet_files import read_parquet
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Bounds, mean_interval
 from headscope.errors import InputError, nearest
-from headscope.files import whole_file
-from headscope.parquet_files import read_parquet
 from headscope.table.table import UnknownScoreError
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Shaped
 
+from headscope.base.files import whole_file
+from headscope.base.parquet_files import MAX_VALUES as _MAX_VALUES
+from headscope.base.parquet_files import read_parquet
 from headscope.base.specs import Provenance, ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError
-from headscope.files import whole_file
-from headscope.parquet_files import MAX_VALUES as _MAX_VALUES
-from headscope.parquet_files import read_parquet
 from headscope.table.scores import FLOATS, HeadScores
 
 if TYPE_CHECKING:

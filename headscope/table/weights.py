@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Complex, Float
 
+from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number, sizes
 from headscope.base.saved import Saved, frozen
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Bounds, top_order
 from headscope.errors import InputError
-from headscope.files import whole_file
 from headscope.heads import HeadIndex
 
 if TYPE_CHECKING:

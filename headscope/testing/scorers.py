@@ -14,19 +14,17 @@ from torch.nn.functional import pad
 from headscope import probes
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.circuits.scores import Weights
-from headscope.gradients import HeadGradients
 from headscope.heads import HeadIndex
-from headscope.inputs import Rotation
-from headscope.matches import Matches
 from headscope.models.attention import visible_keys
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
-from headscope.outputs import HeadOutputs, Readout
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.scorer import IOI, NEEDLE, REPEATED, DefaultProbe
 from headscope.scorers import Scorer
 from headscope.testing.report import CheckError, CheckReport, agree, ensure, run_checks
+from headscope.views.outputs import HeadGradients, HeadOutputs, Readout
+from headscope.views.qk import Matches, Rotation
+from headscope.views.rows import AttentionRows
 
 _HEADS, _KV_HEADS, _D_HEAD, _D_MODEL = 4, 2, 8, 24
 _TOLERANCE = 1e-4

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from headscope.heads import ModelShape
-from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.models.protocol import HeadModel
-from headscope.outputs import HeadWeights, Readout
+from headscope.views.outputs import HeadWeights, Readout
+from headscope.views.qk import InputNorm, QueryKey, Rotation
 
 _MADE: dict[str, HeadModel] = {}
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 import headscope as hs
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf import transformers_api
-from headscope.models.hf.blocks import find_writers
 from headscope.models.hf.interface import NAME, _attend
+from headscope.models.hf.measured import find_writers
 from headscope.models.hf.readout import measure_norm
 from headscope.models.hf.watch import Watch, write_scales
 from headscope.models.loading import proof

@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 import headscope as hs
-from headscope import parquet_files
+from headscope.base import parquet_files
 from headscope.errors import InputError
 from headscope.retrieval import scan_grid, score_corpus
 from headscope.sweeps import SweepConfig, run_sweep

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import headscope as hs
-from headscope import memory
+from headscope.base import memory
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.digest import weight_digest

@@ -26,16 +26,16 @@ from pyarrow import parquet
 
 import headscope as hs
 from headscope import plots
+from headscope.base.configs import parse, read_yaml
+from headscope.base.files import check_page, subfolder, whole_file, whole_page
+from headscope.base.folders import Claim, clear, occupant
+from headscope.base.progress import plain_line, track
 from headscope.cli import main
 from headscope.cli.command import portable
 from headscope.cli.emergence import steps_of
-from headscope.configs import parse, read_yaml
 from headscope.edits.head_edit import HeadEdit
 from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, WriteError
-from headscope.files import check_page, subfolder, whole_file, whole_page
-from headscope.folders import Claim, clear, occupant
 from headscope.probes.config import ProbeConfig
-from headscope.progress import plain_line, track
 from headscope.report import Run, report_page
 from headscope.report.folder import RunFolder
 from headscope.sweeps import SweepConfig, read_config, run_sweep
@@ -513,7 +513,7 @@ def test_d9_files_larger_than_the_limits_are_not_read(
     model_table().save(tmp_path / "t.parquet")
     for name, what in (("MAX_ROWS", "rows"), ("MAX_VALUES", "values"), ("MAX_BYTES", "bytes")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"headscope.parquet_files.{name}", 3)
+            patch.setattr(f"headscope.base.parquet_files.{name}", 3)
             with pytest.raises(InputError, match=f"claims [0-9,]+ {what}"):
                 HeadTable.load(tmp_path / "t.parquet")
 
@@ -621,8 +621,8 @@ def test_e8_a_bare_notebook_gets_progress_in_words(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    monkeypatch.setattr("headscope.progress.find_spec", lambda _: None)
-    monkeypatch.setattr("headscope.progress._PATIENCE", -1.0)
+    monkeypatch.setattr("headscope.base.progress.find_spec", lambda _: None)
+    monkeypatch.setattr("headscope.base.progress._PATIENCE", -1.0)
     monkeypatch.setattr("IPython.display.display", display)
     with track(4, "scoring") as advance:
         advance(1)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import headscope as hs
-from headscope.configs import parse, read_yaml
+from headscope.base.configs import parse, read_yaml
 from headscope.errors import HeadscopeError
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import ProbeConfig, build_probe
@@ -129,7 +129,7 @@ def test_prompt_files(tmp_path_factory: Any, lines: list[str]) -> None:
 @effort(60)
 @given(st.text(max_size=12))
 def test_amounts_of_memory_and_heads(text: str) -> None:
-    from headscope.memory import parse_memory
+    from headscope.base.memory import parse_memory
 
     amount = outcome(lambda: parse_memory(text))
     assert isinstance(amount, str) or amount > 0

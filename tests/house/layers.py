@@ -9,11 +9,9 @@ from typing import NamedTuple
 # The floors of the house, ground floor first. Imports go strictly downwards.
 FLOORS = (
     {"errors"},
-    {"heads", "memory", "progress", "files"},
-    {"base", "configs", "folders", "parquet_files"},
-    {"inputs", "rows"},
-    {"matches"},
-    {"outputs", "gradients"},
+    {"heads"},
+    {"base"},
+    {"views"},
     {"table", "metrics", "edits", "probes"},
     {"scorer", "plots", "models"},
     {"origin"},
@@ -30,9 +28,7 @@ FLOORS = (
 )
 
 _BASE = {"errors", "heads", "base"}
-_DISK = {"configs", "files", "folders", "parquet_files"}
-_TENSORS = _BASE | {"rows", "outputs", "inputs", "matches", "memory", "progress"}
-_SEEN = _BASE | {"rows", "outputs", "inputs", "matches", "gradients"}
+_TENSORS = _BASE | {"views"}
 _SEES_MODELS = _TENSORS | {"edits", "probes", "table", "models", "origin"}
 _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorer", "scorers", "capture", "interventions"}
 
@@ -41,46 +37,36 @@ _RUNS_MODELS = _SEES_MODELS | {"metrics", "scorer", "scorers", "capture", "inter
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "heads": {"errors"},
-    "base": {"errors", "heads", "files"},
-    "rows": {"errors", "base"},
-    "memory": {"errors"},
-    "progress": set(),
-    "configs": {"errors", "files"},
-    "files": {"errors"},
-    "folders": {"errors", "files"},
-    "parquet_files": {"errors"},
-    "outputs": {"errors", "rows", "matches"},
-    "inputs": {"errors"},
-    "matches": {"inputs"},
-    "table": _BASE | {"files", "parquet_files"},
+    "base": {"errors", "heads"},
+    "views": {"errors", "base"},
+    "table": _BASE,
     "metrics": {"base", "errors"},
     "edits": {"errors", "heads"},
-    "probes": {"base", "errors", "heads", "configs", "files"},
-    "gradients": set(),
-    "scorer": _SEEN | {"metrics", "probes"},
-    "scorers": _SEEN | {"metrics", "probes", "scorer", "circuits"},
-    "plots": _BASE | {"files", "table"},
-    "models": _BASE | {"rows", "outputs", "inputs", "matches", "edits", "memory"},
+    "probes": {"base", "errors", "heads"},
+    "scorer": _TENSORS | {"metrics", "probes"},
+    "scorers": _TENSORS | {"metrics", "probes", "scorer", "circuits"},
+    "plots": _BASE | {"table"},
+    "models": _BASE | {"views", "edits"},
     "origin": {"probes", "table", "models"},
     "capture": _TENSORS | {"edits", "probes", "models"},
-    "circuits": _TENSORS | {"files", "probes", "table", "models", "origin", "scorer"},
+    "circuits": _TENSORS | {"probes", "table", "models", "origin", "scorer"},
     "compiled": _RUNS_MODELS
     | {"circuits", "lens", "flow", "scoring", "ablation", "pruning", "edges"},
-    "lens": _SEES_MODELS | _DISK | {"capture"},
+    "lens": _SEES_MODELS | {"capture"},
     "geometry": _SEES_MODELS | {"capture"},
-    "scoring": _RUNS_MODELS - {"interventions"} | {"gradients", "circuits", "ablation"},
+    "scoring": _RUNS_MODELS - {"interventions"} | {"circuits", "ablation"},
     "interventions": _SEES_MODELS | {"capture"},
     "flow": _SEES_MODELS | {"capture", "lens"},
-    "ablation": _RUNS_MODELS - {"scorer", "scorers"} | {"files"},
-    "pruning": _RUNS_MODELS | {"files", "scoring", "ablation"},
-    "edges": _SEES_MODELS | {"files", "parquet_files", "metrics", "capture"},
+    "ablation": _RUNS_MODELS - {"scorer", "scorers"},
+    "pruning": _RUNS_MODELS | {"scoring", "ablation"},
+    "edges": _SEES_MODELS | {"metrics", "capture"},
     "comparing": _RUNS_MODELS | {"circuits", "scoring"},
-    "retrieval": _RUNS_MODELS | _DISK | {"scoring", "ablation"},
-    "sweeps": _RUNS_MODELS | _DISK | {"circuits", "lens", "scoring", "ablation", "pruning"},
-    "report": _BASE | {"files", "folders", "parquet_files", "table", "plots"},
-    "interactive": _RUNS_MODELS | {"files", "circuits", "scoring", "ablation", "report"},
+    "retrieval": _RUNS_MODELS | {"scoring", "ablation"},
+    "sweeps": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
+    "report": _BASE | {"table", "plots"},
+    "interactive": _RUNS_MODELS | {"circuits", "scoring", "ablation", "report"},
     "cli": set().union(*FLOORS[:-2]),
-    "testing": _RUNS_MODELS | {"gradients", "circuits", "lens", "scoring", "ablation", "pruning"},
+    "testing": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
     "__main__": {"cli"},
 }
 

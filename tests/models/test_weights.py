@@ -9,11 +9,11 @@ from torch import Tensor, nn
 import headscope as hs
 from headscope import circuits
 from headscope.errors import UnsupportedModelError
-from headscope.inputs import HeadNorm
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.bridge.parts import bridge_weights
 from headscope.models.hf.interface import routed
 from headscope.models.hf.model import HFModel
+from headscope.views.qk import HeadNorm
 from tests.models import checks
 from tests.models.families import HF_FAMILIES, build, fresh, tokens
 from tools.tiny_models import tiny_model

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import headscope as hs
-from headscope.configs import parse
+from headscope.base.configs import parse
 from headscope.errors import InputError
 from headscope.models.bundled import text, words
 from headscope.probes import Needle, needle

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from headscope.probes import Probe, from_tokens
-from headscope.rows import AttentionRows
 from headscope.scorers import Scorer
+from headscope.views.rows import AttentionRows
 
 
 def visible_keys(real: Tensor, window: int | None = None) -> Tensor:

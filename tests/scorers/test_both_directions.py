@@ -9,8 +9,8 @@ from torch import Tensor
 from headscope.base.stacks import MaskRule
 from headscope.models.attention import visible_keys
 from headscope.probes import Probe, from_tokens
-from headscope.rows import AttentionRows
 from headscope.scorers import CATALOGUE, relative_offset
+from headscope.views.rows import AttentionRows
 
 LENGTH, HEADS = 14, 3
 RULE = MaskRule("bidirectional")

@@ -6,8 +6,8 @@ import torch
 from headscope.heads import HeadIndex
 from headscope.probes import from_tokens, repeated_tokens
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.scorers import CATALOGUE
+from headscope.views.rows import AttentionRows
 from tests.handwired import Handwired, handwired_gpt2, handwired_llama
 from tests.scorers.support import averaged, visible_keys
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headscope.matches import Matches
-from headscope.outputs import HeadOutputs, Readout
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE
+from headscope.views.outputs import HeadOutputs, Readout
+from headscope.views.qk import Matches
 from tests.scorers.support import random_rows
 
 HEADS, D_HEAD, D_MODEL, D_VOCAB = 3, 4, 10, 13

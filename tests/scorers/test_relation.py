@@ -13,8 +13,8 @@ from scipy import stats
 import headscope as hs
 from headscope.errors import InputError
 from headscope.probes.jsonl import find_span
-from headscope.rows import AttentionRows
 from headscope.scorers import relation
+from headscope.views.rows import AttentionRows
 from tests.models.families import build
 from tests.probes.support import reader
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from headscope.errors import InputError
-from headscope.inputs import Rotation
-from headscope.matches import Matches
-from headscope.outputs import HeadOutputs
 from headscope.probes import Probe, from_tokens
-from headscope.rows import AttentionRows
 from headscope.scorers import CATALOGUE, long_need, long_need_predicted, streaming_gap
 from headscope.scorers.rotary import far_keys, plane_shares
+from headscope.views.outputs import HeadOutputs
+from headscope.views.qk import Matches, Rotation
+from headscope.views.rows import AttentionRows
 from tests.scorers.support import random_rows, visible_keys
 from tests.scorers.test_outputs import D_HEAD, D_VOCAB, HEADS, outputs_of
 

@@ -10,9 +10,9 @@ from transformer_lens.head_detector import detect_head
 import headscope as hs
 from headscope.models.bridge.build import bridge_over
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.scorers import CATALOGUE, Scorer
 from headscope.scorers.queries import all_queries
+from headscope.views.rows import AttentionRows
 from tests.models.families import build
 
 HEADS = ("previous_token", "duplicate_token", "induction")

@@ -16,9 +16,9 @@ from headscope.models.bridge.model import wrap_bridge
 from headscope.models.hf.passes import HFLayerView
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
-from headscope.rows import AttentionRows
 from headscope.scorer import REPEATED
 from headscope.scorers import CATALOGUE, Scorer
+from headscope.views.rows import AttentionRows
 from tests.models.families import VOCAB, build, fresh
 from tests.scoring.slow import SLOW, eager_patterns, slow_scores
 

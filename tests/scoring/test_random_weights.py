@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import headscope as hs
-from headscope.models.needs import lacks
+from headscope.models.protocol import lacks
 from headscope.scorers import CATALOGUE
 from headscope.scorers.patterns import relative_offset
 from headscope.scorers.spread import window_mass

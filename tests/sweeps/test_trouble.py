@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+from headscope.base.files import whole_file
 from headscope.errors import InputError
-from headscope.files import whole_file
 from headscope.sweeps import export, make_plan, read, run_sweep, status
 from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.results import intervals

@@ -22,11 +22,10 @@ from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, padding
 from headscope.models.loading.extrapolation import no_rotation
-from headscope.models.protocol import Edit
+from headscope.models.protocol import Edit, glance_of
 from headscope.models.running import need_gradients
-from headscope.models.shown import glance_of
 from headscope.models.taps import writes_of
-from headscope.outputs import HeadWeights, Readout
+from headscope.views.outputs import HeadWeights, Readout
 
 
 class BridgeModel(Tapped, Shown):

@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.models.hf.hooks import Hook, entering, leaving
 from headscope.models.hf.measured import MeasuredParts
 from headscope.models.hf.readout import measure_norm
 from headscope.models.rotary import POSITIONS, find_rotation
-from headscope.outputs import HeadWeights
+from headscope.views.outputs import HeadWeights
+from headscope.views.qk import InputNorm, QueryKey, Rotation
 
 _ROTARY = ("rotary", "rope")
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from headscope.base.stacks import MaskRule
 from headscope.edits import Span
 from headscope.errors import UnsupportedModelError
-from headscope.matches import Matches
 from headscope.models.attention import visible_keys
 from headscope.models.bridge.layout import BridgeLayer, BridgeLayout
 from headscope.models.hf.hooks import Hook, hooked, leaving
@@ -24,7 +23,8 @@ from headscope.models.hf.taps import Pass, written
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
 from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Tap, TapView
-from headscope.rows import AttentionRows
+from headscope.views.qk import Matches
+from headscope.views.rows import AttentionRows
 
 # Attention on keys that the config's window hides; above this the config does not tell the truth.
 _STRAY = 1e-3

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from headscope.errors import HeadscopeError, ModelLoadError, UnsupportedModelError
 from headscope.heads import ModelShape
-from headscope.matches import Matches
 from headscope.models.attention import AttentionCall
 from headscope.models.hf.hooks import Call, after, before, entering, hooked
 from headscope.models.hf.interface import MaskFacts, made_masks, routed
@@ -30,6 +29,7 @@ from headscope.models.loading.calls import answer
 from headscope.models.protocol import HeadModel
 from headscope.models.running import pass_over
 from headscope.models.taps import Reads, Tap, TapView, Write, at_layers
+from headscope.views.qk import Matches
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

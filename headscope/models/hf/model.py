@@ -26,11 +26,10 @@ from headscope.models.loading.agreement import Proof
 from headscope.models.loading.calls import accepted, answer, first_position, padding
 from headscope.models.loading.extrapolation import no_rotation
 from headscope.models.offload import all_weights, runs_on
-from headscope.models.protocol import Edit
+from headscope.models.protocol import Edit, glance_of
 from headscope.models.running import need_gradients, pass_over
-from headscope.models.shown import glance_of
 from headscope.models.taps import Tap, writes_of
-from headscope.outputs import HeadWeights, Readout
+from headscope.views.outputs import HeadWeights, Readout
 
 
 class HFModel(Tapped, Shown):

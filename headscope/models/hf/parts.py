@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.inputs import InputNorm, QueryKey, Rotation
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import tiny_tokens
@@ -30,7 +29,8 @@ from headscope.models.loading.agreement import gap, rounding
 from headscope.models.loading.calls import accepted
 from headscope.models.rotary import POSITIONS
 from headscope.models.running import pass_over
-from headscope.outputs import HeadWeights
+from headscope.views.outputs import HeadWeights
+from headscope.views.qk import InputNorm, QueryKey, Rotation
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

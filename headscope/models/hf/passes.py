@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.edits import Span
-from headscope.matches import Matches
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import entering, hooked
 from headscope.models.hf.interface import routed
@@ -19,7 +18,8 @@ from headscope.models.hf.spans import OwnPasses, watched
 from headscope.models.hf.taps import Pass, written
 from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Edited, Tap, TapView, Write
-from headscope.rows import AttentionRows
+from headscope.views.qk import Matches
+from headscope.views.rows import AttentionRows
 
 # Entries of the rows that a write of patterns holds at once.
 _EDITED_ENTRIES = 1 << 24

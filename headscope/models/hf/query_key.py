@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.inputs import HeadNorm, QueryKey, Rotation
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, Hook, after, before
 from headscope.models.hf.interface import routed
@@ -27,7 +26,8 @@ from headscope.models.hf.weights import Sources
 from headscope.models.loading.agreement import gap, rounding
 from headscope.models.offload import at_hand
 from headscope.models.rotary import find_rotation, turns
-from headscope.outputs import HeadWeights
+from headscope.views.outputs import HeadWeights
+from headscope.views.qk import HeadNorm, QueryKey, Rotation
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

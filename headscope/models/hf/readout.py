@@ -12,10 +12,10 @@ from scipy.optimize import curve_fit
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.inputs import InputNorm
 from headscope.models.loading.agreement import gap
 from headscope.models.offload import at_hand, parameter, runs_on
-from headscope.outputs import Readout
+from headscope.views.outputs import Readout
+from headscope.views.qk import InputNorm
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.hf.owners import SITES, Owners, Site, find_readers
 from headscope.models.hf.projection import bias, matrix
 from headscope.models.hf.removed import kept_in
-from headscope.outputs import HeadWeights
+from headscope.views.outputs import HeadWeights
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

@@ -1,4 +1,7 @@
-"""What a scorer sees of what heads write: outputs of one layer, and how the model reads them."""
+"""What a scorer sees of what heads write: outputs of one layer, and how the model reads them.
+
+A gradient scorer also sees the gradient of a metric by them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
-from headscope.matches import Matches
-from headscope.rows import AttentionRows
+from headscope.views.qk import Matches
+from headscope.views.rows import AttentionRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,3 +201,20 @@ class HeadOutputs:
         self, values: Float[Tensor, "batch head query"]
     ) -> Float[Tensor, "batch head query"]:
         return values if self.write_scale is None else values / self.write_scale[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGradients:
+    """Head outputs of one layer and the gradient of a metric by them. Never write to them.
+
+    Attributes:
+        layer: its number.
+        query_pos: positions, ascending.
+        z: what each head gives before the output projection, in fp32.
+        gradient: derivative of the example's metric by ``z``, all later layers included.
+    """
+
+    layer: int
+    query_pos: Int[Tensor, " query"]
+    z: Float[Tensor, "batch query head d_head"]
+    gradient: Float[Tensor, "batch query head d_head"]

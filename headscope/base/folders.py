@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from headscope.base.files import whole_file, writable_folder
 from headscope.errors import InputError
-from headscope.files import whole_file, writable_folder
 
 # What runs leave behind, beside what their ``run.json`` lists. Nothing else is ever removed.
 _FILES = (

@@ -11,6 +11,7 @@ from headscope.errors import InputError
 if TYPE_CHECKING:
     import pyarrow
 
+
 MAX_ROWS = 50_000_000
 MAX_VALUES = 500_000_000  # in all columns together; lists count by their items
 MAX_BYTES = 8_000_000_000  # once decompressed
