@@ -5,10 +5,18 @@ from typing import Annotated
 
 import typer
 
-from headscope.cli.app_comparing import commands as comparing
-from headscope.cli.app_retrieval import commands as retrieving
-from headscope.cli.loading import Loading, with_loading
-from headscope.cli.options import Json, Memory, Model, Overwrite, Scorers, path_option
+from headscope.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Loading,
+    Memory,
+    Model,
+    Overwrite,
+    Scorers,
+    path_option,
+    with_loading,
+)
 
 app = typer.Typer(
     name="headscope",
@@ -82,9 +90,9 @@ def show(
     json: Json = False,
 ) -> None:
     """Print the table of a finished run."""
-    from headscope.cli import show as command
+    from headscope.cli.output import print_run
 
-    command.run(run, as_json=json)
+    print_run(run, as_json=json)
 
 
 @app.command()
@@ -92,9 +100,9 @@ def scorers(
     json: Json = False,
 ) -> None:
     """List every scorer: name, unit, range, meaning and source."""
-    from headscope.cli import scorers as command
+    from headscope.cli.scan import list_scorers
 
-    command.run(as_json=json)
+    list_scorers(as_json=json)
 
 
 @app.command()
@@ -296,9 +304,9 @@ def status(
     json: Json = False,
 ) -> None:
     """Tell how far a sweep is, what failed and why; also while it runs."""
-    from headscope.cli import status as command
+    from headscope.cli.sweep import print_status
 
-    command.run(run, as_json=json)
+    print_status(run, as_json=json)
 
 
 @app.command()
@@ -308,9 +316,9 @@ def export(
     out: Annotated[Path | None, path_option("File (default: in the folder).")] = None,
 ) -> None:
     """Write the results of a sweep for other programs."""
-    from headscope.cli import export as command
+    from headscope.cli.sweep import write_export
 
-    command.run(run, to=to, out=out)
+    write_export(run, to=to, out=out)
 
 
 @app.command(no_args_is_help=True)
@@ -368,5 +376,175 @@ def patch(
     )
 
 
-app.add_typer(comparing)
-app.add_typer(retrieving)
+@app.command()
+def emergence(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Model (default: tiny-gpt2), or the folder of a sweep over checkpoints.",
+            show_default=False,
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Revisions, earliest first (default: all bundled ones).")
+    ] = None,
+    scorers: Scorers = None,
+    texts: Annotated[Path | None, path_option("UTF-8 text for the loss, a paragraph each.")] = None,
+    out: Annotated[Path | None, path_option("Folder for numbers, picture, page.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Score heads at every checkpoint of training, beside the losses: which appear when."""
+    from headscope.cli import emergence as command
+
+    command.run(
+        Loading(model, dtype=dtype, device=device),
+        checkpoints=checkpoints,
+        scorers=scorers,
+        texts=texts,
+        out=out,
+        overwrite=overwrite,
+        seed=seed,
+        as_json=json,
+    )
+
+
+@app.command(no_args_is_help=True)
+def compare(
+    first: Annotated[str, typer.Argument(help="Model, MODEL@REVISION, or folder of a scan.")],
+    second: Annotated[str, typer.Argument(help="The same.")],
+    by: Annotated[str, typer.Option(help="profile, weights or address.")] = "profile",
+    scorers: Scorers = None,
+    out: Annotated[Path | None, path_option("Folder for numbers and page.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Match the heads of two models or checkpoints, and tell how their scores differ.
+
+    Pairs whose heads both stand out from the typical head of their model come first.
+    """
+    from headscope.cli import compare as command
+
+    command.run(
+        first, second, by=by, scorers=scorers, out=out, overwrite=overwrite, seed=seed, as_json=json
+    )
+
+
+@app.command()
+@with_loading
+def retrieval(
+    loading: Loading,
+    model: Model = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens: 1k..32k (doubling) or 128,512 (default: what the model reads)."),
+    ] = None,
+    depths: Annotated[str, typer.Option(help="How many, or shares: 0,0.5,1.")] = "10",
+    needles: Annotated[
+        str | None,
+        typer.Option(
+            help="numbers (default with a chat template), facts (default without one), several, "
+            "hops, prose, or a JSONL file."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask in the tokenizer's chat template (default: if it has one).",
+        ),
+    ] = None,
+    distractors: Annotated[
+        int, typer.Option(min=0, help="Other needles of the same kind in every text.")
+    ] = 3,
+    haystack: Annotated[
+        Path | None, path_option("Text file or folder to hide them in (default: bundled).")
+    ] = None,
+    per_cell: Annotated[int | None, typer.Option(min=1, help="Texts per length and depth.")] = None,
+    extrapolate: Annotated[
+        bool, typer.Option("--extrapolate", help="Also beyond the trained length (rotary models).")
+    ] = False,
+    masking: Annotated[Path | None, path_option("YAML file with tasks to mask heads in.")] = None,
+    random: Annotated[
+        int, typer.Option(min=-1, help="Random orders of masked heads; -1: mask nothing.")
+    ] = 5,
+    form: Annotated[
+        str,
+        typer.Option(help="decoded (published), or forced: one pass each, the answer appended."),
+    ] = "decoded",
+    new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most.")
+    ] = None,
+    out: Annotated[
+        Path | None, path_option("Folder for tables, pictures, page, and finished cells.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of needles and texts.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Find the heads of MODEL that fetch from far back, and mask them; resumable with --out."""
+    from headscope.cli import retrieval as command
+
+    loading = loading.of(model, extrapolate=extrapolate)
+    asked = command.Asked(
+        lengths=lengths,
+        depths=depths,
+        needles=needles,
+        chat=chat,
+        distractors=distractors,
+        haystack=haystack,
+        per_cell=per_cell,
+        seed=seed,
+        form=form,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        masking=masking,
+        random=random,
+    )
+    command.run(loading, asked, out=out, overwrite=overwrite, as_json=json)
+
+
+@app.command(no_args_is_help=True)
+@with_loading
+def influence(
+    loading: Loading,
+    corpus: Annotated[Path, typer.Argument(help="JSONL file, one object with a text a line.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model that reads it (default: tiny-gpt2).")
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help="L5H1,L7H3 or a folder of `retrieval` (default: found by needles)."),
+    ] = None,
+    out: Annotated[Path | None, path_option("Folder (default: runs/influence-FILE).")] = None,
+    field: Annotated[str, typer.Option(help="Name of the text in each object.")] = "text",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens read of a document (default: all that fit).")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Documents per pass.")] = None,
+    denominator: Annotated[
+        str, typer.Option(help="base or masked: what the rise is a share of.")
+    ] = "base",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Rank the documents of CORPUS by how much retrieval heads help to read them; resumable."""
+    from headscope.cli import influence as command
+
+    command.run(
+        loading.of(model),
+        corpus,
+        heads=heads,
+        out=out,
+        overwrite=overwrite,
+        field=field,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        denominator=denominator,
+        as_json=json,
+    )

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 from headscope.base.files import whole_file
 from headscope.circuits.survey import Survey, survey
 from headscope.circuits.vocabulary import vocabulary_words
-from headscope.cli.command import typed
-from headscope.cli.folder import asked_of, run_folder
-from headscope.cli.loading import Loading
-from headscope.cli.output import console, table_rows
+from headscope.cli.options import Loading
+from headscope.cli.output import asked_of, console, run_folder, table_rows, typed
 from headscope.table import save_spectra
 
 if TYPE_CHECKING:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope.base.files import whole_file, whole_page
-from headscope.cli.command import typed
-from headscope.cli.folder import run_folder
-from headscope.cli.names import scorer_names
-from headscope.cli.output import console, plain_rows
+from headscope.cli.options import scorer_names
+from headscope.cli.output import console, plain_rows, run_folder, typed
 from headscope.comparing import compare
 from headscope.comparing.compared import way_to_match
 from headscope.models.loading.load import load

@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscope.base.files import paragraphs, read_text, whole_file
-from headscope.cli.command import typed
-from headscope.cli.folder import run_folder
-from headscope.cli.loading import Loading
-from headscope.cli.names import listed, scorer_names
-from headscope.cli.output import console, plain_rows
+from headscope.cli.options import Loading, listed, scorer_names
+from headscope.cli.output import console, plain_rows, run_folder, typed
 from headscope.comparing import emergence
 from headscope.errors import InputError
 from headscope.plots.text import visible

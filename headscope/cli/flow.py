@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from headscope import flow
 from headscope.base.files import whole_file
-from headscope.cli.command import typed
-from headscope.cli.folder import asked_of, run_folder
-from headscope.cli.loading import Loading
-from headscope.cli.output import console, plain_rows
+from headscope.cli.options import Loading
+from headscope.cli.output import asked_of, console, plain_rows, run_folder, typed
 from headscope.lens.prompt import read_prompt
 from headscope.models.protocol import HeadModel
 from headscope.plots.text import visible

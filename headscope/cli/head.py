@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from headscope.base.files import check_page, whole_page, writable_folder
-from headscope.cli.folder import asked_of, check_overwrite
-from headscope.cli.loading import Loading
-from headscope.cli.output import console
+from headscope.cli.options import Loading
+from headscope.cli.output import asked_of, check_overwrite, console
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.interactive import Explanation, explain

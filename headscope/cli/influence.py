@@ -6,10 +6,8 @@ import time
 from pathlib import Path
 
 from headscope.base.folders import Claim
-from headscope.cli.command import portable, typed
-from headscope.cli.folder import asked_of
-from headscope.cli.loading import Loading
-from headscope.cli.output import console, plain_rows
+from headscope.cli.options import Loading
+from headscope.cli.output import asked_of, console, plain_rows, portable, typed
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel

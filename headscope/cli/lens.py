@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 from headscope import lens
 from headscope.base.files import whole_file
 from headscope.base.sections import Drawn, Section
-from headscope.cli.command import typed
-from headscope.cli.folder import asked_of, run_folder
-from headscope.cli.loading import Loading
-from headscope.cli.output import console, plain_rows
+from headscope.cli.options import Loading
+from headscope.cli.output import asked_of, console, plain_rows, run_folder, typed
 from headscope.errors import InputError
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel

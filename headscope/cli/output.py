@@ -1,10 +1,20 @@
-"""How the commands print: tables for people, JSON for programs."""
+"""Where and how commands write: tables for people, JSON for programs, the folder of a run."""
 
 import json
 import math
-from typing import Any
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from headscope.cli.options import Loading
+from headscope.errors import InputError
 from headscope.table import HeadTable
+
+if TYPE_CHECKING:
+    from headscope.models.protocol import HeadModel
+    from headscope.report.folder import RunFolder
 
 
 def print_table(table: HeadTable, *, as_json: bool) -> None:
@@ -44,3 +54,75 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+_ABSOLUTE = re.compile(r"^(?:~|/|\\\\|[A-Za-z]:[\\/]|file:)")
+# ``--name=`` and ``-n``, with the value in the same word.
+_JOINED = re.compile(r"^(--[\w-]+=|-[A-Za-z](?=[/~\\]))(.*)$", re.DOTALL)
+
+
+def typed() -> str | None:
+    """The command line that runs now; None where headscope was called from other code.
+
+    Absolute paths are cut to their last part: what is passed on should not tell where its
+    author's home is.
+    """
+    program = Path(sys.argv[0])
+    script = program.stem == "headscope" and program.suffix in ("", ".exe")
+    module = program.parts[-2:] == ("headscope", "__main__.py")
+    if not (script or module):
+        return None
+    return shlex.join(["headscope", *map(portable, sys.argv[1:])])
+
+
+def portable(word: str) -> str:
+    """A word of a command line without the folders of this machine."""
+    joined = _JOINED.match(word)
+    name, value = joined.groups() if joined else ("", word)
+    return name + ",".join(_last_part(one) for one in value.split(","))
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] if _ABSOLUTE.match(path) else path
+
+
+def run_folder(out: Path | None, kind: str, *, overwrite: bool) -> "RunFolder | None":
+    """The folder of a run, claimed before anything is loaded; None where none was asked for.
+
+    Raises:
+        InputError: if it cannot be written, or holds another kind of run.
+    """
+    from headscope.report.folder import RunFolder
+
+    check_overwrite(out, overwrite=overwrite)
+    return None if out is None else RunFolder.create(out, kind, overwrite=overwrite)
+
+
+def check_overwrite(out: Path | None, *, overwrite: bool) -> None:
+    """Refuse ``--overwrite`` where nothing is written.
+
+    Raises:
+        InputError: if there is no ``--out``.
+    """
+    if overwrite and out is None:
+        raise InputError("--overwrite needs --out: without it nothing is written.")
+
+
+def asked_of(model: "HeadModel", loading: Loading, **other: Any) -> dict[str, Any]:
+    """What tells one run on a model from another: weights, how they are loaded, and settings."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "weights": model.digest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "extrapolate": loading.extrapolate,
+        **other,
+    }
+
+
+def print_run(place: Path, *, as_json: bool) -> None:
+    """Print the table in a run folder, or in the parquet file itself."""
+    file = place / "table.parquet" if place.is_dir() else place
+    if not file.exists():
+        raise InputError(f"{place} holds no finished run: there is no {file.name} in it.")
+    print_table(HeadTable.load(file), as_json=as_json)

@@ -9,10 +9,8 @@ from headscope import metrics, probes
 from headscope.ablation import patch_stream
 from headscope.ablation.stream import STREAM_SITES
 from headscope.base.folders import Claim
-from headscope.cli.command import typed
-from headscope.cli.folder import asked_of
-from headscope.cli.loading import Loading
-from headscope.cli.output import console, plain_rows
+from headscope.cli.options import Loading
+from headscope.cli.output import asked_of, console, plain_rows, typed
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe

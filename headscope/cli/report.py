@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headscope.base.files import check_page, whole_page
-from headscope.cli.command import typed
-from headscope.cli.output import console
+from headscope.cli.output import console, typed
 from headscope.errors import InputError
 from headscope.report import Run, read_run, report_page
 

@@ -1,20 +1,18 @@
-"""``headscope scan``: the main job."""
+"""``headscope scan`` and ``headscope scorers``: the main job, and what can be scored."""
 
+import json
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from headscope import probes
-from headscope.cli.command import typed
-from headscope.cli.folder import asked_of, run_folder
-from headscope.cli.loading import Loading
-from headscope.cli.names import scorer_names
-from headscope.cli.output import console, print_table
+from headscope.cli.options import Loading, scorer_names
+from headscope.cli.output import asked_of, console, print_table, run_folder, typed
 from headscope.errors import HeadscopeError
 from headscope.interactive.view import attention_example
 from headscope.models.protocol import HeadModel
 from headscope.scorer import FLAT, REPEATED
-from headscope.scorers import CATALOGUE
+from headscope.scorers import CATALOGUE, DEFAULT
 from headscope.scoring import score
 from headscope.table import HeadTable
 
@@ -128,3 +126,33 @@ def _on_text(
 def _example_length(heads: int) -> int:
     """Tokens of the kept example: a megabyte of patterns, or 20 tokens."""
     return int(max(20, min(48, (1_000_000 / heads) ** 0.5)))
+
+
+def list_scorers(*, as_json: bool) -> None:
+    """Print the catalogue."""
+    rows = [
+        {
+            "name": name,
+            "kind": scorer.kind,
+            "unit": scorer.unit,
+            "range": list(scorer.bounds),
+            "default": name in DEFAULT,
+            "description": scorer.description,
+            "source": scorer.source,
+        }
+        for name, scorer in CATALOGUE.items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from rich.table import Table
+
+    grid = Table("name", "reads", "unit", "range", "what it measures", "source", show_lines=False)
+    for name, scorer in CATALOGUE.items():
+        low, high = ("-" if bound is None else f"{bound:g}" for bound in scorer.bounds)
+        mark = "" if name in DEFAULT else " *"
+        span = f"{low}..{high}"
+        said = (scorer.description, scorer.source)
+        grid.add_row(name + mark, scorer.kind, scorer.unit, span, *said)
+    console().print(grid)
+    console().print("* not in a plain scan; ask for it by name.")

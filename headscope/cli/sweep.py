@@ -1,4 +1,4 @@
-"""``headscope sweep``: run a study from a config, or what is left of it."""
+"""``headscope sweep``, ``status`` and ``export``: run a study from a config, and what it gave."""
 
 import json
 import shlex
@@ -11,8 +11,10 @@ from headscope.errors import InputError, nearest
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.cluster import RayExecutor
 from headscope.sweeps.config import SweepConfig, read_config, schema
+from headscope.sweeps.export import export
 from headscope.sweeps.planner import estimate, make_plan
 from headscope.sweeps.run import Executor, Outcome, inline, run_sweep
+from headscope.sweeps.status import status
 
 _EXECUTORS = ("inline", "ray")
 
@@ -103,3 +105,31 @@ def _print_outcome(outcome: Outcome, folder: Path, again: str) -> None:
         raise typer.Exit(1)
     where = folder / "table.parquet" if outcome.compacted else folder
     say(f"Written to {where}; read it with hs.sweeps.read({str(folder)!r}).", soft_wrap=True)
+
+
+def print_status(folder: Path, *, as_json: bool) -> None:
+    """Print counts, models and reasons."""
+    found = status(folder)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    say = console().print
+    say(
+        f"{found.name}: {found.done} of {found.total} chunks done, {found.pending} pending, "
+        f"{len(found.failed)} failed ({found.cells_done} of {found.cells} cells)",
+        highlight=False,
+    )
+    for model, (done, total) in found.models.items():
+        say(f"  {model}: {done} of {total}", highlight=False, markup=False)
+    for chunk, why in found.failed.items():
+        say(f"  failed {chunk}: {why}", highlight=False, markup=False, soft_wrap=True)
+    if found.left_seconds is not None:
+        say(f"  about {found.left_seconds:.0f} s left at the pace so far", highlight=False)
+    if found.compacted:
+        say(f"  all in {folder / 'table.parquet'}", highlight=False, soft_wrap=True)
+
+
+def write_export(folder: Path, *, to: str, out: Path | None) -> None:
+    """Write the file and say where it is."""
+    file = export(folder, to, out)
+    console(stderr=True).print(f"Written to {file}.", soft_wrap=True)

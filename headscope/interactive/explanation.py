@@ -21,9 +21,7 @@ from headscope.metrics import loss
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, masked, repeated_tokens
-from headscope.report.head import Evidence, Example, head_page
-from headscope.report.head_html import head_html
-from headscope.report.head_terminal import card_lines
+from headscope.report.head import Evidence, Example, card_lines, head_html, head_page
 from headscope.report.view import AttentionView
 from headscope.scoring import score
 from headscope.table import (

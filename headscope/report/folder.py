@@ -14,9 +14,8 @@ from headscope.base.sections import Section
 from headscope.base.specs import versions
 from headscope.plots import figures_of, heatmap, heatmaps, save
 from headscope.plots.figures import Drawing
-from headscope.report.kept import sections_json
 from headscope.report.page import index_page
-from headscope.report.sections import laid, with_pictures
+from headscope.report.sections import laid, sections_json, with_pictures
 from headscope.table import HeadTable
 
 

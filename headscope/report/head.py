@@ -1,21 +1,29 @@
-"""The page of one head."""
+"""One head: its page, its small static tables for notebooks, its card on a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.glance import short
 from headscope.base.sections import Grid, Section, Words
 from headscope.heads import HeadIndex
 from headscope.plots import attention_pattern, eigenvalues, spectra
+from headscope.plots.text import visible
 from headscope.report.circuits import missing_words
 from headscope.report.page import sections_page
 from headscope.report.sections import Block, Picture
 from headscope.table import HeadCard, HeadEigenvalues, HeadScores, HeadSpectra, HeadTable
 from headscope.table.weights import NO_RANKS
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
 
 _NAMES = {"Q": "queries", "K": "keys", "V": "values"}
 
@@ -183,3 +191,152 @@ def _weights(card: HeadCard) -> Section:
     ]
     told = "1 is the largest" if card.ranks else NO_RANKS
     return Section("Weight scores", [Grid(("score", "value", "rank"), rows, told)])
+
+
+_CELL = "padding:1px 8px;text-align:left"
+_MARK = "padding:0 .3em;background:rgba(127,127,127,.18);border-radius:3px;white-space:pre"
+
+
+def head_html(card: HeadCard, scan: HeadTable | None, effects: Sequence[HeadScores]) -> str:
+    """Title, scores, tokens of the largest direction, partners."""
+    head = HeadIndex.parse(card.head)
+    known = [one for one in (scan or {}).values() if np.isfinite(one.mean[head])]
+    scores = [_row_html(one, head) for one in [*known, *effects]]
+    parts = [f"<h4>{_said(card.model)} {card.head}</h4>"]
+    if scores:
+        parts.append(_table_html(("score", "mean", "± standard error", "null", "unit"), scores))
+    parts += [
+        _directions_html("reads → writes (OV)", card.ov),
+        _directions_html("query → key (QK)", card.qk),
+    ]
+    for title, partners in (("fed by", card.fed_by), ("feeds", card.feeds)):
+        lines = [
+            f"{_said(mode)}: {', '.join(f'{one} {value:.2f}' for one, value in found)}"
+            for mode, found in partners.items()
+            if found
+        ]
+        if lines:
+            parts.append(f"<p><b>{title}</b> {'; '.join(lines)}</p>")
+    parts += [f"<p>No {_said(name)}: {_said(why)}</p>" for name, why in card.missing.items()]
+    return "".join(parts)
+
+
+def _row_html(scores: HeadScores, head: HeadIndex) -> tuple[str, ...]:
+    role = scores.threshold is not None and bool(scores.significant()[head])
+    name = f"<b>{_said(scores.name)}</b>" if role else _said(scores.name)
+    values = (float(one[head]) for one in (scores.mean, scores.sem, scores.null))
+    return (name, *map(short, values), _said(scores.unit))
+
+
+def _directions_html(title: str, views: Sequence[dict[str, Any]]) -> str:
+    if not views:
+        return ""
+    first = views[0]
+    lines = []
+    for sign in (0, 1):
+        sides = [_tokens_html(first[side][sign]) for side in ("reads", "writes")]
+        lines.append(f"{sides[0]} → {sides[1]}")
+    return f"<p><b>{title}</b><br>{'<br>'.join(lines)}</p>"
+
+
+def _tokens_html(tokens: Iterable[str]) -> str:
+    return " ".join(f'<span style="{_MARK}">{_said(one)}</span>' for one in list(tokens)[:6])
+
+
+def _table_html(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    heads = "".join(f'<th style="{_CELL}">{name}</th>' for name in columns)
+    body = "".join(
+        f"<tr>{''.join(f'<td style={chr(34)}{_CELL}{chr(34)}>{cell}</td>' for cell in row)}</tr>"
+        for row in rows
+    )
+    return (
+        '<div style="overflow-x:auto"><table style="border-collapse:collapse">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _said(text: str) -> str:
+    return escape(visible(text[:80]))
+
+
+_SHOWN = 3  # directions, and tokens at each end of them
+_WEIGHTS = (
+    "copying_eigenvalues",
+    "copying_eigenvalues_mlp",
+    "matching_eigenvalues",
+    "ov_effective_rank",
+    "ov_outliers",
+    "qk_effective_rank",
+    "qk_outliers",
+)
+
+
+def card_lines(
+    card: HeadCard, head: HeadIndex, scan: HeadTable | None, effects: Sequence[HeadScores]
+) -> Iterator["RenderableType"]:
+    """What matters most of one head, for a terminal; the page has the rest."""
+    from rich.text import Text
+
+    yield (Text(f"{card.model} {card.head}", style="bold cyan"))
+    if scan is not None or effects:
+        yield (_behaviour_lines(head, [*(() if scan is None else scan.values()), *effects]))
+    yield (_weight_lines(card))
+    if not card.ranks:
+        yield (Text(NO_RANKS, style="dim"))
+    for title, views in (("reads -> writes (OV)", card.ov), ("query -> key (QK)", card.qk)):
+        if views:
+            yield (Text(f"\n{title}", style="bold"))
+        for view in views[:_SHOWN]:
+            for sign in (0, 1):
+                left, right = (_token_line(view[side][sign]) for side in ("reads", "writes"))
+                yield (Text(f"  {view['singular_value']:7.2f}  {left}  ->  {right}"))
+    for title, partners in (("fed by", card.fed_by), ("feeds", card.feeds)):
+        if any(partners.values()):
+            yield (Text(f"\n{title}", style="bold"))
+        for mode, found in partners.items():
+            heads = ", ".join(f"{one} {value:.2f}" for one, value in found)
+            if heads:
+                yield (Text(f"  {mode}: {heads}"))
+    for name, reason in card.missing.items():
+        yield (Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim"))
+
+
+def _token_line(tokens: Iterable[str]) -> str:
+    return " ".join(visible(one) for one in list(tokens)[:_SHOWN])
+
+
+def _grid_lines(*columns: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+
+
+def _behaviour_lines(head: HeadIndex, scores: Iterable[HeadScores]) -> "Table":
+    """Scores on probes; those that make a role stand out."""
+    from rich.text import Text
+
+    grid = _grid_lines("on probes", "mean", "±", "unit", "rank")
+    for one in scores:
+        mean: Any = one.mean[head]
+        if mean != mean:
+            continue
+        known = one.mean[one.mean == one.mean]
+        role = one.threshold is not None and bool(one.significant()[head])
+        rank = f"{int((known > mean).sum()) + 1}/{known.size}" if known.size > 1 else ""
+        grid.add_row(
+            Text(one.name, style="bold green" if role else ""),
+            short(float(mean)),
+            short(float(one.sem[head])),
+            Text(one.unit),
+            rank,
+        )
+    return grid
+
+
+def _weight_lines(card: HeadCard) -> "Table":
+    grid = _grid_lines("from weights", "value", "rank")
+    for name in _WEIGHTS:
+        if name in card.scores:
+            grid.add_row(name, short(card.scores[name]), str(card.ranks.get(name, "")))
+    return grid

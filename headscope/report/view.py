@@ -6,8 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from headscope.base.files import whole_page
-from headscope.report.packed import packed_example
-from headscope.report.shell import filled
+from headscope.report.shell import filled, packed_example
 from headscope.table import AttentionExample
 
 _HEIGHT = 560

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import headscope as hs
 from headscope.cli import doctor
 from headscope.cli.app import app
-from headscope.cli.examination import examine
+from headscope.cli.doctor import examine
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.scorers import CATALOGUE, DEFAULT
 from tests.models.families import build

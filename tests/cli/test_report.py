@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import headscope as hs
-from headscope.cli.command import typed
+from headscope.cli.output import typed
 from headscope.cli.sweep_runs import sweep_runs
 from headscope.errors import HeadscopeError
 from headscope.sweeps.results import read

@@ -8,7 +8,7 @@ import numpy as np
 import pandas
 import pytest
 
-from headscope.cli.lengths import parse_depths, parse_lengths
+from headscope.cli.options import parse_depths, parse_lengths
 from headscope.table import HeadTable
 from tests.cli.support import run, sentence
 from tests.models.families import fresh

@@ -31,8 +31,8 @@ from headscope.base.files import check_page, subfolder, whole_file, whole_page
 from headscope.base.folders import Claim, clear, occupant
 from headscope.base.progress import plain_line, track
 from headscope.cli import main
-from headscope.cli.command import portable
 from headscope.cli.emergence import steps_of
+from headscope.cli.output import portable
 from headscope.edits.head_edit import HeadEdit
 from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, WriteError
 from headscope.probes.config import ProbeConfig

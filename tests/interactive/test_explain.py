@@ -10,7 +10,7 @@ from rich.console import Console
 import headscope as hs
 from headscope.circuits.survey import card_table
 from headscope.errors import InputError
-from headscope.report.head_html import head_html
+from headscope.report.head import head_html
 from headscope.table import HeadCard
 from tests.report.example import HOSTILE
 
