@@ -497,7 +497,8 @@ def weight_scorer(
         ... def gain(weights):
         ...     '''Frobenius norm of the OV matrix.'''
         ...     return weights.ov.norm()
-        >>> hs.score(model, scorers=gain)["gain"].mean.shape == (2, 4)
+        >>> hs.score(model, scorers=gain)["gain"].mean.shape == (
+        ...     model.shape.n_layers, model.shape.n_heads)
         True
     """
 

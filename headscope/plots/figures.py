@@ -51,7 +51,7 @@ def figures(result: object) -> dict[str, Drawing]:
 
     Example:
         >>> list(hs.plots.figures(table))[:2]
-        ['previous_token', 'current_token']
+        ['previous_token', 'induction']
         >>> hs.plots.figures(table["induction"])[""]("dark").layout.title.text is not None
         True
     """
@@ -59,7 +59,15 @@ def figures(result: object) -> dict[str, Drawing]:
 
 
 def figures_of(results: Mapping[str, object]) -> dict[str, Drawing]:
-    """Figures of several results, each name put before those of its figures."""
+    """Figures of several results, each name put before those of its figures.
+
+    Args:
+        results: of any kind, by name.
+
+    Example:
+        >>> list(figures_of({"induction": table["induction"]}))
+        ['induction']
+    """
     return {
         name + added: draw
         for name, result in results.items()
