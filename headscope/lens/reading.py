@@ -1,6 +1,6 @@
 """States read in the vocabulary, a few at a time, so that no [layer pos vocab] is ever kept.
 
-Observers keep a few positions of what lenses read.
+Readers keep a few positions of what lenses read.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The observer behind ``hs.score``: feeds each layer's chunks to the scorers, keeps sums only."""
+"""The reader behind ``hs.score``: feeds each layer's chunks to the scorers, keeps sums only."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
