@@ -39,7 +39,9 @@ def waits(model: HeadModel, probe: hs.Probe, scorers: list[str], **options: int)
 
 def scorers_for(model: HeadModel, kind: str) -> list[str]:
     catalogue = hs.scorers.CATALOGUE.values()
-    meant = [one for one in catalogue if one.probe is not None and one.probe.name == kind]
+    # Scorers of gradients take a pass of their own.
+    shared = [one for one in catalogue if one.kind != "gradient" and one.probe is not None]
+    meant = [one for one in shared if one.probe is not None and one.probe.name == kind]
     return [one.name for one in meant if not set(one.needs) & set(model.limits)]
 
 
