@@ -929,11 +929,12 @@ def test_b12_plans_die_with_their_model_and_know_padding() -> None:
 
 def test_b12_memory_is_given_back_outside_of_the_handler(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
+    from importlib import import_module
 
     held: list[bool] = []
     for place in ("headscope.capture", "headscope.ablation.engine", "headscope.retrieval.follow"):
         note = lambda: held.append(sys.exc_info()[1] is not None)  # noqa: E731
-        monkeypatch.setattr(f"{place}.free_cached_memory", note)
+        monkeypatch.setattr(import_module(place), "free_cached_memory", note)
     model, left = hs.load(llama()), [2]
     run = type(model).run
 

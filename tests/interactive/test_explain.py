@@ -1,5 +1,6 @@
 """``hs.explain``: the same numbers as the parts that it is made of."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_ranks_are_told_where_they_are_quick_or_asked_for_and_else_the_call_that
         better = [head for head in model.shape.heads if scores[head] > scores[said.head]]
         assert card.ranks[name] == 1 + len(better)
     assert "No ranks" not in str(said) + said.page()
-    monkeypatch.setattr("headscope.circuits.survey._QUICK", 1000)
+    monkeypatch.setattr(import_module("headscope.circuits.survey"), "_QUICK", 1000)
     found = hs.explain(said.head, model, weights_only=True)
     assert found.card.ranks == {}
     for shown in (str(found), found.page()):
