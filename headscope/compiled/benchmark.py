@@ -336,6 +336,10 @@ def make_case(name: str, build: BuildOptions, *, batch: int = 8, seed: int = 0) 
 
     Raises:
         InputError: if there is no such program, or it does not fit the family.
+
+    Example:
+        >>> hs.compiled.make_case("induction", {"noise_heads": 1}).name
+        'induction (noise heads 1)'
     """
     if name not in LIBRARY:
         raise InputError(nearest(name, LIBRARY, kind="program"))
