@@ -20,7 +20,7 @@ from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.models.taps import Tap, TapView
+from headscope.models.taps import ATTENTION_SITES, Tap, TapView
 from headscope.origin import origin
 from headscope.probes import Probe
 from headscope.probes import text as text_probe
@@ -237,25 +237,27 @@ def position_heads(
     """
     study = _Study.of(model, texts, length, skip, batch_size)
     layers = model.shape.attention_layers
-    read = [Tap(site, layer) for layer in layers for site in ("z", "query", "key")]
+    read = [Tap(site, layer) for layer in layers for site in ("z", "query", "key", "pattern")]
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     panels: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    queries: dict[int, Tensor] = {}
+    held: dict[Tap, Tensor] = {}
     with track(float(len(study.probe)), "position in heads", show=progress) as advance:
-        means = study.means(read, advance)
+        means = study.means([tap for tap in read if tap.site != "pattern"], advance)
 
         def keep(view: TapView) -> None:
-            layer, x = view.tap.layer or 0, _by_position(view)[..., study.skip :, :]
-            mean = means[view.tap]
+            if view.tap.site == "pattern":
+                Q, K = (Tap(site, view.tap.layer) for site in ("query", "key"))
+                query, key, visible = held.pop(Q), held.pop(K), _visible(view, study.skip)
+                _check_scores(model, view, query, key, visible, study.skip)
+                found = _panels(query, key, means[Q], means[K], visible)
+                panels[view.tap.layer or 0].append(found)
+                return
+            x = _by_position(view)[..., study.skip :, :]
             if view.tap.site == "z":
-                outputs[layer].append(held_out_shares(x, mean)[0])
-            elif view.tap.site == "query":
-                queries[layer] = x
+                shares, _ = held_out_shares(x, means[view.tap])
+                outputs[view.tap.layer or 0].append(shares)
             else:
-                q, Q = queries.pop(layer), means[Tap("query", layer)]
-                visible = _visible(view, study.skip)
-                _check_scores(model, view, q, x, visible, study.skip)
-                panels[layer].append(_panels(q, x, Q, mean, visible))
+                held[view.tap] = x
 
         study.run(study.measured, dict.fromkeys(read, keep), advance)
     return _head_table(study, outputs, panels)
@@ -429,7 +431,7 @@ class _Study:
         found: dict[Tap, Tensor] = {}
 
         def add(view: TapView) -> None:
-            value = _by_position(view) if view.view is not None else _wide(view)
+            value = _by_position(view) if view.tap.site in ATTENTION_SITES else _wide(view)
             part = value[..., self.skip :, :].sum(0) / len(self.reference)
             found[view.tap] = found[view.tap] + part if view.tap in found else part
 

@@ -226,7 +226,7 @@ class HeadScores(Saved):
 
         Example:
             >>> effects = np.array([[[0.5, 0.75, 0.625, 0.5]]])
-            >>> one = hs.HeadScores.from_effects("change", effects, kv_heads=1, bounds=(0, None))
+            >>> one = hs.HeadScores.from_effects("change", effects, kv_heads=1, bounds=(0.0, None))
             >>> one.alternative, one.null.tolist()
             ('two-sided', [[0.0]])
         """

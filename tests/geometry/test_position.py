@@ -188,7 +188,7 @@ def test_embeddings_without_positions_owe_nothing_to_them() -> None:
 
 
 def test_what_cannot_be_split_is_refused() -> None:
-    with pytest.raises(hs.HeadscopeError, match="does not show its queries and keys"):
+    with pytest.raises(hs.HeadscopeError, match="does not show its keys"):
         hs.geometry.position_heads(model_of("bloom"), probe_of())
 
 
