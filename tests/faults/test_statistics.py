@@ -358,6 +358,31 @@ def test_c9_scores_with_a_sign_are_tested_both_ways() -> None:
     assert mine.alternative == "two-sided"
 
 
+def test_c10_even_rows_sum_to_one_where_the_models_own_do_not() -> None:
+    model, probe = model_of("gpt_oss"), probe_of()
+    seen: list[AttentionRows] = []
+    model.run(probe, reads={hs.Tap("pattern", 0): lambda view: seen.append(view.rows(slice(None)))})
+    (rows,) = seen
+    assert bool((rows.total < 1 - 1e-6).any()), "a learned sink takes its share"
+    even = rows.uniform().total
+    torch.testing.assert_close(even, torch.ones_like(even))
+
+
+def test_c10_a_query_of_zero_leaves_what_a_learned_sink_takes() -> None:
+    model, probe = model_of("gpt_oss"), probe_of()
+    seen: list[AttentionRows] = []
+    model.run(
+        probe,
+        reads={hs.Tap("pattern", 0): lambda view: seen.append(view.rows(slice(None)))},
+        writes={hs.Tap("query", 0): lambda query, _span: query * 0},
+    )
+    shown = seen[0].visible[:, None] & (seen[0].pattern > 0)
+    for row, keys in zip(seen[0].pattern[0, 0], shown[0, 0], strict=True):
+        values = row[keys]
+        torch.testing.assert_close(values, values[:1].expand_as(values))  # even
+        assert float(values.sum()) < 1.0  # but for the sink
+
+
 def test_c11_the_control_draws_as_its_probe_does() -> None:
     model = reader()
     model = replace(model, shape=replace(model.shape, n_ctx=None))
