@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import headscope as hs
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import HeadModel, lacks
 from tests.devices import standin
 
 _SAME = ["previous_token", "induction", "duplicate_token", "current_token"]
@@ -42,7 +42,7 @@ def scorers_for(model: HeadModel, kind: str) -> list[str]:
     # Scorers of gradients take a pass of their own.
     shared = [one for one in catalogue if one.kind != "gradient" and one.probe is not None]
     meant = [one for one in shared if one.probe is not None and one.probe.name == kind]
-    return [one.name for one in meant if not set(one.needs) & set(model.limits)]
+    return [one.name for one in meant if not any(lacks(model, need) for need in one.needs)]
 
 
 def test_as_many_for_one_scorer_as_for_all(model: HeadModel) -> None:

@@ -33,7 +33,7 @@ def layers_of(model: HeadModel, probe: Probe) -> list[Layer]:
     kept: dict[Tap, Tensor] = {}
 
     def keep(view: TapView) -> None:
-        value = view.view.values() if view.tap.site == "value" else view.value
+        value = view.value
         kept[view.tap] = value.detach().float().clone()
 
     numbers = range(model.shape.n_layers)
