@@ -74,7 +74,7 @@ def loudest(case):
 
 mine = Method("loudest", asks="used", answer=loudest)
 found = hs.compiled.benchmark(["ablation, mean"], hs.compiled.CASES[:2], extra=[mine])
-found.summary()  # one row per method: median AUROC, lowest, exact, seconds
+found.by_method()  # one row per method: median AUROC, lowest, exact, seconds
 ```
 """
 

@@ -178,7 +178,7 @@ class Benchmark(Shown):
 
         return pandas.DataFrame([{**vars(one), "exact": one.exact} for one in self.trials])
 
-    def summary(self) -> "pandas.DataFrame":
+    def by_method(self) -> "pandas.DataFrame":
         """One row per question and method, best first.
 
         Columns:
@@ -211,12 +211,12 @@ class Benchmark(Shown):
         return table.drop(columns="_at").reset_index(drop=True)
 
     def to_markdown(self) -> str:
-        """:meth:`summary` as a table for a page."""
+        """:meth:`by_method` as a table for a page."""
         lines = [
             "| question | method | models | median AUROC | lowest | exact | refused |",
             "|---|---|--:|--:|---|--:|--:|",
         ]
-        for row in self.summary().itertuples():
+        for row in self.by_method().itertuples():
             lowest = f"{row.worst:.2f} ({row.worst_model})" if row.worst < 1 else "1.00"
             lines.append(
                 f"| {row.question} | {row.method} | {row.models} | {row.auroc:.2f} | {lowest} "
@@ -226,7 +226,7 @@ class Benchmark(Shown):
 
     def glance(self) -> Glance:
         """The methods that did worst."""
-        table = self.summary().sort_values("auroc")
+        table = self.by_method().sort_values("auroc")
         models = {one.model for one in self.trials}
         return Glance(
             "benchmark on compiled models",
@@ -236,7 +236,7 @@ class Benchmark(Shown):
                 (row.question, row.method, f"{row.auroc:.2f}", f"{row.exact:.0%}")
                 for row in table.itertuples()
             ],
-            hint="result.summary(), result.to_pandas(), print(result.to_markdown())",
+            hint="result.by_method(), result.to_pandas(), print(result.to_markdown())",
         )
 
 

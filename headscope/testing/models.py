@@ -106,7 +106,8 @@ class _Everything:
 
     def run(self, model: HeadModel, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """Run a model under these eyes."""
-        says = getattr(model, "answer", model.run)  # hidden states where it has no head
+        headless = "logits" in model.limits
+        says = getattr(model, "answer", model.run) if headless else model.run  # hidden states
         logits: Tensor | None = says(Texts(tokens, real), reads=self.reads(model.shape))
         ensure(logits is not None, "a whole pass gives no logits.")
         assert logits is not None  # noqa: S101  for the type checker

@@ -84,7 +84,7 @@ def test_a_question_that_a_model_lacks_is_not_asked_and_refusals_are_kept() -> N
     assert [(one.method, bool(one.refused)) for one in found.trials] == [
         ("shy", True), ("induction", False), ("shy", True),
     ]  # fmt: skip
-    row = found.summary().set_index("method").loc["shy"]
+    row = found.by_method().set_index("method").loc["shy"]
     assert row["refused"] == 2
     assert np.isnan(row["auroc"])
     assert found.trials[0].refused == "not on copy (noise heads 1)"

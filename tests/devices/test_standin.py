@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import headscope as hs
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import HeadModel, lacks
 from headscope.retrieval.forms import Retrieval
 from tests.devices import standin
 
@@ -59,7 +59,8 @@ def _all_scores(model: HeadModel, kind: str, probe: str) -> hs.HeadTable:
     names = [
         name
         for name, scorer in hs.scorers.CATALOGUE.items()
-        if getattr(scorer.probe, "name", "") == kind and not set(scorer.needs) & set(model.limits)
+        if getattr(scorer.probe, "name", "") == kind
+        and not any(lacks(model, need) for need in scorer.needs)
     ]
     return hs.score(model, probe_of(probe), names)
 

@@ -219,7 +219,9 @@ def test_a4_a_mask_of_chunks_is_refused() -> None:
     assert chunked_causal_mask_function is not None
     modeling_mistral.create_sliding_window_causal_mask = chunked
     try:
-        with pytest.raises(hs.HeadscopeError, match="neither causal nor a sliding window"):
+        with pytest.raises(
+            hs.HeadscopeError, match="neither causal nor bidirectional nor a sliding window"
+        ):
             hs.load(module)
     finally:
         modeling_mistral.create_sliding_window_causal_mask = real
@@ -584,7 +586,7 @@ def test_transformers_has_every_name_that_is_relied_on() -> None:
     [
         ("doge", r"makes more of the mask than which keys are visible \(in prepare_dynamic_mask"),
         ("diffllama", "its layers call attention more than once"),
-        ("hrm_text", "it runs the same layers more than once in a pass"),
+        ("hrm_text", "which it runs more than once in a pass"),
     ],
 )
 def test_a12_refusals_say_what_the_family_does(kind: str, reason: str) -> None:

@@ -129,7 +129,7 @@ def test_ablation_importance_has_the_sign_of_damage() -> None:
     def mine(logits: torch.Tensor, probe: hs.Probe) -> torch.Tensor:
         return logits[:, -1].amax(1)
 
-    with pytest.raises(InputError, match="'mine' better or worse"):
+    with pytest.raises(InputError, match="'mine' has no direction"):
         ablation_importance(model, probe, mine)
     assert ablation_importance(model, probe, mine, better="higher").n.min() == len(probe)
 

@@ -139,10 +139,19 @@ def test_layers_without_rotation_have_no_contributions() -> None:
     np.testing.assert_allclose(found.share[[0, 2]].sum(-1), 1, rtol=1e-5)
 
 
-def test_what_has_no_measured_rotation_is_refused_in_words_for_it() -> None:
-    model = hs.load(build("qwen3"), check=False)
+def test_what_has_no_measured_rotation_is_refused_in_words_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = hs.load(build("qwen3"), check=False)  # norms on queries and keys turn as any other
     ids = torch.randint(3, 60, (1, 20))
     probe = hs.probes.from_tokens(ids, marks={"answering": ids > 0})
-    with pytest.raises(UnsupportedModelError, match="how positions turn them cannot") as said:
+    slow = hs.score(model, probe, "rotary_slowness")["rotary_slowness"]
+    assert np.isfinite(slow.mean).all()
+
+    def refuse(*_: Any) -> None:
+        raise UnsupportedModelError("its rotation cannot be measured.")
+
+    monkeypatch.setattr(type(model.parts), "rotation", refuse)
+    with pytest.raises(UnsupportedModelError, match="its rotation cannot be measured") as said:
         hs.score(model, probe, "rotary_slowness")
     assert "fold_norm" not in str(said.value)

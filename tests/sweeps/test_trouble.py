@@ -53,7 +53,9 @@ def full(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path: Path, full: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=r"cannot write .*No space left on device.*run it again"):
+    with pytest.raises(
+        InputError, match=r"cannot write .*No space left on device.*run the same command again"
+    ):
         run_sweep(config(**FEW), tmp_path)
     assert (full["measured"], full["tries"]) == (2, ATTEMPTS)
     found = status(tmp_path)

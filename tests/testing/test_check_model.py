@@ -106,4 +106,6 @@ def test_a_check_leaves_the_model_as_it_was(family: str) -> None:
         for name, part in module.named_modules()
         for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     ]
-    assert not kept
+    # transformers puts these on blocks when hidden states are first asked for, and leaves them.
+    own = "install_output_capuring_hook"
+    assert all(hook.__qualname__.startswith(own) for _, hook in kept), kept
