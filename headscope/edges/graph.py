@@ -238,7 +238,7 @@ class EdgeGraph(Shown):
         }
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write one Parquet file, whole or not at all: a row per edge, everything else in its head.
+        """Write one Parquet file atomically: a row per edge, everything else in its metadata.
 
         Args:
             path: of the file; what is there is replaced.
