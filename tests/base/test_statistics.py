@@ -322,9 +322,11 @@ def two_controls(kind: str, n: int, rng: np.random.Generator) -> tuple[np.ndarra
         return level + rng.exponential(size=shape), level + rng.exponential(size=shape)
     chance = {"binary": 0.25, "rare": 0.03}.get(kind)
     if chance is not None:
-        return tuple((rng.random(shape) < chance).astype(float) for _ in range(2))  # type: ignore[return-value]
+        first, second = ((rng.random(shape) < chance).astype(float) for _ in range(2))
+        return first, second
     if kind == "tied":
-        return tuple(rng.binomial(5, 0.2, shape) / 5 for _ in range(2))  # type: ignore[return-value]
+        first, second = (rng.binomial(5, 0.2, shape) / 5 for _ in range(2))
+        return first, second
     return np.full(shape, 0.3), np.full(shape, 0.3)
 
 
