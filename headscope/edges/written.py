@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -76,7 +76,14 @@ class Measured:
 
 ENTRIES = ("query", "key", "value")
 Ablation = Literal["patch", "zero", "mean"]
-_NAMES = {"corrupt": "patch", "counterfactual": "patch", "resample": "patch"}
+_NAMES: Mapping[str, Ablation] = {
+    "patch": "patch",
+    "zero": "zero",
+    "mean": "mean",
+    "corrupt": "patch",
+    "counterfactual": "patch",
+    "resample": "patch",
+}
 # The nodes must add up to the residual stream to this share of it.
 _ADDS_UP = 1e-3
 _TOKENS = 4096
@@ -334,16 +341,15 @@ def ablation_of(name: str | None, probe: Probe) -> Ablation:
     """
     if name is None:
         return "mean" if probe.corrupt is None else "patch"
-    known = get_args(Ablation)
-    found = _NAMES.get(name, name) if isinstance(name, str) else repr(name)
-    if found not in known:
-        raise InputError(nearest(found, (*known, *_NAMES), kind="ablation"))
+    if name not in _NAMES:
+        raise InputError(nearest(str(name), _NAMES, kind="ablation"))
+    found = _NAMES[name]
     if found == "patch" and probe.corrupt is None:
         raise InputError(
             f"ablation={name!r} takes values from a paired run, and this probe has no corrupt "
             "pair: use a probe of pairs, or ablation='mean' or 'zero'."
         )
-    return found  # type: ignore[return-value]  # it is one of them
+    return found
 
 
 def _check_pair(model: HeadModel, probe: Probe) -> None:
