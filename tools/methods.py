@@ -25,7 +25,7 @@ apart. Chance has a half; *exact* is the share of models on which all true ones 
 *refused* counts models on which the method gave no answer, for a reason that it says.
 
 The models are GPT-2s and Llamas with and without grouped heads, most with a hidden rotation of the
-residual stream, all with noise heads, whose output nobody reads. They are hard in one way in which
+residual stream, all with noise heads, whose output is not read. They are hard in one way in which
 trained models are soft: attention is saturated, so that gradients through it vanish.
 
 ## Questions
@@ -46,7 +46,7 @@ trained models are soft: attention is saturated, so that gradients through it va
   Half-way, the earlier head of a pair has faded so far that the later one attends elsewhere and
   writes what hurts; on the rest of the way its derivative has the wrong sign.
 - **Output norm, weight norm, confidence** look at size, not at use: a head that writes loudly what
-  nobody reads (*bystanders*) is ranked with those that matter.
+  is never read (*bystanders*) is ranked with those that matter.
 - **Direct attribution** sees what a head writes to the logits itself, and not what it tells others.
 - **Edges by patching** with a paired text are blind to what both texts share, positions above all;
   the truth counts such edges. Zero and mean ablation see them.
