@@ -97,9 +97,9 @@ def passes(
     """
     check_fits(model, probe)
     size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
-    start, halvings = 0, 0
+    start, halvings, turns_at = 0, 0, model.shape.turns_at
     while start < len(probe):
-        chosen = slice(start, min(start + size, len(probe)))
+        chosen = slice(start, min(start + size, start + _alike(probe, start, turns_at)))
         batch = probe.examples(chosen)
         full = False
         try:
@@ -114,6 +114,14 @@ def passes(
             continue
         yield chosen, found
         start = chosen.stop
+
+
+def _alike(probe: Probe, start: int, turns_at: int | None) -> int:
+    """How many examples, from ``start`` on, a model turns by the same angles in one pass."""
+    if turns_at is None:
+        return len(probe) - start
+    beyond = (probe.host.real[start:].sum(1) > turns_at).tolist()
+    return next((at for at, one in enumerate(beyond) if one != beyond[0]), len(beyond))
 
 
 def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:

@@ -105,8 +105,9 @@ class ModelShape:
     ``windows`` gives, for every layer, how many keys back a query sees, itself included
     (None: all). ``removed`` lists heads that were pruned out of those layers: the others keep
     their numbers. ``n_ctx`` is the longest text that it takes (None: no limit), ``trained_ctx``
-    what that was where the limit has been lifted. ``d_vocab`` counts the tokens that go in,
-    ``d_vocab_out`` those that have a logit (None: as many).
+    what that was where the limit has been lifted, and ``turns_at`` the longest text that a model
+    with two sets of rotations (longrope) reads with the first (None: it has one set). ``d_vocab``
+    counts the tokens that go in, ``d_vocab_out`` those that have a logit (None: as many).
     """
 
     n_layers: int
@@ -120,6 +121,7 @@ class ModelShape:
     windows: tuple[int | None, ...]
     removed: frozenset[HeadIndex] = frozenset()
     trained_ctx: int | None = None
+    turns_at: int | None = None
     d_vocab_out: int | None = None
 
     def __post_init__(self) -> None:

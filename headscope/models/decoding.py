@@ -134,7 +134,7 @@ class _Cached:
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": every.to(tokens.device)}
         if self._real is not None:
             self._real = _extended(self._real, self._length, tokens)
-            inputs |= padding(self._real, self._arguments)
+            inputs |= padding(self._real, self._arguments, turns_at=model.shape.turns_at)
             if "position_ids" in inputs:
                 inputs["position_ids"] = inputs["position_ids"][:, self._length :]
         if "logits_to_keep" in self._arguments:

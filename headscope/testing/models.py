@@ -148,6 +148,9 @@ class _Subject:
         windows = [window for window in self.model.shape.windows if window is not None]
         length = max([_LENGTH, *(2 * window + 3 for window in windows)])
         length = min(length, _LONGEST, self.model.shape.n_ctx or _LONGEST)
+        turns_at = self.model.shape.turns_at
+        if turns_at is not None and turns_at > _LENGTH // 2:  # padded texts turn as whole ones do
+            length = min(length, turns_at)
         generator = torch.Generator().manual_seed(self.seed)
         d_vocab = min(self.model.shape.d_vocab, self.model.shape.d_vocab_out or 1 << 62)
         ids = torch.randint(min(5, d_vocab - 1), d_vocab, (2, length), generator=generator)

@@ -16,6 +16,7 @@ from headscope.heads import ModelShape
 from headscope.models.hf.hooks import after, hooked, leaving
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
 from headscope.models.hf.watch import Watch, write_scales
+from headscope.models.loading.extrapolation import turning_length
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
 _BATCH, _LENGTH = 2, 5
@@ -179,6 +180,7 @@ def _shape(
         d_vocab=_d_vocab(bridge),
         d_vocab_out=None if n_logits == _d_vocab(bridge) else n_logits,
         n_ctx=_n_ctx(bridge),
+        turns_at=turning_length(_config(bridge)),
         attention_layers=tuple(sorted(attentions)),
         windows=tuple(_window(_config(bridge), layer) for layer in range(n_layers)),
     )

@@ -187,7 +187,7 @@ class BridgeModel(Tapped, Shown):
     def _inputs(self, mask: Tensor | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}
         if mask is not None:
-            inputs |= padding(mask, self._arguments)
+            inputs |= padding(mask, self._arguments, turns_at=self.shape.turns_at)
         return inputs
 
     @cached_property

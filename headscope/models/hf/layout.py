@@ -28,6 +28,7 @@ from headscope.models.hf.removed import NoHeads, kept_in
 from headscope.models.hf.transformers_api import takes_attention_functions
 from headscope.models.hf.watch import Watch, write_scales
 from headscope.models.loading.calls import answer
+from headscope.models.loading.extrapolation import turning_length
 from headscope.models.offload import runs_on
 from headscope.models.running import pass_over
 
@@ -309,6 +310,7 @@ def _shape(
         d_head=d_head,
         d_vocab=embedding.shape[0],
         n_ctx=n_ctx,
+        turns_at=turning_length(config),
         d_vocab_out=None if width == embedding.shape[0] else width,
         attention_layers=tuple(numbers),
         windows=tuple(windows),

@@ -253,7 +253,9 @@ class HFModel(Tapped, Shown):
         # All real, it changes nothing, but keeps families from warning of padding.
         inputs["attention_mask"] = torch.ones_like(tokens)
         if real is not None and not bool(real.all()):
-            inputs |= padding(real.to(self.device), self._arguments, self._first_position)
+            inputs |= padding(
+                real.to(self.device), self._arguments, self._first_position, self.shape.turns_at
+            )
         return inputs
 
     @cached_property

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headscope.errors import UnsupportedModelError
+from headscope.errors import InputError, UnsupportedModelError
 
 
 def accepted(module: Any) -> frozenset[str]:
@@ -23,7 +23,10 @@ def answer(output: Any) -> Tensor:
 
 
 def padding(
-    real: Bool[Tensor, "batch pos"], accepts: Collection[str], first: int = 0
+    real: Bool[Tensor, "batch pos"],
+    accepts: Collection[str],
+    first: int = 0,
+    turns_at: int | None = None,
 ) -> dict[str, Tensor]:
     """Arguments that say which tokens are real; positions count them alone, on either side.
 
@@ -31,7 +34,19 @@ def padding(
         real: False at padding.
         accepts: names of arguments that the module takes.
         first: number of the first position; see :func:`first_position`.
+        turns_at: longest text of the first of two sets of rotations (:class:`ModelShape`).
+
+    Raises:
+        InputError: if the texts need both sets of rotations: a model takes one for a whole batch.
     """
+    if turns_at is not None:
+        beyond = real.sum(1) > turns_at
+        if bool(beyond.any()) and not bool(beyond.all()):
+            raise InputError(
+                f"the batch has texts of at most {turns_at} tokens and longer ones, and the model "
+                "rotates a whole batch by the angles of its longest text (longrope): run them "
+                "apart, for example with batch_size=1."
+            )
     inputs = {"attention_mask": real.long()}
     if "position_ids" in accepts:
         inputs["position_ids"] = (real.long().cumsum(1) - 1).clamp_min(0) + first

@@ -1,5 +1,6 @@
 """Letting a rotary model read more tokens than its config says it was made for."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,29 @@ def is_rotary(config: Any) -> bool:
     if getattr(text, "alibi", False):
         return False
     return any(getattr(text, name, None) for name in ("rope_parameters", "rope_theta"))
+
+
+def _rotations(config: Any) -> list[Mapping[str, Any]]:
+    """Settings of a config's rotations; some have one set for each kind of layer."""
+    given = getattr(config, "rope_parameters", None) or {}
+    nested = [one for one in given.values() if isinstance(one, Mapping)]
+    return [one for one in (given, *nested) if "rope_type" in one]
+
+
+def turning_length(config: Any) -> int | None:
+    """Longest text that a model with two sets of rotations (longrope) reads with the first.
+
+    Args:
+        config: of the text model.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    own = getattr(config, "original_max_position_embeddings", None) or longest
+    lengths = [
+        one.get("original_max_position_embeddings") or own
+        for one in _rotations(config)
+        if one["rope_type"] == "longrope"
+    ]
+    return min((int(length) for length in lengths if length is not None), default=None)
 
 
 def no_rotation(name: str, config: Any) -> dict[str, str]:
@@ -35,7 +59,8 @@ def extrapolate(model: "HeadModel", config: Any) -> None:
         config: of transformers.
 
     Raises:
-        UnsupportedModelError: if positions are looked up in a table, which ends.
+        UnsupportedModelError: if positions are looked up in a table, which ends, or if rotations
+            depend on the longest text that the model has read so far.
     """
     if model.shape.n_ctx is None:
         return
@@ -43,5 +68,11 @@ def extrapolate(model: "HeadModel", config: Any) -> None:
         raise UnsupportedModelError(
             f"{model.name} ({config.model_type}) looks its positions up in a table of "
             f"{model.shape.n_ctx}, so there are none beyond: leave extrapolate=True out."
+        )
+    if any(one["rope_type"] == "dynamic" for one in _rotations(config.get_text_config())):
+        raise UnsupportedModelError(
+            f"{model.name} ({config.model_type}) rotates by the longest text that it has ever read "
+            f"(rope_type='dynamic'), so beyond {model.shape.n_ctx} tokens a result would depend on "
+            "what ran before: leave extrapolate=True out."
         )
     model.shape = replace(model.shape, n_ctx=None, trained_ctx=model.shape.n_ctx)
