@@ -141,6 +141,25 @@ def largest_program(tokens: int = 6, length: int = 8) -> Program:
     return Program("largest", tokens, length, (head,), ("answer",))
 
 
+def sort_program(tokens: int = 8, length: int = 10) -> Program:
+    """Every position shows the largest token so far that is smaller than its own.
+
+    With the largest id as the separator, ``BOS 3 5 1 SEP`` goes on with ``5 3 1 BOS``: each answer,
+    written down, asks for the next. It sorts sets; what occurs twice is shown once.
+
+    Example:
+        >>> made = hs.compiled.from_library("sort")
+        >>> text = [0, 3, 5, 1, 7]
+        >>> for _ in range(3):
+        ...     text.append(int(made.module(torch.tensor([text])).logits[0, -1].argmax()))
+        >>> text[5:]
+        [5, 3, 1]
+    """
+    smaller = table("smaller", {n: range(1, n) for n in range(tokens)})
+    head = Head(0, "token", "token", smaller, "token", "answer", ties="largest", role="sort")
+    return Program("sort", tokens, length, (head,), ("answer",))
+
+
 def dyck_program(length: int = 8) -> Program:
     """Tokens 1 and 2 are brackets; shows 1 where more are open, 2 where closed, 0 if balanced."""
     opened = Feature("opened", (0.5, 1.0, 0.0))
@@ -162,6 +181,29 @@ def mean_program(length: int = 8) -> Program:
     cuts = (0.118, 0.354, 0.646, 0.882)  # between the means that 8 such numbers can have
     lookup = Lookup(0, ("mean",), "answer", 5, lambda n: n, cuts)
     return Program("mean", 5, length, (head,), ("answer",), (lookup,), (number,))
+
+
+def regression_program(length: int = 8) -> Program:
+    """Regression in context: pairs ``x y`` give the mean ``y`` that has followed an ``x`` so far.
+
+    Tokens 1 and 2 are two values of x; token ``n`` from 3 on is the number ``(n - 3) / 3``. An
+    induction head averages the numbers behind earlier occurrences of the position's token (the
+    least-squares fit of y on a categorical x), and the MLP rounds the mean.
+
+    Example:
+        >>> made = hs.compiled.from_library("regression")
+        >>> text = torch.tensor([[0, 1, 3, 1, 5, 2, 6, 1]])  # behind 1: 0 and 2/3
+        >>> int(made.module(text).logits[0, -1].argmax())  # 1/3
+        4
+    """
+    number = Feature("number", (0.0, 0.0, 0.0, 0.0, 1 / 3, 2 / 3, 1.0))
+    cuts = (0.155, 0.488, 0.845)  # between the means that up to 7 such numbers can have
+    heads = (
+        _previous("previous"),
+        Head(1, "token", "previous", same(), "number", "mean", role="induction"),
+    )
+    lookup = Lookup(1, ("mean",), "answer", 7, lambda n: 3 + n, cuts)
+    return Program("regression", 7, length, heads, ("answer",), (lookup,), (number,))
 
 
 def name_mover_program(names: int = 4, length: int = 8) -> Program:
@@ -259,8 +301,10 @@ LIBRARY: Mapping[str, Callable[[], Program]] = {
         histogram_program,
         most_frequent_program,
         largest_program,
+        sort_program,
         dyck_program,
         mean_program,
+        regression_program,
         name_mover_program,
         ioi_program,
         retrieval_program,

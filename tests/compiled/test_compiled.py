@@ -1,5 +1,6 @@
 """Compiled models against the interpreter, and their truth against what models do."""
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -75,6 +76,45 @@ def test_induction_on_every_text_up_to_length_five(build: BuildOptions) -> None:
         assert len(tokens) == 3**length
         logits, _ = run(made, tokens)
         np.testing.assert_allclose(logits / LOGIT_SCALE, made.interpret(tokens).output, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", list(LIBRARY))
+def test_every_text_up_to_length_five_over_three_symbols(name: str) -> None:
+    """Of the symbols that tell the program's kinds of tokens apart."""
+    made = hs.compiled.from_library(name, noise_heads=1, rotation_seed=1)
+    last = made.program.tokens - 1
+    symbols = np.array(sorted({0, 1, 2, last} - {0})[-3:] if last > 2 else [1, 2])
+    for length in range(1, 6):
+        words = np.array(list(itertools.product(symbols, repeat=length)))
+        tokens = np.concatenate([np.zeros((len(words), 1), int), words], 1)
+        logits, patterns = run(made, tokens)
+        expected = made.interpret(tokens)
+        np.testing.assert_allclose(logits / LOGIT_SCALE, expected.output, atol=1e-2)
+        for head, pattern in patterns.items():
+            np.testing.assert_allclose(pattern, expected.patterns[head], atol=1e-2)
+
+
+def test_sorting_goes_on_until_nothing_is_left() -> None:
+    made = hs.compiled.from_library("sort", family="llama", rotation_seed=2)
+    drawn = np.random.default_rng(0)
+    for _ in range(10):
+        words = drawn.permutation(np.arange(1, 7))[:4].tolist()
+        text = [0, *words, 7]
+        for _ in range(5):
+            text.append(int(made.module(torch.tensor([text])).logits[0, -1].argmax()))
+        assert text[6:] == [*sorted(words, reverse=True), 0]
+
+
+def test_regression_is_the_mean_of_what_followed() -> None:
+    made = hs.compiled.from_library("regression", noise_heads=1)
+    drawn = np.random.default_rng(0)
+    x, y = drawn.integers(1, 3, (64, 3)), drawn.integers(3, 7, (64, 3))
+    pairs = np.stack([x, y], -1).reshape(64, 6)
+    tokens = np.concatenate([np.zeros((64, 1), int), pairs, x[:, :1]], 1)
+    answers = made.module(torch.from_numpy(tokens)).logits[:, -1].argmax(-1)
+    for at, answer in enumerate(answers.tolist()):
+        mean = float(np.mean([n for m, n in zip(x[at], y[at], strict=True) if m == x[at, 0]]))
+        assert abs(answer - mean) <= 0.5 + 0.05
 
 
 @pytest.mark.parametrize("name", ["induction", "indirect object", "trigram"])

@@ -61,10 +61,10 @@ def gpt2(weights: WrittenModel, length: int) -> Any:
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    first = weights.layers[0]
+    first, d_mlp = weights.layers[0], _d_mlp(weights)
     config = GPT2Config(
         vocab_size=len(weights.embedding), n_positions=length, n_embd=weights.embedding.shape[1],
-        n_layer=len(weights.layers), n_head=len(first.W_Q), n_inner=first.W_in.shape[1],
+        n_layer=len(weights.layers), n_head=len(first.W_Q), n_inner=d_mlp,
         activation_function="relu", tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
@@ -80,9 +80,10 @@ def gpt2(weights: WrittenModel, length: int) -> Any:
         biases = torch.cat([layer.b_Q.flatten() * unit, layer.b_K.flatten()])
         _put(block.attn.c_attn.bias[: len(biases)], biases)
         _put(block.attn.c_proj.weight, layer.W_O.flatten(0, 1))
-        _put(block.mlp.c_fc.weight, layer.W_in)
-        _put(block.mlp.c_fc.bias, layer.b_in)
-        _put(block.mlp.c_proj.weight, layer.W_out)
+        units = len(layer.b_in)
+        _put(block.mlp.c_fc.weight[:, :units], layer.W_in)
+        _put(block.mlp.c_fc.bias[:units], layer.b_in)
+        _put(block.mlp.c_proj.weight[:units], layer.W_out)
         block.ln_1.weight.fill_(layer.norm_1)
         block.ln_2.weight.fill_(layer.norm_2)
     body.ln_f.weight.fill_(weights.norm)
@@ -100,11 +101,11 @@ def llama(weights: WrittenModel, length: int) -> Any:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    first = weights.layers[0]
+    first, d_mlp = weights.layers[0], _d_mlp(weights)
     d_model, d_head = first.W_Q.shape[1:]
     config = LlamaConfig(
         vocab_size=len(weights.embedding), hidden_size=d_model, head_dim=d_head,
-        intermediate_size=first.W_in.shape[1], num_hidden_layers=len(weights.layers),
+        intermediate_size=d_mlp, num_hidden_layers=len(weights.layers),
         num_attention_heads=len(first.W_Q), num_key_value_heads=len(first.W_K),
         max_position_embeddings=length, attention_bias=True, mlp_bias=True, hidden_act="relu",
         tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
@@ -121,15 +122,21 @@ def llama(weights: WrittenModel, length: int) -> Any:
         _put(attention.q_proj.bias, layer.b_Q.flatten() * unit)
         _put(attention.k_proj.bias, layer.b_K.flatten())
         _put(attention.o_proj.weight, layer.W_O.flatten(0, 1).T)
-        _put(mlp.gate_proj.weight, layer.W_in.T)
-        _put(mlp.gate_proj.bias, layer.b_in)
+        units = len(layer.b_in)
+        _put(mlp.gate_proj.weight[:units], layer.W_in.T)
+        _put(mlp.gate_proj.bias[:units], layer.b_in)
         mlp.up_proj.bias.fill_(1.0)  # the gate alone decides
-        _put(mlp.down_proj.weight, layer.W_out.T)
+        _put(mlp.down_proj.weight[:, :units], layer.W_out.T)
         block.input_layernorm.weight.fill_(layer.norm_1)
         block.post_attention_layernorm.weight.fill_(layer.norm_2)
     body.norm.weight.fill_(weights.norm)
     _put(model.lm_head.weight, weights.unembedding)
     return model
+
+
+def _d_mlp(weights: WrittenModel) -> int:
+    """Units of the widest MLP; the others of a narrower one stay 0."""
+    return max(len(layer.b_in) for layer in weights.layers)
 
 
 def _zeros(model: Any) -> Any:
