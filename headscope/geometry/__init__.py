@@ -4,6 +4,8 @@ table = hs.geometry.layers(model)    # entropy, curvature, dimension, ... after 
 hs.plots.layers(table)
 """
 
+from headscope.geometry.layers import heads as heads
+from headscope.geometry.layers import invariance as invariance
 from headscope.geometry.layers import layers as layers
 from headscope.geometry.measures import anisotropy as anisotropy
 from headscope.geometry.measures import curvature as curvature
@@ -15,6 +17,7 @@ from headscope.geometry.measures import linearity as linearity
 from headscope.geometry.measures import matrix_entropy as matrix_entropy
 from headscope.geometry.measures import mean_cosine as mean_cosine
 from headscope.geometry.measures import neighbourhood_overlap as neighbourhood_overlap
+from headscope.geometry.measures import self_similarity as self_similarity
 from headscope.geometry.measures import token_angle as token_angle
 from headscope.geometry.measures import two_nn as two_nn
 from headscope.geometry.position import Anova as Anova

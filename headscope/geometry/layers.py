@@ -1,4 +1,7 @@
-"""Measures of every layer's hidden states over texts, in one pass and without keeping states."""
+"""Measures of every layer's hidden states, or every head's outputs, over texts.
+
+One pass, and no states are kept, but by :func:`invariance`, whose measures compare texts.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +13,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.base.progress import track
-from headscope.base.statistics import Bounds
+from headscope.base.specs import ScoreSpec
+from headscope.base.statistics import Bounds, Design
 from headscope.errors import InputError, nearest
 from headscope.geometry import measures as gm
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView
 from headscope.origin import origin
-from headscope.probes import Probe
+from headscope.probes import Probe, from_tokens
 from headscope.probes import text as text_probe
+from headscope.table import HeadScores, HeadTable
 from headscope.table.layers import LayerMeasure, LayerTable
 
 _NEIGHBOURS = 10
+_SCALE = 2  # of GRIDE: ranks 2 and 4
 _TOKENS_PER_PASS = 4096
 
 
@@ -31,7 +37,9 @@ class TextMeasure:
 
     Attributes:
         least: points that a text must have; texts with fewer have no value.
-        take: from the states of one text, ``[place point d_model]``, to a value per place.
+        take: from the states of one text, ``[place point d_model]``, and its token ids to a value
+            per place.
+        along: whether places are compared with the one before, so that heads have no value.
     """
 
     name: str
@@ -40,7 +48,17 @@ class TextMeasure:
     description: str
     source: str
     least: int
-    take: Callable[[Float[Tensor, "place point d_model"]], Tensor]
+    take: Callable[[Float[Tensor, "place point d_model"], Int[Tensor, " point"]], Tensor]
+    along: bool = False
+
+
+def _of_states(measure: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A measure that does not ask which tokens the states are of."""
+    return lambda x, _tokens: measure(x)
+
+
+def _gride(x: Float[Tensor, "place point d_model"]) -> Tensor:
+    return torch.tensor([gm.gride(cloud, _SCALE) for cloud in x], dtype=torch.float64)
 
 
 def _overlap(x: Float[Tensor, "place point d_model"]) -> Tensor:
@@ -59,7 +77,7 @@ TEXT_MEASURES = {
             "Tokens of a text spread over many directions.",
             "Skean et al. 2025, definition 1; per text, tokens as points.",
             2,
-            gm.matrix_entropy,
+            _of_states(gm.matrix_entropy),
         ),
         TextMeasure(
             "curvature",
@@ -68,7 +86,7 @@ TEXT_MEASURES = {
             "The path through a text's tokens turns sharply from step to step.",
             "Hosseini and Fedorenko 2023: angle between successive differences.",
             3,
-            gm.curvature,
+            _of_states(gm.curvature),
         ),
         TextMeasure(
             "token_angle",
@@ -77,7 +95,7 @@ TEXT_MEASURES = {
             "Neighbouring tokens of a text point in different directions.",
             "Code of Skean et al. 2025, where it is called curvature.",
             2,
-            gm.token_angle,
+            _of_states(gm.token_angle),
         ),
         TextMeasure(
             "anisotropy",
@@ -86,7 +104,7 @@ TEXT_MEASURES = {
             "One direction holds most of the variance of a text's tokens.",
             "Razzhigaev et al. 2024.",
             2,
-            gm.anisotropy,
+            _of_states(gm.anisotropy),
         ),
         TextMeasure(
             "mean_cosine",
@@ -95,7 +113,7 @@ TEXT_MEASURES = {
             "Tokens of a text point in the same direction.",
             "Ethayarajh 2019, intra-sentence similarity over pairs.",
             2,
-            gm.mean_cosine,
+            _of_states(gm.mean_cosine),
         ),
         TextMeasure(
             "intrinsic_dimension",
@@ -104,7 +122,7 @@ TEXT_MEASURES = {
             "Tokens of a text fill a space of many dimensions; biased low above five.",
             "Facco et al. 2017 (TwoNN); per text as in Viswanathan et al. 2025.",
             20,
-            gm.two_nn,
+            _of_states(gm.two_nn),
         ),
         TextMeasure(
             "neighbourhood_overlap",
@@ -113,7 +131,26 @@ TEXT_MEASURES = {
             "A layer leaves the tokens of a text in the neighbourhoods that they had before it.",
             f"Valeriani et al. 2023, {_NEIGHBOURS} neighbours, with the place before.",
             _NEIGHBOURS + 2,
-            _overlap,
+            _of_states(_overlap),
+            along=True,
+        ),
+        TextMeasure(
+            "intrinsic_dimension_gride",
+            "dimensions",
+            (0.0, None),
+            "As intrinsic_dimension, from farther neighbours, which noise moves less.",
+            f"Denti et al. 2022 (GRIDE), neighbours {_SCALE} and {2 * _SCALE}.",
+            20,
+            _of_states(_gride),
+        ),
+        TextMeasure(
+            "self_similarity",
+            "cosine",
+            (-2.0, 2.0),
+            "A token's state is the same wherever it stands in a text; low: context shapes it.",
+            "Ethayarajh 2019, self-similarity within a text, less its mean cosine.",
+            2,
+            gm.self_similarity,
         ),
     )
 }
@@ -166,7 +203,7 @@ def layers(
         >>> "curvature" in table
         True
     """
-    chosen = _chosen(measures)
+    chosen = _chosen(measures, [*TEXT_MEASURES, *POOLED])
     probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
     if skip < 0:
         raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
@@ -182,8 +219,223 @@ def layers(
     return run.table(measures)
 
 
-def _chosen(measures: Sequence[str] | None) -> list[str]:
-    known = [*TEXT_MEASURES, *POOLED]
+@own_types()
+def heads(
+    model: HeadModel,
+    texts: str | Path | Sequence[str] | Probe | None = None,
+    *,
+    measures: Sequence[str] | None = None,
+    length: int | None = 128,
+    skip: int = 1,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> HeadTable:
+    """Measure what every head writes over texts: the same measures as of layers, on ``z``.
+
+    The points are a head's attention-weighted values at the tokens of a text, before the output
+    projection, ``[pos d_head]``. ``neighbourhood_overlap`` and ``linearity`` compare layers and are
+    not among them. A head that writes nothing has no value.
+
+    Args:
+        model: the model.
+        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        measures: names, of ``TEXT_MEASURES``; None: all that heads have.
+        length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
+            is cut.
+        skip: leave out this many tokens at each text's start.
+        batch_size: texts per pass; default: about 4,096 tokens.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Returns:
+        A score by measure.
+
+    Raises:
+        InputError: if a measure is unknown, or all texts are too short for one that was asked for.
+
+    Example:
+        >>> table = hs.geometry.heads(model, ["The cat sat on the mat. The dog ran."] * 2)
+        >>> table["curvature"].mean.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
+    """
+    known = [name for name, measure in TEXT_MEASURES.items() if not measure.along]
+    chosen = _chosen(measures, known)
+    probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
+    if skip < 0:
+        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
+    points = (probe.real.sum(1) - skip).clamp_min(0)
+    chosen = _fitting(chosen, points, model, asked=measures is not None)
+    shape = model.shape
+    found = np.full((len(chosen), shape.n_layers, shape.n_heads, len(probe)), np.nan)
+    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
+    with track(len(probe), "measuring heads", show=progress) as advance:
+        for start in range(0, len(probe), size):
+            _measure_heads(model, probe, slice(start, start + size), chosen, skip, found)
+            advance(len(points[start : start + size]))
+    return HeadTable([
+        HeadScores.from_examples(
+            ScoreSpec(
+                name, unit=(of := TEXT_MEASURES[name]).unit, bounds=of.bounds,
+                description=of.description, source=f"{of.source} On z of each head.",
+            ),
+            column, kv_heads=shape.n_kv_heads, design=Design(clusters=probe.cluster_labels),
+            provenance=origin(model, probe, skip=skip),
+        )
+        for name, column in zip(chosen, found, strict=True)
+    ])  # fmt: skip
+
+
+def _measure_heads(
+    model: HeadModel,
+    probe: Probe,
+    batch: slice,
+    names: Sequence[str],
+    skip: int,
+    found: Float[np.ndarray, "measure layer head text"],
+) -> None:
+    """Measure the head outputs of some texts, layer by layer, into ``found``."""
+    part = probe.examples(batch)
+
+    def measure(view: TapView) -> None:
+        z = view.z.float().transpose(1, 2)
+        for number in range(len(part)):
+            real = part.real[number].nonzero().squeeze(1)[skip:]
+            states, tokens = z[number, :, real.to(z.device)], part.tokens[number, real]
+            silent = ~(states != 0).flatten(1).any(1)
+            for at, name in enumerate(names):
+                if len(real) >= TEXT_MEASURES[name].least:
+                    values = TEXT_MEASURES[name].take(states, tokens)
+                    values = values.masked_fill(silent.to(values.device), float("nan"))
+                    found[at, view.layer, :, batch.start + number] = values.cpu().double().numpy()
+
+    layers = model.shape.attention_layers
+    model.run(
+        part, reads={Tap("z", layer): measure for layer in layers}, until=Tap("z", layers[-1])
+    )
+
+
+_INVARIANCE = {
+    "info_nce": (
+        "nats", (0.0, None), "Two noisy views of a text are hard to match with each other.",
+        "van den Oord et al. 2018; Skean et al. 2025.",
+    ),
+    "lidar": (
+        "dimensions", (1.0, None), "Many directions tell texts apart beyond what noise moves.",
+        "Thilak et al. 2023.",
+    ),
+    "dime": (
+        "nats", (None, None), "Two noisy views of a text say much about each other.",
+        "Skean et al. 2023.",
+    ),
+}  # fmt: skip
+
+
+@own_types()
+def invariance(
+    model: HeadModel,
+    texts: str | Path | Sequence[str] | Probe | None = None,
+    *,
+    views: int = 2,
+    drop: float = 0.1,
+    length: int | None = 128,
+    skip: int = 1,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> LayerTable:
+    """Measure how little every place of the residual stream minds noise in the texts.
+
+    A view of a text is the text with some of its tokens taken out at random; its vector is the
+    mean state of the tokens left. ``info_nce`` and ``dime`` compare the first two views,
+    ``lidar`` all of them. A mean state per text, view and place is kept.
+
+    Args:
+        model: the model.
+        texts: as :func:`headscope.probes.text` takes them, or a probe; three at least, and
+            ``lidar`` and ``dime`` want many more. None: the bundled passages.
+        views: of each text; two at least.
+        drop: share of the tokens to take out, the first ``skip`` excepted.
+        length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
+            is cut.
+        skip: leave out this many tokens at each text's start.
+        seed: of what is taken out.
+        batch_size: texts per pass; default: about 4,096 tokens.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Returns:
+        A table by place; ``info_nce`` has a value per text, the others one for all texts.
+
+    Raises:
+        InputError: if there are too few texts, views or tokens.
+
+    Example:
+        >>> texts = ["The cat sat on the mat.", "Dogs run far.", "It rained all day long."]
+        >>> "lidar" in hs.geometry.invariance(model, texts)
+        True
+    """
+    probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
+    if skip < 0:
+        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
+    if len(probe) < 3 or views < 2 or not 0 <= drop < 1:
+        raise InputError(
+            f"invariance of {len(probe)} texts in {views} views with drop={drop}: give 3 texts and "
+            "2 views at least, and a share of tokens below 1."
+        )
+    if int(probe.real.sum(1).min()) <= skip:
+        raise InputError(f"a text has no token after the first {skip}: give longer texts.")
+    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
+    noisy = [_dropped(probe, drop, skip, seed + view) for view in range(views)]
+    with track(views * len(probe), "measuring invariance", show=progress) as advance:
+        means = [_mean_states(model, view, skip, size, advance) for view in noisy]
+    places = torch.stack(means, 2)
+    found = {
+        "info_nce": [gm.info_nce_by_text(x[:, 0], x[:, 1]).cpu().numpy() for x in places],
+        "lidar": [[gm.lidar(x)] for x in places],
+        "dime": [[gm.dime(x[:, 0], x[:, 1], seed=seed)] for x in places],
+    }
+    made = (
+        LayerMeasure(name, np.array(found[name]), *facts) for name, facts in _INVARIANCE.items()
+    )
+    names = ("embed", *(f"L{layer}" for layer in range(model.shape.n_layers)))
+    came = origin(model, probe, views=views, drop=drop, skip=skip, noise_seed=seed)
+    return LayerTable(names, tuple(made), came)
+
+
+def _dropped(probe: Probe, share: float, skip: int, seed: int) -> Probe:
+    """The texts without some of their tokens, which are drawn; one at least is left."""
+    draw = torch.Generator().manual_seed(seed)
+    kept = []
+    for tokens, real in zip(probe.tokens, probe.real, strict=True):
+        words = tokens[real]
+        order = torch.randperm(len(words) - skip, generator=draw)
+        stays = len(order) - min(int(share * len(order)), len(order) - 1)
+        kept.append(torch.cat([words[:skip], words[skip:][order[:stays].sort().values]]))
+    sequences = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True)
+    lengths = torch.tensor([len(words) for words in kept])
+    return from_tokens(sequences, real=torch.arange(sequences.shape[1]) < lengths[:, None])
+
+
+def _mean_states(
+    model: HeadModel, probe: Probe, skip: int, size: int, advance: Callable[[float], None]
+) -> Float[Tensor, "place text d_model"]:
+    """Mean state of each text at every place."""
+    last = model.shape.n_layers - 1
+    taps = [Tap("embed"), *(Tap("resid_post", layer) for layer in range(last + 1))]
+    found: dict[Tap, list[Tensor]] = {tap: [] for tap in taps}
+    for start in range(0, len(probe), size):
+        part = probe.examples(slice(start, start + size))
+        inside = part.real & (part.position_in_text >= skip)
+
+        def keep(view: TapView, inside: Tensor = inside) -> None:
+            weights = inside.to(view.value.device, torch.float32)[..., None]
+            total = (view.value.float() * weights).sum(1)
+            found[view.tap].append((total / weights.sum(1)).cpu())
+
+        model.run(part, reads=dict.fromkeys(taps, keep), until=taps[-1])
+        advance(float(len(part)))
+    return torch.stack([torch.cat(found[tap]) for tap in taps])
+
+
+def _chosen(measures: Sequence[str] | None, known: list[str]) -> list[str]:
     if measures is None:
         return known
     for name in measures:
@@ -231,7 +483,7 @@ class _Run:
         states = self._states(part)
         for number in range(len(part)):
             real = part.real[number].nonzero().squeeze(1)[self.skip :]
-            self._measure(states[:, number, real.to(states.device)])
+            self._measure(states[:, number, real.to(states.device)], part.tokens[number, real])
 
     def _states(self, part: Probe) -> Float[Tensor, "place batch pos d_model"]:
         kept: list[Tensor] = []
@@ -244,12 +496,14 @@ class _Run:
         self.model.run(part, reads=dict.fromkeys(taps, keep), until=taps[-1])
         return torch.stack([state.to(kept[0].device) for state in kept])
 
-    def _measure(self, states: Float[Tensor, "place point d_model"]) -> None:
+    def _measure(
+        self, states: Float[Tensor, "place point d_model"], tokens: Int[Tensor, " point"]
+    ) -> None:
         for name in self.names:
             if name in TEXT_MEASURES:
                 measure = TEXT_MEASURES[name]
                 enough = states.shape[1] >= measure.least
-                found = measure.take(states).cpu().double().numpy() if enough else np.nan
+                found = measure.take(states, tokens).cpu().double().numpy() if enough else np.nan
                 self.values[name].append(np.broadcast_to(found, self.places))
         for moments, before, after in zip(self.moments, states, states[1:], strict=False):
             moments.add(before, after)

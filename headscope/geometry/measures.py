@@ -168,6 +168,44 @@ def mean_cosine(x: Cloud) -> Tensor:
     return (unit.sum(-2).square().sum(-1) - unit.square().sum((-2, -1))) / (n * (n - 1))
 
 
+def self_similarity(
+    x: Float[Tensor, "*any point d_model"], tokens: Int[Tensor, " point"]
+) -> Tensor:
+    """Mean cosine between states of equal tokens, less that between all points.
+
+    Mean over the tokens that occur twice or more, each with the mean over its pairs. Context that
+    shapes a token's state makes it low; taking off the mean cosine corrects for anisotropy.
+
+    Args:
+        x: a point for each token.
+        tokens: ids of the tokens.
+
+    Returns:
+        A number per cloud, -2 to 2: 1 less the mean cosine where equal tokens have equal states;
+        about 0 for unrelated points. NaN where no token occurs twice.
+
+    Source:
+        Ethayarajh 2019, "How Contextual are Contextualized Word Representations?",
+        anisotropy-adjusted self-similarity.
+
+    Example:
+        >>> self_similarity(torch.eye(2)[[0, 1, 0, 1]], torch.tensor([5, 7, 5, 7])).item() > 0.6
+        True
+    """
+    _at_least(x, 2, "self-similarity")
+    unit = torch.nn.functional.normalize(_wide(x), dim=-1)
+    _, kind, count = tokens.to(unit.device).unique(return_inverse=True, return_counts=True)
+    often, n = count > 1, count.double().to(unit.device)
+    if not bool(often.any()):
+        return torch.full(x.shape[:-2], float("nan"), dtype=torch.float64)
+    total = unit.new_zeros(*x.shape[:-2], len(count), x.shape[-1]).index_add(-2, kind, unit)
+    own = unit.square().sum(-1)
+    own = own.new_zeros(*x.shape[:-2], len(count)).index_add(-1, kind, own)
+    cosines = (total.square().sum(-1) - own)[..., often] / (n * (n - 1))[often]
+    similarity: Tensor = cosines.mean(-1) - mean_cosine(x)
+    return similarity
+
+
 def two_nn(x: Float[Tensor, "*any point d_model"]) -> Tensor:
     """Intrinsic dimension from the ratio of each point's two nearest distances.
 
@@ -370,12 +408,25 @@ def info_nce(
         >>> round(info_nce(torch.ones(4, 3), torch.ones(4, 3)), 4) == round(math.log(7), 4)
         True
     """
+    return float(info_nce_by_text(a, b, temperature).mean())
+
+
+def info_nce_by_text(
+    a: Float[Tensor, "text d_model"], b: Float[Tensor, "text d_model"], temperature: float = 0.1
+) -> Float[Tensor, " text"]:
+    """:func:`info_nce` of every text, the mean over its two views.
+
+    Example:
+        >>> info_nce_by_text(torch.ones(4, 3), torch.ones(4, 3)).shape
+        torch.Size([4])
+    """
     _at_least(a, 2, "InfoNCE")
     views = torch.nn.functional.normalize(_wide(torch.cat([a, b])), dim=-1)
     scores = views @ views.T / temperature
     scores.fill_diagonal_(float("-inf"))
     partner = torch.arange(2 * len(a)).roll(len(a))
-    return float(torch.nn.functional.cross_entropy(scores, partner.to(scores.device)))
+    losses = torch.nn.functional.cross_entropy(scores, partner.to(scores.device), reduction="none")
+    return losses.view(2, -1).mean(0)
 
 
 def lidar(views: Float[Tensor, "text view d_model"], delta: float = 1e-4) -> float:

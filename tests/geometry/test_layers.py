@@ -136,3 +136,100 @@ def test_what_cannot_be_measured_gets_a_sentence() -> None:
         hs.geometry.layers(model, hs.probes.from_tokens(torch.tensor([[3, 4]])))
     with pytest.raises(InputError, match="skip=-1"):
         hs.geometry.layers(model, probe, skip=-1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_heads_are_measured_on_their_own_outputs(family: str) -> None:
+    model, probe = model_of(family), probe_of(length=30)
+    table = hs.geometry.heads(model, probe, batch_size=2)
+    kept = hs.capture.collect(model, probe)
+    for layer, head in ((0, 1), (1, 3)):
+        for number in range(len(probe)):
+            real = probe.real[number]
+            x = kept[layer].z[number, real][1:, head]
+            ids = probe.tokens[number, real][1:]
+            expected = {
+                "matrix_entropy": gm.matrix_entropy(x),
+                "anisotropy": gm.anisotropy(x),
+                "intrinsic_dimension": gm.two_nn(x),
+                "intrinsic_dimension_gride": gm.gride(x),
+                "self_similarity": gm.self_similarity(x, ids),
+            }
+            for name, value in expected.items():
+                found = table[name].per_example[layer, head, number]
+                assert found == pytest.approx(float(value), rel=2e-3, abs=2e-4, nan_ok=True), name
+    assert "neighbourhood_overlap" not in table
+    assert table["curvature"].provenance.weight_digest
+
+
+def test_a_head_that_writes_nothing_has_no_geometry() -> None:
+    module = families.build("gpt2")
+    with torch.no_grad():
+        d_model = module.config.n_embd
+        d_head = d_model // module.config.n_head
+        attention = module.transformer.h[0].attn.c_attn
+        attention.weight[:, 2 * d_model : 2 * d_model + d_head] = 0
+        attention.bias[2 * d_model : 2 * d_model + d_head] = 0
+    table = hs.geometry.heads(hs.load(module), probe_of())
+    for name in table:
+        assert np.isnan(table[name].mean[0, 0]), name
+        assert np.isfinite(table[name].mean[0, 1]), name
+
+
+def slow_self_similarity(x: torch.Tensor, tokens: list[int]) -> float:
+    unit = x.double() / x.double().norm(dim=1, keepdim=True)
+    cosine = unit @ unit.T
+    means = []
+    for token in sorted(set(tokens)):
+        at = [i for i, one in enumerate(tokens) if one == token]
+        pairs = [float(cosine[i, j]) for i in at for j in at if i != j]
+        means += [np.mean(pairs)] if pairs else []
+    apart = [float(cosine[i, j]) for i in range(len(x)) for j in range(len(x)) if i != j]
+    return float(np.mean(means) - np.mean(apart)) if means else float("nan")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_self_similarity_is_of_equal_tokens(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x, tokens = torch.randn(12, 5, generator=draw), torch.randint(4, (12,), generator=draw)
+    found = gm.self_similarity(x, tokens)
+    assert float(found) == pytest.approx(slow_self_similarity(x, tokens.tolist()), abs=1e-9)
+    turned = 3 * x @ torch.linalg.qr(torch.randn(5, 5, generator=draw)).Q
+    assert float(gm.self_similarity(turned, tokens)) == pytest.approx(float(found), abs=1e-5)
+    assert np.isnan(float(gm.self_similarity(x[:4], torch.arange(4))))
+    embedded = torch.randn(4, 5, generator=draw)[tokens]
+    expected = 1 - float(gm.mean_cosine(embedded))
+    assert float(gm.self_similarity(embedded, tokens)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_invariance_is_of_mean_states_of_views() -> None:
+    model, probe = model_of("gpt2"), probe_of(batch=6)
+    still = hs.geometry.invariance(model, probe, drop=0.0, batch_size=2)
+    means = []
+    for number in range(len(probe)):
+        ids = probe.tokens[number, probe.real[number]]
+        with torch.no_grad():
+            own = model.module(ids[None], output_hidden_states=True).hidden_states
+        means.append(torch.stack([state[0, 1:].mean(0) for state in own[:-1]]))
+    states = torch.stack(means, 1)
+    for place, x in enumerate(states):
+        assert still["info_nce"].mean[place] == pytest.approx(gm.info_nce(x, x), abs=1e-4)
+        assert still["dime"].mean[place] == pytest.approx(gm.dime(x, x), abs=1e-3)
+    assert still["info_nce"].per_text.shape == (model.shape.n_layers + 1, 6)
+    noisy = hs.geometry.invariance(model, probe, drop=0.6, seed=1)
+    assert (noisy["info_nce"].mean > still["info_nce"].mean).all()
+    assert (noisy["dime"].mean < still["dime"].mean).all()
+    again = hs.geometry.invariance(model, probe, drop=0.6, seed=1)
+    np.testing.assert_allclose(again["lidar"].mean, noisy["lidar"].mean)
+
+
+def test_invariance_says_what_it_lacks() -> None:
+    model = model_of("gpt2")
+    with pytest.raises(InputError, match="3 texts and 2 views at least"):
+        hs.geometry.invariance(model, probe_of(batch=3).examples(slice(0, 2)))
+    with pytest.raises(InputError, match="drop=1"):
+        hs.geometry.invariance(model, probe_of(), drop=1.0)
+    with pytest.raises(InputError, match="no token after the first 18"):
+        hs.geometry.invariance(model, probe_of(), skip=18)
+    with pytest.raises(InputError, match="did you mean 'curvature'"):
+        hs.geometry.heads(model, probe_of(), measures=["curvatur"])
