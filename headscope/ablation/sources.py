@@ -15,8 +15,7 @@ from headscope.base.stacks import all_causal
 from headscope.edits import Variant, scale, stack
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.model import HFModel
-from headscope.models.hf.record import quick_activations, record
-from headscope.models.hf.replay import Replay
+from headscope.models.hf.replay import Replay, quick_activations, record
 from headscope.models.protocol import HeadModel
 from headscope.models.running import use_of
 from headscope.models.taps import Read, Tap, TapView, Texts, Write, writes_of

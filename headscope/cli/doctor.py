@@ -15,8 +15,8 @@ from headscope.circuits import Weights, ov, qk
 from headscope.cli.options import Loading
 from headscope.cli.output import console
 from headscope.errors import HeadscopeError
-from headscope.models.loading import shipped
-from headscope.models.loading.agreement import Proof
+from headscope.models import bundled
+from headscope.models.loading.proof import Proof
 from headscope.models.protocol import HeadModel, lacks
 from headscope.probes import uses_bos
 from headscope.scorer import DefaultProbe
@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in _SHOWN},
         "devices": _devices(),
         "extras": extras(),
-        "bundled": {name: list(shipped.checkpoints(name)) for name in shipped.names()},
+        "bundled": {name: list(bundled.checkpoints(name)) for name in bundled.names()},
         "offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
         "missing": _missing(),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from headscope.base.progress import track
 from headscope.capture import check_fits
 from headscope.errors import HeadscopeError, InputError
-from headscope.models.loading import shipped
+from headscope.models import bundled
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
@@ -143,13 +143,13 @@ def emergence(
         >>> story.scores
         ('induction',)
     """
-    name = source or shipped.DEFAULT
+    name = source or bundled.DEFAULT
     wanted = _revisions(name, checkpoints)
     chosen = _SCORES if scorers is None else tuple(scorers)
     if not chosen:
         raise InputError("give at least one scorer.")
-    if texts is None and name in shipped.names():
-        texts = shipped.stories(seed=seed)
+    if texts is None and name in bundled.names():
+        texts = bundled.stories(seed=seed)
     tables, parts, labels = [], [], []
     with track(float(len(wanted)), "scoring checkpoints", show=progress) as advance:
         for revision in wanted:
@@ -170,7 +170,7 @@ def _revisions(name: str, checkpoints: Sequence[str] | None) -> list[str]:
         if len(set(checkpoints)) < max(2, len(checkpoints)):
             raise InputError("give two different checkpoints or more, earliest first.")
         return list(checkpoints)
-    known = shipped.checkpoints(name) if name in shipped.names() else ()
+    known = bundled.checkpoints(name) if name in bundled.names() else ()
     if not known:
         raise InputError(
             f"{name!r} does not come with checkpoints: name its revisions, earliest first."

@@ -15,8 +15,7 @@ from headscope.capture import chunks
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.lens.prompt import token_texts
-from headscope.models.blocks import AttentionWrite
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import AttentionWrite, HeadModel
 from headscope.models.taps import Read, Tap, TapView, TextBatch
 from headscope.probes.probe import Probe
 from headscope.views.rows import AttentionRows

@@ -20,8 +20,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.lens.reading import top_of
-from headscope.models.blocks import AttentionWrite
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import AttentionWrite, HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import BlockStates, Reads, TapView, at_blocks, at_final, at_layers
 from headscope.origin import origin

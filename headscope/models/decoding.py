@@ -16,8 +16,8 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.taps import Pass
 from headscope.models.hf.transformers_api import is_stateful
-from headscope.models.loading.calls import accepted, padding
 from headscope.models.protocol import Edit, HeadModel
+from headscope.models.running import accepted, padding
 from headscope.models.taps import Read, Texts, writes_of
 
 _NOTHING: Mapping[Any, Read] = MappingProxyType({})

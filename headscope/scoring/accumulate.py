@@ -12,8 +12,7 @@ from headscope.base.memory import chunk_bytes
 from headscope.base.progress import Advance
 from headscope.capture import chunks
 from headscope.heads import ModelShape
-from headscope.models.blocks import AttentionWrite
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import AttentionWrite, HeadModel
 from headscope.models.taps import Reads, TapView, at_final, at_layers
 from headscope.probes.probe import Probe
 from headscope.scorer import Scorer

@@ -14,7 +14,7 @@ from headscope import metrics
 from headscope.base.configs import Strict, parse, read_yaml
 from headscope.errors import InputError, nearest
 from headscope.interventions import NAMED
-from headscope.models.loading import shipped
+from headscope.models import bundled
 from headscope.probes.config import ProbeConfig
 from headscope.scorers import CATALOGUE
 
@@ -84,12 +84,12 @@ class ModelConfig(Short):
             return (self.revision,)
         if self.checkpoints != "all":
             return self.checkpoints
-        if self.model not in shipped.names() or not shipped.checkpoints(self.model):
+        if self.model not in bundled.names() or not bundled.checkpoints(self.model):
             raise InputError(
                 f"{self.model!r} does not come with checkpoints: name its revisions instead of "
                 "'all'."
             )
-        return shipped.checkpoints(self.model)
+        return bundled.checkpoints(self.model)
 
 
 class NamedProbe(ProbeConfig):

@@ -19,9 +19,9 @@ from headscope.edits import zero
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.hf.transformers_api import attention_name
-from headscope.models.loading.calls import answer
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
+from headscope.models.running import answer
 from headscope.models.taps import Reads, Tap, TapView, Texts, at_final, at_layers, writes_of
 from headscope.probes.encoding import next_tokens
 from headscope.pruning import prune

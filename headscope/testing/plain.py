@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.transformers_api import attention_name, names_attention, set_attention_name
-from headscope.models.loading.calls import answer
+from headscope.models.running import answer
 from headscope.testing.report import gap
 
 _NAME = "headscope_plain"

@@ -10,8 +10,7 @@ from headscope import edits
 from headscope.ablation.sources import ForwardSource, plan_for
 from headscope.edits import Variant
 from headscope.models.hf.model import HFModel
-from headscope.models.hf.record import record
-from headscope.models.hf.replay import Replay
+from headscope.models.hf.replay import Replay, record
 from headscope.models.loading.load import load
 from tests.ablation.helpers import model_of, probe_of
 from tests.models import families

@@ -19,7 +19,7 @@ import headscope as hs
 from headscope.base import memory
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
-from headscope.models.digest import weight_digest
+from headscope.models.parameters import weight_digest
 from headscope.scoring.accumulate import Accumulator
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
 from tests.watching import watch

@@ -127,9 +127,9 @@ def test_broken_weights(drawn: dict[str, Any], place: int, value: float) -> None
 @cache
 def good() -> Path:
     """Folder of the bundled model, to copy and break."""
-    from headscope.models.loading import shipped
+    from headscope.models import bundled
 
-    return shipped.folder("tiny-llama")
+    return bundled.folder("tiny-llama")
 
 
 config_keys = st.sampled_from(sorted(json.loads((good() / "config.json").read_text())))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import headscope
-from headscope.models.loading import shipped
+from headscope.models import bundled
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "headscope"
@@ -42,7 +42,7 @@ def test_wheel_is_whole_and_small(built: Path) -> None:
         entries = archive.read(packed.replace("METADATA", "entry_points.txt")).decode()
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert {path.relative_to(ROOT).as_posix() for path in files} <= held
-    for name in shipped.names():
+    for name in bundled.names():
         home = f"headscope/models/bundled/{name}"
         for part in ("model.safetensors", "config.json", "tokenizer.json", "README.md"):
             assert f"{home}/{part}" in held

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import headscope as hs
 from headscope.heads import HeadIndex
-from headscope.models.loading import shipped
+from headscope.models import bundled
 from headscope.models.protocol import Edit, HeadModel
 from headscope.table import HeadTable
 from tools.train_bundled import examples
@@ -136,8 +136,8 @@ def test_the_indirect_object_is_preferred(name: str) -> None:
 
 
 def test_checkpoints_show_induction_appearing() -> None:
-    (name,) = [name for name in NAMES if shipped.checkpoints(name)]
-    steps = shipped.checkpoints(name)
+    (name,) = [name for name in NAMES if bundled.checkpoints(name)]
+    steps = bundled.checkpoints(name)
     assert len(steps) >= 8
     best = []
     for step in steps:
@@ -155,6 +155,6 @@ def test_unknown_revision_is_told() -> None:
 
 
 def test_all_of_it_is_small() -> None:
-    folder = shipped.folder("tiny-gpt2").parent
+    folder = bundled.folder("tiny-gpt2").parent
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size <= 12e6

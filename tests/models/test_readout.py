@@ -7,8 +7,8 @@ import headscope as hs
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import BridgeModel, wrap_bridge
+from headscope.models.hf.measured import measure_norm
 from headscope.models.hf.model import HFModel
-from headscope.models.hf.readout import measure_norm
 from tests.models import checks
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, tokens
 from tests.watching import watch

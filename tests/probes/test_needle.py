@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import headscope as hs
 from headscope.base.configs import parse
 from headscope.errors import InputError
-from headscope.models.bundled import text, words
+from headscope.models.bundled import text
 from headscope.probes import Needle, needle
 from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.needle_layout import Piece, _hide, assemble
@@ -188,13 +188,13 @@ def test_distractors_are_like_the_needle_with_other_answers() -> None:
 
 def test_facts_are_the_language_of_the_bundled_models_with_keys_they_never_saw() -> None:
     known = _words()["facts"]
-    assert tuple(known["colours"]) == words.COLOURS
-    assert tuple(known["objects"]) == words.OBJECTS
-    assert tuple(known["values"]) == words.VALUES
-    assert tuple(known["relations"]) == words.RELATIONS
+    assert tuple(known["colours"]) == text.COLOURS
+    assert tuple(known["objects"]) == text.OBJECTS
+    assert tuple(known["values"]) == text.VALUES
+    assert tuple(known["relations"]) == text.RELATIONS
     for fact in DRAWN["facts"](Random(0)):
         colour, thing = fact.question.split()[-3:-1]
-        assert words.is_held_out_key(colour, thing)
+        assert text.is_held_out_key(colour, thing)
 
 
 def test_random_content_is_random() -> None:
@@ -248,7 +248,7 @@ def test_sentences_joined_are_the_text() -> None:
 
 def test_the_bundled_haystack_is_of_known_words() -> None:
     hay = read_haystack(None)
-    known = set(words.all_words()) | set(re.findall(r"\w+", " ".join(text._STORIES)))
+    known = set(text.all_words()) | set(re.findall(r"\w+", " ".join(text._STORIES)))
     assert len(hay.sentences) == len(set(hay.sentences)) == 3000
     for sentence in hay.sentences:
         assert set(re.findall(r"\w+", sentence)) <= known

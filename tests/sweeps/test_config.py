@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from headscope.errors import InputError
-from headscope.models.loading import shipped
+from headscope.models import bundled
 from headscope.sweeps import read_config, schema
 from tests.sweeps.support import REPEATED, config
 
@@ -38,7 +38,7 @@ def test_words_stand_for_their_first_key(tmp_path: Path) -> None:
 
 def test_all_checkpoints_are_those_that_there_are() -> None:
     (model,) = config(models=[{"model": "tiny-gpt2", "checkpoints": "all"}]).models
-    assert model.revisions() == shipped.checkpoints("tiny-gpt2")
+    assert model.revisions() == bundled.checkpoints("tiny-gpt2")
     assert len(model.revisions()) > 3
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from headscope.errors import InputError
-from headscope.models.loading import shipped
+from headscope.models import bundled
 from headscope.sweeps import make_plan
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.plan import Plan, plan_from_json, plan_json
@@ -50,7 +50,7 @@ def test_a_plan_is_the_same_every_time_and_survives_json(plan: Plan) -> None:
         {"edits": ["mean"]},
         {"metrics": ["accuracy"]},
         {"probes": [REPEATED | {"seed": 1}]},
-        {"models": [{"model": "tiny-gpt2", "revision": shipped.checkpoints("tiny-gpt2")[0]}]},
+        {"models": [{"model": "tiny-gpt2", "revision": bundled.checkpoints("tiny-gpt2")[0]}]},
         {"models": ["tiny-llama"]},
         {"sets": [{"name": "other"}]},
     ],

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from headscope.errors import InputError
-from headscope.models.loading import shipped
+from headscope.models import bundled
 from headscope.sweeps import RayExecutor, SweepConfig, run_sweep, status
 from headscope.sweeps.store import Store
 from tests.conftest import ROOT
@@ -46,7 +46,7 @@ assert not outcome.compacted
 
 @pytest.fixture(scope="module")
 def wanted() -> SweepConfig:
-    first, *_, last = shipped.checkpoints("tiny-gpt2")
+    first, *_, last = bundled.checkpoints("tiny-gpt2")
     return config(
         models=[{"model": "tiny-gpt2", "checkpoints": [first, last]}],
         probes=[REPEATED | {"length": 20, "batch": 16}],

@@ -11,7 +11,7 @@ import torch
 
 import headscope as hs
 from headscope.errors import InputError
-from headscope.models.loading import shipped
+from headscope.models import bundled
 from headscope.sweeps import read, run_sweep, status
 from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.plan import Chunk, Plan
@@ -216,7 +216,7 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_shards_make_the_table_of_one_run(tmp_path: Path) -> None:
-    states = shipped.checkpoints("tiny-gpt2")[-2:]
+    states = bundled.checkpoints("tiny-gpt2")[-2:]
     wanted = config(models=[{"model": "tiny-gpt2", "checkpoints": list(states)}], sets=SOME)
     whole = run_sweep(wanted, tmp_path / "whole").store
     for index in (2, 1):

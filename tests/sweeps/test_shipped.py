@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headscope.models.loading import shipped
+from headscope.models import bundled
 from headscope.sweeps import Results, read, read_config, run_sweep
 from tests.conftest import ROOT
 
@@ -77,7 +77,7 @@ def _edits(done: Results) -> None:
 
 def _checkpoints(done: Results) -> None:
     labels = [model.label for model in done.plan.models]
-    assert labels == [f"tiny-gpt2@{one}" for one in shipped.checkpoints("tiny-gpt2")]
+    assert labels == [f"tiny-gpt2@{one}" for one in bundled.checkpoints("tiny-gpt2")]
     sizes = [float(np.abs(done.scores(model=label).mean).max()) for label in labels]
     assert max(sizes[1:]) > 3 * sizes[0], "an untrained model has no head that matters as much"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from headscope.models.bundled.words import PUNCTUATION, all_words
+from headscope.models.bundled.text import PUNCTUATION, all_words
 
 BOS = "<|bos|>"
 START_WORDS = ("The", "the", "When", "After", "One", "Question", "Answer", "A", "It", "In")
@@ -14,7 +14,7 @@ START_WORDS = ("The", "the", "When", "After", "One", "Question", "Answer", "A", 
 def build_tokenizer(context: int) -> PreTrainedTokenizerFast:
     """Build the tokenizer; the same call gives the same tokenizer.
 
-    Any text can be encoded (all 256 bytes are in the vocabulary), every word of `words.py` is one
+    Any text can be encoded (all 256 bytes are in the vocabulary), every word of `text.py` is one
     token after a space, and `<|bos|>` is put in front unless special tokens are switched off.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

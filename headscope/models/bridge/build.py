@@ -13,8 +13,8 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.layout import tiny_bridge_tokens
 from headscope.models.hf.hooks import unhooked
 from headscope.models.hf.transformers_api import make_eager
-from headscope.models.loading.agreement import gap
-from headscope.models.offload import all_weights
+from headscope.models.loading.proof import gap
+from headscope.models.parameters import all_weights
 from headscope.models.running import pass_over
 
 # Largest difference between logits of bridge and model, relative to the largest logit. Half

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.models.hf.hooks import after, hooked, leaving
+from headscope.models.hf.measured import Watch, write_scales
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
-from headscope.models.hf.watch import Watch, write_scales
-from headscope.models.loading.extrapolation import turning_length
+from headscope.models.rotary import turning_length
 
 # Tokens of the watched pass: two examples, so that no axis is mistaken for another.
 _BATCH, _LENGTH = 2, 5

@@ -11,19 +11,17 @@ from torch import Tensor, nn
 
 from headscope.base.glance import Glance, Shown
 from headscope.errors import UnsupportedModelError
-from headscope.models.blocks import unmeasured_write
 from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
 from headscope.models.bridge.parts import BridgeParts, bridge_weights
 from headscope.models.bridge.passes import PassTaps, Scope
-from headscope.models.digest import Digest
-from headscope.models.hf.readout import logit_scale, measure_readout
+from headscope.models.hf.measured import logit_scale, measure_readout
 from headscope.models.hf.taps import Pass, Tapped
-from headscope.models.loading.agreement import Proof
-from headscope.models.loading.calls import accepted, padding
-from headscope.models.loading.extrapolation import no_rotation
-from headscope.models.protocol import Edit, glance_of
-from headscope.models.running import need_gradients
+from headscope.models.loading.proof import Proof
+from headscope.models.parameters import Digest
+from headscope.models.protocol import Edit, glance_of, unmeasured_write
+from headscope.models.rotary import no_rotation
+from headscope.models.running import accepted, need_gradients, padding
 from headscope.models.taps import writes_of
 from headscope.views.outputs import HeadWeights, Readout
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.hooks import Hook, entering, leaving
-from headscope.models.hf.measured import MeasuredParts
-from headscope.models.hf.readout import measure_norm
+from headscope.models.hf.measured import MeasuredParts, measure_norm
 from headscope.models.rotary import POSITIONS, find_rotation
 from headscope.views.outputs import HeadWeights
 from headscope.views.qk import InputNorm, QueryKey, Rotation

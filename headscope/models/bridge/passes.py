@@ -18,8 +18,7 @@ from headscope.models.attention import visible_keys
 from headscope.models.bridge.layout import BridgeLayer, BridgeLayout
 from headscope.models.hf.hooks import Hook, hooked, leaving
 from headscope.models.hf.passes import Writes
-from headscope.models.hf.spans import OwnPasses, replaced, watched
-from headscope.models.hf.taps import Pass, written
+from headscope.models.hf.taps import OwnPasses, Pass, replaced, watched, written
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
 from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Tap, TapView

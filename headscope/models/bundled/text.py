@@ -1,10 +1,135 @@
-"""Sentences from templates: stories, facts, name-sentences. Plain strings, no tokens."""
+"""Sentences from templates: stories, facts, name-sentences, and their words. No tokens.
+
+Each word becomes one token when a space precedes it.
+"""
 
 import re
 from dataclasses import dataclass
 from random import Random
 
-from . import words as w
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FEMALE = _words(
+    """
+    Mary Anna Emma Alice Sarah Laura Julia Kate Lucy Grace Ruth Jane Clara Rosa Helen Nora Ivy
+    Eve Amy Ella
+    """
+)
+MALE = _words(
+    """
+    John Tom James Peter Paul Mark David Simon Henry Jack Adam Leo Max Oscar Victor Felix Hugo
+    Noah Luke Sam
+    """
+)
+NAMES = FEMALE + MALE
+COLOURS = _words(
+    """
+    red blue green yellow black white brown orange pink grey purple golden silver dark bright
+    old new small large round
+    """
+)
+OBJECTS = _words(
+    """
+    door box house car boat table chair lamp book key bag coat hat clock bell cup bottle ring
+    stone tower bridge gate wall window room garden truck train wheel basket
+    """
+)
+VALUES = _words(
+    """
+    zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty
+    fifty sixty hundred thousand
+    """
+)
+RELATIONS = _words("code number price name size mark sign weight")
+GIFTS = _words(
+    """
+    drink letter flower present ticket pencil sandwich cake apple ball computer map snack coin
+    kiss
+    """
+)
+PLACES = _words(
+    """
+    store park school beach market station library hospital office church river village forest
+    kitchen museum farm
+    """
+)
+ANIMALS = _words("dog cat bird horse cow fox fish mouse bear rabbit sheep duck")
+PEOPLE = _words(
+    """
+    man woman boy girl teacher doctor farmer king queen child friend neighbour baker sailor
+    """
+)
+ADJECTIVES = _words(
+    """
+    happy sad tired hungry angry quiet young kind brave clever lazy poor rich cold warm strong
+    """
+)
+ADVERBS = _words("slowly quickly quietly happily again together alone early late away")
+WENT = _words("walked ran went came drove travelled returned")
+SAW = _words(
+    """
+    saw found took liked wanted bought lost carried watched opened painted cleaned forgot
+    remembered
+    """
+)
+SAID = _words("said thought knew believed hoped dreamed")
+GAVE = _words("gave handed brought sent offered")
+DID = _words("slept waited laughed cried sang danced worked rested smiled talked")
+TIMES = _words("morning evening day night summer winter week year")
+WEATHER = _words("sunny rainy windy cloudy snowy foggy")
+FUNCTION = _words(
+    """
+    The the A a an of is was were are and but or so because while when When After after While
+    Then then in In on at to from with for by near under behind One one Every every It it He he
+    She she They they his her their him them that this there very not no had has have did would
+    could will all some many more other same next first last only also never always soon later
+    before who what where how than as be been into out up down over between Yesterday Today
+    Everyone Nobody But And Both both once long time way people thing place sky sun moon rain
+    wind water bread milk house home world story end began ended looked felt became Question
+    Answer
+    """
+)
+PUNCTUATION = (".", ",", "?", "!", ":", ";")
+
+
+def all_words() -> list[str]:
+    """Every word once, in a fixed order."""
+    groups = (
+        NAMES,
+        COLOURS,
+        OBJECTS,
+        VALUES,
+        RELATIONS,
+        GIFTS,
+        PLACES,
+        ANIMALS,
+        PEOPLE,
+        ADJECTIVES,
+        ADVERBS,
+        WENT,
+        SAW,
+        SAID,
+        GAVE,
+        DID,
+        TIMES,
+        WEATHER,
+        FUNCTION,
+    )
+    return list(dict.fromkeys(word for group in groups for word in group))
+
+
+def is_held_out_key(colour: str, thing: str) -> bool:
+    """Whether a (colour, object) key never occurs in a training fact: every fifth combination."""
+    return (2 * COLOURS.index(colour) + OBJECTS.index(thing)) % 5 == 0
+
+
+def is_held_out_pair(first: str, second: str) -> bool:
+    """Whether two names never meet in a training name-sentence: every fifth unordered pair."""
+    return (NAMES.index(first) + NAMES.index(second)) % 5 == 0
+
 
 _STORIES = (
     "The {adjective} {person} {went} to the {place}.",
@@ -34,21 +159,21 @@ _NAME_SENTENCES = (
 )
 
 _SLOTS = {
-    "adjective": w.ADJECTIVES,
-    "adverb": w.ADVERBS,
-    "animal": w.ANIMALS,
-    "did": w.DID,
-    "gave": w.GAVE,
-    "gift": w.GIFTS,
-    "object": w.OBJECTS,
-    "person": w.PEOPLE,
-    "place": w.PLACES,
-    "said": w.SAID,
-    "saw": w.SAW,
-    "time": w.TIMES,
-    "value": w.VALUES,
-    "weather": w.WEATHER,
-    "went": w.WENT,
+    "adjective": ADJECTIVES,
+    "adverb": ADVERBS,
+    "animal": ANIMALS,
+    "did": DID,
+    "gave": GAVE,
+    "gift": GIFTS,
+    "object": OBJECTS,
+    "person": PEOPLE,
+    "place": PLACES,
+    "said": SAID,
+    "saw": SAW,
+    "time": TIMES,
+    "value": VALUES,
+    "weather": WEATHER,
+    "went": WENT,
 }
 
 
@@ -63,10 +188,10 @@ def story_sentence(rng: Random) -> str:
     """One sentence of the plain text."""
     female = rng.random() < 0.5
     given = {
-        "name": rng.choice(w.FEMALE if female else w.MALE),
+        "name": rng.choice(FEMALE if female else MALE),
         "pronoun": "she" if female else "he",
         "possessive": "her" if female else "his",
-        "thing": f"{rng.choice(w.COLOURS[:14])} {rng.choice(w.GIFTS)}",
+        "thing": f"{rng.choice(COLOURS[:14])} {rng.choice(GIFTS)}",
     }
     return _fill(rng, rng.choice(_STORIES), given)
 
@@ -96,14 +221,14 @@ def facts(rng: Random, count: int, held_out: bool, near_share: float = 0.5) -> l
 
     In `near_share` of all calls the keys share few colours and few objects.
     """
-    keys = [(c, o) for c in w.COLOURS for o in w.OBJECTS if w.is_held_out_key(c, o) == held_out]
+    keys = [(c, o) for c in COLOURS for o in OBJECTS if is_held_out_key(c, o) == held_out]
     if rng.random() < near_share:  # both colour and object are needed to tell the keys apart
-        colours = set(rng.sample(w.COLOURS, 6))
-        things = set(rng.sample(w.OBJECTS, 15))
+        colours = set(rng.sample(COLOURS, 6))
+        things = set(rng.sample(OBJECTS, 15))
         near = [(c, o) for c, o in keys if c in colours and o in things]
         keys = near if len(near) >= count else keys
-    relation = rng.choice(w.RELATIONS)
-    return [Fact(relation, c, o, rng.choice(w.VALUES)) for c, o in rng.sample(keys, count)]
+    relation = rng.choice(RELATIONS)
+    return [Fact(relation, c, o, rng.choice(VALUES)) for c, o in rng.sample(keys, count)]
 
 
 @dataclass(frozen=True)
@@ -119,18 +244,18 @@ class NameSentence:
 def name_sentence(rng: Random, held_out: bool) -> NameSentence:
     """One name-sentence, either order of the two names, several templates."""
     while True:
-        first, second = rng.sample(w.NAMES, 2)
-        if w.is_held_out_pair(first, second) == held_out:
+        first, second = rng.sample(NAMES, 2)
+        if is_held_out_pair(first, second) == held_out:
             break
     subject, other = (first, second) if rng.random() < 0.5 else (second, first)
     given = {
         "first": first,
         "second": second,
         "subject": subject,
-        "place": rng.choice(w.PLACES),
-        "gift": rng.choice(w.GIFTS),
-        "gave": rng.choice(w.GAVE),
-        "went": rng.choice(w.WENT),
+        "place": rng.choice(PLACES),
+        "gift": rng.choice(GIFTS),
+        "gave": rng.choice(GAVE),
+        "went": rng.choice(WENT),
     }
     before = _fill(rng, rng.choice(_NAME_SENTENCES), given)
     return NameSentence(before, other, subject, ".")

@@ -21,13 +21,12 @@ from headscope.models.attention import AttentionCall
 from headscope.models.hf.hooks import Call, after, before, entering, hooked
 from headscope.models.hf.interface import MaskFacts, made_masks, routed
 from headscope.models.hf.measured import TURNS_BY_LENGTH
-from headscope.models.hf.projection import bias, matrix
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
-from headscope.models.loading.agreement import Check, Gap, gap, rounding
-from headscope.models.loading.calls import answer
+from headscope.models.hf.weights import bias, matrix
+from headscope.models.loading.proof import Check, Gap, gap, rounding
 from headscope.models.protocol import HeadModel
-from headscope.models.running import pass_over
+from headscope.models.running import answer, pass_over
 from headscope.models.taps import Reads, Tap, TapView, Write, at_layers
 from headscope.views.qk import Matches
 

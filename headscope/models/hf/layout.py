@@ -23,14 +23,12 @@ from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, after, hooked
 from headscope.models.hf.interface import routed
-from headscope.models.hf.readout import LogitMap, measure_logit_map, ramp
+from headscope.models.hf.measured import LogitMap, Watch, measure_logit_map, ramp, write_scales
 from headscope.models.hf.removed import NoHeads, kept_in
 from headscope.models.hf.transformers_api import takes_attention_functions
-from headscope.models.hf.watch import Watch, write_scales
-from headscope.models.loading.calls import answer
-from headscope.models.loading.extrapolation import turning_length
-from headscope.models.offload import runs_on
-from headscope.models.running import pass_over
+from headscope.models.parameters import runs_on
+from headscope.models.rotary import turning_length
+from headscope.models.running import answer, pass_over
 
 
 @dataclass(frozen=True, eq=False)

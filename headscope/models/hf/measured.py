@@ -1,30 +1,359 @@
 """Parts of a model that readings of weights and streams need, measured on tiny passes.
 
-Also which modules of a block add to the residual stream, and with which multipliers.
+What a watched pass leaves behind, norms, what reads the last residual stream, how attention reaches
+the stream, and which modules of a block add to it, with which multipliers.
 """
 
+import copy
+import math
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import curve_fit
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.blocks import AttentionWrite
-from headscope.models.hf.hooks import Hook, after, hooked
-from headscope.models.hf.readout import measure_norm
-from headscope.models.hf.watch import Watch
-from headscope.models.loading.agreement import Gap
-from headscope.models.offload import parameter
+from headscope.models.attention import AttentionCall
+from headscope.models.hf.hooks import Call, Hook, after, hooked, stream_of
+from headscope.models.loading.proof import Gap, gap
+from headscope.models.parameters import at_hand, parameter, runs_on
+from headscope.models.protocol import AttentionWrite
 from headscope.models.running import pass_over
 from headscope.models.taps import Tap
+from headscope.views.outputs import Readout
 from headscope.views.qk import InputNorm, QueryKey, Rotation
 
-_TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2  # share of a write that may be missing
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model does to the outputs ``u`` of its unembedding, all of them alike.
+
+    ``logits = scale * u``, or ``cap * tanh(scale * u / cap)`` where there is a soft cap.
+    """
+
+    scale: float
+    soft_cap: float | None
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """Logits in fp64."""
+        scaled = u.double() * self.scale
+        return scaled if self.soft_cap is None else self.soft_cap * (scaled / self.soft_cap).tanh()
+
+
+# Outputs of the unembedding that are sent to the logits: from where a cap does nothing to where
+# it does everything.
+_SMALLEST, _LARGEST = 1e-3, 300.0
+
+
+def ramp(output: Tensor) -> Tensor:
+    """Numbers of both signs and all sizes, in the shape of an unembedding's outputs."""
+    count = output.numel()
+    sizes = torch.logspace(math.log10(_SMALLEST), math.log10(_LARGEST), count, dtype=torch.float64)
+    signs = 1.0 - 2.0 * (torch.arange(count) % 2)
+    return (sizes * signs).reshape(output.shape).to(output)
+
+
+def measure_logit_map(u: Tensor, logits: Tensor) -> LogitMap | None:
+    """Find scale and soft cap that take outputs of an unembedding to logits; None if none do.
+
+    Args:
+        u: outputs that span many sizes, see :func:`ramp`.
+        logits: what the model made of them.
+    """
+    if u.shape != logits.shape:
+        return None
+    given, made = (one.detach().flatten().cpu().double() for one in (u, logits))
+    near = given.abs() < 100 * _SMALLEST
+    scale = float((given * made)[near].sum() / given[near].square().sum())
+    allowed = 8 * torch.finfo(logits.dtype).eps + 8 * torch.finfo(u.dtype).eps
+    linear = LogitMap(_short(float((given * made).sum() / given.square().sum())), None)
+    if gap(linear(given), made, allowed).closed:
+        return linear
+    bound = float(made.abs().max())
+    if not 0 < scale < math.inf or not 0 < bound < math.inf:
+        return None
+    found, _ = curve_fit(
+        lambda x, s, c: c * np.tanh(s * x / c), given.numpy(), made.numpy(), p0=(scale, bound)
+    )
+    capped = LogitMap(_short(float(found[0])), _short(float(found[1])))
+    return capped if gap(capped(given), made, allowed).closed else None
+
+
+def _short(value: float) -> float:
+    """The number with few digits that a config would hold, where it is as good."""
+    rounded = float(f"{value:.4g}")
+    return rounded if abs(rounded - value) <= 1e-5 * abs(value) else value
+
+
+def find_readout(model: Any, final_norm: nn.Module, d_model: int, logit_map: LogitMap) -> Readout:
+    """Measure the final norm, and join it to the unembedding and what follows it.
+
+    Raises:
+        UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
+    """
+    return measure_readout(
+        model.get_output_embeddings(),
+        final_norm,
+        d_model,
+        logit_scale=logit_map.scale,
+        soft_cap=logit_map.soft_cap,
+    )
+
+
+def measure_readout(
+    head: Any, final_norm: nn.Module, d_model: int, *, logit_scale: float, soft_cap: float | None
+) -> Readout:
+    """Measure a norm that is followed by an unembedding.
+
+    Raises:
+        UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
+    """
+    norm = measure_norm(final_norm, d_model, runs_on(head, head.weight))
+    return Readout(
+        W_U=parameter(head, "weight"),
+        b_U=None if getattr(head, "bias", None) is None else parameter(head, "bias"),
+        gain=norm.gain,
+        bias=norm.bias,
+        centred=norm.centred,
+        epsilon=norm.epsilon,
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
+    )
+
+
+def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
+    """Measure gain, bias, centring and epsilon of a norm.
+
+    The norm is applied to a known vector and its negative: half the difference is the gain
+    times the normalised vector, half the sum is the bias. So ``weight``, ``1 + weight`` and
+    whatever comes next are the same to us.
+
+    Raises:
+        UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
+    """
+    with at_hand(module):
+        norm = copy.deepcopy(unhooked(module)).float().eval()  # a few thousand numbers; exact
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(1, 2, d_model, generator=generator, dtype=torch.float32) + 0.5
+    given = probe.to(device)
+    with torch.no_grad():  # fetched together: the host waits for the device once
+        there, back, moved = torch.stack([norm(given), norm(-given), norm(given + 3.0)]).cpu()
+    centred = gap(moved, there, 1e-3).closed
+    epsilon = named_epsilon(module)
+    if epsilon is None:
+        epsilon = _measured_epsilon(norm, given, centred)
+    x = probe.float()
+    x = x - x.mean(-1, keepdim=True) if centred else x
+    unit = x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
+    bias = (there + back)[0, 0] / 2
+    odd = (there - back) / 2
+    gain = (odd * unit).sum((0, 1)) / unit.square().sum((0, 1))
+    if not gap(gain * unit, odd, 1e-3).closed:
+        raise UnsupportedModelError("one of its norms is neither LayerNorm nor RMSNorm.")
+    bias = torch.zeros_like(bias) if float(bias.abs().max()) < 1e-6 else bias
+    return InputNorm(gain.to(device), bias.to(device), centred, epsilon)
+
+
+def unhooked(module: Any) -> Any:
+    """The module with the same weights and no hooks: those of a running pass cannot be copied."""
+    bare = copy.copy(module)
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    bare.__dict__.pop("forward", None)  # accelerate's, which would unload it again
+    bare.__dict__.pop("_hf_hook", None)
+    return bare
+
+
+def named_epsilon(norm: nn.Module) -> float | None:
+    """What a norm adds under its root, by the names that families give it; None if it has none."""
+    for name in ("eps", "variance_epsilon", "epsilon"):
+        value = getattr(norm, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+@torch.no_grad()
+def _measured_epsilon(norm: nn.Module, probe: Tensor, centred: bool) -> float:
+    """From how much less than its share a small vector comes out (olmo names no epsilon).
+
+    With ``m`` the mean square of x and ``r`` the size of ``norm(t x)`` over that of ``norm(x)``,
+    ``r^2 (t^2 m + epsilon) = t^2 (m + epsilon)``.
+    """
+    x = probe - probe.mean(-1, keepdim=True) if centred else probe
+    square, t = float(x.square().mean()), 1e-3
+    x = x * (square / x.square().mean(-1, keepdim=True)).sqrt()  # all rows alike
+    small, large = (((norm(s * x) - norm(-s * x)) / 2).cpu().double() for s in (t, 1.0))
+    r2 = float((small * large).sum() / large.square().sum()) ** 2
+    return max(0.0, t**2 * square * (1 - r2) / max(r2 - t**2, 1e-12))
+
+
+def logit_scale(config: Any) -> float:
+    """Multiplier of the logits: cohere multiplies, granite divides."""
+    multiplier = getattr(config, "logit_scale", None)
+    divisor = getattr(config, "logits_scaling", None)
+    return float(multiplier or 1.0) / float(divisor or 1.0)
+
+
+# Share of a write that may be missing where nothing was rounded away. Half precision rounds the
+# parts of a sum before they are compared.
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 3e-2
+# Rounding of the residual stream, relative to the write, above which a layer tells nothing.
+_BLURRED = 0.05
+
+
+@dataclass
+class Watch:
+    """What one watched forward pass left behind.
+
+    Attributes:
+        calls: attention modules with their calls, in order.
+        projections: output projection by attention module; ``writes`` what it returned.
+        inputs, outputs: of the last call of each module.
+        looked_up: rows of every table that were asked for last.
+        uses: how often each module was called.
+        single: modules that were given one tensor and nothing else.
+        inside: matrices that acted after the attention call and inside its module, in order.
+        copies: keep copies of inputs and outputs: some families write over them.
+    """
+
+    calls: list[tuple[nn.Module, AttentionCall]] = field(default_factory=list)
+    projections: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    writes: dict[nn.Module, Tensor] = field(default_factory=dict)
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    outputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    looked_up: dict[nn.Embedding, Tensor] = field(default_factory=dict)
+    uses: dict[nn.Module, int] = field(default_factory=dict)
+    single: set[nn.Module] = field(default_factory=set)
+    inside: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
+    copies: bool = False
+
+    def note(self, module: nn.Module, call: Call, output: Any) -> None:
+        """Keep what a module was given and what it made."""
+        self.uses[module] = self.uses.get(module, 0) + 1
+        given, made = call.stream, stream_of(output)
+        arguments = (*call.args, *call.kwargs.values())
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        if len(tensors) == 1 and tensors[0] is given:
+            self.single.add(module)
+        if isinstance(given, Tensor) and given.is_floating_point():
+            self.inputs[module] = given.detach().clone() if self.copies else given
+        elif isinstance(given, Tensor) and isinstance(module, nn.Embedding):
+            self.looked_up[module] = given
+        if isinstance(made, Tensor):
+            self.outputs[module] = made.detach().clone() if self.copies else made
+
+    def detached(self) -> "Watch":
+        """The same without gradients: an owner may have asked for those of embeddings."""
+        return replace(
+            self,
+            writes={module: value.detach() for module, value in self.writes.items()},
+            inputs={module: value.detach() for module, value in self.inputs.items()},
+            outputs={module: value.detach() for module, value in self.outputs.items()},
+        )
+
+
+def write_scales(
+    watch: Watch, layers: Mapping[int, tuple[nn.Module, nn.Module]]
+) -> dict[int, float | None]:
+    """Multipliers m with which blocks add ``m * (z @ W_O)`` to their input; None where they do not.
+
+    Deep residual streams are so much longer than one layer's write that rounding hides it, in
+    half precision above all; such layers are taken to do as the clearest layer does.
+
+    Args:
+        watch: inputs and outputs of modules, and what every attention module wrote.
+        layers: block and attention module of every attention layer.
+    """
+    watch = watch.detached()
+    found = {n: _write_scale(watch, *modules) for n, modules in layers.items()}
+    blur = {n: _blur(watch, *modules) for n, modules in layers.items()}
+    clearest = min(blur, key=lambda n: blur[n])
+    return {n: found[clearest if blur[n] > _BLURRED else n] for n in layers}
+
+
+def _blur(watch: Watch, block: nn.Module, attention: nn.Module) -> float:
+    """Rounding of the block's input, relative to what attention wrote."""
+    if block not in watch.inputs or attention not in watch.writes:
+        return math.inf
+    x = watch.inputs[block]
+    blur = _rounding(x, watch.writes[attention], x.dtype)
+    return blur if math.isfinite(blur) else math.inf  # NaN tells nothing
+
+
+def _write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float | None:
+    """Multiplier of one block.
+
+    Sequential blocks: the input of some norm inside is ``x + m * write``, and the block's output
+    is that plus what another module wrote. Parallel blocks: the block's output less what a child
+    of the block wrote is ``x + m * write``.
+    """
+    if not {block} <= watch.inputs.keys() & watch.outputs.keys() or attention not in watch.writes:
+        return None
+    x, write = watch.inputs[block].float(), watch.writes[attention].float()
+    if x.numel() != write.numel() or x.numel() != watch.outputs[block].numel():
+        return None  # what was taken for the write goes somewhere else
+    out = watch.outputs[block].float().reshape(x.shape)
+    dtype = watch.outputs[block].dtype
+    least = _TOLERANCE if dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE
+    tolerance = least + _blur(watch, block, attention)
+    parallel = [out, *(out - child for child in _same_size(watch.outputs, block.children(), x))]
+    sequential = [
+        state
+        for state in _same_size(watch.inputs, block.modules(), x)
+        if _adds_one(
+            out - state,
+            _same_size(watch.outputs, block.modules(), x),
+            least + _rounding(out, out - state, dtype),
+        )
+    ]
+    for state in (*sequential, *parallel):
+        scale, error = _multiple(state - x, write.reshape(x.shape))
+        if abs(scale) > 1e-3 and Gap(error, tolerance).closed:
+            return 1.0 if Gap(abs(scale - 1), tolerance).closed else scale
+    return None
+
+
+def _same_size(
+    seen: Mapping[nn.Module, Tensor], modules: Iterator[nn.Module], like: Tensor
+) -> Iterator[Tensor]:
+    """What modules saw, where it has as many numbers; some families flatten batch and position."""
+    for module in modules:
+        value = seen.get(module)
+        if value is not None and value.numel() == like.numel():
+            yield value.float().reshape(like.shape)
+
+
+def _adds_one(rest: Tensor, written: Iterator[Tensor], tolerance: float) -> bool:
+    """Whether a remainder is what some module wrote, or two together, times a number."""
+    if not rest.any():
+        return True
+    writes = list(written)
+    if any(Gap(_multiple(rest, write)[1], tolerance).closed for write in writes):
+        return True
+    pairs = combinations(writes, 2)  # experts and a shared MLP beside them
+    return any(Gap(_multiple(rest, one + other)[1], tolerance).closed for one, other in pairs)
+
+
+def _rounding(whole: Tensor, part: Tensor, dtype: torch.dtype) -> float:
+    """Rounding of a sum, relative to one of its parts."""
+    return float(torch.finfo(dtype).eps * whole.float().norm() / part.float().norm())
+
+
+def _multiple(value: Tensor, of: Tensor) -> tuple[float, float]:
+    """Number that makes ``of`` most like ``value``, and the share of ``value`` that it leaves."""
+    number = float((value * of).sum() / of.square().sum().clamp_min(1e-30))
+    return number, float((value - number * of).norm() / value.norm().clamp_min(1e-30))
+
+
+# share of a write that may be missing
 _LEAST = 1e-3  # a smaller multiplier is none
 _GUESSED = 2.0  # added to the error where a part wrote nothing
 

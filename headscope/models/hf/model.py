@@ -12,22 +12,26 @@ from torch import Tensor, nn
 from headscope.base.glance import Glance, Shown
 from headscope.base.stacks import MaskRule
 from headscope.errors import UnsupportedModelError
-from headscope.models.blocks import unmeasured_write
-from headscope.models.digest import Digest
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import Layout, find_layout, tiny_tokens
+from headscope.models.hf.measured import find_readout
 from headscope.models.hf.parts import HFParts
 from headscope.models.hf.passes import AttentionTaps, Scope
-from headscope.models.hf.projection import matrix
-from headscope.models.hf.readout import find_readout
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.taps import Pass, Tapped
-from headscope.models.loading.agreement import Proof
-from headscope.models.loading.calls import accepted, answer, first_position, padding
-from headscope.models.loading.extrapolation import no_rotation
-from headscope.models.offload import all_weights, runs_on
-from headscope.models.protocol import Edit, glance_of
-from headscope.models.running import need_gradients, pass_over
+from headscope.models.hf.weights import matrix
+from headscope.models.loading.proof import Proof
+from headscope.models.parameters import Digest, all_weights, runs_on
+from headscope.models.protocol import Edit, glance_of, unmeasured_write
+from headscope.models.rotary import no_rotation
+from headscope.models.running import (
+    accepted,
+    answer,
+    first_position,
+    need_gradients,
+    padding,
+    pass_over,
+)
 from headscope.models.taps import Tap, writes_of
 from headscope.views.outputs import HeadWeights, Readout
 

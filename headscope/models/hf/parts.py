@@ -12,8 +12,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import tiny_tokens
-from headscope.models.hf.measured import TURNS_BY_LENGTH, MeasuredParts
-from headscope.models.hf.projection import bias
+from headscope.models.hf.measured import TURNS_BY_LENGTH, MeasuredParts, measure_norm
 from headscope.models.hf.query_key import (
     SeenLayer,
     Turning,
@@ -23,12 +22,10 @@ from headscope.models.hf.query_key import (
     query_key_now,
     short_pass,
 )
-from headscope.models.hf.readout import measure_norm
-from headscope.models.hf.weights import Sources, find_sources, not_by_head, read_weights
-from headscope.models.loading.agreement import gap, rounding
-from headscope.models.loading.calls import accepted
+from headscope.models.hf.weights import Sources, bias, find_sources, not_by_head, read_weights
+from headscope.models.loading.proof import gap, rounding
 from headscope.models.rotary import POSITIONS
-from headscope.models.running import pass_over
+from headscope.models.running import accepted, pass_over
 from headscope.views.outputs import HeadWeights
 from headscope.views.qk import InputNorm, QueryKey, Rotation
 

@@ -14,8 +14,7 @@ from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import entering, hooked
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts, Layout
-from headscope.models.hf.spans import OwnPasses, watched
-from headscope.models.hf.taps import Pass, written
+from headscope.models.hf.taps import OwnPasses, Pass, watched, written
 from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Edited, Tap, TapView, Write
 from headscope.views.qk import Matches

@@ -20,11 +20,10 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, Hook, after, before
 from headscope.models.hf.interface import routed
-from headscope.models.hf.owners import inside, only_tensor
-from headscope.models.hf.readout import named_epsilon, unhooked
-from headscope.models.hf.weights import Sources
-from headscope.models.loading.agreement import gap, rounding
-from headscope.models.offload import at_hand
+from headscope.models.hf.measured import named_epsilon, unhooked
+from headscope.models.hf.weights import Sources, inside, only_tensor
+from headscope.models.loading.proof import gap, rounding
+from headscope.models.parameters import at_hand
 from headscope.models.rotary import find_rotation, turns
 from headscope.views.outputs import HeadWeights
 from headscope.views.qk import HeadNorm, QueryKey, Rotation

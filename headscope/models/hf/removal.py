@@ -22,8 +22,8 @@ from headscope.errors import ModelLoadError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.hf.hooks import Call, after, hooked
 from headscope.models.hf.layout import tiny_tokens
-from headscope.models.hf.owners import Owner, find_owners
 from headscope.models.hf.removed import Kept, LayerConfig, NoHeads, RepeatingLinear, reading_kept
+from headscope.models.hf.weights import Owner, find_owners
 from headscope.models.running import pass_over
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def removal_of(
     Args:
         model: to remove heads from.
         removed: these.
-        owners: from :func:`headscope.models.hf.owners.find_owners`.
+        owners: from :func:`headscope.models.hf.weights.find_owners`.
     """
     shape = model.shape
     names = {module: name for name, module in model.module.named_modules()}

@@ -1,12 +1,14 @@
 """Load a model, from wherever it is, as something seen head by head.
 
 The config alone tells which of transformers' classes opens it, and which families are refused
-before any weight is read.
+before any weight is read. Models that headscope has no way into are asked of other packages'
+adapters.
 """
 
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
+from importlib.metadata import entry_points
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -14,12 +16,11 @@ from typing import Any
 import torch
 
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
+from headscope.models import bundled
 from headscope.models.hf.transformers_api import ATTENTION_LAYERS, OTHER_LAYERS, commit_hash
-from headscope.models.loading import shipped
-from headscope.models.loading.adapters import adapted
-from headscope.models.loading.extrapolation import extrapolate as extrapolate_positions
 from headscope.models.loading.gguf import check_gguf, is_gguf, read_gguf, read_gguf_config
 from headscope.models.protocol import HeadModel
+from headscope.models.rotary import extrapolate as extrapolate_positions
 from headscope.models.running import own_types
 
 KNOWN_LAYERS = ATTENTION_LAYERS | OTHER_LAYERS
@@ -303,7 +304,7 @@ def _from_files(
 
     from headscope.models.hf.removal import is_pruned, read_pruned
 
-    name = shipped.DEFAULT if source is None else str(source)
+    name = bundled.DEFAULT if source is None else str(source)
     if source is not None and is_gguf(source):
         check_gguf(source, revision)
         config = read_gguf_config(source)
@@ -314,9 +315,9 @@ def _from_files(
     place = name
     code: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     tokenizer_place = name
-    if name in shipped.names() and not Path(name).exists():
-        place = str(shipped.folder(name, revision))
-        tokenizer_place = str(shipped.folder(name))
+    if name in bundled.names() and not Path(name).exists():
+        place = str(bundled.folder(name, revision))
+        tokenizer_place = str(bundled.folder(name))
         dtype = torch.float32 if dtype is None else dtype  # checkpoints are stored in half
     elif revision is not None:
         code["revision"] = revision
@@ -387,11 +388,11 @@ def _load_failure(name: str, place: str, error: Exception, allow_pickle: bool) -
         guess = f" Did you mean {str(there / close[0])!r}?" if close else ""
         return (
             f"there is no model folder {name!r}.{guess} Give a folder with a config.json, a name "
-            f"on Hugging Face such as gpt2, or a bundled model: {', '.join(shipped.names())}."
+            f"on Hugging Face such as gpt2, or a bundled model: {', '.join(bundled.names())}."
         )
     return (
         f"no model {name!r}: it is neither a folder here, nor one of the bundled models "
-        f"({', '.join(shipped.names())}), nor could it be had from Hugging Face: {text[:200]}"
+        f"({', '.join(bundled.names())}), nor could it be had from Hugging Face: {text[:200]}"
     )
 
 
@@ -439,3 +440,45 @@ def _is_commit(revision: str | None) -> bool:
         and len(revision) == 40
         and all(digit in "0123456789abcdef" for digit in revision)
     )
+
+
+GROUP = "headscope.adapters"
+
+
+def adapted(source: Any, tokenizer: Any = None) -> HeadModel | None:
+    """The head model that an installed adapter makes of an object; None where none takes it.
+
+    An adapter is a function ``(source, tokenizer) -> HeadModel | None`` that a package names under
+    ``[project.entry-points."headscope.adapters"]``; it returns None for what it does not know.
+    Adapters are asked in the order of their names. Hold one to what the rest of headscope relies
+    on with :func:`headscope.testing.check_model`.
+
+    Args:
+        source: what :func:`headscope.load` was given; never a name or a path.
+        tokenizer: that was given beside it.
+
+    Raises:
+        InputError: if an adapter cannot be imported, or returns something else.
+
+    Example:
+        >>> adapted(object()) is None
+        True
+    """
+    for point in sorted(entry_points(group=GROUP), key=lambda one: one.name):
+        try:
+            adapter = point.load()
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"the adapter {point.name!r} ({point.value}) cannot be imported: {error}. Mend or "
+                "uninstall the package that brings it."
+            ) from None
+        made = adapter(source, tokenizer)
+        if made is None:
+            continue
+        if not isinstance(made, HeadModel):
+            raise InputError(
+                f"the adapter {point.name!r} ({point.value}) returned {type(made).__name__}, which "
+                "is not a HeadModel: see headscope.testing.check_model."
+            )
+        return made
+    return None
