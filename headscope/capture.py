@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.base.memory import free_cached_memory, is_out_of_memory
+from headscope.base.options import RunOptions
 from headscope.base.stacks import all_causal
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
@@ -95,8 +96,9 @@ def passes(
         >>> [size for _, size in found]
         [1, 1]
     """
+    options = RunOptions(batch_size)
     check_fits(model, probe)
-    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
+    size = options.per_pass(probe.length, _TOKENS_PER_PASS)
     start, halvings, turns_at = 0, 0, model.shape.turns_at
     while start < len(probe):
         chosen = slice(start, min(start + size, start + _alike(probe, start, turns_at)))

@@ -18,7 +18,6 @@ from torch import Tensor
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Placer, Study
 from headscope.ablation.sources import ForwardSource, quick
-from headscope.base.progress import track
 from headscope.edits import AnyEdit, Site, Span, during
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -68,7 +67,7 @@ def attribution(
     points = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
     parts = []
     total = float(len(study.probe) * steps)
-    with track(total, "attribution", show=study.progress) as advance:
+    with study.options.track(total, "attribution") as advance:
         for chosen, batch in study.batches():
             place = placer.place(chosen, batch)
             placer.prove(batch, place, heads)

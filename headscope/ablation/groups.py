@@ -21,6 +21,7 @@ from headscope.ablation.run import (
     seed_of,
     without_rounding,
 )
+from headscope.base.options import RunOptions
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -32,7 +33,7 @@ from headscope.table import EffectGrid, PairScores, Provenance
 Sets = Sequence[tuple[HeadIndex, ...]]
 
 
-class Options(TypedDict, total=False):
+class SetOptions(TypedDict, total=False):
     """What all measurements of sets take, as :func:`headscope.ablate_heads` does."""
 
     positions: Positions
@@ -50,7 +51,7 @@ def ablate_groups(
     metric: Metricish,
     groups: Mapping[str, Heads],
     method: Maker = "mean",
-    **options: Unpack[Options],
+    **options: Unpack[SetOptions],
 ) -> EffectGrid:
     """Ablate named sets of heads, each set at once; an empty set has effect 0.
 
@@ -96,7 +97,7 @@ def ablate_cumulatively(
     metric: Metricish,
     order: Heads,
     method: Maker = "mean",
-    **options: Unpack[Options],
+    **options: Unpack[SetOptions],
 ) -> EffectGrid:
     """Ablate the first, the first two, ... of some heads: a curve that starts at none.
 
@@ -119,7 +120,7 @@ def interactions(
     metric: Metricish,
     heads: Heads,
     method: Maker = "mean",
-    **options: Unpack[Options],
+    **options: Unpack[SetOptions],
 ) -> PairScores:
     """How far two heads together do more or less than each by itself, for chosen heads.
 
@@ -181,9 +182,10 @@ def _measured(
     progress: bool | None = None,
 ) -> _Measured:
     """Ablate sets of heads, each at once."""
+    options = RunOptions(batch_size, memory, seed, progress)
     intervention_of(method, reference)  # refused here, before any pass
-    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
-    placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
+    study = Study.of(model, probe, metric, options)
+    placer = Placer(study, method, positions=positions, reference=reference)
     effects, clean = joint(study, placer, sets)
     facts = facts_of(method, reference, positions)
     provenance = study.provenance(seed_of(method, seed), checks=placer.checks, **facts)

@@ -25,6 +25,7 @@ from headscope.ablation.run import (
     seed_of,
     without_rounding,
 )
+from headscope.base.options import RunOptions
 from headscope.base.statistics import Design, rank_correlation
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
@@ -65,7 +66,6 @@ def screened(
     steps: int,
     top: int,
     sample: int,
-    seed: int,
     keep: Keeper | None = None,
 ) -> Float[np.ndarray, "head example"]:
     """Effects of the heads with the largest estimates and of a random sample; NaN for the rest.
@@ -76,7 +76,7 @@ def screened(
     estimate = attribution(study, placer, heads, steps)
     size = np.abs(np.nanmean(estimate, axis=1))
     order = np.argsort(-size, kind="stable")
-    rest = np.random.default_rng(seed).permutation(order[top:])[:sample]
+    rest = np.random.default_rng(study.options.seed).permutation(order[top:])[:sample]
     measured = np.sort(np.concatenate([order[:top], rest]))
     effects = np.full_like(estimate, np.nan)
     effects[measured] = ablated(study, placer, [heads[i] for i in measured], keep)
@@ -174,14 +174,15 @@ def ablate_heads(
         [0, 2]
     """
     _refuse_unknown("ablate_heads", unknown)
+    options = RunOptions(batch_size, memory, seed, progress)
     intervention_of(method, reference)  # refused here, before any pass
     chosen = present(model, heads)
-    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
+    study = Study.of(model, probe, metric, options)
     facts = facts_of(method, reference, positions)
-    placer = Placer(study, method, positions=positions, reference=reference, seed=seed)
-    keep = _keeper(study, checkpoint, method, positions, reference, seed)
+    placer = Placer(study, method, positions=positions, reference=reference)
+    keep = _keeper(study, checkpoint, method, positions, reference)
     effects = ablated(study, placer, chosen, keep)
-    return _scores(study, chosen, effects, placer, facts, seed_of(method, seed))
+    return _scores(study, chosen, effects, placer, facts)
 
 
 @own_types()
@@ -234,15 +235,16 @@ def estimate_heads(
         >>> estimate.mean.shape == (model.shape.n_layers, model.shape.n_heads)
         True
     """
+    options = RunOptions(batch_size, memory, seed, progress)
     _check_steps(steps)
     given = _baseline(baseline, reference, seed)
     chosen = present(model, heads)
-    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
+    study = Study.of(model, probe, metric, options)
     facts = {**facts_of("attribution", reference, positions), "steps": steps}
     facts |= {"baseline": given.name}
-    placer = Placer(study, baseline, positions=positions, reference=reference, seed=seed)
+    placer = Placer(study, baseline, positions=positions, reference=reference)
     effects = attribution(study, placer, chosen, steps)
-    return _scores(study, chosen, effects, placer, facts, seed_of(baseline, seed))
+    return _scores(study, chosen, effects, placer, facts)
 
 
 @own_types()
@@ -297,17 +299,18 @@ def screen_heads(
         >>> int((effects.n > 0).sum())
         3
     """
+    options = RunOptions(batch_size, memory, seed, progress)
     _check_steps(steps)
     if not _is_count(top, 1) or not _is_count(sample, 0):
         raise InputError(f"screening needs top >= 1 and sample >= 0; got {top!r} and {sample!r}.")
     given = _baseline(baseline, reference, seed)
     chosen = present(model, heads)
-    study = Study.of(model, probe, metric, batch_size=batch_size, memory=memory, progress=progress)
+    study = Study.of(model, probe, metric, options)
     facts = {**facts_of("screened", reference, positions), "baseline": given.name, "steps": steps}
-    placer = Placer(study, baseline, positions=positions, reference=reference, seed=seed)
-    keep = _keeper(study, checkpoint, baseline, positions, reference, seed)
-    effects = screened(study, placer, chosen, steps, top, sample, seed, keep)
-    return _scores(study, chosen, effects, placer, facts, seed_of(baseline, seed))
+    placer = Placer(study, baseline, positions=positions, reference=reference)
+    keep = _keeper(study, checkpoint, baseline, positions, reference)
+    effects = screened(study, placer, chosen, steps, top, sample, keep)
+    return _scores(study, chosen, effects, placer, facts)
 
 
 def _baseline(baseline: Maker, reference: Probe | None, seed: int) -> Intervention:
@@ -327,8 +330,8 @@ def _scores(
     effects: Float[np.ndarray, "head example"],
     placer: Placer,
     facts: Mapping[str, Any],
-    seed: int,
 ) -> HeadScores:
+    seed = seed_of(placer.method, study.options.seed)
     provenance = study.provenance(seed, checks=placer.checks, **facts)
     placed = by_head(study.model, heads, effects)
     return as_scores(study, placed, str(facts["method"]), provenance)
@@ -340,12 +343,11 @@ def _keeper(
     method: Maker,
     positions: Positions,
     reference: Probe | None,
-    seed: int,
 ) -> Keeper | None:
     """Where finished heads are kept, if anywhere."""
     if checkpoint is None:
         return None
-    file, about = Path(checkpoint), study.provenance(seed)
+    file, about = Path(checkpoint), study.provenance(study.options.seed)
     facts = deciding(about, study.probe, reference, study.metric, method, positions)
     KeptEffects(file, facts, (), len(study.probe))  # refuses the file of another before any pass
     return lambda heads: KeptEffects(file, facts, heads, len(study.probe))

@@ -13,6 +13,7 @@ from torch import Tensor
 from headscope import edits
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Metricish, Positions, Study, marked
+from headscope.base.options import RunOptions
 from headscope.edits import Heads, Site, Variant, head_list
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -70,9 +71,10 @@ def patch_activations(
         >>> hs.patch_activations(model, names, hs.metrics.logit_difference).axes
         ('layer', 'head')
     """
+    options = RunOptions(batch_size, memory, progress=progress)
     clean, corrupt = aligned_pair(probe, direction)
     run, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
-    study = Study.of(model, run, metric, batch_size=batch_size, memory=memory, progress=progress)
+    study = Study.of(model, run, metric, options)
     labels, cells = _grid(model, run, axes, site, positions)
 
     def variants(chosen: slice, batch: Batch) -> list[Variant]:

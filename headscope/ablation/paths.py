@@ -11,7 +11,7 @@ from headscope.ablation.engine import Batch
 from headscope.ablation.heads import as_scores
 from headscope.ablation.patching import aligned_pair
 from headscope.ablation.run import Metricish, Study, by_head, present, without_rounding
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -66,6 +66,7 @@ def path_patch(
         >>> bool(np.isnan(effect.mean[2]).all())  # no path from heads of the receiver's own layer
         True
     """
+    options = RunOptions(batch_size, memory, progress=progress)
     if entry not in ("query", "key", "value"):
         raise InputError(f"entry is 'query', 'key' or 'value'; got {entry!r}.")
     clean, corrupt = aligned_pair(probe)
@@ -74,10 +75,10 @@ def path_patch(
     chosen = [head for head in present(model, senders) if head.layer < top]
     if not chosen:
         raise InputError("no path leads from these senders to these receivers.")
-    study = Study.of(model, clean, metric, batch_size=batch_size, memory=memory, progress=progress)
+    study = Study.of(model, clean, metric, options)
     parts, clean_parts = [], []
     total = float(len(chosen) * len(clean))
-    with track(total, "path patching", show=progress) as advance:
+    with options.track(total, "path patching") as advance:
         for examples, batch in study.batches():
             donors = head_values(model, corrupt.tokens[examples], corrupt.real[examples])
             kept = batch.source.z or head_values(model, batch.probe.tokens, batch.probe.real)

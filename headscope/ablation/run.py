@@ -21,8 +21,8 @@ from headscope.ablation.checks import proofs
 from headscope.ablation.engine import Batch, stack_tokens
 from headscope.ablation.sources import Plan, plan_for
 from headscope.base.files import check_same, whole_file, writable_folder
-from headscope.base.memory import parse_memory
-from headscope.base.progress import Advance, track
+from headscope.base.options import RunOptions
+from headscope.base.progress import Advance
 from headscope.edits import AnyEdit, HeadEdit, Heads, Variant, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
@@ -280,6 +280,7 @@ class Study:
         others: more metrics, measured on the same passes.
         limit: tokens per stack.
         size: examples per batch.
+        options: how it is run.
     """
 
     model: HeadModel
@@ -288,7 +289,7 @@ class Study:
     plan: Plan
     limit: int
     size: int
-    progress: bool | None
+    options: RunOptions
     others: tuple[AnyMetric, ...] = ()
 
     @classmethod
@@ -297,11 +298,9 @@ class Study:
         model: HeadModel,
         probe: Probe,
         metric: Metricish,
+        options: RunOptions = RunOptions(),
         *,
         others: Sequence[Metricish] = (),
-        batch_size: int | None = None,
-        memory: str | int | None = None,
-        progress: bool | None = None,
     ) -> "Study":
         """Check everything that can be checked before the first pass, and choose the engine."""
         chosen, *more = map(as_metric, (metric, *others))
@@ -311,14 +310,11 @@ class Study:
         capture.check_fits(model, probe, answers=answers)
         for one in (chosen, *more):
             one.reads(probe)
-        limit = stack_tokens(model, parse_memory(memory))
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size={batch_size} leaves nothing to run: give 1 or more.")
+        limit = stack_tokens(model, options.memory_bytes)
         room = limit if model.device.type == "cpu" else min(limit, _GPU_BATCH)
-        size = batch_size or max(1, room // probe.length)
         plan = plan_for(model, probe.tokens, probe.real)
-        size = min(size, len(probe))
-        return cls(model, probe, chosen, plan, limit, size, progress, tuple(more))
+        size = min(options.per_pass(probe.length, room), len(probe))
+        return cls(model, probe, chosen, plan, limit, size, options, tuple(more))
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Batches of the probe, each run once cleanly."""
@@ -359,7 +355,7 @@ class Study:
         """What :meth:`measure` gives, of the metric and all others; each variant is run once."""
         edited, clean = [], []
         total = float(count * len(self.probe))
-        with track(total, what, show=self.progress) as advance:
+        with self.options.track(total, what) as advance:
             for chosen, batch in self.batches():
                 made = variants(chosen, batch)
                 if kept is None:
@@ -405,13 +401,12 @@ class Placer:
         *,
         positions: Positions = None,
         reference: Probe | None = None,
-        seed: int = 0,
     ) -> None:
         self._study, self._maker = study, method
         self.checks: dict[str, Any] = {}
         where = marked(study.probe, positions)
         self._batch: BatchPlace | None = None
-        intervention = intervention_of(method, reference, seed)
+        intervention = intervention_of(method, reference, study.options.seed)
         if intervention is not None:
             read = intervention.reference_for(study.probe)
             if read is not None:

@@ -13,6 +13,7 @@ from headscope.ablation.engine import Batch
 from headscope.ablation.patching import aligned_pair, both_runs, places
 from headscope.ablation.run import Metricish, Study
 from headscope.ablation.sources import ForwardSource, Plan, Source
+from headscope.base.options import RunOptions
 from headscope.edits import AnyEdit, Span, Variant
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
@@ -78,12 +79,13 @@ def patch_stream(
         >>> grid.axes, grid.mean.shape == (model.shape.n_layers, names.length)
         (('layer', 'position'), True)
     """
+    options = RunOptions(batch_size, memory, progress=progress)
     clean, corrupt = aligned_pair(probe, direction)
     run, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
     chosen = _layers(model, site, layers)
     names, masks = places(model, run, positions, split=True)
     taps = [Tap(site, layer).check(model.name, model.shape) for layer in chosen]
-    plain = Study.of(model, run, metric, batch_size=batch_size, memory=memory, progress=progress)
+    plain = Study.of(model, run, metric, options)
     study = replace(plain, plan=_StreamPlan(False, False, plain.plan.noop_error))
     where = [(torch.ones_like(run.real) if one is None else one) & run.real for one in masks]
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.base.progress import Advance, track
+from headscope.base.options import RunOptions
+from headscope.base.progress import Advance
 from headscope.base.statistics import Bounds
 from headscope.circuits import spectrum
 from headscope.circuits.copying import (
@@ -185,13 +186,14 @@ def score(
         >>> hs.circuits.score(model, tokens=32, heads=["L1H2"])["ov_norm"].top(2)[0][0]
         L1H2
     """
+    options = RunOptions(seed=seed, progress=progress)
     for kind in embeddings:
         if kind not in _SUFFIX:
             raise InputError(nearest(str(kind), _SUFFIX, kind="embedding"))
     chosen = None if heads is None else [model.shape.check(HeadIndex.parse(one)) for one in heads]
     weights = Weights.of(model, tokens=tokens, most=k, seed=seed)
     scorers = weight_scorers(k, tuple(dict.fromkeys(embeddings)))
-    found = _computed(weights, scorers, chosen, progress, leave_out=True)
+    found = _computed(weights, scorers, chosen, options, leave_out=True)
     return HeadTable(found.values())
 
 
@@ -209,14 +211,14 @@ def score_weights(
         UnsupportedModelError: if the family does not allow one of them.
     """
     weights = Weights.of(model, seed=seed)
-    return _computed(weights, scorers, None, progress=False, leave_out=False)
+    return _computed(weights, scorers, None, RunOptions(progress=False), leave_out=False)
 
 
 def _computed(
     weights: Weights,
     scorers: Sequence[Scorer],
     heads: Sequence[HeadIndex] | None,
-    progress: bool | None,
+    options: RunOptions,
     *,
     leave_out: bool,
 ) -> dict[str, HeadScores]:
@@ -228,7 +230,7 @@ def _computed(
     views = [weights] if heads is None else [weights.only(head) for head in heads]
     found: dict[str, HeadScores] = {}
     reasons = []
-    with track(len(scorers) * len(views), "scoring weights", show=progress) as advance:
+    with options.track(len(scorers) * len(views), "scoring weights") as advance:
         for scorer in scorers:
             try:
                 values = _values(scorer, views, advance)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from headscope.base.glance import Glance, Shown, sizes
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.base.saved import Saved
 from headscope.circuits.composition import composition, partners_of, random_composition
 from headscope.circuits.factors import HeadFactors
@@ -99,7 +99,8 @@ def survey(
         {}
     """
     missing: dict[str, str] = {}
-    with track(9, "reading weights", show=progress) as advance:
+    options = RunOptions(seed=seed, progress=progress)
+    with options.track(9, "reading weights") as advance:
 
         def tried(name: str, work: Callable[[], Found]) -> list[Found]:
             try:

@@ -67,18 +67,17 @@ def scan(
     json: Json = False,
 ) -> None:
     """Score every attention head of MODEL; with --out also write the table and pictures."""
+    from headscope.base.options import RunOptions
     from headscope.cli import scan as command
 
     command.run(
         loading.of(model),
+        RunOptions(batch_size, memory, seed),
         out=out,
         overwrite=overwrite,
         scorers=scorers,
         probe_file=probe,
-        memory=memory,
         max_tokens_per_chunk=max_tokens_per_chunk,
-        batch_size=batch_size,
-        seed=seed,
         examples=examples,
         as_json=json,
     )

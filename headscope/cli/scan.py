@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from headscope import probes
+from headscope.base.options import RunOptions
 from headscope.cli.options import Loading, scorer_names
 from headscope.cli.output import asked_of, console, print_table, run_folder, typed
 from headscope.errors import HeadscopeError
@@ -22,25 +23,21 @@ _MOST = 8
 
 def run(
     loading: Loading,
+    options: RunOptions,
     *,
     out: Path | None,
     overwrite: bool,
     scorers: str | None,
     probe_file: Path | None,
-    memory: str | None,
     max_tokens_per_chunk: int | None,
-    batch_size: int | None,
-    seed: int,
     examples: bool,
     as_json: bool,
 ) -> None:
     """Load, score, write, print."""
     from headscope.base.configs import parse, read_yaml
-    from headscope.base.memory import parse_memory
     from headscope.probes.config import ProbeConfig, build_probe
 
     names = scorer_names(scorers)
-    budget = parse_memory(memory)
     config = None
     if probe_file is not None:
         config = parse(ProbeConfig, read_yaml(probe_file), str(probe_file))
@@ -50,18 +47,18 @@ def run(
     loaded = time.perf_counter()
     asked = None if config is None else config.model_dump(mode="json", exclude_none=True)
     if folder is not None:
-        folder = folder.of(asked_of(model, loading, scorers=names, probe=asked, seed=seed))
+        folder = folder.of(asked_of(model, loading, scorers=names, probe=asked, seed=options.seed))
     probe = None if config is None else build_probe(config, model)
     table = score(
         model,
         probe,
         names,
-        batch_size=batch_size,
-        memory=budget,
+        batch_size=options.batch_size,
+        memory=options.memory,
         max_tokens_per_chunk=max_tokens_per_chunk,
-        seed=seed,
+        seed=options.seed,
     )
-    placed = [] if config is not None else _on_text(model, table, seed, batch_size, budget)
+    placed = [] if config is not None else _on_text(model, table, options)
     scored = time.perf_counter()
 
     def show() -> None:
@@ -79,7 +76,7 @@ def run(
         "revision": model.revision,
         "scorers": list(table),
         "probe": asked,
-        "seed": seed,
+        "seed": options.seed,
         "roles_on_text": placed,
     }
     timings = {"load_seconds": loaded - started, "score_seconds": scored - loaded}
@@ -94,9 +91,7 @@ def run(
     )
 
 
-def _on_text(
-    model: HeadModel, table: HeadTable, seed: int, batch_size: int | None, memory: int | None
-) -> list[str]:
+def _on_text(model: HeadModel, table: HeadTable, options: RunOptions) -> list[str]:
     """Roles of places as natural text has them, beside what the table says of random tokens.
 
     A line per role that needs no repetition (previous and current token): some heads look back
@@ -111,7 +106,8 @@ def _on_text(
     ]
     if not again or model.tokenizer is None:
         return []
-    there = score(model, probes.text(model, seed=seed), again, batch_size=batch_size, memory=memory)
+    text, size = probes.text(model, seed=options.seed), options.batch_size
+    there = score(model, text, again, batch_size=size, memory=options.memory)
     lines = []
     for found in there.role_summary():
         random = table[found.score]

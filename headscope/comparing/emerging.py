@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.capture import check_fits
 from headscope.errors import HeadscopeError, InputError
 from headscope.models import bundled
@@ -143,6 +143,7 @@ def emergence(
         >>> story.scores
         ('induction',)
     """
+    options = RunOptions(seed=seed, progress=progress)
     name = source or bundled.DEFAULT
     wanted = _revisions(name, checkpoints)
     chosen = _SCORES if scorers is None else tuple(scorers)
@@ -151,7 +152,7 @@ def emergence(
     if texts is None and name in bundled.names():
         texts = bundled.stories(seed=seed)
     tables, parts, labels = [], [], []
-    with track(float(len(wanted)), "scoring checkpoints", show=progress) as advance:
+    with options.track(float(len(wanted)), "scoring checkpoints") as advance:
         for revision in wanted:
             model = load(source, revision=revision, device=device, dtype=dtype)
             tables.append(_labelled(score(model, scorers=chosen, seed=seed, progress=False)))

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from headscope import ablation, circuits, edges, flow, lens, metrics, pruning
 from headscope.base.glance import Glance, Shown
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.compiled.compiled import BuildOptions, Compiled, compiled
 from headscope.compiled.library import LIBRARY
 from headscope.compiled.program import Head
@@ -310,13 +310,14 @@ def benchmark(
         >>> found.trials[0].auroc
         1.0
     """
+    options = RunOptions(seed=seed, progress=progress)
     chosen = [*(METHODS.values() if methods is None else map(_method, methods)), *extra]
     for method in chosen:
         if method.asks not in QUESTIONS:
             raise InputError(nearest(method.asks, QUESTIONS, kind="question"))
     trials: list[Trial] = []
     asked = CASES if cases is None else tuple(cases)
-    with track(float(len(asked) * len(chosen)), "benchmark", show=progress) as advance:
+    with options.track(float(len(asked) * len(chosen)), "benchmark") as advance:
         for name, build in asked:
             case = make_case(name, build, batch=batch, seed=seed)
             for method in chosen:

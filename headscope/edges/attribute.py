@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.edges.graph import EdgeGraph
 from headscope.edges.passes import measured_with, values_with
 from headscope.edges.wiring import Wiring
@@ -280,9 +280,10 @@ def attribute(
         >>> sorted(graph.scores)[0]
         Edge(source='L0H0', target='L1H0', slot='key')
     """
+    options = RunOptions(batch_size, progress=progress)
     _check_method(method, steps, as_metric(metric))
-    study = Study.of(model, probe, metric, ablation, batch_size)
-    with track(float(_work(study, method, steps)), f"edges by {method}", show=progress) as advance:
+    study = Study.of(model, probe, metric, ablation, options)
+    with options.track(float(_work(study, method, steps)), f"edges by {method}") as advance:
         parts = []
         for batch in study.batches():
             count = len(batch.texts.tokens)

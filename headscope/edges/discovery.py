@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope.base.glance import Glance, Shown, number
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
 from headscope.edges.faithfulness import circuit_value
@@ -170,11 +170,12 @@ def acdc(
         raise InputError(nearest(str(order), get_args(Order), kind="order"))
     if not threshold > 0:
         raise InputError(f"threshold={threshold!r}: give a number above 0, in the metric's unit.")
-    study = Study.of(model, probe, metric, ablation, batch_size)
+    options = RunOptions(batch_size, progress=progress)
+    study = Study.of(model, probe, metric, ablation, options)
     wiring = study.wiring
     kept, changes = np.ones(len(wiring), bool), np.full(len(wiring), np.nan)
     batches = list(study.batches())
-    with track(float(len(wiring)), "acdc", show=progress) as advance:
+    with options.track(float(len(wiring)), "acdc") as advance:
         full = value = mean_value(batches, study, kept)
         for target, places in _visits(wiring, order):
             if _is_left(wiring, kept, target):
@@ -236,7 +237,7 @@ def run_circuit(
         >>> len(found.edges)
         20
     """
-    study = Study.of(model, probe, metric, ablation, batch_size)
+    study = Study.of(model, probe, metric, ablation, RunOptions(batch_size))
     kept = np.zeros(len(study.wiring), bool)
     for edge in edges:
         kept[study.wiring.find(edge)] = True

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.base.glance import Glance, Shown, number
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.base.saved import Saved
 from headscope.edges.graph import EdgeGraph
 from headscope.edges.passes import measured_with, values_with
@@ -320,16 +320,17 @@ def faithfulness(
         >>> float(curve.faithfulness[-1])
         1.0
     """
+    options = RunOptions(batch_size, seed=seed, progress=progress)
     shares = _checked_sizes(sizes)
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
         raise InputError(f"controls={controls!r}: draw random edges once or more.")
     _check_graph(model, probe, graph)
-    study = Study.of(model, probe, metric, ablation or graph.ablation, batch_size)
+    study = Study.of(model, probe, metric, ablation or graph.ablation, options)
     total = len(study.wiring)
     counts = np.floor(shares * total + 1e-9).astype(int)
     orders = [graph.rank(), *_random_orders(total, controls, seed)]
     circuits = [_first(order, count) for order in orders for count in (*counts.tolist(), 0, total)]
-    means = mean_values(study, circuits, progress).reshape(len(orders), -1)
+    means = mean_values(study, circuits, options).reshape(len(orders), -1)
     return Faithfulness(
         shares,
         counts,
@@ -356,19 +357,21 @@ def faithfulness(
 
 
 def mean_values(
-    study: Study, circuits: Sequence[Bool[np.ndarray, " edge"]], progress: bool | None = None
+    study: Study,
+    circuits: Sequence[Bool[np.ndarray, " edge"]],
+    options: RunOptions = RunOptions(),
 ) -> Float[np.ndarray, " circuit"]:
     """Mean metric of every circuit over the examples that the metric reads.
 
     Args:
         study: what is measured.
         circuits: edges of each; one that occurs twice is run once.
-        progress: show a bar.
+        options: whether a bar is shown.
     """
     keys = [circuit.tobytes() for circuit in circuits]
     unique = dict(zip(keys, circuits, strict=True))
     found: dict[bytes, list[Tensor]] = {key: [] for key in unique}
-    with track(float(len(unique) * len(study.probe)), "circuits", show=progress) as advance:
+    with options.track(float(len(unique) * len(study.probe)), "circuits") as advance:
         for batch in study.batches():
             counted = batch.measured.counted.to(batch.change.device)
             for key, circuit in unique.items():

@@ -9,7 +9,7 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from headscope.base.glance import Glance, Shown, number
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
 from headscope.edges.discovery import Circuit, mean_value
@@ -207,7 +207,8 @@ def completeness(
         >>> float(gaps.gap.max()) < 0.01
         True
     """
-    study = _study(model, probe, metric, circuit, batch_size)
+    options = RunOptions(batch_size, seed=seed, progress=progress)
+    study = _study(model, probe, metric, circuit, options)
     if not circuit.heads:
         raise InputError("this circuit has no heads: nothing can be taken from it.")
     drawn = np.random.default_rng(seed)
@@ -217,7 +218,7 @@ def completeness(
     batches = list(study.batches())
     left: list[list[float]] = [[], []]
     every = np.ones_like(circuit.kept)
-    with track(2.0 * len(subsets), "completeness", show=progress) as advance:
+    with options.track(2.0 * len(subsets), "completeness") as advance:
         for heads in subsets:
             out = leaving(study.wiring, heads)
             for side, kept in zip(left, (circuit.kept, every), strict=True):
@@ -267,11 +268,12 @@ def minimality(
         >>> list(hs.edges.minimality(made.model, made.probe(4), hs.metrics.loss, found, draws=1))
         [L0H0]
     """
-    study = _study(model, probe, metric, circuit, batch_size)
+    options = RunOptions(batch_size, seed=seed, progress=progress)
+    study = _study(model, probe, metric, circuit, options)
     drawn = np.random.default_rng(seed)
     batches = list(study.batches())
     found: dict[HeadIndex, float] = {}
-    with track(float(len(circuit.heads) * (draws + 1)), "minimality", show=progress) as advance:
+    with options.track(float(len(circuit.heads) * (draws + 1)), "minimality") as advance:
         for head in circuit.heads:
             others = [one for one in circuit.heads if one != head]
             sets = [[], *([h for h in others if drawn.random() < 0.5] for _ in range(draws))]
@@ -299,14 +301,14 @@ def _study(
     probe: Probe,
     metric: AnyMetric | Callable[..., Tensor],
     circuit: Circuit,
-    batch_size: int | None,
+    options: RunOptions,
 ) -> Study:
     digest = circuit.provenance.weight_digest
     if digest and digest != model.digest():
         raise InputError(
             f"this circuit is of another model ({circuit.provenance.model}) than {model.name}."
         )
-    return Study.of(model, probe, metric, circuit.ablation, batch_size)
+    return Study.of(model, probe, metric, circuit.ablation, options)
 
 
 def _strongest(values: Float[np.ndarray, "edge example"], count: int) -> Bool[np.ndarray, " edge"]:

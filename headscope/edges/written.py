@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import capture
+from headscope.base.options import RunOptions
 from headscope.edges.wiring import Wiring
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.metrics import AnyMetric, LogitRows, Metric, as_metric
@@ -218,8 +219,8 @@ class Study:
         model: HeadModel,
         probe: Probe,
         metric: Any,
-        ablation: str | None,
-        batch_size: int | None,
+        ablation: str | None = None,
+        options: RunOptions = RunOptions(),
     ) -> "Study":
         """Check everything that can be checked before a pass; then see how the layers are wired.
 
@@ -230,14 +231,12 @@ class Study:
         """
         chosen = ablation_of(ablation, probe)
         measured = as_metric(metric)
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size={batch_size} leaves nothing to run: give 1 or more.")
         capture.check_fits(model, probe, answers="target" in measured.needs)
         measured.reads(probe)
         if chosen == "patch":
             _check_pair(model, probe)
         check_family(model)
-        size = min(len(probe), batch_size or max(1, _TOKENS // probe.length))
+        size = min(len(probe), options.per_pass(probe.length, _TOKENS))
         study = cls(model, probe, measured, chosen, size, wiring_of(model, probe))
         study._check_sum()
         if chosen == "mean":

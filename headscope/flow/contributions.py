@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import probes
-from headscope.base.memory import parse_memory
+from headscope.base.options import RunOptions
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, passes
 from headscope.errors import InputError, nearest
@@ -82,9 +82,9 @@ def alti(
         >>> torch.tensor(flow.matrix).sum(-1).allclose(torch.tensor(1.0))
         True
     """
+    options = RunOptions(batch_size, memory)
     check_fits(model, probe)
     need_parts(model)
-    limit = parse_memory(memory)
 
     def run(batch: Probe, halvings: int) -> Tensor:
         state = torch.eye(batch.length, dtype=torch.float32, device=model.device)
@@ -93,7 +93,7 @@ def alti(
         def multiply(made: LayerSum) -> None:
             whole = made.entering + made.written
             for example in range(len(batch)):
-                vectors = Vectors.of(model, made, example, limit, halvings)
+                vectors = Vectors.of(model, made, example, options, halvings)
                 state[example] = _alti_step(vectors, whole[example], state[example])
 
         over_layers(model, batch, multiply)
@@ -101,7 +101,7 @@ def alti(
         itself = torch.eye(batch.length, dtype=torch.float32, device=model.device)
         return torch.where(padding[..., None], itself, state).cpu()
 
-    size = batch_size or texts_per_pass(probe)
+    size = options.batch_size or texts_per_pass(probe)
     parts = [found for _, found in passes(model, probe, run, batch_size=size)]
     return TokenFlow(
         "alti",
@@ -201,13 +201,14 @@ def alti_logits(
         >>> bool(abs(total - found.whole) < 1e-3)
         True
     """
+    options = RunOptions(memory=memory)
     text = read_prompt(model, prompt)
     at = text.at(position)
     wanted = None if target is None else read_token(model, target)
     other = None if foil is None else read_token(model, foil, "foil")
     need_parts(model)
     need_readout(model)
-    limit, ids = parse_memory(memory), text.ids[None, : at + 1]
+    ids = text.ids[None, : at + 1]
     if wanted is None:
         logits = model.forward(ids, logits_at=torch.tensor([at]))
         wanted = int(logits[0, 0].float().argmax())
@@ -223,7 +224,7 @@ def alti_logits(
         nonlocal state
         if made.layer == model.shape.attention_layers[0]:
             values[at] += made.entering[0, at] @ direction
-        vectors = Vectors.of(model, made, 0, limit, 0)
+        vectors = Vectors.of(model, made, 0, options, 0)
         moved, _ = vectors.fused(slice(at, at + 1), own=False)
         values.add_((moved[:, 0] @ direction) @ state)
         biases.append(made.constant[0, at] @ direction)
@@ -266,12 +267,12 @@ class Vectors:
 
     @classmethod
     def of(
-        cls, model: HeadModel, made: LayerSum, example: int, memory: int | None, halvings: int
+        cls, model: HeadModel, made: LayerSum, example: int, options: RunOptions, halvings: int
     ) -> "Vectors":
         """Multiply the values out once; chunks fit the memory given."""
         length, width = made.entering.shape[1:]
         per_query = 4 * 2 * length * width
-        first = next(query_chunks(model, length, per_query, memory, halvings))
+        first = next(query_chunks(model, length, per_query, options, halvings))
         return cls(made, example, made.moved(example).transpose(0, 1).contiguous(), len(first))
 
     def chunks(self) -> list[slice]:
@@ -351,16 +352,17 @@ def norms(
         >>> bool((found.fused_norm <= found.per_head_norm.sum(1) + 1e-4)[:, :, 1:].all())
         True
     """
+    options = RunOptions(batch_size, memory)
     check_fits(model, probe)
     need_parts(model)
-    limit, shape = parse_memory(memory), model.shape
+    shape = model.shape
 
     def run(batch: Probe, halvings: int) -> dict[str, Tensor]:
         made = _Norms.empty(model, batch)
-        over_layers(model, batch, lambda layer: made.add(model, layer, limit, halvings))
+        over_layers(model, batch, lambda layer: made.add(model, layer, options, halvings))
         return {name: value.cpu() for name, value in vars(made).items()}
 
-    size = batch_size or texts_per_pass(probe)
+    size = options.batch_size or texts_per_pass(probe)
     parts = [found for _, found in passes(model, probe, run, batch_size=size)]
     joined = {name: torch.cat([part[name] for part in parts], -2) for name in parts[0]}
     real = probe.host.real
@@ -419,10 +421,10 @@ class _Norms:
         sizes = [per_head, per_head] + [(shape.n_layers, len(batch), batch.length)] * 3
         return cls(*(torch.zeros(size, dtype=torch.float32, device=model.device) for size in sizes))
 
-    def add(self, model: HeadModel, made: LayerSum, memory: int | None, halvings: int) -> None:
+    def add(self, model: HeadModel, made: LayerSum, options: RunOptions, halvings: int) -> None:
         layer = made.layer
         for example in range(len(made.entering)):
-            vectors = Vectors.of(model, made, example, memory, halvings)
+            vectors = Vectors.of(model, made, example, options, halvings)
             for at in vectors.chunks():
                 per_head = _per_head(made, example, at)
                 own = _diagonal(per_head, at)
@@ -487,6 +489,7 @@ def norm_matrix(
         raise InputError(nearest(form, _FORMS, kind="form"))
     if layer not in model.shape.attention_layers:
         raise InputError(f"{model.name} has no attention in layer {layer}.")
+    options = RunOptions(batch_size)
     check_fits(model, probe)
     need_parts(model)
 
@@ -497,7 +500,7 @@ def norm_matrix(
 
         def fill(made: LayerSum) -> None:
             for example in range(len(batch) if made.layer == layer else 0):
-                vectors = Vectors.of(model, made, example, None, halvings)
+                vectors = Vectors.of(model, made, example, options, halvings)
                 for at in vectors.chunks():
                     if form == "per_head":
                         rows = _per_head(made, example, at)
@@ -509,7 +512,7 @@ def norm_matrix(
         over_layers(model, batch, fill)
         return found.cpu()
 
-    size = batch_size or texts_per_pass(probe)
+    size = options.batch_size or texts_per_pass(probe)
     parts = [found for _, found in passes(model, probe, run, batch_size=size)]
     result: np.ndarray = torch.cat(parts).numpy()
     return result

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.base.memory import chunk_bytes
+from headscope.base.options import RunOptions
 from headscope.capture import chunks
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
@@ -220,10 +221,10 @@ def need_attention(model: HeadModel) -> None:
 
 
 def query_chunks(
-    model: HeadModel, length: int, bytes_per_query: int, memory: int | None, halvings: int = 0
+    model: HeadModel, length: int, bytes_per_query: int, options: RunOptions, halvings: int = 0
 ) -> Iterator[Int[Tensor, " query"]]:
     """All query positions in runs that fit the memory for a chunk, on the CPU."""
-    budget = chunk_bytes(model.device, memory) >> halvings
+    budget = chunk_bytes(model.device, options.memory_bytes) >> halvings
     return chunks(torch.arange(length), bytes_per_query, budget)
 
 

@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
-from headscope.base.memory import parse_memory
+from headscope.base.options import RunOptions
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, passes
 from headscope.errors import InputError, nearest
@@ -84,7 +84,7 @@ def rollout(
     if heads not in _FUSIONS:
         raise InputError(nearest(heads, _FUSIONS, kind="fusion of heads"))
     need_attention(model)
-    limit = parse_memory(memory)
+    options = RunOptions(batch_size, memory)
 
     def run(batch: Probe, halvings: int) -> Tensor:
         state = _identity(model, batch)
@@ -98,7 +98,7 @@ def rollout(
         def end(_layer: int) -> None:
             state.copy_(after)
 
-        _over_rows(model, batch, multiply, end, limit, halvings)
+        _over_rows(model, batch, multiply, end, options, halvings)
         return state.cpu()
 
     parts = [found for _, found in passes(model, probe, run, batch_size=batch_size)]
@@ -179,7 +179,7 @@ def through_heads(
     """
     check_fits(model, probe)
     need_attention(model)
-    limit, host = parse_memory(memory), probe.host
+    options, host = RunOptions(batch_size, memory), probe.host
     chosen, targets = places(probe, inputs), places(probe, at)
     if not bool(chosen.any()):
         raise InputError("no input token is chosen, so nothing can pass through a head from them.")
@@ -216,7 +216,7 @@ def through_heads(
             carried[..., :done] = new_carried[..., :done]
             reach.copy_(new_reach)
 
-        _over_rows(model, batch, step, end, limit, halvings)
+        _over_rows(model, batch, step, end, options, halvings)
         weights = batch.mark("targets").to(model.device).float()
         weights = weights / weights.sum(1, keepdim=True)  # NaN where a text has no target
         mean = torch.einsum("bp,bpk->bk", weights, carried)
@@ -281,7 +281,7 @@ def max_flow(
     """
     check_fits(model, probe)
     need_attention(model)
-    host = probe.host
+    options, host = RunOptions(batch_size), probe.host
     tokens = int(host.real.sum(1).max())
     if tokens > longest:
         raise InputError(
@@ -299,7 +299,7 @@ def max_flow(
             missing = batch.length - mixing.shape[-1]
             kept[layer, :, _span(query)] = torch.nn.functional.pad(mixing, (0, missing))
 
-        _over_rows(model, batch, keep, lambda _layer: None, None, halvings)
+        _over_rows(model, batch, keep, lambda _layer: None, options, halvings)
         return kept.cpu()
 
     parts = [found for _, found in passes(model, probe, run, batch_size=batch_size)]
@@ -360,7 +360,7 @@ def _over_rows(
     batch: Probe,
     read: ReadRows,
     end: Callable[[int], None],
-    memory: int | None,
+    options: RunOptions,
     halvings: int,
 ) -> None:
     """Show all rows of every layer, chunk by chunk, from the first layer up."""
@@ -368,7 +368,7 @@ def _over_rows(
 
     def attend(view: TapView) -> None:
         layer = int(view.tap.layer or 0)
-        for at in query_chunks(model, batch.length, per_query, memory, halvings):
+        for at in query_chunks(model, batch.length, per_query, options, halvings):
             read(layer, at, view.rows(at).pattern)
         end(layer)
 

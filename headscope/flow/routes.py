@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.memory import parse_memory
+from headscope.base.options import RunOptions
 from headscope.base.statistics import Design
 from headscope.capture import check_fits
 from headscope.edits import Span
@@ -97,12 +97,12 @@ def routes(
     """
     _check_thresholds(part_threshold, edge_threshold)
     need_parts(model)
-    limit = parse_memory(memory)
+    options = RunOptions(memory=memory)
     text = read_prompt(model, prompt)
     at = text.at(position)
     seen = Prompt(text.ids[: at + 1], text.texts[: at + 1])
     parallel = reads_past_attention(model)
-    trace = _Trace(model, seen, parallel, part_threshold, edge_threshold, limit)
+    trace = _Trace(model, seen, parallel, part_threshold, edge_threshold, options)
     return trace.run().result(position=at)
 
 
@@ -151,7 +151,7 @@ def route_scores(
     _check_thresholds(part_threshold, edge_threshold)
     check_fits(model, probe)
     need_parts(model)
-    limit, host = parse_memory(memory), probe.host
+    options, host = RunOptions(memory=memory), probe.host
     targets = places(probe, at)
     if not bool(targets.any()):
         raise InputError("no position is a target, so there is no route to trace.")
@@ -163,7 +163,7 @@ def route_scores(
         for place in targets[example].nonzero().squeeze(1).tolist():
             ids = host.tokens[example, first : place + 1]
             seen = Prompt(ids, tuple(map(str, ids.tolist())))
-            trace = _Trace(model, seen, parallel, part_threshold, edge_threshold, limit)
+            trace = _Trace(model, seen, parallel, part_threshold, edge_threshold, options)
             trace.run()
             found.append((trace.head_flow, trace.on_route))
         if found:
@@ -252,10 +252,10 @@ class _Trace:
         parallel: bool,
         part: float,
         edge: float,
-        memory: int | None,
+        options: RunOptions,
     ) -> None:
         """Run the prompt once and keep what the trace asks for."""
-        self.model, self.prompt, self.memory = model, prompt, memory
+        self.model, self.prompt, self.options = model, prompt, options
         self.part_threshold, self.edge_threshold = part, edge
         layers, heads, length = model.shape.n_layers, model.shape.n_heads, len(prompt)
         self.entering = np.zeros((layers + 1, length))
@@ -308,7 +308,7 @@ class _Trace:
         moved = attention.moved(0)
         norms = torch.linalg.vector_norm(moved, 1, -1)
         per_query = 4 * 4 * moved.shape[0] * moved.shape[1]
-        for chunk in query_chunks(self.model, len(live), per_query, self.memory):
+        for chunk in query_chunks(self.model, len(live), per_query, self.options):
             at = live[chunk.numpy()]
             where = torch.from_numpy(at)
             fixed = [attention.entering[0, where], attention.constant[0, where]]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.options import RunOptions
 from headscope.base.progress import track
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Bounds, Design
@@ -203,6 +204,7 @@ def layers(
         >>> "curvature" in table
         True
     """
+    options = RunOptions(batch_size, progress=progress)
     chosen = _chosen(measures, [*TEXT_MEASURES, *POOLED])
     probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
     if skip < 0:
@@ -210,8 +212,8 @@ def layers(
     points = (probe.real.sum(1) - skip).clamp_min(0)
     chosen = _fitting(chosen, points, model, asked=measures is not None)
     run = _Run(model, probe, chosen, skip)
-    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
-    with track(len(probe), "measuring layers", show=progress) as advance:
+    size = options.per_pass(probe.length, _TOKENS_PER_PASS)
+    with options.track(len(probe), "measuring layers") as advance:
         for start in range(0, len(probe), size):
             batch = slice(start, start + size)
             run.add(batch)

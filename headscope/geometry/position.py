@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
@@ -162,11 +162,12 @@ def position_layers(
         >>> table.places[0], "position_share" in table
         ('embed', True)
     """
-    study = _Study.of(model, texts, length, skip, batch_size)
+    options = RunOptions(batch_size, progress=progress)
+    study = _Study.of(model, texts, length, skip, options)
     last = model.shape.n_layers
     taps = [Tap("embed"), *(Tap("resid_post", layer) for layer in range(last))]
     found: dict[Tap, list[tuple[Tensor, Tensor]]] = {tap: [] for tap in taps}
-    with track(float(len(study.probe)), "position in layers", show=progress) as advance:
+    with options.track(float(len(study.probe)), "position in layers") as advance:
         means = study.means(taps, advance)
 
         def keep(view: TapView) -> None:
@@ -235,13 +236,14 @@ def position_heads(
         >>> table["qk_position"].mean.shape == (model.shape.n_layers, model.shape.n_heads)
         True
     """
-    study = _Study.of(model, texts, length, skip, batch_size)
+    options = RunOptions(batch_size, progress=progress)
+    study = _Study.of(model, texts, length, skip, options)
     layers = model.shape.attention_layers
     read = [Tap(site, layer) for layer in layers for site in ("z", "query", "key", "pattern")]
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     panels: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     held: dict[Tap, Tensor] = {}
-    with track(float(len(study.probe)), "position in heads", show=progress) as advance:
+    with options.track(float(len(study.probe)), "position in heads") as advance:
         means = study.means([tap for tap in read if tap.site != "pattern"], advance)
 
         def keep(view: TapView) -> None:
@@ -381,7 +383,7 @@ class _Study:
         texts: Probe | Sequence[str] | str | Path | None,
         length: int | None,
         skip: int,
-        batch_size: int | None,
+        options: RunOptions,
     ) -> "_Study":
         if skip < 0:
             raise InputError(f"skip={skip}: the number of positions left out must be 0 or more.")
@@ -401,7 +403,7 @@ class _Study:
                 f"{len(probe)} texts of {probe.length} tokens, {skip} of them left out: position "
                 f"and content take {_LEAST_TEXTS} texts and {_LEAST_POSITIONS} positions at least."
             )
-        return cls(model, probe, skip, batch_size or max(1, _TOKENS_PER_PASS // probe.length))
+        return cls(model, probe, skip, options.per_pass(probe.length, _TOKENS_PER_PASS))
 
     @property
     def reference(self) -> Probe:

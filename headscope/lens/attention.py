@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.options import RunOptions
 from headscope.errors import InputError
 from headscope.heads import ModelShape
 from headscope.lens.attribution import rows_of
@@ -251,6 +252,7 @@ def attention_lens(
         >>> lens.report.rows
         ('L0',)
     """
+    options = RunOptions(seed=seed, progress=progress)
     if steps < 1 or learning_rate <= 0 or (rank is not None and rank < 1):
         raise InputError(
             f"steps, learning_rate and rank must be positive; got {steps}, {learning_rate}, {rank}."
@@ -274,7 +276,7 @@ def attention_lens(
         **data.facts,
     }
     facts = {"lens": "attention", "model": model.digest(), "layers": chosen, **settings}
-    Descent(steps, learning_rate, seed, checkpoint, facts, progress).run(
+    Descent(steps, learning_rate, checkpoint, facts, options).run(
         f"attention lens of {model.name}",
         data,
         parameters,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headscope import capture, probes
 from headscope.base.files import check_same, whole_file, writable_folder
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.errors import InputError
 from headscope.lens.attribution import rows_of
 from headscope.lens.learned import FitReport
@@ -210,18 +210,16 @@ class Descent:
     Attributes:
         steps: in all.
         learning_rate: at the start.
-        seed: of the draw of examples.
         checkpoint: file that the fit is kept in, and goes on from; None: it is not.
         facts: JSON values that say what is fitted to what: a file of other facts is refused.
-        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+        options: how it is run; its seed draws the examples.
     """
 
     steps: int
     learning_rate: float
-    seed: int
     checkpoint: "str | PathLike[str] | None"
     facts: Mapping[str, Any]
-    progress: bool | None
+    options: RunOptions
 
     def run(
         self,
@@ -244,8 +242,8 @@ class Descent:
             writable_folder(place.parent)
             kept = _Kept(place, {**self.facts, "data": probe_digest(data.fit)})
         done = 0 if kept is None else kept.restore(parameters, optimiser)
-        with track(self.steps, what, show=self.progress) as advance:
-            for step, batch in enumerate(batches(data.fit, self.steps, self.seed)):
+        with self.options.track(self.steps, what) as advance:
+            for step, batch in enumerate(batches(data.fit, self.steps, self.options.seed)):
                 if step >= done:
                     for group in optimiser.param_groups:
                         group["lr"] = self.learning_rate * (1 - step / self.steps)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.errors import InputError, nearest
 from headscope.lens.fitting import in_turn, judge_streams, split_data, streams
 from headscope.lens.learned import FitReport, Saved, save_lens
@@ -131,6 +131,7 @@ def linear_shortcuts(
         >>> bool((lens.bias == 0).all())  # without intercept
         True
     """
+    options = RunOptions(seed=seed, progress=progress)
     names = row_names(model.shape.n_layers)
     goal = names[-1] if to is None else to
     if goal not in names[1:]:
@@ -140,7 +141,7 @@ def linear_shortcuts(
     width = model.shape.d_model
     gram = torch.zeros(count, width, width, dtype=torch.float64)
     cross = torch.zeros_like(gram)
-    with track(len(data.fit), f"shortcuts of {model.name}", show=progress) as advance:
+    with options.track(len(data.fit), f"shortcuts of {model.name}") as advance:
         for batch in in_turn(data.fit):
             x, y = _sides(model, batch, count)
             gram += x.mT @ x

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.options import RunOptions
 from headscope.errors import InputError
 from headscope.lens.fitting import (
     Data,
@@ -169,6 +170,7 @@ def tuned_lens(
         >>> hs.lens.logit_lens(model, [5, 9, 5, 9], lens=lens).name
         'tuned lens, residual'
     """
+    options = RunOptions(seed=seed, progress=progress)
     if learning_rate is None:
         learning_rate = min(1e-2, max(1e-3, 1e-3 * _WIDTH / model.shape.d_model))
     if tokens is not None and tokens < 1:
@@ -208,7 +210,7 @@ def tuned_lens(
             torch.nn.utils.clip_grad_norm_([change[place], shift[place]], _CLIP)
 
     facts = {"lens": "tuned", "model": model.digest(), **settings}
-    descent = Descent(steps, learning_rate, seed, checkpoint, facts, progress)
+    descent = Descent(steps, learning_rate, checkpoint, facts, options)
     seconds = (steps - steps // 2 if few else steps) * step_seconds(read, count, width, size)
     told = f" (reads the vocabulary for about {seconds / 60:.0f} min)" if seconds > 90 else ""
     descent.run(f"tuned lens of {model.name}{told}", data, parameters, descend)

@@ -9,7 +9,7 @@ import numpy as np
 from headscope import metrics
 from headscope.ablation.groups import along
 from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of, present
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -123,8 +123,9 @@ def pruning_curve(
         >>> curve.mean.shape
         (3, 2)
     """
-    study = Study.of(model, probe, metric, batch_size=batch_size, progress=progress)
-    placer = Placer(study, method, reference=reference, seed=seed)
+    options = RunOptions(batch_size, seed=seed, progress=progress)
+    study = Study.of(model, probe, metric, options)
+    placer = Placer(study, method, reference=reference)
     if sizes:
         prune(model, model.shape.heads[0])  # what cannot be done is said before anything is run
     arms = {name: present(model, heads) for name, heads in (orders or {}).items()}
@@ -140,7 +141,7 @@ def pruning_curve(
         for count in points
         if count <= len(order)
     }
-    measured = _sizes(model, probe, wanted, progress)
+    measured = _sizes(model, probe, wanted, options)
     facts = facts_of(method, reference, None)
     found = EffectGrid(
         name="pruning",
@@ -169,12 +170,12 @@ def _sizes(
     model: HeadModel,
     probe: Probe,
     wanted: Mapping[tuple[str, int], tuple[HeadIndex, ...]],
-    progress: bool | None,
+    options: RunOptions,
 ) -> dict[tuple[str, int], Size]:
     """Prune for real and measure, one model at a time."""
     real = None if bool(probe.real.all()) else probe.real
     by_set: dict[tuple[HeadIndex, ...], Size] = {}
-    with track(float(len(wanted)), "measuring pruned models", show=progress) as advance:
+    with options.track(float(len(wanted)), "measuring pruned models") as advance:
         for heads in wanted.values():
             if heads not in by_set:
                 by_set[heads] = measure_size(prune(model, heads), probe.tokens, real)

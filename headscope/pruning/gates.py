@@ -21,7 +21,7 @@ from torch import Tensor
 from headscope import metrics
 from headscope.ablation.gradients import total_metric, whole_batches
 from headscope.ablation.run import Metricish, Study
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
 from headscope.edits import Site
 from headscope.errors import InputError
@@ -147,7 +147,8 @@ def learn_gates(
         raise InputError(
             f"gates need penalty >= 0, steps >= 1 and rate > 0; got {penalty}, {steps}, {rate}."
         )
-    study = Study.of(model, probe, metric, batch_size=batch_size, progress=False)
+    options = RunOptions(batch_size, seed=seed, progress=progress)
+    study = Study.of(model, probe, metric, options.quiet)
     sign = cost_sign(study.metric, better)
     generator = torch.Generator().manual_seed(seed)
     there = torch.zeros(model.shape.n_layers, model.shape.n_heads, dtype=torch.bool)
@@ -157,7 +158,7 @@ def learn_gates(
     layers = frozenset(model.shape.attention_layers)
     batches = [batch for _, batch in whole_batches(study)]
     costs, opened = [], []
-    with frozen(model), track(float(steps), "learning gates", show=progress) as advance:
+    with frozen(model), options.track(float(steps), "learning gates") as advance:
         for step in range(steps):
             if step % len(batches) == 0:
                 turns = torch.randperm(len(batches), generator=generator).tolist()

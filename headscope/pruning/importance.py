@@ -16,7 +16,7 @@ from headscope.ablation import ablate_heads
 from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import check_slope, total_metric, whole_batches
 from headscope.ablation.run import Maker, Metricish, Positions, Study, by_head, present
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
 from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, Site, zero
@@ -94,7 +94,8 @@ def gradient_importance(
     """
     if over not in ("example", "token"):
         raise InputError(f"the absolute value is taken over 'example' or 'token', not {over!r}.")
-    study = Study.of(model, probe, metric, batch_size=batch_size, progress=progress)
+    options = RunOptions(batch_size, progress=progress)
+    study = Study.of(model, probe, metric, options)
     gone = present(model, removed) if removed else ()
     if not gone:
         check_slope(model, study.metric, None, 1)
@@ -103,7 +104,7 @@ def gradient_importance(
         raise InputError("all heads are removed: there is none to score.")
     edits: tuple[AnyEdit, ...] = (zero(gone),) if gone else ()
     found = np.full((len(heads), len(probe)), np.nan)
-    with track(float(len(probe)), "importance", show=progress) as advance:
+    with options.track(float(len(probe)), "importance") as advance:
         for chosen, batch in whole_batches(study):
             found[:, chosen] = _by_example(model, batch, edits, heads, over).numpy()
             advance(float(len(batch.probe)))

@@ -17,6 +17,7 @@ from headscope import metrics
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of
 from headscope.base.files import check_same, whole_file, writable_folder
+from headscope.base.options import RunOptions
 from headscope.base.progress import track
 from headscope.base.specs import Direction
 from headscope.edits import Heads
@@ -198,7 +199,8 @@ def greedy(
         >>> len(hs.pruning.greedy(model, probe, count=2))
         2
     """
-    study = Study.of(model, probe, metric, batch_size=batch_size, progress=False)
+    options = RunOptions(batch_size, progress=progress)
+    study = Study.of(model, probe, metric, options.quiet)
     placer = Placer(study, method, reference=reference)
     sign = cost_sign(study.metric, better)
     left = Counter(head.layer for head in model.shape.heads)
@@ -211,7 +213,7 @@ def greedy(
     gone: Order = () if kept is None else kept.read()[:wanted]
     left.subtract(head.layer for head in gone)
     total = float(sum(len(heads) - i for i in range(len(gone), wanted)))
-    with track(total, "greedy pruning", show=progress) as advance:
+    with options.track(total, "greedy pruning") as advance:
         while len(gone) < wanted:
             candidates = [h for h in heads if h not in gone and left[h.layer] > keep]
             effects, _ = joint(study, placer, [(*gone, head) for head in candidates])

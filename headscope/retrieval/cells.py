@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from headscope.base.files import whole_file, writable_folder
+from headscope.base.options import RunOptions
 from headscope.base.parquet_files import read_part, readable
-from headscope.base.progress import track
 from headscope.errors import InputError
 from headscope.models.protocol import HeadModel
 from headscope.probes import Needle, Probe, needle
@@ -80,6 +80,7 @@ def scan_grid(
         >>> found.recall_grid().share.shape
         (2, 2)
     """
+    options = RunOptions(batch_size, progress=progress)
     if form not in ("decoded", "forced"):
         raise InputError(f"form={form!r} is unknown: 'decoded' or 'forced'.")
     if form == "forced" and new_tokens is not None:
@@ -96,13 +97,13 @@ def scan_grid(
     order = sorted(range(len(cells)), key=lambda i: cells[i] != longest)
     done: dict[int, tuple[list[Run], list[Run]]] = {}
     tokens = [int(whole.real[cell].sum()) for cell in cells]
-    with track(sum(tokens), f"{model.name} looks for needles", show=progress) as advance:
+    with options.track(sum(tokens), f"{model.name} looks for needles") as advance:
         for i in order:  # the longest first: what does not fit is said at once
             part = whole.examples(cells[i])
             file = (
                 None if store is None else store / f"{_name(part, known, form, new_tokens)}.parquet"
             )
-            done[i] = _cell(model, part, file, form, new_tokens, batch_size)
+            done[i] = _cell(model, part, file, form, new_tokens, options)
             advance(tokens[i])
     limit = float(threshold)
     sizes, places = (whole.facts[name].double().numpy() for name in ("length", "depth"))
@@ -136,11 +137,12 @@ def _cell(
     file: Path | None,
     form: Form,
     new_tokens: int | None,
-    size: int | None,
+    options: RunOptions,
 ) -> tuple[list[Run], list[Run]]:
     """Runs of one cell and of its control, from the disk if they are there."""
     if file is not None and file.exists():
         return _read(file)
+    size = options.batch_size
     if form == "decoded":
         runs, control = follow_both(
             model, part, new_tokens=new_tokens, batch_size=size, progress=False

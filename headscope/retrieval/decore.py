@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.options import RunOptions
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
 from headscope.models.protocol import HeadModel
@@ -167,8 +168,7 @@ def decore(
         lambda runs: contrast(runs[0], runs[1]),
         new_tokens=new_tokens,
         chooser=Chooser(float(temperature), seed),
-        batch_size=batch_size,
-        progress=progress,
+        options=RunOptions(batch_size, seed=seed, progress=progress),
     )
 
 

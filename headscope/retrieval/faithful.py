@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from headscope.base.options import RunOptions
 from headscope.base.statistics import mean_and_sem
 from headscope.edits import Heads
 from headscope.errors import HeadscopeError, InputError
@@ -114,6 +115,7 @@ def faithfulness(
         >>> faithfulness(model, probe, ["L2H1"], alphas=[0.5]).arms
         ('base', 'masked', 'DeCoRe 0.5')
     """
+    options = RunOptions(batch_size)
     if probe.foils is None:
         raise InputError("the probe has no foils: make it with hs.retrieval.contradictions.")
     need_marks(probe, "answer")
@@ -128,15 +130,15 @@ def faithfulness(
         for row, at in enumerate(probe.mark("answer"))
     ]
     asked = replace(probe, marks={**probe.marks, "end": place == begins[:, None]}, control=None)
-    options: Any = {"new_tokens": max(map(len, answers)), "batch_size": batch_size}
+    given: Any = {"new_tokens": max(map(len, answers)), "batch_size": batch_size}
     mask = Mask.of(model, heads, method)
     contrasts = {f"DeCoRe {alpha}": Contrast(alpha, plausible=0) for alpha in alphas}
     own = [int(row[row >= 0][0]) for row in probe.foils]
-    said = {"base": generate(model, asked, **options)}
+    said = {"base": generate(model, asked, **given)}
     _check_worth(model, said["base"], answers, own)
-    said["masked"] = generate(model, asked, mask=mask, **options)
+    said["masked"] = generate(model, asked, mask=mask, **given)
     for alpha in alphas:
-        said[f"DeCoRe {alpha}"] = decore(model, asked, heads, alpha, method=method, **options)
+        said[f"DeCoRe {alpha}"] = decore(model, asked, heads, alpha, method=method, **given)
     decode = None if model.tokenizer is None else model.tokenizer.decode
     return Faithfulness(
         arms=tuple(said),
@@ -155,7 +157,7 @@ def faithfulness(
                 for made in said.values()
             ]
         ),
-        margin=_margins(model, asked, mask, list(contrasts.values()), batch_size),
+        margin=_margins(model, asked, mask, list(contrasts.values()), options),
         texts=tuple(made.texts for made in said.values()),
         answers=tuple(str(one) if decode is None else decode(one) for one in answers),
     )
@@ -187,7 +189,7 @@ def _check_worth(
 
 
 def _margins(
-    model: HeadModel, probe: Probe, mask: Mask, contrasts: Sequence[Contrast], size: int | None
+    model: HeadModel, probe: Probe, mask: Mask, contrasts: Sequence[Contrast], options: RunOptions
 ) -> Float[np.ndarray, "arm example"]:
     """How much more likely the passage's answer is than the model's own, way by way."""
     assert probe.foils is not None  # noqa: S101  # checked by the caller
@@ -195,7 +197,7 @@ def _margins(
     rows = torch.arange(len(probe))
     answer, own = probe.targets[rows, at], probe.foils[rows, at]
     found = np.full((2 + len(contrasts), len(probe)), np.nan)
-    for batch in batches(prompt_ids(model, probe), size):
+    for batch in batches(prompt_ids(model, probe), options):
         base, masked = (
             Text(model, batch.real, one).prompt(batch.tokens).cpu() for one in (None, mask)
         )

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from headscope.base.memory import chunk_bytes, free_cached_memory, is_out_of_memory
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.capture import check_fits, chunks
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
@@ -31,8 +31,7 @@ def each_run(
     *,
     form: Form,
     threshold: int | float,
-    batch_size: int | None,
-    progress: bool | None,
+    options: RunOptions,
 ) -> Runs:
     """Run examples, those with equally long prompts together; out of memory, half of them.
 
@@ -42,15 +41,14 @@ def each_run(
         run: gives the runs of these examples.
         form: that ``run`` is of.
         threshold: recall above which a run counts.
-        batch_size: examples at a time; default: about 8192 tokens.
-        progress: show a bar.
+        options: how it is run; by default about 8192 tokens at a time.
 
     Raises:
         HeadscopeError: if one example does not fit in memory.
     """
     done: dict[int, Run] = {}
-    with track(len(probe), f"{model.name} answers", show=progress) as advance:
-        for rows in _batches(probe, batch_size):
+    with options.track(len(probe), f"{model.name} answers") as advance:
+        for rows in _batches(probe, options):
             waiting = [rows]
             while waiting:
                 part = waiting.pop()
@@ -90,12 +88,12 @@ def need_marks(probe: Probe, *names: str) -> None:
             )
 
 
-def _batches(probe: Probe, batch_size: int | None) -> Iterator[list[int]]:
+def _batches(probe: Probe, options: RunOptions) -> Iterator[list[int]]:
     """Examples whose prompts are equally long, so that none is padded."""
     lengths = probe.mark("end").int().argmax(1) - probe.first + 1
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero().flatten()
-        size = batch_size or max(1, _TOKENS_PER_PASS // length)
+        size = options.per_pass(length, _TOKENS_PER_PASS)
         yield from (part.tolist() for part in rows.split(size))
 
 
@@ -112,7 +110,7 @@ _STEPS = 50
 RECALL = 0.5
 
 
-class Options(TypedDict):
+class FollowOptions(TypedDict):
     """How :func:`follow` decodes."""
 
     new_tokens: int | None
@@ -190,6 +188,7 @@ def follow_both(
     model would not say it: it is read with its answer appended (the teacher-forced form), or no
     head could copy it by chance. Arguments and errors are those of :func:`follow`.
     """
+    options = RunOptions(batch_size, progress=progress)
     control = probe.control
     beside = control if control is not None and _same_prompts(probe, control) else None
     need_continuing(model)
@@ -219,8 +218,7 @@ def follow_both(
         run,
         form="decoded",
         threshold=threshold,
-        batch_size=batch_size,
-        progress=progress,
+        options=options,
     )
     if control is None:
         return runs, None
@@ -426,6 +424,7 @@ def follow_forced(
     Raises:
         InputError: if the probe has no such marks or does not fit the model.
     """
+    options = RunOptions(batch_size, progress=progress)
     check_fits(model, probe)
     need_marks(probe, "end", "answering", "needle_answer")
     return each_run(
@@ -434,8 +433,7 @@ def follow_forced(
         lambda rows: _read(model, probe, rows),
         form="forced",
         threshold=threshold,
-        batch_size=batch_size,
-        progress=progress,
+        options=options,
     )
 
 

@@ -17,7 +17,7 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.probes.probe import Probe
-from headscope.retrieval.follow import RECALL, Options, follow_both
+from headscope.retrieval.follow import RECALL, FollowOptions, follow_both
 from headscope.retrieval.runs import Run, Runs
 from headscope.scoring import score
 from headscope.table import HeadScores, RecallGrid
@@ -123,7 +123,7 @@ def decoded(
         >>> found.by_set.mean.shape == (model.shape.n_layers, model.shape.n_heads)
         True
     """
-    options: Options = {
+    options: FollowOptions = {
         "new_tokens": new_tokens,
         "threshold": threshold,
         "batch_size": batch_size,

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.errors import InputError
 from headscope.models.decoding import Decoding, decoding, end_tokens
 from headscope.models.protocol import HeadModel
@@ -78,14 +78,12 @@ class Padded:
     real: Bool[Tensor, "batch pos"]
 
 
-def batches(prompts: list[list[int]], size: int | None) -> Iterator[Padded]:
+def batches(prompts: list[list[int]], options: RunOptions) -> Iterator[Padded]:
     """Prompts of similar lengths together, padded on the left."""
-    if size is not None and size < 1:
-        raise InputError(f"batch_size={size} leaves nothing to run: give 1 or more.")
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     while order:
         longest = len(prompts[order[0]])
-        count = size or max(1, _TOKENS_PER_PASS // longest)
+        count = options.per_pass(longest, _TOKENS_PER_PASS)
         rows, order = order[:count], order[count:]
         tokens = torch.zeros(len(rows), longest, dtype=torch.long)
         real = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -201,8 +199,7 @@ def generate(
         lambda runs: Mixed(runs[0]),
         new_tokens=new_tokens,
         chooser=Chooser(float(temperature), seed),
-        batch_size=batch_size,
-        progress=progress,
+        options=RunOptions(batch_size, seed=seed, progress=progress),
     )
 
 
@@ -214,16 +211,15 @@ def write(
     *,
     new_tokens: int,
     chooser: Chooser,
-    batch_size: int | None,
-    progress: bool | None,
+    options: RunOptions,
 ) -> Generated:
     """Write with one run per mask, all of which read what is said; ``mix`` makes its scores."""
     ids = prompt_ids(model, prompts)
     check_room(model, ids, new_tokens)
     said: dict[int, list[int]] = {}
     weights: dict[int, list[float]] = {}
-    with track(len(ids) * new_tokens, f"{model.name} writes", show=progress) as advance:
-        for batch in batches(ids, batch_size):
+    with options.track(len(ids) * new_tokens, f"{model.name} writes") as advance:
+        for batch in batches(ids, options):
             texts = [Text(model, batch.real, mask) for mask in masks]
             tokens, alphas = _written(model, batch, texts, mix, chooser, new_tokens, advance)
             for at, row in enumerate(batch.rows):

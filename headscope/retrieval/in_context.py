@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headscope.ablation.heads import ablated
 from headscope.ablation.run import Maker, Placer, Study, by_head, facts_of, present
-from headscope.base.progress import track
+from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.capture import check_fits
@@ -75,10 +75,11 @@ def in_context_score(
         >>> in_context_score(model, probe, early=(5, 15), late=(25, 35)).mean.shape
         (3, 4)
     """
+    options = RunOptions(batch_size, seed=seed, progress=progress)
     asked, metric = _differences(probe, _range(early), _range(late))
-    study = Study.of(model, asked, metric, batch_size=batch_size, progress=progress)
+    study = Study.of(model, asked, metric, options)
     chosen = present(model, heads)
-    placer = Placer(study, method, reference=reference, seed=seed)
+    placer = Placer(study, method, reference=reference)
     effects = ablated(study, placer, chosen)
     clean = np.concatenate([batch.clean.numpy() for _, batch in study.batches()])
     checks = {**placer.checks, "score": float(clean.mean()), "scores": clean.tolist()}
@@ -128,15 +129,16 @@ def token_losses(
         >>> token_losses(model, probe, {"without L2H1": ["L2H1"]}).arms
         ('whole model', 'without L2H1')
     """
+    options = RunOptions(batch_size, progress=progress)
     check_fits(model, probe)
     arms: dict[str, tuple[Edit, ...]] = {"whole model": ()}
     for name, heads in (masked or {}).items():
         mask = Mask.of(model, heads, method, "all", reference=reference)
         arms[name] = (mask.edit,)
     targets = next_tokens(probe.tokens, probe.real)
-    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
+    size = options.per_pass(probe.length, _TOKENS_PER_PASS)
     losses = np.full((len(arms), len(probe), int(probe.real.sum(1).max())), np.nan)
-    with track(len(arms) * len(probe), "losses by token", show=progress) as advance:
+    with options.track(len(arms) * len(probe), "losses by token") as advance:
         for at, edits in enumerate(arms.values()):
             for start in range(0, len(probe), size):
                 rows = slice(start, start + size)

@@ -7,7 +7,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Placer, Study, present
 from headscope.base.files import subfolder, whole_file, writable_folder
+from headscope.base.options import RunOptions
 from headscope.base.parquet_files import read_part, readable
-from headscope.base.progress import track
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.metrics import loss
@@ -104,18 +104,18 @@ def influence(
         >>> found.score.shape
         (2,)
     """
+    options = RunOptions(batch_size, progress=progress)
     chosen = present(model, heads)
     if not documents or denominator not in ("base", "masked"):
         raise InputError("give at least one document, and denominator='base' or 'masked'.")
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size={batch_size} leaves nothing to run: give 1 or more.")
+    one_by_one = replace(options, batch_size=None)
     ids = [document_ids(model, text, max_tokens) for text in documents]
     base, masked = np.full((2, len(ids)), np.nan)
     order = sorted((i for i in range(len(ids)) if len(ids[i]) > 1), key=lambda i: -len(ids[i]))
     while order:
-        count = batch_size or max(1, _TOKENS_PER_PASS // len(ids[order[0]]))
+        count = options.per_pass(len(ids[order[0]]), _TOKENS_PER_PASS)
         rows, order = order[:count], order[count:]
-        study = Study.of(model, _probe([ids[i] for i in rows]), loss, progress=progress)
+        study = Study.of(model, _probe([ids[i] for i in rows]), loss, one_by_one)
         effects, clean = joint(study, Placer(study, method), [chosen])
         base[rows], masked[rows] = clean, clean + effects[0]
     return Influence(base, masked, np.array([len(one) for one in ids]), denominator)
@@ -268,6 +268,7 @@ def score_corpus(
         >>> score_corpus(model, "corpus.jsonl", ["L2H1"], "scored")["rank"].tolist()
         [1, 2]
     """
+    options = RunOptions(batch_size, progress=progress)
     given = corpus if isinstance(corpus, Corpus) else Corpus(Path(corpus))
     if part_size < 1:
         raise InputError(f"part_size={part_size} must be 1 or more.")
@@ -284,7 +285,7 @@ def score_corpus(
         "context": model.shape.n_ctx,
     }
     names = []
-    with track(count, f"{model.name} reads {given.path.name}", show=progress) as advance:
+    with options.track(count, f"{model.name} reads {given.path.name}") as advance:
         for part in _parts(given.documents(), part_size):
             name = _name(key, part)
             names.append(name)

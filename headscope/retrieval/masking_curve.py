@@ -13,6 +13,7 @@ from torch import Tensor
 from headscope.ablation.groups import along
 from headscope.ablation.run import Placer, Study, present
 from headscope.base.configs import Strict, parse, read_yaml
+from headscope.base.options import RunOptions
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -121,13 +122,14 @@ def masking_curve(
         >>> curve.counts
         (0, 6)
     """
+    options = RunOptions(batch_size, seed=seed, progress=progress)
     if reference is not None and method != "mean":
         raise InputError(f"reference is for method='mean'; {method} needs none.")
     mark = at or ("second_copy" if "second_copy" in probe.marks else None)
     metric = accuracy if mark is None else accuracy.at(mark)
-    study = Study.of(model, probe, metric, batch_size=batch_size, progress=progress)
+    study = Study.of(model, probe, metric, options)
     where = reached(probe, scope, metric.reads(probe))
-    placer = Placer(study, method, positions=where, reference=reference, seed=seed)
+    placer = Placer(study, method, positions=where, reference=reference)
     arms = _arms(model, scores, seed)
     drawn = _controls(model, scores, random, seed)
     if controls == "layers":

@@ -10,6 +10,7 @@ from torch import Tensor
 from headscope.ablation.engine import Batch
 from headscope.ablation.gradients import check_slope, total_metric, whole_batches
 from headscope.ablation.run import Study
+from headscope.base.options import RunOptions
 from headscope.base.progress import Advance
 from headscope.edits import Site
 from headscope.metrics import AnyMetric
@@ -41,7 +42,7 @@ def gradient_sums(
     probe: Probe,
     metric: AnyMetric,
     scorers: Sequence[Scorer],
-    batch_size: int | None,
+    options: RunOptions,
     advance: Advance,
 ) -> dict[str, Sums]:
     """Sums of every scorer over a probe; missing where the metric reads nothing of an example.
@@ -51,14 +52,14 @@ def gradient_sums(
         probe: what to run.
         metric: whose gradients the scorers read.
         scorers: of gradients.
-        batch_size: examples per pass; None: as many as suit the device.
+        options: how it is run.
         advance: counts examples, layer by layer.
 
     Raises:
         InputError: if the metric has no gradient at the clean run.
     """
     check_slope(model, metric, None, 1)
-    study = Study.of(model, probe, metric, batch_size=batch_size, progress=False)
+    study = Study.of(model, probe, metric, options.quiet)
     layers = model.shape.attention_layers
     read = metric.reads(probe).any(1)
     names = [scorer.name for scorer in scorers]

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 
 from headscope import capture
-from headscope.base.memory import parse_memory
-from headscope.base.progress import Advance, track
+from headscope.base.options import RunOptions
+from headscope.base.progress import Advance
 from headscope.base.statistics import Design
 from headscope.circuits.scores import score_weights
 from headscope.errors import InputError, UnsupportedModelError
@@ -68,11 +68,11 @@ def score(
         >>> list(table)
         ['previous_token', 'induction']
     """
+    options = RunOptions(batch_size, memory, seed, progress)
     chosen = _applicable(model, scorers, probe)
     groups = [_Group.of(*pair) for pair in _assign(model, chosen, probe, seed)]
     for group in groups:
         group.check(model)
-    budget = parse_memory(memory)
     if max_tokens_per_chunk is not None and max_tokens_per_chunk < 1:
         raise InputError(f"max_tokens_per_chunk={max_tokens_per_chunk}: a chunk holds 1 or more.")
     done: dict[str, HeadScores] = {}
@@ -80,17 +80,10 @@ def score(
     if of_weights:
         done |= score_weights(model, of_weights, seed=seed)
     total = sum(group.examples for group in groups) * len(model.shape.attention_layers)
-    with track(total, f"scoring {model.name}", show=progress) as advance:
-        run = partial(
-            _run,
-            model,
-            batch_size=batch_size,
-            memory=budget,
-            tokens=max_tokens_per_chunk,
-            advance=advance,
-        )
+    with options.track(total, f"scoring {model.name}") as advance:
+        run = partial(_run, model, options=options, tokens=max_tokens_per_chunk, advance=advance)
         for group in groups:
-            sums, null = _group_sums(model, group, run, batch_size, advance)
+            sums, null = _group_sums(model, group, run, options, advance)
             facts = origin(model, group.probe)  # reads all weights, so once for all scorers
             for scorer in group.scorers:
                 of = sums[scorer.name], null.get(scorer.name)
@@ -172,7 +165,7 @@ def _group_sums(
     model: HeadModel,
     group: _Group,
     run: Callable[..., tuple[dict[str, Sums], dict[str, Sums]]],
-    batch_size: int | None,
+    options: RunOptions,
     advance: Advance,
 ) -> tuple[dict[str, Sums], dict[str, Sums]]:
     """Sums of every scorer of a group, and of their nulls."""
@@ -183,7 +176,7 @@ def _group_sums(
     for other, compared in group.passes:
         null |= run(other, compared, flat=False)[0]
     for metric, scorers in group.by_metric.items():
-        sums |= gradient_sums(model, group.probe, metric, scorers, batch_size, advance)
+        sums |= gradient_sums(model, group.probe, metric, scorers, options, advance)
     return sums, null
 
 
@@ -261,8 +254,7 @@ def _run(
     scorers: tuple[Scorer, ...],
     *,
     flat: bool,
-    batch_size: int | None,
-    memory: int | None,
+    options: RunOptions,
     tokens: int | None,
     advance: Advance,
 ) -> tuple[dict[str, Sums], dict[str, Sums]]:
@@ -272,9 +264,10 @@ def _run(
         def on_layer(steps: float = 1) -> None:
             advance(steps * len(batch))
 
-        return Accumulator(model, batch, scorers, flat, memory, halvings, on_layer, tokens)
+        budget = options.memory_bytes
+        return Accumulator(model, batch, scorers, flat, budget, halvings, on_layer, tokens)
 
-    passes = capture.stream(model, probe, watch, batch_size=batch_size)
+    passes = capture.stream(model, probe, watch, batch_size=options.batch_size)
     parts = [(part.sums, part.flat_sums) for _, part in passes]
     sums, flats = zip(*parts, strict=True)
     return joined(sums), joined(flats)

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Placer, facts_of, without_rounding
 from headscope.ablation.run import Study as Measurement
+from headscope.base.options import RunOptions
 from headscope.edits import Variant
 from headscope.errors import InputError
 from headscope.interventions import Scale
@@ -63,25 +64,25 @@ class Bench:
     @cached_property
     def rankings(self) -> Rankings:
         """What heads of this model are ranked by."""
-        return Rankings(self.model, self.probes, self.config.batch_size, self.config.memory)
+        return Rankings(self.model, self.probes, self.options())
 
-    def measurement(self, probe: str, metrics: Sequence[MetricConfig]) -> Measurement:
+    def options(self, seed: int = 0) -> RunOptions:
+        """How a measurement of the sweep is run; the sweep shows the bar."""
+        return RunOptions(self.config.batch_size, self.config.memory, seed, progress=False)
+
+    def measurement(
+        self, probe: str, metrics: Sequence[MetricConfig], seed: int = 0
+    ) -> Measurement:
         """A probe and metrics on this model; everything that can be checked is."""
         first, *others = map(metric_of, metrics)
         return Measurement.of(
-            self.model,
-            self.probes[probe],
-            first,
-            others=others,
-            batch_size=self.config.batch_size,
-            memory=self.config.memory,
-            progress=False,
+            self.model, self.probes[probe], first, self.options(seed), others=others
         )
 
-    def placer(self, measurement: Measurement, edit: EditConfig, seed: int) -> Placer:
+    def placer(self, measurement: Measurement, edit: EditConfig) -> Placer:
         """How an edit is done on a probe; what does not fit is refused."""
         if edit.factor is not None:
-            return Placer(measurement, Scale(edit.factor), positions=edit.positions, seed=seed)
+            return Placer(measurement, Scale(edit.factor), positions=edit.positions)
         reference = None if edit.reference is None else self.probes[edit.reference]
         own = reference is measurement.probe
         return Placer(
@@ -89,7 +90,6 @@ class Bench:
             edit.method,
             positions=edit.positions,
             reference=None if own else reference,
-            seed=seed,
         )
 
     def data_digest(self, probe: str, edit: EditConfig) -> str:
@@ -114,8 +114,8 @@ class Bench:
         study = plan.studies[chunk.study]
         if self.begun is None or self.begun[0] is not study:
             self._check_data(study)
-            measurement = self.measurement(study.probe, study.metrics)
-            self.begun = study, measurement, self.placer(measurement, study.edit, study.seed)
+            measurement = self.measurement(study.probe, study.metrics, study.seed)
+            self.begun = study, measurement, self.placer(measurement, study.edit)
         _, measurement, placer = self.begun
         wanted = [tuple(sorted(cell.heads)) for cell in chunk.cells]
         sets = list(dict.fromkeys(wanted))  # ends of curves are alike

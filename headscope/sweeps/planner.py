@@ -95,9 +95,8 @@ def _studies(config: SweepConfig, bench: Bench, model: int) -> Iterator[tuple[St
         named = _named(wanted)
         for edit in config.edits:
             for metrics, chosen in shared.items():
-                placed = bench.measurement(probe.label, metrics)
                 for seed in config.seeds if edit.method in _DRAWS else (0,):
-                    bench.placer(placed, edit, seed)
+                    bench.placer(bench.measurement(probe.label, metrics, seed), edit)
                     yield _study(bench, model, probe, edit, metrics, seed, named), chosen
 
 

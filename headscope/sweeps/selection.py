@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from headscope import pruning
 from headscope.ablation.heads import estimate_heads
+from headscope.base.options import RunOptions
 from headscope.base.statistics import top_order
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -29,8 +30,7 @@ class Rankings:
 
     model: HeadModel
     probes: Mapping[str, Probe]
-    batch_size: int | None = None
-    memory: str | int | None = None
+    options: RunOptions = RunOptions()
     known: dict[tuple[str, ...], Float[np.ndarray, "layer head"]] = field(default_factory=dict)
 
     def of(self, probe: str, metric: MetricConfig) -> Ranking:
@@ -54,10 +54,10 @@ class Rankings:
         return self.known[key]
 
     def _measured(self, name: str, probe: Probe, metric: Metric) -> Float[np.ndarray, "layer head"]:
-        model, size = self.model, self.batch_size
+        model, size = self.model, self.options.batch_size
         if name == "attribution":
             estimate = estimate_heads(
-                model, probe, metric, batch_size=size, memory=self.memory, progress=False
+                model, probe, metric, batch_size=size, memory=self.options.memory, progress=False
             )
             return np.asarray(np.abs(estimate.mean))
         if name == "gradient_importance":

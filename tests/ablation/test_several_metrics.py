@@ -10,6 +10,7 @@ import torch
 import headscope as hs
 from headscope.ablation.engine import Batch
 from headscope.ablation.run import Placer, Study
+from headscope.base.options import RunOptions
 from headscope.edits import Variant
 from headscope.metrics import as_metric
 from tests.ablation.helpers import model_of, probe_of, whole_pass
@@ -46,7 +47,7 @@ def measured(study: Study) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
 )
 def test_together_as_alone_and_as_whole_passes(family: str, metrics: tuple[Any, ...]) -> None:
     model, probe = model_of(family), probe_of("left")
-    study = Study.of(model, probe, metrics[0], others=metrics[1:], batch_size=3)
+    study = Study.of(model, probe, metrics[0], RunOptions(3), others=metrics[1:])
     together, clean, checks = measured(study)
     assert together.shape == (len(metrics), 1 + len(model.shape.heads), len(probe))
     where = 1 + model.shape.heads.index(hs.HeadIndex(1, 0))
@@ -54,7 +55,7 @@ def test_together_as_alone_and_as_whole_passes(family: str, metrics: tuple[Any, 
         logits = model.forward(probe.tokens, real=probe.real)
         zeroed = model.forward(probe.tokens, real=probe.real, edits=(hs.edits.zero("L1H0"),))
     for number, metric in enumerate(metrics):
-        alone, unedited, known = measured(Study.of(model, probe, metric, batch_size=3))
+        alone, unedited, known = measured(Study.of(model, probe, metric, RunOptions(3)))
         np.testing.assert_allclose(together[number], alone[0], atol=1e-6, rtol=1e-6)
         np.testing.assert_allclose(clean[number], unedited[0], atol=1e-6, rtol=1e-6)
         assert known.keys() == checks.keys()
@@ -89,7 +90,7 @@ def test_examples_without_answers_are_nan_in_every_batch() -> None:
     expected = whole_pass(model, probe, [hs.edits.zero("L1H0")], END)
     assert np.isnan(expected).tolist() == [True, True, False, False]
     for size in (1, 2, 4):
-        study = Study.of(model, probe, END, others=(hs.metrics.kl_divergence,), batch_size=size)
+        study = Study.of(model, probe, END, RunOptions(size), others=(hs.metrics.kl_divergence,))
         (edited, divergence), _ = study.measure_all(
             lambda *_: [(hs.edits.zero("L1H0"),)], 1, "test"
         )
