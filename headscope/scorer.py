@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import probes
-from headscope.base.specs import Direction, ScoreSpec
+from headscope.base.specs import Direction, ScoreSpec, Specified
 from headscope.base.statistics import Alternative, Bounds
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric, as_metric
@@ -147,7 +147,7 @@ _CONTROLS = {one.name: one for one in (FLAT, UNREPEATED, NEEDLE_CONTROL, OTHER_E
 
 
 @dataclass(frozen=True)
-class Scorer:
+class Scorer(Specified):
     """A score for every head: a pure function of what it reads, and what it declares.
 
     The function returns a value per query; the engine averages over the queries that
@@ -189,44 +189,9 @@ class Scorer:
     bounds_of: Callable[[Any], Bounds] | None = None
 
     @property
-    def name(self) -> str:
-        """Column name in the table."""
-        return self.spec.name
-
-    @property
     def kind(self) -> Kind:
         """``row``, ``output``, ``qk``, ``weight`` or ``gradient``."""
         return _KINDS[self.reads]
-
-    @property
-    def unit(self) -> str:
-        """Unit of the value."""
-        return self.spec.unit
-
-    @property
-    def bounds(self) -> Bounds:
-        """Smallest and largest possible value; None where there is none."""
-        return self.spec.bounds
-
-    @property
-    def source(self) -> str:
-        """Paper and definition."""
-        return self.spec.source
-
-    @property
-    def threshold(self) -> float | None:
-        """Mean above which a significant head is called by this name; None: never."""
-        return self.spec.threshold
-
-    @property
-    def alternative(self) -> Alternative:
-        """What the null is tested against."""
-        return self.spec.tested
-
-    @property
-    def description(self) -> str:
-        """First sentence of the function's docstring."""
-        return self.spec.description
 
     def default_probe(self, model: probes.HasVocabulary, seed: int = 0) -> Probe:
         """A probe of the kind that the scorer is meant for.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from headscope.base.saved import Stored
 from headscope.base.statistics import Alternative, Bounds
@@ -77,6 +77,62 @@ class ScoreSpec(Stored):
             direction=facts.get("direction"),
             **{name: facts[name] for name in rest},
         )
+
+
+class Specified:
+    """Base of what holds a :class:`ScoreSpec`, the ``spec``: what it declares, by name."""
+
+    if TYPE_CHECKING:  # a field of the class that holds it
+
+        @property
+        def spec(self) -> ScoreSpec:
+            """The declaration."""
+            ...
+
+    @property
+    def name(self) -> str:
+        """Name of the score or metric."""
+        return self.spec.name
+
+    @property
+    def unit(self) -> str:
+        """Unit of the values, e.g. ``attention``, ``nats``."""
+        return self.spec.unit
+
+    @property
+    def bounds(self) -> Bounds:
+        """Smallest and largest possible value; None where there is none."""
+        return self.spec.bounds
+
+    @property
+    def direction(self) -> Direction | None:
+        """Which values mean more of what the name says, or a better model; None: not known."""
+        return self.spec.direction
+
+    @property
+    def source(self) -> str:
+        """Paper and definition."""
+        return self.spec.source
+
+    @property
+    def threshold(self) -> float | None:
+        """Mean from which a significant head has the role of this name; None: no role."""
+        return self.spec.threshold
+
+    @property
+    def alternative(self) -> Alternative:
+        """What a p-value tests: ``greater`` than the control, or ``two-sided``."""
+        return self.spec.tested
+
+    @property
+    def signed(self) -> bool:
+        """Whether 0 lies inside the bounds, so that the sign has a meaning."""
+        return self.spec.signed
+
+    @property
+    def description(self) -> str:
+        """What a high value means, in one sentence."""
+        return self.spec.description
 
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from headscope.base.files import whole_file
 from headscope.circuits.survey import Survey, survey
 from headscope.circuits.vocabulary import vocabulary_words
 from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, console, run_folder, table_rows, typed
+from headscope.cli.output import asked_of, print_either, print_written, rows_of, run_folder, typed
 from headscope.table import save_spectra
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def run(
     found = survey(model, tokens=tokens, paths=paths, seed=seed)
     timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
     if folder is None:
-        _show(found, as_json=as_json)
+        print_either(lambda: _as_json(found), lambda: _shown(found), as_json=as_json)
         return
     folder = folder.ready()
     settings = {
@@ -57,24 +58,21 @@ def run(
     }
     words = vocabulary_words(model, 3 if len(model.shape.heads) <= 1024 else 1)
     _write(folder, found, words, settings, timings)
-    _show(found, as_json=as_json)
-    console(stderr=True).print(
-        f"Written to {folder.path}: index.html (open it in a browser), table.parquet, "
-        "pairs.parquet, spectra.safetensors, words.json, paths.json, pictures/.",
-        soft_wrap=True,
+    print_either(lambda: _as_json(found), lambda: _shown(found), as_json=as_json)
+    print_written(
+        folder.path,
+        "table.parquet",
+        "pairs.parquet",
+        "spectra.safetensors",
+        "words.json",
+        "paths.json",
+        "pictures/",
     )
-
-
-def _show(found: Survey, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(_as_json(found), allow_nan=False))
-    else:
-        _print(found)
 
 
 def _as_json(found: Survey) -> dict[str, Any]:
     return {
-        "scores": table_rows(found.table),
+        "scores": rows_of(found.table),
         "pairs": {
             one.name: [[str(a), str(b), value] for a, b, value in one.top()] for one in found.pairs
         },
@@ -93,19 +91,18 @@ def _chains(found: Survey) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _print(found: Survey) -> None:
+def _shown(found: Survey) -> Iterator[Any]:
     """Best heads of every score, then the strongest chains."""
     from rich.text import Text
 
-    terminal = console()
-    terminal.print(found.table)
+    yield found.table
     for kind, paths in found.paths.items():
         if paths:
-            terminal.print(Text(f"\nStrongest paths, {kind} (in units of chance)", style="bold"))
+            yield Text(f"\nStrongest paths, {kind} (in units of chance)", style="bold")
         for path in paths[:5]:
-            terminal.print(Text(f"  {path}"))
+            yield Text(f"  {path}")
     for name, reason in found.missing.items():
-        terminal.print(Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim"))
+        yield Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim")
 
 
 def _write(

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headscope.base.files import whole_file, whole_page
 from headscope.cli.options import scorer_names
-from headscope.cli.output import console, plain_rows, run_folder, typed
+from headscope.cli.output import print_either, print_written, rows_of, run_folder, typed
 from headscope.comparing import compare
 from headscope.comparing.compared import way_to_match
 from headscope.models.loading.load import load
@@ -42,15 +43,12 @@ def run(
     found = compare(one, two, by=way, scorers=names, seed=seed)
     seconds = time.perf_counter() - started
     if folder is None:
-        _show(found, as_json=as_json)
+        print_either(lambda: rows_of(found), lambda: _shown(found), as_json=as_json)
         return
     folder = folder.ready()
     _write(folder, found, {"by": by, "seed": seed, "seconds": round(seconds, 2)})
-    _show(found, as_json=as_json)
-    console(stderr=True).print(
-        f"Written to {folder.path}: index.html (open it in a browser), comparison.parquet.",
-        soft_wrap=True,
-    )
+    print_either(lambda: rows_of(found), lambda: _shown(found), as_json=as_json)
+    print_written(folder.path, "comparison.parquet")
 
 
 def _identity(side: "HeadModel | HeadTable") -> str:
@@ -59,13 +57,6 @@ def _identity(side: "HeadModel | HeadTable") -> str:
         origins = [[name, one.provenance.to_json()] for name, one in side.items()]
         return hashlib.sha256(json.dumps(origins, sort_keys=True).encode()).hexdigest()
     return side.digest()
-
-
-def _show(found: Comparison, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(plain_rows(found.to_pandas()), allow_nan=False))
-    else:
-        _print(found)
 
 
 def _read(name: str) -> "HeadModel | HeadTable":
@@ -79,7 +70,7 @@ def _read(name: str) -> "HeadModel | HeadTable":
     return load(source, revision=revision or None)
 
 
-def _print(found: Comparison) -> None:
+def _shown(found: Comparison) -> Iterator[Any]:
     """The pairs that stand out most first, and their differences in the first five scores."""
     from rich.table import Table
     from rich.text import Text
@@ -97,9 +88,8 @@ def _print(found: Comparison) -> None:
             )
         ]
         grid.add_row(str(a), str(b), f"{found.closeness[at]:.2f}", *map(Text, cells))
-    terminal = console()
-    terminal.print(grid)
-    terminal.print(Text(repr(found)))
+    yield grid
+    yield Text(repr(found))
 
 
 def _write(folder: "RunFolder", found: Comparison, settings: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """``headscope emergence``: scores of heads at every checkpoint of a training run."""
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 
 from headscope.base.files import paragraphs, read_text, whole_file
 from headscope.cli.options import Loading, listed, scorer_names
-from headscope.cli.output import console, plain_rows, run_folder, typed
+from headscope.cli.output import console, print_either, print_written, rows_of, run_folder, typed
 from headscope.comparing import emergence
 from headscope.errors import InputError
 from headscope.plots.text import visible
@@ -65,7 +64,7 @@ def run(
         )
     timings = {"score_seconds": time.perf_counter() - started}
     if folder is None:
-        _show(story, as_json=as_json)
+        print_either(lambda: rows_of(story), lambda: _shown(story), as_json=as_json)
         return
     folder = folder.ready()
     with whole_file(folder.path / "emergence.parquet") as file:
@@ -83,19 +82,8 @@ def run(
         command=typed(),
         results={"emergence": story},
     )
-    _show(story, as_json=as_json)
-    console(stderr=True).print(
-        f"Written to {folder.path}: index.html (open it in a browser), emergence.parquet, "
-        "table.parquet, pictures/.",
-        soft_wrap=True,
-    )
-
-
-def _show(story: Emergence, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(plain_rows(story.to_pandas()), allow_nan=False))
-    else:
-        _print(story)
+    print_either(lambda: rows_of(story), lambda: _shown(story), as_json=as_json)
+    print_written(folder.path, "emergence.parquet", "table.parquet", "pictures/")
 
 
 def of_sweep(folder: Path) -> Emergence:
@@ -149,7 +137,7 @@ def _passages(file: Path) -> list[str]:
     return found
 
 
-def _print(story: Emergence) -> None:
+def _shown(story: Emergence) -> Iterator[Any]:
     """A row per checkpoint: each score of the head that is best at the end, and the losses."""
     from rich.text import Text
 
@@ -159,12 +147,12 @@ def _print(story: Emergence) -> None:
         columns[f"{name}_{head}"] = [float(table[name].mean[head]) for table in story.tables]
     for name in story.losses:
         columns[name] = [float(value) for value in story.mean(name)]
-    terminal = console()
-    for grid in _grids(columns, [visible(one) for one in story.checkpoints], terminal.width):
+    width = console().width
+    for grid in _grids(columns, [visible(one) for one in story.checkpoints], width):
         grid.title = f"{story.model} along training"
-        terminal.print(grid)
+        yield grid
     for finding in story.findings():
-        terminal.print(Text(finding))
+        yield Text(finding)
 
 
 def _grids(

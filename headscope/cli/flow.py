@@ -1,7 +1,7 @@
 """``headscope flow``: who gives what to one position of a prompt, through which heads."""
 
-import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headscope import flow
 from headscope.base.files import whole_file
 from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, console, plain_rows, run_folder, typed
+from headscope.cli.output import asked_of, print_either, print_written, rows_of, run_folder, typed
 from headscope.lens.prompt import read_prompt
 from headscope.models.protocol import HeadModel
 from headscope.plots.text import visible
@@ -71,16 +71,10 @@ def run(
         timings = {"load_seconds": loaded - started, "trace_seconds": time.perf_counter() - loaded}
         settings = {"command": "flow", "model": model.name, "revision": model.revision, **asked}
         _write(folder.ready(), found, settings, timings)
-    if as_json:
-        print(json.dumps(_as_json(routes), allow_nan=False))
-    else:
-        _print(routes)
+    print_either(lambda: _as_json(routes), lambda: _shown(routes), as_json=as_json)
     if folder is not None:
-        console(stderr=True).print(
-            f"Written to {folder.path}: index.html (open it in a browser), edges.parquet, "
-            "table.parquet, routes.safetensors, pictures/.",
-            soft_wrap=True,
-        )
+        files = ("edges.parquet", "table.parquet", "routes.safetensors", "pictures/")
+        print_written(folder.path, *files)
 
 
 def _more(model: HeadModel, prompt: str, routes: Routes, memory: str | None) -> Found:
@@ -104,11 +98,11 @@ def _as_json(routes: Routes) -> dict[str, Any]:
         ],
         "mlp_flow": routes.mlp.sum(1).tolist(),
         "bias_flow": routes.bias.sum(1).tolist(),
-        "edges": plain_rows(routes.to_pandas()),
+        "edges": rows_of(routes),
     }
 
 
-def _print(routes: Routes) -> None:
+def _shown(routes: Routes) -> Iterator[Any]:
     """Three small tables: heads, input tokens, edges between positions."""
     from rich.table import Table
     from rich.text import Text
@@ -131,13 +125,10 @@ def _print(routes: Routes) -> None:
         moves.add_row(
             str(edge.target.layer), *ends, f"{edge.weight:.3f}", f"{edge.importance:.3f}", shares
         )
-    terminal = console()
-    for table in (heads, tokens, moves):
-        terminal.print(table)
-    terminal.print(
+    yield from (heads, tokens, moves)
+    yield (
         f"{routes.bias.sum():.1%} ended in biases of attention; {routes.mlp.sum(1).max():.1%} at "
-        "most passed through the MLPs of a layer.",
-        soft_wrap=True,
+        "most passed through the MLPs of a layer."
     )
 
 

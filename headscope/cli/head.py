@@ -1,13 +1,12 @@
 """``headscope head``: all there is to know of one head."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from headscope.base.files import check_page, whole_page, writable_folder
 from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, check_overwrite, console
+from headscope.cli.output import asked_of, check_overwrite, console, print_either
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.interactive import Explanation, explain
@@ -49,10 +48,7 @@ def run(
     found = explain(address, model, text=text, weights_only=weights_only, ranks=ranks, seed=seed)
     if file is not None:
         whole_page(file, found.page(), asked)
-    if as_json:
-        print(json.dumps(_as_json(found), allow_nan=False))
-    else:
-        console().print(found)
+    print_either(lambda: _as_json(found), lambda: [found], as_json=as_json)
     if file is not None:
         console(stderr=True).print(f"Written to {file} (open it in a browser).", soft_wrap=True)
 

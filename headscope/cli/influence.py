@@ -4,10 +4,11 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headscope.base.folders import Claim
 from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, console, plain_rows, portable, typed
+from headscope.cli.output import asked_of, plain_rows, portable, print_either, print_written, typed
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
@@ -15,6 +16,9 @@ from headscope.probes import needle
 from headscope.retrieval import Corpus, score_corpus
 from headscope.scoring import score
 from headscope.table import HeadTable, versions
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _DENOMINATORS = ("base", "masked")
 _SHOWN = 36  # characters of a document
@@ -88,13 +92,10 @@ def run(
         "timings": {"seconds": time.perf_counter() - started},
     }
     claim.write_facts(facts)
-    if as_json:
-        print(json.dumps(plain_rows(frame), allow_nan=False))
-    else:
-        _print(frame, given, chosen, model)
-    console(stderr=True).print(
-        f"Written to {folder}: ranked.parquet, ranked.jsonl (best first).", soft_wrap=True
+    print_either(
+        lambda: plain_rows(frame), lambda: [_shown(frame, given, chosen, model)], as_json=as_json
     )
+    print_written(folder, "ranked.parquet", "ranked.jsonl (best first)", page=False)
 
 
 def _named(heads: str) -> list[HeadIndex]:
@@ -127,7 +128,7 @@ def _by_needles(model: HeadModel) -> list[HeadIndex]:
     return found
 
 
-def _print(frame: object, corpus: Corpus, heads: list[HeadIndex], model: HeadModel) -> None:
+def _shown(frame: object, corpus: Corpus, heads: list[HeadIndex], model: HeadModel) -> "Table":
     """Best and worst documents, in a line each."""
     import pandas
     from rich.table import Table
@@ -149,4 +150,4 @@ def _print(frame: object, corpus: Corpus, heads: list[HeadIndex], model: HeadMod
             numbers = (f"{row.influence:.3f}", f"{row.base:.3f}", f"{row.masked:.3f}")
             cells = (str(row.rank), *numbers, str(row.tokens), str(row.line))
             table.add_row(*cells, Text(" ".join(text.split())[:_SHOWN]))
-    console().print(table)
+    return table

@@ -1,8 +1,7 @@
 """``headscope lens``: what each layer says of a prompt, and what makes the next token's logit."""
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from headscope import lens
 from headscope.base.files import whole_file
 from headscope.base.sections import Drawn, Section
 from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, console, plain_rows, run_folder, typed
+from headscope.cli.output import asked_of, print_either, print_written, rows_of, run_folder, typed
 from headscope.errors import InputError
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
@@ -88,7 +87,7 @@ def run(
     found = _read(model, prompt, target, foil, position, k, fitted)
     timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
     if folder is None:
-        _show(found, as_json=as_json)
+        print_either(lambda: _as_json(found), lambda: _shown(found), as_json=as_json)
         return
     folder = folder.ready()
     settings = {
@@ -102,19 +101,9 @@ def run(
         "lens": found.grids["residual"].name,
     }
     _write(folder, found, settings, timings)
-    _show(found, as_json=as_json)
-    console(stderr=True).print(
-        f"Written to {folder.path}: index.html (open it in a browser), lens.parquet, "
-        "attribution.parquet, heads.parquet, table.parquet, pictures/.",
-        soft_wrap=True,
-    )
-
-
-def _show(found: Reading, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(_as_json(found), allow_nan=False))
-    else:
-        _print(found)
+    print_either(lambda: _as_json(found), lambda: _shown(found), as_json=as_json)
+    files = ("lens.parquet", "attribution.parquet", "heads.parquet", "table.parquet", "pictures/")
+    print_written(folder.path, *files)
 
 
 def _read(
@@ -137,15 +126,15 @@ def _read(
 
 def _as_json(found: Reading) -> dict[str, Any]:
     return {
-        "lens": {site: plain_rows(grid.to_pandas()) for site, grid in found.grids.items()},
-        "attribution": plain_rows(found.split.to_pandas()),
+        "lens": {site: rows_of(grid) for site, grid in found.grids.items()},
+        "attribution": rows_of(found.split),
         "logit": found.split.whole,
         "moves": [list(one) for one in found.split.top_sources(20)],
-        "heads": plain_rows(found.words.to_pandas()),
+        "heads": rows_of(found.words),
     }
 
 
-def _print(found: Reading) -> None:
+def _shown(found: Reading) -> Iterator[Any]:
     """Three small tables: layers at the position read, parts of the logit, heads."""
     from rich.table import Table
     from rich.text import Text
@@ -175,12 +164,10 @@ def _print(found: Reading) -> None:
         sides = (found.words.promoted(head), found.words.suppressed(head))
         texts = [Text(" ".join(visible(text) for text, _ in side[:5])) for side in sides]
         heads.add_row(head, f"{values[head]:+.3g}", *texts)
-    terminal = console()
-    for table in (layers, parts, heads):
-        terminal.print(table)
+    yield from (layers, parts, heads)
     for head, token, value in made.top_sources(5):
         moved = f"{head} moved {value:+.3g} from {token} {visible(made.tokens[token])}"
-        terminal.print(Text(moved))
+        yield Text(moved)
 
 
 def _write(

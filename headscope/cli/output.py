@@ -5,9 +5,11 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headscope.base.result import Result
 from headscope.cli.options import Loading
 from headscope.errors import InputError
 from headscope.table import HeadTable
@@ -17,17 +19,38 @@ if TYPE_CHECKING:
     from headscope.report.folder import RunFolder
 
 
-def print_table(table: HeadTable, *, as_json: bool) -> None:
-    """Print a table on stdout."""
+def print_result(result: Result, *, as_json: bool) -> None:
+    """Print a result of any kind: its rows, or its glance."""
+    print_either(lambda: rows_of(result), lambda: [result], as_json=as_json)
+
+
+def print_either(
+    document: Callable[[], Any], shown: Callable[[], Iterable[Any]], *, as_json: bool
+) -> None:
+    """Print on stdout what a program reads, or what a person does.
+
+    Args:
+        document: gives JSON values.
+        shown: gives what is printed on a terminal, part by part; texts are not broken into lines.
+        as_json: which of the two.
+    """
     if as_json:
-        print(json.dumps(table_rows(table), allow_nan=False))
+        print(json.dumps(document(), allow_nan=False))
         return
-    console().print(table)
+    terminal = console()
+    for part in shown():
+        terminal.print(part, soft_wrap=isinstance(part, str))
 
 
-def table_rows(table: HeadTable) -> list[dict[str, Any]]:
-    """One JSON object per head and score; numbers that are not finite become null."""
-    return plain_rows(table.to_pandas())
+def print_written(place: Path, *files: str, page: bool = True) -> None:
+    """Say on stderr what a command has written, and where."""
+    named = (["index.html (open it in a browser)"] if page else []) + list(files)
+    console(stderr=True).print(f"Written to {place}: {', '.join(named)}.", soft_wrap=True)
+
+
+def rows_of(result: Result) -> list[dict[str, Any]]:
+    """One JSON object per row of a result; numbers that are not finite become null."""
+    return plain_rows(result.to_pandas())
 
 
 def plain_rows(frame: Any) -> list[dict[str, Any]]:
@@ -125,4 +148,4 @@ def print_run(place: Path, *, as_json: bool) -> None:
     file = place / "table.parquet" if place.is_dir() else place
     if not file.exists():
         raise InputError(f"{place} holds no finished run: there is no {file.name} in it.")
-    print_table(HeadTable.load(file), as_json=as_json)
+    print_result(HeadTable.load(file), as_json=as_json)

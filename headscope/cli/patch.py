@@ -1,6 +1,5 @@
 """``headscope patch``: where a pair of texts differ inside the model, by layer and position."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from headscope.ablation import patch_stream
 from headscope.ablation.stream import STREAM_SITES
 from headscope.base.folders import Claim
 from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, console, plain_rows, typed
+from headscope.cli.output import asked_of, print_result, print_written, typed
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
@@ -52,15 +51,10 @@ def run(
     if claim is not None:
         settings = {"command": "patch", "model": model.name, "revision": model.revision, **asked}
         _write(claim.ready(), grid, settings, time.perf_counter() - started)
-    if as_json:
-        print(json.dumps(plain_rows(grid.to_pandas()), allow_nan=False))
-    else:
-        console().print(grid)
+    print_result(grid, as_json=as_json)
     if claim is not None:
-        console(stderr=True).print(
-            f"Written to {claim.path}: effects.safetensors, effects.parquet, pictures/.",
-            soft_wrap=True,
-        )
+        files = ("effects.safetensors", "effects.parquet", "pictures/")
+        print_written(claim.path, *files, page=False)
 
 
 def _probe(model: HeadModel, task: str, pairs: Path | None, examples: int, seed: int) -> Probe:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 from headscope.base.configs import parse, read_yaml
 from headscope.base.files import subfolder, whole_file
 from headscope.cli.options import Loading, parse_depths, parse_lengths
-from headscope.cli.output import asked_of, console, plain_rows, run_folder, table_rows, typed
+from headscope.cli.output import asked_of, print_either, print_written, rows_of, run_folder, typed
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, needle
@@ -32,24 +32,23 @@ if TYPE_CHECKING:
 _SHOWN = 12
 
 
-def show(found: Retrieval, masked: Mapping[str, OrderCurve]) -> None:
-    """Print it all; tables that would be empty are left out."""
+def shown(found: Retrieval, masked: Mapping[str, OrderCurve]) -> Iterator[Any]:
+    """What is printed of it all; tables that would be empty are left out."""
     from rich.text import Text
 
-    terminal = console()
     heads = _heads(found)
     if heads.row_count:
-        terminal.print(heads)
-    terminal.print(Text(str(found)))
-    terminal.print(_recall(found.recall_grid()))
+        yield heads
+    yield Text(str(found))
+    yield _recall(found.recall_grid())
     for task, curve in masked.items():
-        terminal.print(_curve(task, curve))
+        yield _curve(task, curve)
     if not masked and not found.runs.counted.any():
-        terminal.print("Without right answers there is no masking curve.")
-        terminal.print(Text(found.hint()))
+        yield "Without right answers there is no masking curve."
+        yield Text(found.hint())
     beyond = found.by_set.provenance.probe.get("extrapolated_from")
     if beyond is not None:
-        terminal.print(f"Trained on at most {beyond} tokens: longer texts use positions beyond.")
+        yield f"Trained on at most {beyond} tokens: longer texts use positions beyond."
 
 
 def _heads(found: Retrieval) -> "Table":
@@ -208,10 +207,9 @@ def run(
     table = HeadTable([found.by_set, found.by_step, found.activation])
 
     def printed() -> None:
-        if as_json:
-            print(json.dumps(_as_json(table, found, masked), allow_nan=False))
-        else:
-            show(found, masked)
+        print_either(
+            lambda: _as_json(table, found, masked), lambda: shown(found, masked), as_json=as_json
+        )
 
     if folder is None:
         printed()
@@ -228,12 +226,10 @@ def run(
         "heads": [str(head) for head in found.heads()],
     }
     _write(folder, table, found, masked, settings, timings)
-    curves = "masking.csv, " if masked else ""
+    curves = ["masking.csv"] if masked else []
     printed()
-    console(stderr=True).print(
-        f"Written to {folder.path}: index.html (open it in a browser), table.parquet, recall.csv, "
-        f"{curves}responses.jsonl, pictures/.",
-        soft_wrap=True,
+    print_written(
+        folder.path, "table.parquet", "recall.csv", *curves, "responses.jsonl", "pictures/"
     )
 
 
@@ -284,9 +280,9 @@ def _as_json(table: HeadTable, found: Retrieval, masked: dict[str, OrderCurve]) 
         "hint": found.hint() or None,
         **_counts(found),
         "heads": [str(head) for head in found.heads()],
-        "scores": table_rows(table),
-        "recall": plain_rows(found.recall_grid().to_pandas()),
-        "masking": {name: plain_rows(curve.to_pandas()) for name, curve in masked.items()},
+        "scores": rows_of(table),
+        "recall": rows_of(found.recall_grid()),
+        "masking": {name: rows_of(curve) for name, curve in masked.items()},
     }
 
 

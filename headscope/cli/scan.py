@@ -8,7 +8,7 @@ from pathlib import Path
 from headscope import probes
 from headscope.base.options import RunOptions
 from headscope.cli.options import Loading, scorer_names
-from headscope.cli.output import asked_of, console, print_table, run_folder, typed
+from headscope.cli.output import asked_of, console, print_result, print_written, run_folder, typed
 from headscope.errors import HeadscopeError
 from headscope.interactive.view import attention_example
 from headscope.models.protocol import HeadModel
@@ -62,7 +62,7 @@ def run(
     scored = time.perf_counter()
 
     def show() -> None:
-        print_table(table, as_json=as_json)
+        print_result(table, as_json=as_json)
         if placed and not as_json:
             console().print(*placed, sep="\n", soft_wrap=True, highlight=False)
 
@@ -85,10 +85,7 @@ def run(
         example = attention_example(model, length=_example_length(len(model.shape.heads)))
         example.save(folder.path / "attention.safetensors")
     show()
-    console(stderr=True).print(
-        f"Written to {folder.path}: index.html (open it in a browser), table.parquet, pictures/.",
-        soft_wrap=True,
-    )
+    print_written(folder.path, "table.parquet", "pictures/")
 
 
 def _on_text(model: HeadModel, table: HeadTable, options: RunOptions) -> list[str]:

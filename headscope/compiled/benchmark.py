@@ -19,6 +19,8 @@ from jaxtyping import Float
 from headscope import ablation, circuits, edges, flow, lens, metrics, pruning
 from headscope.base.glance import Glance, Shown
 from headscope.base.options import RunOptions
+from headscope.base.result import Tabular
+from headscope.base.saved import Saved, Stored
 from headscope.compiled.compiled import BuildOptions, Compiled, compiled
 from headscope.compiled.library import LIBRARY
 from headscope.compiled.program import Head
@@ -125,7 +127,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Stored):
     """How one method did on one model.
 
     Attributes:
@@ -156,7 +158,7 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Benchmark(Shown):
+class Benchmark(Saved, Shown, Tabular):
     """How methods did on compiled models.
 
     Attributes:

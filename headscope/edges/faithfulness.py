@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headscope.base.glance import Glance, Shown, number
 from headscope.base.options import RunOptions
+from headscope.base.result import Tabular
 from headscope.base.saved import Saved
 from headscope.edges.graph import EdgeGraph
 from headscope.edges.passes import measured_with, values_with
@@ -134,7 +135,7 @@ _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Faithfulness(Saved, Shown):
+class Faithfulness(Saved, Shown, Tabular):
     """The metric of circuits of the best edges, size by size, beside circuits of random edges.
 
     ``f(k) = (m(C_k) - m(none)) / (m(all) - m(none))`` of means over examples: 1 where the circuit

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number, shaded
 from headscope.base.parquet_files import read_parquet
+from headscope.base.result import Tabular
 from headscope.base.statistics import Design, mean_and_sem
 from headscope.edges.wiring import Edge, Wiring
 from headscope.errors import InputError
@@ -64,7 +65,7 @@ class EdgeScores(Mapping[Edge, float]):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeGraph(Shown):
+class EdgeGraph(Shown, Tabular):
     """What taking out each edge does to a metric, estimated or measured.
 
     A score is the metric with the edge taken out less that of the clean run, so an edge that the

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.specs import Direction, ScoreSpec
-from headscope.base.statistics import Bounds
+from headscope.base.specs import Direction, ScoreSpec, Specified
 from headscope.errors import InputError
 
 
@@ -58,7 +57,7 @@ class LogitRows:
 
 
 @dataclass(frozen=True, eq=False)
-class Metric:
+class Metric(Specified):
     """A number per position read, averaged over the positions of an example.
 
     Attributes:
@@ -72,26 +71,6 @@ class Metric:
     value: Callable[[LogitRows], Float[Tensor, " row"]]
     needs: frozenset[str] = frozenset({"target"})
     mark: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the metric."""
-        return self.spec.name
-
-    @property
-    def unit(self) -> str:
-        """Unit of the number, e.g. ``logits``, ``nats``."""
-        return self.spec.unit
-
-    @property
-    def bounds(self) -> Bounds:
-        """Smallest and largest possible value; None where there is none."""
-        return self.spec.bounds
-
-    @property
-    def description(self) -> str:
-        """What a high value means."""
-        return self.spec.description
 
     def at(self, mark: str) -> "Metric":
         """The same metric, read at the positions with this mark (that have a target)."""
@@ -149,32 +128,12 @@ class Metric:
 
 
 @dataclass(frozen=True, eq=False)
-class WholeMetric:
+class WholeMetric(Specified):
     """A user's own function of the logits of all positions and the batch's probe."""
 
     function: Callable[..., Tensor]
     spec: ScoreSpec
     needs: frozenset[str] = frozenset()
-
-    @property
-    def name(self) -> str:
-        """Name of the metric."""
-        return self.spec.name
-
-    @property
-    def unit(self) -> str:
-        """Unit of the number, e.g. ``logits``, ``nats``."""
-        return self.spec.unit
-
-    @property
-    def bounds(self) -> Bounds:
-        """Smallest and largest possible value; None where there is none."""
-        return self.spec.bounds
-
-    @property
-    def description(self) -> str:
-        """What a high value means."""
-        return self.spec.description
 
     def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
         """Every position."""

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from headscope.base.glance import Glance, Shown, number
+from headscope.base.result import Tabular
+from headscope.base.saved import Saved
 from headscope.base.sections import Drawn, Grid, Section, Words
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError, nearest
@@ -27,7 +29,7 @@ _ORDER = "Pairs first whose heads both stand out from the typical head of their 
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison(Shown):
+class Comparison(Saved, Shown, Tabular):
     """Pairs of heads of two models, those that differ most from a typical head first.
 
     Attributes:
@@ -179,7 +181,7 @@ Curve = Float[np.ndarray, "checkpoint example"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Emergence(Shown):
+class Emergence(Saved, Shown, Tabular):
     """Tables of one model at several checkpoints, earliest first.
 
     Attributes:

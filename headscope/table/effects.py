@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Grid, Shown, number, shaded, sizes
 from headscope.base.parquet_files import read_parquet
+from headscope.base.result import Tabular
 from headscope.base.saved import Saved, frozen
 from headscope.base.sections import Drawn, Section, Words
 from headscope.base.specs import Provenance
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EffectGrid(Saved, Shown):
+class EffectGrid(Saved, Shown, Tabular):
     """What interventions do to a metric: edited run less unedited run, per cell and example.
 
     Attributes:
@@ -160,7 +161,7 @@ Curve = TypeVar("Curve", bound="OrderCurve")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class OrderCurve(Shown):
+class OrderCurve(Shown, Tabular):
     """A metric against heads taken. Draw it with ``hs.plots.curves(curve.effects, ...)``.
 
     Attributes:
@@ -452,7 +453,7 @@ class TokenLosses(Saved, Shown):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RecallGrid(Saved, Shown):
+class RecallGrid(Saved, Shown, Tabular):
     """Share of right answers in every cell.
 
     Attributes:

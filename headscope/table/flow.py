@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number, readable, sizes
+from headscope.base.result import Tabular
 from headscope.base.saved import Saved, Stored, frozen
 from headscope.base.sections import Drawn, Grid, Section, Words
 from headscope.base.specs import Provenance
@@ -395,7 +396,7 @@ class RouteEdge(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Routes(Saved, Shown):
+class Routes(Saved, Shown, Tabular):
     """Information flow routes of one prompt: who gives what to one position, layer by layer.
 
     The target has importance 1; every node hands its importance to its sources by their shares.

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number
 from headscope.base.parquet_files import read_parquet
+from headscope.base.result import Tabular
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Bounds, mean_interval
 from headscope.errors import InputError, nearest
@@ -63,7 +64,7 @@ class LayerMeasure:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayerTable(Shown, Mapping[str, LayerMeasure]):
+class LayerTable(Shown, Tabular, Mapping[str, LayerMeasure]):
     """Measures by name, over the places of one model's residual stream.
 
     Attributes:

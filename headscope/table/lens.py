@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from headscope.base.glance import Glance, Grid, Shown, number, readable, sizes
+from headscope.base.result import Tabular
 from headscope.base.saved import Saved, frozen
 from headscope.base.sections import Drawn, Section, Words
 from headscope.base.sections import Grid as Rows
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LensGrid(Saved, Shown):
+class LensGrid(Saved, Shown, Tabular):
     """What a lens reads at every row (a place in the stack) and position of one prompt.
 
     Attributes:
@@ -167,7 +168,7 @@ def _listed(words: list[tuple[str, float]]) -> str:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HeadWords(Saved, Shown):
+class HeadWords(Saved, Shown, Tabular):
     """Tokens whose logits every head's output on one token raises and lowers most.
 
     Attributes:
@@ -314,7 +315,7 @@ def check_sum(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Attribution(Saved, Shown):
+class Attribution(Saved, Shown, Tabular):
     """A logit, or a difference of two, as an exact sum of parts, with the norms' scales held.
 
     All values are logits before a soft cap. The parts sum to ``whole``, which is computed from

@@ -177,7 +177,7 @@ def table_glance(table: Sequence[HeadScores], width: int | None = None) -> Glanc
     )
     lists = []
     if len(shown) < len(scores):
-        lists.append(Lines("Other scores, 3 best heads", [_line(o) for o in scores[len(shown) :]]))
+        lists.append(Lines("Other scores, 3 best heads", best_lines(scores[len(shown) :])))
     findings = find_roles(scores, 0.05)
     if findings:
         roles = [Line(str(finding), faint=not finding.heads) for finding in findings]
@@ -189,6 +189,11 @@ def table_glance(table: Sequence[HeadScores], width: int | None = None) -> Glanc
         notes=[said, *unseen, *measured_on(scores)],
         lists=lists,
     )
+
+
+def best_lines(scores: Sequence[HeadScores]) -> list[Line]:
+    """The three most notable heads of each score, a line each."""
+    return [_line(one) for one in scores]
 
 
 def _fitting(scores: Sequence[HeadScores], width: int) -> list[HeadScores]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from headscope.base.glance import Glance, Grid, short
+from headscope.base.glance import Glance, Grid, Shown, short
 from headscope.base.saved import Saved, Stored, frozen
-from headscope.base.specs import Direction, Provenance, ScoreSpec
+from headscope.base.specs import Direction, Provenance, ScoreSpec, Specified
 from headscope.base.statistics import (
     LEVEL,
     Alternative,
@@ -114,14 +114,14 @@ def declared(name: str | ScoreSpec, facts: Declared) -> ScoreSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class HeadScores(Saved):
+class HeadScores(Saved, Specified, Shown):
     """One score for every head of a model. Make it with :meth:`from_examples`.
 
     Cells without a value are NaN: layers without attention, and heads that no query could serve.
 
     Attributes:
         spec: what the score declares: name, unit, bounds, direction, source, threshold, ...
-        summary: mean, standard error, n, null, effect size and p-value per head.
+        numbers: mean, standard error, n, null, effect size and p-value per head.
         kv_heads: number of key/value heads.
         provenance: where it came from.
         examples: values per example, where they are known; NaN is missing.
@@ -131,7 +131,7 @@ class HeadScores(Saved):
     """
 
     spec: ScoreSpec
-    summary: Summary
+    numbers: Summary
     kv_heads: int
     provenance: Provenance = field(default_factory=Provenance)
     examples: Float[np.ndarray, "layer head example"] | None = None
@@ -141,7 +141,7 @@ class HeadScores(Saved):
 
     def __post_init__(self) -> None:
         """Check what every user of a score relies on; freeze the arrays."""
-        shape = self.summary.mean.shape
+        shape = self.numbers.mean.shape
         HeadIndex(0, 0, self.stack)  # which knows the names of stacks
         if self.kv_heads < 1 or shape[1] % self.kv_heads:
             raise InputError(
@@ -272,81 +272,43 @@ class HeadScores(Saved):
 
     @classmethod
     def _of_parts(cls, parts: dict[str, Any]) -> "HeadScores":
-        """Make it again of what was saved; files of before 0.2 hold the declaration in pieces."""
+        """Make it again of what was saved; older files have other names, or the spec in pieces."""
+        if "summary" in parts:
+            parts["numbers"] = parts.pop("summary")
         if "spec" not in parts:
             facts = {one: parts.pop(one) for one in list(parts) if one in _SPEC_FIELDS}
             parts["spec"] = ScoreSpec(**facts)
         return cls(**parts)
 
     @property
-    def name(self) -> str:
-        """Name of the score."""
-        return self.spec.name
-
-    @property
-    def unit(self) -> str:
-        """Unit of the values."""
-        return self.spec.unit
-
-    @property
-    def bounds(self) -> Bounds:
-        """Smallest and largest possible value; None where there is none."""
-        return self.spec.bounds
-
-    @property
-    def description(self) -> str:
-        """What a high value means, in one sentence."""
-        return self.spec.description
-
-    @property
-    def source(self) -> str:
-        """Paper and definition."""
-        return self.spec.source
-
-    @property
-    def threshold(self) -> float | None:
-        """Mean from which a significant head has the role of this name; None: no role."""
-        return self.spec.threshold
-
-    @property
-    def alternative(self) -> Alternative:
-        """What the p-value tests: ``greater`` than the control, or ``two-sided``."""
-        return self.spec.tested
-
-    @property
-    def signed(self) -> bool:
-        """Whether 0 lies inside the bounds, so that the sign has a meaning."""
-        return self.spec.signed
-
-    @property
     def mean(self) -> Float[np.ndarray, "layer head"]:
         """Mean over examples."""
-        return self.summary.mean
+        return self.numbers.mean
 
     @property
     def sem(self) -> Float[np.ndarray, "layer head"]:
         """Standard error of the mean, by cluster; NaN with fewer than two."""
-        return self.summary.sem
+        return self.numbers.sem
 
     @property
     def n(self) -> Int[np.ndarray, "layer head"]:
         """Examples with a value."""
-        return self.summary.n
+        return self.numbers.n
 
     @property
     def missing(self) -> Int[np.ndarray, "layer head"]:
         """Queries whose target was out of reach."""
-        return self.summary.missing
+        return self.numbers.missing
 
     @property
     def null(self) -> Float[np.ndarray, "layer head"]:
         """Mean on the control."""
-        return self.summary.null
+        return self.numbers.null
 
     @property
     def effect_size(self) -> Float[np.ndarray, "layer head"]:
         """Hedges' g against the control; infinite where nothing varies."""
-        return self.summary.effect_size
+        return self.numbers.effect_size
 
     @property
     def p_value(self) -> Float[np.ndarray, "layer head"]:
@@ -354,12 +316,12 @@ class HeadScores(Saved):
 
         Which test: :func:`headscope.base.statistics.compare_means`.
         """
-        return self.summary.p_value
+        return self.numbers.p_value
 
     @property
     def p_floor(self) -> Float[np.ndarray, "layer head"]:
         """Smallest p-value that the head's test can give with this many examples."""
-        return self.summary.p_floor
+        return self.numbers.p_floor
 
     @cached_property
     def p_adjusted(self) -> Float[np.ndarray, "layer head"]:
@@ -525,10 +487,6 @@ class HeadScores(Saved):
             [[self.fraction(float(self.mean[head])) for head in row] for row in at],
             [["strong" if marks[head] else "" for head in row] for row in at],
         )
-
-    def _repr_html_(self) -> str:
-        """Layers by heads as a small static table."""
-        return self.glance().html()
 
     def notable(self, k: int = 3) -> list[tuple[HeadIndex, float]]:
         """The k most notable heads: the largest means, or of a signed score the farthest from 0."""

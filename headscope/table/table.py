@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from headscope.base.glance import Glance
+from headscope.base.glance import Glance, Shown
 from headscope.base.saved import Stored
+from headscope.base.sections import Grid as Rows
+from headscope.base.sections import Section, Words
 from headscope.base.statistics import rank_correlation, top_k_overlap
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
-from headscope.table.notable import RoleFinding, find_roles, roles_by_head, table_glance
+from headscope.table.notable import RoleFinding, best_lines, find_roles, roles_by_head, table_glance
 from headscope.table.parquet import read_scores, write_scores
 from headscope.table.scores import HeadScores
 
@@ -28,7 +30,7 @@ class UnknownScoreError(InputError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the quoted repr
 
 
-class HeadTable(Mapping[str, HeadScores], Stored):
+class HeadTable(Shown, Mapping[str, HeadScores], Stored):
     """Layers x heads x scores of one model: a read-only mapping from name to score.
 
     Scores of several attention stacks stand under ``stack:name``; :meth:`stack` gives the table of
@@ -235,13 +237,20 @@ class HeadTable(Mapping[str, HeadScores], Stored):
         """The three most notable heads of each score, and the roles."""
         return table_glance(list(self.values()))
 
+    def summary(self) -> str:
+        """Its size, then a line per score with the three most notable heads."""
+        lines = [f"  {line.text}{line.strong}" for line in best_lines(list(self.values()))]
+        return "\n".join([repr(self), *lines])
+
+    def sections(self) -> list[Section]:
+        """Notes and the three most notable heads of each score."""
+        rows = [(one.text.rstrip(": "), one.strong) for one in best_lines(list(self.values()))]
+        notes = [Words(note) for note in self.glance().notes]
+        return [Section("Heads", [*notes, Rows(("score", "most notable heads"), rows)])]
+
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         """Best heads, other scores and roles, in the console's width."""
         yield from table_glance(list(self.values()), options.max_width).terminal()
-
-    def _repr_html_(self) -> str:
-        """Best heads as a small static table."""
-        return self.glance().html()
 
     def __repr__(self) -> str:
         """Size and names."""

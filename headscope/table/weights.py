@@ -12,6 +12,7 @@ from jaxtyping import Bool, Complex, Float
 
 from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.result import Tabular
 from headscope.base.saved import Saved, frozen
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Bounds, top_order
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PairScores(Saved, Shown):
+class PairScores(Saved, Shown, Tabular):
     """One score for every ordered pair of heads.
 
     Attributes:

@@ -51,7 +51,7 @@ def test_files_of_the_first_version_are_read() -> None:
         "description": "d",
     }
     flat |= {"source": "s", "threshold": 0.1, "alternative": "greater"}
-    parts = {"summary": one.summary, "kv_heads": one.kv_heads, **flat}
+    parts = {"summary": one.numbers, "kv_heads": one.kv_heads, **flat}
     assert HeadScores._of_parts(parts).spec == ScoreSpec(**flat)
 
 
