@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.base.options import RunOptions
-from headscope.base.progress import track
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Bounds, Design
 from headscope.errors import InputError, nearest
@@ -259,6 +258,7 @@ def heads(
         >>> table["curvature"].mean.shape == (model.shape.n_layers, model.shape.n_heads)
         True
     """
+    options = RunOptions(batch_size, progress=progress)
     known = [name for name, measure in TEXT_MEASURES.items() if not measure.along]
     chosen = _chosen(measures, known)
     probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
@@ -268,8 +268,8 @@ def heads(
     chosen = _fitting(chosen, points, model, asked=measures is not None)
     shape = model.shape
     found = np.full((len(chosen), shape.n_layers, shape.n_heads, len(probe)), np.nan)
-    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
-    with track(len(probe), "measuring heads", show=progress) as advance:
+    size = options.per_pass(probe.length, _TOKENS_PER_PASS)
+    with options.track(len(probe), "measuring heads") as advance:
         for start in range(0, len(probe), size):
             _measure_heads(model, probe, slice(start, start + size), chosen, skip, found)
             advance(len(points[start : start + size]))
@@ -374,6 +374,7 @@ def invariance(
         >>> "lidar" in hs.geometry.invariance(model, texts)
         True
     """
+    options = RunOptions(batch_size, seed=seed, progress=progress)
     probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
     if skip < 0:
         raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
@@ -384,9 +385,9 @@ def invariance(
         )
     if int(probe.real.sum(1).min()) <= skip:
         raise InputError(f"a text has no token after the first {skip}: give longer texts.")
-    size = batch_size or max(1, _TOKENS_PER_PASS // probe.length)
+    size = options.per_pass(probe.length, _TOKENS_PER_PASS)
     noisy = [_dropped(probe, drop, skip, seed + view) for view in range(views)]
-    with track(views * len(probe), "measuring invariance", show=progress) as advance:
+    with options.track(views * len(probe), "measuring invariance") as advance:
         means = [_mean_states(model, view, skip, size, advance) for view in noisy]
     places = torch.stack(means, 2)
     found = {
