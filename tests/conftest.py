@@ -24,7 +24,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.checked import install
+
 ROOT = Path(__file__).parents[1]
+
+# Every annotated shape and type is checked, in tests only; users pay nothing.
+install("headscope")
 
 # Put before code that runs in its own interpreter: whatever it does, it must not need a network.
 NO_NETWORK = """
