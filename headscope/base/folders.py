@@ -16,15 +16,17 @@ _FILES = (
     *("lens.parquet", "attribution.parquet", "heads.parquet", "emergence.parquet"),
     *("comparison.parquet", "recall.csv", "masking.csv", "responses.jsonl"),
     *("ranked.parquet", "ranked.jsonl", "effects.safetensors", "effects.parquet"),
+    *("edges.parquet", "routes.safetensors", "circuit.safetensors", "faithfulness.safetensors"),
 )
 _FOLDERS = {
     "pictures": (".png", ".html"),
     "parts": (".parquet", ".tmp"),
     "cells": (".parquet", ".tmp"),
+    "scored": (".npy", ".tmp"),
     "failed": (".json", ".tmp"),
 }
 # Folders of finished parts -> the kind of run that goes on from them.
-_RESUMED = {"cells": "retrieval", "parts": "influence"}
+_RESUMED = {"cells": "retrieval", "parts": "influence", "scored": "edges"}
 _MAX_FACTS = 100_000_000
 
 

@@ -251,6 +251,60 @@ def flow(
 
 @app.command()
 @with_loading
+def edges(
+    loading: Loading,
+    model: Model = None,
+    probe: Annotated[
+        str,
+        typer.Option(
+            help="Task of pairs (ioi, greater_than, agreement, ...), or a JSONL file of pairs."
+        ),
+    ] = "ioi",
+    method: Annotated[
+        str, typer.Option(help="eap, eap_ig, exact, ...: how edges are scored.")
+    ] = "eap_ig",
+    metric: Annotated[
+        str, typer.Option(help="logit_difference, answer_log_prob, loss, kl_divergence, ...")
+    ] = "logit_difference",
+    ablation: Annotated[
+        str | None,
+        typer.Option(help="What an edge taken out carries: patch, mean or zero (default: patch)."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Gradients of integrated methods.")] = 5,
+    count: Annotated[
+        int | None, typer.Option(help="Edges of the circuit (default: one in fifty).")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Pairs of the task.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the pairs and of all draws.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
+    out: Annotated[
+        Path | None, path_option("Folder for numbers, pictures, page, and finished batches.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Score the edges between heads of MODEL, and find and check a circuit; resumable with --out.
+
+    Stability over prompts takes 100 examples or more.
+    """
+    from headscope.cli import edges as command
+
+    asked = command.Asked(
+        probe=probe,
+        method=method,
+        metric=metric,
+        ablation=ablation,
+        steps=steps,
+        count=count,
+        examples=examples,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    command.run(loading.of(model), asked, out=out, overwrite=overwrite, as_json=json)
+
+
+@app.command()
+@with_loading
 def doctor(
     loading: Loading,
     model: Annotated[

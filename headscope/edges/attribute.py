@@ -4,7 +4,12 @@ By edge attribution patching, with one gradient or several, or exactly: one edge
 time, and everything that follows run again.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,10 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.files import whole_file, writable_folder
 from headscope.base.options import RunOptions
-from headscope.edges.graph import EdgeGraph
 from headscope.edges.passes import measured_with, values_with
-from headscope.edges.wiring import Wiring
 from headscope.edges.written import ENTRIES, EdgeBatch, Study, Written, run_apart
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric, as_metric
@@ -23,7 +27,8 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap
 from headscope.origin import origin
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
+from headscope.table.edges import EdgeGraph, Wiring
 
 
 def gradient_scores(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
@@ -214,6 +219,8 @@ def _measured(
 
 
 Method = Literal["eap", "eap_ig", "exact"]
+STEPPED = ("eap_ig",)
+_RESUMED_BATCH = 8
 
 
 @own_types()
@@ -226,6 +233,7 @@ def attribute(
     *,
     ablation: str | None = None,
     batch_size: int | None = None,
+    resume: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> EdgeGraph:
     """Score every edge: how much the metric changes when it carries what a corrupted source writes.
@@ -259,6 +267,9 @@ def attribute(
             same position; ``mean``, what it writes on average over the probe's real positions;
             ``zero``. Default: ``patch`` where the probe has a pair, else ``mean``.
         batch_size: examples per pass; changes no number.
+        resume: folder that finished batches are kept in, each whole or absent; a call with the
+            same arguments takes them from there and goes on. For ``exact``, which takes long, a
+            batch then has 8 examples unless ``batch_size`` says otherwise.
         progress: show a bar.
 
     Returns:
@@ -280,18 +291,27 @@ def attribute(
         >>> sorted(graph.scores)[0]
         Edge(source='L0H0', target='L1H0', slot='key')
     """
-    options = RunOptions(batch_size, progress=progress)
     _check_method(method, steps, as_metric(metric))
+    if resume is not None and batch_size is None and method == "exact":
+        batch_size = min(len(probe), _RESUMED_BATCH)
+    options = RunOptions(batch_size, progress=progress)
     study = Study.of(model, probe, metric, ablation, options)
+    store = None if resume is None else _Store.of(Path(resume), study, method, steps)
     with options.track(float(_work(study, method, steps)), f"edges by {method}") as advance:
         parts = []
-        for batch in study.batches():
+        for number, start in enumerate(range(0, len(probe), study.size)):
+            if store is not None and (kept := store.read(number)) is not None:
+                parts.append(kept)
+                continue
+            batch = study.batch(start)
             count = len(batch.texts.tokens)
 
             def done(passes: float, count: int = count) -> None:
                 advance(passes * count)
 
             parts.append(_scores(batch, method, steps, done))
+            if store is not None:
+                store.write(number, parts[-1])
     return EdgeGraph(
         study.wiring,
         method,
@@ -311,6 +331,47 @@ def attribute(
         ),
         probe.cluster_labels,
     )
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Finished batches of one computation on disk.
+
+    Attributes:
+        folder: where they are.
+        name: stands for all that the scores depend on.
+    """
+
+    folder: Path
+    name: str
+
+    @classmethod
+    def of(cls, folder: Path, study: Study, method: str, steps: int) -> "_Store":
+        said = {
+            "model": study.model.digest(),
+            "probe": probe_digest(study.probe),
+            "metric": (study.metric.name, getattr(study.metric, "mark", None)),
+            "method": (method, steps if method in STEPPED else 0),
+            "ablation": study.ablation,
+            "size": study.size,
+        }
+        digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        return cls(writable_folder(folder), digest)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{self.name}-{number:05}.npy"
+
+    def read(self, number: int) -> np.ndarray | None:
+        """Scores of one batch; None where they are not finished or the file is damaged."""
+        try:
+            kept: np.ndarray = np.load(self._file(number), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return kept
+
+    def write(self, number: int, scores: np.ndarray) -> None:
+        with whole_file(self._file(number)) as file:
+            np.save(file, scores, allow_pickle=False)
 
 
 def _check_method(method: str, steps: int, metric: AnyMetric) -> None:

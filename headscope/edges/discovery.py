@@ -1,121 +1,25 @@
 """Circuits: sets of edges that were found to matter, and how they were found."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, number
 from headscope.base.options import RunOptions
-from headscope.base.saved import Saved
-from headscope.base.specs import Provenance
-from headscope.edges.faithfulness import circuit_value
-from headscope.edges.graph import EdgeGraph
-from headscope.edges.wiring import HEAD_SLOTS, Edge, Wiring
-from headscope.edges.written import EdgeBatch, Study
+from headscope.edges.checks import checks_of, grown, mask_of, mean_value
+from headscope.edges.faithfulness import check_graph
+from headscope.edges.written import Study
 from headscope.errors import InputError, nearest
-from headscope.heads import HeadIndex
 from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.probes.probe import Probe
+from headscope.table.edges import HEAD_SLOTS, Circuit, EdgeGraph, Wiring
 
 Order = Literal["later first", "earlier first"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Circuit(Saved, Shown):
-    """A set of edges, and the metric of the model that has these edges alone.
-
-    Attributes:
-        wiring: nodes and edges of the model.
-        kept: which edges are in the circuit, in the order of ``wiring.edges``.
-        changes: what taking an edge out changed in the metric when its turn came; NaN for edges
-            that were not tried.
-        value: mean metric of the circuit.
-        full: mean metric of the whole model.
-        empty: mean metric with every edge taken out.
-        method: how it was found.
-        order: in which order edges were tried; empty where they were not.
-        threshold: change up to which an edge was taken out; NaN where none was set.
-        ablation: what edges outside carry.
-        unit: of the metric.
-        provenance: where it came from.
-    """
-
-    wiring: Wiring
-    kept: Bool[np.ndarray, " edge"]
-    changes: Float[np.ndarray, " edge"]
-    value: float
-    full: float
-    empty: float
-    method: str = ""
-    order: str = ""
-    threshold: float = float("nan")
-    ablation: str = ""
-    unit: str = ""
-    provenance: Provenance = field(default_factory=Provenance)
-
-    @cached_property
-    def edges(self) -> tuple[Edge, ...]:
-        """The edges of the circuit, target by target."""
-        return tuple(self.wiring.edges[at] for at in np.nonzero(self.kept)[0])
-
-    @cached_property
-    def heads(self) -> tuple[HeadIndex, ...]:
-        """Heads that an edge of the circuit leaves, in order."""
-        sources = {edge.source for edge in self.edges}
-        every = (
-            HeadIndex(layer, head)
-            for layer in range(self.wiring.n_layers)
-            for head in range(self.wiring.n_heads)
-        )
-        return tuple(head for head in every if str(head) in sources)
-
-    @property
-    def faithfulness(self) -> float:
-        """``(value - empty) / (full - empty)``: 1 where it does what the model does."""
-        span = self.full - self.empty
-        return (self.value - self.empty) / span if span else float("nan")
-
-    def jaccard(self, other: "Circuit") -> float:
-        """Edges in both over edges in either; 1 for two empty ones.
-
-        Raises:
-            InputError: if the other circuit is of a model with other nodes.
-        """
-        if self.wiring != other.wiring:
-            raise InputError("these circuits are of models with different nodes.")
-        either = (self.kept | other.kept).sum()
-        return float((self.kept & other.kept).sum() / either) if either else 1.0
-
-    def glance(self) -> Glance:
-        """How large and how faithful it is, and its edges."""
-        share = self.kept.mean()
-        return Glance(
-            f"circuit by {self.method}",
-            [
-                f"{len(self.edges):,} of {len(self.wiring):,} edges ({100 * share:.2g}%)",
-                f"{len(self.heads)} heads",
-                f"faithfulness {number(self.faithfulness)}",
-                self.provenance.model,
-            ],
-            ("edge", "change when taken out"),
-            [(str(edge), number(change)) for edge, change in self._strongest(6)],
-            hint="circuit.edges, circuit.heads, hs.edges.completeness(model, probe, metric, ...)",
-        )
-
-    def _strongest(self, count: int) -> list[tuple[Edge, float]]:
-        places = np.nonzero(self.kept)[0]
-        sizes = np.nan_to_num(np.abs(self.changes[places]))
-        chosen = places[np.argsort(-sizes, kind="stable")[:count]]
-        return [(self.wiring.edges[at], float(self.changes[at])) for at in chosen]
 
 
 @own_types()
@@ -194,13 +98,14 @@ def acdc(
                 advance(float(len(places)))
         value = mean_value(batches, study, kept)
         empty = mean_value(batches, study, np.zeros(len(wiring), bool))
+        checks = checks_of(study, batches, kept)
     about = origin(
         model, probe, attention="whole passes", metric=study.metric.name, method="acdc",
         ablation=study.ablation, threshold=threshold, order=order, absolute=absolute,
     )  # fmt: skip
     return Circuit(
         wiring, kept, changes, value, full, empty, "acdc", order, float(threshold),
-        study.ablation, study.metric.unit, about,
+        study.ablation, study.metric.unit, about, checks,
     )  # fmt: skip
 
 
@@ -241,52 +146,78 @@ def run_circuit(
     kept = np.zeros(len(study.wiring), bool)
     for edge in edges:
         kept[study.wiring.find(edge)] = True
+    return _measured(study, kept, np.full(len(kept), np.nan), method, None, 0)
+
+
+@own_types()
+def circuit(
+    model: HeadModel,
+    probe: Probe,
+    metric: AnyMetric | Callable[..., Tensor],
+    graph: EdgeGraph,
+    count: int,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Circuit:
+    """Grow a circuit from the scores of a graph, run it, and check it.
+
+    Its edges are those of :func:`grown`. ``circuit.checks`` says how stable the choice is over
+    resampled prompts (it takes 100 of them, and an overlap of 0.8), how a circuit of the same size
+    does that was grown from the embedding up, and what the controls give: all edges out, a
+    position that no corruption reaches, and random heads of the same layers.
+
+    Args:
+        model: the one that the graph is of.
+        probe: as the graph's.
+        metric: as the graph's.
+        graph: of :func:`attribute`.
+        count: edges of the circuit.
+        seed: of resampled prompts and random heads.
+        batch_size: examples per pass; changes no number.
+
+    Raises:
+        InputError: if there are not as many edges, or the graph is of another model or probe.
+
+    Source:
+        Hanna et al. 2024, arXiv 2403.17806 (greedy search); Meloux et al. 2025,
+        arXiv 2502.20914 (circuits that are not unique).
+
+    Example:
+        >>> names = hs.probes.pairs(model, "ioi", batch=4)
+        >>> graph = hs.edges.attribute(model, names, hs.metrics.logit_difference)
+        >>> found = hs.edges.circuit(model, names, hs.metrics.logit_difference, graph, 20)
+        >>> len(found.edges), found.checks.verdict
+        (20, 'not known: 4 prompts, and it takes 100')
+    """
+    check_graph(model, probe, graph)
+    edges = grown(graph, count)
+    study = Study.of(model, probe, metric, graph.ablation, RunOptions(batch_size, seed=seed))
+    kept = mask_of(study.wiring, np.array([study.wiring.find(edge) for edge in edges]))
+    return _measured(study, kept, graph.mean, f"{graph.method}, grown", graph, seed)
+
+
+def _measured(
+    study: Study,
+    kept: Bool[np.ndarray, " edge"],
+    changes: Float[np.ndarray, " edge"],
+    method: str,
+    graph: EdgeGraph | None,
+    seed: int,
+) -> Circuit:
+    """Run a circuit, all edges and none, and its checks."""
     batches = list(study.batches())
     every, none = np.ones_like(kept), np.zeros_like(kept)
     value, full, empty = (mean_value(batches, study, one) for one in (kept, every, none))
     about = origin(
-        model, probe, attention="whole passes", metric=study.metric.name, method=method,
-        ablation=study.ablation,
+        study.model, study.probe, attention="whole passes", metric=study.metric.name,
+        method=method, ablation=study.ablation,
     )  # fmt: skip
     return Circuit(
-        study.wiring, kept, np.full(len(kept), np.nan), value, full, empty, method,
+        study.wiring, kept, changes, value, full, empty, method,
         ablation=study.ablation, unit=study.metric.unit, provenance=about,
+        checks=checks_of(study, batches, kept, graph, seed),
     )  # fmt: skip
-
-
-def grown(graph: EdgeGraph, count: int) -> list[Edge]:
-    """Edges of the largest magnitude that hang together: grown from the output, best first.
-
-    An edge can join when its target is in the circuit already, so that every edge has a way to the
-    output; the plain top of a ranking has edges that lead nowhere.
-
-    Args:
-        graph: of :func:`attribute`.
-        count: edges to choose.
-
-    Raises:
-        InputError: if there are not as many.
-
-    Source:
-        Hanna et al. 2024, arXiv 2403.17806, greedy search.
-
-    Example:
-        >>> names = hs.probes.pairs(model, "ioi", batch=2)
-        >>> graph = hs.edges.attribute(model, names, hs.metrics.logit_difference)
-        >>> hs.edges.grown(graph, 1)[0].target
-        'logits'
-    """
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= len(graph.wiring):
-        raise InputError(f"count={count!r}: there are 1 to {len(graph.wiring):,} edges to choose.")
-    waiting = graph.rank().tolist()
-    inside: set[str] = {"logits"}
-    chosen: list[Edge] = []
-    while len(chosen) < count:
-        at = next(place for place in waiting if graph.edges[place].target in inside)
-        waiting.remove(at)
-        chosen.append(graph.edges[at])
-        inside.add(graph.edges[at].source)
-    return chosen
 
 
 def _visits(wiring: Wiring, order: str) -> Iterable[tuple[str, list[int]]]:
@@ -312,14 +243,3 @@ def _is_left(wiring: Wiring, kept: Bool[np.ndarray, " edge"], target: str) -> bo
         return True
     number = wiring.sources.index(target)
     return bool(kept[wiring.ends[1] == number].any())
-
-
-def mean_value(
-    batches: Sequence[EdgeBatch], study: Study, kept: Bool[np.ndarray, " edge"]
-) -> float:
-    """Mean metric of a circuit over the examples that the metric reads."""
-    found: list[Any] = []
-    for batch in batches:
-        values = circuit_value(batch, study.wiring.kept(kept))
-        found.append(values[batch.measured.counted.to(values.device)].cpu().double())
-    return float(torch.cat(found).mean())

@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Bool
 
 from headscope.base.files import whole_file
-from headscope.edges.graph import EdgeGraph
-from headscope.edges.wiring import HEAD_SLOTS, Edge, Wiring
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.table.edges import HEAD_SLOTS, Edge, EdgeGraph, Wiring
 
 
 def write_eap_json(

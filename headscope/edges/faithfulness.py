@@ -5,7 +5,6 @@ In a circuit some edges carry what their source writes in the circuit, the other
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, number
 from headscope.base.options import RunOptions
-from headscope.base.result import Tabular
-from headscope.base.saved import Saved
-from headscope.edges.graph import EdgeGraph
 from headscope.edges.passes import measured_with, values_with
 from headscope.edges.written import ENTRIES, EdgeBatch, Study, heads_write
 from headscope.errors import InputError
@@ -27,10 +22,10 @@ from headscope.models.running import own_types
 from headscope.models.taps import Tap
 from headscope.origin import origin
 from headscope.probes.probe import Probe
-from headscope.table import Provenance
+from headscope.table.edges import EdgeGraph, Faithfulness
 
 if TYPE_CHECKING:
-    import pandas
+    pass
 
 
 @torch.no_grad()
@@ -131,144 +126,6 @@ class _Circuit:
 
 # Shares of all edges at which circuits are compared (Mueller et al. 2025).
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Faithfulness(Saved, Shown, Tabular):
-    """The metric of circuits of the best edges, size by size, beside circuits of random edges.
-
-    ``f(k) = (m(C_k) - m(none)) / (m(all) - m(none))`` of means over examples: 1 where the circuit
-    does what the whole model does, 0 where it does what the model does with every edge taken out.
-    It may lie outside of [0, 1], as some edges work against the answer.
-
-    Attributes:
-        sizes: nominal shares of all edges.
-        counts: edges of each circuit, ``int(size * edges)``.
-        value: mean metric of each circuit.
-        control: mean metric of circuits of as many random edges, one row per draw.
-        full: mean metric with all edges, the clean run.
-        empty: mean metric with none.
-        method: what ranked the edges.
-        ablation: what edges outside of the circuit carry.
-        unit: of the metric.
-        provenance: where it came from.
-    """
-
-    sizes: Float[np.ndarray, " size"]
-    counts: Int[np.ndarray, " size"]
-    value: Float[np.ndarray, " size"]
-    control: Float[np.ndarray, "draw size"]
-    full: float
-    empty: float
-    method: str = ""
-    ablation: str = ""
-    unit: str = ""
-    provenance: Provenance = field(default_factory=Provenance)
-
-    def _share(self, value: Float[np.ndarray, "*any size"]) -> Float[np.ndarray, "*any size"]:
-        span = self.full - self.empty
-        if abs(span) < _TOLERANCE * max(1.0, abs(self.full)):
-            return np.full(value.shape, np.nan)
-        return np.asarray((value - self.empty) / span)
-
-    @cached_property
-    def faithfulness(self) -> Float[np.ndarray, " size"]:
-        """Faithfulness f of every circuit; NaN where taking out all edges changes nothing."""
-        return self._share(self.value)
-
-    @cached_property
-    def random(self) -> Float[np.ndarray, "draw size"]:
-        """Faithfulness f of circuits of random edges."""
-        return self._share(self.control)
-
-    @property
-    def cpr(self) -> float:
-        """Area under f over the nominal sizes (trapezoids): higher is better, without an upper end.
-
-        Integrated circuit performance ratio. The step from half to all edges is half of its axis.
-        """
-        return area(self.sizes, self.faithfulness)
-
-    @property
-    def cpr_capped(self) -> float:
-        """As :attr:`cpr`, of f cut to [0, 1]."""
-        return area(self.sizes, self.faithfulness.clip(0.0, 1.0))
-
-    @property
-    def cmd(self) -> float:
-        """Area under ``|1 - f|`` over the nominal sizes: 0 is best. Circuit-model distance."""
-        return area(self.sizes, np.abs(1 - self.faithfulness))
-
-    @property
-    def log_area(self) -> float:
-        """Mean of f along log sizes (trapezoids, over the length of the axis): about 1 is best.
-
-        Small circuits count as much as large ones; methods may rank otherwise than by :attr:`cpr`.
-        """
-        logs = np.log10(self.sizes)
-        return area(logs, self.faithfulness) / float(logs[-1] - logs[0])
-
-    @property
-    def random_cpr(self) -> float:
-        """Mean :attr:`cpr` of random edges."""
-        return float(np.mean([area(self.sizes, one) for one in self.random]))
-
-    @property
-    def random_cmd(self) -> float:
-        """Mean :attr:`cmd` of random edges."""
-        return float(np.mean([area(self.sizes, np.abs(1 - one)) for one in self.random]))
-
-    @property
-    def random_log_area(self) -> float:
-        """Mean :attr:`log_area` of random edges."""
-        logs = np.log10(self.sizes)
-        return float(np.mean([area(logs, one) for one in self.random]) / (logs[-1] - logs[0]))
-
-    def glance(self) -> Glance:
-        """The areas beside those of random edges, and the curve."""
-        rows = [
-            (f"{count:,} edges ({100 * size:.3g}%)", number(f), number(float(control)))
-            for size, count, f, control in zip(
-                self.sizes, self.counts, self.faithfulness, self.random.mean(0), strict=True
-            )
-        ]
-        areas = [
-            ("CPR", number(self.cpr), number(self.random_cpr)),
-            ("CMD", number(self.cmd), number(self.random_cmd)),
-            ("area over log size", number(self.log_area), number(self.random_log_area)),
-        ]
-        return Glance(
-            f"faithfulness of circuits by {self.method}",
-            [f"ablation {self.ablation}", self.unit, self.provenance.model],
-            ("circuit", "f", "random edges"),
-            [*areas, *rows],
-            hint="curve.faithfulness, curve.random, curve.to_pandas()",
-        )
-
-    def to_pandas(self) -> "pandas.DataFrame":
-        """One row per size: size, edges, value, faithfulness, and the mean of random edges."""
-        import pandas
-
-        return pandas.DataFrame(
-            {
-                "size": self.sizes,
-                "edges": self.counts,
-                "value": self.value,
-                "faithfulness": self.faithfulness,
-                "random": self.random.mean(0),
-            }
-        )
-
-
-def area(at: Float[np.ndarray, " size"], height: Float[np.ndarray, " size"]) -> float:
-    """Area under a curve by trapezoids, from the first point to the last.
-
-    Example:
-        >>> area(np.array([0.5, 1.0]), np.array([0.0, 1.0]))
-        0.25
-    """
-    return float(((at[1:] - at[:-1]) * (height[1:] + height[:-1]) / 2).sum())
 
 
 @own_types()
@@ -325,7 +182,7 @@ def faithfulness(
     shares = _checked_sizes(sizes)
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
         raise InputError(f"controls={controls!r}: draw random edges once or more.")
-    _check_graph(model, probe, graph)
+    check_graph(model, probe, graph)
     study = Study.of(model, probe, metric, ablation or graph.ablation, options)
     total = len(study.wiring)
     counts = np.floor(shares * total + 1e-9).astype(int)
@@ -410,7 +267,12 @@ def _checked_sizes(sizes: Sequence[float]) -> Float[np.ndarray, " size"]:
     return shares
 
 
-def _check_graph(model: HeadModel, probe: Probe, graph: EdgeGraph) -> None:
+def check_graph(model: HeadModel, probe: Probe, graph: EdgeGraph) -> None:
+    """Refuse a graph of another model or kind of probe.
+
+    Raises:
+        InputError: if it is.
+    """
     shape, about = model.shape, graph.provenance
     same = graph.wiring.n_layers == shape.n_layers and graph.wiring.n_heads == shape.n_heads
     if not same or (about.weight_digest and about.weight_digest != model.digest()):

@@ -1,20 +1,13 @@
-"""How good a circuit is beside its faithfulness: complete, minimal, and stable over prompts."""
+"""How good a circuit is beside its faithfulness: complete and minimal."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from scipy.stats import hypergeom
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, number
 from headscope.base.options import RunOptions
-from headscope.base.saved import Saved
-from headscope.base.specs import Provenance
-from headscope.edges.discovery import Circuit, mean_value
-from headscope.edges.graph import EdgeGraph
-from headscope.edges.wiring import Wiring
+from headscope.edges.checks import mean_value
 from headscope.edges.written import Study
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -22,149 +15,7 @@ from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
-
-STABLE = 0.8
-_LEAST_PROMPTS = 100
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Completeness(Saved, Shown):
-    """What is left when heads of a circuit are taken from it, and from the whole model.
-
-    A complete circuit holds all that does the work: take the same heads from both, and both fall
-    alike. A gap says that something outside the circuit stands in for what was taken.
-
-    Attributes:
-        subsets: heads taken, draw by draw; the first draws are single heads.
-        circuit: mean metric of the circuit without them.
-        model: mean metric of the whole model without them.
-        unit: of the metric.
-        provenance: of the circuit.
-    """
-
-    subsets: tuple[tuple[HeadIndex, ...], ...]
-    circuit: Float[np.ndarray, " draw"]
-    model: Float[np.ndarray, " draw"]
-    unit: str = ""
-    provenance: Provenance = field(default_factory=Provenance)
-
-    @property
-    def gap(self) -> Float[np.ndarray, " draw"]:
-        """Magnitude of the difference, ``|m(C - K) - m(M - K)|``, in the metric's unit."""
-        return np.asarray(np.abs(self.circuit - self.model))
-
-    def glance(self) -> Glance:
-        """The largest gaps."""
-        worst = np.argsort(-self.gap)[:6]
-        return Glance(
-            "completeness of a circuit",
-            [
-                f"{len(self.subsets)} sets of heads",
-                f"mean gap {number(float(self.gap.mean()))} {self.unit}",
-                self.provenance.model,
-            ],
-            ("heads taken", "circuit", "whole model", "gap"),
-            [
-                (
-                    " ".join(map(str, self.subsets[at])),
-                    number(float(self.circuit[at])),
-                    number(float(self.model[at])),
-                    number(float(self.gap[at])),
-                )
-                for at in worst
-            ],
-            hint="result.gap, result.subsets",
-        )
-
-
-@dataclass(frozen=True)
-class Stability:
-    """How much the strongest edges change when prompts are drawn again.
-
-    Attributes:
-        jaccard: mean overlap of the strongest edges with those of bootstrap draws, in [0, 1].
-        low, high: the middle 95% of the draws.
-        chance: overlap of two random sets of as many edges.
-        count: edges compared.
-        prompts: examples (or clusters of them) that were drawn from.
-    """
-
-    jaccard: float
-    low: float
-    high: float
-    chance: float
-    count: int
-    prompts: int
-
-    @property
-    def verdict(self) -> str:
-        """``stable`` from a mean overlap of 0.8; ``unstable`` below; what is missing else."""
-        if self.prompts < _LEAST_PROMPTS:
-            return f"not known: {self.prompts} prompts, and it takes {_LEAST_PROMPTS}"
-        return "stable" if self.jaccard >= STABLE else "unstable"
-
-    def __str__(self) -> str:
-        """Overlap, its range, chance and the verdict on one line."""
-        return (
-            f"Jaccard of the {self.count} strongest edges over resampled prompts {self.jaccard:.2f}"
-            f" ({self.low:.2f} to {self.high:.2f}; by chance {self.chance:.2f}): {self.verdict}"
-        )
-
-
-def stability(graph: EdgeGraph, count: int, *, draws: int = 200, seed: int = 0) -> Stability:
-    """Draw the prompts again, with replacement, and compare the strongest edges.
-
-    Costs no pass: the scores of every example are in the graph. Examples of a cluster are drawn
-    together.
-
-    Args:
-        graph: of :func:`attribute`.
-        count: how many of the strongest edges make the circuit.
-        draws: bootstrap draws.
-        seed: of the draws.
-
-    Raises:
-        InputError: if there are not as many edges, or a single example.
-
-    Example:
-        >>> names = hs.probes.pairs(model, "ioi", batch=8)
-        >>> graph = hs.edges.attribute(model, names, hs.metrics.logit_difference)
-        >>> found = hs.edges.stability(graph, 10, draws=20)
-        >>> 0.0 <= found.jaccard <= 1.0
-        True
-    """
-    total, examples = graph.per_example.shape
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < total:
-        raise InputError(f"count={count!r}: compare 1 to {total - 1:,} edges.")
-    labels = np.arange(examples) if graph.clusters is None else np.array(graph.clusters)
-    groups = [np.nonzero(labels == one)[0] for one in dict.fromkeys(labels.tolist())]
-    if len(groups) < 2:
-        raise InputError("the graph has a single example (or cluster): nothing can be drawn again.")
-    drawn = np.random.default_rng(seed)
-    first = graph.chosen(count)
-    values = graph.per_example.astype(np.float64)
-    overlaps = []
-    for _ in range(draws):
-        some = np.concatenate([groups[i] for i in drawn.integers(0, len(groups), len(groups))])
-        overlaps.append(_jaccard(first, _strongest(values[:, some], count)))
-    low, high = np.quantile(overlaps, [0.025, 0.975])
-    return Stability(
-        float(np.mean(overlaps)), float(low), float(high), chance(count, total), count, len(groups)
-    )
-
-
-def chance(count: int, total: int) -> float:
-    """Mean Jaccard overlap of two random sets of ``count`` out of ``total``.
-
-    The overlap is hypergeometric with mean ``count^2 / total``; the expectation is summed exactly.
-
-    Example:
-        >>> round(chance(1, 4), 4)
-        0.25
-    """
-    both = np.arange(count + 1)
-    weights = hypergeom.pmf(both, total, count, count)
-    return float((weights * both / (2 * count - both)).sum())
+from headscope.table.edges import Circuit, Completeness, Wiring
 
 
 @own_types()
@@ -309,15 +160,3 @@ def _study(
             f"this circuit is of another model ({circuit.provenance.model}) than {model.name}."
         )
     return Study.of(model, probe, metric, circuit.ablation, options)
-
-
-def _strongest(values: Float[np.ndarray, "edge example"], count: int) -> Bool[np.ndarray, " edge"]:
-    known = ~np.isnan(values)
-    mean = np.where(known, values, 0.0).sum(1) / np.maximum(known.sum(1), 1)
-    chosen = np.zeros(len(values), bool)
-    chosen[np.argsort(-np.abs(mean), kind="stable")[:count]] = True
-    return chosen
-
-
-def _jaccard(a: Bool[np.ndarray, " edge"], b: Bool[np.ndarray, " edge"]) -> float:
-    return float((a & b).sum() / (a | b).sum())

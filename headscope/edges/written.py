@@ -11,12 +11,12 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.base.options import RunOptions
-from headscope.edges.wiring import Wiring
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.metrics import AnyMetric, LogitRows, Metric, as_metric
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Tap, TapView
 from headscope.probes.probe import Probe
+from headscope.table.edges import Wiring
 
 
 @dataclass(eq=False)
@@ -245,12 +245,14 @@ class Study:
 
     def batches(self) -> Iterator["EdgeBatch"]:
         """Batches of the probe, each run once cleanly and once corrupted."""
-        reads = self.metric.reads(self.probe)
         for start in range(0, len(self.probe), self.size):
-            chosen = slice(start, min(start + self.size, len(self.probe)))
-            yield self._batch(self.probe.examples(chosen), reads[chosen])
+            yield self.batch(start)
 
-    def _batch(self, probe: Probe, reads: Bool[Tensor, "batch pos"]) -> "EdgeBatch":
+    def batch(self, start: int) -> "EdgeBatch":
+        """The batch whose first example has this number, run once cleanly and once corrupted."""
+        chosen = slice(start, min(start + self.size, len(self.probe)))
+        reads = self.metric.reads(self.probe)[chosen]
+        probe = self.probe.examples(chosen)
         texts = Texts(probe.tokens, probe.real)
         measured = Measured(self.metric, probe, reads)
         with torch.no_grad():

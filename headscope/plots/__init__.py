@@ -11,6 +11,8 @@ from headscope.plots.attribution import source_bars as source_bars
 from headscope.plots.attribution import waterfall as waterfall
 from headscope.plots.curves import curves as curves
 from headscope.plots.curves import token_losses as token_losses
+from headscope.plots.edges import circuit_graph as circuit_graph
+from headscope.plots.edges import faithfulness_curves as faithfulness_curves
 from headscope.plots.emergence import emergence as emergence
 from headscope.plots.export import save as save
 from headscope.plots.figures import figures as figures

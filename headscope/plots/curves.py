@@ -14,7 +14,7 @@ from headscope.plots.text import label
 from headscope.table import EffectGrid, TokenLosses
 
 # Okabe and Ito 2008, less yellow and black: told apart by colour-blind readers.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def curves(
@@ -59,7 +59,7 @@ def curves(
         ends = (of_them.min(0), of_them.max(0))
         name = f"random ({len(chosen)})" if len(chosen) > 1 else arms[chosen[0]]
         _line(figure, name, steps, of_them.mean(0), *ends, style.muted)
-    colours = iter(_COLOURS * (1 + len(arms) // len(_COLOURS)))
+    colours = iter(LINE_COLOURS * (1 + len(arms) // len(LINE_COLOURS)))
     for i, arm in enumerate(arms):
         if i not in chosen:
             _line(figure, arm, steps, means[i], low[i], high[i], next(colours))
@@ -117,8 +117,8 @@ def _line(
             y=[*low[known].tolist(), *high[known][::-1].tolist()],
             mode="lines",
             fill="toself",
-            fillcolor=_faint(colour),
-            line={"width": 0, "color": _faint(colour)},
+            fillcolor=faint(colour),
+            line={"width": 0, "color": faint(colour)},
             hoverinfo="skip",
             showlegend=False,
         )
@@ -132,7 +132,7 @@ def _line(
     )
 
 
-def _faint(colour: str) -> str:
+def faint(colour: str) -> str:
     """The colour, mostly transparent."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.18)"
@@ -151,7 +151,7 @@ def token_losses(losses: TokenLosses, *, window: int = 1, theme: Theme = "light"
         >>> [line.name for line in hs.plots.token_losses(losses, window=4).data]
         ['whole model']
     """
-    colours = (STYLES[theme].muted, *_COLOURS)
+    colours = (STYLES[theme].muted, *LINE_COLOURS)
     figure = Figure()
     for number, (arm, values) in enumerate(zip(losses.arms, losses.mean, strict=True)):
         known = np.flatnonzero(np.isfinite(values))

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from headscope.plots.attribution import source_bars, waterfall
 from headscope.plots.curves import curves, token_losses
+from headscope.plots.edges import circuit_graph, faithfulness_curves
 from headscope.plots.emergence import emergence
 from headscope.plots.flow import mixing_map, route_graph, token_flow
 from headscope.plots.grid import effect_heatmap, heatmap
@@ -18,9 +19,12 @@ from headscope.plots.spectra import eigenvalues, spectra
 from headscope.plots.style import Theme
 from headscope.table import (
     Attribution,
+    Circuit,
     Contributions,
+    EdgeGraph,
     EffectGrid,
     Emergence,
+    Faithfulness,
     HeadEigenvalues,
     HeadScores,
     HeadSpectra,
@@ -160,3 +164,18 @@ def _(result: Emergence) -> dict[str, Drawing]:
 @figures.register
 def _(result: LayerTable) -> dict[str, Drawing]:
     return {"": _themed(layers, result)}
+
+
+@figures.register
+def _(result: EdgeGraph) -> dict[str, Drawing]:
+    return {"": _themed(circuit_graph, result), "_by_head": _themed(heatmap, result.heads)}
+
+
+@figures.register
+def _(result: Circuit) -> dict[str, Drawing]:
+    return {"": _themed(circuit_graph, result)}
+
+
+@figures.register
+def _(result: Faithfulness) -> dict[str, Drawing]:
+    return {"": _themed(faithfulness_curves, result)}

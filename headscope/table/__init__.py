@@ -5,6 +5,15 @@ from headscope.base.specs import ScoreSpec as ScoreSpec
 from headscope.base.specs import versions as versions
 from headscope.table.comparing import Comparison as Comparison
 from headscope.table.comparing import Emergence as Emergence
+from headscope.table.edges import Checks as Checks
+from headscope.table.edges import Circuit as Circuit
+from headscope.table.edges import Completeness as Completeness
+from headscope.table.edges import Edge as Edge
+from headscope.table.edges import EdgeGraph as EdgeGraph
+from headscope.table.edges import EdgeScores as EdgeScores
+from headscope.table.edges import Faithfulness as Faithfulness
+from headscope.table.edges import Stability as Stability
+from headscope.table.edges import Wiring as Wiring
 from headscope.table.effects import EffectGrid as EffectGrid
 from headscope.table.effects import OrderCurve as OrderCurve
 from headscope.table.effects import RecallGrid as RecallGrid

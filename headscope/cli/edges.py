@@ -1,0 +1,217 @@
+"""``headscope edges``: who tells whom what, a circuit of the best edges, and its checks."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from headscope import edges, metrics, probes
+from headscope.base.files import subfolder
+from headscope.cli.options import Loading
+from headscope.cli.output import asked_of, print_either, print_written, rows_of, run_folder, typed
+from headscope.edges.attribute import Method
+from headscope.errors import InputError, nearest
+from headscope.metrics import Metric
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.table import Circuit, EdgeGraph, Faithfulness, HeadTable
+
+if TYPE_CHECKING:
+    from headscope.report.folder import RunFolder
+
+_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        metrics.logit_difference,
+        metrics.answer_log_prob,
+        metrics.answer_probability,
+        metrics.loss,
+        metrics.kl_divergence,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked for.
+
+    Attributes:
+        probe: task of pairs, or a JSONL file of them.
+        examples: pairs of a task.
+        count: edges of the circuit; None: one in fifty, at least ten.
+    """
+
+    probe: str
+    method: str
+    metric: str
+    ablation: str | None
+    steps: int
+    count: int | None
+    examples: int
+    seed: int
+    batch_size: int | None
+
+    def check(self) -> None:
+        """Refuse what can be seen to be wrong before a model is loaded.
+
+        Raises:
+            InputError: if there is no such method or metric, or a number is out of range.
+        """
+        if self.method not in get_args(Method):
+            raise InputError(nearest(self.method, get_args(Method), kind="method"))
+        if self.metric not in _METRICS:
+            raise InputError(nearest(self.metric, _METRICS, kind="metric"))
+        if self.count is not None and self.count < 1:
+            raise InputError(f"--count {self.count}: a circuit has one edge or more.")
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON values, for the run's facts; of a file its name."""
+        name = Path(self.probe).name if _is_file(self.probe) else self.probe
+        return {**vars(self), "probe": name}
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """All that the command found."""
+
+    graph: EdgeGraph
+    circuit: Circuit
+    curve: Faithfulness
+
+    @property
+    def table(self) -> HeadTable:
+        """Numbers per head."""
+        return HeadTable([self.graph.heads])
+
+
+def run(
+    loading: Loading, asked: Asked, *, out: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    """Load, score, search, write, print."""
+    asked.check()
+    folder = run_folder(out, "edges", overwrite=overwrite)
+    started = time.perf_counter()
+    model = loading.model()
+    loaded = time.perf_counter()
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, **asked.settings()))
+    probe = _probe(model, asked)
+    found = _found(model, probe, asked, folder)
+    if folder is not None:
+        timings = {"load_seconds": loaded - started, "edge_seconds": time.perf_counter() - loaded}
+        settings = {"command": "edges", "model": model.name, "revision": model.revision}
+        _write(folder.ready(), found, settings | asked.settings(), timings)
+    print_either(lambda: _as_json(found), lambda: _shown(found), as_json=as_json)
+    if folder is not None:
+        files = ("edges.parquet", "circuit.safetensors", "faithfulness.safetensors")
+        print_written(folder.path, *files, "table.parquet", "pictures/")
+
+
+def _is_file(probe: str) -> bool:
+    return Path(probe).suffix in (".jsonl", ".json") or Path(probe).is_file()
+
+
+def _probe(model: HeadModel, asked: Asked) -> Probe:
+    """Pairs of a known task, or of a file."""
+    if _is_file(asked.probe):
+        return probes.from_jsonl(model, asked.probe)
+    return probes.pairs(model, asked.probe, batch=asked.examples, seed=asked.seed)
+
+
+def _found(model: HeadModel, probe: Probe, asked: Asked, folder: "RunFolder | None") -> Found:
+    metric = _METRICS[asked.metric]
+    kept = None if folder is None else subfolder(folder.path, "scored")
+    graph = edges.attribute(
+        model, probe, metric, asked.method, asked.steps,
+        ablation=asked.ablation, batch_size=asked.batch_size, resume=kept,
+    )  # fmt: skip
+    total = len(graph.wiring)
+    count = asked.count or min(total, max(10, total // 50))
+    circuit = edges.circuit(
+        model, probe, metric, graph, count, seed=asked.seed, batch_size=asked.batch_size
+    )
+    curve = edges.faithfulness(
+        model, probe, metric, graph, seed=asked.seed, batch_size=asked.batch_size
+    )
+    return Found(graph, circuit, curve)
+
+
+def _as_json(found: Found) -> dict[str, Any]:
+    graph, circuit = found.graph, found.circuit
+    assert circuit.checks is not None  # noqa: S101  # edges.circuit makes them
+    return {
+        "method": graph.method,
+        "ablation": graph.ablation,
+        "unit": graph.unit,
+        "edges": rows_of(graph),
+        "heads": [
+            {"head": str(head), "score": value}
+            for head, value in graph.heads.top(graph.heads.mean.size)
+        ],
+        "circuit": {
+            "edges": [str(edge) for edge in circuit.edges],
+            "heads": [str(head) for head in circuit.heads],
+            "faithfulness": _number(circuit.faithfulness),
+            "verdict": circuit.checks.verdict,
+            "checks": dict(circuit.checks.rows()),
+        },
+        "faithfulness": rows_of(found.curve),
+        "areas": {
+            name: _number(getattr(found.curve, name))
+            for name in ("cpr", "cpr_capped", "cmd", "log_area", "random_cpr", "random_cmd")
+        },
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None
+
+
+def _shown(found: Found) -> Iterator[Any]:
+    """Four small tables: edges, heads, the circuit with its checks, faithfulness by size."""
+    from rich.table import Table
+    from rich.text import Text
+
+    graph, circuit, curve = found.graph, found.circuit, found.curve
+    unit = graph.unit or "metric"
+    strongest = Table(
+        "edge", f"change ({unit})", "standard error", title=f"edges by {graph.method}"
+    )
+    for at in graph.rank()[:12].tolist():
+        strongest.add_row(str(graph.edges[at]), f"{graph.mean[at]:.4g}", f"{graph.sem[at]:.2g}")
+    heads = Table("head", f"sum of edges out ({unit})", title="heads")
+    for at in sorted(graph.heads.top(graph.heads.mean.size), key=lambda one: -abs(one[1]))[:8]:
+        heads.add_row(str(at[0]), f"{at[1]:.4g}")
+    facts = Table("of the circuit", "", title="circuit")
+    facts.add_row("edges", f"{len(circuit.edges):,} of {len(graph.wiring):,}")
+    facts.add_row("heads", Text(" ".join(map(str, circuit.heads)) or "none"))
+    facts.add_row("faithfulness", f"{circuit.faithfulness:.3f}")
+    assert circuit.checks is not None  # noqa: S101  # edges.circuit makes them
+    for name, said in circuit.checks.rows():
+        facts.add_row(name, Text(said))
+    sizes = Table("edges kept", "faithfulness", "random edges", title="faithfulness by size")
+    for row in curve.to_pandas().itertuples():
+        sizes.add_row(
+            f"{row.edges:,} ({100 * row.size:g}%)", f"{row.faithfulness:.3f}", f"{row.random:.3f}"
+        )
+    yield from (strongest, heads, facts, sizes)
+    yield (
+        f"CPR {curve.cpr:.3f} (random {curve.random_cpr:.3f}), CMD {curve.cmd:.3f} "
+        f"(random {curve.random_cmd:.3f}), area over log size {curve.log_area:.3f}."
+    )
+
+
+def _write(
+    folder: "RunFolder", found: Found, settings: dict[str, Any], timings: dict[str, float]
+) -> None:
+    found.graph.save(folder.path / "edges.parquet")
+    found.circuit.save(folder.path / "circuit.safetensors")
+    found.curve.save(folder.path / "faithfulness.safetensors")
+    folder.write(
+        found.table,
+        settings,
+        timings,
+        command=typed(),
+        results={"edges": found.graph, "circuit": found.circuit, "faithfulness": found.curve},
+    )

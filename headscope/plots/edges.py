@@ -1,0 +1,341 @@
+"""Circuits of edges: a layered graph of heads and MLPs, and curves of faithfulness."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.plots.curves import LINE_COLOURS, faint
+from headscope.plots.figure import Figure
+from headscope.plots.style import STYLES, Style, Theme, dress
+from headscope.plots.text import label
+from headscope.table import Circuit, Edge, EdgeGraph, Faithfulness, Wiring
+
+_WIDTHS = (0.6, 1.2, 2.2, 3.6, 5.4)
+_OPACITY = (0.35, 0.45, 0.6, 0.8, 0.95)
+_BEND = np.linspace(0, 1, 11)
+_SLOTS = ("query", "key", "value", "mlp", "output")
+_STEPS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
+
+
+def circuit_graph(
+    found: EdgeGraph | Circuit, *, most: int = 300, theme: Theme = "light"
+) -> go.Figure:
+    """Edges between embedding, heads, MLPs and output: layers upwards, heads to the right.
+
+    An edge is as wide as its score is large (by the square root, in five steps), in the colour of
+    the slot that it enters. Hovering over its middle shows both ends and the number. The slider
+    hides edges below a share of the largest score.
+
+    Args:
+        found: scores of all edges, or a circuit, whose edges alone are drawn.
+        most: how many edges are drawn, those of the largest magnitude.
+        theme: ``light`` or ``dark``.
+
+    Raises:
+        InputError: if ``most`` is below 1.
+
+    Example:
+        >>> names = hs.probes.pairs(model, "ioi", batch=2)
+        >>> graph = hs.edges.attribute(model, names, hs.metrics.logit_difference)
+        >>> type(hs.plots.circuit_graph(graph, most=30)).__name__
+        'Figure'
+    """
+    if most < 1:
+        raise InputError(f"most={most}: draw one edge at least.")
+    style, wiring = STYLES[theme], found.wiring
+    edges, total = _drawn(found, most)
+    figure = Figure()
+    colours = _colours(style)
+    for slot in _SLOTS:
+        _add_slot(figure, [one for one in edges if one.edge.slot == slot], slot, colours[slot])
+    figure.add_trace(_nodes(wiring, edges, style))
+    figure.add_trace(_middles(edges))
+    said = [label(found.provenance.model), f"{len(edges)} of {total:,} edges", found.method]
+    width = 78 * (wiring.n_heads + 1) + 170
+    dress(
+        figure,
+        theme,
+        title="circuit" if isinstance(found, Circuit) else f"edges by {label(found.method)}",
+        subtitle=", ".join(label(part) for part in said if part),
+        width=int(min(1300, max(560, width))),
+        height=int(min(1100, max(420, 66 * (wiring.n_layers + 1) + 200))),
+    )
+    _dress_axes(figure, wiring)
+    if len(edges) > 1:
+        figure.update_layout(sliders=[_slider(figure, style)])
+    return figure
+
+
+@dataclass(frozen=True)
+class _DrawnEdge:
+    """An edge with its score, its share of the largest, and the points of its curve."""
+
+    edge: Edge
+    score: float
+    share: float
+    curve: Float[np.ndarray, "point 2"]
+
+
+def _drawn(found: EdgeGraph | Circuit, most: int) -> tuple[list[_DrawnEdge], int]:
+    """Edges to draw, largest first, and the number of those that there are."""
+    if isinstance(found, Circuit):
+        scores = np.where(np.isnan(found.changes), 1.0, found.changes)
+        places = np.flatnonzero(found.kept)
+    else:
+        scores, places = np.nan_to_num(found.mean), np.arange(len(found.wiring))
+        places = places[scores != 0]
+    order = places[np.argsort(-np.abs(scores[places]), kind="stable")][:most]
+    largest = float(np.abs(scores[order]).max(initial=0.0)) or 1.0
+    where = _places(found.wiring)
+    edges = []
+    for at in order.tolist():
+        edge = found.wiring.edges[at]
+        curve = _curve(where[edge.source], where[edge.target], edge.slot)
+        score = float(scores[at])
+        edges.append(_DrawnEdge(edge, score, abs(score) / largest, curve))
+    return edges, len(places)
+
+
+def _colours(style: Style) -> dict[str, str]:
+    modes = style.modes
+    return {
+        "query": modes["Q"],
+        "key": modes["K"],
+        "value": modes["V"],
+        "mlp": "#9467bd",
+        "output": style.text,
+    }
+
+
+def _places(wiring: Wiring) -> dict[str, tuple[float, float]]:
+    """Where every node stands: heads of a layer side by side, its MLP to their right and above."""
+    middle = (wiring.n_heads - 1) / 2
+    found = {"embed": (middle, -1.0), "logits": (middle, float(wiring.n_layers) + 0.2)}
+    for layer in range(wiring.n_layers):
+        for head in range(wiring.n_heads):
+            found[str(HeadIndex(layer, head))] = (float(head), float(layer))
+        rise = 0.0 if wiring.parallel[layer] else 0.4
+        found[f"MLP{layer}"] = (wiring.n_heads + 0.3, layer + rise)
+    return found
+
+
+def _curve(
+    start: tuple[float, float], end: tuple[float, float], slot: str
+) -> Float[np.ndarray, "point 2"]:
+    """Points of a curve that leaves upwards and arrives from below, each slot at its own place."""
+    aside = {"query": -0.16, "value": 0.16}.get(slot, 0.0)
+    a, b = np.array(start), np.array([end[0] + aside, end[1]])
+    bow = np.array([0.0, 0.45 * (b[1] - a[1])])
+    t = _BEND[:, None]
+    near, far = a + bow, b - bow
+    curve: np.ndarray = (
+        (1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * near + 3 * (1 - t) * t**2 * far + t**3 * b
+    )
+    return curve
+
+
+def _step(share: float) -> int:
+    """The last threshold of the slider that an edge passes."""
+    return int(np.searchsorted(_STEPS, share, side="right")) - 1
+
+
+def _add_slot(figure: go.Figure, edges: Sequence[_DrawnEdge], slot: str, colour: str) -> None:
+    """A trace per width and threshold, and one for the legend."""
+    figure.add_trace(
+        go.Scatter(
+            x=[np.nan], y=[np.nan], mode="lines", name=slot, legendgroup=slot,
+            line={"width": 3, "color": colour},
+        )
+    )  # fmt: skip
+    grouped: dict[tuple[int, int], list[np.ndarray]] = {}
+    for one in edges:
+        width = min(len(_WIDTHS) - 1, int(one.share**0.5 * len(_WIDTHS)))
+        points = np.vstack([one.curve, [np.nan, np.nan]])
+        grouped.setdefault((width, _step(one.share)), []).append(points)
+    for (width, step), curves in sorted(grouped.items()):
+        points = np.concatenate(curves)
+        figure.add_trace(
+            go.Scatter(
+                x=points[:, 0].round(3),
+                y=points[:, 1].round(3),
+                mode="lines",
+                legendgroup=slot,
+                showlegend=False,
+                line={"width": _WIDTHS[width], "color": colour},
+                opacity=_OPACITY[width],
+                hoverinfo="skip",
+                meta=step,
+            )
+        )
+
+
+def _nodes(wiring: Wiring, edges: Sequence[_DrawnEdge], style: Style) -> go.Scatter:
+    """Every node; those that no drawn edge touches are faint and have no name."""
+    touched = {name for one in edges for name in (one.edge.source, one.edge.target)}
+    sums: dict[str, float] = {}
+    for one in edges:
+        sums[one.edge.source] = sums.get(one.edge.source, 0.0) + one.score
+    where = _places(wiring)
+    return go.Scatter(
+        x=[where[name][0] for name in where],
+        y=[round(where[name][1], 3) for name in where],
+        mode="markers+text",
+        text=[name if name in touched else "" for name in where],
+        textposition="top center",
+        textfont={"size": 10, "color": style.text},
+        customdata=[f"{sums[name]:.4g}" if name in sums else "none drawn" for name in where],
+        hovertext=list(where),
+        hovertemplate="<b>%{hovertext}</b><br>sum of edges out: %{customdata}<extra></extra>",
+        marker={
+            "size": [9 if name in touched else 5 for name in where],
+            "color": [style.accent if name in touched else style.grid for name in where],
+            "line": {"width": 1, "color": style.paper},
+        },
+        showlegend=False,
+    )
+
+
+def _middles(edges: Sequence[_DrawnEdge]) -> go.Scatter:
+    """Unseen points that tell an edge on hover."""
+    middle = np.array([one.curve[len(_BEND) // 2] for one in edges]).reshape(-1, 2)
+    return go.Scatter(
+        x=middle[:, 0].round(3),
+        y=middle[:, 1].round(3),
+        mode="markers",
+        text=[f"<b>{one.edge}</b><br>{one.score:.4g}" for one in edges],
+        hovertemplate="%{text}<extra></extra>",
+        marker={"size": 11, "color": "rgba(0,0,0,0)"},
+        showlegend=False,
+    )
+
+
+def _dress_axes(figure: go.Figure, wiring: Wiring) -> None:
+    step = -(-wiring.n_layers // 16)
+    shown = list(range(0, wiring.n_layers, step))
+    heads = list(range(wiring.n_heads))
+    figure.update_xaxes(
+        title_text="head", tickvals=heads, ticktext=[f"H{head}" for head in heads],
+        showgrid=False, zeroline=False, range=[-0.8, wiring.n_heads + 1.0],
+    )  # fmt: skip
+    figure.update_yaxes(
+        title_text="layer", tickvals=[-1, *shown, wiring.n_layers + 0.2],
+        ticktext=["input", *map(str, shown), "output"], zeroline=False,
+        range=[-1.5, wiring.n_layers + 0.8],
+    )  # fmt: skip
+    figure.update_layout(
+        hovermode="closest",
+        showlegend=True,
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
+        margin={"l": 66, "r": 24, "t": 92, "b": 70},
+    )
+
+
+def _slider(figure: go.Figure, style: Style) -> dict[str, object]:
+    """Hides edges below a share of the largest score; everything else stays."""
+    steps = []
+    for number, share in enumerate(_STEPS):
+        seen = [trace.meta is None or trace.meta >= number for trace in figure.data]
+        steps.append(
+            {"method": "restyle", "args": [{"visible": seen}], "label": f"{100 * share:g}%"}
+        )
+    return {
+        "active": 0,
+        "steps": steps,
+        "currentvalue": {"prefix": "edges from ", "suffix": " of the largest"},
+        "pad": {"t": 10},
+        "len": 0.6,
+        "font": {"size": 10, "color": style.text},
+    }
+
+
+def faithfulness_curves(
+    found: Faithfulness | Mapping[str, Faithfulness], *, theme: Theme = "light"
+) -> go.Figure:
+    """Faithfulness f of circuits of the best edges against their size, beside random edges.
+
+    The band is that of random circuits, from the lowest draw to the highest; dotted lines are at
+    0 (no edges) and 1 (the whole model). Sizes are on a log scale.
+
+    Args:
+        found: one curve, or several by name, e.g. of different methods; random edges are those of
+            the first.
+        theme: ``light`` or ``dark``.
+
+    Raises:
+        InputError: if there is no curve.
+
+    Example:
+        >>> names = hs.probes.pairs(model, "ioi", batch=2)
+        >>> metric = hs.metrics.logit_difference
+        >>> graph = hs.edges.attribute(model, names, metric)
+        >>> curve = hs.edges.faithfulness(model, names, metric, graph, sizes=[0.1, 1.0])
+        >>> type(hs.plots.faithfulness_curves(curve)).__name__
+        'Figure'
+    """
+    named = {found.method: found} if isinstance(found, Faithfulness) else dict(found)
+    if not named:
+        raise InputError("there is no curve to draw: give one or more.")
+    first = next(iter(named.values()))
+    figure = Figure()
+    style = STYLES[theme]
+    _add_random(figure, first, style)
+    for number, (name, curve) in enumerate(named.items()):
+        figure.add_scatter(
+            x=(100 * curve.sizes).tolist(),
+            y=curve.faithfulness.tolist(),
+            name=f"{label(name)} (CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f})",
+            mode="lines+markers",
+            line={"color": LINE_COLOURS[number % len(LINE_COLOURS)], "width": 2},
+            customdata=curve.counts.tolist(),
+            hovertemplate=f"<b>{label(name)}</b><br>%{{customdata}} edges: %{{y:.3f}}"
+            "<extra></extra>",
+        )
+    for height in (0.0, 1.0):
+        figure.add_hline(height, line={"dash": "dot", "width": 1, "color": style.text})
+    said = [
+        first.provenance.model,
+        f"ablation {first.ablation}",
+        f"of {first.unit or 'the metric'}",
+    ]
+    dress(
+        figure,
+        theme,
+        title="faithfulness of circuits",
+        subtitle=", ".join(label(part) for part in said if part),
+        width=760,
+        height=420,
+    )
+    ticks = [100 * size for size in first.sizes]
+    figure.update_xaxes(
+        title_text="edges kept (%)", type="log", tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks], zeroline=False,
+    )  # fmt: skip
+    figure.update_yaxes(title_text="faithfulness", zeroline=False)
+    figure.update_layout(
+        showlegend=True,
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1.0, "yanchor": "top"},
+        margin={"l": 70, "r": 240, "t": 76, "b": 60},
+    )
+    return figure
+
+
+def _add_random(figure: go.Figure, curve: Faithfulness, style: Style) -> None:
+    """Random circuits: their mean, in a band from the lowest to the highest."""
+    x = (100 * curve.sizes).tolist()
+    low, high = curve.random.min(0).tolist(), curve.random.max(0).tolist()
+    figure.add_scatter(
+        x=[*x, *x[::-1]], y=[*low, *high[::-1]], mode="lines", fill="toself",
+        fillcolor=faint(style.muted), line={"width": 0, "color": faint(style.muted)},
+        hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
+    figure.add_scatter(
+        x=x, y=curve.random.mean(0).tolist(), mode="lines",
+        name=f"random edges ({len(curve.random)} draws)",
+        line={"color": style.muted, "width": 2},
+        hovertemplate="<b>random</b><br>%{y:.3f}<extra></extra>",
+    )  # fmt: skip

@@ -1,0 +1,912 @@
+"""Edges between heads: the wiring of a model, scores of its edges, circuits, faithfulness."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from headscope.base.files import whole_file
+from headscope.base.glance import Glance, Shown, number, shaded
+from headscope.base.parquet_files import read_parquet
+from headscope.base.result import Tabular
+from headscope.base.saved import Saved, Stored
+from headscope.base.sections import Drawn, Facts, Grid, Section, Words
+from headscope.base.specs import Provenance
+from headscope.base.statistics import Design, mean_and_sem
+from headscope.errors import InputError, nearest
+from headscope.heads import HeadIndex
+from headscope.table.scores import HeadScores
+
+if TYPE_CHECKING:
+    import pandas
+
+_KEY = b"headscope"
+_KIND, _FORMAT = "edge graph", 1
+STABLE = 0.8
+LEAST_PROMPTS = 100
+_TOLERANCE = 1e-6
+_NULL_LIMIT = 1e-3
+_LISTED = 20
+
+Slot = Literal["query", "key", "value", "mlp", "output"]
+SLOTS: tuple[str, ...] = get_args(Slot)
+HEAD_SLOTS = ("query", "key", "value")
+_SHORT = {"q": "query", "k": "key", "v": "value"}
+
+
+class Edge(NamedTuple):
+    """One node that reads what another wrote; equal to a plain tuple of its three names.
+
+    Attributes:
+        source: ``embed``, a head such as ``L0H1``, or an MLP such as ``MLP0``.
+        target: a head, an MLP, or ``logits``.
+        slot: by which input: ``query``, ``key`` or ``value`` of a head, ``mlp``, ``output``.
+    """
+
+    source: str
+    target: str
+    slot: str
+
+    def __str__(self) -> str:
+        """Both ends and the slot of a head, as in ``L0H0 -> L1H0.key``."""
+        slot = f".{self.slot}" if self.slot in HEAD_SLOTS else ""
+        return f"{self.source} -> {self.target}{slot}"
+
+
+@dataclass(frozen=True)
+class Wiring(Stored):
+    """Nodes of a model and every edge between them.
+
+    Sources are the embedding, every head and every MLP, in the order in which they write. A head
+    has three inputs, an MLP one; the last target is the output. A target reads a run of the
+    sources from the first on, so the number of sources that it reads says which. Query heads that
+    share a key/value head have a key and a value slot each: an edge into one of them changes what
+    that query head alone sees of the shared key or value.
+
+    Attributes:
+        n_heads: query heads per layer.
+        parallel: of every layer, whether its MLP reads what its attention reads, instead of what
+            comes after the attention.
+    """
+
+    n_heads: int
+    parallel: tuple[bool, ...]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return len(self.parallel)
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """Names of what writes, in order."""
+        names = ["embed"]
+        for layer in range(self.n_layers):
+            names += [str(HeadIndex(layer, head)) for head in range(self.n_heads)]
+            names.append(f"MLP{layer}")
+        return tuple(names)
+
+    @cached_property
+    def targets(self) -> tuple[tuple[str, str], ...]:
+        """Names of what reads, with the slot: per layer all queries, keys, values, then the MLP."""
+        found: list[tuple[str, str]] = []
+        for layer in range(self.n_layers):
+            heads = [str(HeadIndex(layer, head)) for head in range(self.n_heads)]
+            found += [(head, slot) for slot in HEAD_SLOTS for head in heads]
+            found.append((f"MLP{layer}", "mlp"))
+        return (*found, ("logits", "output"))
+
+    def before(self, layer: int) -> int:
+        """Number of sources that write before a layer."""
+        return 1 + layer * (self.n_heads + 1)
+
+    def before_mlp(self, layer: int) -> int:
+        """Number of sources that an MLP reads."""
+        return self.before(layer) + (0 if self.parallel[layer] else self.n_heads)
+
+    def heads_of(self, layer: int) -> slice:
+        """Where the heads of a layer stand among the sources; its MLP follows."""
+        first = self.before(layer)
+        return slice(first, first + self.n_heads)
+
+    def inputs_of(self, layer: int) -> slice:
+        """Where the slots of a layer's heads stand among the targets; its MLP follows."""
+        first = layer * (3 * self.n_heads + 1)
+        return slice(first, first + 3 * self.n_heads)
+
+    @cached_property
+    def reach(self) -> Int[np.ndarray, " target"]:
+        """Number of sources that each target reads."""
+        counts: list[int] = []
+        for layer in range(self.n_layers):
+            counts += [self.before(layer)] * (3 * self.n_heads)
+            counts.append(self.before_mlp(layer))
+        return np.array([*counts, len(self.sources)])
+
+    @cached_property
+    def present(self) -> Bool[np.ndarray, "target source"]:
+        """Which pairs are edges."""
+        found: np.ndarray = np.arange(len(self.sources)) < self.reach[:, None]
+        return found
+
+    @cached_property
+    def ends(self) -> tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"]]:
+        """Target and source of every edge, by number, in the order of :attr:`edges`."""
+        targets, sources = np.nonzero(self.present)
+        return targets, sources
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, target by target, sources in the order in which they write."""
+        return tuple(
+            Edge(self.sources[source], *self.targets[target])
+            for target, source in zip(*self.ends, strict=True)
+        )
+
+    @cached_property
+    def number(self) -> dict[Edge, int]:
+        """Place of every edge in :attr:`edges`."""
+        return {edge: at for at, edge in enumerate(self.edges)}
+
+    def __len__(self) -> int:
+        """Return the number of edges: 3 H sum(1 + l (H + 1)) and those of MLPs and the output."""
+        return int(self.reach.sum())
+
+    def find(self, edge: Sequence[str]) -> int:
+        """Place of an edge, given as (source, target, slot); ``q k v`` stand for the slots.
+
+        Raises:
+            InputError: if the model has no such edge.
+        """
+        if isinstance(edge, str) or len(edge) != 3:
+            raise InputError(f"an edge is (source, target, slot); got {edge!r}.")
+        source, target, slot = edge
+        named = Edge(str(source), str(target), _SHORT.get(slot, slot))
+        if named in self.number:
+            return self.number[named]
+        if named.slot not in SLOTS:
+            raise InputError(nearest(str(slot), (*SLOTS, *_SHORT), kind="slot"))
+        raise InputError(
+            f"there is no edge {named}: sources are embed, heads such as L0H1 and MLPs such as "
+            "MLP0, and a target reads only what was written before it."
+        )
+
+    def dense(self, values: Float[np.ndarray, " edge"]) -> Float[np.ndarray, "target source"]:
+        """Values of all edges as a matrix; NaN where there is no edge."""
+        placed = np.full(self.present.shape, np.nan)
+        placed[self.ends] = values
+        return placed
+
+    def kept(self, chosen: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, "target source"]:
+        """Edges that are kept, as a matrix."""
+        placed = np.zeros(self.present.shape, bool)
+        placed[self.ends] = chosen
+        return placed
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeScores(Mapping[Edge, float]):
+    """A number for every edge, by (source, target, slot); ``q``, ``k``, ``v`` stand for slots.
+
+    Attributes:
+        wiring: which edges there are.
+        by_number: in the order of the edges.
+    """
+
+    wiring: Wiring
+    by_number: Float[np.ndarray, " edge"]
+
+    def __getitem__(self, edge: Sequence[str]) -> float:
+        """Number of one edge.
+
+        Raises:
+            InputError: if the model has no such edge.
+        """
+        return float(self.by_number[self.wiring.find(edge)])
+
+    def __contains__(self, edge: object) -> bool:
+        """Whether the model has this edge."""
+        return isinstance(edge, tuple) and edge in self.wiring.number
+
+    def __iter__(self) -> Iterator[Edge]:
+        """Edges, target by target."""
+        return iter(self.wiring.edges)
+
+    def __len__(self) -> int:
+        """Number of edges."""
+        return len(self.wiring)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Numbers in the order of the edges."""
+        return np.array(self.by_number, dtype=dtype)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeGraph(Shown, Tabular):
+    """What taking out each edge does to a metric, estimated or measured.
+
+    A score is the metric with the edge taken out less that of the clean run, so an edge that the
+    answer needs has a negative score where the metric is large for right answers.
+
+    Attributes:
+        wiring: nodes and edges of the model.
+        method: ``eap``, ``eap_ig`` or ``exact``.
+        ablation: what an edge that is taken out carries: ``patch`` (what its source writes in the
+            paired run), ``zero``, or ``mean`` (what it writes on average).
+        per_example: scores; NaN where the metric reads nothing of an example.
+        kv_heads: number of key/value heads.
+        steps: of integrated gradients; 0 where there are none.
+        unit: of the metric.
+        provenance: where it came from.
+        clusters: label per example; those with one label count as one observation.
+    """
+
+    wiring: Wiring
+    method: str
+    ablation: str
+    per_example: Float[np.ndarray, "edge example"]
+    kv_heads: int = 1
+    steps: int = 0
+    unit: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+    clusters: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the shape; freeze the array."""
+        if self.per_example.ndim != 2 or len(self.per_example) != len(self.wiring):
+            raise InputError(
+                f"scores of shape {self.per_example.shape} do not fit {len(self.wiring):,} edges."
+            )
+        values = np.array(self.per_example, np.float32)
+        values.setflags(write=False)
+        object.__setattr__(self, "per_example", values)
+
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """Every edge, in the order of :attr:`mean`."""
+        return self.wiring.edges
+
+    @cached_property
+    def mean(self) -> Float[np.ndarray, " edge"]:
+        """Mean score over examples, in the metric's unit."""
+        return mean_and_sem(self.per_example.astype(np.float64)).mean
+
+    @cached_property
+    def sem(self) -> Float[np.ndarray, " edge"]:
+        """Standard error of the mean; NaN with fewer than two examples."""
+        return mean_and_sem(self.per_example.astype(np.float64), self.clusters).sem
+
+    @property
+    def scores(self) -> EdgeScores:
+        """Mean score of every edge, by (source, target, slot)."""
+        return EdgeScores(self.wiring, self.mean)
+
+    @property
+    def matrix(self) -> Float[np.ndarray, "target source"]:
+        """Mean scores with targets downwards and sources to the right; NaN where no edge is."""
+        return self.wiring.dense(self.mean)
+
+    @property
+    def head_scores(self) -> Float[np.ndarray, "layer head"]:
+        """Sum of the mean scores of the edges that leave each head.
+
+        By ``eap`` this is the attribution of the head itself, change times gradient: what it
+        writes enters all its edges alike.
+        """
+        mean: np.ndarray = self._by_head(self.mean[:, None])[..., 0]
+        return mean
+
+    @cached_property
+    def heads(self) -> HeadScores:
+        """:attr:`head_scores` as a score of the table, tested against 0."""
+        found = self._by_head(self.per_example.astype(np.float64))
+        return HeadScores.from_effects(
+            f"{self.method}_edges",
+            found,
+            kv_heads=self.kv_heads,
+            design=Design(clusters=self.clusters),
+            unit=self.unit,
+            description="Sum of the scores of the edges that leave the head.",
+            source="Syed et al. 2023, arXiv 2310.10348; Hanna et al. 2024, arXiv 2403.17806",
+            provenance=self.provenance,
+        )
+
+    def _by_head(self, values: Float[np.ndarray, "edge n"]) -> Float[np.ndarray, "layer head n"]:
+        wiring = self.wiring
+        total = np.zeros((len(wiring.sources), values.shape[1]))
+        np.add.at(total, wiring.ends[1], values)
+        return np.stack([total[wiring.heads_of(layer)] for layer in range(wiring.n_layers)])
+
+    def rank(self) -> Int[np.ndarray, " edge"]:
+        """Numbers of the edges, largest magnitude first; equal ones in their order."""
+        return np.argsort(-np.abs(np.nan_to_num(self.mean)), kind="stable")
+
+    def top(self, k: int = 10) -> list[tuple[Edge, float]]:
+        """The k edges with the largest magnitudes, largest first."""
+        return [(self.edges[at], float(self.mean[at])) for at in self.rank()[: max(k, 0)].tolist()]
+
+    def chosen(self, count: int) -> Bool[np.ndarray, " edge"]:
+        """The ``count`` edges with the largest magnitudes, as a mask over the edges."""
+        found = np.zeros(len(self.wiring), bool)
+        found[self.rank()[:count]] = True
+        return found
+
+    def auroc(self, truth: Iterable[Any]) -> float:
+        """How well magnitudes tell true edges from the others: area under the ROC curve.
+
+        The share of pairs of a true and another edge in which the true one has the larger
+        magnitude; ties count against it, so that scores that are all 0 have 0, not a half.
+
+        Args:
+            truth: edges as (source, target, slot), or with these attributes.
+
+        Raises:
+            InputError: if there is no such edge, or all or none are true.
+        """
+        true = np.zeros(len(self.wiring), bool)
+        for edge in truth:
+            named = edge if isinstance(edge, tuple) else (edge.source, edge.target, edge.slot)
+            true[self.wiring.find(named)] = True
+        if true.all() or not true.any():
+            raise InputError("an AUROC needs edges that are true and edges that are not.")
+        size = np.abs(np.nan_to_num(self.mean))
+        below = np.searchsorted(np.sort(size[~true]), size[true], side="left")
+        return float(below.mean() / (~true).sum())
+
+    def glance(self) -> Glance:
+        """The largest edges, and the sums of heads as a picture."""
+        layers = [f"L{layer}" for layer in range(self.wiring.n_layers)]
+        heads = [f"H{head}" for head in range(self.wiring.n_heads)]
+        return Glance(
+            f"edges by {self.method}",
+            [
+                f"{len(self.wiring):,} edges",
+                f"ablation {self.ablation}",
+                f"{self.unit or 'metric'}, mean of {self.per_example.shape[1]} examples",
+                self.provenance.model,
+            ],
+            ("edge", "score"),
+            [(str(edge), number(score)) for edge, score in self.top(6)],
+            shaded(layers, heads, self.head_scores.tolist()),
+            hint="graph.top(10), graph.heads, hs.edges.faithfulness(model, probe, metric, graph)",
+        )
+
+    def sections(self) -> list[Section]:
+        """The graph, and its largest edges with their errors."""
+        rows = [
+            (str(self.edges[at]), float(self.mean[at]), float(self.sem[at]))
+            for at in self.rank()[:_LISTED].tolist()
+        ]
+        said = f"Edges by {self.method}, {self.unit or 'metric'}, ablation {self.ablation}."
+        return [
+            Section(
+                "Edges",
+                [
+                    Words(
+                        "A score is the change of the metric when the edge carries what its source "
+                        "writes once corrupted."
+                    ),
+                    Drawn("edges", said),
+                    Grid(("edge", "score", "standard error"), rows, "The largest edges."),
+                ],
+            )
+        ]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per edge: source, target, slot, score, sem."""
+        import pandas
+
+        return pandas.DataFrame(
+            [(*edge, *pair) for edge, *pair in zip(self.edges, self.mean, self.sem, strict=True)],
+            columns=["source", "target", "slot", "score", "sem"],
+        )
+
+    def to_json(self, count: int | None = None) -> dict[str, Any]:
+        """Nodes and edges as JSON values, for other programs.
+
+        Args:
+            count: keep this many edges, by magnitude; None: all.
+        """
+        kept = self.top(len(self.wiring) if count is None else count)
+        return {
+            "nodes": [*self.wiring.sources, "logits"],
+            "edges": [{**edge._asdict(), "score": score} for edge, score in kept],
+            "method": self.method,
+            "ablation": self.ablation,
+            "provenance": self.provenance.to_json(),
+        }
+
+    def save(self, path: "str | PathLike[str]") -> None:
+        """Write one Parquet file atomically: a row per edge, everything else in its metadata.
+
+        Args:
+            path: of the file; what is there is replaced.
+        """
+        import pyarrow
+        from pyarrow import parquet
+
+        table = pyarrow.Table.from_pandas(self.to_pandas(), preserve_index=False)
+        lists = pyarrow.array(list(self.per_example), pyarrow.list_(pyarrow.float32()))
+        table = table.append_column("per_example", lists)
+        head = {
+            "kind": _KIND,
+            "format": _FORMAT,
+            "n_heads": self.wiring.n_heads,
+            "parallel": list(self.wiring.parallel),
+            "provenance": self.provenance.to_json(),
+            **{name: getattr(self, name) for name in _FACTS},
+        }
+        known = {_KEY: json.dumps(head, allow_nan=False).encode()}
+        with whole_file(Path(path)) as file:
+            parquet.write_table(table.replace_schema_metadata(known), file, compression="zstd")
+
+    @classmethod
+    def load(cls, path: "str | PathLike[str]") -> "EdgeGraph":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: if the file is missing, damaged, or holds something else.
+        """
+        rows = read_parquet(path)
+        try:
+            head = json.loads((rows.schema.metadata or {})[_KEY])
+            if head["kind"] != _KIND or head["format"] != _FORMAT:
+                raise ValueError(f"it holds {head['kind']!r}")
+            wiring = Wiring(int(head["n_heads"]), tuple(map(bool, head["parallel"])))
+            if rows.num_rows != len(wiring):
+                raise ValueError(f"it has {rows.num_rows} rows for {len(wiring)} edges")
+            clusters = head.pop("clusters")
+            return cls(
+                wiring,
+                per_example=np.array(rows["per_example"].to_pylist(), np.float32),
+                provenance=Provenance.from_json(head["provenance"]),
+                clusters=None if clusters is None else tuple(clusters),
+                **{name: head[name] for name in _FACTS if name != "clusters"},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{str(path)!r} is not a saved edge graph, or is damaged: {error}."
+            ) from None
+
+
+_FACTS = ("method", "ablation", "kv_heads", "steps", "unit", "clusters")
+
+
+@dataclass(frozen=True)
+class Stability(Stored):
+    """How much the strongest edges change when prompts are drawn again.
+
+    Attributes:
+        jaccard: mean overlap (intersection over union) of the chosen edges with those chosen on
+            bootstrap draws of the prompts, in [0, 1].
+        low, high: the middle 95% of the draws.
+        chance: overlap of two random sets of as many edges.
+        count: edges compared.
+        prompts: examples (or clusters of them) that were drawn from.
+    """
+
+    jaccard: float
+    low: float
+    high: float
+    chance: float
+    count: int
+    prompts: int
+
+    @property
+    def verdict(self) -> str:
+        """``stable`` from a mean overlap of 0.8; ``unstable`` below; what is missing else."""
+        if self.prompts < LEAST_PROMPTS:
+            return f"not known: {self.prompts} prompts, and it takes {LEAST_PROMPTS}"
+        return "stable" if self.jaccard >= STABLE else "unstable"
+
+    def __str__(self) -> str:
+        """Overlap, its range, chance and the verdict on one line."""
+        return (
+            f"Jaccard of the {self.count} edges over resampled prompts {self.jaccard:.2f}"
+            f" ({self.low:.2f} to {self.high:.2f}; by chance {self.chance:.2f}): {self.verdict}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Checks(Stored):
+    """What a circuit must be read with: is it stable, is it the only one, could it have failed.
+
+    Attributes:
+        stability: over resampled prompts; None where no scores per prompt were kept.
+        rival: overlap, in [0, 1], with a circuit of the same size that was grown from another
+            start, from the embedding up; NaN where there is none.
+        rival_chance: overlap of two random sets of as many edges.
+        rival_faithfulness: of that circuit. As faithful with little overlap: there is more than
+            one circuit of this size.
+        positive: positive control: mean over examples of the metric with all edges less that with
+            none, in the metric's unit. Where corruption changes nothing there is no circuit.
+        positive_sem: its standard error.
+        null: null position: largest magnitude by which taking all edges out changes the metric
+            where both texts of a pair are the same up to there, which must be 0; NaN where there
+            is no such position.
+        matched: faithfulness of the circuit with its heads exchanged for random ones of the same
+            layers, one number per draw.
+    """
+
+    stability: Stability | None = None
+    rival: float = float("nan")
+    rival_chance: float = float("nan")
+    rival_faithfulness: float = float("nan")
+    positive: float = float("nan")
+    positive_sem: float = float("nan")
+    null: float = float("nan")
+    matched: Float[np.ndarray, " draw"] = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def verdict(self) -> str:
+        """``stable``, ``unstable``, or why that is not known."""
+        if self.stability is None:
+            return "not known: no scores per prompt"
+        return self.stability.verdict
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Every check with its outcome in words."""
+        said = self.verdict if self.stability is None else str(self.stability)
+        return [
+            ("stability", said),
+            ("rival", self._rival()),
+            ("positive control", self._positive()),
+            ("null position", self._null()),
+            ("matched heads", self._matched()),
+        ]
+
+    def _rival(self) -> str:
+        if np.isnan(self.rival):
+            return "none: the edges were not chosen from scores"
+        return (
+            f"overlap {self.rival:.2f} (by chance {self.rival_chance:.2f}), faithfulness "
+            f"{number(self.rival_faithfulness)}, grown from the embedding up"
+        )
+
+    def _positive(self) -> str:
+        said = f"all edges out: {number(-self.positive)} +- {number(self.positive_sem)}"
+        clear = abs(self.positive) > 2 * self.positive_sem
+        return said if clear else f"{said}: corruption changes nothing, so there is no circuit"
+
+    def _null(self) -> str:
+        if np.isnan(self.null):
+            return "none: no position where both texts are still the same"
+        return f"largest change {number(self.null)}" + (
+            "" if self.null < _NULL_LIMIT else ": must be 0"
+        )
+
+    def _matched(self) -> str:
+        if not len(self.matched):
+            return "none drawn"
+        return (
+            f"faithfulness {number(float(self.matched.mean()))} of random heads of the same layers "
+            f"({len(self.matched)} draws)"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit(Saved, Shown, Tabular):
+    """A set of edges, and the metric of the model that has these edges alone.
+
+    Attributes:
+        wiring: nodes and edges of the model.
+        kept: which edges are in the circuit, in the order of ``wiring.edges``.
+        changes: what taking an edge out changed in the metric when its turn came, or its score
+            where edges were chosen by scores; NaN for edges that were not tried.
+        value: mean metric of the circuit.
+        full: mean metric of the whole model.
+        empty: mean metric with every edge taken out.
+        method: how it was found.
+        order: in which order edges were tried; empty where they were not.
+        threshold: change up to which an edge was taken out; NaN where none was set.
+        ablation: what edges outside carry.
+        unit: of the metric.
+        provenance: where it came from.
+        checks: stability and controls; None where they were not asked for.
+    """
+
+    wiring: Wiring
+    kept: Bool[np.ndarray, " edge"]
+    changes: Float[np.ndarray, " edge"]
+    value: float
+    full: float
+    empty: float
+    method: str = ""
+    order: str = ""
+    threshold: float = float("nan")
+    ablation: str = ""
+    unit: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+    checks: Checks | None = None
+
+    @cached_property
+    def edges(self) -> tuple[Edge, ...]:
+        """The edges of the circuit, target by target."""
+        return tuple(self.wiring.edges[at] for at in np.nonzero(self.kept)[0])
+
+    @cached_property
+    def heads(self) -> tuple[HeadIndex, ...]:
+        """Heads that an edge of the circuit leaves, in order."""
+        sources = {edge.source for edge in self.edges}
+        every = (
+            HeadIndex(layer, head)
+            for layer in range(self.wiring.n_layers)
+            for head in range(self.wiring.n_heads)
+        )
+        return tuple(head for head in every if str(head) in sources)
+
+    @property
+    def faithfulness(self) -> float:
+        """``(value - empty) / (full - empty)``: 1 where it does what the model does."""
+        span = self.full - self.empty
+        return (self.value - self.empty) / span if span else float("nan")
+
+    def jaccard(self, other: "Circuit") -> float:
+        """Edges in both over edges in either; 1 for two empty ones.
+
+        Raises:
+            InputError: if the other circuit is of a model with other nodes.
+        """
+        if self.wiring != other.wiring:
+            raise InputError("these circuits are of models with different nodes.")
+        either = (self.kept | other.kept).sum()
+        return float((self.kept & other.kept).sum() / either) if either else 1.0
+
+    def glance(self) -> Glance:
+        """How large, faithful and stable it is, and its edges."""
+        share = self.kept.mean()
+        checks = [] if self.checks is None else self.checks.rows()
+        verdict = "" if self.checks is None else self.checks.verdict
+        return Glance(
+            f"circuit by {self.method}",
+            [
+                f"{len(self.edges):,} of {len(self.wiring):,} edges ({100 * share:.2g}%)",
+                f"{len(self.heads)} heads",
+                f"faithfulness {number(self.faithfulness)}",
+                f"stability {verdict}" if verdict.startswith("not known") else verdict,
+                self.provenance.model,
+            ],
+            ("check or edge", "outcome, or change when taken out"),
+            [*checks, *[(str(edge), number(change)) for edge, change in self._strongest(6)]],
+            hint="circuit.edges, circuit.heads, hs.edges.completeness(model, probe, metric, ...)",
+        )
+
+    def sections(self) -> list[Section]:
+        """The circuit, its checks and its edges."""
+        facts = [
+            ("edges", f"{len(self.edges):,} of {len(self.wiring):,}"),
+            ("heads", " ".join(map(str, self.heads)) or "none"),
+            ("faithfulness", f"{number(self.faithfulness)} ({self.method}, {self.ablation})"),
+            *([] if self.checks is None else self.checks.rows()),
+        ]
+        rows = [(str(edge), change) for edge, change in self._strongest(_LISTED)]
+        return [
+            Section(
+                "Circuit",
+                [
+                    Facts(facts),
+                    Drawn("circuit", "Its edges, heads by layer, wide where much is carried."),
+                    Grid(("edge", "score"), rows, "Its edges, strongest first."),
+                ],
+            )
+        ]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per edge of the circuit: source, target, slot, change."""
+        import pandas
+
+        return pandas.DataFrame(
+            [(*edge, change) for edge, change in self._strongest(len(self.edges))],
+            columns=["source", "target", "slot", "change"],
+        )
+
+    def _strongest(self, count: int) -> list[tuple[Edge, float]]:
+        places = np.nonzero(self.kept)[0]
+        sizes = np.nan_to_num(np.abs(self.changes[places]))
+        chosen = places[np.argsort(-sizes, kind="stable")[:count]]
+        return [(self.wiring.edges[at], float(self.changes[at])) for at in chosen]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Faithfulness(Saved, Shown, Tabular):
+    """The metric of circuits of the best edges, size by size, beside circuits of random edges.
+
+    ``f(k) = (m(C_k) - m(none)) / (m(all) - m(none))`` of means over examples: 1 where the circuit
+    does what the whole model does, 0 where it does what the model does with every edge taken out.
+    It may lie outside of [0, 1], as some edges work against the answer.
+
+    Attributes:
+        sizes: nominal shares of all edges.
+        counts: edges of each circuit, ``int(size * edges)``.
+        value: mean metric of each circuit.
+        control: mean metric of circuits of as many random edges, one row per draw.
+        full: mean metric with all edges, the clean run.
+        empty: mean metric with none.
+        method: what ranked the edges.
+        ablation: what edges outside of the circuit carry.
+        unit: of the metric.
+        provenance: where it came from.
+    """
+
+    sizes: Float[np.ndarray, " size"]
+    counts: Int[np.ndarray, " size"]
+    value: Float[np.ndarray, " size"]
+    control: Float[np.ndarray, "draw size"]
+    full: float
+    empty: float
+    method: str = ""
+    ablation: str = ""
+    unit: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def _share(self, value: Float[np.ndarray, "*any size"]) -> Float[np.ndarray, "*any size"]:
+        span = self.full - self.empty
+        if abs(span) < _TOLERANCE * max(1.0, abs(self.full)):
+            return np.full(value.shape, np.nan)
+        return np.asarray((value - self.empty) / span)
+
+    @cached_property
+    def faithfulness(self) -> Float[np.ndarray, " size"]:
+        """Faithfulness f of every circuit; NaN where taking out all edges changes nothing."""
+        return self._share(self.value)
+
+    @cached_property
+    def random(self) -> Float[np.ndarray, "draw size"]:
+        """Faithfulness f of circuits of random edges."""
+        return self._share(self.control)
+
+    @property
+    def cpr(self) -> float:
+        """Area under f over the nominal sizes (trapezoids): higher is better, without an upper end.
+
+        Integrated circuit performance ratio. The step from half to all edges is half of its axis.
+        """
+        return area(self.sizes, self.faithfulness)
+
+    @property
+    def cpr_capped(self) -> float:
+        """As :attr:`cpr`, of f cut to [0, 1]."""
+        return area(self.sizes, self.faithfulness.clip(0.0, 1.0))
+
+    @property
+    def cmd(self) -> float:
+        """Area under ``|1 - f|`` over the nominal sizes: 0 is best. Circuit-model distance."""
+        return area(self.sizes, np.abs(1 - self.faithfulness))
+
+    @property
+    def log_area(self) -> float:
+        """Mean of f along log sizes (trapezoids, over the length of the axis): about 1 is best.
+
+        Small circuits count as much as large ones; methods may rank otherwise than by :attr:`cpr`.
+        """
+        logs = np.log10(self.sizes)
+        return area(logs, self.faithfulness) / float(logs[-1] - logs[0])
+
+    @property
+    def random_cpr(self) -> float:
+        """Mean :attr:`cpr` of random edges."""
+        return float(np.mean([area(self.sizes, one) for one in self.random]))
+
+    @property
+    def random_cmd(self) -> float:
+        """Mean :attr:`cmd` of random edges."""
+        return float(np.mean([area(self.sizes, np.abs(1 - one)) for one in self.random]))
+
+    @property
+    def random_log_area(self) -> float:
+        """Mean :attr:`log_area` of random edges."""
+        logs = np.log10(self.sizes)
+        return float(np.mean([area(logs, one) for one in self.random]) / (logs[-1] - logs[0]))
+
+    def glance(self) -> Glance:
+        """The areas beside those of random edges, and the curve."""
+        rows = [
+            (f"{count:,} edges ({100 * size:.3g}%)", number(f), number(float(control)))
+            for size, count, f, control in zip(
+                self.sizes, self.counts, self.faithfulness, self.random.mean(0), strict=True
+            )
+        ]
+        areas = [
+            ("CPR", number(self.cpr), number(self.random_cpr)),
+            ("CMD", number(self.cmd), number(self.random_cmd)),
+            ("area over log size", number(self.log_area), number(self.random_log_area)),
+        ]
+        return Glance(
+            f"faithfulness of circuits by {self.method}",
+            [f"ablation {self.ablation}", self.unit, self.provenance.model],
+            ("circuit", "f", "random edges"),
+            [*areas, *rows],
+            hint="curve.faithfulness, curve.random, curve.to_pandas()",
+        )
+
+    def sections(self) -> list[Section]:
+        """The curve and its areas, beside those of random edges."""
+        areas = [
+            ("CPR", self.cpr, self.random_cpr),
+            ("CPR, f cut to [0, 1]", self.cpr_capped, float("nan")),
+            ("CMD", self.cmd, self.random_cmd),
+            ("area over log size", self.log_area, self.random_log_area),
+        ]
+        said = "Faithfulness of circuits of the best edges; in grey, of random ones."
+        table = Grid(("area", self.method, "random edges"), areas)
+        return [Section("Faithfulness", [Drawn("faithfulness", said), table])]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per size: size, edges, value, faithfulness, and the mean of random edges."""
+        import pandas
+
+        return pandas.DataFrame(
+            {
+                "size": self.sizes,
+                "edges": self.counts,
+                "value": self.value,
+                "faithfulness": self.faithfulness,
+                "random": self.random.mean(0),
+            }
+        )
+
+
+def area(at: Float[np.ndarray, " size"], height: Float[np.ndarray, " size"]) -> float:
+    """Area under a curve by trapezoids, from the first point to the last.
+
+    Example:
+        >>> area(np.array([0.5, 1.0]), np.array([0.0, 1.0]))
+        0.25
+    """
+    return float(((at[1:] - at[:-1]) * (height[1:] + height[:-1]) / 2).sum())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Completeness(Saved, Shown):
+    """What is left when heads of a circuit are taken from it, and from the whole model.
+
+    A complete circuit holds all that does the work: take the same heads from both, and both fall
+    alike. A gap says that something outside the circuit stands in for what was taken.
+
+    Attributes:
+        subsets: heads taken, draw by draw; the first draws are single heads.
+        circuit: mean metric of the circuit without them.
+        model: mean metric of the whole model without them.
+        unit: of the metric.
+        provenance: of the circuit.
+    """
+
+    subsets: tuple[tuple[HeadIndex, ...], ...]
+    circuit: Float[np.ndarray, " draw"]
+    model: Float[np.ndarray, " draw"]
+    unit: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def gap(self) -> Float[np.ndarray, " draw"]:
+        """Magnitude of the difference, ``|m(C - K) - m(M - K)|``, in the metric's unit."""
+        return np.asarray(np.abs(self.circuit - self.model))
+
+    def glance(self) -> Glance:
+        """The largest gaps."""
+        worst = np.argsort(-self.gap)[:6]
+        return Glance(
+            "completeness of a circuit",
+            [
+                f"{len(self.subsets)} sets of heads",
+                f"mean gap {number(float(self.gap.mean()))} {self.unit}",
+                self.provenance.model,
+            ],
+            ("heads taken", "circuit", "whole model", "gap"),
+            [
+                (
+                    " ".join(map(str, self.subsets[at])),
+                    number(float(self.circuit[at])),
+                    number(float(self.model[at])),
+                    number(float(self.gap[at])),
+                )
+                for at in worst
+            ],
+            hint="result.gap, result.subsets",
+        )
