@@ -17,8 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import capture
-from headscope.ablation.checks import proofs
-from headscope.ablation.engine import Batch, stack_tokens
+from headscope.ablation.engine import Batch, proofs, stack_tokens
 from headscope.ablation.sources import Plan, plan_for
 from headscope.base.files import check_same, whole_file, writable_folder
 from headscope.base.options import RunOptions

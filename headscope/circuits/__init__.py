@@ -11,16 +11,15 @@ hs.circuits.survey(model)                    # all of it for all heads
 """
 
 from headscope.circuits.composition import ComponentScores as ComponentScores
+from headscope.circuits.composition import Path as Path
+from headscope.circuits.composition import chains as chains
 from headscope.circuits.composition import component_composition as component_composition
 from headscope.circuits.composition import composition as composition
 from headscope.circuits.composition import direction_composition as direction_composition
 from headscope.circuits.composition import partners as partners
 from headscope.circuits.composition import random_composition as random_composition
+from headscope.circuits.composition import strongest_paths as strongest_paths
 from headscope.circuits.composition import subspace_affinity as subspace_affinity
-from headscope.circuits.copying import copying_eigenvalues as copying_eigenvalues
-from headscope.circuits.copying import copying_share as copying_share
-from headscope.circuits.copying import matching_eigenvalues as matching_eigenvalues
-from headscope.circuits.copying import matching_share as matching_share
 from headscope.circuits.decomposition import Recording as Recording
 from headscope.circuits.decomposition import ScoreParts as ScoreParts
 from headscope.circuits.decomposition import TracedEdge as TracedEdge
@@ -37,7 +36,11 @@ from headscope.circuits.maps import read_relations as read_relations
 from headscope.circuits.maps import relation_scores as relation_scores
 from headscope.circuits.maps import relations as relations
 from headscope.circuits.maps import salient_mappings as salient_mappings
+from headscope.circuits.measures import copying_eigenvalues as copying_eigenvalues
+from headscope.circuits.measures import copying_share as copying_share
 from headscope.circuits.measures import eigenvalue_ratio as eigenvalue_ratio
+from headscope.circuits.measures import matching_eigenvalues as matching_eigenvalues
+from headscope.circuits.measures import matching_share as matching_share
 from headscope.circuits.measures import read_alignment as read_alignment
 from headscope.circuits.measures import symmetric_share as symmetric_share
 from headscope.circuits.measures import target_ranks as target_ranks
@@ -46,9 +49,6 @@ from headscope.circuits.ov_qk import ov as ov
 from headscope.circuits.ov_qk import qk as qk
 from headscope.circuits.ov_qk import qk_bands as qk_bands
 from headscope.circuits.ov_qk import qk_content as qk_content
-from headscope.circuits.paths import Path as Path
-from headscope.circuits.paths import chains as chains
-from headscope.circuits.paths import strongest_paths as strongest_paths
 from headscope.circuits.scores import Weights as Weights
 from headscope.circuits.scores import random_edge as random_edge
 from headscope.circuits.scores import score as score

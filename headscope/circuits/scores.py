@@ -14,15 +14,17 @@ from headscope.base.options import RunOptions
 from headscope.base.progress import Advance
 from headscope.base.statistics import Bounds
 from headscope.circuits import spectrum
-from headscope.circuits.copying import (
+from headscope.circuits.factors import HeadFactors
+from headscope.circuits.measures import (
     copying_eigenvalues,
     copying_ranks,
     matching_eigenvalues,
     matching_ranks,
+    read_alignment,
     share_within,
+    symmetric_share,
+    write_alignment,
 )
-from headscope.circuits.factors import HeadFactors
-from headscope.circuits.measures import read_alignment, symmetric_share, write_alignment
 from headscope.circuits.ov_qk import ov, over_all_layers, qk
 from headscope.circuits.vocabulary import Dictionary, Embedding
 from headscope.errors import InputError, UnsupportedModelError, nearest

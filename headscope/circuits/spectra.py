@@ -5,8 +5,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from headscope.circuits.copying import token_cores
 from headscope.circuits.factors import HeadFactors
+from headscope.circuits.measures import token_cores
 from headscope.circuits.ov_qk import ov, qk
 from headscope.circuits.scores import entry_sizes
 from headscope.circuits.spectrum import product_spectra

@@ -10,11 +10,16 @@ import numpy as np
 from headscope.base.glance import Glance, Shown, sizes
 from headscope.base.options import RunOptions
 from headscope.base.saved import Saved
-from headscope.circuits.composition import composition, partners_of, random_composition
+from headscope.circuits.composition import (
+    Path,
+    chains,
+    composition,
+    partners_of,
+    random_composition,
+)
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.maps import relation_scores
 from headscope.circuits.ov_qk import ov, qk
-from headscope.circuits.paths import Path, chains
 from headscope.circuits.scores import score
 from headscope.circuits.spectra import eigenvalues, spectra
 from headscope.circuits.vocabulary import Dictionary, Embedding, vocabulary_view

@@ -451,9 +451,9 @@ def emergence(
     json: Json = False,
 ) -> None:
     """Score heads at every checkpoint of training, beside the losses: which appear when."""
-    from headscope.cli import emergence as command
+    from headscope.cli.compare import run_emergence
 
-    command.run(
+    run_emergence(
         Loading(model, dtype=dtype, device=device),
         checkpoints=checkpoints,
         scorers=scorers,
@@ -587,9 +587,9 @@ def influence(
     json: Json = False,
 ) -> None:
     """Rank the documents of CORPUS by how much retrieval heads help to read them; resumable."""
-    from headscope.cli import influence as command
+    from headscope.cli.retrieval import run_influence
 
-    command.run(
+    run_influence(
         loading.of(model),
         corpus,
         heads=heads,

@@ -115,7 +115,7 @@ def _write(
     import pandas
 
     from headscope.plots import heatmaps
-    from headscope.report.circuits import circuit_sections, drawings
+    from headscope.report.sections import circuit_sections, drawings
 
     nodes = found.table.get("copying_eigenvalues_mlp")
     made = drawings(found.pairs, found.spectra, found.eigenvalues, nodes)

@@ -1,22 +1,34 @@
-"""``headscope compare``: heads of two models, matched."""
+"""``headscope compare`` and ``emergence``: heads of two models, or along a training run.
+
+Heads are matched between models; scores are taken at every checkpoint of a training run.
+"""
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headscope.base.files import whole_file, whole_page
-from headscope.cli.options import scorer_names
-from headscope.cli.output import print_either, print_written, rows_of, run_folder, typed
-from headscope.comparing import compare
+import numpy as np
+
+from headscope.base.files import paragraphs, read_text, whole_file, whole_page
+from headscope.cli.options import Loading, listed, scorer_names
+from headscope.cli.output import console, print_either, print_written, rows_of, run_folder, typed
+from headscope.comparing import compare, emergence
 from headscope.comparing.compared import way_to_match
+from headscope.errors import InputError
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
-from headscope.table import Comparison, HeadTable, versions
+from headscope.plots.style import visible
+from headscope.sweeps.results import read
+from headscope.table import Comparison, Emergence, HeadTable, versions
+from headscope.table.comparing import joined_curves
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from headscope.report.folder import RunFolder
 
 
@@ -107,3 +119,175 @@ def _write(folder: "RunFolder", found: Comparison, settings: dict[str, Any]) -> 
     )
     whole_page(folder.path / "index.html", page)
     folder.claim.write_facts({"command": typed(), "settings": settings, "versions": versions()})
+
+
+def run_emergence(
+    loading: Loading,
+    *,
+    checkpoints: str | None,
+    scorers: str | None,
+    texts: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Score or read a sweep, write, print."""
+    names, revisions = scorer_names(scorers), listed(checkpoints)
+    passages = None if texts is None else _passages(texts)
+    folder = run_folder(out, "emergence", overwrite=overwrite)
+    if folder is not None:
+        folder = folder.of(
+            {
+                "model": _source(loading.source),
+                "checkpoints": revisions,
+                "scorers": names,
+                "texts": None if passages is None else _digest("\n\n".join(passages)),
+                "dtype": loading.dtype,
+                "seed": seed,
+            }
+        )
+    started = time.perf_counter()
+    if _is_sweep(loading.source):
+        story = of_sweep(Path(str(loading.source)))
+    else:
+        story = emergence(
+            loading.source,
+            revisions,
+            names,
+            texts=passages,
+            device=loading.device,
+            dtype=loading.dtype,
+            seed=seed,
+        )
+    timings = {"score_seconds": time.perf_counter() - started}
+    if folder is None:
+        print_either(lambda: rows_of(story), lambda: _shown_emergence(story), as_json=as_json)
+        return
+    folder = folder.ready()
+    with whole_file(folder.path / "emergence.parquet") as file:
+        story.to_pandas().to_parquet(file, index=False)
+    settings: dict[str, Any] = {
+        "command": "emergence",
+        "model": story.model,
+        "checkpoints": list(story.checkpoints),
+        "seed": seed,
+    }
+    folder.write(
+        story.tables[-1],
+        settings,
+        timings,
+        command=typed(),
+        results={"emergence": story},
+    )
+    print_either(lambda: rows_of(story), lambda: _shown_emergence(story), as_json=as_json)
+    print_written(folder.path, "emergence.parquet", "table.parquet", "pictures/")
+
+
+def of_sweep(folder: Path) -> Emergence:
+    """A sweep over checkpoints as a story: effects of single heads, and the metric untouched.
+
+    Raises:
+        InputError: if the sweep has not two checkpoints or more of one model.
+    """
+    results = read(folder)
+    labels = [one.label for one in results.plan.models if "@" in one.label]
+    names = {label.rpartition("@")[0] for label in labels}
+    if len(names) != 1 or len(labels) < 2:
+        raise InputError(
+            f"the sweep in {folder} has not two checkpoints or more of one model: "
+            f"{', '.join(one.label for one in results.plan.models)}."
+        )
+    frame = results.rows.to_pandas()
+    tables, parts, units = [], [], {}
+    for label in labels:
+        tables.append(results.table(model=label))
+        mine = frame[frame["checkpoint"] == label.rpartition("@")[2]]
+        part = {}
+        for (metric, probe), rows in mine.groupby(["metric", "probe"], observed=True):
+            name = f"{metric} on {probe}"
+            part[name] = np.asarray(rows["clean_values"].iloc[0], dtype=np.float64)
+            units[name] = str(rows["unit"].iloc[0])
+        parts.append(part)
+    checkpoints = tuple(label.rpartition("@")[2] for label in labels)
+    return Emergence(names.pop(), checkpoints, tuple(tables), joined_curves(parts), units)
+
+
+def _source(source: str | None) -> str | None:
+    """A model by its name; a folder by a digest, which tells nothing of this machine."""
+    place = Path(source) if source else None
+    return _digest(str(place.resolve())) if place and place.exists() else source
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_sweep(source: str | None) -> bool:
+    return source is not None and (Path(source) / "manifest.json").is_file()
+
+
+def _passages(file: Path) -> list[str]:
+    """Paragraphs of a UTF-8 file."""
+    found = paragraphs(read_text(file))
+    if not found:
+        raise InputError(f"{file} holds no text.")
+    return found
+
+
+def _shown_emergence(story: Emergence) -> Iterator[Any]:
+    """A row per checkpoint: each score of the head that is best at the end, and the losses."""
+    from rich.text import Text
+
+    columns = {}
+    for name in story.scores:
+        head = story.best(name)
+        columns[f"{name}_{head}"] = [float(table[name].mean[head]) for table in story.tables]
+    for name in story.losses:
+        columns[name] = [float(value) for value in story.mean(name)]
+    width = console().width
+    for grid in _grids(columns, [visible(one) for one in story.checkpoints], width):
+        grid.title = f"{story.model} along training"
+        yield grid
+    for finding in story.findings():
+        yield Text(finding)
+
+
+def _grids(
+    columns: Mapping[str, Sequence[float]], checkpoints: Sequence[str], width: int
+) -> "Iterator[Table]":
+    """As many tables as it takes for no column to be cut; a header's words stand in a stack."""
+    from rich.table import Table
+    from rich.text import Text
+
+    steps = steps_of(checkpoints)
+    first = max(len("step"), *map(len, steps)) + 4
+    waiting = list(columns.items())
+    while waiting:
+        grid, used = Table(), first
+        grid.add_column("step", justify="right", no_wrap=True, vertical="bottom")
+        shown: list[Sequence[float]] = []
+        while waiting:
+            name, values = waiting[0]
+            words = re.split(r"[_ ]", name)
+            wide = max(*map(len, words), *(len(f"{one:.2f}") for one in values)) + 3
+            if shown and used + wide > width:
+                break
+            grid.add_column(
+                Text("\n".join(words)), justify="right", no_wrap=True, vertical="bottom"
+            )
+            shown.append(values)
+            used += wide
+            waiting.pop(0)
+        for at, step in enumerate(steps):
+            grid.add_row(Text(step), *(f"{values[at]:.2f}" for values in shown))
+        yield grid
+
+
+def steps_of(checkpoints: Sequence[str]) -> list[str]:
+    """Checkpoints as numbers of steps, where their names are numbers with the same words around."""
+    found = [re.fullmatch(r"(\D*)0*(\d+)(\D*)", one) for one in checkpoints]
+    around = {(one[1], one[3]) for one in found if one}
+    if not all(found) or len(around) != 1:
+        return list(checkpoints)
+    return [one[2] for one in found if one]

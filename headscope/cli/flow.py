@@ -12,7 +12,7 @@ from headscope.cli.options import Loading
 from headscope.cli.output import asked_of, print_either, print_written, rows_of, run_folder, typed
 from headscope.lens.prompt import read_prompt
 from headscope.models.protocol import HeadModel
-from headscope.plots.text import visible
+from headscope.plots.style import visible
 from headscope.table import Contributions, HeadTable, Routes, TokenFlow
 
 if TYPE_CHECKING:

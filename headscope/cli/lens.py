@@ -14,7 +14,7 @@ from headscope.cli.output import asked_of, print_either, print_written, rows_of,
 from headscope.errors import InputError
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
-from headscope.plots.text import visible
+from headscope.plots.style import visible
 from headscope.table import Attribution, HeadTable, HeadWords, LensGrid
 
 if TYPE_CHECKING:

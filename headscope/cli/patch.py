@@ -7,7 +7,7 @@ from typing import Any
 from headscope import metrics, probes
 from headscope.ablation import patch_stream
 from headscope.ablation.stream import STREAM_SITES
-from headscope.base.folders import Claim
+from headscope.base.files import Claim
 from headscope.cli.options import Loading
 from headscope.cli.output import asked_of, print_result, print_written, typed
 from headscope.errors import InputError, nearest

@@ -1,13 +1,25 @@
-"""``headscope report``: runs of one model or more as one HTML file."""
+"""``headscope report``: runs of one model or more as one HTML file.
+
+A sweep becomes runs of a report: effects of single heads, of sets, along curves, and what failed.
+"""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
 
 from headscope.base.files import check_page, whole_page
 from headscope.cli.output import console, typed
 from headscope.errors import InputError
-from headscope.report import Run, read_run, report_page
+from headscope.plots import curves
+from headscope.report import Grid, Picture, Run, Section, read_run, report_page
+from headscope.report.sections import Block
+from headscope.sweeps.results import Results, read
+from headscope.sweeps.store import Store, status
+from headscope.table import EffectGrid, HeadTable
 
 
 def run(places: Sequence[Path], *, out: Path, overwrite: bool, title: str | None) -> None:
@@ -17,7 +29,7 @@ def run(places: Sequence[Path], *, out: Path, overwrite: bool, title: str | None
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent} to write {out.name} into.")
     asked = {"kind": "report", "runs": [place.resolve().name for place in places]}
-    runs = [one for place in places for one in read(place)]
+    runs = [one for place in places for one in read_folder(place)]
     command = typed() or shlex.join(["headscope", "report", *(one.name for one in places)])
     page = report_page(runs, title=title, command=command)
     check_page(out, asked, overwrite=overwrite)
@@ -28,7 +40,7 @@ def run(places: Sequence[Path], *, out: Path, overwrite: bool, title: str | None
     )
 
 
-def read(place: Path) -> list[Run]:
+def read_folder(place: Path) -> list[Run]:
     """The runs of a folder: one, or of a sweep one per model.
 
     Raises:
@@ -37,8 +49,6 @@ def read(place: Path) -> list[Run]:
     if not place.exists():
         raise InputError(f"there is no run at {place}.")
     if (place / "manifest.json").is_file():
-        from headscope.cli.sweep_runs import sweep_runs
-
         return sweep_runs(place)
     if place.is_file() and place.suffix == ".parquet" and (curve := _curve(place)):
         return [curve]
@@ -66,3 +76,152 @@ def _curve(place: Path) -> Run | None:
         origin = found.effects.provenance
         return Run(place.stem, "curve", None, sections=[section], of=origin)
     return None
+
+
+_STUDY = ("probe", "edit", "seed", "metric")
+
+
+def sweep_runs(folder: Path) -> list[Run]:
+    """One run per model of a sweep; what is not finished yet is left out.
+
+    Raises:
+        InputError: if nothing is finished, or no set is of single heads.
+    """
+    results, found = read(folder), status(folder)
+    config = Store.open(folder).manifest()["config"]
+    if results.rows.num_rows == 0:
+        raise InputError(f"no cell of the sweep in {folder} is done yet.")
+    label = folder.resolve().name
+    runs = []
+    for number, model in enumerate(dict.fromkeys(results.to_pandas()["model"])):
+        runs.append(
+            Run(
+                label=label,
+                kind="sweep",
+                table=_table(results, model),
+                effects=True,
+                command=shlex.join(["headscope", "sweep", f"{found.name}.yaml", "--out", label]),
+                config=yaml.safe_dump(config, sort_keys=False),
+                facts={"chunks": f"{found.done} of {found.total} done"},
+                sections=_sections(results, model),
+                failed=dict(found.failed) if number == 0 else {},
+            )
+        )
+    return runs
+
+
+def _studies(results: Results, model: str, name: str) -> Iterator[dict[str, Any]]:
+    """Names of every study of a set."""
+    frame = results.to_pandas()
+    frame = frame[(frame["model"] == model) & (frame["set"] == name)]
+    for key, _ in frame.groupby(list(_STUDY), sort=False, observed=True):
+        yield {"model": model, **dict(zip(_STUDY, key, strict=True))}
+
+
+def _table(results: Results, model: str) -> HeadTable:
+    """Effects of single heads; where a sweep has none, the first heads of its curves."""
+    found = {}
+    for name, arrange in results.arranged.items():
+        if arrange != "each":
+            continue
+        for study in _studies(results, model, name):
+            words = [study["edit"], study["metric"], study["probe"]]
+            one = results.scores(name, **study)
+            title = ":".join(map(str, words))
+            while title in found:
+                title += f" {name}"
+            found[title] = one.renamed(title)
+    if not found:
+        found = _blank(results, model)
+    return HeadTable(list(found.values()))
+
+
+def _blank(results: Results, model: str) -> dict[str, Any]:
+    """A score without values, so that a sweep of sets alone has a model and a shape."""
+    from headscope.table import HeadScores
+
+    plan = next(one for one in results.plan.models if one.label == model)
+    name = next(iter(results.arranged))
+    study = next(_studies(results, model, name))
+    origin = results.effects(name, **study).provenance
+    mean = np.full((plan.layers, plan.heads), np.nan)
+    blank = HeadScores.from_summary(
+        "single heads",
+        mean,
+        kv_heads=plan.kv_heads,
+        known={"missing": np.ones(mean.shape, int)},
+        description="This sweep edits no head alone.",
+        provenance=origin,
+    )
+    return {"single heads": blank}
+
+
+def _sections(results: Results, model: str) -> list[Section]:
+    sections = []
+    steps = [name for name, arrange in results.arranged.items() if arrange == "cumulative"]
+    drawn: dict[tuple[Any, ...], list[tuple[str, EffectGrid]]] = {}
+    for name in steps:
+        for study in _studies(results, model, name):
+            key = tuple(study.values())
+            drawn.setdefault(key, []).append((name, results.effects(name, **study)))
+    for key, grids in drawn.items():
+        grid, controls = joined(grids)
+        light, dark = (curves(grid, controls=controls, theme=one) for one in ("light", "dark"))
+        probe, edit, seed, metric = key[1:]
+        said = (
+            f"{metric} on {probe} as heads are edited ({edit}, seed {seed}), one line per order: "
+            f"{', '.join(name for name, _ in grids)}."
+        )
+        sections.append(Section("Curves", [Picture(light, dark, said, said)]))
+    together = [name for name, arrange in results.arranged.items() if arrange == "together"]
+    rows = [row for name in together for row in _together(results, model, name)]
+    if rows:
+        names = ("set", "edit, metric, probe", "heads", "effect", "95% from", "to")
+        grid_: list[Block] = [Grid(names, rows, "Mean over draws; effects of whole sets")]
+        sections.append(Section("Sets of heads edited together", grid_))
+    return sections
+
+
+def _together(results: Results, model: str, name: str) -> Iterator[tuple[Any, ...]]:
+    for study in _studies(results, model, name):
+        grid = results.effects(name, **study)
+        low, high = grid.interval()
+        words = ", ".join(str(study[one]) for one in ("edit", "metric", "probe"))
+        for at, count in enumerate(grid.labels[1]):
+            ends = (grid.mean[:, at], low[:, at], high[:, at])
+            if np.isfinite(ends[0]).any():
+                yield (name, words, count, *(float(np.nanmean(one)) for one in ends))
+
+
+def joined(grids: Sequence[tuple[str, EffectGrid]]) -> tuple[EffectGrid, list[str]]:
+    """Curves of several sets as the arms of one grid, and the arms that were drawn at random.
+
+    A set with several draws becomes one arm per draw, each a control.
+    """
+    first = grids[0][1]
+    counts = sorted({int(step) for _, grid in grids for step in grid.labels[1]})
+    arms: list[str] = []
+    controls: list[str] = []
+    values = []
+    for name, grid in grids:
+        draws = len(grid.labels[0])
+        for draw in range(draws):
+            arm = name if draws == 1 else f"{name} {draw}"
+            row = np.full((len(counts), len(first.unedited)), np.nan)
+            for at, step in enumerate(grid.labels[1]):
+                row[counts.index(int(step))] = grid.per_example[draw, at]
+            arms.append(arm)
+            controls += [arm] if draws > 1 else []
+            values.append(row)
+    made = EffectGrid(
+        name=first.name,
+        axes=("arm", "removed"),
+        labels=(tuple(arms), tuple(map(str, counts))),
+        per_example=np.stack(values),
+        unedited=first.unedited,
+        unit=first.unit,
+        description=first.description,
+        provenance=first.provenance,
+        clusters=first.clusters,
+    )
+    return made, controls

@@ -11,10 +11,10 @@ from headscope.errors import InputError, nearest
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.cluster import RayExecutor
 from headscope.sweeps.config import SweepConfig, read_config, schema
-from headscope.sweeps.export import export
 from headscope.sweeps.planner import estimate, make_plan
+from headscope.sweeps.results import export
 from headscope.sweeps.run import Executor, Outcome, inline, run_sweep
-from headscope.sweeps.status import status
+from headscope.sweeps.store import status
 
 _EXECUTORS = ("inline", "ray")
 

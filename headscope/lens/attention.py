@@ -13,8 +13,17 @@ from headscope.base.options import RunOptions
 from headscope.errors import InputError
 from headscope.heads import ModelShape
 from headscope.lens.attribution import rows_of
-from headscope.lens.fitting import Data, Descent, Judge, divergence, in_turn, split_data
-from headscope.lens.learned import FitReport, Saved, save_lens
+from headscope.lens.fitting import (
+    Data,
+    Descent,
+    FitReport,
+    Judge,
+    Saved,
+    divergence,
+    in_turn,
+    save_lens,
+    split_data,
+)
 from headscope.lens.logit import head_words
 from headscope.lens.prompt import Promptish, read_prompt
 from headscope.lens.reading import constants, logits_added, logits_of, row_chunks

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headscope.errors import InputError, nearest
 from headscope.lens.attention import AttentionLens
-from headscope.lens.learned import FitReport, Saved, load_lens
+from headscope.lens.fitting import FitReport, Saved, load_lens
 from headscope.lens.linear import ResidualLens
 
 _TENSORS = {

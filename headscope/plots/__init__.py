@@ -7,27 +7,27 @@ One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`s
 :func:`source_bars`. Of any result: :func:`figures`. To a file: :func:`save` (html, png, svg, pdf).
 """
 
-from headscope.plots.attribution import source_bars as source_bars
-from headscope.plots.attribution import waterfall as waterfall
 from headscope.plots.curves import curves as curves
+from headscope.plots.curves import emergence as emergence
+from headscope.plots.curves import layers as layers
 from headscope.plots.curves import token_losses as token_losses
 from headscope.plots.edges import circuit_graph as circuit_graph
 from headscope.plots.edges import faithfulness_curves as faithfulness_curves
-from headscope.plots.emergence import emergence as emergence
 from headscope.plots.export import save as save
 from headscope.plots.figures import figures as figures
 from headscope.plots.figures import figures_of as figures_of
+from headscope.plots.flow import attention_pattern as attention_pattern
 from headscope.plots.flow import mixing_map as mixing_map
 from headscope.plots.flow import route_graph as route_graph
 from headscope.plots.flow import token_flow as token_flow
 from headscope.plots.grid import heatmap as heatmap
 from headscope.plots.grid import heatmaps as heatmaps
-from headscope.plots.layers import layers as layers
+from headscope.plots.grid import recall_grid as recall_grid
 from headscope.plots.lens import lens_grid as lens_grid
+from headscope.plots.lens import source_bars as source_bars
+from headscope.plots.lens import waterfall as waterfall
 from headscope.plots.pairs import composition_graph as composition_graph
 from headscope.plots.pairs import composition_matrix as composition_matrix
-from headscope.plots.pattern import attention_pattern as attention_pattern
-from headscope.plots.recall import recall_grid as recall_grid
 from headscope.plots.scores import ranking as ranking
 from headscope.plots.scores import scatter as scatter
 from headscope.plots.spectra import eigenvalues as eigenvalues

@@ -1,17 +1,19 @@
-"""Curves: a metric against the number of heads that went, and loss by place in the text."""
+"""Curves: over heads removed, over places in the text, over training, over layers."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from math import ceil
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
+from plotly.subplots import make_subplots
 
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
 from headscope.plots.figure import Figure
-from headscope.plots.style import STYLES, Theme, dress
-from headscope.plots.text import label
-from headscope.table import EffectGrid, TokenLosses
+from headscope.plots.style import STYLES, Theme, dress, label
+from headscope.table import EffectGrid, Emergence, TokenLosses
+from headscope.table.layers import LayerTable
 
 # Okabe and Ito 2008, less yellow and black: told apart by colour-blind readers.
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -191,3 +193,216 @@ def _running(values: Float[np.ndarray, " token"], window: int) -> Float[np.ndarr
     if len(values) < window:
         return values
     return np.convolve(values, np.full(window, 1 / window), mode="valid")
+
+
+# Okabe and Ito 2008, less yellow and black: told apart by colour-blind readers.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+def emergence(
+    story: Emergence,
+    scores: Sequence[str] | None = None,
+    *,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Scores against training step, the head that is best at the end in bold; losses below.
+
+    Steps lie on a logarithmic axis; step 0 stands left of the first other one, at half of it.
+    Thin lines are the other heads. Bands are two standard errors of a curve's mean.
+
+    Args:
+        story: of :func:`headscope.emergence`.
+        scores: which; default: those with bounds, at most six.
+        theme: ``light`` or ``dark``.
+
+    Raises:
+        InputError: if there is no such score.
+
+    Example:
+        >>> story = hs.emergence(checkpoints=["step-000000", "step-005000"], scorers=["induction"])
+        >>> type(hs.plots.emergence(story)).__name__
+        'Figure'
+    """
+    last = story.tables[-1]
+    chosen = list(scores) if scores is not None else [
+        name for name in story.scores if None not in last[name].bounds
+    ][: len(_COLOURS)] or list(story.scores)[: len(_COLOURS)]  # fmt: skip
+    if not chosen:
+        raise InputError("there is no score to draw.")
+    x, ticks = _places(story.steps)
+    lower = list(story.losses)
+    figure = make_subplots(
+        figure=Figure(),
+        rows=2 if lower else 1, cols=1, shared_xaxes=True, vertical_spacing=0.08,
+        row_heights=[0.6, 0.4] if lower else [1.0],
+    )  # fmt: skip
+    for colour, name in zip(_COLOURS, chosen, strict=False):
+        _heads(figure, story, name, x, colour)
+    for i, name in enumerate(lower):
+        colour = (STYLES[theme].text, *_COLOURS[::-1])[i % (len(_COLOURS) + 1)]
+        _curve(figure, story, name, x, colour, _DASHES[i % len(_DASHES)])
+    dress(
+        figure,
+        theme,
+        title=f"{label(story.model)} along training",
+        subtitle="bold: the head that is best at the end; thin: the others",
+        width=900,
+        height=600 if lower else 400,
+    )
+    figure.update_xaxes(type="log", tickvals=x, ticktext=ticks, zeroline=False, showgrid=True)
+    figure.update_xaxes(title_text="training step", row=2 if lower else 1)
+    units = {last[name].unit for name in chosen}
+    figure.update_yaxes(title_text=label(units.pop()) if len(units) == 1 else "score", row=1)
+    if lower:
+        units = {story.units.get(name, "") for name in lower}
+        figure.update_yaxes(title_text=label(units.pop()) if len(units) == 1 else "", row=2)
+    figure.update_layout(
+        showlegend=True,
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1.0, "yanchor": "top"},
+        margin={"l": 64, "r": 190, "t": 78, "b": 56},
+    )
+    return figure
+
+
+def _places(steps: Sequence[int]) -> tuple[list[float], list[str]]:
+    """Where steps lie on a logarithmic axis, and what stands below them where there is room."""
+    positive = [step for step in steps if step > 0]
+    x = [float(step) if step > 0 else positive[0] / 2 for step in steps]
+    ticks: list[str] = []
+    before = -np.inf
+    for place, step in zip(x, steps, strict=True):
+        room = np.log10(place) - before > 0.085
+        ticks.append(f"{step:,}" if room else "")
+        before = np.log10(place) if room else before
+    return x, ticks
+
+
+def _heads(figure: go.Figure, story: Emergence, name: str, x: list[float], colour: str) -> None:
+    values = story.of(name)
+    best = story.best(name)
+    shown = label(name.replace("_", " "))
+    others = np.delete(values.reshape(len(values), -1), best.layer * values.shape[2] + best.head, 1)
+    gaps: Float[np.ndarray, "head place"] = np.full((others.shape[1], len(x) + 1), np.nan)
+    gaps[:, :-1] = others.T
+    figure.add_scatter(
+        x=[*x, None] * others.shape[1],
+        y=[None if np.isnan(one) else float(one) for one in gaps.ravel()],
+        mode="lines", line={"color": colour, "width": 1}, opacity=0.25, hoverinfo="skip",
+        showlegend=False, row=1, col=1,
+    )  # fmt: skip
+    figure.add_scatter(
+        x=x,
+        y=values[(slice(None), *best)].tolist(),
+        name=f"{shown} ({best})",
+        mode="lines+markers",
+        line={"color": colour, "width": 3}, marker={"size": 6, "color": colour},
+        hovertemplate=f"{shown} {best}: %{{y:.3f}}<extra></extra>",
+        row=1, col=1,
+    )  # fmt: skip
+
+
+def _curve(
+    figure: go.Figure, story: Emergence, name: str, x: list[float], colour: str, dash: str
+) -> None:
+    mean, sem = story.mean(name), story.sem(name)
+    figure.add_scatter(
+        x=x,
+        y=mean.tolist(),
+        error_y={"type": "data", "array": (2 * np.nan_to_num(sem)).tolist(), "thickness": 1},
+        name=label(name),
+        mode="lines", line={"color": colour, "width": 2, "dash": dash},
+        hovertemplate=f"{label(name)}: %{{y:.3f}} nats<extra></extra>",
+        row=2, col=1,
+    )  # fmt: skip
+
+
+_COLUMNS = 3
+_WIDTH, _HEIGHT = 300, 210  # of a panel, in pixels
+
+
+def layers(
+    table: LayerTable,
+    measures: Sequence[str] | None = None,
+    *,
+    level: float = 0.95,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Draw measures of layers, each in a panel of its own, with intervals over texts.
+
+    Args:
+        table: of :func:`headscope.geometry.layers`.
+        measures: names of measures; None: all.
+        level: of the intervals.
+        theme: ``light`` or ``dark``.
+
+    Raises:
+        InputError: if the table lacks a measure.
+
+    Example:
+        >>> table = hs.geometry.layers(model, ["The cat sat on the mat. The dog ran."] * 2)
+        >>> len(hs.plots.layers(table, ["curvature"]).data)
+        2
+    """
+    chosen = [table[name] for name in (table if measures is None else measures)]
+    columns = min(_COLUMNS, len(chosen))
+    rows = ceil(len(chosen) / columns)
+    titles = [f"{label(one.name.replace('_', ' '))} ({label(one.unit)})" for one in chosen]
+    figure = make_subplots(
+        rows,
+        columns,
+        figure=Figure(),
+        subplot_titles=titles,
+        horizontal_spacing=0.09,
+        vertical_spacing=0.3 / rows,
+    )
+    style = STYLES[theme]
+    at = np.arange(len(table.places))
+    ticks = at[:: max(1, -(-len(at) // 8))]
+    for number, measure in enumerate(chosen):
+        place = {"row": number // columns + 1, "col": number % columns + 1}
+        low, high = measure.interval(level)
+        known = np.isfinite(low) & np.isfinite(high)
+        figure.add_scatter(
+            x=[*at[known].tolist(), *at[known][::-1].tolist()],
+            y=[*low[known].tolist(), *high[known][::-1].tolist()],
+            mode="lines",
+            fill="toself",
+            fillcolor=style.grid,
+            line={"width": 0},
+            hoverinfo="skip",
+            showlegend=False,
+            **place,
+        )
+        figure.add_scatter(
+            x=at.tolist(),
+            y=[None if np.isnan(value) else float(value) for value in measure.mean],
+            mode="lines+markers",
+            line={"color": style.accent, "width": 2},
+            marker={"size": 5},
+            customdata=list(table.places),
+            hovertemplate="%{customdata}: %{y:.4g}<extra></extra>",
+            showlegend=False,
+            **place,
+        )
+    dress(
+        figure,
+        theme,
+        title="Measures of layers",
+        subtitle=_subtitle(table, level),
+        width=max(520, 60 + _WIDTH * columns),
+        height=110 + _HEIGHT * rows,
+    )
+    figure.update_xaxes(
+        tickvals=ticks.tolist(), ticktext=[table.places[i] for i in ticks], zeroline=False
+    )
+    figure.update_yaxes(zeroline=False, nticks=5)
+    figure.update_annotations(font_size=12)
+    figure.update_layout(margin={"l": 55, "r": 20, "t": 100, "b": 40})
+    return figure
+
+
+def _subtitle(table: LayerTable, level: float) -> str:
+    texts = max(measure.per_text.shape[1] for measure in table.measures)
+    model = f"{label(table.provenance.model)}, " if table.provenance.model else ""
+    return f"{model}{texts} texts; mean and {level:.0%} interval after each block"

@@ -5,16 +5,12 @@ from functools import partial, singledispatch
 
 import plotly.graph_objects as go
 
-from headscope.plots.attribution import source_bars, waterfall
-from headscope.plots.curves import curves, token_losses
+from headscope.plots.curves import curves, emergence, layers, token_losses
 from headscope.plots.edges import circuit_graph, faithfulness_curves
-from headscope.plots.emergence import emergence
 from headscope.plots.flow import mixing_map, route_graph, token_flow
-from headscope.plots.grid import effect_heatmap, heatmap
-from headscope.plots.layers import layers
-from headscope.plots.lens import lens_grid
+from headscope.plots.grid import effect_heatmap, heatmap, recall_grid
+from headscope.plots.lens import lens_grid, source_bars, waterfall
 from headscope.plots.pairs import composition_graph, composition_matrix
-from headscope.plots.recall import recall_grid
 from headscope.plots.spectra import eigenvalues, spectra
 from headscope.plots.style import Theme
 from headscope.table import (

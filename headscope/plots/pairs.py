@@ -10,8 +10,7 @@ from jaxtyping import Float
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots.figure import Figure
-from headscope.plots.style import SEQUENTIAL, STYLES, Style, Theme, dress
-from headscope.plots.text import label
+from headscope.plots.style import SEQUENTIAL, STYLES, Style, Theme, dress, label
 from headscope.table import HeadScores, PairScores
 
 _WIDTHS = (0.9, 1.8, 3.0, 4.5)

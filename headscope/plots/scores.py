@@ -7,8 +7,7 @@ from jaxtyping import Float
 from headscope.base.statistics import interval_of_sem, rank_correlation
 from headscope.errors import InputError
 from headscope.plots.figure import Figure
-from headscope.plots.style import STYLES, Theme, dress, layer_marker
-from headscope.plots.text import label
+from headscope.plots.style import STYLES, Theme, dress, label, layer_marker
 from headscope.table import HeadScores
 from headscope.table.notable import best_heads
 

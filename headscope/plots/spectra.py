@@ -8,8 +8,7 @@ import plotly.graph_objects as go
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots.figure import Figure
-from headscope.plots.style import STYLES, Theme, dress, layer_colours, layer_marker
-from headscope.plots.text import label
+from headscope.plots.style import STYLES, Theme, dress, label, layer_colours, layer_marker
 from headscope.table import HeadEigenvalues, HeadSpectra
 
 _FLOOR = 1e-3  # smaller values are rounding, or not worth the room on a logarithmic axis

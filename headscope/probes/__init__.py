@@ -2,13 +2,12 @@
 
 from headscope.probes.encoding import from_batch, from_tokens
 from headscope.probes.jsonl import from_jsonl
-from headscope.probes.masked import masked
 from headscope.probes.needle import needle
 from headscope.probes.needle_sets import Needle
 from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
 from headscope.probes.repeated import random_tokens, repeated_tokens
-from headscope.probes.text import text
+from headscope.probes.text import masked, text
 from headscope.probes.vocabulary import HasVocabulary, uses_bos
 
 __all__ = [

@@ -8,12 +8,11 @@ from pydantic import Field
 from headscope.base.configs import Strict
 from headscope.errors import InputError
 from headscope.probes.jsonl import from_jsonl
-from headscope.probes.masked import masked
 from headscope.probes.needle import needle
 from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
 from headscope.probes.repeated import random_tokens, repeated_tokens
-from headscope.probes.text import text
+from headscope.probes.text import masked, text
 from headscope.probes.vocabulary import HasVocabulary
 
 

@@ -19,7 +19,7 @@ from headscope.pruning.orders import greedy as greedy
 from headscope.pruning.orders import iterative as iterative
 from headscope.pruning.orders import one_shot as one_shot
 from headscope.pruning.orders import random_order as random_order
-from headscope.pruning.size import Size as Size
-from headscope.pruning.size import measure_size as measure_size
+from headscope.pruning.structure import Size as Size
 from headscope.pruning.structure import load_pruned as load_pruned
+from headscope.pruning.structure import measure_size as measure_size
 from headscope.pruning.structure import prune as prune

@@ -16,8 +16,7 @@ from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.pruning.orders import random_order
-from headscope.pruning.size import Size, measure_size
-from headscope.pruning.structure import prune
+from headscope.pruning.structure import Size, measure_size, prune
 from headscope.table import EffectGrid, OrderCurve
 
 if TYPE_CHECKING:

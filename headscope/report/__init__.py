@@ -4,10 +4,10 @@ from headscope.base.sections import Facts as Facts
 from headscope.base.sections import Grid as Grid
 from headscope.base.sections import Section as Section
 from headscope.base.sections import Words as Words
+from headscope.report.joined import Run as Run
+from headscope.report.joined import read_run as read_run
 from headscope.report.joined import report_page as report_page
 from headscope.report.page import index_page as index_page
 from headscope.report.page import sections_page as sections_page
-from headscope.report.runs import Run as Run
-from headscope.report.runs import read_run as read_run
 from headscope.report.sections import Picture as Picture
 from headscope.report.view import AttentionView as AttentionView

@@ -8,8 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from headscope.base.files import subfolder, whole_file, whole_page
-from headscope.base.folders import Claim
+from headscope.base.files import Claim, subfolder, whole_file, whole_page
 from headscope.base.sections import Section
 from headscope.base.specs import versions
 from headscope.plots import figures_of, heatmap, heatmaps, save

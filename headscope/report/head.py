@@ -13,10 +13,9 @@ from headscope.base.glance import short
 from headscope.base.sections import Grid, Section, Words
 from headscope.heads import HeadIndex
 from headscope.plots import attention_pattern, eigenvalues, spectra
-from headscope.plots.text import visible
-from headscope.report.circuits import missing_words
+from headscope.plots.style import visible
 from headscope.report.page import sections_page
-from headscope.report.sections import Block, Picture
+from headscope.report.sections import Block, Picture, missing_words
 from headscope.table import HeadCard, HeadEigenvalues, HeadScores, HeadSpectra, HeadTable
 from headscope.table.weights import NO_RANKS
 

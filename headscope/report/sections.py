@@ -1,20 +1,41 @@
 """Sections of a page with their pictures drawn, as plain values for the template.
 
-A run's folder keeps them as JSON, so that reports can show them again.
+Of any result, of what a model's weights say, and of a needle scan.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from headscope.base.glance import short
 from headscope.base.sections import Cell, Drawn, Facts, Grid, Section, Words
 from headscope.errors import InputError
+from headscope.plots import (
+    composition_graph,
+    composition_matrix,
+    curves,
+    eigenvalues,
+    heatmap,
+    recall_grid,
+    spectra,
+)
 from headscope.plots.figures import Drawing
+from headscope.plots.style import Theme
+from headscope.table import (
+    HeadEigenvalues,
+    HeadScores,
+    HeadSpectra,
+    OrderCurve,
+    PairScores,
+    RecallGrid,
+)
+from headscope.table.notable import against, copying
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,3 +206,195 @@ def _figure(plain: object) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise TypeError("a figure is an object")
     return {"data": list(plain["data"]), "layout": dict(plain["layout"])}
+
+
+def drawings(
+    pairs: Sequence[PairScores],
+    singular: Sequence[HeadSpectra],
+    complex_values: Sequence[HeadEigenvalues],
+    nodes: HeadScores | None = None,
+) -> dict[str, Drawing]:
+    """Every picture of a model's weights, by name, to be drawn in a theme."""
+    found: dict[str, Drawing] = {}
+    if pairs:
+        found["composition"] = partial(_themed, composition_graph, pairs)
+    for pair in pairs:
+        found[pair.name] = partial(_themed, composition_matrix, pair)
+        if pair.name.startswith("K"):
+            coloured = partial(composition_graph, most=30, nodes=nodes)
+            found[f"{pair.name}_graph"] = partial(_themed, coloured, pair)
+    for one in singular:
+        found[f"{one.name}_spectra"] = partial(_themed, spectra, one)
+    for values in complex_values:
+        found[f"{values.name}_eigenvalues"] = partial(_themed, eigenvalues, values)
+    return found
+
+
+def _themed(picture: Callable[..., go.Figure], of: object, theme: Theme) -> go.Figure:
+    return picture(of, theme=theme)
+
+
+def circuit_sections(
+    paths: Mapping[str, Sequence[tuple[str, float]]],
+    pictures: Mapping[str, Drawing],
+    missing: Mapping[str, str],
+) -> list[Section]:
+    """Sections of the page: paths, composition, spectra, eigenvalues, what is missing.
+
+    Args:
+        paths: per kind, chains of heads with their strength in units of chance.
+        pictures: of :func:`drawings`.
+        missing: what the family does not allow, with the reason.
+    """
+    chains: list[Block] = [
+        Words(
+            "Chains of heads in which each reads what the one before it writes, by weights alone. "
+            "Strength: geometric mean of the composition scores, in units of chance; 1 is what "
+            "heads get that know nothing of each other. High composition is not proof of use: "
+            "ablate.",
+        )
+    ]
+    for kind, found in paths.items():
+        chains.append(Grid(("chain", "strength"), found, caption=kind))
+    sections = [Section("Strongest paths", chains)] if any(paths.values()) else []
+    for title, chosen, caption in (
+        (
+            "Composition",
+            lambda name: "composition" in name,
+            "How much of what the earlier head writes the later one reads: with its queries (Q), "
+            "keys (K) or values (V).",
+        ),
+        (
+            "Spectra",
+            lambda name: name.endswith("_spectra"),
+            "What stands above the grey band was learned: random factors of the same shape and "
+            "variance stay inside it. A line that falls steeply is a head that uses few "
+            "directions.",
+        ),
+        (
+            "Eigenvalues",
+            lambda name: name.endswith("_eigenvalues"),
+            "OV to the right: attended tokens raise their own logit; to the left: lower it. QK to "
+            "the right: queries look for keys of their own token.",
+        ),
+    ):
+        blocks: list[Block] = [Words(caption, quiet=True)]
+        blocks += [
+            Picture(draw("light"), draw("dark"), f"{name.replace('_', ' ')} of all heads")
+            for name, draw in pictures.items()
+            if chosen(name)
+        ]
+        if len(blocks) > 1:
+            sections.append(Section(title, blocks))
+    if missing:
+        sections.append(Section("Not in this family", [missing_words(missing)]))
+    return sections
+
+
+def missing_words(missing: Mapping[str, str]) -> Grid:
+    """What weights cannot say of this model, and why."""
+    return Grid(("what", "why"), list(missing.items()))
+
+
+_MOST = 20
+
+
+def retrieval_drawings(
+    scores: HeadScores, grid: RecallGrid, masked: Mapping[str, OrderCurve]
+) -> dict[str, Drawing]:
+    """Every picture of a needle scan, by name, to be drawn in a theme; none of missing scores."""
+    found: dict[str, Drawing] = {"recall": partial(_recall, grid)}
+    if np.isfinite(scores.mean).any():
+        found = {scores.name: partial(_heatmap, scores)} | found
+    return found | {f"masking_{name}": partial(_curve, one) for name, one in masked.items()}
+
+
+def _heatmap(scores: HeadScores, theme: Theme) -> go.Figure:
+    return heatmap(scores, theme=theme)
+
+
+def _recall(grid: RecallGrid, theme: Theme) -> go.Figure:
+    return recall_grid(grid, theme=theme)
+
+
+def _curve(curve: OrderCurve, theme: Theme) -> go.Figure:
+    return curves(curve.effects, controls=curve.controls, theme=theme)
+
+
+def retrieval_sections(
+    scores: HeadScores,
+    grid: RecallGrid,
+    masked: Mapping[str, OrderCurve],
+    pictures: Mapping[str, Drawing],
+    said: str,
+) -> list[Section]:
+    """Sections of the page: heads that copy, where needles were found, what masking does.
+
+    Args:
+        scores: of retrieval, by the paper's counting.
+        grid: of recall.
+        masked: curves by task.
+        pictures: of :func:`retrieval_drawings`.
+        said: in one sentence, which stands for the heads where no score could be had.
+    """
+    heads = _heads(scores, pictures) if scores.name in pictures else [Words(said)]
+    beyond = grid.provenance.probe.get("extrapolated_from")
+    counted = f"{int(grid.count.sum())} texts, {float(np.nanmean(grid.share)):.0%} answered right."
+    if beyond is not None:
+        counted += (
+            f" The model was trained on at most {beyond} tokens; positions were extrapolated."
+        )
+    where: list[Block] = [
+        Words(counted),
+        _picture("recall", "Answers by length and depth.", pictures),
+    ]
+    sections = [Section("Retrieval heads", heads), Section("Where needles are found", where)]
+    if masked:
+        what: list[Block] = [
+            Words(
+                "Right answers while heads are masked (their attention made flat, from the last "
+                "token of the prompt on): those that copy most, those that copy least, and random "
+                "ones that are not retrieval heads. The needles are others than those that the "
+                "heads were found on."
+            )
+        ]
+        what += [_picture(f"masking_{name}", f"Task: {name}.", pictures) for name in masked]
+        sections.append(Section("What masking does", what))
+    return sections
+
+
+def _heads(scores: HeadScores, pictures: Mapping[str, Drawing]) -> list[Block]:
+    """Which heads copy, as words, picture and table."""
+    limit = scores.threshold or 0.0
+    when, which = "the model answers", "said"
+    if scores.provenance.probe.get("form") == "forced":
+        when, which = "the model reads the answer (teacher-forced; all texts count)", "next"
+    beyond = scores.significant()
+    above = [(head, value) for head, value in scores.top(scores.mean.size) if value > limit]
+    return [
+        Words(
+            f"{copying(scores)}. A head copies where, while {when}, its most attended token lies "
+            f"in the needle's answer and is the token that is {which}. Grey: the layer's window "
+            "hid the needle."
+        ),
+        _picture(scores.name, "Share of the needle that each head copies.", pictures),
+        Grid(
+            ("head", "share copied", "error", against(scores), "beyond chance"),
+            [
+                (
+                    str(head),
+                    value,
+                    float(scores.sem[head]),
+                    float(scores.null[head]),
+                    "yes" if beyond[head] else "no",
+                )
+                for head, value in above[:_MOST]
+            ],
+            caption=f"Heads above {limit:g}, highest first",
+        ),
+    ]
+
+
+def _picture(name: str, caption: str, pictures: Mapping[str, Drawing]) -> Picture:
+    draw = pictures[name]
+    return Picture(draw("light"), draw("dark"), said=caption, caption=caption)

@@ -6,7 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from headscope.base.files import whole_page
-from headscope.report.shell import filled, packed_example
+from headscope.report.page import filled, packed_example
 from headscope.table import AttentionExample
 
 _HEIGHT = 560

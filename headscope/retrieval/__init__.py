@@ -1,7 +1,5 @@
 """Retrieval heads: what a model copies from far back while it answers, head by head."""
 
-from headscope.retrieval.cells import Scanned as Scanned
-from headscope.retrieval.cells import scan_grid as scan_grid
 from headscope.retrieval.decore import Contrast as Contrast
 from headscope.retrieval.decore import DeCoReProcessor as DeCoReProcessor
 from headscope.retrieval.decore import decore as decore
@@ -11,13 +9,17 @@ from headscope.retrieval.faithful import faithfulness as faithfulness
 from headscope.retrieval.follow import follow as follow
 from headscope.retrieval.forms import Agreement as Agreement
 from headscope.retrieval.forms import Retrieval as Retrieval
+from headscope.retrieval.forms import Scanned as Scanned
 from headscope.retrieval.forms import activity as activity
 from headscope.retrieval.forms import agreement as agreement
 from headscope.retrieval.forms import by_kv_head as by_kv_head
 from headscope.retrieval.forms import decoded as decoded
 from headscope.retrieval.forms import forced as forced
+from headscope.retrieval.forms import scan_grid as scan_grid
 from headscope.retrieval.generation import Generated as Generated
+from headscope.retrieval.generation import Mask as Mask
 from headscope.retrieval.generation import generate as generate
+from headscope.retrieval.generation import mask_heads as mask_heads
 from headscope.retrieval.in_context import in_context_score as in_context_score
 from headscope.retrieval.in_context import token_losses as token_losses
 from headscope.retrieval.influence import Corpus as Corpus
@@ -27,8 +29,6 @@ from headscope.retrieval.influence import score_corpus as score_corpus
 from headscope.retrieval.masking_curve import MaskingConfig as MaskingConfig
 from headscope.retrieval.masking_curve import masking_curve as masking_curve
 from headscope.retrieval.masking_curve import masking_curves as masking_curves
-from headscope.retrieval.masks import Mask as Mask
-from headscope.retrieval.masks import mask_heads as mask_heads
 from headscope.retrieval.need import need as need
 from headscope.retrieval.rotary import RotaryContributions as RotaryContributions
 from headscope.retrieval.rotary import rotary_contributions as rotary_contributions

@@ -13,8 +13,16 @@ from headscope.edits import Heads, Scope
 from headscope.errors import InputError
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.retrieval.generation import Chooser, Generated, Mixed, Prompts, Text, write
-from headscope.retrieval.masks import Mask, Masking
+from headscope.retrieval.generation import (
+    Chooser,
+    Generated,
+    Mask,
+    Masking,
+    Mixed,
+    Prompts,
+    Text,
+    write,
+)
 
 Alpha = Literal["entropy", "gain"] | int | float
 # Largest weight that an entropy gives, and the share of the likeliest token's probability below

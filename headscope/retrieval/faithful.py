@@ -21,15 +21,21 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes import Needle, Probe, needle
 from headscope.probes.encoding import encode
-from headscope.probes.needle import writer_for
-from headscope.probes.needle_layout import Writer
+from headscope.probes.needle import Writer, writer_for
 from headscope.probes.needle_sets import facts, fixed_needles
-from headscope.probes.tasks import CAPITALS
+from headscope.probes.pairs import CAPITALS
 from headscope.probes.vocabulary import need_tokenizer, ordinary_tokens
 from headscope.retrieval.decore import Alpha, Contrast, decore
 from headscope.retrieval.follow import need_marks
-from headscope.retrieval.generation import Generated, Text, batches, generate, prompt_ids
-from headscope.retrieval.masks import Mask, Masking
+from headscope.retrieval.generation import (
+    Generated,
+    Mask,
+    Masking,
+    Text,
+    batches,
+    generate,
+    prompt_ids,
+)
 
 if TYPE_CHECKING:
     import pandas

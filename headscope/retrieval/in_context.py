@@ -21,7 +21,7 @@ from headscope.models.protocol import Edit, HeadModel
 from headscope.models.running import own_types
 from headscope.probes.encoding import next_tokens
 from headscope.probes.probe import Probe
-from headscope.retrieval.masks import Mask, Masking
+from headscope.retrieval.generation import Mask, Masking
 from headscope.table import HeadScores, TokenLosses
 
 Places = int | tuple[int, int]

@@ -27,7 +27,7 @@ from headscope.models.running import own_types
 from headscope.probes.encoding import encode, next_tokens, pad_right
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import bos_prefix, need_tokenizer
-from headscope.retrieval.masks import Masking
+from headscope.retrieval.generation import Masking
 
 if TYPE_CHECKING:
     import pandas

@@ -22,7 +22,7 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.probe import Probe
-from headscope.retrieval.masks import Masking
+from headscope.retrieval.generation import Masking
 from headscope.table import EffectGrid, HeadScores, OrderCurve
 
 Order = tuple[HeadIndex, ...]

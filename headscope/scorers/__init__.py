@@ -14,11 +14,10 @@ from headscope.scorer import (
     weight_scorer,
     without_sink,
 )
-from headscope.scorers.between import between
 from headscope.scorers.catalogue import CATALOGUE, DEFAULT, resolve
 from headscope.scorers.long_need import long_need, long_need_predicted, streaming_gap
 from headscope.scorers.patterns import relative_offset
-from headscope.scorers.relation import Relation, relation
+from headscope.scorers.relation import Relation, between, relation
 from headscope.scorers.spread import window_mass
 from headscope.views.outputs import HeadGradients, HeadOutputs
 from headscope.views.qk import Matches

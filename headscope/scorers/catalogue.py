@@ -6,19 +6,12 @@ from typing import Any
 from headscope.circuits.scores import weight_scorers
 from headscope.errors import InputError, nearest
 from headscope.scorer import Scorer, value_weighted, without_sink
-from headscope.scorers.between import (
-    ioi_duplicate,
-    ioi_induction,
-    ioi_previous,
-    name_mover,
-    s_inhibition,
-)
-from headscope.scorers.gradients import loss_sensitivity
 from headscope.scorers.long_need import (
     default_long_need,
     default_predicted,
     default_predicted_local,
     default_streaming_gap,
+    rotary_slowness,
 )
 from headscope.scorers.patterns import (
     current_token,
@@ -30,7 +23,14 @@ from headscope.scorers.patterns import (
     next_token,
     previous_token,
 )
-from headscope.scorers.relation import Relation
+from headscope.scorers.relation import (
+    Relation,
+    ioi_duplicate,
+    ioi_induction,
+    ioi_previous,
+    name_mover,
+    s_inhibition,
+)
 from headscope.scorers.retrieval import (
     importance_weighted_retrieval,
     needle_mass,
@@ -40,7 +40,6 @@ from headscope.scorers.retrieval import (
     retrieval_first_token,
     retrieval_needle_only,
 )
-from headscope.scorers.rotary import rotary_slowness
 from headscope.scorers.spread import (
     attention_distance,
     delimiter,
@@ -56,6 +55,7 @@ from headscope.scorers.writing import (
     direct_logit_attribution,
     direct_logit_difference,
     head_output_norm,
+    loss_sensitivity,
     needle_write,
     needle_write_contrast,
 )

@@ -1,7 +1,8 @@
 """What a head needs of tokens that are neither first nor local.
 
-Whether a query needs more than those, exactly and guessed from two moments, and what a head loses
-when it sees only the first and the last tokens.
+Whether a query needs more than those, exactly and guessed from two moments; what a head loses when
+it sees only the first and the last tokens; and which rotary frequencies make its scores with far
+tokens.
 """
 
 import math
@@ -17,7 +18,7 @@ from headscope.probes.probe import Probe
 from headscope.scorer import Scorer, every_query, match_scorer, output_scorer, row_scorer
 from headscope.scorers.retrieval import answering
 from headscope.views.outputs import HeadOutputs
-from headscope.views.qk import Matches
+from headscope.views.qk import Matches, Rotation
 from headscope.views.rows import AttentionRows
 
 # A row that sums to more has lost nothing to a sink but rounding.
@@ -259,3 +260,66 @@ def _is_long(
 default_long_need = long_need(name="long_need")
 default_predicted = long_need_predicted(name="long_need_predicted")
 default_predicted_local = long_need_predicted(moments="local", name="long_need_predicted_local")
+
+
+@match_scorer(
+    unit="correlation",
+    bounds=(-1.0, 1.0),
+    source="Hong et al. 2024 (arXiv 2410.08703), positional heads, by contribution of dimensions",
+    queries=answering,
+    needs=("rotary", "causal"),
+)
+def rotary_slowness(seen: Matches, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Correlation, over rotary planes, of slowness and of what a plane adds to far scores.
+
+    Plane p adds ``c_p(i, j) = q_a k_a + q_b k_b`` over its two coordinates, after rotation. Its
+    share is the mean of ``|c_p|`` over the keys in the farther half of what the query sees,
+    over the sum of all planes' means. The score is Pearson's correlation of that share with the
+    planes' rank from the fastest to the slowest, in [-1, 1], over the positions that predict the
+    answer. Towards 1 a head's far attention rests on slow planes (content), towards -1 on fast
+    ones (exact distance). NaN in layers without rotary positions (some of cohere2's or smollm3's).
+    ``headscope.retrieval.rotary_contributions`` gives the shares.
+
+    Weakness: large contributions that cancel count, and dimensions that are not rotated do not.
+    """
+    share = plane_shares(seen, far_keys(seen))
+    if share.shape[-1] < 2:  # a correlation needs two
+        return share.new_full(share.shape[:-1], torch.nan)
+    order = turning(seen).frequency.abs().argsort(descending=True)
+    share = share[..., order.to(share.device)]
+    rank = torch.arange(share.shape[-1], device=share.device, dtype=share.dtype)
+    rank, share = rank - rank.mean(), share - share.mean(-1, keepdim=True)
+    size = (rank.square().sum() * share.square().sum(-1)).sqrt()
+    found = (share * rank).sum(-1) / size.where(size > 0, torch.nan)
+    return found.clamp(-1, 1)
+
+
+def turning(seen: Matches) -> Rotation:
+    """Rotary positions of the layer, which the engine hands over to scorers that need them."""
+    if seen.rotation is None:
+        raise InputError("the scorer must say needs=('rotary',) to be told of the rotation.")
+    return seen.rotation
+
+
+def far_keys(seen: Matches) -> Bool[Tensor, "batch query key"]:
+    """Keys in the farther half of what each query sees."""
+    keys = torch.arange(seen.visible.shape[-1], device=seen.visible.device)
+    first = seen.visible.int().argmax(-1)
+    middle = first + (seen.query_pos - first) / 2
+    return seen.visible & (keys < middle[..., None])
+
+
+def plane_shares(
+    seen: Matches, keys: Bool[Tensor, "batch query key"]
+) -> Float[Tensor, "batch head query plane"]:
+    """Share of each rotary plane in the size of the scores with some keys; NaN without keys."""
+    weights = keys[:, None].to(seen.key.dtype)
+    sizes = []
+    if not turning(seen).first:  # a layer without rotary positions
+        return seen.query.new_zeros(*seen.query.shape[:3], 0)
+    for plane in zip(turning(seen).first, turning(seen).second, strict=True):
+        at = torch.tensor(plane, device=seen.key.device)
+        sizes.append(torch.linalg.vecdot(seen.products(at).abs(), weights))
+    stacked = torch.stack(sizes, -1)
+    total = stacked.sum(-1, keepdim=True)
+    return stacked / total.where(total > 0, torch.nan)

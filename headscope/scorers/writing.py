@@ -1,6 +1,7 @@
 """What a head writes: how much, which logits it moves directly, and whether it copies.
 
-Of a needle: what its values write onto the answer, attention and value together.
+Of a needle: what its values write onto the answer, attention and value together. By gradients: how
+sensitive the loss is to it.
 """
 
 from dataclasses import replace
@@ -9,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope import metrics
 from headscope.probes.probe import Probe
-from headscope.scorer import output_scorer
-from headscope.scorers.queries import contrasting_queries, predicting_queries
+from headscope.scorer import gradient_scorer, output_scorer
+from headscope.scorers.queries import all_queries, contrasting_queries, predicting_queries
 from headscope.scorers.retrieval import answering, unless_hidden
-from headscope.views.outputs import HeadOutputs
+from headscope.views.outputs import HeadGradients, HeadOutputs
 
 
 @output_scorer(
@@ -189,3 +191,22 @@ def _along_target(
     direction = part.readout.directions(target.clamp_min(0)) - part.readout.mean_direction
     values = part.along(direction).masked_fill((target < 0)[:, None], torch.nan)
     return unless_hidden(values, whole.rows, probe.mark("needle"))
+
+
+@gradient_scorer(
+    metric=metrics.loss,
+    bounds=(0.0, None),
+    queries=all_queries,
+    needs=("causal",),
+    source="Michel et al. 2019 (arXiv 1905.10650), section 4.1, as their code takes it by token",
+)
+def loss_sensitivity(gradients: HeadGradients, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Size of the first-order change of the loss when a head is scaled, token by token.
+
+    ``|z_i . dL/dz_i|`` with z the head's output before the output projection and L the mean loss
+    of the example, in nats from 0 up, mean over all queries; no norm over the layer is taken.
+    ``hs.pruning.gradient_importance(over="token", normalise=False)`` is the same.
+
+    Weakness: first order only, and it says nothing of the sign.
+    """
+    return (gradients.z * gradients.gradient).sum(-1).abs().transpose(1, 2)

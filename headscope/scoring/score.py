@@ -21,8 +21,7 @@ from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
 from headscope.scorer import Control, DefaultProbe, Scorer
 from headscope.scorers import DEFAULT, Relation, resolve
-from headscope.scoring.accumulate import Accumulator, Sums, joined
-from headscope.scoring.gradients import gradient_sums
+from headscope.scoring.accumulate import Accumulator, Sums, gradient_sums, joined
 from headscope.table import HeadScores, HeadTable, Provenance
 
 Wanted = Iterable[str | Scorer | Relation] | str | Scorer | None

@@ -20,8 +20,7 @@ from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
 from headscope.probes.probe import Probe, probe_digest
 from headscope.sweeps.config import EditConfig, MetricConfig, ModelConfig, SweepConfig
-from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Study
-from headscope.sweeps.selection import Rankings, metric_of
+from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Rankings, Study, metric_of
 from headscope.sweeps.store import rows_table
 
 if TYPE_CHECKING:

@@ -21,8 +21,18 @@ from headscope.sweeps.config import (
     SweepConfig,
     check_config,
 )
-from headscope.sweeps.plan import FORMAT, Chunk, Plan, PlannedModel, Study, chunked, key, plan_json
-from headscope.sweeps.selection import Cell, cells
+from headscope.sweeps.plan import (
+    FORMAT,
+    Cell,
+    Chunk,
+    Plan,
+    PlannedModel,
+    Study,
+    cells,
+    chunked,
+    key,
+    plan_json,
+)
 from headscope.table import Provenance
 
 # Edits that draw: the others give the same with every seed, and are run once, as seed 0.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from headscope.base.folders import Claim, clear
+from headscope.base.files import Claim, clear
 from headscope.base.progress import track
 from headscope.errors import HeadscopeError, InputError, ModelLoadError
 from headscope.sweeps.bench import Benches

@@ -6,7 +6,7 @@ import torch
 
 import headscope as hs
 from headscope import edits
-from headscope.ablation.paths import Entry
+from headscope.ablation.patching import Entry
 from tests.ablation.helpers import model_of, probe_of, whole_pass
 
 difference = hs.metrics.logit_difference

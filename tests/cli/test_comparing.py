@@ -7,7 +7,7 @@ import numpy as np
 import pandas
 import pytest
 
-from headscope.cli.emergence import of_sweep
+from headscope.cli.compare import of_sweep
 from headscope.sweeps.results import read
 from tests.cli.support import run, sentence
 

@@ -24,9 +24,9 @@ from headscope.circuits.measures import Ranks
 from headscope.circuits.vocabulary import Dictionary
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.lens.fitting import divergence
+from headscope.lens.linear import affordable_tokens, distance, logit_metric
 from headscope.lens.logit import HeadWrites
 from headscope.lens.reading import logits_of
-from headscope.lens.tuned import affordable_tokens, distance, logit_metric
 from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.table import HeadScores, HeadTable, RecallGrid, TokenLosses
@@ -101,7 +101,7 @@ def test_e4_one_pass_serves_every_k(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(*given, **words)
 
     model = random_model("llama")
-    monkeypatch.setattr("headscope.circuits.copying.target_ranks", counted)
+    monkeypatch.setattr("headscope.circuits.measures.target_ranks", counted)
     table = circuits.score(model, tokens=20, k=3, embeddings=["raw"])
     assert calls == [3, 3]  # OV once, QK once
     assert (table["copying_top3"].mean >= table["copying_top1"].mean).all()

@@ -24,9 +24,8 @@ from headscope.base.sections import Words
 from headscope.errors import HeadscopeError, InputError
 from headscope.probes import Needle
 from headscope.probes.needle_sets import DRAWN
-from headscope.probes.pairs import NAMES
-from headscope.probes.tasks import CAPITALS, TASKS
-from headscope.report.retrieval import retrieval_drawings, retrieval_sections
+from headscope.probes.pairs import CAPITALS, NAMES, TASKS
+from headscope.report.sections import retrieval_drawings, retrieval_sections
 from headscope.retrieval import (
     Contrast,
     contradictions,

@@ -27,11 +27,18 @@ from pyarrow import parquet
 import headscope as hs
 from headscope import plots
 from headscope.base.configs import parse, read_yaml
-from headscope.base.files import check_page, subfolder, whole_file, whole_page
-from headscope.base.folders import Claim, clear, occupant
+from headscope.base.files import (
+    Claim,
+    check_page,
+    clear,
+    occupant,
+    subfolder,
+    whole_file,
+    whole_page,
+)
 from headscope.base.progress import plain_line, track
 from headscope.cli import main
-from headscope.cli.emergence import steps_of
+from headscope.cli.compare import steps_of
 from headscope.cli.output import portable
 from headscope.edits.head_edit import HeadEdit
 from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, WriteError

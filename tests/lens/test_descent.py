@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from headscope import lens
 from headscope.errors import HeadscopeError, InputError
-from headscope.lens import attention, fitting, tuned
+from headscope.lens import attention, fitting, linear
 from tests.lens.helpers import model_of
 from tests.lens.test_learned import probe_of
 
@@ -31,7 +31,7 @@ def attention_lens(**more: Any) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize(
     ("fit", "module", "name"),
-    [(tuned_lens, tuned, "streams"), (attention_lens, attention, "head_streams")],
+    [(tuned_lens, linear, "streams"), (attention_lens, attention, "head_streams")],
 )
 def test_a_fit_that_was_stopped_goes_on_to_the_same_numbers(
     fit: Callable[..., tuple[torch.Tensor, ...]],

@@ -13,7 +13,7 @@ import headscope as hs
 from headscope import lens
 from headscope.errors import InputError
 from headscope.lens import fitting
-from headscope.lens.learned import FitReport
+from headscope.lens.fitting import FitReport
 from headscope.lens.linear import least_squares
 from headscope.probes.probe import Probe
 from tests.lens.helpers import TOKENS, model_of

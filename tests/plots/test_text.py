@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headscope.plots.text import label, visible
+from headscope.plots.style import label, visible
 
 
 @pytest.mark.parametrize(

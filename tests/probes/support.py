@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from headscope.heads import ModelShape
-from headscope.probes.tasks import _TEMPLATES, _WORDS
+from headscope.probes.pairs import _TEMPLATES, _WORDS
 
 REAL = Path(__file__).parents[3] / "shared" / "tokenizers"
 

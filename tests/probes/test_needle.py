@@ -16,7 +16,7 @@ from headscope.errors import InputError
 from headscope.models.bundled import text
 from headscope.probes import Needle, needle
 from headscope.probes.config import ProbeConfig, build_probe
-from headscope.probes.needle_layout import Piece, _hide, assemble
+from headscope.probes.needle import Piece, _hide, assemble
 from headscope.probes.needle_sets import DRAWN, _words, read_haystack, split_sentences
 from tests.probes.support import Reader, reader, real_reader, small_tokenizer
 

@@ -5,8 +5,8 @@ import pytest
 
 from headscope.errors import InputError
 from headscope.probes import pairs
+from headscope.probes.pairs import ioi
 from headscope.probes.probe import Probe
-from headscope.probes.tasks import ioi
 from tests.probes.support import Reader, reader, real_reader
 
 PLACES = ("end", "io", "s1", "s1_next", "s2")

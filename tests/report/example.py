@@ -5,7 +5,7 @@ import numpy as np
 from headscope.heads import HeadIndex
 from headscope.plots import heatmap
 from headscope.report import Grid, Picture, Run, Section
-from headscope.report.runs import Partners, Side
+from headscope.report.joined import Partners, Side
 from headscope.table import AttentionExample, HeadSpectra, HeadTable, Provenance
 from tests.table.helpers import model_table, scores
 

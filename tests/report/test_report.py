@@ -15,9 +15,9 @@ from headscope.heads import HeadIndex
 from headscope.plots import heatmap
 from headscope.report import Facts, Grid, Picture, Run, Section, Words, read_run, report_page
 from headscope.report.folder import RunFolder
-from headscope.report.runs import read_partners
+from headscope.report.joined import read_partners
+from headscope.report.page import packed
 from headscope.report.sections import read_sections, sections_json
-from headscope.report.shell import packed
 from headscope.table import AttentionExample, HeadTable, PairScores, Provenance
 from tests.report.example import HOSTILE, hostile_run, run_of
 from tests.table.helpers import model_table, scores

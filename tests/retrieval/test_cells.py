@@ -8,7 +8,7 @@ import pytest
 
 import headscope as hs
 from headscope.errors import InputError
-from headscope.retrieval import cells, decoded, scan_grid
+from headscope.retrieval import decoded, forms, scan_grid
 
 GRID: dict[str, Any] = {"lengths": [64, 110], "depths": [0, 0.6], "per_cell": 2, "seed": 5}
 
@@ -32,7 +32,7 @@ def test_cells_equal_the_whole_grid_and_are_kept(
     whole = decoded(model, hs.probes.needle(model, **GRID), progress=False)
     same(scan_grid(model, **GRID, progress=False).retrieval, whole)
     calls: list[int] = []
-    module: Any = cells
+    module: Any = forms
     real = module.follow_both
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def test_cells_equal_the_whole_grid_and_are_kept(
         calls.append(len(args[1]))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(cells, "follow_both", stopping)
+    monkeypatch.setattr(forms, "follow_both", stopping)
     with pytest.raises(KeyboardInterrupt):
         scan_grid(model, **GRID, folder=tmp_path, progress=False)
     assert len(list(tmp_path.glob("*.parquet"))) == 2
@@ -50,7 +50,7 @@ def test_cells_equal_the_whole_grid_and_are_kept(
         calls.append(0)
         return real(*args, **options)
 
-    monkeypatch.setattr(cells, "follow_both", counting)
+    monkeypatch.setattr(forms, "follow_both", counting)
     again = scan_grid(model, **GRID, folder=tmp_path, progress=False)
     assert len(calls) == 4  # two more, for the two cells that were missing
     same(again.retrieval, whole)

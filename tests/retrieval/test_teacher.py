@@ -11,7 +11,7 @@ import torch
 
 import headscope as hs
 from headscope.errors import InputError
-from headscope.retrieval import cells, follow, forced, scan_grid
+from headscope.retrieval import follow, forced, forms, scan_grid
 from headscope.retrieval.follow import follow_forced
 from tests.models.families import build
 
@@ -96,7 +96,7 @@ def test_cells_go_on_and_are_not_those_of_decoding(
     def never(*_args: Any, **_options: Any) -> Any:
         raise AssertionError("a finished cell was run again")
 
-    module: Any = cells
+    module: Any = forms
     monkeypatch.setattr(module, "follow_forced", never)
     again = scan_grid(model, **grid, form="forced", progress=False).retrieval
     np.testing.assert_array_equal(again.by_set.per_example, first.by_set.per_example)

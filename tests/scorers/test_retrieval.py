@@ -11,7 +11,7 @@ from torch import Tensor
 from headscope.errors import InputError
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE, long_need, long_need_predicted, streaming_gap
-from headscope.scorers.rotary import far_keys, plane_shares
+from headscope.scorers.long_need import far_keys, plane_shares
 from headscope.views.outputs import HeadOutputs
 from headscope.views.qk import Matches, Rotation
 from headscope.views.rows import AttentionRows

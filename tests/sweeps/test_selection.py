@@ -13,7 +13,7 @@ from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.scorers import CATALOGUE
 from headscope.sweeps.config import OWN_SCORES, HeadSet, MetricConfig
-from headscope.sweeps.selection import Cell, Rankings, cells
+from headscope.sweeps.plan import Cell, Rankings, cells
 from headscope.table import HeadScores, HeadTable
 
 VALUES = np.arange(12.0).reshape(3, 4)

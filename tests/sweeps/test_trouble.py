@@ -208,7 +208,7 @@ def test_plans_of_many_cells_are_quick_to_read(tmp_path: Path) -> None:
 def test_export_to_a_full_disk(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sqlite3
 
-    from headscope.sweeps.export import WRITERS
+    from headscope.sweeps.results import WRITERS
 
     def failing(*_: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
