@@ -300,25 +300,33 @@ def _write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float 
     x, write = watch.inputs[block].float(), watch.writes[attention].float()
     if x.numel() != write.numel() or x.numel() != watch.outputs[block].numel():
         return None  # what was taken for the write goes somewhere else
+    write = write.reshape(x.shape)
     out = watch.outputs[block].float().reshape(x.shape)
     dtype = watch.outputs[block].dtype
     least = _TOLERANCE if dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE
     tolerance = least + _blur(watch, block, attention)
-    parallel = [out, *(out - child for child in _same_size(watch.outputs, block.children(), x))]
-    sequential = [
-        state
-        for state in _same_size(watch.inputs, block.modules(), x)
-        if _adds_one(
+    for state in _same_size(watch.inputs, block.modules(), x):
+        scale = _scale(state - x, write, tolerance)
+        # The cheap question first: the other one tries all pairs of modules.
+        if scale is not None and _adds_one(
             out - state,
             _same_size(watch.outputs, block.modules(), x),
             least + _rounding(out, out - state, dtype),
-        )
-    ]
-    for state in (*sequential, *parallel):
-        scale, error = _multiple(state - x, write.reshape(x.shape))
-        if abs(scale) > 1e-3 and Gap(error, tolerance).closed:
-            return 1.0 if Gap(abs(scale - 1), tolerance).closed else scale
+        ):
+            return scale
+    for state in (out, *(out - child for child in _same_size(watch.outputs, block.children(), x))):
+        scale = _scale(state - x, write, tolerance)
+        if scale is not None:
+            return scale
     return None
+
+
+def _scale(added: Tensor, write: Tensor, tolerance: float) -> float | None:
+    """Multiplier with which a write was added; None where something else was, or too little."""
+    scale, error = _multiple(added, write)
+    if abs(scale) <= 1e-3 or not Gap(error, tolerance).closed:
+        return None
+    return 1.0 if Gap(abs(scale - 1), tolerance).closed else scale
 
 
 def _same_size(
