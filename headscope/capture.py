@@ -17,7 +17,7 @@ from headscope.base.options import RunOptions
 from headscope.base.stacks import all_causal
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import HeadModel, need_model
 from headscope.models.taps import Reader, Reads, Tap, TapView
 from headscope.probes.probe import Probe
 
@@ -138,6 +138,22 @@ def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
     return size, halvings + 1
 
 
+def need_probe(probe: object) -> None:
+    """Refuse what is not a probe, as a text or a tensor of tokens.
+
+    Raises:
+        InputError: with what to do.
+
+    Example:
+        >>> need_probe(probe)
+    """
+    if not isinstance(probe, Probe):
+        raise InputError(
+            f"a {type(probe).__name__} is not a probe: make one with hs.probes, for example "
+            "hs.probes.text(model, texts) or hs.probes.from_tokens(ids)."
+        )
+
+
 def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None:
     """Raise InputError if the probe is longer than the model's context or has unknown tokens.
 
@@ -150,6 +166,8 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
     Example:
         >>> hs.capture.check_fits(model, probe)
     """
+    need_model(model)
+    need_probe(probe)
     misfit = probe.batch.misfit(model.name, model.shape.n_ctx, model.shape.d_vocab)
     if misfit is not None:
         raise InputError(misfit)
@@ -252,7 +270,12 @@ def collect(
         >>> acts[1].pattern.shape[0]
         2
     """
+    need_model(model)
     shape = model.shape
+    asked: dict[str, object] = {"layers": layers, "heads": heads}
+    for name, given in asked.items():
+        if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+            raise InputError(f"{name}={given!r}: give a list of numbers, as {name}=[0, 1].")
     wanted_layers = tuple(shape.attention_layers if layers is None else layers)
     wanted_heads = tuple(range(shape.n_heads) if heads is None else heads)
     for layer in wanted_layers:

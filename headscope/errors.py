@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral
 
 
 class HeadscopeError(Exception):
@@ -32,7 +33,7 @@ class ModelLoadError(HeadscopeError):
     """The model could not be found, read or trusted."""
 
 
-def nearest(name: str, options: Iterable[str], *, kind: str = "name") -> str:
+def nearest(name: object, options: Iterable[str], *, kind: str = "name") -> str:
     """Say that ``name`` is unknown, what was probably meant, and what there is.
 
     Args:
@@ -46,6 +47,28 @@ def nearest(name: str, options: Iterable[str], *, kind: str = "name") -> str:
     """
     known = sorted(set(options))
     by_lower = {option.lower(): option for option in known}
-    close = get_close_matches(name.lower(), by_lower, n=1)
+    close = get_close_matches(str(name).lower(), by_lower, n=1)
     guess = f" did you mean {by_lower[close[0]]!r}?" if close else ""
     return f"unknown {kind} {name!r};{guess} known: {', '.join(known) or 'none'}."
+
+
+def whole(value: object, name: str, least: int | None = None) -> int:
+    """Return an argument as a number, if it is a whole one.
+
+    Args:
+        value: what the caller gave; True and 3.0 are not whole numbers.
+        name: of the argument, as the message says it.
+        least: the smallest one that makes sense; None: any.
+
+    Raises:
+        InputError: for anything else.
+
+    Examples:
+        >>> whole(3, "seed")
+        3
+    """
+    number = None if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+    if number is not None and (least is None or number >= least):
+        return number
+    bound = "" if least is None else f", {least} at least"
+    raise InputError(f"{name}={value!r}: give a whole number{bound}.")

@@ -1,9 +1,10 @@
 """What a head is called and what shape one attention stack has. No tensors, no models."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headscope.errors import InputError, nearest
+from headscope.errors import InputError, nearest, whole
 
 # Letter of each attention stack in a head's address; a model with a single stack writes L.
 STACK_LETTERS = {"": "L", "encoder": "E", "decoder": "D", "cross": "X", "vision": "V", "text": "T"}
@@ -37,11 +38,11 @@ class HeadIndex(tuple[int, int]):
             stack: name of the attention stack; empty in a model with a single one.
 
         Raises:
-            InputError: if the stack is unknown.
+            InputError: if the stack is unknown, or a number is not a whole one from 0 on.
         """
         if stack not in STACK_LETTERS:
             raise InputError(nearest(stack, [name for name in STACK_LETTERS if name], kind="stack"))
-        index = super().__new__(cls, (layer, head))
+        index = super().__new__(cls, (whole(layer, "layer", 0), whole(head, "head", 0)))
         index.stack = stack
         return index
 
@@ -86,10 +87,9 @@ class HeadIndex(tuple[int, int]):
         Raises:
             InputError: if the text is not a head address.
         """
-        if not isinstance(address, str):
-            layer, head = address
-            return cls(int(layer), int(head), getattr(address, "stack", ""))
-        match = _ADDRESS.match(address)
+        if isinstance(address, Sequence) and not isinstance(address, str) and len(address) == 2:
+            return cls(address[0], address[1], getattr(address, "stack", ""))
+        match = _ADDRESS.match(address) if isinstance(address, str) else None
         if match is None:
             raise InputError(f"{address!r} is not a head: write it as 'L5H1' or '5.1'.")
         letter, *numbers = match.groups()

@@ -28,7 +28,7 @@ from headscope.heads import HeadIndex
 from headscope.interventions import Intervention, Place, Setting, named
 from headscope.interventions.catalogue import BatchPlace
 from headscope.metrics import AnyMetric, Metric, as_metric
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import HeadModel, need_model
 from headscope.origin import origin
 from headscope.probes.probe import Probe, probe_digest
 from headscope.table import Provenance
@@ -54,7 +54,15 @@ def intervention_of(
             f"reference= goes with the name of a {kind}: give it to the intervention itself, e.g. "
             "hs.interventions.Mean(reference=other), or set it in your edit function."
         )
-    return method if isinstance(method, Intervention) else None
+    if isinstance(method, Intervention):
+        return method
+    if isinstance(method, type) or not callable(method):
+        made = f"{method.__name__}()" if isinstance(method, type) else "hs.interventions.Zero()"
+        raise InputError(
+            f"{kind}={method!r}: give the name of a {kind}, an intervention as {made}, or a "
+            "function from heads to an edit."
+        )
+    return None
 
 
 def marked(probe: Probe, positions: Positions) -> Bool[Tensor, "batch pos"] | None:
@@ -79,6 +87,7 @@ def present(model: HeadModel, heads: Heads | None) -> tuple[HeadIndex, ...]:
     Raises:
         InputError: if the model lacks one, or none was named.
     """
+    need_model(model)
     if heads is None:
         return model.shape.heads
     chosen = tuple(model.shape.check(head) for head in head_list(heads))

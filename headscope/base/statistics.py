@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from headscope.base.saved import Stored
-from headscope.errors import InputError
+from headscope.errors import InputError, whole
 
 Alternative = Literal["greater", "two-sided"]
 Bounds = tuple[float | None, float | None]
@@ -323,8 +323,7 @@ def rank_correlation(a: Float[np.ndarray, "*heads"], b: Float[np.ndarray, "*head
 
 def top_order(values: Float[np.ndarray, "*heads"], k: int) -> Int[np.ndarray, " top"]:
     """Flat indices of the k largest values, largest first; ties by lowest index; NaN never."""
-    if k < 0:
-        raise InputError(f"k must not be negative; got {k}.")
+    k = whole(k, "k", 0)
     flat = values.ravel()
     order = np.argsort(-flat, kind="stable")
     return order[: min(k, int((~np.isnan(flat)).sum()))]

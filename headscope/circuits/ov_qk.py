@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope.circuits.factors import HeadFactors
-from headscope.errors import InputError, UnsupportedModelError
-from headscope.models.protocol import HeadModel
+from headscope.errors import InputError, UnsupportedModelError, whole
+from headscope.models.protocol import HeadModel, need_model
 from headscope.models.running import own_types
 from headscope.views.qk import QueryKey
 
@@ -25,6 +25,7 @@ def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, 
     Raises:
         InputError: if one of them has none.
     """
+    need_model(model)
     known = model.shape.attention_layers
     if layers is None:
         return known
@@ -40,6 +41,7 @@ def need_write(model: HeadModel, what: str) -> None:
     Raises:
         UnsupportedModelError: with the model's own reason.
     """
+    need_model(model)
     reason = model.limits.get("attention_write", model.limits.get("ov"))
     if reason is not None:
         raise UnsupportedModelError(f"{reason} The weights alone do not give {what}.")
@@ -138,6 +140,15 @@ def ov(
     )
 
 
+def _check_offset(model: HeadModel, offset: int | None) -> None:
+    """Refuse offsets that are not whole, or that lie where no query of the model looks."""
+    if offset is None:
+        return
+    need_model(model)
+    if whole(offset, "offset") < 0 and "causal" not in model.limits:
+        raise InputError(f"offset={offset}: no query of {model.name} sees a key behind itself.")
+
+
 @own_types()
 def qk(
     model: HeadModel,
@@ -183,6 +194,7 @@ def qk(
         >>> hs.circuits.qk(hs.load("tiny-llama"), offset=1).svd().S.shape[2]
         32
     """
+    _check_offset(model, offset)
     bare = not fold_norm and offset is None
     factors, between = _unrotated(model, fold_norm, layers, bare=bare)
     return factors if offset is None else _turned(factors, between, offset)

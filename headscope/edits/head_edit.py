@@ -88,6 +88,8 @@ def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
         >>> hs.edits.head_list(["L1H0", "0.2", (2, 1)])
         (L1H0, L0H2, L2H1)
     """
+    if not isinstance(heads, Iterable):
+        raise InputError(f"heads={heads!r}: name heads as 'L5H1', '5.1' or (5, 1), or give a list.")
     given: list[Any] = [heads] if isinstance(heads, str) else list(heads)
     if len(given) == 2 and all(isinstance(part, int) for part in given):
         given = [tuple(given)]  # one head, (layer, head)

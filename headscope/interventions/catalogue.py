@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headscope import capture, edits
 from headscope.edits import AnyEdit, Heads, Site
-from headscope.errors import InputError, nearest
+from headscope.errors import InputError, nearest, whole
 from headscope.heads import ModelShape
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Reads, Tap, TapView, Texts, at_layers
@@ -298,6 +298,18 @@ class _FromReference(Intervention):
 
     reference: Probe | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a reference that is not a probe.
+
+        Raises:
+            InputError: with what was given.
+        """
+        if self.reference is not None and not isinstance(self.reference, Probe):
+            raise InputError(
+                f"reference={self.reference!r} of {type(self).__name__}: give a probe, or leave it "
+                "out for the one that is run."
+            )
+
     def reference_for(self, probe: Probe) -> Probe:
         """Probe that replacement values come from."""
         return probe if self.reference is None else self.reference
@@ -373,6 +385,15 @@ class Resample(_FromReference):
     seed: int = 0
     name: ClassVar[str] = "resample"
 
+    def __post_init__(self) -> None:
+        """Refuse a seed that is not a number.
+
+        Raises:
+            InputError: with what was given.
+        """
+        super().__post_init__()
+        whole(self.seed, "seed")
+
     def prepare(self, setting: Setting) -> BatchPlace:
         """Draw every example's partner."""
         probe, reference = setting.probe, self.reference_for(setting.probe)
@@ -412,6 +433,7 @@ class Patch(_FromReference):
         Raises:
             InputError: for another site.
         """
+        super().__post_init__()
         if self.site not in ("z", "query", "pattern"):
             raise InputError(
                 f"Patch takes the site z, query or pattern, not {self.site!r}; keys and values "

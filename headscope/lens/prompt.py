@@ -1,6 +1,6 @@
 """A prompt and the tokens that are asked about, checked before any compute."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,8 @@ def read_prompt(model: HeadModel, prompt: Promptish) -> Prompt:
                 "folder, or an empty one. Give token ids instead."
             )
     else:
+        if not isinstance(prompt, Iterable):
+            raise InputError(f"prompt={prompt!r}: give a text, or its token ids.")
         ids = [int(one) for one in prompt]
     if not ids:
         raise InputError("the prompt is empty: give at least one token.")

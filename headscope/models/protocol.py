@@ -13,7 +13,7 @@ from typing_extensions import Protocol, runtime_checkable
 from headscope.base.glance import Glance, sizes
 from headscope.base.stacks import Stack, all_causal
 from headscope.edits import Span
-from headscope.errors import UnsupportedModelError
+from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.views.outputs import HeadWeights, Readout
 from headscope.views.qk import InputNorm, Matches, QueryKey, Rotation
@@ -316,6 +316,20 @@ class HeadModel(Protocol):
         """SHA-256 that stands for all bytes of the weights: which model this was."""
 
 
+def need_model(model: object) -> None:
+    """Refuse what is not a loaded model, as a name or a module of transformers.
+
+    Raises:
+        InputError: with what to do.
+
+    Example:
+        >>> need_model(hs.load())
+    """
+    if not hasattr(type(model), "limits") and not hasattr(model, "limits"):
+        given = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise InputError(f"{given} is not a loaded model: give what hs.load returns.")
+
+
 def lacks(model: HeadModel, need: str) -> str | None:
     """Return why a model cannot give what is needed; None where it can.
 
@@ -327,6 +341,7 @@ def lacks(model: HeadModel, need: str) -> str | None:
         >>> lacks(model, "causal") is None
         True
     """
+    need_model(model)
     if need == "bidirectional" and all_causal(model.stacks):
         return f"{model.name} reads from left to right, so no token sees the ones after it."
     return model.limits.get(need)

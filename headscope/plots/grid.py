@@ -146,6 +146,11 @@ def heatmap(
         return heatmaps(scores, theme=theme)
     if isinstance(scores, EffectGrid):
         return effect_heatmap(scores, limits=limits, theme=theme)
+    if not isinstance(scores, HeadScores):
+        raise InputError(
+            f"a heatmap shows scores, a table or a grid of effects, not a {type(scores).__name__}: "
+            "make scores of plain numbers with hs.HeadScores.from_summary."
+        )
     layers, heads = scores.mean.shape
     cell = _cell(layers, heads)
     figure = Figure(_trace(scores, limits, theme))

@@ -159,14 +159,19 @@ def from_tokens(
         [[7, 9, 5, 7, 9, -1]]
     """
     try:
-        ids = torch.as_tensor(tokens).long()
+        given = torch.as_tensor(tokens)
+        whole_numbers = not (given.is_floating_point() or given.is_complex())
+        if given.numel() and (given.dtype == torch.bool or not whole_numbers):
+            raise TypeError
+        ids = given.long()
     except (TypeError, ValueError) as error:
         raise InputError(
-            "the token rows are not all whole numbers or differ in length: "
+            "the token rows are not all whole numbers, or differ in length: "
             "pad them to one length and say with real= which are tokens."
         ) from error
-    shown = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
-    probe = Probe(tokens=ids, real=shown, structure=ids, targets=ids, marks=marks or {})
+    shown = torch.ones_like(ids, dtype=torch.bool) if real is None else torch.as_tensor(real).bool()
+    named = {str(name): torch.as_tensor(mark).bool() for name, mark in (marks or {}).items()}
+    probe = Probe(tokens=ids, real=shown, structure=ids, targets=ids, marks=named)
     return replace(
         probe,
         structure=ids.where(shown, -1),

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from headscope.errors import InputError
+from headscope.errors import InputError, whole
 from headscope.probes.encoding import at_positions, encode, pad_right
 from headscope.probes.needle_sets import DRAWN, Haystack, Needle, fixed_needles, read_haystack
 from headscope.probes.probe import Probe
@@ -591,7 +591,8 @@ def _cells(
         most = min(model.shape.n_ctx or _LONGEST, _LONGEST)
         wanted = [most // 4, most // 2, most]
     else:
-        wanted = [lengths] if isinstance(lengths, int) else [int(n) for n in lengths]
+        several = lengths if isinstance(lengths, Sequence) else [lengths]
+        wanted = [whole(length, "lengths", 1) for length in several]
     if isinstance(depths, int):
         shares = [i / max(depths - 1, 1) for i in range(depths)]
     else:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from headscope.errors import InputError, nearest
+from headscope.errors import InputError, nearest, whole
 from headscope.probes.encoding import Encoded, at_positions, encode, pad_right
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import (
@@ -312,7 +312,7 @@ def ioi(
     """
     if corrupt not in ("flip", "third"):
         raise InputError(f"corrupt={corrupt!r} is unknown: 'flip' or 'third'.")
-    if batch < 1:
+    if whole(batch, "batch") < 1:
         raise InputError(f"batch={batch} leaves nothing to run: give 1 or more.")
     need_onwards(model, "an IOI probe")
     tokenizer = need_tokenizer(model, "an IOI probe")
@@ -541,7 +541,7 @@ class _Fitted(NamedTuple):
 
 
 def _paired(model: HasVocabulary, task: str, batch: int, seed: int, bos: bool | None) -> Probe:
-    if batch < 1:
+    if whole(batch, "batch") < 1:
         raise InputError(f"batch={batch} leaves nothing to run: give 1 or more.")
     need_onwards(model, f"the task {task!r}")
     tokenizer = need_tokenizer(model, f"the task {task!r}")

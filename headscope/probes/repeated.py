@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headscope.errors import InputError
+from headscope.errors import InputError, whole
 from headscope.probes.encoding import next_tokens
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import (
@@ -63,7 +63,7 @@ def repeated_tokens(
     """
     if copies < 2:
         raise InputError(f"copies={copies} is not a repetition: give 2 or more.")
-    draw = _Draw(model, length * copies, batch, seed, bos)
+    draw = _Draw(model, whole(length, "length") * copies, batch, seed, bos)
     part = draw(length)
     tokens = draw.framed(part.repeat(1, copies))
     start, said = len(draw.prefix), length * copies
@@ -148,7 +148,7 @@ class _Draw:
         self, model: HasVocabulary, length: int, batch: int, seed: int, bos: bool | None
     ) -> None:
         for name, value in (("length", length), ("batch", batch)):
-            if value < 1:
+            if whole(value, name) < 1:
                 raise InputError(f"{name}={value} leaves nothing to run: give 1 or more.")
         self.batch, self.seed = batch, seed
         self.prefix, self.suffix = frame(model, bos)

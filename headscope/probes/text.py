@@ -1,6 +1,6 @@
 """Natural text: a bundled sample, a file, or your own strings; for encoders with tokens hidden."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -133,11 +133,15 @@ def _read(texts_or_path: str | Path | Sequence[str] | None) -> tuple[list[str], 
         return paragraphs(bundled.read_text("utf-8")), "the bundled passages"
     if isinstance(texts_or_path, str) and not _names_a_file(texts_or_path):
         texts_or_path = [texts_or_path]
+    if not isinstance(texts_or_path, str | Path | Iterable):
+        raise InputError(f"{texts_or_path!r} is neither texts nor a path of a file of texts.")
     if not isinstance(texts_or_path, (str, Path)):
         texts, source = list(texts_or_path), "the texts given"
     else:
         texts = paragraphs(read_text(texts_or_path))
         source = Path(texts_or_path).name
+    if (wrong := next((one for one in texts if not isinstance(one, str)), None)) is not None:
+        raise InputError(f"{source}: {wrong!r} is not a text.")
     if not texts or not any(one.strip() for one in texts):
         raise InputError(f"{source}: no text in it; give at least one sentence.")
     return texts, source

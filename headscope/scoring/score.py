@@ -15,7 +15,7 @@ from headscope.base.statistics import Design
 from headscope.circuits.scores import score_weights
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.metrics import AnyMetric
-from headscope.models.protocol import HeadModel, lacks
+from headscope.models.protocol import HeadModel, lacks, need_model
 from headscope.models.running import own_types
 from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
@@ -67,6 +67,9 @@ def score(
         >>> list(table)
         ['previous_token', 'induction']
     """
+    need_model(model)
+    if probe is not None:
+        capture.need_probe(probe)
     options = RunOptions(batch_size, memory, seed, progress)
     chosen = _applicable(model, scorers, probe)
     groups = [_Group.of(*pair) for pair in _assign(model, chosen, probe, seed)]
@@ -188,6 +191,8 @@ def _applicable(model: HeadModel, wanted: Wanted, probe: Probe | None) -> tuple[
             if not any(lacks(model, need) for need in scorer.needs)
             and _can_read(scorer, model, probe)
         )
+    if not isinstance(wanted, str | Scorer | Iterable):
+        raise InputError(f"scorers={wanted!r}: give a scorer, its name, or a list of them.")
     listed = [wanted] if isinstance(wanted, str | Scorer) else list(wanted)
     chosen = resolve(listed)
     if not chosen:
