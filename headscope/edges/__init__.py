@@ -13,12 +13,15 @@ curve.cpr, curve.cmd                 # beside those of random edges
 from headscope.edges.attribute import attribute as attribute
 from headscope.edges.checks import grown as grown
 from headscope.edges.checks import stability as stability
+from headscope.edges.compare import compare_methods as compare_methods
 from headscope.edges.discovery import acdc as acdc
 from headscope.edges.discovery import circuit as circuit
 from headscope.edges.discovery import run_circuit as run_circuit
 from headscope.edges.exchange import read_eap_json as read_eap_json
 from headscope.edges.exchange import write_eap_json as write_eap_json
 from headscope.edges.faithfulness import faithfulness as faithfulness
+from headscope.edges.gates import best_heads as best_heads
+from headscope.edges.gates import causal_gates as causal_gates
 from headscope.edges.quality import completeness as completeness
 from headscope.edges.quality import minimality as minimality
 from headscope.table.edges import Checks as Checks
@@ -28,5 +31,6 @@ from headscope.table.edges import Edge as Edge
 from headscope.table.edges import EdgeGraph as EdgeGraph
 from headscope.table.edges import EdgeScores as EdgeScores
 from headscope.table.edges import Faithfulness as Faithfulness
+from headscope.table.edges import MethodComparison as MethodComparison
 from headscope.table.edges import Stability as Stability
 from headscope.table.edges import Wiring as Wiring

@@ -1,13 +1,13 @@
 """``hs.edges.attribute``: what every edge of a model contributes to a metric.
 
-By edge attribution patching, with one gradient or several, or exactly: one edge taken out at a
-time, and everything that follows run again.
+By edge attribution patching, with one gradient or several or by other rules, or exactly: one edge
+taken out at a time, and everything that follows run again.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,6 +20,7 @@ from torch import Tensor
 from headscope.base.files import whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.edges.passes import measured_with, values_with
+from headscope.edges.rules import GIM_SHARES, InteractionRules, RelevanceRules, Rules, shared
 from headscope.edges.written import ENTRIES, EdgeBatch, Study, Written, run_apart
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric, as_metric
@@ -31,7 +32,7 @@ from headscope.probes.probe import Probe, probe_digest
 from headscope.table.edges import EdgeGraph, Wiring
 
 
-def gradient_scores(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
+def gradient_scores(batch: EdgeBatch, method: str, steps: int) -> Float[Tensor, "batch edge"]:
     """First-order effect of every edge on every example.
 
     The change of what the source writes, times the gradient of the metric by what enters the
@@ -39,26 +40,103 @@ def gradient_scores(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]
 
     Args:
         batch: the batch.
-        steps: 0 takes the gradient of the clean run; more take the mean gradient of as many runs
-            whose embedding goes from the corrupt towards the clean one,
-            ``corrupt + k / steps (clean - corrupt)`` for k from 0.
+        method: any but ``exact``.
+        steps: gradients that integrated methods take the mean of.
     """
+    if method == "relp":
+        return _batch_scores(batch, Backwards(rules=RelevanceRules()))
+    if method == "gim":
+        return _batch_scores(batch, Backwards(rules=InteractionRules(), shares=GIM_SHARES))
+    if method == "eap":
+        return _batch_scores(batch, Backwards())
+    if method == "eap_ig":
+        return _over_inputs(batch, steps)
+    return _over_activations(batch, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Backwards:
+    """Of which run, and by which rules, gradients are taken.
+
+    Attributes:
+        embed: what enters the first block instead of the embedding.
+        shift: what is added to what attention or an MLP adds to the stream.
+        rules: what stands in for gradients; None: nothing.
+        shares: of the gradient that queries, keys and values pass on.
+    """
+
+    embed: Float[Tensor, "batch pos d_model"] | None = None
+    shift: Mapping[Tap, Tensor] = field(default_factory=dict)
+    rules: Rules | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def changes(self, n_layers: int) -> dict[Tap, Callable[[Tensor], Tensor]]:
+        """Functions of taps that the pass goes on with."""
+        found: dict[Tap, Callable[[Tensor], Tensor]] = {
+            tap: _added(value) for tap, value in self.shift.items()
+        }
+        for site, share in self.shares.items():
+            found |= {Tap(site, layer): shared(share) for layer in range(n_layers)}
+        return found
+
+
+def _added(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda there: there + value.to(there)
+
+
+def _over_inputs(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
+    """Mean over runs whose embedding goes from the corrupt towards the clean one."""
     clean = batch.clean.sources[:, 0]
-    if steps == 0:
-        return _batch_scores(batch, None)
     total = torch.zeros(len(batch.texts.tokens), len(batch.study.wiring), dtype=torch.float64)
     for step in range(steps):
-        total += _batch_scores(batch, clean + (1 - step / steps) * batch.change[:, 0]) / steps
+        embed = clean + (1 - step / steps) * batch.change[:, 0]
+        total += _batch_scores(batch, Backwards(embed=embed)) / steps
     return total
 
 
-def _batch_scores(
-    batch: EdgeBatch, embed: Float[Tensor, "batch pos d_model"] | None
-) -> Float[Tensor, "batch edge"]:
+def _over_activations(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
+    """Mean over runs in which what one layer's heads, or one MLP, write goes from corrupt to clean.
+
+    The edges that leave the embedding, the heads of a layer, or an MLP are scored by the runs in
+    which these alone are moved.
+    """
+    wiring = batch.study.wiring
+    total = torch.zeros(len(batch.texts.tokens), len(wiring), dtype=torch.float64)
+    for tap, sources in _groups(wiring):
+        mine = torch.from_numpy(np.isin(wiring.ends[1], sources))
+        change = batch.change[:, sources].sum(1)
+        for step in range(steps):
+            moved = (1 - step / steps) * change
+            of = (
+                Backwards(embed=batch.clean.sources[:, 0] + moved)
+                if tap.site == "embed"
+                else Backwards(shift={tap: moved})
+            )
+            total[:, mine] += _batch_scores(batch, of)[:, mine] / steps
+    return total
+
+
+def _groups(wiring: Wiring) -> Iterator[tuple[Tap, np.ndarray]]:
+    """Sources that are moved together, and where."""
+    every = np.arange(len(wiring.sources))
+    yield Tap("embed"), every[:1]
+    for layer in range(wiring.n_layers):
+        heads = wiring.heads_of(layer)
+        yield Tap("attn_out", layer), every[heads]
+        yield Tap("mlp_out", layer), every[heads.stop : heads.stop + 1]
+
+
+def _batch_scores(batch: EdgeBatch, of: Backwards) -> Float[Tensor, "batch edge"]:
     """Scores by the gradient of one run."""
     with torch.enable_grad():
         run = run_apart(
-            batch.study.model, batch.texts, embed=embed, logits_at=batch.measured.at, grad=True
+            batch.study.model,
+            batch.texts,
+            embed=of.embed,
+            logits_at=batch.measured.at,
+            grad=True,
+            changes=of.changes(batch.study.wiring.n_layers),
+            rules=of.rules,
         )
         assert run.logits is not None  # noqa: S101  # they were asked for
         values = batch.measured(run.logits)[0][batch.measured.counted.to(run.logits.device)]
@@ -218,8 +296,8 @@ def _measured(
     return found
 
 
-Method = Literal["eap", "eap_ig", "exact"]
-STEPPED = ("eap_ig",)
+Method = Literal["eap", "eap_ig", "eap_ig_activations", "relp", "gim", "exact"]
+STEPPED = ("eap_ig", "eap_ig_activations")
 _RESUMED_BATCH = 8
 
 
@@ -251,6 +329,14 @@ def attribute(
     that of its input, exactly. ``eap_ig`` takes the mean gradient of ``steps`` runs whose embedding
     goes from the corrupt to the clean one (a left Riemann sum, which includes the corrupt run and
     not the clean one); it sees what a saturated softmax hides from a single gradient.
+    ``eap_ig_activations`` moves what one layer's heads, or one MLP, write instead, and scores the
+    edges that leave them: ``(2 layers + 1) steps`` gradients.
+
+    Two take one gradient by other rules. ``relp`` propagates relevance: norms divide by a constant,
+    an activation is its input times a constant, a gate shares with what it gates. ``gim`` freezes
+    norms, takes the gradient of softmax at twice its temperature, and passes on a quarter of what
+    comes to queries and keys and half of what comes to values: its scores rank edges of a slot
+    and are not changes of the metric.
 
     An edge can be true and have score 0: what is equal in both texts of a pair, such as positions,
     is not seen by ``patch``; ``mean`` and ``zero`` see it.
@@ -260,8 +346,8 @@ def attribute(
             families with a norm after attention are refused.
         probe: texts with answers, and the pair ``corrupt`` for ``patch``.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
-        method: ``eap``, ``eap_ig`` or ``exact``.
-        steps: runs of ``eap_ig``; other methods take none.
+        method: ``eap``, ``eap_ig``, ``eap_ig_activations``, ``relp``, ``gim`` or ``exact``.
+        steps: gradients of integrated methods; others take none.
         ablation: what an edge that is taken out carries: ``patch`` (also called ``corrupt``,
             ``counterfactual`` or ``resample``), what its source writes on the paired text at the
             same position; ``mean``, what it writes on average over the probe's real positions;
@@ -281,7 +367,8 @@ def attribute(
 
     Source:
         Syed et al. 2023, arXiv 2310.10348 (edge attribution patching); Hanna et al. 2024,
-        arXiv 2403.17806 (integrated gradients over inputs); Conmy et al. 2023, arXiv 2304.14997.
+        arXiv 2403.17806 (integrated gradients); Conmy et al. 2023, arXiv 2304.14997; Jafari et al.
+        2025, arXiv 2508.21258 (RelP); Edin et al. 2025, arXiv 2505.17630 (GIM).
 
     Example:
         >>> names = hs.probes.pairs(model, "ioi", batch=2)
@@ -318,7 +405,7 @@ def attribute(
         study.ablation,
         np.concatenate(parts, 1),
         model.shape.n_kv_heads,
-        steps if method == "eap_ig" else 0,
+        steps if method in STEPPED else 0,
         study.metric.unit,
         origin(
             model,
@@ -327,7 +414,7 @@ def attribute(
             metric=study.metric.name,
             method=method,
             ablation=study.ablation,
-            steps=steps if method == "eap_ig" else 0,
+            steps=steps if method in STEPPED else 0,
         ),
         probe.cluster_labels,
     )
@@ -379,7 +466,7 @@ def _check_method(method: str, steps: int, metric: AnyMetric) -> None:
         raise InputError(nearest(str(method), get_args(Method), kind="method"))
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps={steps!r}: integrated gradients take 1 run or more.")
-    if method == "eap" and "clean" in metric.needs:
+    if method in ("eap", "relp", "gim") and "clean" in metric.needs:
         raise InputError(
             f"{metric.name} is smallest at the clean run, so its gradient there is 0: use "
             "method='eap_ig' or 'exact', or another metric."
@@ -387,8 +474,15 @@ def _check_method(method: str, steps: int, metric: AnyMetric) -> None:
 
 
 def _work(study: Study, method: str, steps: int) -> int:
-    passes = {"eap": 1, "eap_ig": steps, "exact": len(study.wiring)}[method]
-    return passes * len(study.probe)
+    return passes_of(study.wiring, method, steps) * len(study.probe)
+
+
+def passes_of(wiring: Wiring, method: str, steps: int) -> int:
+    """Gradients (or passes, for ``exact``) that a method takes per example."""
+    if method == "exact":
+        return len(wiring)
+    groups = 2 * wiring.n_layers + 1 if method == "eap_ig_activations" else 1
+    return groups * (steps if method in STEPPED else 1)
 
 
 def _scores(batch: EdgeBatch, method: str, steps: int, done: Callable[[float], None]) -> np.ndarray:
@@ -396,8 +490,8 @@ def _scores(batch: EdgeBatch, method: str, steps: int, done: Callable[[float], N
     if method == "exact":
         found = exact_scores(batch, done)
     else:
-        found = gradient_scores(batch, steps if method == "eap_ig" else 0)
-        done(float(steps if method == "eap_ig" else 1))
+        found = gradient_scores(batch, method, steps)
+        done(float(passes_of(batch.study.wiring, method, steps)))
     unread = ~batch.measured.counted.to(found.device)
     values: np.ndarray = found.masked_fill(unread[:, None], float("nan")).mT.numpy()
     return values

@@ -1,8 +1,10 @@
 """What every node writes to the residual stream in a run, and what it writes once corrupted."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.base.options import RunOptions
+from headscope.edges.rules import Rules
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.metrics import AnyMetric, LogitRows, Metric, as_metric
 from headscope.models.protocol import HeadModel
@@ -134,6 +137,8 @@ def run_apart(
     embed: Float[Tensor, "batch pos d_model"] | None = None,
     logits_at: Int[Tensor, " at"] | None = None,
     grad: bool = False,
+    changes: Mapping[Tap, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+    rules: Rules | None = None,
 ) -> Written:
     """Run a batch once and keep what every node wrote.
 
@@ -143,11 +148,15 @@ def run_apart(
         embed: what enters the first block instead of the embedding.
         logits_at: positions whose logits are returned; None: all; empty: none.
         grad: keep the graph; the taps are then part of it, from the embedding on.
+        changes: functions of what some taps hold, which go on with what they return.
+        rules: what stands in for gradients.
     """
     held: dict[Tap, Tensor] = {}
 
     def keep(view: TapView) -> None:
         held[view.tap] = view.value
+        if rules is not None and view.tap.site in ("attn_out", "mlp_out"):
+            rules.in_mlp = view.tap.site == "attn_out"
 
     def begin(value: Tensor, _span: Any) -> Tensor:
         start = value if embed is None else embed.to(value)
@@ -157,7 +166,10 @@ def run_apart(
     taps = taps_of(model)
     reads = {tap: keep for tap in taps if tap.site not in ENTRIES}
     writes |= {tap: keeper(held, tap) for tap in taps if tap.site in ENTRIES}
-    logits = model.run(texts, reads=reads, writes=writes, logits_at=logits_at, grad=grad)
+    writes |= {tap: _changer(held, tap, change) for tap, change in changes.items()}
+    reads = {tap: read for tap, read in reads.items() if tap not in changes}
+    with rules or nullcontext():
+        logits = model.run(texts, reads=reads, writes=writes, logits_at=logits_at, grad=grad)
     with torch.no_grad():
         return Written(_sources(model, held, texts.real), held, logits)
 
@@ -174,6 +186,20 @@ def keeper(held: dict[Tap, Tensor], tap: Tap) -> Callable[[Tensor, Any], Tensor]
         return held[tap]
 
     return keep
+
+
+def _changer(
+    held: dict[Tap, Tensor], tap: Tap, change: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor, Any], Tensor]:
+    """A write that changes a tap; of queries, keys and values what was there before is kept."""
+
+    def write(value: Tensor, _span: Any) -> Tensor:
+        there = value.view_as(value)
+        changed = change(there)
+        held[tap] = there if tap.site in ENTRIES else changed
+        return changed
+
+    return write
 
 
 def _sources(

@@ -12,6 +12,7 @@ from headscope.table.edges import Edge as Edge
 from headscope.table.edges import EdgeGraph as EdgeGraph
 from headscope.table.edges import EdgeScores as EdgeScores
 from headscope.table.edges import Faithfulness as Faithfulness
+from headscope.table.edges import MethodComparison as MethodComparison
 from headscope.table.edges import Stability as Stability
 from headscope.table.edges import Wiring as Wiring
 from headscope.table.effects import EffectGrid as EffectGrid

@@ -236,7 +236,7 @@ class EdgeGraph(Shown, Tabular):
 
     Attributes:
         wiring: nodes and edges of the model.
-        method: ``eap``, ``eap_ig`` or ``exact``.
+        method: as in :func:`headscope.edges.attribute`.
         ablation: what an edge that is taken out carries: ``patch`` (what its source writes in the
             paired run), ``zero``, or ``mean`` (what it writes on average).
         per_example: scores; NaN where the metric reads nothing of an example.
@@ -910,3 +910,95 @@ class Completeness(Saved, Shown):
             ],
             hint="result.gap, result.subsets",
         )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MethodComparison(Saved, Shown, Tabular):
+    """How near estimates of edges, and of heads, come to exact patching on the same texts.
+
+    Attributes:
+        methods: their names; those of heads alone have no edges.
+        edges: rank correlation (Spearman) of the magnitudes of all edges' scores with those of
+            exact patching, in [-1, 1]; NaN for methods of heads.
+        edges_low, edges_high: the middle 95% over bootstrap draws of the examples.
+        signed: the same of the scores with their signs.
+        overlap: Jaccard overlap of the strongest edges with those of exact patching, in [0, 1].
+        count: edges that are compared for that.
+        heads: rank correlation of the magnitudes of heads, outgoing edges summed, with the effect
+            of taking each head out alone.
+        heads_low, heads_high: as of edges; NaN where a method has no scores per example.
+        gradients: gradients (passes, for exact) per example.
+        seconds: that each took.
+        ablation: what is put in place of what is taken out.
+        unit: of the metric.
+        provenance: where it came from.
+    """
+
+    methods: tuple[str, ...]
+    edges: Float[np.ndarray, " method"]
+    edges_low: Float[np.ndarray, " method"]
+    edges_high: Float[np.ndarray, " method"]
+    signed: Float[np.ndarray, " method"]
+    overlap: Float[np.ndarray, " method"]
+    count: int
+    heads: Float[np.ndarray, " method"]
+    heads_low: Float[np.ndarray, " method"]
+    heads_high: Float[np.ndarray, " method"]
+    gradients: Int[np.ndarray, " method"]
+    seconds: Float[np.ndarray, " method"]
+    ablation: str = ""
+    unit: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def _rows(self) -> list[tuple[str, str, str, str, str, str, str]]:
+        return [
+            (
+                name,
+                _ranged(self.edges[at], self.edges_low[at], self.edges_high[at]),
+                _ranged(self.signed[at]),
+                _ranged(self.overlap[at]),
+                _ranged(self.heads[at], self.heads_low[at], self.heads_high[at]),
+                f"{self.gradients[at]:,}",
+                f"{self.seconds[at]:.2g}",
+            )
+            for at, name in enumerate(self.methods)
+        ]
+
+    def _names(self) -> tuple[str, ...]:
+        return (
+            "method", "edges, |score|", "with sign", f"top {self.count}", "heads, |score|",
+            "gradients", "seconds",
+        )  # fmt: skip
+
+    def glance(self) -> Glance:
+        """One row per method, best first."""
+        return Glance(
+            "estimates against exact patching",
+            ["rank correlations", f"ablation {self.ablation}", self.provenance.model],
+            self._names(),
+            self._rows(),
+            hint="result.to_pandas()",
+        )
+
+    def sections(self) -> list[Section]:
+        """The same as a table."""
+        said = "Rank correlations with exact patching on the same texts, with 95% intervals."
+        return [Section("Methods", [Words(said), Grid(self._names(), self._rows())])]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per method."""
+        import pandas
+
+        names = (
+            *("edges", "edges_low", "edges_high", "signed", "overlap", "heads", "heads_low"),
+            *("heads_high", "gradients", "seconds"),
+        )
+        return pandas.DataFrame(
+            {"method": list(self.methods), **{name: getattr(self, name) for name in names}}
+        )
+
+
+def _ranged(value: float, low: float = float("nan"), high: float = float("nan")) -> str:
+    if np.isnan(value):
+        return ""
+    return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} ({low:.2f} to {high:.2f})"

@@ -1,0 +1,245 @@
+"""Estimates of edges and heads ranked against exact patching, on the same texts."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.base.options import RunOptions
+from headscope.base.statistics import rank_correlation
+from headscope.edges.attribute import Method, attribute, passes_of
+from headscope.edges.checks import jaccard, strongest
+from headscope.edges.gates import best_heads, causal_gates
+from headscope.edges.passes import measured_with
+from headscope.edges.written import EdgeBatch, Study
+from headscope.errors import InputError, nearest
+from headscope.metrics import AnyMetric
+from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
+from headscope.models.taps import Tap
+from headscope.origin import origin
+from headscope.probes.probe import Probe
+from headscope.table.edges import EdgeGraph, MethodComparison, Wiring
+
+OF_HEADS = ("causal_gates", "best_heads")
+_DRAWS = 200
+_GATE_STEPS = 60
+Ranked = dict[str, Any]
+
+
+@own_types()
+def compare_methods(
+    model: HeadModel,
+    probe: Probe,
+    metric: AnyMetric | Callable[..., Tensor],
+    methods: Sequence[str] | None = None,
+    *,
+    steps: int = 5,
+    ablation: str | None = None,
+    exact: EdgeGraph | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> MethodComparison:
+    """Rank methods by how near their scores come to exact patching.
+
+    Edges are compared with the effect of taking out each alone, heads (outgoing edges summed, or
+    their gates) with that of taking out each head alone, by Spearman's rank correlation of
+    magnitudes. Intervals draw the examples again, for both sides alike.
+
+    Exact patching takes a pass per edge: give ``exact`` where it is at hand.
+
+    Args:
+        model: as in :func:`attribute`.
+        probe: texts with answers.
+        metric: as in :func:`attribute`; gates need one with a direction.
+        methods: of :func:`attribute`, and ``causal_gates`` and ``best_heads`` for heads; default:
+            all that do not need the exact scores.
+        steps: gradients of integrated methods.
+        ablation: as in :func:`attribute`.
+        exact: scores by ``exact`` on the same texts; default: computed.
+        count: strongest edges whose overlap is compared; default: one in twenty.
+        seed: of the bootstrap draws.
+        batch_size: examples per pass.
+        progress: show bars.
+
+    Returns:
+        One row per method, best first.
+
+    Raises:
+        InputError: if there is no such method, or ``exact`` is of other texts.
+
+    Example:
+        >>> case = hs.compiled.make_case("previous", {}, batch=4)
+        >>> found = hs.edges.compare_methods(
+        ...     case.made.model, case.probe, hs.metrics.answer_log_prob, ["eap", "eap_ig"]
+        ... )
+        >>> set(found.methods) == {"eap", "eap_ig"}
+        True
+    """
+    known = (*get_args(Method), *OF_HEADS)
+    asked = [one for one in known if one != "exact"] if methods is None else list(methods)
+    for name in asked:
+        if name not in known:
+            raise InputError(nearest(str(name), known, kind="method"))
+    options = RunOptions(batch_size, seed=seed, progress=progress)
+    study = Study.of(model, probe, metric, ablation, options)
+    common = {"ablation": study.ablation, "batch_size": batch_size, "progress": progress}
+    truth = exact or attribute(model, probe, metric, "exact", **common)  # type: ignore[arg-type]
+    _check_exact(truth, study)
+    size = count or max(1, len(study.wiring) // 20)
+    heads = heads_out(study)
+    rows = []
+    for name in asked:
+        started = time.perf_counter()
+        if name in OF_HEADS:
+            row = _of_gates(name, study, heads, common)
+        else:
+            graph = attribute(model, probe, metric, name, steps, **common)  # type: ignore[arg-type]
+            row = _of_edges(graph, truth, heads, size, seed)
+            row["gradients"] = passes_of(study.wiring, name, steps)
+        rows.append({"method": name, **row, "seconds": time.perf_counter() - started})
+    rows.sort(key=lambda row: -np.nan_to_num(row["edges"], nan=-1.0))
+    columns = {
+        name: np.array([row[name] for row in rows], int if name == "gradients" else float)
+        for name in rows[0]
+        if name != "method"
+    }
+    return MethodComparison(
+        tuple(row["method"] for row in rows),
+        count=size,
+        ablation=study.ablation,
+        unit=study.metric.unit,
+        provenance=origin(
+            model, probe, attention="whole passes", metric=study.metric.name,
+            ablation=study.ablation, steps=steps, draw_seed=seed,
+        ),
+        **columns,
+    )  # fmt: skip
+
+
+def _check_exact(exact: EdgeGraph, study: Study) -> None:
+    """Refuse scores that are not exact, or are of other texts or another model."""
+    shape = (len(study.wiring), len(study.probe))
+    same = exact.method == "exact" and exact.ablation == study.ablation
+    if exact.wiring != study.wiring or not same or exact.per_example.shape != shape:
+        raise InputError(
+            f"exact holds scores by {exact.method!r} with ablation {exact.ablation!r} of "
+            f"{exact.per_example.shape[1]} examples: give those of hs.edges.attribute(..., "
+            f"method='exact', ablation={study.ablation!r}) on the same model and probe."
+        )
+
+
+@torch.no_grad()
+def heads_out(study: Study) -> Float[np.ndarray, "layer head example"]:
+    """Change of the metric when one head writes what it writes once taken out; NaN where unread."""
+    parts = []
+    for batch in study.batches():
+        values = (
+            torch.stack([_layer_out(batch, layer) for layer in range(study.wiring.n_layers)])
+            - batch.clean_value()
+        )
+        unread = ~batch.measured.counted.to(values.device)
+        parts.append(values.masked_fill(unread, float("nan")).cpu().double().numpy())
+    return np.concatenate(parts, -1)
+
+
+def _layer_out(batch: EdgeBatch, layer: int) -> Float[Tensor, "head batch"]:
+    """The metric without each head of a layer."""
+    tap = Tap("attn_out", layer)
+    change = batch.change[:, batch.study.wiring.heads_of(layer)].transpose(0, 1)
+    return measured_with(batch, {tap: batch.clean.taps[tap] + change})
+
+
+def _of_edges(
+    graph: EdgeGraph,
+    exact: EdgeGraph,
+    heads: Float[np.ndarray, "layer head example"],
+    count: int,
+    seed: int,
+) -> Ranked:
+    """How the edges of a graph, and their sums by head, compare."""
+    mine, truth = graph.per_example.astype(np.float64), exact.per_example.astype(np.float64)
+    sums = _by_head(graph.wiring, mine)
+    low, high = _interval(mine, truth, graph.clusters, seed)
+    heads_low, heads_high = _interval(sums, heads.reshape(sums.shape), graph.clusters, seed)
+    return {
+        "edges": rank_correlation(np.abs(graph.mean), np.abs(exact.mean)),
+        "edges_low": low,
+        "edges_high": high,
+        "signed": rank_correlation(graph.mean, exact.mean),
+        "overlap": jaccard(strongest(graph.mean, count), strongest(exact.mean, count)),
+        "heads": _correlation(sums, heads.reshape(sums.shape)),
+        "heads_low": heads_low,
+        "heads_high": heads_high,
+    }
+
+
+def _by_head(
+    wiring: Wiring, values: Float[np.ndarray, "edge example"]
+) -> Float[np.ndarray, "head example"]:
+    """Sums of the edges that leave each head, layer by layer."""
+    total = np.zeros((len(wiring.sources), values.shape[1]))
+    np.add.at(total, wiring.ends[1], values)
+    return np.concatenate([total[wiring.heads_of(layer)] for layer in range(wiring.n_layers)])
+
+
+def _correlation(
+    a: Float[np.ndarray, "item example"], b: Float[np.ndarray, "item example"]
+) -> float:
+    """Rank correlation of the magnitudes of means."""
+    return rank_correlation(*(np.abs(np.nanmean(one, 1)) for one in (a, b)))
+
+
+def _interval(
+    a: Float[np.ndarray, "item example"],
+    b: Float[np.ndarray, "item example"],
+    clusters: tuple[int, ...] | None,
+    seed: int,
+) -> tuple[float, float]:
+    """The middle 95% of the correlation when examples (or clusters) are drawn again."""
+    counted = ~(np.isnan(a).all(0) | np.isnan(b).all(0))
+    labels = np.arange(a.shape[1]) if clusters is None else np.array(clusters)
+    _, group = np.unique(labels[counted], return_inverse=True)
+    groups = int(group.max()) + 1
+    if groups < 2:
+        return float("nan"), float("nan")
+    a, b = a[:, counted], b[:, counted]
+    drawn = np.random.default_rng(seed)
+    found = []
+    for _ in range(_DRAWS):
+        times = np.bincount(drawn.integers(0, groups, groups), minlength=groups)[group]
+        found.append(rank_correlation(np.abs(a @ times), np.abs(b @ times)))
+    if np.isnan(found).all():
+        return float("nan"), float("nan")
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _of_gates(
+    name: str,
+    study: Study,
+    heads: Float[np.ndarray, "layer head example"],
+    common: dict[str, Any],
+) -> Ranked:
+    """How learned gates compare, by heads alone."""
+    given = (study.model, study.probe, study.metric)
+    if name == "causal_gates":
+        table = causal_gates(*given, **common, steps=_GATE_STEPS)
+        values = 1 - table["irrelevant"].mean
+    else:
+        half = max(1, len(study.model.shape.heads) // 2)
+        values = best_heads(*given, half, **common, steps=_GATE_STEPS).mean
+    missing = float("nan")
+    return {
+        "edges": missing, "edges_low": missing, "edges_high": missing, "signed": missing,
+        "overlap": missing,
+        "heads": rank_correlation(values, np.abs(np.nanmean(heads, -1))),
+        "heads_low": missing, "heads_high": missing,
+        "gradients": _GATE_STEPS * (3 if name == "causal_gates" else 1),
+    }  # fmt: skip
