@@ -21,6 +21,8 @@ from headscope.geometry.measures import self_similarity as self_similarity
 from headscope.geometry.measures import token_angle as token_angle
 from headscope.geometry.measures import two_nn as two_nn
 from headscope.geometry.position import Anova as Anova
+from headscope.geometry.position import PositionContext as PositionContext
 from headscope.geometry.position import anova as anova
+from headscope.geometry.position import position_context as position_context
 from headscope.geometry.position import position_heads as position_heads
 from headscope.geometry.position import position_layers as position_layers

@@ -8,6 +8,7 @@ one, so that chance gives 0 and texts are independent.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -263,6 +264,66 @@ def position_heads(
 
         study.run(study.measured, dict.fromkeys(read, keep), advance)
     return _head_table(study, outputs, panels)
+
+
+class PositionContext(NamedTuple):
+    """What a model owes to positions and to texts: by layer, and by head.
+
+    Attributes:
+        layers: as :func:`position_layers` gives it.
+        heads: as :func:`position_heads` gives it; None where attention scores are more than
+            ``q . k`` (a soft cap, ALiBi).
+        refused: why there are no heads; None where there are.
+    """
+
+    layers: LayerTable
+    heads: HeadTable | None
+    refused: str | None
+
+
+def position_context(
+    model: HeadModel,
+    texts: Probe | Sequence[str] | str | Path | None = None,
+    *,
+    length: int | None = None,
+    skip: int = 1,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> PositionContext:
+    """Split hidden states and attention scores into what position and what content gives.
+
+    :func:`position_layers` and :func:`position_heads` on the same texts: shares of the variance
+    of hidden states by layer, and the QK panels of every head.
+
+    Args:
+        model: the model.
+        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        length: cut texts into pieces of this many tokens; default: 64.
+        skip: leave out this many positions at the start: the first is often a sink.
+        batch_size: texts per pass; default: about 4,096 tokens.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Raises:
+        InputError: if fewer than four texts or three positions are left.
+
+    Source:
+        Song and Zhong 2023, arXiv 2310.04861.
+
+    Example:
+        >>> found = hs.geometry.position_context(model, length=16)
+        >>> "position_share" in found.layers, "qk_position" in found.heads
+        (True, True)
+    """
+    layers = position_layers(
+        model, texts, length=length, skip=skip, batch_size=batch_size, progress=progress
+    )
+    try:
+        heads = position_heads(
+            model, texts, length=length, skip=skip, batch_size=batch_size, progress=progress
+        )
+        return PositionContext(layers, heads, None)
+    except UnsupportedModelError as error:
+        return PositionContext(layers, None, str(error))
 
 
 def held_out_shares(

@@ -222,3 +222,22 @@ def test_tables_are_kept_on_disk(tmp_path: object) -> None:
     table.save(f"{tmp_path}/heads.parquet")
     again = hs.HeadTable.load(f"{tmp_path}/heads.parquet")
     np.testing.assert_array_equal(again["qk_content"].mean, table["qk_content"].mean)
+
+
+def test_both_views_of_one_model() -> None:
+    model = hs.load()
+    found = hs.geometry.position_context(model, length=16)
+    layers = hs.geometry.position_layers(model, length=16)["position_share"]
+    assert found.refused is None
+    assert found.heads is not None
+    assert (found.layers["position_share"].mean == layers.mean).all()
+    heads = hs.geometry.position_heads(model, length=16)["qk_position"]
+    assert (found.heads["qk_position"].mean == heads.mean).all()
+
+
+def test_layers_are_measured_where_scores_cannot_be_split() -> None:
+    found = hs.geometry.position_context(model_of("gemma2"), probe_of())
+    assert found.heads is None
+    assert found.refused is not None
+    assert "soft cap" in found.refused
+    assert "position_share" in found.layers
