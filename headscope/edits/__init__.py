@@ -25,6 +25,8 @@ from headscope.edits.head_edit import Scope as Scope
 from headscope.edits.head_edit import Site as Site
 from headscope.edits.head_edit import Span as Span
 from headscope.edits.head_edit import head_list as head_list
+from headscope.edits.sparse import entmax as entmax
+from headscope.edits.sparse import top_k as top_k
 from headscope.edits.stacked import AnyEdit as AnyEdit
 from headscope.edits.stacked import SpanEdit as SpanEdit
 from headscope.edits.stacked import Stacked as Stacked

@@ -3,7 +3,7 @@
 Where is told by a span: which positions a pass runs, and which of them are decoding.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -101,7 +101,7 @@ _SCOPES = ("all", "prefill", "decode")
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """At some heads and positions, ``factor * value + donor`` instead of ``value``.
+    """At some heads and positions, ``factor * value + donor`` or a change instead of ``value``.
 
     Everything else is left as it is, bit by bit. Make one with the functions of
     :mod:`headscope.edits`.
@@ -115,6 +115,8 @@ class HeadEdit:
         donors: what is added, by layer, in the layout of the site with all heads; leading axes
             may be left out, and axes of length 1 stand for all.
         factor: multiplier of what was there.
+        change: ``(value, donor) -> value``, of the edited heads alone and each position by
+            itself, instead of ``factor * value + donor``; None: that.
         positions: where; None: everywhere. At ``pattern`` a position is a query.
         scope: ``prefill`` touches the positions of the prompt, ``decode`` those after it, however
             many of them a pass runs; which is which is a fact of the pass (:class:`Span`).
@@ -127,6 +129,7 @@ class HeadEdit:
     factor: float = 0.0
     positions: Bool[Tensor, "batch pos"] | None = None
     scope: Scope = "all"
+    change: Callable[[Tensor, Tensor | None], Tensor] | None = None
     layers: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,6 +154,7 @@ class HeadEdit:
         factor: float = 0.0,
         positions: Bool[Tensor, "batch pos"] | None = None,
         scope: Scope = "all",
+        change: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> "HeadEdit":
         """Make an edit of heads in any spelling."""
         by_layer: dict[int, tuple[int, ...]] = {}
@@ -158,7 +162,7 @@ class HeadEdit:
             by_layer[layer] = (*by_layer.get(layer, ()), head)
         if not by_layer:
             raise InputError(f"the {name} edit names no heads.")
-        return cls(name, by_layer, site, donors, factor, positions, scope)
+        return cls(name, by_layer, site, donors, factor, positions, scope, change)
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
         """Return the edited value of a text read at once; the input is left as it is.
@@ -233,7 +237,7 @@ class HeadEdit:
 
     def covers(self, layer: int, n_heads: int) -> bool:
         """Whether nothing of this layer's old value is left."""
-        every = len(self.heads.get(layer, ())) == n_heads
+        every = len(self.heads.get(layer, ())) == n_heads and self.change is None
         return every and self.positions is None and self.factor == 0 and self.scope == "all"
 
     def cut(self, examples: slice = slice(None), first: int = 0) -> "HeadEdit":
@@ -250,9 +254,15 @@ class HeadEdit:
         return (2, 1) if self.site == "z" else (1, 2)
 
     def _new(self, layer: int, old: Tensor, index: Tensor) -> Tensor:
+        donor = None if self.donors is None else self._donor(layer, old, index)
+        if self.change is not None:
+            return self.change(old, donor)
         new = torch.zeros_like(old) if self.factor == 0 else old * self.factor
-        if self.donors is None:
-            return new
+        return new if donor is None else new + donor
+
+    def _donor(self, layer: int, old: Tensor, index: Tensor) -> Tensor:
+        """What the edited heads are given, in the layout of their value."""
+        assert self.donors is not None  # noqa: S101  # asked for where there are some
         head_axis, position_axis = self._axes
         donor = self.donors[layer].to(device=old.device, dtype=old.dtype)
         donor = donor.reshape((1,) * (old.ndim - donor.ndim) + donor.shape)
@@ -268,7 +278,7 @@ class HeadEdit:
                     f"the {self.name} edit of layer {layer} has values for {donor.shape[axis]} "
                     f"{'examples' if axis == 0 else 'positions'}, not {old.shape[axis]}."
                 )
-        return new + donor
+        return donor
 
     def _fitting(
         self, positions: Bool[Tensor, "batch pos"], value: Tensor

@@ -26,3 +26,6 @@ from headscope.geometry.position import anova as anova
 from headscope.geometry.position import position_context as position_context
 from headscope.geometry.position import position_heads as position_heads
 from headscope.geometry.position import position_layers as position_layers
+from headscope.geometry.spectral import RotaryBands as RotaryBands
+from headscope.geometry.spectral import high_frequency_gain as high_frequency_gain
+from headscope.geometry.spectral import rotary_bands as rotary_bands

@@ -9,6 +9,8 @@ serves single heads, groups, cumulative ablations, estimates and pruning curves.
 
 from headscope.interventions.catalogue import NAMED as NAMED
 from headscope.interventions.catalogue import AttendToFirst as AttendToFirst
+from headscope.interventions.catalogue import Denoise as Denoise
+from headscope.interventions.catalogue import Entmax as Entmax
 from headscope.interventions.catalogue import FreezePattern as FreezePattern
 from headscope.interventions.catalogue import Intervention as Intervention
 from headscope.interventions.catalogue import Mean as Mean
@@ -18,6 +20,7 @@ from headscope.interventions.catalogue import Place as Place
 from headscope.interventions.catalogue import Resample as Resample
 from headscope.interventions.catalogue import Scale as Scale
 from headscope.interventions.catalogue import Setting as Setting
+from headscope.interventions.catalogue import TopK as TopK
 from headscope.interventions.catalogue import Uniform as Uniform
 from headscope.interventions.catalogue import Zero as Zero
 from headscope.interventions.catalogue import named as named

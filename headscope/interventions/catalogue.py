@@ -5,6 +5,7 @@ Each is a value that makes edits of any heads, batch by batch.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from headscope import capture, edits
 from headscope.edits import AnyEdit, Heads, Site
-from headscope.errors import InputError, nearest, whole
-from headscope.heads import ModelShape
+from headscope.errors import InputError, UnsupportedModelError, nearest, whole
+from headscope.heads import HeadIndex, ModelShape
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Reads, Tap, TapView, Texts, at_layers
 from headscope.probes.probe import Probe
@@ -293,6 +294,177 @@ class AttendToFirst(Intervention):
 
 
 @dataclass(frozen=True, eq=False)
+class _Sparse(Intervention):
+    """Base of interventions that make attention rows with exact zeros of a model's own rows."""
+
+    @abstractmethod
+    def edit(self, heads: Heads, positions: Bool[Tensor, "batch pos"] | None = None) -> AnyEdit:
+        """The edit of some heads."""
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Change the heads' attention at the positions asked for."""
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            return lambda heads: self.edit(heads, setting.where(chosen))
+
+        return batch
+
+    def on(self, model: HeadModel, heads: Heads | None = None) -> AbstractContextManager[None]:
+        """Scope in which a model attends that way: scores, passes and generation see it.
+
+        Args:
+            model: whose attention becomes sparse.
+            heads: which; None: all.
+
+        Example:
+            >>> with hs.interventions.TopK(1).on(model):
+            ...     table = hs.score(model, probe, ["max_attention"])
+            >>> bool((table["max_attention"].mean > 0.999).all())
+            True
+        """
+        return model.edited([self.edit(model.shape.heads if heads is None else heads)])
+
+
+@dataclass(frozen=True, eq=False)
+class Entmax(_Sparse):
+    """Attention is alpha-entmax of the scores: keys that are far behind get exactly 0.
+
+    Definition and source at :func:`headscope.edits.entmax`.
+
+    Attributes:
+        alpha: 1 is the softmax, 2 the sparsemax.
+
+    Example:
+        >>> with hs.interventions.Entmax(1.5).on(model):
+        ...     table = hs.score(model, probe, ["density"])
+        >>> bool((table["density"].mean < 0.9).any())
+        True
+    """
+
+    alpha: int | float = 1.5
+    name: ClassVar[str] = "entmax"
+
+    def __post_init__(self) -> None:
+        """Refuse what is not an alpha.
+
+        Raises:
+            InputError: if it is not 1, or 1.01 and more.
+        """
+        if not isinstance(self.alpha, int | float):
+            raise InputError(f"Entmax takes a number, not {self.alpha!r}.")
+        edits.entmax((0, 0), float(self.alpha))
+
+    def edit(self, heads: Heads, positions: Bool[Tensor, "batch pos"] | None = None) -> AnyEdit:
+        """The edit of some heads."""
+        return edits.entmax(heads, float(self.alpha), positions=positions)
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(_Sparse):
+    """Attention goes to each query's k highest-scoring keys alone (Gupta et al. 2021).
+
+    Attributes:
+        k: keys that a query keeps.
+
+    Example:
+        >>> hs.interventions.TopK(4).facts
+        {'method': 'top_k', 'k': 4}
+    """
+
+    k: int
+    name: ClassVar[str] = "top_k"
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a number of keys.
+
+        Raises:
+            InputError: if it is not a whole number from 1 on.
+        """
+        edits.top_k((0, 0), self.k)
+
+    def edit(self, heads: Heads, positions: Bool[Tensor, "batch pos"] | None = None) -> AnyEdit:
+        """The edit of some heads."""
+        return edits.top_k(heads, self.k, positions=positions)
+
+
+@dataclass(frozen=True, eq=False)
+class Denoise(Intervention):
+    """Rotary bands of some heads' queries are taken out of the scores (DoPE, by parts).
+
+    The two coordinates of each plane become 0 in the query, so that the plane adds nothing to any
+    score; heads without planes stay as they are. Which planes: those that nearly all tokens share,
+    ``hs.geometry.rotary_bands(model).below(entropy)``.
+
+    Attributes:
+        planes: by head, which planes, counted from the fastest to the slowest.
+
+    Source:
+        Xiong et al. 2025, "DoPE: Denoising Rotary Position Embedding" (arXiv 2511.09146).
+
+    Example:
+        >>> model = hs.load("tiny-llama")
+        >>> bands = hs.geometry.rotary_bands(model).below(0.3)
+        >>> probe = hs.probes.repeated_tokens(model, length=10, batch=2)
+        >>> scores = hs.ablate_heads(model, probe, hs.metrics.loss, hs.interventions.Denoise(bands))
+        >>> scores.name
+        'denoise_ablation'
+    """
+
+    planes: Mapping[HeadIndex | str, Sequence[int]]
+    name: ClassVar[str] = "denoise"
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Name, and the planes of each head."""
+        return {
+            "method": self.name,
+            "planes": {str(head): list(some) for head, some in self.planes.items()},
+        }
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Find the coordinates of the planes.
+
+        Raises:
+            InputError: if a head or a plane is not there.
+            UnsupportedModelError: if the model has no rotary positions.
+        """
+        kept = self._kept(setting.model)
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            where = setting.where(chosen)
+            return lambda heads: edits.HeadEdit.at(
+                self.name, heads, site="query", donors=kept, change=_product, positions=where
+            )
+
+        return batch
+
+    def _kept(self, model: HeadModel) -> dict[int, Tensor]:
+        """1 at coordinates that stay, by layer ``[head 1 d_head]``."""
+        if "rotary" in model.limits:
+            raise UnsupportedModelError(model.limits["rotary"])
+        shape = model.shape
+        kept = {
+            layer: torch.ones(shape.n_heads, 1, shape.d_head) for layer in shape.attention_layers
+        }
+        for name, planes in self.planes.items():
+            (head,) = edits.head_list([name])
+            if head not in shape.heads:
+                raise InputError(f"{model.name} has no head {head}.")
+            rotation = model.parts.rotation(head.layer)
+            order = rotation.frequency.abs().argsort(descending=True).tolist()
+            for plane in planes:
+                if not 0 <= plane < len(order):
+                    raise InputError(f"{head} has {len(order)} rotary planes, not plane {plane}.")
+                at = order[plane]
+                kept[head.layer][head.head, 0, [rotation.first[at], rotation.second[at]]] = 0
+        return kept
+
+
+def _product(value: Tensor, kept: Tensor | None) -> Tensor:
+    return value if kept is None else value * kept
+
+
+@dataclass(frozen=True, eq=False)
 class _FromReference(Intervention):
     """Base of interventions whose values come from a probe: by default the one that is run."""
 
@@ -514,6 +686,14 @@ _SHIPPED: tuple[type[Intervention], ...] = (
 # Interventions that a name alone describes.
 NAMED: Mapping[str, type[Intervention]] = {one.name: one for one in _SHIPPED}
 
+# Interventions that a name alone does not describe: what they need, and how it is given.
+_MEASURED = {
+    "scale": ("a factor", "Scale(factor)"),
+    "entmax": ("an alpha", "Entmax(alpha)"),
+    "top_k": ("a number of keys", "TopK(k)"),
+    "denoise": ("planes", "Denoise(planes)"),
+}
+
 # What was once a method, and the function that it has become.
 _MOVED = {
     "attribution": "hs.estimate_heads(model, probe, metric, baseline=..., steps=...)",
@@ -541,8 +721,9 @@ def named(
     """
     if name in _MOVED:
         raise InputError(f"{kind}={name!r} is an estimate, not an ablation: call {_MOVED[name]}.")
-    if name == Scale.name:
-        raise InputError(f"{kind}='scale' needs a factor: give hs.interventions.Scale(factor).")
+    if name in _MEASURED:
+        what, call = _MEASURED[name]
+        raise InputError(f"{kind}={name!r} needs {what}: give hs.interventions.{call}.")
     if name not in NAMED:
         raise InputError(nearest(str(name), list(NAMED), kind=kind))
     made = NAMED[name]

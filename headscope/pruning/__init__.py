@@ -9,6 +9,7 @@ each costs: :func:`pruning_curve`. The smaller model: :func:`prune`, :func:`load
 from headscope.pruning.curve import PruningCurve as PruningCurve
 from headscope.pruning.curve import pruning_curve as pruning_curve
 from headscope.pruning.gates import LearnedGates as LearnedGates
+from headscope.pruning.gates import learn_alphas as learn_alphas
 from headscope.pruning.gates import learn_gates as learn_gates
 from headscope.pruning.importance import ablation_importance as ablation_importance
 from headscope.pruning.importance import confidence as confidence

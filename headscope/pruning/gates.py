@@ -1,4 +1,6 @@
-"""Learned gates: which heads a frozen model can do without, by hard-concrete L0.
+"""A number per head learned on a frozen model: gates by hard-concrete L0, alphas of entmax.
+
+Gates tell which heads a model can do without.
 
 After Voita et al. 2019. Every head's output is multiplied by a gate: a random number that is
 exactly 0 or 1 with some probability and differentiable in its parameter ``log_alpha`` (Louizos et
@@ -23,7 +25,7 @@ from headscope.ablation.gradients import total_metric, whole_batches
 from headscope.ablation.run import Metricish, Study
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
-from headscope.edits import Site
+from headscope.edits import Site, entmax
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import cost_sign
@@ -37,6 +39,8 @@ from headscope.table import HeadScores
 # Temperature and the interval that is stretched over, of Voita et al.; Louizos et al. have 2/3.
 BETA, LOW, HIGH = 0.33, -0.1, 1.1
 _EDGE = 1e-6
+# Range of learned alphas: nearly softmax to sparsemax.
+_SOFTEST, _HARDEST = 1.01, 2.0
 
 
 def sample_gates(
@@ -195,6 +199,94 @@ def learn_gates(
         removed=tuple(head for head in heads if values[head] == 0),
         costs=np.array(costs),
         open_heads=np.array(opened),
+    )
+
+
+@own_types()
+def learn_alphas(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish = metrics.loss,
+    *,
+    steps: int = 100,
+    rate: float = 0.1,
+    start: float = 1.25,
+    better: Direction | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> HeadScores:
+    """Train the alpha of every head's entmax on a frozen model: how sparse it likes to be.
+
+    Attention of all heads is alpha-entmax of their scores (:func:`headscope.edits.entmax`), with
+    ``alpha = 1.01 + 0.99 sigmoid(a)`` between softmax (1.01) and sparsemax (2); Adam trains ``a``
+    alone. An alpha that falls says that the head needs its small weights, one that rises that they
+    are noise; one that stays at ``start``, that it does not matter. Source: Correia et al. 2019,
+    "Adaptively Sparse Transformers" (arXiv 1909.00015), who train alphas along with the model.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: what to train on.
+        metric: what shall be good; differentiable.
+        steps: of training, one batch of the probe each.
+        rate: of Adam.
+        start: alpha of every head at first, between 1.01 and 2.
+        better: ``higher`` or ``lower``; needed for a metric without a direction.
+        seed: of the order of batches.
+        batch_size: examples per step; default: all that one pass takes.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Returns:
+        The score ``alpha``.
+
+    Raises:
+        InputError: if an argument makes no sense.
+
+    Example:
+        >>> alphas = hs.pruning.learn_alphas(model, probe, steps=2)
+        >>> bool(((alphas.mean > 1.01) & (alphas.mean < 2)).all())
+        True
+    """
+    if steps < 1 or rate <= 0 or not _SOFTEST < start < _HARDEST:
+        raise InputError(
+            f"alphas need steps >= 1, rate > 0 and a start between {_SOFTEST} and {_HARDEST:g}; "
+            f"got {steps}, {rate}, {start}."
+        )
+    options = RunOptions(batch_size, seed=seed, progress=progress)
+    study = Study.of(model, probe, metric, options.quiet)
+    sign = cost_sign(study.metric, better)
+    generator = torch.Generator().manual_seed(seed)
+    shape, width = model.shape, _HARDEST - _SOFTEST
+    share = (start - _SOFTEST) / width
+    first = float(np.log(share / (1 - share)))
+    free = torch.full((shape.n_layers, shape.n_heads), first, requires_grad=True)
+    adam = torch.optim.Adam([free], lr=rate)
+    batches = [batch for _, batch in whole_batches(study)]
+    with frozen(model), options.track(float(steps), "learning alphas") as advance:
+        for step in range(steps):
+            if step % len(batches) == 0:
+                turns = torch.randperm(len(batches), generator=generator).tolist()
+            batch = batches[turns[step % len(batches)]]
+            with torch.enable_grad():
+                alpha = _SOFTEST + width * torch.sigmoid(free)
+                edit = entmax(shape.heads, alpha.to(model.device))
+                (sign * total_metric(model, batch, (edit,)) / len(batch.probe)).backward()
+            adam.step()
+            adam.zero_grad()
+            advance(1.0)
+    alpha = (_SOFTEST + width * torch.sigmoid(free.detach())).double()
+    values = np.full(alpha.shape, np.nan)
+    for head in shape.heads:
+        values[head] = float(alpha[head])
+    return HeadScores.from_summary(
+        "alpha",
+        values,
+        kv_heads=shape.n_kv_heads,
+        unit="alpha",
+        bounds=(_SOFTEST, _HARDEST),
+        description="Learned alpha of the head's entmax: 1 is the softmax, 2 the sparsemax.",
+        source="Correia et al. 2019, arXiv 1909.00015",
+        provenance=study.provenance(seed, steps=steps, rate=rate, start=start),
     )
 
 

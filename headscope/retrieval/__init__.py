@@ -20,6 +20,7 @@ from headscope.retrieval.generation import Generated as Generated
 from headscope.retrieval.generation import Mask as Mask
 from headscope.retrieval.generation import generate as generate
 from headscope.retrieval.generation import mask_heads as mask_heads
+from headscope.retrieval.importance import token_importance as token_importance
 from headscope.retrieval.in_context import in_context_score as in_context_score
 from headscope.retrieval.in_context import token_losses as token_losses
 from headscope.retrieval.influence import Corpus as Corpus

@@ -148,6 +148,51 @@ def max_attention(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch hea
 
 
 @row_scorer(
+    unit="share",
+    source="Correia et al. 2019 (arXiv 1909.00015), attention density",
+    probe="text",
+    control=None,
+)
+def density(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Share of the visible keys that get any attention at all.
+
+    ``(keys with A[i, j] > 0) / (visible keys)``, in [0, 1], over every query but the first. Below 1
+    only where attention has exact zeros: entmax, sparsemax, top-k, or a softmax whose smallest
+    weights fp32 cannot hold.
+
+    Weakness: a key with a weight of 1e-30 counts like any other; read ``entropy`` beside it.
+    """
+    seen = rows.visible.sum(-1).to(rows.pattern.dtype)
+    return (rows.pattern > 0).sum(-1) / seen.where(seen > 0, torch.nan)[:, None]
+
+
+@row_scorer(
+    unit="nats",
+    bounds=(0.0, None),
+    source="Correia et al. 2019 (arXiv 1909.00015), Jensen-Shannon divergence between heads",
+    probe="text",
+    control=None,
+)
+def head_diversity(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """How far a head's attention is from the mean of its layer's heads.
+
+    Kullback-Leibler divergence ``sum_j A[h, i, j] log(A[h, i, j] / M[i, j])`` from the layer's mean
+    row M, in nats, from 0 (all heads attend alike) to the log of the number of heads (no other head
+    looks where this one does), over every query but the first. Its mean over a layer's heads is
+    their Jensen-Shannon divergence. Rows are divided by their sums, where a learned sink takes
+    part of them; a head that attends to nothing is no part of the mean.
+
+    Weakness: it depends on the other heads: a copy of a head halves what both have.
+    """
+    there = rows.total > 0
+    shares = rows.pattern / rows.total.where(there, 1.0)[..., None]
+    n = there.sum(1, keepdim=True).clamp_min(1)
+    mean = shares.sum(1, keepdim=True) / n[..., None]
+    crossed = (shares * mean.clamp_min(1e-38).log()).sum(-1)
+    return (-rows.entropy - crossed).clamp_min(0).masked_fill(~there, torch.nan)
+
+
+@row_scorer(
     source="Gu et al. 2024 (arXiv 2410.10781), attention sink; Xiao et al. 2023 (arXiv 2309.17453)",
     probe="text",
     threshold=0.5,

@@ -1,0 +1,293 @@
+"""Spectra of attention: rotary bands that all tokens share, and what patterns do to differences.
+
+``rotary_bands`` finds the frequency bands of queries and keys that are nearly of rank one (DoPE);
+:class:`headscope.interventions.Denoise` takes them out. ``high_frequency_gain`` says how much of
+the differences between tokens a head's averaging leaves (length-induced collapse).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from headscope.base.options import RunOptions
+from headscope.base.specs import ScoreSpec
+from headscope.base.statistics import Design
+from headscope.errors import InputError, UnsupportedModelError
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
+from headscope.models.taps import Tap, TapView
+from headscope.origin import origin
+from headscope.probes import Probe
+from headscope.probes import text as text_probe
+from headscope.table import HeadScores
+
+_TOKENS_PER_PASS = 4096
+# Takes the number of a text, a layer and the values of its heads.
+Measure = Callable[[int, int, Tensor], None]
+_DOPE = "Xiong et al. 2025, arXiv 2511.09146 (DoPE)"
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryBands:
+    """How many directions the rotated queries or keys of a text use, by head and rotary plane.
+
+    Attributes:
+        scores: truncated matrix entropy of every head, in nats, with a value per text.
+        entropy: of each plane, in nats, 0 (all tokens along one line) to ln 2 (a circle), the mean
+            over texts; planes run from the fastest to the slowest. NaN in layers without rotary
+            positions.
+        size: root mean square of the head's queries or keys.
+        frequency: radians by which one position turns each plane, by layer.
+    """
+
+    scores: HeadScores
+    entropy: Float[np.ndarray, "layer head plane"]
+    size: Float[np.ndarray, "layer head"]
+    frequency: Float[np.ndarray, "layer plane"]
+
+    def below(self, entropy: float) -> dict[HeadIndex, tuple[int, ...]]:
+        """Planes of each head whose entropy is lower: what to take out.
+
+        Args:
+            entropy: in nats, 0 to ln 2.
+
+        Example:
+            >>> found = hs.geometry.rotary_bands(hs.load("tiny-llama"))
+            >>> sum(map(len, found.below(0.7).values())) == found.entropy.size
+            True
+        """
+        found = {}
+        for layer, head in np.ndindex(*self.entropy.shape[:2]):
+            low = np.flatnonzero(self.entropy[layer, head] < entropy)
+            if len(low):
+                found[HeadIndex(layer, head)] = tuple(int(plane) for plane in low)
+        return found
+
+
+@own_types()
+def rotary_bands(
+    model: HeadModel,
+    texts: str | Path | Sequence[str] | Probe | None = None,
+    *,
+    side: Literal["key", "query"] = "key",
+    rank: int = 32,
+    length: int | None = 128,
+    skip: int = 1,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> RotaryBands:
+    """Measure the truncated matrix entropy of every head's rotated keys or queries, and of bands.
+
+    Of the vectors X of a text, as attention uses them, the eigenvalues of ``X^T X`` are divided by
+    the sum of the ``rank`` largest, ``p``; the entropy is ``-sum p ln p`` over these. Nothing is
+    centred: a direction that all tokens share is what is looked for. Of a band, X has the two
+    coordinates of its plane. Slow planes turn little over a text, so that a constant part of keys
+    stays a constant: an entropy near 0, and a sink.
+
+    Args:
+        model: with rotary positions.
+        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        side: ``key`` or ``query``; grouped heads share keys.
+        rank: eigenvalues that count; 2 at least.
+        length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
+            is cut.
+        skip: leave out this many tokens at each text's start.
+        batch_size: texts per pass; default: about 4,096 tokens.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Raises:
+        InputError: if a text is too short, or an argument makes no sense.
+        UnsupportedModelError: if the model has no rotary positions.
+
+    Source:
+        Xiong et al. 2025, "DoPE: Denoising Rotary Position Embedding" (arXiv 2511.09146); the
+        division by the sum of the largest alone is ours.
+
+    Example:
+        >>> found = hs.geometry.rotary_bands(hs.load("tiny-llama"))
+        >>> bool((found.entropy <= np.log(2) + 1e-6).all())
+        True
+    """
+    options = RunOptions(batch_size, progress=progress)
+    if side not in ("key", "query") or rank < 2:
+        raise InputError(
+            f"side={side!r}, rank={rank}: give 'key' or 'query', and a rank from 2 on."
+        )
+    if "rotary" in model.limits:
+        raise UnsupportedModelError(model.limits["rotary"])
+    rotations = {layer: model.parts.rotation(layer) for layer in model.shape.attention_layers}
+    counts = {len(rotation.first) for rotation in rotations.values() if rotation.first}
+    if len(counts) != 1:
+        what = "layers with different rotary planes" if counts else "no rotary positions"
+        raise UnsupportedModelError(f"{model.name} has {what}: its bands cannot be compared.")
+    probe = _probe(model, texts, length, skip, least=2)
+    shape, planes = model.shape, counts.pop()
+    heads = np.full((shape.n_layers, shape.n_heads, len(probe)), np.nan)
+    bands = np.full((*heads.shape, planes), np.nan)
+    size = np.full(heads.shape, np.nan)
+    frequency = np.full((shape.n_layers, planes), np.nan)
+    orders = {}
+    for layer, rotation in rotations.items():
+        if rotation.first:
+            speed = rotation.frequency.abs().cpu()
+            orders[layer] = speed.argsort(descending=True)
+            frequency[layer] = speed[orders[layer]].numpy()
+
+    def measure(number: int, layer: int, x: Float[Tensor, "head pos d_head"]) -> None:
+        x = x.repeat_interleave(shape.n_heads // len(x), 0)
+        heads[layer, :, number] = _truncated(x.mT @ x, rank).cpu().numpy()
+        size[layer, :, number] = x.square().mean((-2, -1)).sqrt().cpu().numpy()
+        if layer in orders:
+            rotation = rotations[layer]
+            pairs = torch.tensor([rotation.first, rotation.second], device=x.device)
+            planar = x[..., pairs[:, orders[layer].to(x.device)]].permute(0, 3, 1, 2)
+            found = _truncated(planar.mT @ planar, 2)
+            bands[layer, :, number] = found.cpu().numpy()
+
+    _each(model, probe, side, skip, options, measure)
+    spec = ScoreSpec(
+        "truncated_entropy",
+        unit="nats",
+        bounds=(0.0, float(np.log(rank))),
+        description=f"Rotated {side} vectors of a text spread over many directions.",
+        source=_DOPE,
+    )
+    scores = HeadScores.from_examples(
+        spec,
+        heads,
+        kv_heads=shape.n_kv_heads,
+        design=Design(clusters=probe.cluster_labels),
+        provenance=origin(model, probe, side=side, rank=rank, skip=skip),
+    )
+    return RotaryBands(scores, bands.mean(2), size.mean(2), frequency)
+
+
+@own_types()
+def high_frequency_gain(
+    model: HeadModel,
+    texts: str | Path | Sequence[str] | Probe | None = None,
+    *,
+    length: int | None = 128,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> HeadScores:
+    """Measure how much of the differences between tokens each head's averaging can leave.
+
+    With ``C = I - 1 1^T / n``, which takes off the mean over tokens, the gain is the largest
+    singular value of ``C A C``: the most by which the pattern A of a text stretches a signal that
+    sums to 0. 0 is the same average for every token (a low-pass filter that leaves nothing), 1 a
+    head that attends to its own token; what many tokens copy from one place may go beyond. The
+    product of the gains along a path bounds what is left of differences; where it falls with
+    ``length``, long texts collapse.
+
+    Args:
+        model: the model.
+        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        length: cut texts into pieces of this many tokens: compare gains at different lengths.
+        batch_size: texts per pass; default: about 4,096 tokens.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Raises:
+        InputError: if a text has fewer than two tokens.
+
+    Source:
+        Wang et al. 2022 (arXiv 2203.05962); Zhou et al. 2024, "Length-Induced Embedding Collapse in
+        Transformer-based Models" (arXiv 2410.24200), sigma_a.
+
+    Example:
+        >>> with model.edited([hs.edits.attend_to_first("L0H0", probe.real)]):
+        ...     gain = hs.geometry.high_frequency_gain(model, probe)
+        >>> float(gain.mean[0, 0]) < 1e-5
+        True
+    """
+    options = RunOptions(batch_size, progress=progress)
+    probe = _probe(model, texts, length, 0, least=2)
+    shape = model.shape
+    found = np.full((shape.n_layers, shape.n_heads, len(probe)), np.nan)
+
+    def measure(number: int, layer: int, pattern: Float[Tensor, "head query key"]) -> None:
+        empty = ~(pattern > 0).flatten(1).any(1)
+        rows = pattern - pattern.mean(-1, keepdim=True)
+        values = torch.linalg.matrix_norm(rows - rows.mean(-2, keepdim=True), 2)
+        found[layer, :, number] = values.masked_fill(empty, torch.nan).cpu().numpy()
+
+    _each(model, probe, "pattern", 0, options, measure)
+    spec = ScoreSpec(
+        "high_frequency_gain",
+        unit="gain",
+        bounds=(0.0, None),
+        description="The head's averaging leaves differences between tokens as large as they were.",
+        source="Zhou et al. 2024, arXiv 2410.24200, sigma_a",
+    )
+    return HeadScores.from_examples(
+        spec,
+        found,
+        kv_heads=shape.n_kv_heads,
+        design=Design(clusters=probe.cluster_labels),
+        provenance=origin(model, probe),
+    )
+
+
+def _truncated(gram: Float[Tensor, "*any dim dim"], rank: int) -> Float[Tensor, "*any"]:
+    """Entropy of the largest eigenvalues, divided by their sum; NaN where all are 0."""
+    values = torch.linalg.eigvalsh(gram).clamp_min(0)[..., -rank:]
+    p = values / values.sum(-1, keepdim=True)
+    entropy: Tensor = torch.special.entr(p).sum(-1)
+    return entropy
+
+
+def _probe(
+    model: HeadModel,
+    texts: str | Path | Sequence[str] | Probe | None,
+    length: int | None,
+    skip: int,
+    least: int,
+) -> Probe:
+    """The texts, each with some tokens behind those that are left out."""
+    if skip < 0:
+        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
+    probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
+    shortest = int(probe.real.sum(1).min()) - skip
+    if shortest < least:
+        raise InputError(
+            f"a text has {max(shortest, 0)} tokens behind the first {skip}: give {least} or more."
+        )
+    return probe
+
+
+def _each(
+    model: HeadModel,
+    probe: Probe,
+    site: str,
+    skip: int,
+    options: RunOptions,
+    measure: Measure,
+) -> None:
+    """Hand every text's values at one site of every attention layer to a function, in fp64."""
+    size = options.per_pass(probe.length, _TOKENS_PER_PASS)
+    taps = [Tap(site, layer) for layer in model.shape.attention_layers]
+    with options.track(len(probe), "measuring spectra") as advance:
+        for start in range(0, len(probe), size):
+            part = probe.examples(slice(start, start + size))
+
+            def read(view: TapView, part: Probe = part, start: int = start) -> None:
+                value = view.value
+                for number, real in enumerate(part.real):
+                    at = real.nonzero().squeeze(1)[skip:].to(value.device)
+                    own = value[number][:, at]
+                    own = own[..., at] if site == "pattern" else own
+                    measure(start + number, view.layer, own.to(_precise(own)))
+
+            model.run(part, reads=dict.fromkeys(taps, read), until=taps[-1])
+            advance(float(len(part)))
+
+
+def _precise(value: Tensor) -> torch.dtype:
+    return torch.float32 if value.device.type == "mps" else torch.float64
