@@ -17,8 +17,8 @@ from headscope.base.options import RunOptions
 from headscope.base.stacks import all_causal
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
-from headscope.models.protocol import HeadModel, need_model
-from headscope.models.taps import Reader, Reads, Tap, TapView
+from headscope.models.protocol import HeadModel, need_model, stack_of
+from headscope.models.taps import Reader, Reads, Tap, TapView, Texts
 from headscope.probes.probe import Probe
 
 # Tokens of one forward pass unless the caller says otherwise.
@@ -97,6 +97,7 @@ def passes(
         [1, 1]
     """
     options = RunOptions(batch_size)
+    probe = seen_by(model, probe)
     check_fits(model, probe)
     size = options.per_pass(probe.length, _TOKENS_PER_PASS)
     start, halvings, turns_at = 0, 0, model.shape.turns_at
@@ -154,6 +155,27 @@ def need_probe(probe: object) -> None:
         )
 
 
+def seen_by(model: HeadModel, probe: Probe) -> Probe:
+    """The probe whose positions are those of a model's queries: of the source in an encoder.
+
+    Args:
+        model: of one attention stack.
+        probe: any.
+
+    Example:
+        >>> hs.capture.seen_by(model, probe) is probe
+        True
+    """
+    need_model(model)
+    need_probe(probe)
+    (stack,) = model.stacks.values()
+    return probe.of_source if stack.queries == "source" and not _is_source(probe) else probe
+
+
+def _is_source(probe: Probe) -> bool:
+    return "decoder_input_ids" in probe.inputs
+
+
 def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None:
     """Raise InputError if the probe is longer than the model's context or has unknown tokens.
 
@@ -168,6 +190,8 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
     """
     need_model(model)
     need_probe(probe)
+    if (check := getattr(model, "check_batch", None)) is not None:
+        check(Texts.of(probe))
     misfit = probe.batch.misfit(model.name, model.shape.n_ctx, model.shape.d_vocab)
     if misfit is not None:
         raise InputError(misfit)
@@ -243,6 +267,7 @@ def collect(
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
     *,
+    stack: str | None = None,
     batch_size: int | None = None,
 ) -> dict[int, CapturedLayer]:
     """Whole attention patterns and head outputs of named layers and heads.
@@ -254,6 +279,7 @@ def collect(
         probe: what to run.
         layers: which layers; default: all with attention.
         heads: which heads of each; default: all.
+        stack: of a model with several attention stacks, which.
         batch_size: examples per pass.
 
     Returns:
@@ -271,6 +297,7 @@ def collect(
         2
     """
     need_model(model)
+    model = stack_of(model, stack=stack)
     shape = model.shape
     asked: dict[str, object] = {"layers": layers, "heads": heads}
     for name, given in asked.items():

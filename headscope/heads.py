@@ -108,6 +108,7 @@ class ModelShape:
     what that was where the limit has been lifted, and ``turns_at`` the longest text that a model
     with two sets of rotations (longrope) reads with the first (None: it has one set). ``d_vocab``
     counts the tokens that go in, ``d_vocab_out`` those that have a logit (None: as many).
+    ``stack`` is the name of the stack in a model with several.
     """
 
     n_layers: int
@@ -123,6 +124,7 @@ class ModelShape:
     trained_ctx: int | None = None
     turns_at: int | None = None
     d_vocab_out: int | None = None
+    stack: str = ""
 
     def __post_init__(self) -> None:
         """Check what every user of a shape relies on."""
@@ -151,18 +153,22 @@ class ModelShape:
     def heads(self) -> tuple[HeadIndex, ...]:
         """Every head that exists, in layer order."""
         return tuple(
-            HeadIndex(layer, head)
+            HeadIndex(layer, head, self.stack)
             for layer in self.attention_layers
             for head in range(self.n_heads)
             if (layer, head) not in self.removed
         )
 
     def check(self, head: HeadIndex) -> HeadIndex:
-        """Return ``head`` if the model has it.
+        """Return ``head`` if the model has it; a head of no named stack is taken as of this one.
 
         Raises:
             InputError: if it does not.
         """
+        if head.stack not in ("", self.stack):
+            here = f"the stack {self.stack!r}" if self.stack else "a single attention stack"
+            raise InputError(f"there is no head {head}: these are the heads of {here}.")
+        head = HeadIndex(head.layer, head.head, self.stack)
         if head.layer not in self.attention_layers or not 0 <= head.head < self.n_heads:
             raise InputError(
                 f"the model has no head {head}: it has heads 0-{self.n_heads - 1} in "

@@ -172,7 +172,8 @@ class Scorer(Specified):
             ``ov_circuit``, ``qk_circuit``, ``qk_size`` and ``embedding`` where these are read of
             the weights;
             ``causal`` where the score means what it says only if no query sees a later key, and
-            ``bidirectional`` where queries must.
+            ``bidirectional`` where queries must; ``one_sequence`` where keys and queries must be
+            positions of one text, as they are not in cross-attention.
         metric: whose gradients are read.
         bounds_of: bounds that depend on the model, by its weights; None: those of ``spec``.
     """
@@ -490,7 +491,8 @@ def without_sink(scorer: Scorer) -> Scorer:
         >>> without_sink(hs.scorers.CATALOGUE["entropy"]).name
         'entropy_no_sink'
     """
-    return replace(scorer.renamed(f"{scorer.name}_no_sink"), reads="rows_no_sink")
+    needs = tuple(dict.fromkeys((*scorer.needs, "one_sequence")))  # whose first position is known
+    return replace(scorer.renamed(f"{scorer.name}_no_sink"), reads="rows_no_sink", needs=needs)
 
 
 def value_weighted(scorer: Scorer) -> Scorer:

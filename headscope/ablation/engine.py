@@ -163,7 +163,7 @@ class Batch:
         read = torch.stack([one for _, one in reads]).any(0)
         if not bool(read.any()):  # a run reads something, if only for no metric
             read[0, int(probe.last[0])] = True
-        source = plan.source(model, probe.tokens, probe.real, read)
+        source = plan.source(model, probe.tokens, probe.real, read, probe.inputs)
         return cls(probe, reads[0][0], source, read, limit, reads)
 
     @property
@@ -329,7 +329,7 @@ def _check_head(
     reads = [(reading.metric, reading.read[chosen]) for reading in batch.readings]
     variant: Variant = cut((place([head]),), examples=chosen)
     after = _Layer(head.layer)
-    whole_pass = ForwardSource(model, one.tokens, one.real, read, after.reads)
+    whole_pass = ForwardSource(model, one.tokens, one.real, read, after.reads, inputs=one.inputs)
     whole = Batch(one, batch.metric, whole_pass, read, batch.limit, reads).all_values([variant])
     z = _clean_z(model, batch, head.layer, chosen)
     difference = (after.z - z).abs().amax((0, 1, 3))
@@ -372,8 +372,11 @@ def heads_off_error(model: HeadModel, batch: Batch) -> float | None:
     """How much the last logits still depend on earlier tokens when all heads give 0.
 
     With attention removed nothing can move between positions. As a share of the largest logit;
-    None where it cannot be told (one token, or layers without attention that mix positions).
+    None where it cannot be told (one token, layers without attention that mix positions, or
+    what the model reads beside tokens).
     """
+    if batch.probe.inputs:
+        return None
     text = batch.probe.tokens[0, batch.probe.real[0]][:_SILENT_LENGTH]
     hybrid = len(model.shape.attention_layers) < model.shape.n_layers
     if hybrid or len(text) < 2:

@@ -23,6 +23,7 @@ from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import AnyMetric, Metric
 from headscope.models.protocol import HeadModel
+from headscope.models.taps import writes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +158,7 @@ def whole_batches(study: Study) -> Iterator[tuple[slice, Batch]]:
         chosen = slice(start, min(start + study.size, len(study.probe)))
         part, read = study.probe.examples(chosen), reads[chosen]
         if bool(read.any()):
-            source = ForwardSource(study.model, part.tokens, part.real, read)
+            source = ForwardSource(study.model, part.tokens, part.real, read, inputs=part.inputs)
             yield chosen, Batch(part, study.metric, source, read, study.limit)
 
 
@@ -171,9 +172,8 @@ def total_metric(model: HeadModel, batch: Batch, edits: Sequence[AnyEdit]) -> Fl
     read, metric = reading.read, reading.metric
     at = read.any(0).nonzero().squeeze(1)
     with quick(model):
-        logits = model.forward(
-            batch.probe.tokens, real=batch.probe.real, edits=edits, logits_at=at, grad=True
-        )
+        logits = model.run(batch.probe, writes=writes_of(edits), logits_at=at, grad=True)
+    assert logits is not None  # noqa: S101  # they were asked for
     if isinstance(metric, Metric):
         rows = logits[read[:, at].to(logits.device)].float()
         weights = (1.0 / read.sum(1))[read.nonzero()[:, 0]]

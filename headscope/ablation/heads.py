@@ -31,7 +31,7 @@ from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.interventions import Intervention
-from headscope.models.protocol import HeadModel
+from headscope.models.protocol import HeadModel, stack_of
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores, Provenance
@@ -102,7 +102,7 @@ def as_scores(
         description=f"{study.metric.name} with the head ablated ({method}) less that without.",
         source="Michel et al. 2019, arXiv 1905.10650 (ablation); Nanda 2023 (attribution)",
         provenance=provenance,
-    )
+    ).of_stack(study.model.shape.stack)
 
 
 # Options of estimates, and who takes them.
@@ -120,6 +120,7 @@ def ablate_heads(
     method: Maker = "mean",
     heads: Heads | None = None,
     *,
+    stack: str | None = None,
     positions: Positions = None,
     reference: Probe | None = None,
     seed: int = 0,
@@ -149,7 +150,9 @@ def ablate_heads(
         probe: what to run.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
         method: one of the above.
-        heads: which; default: all.
+        heads: which; default: all. Those of a model with several attention stacks are of one
+            stack, e.g. ``["X0H1"]``.
+        stack: of such a model, whose heads, e.g. ``"cross"``.
         positions: where to ablate: a mark of the probe, or ``[batch pos]``; default: everywhere.
         reference: of a named method: where means and other examples come from; default: the probe
             itself.
@@ -176,6 +179,7 @@ def ablate_heads(
     _refuse_unknown("ablate_heads", unknown)
     options = RunOptions(batch_size, memory, seed, progress)
     intervention_of(method, reference)  # refused here, before any pass
+    model = stack_of(model, heads, stack)
     chosen = present(model, heads)
     study = Study.of(model, probe, metric, options)
     facts = facts_of(method, reference, positions)
@@ -194,6 +198,7 @@ def estimate_heads(
     baseline: Maker = "mean",
     steps: int = 1,
     heads: Heads | None = None,
+    stack: str | None = None,
     positions: Positions = None,
     reference: Probe | None = None,
     seed: int = 0,
@@ -217,6 +222,7 @@ def estimate_heads(
             :func:`ablate_heads`.
         steps: 1, or how many points the way is integrated over.
         heads: whose gates open; default: all.
+        stack: as :func:`ablate_heads` takes it.
         positions: as :func:`ablate_heads` takes them.
         reference: likewise.
         seed: likewise.
@@ -238,6 +244,7 @@ def estimate_heads(
     options = RunOptions(batch_size, memory, seed, progress)
     _check_steps(steps)
     given = _baseline(baseline, reference, seed)
+    model = stack_of(model, heads, stack)
     chosen = present(model, heads)
     study = Study.of(model, probe, metric, options)
     facts = {**facts_of("attribution", reference, positions), "steps": steps}
@@ -258,6 +265,7 @@ def screen_heads(
     baseline: Maker = "mean",
     steps: int = 1,
     heads: Heads | None = None,
+    stack: str | None = None,
     positions: Positions = None,
     reference: Probe | None = None,
     seed: int = 0,
@@ -281,6 +289,7 @@ def screen_heads(
         baseline: the ablation: an intervention, or its name in :func:`ablate_heads`.
         steps: of the estimate, see :func:`estimate_heads`.
         heads: among which; default: all.
+        stack: as :func:`ablate_heads` takes it.
         positions: as :func:`ablate_heads` takes them.
         reference: likewise.
         seed: of the sample, and of what the ablation draws.
@@ -304,6 +313,7 @@ def screen_heads(
     if not _is_count(top, 1) or not _is_count(sample, 0):
         raise InputError(f"screening needs top >= 1 and sample >= 0; got {top!r} and {sample!r}.")
     given = _baseline(baseline, reference, seed)
+    model = stack_of(model, heads, stack)
     chosen = present(model, heads)
     study = Study.of(model, probe, metric, options)
     facts = {**facts_of("screened", reference, positions), "baseline": given.name, "steps": steps}

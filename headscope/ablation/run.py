@@ -320,7 +320,7 @@ class Study:
             one.reads(probe)
         limit = stack_tokens(model, options.memory_bytes)
         room = limit if model.device.type == "cpu" else min(limit, _GPU_BATCH)
-        plan = plan_for(model, probe.tokens, probe.real)
+        plan = plan_for(model, probe.tokens, probe.real, probe.inputs)
         size = min(options.per_pass(probe.length, room), len(probe))
         return cls(model, probe, chosen, plan, limit, size, options, tuple(more))
 
@@ -412,14 +412,15 @@ class Placer:
     ) -> None:
         self._study, self._maker = study, method
         self.checks: dict[str, Any] = {}
-        where = marked(study.probe, positions)
+        probe = capture.seen_by(study.model, study.probe)
+        where = marked(probe, positions)
         self._batch: BatchPlace | None = None
         intervention = intervention_of(method, reference, study.options.seed)
         if intervention is not None:
-            read = intervention.reference_for(study.probe)
+            read = intervention.reference_for(probe)
             if read is not None:
                 capture.check_fits(study.model, read)
-            setting = Setting(study.model, study.probe, where, study.size)
+            setting = Setting(study.model, probe, where, study.size)
             self._batch = intervention.prepare(setting)
         elif where is not None:
             raise InputError(

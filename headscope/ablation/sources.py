@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -107,6 +108,11 @@ class ForwardSource:
     read: Bool[Tensor, "batch pos"]
     reads: Mapping[Tap, Read] = field(default_factory=dict)
     z: None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def _texts(self) -> Texts:
+        return Texts(self.tokens, self.real, self.inputs)
 
     def start(self, variant: Variant) -> tuple[int, int]:
         """Run everything."""
@@ -123,7 +129,7 @@ class ForwardSource:
         at = self.read.any(0).nonzero().squeeze(1)
         with quick(self.model):
             logits = self.model.run(
-                Texts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1)),
+                self._texts.repeated(copies),
                 reads=self.reads,
                 writes=self.writes(variants),
                 logits_at=at,
@@ -146,7 +152,7 @@ class ForwardSource:
         found: dict[Tap, Tensor] = {}
         copies = len(variants)
         self.model.run(
-            Texts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1)),
+            self._texts.repeated(copies),
             reads=dict.fromkeys(taps, kept_in(found, copies)),
             writes=self.writes(variants),
             logits_at=torch.empty(0, dtype=torch.long),
@@ -182,10 +188,11 @@ class Plan:
         tokens: Int[Tensor, "batch pos"],
         real: Bool[Tensor, "batch pos"],
         read: Bool[Tensor, "batch pos"],
+        inputs: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Source:
-        """Make a batch ready."""
+        """Make a batch ready; ``inputs`` are what the model reads beside tokens."""
         if not self.replays or not isinstance(model, HFModel):
-            return ForwardSource(model, tokens, real, read)
+            return ForwardSource(model, tokens, real, read, inputs=inputs)
         padding = None if bool(real.all()) else real
         recording = record(model, tokens, padding)
         return ReplaySource(Replay(model, recording, read, self.prefix, lean=self.prefix))
@@ -201,15 +208,21 @@ _PLANS: "WeakKeyDictionary[HeadModel, dict[tuple[bool, torch.dtype], Plan]]" = W
 
 
 def plan_for(
-    model: HeadModel, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
+    model: HeadModel,
+    tokens: Int[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"],
+    inputs: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Plan:
     """The fastest way to run a model that gives its own logits when nothing is edited.
 
     Tried once per model, on two short texts of the batch: suffix replay with kept prefixes and a
     last block cut to what is read; suffix replay alone; whole passes. Running out of memory says
     nothing about a model: then memory is freed and the trial taken again, or its error raised.
+    A model that reads more than tokens is run in whole passes.
     """
     keep_freed_memory()
+    if inputs:
+        return _whole(model, Texts(tokens, real, inputs))
     if _in_scope(model):
         return _tried(model, *_trial(tokens, real), replay=False)
     known = _PLANS.setdefault(model, {})
@@ -217,6 +230,20 @@ def plan_for(
     if key not in known:
         known[key] = _tried_twice(model, *_trial(tokens, real))
     return known[key]
+
+
+@torch.no_grad()
+def _whole(model: HeadModel, texts: Texts) -> Plan:
+    """Whole passes, with the error of an edit of nothing on the first example."""
+    inputs = {name: value[:1] for name, value in texts.inputs.items()}
+    first = Texts(texts.tokens[:1], None if texts.real is None else texts.real[:1], inputs)
+    layers = model.shape.attention_layers
+    noop = scale((layers[len(layers) // 2], 0), 1.0)
+    own, again = (model.run(first, writes=writes_of(edits)) for edits in ((), (noop,)))
+    assert own is not None  # noqa: S101  # logits were asked for
+    assert again is not None  # noqa: S101
+    error = (again - own).abs().max() / own.abs().max().clamp_min(1e-12)
+    return Plan(False, False, float(error))
 
 
 def _tried_twice(model: HeadModel, tokens: Tensor, real: Tensor) -> Plan:

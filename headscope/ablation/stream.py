@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,7 @@ class _StreamPlan(Plan):
         tokens: Int[Tensor, "batch pos"],
         real: Bool[Tensor, "batch pos"],
         read: Bool[Tensor, "batch pos"],
+        inputs: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Source:
         """Make a batch ready."""
-        return _StreamSource(model, tokens, real, read)
+        return _StreamSource(model, tokens, real, read, inputs=inputs)

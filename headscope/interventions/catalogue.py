@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +73,7 @@ def head_means(
         >>> means[0].shape == (model.shape.n_heads, model.shape.d_head)
         True
     """
+    probe = capture.seen_by(model, probe)
     total: dict[int, Tensor] = {}
     for _, part in capture.stream(
         model, probe, lambda batch, _: _Sums(batch.real, per_position), batch_size=batch_size
@@ -89,6 +91,7 @@ def head_values(
     *,
     site: Site = "z",
     layers: Sequence[int] | None = None,
+    inputs: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[int, Tensor]:
     """What all heads of some layers have at a site, for :func:`headscope.edits.patch`.
 
@@ -98,6 +101,7 @@ def head_values(
         real: False at padding.
         site: see :class:`headscope.edits.HeadEdit`.
         layers: which; default: all with attention.
+        inputs: what the model reads beside tokens.
 
     Returns:
         By layer, in the layout of the site.
@@ -114,7 +118,7 @@ def head_values(
         found[view.layer] = view.value.clone() if site == "z" else view.value
 
     reads = {Tap(site, layer): keep for layer in chosen}
-    model.run(Texts(tokens, real), reads=reads, logits_at=torch.empty(0, dtype=torch.long))
+    model.run(Texts(tokens, real, inputs), reads=reads, logits_at=torch.empty(0, dtype=torch.long))
     return found
 
 
@@ -484,7 +488,10 @@ class _FromReference(Intervention):
 
     def reference_for(self, probe: Probe) -> Probe:
         """Probe that replacement values come from."""
-        return probe if self.reference is None else self.reference
+        if self.reference is None:
+            return probe
+        read_by_encoder = "decoder_input_ids" in probe.inputs and self.reference.source is not None
+        return self.reference.of_source if read_by_encoder else self.reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -577,7 +584,8 @@ class Resample(_FromReference):
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
             at = partners[chosen]
-            donors = head_values(setting.model, reference.tokens[at], reference.real[at])
+            others = reference.examples(at)
+            donors = head_values(setting.model, others.tokens, others.real, inputs=others.inputs)
             return partial(edits.resample, donors=donors, positions=setting.where(chosen))
 
         return batch
@@ -615,7 +623,7 @@ class Patch(_FromReference):
     def reference_for(self, probe: Probe) -> Probe:
         """The pair of the probe, or the one given."""
         if self.reference is not None:
-            return self.reference
+            return super().reference_for(probe)
         if probe.corrupt is None:
             raise InputError(
                 f"{self.name} takes values from a paired run, and this probe has no corrupt pair: "
@@ -629,8 +637,9 @@ class Patch(_FromReference):
         _need_aligned(setting.probe, reference)
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            pair = reference.examples(chosen)
             donors = head_values(
-                setting.model, reference.tokens[chosen], reference.real[chosen], site=self.site
+                setting.model, pair.tokens, pair.real, site=self.site, inputs=pair.inputs
             )
             where = setting.where(chosen)
             if self.site == "pattern":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from headscope.base.stacks import CAUSAL, MaskRule
@@ -30,6 +30,8 @@ class AttentionCall:
         mask: which keys a query sees, padding apart.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
         sinks: learned extra logit per head that takes part in the softmax (gpt-oss).
+        bias: what is added to the scaled scores, e.g. by relative position (t5); of all examples,
+            or of each.
     """
 
     layer: int
@@ -41,6 +43,7 @@ class AttentionCall:
     mask: MaskRule = CAUSAL
     soft_cap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
+    bias: Float[Tensor, "_ head query key"] | None = None
 
     @property
     def n_queries(self) -> int:
@@ -54,13 +57,14 @@ class AttentionCall:
 
     @property
     def first_query(self) -> int:
-        """Position of the first query among the keys."""
-        return self.n_keys - self.n_queries
+        """Position of the first query: among the keys, if they are of the same sequence."""
+        return 0 if self.mask.kind == "cross" else self.n_keys - self.n_queries
 
     @property
     def positions(self) -> Int[Tensor, " query"]:
-        """Positions of the queries among the keys."""
-        return torch.arange(self.first_query, self.n_keys, device=self.query.device)
+        """Positions of the queries, counted as :attr:`first_query` is."""
+        last = self.first_query + self.n_queries
+        return torch.arange(self.first_query, last, device=self.query.device)
 
     def up_to(self, end: int) -> "AttentionCall":
         """The call without keys from ``end`` on: places of a static cache that are still free."""
@@ -69,7 +73,9 @@ class AttentionCall:
         real = None if self.real is None else self.real[:, :end]
         if real is not None and bool(real.all()):
             real = None
-        return replace(self, key=self.key[:, :, :end], value=self.value[:, :, :end], real=real)
+        bias = None if self.bias is None else self.bias[..., :end]
+        key, value = self.key[:, :, :end], self.value[:, :, :end]
+        return replace(self, key=key, value=value, real=real, bias=bias)
 
     def of_heads(self, heads: Sequence[int]) -> "AttentionCall":
         """The call of some query heads alone, each with its own key/value head."""
@@ -81,6 +87,7 @@ class AttentionCall:
             key=self.key[:, shared],
             value=self.value[:, shared],
             sinks=None if self.sinks is None else self.sinks[index],
+            bias=None if self.bias is None else self.bias[:, index],
         )
 
     @cached_property
@@ -93,7 +100,8 @@ class AttentionCall:
     ) -> Bool[Tensor, "batch query key"]:
         """Which of the first ``n_keys`` keys each query position sees.
 
-        A padding query sees itself alone, so that no row is empty.
+        A padding query sees itself alone, so that no row is empty; in cross-attention, whose
+        keys are of another sequence, it sees what every query does.
         """
         batch = self.query.shape[0]
         return visible_keys(positions, n_keys, batch, mask=self.mask, real=self.real)
@@ -111,8 +119,8 @@ class AttentionCall:
         """Exact softmax rows in fp32, keys up to the last that any of the queries sees.
 
         Args:
-            positions: query positions, counted among the keys; on the CPU, where reading them
-                does not make the host wait for the device.
+            positions: query positions, as :attr:`positions` counts them; on the CPU, where
+                reading them does not make the host wait for the device.
         """
         n_keys = self.seen_by(positions)
         positions = positions.to(self.query.device)
@@ -122,8 +130,18 @@ class AttentionCall:
         grouped = query.reshape(batch, kv_heads, -1, d_head)
         scores = torch.matmul(grouped, self.key_fp32[:, :, :n_keys].mT)
         scores = scores.view(batch, -1, len(positions), n_keys)
+        if (bias := self.bias_of(positions, slice(0, n_keys))) is not None:
+            scores = scores + bias
         pattern = self.softmax(scores, visible)
         return AttentionRows(self.layer, positions, pattern, visible, self.mask)
+
+    def bias_of(
+        self, positions: Int[Tensor, " query"], keys: slice
+    ) -> Float[Tensor, "_ head query key"] | None:
+        """What is added to the scores of some queries and keys, in fp32; None if nothing is."""
+        if self.bias is None:
+            return None
+        return self.bias[:, :, positions - self.first_query, keys].float()
 
     def matches(self, positions: Int[Tensor, " query"]) -> Matches:
         """Queries at some positions and the keys up to the last that any of them sees."""
@@ -136,6 +154,7 @@ class AttentionCall:
             key=self.key_fp32[:, :, :n_keys],
             scaling=self.scaling,
             soft_cap=self.soft_cap,
+            bias=self.bias_of(positions, slice(0, n_keys)),
             visible=self.visible(positions, n_keys),
         )
 
@@ -175,12 +194,14 @@ def visible_keys(
 ) -> Bool[Tensor, "batch query key"]:
     """Which of the first ``n_keys`` keys each query position sees, padding counted in.
 
-    A padding query sees itself alone.
+    A padding query sees itself alone, where keys are of its own sequence.
     """
     keys = torch.arange(n_keys, device=positions.device)
     reach: Tensor = mask.visible(positions, keys)
     if real is None:
         return reach[None].expand(batch, -1, -1)
+    if mask.kind == "cross":
+        return reach[None] & real[:, None, :n_keys]
     itself = keys[None] == positions[:, None]
     shown = reach[None] & real[:, None, :n_keys]
     padding = ~real[:, positions]
@@ -196,8 +217,9 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     if call.soft_cap is not None or call.sinks is not None:
         blocks = [call.average(call.rows(block).pattern) for block in _blocks(call)]
         return torch.cat(blocks, dim=1)
-    hidden = call.mask.sees(call.n_keys) < call.n_keys
-    if call.real is None and not hidden and call.n_queries in (1, call.n_keys):
+    hidden = call.mask.sees(call.n_keys) < call.n_keys or call.bias is not None
+    square = call.n_queries in (1, call.n_keys) or not call.mask.causal
+    if call.real is None and not hidden and square:
         causal = call.mask.causal and call.n_queries > 1
         z = _sdpa(call, call.query, slice(0, call.n_keys), None, causal=causal)
         return z.transpose(1, 2)
@@ -207,6 +229,8 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
         block = block.to(call.query.device)
         keys = call.mask.span(first, last, call.n_keys)
         mask = call.visible(block, keys.stop)[:, None, :, keys.start :]
+        if (bias := call.bias_of(block, keys)) is not None:
+            mask = bias.masked_fill(~mask, float("-inf")).to(call.query.dtype)
         query = call.query[:, :, first - call.first_query : last + 1 - call.first_query]
         parts.append(_sdpa(call, query, keys, mask, causal=False).transpose(1, 2))
     return torch.cat(parts, dim=1)
@@ -216,23 +240,26 @@ def _blocks(call: AttentionCall) -> Iterator[Int[Tensor, " query"]]:
     """Runs of query positions whose scores fit a block."""
     width = min(call.n_keys, 2 * call.mask.sees(call.n_keys))
     rows = call.query.shape[0] * width
-    if call.soft_cap is not None or call.sinks is not None:
+    if any(one is not None for one in (call.soft_cap, call.sinks, call.bias)):
         rows *= call.query.shape[1]
     size = max(1, min(call.n_queries, _BLOCK_ENTRIES // rows))
-    return iter(torch.arange(call.first_query, call.n_keys).split(size))
+    last = call.first_query + call.n_queries
+    return iter(torch.arange(call.first_query, last).split(size))
 
 
 def _sdpa(
     call: AttentionCall,
     query: Float[Tensor, "batch head query d_head"],
     keys: slice,
-    mask: Bool[Tensor, "batch 1 query key"] | None,
+    mask: Shaped[Tensor, "_ _ query key"] | None,
     *,
     causal: bool,
 ) -> Float[Tensor, "batch head query d_value"]:
     key, value = call.key[:, :, keys], call.value[:, :, keys]
     group = query.shape[1] // key.shape[1]
-    if group > 1 and query.shape[2] == 1:  # a step of decoding: the group's queries stand in line
+    if (
+        group > 1 and query.shape[2] == 1 and call.bias is None
+    ):  # a step of decoding: the group's queries stand in line
         z = torch.nn.functional.scaled_dot_product_attention(
             query.unflatten(1, (-1, group)).squeeze(3), key, value, mask, scale=call.scaling
         )

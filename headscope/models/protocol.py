@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +12,7 @@ from typing_extensions import Protocol, runtime_checkable
 
 from headscope.base.glance import Glance, sizes
 from headscope.base.stacks import Stack, all_causal
-from headscope.edits import Span
+from headscope.edits import Heads, Span, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.views.outputs import HeadWeights, Readout
@@ -335,7 +335,8 @@ def lacks(model: HeadModel, need: str) -> str | None:
 
     Args:
         model: that is asked.
-        need: a key of ``model.limits``, or ``bidirectional``: queries that see later keys.
+        need: a key of ``model.limits`` (``one_sequence``: keys and queries of one text), or
+            ``bidirectional``: queries that see later keys.
 
     Example:
         >>> lacks(model, "causal") is None
@@ -345,6 +346,59 @@ def lacks(model: HeadModel, need: str) -> str | None:
     if need == "bidirectional" and all_causal(model.stacks):
         return f"{model.name} reads from left to right, so no token sees the ones after it."
     return model.limits.get(need)
+
+
+def views_of(model: Any) -> tuple[HeadModel, ...]:
+    """The attention stacks of a model with several, each as a model; else the model itself.
+
+    Example:
+        >>> views_of(model) == (model,)
+        True
+    """
+    view = getattr(model, "stack", None)
+    return tuple(view(name) for name in model.stacks) if callable(view) else (model,)
+
+
+def stack_of(model: Any, heads: Heads | None = None, stack: str | None = None) -> HeadModel:
+    """The attention stack that a name or heads choose, as a model.
+
+    Args:
+        model: of one stack, which is returned as it is, or of several.
+        heads: all of one stack.
+        stack: its name; None: that of the heads.
+
+    Raises:
+        InputError: if neither chooses, both choose others, or the model has no such stack.
+
+    Example:
+        >>> stack_of(model, "L0H1") is model
+        True
+    """
+    need_model(model)
+    named = dict.fromkeys(head.stack for head in head_list(heads or ()))
+    if stack is not None:
+        named = dict.fromkeys([stack, *(one for one in named if one)])
+    if len(views_of(model)) == 1:
+        own = next(iter(model.stacks))
+        if other := [one for one in named if one not in ("", own)]:
+            raise InputError(
+                f"{model.name} has no stack {other[0]!r} here: "
+                + (f"it is the stack {own!r}." if own else "it has a single one.")
+            )
+        return cast(HeadModel, model)
+    chosen = [one for one in named if one]
+    if len(named) == 1 and chosen:
+        return cast(HeadModel, model.stack(chosen[0]))
+    names = ", ".join(model.stacks)
+    if not chosen:
+        raise InputError(
+            f"{model.name} has the attention stacks {names}: say which, e.g. stack='cross', or "
+            "name heads as X0H1."
+        )
+    raise InputError(
+        f"heads of {', '.join(one or 'no named stack' for one in named)} were given: choose those "
+        f"of one stack ({names}) a call."
+    )
 
 
 def glance_of(model: HeadModel) -> Glance:

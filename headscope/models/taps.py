@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -72,7 +73,7 @@ class Tap(NamedTuple):
         return self.site if self.layer is None else f"{self.site} of layer {self.layer}"
 
     def check(self, name: str, shape: ModelShape) -> "Tap":
-        """Return the tap if a model has it.
+        """Return the tap, without the name of the stack, if a model or one of its stacks has it.
 
         Args:
             name: of the model.
@@ -83,8 +84,13 @@ class Tap(NamedTuple):
         """
         if self.site not in SITES:
             raise InputError(nearest(self.site, SITES, kind="site"))
-        if self.stack:
-            raise InputError(f"{name} has a single attention stack, not {self.stack!r}.")
+        if self.stack not in ("", shape.stack):
+            here = (
+                f"the attention stack {shape.stack!r}"
+                if shape.stack
+                else "a single attention stack"
+            )
+            raise InputError(f"{name} has {here}, not {self.stack!r}.")
         if self.site in _WHOLE:
             if self.layer is not None:
                 raise InputError(f"{self.site} belongs to no layer: write Tap({self.site!r}).")
@@ -94,7 +100,7 @@ class Tap(NamedTuple):
             )
         elif self.site in _OF_ATTENTION and self.layer not in shape.attention_layers:
             raise InputError(f"{name} has no attention in layer {self.layer}.")
-        return self
+        return Tap(self.site, self.layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,10 +210,33 @@ class TextBatch(Protocol):
 
 
 class Texts(NamedTuple):
-    """Token sequences that are not a probe."""
+    """Token sequences that are not a probe.
+
+    Attributes:
+        inputs: what else the model reads, by the name that its ``forward`` has for it; examples
+            are the first axis.
+    """
 
     tokens: Int[Tensor, "batch pos"]
     real: Bool[Tensor, "batch pos"] | None = None
+    inputs: Mapping[str, Tensor] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, batch: "TextBatch | Texts | Int[Tensor, 'batch pos']") -> "Texts":
+        """What a run was given, whatever it was given as."""
+        if isinstance(batch, Tensor):
+            return cls(batch)
+        return cls(batch.tokens, batch.real, getattr(batch, "inputs", {}))
+
+    def repeated(self, copies: int) -> "Texts":
+        """The whole batch several times over, one copy after another."""
+        inputs = {name: _times(value, copies) for name, value in self.inputs.items()}
+        real = None if self.real is None else _times(self.real, copies)
+        return Texts(_times(self.tokens, copies), real, inputs)
+
+
+def _times(value: Tensor, copies: int) -> Tensor:
+    return value.repeat(copies, *[1] * (value.ndim - 1))
 
 
 Read = Callable[[TapView], Any]

@@ -8,12 +8,14 @@ from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
 from headscope.probes.repeated import random_tokens, repeated_tokens
 from headscope.probes.text import masked, text
+from headscope.probes.translation import copied_tokens, translation
 from headscope.probes.vocabulary import HasVocabulary, uses_bos
 
 __all__ = [
     "HasVocabulary",
     "Needle",
     "Probe",
+    "copied_tokens",
     "from_batch",
     "from_jsonl",
     "from_tokens",
@@ -23,5 +25,6 @@ __all__ = [
     "random_tokens",
     "repeated_tokens",
     "text",
+    "translation",
     "uses_bos",
 ]

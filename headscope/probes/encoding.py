@@ -189,8 +189,10 @@ def from_batch(
     """Use the inputs of a model as a probe, named as a tokenizer names them.
 
     Args:
-        inputs: ``input_ids [batch pos]``, and ``attention_mask`` where there is padding.
-        marks: named sets of positions.
+        inputs: ``input_ids [batch pos]``, and ``attention_mask`` where there is padding; of an
+            encoder-decoder also ``decoder_input_ids`` and ``decoder_attention_mask``, whose
+            positions are then the probe's, and ``input_features`` where it hears sound.
+        marks: named sets of positions; those of an encoder-decoder's source under ``"source"``.
         targets: token to predict at each position, -1 for none; None means the next token, which
             an encoder cannot be asked for.
 
@@ -203,5 +205,39 @@ def from_batch(
         >>> hs.probes.from_batch(read).real.sum(1).tolist()
         [3, 2]
     """
+    if "decoder_input_ids" in inputs:
+        return _from_sides(inputs, marks, targets)
     batch = Batch.of(inputs, targets)
     return from_tokens(batch.inputs[TOKENS], batch.masks[TEXT], marks, batch.targets)
+
+
+_SIDES = {"input_ids", "input_features", "attention_mask", "decoder_input_ids"}
+
+
+def _from_sides(inputs: Mapping[str, Any], marks: Any, targets: Any) -> Probe:
+    """The probe of an encoder-decoder's inputs."""
+    from headscope.probes.translation import of_sides
+
+    if unknown := sorted(set(inputs) - _SIDES - {"decoder_attention_mask"}):
+        hint = ": give targets=, -1 where there is none" if unknown[0] == "labels" else ""
+        raise InputError(f"headscope cannot hand an encoder-decoder {unknown[0]!r}{hint}.")
+    names = {TOKENS: "decoder_input_ids", "attention_mask": "decoder_attention_mask"}
+    given = {name: inputs[own] for name, own in names.items() if inputs.get(own) is not None}
+    decoder = Batch.of(given, targets)
+    if (features := inputs.get("input_features")) is not None:
+        beside = {"input_features": torch.as_tensor(features)}
+        if beside["input_features"].ndim != 3:
+            raise InputError(
+                f"'input_features' has shape {tuple(beside['input_features'].shape)}, not "
+                "[batch mel frame]."
+            )
+    elif inputs.get(TOKENS) is None:
+        raise InputError(
+            "'decoder_input_ids' come without a source: give input_ids or input_features too."
+        )
+    else:
+        source = Batch.of({n: inputs[n] for n in (TOKENS, "attention_mask") if n in inputs})
+        beside = {TOKENS: source.inputs[TOKENS], "attention_mask": source.masks[TEXT].long()}
+    return of_sides(
+        decoder.inputs[TOKENS], decoder.masks[TEXT], beside, targets=decoder.targets, marks=marks
+    )

@@ -42,6 +42,10 @@ class Probe(Saved, Shown):
             what :func:`headscope.scorers.relation` scores.
         next_token: whether the targets are the tokens that follow in the text itself, which a
             model that reads in both directions sees and is not asked for.
+        inputs: what the model reads beside these tokens, by the name that its ``forward`` has for
+            it, one row per example: of an encoder-decoder the source and its mask.
+        source: of an encoder-decoder, what the encoder reads, with its own marks; the tokens are
+            then those that the decoder reads.
         paired: of a control, whether its example i is example i of the probe without the
             structure, so that tests are of the difference; False: its examples are others.
     """
@@ -62,6 +66,8 @@ class Probe(Saved, Shown):
     paired: bool = False
     pairs: Mapping[str, Int[Tensor, "_ 3"]] = field(default_factory=dict)
     next_token: bool = False
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    source: "Probe | None" = None
 
     def __post_init__(self) -> None:
         """Check shapes and padding; freeze the mappings."""
@@ -101,6 +107,12 @@ class Probe(Saved, Shown):
             raise InputError("every example needs one unbroken run of real tokens.")
         for name, pairs in self.pairs.items():
             self._check_pairs(name, pairs)
+        beside = {name: len(value) for name, value in self.inputs.items()}
+        beside |= {} if self.source is None else {"the source": len(self.source)}
+        for name, count in beside.items():
+            if count != len(self):
+                raise InputError(f"{name} has {count} examples, the tokens {len(self)}.")
+        object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
         object.__setattr__(self, "pairs", MappingProxyType(dict(self.pairs)))
         object.__setattr__(self, "marks", MappingProxyType(dict(self.marks)))
         object.__setattr__(self, "facts", MappingProxyType(dict(self.facts)))
@@ -126,6 +138,25 @@ class Probe(Saved, Shown):
     def batch(self) -> Batch:
         """What goes into the model, without the structure."""
         return Batch({TOKENS: self.tokens}, {TEXT: self.real}, self.targets)
+
+    @property
+    def of_source(self) -> "Probe":
+        """What the encoder of an encoder-decoder reads, with what its decoder reads beside it.
+
+        Raises:
+            InputError: if the probe has no source.
+        """
+        if self.source is None:
+            raise InputError(
+                "this probe has no source, which an encoder-decoder reads: use "
+                "hs.probes.translation, or give hs.probes.from_batch input_ids and "
+                "decoder_input_ids."
+            )
+        decoder = {"decoder_input_ids": self.tokens, "decoder_attention_mask": self.real.long()}
+        features = {
+            n: v for n, v in self.inputs.items() if n not in ("input_ids", "attention_mask")
+        }
+        return replace(self.source, inputs=features | decoder, clusters=self.clusters)
 
     @property
     def length(self) -> int:
@@ -252,6 +283,8 @@ class Probe(Saved, Shown):
             corrupt=None if self.corrupt is None else self.corrupt.to(device),
             clusters=None if self.clusters is None else self.clusters.to(device),
             pairs={name: pairs.to(device) for name, pairs in self.pairs.items()},
+            inputs={name: value.to(device) for name, value in self.inputs.items()},
+            source=None if self.source is None else self.source.to(device),
         )
 
     def _unchecked(self, **changes: Any) -> "Probe":
@@ -279,6 +312,8 @@ class Probe(Saved, Shown):
             corrupt=None if self.corrupt is None else self.corrupt.examples(chosen),
             clusters=None if self.clusters is None else self.clusters[chosen],
             pairs={name: pairs_of_examples(pairs, numbers) for name, pairs in self.pairs.items()},
+            inputs={name: value[chosen] for name, value in self.inputs.items()},
+            source=None if self.source is None else self.source.examples(chosen),
         )
 
 
@@ -304,6 +339,7 @@ def probe_digest(*probes: Probe | None) -> str:
         tensors = {"tokens": probe.tokens, "real": probe.real, "targets": probe.targets}
         tensors |= {} if probe.foils is None else {"foils": probe.foils}
         tensors |= {f"mark {name}": mark for name, mark in sorted(probe.marks.items())}
+        tensors |= {f"input {name}": value for name, value in sorted(probe.inputs.items())}
         for name, value in tensors.items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())

@@ -56,6 +56,7 @@ def window_mass(
         probe="text",
         queries=queries_past(width),
         threshold=threshold,
+        needs=("one_sequence",),
     )(function)
 
 
@@ -68,6 +69,7 @@ local_window = window_mass(_LOCAL, name="local_window")
     source="Vig & Belinkov 2019 (arXiv 1906.04284), mean attention distance",
     probe="text",
     control=None,
+    needs=("one_sequence",),
 )
 def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Mean distance in tokens from the query to what it attends to.
@@ -196,6 +198,7 @@ def head_diversity(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch he
     source="Gu et al. 2024 (arXiv 2410.10781), attention sink; Xiao et al. 2023 (arXiv 2309.17453)",
     probe="text",
     threshold=0.5,
+    needs=("one_sequence",),
 )
 def first_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the first real token, the usual sink.
@@ -216,7 +219,7 @@ def first_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head 
     probe=WORDS,
     queries=queries_with("separator"),
     threshold=0.5,
-    needs=("bidirectional",),
+    needs=("bidirectional", "one_sequence"),
 )
 def separator(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the separators of an encoder, ``[SEP]`` or ``</s>``, its usual sink.
@@ -234,6 +237,7 @@ def separator(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head qu
     probe=WORDS,
     queries=queries_with("delimiter"),
     threshold=0.6,
+    needs=("one_sequence",),
 )
 def delimiter(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to punctuation, line breaks and special separators.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from headscope.base.statistics import Design
 from headscope.circuits.scores import score_weights
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.metrics import AnyMetric
-from headscope.models.protocol import HeadModel, lacks, need_model
+from headscope.models.protocol import HeadModel, lacks, need_model, views_of
 from headscope.models.running import own_types
 from headscope.origin import held_norm, origin
+from headscope.probes import copied_tokens
 from headscope.probes.probe import Probe
 from headscope.scorer import Control, DefaultProbe, Scorer
 from headscope.scorers import DEFAULT, Relation, resolve
@@ -71,6 +73,18 @@ def score(
     if probe is not None:
         capture.need_probe(probe)
     options = RunOptions(batch_size, memory, seed, progress)
+    if len(views := views_of(model)) > 1:
+        return _by_stack(
+            views,
+            copied_tokens(model, seed=seed) if probe is None else probe,
+            scorers,
+            batch_size=batch_size,
+            memory=memory,
+            max_tokens_per_chunk=max_tokens_per_chunk,
+            seed=seed,
+            progress=progress,
+        )
+    probe = None if probe is None else capture.seen_by(model, probe)
     chosen = _applicable(model, scorers, probe)
     groups = [_Group.of(*pair) for pair in _assign(model, chosen, probe, seed)]
     for group in groups:
@@ -91,6 +105,28 @@ def score(
                 of = sums[scorer.name], null.get(scorer.name)
                 done[scorer.name] = _to_scores(model, scorer, group, *of, facts)
     return HeadTable(done[scorer.name] for scorer in chosen)
+
+
+def _by_stack(
+    views: Sequence[HeadModel], probe: Probe, scorers: Wanted, **options: Any
+) -> HeadTable:
+    """Tables of all attention stacks in one, each of the scorers that apply to it.
+
+    Raises:
+        UnsupportedModelError: if one that was named applies to no stack.
+    """
+    listed = resolve(DEFAULT) if scorers is None else _listed(scorers)
+    for one in () if scorers is None else listed:
+        if all(any(lacks(view, need) for need in one.needs) for view in views):
+            _applicable(views[-1], one, None)  # which says why
+    found: list[HeadScores] = []
+    for view in views:
+        seen = capture.seen_by(view, probe)
+        own = [one for one in listed if not any(lacks(view, need) for need in one.needs)]
+        if scorers is None:
+            own = [one for one in own if _can_read(one, view, seen)]
+        found += score(view, seen, own, **options).values() if own else []
+    return HeadTable(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,16 +227,21 @@ def _applicable(model: HeadModel, wanted: Wanted, probe: Probe | None) -> tuple[
             if not any(lacks(model, need) for need in scorer.needs)
             and _can_read(scorer, model, probe)
         )
-    if not isinstance(wanted, str | Scorer | Iterable):
-        raise InputError(f"scorers={wanted!r}: give a scorer, its name, or a list of them.")
-    listed = [wanted] if isinstance(wanted, str | Scorer) else list(wanted)
-    chosen = resolve(listed)
-    if not chosen:
-        raise InputError("no scorers given: name at least one, or leave them out for the defaults.")
+    chosen = _listed(wanted)
     for scorer in chosen:
         for need in scorer.needs:
             if (reason := lacks(model, need)) is not None:
                 raise UnsupportedModelError(f"{scorer.name} needs {need}: {reason}")
+    return chosen
+
+
+def _listed(wanted: Iterable[str | Scorer | Relation] | str | Scorer) -> tuple[Scorer, ...]:
+    """Scorers that were asked for."""
+    if not isinstance(wanted, str | Scorer | Iterable):
+        raise InputError(f"scorers={wanted!r}: give a scorer, its name, or a list of them.")
+    chosen = resolve([wanted] if isinstance(wanted, str | Scorer) else list(wanted))
+    if not chosen:
+        raise InputError("no scorers given: name at least one, or leave them out for the defaults.")
     return chosen
 
 
@@ -295,7 +336,7 @@ def _to_scores(
         design=_design(scorer, group),
         missing=np.where(_there(model), sums.missing.numpy(), 0).astype(int),
         provenance=replace(facts, control=name, probe={**facts.probe, **held}),
-    )
+    ).of_stack(model.shape.stack)
 
 
 def _absent(

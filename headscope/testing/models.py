@@ -18,6 +18,7 @@ from headscope.capture import collect
 from headscope.edits import zero
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
+from headscope.models.hf.seq2seq import Seq2SeqModel
 from headscope.models.hf.transformers_api import attention_name
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
@@ -35,6 +36,7 @@ from headscope.testing.report import (
     gap,
     run_checks,
 )
+from headscope.testing.stacks import check_stacks
 
 # Texts are at least this long, and longer than any window of the model that is not huge.
 _LENGTH, _LONGEST = 72, 256
@@ -48,7 +50,8 @@ def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckRepor
     """Hold a model, as headscope sees it, against the model itself.
 
     The model is run plainly beside it: on its own eager attention, with torch's own hooks, on
-    random texts longer than its windows (72 to 256 tokens). Checked are, in this order:
+    random texts longer than its windows (72 to 256 tokens); an encoder-decoder on random sources
+    and targets, all its stacks and what can be asked of them. Checked are, in this order:
 
     ``shape``: layers, heads and head sizes are those of the attention calls. ``logits``: as the
     model's own, watched or not. ``rows``: attention of every layer and head, whole and in chunks.
@@ -80,8 +83,11 @@ def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckRepor
         >>> bool(report), report.limited
         (True, {})
     """
-    seen: HeadModel = model if isinstance(model, HeadModel) else load(model)
+    seen: Any = model if isinstance(model, HeadModel) else load(model)
     from transformers import PreTrainedModel
+
+    if isinstance(seen, Seq2SeqModel):
+        return check_stacks(seen, raises=raises, seed=seed)
 
     subject = _Subject(seen, model if isinstance(model, PreTrainedModel) else None, seed)
     return run_checks(seen.name, subject, _CHECKS, raises=raises)

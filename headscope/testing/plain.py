@@ -92,7 +92,6 @@ class PlainModel:
             zeroed: heads whose output becomes 0, by the number of the attention call.
             hooks: forward pre-hooks (called with keyword arguments) for the length of the pass.
         """
-        run = PlainRun(zeroed or {})
         inputs: dict[str, Any] = {"input_ids": tokens}
         if "use_cache" in self.accepts:
             inputs["use_cache"] = False
@@ -100,6 +99,18 @@ class PlainModel:
             inputs["attention_mask"] = real.long()
             if "position_ids" in self.accepts:
                 inputs["position_ids"] = (real.long().cumsum(1) - 1).clamp_min(0)
+        return self.run_on(inputs, zeroed=zeroed, hooks=hooks)
+
+    @torch.no_grad()
+    def run_on(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        zeroed: Mapping[int, list[int]] | None = None,
+        hooks: Mapping[nn.Module, Callable[..., Any]] | None = None,
+    ) -> PlainRun:
+        """Run the model once on named inputs; the rest as :meth:`run` takes it."""
+        run = PlainRun(zeroed or {})
         with ExitStack() as stack:
             for module, hook in (hooks or {}).items():
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -112,7 +123,7 @@ class PlainModel:
         return run
 
     def _shown(
-        self, inputs: dict[str, Any], hooks: Mapping[nn.Module, Callable[..., Any]]
+        self, inputs: Mapping[str, Any], hooks: Mapping[nn.Module, Callable[..., Any]]
     ) -> list[Tensor]:
         """Patterns that the model itself returns, where it calls no plain function."""
         with ExitStack() as stack:

@@ -174,6 +174,7 @@ class Matches:
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)`` where it is given.
         visible: which keys each query sees: order, window and padding together.
         rotation: how positions turned them; only for scorers that need ``rotary``.
+        bias: what is added to the products, e.g. by relative position.
     """
 
     layer: int
@@ -184,11 +185,14 @@ class Matches:
     soft_cap: float | None
     visible: Bool[Tensor, "batch query key"]
     rotation: Rotation | None = None
+    bias: Float[Tensor, "_ head query key"] | None = None
 
     @cached_property
     def scores(self) -> Float[Tensor, "batch head query key"]:
-        """Scores before mask and softmax, soft cap included."""
+        """Scores before mask and softmax, bias and soft cap included."""
         scores = self.products(torch.arange(self.query.shape[-1], device=self.key.device))
+        if self.bias is not None:
+            scores = scores + self.bias
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         return scores

@@ -62,7 +62,6 @@ def test_one_changed_weight_changes_the_digest() -> None:
 @pytest.mark.parametrize(
     ("family", "word"),
     [
-        ("t5", "encoder-decoder"),
         ("mamba", "state-space"),
         ("rwkv", "recurrent"),
         ("deepseek_v3", "MLA"),

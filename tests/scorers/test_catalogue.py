@@ -108,7 +108,7 @@ def test_what_cannot_be_resolved_says_why() -> None:
 
 
 def test_families_refuse_what_no_query_can_see() -> None:
-    assert relative_offset(-1).needs == ("bidirectional",)
+    assert relative_offset(-1).needs == ("bidirectional", "one_sequence")
     with pytest.raises(InputError, match="width=0"):
         window_mass(0)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ _FACTS = "headscope_mask"
 _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
 # Entries of a mask up to which every row of it is looked at, and rows that are looked at above.
 _WHOLE, _ROWS = 1 << 16, 16
+# Modules whose keys are of another sequence than their queries, which no call says of itself.
+_CROSS: "WeakSet[torch.nn.Module]" = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,11 @@ _MADE: ContextVar[list[MaskFacts] | None] = ContextVar("headscope_masks", defaul
 def register() -> None:
     """Enter our attention into transformers' registry. Idempotent."""
     register_attention(NAME, _attend, _mask)
+
+
+def know_cross(module: torch.nn.Module) -> None:
+    """Have the attention of a module known to read keys of another sequence."""
+    _CROSS.add(module)
 
 
 @contextmanager
@@ -167,6 +175,8 @@ def _mask(
             refused = str(error)
     elif rule.causal and local_size is not None:
         rule = MaskRule("causal", local_size)
+    elif not rule.causal:  # of keys that may be of another sequence, and are all there
+        end = kv_length
     padded = real is not None and not bool(real[:, :end].all())
     mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = mask if real is None else real.to(device).clone()
@@ -275,8 +285,6 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Stand in for an attention function of transformers; see its AttentionInterface."""
     _refuse_unknown(ignored)
-    if position_bias is not None:
-        raise UnsupportedModelError("its attention adds a position bias to the scores.")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModelError("it builds an attention mask of its own.")
     facts = mask_facts(attention_mask)
@@ -289,6 +297,8 @@ def _attend(
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         rule = MaskRule("causal" if causal else "bidirectional", sliding_window)
+    if module in _CROSS:
+        rule = MaskRule("cross")
     call = AttentionCall(
         layer=_layer_of(module),
         query=query,
@@ -299,6 +309,7 @@ def _attend(
         mask=rule,
         soft_cap=softcap,
         sinks=s_aux,
+        bias=None if position_bias is None else position_bias[..., : key.shape[2]],
     )
     kept = kept_in(module)
     call = call if kept is None else kept.spread_call(call)

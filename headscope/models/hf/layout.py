@@ -96,10 +96,8 @@ def find_layout(model: Any) -> Layout | None:
             raise UnsupportedModelError("all its heads were pruned: there is nothing to see.")
         return None
     names = {module: name for name, module in model.named_modules()}
-    blocks, numbers = _number_layers(
-        model, [module for module, _ in watch.calls], names, watch.uses
-    )
-    _choose_projections(watch, names)
+    blocks, numbers = number_layers(model, [module for module, _ in watch.calls], names, watch.uses)
+    choose_projections(watch, names)
     shape = _shape(model, watch, blocks, numbers, logits)
     layers = {}
     width = shape.n_heads * shape.d_head
@@ -121,7 +119,7 @@ def find_layout(model: Any) -> Layout | None:
         layers[number] = LayerParts(
             number, module, watch.projections[module], scales[number], norm, plain
         )
-    final = _final_norm(model, watch, blocks)
+    final = find_final_norm(model, watch, blocks)
     return Layout(
         shape,
         layers,
@@ -192,7 +190,7 @@ def _unembedding(model: Any) -> Any:
         return None
 
 
-def _choose_projections(watch: Watch, names: Mapping[nn.Module, str]) -> None:
+def choose_projections(watch: Watch, names: Mapping[nn.Module, str]) -> None:
     """Of the matrices after each attention call, the one that makes what the layer writes.
 
     With everything that is wrapped around it: a module that is given the same tensor and nothing
@@ -222,7 +220,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _number_layers(
+def number_layers(
     model: Any,
     attentions: list[nn.Module],
     names: dict[nn.Module, str],
@@ -355,7 +353,8 @@ def _input_norm(
     return None, False
 
 
-def _final_norm(model: Any, watch: Watch, blocks: nn.ModuleList) -> nn.Module | None:
+def find_final_norm(model: Any, watch: Watch, blocks: nn.ModuleList) -> nn.Module | None:
+    """Norm between the last block and the unembedding; None if there is no plain one."""
     head = _unembedding(model)
     entering = watch.inputs.get(head)
     if entering is None:

@@ -279,6 +279,39 @@ def write_scales(
     return {n: found[clearest if blur[n] > _BLURRED else n] for n in layers}
 
 
+def added_scales(
+    watch: Watch, layers: Mapping[int, tuple[nn.Module, nn.Module]]
+) -> dict[int, float | None]:
+    """What :func:`write_scales` gives, of attention that is not the first write of its block.
+
+    Some module is given the stream before the write and some other the stream behind it, and the
+    block's output is the latter plus what other modules wrote.
+
+    Args:
+        watch: inputs and outputs of modules, and what every attention module wrote.
+        layers: block and attention module of every attention layer.
+    """
+    watch = watch.detached()
+    return {number: _added_scale(watch, *modules) for number, modules in layers.items()}
+
+
+def _added_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float | None:
+    if block not in watch.outputs or attention not in watch.writes:
+        return None
+    write, out = watch.writes[attention].float(), watch.outputs[block].float()
+    dtype = watch.outputs[block].dtype
+    tolerance = _TOLERANCE if dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE
+    states = list(_same_size(watch.inputs, block.modules(), out))
+    outputs = list(_same_size(watch.outputs, block.modules(), out))
+    behind = [state for state in states if _adds_one(out - state, iter(outputs), tolerance)]
+    for state in behind:
+        for earlier in states:
+            scale, error = _multiple(state - earlier, write.reshape(out.shape))
+            if scale > 1e-3 and Gap(error, tolerance).closed:
+                return 1.0 if Gap(abs(scale - 1), tolerance).closed else scale
+    return None
+
+
 def _blur(watch: Watch, block: nn.Module, attention: nn.Module) -> float:
     """Rounding of the block's input, relative to what attention wrote."""
     if block not in watch.inputs or attention not in watch.writes:

@@ -208,8 +208,11 @@ def written_call(
         span: positions of the queries; a cache's free places behind them go.
         through: ``(tap, value, positions) -> value``.
     """
-    call = call.up_to(span.end)
-    keys = span.last(call.n_keys)
+    if call.mask.kind == "cross":
+        keys = Span.whole(call.n_keys)
+    else:
+        call = call.up_to(span.end)
+        keys = span.last(call.n_keys)
     return replace(
         call,
         query=through(Tap("query", call.layer), call.query, span),

@@ -41,6 +41,7 @@ class Pass:
         stops: whether it stops once every tap was seen.
         grad: whether gradients are tracked: then what is read is what the pass goes on with.
         real: False at padding, on the model's device; None where there is none.
+        inputs: what the model reads beside tokens.
     """
 
     model: Any
@@ -51,6 +52,7 @@ class Pass:
     stops: bool = False
     grad: bool = False
     real: Bool[Tensor, "batch pos"] | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     missing: set[Tap] = field(init=False)
     finals: int = 0
 
@@ -239,6 +241,10 @@ class Tapped(ABC):
         """How often a pass uses the final norm; the last time before the unembedding."""
         return 1
 
+    def n_queries(self, texts: Texts) -> int:
+        """How many positions a pass over a batch runs."""
+        return int(texts.tokens.shape[1])
+
     @abstractmethod
     def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
         """Scope in which attention runs with the taps of a pass."""
@@ -293,8 +299,8 @@ class Tapped(ABC):
         grad: bool = False,
     ) -> Float[Tensor, "batch at width"] | None:
         """What the model itself says in a run: its last hidden states where it gives no logits."""
-        tokens, real = (batch, None) if isinstance(batch, Tensor) else (batch.tokens, batch.real)
-        length = tokens.shape[1]
+        texts = Texts.of(batch)
+        length = self.n_queries(texts)
         end = None if until is None else next(iter(self.taps({until: id}, {})[0]))
         empty = logits_at is not None and len(logits_at) == 0
         wanted = not empty and (end is None or end.site == "logits")
@@ -305,11 +311,12 @@ class Tapped(ABC):
             end,
             stops=not wanted,
             grad=grad,
+            inputs=texts.inputs,
         )
         if not (wanted or run.missing or end):
             return None  # there is nothing to see
         try:
-            logits = self.compute(tokens, real, logits_at if wanted else None, run)
+            logits = self.compute(texts.tokens, texts.real, logits_at if wanted else None, run)
         except Finished:
             return None
         return run.through(Tap("logits"), logits) if wanted else None

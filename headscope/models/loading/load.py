@@ -37,9 +37,7 @@ def admit(config: Any, name: str) -> None:
     text = config.get_text_config()
     family = getattr(config, "model_type", "unknown")
     reason = None
-    if getattr(config, "is_encoder_decoder", False):
-        reason = "it is an encoder-decoder, with several attention stacks"
-    elif getattr(text, "kv_lora_rank", None):
+    if getattr(text, "kv_lora_rank", None):
         reason = "it uses multi-head latent attention (MLA), with compressed keys and values"
     elif (getattr(text, "max_position_embeddings", None) or _SHORTEST) < _SHORTEST:
         reason = f"its context is too short to take its heads apart: {_SHORTEST} tokens at least"
@@ -56,8 +54,8 @@ def admit(config: Any, name: str) -> None:
         )
     if reason is not None:
         raise UnsupportedModelError(
-            f"{name} ({family}) is not supported: {reason}. Decoders and encoders of text with "
-            "ordinary or grouped-query attention are."
+            f"{name} ({family}) is not supported: {reason}. Decoders, encoders and "
+            "encoder-decoders with ordinary or grouped-query attention are."
         )
 
 
@@ -84,9 +82,14 @@ def auto_class(config: Any) -> Any:
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSpeechSeq2Seq,
     )
+    from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING as SPEECH
 
     kind = type(config)
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSpeechSeq2Seq if kind in SPEECH else AutoModelForSeq2SeqLM
     masked = MODEL_FOR_MASKED_LM_MAPPING.get(kind, None)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     named = (getattr(config, "architectures", None) or [""])[0]
@@ -127,7 +130,10 @@ def load(
     check: bool = True,
     extrapolate: bool = False,
 ) -> HeadModel:
-    """Load a language model: a decoder, or an encoder such as BERT.
+    """Load a model: a decoder, an encoder such as BERT, or an encoder-decoder such as T5.
+
+    An encoder-decoder has three attention stacks, ``model.stacks``; ``model.stack("cross")`` is one
+    of them as a model of its own.
 
     Args:
         source: a Hugging Face name, a local folder, a ``.gguf`` file (read dequantised, in fp32;
@@ -208,14 +214,16 @@ def _wrapped(
     module: Any, tokenizer: Any, name: str, revision: str | None, check: bool
 ) -> HeadModel:
     """Choose the path and prove the hook points."""
-    from headscope.models.bridge.model import BridgeModel, wrap_bridge
+    from headscope.models.bridge.model import wrap_bridge
     from headscope.models.hf.model import HFModel
+    from headscope.models.hf.seq2seq import Seq2SeqModel, is_seq2seq
     from headscope.models.loading.proof import prove
 
     facts = {"tokenizer": tokenizer, "name": name, "revision": revision}
     family = f"{name} ({module.config.model_type})"
     try:
-        model: HFModel | BridgeModel | None = HFModel.wrap(module, **facts)
+        kind: Any = Seq2SeqModel if is_seq2seq(module) else HFModel
+        model: Any = kind.wrap(module, **facts)
         if model is None:
             model = wrap_bridge(_bridged(module), **facts)
         if check:
@@ -229,7 +237,8 @@ def _wrapped(
     except Exception as error:  # code of any family ran, in passes that it was not written for
         _check_runs(module, name)
         raise UnsupportedModelError(f"{family} is not supported: {_stopped(error)}") from error
-    return model
+    seen: HeadModel = model
+    return seen
 
 
 def _bridged(module: Any) -> Any:

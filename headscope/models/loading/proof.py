@@ -19,6 +19,7 @@ from headscope.models.running import pass_over
 if TYPE_CHECKING:
     from headscope.models.bridge.model import BridgeModel
     from headscope.models.hf.model import HFModel
+    from headscope.models.hf.seq2seq import Seq2SeqModel
 
 
 # Roundings between two ways to one number, in units of epsilon: of the number itself, by the root
@@ -141,7 +142,7 @@ _PROVED: "WeakKeyDictionary[nn.Module, tuple[object, Proof]]" = WeakKeyDictionar
 _SAMPLED = 64
 
 
-def prove(model: "HFModel | BridgeModel") -> None:
+def prove(model: "HFModel | Seq2SeqModel | BridgeModel") -> None:
     """Show on one text that what headscope sees is what the model does; keep it in ``model.proof``.
 
     Two passes over a text of 64 to 256 tokens, longer than any window of the model where one fits:
@@ -167,9 +168,13 @@ def prove(model: "HFModel | BridgeModel") -> None:
     model.proof = known[1]
 
 
-def _proved(model: "HFModel | BridgeModel") -> Proof:
+def _proved(model: "HFModel | Seq2SeqModel | BridgeModel") -> Proof:
     from headscope.models.hf.model import HFModel
+    from headscope.models.hf.seq2seq import Seq2SeqModel, proof_of
 
+    if isinstance(model, Seq2SeqModel):
+        checks, length = proof_of(model)
+        return judge(model, length, checks, ())
     if isinstance(model, HFModel):
         from headscope.models.hf import evidence
 
