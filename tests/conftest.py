@@ -2,8 +2,12 @@
 
 import os
 
-# Before anything imports transformers, which reads these once.
+# Models here are tiny: threads cost more than they bring, and the workers fill the cores. What a
+# test starts in a process of its own inherits it.
+os.environ.setdefault("HEADSCOPE_TEST_THREADS", "1")
+# Before anything imports torch or transformers, which read these once.
 os.environ.update(
+    OMP_NUM_THREADS=os.environ["HEADSCOPE_TEST_THREADS"],
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
@@ -67,8 +71,7 @@ MARKED = {
     "real": ("real",),
 }
 
-# Models here are tiny: threads cost more than they bring, and the workers fill the cores.
-torch.set_num_threads(int(os.environ.get("HEADSCOPE_TEST_THREADS", "1")))
+torch.set_num_threads(int(os.environ["HEADSCOPE_TEST_THREADS"]))
 
 
 def markers_of(path: Path) -> set[str]:
