@@ -10,11 +10,13 @@ import ast
 import inspect
 import sys
 from collections.abc import Sequence
-from functools import wraps
+from functools import partial, wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import cache_from_source
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, get_args, get_type_hints
+from unittest.mock import patch
 
 from beartype import BeartypeConf, beartype
 from jaxtyping import AbstractArray, TypeCheckError, config, jaxtyped
@@ -130,10 +132,11 @@ class _Loader(SourceFileLoader):
         _Decorating().visit(tree)
         return compile(tree, path, "exec", dont_inherit=True, optimize=_optimize)
 
-    def get_code(self, fullname: str) -> CodeType:
-        """Compile the source: what Python keeps on disk has no checks."""
-        path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Compile a module, or read it compiled, from a file beside that of unchecked code."""
+        kept = partial(cache_from_source, optimization="checked")
+        with patch("importlib._bootstrap_external.cache_from_source", kept):
+            return super().get_code(fullname)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__checked__"] = checked
