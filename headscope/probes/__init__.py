@@ -6,6 +6,7 @@ from headscope.probes.needle import needle
 from headscope.probes.needle_sets import Needle
 from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
+from headscope.probes.recall import recall, tree_recall
 from headscope.probes.repeated import random_tokens, repeated_tokens
 from headscope.probes.text import masked, text
 from headscope.probes.translation import copied_tokens, translation
@@ -23,8 +24,10 @@ __all__ = [
     "needle",
     "pairs",
     "random_tokens",
+    "recall",
     "repeated_tokens",
     "text",
     "translation",
+    "tree_recall",
     "uses_bos",
 ]

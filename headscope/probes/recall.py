@@ -1,0 +1,225 @@
+"""Recall in context: pairs of keys and values, and trees, in token ids of your own choosing.
+
+No tokenizer is needed, so that small trained models, compiled models and state-space models can be
+asked. The corrupt pair of a probe has one token replaced by one of the same kind that the text
+does not have.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from headscope.errors import InputError, nearest, whole
+from headscope.probes.encoding import from_tokens
+from headscope.probes.probe import Probe
+
+
+def recall(
+    keys: Sequence[int],
+    values: Sequence[int],
+    *,
+    pairs: int = 4,
+    batch: int = 8,
+    ask: str = "key",
+    corrupt: str = "key",
+    start: Sequence[int] = (0,),
+    end: Sequence[int] = (),
+    seed: int = 0,
+) -> Probe:
+    """Make texts ``start k1 v1 ... kn vn end q``, to be answered with the partner of q.
+
+    Marks ``key`` and ``value`` (of the pair that is asked for), ``others`` (the other pairs) and
+    ``query``, the last position, whose target is the answer. In the corrupt pair the key (or the
+    value) that is asked for is replaced by another that the text does not have.
+
+    Args:
+        keys: token ids to draw keys from; one more than ``pairs`` at least.
+        values: the same of values; none is a key.
+        pairs: in a text.
+        batch: number of texts.
+        ask: ``key``: q is a key and the answer its value; ``value``: the other way round.
+        corrupt: ``key`` or ``value``.
+        start: tokens in front, e.g. a BOS.
+        end: tokens between the pairs and the query.
+        seed: of the draw.
+
+    Raises:
+        InputError: if there are too few keys or values, or one is both.
+
+    Source:
+        Arora et al. 2023, "Zoology" (arXiv 2312.04927); with a replaced key as in the mechanistic
+        evaluations of state-space models.
+
+    Example:
+        >>> probe = hs.probes.recall(range(1, 6), range(6, 11), pairs=3, batch=2)
+        >>> probe.tokens.shape, int(probe.mark("query").sum())
+        (torch.Size([2, 8]), 2)
+    """
+    keys, values = _ids(keys, "keys"), _ids(values, "values")
+    _one_of(ask, "ask")
+    _one_of(corrupt, "corrupt")
+    least = whole(pairs, "pairs") + 1
+    if set(keys) & set(values) or min(len(keys), len(values)) < least or pairs < 1:
+        raise InputError(
+            f"recall of {pairs} pairs: give {least} keys and {least} values at least (one of each "
+            f"to replace with), none of them both; got {len(keys)} and {len(values)}."
+        )
+    drawn = np.random.default_rng(seed)
+    first = len(start)
+    length = first + 2 * pairs + len(end) + 1
+    tokens, other, targets = (np.full((whole(batch, "batch"), length), -1) for _ in range(3))
+    marks = {name: np.zeros(tokens.shape, bool) for name in ("key", "value", "others", "query")}
+    for row in range(batch):
+        k, v = (drawn.permutation(ids)[:least] for ids in (keys, values))
+        chosen = int(drawn.integers(pairs))
+        body = np.stack([k[:pairs], v[:pairs]], 1)
+        question, answer = body[chosen] if ask == "key" else body[chosen][::-1]
+        tokens[row] = [*start, *body.ravel(), *end, question]
+        body[chosen, int(corrupt == "value")] = (k if corrupt == "key" else v)[pairs]
+        other[row] = [*start, *body.ravel(), *end, question]
+        targets[row, -1] = answer
+        marks["key"][row, first + 2 * chosen] = True
+        marks["value"][row, first + 2 * chosen + 1] = True
+        marks["others"][row, first : first + 2 * pairs] = True
+        marks["others"][row, first + 2 * chosen : first + 2 * chosen + 2] = False
+        marks["query"][row, -1] = True
+    settings: dict[str, str | int] = {"pairs": pairs, "ask": ask, "corrupt": corrupt}
+    return _probe("recall", tokens, other, targets, marks, settings, seed)
+
+
+def tree_recall(
+    labels: Sequence[int],
+    opening: int,
+    closing: int,
+    *,
+    nodes: int = 6,
+    batch: int = 8,
+    ask: str = "parent",
+    start: Sequence[int] = (0,),
+    end: Sequence[int] = (),
+    seed: int = 0,
+) -> Probe:
+    """Make random trees in brackets, ``start ( a ( b ) ( c ( d ) ) ) end q``: who is q's parent?
+
+    Every node has a label that occurs once; a new node hangs below a random earlier one. A
+    recall by neighbourhood does not do: the parent may stand far from the child. Marks ``parent``
+    and ``child`` (of the edge that is asked for), ``others`` (the other labels) and ``query``, the
+    last position, whose target is the answer. In the corrupt pair the answer's label is replaced
+    by another that the text does not have.
+
+    Args:
+        labels: token ids to draw labels from; one more than ``nodes`` at least.
+        opening: the bracket before a label.
+        closing: the bracket behind a label's children.
+        nodes: in a tree; two at least.
+        batch: number of texts.
+        ask: ``parent``: q is a child and the answer its parent; ``child``: q is a node with one
+            child, which is the answer.
+        start: tokens in front, e.g. a BOS.
+        end: tokens between the tree and the query.
+        seed: of the draw.
+
+    Raises:
+        InputError: if there are too few labels, or a bracket is one.
+
+    Source:
+        Ours, after the associative tree recall that state-space models are evaluated on.
+
+    Example:
+        >>> probe = hs.probes.tree_recall(range(3, 12), 1, 2, nodes=4, batch=1)
+        >>> probe.tokens.shape
+        torch.Size([1, 14])
+    """
+    labels = _ids(labels, "labels")
+    if ask not in ("parent", "child"):
+        raise InputError(nearest(str(ask), ("parent", "child"), kind="ask"))
+    if whole(nodes, "nodes") < 2 or len(labels) <= nodes or {opening, closing} & set(labels):
+        raise InputError(
+            f"a tree of {nodes} nodes: give {nodes + 1} labels at least (one to replace with) that "
+            f"are no brackets, and 2 nodes or more; got {len(labels)} labels."
+        )
+    drawn = np.random.default_rng(seed)
+    length = len(start) + 3 * nodes + len(end) + 1
+    tokens, other, targets = (np.full((whole(batch, "batch"), length), -1) for _ in range(3))
+    marks = {name: np.zeros(tokens.shape, bool) for name in ("parent", "child", "others", "query")}
+    for row in range(batch):
+        names = drawn.permutation(labels)[: nodes + 1]
+        parents, edges = _tree(drawn, nodes, ask)
+        parent, child = edges[int(drawn.integers(len(edges)))]
+        question, answer = (child, parent) if ask == "parent" else (parent, child)
+        body = _written(parents, 0)
+        text = np.array([*start, *(_token(part, names, opening, closing) for part in body), *end])
+        tokens[row, :-1], tokens[row, -1] = text, names[question]
+        places = {part: len(start) + at for at, part in enumerate(body) if part >= 0}
+        other[row] = tokens[row]
+        other[row, places[answer]] = names[nodes]
+        targets[row, -1] = names[answer]
+        for mark, at in (("parent", places[parent]), ("child", places[child]), ("query", -1)):
+            marks[mark][row, at] = True
+        for node, at in places.items():
+            marks["others"][row, at] = node not in (parent, child)
+    return _probe("tree_recall", tokens, other, targets, marks, {"nodes": nodes, "ask": ask}, seed)
+
+
+_OPEN, _CLOSE = -2, -3
+
+
+def _tree(
+    drawn: np.random.Generator, nodes: int, ask: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Parent of every node, -1 at the root, and the edges that can be asked for: one at least."""
+    while True:
+        parents = [-1, *(int(drawn.integers(node)) for node in range(1, nodes))]
+        edges = [(parents[node], node) for node in range(1, nodes)]
+        if ask == "child":
+            edges = [(a, b) for a, b in edges if parents.count(a) == 1]
+        if edges:
+            return parents, edges
+
+
+def _written(parents: Sequence[int], node: int) -> list[int]:
+    """A node and what hangs below it, as nodes and brackets."""
+    below = [child for child, parent in enumerate(parents) if parent == node]
+    return [_OPEN, node, *(part for child in below for part in _written(parents, child)), _CLOSE]
+
+
+def _token(part: int, names: np.ndarray, opening: int, closing: int) -> int:
+    return opening if part == _OPEN else closing if part == _CLOSE else int(names[part])
+
+
+def _ids(given: Sequence[int], name: str) -> list[int]:
+    ids = [whole(one, name) for one in given]
+    if len(set(ids)) < len(ids) or min(ids, default=-1) < 0:
+        raise InputError(f"{name}: give different token ids, from 0 on.")
+    return ids
+
+
+def _one_of(given: str, name: str) -> None:
+    if given not in ("key", "value"):
+        raise InputError(nearest(str(given), ("key", "value"), kind=name))
+
+
+def _probe(
+    name: str,
+    tokens: np.ndarray,
+    other: np.ndarray,
+    targets: np.ndarray,
+    marks: dict[str, np.ndarray],
+    settings: dict[str, str | int],
+    seed: int,
+) -> Probe:
+    """The probe with its corrupt pair; both have the marks and the answers of the first."""
+    made = [
+        replace(
+            from_tokens(torch.from_numpy(one)),
+            targets=torch.from_numpy(targets),
+            marks={mark: torch.from_numpy(where) for mark, where in marks.items()},
+            name=name,
+            seed=seed,
+            settings=settings,
+        )
+        for one in (tokens, other)
+    ]
+    return replace(made[0], corrupt=made[1])
