@@ -17,6 +17,7 @@ from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Bounds, Design
 from headscope.errors import InputError, nearest
 from headscope.geometry import measures as gm
+from headscope.geometry.points import NEIGHBOURS, SCALE, Points
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView
@@ -26,9 +27,9 @@ from headscope.probes import text as text_probe
 from headscope.table import HeadScores, HeadTable
 from headscope.table.layers import LayerMeasure, LayerTable
 
-_NEIGHBOURS = 10
-_SCALE = 2  # of GRIDE: ranks 2 and 4
 _TOKENS_PER_PASS = 4096
+# Tokens per dimension from which a linear fit is settled: later ones are not added to it.
+_LINEAR = 32
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class TextMeasure:
 
     Attributes:
         least: points that a text must have; texts with fewer have no value.
-        take: from the states of one text, ``[place point d_model]``, and its token ids to a value
-            per place.
+        take: from the states of one text to a value per place.
         along: whether places are compared with the one before, so that heads have no value.
     """
 
@@ -48,23 +48,8 @@ class TextMeasure:
     description: str
     source: str
     least: int
-    take: Callable[[Float[Tensor, "place point d_model"], Int[Tensor, " point"]], Tensor]
+    take: Callable[[Points], Tensor]
     along: bool = False
-
-
-def _of_states(measure: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A measure that does not ask which tokens the states are of."""
-    return lambda x, _tokens: measure(x)
-
-
-def _gride(x: Float[Tensor, "place point d_model"]) -> Tensor:
-    return torch.tensor([gm.gride(cloud, _SCALE) for cloud in x], dtype=torch.float64)
-
-
-def _overlap(x: Float[Tensor, "place point d_model"]) -> Tensor:
-    """Overlap of each place's neighbours with those one place earlier; none at the embedding."""
-    later = gm.neighbourhood_overlap(x[:-1], x[1:], min(_NEIGHBOURS, x.shape[1] - 2))
-    return torch.cat([torch.full((1,), float("nan")).to(later), later])
 
 
 TEXT_MEASURES = {
@@ -77,7 +62,7 @@ TEXT_MEASURES = {
             "Tokens of a text spread over many directions.",
             "Skean et al. 2025, definition 1; per text, tokens as points.",
             2,
-            _of_states(gm.matrix_entropy),
+            Points.matrix_entropy,
         ),
         TextMeasure(
             "curvature",
@@ -86,7 +71,7 @@ TEXT_MEASURES = {
             "The path through a text's tokens turns sharply from step to step.",
             "Hosseini and Fedorenko 2023: angle between successive differences.",
             3,
-            _of_states(gm.curvature),
+            Points.curvature,
         ),
         TextMeasure(
             "token_angle",
@@ -95,7 +80,7 @@ TEXT_MEASURES = {
             "Neighbouring tokens of a text point in different directions.",
             "Code of Skean et al. 2025, where it is called curvature.",
             2,
-            _of_states(gm.token_angle),
+            Points.token_angle,
         ),
         TextMeasure(
             "anisotropy",
@@ -104,7 +89,7 @@ TEXT_MEASURES = {
             "One direction holds most of the variance of a text's tokens.",
             "Razzhigaev et al. 2024.",
             2,
-            _of_states(gm.anisotropy),
+            Points.anisotropy,
         ),
         TextMeasure(
             "mean_cosine",
@@ -113,7 +98,7 @@ TEXT_MEASURES = {
             "Tokens of a text point in the same direction.",
             "Ethayarajh 2019, intra-sentence similarity over pairs.",
             2,
-            _of_states(gm.mean_cosine),
+            Points.mean_cosine,
         ),
         TextMeasure(
             "intrinsic_dimension",
@@ -122,16 +107,16 @@ TEXT_MEASURES = {
             "Tokens of a text fill a space of many dimensions; biased low above five.",
             "Facco et al. 2017 (TwoNN); per text as in Viswanathan et al. 2025.",
             20,
-            _of_states(gm.two_nn),
+            Points.intrinsic_dimension,
         ),
         TextMeasure(
             "neighbourhood_overlap",
             "share of neighbours",
             (0.0, 1.0),
             "A layer leaves the tokens of a text in the neighbourhoods that they had before it.",
-            f"Valeriani et al. 2023, {_NEIGHBOURS} neighbours, with the place before.",
-            _NEIGHBOURS + 2,
-            _of_states(_overlap),
+            f"Valeriani et al. 2023, {NEIGHBOURS} neighbours, with the place before.",
+            NEIGHBOURS + 2,
+            Points.overlap,
             along=True,
         ),
         TextMeasure(
@@ -139,9 +124,9 @@ TEXT_MEASURES = {
             "dimensions",
             (0.0, None),
             "As intrinsic_dimension, from farther neighbours, which noise moves less.",
-            f"Denti et al. 2022 (GRIDE), neighbours {_SCALE} and {2 * _SCALE}.",
+            f"Denti et al. 2022 (GRIDE), neighbours {SCALE} and {2 * SCALE}.",
             20,
-            _of_states(_gride),
+            Points.gride,
         ),
         TextMeasure(
             "self_similarity",
@@ -150,7 +135,7 @@ TEXT_MEASURES = {
             "A token's state is the same wherever it stands in a text; low: context shapes it.",
             "Ethayarajh 2019, self-similarity within a text, less its mean cosine.",
             2,
-            gm.self_similarity,
+            Points.self_similarity,
         ),
     )
 }
@@ -178,8 +163,9 @@ def layers(
     """Measure the hidden states of every place of the residual stream over texts.
 
     Each text's tokens are the points. The states are dropped as soon as a batch is measured;
-    memory does not grow with the number of texts. ``linearity`` is of all tokens together and is
-    left out where there are fewer than ten times as many as ``d_model``, unless asked for.
+    memory does not grow with the number of texts. ``linearity`` is of all tokens together (of the
+    texts up to ``32 * d_model`` tokens, where the fit is settled) and is left out where there are
+    fewer than ten times as many as ``d_model``, unless asked for.
 
     Args:
         model: the model.
@@ -301,11 +287,11 @@ def _measure_heads(
         z = view.z.float().transpose(1, 2)
         for number in range(len(part)):
             real = part.real[number].nonzero().squeeze(1)[skip:]
-            states, tokens = z[number, :, real.to(z.device)], part.tokens[number, real]
-            silent = ~(states != 0).flatten(1).any(1)
+            points = Points(z[number, :, real.to(z.device)], part.tokens[number, real])
+            silent = ~(points.x != 0).flatten(1).any(1)
             for at, name in enumerate(names):
                 if len(real) >= TEXT_MEASURES[name].least:
-                    values = TEXT_MEASURES[name].take(states, tokens)
+                    values = TEXT_MEASURES[name].take(points)
                     values = values.masked_fill(silent.to(values.device), float("nan"))
                     found[at, view.layer, :, batch.start + number] = values.cpu().double().numpy()
 
@@ -486,7 +472,12 @@ class _Run:
         states = self._states(part)
         for number in range(len(part)):
             real = part.real[number].nonzero().squeeze(1)[self.skip :]
-            self._measure(states[:, number, real.to(states.device)], part.tokens[number, real])
+            states_of = states[:, number, real.to(states.device)]
+            self._measure(Points(states_of, part.tokens[number, real]))
+        inside = part.real & (part.position_in_text >= self.skip)
+        for moments, before, after in zip(self.moments, states, states[1:], strict=False):
+            if moments.n < _LINEAR * self.model.shape.d_model:
+                moments.add(before[inside], after[inside])
 
     def _states(self, part: Probe) -> Float[Tensor, "place batch pos d_model"]:
         kept: list[Tensor] = []
@@ -499,17 +490,13 @@ class _Run:
         self.model.run(part, reads=dict.fromkeys(taps, keep), until=taps[-1])
         return torch.stack([state.to(kept[0].device) for state in kept])
 
-    def _measure(
-        self, states: Float[Tensor, "place point d_model"], tokens: Int[Tensor, " point"]
-    ) -> None:
+    def _measure(self, points: Points) -> None:
         for name in self.names:
             if name in TEXT_MEASURES:
                 measure = TEXT_MEASURES[name]
-                enough = states.shape[1] >= measure.least
-                found = measure.take(states, tokens).cpu().double().numpy() if enough else np.nan
+                enough = points.x.shape[1] >= measure.least
+                found = measure.take(points).cpu().double().numpy() if enough else np.nan
                 self.values[name].append(np.broadcast_to(found, self.places))
-        for moments, before, after in zip(self.moments, states, states[1:], strict=False):
-            moments.add(before, after)
 
     def table(self, measures: Sequence[str] | None) -> LayerTable:
         """Put the measures side by side."""

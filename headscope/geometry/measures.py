@@ -228,9 +228,13 @@ def two_nn(x: Float[Tensor, "*any point d_model"]) -> Tensor:
         True
     """
     _at_least(x, 10, "TwoNN")
-    near = _nearest(x, 2)
+    return two_nn_of(_nearest(x, 2))
+
+
+def two_nn_of(near: Float[Tensor, "*any point k"]) -> Tensor:
+    """:func:`two_nn` of the distances to each point's nearest neighbours, nearest first."""
     ratio = (near[..., 1] / near[..., 0]).log()
-    dimension = (x.shape[-2] - 1) / ratio.sum(-1)
+    dimension = (near.shape[-2] - 1) / ratio.sum(-1)
     return dimension.masked_fill((near[..., 0] == 0).any(-1), float("nan"))
 
 
@@ -258,7 +262,11 @@ def gride(x: Float[Tensor, "point d_model"], scale: int = 2) -> float:
     if scale < 1:
         raise InputError(f"scale={scale}: the rank of a neighbour is 1 or more.")
     _at_least(x, max(10, 2 * scale + 1), f"GRIDE at scale {scale}")
-    near = _nearest(x, 2 * scale).numpy()
+    return gride_of(_nearest(x, 2 * scale).numpy(), scale)
+
+
+def gride_of(near: Float[np.ndarray, "point k"], scale: int) -> float:
+    """:func:`gride` of the distances to each point's nearest neighbours, nearest first."""
     if (near[:, scale - 1] == 0).any():
         return float("nan")
     log_mu = np.log(near[:, 2 * scale - 1] / near[:, scale - 1])
@@ -347,7 +355,8 @@ class LinearMoments:
         """
         self.n = 0
         self._sums = torch.zeros(2, d_model, dtype=torch.float64)
-        self._products = torch.zeros(3, d_model, d_model, dtype=torch.float64)
+        self._products = torch.zeros(2, d_model, d_model, dtype=torch.float64)
+        self._squares = torch.zeros((), dtype=torch.float64)
 
     @classmethod
     def of(
@@ -363,7 +372,9 @@ class LinearMoments:
         a, b = (v.detach().cpu().double() for v in (x, y))
         self.n += len(a)
         self._sums += torch.stack([a.sum(0), b.sum(0)])
-        self._products += torch.stack([a.T @ a, a.T @ b, b.T @ b])
+        self._products[0].addmm_(a.T, a)
+        self._products[1].addmm_(a.T, b)
+        self._squares += b.square().sum()
 
     def linearity(self, *, adjusted: bool = True) -> float:
         """Return the linearity of the points so far; see :func:`linearity`."""
@@ -376,7 +387,7 @@ class LinearMoments:
         mean_x, mean_y = self._sums / self.n
         xx = self._products[0] - self.n * torch.outer(mean_x, mean_x)
         xy = self._products[1] - self.n * torch.outer(mean_x, mean_y)
-        total = float((self._products[2].diagonal() - self.n * mean_y.square()).sum())
+        total = float(self._squares - self.n * mean_y.square().sum())
         if not total > 0:
             return float("nan")
         explained = float((torch.linalg.pinv(xx, hermitian=True) @ xy * xy).sum()) / total

@@ -1,0 +1,61 @@
+"""What measuring the layers of 1,000 texts costs beside the passes alone; prints JSON of one run.
+
+Random weights of GPT-2 small, texts of 128 tokens, one thread; CPU seconds, so that a busy machine
+changes little. Few texts are timed: ``linearity`` takes the first ``32 * d_model`` tokens alone,
+and its share in 1,000 texts is worked out.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from support import gpt2_small, report
+
+import headscope as hs
+from headscope.geometry import measures as gm
+
+TIMED, TEXTS, LENGTH, MOST = 8, 1000, 128, 1.3
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU seconds of the better of two calls."""
+    best = float("inf")
+    for _ in range(2):
+        start = time.process_time()
+        work()
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def main() -> None:
+    """Compare, and fail where measuring costs too much."""
+    torch.set_num_threads(1)
+    model = hs.load(gpt2_small())
+    d_model = model.shape.d_model
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, model.shape.d_vocab, (TIMED, LENGTH), generator=draw)
+    probe = hs.probes.from_tokens(tokens)
+    last = hs.Tap("resid_post", model.shape.n_layers - 1)
+    hs.geometry.layers(model, probe.examples(slice(0, 2)))
+    passes = cpu_seconds(lambda: model.run(probe, until=last)) / TIMED
+    measured = cpu_seconds(lambda: hs.geometry.layers(model, probe)) / TIMED - passes
+    moments, x = gm.LinearMoments(d_model), torch.randn(TIMED * LENGTH, d_model, generator=draw)
+    linear = cpu_seconds(lambda: moments.add(x, x)) * model.shape.n_layers / TIMED
+    settled = min(1.0, 32 * d_model / (TEXTS * LENGTH))
+    ratio = 1 + (measured - linear * (1 - settled)) / passes
+    report(
+        "geometry",
+        {
+            "texts": TEXTS,
+            "passes_s_per_text": passes,
+            "measures_s_per_text": measured - linear,
+            "linearity_s_per_text": linear,
+            "ratio": ratio,
+        },
+    )
+    if ratio > MOST:
+        raise SystemExit(f"measuring takes {ratio:.2f} times the passes")
+
+
+if __name__ == "__main__":
+    main()
