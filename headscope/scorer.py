@@ -20,7 +20,7 @@ from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric, as_metric
 from headscope.probes.probe import Probe
 from headscope.views.outputs import HeadGradients, HeadOutputs
-from headscope.views.qk import Matches
+from headscope.views.qk import QueryKeys
 from headscope.views.rows import AttentionRows
 
 QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
@@ -30,7 +30,7 @@ Reads = Literal[
 ]
 RowFunction = Callable[[AttentionRows, Probe], Float[Tensor, "batch head query"]]
 OutputFunction = Callable[[HeadOutputs, Probe], Float[Tensor, "batch head query"]]
-QKFunction = Callable[[Matches, Probe], Float[Tensor, "batch head query"]]
+QKFunction = Callable[[QueryKeys, Probe], Float[Tensor, "batch head query"]]
 GradientFunction = Callable[[HeadGradients, Probe], Float[Tensor, "batch head query"]]
 WeightFunction = Callable[[Any], Float[Tensor, "layer head"]]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -213,7 +213,7 @@ class Scorer(Specified):
         return self.function(seen, *probe)
 
 
-class Declared(TypedDict, total=False):
+class ScorerFacts(TypedDict, total=False):
     """What every decorator takes: fields of the declaration, and the scorer's name."""
 
     source: str
@@ -224,7 +224,7 @@ class Declared(TypedDict, total=False):
 
 
 def _made(
-    function: Callable[..., Tensor], unit: str, bounds: Bounds, declared: Declared
+    function: Callable[..., Tensor], unit: str, bounds: Bounds, declared: ScorerFacts
 ) -> ScoreSpec:
     """Declaration of a function, described by the first sentence of its docstring."""
     name = str(declared.get("name") or getattr(function, "__name__", "score"))
@@ -293,7 +293,7 @@ def row_scorer(
     probe: str | DefaultProbe = REPEATED,
     control: str | Control | None = FLAT,
     needs: tuple[str, ...] = (),
-    **declared: Unpack[Declared],
+    **declared: Unpack[ScorerFacts],
 ) -> Callable[[RowFunction], Scorer]:
     """Make a scorer of a function of attention rows; see :class:`Scorer` for the arguments.
 
@@ -323,8 +323,8 @@ def output_scorer(
     probe: str | DefaultProbe = REPEATED,
     control: str | Control | None = UNREPEATED,
     per_final_scale: bool = False,
-    needs: tuple[str, ...] = ("linear_write", "readout"),
-    **declared: Unpack[Declared],
+    needs: tuple[str, ...] = ("linear_write", "unembedding"),
+    **declared: Unpack[ScorerFacts],
 ) -> Callable[[OutputFunction], Scorer]:
     """Make a scorer of a function of head outputs; see :class:`Scorer` for the arguments.
 
@@ -360,18 +360,18 @@ def qk_scorer(
     probe: str | DefaultProbe = NEEDLE,
     control: str | Control | None = NEEDLE_CONTROL,
     needs: tuple[str, ...] = (),
-    **declared: Unpack[Declared],
+    **declared: Unpack[ScorerFacts],
 ) -> Callable[[QKFunction], Scorer]:
     """Make a scorer of a function of QK scores, as they are before the softmax.
 
-    ``match_scorer`` is the same. See :class:`Scorer` for the arguments.
+    See :class:`Scorer` for the arguments.
 
     Example:
         >>> @qk_scorer(unit="score", control=None)
-        ... def own_match(matches, probe):
+        ... def own_match(seen, probe):
         ...     '''Score of each token with itself, before the softmax.'''
-        ...     own = matches.query_pos.expand(*matches.scores.shape[:2], -1)
-        ...     return matches.scores.gather(-1, own[..., None])[..., 0]
+        ...     own = seen.query_pos.expand(*seen.scores.shape[:2], -1)
+        ...     return seen.scores.gather(-1, own[..., None])[..., 0]
         >>> bool(hs.score(model, probe, own_match)["own_match"].mean.std() > 0)
         True
     """
@@ -384,13 +384,10 @@ def qk_scorer(
             queries,
             as_probe(probe),
             as_control(control),
-            needs=("matches", *needs),
+            needs=("query_keys", *needs),
         )
 
     return wrap
-
-
-match_scorer = qk_scorer
 
 
 def gradient_scorer(
@@ -401,7 +398,7 @@ def gradient_scorer(
     queries: QuerySelector = every_query,
     probe: str | DefaultProbe = REPEATED,
     needs: tuple[str, ...] = (),
-    **declared: Unpack[Declared],
+    **declared: Unpack[ScorerFacts],
 ) -> Callable[[GradientFunction], Scorer]:
     """Make a scorer of a function of head outputs and of the gradient of a metric by them.
 
@@ -446,7 +443,7 @@ def weight_scorer(
     needs: tuple[str, ...] = (),
     bounds_of: Callable[[Any], Bounds] | None = None,
     description: str | None = None,
-    **declared: Unpack[Declared],
+    **declared: Unpack[ScorerFacts],
 ) -> Callable[[WeightFunction], Scorer]:
     """Make a scorer of a function of weights alone; nothing is run.
 

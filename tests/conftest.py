@@ -66,7 +66,11 @@ MARKED = {
     "numeric": (
         *("ablation", "capture", "circuits", "scorers", "scoring", "test_metrics.py"),
         *("lens/test_attribution.py", "models/test_attention.py", "models/test_blocks.py"),
-        *("models/test_bridge_weights.py", "models/test_readout.py", "pruning/test_structure.py"),
+        *(
+            "models/test_bridge_weights.py",
+            "models/test_unembedding.py",
+            "pruning/test_structure.py",
+        ),
     ),
     "real": ("real",),
 }

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.ablation.sources import ForwardSource, Plan, Source
+from headscope.ablation.sources import Engine, ForwardSource, Source
 from headscope.base.memory import free_cached_memory, is_out_of_memory
 from headscope.base.progress import Advance
 from headscope.edits import Variant, cut, zero
@@ -26,7 +26,7 @@ from headscope.probes.probe import Probe
 
 
 @dataclass(eq=False)
-class Reading:
+class MetricReading:
     """A metric with its place among the positions whose logits are computed.
 
     Attributes:
@@ -117,7 +117,7 @@ def stack_tokens(model: HeadModel, memory: int | None) -> int:
 
 
 @dataclass
-class Batch:
+class RecordedBatch:
     """A batch of a probe, run once cleanly and ready for variants.
 
     Attributes:
@@ -135,13 +135,15 @@ class Batch:
     read: Bool[Tensor, "batch pos"]
     limit: int
     reads: Sequence[tuple[AnyMetric, Bool[Tensor, "batch pos"]]] = ()
-    readings: tuple[Reading, ...] = field(init=False)
+    readings: tuple[MetricReading, ...] = field(init=False)
     all_clean: Float[Tensor, "metric batch"] = field(init=False)
 
     def __post_init__(self) -> None:
         """Read the clean run."""
         reads = self.reads or [(self.metric, self.read)]
-        self.readings = tuple(Reading(self.probe, one, read, self.read) for one, read in reads)
+        self.readings = tuple(
+            MetricReading(self.probe, one, read, self.read) for one, read in reads
+        )
         rows = self.source.clean()
         for reading in self.readings:
             if "clean" in reading.metric.needs:
@@ -154,16 +156,16 @@ class Batch:
     def of(
         cls,
         model: HeadModel,
-        plan: Plan,
+        engine: Engine,
         probe: Probe,
         reads: Sequence[tuple[AnyMetric, Bool[Tensor, "batch pos"]]],
         limit: int,
-    ) -> "Batch":
+    ) -> "RecordedBatch":
         """Run a batch cleanly."""
         read = torch.stack([one for _, one in reads]).any(0)
         if not bool(read.any()):  # a run reads something, if only for no metric
             read[0, int(probe.last[0])] = True
-        source = plan.source(model, probe.tokens, probe.real, read, probe.inputs)
+        source = engine.source(model, probe.tokens, probe.real, read, probe.inputs)
         return cls(probe, reads[0][0], source, read, limit, reads)
 
     @property
@@ -289,7 +291,7 @@ class _Layer:
 
 
 def proofs(
-    model: HeadModel, plan: Plan, batch: Batch, place: Place, heads: Sequence[HeadIndex]
+    model: HeadModel, engine: Engine, batch: RecordedBatch, place: Place, heads: Sequence[HeadIndex]
 ) -> dict[str, Any]:
     """Measure, on one example and the head in the middle of the list, that edits do what they say.
 
@@ -305,11 +307,11 @@ def proofs(
             disagree.
     """
     head = heads[len(heads) // 2]
-    changed, error = _check_head(model, plan, batch, place, head)
+    changed, error = _check_head(model, engine, batch, place, head)
     return {
-        "engine": "suffix replay" if plan.replays else "whole passes",
-        "prefix_reuse": plan.prefix,
-        "noop_error": plan.noop_error,
+        "engine": "suffix replay" if engine.replays else "whole passes",
+        "prefix_reuse": engine.prefix,
+        "noop_error": engine.noop_error,
         "head_checked": str(head),
         "own_output_changed": changed,
         "other_heads_changed": 0,
@@ -320,7 +322,7 @@ def proofs(
 
 @torch.no_grad()
 def _check_head(
-    model: HeadModel, plan: Plan, batch: Batch, place: Place, head: HeadIndex
+    model: HeadModel, engine: Engine, batch: RecordedBatch, place: Place, head: HeadIndex
 ) -> tuple[bool, float | None]:
     """Whether a head's own output changed, and how far replay and whole pass are apart."""
     at = int(batch.read.any(1).nonzero()[0])  # an example that the metrics read
@@ -330,7 +332,9 @@ def _check_head(
     variant: Variant = cut((place([head]),), examples=chosen)
     after = _Layer(head.layer)
     whole_pass = ForwardSource(model, one.tokens, one.real, read, after.reads, inputs=one.inputs)
-    whole = Batch(one, batch.metric, whole_pass, read, batch.limit, reads).all_values([variant])
+    whole = RecordedBatch(one, batch.metric, whole_pass, read, batch.limit, reads).all_values(
+        [variant]
+    )
     z = _clean_z(model, batch, head.layer, chosen)
     difference = (after.z - z).abs().amax((0, 1, 3))
     others = torch.arange(len(difference), device=difference.device) != head.head
@@ -340,10 +344,12 @@ def _check_head(
             "do what it says."
         )
     changed = bool(difference[head.head] > 0)
-    if not plan.replays:
+    if not engine.replays:
         return changed, None
-    source = plan.source(model, one.tokens, one.real, read)
-    replayed = Batch(one, batch.metric, source, read, batch.limit, reads).all_values([variant])
+    source = engine.source(model, one.tokens, one.real, read)
+    replayed = RecordedBatch(one, batch.metric, source, read, batch.limit, reads).all_values(
+        [variant]
+    )
     errors = (whole - replayed).abs().nan_to_num()
     error = float(errors.max())
     allowed = _AGREEMENT if model.dtype in (torch.float32, torch.float64) else _HALF_AGREEMENT
@@ -355,7 +361,7 @@ def _check_head(
 
 
 def _clean_z(
-    model: HeadModel, batch: Batch, layer: int, chosen: slice
+    model: HeadModel, batch: RecordedBatch, layer: int, chosen: slice
 ) -> Float[Tensor, "1 pos head d_head"]:
     """Outputs of a layer on one example, unedited.
 
@@ -368,7 +374,7 @@ def _clean_z(
 
 
 @torch.no_grad()
-def heads_off_error(model: HeadModel, batch: Batch) -> float | None:
+def heads_off_error(model: HeadModel, batch: RecordedBatch) -> float | None:
     """How much the last logits still depend on earlier tokens when all heads give 0.
 
     With attention removed nothing can move between positions. As a share of the largest logit;

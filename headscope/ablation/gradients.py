@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.ablation.engine import Batch
-from headscope.ablation.run import Placer, Study
+from headscope.ablation.engine import RecordedBatch
+from headscope.ablation.run import Measurement, Placer
 from headscope.ablation.sources import ForwardSource, quick
-from headscope.edits import AnyEdit, Site, Span, during
+from headscope.edits import AnyEdit, HeadSite, Span, during
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import AnyMetric, Metric
@@ -32,7 +32,7 @@ class Gates:
 
     edit: AnyEdit
     amounts: dict[int, Float[Tensor, "batch head"]]
-    site: Site = field(init=False)
+    site: HeadSite = field(init=False)
     layers: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,34 +53,34 @@ class Gates:
 
 
 def attribution(
-    study: Study, placer: Placer, heads: Sequence[HeadIndex], steps: int
+    measurement: Measurement, placer: Placer, heads: Sequence[HeadIndex], steps: int
 ) -> Float[np.ndarray, "head example"]:
     """Estimated effect of every head on every example.
 
     Args:
-        study: what is measured.
+        measurement: what is measured.
         placer: what heads are ablated to.
         heads: whose gates open.
         steps: 1 for the gradient at the clean run; more for integrated gradients, whose
             completeness is put into the placer's checks.
     """
-    check_slope(study.model, study.metric, placer.method, steps)
+    check_slope(measurement.model, measurement.metric, placer.method, steps)
     points = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
     parts = []
-    total = float(len(study.probe) * steps)
-    with study.options.track(total, "attribution") as advance:
-        for chosen, batch in study.batches():
+    total = float(len(measurement.probe) * steps)
+    with measurement.options.track(total, "attribution") as advance:
+        for chosen, batch in measurement.batches():
             place = placer.place(chosen, batch)
             placer.prove(batch, place, heads)
             edit = place(heads)
             estimate = torch.zeros(len(heads), len(batch.probe), dtype=torch.float64)
             for point in points:
-                estimate += _derivatives(study.model, batch, edit, heads, point) / steps
+                estimate += _derivatives(measurement.model, batch, edit, heads, point) / steps
                 advance(float(len(batch.probe)))
             parts.append(estimate)
     found = torch.cat(parts, 1).numpy()
     if steps > 1:
-        placer.checks["completeness"] = _completeness(study, placer, heads, found)
+        placer.checks["completeness"] = _completeness(measurement, placer, heads, found)
     return found
 
 
@@ -108,7 +108,7 @@ def check_slope(model: HeadModel, metric: AnyMetric, baseline: object, steps: in
 
 
 def _completeness(
-    study: Study,
+    measurement: Measurement,
     placer: Placer,
     heads: Sequence[HeadIndex],
     estimates: Float[np.ndarray, "head example"],
@@ -118,7 +118,7 @@ def _completeness(
     ``sum``: mean over examples of the sum over heads; ``effect``: mean effect of ablating these
     heads together; ``gap``: sum less effect, in the metric's unit; 0 up to the midpoint rule.
     """
-    edited, clean = study.measure(
+    edited, clean = measurement.measure(
         lambda chosen, batch: [(placer.place(chosen, batch)(heads),)], 1, "completeness"
     )
     effect = edited[0] - clean
@@ -128,7 +128,7 @@ def _completeness(
 
 
 def _derivatives(
-    model: HeadModel, batch: Batch, edit: AnyEdit, heads: Sequence[HeadIndex], point: float
+    model: HeadModel, batch: RecordedBatch, edit: AnyEdit, heads: Sequence[HeadIndex], point: float
 ) -> Float[Tensor, "head batch"]:
     """Derivative of the metric by every gate, all of them open by ``point``."""
     shape = (len(batch.probe), model.shape.n_heads)
@@ -148,21 +148,25 @@ def _derivatives(
     return rows.masked_fill(unread, float("nan"))
 
 
-def whole_batches(study: Study) -> Iterator[tuple[slice, Batch]]:
-    """Batches of a study's probe with the examples they hold, in order, ready for whole passes.
+def whole_batches(measurement: Measurement) -> Iterator[tuple[slice, RecordedBatch]]:
+    """Batches of a probe with the examples they hold, in order, ready for whole passes.
 
     Batches of which the metric reads nothing are left out.
     """
-    reads = study.metric.reads(study.probe)
-    for start in range(0, len(study.probe), study.size):
-        chosen = slice(start, min(start + study.size, len(study.probe)))
-        part, read = study.probe.examples(chosen), reads[chosen]
+    reads = measurement.metric.reads(measurement.probe)
+    for start in range(0, len(measurement.probe), measurement.size):
+        chosen = slice(start, min(start + measurement.size, len(measurement.probe)))
+        part, read = measurement.probe.examples(chosen), reads[chosen]
         if bool(read.any()):
-            source = ForwardSource(study.model, part.tokens, part.real, read, inputs=part.inputs)
-            yield chosen, Batch(part, study.metric, source, read, study.limit)
+            source = ForwardSource(
+                measurement.model, part.tokens, part.real, read, inputs=part.inputs
+            )
+            yield chosen, RecordedBatch(part, measurement.metric, source, read, measurement.limit)
 
 
-def total_metric(model: HeadModel, batch: Batch, edits: Sequence[AnyEdit]) -> Float[Tensor, ""]:
+def total_metric(
+    model: HeadModel, batch: RecordedBatch, edits: Sequence[AnyEdit]
+) -> Float[Tensor, ""]:
     """Sum of the metric over the examples of a batch, ready for a backward pass.
 
     Raises:

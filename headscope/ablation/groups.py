@@ -8,13 +8,13 @@ from typing import TypedDict, Unpack
 import numpy as np
 from jaxtyping import Float
 
-from headscope.ablation.engine import Batch
+from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.run import (
     Maker,
+    Measurement,
     Metricish,
     Placer,
     Positions,
-    Study,
     facts_of,
     intervention_of,
     present,
@@ -83,8 +83,8 @@ def ablate_groups(
         labels=(tuple(groups),),
         per_example=found.effects,
         unedited=found.clean,
-        unit=found.study.metric.unit,
-        description=f"{found.study.metric.name} with the group ablated less that without.",
+        unit=found.measurement.metric.unit,
+        description=f"{found.measurement.metric.name} with the group ablated less that without.",
         provenance=found.provenance,
         clusters=probe.cluster_labels,
     )
@@ -149,7 +149,7 @@ def interactions(
     return PairScores(
         f"{found.method}_interaction",
         values,
-        unit=found.study.metric.unit,
+        unit=found.measurement.metric.unit,
         upward=False,
         description="Effect of ablating both heads less the effects of each by itself.",
         provenance=found.provenance,
@@ -160,7 +160,7 @@ def interactions(
 class _Measured:
     """Effects of sets of heads, and how they came about."""
 
-    study: Study
+    measurement: Measurement
     method: str
     effects: Float[np.ndarray, "set example"]
     clean: Float[np.ndarray, " example"]
@@ -184,33 +184,33 @@ def _measured(
     """Ablate sets of heads, each at once."""
     options = RunOptions(batch_size, memory, seed, progress)
     intervention_of(method, reference)  # refused here, before any pass
-    study = Study.of(model, probe, metric, options)
-    placer = Placer(study, method, positions=positions, reference=reference)
-    effects, clean = joint(study, placer, sets)
+    measurement = Measurement.of(model, probe, metric, options)
+    placer = Placer(measurement, method, positions=positions, reference=reference)
+    effects, clean = joint(measurement, placer, sets)
     facts = facts_of(method, reference, positions)
-    provenance = study.provenance(seed_of(method, seed), checks=placer.checks, **facts)
-    return _Measured(study, str(facts["method"]), effects, clean, provenance)
+    provenance = measurement.provenance(seed_of(method, seed), checks=placer.checks, **facts)
+    return _Measured(measurement, str(facts["method"]), effects, clean, provenance)
 
 
 def joint(
-    study: Study, placer: Placer, sets: Sets
+    measurement: Measurement, placer: Placer, sets: Sets
 ) -> tuple[Float[np.ndarray, "set example"], Float[np.ndarray, " example"]]:
     """Effects of sets of heads, each set at once, and the metric on the clean run."""
     named = list(dict.fromkeys(head for heads in sets for head in heads))
 
-    def variants(chosen: slice, batch: Batch) -> list[Variant]:
+    def variants(chosen: slice, batch: RecordedBatch) -> list[Variant]:
         place = placer.place(chosen, batch)
         if named:
             placer.prove(batch, place, named)
         return [(place(heads),) if heads else () for heads in sets]
 
-    edited, clean = study.measure(variants, len(sets), f"ablating {len(sets)} sets of heads")
+    edited, clean = measurement.measure(variants, len(sets), f"ablating {len(sets)} sets of heads")
     effects = without_rounding(edited - clean, clean)
     return effects, clean
 
 
 def along(
-    study: Study,
+    measurement: Measurement,
     placer: Placer,
     orders: Mapping[str, Sequence[HeadIndex]],
     counts: Sequence[int],
@@ -226,7 +226,7 @@ def along(
         if count <= len(order)
     }
     distinct = {heads: place for place, heads in enumerate(dict.fromkeys(sets.values()))}
-    found, clean = joint(study, placer, list(distinct))
+    found, clean = joint(measurement, placer, list(distinct))
     effects = np.full((len(orders), len(counts), len(clean)), np.nan)
     for cell, heads in sets.items():
         effects[cell] = found[distinct[heads]]

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from headscope.ablation.engine import Batch
+from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.gradients import attribution
 from headscope.ablation.run import (
     Checkpoint,
     KeptEffects,
     Maker,
+    Measurement,
     Metricish,
     Placer,
     Positions,
-    Study,
     by_head,
     deciding,
     facts_of,
@@ -40,17 +40,17 @@ Keeper = Callable[[Sequence[HeadIndex]], KeptEffects]
 
 
 def ablated(
-    study: Study, placer: Placer, heads: Sequence[HeadIndex], keep: Keeper | None = None
+    measurement: Measurement, placer: Placer, heads: Sequence[HeadIndex], keep: Keeper | None = None
 ) -> Float[np.ndarray, "head example"]:
     """Effect of every head by itself; ``keep`` says where those of some heads are kept."""
     kept = None if keep is None else keep(heads)
 
-    def variants(chosen: slice, batch: Batch) -> list[Variant]:
+    def variants(chosen: slice, batch: RecordedBatch) -> list[Variant]:
         place = placer.place(chosen, batch)
         placer.prove(batch, place, heads)
         return [(place([head]),) for head in heads]
 
-    edited, clean = study.measure(variants, len(heads), f"ablating {len(heads)} heads", kept)
+    edited, clean = measurement.measure(variants, len(heads), f"ablating {len(heads)} heads", kept)
     effects = without_rounding(edited - clean, clean)
     silent = [
         str(head) for head, row in zip(heads, effects, strict=True) if not np.nan_to_num(row).any()
@@ -60,7 +60,7 @@ def ablated(
 
 
 def screened(
-    study: Study,
+    measurement: Measurement,
     placer: Placer,
     heads: Sequence[HeadIndex],
     steps: int,
@@ -73,13 +73,13 @@ def screened(
     The rank correlation between estimate and effect, over the heads that have both, says what
     the shortcut cost.
     """
-    estimate = attribution(study, placer, heads, steps)
+    estimate = attribution(measurement, placer, heads, steps)
     size = np.abs(np.nanmean(estimate, axis=1))
     order = np.argsort(-size, kind="stable")
-    rest = np.random.default_rng(study.options.seed).permutation(order[top:])[:sample]
+    rest = np.random.default_rng(measurement.options.seed).permutation(order[top:])[:sample]
     measured = np.sort(np.concatenate([order[:top], rest]))
     effects = np.full_like(estimate, np.nan)
-    effects[measured] = ablated(study, placer, [heads[i] for i in measured], keep)
+    effects[measured] = ablated(measurement, placer, [heads[i] for i in measured], keep)
     means = (np.nanmean(values[measured], axis=1) for values in (estimate, effects))
     placer.checks["rank_correlation"] = rank_correlation(*means)
     placer.checks["heads_sampled"] = [str(heads[i]) for i in np.sort(rest)]
@@ -87,22 +87,23 @@ def screened(
 
 
 def as_scores(
-    study: Study,
+    measurement: Measurement,
     effects: Float[np.ndarray, "layer head example"],
     method: str,
     provenance: Provenance,
 ) -> HeadScores:
     """Effects as a score, tested against no effect."""
+    name = measurement.metric.name
     return HeadScores.from_effects(
         f"{method}_ablation",
         effects,
-        kv_heads=study.model.shape.n_kv_heads,
-        design=Design(clusters=study.probe.cluster_labels),
-        unit=study.metric.unit,
-        description=f"{study.metric.name} with the head ablated ({method}) less that without.",
+        kv_heads=measurement.model.shape.n_kv_heads,
+        design=Design(clusters=measurement.probe.cluster_labels),
+        unit=measurement.metric.unit,
+        description=f"{name} with the head ablated ({method}) less that without.",
         source="Michel et al. 2019, arXiv 1905.10650 (ablation); Nanda 2023 (attribution)",
         provenance=provenance,
-    ).of_stack(study.model.shape.stack)
+    ).of_stack(measurement.model.shape.stack)
 
 
 # Options of estimates, and who takes them.
@@ -181,12 +182,12 @@ def ablate_heads(
     intervention_of(method, reference)  # refused here, before any pass
     model = stack_of(model, heads, stack)
     chosen = present(model, heads)
-    study = Study.of(model, probe, metric, options)
+    measurement = Measurement.of(model, probe, metric, options)
     facts = facts_of(method, reference, positions)
-    placer = Placer(study, method, positions=positions, reference=reference)
-    keep = _keeper(study, checkpoint, method, positions, reference)
-    effects = ablated(study, placer, chosen, keep)
-    return _scores(study, chosen, effects, placer, facts)
+    placer = Placer(measurement, method, positions=positions, reference=reference)
+    keep = _keeper(measurement, checkpoint, method, positions, reference)
+    effects = ablated(measurement, placer, chosen, keep)
+    return _scores(measurement, chosen, effects, placer, facts)
 
 
 @own_types()
@@ -246,12 +247,12 @@ def estimate_heads(
     given = _baseline(baseline, reference, seed)
     model = stack_of(model, heads, stack)
     chosen = present(model, heads)
-    study = Study.of(model, probe, metric, options)
+    measurement = Measurement.of(model, probe, metric, options)
     facts = {**facts_of("attribution", reference, positions), "steps": steps}
     facts |= {"baseline": given.name}
-    placer = Placer(study, baseline, positions=positions, reference=reference)
-    effects = attribution(study, placer, chosen, steps)
-    return _scores(study, chosen, effects, placer, facts)
+    placer = Placer(measurement, baseline, positions=positions, reference=reference)
+    effects = attribution(measurement, placer, chosen, steps)
+    return _scores(measurement, chosen, effects, placer, facts)
 
 
 @own_types()
@@ -315,12 +316,12 @@ def screen_heads(
     given = _baseline(baseline, reference, seed)
     model = stack_of(model, heads, stack)
     chosen = present(model, heads)
-    study = Study.of(model, probe, metric, options)
+    measurement = Measurement.of(model, probe, metric, options)
     facts = {**facts_of("screened", reference, positions), "baseline": given.name, "steps": steps}
-    placer = Placer(study, baseline, positions=positions, reference=reference)
-    keep = _keeper(study, checkpoint, baseline, positions, reference)
-    effects = screened(study, placer, chosen, steps, top, sample, keep)
-    return _scores(study, chosen, effects, placer, facts)
+    placer = Placer(measurement, baseline, positions=positions, reference=reference)
+    keep = _keeper(measurement, checkpoint, baseline, positions, reference)
+    effects = screened(measurement, placer, chosen, steps, top, sample, keep)
+    return _scores(measurement, chosen, effects, placer, facts)
 
 
 def _baseline(baseline: Maker, reference: Probe | None, seed: int) -> Intervention:
@@ -335,20 +336,20 @@ def _baseline(baseline: Maker, reference: Probe | None, seed: int) -> Interventi
 
 
 def _scores(
-    study: Study,
+    measurement: Measurement,
     heads: tuple[HeadIndex, ...],
     effects: Float[np.ndarray, "head example"],
     placer: Placer,
     facts: Mapping[str, Any],
 ) -> HeadScores:
-    seed = seed_of(placer.method, study.options.seed)
-    provenance = study.provenance(seed, checks=placer.checks, **facts)
-    placed = by_head(study.model, heads, effects)
-    return as_scores(study, placed, str(facts["method"]), provenance)
+    seed = seed_of(placer.method, measurement.options.seed)
+    provenance = measurement.provenance(seed, checks=placer.checks, **facts)
+    placed = by_head(measurement.model, heads, effects)
+    return as_scores(measurement, placed, str(facts["method"]), provenance)
 
 
 def _keeper(
-    study: Study,
+    measurement: Measurement,
     checkpoint: Checkpoint,
     method: Maker,
     positions: Positions,
@@ -357,10 +358,12 @@ def _keeper(
     """Where finished heads are kept, if anywhere."""
     if checkpoint is None:
         return None
-    file, about = Path(checkpoint), study.provenance(study.options.seed)
-    facts = deciding(about, study.probe, reference, study.metric, method, positions)
-    KeptEffects(file, facts, (), len(study.probe))  # refuses the file of another before any pass
-    return lambda heads: KeptEffects(file, facts, heads, len(study.probe))
+    file, about = Path(checkpoint), measurement.provenance(measurement.options.seed)
+    facts = deciding(about, measurement.probe, reference, measurement.metric, method, positions)
+    KeptEffects(
+        file, facts, (), len(measurement.probe)
+    )  # refuses the file of another before any pass
+    return lambda heads: KeptEffects(file, facts, heads, len(measurement.probe))
 
 
 def _refuse_unknown(function: str, unknown: Mapping[str, Any]) -> None:

@@ -11,19 +11,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import edits
-from headscope.ablation.engine import Batch
+from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.heads import as_scores
 from headscope.ablation.run import (
+    Measurement,
     Metricish,
     Positions,
-    Study,
     by_head,
     marked,
     present,
     without_rounding,
 )
 from headscope.base.options import RunOptions
-from headscope.edits import Heads, Site, Variant, head_list
+from headscope.edits import Heads, HeadSite, Variant, head_list
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.interventions.catalogue import head_values
@@ -34,8 +34,8 @@ from headscope.probes.probe import Probe
 from headscope.table import EffectGrid, HeadScores
 
 Axis = Literal["layer", "head", "position"]
-Direction = Literal["noise", "denoise"]
-Cell = tuple[tuple[HeadIndex, ...], Bool[Tensor, "batch pos"] | None]
+PatchDirection = Literal["noise", "denoise"]
+GridCell = tuple[tuple[HeadIndex, ...], Bool[Tensor, "batch pos"] | None]
 
 
 @own_types()
@@ -45,8 +45,8 @@ def patch_activations(
     metric: Metricish,
     axes: Sequence[Axis] = ("layer", "head"),
     *,
-    site: Site = "z",
-    direction: Direction = "noise",
+    site: HeadSite = "z",
+    direction: PatchDirection = "noise",
     positions: Positions | Sequence[str] = None,
     batch_size: int | None = None,
     memory: str | int | None = None,
@@ -84,10 +84,10 @@ def patch_activations(
     options = RunOptions(batch_size, memory, progress=progress)
     clean, corrupt = aligned_pair(probe, direction)
     run, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
-    study = Study.of(model, run, metric, options)
+    measurement = Measurement.of(model, run, metric, options)
     labels, cells = _grid(model, run, axes, site, positions)
 
-    def variants(chosen: slice, batch: Batch) -> list[Variant]:
+    def variants(chosen: slice, batch: RecordedBatch) -> list[Variant]:
         donors = head_values(model, donor.tokens[chosen], donor.real[chosen], site=site)
         made: list[Variant] = []
         for heads, where in cells:
@@ -95,7 +95,7 @@ def patch_activations(
             made.append((edits.patch(heads, donors, site=site, positions=mask),))
         return made
 
-    edited, unedited = study.measure(variants, len(cells), f"patching {len(cells)} cells")
+    edited, unedited = measurement.measure(variants, len(cells), f"patching {len(cells)} cells")
     shape = (*(len(names) for names in labels), len(run))
     return EffectGrid(
         name=f"{direction}_{site}",
@@ -103,19 +103,21 @@ def patch_activations(
         labels=labels,
         per_example=(edited - unedited).reshape(shape),
         unedited=unedited,
-        pair=both_runs(study, donor, unedited, direction),
-        unit=study.metric.unit,
-        description=f"{study.metric.name} with the patch less that without.",
-        provenance=study.provenance(site=site, direction=direction),
-        clusters=study.probe.cluster_labels,
+        pair=both_runs(measurement, donor, unedited, direction),
+        unit=measurement.metric.unit,
+        description=f"{measurement.metric.name} with the patch less that without.",
+        provenance=measurement.provenance(site=site, direction=direction),
+        clusters=measurement.probe.cluster_labels,
     )
 
 
 def both_runs(
-    study: Study, donor: Probe, unedited: Float[np.ndarray, " example"], direction: str
+    measurement: Measurement, donor: Probe, unedited: Float[np.ndarray, " example"], direction: str
 ) -> Float[np.ndarray, "2 example"]:
     """The metric on the clean and on the corrupt run, one of which was measured."""
-    other, _ = replace(study, probe=donor).measure(lambda _slice, _batch: [()], 1, "paired run")
+    other, _ = replace(measurement, probe=donor).measure(
+        lambda _slice, _batch: [()], 1, "paired run"
+    )
     return np.stack((unedited, other[0]) if direction == "noise" else (other[0], unedited))
 
 
@@ -139,9 +141,9 @@ def _grid(
     model: HeadModel,
     probe: Probe,
     axes: Sequence[Axis],
-    site: Site,
+    site: HeadSite,
     positions: Positions | Sequence[str],
-) -> tuple[tuple[tuple[str, ...], ...], list[Cell]]:
+) -> tuple[tuple[tuple[str, ...], ...], list[GridCell]]:
     """Names along the axes, and what to patch in each cell."""
     if len(set(axes)) != len(axes) or not set(axes) <= {"layer", "head", "position"}:
         raise InputError(f"axes are some of layer, head and position; got {tuple(axes)}.")
@@ -159,7 +161,7 @@ def _grid(
     shown = {"layer": [f"L{i}" for i in choices["layer"] if i is not None]}
     shown |= {"head": [f"H{i}" for i in range(n_heads)], "position": names}
     rest = [axis for axis in choices if axis not in order]
-    cells: list[Cell] = []
+    cells: list[GridCell] = []
     for at in product(*(choices[axis] for axis in (*order, *rest))):
         cell = dict(zip((*order, *rest), at, strict=True))
         chosen = range(n_heads) if cell["head"] is None else [cell["head"]]
@@ -250,11 +252,11 @@ def path_patch(
     chosen = [head for head in present(model, senders) if head.layer < top]
     if not chosen:
         raise InputError("no path leads from these senders to these receivers.")
-    study = Study.of(model, clean, metric, options)
+    measurement = Measurement.of(model, clean, metric, options)
     parts, clean_parts = [], []
     total = float(len(chosen) * len(clean))
     with options.track(total, "path patching") as advance:
-        for examples, batch in study.batches():
+        for examples, batch in measurement.batches():
             donors = head_values(model, corrupt.tokens[examples], corrupt.real[examples])
             kept = batch.source.z or head_values(model, batch.probe.tokens, batch.probe.real)
             first = [_sent(model, sender, donors, kept, top) for sender in chosen]
@@ -268,8 +270,8 @@ def path_patch(
     unedited = torch.cat(clean_parts).numpy()
     effects = without_rounding(torch.cat(parts, 1).numpy() - unedited, unedited)
     name = "logits" if not listening else f"{entry} of {', '.join(map(str, listening))}"
-    provenance = study.provenance(receivers=name)
-    return as_scores(study, by_head(model, chosen, effects), "path", provenance)
+    provenance = measurement.provenance(receivers=name)
+    return as_scores(measurement, by_head(model, chosen, effects), "path", provenance)
 
 
 def _sent(
@@ -287,7 +289,7 @@ def _sent(
 
 def _received(
     model: HeadModel,
-    batch: Batch,
+    batch: RecordedBatch,
     first: Sequence[Variant],
     listening: Sequence[HeadIndex],
     entry: Entry,

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import capture
-from headscope.ablation.engine import Batch, proofs, stack_tokens
-from headscope.ablation.sources import Plan, plan_for
+from headscope.ablation.engine import RecordedBatch, proofs, stack_tokens
+from headscope.ablation.sources import Engine, engine_for
 from headscope.base.files import check_same, whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.base.progress import Advance
@@ -281,7 +281,7 @@ _GPU_BATCH = 8192
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Measurement:
     """A model, a probe and a metric, ready for any number of variants.
 
     Attributes:
@@ -294,7 +294,7 @@ class Study:
     model: HeadModel
     probe: Probe
     metric: AnyMetric
-    plan: Plan
+    engine: Engine
     limit: int
     size: int
     options: RunOptions
@@ -309,7 +309,7 @@ class Study:
         options: RunOptions = RunOptions(),
         *,
         others: Sequence[Metricish] = (),
-    ) -> "Study":
+    ) -> "Measurement":
         """Check everything that can be checked before the first pass, and choose the engine."""
         chosen, *more = map(as_metric, (metric, *others))
         if (reason := model.limits.get("logits")) is not None:
@@ -320,11 +320,11 @@ class Study:
             one.reads(probe)
         limit = stack_tokens(model, options.memory_bytes)
         room = limit if model.device.type == "cpu" else min(limit, _GPU_BATCH)
-        plan = plan_for(model, probe.tokens, probe.real, probe.inputs)
+        engine = engine_for(model, probe.tokens, probe.real, probe.inputs)
         size = min(options.per_pass(probe.length, room), len(probe))
-        return cls(model, probe, chosen, plan, limit, size, options, tuple(more))
+        return cls(model, probe, chosen, engine, limit, size, options, tuple(more))
 
-    def batches(self) -> Iterator[tuple[slice, Batch]]:
+    def batches(self) -> Iterator[tuple[slice, RecordedBatch]]:
         """Batches of the probe, each run once cleanly."""
         # Of the whole probe: what is read of an example does not depend on who is beside it.
         reads = [(one, one.reads(self.probe)) for one in (self.metric, *self.others)]
@@ -332,11 +332,11 @@ class Study:
             chosen = slice(start, min(start + self.size, len(self.probe)))
             part = self.probe.examples(chosen)
             own = [(one, read[chosen]) for one, read in reads]
-            yield chosen, Batch.of(self.model, self.plan, part, own, self.limit)
+            yield chosen, RecordedBatch.of(self.model, self.engine, part, own, self.limit)
 
     def measure(
         self,
-        variants: Callable[[slice, Batch], Sequence[Variant]],
+        variants: Callable[[slice, RecordedBatch], Sequence[Variant]],
         count: int,
         what: str,
         kept: KeptEffects | None = None,
@@ -355,7 +355,7 @@ class Study:
 
     def measure_all(
         self,
-        variants: Callable[[slice, Batch], Sequence[Variant]],
+        variants: Callable[[slice, RecordedBatch], Sequence[Variant]],
         count: int,
         what: str,
         kept: KeptEffects | None = None,
@@ -379,13 +379,17 @@ class Study:
             self.model,
             self.probe,
             seed=seed,
-            attention="suffix replay" if self.plan.replays else "whole passes",
+            attention="suffix replay" if self.engine.replays else "whole passes",
             **{"metric": self.metric.name, **facts},
         )
 
 
 def _with_kept(
-    batch: Batch, chosen: slice, variants: Sequence[Variant], advance: Advance, kept: KeptEffects
+    batch: RecordedBatch,
+    chosen: slice,
+    variants: Sequence[Variant],
+    advance: Advance,
+    kept: KeptEffects,
 ) -> Float[Tensor, "1 variant batch"]:
     """Values of a batch's variants, of which only those run that are not finished."""
     kept.prove(chosen, lambda number: batch.values([variants[number]]))
@@ -404,23 +408,23 @@ class Placer:
 
     def __init__(
         self,
-        study: Study,
+        measurement: Measurement,
         method: Maker,
         *,
         positions: Positions = None,
         reference: Probe | None = None,
     ) -> None:
-        self._study, self._maker = study, method
+        self._measurement, self._maker = measurement, method
         self.checks: dict[str, Any] = {}
-        probe = capture.seen_by(study.model, study.probe)
+        probe = capture.seen_by(measurement.model, measurement.probe)
         where = marked(probe, positions)
         self._batch: BatchPlace | None = None
-        intervention = intervention_of(method, reference, study.options.seed)
+        intervention = intervention_of(method, reference, measurement.options.seed)
         if intervention is not None:
             read = intervention.reference_for(probe)
             if read is not None:
-                capture.check_fits(study.model, read)
-            setting = Setting(study.model, probe, where, study.size)
+                capture.check_fits(measurement.model, read)
+            setting = Setting(measurement.model, probe, where, measurement.size)
             self._batch = intervention.prepare(setting)
         elif where is not None:
             raise InputError(
@@ -432,7 +436,7 @@ class Placer:
         """What heads are ablated to: a name, or a function from heads to an edit."""
         return self._maker
 
-    def place(self, chosen: slice, batch: Batch) -> Place:
+    def place(self, chosen: slice, batch: RecordedBatch) -> Place:
         """How to edit any heads of one batch."""
         if self._batch is not None:
             return self._batch(chosen, batch.source.z)
@@ -445,8 +449,8 @@ class Placer:
 
         return own
 
-    def prove(self, batch: Batch, place: Place, heads: Sequence[HeadIndex]) -> None:
+    def prove(self, batch: RecordedBatch, place: Place, heads: Sequence[HeadIndex]) -> None:
         """Take the proofs, once."""
         if not self.checks:
-            study = self._study
-            self.checks = proofs(study.model, study.plan, batch, place, heads)
+            measurement = self._measurement
+            self.checks = proofs(measurement.model, measurement.engine, batch, place, heads)

@@ -169,7 +169,7 @@ class ForwardSource:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Engine:
     """How a model is run, and how far a pass that edits nothing is from the model's own logits.
 
     Attributes:
@@ -203,16 +203,18 @@ def quick(model: HeadModel) -> AbstractContextManager[None]:
     return quick_activations(model) if isinstance(model, HFModel) else nullcontext()
 
 
-# By model, and whether a batch is padded and of which type: a plan speaks of nothing else.
-_PLANS: "WeakKeyDictionary[HeadModel, dict[tuple[bool, torch.dtype], Plan]]" = WeakKeyDictionary()
+# By model, and whether a batch is padded and of which type: an engine speaks of nothing else.
+_ENGINES: "WeakKeyDictionary[HeadModel, dict[tuple[bool, torch.dtype], Engine]]" = (
+    WeakKeyDictionary()
+)
 
 
-def plan_for(
+def engine_for(
     model: HeadModel,
     tokens: Int[Tensor, "batch pos"],
     real: Bool[Tensor, "batch pos"],
     inputs: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Plan:
+) -> Engine:
     """The fastest way to run a model that gives its own logits when nothing is edited.
 
     Tried once per model, on two short texts of the batch: suffix replay with kept prefixes and a
@@ -225,7 +227,7 @@ def plan_for(
         return _whole(model, Texts(tokens, real, inputs))
     if _in_scope(model):
         return _tried(model, *_trial(tokens, real), replay=False)
-    known = _PLANS.setdefault(model, {})
+    known = _ENGINES.setdefault(model, {})
     key = (not bool(real.all()), model.dtype)
     if key not in known:
         known[key] = _tried_twice(model, *_trial(tokens, real))
@@ -233,7 +235,7 @@ def plan_for(
 
 
 @torch.no_grad()
-def _whole(model: HeadModel, texts: Texts) -> Plan:
+def _whole(model: HeadModel, texts: Texts) -> Engine:
     """Whole passes, with the error of an edit of nothing on the first example."""
     inputs = {name: value[:1] for name, value in texts.inputs.items()}
     first = Texts(texts.tokens[:1], None if texts.real is None else texts.real[:1], inputs)
@@ -243,10 +245,10 @@ def _whole(model: HeadModel, texts: Texts) -> Plan:
     assert own is not None  # noqa: S101  # logits were asked for
     assert again is not None  # noqa: S101
     error = (again - own).abs().max() / own.abs().max().clamp_min(1e-12)
-    return Plan(False, False, float(error))
+    return Engine(False, False, float(error))
 
 
-def _tried_twice(model: HeadModel, tokens: Tensor, real: Tensor) -> Plan:
+def _tried_twice(model: HeadModel, tokens: Tensor, real: Tensor) -> Engine:
     try:
         return _tried(model, tokens, real)
     except (RuntimeError, MemoryError) as error:
@@ -272,7 +274,7 @@ def _trial(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = True) -> Plan:
+def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = True) -> Engine:
     read = torch.zeros_like(real)
     read[:, -1] = True
     own = model.forward(tokens, real=real)[read.to(model.device)].float()
@@ -281,33 +283,40 @@ def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = Tru
     # keys are seen an edit changes the positions before it too.
     plain = len(model.shape.attention_layers) == model.shape.n_layers and all_causal(model.stacks)
     for prefix in (True, False) if replay else ():
-        if isinstance(model, HFModel) and (plain or not prefix) and "readout" not in model.limits:
-            plan = Plan(True, prefix, 0.0)
-            error = _largest(_noop_errors, model, plan, tokens, real, read, own)
-            if error <= limit and _largest(_edit_errors, model, plan, tokens, real, read) <= limit:
-                return Plan(True, prefix, error)
-    plan = Plan(False, False, 0.0)
-    return Plan(False, False, _largest(_noop_errors, model, plan, tokens, real, read, own))
+        if (
+            isinstance(model, HFModel)
+            and (plain or not prefix)
+            and "unembedding" not in model.limits
+        ):
+            engine = Engine(True, prefix, 0.0)
+            error = _largest(_noop_errors, model, engine, tokens, real, read, own)
+            if (
+                error <= limit
+                and _largest(_edit_errors, model, engine, tokens, real, read) <= limit
+            ):
+                return Engine(True, prefix, error)
+    engine = Engine(False, False, 0.0)
+    return Engine(False, False, _largest(_noop_errors, model, engine, tokens, real, read, own))
 
 
 def _largest(
-    errors_of: Callable[..., list[float]], model: HeadModel, plan: Plan, *given: Tensor
+    errors_of: Callable[..., list[float]], model: HeadModel, engine: Engine, *given: Tensor
 ) -> float:
     """The largest of some errors; infinite where one is NaN or parts do not run on their own."""
     try:
-        errors = errors_of(model, plan, *given)
+        errors = errors_of(model, engine, *given)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, UnsupportedModelError) as e:
-        if is_out_of_memory(e) or not plan.replays:
+        if is_out_of_memory(e) or not engine.replays:
             raise
         return float("inf")  # this architecture's blocks do not run on their own
     return max(errors) if all(error == error for error in errors) else float("inf")
 
 
 def _noop_errors(
-    model: HeadModel, plan: Plan, tokens: Tensor, real: Tensor, read: Tensor, own: Tensor
+    model: HeadModel, engine: Engine, tokens: Tensor, real: Tensor, read: Tensor, own: Tensor
 ) -> list[float]:
     """Of edits that change nothing, from the first and from a middle layer and position on."""
-    source = plan.source(model, tokens, real, read)
+    source = engine.source(model, tokens, real, read)
     errors = []
     for layer, where in _starts(model, real):
         noop = scale((layer, 0), 1.0, positions=where)
@@ -318,14 +327,17 @@ def _noop_errors(
 
 
 def _edit_errors(
-    model: HeadModel, plan: Plan, tokens: Tensor, real: Tensor, read: Tensor
+    model: HeadModel, engine: Engine, tokens: Tensor, real: Tensor, read: Tensor
 ) -> list[float]:
     """Of layers whose heads are all zeroed, against whole passes.
 
     Shows what passes from layer to layer beside the residual stream (as the router states of
     zaya): a replay would take it from the clean run, which edits of nothing do not tell.
     """
-    source, whole = plan.source(model, tokens, real, read), ForwardSource(model, tokens, real, read)
+    source, whole = (
+        engine.source(model, tokens, real, read),
+        ForwardSource(model, tokens, real, read),
+    )
     errors = []
     for layer, where in _starts(model, real):
         heads = [head for head in model.shape.heads if head.layer == layer]

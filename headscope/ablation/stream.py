@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.ablation.engine import Batch
+from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.patching import aligned_pair, both_runs, places
-from headscope.ablation.run import Metricish, Study
-from headscope.ablation.sources import ForwardSource, Plan, Source
+from headscope.ablation.run import Measurement, Metricish
+from headscope.ablation.sources import Engine, ForwardSource, Source
 from headscope.base.options import RunOptions
 from headscope.edits import AnyEdit, Span, Variant
 from headscope.errors import InputError, nearest
@@ -86,16 +86,16 @@ def patch_stream(
     chosen = _layers(model, site, layers)
     names, masks = places(model, run, positions, split=True)
     taps = [Tap(site, layer).check(model.name, model.shape) for layer in chosen]
-    plain = Study.of(model, run, metric, options)
-    study = replace(plain, plan=_StreamPlan(False, False, plain.plan.noop_error))
+    plain = Measurement.of(model, run, metric, options)
+    measurement = replace(plain, engine=_StreamEngine(False, False, plain.engine.noop_error))
     where = [(torch.ones_like(run.real) if one is None else one) & run.real for one in masks]
 
-    def variants(examples: slice, _batch: Batch) -> list[Variant]:
+    def variants(examples: slice, _batch: RecordedBatch) -> list[Variant]:
         values = _values(model, donor.examples(examples), taps)
         return [(Patched(tap, values[tap], one[examples]),) for tap in taps for one in where]
 
     count = len(taps) * len(where)
-    edited, unedited = study.measure(variants, count, f"patching {count} cells")
+    edited, unedited = measurement.measure(variants, count, f"patching {count} cells")
     shape = (len(taps), len(where), len(run))
     missing = torch.stack([~one.any(1) for one in where]).numpy()
     effects = np.where(missing[None], np.nan, (edited - unedited).reshape(shape))
@@ -106,10 +106,10 @@ def patch_stream(
         per_example=effects,
         unedited=unedited,
         pair=both_runs(plain, donor, unedited, direction),
-        unit=study.metric.unit,
-        description=f"{study.metric.name} with the patch less that without.",
-        provenance=study.provenance(site=site, direction=direction),
-        clusters=study.probe.cluster_labels,
+        unit=measurement.metric.unit,
+        description=f"{measurement.metric.name} with the patch less that without.",
+        provenance=measurement.provenance(site=site, direction=direction),
+        clusters=measurement.probe.cluster_labels,
     )
 
 
@@ -190,7 +190,7 @@ def _shares(
 
 
 @dataclass(frozen=True)
-class _StreamPlan(Plan):
+class _StreamEngine(Engine):
     """Whole passes: a replay edits heads alone."""
 
     def source(

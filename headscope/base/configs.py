@@ -22,7 +22,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Written(dict[str, Any]):
+class LinedMapping(dict[str, Any]):
     """A mapping as it was written in a file, which knows the line of every key.
 
     Attributes:
@@ -62,7 +62,7 @@ class Written(dict[str, Any]):
         return None
 
 
-def read_yaml(path: str | Path) -> Written:
+def read_yaml(path: str | Path) -> LinedMapping:
     """Mapping in a YAML file, read with the safe loader.
 
     Raises:
@@ -93,7 +93,7 @@ def read_yaml(path: str | Path) -> Written:
         raise InputError(
             f"{path} should hold keys with values, such as 'kind: repeated_tokens', from line 1."
         )
-    made = Written({str(key): value for key, value in found.items()})
+    made = LinedMapping({str(key): value for key, value in found.items()})
     made.node = node
     return made
 
@@ -197,7 +197,7 @@ def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
             given = repr(first["input"])
             shown = given if len(given) <= 60 else given[:57] + "..."
             sentence = f"{'.'.join(place) or 'the config'}: {first['msg']} (given: {shown})."
-        line = f", line {values.line(first['loc'])}" if isinstance(values, Written) else ""
+        line = f", line {values.line(first['loc'])}" if isinstance(values, LinedMapping) else ""
         raise InputError(f"{where}{line}: {sentence}") from error
 
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from headscope.base.sections import Grid as Rows
-from headscope.base.sections import Section, Words
+from headscope.base.sections import Rows, Section, Words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -34,7 +34,8 @@ class Stored:
 
     def _parts(self) -> dict[str, Any]:
         """What is kept, by name."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}  # type: ignore[arg-type]
+        kept: Any = self  # a dataclass, as all subclasses are that do not say what they keep
+        return {one.name: getattr(self, one.name) for one in fields(kept) if one.init}
 
     @classmethod
     def _of_parts(cls, parts: dict[str, Any]) -> "Stored":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Cell = str | int | float | tuple[str, ...]
+TableCell = str | int | float | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Grid:
+class Rows:
     """A small table. A cell is a text, a number, or a tuple of tokens.
 
     Attributes:
@@ -37,7 +37,7 @@ class Grid:
     """
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[TableCell]]
     caption: str = ""
 
 

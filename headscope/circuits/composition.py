@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -222,10 +223,13 @@ def component_composition(
     n_layers, n_heads, count = directions.shape[:3]
     values = torch.zeros(n_layers, n_heads, count, n_layers, n_heads, dtype=torch.float32)
     for later in range(1, n_layers):
-        rows = directions[:later].flatten(0, 2)
+        rows = rearrange(directions[:later], "layer head component d -> (layer head component) d")
         products = _squared_by_head(rows, collapsed[later], second.n_heads)
         score = products.sqrt() / norms[later].clamp_min(1e-30)
-        values[:later, :, :, later] = score.view(later, n_heads, count, -1).cpu()
+        values[:later, :, :, later] = rearrange(
+            score.cpu(), "(layer head component) second -> layer head component second",
+            layer=later, head=n_heads,
+        )  # fmt: skip
     return ComponentScores(values.numpy(), first.layers, mode)
 
 
@@ -275,7 +279,7 @@ def _collapsed(factors: HeadFactors) -> list[Float[Tensor, "d_model column"]]:
     """Per layer ``left @ R.T`` of all heads side by side: as long as the product, but thin."""
     triangle = factors.per_head(thin_qr(factors.right.mT)[1])
     wide = widened(factors.left, triangle.mT)
-    return [layer.transpose(0, 1).flatten(1) for layer in wide]
+    return [rearrange(layer, "head d_model column -> d_model (head column)") for layer in wide]
 
 
 def _all_pairs(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer head layer head"]:
@@ -287,11 +291,16 @@ def _all_pairs(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer 
     n_layers, n_heads, rank = written.shape[:3]
     values = written.new_zeros(n_layers, n_heads, n_layers, n_heads)
     for later in range(1, n_layers):
-        read = columns[later].unflatten(1, (n_heads, -1))
+        read = rearrange(
+            columns[later], "d_model (head column) -> d_model head column", head=n_heads
+        )
         second_norm = torch.linalg.vector_norm(read, dim=(0, 2))
-        rows = written[:later].flatten(0, 2)
+        rows = rearrange(written[:later], "layer head rank d -> (layer head rank) d")
         squared = _squared_by_head(rows, columns[later], n_heads)
-        squared = squared.view(later, n_heads, rank, n_heads).sum(2)
+        squared = reduce(
+            squared, "(layer head rank) second -> layer head second", "sum",
+            head=n_heads, rank=rank,
+        )  # fmt: skip
         scale = first_norm[:later, :, None] * second_norm
         values[:later, :, later] = squared.sqrt() / scale.clamp_min(1e-30)
     return values.cpu()
@@ -335,12 +344,15 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
     read, reads = column_space(reader.left)
     size = written.shape[-1]
     layers, heads = written.shape[:2]
-    rows = written.permute(0, 1, 3, 2).flatten(1, 2)
+    rows = rearrange(written, "layer head d_model rank -> layer (head rank) d_model")
     values = written.new_zeros(layers, heads, layers, heads)
     for later in range(1, layers):
-        columns = read[later].transpose(0, 1).flatten(1)
+        columns = rearrange(read[later], "head d_model rank -> d_model (head rank)")
         product = (rows[:later] @ columns).square_()
-        shared = product.view(later, heads, size, -1, read.shape[-1]).sum((2, 4))
+        shared = reduce(
+            product, "layer (head rank) (second other) -> layer head second", "sum",
+            rank=size, other=read.shape[-1],
+        )  # fmt: skip
         shared = shared / torch.minimum(writes[:later, :, None], reads[later]).clamp_min(1)
         values[:later, :, later] = shared.repeat_interleave(heads // shared.shape[-1], dim=-1)
     values = torch.where(upward(writer.layers), values.cpu(), 0.0)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class TracedEdge:
 
 
 @dataclass(eq=False)
-class Recording:
+class PromptRecording:
     """What one prompt left behind; make it with :func:`record`."""
 
     residual: dict[int, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
@@ -99,7 +100,7 @@ class Recording:
 
 @own_types()
 @torch.no_grad()
-def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Recording:
+def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> PromptRecording:
     """Run one prompt; keep residual inputs, head outputs and patterns of all layers.
 
     Example:
@@ -108,7 +109,7 @@ def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Rec
         'Recording'
     """
     ids = torch.as_tensor(tokens).reshape(1, -1)
-    recording = Recording()
+    recording = PromptRecording()
     nothing = torch.empty(0, dtype=torch.long)
     model.run(ids, reads=recording.reads(model.shape), logits_at=nothing)
     return recording
@@ -117,7 +118,7 @@ def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Rec
 @own_types()
 def score_parts(
     model: HeadModel,
-    recording: Recording,
+    recording: PromptRecording,
     head: "str | tuple[int, int]",
     query: int,
     key: int,
@@ -173,7 +174,7 @@ def score_parts(
 
 
 @own_types()
-def suppliers(model: HeadModel, recording: Recording, parts: ScoreParts) -> list[TracedEdge]:
+def suppliers(model: HeadModel, recording: PromptRecording, parts: ScoreParts) -> list[TracedEdge]:
     """What every earlier head, and the rest of the stream, adds to the kept components.
 
     Exact with the norms' scales held, also those of norms on queries and keys and of a norm after
@@ -220,7 +221,9 @@ def _supplied(
     if "linear_write" not in model.limits:
         return (z * (W_O @ along)).sum(-1)
     write = model.parts.attention_write(layer)
-    scale = write.scale(torch.einsum("hd,hdm->m", z, W_O) + write.bias.float())
+    scale = write.scale(
+        einsum(z, W_O, "head d_head, head d_head d_model -> d_model") + write.bias.float()
+    )
     return (z * (W_O @ write.read_by(along))).sum(-1) / scale
 
 
@@ -294,7 +297,7 @@ def _largest(edges: list[TracedEdge], share: float) -> list[TracedEdge]:
     return kept
 
 
-def _normed(model: HeadModel, recording: Recording, layer: int, position: int) -> Tensor:
+def _normed(model: HeadModel, recording: PromptRecording, layer: int, position: int) -> Tensor:
     """Residual stream over the norm's scale, with the coordinate of the biases."""
     x = recording.residual[layer][position]
     x = x / model.parts.input_norm(layer).scale(x)

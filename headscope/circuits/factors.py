@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -296,14 +297,19 @@ def widened(
     small: Float[Tensor, "layer head rank component"],
 ) -> Float[Tensor, "layer head d_model component"]:
     """``basis @ small`` per query head, heads that share a basis in one product."""
-    layers, shared = basis.shape[:2]
-    group = small.shape[1] // shared
+    group = small.shape[1] // basis.shape[1]
     if group == 1:
         plain: Tensor = basis @ small
         return plain
-    side_by_side = small.unflatten(1, (shared, group)).transpose(2, 3).flatten(3)
-    wide = (basis @ side_by_side).unflatten(-1, (group, small.shape[-1]))
-    per_head: Tensor = wide.transpose(2, 3).reshape(layers, small.shape[1], basis.shape[2], -1)
+    side_by_side = rearrange(
+        small, "layer (shared group) rank component -> layer shared rank (group component)",
+        group=group,
+    )  # fmt: skip
+    per_head: Tensor = rearrange(
+        basis @ side_by_side,
+        "layer shared d_model (group component) -> layer (shared group) d_model component",
+        group=group,
+    )
     return per_head
 
 
@@ -312,8 +318,14 @@ def lengthened(
     rows: Float[Tensor, "layer some_head rank d_model"],
 ) -> Float[Tensor, "layer head component d_model"]:
     """``small @ rows`` per query head, heads that share rows in one product."""
-    shared = rows.shape[1]
-    group = small.shape[1] // shared
-    below = small.unflatten(1, (shared, group)).flatten(2, 3)
-    long: Tensor = (below @ rows).unflatten(2, (group, small.shape[2])).flatten(1, 2)
+    group = small.shape[1] // rows.shape[1]
+    below = rearrange(
+        small, "layer (shared group) component rank -> layer shared (group component) rank",
+        group=group,
+    )  # fmt: skip
+    long: Tensor = rearrange(
+        below @ rows,
+        "layer shared (group component) d_model -> layer (shared group) component d_model",
+        group=group,
+    )
     return long

@@ -41,7 +41,7 @@ _MIN_PAIRS = 5
 
 
 @dataclass(frozen=True, eq=False)
-class Relation:
+class TokenRelation:
     """Pairs of single tokens (source, target) of one vocabulary.
 
     Attributes:
@@ -61,7 +61,9 @@ class Relation:
         return len(self.source)
 
 
-def relations(model: HeadModel, path: "str | PathLike[str] | None" = None) -> dict[str, Relation]:
+def relations(
+    model: HeadModel, path: "str | PathLike[str] | None" = None
+) -> dict[str, TokenRelation]:
     """Relations that this model's vocabulary can express with single tokens.
 
     Built in: ``copy`` (without a tokenizer the only one), ``case`` (Word and word),
@@ -93,7 +95,7 @@ def relations(model: HeadModel, path: "str | PathLike[str] | None" = None) -> di
     return {name: one for name, one in found.items() if len(one) >= _MIN_PAIRS}
 
 
-def of_words(model: HeadModel, name: str, pairs: Iterable[tuple[str, str]]) -> Relation:
+def of_words(model: HeadModel, name: str, pairs: Iterable[tuple[str, str]]) -> TokenRelation:
     """Relation from pairs of words; those that are not single tokens are left out."""
     listed = list(pairs)
     found = []
@@ -104,7 +106,7 @@ def of_words(model: HeadModel, name: str, pairs: Iterable[tuple[str, str]]) -> R
                 found.append(ids)
                 break
     columns = torch.tensor(found, dtype=torch.long, device=model.device).reshape(-1, 2)
-    return Relation(name, columns[:, 0], columns[:, 1], len(listed))
+    return TokenRelation(name, columns[:, 0], columns[:, 1], len(listed))
 
 
 def read_relations(path: "str | PathLike[str]") -> dict[str, WordPairs]:
@@ -155,14 +157,14 @@ def _single(model: HeadModel, text: str) -> int | None:
     return int(ids[0])
 
 
-def _copy(model: HeadModel) -> Relation:
+def _copy(model: HeadModel) -> TokenRelation:
     ids = ordinary_tokens(model)
     step = max(1, len(ids) // _MADE_PAIRS)
     chosen = ids[::step][:_MADE_PAIRS].to(model.device)
-    return Relation("copy", chosen, chosen, len(chosen))
+    return TokenRelation("copy", chosen, chosen, len(chosen))
 
 
-def _case(model: HeadModel) -> Relation:
+def _case(model: HeadModel) -> TokenRelation:
     """Words of which the vocabulary has both cases: lower -> capital."""
     tokenizer: Any = model.tokenizer
     texts = {int(one): tokenizer.decode([int(one)]) for one in ordinary_tokens(model)}
@@ -175,7 +177,7 @@ def _case(model: HeadModel) -> Relation:
 @own_types()
 def relation_scores(
     model: HeadModel,
-    pairs: Mapping[str, Relation] | None = None,
+    pairs: Mapping[str, TokenRelation] | None = None,
     k: int = 10,
     *,
     first_mlp: bool = True,

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -203,10 +204,15 @@ class _Race:
         layers = zip(factors.layers, factors.left, strict=True)
         inner = factors.per_head(
             torch.stack(
-                [torch.einsum("nd,hde->hne", source(layer), left) for layer, left in layers]
+                [
+                    einsum(source(layer), left, "pair d_model, head d_model e -> head pair e")
+                    for layer, left in layers
+                ]
             )
         )
-        reached = factors.per_head(torch.einsum("lhed,nd->lhne", factors.right, wanted))
+        reached = factors.per_head(
+            einsum(factors.right, wanted, "layer head e d_model, pair d_model -> layer head pair e")
+        )
         none = torch.zeros(inner.shape[:-1], dtype=torch.long, device=inner.device)
         own = (inner * reached).sum(-1)
         return cls(inner, factors.right, own, targets, none, none.clone())

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -122,7 +123,7 @@ def ov(
             W_O = model.parts.attention_write(layer).folded(W_O)
         if fold_norm:
             norm = model.parts.input_norm(layer)
-            b_V = b_V + torch.einsum("d,hde->he", norm.bias.float(), W_V)
+            b_V = b_V + einsum(norm.bias.float(), W_V, "d, head d d_head -> head d_head")
             W_V = norm.folded(W_V)
             W_O = W_O - W_O.mean(-1, keepdim=True) if norm.centred else W_O
         left.append(W_V)
@@ -324,7 +325,7 @@ def _made(
     weight: Float[Tensor, "head d_model d_head"],
     bias: Float[Tensor, "head d_head"],
 ) -> Float[Tensor, "head d_head"]:
-    return torch.einsum("d,hde->he", x, weight.float()) + bias.float()
+    return einsum(x, weight.float(), "d, head d d_head -> head d_head") + bias.float()
 
 
 def _unrotated(
@@ -347,7 +348,7 @@ def _unrotated(
             weight = getattr(weights, f"W_{side}").float()
             bias = getattr(weights, f"b_{side}").float()
             if norm is not None:
-                bias = bias + torch.einsum("d,hde->he", norm.bias.float(), weight)
+                bias = bias + einsum(norm.bias.float(), weight, "d, head d d_head -> head d_head")
                 weight = norm.folded(weight)
             if after is not None:
                 weight = after.folded(weight.transpose(0, 1)).transpose(0, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from headscope.base.options import RunOptions
 from headscope.base.progress import Advance
 from headscope.base.statistics import Bounds
-from headscope.circuits import spectrum
+from headscope.circuits import singular_values
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import (
     copying_eigenvalues,
@@ -301,7 +301,9 @@ def _spectrum(circuit: str) -> tuple[Scorer, ...]:
 
     def outliers(weights: Weights) -> Tensor:
         S = weights.singular_values(circuit)
-        return spectrum.outliers(S, random_edge(weights.circuit(circuit), weights.seed)).to(S)
+        return singular_values.outliers(S, random_edge(weights.circuit(circuit), weights.seed)).to(
+            S
+        )
 
     def of_factor(side: str) -> Callable[[Weights], Tensor]:
         def function(weights: Weights) -> Tensor:
@@ -325,10 +327,10 @@ def _spectrum(circuit: str) -> tuple[Scorer, ...]:
     effective, stable, many, top = (
         of_values(measure)
         for measure in (
-            spectrum.effective_rank,
-            spectrum.stable_rank,
-            spectrum.participation_ratio,
-            spectrum.top_share,
+            singular_values.effective_rank,
+            singular_values.stable_rank,
+            singular_values.participation_ratio,
+            singular_values.top_share,
         )
     )
     return tuple(
@@ -374,7 +376,7 @@ def _of_words(circuit: str, kind: Embedding, k: int) -> tuple[Scorer, ...]:
             bounds=_UNIT,
             description=shares.format(rank),
             source=source,
-            needs=(f"{circuit}_circuit", "embedding", "readout"),
+            needs=(f"{circuit}_circuit", "embedding", "unembedding"),
         )(lambda weights: share_within(weights.ranks(circuit, kind), rank))
 
     own = weight_scorer(
@@ -387,7 +389,7 @@ def _of_words(circuit: str, kind: Embedding, k: int) -> tuple[Scorer, ...]:
             else "queries look for keys of their own token (-1: avoid them)"
         ),
         source="Elhage et al. 2021",
-        needs=(f"{circuit}_circuit", "embedding", "readout"),
+        needs=(f"{circuit}_circuit", "embedding", "unembedding"),
     )(lambda weights: eigenvalues(weights.circuit(circuit), weights.words[kind]))
     return (own, *(share(rank) for rank in dict.fromkeys((1, k))))
 
@@ -416,7 +418,7 @@ _OV_ALIGNMENT = (
         "ov_write_alignment",
         "the head writes where logits are read",
         lambda weights: write_alignment(weights.ov, weights.words["raw"]),
-        "readout",
+        "unembedding",
     ),
 )
 _QK_ALIGNMENT = (
@@ -459,7 +461,9 @@ def _factor_outliers(
     rows, columns = factor.shape[-2:]
     S = torch.linalg.svdvals(factor)
     deviation = torch.linalg.matrix_norm(factor) / math.sqrt(rows * columns)
-    return spectrum.outliers(S, deviation * spectrum.marchenko_pastur_edge(rows, columns)).to(S)
+    return singular_values.outliers(
+        S, deviation * singular_values.marchenko_pastur_edge(rows, columns)
+    ).to(S)
 
 
 @own_types()
@@ -476,7 +480,7 @@ def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer hea
         True
     """
     width, rank = factors.left.shape[-2:]
-    mean, deviation = spectrum.product_edge(width, rank, width, seed=seed)
+    mean, deviation = singular_values.product_edge(width, rank, width, seed=seed)
     return entry_sizes(factors) * (mean + 3 * deviation)
 
 

@@ -9,7 +9,7 @@ from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import token_cores
 from headscope.circuits.ov_qk import ov, qk
 from headscope.circuits.scores import entry_sizes
-from headscope.circuits.spectrum import product_spectra
+from headscope.circuits.singular_values import product_spectra
 from headscope.circuits.vocabulary import Dictionary, Embedding, Gram
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel

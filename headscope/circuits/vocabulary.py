@@ -17,7 +17,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.views.outputs import Readout
+from headscope.views.outputs import Unembedding
 
 Embedding = Literal["raw", "mlp", "mlp_only"]
 Gram = Literal["output_input", "input", "output"]
@@ -76,9 +76,9 @@ class Dictionary:
         return self.model.parts.embedding
 
     @cached_property
-    def _readout(self) -> Readout:
+    def _unembedding(self) -> Unembedding:
         """Measured once, like the mean over the vocabulary that belongs to it."""
-        return self.model.readout
+        return self.model.unembedding
 
     def _behind_mlp(self, tokens: Int[Tensor, " token"] | slice) -> Tensor:
         rows = self._embedding[tokens].float()
@@ -94,12 +94,12 @@ class Dictionary:
 
     def outputs(self, tokens: Int[Tensor, " token"] | slice) -> Float[Tensor, "token d_model"]:
         """Residual directions that raise the logits of these tokens."""
-        readout = self._readout
+        unembedding = self._unembedding
         if not self.fold_norm:
-            return readout.W_U[tokens].float()
+            return unembedding.W_U[tokens].float()
         if isinstance(tokens, slice):
-            tokens = torch.arange(self.size, device=readout.W_U.device)[tokens]
-        return readout.directions(tokens) - readout.mean_direction
+            tokens = torch.arange(self.size, device=unembedding.W_U.device)[tokens]
+        return unembedding.directions(tokens) - unembedding.mean_direction
 
     def blocks(self) -> Iterator[slice]:
         """Runs of token ids whose vectors fit in a block."""

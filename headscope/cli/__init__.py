@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs when it runs, so that help is instant."""
 
 import sys
+from collections.abc import Callable
 
 from headscope.errors import HeadscopeError
 
@@ -31,10 +32,10 @@ def main() -> None:
     sys.exit(code)
 
 
-def _run(app: object) -> int:
+def _run(app: Callable[[], object]) -> int:
     """Run a command; its exit code."""
     try:
-        app()  # type: ignore[operator]
+        app()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0

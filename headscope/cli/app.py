@@ -289,7 +289,7 @@ def edges(
     """
     from headscope.cli import edges as command
 
-    asked = command.Asked(
+    asked = command.EdgeRequest(
         probe=probe,
         method=method,
         metric=metric,
@@ -544,7 +544,7 @@ def retrieval(
     from headscope.cli import retrieval as command
 
     loading = loading.of(model, extrapolate=extrapolate)
-    asked = command.Asked(
+    asked = command.RetrievalRequest(
         lengths=lengths,
         depths=depths,
         needles=needles,

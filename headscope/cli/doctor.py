@@ -286,7 +286,7 @@ def _parts(model: HeadModel) -> dict[str, str | None]:
         "ov_size": _reason(lambda: Weights.of(model).sized("ov")),
         "qk_size": _reason(lambda: Weights.of(model).sized("qk")),
         "embedding": _reason(lambda: model.parts.embedding),
-        "final norm and unembedding": _reason(lambda: model.readout),
+        "final norm and unembedding": _reason(lambda: model.unembedding),
     }
 
 

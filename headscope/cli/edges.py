@@ -33,7 +33,7 @@ _METRICS: dict[str, Metric] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class EdgeRequest:
     """What the command was asked for.
 
     Attributes:
@@ -72,7 +72,7 @@ class Asked:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class FoundEdges:
     """All that the command found."""
 
     graph: EdgeGraph
@@ -86,7 +86,7 @@ class Found:
 
 
 def run(
-    loading: Loading, asked: Asked, *, out: Path | None, overwrite: bool, as_json: bool
+    loading: Loading, asked: EdgeRequest, *, out: Path | None, overwrite: bool, as_json: bool
 ) -> None:
     """Load, score, search, write, print."""
     asked.check()
@@ -112,14 +112,16 @@ def _is_file(probe: str) -> bool:
     return Path(probe).suffix in (".jsonl", ".json") or Path(probe).is_file()
 
 
-def _probe(model: HeadModel, asked: Asked) -> Probe:
+def _probe(model: HeadModel, asked: EdgeRequest) -> Probe:
     """Pairs of a known task, or of a file."""
     if _is_file(asked.probe):
         return probes.from_jsonl(model, asked.probe)
     return probes.pairs(model, asked.probe, batch=asked.examples, seed=asked.seed)
 
 
-def _found(model: HeadModel, probe: Probe, asked: Asked, folder: "RunFolder | None") -> Found:
+def _found(
+    model: HeadModel, probe: Probe, asked: EdgeRequest, folder: "RunFolder | None"
+) -> FoundEdges:
     metric = _METRICS[asked.metric]
     kept = None if folder is None else subfolder(folder.path, "scored")
     graph = edges.attribute(
@@ -134,10 +136,10 @@ def _found(model: HeadModel, probe: Probe, asked: Asked, folder: "RunFolder | No
     curve = edges.faithfulness(
         model, probe, metric, graph, seed=asked.seed, batch_size=asked.batch_size
     )
-    return Found(graph, circuit, curve)
+    return FoundEdges(graph, circuit, curve)
 
 
-def _as_json(found: Found) -> dict[str, Any]:
+def _as_json(found: FoundEdges) -> dict[str, Any]:
     graph, circuit = found.graph, found.circuit
     assert circuit.checks is not None  # noqa: S101  # edges.circuit makes them
     return {
@@ -168,7 +170,7 @@ def _number(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None
 
 
-def _shown(found: Found) -> Iterator[Any]:
+def _shown(found: FoundEdges) -> Iterator[Any]:
     """Four small tables: edges, heads, the circuit with its checks, faithfulness by size."""
     from rich.table import Table
     from rich.text import Text
@@ -203,7 +205,7 @@ def _shown(found: Found) -> Iterator[Any]:
 
 
 def _write(
-    folder: "RunFolder", found: Found, settings: dict[str, Any], timings: dict[str, float]
+    folder: "RunFolder", found: FoundEdges, settings: dict[str, Any], timings: dict[str, float]
 ) -> None:
     found.graph.save(folder.path / "edges.parquet")
     found.circuit.save(folder.path / "circuit.safetensors")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class FoundFlow:
     """All that the command found."""
 
     routes: Routes
@@ -77,14 +77,14 @@ def run(
         print_written(folder.path, *files)
 
 
-def _more(model: HeadModel, prompt: str, routes: Routes, memory: str | None) -> Found:
+def _more(model: HeadModel, prompt: str, routes: Routes, memory: str | None) -> FoundFlow:
     """Matrices and norms of the same prompt."""
     probe = read_prompt(model, prompt).probe
     flows = (
         flow.rollout(model, probe, memory=memory),
         flow.alti(model, probe, memory=memory),
     )
-    return Found(routes, flows, flow.norms(model, probe, memory=memory))
+    return FoundFlow(routes, flows, flow.norms(model, probe, memory=memory))
 
 
 def _as_json(routes: Routes) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _shown(routes: Routes) -> Iterator[Any]:
 
 
 def _write(
-    folder: "RunFolder", found: Found, settings: dict[str, Any], timings: dict[str, float]
+    folder: "RunFolder", found: FoundFlow, settings: dict[str, Any], timings: dict[str, float]
 ) -> None:
     with whole_file(folder.path / "edges.parquet") as file:
         found.routes.to_pandas().to_parquet(file, index=False)

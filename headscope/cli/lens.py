@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class LensReading:
     """All that the command found."""
 
     grids: dict[str, LensGrid]
@@ -114,17 +114,17 @@ def _read(
     position: int,
     k: int,
     fitted: ResidualLens | None,
-) -> Reading:
+) -> LensReading:
     sources = "values" not in model.limits
     made = lens.attribute(model, prompt, target, foil, position=position, sources=sources)
     if fitted is None:
         grids = lens.logit_lenses(model, prompt, target=target, k=k)
     else:
         grids = {"residual": lens.logit_lens(model, prompt, target=target, k=k, lens=fitted)}
-    return Reading(grids, made, lens.head_lens(model, prompt, position, k=k))
+    return LensReading(grids, made, lens.head_lens(model, prompt, position, k=k))
 
 
-def _as_json(found: Reading) -> dict[str, Any]:
+def _as_json(found: LensReading) -> dict[str, Any]:
     return {
         "lens": {site: rows_of(grid) for site, grid in found.grids.items()},
         "attribution": rows_of(found.split),
@@ -134,7 +134,7 @@ def _as_json(found: Reading) -> dict[str, Any]:
     }
 
 
-def _shown(found: Reading) -> Iterator[Any]:
+def _shown(found: LensReading) -> Iterator[Any]:
     """Three small tables: layers at the position read, parts of the logit, heads."""
     from rich.table import Table
     from rich.text import Text
@@ -171,7 +171,7 @@ def _shown(found: Reading) -> Iterator[Any]:
 
 
 def _write(
-    folder: "RunFolder", found: Reading, settings: dict[str, Any], timings: dict[str, float]
+    folder: "RunFolder", found: LensReading, settings: dict[str, Any], timings: dict[str, float]
 ) -> None:
     import pandas
 

@@ -15,7 +15,7 @@ from headscope.base.files import check_page, whole_page
 from headscope.cli.output import console, typed
 from headscope.errors import InputError
 from headscope.plots import curves
-from headscope.report import Grid, Picture, Run, Section, read_run, report_page
+from headscope.report import Picture, Rows, RunPart, Section, read_run, report_page
 from headscope.report.sections import Block
 from headscope.sweeps.results import Results, read
 from headscope.sweeps.store import Store, status
@@ -40,7 +40,7 @@ def run(places: Sequence[Path], *, out: Path, overwrite: bool, title: str | None
     )
 
 
-def read_folder(place: Path) -> list[Run]:
+def read_folder(place: Path) -> list[RunPart]:
     """The runs of a folder: one, or of a sweep one per model.
 
     Raises:
@@ -55,7 +55,7 @@ def read_folder(place: Path) -> list[Run]:
     return [read_run(place)]
 
 
-def _curve(place: Path) -> Run | None:
+def _curve(place: Path) -> RunPart | None:
     """A saved curve of pruning or masking; None where the file is something else."""
     from headscope.plots import curves
     from headscope.pruning import PruningCurve
@@ -74,14 +74,14 @@ def _curve(place: Path) -> Run | None:
         said = f"{found.effects.description} Orders: {', '.join(found.orders)}."
         section = Section("Curves", [Picture(light, dark, said, said)])
         origin = found.effects.provenance
-        return Run(place.stem, "curve", None, sections=[section], of=origin)
+        return RunPart(place.stem, "curve", None, sections=[section], of=origin)
     return None
 
 
 _STUDY = ("probe", "edit", "seed", "metric")
 
 
-def sweep_runs(folder: Path) -> list[Run]:
+def sweep_runs(folder: Path) -> list[RunPart]:
     """One run per model of a sweep; what is not finished yet is left out.
 
     Raises:
@@ -95,7 +95,7 @@ def sweep_runs(folder: Path) -> list[Run]:
     runs = []
     for number, model in enumerate(dict.fromkeys(results.to_pandas()["model"])):
         runs.append(
-            Run(
+            RunPart(
                 label=label,
                 kind="sweep",
                 table=_table(results, model),
@@ -177,7 +177,7 @@ def _sections(results: Results, model: str) -> list[Section]:
     rows = [row for name in together for row in _together(results, model, name)]
     if rows:
         names = ("set", "edit, metric, probe", "heads", "effect", "95% from", "to")
-        grid_: list[Block] = [Grid(names, rows, "Mean over draws; effects of whole sets")]
+        grid_: list[Block] = [Rows(names, rows, "Mean over draws; effects of whole sets")]
         sections.append(Section("Sets of heads edited together", grid_))
     return sections
 

@@ -121,7 +121,7 @@ _MASKED_LENGTH = 4096
 
 
 @dataclass(frozen=True)
-class Asked:
+class RetrievalRequest:
     """What the command was asked for.
 
     Attributes:
@@ -185,7 +185,7 @@ class Asked:
 
 
 def run(
-    loading: Loading, asked: Asked, *, out: Path | None, overwrite: bool, as_json: bool
+    loading: Loading, asked: RetrievalRequest, *, out: Path | None, overwrite: bool, as_json: bool
 ) -> None:
     """Load, scan, mask, write, print."""
     lengths = None if asked.lengths is None else parse_lengths(asked.lengths)
@@ -257,7 +257,7 @@ def run(
 
 
 def _masked(
-    model: HeadModel, found: Retrieval, asked: Asked, config: MaskingConfig | None
+    model: HeadModel, found: Retrieval, asked: RetrievalRequest, config: MaskingConfig | None
 ) -> dict[str, OrderCurve]:
     """Masking curves of the tasks asked for, or of needles with another seed."""
     if not found.runs.scored.any():

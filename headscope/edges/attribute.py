@@ -21,7 +21,7 @@ from headscope.base.files import whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.edges.passes import measured_with, values_with
 from headscope.edges.rules import GIM_SHARES, InteractionRules, RelevanceRules, Rules, shared
-from headscope.edges.written import ENTRIES, EdgeBatch, Study, Written, run_apart
+from headscope.edges.written import ENTRIES, EdgeBatch, EdgeMeasurement, WrittenRun, run_apart
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric, as_metric
 from headscope.models.protocol import HeadModel
@@ -148,7 +148,7 @@ def _batch_scores(batch: EdgeBatch, of: Backwards) -> Float[Tensor, "batch edge"
         return _contracted(batch, run, values.sum())
 
 
-def _contracted(batch: EdgeBatch, run: Written, total: Tensor) -> Float[Tensor, "batch edge"]:
+def _contracted(batch: EdgeBatch, run: WrittenRun, total: Tensor) -> Float[Tensor, "batch edge"]:
     """Gradients at every input, multiplied with changes as they come."""
     wiring = batch.study.wiring
     outputs = [
@@ -179,7 +179,7 @@ def _times(
 
 
 def _head_inputs(
-    run: Written, layer: int, z_slope: Tensor | None, wiring: Wiring, group: int
+    run: WrittenRun, layer: int, z_slope: Tensor | None, wiring: Wiring, group: int
 ) -> Float[Tensor, "batch slot_head pos d_model"]:
     """Gradient at the residual stream that enters every slot of every head of a layer.
 
@@ -218,7 +218,7 @@ def _pulled_back(
 
 
 def _mlp_input(
-    run: Written, layer: int, slope: Tensor | None, wiring: Wiring
+    run: WrittenRun, layer: int, slope: Tensor | None, wiring: Wiring
 ) -> Float[Tensor, "batch pos d_model"]:
     """Gradient at the residual stream that enters an MLP.
 
@@ -382,7 +382,7 @@ def attribute(
     if resume is not None and batch_size is None and method == "exact":
         batch_size = min(len(probe), _RESUMED_BATCH)
     options = RunOptions(batch_size, progress=progress)
-    study = Study.of(model, probe, metric, ablation, options)
+    study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     store = None if resume is None else _Store.of(Path(resume), study, method, steps)
     with options.track(float(_work(study, method, steps)), f"edges by {method}") as advance:
         parts = []
@@ -433,7 +433,7 @@ class _Store:
     name: str
 
     @classmethod
-    def of(cls, folder: Path, study: Study, method: str, steps: int) -> "_Store":
+    def of(cls, folder: Path, study: EdgeMeasurement, method: str, steps: int) -> "_Store":
         said = {
             "model": study.model.digest(),
             "probe": probe_digest(study.probe),
@@ -473,7 +473,7 @@ def _check_method(method: str, steps: int, metric: AnyMetric) -> None:
         )
 
 
-def _work(study: Study, method: str, steps: int) -> int:
+def _work(study: EdgeMeasurement, method: str, steps: int) -> int:
     return passes_of(study.wiring, method, steps) * len(study.probe)
 
 

@@ -14,7 +14,7 @@ from scipy.stats import hypergeom
 
 from headscope.base.statistics import mean_and_sem
 from headscope.edges.faithfulness import circuit_value
-from headscope.edges.written import EdgeBatch, Study
+from headscope.edges.written import EdgeBatch, EdgeMeasurement
 from headscope.errors import InputError
 from headscope.metrics import Metric
 from headscope.models.protocol import lacks
@@ -27,7 +27,7 @@ _MATCHED = 3
 
 
 def values_of(
-    batches: Sequence[EdgeBatch], study: Study, kept: Chosen
+    batches: Sequence[EdgeBatch], study: EdgeMeasurement, kept: Chosen
 ) -> Float[np.ndarray, " example"]:
     """The metric of a circuit on every example that it reads."""
     found = []
@@ -38,7 +38,7 @@ def values_of(
     return values_
 
 
-def mean_value(batches: Sequence[EdgeBatch], study: Study, kept: Chosen) -> float:
+def mean_value(batches: Sequence[EdgeBatch], study: EdgeMeasurement, kept: Chosen) -> float:
     """Mean metric of a circuit over the examples that the metric reads."""
     return float(values_of(batches, study, kept).mean())
 
@@ -201,7 +201,7 @@ def jaccard(a: Chosen, b: Chosen) -> float:
 
 
 def checks_of(
-    study: Study,
+    study: EdgeMeasurement,
     batches: Sequence[EdgeBatch],
     kept: Chosen,
     graph: EdgeGraph | None = None,
@@ -260,7 +260,7 @@ def mask_of(wiring: Wiring, places: Int[np.ndarray, " chosen"]) -> Chosen:
     return chosen
 
 
-def _counted_clusters(study: Study) -> tuple[int, ...] | None:
+def _counted_clusters(study: EdgeMeasurement) -> tuple[int, ...] | None:
     labels = study.probe.cluster_labels
     if labels is None:
         return None
@@ -284,7 +284,7 @@ def _exchanged(wiring: Wiring, kept: Chosen, seed: int) -> Iterator[Chosen]:
         yield exchanged[wiring.ends]
 
 
-def _null(study: Study) -> float:
+def _null(study: EdgeMeasurement) -> float:
     """Largest change of the metric where the texts of a pair are still the same; NaN for none."""
     probe, metric = study.probe, study.metric
     causal = lacks(study.model, "bidirectional") is not None

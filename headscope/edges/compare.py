@@ -15,7 +15,7 @@ from headscope.edges.attribute import Method, attribute, passes_of
 from headscope.edges.checks import jaccard, strongest
 from headscope.edges.gates import best_heads, causal_gates
 from headscope.edges.passes import measured_with
-from headscope.edges.written import EdgeBatch, Study
+from headscope.edges.written import EdgeBatch, EdgeMeasurement
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel
@@ -88,7 +88,7 @@ def compare_methods(
         if name not in known:
             raise InputError(nearest(str(name), known, kind="method"))
     options = RunOptions(batch_size, seed=seed, progress=progress)
-    study = Study.of(model, probe, metric, ablation, options)
+    study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     common = {"ablation": study.ablation, "batch_size": batch_size, "progress": progress}
     truth = exact or attribute(model, probe, metric, "exact", **common)  # type: ignore[arg-type]
     _check_exact(truth, study)
@@ -123,7 +123,7 @@ def compare_methods(
     )  # fmt: skip
 
 
-def _check_exact(exact: EdgeGraph, study: Study) -> None:
+def _check_exact(exact: EdgeGraph, study: EdgeMeasurement) -> None:
     """Refuse scores that are not exact, or are of other texts or another model."""
     shape = (len(study.wiring), len(study.probe))
     same = exact.method == "exact" and exact.ablation == study.ablation
@@ -136,7 +136,7 @@ def _check_exact(exact: EdgeGraph, study: Study) -> None:
 
 
 @torch.no_grad()
-def heads_out(study: Study) -> Float[np.ndarray, "layer head example"]:
+def heads_out(study: EdgeMeasurement) -> Float[np.ndarray, "layer head example"]:
     """Change of the metric when one head writes what it writes once taken out; NaN where unread."""
     parts = []
     for batch in study.batches():
@@ -223,7 +223,7 @@ def _interval(
 
 def _of_gates(
     name: str,
-    study: Study,
+    study: EdgeMeasurement,
     heads: Float[np.ndarray, "layer head example"],
     common: dict[str, Any],
 ) -> Ranked:

@@ -10,7 +10,7 @@ from torch import Tensor
 from headscope.base.options import RunOptions
 from headscope.edges.checks import checks_of, grown, mask_of, mean_value
 from headscope.edges.faithfulness import check_graph
-from headscope.edges.written import Study
+from headscope.edges.written import EdgeMeasurement
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel
@@ -19,7 +19,7 @@ from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.table.edges import HEAD_SLOTS, Circuit, EdgeGraph, Wiring
 
-Order = Literal["later first", "earlier first"]
+SearchOrder = Literal["later first", "earlier first"]
 
 
 @own_types()
@@ -70,12 +70,12 @@ def acdc(
         >>> Edge("L0H0", "logits", "output") in found.edges
         True
     """
-    if order not in get_args(Order):
-        raise InputError(nearest(str(order), get_args(Order), kind="order"))
+    if order not in get_args(SearchOrder):
+        raise InputError(nearest(str(order), get_args(SearchOrder), kind="order"))
     if not threshold > 0:
         raise InputError(f"threshold={threshold!r}: give a number above 0, in the metric's unit.")
     options = RunOptions(batch_size, progress=progress)
-    study = Study.of(model, probe, metric, ablation, options)
+    study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     wiring = study.wiring
     kept, changes = np.ones(len(wiring), bool), np.full(len(wiring), np.nan)
     batches = list(study.batches())
@@ -142,7 +142,7 @@ def run_circuit(
         >>> len(found.edges)
         20
     """
-    study = Study.of(model, probe, metric, ablation, RunOptions(batch_size))
+    study = EdgeMeasurement.of(model, probe, metric, ablation, RunOptions(batch_size))
     kept = np.zeros(len(study.wiring), bool)
     for edge in edges:
         kept[study.wiring.find(edge)] = True
@@ -192,13 +192,15 @@ def circuit(
     """
     check_graph(model, probe, graph)
     edges = grown(graph, count)
-    study = Study.of(model, probe, metric, graph.ablation, RunOptions(batch_size, seed=seed))
+    study = EdgeMeasurement.of(
+        model, probe, metric, graph.ablation, RunOptions(batch_size, seed=seed)
+    )
     kept = mask_of(study.wiring, np.array([study.wiring.find(edge) for edge in edges]))
     return _measured(study, kept, graph.mean, f"{graph.method}, grown", graph, seed)
 
 
 def _measured(
-    study: Study,
+    study: EdgeMeasurement,
     kept: Bool[np.ndarray, " edge"],
     changes: Float[np.ndarray, " edge"],
     method: str,

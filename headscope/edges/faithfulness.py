@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headscope.base.options import RunOptions
 from headscope.edges.passes import measured_with, values_with
-from headscope.edges.written import ENTRIES, EdgeBatch, Study, heads_write
+from headscope.edges.written import ENTRIES, EdgeBatch, EdgeMeasurement, heads_write
 from headscope.errors import InputError
 from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel
@@ -183,7 +183,7 @@ def faithfulness(
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
         raise InputError(f"controls={controls!r}: draw random edges once or more.")
     check_graph(model, probe, graph)
-    study = Study.of(model, probe, metric, ablation or graph.ablation, options)
+    study = EdgeMeasurement.of(model, probe, metric, ablation or graph.ablation, options)
     total = len(study.wiring)
     counts = np.floor(shares * total + 1e-9).astype(int)
     orders = [graph.rank(), *_random_orders(total, controls, seed)]
@@ -215,7 +215,7 @@ def faithfulness(
 
 
 def mean_values(
-    study: Study,
+    study: EdgeMeasurement,
     circuits: Sequence[Bool[np.ndarray, " edge"]],
     options: RunOptions = RunOptions(),
 ) -> Float[np.ndarray, " circuit"]:

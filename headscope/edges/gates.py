@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
-from headscope.edges.written import EdgeBatch, Study, heads_write, run_apart
+from headscope.edges.written import EdgeBatch, EdgeMeasurement, heads_write, run_apart
 from headscope.errors import InputError
 from headscope.metrics import AnyMetric, cost_sign
 from headscope.models.protocol import HeadModel
@@ -99,7 +99,9 @@ def causal_gates(
 
 
 def _table(
-    study: Study, plus: Float[np.ndarray, "layer head"], minus: Float[np.ndarray, "layer head"]
+    study: EdgeMeasurement,
+    plus: Float[np.ndarray, "layer head"],
+    minus: Float[np.ndarray, "layer head"],
 ) -> HeadTable:
     about = origin(
         study.model, study.probe, attention="whole passes", metric=study.metric.name,
@@ -198,11 +200,11 @@ def _gated_study(
     steps: int,
     better: Direction | None,
     options: RunOptions,
-) -> tuple[Study, int]:
+) -> tuple[EdgeMeasurement, int]:
     """What is measured, and the sign that makes it a cost."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps={steps!r}: gates learn in 1 step or more.")
-    study = Study.of(model, probe, metric, ablation, options)
+    study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     return study, cost_sign(study.metric, better)
 
 

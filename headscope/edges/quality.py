@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headscope.base.options import RunOptions
 from headscope.edges.checks import mean_value
-from headscope.edges.written import Study
+from headscope.edges.written import EdgeMeasurement
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import AnyMetric
@@ -153,10 +153,10 @@ def _study(
     metric: AnyMetric | Callable[..., Tensor],
     circuit: Circuit,
     options: RunOptions,
-) -> Study:
+) -> EdgeMeasurement:
     digest = circuit.provenance.weight_digest
     if digest and digest != model.digest():
         raise InputError(
             f"this circuit is of another model ({circuit.provenance.model}) than {model.name}."
         )
-    return Study.of(model, probe, metric, circuit.ablation, options)
+    return EdgeMeasurement.of(model, probe, metric, circuit.ablation, options)

@@ -94,19 +94,19 @@ _TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
+class PaddedTexts:
     """Token sequences as :meth:`HeadModel.run` takes them."""
 
     tokens: Int[Tensor, "batch pos"]
     real: Bool[Tensor, "batch pos"]
 
-    def times(self, copies: int) -> "Texts":
+    def times(self, copies: int) -> "PaddedTexts":
         """The same texts several times over, copies outermost."""
-        return Texts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1))
+        return PaddedTexts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1))
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
+class WrittenRun:
     """One run of a batch, taken apart.
 
     Attributes:
@@ -132,14 +132,14 @@ def taps_of(model: HeadModel) -> list[Tap]:
 
 def run_apart(
     model: HeadModel,
-    texts: Texts,
+    texts: PaddedTexts,
     *,
     embed: Float[Tensor, "batch pos d_model"] | None = None,
     logits_at: Int[Tensor, " at"] | None = None,
     grad: bool = False,
     changes: Mapping[Tap, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     rules: Rules | None = None,
-) -> Written:
+) -> WrittenRun:
     """Run a batch once and keep what every node wrote.
 
     Args:
@@ -171,7 +171,7 @@ def run_apart(
     with rules or nullcontext():
         logits = model.run(texts, reads=reads, writes=writes, logits_at=logits_at, grad=grad)
     with torch.no_grad():
-        return Written(_sources(model, held, texts.real), held, logits)
+        return WrittenRun(_sources(model, held, texts.real), held, logits)
 
 
 def keeper(held: dict[Tap, Tensor], tap: Tap) -> Callable[[Tensor, Any], Tensor]:
@@ -222,7 +222,7 @@ def heads_write(
 
 
 @dataclass(eq=False)
-class Study:
+class EdgeMeasurement:
     """A model, a probe, a metric and a corruption, checked and cut into batches.
 
     Attributes:
@@ -247,7 +247,7 @@ class Study:
         metric: Any,
         ablation: str | None = None,
         options: RunOptions = RunOptions(),
-    ) -> "Study":
+    ) -> "EdgeMeasurement":
         """Check everything that can be checked before a pass; then see how the layers are wired.
 
         Raises:
@@ -279,7 +279,7 @@ class Study:
         chosen = slice(start, min(start + self.size, len(self.probe)))
         reads = self.metric.reads(self.probe)[chosen]
         probe = self.probe.examples(chosen)
-        texts = Texts(probe.tokens, probe.real)
+        texts = PaddedTexts(probe.tokens, probe.real)
         measured = Measured(self.metric, probe, reads)
         with torch.no_grad():
             clean = run_apart(self.model, texts, logits_at=measured.at)
@@ -297,7 +297,7 @@ class Study:
         if self.means is not None:
             return self.means[None, :, None].expand_as(clean)
         assert probe.corrupt is not None  # noqa: S101  # checked at first
-        texts = Texts(probe.corrupt.tokens, probe.real)
+        texts = PaddedTexts(probe.corrupt.tokens, probe.real)
         nothing = torch.empty(0, dtype=torch.long)
         return run_apart(self.model, texts, logits_at=nothing).sources
 
@@ -308,7 +308,7 @@ class Study:
         for start in range(0, len(self.probe), self.size):
             part = self.probe.examples(slice(start, start + self.size))
             total = total + run_apart(
-                self.model, Texts(part.tokens, part.real), logits_at=nothing
+                self.model, PaddedTexts(part.tokens, part.real), logits_at=nothing
             ).sources.sum((0, 2))
         means: Tensor = total / self.probe.real.sum().to(total.device)
         return means
@@ -317,7 +317,9 @@ class Study:
     def _check_sum(self) -> None:
         """Refuse a model whose nodes do not add up to the residual stream, but for a constant."""
         part = self.probe.examples(slice(0, 1))
-        run = run_apart(self.model, Texts(part.tokens, part.real), logits_at=torch.empty(0).long())
+        run = run_apart(
+            self.model, PaddedTexts(part.tokens, part.real), logits_at=torch.empty(0).long()
+        )
         last = run.taps[Tap("resid_post", self.model.shape.n_layers - 1)].float()
         real = part.real[0].to(last.device)
         rest = (last[0] - run.sources[0].sum(0))[real]
@@ -343,10 +345,10 @@ class EdgeBatch:
         change: what corruption changes in what every node writes; 0 at padding.
     """
 
-    study: Study
-    texts: Texts
+    study: EdgeMeasurement
+    texts: PaddedTexts
     measured: Measured
-    clean: Written
+    clean: WrittenRun
     change: Float[Tensor, "batch source pos d_model"]
 
     @property
@@ -417,7 +419,7 @@ def wiring_of(model: HeadModel, probe: Probe) -> Wiring:
     """Nodes and edges of a model; two tokens are run to see what its MLPs read."""
     first = int(probe.first[0])
     tokens = probe.tokens[:1, first : first + 2]
-    texts = Texts(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    texts = PaddedTexts(tokens, torch.ones_like(tokens, dtype=torch.bool))
     with torch.enable_grad():
         try:
             run = run_apart(model, texts, logits_at=torch.tensor([0]), grad=True)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from headscope.edits.head_edit import HeadEdit as HeadEdit
 from headscope.edits.head_edit import Heads as Heads
+from headscope.edits.head_edit import HeadSite as HeadSite
 from headscope.edits.head_edit import Scope as Scope
-from headscope.edits.head_edit import Site as Site
 from headscope.edits.head_edit import Span as Span
 from headscope.edits.head_edit import head_list as head_list
 from headscope.edits.sparse import entmax as entmax
@@ -144,7 +144,7 @@ def patch(
     heads: Heads,
     donors: Mapping[int, Tensor],
     *,
-    site: Site = "z",
+    site: HeadSite = "z",
     positions: Positions = None,
 ) -> HeadEdit:
     """The value at a site becomes that of a paired run, position by position.
@@ -163,7 +163,7 @@ def scale(
     heads: Heads,
     factor: float,
     *,
-    site: Site = "z",
+    site: HeadSite = "z",
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:

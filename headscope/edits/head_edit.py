@@ -71,11 +71,11 @@ class Span:
         return replace(self, first=self.first + first, count=count)
 
 
-Site = Literal["z", "query", "key", "value", "pattern"]
+HeadSite = Literal["z", "query", "key", "value", "pattern"]
 Scope = Literal["all", "prefill", "decode"]
 Heads = str | tuple[int, int] | Iterable[str | tuple[int, int]]
 
-SITES: tuple[Site, ...] = ("query", "key", "value", "pattern", "z")
+SITES: tuple[HeadSite, ...] = ("query", "key", "value", "pattern", "z")
 
 
 def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
@@ -124,7 +124,7 @@ class HeadEdit:
 
     name: str
     heads: Mapping[int, tuple[int, ...]]
-    site: Site = "z"
+    site: HeadSite = "z"
     donors: Mapping[int, Tensor] | None = None
     factor: float = 0.0
     positions: Bool[Tensor, "batch pos"] | None = None
@@ -149,7 +149,7 @@ class HeadEdit:
         name: str,
         heads: Heads,
         *,
-        site: Site = "z",
+        site: HeadSite = "z",
         donors: Mapping[int, Tensor] | None = None,
         factor: float = 0.0,
         positions: Bool[Tensor, "batch pos"] | None = None,

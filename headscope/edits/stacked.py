@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from headscope.edits.head_edit import SITES, HeadEdit, Site, Span
+from headscope.edits.head_edit import SITES, HeadEdit, HeadSite, Span
 
 
 @runtime_checkable
@@ -15,7 +15,7 @@ class AnyEdit(Protocol):
     """What a model calls during a pass; see ``headscope.models.protocol.Edit``."""
 
     @property
-    def site(self) -> Site:
+    def site(self) -> HeadSite:
         """What is edited."""
 
     @property
@@ -41,7 +41,7 @@ Variant = Sequence[AnyEdit]
 class Stacked:
     """Edits of one site for a batch that holds every example once per variant, variants outside."""
 
-    site: Site
+    site: HeadSite
     variants: tuple[tuple[AnyEdit, ...], ...]
     layers: frozenset[int] = field(init=False)
 

@@ -21,7 +21,7 @@ from headscope.flow.parts import (
     texts_of,
     texts_per_pass,
 )
-from headscope.lens.attribution import need_readout, tolerance
+from headscope.lens.attribution import need_unembedding, tolerance
 from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
@@ -207,7 +207,7 @@ def alti_logits(
     wanted = None if target is None else read_token(model, target)
     other = None if foil is None else read_token(model, foil, "foil")
     need_parts(model)
-    need_readout(model)
+    need_unembedding(model)
     ids = text.ids[None, : at + 1]
     if wanted is None:
         logits = model.forward(ids, logits_at=torch.tensor([at]))
@@ -216,7 +216,7 @@ def alti_logits(
         raise InputError("target and foil are the same token: their difference is always 0.")
     pair = torch.tensor([wanted] if other is None else [wanted, other], device=model.device)
     sign = torch.tensor([1.0, -1.0], dtype=torch.float32, device=model.device)[: len(pair)]
-    direction = (model.readout.directions(pair) * sign[:, None]).sum(0)
+    direction = (model.unembedding.directions(pair) * sign[:, None]).sum(0)
     state = torch.eye(at + 1, dtype=torch.float32, device=model.device)
     values, mlps, biases, final = torch.zeros_like(state[0]), [], [], []
 
@@ -237,8 +237,8 @@ def alti_logits(
     end = Tap("final_resid")
     also[end] = lambda view: final.append(view.value[0, at].float())
     over_layers(model, probes.from_tokens(ids), add, also, until=end)
-    scale = model.readout.scale(final[0])
-    whole = (model.readout.uncapped(final[0])[pair] * sign).sum()
+    scale = model.unembedding.scale(final[0])
+    whole = (model.unembedding.uncapped(final[0])[pair] * sign).sum()
     names = token_texts(model.tokenizer, pair.tolist())
     return TokenLogits(
         target=names[0],
@@ -248,7 +248,7 @@ def alti_logits(
         values=(values / scale).cpu().double().numpy(),
         mlp=(torch.stack(mlps) / scale).cpu().double().numpy(),
         bias=float(torch.stack(biases).sum() / scale),
-        constant=float((model.readout.constant(pair) * sign).sum()),
+        constant=float((model.unembedding.constant(pair) * sign).sum()),
         whole=float(whole),
         tolerance=tolerance(model),
         source=ALTI_LOGIT_SOURCE,

@@ -135,7 +135,7 @@ def over_layers(
         HeadscopeError: if a sum is not what the model added.
     """
     entering: dict[int, Tensor] = {}
-    sums = Sums(batch.real.to(model.device))
+    sums = LayerSums(batch.real.to(model.device))
 
     def enter(view: TapView) -> None:
         entering[_layer(view)] = copied(view.value)
@@ -169,7 +169,7 @@ def layer_sum(model: HeadModel, view: TapView, entering: Tensor) -> LayerSum:
     return sum_of(layer, view.rows, view.z, entering, view.values(), weights, write)
 
 
-class Sums:
+class LayerSums:
     """What every layer's attention added, by the model and by its parts, in whichever order."""
 
     def __init__(self, real: Bool[Tensor, "batch pos"]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
@@ -205,11 +206,16 @@ def through_heads(
                 slice(layer * shape.n_heads, (layer + 1) * shape.n_heads),
             )
             total = rows.sum(-1).mul(present[:, None]).sum(1) / present.sum() + 1
-            own = torch.einsum("bhqk,bk->bqh", rows, reach[:, :keys]) * present
+            own = (
+                einsum(rows, reach[:, :keys], "batch head query key, batch key -> batch query head")
+                * present
+            )
             here = _span(query)
             new_carried[:, here, : heads.start] = mixing @ carried[:, :keys, : heads.start]
             new_carried[:, here, heads] = own / (present.sum() * total[..., None])
-            new_reach[:, here] = torch.einsum("bqk,bk->bq", mixing, reach[:, :keys])
+            new_reach[:, here] = einsum(
+                mixing, reach[:, :keys], "batch query key, batch key -> batch query"
+            )
 
         def end(layer: int) -> None:
             done = (layer + 1) * shape.n_heads
@@ -219,8 +225,8 @@ def through_heads(
         _over_rows(model, batch, step, end, options, halvings)
         weights = batch.mark("targets").to(model.device).float()
         weights = weights / weights.sum(1, keepdim=True)  # NaN where a text has no target
-        mean = torch.einsum("bp,bpk->bk", weights, carried)
-        return mean.view(len(mean), shape.n_layers, shape.n_heads).cpu()
+        mean = einsum(weights, carried, "batch pos, batch pos head -> batch head")
+        return rearrange(mean.cpu(), "batch (layer head) -> batch layer head", head=shape.n_heads)
 
     marked = replace(host, marks={"inputs": chosen, "targets": targets}, control=None, corrupt=None)
     parts = [found for _, found in passes(model, marked, run, batch_size=batch_size)]
@@ -382,7 +388,11 @@ def _fused(
 ) -> Float[Tensor, "batch query key"]:
     """One matrix for the heads that exist."""
     if fusion == "mean":
-        return torch.einsum("bhqk,h->bqk", rows, present / present.sum().clamp_min(1))
+        return einsum(
+            rows,
+            present / present.sum().clamp_min(1),
+            "batch head query key, head -> batch query key",
+        )
     hidden = (present == 0)[:, None, None]
     if fusion == "max":
         return rows.masked_fill(hidden, 0.0).amax(1)

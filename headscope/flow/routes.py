@@ -17,8 +17,8 @@ from headscope.errors import InputError
 from headscope.flow.contributions import shares_of
 from headscope.flow.parts import (
     LayerSum,
+    LayerSums,
     Rows,
-    Sums,
     copied,
     layer_sum,
     need_parts,
@@ -484,7 +484,7 @@ def _recorded(model: HeadModel, prompt: Prompt) -> dict[int, _Block]:
     entering: dict[int, Tensor] = {}
     sums: dict[int, LayerSum] = {}
     mlps: dict[int, Tensor] = {}
-    met = Sums(torch.ones_like(ids, dtype=torch.bool).to(model.device))
+    met = LayerSums(torch.ones_like(ids, dtype=torch.bool).to(model.device))
 
     def enter(view: TapView) -> None:
         entering[_layer(view)] = copied(view.value)

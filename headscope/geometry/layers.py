@@ -196,7 +196,7 @@ def layers(
         raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
     points = (probe.real.sum(1) - skip).clamp_min(0)
     chosen = _fitting(chosen, points, model, asked=measures is not None)
-    run = _Run(model, probe, chosen, skip)
+    run = _RunningMeasures(model, probe, chosen, skip)
     size = options.per_pass(probe.length, _TOKENS_PER_PASS)
     with options.track(len(probe), "measuring layers") as advance:
         for start in range(0, len(probe), size):
@@ -454,7 +454,7 @@ def _fitting(
     return kept
 
 
-class _Run:
+class _RunningMeasures:
     """Adds up one model's measures, batch by batch."""
 
     def __init__(self, model: HeadModel, probe: Probe, names: list[str], skip: int) -> None:

@@ -164,7 +164,7 @@ def position_layers(
         ('embed', True)
     """
     options = RunOptions(batch_size, progress=progress)
-    study = _Study.of(model, texts, length, skip, options)
+    study = _PairedTexts.of(model, texts, length, skip, options)
     last = model.shape.n_layers
     taps = [Tap("embed"), *(Tap("resid_post", layer) for layer in range(last))]
     found: dict[Tap, list[tuple[Tensor, Tensor]]] = {tap: [] for tap in taps}
@@ -238,7 +238,7 @@ def position_heads(
         True
     """
     options = RunOptions(batch_size, progress=progress)
-    study = _Study.of(model, texts, length, skip, options)
+    study = _PairedTexts.of(model, texts, length, skip, options)
     layers = model.shape.attention_layers
     read = [Tap(site, layer) for layer in layers for site in ("z", "query", "key", "pattern")]
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -429,7 +429,7 @@ def _by_position(view: TapView) -> Float[Tensor, "text head pos d_head"]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Study:
+class _PairedTexts:
     """Texts of one length, run as often as it takes."""
 
     model: HeadModel
@@ -445,7 +445,7 @@ class _Study:
         length: int | None,
         skip: int,
         options: RunOptions,
-    ) -> "_Study":
+    ) -> "_PairedTexts":
         if skip < 0:
             raise InputError(f"skip={skip}: the number of positions left out must be 0 or more.")
         if isinstance(texts, Probe):
@@ -547,7 +547,7 @@ _HEAD_SPECS = tuple(
 
 
 def _head_table(
-    study: _Study, outputs: dict[int, list[Tensor]], panels: dict[int, list[Tensor]]
+    study: _PairedTexts, outputs: dict[int, list[Tensor]], panels: dict[int, list[Tensor]]
 ) -> HeadTable:
     shape = study.model.shape
     values = np.full((5, shape.n_layers, shape.n_heads, len(study.measured)), np.nan)

@@ -21,7 +21,7 @@ from headscope.metrics import loss
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, masked, repeated_tokens
-from headscope.report.head import Evidence, Example, card_lines, head_html, head_page
+from headscope.report.head import Evidence, HeadExample, card_lines, head_html, head_page
 from headscope.report.view import AttentionView
 from headscope.scoring import score
 from headscope.table import (
@@ -81,7 +81,7 @@ class Explanation:
         example = None
         if self.attention is not None:
             pattern = self.attention.pattern[0].astype(np.float32) / 255
-            example = Example(pattern, self.attention.tokens, self.attention.words)
+            example = HeadExample(pattern, self.attention.tokens, self.attention.words)
         singular, complex_values = _pictured(self.model, self.seed)
         return Evidence(singular, complex_values, self.scan, example, self.effects)
 

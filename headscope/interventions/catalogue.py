@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import capture, edits
-from headscope.edits import AnyEdit, Heads, Site
+from headscope.edits import AnyEdit, Heads, HeadSite
 from headscope.errors import InputError, UnsupportedModelError, nearest, whole
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.protocol import HeadModel
@@ -89,7 +89,7 @@ def head_values(
     tokens: Int[Tensor, "batch pos"],
     real: Bool[Tensor, "batch pos"] | None = None,
     *,
-    site: Site = "z",
+    site: HeadSite = "z",
     layers: Sequence[int] | None = None,
     inputs: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[int, Tensor]:
@@ -604,7 +604,7 @@ class Patch(_FromReference):
         {'method': 'patch', 'site': 'query'}
     """
 
-    site: Site = "z"
+    site: HeadSite = "z"
     name: ClassVar[str] = "patch"
 
     def __post_init__(self) -> None:
@@ -661,7 +661,7 @@ class FreezePattern(Patch):
         {'method': 'freeze_pattern', 'site': 'pattern'}
     """
 
-    site: Site = "pattern"
+    site: HeadSite = "pattern"
     name: ClassVar[str] = "freeze_pattern"
 
 

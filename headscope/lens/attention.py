@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from headscope.lens.fitting import (
     Descent,
     FitReport,
     Judge,
-    Saved,
+    LensConfig,
     divergence,
     in_turn,
     save_lens,
@@ -71,7 +72,7 @@ class HeadStreams:
     def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide by the scale of the final norm."""
         self.final = residual[self.example, self.position].float()
-        scale = self.model.readout.scale(self.final)
+        scale = self.model.unembedding.scale(self.final)
         self.z = {layer: z / scale[:, None, None] for layer, z in self.z.items()}
 
 
@@ -91,7 +92,7 @@ class AttentionLens:
     Head h of a layer says ``z_h (W_O_h D.T + inner_h outer_h) / s``: the plain direct path (D:
     residual directions of the logits) and a learned correction; s holds the scales of the final
     norm and of a norm after attention. A layer says the sum over its heads, ``shift``, and the
-    biases of the model's readout. As a head's output lies in d_head dimensions, this is every
+    biases of the model's unembedding. As a head's output lies in d_head dimensions, this is every
     linear map from it to the vocabulary where the rank is d_head.
 
     Attributes:
@@ -148,10 +149,13 @@ class AttentionLens:
         self, model: HeadModel, place: int, z: Float[Tensor, "token head d_head"]
     ) -> Float[Tensor, "token head d_vocab"]:
         """Logits of single heads, of outputs over the scales."""
-        plain = logits_added(model.readout, writes(model, self.layers[place], z).flatten(0, 1))
+        plain = logits_added(model.unembedding, writes(model, self.layers[place], z).flatten(0, 1))
         inner, outer = (one[place].to(z.device) for one in (self.inner, self.outer))
-        change = torch.einsum("the,her,hrv->thv", z, inner, outer)
-        return plain.view(*z.shape[:2], -1) + change
+        change = einsum(
+            z, inner, outer,
+            "token head d_head, head d_head rank, head rank d_vocab -> token head d_vocab",
+        )  # fmt: skip
+        return rearrange(plain, "(token head) v -> token head v", head=z.shape[1]) + change
 
     def check(self, model: HeadModel) -> None:
         """Raise InputError if the lens belongs to another model."""
@@ -163,7 +167,7 @@ class AttentionLens:
     def save(self, folder: "str | PathLike[str]") -> None:
         """Write ``lens.safetensors`` and ``config.json`` into a folder, each whole or absent."""
         tensors = {"inner": self.inner, "outer": self.outer, "shift": self.shift}
-        facts = Saved(
+        facts = LensConfig(
             kind="attention",
             model=self.model,
             digest=self.digest,
@@ -186,7 +190,10 @@ def writes(
 ) -> Float[Tensor, "token head d_model"]:
     """What outputs over the scales add to the stream."""
     write = model.parts.attention_write(layer)
-    plain = torch.einsum("the,hem->thm", z, model.output_weights(layer).float())
+    plain = einsum(
+        z, model.output_weights(layer).float(),
+        "token head d_head, head d_head d_model -> token head d_model",
+    )  # fmt: skip
     return write.vectors(plain, torch.ones_like(plain[..., 0]))
 
 
@@ -197,7 +204,7 @@ def layer_logits(
     biases: Float[Tensor, " d_vocab"],
 ) -> Float[Tensor, "token d_vocab"]:
     """What all heads of a layer say on the plain direct path, before a soft cap."""
-    return logits_added(model.readout, writes(model, layer, z).sum(1)) + biases
+    return logits_added(model.unembedding, writes(model, layer, z).sum(1)) + biases
 
 
 def correction(
@@ -207,7 +214,7 @@ def correction(
     shift: Float[Tensor, " d_vocab"],
 ) -> Float[Tensor, "token d_vocab"]:
     """What the learned part adds to a layer's logits."""
-    held = torch.einsum("the,her->thr", z, inner)
+    held = einsum(z, inner, "token head d_head, head d_head rank -> token head rank")
     return held.flatten(1) @ outer.flatten(0, 1) + shift
 
 
@@ -230,7 +237,7 @@ def attention_lens(
 
     The loss of a layer is ``KL(model || sum over its heads)`` per token, in nats, by Adam, as in
     the paper. Unlike there: every token counts, not the last one; the fit starts from the direct
-    path with the scales of this run instead of a bare W_U, and adds the readout's bias once and
+    path with the scales of this run instead of a bare W_U, and adds the unembedding's bias once and
     not per head; and the learned part of a head has a small rank, as a full map from d_model
     takes ``heads * d_model * vocabulary`` numbers a layer (463 million in GPT-2 small, 5 million
     at rank 8). While fitting, 16 bytes are needed for each.
@@ -276,7 +283,7 @@ def attention_lens(
     inner, outer, shift = _start(model, len(chosen), rank, seed)
     learned = [outer, shift] if rank is None else [inner, outer, shift]
     parameters = [one.requires_grad_() for one in learned]
-    biases = constants(model.readout)
+    biases = constants(model.unembedding)
     settings = {
         "rank": rank,
         "steps": steps,
@@ -331,17 +338,17 @@ def _descend(
     biases: Float[Tensor, " d_vocab"],
 ) -> None:
     """Gradient of every layer's mean loss on a batch, a few tokens at a time."""
-    seen, readout = head_streams(model, batch, layers), model.readout
-    for chosen in row_chunks(len(seen.final), readout):
+    seen, unembedding = head_streams(model, batch, layers), model.unembedding
+    for chosen in row_chunks(len(seen.final), unembedding):
         with torch.no_grad():
-            final = logits_of(readout, seen.final[chosen]).log_softmax(1)
+            final = logits_of(unembedding, seen.final[chosen]).log_softmax(1)
         for place, layer in enumerate(layers):
             z = seen.z[layer][chosen]
             with torch.no_grad():
                 plain = layer_logits(model, layer, z, biases)
             with torch.enable_grad():
                 change = correction(z, *(one[place] for one in parts))
-                loss = divergence(final, readout.capped(plain + change)).sum()
+                loss = divergence(final, unembedding.capped(plain + change)).sum()
                 (loss / len(seen.final)).backward()
 
 
@@ -349,11 +356,11 @@ def _descend(
 def judge(model: HeadModel, data: Data, lens: AttentionLens) -> FitReport:
     """Held-out loss of a lens, and of the direct path without it."""
     found = Judge.of(tuple(f"L{layer}" for layer in lens.layers), data.held_out)
-    readout, biases, done = model.readout, constants(model.readout), 0
+    unembedding, biases, done = model.unembedding, constants(model.unembedding), 0
     for batch in in_turn(data.held_out):
         seen = head_streams(model, batch, lens.layers)
-        for chosen in row_chunks(len(seen.final), readout):
-            final = logits_of(readout, seen.final[chosen]).log_softmax(1)
+        for chosen in row_chunks(len(seen.final), unembedding):
+            final = logits_of(unembedding, seen.final[chosen]).log_softmax(1)
             for place, layer in enumerate(lens.layers):
                 z = seen.z[layer][chosen]
                 plain = layer_logits(model, layer, z, biases)
@@ -361,6 +368,6 @@ def judge(model: HeadModel, data: Data, lens: AttentionLens) -> FitReport:
                 change = correction(z, *parts)
                 for which, logits in enumerate((plain + change, plain)):
                     example = seen.example[chosen] + done
-                    found.add(which, place, final, readout.capped(logits), example)
+                    found.add(which, place, final, unembedding.capped(logits), example)
         done += len(batch)
     return found.report(int(data.fit.real.sum()))

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -70,7 +71,10 @@ class Split:
         """Read every head, before a norm that may follow attention."""
         layer = view.layer
         read = self._write(layer).read_by(self.direction)
-        per_head = torch.einsum("hem,rm->rhe", self.model.output_weights(layer).float(), read)
+        per_head = einsum(
+            self.model.output_weights(layer).float(), read,
+            "head d_head d_model, row d_model -> row head d_head",
+        )  # fmt: skip
         z = view.z[self.example, self.position].float()
         self.heads[layer] = (z * per_head).sum(-1)
         if self.with_sources:
@@ -83,8 +87,9 @@ class Split:
         positions, place = self.position.unique(return_inverse=True)
         pattern = view.rows(positions).pattern[self.example, :, place]
         values = view.values()[self.example][:, :, : pattern.shape[-1]].float()
-        grouped = per_head.unflatten(1, (values.shape[1], -1))
-        return torch.einsum("rgke,rgje->rgjk", values, grouped).flatten(1, 2) * pattern
+        grouped = rearrange(per_head, "row (kv share) d -> row kv share d", kv=values.shape[1])
+        moved = einsum(values, grouped, "row kv key d, row kv share d -> row kv share key")
+        return rearrange(moved, "row kv share key -> row (kv share) key") * pattern
 
     def _on_block(self, states: BlockStates) -> None:
         """Read the MLP and attention's biases; divide by the scale of a norm after attention."""
@@ -103,7 +108,7 @@ class Split:
     def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide everything by the final norm's scale."""
         self.read_final(residual)
-        self.scale = self.model.readout.scale(self.residual)
+        self.scale = self.model.unembedding.scale(self.residual)
         self.embedding = self.embedding / self.scale
         for parts in (self.heads, self.biases, self.mlps, self.sources):
             for layer, values in parts.items():
@@ -157,13 +162,13 @@ def tolerance(model: HeadModel) -> Tolerance:
     return _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
 
 
-def check_readout(
+def check_unembedding(
     model: HeadModel,
     residual: Float[Tensor, "row d_model"],
     logits: Float[Tensor, "row d_vocab"],
 ) -> None:
     """Raise HeadscopeError where our reading of the residual stream is not the model's own."""
-    read = model.readout.logits(residual).cpu().double().numpy()
+    read = model.unembedding.logits(residual).cpu().double().numpy()
     own = logits.cpu().double().numpy()
     largest = np.abs(own).max(1, keepdims=True).repeat(own.shape[1], 1).ravel()
     allowed = (tolerance(model)[0],) * 2  # kernels differ more than sums do
@@ -183,13 +188,13 @@ def check_first(model: HeadModel, probe: Probe) -> None:
     )
     logits = model.run(one, reads=at_final(split.read_final), logits_at=last)
     assert logits is not None  # noqa: S101  # they were asked for
-    check_readout(model, split.residual, logits[:, 0].float())
+    check_unembedding(model, split.residual, logits[:, 0].float())
 
 
-def need_readout(model: HeadModel) -> None:
+def need_unembedding(model: HeadModel) -> None:
     """Raise UnsupportedModelError where the model has no plain final norm."""
-    if "readout" in model.limits:
-        raise UnsupportedModelError(model.limits["readout"])
+    if "unembedding" in model.limits:
+        raise UnsupportedModelError(model.limits["unembedding"])
 
 
 def over_layers(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray, "layer row"]:
@@ -268,7 +273,7 @@ def attribute(
     at = text.at(position)
     wanted = None if target is None else read_token(model, target)
     other = None if foil is None else read_token(model, foil, "foil")
-    need_readout(model)
+    need_unembedding(model)
     tokens, where = text.ids[None], torch.tensor([at])
     if wanted is None:
         likely = model.forward(tokens, logits_at=where)[:, 0].float()
@@ -277,14 +282,14 @@ def attribute(
         raise InputError("target and foil are the same token: their difference is always 0.")
     pair = torch.tensor([wanted] if other is None else [wanted, other], device=model.device)
     sign = torch.tensor([1.0, -1.0], dtype=torch.float32, device=model.device)[: len(pair)]
-    direction = (model.readout.directions(pair) * sign[:, None]).sum(0, keepdim=True)
+    direction = (model.unembedding.directions(pair) * sign[:, None]).sum(0, keepdim=True)
     place = torch.zeros(1, dtype=torch.long, device=model.device)
     split = Split(model, place, place + at, direction, with_sources=sources)
     logits = model.run(tokens, reads=split.reads(model.shape), logits_at=where)
     assert logits is not None  # noqa: S101  # they were asked for
-    check_readout(model, split.residual, logits[:, 0].float())
-    constant = float((model.readout.constant(pair) * sign).sum())
-    whole = (model.readout.uncapped(split.residual)[0, pair] * sign).sum()
+    check_unembedding(model, split.residual, logits[:, 0].float())
+    constant = float((model.unembedding.constant(pair) * sign).sum())
+    whole = (model.unembedding.uncapped(split.residual)[0, pair] * sign).sum()
     names = token_texts(model.tokenizer, pair.tolist())
     return Attribution(
         target=names[0],
@@ -363,7 +368,7 @@ def head_attribution(
         >>> scores.unit
         'logits'
     """
-    need_readout(model)
+    need_unembedding(model)
     chosen: Against = against or ("mean" if probe.foils is None else "foil")
     if chosen == "foil" and probe.foils is None:
         raise InputError("this probe has no foils: use against='mean', or a probe of pairs.")
@@ -423,12 +428,12 @@ def _directions(
     position: Int[Tensor, " row"],
     against: Against,
 ) -> Float[Tensor, "row d_model"]:
-    readout = model.readout
-    direction = readout.directions(probe.to(model.device).targets[example, position])
+    unembedding = model.unembedding
+    direction = unembedding.directions(probe.to(model.device).targets[example, position])
     if against == "mean":
-        return direction - readout.mean_direction
+        return direction - unembedding.mean_direction
     if against == "foil" and probe.foils is not None:
-        return direction - readout.directions(probe.foils.to(model.device)[example, position])
+        return direction - unembedding.directions(probe.foils.to(model.device)[example, position])
     return direction
 
 

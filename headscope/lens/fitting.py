@@ -125,7 +125,7 @@ _WEIGHTS, _CONFIG = "lens.safetensors", "config.json"
 _MOST = 2**24  # bytes of a config
 
 
-class Saved(Strict):
+class LensConfig(Strict):
     """What ``config.json`` says of a lens."""
 
     kind: str
@@ -136,7 +136,9 @@ class Saved(Strict):
     format: int = 1
 
 
-def save_lens(folder: "str | PathLike[str]", tensors: Mapping[str, Tensor], facts: Saved) -> None:
+def save_lens(
+    folder: "str | PathLike[str]", tensors: Mapping[str, Tensor], facts: LensConfig
+) -> None:
     """Write weights, then config: a folder with a config is complete."""
     from safetensors.torch import save
 
@@ -149,7 +151,7 @@ def save_lens(folder: "str | PathLike[str]", tensors: Mapping[str, Tensor], fact
         file.write(json.dumps(facts.model_dump(), indent=2, allow_nan=False).encode() + b"\n")
 
 
-def load_lens(folder: "str | PathLike[str]") -> tuple[dict[str, Tensor], Saved]:
+def load_lens(folder: "str | PathLike[str]") -> tuple[dict[str, Tensor], LensConfig]:
     """Read what :func:`save_lens` wrote.
 
     Raises:
@@ -175,7 +177,7 @@ def load_lens(folder: "str | PathLike[str]") -> tuple[dict[str, Tensor], Saved]:
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"{name} of the lens in {folder} is not finite.")
-    return tensors, parse(Saved, facts, str(place / _CONFIG))
+    return tensors, parse(LensConfig, facts, str(place / _CONFIG))
 
 
 # Tokens of one pass unless the caller says otherwise: their streams of all layers are kept.
@@ -339,15 +341,15 @@ def judge_streams(
 ) -> FitReport:
     """Held-out loss of a lens on the residual stream, and of the plain logit lens."""
     judge = Judge.of(rows, data.held_out)
-    readout, done = model.readout, 0
+    unembedding, done = model.unembedding, 0
     for batch in in_turn(data.held_out):
         streams_, last, example = streams(model, batch)
-        for chosen in row_chunks(len(last), readout):
-            final = logits_of(readout, last[chosen]).log_softmax(1)
+        for chosen in row_chunks(len(last), unembedding):
+            final = logits_of(unembedding, last[chosen]).log_softmax(1)
             for place in range(len(rows)):
                 x = streams_[place, chosen]
                 for lens, seen in enumerate((translate(x, place), x)):
-                    logits = logits_of(readout, seen)
+                    logits = logits_of(unembedding, seen)
                     judge.add(lens, place, final, logits, example[chosen] + done)
         done += len(batch)
     return judge.report(int(data.fit.real.sum()))

@@ -21,7 +21,7 @@ from headscope.lens.fitting import (
     Data,
     Descent,
     FitReport,
-    Saved,
+    LensConfig,
     divergence,
     examples_per_pass,
     in_turn,
@@ -34,14 +34,14 @@ from headscope.lens.reading import logits_of, row_chunks, row_names
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
-from headscope.views.outputs import Readout
+from headscope.views.outputs import Unembedding
 
 _TITLES = {"tuned": "tuned lens", "shortcut": "linear shortcuts"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResidualLens:
-    """``x @ weight + bias`` for the stream at each place, then the model's own readout.
+    """``x @ weight + bias`` for the stream at each place, then the model's own unembedding.
 
     Attributes:
         kind: how it was fitted: ``tuned`` or ``shortcut``.
@@ -86,7 +86,7 @@ class ResidualLens:
     def save(self, folder: "str | PathLike[str]") -> None:
         """Write ``lens.safetensors`` and ``config.json`` into a folder, each whole or absent."""
         tensors = {"weight": self.weight, "bias": self.bias}
-        facts = Saved(
+        facts = LensConfig(
             kind=self.kind,
             model=self.model,
             digest=self.digest,
@@ -224,7 +224,7 @@ _BLOCK_ENTRIES = 1 << 22
 
 @torch.no_grad()
 def logit_metric(
-    readout: Readout, last: Float[Tensor, "token d_model"]
+    unembedding: Unembedding, last: Float[Tensor, "token d_model"]
 ) -> Float[Tensor, "d_model d_model"]:
     """Metric in which the distance of two hidden states is that of their predictions.
 
@@ -234,24 +234,24 @@ def logit_metric(
     of each token's own prediction (the Fisher information of the softmax, averaged).
 
     Args:
-        readout: of the model.
+        unembedding: of the model.
         last: last residual stream of some tokens.
     """
-    p = torch.zeros(len(readout.W_U), device=last.device)
-    for chosen in row_chunks(len(last), readout):
-        p += logits_of(readout, last[chosen]).softmax(1).sum(0) / len(last)
-    width = readout.W_U.shape[1]
+    p = torch.zeros(len(unembedding.W_U), device=last.device)
+    for chosen in row_chunks(len(last), unembedding):
+        p += logits_of(unembedding, last[chosen]).softmax(1).sum(0) / len(last)
+    width = unembedding.W_U.shape[1]
     metric = torch.zeros(width, width, device=last.device)
     mean = torch.zeros(width, device=last.device)
     for ids in torch.arange(len(p), device=last.device).split(max(1, _BLOCK_ENTRIES // width)):
-        rows = readout.W_U[ids].float()
+        rows = unembedding.W_U[ids].float()
         metric += (rows * p[ids, None]).T @ rows
         mean += p[ids] @ rows
-    return (metric - torch.outer(mean, mean)) * readout.logit_scale**2
+    return (metric - torch.outer(mean, mean)) * unembedding.logit_scale**2
 
 
 def distance(
-    readout: Readout,
+    unembedding: Unembedding,
     metric: Float[Tensor, "d_model d_model"],
     seen: Float[Tensor, "token d_model"],
     last: Float[Tensor, "token d_model"],
@@ -259,12 +259,12 @@ def distance(
     """Half the squared distance of two hidden states behind the final norm, in nats.
 
     Args:
-        readout: of the model.
+        unembedding: of the model.
         metric: of :func:`logit_metric`.
         seen: what the lens makes of the residual stream.
         last: last residual stream.
     """
-    gap = readout.normed(seen) - readout.normed(last)
+    gap = unembedding.normed(seen) - unembedding.normed(last)
     half: Tensor = ((gap @ metric) * gap).sum(1) / 2
     return half
 
@@ -381,7 +381,7 @@ def tuned_lens(
     few = read < whole
     if few:
         settings |= {"tokens": read, "distilled_steps": steps // 2}
-    metric = logit_metric(model.readout, _some_last(model, data)) if few else None
+    metric = logit_metric(model.unembedding, _some_last(model, data)) if few else None
 
     def descend(batch: Probe, step: int) -> None:
         rows, last, _ = streams(model, batch)
@@ -391,7 +391,7 @@ def tuned_lens(
             with torch.enable_grad():
                 if metric is not None and step < steps // 2:
                     seen = x + x @ maps[0] + maps[1]
-                    distance(model.readout, metric, seen, last).mean().backward()
+                    distance(model.unembedding, metric, seen, last).mean().backward()
                 elif few:
                     drawn = torch.randperm(len(x), generator=generator)[:read].to(x.device)
                     _descend(model, x[drawn], last[drawn], *maps)
@@ -427,11 +427,11 @@ def _some_last(model: HeadModel, data: Data) -> Tensor:
 
 def _descend(model: HeadModel, x: Tensor, last: Tensor, change: Tensor, shift: Tensor) -> None:
     """Gradient of one place's mean loss, a few tokens at a time."""
-    readout = model.readout
-    for chosen in row_chunks(len(x), readout):
+    unembedding = model.unembedding
+    for chosen in row_chunks(len(x), unembedding):
         with torch.no_grad():
-            final = logits_of(readout, last[chosen]).log_softmax(1)
+            final = logits_of(unembedding, last[chosen]).log_softmax(1)
         seen = x[chosen]
-        logits = logits_of(readout, seen + seen @ change + shift)
+        logits = logits_of(unembedding, seen + seen @ change + shift)
         loss = divergence(final, logits).sum() / len(x)
         loss.backward()

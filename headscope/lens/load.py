@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headscope.errors import InputError, nearest
 from headscope.lens.attention import AttentionLens
-from headscope.lens.fitting import FitReport, Saved, load_lens
+from headscope.lens.fitting import FitReport, LensConfig, load_lens
 from headscope.lens.linear import ResidualLens
 
 _TENSORS = {
@@ -48,7 +48,7 @@ def load(folder: "str | PathLike[str]") -> ResidualLens | AttentionLens:
     return ResidualLens(kind, weight, bias, report, facts.model, facts.digest, facts.settings)
 
 
-def _attention(tensors: dict[str, Tensor], facts: Saved, report: FitReport) -> AttentionLens:
+def _attention(tensors: dict[str, Tensor], facts: LensConfig, report: FitReport) -> AttentionLens:
     settings = dict(facts.settings)
     layers = tuple(int(one) for one in settings.pop("layers"))
     inner, outer, shift = (tensors[name] for name in ("inner", "outer", "shift"))

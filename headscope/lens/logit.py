@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def logit_lens(
 ) -> LensGrid:
     """Read one place of every layer in the vocabulary, at every position.
 
-    ``softmax(readout(x))`` with the model's own final norm (its scale taken from ``x`` itself),
+    ``softmax(unembedding(x))`` with the model's own final norm (its scale taken from ``x`` itself),
     unembedding, logit scale and soft cap. ``residual``: x is the stream that enters block 0
     (``embedding``) or leaves block l (``L0``, ...); the last row is the model itself.
     ``attention`` and ``mlp``: x is what these added, read as if it were the stream; of single
@@ -185,18 +186,18 @@ def _grid(
     k: int,
     lens: ResidualLens | None,
 ) -> LensGrid:
-    readout, names = model.readout, tuple(rows)
+    unembedding, names = model.unembedding, tuple(rows)
     parts: list[list[_Cells]] = [[] for _ in names]
     followed = []
-    for chosen in row_chunks(len(at), readout):
-        last = logits_of(readout, final[chosen])
+    for chosen in row_chunks(len(at), unembedding):
+        last = logits_of(unembedding, final[chosen])
         wanted = top_of(last, 1).ids[:, 0] if targets is None else targets[chosen]
         followed.append(wanted)
         last = last.log_softmax(1)
         for place, name in enumerate(names):
             x = rows[name][chosen]
             x = x if lens is None else lens.translate(x, place)
-            parts[place].append(cells_of(logits_of(readout, x), last, wanted, k))
+            parts[place].append(cells_of(logits_of(unembedding, x), last, wanted, k))
 
     def whole(name: str) -> np.ndarray:
         columns = [torch.cat([getattr(cells, name) for cells in row]) for row in parts]
@@ -263,9 +264,9 @@ def head_lens(model: HeadModel, prompt: Promptish, position: int = -1, *, k: int
     writes = HeadWrites(model, at)
     nothing = torch.empty(0, dtype=torch.long)
     model.run(text.ids[None], reads=writes.reads(model.shape), logits_at=nothing)
-    vectors = torch.cat(list(writes.vectors.values())) / model.readout.scale(writes.final)
-    chunks = row_chunks(len(vectors), model.readout)
-    logits = (logits_added(model.readout, vectors[chosen]) for chosen in chunks)
+    vectors = torch.cat(list(writes.vectors.values())) / model.unembedding.scale(writes.final)
+    chunks = row_chunks(len(vectors), model.unembedding)
+    logits = (logits_added(model.unembedding, vectors[chosen]) for chosen in chunks)
     return head_words(model, text, at, tuple(writes.vectors), logits, k)
 
 
@@ -337,7 +338,9 @@ class HeadWrites:
         """Keep each head's write, before a norm that may follow attention."""
         weights = self.model.output_weights(view.layer).float()
         z = view.z[0, self.at].float()
-        self.vectors[view.layer] = torch.einsum("he,hem->hm", z, weights)
+        self.vectors[view.layer] = einsum(
+            z, weights, "head d_head, head d_head d_model -> head d_model"
+        )
 
     def _on_block(self, states: BlockStates) -> None:
         """Take it through that norm."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headscope.heads import ModelShape
 from headscope.models.taps import BlockStates, Reads, at_blocks, at_final
-from headscope.views.outputs import Readout
+from headscope.views.outputs import Unembedding
 
 # Entries of one chunk of logits, and of one block of the unembedding in fp32: 64 MB.
 _ENTRIES = 1 << 24
@@ -26,47 +26,49 @@ class Top(NamedTuple):
     ids: Int[Tensor, "row k"]
 
 
-def row_chunks(rows: int, readout: Readout) -> Iterator[slice]:
+def row_chunks(rows: int, unembedding: Unembedding) -> Iterator[slice]:
     """Runs of rows whose logits fit a chunk."""
-    step = max(1, _ENTRIES // readout.W_U.shape[0])
+    step = max(1, _ENTRIES // unembedding.W_U.shape[0])
     return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 
 def logits_of(
-    readout: Readout, residual: Float[Tensor, "row d_model"]
+    unembedding: Unembedding, residual: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row d_vocab"]:
     """Logits of residual streams, each through its own final norm, soft cap included."""
-    logits = _over_vocabulary(readout, readout.normed(residual), lambda block: readout.W_U[block])
-    if readout.b_U is not None:
-        logits = logits + readout.b_U.float()
-    return readout.capped(logits * readout.logit_scale)
+    logits = _over_vocabulary(
+        unembedding, unembedding.normed(residual), lambda block: unembedding.W_U[block]
+    )
+    if unembedding.b_U is not None:
+        logits = logits + unembedding.b_U.float()
+    return unembedding.capped(logits * unembedding.logit_scale)
 
 
 def logits_added(
-    readout: Readout, writes: Float[Tensor, "row d_model"]
+    unembedding: Unembedding, writes: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row d_vocab"]:
     """Logits that writes add to the stream, already divided by the final norm's scale."""
 
     def directions(block: slice) -> Tensor:
-        return readout.directions(_ids(readout)[block])
+        return unembedding.directions(_ids(unembedding)[block])
 
-    return _over_vocabulary(readout, writes, directions)
+    return _over_vocabulary(unembedding, writes, directions)
 
 
-def constants(readout: Readout) -> Float[Tensor, " d_vocab"]:
+def constants(unembedding: Unembedding) -> Float[Tensor, " d_vocab"]:
     """Part of every logit that no residual stream changes."""
-    step = max(1, _ENTRIES // readout.W_U.shape[1])
-    return torch.cat([readout.constant(block) for block in _ids(readout).split(step)])
+    step = max(1, _ENTRIES // unembedding.W_U.shape[1])
+    return torch.cat([unembedding.constant(block) for block in _ids(unembedding).split(step)])
 
 
-def _ids(readout: Readout) -> Int[Tensor, " d_vocab"]:
-    return torch.arange(readout.W_U.shape[0], device=readout.W_U.device)
+def _ids(unembedding: Unembedding) -> Int[Tensor, " d_vocab"]:
+    return torch.arange(unembedding.W_U.shape[0], device=unembedding.W_U.device)
 
 
 def _over_vocabulary(
-    readout: Readout, rows: Tensor, vectors: Callable[[slice], Tensor]
+    unembedding: Unembedding, rows: Tensor, vectors: Callable[[slice], Tensor]
 ) -> Float[Tensor, "row d_vocab"]:
-    size, width = readout.W_U.shape
+    size, width = unembedding.W_U.shape
     step = max(1, _ENTRIES // width)
     starts = range(0, size, step)
     parts = [rows @ vectors(slice(at, min(at + step, size))).float().T for at in starts]

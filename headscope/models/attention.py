@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from headscope.base.stacks import CAUSAL, MaskRule
-from headscope.views.qk import Matches
+from headscope.views.qk import QueryKeys
 from headscope.views.rows import AttentionRows
 
 # Entries of one boolean mask or one block of scores inside the fused path: small enough to be
@@ -143,11 +143,11 @@ class AttentionCall:
             return None
         return self.bias[:, :, positions - self.first_query, keys].float()
 
-    def matches(self, positions: Int[Tensor, " query"]) -> Matches:
+    def query_keys(self, positions: Int[Tensor, " query"]) -> QueryKeys:
         """Queries at some positions and the keys up to the last that any of them sees."""
         n_keys = self.seen_by(positions)
         positions = positions.to(self.query.device)
-        return Matches(
+        return QueryKeys(
             layer=self.layer,
             query_pos=positions,
             query=self.query[:, :, positions - self.first_query].float(),

@@ -15,8 +15,8 @@ from headscope.base.stacks import Stack, all_causal
 from headscope.edits import Heads, Span, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
-from headscope.views.outputs import HeadWeights, Readout
-from headscope.views.qk import InputNorm, Matches, QueryKey, Rotation
+from headscope.views.outputs import HeadWeights, Unembedding
+from headscope.views.qk import Norm, QueryKey, QueryKeys, Rotation
 from headscope.views.rows import AttentionRows
 
 
@@ -33,7 +33,7 @@ class AttentionWrite:
     """
 
     bias: Float[Tensor, " d_model"]
-    norm: InputNorm | None
+    norm: Norm | None
 
     def read_by(self, direction: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
         """Direction that reads ``z @ W_O`` as ``direction`` reads the stream, norm's scale at 1."""
@@ -114,7 +114,7 @@ class LayerView(Protocol):
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
         """Value vectors as attention used them."""
 
-    def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
+    def query_keys(self, query_pos: Int[Tensor, " query"]) -> QueryKeys:
         """Queries at these positions and keys, as attention used them, in fp32.
 
         Raises:
@@ -147,7 +147,7 @@ class Edit(Protocol):
 class ModelParts(Protocol):
     """What stands between weights and what they do: norms, positions, embedding, first MLP."""
 
-    def input_norm(self, layer: int) -> InputNorm:
+    def input_norm(self, layer: int) -> Norm:
         """Norm between the residual stream and one layer's attention, measured.
 
         Raises:
@@ -223,7 +223,7 @@ class HeadModel(Protocol):
         """What this family cannot be asked, and why: e.g. ``{"linear_write": "gemma2 ..."}``."""
 
     @property
-    def readout(self) -> Readout:
+    def unembedding(self) -> Unembedding:
         """Final norm and unembedding as they are now: hold it for a call, never longer."""
 
     def forward(

@@ -122,7 +122,7 @@ QUIRKS: tuple[Quirk, ...] = (
         ("phi3 with longrope",),
         "limited",
         "Rows are exact at any length; a product of query and key at an offset is not one number.",
-        "scorers of matches, which read queries and keys of the text itself",
+        "scorers of queries and keys, which read queries and keys of the text itself",
         ("rotary",),
     ),
     Quirk(
@@ -132,7 +132,7 @@ QUIRKS: tuple[Quirk, ...] = (
         "Rows are exact. QK circuits hold the norms' gains and lack their scales, so that their "
         "size says nothing; a norm that adds a bias (persimmon) or follows rotation (hunyuan) is "
         "refused when a circuit is asked for.",
-        "hs.circuits.score_parts for the scores of a run, exact; scorers of matches",
+        "hs.circuits.score_parts for the scores of a run, exact; scorers of queries and keys",
     ),
     Quirk("soft caps", ("gemma2",), "exact", "Caps act on the scores before the softmax."),
     Quirk(

@@ -14,7 +14,7 @@ from headscope.edits import AnyEdit, Span, among, during, edited_heads
 from headscope.errors import InputError, nearest
 from headscope.heads import ModelShape
 from headscope.models.protocol import Edit, LayerView
-from headscope.views.qk import Matches
+from headscope.views.qk import QueryKeys
 from headscope.views.rows import AttentionRows
 
 Site = Literal[
@@ -172,14 +172,14 @@ class TapView:
         """
         return self._attention.values()
 
-    def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
+    def query_keys(self, query_pos: Int[Tensor, " query"]) -> QueryKeys:
         """Queries at these positions and keys, as attention used them, in fp32.
 
         Raises:
             InputError: as :meth:`rows`.
             UnsupportedModelError: if this way of running the model does not show them.
         """
-        return self._attention.matches(query_pos)
+        return self._attention.query_keys(query_pos)
 
     def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows] | None:
         """Return what computes rows after the pass too, holding the layer's queries and keys.

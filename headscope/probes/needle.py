@@ -98,7 +98,7 @@ _CONTENT = "\ue000"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """What one example hides, and where.
 
     Attributes:
@@ -115,7 +115,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Example:
+class NeedleExample:
     """Tokens of a prompt with its answer appended, and the positions of every mark."""
 
     ids: list[int]
@@ -153,7 +153,7 @@ class Writer:
     _sizes: dict[str, int] = field(default_factory=dict)
 
     def fit(
-        self, sentences: Iterator[str], forms: Sequence[tuple[Plan, Needle]], length: int
+        self, sentences: Iterator[str], forms: Sequence[tuple[Placement, Needle]], length: int
     ) -> tuple[str, ...]:
         """As many whole sentences as keep every prompt, answer included, within ``length``.
 
@@ -189,14 +189,14 @@ class Writer:
             self._sizes[sentence] = len(ids)
         return self._sizes[sentence]
 
-    def write(self, sentences: Sequence[str], plan: Plan, asked: Needle) -> Example:
+    def write(self, sentences: Sequence[str], plan: Placement, asked: Needle) -> NeedleExample:
         """The prompt that asks about ``asked``, with its answer."""
         context = self._context(sentences, plan)
         alone, whole, begin = self._written([*context, *_question(asked, self.chat)], asked)
         whole.marks["answer"] = list(range(begin, len(whole.ids)))
         whole.marks["answering"] = [position - 1 for position in whole.marks["copied"]]
         whole.marks["end"] = [len(alone.ids) - 1]
-        return Example(whole.ids, whole.marks)
+        return NeedleExample(whole.ids, whole.marks)
 
     def ask(self, asked: Needle) -> Asked:
         """The question without any text, asked in the same way."""
@@ -248,7 +248,7 @@ class Writer:
             raise InputError("the chat template does not say the message once: pass chat=False.")
         return Piece(parts[0]), Piece(parts[1])
 
-    def _context(self, sentences: Sequence[str], plan: Plan) -> list[Piece]:
+    def _context(self, sentences: Sequence[str], plan: Placement) -> list[Piece]:
         """The haystack with everything hidden in it."""
         sizes = [0, *accumulate(self.size(sentence) for sentence in sentences)]
         # As published: the place in tokens, moved left to where the last sentence ended.
@@ -348,7 +348,7 @@ def _joined(prompt: Assembled, answer: Assembled) -> Assembled:
     return Assembled([*prompt.ids, *answer.ids], prompt.marks | moved)
 
 
-class Drawn(NamedTuple):
+class NeedleDraw(NamedTuple):
     """What one example hides and asks; its control hides, or asks about, ``other`` instead."""
 
     needle: Needle
@@ -390,7 +390,7 @@ class Drawer:
         """Examples of a cell unless the caller says otherwise."""
         return 2 if self.fixed is None else len(self.fixed)
 
-    def __call__(self, cell: tuple[int, float], number: int) -> Drawn:
+    def __call__(self, cell: tuple[int, float], number: int) -> NeedleDraw:
         """What example ``number`` of a cell (length, depth) hides."""
         if self.fixed is None:
             rng = Random(f"needle {self.seed} {cell} {number}")  # noqa: S311 - words, not secrets
@@ -404,7 +404,7 @@ class Drawer:
             needles = self.fixed[start:] + self.fixed[:start]
         asks = self.control == "other_question"
         distractors = needles[1 : len(needles) - asks][: self.distractors]
-        return Drawn(needles[0], distractors, self._other(needles, 1 + len(distractors)))
+        return NeedleDraw(needles[0], distractors, self._other(needles, 1 + len(distractors)))
 
     def _other(self, needles: tuple[Needle, ...], start: int) -> Needle | None:
         """A needle that is not in the text; to stand in the first one's place, of as many parts."""
@@ -575,8 +575,8 @@ def writer_for(model: HasVocabulary, chat: bool | None, bos: bool | None) -> Wri
 class _Made(NamedTuple):
     """One example, its control, and the cell that it belongs to."""
 
-    asked: Example
-    control: Example
+    asked: NeedleExample
+    control: NeedleExample
     length: int
     depth: float
     number: int
@@ -618,7 +618,9 @@ def _example(
     drawn = draw(cell, number)
     rng = Random(f"haystack {draw.seed} {cell} {number}")  # noqa: S311 - sentences, not secrets
     hidden = len(drawn.needle.texts) - 1 + sum(len(one.texts) for one in drawn.distractors)
-    plan = Plan(drawn.needle, drawn.distractors, depth, tuple(rng.random() for _ in range(hidden)))
+    plan = Placement(
+        drawn.needle, drawn.distractors, depth, tuple(rng.random() for _ in range(hidden))
+    )
     forms = [(plan, drawn.needle)]
     if drawn.other is not None and control == "removed":
         hidden_instead = _asking(drawn.other, drawn.needle)
@@ -648,7 +650,7 @@ def _asking(needle: Needle, question: Needle) -> Needle:
     )
 
 
-def _of_rival(example: Example) -> Example:
+def _of_rival(example: NeedleExample) -> NeedleExample:
     """The same text, with the needle's marks on the distractor that is its rival."""
     if "rival_answer" not in example.marks:
         raise InputError(
@@ -656,10 +658,12 @@ def _of_rival(example: Example) -> Example:
             "more needles, or another control."
         )
     moved = {name: example.marks[f"rival{name.removeprefix('needle')}"] for name in _HIDDEN}
-    return Example(example.ids, example.marks | moved)
+    return NeedleExample(example.ids, example.marks | moved)
 
 
-def _without_needle(writer: Writer, example: Example, sentences: Iterator[str]) -> Example:
+def _without_needle(
+    writer: Writer, example: NeedleExample, sentences: Iterator[str]
+) -> NeedleExample:
     """The same with the tokens of further sentences where the needle stood, and in its answer."""
     ids, places = list(example.ids), example.marks["needle"]
     filler: list[int] = []
@@ -670,10 +674,10 @@ def _without_needle(writer: Writer, example: Example, sentences: Iterator[str]) 
     said = example.marks["needle_answer"]
     for number, query in enumerate(example.marks["answering"] if said else []):
         ids[query + 1] = ids[said[number % len(said)]]
-    return Example(ids, example.marks)
+    return NeedleExample(ids, example.marks)
 
 
-def _probe(examples: list[Example], made: list[_Made]) -> Probe:
+def _probe(examples: list[NeedleExample], made: list[_Made]) -> Probe:
     tokens, real = pad_right([one.ids for one in examples])
     targets = torch.full_like(tokens, -1)
     for row, ids, example in zip(targets, tokens, examples, strict=True):

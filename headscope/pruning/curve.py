@@ -8,7 +8,7 @@ import numpy as np
 
 from headscope import metrics
 from headscope.ablation.groups import along
-from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of, present
+from headscope.ablation.run import Maker, Measurement, Metricish, Placer, facts_of, present
 from headscope.base.options import RunOptions
 from headscope.edits import Heads
 from headscope.errors import InputError
@@ -123,8 +123,8 @@ def pruning_curve(
         (3, 2)
     """
     options = RunOptions(batch_size, seed=seed, progress=progress)
-    study = Study.of(model, probe, metric, options)
-    placer = Placer(study, method, reference=reference)
+    measurement = Measurement.of(model, probe, metric, options)
+    placer = Placer(measurement, method, reference=reference)
     if sizes:
         prune(model, model.shape.heads[0])  # what cannot be done is said before anything is run
     arms = {name: present(model, heads) for name, heads in (orders or {}).items()}
@@ -133,7 +133,7 @@ def pruning_curve(
         raise InputError("give at least one order or random one, under a name of its own.")
     everything = {**arms, **controls}
     points = _points(counts, max(len(order) for order in everything.values()))
-    effects, clean = along(study, placer, everything, points)
+    effects, clean = along(measurement, placer, everything, points)
     wanted = {
         (arm, count): tuple(sorted(order[:count]))
         for arm, order in (arms.items() if sizes else ())
@@ -148,9 +148,9 @@ def pruning_curve(
         labels=(tuple(everything), tuple(map(str, points))),
         per_example=effects,
         unedited=clean,
-        unit=study.metric.unit,
-        description=f"{study.metric.name} without the heads less that of the whole model.",
-        provenance=study.provenance(seed, checks=placer.checks, **facts),
+        unit=measurement.metric.unit,
+        description=f"{measurement.metric.name} without the heads less that of the whole model.",
+        provenance=measurement.provenance(seed, checks=placer.checks, **facts),
         clusters=probe.cluster_labels,
     )
     return PruningCurve(found, everything, tuple(controls), measured)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from headscope import metrics
 from headscope.ablation.gradients import total_metric, whole_batches
-from headscope.ablation.run import Metricish, Study
+from headscope.ablation.run import Measurement, Metricish
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
-from headscope.edits import Site, entmax
+from headscope.edits import HeadSite, entmax
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import cost_sign
@@ -97,7 +97,7 @@ class _Gated:
 
     gates: Float[Tensor, "layer head"]
     layers: frozenset[int]
-    site: Site = field(default="z", init=False)
+    site: HeadSite = field(default="z", init=False)
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
         return value * self.gates[layer].to(value)[:, None]
@@ -152,15 +152,15 @@ def learn_gates(
             f"gates need penalty >= 0, steps >= 1 and rate > 0; got {penalty}, {steps}, {rate}."
         )
     options = RunOptions(batch_size, seed=seed, progress=progress)
-    study = Study.of(model, probe, metric, options.quiet)
-    sign = cost_sign(study.metric, better)
+    measurement = Measurement.of(model, probe, metric, options.quiet)
+    sign = cost_sign(measurement.metric, better)
     generator = torch.Generator().manual_seed(seed)
     there = torch.zeros(model.shape.n_layers, model.shape.n_heads, dtype=torch.bool)
     there[tuple(zip(*model.shape.heads, strict=True))] = True
     log_alpha = torch.full(there.shape, start, dtype=torch.float32, requires_grad=True)
     adam = torch.optim.Adam([log_alpha], lr=rate)
     layers = frozenset(model.shape.attention_layers)
-    batches = [batch for _, batch in whole_batches(study)]
+    batches = [batch for _, batch in whole_batches(measurement)]
     costs, opened = [], []
     with frozen(model), options.track(float(steps), "learning gates") as advance:
         for step in range(steps):
@@ -190,7 +190,9 @@ def learn_gates(
         bounds=(0.0, 1.0),
         description="Learned gate on the head: 0 is closed, 1 open.",
         source="Voita et al. 2019, arXiv 1905.09418; Louizos et al. 2018, arXiv 1712.01312",
-        provenance=study.provenance(seed, penalty=penalty, steps=steps, rate=rate, start=start),
+        provenance=measurement.provenance(
+            seed, penalty=penalty, steps=steps, rate=rate, start=start
+        ),
     )
     return LearnedGates(
         scores=scores,
@@ -253,15 +255,15 @@ def learn_alphas(
             f"got {steps}, {rate}, {start}."
         )
     options = RunOptions(batch_size, seed=seed, progress=progress)
-    study = Study.of(model, probe, metric, options.quiet)
-    sign = cost_sign(study.metric, better)
+    measurement = Measurement.of(model, probe, metric, options.quiet)
+    sign = cost_sign(measurement.metric, better)
     generator = torch.Generator().manual_seed(seed)
     shape, width = model.shape, _HARDEST - _SOFTEST
     share = (start - _SOFTEST) / width
     first = float(np.log(share / (1 - share)))
     free = torch.full((shape.n_layers, shape.n_heads), first, requires_grad=True)
     adam = torch.optim.Adam([free], lr=rate)
-    batches = [batch for _, batch in whole_batches(study)]
+    batches = [batch for _, batch in whole_batches(measurement)]
     with frozen(model), options.track(float(steps), "learning alphas") as advance:
         for step in range(steps):
             if step % len(batches) == 0:
@@ -286,7 +288,7 @@ def learn_alphas(
         bounds=(_SOFTEST, _HARDEST),
         description="Learned alpha of the head's entmax: 1 is the softmax, 2 the sparsemax.",
         source="Correia et al. 2019, arXiv 1909.00015",
-        provenance=study.provenance(seed, steps=steps, rate=rate, start=start),
+        provenance=measurement.provenance(seed, steps=steps, rate=rate, start=start),
     )
 
 

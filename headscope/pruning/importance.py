@@ -13,13 +13,13 @@ from torch import Tensor
 
 from headscope import metrics
 from headscope.ablation import ablate_heads
-from headscope.ablation.engine import Batch
+from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.gradients import check_slope, total_metric, whole_batches
-from headscope.ablation.run import Maker, Metricish, Positions, Study, by_head, present
+from headscope.ablation.run import Maker, Measurement, Metricish, Positions, by_head, present
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
 from headscope.base.statistics import Design
-from headscope.edits import AnyEdit, Heads, Site, zero
+from headscope.edits import AnyEdit, Heads, HeadSite, zero
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import as_metric, cost_sign
@@ -40,7 +40,7 @@ class _Gates:
     """Multiplies every head's output by a gate of its own at each position."""
 
     amounts: dict[int, Float[Tensor, "batch pos head"]]
-    site: Site = "z"
+    site: HeadSite = "z"
     layers: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,20 +95,20 @@ def gradient_importance(
     if over not in ("example", "token"):
         raise InputError(f"the absolute value is taken over 'example' or 'token', not {over!r}.")
     options = RunOptions(batch_size, progress=progress)
-    study = Study.of(model, probe, metric, options)
+    measurement = Measurement.of(model, probe, metric, options)
     gone = present(model, removed) if removed else ()
     if not gone:
-        check_slope(model, study.metric, None, 1)
+        check_slope(model, measurement.metric, None, 1)
     heads = tuple(head for head in model.shape.heads if head not in gone)
     if not heads:
         raise InputError("all heads are removed: there is none to score.")
     edits: tuple[AnyEdit, ...] = (zero(gone),) if gone else ()
     found = np.full((len(heads), len(probe)), np.nan)
     with options.track(float(len(probe)), "importance") as advance:
-        for chosen, batch in whole_batches(study):
+        for chosen, batch in whole_batches(measurement):
             found[:, chosen] = _by_example(model, batch, edits, heads, over).numpy()
             advance(float(len(batch.probe)))
-    values = by_head(model, heads, found)
+    values, name = by_head(model, heads, found), measurement.metric.name
     if normalise:
         values = _normalised(values)
     return HeadScores.from_examples(
@@ -116,11 +116,11 @@ def gradient_importance(
         values,
         kv_heads=model.shape.n_kv_heads,
         design=Design(clusters=probe.cluster_labels),
-        unit="share of the layer" if normalise else study.metric.unit,
+        unit="share of the layer" if normalise else measurement.metric.unit,
         bounds=(0.0, None),
-        description=f"Size of the first-order effect of scaling the head on {study.metric.name}.",
+        description=f"Size of the first-order effect of scaling the head on {name}.",
         source="Michel et al. 2019, arXiv 1905.10650, section 4.1",
-        provenance=study.provenance(
+        provenance=measurement.provenance(
             over=over, normalise=normalise, removed=[str(head) for head in gone]
         ),
     )
@@ -128,7 +128,7 @@ def gradient_importance(
 
 def _by_example(
     model: HeadModel,
-    batch: Batch,
+    batch: RecordedBatch,
     edits: tuple[AnyEdit, ...],
     heads: Sequence[HeadIndex],
     over: str,

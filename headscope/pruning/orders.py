@@ -15,7 +15,7 @@ import numpy as np
 
 from headscope import metrics
 from headscope.ablation.groups import joint
-from headscope.ablation.run import Maker, Metricish, Placer, Study, facts_of
+from headscope.ablation.run import Maker, Measurement, Metricish, Placer, facts_of
 from headscope.base.files import check_same, whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.base.progress import track
@@ -200,15 +200,17 @@ def greedy(
         2
     """
     options = RunOptions(batch_size, progress=progress)
-    study = Study.of(model, probe, metric, options.quiet)
-    placer = Placer(study, method, reference=reference)
-    sign = cost_sign(study.metric, better)
+    measurement = Measurement.of(model, probe, metric, options.quiet)
+    placer = Placer(measurement, method, reference=reference)
+    sign = cost_sign(measurement.metric, better)
     left = Counter(head.layer for head in model.shape.heads)
     heads = model.shape.heads
     wanted = _wanted(count, sum(max(0, number - keep) for number in left.values()))
     kept = None
     if checkpoint is not None:
-        facts = study.provenance(**facts_of(method, reference, None), keep=keep, better=better)
+        facts = measurement.provenance(
+            **facts_of(method, reference, None), keep=keep, better=better
+        )
         kept = KeptOrder(Path(checkpoint), _deciding(facts, probe, reference))
     gone: Order = () if kept is None else kept.read()[:wanted]
     left.subtract(head.layer for head in gone)
@@ -216,7 +218,7 @@ def greedy(
     with options.track(total, "greedy pruning") as advance:
         while len(gone) < wanted:
             candidates = [h for h in heads if h not in gone and left[h.layer] > keep]
-            effects, _ = joint(study, placer, [(*gone, head) for head in candidates])
+            effects, _ = joint(measurement, placer, [(*gone, head) for head in candidates])
             cost = sign * np.nanmean(effects, axis=1)
             best = candidates[int(np.argmin(cost))]
             gone = (*gone, best)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from headscope.base.glance import short
-from headscope.base.sections import Grid, Section, Words
+from headscope.base.sections import Rows, Section, Words
 from headscope.heads import HeadIndex
 from headscope.plots import attention_pattern, eigenvalues, spectra
 from headscope.plots.style import visible
@@ -28,7 +28,7 @@ _NAMES = {"Q": "queries", "K": "keys", "V": "values"}
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class HeadExample:
     """One head's attention on one text.
 
     Attributes:
@@ -57,7 +57,7 @@ class Evidence:
     spectra: Sequence[HeadSpectra] = ()
     eigenvalues: Sequence[HeadEigenvalues] = ()
     scan: HeadTable | None = None
-    example: Example | None = None
+    example: HeadExample | None = None
     effects: Sequence[HeadScores] = ()
 
 
@@ -100,14 +100,14 @@ def _behaviour(card: HeadCard, evidence: Evidence, head: HeadIndex) -> list[Sect
             for one in known
         ]
         columns = ("score", "mean", "standard error", "unit", "rank", "role", "high means")
-        sections.append(Section("On probes", [Grid(columns, rows, "Scores of this head")]))
+        sections.append(Section("On probes", [Rows(columns, rows, "Scores of this head")]))
     if evidence.effects:
         rows_ = [
             (one.name, float(one.mean[head]), float(one.sem[head]), one.unit, one.description)
             for one in evidence.effects
         ]
         names = ("effect", "mean", "standard error", "unit", "meaning")
-        grid = Grid(names, rows_, "What changes when this head is taken out")
+        grid = Rows(names, rows_, "What changes when this head is taken out")
         sections.append(Section("Ablation", [grid]))
     if evidence.example is not None:
         one = evidence.example
@@ -153,7 +153,7 @@ def _directions(card: HeadCard) -> list[Section]:
                 both = (tuple(view["reads"][sign]), tuple(view["writes"][sign]))
                 rows.append((f"{number} {mark}", float(view["singular_value"]), *both))
         if rows:
-            grid = Grid(("direction", "singular value", reads, writes), rows)
+            grid = Rows(("direction", "singular value", reads, writes), rows)
             sections.append(Section(title, [Words(words, quiet=True), grid]))
     return sections
 
@@ -178,7 +178,7 @@ def _partners(card: HeadCard) -> list[Section]:
             if found
         ]
         if rows:
-            blocks.append(Grid(("through", "heads, strongest first"), rows, title))
+            blocks.append(Rows(("through", "heads, strongest first"), rows, title))
     return [Section("Composition partners", blocks)] if blocks else []
 
 
@@ -189,7 +189,7 @@ def _weights(card: HeadCard) -> Section:
         if np.isfinite(value)
     ]
     told = "1 is the largest" if card.ranks else NO_RANKS
-    return Section("Weight scores", [Grid(("score", "value", "rank"), rows, told)])
+    return Section("Weight scores", [Rows(("score", "value", "rank"), rows, told)])
 
 
 _CELL = "padding:1px 8px;text-align:left"

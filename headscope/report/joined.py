@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from headscope.base.parquet_files import read_parquet
-from headscope.base.sections import Grid, Section, Words
+from headscope.base.sections import Rows, Section, Words
 from headscope.errors import HeadscopeError, InputError
 from headscope.plots.style import SEQUENTIAL, STYLES, visible
 from headscope.report.page import as_data, filled, packed, packed_example, packed_tokens
@@ -108,7 +108,7 @@ _MAX_JSON = 100_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class RunPart:
     """One run's part of a report; what it did not compute is empty.
 
     Attributes:
@@ -153,14 +153,14 @@ class Run:
         return self.of or Provenance()
 
 
-def read_run(place: Path) -> Run:
+def read_run(place: Path) -> RunPart:
     """Read a run's folder, or a table by itself.
 
     Raises:
         InputError: if there is no table, or a file in the folder is damaged.
     """
     if place.is_file():
-        return Run(place.stem, "table", HeadTable.load(place))
+        return RunPart(place.stem, "table", HeadTable.load(place))
     if not (place / "table.parquet").is_file():
         raise InputError(
             f"{place} holds no finished run: there is no table.parquet in it (scan, circuits, "
@@ -170,7 +170,7 @@ def read_run(place: Path) -> Run:
     facts = _json(place / "run.json", {})
     settings = facts.get("settings") or {}
     kind = str(settings.get("command") or "run")
-    return Run(
+    return RunPart(
         label=place.resolve().name,
         kind=kind,
         table=table,
@@ -283,7 +283,7 @@ class Subject:
     """
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[RunPart, ...]
     scores: tuple[HeadScores, ...]
     kinds: tuple[str, ...]
     findings: tuple[RoleFinding, ...]
@@ -295,13 +295,13 @@ class Subject:
         return layers, heads
 
 
-def subjects(runs: Iterable[Run], alpha: float) -> list[Subject]:
+def subjects(runs: Iterable[RunPart], alpha: float) -> list[Subject]:
     """Group runs by model, in the order in which models appear.
 
     Raises:
         InputError: if there are none, or runs of one name differ in their heads.
     """
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[RunPart]] = {}
     for run in runs:
         origin = run.origin
         # Equal weights are one model, whatever revision was asked for.
@@ -312,7 +312,7 @@ def subjects(runs: Iterable[Run], alpha: float) -> list[Subject]:
     return [_subject(group, alpha) for group in groups.values()]
 
 
-def _subject(runs: Sequence[Run], alpha: float) -> Subject:
+def _subject(runs: Sequence[RunPart], alpha: float) -> Subject:
     origin = runs[0].origin
     named = (origin.model or "model") + (f"@{origin.revision}" if origin.revision else "")
     if all(run.table is None for run in runs):
@@ -338,7 +338,7 @@ def _subject(runs: Sequence[Run], alpha: float) -> Subject:
     )
 
 
-def _kind(run: Run, scores: HeadScores) -> str:
+def _kind(run: RunPart, scores: HeadScores) -> str:
     if run.effects:
         return "effect"
     if run.kind in ("circuits", "table") and not scores.provenance.control:
@@ -461,7 +461,7 @@ _FACTS = ("revision", "weight_digest", "path", "dtype", "device")
 
 
 def report_page(
-    runs: Sequence[Run], *, title: str | None = None, command: str = "", alpha: float = 0.05
+    runs: Sequence[RunPart], *, title: str | None = None, command: str = "", alpha: float = 0.05
 ) -> str:
     """One page: overview, grid of heads with cards, table, heatmaps, sections of runs, commands.
 
@@ -557,7 +557,7 @@ def _facts(found: Sequence[Subject]) -> list[tuple[str, list[str]]]:
     return [(name, values) for name, values in rows.items() if any(values)]
 
 
-def _origin(run: Run, subject: Subject, several: bool) -> dict[str, str]:
+def _origin(run: RunPart, subject: Subject, several: bool) -> dict[str, str]:
     of = f" of {subject.name}" if several else ""
     told = [f"{name}: {value}" for name, value in run.facts.items()]
     return {
@@ -568,11 +568,11 @@ def _origin(run: Run, subject: Subject, several: bool) -> dict[str, str]:
     }
 
 
-def _failed(runs: Sequence[Run]) -> list[Section]:
+def _failed(runs: Sequence[RunPart]) -> list[Section]:
     rows = [(run.label, what, why) for run in runs for what, why in run.failed.items()]
     if not rows:
         return []
-    return [Section("Failed", [Grid(("run", "what", "why"), rows, "What could not be computed")])]
+    return [Section("Failed", [Rows(("run", "what", "why"), rows, "What could not be computed")])]
 
 
 def _within(sections: Sequence[Section], budget: int) -> list[Section]:

@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from headscope.base.glance import short
-from headscope.base.sections import Cell, Drawn, Facts, Grid, Section, Words
+from headscope.base.sections import Drawn, Facts, Rows, Section, TableCell, Words
 from headscope.errors import InputError
 from headscope.plots import (
     composition_graph,
@@ -55,7 +55,7 @@ class Picture:
     caption: str = ""
 
 
-Block = Words | Facts | Grid | Drawn | Picture
+Block = Words | Facts | Rows | Drawn | Picture
 
 
 def with_pictures(sections: Sequence[Section], drawings: Mapping[str, Drawing]) -> list[Section]:
@@ -97,7 +97,7 @@ def laid_out(
         blocks = []
         for block in section.blocks:
             plain: dict[str, Any] = {"kind": type(block).__name__.lower(), "is": block}
-            if isinstance(block, Grid):
+            if isinstance(block, Rows):
                 plain["rows"] = [[_cell(cell) for cell in row] for row in block.rows]
             elif isinstance(block, Picture):
                 plain["number"] = first + len(pictures)
@@ -116,7 +116,7 @@ def plain_figure(figure: go.Figure | dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _cell(cell: Cell) -> dict[str, Any]:
+def _cell(cell: TableCell) -> dict[str, Any]:
     """A cell as text or as tokens, and whether it is a number."""
     if isinstance(cell, tuple):
         return {"tokens": cell, "text": "", "number": False}
@@ -159,7 +159,7 @@ def _plain(block: Block) -> dict[str, Any]:
         return {"kind": "words", "text": block.text, "quiet": block.quiet}
     if isinstance(block, Facts):
         return {"kind": "facts", "pairs": [list(pair) for pair in block.pairs]}
-    if isinstance(block, Grid):
+    if isinstance(block, Rows):
         rows = [list(row) for row in block.rows]
         return {
             "kind": "grid",
@@ -186,14 +186,14 @@ def _block(plain: Mapping[str, Any]) -> Block:
         return Facts([(str(name), str(value)) for name, value in plain["pairs"]])
     if kind == "grid":
         rows = [tuple(_read_cell(cell) for cell in row) for row in plain["rows"]]
-        return Grid(tuple(str(name) for name in plain["columns"]), rows, str(plain["caption"]))
+        return Rows(tuple(str(name) for name in plain["columns"]), rows, str(plain["caption"]))
     if kind == "picture":
         themes = {name: _figure(plain[name]) for name in ("light", "dark")}
         return Picture(**themes, said=str(plain["said"]), caption=str(plain["caption"]))
     raise ValueError(f"unknown kind of block {kind!r}")
 
 
-def _read_cell(cell: object) -> Cell:
+def _read_cell(cell: object) -> TableCell:
     if isinstance(cell, list):
         return tuple(str(token) for token in cell)
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):
@@ -255,7 +255,7 @@ def circuit_sections(
         )
     ]
     for kind, found in paths.items():
-        chains.append(Grid(("chain", "strength"), found, caption=kind))
+        chains.append(Rows(("chain", "strength"), found, caption=kind))
     sections = [Section("Strongest paths", chains)] if any(paths.values()) else []
     for title, chosen, caption in (
         (
@@ -291,9 +291,9 @@ def circuit_sections(
     return sections
 
 
-def missing_words(missing: Mapping[str, str]) -> Grid:
+def missing_words(missing: Mapping[str, str]) -> Rows:
     """What weights cannot say of this model, and why."""
-    return Grid(("what", "why"), list(missing.items()))
+    return Rows(("what", "why"), list(missing.items()))
 
 
 _MOST = 20
@@ -378,7 +378,7 @@ def _heads(scores: HeadScores, pictures: Mapping[str, Drawing]) -> list[Block]:
             "hid the needle."
         ),
         _picture(scores.name, "Share of the needle that each head copies.", pictures),
-        Grid(
+        Rows(
             ("head", "share copied", "error", against(scores), "beyond chance"),
             [
                 (

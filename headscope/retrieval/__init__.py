@@ -3,7 +3,7 @@
 from headscope.retrieval.decore import Contrast as Contrast
 from headscope.retrieval.decore import DeCoReProcessor as DeCoReProcessor
 from headscope.retrieval.decore import decore as decore
-from headscope.retrieval.faithful import Faithfulness as Faithfulness
+from headscope.retrieval.faithful import PassageFaithfulness as PassageFaithfulness
 from headscope.retrieval.faithful import contradictions as contradictions
 from headscope.retrieval.faithful import faithfulness as faithfulness
 from headscope.retrieval.follow import follow as follow

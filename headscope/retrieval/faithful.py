@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Faithfulness:
+class PassageFaithfulness:
     """What each way of generating says: the passage's answer, the model's own, or neither.
 
     Attributes:
@@ -95,7 +95,7 @@ def faithfulness(
     alphas: Sequence[Alpha] = ("entropy", 0.5),
     method: Masking = "uniform",
     batch_size: int | None = None,
-) -> Faithfulness:
+) -> PassageFaithfulness:
     """Base model, the model without its retrieval heads, and DeCoRe, side by side.
 
     Every arm goes on from where the answer begins: of a chat model after the words that its reply
@@ -146,7 +146,7 @@ def faithfulness(
     for alpha in alphas:
         said[f"DeCoRe {alpha}"] = decore(model, asked, heads, alpha, method=method, **given)
     decode = None if model.tokenizer is None else model.tokenizer.decode
-    return Faithfulness(
+    return PassageFaithfulness(
         arms=tuple(said),
         passage=np.array(
             [

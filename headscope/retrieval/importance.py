@@ -92,15 +92,15 @@ def token_importance(
             f"{len(probe)} texts of up to {int(probe.real.sum(1).max())} tokens: foretelling the "
             f"{keep} most important takes {_LEAST_TEXTS} texts longer than {keep + 1} tokens."
         )
-    if "matches" in model.limits:
-        raise UnsupportedModelError(model.limits["matches"])
+    if "query_keys" in model.limits:
+        raise UnsupportedModelError(model.limits["query_keys"])
     layers = [one for one in shape.attention_layers if one >= layer]
-    study = _Study(model, layer, layers, keep, options)
+    measurement = _Study(model, layer, layers, keep, options)
     with options.track(float(len(probe)), "foretelling importance") as advance:
-        study.fit(probe.examples(slice(0, None, 2)))
+        measurement.fit(probe.examples(slice(0, None, 2)))
         advance(len(probe) / 2)
         measured = probe.examples(slice(1, None, 2))
-        found = study.measure(measured)
+        found = measurement.measure(measured)
         advance(len(probe) / 2)
     specs = (
         ("importance_found", "What the head will need is foretold from an earlier layer."),

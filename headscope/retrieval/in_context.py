@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.ablation.heads import ablated
-from headscope.ablation.run import Maker, Placer, Study, by_head, facts_of, present
+from headscope.ablation.run import Maker, Measurement, Placer, by_head, facts_of, present
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
@@ -77,11 +77,11 @@ def in_context_score(
     """
     options = RunOptions(batch_size, seed=seed, progress=progress)
     asked, metric = _differences(probe, _range(early), _range(late))
-    study = Study.of(model, asked, metric, options)
+    measurement = Measurement.of(model, asked, metric, options)
     chosen = present(model, heads)
-    placer = Placer(study, method, reference=reference)
-    effects = ablated(study, placer, chosen)
-    clean = np.concatenate([batch.clean.numpy() for _, batch in study.batches()])
+    placer = Placer(measurement, method, reference=reference)
+    effects = ablated(measurement, placer, chosen)
+    clean = np.concatenate([batch.clean.numpy() for _, batch in measurement.batches()])
     checks = {**placer.checks, "score": float(clean.mean()), "scores": clean.tolist()}
     facts = {**facts_of(method, reference, None), "early": str(early), "late": str(late)}
     values = by_head(model, chosen, effects)
@@ -93,7 +93,7 @@ def in_context_score(
         unit="nats",
         description="In-context-learning score with the head ablated less that without.",
         source=_SOURCE,
-        provenance=study.provenance(seed, checks=checks, **facts),
+        provenance=measurement.provenance(seed, checks=checks, **facts),
     )
 
 

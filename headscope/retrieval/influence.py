@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from headscope.ablation.groups import joint
-from headscope.ablation.run import Placer, Study, present
+from headscope.ablation.run import Measurement, Placer, present
 from headscope.base.files import subfolder, whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.base.parquet_files import read_part, readable
@@ -115,8 +115,8 @@ def influence(
     while order:
         count = options.per_pass(len(ids[order[0]]), _TOKENS_PER_PASS)
         rows, order = order[:count], order[count:]
-        study = Study.of(model, _probe([ids[i] for i in rows]), loss, one_by_one)
-        effects, clean = joint(study, Placer(study, method), [chosen])
+        measurement = Measurement.of(model, _probe([ids[i] for i in rows]), loss, one_by_one)
+        effects, clean = joint(measurement, Placer(measurement, method), [chosen])
         base[rows], masked[rows] = clean, clean + effects[0]
     return Influence(base, masked, np.array([len(one) for one in ids]), denominator)
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from headscope.ablation.groups import along
-from headscope.ablation.run import Placer, Study, present
+from headscope.ablation.run import Measurement, Placer, present
 from headscope.base.configs import Strict, parse, read_yaml
 from headscope.base.options import RunOptions
 from headscope.edits import Heads, Scope
@@ -127,16 +127,16 @@ def masking_curve(
         raise InputError(f"reference is for method='mean'; {method} needs none.")
     mark = at or ("second_copy" if "second_copy" in probe.marks else None)
     metric = accuracy if mark is None else accuracy.at(mark)
-    study = Study.of(model, probe, metric, options)
+    measurement = Measurement.of(model, probe, metric, options)
     where = reached(probe, scope, metric.reads(probe))
-    placer = Placer(study, method, positions=where, reference=reference)
+    placer = Placer(measurement, method, positions=where, reference=reference)
     arms = _arms(model, scores, seed)
     drawn = _controls(model, scores, random, seed)
     if controls == "layers":
         drawn = {name: matched(arms["top"], order) for name, order in drawn.items()}
     everything = {**arms, **drawn}
     points = _points(model, counts)
-    effects, clean = along(study, placer, everything, points)
+    effects, clean = along(measurement, placer, everything, points)
     masked, unmasked = (_judged(one, right) for one in (effects + clean, clean))
     found = EffectGrid(
         name=f"{method}_masking",
@@ -146,7 +146,7 @@ def masking_curve(
         unedited=unmasked,
         unit="share",
         description="Right answers with the heads masked less those of the whole model.",
-        provenance=study.provenance(
+        provenance=measurement.provenance(
             seed,
             checks=placer.checks,
             metric="right answers" if right == "all" else "right tokens",

@@ -63,7 +63,7 @@ def rotary_contributions(
         >>> np.allclose(found.share.sum(-1), 1)
         True
     """
-    for limit in ("matches", "rotary"):
+    for limit in ("query_keys", "rotary"):
         if limit in model.limits:
             raise UnsupportedModelError(model.limits[limit])
     rotations = {layer: model.parts.rotation(layer) for layer in model.shape.attention_layers}
@@ -109,7 +109,7 @@ class _Seen:
         """Add one layer's queries."""
         wanted = self.batch.mark("answering")
         positions = wanted.any(0).nonzero().flatten()
-        seen = replace(view.matches(positions), rotation=self.rotations[view.layer])
+        seen = replace(view.query_keys(positions), rotation=self.rotations[view.layer])
         shares = plane_shares(seen, far_keys(seen)).cpu().double()
         chosen = wanted[:, None, positions, None].to(shares.dtype)
         self.total[view.layer] = (shares.nan_to_num(0) * chosen).sum((0, 2))

@@ -6,7 +6,6 @@ from headscope.scorer import (
     Scorer,
     every_query,
     gradient_scorer,
-    match_scorer,
     output_scorer,
     qk_scorer,
     row_scorer,
@@ -20,7 +19,7 @@ from headscope.scorers.patterns import relative_offset
 from headscope.scorers.relation import Relation, between, relation
 from headscope.scorers.spread import window_mass
 from headscope.views.outputs import HeadGradients, HeadOutputs
-from headscope.views.qk import Matches
+from headscope.views.qk import QueryKeys
 from headscope.views.rows import AttentionRows
 
 __all__ = [
@@ -31,7 +30,7 @@ __all__ = [
     "DefaultProbe",
     "HeadGradients",
     "HeadOutputs",
-    "Matches",
+    "QueryKeys",
     "Relation",
     "Scorer",
     "between",
@@ -39,7 +38,6 @@ __all__ = [
     "gradient_scorer",
     "long_need",
     "long_need_predicted",
-    "match_scorer",
     "output_scorer",
     "qk_scorer",
     "relation",

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from headscope.errors import InputError
 from headscope.probes.probe import Probe
-from headscope.scorer import Scorer, every_query, match_scorer, output_scorer, row_scorer
+from headscope.scorer import Scorer, every_query, output_scorer, qk_scorer, row_scorer
 from headscope.scorers.retrieval import answering
 from headscope.views.outputs import HeadOutputs
-from headscope.views.qk import Matches, Rotation
+from headscope.views.qk import QueryKeys, Rotation
 from headscope.views.rows import AttentionRows
 
 # A row that sums to more has lost nothing to a sink but rounding.
@@ -68,7 +68,7 @@ def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None)
         queries=answering,
         probe="needle",
         control="needle",
-        needs=("attention_write", "values", "matches", "causal"),
+        needs=("attention_write", "values", "query_keys", "causal"),
     )(function)
 
 
@@ -76,7 +76,7 @@ def _softmax_over(
     keys: Bool[Tensor, "batch query key"], outputs: HeadOutputs
 ) -> Float[Tensor, "batch head query key"]:
     """Attention over some keys alone; a learned sink keeps its logit."""
-    seen, whole = outputs.matches, outputs.rows.total
+    seen, whole = outputs.query_keys, outputs.rows.total
     near = seen.scores.masked_fill(~keys[:, None], -torch.inf)
     every = seen.scores.masked_fill(~seen.visible[:, None], -torch.inf).logsumexp(-1)
     sink = every - torch.logit(whole.clamp_max(1))
@@ -196,7 +196,7 @@ def long_need_predicted(
     if moments not in ("bulk", "local"):
         raise InputError(f"moments={moments!r} is unknown: 'bulk' or 'local'.")
 
-    def function(seen: Matches, probe: Probe) -> Float[Tensor, "batch head query"]:
+    def function(seen: QueryKeys, probe: Probe) -> Float[Tensor, "batch head query"]:
         rows = AttentionRows(seen.layer, seen.query_pos, seen.scores, seen.visible)
         kept = local_keys(rows, probe, sink, recent)
         near, bulk = seen.visible & kept, seen.visible & ~kept
@@ -212,7 +212,7 @@ def long_need_predicted(
         f"Share of queries said to need more than {sink} first and {recent} last tokens by the "
         f"mean and variance of their {'far' if moments == 'bulk' else 'local'} scores."
     )
-    return match_scorer(
+    return qk_scorer(
         name=name or f"long_need_{sink}_{recent}_{moments}{'_both' if both else ''}",
         unit="share",
         bounds=(0.0, 1.0),
@@ -262,14 +262,14 @@ default_predicted = long_need_predicted(name="long_need_predicted")
 default_predicted_local = long_need_predicted(moments="local", name="long_need_predicted_local")
 
 
-@match_scorer(
+@qk_scorer(
     unit="correlation",
     bounds=(-1.0, 1.0),
     source="Hong et al. 2024 (arXiv 2410.08703), positional heads, by contribution of dimensions",
     queries=answering,
     needs=("rotary", "causal"),
 )
-def rotary_slowness(seen: Matches, probe: Probe) -> Float[Tensor, "batch head query"]:
+def rotary_slowness(seen: QueryKeys, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Correlation, over rotary planes, of slowness and of what a plane adds to far scores.
 
     Plane p adds ``c_p(i, j) = q_a k_a + q_b k_b`` over its two coordinates, after rotation. Its
@@ -294,14 +294,14 @@ def rotary_slowness(seen: Matches, probe: Probe) -> Float[Tensor, "batch head qu
     return found.clamp(-1, 1)
 
 
-def turning(seen: Matches) -> Rotation:
+def turning(seen: QueryKeys) -> Rotation:
     """Rotary positions of the layer, which the engine hands over to scorers that need them."""
     if seen.rotation is None:
         raise InputError("the scorer must say needs=('rotary',) to be told of the rotation.")
     return seen.rotation
 
 
-def far_keys(seen: Matches) -> Bool[Tensor, "batch query key"]:
+def far_keys(seen: QueryKeys) -> Bool[Tensor, "batch query key"]:
     """Keys in the farther half of what each query sees."""
     keys = torch.arange(seen.visible.shape[-1], device=seen.visible.device)
     first = seen.visible.int().argmax(-1)
@@ -310,7 +310,7 @@ def far_keys(seen: Matches) -> Bool[Tensor, "batch query key"]:
 
 
 def plane_shares(
-    seen: Matches, keys: Bool[Tensor, "batch query key"]
+    seen: QueryKeys, keys: Bool[Tensor, "batch query key"]
 ) -> Float[Tensor, "batch head query plane"]:
     """Share of each rotary plane in the size of the scores with some keys; NaN without keys."""
     weights = keys[:, None].to(seen.key.dtype)

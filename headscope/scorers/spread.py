@@ -182,7 +182,7 @@ def head_diversity(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch he
     row M, in nats, from 0 (all heads attend alike) to the log of the number of heads (no other head
     looks where this one does), over every query but the first. Its mean over a layer's heads is
     their Jensen-Shannon divergence. Rows are divided by their sums, where a learned sink takes
-    part of them; a head that attends to nothing is no part of the mean.
+    part of them; a head that attends to nothing is left out of the mean.
 
     Weakness: it depends on the other heads: a copy of a head halves what both have.
     """

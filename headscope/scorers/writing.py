@@ -38,7 +38,7 @@ def head_output_norm(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch
 
 
 @output_scorer(
-    needs=("attention_write", "readout"),
+    needs=("attention_write", "unembedding"),
     unit="logits",
     source="Elhage et al. 2021, direct path; nostalgebraist 2020, logit lens, with frozen scale",
     queries=predicting_queries,
@@ -64,13 +64,13 @@ def direct_logit_attribution(
     soft cap of the logits, where there is one.
     """
     target = probe.targets[:, outputs.query_pos]
-    readout = outputs.readout
-    direction = readout.directions(target.clamp_min(0)) - readout.mean_direction
+    unembedding = outputs.unembedding
+    direction = unembedding.directions(target.clamp_min(0)) - unembedding.mean_direction
     return outputs.along(direction).masked_fill((target < 0)[:, None], torch.nan)
 
 
 @output_scorer(
-    needs=("attention_write", "readout"),
+    needs=("attention_write", "unembedding"),
     unit="logits",
     source="Wang et al. 2022 (arXiv 2211.00593), direct effect on the logit difference",
     queries=contrasting_queries,
@@ -90,13 +90,15 @@ def direct_logit_difference(
     """
     target = probe.targets[:, outputs.query_pos]
     foil = torch.full_like(target, -1) if probe.foils is None else probe.foils[:, outputs.query_pos]
-    readout = outputs.readout
-    direction = readout.directions(target.clamp_min(0)) - readout.directions(foil.clamp_min(0))
+    unembedding = outputs.unembedding
+    direction = unembedding.directions(target.clamp_min(0)) - unembedding.directions(
+        foil.clamp_min(0)
+    )
     return outputs.along(direction).masked_fill(((target < 0) | (foil < 0))[:, None], torch.nan)
 
 
 @output_scorer(
-    needs=("attention_write", "readout"),
+    needs=("attention_write", "unembedding"),
     unit="share",
     bounds=(0.0, 1.0),
     source="Olsson et al. 2022 (arXiv 2209.11895), behavioural copying score",
@@ -116,7 +118,9 @@ def copying(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head que
     not looked at. Only the logits of the example's own tokens are computed.
     """
     tokens, real = probe.tokens, probe.real
-    directions = outputs.readout.directions(tokens.where(real, 0)) - outputs.readout.mean_direction
+    directions = (
+        outputs.unembedding.directions(tokens.where(real, 0)) - outputs.unembedding.mean_direction
+    )
     by_head = torch.einsum("hem,bpm->bhep", outputs.W_O.float(), directions)
     up = torch.matmul(outputs.z.transpose(1, 2), by_head).relu_()
     pattern = outputs.rows.pattern
@@ -135,7 +139,7 @@ def _first_of_each(probe: Probe) -> Float[Tensor, "batch pos"]:
     return first.float()
 
 
-_NEEDS = ("attention_write", "readout", "values", "causal")
+_NEEDS = ("attention_write", "unembedding", "values", "causal")
 
 
 @output_scorer(
@@ -188,7 +192,7 @@ def _along_target(
     part: HeadOutputs, whole: HeadOutputs, probe: Probe
 ) -> Float[Tensor, "batch head query"]:
     target = probe.targets[:, part.query_pos]
-    direction = part.readout.directions(target.clamp_min(0)) - part.readout.mean_direction
+    direction = part.unembedding.directions(target.clamp_min(0)) - part.unembedding.mean_direction
     values = part.along(direction).masked_fill((target < 0)[:, None], torch.nan)
     return unless_hidden(values, whole.rows, probe.mark("needle"))
 

@@ -11,22 +11,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.ablation.engine import Batch
+from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.gradients import check_slope, total_metric, whole_batches
-from headscope.ablation.run import Study
+from headscope.ablation.run import Measurement
 from headscope.base.memory import chunk_bytes
 from headscope.base.options import RunOptions
 from headscope.base.progress import Advance
 from headscope.capture import chunks
-from headscope.edits import Site
+from headscope.edits import HeadSite
 from headscope.heads import ModelShape
 from headscope.metrics import AnyMetric
 from headscope.models.protocol import AttentionWrite, HeadModel
 from headscope.models.taps import Reads, TapView, at_final, at_layers
 from headscope.probes.probe import Probe
 from headscope.scorer import Scorer
-from headscope.views.outputs import HeadGradients, HeadOutputs, Readout
-from headscope.views.qk import Matches, Rotation
+from headscope.views.outputs import HeadGradients, HeadOutputs, Unembedding
+from headscope.views.qk import QueryKeys, Rotation
 from headscope.views.rows import AttentionRows
 
 # Copies of a chunk of rows that are alive at once: scores, probabilities, one derived view.
@@ -201,12 +201,12 @@ class Accumulator:
         return {}
 
     @cached_property
-    def _measured_readout(self) -> Readout:
-        return self.model.readout
+    def _measured_unembedding(self) -> Unembedding:
+        return self.model.unembedding
 
-    def _readout(self) -> Readout:
+    def _unembedding(self) -> Unembedding:
         """The final norm and unembedding of this pass, measured when first asked for."""
-        return self._measured_readout
+        return self._measured_unembedding
 
     @cached_property
     def _probes(self) -> dict[torch.device, Probe]:
@@ -219,7 +219,7 @@ class Accumulator:
             self._probes[device] = self.batch.to(device)
         rotation = self._rotations.get(view.layer)
         write = self._writes.get(view.layer)
-        layer = _Layer(self.model, view, self._probes[device], rotation, self._readout, write)
+        layer = _Layer(self.model, view, self._probes[device], rotation, self._unembedding, write)
         for positions in chunks(self.positions, self._row, self.budget):
             self._on_chunk(layer, positions)
         self.advance()
@@ -277,7 +277,7 @@ class Accumulator:
 
     def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
         """Divide what was held back by the final norm's scale."""
-        scale = self._readout().scale(residual)
+        scale = self._unembedding().scale(residual)
         for scorer, layer, values, positions in self._held:
             chosen = self.selected[scorer.name][:, positions].to(values.device)
             part = scale.to(values.device)[:, None, positions]
@@ -293,7 +293,7 @@ class _Layer:
     view: TapView
     probe: Probe
     rotation: Rotation | None
-    readout: Callable[[], Readout]
+    unembedding: Callable[[], Unembedding]
     write: AttentionWrite | None = None
 
     @property
@@ -363,22 +363,22 @@ class _Chunk:
             query_pos=self.positions.to(self.layer.device),
             z=z,
             W_O=self.layer.W_O,
-            readout=self.layer.readout(),
+            unembedding=self.layer.unembedding(),
             make_rows=lambda: self.rows,
             make_values=self.layer.view.values,
-            make_matches=lambda: self.matches,
+            make_query_keys=lambda: self.query_keys,
             write_scale=self.layer.write_scale(z),
         )
 
     @cached_property
-    def matches(self) -> Matches:
-        seen = self.layer.view.matches(self.positions)
+    def query_keys(self) -> QueryKeys:
+        seen = self.layer.view.query_keys(self.positions)
         return replace(seen, rotation=self.layer.rotation)
 
-    def seen(self, scorer: Scorer) -> AttentionRows | HeadOutputs | Matches:
+    def seen(self, scorer: Scorer) -> AttentionRows | HeadOutputs | QueryKeys:
         """What this scorer reads."""
         if scorer.reads == "qk":
-            return self.matches
+            return self.query_keys
         if scorer.reads == "outputs":
             return self.outputs
         if scorer.reads == "rows_no_sink":
@@ -419,7 +419,7 @@ class _Added:
     leaves: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
     seen: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
     layers: frozenset[int] = frozenset()
-    site: Site = "z"
+    site: HeadSite = "z"
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
         self.seen[layer] = value.detach()
@@ -450,13 +450,13 @@ def gradient_sums(
         InputError: if the metric has no gradient at the clean run.
     """
     check_slope(model, metric, None, 1)
-    study = Study.of(model, probe, metric, options.quiet)
+    measurement = Measurement.of(model, probe, metric, options.quiet)
     layers = model.shape.attention_layers
     read = metric.reads(probe).any(1)
     names = [scorer.name for scorer in scorers]
     heads = (model.shape.n_layers, model.shape.n_heads)
     whole = RunningSums(names, *heads, len(probe)).moved()
-    for chosen, batch in whole_batches(study):
+    for chosen, batch in whole_batches(measurement):
         part, counted = batch.probe.to("cpu"), read[chosen].cpu()
         sums = RunningSums(names, *heads, len(part))
         for seen in _by_layer(model, batch, layers):
@@ -472,7 +472,9 @@ def gradient_sums(
     return whole
 
 
-def _by_layer(model: HeadModel, batch: Batch, layers: Sequence[int]) -> Iterator[HeadGradients]:
+def _by_layer(
+    model: HeadModel, batch: RecordedBatch, layers: Sequence[int]
+) -> Iterator[HeadGradients]:
     """Outputs of every layer with their gradients, of one forward and one backward pass."""
     added = _Added(layers=frozenset(layers))
     with torch.enable_grad():

@@ -195,7 +195,7 @@ class _Group:
             scorer.queries(self.probe)
             if scorer.metric is not None:
                 scorer.metric.reads(self.probe)
-        answers = any("readout" in scorer.needs for scorer in self.scorers)
+        answers = any("unembedding" in scorer.needs for scorer in self.scorers)
         capture.check_fits(model, self.probe, answers=answers)
 
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from headscope.ablation.engine import Batch
-from headscope.ablation.run import Placer, facts_of, without_rounding
-from headscope.ablation.run import Study as Measurement
+from headscope.ablation.engine import RecordedBatch
+from headscope.ablation.run import Measurement, Placer, facts_of, without_rounding
 from headscope.base.options import RunOptions
 from headscope.edits import Variant
 from headscope.errors import InputError
@@ -121,7 +120,7 @@ class Bench:
         number = {heads: at for at, heads in enumerate(sets)}
         where = [number[heads] for heads in wanted]
 
-        def variants(chosen: slice, batch: Batch) -> list[Variant]:
+        def variants(chosen: slice, batch: RecordedBatch) -> list[Variant]:
             place = placer.place(chosen, batch)
             # Proved on heads of the study, not of the chunk: the same record in all its chunks.
             placer.prove(batch, place, study.heads)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from headscope.base.glance import Glance, Shown, number
 from headscope.base.result import Tabular
 from headscope.base.saved import Saved
-from headscope.base.sections import Drawn, Grid, Section, Words
+from headscope.base.sections import Drawn, Rows, Section, Words
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
@@ -166,8 +166,8 @@ class Comparison(Saved, Shown, Tabular):
             "Differences whose 95% interval excludes 0, the largest of each score's spread first"
         )
         return [
-            Section("Matched heads", [words, Grid((one, two, "closeness"), pairs, _ORDER)]),
-            Section("Differences", [Grid(names, rows, caption)]),
+            Section("Matched heads", [words, Rows((one, two, "closeness"), pairs, _ORDER)]),
+            Section("Differences", [Rows(names, rows, caption)]),
         ]
 
     def _in_spread(self, at: list[int]) -> float:
@@ -362,7 +362,7 @@ class Emergence(Saved, Shown, Tabular):
             )
             for at, name in enumerate(self.checkpoints)
         ]
-        blocks.append(Grid(columns, rows, "Each score of the head that is best at the end; losses"))
+        blocks.append(Rows(columns, rows, "Each score of the head that is best at the end; losses"))
         return [Section("Along training", blocks)]
 
 

@@ -16,7 +16,7 @@ from headscope.base.glance import Glance, Shown, number, shaded
 from headscope.base.parquet_files import read_parquet
 from headscope.base.result import Tabular
 from headscope.base.saved import Saved, Stored
-from headscope.base.sections import Drawn, Facts, Grid, Section, Words
+from headscope.base.sections import Drawn, Facts, Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design, mean_and_sem
 from headscope.errors import InputError, nearest
@@ -393,7 +393,7 @@ class EdgeGraph(Shown, Tabular):
                         "writes once corrupted."
                     ),
                     Drawn("edges", said),
-                    Grid(("edge", "score", "standard error"), rows, "The largest edges."),
+                    Rows(("edge", "score", "standard error"), rows, "The largest edges."),
                 ],
             )
         ]
@@ -692,7 +692,7 @@ class Circuit(Saved, Shown, Tabular):
                 [
                     Facts(facts),
                     Drawn("circuit", "Its edges, heads by layer, wide where much is carried."),
-                    Grid(("edge", "score"), rows, "Its edges, strongest first."),
+                    Rows(("edge", "score"), rows, "Its edges, strongest first."),
                 ],
             )
         ]
@@ -834,7 +834,7 @@ class Faithfulness(Saved, Shown, Tabular):
             ("area over log size", self.log_area, self.random_log_area),
         ]
         said = "Faithfulness of circuits of the best edges; in grey, of random ones."
-        table = Grid(("area", self.method, "random edges"), areas)
+        table = Rows(("area", self.method, "random edges"), areas)
         return [Section("Faithfulness", [Drawn("faithfulness", said), table])]
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -983,7 +983,7 @@ class MethodComparison(Saved, Shown, Tabular):
     def sections(self) -> list[Section]:
         """The same as a table."""
         said = "Rank correlations with exact patching on the same texts, with 95% intervals."
-        return [Section("Methods", [Words(said), Grid(self._names(), self._rows())])]
+        return [Section("Methods", [Words(said), Rows(self._names(), self._rows())])]
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per method."""

@@ -15,7 +15,7 @@ from headscope.base.files import whole_file
 from headscope.base.glance import Glance, Shown, number, readable, sizes
 from headscope.base.result import Tabular
 from headscope.base.saved import Saved, Stored, frozen
-from headscope.base.sections import Drawn, Grid, Section, Words
+from headscope.base.sections import Drawn, Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
@@ -556,8 +556,8 @@ class Routes(Saved, Shown, Tabular):
                     ),
                     Drawn("routes", "Edges on the way to the target; wide where much flows."),
                     Drawn("flow_by_head", "Importance that passes through each head."),
-                    Grid(("head", "flow"), strongest, caption="Heads that most passes through"),
-                    Grid(("token", "flow"), tokens, caption="Input tokens that most goes back to"),
+                    Rows(("head", "flow"), strongest, caption="Heads that most passes through"),
+                    Rows(("token", "flow"), tokens, caption="Input tokens that most goes back to"),
                 ],
             )
         ]

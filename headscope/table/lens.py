@@ -11,8 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from headscope.base.glance import Glance, Grid, Shown, number, readable, sizes
 from headscope.base.result import Tabular
 from headscope.base.saved import Saved, frozen
-from headscope.base.sections import Drawn, Section, Words
-from headscope.base.sections import Grid as Rows
+from headscope.base.sections import Drawn, Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.base.statistics import top_order
 from headscope.errors import HeadscopeError, InputError

@@ -9,8 +9,7 @@ import numpy as np
 
 from headscope.base.glance import Glance, Shown
 from headscope.base.saved import Stored
-from headscope.base.sections import Grid as Rows
-from headscope.base.sections import Section, Words
+from headscope.base.sections import Rows, Section, Words
 from headscope.base.statistics import rank_correlation, top_k_overlap
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex

@@ -57,7 +57,7 @@ def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckRepor
     model's own, watched or not. ``rows``: attention of every layer and head, whole and in chunks.
     ``head outputs``: ``z``. ``values``: their average by the rows is ``z``. ``zero ablation``: of
     single heads, in one pass and by :func:`headscope.ablate_heads`. ``write``: ``z @ W_O`` is what
-    a head adds to the residual stream. ``readout``: final norm and unembedding give the logits.
+    a head adds to the residual stream. ``unembedding``: final norm and unembedding give the logits.
     ``attribution``: the parts of a logit sum to it. ``OV circuit``, ``QK circuit``: products of
     weights do what attention does with single inputs. ``pruning``: the smaller model is the model
     with these heads at 0. ``padding left``, ``padding right``: change nothing. ``batch size``: nor
@@ -139,7 +139,8 @@ class _Subject:
 
     def __init__(self, model: HeadModel, module: Any, seed: int) -> None:
         self.model = model
-        self.inside: Any = model.module  # type: ignore[attr-defined]  # both kinds have one
+        wrapped: Any = model  # a module is no part of the protocol, and both kinds have one
+        self.inside: Any = wrapped.module
         # Without logits what is compared is what the body says, its last hidden states.
         headless = "logits" in model.limits
         self.module: Any = self.inside if module is None else module
@@ -421,17 +422,17 @@ def _equal(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 @torch.no_grad()
-def _readout(subject: _Subject) -> None:
+def _unembedding(subject: _Subject) -> None:
     """Final norm and unembedding of the last residual stream give the logits."""
-    if "readout" in subject.model.limits:
-        raise UnsupportedModelError(subject.model.limits["readout"])
+    if "unembedding" in subject.model.limits:
+        raise UnsupportedModelError(subject.model.limits["unembedding"])
     everything = _Everything(wants_final=True, wants_values=False)
     everything.run(subject.model, subject.tokens)
     ensure(everything.final is not None, "the last residual stream was never shown.")
     assert everything.final is not None  # noqa: S101  for the type checker
-    logits = subject.model.readout.logits(everything.final)
+    logits = subject.model.unembedding.logits(everything.final)
     own = subject.clean.logits
-    agree(logits[..., : own.shape[-1]], own.float(), subject.tolerance, "logits of the readout")
+    agree(logits[..., : own.shape[-1]], own.float(), subject.tolerance, "logits of the unembedding")
 
 
 def _attribution(subject: _Subject) -> None:
@@ -442,7 +443,7 @@ def _attribution(subject: _Subject) -> None:
     own = subject.clean.logits[0, -1, target].float().cpu()
     total = torch.tensor(sum(part.value for part in split))
     parts = torch.tensor([part.value for part in split]).abs().max().clamp_min(1.0)
-    whole = subject.model.readout.capped(total)
+    whole = subject.model.unembedding.capped(total)
     agree(whole / parts, own / parts, subject.tolerance, "a logit and the sum of its parts")
 
 
@@ -746,7 +747,7 @@ _CHECKS: tuple[tuple[str, Callable[[_Subject], None]], ...] = (
     ("values", _values),
     ("zero ablation", _zero_ablation),
     ("write", _write),
-    ("readout", _readout),
+    ("unembedding", _unembedding),
     ("attribution", _attribution),
     ("OV circuit", _ov),
     ("QK circuit", _qk),

@@ -22,8 +22,8 @@ from headscope.probes.probe import Probe
 from headscope.scorer import IOI, NEEDLE, REPEATED, DefaultProbe
 from headscope.scorers import Scorer
 from headscope.testing.report import CheckError, CheckReport, agree, ensure, run_checks
-from headscope.views.outputs import HeadGradients, HeadOutputs, Readout
-from headscope.views.qk import Matches, Rotation
+from headscope.views.outputs import HeadGradients, HeadOutputs, Unembedding
+from headscope.views.qk import QueryKeys, Rotation
 from headscope.views.rows import AttentionRows
 
 _HEADS, _KV_HEADS, _D_HEAD, _D_MODEL = 4, 2, 8, 24
@@ -105,14 +105,14 @@ class _Case:
 
     def seen(
         self, probe: Probe, query_pos: Tensor | None = None, heads: Tensor | None = None
-    ) -> AttentionRows | HeadOutputs | Matches | HeadGradients:
+    ) -> AttentionRows | HeadOutputs | QueryKeys | HeadGradients:
         """The layer in the form that the scorer reads."""
         at = torch.arange(probe.length) if query_pos is None else query_pos
         bidirectional = "bidirectional" in self.scorer.needs
         layer = _Layer.of(probe, self.drawn, MaskRule("bidirectional") if bidirectional else CAUSAL)
         layer = layer if heads is None else layer.permuted(heads)
         if self.scorer.reads == "qk":
-            return layer.matches(at)
+            return layer.query_keys(at)
         if self.scorer.reads == "outputs":
             return layer.outputs(at)
         if self.scorer.reads == "gradients":
@@ -134,7 +134,7 @@ class _Drawn:
     value: Float[Tensor, "d_vocab kv_head d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
     by_distance: Float[Tensor, "head distance"]
-    readout: Readout
+    unembedding: Unembedding
 
     @classmethod
     def of(cls, probe: Probe, seed: int) -> "_Drawn":
@@ -146,7 +146,7 @@ class _Drawn:
         def drawn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        readout = Readout(
+        unembedding = Unembedding(
             W_U=drawn(d_vocab, _D_MODEL),
             b_U=None,
             gain=drawn(_D_MODEL),
@@ -160,7 +160,7 @@ class _Drawn:
             value=drawn(d_vocab, _KV_HEADS, _D_HEAD),
             W_O=drawn(_HEADS, _D_HEAD, _D_MODEL),
             by_distance=3 * drawn(_HEADS, 512),
-            readout=readout,
+            unembedding=unembedding,
         )
 
 
@@ -178,7 +178,7 @@ class _Layer:
     value: Float[Tensor, "batch kv_head pos d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
     by_distance: Float[Tensor, "head distance"]
-    readout: Readout
+    unembedding: Unembedding
     mask: MaskRule = CAUSAL
 
     @classmethod
@@ -187,7 +187,7 @@ class _Layer:
         query, key, value = (
             part[probe.tokens].transpose(1, 2) for part in (drawn.query, drawn.key, drawn.value)
         )
-        return cls(probe, query, key, value, drawn.W_O, drawn.by_distance, drawn.readout, mask)
+        return cls(probe, query, key, value, drawn.W_O, drawn.by_distance, drawn.unembedding, mask)
 
     def permuted(self, heads: Tensor) -> "_Layer":
         """The same layer with its query heads in another order (key/value heads repeated)."""
@@ -233,17 +233,17 @@ class _Layer:
             query_pos=at,
             z=z,
             W_O=self.W_O,
-            readout=self.readout,
+            unembedding=self.unembedding,
             make_rows=lambda: rows,
             make_values=lambda: self.value,
-            make_matches=lambda: self.matches(at),
+            make_query_keys=lambda: self.query_keys(at),
         )
 
     def gradients(self, at: Tensor) -> HeadGradients:
         """The outputs with a made-up gradient, which depends on the token and the head."""
         return HeadGradients(0, at, self.outputs(at).z, self.query[:, :, at].transpose(1, 2))
 
-    def matches(self, at: Tensor) -> Matches:
+    def query_keys(self, at: Tensor) -> QueryKeys:
         """Queries and keys themselves; without the part that depends on the distance."""
         visible = self._visible(at)
         half = _D_HEAD // 2
@@ -252,7 +252,7 @@ class _Layer:
             second=tuple(range(half, _D_HEAD)),
             frequency=torch.logspace(0, -3, half),
         )
-        return Matches(
+        return QueryKeys(
             layer=0,
             query_pos=at,
             query=self.query[:, :, at],
@@ -345,7 +345,7 @@ def _pure(case: _Case) -> None:
 def _materialised(seen: Any) -> None:
     """Let an output compute what it computes once, so that a second look finds the same."""
     if isinstance(seen, HeadOutputs):
-        _ = seen.rows, seen.values, seen.matches
+        _ = seen.rows, seen.values, seen.query_keys
 
 
 def _named(seen: Any) -> list[tuple[str, Tensor]]:
@@ -356,7 +356,7 @@ def _named(seen: Any) -> list[tuple[str, Tensor]]:
             found.append((name, value))
         elif isinstance(value, Tensor):
             found.append((name, value.int()))
-        elif isinstance(value, AttentionRows | Matches | Readout):
+        elif isinstance(value, AttentionRows | QueryKeys | Unembedding):
             found += [(f"{name}.{part}", tensor) for part, tensor in _named(value)]
         elif name in ("marks", "facts"):
             found += [(f"{name}[{key!r}]", tensor.float()) for key, tensor in value.items()]
@@ -366,7 +366,13 @@ def _named(seen: Any) -> list[tuple[str, Tensor]]:
 # What inputs compute once, when it is first asked for.
 _DERIVED = (
     *("total", "entropy", "scores", "first", "last", "position_in_text", "previous_occurrence"),
-    *("mean_direction", "rows.total", "rows.entropy", "matches.scores", "readout.mean_direction"),
+    *(
+        "mean_direction",
+        "rows.total",
+        "rows.entropy",
+        "matches.scores",
+        "unembedding.mean_direction",
+    ),
 )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
-from headscope.views.qk import Matches
+from headscope.views.qk import Norm, QueryKeys
 from headscope.views.rows import AttentionRows
 
 
@@ -35,7 +35,7 @@ class HeadWeights:
 
 
 @dataclass(frozen=True, eq=False)
-class Readout:
+class Unembedding:
     """How the model turns its last residual stream into logits.
 
     ``logits = logit_scale * (((x - mean(x)) / scale(x) * gain + bias) @ W_U + b_U)``, with no
@@ -56,18 +56,18 @@ class Readout:
     logit_scale: float = 1.0
     soft_cap: float | None = None
 
+    @property
+    def norm(self) -> Norm:
+        """The final norm."""
+        return Norm(self.gain, self.bias, self.centred, self.epsilon)
+
     def scale(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any"]:
         """Denominator of the final norm: standard deviation or root mean square, per position."""
-        x = residual.float()
-        if self.centred:
-            x = x - x.mean(-1, keepdim=True)
-        return (x.square().mean(-1) + self.epsilon).sqrt()
+        return self.norm.scale(residual)
 
     def normed(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
         """What the unembedding reads of a residual stream, in fp32."""
-        x = residual.float()
-        x = x - x.mean(-1, keepdim=True) if self.centred else x
-        return x / self.scale(residual).unsqueeze(-1) * self.gain.float() + self.bias.float()
+        return self.norm(residual)
 
     def uncapped(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
         """Logits of a residual stream before the soft cap."""
@@ -111,7 +111,7 @@ class Readout:
 def _nothing() -> Any:
     raise UnsupportedModelError(
         "these HeadOutputs were made without access to the layer's values, queries and keys: use "
-        "hs.score, or give make_values= and make_matches=."
+        "hs.score, or give make_values= and make_query_keys=."
     )
 
 
@@ -125,8 +125,8 @@ class HeadOutputs:
         z: attention-weighted values in fp32, before the output projection.
         W_O: output projection per head, so that head ``h`` writes ``z[..., h, :] @ W_O[h]``, over
             ``write_scale`` where there is one.
-        readout: how the model reads its last residual stream.
-        make_rows, make_values, make_matches: give attention rows, values, queries and keys to a
+        unembedding: how the model reads its last residual stream.
+        make_rows, make_values, make_query_keys: give attention rows, values, queries and keys to a
             scorer that asks.
         write_scale: denominator of a norm that follows attention, in this run, held fixed; that
             norm's gain and centring are in ``W_O``. None where no norm follows attention.
@@ -136,10 +136,10 @@ class HeadOutputs:
     query_pos: Int[Tensor, " query"]
     z: Float[Tensor, "batch query head d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
-    readout: Readout
+    unembedding: Unembedding
     make_rows: Callable[[], AttentionRows]
     make_values: Callable[[], Float[Tensor, "batch kv_head key d_head"]] = _nothing
-    make_matches: Callable[[], Matches] = _nothing
+    make_query_keys: Callable[[], QueryKeys] = _nothing
     write_scale: Float[Tensor, "batch query"] | None = None
 
     @cached_property
@@ -148,9 +148,9 @@ class HeadOutputs:
         return self.make_values()
 
     @cached_property
-    def matches(self) -> Matches:
+    def query_keys(self) -> QueryKeys:
         """Queries and keys of the same queries; only if a scorer asks."""
-        return self.make_matches()
+        return self.make_query_keys()
 
     @cached_property
     def rows(self) -> AttentionRows:

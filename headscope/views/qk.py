@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class InputNorm:
-    """Norm before attention: ``(x - mean(x)) / scale(x) * gain + bias``.
+class Norm:
+    """A norm of the residual stream: ``(x - mean(x)) / scale(x) * gain + bias``.
 
     There is no subtraction of the mean where ``centred`` is False (RMSNorm), and no division
     where ``divides`` is False (attention reads the residual stream as it is).
@@ -38,7 +38,7 @@ class InputNorm:
         return (x.square().mean(-1) + self.epsilon).sqrt()
 
     def __call__(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        """What attention reads of a residual stream."""
+        """What is read of a residual stream behind the norm, in fp32."""
         x = residual.float()
         scale = self.scale(residual).unsqueeze(-1)
         x = x - x.mean(-1, keepdim=True) if self.centred else x
@@ -163,7 +163,7 @@ class QueryKey:
 
 
 @dataclass(frozen=True, eq=False)
-class Matches:
+class QueryKeys:
     """Queries at some positions and all keys that any of them sees. Never written to.
 
     Attributes:

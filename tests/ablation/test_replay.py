@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from headscope import edits
-from headscope.ablation.sources import ForwardSource, plan_for
+from headscope.ablation.sources import ForwardSource, engine_for
 from headscope.edits import Variant
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.replay import Replay, record
@@ -66,16 +66,16 @@ def test_equals_whole_passes(family: str, padding: str) -> None:
 @pytest.mark.parametrize("family", families.HF_FAMILIES)
 def test_every_family_of_the_fast_path_is_replayed(family: str) -> None:
     probe = probe_of()
-    plan = plan_for(model_of(family), probe.tokens, probe.real)
-    assert plan.replays
-    assert plan.prefix
-    assert plan.noop_error < 1e-5
+    engine = engine_for(model_of(family), probe.tokens, probe.real)
+    assert engine.replays
+    assert engine.prefix
+    assert engine.noop_error < 1e-5
 
 
 def test_the_bridge_path_runs_whole_passes() -> None:
     probe = probe_of()
-    plan = plan_for(model_of("bloom"), probe.tokens, probe.real)
-    assert not plan.replays
+    engine = engine_for(model_of("bloom"), probe.tokens, probe.real)
+    assert not engine.replays
 
 
 def test_blocks_that_do_not_run_alone_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +100,9 @@ def test_blocks_that_do_not_run_alone_fall_back(monkeypatch: pytest.MonkeyPatch)
     model.layout.blocks[0].register_forward_hook(leave)
     model.layout.blocks[1].__class__ = Stateful
     assert torch.equal(model.forward(probe.tokens), expected)
-    plan = plan_for(model, probe.tokens, probe.real)
-    assert not plan.replays
-    source = plan.source(model, probe.tokens, probe.real, probe.mark("end"))
+    engine = engine_for(model, probe.tokens, probe.real)
+    assert not engine.replays
+    source = engine.source(model, probe.tokens, probe.real, probe.mark("end"))
     variant = (edits.zero("L1H1"),)
     rows = source.logits(source.rows([variant, variant]))
     last = model.forward(probe.tokens, edits=variant)[probe.mark("end")]
@@ -141,7 +141,7 @@ def test_prefixes_are_reused_with_and_without_padding(family: str, kind: str) ->
     """A mask that is cut like a value of each position would silently cost all of the reuse."""
     model = load(families.build(family))
     real = families.padding(kind)
-    plan = plan_for(model, families.tokens(), torch.ones_like(families.tokens()).bool()
+    engine = engine_for(model, families.tokens(), torch.ones_like(families.tokens()).bool()
                     if real is None else real)  # fmt: skip
-    assert plan.replays
-    assert plan.prefix
+    assert engine.replays
+    assert engine.prefix

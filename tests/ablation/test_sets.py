@@ -45,7 +45,7 @@ def test_interactions() -> None:
 
 @pytest.mark.parametrize("site", ["z", "query", "key", "value", "pattern"])
 @pytest.mark.parametrize("family", ["llama", "cohere2"])
-def test_patching_each_site(family: str, site: edits.Site) -> None:
+def test_patching_each_site(family: str, site: edits.HeadSite) -> None:
     model, probe = model_of(family), probe_of()
     assert probe.corrupt is not None
     found = hs.patch_activations(model, probe, difference, site=site)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import headscope as hs
-from headscope.ablation.engine import Batch
-from headscope.ablation.run import Placer, Study
+from headscope.ablation.engine import RecordedBatch
+from headscope.ablation.run import Measurement, Placer
 from headscope.base.options import RunOptions
 from headscope.edits import Variant
 from headscope.metrics import as_metric
@@ -24,15 +24,15 @@ def biggest(logits: torch.Tensor, probe: hs.Probe) -> torch.Tensor:
 END, LATE = hs.metrics.logit_difference, hs.metrics.kl_divergence.at("late")
 
 
-def measured(study: Study) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    placer, heads = Placer(study, "zero"), study.model.shape.heads
+def measured(measurement: Measurement) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    placer, heads = Placer(measurement, "zero"), measurement.model.shape.heads
 
-    def variants(chosen: slice, batch: Batch) -> list[Variant]:
+    def variants(chosen: slice, batch: RecordedBatch) -> list[Variant]:
         place = placer.place(chosen, batch)
         placer.prove(batch, place, heads)
         return [(), *((place([head]),) for head in heads)]
 
-    edited, clean = study.measure_all(variants, len(heads) + 1, "test")
+    edited, clean = measurement.measure_all(variants, len(heads) + 1, "test")
     return edited, clean, placer.checks
 
 
@@ -47,15 +47,15 @@ def measured(study: Study) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
 )
 def test_together_as_alone_and_as_whole_passes(family: str, metrics: tuple[Any, ...]) -> None:
     model, probe = model_of(family), probe_of("left")
-    study = Study.of(model, probe, metrics[0], RunOptions(3), others=metrics[1:])
-    together, clean, checks = measured(study)
+    measurement = Measurement.of(model, probe, metrics[0], RunOptions(3), others=metrics[1:])
+    together, clean, checks = measured(measurement)
     assert together.shape == (len(metrics), 1 + len(model.shape.heads), len(probe))
     where = 1 + model.shape.heads.index(hs.HeadIndex(1, 0))
     with torch.no_grad():
         logits = model.forward(probe.tokens, real=probe.real)
         zeroed = model.forward(probe.tokens, real=probe.real, edits=(hs.edits.zero("L1H0"),))
     for number, metric in enumerate(metrics):
-        alone, unedited, known = measured(Study.of(model, probe, metric, RunOptions(3)))
+        alone, unedited, known = measured(Measurement.of(model, probe, metric, RunOptions(3)))
         np.testing.assert_allclose(together[number], alone[0], atol=1e-6, rtol=1e-6)
         np.testing.assert_allclose(clean[number], unedited[0], atol=1e-6, rtol=1e-6)
         assert known.keys() == checks.keys()
@@ -67,15 +67,15 @@ def test_together_as_alone_and_as_whole_passes(family: str, metrics: tuple[Any, 
 def test_each_variant_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, probe = model_of("gpt2"), probe_of()
     run: list[int] = []
-    stacks = Batch._stacks
+    stacks = RecordedBatch._stacks
 
-    def counting(self: Batch, variants: list[Variant]) -> Any:
+    def counting(self: RecordedBatch, variants: list[Variant]) -> Any:
         run.append(len(variants))
         return stacks(self, variants)
 
-    monkeypatch.setattr(Batch, "_stacks", counting)
-    study = Study.of(model, probe, END, others=(LATE, hs.metrics.loss))
-    study.measure_all(lambda *_: [()] * 5, 5, "test")
+    monkeypatch.setattr(RecordedBatch, "_stacks", counting)
+    measurement = Measurement.of(model, probe, END, others=(LATE, hs.metrics.loss))
+    measurement.measure_all(lambda *_: [()] * 5, 5, "test")
     assert run == [5]
 
 
@@ -90,8 +90,10 @@ def test_examples_without_answers_are_nan_in_every_batch() -> None:
     expected = whole_pass(model, probe, [hs.edits.zero("L1H0")], END)
     assert np.isnan(expected).tolist() == [True, True, False, False]
     for size in (1, 2, 4):
-        study = Study.of(model, probe, END, RunOptions(size), others=(hs.metrics.kl_divergence,))
-        (edited, divergence), _ = study.measure_all(
+        measurement = Measurement.of(
+            model, probe, END, RunOptions(size), others=(hs.metrics.kl_divergence,)
+        )
+        (edited, divergence), _ = measurement.measure_all(
             lambda *_: [(hs.edits.zero("L1H0"),)], 1, "test"
         )
         np.testing.assert_allclose(edited[0], expected, atol=1e-5)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from headscope.heads import ModelShape
 from headscope.models.protocol import HeadModel
-from headscope.views.outputs import HeadWeights, Readout
-from headscope.views.qk import InputNorm, QueryKey, Rotation
+from headscope.views.outputs import HeadWeights, Unembedding
+from headscope.views.qk import Norm, QueryKey, Rotation
 
 _MADE: dict[str, HeadModel] = {}
 
@@ -69,7 +69,7 @@ class HandWired(HeadModel):
         "V": [[_token, _token], [_token, _nothing]],
         "O": [[_before, -_token], [_token, _nothing]],
     }
-    readout = Readout(
+    unembedding = Unembedding(
         W_U=torch.eye(6, 18),
         b_U=None,
         gain=torch.ones(18),
@@ -79,9 +79,7 @@ class HandWired(HeadModel):
     )
     parts = SimpleNamespace(
         embedding=torch.eye(6, 18),
-        input_norm=lambda layer: InputNorm(
-            torch.ones(18), torch.zeros(18), False, 0.0, divides=False
-        ),
+        input_norm=lambda layer: Norm(torch.ones(18), torch.zeros(18), False, 0.0, divides=False),
         rotation=lambda layer: Rotation((), (), torch.zeros(0)),
         query_key=lambda layer: QueryKey(Rotation((), (), torch.zeros(0))),
         need_values=lambda layer: None,

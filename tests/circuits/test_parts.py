@@ -21,7 +21,7 @@ from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.hf.model import HFModel
 from headscope.models.rotary import POSITIONS, find_rotation
-from headscope.views.qk import InputNorm, Rotation
+from headscope.views.qk import Norm, Rotation
 
 ModelOf = Callable[[str], HFModel]
 
@@ -71,7 +71,7 @@ def test_turning_meets_keys_at_a_distance() -> None:
 
 @pytest.mark.parametrize("centred", [True, False])
 def test_folded_weights_read_the_unnormalised_stream(centred: bool) -> None:
-    norm = InputNorm(torch.rand(8) + 0.5, torch.randn(8), centred, 1e-5)
+    norm = Norm(torch.rand(8) + 0.5, torch.randn(8), centred, 1e-5)
     x, weight = torch.randn(3, 8) + 1, torch.randn(8, 4)
     expected = norm(x) @ weight
     found = x / norm.scale(x)[:, None] @ norm.folded(weight) + norm.bias @ weight

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headscope import circuits
 from headscope.circuits import vocabulary
-from headscope.circuits.maps import Relation, of_words
+from headscope.circuits.maps import TokenRelation, of_words
 from headscope.errors import InputError
 from headscope.models.hf.measured import MeasuredParts
 from headscope.models.hf.model import HFModel
@@ -132,7 +132,7 @@ def test_blocks_of_the_vocabulary_change_nothing(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def slow_maps(model: HFModel, relation: Relation, k: int, sign: int) -> np.ndarray:
+def slow_maps(model: HFModel, relation: TokenRelation, k: int, sign: int) -> np.ndarray:
     weights = [model.weights(layer) for layer in range(3)]
     raw = model.parts.embedding.float()
     values = np.zeros((3, 4))
@@ -142,7 +142,7 @@ def slow_maps(model: HFModel, relation: Relation, k: int, sign: int) -> np.ndarr
             W = weights[layer].W_V[head // model.shape.group_size] @ weights[layer].W_O[head]
             hits = []
             for s, t in zip(relation.source, relation.target, strict=True):
-                logits = sign * (table[s] @ W @ model.readout.W_U.T)
+                logits = sign * (table[s] @ W @ model.unembedding.W_U.T)
                 hits.append(int(t) in logits.argsort(descending=True, stable=True)[:k])
             values[layer, head] = np.mean(hits)
     return values
@@ -151,7 +151,7 @@ def slow_maps(model: HFModel, relation: Relation, k: int, sign: int) -> np.ndarr
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_maps_equal_a_slow_loop(family: str, family_model: ModelOf) -> None:
     model = family_model(family)
-    pairs = Relation("shift", torch.arange(3, 60), torch.arange(4, 61), 57)
+    pairs = TokenRelation("shift", torch.arange(3, 60), torch.arange(4, 61), 57)
     table = circuits.relation_scores(model, {"shift": pairs}, k=25)
     np.testing.assert_allclose(table["maps_shift"].mean, slow_maps(model, pairs, 25, 1))
     suppressed = table["maps_shift_suppressed"].mean
@@ -231,7 +231,7 @@ def test_a_dictionary_measures_the_model_once_for_all_blocks(
     family_model: ModelOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = family_model("llama")
-    asked = {"readout": 0, "embedding": 0}
+    asked = {"unembedding": 0, "embedding": 0}
 
     def counted(kind: type, name: str) -> None:
         own = getattr(kind, name)
@@ -242,13 +242,13 @@ def test_a_dictionary_measures_the_model_once_for_all_blocks(
 
         monkeypatch.setattr(kind, name, property(get))
 
-    counted(type(model), "readout")
+    counted(type(model), "unembedding")
     counted(MeasuredParts, "embedding")
     monkeypatch.setattr(vocabulary, "_BLOCK_ENTRIES", 32 * 10)  # ten blocks
     words = circuits.Dictionary(model)
     blocks = list(words.blocks())
     assert len(blocks) == 10
     gram = words.gram("output_input", 1)
-    assert asked == {"readout": 1, "embedding": 1}
+    assert asked == {"unembedding": 1, "embedding": 1}
     whole = circuits.Dictionary(model).outputs(slice(None)).T @ model.parts.embedding
     torch.testing.assert_close(gram, whole.detach(), rtol=1e-4, atol=1e-3)

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import headscope as hs
 from headscope.edges import Edge, EdgeGraph, Wiring
 from headscope.edges.faithfulness import circuit_value
-from headscope.edges.written import Study
+from headscope.edges.written import EdgeMeasurement
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.metrics import logit_difference
 from headscope.models.protocol import HeadModel
@@ -89,7 +89,7 @@ def test_a_circuit_is_the_model_written_out(family: str, padding: str) -> None:
     model, probe = model_of(family), pair(padding)
     plain = Plain(model.module, probe.tokens, probe.real)
     corrupt = _corrupt(plain, probe, {}, "patch")
-    study = Study.of(model, probe, logit_difference, "patch")
+    study = EdgeMeasurement.of(model, probe, logit_difference, "patch")
     batch = next(study.batches())
     for seed, share in enumerate((0.3, 0.7, 0.95)):
         kept = np.random.default_rng(seed).random(len(study.wiring)) < share
@@ -112,7 +112,7 @@ def _corrupt(plain: Plain, probe: Probe, clean: dict, ablation: str) -> dict:
 def test_one_edge_out_by_circuit_and_by_exact(family: str) -> None:
     model, probe = model_of(family), pair()
     graph = hs.edges.attribute(model, probe, logit_difference, "exact")
-    study = Study.of(model, probe, logit_difference)
+    study = EdgeMeasurement.of(model, probe, logit_difference)
     batch = next(study.batches())
     for at in np.random.default_rng(1).choice(len(graph.edges), 6, replace=False).tolist():
         kept = np.ones(len(graph.edges), bool)

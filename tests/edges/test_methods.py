@@ -17,7 +17,7 @@ from headscope.edges.rules import (
     _identity,
     _SoftGradient,
 )
-from headscope.edges.written import Study, run_apart
+from headscope.edges.written import EdgeMeasurement, run_apart
 from headscope.errors import InputError
 from headscope.metrics import answer_log_prob, logit_difference
 from headscope.models.protocol import HeadModel
@@ -66,7 +66,7 @@ def test_relevance_is_conserved() -> None:
         for layer in module.model.layers:
             layer.self_attn.q_proj.weight.zero_()
     model, probe = hs.load(module), pair()
-    study = Study.of(model, probe, logit_difference, "zero")
+    study = EdgeMeasurement.of(model, probe, logit_difference, "zero")
     clean = next(study.batches()).clean_value()
     for method, conserves in (("relp", True), ("eap", False)):
         graph = hs.edges.attribute(model, probe, logit_difference, method, ablation="zero")
@@ -79,7 +79,7 @@ def test_relevance_is_conserved() -> None:
 @pytest.mark.parametrize("rules", [RelevanceRules, InteractionRules])
 def test_rules_change_no_value(family: str, rules: type) -> None:
     model, probe = hs.load(fresh(family)), pair("right")
-    study = Study.of(model, probe, logit_difference)
+    study = EdgeMeasurement.of(model, probe, logit_difference)
     texts = next(study.batches()).texts
     with torch.enable_grad():
         plain = run_apart(model, texts, grad=True)
@@ -142,7 +142,7 @@ def test_exact_scores_are_compared_with_themselves() -> None:
 
 
 def test_in_a_linear_net_a_head_is_the_sum_of_its_edges() -> None:
-    heads = heads_out(Study.of(linear(), pair(), logit_difference))
+    heads = heads_out(EdgeMeasurement.of(linear(), pair(), logit_difference))
     sums = _by_head(exact().wiring, exact().per_example.astype(float))
     # a sum of some twenty effects, each a difference of fp32 logits
     np.testing.assert_allclose(heads.reshape(sums.shape), sums, atol=1e-4)

@@ -270,16 +270,16 @@ def test_a6_the_lens_ends_at_the_models_own_logits(name: str, changes: dict[str,
 def test_a6_a_scale_that_no_config_names_is_measured() -> None:
     module = llama()
     module.lm_head.register_forward_hook(lambda _m, _a, output: 7 * (output * 0.3 / 7).tanh())
-    readout = hs.load(module).readout
-    assert readout.logit_scale == pytest.approx(0.3)
-    assert readout.soft_cap == pytest.approx(7)
+    unembedding = hs.load(module).unembedding
+    assert unembedding.logit_scale == pytest.approx(0.3)
+    assert unembedding.soft_cap == pytest.approx(7)
 
 
-def test_a6_logits_that_are_more_than_scaled_have_no_readout() -> None:
+def test_a6_logits_that_are_more_than_scaled_have_no_unembedding() -> None:
     module = llama()
     module.lm_head.register_forward_hook(lambda _m, _a, output: output.abs())
     model = hs.load(module)
-    assert "readout" in model.limits
+    assert "unembedding" in model.limits
     with pytest.raises(hs.HeadscopeError, match="soft cap"):
         hs.lens.logit_lens(model, TOKENS[0])
 
@@ -400,7 +400,7 @@ def products_in_the_run(model: Any, length: int) -> Any:
 
         def on_layer(self, view: Any) -> None:
             if view.layer == 1:
-                kept["matches"] = view.matches(torch.arange(length))
+                kept["query_keys"] = view.query_keys(torch.arange(length))
 
         def on_final(self, _residual: Tensor) -> None: ...
 
@@ -412,7 +412,7 @@ def products_in_the_run(model: Any, length: int) -> Any:
     with torch.no_grad():
         watch(model, tokens, Look())
     handle.remove()
-    i, matches, x = length - 1, kept["matches"], kept["read"]
+    i, matches, x = length - 1, kept["query_keys"], kept["read"]
 
     def product(matrix: Tensor | None) -> float:
         if matrix is not None:

@@ -169,7 +169,7 @@ def test_other_quirks_are_exact(quirk: Quirk) -> None:
     model = hs.load(module)
     assert set(quirk.limits) <= set(model.limits)
     if quirk.answer == "exact":
-        assert set(model.limits) <= {"matches", "linear_write", "rotary"}
+        assert set(model.limits) <= {"query_keys", "linear_write", "rotary"}
     patterns: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
 

@@ -18,7 +18,7 @@ from transformers import Olmo2Config, Olmo2ForCausalLM
 
 import headscope as hs
 from headscope import circuits
-from headscope.ablation.engine import Batch
+from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.run import KeptEffects
 from headscope.circuits.measures import Ranks
 from headscope.circuits.vocabulary import Dictionary
@@ -413,16 +413,16 @@ def made(family: str) -> HeadModel:
 
 def test_e21_distance_of_hidden_states_is_the_divergence_to_second_order() -> None:
     torch.manual_seed(0)
-    readout, last = random_model("llama").readout, torch.randn(1, 32)
-    metric = logit_metric(readout, last).double()
+    unembedding, last = random_model("llama").unembedding, torch.randn(1, 32)
+    metric = logit_metric(unembedding, last).double()
     seen = last + 0.02 * torch.randn(1, 32)
     exact = divergence(
-        logits_of(readout, last).double().log_softmax(1), logits_of(readout, seen).double()
+        logits_of(unembedding, last).double().log_softmax(1), logits_of(unembedding, seen).double()
     )
-    gap = (readout.normed(seen) - readout.normed(last)).double()
+    gap = (unembedding.normed(seen) - unembedding.normed(last)).double()
     assert float(exact) > 1e-5
     assert float(((gap @ metric) * gap).sum() / 2) == pytest.approx(float(exact), rel=0.1)
-    found = distance(readout, metric.float(), seen, last)
+    found = distance(unembedding, metric.float(), seen, last)
     assert float(found) == pytest.approx(float(exact), rel=0.1)
 
 
@@ -508,17 +508,17 @@ def test_e17_an_interrupt_keeps_finished_heads_for_other_heads_and_for_screening
     tiny: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, probe = tmp_path / "effects", hs.probes.repeated_tokens(tiny, length=20, batch=4)
-    expected, rows = hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero"), Batch._reduced
+    expected, rows = hs.ablate_heads(tiny, probe, hs.metrics.loss, "zero"), RecordedBatch._reduced
     reduced: list[int] = []
 
-    def interrupted(self: Batch, parts: Any) -> Tensor:
+    def interrupted(self: RecordedBatch, parts: Any) -> Tensor:
         reduced.append(len(parts))
         if len(reduced) == 8:  # the clean run, the proof's four, two heads
             raise KeyboardInterrupt
         return rows(self, parts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "_reduced", interrupted)
+        patch.setattr(RecordedBatch, "_reduced", interrupted)
         patch.setattr("headscope.ablation.engine._ROWS", 1)
         with pytest.raises(KeyboardInterrupt):
             hs.ablate_heads(

@@ -912,7 +912,7 @@ def test_b12_running_out_of_memory_is_no_verdict(
 
 
 def test_b12_plans_die_with_their_model_and_know_padding() -> None:
-    from headscope.ablation.sources import _PLANS
+    from headscope.ablation.sources import _ENGINES
 
     model = hs.load(llama())
     ablated(model)
@@ -920,7 +920,7 @@ def test_b12_plans_die_with_their_model_and_know_padding() -> None:
     real[0, :3] = False
     padded = hs.probes.from_tokens(X, real)
     hs.ablate_heads(model, padded, LOSS, "zero", heads=["L0H0"], progress=False)
-    assert {key[0] for key in _PLANS[model]} == {False, True}
+    assert {key[0] for key in _ENGINES[model]} == {False, True}
     gone = ref(model)
     del model
     gc.collect()

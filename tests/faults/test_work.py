@@ -43,7 +43,7 @@ from headscope.cli.output import portable
 from headscope.edits.head_edit import HeadEdit
 from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, WriteError
 from headscope.probes.config import ProbeConfig
-from headscope.report import Run, report_page
+from headscope.report import RunPart, report_page
 from headscope.report.folder import RunFolder
 from headscope.sweeps import SweepConfig, read_config, run_sweep
 from headscope.sweeps.cluster import check_address, check_temporary
@@ -290,7 +290,7 @@ READ_ONLY = {
     "png": lambda file: plots.save(plots.heatmap(scores()), file),
     "pdf": lambda file: plots.save(plots.heatmap(scores()), file),
     "parquet": lambda file: model_table().save(file),
-    "htm": lambda file: whole_page(file, report_page([Run("a", "scan", model_table())])),
+    "htm": lambda file: whole_page(file, report_page([RunPart("a", "scan", model_table())])),
 }
 
 

@@ -215,11 +215,11 @@ def test_a_logit_is_split_over_tokens_as_the_slow_way_does(family: str) -> None:
     assert found.constant == pytest.approx(split.constant, abs=1e-4 * size)
     # Below the first layer tokens are themselves; above it they are mixed as ALTI has them.
     probe = hs.probes.from_tokens(tokens[None])
-    readout = model.readout
+    unembedding = model.unembedding
     layers = slow.layers_of(model, probe)
     last = layers[-1]
-    scale = readout.scale((last.entering + last.attention + last.mlp)[0, -1])
-    direction = readout.directions(torch.tensor([5, 9])).diff(dim=0)[0] / -scale
+    scale = unembedding.scale((last.entering + last.attention + last.mlp)[0, -1])
+    direction = unembedding.directions(torch.tensor([5, 9])).diff(dim=0)[0] / -scale
     values = torch.zeros(8)
     values[-1] = layers[0].entering[0, -1] @ direction
     state = torch.eye(8)

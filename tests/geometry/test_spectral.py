@@ -83,7 +83,7 @@ def test_denoising_takes_a_planes_part_out_of_the_scores() -> None:
 
     def read(view: object) -> None:
         assert isinstance(view, hs.models.taps.TapView)
-        seen[view.layer] = view.matches(torch.arange(probe.length))
+        seen[view.layer] = view.query_keys(torch.arange(probe.length))
 
     taps = {("pattern", layer): read for layer in range(2)}
     model.run(probe, reads=taps)

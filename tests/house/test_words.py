@@ -22,6 +22,16 @@ PHRASES = {
     r"\bknows of\b": "'knows'",
     r"\bthe way out\b": "'what to do'",
 }
+# Words that were left for the field's own, with these.
+LEFT = {
+    "Matches": "QueryKeys",
+    "match_scorer": "qk_scorer",
+    "InputNorm": "Norm",
+    "Readout": "Unembedding",
+    "readout": "unembedding",
+}
+# The same thing on both ways into a model, and edges of a circuit found and a circuit known.
+SHARED = {"AttentionTaps", "Edge", "Look", "Scope"}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if not path.as_posix().endswith(TEXTS)]
 
 
@@ -54,3 +64,29 @@ def test_a_planted_phrase_is_found(text: str) -> None:
 @pytest.mark.parametrize("text", ["there is no head L9H9", "it is no longer there", "known of old"])
 def test_good_words_pass(text: str) -> None:
     assert not any(re.search(phrase, text, re.IGNORECASE) for phrase in PHRASES)
+
+
+def classes(path: Path) -> list[str]:
+    """Names of the public classes of a source."""
+    tree = ast.parse(path.read_text("utf-8"))
+    found = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return [name for name in found if not name.startswith("_")]
+
+
+def test_a_name_is_of_one_class() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in classes(path):
+            homes.setdefault(name, []).append(str(path.relative_to(PACKAGE)))
+    several = {name: where for name, where in homes.items() if len(where) > 1}
+    assert several.keys() == SHARED, several
+
+
+def test_words_that_were_left_stay_away() -> None:
+    word = re.compile(rf"\b({'|'.join(LEFT)})\b")
+    found = [
+        f"{path.relative_to(PACKAGE)}: {old}: say {LEFT[old]}"
+        for path in FILES
+        for old in sorted(set(word.findall(path.read_text("utf-8"))))
+    ]
+    assert not found, "\n" + "\n".join(found)

@@ -26,7 +26,7 @@ from tests.watching import watch
 def uncapped(family: str, position: int) -> Tensor:
     """The model's own logits, the soft cap undone."""
     logits = plain_logits(family)[position]
-    cap = model_of(family).readout.soft_cap
+    cap = model_of(family).unembedding.soft_cap
     return logits if cap is None else cap * torch.atanh(logits / cap)
 
 
@@ -35,7 +35,7 @@ def test_parts_sum_to_the_models_own_logits(family: str) -> None:
     model = model_of(family)
     own = uncapped(family, 7)
     # atanh magnifies what the cap squeezed: compare where that is harmless
-    tolerance = 1e-4 if model.readout.soft_cap is None else 1e-2
+    tolerance = 1e-4 if model.unembedding.soft_cap is None else 1e-2
     by_size = plain_logits(family)[7].abs().argsort()
     target, foil = int(by_size[5]), int(by_size[20])
     with_values = "values" not in model.limits
@@ -106,7 +106,7 @@ def test_heads_and_sources_by_hand_in_double_precision(family: str) -> None:
     layer, kept = 1, hs.capture.collect(model, hs.probes.from_tokens(torch.tensor([TOKENS])))
     with torch.no_grad():
         out = module(torch.tensor([TOKENS]), output_attentions=True, output_hidden_states=True)
-    readout = model.readout
+    unembedding = model.unembedding
     seen: dict[str, Any] = {}
 
     class Look:
@@ -121,11 +121,11 @@ def test_heads_and_sources_by_hand_in_double_precision(family: str) -> None:
 
     with torch.no_grad():
         watch(model, torch.tensor([TOKENS]), Look())
-    x = seen["final"] - (seen["final"].mean() if readout.centred else 0)
-    sigma = math.sqrt(float(np.mean(x**2)) + readout.epsilon)
-    W_U, gain = (one.double().numpy() for one in (readout.W_U, readout.gain))
-    direction = (W_U[5] - W_U[9]) * gain * readout.logit_scale
-    direction -= direction.mean() if readout.centred else 0
+    x = seen["final"] - (seen["final"].mean() if unembedding.centred else 0)
+    sigma = math.sqrt(float(np.mean(x**2)) + unembedding.epsilon)
+    W_U, gain = (one.double().numpy() for one in (unembedding.W_U, unembedding.gain))
+    direction = (W_U[5] - W_U[9]) * gain * unembedding.logit_scale
+    direction -= direction.mean() if unembedding.centred else 0
     W_O = model.output_weights(layer).double().numpy()
     norm = model.parts.attention_write(layer).norm
     if norm is not None:  # gemma2: gain and scale of the norm after attention
@@ -196,8 +196,8 @@ def test_a_wrong_part_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HeadscopeError, match="parts sum to"):
         lens.head_attribution(model, probe)
     monkeypatch.undo()
-    readout = dataclasses.replace(model.readout, logit_scale=1.01)
-    monkeypatch.setattr(type(model), "readout", readout)
+    unembedding = dataclasses.replace(model.unembedding, logit_scale=1.01)
+    monkeypatch.setattr(type(model), "unembedding", unembedding)
     with pytest.raises(HeadscopeError, match="logits of"):
         lens.attribute(model, TOKENS, 5, 9)
     with pytest.raises(HeadscopeError, match="logits of"):

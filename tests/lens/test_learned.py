@@ -99,14 +99,16 @@ def test_a_tuned_lens_descends_along_the_gradient_of_the_divergence() -> None:
     fitted = lens.tuned_lens(model, probe, steps=1, learning_rate=1e-3, seed=0)
     batch = next(fitting.batches(fitting.split_data(model, probe, 0.2, 0).fit, 1, 0))
     rows, last = streams_of(model, batch)
-    readout = model.readout
+    unembedding = model.unembedding
     change = torch.zeros(32, dtype=torch.float64, requires_grad=True)
-    final = readout.logits(last.float()).double().log_softmax(1)
+    final = unembedding.logits(last.float()).double().log_softmax(1)
     x = rows[1] + change
     x = (x - x.mean(-1, keepdim=True)) / (
-        x.var(-1, correction=0, keepdim=True) + readout.epsilon
+        x.var(-1, correction=0, keepdim=True) + unembedding.epsilon
     ).sqrt()
-    logits = (x * readout.gain.double() + readout.bias.double()) @ readout.W_U.double().T
+    logits = (
+        x * unembedding.gain.double() + unembedding.bias.double()
+    ) @ unembedding.W_U.double().T
     (final.exp() * (final - logits.log_softmax(1))).sum(1).mean().backward()
     assert change.grad is not None
     clear = change.grad.abs() > 1e-4
@@ -164,7 +166,7 @@ def test_an_attention_lens_learns(family: str, rank: int | None) -> None:
     from headscope.lens.reading import constants
 
     one = held.examples(slice(0, 1))
-    seen, biases = head_streams(model, one, (2,)), constants(model.readout)
+    seen, biases = head_streams(model, one, (2,)), constants(model.unembedding)
     with torch.no_grad():
         z = seen.z[2]
         learned = correction(z, fitted.inner[1], fitted.outer[1], fitted.shift[1])

@@ -194,7 +194,7 @@ def test_a_bridge_of_the_user_is_proved_without_its_hooks(own_bridge: BridgeMode
         "final norm and unembedding = the model's own logits",
     }
     assert all(check.passed for check in model.proof.checks)
-    assert not model.limits.keys() & {"values", "ov", "readout"}
+    assert not model.limits.keys() & {"values", "ov", "unembedding"}
     assert list(bridge.blocks[1].attn.hook_z._forward_hooks) == before
     assert checks.difference(model.forward(tokens()).detach(), silenced) < TOLERANCE
 
@@ -230,7 +230,7 @@ def test_folded_bridge_of_the_user(own_bridge: BridgeModel) -> None:
     # Folding centres the unembedding: logits move by one number per position.
     assert checks.difference(logits.log_softmax(-1), plain.log_softmax(-1)) < 1e-4
     assert seen.final is not None
-    assert checks.difference(model.readout.logits(seen.final), logits) < TOLERANCE
+    assert checks.difference(model.unembedding.logits(seen.final), logits) < TOLERANCE
 
 
 def test_native_bridge_of_transformer_lens() -> None:
@@ -245,7 +245,7 @@ def test_native_bridge_of_transformer_lens() -> None:
     with torch.no_grad():
         logits = watch(model, tokens(), seen)
     assert seen.final is not None
-    assert checks.difference(model.readout.logits(seen.final), logits) < TOLERANCE
+    assert checks.difference(model.unembedding.logits(seen.final), logits) < TOLERANCE
     checks.rows_are_exact(model, None)
     checks.edits_act(model)
     assert model.shape.n_ctx == 32

@@ -104,8 +104,8 @@ def test_models_pass_the_shipped_checks(loaded: dict[str, Any], name: str) -> No
     report = hs.testing.check_model(loaded[name], raises=False)
     assert not report.failed, str(report)
     limited = set(report.limited)
-    assert {"readout"} <= limited <= {
-        "write", "readout", "attribution", "OV circuit", "QK circuit",
+    assert {"unembedding"} <= limited <= {
+        "write", "unembedding", "attribution", "OV circuit", "QK circuit",
     }  # fmt: skip
 
 

@@ -243,3 +243,34 @@ def test_a_failing_reader_leaves_the_model_as_it_was() -> None:
         with pytest.raises(HeadscopeError, match="stop"):
             model.run(families.tokens(), reads={tap: fails})
         assert same_state(before, state(model.module))
+
+
+@pytest.mark.parametrize("site", ["query", "key"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_neox"])
+def test_rows_that_a_reader_sees_are_those_of_written_queries_and_keys(
+    family: str, site: str
+) -> None:
+    model, tokens = model_of(family), families.tokens()
+    clean = keep(model, [Tap("pattern", 1)])[Tap("pattern", 1)]
+    seen: dict[str, Tensor] = {}
+
+    def read(view: TapView) -> None:
+        seen[view.tap.site] = view.rows(torch.arange(tokens.shape[1])).pattern.clone()
+
+    def zeroed(value: Tensor, _span: Span) -> Tensor:
+        value = value.clone()
+        value[:, 0] = 0  # head first: all scores of this head are 0
+        return value
+
+    taps: Any = {Tap("pattern", 1): read, Tap("z", 1): read}
+    model.run(tokens, reads=taps, writes={Tap(site, 1): zeroed})
+    heads = range(1 if site == "query" else model.shape.group_size)
+    visible = clean[:, 0] > 0
+    flat = visible / visible.sum(-1, keepdim=True)
+    for rows in seen.values():
+        for head in heads:
+            torch.testing.assert_close(rows[:, head], flat.to(rows), atol=1e-6, rtol=0)
+            assert (clean[:, head] - flat).abs().max() > 0.05
+        rest = slice(len(heads), None)
+        torch.testing.assert_close(rows[:, rest], clean[:, rest], atol=1e-6, rtol=1e-5)
+    assert set(seen) == {"pattern", "z"}

@@ -7,7 +7,7 @@ import pytest
 
 import headscope as hs
 from headscope.ablation.groups import Sets
-from headscope.ablation.run import Metricish, Placer, Study
+from headscope.ablation.run import Measurement, Metricish, Placer
 from headscope.edits import Heads, head_list, zero
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -112,11 +112,13 @@ def test_a_greedy_order_that_was_stopped_goes_on(
     expected, measured = greedy(model, probe), orders.joint
     steps: list[int] = []
 
-    def counted(study: Study, placer: Placer, sets: Sets) -> tuple[np.ndarray, np.ndarray]:
+    def counted(
+        measurement: Measurement, placer: Placer, sets: Sets
+    ) -> tuple[np.ndarray, np.ndarray]:
         steps.append(len(sets))
         if len(steps) == 4:
             raise KeyboardInterrupt
-        return measured(study, placer, sets)
+        return measured(measurement, placer, sets)
 
     monkeypatch.setattr(orders, "joint", counted)
     with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,7 @@ import numpy as np
 
 from headscope.heads import HeadIndex
 from headscope.plots import heatmap
-from headscope.report import Grid, Picture, Run, Section
+from headscope.report import Picture, Rows, RunPart, Section
 from headscope.report.joined import Partners, Side
 from headscope.table import AttentionExample, HeadSpectra, HeadTable, Provenance
 from tests.table.helpers import model_table, scores
@@ -21,7 +21,7 @@ HOSTILE = [
 ]
 
 
-def run_of(layers: int, heads: int, tokens: int = 20) -> Run:
+def run_of(layers: int, heads: int, tokens: int = 20) -> RunPart:
     """Every part of a report for this many heads, drawn at random."""
     rng = np.random.default_rng(0)
     table = model_table(layers, heads)
@@ -43,7 +43,7 @@ def run_of(layers: int, heads: int, tokens: int = 20) -> Run:
     values = np.sort(rng.uniform(0, 3, (layers, heads, 32)))[..., ::-1]
     band = np.linspace(1, 0.2, 32)
     direction = {"size": 2.5, "reads": [["a", "b"], ["c"]], "writes": [["d"], ["e", "f"]]}
-    return Run(
+    return RunPart(
         "all",
         "scan",
         table.join(HeadTable(more)),
@@ -56,7 +56,7 @@ def run_of(layers: int, heads: int, tokens: int = 20) -> Run:
     )
 
 
-def hostile_run(plain: str | None) -> Run:
+def hostile_run(plain: str | None) -> RunPart:
     """A run whose texts all want to be more than text, or the same with plain texts."""
     texts = HOSTILE if plain is None else [plain] * len(HOSTILE)
     origin = Provenance(model=texts[0], revision=texts[1], probe={texts[0]: texts[1]})
@@ -68,7 +68,7 @@ def hostile_run(plain: str | None) -> Run:
     side = Side(np.array([[1], [2], [3], [0]]), np.full((4, 1), 0.5))
     direction = {"size": 1.0, "reads": [texts, texts], "writes": [texts, texts]}
     figure = heatmap(table[next(iter(table))])
-    return Run(
+    return RunPart(
         texts[0],
         texts[1],
         table,
@@ -76,7 +76,7 @@ def hostile_run(plain: str | None) -> Run:
         config=texts[3],
         facts={texts[0]: texts[1]},
         sections=[
-            Section(texts[0], [Grid(texts[:2], [(texts[0], tuple(texts))], texts[1]),
+            Section(texts[0], [Rows(texts[:2], [(texts[0], tuple(texts))], texts[1]),
                                Picture(figure, figure, texts[0], texts[1])]),
         ],
         partners=Partners((texts[0],), (side,), (side,)),

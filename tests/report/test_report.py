@@ -13,7 +13,7 @@ import pytest
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots import heatmap
-from headscope.report import Facts, Grid, Picture, Run, Section, Words, read_run, report_page
+from headscope.report import Facts, Picture, Rows, RunPart, Section, Words, read_run, report_page
 from headscope.report.folder import RunFolder
 from headscope.report.joined import read_partners
 from headscope.report.page import packed
@@ -43,7 +43,7 @@ class Tags(HTMLParser):
 
 def test_numbers_are_those_of_the_table() -> None:
     table = model_table()
-    (model,) = data_of(report_page([Run("toy", "scan", table)]))["models"]
+    (model,) = data_of(report_page([RunPart("toy", "scan", table)]))["models"]
     names = [one["name"] for one in model["scores"]]
     assert names == ["induction", "previous_token", "entropy", "effect"]
     for one in model["scores"]:
@@ -62,10 +62,12 @@ def test_numbers_are_those_of_the_table() -> None:
 def test_runs_of_one_model_are_joined_and_names_kept_apart() -> None:
     first, second = (HeadTable([scores("induction", threshold=0.5)]) for _ in range(2))
     other = HeadTable([scores("induction", provenance=Provenance(model="b"))])
-    page = report_page([Run("one", "scan", first), Run("two", "scan", second)])
+    page = report_page([RunPart("one", "scan", first), RunPart("two", "scan", second)])
     (model,) = data_of(page)["models"]
     assert [one["name"] for one in model["scores"]] == ["induction", "induction (two)"]
-    models = data_of(report_page([Run("one", "scan", first), Run("b", "scan", other)]))["models"]
+    models = data_of(report_page([RunPart("one", "scan", first), RunPart("b", "scan", other)]))[
+        "models"
+    ]
     assert [one["name"] for one in models] == ["model", "b"]
 
 
@@ -73,8 +75,8 @@ def test_equal_weights_are_one_model() -> None:
     def of(revision: str | None, digest: str) -> HeadTable:
         return HeadTable([scores(provenance=Provenance("m", revision, digest))])
 
-    page = report_page([Run("a", "scan", of(None, "x")), Run("b", "scan", of("step-1", "x")),
-                        Run("c", "scan", of("step-2", "y"))])  # fmt: skip
+    sides = {"a": of(None, "x"), "b": of("step-1", "x"), "c": of("step-2", "y")}
+    page = report_page([RunPart(name, "scan", table) for name, table in sides.items()])
     assert [one["name"] for one in data_of(page)["models"]] == ["m", "m@step-2"]
 
 
@@ -108,7 +110,7 @@ def test_a_run_folder_is_read_back(tmp_path: Path) -> None:
     figure = heatmap(table["induction"])
     sections = [
         Section("One", [Words("said", True), Facts([("a", "b")]), Picture(figure, figure, "x")]),
-        Section("Two", [Grid(("c", "d"), [("r", 1.5), ("s", ("t1", "t2"))], "cap")]),
+        Section("Two", [Rows(("c", "d"), [("r", 1.5), ("s", ("t1", "t2"))], "cap")]),
     ]
     RunFolder.create(tmp_path / "run", "circuits").write(
         table,
@@ -170,7 +172,7 @@ def test_attention_is_packed_below_the_diagonal_and_kept(tmp_path: Path) -> None
     np.testing.assert_array_equal(read.pattern, np.rint(pattern * 255))
     assert (read.heads, read.tokens, read.words) == (((0, 1), (1, 0)), tuple("abcd"), "words")
     table = HeadTable([scores()])
-    (model,) = data_of(report_page([Run("x", "scan", table, attention=read)]))["models"]
+    (model,) = data_of(report_page([RunPart("x", "scan", table, attention=read)]))["models"]
     kept = floats(model["attention"]["pattern"]).reshape(2, 10)
     np.testing.assert_array_equal(kept, read.pattern[:, *np.tril_indices(4)])
     assert model["attention"]["heads"] == [1, 2]
@@ -198,7 +200,7 @@ def test_what_is_no_run_gets_a_sentence(tmp_path: Path, name: str) -> None:
 
 
 def test_failures_and_commands_are_shown() -> None:
-    run = Run("s", "sweep", model_table(), effects=True, command="headscope sweep s.yaml",
+    run = RunPart("s", "sweep", model_table(), effects=True, command="headscope sweep s.yaml",
               config="name: s\n", failed={"chunk-1": "out of memory"})  # fmt: skip
     page = report_page([run])
     for said in ("out of memory", "headscope sweep s.yaml", "name: s", "Failed"):

@@ -9,7 +9,7 @@ import pytest
 import headscope as hs
 from headscope.base.glance import Glance, Shown
 from headscope.base.result import Result
-from headscope.base.sections import Drawn, Grid, Section, Words
+from headscope.base.sections import Drawn, Rows, Section, Words
 from headscope.plots import figures, figures_of
 from headscope.plots.figures import Drawing
 from headscope.report.folder import RunFolder
@@ -92,4 +92,4 @@ def test_figures_without_a_drawing_are_left_out() -> None:
 
 def test_a_glance_is_a_section() -> None:
     (section,) = Mine(2.0).sections()
-    assert section == Section("mine", [Words("a fact"), Grid(("what", "value"), [("it", "2")])])
+    assert section == Section("mine", [Words("a fact"), Rows(("what", "value"), [("it", "2")])])

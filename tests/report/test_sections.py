@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from headscope import plots
-from headscope.report import Facts, Grid, Picture, Section, Words, index_page, sections_page
-from headscope.report.head import Evidence, Example, head_page
+from headscope.report import Facts, Picture, Rows, Section, Words, index_page, sections_page
+from headscope.report.head import Evidence, HeadExample, head_page
 from headscope.table import HeadCard, HeadEigenvalues, HeadSpectra
 from tests.report.test_page import HOSTILE, Page
 from tests.table.helpers import model_table, scores
@@ -27,7 +27,7 @@ def sections_of(name: str) -> list[Section]:
             [
                 Words(name),
                 Facts([(name, name)]),
-                Grid((name, "n"), [(name, 0.5), ((name, name), 3)], caption=name),
+                Rows((name, "n"), [(name, 0.5), ((name, name), 3)], caption=name),
                 Picture(light, dark, name, name),
             ],
         )
@@ -53,7 +53,7 @@ def card_of(name: str) -> HeadCard:
 def evidence_of(name: str) -> Evidence:
     spectra = HeadSpectra("OV", np.ones((2, 2, 3)), np.ones((2, 2)), np.ones(3), np.ones(3))
     values = HeadEigenvalues("OV", np.ones((2, 2, 3), complex))
-    example = Example(np.eye(2), [name, name], name)
+    example = HeadExample(np.eye(2), [name, name], name)
     return Evidence([spectra], [values], model_table(2, 2), example, [scores(name)])
 
 

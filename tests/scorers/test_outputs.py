@@ -7,15 +7,15 @@ import torch
 
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE
-from headscope.views.outputs import HeadOutputs, Readout
-from headscope.views.qk import Matches
+from headscope.views.outputs import HeadOutputs, Unembedding
+from headscope.views.qk import QueryKeys
 from tests.scorers.support import random_rows
 
 HEADS, D_HEAD, D_MODEL, D_VOCAB = 3, 4, 10, 13
 
 
-def readout(centred: bool) -> Readout:
-    return Readout(
+def unembedding(centred: bool) -> Unembedding:
+    return Unembedding(
         W_U=torch.randn(D_VOCAB, D_MODEL),
         b_U=None,
         gain=torch.rand(D_MODEL) + 0.5,
@@ -30,16 +30,16 @@ def outputs_of(probe: Probe, centred: bool = True, **weights: torch.Tensor) -> H
     rows = random_rows(probe, HEADS)
     values = torch.randn(len(probe), 1, probe.length, D_HEAD)
     query = torch.randn(len(probe), HEADS, probe.length, D_HEAD)
-    matches = Matches(0, rows.query_pos, query, values, 1.0, None, rows.visible)
+    matches = QueryKeys(0, rows.query_pos, query, values, 1.0, None, rows.visible)
     made = HeadOutputs(
         layer=0,
         query_pos=rows.query_pos,
         z=torch.randn(len(probe), probe.length, HEADS, D_HEAD),
         W_O=torch.randn(HEADS, D_HEAD, D_MODEL),
-        readout=readout(centred),
+        unembedding=unembedding(centred),
         make_rows=lambda: rows,
         make_values=lambda: values,
-        make_matches=lambda: matches,
+        make_query_keys=lambda: matches,
     )
     return replace(made, **weights)
 
@@ -57,9 +57,14 @@ def probe() -> Probe:
 def logits(outputs: HeadOutputs) -> torch.Tensor:
     """What each head's write adds to each logit at scale 1: ``[batch query head d_vocab]``."""
     write = torch.einsum("bqhe,hem->bqhm", outputs.z, outputs.W_O)
-    if outputs.readout.centred:
+    if outputs.unembedding.centred:
         write = write - write.mean(-1, keepdim=True)
-    return write * outputs.readout.gain @ outputs.readout.W_U.T * outputs.readout.logit_scale
+    return (
+        write
+        * outputs.unembedding.gain
+        @ outputs.unembedding.W_U.T
+        * outputs.unembedding.logit_scale
+    )
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -83,8 +88,8 @@ def test_direct_logit_attribution_is_the_logit_above_the_mean(centred: bool) -> 
 def test_a_write_that_raises_every_logit_alike_attributes_nothing() -> None:
     p = probe()
     outputs = outputs_of(p, centred=False)
-    flat = replace(outputs.readout, W_U=torch.ones(D_VOCAB, D_MODEL))
-    values = CATALOGUE["direct_logit_attribution"](replace(outputs, readout=flat), p)
+    flat = replace(outputs.unembedding, W_U=torch.ones(D_VOCAB, D_MODEL))
+    values = CATALOGUE["direct_logit_attribution"](replace(outputs, unembedding=flat), p)
     assert values.nan_to_num().abs().max() < 1e-5
 
 
@@ -145,7 +150,14 @@ def test_norm_is_the_length_of_the_write() -> None:
 def test_inputs_stay(name: str) -> None:
     p = probe()
     outputs = outputs_of(p)
-    held = (outputs.z, outputs.W_O, outputs.readout.W_U, outputs.rows.pattern, p.tokens, p.targets)
+    held = (
+        outputs.z,
+        outputs.W_O,
+        outputs.unembedding.W_U,
+        outputs.rows.pattern,
+        p.tokens,
+        p.targets,
+    )
     before = [tensor.clone() for tensor in held]
     CATALOGUE[name](outputs, p)
     assert all(torch.equal(a, b) for a, b in zip(before, held, strict=True))

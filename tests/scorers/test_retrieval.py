@@ -13,7 +13,7 @@ from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE, long_need, long_need_predicted, streaming_gap
 from headscope.scorers.long_need import far_keys, plane_shares
 from headscope.views.outputs import HeadOutputs
-from headscope.views.qk import Matches, Rotation
+from headscope.views.qk import QueryKeys, Rotation
 from headscope.views.rows import AttentionRows
 from tests.scorers.support import random_rows, visible_keys
 from tests.scorers.test_outputs import D_HEAD, D_VOCAB, HEADS, outputs_of
@@ -126,7 +126,8 @@ def test_writes_are_sums_over_keys(name: str) -> None:
     for b, i in CATALOGUE[name].queries(p).nonzero().tolist():
         target = int(p.targets[b, i])
         direction = (
-            outputs.readout.directions(torch.tensor(target)) - outputs.readout.mean_direction
+            outputs.unembedding.directions(torch.tensor(target))
+            - outputs.unembedding.mean_direction
         )
         for h in range(HEADS):
             parts = [
@@ -149,25 +150,25 @@ def test_the_needle_and_the_rest_make_the_direct_attribution() -> None:
     torch.testing.assert_close((2 * needle - contrast)[keep], whole[keep], atol=1e-4, rtol=1e-4)
 
 
-def matches_of(
+def query_keys_of(
     p: Probe, window: int | None = None, kv_heads: int = 1, size: int = D_HEAD
-) -> Matches:
+) -> QueryKeys:
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(len(p), HEADS, p.length, size, generator=generator)
     key = torch.randn(len(p), kv_heads, p.length, size, generator=generator)
     visible = visible_keys(p.real, window)
-    return Matches(0, torch.arange(p.length), query, key, 0.7, None, visible)
+    return QueryKeys(0, torch.arange(p.length), query, key, 0.7, None, visible)
 
 
 def outputs_with(p: Probe, window: int | None, learned_sink: bool) -> HeadOutputs:
     """Head outputs whose rows, values, queries and keys belong together."""
-    matches = matches_of(p, window)
+    matches = query_keys_of(p, window)
     scores = matches.scores.masked_fill(~matches.visible[:, None], -torch.inf)
     total = torch.exp(torch.tensor(0.3)) if learned_sink else torch.tensor(0.0)
     grown = scores.exp()
     pattern = grown / (grown.sum(-1, keepdim=True) + total)
     rows = AttentionRows(0, matches.query_pos, pattern, matches.visible)
-    outputs = outputs_of(p, make_rows=lambda: rows, make_matches=lambda: matches)
+    outputs = outputs_of(p, make_rows=lambda: rows, make_query_keys=lambda: matches)
     return replace(outputs, z=outputs.averaged(pattern))
 
 
@@ -188,7 +189,7 @@ def test_streaming_gap_is_that_of_a_smaller_softmax(window: int | None, learned_
                 continue
 
             def write(keys: list[int], b: int = b, h: int = h, i: int = i) -> Tensor:
-                weight = outputs.matches.scores[b, h, i, keys].double().exp()
+                weight = outputs.query_keys.scores[b, h, i, keys].double().exp()
                 extra = math.exp(0.3) if learned_sink else 0.0
                 z = (weight / (weight.sum() + extra)) @ outputs.values[b, 0, keys].double()
                 return z @ outputs.W_O[h].double()
@@ -201,14 +202,14 @@ def test_streaming_gap_is_that_of_a_smaller_softmax(window: int | None, learned_
 def test_a_head_that_looks_far_loses_all_and_a_local_one_nothing() -> None:
     p = probe()
     outputs = outputs_with(p, None, learned_sink=False)
-    far = outputs.matches.scores.clone()
+    far = outputs.query_keys.scores.clone()
     far[:, 0, :, 5] += 200  # exactly 0 on everything local, in fp32
     far[:, 1, :, 0] += 200
-    matches = replace(outputs.matches)
+    matches = replace(outputs.query_keys)
     object.__setattr__(matches, "scores", far)
     pattern = far.masked_fill(~matches.visible[:, None], -torch.inf).softmax(-1)
     rows = AttentionRows(0, matches.query_pos, pattern, matches.visible)
-    outputs = outputs_of(p, make_rows=lambda: rows, make_matches=lambda: matches)
+    outputs = outputs_of(p, make_rows=lambda: rows, make_query_keys=lambda: matches)
     outputs = replace(outputs, z=outputs.averaged(pattern))
     found = streaming_gap(2, 3)(outputs, p)[:, :, 12:15]
     assert found.isfinite().all()
@@ -221,7 +222,7 @@ def test_a_head_that_looks_far_loses_all_and_a_local_one_nothing() -> None:
 def test_predicted_need_is_the_formula_in_keys(moments: str, window: int | None) -> None:
     """With mean and covariance of the keys, as a cache would keep them, in fp64."""
     p = probe()
-    seen, sink, recent, tau = matches_of(p, window), 2, 4, 0.6
+    seen, sink, recent, tau = query_keys_of(p, window), 2, 4, 0.6
     scored = long_need_predicted(sink, recent, tau, moments)(seen, p)
     both = long_need_predicted(sink, recent, tau, moments, both=True)(seen, p)
     rows = AttentionRows(
@@ -260,7 +261,7 @@ def test_rotary_slowness_is_a_correlation_over_planes() -> None:
     p = probe()
     first, second = (0, 1, 2, 3), (4, 5, 6, 7)
     speed = torch.tensor([0.1, 1.0, 0.001, 0.01], dtype=torch.float64)
-    seen = replace(matches_of(p, size=8), rotation=Rotation(first, second, speed))
+    seen = replace(query_keys_of(p, size=8), rotation=Rotation(first, second, speed))
     order = [1, 0, 3, 2]  # from the fastest to the slowest
     found = CATALOGUE["rotary_slowness"](seen, p)
     for b, i in CATALOGUE["rotary_slowness"].queries(p).nonzero().tolist():
@@ -284,7 +285,7 @@ def test_widths_that_leave_nothing_local_refuse() -> None:
         with pytest.raises(InputError, match="recent=0"):
             make(3, 0)
     with pytest.raises(InputError, match="needs="):
-        CATALOGUE["rotary_slowness"](matches_of(probe()), probe())
+        CATALOGUE["rotary_slowness"](query_keys_of(probe()), probe())
 
 
 def test_what_makes_no_sense_is_said() -> None:

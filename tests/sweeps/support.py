@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from headscope.ablation.engine import Batch
+from headscope.ablation.engine import RecordedBatch
 from headscope.sweeps import SweepConfig
 from headscope.sweeps.config import check_config
 
@@ -29,11 +29,11 @@ def config(**changes: Any) -> SweepConfig:
 def variants_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of variants of every batch that is run from now on."""
     run: list[int] = []
-    values = Batch.all_values
+    values = RecordedBatch.all_values
 
-    def counting(self: Batch, variants: Any, *more: Any) -> Any:
+    def counting(self: RecordedBatch, variants: Any, *more: Any) -> Any:
         run.append(len(variants))
         return values(self, variants, *more)
 
-    monkeypatch.setattr(Batch, "all_values", counting)
+    monkeypatch.setattr(RecordedBatch, "all_values", counting)
     return run

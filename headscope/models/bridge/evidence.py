@@ -12,7 +12,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.models.hf.evidence import dead_heads, own_logits, same_outputs, text_for
 from headscope.models.hf.hooks import Call, after, hooked
-from headscope.models.loading.proof import Check, Gap, gap, rounding
+from headscope.models.loading.proof import Gap, LoadCheck, gap, rounding
 from headscope.models.taps import Reads, TapView, at_final, at_layers
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Look:
     """Reader that holds rows and head outputs against each other."""
 
     model: "BridgeModel"
-    checks: list[Check] = field(default_factory=list)
+    checks: list[LoadCheck] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     last: Tensor | None = None
 
@@ -53,17 +53,19 @@ class Look:
         return layers if self.model.layout.final is None else layers | at_final(self._end)
 
     def _check(self, view: TapView) -> None:
-        """Check one layer."""
+        """LoadCheck one layer."""
         shape, dtype = self.model.shape, self.model.dtype
         self.layers.append(view.layer)
         pattern, z = view.rows(torch.arange(view.n_queries)).pattern, view.z.float()
         where = f"of layer {view.layer}"
         if pattern.shape[1] != shape.n_heads or z.shape[2:] != (shape.n_heads, shape.d_head):
-            self.checks.append(Check(f"heads {where} have another shape", Gap(float("inf"), 0.0)))
+            self.checks.append(
+                LoadCheck(f"heads {where} have another shape", Gap(float("inf"), 0.0))
+            )
             return
         over = float((pattern.sum(-1) - 1).clamp_min(0).max() - pattern.clamp_max(0).min())
         self.checks.append(
-            Check(
+            LoadCheck(
                 "rows are at least 0 and sum to at most 1",
                 Gap(over, rounding(dtype, pattern.shape[-1])),
                 (),
@@ -75,7 +77,7 @@ class Look:
         values = view.values().float()
         averaged = pattern @ values.repeat_interleave(shape.n_heads // values.shape[1], 1)
         self.checks.append(
-            Check(
+            LoadCheck(
                 "rows x values = z",
                 gap(averaged.transpose(1, 2), z, rounding(dtype, pattern.shape[-1])),
                 ("values", "ov"),
@@ -92,7 +94,7 @@ class Look:
 @torch.no_grad()
 def watched_pass(
     model: "BridgeModel", tokens: Int[Tensor, "batch pos"]
-) -> tuple[list[Check], tuple[str, ...]]:
+) -> tuple[list[LoadCheck], tuple[str, ...]]:
     """Run the model alone and watched; compare everything."""
     if getattr(model.module, "config", None) is not None:
         plain = own_logits(model.module, tokens, model.name)
@@ -120,13 +122,13 @@ def watched_pass(
     missing = sorted(set(model.layout.layers) - set(look.layers))
     checks = [
         *look.checks,
-        Check(
+        LoadCheck(
             "every attention layer is seen",
             Gap(float("inf") if missing else 0.0, 0.0),
             (),
             f"layers {missing} never showed" if missing else "",
         ),
-        Check(
+        LoadCheck(
             "logits = the model's own",
             gap(logits, plain, max(1e-4, rounding(model.dtype, model.shape.d_model))),
             (),
@@ -135,25 +137,25 @@ def watched_pass(
     ]
     for layer, (z, written) in writes.items():
         checks.append(_projection(model, layer, z, written))
-    checks += _readout(model, look, logits)
+    checks += _unembedding(model, look, logits)
     return checks, dead_heads(model, {layer: z for layer, (z, _) in writes.items()})
 
 
-def _projection(model: "BridgeModel", layer: int, z: Tensor, written: Tensor) -> Check:
+def _projection(model: "BridgeModel", layer: int, z: Tensor, written: Tensor) -> LoadCheck:
     """Whether the output projection is its matrix; a multiplier behind it is not part of it."""
     what = "z @ W_O + bias = what the output projection returns"
     try:
         weights = model.weights(layer)
     except UnsupportedModelError as error:
-        return Check(what, Gap(float("inf"), 0.0), ("linear_write", "ov"), str(error))
+        return LoadCheck(what, Gap(float("inf"), 0.0), ("linear_write", "ov"), str(error))
     weight = weights.W_O.float().flatten(0, 1)
     flat = z.float().reshape(*z.shape[:2], -1)
     if flat.shape[-1] != len(weight):
-        return Check(
+        return LoadCheck(
             what, Gap(float("inf"), 0.0), ("linear_write", "ov"), "has another W_O than it uses"
         )
     expected = flat @ weight + weights.b_O.float()
-    return Check(
+    return LoadCheck(
         what,
         gap(expected.reshape(written.shape), written, rounding(model.dtype, len(weight))),
         (),
@@ -162,17 +164,19 @@ def _projection(model: "BridgeModel", layer: int, z: Tensor, written: Tensor) ->
     )
 
 
-def _readout(model: "BridgeModel", look: Look, logits: Tensor) -> list[Check]:
+def _unembedding(model: "BridgeModel", look: Look, logits: Tensor) -> list[LoadCheck]:
     """Whether final norm and unembedding make the logits."""
     if model.layout.final is None:
         return []
     what = "final norm and unembedding = the model's own logits"
     reason = "does more between its last residual stream and its logits than a norm and a matrix"
     if look.last is None:
-        return [Check(what, Gap(float("inf"), 0.0), ("readout",), "never shows its last stream")]
+        return [
+            LoadCheck(what, Gap(float("inf"), 0.0), ("unembedding",), "never shows its last stream")
+        ]
     try:
-        found = model.readout.logits(look.last)
+        found = model.unembedding.logits(look.last)
     except UnsupportedModelError as error:
-        return [Check(what, Gap(float("inf"), 0.0), ("readout",), str(error))]
+        return [LoadCheck(what, Gap(float("inf"), 0.0), ("unembedding",), str(error))]
     allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
-    return [Check(what, gap(found, logits, allowed), ("readout",), reason)]
+    return [LoadCheck(what, gap(found, logits, allowed), ("unembedding",), reason)]

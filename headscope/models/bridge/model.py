@@ -15,7 +15,7 @@ from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
 from headscope.models.bridge.parts import BridgeParts, bridge_weights
 from headscope.models.bridge.passes import PassTaps, Scope
-from headscope.models.hf.measured import logit_scale, measure_readout
+from headscope.models.hf.measured import logit_scale, measure_unembedding
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.loading.proof import Proof
 from headscope.models.parameters import Digest
@@ -23,7 +23,7 @@ from headscope.models.protocol import Edit, glance_of, unmeasured_write
 from headscope.models.rotary import no_rotation
 from headscope.models.running import accepted, need_gradients, padding
 from headscope.models.taps import writes_of
-from headscope.views.outputs import HeadWeights, Readout
+from headscope.views.outputs import HeadWeights, Unembedding
 
 
 class BridgeModel(Tapped, Shown):
@@ -79,7 +79,7 @@ class BridgeModel(Tapped, Shown):
         """What this family cannot be asked, and why."""
         layers = self.layout.layers.values()
         limits = {
-            "matches": f"transformer-lens does not show the queries and keys of {self.name} as "
+            "query_keys": f"transformer-lens does not show the queries and keys of {self.name} as "
             "attention uses them."
         }
         if (config := getattr(self.module, "config", None)) is not None:
@@ -91,7 +91,7 @@ class BridgeModel(Tapped, Shown):
             )
             limits |= unmeasured_write(self)
         if self.layout.final is None:
-            limits["readout"] = f"{self.name} has no plain norm before its unembedding."
+            limits["unembedding"] = f"{self.name} has no plain norm before its unembedding."
         if any(not parts.pattern_is_live and parts.kernel is None for parts in layers):
             limits["pattern_edit"] = (
                 f"transformer-lens shows the attention patterns of {self.name} only after they "
@@ -102,13 +102,13 @@ class BridgeModel(Tapped, Shown):
         return limits | self.proof.limits
 
     @property
-    def readout(self) -> Readout:
+    def unembedding(self) -> Unembedding:
         """Final norm and unembedding, measured anew: weights may have been trained since."""
         if self.layout.final is None:
-            raise UnsupportedModelError(self.limits["readout"])
+            raise UnsupportedModelError(self.limits["unembedding"])
         cap = getattr(self.bridge.cfg, "output_logits_soft_cap", None)
         config = getattr(self.module, "config", None)
-        return measure_readout(
+        return measure_unembedding(
             self.bridge.unembed.original_component,
             self.bridge.ln_final.original_component,
             self.shape.d_model,

@@ -16,7 +16,7 @@ from headscope.models.hf.hooks import Hook, entering, leaving
 from headscope.models.hf.measured import MeasuredParts, measure_norm
 from headscope.models.rotary import POSITIONS, find_rotation
 from headscope.views.outputs import HeadWeights
-from headscope.views.qk import InputNorm, QueryKey, Rotation
+from headscope.views.qk import Norm, QueryKey, Rotation
 
 _ROTARY = ("rotary", "rope")
 
@@ -29,7 +29,7 @@ class BridgeParts(MeasuredParts):
         super().__init__(model)
         self._rotations: dict[int, Rotation] = {}
 
-    def input_norm(self, layer: int) -> InputNorm:
+    def input_norm(self, layer: int) -> Norm:
         """Norm between the residual stream and one layer's attention, checked on a tiny pass."""
         model = self.model
         norm = getattr(getattr(self.block(layer), "ln1", None), "original_component", None)
@@ -107,7 +107,7 @@ class BridgeParts(MeasuredParts):
             raise UnsupportedModelError(
                 f"{self.model.name} changes its queries and keys by more than a rotation (a norm "
                 "on them, as in qwen3 or gemma3), so how positions turn them cannot be measured, "
-                "and no one matrix gives its attention scores: a match_scorer reads the scores of "
+                "and no one matrix gives its attention scores: a qk_scorer reads the scores of "
                 "a run, with their norms."
             )
         return found

@@ -22,7 +22,7 @@ from headscope.models.hf.taps import OwnPasses, Pass, replaced, watched, written
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
 from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Tap, TapView
-from headscope.views.qk import Matches
+from headscope.views.qk import QueryKeys
 from headscope.views.rows import AttentionRows
 
 # Attention on keys that the config's window hides; above this the config does not tell the truth.
@@ -73,7 +73,7 @@ class BridgeLayerView:
             raise UnsupportedModelError(f"layer {self.layer} does not show its values.")
         return self.value
 
-    def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
+    def query_keys(self, query_pos: Int[Tensor, " query"]) -> QueryKeys:
         """Not shown on this path."""
         raise UnsupportedModelError(
             f"layer {self.layer} does not show its queries and keys as attention uses them."

@@ -24,11 +24,11 @@ from headscope.models.hf.measured import TURNS_BY_LENGTH
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
 from headscope.models.hf.weights import bias, matrix
-from headscope.models.loading.proof import Check, Gap, gap, rounding
+from headscope.models.loading.proof import Gap, LoadCheck, gap, rounding
 from headscope.models.protocol import HeadModel
 from headscope.models.running import answer, pass_over
 from headscope.models.taps import Reads, Tap, TapView, Write, at_layers
-from headscope.views.qk import Matches
+from headscope.views.qk import QueryKeys
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -153,7 +153,7 @@ class Look:
     """Reader that holds rows, head outputs and their shapes against what they should be."""
 
     model: "HFModel"
-    checks: list[Check] = field(default_factory=list)
+    checks: list[LoadCheck] = field(default_factory=list)
     scores: dict[int, float] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
@@ -161,7 +161,7 @@ class Look:
         return at_layers(shape, self._check)
 
     def _check(self, view: TapView) -> None:
-        """Check one layer."""
+        """LoadCheck one layer."""
         shape, dtype = self.model.shape, self.model.dtype
         positions = torch.arange(view.n_queries)
         pattern = view.rows(positions).pattern
@@ -175,16 +175,16 @@ class Look:
         over = float((total - 1).clamp_min(0).max() - pattern.clamp_max(0).min())
         allowed = rounding(torch.float32, pattern.shape[-1])
         self.checks.append(
-            Check("rows are at least 0 and sum to at most 1", Gap(over, allowed), (), where)
+            LoadCheck("rows are at least 0 and sum to at most 1", Gap(over, allowed), (), where)
         )
-        matches = view.matches(positions)
-        score = _largest_score(matches)
+        seen = view.query_keys(positions)
+        score = _largest_score(seen)
         self.scores[view.layer] = score
         averaged = torch.matmul(
             pattern, values.repeat_interleave(shape.n_heads // values.shape[1], 1)
         ).transpose(1, 2)
         self.checks.append(
-            Check(
+            LoadCheck(
                 "rows x values = z",
                 gap(averaged, z, rounding(dtype, pattern.shape[-1], score)),
                 ("values", "ov"),
@@ -195,15 +195,15 @@ class Look:
         )
 
 
-def _largest_score(matches: Matches) -> float:
+def _largest_score(seen: QueryKeys) -> float:
     """Size of the largest attention score, before a soft cap."""
-    query, key = matches.query, matches.key
+    query, key = seen.query, seen.key
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    return float((grouped @ key.mT).abs().max() * abs(matches.scaling))
+    return float((grouped @ key.mT).abs().max() * abs(seen.scaling))
 
 
-def _failed(what: str) -> Check:
-    return Check(what, Gap(float("inf"), 0.0))
+def _failed(what: str) -> LoadCheck:
+    return LoadCheck(what, Gap(float("inf"), 0.0))
 
 
 def same_outputs(shape: ModelShape) -> dict[Tap, Write]:
@@ -214,7 +214,7 @@ def same_outputs(shape: ModelShape) -> dict[Tap, Write]:
 @torch.no_grad()
 def watched_pass(
     model: "HFModel", tokens: Int[Tensor, "batch pos"], plain: Plain
-) -> tuple[list[Check], tuple[str, ...]]:
+) -> tuple[list[LoadCheck], tuple[str, ...]]:
     """Run the model through headscope, layer by layer on what the plain pass read.
 
     Returns:
@@ -255,14 +255,14 @@ def watched_pass(
     if model.dtype == torch.float32:
         allowed = max(1e-4, min(1e-2, allowed))
     checks.append(
-        Check(
+        LoadCheck(
             "logits = the model's own",
             gap(logits, plain.logits.to(logits.device), allowed),
             (),
             "so what is seen is not what the model does",
         )
     )
-    checks += [*_readout(model, plain), *_rotation(model)]
+    checks += [*_unembedding(model, plain), *_rotation(model)]
     z = {layer: writes[parts.projection][0][0] for layer, parts in model.layout.layers.items()}
     return checks, dead_heads(model, z)
 
@@ -294,10 +294,10 @@ def dead_heads(model: HeadModel, z: Mapping[int, Tensor]) -> tuple[str, ...]:
     return (f"{', '.join(names[:8])}{more} write nothing: their outputs are 0 in the weights.",)
 
 
-def _all_layers(model: "HFModel", look: Look) -> Check:
+def _all_layers(model: "HFModel", look: Look) -> LoadCheck:
     missing = set(model.layout.layers) - set(look.scores)
     size = float("inf") if missing else 0.0
-    return Check(
+    return LoadCheck(
         "every attention layer is seen",
         Gap(size, 0.0),
         (),
@@ -311,7 +311,7 @@ def _projection(
     now: tuple[Tensor, Tensor],
     before: Tensor,
     score: float,
-) -> Iterator[Check]:
+) -> Iterator[LoadCheck]:
     """Whether the projection is its matrix, and writes what it writes without headscope."""
     z, written = now
     projection, shape = model.layout.layers[layer].projection, model.shape
@@ -320,14 +320,14 @@ def _projection(
         weight, constant = matrix(projection, width), bias(projection, width)
         expected = z.float() @ weight.float()
         expected = expected if constant is None else expected + constant.float()
-        yield Check(
+        yield LoadCheck(
             "z @ W_O + bias = what the output projection returns",
             gap(expected.reshape(written.shape), written, rounding(model.dtype, width)),
             (),
             f"layer {layer} adds something to z @ W_O (an adapter, or quantised weights): merge "
             "the adapter first (model.merge_and_unload()), or load the weights dequantised",
         )
-    yield Check(
+    yield LoadCheck(
         "every layer attends as without headscope",
         gap(written, before, max(1e-5, rounding(model.dtype, z.shape[1], score))),
         (),
@@ -336,25 +336,25 @@ def _projection(
     )
 
 
-def _readout(model: "HFModel", plain: Plain) -> Iterator[Check]:
+def _unembedding(model: "HFModel", plain: Plain) -> Iterator[LoadCheck]:
     """Whether final norm and unembedding make the model's own logits."""
-    what, costs = "final norm and unembedding = the model's own logits", ("readout",)
+    what, costs = "final norm and unembedding = the model's own logits", ("unembedding",)
     if model.layout.final_norm is None or model.layout.logit_map is None:
         return
     reason = "does more between its last residual stream and its logits than a norm and a matrix"
     if len(plain.finals) != model.layout.final_norm_uses:
-        yield Check(what, Gap(float("inf"), 0.0), costs, reason)
+        yield LoadCheck(what, Gap(float("inf"), 0.0), costs, reason)
         return
     try:
-        logits = model.readout.logits(plain.finals[-1])
+        logits = model.unembedding.logits(plain.finals[-1])
     except UnsupportedModelError as error:
-        yield Check(what, Gap(float("inf"), 0.0), costs, str(error))
+        yield LoadCheck(what, Gap(float("inf"), 0.0), costs, str(error))
         return
     allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
-    yield Check(what, gap(logits, plain.logits, allowed), costs, reason)
+    yield LoadCheck(what, gap(logits, plain.logits, allowed), costs, reason)
 
 
-def _rotation(model: "HFModel") -> Iterator[Check]:
+def _rotation(model: "HFModel") -> Iterator[LoadCheck]:
     """Whether positions turn alike in texts of any length, where the config scales rotations.
 
     Others are measured when a rotation is asked for.
@@ -365,11 +365,11 @@ def _rotation(model: "HFModel") -> Iterator[Check]:
         return
     size = float("inf") if model.parts.turns_by_length else 0.0
     what = "positions turn queries and keys alike in texts of any length"
-    yield Check(what, Gap(size, 0.0), ("rotary",), TURNS_BY_LENGTH)
+    yield LoadCheck(what, Gap(size, 0.0), ("rotary",), TURNS_BY_LENGTH)
 
 
 @torch.no_grad()
-def long_masks(model: "HFModel", length: int) -> tuple[list[Check], tuple[str, ...]]:
+def long_masks(model: "HFModel", length: int) -> tuple[list[LoadCheck], tuple[str, ...]]:
     """Whether windows that reach beyond the text of the proof are what the model masks with.
 
     The masks that the model builds for a longer text are held against their windows as they are
@@ -418,7 +418,7 @@ class _Stopped(Exception):  # noqa: N818  # not an error
     """Raised where a pass has shown all that it had to."""
 
 
-def _single_rows(model: "HFModel", mask: MaskFacts, length: int) -> Check:
+def _single_rows(model: "HFModel", mask: MaskFacts, length: int) -> LoadCheck:
     """Rows of three queries around the edge of a window, against a softmax over what is shown."""
     window = mask.rule.window or length
     draw = torch.Generator().manual_seed(0)
@@ -431,7 +431,7 @@ def _single_rows(model: "HFModel", mask: MaskFacts, length: int) -> Check:
     shown = visible_by(mask.function, 1, at, keys, use_vmap=mask.use_vmap)
     scores = (query[:, :, at] @ key.mT).masked_fill(~shown[:, None], float("-inf"))
     call = AttentionCall(0, query, key, key, 1.0, mask=mask.rule)
-    return Check(
+    return LoadCheck(
         "windows beyond the text of the proof, on single rows",
         gap(call.rows(at).pattern, scores.softmax(-1), 1e-5),
         (),

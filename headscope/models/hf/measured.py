@@ -28,8 +28,8 @@ from headscope.models.parameters import at_hand, parameter, runs_on
 from headscope.models.protocol import AttentionWrite
 from headscope.models.running import pass_over
 from headscope.models.taps import Tap
-from headscope.views.outputs import Readout
-from headscope.views.qk import InputNorm, QueryKey, Rotation
+from headscope.views.outputs import Unembedding
+from headscope.views.qk import Norm, QueryKey, Rotation
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,15 @@ def _short(value: float) -> float:
     return rounded if abs(rounded - value) <= 1e-5 * abs(value) else value
 
 
-def find_readout(model: Any, final_norm: nn.Module, d_model: int, logit_map: LogitMap) -> Readout:
+def find_unembedding(
+    model: Any, final_norm: nn.Module, d_model: int, logit_map: LogitMap
+) -> Unembedding:
     """Measure the final norm, and join it to the unembedding and what follows it.
 
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
-    return measure_readout(
+    return measure_unembedding(
         model.get_output_embeddings(),
         final_norm,
         d_model,
@@ -108,16 +110,16 @@ def find_readout(model: Any, final_norm: nn.Module, d_model: int, logit_map: Log
     )
 
 
-def measure_readout(
+def measure_unembedding(
     head: Any, final_norm: nn.Module, d_model: int, *, logit_scale: float, soft_cap: float | None
-) -> Readout:
+) -> Unembedding:
     """Measure a norm that is followed by an unembedding.
 
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
     norm = measure_norm(final_norm, d_model, runs_on(head, head.weight))
-    return Readout(
+    return Unembedding(
         W_U=parameter(head, "weight"),
         b_U=None if getattr(head, "bias", None) is None else parameter(head, "bias"),
         gain=norm.gain,
@@ -129,7 +131,7 @@ def measure_readout(
     )
 
 
-def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
+def measure_norm(module: Any, d_model: int, device: torch.device) -> Norm:
     """Measure gain, bias, centring and epsilon of a norm.
 
     The norm is applied to a known vector and its negative: half the difference is the gain
@@ -159,7 +161,7 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> InputNorm:
     if not gap(gain * unit, odd, 1e-3).closed:
         raise UnsupportedModelError("one of its norms is neither LayerNorm nor RMSNorm.")
     bias = torch.zeros_like(bias) if float(bias.abs().max()) < 1e-6 else bias
-    return InputNorm(gain.to(device), bias.to(device), centred, epsilon)
+    return Norm(gain.to(device), bias.to(device), centred, epsilon)
 
 
 def unhooked(module: Any) -> Any:
@@ -534,7 +536,7 @@ def attention_write(
     if not writers.normed:
         return AttentionWrite(bias.float() * scale, None)
     module = block.get_submodule(writers.attention)
-    norm: InputNorm = measure_norm(getattr(module, "original_component", module), len(bias), device)
+    norm: Norm = measure_norm(getattr(module, "original_component", module), len(bias), device)
     norm = replace(norm, gain=norm.gain * scale, bias=norm.bias * scale)
     return AttentionWrite(bias.float(), norm)
 
@@ -544,7 +546,7 @@ _BATCH = 1024
 TURNS_BY_LENGTH = (
     "turns its queries and keys by other angles in longer texts (longrope or dynamic scaling), so "
     "that an offset does not give one product: read queries and keys of the text itself, e.g. with "
-    "scorers of matches"
+    "scorers of queries and keys"
 )
 
 
@@ -556,7 +558,7 @@ class MeasuredParts(ABC):
         self.model = model
 
     @abstractmethod
-    def input_norm(self, layer: int) -> InputNorm:
+    def input_norm(self, layer: int) -> Norm:
         """Norm between the residual stream and one layer's attention."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from headscope.base.stacks import MaskRule
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import Layout, find_layout, tiny_tokens
-from headscope.models.hf.measured import find_readout
+from headscope.models.hf.measured import find_unembedding
 from headscope.models.hf.parts import HFParts
 from headscope.models.hf.passes import AttentionTaps, Scope
 from headscope.models.hf.removed import kept_in
@@ -33,7 +33,7 @@ from headscope.models.running import (
     pass_over,
 )
 from headscope.models.taps import Tap, writes_of
-from headscope.views.outputs import HeadWeights, Readout
+from headscope.views.outputs import HeadWeights, Unembedding
 
 
 class HFModel(Tapped, Shown):
@@ -122,22 +122,22 @@ class HFModel(Tapped, Shown):
             limits |= unmeasured_write(self)
         if not self.layout.has_logits:
             limits["logits"] = f"{family} has no language-model head, so it gives no logits."
-            limits["readout"] = limits["logits"]
+            limits["unembedding"] = limits["logits"]
         elif self.layout.final_norm is None:
-            limits["readout"] = f"{family} has no plain norm before its unembedding."
+            limits["unembedding"] = f"{family} has no plain norm before its unembedding."
         elif self.layout.logit_map is None:
-            limits["readout"] = (
+            limits["unembedding"] = (
                 f"{family} makes its logits of the unembedding's outputs by more than a "
                 "multiplier and a soft cap."
             )
         return limits | self.proof.limits
 
     @property
-    def readout(self) -> Readout:
+    def unembedding(self) -> Unembedding:
         """Final norm and unembedding, measured anew: weights may have been trained since."""
         if self.layout.final_norm is None or self.layout.logit_map is None:
-            raise UnsupportedModelError(self.limits["readout"])
-        return find_readout(
+            raise UnsupportedModelError(self.limits["unembedding"])
+        return find_unembedding(
             self.module, self.layout.final_norm, self.shape.d_model, self.layout.logit_map
         )
 

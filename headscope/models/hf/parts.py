@@ -27,7 +27,7 @@ from headscope.models.loading.proof import gap, rounding
 from headscope.models.rotary import POSITIONS
 from headscope.models.running import accepted, pass_over
 from headscope.views.outputs import HeadWeights
-from headscope.views.qk import InputNorm, QueryKey, Rotation
+from headscope.views.qk import Norm, QueryKey, Rotation
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -112,13 +112,13 @@ class HFParts(MeasuredParts):
         super().__init__(model)
         self._measured: tuple[object, dict[int, Reading | str]] | None = None
 
-    def input_norm(self, layer: int) -> InputNorm:
+    def input_norm(self, layer: int) -> Norm:
         """Norm between the residual stream and one layer's attention."""
         width, device = self.model.shape.d_model, self.model.device
         parts = self.model.layout.layers[layer]
         if parts.reads_residual:
             ones = torch.ones(width, dtype=torch.float32, device=device)
-            return InputNorm(ones, torch.zeros_like(ones), False, 0.0, divides=False)
+            return Norm(ones, torch.zeros_like(ones), False, 0.0, divides=False)
         if parts.input_norm is None:
             raise UnsupportedModelError(
                 f"{self.model.name}: what attention of layer {layer} reads is not a plain norm of "
@@ -183,7 +183,7 @@ class HFParts(MeasuredParts):
         if isinstance(reading.turning, str):
             raise UnsupportedModelError(
                 f"{self.model.name} {reading.turning}, so no one matrix gives its attention "
-                "scores: a match_scorer reads those of a run."
+                "scores: a qk_scorer reads those of a run."
             )
         return query_key_now(self.model, layer, reading.turning)
 

@@ -17,7 +17,7 @@ from headscope.models.hf.layout import LayerParts, Layout
 from headscope.models.hf.taps import OwnPasses, Pass, watched, written
 from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Edited, Tap, TapView, Write
-from headscope.views.qk import Matches
+from headscope.views.qk import QueryKeys
 from headscope.views.rows import AttentionRows
 
 # Entries of the rows that a write of patterns holds at once.
@@ -54,9 +54,9 @@ class HFLayerView:
         """Value vectors as attention used them."""
         return self.call.value
 
-    def matches(self, query_pos: Int[Tensor, " query"]) -> Matches:
+    def query_keys(self, query_pos: Int[Tensor, " query"]) -> QueryKeys:
         """Queries at these positions and keys, as attention used them, in fp32."""
-        return self.call.matches(query_pos)
+        return self.call.query_keys(query_pos)
 
     def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows]:
         """Return what computes rows after the pass too; it holds queries, keys and values."""

@@ -341,7 +341,7 @@ def _need_commuting(model: "HFModel", norm: HeadNorm, rotation: Rotation) -> Non
     raise UnsupportedModelError(
         f"{model.name} norms its queries and keys after positions turned them, with a gain for "
         "every number, so that a score depends on both positions and not on their distance: a "
-        "match_scorer reads the scores of a run."
+        "qk_scorer reads the scores of a run."
     )
 
 

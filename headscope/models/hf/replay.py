@@ -26,7 +26,7 @@ from headscope.models.hf.taps import replaced as put_in_place
 from headscope.models.hf.taps import written
 from headscope.models.running import MEASURING, Finished, held, pass_over, use_of
 from headscope.models.taps import Read, Reads, Tap, TapView, Texts, at_final, at_layers, writes_of
-from headscope.views.outputs import Readout
+from headscope.views.outputs import Unembedding
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -274,8 +274,8 @@ class Replay:
         return at, min(first_position(variant), int(self.read.any(0).int().argmax()))
 
     @cached_property
-    def _readout(self) -> Readout:
-        return self.model.readout
+    def _unembedding(self) -> Unembedding:
+        return self.model.unembedding
 
     @torch.no_grad()
     def run(
@@ -298,7 +298,7 @@ class Replay:
         length = self.recording.length
         span = Span.whole(length).part(first, length - first)
         edits = tuple(one.during(span) for one in stack(variants))
-        run = _Run(self, len(variants), layer, first, edits, reads)
+        run = _Suffix(self, len(variants), layer, first, edits, reads)
         layout = self.model.layout
         with (
             pass_over(self.model.module),
@@ -312,19 +312,19 @@ class Replay:
     @torch.no_grad()
     def logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
         """Logits of some last residual streams, by the model's own modules."""
-        model, readout = self.model, self._readout
+        model, unembedding = self.model, self._unembedding
         with pass_over(model.module):
             normed = model.layout.final_norm(rows) if model.layout.final_norm is not None else rows
             logits: Tensor = model.module.get_output_embeddings()(normed)
-        if readout.logit_scale != 1:
-            logits = logits * readout.logit_scale
-        if readout.soft_cap is not None:
-            logits = readout.soft_cap * torch.tanh(logits / readout.soft_cap)
+        if unembedding.logit_scale != 1:
+            logits = logits * unembedding.logit_scale
+        if unembedding.soft_cap is not None:
+            logits = unembedding.soft_cap * torch.tanh(logits / unembedding.soft_cap)
         return logits
 
 
 @dataclass
-class _Run:
+class _Suffix:
     """One stacked pass through the blocks from ``layer`` on, over positions from ``first`` on."""
 
     replay: Replay

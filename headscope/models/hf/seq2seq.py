@@ -36,12 +36,12 @@ from headscope.models.hf.passes import AttentionTaps
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.transformers_api import attention_named, takes_attention_functions
 from headscope.models.hf.weights import bias, matrix
-from headscope.models.loading.proof import Check, Gap, Proof, gap, rounding
+from headscope.models.loading.proof import Gap, LoadCheck, Proof, gap, rounding
 from headscope.models.parameters import Digest, all_weights, runs_on
 from headscope.models.protocol import Edit, glance_of
 from headscope.models.running import answer, need_gradients, pass_over
 from headscope.models.taps import Read, Reads, TapView, Texts, Write, at_layers
-from headscope.views.outputs import HeadWeights, Readout
+from headscope.views.outputs import HeadWeights, Unembedding
 
 SOURCE, TARGET = "source", "target"
 FEATURES = "input_features"
@@ -188,7 +188,7 @@ class Seq2SeqModel(Shown):
         )
 
     @property
-    def readout(self) -> Readout:
+    def unembedding(self) -> Unembedding:
         """Refused: choose a stack."""
         raise self._several()
 
@@ -479,7 +479,7 @@ class StackView(Tapped, Shown):
         """What the stack cannot be asked, and why."""
         family = f"{self.name} ({self.module.config.model_type})"
         later = f"circuits of {family}, an encoder-decoder, are not read from its weights yet."
-        names = ("ov_circuit", "qk_circuit", "qk_size", "embedding", "readout", "rotary")
+        names = ("ov_circuit", "qk_circuit", "qk_size", "embedding", "unembedding", "rotary")
         limits = dict.fromkeys(names, later)
         if not self.mask.causal:
             limits["causal"] = f"queries of the {self.stack_name} of {family} see all its keys."
@@ -504,9 +504,9 @@ class StackView(Tapped, Shown):
         )
 
     @property
-    def readout(self) -> Readout:
+    def unembedding(self) -> Unembedding:
         """Not read yet."""
-        raise self._refused("the readout")
+        raise self._refused("the unembedding")
 
     def weights(self, layer: int) -> HeadWeights:
         """Not read yet."""
@@ -781,7 +781,7 @@ class _Look:
     view: StackView
     patterns: Sequence[Tensor]
     real: Bool[Tensor, "batch pos"] | None
-    checks: list[Check]
+    checks: list[LoadCheck]
     score: float = 0.0
 
     def reads(self, shape: ModelShape) -> Reads:
@@ -795,22 +795,22 @@ class _Look:
         own = self.patterns[number].float()
         shown = slice(None) if self.real is None else self.real.to(rows.device)
         seen, expected = (one.transpose(1, 2)[shown] for one in (rows, own))
-        matches = view.matches(torch.arange(view.n_queries))
+        matches = view.query_keys(torch.arange(view.n_queries))
         score = float(matches.scores.abs().max())
         self.score = max(self.score, score)
         allowed = max(1e-5, rounding(self.view.dtype, rows.shape[-1], score))
         self.checks.append(
-            Check("rows = the model's own attention", gap(seen, expected, allowed), (), where)
+            LoadCheck("rows = the model's own attention", gap(seen, expected, allowed), (), where)
         )
         repeated = view.values().float().repeat_interleave(self.view.shape.group_size, 1)
         z = torch.matmul(rows, repeated).transpose(1, 2)
         self.checks.append(
-            Check("rows x values = z", gap(z, view.z.float(), allowed), ("values", "ov"), where)
+            LoadCheck("rows x values = z", gap(z, view.z.float(), allowed), ("values", "ov"), where)
         )
 
 
 @torch.no_grad()
-def proof_of(model: Seq2SeqModel) -> tuple[list[Check], int]:
+def proof_of(model: Seq2SeqModel) -> tuple[list[LoadCheck], int]:
     """Hold rows, head outputs and logits against a pass of the model on eager attention.
 
     Every attention layer is given what it was given in that pass, so that a difference belongs to
@@ -857,7 +857,7 @@ def proof_of(model: Seq2SeqModel) -> tuple[list[Check], int]:
         "decoder": output.decoder_attentions,
         "cross": output.cross_attentions,
     }
-    checks: list[Check] = []
+    checks: list[LoadCheck] = []
     texts = _as_texts(sides)
     for view in views:
         shown = sides.source_real if view.stack_name == "encoder" else sides.target_real
@@ -870,7 +870,7 @@ def proof_of(model: Seq2SeqModel) -> tuple[list[Check], int]:
     real = torch.ones_like(sides.target, dtype=torch.bool)
     real = real if sides.target_real is None else sides.target_real
     checks.append(
-        Check("logits = the model's own", gap(logits.float()[real], own[real], allowed), ())
+        LoadCheck("logits = the model's own", gap(logits.float()[real], own[real], allowed), ())
     )
     return checks, int(sides.target.shape[1])
 
@@ -882,7 +882,7 @@ def _watched_stack(
     wrote: Mapping[nn.Module, Tensor],
     patterns: Sequence[Tensor],
     real: Tensor | None,
-) -> list[Check]:
+) -> list[LoadCheck]:
     """Checks of one stack, whose layers are given what they were given before."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -905,7 +905,7 @@ def _watched_stack(
         view.answer(texts, reads=look.reads(view.shape), writes=same)
     checks = look.checks
     if len(checks) != 2 * len(layers):
-        checks.append(Check("every attention layer is seen", Gap(float("inf"), 0.0)))
+        checks.append(LoadCheck("every attention layer is seen", Gap(float("inf"), 0.0)))
     return [*checks, *_projections(view, seen, wrote, real, look.score)]
 
 
@@ -915,7 +915,7 @@ def _projections(
     wrote: Mapping[nn.Module, Tensor],
     real: Tensor | None,
     score: float,
-) -> Iterator[Check]:
+) -> Iterator[LoadCheck]:
     """Whether each projection is its matrix, and writes what it writes without headscope."""
     width = view.shape.n_heads * view.shape.d_head
     for layer, parts in view.layout.layers.items():
@@ -925,13 +925,13 @@ def _projections(
         expected = z.float() @ weight.float()
         expected = expected if constant is None else expected + constant.float()
         where = f"layer {layer} of the {view.stack_name}"
-        yield Check(
+        yield LoadCheck(
             "z @ W_O + bias = what the output projection returns",
             gap(expected, made, rounding(view.dtype, width)),
             (),
             f"{where} adds something to z @ W_O (an adapter, or quantised weights)",
         )
-        yield Check(
+        yield LoadCheck(
             "every layer attends as without headscope",
             gap(
                 made[shown],

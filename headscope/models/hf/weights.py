@@ -362,7 +362,7 @@ def _device(projection: nn.Module) -> torch.device:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class InputSource:
     """Where one layer's queries, keys or values come from.
 
     Attributes:
@@ -386,7 +386,7 @@ class Source:
         return by_head
 
 
-Sources = dict[Site, Source]
+Sources = dict[Site, InputSource]
 
 
 def find_sources(model: "HFModel") -> dict[int, Sources | str]:
@@ -415,7 +415,7 @@ def _sources(model: "HFModel", layer: int, owners: Mapping[str, Owners]) -> Sour
             own = [at for at, owner in enumerate(owners[making[0]]) if owner == (site, head)]
             if own:
                 outputs[head] = torch.tensor(own[: shape.d_head])
-        sources[site] = Source(making[0], outputs)
+        sources[site] = InputSource(making[0], outputs)
     return sources
 
 

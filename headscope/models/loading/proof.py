@@ -98,7 +98,7 @@ def rounding(dtype: torch.dtype, terms: int = 1, score: float = 0.0) -> float:
 
 
 @dataclass(frozen=True)
-class Check:
+class LoadCheck:
     """One thing that was looked at when a model was loaded.
 
     Attributes:
@@ -131,7 +131,7 @@ class Proof:
     """
 
     tokens: int = 0
-    checks: tuple[Check, ...] = ()
+    checks: tuple[LoadCheck, ...] = ()
     facts: tuple[str, ...] = ()
     limits: dict[str, str] = field(default_factory=dict)
 
@@ -190,7 +190,7 @@ def _proved(model: "HFModel | Seq2SeqModel | BridgeModel") -> Proof:
     return judge(model, tokens.shape[1], checks, facts)
 
 
-def judge(model: Any, length: int, checks: list[Check], facts: tuple[str, ...]) -> Proof:
+def judge(model: Any, length: int, checks: list[LoadCheck], facts: tuple[str, ...]) -> Proof:
     """Make a proof of what was compared.
 
     Raises:
@@ -211,9 +211,9 @@ def judge(model: Any, length: int, checks: list[Check], facts: tuple[str, ...]) 
     return Proof(length, tuple(_worst(checks)), facts, limits)
 
 
-def _worst(checks: Iterable[Check]) -> list[Check]:
+def _worst(checks: Iterable[LoadCheck]) -> list[LoadCheck]:
     """The check of each kind that came nearest to failing, or failed."""
-    found: dict[str, Check] = {}
+    found: dict[str, LoadCheck] = {}
     for check in checks:
         before = found.get(check.what)
         if before is None or _share(check) > _share(before):
@@ -221,7 +221,7 @@ def _worst(checks: Iterable[Check]) -> list[Check]:
     return list(found.values())
 
 
-def _share(check: Check) -> float:
+def _share(check: LoadCheck) -> float:
     size, allowed = check.gap.size, check.gap.allowed
     if not size <= float("inf"):
         return float("inf")

@@ -23,30 +23,30 @@ def wrapped(family: str) -> HFModel | BridgeModel:
 
 
 @pytest.mark.parametrize("family", [*HF_FAMILIES, *BRIDGE_FAMILIES])
-def test_readout_of_the_last_residual_stream_is_the_logits(family: str) -> None:
+def test_unembedding_of_the_last_residual_stream_is_the_logits(family: str) -> None:
     model = wrapped(family)
     seen = checks.Everything()
     with torch.no_grad():
         logits = watch(model, tokens(), seen)
         assert seen.final is not None
-        readout = model.readout
-        assert checks.difference(readout.logits(seen.final), logits) < 1e-5
+        unembedding = model.unembedding
+        assert checks.difference(unembedding.logits(seen.final), logits) < 1e-5
         # A token's direction gives its logit, less what norm bias and unembedding bias add.
         ids = torch.tensor([3, 7, 50])
-        centred = seen.final - seen.final.mean(-1, keepdim=True) * readout.centred
-        linear = centred @ readout.directions(ids).T / readout.scale(seen.final)[..., None]
-        constant = readout.bias @ readout.W_U[ids].T * readout.logit_scale
-        if readout.b_U is not None:
-            constant = constant + readout.b_U[ids] * readout.logit_scale
+        centred = seen.final - seen.final.mean(-1, keepdim=True) * unembedding.centred
+        linear = centred @ unembedding.directions(ids).T / unembedding.scale(seen.final)[..., None]
+        constant = unembedding.bias @ unembedding.W_U[ids].T * unembedding.logit_scale
+        if unembedding.b_U is not None:
+            constant = constant + unembedding.b_U[ids] * unembedding.logit_scale
         expected = linear + constant
-        if readout.soft_cap is not None:
-            expected = readout.soft_cap * torch.tanh(expected / readout.soft_cap)
+        if unembedding.soft_cap is not None:
+            expected = unembedding.soft_cap * torch.tanh(expected / unembedding.soft_cap)
         assert checks.difference(expected, logits[..., ids]) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "granite", "cohere2", "opt", "llama"])
 def test_both_paths_read_out_alike(family: str) -> None:
-    fast, slow = wrapped(family).readout, wrap_bridge(bridge_over(build(family))).readout
+    fast, slow = wrapped(family).unembedding, wrap_bridge(bridge_over(build(family))).unembedding
     assert slow.soft_cap == fast.soft_cap
     assert slow.logit_scale == fast.logit_scale
     assert slow.centred == fast.centred
@@ -56,17 +56,17 @@ def test_both_paths_read_out_alike(family: str) -> None:
 
 
 def test_what_the_families_do_to_logits() -> None:
-    assert wrapped("gemma2").readout.soft_cap == 5.0
-    assert wrapped("granite").readout.logit_scale == 0.5
-    assert wrapped("cohere2").readout.logit_scale == 0.25
-    assert wrapped("gptj").readout.b_U is not None
-    assert wrapped("llama").readout.b_U is None
-    assert not wrapped("llama").readout.centred
-    assert wrapped("opt").readout.centred
+    assert wrapped("gemma2").unembedding.soft_cap == 5.0
+    assert wrapped("granite").unembedding.logit_scale == 0.5
+    assert wrapped("cohere2").unembedding.logit_scale == 0.25
+    assert wrapped("gptj").unembedding.b_U is not None
+    assert wrapped("llama").unembedding.b_U is None
+    assert not wrapped("llama").unembedding.centred
+    assert wrapped("opt").unembedding.centred
 
 
 @pytest.mark.parametrize("path", ["hf", "bridge"])
-def test_a_model_without_a_last_norm_has_no_readout(path: str) -> None:
+def test_a_model_without_a_last_norm_has_no_unembedding(path: str) -> None:
     config = OPTConfig(  # as opt-350m: norms after the sums, embedding narrower than the stream
         vocab_size=61,
         hidden_size=32,
@@ -81,9 +81,9 @@ def test_a_model_without_a_last_norm_has_no_readout(path: str) -> None:
     module = OPTForCausalLM(config).eval()
     model = HFModel.wrap(module) if path == "hf" else wrap_bridge(bridge_over(module))
     assert model is not None
-    assert {"readout", "linear_write"} <= set(model.limits)
+    assert {"unembedding", "linear_write"} <= set(model.limits)
     with pytest.raises(UnsupportedModelError, match="no plain norm"):
-        _ = model.readout
+        _ = model.unembedding
     assert model.forward(tokens()).shape == (4, 12, 61)
 
 
@@ -119,8 +119,8 @@ def test_a_final_norm_without_weights_is_found() -> None:
         eos_token_id=2,
     )  # drawn as narrow as it is, so that epsilon matters
     model = hs.load(OlmoForCausalLM(config).eval())
-    assert "readout" not in model.limits
-    assert model.readout.epsilon == pytest.approx(1e-5, rel=1e-2)
+    assert "unembedding" not in model.limits
+    assert model.unembedding.epsilon == pytest.approx(1e-5, rel=1e-2)
     split = hs.lens.attribute(model, [3, 4, 5, 6], 7, 9)
     logits = model.forward(torch.tensor([[3, 4, 5, 6]]))[0, -1].detach()
     assert split.whole == pytest.approx(float(logits[7] - logits[9]), abs=1e-4)
