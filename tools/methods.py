@@ -48,6 +48,8 @@ trained models are soft: attention is saturated, so that gradients through it va
 - **Output norm, weight norm, confidence** look at size, not at use: a head that writes loudly what
   is never read (*bystanders*) is ranked with those that matter.
 - **Direct attribution** sees what a head writes to the logits itself, and not what it tells others.
+- **Contextual decomposition** holds attention patterns, so that it sees what heads pass on through
+  values, and not what they tell the queries and keys of others.
 - **Edges by patching** with a paired text are blind to what both texts share, positions above all;
   the truth counts such edges. Zero and mean ablation see them.
 - **Information flow** follows the size of what is written; the constant that keeps the norms of

@@ -621,6 +621,20 @@ def _chance(case: Case) -> Answer:
     return np.random.default_rng(len(case.name)).random((shape.n_layers, shape.n_heads))
 
 
+def _in_context(case: Case) -> Answer:
+    found = edges.contextual(
+        case.made.model, case.probe, metrics.answer_log_prob, ablation="mean", progress=False
+    )
+    return -found.scores.mean
+
+
+def _facilitating(case: Case) -> Answer:
+    gates = edges.causal_gates(
+        case.made.model, case.probe, metrics.answer_log_prob, steps=20, progress=False
+    )
+    return gates["facilitating"].mean
+
+
 def _direct(case: Case) -> Answer:
     values = lens.head_attribution(case.made.model, case.probe, "mean").mean
     return np.asarray(np.abs(values))
@@ -659,6 +673,8 @@ def _methods() -> Iterable[Method]:
     for method in ("exact", "eap_ig", "eap"):
         for kind in ("mean", "zero", "patch"):
             yield Method(f"{method}, {kind}", "edges", _edges_by(method, kind))
+    for method in ("eap_ig_activations", "relp", "gim"):
+        yield Method(f"{method}, mean", "edges", _edges_by(method, "mean"))
     for mode in "QKV":
         asks = f"{mode}-composition"
         yield Method(f"composition {mode}", asks, _composed(mode, circuits.composition))
@@ -684,6 +700,8 @@ _USE: Mapping[str, Callable[[Case], Answer]] = {
     "edge sums, eap": _head_sums("eap"),
     "edge sums, eap_ig": _head_sums("eap_ig"),
     "edge sums, exact": _head_sums("exact"),
+    "contextual decomposition": _in_context,
+    "causal gates": _facilitating,
     "information flow": _routed("flow"),
     "on route": _routed("on_route"),
     "chance": _chance,

@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "flow": _SEES_MODELS | {"capture", "lens"},
     "ablation": _RUNS_MODELS - {"scorer", "scorers"},
     "pruning": _RUNS_MODELS | {"scoring", "ablation"},
-    "edges": _SEES_MODELS | {"metrics", "capture"},
+    "edges": _SEES_MODELS | {"metrics", "capture", "circuits"},
     "comparing": _RUNS_MODELS | {"circuits", "scoring"},
     "retrieval": _RUNS_MODELS | {"scoring", "ablation"},
     "sweeps": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
