@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.batches import PATCHES
 from headscope.base.memory import free_cached_memory, is_out_of_memory
 from headscope.base.options import RunOptions
-from headscope.base.stacks import all_causal
+from headscope.base.stacks import all_causal, grid_of
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
-from headscope.models.protocol import HeadModel, need_model, stack_of
+from headscope.models.protocol import HeadModel, embedding_of, need_model, stack_of
 from headscope.models.taps import Reader, Reads, Tap, TapView, Texts
 from headscope.probes.probe import Probe
 
@@ -99,6 +100,7 @@ def passes(
     options = RunOptions(batch_size)
     probe = seen_by(model, probe)
     check_fits(model, probe)
+    probe = probe.on_grid(grid_of(model.stacks))
     size = options.per_pass(probe.length, _TOKENS_PER_PASS)
     start, halvings, turns_at = 0, 0, model.shape.turns_at
     while start < len(probe):
@@ -133,10 +135,29 @@ def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
         return size // 2, halvings
     if halvings >= 10:
         raise HeadscopeError(
-            f"one example of {probe.length} tokens does not fit in memory, even with the smallest "
-            "chunks: use shorter texts or a device with more memory."
+            f"one example of {probe.length} positions does not fit in memory, even with the "
+            "smallest chunks: use shorter texts or a device with more memory."
         )
     return size, halvings + 1
+
+
+def on_grid_of(model: HeadModel, probe: Probe) -> Probe:
+    """The probe with its images cut as a model cuts them; a probe of texts as it is.
+
+    Args:
+        model: that will read it.
+        probe: any.
+
+    Raises:
+        InputError: if either is something else.
+
+    Example:
+        >>> hs.capture.on_grid_of(model, probe) is probe
+        True
+    """
+    need_model(model)
+    need_probe(probe)
+    return probe.on_grid(grid_of(model.stacks))
 
 
 def need_probe(probe: object) -> None:
@@ -192,18 +213,30 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
     need_probe(probe)
     if (check := getattr(model, "check_batch", None)) is not None:
         check(Texts.of(probe))
-    misfit = probe.batch.misfit(model.name, model.shape.n_ctx, model.shape.d_vocab)
+    grid = grid_of(model.stacks)
+    misfit = probe.batch.misfit(model.name, model.shape.n_ctx, model.shape.d_vocab, grid)
     if misfit is not None:
         raise InputError(misfit)
+    if probe.grid is not None and probe.grid != grid:
+        raise InputError(
+            f"the images of the probe are cut into patches for another model, not as {model.name} "
+            "cuts them: make the probe with this model."
+        )
     if answers and probe.next_token and not all_causal(model.stacks):
         raise InputError(
             f"the probe asks for the next tokens, and {model.name} sees them, as it reads in both "
             "directions: hide tokens with hs.probes.masked, or give targets=."
         )
-    known = [probe.tokens.masked_fill(~probe.real, 0), probe.targets]
-    known += [] if probe.foils is None else [probe.foils]
+    known = [probe.targets] if probe.foils is None else [probe.targets, probe.foils]
+    if probe.sequence != PATCHES:
+        known.append(probe.tokens.masked_fill(~probe.real, 0))
     highest = max(int(ids.max()) for ids in known)
     if answers and highest >= model.shape.n_logits:
+        if probe.sequence == PATCHES:
+            raise InputError(
+                f"the probe has the label {highest}, but {model.name} has classes 0 to "
+                f"{model.shape.n_logits - 1}."
+            )
         raise InputError(
             f"the probe has token {highest}, but {model.name} has logits of tokens 0 to "
             f"{model.shape.n_logits - 1} only: take tokens and targets among those."
@@ -326,3 +359,29 @@ def collect(
         )
         for layer in sorted(wanted_layers)
     }
+
+
+@torch.no_grad()
+def embeddings(
+    model: HeadModel, probe: Probe, pooling: str | None = None, *, batch_size: int | None = None
+) -> Float[Tensor, "batch width"]:
+    """What a model makes of every whole example: one vector of each, in fp32 on the CPU.
+
+    Args:
+        model: the model; it needs no head.
+        probe: what to run.
+        pooling: which vector; see :class:`headscope.metrics.EmbeddingMetric`.
+        batch_size: examples per pass.
+
+    Raises:
+        UnsupportedModelError: if the model does not give the vector that was asked for.
+
+    Example:
+        >>> hs.capture.embeddings(model, probe).shape == (len(probe), model.shape.d_model)
+        True
+    """
+    speaker, first = embedding_of(model, pooling), torch.tensor([0])
+    runs = passes(
+        model, probe, lambda batch, _: speaker.run(batch, logits_at=first), batch_size=batch_size
+    )
+    return torch.cat([said[:, 0].float().cpu() for _, said in runs if said is not None])

@@ -108,7 +108,7 @@ class ModelShape:
     what that was where the limit has been lifted, and ``turns_at`` the longest text that a model
     with two sets of rotations (longrope) reads with the first (None: it has one set). ``d_vocab``
     counts the tokens that go in, ``d_vocab_out`` those that have a logit (None: as many).
-    ``stack`` is the name of the stack in a model with several.
+    ``stack`` is the name of the stack; empty in a text model with a single one.
     """
 
     n_layers: int
@@ -152,12 +152,12 @@ class ModelShape:
     @property
     def heads(self) -> tuple[HeadIndex, ...]:
         """Every head that exists, in layer order."""
-        return tuple(
+        every = (
             HeadIndex(layer, head, self.stack)
             for layer in self.attention_layers
             for head in range(self.n_heads)
-            if (layer, head) not in self.removed
         )
+        return tuple(head for head in every if head not in self.removed)
 
     def check(self, head: HeadIndex) -> HeadIndex:
         """Return ``head`` if the model has it; a head of no named stack is taken as of this one.

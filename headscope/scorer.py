@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headscope import probes
 from headscope.base.specs import Direction, ScoreSpec, Specified
+from headscope.base.stacks import grid_of
 from headscope.base.statistics import Alternative, Bounds
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric, as_metric
@@ -63,7 +64,9 @@ class DefaultProbe:
     stand_in: "DefaultProbe | None" = None
 
     def suited(self, model: probes.HasVocabulary) -> "DefaultProbe":
-        """Itself, or what stands in for it where the model has no tokenizer."""
+        """Itself, or what stands in for it where the model has no tokenizer, or reads images."""
+        if grid_of(getattr(model, "stacks", {})) is not None:
+            return IMAGES
         if self.needs_tokenizer and model.tokenizer is None and self.stand_in is not None:
             return self.stand_in
         return self
@@ -93,7 +96,10 @@ NEEDLE = DefaultProbe(
 IOI = DefaultProbe(
     "ioi", lambda model, seed: probes.pairs(model, "ioi", seed=seed), needs_tokenizer=True
 )
-_PROBES = {one.name: one for one in (REPEATED, TEXT, NEEDLE, IOI)}
+IMAGES = DefaultProbe(
+    "random_images", lambda model, seed: probes.random_images(model, batch=16, seed=seed)
+)
+_PROBES = {one.name: one for one in (REPEATED, TEXT, NEEDLE, IOI, IMAGES)}
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,8 @@ class Scorer(Specified):
             the weights;
             ``causal`` where the score means what it says only if no query sees a later key, and
             ``bidirectional`` where queries must; ``one_sequence`` where keys and queries must be
-            positions of one text, as they are not in cross-attention.
+            positions of one text, as they are not in cross-attention; ``text`` where the order of
+            tokens has a meaning, and ``patches`` where places in an image have.
         metric: whose gradients are read.
         bounds_of: bounds that depend on the model, by its weights; None: those of ``spec``.
     """
@@ -278,10 +285,14 @@ def as_control(control: str | Control | None) -> Control | None:
 def every_query(probe: Probe) -> Bool[Tensor, "batch pos"]:
     """Every real position but the first of each example, whose row is 1 by construction.
 
+    Of images every patch: rows of the class token and of registers are kept apart.
+
     Example:
         >>> bool(every_query(probe)[:, 0].any())  # never the first token
         False
     """
+    if probe.grid is not None:
+        return probe.real & probe.grid.is_patch(probe.tokens)
     return probe.real & (probe.position_in_text > 0)
 
 

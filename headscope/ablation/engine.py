@@ -5,7 +5,7 @@ Cheap measurements prove once a call that an ablation hit; they are recorded in 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,26 @@ class MetricReading:
         return total.index_add(1, example, numbers.view(runs, len(example))) / count
 
 
+def partner_rows(
+    model: HeadModel, probe: Probe, metrics: Sequence[AnyMetric]
+) -> Float[Tensor, "row d_vocab"] | None:
+    """What the clean run says of the partners of all examples; None where no metric asks.
+
+    Args:
+        model: that is run.
+        probe: with partners, where a metric needs them.
+        metrics: that read the run.
+    """
+    asking = [one for one in metrics if "pair" in one.needs]
+    if not asking or probe.corrupt is None:
+        return None
+    partner = replace(probe.corrupt, corrupt=probe)
+    read = asking[0].reads(partner)
+    source = ForwardSource(model, partner.tokens, partner.real, read, inputs=partner.inputs)
+    rows: Tensor = source.clean()
+    return rows.float()
+
+
 # Tokens of one stack: on a CPU what stays near its caches, on a GPU what keeps it busy.
 CPU_STACK, GPU_STACK = 1024, 65536
 # Rows whose logits are computed at once.
@@ -126,6 +146,8 @@ class RecordedBatch:
         limit: tokens per stack; halved whenever memory runs out.
         reads: each metric that shares the runs, and the positions that it reads; default: the one
             metric, at ``read``.
+        partner: rows of the partners of all examples in the clean run, where a metric compares
+            with them.
         all_clean: every metric on the unedited batch.
     """
 
@@ -135,6 +157,7 @@ class RecordedBatch:
     read: Bool[Tensor, "batch pos"]
     limit: int
     reads: Sequence[tuple[AnyMetric, Bool[Tensor, "batch pos"]]] = ()
+    partner: Float[Tensor, "row d_vocab"] | None = None
     readings: tuple[MetricReading, ...] = field(init=False)
     all_clean: Float[Tensor, "metric batch"] = field(init=False)
 
@@ -146,6 +169,8 @@ class RecordedBatch:
         )
         rows = self.source.clean()
         for reading in self.readings:
+            if "pair" in reading.metric.needs:
+                reading.reference = self.partner
             if "clean" in reading.metric.needs:
                 reading.reference = torch.cat(
                     [reading.own(logits, at) for logits, at in self._logits(rows, _ROWS)]
@@ -166,7 +191,8 @@ class RecordedBatch:
         if not bool(read.any()):  # a run reads something, if only for no metric
             read[0, int(probe.last[0])] = True
         source = engine.source(model, probe.tokens, probe.real, read, probe.inputs)
-        return cls(probe, reads[0][0], source, read, limit, reads)
+        partner = partner_rows(model, probe, [one for one, _ in reads])
+        return cls(probe, reads[0][0], source, read, limit, reads, partner)
 
     @property
     def clean(self) -> Float[Tensor, " batch"]:
@@ -332,9 +358,9 @@ def _check_head(
     variant: Variant = cut((place([head]),), examples=chosen)
     after = _Layer(head.layer)
     whole_pass = ForwardSource(model, one.tokens, one.real, read, after.reads, inputs=one.inputs)
-    whole = RecordedBatch(one, batch.metric, whole_pass, read, batch.limit, reads).all_values(
-        [variant]
-    )
+    partner = partner_rows(model, one, [metric for metric, _ in reads])
+    alone = RecordedBatch(one, batch.metric, whole_pass, read, batch.limit, reads, partner)
+    whole = alone.all_values([variant])
     z = _clean_z(model, batch, head.layer, chosen)
     difference = (after.z - z).abs().amax((0, 1, 3))
     others = torch.arange(len(difference), device=difference.device) != head.head
@@ -346,10 +372,9 @@ def _check_head(
     changed = bool(difference[head.head] > 0)
     if not engine.replays:
         return changed, None
-    source = engine.source(model, one.tokens, one.real, read)
-    replayed = RecordedBatch(one, batch.metric, source, read, batch.limit, reads).all_values(
-        [variant]
-    )
+    source = engine.source(model, one.tokens, one.real, read, one.inputs)
+    again = RecordedBatch(one, batch.metric, source, read, batch.limit, reads, partner)
+    replayed = again.all_values([variant])
     errors = (whole - replayed).abs().nan_to_num()
     error = float(errors.max())
     allowed = _AGREEMENT if model.dtype in (torch.float32, torch.float64) else _HALF_AGREEMENT

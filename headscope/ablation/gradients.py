@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.ablation.engine import RecordedBatch
+from headscope.ablation.engine import RecordedBatch, partner_rows
 from headscope.ablation.run import Measurement, Placer
 from headscope.ablation.sources import ForwardSource, quick
 from headscope.edits import AnyEdit, HeadSite, Span, during
@@ -161,7 +161,11 @@ def whole_batches(measurement: Measurement) -> Iterator[tuple[slice, RecordedBat
             source = ForwardSource(
                 measurement.model, part.tokens, part.real, read, inputs=part.inputs
             )
-            yield chosen, RecordedBatch(part, measurement.metric, source, read, measurement.limit)
+            partner = partner_rows(measurement.model, part, [measurement.metric])
+            batch = RecordedBatch(
+                part, measurement.metric, source, read, measurement.limit, (), partner
+            )
+            yield chosen, batch
 
 
 def total_metric(

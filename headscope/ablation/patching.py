@@ -23,6 +23,7 @@ from headscope.ablation.run import (
     without_rounding,
 )
 from headscope.base.options import RunOptions
+from headscope.capture import on_grid_of
 from headscope.edits import Heads, HeadSite, Variant, head_list
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -82,13 +83,14 @@ def patch_activations(
         ('layer', 'head')
     """
     options = RunOptions(batch_size, memory, progress=progress)
-    clean, corrupt = aligned_pair(probe, direction)
+    clean, corrupt = aligned_pair(on_grid_of(model, probe), direction)
     run, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
     measurement = Measurement.of(model, run, metric, options)
     labels, cells = _grid(model, run, axes, site, positions)
 
     def variants(chosen: slice, batch: RecordedBatch) -> list[Variant]:
-        donors = head_values(model, donor.tokens[chosen], donor.real[chosen], site=site)
+        pair = donor.examples(chosen)
+        donors = head_values(model, pair.tokens, pair.real, site=site, inputs=pair.inputs)
         made: list[Variant] = []
         for heads, where in cells:
             mask = None if where is None else where[chosen]
@@ -134,7 +136,9 @@ def aligned_pair(probe: Probe, direction: str = "noise") -> tuple[Probe, Probe]:
         raise InputError("patching needs a pair: this probe has no corrupt probe.")
     if other.tokens.shape != probe.tokens.shape or not torch.equal(other.real, probe.real):
         raise InputError("the corrupt probe is not aligned with the clean one, token by token.")
-    return probe, replace(probe, tokens=other.tokens, structure=other.structure)
+    return probe, replace(
+        probe, tokens=other.tokens, structure=other.structure, inputs=other.inputs
+    )
 
 
 def _grid(
@@ -172,6 +176,8 @@ def _grid(
 
 def position_names(model: HeadModel, probe: Probe) -> list[str]:
     """Positions, each with its token where all examples have the same one: ``3 ' the'``."""
+    if probe.grid is not None:
+        return list(probe.grid.labels)
     names = [str(at) for at in range(probe.length)]
     if model.tokenizer is None:
         return names
@@ -257,8 +263,9 @@ def path_patch(
     total = float(len(chosen) * len(clean))
     with options.track(total, "path patching") as advance:
         for examples, batch in measurement.batches():
-            donors = head_values(model, corrupt.tokens[examples], corrupt.real[examples])
-            kept = batch.source.z or head_values(model, batch.probe.tokens, batch.probe.real)
+            pair, own = corrupt.examples(examples), batch.probe
+            donors = head_values(model, pair.tokens, pair.real, inputs=pair.inputs)
+            kept = batch.source.z or head_values(model, own.tokens, own.real, inputs=own.inputs)
             first = [_sent(model, sender, donors, kept, top) for sender in chosen]
             if listening:
                 values = _received(model, batch, first, listening, entry)

@@ -27,8 +27,8 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.interventions import Intervention, Place, Setting, named
 from headscope.interventions.catalogue import BatchPlace
-from headscope.metrics import AnyMetric, Metric, as_metric
-from headscope.models.protocol import HeadModel, need_model
+from headscope.metrics import AnyMetric, EmbeddingMetric, Metric, as_metric
+from headscope.models.protocol import HeadModel, embedding_of, need_model
 from headscope.origin import origin
 from headscope.probes.probe import Probe, probe_digest
 from headscope.table import Provenance
@@ -280,6 +280,23 @@ def _said_of(method: Maker) -> dict[str, Any]:
 _GPU_BATCH = 8192
 
 
+def _speaking(model: HeadModel, metrics: Sequence[AnyMetric]) -> HeadModel:
+    """The model, or what its embeddings are read from where metrics are of those.
+
+    Raises:
+        InputError: if some are of embeddings, and some of logits or of another pooling.
+    """
+    poolings = {one.pooling if isinstance(one, EmbeddingMetric) else "logits" for one in metrics}
+    if len(poolings) > 1:
+        names = ", ".join(one.name for one in metrics)
+        raise InputError(
+            f"the metrics {names} read different things (logits, or embeddings pooled in different "
+            "ways), which one run does not give: measure them apart."
+        )
+    (pooling,) = poolings
+    return model if pooling == "logits" else embedding_of(model, pooling)
+
+
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """A model, a probe and a metric, ready for any number of variants.
@@ -312,6 +329,8 @@ class Measurement:
     ) -> "Measurement":
         """Check everything that can be checked before the first pass, and choose the engine."""
         chosen, *more = map(as_metric, (metric, *others))
+        probe = capture.on_grid_of(model, probe)
+        model = _speaking(model, (chosen, *more))
         if (reason := model.limits.get("logits")) is not None:
             raise UnsupportedModelError(f"{chosen.name} is a number of the logits: {reason}")
         answers = any("target" in one.needs for one in (chosen, *more))

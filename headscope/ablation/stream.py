@@ -15,6 +15,7 @@ from headscope.ablation.patching import aligned_pair, both_runs, places
 from headscope.ablation.run import Measurement, Metricish
 from headscope.ablation.sources import Engine, ForwardSource, Source
 from headscope.base.options import RunOptions
+from headscope.capture import on_grid_of
 from headscope.edits import AnyEdit, Span, Variant
 from headscope.errors import InputError, nearest
 from headscope.models.protocol import HeadModel
@@ -81,7 +82,7 @@ def patch_stream(
         (('layer', 'position'), True)
     """
     options = RunOptions(batch_size, memory, progress=progress)
-    clean, corrupt = aligned_pair(probe, direction)
+    clean, corrupt = aligned_pair(on_grid_of(model, probe), direction)
     run, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
     chosen = _layers(model, site, layers)
     names, masks = places(model, run, positions, split=True)

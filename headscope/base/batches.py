@@ -1,6 +1,6 @@
 """Batches: what goes into a model, by name, and what can be asked of it whatever its inputs are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headscope.base.patches import PatchGrid
 from headscope.errors import InputError
 
+PIXELS = "pixel_values"
+PATCHES = "patches"  # name of the sequence that the patches of an image make
 TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 TEXT = "text"  # name of the sequence that token ids make
 # Examples and positions of a test input: two, so that no axis is mistaken for another.
@@ -23,7 +26,8 @@ class Batch:
 
     Attributes:
         inputs: tensors by the name that the model's ``forward`` has for them.
-        masks: for every sequence, False at padding; ``text`` is that of ``input_ids``.
+        masks: for every sequence, False at padding; ``text`` is that of ``input_ids``, ``patches``
+            that of ``pixel_values``. A sequence without one has no padding.
         targets: token that each position should predict; -1 where none is asked for; None where
             nothing is.
 
@@ -37,7 +41,7 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
     masks: Mapping[str, Bool[Tensor, "batch pos"]]
-    targets: Int[Tensor, "batch pos"] | None = None
+    targets: Int[Tensor, "batch pos"] | Int[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
         """Check that all is of the same examples; freeze the mappings.
@@ -62,16 +66,22 @@ class Batch:
 
         Args:
             inputs: ``input_ids [batch pos]``, and ``attention_mask``, 1 at real tokens; segments
-                (``token_type_ids``) only where all are 0.
-            targets: token to predict at each position, -1 for none.
+                (``token_type_ids``) only where all are 0. Or ``pixel_values [batch channel height
+                width]`` alone.
+            targets: token to predict at each position, or class of each image; -1 for none.
 
         Raises:
             InputError: if there are no token ids, shapes differ, or an input would change what
                 the model computes in a way that headscope does not hand on.
         """
+        if PIXELS in inputs and TOKENS not in inputs:
+            return cls({PIXELS: _pixels(inputs)}, {}, targets)
         if TOKENS not in inputs:
             named = ", ".join(inputs) or "nothing"
-            raise InputError(f"a batch needs {TOKENS!r}, the tokens of a text; it has: {named}.")
+            raise InputError(
+                f"a batch needs {TOKENS!r}, the tokens of a text, or {PIXELS!r}, images; it has: "
+                f"{named}."
+            )
         tokens = _whole_numbers(TOKENS, inputs[TOKENS])
         if tokens.ndim != 2:
             raise InputError(f"{TOKENS!r} has shape {tuple(tokens.shape)}, not [batch pos].")
@@ -113,18 +123,84 @@ class Batch:
         """Return the number of examples."""
         return int(next(iter(self.inputs.values())).shape[0])
 
-    def misfit(self, reader: str, n_ctx: int | None, d_vocab: int) -> str | None:
+    @property
+    def sequence(self) -> str:
+        """Name of the sequence that attention runs over."""
+        return PATCHES if PIXELS in self.inputs and TOKENS not in self.inputs else TEXT
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch pos"]:
+        """Token ids.
+
+        Raises:
+            InputError: if the batch holds none.
+        """
+        if TOKENS not in self.inputs:
+            raise InputError(f"this needs the tokens of a text, and the batch holds {PIXELS!r}.")
+        return self.inputs[TOKENS]
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"] | None:
+        """False at padding; None where there is none."""
+        return self.masks.get(self.sequence)
+
+    def repeated(self, copies: int) -> "Batch":
+        """Return the batch several times over, whole batches one after the other.
+
+        Args:
+            copies: how often.
+        """
+        return self._each(lambda value: value.repeat(copies, *[1] * (value.ndim - 1)))
+
+    def examples(self, chosen: Any) -> "Batch":
+        """Return some of the examples.
+
+        Args:
+            chosen: a slice or numbers of examples.
+        """
+        return self._each(lambda value: value[chosen])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(
+            {name: change(value) for name, value in self.inputs.items()},
+            {name: change(mask) for name, mask in self.masks.items()},
+            None if self.targets is None else change(self.targets),
+        )
+
+    def trial(self, length: int) -> "Batch":
+        """Two short examples that are like these, to try a way of running a model on.
+
+        Args:
+            length: tokens that they have at most.
+        """
+        if self.sequence == PATCHES:
+            one = self.inputs[PIXELS][:1]
+            return Batch({PIXELS: torch.cat([one, one.flip(2)])}, {})
+        real = self.real
+        text = (self.tokens[0] if real is None else self.tokens[0, real[0]])[:length]
+        rows = torch.stack([text, text.roll(1)])
+        shown = torch.ones_like(rows, dtype=torch.bool)
+        if real is not None and not bool(real.all()) and len(text) > 2:
+            shown[1, :1] = False
+        return Batch({TOKENS: rows}, {TEXT: shown})
+
+    def misfit(
+        self, reader: str, n_ctx: int | None, d_vocab: int, grid: PatchGrid | None = None
+    ) -> str | None:
         """Return why a model cannot read the batch; None where it can.
 
         Args:
             reader: what the message calls the model.
             n_ctx: tokens that it reads at most; None: no limit.
             d_vocab: tokens that it knows.
+            grid: how it cuts images; None: it reads none.
 
         Example:
             >>> Batch.tiny(100).misfit("gpt2", 4, 100)[:46]
             'the probe has 5 tokens, but gpt2 sees at most '
         """
+        if self.sequence == PATCHES or grid is not None:
+            return self._misfit_image(reader, grid)
         real = self.masks[TEXT]
         longest = int(real.sum(1).max())
         if n_ctx is not None and longest > n_ctx:
@@ -137,6 +213,26 @@ class Batch:
             return (
                 f"the probe has token ids {int(used.min())} to {int(used.max())}, but {reader} "
                 f"knows 0 to {d_vocab - 1}."
+            )
+        return None
+
+    def _misfit_image(self, reader: str, grid: PatchGrid | None) -> str | None:
+        if grid is None:
+            return (
+                f"the probe holds images, and {reader} reads texts: give it a probe of texts, such "
+                "as hs.probes.text."
+            )
+        if self.sequence != PATCHES:
+            return (
+                f"the probe holds a text, and {reader} reads images: give it a probe of images, "
+                "such as hs.probes.images."
+            )
+        given, wanted = tuple(self.inputs[PIXELS].shape[1:]), grid.size
+        if given != wanted:
+            return (
+                f"the images have {given[0]} channels and {given[1]} x {given[2]} pixels (height x "
+                f"width), and {reader} reads {wanted[0]} channels and {wanted[1]} x {wanted[2]}: "
+                "hs.probes.images resizes pictures to that."
             )
         return None
 
@@ -155,6 +251,30 @@ class Batch:
         if tokenizer is None:
             return [str(one) for one in ids]
         return [str(text) for text in tokenizer.batch_decode([[one] for one in ids])]
+
+
+def _pixels(inputs: Mapping[str, Any]) -> Tensor:
+    """Images alone, as numbers."""
+    try:
+        found = torch.as_tensor(inputs[PIXELS])
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{PIXELS!r} does not hold numbers of one shape: give a tensor [batch channel height "
+            "width]."
+        ) from error
+    if found.ndim != 4 or 0 in found.shape:
+        raise InputError(
+            f"{PIXELS!r} has shape {tuple(found.shape)}, not [batch channel height width]."
+        )
+    if unknown := sorted(set(inputs) - {PIXELS}):
+        raise InputError(
+            f"headscope hands a model of images {PIXELS!r} alone, and cannot hand it "
+            f"{unknown[0]!r}."
+        )
+    found = found if found.is_floating_point() else found.float()
+    if not bool(torch.isfinite(found).all()):
+        raise InputError(f"{PIXELS!r} holds numbers that are not finite.")
+    return found
 
 
 def _whole_numbers(name: str, value: Any) -> Int[Tensor, "..."]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +53,11 @@ class ScoreSpec(Stored):
         """Whether 0 lies inside the bounds, so that the sign has a meaning."""
         low, high = self.bounds
         return (low is None or low < 0) and (high is None or high > 0)
+
+    @property
+    def in_patches(self) -> "ScoreSpec":
+        """The declaration for images, whose positions are patches and not tokens."""
+        return replace(self, unit="patches") if self.unit == "tokens" else self
 
     @property
     def tested(self) -> Alternative:

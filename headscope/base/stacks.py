@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from headscope.base.patches import PatchGrid
 from headscope.errors import InputError
 from headscope.heads import STACK_LETTERS, HeadIndex
 
@@ -115,6 +116,15 @@ def all_causal(stacks: Mapping[str, "Stack"]) -> bool:
     return all(stack.mask.causal for stack in stacks.values())
 
 
+def grid_of(stacks: Mapping[str, "Stack"]) -> PatchGrid | None:
+    """Return how images are cut into patches; None where a model reads none.
+
+    Args:
+        stacks: of the model, by name.
+    """
+    return next((stack.grid for stack in stacks.values() if stack.grid is not None), None)
+
+
 @dataclass(frozen=True)
 class Stack:
     """One attention stack of a model: how many heads it has and what they run over.
@@ -128,6 +138,7 @@ class Stack:
         mask: rule of all layers, but that windows of single layers are in ``windows``.
         queries, keys: names of the sequences that queries and keys run over.
         windows: by layer, how far back a query sees, itself included; None: no limit.
+        grid: how images are cut into the positions of the stack; None where it reads no images.
 
     Example:
         >>> stack = Stack("cross", 2, 4, 4, 8, MaskRule("cross"), queries="decoder", keys="encoder")
@@ -144,6 +155,7 @@ class Stack:
     queries: str = "text"
     keys: str = "text"
     windows: tuple[int | None, ...] = ()
+    grid: PatchGrid | None = None
 
     @property
     def letter(self) -> str:

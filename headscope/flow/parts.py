@@ -248,8 +248,9 @@ def over_heads(
 
 def existing(model: HeadModel, layer: int) -> Float[Tensor, " head"]:
     """1 for heads of a layer that exist, 0 for those that were removed; on the device."""
+    shape = model.shape
     kept = [
-        HeadIndex(layer, head) not in model.shape.removed for head in range(model.shape.n_heads)
+        HeadIndex(layer, head, shape.stack) not in shape.removed for head in range(shape.n_heads)
     ]
     return torch.tensor(kept, dtype=torch.float32).to(model.device)
 

@@ -391,7 +391,7 @@ def head_attribution(
         description=f"What each head adds directly to the target's logit, less {_WORDS[chosen]}.",
         source="Elhage et al. 2021, direct path; Wang et al. 2022, direct effect",
         provenance=origin(model, probe, reading="attribution", against=chosen, mark=mark),
-    )
+    ).of_stack(model.shape.stack)
 
 
 _WORDS = {"foil": "the foil's", "mean": "the mean over the vocabulary", "nothing": "nothing"}

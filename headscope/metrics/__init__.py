@@ -15,11 +15,17 @@ from headscope.metrics.base import WholeMetric as WholeMetric
 from headscope.metrics.base import as_metric as as_metric
 from headscope.metrics.base import cost_sign as cost_sign
 from headscope.metrics.base import rows_of as rows_of
+from headscope.metrics.catalogue import POOLINGS as POOLINGS
+from headscope.metrics.catalogue import EmbeddingMetric as EmbeddingMetric
 from headscope.metrics.catalogue import accuracy as accuracy
 from headscope.metrics.catalogue import answer_log_prob as answer_log_prob
 from headscope.metrics.catalogue import answer_probability as answer_probability
 from headscope.metrics.catalogue import answer_rank as answer_rank
+from headscope.metrics.catalogue import embedding_cosine as embedding_cosine
+from headscope.metrics.catalogue import embedding_distance as embedding_distance
+from headscope.metrics.catalogue import js_divergence as js_divergence
 from headscope.metrics.catalogue import kl_divergence as kl_divergence
 from headscope.metrics.catalogue import logit_difference as logit_difference
 from headscope.metrics.catalogue import loss as loss
 from headscope.metrics.catalogue import normalised_effect as normalised_effect
+from headscope.metrics.catalogue import similarity as similarity

@@ -63,7 +63,9 @@ class Metric(Specified):
     Attributes:
         spec: what the metric declares: name, unit, bounds, which direction is better, ...
         value: the number of every row.
-        needs: which of ``target``, ``foil`` and ``clean`` it compares the logits with.
+        needs: which of ``target``, ``foil`` and ``clean`` it compares the logits with;
+            ``embedding`` where it is a number of embeddings and not of logits, ``pair`` where it
+            compares with the partner of an example.
         mark: which positions it reads; None: those with a target (and a foil, if it needs one).
     """
 
@@ -82,7 +84,9 @@ class Metric(Specified):
         Raises:
             InputError: if there are none.
         """
-        answered = probe.real & (probe.targets >= 0)
+        # Of an image one position speaks for the whole.
+        speaking: Bool[Tensor, "batch pos"] = getattr(probe, "answering", probe.real)
+        answered = speaking & (probe.targets >= 0)
         if "foil" in self.needs:
             if probe.foils is None:
                 raise InputError(
@@ -92,9 +96,9 @@ class Metric(Specified):
             answered = answered & (probe.foils >= 0)
         if self.mark is None:
             any_target = "target" in self.needs or bool(answered.any())
-            read = answered if any_target else probe.real
+            read = answered if any_target else speaking
         else:
-            read = probe.mark(self.mark) & (answered if "target" in self.needs else probe.real)
+            read = probe.mark(self.mark) & (answered if "target" in self.needs else speaking)
         if not bool(read.any()):
             what = f"mark {self.mark!r}" if self.mark is not None else "target"
             raise InputError(

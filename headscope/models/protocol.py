@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
 from headscope.base.glance import Glance, sizes
-from headscope.base.stacks import Stack, all_causal
+from headscope.base.stacks import Stack, all_causal, grid_of
 from headscope.edits import Heads, Span, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
@@ -272,7 +272,7 @@ class HeadModel(Protocol):
         the reader sees what was written.
 
         Args:
-            batch: a probe, or token ids ``[batch pos]``.
+            batch: a probe, a :class:`headscope.base.batches.Batch`, or token ids ``[batch pos]``.
             reads: ``{tap: read}``; ``read(view)`` is called as the pass comes by, with a
                 :class:`headscope.models.taps.TapView` that is valid during the call.
             writes: ``{tap: write}``; ``write(value, span)`` returns the value to go on with.
@@ -345,6 +345,8 @@ def lacks(model: HeadModel, need: str) -> str | None:
     need_model(model)
     if need == "bidirectional" and all_causal(model.stacks):
         return f"{model.name} reads from left to right, so no token sees the ones after it."
+    if need == "patches" and grid_of(model.stacks) is None:
+        return f"{model.name} reads texts, whose positions are tokens and not patches of an image."
     return model.limits.get(need)
 
 
@@ -401,6 +403,29 @@ def stack_of(model: Any, heads: Heads | None = None, stack: str | None = None) -
     )
 
 
+def embedding_of(model: HeadModel, pooling: str | None = None) -> HeadModel:
+    """The model with its embeddings of whole examples in the place of logits.
+
+    What it gives at every position is the one vector that it makes of the example.
+
+    Args:
+        model: from :func:`headscope.load`.
+        pooling: which vector; see :class:`headscope.metrics.EmbeddingMetric`.
+
+    Raises:
+        UnsupportedModelError: if the model does not give the vector that was asked for, or is seen
+            through transformer-lens.
+    """
+    embedded = getattr(model, "embedded", None)
+    if embedded is None:
+        raise UnsupportedModelError(
+            f"{model.name} is seen through transformer-lens, which gives logits and no embeddings: "
+            "load the transformers model itself."
+        )
+    found: HeadModel = embedded(pooling)
+    return found
+
+
 def glance_of(model: HeadModel) -> Glance:
     """Size, path and limits of a model, without reading its weights."""
     shape = model.shape
@@ -412,6 +437,15 @@ def glance_of(model: HeadModel) -> Glance:
         ("width", f"d_model {shape.d_model}, vocabulary {shape.d_vocab:,}"),
         ("context", "no limit" if shape.n_ctx is None else f"{shape.n_ctx:,} tokens"),
     ]
+    grid = grid_of(model.stacks)
+    if grid is not None:
+        channels, height, width = grid.size
+        rows[1:] = [
+            ("width", f"d_model {shape.d_model}, classes {shape.n_logits:,}"),
+            ("images", f"{channels} channels of {width} x {height} pixels (width x height)"),
+            ("patches", sizes(("row", "column"), (grid.rows, grid.columns))),
+            ("in front", ", ".join(grid.specials) or "no special tokens"),
+        ]
     windows = sorted({one for one in shape.windows if one is not None})
     if windows:
         rows.append(("windows", ", ".join(f"{one:,} tokens" for one in windows)))

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
+from headscope.base.batches import PATCHES, Batch
 from headscope.edits import AnyEdit, Span, among, during, edited_heads
 from headscope.errors import InputError, nearest
 from headscope.heads import ModelShape
@@ -222,10 +223,16 @@ class Texts(NamedTuple):
     inputs: Mapping[str, Tensor] = MappingProxyType({})
 
     @classmethod
-    def of(cls, batch: "TextBatch | Texts | Int[Tensor, 'batch pos']") -> "Texts":
+    def of(cls, batch: "Batch | TextBatch | Texts | Int[Tensor, 'batch pos']") -> "Texts":
         """What a run was given, whatever it was given as."""
         if isinstance(batch, Tensor):
             return cls(batch)
+        if (
+            isinstance(batch, Batch) and batch.sequence == PATCHES
+        ):  # whose positions nobody numbered
+            return cls(torch.zeros(len(batch), 1, dtype=torch.long), None, batch.inputs)
+        if isinstance(batch, Batch):
+            return cls(batch.tokens, batch.real)
         return cls(batch.tokens, batch.real, getattr(batch, "inputs", {}))
 
     def repeated(self, copies: int) -> "Texts":

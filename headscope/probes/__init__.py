@@ -1,6 +1,7 @@
-"""Probes: batches of token sequences with known structure."""
+"""Probes: batches of token sequences, or of images, with known structure."""
 
-from headscope.probes.encoding import from_batch, from_tokens
+from headscope.probes.encoding import from_batch, from_tokens, paired
+from headscope.probes.images import images, random_images
 from headscope.probes.jsonl import from_jsonl
 from headscope.probes.needle import needle
 from headscope.probes.needle_sets import Needle
@@ -20,9 +21,12 @@ __all__ = [
     "from_batch",
     "from_jsonl",
     "from_tokens",
+    "images",
     "masked",
     "needle",
+    "paired",
     "pairs",
+    "random_images",
     "random_tokens",
     "recall",
     "repeated_tokens",

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headscope.base.batches import TEXT, TOKENS, Batch
+from headscope.base.batches import PIXELS, TEXT, TOKENS, Batch
+from headscope.base.patches import PatchGrid
+from headscope.base.stacks import grid_of
 from headscope.errors import HeadscopeWarning, InputError
-from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import Tokenizer
+from headscope.probes.probe import Probe, of_images
+from headscope.probes.vocabulary import HasVocabulary, Tokenizer
 
 _KEPT = "a text begins with the model's BOS already: it is kept, and no second is put in front."
 
@@ -183,28 +185,47 @@ def from_tokens(
 
 def from_batch(
     inputs: Mapping[str, Any],
-    marks: Mapping[str, Bool[Tensor, "batch pos"]] | None = None,
-    targets: Int[Tensor, "batch pos"] | None = None,
+    marks: Mapping[str, Any] | None = None,
+    targets: Int[Tensor, "batch pos"] | Int[Tensor, " batch"] | None = None,
+    *,
+    labels: Sequence[int] | Int[Tensor, " batch"] | None = None,
+    model: HasVocabulary | None = None,
 ) -> Probe:
-    """Use the inputs of a model as a probe, named as a tokenizer names them.
+    """Use the inputs of a model as a probe, named as tokenizers and image processors name them.
 
     Args:
         inputs: ``input_ids [batch pos]``, and ``attention_mask`` where there is padding; of an
             encoder-decoder also ``decoder_input_ids`` and ``decoder_attention_mask``, whose
-            positions are then the probe's, and ``input_features`` where it hears sound.
-        marks: named sets of positions; those of an encoder-decoder's source under ``"source"``.
+            positions are then the probe's, and ``input_features`` where it hears sound; or
+            ``pixel_values [batch channel height width]`` alone.
+        marks: named sets of positions; those of an encoder-decoder's source under ``"source"``; of
+            images also boxes of patches: first row and column, and those behind the last, one box
+            for all images or one for each.
         targets: token to predict at each position, -1 for none; None means the next token, which
-            an encoder cannot be asked for.
+            an encoder cannot be asked for. Of images, the class of each, -1 for none.
+        labels: the same as the targets of images.
+        model: that will read images; needed for marks, as it says how many patches there are.
 
     Raises:
-        InputError: if there are no token ids, shapes differ, or an input (a second segment, an
-            image) would change what the model computes in a way that headscope does not hand on.
+        InputError: if there are no token ids and no images, shapes differ, a box reaches out of
+            the image, or an input (a second segment) would change what the model computes in a way
+            that headscope does not hand on.
 
     Example:
         >>> read = {"input_ids": [[5, 7, 9], [5, 7, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}
         >>> hs.probes.from_batch(read).real.sum(1).tolist()
         [3, 2]
+        >>> seen = hs.probes.from_batch({"pixel_values": torch.zeros(2, 3, 8, 8)}, labels=[4, 1])
+        >>> seen.targets[:, 0].tolist()
+        [4, 1]
     """
+    if labels is not None and targets is not None:
+        raise InputError("labels= and targets= are both given: they are the same for images.")
+    if PIXELS in inputs and TOKENS not in inputs:
+        classes = labels if targets is None else targets
+        return _of_images(Batch.of(inputs), marks or {}, classes, model)
+    if labels is not None:
+        raise InputError("labels= are the classes of images: give targets= for a text.")
     if "decoder_input_ids" in inputs:
         return _from_sides(inputs, marks, targets)
     batch = Batch.of(inputs, targets)
@@ -241,3 +262,85 @@ def _from_sides(inputs: Mapping[str, Any], marks: Any, targets: Any) -> Probe:
     return of_sides(
         decoder.inputs[TOKENS], decoder.masks[TEXT], beside, targets=decoder.targets, marks=marks
     )
+
+
+def paired(first: Probe, second: Probe) -> Probe:
+    """A probe whose examples have partners: ``first`` with ``second`` as its ``corrupt`` pair.
+
+    For metrics of similarity, which need no more than as many examples; patching also asks that
+    both are aligned position by position.
+
+    Args:
+        first: what is run and edited.
+        second: example i is the partner of example i.
+
+    Raises:
+        InputError: if they differ in their number of examples.
+
+    Example:
+        >>> pairs = hs.probes.paired(probe, probe.examples(torch.tensor([1, 0])))
+        >>> torch.equal(pairs.corrupt.tokens, probe.tokens.flip(0))
+        True
+    """
+    if len(first) != len(second):
+        raise InputError(f"{len(first)} examples and {len(second)} partners: give as many of both.")
+    return replace(first, corrupt=second)
+
+
+def _of_images(
+    batch: Batch, marks: Mapping[str, Any], classes: Any, model: HasVocabulary | None
+) -> Probe:
+    grid = None if model is None else grid_of(getattr(model, "stacks", {}))
+    if model is not None:
+        misfit = batch.misfit(model.name, None, 0, grid)
+        if misfit is not None:
+            raise InputError(misfit)
+    asked = None if classes is None else one_class_each(classes, len(batch))
+    if marks and grid is None:
+        raise InputError(
+            "marks of images need model=: how many patches an image has is known to the model that "
+            "reads it."
+        )
+    marked = {} if grid is None else marks_of(grid, marks, len(batch))
+    return of_images(batch.inputs[PIXELS], grid, asked, marks=marked)
+
+
+def one_class_each(classes: Any, count: int) -> Int[Tensor, " batch"]:
+    """Classes of images, checked.
+
+    Raises:
+        InputError: if they are not one whole number for each image.
+    """
+    found = torch.as_tensor(classes)
+    if found.is_floating_point() or found.shape not in ((count,), (count, 1)):
+        raise InputError(
+            f"the labels have shape {tuple(found.shape)}: give one class number for each of the "
+            f"{count} images, -1 where there is none."
+        )
+    return found.reshape(count).long()
+
+
+def marks_of(
+    grid: PatchGrid, marks: Mapping[str, Any], count: int
+) -> dict[str, Bool[Tensor, "batch pos"]]:
+    """Marks given as positions or as boxes of patches.
+
+    Args:
+        grid: of the images.
+        marks: ``[batch pos]`` booleans, a box, or a box for each image.
+        count: number of images.
+
+    Raises:
+        InputError: if a box is not inside the image, or there is not one for each.
+    """
+    found = {}
+    for name, given in marks.items():
+        if isinstance(given, Tensor) and given.dtype == torch.bool:
+            found[name] = given
+            continue
+        boxes = torch.as_tensor(given)
+        each = boxes.tolist() if boxes.ndim == 2 else [boxes.tolist()] * count
+        if len(each) != count:
+            raise InputError(f"{name!r} has {len(each)} boxes for {count} images.")
+        found[name] = torch.stack([grid.box(name, one) for one in each])
+    return found

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.batches import TEXT, TOKENS, Batch
+from headscope.base.batches import PATCHES, PIXELS, TEXT, TOKENS, Batch
 from headscope.base.glance import Glance, Shown, sizes
+from headscope.base.patches import PatchGrid
 from headscope.base.saved import Saved
 from headscope.errors import InputError
 
@@ -22,7 +23,8 @@ class Probe(Saved, Shown):
     """A batch of token sequences with known structure; :attr:`batch` is what the model reads.
 
     Attributes:
-        tokens: token ids; what stands at padding is never looked at.
+        tokens: token ids; what stands at padding is never looked at. Of images, the number of each
+            position.
         real: False at padding, which may be on either side but not inside.
         structure: equal labels mean "the same token by design"; -1 matches nothing. It is the
             tokens themselves but in a control, which keeps the labels and changes the tokens.
@@ -68,6 +70,8 @@ class Probe(Saved, Shown):
     next_token: bool = False
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     source: "Probe | None" = None
+    sequence: str = TEXT
+    grid: PatchGrid | None = None
 
     def __post_init__(self) -> None:
         """Check shapes and padding; freeze the mappings."""
@@ -137,7 +141,21 @@ class Probe(Saved, Shown):
     @property
     def batch(self) -> Batch:
         """What goes into the model, without the structure."""
+        if self.sequence == PATCHES:
+            return Batch(self.inputs, {PATCHES: self.real}, self.targets)
         return Batch({TOKENS: self.tokens}, {TEXT: self.real}, self.targets)
+
+    def on_grid(self, grid: PatchGrid | None) -> "Probe":
+        """The same probe with its images cut as a model cuts them; itself where nothing is left.
+
+        Args:
+            grid: of the model that will read it; None: it reads no images.
+        """
+        if self.sequence != PATCHES or self.grid is not None or grid is None:
+            return self
+        return replace(
+            self, **_cut(grid, len(self)), targets=at_first(self.targets[:, 0], grid.length)
+        )
 
     @property
     def of_source(self) -> "Probe":
@@ -177,6 +195,13 @@ class Probe(Saved, Shown):
     def last(self) -> Int[Tensor, " batch"]:
         """Last real position of each example."""
         return self.length - 1 - self.real.flip(1).int().argmax(1)
+
+    @property
+    def answering(self) -> Bool[Tensor, "batch pos"]:
+        """Positions that a model says something at: every real one, the first of an image."""
+        if self.sequence != PATCHES:
+            return self.real
+        return self.real & (self.tokens == 0)
 
     @cached_property
     def position_in_text(self) -> Int[Tensor, "batch pos"]:
@@ -235,16 +260,23 @@ class Probe(Saved, Shown):
             else []
         )
         reach = f"{short} tokens" if short == long else f"{short} to {long} tokens"
+        hint = "hs.score(model, probe), model.tokenizer.decode(probe.tokens[0])"
+        if self.sequence == PATCHES:
+            _, _, height, width = self.inputs[PIXELS].shape
+            reach, hint = f"images of {width} x {height} pixels", "hs.score(model, probe)"
+            reach += (
+                "" if self.grid is None else f" in {self.grid.rows} x {self.grid.columns} patches"
+            )
         return Glance(
             f"probe {self.name}",
             [
                 sizes(("example",), (len(self),)),
-                f"{reach} each",
+                f"{reach} each" if self.sequence == TEXT else reach,
                 "" if self.seed is None else f"seed {self.seed}",
             ],
             ("what", ""),
             rows,
-            hint="hs.score(model, probe), model.tokenizer.decode(probe.tokens[0])",
+            hint=hint,
         )
 
     def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
@@ -315,6 +347,52 @@ class Probe(Saved, Shown):
             inputs={name: value[chosen] for name, value in self.inputs.items()},
             source=None if self.source is None else self.source.examples(chosen),
         )
+
+
+def of_images(
+    pixels: Float[Tensor, "batch channel height width"],
+    grid: PatchGrid | None,
+    classes: Int[Tensor, " batch"] | None = None,
+    **facts: Any,
+) -> Probe:
+    """A probe of images, with the marks of their kinds of positions.
+
+    Args:
+        pixels: as the model reads them.
+        grid: how it cuts them; None: not known yet.
+        classes: of each image, the target at the first position; -1 or None: none is asked for.
+        facts: other fields of the probe; ``marks`` are added.
+    """
+    asked = torch.full((len(pixels),), -1) if classes is None else classes.long()
+    whole = torch.zeros(len(pixels), 1, dtype=torch.long)
+    marks = dict(facts.pop("marks", {}))
+    cut: dict[str, Any] = (
+        {"tokens": whole, "real": whole == 0, "structure": whole}
+        if grid is None
+        else _cut(grid, len(pixels))
+    )
+    return Probe(
+        **{**cut, "marks": {**cut.get("marks", {}), **marks}},
+        targets=at_first(asked, 1 if grid is None else grid.length),
+        inputs={PIXELS: pixels},
+        sequence=PATCHES,
+        **{"name": "images", **facts},
+    )
+
+
+def _cut(grid: PatchGrid, batch: int) -> dict[str, Any]:
+    """What a grid says of images: their positions, which are all real, and the kinds of them."""
+    tokens = torch.arange(grid.length).repeat(batch, 1)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    known = {"tokens": tokens, "real": real, "structure": tokens, "marks": grid.marks(batch)}
+    return {**known, "grid": grid}
+
+
+def at_first(classes: Int[Tensor, " batch"], length: int) -> Int[Tensor, "batch pos"]:
+    """Classes as targets of the first position, where the answer of a whole image stands."""
+    targets = torch.full((len(classes), length), -1, device=classes.device)
+    targets[:, 0] = classes
+    return targets
 
 
 def pairs_of_examples(

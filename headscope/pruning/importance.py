@@ -123,7 +123,7 @@ def gradient_importance(
         provenance=measurement.provenance(
             over=over, normalise=normalise, removed=[str(head) for head in gone]
         ),
-    )
+    ).of_stack(model.shape.stack)
 
 
 def _by_example(
@@ -217,7 +217,7 @@ def ablation_importance(
         description=f"How much worse {as_metric(metric).name} is without the head.",
         source="Michel et al. 2019, arXiv 1905.10650, section 3.2",
         provenance=effects.provenance,
-    )
+    ).of_stack(effects.stack)
 
 
 @own_types()

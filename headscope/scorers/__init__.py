@@ -15,6 +15,7 @@ from headscope.scorer import (
 )
 from headscope.scorers.catalogue import CATALOGUE, DEFAULT, resolve
 from headscope.scorers.long_need import long_need, long_need_predicted, streaming_gap
+from headscope.scorers.patches import hop_mass
 from headscope.scorers.patterns import relative_offset
 from headscope.scorers.relation import Relation, between, relation
 from headscope.scorers.spread import window_mass
@@ -36,6 +37,7 @@ __all__ = [
     "between",
     "every_query",
     "gradient_scorer",
+    "hop_mass",
     "long_need",
     "long_need_predicted",
     "output_scorer",

@@ -13,6 +13,7 @@ from headscope.scorers.long_need import (
     default_streaming_gap,
     rotary_slowness,
 )
+from headscope.scorers.patches import class_token, patch_neighbours, registers
 from headscope.scorers.patterns import (
     current_token,
     detect_head_duplicate_token,
@@ -80,6 +81,9 @@ CATALOGUE: dict[str, Scorer] = {
         max_attention,
         density,
         head_diversity,
+        patch_neighbours,
+        class_token,
+        registers,
         without_sink(previous_token),
         without_sink(current_token),
         without_sink(duplicate_token),
@@ -139,6 +143,9 @@ DEFAULT: tuple[str, ...] = (
     "local_window",
     "attention_distance",
     "entropy",
+    "patch_neighbours",
+    "class_token",
+    "registers",
     "copying",
     "direct_logit_attribution",
 )

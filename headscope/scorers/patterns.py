@@ -27,7 +27,7 @@ def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query
 @row_scorer(
     source="Olsson et al. 2022 (arXiv 2209.11895), previous-token score; ARENA's threshold",
     threshold=_THRESHOLD,
-    needs=("one_sequence",),
+    needs=("one_sequence", "text"),
 )
 def previous_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the token just before.
@@ -64,7 +64,7 @@ def current_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch hea
     probe="text",
     queries=queries_before(1),
     threshold=_THRESHOLD,
-    needs=("bidirectional", "one_sequence"),
+    needs=("bidirectional", "one_sequence", "text"),
 )
 def next_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the token just after, where queries see it.
@@ -106,7 +106,7 @@ def relative_offset(distance: int) -> Scorer:
         source="Voita et al. 2019 (arXiv 1905.09418), positional heads, as mass",
         threshold=_THRESHOLD,
         queries=queries_past(distance) if distance >= 0 else queries_before(-distance),
-        needs=("one_sequence",) if distance >= 0 else ("bidirectional", "one_sequence"),
+        needs=(() if distance >= 0 else ("bidirectional",)) + ("one_sequence", "text"),
     )(function)
 
 
@@ -119,7 +119,7 @@ _LOOK_UPS = 4
     queries=repeated_queries,
     control="unrepeated",
     threshold=0.25,
-    needs=("one_sequence",),
+    needs=("one_sequence", "text"),
 )
 def duplicate_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to earlier occurrences of the query's token.

@@ -26,6 +26,8 @@ def predicting_queries(probe: Probe) -> Bool[Tensor, "batch pos"]:
     Those with a target; where the probe marks a ``second_copy``, only those in it, since the
     first copy is random.
     """
+    if probe.grid is not None:  # the answer of an image stands at its first position
+        return probe.real & (probe.targets >= 0)
     asked = every_query(probe) & (probe.targets >= 0)
     return asked & probe.mark("second_copy") if "second_copy" in probe.marks else asked
 

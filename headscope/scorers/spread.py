@@ -7,6 +7,7 @@ from torch import Tensor
 from headscope.errors import InputError
 from headscope.probes.probe import Probe
 from headscope.scorer import WORDS, Scorer, row_scorer
+from headscope.scorers.patches import mean_reach
 from headscope.scorers.queries import queries_past, queries_with
 from headscope.views.rows import AttentionRows
 
@@ -56,7 +57,7 @@ def window_mass(
         probe="text",
         queries=queries_past(width),
         threshold=threshold,
-        needs=("one_sequence",),
+        needs=("one_sequence", "text"),
     )(function)
 
 
@@ -78,9 +79,14 @@ def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batc
     the text, over every query but the first. Spread evenly over what came before it is ``i/2``.
     It has no null and grows with the length of the texts: compare heads, not probes.
 
+    Of images the distance is that between the middles of two patches, in patches, weighted by what
+    a patch gives to patches alone (Dosovitskiy et al. 2020, arXiv 2010.11929, attention distance).
+
     Weakness: attention on the first token counts as looking far; read
     ``attention_distance_no_sink``.
     """
+    if probe.grid is not None:
+        return mean_reach(rows, probe)
     if not rows.mask.causal:
         keys = torch.arange(rows.pattern.shape[-1], device=rows.pattern.device)
         apart = (rows.query_pos[:, None] - keys).abs().to(rows.pattern.dtype)
@@ -219,7 +225,7 @@ def first_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head 
     probe=WORDS,
     queries=queries_with("separator"),
     threshold=0.5,
-    needs=("bidirectional", "one_sequence"),
+    needs=("bidirectional", "one_sequence", "text"),
 )
 def separator(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the separators of an encoder, ``[SEP]`` or ``</s>``, its usual sink.
@@ -237,7 +243,7 @@ def separator(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head qu
     probe=WORDS,
     queries=queries_with("delimiter"),
     threshold=0.6,
-    needs=("one_sequence",),
+    needs=("one_sequence", "text"),
 )
 def delimiter(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to punctuation, line breaks and special separators.

@@ -98,7 +98,7 @@ def direct_logit_difference(
 
 
 @output_scorer(
-    needs=("attention_write", "unembedding"),
+    needs=("attention_write", "unembedding", "text"),
     unit="share",
     bounds=(0.0, 1.0),
     source="Olsson et al. 2022 (arXiv 2209.11895), behavioural copying score",

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from headscope import capture
 from headscope.base.options import RunOptions
 from headscope.base.progress import Advance
+from headscope.base.stacks import grid_of
 from headscope.base.statistics import Design
 from headscope.circuits.scores import score_weights
 from headscope.errors import InputError, UnsupportedModelError
@@ -20,6 +21,7 @@ from headscope.models.protocol import HeadModel, lacks, need_model, views_of
 from headscope.models.running import own_types
 from headscope.origin import held_norm, origin
 from headscope.probes import copied_tokens
+from headscope.probes.images import random_images
 from headscope.probes.probe import Probe
 from headscope.scorer import Control, DefaultProbe, Scorer
 from headscope.scorers import DEFAULT, Relation, resolve
@@ -85,6 +87,7 @@ def score(
             progress=progress,
         )
     probe = None if probe is None else capture.seen_by(model, probe)
+    probe = None if probe is None else probe.on_grid(grid_of(model.stacks))
     chosen = _applicable(model, scorers, probe)
     groups = [_Group.of(*pair) for pair in _assign(model, chosen, probe, seed)]
     for group in groups:
@@ -94,7 +97,8 @@ def score(
     done: dict[str, HeadScores] = {}
     of_weights = [scorer for scorer in chosen if scorer.reads == "weights"]
     if of_weights:
-        done |= score_weights(model, of_weights, seed=seed)
+        found = score_weights(model, of_weights, seed=seed)
+        done |= {name: one.of_stack(model.shape.stack) for name, one in found.items()}
     total = sum(group.examples for group in groups) * len(model.shape.attention_layers)
     with options.track(total, f"scoring {model.name}") as advance:
         run = partial(_run, model, options=options, tokens=max_tokens_per_chunk, advance=advance)
@@ -247,6 +251,8 @@ def _listed(wanted: Iterable[str | Scorer | Relation] | str | Scorer) -> tuple[S
 
 def _can_read(scorer: Scorer, model: HeadModel, probe: Probe | None) -> bool:
     """Whether a probe has the marks that a scorer looks at, or one with them can be made."""
+    if probe is None and grid_of(model.stacks) is not None:
+        probe = random_images(model, batch=1)  # whose positions have the marks that there are
     if probe is None:
         return scorer.probe is None or scorer.probe.possible(model)
     try:
@@ -328,8 +334,9 @@ def _to_scores(
 ) -> HeadScores:
     held = held_norm(model) if "attention_write" in scorer.needs else {}
     name = None if scorer.control is None or null is None else scorer.control.name
+    grid = group.probe.grid
     return HeadScores.from_examples(
-        scorer.spec,
+        scorer.spec if grid is None else scorer.spec.in_patches,
         _absent(model, sums.mean.numpy()),
         kv_heads=model.shape.n_kv_heads,
         control_per_example=None if null is None else _absent(model, null.mean.numpy()),

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from headscope import circuits, lens, metrics, probes
 from headscope.ablation import ablate_heads
+from headscope.base.batches import PIXELS, Batch
+from headscope.base.stacks import grid_of
 from headscope.capture import collect
 from headscope.edits import zero
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
+from headscope.models.hf.layout import body_of
 from headscope.models.hf.seq2seq import Seq2SeqModel
 from headscope.models.hf.transformers_api import attention_name
 from headscope.models.loading.load import load
@@ -25,9 +28,19 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import answer
 from headscope.models.taps import Reads, Tap, TapView, Texts, at_final, at_layers, writes_of
 from headscope.probes.encoding import next_tokens
+from headscope.probes.probe import Probe
 from headscope.pruning import prune
 from headscope.scoring import score
-from headscope.testing.plain import PlainCall, PlainModel, PlainRun, Sites, flat_heads, hooked
+from headscope.testing.plain import (
+    PlainCall,
+    PlainModel,
+    PlainRun,
+    Sites,
+    by_position,
+    flat_heads,
+    hooked,
+    name_of,
+)
 from headscope.testing.report import (
     CheckError,
     CheckReport,
@@ -114,10 +127,11 @@ class _Everything:
         """Run a model under these eyes."""
         headless = "logits" in model.limits
         says = getattr(model, "answer", model.run) if headless else model.run  # hidden states
-        logits: Tensor | None = says(Texts(tokens, real), reads=self.reads(model.shape))
+        given = Texts(tokens, real) if tokens.ndim == 2 else Batch({PIXELS: tokens}, {})
+        logits: Tensor | None = says(given, reads=self.reads(model.shape))
         ensure(logits is not None, "a whole pass gives no logits.")
         assert logits is not None  # noqa: S101  for the type checker
-        return logits
+        return logits[:, :1] if tokens.ndim == 4 and not headless else logits
 
     def _on_layer(self, view: TapView) -> None:
         """Keep one layer."""
@@ -150,8 +164,11 @@ class _Subject:
         self.tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
 
     @cached_property
-    def tokens(self) -> Int[Tensor, "batch pos"]:
-        """Two random texts, without the lowest ids, where special tokens often are."""
+    def tokens(self) -> Int[Tensor, "batch pos"] | Float[Tensor, "batch channel height width"]:
+        """Two random texts, without the lowest ids, where special tokens often are; or images."""
+        if self.reads_images:
+            pixels = probes.random_images(self.model, 2, seed=self.seed).inputs[PIXELS]
+            return pixels.to(self.model.device, self.model.dtype)
         windows = [window for window in self.model.shape.windows if window is not None]
         length = max([_LENGTH, *(2 * window + 3 for window in windows)])
         length = min(length, _LONGEST, self.model.shape.n_ctx or _LONGEST)
@@ -163,12 +180,40 @@ class _Subject:
         ids = torch.randint(min(5, d_vocab - 1), d_vocab, (2, length), generator=generator)
         return ids.to(self.model.device)
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model reads images."""
+        return grid_of(self.model.stacks) is not None
+
+    @property
+    def length(self) -> int:
+        """Positions of an example."""
+        return self.clean.patterns[0].shape[-1]
+
+    @property
+    def probe(self) -> Probe:
+        """The examples as a probe without targets of its own."""
+        if self.reads_images:
+            inputs = {PIXELS: self.tokens.float().cpu()}
+            return probes.from_batch(inputs, model=self.model)
+        return probes.from_tokens(self.tokens.cpu())
+
+    def own(self, module: Any) -> Tensor:
+        """What a module says by itself."""
+        inputs = {name_of(self.tokens): self.tokens, **_no_cache(self)}
+        return by_position(answer(module(**inputs)))
+
     def run(
         self, tokens: Tensor, edits: tuple[Any, ...] = (), logits_at: Tensor | None = None
     ) -> Tensor:
         """What the model itself says: hidden states where it has no head."""
         says: Callable[..., Any] = getattr(self.model, "answer", self.model.run)
-        found: Tensor = says(tokens, writes=writes_of(edits), logits_at=logits_at)
+        given: Any = tokens
+        if tokens.ndim == 4:
+            given = Batch({PIXELS: tokens}, {})
+            if logits_at is None and "logits" not in self.model.limits:
+                logits_at = torch.tensor([0])
+        found: Tensor = says(given, writes=writes_of(edits), logits_at=logits_at)
         return found
 
     @cached_property
@@ -278,15 +323,15 @@ def _shape(subject: _Subject) -> None:
 @torch.no_grad()
 def _logits(subject: _Subject) -> None:
     """Watched or not, as the model's own."""
-    own = answer(subject.module(input_ids=subject.tokens, **_no_cache(subject)))
+    own = subject.own(subject.module)
     agree(subject.clean.logits, own, subject.tolerance, "logits of its own eager attention")
     agree(subject.run(subject.tokens), own, subject.tolerance, "logits")
     everything = _Everything(wants_values=False)
     watched = everything.run(subject.model, subject.tokens)
     agree(watched, own, subject.tolerance, "logits of a watched pass")
-    at = torch.tensor([0, subject.tokens.shape[1] - 2])
+    at = torch.tensor([0, subject.length - 2])
     some = subject.run(subject.tokens, logits_at=at)
-    agree(some, own[:, at], subject.tolerance, "logits of single positions")
+    agree(some, own[:, at % own.shape[1]], subject.tolerance, "logits of single positions")
 
 
 @torch.no_grad()
@@ -334,19 +379,22 @@ def _zero_ablation(subject: _Subject) -> None:
     for head, expected in without.items():
         actual = subject.run(subject.tokens, edits=(zero(head),))
         agree(actual, expected, subject.tolerance, f"logits without {head}")
-    tokens = subject.tokens.cpu()
-    # Any targets do, also of an encoder: the tokens that follow.
-    targets = next_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    probe = probes.from_tokens(tokens, targets=targets)
+    probe = subject.probe
+    if subject.reads_images:
+        targets = torch.full_like(probe.targets, -1)
+        targets[:, 0] = torch.arange(len(probe)) % max(1, subject.model.shape.n_logits)
+    else:  # any targets do, also of an encoder: the tokens that follow
+        targets = next_tokens(probe.tokens, torch.ones_like(probe.real))
+    probe = replace(probe, targets=targets, next_token=False)
     try:
         effect = ablate_heads(
             subject.model, probe, metrics.loss, "zero", heads=subject.some_heads, progress=False
         )
     except HeadscopeError as refusal:  # it holds replay against a whole pass by itself
         raise UnsupportedModelError(str(refusal)) from refusal
-    clean = _loss(subject.clean.logits, subject.tokens)
+    clean = _loss(subject.clean.logits, targets)
     for head, logits in without.items():
-        change = float(_loss(logits, subject.tokens) - clean)
+        change = float(_loss(logits, targets) - clean)
         measured = torch.tensor(float(effect.mean[head.layer, head.head]))
         # A loss is a difference of logits, so that their rounding is its scale.
         scale = subject.clean.logits.abs().max().clamp_min(1.0).double().cpu()
@@ -358,10 +406,10 @@ def _zero_ablation(subject: _Subject) -> None:
         )
 
 
-def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean next-token loss in nats."""
-    rows: Tensor = logits[:, :-1].flatten(0, 1).float()
-    return nn.functional.cross_entropy(rows, tokens[:, 1:].flatten())
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of the targets in nats."""
+    targets = targets[:, : logits.shape[1]].to(logits.device)
+    return nn.functional.cross_entropy(logits[targets >= 0].float(), targets[targets >= 0])
 
 
 @torch.no_grad()
@@ -430,13 +478,16 @@ def _unembedding(subject: _Subject) -> None:
     everything.run(subject.model, subject.tokens)
     ensure(everything.final is not None, "the last residual stream was never shown.")
     assert everything.final is not None  # noqa: S101  for the type checker
-    logits = subject.model.unembedding.logits(everything.final)
     own = subject.clean.logits
+    # Of an image the first position alone is read.
+    logits = subject.model.unembedding.logits(everything.final)[:, : own.shape[1]]
     agree(logits[..., : own.shape[-1]], own.float(), subject.tolerance, "logits of the unembedding")
 
 
 def _attribution(subject: _Subject) -> None:
     """The parts of a logit sum to the model's own."""
+    if (reason := subject.model.limits.get("text")) is not None:
+        raise UnsupportedModelError(reason)
     text = subject.tokens[0].cpu()
     target = int(text[0])
     split = lens.attribute(subject.model, text.tolist(), target, sources=False)
@@ -494,7 +545,7 @@ def _qk(subject: _Subject) -> None:
 
     Over what norms on queries and keys divide by at these inputs, where there are such norms.
     """
-    unit, length = _unit_inputs(subject), subject.tokens.shape[1]
+    unit, length = _unit_inputs(subject), subject.length
     layers = sorted({head.layer for head in subject.some_heads})
     calls = {layer: _with_input(subject, layer, unit) for layer in layers}
     x = torch.cat([unit[0].float(), torch.ones_like(unit[0, :, :1]).float()], -1)
@@ -533,7 +584,7 @@ def _held_scales(
 def _unit_inputs(subject: _Subject) -> Float[Tensor, "batch pos d_model"]:
     """Random inputs of an attention layer, of about unit size each."""
     generator = torch.Generator().manual_seed(subject.seed + 1)
-    shape = (*subject.tokens.shape, subject.model.shape.d_model)
+    shape = (2, subject.length, subject.model.shape.d_model)
     value = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
     placed: Tensor = value.to(subject.model.device, subject.model.dtype)
     return placed
@@ -567,7 +618,8 @@ def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
 def _pruning(subject: _Subject) -> None:
     """The smaller model is the whole one with these heads' outputs at 0."""
     smaller: Any = prune(subject.model, subject.some_heads)
-    logits = answer(smaller(input_ids=subject.tokens, **_no_cache(subject)))
+    headless = "logits" in subject.model.limits
+    logits = subject.own(body_of(smaller) if headless else smaller)
     expected = subject.zeroed(subject.some_heads).logits
     agree(logits, expected, subject.tolerance, "logits of the pruned model")
 
@@ -575,6 +627,8 @@ def _pruning(subject: _Subject) -> None:
 @torch.no_grad()
 def _padding(subject: _Subject, side: str) -> None:
     """Real positions give what they give without padding."""
+    if (reason := subject.model.limits.get("text")) is not None:
+        raise UnsupportedModelError(reason)
     length = subject.tokens.shape[1]
     real = torch.ones(2, length, dtype=torch.bool, device=subject.tokens.device)
     real[0, slice(0, 9) if side == "left" else slice(length - 9, length)] = False
@@ -605,7 +659,7 @@ def _batch_size(subject: _Subject) -> None:
         for layer in subject.layers:
             rows = seen.patterns[layer][order]
             agree(one.patterns[layer], rows, subject.tolerance, "rows of other batches")
-    probe = probes.from_tokens(subject.tokens.cpu())
+    probe = subject.probe
     captured = [collect(subject.model, probe, batch_size=size) for size in (1, 2)]
     for layer in subject.layers:
         parts = (captured[0][layer].z, captured[1][layer].z)
@@ -614,12 +668,14 @@ def _batch_size(subject: _Subject) -> None:
 
 def _scores(subject: _Subject) -> None:
     """Scores of rows are what whole patterns give; every default score is in its bounds."""
-    probe = probes.from_tokens(subject.tokens.cpu())
-    table = score(subject.model, probe, ["previous_token", "entropy"], progress=False)
+    probe, grid = subject.probe, grid_of(subject.model.stacks)
+    one = "previous_token" if grid is None else "current_token"
+    table = score(subject.model, probe, [one, "entropy"], progress=False)
     for layer, pattern in zip(subject.layers, subject.clean.patterns, strict=True):
-        rows = pattern.double().cpu()[:, :, 1:]
-        before = rows.diagonal(dim1=-2, dim2=-1).mean(-1).mean(0)
-        expected = {"previous_token": before, "entropy": _entropy(rows).mean(-1).mean(0)}
+        rows = pattern.double().cpu()[:, :, 1 if grid is None else grid.first :]
+        keys = rows if grid is None else rows[..., grid.first :]
+        there = keys.diagonal(dim1=-2, dim2=-1).mean(-1).mean(0)
+        expected = {one: there, "entropy": _entropy(rows).mean(-1).mean(0)}
         for name, value in expected.items():
             actual = torch.tensor(table[name].mean[layer].tolist()).double()
             agree(actual, value, subject.tolerance, f"{name} of layer {layer} and of its pattern")
@@ -660,7 +716,7 @@ def _hooks(subject: _Subject) -> None:
         ensure(len(calls) > count, "a hook on the embedding is not called.")
         agree(logits, plain.logits, subject.tolerance, "logits under a hook on the embedding")
         count = len(calls)
-        subject.inside(input_ids=subject.tokens, **_no_cache(subject))
+        subject.own(subject.inside)
         ensure(len(calls) > count, "a hook on the embedding is gone after a pass.")
 
 
@@ -677,7 +733,7 @@ def _restored(subject: _Subject) -> None:
     ensure(_state(subject) == before, "a pass leaves the model changed.")
     try:
         subject.model.run(
-            subject.tokens, reads={Tap("z", subject.layers[-1]): _fail}, writes=writes_of((edit,))
+            subject.probe, reads={Tap("z", subject.layers[-1]): _fail}, writes=writes_of((edit,))
         )
     except ZeroDivisionError:
         pass
@@ -694,7 +750,7 @@ def _restored(subject: _Subject) -> None:
     if logits is not None:
         agree(logits, subject.clean.logits, subject.tolerance, "logits of a pass in training mode")
     with torch.no_grad():
-        again = answer(subject.module(input_ids=subject.tokens, **_no_cache(subject)))
+        again = subject.own(subject.module)
     agree(again, subject.clean.logits, subject.tolerance, "the model's own logits afterwards")
 
 

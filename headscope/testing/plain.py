@@ -60,6 +60,16 @@ class PlainRun:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+def name_of(given: Tensor) -> str:
+    """What a model calls its input: token ids, or images."""
+    return "pixel_values" if given.ndim == 4 else "input_ids"
+
+
+def by_position(said: Tensor) -> Float[Tensor, "batch pos width"]:
+    """What a model says, by position; of a whole image at one."""
+    return said[:, None] if said.ndim == 2 else said
+
+
 class PlainModel:
     """A transformers model on its own eager attention.
 
@@ -78,7 +88,7 @@ class PlainModel:
     @torch.no_grad()
     def run(
         self,
-        tokens: Int[Tensor, "batch pos"],
+        tokens: Int[Tensor, "batch pos"] | Float[Tensor, "batch channel height width"],
         real: Bool[Tensor, "batch pos"] | None = None,
         *,
         zeroed: Mapping[int, list[int]] | None = None,
@@ -87,12 +97,12 @@ class PlainModel:
         """Run the model once.
 
         Args:
-            tokens: token ids.
+            tokens: token ids, or images.
             real: False at padding; None means no padding.
             zeroed: heads whose output becomes 0, by the number of the attention call.
             hooks: forward pre-hooks (called with keyword arguments) for the length of the pass.
         """
-        inputs: dict[str, Any] = {"input_ids": tokens}
+        inputs: dict[str, Any] = {name_of(tokens): tokens}
         if "use_cache" in self.accepts:
             inputs["use_cache"] = False
         if real is not None:
@@ -116,7 +126,7 @@ class PlainModel:
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(self._attention(_NAME, run))
-            run.logits = answer(self.module(**inputs))
+            run.logits = by_position(answer(self.module(**inputs)))
         run.patterns = [call.pattern for call in run.calls]
         if not run.calls:
             run.patterns = self._shown(inputs, hooks or {})

@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headscope import probes
+from headscope.base.patches import PatchGrid
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.circuits.scores import Weights
+from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.attention import visible_keys
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
-from headscope.probes.probe import Probe
-from headscope.scorer import IOI, NEEDLE, REPEATED, DefaultProbe
+from headscope.probes.probe import Probe, of_images
+from headscope.scorer import IMAGES, IOI, NEEDLE, REPEATED, DefaultProbe
 from headscope.scorers import Scorer
 from headscope.testing.report import CheckError, CheckReport, agree, ensure, run_checks
 from headscope.views.outputs import HeadGradients, HeadOutputs, Unembedding
@@ -80,6 +82,9 @@ def _default_probe(kind: DefaultProbe | None) -> Probe:
         IOI: lambda: probes.pairs(model, "ioi", batch=4),
         REPEATED: lambda: probes.repeated_tokens(model, length=9, batch=4),
     }
+    if kind == IMAGES:
+        grid = PatchGrid(3, 4, 2, 2, specials=("class", "register 1"))
+        return of_images(torch.zeros(4, *grid.size), grid)
     return small[kind]() if kind in small else kind.make(model, 0)
 
 
@@ -434,10 +439,13 @@ def _mapped(
         facts={name: fact(number) for name, number in probe.facts.items()},
         control=other(probe.control),
         corrupt=other(probe.corrupt),
+        inputs={name: fact(value) for name, value in probe.inputs.items()},
     )
 
 
 def _padding(case: _Case, left: int, right: int) -> None:
+    if case.probe.grid is not None:
+        raise UnsupportedModelError("images have no padding.")
     wide = _padded(case.probe, left, right)
     place = slice(left, left + case.probe.length)
     actual, chosen = case.values(wide)[:, :, place], _chosen(case)

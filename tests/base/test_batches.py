@@ -41,8 +41,13 @@ def test_targets_and_marks_are_kept() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no tokens": ({"pixel_values": torch.zeros(1, 3, 4, 4)}, "it has: pixel_values"),
-    "a second input": ({"input_ids": [[1, 2]], "decoder_input_ids": [[1]]}, "decoder_input_ids"),
+    "no tokens": ({"attention_mask": [[1, 1]]}, "it has: attention_mask"),
+    "images of three axes": ({"pixel_values": torch.zeros(3, 4, 4)}, "not .batch channel height"),
+    "images and a text mask": (
+        {"pixel_values": torch.zeros(1, 3, 4, 4), "attention_mask": [[1]]},
+        "'attention_mask'",
+    ),
+    "a second input": ({"input_ids": [[1, 2]], "position_ids": [[0, 1]]}, "position_ids"),
     "labels": ({"input_ids": [[1, 2]], "labels": [[1, 2]]}, "give targets="),
     "segments": ({"input_ids": [[1, 2]], "token_type_ids": [[0, 1]]}, "second segments"),
     "one row": ({"input_ids": [1, 2]}, r"\(2,\), not \[batch pos\]"),

@@ -23,7 +23,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FETCHES = {"requests", "urllib", "urllib3", "httpx", "http", "socket"}
 # An import name that is not its distribution's name.
-DISTRIBUTION = {"yaml": "pyyaml", "pydantic_core": "pydantic"}  # pydantic pins its core
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic",
+    "PIL": "pillow",
+}  # pydantic pins its core
 # Comes with transformers and says so in transformers' own interface.
 VIA_TRANSFORMERS = {"tokenizers", "huggingface_hub"}
 

@@ -331,15 +331,6 @@ def test_what_has_no_row_per_head_is_refused_with_the_reason(name: str) -> None:
     assert str(refusal.value).count("is not supported") == 1
 
 
-def test_a_model_of_images_is_refused() -> None:
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        image_size=8, patch_size=4,
-    )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="it reads pixel_values"):
-        hs.load(transformers.ViTModel(config).eval())
-
-
 def test_padding_that_is_read_as_text_is_refused() -> None:
     """mobilebert joins every token's embedding with those of its neighbours, padding included."""
     config = transformers.MobileBertConfig(

@@ -13,6 +13,7 @@ from headscope.scorers import (
     DEFAULT,
     Scorer,
     between,
+    hop_mass,
     long_need,
     long_need_predicted,
     relative_offset,
@@ -62,11 +63,12 @@ def test_every_scorer_says_what_it_is(scorer: Scorer) -> None:
     assert scorer.unit in units
     assert scorer.source != "user"
     assert scorer.probe is not None
-    assert scorer.probe.name in {"repeated_tokens", "text", "ioi", "needle"}
+    assert scorer.probe.name in {"repeated_tokens", "text", "ioi", "needle", "random_images"}
     assert scorer.description.endswith(".") or "detect_head" in scorer.description
     made_by = {
         "ioi": between,
         "local": window_mass,
+        "patch": hop_mass,
         "detect": None,
         "streaming": streaming_gap,
         "long": long_need_predicted if "predicted" in scorer.name else long_need,
@@ -108,7 +110,7 @@ def test_what_cannot_be_resolved_says_why() -> None:
 
 
 def test_families_refuse_what_no_query_can_see() -> None:
-    assert relative_offset(-1).needs == ("bidirectional", "one_sequence")
+    assert relative_offset(-1).needs == ("bidirectional", "one_sequence", "text")
     with pytest.raises(InputError, match="width=0"):
         window_mass(0)
 

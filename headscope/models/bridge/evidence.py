@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
-from headscope.models.hf.evidence import dead_heads, own_logits, same_outputs, text_for
+from headscope.models.hf.evidence import dead_heads, own_answer, same_outputs, text_for
 from headscope.models.hf.hooks import Call, after, hooked
 from headscope.models.loading.proof import Gap, LoadCheck, gap, rounding
 from headscope.models.taps import Reads, TapView, at_final, at_layers
@@ -97,7 +97,7 @@ def watched_pass(
 ) -> tuple[list[LoadCheck], tuple[str, ...]]:
     """Run the model alone and watched; compare everything."""
     if getattr(model.module, "config", None) is not None:
-        plain = own_logits(model.module, tokens, model.name)
+        plain = own_answer(model.module, {"input_ids": tokens, "use_cache": False}, model.name)
     else:
         plain = model.bridge(tokens, return_type="logits")
     look = Look(model)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from headscope.base.batches import TOKENS, Batch
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.hooks import Hook, entering, leaving
 from headscope.models.hf.measured import MeasuredParts, measure_norm
@@ -65,9 +66,14 @@ class BridgeParts(MeasuredParts):
         bias: Tensor = self.model.weights(layer).b_O
         return bias
 
-    def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
+    def tiny(self) -> Batch:
+        """Two small texts."""
+        ids = torch.arange(10) * 7 % max(self.model.shape.d_vocab - 1, 1)
+        return Batch({TOKENS: ids.view(2, 5)}, {})
+
+    def run(self, batch: Batch) -> None:
         """Run the model."""
-        self.model.bridge(tokens, return_type="logits")
+        self.model.bridge(batch.tokens.to(self.model.device), return_type="logits")
 
     def query_key(self, layer: int) -> QueryKey:
         """Rotation of one layer; families with norms in between are refused."""
@@ -162,7 +168,7 @@ class BridgeParts(MeasuredParts):
 
         own = [entering(self.block(n).get_submodule("attn"), keep(n)) for n in layers]
         with torch.no_grad():
-            self.watch(tokens, [*own, *hooks])
+            self.watch(Batch({TOKENS: tokens}, {}), [*own, *hooks])
         return seen
 
 

@@ -15,11 +15,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from headscope.base.batches import PIXELS, TOKENS, Batch
 from headscope.errors import HeadscopeError, ModelLoadError, UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.models.attention import AttentionCall
 from headscope.models.hf.hooks import Call, after, before, entering, hooked
 from headscope.models.hf.interface import MaskFacts, made_masks, routed
+from headscope.models.hf.layout import arguments, tiny_batch
 from headscope.models.hf.measured import TURNS_BY_LENGTH
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
@@ -49,21 +51,22 @@ class Plain:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def proof_tokens(model: "HFModel") -> Int[Tensor, "1 pos"]:
-    """A text longer than every window of the model that fits, of tokens that differ.
+def proof_batch(model: "HFModel") -> Batch:
+    """An image, or a text longer than every window of the model that fits, of tokens that differ.
 
     Special tokens of the config (images, padding) are left out where others are there.
     """
+    if model.grid is not None:
+        return tiny_batch(model.module).examples(slice(0, 1))
     local = [w for w in model.shape.windows if w is not None]
-    return text_for(model.module.config, model.shape.d_vocab, model.shape.n_ctx, local).to(
-        model.device
-    )
+    text = text_for(model.module.config, model.shape.d_vocab, model.shape.n_ctx, local)
+    return Batch({TOKENS: text.to(model.device)}, {})
 
 
 def text_for(
     config: Any, d_vocab: int, n_ctx: int | None, windows: list[int]
 ) -> Int[Tensor, "1 pos"]:
-    """See :func:`proof_tokens`; also for models that are not seen yet."""
+    """See :func:`proof_batch`; also for models that are not seen yet."""
     text = config.get_text_config()
     sizes = [*windows, *_sizes(text)]
     length = max(SHORTEST, *(size + size // 2 + 2 for size in sizes if size < LONGEST - 2), 0)
@@ -94,7 +97,7 @@ def _special(config: Any) -> Iterator[int]:
 
 
 @torch.no_grad()
-def plain_pass(model: "HFModel", tokens: Int[Tensor, "batch pos"]) -> Plain:
+def plain_pass(model: "HFModel", batch: Batch) -> Plain:
     """Run the model alone on eager attention.
 
     Raises:
@@ -120,25 +123,25 @@ def plain_pass(model: "HFModel", tokens: Int[Tensor, "batch pos"]) -> Plain:
         stack.enter_context(pass_over(model.module))
         stack.enter_context(hooked(hooks))
         stack.enter_context(attention_named(model.layout.configs, "eager"))
-        plain.logits = own_logits(model.speaker, tokens, model.name)
+        plain.logits = own_answer(model.speaker, arguments(model.module, batch), model.name)
     return plain
 
 
-def own_logits(module: Any, tokens: Int[Tensor, "batch pos"], name: str) -> Tensor:
-    """The model's own logits.
+def own_answer(module: Any, inputs: Mapping[str, Any], name: str) -> Tensor:
+    """The model's own logits, or last hidden states.
 
     Raises:
         ModelLoadError: if it does not run, or they are not finite.
     """
     try:
         with pass_over(module):
-            logits = answer(module(input_ids=tokens, use_cache=False))
+            logits = answer(module(**inputs))
     except HeadscopeError:
         raise
     except Exception as error:  # config and weights may contradict each other in any way
         reason = " ".join(str(error).split())[:300]
         raise ModelLoadError(
-            f"{name} does not run: {type(error).__name__} on {tokens.numel()} tokens ({reason})."
+            f"{name} does not run: {type(error).__name__} on {_said(inputs)} ({reason})."
         ) from error
     if not bool(torch.isfinite(logits).all()):
         raise ModelLoadError(
@@ -146,6 +149,13 @@ def own_logits(module: Any, tokens: Int[Tensor, "batch pos"], name: str) -> Tens
             "or its dtype is too narrow for them (try dtype='float32')."
         )
     return logits
+
+
+def _said(inputs: Mapping[str, Any]) -> str:
+    """What a model was given, in words."""
+    if PIXELS in inputs:
+        return f"images of the shape {tuple(inputs[PIXELS].shape[1:])}"
+    return f"{inputs[TOKENS].numel()} tokens"
 
 
 @dataclass
@@ -213,7 +223,7 @@ def same_outputs(shape: ModelShape) -> dict[Tap, Write]:
 
 @torch.no_grad()
 def watched_pass(
-    model: "HFModel", tokens: Int[Tensor, "batch pos"], plain: Plain
+    model: "HFModel", batch: Batch, plain: Plain
 ) -> tuple[list[LoadCheck], tuple[str, ...]]:
     """Run the model through headscope, layer by layer on what the plain pass read.
 
@@ -239,8 +249,9 @@ def watched_pass(
     ]
     with pass_over(model.module), hooked(hooks):
         same = same_outputs(model.shape)
-        logits = model.answer(tokens, reads=look.reads(model.shape), writes=same)
+        logits = model.answer(batch, reads=look.reads(model.shape), writes=same)
         assert logits is not None  # noqa: S101  # they were asked for
+        logits = logits[:, 0] if plain.logits.ndim == 2 else logits  # one answer for an image
     checks = [*look.checks, _all_layers(model, look)]
     for layer, parts in model.layout.layers.items():
         alone, now = plain.writes.get(parts.projection, []), writes.get(parts.projection, [])
@@ -351,6 +362,7 @@ def _unembedding(model: "HFModel", plain: Plain) -> Iterator[LoadCheck]:
         yield LoadCheck(what, Gap(float("inf"), 0.0), costs, str(error))
         return
     allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
+    logits = logits[:, 0] if plain.logits.ndim == 2 else logits
     yield LoadCheck(what, gap(logits, plain.logits, allowed), costs, reason)
 
 

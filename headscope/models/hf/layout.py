@@ -8,7 +8,7 @@ is measured, and so is what happens to logits behind the unembedding.
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,19 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.base.batches import TINY, TOKENS, Batch
+from headscope.base.batches import PATCHES, PIXELS, TEXT, TINY, TOKENS, Batch
+from headscope.base.patches import PatchGrid
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.hf.hooks import Call, after, hooked
+from headscope.models.hf.hooks import Call, after, entering, hooked
 from headscope.models.hf.interface import routed
 from headscope.models.hf.measured import LogitMap, Watch, measure_logit_map, ramp, write_scales
 from headscope.models.hf.removed import NoHeads, kept_in
 from headscope.models.hf.transformers_api import takes_attention_functions
 from headscope.models.parameters import runs_on
 from headscope.models.rotary import turning_length
-from headscope.models.running import answer, pass_over
+from headscope.models.running import Finished, accepted, answer, pass_over
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,9 @@ class Layout:
             (nanochat also sends its embedding through it).
         logit_map: what makes logits of the unembedding's outputs; None if that is not known.
         mask: rule of all layers, windows apart.
-        has_logits: whether it gives a logit of every token at every position.
+        has_logits: whether it gives a logit of every token at every position, or of every class.
+        unembedding: matrix that makes logits; None where there is none.
+        grid: how images are cut into positions; None in a model of texts.
     """
 
     shape: ModelShape
@@ -71,6 +74,8 @@ class Layout:
     logit_map: LogitMap | None = None
     mask: MaskRule = CAUSAL
     has_logits: bool = True
+    unembedding: Any = None
+    grid: PatchGrid | None = None
 
     def by_attention(self) -> dict[nn.Module, LayerParts]:
         """Layer parts by the module that calls attention."""
@@ -85,12 +90,17 @@ def find_layout(model: Any) -> Layout | None:
     """
     if not takes_attention_functions(model):
         return None
-    if (reads := getattr(model, "main_input_name", "input_ids")) != "input_ids":
-        raise UnsupportedModelError(f"it reads {reads}, and headscope gives a model token ids.")
+    reads = getattr(model, "main_input_name", TOKENS)
+    if reads not in (TOKENS, PIXELS):
+        raise UnsupportedModelError(
+            f"it reads {reads}, and headscope gives a model token ids or images."
+        )
+    _refuse_towers(model)
     configs = tuple(
         {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values()
     )
-    watch, logits, has_logits = _watch(model, configs)
+    tiny = tiny_batch(model)
+    watch, logits, has_logits = _watch(model, configs, tiny)
     if not watch.calls:
         if any(isinstance(module, NoHeads) for module in model.modules()):
             raise UnsupportedModelError("all its heads were pruned: there is nothing to see.")
@@ -98,6 +108,7 @@ def find_layout(model: Any) -> Layout | None:
     names = {module: name for name, module in model.named_modules()}
     blocks, numbers = number_layers(model, [module for module, _ in watch.calls], names, watch.uses)
     choose_projections(watch, names)
+    _refuse_windows(watch, tiny)
     shape = _shape(model, watch, blocks, numbers, logits)
     layers = {}
     width = shape.n_heads * shape.d_head
@@ -105,7 +116,7 @@ def find_layout(model: Any) -> Layout | None:
         given = watch.inputs.get(watch.projections.get(module, module))
         if module not in watch.projections or given is None or given.shape[-1] != width:
             return None
-        if given.shape[:-1] != TINY:
+        if given.shape[:-1] != (TINY[0], watch.calls[0][1].n_queries):
             raise UnsupportedModelError(
                 "what reads its head outputs takes them out of their order of examples and "
                 "positions (e.g. a mixture of experts) and is not a matrix, so there is no W_O."
@@ -119,7 +130,8 @@ def find_layout(model: Any) -> Layout | None:
         layers[number] = LayerParts(
             number, module, watch.projections[module], scales[number], norm, plain
         )
-    final = find_final_norm(model, watch, blocks)
+    head = _unembedding(model) if tiny.sequence == TEXT else _classifier(watch, logits)
+    final = find_final_norm(head, watch, blocks)
     return Layout(
         shape,
         layers,
@@ -127,10 +139,196 @@ def find_layout(model: Any) -> Layout | None:
         final,
         configs,
         final_norm_uses=1 if final is None else watch.uses[final],
-        logit_map=None if logits is None else measure_logit_map(*logits),
+        logit_map=_logit_map(logits, head),
         mask=_mask_rule([call for _, call in watch.calls]),
         has_logits=has_logits,
+        unembedding=head,
+        grid=None if tiny.sequence == TEXT else _grid(model, blocks[numbers[0]], shape),
     )
+
+
+def _logit_map(logits: tuple[Tensor, Tensor] | None, head: Any) -> LogitMap | None:
+    """What is done to outputs of the unembedding; nothing where they are the logits."""
+    if logits is None or head is None:
+        return None
+    entered, made = logits
+    return LogitMap(1.0, None) if entered is made else measure_logit_map(entered, made)
+
+
+def _refuse_towers(model: Any) -> None:
+    """Refuse two models side by side, one of images and one of texts (clip).
+
+    Raises:
+        UnsupportedModelError: naming both.
+    """
+    sees, reads = (getattr(model, name, None) for name in ("vision_model", "text_model"))
+    compared = hasattr(model, "logit_scale")
+    if compared and isinstance(sees, nn.Module) and isinstance(reads, nn.Module):
+        raise UnsupportedModelError(
+            "it is two models side by side, one of images and one of texts, each with layers of "
+            "its own: load them one by one, hs.load(model.vision_model) and "
+            "hs.load(model.text_model)."
+        )
+
+
+def _refuse_windows(watch: Watch, tiny: Batch) -> None:
+    """Refuse attention whose examples are windows of an image.
+
+    Raises:
+        UnsupportedModelError: where they are.
+    """
+    counts = {(call.query.shape[0], call.n_queries) for _, call in watch.calls}
+    if tiny.sequence != TEXT and (len(counts) > 1 or next(iter(counts))[0] != TINY[0]):
+        raise UnsupportedModelError(_WINDOWS)
+
+
+def body_of(model: Any) -> Any:
+    """The part of a model without its head; the model itself where that part takes no inputs."""
+    body = getattr(model, "base_model", model)
+    reads = getattr(model, "main_input_name", TOKENS)
+    return body if reads in accepted(body) else model
+
+
+def _vision_config(model: Any) -> Any:
+    """Config that tells sizes of images, that of the tower in a model of two."""
+    return getattr(model.config, "vision_config", None) or model.config
+
+
+# Why swin and its like are refused.
+_WINDOWS = (
+    "its attention runs within windows of patches, or on fewer and fewer of them from layer to "
+    "layer, so a head has no row over the patches of a whole image."
+)
+
+
+def tiny_images(model: Any) -> Batch:
+    """Two small images of noise, of the size that a model was made for.
+
+    Raises:
+        UnsupportedModelError: if its config does not tell that size.
+    """
+    config = _vision_config(model)
+    if isinstance(getattr(config, "window_size", None), int | list | tuple):
+        raise UnsupportedModelError(_WINDOWS)
+    size = _pair(getattr(config, "image_size", None))
+    if size is None:
+        raise UnsupportedModelError(
+            "its config has no image_size, so that headscope cannot tell which images it reads."
+        )
+    channels = getattr(config, "num_channels", None) or 3
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randn(TINY[0], channels, *size, generator=draw, dtype=torch.float32)
+    return Batch({PIXELS: pixels.to(device_of(model), model.dtype)}, {})
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    """Height and width of what a config gives as a number or as two."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) for n in size):
+        return size[0], size[1]
+    return None
+
+
+def _reading(model: Any) -> tuple[nn.Module, Tensor]:
+    """Module with a weight that inputs come to first, and that weight."""
+    try:
+        first = model.get_input_embeddings()
+    except NotImplementedError:  # as some classifiers of images; what reads pixels comes first
+        first = model
+    for module in first.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            return module, weight
+    raise UnsupportedModelError("what reads its inputs has no weight.")
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a module wants its inputs."""
+    return runs_on(*_reading(model))
+
+
+def arguments(model: Any, batch: Batch) -> dict[str, Any]:
+    """How a module is called with a batch that has no padding.
+
+    Args:
+        model: a transformers model.
+        batch: of texts or images.
+    """
+    place = device_of(model)
+    if batch.sequence == PATCHES:
+        return {PIXELS: batch.inputs[PIXELS].to(place, model.dtype)}
+    return {TOKENS: batch.tokens.to(place), "use_cache": False}
+
+
+@torch.no_grad()
+def _grid(model: Any, block: nn.Module, shape: ModelShape) -> PatchGrid:
+    """Where the patches of an image stand, measured: a change of one changes one position.
+
+    Raises:
+        UnsupportedModelError: if they do not stand row by row behind some special tokens.
+    """
+    size, patch = (
+        _pair(getattr(_vision_config(model), n, None)) for n in ("image_size", "patch_size")
+    )
+    if size is None or patch is None:
+        raise UnsupportedModelError("its config does not tell how images are cut into patches.")
+    rows, columns = size[0] // patch[0], size[1] // patch[1]
+    positions = shape.n_ctx or 0
+    first = positions - rows * columns
+    places = sorted({0, 1, columns, rows * columns - 1} & set(range(rows * columns)))
+    base = tiny_images(model).inputs[PIXELS][:1].repeat(len(places) + 1, 1, 1, 1)
+    for number, place in enumerate(places, 1):
+        top, left = place // columns * patch[0], place % columns * patch[1]
+        base[number, :, top : top + patch[0], left : left + patch[1]] += 1.0
+    entered: list[Tensor] = []
+
+    def stop(stream: Tensor) -> None:
+        entered.append(stream)
+        raise Finished
+
+    with pass_over(model), hooked([entering(block, stop)]), suppress(Finished):
+        model(**arguments(model, Batch({PIXELS: base}, {})))
+    changed = (entered[0][1:] != entered[0][:1]).any(-1)
+    expected = torch.zeros_like(changed)
+    if first >= 0:
+        expected[range(len(places)), [first + place for place in places]] = True
+    if first < 0 or not torch.equal(changed, expected):
+        raise UnsupportedModelError(
+            f"its {positions} positions are not the {rows} x {columns} patches of an image, row by "
+            "row behind special tokens, so that none can be said to be a place in the image."
+        )
+    channels = base.shape[1]
+    return PatchGrid(rows, columns, *patch, channels=channels, specials=_specials(model, first))
+
+
+def _specials(model: Any, count: int) -> tuple[str, ...]:
+    """What the tokens in front of the patches are called."""
+    registers = int(getattr(_vision_config(model), "num_register_tokens", None) or 0)
+    named = ["class", *(f"register {number}" for number in range(1, registers + 1))]
+    if count == 2 and not registers:
+        named.append("distillation")
+    named += [f"special {number}" for number in range(len(named), count)]
+    return tuple(named[:count])
+
+
+def _classifier(watch: Watch, logits: tuple[Tensor, Tensor] | None) -> Any:
+    """Matrix whose outputs are the logits of classes; None where there is none."""
+    if logits is None:
+        return None
+    found = [
+        module
+        for module, output in watch.outputs.items()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and _same(output, logits[1])
+    ]
+    return found[-1] if found else None
+
+
+def tiny_batch(model: Any) -> Batch:
+    """Two small examples of what a model reads, on its device."""
+    if getattr(model, "main_input_name", TOKENS) == PIXELS:
+        return tiny_images(model)
+    return Batch({TOKENS: tiny_tokens(model)}, {})
 
 
 def tiny_tokens(model: Any) -> Tensor:
@@ -141,16 +339,16 @@ def tiny_tokens(model: Any) -> Tensor:
 
 
 def _watch(
-    model: Any, configs: tuple[Any, ...]
+    model: Any, configs: tuple[Any, ...], tiny: Batch
 ) -> tuple[Watch, tuple[Tensor, Tensor] | None, bool]:
-    """One pass of a few tokens: what modules did, logits of known unembedding outputs.
+    """One pass of two small examples: what modules did, logits of known unembedding outputs.
 
     Returns:
         Also whether the module gives logits of tokens at all.
     """
     watch = Watch()
     open_calls: list[nn.Module] = []
-    unembedding, entered = _unembedding(model), []
+    unembedding, entered = _unembedding(model) if tiny.sequence == TEXT else None, []
 
     def handler(module: nn.Module, call: AttentionCall) -> Tensor:
         watch.calls.append((module, call))
@@ -177,7 +375,12 @@ def _watch(
             stack.enter_context(hooked([after(unembedding, known, first=True)]))
         stack.enter_context(routed(configs, handler))
         stack.enter_context(torch.no_grad())
-        logits = answer(model(input_ids=tiny_tokens(model), use_cache=False))
+        output = model(**arguments(model, tiny))
+    logits = answer(output)
+    if tiny.sequence != TEXT:
+        classes = getattr(output, "logits", None)
+        told = isinstance(classes, Tensor) and classes.ndim == 2 and len(classes) == TINY[0]
+        return watch, (logits, logits) if told else None, told
     told = isinstance(unembedding, nn.Module) and logits.shape[:-1] == TINY
     return watch, (entered[0], logits) if told and len(entered) == 1 else None, told
 
@@ -292,26 +495,31 @@ def _shape(
     windows: list[int | None] = [None] * len(blocks)
     for number, call in zip(numbers, calls, strict=True):
         windows[number] = call.mask.window
-    config = model.config.get_text_config()
-    n_ctx = getattr(config, "max_position_embeddings", None)
-    if n_ctx is not None:
-        n_ctx -= _first_place(watch, n_ctx)
-    embedding = model.get_input_embeddings().weight
     width = None if logits is None else logits[1].shape[-1]
+    if getattr(model, "main_input_name", TOKENS) == PIXELS:
+        n_ctx: int | None = calls[0].n_queries
+        d_vocab, stack = width or 0, "vision"
+    else:
+        config = model.config.get_text_config()
+        n_ctx, stack = getattr(config, "max_position_embeddings", None), ""
+        if n_ctx is not None:
+            n_ctx -= _first_place(watch, n_ctx)
+        d_vocab = model.get_input_embeddings().weight.shape[0]
     return ModelShape(
         n_layers=len(blocks),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         d_model=watch.inputs[blocks[numbers[0]]].shape[-1],
         d_head=d_head,
-        d_vocab=embedding.shape[0],
+        d_vocab=d_vocab,
         n_ctx=n_ctx,
-        turns_at=turning_length(config),
-        d_vocab_out=None if width == embedding.shape[0] else width,
+        turns_at=turning_length(model.config.get_text_config()),
+        d_vocab_out=None if width == d_vocab else width,
+        stack=stack,
         attention_layers=tuple(numbers),
         windows=tuple(windows),
         removed=frozenset(
-            HeadIndex(number, head)
+            HeadIndex(number, head, stack)
             for (module, _), number in zip(watch.calls, numbers, strict=True)
             if (kept := kept_in(module)) is not None
             for head in set(range(n_heads)) - set(kept.heads)
@@ -353,18 +561,18 @@ def _input_norm(
     return None, False
 
 
-def find_final_norm(model: Any, watch: Watch, blocks: nn.ModuleList) -> nn.Module | None:
-    """Norm between the last block and the unembedding; None if there is no plain one."""
-    head = _unembedding(model)
-    entering = watch.inputs.get(head)
-    if entering is None:
+def find_final_norm(head: Any, watch: Watch, blocks: nn.ModuleList) -> nn.Module | None:
+    """Norm between the last block and the unembedding ``head``; None if there is no plain one."""
+    read = watch.inputs.get(head)
+    if read is None:
         return None
     norms = [
         module
         for module, output in watch.outputs.items()
         if _may_be_norm(module, watch)
-        and output.shape == entering.shape
-        and torch.equal(output, entering)
+        and output.ndim in (read.ndim, read.ndim + 1)
+        # A classifier of images reads the first position alone.
+        and _same(output if read.ndim == output.ndim else output[:, 0], read)
     ]
     if not norms or not _reads_stream(watch, norms[-1], blocks):
         return None

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import curve_fit
 from torch import Tensor, nn
 
+from headscope.base.batches import Batch
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall
 from headscope.models.hf.hooks import Call, Hook, after, hooked, stream_of
@@ -94,7 +95,7 @@ def _short(value: float) -> float:
 
 
 def find_unembedding(
-    model: Any, final_norm: nn.Module, d_model: int, logit_map: LogitMap
+    head: Any, final_norm: nn.Module, d_model: int, logit_map: LogitMap
 ) -> Unembedding:
     """Measure the final norm, and join it to the unembedding and what follows it.
 
@@ -102,7 +103,7 @@ def find_unembedding(
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
     return measure_unembedding(
-        model.get_output_embeddings(),
+        head,
         final_norm,
         d_model,
         logit_scale=logit_map.scale,
@@ -574,8 +575,12 @@ class MeasuredParts(ABC):
         """Its bias; zeros where it has none."""
 
     @abstractmethod
-    def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
+    def run(self, batch: Batch) -> None:
         """Run the model's body."""
+
+    @abstractmethod
+    def tiny(self) -> Batch:
+        """Two small examples of what the model reads."""
 
     @abstractmethod
     def query_key(self, layer: int) -> QueryKey:
@@ -592,6 +597,8 @@ class MeasuredParts(ABC):
     @property
     def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
         """Token embedding as it enters the first block, the family's multiplier included."""
+        if (reason := self.model.limits.get("embedding")) is not None:
+            raise UnsupportedModelError(reason)
         module = self.model.module
         weight = parameter(module.get_input_embeddings(), "weight")
         ids = torch.arange(8, device=weight.device) * 7 % len(weight)
@@ -660,8 +667,7 @@ class MeasuredParts(ABC):
         seen = Watch(copies=True)
         modules = {module for block, _ in blocks.values() for module in block.modules()}
         hooks = [after(module, seen.note) for module in modules]
-        ids = torch.arange(10) * 7 % max(self.model.shape.d_vocab - 1, 1)
-        self.watch(ids.view(2, 5), hooks)
+        self.watch(self.tiny(), hooks)
         try:
             return find_writers(seen, blocks)
         except UnsupportedModelError as error:
@@ -684,7 +690,7 @@ class MeasuredParts(ABC):
             return block.get_submodule(writers.attention), writers.attention_scale
         return block.get_submodule(writers.mlp), writers.mlp_scale
 
-    def watch(self, tokens: Int[Tensor, "batch pos"], hooks: Sequence[Hook]) -> None:
+    def watch(self, batch: Batch, hooks: Sequence[Hook]) -> None:
         """Run the model's body with these hooks in place; scopes of edits leave it alone."""
         with pass_over(self.model.module), hooked(hooks):
-            self.run(tokens.to(self.model.device))
+            self.run(batch)

@@ -1,7 +1,9 @@
 """A transformers model seen head by head, on fused attention."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -9,11 +11,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headscope.base.batches import PIXELS, TOKENS, Batch
 from headscope.base.glance import Glance, Shown
+from headscope.base.patches import PatchGrid
 from headscope.base.stacks import MaskRule
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.interface import register
-from headscope.models.hf.layout import Layout, find_layout, tiny_tokens
+from headscope.models.hf.layout import (
+    Layout,
+    arguments,
+    body_of,
+    device_of,
+    find_layout,
+    tiny_batch,
+    tiny_tokens,
+)
 from headscope.models.hf.measured import find_unembedding
 from headscope.models.hf.parts import HFParts
 from headscope.models.hf.passes import AttentionTaps, Scope
@@ -21,7 +33,7 @@ from headscope.models.hf.removed import kept_in
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.weights import matrix
 from headscope.models.loading.proof import Proof
-from headscope.models.parameters import Digest, all_weights, runs_on
+from headscope.models.parameters import Digest, all_weights
 from headscope.models.protocol import Edit, glance_of, unmeasured_write
 from headscope.models.rotary import no_rotation
 from headscope.models.running import (
@@ -34,6 +46,48 @@ from headscope.models.running import (
 )
 from headscope.models.taps import Tap, writes_of
 from headscope.views.outputs import HeadWeights, Unembedding
+
+
+def own_vector(output: Any) -> Tensor | None:
+    """The vector that a model itself returns for a whole example; None where there is none."""
+    for name in ("image_embeds", "text_embeds", "pooler_output"):
+        found = getattr(output, name, None)
+        if isinstance(found, Tensor) and found.ndim == 2:
+            return found
+    return None
+
+
+def pooled(
+    output: Any, real: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None, pooling: str
+) -> Float[Tensor, "batch width"]:
+    """One vector of each example.
+
+    Args:
+        output: of a model without a head.
+        real: 0 at padding; None where there is none.
+        pooling: ``own``, ``first`` or ``mean``.
+    """
+    if pooling == "own":
+        found = own_vector(output)
+        assert found is not None  # noqa: S101  # looked for before
+        return found
+    states: Tensor = output.last_hidden_state
+    shown = torch.ones(states.shape[:2], device=states.device) if real is None else real
+    if pooling == "first":
+        at = shown.int().argmax(1)
+        return states[torch.arange(len(states), device=states.device), at]
+    weight = shown.to(states)[..., None]
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+def _of_images(family: str) -> dict[str, str]:
+    """What a model of images cannot be asked."""
+    return {
+        "causal": f"{family} reads images, so it continues no text token by token.",
+        "text": f"{family} reads images, whose positions are patches and not tokens of a text.",
+        "embedding": f"{family} reads images, so it has no embedding of tokens.",
+        "rotary": f"{family} reads images, whose positions are places in two dimensions.",
+    }
 
 
 class HFModel(Tapped, Shown):
@@ -55,8 +109,14 @@ class HFModel(Tapped, Shown):
         tokenizer: Any | None = None,
         name: str | None = None,
         revision: str | None = None,
+        image_processor: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep the parts; use :meth:`wrap` to find them."""
+        self.image_processor = image_processor
+        # Which vector of a whole example stands for logits, and the part that gives it.
+        self.pooling: str | None = None
+        self.body: Any = None
+        self._embedded: dict[str | None, HFModel] = {}
         self.module = module
         self.layout = layout
         self.tokenizer = tokenizer
@@ -86,7 +146,21 @@ class HFModel(Tapped, Shown):
     @property
     def speaker(self) -> Any:
         """Part whose outputs are read: the module, or its body where that gives no logits."""
-        return self.module if self.layout.has_logits else self.module.base_model
+        if self.body is not None:
+            return self.body
+        return self.module if self.layout.has_logits else body_of(self.module)
+
+    @property
+    def grid(self) -> PatchGrid | None:
+        """How it cuts images into positions; None where it reads texts."""
+        return self.layout.grid
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Number of every class of images that has a name."""
+        named = getattr(self.module.config, "label2id", None) or {}
+        known = self.grid is not None and self.layout.has_logits
+        return {str(name): int(number) for name, number in named.items()} if known else {}
 
     @property
     def mask(self) -> MaskRule:
@@ -96,8 +170,7 @@ class HFModel(Tapped, Shown):
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        embedding = self.module.get_input_embeddings()
-        return runs_on(embedding, embedding.weight)
+        return device_of(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,7 +183,9 @@ class HFModel(Tapped, Shown):
         """What this family cannot be asked, and why."""
         family = f"{self.name} ({self.module.config.model_type})"
         limits = no_rotation(self.name, self.module.config)
-        if not self.mask.causal:
+        if self.grid is not None:
+            limits |= _of_images(family)
+        elif not self.mask.causal:
             limits["causal"] = (
                 f"{family} reads texts in both directions, so it continues no text token by token."
             )
@@ -121,7 +196,11 @@ class HFModel(Tapped, Shown):
             )
             limits |= unmeasured_write(self)
         if not self.layout.has_logits:
-            limits["logits"] = f"{family} has no language-model head, so it gives no logits."
+            head = "language-model" if self.grid is None else "classification"
+            limits["logits"] = (
+                f"{family} has no {head} head, so it gives no logits (metrics of embeddings, such "
+                "as hs.metrics.embedding_cosine, need none)."
+            )
             limits["unembedding"] = limits["logits"]
         elif self.layout.final_norm is None:
             limits["unembedding"] = f"{family} has no plain norm before its unembedding."
@@ -138,7 +217,10 @@ class HFModel(Tapped, Shown):
         if self.layout.final_norm is None or self.layout.logit_map is None:
             raise UnsupportedModelError(self.limits["unembedding"])
         return find_unembedding(
-            self.module, self.layout.final_norm, self.shape.d_model, self.layout.logit_map
+            self.layout.unembedding,
+            self.layout.final_norm,
+            self.shape.d_model,
+            self.layout.logit_map,
         )
 
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
@@ -207,9 +289,9 @@ class HFModel(Tapped, Shown):
         if run.grad:
             need_gradients(self.module, self.name)
         with run.attached(), torch.set_grad_enabled(run.grad):
-            inputs = self._inputs(tokens, real)
+            inputs = self._inputs(tokens, real, run.inputs)
             if run.stops and not (run.is_read(Tap("final_resid")) and self._norm_is_outside):
-                self.module.base_model(**inputs)
+                body_of(self.module)(**inputs)
                 return torch.empty(len(tokens), 0, self.shape.n_logits)
             return self._logits(inputs, logits_at)
 
@@ -249,7 +331,11 @@ class HFModel(Tapped, Shown):
                 if not bool(real[:, -1].all()):
                     self._need_right_padding()
 
-    def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
+    def _inputs(
+        self, tokens: Tensor, real: Tensor | None, beside: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        if PIXELS in beside:
+            return arguments(self.module, Batch(beside, {}))
         tokens = tokens.to(self.device)
         if tokens.is_inference():  # made in inference mode, it could serve no gradient
             tokens = tokens.clone()
@@ -322,9 +408,68 @@ class HFModel(Tapped, Shown):
 
     def _logits(self, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
         if logits_at is None:
-            return answer(self.speaker(**inputs))
-        if "logits_to_keep" in self._arguments:
+            return self.spread(self.speaker(**inputs), inputs)
+        if "logits_to_keep" in self._arguments and self.pooling is None:
             kept = logits_at.to(self.device)
             return answer(self.speaker(**inputs, logits_to_keep=kept))
-        logits = answer(self.speaker(**inputs))
+        logits = self.spread(self.speaker(**inputs), inputs)
         return logits[:, logits_at.to(logits.device)]
+
+    def spread(self, output: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos width"]:
+        """What the model says at every position; of a whole example, the same at all of them.
+
+        Args:
+            output: of the speaker.
+            inputs: what it was given.
+        """
+        real = inputs.get("attention_mask")
+        found = answer(output) if self.pooling is None else pooled(output, real, self.pooling)
+        if found.ndim == 3:
+            return found
+        length = self.grid.length if self.grid is not None else inputs[TOKENS].shape[1]
+        return found[:, None].expand(-1, length, -1)
+
+    @torch.no_grad()
+    def embedded(self, pooling: str | None = None) -> "HFModel":
+        """The same model, whose logits are its embeddings of whole examples.
+
+        Args:
+            pooling: which; see :class:`headscope.metrics.EmbeddingMetric`.
+
+        Raises:
+            UnsupportedModelError: if the model does not give that one.
+        """
+        if pooling in self._embedded:
+            return self._embedded[pooling]
+        tiny = arguments(self.module, tiny_batch(self.module))
+        with pass_over(self.module):
+            body = self.module
+            output = body(**tiny)
+            if getattr(output, "last_hidden_state", None) is None:
+                body = body_of(self.module)
+                output = body(**tiny)
+        own = own_vector(output)
+        whole = self.grid is not None or self.mask.causal
+        chosen = pooling or (
+            "own" if own is not None and whole else "mean" if self.grid is None else "first"
+        )
+        if chosen == "own" and own is None:
+            raise UnsupportedModelError(
+                f"{self.name} ({self.module.config.model_type}) returns no vector of a whole "
+                "example: take pooled('first') or pooled('mean')."
+            )
+        made = copy.copy(self)
+        for name in ("_arguments", "parts", "_norm_is_outside"):
+            made.__dict__.pop(name, None)
+        width = pooled(output, None, chosen).shape[-1]
+        made.layout = replace(
+            self.layout,
+            shape=replace(self.shape, d_vocab_out=width),
+            has_logits=True,
+            final_norm=None,
+            logit_map=None,
+        )
+        made.shape, made.pooling, made.body = made.layout.shape, chosen, body
+        made._embedded = self._embedded
+        self._embedded[pooling] = made
+        return made

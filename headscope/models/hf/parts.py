@@ -5,13 +5,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from headscope.base.batches import TOKENS, Batch
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.interface import routed
-from headscope.models.hf.layout import tiny_tokens
+from headscope.models.hf.layout import arguments, body_of, tiny_batch, tiny_tokens
 from headscope.models.hf.measured import TURNS_BY_LENGTH, MeasuredParts, measure_norm
 from headscope.models.hf.query_key import (
     SeenLayer,
@@ -94,10 +95,13 @@ def _seen(model: "HFModel") -> dict[int, SeenLayer]:
     shape = model.shape
     limit = shape.n_ctx or POSITIONS[-1] + 2
     sizes = {shape.n_heads, shape.n_kv_heads, shape.d_head}
+    if model.grid is not None:
+        at = [position for position in POSITIONS if position < model.grid.length]
+        return short_pass(model, tiny_batch(model.module), at)
     length = next(n for n in range(min(limit, POSITIONS[-1] + 2), 0, -1) if n not in sizes)
     at = [position for position in POSITIONS if position < length]
     ids = torch.arange(2 * length) * 7 % max(shape.d_vocab - 1, 1)
-    return short_pass(model, ids.view(2, -1), at)
+    return short_pass(model, Batch({TOKENS: ids.view(2, -1)}, {}), at)
 
 
 # Tokens of the pass that is run at two lengths, and a length beyond any where none is said.
@@ -144,10 +148,16 @@ class HFParts(MeasuredParts):
         found = bias(self.projection(layer), shape.n_heads * shape.d_head)
         return torch.zeros(shape.d_model, device=self.model.device) if found is None else found
 
-    def run(self, tokens: Int[Tensor, "batch pos"]) -> None:
+    def run(self, batch: Batch) -> None:
         """Run the model's body."""
-        mask = torch.ones_like(tokens)  # or some families warn of padding
-        self.model.module.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        inputs = arguments(self.model.module, batch)
+        if TOKENS in inputs:  # or some families warn of padding
+            inputs["attention_mask"] = torch.ones_like(inputs[TOKENS])
+        body_of(self.model.module)(**inputs)
+
+    def tiny(self) -> Batch:
+        """Two small examples of what the model reads."""
+        return tiny_batch(self.model.module)
 
     def weights(self, layer: int) -> HeadWeights:
         """Attention weights of one layer, as they are now.

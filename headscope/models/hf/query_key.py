@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from headscope.base.batches import Batch
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, Hook, after, before
@@ -25,6 +26,7 @@ from headscope.models.hf.weights import Sources, inside, only_tensor
 from headscope.models.loading.proof import gap, rounding
 from headscope.models.parameters import at_hand
 from headscope.models.rotary import find_rotation, turns
+from headscope.models.taps import Texts
 from headscope.views.outputs import HeadWeights
 from headscope.views.qk import HeadNorm, QueryKey, Rotation
 
@@ -54,17 +56,15 @@ class SeenLayer:
     modules: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-def short_pass(
-    model: "HFModel", tokens: Int[Tensor, "batch pos"], at: list[int]
-) -> dict[int, SeenLayer]:
-    """Run a text; keep what every attention layer shows at some positions.
+def short_pass(model: "HFModel", batch: Batch, at: list[int]) -> dict[int, SeenLayer]:
+    """Run a short batch; keep what every attention layer shows at some positions.
 
     Args:
         model: that runs.
-        tokens: the text; its length differs from the number of heads, to tell axes apart.
+        batch: of a text, its length differs from the number of heads, to tell axes apart.
         at: positions.
     """
-    parts, length = model.layout.by_attention(), tokens.shape[1]
+    parts, length = model.layout.by_attention(), model.n_queries(Texts.of(batch))
     read: dict[int, Tensor] = {}
     modules: dict[int, dict[nn.Module, tuple[Tensor, Tensor]]] = {
         n: {} for n in model.layout.layers
@@ -96,7 +96,7 @@ def short_pass(
         hooks += [after(module, note(layer)) for _, module in inside(one)]
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(routed(model.layout.configs, attend, parts))
-        model.parts.watch(tokens, hooks)
+        model.parts.watch(batch, hooks)
     return seen
 
 

@@ -21,10 +21,11 @@ from headscope.edits import zero
 from headscope.errors import ModelLoadError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.hf.hooks import Call, after, hooked
-from headscope.models.hf.layout import tiny_tokens
+from headscope.models.hf.layout import arguments, body_of, tiny_batch
 from headscope.models.hf.removed import Kept, LayerConfig, NoHeads, RepeatingLinear, reading_kept
 from headscope.models.hf.weights import Owner, find_owners
 from headscope.models.running import pass_over
+from headscope.models.taps import writes_of
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
@@ -94,7 +95,8 @@ def removal_of(
     layers: list[LayerRemoval] = []
     rows: Rows = {}
     for layer, parts in model.layout.layers.items():
-        heads = tuple(h for h in range(shape.n_heads) if HeadIndex(layer, h) not in removed)
+        gone = {head.head for head in removed if head.layer == layer}
+        heads = tuple(head for head in range(shape.n_heads) if head not in gone)
         if len(heads) == shape.n_heads:
             continue
         stored, given = _kv_heads(heads, shape.group_size)
@@ -167,7 +169,7 @@ def _returns(model: "HFModel", attention: nn.Module) -> int | None:
         found.append(len(output) if isinstance(output, tuple) else None)
 
     with hooked([after(attention, look)]):
-        model.forward(tiny_tokens(model.module)[:1, :2])
+        model.answer(tiny_batch(model.module))
     return found[0]
 
 
@@ -336,11 +338,15 @@ def _renumber(attention: Any, kept: Kept, d_head: int) -> None:
 @torch.no_grad()
 def _prove(model: "HFModel", smaller: Any, removed: tuple[HeadIndex, ...], name: str) -> None:
     """The smaller model gives the logits of the whole one with these heads' outputs at 0."""
-    tokens = tiny_tokens(model.module)
-    wanted = model.forward(tokens, edits=(zero(removed),)).float()
+    tiny = tiny_batch(model.module)
+    said = model.answer(tiny, writes=writes_of((zero(removed),)))
+    assert said is not None  # noqa: S101  # it was asked for
+    wanted = said.float()
     try:
         with pass_over(smaller):
-            got = smaller(input_ids=tokens, use_cache=False).logits.float()
+            inputs = arguments(smaller, tiny)
+            speaker = smaller if model.has_logits else body_of(smaller)
+            got = model.spread(speaker(**inputs), inputs).float()
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UnsupportedModelError(
             f"{name} cannot be pruned: its attention does not run with fewer heads ({error})."

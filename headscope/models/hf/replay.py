@@ -315,7 +315,7 @@ class Replay:
         model, unembedding = self.model, self._unembedding
         with pass_over(model.module):
             normed = model.layout.final_norm(rows) if model.layout.final_norm is not None else rows
-            logits: Tensor = model.module.get_output_embeddings()(normed)
+            logits: Tensor = model.layout.unembedding(normed)
         if unembedding.logit_scale != 1:
             logits = logits * unembedding.logit_scale
         if unembedding.soft_cap is not None:

@@ -17,14 +17,25 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headscope.base.batches import PATCHES, PIXELS, TEXT, TOKENS, Batch
+from headscope.base.patches import PatchGrid
 from headscope.base.stacks import CAUSAL, MaskRule, Stack
 from headscope.edits import Span
-from headscope.errors import UnsupportedModelError
+from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.models.hf.hooks import Call, Hook, before, entering, hooked, leaving
 from headscope.models.protocol import Edit, LayerView
 from headscope.models.running import Finished, pass_over, use_of
-from headscope.models.taps import Read, Tap, TapView, TextBatch, Texts, Write, checked, writes_of
+from headscope.models.taps import (
+    Read,
+    Tap,
+    TapView,
+    TextBatch,
+    Texts,
+    Write,
+    checked,
+    writes_of,
+)
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
@@ -206,17 +217,26 @@ class Tapped(ABC):
     @property
     def stacks(self) -> Mapping[str, Stack]:
         """Attention stacks by name; a text model with a single one has it under an empty name."""
-        shape = self.shape
+        shape, grid = self.shape, self.grid
+        runs_over = TEXT if grid is None else PATCHES
         stack = Stack(
-            "",
+            shape.stack,
             shape.n_layers,
             shape.n_heads,
             shape.n_kv_heads,
             shape.d_head,
             self.mask,
+            queries=runs_over,
+            keys=runs_over,
             windows=shape.windows,
+            grid=grid,
         )
-        return {"": stack}
+        return {shape.stack: stack}
+
+    @property
+    def grid(self) -> PatchGrid | None:
+        """How it cuts images into positions; None where it reads texts."""
+        return None
 
     def taps(
         self, reads: Mapping[Any, Read], writes: Mapping[Any, Write]
@@ -242,8 +262,19 @@ class Tapped(ABC):
         return 1
 
     def n_queries(self, texts: Texts) -> int:
-        """How many positions a pass over a batch runs."""
-        return int(texts.tokens.shape[1])
+        """How many positions a pass over a batch runs.
+
+        Raises:
+            InputError: if the model reads images and the batch holds none, or the other way.
+        """
+        if PIXELS not in texts.inputs and self.grid is None:
+            return int(texts.tokens.shape[1])
+        images = PIXELS in texts.inputs
+        given = Batch(texts.inputs if images else {TOKENS: texts.tokens}, {})
+        misfit = given.misfit(self.name, None, 0, self.grid)
+        if misfit is not None or self.grid is None:
+            raise InputError(str(misfit))
+        return self.grid.length
 
     @abstractmethod
     def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
@@ -261,7 +292,7 @@ class Tapped(ABC):
 
     def run(
         self,
-        batch: TextBatch | Texts | Int[Tensor, "batch pos"],
+        batch: Batch | TextBatch | Texts | Int[Tensor, "batch pos"],
         *,
         reads: Mapping[Any, Read] = _NOTHING,
         writes: Mapping[Any, Write] = _NOTHING,
@@ -289,7 +320,7 @@ class Tapped(ABC):
 
     def answer(
         self,
-        batch: TextBatch | Texts | Int[Tensor, "batch pos"],
+        batch: Batch | TextBatch | Texts | Int[Tensor, "batch pos"],
         *,
         reads: Mapping[Any, Read] = _NOTHING,
         writes: Mapping[Any, Write] = _NOTHING,

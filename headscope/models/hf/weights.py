@@ -18,7 +18,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, after, before, hooked
 from headscope.models.hf.interface import routed
-from headscope.models.hf.layout import LayerParts, tiny_tokens
+from headscope.models.hf.layout import LayerParts, arguments, body_of, tiny_batch
 from headscope.models.hf.removed import ReadsKept, kept_in
 from headscope.models.parameters import at_hand, parameter
 from headscope.models.running import need_gradients, pass_over
@@ -132,7 +132,7 @@ def _watch(model: "HFModel", readers: bool = False) -> _Watched:
             hooks = [after(module, keep(layer, name)) for name, module in named]
             stack.enter_context(hooked([before(parts.attention, enter), *hooks]))
         stack.enter_context(routed(model.layout.configs, attend, by_attention))
-        model.module.base_model(input_ids=tiny_tokens(model.module), use_cache=False)
+        body_of(model.module)(**arguments(model.module, tiny_batch(model.module)))
     return watched
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from headscope.base.batches import PIXELS
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
 from headscope.models import bundled
 from headscope.models.hf.transformers_api import ATTENTION_LAYERS, OTHER_LAYERS, commit_hash
@@ -54,8 +55,8 @@ def admit(config: Any, name: str) -> None:
         )
     if reason is not None:
         raise UnsupportedModelError(
-            f"{name} ({family}) is not supported: {reason}. Decoders, encoders and "
-            "encoder-decoders with ordinary or grouped-query attention are."
+            f"{name} ({family}) is not supported: {reason}. Decoders, encoders (of texts or "
+            "images) and encoder-decoders with ordinary or grouped-query attention are."
         )
 
 
@@ -70,17 +71,21 @@ def auto_class(config: Any) -> Any:
     """Return the ``AutoModel...`` class that opens a checkpoint with all that it was trained with.
 
     A causal language model where the config names one, or names nothing that is known; a masked
-    language model where the config names that; the bare model where it names another head (a
-    sentence encoder, a classifier), whose weights a language-model head would not find.
+    language model where the config names that; a classifier of images likewise; the bare model
+    where it names another head (a sentence encoder, a classifier of texts), whose weights a
+    language-model head would not find.
 
     Args:
         config: of the checkpoint.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_MAPPING,
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForImageClassification,
         AutoModelForMaskedLM,
         AutoModelForSeq2SeqLM,
         AutoModelForSpeechSeq2Seq,
@@ -90,6 +95,13 @@ def auto_class(config: Any) -> Any:
     kind = type(config)
     if getattr(config, "is_encoder_decoder", False):
         return AutoModelForSpeechSeq2Seq if kind in SPEECH else AutoModelForSeq2SeqLM
+    bare = MODEL_MAPPING.get(kind, None)
+    if getattr(bare, "main_input_name", None) == PIXELS:
+        classifies = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(kind, None)
+        heads = classifies if isinstance(classifies, tuple | list) else (classifies,)
+        wanted = (getattr(config, "architectures", None) or [""])[0]
+        known = wanted in {_name(one) for one in heads}
+        return AutoModelForImageClassification if known else AutoModel
     masked = MODEL_FOR_MASKED_LM_MAPPING.get(kind, None)
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     named = (getattr(config, "architectures", None) or [""])[0]
@@ -130,7 +142,7 @@ def load(
     check: bool = True,
     extrapolate: bool = False,
 ) -> HeadModel:
-    """Load a model: a decoder, an encoder such as BERT, or an encoder-decoder such as T5.
+    """Load a model: a decoder, an encoder (BERT, ViT), or an encoder-decoder such as T5.
 
     An encoder-decoder has three attention stacks, ``model.stacks``; ``model.stack("cross")`` is one
     of them as a model of its own.
@@ -228,6 +240,8 @@ def _wrapped(
             model = wrap_bridge(_bridged(module), **facts)
         if check:
             prove(model)
+        if isinstance(model, HFModel) and model.grid is not None:
+            model.image_processor = _image_processor(module.config.name_or_path, revision)
     except UnsupportedModelError as error:
         if str(error).startswith(name):
             raise
@@ -239,6 +253,19 @@ def _wrapped(
         raise UnsupportedModelError(f"{family} is not supported: {_stopped(error)}") from error
     seen: HeadModel = model
     return seen
+
+
+def _image_processor(place: str, revision: str | None) -> Mapping[str, Any] | None:
+    """What the model's config says of how pictures are prepared; None where it says nothing."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    if not place:
+        return None
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(place, revision=revision)
+    except (OSError, ValueError):
+        return None
+    return dict(found)
 
 
 def _bridged(module: Any) -> Any:
@@ -292,10 +319,10 @@ def _check_runs(module: Any, name: str) -> None:
     Raises:
         ModelLoadError: if it does not, whoever calls it.
     """
-    from headscope.models.hf.evidence import own_logits
-    from headscope.models.hf.layout import tiny_tokens
+    from headscope.models.hf.evidence import own_answer
+    from headscope.models.hf.layout import arguments, tiny_batch
 
-    own_logits(module, tiny_tokens(module), name)
+    own_answer(module, arguments(module, tiny_batch(module)), name)
 
 
 @own_types()

@@ -124,7 +124,7 @@ class Proof:
     """What was proved of a model when it was loaded; empty where that was switched off.
 
     Attributes:
-        tokens: length of the text that it was proved on.
+        tokens: length of the text that it was proved on; of an image, its positions.
         checks: the worst of each kind over all layers.
         facts: other things that were seen, as sentences.
         limits: what failed and cost a capability: reason by capability.
@@ -143,7 +143,9 @@ _SAMPLED = 64
 
 
 def prove(model: "HFModel | Seq2SeqModel | BridgeModel") -> None:
-    """Show on one text that what headscope sees is what the model does; keep it in ``model.proof``.
+    """Show on a text or an image that what headscope sees is what the model does.
+
+    What was compared is kept in ``model.proof``.
 
     Two passes over a text of 64 to 256 tokens, longer than any window of the model where one fits:
     the model alone, and the model through headscope. Compared are the logits, every layer's output,
@@ -177,12 +179,14 @@ def _proved(model: "HFModel | Seq2SeqModel | BridgeModel") -> Proof:
         return judge(model, length, checks, ())
     if isinstance(model, HFModel):
         from headscope.models.hf import evidence
+        from headscope.models.taps import Texts
 
-        tokens = evidence.proof_tokens(model)
-        plain = evidence.plain_pass(model, tokens)
-        checks, facts = evidence.watched_pass(model, tokens, plain)
-        longer, more = evidence.long_masks(model, tokens.shape[1])
-        return judge(model, tokens.shape[1], [*checks, *longer], (*facts, *more))
+        batch = evidence.proof_batch(model)
+        plain = evidence.plain_pass(model, batch)
+        checks, facts = evidence.watched_pass(model, batch, plain)
+        length = model.n_queries(Texts.of(batch))
+        longer, more = evidence.long_masks(model, length)
+        return judge(model, length, [*checks, *longer], (*facts, *more))
     from headscope.models.bridge import evidence as bridge_evidence
 
     tokens = bridge_evidence.proof_tokens(model)
@@ -202,7 +206,7 @@ def judge(model: Any, length: int, checks: list[LoadCheck], facts: tuple[str, ..
             continue
         if not check.costs:
             raise UnsupportedModelError(
-                f"{model.name} is not supported: {check.what} does not hold on {length} tokens "
+                f"{model.name} is not supported: {check.what} does not hold on {length} positions "
                 f"(off by {check.gap.size:.2g} of the largest, allowed {check.gap.allowed:.1g})"
                 f"{f': {check.reason}' if check.reason else ''}."
             )
