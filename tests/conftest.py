@@ -45,8 +45,8 @@ socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 
 # Files of few tests that take long; begun last, they would leave all workers but one idle.
 LONGEST = (
-    "sweeps/test_ray.py",
     "docs/test_pages.py",
+    "sweeps/test_ray.py",
     "sweeps/test_crash.py",
     "notebooks/test_notebooks.py",
     "docs/test_build.py",
@@ -65,12 +65,10 @@ MARKED = {
     ),
     "numeric": (
         *("ablation", "capture", "circuits", "scorers", "scoring", "test_metrics.py"),
-        *("lens/test_attribution.py", "models/test_attention.py", "models/test_blocks.py"),
-        *(
-            "models/test_bridge_weights.py",
-            "models/test_unembedding.py",
-            "pruning/test_structure.py",
-        ),
+        *("edges/test_attribute.py", "flow/test_flow.py", "geometry/test_measures.py"),
+        *("lens/test_attribution.py", "lens/test_logit_lens.py", "models/test_attention.py"),
+        *("models/test_blocks.py", "models/test_bridge_weights.py"),
+        *("models/test_unembedding.py", "pruning/test_structure.py"),
     ),
     "real": ("real",),
 }
