@@ -67,7 +67,7 @@ def acdc(
     Example:
         >>> made = hs.compiled.from_library("previous")
         >>> found = acdc(made.model, made.probe(4), hs.metrics.loss, 0.01, ablation="zero")
-        >>> Edge("L0H0", "logits", "output") in found.edges
+        >>> hs.edges.Edge("L0H0", "logits", "output") in found.edges
         True
     """
     if order not in get_args(SearchOrder):
