@@ -1,4 +1,4 @@
-"""Recall in context: pairs of keys and values, and trees, in token ids of your own choosing.
+"""Recall in context: pairs of keys and values, and trees, in token ids that you choose.
 
 No tokenizer is needed, so that small trained models, compiled models and state-space models can be
 asked. The corrupt pair of a probe has one token replaced by one of the same kind that the text
@@ -138,7 +138,7 @@ def tree_recall(
     if whole(nodes, "nodes") < 2 or len(labels) <= nodes or {opening, closing} & set(labels):
         raise InputError(
             f"a tree of {nodes} nodes: give {nodes + 1} labels at least (one to replace with) that "
-            f"are no brackets, and 2 nodes or more; got {len(labels)} labels."
+            f"differ from the brackets, and 2 nodes or more; got {len(labels)} labels."
         )
     drawn = np.random.default_rng(seed)
     length = len(start) + 3 * nodes + len(end) + 1
