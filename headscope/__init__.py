@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from headscope import pruning as pruning
     from headscope import retrieval as retrieval
     from headscope import scorers as scorers
+    from headscope import studies as studies
     from headscope import sweeps as sweeps
     from headscope import testing as testing
     from headscope.ablation import ablate_cumulatively as ablate_cumulatively
@@ -125,6 +126,7 @@ _HOME = {
     "score": "headscope.scoring.score",
     "scorers": "headscope.scorers",
     "screen_heads": "headscope.ablation",
+    "studies": "headscope.studies",
     "sweeps": "headscope.sweeps",
     "testing": "headscope.testing",
     "weight_scorer": "headscope.scorers",

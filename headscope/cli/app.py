@@ -601,3 +601,45 @@ def influence(
         denominator=denominator,
         as_json=json,
     )
+
+
+studies = typer.Typer(help="Ask a model the claims of a paper.", no_args_is_help=True)
+app.add_typer(studies, name="study")
+
+
+@studies.command("list")
+def list_studies(json: Json = False) -> None:
+    """List the studies that ship, and what each is about."""
+    from headscope.cli.study import print_list
+
+    print_list(as_json=json)
+
+
+@studies.command("show", no_args_is_help=True)
+def show_study(
+    name: Annotated[str, typer.Argument(help="Study, or a Python file that defines STUDY.")],
+) -> None:
+    """Show a study: its paper, its claims, and what is measured for each."""
+    from headscope.cli.study import print_study
+
+    print_study(name)
+
+
+@studies.command("run", no_args_is_help=True)
+@with_loading
+def run_study(
+    loading: Loading,
+    name: Annotated[str, typer.Argument(help="Study, Python file that defines STUDY, or: all.")],
+    model: Model = None,
+    out: Annotated[
+        Path | None, path_option("Folder for answers and page; studies of one model share it.")
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Few and short examples.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Ask a model the claims of a study: a number, its control and a verdict each; resumable."""
+    from headscope.cli.study import run
+
+    run(loading.of(model), name, out=out, fast=fast, seed=seed, overwrite=overwrite, as_json=json)

@@ -22,7 +22,7 @@ FLOORS = (
     {"scoring"},
     {"pruning", "retrieval", "comparing", "edges"},
     {"sweeps", "report", "testing", "compiled"},
-    {"interactive"},
+    {"interactive", "studies"},
     {"cli"},
     {"__main__"},
 )
@@ -67,6 +67,9 @@ ALLOWED: dict[str, set[str]] = {
     "interactive": _RUNS_MODELS | {"circuits", "scoring", "ablation", "report"},
     "cli": set().union(*FLOORS[:-2]),
     "testing": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
+    "studies": _RUNS_MODELS
+    | {"circuits", "lens", "geometry", "scoring", "ablation", "pruning", "retrieval"}
+    | {"plots", "report"},
     "__main__": {"cli"},
 }
 

@@ -1,0 +1,19 @@
+"""Studies: the claims of a paper, asked of a model.
+
+hs.studies.list()                                     # names of studies, and what each is about
+result = hs.studies.run("induction-heads", model)     # a number, a control, a verdict per claim
+result.verdicts                                       # {"pattern": "holds", ...}
+"""
+
+from headscope.studies.catalogue import STUDIES as STUDIES
+from headscope.studies.run import list as list
+from headscope.studies.run import page_of as page_of
+from headscope.studies.run import run as run
+from headscope.studies.run import show as show
+from headscope.studies.study import Answer as Answer
+from headscope.studies.study import Claim as Claim
+from headscope.studies.study import Evidence as Evidence
+from headscope.studies.study import Setting as Setting
+from headscope.studies.study import Study as Study
+from headscope.studies.study import StudyResult as StudyResult
+from headscope.studies.study import paired as paired

@@ -1,0 +1,319 @@
+"""Studies of where heads look: induction, earlier tokens, sinks, delimiters, needles."""
+
+import math
+from functools import partial
+
+import numpy as np
+
+from headscope import metrics
+from headscope.circuits import composition
+from headscope.errors import UnsupportedModelError
+from headscope.heads import HeadIndex
+from headscope.models.protocol import HeadModel
+from headscope.probes import Probe, needle, random_tokens, repeated_tokens
+from headscope.probes.vocabulary import ordinary_tokens
+from headscope.retrieval import token_losses
+from headscope.scoring.score import score
+from headscope.studies.shared import (
+    against_random_sets,
+    best_head,
+    metric_of,
+    need_skill,
+    prose,
+)
+from headscope.studies.study import Claim, Evidence, Setting, Study, paired
+
+_MATTERS = 0.1  # of an attention score or a share: less is no role
+_KNOWN_GAIN = 0.5  # nats: a smaller gain from a repetition is no copying
+_OTHERS = "the same head on the same tokens in an order that breaks the pattern"
+
+
+def _repeated(model: HeadModel, setting: Setting, seed: int) -> Probe:
+    room = (model.shape.n_ctx or 128) - 2
+    length = min(setting.size(50, 20), room // 2)
+    return repeated_tokens(model, length=length, batch=setting.size(24, 12), seed=seed)
+
+
+def _pattern(scorer: str, model: HeadModel, setting: Setting) -> Evidence:
+    probes = [_repeated(model, setting, setting.seed + k) for k in range(2)]
+    return best_head(model, scorer, *probes)[1]
+
+
+def _role(scorer: str, model: HeadModel, setting: Setting) -> HeadIndex:
+    """The head of a role; refused where no head plays it."""
+    probes = [_repeated(model, setting, setting.seed + k) for k in range(2)]
+    head, found = best_head(model, scorer, *probes)
+    if not found.low > _MATTERS:
+        raise UnsupportedModelError(
+            f"it has no {scorer.replace('_', ' ')} head (best: {head}, {found.value:.2f} against "
+            f"{found.control:.2f})."
+        )
+    return head
+
+
+def _needed(model: HeadModel, setting: Setting) -> Evidence:
+    _role("induction", model, setting)
+    chosen = score(model, _repeated(model, setting, setting.seed), ["induction"], progress=False)
+    heads = [head for head, value in chosen["induction"].top(3) if value > _MATTERS]
+    probe = _repeated(model, setting, setting.seed + 1)
+    second = metrics.loss.at("second_copy")
+    gain = math.log(len(ordinary_tokens(model))) - float(
+        np.nanmean(metric_of(model, probe, second))
+    )
+    if gain < _KNOWN_GAIN:
+        raise UnsupportedModelError(
+            f"it predicts repeated tokens only {gain:.2f} nats better than chance."
+        )
+    return against_random_sets(model, probe, second, heads, scale=gain, sign=1.0, seed=setting.seed)
+
+
+def _in_context(model: HeadModel, setting: Setting) -> Evidence:
+    probe = prose(model, setting, seed=setting.seed + 1)
+    need_skill(model, probe)
+    losses = token_losses(model, probe, progress=False).losses[0]
+    places = losses.shape[1]
+    early, late = losses[:, places // 8 : places // 4], losses[:, 3 * places // 4 :]
+    return paired(
+        np.nanmean(late, 1),
+        np.nanmean(early, 1),
+        note=f"{places} tokens a text",
+        less=True,
+    )
+
+
+INDUCTION = Study(
+    "induction-heads",
+    "Heads that continue what was said before",
+    "Olsson et al. 2022, In-context Learning and Induction Heads, arXiv 2209.11895",
+    (
+        Claim(
+            "pattern",
+            "A head attends to the token after the previous occurrence of the current one.",
+            "induction score of the best head, chosen on other tokens",
+            _OTHERS,
+            partial(_pattern, "induction"),
+            _MATTERS,
+            "attention",
+        ),
+        Claim(
+            "needed",
+            "Without its induction heads the model predicts repeated tokens worse than without as "
+            "many others.",
+            "share of the gain from repetition that is lost",
+            "mean of random sets of other heads",
+            _needed,
+            _MATTERS,
+            "share",
+        ),
+        Claim(
+            "in-context",
+            "Late tokens of a text are predicted better than early ones.",
+            "loss over the last quarter of a text",
+            "loss over its second eighth",
+            _in_context,
+            0.02,
+            "nats",
+        ),
+    ),
+    "Scores on random tokens said twice, ablation by the mean over the probe, and loss along "
+    "texts. The gain from repetition is log of the vocabulary less the loss.",
+)
+
+
+def _k_composition(model: HeadModel, setting: Setting) -> Evidence:
+    before, later = _role("previous_token", model, setting), _role("induction", model, setting)
+    if not before.layer < later.layer:
+        raise UnsupportedModelError(
+            f"its previous-token head {before} is not below its induction head {later}."
+        )
+    scores = composition(model, "K")
+    into = scores.values[:, :, later.layer, later.head]
+    below = into[: later.layer]
+    others = np.delete(below.ravel(), before.layer * below.shape[1] + before.head)
+    others = others[np.isfinite(others)]
+    if others.size < 3:
+        raise UnsupportedModelError(f"only {others.size} other heads are below {later}.")
+    value, mean, spread = float(into[before.layer, before.head]), others.mean(), others.std(ddof=1)
+    return Evidence(
+        value,
+        float(mean),
+        float(value - mean - 2 * spread),
+        float(value - mean + 2 * spread),
+        int(others.size),
+        f"{before} into {later}; interval of two standard deviations of the other heads",
+        {"composition": scores},
+    )
+
+
+COMPOSITION = Study(
+    "composition",
+    "Heads that talk to later heads",
+    "Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; Merullo et al. 2024, "
+    "Talking Heads, arXiv 2406.09519",
+    (
+        Claim(
+            "previous-token",
+            "A head attends to the token before.",
+            "previous-token score of the best head, chosen on other tokens",
+            "mean of all other heads",
+            partial(_pattern, "previous_token"),
+            _MATTERS,
+            "attention",
+        ),
+        Claim(
+            "k-composition",
+            "The induction head reads its keys from the previous-token head more than from others.",
+            "K-composition score of the pair",
+            "all other heads below the induction head",
+            _k_composition,
+            0.0,
+        ),
+    ),
+    "Composition is read from weights, with the norm's gain folded and without rotary positions.",
+)
+
+
+def _sink(model: HeadModel, setting: Setting) -> Evidence:
+    length = min(setting.size(64, 32), (model.shape.n_ctx or 64) - 2)
+    probe = random_tokens(model, length=length, batch=setting.size(24, 12), seed=setting.seed + 1)
+    scores = score(model, probe, ["first_token"], progress=False)["first_token"]
+    flat = scores.per_example.reshape(-1, scores.per_example.shape[-1])
+    values = np.nanmean(flat[~np.isnan(flat).all(1)], axis=0)
+    places = np.arange(1, probe.tokens.shape[1])
+    return paired(
+        values,
+        np.full(values.shape, float((1.0 / (places + 1)).mean())),
+        note="mean over all heads, random tokens",
+        results={"first_token": scores},
+    )
+
+
+def _best_on_prose(scorer: str, model: HeadModel, setting: Setting) -> Evidence:
+    probes = [prose(model, setting, seed=setting.seed + k) for k in range(2)]
+    return best_head(model, scorer, *probes)[1]
+
+
+SINKS = Study(
+    "attention-sinks",
+    "Attention that is parked on the first token",
+    "Xiao et al. 2024, Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
+    (
+        Claim(
+            "sink",
+            "Heads give the first token far more attention than its share.",
+            "attention on the first token, mean over all heads",
+            "even attention over all tokens that are seen",
+            _sink,
+            _MATTERS,
+            "attention",
+        ),
+    ),
+    "Random tokens, so that the first token cannot be what the text asks for.",
+)
+
+SURFACE = Study(
+    "bert-attention",
+    "What attention looks at on the surface",
+    "Clark et al. 2019, What Does BERT Look At?, arXiv 1906.04341",
+    (
+        Claim(
+            "separator",
+            "A head gives most of its attention to separators.",
+            "attention of the best head on separators, chosen on other texts",
+            "mean of all other heads",
+            partial(_best_on_prose, "separator"),
+            _MATTERS,
+            "attention",
+        ),
+        Claim(
+            "delimiter",
+            "A head attends to punctuation.",
+            "attention of the best head on delimiters, chosen on other texts",
+            "the same head on the shuffled text, or all other heads",
+            partial(_best_on_prose, "delimiter"),
+            _MATTERS,
+            "attention",
+        ),
+        Claim(
+            "previous",
+            "A head attends to the token before.",
+            "previous-token score of the best head, chosen on other tokens",
+            "mean of all other heads",
+            partial(_pattern, "previous_token"),
+            _MATTERS,
+            "attention",
+        ),
+    ),
+    "Separators exist in encoders only; the other claims are asked of every model.",
+)
+
+
+def _needles(model: HeadModel, setting: Setting, seed: int) -> Probe:
+    room = model.shape.n_ctx or 2048
+    lengths = min(128, room) if setting.fast else None
+    depths, per_cell = setting.size(5, 3), setting.size(6, 4)
+    return needle(model, lengths, depths, per_cell=per_cell, seed=seed)
+
+
+def _retrieval(model: HeadModel, setting: Setting) -> Evidence:
+    probes = [_needles(model, setting, setting.seed + k) for k in range(2)]
+    return best_head(model, "retrieval", *probes)[1]
+
+
+def _retrieval_needed(model: HeadModel, setting: Setting) -> Evidence:
+    found = _retrieval(model, setting)
+    if not found.low > _MATTERS:
+        raise UnsupportedModelError(f"it has no retrieval head (best: {found.note}).")
+    first = _needles(model, setting, setting.seed)
+    heads = [
+        head
+        for head, value in score(model, first, ["retrieval"], progress=False)["retrieval"].top(3)
+        if value > _MATTERS
+    ]
+    probe = _needles(model, setting, setting.seed + 1)
+    right = metric_of(model, probe, metrics.answer_probability)
+    if not np.nanmean(right) > 0.2:
+        raise UnsupportedModelError(
+            f"it gives the hidden answers a probability of {float(np.nanmean(right)):.2f} only."
+        )
+    return against_random_sets(
+        model,
+        probe,
+        metrics.answer_probability,
+        heads,
+        scale=float(np.nanmean(right)),
+        sign=-1.0,
+        seed=setting.seed,
+    )
+
+
+RETRIEVAL = Study(
+    "retrieval-heads",
+    "Heads that fetch an answer from far back",
+    "Wu et al. 2024, Retrieval Head Mechanistically Explains Long-Context Factuality, "
+    "arXiv 2404.15574",
+    (
+        Claim(
+            "copies",
+            "A head attends most to the token of a hidden answer that is said next.",
+            "retrieval score of the best head, chosen on other needles",
+            "the same head without the needle, or all other heads",
+            _retrieval,
+            _MATTERS,
+            "share of answer tokens",
+        ),
+        Claim(
+            "needed",
+            "Without its retrieval heads the model loses more of hidden answers than without as "
+            "many others.",
+            "share of the answer's probability that is lost",
+            "mean of random sets of other heads",
+            _retrieval_needed,
+            _MATTERS,
+            "share",
+        ),
+    ),
+    "Teacher-forced; the paper decodes. Heads are replaced by their mean at every position; the "
+    "paper masks them while it decodes.",
+)
+ALL = (INDUCTION, COMPOSITION, SINKS, SURFACE, RETRIEVAL)

@@ -1,0 +1,236 @@
+"""Running studies: on any model, claim by claim, resumed where a run stopped, and their page."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.util import module_from_spec, spec_from_file_location
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+from headscope.base.files import Claim as Folder
+from headscope.base.files import subfolder, whole_file, whole_page
+from headscope.base.options import RunOptions
+from headscope.base.progress import Advance, track
+from headscope.base.sections import Drawn, Rows, Section
+from headscope.errors import HeadscopeError, InputError, nearest
+from headscope.models.protocol import HeadModel
+from headscope.origin import origin
+from headscope.plots import figures_of
+from headscope.report import sections_page
+from headscope.report.sections import read_sections, sections_json, with_pictures
+from headscope.studies.catalogue import STUDIES
+from headscope.studies.study import Answer, Claim, Setting, Study, StudyResult, answered, unasked
+from headscope.table import versions
+
+_FOLDER = "studies"
+
+
+def list() -> dict[str, str]:
+    """Studies that ship, by name, with what each is about.
+
+    Example:
+        >>> "induction-heads" in hs.studies.list()
+        True
+    """
+    return {name: one.title for name, one in STUDIES.items()}
+
+
+def show(name: "str | Path | Study") -> Study:
+    """A study: its paper, its claims, and what is measured for each.
+
+    Args:
+        name: of a study that ships, or a Python file that defines ``STUDY``, or a study itself.
+
+    Raises:
+        InputError: if there is no such study.
+
+    Example:
+        >>> [claim.name for claim in hs.studies.show("induction-heads").claims]
+        ['pattern', 'needed', 'in-context']
+    """
+    if isinstance(name, Study):
+        return name
+    if str(name) in STUDIES:
+        return STUDIES[str(name)]
+    if Path(name).suffix == ".py":
+        return _from_file(Path(name))
+    raise InputError(nearest(str(name), STUDIES, kind="study"))
+
+
+def run(
+    study: "str | Path | Study",
+    model: HeadModel,
+    out: "str | Path | None" = None,
+    fast: bool = False,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> StudyResult:
+    """Ask a model the claims of a study.
+
+    Args:
+        study: name of a study that ships (:func:`headscope.studies.list`), a Python file that
+            defines ``STUDY``, or a :class:`~headscope.studies.Study`.
+        model: from :func:`headscope.load`.
+        out: folder; every claim is written as soon as it is answered, and a later run with the same
+            model and settings continues there. Studies of one model share a folder, and its
+            ``index.html`` shows all of them.
+        fast: few and short examples.
+        seed: of everything that is drawn.
+        overwrite: replace studies of another model or with other settings in the folder.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Returns:
+        An answer per claim: a number, its control, the interval of their difference, a verdict.
+
+    Raises:
+        InputError: if there is no such study, or the folder holds something else.
+
+    Example:
+        >>> result = hs.studies.run("low-rank", model, fast=True)
+        >>> sorted(result.verdicts)
+        ['ov', 'qk']
+    """
+    setting, found = Setting(fast, RunOptions(seed=seed).seed), show(study)
+    asked = {
+        "model": model.name,
+        "revision": model.revision,
+        "weights": model.digest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": seed,
+        "fast": fast,
+        "headscope": versions().get("headscope"),
+    }
+    place = None if out is None else _claimed(Path(out), found, asked, overwrite)
+    with track(len(found.claims), f"study {found.name}", show=progress) as advance:
+        answers = [_ask(claim, model, setting, place, advance) for claim in found.claims]
+    result = StudyResult(
+        found.name,
+        found.title,
+        found.paper,
+        tuple(answers),
+        origin(model, seed=seed, study=found.name, fast=fast),
+        fast,
+    )
+    if place is not None:
+        result.save(place / "result.safetensors")
+        whole_page(Path(str(out)) / "index.html", page_of(Path(str(out))))
+    return result
+
+
+def page_of(out: Path) -> str:
+    """All studies in a folder as one HTML page that needs no network.
+
+    Args:
+        out: the folder that :func:`run` wrote.
+
+    Raises:
+        InputError: if it holds no finished study.
+    """
+    results = [
+        (StudyResult.load(file), file.parent)
+        for file in sorted((out / _FOLDER).glob("*/result.safetensors"))
+    ]
+    if not results:
+        raise InputError(f"{out} holds no finished study: run one with --out {out.name}.")
+    rows = [
+        (result.study, one.claim, one.verdict) for result, _ in results for one in result.answers
+    ]
+    sections = [Section("Verdicts", [Rows(("study", "claim", "verdict"), rows)])]
+    for result, place in results:
+        sections += result.sections()
+        for one in result.answers:
+            figures = place / f"{one.claim}.sections.json"
+            sections += read_sections(figures) if figures.exists() else []
+    about = results[0][0].provenance
+    facts = {
+        "model": about.model,
+        "revision": about.revision or "-",
+        "weights": about.weight_digest,
+        "seed": about.seed,
+        "headscope": about.versions.get("headscope", "-"),
+    }
+    return sections_page(
+        f"What is known of {about.model}",
+        "studies",
+        "Claims of papers, asked of this model: a number, its control and a verdict each.",
+        sections,
+        [(name, str(value)) for name, value in facts.items()],
+    )
+
+
+def _claimed(out: Path, study: Study, asked: Mapping[str, Any], overwrite: bool) -> Path:
+    """The folder of a study, with the answers that are there already."""
+    folder = Folder.create(out, "study", overwrite=overwrite).of(asked)
+    old = out / _FOLDER
+    if overwrite and old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    folder.write_facts({"versions": versions()})
+    return subfolder(subfolder(out, _FOLDER), study.name)
+
+
+def _ask(
+    claim: Claim, model: HeadModel, setting: Setting, place: Path | None, advance: Advance
+) -> Answer:
+    """One answer, read where it was written before, else measured and written."""
+    file = None if place is None else place / f"{claim.name}.json"
+    if file is not None and file.exists():
+        answer = _read(file)
+    else:
+        answer = _measured(claim, model, setting, place)
+        if file is not None:
+            with whole_file(file) as written:
+                written.write(_json(answer))
+    advance()
+    return answer
+
+
+def _json(answer: Answer) -> bytes:
+    """An answer as JSON; numbers that are missing become null."""
+    plain = {
+        name: None if isinstance(value, float) and isnan(value) else value
+        for name, value in asdict(answer).items()
+    }
+    return json.dumps(plain, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def _read(file: Path) -> Answer:
+    """Read what :func:`_json` made."""
+    try:
+        plain = json.loads(file.read_text("utf-8"))
+        filled: dict[str, Any] = {key: nan if one is None else one for key, one in plain.items()}
+        return Answer(**filled)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file.name} holds no answer of a study: {error!r}; remove it to ask again."
+        ) from None
+
+
+def _measured(claim: Claim, model: HeadModel, setting: Setting, place: Path | None) -> Answer:
+    try:
+        found = claim.ask(model, setting)
+    except HeadscopeError as error:
+        return unasked(claim, error)
+    if place is not None and found.results:
+        drawings = figures_of(found.results)
+        blocks = [Drawn(name, f"{claim.statement} {found.note}") for name in drawings]
+        sections = with_pictures([Section(claim.statement, blocks)], drawings)
+        with whole_file(place / f"{claim.name}.sections.json") as file:
+            file.write(sections_json(sections))
+    return answered(claim, found)
+
+
+def _from_file(file: Path) -> Study:
+    """The study that a user's file defines as ``STUDY``; the file is run."""
+    spec = spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise InputError(f"there is no file {str(file)!r}: give a Python file that defines STUDY.")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise InputError(f"{file.name} defines no STUDY: assign a headscope.studies.Study to it.")
+    return study

@@ -1,0 +1,345 @@
+"""What a study is: a paper's claims, what is measured for each, and when a claim holds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from headscope.base.glance import Glance, Line, Lines, Shown, number
+from headscope.base.result import Tabular
+from headscope.base.saved import Saved, Stored
+from headscope.base.sections import Facts, Rows, Section, Words
+from headscope.base.specs import Provenance
+from headscope.base.statistics import mean_interval
+from headscope.errors import InputError
+from headscope.models.protocol import HeadModel
+
+Verdict = Literal["holds", "does not hold", "cannot be asked"]
+LEVEL = 0.99  # of the intervals that decide: a study asks several claims at once
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a study is run.
+
+    Attributes:
+        fast: fewer and shorter examples, for a first look and for tests.
+        seed: of everything that is drawn; heads are chosen on probes of this seed and measured on
+            probes of the next.
+    """
+
+    fast: bool = False
+    seed: int = 0
+
+    def size(self, whole: int, fast: int) -> int:
+        """One of two sizes."""
+        return fast if self.fast else whole
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured for a claim.
+
+    Attributes:
+        value: the number that the claim is about.
+        control: the same number where the claim says nothing: other heads, random heads, chance.
+        low, high: interval of ``value - control`` (``control - value`` where less is claimed).
+        n: observations behind the interval.
+        note: which heads, which sets, in a few words.
+        results: by name, drawn on the study's page; results that have figures.
+    """
+
+    value: float
+    control: float
+    low: float
+    high: float
+    n: int
+    note: str = ""
+    results: Mapping[str, object] = field(default_factory=dict)
+
+
+def paired(
+    values: Float[np.ndarray, " example"],
+    control: Float[np.ndarray, " example"],
+    *,
+    note: str = "",
+    results: Mapping[str, object] | None = None,
+    less: bool = False,
+) -> Evidence:
+    """Evidence of values and their control on the same examples.
+
+    Args:
+        values: of every example; NaN is missing.
+        control: the same without what is claimed.
+        note: which heads or sets the values are of.
+        results: drawn on the page.
+        less: the claim is that the values are below the control.
+
+    Returns:
+        With the interval of the mean difference at the level that studies decide by, 99 %.
+
+    Example:
+        >>> found = paired(np.array([0.8, 0.9, 0.7, 0.8]), np.zeros(4))
+        >>> found.n, found.low > 0.4
+        (4, True)
+    """
+    values, control = np.asarray(values, float), np.asarray(control, float)
+    known = ~np.isnan(values) & ~np.isnan(control)
+    difference = (values - control)[known]
+    if difference.size < 2:
+        return Evidence(np.nan, np.nan, np.nan, np.nan, int(difference.size), note, results or {})
+    low, high = mean_interval((-difference if less else difference)[None], LEVEL)
+    return Evidence(
+        float(values[known].mean()),
+        float(control[known].mean()),
+        float(low[0]),
+        float(high[0]),
+        int(difference.size),
+        note,
+        results or {},
+    )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a paper, as something that can turn out false.
+
+    Attributes:
+        name: short, unique within the study.
+        statement: the claim, as a sentence.
+        value: what the number is.
+        control: what it is held against.
+        ask: measures it; raises a :class:`~headscope.errors.HeadscopeError` where the claim cannot
+            be asked of a model.
+        least: difference from the control that counts; the claim holds where the whole interval
+            lies above it.
+        unit: of the number.
+    """
+
+    name: str
+    statement: str
+    value: str
+    control: str
+    ask: Callable[[HeadModel, Setting], Evidence]
+    least: float = 0.0
+    unit: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Study(Shown):
+    """A paper as a series of claims that can be asked of a model.
+
+    Attributes:
+        name: as ``headscope study run`` takes it.
+        title: what it is about.
+        paper: authors, year, and where to find it.
+        claims: in the order in which they are asked.
+        about: what is measured, and where it departs from the paper.
+    """
+
+    name: str
+    title: str
+    paper: str
+    claims: tuple[Claim, ...]
+    about: str
+
+    def __post_init__(self) -> None:
+        """Refuse claims that would overwrite each other.
+
+        Raises:
+            InputError: if there are none, or two have one name.
+        """
+        names = [one.name for one in self.claims]
+        if not names or len(set(names)) < len(names):
+            raise InputError(
+                f"study {self.name!r} has the claims {names}: give at least one, each a name of "
+                "its own."
+            )
+
+    def glance(self) -> Glance:
+        """Its claims, and what is measured for each."""
+        return Glance(
+            f"{self.name}: {self.title}",
+            facts=(self.paper,),
+            columns=("claim", "number", "control", "at least"),
+            rows=[
+                (one.name, f"{one.value} ({one.unit or 'no unit'})", one.control, number(one.least))
+                for one in self.claims
+            ],
+            lists=[
+                Lines("claims", [Line(f"{one.name}: {one.statement}") for one in self.claims]),
+                Lines("how", [Line(self.about)]),
+            ],
+            hint=f'hs.studies.run("{self.name}", model)',
+            whole=True,
+        )
+
+
+@dataclass(frozen=True)
+class Answer(Stored):
+    """What a model says to one claim.
+
+    Attributes:
+        claim: its name.
+        statement: what was claimed.
+        verdict: ``holds``, ``does not hold`` or ``cannot be asked``.
+        because: why it could not be asked; otherwise which heads or sets were measured.
+        value, control: see :class:`Evidence`.
+        low, high: interval of their difference, in the claimed direction, at the level of 99 %.
+        least: difference that counts.
+        unit: of value, control and interval.
+        n: observations.
+        measured, against: what value and control are.
+    """
+
+    claim: str
+    statement: str
+    verdict: str
+    because: str = ""
+    value: float = float("nan")
+    control: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    least: float = 0.0
+    unit: str = ""
+    n: int = 0
+    measured: str = ""
+    against: str = ""
+
+
+def answered(claim: Claim, found: Evidence) -> Answer:
+    """The verdict on a claim: it holds where the whole interval lies above what counts.
+
+    Example:
+        >>> claim = Claim("x", "X is high.", "x", "chance", ask=None, least=0.1)
+        >>> answered(claim, Evidence(0.5, 0.1, 0.3, 0.5, 8)).verdict
+        'holds'
+        >>> answered(claim, Evidence(0.5, 0.1, 0.05, 0.75, 8)).verdict
+        'does not hold'
+    """
+    verdict: Verdict = "holds" if found.low > claim.least else "does not hold"
+    because = found.note
+    if not isfinite(found.low):
+        verdict, because = "cannot be asked", f"{found.n} observations are too few for an interval."
+    return Answer(
+        claim.name,
+        claim.statement,
+        verdict,
+        because,
+        found.value,
+        found.control,
+        found.low,
+        found.high,
+        claim.least,
+        claim.unit,
+        found.n,
+        claim.value,
+        claim.control,
+    )
+
+
+def unasked(claim: Claim, reason: object) -> Answer:
+    """The answer where a claim cannot be asked of a model."""
+    return Answer(claim.name, claim.statement, "cannot be asked", str(reason), least=claim.least)
+
+
+@dataclass(frozen=True, repr=False)
+class StudyResult(Saved, Shown, Tabular):
+    """What a model says to the claims of a study.
+
+    Attributes:
+        study: its name.
+        title: what it is about.
+        paper: its source.
+        answers: one per claim.
+        provenance: model, revision, digest of the weights, seed, versions.
+        fast: whether it was the short form.
+    """
+
+    study: str
+    title: str
+    paper: str
+    answers: tuple[Answer, ...]
+    provenance: Provenance = field(default_factory=Provenance)
+    fast: bool = False
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Verdict by claim."""
+        return {one.claim: one.verdict for one in self.answers}
+
+    def __getitem__(self, claim: str) -> Answer:
+        """The answer to one claim."""
+        for one in self.answers:
+            if one.claim == claim:
+                return one
+        raise InputError(f"study {self.study!r} has the claims {', '.join(self.verdicts)}.")
+
+    def glance(self) -> Glance:
+        """Claims, verdicts and numbers."""
+        return Glance(
+            f"{self.study}: {self.title}",
+            facts=(self.provenance.model, self.paper, "fast form" if self.fast else ""),
+            columns=("claim", "verdict", "value", "control", "difference, 99 %", "n"),
+            rows=[_row(one) for one in self.answers],
+            lists=[
+                Lines(
+                    "measured on, or why not",
+                    [Line(f"{one.claim}: {one.because}") for one in self.answers if one.because],
+                )
+            ],
+            whole=True,
+        )
+
+    def sections(self) -> list[Section]:
+        """A section of the study, with a table of its claims and what each rests on."""
+        rows = [
+            (one.claim, *_row(one)[1:], number(one.least) if one.n else "-") for one in self.answers
+        ]
+        columns = ("claim", "verdict", "value", "control", "difference, 99 %", "n", "at least")
+        return [
+            Section(
+                f"{self.title} ({self.study})",
+                [
+                    Words(self.paper),
+                    Rows(
+                        columns,
+                        rows,
+                        "A claim holds where its whole interval is above the least "
+                        "difference that counts.",
+                    ),
+                    Facts([(one.claim, _told(one)) for one in self.answers]),
+                    *([Words("Fast form: few and short examples.", quiet=True)] * self.fast),
+                ],
+            )
+        ]
+
+    def to_pandas(self) -> Any:
+        """One row per claim."""
+        import pandas
+
+        return pandas.DataFrame([{"study": self.study, **one._parts()} for one in self.answers])
+
+
+def _row(one: Answer) -> tuple[str, ...]:
+    interval = f"{number(one.low)} to {number(one.high)}" if one.n else "-"
+    return (
+        one.claim,
+        one.verdict,
+        f"{number(one.value)} {one.unit}".strip(),
+        number(one.control),
+        interval,
+        str(one.n or "-"),
+    )
+
+
+def _told(one: Answer) -> str:
+    parts = [one.statement]
+    if one.measured:
+        parts.append(f"Measured: {one.measured}; control: {one.against}.")
+    if one.because:
+        parts.append(f"Because: {one.because}" if one.verdict == "cannot be asked" else one.because)
+    return " ".join(parts)

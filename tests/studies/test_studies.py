@@ -1,0 +1,217 @@
+"""Studies: verdicts on planted truth and on random weights, resuming, pages, a user's own file."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import headscope as hs
+from headscope.errors import InputError, UnsupportedModelError
+from headscope.models import bundled
+from headscope.models.protocol import HeadModel
+from headscope.studies import Claim, Evidence, Setting, Study, StudyResult, paired
+from headscope.studies.shared import need_skill, prose
+from headscope.studies.study import answered
+from tests.cli.support import run, sentence
+
+LOUD = Evidence(1.0, 0.0, 0.9, 1.1, 10, "all heads")
+
+
+def untrained(name: str, folder: Path, seed: int) -> HeadModel:
+    """A bundled model's architecture and tokenizer with random weights that attend sharply."""
+    home = bundled.folder(name)
+    config = AutoConfig.from_pretrained(home)
+    config.initializer_range = 0.4
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(home).save_pretrained(folder)
+    return hs.load(folder)
+
+
+def study_of(*asks: Any) -> Study:
+    """A study whose claims are these functions."""
+    claims = tuple(
+        Claim(f"c{number}", f"Claim {number}.", "a number", "chance", ask, 0.5)
+        for number, ask in enumerate(asks)
+    )
+    return Study("mine", "A study", "Nobody et al.", claims, "Nothing.")
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_random_weights_never_give_holds(name: str, tmp_path: Path) -> None:
+    model = untrained(name, tmp_path / "random", seed=3)
+    for study in hs.studies.list():
+        result = hs.studies.run(study, model, fast=True)
+        held = [one for one in result.answers if one.verdict == "holds"]
+        assert not held, held
+        assert all(one.because for one in result.answers if one.verdict == "cannot be asked")
+
+
+def test_planted_heads_are_found_and_missing_ones_are_not() -> None:
+    planted = hs.compiled.induction(rotation_seed=1).model
+    assert hs.studies.run("induction-heads", planted, fast=True)["pattern"].verdict == "holds"
+    found = hs.studies.run("composition", planted, fast=True)
+    assert found["previous-token"].verdict == "holds"
+    assert "L0H0" in found["previous-token"].because
+    without = hs.compiled.from_library("copy").model
+    assert hs.studies.run("induction-heads", without, fast=True).verdicts == {
+        "pattern": "does not hold",
+        "needed": "cannot be asked",
+        "in-context": "cannot be asked",
+    }
+    assert hs.studies.run("composition", without, fast=True).verdicts == {
+        "previous-token": "does not hold",
+        "k-composition": "cannot be asked",
+    }
+
+
+def test_the_bundled_model_has_induction_heads_that_it_needs() -> None:
+    result = hs.studies.run("induction-heads", hs.load(), fast=True)
+    assert result.verdicts["pattern"] == result.verdicts["needed"] == "holds"
+    table = hs.score(hs.load(), scorers=["induction"])
+    assert str(table.top("induction", 1)[0][0]) in result["pattern"].because
+
+
+def test_the_verdict_is_the_interval_against_what_counts() -> None:
+    claim = Claim("x", "X.", "x", "chance", lambda model, setting: LOUD, least=0.1)
+    for low, verdict in ((0.11, "holds"), (0.1, "does not hold"), (-1.0, "does not hold")):
+        assert answered(claim, replace(LOUD, low=low)).verdict == verdict
+    assert answered(claim, replace(LOUD, low=math.nan)).verdict == "cannot be asked"
+
+
+def test_paired_evidence_is_the_interval_of_the_differences() -> None:
+    values, control = np.array([1.0, 2.0, 3.0, np.nan]), np.array([0.5, 1.0, 2.5, 1.0])
+    found = paired(values, control)
+    assert (found.value, found.control, found.n) == (2.0, pytest.approx(4 / 3), 3)
+    difference = np.array([0.5, 1.0, 0.5])
+    half = 9.925 * difference.std(ddof=1) / math.sqrt(3)  # t, 2 degrees of freedom, 99 %
+    assert found.low <= difference.mean() - half + 1e-3
+    assert found.high >= difference.mean() + half - 1e-3
+    less = paired(values, control, less=True)
+    assert less.high <= -found.low + 1e-9
+    assert paired(np.array([1.0]), np.array([0.0])).n == 1
+    assert math.isnan(paired(np.array([1.0]), np.array([0.0])).low)
+
+
+def test_skill_is_asked_before_anything_is_said_of_predictions(tmp_path: Path) -> None:
+    model = untrained("tiny-gpt2", tmp_path / "random", seed=0)
+    probe = prose(model, Setting(fast=True), seed=0, length=32)
+    with pytest.raises(UnsupportedModelError, match="no better than chance"):
+        need_skill(model, probe)
+    able = hs.load()
+    losses = need_skill(able, prose(able, Setting(fast=True), seed=0, length=32))
+    assert losses.mean() < math.log(able.shape.d_vocab)
+
+
+def test_a_run_continues_where_it_stopped(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def first(model: HeadModel, setting: Setting) -> Evidence:
+        asked.append("first")
+        return LOUD
+
+    def second(model: HeadModel, setting: Setting) -> Evidence:
+        asked.append("second")
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return replace(LOUD, low=0.1)
+
+    model, study = hs.load(), study_of(first, second)
+    with pytest.raises(KeyboardInterrupt):
+        hs.studies.run(study, model, tmp_path)
+    result = hs.studies.run(study, model, tmp_path)
+    assert asked == ["first", "second", "second"]
+    assert result.verdicts == {"c0": "holds", "c1": "does not hold"}
+    again = hs.studies.run(study, model, tmp_path)
+    assert len(asked) == 3
+    assert again.to_pandas().equals(result.to_pandas())
+    kept = StudyResult.load(tmp_path / "studies" / "mine" / "result.safetensors")
+    assert kept.answers == result.answers
+    assert kept.provenance.weight_digest == model.digest()
+
+
+def test_answers_of_another_seed_or_model_are_not_taken_over(tmp_path: Path) -> None:
+    study = study_of(lambda model, setting: LOUD)
+    hs.studies.run(study, hs.load(), tmp_path)
+    for other, seed in (("tiny-gpt2", 1), ("tiny-llama", 0)):
+        with pytest.raises(InputError, match="another run"):
+            hs.studies.run(study, hs.load(other), tmp_path, seed=seed)
+    hs.studies.run(study, hs.load("tiny-llama"), tmp_path, overwrite=True)
+    assert "tiny-llama" in (tmp_path / "index.html").read_text("utf-8")
+
+
+def test_a_damaged_answer_is_named(tmp_path: Path) -> None:
+    study = study_of(lambda model, setting: LOUD)
+    hs.studies.run(study, hs.load(), tmp_path)
+    (tmp_path / "studies" / "mine" / "c0.json").write_text("{}")
+    with pytest.raises(InputError, match=r"c0\.json holds no answer"):
+        hs.studies.run(study, hs.load(), tmp_path)
+
+
+def test_what_cannot_be_asked_says_why_and_does_not_stop_the_rest() -> None:
+    def refused(model: HeadModel, setting: Setting) -> Evidence:
+        raise UnsupportedModelError("it has no ears.")
+
+    result = hs.studies.run(study_of(refused, lambda model, setting: LOUD), hs.load())
+    assert [one.verdict for one in result.answers] == ["cannot be asked", "holds"]
+    assert "no ears" in result["c0"].because
+
+
+def test_the_page_of_a_folder_joins_its_studies_and_needs_no_network(tmp_path: Path) -> None:
+    for study in ("low-rank", "attention-sinks"):
+        hs.studies.run(study, hs.load(), tmp_path, fast=True)
+    page = (tmp_path / "index.html").read_text("utf-8")
+    for words in ("low-rank", "attention-sinks", "holds", "Bhojanapalli", "What is known of"):
+        assert words in page
+    assert 'src="http' not in page
+    assert "Content-Security-Policy" in page
+
+
+def test_a_users_file_is_a_study(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from headscope.studies import Claim, Evidence, Study\n"
+        "def ask(model, setting):\n"
+        "    return Evidence(float(model.shape.n_layers), 0.0, 1.0, 9.0, 5)\n"
+        "STUDY = Study('depth', 'Depth', 'me', (Claim('deep', 'It is deep.', 'layers', '0', ask),),"
+        " 'Counts.')\n"
+    )
+    assert hs.studies.run(file, hs.load()).verdicts == {"deep": "holds"}
+    file.write_text("x = 1\n")
+    with pytest.raises(InputError, match="defines no STUDY"):
+        hs.studies.show(file)
+    with pytest.raises(InputError, match="no file"):
+        hs.studies.show(tmp_path / "none.py")
+
+
+def test_an_unknown_study_is_named_with_the_nearest() -> None:
+    with pytest.raises(InputError, match="induction-heads"):
+        hs.studies.show("induction-head")
+    with pytest.raises(InputError, match="at least one"):
+        Study("empty", "", "", (), "")
+
+
+def test_the_command_lists_shows_and_runs(tmp_path: Path) -> None:
+    assert "retrieval-heads" in run("study", "list")
+    assert "Bhojanapalli" in run("study", "show", "low-rank")
+    command = ("study", "run", "low-rank", "tiny-gpt2", "--fast", "--json")
+    rows = json.loads(run(*command, "--out", tmp_path / "out"))
+    assert {row["claim"] for row in rows} == {"ov", "qk"}
+    assert (tmp_path / "out" / "index.html").exists()
+    assert "none" in sentence("study", "run", "none", "tiny-gpt2")
+
+
+def test_the_page_of_studies_states_every_claim() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text("utf-8")
+    said = " ".join(page.split())
+    for name, study in hs.studies.STUDIES.items():
+        assert f"`{name}`" in said
+        assert study.paper in said
+        for claim in study.claims:
+            assert claim.statement in said
