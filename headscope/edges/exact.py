@@ -163,7 +163,7 @@ def head_loadings(
         >>> names = hs.probes.pairs(model, "ioi", batch=2)
         >>> found = hs.edges.head_loadings(model, names, hs.metrics.logit_difference, "MLP0")
         >>> parts = found.heads.sum() + found.mlps.sum() + found.bypass
-        >>> abs(parts - found.effect) < 1e-4
+        >>> bool(abs(parts - found.effect) < 1e-4)
         True
     """
     study = EdgeMeasurement.of(model, probe, metric, ablation, RunOptions(batch_size))
@@ -349,7 +349,7 @@ def score_attribution(
 
     Example:
         >>> found = hs.edges.score_attribution(model, probe, "L1H0", query=10, key=3)
-        >>> abs(found.pairs.sum() - found.score) < 1e-4
+        >>> bool(abs(found.pairs.sum() - found.score) < 1e-4)
         True
     """
     index = model.shape.check(HeadIndex.parse(head))
