@@ -72,7 +72,7 @@ def restore(
         >>> made = hs.compiled.from_library("recall")
         >>> probe = hs.probes.recall(range(1, 4), range(4, 7), pairs=2, batch=4)
         >>> grid = hs.ablation.restore(made.model, probe)
-        >>> at = dict(zip(grid.labels[2], grid.mean[1, 0], strict=True))  # mixer_out of layer 0
+        >>> at = dict(zip(grid.labels[2], grid.mean[1, 0].tolist(), strict=True))  # L0, mixer_out
         >>> round(at["value"], 2), round(at["query"], 2)
         (1.0, 0.0)
     """
