@@ -26,13 +26,16 @@ if TYPE_CHECKING:
     from headscope import flow as flow
     from headscope import geometry as geometry
     from headscope import interventions as interventions
+    from headscope import kinds as kinds
     from headscope import lens as lens
     from headscope import metrics as metrics
     from headscope import plots as plots
     from headscope import probes as probes
     from headscope import pruning as pruning
+    from headscope import relevance as relevance
     from headscope import retrieval as retrieval
     from headscope import scorers as scorers
+    from headscope import steering as steering
     from headscope import studies as studies
     from headscope import sweeps as sweeps
     from headscope import testing as testing
@@ -108,6 +111,7 @@ _HOME = {
     "gradient_scorer": "headscope.scorers",
     "interactions": "headscope.ablation",
     "interventions": "headscope.interventions",
+    "kinds": "headscope.kinds",
     "lens": "headscope.lens",
     "load": "headscope.models.loading.load",
     "mask_heads": "headscope.retrieval",
@@ -121,11 +125,13 @@ _HOME = {
     "prune": "headscope.pruning",
     "pruning": "headscope.pruning",
     "qk_scorer": "headscope.scorers",
+    "relevance": "headscope.relevance",
     "retrieval": "headscope.retrieval",
     "row_scorer": "headscope.scorers",
     "score": "headscope.scoring.score",
     "scorers": "headscope.scorers",
     "screen_heads": "headscope.ablation",
+    "steering": "headscope.steering",
     "studies": "headscope.studies",
     "sweeps": "headscope.sweeps",
     "testing": "headscope.testing",

@@ -1,4 +1,7 @@
-"""Patching of the residual stream, and of what attention and MLPs add to it, cell by cell."""
+"""Patching of the residual stream, and of what attention and MLPs add to it, cell by cell.
+
+From a paired run, or from another layer of the same run (back-patching).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,17 +15,18 @@ from torch import Tensor
 
 from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.patching import aligned_pair, both_runs, places
-from headscope.ablation.run import Measurement, Metricish
+from headscope.ablation.run import Measurement, Metricish, marked, present
 from headscope.ablation.sources import Engine, ForwardSource, Source
 from headscope.base.options import RunOptions
-from headscope.capture import on_grid_of
-from headscope.edits import AnyEdit, Span, Variant
+from headscope.capture import on_grid_of, passes
+from headscope.edits import AnyEdit, HeadEdit, Span, Variant
 from headscope.errors import InputError, nearest
+from headscope.metrics import answer_log_prob
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView, Write
 from headscope.probes.probe import Probe
-from headscope.table import EffectGrid
+from headscope.table import BackPatch, EffectGrid
 
 STREAM_SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
@@ -204,3 +208,149 @@ class _StreamEngine(Engine):
     ) -> Source:
         """Make a batch ready."""
         return _StreamSource(model, tokens, real, read, inputs=inputs)
+
+
+@own_types()
+@torch.no_grad()
+def back_patch(
+    model: HeadModel,
+    probe: Probe,
+    metric: Metricish = answer_log_prob,
+    *,
+    at: str = "end",
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    forward: bool = False,
+    batch_size: int | None = None,
+    memory: str | int | None = None,
+    progress: bool | None = None,
+) -> BackPatch:
+    """Put what a layer makes of a position back into an earlier layer, and let the model go on.
+
+    The residual stream after layer s (``source``) at one position replaces that after layer d
+    (``destination``) at the same position of the same prompt. Where a step of a computation comes
+    too late for a layer that would use it, going back mends that. The best of many pairs is an
+    oracle: the pair is chosen on the even examples, and ``held_out`` is its effect on the odd ones.
+    The null puts back the states of another prompt.
+
+    Args:
+        model: the model.
+        probe: with targets; one position of each example is marked ``at``.
+        metric: of :mod:`headscope.metrics`; higher is better.
+        at: the mark.
+        layers: sources and destinations; default: all.
+        heads: put back outputs ``z`` of these heads alone, of every pair of layers.
+        forward: also destinations above the source.
+        batch_size: examples per pass.
+        memory: what a stack of passes may take.
+        progress: show a bar.
+
+    Raises:
+        InputError: if a mark or layer does not fit, or there are fewer than four examples.
+
+    Source: Biran et al. 2024 (arXiv 2406.12775), hopping too late.
+
+    Example:
+        >>> names = hs.probes.pairs(model, "ioi", batch=4)
+        >>> found = hs.ablation.back_patch(model, names, layers=[0, 1, 2])
+        >>> found.effects.axes
+        ('source', 'destination')
+    """
+    where = marked(probe, at)
+    if where is None or not bool((where.sum(1) == 1).all()):
+        raise InputError(f"back-patching needs one position marked {at!r} in every example.")
+    if len(probe) < 4:
+        raise InputError(
+            f"{len(probe)} examples are too few to choose a pair of layers on some and try it on "
+            "others: give four or more."
+        )
+    site = "resid_post" if heads is None else "z"
+    chosen = _layers(model, "resid_post", layers)
+    if heads is not None:
+        chosen = [layer for layer in chosen if layer in model.shape.attention_layers]
+        present(model, [(layer, head) for layer in chosen for head in heads])
+    taps = [Tap(site, layer).check(model.name, model.shape) for layer in chosen]
+    measurement = Measurement.of(
+        model, probe, metric, RunOptions(batch_size, memory, progress=progress)
+    )
+    if heads is None:
+        measurement = replace(
+            measurement, engine=_StreamEngine(False, False, measurement.engine.noop_error)
+        )
+    cells = [(s, d) for s in chosen for d in chosen if d < s or (forward and d > s)]
+    if not cells:
+        raise InputError("back-patching needs two layers at least.")
+    states = _states(model, probe, taps, where, batch_size)
+    count = len(cells)
+
+    def variants(examples: slice, _batch: RecordedBatch) -> list[Variant]:
+        made: list[Variant] = []
+        for order in (torch.arange(len(probe)), torch.arange(len(probe)).roll(1)):
+            for s, d in cells:
+                values = states[s][order[examples]][:, None]
+                made.append((_put(d, values, where[examples], heads),))
+        return made
+
+    edited, clean = measurement.measure(variants, 2 * count, f"back-patching {count} pairs")
+    effects = (edited - clean).reshape(2, count, len(probe))
+    grids = [_grid(measurement, chosen, cells, one, clean, site) for one in effects]
+    return BackPatch.of(grids[0], grids[1], cells)
+
+
+def _put(
+    layer: int,
+    values: Tensor,
+    where: Bool[Tensor, "batch pos"],
+    heads: Sequence[int] | None,
+) -> AnyEdit:
+    """The edit that puts states into a layer at one position of each example."""
+    if heads is None:
+        return Patched(Tap("resid_post", layer), values.expand(-1, where.shape[1], -1), where)
+    names = [(layer, head) for head in heads]
+    return HeadEdit.at("back_patch", names, donors={layer: values}, positions=where)
+
+
+def _states(
+    model: HeadModel,
+    probe: Probe,
+    taps: Sequence[Tap],
+    where: Bool[Tensor, "batch pos"],
+    batch_size: int | None,
+) -> dict[int, Tensor]:
+    """What each tap holds at every example's one position."""
+    at = where.int().argmax(1)
+
+    def run(batch: Probe, _: int) -> dict[Tap, Tensor]:
+        return _values(model, batch, taps)
+
+    parts: dict[int, list[Tensor]] = {}
+    for examples, found in passes(model, probe, run, batch_size=batch_size):
+        for tap, value in found.items():
+            rows = torch.arange(len(value), device=value.device)
+            parts.setdefault(tap.layer or 0, []).append(value[rows, at[examples].to(value.device)])
+    return {layer: torch.cat(some) for layer, some in parts.items()}
+
+
+def _grid(
+    measurement: Measurement,
+    layers: Sequence[int],
+    cells: Sequence[tuple[int, int]],
+    effects: Float[np.ndarray, "cell example"],
+    clean: Float[np.ndarray, " example"],
+    site: str,
+) -> EffectGrid:
+    values = np.full((len(layers), len(layers), len(clean)), np.nan)
+    for (s, d), row in zip(cells, effects, strict=True):
+        values[layers.index(s), layers.index(d)] = row
+    names = tuple(f"L{layer}" for layer in layers)
+    return EffectGrid(
+        name=f"back_patch_{site}",
+        axes=("source", "destination"),
+        labels=(names, names),
+        per_example=values,
+        unedited=clean,
+        unit=measurement.metric.unit,
+        description=f"{measurement.metric.name} with the state put back less that without.",
+        provenance=measurement.provenance(site=site),
+        clusters=measurement.probe.cluster_labels,
+    )

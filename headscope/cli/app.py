@@ -430,6 +430,36 @@ def patch(
 
 
 @app.command()
+@with_loading
+def kinds(
+    loading: Loading,
+    model: Model = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Names, separated by commas (default: all).")
+    ] = None,
+    confirm: Annotated[
+        bool, typer.Option("--confirm/--no-confirm", help="Also ablate the heads that are named.")
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of all probes.")] = 0,
+    out: Annotated[Path | None, path_option("Folder for the findings.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Say which heads of MODEL are of which kind, how sure that is, and what ablation confirms."""
+    from headscope.cli import kinds as command
+
+    command.run(
+        loading.of(model),
+        names=kinds,
+        confirm=confirm,
+        seed=seed,
+        out=out,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
 def emergence(
     model: Annotated[
         str | None,

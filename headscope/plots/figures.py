@@ -15,6 +15,7 @@ from headscope.plots.spectra import eigenvalues, spectra
 from headscope.plots.style import Theme
 from headscope.table import (
     Attribution,
+    BackPatch,
     Circuit,
     Contributions,
     EdgeGraph,
@@ -34,6 +35,7 @@ from headscope.table import (
     TokenLosses,
 )
 from headscope.table.layers import LayerTable
+from headscope.table.relevance import Anchors, TokenRelevance
 
 Drawing = Callable[[Theme], go.Figure]
 
@@ -175,3 +177,16 @@ def _(result: Circuit) -> dict[str, Drawing]:
 @figures.register
 def _(result: Faithfulness) -> dict[str, Drawing]:
     return {"": _themed(faithfulness_curves, result)}
+
+
+@figures.register
+def _(result: TokenRelevance | Anchors) -> dict[str, Drawing]:
+    return {"": _themed(effect_heatmap, result.grid())}
+
+
+@figures.register
+def _(result: BackPatch) -> dict[str, Drawing]:
+    return {
+        "": _themed(effect_heatmap, result.effects),
+        "_null": _themed(effect_heatmap, result.null),
+    }

@@ -2,6 +2,7 @@
 
 from headscope.probes.encoding import from_batch, from_tokens, paired
 from headscope.probes.images import images, random_images
+from headscope.probes.in_context import in_context
 from headscope.probes.jsonl import from_jsonl
 from headscope.probes.needle import needle
 from headscope.probes.needle_sets import Needle
@@ -22,6 +23,7 @@ __all__ = [
     "from_jsonl",
     "from_tokens",
     "images",
+    "in_context",
     "masked",
     "needle",
     "paired",

@@ -15,6 +15,7 @@ from headscope.table.edges import Faithfulness as Faithfulness
 from headscope.table.edges import MethodComparison as MethodComparison
 from headscope.table.edges import Stability as Stability
 from headscope.table.edges import Wiring as Wiring
+from headscope.table.effects import BackPatch as BackPatch
 from headscope.table.effects import EffectGrid as EffectGrid
 from headscope.table.effects import OrderCurve as OrderCurve
 from headscope.table.effects import RecallGrid as RecallGrid

@@ -156,6 +156,63 @@ class EffectGrid(Saved, Shown, Tabular):
         return [names[i] for names, i in zip(self.labels, at, strict=True)]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class BackPatch(Saved, Shown, Tabular):
+    """States of layers put back into earlier layers, with the pair that was chosen and tried.
+
+    Attributes:
+        effects: change of the metric, by source and destination.
+        null: the same with states of another prompt.
+        pair: source and destination with the largest mean effect on the even examples.
+        held_out: effects of that pair on the odd examples.
+        null_held_out: the same of the null.
+    """
+
+    effects: EffectGrid
+    null: EffectGrid
+    pair: tuple[int, int]
+    held_out: Float[np.ndarray, " example"]
+    null_held_out: Float[np.ndarray, " example"]
+
+    @classmethod
+    def of(
+        cls, effects: EffectGrid, null: EffectGrid, cells: Sequence[tuple[int, int]]
+    ) -> "BackPatch":
+        """Choose the pair on the even examples; of equals the first."""
+        names = effects.labels[0]
+        places = [(names.index(f"L{s}"), names.index(f"L{d}")) for s, d in cells]
+        means = [float(effects.per_example[at][0::2].mean()) for at in places]
+        best = places[int(np.argmax(means))]
+        return cls(
+            effects,
+            null,
+            cells[places.index(best)],
+            effects.per_example[best][1::2],
+            null.per_example[best][1::2],
+        )
+
+    def glance(self) -> Glance:
+        """The chosen pair and its effect on examples that did not choose it."""
+        both = mean_and_sem(np.stack([self.held_out, self.null_held_out]))
+        names = ("on the examples held out", "states of another prompt")
+        rows = [
+            (name, number(float(mean)), number(float(sem)))
+            for name, mean, sem in zip(names, both.mean, both.sem, strict=True)
+        ]
+        return Glance(
+            f"back-patching from L{self.pair[0]} to L{self.pair[1]}",
+            [f"chosen on half of {len(self.effects.unedited)} examples", self.effects.unit],
+            ("effect", "mean", "error"),
+            rows,
+            hint="hs.plots.heatmap(found.effects), found.held_out",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per pair of layers: effect and null."""
+        frame = self.effects.to_pandas()
+        return frame.assign(null=self.null.mean.ravel())
+
+
 _SUFFIXES = (".parquet", ".csv")
 Curve = TypeVar("Curve", bound="OrderCurve")
 

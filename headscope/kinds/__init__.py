@@ -1,0 +1,18 @@
+"""The catalogue of kinds of attention heads: what each is, and which heads of a model are of it."""
+
+from headscope.kinds.catalogue import KINDS as KINDS
+from headscope.kinds.catalogue import UNASKED as UNASKED
+from headscope.kinds.kind import Asked as Asked
+from headscope.kinds.kind import CannotAskError as CannotAskError
+from headscope.kinds.kind import Confirm as Confirm
+from headscope.kinds.kind import Criterion as Criterion
+from headscope.kinds.kind import Kind as Kind
+from headscope.kinds.kind import Unasked as Unasked
+from headscope.kinds.kind import above as above
+from headscope.kinds.kind import below as below
+from headscope.kinds.kind import one_sided as one_sided
+from headscope.kinds.measures import relation_scores as relation_scores
+from headscope.kinds.survey import survey as survey
+from headscope.table.kinds import Finding as Finding
+from headscope.table.kinds import KindFacts as KindFacts
+from headscope.table.kinds import KindTable as KindTable

@@ -1,0 +1,410 @@
+"""How kinds of heads are measured: criteria from scores, weights, contrasts and tasks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope import edits, probes
+from headscope.base.statistics import Design
+from headscope.errors import InputError
+from headscope.heads import HeadIndex
+from headscope.kinds import words
+from headscope.kinds.kind import Asked, CannotAskError, Criterion, above, below
+from headscope.models.protocol import HeadModel
+from headscope.probes.probe import Probe
+from headscope.relevance.anchors import anchors
+from headscope.relevance.memorized import rare_attention
+from headscope.scorer import OTHER_EXAMPLE, REPEATED, TEXT, output_scorer
+from headscope.scorers import relation
+from headscope.scorers.patterns import relative_offset
+from headscope.scorers.writing import copying
+from headscope.scoring.score import score
+from headscope.steering.effects import contrast, indirect_effect
+from headscope.table import HeadScores
+from headscope.views.outputs import HeadOutputs
+
+Measure = Callable[[Asked], Sequence[Criterion]]
+_ATTENDS = 0.25  # of a task's heads, about half of what published ones give on average
+_SHARE = 0.05  # of all direct effects on an answer
+_NEEDS_WRITE = ("attention_write", "unembedding")
+
+
+def shared(name: str) -> Measure:
+    """A score of the catalogue above its null and its threshold."""
+    return lambda asked: [above(asked.shared(name))]
+
+
+def part_of(scores: HeadScores, sign: int) -> Criterion:
+    """A direct effect with a sign, as its share of the absolute effects of all heads."""
+    total = np.nansum(np.abs(scores.mean)) or 1.0
+    one = above(scores, 0.0) if sign > 0 else below(scores, 0.0)
+    said = "share of all direct effects on the answer"
+    return Criterion(said if sign > 0 else f"{said}, negative", one.value / total, _SHARE, one.p)
+
+
+def task(name: str, mark: str, sign: int = 1) -> Measure:
+    """Attention from the end of a task's prompts to a mark, and a direct effect of this sign."""
+
+    def measure(asked: Asked) -> list[Criterion]:
+        probe = asked.pairs(name)
+        return [
+            above(asked.attention(probe, mark), _ATTENDS),
+            part_of(asked.effect(probe), sign),
+        ]
+
+    return measure
+
+
+def attends(name: str, mark: str) -> Measure:
+    """Attention from the end of a task's prompts to a mark."""
+    return lambda asked: [above(asked.attention(asked.pairs(name), mark), _ATTENDS)]
+
+
+def positional(asked: Asked) -> list[Criterion]:
+    """Attention to one of the places two to five back, whichever gets most."""
+    scores = [asked.scores(relative_offset(n)) for n in (2, 3, 4, 5)]
+    means = np.stack([one.mean for one in scores])
+    p = np.nanmin(np.stack([np.nan_to_num(one.p_value, nan=1.0) for one in scores]), 0)
+    return [Criterion("attention to a fixed place", np.nanmax(means, 0), 0.4, np.minimum(4 * p, 1))]
+
+
+@output_scorer(
+    unit="share", bounds=(0.0, 1.0), probe=REPEATED, control=OTHER_EXAMPLE, needs=_NEEDS_WRITE,
+    source="Olsson et al. 2022 (arXiv 2209.11895), behavioural copying score",
+)  # fmt: skip
+def raised(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Of all that a head raises, the share on the tokens it attends to; null: other tokens."""
+    return copying.function(outputs, probe)
+
+
+@output_scorer(
+    unit="share", bounds=(0.0, 1.0), probe=REPEATED, control=OTHER_EXAMPLE, needs=_NEEDS_WRITE,
+    source="McDougall et al. 2023 (arXiv 2310.04625), copy suppression",
+)  # fmt: skip
+def lowered(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
+    """Of all that a head lowers, the share on the tokens it attends to; null: other tokens."""
+    return copying.function(replace(outputs, z=-outputs.z), probe)
+
+
+def copies(asked: Asked) -> list[Criterion]:
+    """Raises the tokens that it attends to."""
+    return [above(asked.scores(raised), 0.4)]
+
+
+def suppresses(asked: Asked) -> list[Criterion]:
+    """Lowers the tokens that it attends to."""
+    return [above(asked.scores(lowered), 0.4)]
+
+
+def backs_up(asked: Asked) -> list[Criterion]:
+    """Direct effect on the name that rises when the name movers are ablated.
+
+    Raises:
+        CannotAskError: if there is no name mover to ablate.
+    """
+    probe = asked.pairs("ioi")
+    attention, effect = task("ioi", "io")(asked)
+    assert attention.p is not None and effect.p is not None  # noqa: PT018, S101  # scores have
+    sure = (attention.value >= attention.least) & (effect.value >= effect.least)
+    sure &= np.maximum(attention.p, effect.p) < 0.01
+    movers = [HeadIndex(int(layer), int(head)) for layer, head in np.argwhere(sure)]
+    if not movers:
+        raise CannotAskError("no name mover was found, whose work another head could take over.")
+    before = asked.effect(probe)
+    with asked.model.edited([edits.zero(movers)]):
+        after = score(asked.model, probe, "direct_logit_difference", progress=False)
+    rise = after["direct_logit_difference"].per_example - before.per_example
+    for mover in movers:
+        rise[mover] = np.nan
+    scores = HeadScores.from_effects(
+        "rise", rise, kv_heads=before.kv_heads, unit="logits", description="takes over"
+    )
+    total = float(np.abs([before.mean[mover] for mover in movers]).sum()) or 1.0
+    one = above(scores, 0.0)
+    return [Criterion("share of the ablated effect taken over", one.value / total, _SHARE, one.p)]
+
+
+def next_in_order(asked: Asked) -> list[Criterion]:
+    """Share of ordinals whose successor the weights raise most among those of the same order."""
+    orders = [[words.token_of(asked.model, word) for word in one] for one in words.ORDERS.values()]
+    kept = [[one for one in order if one is not None] for order in orders]
+    whole = [some for some, order in zip(kept, orders, strict=True) if len(some) == len(order) > 3]
+    if not whole:
+        raise CannotAskError(
+            f"the tokenizer of {asked.model.name} has no order (days, months, numbers, letters) "
+            "whose words are all one token."
+        )
+    sets = [list(pairwise(one)) for one in whole]
+    return [above(relation_scores(asked.model, sets, "successor"), 0.4)]
+
+
+def related(name: str) -> Measure:
+    """Share of pairs whose second word the weights raise most, of all second words."""
+
+    def measure(asked: Asked) -> list[Criterion]:
+        pairs = words.known(asked.model, words.RELATIONS[name])
+        if len(pairs) < 8:
+            raise CannotAskError(
+                f"the tokenizer of {asked.model.name} has {len(pairs)} pairs of the relation "
+                f"{name!r} as single tokens, and 8 are needed."
+            )
+        return [above(relation_scores(asked.model, [pairs], name), 0.4)]
+
+    return measure
+
+
+@torch.no_grad()
+def relation_scores(
+    model: HeadModel, sets: Sequence[Sequence[tuple[int, int]]], name: str = "relation"
+) -> HeadScores:
+    """Share of pairs of tokens (a, b) for which a head's weights raise b most when it attends to a.
+
+    ``argmax over the second tokens of a set of (norm(e_a) W_V + b_V) W_O . d``, with e the token's
+    embedding, from the second layer on with what the first MLP adds, and d the directions of logits
+    less their mean. One value per pair, 1 or 0; the null is one over the number of different second
+    tokens of its set.
+
+    Args:
+        model: whose weights are read.
+        sets: pairs of token ids, each set with answers of its own.
+        name: of the score.
+
+    Raises:
+        InputError: if a set has fewer than two answers.
+        UnsupportedModelError: if the embedding, a norm or the values cannot be read of the weights.
+
+    Source: Gould et al. 2023 (arXiv 2312.09230), successor heads; Elhelo and Geva 2024
+    (arXiv 2412.11965), relations from parameters.
+
+    Example:
+        >>> found = hs.kinds.relation_scores(model, [[(5, 6), (6, 7), (7, 8)]])
+        >>> round(float(found.null[0, 0]), 3)
+        0.333
+    """
+    if any(len({b for _, b in pairs}) < 2 for pairs in sets) or not sets:
+        raise InputError("a relation needs pairs with two different second tokens at least.")
+    shape, unembedding = model.shape, model.unembedding
+    plain = model.parts.embedding
+    found, chance = [], []
+    for pairs in sets:
+        first: Int[Tensor, " pair"] = torch.tensor([a for a, _ in pairs], device=plain.device)
+        answers = sorted({b for _, b in pairs})
+        place = np.array([answers.index(b) for _, b in pairs])
+        directions = unembedding.directions(torch.tensor(answers, device=plain.device))
+        bare = plain[first].float()
+        later = bare + model.parts.first_mlp(bare).float()
+        hits = np.full((shape.n_layers, shape.n_heads, len(pairs)), np.nan)
+        for layer in shape.attention_layers:
+            model.parts.need_values(layer)
+            weights = model.weights(layer)
+            x = model.parts.input_norm(layer)(bare if layer == 0 else later)
+            v = torch.einsum("pm,hmd->hpd", x, weights.W_V.float()) + weights.b_V.float()[:, None]
+            v = v.repeat_interleave(shape.group_size, 0)
+            write = torch.einsum("hpd,hdm->hpm", v, model.output_weights(layer).float())
+            best = (write @ directions.T).argmax(-1).cpu().numpy()
+            hits[layer] = best == place
+        for layer, head in shape.removed:
+            hits[layer, head] = np.nan
+        found.append(hits)
+        chance += [1 / len(answers)] * len(pairs)
+    values = np.concatenate(found, 2)
+    null = np.where(np.isnan(values), np.nan, np.array(chance))
+    return HeadScores.from_examples(
+        name, values, kv_heads=shape.n_kv_heads, control_per_example=null,
+        design=Design(paired=True), unit="share", bounds=(0.0, 1.0),
+        description="its weights map tokens to the tokens that they are paired with",
+        source="Gould et al. 2023 (arXiv 2312.09230)",
+    )  # fmt: skip
+
+
+def _options(asked: Asked) -> tuple[Probe, HeadScores, Float[np.ndarray, "layer head example 4"]]:
+    """Attention from the end to the letters of four options: all of it, and by letter."""
+    probe: Probe = asked.keep("choices", lambda: words.choices(asked.model, asked.seed))
+    parts = [asked.attention(probe, f"option_{one}").per_example for one in words.LETTERS]
+    every = torch.stack([probe.mark(f"option_{one}") for one in words.LETTERS]).any(0)
+    whole = asked.keep("letters", lambda: replace(probe, marks={**probe.marks, "letters": every}))
+    return probe, asked.attention(whole, "letters"), np.stack(parts, -1)
+
+
+def correct_letter(asked: Asked) -> list[Criterion]:
+    """Of the attention to four letters, the share on the right one; and a direct effect on it."""
+    probe, mass, by_letter = _options(asked)
+    right = torch.stack([probe.mark(f"option_{one}") & probe.mark("right") for one in
+                         words.LETTERS]).any(-1).int().argmax(0).numpy()  # fmt: skip
+    total = by_letter.sum(-1)
+    picked = np.take_along_axis(by_letter, right[None, None, :, None], -1)[..., 0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = picked / total
+    scores = HeadScores.from_examples(
+        "right letter", share, kv_heads=mass.kv_heads,
+        control_per_example=np.where(np.isnan(share).all(-1, keepdims=True), np.nan, 0.25),
+    )  # fmt: skip
+    return [above(scores, 0.5), above(mass, 0.1), part_of(asked.effect(probe), 1)]
+
+
+def constant_letters(asked: Asked) -> list[Criterion]:
+    """Much attention to the four letters, nearly the same to each."""
+    _, mass, by_letter = _options(asked)
+    mean = by_letter.mean(2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = mean / mean.sum(-1, keepdims=True)
+        evenness = -np.nansum(share * np.log(share), -1) / np.log(4)
+    return [above(mass, _ATTENDS), Criterion("evenness over letters", evenness, 0.95)]
+
+
+def single_letter(asked: Asked) -> list[Criterion]:
+    """Much attention to the four letters, most of it to one, whatever stands behind it."""
+    _, mass, by_letter = _options(asked)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = by_letter.mean(2) / by_letter.mean(2).sum(-1, keepdims=True)
+    return [above(mass, _ATTENDS), Criterion("share of one letter", share.max(-1), 0.7)]
+
+
+def negative(asked: Asked) -> list[Criterion]:
+    """``(A_yes + A_no) log(A_no / A_yes)`` at the end of questions, above 0."""
+    probe: Probe = asked.keep("yes or no", lambda: words.yes_or_no(asked.model, asked.seed))
+    yes, no = (asked.attention(probe, one).per_example for one in ("yes", "no"))
+    small = 1e-6
+    values = (yes + no) * np.log((no + small) / (yes + small))
+    scores = HeadScores.from_effects("negative attention", values, kv_heads=1, unit="nats")
+    return [above(scores, 0.1)]
+
+
+def in_context_task(asked: Asked) -> list[Criterion]:
+    """Indirect effect of the head's task mean on prompts without the task, above any mean's."""
+    tasks = {}
+    for name, pairs in words.RELATIONS.items():
+        single = [(f" {a}", f" {b}") for a, b in pairs.items() if _both(asked.model, a, b)]
+        if len(single) >= 8:
+            tasks[name] = _task(asked, single)
+    if not tasks:
+        raise CannotAskError(
+            f"the tokenizer of {asked.model.name} has no relation of 8 pairs of single tokens."
+        )
+    chosen = dict(list(tasks.items())[:2])
+    return [above(indirect_effect(asked.model, chosen, progress=False), 0.01)]
+
+
+def _both(model: HeadModel, a: str, b: str) -> bool:
+    return words.token_of(model, a) is not None and words.token_of(model, b) is not None
+
+
+def _task(asked: Asked, pairs: Sequence[tuple[str, str]]) -> Probe:
+    return probes.in_context(
+        asked.model, pairs, template="{text} :{label}\n", shots=min(6, len(pairs) - 1), batch=8,
+        seed=asked.seed,
+    )  # fmt: skip
+
+
+def label_words(asked: Asked) -> list[Criterion]:
+    """Attention to label words of demonstrations that foretells the model's own prediction."""
+    shown = [(word, f" {kind}") for kind in ("colour", "animal") for word in words.CATEGORIES[kind]]
+    for _, label in shown:
+        if words.token_of(asked.model, label.strip()) is None:
+            raise CannotAskError(f"{asked.model.name} reads the label{label} as several tokens.")
+    probe = probes.in_context(
+        asked.model, shown, template="{text} :{label}\n", shots=4, seed=asked.seed
+    )
+    found = anchors(asked.model, probe, progress=False)
+    if len(set(found.predicted.tolist())) < 2:
+        raise CannotAskError("the model answers every prompt with the same label.")
+    return [above(found.heads["anchor_auc"], 0.8)]
+
+
+def rare_words(asked: Asked) -> list[Criterion]:
+    """Attention in the order of rarity: Kendall's tau with counts, below shuffled counts'."""
+    text = probes.text(asked.model, length=32, seed=asked.seed)
+    ends = torch.zeros_like(text.real)
+    ends[:, 31] = True
+    probe = replace(text, marks={**text.marks, "end": ends}, clusters=None)
+    if text.length < 32 or not bool(text.real.all()):
+        raise CannotAskError("its context is too short for texts of 32 tokens.")
+    counts = torch.bincount(text.tokens.flatten(), minlength=asked.model.shape.d_vocab)
+    return [below(rare_attention(asked.model, probe, counts, asked.seed), 0.3)]
+
+
+def word_pieces(asked: Asked) -> list[Criterion]:
+    """Attention to earlier pieces of the same word."""
+    probe = asked.probe(TEXT)
+    pairs = words.pieces(asked.model, probe)
+    if len({one[0] for one in pairs}) < 5:
+        raise CannotAskError(
+            f"the tokenizer of {asked.model.name} cuts hardly any word of the texts into pieces."
+        )
+    scorer = relation("pieces", torch.tensor(pairs), control="flat").mass
+    return [above(score(asked.model, probe, scorer, progress=False)[scorer.name], _ATTENDS)]
+
+
+def apostrophes(asked: Asked) -> list[Criterion]:
+    """Attention to apostrophes in texts that have some."""
+    texts = [
+        "It's the dog's ball, and the cat's bed isn't far.",
+        "The teacher's book wasn't on Anna's table.",
+        "She didn't know that the king's horse couldn't swim.",
+        "Leo's boat won't sail if the wind's too strong.",
+        "They've seen Tom's house, but they haven't been inside.",
+        "Don't touch the baker's bread; it's hot.",
+        "I'm sure that the doctor's car wasn't here.",
+        "We'll bring the farmer's letter if it's ready.",
+    ]
+    probe = probes.text(asked.model, texts)
+    mark = words.with_apostrophe(asked.model, probe)
+    if not bool(mark.any(1).all()):
+        raise CannotAskError(f"the tokenizer of {asked.model.name} keeps no apostrophe.")
+    seen = mark.int().cumsum(1) - mark.int() > 0
+    known = replace(probe, marks={"apostrophe": mark, "behind": seen & probe.real}, control=None)
+    return [above(asked.attention(known, "apostrophe", "behind"), _ATTENDS)]
+
+
+def dormant(asked: Asked) -> list[Criterion]:
+    """Much attention on the first token in one of texts and random tokens, and little in the other.
+
+    The p-value is two-sided, of independent examples.
+    """
+    text = asked.shared("first_token")
+    other = score(asked.model, asked.probe(REPEATED), "first_token", progress=False)["first_token"]
+    scores = HeadScores.from_examples(
+        "sink in one domain", text.per_example, kv_heads=text.kv_heads,
+        control_per_example=other.per_example, alternative="two-sided",
+    )  # fmt: skip
+    gap = np.abs(scores.mean - scores.null)
+    return [Criterion("difference of sink attention", gap, 0.4, scores.p_value)]
+
+
+def of_context(asked: Asked) -> list[Criterion]:
+    """Attends to what the text says, and raises it above what is remembered."""
+    probe = _contradicted(asked)
+    return [
+        above(asked.attention(probe, "context"), _ATTENDS), part_of(asked.effect(probe), 1)
+    ]  # fmt: skip
+
+
+def of_memory(asked: Asked) -> list[Criterion]:
+    """Raises what is remembered above what the text says."""
+    return [part_of(asked.effect(_contradicted(asked)), -1)]
+
+
+def _contradicted(asked: Asked) -> Probe:
+    probe: Probe = asked.keep("contradicted", lambda: words.contradicted(asked.model, asked.seed))
+    return probe
+
+
+def told_apart(make: Callable[[HeadModel], tuple[Probe, Probe]]) -> Measure:
+    """A linear probe of the head's output tells two sets of texts apart, on words it has not seen.
+
+    Args:
+        make: gives the two, whose even and odd examples share no word that matters.
+    """
+
+    def measure(asked: Asked) -> list[Criterion]:
+        high, low = make(asked.model)
+        found = contrast(asked.model, high, low, method="probe", at="end").auc
+        assert found is not None  # noqa: S101  # contrasts have one
+        return [above(found, 0.8)]
+
+    return measure

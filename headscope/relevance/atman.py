@@ -1,0 +1,440 @@
+"""AtMan: how much each token supports a continuation, by taking attention away from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.ablation.run import Measurement, present
+from headscope.base.options import RunOptions
+from headscope.base.statistics import rank_correlation
+from headscope.edits import Heads, Variant
+from headscope.errors import InputError, nearest
+from headscope.heads import HeadIndex
+from headscope.lens.prompt import Promptish, read_prompt, token_texts
+from headscope.metrics import loss
+from headscope.models.decoding import need_continuing
+from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
+from headscope.models.taps import Tap, TapView
+from headscope.origin import origin
+from headscope.probes.encoding import encode, from_tokens
+from headscope.probes.jsonl import find_span
+from headscope.probes.probe import Probe
+from headscope.probes.vocabulary import bos_prefix, check_length, need_tokenizer
+from headscope.table.relevance import TokenRelevance
+
+Mode = Literal["suppress", "erase"]
+Group = str | Sequence[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Suppressed:
+    """An edit of patterns: some keys count for less, or not at all, for all queries of some heads.
+
+    With scores ``s`` (soft cap included) and ``m`` the smallest score that the query sees, the
+    score of key t becomes ``m + factor_t (s_t - m)``; the others stay. That is
+    ``A'_j ~ A_j exp(-(1 - factor_j) (log A_j - min log A))``, divided by its sum with what a
+    learned sink takes. A factor of 1 changes nothing whatever the scores are shifted by. Where
+    ``erase`` is True keys with a factor below 1 get nothing, whatever it is; a query that sees no
+    other key then attends to nothing.
+
+    Keys whose attention is 0 in fp32 (scores more than 100 below the largest) count as unseen.
+
+    Attributes:
+        heads: by layer; None: all of the layer's.
+        factors: of every key of the text.
+        erase: see above.
+    """
+
+    heads: Mapping[int, tuple[int, ...] | None]
+    factors: Float[Tensor, " key"]
+    erase: bool = False
+    site: Literal["pattern"] = field(init=False, default="pattern")
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers that it touches."""
+        return frozenset(self.heads)
+
+    def __call__(
+        self, layer: int, value: Float[Tensor, "batch head query key"]
+    ) -> Float[Tensor, "batch head query key"]:
+        """Return the rows with attention taken away; the input is left as it is."""
+        chosen = self.heads[layer]
+        if chosen is None:
+            return suppressed(value, self.factors, erase=self.erase)
+        index = torch.tensor(chosen, device=value.device)
+        new = suppressed(value.index_select(1, index), self.factors, erase=self.erase)
+        kept: Tensor = value.index_copy(1, index, new)
+        return kept
+
+
+def suppressed(
+    pattern: Float[Tensor, "*any query key"],
+    factors: Float[Tensor, " key"],
+    *,
+    erase: bool = False,
+) -> Float[Tensor, "*any query key"]:
+    """Attention rows with the scores of some keys multiplied; see :class:`Suppressed`.
+
+    Args:
+        pattern: rows; 0 where a key is not visible.
+        factors: of every key; 1 leaves it as it is.
+        erase: give keys with a factor below 1 nothing at all.
+
+    Example:
+        >>> rows = torch.tensor([[0.25, 0.75]])  # scores 0 and ln 3
+        >>> new = hs.relevance.suppressed(rows, torch.tensor([1.0, 0.5]))
+        >>> round(float(new[0, 1]), 3)  # 3 ** 0.5 / (1 + 3 ** 0.5)
+        0.634
+    """
+    keys = pattern.shape[-1]
+    share = factors[:keys].to(pattern)
+    if erase:
+        weight = (share >= 1).to(pattern)
+    else:
+        seen = pattern > 0
+        logs = pattern.log()
+        least = logs.masked_fill(~seen, torch.inf).amin(-1, keepdim=True)
+        weight = (-(1 - share) * (logs - least)).exp().where(seen, 0.0)
+    kept = pattern * weight
+    sink = 1 - pattern.sum(-1, keepdim=True)
+    sink = sink.where(sink > 1e-5, 0.0)  # without a learned sink it is rounding
+    total = kept.sum(-1, keepdim=True) + sink
+    shared: Tensor = kept / total.where(total > 0, 1.0)
+    return shared
+
+
+@own_types()
+def atman(
+    model: HeadModel,
+    text: Promptish,
+    target: str | Sequence[int] | None = None,
+    *,
+    factor: float = 0.1,
+    mode: str = "suppress",
+    groups: Mapping[str, Group] | None = None,
+    similar: float | None = None,
+    heads: Heads | None = None,
+    top: int | None = None,
+    batch_size: int | None = None,
+    memory: str | int | None = None,
+    progress: bool | None = None,
+) -> TokenRelevance:
+    """Measure how much each token of a text supports a continuation, by suppressing it.
+
+    Relevance of a token is the loss of the target with attention to the token suppressed, less
+    that without: above 0 where the token supports the target. All layers and heads are suppressed
+    at once, or only ``heads``; every token (or group) is one pass, as many as fit stacked in one.
+    Tokens of the target that come before another of its tokens are measured too.
+
+    The smallest score is that of the keys that a query sees, so that nothing depends on later
+    tokens; the authors' code takes it over all keys. A token at the smallest score has no effect,
+    and ``factor=0`` does not erase: it puts the token at the smallest score. ``mode="erase"``
+    does, so that queries cannot see it.
+
+    Args:
+        model: that reads from left to right.
+        text: a text, or token ids.
+        target: what follows it, as text (found by its characters) or ids; default: the token that
+            the model finds likeliest.
+        factor: of the scores, from 0 to 1.
+        mode: ``suppress`` or ``erase``.
+        groups: tokens that are suppressed together instead of single ones, by name: a part of the
+            text as ``the second 'Mary'`` has it, or positions.
+        similar: also suppress keys whose embedding has at least this cosine with the token's, each
+            by ``(1 - factor) (1 - cosine) + factor``; between 0 and 1.
+        heads: in which it is suppressed; default: all.
+        top: also measure single heads: those with so many of the largest estimates. The estimate
+            is first-order in the pattern, ``sum of d loss / d A (A' - A)``, of all heads and
+            tokens from one forward and one backward pass, which holds a pattern per layer. Where
+            the target is nearly certain it is small for heads that matter; how far it agrees with
+            what was measured is in ``provenance.checks["rank_correlation"]``.
+        batch_size: as :func:`headscope.ablate_heads` takes it.
+        memory: likewise.
+        progress: likewise.
+
+    Returns:
+        ``.relevance [unit]``, ``.per_target [unit target]``, ``.by_head [layer head unit]``.
+
+    Raises:
+        InputError: if an argument does not fit the text or the model.
+        UnsupportedModelError: if the model gives no logits, or reads in both directions.
+
+    Source: Deiseroth et al. 2023 (arXiv 2301.08110), from the paper.
+
+    Example:
+        >>> found = hs.relevance.atman(model, "Mary went home. Mary", target=" went")
+        >>> len(found.relevance) == len(found.tokens)
+        True
+    """
+    _check(factor, mode, similar, top)
+    need_continuing(model)
+    chosen = present(model, heads)
+    asked = _Asked.of(model, text, target)
+    units = _units(model, asked, factor, groups, similar)
+    by_layer = _by_layer(model, chosen)
+    erase = mode == "erase"
+    study = Measurement.of(
+        model,
+        asked.probe,
+        loss.at("target_0"),
+        others=[loss.at(f"target_{n}") for n in range(1, asked.count)],
+        options=RunOptions(batch_size, memory, progress=progress),
+    )
+    variants: list[Variant] = [(Suppressed(by_layer, one, erase),) for one in units.values()]
+    edited, clean = study.measure_all(lambda _, __: variants, len(variants), "suppressing tokens")
+    by_head: np.ndarray | None = None
+    estimate: np.ndarray | None = None
+    if top is not None:
+        estimate = _estimates(model, asked, units, chosen, erase=erase)
+        by_head = _exact(study, units, chosen, estimate, top, erase=erase)
+    facts: dict[str, Any] = {"factor": factor, "mode": mode, "similar": similar}
+    checks = {}
+    if estimate is not None and by_head is not None:
+        checks["rank_correlation"] = rank_correlation(estimate, by_head)
+    return TokenRelevance(
+        tokens=asked.texts,
+        units=tuple(units),
+        targets=asked.every[asked.start :],
+        per_target=(edited - clean[:, None])[:, :, 0].T,
+        base=clean[:, 0],
+        by_head=by_head,
+        estimate=estimate,
+        provenance=origin(
+            model, asked.probe, attention="edited rows, fp32", checks=checks, **facts
+        ),
+    )
+
+
+def _check(factor: float, mode: str, similar: float | None, top: int | None) -> None:
+    if not isinstance(factor, int | float) or not 0 <= factor <= 1:
+        raise InputError(f"factor={factor!r}: scores are multiplied by a number from 0 to 1.")
+    if mode not in get_args(Mode):
+        raise InputError(nearest(str(mode), get_args(Mode), kind="mode"))
+    if similar is not None and not (isinstance(similar, int | float) and 0 < similar <= 1):
+        raise InputError(f"similar={similar!r} is not a cosine: give a number from 0 to 1.")
+    if top is not None and (not isinstance(top, int) or isinstance(top, bool) or top < 1):
+        raise InputError(f"top={top!r}: measure one head at least, or leave top out.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A text with its target behind it, and the losses that are read.
+
+    Attributes:
+        ids, every: of text and target, as ids and as texts.
+        start: position of the first target token.
+        said, spans: characters of the text and of its tokens, where it was given as characters.
+    """
+
+    ids: Int[Tensor, " pos"]
+    every: tuple[str, ...]
+    start: int
+    said: str | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    probe: Probe = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Mark each position whose loss is read."""
+        marks = {}
+        for number in range(self.count):
+            mark = torch.zeros(1, len(self.ids) - 1, dtype=torch.bool)
+            mark[0, self.start + number - 1] = True
+            marks[f"target_{number}"] = mark
+        made = from_tokens(self.ids[None, :-1], marks=marks, targets=self.ids[None, 1:])
+        object.__setattr__(self, "probe", made)
+
+    @property
+    def count(self) -> int:
+        return len(self.ids) - self.start
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts of the tokens that the model reads: all but the last."""
+        return self.every[:-1]
+
+    @classmethod
+    def of(cls, model: HeadModel, text: Promptish, target: str | Sequence[int] | None) -> "_Asked":
+        """Read a text and its target; the likeliest token where none is given."""
+        if isinstance(target, str):
+            return cls._of_text(model, text, target)
+        prompt = read_prompt(model, text)
+        if target is None:
+            with torch.no_grad():
+                logits = model.forward(prompt.ids[None], logits_at=torch.tensor([len(prompt) - 1]))
+            target = [int(logits[0, 0].argmax())]
+        following = read_prompt(model, [int(one) for one in target])
+        _need_room(model, len(prompt) + len(following))
+        ids, every = torch.cat([prompt.ids, following.ids]), prompt.texts + following.texts
+        if not isinstance(text, str):
+            return cls(ids, every, len(prompt))
+        return cls(ids, every, len(prompt), text, tuple(_encoded(model, text).spans))
+
+    @classmethod
+    def _of_text(cls, model: HeadModel, text: Promptish, target: str) -> "_Asked":
+        if not isinstance(text, str):
+            raise InputError("the text is token ids and the target is not: give both in one form.")
+        if not target.strip():
+            raise InputError("the target is empty: give at least one word, or leave it out.")
+        read_prompt(model, text)  # refuses what cannot be read
+        both = _encoded(model, text + target)
+        ends = [end > len(text) for _, end in both.spans]
+        first = ends.index(True)
+        if both.spans[first][0] < len(text):
+            raise InputError(
+                f"the target {target!r} begins inside a token of the text that it follows: "
+                "begin the target, or end the text, with a space."
+            )
+        if first == 0:
+            raise InputError("there is no token before the target: give a longer text.")
+        _need_room(model, len(both.ids))
+        every = tuple(token_texts(model.tokenizer, both.ids))
+        return cls(torch.tensor(both.ids), every, first, text + target, tuple(both.spans))
+
+
+def _need_room(model: HeadModel, length: int) -> None:
+    check_length(model, length - 1, what="the text with its target", fix="shorten it")
+
+
+def _encoded(model: HeadModel, text: str) -> Any:
+    return encode(need_tokenizer(model, "a text"), text, bos_prefix(model, None))
+
+
+def _units(
+    model: HeadModel,
+    asked: _Asked,
+    factor: float,
+    groups: Mapping[str, Group] | None,
+    similar: float | None,
+) -> dict[str, Float[Tensor, " key"]]:
+    """Factors of all keys for each token, or for each group."""
+    length = len(asked.texts)
+    if groups is None:
+        places = {_label(asked.texts, at): [at] for at in range(length)}
+    else:
+        if not groups:
+            raise InputError("groups= names no group: leave it out for single tokens.")
+        places = {name: _positions(asked, name, group) for name, group in groups.items()}
+    found = {}
+    for name, chosen in places.items():
+        factors = torch.ones(length)
+        if similar is not None:
+            cosines = _cosines(model, asked, chosen)
+            graded = (1 - factor) * (1 - cosines) + factor
+            factors = graded.where(cosines >= similar, factors)
+        factors[chosen] = factor
+        found[name] = factors
+    return found
+
+
+def _label(texts: tuple[str, ...], at: int) -> str:
+    """The token's text, with its position where another token says the same."""
+    return texts[at] if texts.count(texts[at]) == 1 else f"{texts[at]} ({at})"
+
+
+def _positions(asked: _Asked, name: str, group: Group) -> list[int]:
+    length = len(asked.texts)
+    if isinstance(group, str):
+        if asked.said is None:
+            raise InputError(f"group {name!r} is a part of a text, and only ids were given.")
+        start, end = find_span(asked.said, group)
+        chosen = [
+            at for at, (a, b) in enumerate(asked.spans[:length]) if a < end and b > start and b > a
+        ]
+    else:
+        chosen = [int(one) for one in group]
+    wrong = [at for at in chosen if not 0 <= at < length]
+    if wrong or not chosen:
+        raise InputError(
+            f"group {name!r} holds no position" if not chosen else
+            f"group {name!r} holds position {wrong[0]}: the text has 0 to {length - 1}."
+        )  # fmt: skip
+    return chosen
+
+
+def _cosines(model: HeadModel, asked: _Asked, chosen: Sequence[int]) -> Float[Tensor, " key"]:
+    """Largest cosine of each key's embedding with those of a unit."""
+    table = model.parts.embedding
+    own = table[asked.ids[: len(asked.texts)].to(table.device)].float().cpu()
+    unit = own / own.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    nearness: Tensor = (unit @ unit[list(chosen)].T).amax(-1).clamp(0, 1)
+    return nearness
+
+
+def _by_layer(model: HeadModel, heads: Sequence[HeadIndex]) -> dict[int, tuple[int, ...] | None]:
+    """Heads by layer; None where it is the whole layer."""
+    found: dict[int, tuple[int, ...]] = {}
+    for head in heads:
+        found[head.layer] = (*found.get(head.layer, ()), head.head)
+    whole = model.shape.n_heads
+    return {layer: None if len(some) == whole else some for layer, some in found.items()}
+
+
+def _estimates(
+    model: HeadModel,
+    asked: _Asked,
+    units: Mapping[str, Float[Tensor, " key"]],
+    heads: Sequence[HeadIndex],
+    *,
+    erase: bool,
+) -> Float[np.ndarray, "layer head unit"]:
+    """First-order change of the summed loss by suppressing each unit in each head alone."""
+    patterns: dict[int, Tensor] = {}
+    layers = sorted({head.layer for head in heads})
+
+    def keep(view: TapView) -> None:
+        patterns[view.layer] = view.value
+
+    at = torch.arange(asked.start - 1, len(asked.ids) - 1)
+    with torch.enable_grad():
+        logits = model.run(
+            asked.probe, reads={Tap("pattern", layer): keep for layer in layers},
+            logits_at=at, grad=True,
+        )  # fmt: skip
+        assert logits is not None  # noqa: S101  # they were asked for
+        targets = asked.ids[asked.start :].to(logits.device)
+        total = torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+        slopes = torch.autograd.grad(total, [patterns[layer] for layer in layers])
+    shape = (model.shape.n_layers, model.shape.n_heads, len(units))
+    found = torch.full(shape, torch.nan, dtype=torch.float64)
+    for layer, slope in zip(layers, slopes, strict=True):
+        rows = patterns[layer].detach()
+        values = [
+            ((suppressed(rows, one, erase=erase) - rows) * slope).sum((0, 2, 3))
+            for one in units.values()
+        ]
+        found[layer] = torch.stack(values, -1).cpu().double()
+    kept: Bool[Tensor, "layer head"] = torch.zeros(shape[:2], dtype=torch.bool)
+    kept[tuple(torch.tensor(heads).T)] = True
+    return found.masked_fill(~kept[..., None], torch.nan).numpy()
+
+
+def _exact(
+    study: Measurement,
+    units: Mapping[str, Float[Tensor, " key"]],
+    heads: Sequence[HeadIndex],
+    estimate: Float[np.ndarray, "layer head unit"],
+    top: int,
+    *,
+    erase: bool,
+) -> Float[np.ndarray, "layer head unit"]:
+    """Measured relevance of the heads with the largest estimates; NaN for the others."""
+    size = {head: float(np.abs(estimate[head]).sum()) for head in heads}
+    chosen = sorted(heads, key=lambda head: (-size[head], head))[:top]
+    variants: list[Variant] = [
+        (Suppressed({head.layer: (head.head,)}, one, erase),)
+        for head in chosen
+        for one in units.values()
+    ]
+    edited, clean = study.measure_all(lambda _, __: variants, len(variants), "suppressing heads")
+    changes = (edited - clean[:, None]).sum(0)[:, 0].reshape(len(chosen), len(units))
+    found = np.full(estimate.shape, np.nan)
+    for head, row in zip(chosen, changes, strict=True):
+        found[head] = row
+    return found

@@ -1,0 +1,447 @@
+"""Memorised text: spans that a model continues by heart, and the heads that this goes through."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from headscope import capture
+from headscope.base.progress import track
+from headscope.base.statistics import Design
+from headscope.errors import InputError, UnsupportedModelError
+from headscope.heads import ModelShape
+from headscope.models.decoding import need_continuing
+from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
+from headscope.models.taps import Reads, Tap, TapView, at_layers
+from headscope.origin import origin
+from headscope.probes.encoding import encode, from_tokens
+from headscope.probes.probe import Probe
+from headscope.probes.vocabulary import bos_prefix, check_length, need_tokenizer
+from headscope.table import HeadScores, HeadTable, Provenance
+from headscope.table.relevance import Memorized, Span
+
+SOURCE = "Stoehr et al. 2024 (arXiv 2403.19851), localizing paragraph memorization"
+Texts = Sequence[str] | Sequence[Sequence[int]]
+_MATRICES = ("Q", "K", "V", "O")
+# Known spans whose prefix is perturbed.
+_MOST_KNOWN = 32
+
+
+@own_types()
+def memorized(
+    model: HeadModel,
+    texts: Texts,
+    *,
+    prefix: int = 50,
+    length: int = 50,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Memorized:
+    """Find the spans of a corpus that a model knows by heart, and localise that in its heads.
+
+    A span is ``prefix`` tokens and the ``length`` after them. It is known if greedy decoding from
+    the prefix gives the rest to the last token, which one pass over the span itself tells: greedy
+    decoding agrees with the text up to its first error. ``unknown`` spans are wrong by a fifth of
+    the way.
+
+    Gradients: the mean loss of the known spans' continuations, by every head's weights; a
+    matrix's number is the largest absolute entry, NaN where the family's gradients cannot be read
+    off its activations (norms of queries and keys). The contrast with unknown spans that the
+    source adds has no gradient in the first step, so it is not part of it. Without a known span
+    they are NaN.
+
+    ``rare_attention``: at the last prefix token, Kendall's tau between the attention to a token
+    (mean over its occurrences, not their sum, which grows with the count) and how often it occurs
+    in the corpus, mean over known spans, or over all where none is known: -1 where attention is in
+    the order of rarity. Its control has the counts of the span's tokens in another, seeded order.
+
+    Args:
+        model: that reads from left to right.
+        texts: a corpus, as texts or as token ids; a BOS is put in front of every span where the
+            model's tokenizer puts one in front of a text.
+        prefix: tokens that are given.
+        length: tokens that must follow.
+        stride: of spans in a text; default: ``prefix + length``.
+        batch_size: spans per pass.
+        seed: of the replaced tokens, and of the shuffled counts.
+        progress: show a bar.
+
+    Raises:
+        InputError: if no text is long enough, or no token of the corpus occurs twice.
+        UnsupportedModelError: if the model reads in both directions.
+
+    Source: Stoehr et al. 2024 (arXiv 2403.19851).
+
+    Example:
+        >>> from headscope.models.bundled import stories
+        >>> found = hs.relevance.memorized(model, stories(2), prefix=10, length=5)
+        >>> found.heads.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
+    """
+    need_continuing(model)
+    for name, value in (("prefix", prefix), ("length", length), ("stride", stride)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{name}={value!r}: give one token at least.")
+    corpus = _read(model, texts)
+    counts = _counts(corpus, model.shape.d_vocab)
+    start = [] if not isinstance(texts[0], str) else bos_prefix(model, None)
+    check_length(
+        model, len(start) + prefix + length, what="a span", fix="give a smaller prefix or length"
+    )
+    places = _places(corpus, prefix + length, stride or prefix + length)
+    tokens = torch.tensor([[*start, *corpus[t][s : s + prefix + length]] for t, s in places])
+    probe = _spans_probe(tokens, len(start) + prefix)
+    capture.check_fits(model, probe, answers=True)
+    right, losses = _tried(model, probe, batch_size, progress)
+    spans = tuple(
+        Span(text, at, int(n), float(one))
+        for (text, at), n, one in zip(places, right, losses, strict=True)
+    )
+    known = right == length
+    chosen = np.flatnonzero(known)
+    seen = probe.examples(torch.from_numpy(chosen if len(chosen) else np.arange(len(probe))))
+    about = origin(model, probe, prefix=prefix, length=length)
+    scores = [rare_attention(model, seen, counts, seed, batch_size=batch_size, about=about)]
+    scores += _gradients(model, seen if len(chosen) else None, about)
+    broken = _broken(model, probe, chosen[:_MOST_KNOWN], len(start), prefix, seed, batch_size)
+    return Memorized(
+        spans=spans,
+        prefix=prefix,
+        length=length,
+        known=known,
+        unknown=right <= length // 5,
+        heads=HeadTable(scores),
+        broken=broken,
+        provenance=about,
+    )
+
+
+def _read(model: HeadModel, texts: Texts) -> list[list[int]]:
+    if isinstance(texts, str) or not len(texts):
+        raise InputError("the corpus is a list of texts, one at least.")
+    if not isinstance(texts[0], str):
+        return [[int(one) for one in row] for row in texts]
+    tokenizer = need_tokenizer(model, "a corpus of texts")
+    return [encode(tokenizer, str(one)).ids for one in texts]
+
+
+def _counts(corpus: Sequence[Sequence[int]], d_vocab: int) -> Int[Tensor, " d_vocab"]:
+    """How often every token occurs.
+
+    Raises:
+        InputError: if every token is another.
+    """
+    ids = torch.tensor([one for row in corpus for one in row] or [0])
+    if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
+        raise InputError(f"the corpus has token {int(ids.max())}: the model knows {d_vocab}.")
+    counts = torch.bincount(ids, minlength=d_vocab)
+    if int(counts.max()) < 2:
+        raise InputError(
+            "no token of the corpus occurs twice, so there are no frequencies and nothing to know "
+            "by heart: give more text."
+        )
+    return counts
+
+
+def _places(corpus: Sequence[Sequence[int]], size: int, stride: int) -> list[tuple[int, int]]:
+    found = [
+        (text, at)
+        for text, row in enumerate(corpus)
+        for at in range(0, len(row) - size + 1, stride)
+    ]
+    if not found:
+        longest = max(map(len, corpus))
+        raise InputError(
+            f"a span is {size} tokens and the longest text {longest}: give longer texts, or a "
+            "smaller prefix or length."
+        )
+    return found
+
+
+def _spans_probe(tokens: Int[Tensor, "batch pos"], start: int) -> Probe:
+    """Spans whose continuation is asked for; mark ``end``: the last prefix token."""
+    targets = torch.full_like(tokens, -1)
+    targets[:, start - 1 : -1] = tokens[:, start:]
+    end = torch.zeros_like(tokens, dtype=torch.bool)
+    end[:, start - 1] = True
+    return from_tokens(tokens, marks={"end": end}, targets=targets)
+
+
+def _tried(
+    model: HeadModel, probe: Probe, batch_size: int | None, progress: bool | None
+) -> tuple[Int[np.ndarray, " span"], Float[np.ndarray, " span"]]:
+    """How many tokens of every continuation are right before the first error, and its loss."""
+    at = torch.nonzero(probe.targets[0] >= 0)[:, 0]
+
+    def run(batch: Probe, _: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits = model.run(batch, logits_at=at)
+        assert logits is not None  # noqa: S101  # they were asked for
+        targets = batch.targets[:, at].to(logits.device)
+        right = (logits.argmax(-1) == targets).int().cumprod(1).sum(1)
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().mT, targets, reduction="none"
+        ).mean(1)
+        return right, losses
+
+    found = []
+    with track(len(probe), "continuing spans", show=progress) as advance:
+        for chosen, part in capture.passes(model, probe, run, batch_size=batch_size):
+            found.append(part)
+            advance(chosen.stop - chosen.start)
+    rights, losses = zip(*found, strict=True)
+    return torch.cat(rights).cpu().numpy(), torch.cat(losses).cpu().double().numpy()
+
+
+@dataclass
+class _Rare:
+    """Attention of the last prefix token to each different token before it."""
+
+    probe: Probe
+    counts: Int[Tensor, " d_vocab"]
+    shuffled: Int[Tensor, "batch pos"]
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every layer's rows."""
+        return at_layers(shape, self._add)
+
+    def _add(self, view: TapView) -> None:
+        end = int(self.probe.host.mark("end")[0].int().argmax())
+        row = view.rows(torch.tensor([end])).pattern[:, :, 0].cpu().double().numpy()
+        own, null = [], []
+        for example, ids in enumerate(self.probe.host.tokens[:, : row.shape[-1]].numpy()):
+            kinds, place, often = np.unique(ids, return_inverse=True, return_counts=True)
+            sums = np.stack([np.bincount(place, one, len(kinds)) for one in row[example]])
+            mean = sums / often
+            counts = self.counts[torch.from_numpy(kinds)].numpy()
+            order = np.argsort(self.shuffled[example, : len(kinds)].numpy(), kind="stable")
+            own.append([_tau(one, counts) for one in mean])
+            null.append([_tau(one, counts[order]) for one in mean])
+        self.found[view.layer] = np.array(own).T, np.array(null).T
+
+
+def _tau(attention: np.ndarray, counts: np.ndarray) -> float:
+    """Kendall's tau-b; NaN where one side does not vary."""
+    from scipy import stats
+
+    if np.ptp(counts) == 0 or np.ptp(attention) == 0:
+        return float("nan")
+    return float(stats.kendalltau(attention, counts).statistic)
+
+
+def rare_attention(
+    model: HeadModel,
+    probe: Probe,
+    counts: Int[Tensor, " d_vocab"],
+    seed: int = 0,
+    *,
+    batch_size: int | None = None,
+    about: Provenance | None = None,
+) -> HeadScores:
+    """Kendall's tau between attention from ``end`` and how often tokens occur in a corpus.
+
+    Attention to a token is the mean over its occurrences; the control has the counts of the
+    example's tokens in another order. -1 where attention is in the order of rarity.
+
+    Args:
+        model: that is run.
+        probe: with one position marked ``end``, the same in every example.
+        counts: of every token in the corpus.
+        seed: of the orders of the control.
+        batch_size: examples per pass.
+        about: provenance of the score.
+
+    Source: Stoehr et al. 2024 (arXiv 2403.19851), section 5.
+
+    Example:
+        >>> end = torch.zeros_like(probe.real)
+        >>> end[:, -1] = True
+        >>> marked = hs.probes.from_tokens(probe.tokens, marks={"end": end})
+        >>> counts = torch.arange(model.shape.d_vocab)
+        >>> hs.relevance.rare_attention(model, marked, counts).bounds
+        (-1.0, 1.0)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(probe.tokens.shape, generator=generator)
+    order = drawn.argsort(1)
+    shape = model.shape
+    own = np.full((shape.n_layers, shape.n_heads, len(probe)), np.nan)
+    null = own.copy()
+    numbered = replace(probe, facts={"number": torch.arange(len(probe), dtype=torch.float32)})
+    for chosen, part in capture.stream(
+        model,
+        numbered,
+        lambda batch, _: _Rare(batch, counts, order[batch.facts["number"].long()]),
+        batch_size=batch_size,
+    ):
+        for layer, (mine, other) in part.found.items():
+            own[layer, :, chosen], null[layer, :, chosen] = mine, other
+    return HeadScores.from_examples(
+        "rare_attention",
+        own,
+        kv_heads=shape.n_kv_heads,
+        control_per_example=null,
+        design=Design(paired=True),
+        alternative="two-sided",
+        unit="tau",
+        bounds=(-1.0, 1.0),
+        description="attention rises with how often a token occurs; below 0: rare tokens get more",
+        source=SOURCE,
+        provenance=about or Provenance(),
+    )
+
+
+def _gradients(model: HeadModel, probe: Probe | None, about: Provenance) -> list[HeadScores]:
+    """Largest entry of the gradient of every head's matrices; NaN without examples."""
+    shape = model.shape
+    found = np.full((4, shape.n_layers, shape.n_heads), np.nan)
+    if probe is not None and _readable(model):
+        for layer, values in weight_gradients(model, probe).items():
+            for number, name in enumerate(_MATRICES):
+                one = values[name].abs().amax((-2, -1)).cpu().double().numpy()
+                found[number, layer] = np.repeat(one, shape.n_heads // len(one))
+    said = "the loss of known spans depends on an entry of the head's"
+    return [
+        HeadScores.from_summary(
+            f"grad_{name}",
+            values,
+            kv_heads=shape.n_kv_heads,
+            unit="nats",
+            bounds=(0.0, None),
+            description=f"{said} W_{name}",
+            source=SOURCE,
+            provenance=about,
+        )
+        for name, values in zip(_MATRICES, found, strict=True)
+    ]
+
+
+def _readable(model: HeadModel) -> bool:
+    """Whether gradients of weights can be read off those of activations."""
+    try:
+        for layer in model.shape.attention_layers:
+            _need_plain(model, layer)
+            model.parts.input_norm(layer)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
+def _need_plain(model: HeadModel, layer: int) -> None:
+    shaped = model.parts.query_key(layer)
+    if shaped.query_norm is not None or shaped.key_norm is not None:
+        raise UnsupportedModelError(
+            f"{model.name} norms its queries and keys, so gradients of W_Q and W_K cannot be read "
+            "off those of its scores."
+        )
+
+
+@own_types()
+def weight_gradients(
+    model: HeadModel, probe: Probe
+) -> dict[int, dict[str, Float[Tensor, "head first second"]]]:
+    """Gradient of the mean loss of a probe's targets by ``W_Q``, ``W_K``, ``W_V`` and ``W_O``.
+
+    By layer and letter, in the shapes of ``model.weights(layer)``: key/value heads not repeated.
+    From gradients of activations: ``d L / d W_V = sum of x_i^T (d L / d v_i)``, and of queries
+    and keys likewise with the rotation undone; no gradient of a parameter is taken or kept.
+
+    Args:
+        model: without norms on its queries and keys.
+        probe: with targets; all of it in one pass.
+
+    Raises:
+        UnsupportedModelError: if queries and keys pass a norm, or attention's input is not a norm
+            of the residual stream.
+
+    Example:
+        >>> found = hs.relevance.weight_gradients(model, probe)
+        >>> found[0]["V"].shape == model.weights(0).W_V.shape
+        True
+    """
+    shape, held = model.shape, dict[Tap, Tensor]()
+    sites = ("resid_pre", "query", "key", "value", "z", "head_sum")
+    taps = [Tap(site, layer) for layer in shape.attention_layers for site in sites]
+
+    def keep(view: TapView) -> None:
+        held[view.tap] = view.value
+
+    read = probe.host.targets >= 0
+    at = torch.nonzero(read.any(0))[:, 0]
+    wanted = [tap for tap in taps if tap.site in ("query", "key", "value", "head_sum")]
+    with torch.enable_grad():
+        logits = model.run(probe, reads=dict.fromkeys(taps, keep), logits_at=at, grad=True)
+        assert logits is not None  # noqa: S101  # they were asked for
+        targets = probe.targets[:, at].to(logits.device)
+        total = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1
+        )
+        slopes = torch.autograd.grad(total, [held[tap] for tap in wanted])
+    by_tap = dict(zip(wanted, slopes, strict=True))
+    return {
+        layer: _of_layer(
+            model,
+            layer,
+            {site: held[Tap(site, layer)].detach() for site in ("resid_pre", "z")},
+            {site: by_tap[Tap(site, layer)] for site in ("query", "key", "value", "head_sum")},
+        )
+        for layer in shape.attention_layers
+    }
+
+
+def _of_layer(
+    model: HeadModel, layer: int, seen: Mapping[str, Tensor], slope: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    parts = model.parts
+    _need_plain(model, layer)
+    shaped = parts.query_key(layer)
+    x = parts.input_norm(layer)(seen["resid_pre"])
+    found: dict[str, Any] = {}
+    scales = {"query": shaped.query_scale, "key": shaped.key_scale, "value": 1.0}
+    for letter, site in zip("QKV", scales, strict=True):
+        back = slope[site].float() * scales[site]
+        if site != "value":
+            gain = shaped.rotation.gain**2
+            turned = [
+                shaped.rotation.turned(back[:, :, at], -at) / gain for at in range(back.shape[2])
+            ]
+            back = torch.stack(turned, 2) * shaped.rotation.gain
+        found[letter] = torch.einsum("bpm,bhpd->hmd", x, back)
+    found["O"] = torch.einsum("bphd,bpm->hdm", seen["z"].float(), slope["head_sum"].float())
+    return found
+
+
+def _broken(
+    model: HeadModel,
+    probe: Probe,
+    known: Int[np.ndarray, " known"],
+    start: int,
+    prefix: int,
+    seed: int,
+    batch_size: int | None,
+) -> Float[np.ndarray, "known prefix"]:
+    """Tokens that are still right when one prefix token is another, for every place."""
+    if not len(known):
+        return np.full((0, prefix), np.nan)
+    generator = torch.Generator().manual_seed(seed)
+    used = torch.unique(probe.tokens)
+    rows = []
+    for number in known.tolist():
+        row = probe.tokens[number].repeat(prefix, 1)
+        places = torch.arange(prefix)
+        old = row[places, start + places]
+        drawn = used[torch.randint(len(used), (prefix,), generator=generator)]
+        following = used[(torch.searchsorted(used, old) + 1) % len(used)]
+        row[places, start + places] = drawn.where(drawn != old, following)
+        rows.append(row)
+    changed = _spans_probe(torch.cat(rows), start + prefix)
+    right, _ = _tried(model, changed, batch_size, None)
+    return right.reshape(len(known), prefix).astype(float)

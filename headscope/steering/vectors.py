@@ -1,0 +1,448 @@
+"""Vectors of heads: where they come from, and the scope in which heads give them."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from headscope import capture
+from headscope.ablation.run import marked, present
+from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.result import Tabular
+from headscope.base.saved import Saved
+from headscope.edits import AnyEdit, HeadEdit, Heads, Scope, Span
+from headscope.errors import InputError, UnsupportedModelError, nearest
+from headscope.heads import HeadIndex, ModelShape
+from headscope.models.protocol import HeadModel
+from headscope.models.running import own_types
+from headscope.models.taps import Reads, TapView, at_layers
+from headscope.origin import origin
+from headscope.probes.probe import Probe
+from headscope.table import HeadScores, Provenance
+
+Strength = float | Mapping[Any, float] | Float[np.ndarray, "layer head"]
+Positions = str | Bool[Tensor, "batch pos"] | None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadVectors(Saved, Shown, Tabular):
+    """A vector for every head, in the space of its output ``z`` before the output projection.
+
+    Attributes:
+        name: what they are, e.g. ``mean at end``.
+        values: NaN for heads that do not exist.
+        provenance: where they came from; the weights in it say which model they fit.
+        auc: how well each tells two classes apart on examples that it was not fitted to; None
+            where it was fitted to none.
+    """
+
+    name: str
+    values: Float[Tensor, "layer head d_head"]
+    provenance: Provenance = field(default_factory=Provenance)
+    auc: HeadScores | None = None
+
+    @property
+    def by_layer(self) -> dict[int, Float[Tensor, "head d_head"]]:
+        """Vectors of each layer with heads, as :func:`headscope.edits.mean` takes them."""
+        there = ~self.values.isnan().all(-1).all(-1)
+        return {layer: self.values[layer] for layer in there.nonzero()[:, 0].tolist()}
+
+    @property
+    def norm(self) -> Float[Tensor, "layer head"]:
+        """Euclidean length of each."""
+        length: Tensor = self.values.norm(dim=-1)
+        return length
+
+    def cosine(self, other: "HeadVectors") -> Float[Tensor, "layer head"]:
+        """Cosine of each with another one's, from -1 to 1; NaN where a length is 0."""
+        _same_shape(self, other)
+        both = (self.values * other.values).sum(-1)
+        return both / (self.norm * other.norm)
+
+    def minus(self, other: "HeadVectors") -> "HeadVectors":
+        """Less another one's: with the mean over several tasks that is mean-centring."""
+        _same_shape(self, other)
+        made = self.values - other.values
+        return replace(self, name=f"{self.name} less {other.name}", values=made, auc=None)
+
+    def random(self, seed: int = 0) -> "HeadVectors":
+        """Random directions of the same lengths: what any vector of this size would do."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(self.values.shape, generator=generator)
+        drawn = drawn / drawn.norm(dim=-1, keepdim=True) * self.norm[..., None]
+        return replace(self, name=f"random as {self.name}", values=drawn, auc=None)
+
+    def check(self, model: HeadModel) -> "HeadVectors":
+        """Return the vectors if they are of this model.
+
+        Raises:
+            InputError: if they are of another one.
+        """
+        shape = model.shape
+        wanted = (shape.n_layers, shape.n_heads, shape.d_head)
+        if tuple(self.values.shape) != wanted:
+            raise InputError(
+                f"the vectors {self.name!r} are {list(self.values.shape)} (layer, head, d_head), "
+                f"and {model.name} has {list(wanted)}: they are of another model."
+            )
+        known = self.provenance.weight_digest
+        if known and known != model.digest():
+            raise InputError(
+                f"the vectors {self.name!r} are of {self.provenance.model} with other weights "
+                f"than {model.name} has: compute them with this model."
+            )
+        return self
+
+    def glance(self) -> Glance:
+        """The longest of them."""
+        flat = self.norm.nan_to_num(-1).flatten()
+        order = flat.argsort(descending=True, stable=True)[:6].tolist()
+        heads = [HeadIndex(at // self.values.shape[1], at % self.values.shape[1]) for at in order]
+        return Glance(
+            f"head vectors, {self.name}",
+            [sizes(("layer", "head", "number"), self.values.shape), self.provenance.model],
+            ("head", "length"),
+            [(str(head), number(float(self.norm[head]))) for head in heads],
+            hint="hs.steering.inject(model, vectors, heads, strength)",
+        )
+
+    def to_pandas(self) -> Any:
+        """One row per head: its length."""
+        import pandas
+
+        rows = np.argwhere(~self.values.isnan().all(-1).numpy())
+        return pandas.DataFrame(
+            [
+                {"layer": int(layer), "head": int(head), "norm": float(self.norm[layer, head])}
+                for layer, head in rows
+            ]
+        )
+
+
+def _same_shape(first: HeadVectors, second: HeadVectors) -> None:
+    if first.values.shape != second.values.shape:
+        raise InputError(
+            f"the vectors {first.name!r} and {second.name!r} have shapes "
+            f"{list(first.values.shape)} and {list(second.values.shape)}: they are of two models."
+        )
+
+
+@dataclass
+class Outputs:
+    """Head outputs at marked positions: their sum over each example's, or all of them."""
+
+    where: Bool[Tensor, "batch pos"]
+    found: dict[int, Float[Tensor, "batch head d_head"]] = field(default_factory=dict)
+
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every layer's outputs."""
+        return at_layers(shape, self._add)
+
+    def _add(self, view: TapView) -> None:
+        weight = self.where.to(view.z.device)[:, :, None, None]
+        self.found[view.layer] = (view.z.float() * weight).sum(1)
+
+
+def outputs_at(
+    model: HeadModel, probe: Probe, at: Positions, batch_size: int | None = None
+) -> Float[Tensor, "example layer head d_head"]:
+    """Mean output of every head over each example's marked positions, on the CPU.
+
+    Args:
+        model: that is run.
+        probe: whose examples it reads.
+        at: a mark, positions, or None: ``end`` where the probe marks it, else every real position.
+        batch_size: examples per pass.
+
+    Raises:
+        InputError: if an example has no such position.
+
+    Example:
+        >>> z = hs.steering.outputs_at(model, probe, None)
+        >>> z.shape == (len(probe), model.shape.n_layers, model.shape.n_heads, model.shape.d_head)
+        True
+    """
+    where = _where(probe, at)
+    counts = where.sum(1)
+    if not bool((counts > 0).all()):
+        raise InputError("some example has no position to read: none of its tokens is marked.")
+    shape = model.shape
+    size = (len(probe), shape.n_layers, shape.n_heads, shape.d_head)
+    found = torch.full(size, torch.nan)
+    numbered = replace(probe, marks={**probe.marks, "read": where})
+    for chosen, part in capture.stream(
+        model, numbered, lambda batch, _: Outputs(batch.mark("read")), batch_size=batch_size
+    ):
+        for layer, sums in part.found.items():
+            found[chosen, layer] = sums.cpu() / counts[chosen, None, None].cpu()
+    for layer, head in shape.removed:
+        found[:, layer, head] = torch.nan
+    return found
+
+
+def _where(probe: Probe, at: Positions) -> Bool[Tensor, "batch pos"]:
+    if at is None:
+        at = "end" if "end" in probe.marks else probe.real
+    where = marked(probe, at)
+    assert where is not None  # noqa: S101  # positions were given
+    return where & probe.real
+
+
+@own_types()
+@torch.no_grad()
+def head_means(
+    model: HeadModel, probe: Probe, *, at: Positions = None, batch_size: int | None = None
+) -> HeadVectors:
+    """Mean output of every head over the examples of a probe, at one place of each.
+
+    On in-context prompts of a task, at the last token, these are what function vectors are made of.
+
+    Args:
+        model: the model.
+        probe: such as :func:`headscope.probes.in_context` makes.
+        at: a mark or positions; default: ``end`` where the probe marks it, else every real
+            position. Several positions of an example are averaged first.
+        batch_size: examples per pass.
+
+    Raises:
+        InputError: if the probe does not fit, or an example has no such position.
+
+    Source: Todd et al. 2023 (arXiv 2310.15213), section 2.2.
+
+    Example:
+        >>> vectors = hs.steering.head_means(model, probe)
+        >>> vectors.values.shape[:2] == (model.shape.n_layers, model.shape.n_heads)
+        True
+    """
+    capture.check_fits(model, probe)
+    name = at if isinstance(at, str) else "end" if "end" in probe.marks else "every position"
+    values = outputs_at(model, probe, at, batch_size).mean(0)
+    return HeadVectors(f"mean at {name}", values, origin(model, probe, at=name))
+
+
+@dataclass(frozen=True, eq=False)
+class AtLast:
+    """An edit of heads at the last token of the prompt alone, whatever is generated after it.
+
+    Attributes:
+        edit: of every position.
+    """
+
+    edit: HeadEdit
+    site: Literal["z"] = field(init=False, default="z")
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers that it touches."""
+        return self.edit.layers
+
+    def during(self, span: Span) -> HeadEdit:
+        """The edit of the positions that a pass runs; without heads where the last is not there."""
+        where = torch.zeros(1, max(span.end, span.prompt), dtype=torch.bool)
+        where[:, span.prompt - 1] = True
+        return replace(self.edit, positions=where).during(span)
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Return the edited value of a text read at once."""
+        return self.during(Span.whole(value.shape[1]))(layer, value)
+
+
+Mode = Literal["replace", "add"]
+
+
+def injection(
+    model: HeadModel,
+    vectors: HeadVectors,
+    heads: Heads | None = None,
+    strength: Strength = 1.0,
+    *,
+    mode: str = "replace",
+    positions: Positions = "last",
+    scope: Scope = "all",
+) -> list[AnyEdit]:
+    """Edits by which heads give vectors; :func:`inject` is the scope of them.
+
+    Args:
+        model: as :func:`inject` takes it.
+        vectors: likewise.
+        heads: likewise.
+        strength: likewise.
+        mode: likewise.
+        positions: likewise.
+        scope: likewise.
+
+    Example:
+        >>> edits = hs.steering.injection(model, hs.steering.head_means(model, probe), "L0H1")
+        >>> model.forward(probe.tokens, edits=edits).shape[0] == len(probe)
+        True
+    """
+    if mode not in ("replace", "add"):
+        raise InputError(nearest(str(mode), ("replace", "add"), kind="mode"))
+    if isinstance(positions, str) and positions != "last":
+        raise InputError(
+            f"positions={positions!r}: give 'last', positions [batch pos] (probe.mark(...)), or "
+            "None for all."
+        )
+    vectors.check(model)
+    chosen = present(model, heads)
+    amounts = _amounts(chosen, strength)
+    values = vectors.values.nan_to_num(0.0)
+    by_amount: dict[float, list[HeadIndex]] = {}
+    for head in chosen:
+        by_amount.setdefault(amounts[head], []).append(head)
+    where = None if isinstance(positions, str) else positions
+    made: list[AnyEdit] = []
+    for amount, some in by_amount.items():
+        donors = {layer: values[layer] * amount for layer in {head.layer for head in some}}
+        kept = 1 - amount if mode == "replace" else 1.0
+        edit = HeadEdit.at("inject", some, donors=donors, factor=kept, positions=where, scope=scope)
+        made.append(AtLast(edit) if isinstance(positions, str) else edit)
+    return made
+
+
+def _amounts(heads: Sequence[HeadIndex], strength: Strength) -> dict[HeadIndex, float]:
+    """Strength of every head, each a finite number."""
+    found: dict[HeadIndex, float] = {}
+    named = {HeadIndex.parse(k): v for k, v in strength.items()} if isinstance(
+        strength, Mapping
+    ) else {}  # fmt: skip
+    for head in heads:
+        one: Any = strength
+        if isinstance(strength, Mapping):
+            one = named.get(head)
+        elif isinstance(strength, np.ndarray | Tensor):
+            one = float(strength[head]) if strength.ndim == 2 else None
+        is_number = isinstance(one, int | float) and not isinstance(one, bool)
+        if not is_number or not abs(one) < float("inf"):
+            raise InputError(
+                f"the strength of {head} is {one!r}: give a finite number, for all heads or of "
+                "each (a mapping, or an array [layer head])."
+            )
+        found[head] = float(one)
+    return found
+
+
+def inject(
+    model: HeadModel,
+    vectors: HeadVectors,
+    heads: Heads | None = None,
+    strength: Strength = 1.0,
+    *,
+    mode: str = "replace",
+    positions: Positions = "last",
+    scope: Scope = "all",
+) -> AbstractContextManager[None]:
+    """Have heads give a vector while the scope is open, also while the model generates.
+
+    ``replace``: ``z`` becomes ``(1 - strength) z + strength v``: 0 changes nothing, 1 is a patch.
+    ``add``: ``z + strength v``.
+
+    Args:
+        model: the model.
+        vectors: of this model, such as from :func:`head_means` or :func:`contrast`.
+        heads: which; default: all.
+        strength: a number, one for each head (``{"L5H1": 0.4}``), or ``[layer head]``.
+        mode: see above.
+        positions: ``last``: the last token of the prompt (pad prompts on the left); positions
+            ``[batch pos]`` of texts that are read at once; None: all.
+        scope: with ``positions=None``: ``all``, or ``prefill`` or ``decode`` alone.
+
+    Raises:
+        InputError: if the vectors are of another model, a strength is not a number, or there is
+            no such head or mode.
+
+    Source: Todd et al. 2023 (arXiv 2310.15213); soft injection, arXiv 2507.20906.
+
+    Example:
+        >>> vectors = hs.steering.head_means(model, probe)
+        >>> plain = model.forward(probe.tokens)
+        >>> with hs.steering.inject(model, vectors, "L0H1", strength=0.0):
+        ...     bool(torch.allclose(model.forward(probe.tokens), plain, atol=1e-5))
+        True
+    """
+    edits = injection(model, vectors, heads, strength, mode=mode, positions=positions, scope=scope)
+    return model.edited(edits)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ResidualVector(Saved, Shown, Tabular):
+    """A vector of the residual stream that some heads write together.
+
+    Attributes:
+        name: what it is.
+        values: ``sum over heads of v_h W_O``, in the model's residual stream.
+        heads: whose.
+        provenance: where it came from.
+    """
+
+    name: str
+    values: Float[Tensor, " d_model"]
+    heads: tuple[HeadIndex, ...]
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def check(self, model: HeadModel) -> "ResidualVector":
+        """Return the vector if it is of this model.
+
+        Raises:
+            InputError: if it is of another one.
+        """
+        known = self.provenance.weight_digest
+        if len(self.values) != model.shape.d_model or (known and known != model.digest()):
+            raise InputError(
+                f"the vector {self.name!r} is of {self.provenance.model or 'another model'}, not "
+                f"of {model.name}: compute it with this model."
+            )
+        return self
+
+    def glance(self) -> Glance:
+        """Its length and heads."""
+        return Glance(
+            f"residual vector, {self.name}",
+            [f"length {number(float(self.values.norm()))}", self.provenance.model],
+            ("heads", ""),
+            [(" ".join(map(str, self.heads)), "")],
+        )
+
+    def to_pandas(self) -> Any:
+        """Its numbers."""
+        import pandas
+
+        return pandas.DataFrame({"value": self.values.numpy()})
+
+
+def function_vector(model: HeadModel, vectors: HeadVectors, heads: Heads) -> ResidualVector:
+    """What some heads write together when each gives its vector: ``sum of v_h W_O``.
+
+    The bias of the output projection belongs to no head and is left out.
+
+    Args:
+        model: where a head's write is ``z @ W_O``.
+        vectors: of this model.
+        heads: such as the ten with the largest indirect effects.
+
+    Raises:
+        InputError: if the vectors are of another model, or a head does not exist.
+        UnsupportedModelError: if a norm follows attention, whose scale is not fixed.
+
+    Source: Todd et al. 2023 (arXiv 2310.15213), section 2.3.
+
+    Example:
+        >>> vectors = hs.steering.head_means(model, probe)
+        >>> found = hs.steering.function_vector(model, vectors, ["L0H1", "L2H0"])
+        >>> found.values.shape[0] == model.shape.d_model
+        True
+    """
+    if (reason := model.limits.get("linear_write")) is not None:
+        raise UnsupportedModelError(f"a function vector is a sum of z @ W_O: {reason}")
+    vectors.check(model)
+    chosen = present(model, heads)
+    total = torch.zeros(model.shape.d_model)
+    for head in chosen:
+        write = model.output_weights(head.layer)[head.head].float().cpu()
+        total += vectors.values[head] @ write.detach()
+    return ResidualVector(f"function vector of {vectors.name}", total, chosen, vectors.provenance)
