@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headscope import ablation as ablation
+    from headscope import alignment as alignment
     from headscope import capture as capture
     from headscope import circuits as circuits
     from headscope import compiled as compiled
@@ -96,6 +97,7 @@ _HOME = {
     "ablate_groups": "headscope.ablation",
     "ablate_heads": "headscope.ablation",
     "ablation": "headscope.ablation",
+    "alignment": "headscope.alignment",
     "attention_view": "headscope.interactive",
     "capture": "headscope.capture",
     "circuits": "headscope.circuits",

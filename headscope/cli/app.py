@@ -54,6 +54,12 @@ def scan(
     out: Annotated[Path | None, path_option("Folder for the table, pictures and page.")] = None,
     scorers: Scorers = None,
     probe: Annotated[Path | None, path_option("YAML file with a probe.")] = None,
+    source: Annotated[
+        Path | None, path_option("For an encoder-decoder: text file, a source on each line.")
+    ] = None,
+    target: Annotated[
+        Path | None, path_option("Their targets, line by line (default: generated).")
+    ] = None,
     memory: Memory = None,
     max_tokens_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="Queries whose rows are held at once.")
@@ -77,6 +83,8 @@ def scan(
         overwrite=overwrite,
         scorers=scorers,
         probe_file=probe,
+        source=source,
+        target=target,
         max_tokens_per_chunk=max_tokens_per_chunk,
         examples=examples,
         as_json=json,

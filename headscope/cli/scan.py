@@ -9,7 +9,7 @@ from headscope import probes
 from headscope.base.options import RunOptions
 from headscope.cli.options import Loading, scorer_names
 from headscope.cli.output import asked_of, console, print_result, print_written, run_folder, typed
-from headscope.errors import HeadscopeError
+from headscope.errors import HeadscopeError, InputError
 from headscope.interactive.view import attention_example
 from headscope.models.protocol import HeadModel
 from headscope.scorer import FLAT, REPEATED
@@ -29,6 +29,8 @@ def run(
     overwrite: bool,
     scorers: str | None,
     probe_file: Path | None,
+    source: Path | None = None,
+    target: Path | None = None,
     max_tokens_per_chunk: int | None,
     examples: bool,
     as_json: bool,
@@ -37,6 +39,10 @@ def run(
     from headscope.base.configs import parse, read_yaml
     from headscope.probes.config import ProbeConfig, build_probe
 
+    if probe_file is not None and source is not None:
+        raise InputError("--probe and --source both name what is run: give one of them.")
+    if target is not None and source is None:
+        raise InputError("--target comes without --source: give the file of sources too.")
     names = scorer_names(scorers)
     config = None
     if probe_file is not None:
@@ -49,6 +55,8 @@ def run(
     if folder is not None:
         folder = folder.of(asked_of(model, loading, scorers=names, probe=asked, seed=options.seed))
     probe = None if config is None else build_probe(config, model)
+    if source is not None:
+        probe = probes.translation(model, source, target)
     table = score(
         model,
         probe,
@@ -58,7 +66,8 @@ def run(
         max_tokens_per_chunk=max_tokens_per_chunk,
         seed=options.seed,
     )
-    placed = [] if config is not None else _on_text(model, table, options)
+    several = len(table.stacks) > 1
+    placed = [] if config is not None or several else _on_text(model, table, options)
     scored = time.perf_counter()
 
     def show() -> None:
@@ -76,11 +85,17 @@ def run(
         "revision": model.revision,
         "scorers": list(table),
         "probe": asked,
+        **({} if source is None else {"source": source.name}),
+        **({} if target is None else {"target": target.name}),
         "seed": options.seed,
         "roles_on_text": placed,
     }
     timings = {"load_seconds": loaded - started, "score_seconds": scored - loaded}
     folder.write(table, settings, timings, command=typed(), examples=examples)
+    if several:
+        show()
+        print_written(folder.path, "table.parquet", "pictures/")
+        return
     with suppress(HeadscopeError):  # an example is a help for the eye; the table stands without
         example = attention_example(model, length=_example_length(len(model.shape.heads)))
         example.save(folder.path / "attention.safetensors")

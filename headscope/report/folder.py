@@ -13,7 +13,7 @@ from headscope.base.sections import Section
 from headscope.base.specs import versions
 from headscope.plots import figures_of, heatmap, heatmaps, save
 from headscope.plots.figures import Drawing
-from headscope.report.page import index_page
+from headscope.report.page import index_page, stacks_page
 from headscope.report.sections import laid, sections_json, with_pictures
 from headscope.table import HeadTable
 
@@ -97,7 +97,12 @@ class RunFolder:
         table.save(self.path / "table.parquet", examples=examples)
         drawn = {name: draw("light") for name, draw in drawings.items()}
         self._pictures(drawn or _heatmaps(table))
-        page = index_page(table, settings, sections=sections, command=command)
+        several = len(table.stacks) > 1
+        page = (
+            stacks_page(table, settings, sections=sections, command=command)
+            if several
+            else index_page(table, settings, sections=sections, command=command)
+        )
         whole_page(self.path / "index.html", page)
         if sections:
             with whole_file(self.path / "sections.json") as file:
@@ -122,6 +127,8 @@ class RunFolder:
 def _heatmaps(table: HeadTable) -> dict[str, go.Figure]:
     """One heatmap per score, and the scores with roles side by side."""
     pictures = {name: heatmap(scores) for name, scores in table.items()}
+    if len(table.stacks) > 1:
+        return pictures
     roles = [name for name, scores in table.items() if scores.threshold is not None]
     if len(roles) > 1:
         pictures["roles"] = heatmaps(table, roles)

@@ -18,7 +18,7 @@ from headscope.base.glance import short
 from headscope.base.sections import Section
 from headscope.plots import heatmap
 from headscope.plots.style import visible
-from headscope.report.sections import laid_out
+from headscope.report.sections import Picture, laid_out
 from headscope.table import AttentionExample, HeadTable, Provenance
 from headscope.table.notable import by_interest, find_roles
 from headscope.table.scores import HeadScores
@@ -202,6 +202,51 @@ def index_page(
         sections=sections,
         command=command,
         alpha=alpha,
+    )
+
+
+def stacks_page(
+    table: HeadTable,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    sections: Sequence[Section] = (),
+    command: str | None = None,
+) -> str:
+    """One page of a model with several attention stacks: a section and grids for each.
+
+    Args:
+        table: scores of several stacks.
+        settings: what was asked for, shown as facts of the run.
+        sections: shown before those of the stacks.
+        command: how to make it again, shown as it is.
+    """
+    provenance = next(iter(table.values())).provenance
+    facts = [
+        fact
+        for fact in _facts(next(iter(table.stacks.values())), provenance, settings or {})
+        if fact[0] not in ("layers", "heads in a layer")
+    ]
+    found = list(sections)
+    for name, one in table.stacks.items():
+        layers, heads = one.shape
+        blocks = [block for part in one.sections() for block in part.blocks]
+        grids = [
+            Picture(
+                heatmap(scores, theme="light"),
+                heatmap(scores, theme="dark"),
+                said=f"{label} of every head of the {name}",
+            )
+            for label, scores in one.items()
+        ]
+        title = f"{name}: {layers} layers of {heads} heads"
+        found.append(Section(title, [*blocks, *grids]))
+    return sections_page(
+        provenance.model or "attention heads",
+        "attention heads",
+        "What every attention head of every stack does, by headscope.",
+        found,
+        facts,
+        command,
     )
 
 

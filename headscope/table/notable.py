@@ -164,6 +164,8 @@ def table_glance(table: Sequence[HeadScores], width: int | None = None) -> Glanc
         width: of the terminal, for the scores that fit into it; None: all scores.
     """
     scores = by_interest(table)
+    if len({one.stack for one in scores}) > 1:
+        return _glance_of_stacks(table)
     shown = scores if width is None else _fitting(scores, width)
     heads = best_heads(shown)
     if width is None:
@@ -189,6 +191,19 @@ def table_glance(table: Sequence[HeadScores], width: int | None = None) -> Glanc
         notes=[said, *unseen, *measured_on(scores)],
         lists=lists,
     )
+
+
+def _glance_of_stacks(table: Sequence[HeadScores]) -> Glance:
+    """The three most notable heads of each score, stack by stack."""
+    by_stack: dict[str, list[HeadScores]] = {}
+    for one in table:
+        by_stack.setdefault(one.stack, []).append(one)
+    lists = []
+    for stack, scores in by_stack.items():
+        layers, heads = scores[0].mean.shape
+        lists.append(Lines(f"{stack}: {layers} layers x {heads}, 3 best heads", best_lines(scores)))
+    model = table[0].provenance.model
+    return Glance("", notes=[f"{len(by_stack)} stacks of {model}."] if model else [], lists=lists)
 
 
 def best_lines(scores: Sequence[HeadScores]) -> list[Line]:

@@ -45,7 +45,7 @@ def write_scores(
     from pyarrow import parquet
 
     rows = pyarrow.concat_tables([_rows(one, examples=examples) for one in scores])
-    layers, heads = scores[0].mean.shape
+    layers, heads = (max(one.mean.shape[axis] for one in scores) for axis in (0, 1))
     facts = {
         "format": _FORMAT,
         "layers": layers,
@@ -82,7 +82,7 @@ def read_scores(path: "str | PathLike[str]", make: Callable[[list[HeadScores]], 
         if min(shape) < 1 or shape[0] * shape[1] > _MAX_CELLS:
             raise InputError(f"{str(path)!r} claims {shape[0]} layers of {shape[1]} heads.")
         _check_facts(facts["scores"], shape)
-        return make([_score(one, rows, shape) for one in facts["scores"]])
+        return make([_score(one, rows, _own_shape(one, shape)) for one in facts["scores"]])
     except (
         *(KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError),
         *(RecursionError, MemoryError, pyarrow.ArrowException),
@@ -90,6 +90,18 @@ def read_scores(path: "str | PathLike[str]", make: Callable[[list[HeadScores]], 
         if isinstance(error, InputError):
             raise
         raise InputError(f"{str(path)!r} is a damaged table: {error!r}.") from None
+
+
+def _own_shape(facts: Mapping[str, Any], largest: tuple[int, int]) -> tuple[int, int]:
+    """Layers and heads of a score; of files with one stack, those of all.
+
+    Raises:
+        ValueError: if they are below 1, or larger than the file's own.
+    """
+    layers, heads = (int(one) for one in facts.get("shape", largest))
+    if not (1 <= layers <= largest[0] and 1 <= heads <= largest[1]):
+        raise ValueError(f"{facts['name']} claims {layers} layers of {heads} heads")
+    return layers, heads
 
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -137,6 +149,8 @@ def _rows(scores: HeadScores, *, examples: bool) -> "pyarrow.Table":
     }
     columns["score"] = pyarrow.array([scores.name] * len(columns["layer"]), pyarrow.string())
     columns["score"] = columns["score"].dictionary_encode()
+    stacks = pyarrow.array([scores.stack] * len(columns["layer"]), pyarrow.string())
+    columns["stack"] = stacks.dictionary_encode()
     if examples:
         for name, attribute in _EXAMPLES.items():
             columns[name] = _lists(getattr(scores, attribute), scores)
@@ -165,6 +179,7 @@ def _facts(scores: HeadScores, *, examples: bool) -> dict[str, object]:
         **scores.spec.to_json(),
         "kv_heads": scores.kv_heads,
         "stack": scores.stack,
+        "shape": list(scores.mean.shape),
         "design": scores.design.to_json(),
         "provenance": scores.provenance.to_json(),
         "examples": {
@@ -180,6 +195,8 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
     import pyarrow.compute as pc
 
     mine = rows.filter(pc.equal(rows["score"].cast("string"), facts["name"]))
+    if "stack" in mine.column_names:  # files of before 0.2 have none
+        mine = mine.filter(pc.equal(mine["stack"].cast("string"), str(facts.get("stack", ""))))
     at = (mine["layer"].to_numpy(), mine["head"].to_numpy())
     if mine.num_rows and min(axis.min() for axis in at) < 0:
         raise InputError("a row names a negative layer or head.")

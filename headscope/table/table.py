@@ -215,8 +215,6 @@ class HeadTable(Shown, Mapping[str, HeadScores], Stored):
             path: of the file.
             examples: also keep the values per example, for intervals later.
         """
-        if len(self.stacks) > 1:
-            raise InputError("a file holds one stack: save each, table.stack(name).save(path).")
         write_scores(list(self.values()), path, examples=examples)
 
     @staticmethod

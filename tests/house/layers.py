@@ -16,7 +16,7 @@ FLOORS = (
     {"scorer", "plots", "models"},
     {"origin"},
     {"capture", "circuits"},
-    {"scorers", "lens", "geometry"},
+    {"scorers", "lens", "geometry", "alignment"},
     {"interventions"},
     {"ablation", "flow"},
     {"scoring"},
@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "circuits": _TENSORS | {"probes", "table", "models", "origin", "scorer"},
     "compiled": _RUNS_MODELS
     | {"circuits", "lens", "flow", "scoring", "ablation", "pruning", "edges"},
+    "alignment": _SEES_MODELS | {"capture"},
     "lens": _SEES_MODELS | {"capture"},
     "geometry": _SEES_MODELS | {"capture"},
     "scoring": _RUNS_MODELS - {"interventions"} | {"circuits", "ablation"},

@@ -42,9 +42,12 @@ def test_a_table_of_several_stacks_groups_them() -> None:
 
 
 def test_a_stack_is_kept_in_files(tmp_path: Path) -> None:
-    table = HeadTable([score("entropy", 3, "encoder"), score("entropy", 3, "cross")])
-    with pytest.raises(InputError, match="one stack"):
-        table.save(tmp_path / "all.parquet")
+    table = HeadTable([score("entropy", 4, "encoder"), score("entropy", 3, "cross")])
+    table.save(tmp_path / "all.parquet")
+    both = hs.HeadTable.load(tmp_path / "all.parquet")
+    assert list(both.stacks) == ["encoder", "cross"]
+    for name in both:
+        np.testing.assert_array_equal(both[name].mean, table[name].mean)
     table.stack("cross").save(tmp_path / "cross.parquet")
     again = hs.HeadTable.load(tmp_path / "cross.parquet")
     assert list(again.stacks) == ["cross"]

@@ -1,0 +1,196 @@
+"""Alignment heads: a wired head, hand cases, and slow obvious versions of what is measured."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import headscope as hs
+from headscope.errors import InputError
+from tests.models.seq2seq import both_sides, module_of
+
+N = 6
+
+
+def wired() -> Any:
+    """A BART of one layer whose cross head 1 has target i look at source N-1-i."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=40, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, pad_token_id=1,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
+        init_std=0.3,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).eval()
+    body = model.model
+    with torch.no_grad():
+        for stack in (body.encoder, body.decoder):
+            places = torch.zeros(18, 32)
+            places[2 : 2 + 16, :16] = torch.eye(16)  # the table begins with two rows of its own
+            stack.embed_positions.weight.copy_(places)
+            layer = stack.layers[0]
+            for part in (layer.self_attn.out_proj, layer.fc2):
+                part.weight.zero_()
+                part.bias.zero_()
+        body.shared.weight[:, :16] = 0.0
+        body.shared.weight[:, 16:] *= 0.01
+        cross = body.decoder.layers[0].encoder_attn
+        cross.q_proj.weight[16:] = 0.0
+        cross.k_proj.weight[16:] = 0.0
+        cross.q_proj.weight[16:, :16] = 2 * torch.eye(16)
+        for place in range(N):
+            cross.k_proj.weight[16 + place, N - 1 - place] = 2.0
+    return model
+
+
+def probe_of(model: Any, examples: int = 4) -> Any:
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 39, (examples, N), generator=draw)
+    return hs.probes.translation(model, ids, ids.flip(1))
+
+
+REVERSED = [(at, N - 1 - at) for at in range(N)]
+
+
+def test_the_wired_head_is_found() -> None:
+    model = hs.load(wired())
+    probe = probe_of(model, 8)
+    table = hs.alignment.find(model, probe, links=[REVERSED] * 8)
+    for score, value in (
+        ("alignment_accuracy", 1.0),
+        ("alignment_precision", 1.0),
+        ("alignment_recall", 1.0),
+        ("alignment_error", 0.0),
+        ("monotonicity", -1.0),
+    ):
+        assert table[score]["X0H1"] == pytest.approx(value, abs=1e-9), score
+    assert table["coverage"]["X0H1"] > 0.99
+    assert table["source_end"]["X0H1"] == pytest.approx(1 / N, abs=0.01)
+    assert table["path_mass"]["X0H1"] < 0.5  # its path runs backwards
+    assert hs.alignment.heads(table) == [[0, 1]]
+    assert hs.alignment.heads(table, 1) == [[0, 1]]
+    assert hs.alignment.heads(table, 1, score="alignment_error") == [[0, 1]]
+    assert list(table.stacks) == ["cross"]
+    rows = hs.alignment.matrix(model, probe, hs.alignment.heads(table))
+    assert rows[0].argmax(-1).tolist() == [N - 1 - at for at in range(N)]
+    walked = hs.alignment.path(rows[0].flip(0))
+    assert {(at, at) for at in range(N)} <= set(walked)
+    assert (walked[0], walked[-1]) == ((0, 0), (N - 1, N - 1))
+
+
+def test_without_links_a_head_that_follows_the_source_is_found() -> None:
+    module = wired()
+    cross = module.model.decoder.layers[0].encoder_attn
+    with torch.no_grad():
+        cross.k_proj.weight[16:] = 0.0
+        for place in range(N):
+            cross.k_proj.weight[16 + place, place] = 2.0
+    model = hs.load(module)
+    table = hs.alignment.find(model, probe_of(model, 8))
+    assert "alignment_accuracy" not in table
+    assert table["path_mass"]["X0H1"] > 0.95
+    assert table["path_mass"].null[0, 1] < 0.8
+    assert table["monotonicity"]["X0H1"] == pytest.approx(1.0)
+    assert hs.alignment.heads(table, 1) == [[0, 1]]
+
+
+@pytest.mark.parametrize("at", ["output", "input"])
+def test_measures_are_those_of_plain_rows(at: Any) -> None:
+    from scipy.stats import kendalltau
+
+    model = hs.load(module_of("bart"))
+    inputs = both_sides("bart")
+    targets = inputs["decoder_input_ids"].roll(-1, 1)
+    probe = hs.probes.from_batch(inputs, targets=targets)
+    sure = [[(0, 1), (2, 2), (4, 3)], [(1, 1), (2, 0)]]
+    possible = [[(0, 2), (1, 5)], [(3, 4)]]
+    table = hs.alignment.find(model, probe, sure, possible, at=at)
+    acts = hs.capture.collect(model, probe, stack="cross")
+    for layer, head in ((0, 0), (1, 3)):
+        values: dict[str, list[float]] = {}
+        for example, (queries, keys) in enumerate(((10, 13), (7, 9))):
+            rows = acts[layer].pattern[example, head, :queries, :keys].double().numpy()
+            rows = rows if at == "output" else rows[1:]
+            own = [(t, int(row.argmax())) for t, row in enumerate(rows)]
+            S, P = set(sure[example]), {*sure[example], *possible[example]}
+            A = {link for link in own if link[0] < len(rows) - 1}  # the last token has no link
+            linked = {t for t, _ in P}
+            values.setdefault("alignment_accuracy", []).append(len(A & P) / len(linked))
+            values.setdefault("alignment_precision", []).append(len(A & P) / len(A))
+            values.setdefault("alignment_recall", []).append(len(A & S) / len(S))
+            values.setdefault("alignment_error", []).append(
+                1 - (len(A & S) + len(A & P)) / (len(A) + len(S))
+            )
+            values.setdefault("monotonicity", []).append(
+                kendalltau(range(len(own)), [s for _, s in own]).statistic
+            )
+            got = np.minimum(rows.sum(0)[:-1], 1)
+            values.setdefault("coverage", []).append(got.mean())
+            values.setdefault("source_end", []).append(rows[:, -1].mean())
+            values.setdefault("path_mass", []).append(slow_path(rows) / len(rows))
+        for name, expected in values.items():
+            found = table[name].per_example[layer, head]
+            np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=name)
+
+
+def slow_path(rows: np.ndarray) -> float:
+    """Largest sum of a monotone path, by trying every step."""
+    from functools import cache
+
+    @cache
+    def best(i: int, j: int) -> float:
+        steps = [(i - 1, j - 1), (i - 1, j), (i, j - 1)]
+        before = [best(a, b) for a, b in steps if a >= 0 and b >= 0]
+        return float(rows[i, j]) + (max(before) if before else 0.0)
+
+    return best(rows.shape[0] - 1, rows.shape[1] - 1)
+
+
+def test_the_error_rate_of_a_hand_case() -> None:
+    from headscope.alignment import _measures
+
+    rows = np.zeros((1, 4, 3))
+    for target, place in enumerate((0, 2, 1, 2)):
+        rows[0, target, place] = 1.0
+    sure = np.zeros((4, 3), dtype=bool)
+    sure[[0, 1], [0, 1]] = True
+    possible = sure.copy()
+    possible[[1, 3], [2, 2]] = True
+    found = _measures(rows, sure, possible)
+    # A = 4 links, |A and S| = 1, |A and P| = 3, |S| = 2.
+    assert found["alignment_error"][0] == pytest.approx(1 - (1 + 3) / (4 + 2))
+    assert found["alignment_precision"][0] == 3 / 4
+    assert found["alignment_recall"][0] == 1 / 2
+    assert found["alignment_accuracy"][0] == 1.0  # targets 0, 1 and 3 have links
+
+
+def test_random_heads_align_nothing() -> None:
+    model = hs.load(module_of("bart"))
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(5, 95, (12, 9), generator=draw)
+    probe = hs.probes.translation(model, ids, ids)
+    links = [[(at, at) for at in range(9)]] * 12
+    table = hs.alignment.find(model, probe, links)
+    assert hs.alignment.heads(table) == []
+
+
+def test_what_does_not_fit_is_a_sentence() -> None:
+    model = hs.load(wired())
+    probe = probe_of(model, 2)
+    for refused, why in (
+        (lambda: hs.alignment.find(model, probe, [[(0, 9)], []]), "link .* counted from 0"),
+        (lambda: hs.alignment.find(model, probe, [[(0, 0)]]), "links of 1 examples and 2"),
+        (lambda: hs.alignment.find(model, probe, torch.ones(2, 2, 2) > 0), "have shape"),
+        (lambda: hs.alignment.find(model, probe, None, [[], []]), "give links too"),
+        (lambda: hs.alignment.find(model, probe, at="mid"), "give 'output' or 'input'"),
+        (lambda: hs.alignment.find(model, probe, draws=0), "one random order"),
+        (lambda: hs.alignment.find(model, probe.source), "source"),
+        (lambda: hs.alignment.matrix(model, probe, []), "no heads given"),
+        (lambda: hs.alignment.matrix(model, probe, [[0, 7]]), "no head X0H7"),
+        (lambda: hs.alignment.path(torch.zeros(0, 3)), "a path goes through"),
+        (lambda: hs.alignment.find(hs.load("tiny-llama"), probe), "no stack 'cross'"),
+    ):
+        with pytest.raises(InputError, match=why):
+            refused()
