@@ -269,7 +269,7 @@ _MAX_FACTS = 100_000_000
 
 
 @dataclass(frozen=True)
-class Claim:
+class FolderClaim:
     """One run's right to a folder.
 
     Attributes:
@@ -285,7 +285,7 @@ class Claim:
     asked: Mapping[str, Any] | None = None
 
     @classmethod
-    def create(cls, path: Path, kind: str, *, overwrite: bool = False) -> "Claim":
+    def create(cls, path: Path, kind: str, *, overwrite: bool = False) -> "FolderClaim":
         """Make the folder before the work starts, so that a wrong one costs nothing.
 
         Raises:
@@ -295,7 +295,7 @@ class Claim:
         made._check()
         return made
 
-    def of(self, asked: Mapping[str, Any]) -> "Claim":
+    def of(self, asked: Mapping[str, Any]) -> "FolderClaim":
         """The same for a run whose settings are known; they must be those of the folder.
 
         Raises:
@@ -306,7 +306,7 @@ class Claim:
         made._check()
         return made
 
-    def ready(self) -> "Claim":
+    def ready(self) -> "FolderClaim":
         """The folder to write into now that the work is done.
 
         Results that may be replaced are removed. If another run has taken the folder meanwhile,

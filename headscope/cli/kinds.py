@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope import kinds
-from headscope.base.files import Claim
+from headscope.base.files import FolderClaim
 from headscope.cli.options import Loading, listed
 from headscope.cli.output import asked_of, check_overwrite, print_either, print_written, typed
 from headscope.table import versions
@@ -24,7 +24,7 @@ def run(
 ) -> None:
     """Load, ask, write, print."""
     check_overwrite(out, overwrite=overwrite)
-    claim = None if out is None else Claim.create(out, "kinds", overwrite=overwrite)
+    claim = None if out is None else FolderClaim.create(out, "kinds", overwrite=overwrite)
     started = time.perf_counter()
     model = loading.model()
     asked: dict[str, Any] = {"kinds": names or "all", "confirm": confirm, "seed": seed}
@@ -49,7 +49,7 @@ def _as_json(found: KindTable) -> dict[str, Any]:
     }
 
 
-def _write(claim: Claim, found: KindTable, settings: dict[str, Any], seconds: float) -> None:
+def _write(claim: FolderClaim, found: KindTable, settings: dict[str, Any], seconds: float) -> None:
     from headscope.base.files import whole_file
 
     found.save(claim.path / "kinds.safetensors")

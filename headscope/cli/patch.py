@@ -7,7 +7,7 @@ from typing import Any
 from headscope import metrics, probes
 from headscope.ablation import patch_stream
 from headscope.ablation.stream import STREAM_SITES
-from headscope.base.files import Claim
+from headscope.base.files import FolderClaim
 from headscope.cli.options import Loading
 from headscope.cli.output import asked_of, print_result, print_written, typed
 from headscope.errors import InputError, nearest
@@ -38,7 +38,7 @@ def run(
         raise InputError(nearest(direction, _DIRECTIONS, kind="direction"))
     if overwrite and out is None:
         raise InputError("--overwrite needs --out: without it nothing is written.")
-    claim = None if out is None else Claim.create(out, "patch", overwrite=overwrite)
+    claim = None if out is None else FolderClaim.create(out, "patch", overwrite=overwrite)
     started = time.perf_counter()
     model = loading.model()
     asked: dict[str, Any] = {"site": site, "direction": direction}
@@ -74,7 +74,7 @@ def _probe(model: HeadModel, task: str, pairs: Path | None, examples: int, seed:
     return probe
 
 
-def _write(claim: Claim, grid: EffectGrid, settings: dict[str, Any], seconds: float) -> None:
+def _write(claim: FolderClaim, grid: EffectGrid, settings: dict[str, Any], seconds: float) -> None:
     """The grid as numbers, as a table and as pictures of effects and of their share."""
     from importlib.util import find_spec
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscope.base.configs import parse, read_yaml
-from headscope.base.files import Claim, subfolder, whole_file
+from headscope.base.files import FolderClaim, subfolder, whole_file
 from headscope.cli.options import Loading, parse_depths, parse_lengths
 from headscope.cli.output import (
     asked_of,
@@ -373,7 +373,7 @@ def run_influence(
     given = Corpus(corpus, field)
     given.check()
     known = None if heads is None else _named(heads)
-    claim = Claim.create(
+    claim = FolderClaim.create(
         out or Path("runs") / f"influence-{corpus.stem}", "influence", overwrite=overwrite
     )
     started = time.perf_counter()

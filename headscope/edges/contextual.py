@@ -15,7 +15,7 @@ from headscope.base.saved import Saved
 from headscope.base.sections import Rows, Section
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design
-from headscope.edges.split import Source, SplitRun, run_split
+from headscope.edges.split import NodeWrite, SplitRun, run_split
 from headscope.edges.written import EdgeBatch, EdgeMeasurement
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -216,7 +216,7 @@ def _layer(
     numbers = range(*wiring.heads_of(layer).indices(len(wiring.sources)))
     values, shares = [], []
     for some in _chunks(numbers, batch.room):
-        sources = [Source.of(batch, number) for number in some]
+        sources = [NodeWrite.of(batch, number) for number in some]
         run = run_split(batch, sources, taps, sign_rule=sign_rule)
         values.append(_change(batch, run))
         shares.append(_shares(batch, run, layer, len(sources)))
@@ -258,7 +258,7 @@ def _by_position(
     places = [(number, pos) for number in numbers for pos in range(length)]
     found = []
     for some in _chunks(places, batch.room):
-        sources = [Source.of(batch, number, pos) for number, pos in some]
+        sources = [NodeWrite.of(batch, number, pos) for number, pos in some]
         run = run_split(batch, sources, [], sign_rule=sign_rule)
         found.append(np.nansum(_change(batch, run), 1))
         advance(len(batch.texts.tokens) * len(some) / len(numbers))

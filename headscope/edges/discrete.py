@@ -258,7 +258,7 @@ def unique_codes(
     positive: Bool[np.ndarray, " prompt"],
     normalised: bool = False,
 ) -> Float[np.ndarray, " item"]:
-    """Number of distinct codes of each item on positive prompts and on no other; -1 is no code.
+    """Distinct codes of each item on positive prompts and on no other; -1 stands for none.
 
     Args:
         codes: of every prompt and item.

@@ -18,7 +18,7 @@ from headscope.base.sections import Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.circuits.factors import with_bias
 from headscope.circuits.ov_qk import qk_of_run
-from headscope.edges.split import Source, SplitRun, run_split
+from headscope.edges.split import NodeWrite, SplitRun, run_split
 from headscope.edges.written import (
     EdgeBatch,
     EdgeMeasurement,
@@ -211,7 +211,7 @@ def _loaded(
     slope = _slope(batch, stream)
     taps = [Tap(site, at) for at in range(reader) for site in ("z", "mlp_out")]
     run = run_split(
-        batch, [Source.of(batch, node)], [*taps, stream],
+        batch, [NodeWrite.of(batch, node)], [*taps, stream],
         share_biases=False, held=held, logits=False,
     )  # fmt: skip
     found = torch.zeros(len(wiring.sources) + 1, len(batch.texts.tokens))

@@ -22,7 +22,7 @@ _SMALL = 1e-8
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class NodeWrite:
     """What one node writes, as the relevant part.
 
     Attributes:
@@ -34,7 +34,7 @@ class Source:
     change: Float[Tensor, "batch pos d_model"]
 
     @classmethod
-    def of(cls, batch: EdgeBatch, number: int, pos: int | None = None) -> "Source":
+    def of(cls, batch: EdgeBatch, number: int, pos: int | None = None) -> "NodeWrite":
         """A node of the wiring, by its number, at all positions or at one."""
         change = batch.change[:, number]
         if pos is not None:
@@ -180,7 +180,7 @@ class SplitRun:
 @torch.no_grad()
 def run_split(
     batch: EdgeBatch,
-    sources: Sequence[Source],
+    sources: Sequence[NodeWrite],
     reads: Sequence[Tap],
     *,
     share_biases: bool = True,

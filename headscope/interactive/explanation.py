@@ -21,7 +21,7 @@ from headscope.metrics import loss
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, masked, repeated_tokens
-from headscope.report.head import Evidence, HeadExample, card_lines, head_html, head_page
+from headscope.report.head import HeadEvidence, HeadExample, card_lines, head_html, head_page
 from headscope.report.view import AttentionView
 from headscope.scoring import score
 from headscope.table import (
@@ -77,13 +77,13 @@ class Explanation:
         whole_page(Path(path), self.page())
 
     @cached_property
-    def _evidence(self) -> Evidence:
+    def _evidence(self) -> HeadEvidence:
         example = None
         if self.attention is not None:
             pattern = self.attention.pattern[0].astype(np.float32) / 255
             example = HeadExample(pattern, self.attention.tokens, self.attention.words)
         singular, complex_values = _pictured(self.model, self.seed)
-        return Evidence(singular, complex_values, self.scan, example, self.effects)
+        return HeadEvidence(singular, complex_values, self.scan, example, self.effects)
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         """Scores, weights, tokens and partners."""

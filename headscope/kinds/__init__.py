@@ -2,7 +2,7 @@
 
 from headscope.kinds.catalogue import KINDS as KINDS
 from headscope.kinds.catalogue import UNASKED as UNASKED
-from headscope.kinds.kind import Asked as Asked
+from headscope.kinds.kind import AskedModel as AskedModel
 from headscope.kinds.kind import CannotAskError as CannotAskError
 from headscope.kinds.kind import Confirm as Confirm
 from headscope.kinds.kind import Criterion as Criterion

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from headscope.kinds import measures, words
-from headscope.kinds.kind import Asked, Confirm, Kind, Unasked
+from headscope.kinds.kind import AskedModel, Confirm, Kind, Unasked
 from headscope.metrics import logit_difference, loss
 from headscope.probes.probe import Probe
 from headscope.scorer import NEEDLE, REPEATED, TEXT
@@ -33,7 +33,7 @@ def _answers(task: str, sign: int = -1) -> Confirm:
     word = "lowers" if sign < 0 else "raises"
     said = f"mean-ablation {word} the logit difference of {task}"
 
-    def probe(asked: Asked) -> Probe:
+    def probe(asked: AskedModel) -> Probe:
         return asked.pairs(task)
 
     return Confirm(probe, logit_difference, sign, said)
@@ -42,7 +42,7 @@ def _answers(task: str, sign: int = -1) -> Confirm:
 def _kept(key: str, sign: int, said: str) -> Confirm:
     """On a probe that the measure has made."""
 
-    def probe(asked: Asked) -> Probe:
+    def probe(asked: AskedModel) -> Probe:
         made: Probe = asked.keep(key, lambda: getattr(words, _MAKES[key])(asked.model, asked.seed))
         return made
 

@@ -92,7 +92,7 @@ class Confirm:
         said: the same in words.
     """
 
-    probe: Callable[["Asked"], Probe]
+    probe: Callable[["AskedModel"], Probe]
     metric: Metric
     sign: int
     said: str
@@ -121,7 +121,7 @@ class Kind:
     said: str
     probe: str
     control: str
-    measure: Callable[["Asked"], Sequence[Criterion]]
+    measure: Callable[["AskedModel"], Sequence[Criterion]]
     source: str
     weakness: str
     confirm: Confirm | None = None
@@ -158,7 +158,7 @@ class CannotAskError(InputError):
 
 
 @dataclass(eq=False)
-class Asked:
+class AskedModel:
     """A model that is being asked, with the probes and scores that several kinds share.
 
     Attributes:

@@ -14,7 +14,7 @@ from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.kinds import words
-from headscope.kinds.kind import Asked, CannotAskError, Criterion, above, below
+from headscope.kinds.kind import AskedModel, CannotAskError, Criterion, above, below
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.relevance.anchors import anchors
@@ -28,7 +28,7 @@ from headscope.steering.effects import contrast, indirect_effect
 from headscope.table import HeadScores
 from headscope.views.outputs import HeadOutputs
 
-Measure = Callable[[Asked], Sequence[Criterion]]
+Measure = Callable[[AskedModel], Sequence[Criterion]]
 _ATTENDS = 0.25  # of a task's heads, about half of what published ones give on average
 _SHARE = 0.05  # of all direct effects on an answer
 _NEEDS_WRITE = ("attention_write", "unembedding")
@@ -50,7 +50,7 @@ def part_of(scores: HeadScores, sign: int) -> Criterion:
 def task(name: str, mark: str, sign: int = 1) -> Measure:
     """Attention from the end of a task's prompts to a mark, and a direct effect of this sign."""
 
-    def measure(asked: Asked) -> list[Criterion]:
+    def measure(asked: AskedModel) -> list[Criterion]:
         probe = asked.pairs(name)
         return [
             above(asked.attention(probe, mark), _ATTENDS),
@@ -65,7 +65,7 @@ def attends(name: str, mark: str) -> Measure:
     return lambda asked: [above(asked.attention(asked.pairs(name), mark), _ATTENDS)]
 
 
-def positional(asked: Asked) -> list[Criterion]:
+def positional(asked: AskedModel) -> list[Criterion]:
     """Attention to one of the places two to five back, whichever gets most."""
     scores = [asked.scores(relative_offset(n)) for n in (2, 3, 4, 5)]
     means = np.stack([one.mean for one in scores])
@@ -91,17 +91,17 @@ def lowered(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head que
     return copying.function(replace(outputs, z=-outputs.z), probe)
 
 
-def copies(asked: Asked) -> list[Criterion]:
+def copies(asked: AskedModel) -> list[Criterion]:
     """Raises the tokens that it attends to."""
     return [above(asked.scores(raised), 0.4)]
 
 
-def suppresses(asked: Asked) -> list[Criterion]:
+def suppresses(asked: AskedModel) -> list[Criterion]:
     """Lowers the tokens that it attends to."""
     return [above(asked.scores(lowered), 0.4)]
 
 
-def backs_up(asked: Asked) -> list[Criterion]:
+def backs_up(asked: AskedModel) -> list[Criterion]:
     """Direct effect on the name that rises when the name movers are ablated.
 
     Raises:
@@ -129,7 +129,7 @@ def backs_up(asked: Asked) -> list[Criterion]:
     return [Criterion("share of the ablated effect taken over", one.value / total, _SHARE, one.p)]
 
 
-def next_in_order(asked: Asked) -> list[Criterion]:
+def next_in_order(asked: AskedModel) -> list[Criterion]:
     """Share of ordinals whose successor the weights raise most among those of the same order."""
     orders = [[words.token_of(asked.model, word) for word in one] for one in words.ORDERS.values()]
     kept = [[one for one in order if one is not None] for order in orders]
@@ -146,7 +146,7 @@ def next_in_order(asked: Asked) -> list[Criterion]:
 def related(name: str) -> Measure:
     """Share of pairs whose second word the weights raise most, of all second words."""
 
-    def measure(asked: Asked) -> list[Criterion]:
+    def measure(asked: AskedModel) -> list[Criterion]:
         pairs = words.known(asked.model, words.RELATIONS[name])
         if len(pairs) < 8:
             raise CannotAskError(
@@ -222,7 +222,9 @@ def relation_scores(
     )  # fmt: skip
 
 
-def _options(asked: Asked) -> tuple[Probe, HeadScores, Float[np.ndarray, "layer head example 4"]]:
+def _options(
+    asked: AskedModel,
+) -> tuple[Probe, HeadScores, Float[np.ndarray, "layer head example 4"]]:
     """Attention from the end to the letters of four options: all of it, and by letter."""
     probe: Probe = asked.keep("choices", lambda: words.choices(asked.model, asked.seed))
     parts = [asked.attention(probe, f"option_{one}").per_example for one in words.LETTERS]
@@ -231,7 +233,7 @@ def _options(asked: Asked) -> tuple[Probe, HeadScores, Float[np.ndarray, "layer 
     return probe, asked.attention(whole, "letters"), np.stack(parts, -1)
 
 
-def correct_letter(asked: Asked) -> list[Criterion]:
+def correct_letter(asked: AskedModel) -> list[Criterion]:
     """Of the attention to four letters, the share on the right one; and a direct effect on it."""
     probe, mass, by_letter = _options(asked)
     right = torch.stack([probe.mark(f"option_{one}") & probe.mark("right") for one in
@@ -247,7 +249,7 @@ def correct_letter(asked: Asked) -> list[Criterion]:
     return [above(scores, 0.5), above(mass, 0.1), part_of(asked.effect(probe), 1)]
 
 
-def constant_letters(asked: Asked) -> list[Criterion]:
+def constant_letters(asked: AskedModel) -> list[Criterion]:
     """Much attention to the four letters, nearly the same to each."""
     _, mass, by_letter = _options(asked)
     mean = by_letter.mean(2)
@@ -257,7 +259,7 @@ def constant_letters(asked: Asked) -> list[Criterion]:
     return [above(mass, _ATTENDS), Criterion("evenness over letters", evenness, 0.95)]
 
 
-def single_letter(asked: Asked) -> list[Criterion]:
+def single_letter(asked: AskedModel) -> list[Criterion]:
     """Much attention to the four letters, most of it to one, whatever stands behind it."""
     _, mass, by_letter = _options(asked)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -265,7 +267,7 @@ def single_letter(asked: Asked) -> list[Criterion]:
     return [above(mass, _ATTENDS), Criterion("share of one letter", share.max(-1), 0.7)]
 
 
-def negative(asked: Asked) -> list[Criterion]:
+def negative(asked: AskedModel) -> list[Criterion]:
     """``(A_yes + A_no) log(A_no / A_yes)`` at the end of questions, above 0."""
     probe: Probe = asked.keep("yes or no", lambda: words.yes_or_no(asked.model, asked.seed))
     yes, no = (asked.attention(probe, one).per_example for one in ("yes", "no"))
@@ -275,7 +277,7 @@ def negative(asked: Asked) -> list[Criterion]:
     return [above(scores, 0.1)]
 
 
-def in_context_task(asked: Asked) -> list[Criterion]:
+def in_context_task(asked: AskedModel) -> list[Criterion]:
     """Indirect effect of the head's task mean on prompts without the task, above any mean's."""
     tasks = {}
     for name, pairs in words.RELATIONS.items():
@@ -294,14 +296,14 @@ def _both(model: HeadModel, a: str, b: str) -> bool:
     return words.token_of(model, a) is not None and words.token_of(model, b) is not None
 
 
-def _task(asked: Asked, pairs: Sequence[tuple[str, str]]) -> Probe:
+def _task(asked: AskedModel, pairs: Sequence[tuple[str, str]]) -> Probe:
     return probes.in_context(
         asked.model, pairs, template="{text} :{label}\n", shots=min(6, len(pairs) - 1), batch=8,
         seed=asked.seed,
     )  # fmt: skip
 
 
-def label_words(asked: Asked) -> list[Criterion]:
+def label_words(asked: AskedModel) -> list[Criterion]:
     """Attention to label words of demonstrations that foretells the model's own prediction."""
     shown = [(word, f" {kind}") for kind in ("colour", "animal") for word in words.CATEGORIES[kind]]
     for _, label in shown:
@@ -316,7 +318,7 @@ def label_words(asked: Asked) -> list[Criterion]:
     return [above(found.heads["anchor_auc"], 0.8)]
 
 
-def rare_words(asked: Asked) -> list[Criterion]:
+def rare_words(asked: AskedModel) -> list[Criterion]:
     """Attention in the order of rarity: Kendall's tau with counts, below shuffled counts'."""
     text = probes.text(asked.model, length=32, seed=asked.seed)
     ends = torch.zeros_like(text.real)
@@ -328,7 +330,7 @@ def rare_words(asked: Asked) -> list[Criterion]:
     return [below(rare_attention(asked.model, probe, counts, asked.seed), 0.3)]
 
 
-def word_pieces(asked: Asked) -> list[Criterion]:
+def word_pieces(asked: AskedModel) -> list[Criterion]:
     """Attention to earlier pieces of the same word."""
     probe = asked.probe(TEXT)
     pairs = words.pieces(asked.model, probe)
@@ -340,7 +342,7 @@ def word_pieces(asked: Asked) -> list[Criterion]:
     return [above(score(asked.model, probe, scorer, progress=False)[scorer.name], _ATTENDS)]
 
 
-def apostrophes(asked: Asked) -> list[Criterion]:
+def apostrophes(asked: AskedModel) -> list[Criterion]:
     """Attention to apostrophes in texts that have some."""
     texts = [
         "It's the dog's ball, and the cat's bed isn't far.",
@@ -361,7 +363,7 @@ def apostrophes(asked: Asked) -> list[Criterion]:
     return [above(asked.attention(known, "apostrophe", "behind"), _ATTENDS)]
 
 
-def dormant(asked: Asked) -> list[Criterion]:
+def dormant(asked: AskedModel) -> list[Criterion]:
     """Much attention on the first token in one of texts and random tokens, and little in the other.
 
     The p-value is two-sided, of independent examples.
@@ -376,7 +378,7 @@ def dormant(asked: Asked) -> list[Criterion]:
     return [Criterion("difference of sink attention", gap, 0.4, scores.p_value)]
 
 
-def of_context(asked: Asked) -> list[Criterion]:
+def of_context(asked: AskedModel) -> list[Criterion]:
     """Attends to what the text says, and raises it above what is remembered."""
     probe = _contradicted(asked)
     return [
@@ -384,12 +386,12 @@ def of_context(asked: Asked) -> list[Criterion]:
     ]  # fmt: skip
 
 
-def of_memory(asked: Asked) -> list[Criterion]:
+def of_memory(asked: AskedModel) -> list[Criterion]:
     """Raises what is remembered above what the text says."""
     return [part_of(asked.effect(_contradicted(asked)), -1)]
 
 
-def _contradicted(asked: Asked) -> Probe:
+def _contradicted(asked: AskedModel) -> Probe:
     probe: Probe = asked.keep("contradicted", lambda: words.contradicted(asked.model, asked.seed))
     return probe
 
@@ -401,7 +403,7 @@ def told_apart(make: Callable[[HeadModel], tuple[Probe, Probe]]) -> Measure:
         make: gives the two, whose even and odd examples share no word that matters.
     """
 
-    def measure(asked: Asked) -> list[Criterion]:
+    def measure(asked: AskedModel) -> list[Criterion]:
         high, low = make(asked.model)
         found = contrast(asked.model, high, low, method="probe", at="end").auc
         assert found is not None  # noqa: S101  # contrasts have one

@@ -14,7 +14,7 @@ from headscope.base.statistics import benjamini_hochberg
 from headscope.errors import HeadscopeError, InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.kinds.catalogue import KINDS, UNASKED
-from headscope.kinds.kind import Asked, Criterion, Kind
+from headscope.kinds.kind import AskedModel, Criterion, Kind
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import origin
@@ -78,7 +78,7 @@ def survey(
         raise InputError(f"alpha={alpha!r} is a share between 0 and 1.")
     RunOptions(batch_size, seed=seed, progress=progress)
     wanted = _wanted(kinds)
-    asked = Asked(model, seed, batch_size)
+    asked = AskedModel(model, seed, batch_size)
     answers: dict[str, _Answer] = {}
     facts: list[KindFacts] = []
     with track(len(wanted), f"kinds of heads of {model.name}", show=progress) as advance:
@@ -131,7 +131,7 @@ def _wanted(kinds: Iterable[str | Kind] | str | Kind | None) -> list[Kind]:
     return found
 
 
-def _ask(asked: Asked, kind: Kind) -> tuple[str, _Answer | None]:
+def _ask(asked: AskedModel, kind: Kind) -> tuple[str, _Answer | None]:
     """Why a kind could not be asked, or what its criteria say."""
     reason = kind.lacking(asked.model)
     if reason:
@@ -181,7 +181,7 @@ def _named(
 
 
 def _confirmed(
-    asked: Asked, kinds: Mapping[str, Kind], findings: Sequence[Finding], alpha: float
+    asked: AskedModel, kinds: Mapping[str, Kind], findings: Sequence[Finding], alpha: float
 ) -> list[Finding]:
     """Findings with the effects of ablating them."""
     effects: dict[tuple[str, HeadIndex], tuple[float, float]] = {}

@@ -23,7 +23,7 @@ from headscope.probes.encoding import encode, from_tokens
 from headscope.probes.probe import Probe
 from headscope.probes.vocabulary import bos_prefix, check_length, need_tokenizer
 from headscope.table import HeadScores, HeadTable, Provenance
-from headscope.table.relevance import Memorized, Span
+from headscope.table.relevance import Memorized, TextSpan
 
 SOURCE = "Stoehr et al. 2024 (arXiv 2403.19851), localizing paragraph memorization"
 Texts = Sequence[str] | Sequence[Sequence[int]]
@@ -101,7 +101,7 @@ def memorized(
     capture.check_fits(model, probe, answers=True)
     right, losses = _tried(model, probe, batch_size, progress)
     spans = tuple(
-        Span(text, at, int(n), float(one))
+        TextSpan(text, at, int(n), float(one))
         for (text, at), n, one in zip(places, right, losses, strict=True)
     )
     known = right == length

@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from headscope.base.files import Claim, subfolder, whole_file, whole_page
+from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
 from headscope.base.sections import Section
 from headscope.base.specs import versions
 from headscope.plots import figures_of, heatmap, heatmaps, save
@@ -31,7 +31,7 @@ class RunFolder:
         claim: the run's right to the folder.
     """
 
-    claim: Claim
+    claim: FolderClaim
 
     @property
     def path(self) -> Path:
@@ -50,7 +50,7 @@ class RunFolder:
         Raises:
             InputError: if nothing can be written there, or another kind of run did so before.
         """
-        return cls(Claim.create(path, kind, overwrite=overwrite))
+        return cls(FolderClaim.create(path, kind, overwrite=overwrite))
 
     def of(self, asked: Mapping[str, Any]) -> "RunFolder":
         """The same for a run whose settings are known, before its work starts.
@@ -61,7 +61,7 @@ class RunFolder:
         return replace(self, claim=self.claim.of(asked))
 
     def ready(self) -> "RunFolder":
-        """The folder to write into once the work is done, as of :meth:`Claim.ready`."""
+        """The folder to write into once the work is done, as of :meth:`FolderClaim.ready`."""
         return replace(self, claim=self.claim.ready())
 
     def write(

@@ -43,7 +43,7 @@ class HeadExample:
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class HeadEvidence:
     """What is known of a head beside its card; whatever was not computed is left out.
 
     Attributes:
@@ -61,7 +61,7 @@ class Evidence:
     effects: Sequence[HeadScores] = ()
 
 
-def head_page(card: HeadCard, evidence: Evidence, facts: Sequence[tuple[str, str]] = ()) -> str:
+def head_page(card: HeadCard, evidence: HeadEvidence, facts: Sequence[tuple[str, str]] = ()) -> str:
     """One page on one head that opens offline; see :func:`headscope.report.sections_page`."""
     head = HeadIndex.parse(card.head)
     sections = [
@@ -82,7 +82,7 @@ def head_page(card: HeadCard, evidence: Evidence, facts: Sequence[tuple[str, str
     )
 
 
-def _behaviour(card: HeadCard, evidence: Evidence, head: HeadIndex) -> list[Section]:
+def _behaviour(card: HeadCard, evidence: HeadEvidence, head: HeadIndex) -> list[Section]:
     sections = []
     if evidence.scan is not None:
         table = evidence.scan
@@ -158,7 +158,7 @@ def _directions(card: HeadCard) -> list[Section]:
     return sections
 
 
-def _spectra(evidence: Evidence, head: HeadIndex) -> list[Section]:
+def _spectra(evidence: HeadEvidence, head: HeadIndex) -> list[Section]:
     blocks: list[Block] = []
     for one in evidence.spectra:
         light, dark = spectra(one, [head]), spectra(one, [head], theme="dark")

@@ -13,7 +13,7 @@ from headscope.studies.run import show as show
 from headscope.studies.study import Answer as Answer
 from headscope.studies.study import Claim as Claim
 from headscope.studies.study import Evidence as Evidence
-from headscope.studies.study import Setting as Setting
 from headscope.studies.study import Study as Study
 from headscope.studies.study import StudyResult as StudyResult
+from headscope.studies.study import StudySetting as StudySetting
 from headscope.studies.study import paired as paired

@@ -21,25 +21,25 @@ from headscope.studies.shared import (
     need_skill,
     prose,
 )
-from headscope.studies.study import Claim, Evidence, Setting, Study, paired
+from headscope.studies.study import Claim, Evidence, Study, StudySetting, paired
 
 _MATTERS = 0.1  # of an attention score or a share: less is no role
 _KNOWN_GAIN = 0.5  # nats: a smaller gain from a repetition is no copying
 _OTHERS = "the same head on the same tokens in an order that breaks the pattern"
 
 
-def _repeated(model: HeadModel, setting: Setting, seed: int) -> Probe:
+def _repeated(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
     room = (model.shape.n_ctx or 128) - 2
     length = min(setting.size(50, 20), room // 2)
     return repeated_tokens(model, length=length, batch=setting.size(24, 12), seed=seed)
 
 
-def _pattern(scorer: str, model: HeadModel, setting: Setting) -> Evidence:
+def _pattern(scorer: str, model: HeadModel, setting: StudySetting) -> Evidence:
     probes = [_repeated(model, setting, setting.seed + k) for k in range(2)]
     return best_head(model, scorer, *probes)[1]
 
 
-def _role(scorer: str, model: HeadModel, setting: Setting) -> HeadIndex:
+def _role(scorer: str, model: HeadModel, setting: StudySetting) -> HeadIndex:
     """The head of a role; refused where no head plays it."""
     probes = [_repeated(model, setting, setting.seed + k) for k in range(2)]
     head, found = best_head(model, scorer, *probes)
@@ -51,7 +51,7 @@ def _role(scorer: str, model: HeadModel, setting: Setting) -> HeadIndex:
     return head
 
 
-def _needed(model: HeadModel, setting: Setting) -> Evidence:
+def _needed(model: HeadModel, setting: StudySetting) -> Evidence:
     _role("induction", model, setting)
     chosen = score(model, _repeated(model, setting, setting.seed), ["induction"], progress=False)
     heads = [head for head, value in chosen["induction"].top(3) if value > _MATTERS]
@@ -67,7 +67,7 @@ def _needed(model: HeadModel, setting: Setting) -> Evidence:
     return against_random_sets(model, probe, second, heads, scale=gain, sign=1.0, seed=setting.seed)
 
 
-def _in_context(model: HeadModel, setting: Setting) -> Evidence:
+def _in_context(model: HeadModel, setting: StudySetting) -> Evidence:
     probe = prose(model, setting, seed=setting.seed + 1)
     need_skill(model, probe)
     losses = token_losses(model, probe, progress=False).losses[0]
@@ -120,7 +120,7 @@ INDUCTION = Study(
 )
 
 
-def _k_composition(model: HeadModel, setting: Setting) -> Evidence:
+def _k_composition(model: HeadModel, setting: StudySetting) -> Evidence:
     before, later = _role("previous_token", model, setting), _role("induction", model, setting)
     if not before.layer < later.layer:
         raise UnsupportedModelError(
@@ -173,7 +173,7 @@ COMPOSITION = Study(
 )
 
 
-def _sink(model: HeadModel, setting: Setting) -> Evidence:
+def _sink(model: HeadModel, setting: StudySetting) -> Evidence:
     length = min(setting.size(64, 32), (model.shape.n_ctx or 64) - 2)
     probe = random_tokens(model, length=length, batch=setting.size(24, 12), seed=setting.seed + 1)
     scores = score(model, probe, ["first_token"], progress=False)["first_token"]
@@ -188,7 +188,7 @@ def _sink(model: HeadModel, setting: Setting) -> Evidence:
     )
 
 
-def _best_on_prose(scorer: str, model: HeadModel, setting: Setting) -> Evidence:
+def _best_on_prose(scorer: str, model: HeadModel, setting: StudySetting) -> Evidence:
     probes = [prose(model, setting, seed=setting.seed + k) for k in range(2)]
     return best_head(model, scorer, *probes)[1]
 
@@ -248,19 +248,19 @@ SURFACE = Study(
 )
 
 
-def _needles(model: HeadModel, setting: Setting, seed: int) -> Probe:
+def _needles(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
     room = model.shape.n_ctx or 2048
     lengths = min(128, room) if setting.fast else None
     depths, per_cell = setting.size(5, 3), setting.size(6, 4)
     return needle(model, lengths, depths, per_cell=per_cell, seed=seed)
 
 
-def _retrieval(model: HeadModel, setting: Setting) -> Evidence:
+def _retrieval(model: HeadModel, setting: StudySetting) -> Evidence:
     probes = [_needles(model, setting, setting.seed + k) for k in range(2)]
     return best_head(model, "retrieval", *probes)[1]
 
 
-def _retrieval_needed(model: HeadModel, setting: Setting) -> Evidence:
+def _retrieval_needed(model: HeadModel, setting: StudySetting) -> Evidence:
     found = _retrieval(model, setting)
     if not found.low > _MATTERS:
         raise UnsupportedModelError(f"it has no retrieval head (best: {found.note}).")

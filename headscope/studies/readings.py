@@ -17,13 +17,13 @@ from headscope.probes import Probe
 from headscope.probes.vocabulary import ordinary_tokens
 from headscope.pruning import gradient_importance, one_shot, pruning_curve
 from headscope.studies.shared import need_skill, prose
-from headscope.studies.study import Claim, Evidence, Setting, Study, paired
+from headscope.studies.study import Claim, Evidence, Study, StudySetting, paired
 from headscope.table import HeadTable, LensGrid
 
 _MATTERS = 0.1  # of a ratio between -1 and 1: less is chance
 
 
-def _weights(model: HeadModel, setting: Setting, seed: int) -> HeadTable:
+def _weights(model: HeadModel, setting: StudySetting, seed: int) -> HeadTable:
     return score_weights(model, tokens=setting.size(256, 64), seed=seed, progress=False)
 
 
@@ -33,7 +33,7 @@ def _of_heads(table: HeadTable, name: str) -> Float[np.ndarray, " head"]:
     return table[name].mean.ravel()
 
 
-def _beyond_chance(circuit: str, model: HeadModel, setting: Setting) -> Evidence:
+def _beyond_chance(circuit: str, model: HeadModel, setting: StudySetting) -> Evidence:
     table = _weights(model, setting, setting.seed)
     name = f"{circuit}_outliers"
     values = _of_heads(table, name)
@@ -61,7 +61,7 @@ LOW_RANK = Study(
 )
 
 
-def _eigenvalues(name: str, model: HeadModel, setting: Setting) -> Evidence:
+def _eigenvalues(name: str, model: HeadModel, setting: StudySetting) -> Evidence:
     table = _weights(model, setting, setting.seed)
     values = _of_heads(table, name)
     return paired(values, np.zeros_like(values), note="all heads", results={name: table[name]})
@@ -94,7 +94,7 @@ EMBEDDING_SPACE = Study(
 )
 
 
-def _prunable(model: HeadModel, setting: Setting) -> Evidence:
+def _prunable(model: HeadModel, setting: StudySetting) -> Evidence:
     probe = prose(model, setting, seed=setting.seed + 1, length=64)
     need_skill(model, probe)
     found_on = prose(model, setting, seed=setting.seed, length=64)
@@ -114,7 +114,7 @@ def _prunable(model: HeadModel, setting: Setting) -> Evidence:
     )
 
 
-def _redundant(model: HeadModel, setting: Setting) -> Evidence:
+def _redundant(model: HeadModel, setting: StudySetting) -> Evidence:
     probe = prose(model, setting, seed=setting.seed + 1, length=64)
     losses = need_skill(model, probe)
     found_on = prose(model, setting, seed=setting.seed, length=64)
@@ -172,7 +172,7 @@ def _divergence(
     return np.array([grid.kl.mean(1) for grid in grids]), grids[0]
 
 
-def _gradual(model: HeadModel, setting: Setting) -> Evidence:
+def _gradual(model: HeadModel, setting: StudySetting) -> Evidence:
     probe = prose(model, setting, seed=setting.seed + 1, length=48)
     need_skill(model, probe)
     found, grid = _divergence(model, probe, setting.size(12, 6))
@@ -206,10 +206,10 @@ LOGIT_LENS = Study(
 )
 
 
-def _shortcut(model: HeadModel, setting: Setting) -> Evidence:
+def _shortcut(model: HeadModel, setting: StudySetting) -> Evidence:
     probe = prose(model, setting, seed=setting.seed + 1, length=48)
     need_skill(model, probe)
-    fitted_on = prose(model, Setting(seed=setting.seed), seed=setting.seed)
+    fitted_on = prose(model, StudySetting(seed=setting.seed), seed=setting.seed)
     lens = linear_shortcuts(model, fitted_on, seed=setting.seed, progress=False)
     found, grid = _divergence(model, probe, setting.size(12, 6), lens)
     plain, _ = _divergence(model, probe, setting.size(12, 6))
@@ -243,7 +243,7 @@ SHORTCUTS = Study(
 )
 
 
-def _anisotropy(model: HeadModel, setting: Setting) -> Evidence:
+def _anisotropy(model: HeadModel, setting: StudySetting) -> Evidence:
     probe = prose(model, setting, seed=setting.seed + 1, length=64)
     need_skill(model, probe)
     table = layers(model, probe, measures=["mean_cosine"], progress=False)

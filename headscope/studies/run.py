@@ -9,8 +9,7 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
-from headscope.base.files import Claim as Folder
-from headscope.base.files import subfolder, whole_file, whole_page
+from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
 from headscope.base.options import RunOptions
 from headscope.base.progress import Advance, track
 from headscope.base.sections import Drawn, Rows, Section
@@ -21,7 +20,15 @@ from headscope.plots import figures_of
 from headscope.report import sections_page
 from headscope.report.sections import read_sections, sections_json, with_pictures
 from headscope.studies.catalogue import STUDIES
-from headscope.studies.study import Answer, Claim, Setting, Study, StudyResult, answered, unasked
+from headscope.studies.study import (
+    Answer,
+    Claim,
+    Study,
+    StudyResult,
+    StudySetting,
+    answered,
+    unasked,
+)
 from headscope.table import versions
 
 _FOLDER = "studies"
@@ -94,7 +101,7 @@ def run(
         >>> sorted(result.verdicts)
         ['ov', 'qk']
     """
-    setting, found = Setting(fast, RunOptions(seed=seed).seed), show(study)
+    setting, found = StudySetting(fast, RunOptions(seed=seed).seed), show(study)
     asked = {
         "model": model.name,
         "revision": model.revision,
@@ -164,7 +171,7 @@ def page_of(out: Path) -> str:
 
 def _claimed(out: Path, study: Study, asked: Mapping[str, Any], overwrite: bool) -> Path:
     """The folder of a study, with the answers that are there already."""
-    folder = Folder.create(out, "study", overwrite=overwrite).of(asked)
+    folder = FolderClaim.create(out, "study", overwrite=overwrite).of(asked)
     old = out / _FOLDER
     if overwrite and old.is_dir() and not old.is_symlink():
         shutil.rmtree(old)
@@ -173,7 +180,7 @@ def _claimed(out: Path, study: Study, asked: Mapping[str, Any], overwrite: bool)
 
 
 def _ask(
-    claim: Claim, model: HeadModel, setting: Setting, place: Path | None, advance: Advance
+    claim: Claim, model: HeadModel, setting: StudySetting, place: Path | None, advance: Advance
 ) -> Answer:
     """One answer, read where it was written before, else measured and written."""
     file = None if place is None else place / f"{claim.name}.json"
@@ -209,7 +216,7 @@ def _read(file: Path) -> Answer:
         ) from None
 
 
-def _measured(claim: Claim, model: HeadModel, setting: Setting, place: Path | None) -> Answer:
+def _measured(claim: Claim, model: HeadModel, setting: StudySetting, place: Path | None) -> Answer:
     try:
         found = claim.ask(model, setting)
     except HeadscopeError as error:

@@ -17,14 +17,14 @@ from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, text
 from headscope.probes.vocabulary import ordinary_tokens
 from headscope.scoring.score import score
-from headscope.studies.study import LEVEL, Evidence, Setting, paired
+from headscope.studies.study import LEVEL, Evidence, StudySetting, paired
 from headscope.table import HeadScores
 
 _RANDOM_SETS = 5
 _OTHERS = 2  # times as many heads as are ablated: fewer leave nothing to draw
 
 
-def prose(model: HeadModel, setting: Setting, *, seed: int, length: int = 128) -> Probe:
+def prose(model: HeadModel, setting: StudySetting, *, seed: int, length: int = 128) -> Probe:
     """Texts of the kind that the model was trained on: prose, or stories for a bundled model."""
     count = setting.size(24, 8)
     room = model.shape.n_ctx or length

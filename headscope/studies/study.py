@@ -22,7 +22,7 @@ LEVEL = 0.99  # of the intervals that decide: a study asks several claims at onc
 
 
 @dataclass(frozen=True)
-class Setting:
+class StudySetting:
     """How a study is run.
 
     Attributes:
@@ -123,7 +123,7 @@ class Claim:
     statement: str
     value: str
     control: str
-    ask: Callable[[HeadModel, Setting], Evidence]
+    ask: Callable[[HeadModel, StudySetting], Evidence]
     least: float = 0.0
     unit: str = ""
 

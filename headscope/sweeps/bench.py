@@ -19,7 +19,7 @@ from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
 from headscope.probes.probe import Probe, probe_digest
 from headscope.sweeps.config import EditConfig, MetricConfig, ModelConfig, SweepConfig
-from headscope.sweeps.plan import Chunk, Plan, PlannedModel, Rankings, Study, metric_of
+from headscope.sweeps.plan import CellGroup, Chunk, Plan, PlannedModel, Rankings, metric_of
 from headscope.sweeps.store import rows_table
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Bench:
     config: SweepConfig
     model: HeadModel
     probes: dict[str, Probe]
-    begun: tuple[Study, Measurement, Placer] | None = None
+    begun: tuple[CellGroup, Measurement, Placer] | None = None
 
     @classmethod
     def of(cls, config: SweepConfig, wanted: ModelConfig, checkpoint: str | None) -> "Bench":
@@ -95,7 +95,7 @@ class Bench:
         other = None if edit.reference is None else self.probes[edit.reference]
         return probe_digest(self.probes[probe], other)
 
-    def _check_data(self, study: Study) -> None:
+    def _check_data(self, study: CellGroup) -> None:
         """Refuse a probe that was read from a file which changed since."""
         if self.data_digest(study.probe, study.edit) != study.probe_digest:
             other = study.edit.reference

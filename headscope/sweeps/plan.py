@@ -233,7 +233,7 @@ class PlannedModel:
 
 
 @dataclass(frozen=True)
-class Study:
+class CellGroup:
     """One model, probe, edit and seed; the cells differ in their heads alone.
 
     Attributes:
@@ -272,7 +272,7 @@ class Plan:
 
     name: str
     models: tuple[PlannedModel, ...]
-    studies: tuple[Study, ...]
+    studies: tuple[CellGroup, ...]
     chunks: tuple[Chunk, ...]
 
     @cached_property
@@ -309,7 +309,7 @@ class Plan:
 
 def chunked(
     models: Sequence[PlannedModel],
-    study: Study,
+    study: CellGroup,
     number: int,
     cells: Sequence[Cell],
     size: int,
@@ -355,7 +355,7 @@ def plan_from_json(found: Mapping[str, Any]) -> Plan:
     )
 
 
-def study_json(study: Study) -> dict[str, Any]:
+def study_json(study: CellGroup) -> dict[str, Any]:
     """A study as JSON values."""
     kept = {name: getattr(study, name) for name in ("model", "probe", "probe_digest", "examples")}
     return kept | {
@@ -390,8 +390,8 @@ def _cell(found: Sequence[Any]) -> Cell:
     return Cell(str(found[0]), int(found[1]), heads_of(found[2]))
 
 
-def _study(found: Mapping[str, Any]) -> Study:
-    return Study(
+def _study(found: Mapping[str, Any]) -> CellGroup:
+    return CellGroup(
         model=found["model"],
         probe=found["probe"],
         probe_digest=found["probe_digest"],

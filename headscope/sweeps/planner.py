@@ -24,10 +24,10 @@ from headscope.sweeps.config import (
 from headscope.sweeps.plan import (
     FORMAT,
     Cell,
+    CellGroup,
     Chunk,
     Plan,
     PlannedModel,
-    Study,
     cells,
     chunked,
     key,
@@ -66,7 +66,7 @@ def make_plan(
         for revision in model.revisions()
     ]
     models: list[PlannedModel] = []
-    studies: list[Study] = []
+    studies: list[CellGroup] = []
     chunks: list[Chunk] = []
     with track(len(states), f"planning {config.name}", show=progress) as advance:
         for entry, revision in states:
@@ -84,15 +84,17 @@ def make_plan(
                     kv_heads=shape.n_kv_heads,
                 )
             )
-            for study, chosen in _studies(config, bench, len(models) - 1):
+            for study, chosen in _groups(config, bench, len(models) - 1):
                 chunks += chunked(models, study, len(studies), chosen, config.chunk)
                 studies.append(study)
             advance(1)
     return Plan(config.name, tuple(models), tuple(studies), tuple(chunks))
 
 
-def _studies(config: SweepConfig, bench: Bench, model: int) -> Iterator[tuple[Study, list[Cell]]]:
-    """Studies of one model with their cells; metrics share the cells that they have in common."""
+def _groups(
+    config: SweepConfig, bench: Bench, model: int
+) -> Iterator[tuple[CellGroup, list[Cell]]]:
+    """Groups of one model with their cells; metrics share the cells that they have in common."""
     for probe in config.probes:
         wanted: dict[Cell, tuple[MetricConfig, ...]] = {}
         for metric in config.metrics:
@@ -118,8 +120,8 @@ def _study(
     metrics: tuple[MetricConfig, ...],
     seed: int,
     named: tuple[HeadIndex, ...],
-) -> Study:
-    return Study(
+) -> CellGroup:
+    return CellGroup(
         model=model,
         probe=probe.label,
         probe_digest=bench.data_digest(probe.label, edit),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from headscope.base.files import Claim, clear
+from headscope.base.files import FolderClaim, clear
 from headscope.base.progress import track
 from headscope.errors import HeadscopeError, InputError, ModelLoadError
 from headscope.sweeps.bench import Benches
@@ -213,7 +213,7 @@ def _claim(config: SweepConfig, out: Path, *, overwrite: bool) -> None:
     Raises:
         InputError: if it holds another run, and that may not be replaced.
     """
-    Claim.create(out, "sweep", overwrite=overwrite)
+    FolderClaim.create(out, "sweep", overwrite=overwrite)
     store = Store(out)
     if not overwrite:
         return

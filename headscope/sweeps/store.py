@@ -21,10 +21,10 @@ from headscope.base.statistics import Design, compare_means, mean_and_sem
 from headscope.errors import InputError
 from headscope.sweeps.plan import (
     FORMAT,
+    CellGroup,
     Chunk,
     Plan,
     PlannedModel,
-    Study,
     heads_text,
     plan_from_json,
 )
@@ -309,7 +309,7 @@ def row_schema() -> "pyarrow.Schema":
 
 def rows_table(
     model: PlannedModel,
-    study: Study,
+    study: CellGroup,
     chunk: Chunk,
     metric: str,
     effects: Float[np.ndarray, "cell example"],

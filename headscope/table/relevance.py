@@ -245,7 +245,7 @@ class Anchors(Saved, Shown, Tabular):
 
 
 @dataclass(frozen=True)
-class Span(Stored):
+class TextSpan(Stored):
     """Some tokens of a text that a model was asked to continue.
 
     Attributes:
@@ -278,7 +278,7 @@ class Memorized(Saved, Shown, Tabular):
         provenance: where it came from.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[TextSpan, ...]
     prefix: int
     length: int
     known: Bool[np.ndarray, " span"]

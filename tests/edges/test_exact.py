@@ -11,7 +11,7 @@ import headscope as hs
 from headscope.edges.compare import heads_out
 from headscope.edges.discrete import unique_codes
 from headscope.edges.exact import _slope
-from headscope.edges.split import Source, run_split
+from headscope.edges.split import NodeWrite, run_split
 from headscope.edges.written import EdgeMeasurement, PaddedTexts, run_apart
 from headscope.errors import HeadscopeWarning, InputError
 from headscope.metrics import logit_difference
@@ -176,8 +176,8 @@ def test_the_whole_beside_its_parts_is_the_clean_run(family: str, sign_rule: boo
     study = EdgeMeasurement.of(model_of(family), pair("right"), logit_difference)
     batch = next(study.batches())
     taps = [Tap(site, n) for n in range(2) for site in ("value", "z", "mlp_out", "resid_post")]
-    nothing = Source(Tap("embed"), torch.zeros_like(batch.change[:, 0]))
-    run = run_split(batch, [Source.of(batch, 2), nothing], taps, sign_rule=sign_rule)
+    nothing = NodeWrite(Tap("embed"), torch.zeros_like(batch.change[:, 0]))
+    run = run_split(batch, [NodeWrite.of(batch, 2), nothing], taps, sign_rule=sign_rule)
     real = batch.texts.real
     for tap in taps:
         clean, whole = batch.clean.taps[tap], run.whole(tap)

@@ -28,7 +28,7 @@ import headscope as hs
 from headscope import plots
 from headscope.base.configs import parse, read_yaml
 from headscope.base.files import (
-    Claim,
+    FolderClaim,
     check_page,
     clear,
     occupant,
@@ -245,7 +245,7 @@ def test_d2_overwriting_removes_results_and_nothing_else(tmp_path: Path) -> None
     assert left == ["notes.md", "pictures", "pictures/mine.psd"]
     (tmp_path / "table.parquet").write_text("of another program")
     with pytest.raises(InputError, match="does not say what it was"):
-        Claim.create(tmp_path, "scan")
+        FolderClaim.create(tmp_path, "scan")
 
 
 def test_d2_pages_are_replaced_only_by_the_same(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import headscope as hs
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.kinds import KINDS, UNASKED, Asked, Criterion, Kind, words
+from headscope.kinds import KINDS, UNASKED, AskedModel, Criterion, Kind, words
 from headscope.models.protocol import HeadModel
 from tests.handwired import handwired_gpt2
 
@@ -115,7 +115,7 @@ def test_a_kind_is_named_only_if_all_criteria_hold() -> None:
     low, high = np.full((3, 4), 0.9), np.full((3, 4), 0.1)
     sure = np.full((3, 4), 1e-6)
 
-    def measure(_asked: Asked) -> list[Criterion]:
+    def measure(_asked: AskedModel) -> list[Criterion]:
         first = low.copy()
         first[1, 2] = 0.2
         return [Criterion("a", first, 0.5, sure), Criterion("b", high, 0.1)]

@@ -7,7 +7,7 @@ import pytest
 
 from headscope import plots
 from headscope.report import Facts, Picture, Rows, Section, Words, index_page, sections_page
-from headscope.report.head import Evidence, HeadExample, head_page
+from headscope.report.head import HeadEvidence, HeadExample, head_page
 from headscope.table import HeadCard, HeadEigenvalues, HeadSpectra
 from tests.report.test_page import HOSTILE, Page
 from tests.table.helpers import model_table, scores
@@ -50,11 +50,11 @@ def card_of(name: str) -> HeadCard:
     )
 
 
-def evidence_of(name: str) -> Evidence:
+def evidence_of(name: str) -> HeadEvidence:
     spectra = HeadSpectra("OV", np.ones((2, 2, 3)), np.ones((2, 2)), np.ones(3), np.ones(3))
     values = HeadEigenvalues("OV", np.ones((2, 2, 3), complex))
     example = HeadExample(np.eye(2), [name, name], name)
-    return Evidence([spectra], [values], model_table(2, 2), example, [scores(name)])
+    return HeadEvidence([spectra], [values], model_table(2, 2), example, [scores(name)])
 
 
 @pytest.mark.parametrize("name", HOSTILE[::3])
@@ -89,7 +89,7 @@ def test_a_heads_page_says_what_is_known_and_no_more() -> None:
     for said in ("On probes", "Ablation", "Attention", "ov_norm", "L0H1 0.400", "queries by keys"):
         assert said in page.text or any(said in value for *_, value in page.attributes)
     assert "gone" not in page.text
-    bare = parsed(head_page(card_of("toy"), Evidence()))
+    bare = parsed(head_page(card_of("toy"), HeadEvidence()))
     assert "On probes" not in bare.text
     assert "Ablation" not in bare.text
 

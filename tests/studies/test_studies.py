@@ -15,7 +15,7 @@ import headscope as hs
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
-from headscope.studies import Claim, Evidence, Setting, Study, StudyResult, paired
+from headscope.studies import Claim, Evidence, Study, StudyResult, StudySetting, paired
 from headscope.studies.shared import need_skill, prose
 from headscope.studies.study import answered
 from tests.cli.support import run, sentence
@@ -101,22 +101,22 @@ def test_paired_evidence_is_the_interval_of_the_differences() -> None:
 
 def test_skill_is_asked_before_anything_is_said_of_predictions(tmp_path: Path) -> None:
     model = untrained("tiny-gpt2", tmp_path / "random", seed=0)
-    probe = prose(model, Setting(fast=True), seed=0, length=32)
+    probe = prose(model, StudySetting(fast=True), seed=0, length=32)
     with pytest.raises(UnsupportedModelError, match="no better than chance"):
         need_skill(model, probe)
     able = hs.load()
-    losses = need_skill(able, prose(able, Setting(fast=True), seed=0, length=32))
+    losses = need_skill(able, prose(able, StudySetting(fast=True), seed=0, length=32))
     assert losses.mean() < math.log(able.shape.d_vocab)
 
 
 def test_a_run_continues_where_it_stopped(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    def first(model: HeadModel, setting: Setting) -> Evidence:
+    def first(model: HeadModel, setting: StudySetting) -> Evidence:
         asked.append("first")
         return LOUD
 
-    def second(model: HeadModel, setting: Setting) -> Evidence:
+    def second(model: HeadModel, setting: StudySetting) -> Evidence:
         asked.append("second")
         if len(asked) == 2:
             raise KeyboardInterrupt
@@ -155,7 +155,7 @@ def test_a_damaged_answer_is_named(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_asked_says_why_and_does_not_stop_the_rest() -> None:
-    def refused(model: HeadModel, setting: Setting) -> Evidence:
+    def refused(model: HeadModel, setting: StudySetting) -> Evidence:
         raise UnsupportedModelError("it has no ears.")
 
     result = hs.studies.run(study_of(refused, lambda model, setting: LOUD), hs.load())
