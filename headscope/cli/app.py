@@ -60,6 +60,10 @@ def scan(
     target: Annotated[
         Path | None, path_option("Their targets, line by line (default: generated).")
     ] = None,
+    images: Annotated[
+        Path | None,
+        path_option("For a vision model: folder of pictures, or of a folder for each class."),
+    ] = None,
     memory: Memory = None,
     max_tokens_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="Queries whose rows are held at once.")
@@ -85,6 +89,7 @@ def scan(
         probe_file=probe,
         source=source,
         target=target,
+        images=images,
         max_tokens_per_chunk=max_tokens_per_chunk,
         examples=examples,
         as_json=json,

@@ -31,6 +31,7 @@ def run(
     probe_file: Path | None,
     source: Path | None = None,
     target: Path | None = None,
+    images: Path | None = None,
     max_tokens_per_chunk: int | None,
     examples: bool,
     as_json: bool,
@@ -39,8 +40,9 @@ def run(
     from headscope.base.configs import parse, read_yaml
     from headscope.probes.config import ProbeConfig, build_probe
 
-    if probe_file is not None and source is not None:
-        raise InputError("--probe and --source both name what is run: give one of them.")
+    given = {"--probe": probe_file, "--source": source, "--images": images}
+    if len(named := [option for option, value in given.items() if value is not None]) > 1:
+        raise InputError(f"{' and '.join(named)} both name what is run: give one of them.")
     if target is not None and source is None:
         raise InputError("--target comes without --source: give the file of sources too.")
     names = scorer_names(scorers)
@@ -57,6 +59,8 @@ def run(
     probe = None if config is None else build_probe(config, model)
     if source is not None:
         probe = probes.translation(model, source, target)
+    if images is not None:
+        probe = probes.images(model, images)
     table = score(
         model,
         probe,
@@ -67,7 +71,7 @@ def run(
         seed=options.seed,
     )
     several = len(table.stacks) > 1
-    placed = [] if config is not None or several else _on_text(model, table, options)
+    placed = [] if probe is not None or several else _on_text(model, table, options)
     scored = time.perf_counter()
 
     def show() -> None:
@@ -87,6 +91,7 @@ def run(
         "probe": asked,
         **({} if source is None else {"source": source.name}),
         **({} if target is None else {"target": target.name}),
+        **({} if images is None else {"images": images.name}),
         "seed": options.seed,
         "roles_on_text": placed,
     }
