@@ -99,7 +99,7 @@ headscope.atlas = (() => {
     table.classList.toggle("large", model.heads <= 12);
     const grid = { model, cells: new Map(), current: model.shown[0] };
     for (let layer = 0; layer < model.layers; layer += 1) {
-      const row = element("div", { role: "row", class: "row" }, element("span", { role: "rowheader", class: "layer" }, model.layers > 24 && layer % 8 ? "" : `L${layer}`));
+      const row = element("div", { role: "row", class: "row" }, element("span", { role: "rowheader", class: "layer" }, model.layers > 24 && layer % 8 ? "" : `${model.letter}${layer}`));
       for (let head = layer * model.heads; head < (layer + 1) * model.heads; head += 1) {
         if (!model.present[head]) {
           row.append(element("span", { role: "gridcell", class: "cell absent", "aria-label": `${model.headName(head)}: not there` }));

@@ -75,7 +75,7 @@ const headscope = (() => {
     const count = model.layers * model.heads;
     const present = unpack(model.present);
     const shown = [...Array(count).keys()].filter((head) => present[head]);
-    const name = (head) => `L${Math.floor(head / model.heads)}H${head % model.heads}`;
+    const name = (head) => `${model.letter}${Math.floor(head / model.heads)}H${head % model.heads}`;
     const rolesOf = (head) => roles.filter((role) => role.heads.has(head));
     return { ...model, number, scores, roles, count, present, shown, headName: name, rolesOf };
   });

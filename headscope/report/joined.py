@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from headscope.base.parquet_files import read_parquet
 from headscope.base.sections import Rows, Section, Words
 from headscope.errors import HeadscopeError, InputError
+from headscope.heads import STACK_LETTERS
 from headscope.plots.style import SEQUENTIAL, STYLES, visible
 from headscope.report.page import as_data, filled, packed, packed_example, packed_tokens
 from headscope.report.sections import Picture, laid_out, read_sections
@@ -357,6 +358,7 @@ def subject_data(subject: Subject) -> dict[str, Any]:
         "name": visible(subject.name),
         "layers": layers,
         "heads": heads,
+        "letter": STACK_LETTERS[subject.scores[0].stack],
         "kvHeads": subject.scores[0].kv_heads,
         "present": packed(present, "u1"),
         "scores": [

@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from headscope.base.glance import short
 from headscope.base.sections import Section
+from headscope.heads import HeadIndex
 from headscope.plots import heatmap
 from headscope.plots.style import visible
 from headscope.report.sections import Picture, laid_out
@@ -312,7 +313,9 @@ def _rows(table: HeadTable, scores: Sequence[HeadScores], alpha: float) -> list[
             }
             for one, mark in zip(scores, marks, strict=True)
         ]
-        rows.append({"layer": layer, "head": head, "kv_head": head // group, "cells": cells})
+        name = str(HeadIndex(layer, head, scores[0].stack))
+        place = {"name": name, "order": layer * 100_000 + head, "kv_head": head // group}
+        rows.append({**place, "cells": cells})
     return rows
 
 

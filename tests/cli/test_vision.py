@@ -45,7 +45,7 @@ def test_scan_scores_pictures(folder: Path, tmp_path: Path) -> None:
     assert table["entropy"].mean == pytest.approx(own["entropy"].mean, abs=1e-6)
     assert table["entropy"].n.max() == 4
     page = (out / "index.html").read_text(encoding="utf-8")
-    assert "V1H" in page
+    assert ">V1H2<" in page
     assert "no patch neighbours heads" in run("show", out)
 
 
