@@ -152,3 +152,12 @@ def run_python() -> Callable[[str], str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_models_stay_as_they_are() -> Iterator[None]:
+    """Models of one process are shared by its test files, so that none may write to them."""
+    yield
+    built = sys.modules.get("tests.models.families")
+    changed = [] if built is None else built.changed()
+    assert not changed, f"this file wrote to shared models: {changed}; take families.fresh"

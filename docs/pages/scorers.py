@@ -13,6 +13,7 @@ _FORMS = {
     "rows_value_weighted": "weighted by what values write",
 }
 _PROBES = {
+    "random_images": "images of random blots (:func:`headscope.probes.random_images`)",
     "repeated_tokens": "random tokens said twice (:func:`headscope.probes.repeated_tokens`)",
     "text": "bundled passages of text (:func:`headscope.probes.text`)",
     "ioi": "indirect-object pairs (:func:`headscope.probes.pairs`)",

@@ -106,7 +106,7 @@ def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Pro
     Example:
         >>> recording = hs.circuits.record(model, probe.tokens[0])
         >>> type(recording).__name__
-        'Recording'
+        'PromptRecording'
     """
     ids = torch.as_tensor(tokens).reshape(1, -1)
     recording = PromptRecording()

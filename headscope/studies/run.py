@@ -136,6 +136,15 @@ def page_of(out: Path) -> str:
 
     Raises:
         InputError: if it holds no finished study.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     found = hs.studies.run("low-rank", hs.load(), out=folder, fast=True, progress=False)
+        ...     page = hs.studies.page_of(Path(folder))
+        >>> page.startswith("<!doctype html>")
+        True
     """
     results = [
         (StudyResult.load(file), file.parent)

@@ -214,7 +214,7 @@ def answered(claim: Claim, found: Evidence) -> Answer:
     """The verdict on a claim: it holds where the whole interval lies above what counts.
 
     Example:
-        >>> claim = Claim("x", "X is high.", "x", "chance", ask=None, least=0.1)
+        >>> claim = Claim("x", "X is high.", "x", "chance", ask=lambda *_: None, least=0.1)
         >>> answered(claim, Evidence(0.5, 0.1, 0.3, 0.5, 8)).verdict
         'holds'
         >>> answered(claim, Evidence(0.5, 0.1, 0.05, 0.75, 8)).verdict

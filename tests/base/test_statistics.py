@@ -243,7 +243,7 @@ def test_rank_correlation_skips_missing_heads() -> None:
 def test_top_order_breaks_ties_low_and_never_returns_nan() -> None:
     x = np.array([[1.0, NAN], [3.0, 1.0]])
     assert top_order(x, 10).tolist() == [2, 0, 3]
-    with pytest.raises(InputError, match="negative"):
+    with pytest.raises(InputError, match="0 at least"):
         top_order(x, -1)
 
 

@@ -46,7 +46,10 @@ def test_what_it_says_of_a_model_is_so() -> None:
     unique = {one.data_ptr(): one.nbytes for one in weights if one.is_floating_point()}
     assert facts["weight_bytes"] == sum(unique.values())
     assert set(facts["parts"].values()) == {None}
-    assert set(facts["refused"]) == {"rotary_slowness", "next_token", "separator"}
+    assert set(facts["refused"]) == {
+        *("rotary_slowness", "next_token", "separator"),  # positions are learned; it looks back
+        *("patch_neighbours", "class_token", "registers"),  # it reads texts
+    }
     shown = [name for name in DEFAULT if name not in facts["refused"]]  # the rest is for encoders
     assert facts["default_scorers"] == shown
 
@@ -71,7 +74,7 @@ def test_refusals_are_those_of_the_engine(family: str) -> None:
 def test_it_prints_for_people_and_for_programs() -> None:
     shown = CliRunner().invoke(app, ["doctor", "tiny-llama"], catch_exceptions=False).stdout
     assert "4 to a key/value head" in shown
-    assert f"{len(CATALOGUE) - 2} of {len(CATALOGUE)} apply" in shown  # two read both directions
+    assert f"{len(CATALOGUE) - 5} of {len(CATALOGUE)} apply" in shown  # 2 look ahead, 3 read images
     printed = CliRunner().invoke(app, ["doctor", "tiny-llama", "--json"], catch_exceptions=False)
     assert json.loads(printed.stdout)["model"]["n_kv_heads"] == 2
 

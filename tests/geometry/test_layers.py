@@ -163,7 +163,7 @@ def test_heads_are_measured_on_their_own_outputs(family: str) -> None:
 
 
 def test_a_head_that_writes_nothing_has_no_geometry() -> None:
-    module = families.build("gpt2")
+    module = families.fresh("gpt2")
     with torch.no_grad():
         d_model = module.config.n_embd
         d_head = d_model // module.config.n_head

@@ -38,7 +38,7 @@ def test_the_last_row_is_the_model_itself(family: str) -> None:
 @pytest.mark.parametrize("family", TL_FAMILIES)
 def test_equal_to_transformer_lens(family: str) -> None:
     from transformer_lens.tools.analysis import logit_lens as theirs
-    from transformer_lens.tools.analysis.logit_lens import logit_unembedding
+    from transformer_lens.tools.analysis.logit_lens import logit_readout
 
     model = model_of(family)
     assert isinstance(model, HFModel)
@@ -47,7 +47,7 @@ def test_equal_to_transformer_lens(family: str) -> None:
     grids = lens.logit_lenses(model, TOKENS, target=targets[0].tolist(), k=4)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens)
-        found = theirs(bridge, tokens, positions=None, top_k=4, return_type="probs").unembedding
+        found = theirs(bridge, tokens, positions=None, top_k=4, return_type="probs").readout
         ranks = theirs(bridge, tokens, positions=None, targets=targets, return_type="log_probs")
         vectors = {
             site: torch.stack([cache[f"blocks.{n}.hook_{name}_out"][0] for n in range(3)])
@@ -57,13 +57,13 @@ def test_equal_to_transformer_lens(family: str) -> None:
     assert np.array_equal(grid.ids, found.top_ids[:, 0].numpy())
     assert np.abs(grid.probabilities - found.values[:, 0].numpy()).max() < 1e-5
     assert np.abs(grid.entropy - found.entropy[:, 0].numpy()).max() < 1e-4
-    assert np.array_equal(grid.target_rank, ranks.unembedding.target_ranks[:, 0, :, 0].numpy())
-    log_probs = ranks.unembedding.values[:, 0, :, 0].numpy()
+    assert np.array_equal(grid.target_rank, ranks.readout.target_ranks[:, 0, :, 0].numpy())
+    log_probs = ranks.readout.values[:, 0, :, 0].numpy()
     assert np.abs(grid.target_log_prob - log_probs).max() < 1e-4 * max(1, np.abs(log_probs).max())
     if family in ("gemma2", "olmo2", "granite"):
         return  # there transformer-lens shows these before the norm or multiplier that follows
     for site, value in vectors.items():
-        read = logit_unembedding(bridge, value, top_k=4, return_type="probs")
+        read = logit_readout(bridge, value, top_k=4, return_type="probs")
         assert np.abs(grids[site].probabilities - read.values.numpy()).max() < 1e-4
 
 

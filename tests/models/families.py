@@ -111,7 +111,22 @@ def build(family: str) -> Any:
     config = AutoConfig.for_model(model_type, **copy.deepcopy(kwargs))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     _unsettle(model)
+    _BUILT[family] = (model, writes_to(model))
     return model
+
+
+# Every model that was built, and how often its weights had been written to by then.
+_BUILT: dict[str, tuple[Any, int]] = {}
+
+
+def writes_to(model: Any) -> int:
+    """How often the weights of a model were written to in place."""
+    return sum(weight._version for weight in model.parameters())
+
+
+def changed() -> list[str]:
+    """Families whose shared model was written to since it was built."""
+    return [family for family, (model, writes) in _BUILT.items() if writes_to(model) != writes]
 
 
 def fresh(family: str) -> Any:
