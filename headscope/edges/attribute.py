@@ -21,15 +21,20 @@ from headscope.base.files import whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.edges.passes import measured_with, values_with
 from headscope.edges.rules import GIM_SHARES, InteractionRules, RelevanceRules, Rules, shared
+from headscope.edges.slots import Slot
 from headscope.edges.written import ENTRIES, EdgeBatch, EdgeMeasurement, WrittenRun, run_apart
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric, as_metric
+from headscope.models.loading.proof import gap
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap
 from headscope.origin import origin
 from headscope.probes.probe import Probe, probe_digest
 from headscope.table.edges import EdgeGraph, Wiring
+
+# How closely a head's weights must agree with the model's own backward pass to stand for it.
+_AGREEMENT = 1e-4
 
 
 def gradient_scores(batch: EdgeBatch, method: str, steps: int) -> Float[Tensor, "batch edge"]:
@@ -145,10 +150,13 @@ def _batch_scores(batch: EdgeBatch, of: Backwards) -> Float[Tensor, "batch edge"
                 f"{batch.measured.metric.name} has no gradient, so no edge can be estimated by "
                 "one: take another metric, or method='exact'."
             )
-        return _contracted(batch, run, values.sum())
+        plain = of.rules is None and not of.shares
+        return _contracted(batch, run, values.sum(), plain)
 
 
-def _contracted(batch: EdgeBatch, run: WrittenRun, total: Tensor) -> Float[Tensor, "batch edge"]:
+def _contracted(
+    batch: EdgeBatch, run: WrittenRun, total: Tensor, plain: bool
+) -> Float[Tensor, "batch edge"]:
     """Gradients at every input, multiplied with changes as they come."""
     wiring = batch.study.wiring
     outputs = [
@@ -160,7 +168,7 @@ def _contracted(batch: EdgeBatch, run: WrittenRun, total: Tensor) -> Float[Tenso
     parts = []
     for layer in range(wiring.n_layers):
         z, mlp = found[3 * layer : 3 * layer + 2]
-        inputs = _head_inputs(run, layer, z, wiring, batch.study.model.shape.group_size)
+        inputs = _head_inputs(batch, run, layer, z, plain)
         parts.append(_times(batch.change[:, : wiring.before(layer)], inputs))
         at_mlp = _mlp_input(run, layer, mlp, wiring)
         parts.append(_times(batch.change[:, : wiring.before_mlp(layer)], at_mlp[:, None]))
@@ -179,40 +187,73 @@ def _times(
 
 
 def _head_inputs(
-    run: WrittenRun, layer: int, z_slope: Tensor | None, wiring: Wiring, group: int
+    batch: EdgeBatch, run: WrittenRun, layer: int, z_slope: Tensor | None, plain: bool
 ) -> Float[Tensor, "batch slot_head pos d_model"]:
     """Gradient at the residual stream that enters every slot of every head of a layer.
 
     First back through attention, for one query head of every group at a time, so that the slope
     at a shared key or value is told apart by who read it; then through whatever makes queries,
-    keys and values of the residual stream, head by head.
+    keys and values of the residual stream.
+
+    Args:
+        batch: the batch.
+        run: the run that gradients are of.
+        layer: the model's layer number.
+        z_slope: gradient at head outputs; None: 0.
+        plain: whether gradients are gradients, and not what other rules put in their place.
     """
-    stream = run.taps[Tap("resid_pre", layer)]
+    group = batch.study.model.shape.group_size
     z = run.taps[Tap("z", layer)]
     slope = torch.zeros_like(z) if z_slope is None else z_slope
-    entries = [run.taps[Tap(site, layer)] for site in ("query", "key", "value")]
-    found: dict[tuple[int, int], Tensor] = {}
+    entries = [run.taps[Tap(site, layer)] for site in ENTRIES]
+    at: list[list[Tensor]] = [[], [], []]
     for member in range(group):
         mine = torch.zeros_like(slope)
         mine[:, :, member::group] = slope[:, :, member::group]
         slopes = torch.autograd.grad(z, entries, mine, retain_graph=True)
-        for entry, (made, at) in enumerate(zip(entries, slopes, strict=True)):
-            for head in range(member, wiring.n_heads, group):
-                own = head if entry == 0 else head // group
-                found[entry, head] = _pulled_back(stream, made, at, own)
-    order = [(entry, head) for entry in range(3) for head in range(wiring.n_heads)]
-    return torch.stack([found[place] for place in order], 1)
+        for entry, one in enumerate(slopes):
+            at[entry].append(one[:, member::group] if entry == 0 else one)
+    slots = [
+        Slot(site, layer, torch.stack(of, 2).flatten(1, 2))
+        for site, of in zip(ENTRIES, at, strict=True)
+    ]
+    return torch.cat([_at_stream(batch, run, slot, plain) for slot in slots], 1)
+
+
+def _at_stream(
+    batch: EdgeBatch, run: WrittenRun, slot: Slot, plain: bool
+) -> Float[Tensor, "batch head pos d_model"]:
+    """Slopes at the residual stream by every head's queries, keys or values.
+
+    By each head's own weights where these are shown to be what the model's code does, on the head
+    with the largest slope of the first batch; else head by head through that code, which costs a
+    whole backward pass of the layer's matrices for each.
+    """
+    model, known = batch.study.model, batch.study.by_weights
+    stream, made = run.taps[Tap("resid_pre", slot.layer)], run.taps[Tap(slot.site, slot.layer)]
+    group = 1 if slot.site == "query" else model.shape.group_size
+    place = (slot.site, slot.layer)
+    found = slot.through_weights(model, stream, batch.texts.real) if plain else None
+    if found is not None and place not in known:
+        largest = int(slot.slope.square().sum((0, 2, 3)).argmax())
+        own = _pulled_back(stream, made, slot.slope[:, largest], largest // group)
+        known[place] = gap(found[:, largest], own.float(), _AGREEMENT).closed
+    if found is not None and known[place]:
+        return found
+    heads = range(slot.slope.shape[1])
+    each = [_pulled_back(stream, made, slot.slope[:, head], head // group) for head in heads]
+    return torch.stack(each, 1)
 
 
 def _pulled_back(
     stream: Float[Tensor, "batch pos d_model"],
     made: Float[Tensor, "batch head pos d_head"],
-    slope: Float[Tensor, "batch head pos d_head"],
+    slope: Float[Tensor, "batch pos d_head"],
     head: int,
 ) -> Float[Tensor, "batch pos d_model"]:
     """Slope at the residual stream by one head's queries, keys or values."""
-    one = torch.zeros_like(slope)
-    one[:, head] = slope[:, head]
+    one = torch.zeros_like(made)
+    one[:, head] = slope
     (found,) = torch.autograd.grad(made, stream, one, retain_graph=True)
     return found
 

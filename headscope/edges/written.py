@@ -17,7 +17,7 @@ from headscope.edges.rules import Rules
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.metrics import AnyMetric, LogitRows, Metric, as_metric
 from headscope.models.protocol import HeadModel
-from headscope.models.taps import Tap, TapView
+from headscope.models.taps import Site, Tap, TapView
 from headscope.probes.probe import Probe
 from headscope.table.edges import Wiring
 
@@ -78,7 +78,7 @@ class Measured:
         return total / read.sum(1).clamp_min(1)
 
 
-ENTRIES = ("query", "key", "value")
+ENTRIES: tuple[Site, ...] = ("query", "key", "value")
 Ablation = Literal["patch", "zero", "mean"]
 _NAMES: Mapping[str, Ablation] = {
     "patch": "patch",
@@ -229,6 +229,8 @@ class EdgeMeasurement:
         ablation: what an edge that is taken out carries: ``patch``, ``zero`` or ``mean``.
         size: examples per batch.
         means: what every node writes on average over real positions, for ``mean``.
+        by_weights: whether the weights of a layer's queries, keys or values were seen to give the
+            slopes that the model's own backward pass does.
     """
 
     model: HeadModel
@@ -238,6 +240,7 @@ class EdgeMeasurement:
     size: int
     wiring: Wiring
     means: Float[Tensor, "source d_model"] | None = field(default=None)
+    by_weights: dict[tuple[str, int], bool] = field(default_factory=dict)
 
     @classmethod
     def of(

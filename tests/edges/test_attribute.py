@@ -11,7 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import headscope as hs
 from headscope.edges import Edge, EdgeGraph, Wiring
+from headscope.edges.attribute import gradient_scores
 from headscope.edges.faithfulness import circuit_value
+from headscope.edges.slots import Slot
 from headscope.edges.written import EdgeMeasurement
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.metrics import logit_difference
@@ -182,6 +184,39 @@ def test_edges_that_leave_a_node_sum_to_its_attribution(family: str) -> None:
     np.testing.assert_allclose(leaving[at], mlps, atol=2e-5 * size)
     into_output = np.nansum(graph.matrix[-1])
     assert into_output == pytest.approx(float(share[sites[1]].sum() / 4), abs=2e-5 * size)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3", "mistral"])
+def test_weights_give_what_the_backward_pass_gives(
+    family: str, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every head of every slot, where a product stands for the model's own backward pass."""
+    model, probe = model_of(family), pair(padding)
+    study = EdgeMeasurement.of(model, probe, logit_difference)
+    (batch,) = study.batches()
+    fast = gradient_scores(batch, "eap", 1)
+    by_weights = {site for (site, _), agrees in study.by_weights.items() if agrees}
+    normed = family == "qwen3"  # queries and keys behind norms of their own
+    assert by_weights == ({"value"} if normed else {"query", "key", "value"})
+    assert all(study.by_weights.values())
+    monkeypatch.setattr(Slot, "through_weights", lambda *_: None)
+    slow = gradient_scores(batch, "eap", 1)
+    torch.testing.assert_close(fast, slow, atol=2e-5 * float(slow.abs().max()), rtol=0)
+
+
+def test_weights_that_do_not_agree_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = model_of("llama"), pair()
+    study = EdgeMeasurement.of(model, probe, logit_difference)
+    (batch,) = study.batches()
+    right = gradient_scores(batch, "eap", 1)
+    other = EdgeMeasurement.of(model, probe, logit_difference)
+    (again,) = other.batches()
+    own = Slot.through_weights
+    monkeypatch.setattr(Slot, "through_weights", lambda *given: 1.01 * own(*given))
+    found = gradient_scores(again, "eap", 1)
+    assert not any(other.by_weights.values())
+    torch.testing.assert_close(found, right, atol=2e-5 * float(right.abs().max()), rtol=0)
 
 
 def test_on_a_linear_net_estimates_are_exact_and_swapping_flips() -> None:
