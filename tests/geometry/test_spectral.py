@@ -54,7 +54,7 @@ def test_bands_and_heads_are_spectra_of_what_attention_uses(side: str) -> None:
 
 
 def test_a_constant_key_is_a_line_in_slow_planes_and_a_circle_in_fast_ones() -> None:
-    module = families.build("llama")
+    module = families.fresh("llama")
     with torch.no_grad():
         for layer in module.model.layers:
             layer.self_attn.k_proj.weight.zero_()

@@ -126,7 +126,10 @@ def writes_to(model: Any) -> int:
 
 def changed() -> list[str]:
     """Families whose shared model was written to since it was built."""
-    return [family for family, (model, writes) in _BUILT.items() if writes_to(model) != writes]
+    found = [family for family, (model, writes) in _BUILT.items() if writes_to(model) != writes]
+    for family in found:  # said once, of the file that did it
+        _BUILT[family] = (_BUILT[family][0], writes_to(_BUILT[family][0]))
+    return found
 
 
 def fresh(family: str) -> Any:
