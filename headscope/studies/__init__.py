@@ -5,7 +5,7 @@ result = hs.studies.run("induction-heads", model)     # a number, a control, a v
 result.verdicts                                       # {"pattern": "holds", ...}
 """
 
-from headscope.studies.catalogue import STUDIES as STUDIES
+from headscope.studies.run import STUDIES as STUDIES
 from headscope.studies.run import list as list
 from headscope.studies.run import page_of as page_of
 from headscope.studies.run import run as run

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
 from math import isnan, nan
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
@@ -19,7 +20,7 @@ from headscope.origin import origin
 from headscope.plots import figures_of
 from headscope.report import sections_page
 from headscope.report.sections import read_sections, sections_json, with_pictures
-from headscope.studies.catalogue import STUDIES
+from headscope.studies import attention, readings
 from headscope.studies.study import (
     Answer,
     Claim,
@@ -31,6 +32,10 @@ from headscope.studies.study import (
 )
 from headscope.table import versions
 
+# Every study that ships, by name; those of a new file are added here.
+STUDIES: Mapping[str, Study] = MappingProxyType(
+    {one.name: one for one in (*attention.ALL, *readings.ALL)}
+)
 _FOLDER = "studies"
 
 
