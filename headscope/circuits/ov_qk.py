@@ -147,7 +147,9 @@ def _check_offset(model: HeadModel, offset: int | None) -> None:
         return
     need_model(model)
     if whole(offset, "offset") < 0 and "causal" not in model.limits:
-        raise InputError(f"offset={offset}: no query of {model.name} sees a key behind itself.")
+        raise InputError(
+            f"offset={offset}: queries of {model.name} see no later keys; give 0 or more."
+        )
 
 
 @own_types()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -90,7 +91,16 @@ def compare_methods(
     options = RunOptions(batch_size, seed=seed, progress=progress)
     study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     common = {"ablation": study.ablation, "batch_size": batch_size, "progress": progress}
-    truth = exact or attribute(model, probe, metric, "exact", **common)  # type: ignore[arg-type]
+    scored = partial(
+        attribute,
+        model,
+        probe,
+        metric,
+        ablation=study.ablation,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    truth = exact or scored(method="exact")
     _check_exact(truth, study)
     size = count or max(1, len(study.wiring) // 20)
     heads = heads_out(study)
@@ -100,7 +110,7 @@ def compare_methods(
         if name in OF_HEADS:
             row = _of_gates(name, study, heads, common)
         else:
-            graph = attribute(model, probe, metric, name, steps, **common)  # type: ignore[arg-type]
+            graph = scored(method=name, steps=steps)
             row = _of_edges(graph, truth, heads, size, seed)
             row["gradients"] = passes_of(study.wiring, name, steps)
         rows.append({"method": name, **row, "seconds": time.perf_counter() - started})

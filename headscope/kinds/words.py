@@ -205,10 +205,8 @@ def statements(model: HasVocabulary) -> tuple[Probe, Probe]:
 def opinions(model: HasVocabulary) -> tuple[Probe, Probe]:
     """Sentences with a good and with a bad word, none of them twice."""
     form = "Everybody who saw it said that the film was {}."
-    return tuple(  # type: ignore[return-value]
-        _texts(model, [form.format(word) for word in words], name)
-        for words, name in ((GOOD, "good opinions"), (BAD, "bad opinions"))
-    )
+    good, bad = ([form.format(word) for word in words] for words in (GOOD, BAD))
+    return _texts(model, good, "good opinions"), _texts(model, bad, "bad opinions")
 
 
 def _texts(model: HasVocabulary, texts: Sequence[str], name: str) -> Probe:

@@ -63,7 +63,8 @@ class _Subject:
             for length, limit in zip((_SOURCE, _TARGET), limits, strict=True)
         )
         whole = probes.copied_tokens(self.model, source, batch=2, seed=self.seed)
-        target = target if target != whole.source.length else target - 1  # type: ignore[union-attr]
+        assert whole.source is not None  # noqa: S101  # a copied token has a source
+        target = target if target != whole.source.length else target - 1
         return replace(
             whole,
             tokens=whole.tokens[:, :target],
