@@ -11,8 +11,8 @@
 # %% [markdown]
 # # First look: what do the heads of a model do?
 #
-# The bundled model is small, but trained: it has learned to look one token back, and to continue
-# what it has seen before. We let headscope find the heads that do this, and check that they do.
+# The bundled model is small but trained: it has learned to attend to the previous token and to continue
+# sequences it has already seen. We use headscope to find the heads responsible and verify the result.
 
 # %%
 import headscope as hs
@@ -23,9 +23,8 @@ model.shape
 # %% [markdown]
 # ## Score every head
 #
-# One forward pass per probe serves all scorers. Each score comes with a null (the same scorer on
-# random tokens without repetition, or attention spread evenly), so that a role is a statement with an
-# error rate.
+# One forward pass per probe serves all scorers. Each score comes with a null (the same scorer on random
+# tokens without repetition, or on uniform attention), so every role comes with an error rate.
 
 # %%
 table = hs.score(model)
@@ -45,7 +44,8 @@ hs.plots.heatmaps(table, ["previous_token", "induction", "duplicate_token"])
 hs.plots.ranking(table["induction"], k=10)
 
 # %% [markdown]
-# An induction head needs a previous-token head below it: the two scores live in different layers.
+# An induction head needs a previous-token head in an earlier layer, and that is where the two scores
+# peak.
 
 # %%
 hs.plots.scatter(table["previous_token"], table["induction"])
@@ -53,8 +53,8 @@ hs.plots.scatter(table["previous_token"], table["induction"])
 # %% [markdown]
 # ## One head on one example
 #
-# Random tokens said twice. In the second copy the strongest induction head looks at the token that
-# *followed* the current one the first time: the lower diagonal.
+# A sequence of random tokens, repeated once. In the second copy, the strongest induction head attends to
+# the token that *followed* the current one in the first copy: the lower diagonal.
 
 # %%
 probe = hs.probes.repeated_tokens(model, length=20, batch=1, seed=1)
@@ -63,9 +63,9 @@ layer = hs.capture.collect(model, probe, layers=[head.layer], heads=[head.head])
 hs.plots.attention_pattern(layer.pattern[0, 0].numpy(), title=f"{head}, induction {score:.2f}")
 
 # %% [markdown]
-# ## A scorer of your own
+# ## Write your own scorer
 #
-# Any function of attention rows is a scorer; nothing has to be registered.
+# Any function of attention rows can be a scorer. There is nothing to register.
 
 
 # %%

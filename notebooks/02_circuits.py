@@ -11,12 +11,13 @@
 # %% [markdown]
 # # Circuits: the induction circuit, from weights alone
 #
-# A model that continues repeated text needs two kinds of heads. A *previous-token head* writes, at
-# every position, what stood one before. An *induction head* above it reads that with its **keys**:
-# it looks for the position whose previous token is the current one. So the later head's keys must
-# read what the earlier head writes, and that is a property of their weights.
+# A model that continues repeated text needs two kinds of heads. A *previous-token head* writes the
+# previous token's identity at every position. An *induction head* in a later layer reads that with its
+# **keys**: it attends to the position whose previous token equals the current one. So the later head's
+# keys must read what the earlier head writes, and that is a property of their weights.
 #
-# Here the model is not run until the circuit has been named. Then we run it, and take heads out.
+# In this notebook we identify the circuit without running the model. Only then do we run it and ablate
+# heads.
 
 # %%
 import headscope as hs
@@ -25,16 +26,17 @@ model = hs.load()
 model.shape
 
 # %% [markdown]
-# ## What was learned at all?
+# ## Which directions were learned?
 #
-# Singular values of every head's OV circuit (what it writes, given what it reads), each head in units
-# of what random factors of its own shape and variance would give. The grey band is chance.
+# Singular values of every head's OV circuit (what it writes, given what it reads), relative to those of
+# random factors of the same shape and variance. The grey band is chance.
 
 # %%
 hs.plots.spectra(hs.circuits.spectra(model, "OV"))
 
 # %% [markdown]
-# Large directions stand far above the band and small ones below it: heads use part of their room.
+# The large singular values lie far above the band and the small ones below it: heads use only part of
+# their rank.
 
 # %%
 table = hs.circuits.score(model)
@@ -44,8 +46,8 @@ for name in ("ov_outliers", "ov_effective_rank", "copying_eigenvalues_mlp"):
 # %% [markdown]
 # ## Whose keys read what?
 #
-# K-composition of every pair: how much of what the earlier head writes the later head's keys read.
-# Heads that know nothing of each other get `chance`.
+# K-composition of every pair of heads: how much of what the earlier head writes is read by the later
+# head's keys. Unrelated heads score `chance`.
 
 # %%
 keys = hs.circuits.composition(model, "K")
@@ -59,9 +61,9 @@ hs.plots.composition_graph(keys, most=12, nodes=table["copying_eigenvalues_mlp"]
 # %% [markdown]
 # ## The circuit, named
 #
-# An induction head must raise the token that it attends to: the eigenvalues of its token-to-logit
-# matrix lie to the right, and its copying score is near 1. The raw embedding is not what a later layer
-# sees, so the first MLP is applied to it, as it is in the model.
+# An induction head must raise the logit of the token it attends to: the eigenvalues of its
+# token-to-logit matrix have positive real parts, and its copying score is near 1. Later layers do not see
+# the raw embedding, so we apply the first MLP to it, as the model does.
 
 # %%
 copying = hs.circuits.eigenvalues(model, "OV", "mlp")
@@ -70,7 +72,7 @@ print({str(head): round(float(copying.ratio[head]), 2) for head in induction})
 hs.plots.eigenvalues(copying, induction)
 
 # %% [markdown]
-# And its keys must read what previous-token heads write. Which three heads feed the keys of these most?
+# Its keys must also read what previous-token heads write. Which three heads feed these keys most?
 
 # %%
 fed = {}
@@ -82,17 +84,17 @@ print("times chance:", {str(head): round(fed[head], 1) for head in fed})
 print(f"by weights alone: {previous} look one back, {induction} continue")
 
 # %% [markdown]
-# Chains of heads, strongest first. Not every strong link ends in a copying head: high composition alone
-# names no role, which is why both conditions were asked for.
+# Chains of heads, strongest first. Not every strong link ends in a copying head. High composition alone
+# does not identify a role, which is why we required both conditions.
 
 # %%
 for path in hs.circuits.strongest_paths(model, k=6, modes=["K"]):
     print(path)
 
 # %% [markdown]
-# ## Does the model agree? What they attend to
+# ## Check the attention patterns
 #
-# Only now is it run, on random tokens said twice.
+# Only now do we run the model, on a repeated sequence of random tokens.
 
 # %%
 probe = hs.probes.repeated_tokens(model, length=50, batch=8)
@@ -104,11 +106,11 @@ assert min(seen["previous_token"][head] for head in previous) > 0.5
 assert min(seen["induction"][head] for head in induction) > 0.5
 
 # %% [markdown]
-# The heads that weights named do what they were named for.
+# The heads identified from the weights behave as predicted.
 #
-# ## Does it matter? Take them out
+# ## Check by ablation
 #
-# Each set of heads is replaced by its mean, beside the other heads of the same layers. Accuracy counts
+# We mean-ablate each set of heads and, as a control, the other heads of the same layers. Accuracy covers
 # both copies; in the first one there is nothing to predict.
 
 # %%
@@ -130,13 +132,13 @@ assert effect["induction"] < -0.3
 assert effect["others of their layers"] > -0.1
 
 # %% [markdown]
-# Without the heads that were found the model can no longer continue; without the others next to them
-# it hardly notices. One at a time they may matter little: they stand in for each other.
+# Without the circuit's heads, the model can no longer continue the sequence; without their neighbours, it
+# hardly changes. Ablated one at a time they may matter little, because they back each other up.
 #
-# ## And the link between them
+# ## Check the link between them
 #
-# If the induction heads' keys read what the previous-token heads write, then taking out the latter must
-# disturb the former's *attention*, more than taking out their neighbours does.
+# If the induction heads' keys read what the previous-token heads write, then ablating the latter must
+# disturb the former's *attention*, more than ablating their neighbours does.
 
 # %%
 means = hs.ablation.head_means(model, probe)
@@ -158,7 +160,7 @@ print(
 assert without < control - 0.1
 
 # %% [markdown]
-# So the circuit that was read off the weights is the one that the model uses: with the heads that feed
-# them at their mean the induction heads no longer find their place, and with the neighbours at theirs
-# they do. What weights did not tell is that it matters, and how much; for that, heads were taken out.
+# So the model does use the circuit that we read off the weights: when the heads that feed them are
+# mean-ablated, the induction heads no longer find the right position; when the neighbours are, they do.
+# The weights could not tell us whether the circuit matters, or how much. That took the ablation.
 # `headscope head` shows the same evidence for one head on one page.

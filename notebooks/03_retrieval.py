@@ -11,9 +11,9 @@
 # %% [markdown]
 # # Retrieval: which heads fetch a fact from far back?
 #
-# A sentence is hidden in a long text, and the model is asked about it. A *retrieval head* (Wu et al.
-# 2024) is one whose most attended token, while the answer is said, lies in that sentence and is the
-# very token that is said. Finding such heads is a matter of looking; here we also take them away.
+# We hide a sentence in a long text and ask the model about it. A *retrieval head* (Wu et al. 2024) is a
+# head whose top-attended token during decoding lies in that sentence and equals the generated token. In
+# this notebook we find such heads and then mask them.
 
 # %%
 import headscope as hs
@@ -23,13 +23,13 @@ probe = hs.probes.needle(model, lengths=[64, 128, 250], depths=5, per_cell=2)
 print(model.tokenizer.decode(probe.tokens[0][probe.real[0]]))
 
 # %% [markdown]
-# Keys, values and places are random, so nothing but the text can answer. Keys like these never
+# Keys, values and places are random, so the answer can only come from the text. Keys like these never
 # occurred in training.
 #
 # ## Who copies?
 #
-# The model answers every question, with keys and values kept; of each step only the newest query's
-# row of attention is computed. No pattern is ever stored.
+# The model answers every question with a KV cache. At each step, only the newest query's attention row is
+# computed. No full pattern is ever stored.
 
 # %%
 found = hs.retrieval.decoded(model, probe)
@@ -48,10 +48,10 @@ print(
 hs.plots.recall_grid(found.recall_grid())
 
 # %% [markdown]
-# Few heads copy, and those that do copy nearly everywhere. In the null another needle stands in the
-# text, so that the question has no answer there, and the same heads hit that needle's answer in a
-# quarter of the examples at most: each of them copies beyond chance. Teacher-forced, one pass with
-# the answer appended, they are the same heads:
+# Few heads copy, and those that do copy nearly everywhere. The null uses a text with a different needle,
+# so the question has no answer there. The same heads hit that needle's answer in at most a quarter of the
+# examples, so each of them copies beyond chance. Teacher-forcing (one pass with the answer appended)
+# finds the same heads:
 
 # %%
 print(hs.retrieval.agreement(found.by_set, hs.retrieval.forced(model, probe), k=len(heads)))
@@ -60,10 +60,10 @@ assert all(found.by_set.significant()[head] for head in heads)
 assert all(found.by_set.null[head] < 0.25 < 0.9 < found.by_set.mean[head] for head in heads)
 
 # %% [markdown]
-# ## Does the answer rest on them?
+# ## Does the answer depend on them?
 #
-# *Masking* makes a head attend to everything alike, from the last token of the prompt on. Other
-# needles than those above; the heads that copy most go first, against random ones that do not copy.
+# *Masking* makes a head attend uniformly from the last prompt token on. We use new needles and mask the
+# strongest copying heads first, with random non-copying heads as the control.
 
 # %%
 held_out = hs.probes.needle(model, lengths=[100, 200], depths=4, per_cell=2, seed=1)
@@ -82,12 +82,12 @@ assert arms["top"] < 0.1
 assert random > 0.5
 
 # %% [markdown]
-# Without the retrieval heads hardly an answer is right; without as many others most are. With only some
-# of them masked the rest stand in: no single head is indispensable.
+# Without the retrieval heads, hardly any answer is right; without the same number of other heads, most
+# are. If only some of them are masked, the rest compensate: no single head is indispensable.
 #
-# ## What is said instead?
+# ## What does the model say instead?
 #
-# The same mask as a scope: whatever the model does inside, it does without these heads.
+# The same mask as a context manager: inside it, the model runs without these heads.
 
 # %%
 prompt = "The code of the red door is seven. The code of the blue bag is nine. The code of the red door is"
@@ -98,9 +98,9 @@ with hs.mask_heads(model, heads):
 # %% [markdown]
 # ## Passage against memory
 #
-# Every passage now names the value that the model, asked without a passage, holds least likely.
-# DeCoRe (Gema et al. 2024) contrasts the model with itself without retrieval heads. A model at the end
-# of training believes what it reads anyway, so here is one that is still learning.
+# Each passage now states the value that the model considers least likely when asked without a passage.
+# DeCoRe (Gema et al. 2024) contrasts the model with itself without retrieval heads. The fully trained
+# model follows the passage anyway, so we use an earlier checkpoint.
 
 # %%
 young = hs.load("tiny-gpt2", revision="step-005000")
@@ -116,13 +116,14 @@ margin = dict(zip(said.arms, said.margin.mean(1), strict=True))
 assert margin["masked"] < margin["base"] < margin["DeCoRe entropy"]
 
 # %% [markdown]
-# The margin is how much likelier the passage's answer is than the model's own, in nats: masking lowers
-# it, the contrast raises it, most where the model is unsure. Whether the answer itself gets better is
-# another matter; the shares above say what it came to here.
+# The margin is how much more likely the passage's answer is than the model's own, in nats. Masking lowers
+# it and the contrast raises it, most where the model is unsure. Whether the answers themselves improve is
+# a separate question; see the shares above.
 #
 # ## In-context learning, token by token
 #
-# Random tokens said twice: in the second half a model that looks back knows what comes.
+# A repeated sequence of random tokens: in the second half, a model that looks back can predict what comes
+# next.
 
 # %%
 twice = hs.probes.repeated_tokens(model, length=48, batch=16)
@@ -137,5 +138,6 @@ print("single heads that matter most:", score.top(3))
 assert masked > whole + 1
 
 # %% [markdown]
-# The heads that fetch facts also carry on repeated text: here retrieval is induction. For longer texts
-# and the same on one page: `headscope retrieval MODEL --lengths 1k..32k --out runs/retrieval`.
+# The heads that retrieve facts also continue repeated text: in this model, retrieval is induction. To run
+# the same analysis on longer texts, with a report: `headscope retrieval MODEL --lengths 1k..32k --out
+# runs/retrieval`.

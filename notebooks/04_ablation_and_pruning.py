@@ -9,11 +9,11 @@
 # ---
 
 # %% [markdown]
-# # Ablation and pruning: which heads can go?
+# Ablation and pruning: which heads can be removed?
 #
-# Taking one head out tells what the model loses without it, while all others may stand in for it.
-# Taking out many, in a good order, tells how much of the model a task needs. Both questions are asked
-# of the bundled model on random tokens said twice, and at the end the heads really go.
+# Ablating one head shows what the model loses without it, while all other heads can compensate. Ablating
+# many, in a good order, shows how much of the model a task needs. We ask both questions of the bundled
+# model on repeated random tokens, and at the end we prune the heads for real.
 
 # %%
 import tempfile
@@ -28,8 +28,8 @@ held_out = hs.probes.repeated_tokens(model, length=50, batch=16, seed=2)  # to m
 # %% [markdown]
 # ## Be careful what you measure
 #
-# The loss is a mean over both copies. Nothing foretells the tokens of the first copy, and a model that
-# has learned to repeat is sure of its guesses there, and wrong.
+# The loss is a mean over both copies. The tokens of the first copy are unpredictable, and a model that has
+# learned to repeat makes confident, wrong guesses there.
 
 # %%
 loss = hs.ablate_heads(model, probe, hs.metrics.loss)
@@ -39,17 +39,18 @@ print(f"without {best_head}: loss {loss[best_head]:+.2f} nats, accuracy {accurac
 hs.plots.heatmap(loss)
 
 # %% [markdown]
-# Where the cell of the strongest induction head is blue, the loss calls it *harmful*: without it the
-# wrong guesses in the first copy are less sure. That is true, and it is not the question. What we want to
-# keep is the second copy, so from here on the metric is accuracy, where a sure mistake costs no more
-# than an unsure one.
+# A blue cell for the strongest induction head means that, by the loss, the head is *harmful*: without it,
+# the wrong guesses in the first copy are less confident. That is true but not what we want to know. We
+# care about the second copy, so from here on the metric is accuracy, where a confident mistake costs no
+# more than an uncertain one.
 
 # %%
 hs.plots.heatmap(accuracy)
 
 # %% [markdown]
-# One at a time, hardly any head matters: others stand in. Pairs tell more: below 0 where two heads
-# together cost more than the sum of both alone, which is what backups do.
+# One at a time, hardly any head matters, because others compensate. Pairs are more informative: a value
+# below 0 means that two heads together cost more than the sum of each alone, the signature of backup
+# heads.
 
 # %%
 top = [head for head, _ in hs.score(model, probe, ["induction"]).top("induction", 2)]
@@ -63,9 +64,10 @@ assert extra < -0.1  # they are each other's backup
 # %% [markdown]
 # ## Three orders, and chance
 #
-# *Gradient*: a first-order guess from one backward pass. *Ablation*: by the effect of each head alone.
-# *Greedy*: the head whose removal costs least, again and again, which alone of them looks at sets of heads
-# and so sees backups. All are found on one probe and measured on another, against random orders.
+# *Gradient*: a first-order estimate from one backward pass. *Ablation*: the effect of each head alone.
+# *Greedy*: repeatedly remove the head whose removal costs least, the only order that looks at sets of
+# heads and so accounts for backups. All orders are found on one probe and measured on another, against
+# random orders.
 
 # %%
 orders = {
@@ -91,8 +93,8 @@ chance = max(can_go[arm] for arm in curve.controls)
 assert can_go["greedy"] > chance
 
 # %% [markdown]
-# An order that looks at the model goes further than chance. What the greedy one keeps to the end is the smallest model that still
-# repeats; the scores say what those heads are.
+# All informed orders do better than chance. The heads that the greedy order keeps to the end form the
+# smallest model that still repeats; their scores show what they are.
 
 # %%
 kept = orders["greedy"][can_go["greedy"] :]
@@ -106,9 +108,8 @@ assert any("induction" in dict(roles.get(head, [])) for head in kept)
 # %% [markdown]
 # ## Prune for real
 #
-# `hs.prune` takes rows and columns out of Q, K, V and O. The smaller model computes what ablation at
-# zero computes, has fewer parameters, can be saved, and is read again with its heads under their old
-# numbers.
+# `hs.prune` removes rows and columns from Q, K, V and O. The smaller model computes exactly what zero
+# ablation computes, has fewer parameters, and can be saved and loaded with the original head numbers.
 
 # %%
 gone = orders["greedy"][: can_go["greedy"]]
@@ -131,9 +132,9 @@ assert abs(float(right) - curve.mean[list(orders).index("greedy"), can_go["greed
 # %% [markdown]
 # ## The same as a sweep
 #
-# A study worth repeating is a config: models x probes x edits x sets of heads x metrics. It can be
-# stopped, resumed, split over machines, and read while it runs. This one asks of every training
-# checkpoint which heads matter to it.
+# To repeat a study, write it as a config: models x probes x edits x sets of heads x metrics. A sweep can be
+# stopped, resumed, split over machines, and read while it runs. This one measures which heads matter at
+# every training checkpoint.
 
 # %%
 config = hs.sweeps.SweepConfig(
@@ -157,6 +158,6 @@ for name in names:
 assert abs(largest[names[0]]) < 0.02 < abs(largest[names[-1]])
 
 # %% [markdown]
-# At the start no head matters, since there is nothing to lose. `headscope sweep` runs such configs from
-# YAML files, `headscope report RUN -o report.html` draws them, and `headscope emergence` puts the scores
-# of the heads beside the losses.
+# At the start of training no head matters, since the model cannot do the task yet. `headscope sweep` runs
+# such configs from YAML files, `headscope report RUN -o report.html` draws them, and `headscope emergence`
+# shows head scores next to losses.

@@ -9,12 +9,12 @@
 # ---
 
 # %% [markdown]
-# # A scorer of your own, and a circuit from start to finish
+# Your own scorer, and a circuit from start to finish
 #
 # "When Mary and John went to the store, John gave a drink to": the model should say *Mary*. How does the
-# bundled model do it? Wang et al. (2022) found in GPT-2 small heads that look at the right name and move
-# it to the end. We ask this model without expecting the same answer: patch, find the head, write a scorer
-# for what it might be doing, follow its paths, and check the story by ablation.
+# bundled model do it? In GPT-2 small, Wang et al. (2022) found heads that attend to the right name and
+# move it to the end. This model may do it differently. We patch to find the head, write a scorer for what
+# it might be doing, follow its paths, and check the hypothesis by ablation.
 
 # %%
 import numpy as np
@@ -33,9 +33,9 @@ assert right > 0.9
 # %% [markdown]
 # ## 1. Which head? Patching
 #
-# The corrupt prompts say the *other* name twice. `noise`: give one head its output from the corrupt run;
-# 1 is unharmed, 0 is as wrong as the corrupt run. `denoise` asks the reverse: is one head's clean output
-# enough to set a corrupt run right?
+# The corrupt prompts repeat the *other* name. `noise` gives one head its output from the corrupt run: 1
+# means no harm, 0 means as wrong as the corrupt run. `denoise` asks the reverse: is one head's clean
+# output enough to fix a corrupt run?
 
 # %%
 needed = hs.patch_activations(model, probe, difference)
@@ -62,13 +62,13 @@ carrier = min(by_input, key=by_input.get)
 print(f"its {carrier} carries it")
 
 # %% [markdown]
-# If it were the query, the head would choose *where to look*. If it is the value, it looks at the same
-# place either way, and what stands there differs.
+# If it were the query, the head would choose *where to attend*. If it is the value, the head attends to
+# the same position in both runs, and the content of that position differs.
 #
 # ## 2. Where does it look? A scorer in three lines
 #
-# No ready scorer knows these sentences. A scorer is a function of attention rows and of the probe's marks;
-# `queries` says from where it is taken, so that no other row is computed.
+# No built-in scorer fits these sentences. A scorer is a function of attention rows and of the probe's
+# marks; `queries` selects the query positions, so only those rows are computed.
 
 
 # %%
@@ -95,8 +95,8 @@ assert seen[place][central] > 0.5
 # %% [markdown]
 # ## 3. What does it write? Its direct path to the logits
 #
-# A metric of your own is a function too. Path patching without receivers reads the direct effect of each
-# head: what the logits of the two names lose when only the head's own path to them is corrupted.
+# A custom metric is a function, too. Path patching without receivers measures each head's direct effect:
+# how much the logits of the two names drop when only the head's direct path to them is corrupted.
 
 
 # %%
@@ -117,8 +117,8 @@ for which, scores in direct.items():
     print(f"{which} name, {central} corrupted: {scores[central]:+.1f} logits")
 
 # %% [markdown]
-# The corrupt run has the names' parts exchanged. So a head that *raises* what it looks at and one that
-# *lowers* it look different here: which of the two is the central one?
+# In the corrupt run, the names swap roles. So a head that *raises* what it attends to looks different here
+# from one that *lowers* it. Which of the two is the central head?
 
 # %%
 copying = hs.circuits.eigenvalues(model, "OV", "mlp")
@@ -131,10 +131,10 @@ print(f"it {'lowers' if lowers else 'raises'} {marks[place]}")
 hs.plots.eigenvalues(copying, [central])
 
 # %% [markdown]
-# ## 4. Who brings the names up?
+# ## 4. Which heads raise the names?
 #
-# Lowering the wrong name is half of an answer: the right one must come from somewhere. Heads that look at
-# both names and raise what they see would do it.
+# Lowering the wrong name is only half of the answer: the right one must come from somewhere. Heads that
+# attend to both names and raise them would do it.
 
 # %%
 both = seen["io"].mean + seen["s1"].mean
@@ -150,8 +150,8 @@ for head in movers:
 # %% [markdown]
 # ## 5. Does the story hold? Ablation
 #
-# Without the central head the model should no longer know *which* name; without the movers it should no
-# longer say a name of the sentence. Each set is replaced by its mean over the probe.
+# Without the central head, the model should no longer know *which* name to say; without the movers, it
+# should no longer say a name from the sentence. Each set is replaced by its mean over the probe.
 
 
 # %%
@@ -179,8 +179,8 @@ assert clean + float(chosen.mean.ravel()[0]) < 0.5 * clean
 # %% [markdown]
 # ## 6. Is it enough?
 #
-# Keep what the story names, with the heads of the layers below that feed them, and put every other head of
-# the central layer at its mean: if the difference stays, nothing important was left out of that layer.
+# Keep the heads in our hypothesis and the lower layers that feed them, and mean-ablate every other head of
+# the central layer. If the difference remains, nothing important in that layer was left out.
 
 # %%
 left = clean + float(chosen.mean.ravel()[-1]) if others else clean
@@ -191,7 +191,7 @@ assert left > 0.7 * clean
 # %% [markdown]
 # ## The finding
 #
-# Put together from the numbers above, so that it stays true of whatever model it is run on:
+# Assembled from the numbers above, so that it is true for any model this notebook runs on:
 
 # %%
 verb = "lowers" if lowers else "raises"
@@ -202,6 +202,6 @@ if lowers and movers:
     print("The answer is what is left: two names up, the one that was said twice down.")
 
 # %% [markdown]
-# In GPT-2 small the decision is made by *where* the name movers look, with S-inhibition heads steering
-# their queries. A small model trained on few sentences may do the same task another way, and a circuit
-# found in one model is a guess about the next one, not a result.
+# In GPT-2 small, the decision is made by *where* the name movers attend, with S-inhibition heads steering
+# their queries. A small model trained on a few sentences may solve the same task differently: a circuit
+# found in one model is only a hypothesis about the next.

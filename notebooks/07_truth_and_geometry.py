@@ -11,9 +11,9 @@
 # %% [markdown]
 # # Known heads, and the shape of what they write
 #
-# A trained model never says whether a method found the right head. Compiled models do: their heads follow
-# from a program. First we hold methods to that truth; then we look at the geometry of a trained model's
-# layers and heads, with the compiled one as a control.
+# With a trained model, you cannot know whether a method found the right head. With a compiled model you
+# can, because its heads follow from a program. First we test methods against that ground truth. Then we
+# look at the geometry of a trained model's layers and heads, with a compiled model as the control.
 
 # %%
 import numpy as np
@@ -26,10 +26,10 @@ print("roles:", made.truth.roles)
 print("read by keys:", set(made.truth.composition["K"]))
 
 # %% [markdown]
-# ## 1. Do methods find what is there?
+# ## 1. Do methods find the known heads?
 #
-# Each method is asked its question; a number is the share of pairs of a true and another head (or edge) that
-# it puts in the right order.
+# Each method answers its own question. The score is pessimistic AUROC: the share of pairs of a true and
+# another head (or edge) that the method ranks in the right order.
 
 # %%
 names = [
@@ -45,13 +45,14 @@ found = hs.compiled.benchmark(names, cases, progress=False)
 print(found.by_method()[["question", "method", "auroc", "worst", "exact"]].to_string(index=False))
 
 # %% [markdown]
-# Attribution misses the previous-token head: attention of compiled models is saturated, and a gradient through
-# it is 0. Ablation and weights find everything. The whole table is on the page *Methods against the truth*.
+# Attribution misses the previous-token head: attention in compiled models is saturated, so the gradient
+# through it is 0. Ablation and weight-based methods find everything. The full table is on the page
+# *Methods against the truth*.
 #
 # ## 2. Two ways to recall
 #
-# Both programs answer a key with its value. One stores the key beside the value, the other finds the key when
-# it is asked. We break the key, restore one position, and see whether the answer comes back.
+# Both programs answer a key with its value. One stores the key next to the value, the other looks the key
+# up when asked. We corrupt the key, restore one position, and see whether the answer comes back.
 
 # %%
 recall = hs.probes.recall(range(1, 6), range(6, 11), pairs=3, batch=8)
@@ -67,13 +68,13 @@ assert where["pointer"]["query"] > 0.95
 assert where["pointer"]["value"] < 0.05
 
 # %% [markdown]
-# At the query both have it, since the answer arrives there. At the value only induction has it: the pair was
-# stored before anyone asked.
+# Restoring the query position works for both, since the answer arrives there. Restoring the value position
+# works only for induction, which stored the pair before the query.
 #
 # ## 3. Layers of a trained model
 #
-# Without a question, every layer has a shape: how many directions its tokens use, how sharply their path
-# turns, how alike the states of equal tokens are.
+# The geometry of each layer: how many directions its token states span, how sharply their trajectory
+# turns, and how similar the states of equal tokens are.
 
 # %%
 model = hs.load()
@@ -81,12 +82,13 @@ table = hs.geometry.layers(model, length=64)
 hs.plots.layers(table)
 
 # %% [markdown]
-# `self_similarity` falls in the first block and stays low: from there on, context shapes what a token is.
+# `self_similarity` drops in the first block and stays low: from there on, context shapes each token's
+# state.
 #
 # ## 4. Position and content, head by head
 #
-# Texts of one length are compared position by position. A head whose scores depend on positions alone counts
-# back; one whose scores depend on content looks for something.
+# Texts of equal length are compared position by position. A head whose scores depend only on position
+# attends by offset; one whose scores depend on content looks for particular tokens.
 
 # %%
 heads = hs.geometry.position_heads(model, length=32)
@@ -103,9 +105,9 @@ for role in ("previous_token", "induction"):
 hs.plots.heatmap(heads["qk_position"])
 
 # %% [markdown]
-# ## 5. What would it cost to see less?
+# ## 5. How sparse can attention be?
 #
-# Top-1 attention leaves a head its best key alone. Where that costs nothing, the rest was never needed.
+# Top-1 attention leaves a head only its best key. If that costs nothing, the head did not need the rest.
 
 # %%
 cost = hs.ablate_heads(model, probe, hs.metrics.loss, hs.interventions.TopK(1))
