@@ -122,13 +122,13 @@ def _pattern(
 
 def _looked_up(
     lookup: Lookup, variables: Mapping[str, Float[np.ndarray, "batch pos value"]]
-) -> Float[np.ndarray, "batch pos value"]:
+) -> Float[np.ndarray, "batch pos looked_up"]:
     if lookup.cuts:
         inputs = [np.searchsorted(lookup.cuts, variables[lookup.inputs[0]][..., 0])]
     else:
         inputs = [_single(name, variables) for name in lookup.inputs]
     values = np.vectorize(lookup.maps, otypes=[int])(*inputs)
-    one_hot: Float[np.ndarray, "batch pos value"] = np.eye(lookup.size)[values]
+    one_hot: Float[np.ndarray, "batch pos looked_up"] = np.eye(lookup.size)[values]
     return one_hot
 
 

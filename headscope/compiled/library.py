@@ -1,6 +1,7 @@
 """A library of head programs, from a single copying head to an indirect-object circuit."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 
 from headscope.compiled.program import (
@@ -171,6 +172,53 @@ def dyck_program(length: int = 8) -> Program:
     return Program("dyck", 3, length, (head,), ("answer",), (lookup,), (opened,))
 
 
+def two_bracket_program(length: int = 8) -> Program:
+    """Dyck-2: tokens 1 2 are one kind of brackets, 3 4 another; shows 0 balanced, 1 open, 2 broken.
+
+    Two heads count what was opened and closed, and MLPs make that the depth. A closing bracket then
+    looks for the last opening one of its level, an MLP compares their kinds, and a last head
+    carries a mistake on to every later position.
+
+    Example:
+        >>> made = hs.compiled.from_library("dyck 2")
+        >>> text = torch.tensor([[0, 1, 3, 4, 2, 1, 4]])  # ( [ ] ) ( ]
+        >>> made.module(text).logits.argmax(-1).tolist()
+        [[0, 1, 1, 1, 0, 1, 2]]
+    """
+    deepest, none = length - 1, length
+    is_bos = Feature("is_bos", (1.0, 0.0, 0.0, 0.0, 0.0))
+    closing = Feature("closing", (0, 0, 1, 0, 1), size=2)
+    cuts = tuple(sorted((1 / (1 + n) + 1 / (2 + n)) / 2 for n in range(deepest)))
+    openers, closers = (
+        table("opening or BOS", {0: [0, 1, 3]}),
+        table("closing or BOS", {0: [0, 2, 4]}),
+    )
+
+    def level(opened: int, closed: int, closes: int, *, of: int) -> int:
+        depth = opened - closed + closes
+        return depth if closes == of and 0 < depth <= deepest else (0 if of else none)
+
+    heads = (
+        Head(0, "one", "token", openers, "is_bos", "share_opened"),
+        Head(0, "one", "token", closers, "is_bos", "share_closed"),
+        Head(2, "closed_level", "opened_level", same(), "token", "partner", ties="last",
+             role="bracket_matching"),
+        Head(3, "one", "mistake", table("mistaken", {0: [1]}), "mistake", "broken", ties="last"),
+    )  # fmt: skip
+    counted = ("opened", "closed", "closing")
+    lookups = (
+        Lookup(0, ("share_opened",), "opened", length, lambda n: deepest - n, cuts),
+        Lookup(0, ("share_closed",), "closed", length, lambda n: deepest - n, cuts),
+        Lookup(1, counted, "opened_level", length + 1, partial(level, of=0)),
+        Lookup(1, counted, "closed_level", length + 1, partial(level, of=1)),
+        Lookup(2, ("token", "partner"), "mistake", 2,
+               lambda now, partner: int(now in (2, 4) and partner != now - 1)),
+        Lookup(3, ("opened", "closed", "broken"), "answer", 5,
+               lambda opened, closed, broken: 2 if broken else int(opened > closed)),
+    )  # fmt: skip
+    return Program("dyck 2", 5, length, heads, ("answer",), lookups, (is_bos, closing))
+
+
 def mean_program(length: int = 8) -> Program:
     """Every position shows the mean so far of the numbers that tokens stand for, rounded.
 
@@ -303,6 +351,7 @@ LIBRARY: Mapping[str, Callable[[], Program]] = {
         largest_program,
         sort_program,
         dyck_program,
+        two_bracket_program,
         mean_program,
         regression_program,
         name_mover_program,

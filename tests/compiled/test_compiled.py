@@ -1,6 +1,7 @@
 """Compiled models against the interpreter, and their truth against what models do."""
 
 import itertools
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,7 +24,7 @@ BUILDS: list[BuildOptions] = [
 ]
 GPT2_ONLY = {
     "reverse", "duplicate", "pointer", "indirect object", "planted retrieval", "bystanders",
-    "greater than",
+    "greater than", "dyck 2",
 }  # fmt: skip
 
 
@@ -103,6 +104,31 @@ def test_sorting_goes_on_until_nothing_is_left() -> None:
         for _ in range(5):
             text.append(int(made.module(torch.tensor([text])).logits[0, -1].argmax()))
         assert text[6:] == [*sorted(words, reverse=True), 0]
+
+
+def test_two_kinds_of_brackets_are_those_of_a_stack() -> None:
+    made = hs.compiled.from_library("dyck 2")
+    words = np.array(list(itertools.product([1, 2, 3, 4], repeat=5)))
+    tokens = np.concatenate([np.zeros((len(words), 1), int), words], 1)
+    expected = np.zeros_like(tokens)
+    for text, answers in zip(words.tolist(), expected, strict=True):
+        stack: list[int] = []
+        for at, token in enumerate(text, 1):
+            if token in (1, 3):
+                stack.append(token)
+            elif not stack or stack.pop() != token - 1:
+                answers[at:] = 2
+                break
+            answers[at] = bool(stack)
+    shown = made.module(torch.from_numpy(tokens)).logits.argmax(-1)
+    np.testing.assert_array_equal(shown, expected)
+
+
+def test_every_program_is_compiled_in_under_a_second() -> None:
+    for name in LIBRARY:
+        start = time.process_time()
+        hs.compiled.from_library(name, rotation_seed=1, noise_heads=2)
+        assert time.process_time() - start < 1, name
 
 
 def test_regression_is_the_mean_of_what_followed() -> None:
