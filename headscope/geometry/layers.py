@@ -472,14 +472,15 @@ class _RunningMeasures:
         states = self._states(part)
         for number in range(len(part)):
             real = part.real[number].nonzero().squeeze(1)[self.skip :]
-            states_of = states[:, number, real.to(states.device)]
+            at = real.to(states[0].device)
+            states_of = torch.stack([place[number, at] for place in states])
             self._measure(Points(states_of, part.tokens[number, real]))
         inside = part.real & (part.position_in_text >= self.skip)
         for moments, before, after in zip(self.moments, states, states[1:], strict=False):
             if moments.n < _LINEAR * self.model.shape.d_model:
                 moments.add(before[inside], after[inside])
 
-    def _states(self, part: Probe) -> Float[Tensor, "place batch pos d_model"]:
+    def _states(self, part: Probe) -> list[Float[Tensor, "batch pos d_model"]]:
         kept: list[Tensor] = []
 
         def keep(view: TapView) -> None:
@@ -488,7 +489,7 @@ class _RunningMeasures:
         last = self.model.shape.n_layers - 1
         taps = [Tap("embed"), *(Tap("resid_post", layer) for layer in range(last + 1))]
         self.model.run(part, reads=dict.fromkeys(taps, keep), until=taps[-1])
-        return torch.stack([state.to(kept[0].device) for state in kept])
+        return [state.to(kept[0].device) for state in kept]
 
     def _measure(self, points: Points) -> None:
         for name in self.names:

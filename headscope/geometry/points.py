@@ -18,6 +18,8 @@ NEIGHBOURS = 10
 SCALE = 2  # of GRIDE: ranks 2 and 4
 # Squared distances below this share of the points' own squares are computed again, term by term.
 _CLOSE = 1e-6
+# States shorter than this share of the longest lose digits where the mean is added back.
+_TINY = 1e-3
 _STILL = 1e-12  # share of the squares up to which a step is none
 
 
@@ -61,8 +63,15 @@ class Points:
     @cached_property
     def cosines(self) -> Float[Tensor, "place point point"]:
         """Cosines between states; 0 with a state that is 0."""
-        unit = torch.nn.functional.normalize(self.wide, dim=-1)
-        return unit @ unit.mT
+        norms = self.wide.norm(dim=-1)
+        if bool((norms < _TINY * norms.amax(-1, keepdim=True)).any()):
+            unit = torch.nn.functional.normalize(self.wide, dim=-1)
+            return unit @ unit.mT
+        mean = self.wide.mean(-2, keepdim=True)
+        along = (self.centred @ mean.mT).squeeze(-1) + mean.square().sum(-1) / 2
+        inner = self.products + along[..., None] + along[..., None, :]
+        inverse: Tensor = 1 / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return inner * inverse[..., None] * inverse[..., None, :]
 
     def matrix_entropy(self) -> Tensor:
         """See :func:`headscope.geometry.matrix_entropy`."""
@@ -135,6 +144,7 @@ class Points:
         if self.few:
             both = self.squares[..., None] + self.squares[..., None, :]
             square = both - 2 * self.products
+            square.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
             close = (square < _CLOSE * both).nonzero()
             for part in close.split(1 << 12):
                 place, a, b = part.T
@@ -145,8 +155,10 @@ class Points:
             far = torch.cdist(self.wide, self.wide, compute_mode="donot_use_mm_for_euclid_dist")
         far.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
         k = min(max(NEIGHBOURS, 2 * SCALE), self.x.shape[-2] - 1)
-        ordered = far.sort(dim=-1, stable=True)
-        return ordered.values[..., :k].cpu(), ordered.indices[..., :k]
+        values, ids = far.topk(k + 1, largest=False)  # one more, to see whether the last is tied
+        if bool((values.diff(dim=-1) == 0).any()):
+            values, ids = far.sort(dim=-1, stable=True)
+        return values[..., :k].cpu(), ids[..., :k]
 
     def intrinsic_dimension(self) -> Tensor:
         """See :func:`headscope.geometry.two_nn`."""

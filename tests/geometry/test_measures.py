@@ -128,6 +128,30 @@ def test_gride_maximises_its_likelihood() -> None:
     assert gm.gride(x, scale) == pytest.approx(best, rel=1e-3)
 
 
+# Points, dimension, width and seed of cubes that are mapped into more dimensions, with what other
+# libraries give: scikit-dimension 0.5.0, TwoNN(discard_fraction=0, method="mle"), and dadapy 0.3.4,
+# IdEstimation(coordinates=x, maxk=n - 1).return_id_scaling_gride(range_max=8), scales 1, 2, 4.
+ORACLES = [
+    ((300, 2, 10, 0), 2.044964775328417, (2.04496477, 1.88817398, 1.85649490)),
+    ((300, 5, 20, 1), 4.721181264537046, (4.72118125, 4.58579485, 4.33245377)),
+    ((500, 8, 8, 2), 5.81513432380925, (5.81513430, 5.45322818, 5.54404362)),
+]
+
+
+@pytest.mark.parametrize(("cube", "two_nn", "gride"), ORACLES)
+def test_dimensions_are_those_of_scikit_dimension_and_dadapy(
+    cube: tuple[int, int, int, int], two_nn: float, gride: tuple[float, ...]
+) -> None:
+    n, dimension, width, seed = cube
+    random = np.random.default_rng(seed)
+    points = random.random((n, dimension)) @ random.standard_normal((dimension, width))
+    x = torch.from_numpy(points)
+    assert gm.two_nn(x).item() == pytest.approx(two_nn, rel=1e-9)
+    for scale, expected in zip((1, 2, 4), gride, strict=True):
+        # dadapy has n - 1 for n in the likelihood's slope, which lowers it by less than 1 / n.
+        assert 0 <= gm.gride(x, scale) / expected - 1 <= 1.02 / n
+
+
 def test_equal_points_have_no_dimension() -> None:
     x = drawn(20, 3)
     x[3] = x[4]
