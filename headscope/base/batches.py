@@ -16,6 +16,9 @@ PIXELS = "pixel_values"
 PATCHES = "patches"  # name of the sequence that the patches of an image make
 TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 TEXT = "text"  # name of the sequence that token ids make
+GRID = "image_grid_thw"
+# What processors give a vision-language model beside images and tokens.
+WITH_IMAGES = (GRID, "image_sizes", "pixel_attention_mask", SEGMENTS, "mm_token_type_ids")
 # Examples and positions of a test input: two, so that no axis is mistaken for another.
 TINY = (2, 5)
 
@@ -67,7 +70,10 @@ class Batch:
         Args:
             inputs: ``input_ids [batch pos]``, and ``attention_mask``, 1 at real tokens; segments
                 (``token_type_ids``) only where all are 0. Or ``pixel_values [batch channel height
-                width]`` alone.
+                width]`` alone. Or both, as the processor of a vision-language model gives them,
+                with what it gives beside (``image_grid_thw``, ``image_sizes``,
+                ``pixel_attention_mask``, ``token_type_ids``): images of all texts in a row, as many
+                for each text.
             targets: token to predict at each position, or class of each image; -1 for none.
 
         Raises:
@@ -87,20 +93,21 @@ class Batch:
             raise InputError(f"{TOKENS!r} has shape {tuple(tokens.shape)}, not [batch pos].")
         mask = torch.ones_like(tokens) if inputs.get(MASK) is None else inputs[MASK]
         real = _of_shape(MASK, mask, tokens) != 0
-        segments = inputs.get(SEGMENTS)
+        seen = _images_by_text(inputs, tokens) if PIXELS in inputs else {}
+        segments = None if seen else inputs.get(SEGMENTS)
         if segments is not None and bool((_of_shape(SEGMENTS, segments, tokens) * real).any()):
             raise InputError(
                 f"{SEGMENTS!r} names second segments, and headscope reads texts of one: give each "
                 "text an example of its own."
             )
-        if unknown := sorted(set(inputs) - {TOKENS, MASK, SEGMENTS}):
+        if unknown := sorted(set(inputs) - {TOKENS, MASK, SEGMENTS, *seen}):
             hint = ": give targets=, -1 where there is none" if unknown[0] == "labels" else ""
             raise InputError(
                 f"headscope hands a model {TOKENS!r} and {MASK!r}, and cannot hand it "
                 f"{unknown[0]!r}{hint}."
             )
         asked = None if targets is None else _of_shape("targets", targets, tokens)
-        return cls({TOKENS: tokens}, {TEXT: real}, asked)
+        return cls({TOKENS: tokens, **seen}, {TEXT: real}, asked)
 
     @classmethod
     def tiny(cls, d_vocab: int) -> "Batch":
@@ -251,6 +258,51 @@ class Batch:
         if tokenizer is None:
             return [str(one) for one in ids]
         return [str(text) for text in tokenizer.batch_decode([[one] for one in ids])]
+
+
+def _images_by_text(inputs: Mapping[str, Any], tokens: Tensor) -> dict[str, Tensor]:
+    """Images and what goes with them, with the texts that they stand in as the first axis.
+
+    Images of one text stay in their order. Patches of images of different sizes are filled up with
+    zeros behind the last (``image_grid_thw`` says how many there are).
+
+    Raises:
+        InputError: if there are not as many images for every text.
+    """
+    texts, found = len(tokens), {}
+    for name in (PIXELS, *WITH_IMAGES):
+        if (given := inputs.get(name)) is None:
+            continue
+        value = torch.as_tensor(given)
+        if name == SEGMENTS or name == "mm_token_type_ids":
+            found[name] = _of_shape(name, value, tokens)
+        elif name == PIXELS and GRID in inputs and value.ndim == 2:
+            found[name] = value
+        elif value.ndim == 0 or len(value) == 0 or len(value) % texts:
+            count = 0 if value.ndim == 0 else len(value)
+            raise InputError(
+                f"{name!r} has {count} images for {texts} texts: give every text as many images."
+            )
+        elif len(value) == texts and (name != GRID or value.ndim == 3):
+            found[name] = value
+        else:
+            found[name] = value.unflatten(0, (texts, -1))
+    if not bool(torch.isfinite(found[PIXELS]).all()):
+        raise InputError(f"{PIXELS!r} holds numbers that are not finite.")
+    if found[PIXELS].ndim == 2:
+        found[PIXELS] = _patches_by_text(found[PIXELS], found[GRID])
+    return found
+
+
+def _patches_by_text(patches: Tensor, grid: Tensor) -> Tensor:
+    """Patches of all images in a row, with the texts that they stand in as the first axis."""
+    counts = grid.prod(-1).sum(-1).tolist()
+    if sum(counts) != len(patches):
+        raise InputError(
+            f"{PIXELS!r} has {len(patches)} patches, and {GRID!r} speaks of {sum(counts)}."
+        )
+    parts = patches.split(counts)
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
 
 def _pixels(inputs: Mapping[str, Any]) -> Tensor:

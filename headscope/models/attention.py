@@ -32,6 +32,9 @@ class AttentionCall:
         sinks: learned extra logit per head that takes part in the softmax (gpt-oss).
         bias: what is added to the scaled scores, e.g. by relative position (t5); of all examples,
             or of each.
+        reach: last key that each position sees, where some see later keys of their own block alone
+            (tokens of an image, a prefix): positions of one block have the same; None where there
+            are no such blocks.
     """
 
     layer: int
@@ -44,6 +47,7 @@ class AttentionCall:
     soft_cap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
     bias: Float[Tensor, "_ head query key"] | None = None
+    reach: Int[Tensor, "batch pos"] | None = None
 
     @property
     def n_queries(self) -> int:
@@ -104,7 +108,9 @@ class AttentionCall:
         keys are of another sequence, it sees what every query does.
         """
         batch = self.query.shape[0]
-        return visible_keys(positions, n_keys, batch, mask=self.mask, real=self.real)
+        return visible_keys(
+            positions, n_keys, batch, mask=self.mask, real=self.real, reach=self.reach
+        )
 
     def seen_by(self, positions: Int[Tensor, " query"]) -> int:
         """How many keys, from the first on, hold all that these queries see.
@@ -112,6 +118,8 @@ class AttentionCall:
         Args:
             positions: on the CPU, where reading them does not make the host wait for the device.
         """
+        if self.reach is not None:
+            return self.n_keys
         seen: int = self.mask.span(int(positions.min()), int(positions.max()), self.n_keys).stop
         return seen
 
@@ -191,19 +199,23 @@ def visible_keys(
     *,
     mask: MaskRule,
     real: Bool[Tensor, "batch pos"] | None,
+    reach: Int[Tensor, "batch pos"] | None = None,
 ) -> Bool[Tensor, "batch query key"]:
     """Which of the first ``n_keys`` keys each query position sees, padding counted in.
 
-    A padding query sees itself alone, where keys are of its own sequence.
+    A padding query sees itself alone, where keys are of its own sequence. Positions with the same
+    ``reach``, the last key that they see, see each other; see :class:`AttentionCall`.
     """
     keys = torch.arange(n_keys, device=positions.device)
-    reach: Tensor = mask.visible(positions, keys)
+    ruled: Tensor = mask.visible(positions, keys)[None].expand(batch, -1, -1)
+    if reach is not None:
+        ruled = ruled | (reach[:, positions, None] == reach[:, None, :n_keys])
     if real is None:
-        return reach[None].expand(batch, -1, -1)
+        return ruled
     if mask.kind == "cross":
-        return reach[None] & real[:, None, :n_keys]
+        return ruled & real[:, None, :n_keys]
     itself = keys[None] == positions[:, None]
-    shown = reach[None] & real[:, None, :n_keys]
+    shown = ruled & real[:, None, :n_keys]
     padding = ~real[:, positions]
     return torch.where(padding[:, :, None], itself[None], shown)
 
@@ -217,7 +229,8 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     if call.soft_cap is not None or call.sinks is not None:
         blocks = [call.average(call.rows(block).pattern) for block in _blocks(call)]
         return torch.cat(blocks, dim=1)
-    hidden = call.mask.sees(call.n_keys) < call.n_keys or call.bias is not None
+    hidden = call.mask.sees(call.n_keys) < call.n_keys
+    hidden = hidden or call.bias is not None or call.reach is not None
     square = call.n_queries in (1, call.n_keys) or not call.mask.causal
     if call.real is None and not hidden and square:
         causal = call.mask.causal and call.n_queries > 1
@@ -228,6 +241,7 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
         first, last = int(block[0]), int(block[-1])
         block = block.to(call.query.device)
         keys = call.mask.span(first, last, call.n_keys)
+        keys = keys if call.reach is None else slice(0, call.n_keys)
         mask = call.visible(block, keys.stop)[:, None, :, keys.start :]
         if (bias := call.bias_of(block, keys)) is not None:
             mask = bias.masked_fill(~mask, float("-inf")).to(call.query.dtype)
@@ -238,7 +252,8 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
 
 def _blocks(call: AttentionCall) -> Iterator[Int[Tensor, " query"]]:
     """Runs of query positions whose scores fit a block."""
-    width = min(call.n_keys, 2 * call.mask.sees(call.n_keys))
+    sees = call.n_keys if call.reach is not None else call.mask.sees(call.n_keys)
+    width = min(call.n_keys, 2 * sees)
     rows = call.query.shape[0] * width
     if any(one is not None for one in (call.soft_cap, call.sinks, call.bias)):
         rows *= call.query.shape[1]

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
-from headscope.base.batches import PATCHES, Batch
+from headscope.base.batches import PATCHES, TOKENS, Batch
 from headscope.edits import AnyEdit, Span, among, during, edited_heads
 from headscope.errors import InputError, nearest
 from headscope.heads import ModelShape
@@ -232,7 +232,8 @@ class Texts(NamedTuple):
         ):  # whose positions nobody numbered
             return cls(torch.zeros(len(batch), 1, dtype=torch.long), None, batch.inputs)
         if isinstance(batch, Batch):
-            return cls(batch.tokens, batch.real)
+            beside = {name: one for name, one in batch.inputs.items() if name != TOKENS}
+            return cls(batch.tokens, batch.real, beside)
         return cls(batch.tokens, batch.real, getattr(batch, "inputs", {}))
 
     def repeated(self, copies: int) -> "Texts":

@@ -197,7 +197,8 @@ def from_batch(
         inputs: ``input_ids [batch pos]``, and ``attention_mask`` where there is padding; of an
             encoder-decoder also ``decoder_input_ids`` and ``decoder_attention_mask``, whose
             positions are then the probe's, and ``input_features`` where it hears sound; or
-            ``pixel_values [batch channel height width]`` alone.
+            ``pixel_values [batch channel height width]`` alone; or both, with what the processor
+            of a vision-language model gives beside, as many images for every text.
         marks: named sets of positions; those of an encoder-decoder's source under ``"source"``; of
             images also boxes of patches: first row and column, and those behind the last, one box
             for all images or one for each.
@@ -229,7 +230,9 @@ def from_batch(
     if "decoder_input_ids" in inputs:
         return _from_sides(inputs, marks, targets)
     batch = Batch.of(inputs, targets)
-    return from_tokens(batch.inputs[TOKENS], batch.masks[TEXT], marks, batch.targets)
+    probe = from_tokens(batch.inputs[TOKENS], batch.masks[TEXT], marks, batch.targets)
+    beside = {name: value for name, value in batch.inputs.items() if name != TOKENS}
+    return replace(probe, inputs=beside) if beside else probe
 
 
 _SIDES = {"input_ids", "input_features", "attention_mask", "decoder_input_ids"}

@@ -143,7 +143,8 @@ class Probe(Saved, Shown):
         """What goes into the model, without the structure."""
         if self.sequence == PATCHES:
             return Batch(self.inputs, {PATCHES: self.real}, self.targets)
-        return Batch({TOKENS: self.tokens}, {TEXT: self.real}, self.targets)
+        beside = self.inputs if PIXELS in self.inputs else {}
+        return Batch({TOKENS: self.tokens, **beside}, {TEXT: self.real}, self.targets)
 
     def on_grid(self, grid: PatchGrid | None) -> "Probe":
         """The same probe with its images cut as a model cuts them; itself where nothing is left.

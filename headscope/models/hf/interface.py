@@ -92,6 +92,7 @@ class MaskFacts:
         use_vmap: whether that takes single indices only.
         refused: why attention under this mask is refused; None where it is not. Some families
             also make masks that no attention is called with (an encoder's, in bart's decoder).
+        reach: of blocks of positions that see each other; see :class:`AttentionCall`.
     """
 
     rule: MaskRule
@@ -100,6 +101,7 @@ class MaskFacts:
     function: MaskFunction
     use_vmap: bool
     refused: str | None = None
+    reach: Tensor | None = None
 
 
 _MADE: ContextVar[list[MaskFacts] | None] = ContextVar("headscope_masks", default=None)
@@ -156,10 +158,13 @@ def _mask(
 
     A mask that no rule describes is refused where attention uses it.
     """
+    made = mask_facts(attention_mask)
+    if attention_mask is not None and made is not None and made.reach is not None:
+        return attention_mask  # a model handed its mask to the model inside it (paligemma)
     first = int(q_offset)
     end = first + q_length - kv_offset
     real = padding_of_keys(attention_mask, kv_length, kv_offset)
-    rule, refused = plain_rule(mask_function), None
+    rule, refused, reach = plain_rule(mask_function), None, None
     if rule is None:
         rule = CAUSAL
         try:
@@ -172,7 +177,12 @@ def _mask(
                 use_vmap,
             )
         except UnsupportedModelError as error:
-            refused = str(error)
+            whole = first == kv_offset == 0 and q_length == kv_length
+            blocks = _blocks(mask_function, batch_size, end, use_vmap, device) if whole else None
+            if blocks is None:
+                refused = str(error)
+            else:
+                rule, reach = blocks
     elif rule.causal and local_size is not None:
         rule = MaskRule("causal", local_size)
     elif not rule.causal:  # of keys that may be of another sequence, and are all there
@@ -180,9 +190,9 @@ def _mask(
     padded = real is not None and not bool(real[:, :end].all())
     mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     mask = mask if real is None else real.to(device).clone()
-    facts = MaskFacts(rule, padded, end, mask_function, use_vmap, refused)
-    if (made := _MADE.get()) is not None and refused is None:
-        made.append(facts)
+    facts = MaskFacts(rule, padded, end, mask_function, use_vmap, refused, reach)
+    if (listed := _MADE.get()) is not None and refused is None:
+        listed.append(facts)
     return with_facts(mask, facts)
 
 
@@ -207,6 +217,33 @@ def _rule(
         "its attention mask is neither causal nor bidirectional nor a sliding window (e.g. chunks "
         "or blocks), so which keys a query sees cannot be told from its position."
     )
+
+
+def _blocks(
+    function: MaskFunction, batch: int, length: int, use_vmap: bool, device: torch.device | str
+) -> tuple[MaskRule, Tensor] | None:
+    """Rule of a causal mask in which blocks of positions see each other too, and those blocks.
+
+    Returns:
+        None where the mask is another; else the rule and the last key that each position sees.
+    """
+    places = torch.arange(length, device=device)
+    parts = places.split(max(1, _WHOLE // length))
+
+    def shown(queries: Tensor) -> Tensor:
+        return visible_by(function, batch, queries, places, use_vmap=use_vmap)
+
+    reach = torch.cat([length - 1 - shown(one).flip(-1).int().argmax(-1) for one in parts], 1)
+    counts = torch.cat([shown(one).sum(-1) for one in parts], 1)
+    alone = (reach[:, :, None] == reach[:, None]).sum(-1) == 1
+    window = int(counts[alone].max()) if bool(alone.any()) else length
+    for rule in (MaskRule("causal", window), CAUSAL):
+        expected = (
+            visible_keys(one, length, batch, mask=rule, real=None, reach=reach) for one in parts
+        )
+        if all(torch.equal(shown(one), own) for one, own in zip(parts, expected, strict=True)):
+            return (CAUSAL if window >= length else rule), reach
+    return None
 
 
 def _rules(local_size: int | None) -> Iterator[MaskRule]:
@@ -310,6 +347,7 @@ def _attend(
         soft_cap=softcap,
         sinks=s_aux,
         bias=None if position_bias is None else position_bias[..., : key.shape[2]],
+        reach=None if facts is None else facts.reach,
     )
     kept = kept_in(module)
     call = call if kept is None else kept.spread_call(call)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.base.batches import PATCHES, PIXELS, TEXT, TINY, TOKENS, Batch
+from headscope.base.batches import GRID, PATCHES, PIXELS, TEXT, TINY, TOKENS, Batch
 from headscope.base.patches import PatchGrid
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.errors import UnsupportedModelError
@@ -137,7 +137,7 @@ def find_layout(model: Any) -> Layout | None:
         layers,
         blocks,
         final,
-        configs,
+        _around(model, [module for module, _ in watch.calls]),
         final_norm_uses=1 if final is None else watch.uses[final],
         logit_map=_logit_map(logits, head),
         mask=_mask_rule([call for _, call in watch.calls]),
@@ -145,6 +145,19 @@ def find_layout(model: Any) -> Layout | None:
         unembedding=head,
         grid=None if tiny.sequence == TEXT else _grid(model, blocks[numbers[0]], shape),
     )
+
+
+def _around(model: Any, attentions: list[nn.Module]) -> tuple[Any, ...]:
+    """Configs of attention modules and of what they are in: not those of a tower beside them."""
+    names = {module: name for name, module in model.named_modules()}
+    paths = [f"{names[one]}." for one in attentions]
+    found = (
+        config
+        for module, name in names.items()
+        if (config := getattr(module, "config", None)) is not None
+        and (not name or any(path.startswith(f"{name}.") for path in paths))
+    )
+    return tuple({id(config): config for config in found}.values())
 
 
 def _logit_map(logits: tuple[Tensor, Tensor] | None, head: Any) -> LogitMap | None:
@@ -259,6 +272,32 @@ def arguments(model: Any, batch: Batch) -> dict[str, Any]:
     if batch.sequence == PATCHES:
         return {PIXELS: batch.inputs[PIXELS].to(place, model.dtype)}
     return {TOKENS: batch.tokens.to(place), "use_cache": False}
+
+
+def image_arguments(
+    model: Any, beside: Mapping[str, Tensor], place: torch.device
+) -> dict[str, Tensor]:
+    """What a vision-language model is called with beside tokens, as its processor gives it.
+
+    Args:
+        model: a transformers model.
+        beside: images and what goes with them, by text; see :class:`headscope.base.batches.Batch`.
+        place: where they go.
+    """
+    pixels = beside[PIXELS].to(place, model.dtype)
+    found = {name: value.to(place) for name, value in beside.items() if name != PIXELS}
+    if GRID in found:
+        counts = found[GRID].prod(-1).sum(-1)
+        kept = torch.arange(pixels.shape[1], device=place)[None] < counts[:, None]
+        return {**found, PIXELS: pixels[kept], GRID: found[GRID].flatten(0, 1)}
+    tiled = "pixel_attention_mask" in accepted(model) or hasattr(
+        model.config, "image_grid_pinpoints"
+    )
+    if pixels.ndim > (5 if tiled else 4):
+        pixels = pixels.flatten(0, 1)
+    if "image_sizes" in found and found["image_sizes"].ndim > 2:
+        found["image_sizes"] = found["image_sizes"].flatten(0, 1)
+    return {**found, PIXELS: pixels}
 
 
 @torch.no_grad()

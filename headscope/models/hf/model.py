@@ -1,8 +1,8 @@
 """A transformers model seen head by head, on fused attention."""
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from headscope.base.batches import PIXELS, TOKENS, Batch
 from headscope.base.glance import Glance, Shown
 from headscope.base.patches import PatchGrid
 from headscope.base.stacks import MaskRule
-from headscope.errors import UnsupportedModelError
+from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import (
     Layout,
@@ -23,6 +23,7 @@ from headscope.models.hf.layout import (
     body_of,
     device_of,
     find_layout,
+    image_arguments,
     tiny_batch,
     tiny_tokens,
 )
@@ -44,7 +45,7 @@ from headscope.models.running import (
     padding,
     pass_over,
 )
-from headscope.models.taps import Tap, writes_of
+from headscope.models.taps import Tap, Texts, writes_of
 from headscope.views.outputs import HeadWeights, Unembedding
 
 
@@ -288,12 +289,25 @@ class HFModel(Tapped, Shown):
         self.learn_padding(real)
         if run.grad:
             need_gradients(self.module, self.name)
-        with run.attached(), torch.set_grad_enabled(run.grad):
+        seen = self._says_misfits() if self.grid is None and PIXELS in run.inputs else nullcontext()
+        with seen, run.attached(), torch.set_grad_enabled(run.grad):
             inputs = self._inputs(tokens, real, run.inputs)
             if run.stops and not (run.is_read(Tap("final_resid")) and self._norm_is_outside):
                 body_of(self.module)(**inputs)
                 return torch.empty(len(tokens), 0, self.shape.n_logits)
             return self._logits(inputs, logits_at)
+
+    @contextmanager
+    def _says_misfits(self) -> Iterator[None]:
+        """Say in one sentence where images do not fit into the tokens that stand for them."""
+        try:
+            yield
+        except HeadscopeError:
+            raise
+        except ValueError as error:
+            raise InputError(
+                f"{self.name} cannot put these images into these texts: {error}"
+            ) from error
 
     @cached_property
     def _norm_is_outside(self) -> bool:
@@ -334,7 +348,7 @@ class HFModel(Tapped, Shown):
     def _inputs(
         self, tokens: Tensor, real: Tensor | None, beside: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        if PIXELS in beside:
+        if self.grid is not None:
             return arguments(self.module, Batch(beside, {}))
         tokens = tokens.to(self.device)
         if tokens.is_inference():  # made in inference mode, it could serve no gradient
@@ -342,11 +356,48 @@ class HFModel(Tapped, Shown):
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         # All real, it changes nothing, but keeps families from warning of padding.
         inputs["attention_mask"] = torch.ones_like(tokens)
+        if PIXELS in beside:  # the family itself says where in time and space each token stands
+            shown = inputs["attention_mask"] if real is None else real.long().to(self.device)
+            images = image_arguments(self.module, beside, self.device)
+            return {**inputs, "attention_mask": shown, **images}
         if real is not None and not bool(real.all()):
             inputs |= padding(
                 real.to(self.device), self._arguments, self._first_position, self.shape.turns_at
             )
         return inputs
+
+    @cached_property
+    def image_token(self) -> int | None:
+        """Token that stands for a piece of an image; None where it reads texts or images alone."""
+        token = getattr(self.module.config, "image_token_id", None)
+        sees = self.grid is None and PIXELS in self._arguments
+        return int(token) if sees and isinstance(token, int) else None
+
+    def need_images(self, texts: Texts) -> None:
+        """Refuse texts with images in them that the model cannot read, before it runs.
+
+        Raises:
+            InputError: if it reads texts alone, an input is unknown to it, or no token stands for
+                the images.
+            UnsupportedModelError: if padding stands before them and positions are counted.
+        """
+        token = self.image_token
+        if token is None:
+            super().need_images(texts)
+            return
+        if unknown := sorted(set(texts.inputs) - self._arguments):
+            raise InputError(f"{self.name} reads images without {unknown[0]!r}: leave it out.")
+        if not bool(texts.tokens.eq(token).any(1).all()):
+            raise InputError(
+                f"the probe holds images, and a text of it has no token {token} that "
+                f"stands for them in {self.name}: make texts with the model's own processor."
+            )
+        padded = texts.real is not None and not bool(texts.real[:, 0].all())
+        if padded and "rotary" in self.limits:
+            raise UnsupportedModelError(
+                f"{self.name} counts positions, which padding before a text with images moves: "
+                "pad on the right."
+            )
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
@@ -459,7 +510,7 @@ class HFModel(Tapped, Shown):
                 "example: take pooled('first') or pooled('mean')."
             )
         made = copy.copy(self)
-        for name in ("_arguments", "parts", "_norm_is_outside"):
+        for name in ("_arguments", "parts", "_norm_is_outside", "image_token"):
             made.__dict__.pop(name, None)
         width = pooled(output, None, chosen).shape[-1]
         made.layout = replace(

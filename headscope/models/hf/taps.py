@@ -267,7 +267,9 @@ class Tapped(ABC):
         Raises:
             InputError: if the model reads images and the batch holds none, or the other way.
         """
-        if PIXELS not in texts.inputs and self.grid is None:
+        if self.grid is None:
+            if PIXELS in texts.inputs:
+                self.need_images(texts)
             return int(texts.tokens.shape[1])
         images = PIXELS in texts.inputs
         given = Batch(texts.inputs if images else {TOKENS: texts.tokens}, {})
@@ -275,6 +277,17 @@ class Tapped(ABC):
         if misfit is not None or self.grid is None:
             raise InputError(str(misfit))
         return self.grid.length
+
+    def need_images(self, texts: Texts) -> None:
+        """Refuse texts with images in them where the model does not read such.
+
+        Raises:
+            InputError: if it does not, or no image stands in a text.
+        """
+        raise InputError(
+            f"the probe holds images beside its texts, and {self.name} reads texts alone: leave "
+            "them out, or load a vision-language model."
+        )
 
     @abstractmethod
     def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
