@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 
 
 class HeadscopeError(Exception):
@@ -72,3 +73,23 @@ def whole(value: object, name: str, least: int | None = None) -> int:
         return number
     bound = "" if least is None else f", {least} at least"
     raise InputError(f"{name}={value!r}: give a whole number{bound}.")
+
+
+def positive(value: object, name: str) -> float:
+    """Return an argument as a number, if it is finite and above 0.
+
+    Args:
+        value: what the caller gave; True is no number.
+        name: of the argument, as the message says it.
+
+    Raises:
+        InputError: for anything else.
+
+    Examples:
+        >>> positive(0.5, "rate")
+        0.5
+    """
+    number = None if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if number is not None and isfinite(number) and number > 0:
+        return number
+    raise InputError(f"{name}={value!r}: give a finite number above 0.")

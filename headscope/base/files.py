@@ -254,6 +254,7 @@ _FILES = (
     *("lens.parquet", "attribution.parquet", "heads.parquet", "emergence.parquet"),
     *("comparison.parquet", "recall.csv", "masking.csv", "responses.jsonl"),
     *("ranked.parquet", "ranked.jsonl", "effects.safetensors", "effects.parquet"),
+    *("kinds.safetensors", "findings.parquet", "page.txt"),
     *("edges.parquet", "routes.safetensors", "circuit.safetensors", "faithfulness.safetensors"),
 )
 _FOLDERS = {
@@ -261,10 +262,11 @@ _FOLDERS = {
     "parts": (".parquet", ".tmp"),
     "cells": (".parquet", ".tmp"),
     "scored": (".npy", ".tmp"),
+    "kinds": (".safetensors", ".tmp"),
     "failed": (".json", ".tmp"),
 }
 # Folders of finished parts -> the kind of run that goes on from them.
-_RESUMED = {"cells": "retrieval", "parts": "influence", "scored": "edges"}
+_RESUMED = {"cells": "retrieval", "parts": "influence", "scored": "edges", "kinds": "kinds"}
 _MAX_FACTS = 100_000_000
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope import kinds
-from headscope.base.files import FolderClaim
+from headscope.base.files import FolderClaim, subfolder
 from headscope.cli.options import Loading, listed
 from headscope.cli.output import asked_of, check_overwrite, print_either, print_written, typed
 from headscope.table import versions
@@ -30,7 +30,8 @@ def run(
     asked: dict[str, Any] = {"kinds": names or "all", "confirm": confirm, "seed": seed}
     if claim is not None:
         claim = claim.of(asked_of(model, loading, **asked))
-    found = kinds.survey(model, listed(names), confirm=confirm, seed=seed)
+    kept = None if claim is None else subfolder(claim.path, "kinds")
+    found = kinds.survey(model, listed(names), confirm=confirm, seed=seed, folder=kept)
     if claim is not None:
         settings = {"command": "kinds", "model": model.name, "revision": model.revision, **asked}
         _write(claim.ready(), found, settings, time.perf_counter() - started)

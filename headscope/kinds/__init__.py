@@ -12,6 +12,7 @@ from headscope.kinds.kind import above as above
 from headscope.kinds.kind import below as below
 from headscope.kinds.kind import one_sided as one_sided
 from headscope.kinds.measures import relation_scores as relation_scores
+from headscope.kinds.measures import without_norm as without_norm
 from headscope.kinds.survey import survey as survey
 from headscope.table.kinds import Finding as Finding
 from headscope.table.kinds import KindFacts as KindFacts

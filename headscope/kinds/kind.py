@@ -1,6 +1,6 @@
 """What a kind of head is: what is measured, when a head is named, and what confirms it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -204,56 +204,98 @@ class AskedModel:
         made: Probe = self.keep(("pairs", task), make)
         return made
 
-    def scores(self, scorer: Scorer) -> HeadScores:
-        """A score of a scorer of ours, on its default probe."""
-        self._need(scorer)
-        assert scorer.probe is not None  # noqa: S101  # ours have one
-        probe = self.probe(scorer.probe)
-        return self._scored(("scores", scorer.name), probe, [scorer])[scorer.name]
+    def scores(self, scorer: Scorer, beside: Sequence[Scorer] = ()) -> HeadScores:
+        """A score on its scorer's default probe.
 
-    def _need(self, scorer: Scorer) -> None:
+        Args:
+            scorer: that is asked for.
+            beside: scorers of the same probe that other kinds will ask for: one pass serves all
+                that this model can be asked. The same for all of them, so that it is kept.
+
+        Raises:
+            CannotAskError: if the model lacks what the scorer needs.
+        """
         for need in scorer.needs:
             if (reason := lacks(self.model, need)) is not None:
                 raise CannotAskError(reason)
+        if scorer.probe is None:
+            raise CannotAskError(f"the scorer {scorer.name!r} has no probe of its own.")
+        probe = self.probe(scorer.probe)
+        suited = scorer.probe.suited(self.model).name
+        others = [
+            one
+            for one in beside
+            if one.probe is not None
+            and one.probe.suited(self.model).name == suited
+            and not self._lacks(one)
+        ]
+        asked = others if any(one is scorer for one in others) else [scorer]
+        return self.table(probe, asked)[scorer.name]
 
-    def _scored(self, key: Any, probe: Probe, scorers: Sequence[str | Scorer]) -> HeadTable:
-        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": False}
-        found: HeadTable = self.keep(key, lambda: score(self.model, probe, scorers, **options))
+    def _lacks(self, scorer: Scorer) -> bool:
+        return any(lacks(self.model, need) is not None for need in scorer.needs)
+
+    def table(self, probe: Probe, scorers: Sequence[Scorer]) -> HeadTable:
+        """Scores of a probe in one pass, kept for whoever asks for the same again."""
+        key = (_Same(probe), *(one.name for one in scorers))
+        found: HeadTable = self.keep(
+            key,
+            lambda: score(
+                self.model, probe, list(scorers), batch_size=self.batch_size, progress=False
+            ),
+        )
         return found
 
-    def shared(self, name: str) -> HeadScores:
-        """A score of the catalogue, from one pass for all of its probe that kinds ask for."""
-        own = CATALOGUE[name]
-        self._need(own)
-        assert own.probe is not None  # noqa: S101  # those of _SHARED have one
-        wanted = [
-            one
-            for one in _SHARED[own.probe.name]
-            if not any(lacks(self.model, need) for need in CATALOGUE[one].needs)
-        ]
-        probe = self.probe(own.probe)
-        return self._scored(("shared", own.probe.name), probe, wanted)[name]
-
     def attention(self, probe: Probe, mark: str, query: str = "end") -> HeadScores:
-        """Attention from one mark of a probe to another, against attention spread evenly."""
-        scorer = between(query, mark, name=f"attention to {mark}")
-        return self._scored((scorer.name, id(probe)), probe, [scorer])[scorer.name]
+        """Attention from one mark of a probe to another, against attention spread evenly.
+
+        The first time, attention to all marks of the probe and direct effects on its answer are
+        measured in the same pass.
+        """
+        return self._of_marks(probe, query)[_ATTENTION.format(mark=mark)]
 
     def effect(self, probe: Probe) -> HeadScores:
-        """Direct effect on the logit of the target less that of the foil, against none."""
-        name = "direct_logit_difference"
-        self._need(CATALOGUE[name])
-        found = self._scored((name, id(probe)), probe, [name])[name]
+        """Direct effect on the logit of the target less that of the foil, against none.
+
+        Raises:
+            CannotAskError: if the model's logits are not a sum of what its heads write.
+        """
+        own = CATALOGUE[_EFFECT]
+        for need in own.needs:
+            if (reason := lacks(self.model, need)) is not None:
+                raise CannotAskError(reason)
+        found = self._of_marks(probe, "end")[own.name]
         return HeadScores.from_effects(
             found.spec, found.per_example, kv_heads=found.kv_heads, provenance=found.provenance
         )
 
+    def _of_marks(self, probe: Probe, query: str) -> HeadTable:
+        scorers = [
+            between(query, mark, name=_ATTENTION.format(mark=mark))
+            for mark in probe.marks
+            if mark != query
+        ]
+        own = CATALOGUE[_EFFECT]
+        answered = probe.foils is not None and query == "end"
+        if answered and not self._lacks(own):
+            scorers.append(own)
+        return self.table(probe, scorers)
 
-# Scores of the catalogue that kinds share, by the probe that one pass of serves them all.
-_SHARED: Mapping[str, tuple[str, ...]] = {
-    "repeated_tokens": (
-        "previous_token", "next_token", "current_token", "duplicate_token", "induction",
-    ),
-    "text": ("first_token", "delimiter", "separator", "local_window"),
-    "needle": ("retrieval", "query_focused_retrieval"),
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class _Same:
+    """A key that stands for a probe itself, and keeps it alive as long as it is known."""
+
+    probe: Probe
+
+    def __hash__(self) -> int:
+        """By identity."""
+        return id(self.probe)
+
+    def __eq__(self, other: object) -> bool:
+        """By identity."""
+        return isinstance(other, _Same) and other.probe is self.probe
+
+
+_EFFECT = "direct_logit_difference"
+_ATTENTION = "attention to {mark}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -19,8 +20,8 @@ from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.relevance.anchors import anchors
 from headscope.relevance.memorized import rare_attention
-from headscope.scorer import OTHER_EXAMPLE, REPEATED, TEXT, output_scorer
-from headscope.scorers import relation
+from headscope.scorer import OTHER_EXAMPLE, REPEATED, TEXT, Scorer, output_scorer
+from headscope.scorers import CATALOGUE, relation
 from headscope.scorers.patterns import relative_offset
 from headscope.scorers.writing import copying
 from headscope.scoring.score import score
@@ -36,7 +37,36 @@ _NEEDS_WRITE = ("attention_write", "unembedding")
 
 def shared(name: str) -> Measure:
     """A score of the catalogue above its null and its threshold."""
-    return lambda asked: [above(asked.shared(name))]
+    return lambda asked: [above(_scored(asked, CATALOGUE[name]))]
+
+
+def _scored(asked: AskedModel, scorer: Scorer) -> HeadScores:
+    """A score, from one pass for all scores of its probe that kinds ask for."""
+    assert scorer.probe is not None  # noqa: S101  # ours have one
+    return asked.scores(scorer, _together(scorer.probe.name))
+
+
+@cache
+def _together(probe: str) -> tuple[Scorer, ...]:
+    """Scorers of a probe that kinds ask for."""
+    own = {
+        "repeated_tokens": (
+            *(CATALOGUE[name] for name in _OF_REPEATED),
+            *_FIXED_PLACES.values(),
+            raised, lowered, _SINK_OF_REPEATED,
+        ),
+        "text": tuple(CATALOGUE[name] for name in _OF_TEXT),
+        "needle": tuple(CATALOGUE[name] for name in ("retrieval", "query_focused_retrieval")),
+    }  # fmt: skip
+    return own.get(probe, ())
+
+
+_OF_REPEATED = (
+    "previous_token", "next_token", "current_token", "duplicate_token", "induction"
+)  # fmt: skip
+_OF_TEXT = ("first_token", "delimiter", "separator", "local_window")
+_FIXED_PLACES = {n: relative_offset(n) for n in (2, 3, 4, 5)}
+_SINK_OF_REPEATED = replace(CATALOGUE["first_token"], probe=REPEATED)
 
 
 def part_of(scores: HeadScores, sign: int) -> Criterion:
@@ -67,10 +97,14 @@ def attends(name: str, mark: str) -> Measure:
 
 def positional(asked: AskedModel) -> list[Criterion]:
     """Attention to one of the places two to five back, whichever gets most."""
-    scores = [asked.scores(relative_offset(n)) for n in (2, 3, 4, 5)]
-    means = np.stack([one.mean for one in scores])
-    p = np.nanmin(np.stack([np.nan_to_num(one.p_value, nan=1.0) for one in scores]), 0)
-    return [Criterion("attention to a fixed place", np.nanmax(means, 0), 0.4, np.minimum(4 * p, 1))]
+    scores = [_scored(asked, one) for one in _FIXED_PLACES.values()]
+    means = np.stack([np.nan_to_num(one.mean, nan=-1.0) for one in scores])
+    most = means.argmax(0)[None]
+    value, p = (
+        np.take_along_axis(np.stack(ones), most, 0)[0]
+        for ones in ([one.mean for one in scores], [one.p_value for one in scores])
+    )
+    return [Criterion("attention to a fixed place", value, 0.4, np.minimum(len(scores) * p, 1))]
 
 
 @output_scorer(
@@ -93,12 +127,12 @@ def lowered(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head que
 
 def copies(asked: AskedModel) -> list[Criterion]:
     """Raises the tokens that it attends to."""
-    return [above(asked.scores(raised), 0.4)]
+    return [above(_scored(asked, raised), 0.4)]
 
 
 def suppresses(asked: AskedModel) -> list[Criterion]:
     """Lowers the tokens that it attends to."""
-    return [above(asked.scores(lowered), 0.4)]
+    return [above(_scored(asked, lowered), 0.4)]
 
 
 def backs_up(asked: AskedModel) -> list[Criterion]:
@@ -117,8 +151,11 @@ def backs_up(asked: AskedModel) -> list[Criterion]:
         raise CannotAskError("no name mover was found, whose work another head could take over.")
     before = asked.effect(probe)
     with asked.model.edited([edits.zero(movers)]):
-        after = score(asked.model, probe, "direct_logit_difference", progress=False)
-    rise = after["direct_logit_difference"].per_example - before.per_example
+        after = score(
+            asked.model, probe, "direct_logit_difference",
+            batch_size=asked.batch_size, progress=False,
+        )["direct_logit_difference"]  # fmt: skip
+    rise = without_norm(before.per_example, after.per_example, movers) - before.per_example
     for mover in movers:
         rise[mover] = np.nan
     scores = HeadScores.from_effects(
@@ -127,6 +164,38 @@ def backs_up(asked: AskedModel) -> list[Criterion]:
     total = float(np.abs([before.mean[mover] for mover in movers]).sum()) or 1.0
     one = above(scores, 0.0)
     return [Criterion("share of the ablated effect taken over", one.value / total, _SHARE, one.p)]
+
+
+def without_norm(
+    before: Float[np.ndarray, "layer head example"],
+    after: Float[np.ndarray, "layer head example"],
+    ablated: Sequence[HeadIndex],
+) -> Float[np.ndarray, "layer head example"]:
+    """Direct effects after an ablation, at the scale that the final norm had before it.
+
+    Taking heads out makes the stream shorter, so that the final norm raises all other direct
+    effects alike. Heads up to the first ablated layer write what they wrote before: by how much
+    theirs have changed is what the norm did, and it is divided out.
+
+    Args:
+        before: effects of every head.
+        after: the same with some heads taken out.
+        ablated: heads that were taken out.
+
+    Example:
+        >>> before = np.array([[[1.0], [3.0]], [[2.0], [0.5]]])
+        >>> after = 2 * before + np.array([[[0.0], [0.0]], [[0.0], [1.0]]])
+        >>> hs.kinds.without_norm(before, after, [hs.HeadIndex(0, 1)])[1, 1].tolist()
+        [1.0]
+    """
+    same = np.zeros(before.shape[:2], dtype=bool)
+    same[: min(head.layer for head in ablated) + 1] = True
+    same[tuple(np.transpose(ablated))] = False
+    pairs = np.nan_to_num(before[same]), np.nan_to_num(after[same])
+    size = (pairs[0] ** 2).sum(0)
+    scale = np.divide((pairs[0] * pairs[1]).sum(0), size, out=np.ones_like(size), where=size > 0)
+    fixed: np.ndarray = after / scale
+    return fixed
 
 
 def next_in_order(asked: AskedModel) -> list[Criterion]:
@@ -188,31 +257,35 @@ def relation_scores(
     """
     if any(len({b for _, b in pairs}) < 2 for pairs in sets) or not sets:
         raise InputError("a relation needs pairs with two different second tokens at least.")
-    shape, unembedding = model.shape, model.unembedding
-    plain = model.parts.embedding
-    found, chance = [], []
-    for pairs in sets:
-        first: Int[Tensor, " pair"] = torch.tensor([a for a, _ in pairs], device=plain.device)
-        answers = sorted({b for _, b in pairs})
-        place = np.array([answers.index(b) for _, b in pairs])
-        directions = unembedding.directions(torch.tensor(answers, device=plain.device))
-        bare = plain[first].float()
-        later = bare + model.parts.first_mlp(bare).float()
-        hits = np.full((shape.n_layers, shape.n_heads, len(pairs)), np.nan)
-        for layer in shape.attention_layers:
-            model.parts.need_values(layer)
-            weights = model.weights(layer)
-            x = model.parts.input_norm(layer)(bare if layer == 0 else later)
-            v = torch.einsum("pm,hmd->hpd", x, weights.W_V.float()) + weights.b_V.float()[:, None]
-            v = v.repeat_interleave(shape.group_size, 0)
-            write = torch.einsum("hpd,hdm->hpm", v, model.output_weights(layer).float())
-            best = (write @ directions.T).argmax(-1).cpu().numpy()
-            hits[layer] = best == place
-        for layer, head in shape.removed:
-            hits[layer, head] = np.nan
-        found.append(hits)
-        chance += [1 / len(answers)] * len(pairs)
-    values = np.concatenate(found, 2)
+    shape, plain = model.shape, model.parts.embedding
+    pairs = [pair for one in sets for pair in one]
+    first: Int[Tensor, " pair"] = torch.tensor([a for a, _ in pairs], device=plain.device)
+    bare = plain[first].float()
+    later = bare + model.parts.first_mlp(bare).float()
+    ends = np.cumsum([0, *map(len, sets)])
+    answers = [sorted({b for _, b in one}) for one in sets]
+    directions = [
+        model.unembedding.directions(torch.tensor(one, device=plain.device)) for one in answers
+    ]
+    best = []
+    for layer in shape.attention_layers:
+        model.parts.need_values(layer)
+        weights = model.weights(layer)
+        x = model.parts.input_norm(layer)(bare if layer == 0 else later)
+        v = torch.einsum("pm,hmd->hpd", x, weights.W_V.float()) + weights.b_V.float()[:, None]
+        v = v.repeat_interleave(shape.group_size, 0)
+        write = torch.einsum("hpd,hdm->hpm", v, model.output_weights(layer).float())
+        parts = [
+            (write[:, start:end] @ one.T).argmax(-1)
+            for start, end, one in zip(ends[:-1], ends[1:], directions, strict=True)
+        ]
+        best.append(torch.cat(parts, -1))
+    place = [some.index(b) for some, one in zip(answers, sets, strict=True) for _, b in one]
+    values = np.full((shape.n_layers, shape.n_heads, len(pairs)), np.nan)
+    values[list(shape.attention_layers)] = torch.stack(best).cpu().numpy() == np.array(place)
+    for layer, head in shape.removed:
+        values[layer, head] = np.nan
+    chance = [1 / len(some) for some, one in zip(answers, sets, strict=True) for _ in one]
     null = np.where(np.isnan(values), np.nan, np.array(chance))
     return HeadScores.from_examples(
         name, values, kv_heads=shape.n_kv_heads, control_per_example=null,
@@ -228,9 +301,7 @@ def _options(
     """Attention from the end to the letters of four options: all of it, and by letter."""
     probe: Probe = asked.keep("choices", lambda: words.choices(asked.model, asked.seed))
     parts = [asked.attention(probe, f"option_{one}").per_example for one in words.LETTERS]
-    every = torch.stack([probe.mark(f"option_{one}") for one in words.LETTERS]).any(0)
-    whole = asked.keep("letters", lambda: replace(probe, marks={**probe.marks, "letters": every}))
-    return probe, asked.attention(whole, "letters"), np.stack(parts, -1)
+    return probe, asked.attention(probe, "letters"), np.stack(parts, -1)
 
 
 def correct_letter(asked: AskedModel) -> list[Criterion]:
@@ -273,7 +344,9 @@ def negative(asked: AskedModel) -> list[Criterion]:
     yes, no = (asked.attention(probe, one).per_example for one in ("yes", "no"))
     small = 1e-6
     values = (yes + no) * np.log((no + small) / (yes + small))
-    scores = HeadScores.from_effects("negative attention", values, kv_heads=1, unit="nats")
+    scores = HeadScores.from_effects(
+        "negative attention", values, kv_heads=asked.model.shape.n_kv_heads, unit="nats"
+    )
     return [above(scores, 0.1)]
 
 
@@ -289,7 +362,8 @@ def in_context_task(asked: AskedModel) -> list[Criterion]:
             f"the tokenizer of {asked.model.name} has no relation of 8 pairs of single tokens."
         )
     chosen = dict(list(tasks.items())[:2])
-    return [above(indirect_effect(asked.model, chosen, progress=False), 0.01)]
+    found = indirect_effect(asked.model, chosen, batch_size=asked.batch_size, progress=False)
+    return [above(found, 0.01)]
 
 
 def _both(model: HeadModel, a: str, b: str) -> bool:
@@ -312,7 +386,7 @@ def label_words(asked: AskedModel) -> list[Criterion]:
     probe = probes.in_context(
         asked.model, shown, template="{text} :{label}\n", shots=4, seed=asked.seed
     )
-    found = anchors(asked.model, probe, progress=False)
+    found = anchors(asked.model, probe, batch_size=asked.batch_size, progress=False)
     if len(set(found.predicted.tolist())) < 2:
         raise CannotAskError("the model answers every prompt with the same label.")
     return [above(found.heads["anchor_auc"], 0.8)]
@@ -323,11 +397,12 @@ def rare_words(asked: AskedModel) -> list[Criterion]:
     text = probes.text(asked.model, length=32, seed=asked.seed)
     ends = torch.zeros_like(text.real)
     ends[:, 31] = True
-    probe = replace(text, marks={**text.marks, "end": ends}, clusters=None)
+    probe = replace(text, marks={**text.marks, "end": ends})
     if text.length < 32 or not bool(text.real.all()):
         raise CannotAskError("its context is too short for texts of 32 tokens.")
     counts = torch.bincount(text.tokens.flatten(), minlength=asked.model.shape.d_vocab)
-    return [below(rare_attention(asked.model, probe, counts, asked.seed), 0.3)]
+    found = rare_attention(asked.model, probe, counts, asked.seed, batch_size=asked.batch_size)
+    return [below(found, 0.3)]
 
 
 def word_pieces(asked: AskedModel) -> list[Criterion]:
@@ -339,7 +414,7 @@ def word_pieces(asked: AskedModel) -> list[Criterion]:
             f"the tokenizer of {asked.model.name} cuts hardly any word of the texts into pieces."
         )
     scorer = relation("pieces", torch.tensor(pairs), control="flat").mass
-    return [above(score(asked.model, probe, scorer, progress=False)[scorer.name], _ATTENDS)]
+    return [above(asked.table(probe, [scorer])[scorer.name], _ATTENDS)]
 
 
 def apostrophes(asked: AskedModel) -> list[Criterion]:
@@ -368,10 +443,10 @@ def dormant(asked: AskedModel) -> list[Criterion]:
 
     The p-value is two-sided, of independent examples.
     """
-    text = asked.shared("first_token")
-    other = score(asked.model, asked.probe(REPEATED), "first_token", progress=False)["first_token"]
+    text, other = (_scored(asked, one) for one in (CATALOGUE["first_token"], _SINK_OF_REPEATED))
+    design = Design(clusters=text.design.clusters, control_clusters=other.design.clusters)
     scores = HeadScores.from_examples(
-        "sink in one domain", text.per_example, kv_heads=text.kv_heads,
+        "sink in one domain", text.per_example, kv_heads=text.kv_heads, design=design,
         control_per_example=other.per_example, alternative="two-sided",
     )  # fmt: skip
     gap = np.abs(scores.mean - scores.null)
@@ -405,7 +480,9 @@ def told_apart(make: Callable[[HeadModel], tuple[Probe, Probe]]) -> Measure:
 
     def measure(asked: AskedModel) -> list[Criterion]:
         high, low = make(asked.model)
-        found = contrast(asked.model, high, low, method="probe", at="end").auc
+        found = contrast(
+            asked.model, high, low, method="probe", at="end", batch_size=asked.batch_size
+        ).auc
         assert found is not None  # noqa: S101  # contrasts have one
         return [above(found, 0.8)]
 

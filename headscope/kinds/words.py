@@ -1,6 +1,8 @@
 """Words and prompts that kinds are asked with; sentences are our own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import torch
@@ -151,7 +153,9 @@ def choices(model: HasVocabulary, seed: int) -> Probe:
         marks["right"] = marks[f"option_{right}"]
         foil = LETTERS[(kinds.index(wanted) + 1 + number % 3) % 4]
         said.append((text + "Answer:", marks, f" {right}", f" {foil}"))
-    return marked(model, said, "choices", seed)
+    made = marked(model, said, "choices", seed)
+    letters = torch.stack([made.mark(f"option_{letter}") for letter in LETTERS]).any(0)
+    return replace(made, marks={**made.marks, "letters": letters})
 
 
 def yes_or_no(model: HasVocabulary, seed: int) -> Probe:
@@ -221,18 +225,25 @@ def _at(text: str, word: str, behind: str) -> tuple[int, int]:
 def pieces(model: HasVocabulary, probe: Probe) -> list[tuple[int, int, int]]:
     """Pairs of a token and an earlier piece of the same word: example, query, key."""
     tokenizer = need_tokenizer(model, "a text")
-    texts = {
-        one: tokenizer.batch_decode([[one]])[0] for one in set(probe.tokens[probe.real].tolist())
+    rows = [row[real].tolist() for row, real in zip(probe.tokens, probe.real, strict=True)]
+    beside = sorted({pair for row in rows for pair in pairwise(row)})
+    alone = sorted({token for row in rows for token in row})
+    both = tokenizer.batch_decode([list(pair) for pair in beside])
+    first = dict(zip(alone, tokenizer.batch_decode([[one] for one in alone]), strict=True))
+    # One token's text may lack the space in front of it, or have a sign for its absence: whether
+    # a word goes on is seen in the text of two.
+    goes_on = {
+        pair: text.startswith(first[pair[0]]) and text[len(first[pair[0]]) :].isalpha()
+        for pair, text in zip(beside, both, strict=True)
     }
     found: list[tuple[int, int, int]] = []
-    for example in range(len(probe)):
-        word: list[int] = []
-        for at in range(int(probe.first[example]), int(probe.last[example]) + 1):
-            text = texts[int(probe.tokens[example, at])]
-            if not (text.isalpha() and word):
-                word = [at] if text.strip().isalpha() else []
+    for example, row in enumerate(rows):
+        start, word = int(probe.first[example]), [0]
+        for at, pair in enumerate(pairwise(row), 1):
+            if not (goes_on[pair] and first[pair[0]].strip(" #").isalpha()):
+                word = [at]
                 continue
-            found += [(example, at, earlier) for earlier in word]
+            found += [(example, start + at, start + earlier) for earlier in word]
             word.append(at)
     return found
 

@@ -15,7 +15,7 @@ from headscope.base.options import RunOptions
 from headscope.base.progress import track
 from headscope.base.statistics import Design
 from headscope.edits import Span
-from headscope.errors import InputError
+from headscope.errors import InputError, positive, whole
 from headscope.heads import ModelShape
 from headscope.metrics import loss
 from headscope.models.decoding import need_continuing
@@ -84,7 +84,7 @@ def anchors(
     need_continuing(model)
     labels = _Labels.of(probe)
     layers = len(model.shape.attention_layers)
-    if isolate is not None and not 1 <= isolate <= layers:
+    if isolate is not None and whole(isolate, "isolate", 1) > layers:
         raise InputError(f"isolate={isolate}: the model has {layers} layers with attention.")
     capture.check_fits(model, probe, answers=True)
     parts: list[_Flows] = []
@@ -504,10 +504,8 @@ def reweight(
         >>> learned.losses[1] < learned.losses[0]
         True
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps={steps!r}: take one step at least.")
-    if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
-        raise InputError(f"rate={rate!r}: a learning rate is a number above 0.")
+    whole(steps, "steps", 1)
+    positive(rate, "rate")
     need_continuing(model)
     labels = _Labels.of(probe)
     held = probe if test is None else test
@@ -518,14 +516,14 @@ def reweight(
     shape = (model.shape.n_layers, model.shape.n_heads, len(labels.tokens))
     beta = torch.zeros(shape, device=model.device, requires_grad=True)
     optimiser = torch.optim.Adam([beta], lr=rate)
-    losses: list[float] = []
+    losses: list[Tensor] = []  # left on the device until the end
     with track(steps, "learning weights of label words", show=progress) as advance:
         for _ in range(steps):
             with torch.enable_grad():
                 logits = _weighted(model, probe, labels, beta)
                 total = torch.nn.functional.cross_entropy(logits, labels.right.to(logits.device))
                 (beta.grad,) = torch.autograd.grad(total, [beta])
-            losses.append(float(total.detach()))
+            losses.append(total.detach())
             optimiser.step()
             advance()
     right = _Labels.of(held).right
@@ -534,7 +532,7 @@ def reweight(
         before = _weighted(model, held, labels, torch.zeros_like(beta)).argmax(1).cpu() == right
     return Reweighted(
         beta.detach().cpu().double().numpy(),
-        tuple(losses),
+        tuple(torch.stack(losses).tolist()),
         float(before.float().mean()),
         float(after.float().mean()),
     )

@@ -213,12 +213,14 @@ def atman(
 
 
 def _check(factor: float, mode: str, similar: float | None, top: int | None) -> None:
-    if not isinstance(factor, int | float) or not 0 <= factor <= 1:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
         raise InputError(f"factor={factor!r}: scores are multiplied by a number from 0 to 1.")
     if mode not in get_args(Mode):
         raise InputError(nearest(str(mode), get_args(Mode), kind="mode"))
-    if similar is not None and not (isinstance(similar, int | float) and 0 < similar <= 1):
-        raise InputError(f"similar={similar!r} is not a cosine: give a number from 0 to 1.")
+    if similar is not None and not (
+        isinstance(similar, int | float) and not isinstance(similar, bool) and 0 < similar <= 1
+    ):
+        raise InputError(f"similar={similar!r} is not a cosine: give a number above 0, up to 1.")
     if top is not None and (not isinstance(top, int) or isinstance(top, bool) or top < 1):
         raise InputError(f"top={top!r}: measure one head at least, or leave top out.")
 

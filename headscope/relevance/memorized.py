@@ -12,7 +12,7 @@ from torch import Tensor
 from headscope import capture
 from headscope.base.progress import track
 from headscope.base.statistics import Design
-from headscope.errors import InputError, UnsupportedModelError
+from headscope.errors import InputError, UnsupportedModelError, whole
 from headscope.heads import ModelShape
 from headscope.models.decoding import need_continuing
 from headscope.models.protocol import HeadModel
@@ -61,6 +61,7 @@ def memorized(
     (mean over its occurrences, not their sum, which grows with the count) and how often it occurs
     in the corpus, mean over known spans, or over all where none is known: -1 where attention is in
     the order of rarity. Its control has the counts of the span's tokens in another, seeded order.
+    Errors and tests count texts, not spans: those of one text are a cluster.
 
     Args:
         model: that reads from left to right.
@@ -87,8 +88,8 @@ def memorized(
     """
     need_continuing(model)
     for name, value in (("prefix", prefix), ("length", length), ("stride", stride)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{name}={value!r}: give one token at least.")
+        if value is not None:
+            whole(value, name, 1)
     corpus = _read(model, texts)
     counts = _counts(corpus, model.shape.d_vocab)
     start = [] if not isinstance(texts[0], str) else bos_prefix(model, None)
@@ -97,7 +98,10 @@ def memorized(
     )
     places = _places(corpus, prefix + length, stride or prefix + length)
     tokens = torch.tensor([[*start, *corpus[t][s : s + prefix + length]] for t, s in places])
-    probe = _spans_probe(tokens, len(start) + prefix)
+    probe = replace(
+        _spans_probe(tokens, len(start) + prefix),
+        clusters=torch.tensor([text for text, _ in places]),
+    )
     capture.check_fits(model, probe, answers=True)
     right, losses = _tried(model, probe, batch_size, progress)
     spans = tuple(
@@ -109,7 +113,7 @@ def memorized(
     seen = probe.examples(torch.from_numpy(chosen if len(chosen) else np.arange(len(probe))))
     about = origin(model, probe, prefix=prefix, length=length)
     scores = [rare_attention(model, seen, counts, seed, batch_size=batch_size, about=about)]
-    scores += _gradients(model, seen if len(chosen) else None, about)
+    scores += _gradients(model, seen if len(chosen) else None, batch_size, about)
     broken = _broken(model, probe, chosen[:_MOST_KNOWN], len(start), prefix, seed, batch_size)
     return Memorized(
         spans=spans,
@@ -127,9 +131,18 @@ def _read(model: HeadModel, texts: Texts) -> list[list[int]]:
     if isinstance(texts, str) or not len(texts):
         raise InputError("the corpus is a list of texts, one at least.")
     if not isinstance(texts[0], str):
-        return [[int(one) for one in row] for row in texts]
+        try:
+            return [[whole(one, "a token id") for one in _listed(row)] for row in texts]
+        except TypeError as error:
+            raise InputError(
+                f"the corpus is neither texts nor lists of token ids: {error}."
+            ) from error
     tokenizer = need_tokenizer(model, "a corpus of texts")
     return [encode(tokenizer, str(one)).ids for one in texts]
+
+
+def _listed(row: Any) -> Any:
+    return row.tolist() if isinstance(row, Tensor) else row
 
 
 def _counts(corpus: Sequence[Sequence[int]], d_vocab: int) -> Int[Tensor, " d_vocab"]:
@@ -139,8 +152,11 @@ def _counts(corpus: Sequence[Sequence[int]], d_vocab: int) -> Int[Tensor, " d_vo
         InputError: if every token is another.
     """
     ids = torch.tensor([one for row in corpus for one in row] or [0])
-    if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
-        raise InputError(f"the corpus has token {int(ids.max())}: the model knows {d_vocab}.")
+    wrong = ids[(ids < 0) | (ids >= d_vocab)]
+    if len(wrong):
+        raise InputError(
+            f"the corpus has token {int(wrong[0])}: the model knows 0 to {d_vocab - 1}."
+        )
     counts = torch.bincount(ids, minlength=d_vocab)
     if int(counts.max()) < 2:
         raise InputError(
@@ -201,40 +217,54 @@ def _tried(
 
 
 @dataclass
-class _Rare:
-    """Attention of the last prefix token to each different token before it."""
+class _LastRows:
+    """Attention of the last prefix token, of every layer, left on the device."""
 
-    probe: Probe
-    counts: Int[Tensor, " d_vocab"]
-    shuffled: Int[Tensor, "batch pos"]
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    at: Int[Tensor, " 1"]
+    found: dict[int, Float[Tensor, "batch head key"]] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every layer's rows."""
+        """Every layer's row."""
         return at_layers(shape, self._add)
 
     def _add(self, view: TapView) -> None:
-        end = int(self.probe.host.mark("end")[0].int().argmax())
-        row = view.rows(torch.tensor([end])).pattern[:, :, 0].cpu().double().numpy()
-        own, null = [], []
-        for example, ids in enumerate(self.probe.host.tokens[:, : row.shape[-1]].numpy()):
-            kinds, place, often = np.unique(ids, return_inverse=True, return_counts=True)
-            sums = np.stack([np.bincount(place, one, len(kinds)) for one in row[example]])
-            mean = sums / often
-            counts = self.counts[torch.from_numpy(kinds)].numpy()
-            order = np.argsort(self.shuffled[example, : len(kinds)].numpy(), kind="stable")
-            own.append([_tau(one, counts) for one in mean])
-            null.append([_tau(one, counts[order]) for one in mean])
-        self.found[view.layer] = np.array(own).T, np.array(null).T
+        self.found[view.layer] = view.rows(self.at).pattern[:, :, 0]
+
+    def on_host(self) -> Float[np.ndarray, "layer batch head key"]:
+        """Rows of all layers, in one transfer."""
+        return torch.stack(list(self.found.values())).cpu().double().numpy()
 
 
-def _tau(attention: np.ndarray, counts: np.ndarray) -> float:
-    """Kendall's tau-b; NaN where one side does not vary."""
-    from scipy import stats
+# Entries of a table of pairs of tokens that are held at once.
+_MOST_PAIRS = 4_000_000
 
-    if np.ptp(counts) == 0 or np.ptp(attention) == 0:
-        return float("nan")
-    return float(stats.kendalltau(attention, counts).statistic)
+
+def _tau(
+    attention: Float[np.ndarray, "*any token"], counts: Int[np.ndarray, " token"]
+) -> Float[np.ndarray, "*any"]:
+    """Kendall's tau-b of each row with the counts; NaN where one side does not vary."""
+    first, second = np.triu_indices(len(counts), 1)
+    other = np.sign(counts[first].astype(float) - counts[second])
+    flat = attention.reshape(-1, len(counts))
+    size = max(1, _MOST_PAIRS // max(1, len(first)))
+    parts = []
+    for start in range(0, len(flat), size):
+        rows = flat[start : start + size]
+        apart = np.sign(rows[:, first] - rows[:, second])
+        varied = np.abs(apart).sum(-1) * np.abs(other).sum()
+        agree = apart @ other
+        parts.append(
+            np.divide(agree, np.sqrt(varied), out=np.full(len(rows), np.nan), where=varied > 0)
+        )
+    return np.concatenate(parts).reshape(attention.shape[:-1])
+
+
+def _by_token(
+    ids: Int[np.ndarray, " key"], rows: Float[np.ndarray, "*any key"]
+) -> tuple[Int[np.ndarray, " token"], Float[np.ndarray, "*any token"]]:
+    """The different tokens of a text, and the mean attention to the occurrences of each."""
+    tokens, place, often = np.unique(ids, return_inverse=True, return_counts=True)
+    return tokens, rows @ np.eye(len(tokens))[place] / often
 
 
 def rare_attention(
@@ -249,7 +279,9 @@ def rare_attention(
     """Kendall's tau between attention from ``end`` and how often tokens occur in a corpus.
 
     Attention to a token is the mean over its occurrences; the control has the counts of the
-    example's tokens in another order. -1 where attention is in the order of rarity.
+    example's tokens in another order. -1 where attention is in the order of rarity. A BOS in front
+    is left out: it is in no text of the corpus, so that a head which rests on it would seem to look
+    for what is rare.
 
     Args:
         model: that is run.
@@ -258,6 +290,9 @@ def rare_attention(
         seed: of the orders of the control.
         batch_size: examples per pass.
         about: provenance of the score.
+
+    Raises:
+        InputError: if the examples do not have one ``end`` each, at the same position.
 
     Source: Stoehr et al. 2024 (arXiv 2403.19851), section 5.
 
@@ -269,27 +304,36 @@ def rare_attention(
         >>> hs.relevance.rare_attention(model, marked, counts).bounds
         (-1.0, 1.0)
     """
+    ends = probe.host.mark("end").sum(1), probe.host.mark("end").int().argmax(1)
+    if not bool((ends[0] == 1).all()) or len(set(ends[1].tolist())) > 1:
+        raise InputError("every example needs one position marked 'end', the same in all.")
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.rand(probe.tokens.shape, generator=generator)
-    order = drawn.argsort(1)
-    shape = model.shape
+    drawn = torch.rand(probe.tokens.shape, generator=generator).numpy()
+    shape, often, start = model.shape, counts.cpu().numpy(), bos_prefix(model, None)
     own = np.full((shape.n_layers, shape.n_heads, len(probe)), np.nan)
     null = own.copy()
-    numbered = replace(probe, facts={"number": torch.arange(len(probe), dtype=torch.float32)})
+    layers = np.array(shape.attention_layers)
     for chosen, part in capture.stream(
-        model,
-        numbered,
-        lambda batch, _: _Rare(batch, counts, order[batch.facts["number"].long()]),
-        batch_size=batch_size,
+        model, probe, lambda _, __: _LastRows(ends[1][:1]), batch_size=batch_size
     ):
-        for layer, (mine, other) in part.found.items():
-            own[layer, :, chosen], null[layer, :, chosen] = mine, other
+        rows = part.on_host()
+        for row, example in enumerate(range(chosen.start, chosen.stop)):
+            keys = np.flatnonzero(probe.host.real[example, : rows.shape[-1]].numpy())
+            ids = probe.host.tokens[example].numpy()
+            if start and ids[keys[0]] == start[0]:
+                keys = keys[1:]
+            tokens, mean = _by_token(ids[keys], rows[:, row][..., keys])
+            other = np.argsort(drawn[example, : len(tokens)], kind="stable")
+            own[layers, :, example] = _tau(mean, often[tokens])
+            null[layers, :, example] = _tau(mean, often[tokens][other])
+    for layer, head in shape.removed:
+        own[layer, head] = null[layer, head] = np.nan
     return HeadScores.from_examples(
         "rare_attention",
         own,
         kv_heads=shape.n_kv_heads,
         control_per_example=null,
-        design=Design(paired=True),
+        design=Design(paired=True, clusters=probe.cluster_labels),
         alternative="two-sided",
         unit="tau",
         bounds=(-1.0, 1.0),
@@ -299,12 +343,14 @@ def rare_attention(
     )
 
 
-def _gradients(model: HeadModel, probe: Probe | None, about: Provenance) -> list[HeadScores]:
+def _gradients(
+    model: HeadModel, probe: Probe | None, batch_size: int | None, about: Provenance
+) -> list[HeadScores]:
     """Largest entry of the gradient of every head's matrices; NaN without examples."""
     shape = model.shape
     found = np.full((4, shape.n_layers, shape.n_heads), np.nan)
     if probe is not None and _readable(model):
-        for layer, values in weight_gradients(model, probe).items():
+        for layer, values in weight_gradients(model, probe, batch_size=batch_size).items():
             for number, name in enumerate(_MATRICES):
                 one = values[name].abs().amax((-2, -1)).cpu().double().numpy()
                 found[number, layer] = np.repeat(one, shape.n_heads // len(one))
@@ -346,7 +392,7 @@ def _need_plain(model: HeadModel, layer: int) -> None:
 
 @own_types()
 def weight_gradients(
-    model: HeadModel, probe: Probe
+    model: HeadModel, probe: Probe, *, batch_size: int | None = None
 ) -> dict[int, dict[str, Float[Tensor, "head first second"]]]:
     """Gradient of the mean loss of a probe's targets by ``W_Q``, ``W_K``, ``W_V`` and ``W_O``.
 
@@ -356,9 +402,11 @@ def weight_gradients(
 
     Args:
         model: without norms on its queries and keys.
-        probe: with targets; all of it in one pass.
+        probe: with targets.
+        batch_size: examples per pass.
 
     Raises:
+        InputError: if the probe has no targets.
         UnsupportedModelError: if queries and keys pass a norm, or attention's input is not a norm
             of the residual stream.
 
@@ -367,6 +415,24 @@ def weight_gradients(
         >>> found[0]["V"].shape == model.weights(0).W_V.shape
         True
     """
+    count = int((probe.host.targets >= 0).sum())
+    if not count:
+        raise InputError("the probe has no targets, so there is no loss to take gradients of.")
+    found: dict[int, dict[str, Tensor]] = {}
+    for _, part in capture.passes(
+        model, probe, lambda batch, _: _of_batch(model, batch, count), batch_size=batch_size
+    ):
+        for layer, values in part.items():
+            before = found.setdefault(layer, {})
+            for letter, one in values.items():
+                before[letter] = before[letter] + one if letter in before else one
+    return found
+
+
+def _of_batch(
+    model: HeadModel, probe: Probe, count: int
+) -> dict[int, dict[str, Float[Tensor, "head first second"]]]:
+    """What some examples add to the gradients of a mean over ``count`` targets."""
     shape, held = model.shape, dict[Tap, Tensor]()
     sites = ("resid_pre", "query", "key", "value", "z", "head_sum")
     taps = [Tap(site, layer) for layer in shape.attention_layers for site in sites]
@@ -374,17 +440,18 @@ def weight_gradients(
     def keep(view: TapView) -> None:
         held[view.tap] = view.value
 
-    read = probe.host.targets >= 0
-    at = torch.nonzero(read.any(0))[:, 0]
+    at = torch.nonzero((probe.host.targets >= 0).any(0))[:, 0]
+    if not len(at):
+        return {}
     wanted = [tap for tap in taps if tap.site in ("query", "key", "value", "head_sum")]
     with torch.enable_grad():
         logits = model.run(probe, reads=dict.fromkeys(taps, keep), logits_at=at, grad=True)
         assert logits is not None  # noqa: S101  # they were asked for
         targets = probe.targets[:, at].to(logits.device)
         total = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
         )
-        slopes = torch.autograd.grad(total, [held[tap] for tap in wanted])
+        slopes = torch.autograd.grad(total / count, [held[tap] for tap in wanted])
     by_tap = dict(zip(wanted, slopes, strict=True))
     return {
         layer: _of_layer(

@@ -18,7 +18,7 @@ from headscope.base.result import Tabular
 from headscope.base.saved import Saved
 from headscope.base.statistics import Design, mean_and_sem
 from headscope.edits import AnyEdit, HeadEdit, Heads, Span, Variant
-from headscope.errors import InputError, nearest
+from headscope.errors import InputError, nearest, positive, whole
 from headscope.metrics import Metric, answer_log_prob, answer_probability
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
@@ -264,11 +264,9 @@ def learn_strengths(
         >>> found.values.shape == (model.shape.n_layers, model.shape.n_heads)
         True
     """
-    for name, value in (("steps", steps), ("every", every)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name}={value!r}: give a whole number, 1 or more.")
-    if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
-        raise InputError(f"rate={rate!r}: a learning rate is a number above 0.")
+    whole(steps, "steps", 1)
+    whole(every, "every", 1)
+    positive(rate, "rate")
     vectors.check(model)
     if test is None:
         if len(probe) < 4:
@@ -282,7 +280,7 @@ def learn_strengths(
     values = vectors.values.nan_to_num().to(model.device)
     theta = torch.zeros(values.shape[:2], device=model.device, requires_grad=True)
     optimiser = torch.optim.Adam([theta], lr=rate)
-    losses: list[float] = []
+    losses: list[Tensor] = []  # left on the device until the end
     checks: list[tuple[int, float]] = []
     best: tuple[float, Tensor] | None = None
     with torch.no_grad():
@@ -292,7 +290,7 @@ def learn_strengths(
             with torch.enable_grad():
                 total = _loss(model, probe, values, theta.sigmoid())
                 (theta.grad,) = torch.autograd.grad(total, [theta])
-            losses.append(float(total.detach()))
+            losses.append(total.detach())
             optimiser.step()
             advance()
             if step % every and step < steps:
@@ -308,7 +306,7 @@ def learn_strengths(
         tuple(np.transpose(model.shape.heads))
     ]
     return Strengths(
-        kept.double().numpy(), tuple(losses), tuple(checks), before, best[0],
+        kept.double().numpy(), tuple(torch.stack(losses).tolist()), tuple(checks), before, best[0],
         origin(model, probe, vectors=vectors.name, steps=steps, rate=rate),
     )  # fmt: skip
 
@@ -486,10 +484,12 @@ class SteeringTable(Saved, Shown, Tabular):
     """What a way of steering does to a task, beside what it does to other text.
 
     Attributes:
-        arms: names: ``none``, ``heads``, ``random heads``, ``residual``, ``random residual``.
+        arms: names: ``none``, ``heads``, ``random heads``, ``residual``, ``random residual``, and
+            ``prompt`` where one was given.
         metric: name and unit of the task's metric.
         task: the metric on every prompt.
-        side: KL(plain || steered) of the next token after other texts, in nats.
+        side: KL(plain || steered) of the next token after other texts, in nats; NaN for
+            ``prompt``, which leaves other texts as they are.
         provenance: where it came from.
     """
 
@@ -543,6 +543,7 @@ def compare(
     mode: str = "replace",
     layer: int | None = None,
     metric: Metric = answer_log_prob,
+    prompt: Probe | None = None,
     other: Probe | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -552,7 +553,8 @@ def compare(
     Arms: ``none``; ``heads``, the vectors injected; ``random heads``, random directions of the
     same lengths in the same heads; ``residual``, what the heads' vectors write together added to
     the residual stream after one layer; ``random residual``, a random direction of that length. All
-    act at the last token: ``end`` of the prompts, and the last token of other texts.
+    act at the last token: ``end`` of the prompts, and the last token of other texts. ``prompt``
+    steers by words instead: the same questions asked with demonstrations or an instruction.
 
     Args:
         model: the model.
@@ -563,6 +565,9 @@ def compare(
         mode: as :func:`inject` takes it.
         layer: after which the residual arms add; default: a third of the way up.
         metric: that reads ``end``.
+        prompt: the same examples, in the same order and with the same targets, as a prompt that
+            asks for the task, such as :func:`headscope.probes.in_context` with demonstrations;
+            default: no such arm.
         other: unrelated texts; default: the bundled passages.
         seed: of the random directions.
         batch_size: examples per pass.
@@ -583,10 +588,13 @@ def compare(
     from headscope import probes
 
     texts = probes.text(model, length=32) if other is None else other
-    for one in (probe, texts):
-        capture.check_fits(model, one, answers=one is probe)
     reading = metric.at("end")
-    reading.reads(probe)
+    for one in (probe, *([] if prompt is None else [prompt])):
+        capture.check_fits(model, one, answers=True)
+        reading.reads(one)
+    capture.check_fits(model, texts)
+    if prompt is not None:
+        _need_same_answers(probe, prompt)
     place = model.shape.n_layers // 3 if layer is None else layer
     Tap("resid_post", place).check(model.name, model.shape)
     whole = function_vector(model, vectors, heads).values.to(model.device)
@@ -626,12 +634,31 @@ def compare(
         "residual": adding(whole),
         "random residual": adding(drawn),
     }
-    task = np.stack([_metric_of(model, probe, reading, run, batch_size) for run in arms.values()])
-    side = np.stack([_moved(model, texts, plain, run, batch_size) for run in arms.values()])
+    task = [_metric_of(model, probe, reading, run, batch_size) for run in arms.values()]
+    side = [_moved(model, texts, plain, run, batch_size) for run in arms.values()]
+    names = tuple(arms)
+    if prompt is not None:
+        names = (*names, "prompt")
+        task.append(_metric_of(model, prompt, reading, plain, batch_size))
+        side.append(np.full(len(texts), np.nan))
     return SteeringTable(
-        tuple(arms), (metric.name, metric.unit), task, side,
+        names, (metric.name, metric.unit), np.stack(task), np.stack(side),
         origin(model, probe, vectors=vectors.name, layer=place, other=texts.name, seed=seed),
     )  # fmt: skip
+
+
+def _need_same_answers(probe: Probe, prompt: Probe) -> None:
+    """Refuse a prompt that asks for other answers than the probe.
+
+    Raises:
+        InputError: if examples or targets at ``end`` differ.
+    """
+    asked, other = (one.targets[one.mark("end")].tolist() for one in (probe, prompt))
+    if len(probe) != len(prompt) or asked != other:
+        raise InputError(
+            f"the prompt ({len(prompt)} examples) and the probe ({len(probe)}) have other answers "
+            "at 'end': ask the same questions in the same order."
+        )
 
 
 def _metric_of(

@@ -178,8 +178,8 @@ def outputs_at(
     for chosen, part in capture.stream(
         model, numbered, lambda batch, _: Outputs(batch.mark("read")), batch_size=batch_size
     ):
-        for layer, sums in part.found.items():
-            found[chosen, layer] = sums.cpu() / counts[chosen, None, None].cpu()
+        sums = torch.stack(list(part.found.values()), 1).cpu()
+        found[chosen, list(part.found)] = sums / counts[chosen, None, None, None].cpu()
     for layer, head in shape.removed:
         found[:, layer, head] = torch.nan
     return found

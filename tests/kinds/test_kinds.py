@@ -1,6 +1,7 @@
 """The catalogue: planted heads are named, others are not; random weights name next to nothing."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,3 +176,109 @@ def test_statements_of_both_halves_share_no_name() -> None:
             text = decode(probe.tokens[row][probe.real[row]])
             halves[row % 2] |= {one for one in text.replace(".", "").split() if one[0].isupper()}
     assert halves[0] & halves[1] <= {"The", "<|bos|>The"}
+
+
+def test_a_kind_without_a_p_value_is_refused() -> None:
+    def measure(_asked: AskedModel) -> list[Criterion]:
+        return [Criterion("a", np.ones((3, 4)), 0.5)]
+
+    with pytest.raises(InputError, match="'sure' has no criterion with a p-value"):
+        hs.kinds.survey(bundled(), Kind("sure", "does", "none", "none", measure, "ours", "none"))
+
+
+def test_the_final_norm_is_taken_out_of_what_backups_take_over() -> None:
+    # Effects of heads that did not change what they write grow by the norm alone: none is left.
+    model = bundled()
+    probe = hs.probes.pairs(model, "ioi", batch=8, seed=1)
+    gone = [HeadIndex(1, 1), HeadIndex(1, 2)]
+
+    def effects() -> np.ndarray:
+        return hs.score(model, probe, "direct_logit_difference")[
+            "direct_logit_difference"
+        ].per_example
+
+    before = effects()
+    with model.edited([hs.edits.zero(gone)]):
+        after = effects()
+    assert np.abs(after[0] - before[0]).max() > 1e-3
+    fixed = hs.kinds.without_norm(before, after, gone)
+    assert fixed[0] == pytest.approx(before[0], abs=1e-4)
+    assert fixed[1, [0, 3]] == pytest.approx(before[1, [0, 3]], abs=1e-4)
+    assert np.abs(fixed[2] - before[2]).max() > 1e-3  # these read the ablated layer
+
+
+class _Reading:
+    """Reads tokens as a tokenizer does that leaves the space of a first token out."""
+
+    def __init__(self, texts: dict[int, str]) -> None:
+        self._texts = texts
+
+    def batch_decode(self, rows: list[list[int]]) -> list[str]:
+        return [self._joined(row) for row in rows]
+
+    def _joined(self, row: list[int]) -> str:
+        first, *rest = (self._texts[one] for one in row)
+        whole = first + "".join(one.removeprefix("##") for one in rest)
+        return whole.replace("\u2581", " ").removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {1: "\u2581the", 2: "\u2581play", 3: "ing", 4: "s", 5: "."},
+        {1: "\u2581the", 2: "\u2581play", 3: "##ing", 4: "##s", 5: "."},
+    ],
+    ids=["sentencepiece", "wordpiece"],
+)
+def test_pieces_of_words_whatever_the_tokenizer_writes(
+    texts: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(words, "need_tokenizer", lambda *_: _Reading(texts))
+    probe = hs.probes.from_tokens(torch.tensor([[1, 2, 3, 4, 5, 1, 1]]))
+    assert words.pieces(bundled(), probe) == [(0, 2, 1), (0, 3, 1), (0, 3, 2)]
+
+
+def test_kinds_of_a_probe_share_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = bundled(), []
+    run = type(model).run
+    monkeypatch.setattr(type(model), "run", lambda *a, **b: (passes.append(1), run(*a, **b))[1])
+
+    def count(*names: str) -> int:
+        passes.clear()
+        hs.kinds.survey(model, names, confirm=False)
+        return len(passes)
+
+    assert count("positional", "current_token", "copying") == count("current_token")
+    assert count("name_mover", "negative_name_mover", "s_inhibition") == count("s_inhibition")
+    assert count("correct_letter", "constant_letter", "single_letter") == count("single_letter")
+
+
+def test_a_survey_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["induction", "previous_token", "name_mover", "next_token"]
+    whole = hs.kinds.survey(bundled(), names)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(KINDS["name_mover"].__class__, "lacking", _stop_at_name_mover)
+        with pytest.raises(KeyboardInterrupt):
+            hs.kinds.survey(bundled(), names, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    first = sorted(tmp_path.glob("induction-heads-*"))[0].stat().st_mtime_ns
+    again = hs.kinds.survey(bundled(), names, folder=tmp_path)
+    assert again.findings == whole.findings
+    assert again.summary() == whole.summary()
+    assert sorted(tmp_path.glob("induction-heads-*"))[0].stat().st_mtime_ns == first
+    # All is there now: nothing runs. A damaged part is made again; another seed is another survey.
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    victim = sorted(tmp_path.glob("previous_token-heads-*"))[0]
+    victim.write_bytes(victim.read_bytes()[:20])
+    assert hs.kinds.survey(bundled(), names, folder=tmp_path).findings == whole.findings
+    assert [file for file, at in kept.items() if file.stat().st_mtime_ns != at] == [victim]
+    hs.kinds.survey(bundled(), ["induction"], seed=1, confirm=False, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(kept) + 1
+
+
+def _stop_at_name_mover(kind: Kind, _model: HeadModel) -> str:
+    if kind.name == "name_mover":
+        raise KeyboardInterrupt
+    return ""

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kendalltau
 
 import headscope as hs
 from headscope.errors import InputError
@@ -74,6 +75,59 @@ def test_attention_by_inverse_frequency_has_tau_minus_one() -> None:
     assert np.isnan(_tau(np.ones(4), counts))
 
 
+def test_tau_is_scipys_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 4, 9)
+    rows = rng.integers(0, 5, (2, 3, 9)).astype(float)
+    wanted = [[kendalltau(row, counts).statistic for row in some] for some in rows]
+    assert _tau(rows, counts) == pytest.approx(np.array(wanted))
+    assert np.isnan(_tau(rows, np.full(9, 2))).all()
+
+
+def test_rare_attention_counts_each_token_once_and_leaves_the_bos_out() -> None:
+    model, start = bundled(), bundled().tokenizer.bos_token_id
+    tokens = torch.tensor([[start, 7, 9, 7, 11, 13, 5], [start, 5, 7, 9, 9, 13, 15]])
+    counts = torch.arange(model.shape.d_vocab)
+    end = torch.nn.functional.one_hot(torch.tensor([6, 6]), 7).bool()
+    probe = hs.probes.from_tokens(tokens, marks={"end": end})
+    found = hs.relevance.rare_attention(model, probe, counts)
+    acts = hs.capture.collect(model, probe)
+    for example in range(2):
+        row = acts[1].pattern[example, 2, 6, 1:].numpy()
+        ids = tokens[example, 1:].numpy()
+        kinds = sorted(set(ids.tolist()))
+        mean = [row[ids == one].mean() for one in kinds]
+        assert found.per_example[1, 2, example] == pytest.approx(kendalltau(mean, kinds).statistic)
+    one_by_one = hs.relevance.rare_attention(model, probe, counts, batch_size=1)
+    assert one_by_one.per_example == pytest.approx(found.per_example)
+    twice = hs.probes.from_tokens(tokens, marks={"end": end | end.roll(1, 1)})
+    with pytest.raises(InputError, match="one position marked 'end'"):
+        hs.relevance.rare_attention(model, twice, counts)
+
+
+def test_spans_of_one_text_are_a_cluster(found: hs.relevance.Memorized) -> None:
+    clusters = found.heads["rare_attention"].design.clusters
+    assert clusters is not None
+    assert len(set(clusters)) <= 3 < len(clusters)
+
+
+def test_gradients_do_not_depend_on_the_batch() -> None:
+    model = hs.load(families.build("llama"))
+    tokens = families.tokens(3)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = targets[1, 3:] = -1
+    targets[2] = -1
+    probe = hs.probes.from_tokens(tokens, targets=targets)
+    whole = hs.relevance.weight_gradients(model, probe)
+    parts = hs.relevance.weight_gradients(model, probe, batch_size=1)
+    for layer, values in whole.items():
+        for name, one in values.items():
+            assert torch.allclose(one, parts[layer][name], atol=1e-6), name
+    nothing = hs.probes.from_tokens(tokens, targets=torch.full_like(tokens, -1))
+    with pytest.raises(InputError, match="no targets"):
+        hs.relevance.weight_gradients(model, nothing)
+
+
 def test_scores_of_heads(found: hs.relevance.Memorized, tmp_path) -> None:  # noqa: ANN001
     assert list(found.heads) == ["rare_attention", "grad_Q", "grad_K", "grad_V", "grad_O"]
     rare = found.heads["rare_attention"]
@@ -99,6 +153,7 @@ def test_a_model_that_norms_its_queries_has_no_gradients() -> None:
         ([[1, 2, 3, 4]], {"prefix": 2, "length": 1}, "occurs twice"),
         ([[1, 1, 3]], {"prefix": 9, "length": 1}, "longest text 3"),
         ([[1, 1, 999]], {"prefix": 1, "length": 1}, "token 999"),
+        ([[1, 1, -7]], {"prefix": 1, "length": 1}, "token -7"),
         ([], {}, "one at least"),
         ("one text", {}, "list of texts"),
         ([[1, 1, 3]], {"prefix": 0}, "prefix=0"),

@@ -183,8 +183,20 @@ def test_arms_of_a_comparison() -> None:
     for arm in ("heads", "residual", "random residual"):
         assert rows[arm] == pytest.approx(rows["none"], abs=1e-4)
     assert found.side == pytest.approx(0, abs=1e-5)
-    moved = hs.steering.compare(bundled(), prompts(), means(), ["L1H0", "L2H1"])
-    assert moved.side[1:].mean() > 0.01
+    moved = hs.steering.compare(
+        bundled(), prompts(), means(), ["L1H0", "L2H1"], prompt=prompts().corrupt
+    )
+    assert moved.arms[-1] == "prompt"
+    assert moved.side[1:-1].mean() > 0.01
+    assert np.isnan(moved.side[-1]).all()
+    asked = prompts().corrupt
+    logits = bundled().forward(asked.tokens, real=asked.real)[asked.mark("end")].log_softmax(-1)
+    wanted = logits[torch.arange(len(asked)), asked.targets[asked.mark("end")]]
+    assert moved.task[-1] == pytest.approx(wanted.numpy(), abs=1e-4)
+    with pytest.raises(InputError, match="same questions"):
+        hs.steering.compare(
+            bundled(), prompts(), means(), "L1H0", prompt=prompts().examples(slice(0, 4))
+        )
 
 
 def test_reading_a_write_into_its_own_place_is_the_readout() -> None:
