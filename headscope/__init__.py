@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from headscope import relevance as relevance
     from headscope import retrieval as retrieval
     from headscope import scorers as scorers
+    from headscope import similarity as similarity
     from headscope import steering as steering
     from headscope import studies as studies
     from headscope import sweeps as sweeps
@@ -133,6 +134,7 @@ _HOME = {
     "score": "headscope.scoring.score",
     "scorers": "headscope.scorers",
     "screen_heads": "headscope.ablation",
+    "similarity": "headscope.similarity",
     "steering": "headscope.steering",
     "studies": "headscope.studies",
     "sweeps": "headscope.sweeps",

@@ -2,7 +2,8 @@
 
 One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`scatter`. One head:
 :func:`attention_pattern`. Weights: :func:`spectra`, :func:`eigenvalues`, :func:`composition_graph`,
-:func:`composition_matrix`. Arms: :func:`curves`. Needles: :func:`recall_grid`. Texts:
+:func:`composition_matrix`. Likeness: :func:`head_similarity`,
+:func:`head_map`. Arms: :func:`curves`. Needles: :func:`recall_grid`. Texts:
 :func:`token_losses`. Layers: :func:`layers`. Lenses: :func:`lens_grid`, :func:`waterfall`,
 :func:`source_bars`. Of any result: :func:`figures`. To a file: :func:`save` (html, png, svg, pdf).
 """
@@ -28,6 +29,8 @@ from headscope.plots.lens import source_bars as source_bars
 from headscope.plots.lens import waterfall as waterfall
 from headscope.plots.pairs import composition_graph as composition_graph
 from headscope.plots.pairs import composition_matrix as composition_matrix
+from headscope.plots.pairs import head_map as head_map
+from headscope.plots.pairs import head_similarity as head_similarity
 from headscope.plots.scores import ranking as ranking
 from headscope.plots.scores import scatter as scatter
 from headscope.plots.spectra import eigenvalues as eigenvalues

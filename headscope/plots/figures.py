@@ -10,7 +10,7 @@ from headscope.plots.edges import circuit_graph, faithfulness_curves
 from headscope.plots.flow import mixing_map, route_graph, token_flow
 from headscope.plots.grid import effect_heatmap, heatmap, recall_grid
 from headscope.plots.lens import lens_grid, source_bars, waterfall
-from headscope.plots.pairs import composition_graph, composition_matrix
+from headscope.plots.pairs import composition_graph, composition_matrix, head_map, head_similarity
 from headscope.plots.spectra import eigenvalues, spectra
 from headscope.plots.style import Theme
 from headscope.table import (
@@ -24,6 +24,7 @@ from headscope.table import (
     Faithfulness,
     HeadEigenvalues,
     HeadScores,
+    HeadSimilarity,
     HeadSpectra,
     HeadTable,
     LensGrid,
@@ -104,6 +105,12 @@ def _(result: OrderCurve) -> dict[str, Drawing]:
 @figures.register
 def _(result: PairScores) -> dict[str, Drawing]:
     return {"": _themed(composition_matrix, result), "_graph": _themed(composition_graph, result)}
+
+
+@figures.register
+def _(result: HeadSimilarity) -> dict[str, Drawing]:
+    found = {"": _themed(head_similarity, result)}
+    return found | ({"_map": _themed(head_map, result)} if result.within else {})
 
 
 @figures.register

@@ -1,4 +1,4 @@
-"""Numbers of pairs of heads: as a matrix, and as a graph of which head feeds which."""
+"""Numbers of pairs of heads: as a matrix, as a map, and as a graph of which head feeds which."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from jaxtyping import Float
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots.figure import Figure
-from headscope.plots.style import SEQUENTIAL, STYLES, Style, Theme, dress, label
-from headscope.table import HeadScores, PairScores
+from headscope.plots.style import SEQUENTIAL, STYLES, Style, Theme, dress, label, layer_marker
+from headscope.table import HeadScores, HeadSimilarity, PairScores
 
 _WIDTHS = (0.9, 1.8, 3.0, 4.5)
 _SIDE = {"Q": -0.3, "K": 0.0, "V": 0.3}  # curves of one pair must not hide each other
@@ -323,3 +323,164 @@ def _ticks(names: list[str]) -> dict[str, object]:
     step = -(-len(seen) // 40)
     shown = list(seen.items())[::step]
     return {"tickvals": [at for _, at in shown], "ticktext": [layer for layer, _ in shown]}
+
+
+def head_similarity(similarity: HeadSimilarity, *, theme: Theme = "light") -> go.Figure:
+    """How alike every pair of heads is; heads in the order of their clusters, like beside like.
+
+    Within a model the dendrogram of the clusters stands beside the rows. Beyond 512 heads a side a
+    cell is the most alike of a block of pairs.
+
+    Args:
+        similarity: from :func:`headscope.similarity.heads`.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> likeness = hs.similarity.heads(model, probe, "pattern")
+        >>> type(hs.plots.head_similarity(likeness)).__name__
+        'Figure'
+    """
+    rows, columns = similarity.order(), similarity.order(columns=True)
+    cells = similarity.values[np.ix_(rows, columns)]
+    names = [
+        [str(heads[at]) for at in order]
+        for heads, order in ((similarity.first, rows), (similarity.second, columns))
+    ]
+    lower = similarity.direction == "lower"
+    block = -(-max(*cells.shape, 1) // _MOST_CELLS)
+    if block > 1:
+        sign = -1.0 if lower else 1.0
+        cells = sign * block_max(np.where(np.isnan(cells), -np.inf, sign * cells), block)
+        cells[np.isinf(cells)] = np.nan
+    shown = [some[::block] for some in names]
+    scale = [(1 - at, colour) for at, colour in SEQUENTIAL[::-1]] if lower else SEQUENTIAL
+    figure = Figure(
+        go.Heatmap(
+            z=cells.astype(np.float32),
+            x=list(range(cells.shape[1])),
+            y=list(range(cells.shape[0])),
+            customdata=[[f"{one} and {other}" for other in shown[1]] for one in shown[0]],
+            hovertemplate="<b>%{customdata}</b> %{z:.3f}<extra></extra>",
+            colorscale=scale,
+            colorbar={"title": {"text": label(similarity.unit), "side": "right"}, "thickness": 14},
+        )
+    )
+    side = 0.2 if similarity.within and block == 1 and len(rows) > 1 else 0.0
+    if side:
+        figure.add_trace(_dendrogram(similarity, STYLES[theme]))
+    cell = min(30.0, max(2.0, 520 / max(*cells.shape, 1)))
+    said = (
+        label(similarity.models[0])
+        if similarity.within
+        else "rows {}, columns {}".format(*map(label, similarity.models))
+    )
+    most = f"; most alike of {block} x {block} pairs" if block > 1 else ""
+    subtitle = f"{said}; bright: alike{most}"
+    dress(
+        figure,
+        theme,
+        title=label(similarity.name.replace("_", " ")),
+        subtitle=subtitle,
+        width=int(max(460, (cell * cells.shape[1] + 40) / (1 - side) + 170)),
+        height=int(max(300, cell * cells.shape[0] + 160)),
+    )
+    common = {"showgrid": False, "zeroline": False}
+    down = [cells.shape[0] - 0.5, -0.5]
+    figure.update_layout(
+        xaxis={"domain": [side, 1.0], "tickangle": -60, **common, **_ticks(shown[1])},
+        yaxis={"range": down, "anchor": "x", **common, **_ticks(shown[0])},
+        margin={"l": 70, "r": 100, "t": 74, "b": 70},
+        showlegend=False,
+    )
+    if side:
+        bare = {"tickvals": [], "ticktext": [], **common}
+        reach = float(similarity.linkage()[-1, 2]) * 1.05 or 1.0
+        figure.update_layout(
+            xaxis2={"domain": [0.0, side - 0.08], "range": [reach, 0.0], "anchor": "y2", **bare},
+            yaxis2={"range": down, "anchor": "x2", **bare},
+        )
+    return figure
+
+
+def _dendrogram(similarity: HeadSimilarity, style: Style) -> go.Scatter:
+    """Merges as brackets, leaves at the rows of the heatmap, far merges to the left."""
+    from scipy.cluster.hierarchy import dendrogram
+
+    drawn = dendrogram(similarity.linkage(), no_plot=True)
+    ends = np.full((len(drawn["icoord"]), 5), np.nan)
+    far = ends.copy()
+    ends[:, :4] = (np.array(drawn["icoord"]) - 5) / 10
+    far[:, :4] = drawn["dcoord"]
+    return go.Scatter(
+        x=far.ravel(),
+        y=ends.ravel(),
+        xaxis="x2",
+        yaxis="y2",
+        mode="lines",
+        line={"width": 1.2, "color": style.accent},
+        hoverinfo="skip",
+    )
+
+
+def head_map(similarity: HeadSimilarity, clusters: int = 0, *, theme: Theme = "light") -> go.Figure:
+    """Heads as points on a map, like ones near each other, coloured by layer or by cluster.
+
+    Args:
+        similarity: within one model, from :func:`headscope.similarity.heads`.
+        clusters: colour this many clusters; 0: layers.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> likeness = hs.similarity.heads(model, probe, "pattern")
+        >>> len(hs.plots.head_map(likeness).data[0].x) == len(model.shape.heads)
+        True
+    """
+    points = similarity.embed(2)
+    colour = [head.layer for head in similarity.first]
+    marker = layer_marker(max(colour) + 1, theme)
+    if clusters:
+        found = similarity.clusters(clusters)
+        number = {head: at for at, some in enumerate(found) for head in some}
+        colour = [number[head] for head in similarity.first]
+        marker = layer_marker(len(found), theme)
+        marker["colorbar"]["title"]["text"] = "cluster"
+    style = STYLES[theme]
+    figure = Figure(
+        go.Scatter(
+            x=points[:, 0],
+            y=points[:, 1],
+            mode="markers+text" if len(points) <= 60 else "markers",
+            text=_names_near(points, [str(head) for head in similarity.first]),
+            textposition="top center",
+            textfont={"size": 10, "color": style.text},
+            customdata=[str(head) for head in similarity.first],
+            hovertemplate="<b>%{customdata}</b><extra></extra>",
+            cliponaxis=False,
+            marker={"size": 9, "color": colour, "line": {"width": 0.5, "color": style.paper}}
+            | marker,
+        )
+    )
+    dress(
+        figure,
+        theme,
+        title=f"heads by {label(similarity.name.replace('_', ' '))}",
+        subtitle=f"{label(similarity.models[0])}; {similarity.explained():.0%} of the distances",
+        width=600,
+        height=520,
+    )
+    figure.update_xaxes(title_text="", showticklabels=False, zeroline=False)
+    figure.update_yaxes(title_text="", showticklabels=False, zeroline=False, scaleanchor="x")
+    figure.update_layout(margin={"l": 40, "r": 100, "t": 74, "b": 40})
+    return figure
+
+
+def _names_near(points: Float[np.ndarray, "head 2"], names: list[str]) -> list[str]:
+    """Name of each point; of points too near each other all names at the highest of them."""
+    near = 0.05 * float(np.ptp(points, axis=0).max() or 1.0)
+    shown, left = [""] * len(names), list(np.argsort(-points[:, 1], kind="stable"))
+    while left:
+        first = left[0]
+        group = [at for at in left if np.abs(points[at] - points[first]).max() <= near]
+        shown[first] = ", ".join(names[at] for at in sorted(group))
+        left = [at for at in left if at not in group]
+    return shown

@@ -137,6 +137,8 @@ CASES: dict[str, Case] = {
     "score, small chunks": lambda m: hs.score(
         m, probe_of(REPEATED), ["induction", "entropy"], max_tokens_per_chunk=12, batch_size=2
     ),
+    "similarity of heads": lambda m: hs.similarity.heads(m, probe_of("text"), "pattern"),
+    "similarity of outputs": lambda m: hs.similarity.heads(m, probe_of(REPEATED), "cka"),
     "collect": lambda m: hs.capture.collect(m, probe_of(REPEATED)),
     "ablate, zero": lambda m: hs.ablate_heads(m, probe_of(REPEATED), _LOSS, "zero"),
     "ablate, mean": lambda m: hs.ablate_heads(m, probe_of(NAMES), _DIFFERENCE, "mean"),

@@ -16,7 +16,7 @@ FLOORS = (
     {"scorer", "plots", "models"},
     {"origin"},
     {"capture", "circuits"},
-    {"scorers", "lens", "geometry", "alignment"},
+    {"scorers", "lens", "geometry", "alignment", "similarity"},
     {"interventions"},
     {"ablation", "flow"},
     {"scoring"},
@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "compiled": _RUNS_MODELS
     | {"circuits", "lens", "flow", "scoring", "ablation", "pruning", "edges"},
     "alignment": _SEES_MODELS | {"capture"},
+    "similarity": _SEES_MODELS | {"capture"},
     "lens": _SEES_MODELS | {"capture"},
     "geometry": _SEES_MODELS | {"capture"},
     "scoring": _RUNS_MODELS - {"interventions"} | {"circuits", "ablation"},

@@ -1,0 +1,271 @@
+"""How alike heads are, pair by pair: which are nearest, in which clusters, and where on a map."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.result import Tabular
+from headscope.base.saved import Saved, frozen
+from headscope.base.sections import Drawn, Section
+from headscope.base.specs import Provenance, ScoreSpec, Specified
+from headscope.errors import InputError, whole
+from headscope.heads import HeadIndex
+
+if TYPE_CHECKING:
+    import pandas
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadSimilarity(Specified, Saved, Shown, Tabular):
+    """One measure of how alike heads are, for every pair of a head of ``first`` and of ``second``.
+
+    Attributes:
+        spec: of the measure; its ``direction`` says whether more (``higher``) or less (``lower``)
+            is more alike.
+        values: of each pair.
+        null: the same with the rows of the second head out of order, a matrix for each draw.
+        first: heads of the rows.
+        second: heads of the columns.
+        models: names of the two models.
+        provenance: where it came from.
+
+    Example:
+        >>> likeness = hs.similarity.heads(model, probe, "cka")
+        >>> one, other, value = likeness.top(1)[0]
+        >>> one != other
+        True
+    """
+
+    spec: ScoreSpec
+    values: Float[np.ndarray, "first second"]
+    null: Float[np.ndarray, "draw first second"]
+    first: tuple[HeadIndex, ...]
+    second: tuple[HeadIndex, ...]
+    models: tuple[str, str]
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Check the shapes; freeze the arrays.
+
+        Raises:
+            InputError: if a matrix is of other heads.
+        """
+        shape = (len(self.first), len(self.second))
+        if self.values.shape != shape or self.null.shape[1:] != shape or self.null.ndim != 3:
+            raise InputError(
+                f"{self.spec.name!r} of {shape[0]} and {shape[1]} heads has values of shape "
+                f"{self.values.shape} and a null of shape {self.null.shape}."
+            )
+        for name in ("values", "null"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+
+    @property
+    def within(self) -> bool:
+        """Whether rows and columns are the heads of one model."""
+        return self.first == self.second and self.models[0] == self.models[1]
+
+    @property
+    def pairs(self) -> Bool[np.ndarray, "first second"]:
+        """Pairs of two heads that have a value; within a model each pair once."""
+        known: np.ndarray = ~np.isnan(self.values)
+        if self.within:
+            known = np.triu(known, 1)
+        return known
+
+    @property
+    def distance(self) -> Float[np.ndarray, "first second"]:
+        """Distance of each pair, from 0.
+
+        The square root of a divergence, which makes it a metric; 1 less a correlation. Pairs
+        without a value are as far apart as any pair is.
+        """
+        far = np.sqrt(self.values) if self.direction == "lower" else 1 - self.values
+        most = float(np.nanmax(far)) if np.isfinite(far).any() else 1.0
+        filled: np.ndarray = np.where(np.isnan(far), most, np.clip(far, 0.0, None))
+        if self.within:
+            filled = (filled + filled.T) / 2
+            np.fill_diagonal(filled, 0.0)
+        return filled
+
+    @property
+    def p_value(self) -> Float[np.ndarray, "first second"]:
+        """Chance of a pair as alike as this one anywhere in the matrix, if rows meant nothing.
+
+        ``(1 + draws whose most alike pair is as alike) / (1 + draws)``: corrected for all pairs
+        (Westfall & Young 1993, max statistic), and no smaller than ``1 / (1 + draws)``. NaN where
+        there is no pair.
+        """
+        sign = -1.0 if self.direction == "lower" else 1.0
+        drawn = np.where(self.pairs, sign * self.null, -np.inf).max((1, 2))
+        as_alike = (drawn[:, None, None] >= sign * self.values).sum(0)
+        found: np.ndarray = (1 + as_alike) / (1 + len(drawn))
+        return np.where(self.pairs, found, np.nan)
+
+    def top(self, k: int = 10) -> list[tuple[HeadIndex, HeadIndex, float]]:
+        """The k most alike pairs, most alike first; of equals the first ones.
+
+        Args:
+            k: how many.
+        """
+        whole(k, "k", 0)
+        sign = 1.0 if self.direction == "lower" else -1.0
+        keyed = np.where(self.pairs, sign * self.values, np.inf).ravel()
+        order = np.argsort(keyed, kind="stable")[: min(k, int(self.pairs.sum()))]
+        at = [divmod(int(one), len(self.second)) for one in order]
+        return [(self.first[i], self.second[j], float(self.values[i, j])) for i, j in at]
+
+    def matches(self) -> list[tuple[HeadIndex, HeadIndex, float]]:
+        """Heads of two models paired one to one, so that the sum of distances is smallest.
+
+        Raises:
+            InputError: within one model, where every head is its own match.
+        """
+        from scipy.optimize import linear_sum_assignment
+
+        if self.within:
+            raise InputError("within one model every head matches itself: give other=.")
+        rows, columns = linear_sum_assignment(self.distance)
+        return [
+            (self.first[i], self.second[j], float(self.values[i, j]))
+            for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
+        ]
+
+    def linkage(self, method: str = "average", *, columns: bool = False) -> np.ndarray:
+        """Hierarchical clustering of the heads, as scipy writes it: ``[merge 4]``.
+
+        Within a model by the distances of the heads; between models heads of one side by how their
+        distances to all heads of the other side differ (Euclidean).
+
+        Args:
+            method: of ``scipy.cluster.hierarchy.linkage``.
+            columns: cluster the heads of the second model.
+
+        Raises:
+            InputError: if there are fewer than two heads, or no such method.
+        """
+        from scipy.cluster.hierarchy import linkage
+        from scipy.spatial.distance import squareform
+
+        far = self.distance.T if columns else self.distance
+        if len(far) < 2:
+            raise InputError("one head cannot be clustered: give a model with two or more.")
+        given = squareform(far, checks=False) if self.within else far
+        try:
+            made: np.ndarray = linkage(given, method, optimal_ordering=len(far) <= 512)
+        except ValueError as error:
+            raise InputError(f"method={method!r}: {error}") from None
+        return made
+
+    def order(self, method: str = "average", *, columns: bool = False) -> Int[np.ndarray, " head"]:
+        """Order of the leaves of :meth:`linkage`, in which like heads stand together."""
+        from scipy.cluster.hierarchy import leaves_list
+
+        if len(self.second if columns else self.first) < 2:
+            return np.zeros(1, dtype=int)
+        return np.asarray(leaves_list(self.linkage(method, columns=columns)), dtype=int)
+
+    def clusters(
+        self, count: int, method: str = "average", *, columns: bool = False
+    ) -> list[list[HeadIndex]]:
+        """Heads in at most so many clusters, largest first.
+
+        Args:
+            count: of clusters.
+            method: of :meth:`linkage`.
+            columns: of the second model's heads.
+        """
+        from scipy.cluster.hierarchy import fcluster
+
+        whole(count, "count", 1)
+        heads = self.second if columns else self.first
+        label = fcluster(self.linkage(method, columns=columns), count, "maxclust")
+        made = [
+            [head for head, one in zip(heads, label.tolist(), strict=True) if one == number]
+            for number in sorted(set(label.tolist()))
+        ]
+        return sorted(made, key=lambda some: (-len(some), some[0]))
+
+    def embed(self, dimensions: int = 2) -> Float[np.ndarray, "head dimension"]:
+        """Heads as points whose distances come near theirs: classical scaling (Torgerson 1952).
+
+        Args:
+            dimensions: of the points.
+
+        Raises:
+            InputError: between two models, which have no distances within one.
+        """
+        if not self.within:
+            raise InputError("a map needs distances within one model: leave other= out.")
+        values, vectors = self._scaled()
+        kept = min(whole(dimensions, "dimensions", 1), len(values))
+        points = vectors[:, :kept] * np.sqrt(np.clip(values[:kept], 0.0, None))
+        points *= np.where(points.sum(0) < 0, -1.0, 1.0)  # the sign is nobody's: fix it
+        return np.pad(points, ((0, 0), (0, dimensions - kept)))
+
+    def explained(self, dimensions: int = 2) -> float:
+        """Share of the squared distances that :meth:`embed` keeps, up to 1."""
+        values, _ = self._scaled()
+        positive = np.clip(values, 0.0, None)
+        return float(positive[:dimensions].sum() / positive.sum()) if positive.any() else 1.0
+
+    def _scaled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues, largest first, and eigenvectors of the doubly centred squared distances."""
+        square = self.distance**2
+        centred = square - square.mean(0) - square.mean(1)[:, None] + square.mean()
+        values, vectors = np.linalg.eigh(-centred / 2)
+        return values[::-1], vectors[:, ::-1]
+
+    def glance(self) -> Glance:
+        """The most alike pairs, with their null."""
+        expected = {
+            (one, other): float(self.null[:, i, j].mean())
+            for i, one in enumerate(self.first)
+            for j, other in enumerate(self.second)
+        }
+        return Glance(
+            self.name.replace("_", " "),
+            [
+                sizes(("head",), (len(self.first),))
+                if self.within
+                else f"{len(self.first)} x {len(self.second)} heads",
+                self.unit,
+                self.models[0] if self.within else " and ".join(self.models),
+            ],
+            ("head", "most alike", "value", "out of order"),
+            [
+                (str(one), str(other), number(value), number(expected[one, other]))
+                for one, other, value in self.top(_SHOWN)
+            ],
+            hint="hs.plots.head_similarity(likeness), likeness.clusters(5)",
+        )
+
+    def sections(self) -> list[Section]:
+        """The glance and the pictures."""
+        (seen,) = super().sections()
+        drawn = Drawn("", f"{self.spec.description} Heads stand in the order of their clusters.")
+        return [Section(seen.title, [*seen.blocks, drawn])]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per pair: its heads, value, mean of the null, p-value."""
+        import pandas
+
+        rows, columns = np.nonzero(self.pairs)
+        return pandas.DataFrame(
+            {
+                "first": _names(self.first, rows),
+                "second": _names(self.second, columns),
+                self.name: self.values[rows, columns],
+                "null": self.null.mean(0)[rows, columns],
+                "p_value": self.p_value[rows, columns],
+            }
+        )
+
+
+def _names(heads: Sequence[HeadIndex], at: Int[np.ndarray, " pair"]) -> list[str]:
+    return [str(heads[one]) for one in at.tolist()]
