@@ -4,13 +4,14 @@ Nothing here knows what is computed of a layer. :func:`stream` is the engine und
 :func:`collect` gives whole patterns and head outputs to a notebook that asks for them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from headscope.base.batches import PATCHES
 from headscope.base.memory import free_cached_memory, is_out_of_memory
@@ -18,8 +19,8 @@ from headscope.base.options import RunOptions
 from headscope.base.stacks import all_causal, grid_of
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
-from headscope.models.protocol import HeadModel, embedding_of, need_model, stack_of
-from headscope.models.taps import Reader, Reads, Tap, TapView, Texts
+from headscope.models.protocol import Edit, HeadModel, embedding_of, need_model, stack_of
+from headscope.models.taps import Reader, Reads, Tap, TapView, Texts, at_final, writes_of
 from headscope.probes.probe import Probe
 
 # Tokens of one forward pass unless the caller says otherwise.
@@ -241,6 +242,44 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
             f"the probe has token {highest}, but {model.name} has logits of tokens 0 to "
             f"{model.shape.n_logits - 1} only: take tokens and targets among those."
         )
+
+
+@torch.no_grad()
+def losses_by_position(
+    model: HeadModel, probe: Probe, edits: Sequence[Edit] = ()
+) -> Float[Tensor, "batch pos"]:
+    """Cross-entropy of each target in nats, on the CPU; NaN where the probe has none.
+
+    One pass up to the last residual stream; logits of all positions exist nowhere, so that memory
+    grows neither with the text times the vocabulary nor with the vocabulary. Models in half
+    precision round their logits, and this does not. A model whose unembedding cannot be read says
+    its logits itself.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: with targets; -1 where there are none.
+        edits: of heads.
+
+    Example:
+        >>> losses = hs.capture.losses_by_position(model, probe)
+        >>> losses.shape == probe.tokens.shape
+        True
+    """
+    targets = probe.host.targets
+    found = torch.full(targets.shape, torch.nan)
+    at = (targets >= 0).nonzero(as_tuple=True)
+    last: list[Tensor] = []
+    nothing = torch.empty(0, dtype=torch.long)
+    if "unembedding" in model.limits:
+        logits = model.run(probe, writes=writes_of(edits))
+        assert logits is not None  # noqa: S101  # they were asked for
+        asked = targets[at].to(logits.device)
+        found[at] = cross_entropy(logits[at].float(), asked, reduction="none").cpu()
+        return found
+    model.run(probe, reads=at_final(last.append), writes=writes_of(edits), logits_at=nothing)
+    rows = last[0][at].float()
+    found[at] = model.unembedding.losses(rows, targets[at].to(rows.device)).cpu()
+    return found
 
 
 def chunks(

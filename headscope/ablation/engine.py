@@ -6,6 +6,7 @@ Cheap measurements prove once a call that an ablation hit; they are recorded in 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,8 +114,9 @@ def partner_rows(
     return rows.float()
 
 
-# Tokens of one stack: on a CPU what stays near its caches, on a GPU what keeps it busy.
-CPU_STACK, GPU_STACK = 1024, 65536
+# Tokens of one stack: on a CPU what stays near its caches, on a GPU what keeps each of its
+# processors busy with four tiles of 128 rows.
+CPU_STACK, _ROWS_PER_PROCESSOR = 1024, 4 * 128
 # Rows whose logits are computed at once.
 _ROWS = 512
 # Seconds of finished stacks that wait for more, where variants are kept as they are finished.
@@ -133,7 +135,17 @@ def stack_tokens(model: HeadModel, memory: int | None) -> int:
     if memory is not None:
         width = 16 * model.shape.d_model * model.dtype.itemsize
         return max(1, memory // width)
-    return GPU_STACK if model.device.type == "cuda" else CPU_STACK
+    return gpu_stack(model.device) if model.device.type == "cuda" else CPU_STACK
+
+
+@cache
+def gpu_stack(device: torch.device) -> int:
+    """Tokens of one stack on a GPU, asked of the device once a process.
+
+    Told by what the device is and never by a clock: stacks of one size give the same sums, so that
+    two workers on the same kind of device write the same table to the byte.
+    """
+    return _ROWS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass

@@ -95,7 +95,7 @@ class ReplaySource:
     def clean(self) -> Tensor:
         """Last residual stream of the recorded pass."""
         final = self.replay.recording.final
-        return final[self.replay.read.to(final.device)]
+        return final[self.replay.on_host.nonzero(as_tuple=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,8 @@ class ForwardSource:
 
     def _stacked(self, variants: Sequence[Variant]) -> Tensor:
         copies = len(variants)
-        at = self.read.any(0).nonzero().squeeze(1)
+        read = self.read.cpu()
+        at = read.any(0).nonzero().squeeze(1)
         with quick(self.model):
             logits = self.model.run(
                 self._texts.repeated(copies),
@@ -135,7 +136,7 @@ class ForwardSource:
                 logits_at=at,
             )
         assert logits is not None  # noqa: S101  # they were asked for
-        return logits[self.read[:, at].repeat(copies, 1).to(logits.device)]
+        return logits[read[:, at].repeat(copies, 1).nonzero(as_tuple=True)]
 
     def writes(self, variants: Sequence[Variant]) -> Mapping[Tap, Write]:
         """What a stack of variants writes."""

@@ -138,6 +138,7 @@ def target_ranks(
     *,
     limit: int | None = None,
     advance: Advance | None = None,
+    suppressed: bool = True,
 ) -> Ranks:
     """Rank of each pair's target in ``source @ left @ right @ outputs.T``, for every head.
 
@@ -155,6 +156,8 @@ def target_ranks(
         limit: ranks from here on are all given as ``limit``; those below are exact. None: all
             ranks are exact, for which every pair is compared with the whole vocabulary.
         advance: is told the share of the vocabulary that is done.
+        suppressed: whether ranks from the smallest score up are wanted too. False: a pair is
+            decided by the other rank alone, and ``suppressed`` says only how far it was counted.
 
     Example:
         >>> words, ids = hs.circuits.Dictionary(model), torch.arange(50, 54)
@@ -169,7 +172,7 @@ def target_ranks(
     race = _Race.start(factors, source, outputs(targets), targets)
     done = 0
     for block in _blocks(d_vocab, max(len(targets), factors.left.shape[-2]), targets.device):
-        waiting = race.waiting(limit)
+        waiting = race.waiting(limit, suppressed)
         if waiting is None:
             break
         race.compare(block, outputs(block), waiting)
@@ -217,12 +220,14 @@ class _Race:
         own = (inner * reached).sum(-1)
         return cls(inner, factors.right, own, targets, none, none.clone())
 
-    def waiting(self, limit: int | None) -> "list[list[Tensor]] | None":
+    def waiting(self, limit: int | None, suppressed: bool) -> "list[list[Tensor]] | None":
         """Undecided pairs of every layer and head; None where all are decided."""
         if limit is None:
             every = torch.arange(len(self.targets), device=self.targets.device)
             return [[every] * self.inner.shape[1]] * self.inner.shape[0]
-        undecided = (self.above < limit) | (self.below < limit)
+        undecided = self.above < limit
+        if suppressed:
+            undecided |= self.below < limit
         counts = undecided.sum(-1).tolist()  # the one wait for the device in a block
         if not any(map(any, counts)):
             return None
@@ -356,6 +361,7 @@ def copying_ranks(
         words.size,
         limit=limit,
         advance=advance,
+        suppressed=False,
     ).promoted
 
 
@@ -395,6 +401,7 @@ def matching_ranks(
             words.size,
             limit=limit,
             advance=advance if places.stop == len(factors.layers) else None,
+            suppressed=False,
         )
         found.append(ranks.promoted)
     return torch.cat(found)

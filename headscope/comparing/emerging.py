@@ -4,18 +4,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from headscope.base.options import RunOptions
-from headscope.capture import check_fits
+from headscope.capture import check_fits, losses_by_position
 from headscope.errors import HeadscopeError, InputError
 from headscope.models import bundled
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes import Probe, repeated_tokens, text
+from headscope.probes.encoding import next_tokens
 from headscope.scorers import Scorer
 from headscope.scoring import score
 from headscope.table import Emergence, HeadTable
@@ -39,19 +38,11 @@ def token_losses(model: HeadModel, probe: Probe) -> Float[np.ndarray, "example t
     """
     check_fits(model, probe, answers=True)
     found = np.full(tuple(probe.tokens.shape), np.nan)
-    with torch.no_grad():
-        for row in range(len(probe)):  # one at a time: logits are as wide as the vocabulary
-            part = probe.examples(slice(row, row + 1))
-            logits = model.forward(part.tokens, real=part.real)
-            found[row, 1:] = _losses(logits[0].float().cpu(), part)
+    for row in range(len(probe)):
+        part = probe.examples(slice(row, row + 1))
+        asked = replace(part, targets=next_tokens(part.tokens, part.real), control=None)
+        found[row, 1:] = losses_by_position(model, asked)[0, :-1].double().numpy()
     return found
-
-
-def _losses(logits: Float[Tensor, "pos d_vocab"], part: Probe) -> Float[np.ndarray, " next"]:
-    real = part.real[0].cpu()
-    targets = part.tokens[0].cpu()[1:]
-    losses = -logits[:-1].log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    return losses.where(real[1:] & real[:-1], torch.nan).numpy().astype(np.float64)
 
 
 @own_types()

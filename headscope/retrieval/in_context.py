@@ -13,7 +13,7 @@ from headscope.ablation.run import Maker, Measurement, Placer, by_head, facts_of
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
-from headscope.capture import check_fits
+from headscope.capture import check_fits, losses_by_position
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.metrics import LogitRows, Metric, loss
@@ -153,8 +153,7 @@ def _losses(
     model: HeadModel, part: Probe, edits: Sequence[Edit], width: int
 ) -> Float[np.ndarray, "example token"]:
     """Loss of each token of a text, counted from its first; NaN for that one, and at padding."""
-    logits = model.forward(part.tokens, real=part.real, edits=edits)
-    found = loss.by_position(logits, replace(part, marks={})).cpu().double().numpy()
+    found = losses_by_position(model, replace(part, marks={}), edits).double().numpy()
     by_token = np.full((len(part), width), np.nan)
     for row, first in enumerate(part.first.tolist()):
         values = found[row, first : first + width - 1]

@@ -34,6 +34,10 @@ class HeadWeights:
     b_O: Float[Tensor, " d_model"]
 
 
+# Entries of one block of logits, and of the unembedding in fp32: 64 MB.
+_ENTRIES = 1 << 24
+
+
 @dataclass(frozen=True, eq=False)
 class Unembedding:
     """How the model turns its last residual stream into logits.
@@ -85,6 +89,34 @@ class Unembedding:
     def logits(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
         """Logits of a residual stream: the definition above, soft cap included."""
         return self.capped(self.uncapped(residual))
+
+    def losses(
+        self, residual: Float[Tensor, "row d_model"], targets: Int[Tensor, " row"]
+    ) -> Float[Tensor, " row"]:
+        """Cross-entropy of each row's target under the logits of its residual stream, in nats.
+
+        Logits exist for some rows and some of the vocabulary at a time, whatever its size: the
+        normaliser is summed block by block.
+        """
+        step = max(1, _ENTRIES // self.W_U.shape[1])
+        rows = max(1, _ENTRIES // min(step, len(self.W_U)))
+        normed, own = self.normed(residual), torch.zeros_like(residual[:, 0], dtype=torch.float32)
+        total = torch.full_like(own, -torch.inf)
+        for start in range(0, len(self.W_U), step):
+            block = slice(start, min(start + step, len(self.W_U)))
+            words = self.W_U[block].float().T
+            shift = None if self.b_U is None else self.b_U[block].float()
+            for at in range(0, len(normed), rows):
+                part = slice(at, at + rows)
+                logits = normed[part] @ words
+                logits = logits if shift is None else logits + shift
+                logits = self.capped(logits * self.logit_scale)
+                total[part] = torch.logaddexp(total[part], logits.logsumexp(1))
+                place = targets[part] - start
+                inside = (place >= 0) & (place < logits.shape[1])
+                found = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+                own[part] = torch.where(inside, found, own[part])
+        return total - own
 
     def constant(self, tokens: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Part of each token's logit that no residual stream changes: biases of norm and matrix."""

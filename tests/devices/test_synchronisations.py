@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import headscope as hs
+from headscope.ablation.sources import ReplaySource
 from headscope.models.protocol import HeadModel, lacks
 from tests.devices import standin
 
@@ -84,4 +85,36 @@ def test_a_probe_on_the_device_costs_one_copy_more(model: HeadModel) -> None:
 def test_removing_heads_reads_no_head_by_itself(model: HeadModel) -> None:
     with standin.counting() as counted:
         hs.prune(model, ["L0H1"])
-    assert counted.total() < 60 * model.shape.n_layers
+    assert counted.total() < 50 * model.shape.n_layers
+
+
+def test_reading_all_weights_waits_for_a_layer_and_for_no_head(model: HeadModel) -> None:
+    with standin.counting() as counted:
+        hs.circuits.survey(model, tokens=16, paths=2)
+    assert counted.total() <= 50 * model.shape.n_layers
+
+
+def test_at_most_two_waits_for_a_stack_of_variants(
+    model: HeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told apart from what a call costs once, by ablating few heads and all, in small stacks."""
+    probe = hs.probes.pairs(model, "ioi", batch=3)
+    monkeypatch.setattr("headscope.ablation.engine.CPU_STACK", 2 * probe.tokens.numel())
+    monkeypatch.setattr("headscope.ablation.engine._ROWS", 1)  # each stack is read by itself
+    stacks: list[int] = []
+    run = ReplaySource.rows
+    monkeypatch.setattr(
+        ReplaySource, "rows", lambda self, many: (stacks.append(len(many)), run(self, many))[1]
+    )
+
+    def measured(heads: list[str]) -> tuple[int, int]:
+        stacks.clear()
+        with standin.counting() as counted:
+            hs.ablate_heads(model, probe, hs.metrics.logit_difference, "mean", heads=heads)
+        return counted.total(), len(stacks)
+
+    every = [str(head) for head in model.shape.heads]
+    measured(every)  # the engine is chosen once
+    few, all_heads = measured(every[:2]), measured(every)
+    assert all_heads[1] - few[1] >= 8
+    assert all_heads[0] - few[0] <= 2 * (all_heads[1] - few[1])

@@ -285,20 +285,20 @@ def dead_heads(model: HeadModel, z: Mapping[int, Tensor]) -> tuple[str, ...]:
         model: whose output weights are asked for.
         z: what the output projection of each layer was given.
     """
-    found = []
-    for head in model.shape.heads:
-        if head.layer not in z:
-            continue
-        given = z[head.layer].reshape(*z[head.layer].shape[:2], -1)
-        if given.shape[-1] != model.shape.n_heads * model.shape.d_head:
-            continue  # heads were removed, and those that are left write
-        own = given.unflatten(-1, (model.shape.n_heads, -1))[:, :, head.head]
-        if not bool(own.any()):
-            found.append(str(head))
-    for layer in z:
+    given_nothing, write_nothing = [], []
+    for layer, values in z.items():
+        given = values.reshape(*values.shape[:2], -1)
         silent = ~model.output_weights(layer).flatten(1).any(1)
-        found += [str(h) for h in model.shape.heads if h.layer == layer and bool(silent[h.head])]
-    names = sorted(set(found), key=found.index)
+        unread = torch.zeros_like(silent)
+        # Where heads were removed, those that are left write.
+        if given.shape[-1] == model.shape.n_heads * model.shape.d_head:
+            heads = given.unflatten(-1, (model.shape.n_heads, -1)) != 0
+            unread = ~heads.any(-1).flatten(0, 1).any(0).to(silent.device)
+        both = torch.stack([unread, silent]).tolist()  # the host waits once a layer
+        own = [head for head in model.shape.heads if head.layer == layer]
+        given_nothing += [str(head) for head in own if both[0][head.head]]
+        write_nothing += [str(head) for head in own if both[1][head.head]]
+    names = list(dict.fromkeys([*given_nothing, *write_nothing]))
     if not names:
         return ()
     more = f" and {len(names) - 8} others" if len(names) > 8 else ""

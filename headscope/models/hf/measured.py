@@ -393,8 +393,10 @@ def _rounding(whole: Tensor, part: Tensor, dtype: torch.dtype) -> float:
 
 def _multiple(value: Tensor, of: Tensor) -> tuple[float, float]:
     """Number that makes ``of`` most like ``value``, and the share of ``value`` that it leaves."""
-    number = float((value * of).sum() / of.square().sum().clamp_min(1e-30))
-    return number, float((value - number * of).norm() / value.norm().clamp_min(1e-30))
+    number = (value * of).sum() / of.square().sum().clamp_min(1e-30)
+    left = (value - number * of).norm() / value.norm().clamp_min(1e-30)
+    both: list[float] = torch.stack([number, left]).tolist()  # the host waits once
+    return both[0], both[1]
 
 
 # share of a write that may be missing

@@ -265,13 +265,18 @@ class Replay:
     prefix: bool = True
     lean: bool = True
 
+    @cached_property
+    def on_host(self) -> Bool[Tensor, "batch pos"]:
+        """``read`` on the CPU, moved there once: no stack waits for the device to look at it."""
+        return self.read.cpu()
+
     def start(self, variant: Variant) -> tuple[int, int]:
         """First block and first position that a variant must run."""
         layer = first_layer(variant)
         at = self.model.shape.n_layers - 1 if layer is None else layer
         if not (self.prefix and self.model.mask.causal):  # else later edits change earlier places
             return at, 0
-        return at, min(first_position(variant), int(self.read.any(0).int().argmax()))
+        return at, min(first_position(variant), int(self.on_host.any(0).int().argmax()))
 
     @cached_property
     def _unembedding(self) -> Unembedding:
@@ -340,14 +345,14 @@ class _Suffix:
     def through(self) -> Float[Tensor, "row d_model"]:
         recording, blocks = self.replay.recording, self.replay.model.layout.blocks
         hidden = repeated(recording.blocks[self.layer].stream[:, self.first :], self.copies)
-        read = self.replay.read[:, self.first :].to(hidden.device)
+        read = self.replay.on_host[:, self.first :]
         for layer in range(self.layer, len(blocks)):
             if layer == len(blocks) - 1 and self._can_be_lean(read):
-                self.queries = read.any(0).nonzero().squeeze(1)
-                read = read[:, self.queries]
+                queries = read.any(0).nonzero().squeeze(1)
+                self.queries, read = queries.to(hidden.device), read[:, queries]
             hidden = self._block(layer, blocks[layer], hidden)
         by_variant = hidden.unflatten(0, (self.copies, -1))
-        rows: Tensor = by_variant[:, read.to(hidden.device)].flatten(0, 1)
+        rows: Tensor = by_variant[:, *read.nonzero(as_tuple=True)].flatten(0, 1)
         return rows
 
     def _can_be_lean(self, read: Tensor) -> bool:

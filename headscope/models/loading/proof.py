@@ -5,7 +5,7 @@ In the comparisons that decide, NaN never agrees, and tolerances follow dtype, l
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -236,9 +236,10 @@ def _key(model: Any) -> tuple[nn.Module, object]:
     """The module that is proved, and what changes when its weights do."""
     module: nn.Module = model.module
     kind = (type(module), str(getattr(module, "config", "")))
+    named = [*module.named_parameters(), *module.named_buffers()]
     weights = tuple(
-        (name, tuple(w.shape), w.dtype, w.device, w.data_ptr(), _version(w), _sample(w))
-        for name, w in (*module.named_parameters(), *module.named_buffers())
+        (name, tuple(w.shape), w.dtype, w.device, w.data_ptr(), _version(w), checksum)
+        for (name, w), checksum in zip(named, _checksums([w for _, w in named]), strict=True)
     )
     return module, (kind, weights)
 
@@ -249,10 +250,22 @@ def _version(weight: Tensor) -> int:
 
 
 @torch.no_grad()
-def _sample(weight: Tensor) -> int:
-    """Checksum of some numbers of a weight: ``.data`` may be written to past any counter."""
-    if weight.device.type == "meta" or weight.numel() == 0:
-        return 0
-    step = max(1, weight.numel() // _SAMPLED)
-    some = weight.detach().flatten()[::step][: 2 * _SAMPLED].cpu().contiguous()
-    return zlib.crc32(some.view(torch.uint8).numpy().tobytes())
+def _checksums(weights: Sequence[Tensor]) -> list[int]:
+    """Checksums of some numbers of each weight: ``.data`` may be written to past any counter.
+
+    Samples of one device are moved to the host together.
+    """
+    found = [0] * len(weights)
+    samples: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for number, weight in enumerate(weights):
+        if weight.device.type == "meta" or weight.numel() == 0:
+            continue
+        step = max(1, weight.numel() // _SAMPLED)
+        some = weight.detach().flatten()[::step][: 2 * _SAMPLED].contiguous()
+        samples.setdefault(weight.device, []).append((number, some.view(torch.uint8)))
+    for numbered in samples.values():
+        moved = torch.cat([sample for _, sample in numbered]).cpu()
+        sizes = [len(sample) for _, sample in numbered]
+        for (number, _), sample in zip(numbered, moved.split(sizes), strict=True):
+            found[number] = zlib.crc32(sample.numpy().tobytes())
+    return found
