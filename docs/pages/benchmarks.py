@@ -1,6 +1,9 @@
 """The benchmarks page, from what the scripts in benchmarks/ printed."""
 
 import json
+import math
+import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,51 @@ def _section(found: dict[str, Any], stem: str) -> str:
     threads = f", {machine['threads']} threads" if "threads" in machine else ""
     text = heading(f"{found.get('benchmark', stem)} ({stem})", "-")
     text += f"\nMeasured on {where}{threads}; {versions or 'versions unknown'}.\n\n"
-    return text + _told({k: v for k, v in found.items() if k not in ("benchmark", "machine")}, "")
+    values = {k: v for k, v in found.items() if k not in ("benchmark", "machine")}
+    return text + _chart(_ratios(values, "")) + _told(values, "")
+
+
+def _ratios(values: dict[str, Any], path: str) -> dict[str, float]:
+    """Ratios of one run by what they are of, as their names say."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        name = f"{path}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            found |= _ratios(value, f"{path}{key}: ")
+        elif isinstance(value, int | float) and value > 0 and _RATIO.search(name):
+            found[name] = float(value)
+    return found
+
+
+_RATIO = re.compile(r"\btimes\b|over plain")
+_ROW, _LEFT, _WIDTH = 20, 470, 280  # pixels
+
+
+def _chart(ratios: dict[str, float]) -> str:
+    """Bars of ratios on a logarithmic scale, from 1: as fast as what it is compared with."""
+    if not ratios:
+        return ""
+    most = max(1.0, *(abs(math.log10(one)) for one in ratios.values()))
+    middle = _LEFT + _WIDTH // 2
+    bars = []
+    for number, (name, ratio) in enumerate(ratios.items()):
+        length = math.log10(ratio) / most * _WIDTH / 2
+        top = number * _ROW
+        bars.append(
+            f'<text x="{_LEFT - 8}" y="{top + 14}" text-anchor="end">{escape(name)}</text>'
+            f'<rect x="{middle + min(length, 0):.1f}" y="{top + 4}" width="{abs(length):.1f}" '
+            f'height="{_ROW - 8}"/>'
+            f'<text x="{_LEFT + _WIDTH + 8}" y="{top + 14}">{_number(ratio)}</text>'
+        )
+    height = len(ratios) * _ROW + 4
+    return (
+        ".. raw:: html\n\n"
+        f'   <svg viewBox="0 0 {_LEFT + _WIDTH + 70} {height}" role="img" '
+        'style="max-width:100%;font-size:12px;fill:currentColor">'
+        f'<line x1="{middle}" x2="{middle}" y1="0" y2="{height}" stroke="currentColor"/>'
+        f"{''.join(bars)}</svg>\n\n"
+        "Ratios on a logarithmic scale; the line is 1.\n\n"
+    )
 
 
 def _told(values: dict[str, Any], path: str) -> str:

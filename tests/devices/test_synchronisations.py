@@ -1,6 +1,9 @@
 """How often the host waits for the device, on a device that counts it."""
 
+import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +121,19 @@ def test_at_most_two_waits_for_a_stack_of_variants(
     few, all_heads = measured(every[:2]), measured(every)
     assert all_heads[1] - few[1] >= 8
     assert all_heads[0] - few[0] <= 2 * (all_heads[1] - few[1])
+
+
+def test_the_gpu_benchmark_runs_and_finds_equal_numbers() -> None:
+    """Its logic, with small models on this device; what a GPU makes of it is measured there."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    specification = importlib.util.spec_from_file_location("gpu_benchmark", path)
+    assert specification is not None
+    assert specification.loader is not None
+    benchmark = importlib.util.module_from_spec(specification)
+    sys.modules["gpu_benchmark"] = benchmark  # dataclasses look their module up
+    specification.loader.exec_module(benchmark)
+    found = benchmark.main(["--small", "--device", standin.NAME, "--only", "llama"])
+    items = found["items"]
+    for what in ("scan", "ablation", "path patching", "decoding", "logit lens", "rows"):
+        assert any(name.startswith(f"llama: {what}") for name in items)
+    assert all(one["equal"] for one in items.values()), items
