@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from headscope import steering as steering
     from headscope import studies as studies
     from headscope import sweeps as sweeps
+    from headscope import syntax as syntax
     from headscope import testing as testing
     from headscope.ablation import ablate_cumulatively as ablate_cumulatively
     from headscope.ablation import ablate_groups as ablate_groups
@@ -138,6 +139,7 @@ _HOME = {
     "steering": "headscope.steering",
     "studies": "headscope.studies",
     "sweeps": "headscope.sweeps",
+    "syntax": "headscope.syntax",
     "testing": "headscope.testing",
     "weight_scorer": "headscope.scorers",
 }

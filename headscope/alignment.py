@@ -114,7 +114,8 @@ def find(
     one count against the head. Without links, and beside them: ``path_mass``: attention on the
     monotone path with the largest sum (dynamic time warping, steps of one token on either or both
     sides), over the number of target tokens; ``monotonicity``: Kendall's tau of target positions
-    and A, -1 where the order is reversed; ``coverage``: mean over source tokens but the last of
+    and A (with links, again without a last token that has none), -1 where the order is reversed;
+    ``coverage``: mean over source tokens but the last of
     ``min(1, attention that the token got in all)``; ``source_end``: attention to the last source
     token.
 
@@ -463,16 +464,19 @@ def _measures(
         names = [spec.name for spec in _SPECS if sure is not None or spec not in _SPECS[:4]]
         return dict.fromkeys(names, nothing)
     most = rows.argmax(-1)
+    ordered = most
+    if possible is not None and not possible[-1].any():
+        ordered = most[:, :-1]  # the end of a text is linked to nothing, mostly
     found = {
         _PATH.name: _best_paths(rows)[:, -1, -1] / targets,
-        _MONOTONE.name: np.array([_tau(one) for one in most]),
+        _MONOTONE.name: np.array([_tau(one) for one in ordered]),
         _COVERAGE.name: nothing if sources < 2 else np.minimum(rows.sum(1)[:, :-1], 1.0).mean(-1),
         _END.name: rows[:, :, -1].mean(-1),
     }
     if sure is None or possible is None:
         return found
     linked: Bool[np.ndarray, " target"] = np.asarray(possible.any(1))
-    counted = targets - int(not linked[-1])  # the end of a text is linked to nothing, mostly
+    counted = targets - int(not linked[-1])
     at = np.arange(targets)
     in_possible = np.stack([possible[at, one] for one in most]).sum(1)
     in_sure = np.stack([sure[at, one] for one in most]).sum(1)

@@ -140,7 +140,7 @@ def emergence(
     chosen = _SCORES if scorers is None else tuple(scorers)
     if not chosen:
         raise InputError("give at least one scorer.")
-    if texts is None and name in bundled.names():
+    if texts is None and name in bundled.READERS:
         texts = bundled.stories(seed=seed)
     tables, parts, labels = [], [], []
     with options.track(float(len(wanted)), "scoring checkpoints") as advance:

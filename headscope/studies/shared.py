@@ -29,7 +29,7 @@ def prose(model: HeadModel, setting: StudySetting, *, seed: int, length: int = 1
     count = setting.size(24, 8)
     room = model.shape.n_ctx or length
     texts = None
-    if model.name in bundled.names():
+    if model.name in bundled.READERS:
         texts = bundled.stories(count, seed=seed)
     return text(model, texts, length=min(length, room), batch=count, seed=seed)
 

@@ -6,11 +6,13 @@ from random import Random
 from headscope.errors import InputError, nearest
 
 DEFAULT = "tiny-gpt2"
+# Those that read the stories; the others read what headscope.models.bundled.tasks draws.
+READERS = ("tiny-gpt2", "tiny-llama")
 _FOLDER = Path(__file__).parent
 
 
 def names() -> tuple[str, ...]:
-    """Names of the bundled models."""
+    """Names of the bundled models, decoders and others."""
     return tuple(sorted(path.parent.name for path in _FOLDER.glob("*/config.json")))
 
 
@@ -40,7 +42,7 @@ def folder(name: str, revision: str | None = None) -> Path:
 
 
 def stories(count: int = 12, sentences: int = 25, seed: int = 0) -> list[str]:
-    """Texts like those that the bundled models were trained on, drawn anew.
+    """Texts like those that the bundled decoders were trained on, drawn anew.
 
     The sentences come from the same templates, so that single ones may have been seen.
     """
