@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from headscope import sweeps as sweeps
     from headscope import syntax as syntax
     from headscope import testing as testing
+    from headscope import training as training
     from headscope.ablation import ablate_cumulatively as ablate_cumulatively
     from headscope.ablation import ablate_groups as ablate_groups
     from headscope.ablation import ablate_heads as ablate_heads
@@ -141,6 +142,7 @@ _HOME = {
     "sweeps": "headscope.sweeps",
     "syntax": "headscope.syntax",
     "testing": "headscope.testing",
+    "training": "headscope.training",
     "weight_scorer": "headscope.scorers",
 }
 

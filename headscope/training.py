@@ -1,0 +1,995 @@
+"""Training with masks on heads: what a model becomes, or what gates learn, on a user's data.
+
+:func:`head_mask` trains a copy while some heads are masked, :func:`inject_patterns` while some
+attend by a rule. On a frozen model :func:`mixture` learns how responsible each head is, and
+:func:`variational_gates` how much noise it bears. :func:`gini` and :func:`lorenz` say how unequal
+heads are. Runs with a folder go on where they were stopped, to the same numbers bit by bit.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope import capture, metrics
+from headscope.ablation.run import Metricish, present
+from headscope.base.checkpoints import Checkpoint, adam_state, restore_adam
+from headscope.base.glance import Glance, Shown, number
+from headscope.base.options import RunOptions
+from headscope.base.progress import track
+from headscope.base.result import Tabular
+from headscope.base.specs import Direction, Provenance
+from headscope.edits import Heads, HeadSite, Span, zero
+from headscope.errors import (
+    HeadscopeError,
+    InputError,
+    UnsupportedModelError,
+    nearest,
+    positive,
+    whole,
+)
+from headscope.heads import HeadIndex, ModelShape
+from headscope.metrics import AnyMetric, as_metric, cost_sign
+from headscope.models.hf.model import HFModel
+from headscope.models.loading.load import load
+from headscope.models.protocol import Edit, HeadModel
+from headscope.models.running import own_types
+from headscope.models.taps import Tap, TapView, Write, writes_of
+from headscope.origin import origin
+from headscope.probes.probe import Probe, pairs_of_examples, probe_digest
+from headscope.pruning.gates import frozen
+from headscope.pruning.importance import gradient_importance
+from headscope.scorers.relation import PairsLike, PairsOf, as_triples, check_triples
+from headscope.table import HeadScores, HeadTable
+
+_HEAD_MASK = "Sun et al. 2020 (arXiv 2009.09672), HeadMask"
+_INJECTED = "Xiao et al. 2021 (arXiv 2112.05364), injected attention patterns"
+_MIXTURE = "Peng et al. 2020 (arXiv 2005.06537), a mixture of h - 1 heads is better than h heads"
+_VARIATIONAL = "VTrans (arXiv 2406.05276), variational information bottleneck on heads"
+Folder = str | PathLike[str] | None
+
+
+def gini(values: "HeadScores | Float[np.ndarray, ' *any']") -> float:
+    """How unequal non-negative numbers are: the Gini coefficient.
+
+    ``sum over i of (2 i - n - 1) x_i / (n sum x)`` of the n values in rising order: 0 where all are
+    equal, ``1 - 1/n`` where one has everything. NaN where all are 0.
+
+    Args:
+        values: means of a score, or numbers; NaN is left out.
+
+    Raises:
+        InputError: if a value is negative, or there is none.
+
+    Source: Gini 1912; used for importance of heads by Sun et al. 2020 (arXiv 2009.09672).
+
+    Example:
+        >>> round(hs.training.gini(np.array([0.0, 0.0, 1.0])), 3)
+        0.667
+    """
+    ordered = _ordered(values)
+    n, total = len(ordered), float(ordered.sum())
+    if total == 0:
+        return float("nan")
+    return float(((2 * np.arange(1, n + 1) - n - 1) * ordered).sum() / (n * total))
+
+
+def lorenz(values: "HeadScores | Float[np.ndarray, ' *any']") -> Float[np.ndarray, " point"]:
+    """Share of the total that the smallest values have together: the Lorenz curve.
+
+    Entry k is the share of the k smallest of n values, from 0 to 1 for k from 0 to n; a straight
+    line where all are equal. The Gini coefficient is twice the area between the two, times
+    ``n / n``: ``1 - (sum of neighbouring entries) / n``.
+
+    Args:
+        values: as :func:`gini` takes them.
+
+    Raises:
+        InputError: if a value is negative, or there is none.
+
+    Example:
+        >>> hs.training.lorenz(np.array([3.0, 1.0])).tolist()
+        [0.0, 0.25, 1.0]
+    """
+    ordered = _ordered(values)
+    total = float(ordered.sum())
+    shares = np.cumsum(ordered) / total if total else np.full(len(ordered), np.nan)
+    return np.concatenate([[0.0], shares])
+
+
+def _ordered(values: "HeadScores | Float[np.ndarray, ' *any']") -> Float[np.ndarray, " value"]:
+    numbers = values.mean if isinstance(values, HeadScores) else np.asarray(values, dtype=float)
+    flat = np.sort(numbers[~np.isnan(numbers)].ravel())
+    if not len(flat) or flat[0] < 0:
+        what = "no values" if not len(flat) else f"{flat[0]:g} among the values"
+        raise InputError(f"{what}: inequality is of numbers from 0 up, such as importances.")
+    return flat
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trained(Shown, Tabular):
+    """A trained copy of a model, beside the model that it came from.
+
+    Attributes:
+        model: the copy; the model that was given is as it was.
+        losses: cost of every step, with what was masked or injected in it.
+        metrics: of the whole model: ``before`` and ``after``, and for injected patterns
+            ``injected`` and ``after, injected``.
+        metric: name and unit.
+        before: importance of heads before training, by gradients.
+        after: the same of the copy.
+        provenance: of the run.
+    """
+
+    model: HeadModel
+    losses: tuple[float, ...]
+    metrics: Mapping[str, float]
+    metric: tuple[str, str]
+    before: HeadScores
+    after: HeadScores
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def inequality(self) -> tuple[float, float]:
+        """Gini coefficient of the heads' importance before and after."""
+        return gini(self.before), gini(self.after)
+
+    def glance(self) -> Glance:
+        """The metric and the inequality of heads, before and after."""
+        rows = [(name, number(value)) for name, value in self.metrics.items()]
+        for when, value in zip(("before", "after"), self.inequality, strict=True):
+            rows.append((f"Gini of importance, {when}", number(value)))
+        return Glance(
+            "trained copy",
+            [f"{len(self.losses)} steps", self.provenance.model],
+            ("", ", ".join(self.metric)),
+            rows,
+            hint="found.model, found.before, found.after, hs.training.lorenz(found.after)",
+            whole=True,
+        )
+
+    def to_pandas(self) -> Any:
+        """One row per head: importance before and after."""
+        import pandas
+
+        heads = np.argwhere(~np.isnan(self.before.mean))
+        return pandas.DataFrame(
+            {
+                "layer": heads[:, 0],
+                "head": heads[:, 1],
+                "before": self.before.mean[tuple(heads.T)],
+                "after": self.after.mean[tuple(heads.T)],
+            }
+        )
+
+
+@dataclass(eq=False)
+class _Task(ABC):
+    """What is trained: parameters by name, and the cost of some examples.
+
+    Attributes:
+        model: that runs; a copy where its weights are trained.
+        metric: that is to become good.
+        sign: 1 where lower is better.
+    """
+
+    model: HeadModel
+    metric: AnyMetric
+    sign: int
+
+    @property
+    @abstractmethod
+    def parameters(self) -> dict[str, Tensor]:
+        """Leaves that learn."""
+
+    @abstractmethod
+    def cost(self, batch: Probe, number: Int[Tensor, " example"], draws: torch.Generator) -> Tensor:
+        """Cost of a batch, whose examples have these numbers; all chance from ``draws``."""
+
+    def value(self, batch: Probe, writes: Mapping[Tap, Write]) -> Float[Tensor, ""]:
+        """Mean metric of a batch as a cost, with gradients."""
+        logits = self.model.run(batch, writes=writes, grad=True)
+        assert logits is not None  # noqa: S101  # nothing stops the pass
+        return self.sign * self.metric(logits, batch).mean()
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """How a run goes."""
+
+    steps: int
+    rate: float
+    batch_size: int
+    seed: int
+    every: int
+    progress: bool | None
+
+    @classmethod
+    def of(
+        cls, probe: Probe, steps: int, rate: float, batch_size: int | None, seed: int, every: int,
+        progress: bool | None,
+    ) -> "_Schedule":  # fmt: skip
+        """Check the numbers."""
+        RunOptions(batch_size, seed=seed, progress=progress)
+        size = min(len(probe), 8 if batch_size is None else batch_size)
+        return cls(
+            whole(steps, "steps", 1), positive(rate, "rate"), size, seed, whole(every, "every", 1),
+            progress,
+        )  # fmt: skip
+
+
+def _train(
+    task: _Task, probe: Probe, plan: _Schedule, kept: Checkpoint, said: str
+) -> tuple[float, ...]:
+    """Take Adam steps on a task from where its checkpoint stands, and keep checkpoints.
+
+    Raises:
+        HeadscopeError: if the cost is no longer finite; the checkpoint before it stays.
+    """
+    parameters = task.parameters
+    adam = torch.optim.Adam(list(parameters.values()), lr=plan.rate)
+    draws = torch.Generator().manual_seed(plan.seed)
+    per_epoch = -(-len(probe) // plan.batch_size)
+    order = torch.arange(len(probe))
+    losses = torch.full((plan.steps,), torch.nan, device=task.model.device)
+    done = 0
+    if (state := kept.read()) is not None:
+        done = int(state["step"])
+        if done > plan.steps:
+            raise InputError(f"steps={plan.steps}: the checkpoint has run {done} steps already.")
+        with torch.no_grad():
+            for name, one in parameters.items():
+                one.copy_(state[f"parameter.{name}"])
+        restore_adam(adam, state)
+        draws.set_state(state["draws"])
+        order = state["order"]
+        losses[:done] = state["losses"][:done].to(losses)
+    with track(plan.steps, said, show=plan.progress) as advance:
+        advance(done)
+        for step in range(done, plan.steps):
+            if step % per_epoch == 0:
+                order = torch.randperm(len(probe), generator=draws)
+            at = step % per_epoch * plan.batch_size
+            some = order[at : at + plan.batch_size]
+            batch = probe.examples(some).to(task.model.device)
+            with torch.enable_grad():
+                cost = task.cost(batch, some, draws)
+                slopes = torch.autograd.grad(cost, list(parameters.values()), allow_unused=True)
+            for one, slope in zip(parameters.values(), slopes, strict=True):
+                one.grad = slope
+            adam.step()
+            losses[step] = cost.detach()
+            if (step + 1) % plan.every == 0 or step + 1 == plan.steps:
+                _need_finite(losses, step)
+                if kept:
+                    kept.write(
+                        {f"parameter.{name}": one for name, one in parameters.items()}
+                        | adam_state(adam)
+                        | {"step": torch.tensor(step + 1), "draws": draws.get_state()}
+                        | {"order": order, "losses": losses[: step + 1]}
+                    )
+            advance(1)
+    for one in parameters.values():
+        one.grad = None
+    return tuple(losses.tolist())
+
+
+def _need_finite(losses: Float[Tensor, " step"], last: int) -> None:
+    wrong = (~losses[: last + 1].isfinite()).nonzero()
+    if len(wrong):
+        raise HeadscopeError(
+            f"the cost of step {int(wrong[0]) + 1} is not a finite number: train with a smaller "
+            "rate."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Gated:
+    """An edit that multiplies head outputs by a gate per head."""
+
+    gates: Float[Tensor, "layer head"]
+    layers: frozenset[int]
+    site: HeadSite = field(default="z", init=False)
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        return value * self.gates[layer].to(value)[:, None]
+
+
+def masked_heads(
+    heads: Sequence[HeadIndex],
+    count: int,
+    draws: torch.Generator,
+    slopes: Float[Tensor, "layer head"] | None = None,
+) -> tuple[HeadIndex, ...]:
+    """Heads that one batch masks: drawn without replacement, or those with the largest slopes.
+
+    Args:
+        heads: to choose from.
+        count: how many.
+        draws: of those that are drawn.
+        slopes: derivative of the batch's loss by a gate on each head; None: draw. Of equal ones
+            the first head is taken.
+
+    Example:
+        >>> heads = model.shape.heads
+        >>> drawn = hs.training.masked_heads(heads, 2, torch.Generator().manual_seed(0))
+        >>> len(set(drawn))
+        2
+    """
+    if slopes is None:
+        order = torch.randperm(len(heads), generator=draws)
+    else:
+        sizes = slopes.abs().cpu()[tuple(np.transpose(heads))]
+        order = sizes.argsort(descending=True, stable=True)
+    return tuple(heads[at] for at in sorted(order[:count].tolist()))
+
+
+@dataclass(eq=False)
+class _Masking(_Task):
+    """Trains weights while some heads give nothing."""
+
+    count: int
+    by: str
+    heads: tuple[HeadIndex, ...]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return _weights(self.model)
+
+    def cost(self, batch: Probe, number: Tensor, draws: torch.Generator) -> Tensor:
+        if not self.count:
+            return self.value(batch, {})
+        slopes = self._slopes(batch) if self.by == "importance" else None
+        return self.value(
+            batch, writes_of([zero(masked_heads(self.heads, self.count, draws, slopes))])
+        )
+
+    def _slopes(self, batch: Probe) -> Float[Tensor, "layer head"]:
+        shape = self.model.shape
+        gates = torch.ones(shape.n_layers, shape.n_heads, device=batch.tokens.device)
+        gates.requires_grad_()
+        cost = self.value(batch, writes_of([_Gated(gates, frozenset(shape.attention_layers))]))
+        (slope,) = torch.autograd.grad(cost, [gates])
+        return slope
+
+
+@own_types()
+def head_mask(
+    model: HeadModel,
+    probe: Probe,
+    count: int,
+    *,
+    by: str = "random",
+    heads: Heads | None = None,
+    metric: Metricish = metrics.loss,
+    test: Probe | None = None,
+    better: Direction | None = None,
+    steps: int = 100,
+    rate: float = 1e-4,
+    batch_size: int | None = None,
+    seed: int = 0,
+    folder: Folder = None,
+    every: int = 20,
+    progress: bool | None = None,
+) -> Trained:
+    """Train a copy of a model while every batch masks some heads, so that no head carries it alone.
+
+    Masked heads give 0, and no gradient passes through them; afterwards all heads are used, and
+    nothing is rescaled. ``random`` draws the heads of every batch; ``importance`` masks those with
+    the largest ``|d loss / d gate|`` of the batch, which costs one more forward and backward pass.
+    The copy runs without dropout. Adam, all weights.
+
+    Args:
+        model: of one text stack, from :func:`headscope.load`; it stays as it is.
+        probe: to train on, with targets, such as :func:`headscope.probes.text` makes of texts.
+        count: of heads that each batch masks; 0 is plain fine-tuning.
+        by: ``random`` or ``importance``.
+        heads: among which; default: all.
+        metric: that is trained.
+        test: on which metric and importances are measured; default: the probe itself.
+        better: which direction of the metric is better, where it does not say.
+        steps: of Adam, one batch each.
+        rate: of Adam.
+        batch_size: examples per step; default: 8.
+        seed: of the order of examples and of the masks.
+        folder: where the run is kept every few steps: started again, it goes on from there.
+        every: so many steps.
+        progress: show a bar.
+
+    Raises:
+        InputError: if an argument does not fit, or the folder holds another run.
+        UnsupportedModelError: if the model is not a transformers model of one stack.
+        HeadscopeError: if the cost is no longer finite.
+
+    Source: Sun et al. 2020 (arXiv 2009.09672), HeadMask, from the paper.
+
+    Example:
+        >>> found = hs.training.head_mask(model, probe, 2, steps=2)
+        >>> sorted(found.metrics)
+        ['after', 'before']
+    """
+    if by not in ("random", "importance"):
+        raise InputError(nearest(str(by), ("random", "importance"), kind="way of masking"))
+    chosen = present(model, heads)
+    if whole(count, "count", 0) >= len(chosen):
+        raise InputError(f"count={count}: {len(chosen)} heads can be masked, and one must be left.")
+    plan = _Schedule.of(probe, steps, rate, batch_size, seed, every, progress)
+    measured, sign = _measured(model, metric, better, probe, test)
+    kept = _checkpoint(
+        folder, "head mask", model, probe, plan,
+        metric=measured.name, count=count, by=by, heads=list(map(str, chosen)),
+    )  # fmt: skip
+    copied = _copy(model)
+    task = _Masking(copied, measured, sign, count, by, chosen)
+    losses = _train(task, probe, plan, kept, "training with masked heads")
+    return _trained(
+        model, copied, losses, measured, probe if test is None else test,
+        {}, batch_size, origin(model, probe, method=_HEAD_MASK, count=count, by=by, steps=steps),
+    )  # fmt: skip
+
+
+Mode = Literal["mask", "synthesize"]
+Relations = Mapping[Any, "PairsOf | PairsLike"]
+
+
+@dataclass(frozen=True, eq=False)
+class Injected:
+    """An edit of patterns: some heads attend within a relation, or evenly over it.
+
+    ``mask``: scores of all other keys are -inf, so that attention is divided among the relation's;
+    ``synthesize``: attention is even among them. A query without such a key attends as it would.
+
+    Attributes:
+        keys: of every query, by head.
+        mode: see above.
+    """
+
+    keys: Mapping[HeadIndex, Bool[Tensor, "batch query key"]]
+    mode: str = "mask"
+    site: HeadSite = field(default="pattern", init=False)
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers that it touches."""
+        return frozenset(head.layer for head in self.keys)
+
+    def __call__(
+        self, layer: int, value: Float[Tensor, "batch head query key"]
+    ) -> Float[Tensor, "batch head query key"]:
+        """Return the rows with those of the heads replaced; the input is left as it is."""
+        rows = list(value.unbind(1))
+        for head, keys in self.keys.items():
+            if head.layer == layer:
+                seen = keys[:, : value.shape[2], : value.shape[3]].to(value.device)
+                rows[head.head] = injected_rows(rows[head.head], seen, self.mode)
+        return torch.stack(rows, 1)
+
+
+def injected_rows(
+    pattern: Float[Tensor, "batch query key"], keys: Bool[Tensor, "batch query key"], mode: str
+) -> Float[Tensor, "batch query key"]:
+    """Rows of attention with a relation injected; see :class:`Injected`.
+
+    Args:
+        pattern: rows; 0 where a key is not visible.
+        keys: of the relation; those that are not visible do not count.
+        mode: ``mask`` or ``synthesize``.
+
+    Example:
+        >>> rows = torch.tensor([[[0.2, 0.3, 0.5]]])
+        >>> keys = torch.tensor([[[True, True, False]]])
+        >>> hs.training.injected_rows(rows, keys, "mask")
+        tensor([[[0.4000, 0.6000, 0.0000]]])
+    """
+    inside = keys & (pattern > 0)
+    even = inside.to(pattern)
+    part = pattern * even if mode == "mask" else even
+    total = part.sum(-1, keepdim=True)
+    found: Tensor = torch.where(total > 0, part / total.where(total > 0, 1.0), pattern)
+    return found
+
+
+class _Given:
+    """Relations of heads on a whole probe, as keys of some of its examples."""
+
+    def __init__(self, model: HeadModel, probe: Probe, relations: Relations, mode: str) -> None:
+        self._mode, self._size = mode, probe.length
+        self._triples: dict[HeadIndex, Tensor] = {}
+        for head, pairs in relations.items():
+            (where,) = present(model, head)
+            given = pairs(probe.host) if callable(pairs) else pairs
+            name, size = f"the relation of {where}", (len(probe), probe.length)
+            triples = as_triples(name, given, size)
+            check_triples(name, triples, size)
+            if not len(triples):
+                raise InputError(f"{name} has no pair in any example: leave the head out.")
+            self._triples[where] = triples.cpu()
+
+    def edit(self, number: Int[Tensor, " example"]) -> Injected:
+        """For examples with these numbers."""
+        keys = {}
+        for head, triples in self._triples.items():
+            mask = torch.zeros(len(number), self._size, self._size, dtype=torch.bool)
+            mask[tuple(pairs_of_examples(triples, number).T)] = True
+            keys[head] = mask
+        return Injected(keys, self._mode)
+
+    def digest(self) -> list[list[Any]]:
+        """What tells these relations from others."""
+        return [[str(head), len(one), int((one * torch.tensor([1, 31, 1009])).sum())]
+                for head, one in self._triples.items()]  # fmt: skip
+
+
+@dataclass(eq=False)
+class _Injecting(_Task):
+    """Trains weights while some heads attend by a rule."""
+
+    given: _Given
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return _weights(self.model)
+
+    def cost(self, batch: Probe, number: Tensor, draws: torch.Generator) -> Tensor:
+        return self.value(batch, writes_of([self.given.edit(number)]))
+
+
+@own_types()
+def inject_patterns(
+    model: HeadModel,
+    probe: Probe,
+    relations: Relations,
+    *,
+    mode: str = "mask",
+    metric: Metricish = metrics.loss,
+    better: Direction | None = None,
+    steps: int = 100,
+    rate: float = 1e-4,
+    batch_size: int | None = None,
+    seed: int = 0,
+    folder: Folder = None,
+    every: int = 20,
+    progress: bool | None = None,
+) -> Trained:
+    """Train a copy of a model in which some heads attend by a relation that they are given.
+
+    The relations are those of :func:`headscope.scorers.relation`: equal tokens, the token before,
+    a sentence. The heads keep them afterwards: ``metrics`` has the copy's with and without
+    (``after, injected`` and ``after``), beside those of the model before training.
+
+    Args:
+        model: of one text stack; it stays as it is.
+        probe: to train on, with targets.
+        relations: (query, key) pairs of each head: a function of the probe, or pairs of the whole
+            probe in any form that :func:`headscope.scorers.relation` takes.
+        mode: ``mask``: attention is divided among the relation's keys; ``synthesize``: evenly.
+        metric: that is trained, and measured on the same probe.
+        better: which direction of the metric is better, where it does not say.
+        steps: of Adam, one batch each.
+        rate: of Adam.
+        batch_size: examples per step; default: 8.
+        seed: of the order of examples.
+        folder: where the run is kept every few steps: started again, it goes on from there.
+        every: so many steps.
+        progress: show a bar.
+
+    Raises:
+        InputError: if an argument does not fit, a relation is empty, or the folder holds another
+            run.
+        UnsupportedModelError: if the model is not a transformers model of one stack.
+
+    Source: Xiao et al. 2021 (arXiv 2112.05364), injected patterns.
+
+    Example:
+        >>> def before(probe):
+        ...     at = torch.arange(probe.length)
+        ...     return (at[:, None] - at == 1).expand(len(probe), -1, -1)
+        >>> found = hs.training.inject_patterns(model, probe, {"L0H1": before}, steps=2)
+        >>> sorted(found.metrics)
+        ['after', 'after, injected', 'before', 'injected']
+    """
+    if mode not in get_args(Mode):
+        raise InputError(nearest(str(mode), get_args(Mode), kind="mode"))
+    if not relations:
+        raise InputError("relations= names no head: give one relation at least.")
+    plan = _Schedule.of(probe, steps, rate, batch_size, seed, every, progress)
+    measured, sign = _measured(model, metric, better, probe, None)
+    given = _Given(model, probe, relations, mode)
+    kept = _checkpoint(
+        folder, "injected patterns", model, probe, plan,
+        metric=measured.name, mode=mode, relations=given.digest(),
+    )  # fmt: skip
+    copied = _copy(model)
+    with_rule = {"injected": _mean_of(model, measured, probe, given, plan.batch_size)}
+    task = _Injecting(copied, measured, sign, given)
+    losses = _train(task, probe, plan, kept, "training with injected patterns")
+    with_rule["after, injected"] = _mean_of(copied, measured, probe, given, plan.batch_size)
+    return _trained(
+        model, copied, losses, measured, probe,
+        with_rule, batch_size, origin(model, probe, method=_INJECTED, mode=mode, steps=steps),
+    )  # fmt: skip
+
+
+@dataclass(eq=False)
+class _Mixing(_Task):
+    """Trains gates that choose which head to leave out, by what attention reads."""
+
+    gates: "_Gates"
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return self.gates.parameters
+
+    def cost(self, batch: Probe, number: Tensor, draws: torch.Generator) -> Tensor:
+        return self.gates.value(self, batch)[0]
+
+
+class _Gates:
+    """One small network per layer: mean of the residual stream so far, tanh, softmax over heads."""
+
+    def __init__(self, shape: ModelShape, hidden: int, seed: int, device: torch.device) -> None:
+        draws = torch.Generator().manual_seed(seed)
+        layers, heads = len(shape.attention_layers), shape.n_heads
+        first = torch.randn(layers, shape.d_model, hidden, generator=draws) / shape.d_model**0.5
+        # Zeros: at first the gate is even, and an even gate is the model itself.
+        made = {"first": first, "bias": torch.zeros(layers, hidden),
+                "second": torch.zeros(layers, hidden, heads)}  # fmt: skip
+        self.parameters = {name: one.to(device).requires_grad_() for name, one in made.items()}
+        self._place = {layer: at for at, layer in enumerate(shape.attention_layers)}
+        self._there = torch.zeros(layers, heads, dtype=torch.bool, device=device)
+        for layer, head in shape.heads:
+            self._there[self._place[layer], head] = True
+        self._counts = self._there.sum(1).tolist()
+
+    def shares(
+        self,
+        layer: int,
+        stream: Float[Tensor, "batch pos d_model"],
+        real: Bool[Tensor, "batch pos"],
+    ) -> Float[Tensor, "batch pos head"]:
+        """Responsibility of each head: ``n / (n - 1) (1 - gate)`` of a layer's n heads."""
+        at, weight = self._place[layer], real.to(stream)[..., None]
+        mean = (stream * weight).cumsum(1) / weight.cumsum(1).clamp_min(1)
+        size = mean.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+        there, values = self._there[at], self.parameters
+        inner = torch.tanh(mean / size @ values["first"][at] + values["bias"][at])
+        gate = (inner @ values["second"][at]).masked_fill(~there, -torch.inf).softmax(-1)
+        n = self._counts[at]
+        shared: Tensor = n / (n - 1) * (1 - gate)
+        return shared
+
+    def value(self, task: _Task, batch: Probe) -> tuple[Tensor, dict[int, Tensor]]:
+        """Cost with the gates, and what they gave in every layer."""
+        seen: dict[int, Tensor] = {}
+
+        def read(view: TapView) -> None:
+            seen[view.layer] = self.shares(view.layer, view.value.float(), batch.real)
+
+        def write(layer: int) -> Write:
+            def weigh(z: Tensor, _span: Span) -> Tensor:
+                return z * seen[layer].to(z)[..., None]
+
+            return weigh
+
+        logits = task.model.run(
+            batch,
+            reads={Tap("resid_pre", layer): read for layer in self._place},
+            writes={Tap("z", layer): write(layer) for layer in self._place},
+            grad=True,
+        )
+        assert logits is not None  # noqa: S101  # nothing stops the pass
+        return task.sign * task.metric(logits, batch).mean(), seen
+
+
+@own_types()
+def mixture(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    hidden: int = 16,
+    metric: Metricish = metrics.loss,
+    better: Direction | None = None,
+    steps: int = 100,
+    rate: float = 1e-2,
+    batch_size: int | None = None,
+    seed: int = 0,
+    folder: Folder = None,
+    every: int = 20,
+    progress: bool | None = None,
+) -> HeadScores:
+    """Learn how responsible every head is in a mixture of experts that each leave one head out.
+
+    Expert i of a layer is attention with all n heads but i, multiplied by ``n / (n - 1)``; a gate
+    mixes them by what the layer reads, so that head h counts ``n / (n - 1) (1 - gate_h)``, its
+    responsibility: 1 under an even gate, which is the model itself, 0 where the head's absence is
+    always preferred. The gate is a network with one hidden layer on the mean of the residual stream
+    up to each position (not beyond, which would show a decoder its future). Only gates learn.
+
+    Args:
+        model: with two heads or more in every layer; it stays as it is.
+        probe: to train on, with targets.
+        hidden: width of the gate.
+        metric: that is trained.
+        better: which direction of the metric is better, where it does not say.
+        steps: of Adam, one batch each.
+        rate: of Adam.
+        batch_size: examples per step; default: 8.
+        seed: of the order of examples and of the gates' first weights.
+        folder: where the run is kept every few steps: started again, it goes on from there.
+        every: so many steps.
+        progress: show a bar.
+
+    Returns:
+        The score ``responsibility``, of every example the mean over its positions; from 0 to
+        ``n / (n - 1)``. Within a layer the mean is 1.
+
+    Raises:
+        InputError: if an argument does not fit, or the folder holds another run.
+        UnsupportedModelError: if a layer has a single head.
+
+    Source: Peng et al. 2020 (arXiv 2005.06537), with the experts fixed.
+
+    Example:
+        >>> found = hs.training.mixture(model, probe, steps=2)
+        >>> bool(np.allclose(found.mean.mean(1), 1, atol=1e-4))
+        True
+    """
+    shape = model.shape
+    by_layer = [
+        sum(head.layer == layer for head in shape.heads) for layer in shape.attention_layers
+    ]
+    if min(by_layer) < 2:
+        raise UnsupportedModelError(
+            f"{model.name} has a layer with a single head: a mixture leaves one of several out."
+        )
+    whole(hidden, "hidden", 1)
+    plan = _Schedule.of(probe, steps, rate, batch_size, seed, every, progress)
+    measured, sign = _measured(model, metric, better, probe, None)
+    kept = _checkpoint(folder, "mixture", model, probe, plan, metric=measured.name, hidden=hidden)
+    gates = _Gates(shape, hidden, seed, model.device)
+    task = _Mixing(model, measured, sign, gates)
+    found = np.full((shape.n_layers, shape.n_heads, len(probe)), np.nan)
+    with frozen(model):
+        _train(task, probe, plan, kept, "learning a mixture of heads")
+        with torch.no_grad():
+            for chosen, shares in capture.passes(
+                model, probe, lambda batch, _: _mean_shares(task, gates, batch),
+                batch_size=plan.batch_size,
+            ):  # fmt: skip
+                found[list(shape.attention_layers), :, chosen] = shares.cpu().double().numpy()
+    for layer, head in shape.removed:
+        found[layer, head] = np.nan
+    return HeadScores.from_examples(
+        "responsibility", found, kv_heads=shape.n_kv_heads, unit="share", bounds=(0.0, 2.0),
+        description="the head counts in a mixture of experts that each leave one head out",
+        source=_MIXTURE, provenance=origin(model, probe, steps=steps, rate=rate, hidden=hidden),
+    )  # fmt: skip
+
+
+def _mean_shares(task: _Task, gates: _Gates, batch: Probe) -> Float[Tensor, "layer head batch"]:
+    _, seen = gates.value(task, batch)
+    real = batch.real.to(task.model.device)[..., None]
+    parts = [(one * real).sum(1) / real.sum(1) for one in seen.values()]
+    return torch.stack(parts).mT
+
+
+@dataclass(eq=False)
+class _Noisy(_Task):
+    """Trains the mean and the spread of a noisy gate on every head."""
+
+    penalty: float
+    there: Bool[Tensor, "layer head"]
+    values: dict[str, Tensor]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return self.values
+
+    def cost(self, batch: Probe, number: Tensor, draws: torch.Generator) -> Tensor:
+        mean, log_spread = self.values["mean"], self.values["log_spread"]
+        noise = torch.randn(mean.shape, generator=draws).to(mean)
+        layers = frozenset(self.model.shape.attention_layers)
+        gates = _Gated(mean + log_spread.exp() * noise, layers)
+        told = divergence(mean, log_spread)[self.there].sum()
+        return self.value(batch, writes_of([gates])) + self.penalty * told
+
+
+def divergence(
+    mean: Float[Tensor, "*any"], log_spread: Float[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """``ln(1 + mean^2 / spread^2) / 2``: nats that a noisy gate lets through; 0 for a mean of 0.
+
+    Args:
+        mean: of the gate.
+        log_spread: logarithm of its standard deviation.
+
+    Example:
+        >>> round(float(hs.training.divergence(torch.tensor(1.0), torch.tensor(0.0))), 4)
+        0.3466
+    """
+    return torch.log1p(mean.square() * (-2 * log_spread).exp()) / 2
+
+
+@own_types()
+def variational_gates(
+    model: HeadModel,
+    probe: Probe,
+    *,
+    penalty: float = 0.01,
+    start: float = 0.3,
+    metric: Metricish = metrics.loss,
+    better: Direction | None = None,
+    steps: int = 150,
+    rate: float = 0.05,
+    batch_size: int | None = None,
+    seed: int = 0,
+    folder: Folder = None,
+    every: int = 20,
+    progress: bool | None = None,
+) -> HeadTable:
+    """Learn how much noise every head bears: a noisy gate with a price on what it lets through.
+
+    A head's output is multiplied by ``mean + spread e`` with e standard normal, drawn for every
+    head and step; ``metric + penalty * sum over heads of ln(1 + mean^2 / spread^2) / 2`` is
+    lowered, by the gates alone. A head that is needed keeps a mean far above its spread; one that
+    is not sinks into noise. Beside the gates of :func:`headscope.pruning.learn_gates`, which are 0
+    or 1, and those of :func:`headscope.edges.causal_gates`, which tell heads that help from heads
+    that hurt.
+
+    Args:
+        model: that stays as it is.
+        probe: to train on, with targets.
+        penalty: price of a nat of a head, in the metric's unit.
+        start: spread of every gate at first; its mean is 1.
+        metric: that is to stay good.
+        better: which direction of the metric is better, where it does not say.
+        steps: of Adam, one batch each.
+        rate: of Adam.
+        batch_size: examples per step; default: 8.
+        seed: of the order of examples and of the noise.
+        folder: where the run is kept every few steps: started again, it goes on from there.
+        every: so many steps.
+        progress: show a bar.
+
+    Returns:
+        ``gate``, the mean; ``gate_nats``, what passes it; ``signal_to_noise``, ``mean^2 /
+        spread^2``, by which heads are pruned, the smallest first.
+
+    Raises:
+        InputError: if an argument does not fit, or the folder holds another run.
+
+    Source: VTrans (arXiv 2406.05276), on heads alone.
+
+    Example:
+        >>> list(hs.training.variational_gates(model, probe, steps=2))
+        ['gate', 'gate_nats', 'signal_to_noise']
+    """
+    positive(penalty, "penalty")
+    plan = _Schedule.of(probe, steps, rate, batch_size, seed, every, progress)
+    measured, sign = _measured(model, metric, better, probe, None)
+    kept = _checkpoint(
+        folder, "variational gates", model, probe, plan,
+        metric=measured.name, penalty=penalty, start=positive(start, "start"),
+    )  # fmt: skip
+    shape = model.shape
+    there = torch.zeros(shape.n_layers, shape.n_heads, dtype=torch.bool)
+    there[tuple(np.transpose(shape.heads))] = True
+    begin = {"mean": torch.ones(there.shape), "log_spread": torch.full(there.shape, start).log()}
+    values = {name: one.to(model.device).requires_grad_() for name, one in begin.items()}
+    task = _Noisy(model, measured, sign, penalty, there.to(model.device), values)
+    with frozen(model):
+        _train(task, probe, plan, kept, "learning noisy gates")
+    mean, log_spread = (one.detach().cpu().double() for one in values.values())
+    about = origin(model, probe, penalty=penalty, steps=steps, rate=rate, start=start)
+    said = {
+        "gate": (mean, "gate", (None, None), "mean of a noisy gate on the head"),
+        "gate_nats": (divergence(mean, log_spread), "nats", (0.0, None),
+                      "the head's noisy gate lets so much through"),
+        "signal_to_noise": ((mean / log_spread.exp()) ** 2, "ratio", (0.0, None),
+                            "the mean of the head's noisy gate stands out from its noise"),
+    }  # fmt: skip
+    return HeadTable(
+        [
+            HeadScores.from_summary(
+                name, one.masked_fill(~there, torch.nan).numpy(), kv_heads=shape.n_kv_heads,
+                unit=unit, bounds=bounds, description=words, source=_VARIATIONAL, provenance=about,
+            )
+            for name, (one, unit, bounds, words) in said.items()
+        ]
+    )  # fmt: skip
+
+
+def _weights(model: HeadModel) -> dict[str, Tensor]:
+    """Parameters of a copy, shared ones once."""
+    return dict(cast("HFModel", model).module.named_parameters())
+
+
+def _copy(model: HeadModel) -> HeadModel:
+    """A copy whose weights may be trained.
+
+    Raises:
+        UnsupportedModelError: if it is not a transformers model of one stack with weights of
+            floating point.
+    """
+    if not isinstance(model, HFModel):
+        raise UnsupportedModelError(
+            f"{model.name} is not a transformers model of one stack that headscope can copy: its "
+            "weights cannot be trained here; gates can (hs.pruning.learn_gates)."
+        )
+    module = copy.deepcopy(model.module)
+    for name, one in module.named_parameters():
+        if not one.is_floating_point():
+            raise UnsupportedModelError(
+                f"{model.name} has quantised weights ({name}): load it in a dtype of floating "
+                "point to train it."
+            )
+        one.requires_grad_(True)
+    made: HeadModel = load(module, tokenizer=model.tokenizer, check=False)
+    return made
+
+
+def _measured(
+    model: HeadModel, metric: Metricish, better: Direction | None, *probes: Probe | None
+) -> tuple[AnyMetric, int]:
+    """The metric with its sign as a cost, if it can be read on the probes.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    found = as_metric(metric)
+    for one in probes:
+        if one is not None:
+            capture.check_fits(model, one, answers=True)
+            found.reads(one)
+    return found, cost_sign(found, better)
+
+
+def _checkpoint(
+    folder: Folder, method: str, model: HeadModel, probe: Probe, plan: _Schedule, **other: Any
+) -> Checkpoint:
+    """Where the run is kept, with all that decides it; more steps may be taken later."""
+    if folder is None:
+        return Checkpoint(None, {})
+    facts = {
+        "method": method, "weights": model.digest(), "probe": probe_digest(probe),
+        "rate": plan.rate, "batch_size": plan.batch_size, "seed": plan.seed, **other,
+    }  # fmt: skip
+    return Checkpoint(folder, facts)
+
+
+def _trained(
+    model: HeadModel, copied: HeadModel, losses: tuple[float, ...], metric: AnyMetric,
+    probe: Probe, other: Mapping[str, float], batch_size: int | None, about: Provenance,
+) -> Trained:  # fmt: skip
+    """What came of a run; the copy is read anew, since what was measured of it has changed."""
+    module = cast("HFModel", copied).module
+    done: HeadModel = load(module, tokenizer=model.tokenizer, check=False)
+    options: dict[str, Any] = {"normalise": False, "batch_size": batch_size, "progress": False}
+    before, after = (gradient_importance(one, probe, metric, **options) for one in (model, done))
+    size = 8 if batch_size is None else batch_size
+    means = [_mean_of(one, metric, probe, None, size) for one in (model, done)]
+    return Trained(
+        done, losses, {"before": means[0], **other, "after": means[1]},
+        (metric.name, metric.unit), before, after, about,
+    )  # fmt: skip
+
+
+def _mean_of(
+    model: HeadModel, metric: AnyMetric, probe: Probe, given: _Given | None, size: int
+) -> float:
+    """Mean metric over all examples, with or without injected patterns."""
+    order = torch.arange(len(probe))
+    total = torch.zeros((), device=model.device)
+    with torch.no_grad():
+        for some in order.split(size):
+            batch = probe.examples(some).to(model.device)
+            edits: list[Edit] = [] if given is None else [given.edit(some)]
+            total += metric(model.forward(batch.tokens, real=batch.real, edits=edits), batch).sum()
+    return float(total / len(probe))
