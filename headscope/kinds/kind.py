@@ -1,6 +1,6 @@
 """What a kind of head is: what is measured, when a head is named, and what confirms it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -185,11 +185,13 @@ class AskedModel:
         return value
 
     def probe(self, kind: DefaultProbe) -> Probe:
-        """A scorer's default probe."""
+        """A scorer's default probe; of needles a shorter one, which one pass can afford."""
         suited = kind.suited(self.model)
         if not suited.possible(self.model):
             raise CannotAskError(f"{self.model.name} has no tokenizer for the probe {kind.name!r}.")
-        made: Probe = self.keep(suited, lambda: suited.make(self.model, self.seed))
+        make = _SHORTER.get(suited.name, suited.make)
+        # By how it is made: texts and words have one probe under two declarations.
+        made: Probe = self.keep(("probe", make), lambda: make(self.model, self.seed))
         return made
 
     def pairs(self, task: str) -> Probe:
@@ -297,5 +299,12 @@ class _Same:
         return isinstance(other, _Same) and other.probe is self.probe
 
 
+def _short_needle(model: HeadModel, seed: int) -> Probe:
+    """Fifteen needles in texts of 256 tokens, or of what the model reads."""
+    length = min(256, model.shape.n_ctx or 256)
+    return probes.needle(model, lengths=length, depths=5, per_cell=3, seed=seed)
+
+
+_SHORTER: Mapping[str, Callable[[Any, int], Probe]] = {"needle": _short_needle}
 _EFFECT = "direct_logit_difference"
 _ATTENTION = "attention to {mark}"
