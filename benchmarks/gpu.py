@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import headscope as hs
-from headscope.base.memory import is_out_of_memory
+from headscope.base.options import is_out_of_memory
 from headscope.scorers.queries import queries_at
 
 TAIL = 64  # queries that the long scan looks at

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from headscope.base.batches import PATCHES
-from headscope.base.memory import free_cached_memory, is_out_of_memory
-from headscope.base.options import RunOptions
+from headscope.base.options import RunOptions, free_cached_memory, is_out_of_memory
 from headscope.base.stacks import all_causal, grid_of
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape

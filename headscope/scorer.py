@@ -20,9 +20,7 @@ from headscope.base.statistics import Alternative, Bounds
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric, as_metric
 from headscope.probes.probe import Probe
-from headscope.views.outputs import HeadGradients, HeadOutputs
-from headscope.views.qk import QueryKeys
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows, HeadGradients, HeadOutputs, QueryKeys
 
 QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
 Kind = Literal["row", "output", "qk", "weight", "gradient"]

@@ -21,10 +21,8 @@ from torch import Tensor
 from headscope import capture, metrics
 from headscope.ablation.run import Metricish, present
 from headscope.base.checkpoints import Checkpoint, adam_state, restore_adam
-from headscope.base.glance import Glance, Shown, number
-from headscope.base.options import RunOptions
-from headscope.base.progress import track
-from headscope.base.result import Tabular
+from headscope.base.options import RunOptions, track
+from headscope.base.result import Glance, Shown, Tabular, number
 from headscope.base.specs import Direction, Provenance
 from headscope.edits import Heads, HeadSite, Span, zero
 from headscope.errors import (

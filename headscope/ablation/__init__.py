@@ -11,5 +11,5 @@ from headscope.ablation.patching import path_patch as path_patch
 from headscope.ablation.restore import restore as restore
 from headscope.ablation.stream import back_patch as back_patch
 from headscope.ablation.stream import patch_stream as patch_stream
-from headscope.interventions.catalogue import head_means as head_means
-from headscope.interventions.catalogue import head_values as head_values
+from headscope.interventions import head_means as head_means
+from headscope.interventions import head_values as head_values

@@ -14,8 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.ablation.sources import Engine, ForwardSource, Source
-from headscope.base.memory import free_cached_memory, is_out_of_memory
-from headscope.base.progress import Advance
+from headscope.base.options import Advance, free_cached_memory, is_out_of_memory
 from headscope.edits import Variant, cut, zero
 from headscope.errors import HeadscopeError
 from headscope.heads import HeadIndex

@@ -27,7 +27,7 @@ from headscope.capture import on_grid_of
 from headscope.edits import Heads, HeadSite, Variant, head_list
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.interventions.catalogue import head_values
+from headscope.interventions import head_values
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap

@@ -20,13 +20,11 @@ from headscope import capture
 from headscope.ablation.engine import RecordedBatch, proofs, stack_tokens
 from headscope.ablation.sources import Engine, engine_for
 from headscope.base.files import check_same, whole_file, writable_folder
-from headscope.base.options import RunOptions
-from headscope.base.progress import Advance
+from headscope.base.options import Advance, RunOptions
 from headscope.edits import AnyEdit, HeadEdit, Heads, Variant, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
-from headscope.interventions import Intervention, Place, Setting, named
-from headscope.interventions.catalogue import BatchPlace
+from headscope.interventions import BatchPlace, Intervention, Place, Setting, named
 from headscope.metrics import AnyMetric, EmbeddingMetric, Metric, as_metric
 from headscope.models.protocol import HeadModel, embedding_of, need_model
 from headscope.origin import origin

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.memory import free_cached_memory, is_out_of_memory, keep_freed_memory
+from headscope.base.options import free_cached_memory, is_out_of_memory, keep_freed_memory
 from headscope.base.stacks import all_causal
 from headscope.edits import Variant, scale, stack
 from headscope.errors import UnsupportedModelError

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headscope.base.patches import PatchGrid
+from headscope.base.stacks import PatchGrid
 from headscope.errors import InputError
 
 PIXELS = "pixel_values"

@@ -11,7 +11,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.result import Glance, Shown, number, sizes
 from headscope.base.saved import Saved, Stored
 from headscope.circuits.factors import HeadFactors, column_space, thin_qr, widened
 from headscope.circuits.ov_qk import need_write, ov, over_all_pairs, qk, upward

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, number, sizes
+from headscope.base.result import Glance, Shown, number, sizes
 from headscope.base.saved import Saved
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.base.files import read_text
-from headscope.base.glance import Glance, Shown, number
-from headscope.base.progress import Advance, track
+from headscope.base.options import Advance, track
+from headscope.base.result import Glance, Shown, number
 from headscope.base.saved import Saved
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import Ranks, target_ranks

@@ -14,7 +14,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.base.progress import Advance
+from headscope.base.options import Advance
 from headscope.circuits.factors import HeadFactors, column_space
 from headscope.circuits.vocabulary import Dictionary, Gram
 from headscope.models.running import own_types

@@ -17,7 +17,7 @@ from headscope.circuits.factors import HeadFactors
 from headscope.errors import InputError, UnsupportedModelError, whole
 from headscope.models.protocol import HeadModel, need_model
 from headscope.models.running import own_types
-from headscope.views.qk import QueryKey
+from headscope.views import QueryKey
 
 
 def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, ...]:

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.base.options import RunOptions
-from headscope.base.progress import Advance
+from headscope.base.options import Advance, RunOptions
 from headscope.base.statistics import Bounds
 from headscope.circuits import singular_values
 from headscope.circuits.factors import HeadFactors

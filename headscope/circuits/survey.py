@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from headscope.base.glance import Glance, Shown, sizes
 from headscope.base.options import RunOptions
+from headscope.base.result import Glance, Shown, sizes
 from headscope.base.saved import Saved
 from headscope.circuits.composition import (
     Path,

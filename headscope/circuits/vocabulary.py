@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, sizes
+from headscope.base.result import Glance, Shown, sizes
 from headscope.base.saved import Saved, Stored
 from headscope.circuits.factors import HeadFactors
 from headscope.circuits.ov_qk import ov, qk
@@ -17,7 +17,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.views.outputs import Unembedding
+from headscope.views import Unembedding
 
 Embedding = Literal["raw", "mlp", "mlp_only"]
 Gram = Literal["output_input", "input", "output"]

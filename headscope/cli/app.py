@@ -78,9 +78,9 @@ def scan(
 ) -> None:
     """Score every attention head of MODEL; with --out also write the table and pictures."""
     from headscope.base.options import RunOptions
-    from headscope.cli import scan as command
+    from headscope.cli.scan import run_scan
 
-    command.run(
+    run_scan(
         loading.of(model),
         RunOptions(batch_size, memory, seed),
         out=out,
@@ -134,9 +134,9 @@ def circuits(
     json: Json = False,
 ) -> None:
     """Read every head of MODEL from its weights: spectra, copying, composition, paths."""
-    from headscope.cli import circuits as command
+    from headscope.cli.scan import run_circuits
 
-    command.run(
+    run_circuits(
         loading.of(model),
         out=out,
         overwrite=overwrite,
@@ -173,10 +173,10 @@ def head(
     json: Json = False,
 ) -> None:
     """Show all there is to know of one HEAD: scores, weights, partners, example, ablation."""
-    from headscope.cli import head as command
+    from headscope.cli.scan import run_head, split
 
-    model, address = command.split(names)
-    command.run(
+    model, address = split(names)
+    run_head(
         loading.of(model),
         address,
         out=out,
@@ -210,10 +210,10 @@ def lens(
     json: Json = False,
 ) -> None:
     """Read every layer of MODEL in the vocabulary, and split the next token's logit exactly."""
-    from headscope.cli import lens as command
+    from headscope.cli.prompt import run_lens, split
 
-    model, prompt = command.split(names)
-    command.run(
+    model, prompt = split(names)
+    run_lens(
         loading.of(model),
         prompt,
         target=target,
@@ -245,11 +245,10 @@ def flow(
     json: Json = False,
 ) -> None:
     """Trace what a position of PROMPT holds back to its tokens, through heads and MLPs."""
-    from headscope.cli import flow as command
-    from headscope.cli.lens import split
+    from headscope.cli.prompt import run_flow, split
 
     model, prompt = split(names)
-    command.run(
+    run_flow(
         loading.of(model),
         prompt,
         position=position,
@@ -350,9 +349,9 @@ def sweep(
     overwrite: Overwrite = False,
 ) -> None:
     """Run the ablations of CONFIG, or what is left of them; safe to interrupt and kill."""
-    from headscope.cli import sweep as command
+    from headscope.cli.runs import run_sweep_config
 
-    command.run(
+    run_sweep_config(
         config,
         out=out,
         overwrite=overwrite,
@@ -370,7 +369,7 @@ def status(
     json: Json = False,
 ) -> None:
     """Tell how far a sweep is, what failed and why; also while it runs."""
-    from headscope.cli.sweep import print_status
+    from headscope.cli.runs import print_status
 
     print_status(run, as_json=json)
 
@@ -382,7 +381,7 @@ def export(
     out: Annotated[Path | None, path_option("File (default: in the folder).")] = None,
 ) -> None:
     """Write the results of a sweep for other programs."""
-    from headscope.cli.sweep import write_export
+    from headscope.cli.runs import write_export
 
     write_export(run, to=to, out=out)
 
@@ -397,9 +396,9 @@ def report(
     overwrite: Overwrite = False,
 ) -> None:
     """Join runs of one model, or of several side by side, into one HTML file that opens offline."""
-    from headscope.cli import report as command
+    from headscope.cli.runs import run_report
 
-    command.run(runs, out=out, overwrite=overwrite, title=title)
+    run_report(runs, out=out, overwrite=overwrite, title=title)
 
 
 @app.command()
@@ -426,9 +425,9 @@ def patch(
     json: Json = False,
 ) -> None:
     """Patch the residual stream, attention or MLPs from a paired run, by layer and position."""
-    from headscope.cli import patch as command
+    from headscope.cli.prompt import run_patch
 
-    command.run(
+    run_patch(
         loading.of(model),
         site=site,
         task=task,
@@ -459,9 +458,9 @@ def kinds(
     json: Json = False,
 ) -> None:
     """Say which heads of MODEL are of which kind, how sure that is, and what ablation confirms."""
-    from headscope.cli import kinds as command
+    from headscope.cli.study import run_kinds
 
-    command.run(
+    run_kinds(
         loading.of(model),
         names=kinds,
         confirm=confirm,
@@ -683,6 +682,8 @@ def run_study(
     json: Json = False,
 ) -> None:
     """Ask a model the claims of a study: a number, its control and a verdict each; resumable."""
-    from headscope.cli.study import run
+    from headscope.cli.study import run_study
 
-    run(loading.of(model), name, out=out, fast=fast, seed=seed, overwrite=overwrite, as_json=json)
+    run_study(
+        loading.of(model), name, out=out, fast=fast, seed=seed, overwrite=overwrite, as_json=json
+    )

@@ -16,12 +16,11 @@ import numpy as np
 from headscope.base.files import paragraphs, read_text, whole_file, whole_page
 from headscope.cli.options import Loading, listed, scorer_names
 from headscope.cli.output import console, print_either, print_written, rows_of, run_folder, typed
-from headscope.comparing import compare, emergence
-from headscope.comparing.compared import way_to_match
+from headscope.comparing import compare, emergence, way_to_match
 from headscope.errors import InputError
 from headscope.models.loading.load import load
 from headscope.models.protocol import HeadModel
-from headscope.plots.style import visible
+from headscope.plots.figure import visible
 from headscope.sweeps.results import read
 from headscope.table import Comparison, Emergence, HeadTable, versions
 from headscope.table.comparing import joined_curves

@@ -44,7 +44,7 @@ from headscope.retrieval import (
 from headscope.retrieval.runs import Form
 from headscope.scoring import score
 from headscope.table import HeadTable, OrderCurve, RecallGrid, versions
-from headscope.table.notable import against
+from headscope.table.kinds import against
 
 if TYPE_CHECKING:
     from rich.table import Table

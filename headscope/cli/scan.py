@@ -1,27 +1,47 @@
-"""``headscope scan`` and ``headscope scorers``: the main job, and what can be scored."""
+"""``headscope scan``, ``scorers``, ``circuits`` and ``head``: what the heads of a model do."""
 
 import json
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from headscope import probes
+from headscope.base.files import check_page, whole_file, whole_page, writable_folder
 from headscope.base.options import RunOptions
+from headscope.circuits.survey import Survey, survey
+from headscope.circuits.vocabulary import vocabulary_words
 from headscope.cli.options import Loading, scorer_names
-from headscope.cli.output import asked_of, console, print_result, print_written, run_folder, typed
+from headscope.cli.output import (
+    asked_of,
+    check_overwrite,
+    console,
+    print_either,
+    print_result,
+    print_written,
+    rows_of,
+    run_folder,
+    typed,
+)
 from headscope.errors import HeadscopeError, InputError
-from headscope.interactive.view import attention_example
+from headscope.heads import HeadIndex
+from headscope.interactive import Explanation, attention_example, explain
 from headscope.models.protocol import HeadModel
 from headscope.scorer import FLAT, REPEATED
 from headscope.scorers import CATALOGUE, DEFAULT
 from headscope.scoring import score
-from headscope.table import HeadTable
+from headscope.table import HeadScores, HeadTable, save_spectra
+
+if TYPE_CHECKING:
+    from headscope.report.folder import RunFolder
+
 
 # Heads that are named in one line.
 _MOST = 8
 
 
-def run(
+def run_scan(
     loading: Loading,
     options: RunOptions,
     *,
@@ -169,3 +189,190 @@ def list_scorers(*, as_json: bool) -> None:
         grid.add_row(name + mark, scorer.kind, scorer.unit, span, *said)
     console().print(grid)
     console().print("* not in a plain scan; ask for it by name.")
+
+
+_SHOWN = (
+    "ov_effective_rank",
+    "ov_outliers",
+    "copying_eigenvalues_mlp",
+    "qk_effective_rank",
+    "qk_outliers",
+    "matching_eigenvalues_mlp",
+)
+
+
+def run_circuits(
+    loading: Loading,
+    *,
+    out: Path | None,
+    overwrite: bool,
+    tokens: int,
+    paths: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Load, read the weights, write, print."""
+    folder = run_folder(out, "circuits", overwrite=overwrite)
+    started = time.perf_counter()
+    model = loading.model()
+    loaded = time.perf_counter()
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, tokens=tokens, paths=paths, seed=seed))
+    found = survey(model, tokens=tokens, paths=paths, seed=seed)
+    timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
+    if folder is None:
+        print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
+        return
+    folder = folder.ready()
+    settings = {
+        "command": "circuits",
+        "model": model.name,
+        "revision": model.revision,
+        "tokens": tokens,
+        "seed": seed,
+    }
+    words = vocabulary_words(model, 3 if len(model.shape.heads) <= 1024 else 1)
+    _write(folder, found, words, settings, timings)
+    print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
+    print_written(
+        folder.path,
+        "table.parquet",
+        "pairs.parquet",
+        "spectra.safetensors",
+        "words.json",
+        "paths.json",
+        "pictures/",
+    )
+
+
+def _survey_as_json(found: Survey) -> dict[str, Any]:
+    return {
+        "scores": rows_of(found.table),
+        "pairs": {
+            one.name: [[str(a), str(b), value] for a, b, value in one.top()] for one in found.pairs
+        },
+        "paths": _chains(found),
+        "missing": dict(found.missing),
+    }
+
+
+def _chains(found: Survey) -> dict[str, list[dict[str, Any]]]:
+    return {
+        kind: [
+            {"heads": [*map(str, one.heads)], "modes": one.modes, "strength": one.strength}
+            for one in paths
+        ]
+        for kind, paths in found.paths.items()
+    }
+
+
+def _shown(found: Survey) -> Iterator[Any]:
+    """Best heads of every score, then the strongest chains."""
+    from rich.text import Text
+
+    yield found.table
+    for kind, paths in found.paths.items():
+        if paths:
+            yield Text(f"\nStrongest paths, {kind} (in units of chance)", style="bold")
+        for path in paths[:5]:
+            yield Text(f"  {path}")
+    for name, reason in found.missing.items():
+        yield Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim")
+
+
+def _write(
+    folder: "RunFolder",
+    found: Survey,
+    words: dict[str, Any],
+    settings: dict[str, Any],
+    timings: dict[str, float],
+) -> None:
+    import pandas
+
+    from headscope.plots import heatmaps
+    from headscope.report.sections import circuit_sections, drawings
+
+    nodes = found.table.get("copying_eigenvalues_mlp")
+    made = drawings(found.pairs, found.spectra, found.eigenvalues, nodes)
+    chains = {
+        kind: [(str(one).rpartition(" (")[0], one.strength) for one in paths]
+        for kind, paths in found.paths.items()
+    }
+    shown = [one for one in _SHOWN if one in found.table]
+    made["scores"] = lambda theme: heatmaps(found.table, shown, theme=theme)
+    if found.pairs:
+        rows = pandas.concat([one.to_pandas() for one in found.pairs])
+        with whole_file(folder.path / "pairs.parquet") as file:
+            rows.to_parquet(file, index=False)
+    if found.spectra:
+        save_spectra(found.spectra, folder.path / "spectra.safetensors")
+    with whole_file(folder.path / "words.json") as file:
+        file.write(json.dumps(words).encode() + b"\n")
+    with whole_file(folder.path / "paths.json") as file:
+        file.write(json.dumps(_chains(found), indent=2).encode() + b"\n")
+    folder.write(
+        found.table,
+        settings,
+        timings,
+        command=typed(),
+        sections=circuit_sections(chains, made, found.missing),
+        pictures=made,
+    )
+
+
+def split(names: Sequence[str]) -> tuple[str | None, str]:
+    """``[MODEL] HEAD`` as model and head; the head is checked before anything is loaded."""
+    if len(names) > 2:
+        raise InputError(f"give a model and one head, not {len(names)} names.")
+    *model, head = names
+    return (model[0] if model else None), str(HeadIndex.parse(head))
+
+
+def run_head(
+    loading: Loading,
+    address: str,
+    *,
+    out: Path | None,
+    overwrite: bool,
+    text: str | None,
+    weights_only: bool,
+    ranks: bool | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Load, look at one head, write, print."""
+    if weights_only and text is not None:
+        raise InputError("--text needs a run of the model, which --weights-only forbids.")
+    if text is not None and not text.strip():
+        raise InputError("--text is empty: give a sentence.")
+    check_overwrite(out, overwrite=overwrite)
+    file = None if out is None else writable_folder(out) / f"{address}.html"
+    model = loading.model()
+    what = {"text": text, "weights_only": weights_only, "seed": seed}
+    asked = asked_of(model, loading, head=address, ranks=ranks, **what)
+    if file is not None:
+        check_page(file, asked, overwrite=overwrite)
+    found = explain(address, model, text=text, weights_only=weights_only, ranks=ranks, seed=seed)
+    if file is not None:
+        whole_page(file, found.page(), asked)
+    print_either(lambda: _as_json(found), lambda: [found], as_json=as_json)
+    if file is not None:
+        console(stderr=True).print(f"Written to {file} (open it in a browser).", soft_wrap=True)
+
+
+def _as_json(found: Explanation) -> dict[str, Any]:
+    card, head = found.card, found.head
+
+    def plain(value: float) -> float | None:
+        return value if value == value else None
+
+    def values(scores: Sequence[HeadScores]) -> dict[str, Any]:
+        return {
+            one.name: {"mean": plain(one[head]), "sem": plain(float(one.sem[head]))}
+            for one in scores
+        }
+
+    facts = card.to_json()
+    facts["scores"] = {name: plain(value) for name, value in card.scores.items()}
+    probes = {} if found.scan is None else values(list(found.scan.values()))
+    return facts | {"probes": probes, "effects": values(found.effects)}

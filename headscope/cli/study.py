@@ -1,13 +1,24 @@
-"""``headscope study``: the claims of a paper, asked of a model."""
+"""``headscope study`` and ``kinds``: claims of papers and kinds of heads, asked of a model."""
 
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from headscope import studies
-from headscope.cli.options import Loading
-from headscope.cli.output import check_overwrite, print_either, print_written, rows_of
+from headscope import kinds, studies
+from headscope.base.files import FolderClaim, subfolder
+from headscope.cli.options import Loading, listed
+from headscope.cli.output import (
+    asked_of,
+    check_overwrite,
+    print_either,
+    print_written,
+    rows_of,
+    typed,
+)
 from headscope.studies import Study, StudyResult
+from headscope.table import versions
+from headscope.table.kinds import KindTable
 
 
 def print_list(*, as_json: bool) -> None:
@@ -27,7 +38,7 @@ def print_study(name: str) -> None:
     print_either(lambda: None, lambda: _described(found), as_json=False)
 
 
-def run(
+def run_study(
     loading: Loading,
     name: str,
     *,
@@ -70,3 +81,59 @@ def _described(study: Study) -> Iterator[str]:
         yield f"    number: {one.value}{f' ({one.unit})' if one.unit else ''}"
         yield f"    control: {one.control}"
         yield f"    holds where the interval of the difference is above {one.least:g}"
+
+
+def run_kinds(
+    loading: Loading,
+    *,
+    names: str | None,
+    confirm: bool,
+    seed: int,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Load, ask, write, print."""
+    check_overwrite(out, overwrite=overwrite)
+    claim = None if out is None else FolderClaim.create(out, "kinds", overwrite=overwrite)
+    started = time.perf_counter()
+    model = loading.model()
+    asked: dict[str, Any] = {"kinds": names or "all", "confirm": confirm, "seed": seed}
+    if claim is not None:
+        claim = claim.of(asked_of(model, loading, **asked))
+    kept = None if claim is None else subfolder(claim.path, "kinds")
+    found = kinds.survey(model, listed(names), confirm=confirm, seed=seed, folder=kept)
+    if claim is not None:
+        settings = {"command": "kinds", "model": model.name, "revision": model.revision, **asked}
+        _write(claim.ready(), found, settings, time.perf_counter() - started)
+    print_either(lambda: _as_json(found), lambda: [found.summary()], as_json=as_json)
+    if claim is not None:
+        print_written(claim.path, "kinds.safetensors", "findings.parquet", "page.txt", page=False)
+
+
+def _as_json(found: KindTable) -> dict[str, Any]:
+    from headscope.cli.output import rows_of
+
+    return {
+        "findings": rows_of(found),
+        "asked": [kind.name for kind in found.asked],
+        "not_asked": dict(found.left_out),
+    }
+
+
+def _write(claim: FolderClaim, found: KindTable, settings: dict[str, Any], seconds: float) -> None:
+    from headscope.base.files import whole_file
+
+    found.save(claim.path / "kinds.safetensors")
+    with whole_file(claim.path / "findings.parquet") as file:
+        found.to_pandas().to_parquet(file, index=False)
+    with whole_file(claim.path / "page.txt") as file:
+        file.write((found.summary() + "\n").encode())
+    claim.write_facts(
+        {
+            "command": typed(),
+            "settings": settings,
+            "versions": versions(),
+            "timings": {"seconds": seconds},
+        }
+    )

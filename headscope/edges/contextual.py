@@ -8,11 +8,9 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, number
 from headscope.base.options import RunOptions
-from headscope.base.result import Tabular
+from headscope.base.result import Glance, Rows, Section, Shown, Tabular, number
 from headscope.base.saved import Saved
-from headscope.base.sections import Rows, Section
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design
 from headscope.edges.split import NodeWrite, SplitRun, run_split

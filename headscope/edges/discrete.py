@@ -14,11 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import capture
-from headscope.base.glance import Glance, Shown, number
 from headscope.base.options import RunOptions
-from headscope.base.result import Tabular
+from headscope.base.result import Glance, Rows, Section, Shown, Tabular, Words, number
 from headscope.base.saved import Saved
-from headscope.base.sections import Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.edges.written import PaddedTexts, check_family, heads_write
 from headscope.errors import InputError

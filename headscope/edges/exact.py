@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, number
 from headscope.base.options import RunOptions
-from headscope.base.result import Tabular
+from headscope.base.result import Glance, Rows, Section, Shown, Tabular, Words, number
 from headscope.base.saved import Saved
-from headscope.base.sections import Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.circuits.factors import with_bias
 from headscope.circuits.ov_qk import qk_of_run

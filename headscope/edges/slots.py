@@ -9,7 +9,7 @@ from torch import Tensor
 from headscope.errors import UnsupportedModelError
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Site
-from headscope.views.qk import Norm, Rotation
+from headscope.views import Norm, Rotation
 
 _MATRIX = {"query": "W_Q", "key": "W_K", "value": "W_V"}
 

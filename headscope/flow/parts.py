@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.memory import chunk_bytes
-from headscope.base.options import RunOptions
+from headscope.base.options import RunOptions, chunk_bytes
 from headscope.capture import chunks
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
@@ -19,7 +18,7 @@ from headscope.lens.prompt import token_texts
 from headscope.models.protocol import AttentionWrite, HeadModel
 from headscope.models.taps import Read, Tap, TapView, TextBatch
 from headscope.probes.probe import Probe
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 # Share of the largest entry of a layer's write by which the parts' sum may miss it.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 5e-2

@@ -34,7 +34,7 @@ from headscope.origin import held_norm, origin
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores, HeadTable, Routes
 from headscope.table.flow import EDGE_KINDS
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 SOURCE = "Ferrando and Voita 2024 (arXiv 2403.00824), information flow routes"
 _PARALLEL = 1e-4  # share by which an MLP's output may move where it does not read attention

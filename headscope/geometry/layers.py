@@ -25,7 +25,7 @@ from headscope.origin import origin
 from headscope.probes import Probe, from_tokens
 from headscope.probes import text as text_probe
 from headscope.table import HeadScores, HeadTable
-from headscope.table.layers import LayerMeasure, LayerTable
+from headscope.table.lens import LayerMeasure, LayerTable
 
 _TOKENS_PER_PASS = 4096
 # Tokens per dimension from which a linear fit is settled: later ones are not added to it.

@@ -26,7 +26,7 @@ from headscope.origin import origin
 from headscope.probes import Probe
 from headscope.probes import text as text_probe
 from headscope.table import HeadScores, HeadTable
-from headscope.table.layers import LayerMeasure, LayerTable
+from headscope.table.lens import LayerMeasure, LayerTable
 
 _PAPER = "Song and Zhong 2023, arXiv 2310.04861; {}"
 _LEAST_TEXTS, _LEAST_POSITIONS = 4, 3

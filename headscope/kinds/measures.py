@@ -27,7 +27,7 @@ from headscope.scorers.writing import copying
 from headscope.scoring.score import score
 from headscope.steering.effects import contrast, indirect_effect
 from headscope.table import HeadScores
-from headscope.views.outputs import HeadOutputs
+from headscope.views import HeadOutputs
 
 Measure = Callable[[AskedModel], Sequence[Criterion]]
 _ATTENDS = 0.25  # of a task's heads, about half of what published ones give on average

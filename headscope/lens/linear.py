@@ -34,7 +34,7 @@ from headscope.lens.reading import logits_of, row_chunks, row_names
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes.probe import Probe
-from headscope.views.outputs import Unembedding
+from headscope.views import Unembedding
 
 _TITLES = {"tuned": "tuned lens", "shortcut": "linear shortcuts"}
 

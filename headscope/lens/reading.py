@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headscope.heads import ModelShape
 from headscope.models.taps import BlockStates, Reads, at_blocks, at_final
-from headscope.views.outputs import Unembedding
+from headscope.views import Unembedding
 
 # Entries of one chunk of logits, and of one block of the unembedding in fp32: 64 MB.
 _ENTRIES = 1 << 24

@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from headscope.base.stacks import CAUSAL, MaskRule
-from headscope.views.qk import QueryKeys
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows, QueryKeys
 
 # Entries of one boolean mask or one block of scores inside the fused path: small enough to be
 # nothing beside the activations, large enough that the loop costs nothing.

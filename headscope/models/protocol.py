@@ -10,14 +10,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
-from headscope.base.glance import Glance, sizes
+from headscope.base.result import Glance, sizes
 from headscope.base.stacks import Stack, all_causal, grid_of
 from headscope.edits import Heads, Span, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
-from headscope.views.outputs import HeadWeights, Unembedding
-from headscope.views.qk import Norm, QueryKey, QueryKeys, Rotation
-from headscope.views.rows import AttentionRows
+from headscope.views import (
+    AttentionRows,
+    HeadWeights,
+    Norm,
+    QueryKey,
+    QueryKeys,
+    Rotation,
+    Unembedding,
+)
 
 
 @dataclass(frozen=True, eq=False)

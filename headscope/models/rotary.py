@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
 from headscope.models.loading.proof import Gap
-from headscope.views.qk import Rotation
+from headscope.views import Rotation
 
 if TYPE_CHECKING:
     from headscope.models.protocol import HeadModel

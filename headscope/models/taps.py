@@ -15,8 +15,7 @@ from headscope.edits import AnyEdit, Span, among, during, edited_heads
 from headscope.errors import InputError, nearest
 from headscope.heads import ModelShape
 from headscope.models.protocol import Edit, LayerView
-from headscope.views.qk import QueryKeys
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows, QueryKeys
 
 Site = Literal[
     "embed",

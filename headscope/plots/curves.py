@@ -10,10 +10,9 @@ from plotly.subplots import make_subplots
 
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
-from headscope.plots.figure import Figure
-from headscope.plots.style import STYLES, Theme, dress, label
+from headscope.plots.figure import STYLES, Figure, Theme, dress, label
 from headscope.table import EffectGrid, Emergence, TokenLosses
-from headscope.table.layers import LayerTable
+from headscope.table.lens import LayerTable
 
 # Okabe and Ito 2008, less yellow and black: told apart by colour-blind readers.
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")

@@ -10,8 +10,7 @@ from jaxtyping import Float
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots.curves import LINE_COLOURS, faint
-from headscope.plots.figure import Figure
-from headscope.plots.style import STYLES, Style, Theme, dress, label
+from headscope.plots.figure import STYLES, Figure, Style, Theme, dress, label
 from headscope.table import Circuit, Edge, EdgeGraph, Faithfulness, Wiring
 
 _WIDTHS = (0.6, 1.2, 2.2, 3.6, 5.4)

@@ -7,12 +7,24 @@ import plotly.graph_objects as go
 
 from headscope.plots.curves import curves, emergence, layers, token_losses
 from headscope.plots.edges import circuit_graph, faithfulness_curves
-from headscope.plots.flow import mixing_map, route_graph, token_flow
-from headscope.plots.grid import effect_heatmap, heatmap, recall_grid
-from headscope.plots.lens import lens_grid, source_bars, waterfall
-from headscope.plots.pairs import composition_graph, composition_matrix, head_map, head_similarity
-from headscope.plots.spectra import eigenvalues, spectra
-from headscope.plots.style import Theme
+from headscope.plots.figure import Theme
+from headscope.plots.flow import (
+    lens_grid,
+    mixing_map,
+    route_graph,
+    source_bars,
+    token_flow,
+    waterfall,
+)
+from headscope.plots.scores import effect_heatmap, heatmap, recall_grid
+from headscope.plots.weights import (
+    composition_graph,
+    composition_matrix,
+    eigenvalues,
+    head_map,
+    head_similarity,
+    spectra,
+)
 from headscope.table import (
     Attribution,
     BackPatch,
@@ -35,7 +47,7 @@ from headscope.table import (
     TokenFlow,
     TokenLosses,
 )
-from headscope.table.layers import LayerTable
+from headscope.table.lens import LayerTable
 from headscope.table.relevance import Anchors, TokenRelevance
 
 Drawing = Callable[[Theme], go.Figure]

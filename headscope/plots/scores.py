@@ -1,15 +1,20 @@
-"""Scores of heads beside each other: the best as bars, two scores as points."""
+"""Scores of heads: heatmaps and grids, the best as bars, two scores as points."""
+
+import math
+from collections.abc import Sequence
+from html import unescape
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
+from plotly.subplots import make_subplots
 
 from headscope.base.statistics import interval_of_sem, rank_correlation
 from headscope.errors import InputError
-from headscope.plots.figure import Figure
-from headscope.plots.style import STYLES, Theme, dress, label, layer_marker
-from headscope.table import HeadScores
-from headscope.table.notable import best_heads
+from headscope.plots.figure import SEQUENTIAL, STYLES, Figure, Theme, dress, label, layer_marker
+from headscope.table import EffectGrid, HeadScores, HeadTable, RecallGrid
+from headscope.table.kinds import best_heads
 
 
 def ranking(
@@ -153,3 +158,364 @@ def _places(
                 places[i] = place
                 break
     return places
+
+
+_CHARACTER = 6.6  # pixels of one character of a label
+_MOST_LABEL = 18
+
+
+def effect_heatmap(
+    grid: EffectGrid, *, limits: tuple[float, float] | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Mean effect of every cell: first axis downwards, second to the right, coloured about 0.
+
+    Args:
+        grid: of one axis (drawn as a row) or two.
+        limits: values of the first and last colour; default: the largest effect to both sides.
+        theme: ``light`` or ``dark``.
+
+    Raises:
+        InputError: if the grid has more axes.
+    """
+    if grid.mean.ndim > 2:
+        raise InputError(
+            f"{grid.name!r} has the axes {', '.join(grid.axes)}, and a heatmap has two: measure "
+            "it over two of them."
+        )
+    wide = grid.mean.ndim == 1
+    axes = ("", *grid.axes) if wide else grid.axes
+    rows, columns = ((grid.name,), grid.labels[0]) if wide else grid.labels
+    values = np.atleast_2d(grid.mean).astype(np.float32)
+    down, across = ([label(one, _MOST_LABEL) for one in names] for names in (rows, columns))
+    known = np.abs(values[np.isfinite(values)])
+    reach = float(known.max(initial=0.0)) or 1.0
+    low, high = limits or (-reach, reach)
+    cell = int(min(34, max(9, 900 / max(len(rows), len(columns)))))
+    longest, widest = (
+        max((len(unescape(one)) for one in names), default=1) for names in (down, across)
+    )
+    left, bottom = int(34 + _CHARACTER * longest), int(48 + 0.87 * _CHARACTER * widest)
+    figure = Figure(
+        go.Heatmap(
+            z=values,
+            x=list(range(len(across))),
+            y=list(range(len(down))),
+            text=[[f"<b>{one} {other}</b>".strip() for other in across] for one in down],
+            hovertemplate="%{text} %{z:.3g} " + label(grid.unit) + "<extra></extra>",
+            hoverongaps=False,
+            zmin=low,
+            zmax=high,
+            colorscale=STYLES[theme].diverging,
+            colorbar={
+                "title": {"text": label(grid.unit), "side": "right"},
+                "thickness": 14,
+                "outlinewidth": 0,
+            },
+            xgap=1,
+            ygap=1,
+        )
+    )
+    dress(
+        figure,
+        theme,
+        title=label(grid.name),
+        subtitle=_effect_subtitle(grid),
+        width=max(420, left + _RIGHT + cell * len(across)),
+        height=max(220, _TOP + bottom + cell * len(down)),
+    )
+    figure.update_xaxes(
+        title_text=axes[1],
+        tickvals=list(range(len(across))),
+        ticktext=across,
+        tickangle=-60 if widest > 3 else 0,
+        showgrid=False,
+        zeroline=False,
+        range=[-0.5, len(across) - 0.5],
+    )
+    figure.update_yaxes(
+        title_text=axes[0],
+        tickvals=list(range(len(down))),
+        ticktext=down,
+        showgrid=False,
+        zeroline=False,
+        range=[len(down) - 0.5, -0.5],
+    )
+    figure.update_layout(
+        plot_bgcolor=STYLES[theme].missing,
+        margin={"l": left, "r": _RIGHT, "t": _TOP, "b": bottom},
+    )
+    return figure
+
+
+def _effect_subtitle(grid: EffectGrid) -> str:
+    parts = [label(grid.provenance.model)] if grid.provenance.model else []
+    parts.append(f"mean of {len(grid.unedited)} examples")
+    if np.isnan(grid.mean).any():
+        parts.append("grey: no value")
+    return ", ".join(parts)
+
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 96, 66, 50
+Limits = tuple[float, float]
+
+
+def heatmap(
+    scores: HeadScores | HeadTable | EffectGrid,
+    *,
+    limits: Limits | None = None,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Mean of every head: layers downwards from 0, heads to the right.
+
+    A score with a sign is coloured about 0 and equally far to both sides; any other from its
+    lower to its upper bound, so that two pictures of one score can be compared. Grey cells have
+    no value.
+
+    Args:
+        scores: one score; a table shows all of its scores, as :func:`heatmaps` does; effects on a
+            grid of one or two axes (:func:`headscope.patch_activations`) keep their own labels.
+        limits: values of the first and last colour.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> figure = hs.plots.heatmap(table["induction"])
+        >>> figure.data[0].z.shape == (model.shape.n_layers, model.shape.n_heads)
+        True
+        >>> names = hs.probes.pairs(model, "ioi", batch=2)
+        >>> metric, axes = hs.metrics.logit_difference, ("layer", "position")
+        >>> grid = hs.patch_activations(model, names, metric, axes)
+        >>> hs.plots.heatmap(grid).layout.yaxis.title.text
+        'layer'
+    """
+    if isinstance(scores, HeadTable):
+        return heatmaps(scores, theme=theme)
+    if isinstance(scores, EffectGrid):
+        return effect_heatmap(scores, limits=limits, theme=theme)
+    if not isinstance(scores, HeadScores):
+        raise InputError(
+            f"a heatmap shows scores, a table or a grid of effects, not a {type(scores).__name__}: "
+            "make scores of plain numbers with hs.HeadScores.from_summary."
+        )
+    layers, heads = scores.mean.shape
+    cell = _cell(layers, heads)
+    figure = Figure(_trace(scores, limits, theme))
+    figure.data[0].colorbar.update(x=1.0, xpad=10, thickness=14, len=1.0)
+    _axes(figure, layers, heads, theme)
+    width = max(cell * heads + _LEFT + _RIGHT, 380)
+    height = cell * layers + _TOP + _BOTTOM
+    dress(
+        figure,
+        theme,
+        title=label(scores.name),
+        subtitle=_subtitle(scores),
+        width=width,
+        height=max(height, 220),
+    )
+    figure.update_layout(
+        plot_bgcolor=STYLES[theme].missing,
+        margin={"l": _LEFT, "r": _RIGHT, "t": _TOP, "b": _BOTTOM},
+    )
+    return figure
+
+
+def heatmaps(
+    table: HeadTable,
+    names: Sequence[str] | None = None,
+    *,
+    columns: int = 3,
+    theme: Theme = "light",
+) -> go.Figure:
+    """Several scores side by side, each with its own colours, as in :func:`heatmap`.
+
+    Args:
+        table: scores of one model.
+        names: which, in this order; default: all.
+        columns: panels in a row.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> len(hs.plots.heatmaps(table, ["induction", "previous_token"]).data)
+        2
+    """
+    shown = [table[name] for name in (table if names is None else names)]
+    layers, heads = table.shape
+    across = min(columns, len(shown))
+    down = math.ceil(len(shown) / across)
+    cell = max(5, _cell(layers, heads) * 2 // 3)
+    panel = (max(cell * heads, 130) + _LEFT + _RIGHT - 10, max(cell * layers, 90) + 84)
+    width, height = panel[0] * across, panel[1] * down + 40
+    figure = make_subplots(
+        figure=Figure(),
+        rows=down,
+        cols=across,
+        subplot_titles=[f"{label(one.name)}{_unit(one)}" for one in shown],
+        horizontal_spacing=(_LEFT + _RIGHT - 30) / width if across > 1 else 0,
+        vertical_spacing=84 / height if down > 1 else 0,
+    )
+    for i, one in enumerate(shown):
+        row, column = divmod(i, across)
+        figure.add_trace(_trace(one, None, theme), row=row + 1, col=column + 1)
+        at = figure.get_subplot(row + 1, column + 1)
+        x, y = at.xaxis.domain, at.yaxis.domain
+        figure.data[i].colorbar.update(
+            x=x[1], xpad=6, y=(y[0] + y[1]) / 2, len=y[1] - y[0], thickness=10, title=None
+        )
+    _axes(figure, layers, heads, theme)
+    model = shown[0].provenance.model
+    dress(figure, theme, title=label(model) or "scores", subtitle="", width=width, height=height)
+    figure.update_annotations(font={"size": 13, "color": STYLES[theme].text}, yshift=3)
+    figure.update_layout(
+        plot_bgcolor=STYLES[theme].missing, margin={"l": _LEFT, "r": 70, "t": 76, "b": _BOTTOM}
+    )
+    return figure
+
+
+def _trace(scores: HeadScores, limits: Limits | None, theme: Theme) -> go.Heatmap:
+    """Coloured cells with what is known of each head on hover."""
+    low, high = limits or _limits(scores)
+    layers, heads = scores.mean.shape
+    kv_head = np.broadcast_to(np.arange(heads) // (heads // scores.kv_heads), (layers, heads))
+    columns: list[tuple[str, Float[np.ndarray, "layer head"], str]] = [
+        ("KV head", kv_head.astype(float), "d"),
+        ("standard error", scores.sem, ".2g"),
+        ("null", scores.null, ".3g"),
+        ("p, adjusted", scores.p_adjusted, ".1e"),
+    ]
+    known = [column for column in columns if np.isfinite(column[1]).any()]
+    lines = [f"{name} %{{customdata[{i}]:{form}}}" for i, (name, _, form) in enumerate(known)]
+    unit = f" {label(scores.unit)}" if scores.unit else ""
+    return go.Heatmap(
+        z=scores.mean.astype(np.float32),
+        customdata=np.stack([column for _, column, _ in known], -1).astype(np.float32),
+        hovertemplate="<br>".join([f"<b>L%{{y}}H%{{x}}</b> %{{z:.3g}}{unit}", *lines])
+        + "<extra></extra>",
+        hoverongaps=False,
+        zmin=low,
+        zmax=high,
+        colorscale=STYLES[theme].diverging if scores.signed else SEQUENTIAL,
+        colorbar={"title": {"text": label(scores.unit), "side": "right"}, "outlinewidth": 0},
+        xgap=1 if max(layers, heads) <= 40 else 0,
+        ygap=1 if max(layers, heads) <= 40 else 0,
+    )
+
+
+def _limits(scores: HeadScores) -> Limits:
+    """First and last value of the colour scale."""
+    seen = scores.mean[np.isfinite(scores.mean)]
+    if seen.size == 0:
+        return (0.0, 1.0)
+    if scores.signed:
+        reach = float(np.abs(seen).max()) or 1.0
+        return (-reach, reach)
+    low = float(seen.min()) if scores.bounds[0] is None else scores.bounds[0]
+    high = float(seen.max()) if scores.bounds[1] is None else scores.bounds[1]
+    return (low, high) if high > low else (low, low + 1.0)
+
+
+def _axes(figure: go.Figure, layers: int, heads: int, theme: Theme) -> None:
+    """Whole numbers, layer 0 on top, square cells."""
+    common: dict[str, Any] = {"showgrid": False, "zeroline": False, "constrain": "domain"}
+    figure.update_xaxes(
+        title_text="head", dtick=_tick(heads), tick0=0, range=[-0.5, heads - 0.5], **common
+    )
+    figure.update_yaxes(
+        title_text="layer", dtick=_tick(layers), tick0=0, range=[layers - 0.5, -0.5], **common
+    )
+
+
+def _unit(scores: HeadScores) -> str:
+    """Unit in brackets; probabilities are told by their colour bar."""
+    return f" ({label(scores.unit)})" if scores.unit not in ("", "attention") else ""
+
+
+def _subtitle(scores: HeadScores) -> str:
+    """Model, number of examples, and what grey means where there is grey."""
+    parts = [label(scores.provenance.model)] if scores.provenance.model else []
+    most = int(scores.n.max(initial=0))
+    if most > 1:
+        parts.append(f"mean of {most} examples")
+    if np.isnan(scores.mean).any():
+        parts.append("grey: no value")
+    return ", ".join(parts)
+
+
+def _cell(layers: int, heads: int) -> int:
+    """Side of a cell in pixels."""
+    return int(min(34, max(9, 420 / max(layers, heads))))
+
+
+def _tick(n: int) -> int:
+    """Distance between ticks that leaves at most 16."""
+    return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, n) if n / step <= 16)
+
+
+_WIDE_LEFT, _WIDE_RIGHT, _WIDE_TOP, _WIDE_BOTTOM = 76, 96, 66, 56
+
+
+def recall_grid(grid: RecallGrid, *, theme: Theme = "light") -> go.Figure:
+    """Share of right answers by length and depth, coloured from 0 to 1; grey: no example.
+
+    Args:
+        grid: ``retrieval.recall_grid()``.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> probe = hs.probes.needle(model, lengths=[64, 96], depths=2, per_cell=1)
+        >>> found = hs.retrieval.decoded(model, probe)
+        >>> hs.plots.recall_grid(found.recall_grid()).data[0].z.shape
+        (2, 2)
+    """
+    cells = grid.share.T.astype(np.float32)
+    columns = [_length(float(one)) for one in grid.lengths]
+    rows = [f"{100 * one:.0f}%" for one in grid.depths]
+    figure = Figure(
+        go.Heatmap(
+            z=cells,
+            x=columns,
+            y=rows,
+            customdata=grid.count.T,
+            text=[["" if np.isnan(one) else f"{one:.2g}" for one in row] for row in cells],
+            texttemplate="%{text}" if cells.size <= 150 else None,
+            hovertemplate="%{x} tokens, depth %{y}: %{z:.2f} of %{customdata}<extra></extra>",
+            hoverongaps=False,
+            zmin=0,
+            zmax=1,
+            colorscale=SEQUENTIAL,
+            colorbar={
+                "title": {"text": "share right", "side": "right"},
+                "thickness": 14,
+                "outlinewidth": 0,
+            },
+            xgap=1,
+            ygap=1,
+        )
+    )
+    said = [label(grid.provenance.model)] if grid.provenance.model else []
+    said.append(f"answers with recall above {grid.threshold:g}")
+    beyond = grid.provenance.probe.get("extrapolated_from")
+    if beyond is not None:
+        said.append(f"trained on {beyond} tokens")
+    subtitle = ", ".join(said)
+    dress(
+        figure,
+        theme,
+        title="Needles found",
+        subtitle=subtitle,
+        width=max(
+            _WIDE_LEFT + _WIDE_RIGHT + 52 * len(columns), 110 + int(6.3 * len(subtitle)), 420
+        ),
+        height=max(240, _WIDE_TOP + _WIDE_BOTTOM + 26 * len(rows)),
+    )
+    figure.update_xaxes(title_text="tokens", type="category", showgrid=False)
+    figure.update_yaxes(title_text="depth", type="category", autorange="reversed", showgrid=False)
+    figure.update_layout(
+        plot_bgcolor=STYLES[theme].missing,
+        margin={"l": _WIDE_LEFT, "r": _WIDE_RIGHT, "t": _WIDE_TOP, "b": _WIDE_BOTTOM},
+    )
+    return figure
+
+
+def _length(tokens: float) -> str:
+    """``2048`` as ``2k``."""
+    whole = int(tokens)
+    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else str(whole)

@@ -11,8 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from headscope.base.batches import PIXELS, TEXT, TOKENS, Batch
-from headscope.base.patches import PatchGrid
-from headscope.base.stacks import grid_of
+from headscope.base.stacks import PatchGrid, grid_of
 from headscope.errors import HeadscopeWarning, InputError
 from headscope.probes.probe import Probe, of_images
 from headscope.probes.vocabulary import HasVocabulary, Tokenizer

@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.base.batches import PIXELS, Batch
-from headscope.base.patches import PatchGrid
-from headscope.base.stacks import grid_of
+from headscope.base.stacks import PatchGrid, grid_of
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.probes.encoding import marks_of, one_class_each
 from headscope.probes.probe import Probe, of_images

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.base.batches import PATCHES, PIXELS, TEXT, TOKENS, Batch
-from headscope.base.glance import Glance, Shown, sizes
-from headscope.base.patches import PatchGrid
+from headscope.base.result import Glance, Shown, sizes
 from headscope.base.saved import Saved
+from headscope.base.stacks import PatchGrid
 from headscope.errors import InputError
 
 

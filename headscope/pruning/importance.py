@@ -30,7 +30,7 @@ from headscope.probes.probe import Probe
 from headscope.scorers import row_scorer
 from headscope.scoring import score
 from headscope.table import HeadScores
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 _TINY = 1e-20
 

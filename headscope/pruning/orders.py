@@ -17,8 +17,7 @@ from headscope import metrics
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Maker, Measurement, Metricish, Placer, facts_of
 from headscope.base.files import check_same, whole_file, writable_folder
-from headscope.base.options import RunOptions
-from headscope.base.progress import track
+from headscope.base.options import RunOptions, track
 from headscope.base.specs import Direction
 from headscope.edits import Heads
 from headscope.errors import HeadscopeError, InputError

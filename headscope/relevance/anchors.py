@@ -11,8 +11,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import Measurement
-from headscope.base.options import RunOptions
-from headscope.base.progress import track
+from headscope.base.options import RunOptions, track
 from headscope.base.statistics import Design
 from headscope.edits import Span
 from headscope.errors import InputError, positive, whole

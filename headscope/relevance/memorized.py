@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import capture
-from headscope.base.progress import track
+from headscope.base.options import track
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError, whole
 from headscope.heads import ModelShape

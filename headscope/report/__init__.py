@@ -1,13 +1,13 @@
 """Reports: one HTML file that holds everything it shows and fetches nothing."""
 
-from headscope.base.sections import Facts as Facts
-from headscope.base.sections import Rows as Rows
-from headscope.base.sections import Section as Section
-from headscope.base.sections import Words as Words
+from headscope.base.result import Facts as Facts
+from headscope.base.result import Rows as Rows
+from headscope.base.result import Section as Section
+from headscope.base.result import Words as Words
 from headscope.report.joined import RunPart as RunPart
 from headscope.report.joined import read_run as read_run
 from headscope.report.joined import report_page as report_page
+from headscope.report.page import AttentionView as AttentionView
 from headscope.report.page import index_page as index_page
 from headscope.report.page import sections_page as sections_page
 from headscope.report.sections import Picture as Picture
-from headscope.report.view import AttentionView as AttentionView

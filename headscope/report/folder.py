@@ -9,7 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
-from headscope.base.sections import Section
+from headscope.base.result import Section
 from headscope.base.specs import versions
 from headscope.plots import figures_of, heatmap, heatmaps, save
 from headscope.plots.figures import Drawing

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from headscope.base.glance import short
-from headscope.base.sections import Rows, Section, Words
+from headscope.base.result import Rows, Section, Words, short
 from headscope.heads import HeadIndex
 from headscope.plots import attention_pattern, eigenvalues, spectra
-from headscope.plots.style import visible
+from headscope.plots.figure import visible
 from headscope.report.page import sections_page
 from headscope.report.sections import Block, Picture, missing_words
 from headscope.table import HeadCard, HeadEigenvalues, HeadScores, HeadSpectra, HeadTable

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from headscope.base.parquet_files import read_parquet
-from headscope.base.sections import Rows, Section, Words
+from headscope.base.files import read_parquet
+from headscope.base.result import Rows, Section, Words
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import STACK_LETTERS
-from headscope.plots.style import SEQUENTIAL, STYLES, visible
+from headscope.plots.figure import SEQUENTIAL, STYLES, visible
 from headscope.report.page import as_data, filled, packed, packed_example, packed_tokens
 from headscope.report.sections import Picture, laid_out, read_sections
 from headscope.table import (
@@ -28,7 +28,7 @@ from headscope.table import (
     RoleFinding,
     load_spectra,
 )
-from headscope.table.notable import by_interest, find_roles
+from headscope.table.kinds import by_interest, find_roles
 
 WIDTH = 5
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from headscope.base.glance import short
-from headscope.base.sections import Drawn, Facts, Rows, Section, TableCell, Words
+from headscope.base.result import Drawn, Facts, Rows, Section, TableCell, Words, short
 from headscope.errors import InputError
 from headscope.plots import (
     composition_graph,
@@ -25,8 +24,8 @@ from headscope.plots import (
     recall_grid,
     spectra,
 )
+from headscope.plots.figure import Theme
 from headscope.plots.figures import Drawing
-from headscope.plots.style import Theme
 from headscope.table import (
     HeadEigenvalues,
     HeadScores,
@@ -35,7 +34,7 @@ from headscope.table import (
     PairScores,
     RecallGrid,
 )
-from headscope.table.notable import against, copying
+from headscope.table.kinds import against, copying
 
 
 @dataclass(frozen=True, eq=False)

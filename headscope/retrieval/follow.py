@@ -9,8 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headscope.base.memory import chunk_bytes, free_cached_memory, is_out_of_memory
-from headscope.base.options import RunOptions
+from headscope.base.options import RunOptions, chunk_bytes, free_cached_memory, is_out_of_memory
 from headscope.capture import check_fits, chunks
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from headscope.base.files import whole_file, writable_folder
+from headscope.base.files import read_part, readable, whole_file, writable_folder
 from headscope.base.options import RunOptions
-from headscope.base.parquet_files import read_part, readable
 from headscope.base.statistics import Design, rank_correlation, top_k_overlap
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import HeadIndex
@@ -30,7 +29,7 @@ from headscope.retrieval.follow import RECALL, FollowOptions, follow_both, follo
 from headscope.retrieval.runs import Form, Run, Runs
 from headscope.scoring import score
 from headscope.table import HeadScores, RecallGrid
-from headscope.table.notable import copying
+from headscope.table.kinds import copying
 
 if TYPE_CHECKING:
     import pyarrow

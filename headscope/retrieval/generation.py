@@ -19,7 +19,7 @@ from headscope.ablation.run import present
 from headscope.base.options import RunOptions
 from headscope.edits import HeadEdit, Heads, Scope
 from headscope.errors import InputError, nearest
-from headscope.interventions.catalogue import head_means
+from headscope.interventions import head_means
 from headscope.models.decoding import Decoding, decoding, end_tokens
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types

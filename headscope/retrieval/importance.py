@@ -20,7 +20,7 @@ from headscope.origin import origin
 from headscope.probes import text as text_probe
 from headscope.probes.probe import Probe
 from headscope.table import HeadScores, HeadTable
-from headscope.views.qk import Rotation
+from headscope.views import Rotation
 
 # Takes the number of a text, a layer, the earlier stream, and the layer's values.
 See = Callable[[int, int, Tensor, list[Tensor]], None]

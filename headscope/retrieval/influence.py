@@ -16,9 +16,8 @@ from jaxtyping import Float, Int
 
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Measurement, Placer, present
-from headscope.base.files import subfolder, whole_file, writable_folder
+from headscope.base.files import read_part, readable, subfolder, whole_file, writable_folder
 from headscope.base.options import RunOptions
-from headscope.base.parquet_files import read_part, readable
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.metrics import loss

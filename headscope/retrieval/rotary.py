@@ -15,7 +15,7 @@ from headscope.models.running import own_types
 from headscope.models.taps import Reads, TapView, at_layers
 from headscope.probes.probe import Probe
 from headscope.scorers.long_need import far_keys, plane_shares
-from headscope.views.qk import Rotation
+from headscope.views import Rotation
 
 
 @dataclass(frozen=True, eq=False)

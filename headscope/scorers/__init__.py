@@ -19,9 +19,7 @@ from headscope.scorers.patches import hop_mass
 from headscope.scorers.patterns import relative_offset
 from headscope.scorers.relation import Relation, between, relation
 from headscope.scorers.spread import window_mass
-from headscope.views.outputs import HeadGradients, HeadOutputs
-from headscope.views.qk import QueryKeys
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows, HeadGradients, HeadOutputs, QueryKeys
 
 __all__ = [
     "CATALOGUE",

@@ -17,9 +17,7 @@ from headscope.errors import InputError
 from headscope.probes.probe import Probe
 from headscope.scorer import Scorer, every_query, output_scorer, qk_scorer, row_scorer
 from headscope.scorers.retrieval import answering
-from headscope.views.outputs import HeadOutputs
-from headscope.views.qk import QueryKeys, Rotation
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows, HeadOutputs, QueryKeys, Rotation
 
 # A row that sums to more has lost nothing to a sink but rounding.
 _NO_SINK = 1 - 1e-5

@@ -8,7 +8,7 @@ from headscope.errors import InputError
 from headscope.probes.probe import Probe
 from headscope.scorer import IMAGES, Scorer, row_scorer
 from headscope.scorers.queries import queries_with
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 _NEEDS = ("patches", "bidirectional")
 

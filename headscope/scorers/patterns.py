@@ -14,7 +14,7 @@ from torch import Tensor
 from headscope.probes.probe import Probe
 from headscope.scorer import Scorer, row_scorer
 from headscope.scorers.queries import all_queries, queries_before, queries_past, repeated_queries
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 # Mean from which a head is named for the distance that it looks back.
 _THRESHOLD = 0.4

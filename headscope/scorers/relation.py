@@ -21,7 +21,7 @@ from headscope.scorer import (
     without_sink,
 )
 from headscope.scorers.queries import queries_at
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 PairsLike = Tensor | Sequence[Sequence[Sequence[int]]]
 PairsOf = Callable[[Probe], PairsLike]

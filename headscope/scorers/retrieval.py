@@ -10,7 +10,7 @@ from torch import Tensor
 from headscope.probes.probe import Probe
 from headscope.scorer import row_scorer
 from headscope.scorers.queries import queries_at
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 _WU = "Wu et al. 2024 (arXiv 2404.15574), {}"
 answering = queries_at("answering")

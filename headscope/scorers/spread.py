@@ -9,7 +9,7 @@ from headscope.probes.probe import Probe
 from headscope.scorer import WORDS, Scorer, row_scorer
 from headscope.scorers.patches import mean_reach
 from headscope.scorers.queries import queries_past, queries_with
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 _LOCAL = 8
 # Mean from which a head is called local.

@@ -15,7 +15,7 @@ from headscope.probes.probe import Probe
 from headscope.scorer import gradient_scorer, output_scorer
 from headscope.scorers.queries import all_queries, contrasting_queries, predicting_queries
 from headscope.scorers.retrieval import answering, unless_hidden
-from headscope.views.outputs import HeadGradients, HeadOutputs
+from headscope.views import HeadGradients, HeadOutputs
 
 
 @output_scorer(

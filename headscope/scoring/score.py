@@ -1,32 +1,502 @@
-"""The needs of all scorers, one shared forward pass per probe, one table."""
+"""``hs.score``: one shared pass per probe, its layers fed to all scorers, one table."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from headscope import capture
-from headscope.base.options import RunOptions
-from headscope.base.progress import Advance
+from headscope.ablation.engine import RecordedBatch
+from headscope.ablation.gradients import check_slope, total_metric, whole_batches
+from headscope.ablation.run import Measurement
+from headscope.base.options import Advance, RunOptions, chunk_bytes
 from headscope.base.stacks import grid_of
 from headscope.base.statistics import Design
+from headscope.capture import chunks
 from headscope.circuits.scores import score_weights
+from headscope.edits import HeadSite
 from headscope.errors import InputError, UnsupportedModelError
+from headscope.heads import ModelShape
 from headscope.metrics import AnyMetric
-from headscope.models.protocol import HeadModel, lacks, need_model, views_of
+from headscope.models.protocol import AttentionWrite, HeadModel, lacks, need_model, views_of
 from headscope.models.running import own_types
+from headscope.models.taps import Reads, TapView, at_final, at_layers
 from headscope.origin import held_norm, origin
 from headscope.probes import copied_tokens
 from headscope.probes.images import random_images
 from headscope.probes.probe import Probe
 from headscope.scorer import Control, DefaultProbe, Scorer
 from headscope.scorers import DEFAULT, Relation, resolve
-from headscope.scoring.accumulate import Accumulator, Sums, gradient_sums, joined
 from headscope.table import HeadScores, HeadTable, Provenance
+from headscope.views import (
+    AttentionRows,
+    HeadGradients,
+    HeadOutputs,
+    QueryKeys,
+    Rotation,
+    Unembedding,
+)
+
+# Copies of a chunk of rows that are alive at once: scores, probabilities, one derived view.
+_COPIES = 3
+
+
+@dataclass(eq=False)
+class Sums:
+    """Sum and count of one scorer's values, per layer, head and example of a batch."""
+
+    total: Float[Tensor, "layer head batch"]
+    count: Float[Tensor, "layer head batch"]
+    missing: Float[Tensor, "layer head"]
+
+    @property
+    def mean(self) -> Float[Tensor, "layer head batch"]:
+        """Mean over queries; NaN where no query had a value."""
+        return self.total / self.count.where(self.count > 0, torch.nan)
+
+
+class RunningSums:
+    """Sums of several scorers during a pass, on whatever devices the layers are.
+
+    Nothing is read back before :meth:`moved`, which copies once per device: the host never waits
+    for a layer. Off the CPU, sums are in fp32 (not every device knows float64) with Kahan's
+    correction from chunk to chunk.
+    """
+
+    def __init__(self, names: Sequence[str], layers: int, heads: int, batch: int) -> None:
+        """Nothing added yet."""
+        self._row = {name: number for number, name in enumerate(names)}
+        self._shape = (len(names), layers, heads, batch)
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether this scorer is summed."""
+        return name in self._row
+
+    def add(
+        self,
+        name: str,
+        layer: int,
+        values: Float[Tensor, "batch head query"],
+        chosen: Bool[Tensor, "batch query"],
+    ) -> None:
+        """Add a scorer's values of the chosen queries; NaN counts as missing."""
+        wanted = chosen[:, None].expand_as(values)
+        known = wanted & ~values.isnan()
+        total, lost, counts = self._on(values.device)
+        at = (self._row[name], layer)
+        filled = torch.where(known, values, 0.0).sum(-1, dtype=total.dtype).T - lost[at]
+        sums = total[at] + filled
+        lost[at] = ((sums - total[at]) - filled).nan_to_num(0.0, 0.0, 0.0)  # of infinite values
+        total[at] = sums
+        counts[0][at] += known.sum(-1).T
+        counts[1][at] += (wanted & ~known).sum(-1).T
+
+    def moved(self) -> dict[str, Sums]:
+        """What was summed, by scorer, in float64 on the CPU."""
+        total = torch.zeros(self._shape, dtype=torch.float64)
+        counts = torch.zeros(2, *self._shape, dtype=torch.float64)
+        for sums, _, counted in self._by_device.values():
+            total += sums.cpu()
+            counts += counted.cpu()
+        return {
+            name: Sums(total[row], counts[0, row], counts[1, row].sum(-1))
+            for name, row in self._row.items()
+        }
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if device not in self._by_device:
+            exact = torch.float64 if device.type == "cpu" else torch.float32
+            total = torch.zeros(self._shape, dtype=exact, device=device)
+            counts = torch.zeros(2, *self._shape, dtype=torch.int64, device=device)
+            self._by_device[device] = (total, torch.zeros_like(total), counts)
+        return self._by_device[device]
+
+
+@dataclass(eq=False)
+class Accumulator:
+    """Scores one batch during its forward pass.
+
+    Args:
+        model: the running model.
+        batch: the examples of this pass.
+        scorers: what to compute; all share each chunk of rows.
+        flat: also score attention spread evenly, for scorers whose control that is.
+        memory: bytes that a chunk may take; None: what suits the device.
+        halvings: by how many powers of two to cut the chunks, after running out of memory.
+        advance: called after each layer.
+        tokens: queries that a chunk may hold, over all examples; None: as many as fit.
+    """
+
+    model: HeadModel
+    batch: Probe
+    scorers: tuple[Scorer, ...]
+    flat: bool
+    memory: int | None
+    halvings: int
+    advance: Advance
+    tokens: int | None = None
+    budget: int = field(init=False)
+    _sums: RunningSums = field(init=False)
+    _flat_sums: RunningSums = field(init=False)
+    _rotations: dict[int, Rotation] = field(default_factory=dict)
+    _writes: dict[int, AttentionWrite] = field(default_factory=dict)
+    _held: list[tuple[Scorer, int, Tensor, Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Make room for the sums; measure what cannot be measured during the pass."""
+        if self.batch.tokens.device.type != "cpu":  # which queries count is asked of the host
+            self.batch = self.batch.to("cpu")
+        if any("rotary" in scorer.needs for scorer in self.scorers):
+            rotation = self.model.parts.rotation
+            self._rotations = {
+                layer: rotation(layer) for layer in self.model.shape.attention_layers
+            }
+        if "linear_write" in self.model.limits and any(
+            "attention_write" in scorer.needs for scorer in self.scorers
+        ):
+            write = self.model.parts.attention_write
+            self._writes = {layer: write(layer) for layer in self.model.shape.attention_layers}
+        size = (self.model.shape.n_layers, self.model.shape.n_heads, len(self.batch))
+        self._sums = RunningSums([scorer.name for scorer in self.scorers], *size)
+        flat = [s.name for s in self.scorers if s.kind == "row" and against(s, "even_rows")]
+        other = [s.name for s in self.scorers if against(s, "same_rows")]
+        self._flat_sums = RunningSums([*flat, *other] if self.flat else [], *size)
+        self.budget = self._budget()
+
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """What every scorer gave, once the pass is over."""
+        return self._sums.moved()
+
+    @property
+    def flat_sums(self) -> dict[str, Sums]:
+        """What attention spread evenly, or another example, gives scorers whose control it is."""
+        return self._flat_sums.moved()
+
+    def reads(self, shape: ModelShape) -> Reads:
+        """Every attention layer; the end too, if a scorer is divided by the final norm's scale."""
+        layers = at_layers(shape, self._on_layer)
+        scaled = any(scorer.per_final_scale for scorer in self.scorers)
+        return layers | at_final(self._on_final) if scaled else layers
+
+    @cached_property
+    def selected(self) -> dict[str, Bool[Tensor, "batch pos"]]:
+        """Which queries count, for every scorer."""
+        return {s.name: s.queries(self.batch) & self.batch.real for s in self.scorers}
+
+    @cached_property
+    def _others(self) -> dict[str, Bool[Tensor, "batch pos"]]:
+        """Queries that count in the other example, for scorers whose null that is."""
+        other = self.batch.control
+        asking = [s for s in self.scorers if against(s, "same_rows")]
+        if other is None or not self.flat or not asking:
+            return {}
+        shown = self.batch.real & other.real
+        if "alone" in other.facts:
+            shown = shown & (other.facts["alone"] == 0)[:, None]
+        return {s.name: s.queries(other) & shown for s in asking}
+
+    @cached_property
+    def positions(self) -> Int[Tensor, " query"]:
+        """Queries that any scorer asked for in any example."""
+        masks = [*self.selected.values(), *self._others.values()]
+        wanted = torch.stack([mask.any(0) for mask in masks]).any(0)
+        return wanted.nonzero().squeeze(-1)
+
+    @cached_property
+    def _flat(self) -> dict[tuple[str, int | None, int, int], Tensor]:
+        return {}
+
+    @cached_property
+    def _measured_unembedding(self) -> Unembedding:
+        return self.model.unembedding
+
+    def _unembedding(self) -> Unembedding:
+        """The final norm and unembedding of this pass, measured when first asked for."""
+        return self._measured_unembedding
+
+    @cached_property
+    def _probes(self) -> dict[torch.device, Probe]:
+        return {}
+
+    def _on_layer(self, view: TapView) -> None:
+        """Feed one layer to every scorer, chunk by chunk."""
+        device = view.z.device
+        if device not in self._probes:
+            self._probes[device] = self.batch.to(device)
+        rotation = self._rotations.get(view.layer)
+        write = self._writes.get(view.layer)
+        layer = _Layer(self.model, view, self._probes[device], rotation, self._unembedding, write)
+        for positions in chunks(self.positions, self._row, self.budget):
+            self._on_chunk(layer, positions)
+        self.advance()
+
+    @property
+    def _row(self) -> int:
+        """Bytes of one query's rows over all examples and heads."""
+        return _COPIES * 4 * len(self.batch) * self.model.shape.n_heads * self.batch.length
+
+    def _budget(self) -> int:
+        """Bytes of a chunk, decided once a pass: free memory is another number in every layer."""
+        budget = chunk_bytes(self.model.device, self.memory)
+        if self.tokens is not None:
+            budget = min(budget, self.tokens // len(self.batch) * self._row)
+        return budget >> self.halvings
+
+    def _on_chunk(self, layer: "_Layer", positions: Int[Tensor, " query"]) -> None:
+        chunk = _Chunk(layer, positions)
+        for scorer in self.scorers:
+            self._on_other(scorer, layer, chunk)
+            chosen = self.selected[scorer.name][:, positions]
+            if not bool(chosen.any()):
+                continue
+            chosen = chosen.to(layer.device)
+            values = scorer(chunk.seen(scorer), layer.probe)
+            if scorer.per_final_scale:
+                self._held.append((scorer, layer.number, values, positions))
+            else:
+                self._sums.add(scorer.name, layer.number, values, chosen)
+            if scorer.name in self._flat_sums and against(scorer, "even_rows"):
+                spread = self._flat_values(scorer, layer, chunk).to(layer.device)
+                spread = spread.expand(-1, self.model.shape.n_heads, -1)
+                self._flat_sums.add(scorer.name, layer.number, spread, chosen)
+
+    def _on_other(self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk") -> None:
+        """What a scorer gives on these rows when it is asked of the other examples."""
+        if scorer.name not in self._others or layer.probe.control is None:
+            return
+        chosen = self._others[scorer.name][:, chunk.positions]
+        if bool(chosen.any()):
+            values = scorer(chunk.seen(scorer), layer.probe.control)
+            self._flat_sums.add(scorer.name, layer.number, values, chosen.to(layer.device))
+
+    def _flat_values(
+        self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk"
+    ) -> Float[Tensor, "batch head_or_one query"]:
+        """Score attention spread evenly: the same in all layers that see equally far back."""
+        if scorer.reads == "rows_value_weighted":
+            return scorer(chunk.flat_rows(scorer), layer.probe)
+        window = self.model.shape.windows[layer.number]
+        key = (scorer.name, window, int(chunk.positions[0]), len(chunk.positions))
+        if key not in self._flat:
+            self._flat[key] = scorer(chunk.flat_rows(scorer), layer.probe)
+        return self._flat[key]
+
+    def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
+        """Divide what was held back by the final norm's scale."""
+        scale = self._unembedding().scale(residual)
+        for scorer, layer, values, positions in self._held:
+            chosen = self.selected[scorer.name][:, positions].to(values.device)
+            part = scale.to(values.device)[:, None, positions]
+            self._sums.add(scorer.name, layer, values / part, chosen)
+        self._held.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One layer with what scorers may derive from it once."""
+
+    model: HeadModel
+    view: TapView
+    probe: Probe
+    rotation: Rotation | None
+    unembedding: Callable[[], Unembedding]
+    write: AttentionWrite | None = None
+
+    @property
+    def number(self) -> int:
+        return self.view.layer
+
+    @property
+    def device(self) -> torch.device:
+        return self.view.z.device
+
+    @cached_property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        weights = self.model.output_weights(self.number).float()
+        return weights if self.write is None else self.write.folded(weights)
+
+    def write_scale(
+        self, z: Float[Tensor, "batch query head d_head"]
+    ) -> Float[Tensor, "batch query"] | None:
+        """Denominator of a norm after attention at some queries; None where there is none."""
+        if self.write is None or self.write.norm is None:
+            return None
+        weights = self.model.output_weights(self.number).float()
+        together = torch.einsum("bqhd,hdm->bqm", z, weights) + self.write.bias
+        return self.write.scale(together)
+
+    @cached_property
+    def value_norms(self) -> Float[Tensor, "batch head key"]:
+        """``|v_j W_O|`` through the Gram matrix of ``W_O``."""
+        values = self.view.values().float()
+        gram = (self.W_O @ self.W_O.mT).unflatten(0, (values.shape[1], -1))
+        squared = torch.einsum("bgkd,gjde,bgke->bgjk", values, gram, values)
+        return squared.clamp_min(0).sqrt().flatten(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Some queries of one layer; every derived form is computed once, if asked for.
+
+    Attributes:
+        positions: on the CPU, where the number of keys that they see is known without waiting.
+    """
+
+    layer: _Layer
+    positions: Int[Tensor, " query"]
+
+    @cached_property
+    def rows(self) -> AttentionRows:
+        return self.layer.view.rows(self.positions)
+
+    @cached_property
+    def even(self) -> AttentionRows:
+        return self.rows.uniform()
+
+    @cached_property
+    def no_sink(self) -> AttentionRows:
+        return self.rows.without_first(self.layer.probe.first)
+
+    @cached_property
+    def value_weighted(self) -> AttentionRows:
+        return self.rows.weighted(self.layer.value_norms[..., : self.rows.pattern.shape[-1]])
+
+    @cached_property
+    def outputs(self) -> HeadOutputs:
+        z = self.layer.view.z[:, self.positions].float()
+        return HeadOutputs(
+            layer=self.layer.number,
+            query_pos=self.positions.to(self.layer.device),
+            z=z,
+            W_O=self.layer.W_O,
+            unembedding=self.layer.unembedding(),
+            make_rows=lambda: self.rows,
+            make_values=self.layer.view.values,
+            make_query_keys=lambda: self.query_keys,
+            write_scale=self.layer.write_scale(z),
+        )
+
+    @cached_property
+    def query_keys(self) -> QueryKeys:
+        seen = self.layer.view.query_keys(self.positions)
+        return replace(seen, rotation=self.layer.rotation)
+
+    def seen(self, scorer: Scorer) -> AttentionRows | HeadOutputs | QueryKeys:
+        """What this scorer reads."""
+        if scorer.reads == "qk":
+            return self.query_keys
+        if scorer.reads == "outputs":
+            return self.outputs
+        if scorer.reads == "rows_no_sink":
+            return self.no_sink
+        return self.value_weighted if scorer.reads == "rows_value_weighted" else self.rows
+
+    def flat_rows(self, scorer: Scorer) -> AttentionRows:
+        """Attention spread evenly, in the form that this scorer reads."""
+        even = self.even
+        if scorer.reads == "rows_no_sink":
+            return even.without_first(self.layer.probe.first)
+        if scorer.reads == "rows_value_weighted":
+            return even.weighted(self.layer.value_norms[..., : even.pattern.shape[-1]])
+        return even
+
+
+def against(scorer: Scorer, of: str) -> bool:
+    """Whether the null of a scorer is of this kind; see :class:`headscope.scorer.Control`."""
+    return scorer.control is not None and scorer.control.of == of
+
+
+def joined(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
+    """Batches of a probe, one after another, for every scorer."""
+    return {
+        name: Sums(
+            torch.cat([part[name].total for part in parts], -1),
+            torch.cat([part[name].count for part in parts], -1),
+            torch.stack([part[name].missing for part in parts]).sum(0),
+        )
+        for name in parts[0]
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Added:
+    """Adds a leaf of zeros to every head output, whose gradient is that of the output."""
+
+    leaves: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
+    seen: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
+    layers: frozenset[int] = frozenset()
+    site: HeadSite = "z"
+
+    def __call__(self, layer: int, value: Tensor) -> Tensor:
+        self.seen[layer] = value.detach()
+        leaf = torch.zeros_like(value, dtype=torch.float32, requires_grad=True)
+        self.leaves[layer] = leaf
+        return value + leaf.to(value)
+
+
+def gradient_sums(
+    model: HeadModel,
+    probe: Probe,
+    metric: AnyMetric,
+    scorers: Sequence[Scorer],
+    options: RunOptions,
+    advance: Advance,
+) -> dict[str, Sums]:
+    """Sums of every scorer over a probe; missing where the metric reads nothing of an example.
+
+    Args:
+        model: that is run.
+        probe: what to run.
+        metric: whose gradients the scorers read.
+        scorers: of gradients.
+        options: how it is run.
+        advance: counts examples, layer by layer.
+
+    Raises:
+        InputError: if the metric has no gradient at the clean run.
+    """
+    check_slope(model, metric, None, 1)
+    measurement = Measurement.of(model, probe, metric, options.quiet)
+    layers = model.shape.attention_layers
+    read = metric.reads(probe).any(1)
+    names = [scorer.name for scorer in scorers]
+    heads = (model.shape.n_layers, model.shape.n_heads)
+    whole = RunningSums(names, *heads, len(probe)).moved()
+    for chosen, batch in whole_batches(measurement):
+        part, counted = batch.probe.to("cpu"), read[chosen].cpu()
+        sums = RunningSums(names, *heads, len(part))
+        for seen in _by_layer(model, batch, layers):
+            for scorer in scorers:
+                wanted = scorer.queries(part) & part.real & counted[:, None]
+                values = scorer(seen, batch.probe.to(seen.z.device))
+                sums.add(scorer.name, seen.layer, values, wanted.to(values.device))
+            advance(float(len(part)))
+        for name, found in sums.moved().items():
+            whole[name].total[..., chosen] = found.total
+            whole[name].count[..., chosen] = found.count
+            whole[name].missing += found.missing
+    return whole
+
+
+def _by_layer(
+    model: HeadModel, batch: RecordedBatch, layers: Sequence[int]
+) -> Iterator[HeadGradients]:
+    """Outputs of every layer with their gradients, of one forward and one backward pass."""
+    added = _Added(layers=frozenset(layers))
+    with torch.enable_grad():
+        total = total_metric(model, batch, (added,))
+        found = torch.autograd.grad(total, [added.leaves[layer] for layer in layers])
+    for layer, gradient in zip(layers, found, strict=True):
+        z = added.seen[layer].float()
+        yield HeadGradients(layer, torch.arange(z.shape[1], device=z.device), z, gradient)
+
 
 Wanted = Iterable[str | Scorer | Relation] | str | Scorer | None
 

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import Measurement, by_head, present
-from headscope.base.glance import Glance, Shown, number
-from headscope.base.options import RunOptions
-from headscope.base.progress import track
-from headscope.base.result import Tabular
+from headscope.base.options import RunOptions, track
+from headscope.base.result import Glance, Shown, Tabular, number
 from headscope.base.saved import Saved
 from headscope.base.statistics import Design, mean_and_sem
 from headscope.edits import AnyEdit, HeadEdit, Heads, Span, Variant

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.base.glance import Glance, Shown, number, readable
-from headscope.base.result import Tabular
+from headscope.base.result import Glance, Shown, Tabular, number, readable
 from headscope.base.saved import Saved
 from headscope.edits import Span
 from headscope.errors import InputError, UnsupportedModelError

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import marked, present
-from headscope.base.glance import Glance, Shown, number, sizes
-from headscope.base.result import Tabular
+from headscope.base.result import Glance, Shown, Tabular, number, sizes
 from headscope.base.saved import Saved
 from headscope.edits import AnyEdit, HeadEdit, Heads, Scope, Span
 from headscope.errors import InputError, UnsupportedModelError, nearest

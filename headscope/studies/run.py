@@ -11,9 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
-from headscope.base.options import RunOptions
-from headscope.base.progress import Advance, track
-from headscope.base.sections import Drawn, Rows, Section
+from headscope.base.options import Advance, RunOptions, track
+from headscope.base.result import Drawn, Rows, Section
 from headscope.errors import HeadscopeError, InputError, nearest
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin

@@ -8,10 +8,19 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from headscope.base.glance import Glance, Line, Lines, Shown, number
-from headscope.base.result import Tabular
+from headscope.base.result import (
+    Facts,
+    Glance,
+    Line,
+    Lines,
+    Rows,
+    Section,
+    Shown,
+    Tabular,
+    Words,
+    number,
+)
 from headscope.base.saved import Saved, Stored
-from headscope.base.sections import Facts, Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError

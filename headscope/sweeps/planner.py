@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headscope.base.progress import track
+from headscope.base.options import track
 from headscope.base.specs import versions
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

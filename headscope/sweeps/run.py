@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from headscope.base.files import FolderClaim, clear
-from headscope.base.progress import track
+from headscope.base.options import track
 from headscope.errors import HeadscopeError, InputError, ModelLoadError
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.config import SweepConfig

@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from jaxtyping import Float
 
-from headscope.base.files import subfolder, sync_folder, whole_file, writable_folder
-from headscope.base.parquet_files import read_part, readable
+from headscope.base.files import (
+    read_part,
+    readable,
+    subfolder,
+    sync_folder,
+    whole_file,
+    writable_folder,
+)
 from headscope.base.statistics import Design, compare_means, mean_and_sem
 from headscope.errors import InputError
 from headscope.sweeps.plan import (

@@ -27,10 +27,10 @@ from headscope.table.flow import RouteNode as RouteNode
 from headscope.table.flow import Routes as Routes
 from headscope.table.flow import TokenFlow as TokenFlow
 from headscope.table.flow import TokenLogits as TokenLogits
+from headscope.table.kinds import RoleFinding as RoleFinding
 from headscope.table.lens import Attribution as Attribution
 from headscope.table.lens import HeadWords as HeadWords
 from headscope.table.lens import LensGrid as LensGrid
-from headscope.table.notable import RoleFinding as RoleFinding
 from headscope.table.scores import HeadScores as HeadScores
 from headscope.table.scores import Summary as Summary
 from headscope.table.similarity import HeadSimilarity as HeadSimilarity

@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.base.files import whole_file
-from headscope.base.glance import Glance, Shown, number, shaded
-from headscope.base.parquet_files import read_parquet
-from headscope.base.result import Tabular
+from headscope.base.files import read_parquet, whole_file
+from headscope.base.result import (
+    Drawn,
+    Facts,
+    Glance,
+    Rows,
+    Section,
+    Shown,
+    Tabular,
+    Words,
+    number,
+    shaded,
+)
 from headscope.base.saved import Saved, Stored
-from headscope.base.sections import Drawn, Facts, Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design, mean_and_sem
 from headscope.errors import InputError, nearest

@@ -11,12 +11,20 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from headscope.base.files import whole_file
-from headscope.base.glance import Glance, Grid, Shown, number, shaded, sizes
-from headscope.base.parquet_files import read_parquet
-from headscope.base.result import Tabular
+from headscope.base.files import read_parquet, whole_file
+from headscope.base.result import (
+    Drawn,
+    Glance,
+    Grid,
+    Section,
+    Shown,
+    Tabular,
+    Words,
+    number,
+    shaded,
+    sizes,
+)
 from headscope.base.saved import Saved, frozen
-from headscope.base.sections import Drawn, Section, Words
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design, compare_means, mean_and_sem, mean_interval, top_order
 from headscope.errors import InputError

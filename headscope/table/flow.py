@@ -12,10 +12,19 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from headscope.base.files import whole_file
-from headscope.base.glance import Glance, Shown, number, readable, sizes
-from headscope.base.result import Tabular
+from headscope.base.result import (
+    Drawn,
+    Glance,
+    Rows,
+    Section,
+    Shown,
+    Tabular,
+    Words,
+    number,
+    readable,
+    sizes,
+)
 from headscope.base.saved import Saved, Stored, frozen
-from headscope.base.sections import Drawn, Rows, Section, Words
 from headscope.base.specs import Provenance
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex

@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.base.glance import Glance, Shown, number, readable, shaded, sizes
-from headscope.base.result import Tabular
+from headscope.base.result import (
+    Drawn,
+    Glance,
+    Section,
+    Shown,
+    Tabular,
+    number,
+    readable,
+    shaded,
+    sizes,
+)
 from headscope.base.saved import Saved, Stored, frozen
-from headscope.base.sections import Drawn, Section
 from headscope.base.specs import Provenance
 from headscope.base.statistics import top_order
 from headscope.errors import InputError

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.base.glance import Glance, Shown, number, sizes
-from headscope.base.result import Tabular
+from headscope.base.result import Drawn, Glance, Section, Shown, Tabular, number, sizes
 from headscope.base.saved import Saved, frozen
-from headscope.base.sections import Drawn, Section
 from headscope.base.specs import Provenance, ScoreSpec, Specified
 from headscope.errors import InputError, whole
 from headscope.heads import HeadIndex

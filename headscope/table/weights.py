@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Complex, Float
 
 from headscope.base.files import whole_file
-from headscope.base.glance import Glance, Shown, number, sizes
-from headscope.base.result import Tabular
+from headscope.base.result import Glance, Shown, Tabular, number, sizes
 from headscope.base.saved import Saved, frozen
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Bounds, top_order

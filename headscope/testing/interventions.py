@@ -10,8 +10,7 @@ from torch import Tensor
 
 from headscope import metrics, probes
 from headscope.ablation import ablate_heads
-from headscope.edits import AnyEdit, Heads, cut
-from headscope.edits.head_edit import SITES
+from headscope.edits import SITES, AnyEdit, Heads, cut
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.interventions import Intervention, Setting

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headscope import probes
-from headscope.base.patches import PatchGrid
-from headscope.base.stacks import CAUSAL, MaskRule
+from headscope.base.stacks import CAUSAL, MaskRule, PatchGrid
 from headscope.circuits.scores import Weights
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
@@ -24,9 +23,14 @@ from headscope.probes.probe import Probe, of_images
 from headscope.scorer import IMAGES, IOI, NEEDLE, REPEATED, DefaultProbe
 from headscope.scorers import Scorer
 from headscope.testing.report import CheckError, CheckReport, agree, ensure, run_checks
-from headscope.views.outputs import HeadGradients, HeadOutputs, Unembedding
-from headscope.views.qk import QueryKeys, Rotation
-from headscope.views.rows import AttentionRows
+from headscope.views import (
+    AttentionRows,
+    HeadGradients,
+    HeadOutputs,
+    QueryKeys,
+    Rotation,
+    Unembedding,
+)
 
 _HEADS, _KV_HEADS, _D_HEAD, _D_MODEL = 4, 2, 8, 24
 _TOLERANCE = 1e-4

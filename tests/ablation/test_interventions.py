@@ -9,6 +9,7 @@ from headscope.errors import InputError
 from headscope.interventions import (
     NAMED,
     AttendToFirst,
+    BatchPlace,
     FreezePattern,
     Intervention,
     Mean,
@@ -20,7 +21,6 @@ from headscope.interventions import (
     Uniform,
     Zero,
 )
-from headscope.interventions.catalogue import BatchPlace
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from tests.models import families

@@ -10,9 +10,7 @@ import pytest
 
 import headscope as hs
 from headscope import plots
-from headscope.base.glance import Shown
-from headscope.base.result import Result, Tabular
-from headscope.base.sections import Section
+from headscope.base.result import Result, Section, Shown, Tabular
 from headscope.base.specs import ScoreSpec
 from headscope.metrics import Metric, as_metric
 from headscope.scorers import CATALOGUE

@@ -5,7 +5,7 @@ import torch
 
 import headscope as hs
 from headscope import capture
-from headscope.base.memory import chunk_bytes, is_out_of_memory, parse_memory
+from headscope.base.options import chunk_bytes, is_out_of_memory, parse_memory
 from headscope.errors import HeadscopeError, InputError
 from tests.models.families import build, fresh, tokens
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from headscope.heads import ModelShape
 from headscope.models.protocol import HeadModel
-from headscope.views.outputs import HeadWeights, Unembedding
-from headscope.views.qk import Norm, QueryKey, Rotation
+from headscope.views import HeadWeights, Norm, QueryKey, Rotation, Unembedding
 
 _MADE: dict[str, HeadModel] = {}
 

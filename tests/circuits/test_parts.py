@@ -21,7 +21,7 @@ from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.hf.model import HFModel
 from headscope.models.rotary import POSITIONS, find_rotation
-from headscope.views.qk import Norm, Rotation
+from headscope.views import Norm, Rotation
 
 ModelOf = Callable[[str], HFModel]
 

@@ -9,7 +9,7 @@ import pytest
 
 import headscope as hs
 from headscope.cli.output import typed
-from headscope.cli.report import sweep_runs
+from headscope.cli.runs import sweep_runs
 from headscope.errors import HeadscopeError
 from headscope.sweeps.results import read
 from tests.cli.support import run, sentence

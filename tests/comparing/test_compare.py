@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import headscope as hs
-from headscope.comparing.compared import by_profile, profile_distances, weight_similarity
+from headscope.comparing import by_profile, profile_distances, weight_similarity
 from headscope.errors import InputError
 from headscope.table import HeadTable, Provenance
 from tests.table.helpers import NAN, scores

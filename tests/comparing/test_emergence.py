@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import headscope as hs
-from headscope.comparing.emerging import copy_curves, text_curves, token_losses
+from headscope.comparing import copy_curves, text_curves, token_losses
 from headscope.errors import InputError
 from headscope.table import Emergence, HeadTable
 from tests.table.helpers import scores

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headscope as hs
 from headscope.circuits import Dictionary
-from headscope.comparing.emerging import token_losses
+from headscope.comparing import token_losses
 from headscope.models.protocol import HeadModel
 from headscope.probes.encoding import next_tokens
 from tests.circuits.conftest import random_model
@@ -104,7 +104,7 @@ def test_l1_losses_are_those_of_the_models_own_logits(
     expected = -logits.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
     expected = expected.where(targets >= 0, torch.nan)
     for entries in (1 << 24, 200):  # whole, and in blocks of rows and of words
-        monkeypatch.setattr("headscope.views.outputs._ENTRIES", entries)
+        monkeypatch.setattr("headscope.views._ENTRIES", entries)
         found = token_losses(model, probe)
         np.testing.assert_allclose(found[:, 1:], expected[:, :-1].detach(), atol=2e-6)
 

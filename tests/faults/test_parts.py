@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 import headscope as hs
-from headscope.base import parquet_files
+from headscope.base import files
 from headscope.errors import InputError
 from headscope.retrieval import scan_grid, score_corpus
 from headscope.sweeps import SweepConfig, run_sweep
@@ -92,7 +92,7 @@ def test_d9_parts_are_read_within_limits(made: Any, monkeypatch: pytest.MonkeyPa
     again()
     for name in ("MAX_ROWS", "MAX_VALUES", "MAX_BYTES"):
         with monkeypatch.context() as patched:
-            patched.setattr(parquet_files, name, 0)
+            patched.setattr(files, name, 0)
             with pytest.raises(InputError, match=r"claims [\d,]+ .*at most 0 are read here"):
                 again()
 

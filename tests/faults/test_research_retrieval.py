@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import headscope as hs
-from headscope.base.sections import Words
+from headscope.base.result import Words
 from headscope.errors import HeadscopeError, InputError
 from headscope.probes import Needle
 from headscope.probes.needle_sets import DRAWN
@@ -37,7 +37,7 @@ from headscope.retrieval import (
     word_recall,
 )
 from headscope.retrieval.follow import follow_both
-from headscope.table.notable import find_roles
+from headscope.table.kinds import find_roles
 from tests.cli.support import run
 from tests.probes.support import Reader, shape_of, small_tokenizer
 

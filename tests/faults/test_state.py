@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import headscope as hs
-from headscope.base import memory
+from headscope.base import options as memory
 from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.parameters import weight_digest
-from headscope.scoring.accumulate import Accumulator
+from headscope.scoring.score import Accumulator
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
 from tests.watching import watch
 
@@ -842,7 +842,7 @@ def test_b11_a_budget_that_changes_between_layers_changes_nothing(
     names = ["previous_token", "entropy", "attention_distance"]
     wanted = hs.score(model, PROBE, names, progress=False)
     sizes = iter(range(5000, 10**6, 1777))
-    monkeypatch.setattr("headscope.scoring.accumulate.chunk_bytes", lambda *_: next(sizes))
+    monkeypatch.setattr("headscope.scoring.score.chunk_bytes", lambda *_: next(sizes))
     found = hs.score(model, PROBE, names, progress=False, batch_size=2)
     for name in names:
         np.testing.assert_allclose(found[name].mean, wanted[name].mean, atol=1e-6)

@@ -15,7 +15,7 @@ from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.probes import Needle
 from headscope.scorers import CATALOGUE
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 from tests.ablation.helpers import model_of, probe_of
 from tests.faults.test_research_retrieval import tiny
 from tests.probes.support import reader

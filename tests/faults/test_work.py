@@ -36,11 +36,11 @@ from headscope.base.files import (
     whole_file,
     whole_page,
 )
-from headscope.base.progress import plain_line, track
+from headscope.base.options import plain_line, track
 from headscope.cli import main
 from headscope.cli.compare import steps_of
 from headscope.cli.output import portable
-from headscope.edits.head_edit import HeadEdit
+from headscope.edits import HeadEdit
 from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, WriteError
 from headscope.probes.config import ProbeConfig
 from headscope.report import RunPart, report_page
@@ -520,7 +520,7 @@ def test_d9_files_larger_than_the_limits_are_not_read(
     model_table().save(tmp_path / "t.parquet")
     for name, what in (("MAX_ROWS", "rows"), ("MAX_VALUES", "values"), ("MAX_BYTES", "bytes")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"headscope.base.parquet_files.{name}", 3)
+            patch.setattr(f"headscope.base.files.{name}", 3)
             with pytest.raises(InputError, match=f"claims [0-9,]+ {what}"):
                 HeadTable.load(tmp_path / "t.parquet")
 
@@ -628,8 +628,8 @@ def test_e8_a_bare_notebook_gets_progress_in_words(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    monkeypatch.setattr("headscope.base.progress.find_spec", lambda _: None)
-    monkeypatch.setattr("headscope.base.progress._PATIENCE", -1.0)
+    monkeypatch.setattr("headscope.base.options.find_spec", lambda _: None)
+    monkeypatch.setattr("headscope.base.options._PATIENCE", -1.0)
     monkeypatch.setattr("IPython.display.display", display)
     with track(4, "scoring") as advance:
         advance(1)

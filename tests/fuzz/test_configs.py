@@ -129,7 +129,7 @@ def test_prompt_files(tmp_path_factory: Any, lines: list[str]) -> None:
 @effort(60)
 @given(st.text(max_size=12))
 def test_amounts_of_memory_and_heads(text: str) -> None:
-    from headscope.base.memory import parse_memory
+    from headscope.base.options import parse_memory
 
     amount = outcome(lambda: parse_memory(text))
     assert isinstance(amount, str) or amount > 0

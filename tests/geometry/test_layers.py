@@ -12,7 +12,7 @@ from headscope.errors import InputError
 from headscope.geometry import measures as gm
 from headscope.geometry.layers import TEXT_MEASURES
 from headscope.models.protocol import HeadModel
-from headscope.table.layers import LayerMeasure, LayerTable
+from headscope.table.lens import LayerMeasure, LayerTable
 from tests.models import families
 
 FAMILIES = ["gpt2", "llama", "gemma2", "bloom"]

@@ -67,7 +67,7 @@ def test_a_planted_violation_is_found(file: str, tmp_path: Path) -> None:
 
 FINE = {
     "models/bridge/build.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
-    "models/hf/layout.py": "from headscope.views.rows import AttentionRows\nx = 'self_attn.o_proj'",
+    "models/hf/layout.py": "from headscope.views import AttentionRows\nx = 'self_attn.o_proj'",
     "models/bridge/train.py": "def f(m):\n    return m.lm_head",
     "report/page.py": "from plotly import graph_objects\nfrom headscope.plots import heatmap",
     "scoring/score.py": '"""Unlike hook_z, ..."""\nfrom headscope import __version__, capture',

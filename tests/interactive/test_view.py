@@ -12,7 +12,7 @@ import torch
 import headscope as hs
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.interactive.view import attention_example
+from headscope.interactive import attention_example
 from headscope.report import AttentionView
 from headscope.table import AttentionExample
 from tests.report.browser import browser, opened

@@ -9,7 +9,7 @@ from headscope.models.bridge.build import bridge_over
 from headscope.models.bridge.model import wrap_bridge
 from headscope.models.bridge.parts import bridge_weights
 from headscope.models.hf.model import HFModel
-from headscope.views.outputs import HeadWeights
+from headscope.views import HeadWeights
 from tests.models import checks
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, fresh, tokens
 

@@ -10,8 +10,7 @@ import transformers
 from torch import Tensor
 
 import headscope as hs
-from headscope.base.patches import PatchGrid
-from headscope.base.stacks import MaskRule
+from headscope.base.stacks import MaskRule, PatchGrid
 from headscope.errors import InputError, UnsupportedModelError
 from tests.models.vision import (
     BUILDS,

@@ -13,7 +13,7 @@ from headscope.models.attention import AttentionCall, fused
 from headscope.models.bridge.parts import bridge_weights
 from headscope.models.hf.interface import routed
 from headscope.models.hf.model import HFModel
-from headscope.views.qk import HeadNorm
+from headscope.views import HeadNorm
 from tests.models import checks
 from tests.models.families import HF_FAMILIES, build, fresh, tokens
 from tools.tiny_models import tiny_model

@@ -7,7 +7,7 @@ import pytest
 
 from headscope import plots
 from headscope.errors import InputError
-from headscope.plots.style import Theme
+from headscope.plots.figure import Theme
 from headscope.table import Attribution, LensGrid
 
 EVIL = "<script>x</script>%{x}"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headscope.plots.style import label, visible
+from headscope.plots.figure import label, visible
 
 
 @pytest.mark.parametrize(

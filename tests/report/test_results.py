@@ -7,9 +7,7 @@ import plotly.graph_objects as go
 import pytest
 
 import headscope as hs
-from headscope.base.glance import Glance, Shown
-from headscope.base.result import Result
-from headscope.base.sections import Drawn, Rows, Section, Words
+from headscope.base.result import Drawn, Glance, Result, Rows, Section, Shown, Words
 from headscope.plots import figures, figures_of
 from headscope.plots.figures import Drawing
 from headscope.report.folder import RunFolder

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import Scorer
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 
 def visible_keys(real: Tensor, window: int | None = None) -> Tensor:

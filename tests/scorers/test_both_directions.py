@@ -10,7 +10,7 @@ from headscope.base.stacks import MaskRule
 from headscope.models.attention import visible_keys
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE, relative_offset
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 
 LENGTH, HEADS = 14, 3
 RULE = MaskRule("bidirectional")

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import headscope as hs
-from headscope.edits.sparse import entmax_rows, top_rows
+from headscope.edits import entmax_rows, top_rows
 from headscope.errors import InputError
 from headscope.scorers import CATALOGUE
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 from tests.models import families
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE, Scorer, relative_offset, window_mass
 from headscope.scorers.patterns import mass_by_look_up, mass_by_mask
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 from tests.scorers.support import random_rows, rows_of, visible_keys
 
 EXTRA = {"offset_3": relative_offset(3), "window_2": window_mass(2)}

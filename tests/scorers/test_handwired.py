@@ -7,7 +7,7 @@ from headscope.heads import HeadIndex
 from headscope.probes import from_tokens, repeated_tokens
 from headscope.probes.probe import Probe
 from headscope.scorers import CATALOGUE
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 from tests.handwired import Handwired, handwired_gpt2, handwired_llama
 from tests.scorers.support import averaged, visible_keys
 

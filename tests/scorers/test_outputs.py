@@ -7,8 +7,7 @@ import torch
 
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE
-from headscope.views.outputs import HeadOutputs, Unembedding
-from headscope.views.qk import QueryKeys
+from headscope.views import HeadOutputs, QueryKeys, Unembedding
 from tests.scorers.support import random_rows
 
 HEADS, D_HEAD, D_MODEL, D_VOCAB = 3, 4, 10, 13

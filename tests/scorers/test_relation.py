@@ -14,7 +14,7 @@ import headscope as hs
 from headscope.errors import InputError
 from headscope.probes.jsonl import find_span
 from headscope.scorers import relation
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 from tests.models.families import build
 from tests.probes.support import reader
 

@@ -12,9 +12,7 @@ from headscope.errors import InputError
 from headscope.probes import Probe, from_tokens
 from headscope.scorers import CATALOGUE, long_need, long_need_predicted, streaming_gap
 from headscope.scorers.long_need import far_keys, plane_shares
-from headscope.views.outputs import HeadOutputs
-from headscope.views.qk import QueryKeys, Rotation
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows, HeadOutputs, QueryKeys, Rotation
 from tests.scorers.support import random_rows, visible_keys
 from tests.scorers.test_outputs import D_HEAD, D_VOCAB, HEADS, outputs_of
 

@@ -12,7 +12,7 @@ from headscope.models.bridge.build import bridge_over
 from headscope.probes.probe import Probe
 from headscope.scorers import CATALOGUE, Scorer
 from headscope.scorers.queries import all_queries
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 from tests.models.families import build
 
 HEADS = ("previous_token", "duplicate_token", "induction")

@@ -18,7 +18,7 @@ from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.scorer import REPEATED
 from headscope.scorers import CATALOGUE, Scorer
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows
 from tests.models.families import VOCAB, build, fresh
 from tests.scoring.slow import SLOW, eager_patterns, slow_scores
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from headscope.base.glance import short
+from headscope.base.result import short
 from headscope.table import HeadScores, HeadTable
 from tests.table.helpers import NAN, model_table, scores
 

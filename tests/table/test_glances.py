@@ -8,7 +8,7 @@ import pytest
 from headscope.heads import HeadIndex
 from headscope.table import EffectGrid, HeadTable, OrderCurve
 from headscope.table.comparing import Comparison, Emergence
-from headscope.table.layers import LayerMeasure, LayerTable
+from headscope.table.lens import LayerMeasure, LayerTable
 from tests.table.helpers import scores
 
 

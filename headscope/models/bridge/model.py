@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headscope.base.glance import Glance, Shown
+from headscope.base.result import Glance, Shown
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.build import OWN_NAMES
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout
@@ -23,7 +23,7 @@ from headscope.models.protocol import Edit, glance_of, unmeasured_write
 from headscope.models.rotary import no_rotation
 from headscope.models.running import accepted, need_gradients, padding
 from headscope.models.taps import writes_of
-from headscope.views.outputs import HeadWeights, Unembedding
+from headscope.views import HeadWeights, Unembedding
 
 
 class BridgeModel(Tapped, Shown):

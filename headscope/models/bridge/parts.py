@@ -16,8 +16,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.hf.hooks import Hook, entering, leaving
 from headscope.models.hf.measured import MeasuredParts, measure_norm
 from headscope.models.rotary import POSITIONS, find_rotation
-from headscope.views.outputs import HeadWeights
-from headscope.views.qk import Norm, QueryKey, Rotation
+from headscope.views import HeadWeights, Norm, QueryKey, Rotation
 
 _ROTARY = ("rotary", "rope")
 

@@ -22,8 +22,7 @@ from headscope.models.hf.taps import OwnPasses, Pass, replaced, watched, written
 from headscope.models.hf.transformers_api import ATTENTION_METHOD
 from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Tap, TapView
-from headscope.views.qk import QueryKeys
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows, QueryKeys
 
 # Attention on keys that the config's window hides; above this the config does not tell the truth.
 _STRAY = 1e-3

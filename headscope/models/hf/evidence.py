@@ -30,7 +30,7 @@ from headscope.models.loading.proof import Gap, LoadCheck, gap, rounding
 from headscope.models.protocol import HeadModel
 from headscope.models.running import answer, pass_over
 from headscope.models.taps import Reads, Tap, TapView, Write, at_layers
-from headscope.views.qk import QueryKeys
+from headscope.views import QueryKeys
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headscope.base.batches import GRID, PATCHES, PIXELS, TEXT, TINY, TOKENS, Batch
-from headscope.base.patches import PatchGrid
-from headscope.base.stacks import CAUSAL, MaskRule
+from headscope.base.stacks import CAUSAL, MaskRule, PatchGrid
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused

@@ -29,8 +29,7 @@ from headscope.models.parameters import at_hand, parameter, runs_on
 from headscope.models.protocol import AttentionWrite
 from headscope.models.running import pass_over
 from headscope.models.taps import Tap
-from headscope.views.outputs import Unembedding
-from headscope.views.qk import Norm, QueryKey, Rotation
+from headscope.views import Norm, QueryKey, Rotation, Unembedding
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.base.batches import PIXELS, TOKENS, Batch
-from headscope.base.glance import Glance, Shown
-from headscope.base.patches import PatchGrid
-from headscope.base.stacks import MaskRule
+from headscope.base.result import Glance, Shown
+from headscope.base.stacks import MaskRule, PatchGrid
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import (
@@ -46,7 +45,7 @@ from headscope.models.running import (
     pass_over,
 )
 from headscope.models.taps import Tap, Texts, writes_of
-from headscope.views.outputs import HeadWeights, Unembedding
+from headscope.views import HeadWeights, Unembedding
 
 
 def own_vector(output: Any) -> Tensor | None:

@@ -27,8 +27,7 @@ from headscope.models.hf.weights import Sources, bias, find_sources, not_by_head
 from headscope.models.loading.proof import gap, rounding
 from headscope.models.rotary import POSITIONS
 from headscope.models.running import accepted, pass_over
-from headscope.views.outputs import HeadWeights
-from headscope.views.qk import Norm, QueryKey, Rotation
+from headscope.views import HeadWeights, Norm, QueryKey, Rotation
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

@@ -17,8 +17,7 @@ from headscope.models.hf.layout import LayerParts, Layout
 from headscope.models.hf.taps import OwnPasses, Pass, watched, written
 from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Edited, Tap, TapView, Write
-from headscope.views.qk import QueryKeys
-from headscope.views.rows import AttentionRows
+from headscope.views import AttentionRows, QueryKeys
 
 # Entries of the rows that a write of patterns holds at once.
 _EDITED_ENTRIES = 1 << 24

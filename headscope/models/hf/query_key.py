@@ -27,8 +27,7 @@ from headscope.models.loading.proof import gap, rounding
 from headscope.models.parameters import at_hand
 from headscope.models.rotary import find_rotation, turns
 from headscope.models.taps import Texts
-from headscope.views.outputs import HeadWeights
-from headscope.views.qk import HeadNorm, QueryKey, Rotation
+from headscope.views import HeadNorm, HeadWeights, QueryKey, Rotation
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

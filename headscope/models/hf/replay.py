@@ -26,7 +26,7 @@ from headscope.models.hf.taps import replaced as put_in_place
 from headscope.models.hf.taps import written
 from headscope.models.running import MEASURING, Finished, held, pass_over, use_of
 from headscope.models.taps import Read, Reads, Tap, TapView, Texts, at_final, at_layers, writes_of
-from headscope.views.outputs import Unembedding
+from headscope.views import Unembedding
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.base.batches import TEXT, TOKENS, Batch
-from headscope.base.glance import Glance, Shown
+from headscope.base.result import Glance, Shown
 from headscope.base.stacks import MaskRule, Stack
 from headscope.errors import InputError, ModelLoadError, UnsupportedModelError, nearest
 from headscope.heads import ModelShape
@@ -41,7 +41,7 @@ from headscope.models.parameters import Digest, all_weights, runs_on
 from headscope.models.protocol import Edit, glance_of
 from headscope.models.running import answer, need_gradients, pass_over
 from headscope.models.taps import Read, Reads, TapView, Texts, Write, at_layers
-from headscope.views.outputs import HeadWeights, Unembedding
+from headscope.views import HeadWeights, Unembedding
 
 SOURCE, TARGET = "source", "target"
 FEATURES = "input_features"

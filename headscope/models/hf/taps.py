@@ -18,8 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headscope.base.batches import PATCHES, PIXELS, TEXT, TOKENS, Batch
-from headscope.base.patches import PatchGrid
-from headscope.base.stacks import CAUSAL, MaskRule, Stack
+from headscope.base.stacks import CAUSAL, MaskRule, PatchGrid, Stack
 from headscope.edits import Span
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape

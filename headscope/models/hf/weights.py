@@ -22,7 +22,7 @@ from headscope.models.hf.layout import LayerParts, arguments, body_of, tiny_batc
 from headscope.models.hf.removed import ReadsKept, kept_in
 from headscope.models.parameters import at_hand, parameter
 from headscope.models.running import need_gradients, pass_over
-from headscope.views.outputs import HeadWeights
+from headscope.views import HeadWeights
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel

@@ -1,6 +1,10 @@
-"""What an intervention is, the interventions that headscope ships, and their names.
+"""Interventions as values: what a head becomes, for any heads of any model.
 
-Each is a value that makes edits of any heads, batch by batch.
+    hs.ablate_heads(model, probe, metric, hs.interventions.Mean(reference=other))
+    hs.ablate_heads(model, probe, metric, "mean")        # the same, with the probe as reference
+
+An intervention says what happens; heads, positions and batches are the caller's. The same object
+serves single heads, groups, cumulative ablations, estimates and pruning curves.
 """
 
 from abc import ABC, abstractmethod

@@ -1,0 +1,469 @@
+"""Metrics: one number per example from the logits, as frozen values.
+
+A metric says which positions it reads, so that logits are computed nowhere else. By default these
+are the positions that have a target; ``metric.at("end")`` reads a mark of the probe instead. Where
+an example has several, its number is their mean; where it has none, NaN. A metric is also a plain
+function of whole logits: ``hs.metrics.loss(model.forward(probe.tokens), probe)``.
+A user's function ``f(logits [batch pos d_vocab], probe) -> [batch]`` is a metric too.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope.base.specs import Direction, ScoreSpec, Specified
+from headscope.errors import InputError, nearest
+
+
+@runtime_checkable
+class Answered(Protocol):
+    """What a metric needs to know of a probe (or of a batch of one)."""
+
+    @property
+    def real(self) -> Bool[Tensor, "batch pos"]:
+        """False at padding."""
+
+    @property
+    def targets(self) -> Int[Tensor, "batch pos"]:
+        """Token to predict at each position; -1 for none."""
+
+    @property
+    def foils(self) -> Int[Tensor, "batch pos"] | None:
+        """Wrong alternative to each target."""
+
+    @property
+    def marks(self) -> Mapping[str, Bool[Tensor, "batch pos"]]:
+        """Named sets of positions."""
+
+    def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
+        """One of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LogitRows:
+    """Logits of the positions that a metric reads, one row each, in fp32.
+
+    Attributes:
+        targets: -1 where there is none.
+        foils: None where the probe has none.
+        clean: logits of the unedited run; None where the metric does not ask for them.
+    """
+
+    logits: Float[Tensor, "row d_vocab"]
+    targets: Int[Tensor, " row"]
+    foils: Int[Tensor, " row"] | None = None
+    clean: Float[Tensor, "row d_vocab"] | None = None
+
+    def of(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """Logit of one token per row."""
+        return self.logits.gather(1, tokens[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Metric(Specified):
+    """A number per position read, averaged over the positions of an example.
+
+    Attributes:
+        spec: what the metric declares: name, unit, bounds, which direction is better, ...
+        value: the number of every row.
+        needs: which of ``target``, ``foil`` and ``clean`` it compares the logits with;
+            ``embedding`` where it is a number of embeddings and not of logits, ``pair`` where it
+            compares with the partner of an example.
+        mark: which positions it reads; None: those with a target (and a foil, if it needs one).
+    """
+
+    spec: ScoreSpec
+    value: Callable[[LogitRows], Float[Tensor, " row"]]
+    needs: frozenset[str] = frozenset({"target"})
+    mark: str | None = None
+
+    def at(self, mark: str) -> "Metric":
+        """The same metric, read at the positions with this mark (that have a target)."""
+        return replace(self, mark=mark)
+
+    def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
+        """Positions whose logits it reads.
+
+        Raises:
+            InputError: if there are none.
+        """
+        # Of an image one position speaks for the whole.
+        speaking: Bool[Tensor, "batch pos"] = getattr(probe, "answering", probe.real)
+        answered = speaking & (probe.targets >= 0)
+        if "foil" in self.needs:
+            if probe.foils is None:
+                raise InputError(
+                    f"{self.name} compares the target with a foil, and this probe has no foils: "
+                    "use a probe of pairs, or another metric."
+                )
+            answered = answered & (probe.foils >= 0)
+        if self.mark is None:
+            any_target = "target" in self.needs or bool(answered.any())
+            read = answered if any_target else speaking
+        else:
+            read = probe.mark(self.mark) & (answered if "target" in self.needs else speaking)
+        if not bool(read.any()):
+            what = f"mark {self.mark!r}" if self.mark is not None else "target"
+            raise InputError(
+                f"{self.name} has nothing to read: no position of the probe has a {what}"
+                f"{' and a target' if self.mark is not None and 'target' in self.needs else ''}; "
+                "for an encoder, hs.probes.masked hides tokens and asks for them."
+            )
+        return read
+
+    def by_position(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        probe: Answered,
+        clean: Float[Tensor, "batch pos d_vocab"] | None = None,
+    ) -> Float[Tensor, "batch pos"]:
+        """The number at every position read; NaN elsewhere."""
+        read = self.reads(probe).to(logits.device)
+        rows = rows_of(logits[read], probe, read, None if clean is None else clean[read])
+        values = torch.full(read.shape, float("nan"), dtype=torch.float32, device=logits.device)
+        values[read] = self.value(rows)
+        return values
+
+    def __call__(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        probe: Answered,
+        clean: Float[Tensor, "batch pos d_vocab"] | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """One number per example: the mean over the positions read."""
+        return self.by_position(logits, probe, clean).nanmean(1)
+
+
+@dataclass(frozen=True, eq=False)
+class WholeMetric(Specified):
+    """A user's own function of the logits of all positions and the batch's probe."""
+
+    function: Callable[..., Tensor]
+    spec: ScoreSpec
+    needs: frozenset[str] = frozenset()
+
+    def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
+        """Every position."""
+        return torch.ones_like(probe.real)
+
+    def __call__(
+        self, logits: Float[Tensor, "batch pos d_vocab"], probe: Answered
+    ) -> Float[Tensor, " batch"]:
+        """Call the function and check that it gave one number per example."""
+        values = self.function(logits, probe)
+        if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+            raise InputError(
+                f"the metric {self.name!r} must give one number per example, a tensor of shape "
+                f"[{len(logits)}]; it gave {getattr(values, 'shape', type(values).__name__)}."
+            )
+        return values
+
+
+AnyMetric = Metric | WholeMetric
+
+
+def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric:
+    """A metric as it is; a plain function as a :class:`WholeMetric`.
+
+    Raises:
+        InputError: if it is neither.
+
+    Example:
+        >>> as_metric(lambda logits, probe: logits.amax((1, 2))).name
+        'lambda'
+    """
+    if isinstance(metric, Metric | WholeMetric):
+        return metric
+    if not callable(metric):
+        raise InputError(f"a metric is a value of headscope.metrics or a function; got {metric!r}.")
+    return WholeMetric(metric, ScoreSpec(getattr(metric, "__name__", "metric").strip("<>")))
+
+
+def cost_sign(metric: AnyMetric, better: Direction | None = None) -> int:
+    """1 where a rise of the metric is damage, -1 where a fall is.
+
+    Args:
+        metric: one of :mod:`headscope.metrics`, or a user's.
+        better: which direction is better; needed where the metric does not declare it.
+
+    Raises:
+        InputError: if it cannot be told.
+
+    Example:
+        >>> cost_sign(hs.metrics.loss), cost_sign(hs.metrics.accuracy)
+        (1, -1)
+    """
+    known = better or metric.spec.direction
+    if known not in ("higher", "lower"):
+        raise InputError(
+            f"metric {metric.name!r} has no direction: pass better='higher' or better='lower'."
+        )
+    return 1 if known == "lower" else -1
+
+
+def rows_of(
+    logits: Float[Tensor, "row d_vocab"],
+    probe: Answered,
+    read: Bool[Tensor, "batch pos"],
+    clean: Float[Tensor, "row d_vocab"] | None = None,
+) -> LogitRows:
+    """Rows with what the probe says about them.
+
+    Example:
+        >>> len(rows_of(torch.zeros(40, 9), probe, probe.targets >= 0).targets)
+        40
+    """
+    device = logits.device
+    where = read.to(probe.targets.device)
+    return LogitRows(
+        logits.float(),
+        probe.targets[where].to(device),
+        None if probe.foils is None else probe.foils[where].to(device),
+        None if clean is None else clean.float(),
+    )
+
+
+POOLINGS = ("own", "first", "mean")
+
+
+def log_prob(rows: LogitRows) -> Float[Tensor, " row"]:
+    """Log-probability of each row's target."""
+    return rows.of(rows.targets) - rows.logits.logsumexp(1)
+
+
+def _logit_difference(rows: LogitRows) -> Float[Tensor, " row"]:
+    foils = rows.targets if rows.foils is None else rows.foils  # reads() saw to it that there are
+    return rows.of(rows.targets) - rows.of(foils)
+
+
+def _rank(rows: LogitRows) -> Float[Tensor, " row"]:
+    return (rows.logits > rows.of(rows.targets)[:, None]).sum(1).to(rows.logits.dtype)
+
+
+def _correct(rows: LogitRows) -> Float[Tensor, " row"]:
+    best = (rows.logits == rows.logits.amax(1, keepdim=True)).int().argmax(1)
+    return (best == rows.targets).to(rows.logits.dtype)
+
+
+logit_difference = Metric(
+    ScoreSpec(
+        "logit_difference",
+        unit="logits",
+        direction="higher",
+        description="Logit of the target less that of the foil.",
+    ),
+    _logit_difference,
+    needs=frozenset({"target", "foil"}),
+)
+answer_log_prob = Metric(
+    ScoreSpec(
+        "answer_log_prob",
+        unit="nats",
+        bounds=(None, 0.0),
+        direction="higher",
+        description="Log-probability of the target.",
+    ),
+    log_prob,
+)
+answer_probability = Metric(
+    ScoreSpec(
+        "answer_probability",
+        unit="probability",
+        bounds=(0.0, 1.0),
+        direction="higher",
+        description="Probability of the target.",
+    ),
+    lambda rows: log_prob(rows).exp(),
+)
+answer_rank = Metric(
+    ScoreSpec(
+        "answer_rank",
+        unit="rank",
+        bounds=(0.0, None),
+        direction="lower",
+        description="Number of tokens with a larger logit than the target; 0 is best.",
+    ),
+    _rank,
+)
+accuracy = Metric(
+    ScoreSpec(
+        "accuracy",
+        unit="share",
+        bounds=(0.0, 1.0),
+        direction="higher",
+        description="Share of targets with the largest logit; of equals the lowest token wins.",
+    ),
+    _correct,
+)
+
+
+def _kl(rows: LogitRows) -> Float[Tensor, " row"]:
+    if rows.clean is None:
+        raise InputError("kl_divergence compares with the clean run: give its logits as clean=.")
+    clean, here = rows.clean.log_softmax(1), rows.logits.log_softmax(1)
+    return (clean.exp() * (clean - here)).sum(1).clamp_min(0)
+
+
+loss = Metric(
+    ScoreSpec(
+        "loss",
+        unit="nats",
+        bounds=(0.0, None),
+        direction="lower",
+        description="Mean cross-entropy per target; loss.by_position gives it token by token.",
+    ),
+    lambda rows: -log_prob(rows),
+)
+kl_divergence = Metric(
+    ScoreSpec(
+        "kl_divergence",
+        unit="nats",
+        bounds=(0.0, None),
+        direction="lower",
+        description="KL(clean || edited) of the next-token distribution, mean over positions.",
+    ),
+    _kl,
+    needs=frozenset({"clean"}),
+)
+
+
+def _js(rows: LogitRows) -> Float[Tensor, " row"]:
+    if rows.clean is None:
+        raise InputError("js_divergence compares with the clean run: give its logits as clean=.")
+    clean, here = rows.clean.log_softmax(1), rows.logits.log_softmax(1)
+    middle = torch.logaddexp(clean, here) - math.log(2)
+    parts = clean.exp() * (clean - middle) + here.exp() * (here - middle)
+    return (parts.sum(1) / 2).clamp(0, math.log(2))
+
+
+js_divergence = Metric(
+    ScoreSpec(
+        "js_divergence",
+        unit="nats",
+        bounds=(0.0, math.log(2)),
+        direction="lower",
+        description="Jensen-Shannon divergence of the outputs of the clean and the edited run.",
+    ),
+    _js,
+    needs=frozenset({"clean"}),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingMetric(Metric):
+    """A number of what a model makes of a whole example, without logits.
+
+    Attributes:
+        pooling: which vector that is: ``own``, what the model itself returns for it
+            (``image_embeds``, ``text_embeds``, ``pooler_output``); ``first``, the first position
+            of the last hidden states (a class token); ``mean``, their mean over real positions;
+            None: ``own`` of models of images and of causal ones of texts, where they return it,
+            else ``first`` of an image and ``mean`` of a text.
+    """
+
+    pooling: str | None = None
+
+    def pooled(self, pooling: str) -> "EmbeddingMetric":
+        """The same metric of another vector.
+
+        Args:
+            pooling: see :class:`EmbeddingMetric`.
+
+        Raises:
+            InputError: if it is none of the three.
+
+        Example:
+            >>> hs.metrics.embedding_cosine.pooled("mean").name
+            'embedding_cosine_mean'
+        """
+        if pooling not in POOLINGS:
+            raise InputError(nearest(pooling, POOLINGS, kind="pooling"))
+        spec = replace(self.spec, name=f"{self.name.removesuffix(f'_{self.pooling}')}_{pooling}")
+        return replace(self, spec=spec, pooling=pooling)
+
+    def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
+        """First real position, at which the vector of an example stands.
+
+        Raises:
+            InputError: if the metric needs a pair and the probe has none.
+        """
+        if "pair" in self.needs and getattr(probe, "corrupt", None) is None:
+            raise InputError(
+                f"{self.name} compares every example with its partner, and this probe has none: "
+                "make one with hs.probes.paired(first, second)."
+            )
+        first = probe.real.int().argmax(1)
+        return torch.zeros_like(probe.real).scatter(1, first[:, None], True)
+
+
+def _cosine(rows: LogitRows) -> Float[Tensor, " row"]:
+    if rows.clean is None:
+        raise InputError("this compares vectors with others: give those as clean=.")
+    cosine: Tensor = torch.nn.functional.cosine_similarity(rows.logits, rows.clean, dim=1)
+    return cosine.clamp(-1, 1)
+
+
+def _distance(rows: LogitRows) -> Float[Tensor, " row"]:
+    if rows.clean is None:
+        raise InputError("embedding_distance compares with the clean run: give it as clean=.")
+    distance: Tensor = (rows.logits - rows.clean).norm(dim=1)
+    return distance
+
+
+embedding_cosine = EmbeddingMetric(
+    ScoreSpec(
+        "embedding_cosine",
+        unit="cosine",
+        bounds=(-1.0, 1.0),
+        direction="higher",
+        description="Cosine of the embedding of an example to that of the clean run.",
+    ),
+    _cosine,
+    needs=frozenset({"clean", "embedding"}),
+)
+embedding_distance = EmbeddingMetric(
+    ScoreSpec(
+        "embedding_distance",
+        unit="norm",
+        bounds=(0.0, None),
+        direction="lower",
+        description="Euclidean distance of the embedding of an example to that of the clean run.",
+    ),
+    _distance,
+    needs=frozenset({"clean", "embedding"}),
+)
+similarity = EmbeddingMetric(
+    ScoreSpec(
+        "similarity",
+        unit="cosine",
+        bounds=(-1.0, 1.0),
+        direction="higher",
+        description="Cosine of the embedding of an example to its partner's in the clean run.",
+    ),
+    _cosine,
+    needs=frozenset({"pair", "embedding"}),
+)
+
+
+def normalised_effect(
+    value: Float[Tensor, "*any"],
+    clean: Float[Tensor, "*any"],
+    baseline: Float[Tensor, "*any"],
+    tolerance: float = 1e-6,
+) -> Float[Tensor, "*any"]:
+    """``(value - baseline) / (clean - baseline)``: 1 as in the clean run, 0 as in the baseline.
+
+    NaN where clean and baseline are less than ``tolerance`` apart.
+
+    Example:
+        >>> float(normalised_effect(*torch.tensor([3.0, 4.0, 2.0])))
+        0.5
+    """
+    span = clean - baseline
+    ratio = (value - baseline) / span
+    return ratio.masked_fill(span.abs() < tolerance, float("nan"))

@@ -1,1 +1,0 @@
-"""What scorers and readers see of a layer: rows, head outputs, queries and keys."""
