@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from headscope.heads import ModelShape as ModelShape
     from headscope.interactive import attention_view as attention_view
     from headscope.interactive import explain as explain
-    from headscope.models.loading.load import load as load
+    from headscope.models.loading import load as load
     from headscope.models.taps import Tap as Tap
     from headscope.probes import Probe as Probe
     from headscope.pruning import prune as prune
@@ -118,7 +118,7 @@ _HOME = {
     "interventions": "headscope.interventions",
     "kinds": "headscope.kinds",
     "lens": "headscope.lens",
-    "load": "headscope.models.loading.load",
+    "load": "headscope.models.loading",
     "mask_heads": "headscope.retrieval",
     "metrics": "headscope.metrics",
     "output_scorer": "headscope.scorers",

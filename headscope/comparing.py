@@ -15,7 +15,7 @@ from headscope.circuits import HeadFactors, ov, qk
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex
 from headscope.models import bundled
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes import Probe, repeated_tokens, text

@@ -19,7 +19,7 @@ from headscope.circuits.survey import card_table, scores_quickly
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.metrics import loss
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin
 from headscope.probes import Probe, from_tokens, masked, repeated_tokens

@@ -36,7 +36,7 @@ from headscope.errors import (
 from headscope.heads import HeadIndex, ModelShape
 from headscope.metrics import AnyMetric, as_metric, cost_sign
 from headscope.models.hf.model import HFModel
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import Edit, HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView, Write, writes_of

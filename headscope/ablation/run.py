@@ -17,8 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import capture
-from headscope.ablation.engine import RecordedBatch, proofs, stack_tokens
-from headscope.ablation.sources import Engine, engine_for
+from headscope.ablation.engine import Engine, RecordedBatch, engine_for, proofs, stack_tokens
 from headscope.base.files import check_same, whole_file, writable_folder
 from headscope.base.options import Advance, RunOptions
 from headscope.edits import AnyEdit, HeadEdit, Heads, Variant, head_list

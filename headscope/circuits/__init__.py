@@ -27,9 +27,6 @@ from headscope.circuits.decomposition import record as record
 from headscope.circuits.decomposition import score_parts as score_parts
 from headscope.circuits.decomposition import suppliers as suppliers
 from headscope.circuits.decomposition import trace as trace
-from headscope.circuits.factors import HeadFactors as HeadFactors
-from headscope.circuits.factors import HeadSVD as HeadSVD
-from headscope.circuits.factors import with_bias as with_bias
 from headscope.circuits.maps import Mappings as Mappings
 from headscope.circuits.maps import TokenRelation as TokenRelation
 from headscope.circuits.maps import read_relations as read_relations
@@ -45,10 +42,13 @@ from headscope.circuits.measures import read_alignment as read_alignment
 from headscope.circuits.measures import symmetric_share as symmetric_share
 from headscope.circuits.measures import target_ranks as target_ranks
 from headscope.circuits.measures import write_alignment as write_alignment
+from headscope.circuits.ov_qk import HeadFactors as HeadFactors
+from headscope.circuits.ov_qk import HeadSVD as HeadSVD
 from headscope.circuits.ov_qk import ov as ov
 from headscope.circuits.ov_qk import qk as qk
 from headscope.circuits.ov_qk import qk_bands as qk_bands
 from headscope.circuits.ov_qk import qk_content as qk_content
+from headscope.circuits.ov_qk import with_bias as with_bias
 from headscope.circuits.scores import Weights as Weights
 from headscope.circuits.scores import random_edge as random_edge
 from headscope.circuits.scores import score as score
@@ -61,10 +61,10 @@ from headscope.circuits.singular_values import product_edge as product_edge
 from headscope.circuits.singular_values import product_spectra as product_spectra
 from headscope.circuits.singular_values import stable_rank as stable_rank
 from headscope.circuits.singular_values import top_share as top_share
-from headscope.circuits.spectra import eigenvalues as eigenvalues
-from headscope.circuits.spectra import spectra as spectra
 from headscope.circuits.survey import Survey as Survey
+from headscope.circuits.survey import eigenvalues as eigenvalues
 from headscope.circuits.survey import head_card as head_card
+from headscope.circuits.survey import spectra as spectra
 from headscope.circuits.survey import survey as survey
 from headscope.circuits.vocabulary import Dictionary as Dictionary
 from headscope.circuits.vocabulary import TopTokens as TopTokens

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from headscope.base.result import Glance, Shown, number, sizes
 from headscope.base.saved import Saved, Stored
-from headscope.circuits.factors import HeadFactors, column_space, thin_qr, widened
-from headscope.circuits.ov_qk import need_write, ov, over_all_pairs, qk, upward
+from headscope.circuits.ov_qk import (
+    HeadFactors,
+    column_space,
+    need_write,
+    ov,
+    over_all_pairs,
+    qk,
+    thin_qr,
+    upward,
+    widened,
+)
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel

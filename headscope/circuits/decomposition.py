@@ -8,8 +8,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.circuits.factors import with_bias
-from headscope.circuits.ov_qk import need_write, qk_of_run
+from headscope.circuits.ov_qk import need_write, qk_of_run, with_bias
 from headscope.errors import InputError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.protocol import HeadModel

@@ -21,9 +21,8 @@ from headscope.base.files import read_text
 from headscope.base.options import Advance, track
 from headscope.base.result import Glance, Shown, number
 from headscope.base.saved import Saved
-from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import Ranks, target_ranks
-from headscope.circuits.ov_qk import ov
+from headscope.circuits.ov_qk import HeadFactors, ov
 from headscope.circuits.vocabulary import Dictionary
 from headscope.errors import InputError
 from headscope.heads import HeadIndex

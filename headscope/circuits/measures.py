@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.base.options import Advance
-from headscope.circuits.factors import HeadFactors, column_space
+from headscope.circuits.ov_qk import HeadFactors, column_space
 from headscope.circuits.vocabulary import Dictionary, Gram
 from headscope.models.running import own_types
 

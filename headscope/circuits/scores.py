@@ -13,7 +13,6 @@ from torch import Tensor
 from headscope.base.options import Advance, RunOptions
 from headscope.base.statistics import Bounds
 from headscope.circuits import singular_values
-from headscope.circuits.factors import HeadFactors
 from headscope.circuits.measures import (
     copying_eigenvalues,
     copying_ranks,
@@ -24,7 +23,7 @@ from headscope.circuits.measures import (
     symmetric_share,
     write_alignment,
 )
-from headscope.circuits.ov_qk import ov, over_all_layers, qk
+from headscope.circuits.ov_qk import HeadFactors, ov, over_all_layers, qk
 from headscope.circuits.vocabulary import Dictionary, Embedding
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex

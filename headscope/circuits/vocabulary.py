@@ -11,8 +11,7 @@ from torch import Tensor
 
 from headscope.base.result import Glance, Shown, sizes
 from headscope.base.saved import Saved, Stored
-from headscope.circuits.factors import HeadFactors
-from headscope.circuits.ov_qk import ov, qk
+from headscope.circuits.ov_qk import HeadFactors, ov, qk
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel

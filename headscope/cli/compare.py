@@ -18,7 +18,7 @@ from headscope.cli.options import Loading, listed, scorer_names
 from headscope.cli.output import console, print_either, print_written, rows_of, run_folder, typed
 from headscope.comparing import compare, emergence, way_to_match
 from headscope.errors import InputError
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.plots.figure import visible
 from headscope.sweeps.results import read

@@ -16,7 +16,7 @@ from headscope.cli.options import Loading
 from headscope.cli.output import console
 from headscope.errors import HeadscopeError
 from headscope.models import bundled
-from headscope.models.loading.proof import Proof
+from headscope.models.proof import Proof
 from headscope.models.protocol import HeadModel, lacks
 from headscope.probes import uses_bos
 from headscope.scorer import DefaultProbe

@@ -74,7 +74,7 @@ class Loading:
         """Load it, without transformers' own bars and advice on the terminal."""
         from transformers.utils import logging
 
-        from headscope.models.loading.load import load
+        from headscope.models.loading import load
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from headscope import flow, lens, metrics, probes
 from headscope.ablation import patch_stream
-from headscope.ablation.stream import STREAM_SITES
+from headscope.ablation.patching import STREAM_SITES
 from headscope.base.files import FolderClaim, whole_file
 from headscope.base.result import Drawn, Section
 from headscope.cli.options import Loading

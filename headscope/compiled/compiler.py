@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headscope.compiled.interpreter import value_at_start
-from headscope.compiled.program import Head, Lookup, Program
+from headscope.compiled.program import Head, Lookup, Program, value_at_start
 from headscope.errors import InputError
 from headscope.models.hf.written import (
     WrittenLayer,

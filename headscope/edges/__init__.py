@@ -11,27 +11,27 @@ curve.cpr, curve.cmd                 # beside those of random edges
 """
 
 from headscope.edges.attribute import attribute as attribute
-from headscope.edges.checks import grown as grown
-from headscope.edges.checks import stability as stability
 from headscope.edges.compare import compare_methods as compare_methods
 from headscope.edges.contextual import Contextual as Contextual
 from headscope.edges.contextual import contextual as contextual
 from headscope.edges.discovery import acdc as acdc
 from headscope.edges.discovery import circuit as circuit
+from headscope.edges.discovery import read_eap_json as read_eap_json
 from headscope.edges.discovery import run_circuit as run_circuit
+from headscope.edges.discovery import write_eap_json as write_eap_json
 from headscope.edges.discrete import Discrete as Discrete
 from headscope.edges.discrete import discrete as discrete
 from headscope.edges.exact import HeadLoadings as HeadLoadings
 from headscope.edges.exact import ScoreAttribution as ScoreAttribution
 from headscope.edges.exact import head_loadings as head_loadings
 from headscope.edges.exact import score_attribution as score_attribution
-from headscope.edges.exchange import read_eap_json as read_eap_json
-from headscope.edges.exchange import write_eap_json as write_eap_json
+from headscope.edges.faithfulness import completeness as completeness
 from headscope.edges.faithfulness import faithfulness as faithfulness
+from headscope.edges.faithfulness import grown as grown
+from headscope.edges.faithfulness import minimality as minimality
+from headscope.edges.faithfulness import stability as stability
 from headscope.edges.gates import best_heads as best_heads
 from headscope.edges.gates import causal_gates as causal_gates
-from headscope.edges.quality import completeness as completeness
-from headscope.edges.quality import minimality as minimality
 from headscope.table.edges import Checks as Checks
 from headscope.table.edges import Circuit as Circuit
 from headscope.table.edges import Completeness as Completeness

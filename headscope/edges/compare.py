@@ -13,10 +13,9 @@ from torch import Tensor
 from headscope.base.options import RunOptions
 from headscope.base.statistics import rank_correlation
 from headscope.edges.attribute import Method, attribute, passes_of
-from headscope.edges.checks import jaccard, strongest
+from headscope.edges.faithfulness import jaccard, strongest
 from headscope.edges.gates import best_heads, causal_gates
-from headscope.edges.passes import measured_with
-from headscope.edges.written import EdgeBatch, EdgeMeasurement
+from headscope.edges.written import EdgeBatch, EdgeMeasurement, measured_with
 from headscope.errors import InputError, nearest
 from headscope.metrics import AnyMetric
 from headscope.models.protocol import HeadModel

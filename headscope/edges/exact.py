@@ -14,9 +14,8 @@ from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, Words, number
 from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
-from headscope.circuits.factors import with_bias
-from headscope.circuits.ov_qk import qk_of_run
-from headscope.edges.split import NodeWrite, SplitRun, run_split
+from headscope.circuits.ov_qk import qk_of_run, with_bias
+from headscope.edges.contextual import NodeWrite, SplitRun, run_split
 from headscope.edges.written import (
     EdgeBatch,
     EdgeMeasurement,

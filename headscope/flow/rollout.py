@@ -15,7 +15,7 @@ from headscope.base.options import RunOptions
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, passes
 from headscope.errors import InputError, nearest
-from headscope.flow.parts import (
+from headscope.flow.contributions import (
     existing,
     need_attention,
     over_heads,

@@ -14,8 +14,7 @@ from headscope.base.statistics import Design
 from headscope.capture import check_fits
 from headscope.edits import Span
 from headscope.errors import InputError
-from headscope.flow.contributions import shares_of
-from headscope.flow.parts import (
+from headscope.flow.contributions import (
     LayerSum,
     LayerSums,
     Rows,
@@ -25,6 +24,7 @@ from headscope.flow.parts import (
     over_heads,
     places,
     query_chunks,
+    shares_of,
 )
 from headscope.lens.prompt import Prompt, Promptish, read_prompt
 from headscope.models.protocol import HeadModel

@@ -13,7 +13,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.loading.proof import Gap
+from headscope.models.proof import Gap
 from headscope.views import Rotation
 
 if TYPE_CHECKING:

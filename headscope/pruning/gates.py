@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope import metrics
-from headscope.ablation.gradients import total_metric, whole_batches
+from headscope.ablation.heads import total_metric, whole_batches
 from headscope.ablation.run import Measurement, Metricish
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction

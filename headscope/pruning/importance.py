@@ -14,7 +14,7 @@ from torch import Tensor
 from headscope import metrics
 from headscope.ablation import ablate_heads
 from headscope.ablation.engine import RecordedBatch
-from headscope.ablation.gradients import check_slope, total_metric, whole_batches
+from headscope.ablation.heads import check_slope, total_metric, whole_batches
 from headscope.ablation.run import Maker, Measurement, Metricish, Positions, by_head, present
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction

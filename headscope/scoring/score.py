@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.engine import RecordedBatch
-from headscope.ablation.gradients import check_slope, total_metric, whole_batches
+from headscope.ablation.heads import check_slope, total_metric, whole_batches
 from headscope.ablation.run import Measurement
 from headscope.base.options import Advance, RunOptions, chunk_bytes
 from headscope.base.stacks import grid_of

@@ -14,7 +14,7 @@ from headscope.base.options import RunOptions
 from headscope.edits import Variant
 from headscope.errors import InputError
 from headscope.interventions import Scale
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.probes.config import build_probe
 from headscope.probes.probe import Probe, probe_digest

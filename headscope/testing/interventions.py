@@ -14,7 +14,7 @@ from headscope.edits import SITES, AnyEdit, Heads, cut
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.interventions import Intervention, Setting
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import TapView, at_layers, writes_of
 from headscope.probes.probe import Probe

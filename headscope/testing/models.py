@@ -23,7 +23,7 @@ from headscope.heads import HeadIndex, ModelShape
 from headscope.models.hf.layout import body_of
 from headscope.models.hf.seq2seq import Seq2SeqModel
 from headscope.models.hf.transformers_api import attention_name
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.models.running import answer
 from headscope.models.taps import Reads, Tap, TapView, Texts, at_final, at_layers, writes_of

@@ -17,7 +17,7 @@ from headscope.circuits.scores import Weights
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.attention import visible_keys
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe, of_images
 from headscope.scorer import IMAGES, IOI, NEEDLE, REPEATED, DefaultProbe

@@ -17,7 +17,7 @@ from headscope.errors import HeadscopeError
 from headscope.heads import HeadIndex
 from headscope.models.hf.seq2seq import Seq2SeqModel
 from headscope.models.hf.transformers_api import attention_name
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.running import answer
 from headscope.models.taps import Tap, TapView, writes_of
 from headscope.probes.probe import Probe

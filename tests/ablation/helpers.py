@@ -10,7 +10,7 @@ import torch
 
 import headscope as hs
 from headscope.edits import AnyEdit
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from tests.models import families
 

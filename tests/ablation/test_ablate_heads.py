@@ -13,7 +13,7 @@ import headscope as hs
 from headscope import edits
 from headscope.ablation import engine
 from headscope.interventions import partners_of
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from tests import handwired
 from tests.ablation.helpers import model_of, probe_of, whole_pass

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from headscope import edits
-from headscope.ablation.sources import ForwardSource, engine_for
+from headscope.ablation.engine import ForwardSource, engine_for
 from headscope.edits import Variant
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.replay import Replay, record
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from tests.ablation.helpers import model_of, probe_of
 from tests.models import families
 

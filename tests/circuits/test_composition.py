@@ -7,7 +7,7 @@ import torch
 
 from headscope import circuits
 from headscope.circuits.composition import _all_pairs
-from headscope.circuits.factors import HeadFactors
+from headscope.circuits.ov_qk import HeadFactors
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.hf.model import HFModel

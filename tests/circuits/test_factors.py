@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headscope import circuits
-from headscope.circuits.factors import HeadFactors
+from headscope.circuits.ov_qk import HeadFactors
 from headscope.errors import InputError
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headscope.circuits.factors import orthonormal, thin_qr
+from headscope.circuits.ov_qk import orthonormal, thin_qr
 
 
 def of_condition(condition: float, rows: int = 60, columns: int = 8, seed: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headscope.circuits.factors import column_space, orthonormal, thin_qr
+from headscope.circuits.ov_qk import column_space, orthonormal, thin_qr
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])

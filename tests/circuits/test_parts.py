@@ -17,8 +17,7 @@ from transformers import (
 
 from headscope import circuits
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge.build import bridge_over
-from headscope.models.bridge.model import wrap_bridge
+from headscope.models.bridge.model import bridge_over, wrap_bridge
 from headscope.models.hf.model import HFModel
 from headscope.models.rotary import POSITIONS, find_rotation
 from headscope.views import Norm, Rotation

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headscope import circuits
-from headscope.circuits.factors import HeadFactors
+from headscope.circuits.ov_qk import HeadFactors
 from headscope.models.hf.model import HFModel
 from tests.circuits.conftest import HandWired
 

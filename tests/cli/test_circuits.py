@@ -8,7 +8,7 @@ import pandas
 import pytest
 
 from headscope.circuits import strongest_paths
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.table import HeadTable
 from tests.cli.support import run, sentence
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import headscope as hs
-from headscope.ablation.sources import ReplaySource
+from headscope.ablation.engine import ReplaySource
 from headscope.models.protocol import HeadModel, lacks
 from tests.devices import standin
 

@@ -11,9 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import headscope as hs
 from headscope.edges import Edge, EdgeGraph, Wiring
-from headscope.edges.attribute import gradient_scores
+from headscope.edges.attribute import Slot, gradient_scores
 from headscope.edges.faithfulness import circuit_value
-from headscope.edges.slots import Slot
 from headscope.edges.written import EdgeMeasurement
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.metrics import logit_difference

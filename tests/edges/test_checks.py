@@ -11,7 +11,7 @@ import torch
 
 import headscope as hs
 from headscope.edges import Circuit, EdgeGraph, Wiring
-from headscope.edges.checks import grown_from, resampled
+from headscope.edges.faithfulness import grown_from, resampled
 from headscope.metrics import logit_difference
 from headscope.models.protocol import HeadModel
 from tests.edges.helpers import fresh, pair

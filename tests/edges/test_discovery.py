@@ -13,8 +13,7 @@ import headscope as hs
 from headscope.compiled import Case
 from headscope.compiled.benchmark import make_case
 from headscope.edges import Edge, EdgeGraph, Wiring
-from headscope.edges.checks import chance
-from headscope.edges.quality import leaving
+from headscope.edges.faithfulness import chance, leaving
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel

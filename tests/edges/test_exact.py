@@ -9,9 +9,9 @@ from torch import Tensor
 
 import headscope as hs
 from headscope.edges.compare import heads_out
+from headscope.edges.contextual import NodeWrite, run_split
 from headscope.edges.discrete import unique_codes
 from headscope.edges.exact import _slope
-from headscope.edges.split import NodeWrite, run_split
 from headscope.edges.written import EdgeMeasurement, PaddedTexts, run_apart
 from headscope.errors import HeadscopeWarning, InputError
 from headscope.metrics import logit_difference

@@ -12,11 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 import headscope as hs
 from headscope.errors import UnsupportedModelError
+from headscope.models import proof
 from headscope.models.hf import transformers_api
 from headscope.models.hf.interface import NAME, _attend
 from headscope.models.hf.measured import Watch, find_writers, measure_norm, write_scales
-from headscope.models.loading import proof
-from headscope.models.loading.proof import Gap, gap, rounding
+from headscope.models.proof import Gap, gap, rounding
 from headscope.models.rotary import POSITIONS, find_rotation
 from tests.watching import watch
 from tools.tiny_models import tiny_model

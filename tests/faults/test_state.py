@@ -17,8 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import headscope as hs
 from headscope.base import options as memory
-from headscope.models.bridge.build import bridge_over
-from headscope.models.bridge.model import wrap_bridge
+from headscope.models.bridge.model import bridge_over, wrap_bridge
 from headscope.models.parameters import weight_digest
 from headscope.scoring.score import Accumulator
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
@@ -912,7 +911,7 @@ def test_b12_running_out_of_memory_is_no_verdict(
 
 
 def test_b12_plans_die_with_their_model_and_know_padding() -> None:
-    from headscope.ablation.sources import _ENGINES
+    from headscope.ablation.engine import _ENGINES
 
     model = hs.load(llama())
     ablated(model)

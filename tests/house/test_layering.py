@@ -37,7 +37,7 @@ PLANTED = {
     "sweeps/run.py": ("from headscope import plots", "sweeps imports plots"),
     "lens/direct.py": ("import headscope", "lens imports the public surface"),
     "novelty.py": ("from headscope import heads", "novelty has no place"),
-    "models/loading/load.py": ("import transformer_lens.model_bridge", "imports transformer_lens"),
+    "models/loading.py": ("import transformer_lens.model_bridge", "imports transformer_lens"),
     "models/late.py": ("def f():\n    from plotly import express", "imports plotly"),
     "plots/heatmap.py": ("import torch.nn as nn", "imports torch"),
     "table.py": ("from torch import Tensor", "imports torch"),
@@ -66,7 +66,7 @@ def test_a_planted_violation_is_found(file: str, tmp_path: Path) -> None:
 
 
 FINE = {
-    "models/bridge/build.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
+    "models/bridge/model.py": "import transformer_lens\nx = 'blocks.0.hook_resid_pre'",
     "models/hf/layout.py": "from headscope.views import AttentionRows\nx = 'self_attn.o_proj'",
     "models/bridge/train.py": "def f(m):\n    return m.lm_head",
     "report/page.py": "from plotly import graph_objects\nfrom headscope.plots import heatmap",

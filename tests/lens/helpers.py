@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from tests.models import families
 

@@ -14,9 +14,8 @@ import headscope as hs
 from headscope import lens
 from headscope.errors import HeadscopeError, InputError
 from headscope.lens.attribution import Against
-from headscope.models.bridge.build import bridge_over
-from headscope.models.bridge.model import wrap_bridge
-from headscope.models.loading.load import load
+from headscope.models.bridge.model import bridge_over, wrap_bridge
+from headscope.models.loading import load
 from tests.handwired import handwired_gpt2, handwired_llama
 from tests.lens.helpers import EVERY, TOKENS, model_of, plain_logits
 from tests.models import families

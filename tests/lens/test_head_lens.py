@@ -5,7 +5,7 @@ import pytest
 
 from headscope import lens
 from headscope.errors import InputError
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.pruning import prune
 from tests.handwired import handwired_gpt2
 from tests.lens.helpers import TOKENS, model_of

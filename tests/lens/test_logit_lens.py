@@ -11,7 +11,7 @@ from headscope import lens
 from headscope.errors import InputError
 from headscope.lens import reading
 from headscope.models.hf.model import HFModel
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from tests.handwired import handwired_gpt2
 from tests.lens.helpers import EVERY, TOKENS, model_of, plain_logits
 from tests.models import families

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge.build import bridge_over
-from headscope.models.bridge.model import wrap_bridge
+from headscope.models.bridge.model import bridge_over, wrap_bridge
 from headscope.models.hf.hooks import after, hooked
 from headscope.models.hf.measured import Watch, find_writers
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import BlockStates, TapView
 from tests.models import families

@@ -7,8 +7,7 @@ from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHead
 
 import headscope as hs
 from headscope.errors import UnsupportedModelError
-from headscope.models.bridge.build import bridge_over
-from headscope.models.bridge.model import BridgeModel, wrap_bridge
+from headscope.models.bridge.model import BridgeModel, bridge_over, wrap_bridge
 from headscope.models.hf.model import HFModel
 from tests.models import checks
 from tests.models.families import (

@@ -5,9 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.models.bridge.build import bridge_over
-from headscope.models.bridge.model import wrap_bridge
-from headscope.models.bridge.parts import bridge_weights
+from headscope.models.bridge.model import bridge_over, bridge_weights, wrap_bridge
 from headscope.models.hf.model import HFModel
 from headscope.views import HeadWeights
 from tests.models import checks

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 import headscope as hs
-from headscope.models.bridge.build import bridge_over
-from headscope.models.bridge.model import wrap_bridge
+from headscope.models.bridge.model import bridge_over, wrap_bridge
 from headscope.models.decoding import decoding
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import TapView

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import headscope as hs
 from headscope.errors import InputError, ModelLoadError
-from headscope.models.loading import gguf as loading
+from headscope.models import loading as loading
 
 gguf = pytest.importorskip("gguf")
 

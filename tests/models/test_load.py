@@ -13,7 +13,7 @@ import headscope as hs
 from headscope import lens
 from headscope.errors import InputError, ModelLoadError, UnsupportedModelError
 from headscope.models.hf import passes
-from headscope.models.loading.load import admit
+from headscope.models.loading import admit
 from tests.models.families import ALIBI, BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
 
 

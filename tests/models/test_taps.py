@@ -10,7 +10,7 @@ from torch import Tensor
 from headscope import edits
 from headscope.edits import Span
 from headscope.errors import HeadscopeError, InputError
-from headscope.models.loading.load import load
+from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Tap, TapView
 from tests.models import families

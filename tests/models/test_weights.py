@@ -10,7 +10,7 @@ import headscope as hs
 from headscope import circuits
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused
-from headscope.models.bridge.parts import bridge_weights
+from headscope.models.bridge.model import bridge_weights
 from headscope.models.hf.interface import routed
 from headscope.models.hf.model import HFModel
 from headscope.views import HeadNorm

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import headscope as hs
 from headscope.base.configs import parse
 from headscope.errors import InputError
-from headscope.models.bundled import text
+from headscope.models import bundled
 from headscope.probes import Needle, needle
 from headscope.probes.config import ProbeConfig, build_probe
 from headscope.probes.needle import Piece, _hide, assemble
@@ -174,8 +174,8 @@ def test_distractors_are_like_the_needle_with_other_answers() -> None:
     model = long_reader()
     probe = needle(model, 300, [0.5], "facts", distractors=4, per_cell=2)
     for row in range(2):
-        text = said(model, probe, "distractor", row)
-        found = re.findall(r"The (\w+) of the (\w+ \w+) is (\w+)\.", text)
+        bundled = said(model, probe, "distractor", row)
+        found = re.findall(r"The (\w+) of the (\w+ \w+) is (\w+)\.", bundled)
         own = re.findall(
             r"The (\w+) of the (\w+ \w+) is (\w+)\.", said(model, probe, "needle", row)
         )
@@ -188,13 +188,13 @@ def test_distractors_are_like_the_needle_with_other_answers() -> None:
 
 def test_facts_are_the_language_of_the_bundled_models_with_keys_they_never_saw() -> None:
     known = _words()["facts"]
-    assert tuple(known["colours"]) == text.COLOURS
-    assert tuple(known["objects"]) == text.OBJECTS
-    assert tuple(known["values"]) == text.VALUES
-    assert tuple(known["relations"]) == text.RELATIONS
+    assert tuple(known["colours"]) == bundled.COLOURS
+    assert tuple(known["objects"]) == bundled.OBJECTS
+    assert tuple(known["values"]) == bundled.VALUES
+    assert tuple(known["relations"]) == bundled.RELATIONS
     for fact in DRAWN["facts"](Random(0)):
         colour, thing = fact.question.split()[-3:-1]
-        assert text.is_held_out_key(colour, thing)
+        assert bundled.is_held_out_key(colour, thing)
 
 
 def test_random_content_is_random() -> None:
@@ -231,16 +231,16 @@ def test_ones_own_needles_and_haystack(tmp_path: Path) -> None:
         "A is in B.B is in C.",
         "B is in C.A is in B.",
     )
-    text = model.tokenizer.decode(probe.tokens[0][~probe.mark("distractor")[0]])
-    assert text.startswith('<s> He said "Stop." Then he went.')
+    bundled = model.tokenizer.decode(probe.tokens[0][~probe.mark("distractor")[0]])
+    assert bundled.startswith('<s> He said "Stop." Then he went.')
     given = needle(model, 200, [0.5], [Needle(("X is Y.",), "What is X?", "Y", ("Y",))])
     assert said(model, given, "answer").strip() == "Y"
 
 
 def test_sentences_joined_are_the_text() -> None:
-    text = 'One. "Two!" (Three?)\n\nA heading\n\nFour... and 3.5 of it.  End'
-    found = split_sentences(text)
-    assert "".join(found) == " " + text
+    bundled = 'One. "Two!" (Three?)\n\nA heading\n\nFour... and 3.5 of it.  End'
+    found = split_sentences(bundled)
+    assert "".join(found) == " " + bundled
     assert [one.strip() for one in found] == [
         "One.", '"Two!"', "(Three?)", "A heading", "Four...", "and 3.5 of it.", "End",
     ]  # fmt: skip
@@ -248,7 +248,7 @@ def test_sentences_joined_are_the_text() -> None:
 
 def test_the_bundled_haystack_is_of_known_words() -> None:
     hay = read_haystack(None)
-    known = set(text.all_words()) | set(re.findall(r"\w+", " ".join(text._STORIES)))
+    known = set(bundled.all_words()) | set(re.findall(r"\w+", " ".join(bundled._STORIES)))
     assert len(hay.sentences) == len(set(hay.sentences)) == 3000
     for sentence in hay.sentences:
         assert set(re.findall(r"\w+", sentence)) <= known
@@ -260,10 +260,10 @@ def test_a_chat_template_is_laid_around_the_prompt() -> None:
     tokenizer.chat_template = CHAT
     model = Reader(tokenizer, long_reader().shape)
     chat = needle(model, 300, [0.5], "numbers", per_cell=1)
-    text = tokenizer.decode(chat.tokens[0])
-    assert text.startswith("<s>[INST]")
-    assert text.count("<s>") == 1
-    assert re.search(r"number of (\w+)\? \[/INST\] The magic number of \1 is +\d{5}$", text)
+    bundled = tokenizer.decode(chat.tokens[0])
+    assert bundled.startswith("<s>[INST]")
+    assert bundled.count("<s>") == 1
+    assert re.search(r"number of (\w+)\? \[/INST\] The magic number of \1 is +\d{5}$", bundled)
     assert said(model, chat, "answer") == said(model, chat, "needle_answer")
     plain = needle(model, 300, [0.5], "numbers", per_cell=1, chat=False)
     assert "[INST]" not in tokenizer.decode(plain.tokens[0])
@@ -281,7 +281,7 @@ class Slow:
     all_special_ids: list[int] = []  # noqa: RUF012
 
     def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 128 for letter in text]}
+        return {"input_ids": [ord(letter) % 128 for letter in bundled]}
 
     def get_vocab(self) -> dict[str, int]:
         return {chr(i): i for i in range(128)}

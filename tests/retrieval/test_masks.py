@@ -245,8 +245,7 @@ def test_the_hand_wired_head_is_what_recall_rests_on() -> None:
 
 
 def test_bridges_say_the_same_under_a_mask() -> None:
-    from headscope.models.bridge.build import bridge_over
-    from headscope.models.bridge.model import wrap_bridge
+    from headscope.models.bridge.model import bridge_over, wrap_bridge
 
     direct: Any = hs.load(build("llama"), check=False)
     bridge = wrap_bridge(bridge_over(direct.module))

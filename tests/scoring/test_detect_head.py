@@ -8,7 +8,7 @@ import torch
 from transformer_lens.head_detector import detect_head
 
 import headscope as hs
-from headscope.models.bridge.build import bridge_over
+from headscope.models.bridge.model import bridge_over
 from headscope.probes.probe import Probe
 from headscope.scorers import CATALOGUE, Scorer
 from headscope.scorers.queries import all_queries

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import headscope as hs
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.models.bridge.build import bridge_over
-from headscope.models.bridge.model import wrap_bridge
+from headscope.models.bridge.model import bridge_over, wrap_bridge
 from headscope.models.hf.passes import HFLayerView
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe

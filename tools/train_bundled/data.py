@@ -7,7 +7,7 @@ from random import Random
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from headscope.models.bundled import text
+from headscope.models import bundled
 
 FREE, PLAIN, COPIED, ANSWER = 0.0, 0.2, 1.0, 4.0
 """Loss weights: noise that nothing predicts, text, a repeated span, the answer of a fact."""
@@ -135,7 +135,7 @@ class Rows:
         """Plain text; with `repeat`, a span of it comes back word by word later on."""
         ids, weights = [self.bos], [0.0]
         while len(ids) < length:
-            piece = self.encode(text.story_sentence(rng), first=len(ids) == 1)
+            piece = self.encode(bundled.story_sentence(rng), first=len(ids) == 1)
             ids += piece
             weights += [PLAIN] * len(piece)
             if repeat and len(ids) > 24 and rng.random() < 0.4:
@@ -147,15 +147,15 @@ class Rows:
 
     def facts(self, rng: Random, length: int, near_share: float = 0.5) -> Row:
         """Facts, filler and earlier facts again in turn; the value said again is an answer."""
-        pool = text.facts(rng, count=30, held_out=False, near_share=near_share)
-        told: list[text.Fact] = []
+        pool = bundled.facts(rng, count=30, held_out=False, near_share=near_share)
+        told: list[bundled.Fact] = []
         ids, weights = [self.bos], [0.0]
         ask, filler = rng.uniform(0.2, 0.7), rng.choice((0.0, 0.1, 0.5))
         limit = rng.randint(2, 24)
         while len(ids) < length:
             first = len(ids) == 1
             if not first and rng.random() < filler:
-                piece = self.encode(text.story_sentence(rng))
+                piece = self.encode(bundled.story_sentence(rng))
                 ids += piece
                 weights += [PLAIN] * len(piece)
                 continue
@@ -174,11 +174,11 @@ class Rows:
         while len(ids) < length:
             first = len(ids) == 1
             if rng.random() < 0.15:
-                piece = self.encode(text.story_sentence(rng), first)
+                piece = self.encode(bundled.story_sentence(rng), first)
                 ids += piece
                 weights += [PLAIN] * len(piece)
                 continue
-            sentence = text.name_sentence(rng, held_out=False)
+            sentence = bundled.name_sentence(rng, held_out=False)
             before = self.encode(sentence.before, first)
             ids += before + self.encode(sentence.indirect_object) + self.encode(sentence.after)
             weights += [PLAIN] * len(before) + [ANSWER / 2, PLAIN]

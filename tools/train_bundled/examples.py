@@ -5,7 +5,7 @@ from random import Random
 
 import torch
 
-from headscope.models.bundled import text
+from headscope.models import bundled
 
 from .data import Rows
 
@@ -48,7 +48,7 @@ def fact_prompts(
 
 
 def _fact_prompt(rows: Rows, rng: Random, length: int, held_out: bool) -> Prompt:
-    known = text.facts(rng, 24, held_out)
+    known = bundled.facts(rng, 24, held_out)
     asked, others = known[0], known[1:]
     others = [fact for fact in others if fact.value != asked.value]
     most = len(others) if rng.random() < 0.5 else rng.randint(2, 12)
@@ -61,7 +61,7 @@ def _fact_prompt(rows: Rows, rng: Random, length: int, held_out: bool) -> Prompt
             fact = others[len(pieces)]
             piece = rows.encode(fact.before) + rows.encode(fact.value) + rows.encode(fact.after)
         else:
-            piece = rows.encode(text.story_sentence(rng))
+            piece = rows.encode(bundled.story_sentence(rng))
         if len(piece) > room:
             break
         room -= len(piece)
@@ -81,7 +81,7 @@ def name_prompts(rows: Rows, count: int, seed: int) -> list[Prompt]:
     rng = Random(f"evaluate names {seed}")
     prompts = []
     for _ in range(count):
-        sentence = text.name_sentence(rng, held_out=True)
+        sentence = bundled.name_sentence(rng, held_out=True)
         answer, wrong = rows.encode(sentence.indirect_object)[0], rows.encode(sentence.subject)[0]
         prompts.append(Prompt([rows.bos, *rows.encode(sentence.before)], answer, wrong, 0.0))
     return prompts

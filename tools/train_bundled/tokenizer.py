@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from headscope.models.bundled.text import PUNCTUATION, all_words
+from headscope.models.bundled import PUNCTUATION, all_words
 
 BOS = "<|bos|>"
 START_WORDS = ("The", "the", "When", "After", "One", "Question", "Answer", "A", "It", "In")

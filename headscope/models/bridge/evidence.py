@@ -12,7 +12,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.models.hf.evidence import dead_heads, own_answer, same_outputs, text_for
 from headscope.models.hf.hooks import Call, after, hooked
-from headscope.models.loading.proof import Gap, LoadCheck, gap, rounding
+from headscope.models.proof import Gap, LoadCheck, gap, rounding
 from headscope.models.taps import Reads, TapView, at_final, at_layers
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from headscope.models.hf.measured import TURNS_BY_LENGTH
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
 from headscope.models.hf.weights import bias, matrix
-from headscope.models.loading.proof import Gap, LoadCheck, gap, rounding
+from headscope.models.proof import Gap, LoadCheck, gap, rounding
 from headscope.models.protocol import HeadModel
 from headscope.models.running import answer, pass_over
 from headscope.models.taps import Reads, Tap, TapView, Write, at_layers

@@ -32,8 +32,8 @@ from headscope.models.hf.passes import AttentionTaps, Scope
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.weights import matrix
-from headscope.models.loading.proof import Proof
 from headscope.models.parameters import Digest, all_weights
+from headscope.models.proof import Proof
 from headscope.models.protocol import Edit, glance_of, unmeasured_write
 from headscope.models.rotary import no_rotation
 from headscope.models.running import (
@@ -238,7 +238,7 @@ class HFModel(Tapped, Shown):
 
         Built when it is first asked for, and again where the model was given other parameters.
         """
-        from headscope.models.bridge.build import bridge_over
+        from headscope.models.bridge.model import bridge_over
 
         if self.shape.removed:
             raise UnsupportedModelError(

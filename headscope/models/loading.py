@@ -1,14 +1,10 @@
-"""Load a model, from wherever it is, as something seen head by head.
-
-The config alone tells which of transformers' classes opens it, and which families are refused
-before any weight is read. Models that headscope has no way into are asked of other packages'
-adapters.
-"""
+"""From a name, a folder or a module to a proved ``HeadModel``."""
 
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -19,10 +15,109 @@ from headscope.base.batches import PIXELS
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
 from headscope.models import bundled
 from headscope.models.hf.transformers_api import ATTENTION_LAYERS, OTHER_LAYERS, commit_hash
-from headscope.models.loading.gguf import check_gguf, is_gguf, read_gguf, read_gguf_config
 from headscope.models.protocol import HeadModel
 from headscope.models.rotary import extrapolate as extrapolate_positions
 from headscope.models.running import own_types
+
+_SUFFIX = ".gguf"
+_MAGIC = b"GGUF"
+
+
+def is_gguf(source: object) -> bool:
+    """Whether a source names a GGUF file."""
+    return isinstance(source, str | Path) and str(source).lower().endswith(_SUFFIX)
+
+
+def check_gguf(source: str | Path, revision: str | None) -> None:
+    """Refuse what cannot be read, before anything large is.
+
+    Raises:
+        InputError: if a revision is asked of a file.
+        ModelLoadError: if there is no such file, it is not a GGUF, or the package gguf is missing.
+    """
+    if revision is not None:
+        raise InputError(f"{source} is a file, which has no revisions: leave revision= out.")
+    path = Path(source)
+    if not path.is_file():
+        raise ModelLoadError(f"there is no file {source}: give the path of a GGUF file.")
+    with path.open("rb") as file:
+        start = file.read(len(_MAGIC))
+    if start != _MAGIC:
+        raise ModelLoadError(
+            f"{source} is not a GGUF file: it does not begin with the letters GGUF. Download it "
+            "again, or give the folder of a Hugging Face model."
+        )
+    if find_spec("gguf") is None:
+        raise ModelLoadError(
+            f"{source} cannot be read without the package gguf: pip install 'headscope[gguf]'."
+        )
+
+
+def read_gguf_config(source: str | Path) -> Any:
+    """The config that a GGUF file describes.
+
+    Raises:
+        ModelLoadError: if the file is broken, or of an architecture that transformers cannot read.
+    """
+    from transformers import AutoConfig
+
+    path = Path(source)
+    try:
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # foreign files through foreign parsers: anything may come
+        raise ModelLoadError(_failure(source, error)) from error
+
+
+def read_gguf(source: str | Path, config: Any, dtype: torch.dtype | None, device_map: Any) -> Any:
+    """The model in a GGUF file, with every weight dequantised.
+
+    Args:
+        source: path of the file.
+        config: from :func:`read_gguf_config`.
+        dtype: type of the weights; default: fp32, in which dequantised weights are exact.
+        device_map: spread over devices, as transformers takes it.
+
+    Raises:
+        ModelLoadError: if the file is broken, or lacks a weight.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = Path(source)
+    try:
+        module, found = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            config=config,
+            gguf_file=path.name,
+            dtype=torch.float32 if dtype is None else dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            **_dense(),
+        )
+    except HeadscopeError:
+        raise
+    except Exception as error:  # as above
+        raise ModelLoadError(_failure(source, error)) from error
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would go on with random numbers in their place
+        raise ModelLoadError(
+            f"{source} lacks {len(missing)} of the model's weights, e.g. {missing[0]}: download it "
+            "again."
+        )
+    return module
+
+
+def _dense() -> dict[str, Any]:
+    """Ask for plain weights: later versions of transformers may leave them in GGUF's blocks."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def _failure(source: str | Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return f"{source} could not be read as a GGUF model ({type(error).__name__}: {reason})."
+
 
 KNOWN_LAYERS = ATTENTION_LAYERS | OTHER_LAYERS
 # Tokens of the passes that are watched to find the parts of a model.
@@ -190,9 +285,8 @@ def load(
         )
         return _lifted(_wrapped(given, tokenizer, name, commit, check), given, extrapolate)
     if type(source).__module__.split(".")[0] == "transformer_lens":
-        from headscope.models.bridge.build import without_own_hooks
-        from headscope.models.bridge.model import wrap_bridge
-        from headscope.models.loading.proof import prove
+        from headscope.models.bridge.model import without_own_hooks, wrap_bridge
+        from headscope.models.proof import prove
 
         bridge = wrap_bridge(source, tokenizer=tokenizer)
         if check:
@@ -229,7 +323,7 @@ def _wrapped(
     from headscope.models.bridge.model import wrap_bridge
     from headscope.models.hf.model import HFModel
     from headscope.models.hf.seq2seq import Seq2SeqModel, is_seq2seq
-    from headscope.models.loading.proof import prove
+    from headscope.models.proof import prove
 
     facts = {"tokenizer": tokenizer, "name": name, "revision": revision}
     family = f"{name} ({module.config.model_type})"
@@ -276,7 +370,7 @@ def _bridged(module: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    from headscope.models.bridge.build import bridge_over
+    from headscope.models.bridge.model import bridge_over
 
     try:
         return bridge_over(module)

@@ -1,1 +1,0 @@
-"""From a name, a folder or a module to a proved ``HeadModel``."""
