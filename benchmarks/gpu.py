@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import headscope as hs
 from headscope.base.options import is_out_of_memory
-from headscope.scorers.queries import queries_at
+from headscope.scorer import queries_at
 
 TAIL = 64  # queries that the long scan looks at
 ROUNDS = 3

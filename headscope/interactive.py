@@ -23,8 +23,7 @@ from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin
 from headscope.probes import Probe, from_tokens, masked, repeated_tokens
-from headscope.probes.encoding import encode
-from headscope.probes.vocabulary import frame, need_tokenizer
+from headscope.probes.encoding import encode, frame, need_tokenizer
 from headscope.report import AttentionView
 from headscope.report.head import HeadEvidence, HeadExample, card_lines, head_html, head_page
 from headscope.scoring import score

@@ -24,9 +24,8 @@ from headscope.heads import HeadIndex, ModelShape
 from headscope.models.protocol import HeadModel, need_model
 from headscope.models.taps import Reads, TapView, at_layers
 from headscope.origin import origin
-from headscope.probes.encoding import encode, pad_right
+from headscope.probes.encoding import check_length, encode, frame, need_tokenizer, pad_right
 from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import check_length, frame, need_tokenizer
 from headscope.table import AttentionProbe, HeadScores, HeadTable, RelationHead, SyntaxHeads
 
 SOURCE = "Clark et al. 2019 (arXiv 1906.04341), dependency heads"

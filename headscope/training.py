@@ -43,7 +43,7 @@ from headscope.models.taps import Tap, TapView, Write, writes_of
 from headscope.origin import origin
 from headscope.probes.probe import Probe, pairs_of_examples, probe_digest
 from headscope.pruning.gates import frozen
-from headscope.pruning.importance import gradient_importance
+from headscope.pruning.orders import gradient_importance
 from headscope.scorers.relation import PairsLike, PairsOf, as_triples, check_triples
 from headscope.table import HeadScores, HeadTable
 

@@ -29,7 +29,7 @@ from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import of_weights
-from headscope.probes.vocabulary import ordinary_tokens
+from headscope.probes.encoding import ordinary_tokens
 from headscope.table import HeadScores, HeadTable
 
 WordPairs = list[tuple[str, str]]

@@ -23,7 +23,7 @@ from headscope.cli.output import (
 )
 from headscope.errors import InputError, nearest
 from headscope.lens.linear import ResidualLens
-from headscope.lens.prompt import read_prompt
+from headscope.lens.reading import read_prompt
 from headscope.models.protocol import HeadModel
 from headscope.plots.figure import visible
 from headscope.probes.probe import Probe

@@ -30,7 +30,7 @@ from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, needle
-from headscope.probes.needle_sets import fixed_needles, read_haystack
+from headscope.probes.needle import fixed_needles, read_haystack
 from headscope.report.sections import retrieval_drawings, retrieval_sections
 from headscope.retrieval import (
     Corpus,
@@ -41,7 +41,7 @@ from headscope.retrieval import (
     scan_grid,
     score_corpus,
 )
-from headscope.retrieval.runs import Form
+from headscope.retrieval.follow import Form
 from headscope.scoring import score
 from headscope.table import HeadTable, OrderCurve, RecallGrid, versions
 from headscope.table.kinds import against

@@ -17,7 +17,7 @@ from headscope.capture import check_fits, chunks, passes
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex
 from headscope.lens.attribution import need_unembedding, tolerance
-from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
+from headscope.lens.reading import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.models.protocol import AttentionWrite, HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Read, Tap, TapView, TextBatch

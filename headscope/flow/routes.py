@@ -26,7 +26,7 @@ from headscope.flow.contributions import (
     query_chunks,
     shares_of,
 )
-from headscope.lens.prompt import Prompt, Promptish, read_prompt
+from headscope.lens.reading import Prompt, Promptish, read_prompt
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView

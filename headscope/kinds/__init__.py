@@ -2,6 +2,7 @@
 
 from headscope.kinds.catalogue import KINDS as KINDS
 from headscope.kinds.catalogue import UNASKED as UNASKED
+from headscope.kinds.catalogue import survey as survey
 from headscope.kinds.kind import AskedModel as AskedModel
 from headscope.kinds.kind import CannotAskError as CannotAskError
 from headscope.kinds.kind import Confirm as Confirm
@@ -13,7 +14,6 @@ from headscope.kinds.kind import below as below
 from headscope.kinds.kind import one_sided as one_sided
 from headscope.kinds.measures import relation_scores as relation_scores
 from headscope.kinds.measures import without_norm as without_norm
-from headscope.kinds.survey import survey as survey
 from headscope.table.kinds import Finding as Finding
 from headscope.table.kinds import KindFacts as KindFacts
 from headscope.table.kinds import KindTable as KindTable

@@ -1,22 +1,32 @@
-"""How kinds of heads are measured: criteria from scores, weights, contrasts and tasks."""
+"""How kinds of heads are measured: criteria, and the words and prompts that they are asked with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import edits, probes
 from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.kinds import words
 from headscope.kinds.kind import AskedModel, CannotAskError, Criterion, above, below
 from headscope.models.protocol import HeadModel
+from headscope.probes.encoding import (
+    HasVocabulary,
+    at_positions,
+    bos_prefix,
+    check_length,
+    encode,
+    need_tokenizer,
+    pad_right,
+)
+from headscope.probes.pairs import CAPITALS
 from headscope.probes.probe import Probe
 from headscope.relevance.anchors import anchors
 from headscope.relevance.memorized import rare_attention
@@ -28,6 +38,247 @@ from headscope.scoring.score import score
 from headscope.steering.effects import contrast, indirect_effect
 from headscope.table import HeadScores
 from headscope.views import HeadOutputs
+
+ORDERS: Mapping[str, tuple[str, ...]] = {
+    "days": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+    "months": (
+        "January", "February", "March", "April", "May", "June", "July", "August", "September",
+        "October", "November", "December",
+    ),
+    "numbers": tuple(str(n) for n in range(1, 21)),
+    "number words": (
+        "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+        "twelve",
+    ),
+    "ordinals": ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"),
+    "letters": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
+}  # fmt: skip
+PLURALS = {
+    "cat": "cats", "dog": "dogs", "house": "houses", "tree": "trees", "car": "cars",
+    "book": "books", "door": "doors", "window": "windows", "river": "rivers", "table": "tables",
+    "chair": "chairs", "friend": "friends", "teacher": "teachers", "student": "students",
+    "letter": "letters", "picture": "pictures", "road": "roads", "doctor": "doctors",
+}  # fmt: skip
+PASTS = {
+    "go": "went", "take": "took", "give": "gave", "see": "saw", "come": "came", "find": "found",
+    "make": "made", "know": "knew", "say": "said", "write": "wrote", "run": "ran", "eat": "ate",
+    "drink": "drank", "sing": "sang", "begin": "began", "fall": "fell", "hold": "held",
+    "bring": "brought",
+}  # fmt: skip
+OPPOSITES = {
+    "hot": "cold", "big": "small", "old": "young", "good": "bad", "high": "low", "long": "short",
+    "fast": "slow", "light": "dark", "happy": "sad", "rich": "poor", "strong": "weak",
+    "early": "late", "open": "closed", "left": "right", "up": "down", "day": "night",
+}  # fmt: skip
+RELATIONS: Mapping[str, Mapping[str, str]] = {
+    "capital": CAPITALS, "plural": PLURALS, "past_tense": PASTS, "opposite": OPPOSITES
+}  # fmt: skip
+GOOD = (
+    "wonderful", "excellent", "lovely", "brilliant", "great", "beautiful", "delightful", "superb",
+    "charming", "fantastic", "perfect", "amazing", "splendid", "pleasant", "marvellous", "fine",
+)  # fmt: skip
+BAD = (
+    "terrible", "awful", "dreadful", "horrible", "bad", "ugly", "boring", "poor", "nasty",
+    "disgusting", "worthless", "annoying", "miserable", "painful", "hateful", "dull",
+)  # fmt: skip
+CATEGORIES: Mapping[str, tuple[str, ...]] = {
+    "colour": ("red", "blue", "green", "yellow", "black", "white"),
+    "animal": ("dog", "cat", "horse", "cow", "bird", "fish"),
+    "day": ("Monday", "Friday", "Sunday", "Tuesday", "Saturday", "Thursday"),
+    "number": ("two", "three", "five", "seven", "eight", "nine"),
+}
+LETTERS = ("A", "B", "C", "D")
+
+
+def token_of(model: HasVocabulary, word: str) -> int | None:
+    """Id of a word with a space in front, if it is one token; else None."""
+    tokenizer = need_tokenizer(model, "a word")
+    text = f"and {word}"
+    at = encode(tokenizer, text).word(4, len(text))
+    return None if at is None else encode(tokenizer, text).ids[at]
+
+
+def known(model: HasVocabulary, pairs: Mapping[str, str]) -> list[tuple[int, int]]:
+    """Pairs of which both words are one token; different words have different tokens."""
+    found = [(token_of(model, a), token_of(model, b)) for a, b in pairs.items()]
+    return [(a, b) for a, b in found if a is not None and b is not None]
+
+
+def marked(
+    model: HasVocabulary,
+    said: Sequence[tuple[str, Mapping[str, tuple[int, int]], str, str]],
+    name: str,
+    seed: int | None = None,
+) -> Probe:
+    """Prompts with marks by characters, and an answer and a foil that are single tokens.
+
+    Args:
+        model: whose tokenizer reads them.
+        said: text, its marks, answer and foil (with their spaces; empty: none).
+        name: of the probe.
+        seed: of the draw.
+
+    Raises:
+        CannotAskError: if fewer than eight can be read so.
+    """
+    tokenizer, prefix = need_tokenizer(model, f"the probe {name!r}"), bos_prefix(model, None)
+    rows: list[list[int]] = []
+    places: list[dict[str, list[int]]] = []
+    answers: list[tuple[int, int]] = []
+    for text, marks, answer, foil in said:
+        encoded = encode(tokenizer, text, prefix)
+        target, other = (_following(model, text, word) for word in (answer, foil))
+        found = {mark: encoded.covering(*span) for mark, span in marks.items()}
+        if target is None or other is None or not all(found.values()):
+            continue
+        rows.append(encoded.ids)
+        places.append({**found, "end": [len(encoded.ids) - 1]})
+        answers.append((target, other))
+    if len(rows) < 8:
+        raise CannotAskError(
+            f"{name}: the tokenizer of {model.name} reads {len(rows)} of {len(said)} prompts with "
+            "answers of one token, and 8 are needed."
+        )
+    tokens, real = pad_right(rows)
+    check_length(model, tokens.shape[1], what=f"a prompt of {name!r}", fix="use a larger model")
+    targets, foils = torch.full_like(tokens, -1), torch.full_like(tokens, -1)
+    for row, (place, pair) in enumerate(zip(places, answers, strict=True)):
+        targets[row, place["end"]], foils[row, place["end"]] = pair[0], pair[1]
+    every = dict.fromkeys(mark for one in places for mark in one)
+    shown = {
+        mark: at_positions(tokens.shape[1], [one.get(mark, []) for one in places]) for mark in every
+    }
+    return Probe(
+        tokens=tokens, real=real, structure=tokens.where(real, -1), targets=targets, foils=foils,
+        marks=shown, name=name, seed=seed,
+    )  # fmt: skip
+
+
+def _following(model: HasVocabulary, text: str, word: str) -> int | None:
+    """Id of the one token that a word is behind a text; -1 for no word, None if it is more."""
+    if not word:
+        return -1
+    tokenizer = need_tokenizer(model, "an answer")
+    before, both = encode(tokenizer, text).ids, encode(tokenizer, text + word).ids
+    return both[-1] if both[:-1] == before else None
+
+
+def choices(model: HasVocabulary, seed: int) -> Probe:
+    """Questions with four lettered options in a drawn order; the answer is a letter."""
+    rng, said = Random(f"choices {seed}"), []  # noqa: S311  # questions, not secrets
+    for number in range(24):
+        wanted = list(CATEGORIES)[number % len(CATEGORIES)]
+        kinds = rng.sample(list(CATEGORIES), len(CATEGORIES))
+        text, marks = f"Question: Which of these is a {wanted}?\n", {}
+        for letter, kind in zip(LETTERS, kinds, strict=True):
+            marks[f"option_{letter}"] = (len(text), len(text) + 1)
+            text += f"{letter}. {rng.choice(CATEGORIES[kind])}\n"
+        right = LETTERS[kinds.index(wanted)]
+        marks["right"] = marks[f"option_{right}"]
+        foil = LETTERS[(kinds.index(wanted) + 1 + number % 3) % 4]
+        said.append((text + "Answer:", marks, f" {right}", f" {foil}"))
+    made = marked(model, said, "choices", seed)
+    letters = torch.stack([made.mark(f"option_{letter}") for letter in LETTERS]).any(0)
+    return replace(made, marks={**made.marks, "letters": letters})
+
+
+def yes_or_no(model: HasVocabulary, seed: int) -> Probe:
+    """Questions that are to be answered with yes or no, which stand there in both orders."""
+    rng, said = Random(f"yes or no {seed}"), []  # noqa: S311  # questions, not secrets
+    for number in range(24):
+        kind = list(CATEGORIES)[number % len(CATEGORIES)]
+        is_one = number // 4 % 2 == 0
+        other = rng.choice([one for one in CATEGORIES if one != kind])
+        word = rng.choice(CATEGORIES[kind if is_one else other])
+        order = ("yes", "no") if number % 2 else ("no", "yes")
+        text = f"Question: Is {word} a {kind}? Say {order[0]} or {order[1]}.\nAnswer:"
+        marks = {one: _at(text, f" {one}", "Say") for one in order}
+        answer, foil = (" yes", " no") if is_one else (" no", " yes")
+        said.append((text, marks, answer, foil))
+    return marked(model, said, "yes or no", seed)
+
+
+def contradicted(model: HasVocabulary, seed: int) -> Probe:
+    """A text says a wrong capital and asks for it: the context's answer, and memory's as foil."""
+    rng, said = Random(f"contradicted {seed}"), []  # noqa: S311  # prompts, not secrets
+    names = sorted(CAPITALS)
+    for _ in range(24):
+        country, other = rng.sample(names, 2)
+        form = f"The capital of {country} is the city of"
+        text = f"{form} {CAPITALS[other]}. {form}"
+        at = len(form) + 1
+        marks = {
+            "context": (at, at + len(CAPITALS[other])),
+            "country": (text.rindex(country), text.rindex(country) + len(country)),
+        }
+        said.append((text, marks, f" {CAPITALS[other]}", f" {CAPITALS[country]}"))
+    return marked(model, said, "contradicted facts", seed)
+
+
+def statements(model: HasVocabulary) -> tuple[Probe, Probe]:
+    """True and false statements of capitals; a false one swaps those of every other country.
+
+    Countries at even places and at odd ones share no word, so that what is fitted to the first is
+    tried on words that it has not seen.
+    """
+    names = sorted(CAPITALS)[: 2 * (len(CAPITALS) // 2)]
+    true = [f"The city of {CAPITALS[one]} is the capital of {one}." for one in names]
+    false = [
+        f"The city of {CAPITALS[names[(at + 2) % len(names)]]} is the capital of {one}."
+        for at, one in enumerate(names)
+    ]
+    return _texts(model, true, "true statements"), _texts(model, false, "false statements")
+
+
+def opinions(model: HasVocabulary) -> tuple[Probe, Probe]:
+    """Sentences with a good and with a bad word, none of them twice."""
+    form = "Everybody who saw it said that the film was {}."
+    good, bad = ([form.format(word) for word in words] for words in (GOOD, BAD))
+    return _texts(model, good, "good opinions"), _texts(model, bad, "bad opinions")
+
+
+def _texts(model: HasVocabulary, texts: Sequence[str], name: str) -> Probe:
+    return marked(model, [(text, {}, "", "") for text in texts], name)
+
+
+def _at(text: str, word: str, behind: str) -> tuple[int, int]:
+    start = text.index(word, text.index(behind)) + 1
+    return start, start + len(word) - 1
+
+
+def pieces(model: HasVocabulary, probe: Probe) -> list[tuple[int, int, int]]:
+    """Pairs of a token and an earlier piece of the same word: example, query, key."""
+    tokenizer = need_tokenizer(model, "a text")
+    rows = [row[real].tolist() for row, real in zip(probe.tokens, probe.real, strict=True)]
+    beside = sorted({pair for row in rows for pair in pairwise(row)})
+    alone = sorted({token for row in rows for token in row})
+    both = tokenizer.batch_decode([list(pair) for pair in beside])
+    first = dict(zip(alone, tokenizer.batch_decode([[one] for one in alone]), strict=True))
+    # One token's text may lack the space in front of it, or have a sign for its absence: whether
+    # a word goes on is seen in the text of two.
+    goes_on = {
+        pair: text.startswith(first[pair[0]]) and text[len(first[pair[0]]) :].isalpha()
+        for pair, text in zip(beside, both, strict=True)
+    }
+    found: list[tuple[int, int, int]] = []
+    for example, row in enumerate(rows):
+        start, word = int(probe.first[example]), [0]
+        for at, pair in enumerate(pairwise(row), 1):
+            if not (goes_on[pair] and first[pair[0]].strip(" #").isalpha()):
+                word = [at]
+                continue
+            found += [(example, start + at, start + earlier) for earlier in word]
+            word.append(at)
+    return found
+
+
+def with_apostrophe(model: HasVocabulary, probe: Probe) -> Bool[Tensor, "batch pos"]:
+    """Tokens that hold an apostrophe."""
+    tokenizer = need_tokenizer(model, "a text")
+    ids = sorted(set(probe.tokens[probe.real].tolist()))
+    held = [one for one in ids if any(c in tokenizer.batch_decode([[one]])[0] for c in "'\u2019")]
+    return torch.isin(probe.tokens, torch.tensor(held, dtype=torch.long)) & probe.real
+
 
 Measure = Callable[[AskedModel], Sequence[Criterion]]
 _ATTENDS = 0.25  # of a task's heads, about half of what published ones give on average
@@ -200,7 +451,7 @@ def without_norm(
 
 def next_in_order(asked: AskedModel) -> list[Criterion]:
     """Share of ordinals whose successor the weights raise most among those of the same order."""
-    orders = [[words.token_of(asked.model, word) for word in one] for one in words.ORDERS.values()]
+    orders = [[token_of(asked.model, word) for word in one] for one in ORDERS.values()]
     kept = [[one for one in order if one is not None] for order in orders]
     whole = [some for some, order in zip(kept, orders, strict=True) if len(some) == len(order) > 3]
     if not whole:
@@ -216,7 +467,7 @@ def related(name: str) -> Measure:
     """Share of pairs whose second word the weights raise most, of all second words."""
 
     def measure(asked: AskedModel) -> list[Criterion]:
-        pairs = words.known(asked.model, words.RELATIONS[name])
+        pairs = known(asked.model, RELATIONS[name])
         if len(pairs) < 8:
             raise CannotAskError(
                 f"the tokenizer of {asked.model.name} has {len(pairs)} pairs of the relation "
@@ -299,8 +550,8 @@ def _options(
     asked: AskedModel,
 ) -> tuple[Probe, HeadScores, Float[np.ndarray, "layer head example 4"]]:
     """Attention from the end to the letters of four options: all of it, and by letter."""
-    probe: Probe = asked.keep("choices", lambda: words.choices(asked.model, asked.seed))
-    parts = [asked.attention(probe, f"option_{one}").per_example for one in words.LETTERS]
+    probe: Probe = asked.keep("choices", lambda: choices(asked.model, asked.seed))
+    parts = [asked.attention(probe, f"option_{one}").per_example for one in LETTERS]
     return probe, asked.attention(probe, "letters"), np.stack(parts, -1)
 
 
@@ -308,7 +559,7 @@ def correct_letter(asked: AskedModel) -> list[Criterion]:
     """Of the attention to four letters, the share on the right one; and a direct effect on it."""
     probe, mass, by_letter = _options(asked)
     right = torch.stack([probe.mark(f"option_{one}") & probe.mark("right") for one in
-                         words.LETTERS]).any(-1).int().argmax(0).numpy()  # fmt: skip
+                         LETTERS]).any(-1).int().argmax(0).numpy()  # fmt: skip
     total = by_letter.sum(-1)
     picked = np.take_along_axis(by_letter, right[None, None, :, None], -1)[..., 0]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -340,7 +591,7 @@ def single_letter(asked: AskedModel) -> list[Criterion]:
 
 def negative(asked: AskedModel) -> list[Criterion]:
     """``(A_yes + A_no) log(A_no / A_yes)`` at the end of questions, above 0."""
-    probe: Probe = asked.keep("yes or no", lambda: words.yes_or_no(asked.model, asked.seed))
+    probe: Probe = asked.keep("yes or no", lambda: yes_or_no(asked.model, asked.seed))
     yes, no = (asked.attention(probe, one).per_example for one in ("yes", "no"))
     small = 1e-6
     values = (yes + no) * np.log((no + small) / (yes + small))
@@ -353,7 +604,7 @@ def negative(asked: AskedModel) -> list[Criterion]:
 def in_context_task(asked: AskedModel) -> list[Criterion]:
     """Indirect effect of the head's task mean on prompts without the task, above any mean's."""
     tasks = {}
-    for name, pairs in words.RELATIONS.items():
+    for name, pairs in RELATIONS.items():
         single = [(f" {a}", f" {b}") for a, b in pairs.items() if _both(asked.model, a, b)]
         if len(single) >= 8:
             tasks[name] = _task(asked, single)
@@ -367,7 +618,7 @@ def in_context_task(asked: AskedModel) -> list[Criterion]:
 
 
 def _both(model: HeadModel, a: str, b: str) -> bool:
-    return words.token_of(model, a) is not None and words.token_of(model, b) is not None
+    return token_of(model, a) is not None and token_of(model, b) is not None
 
 
 def _task(asked: AskedModel, pairs: Sequence[tuple[str, str]]) -> Probe:
@@ -379,9 +630,9 @@ def _task(asked: AskedModel, pairs: Sequence[tuple[str, str]]) -> Probe:
 
 def label_words(asked: AskedModel) -> list[Criterion]:
     """Attention to label words of demonstrations that foretells the model's own prediction."""
-    shown = [(word, f" {kind}") for kind in ("colour", "animal") for word in words.CATEGORIES[kind]]
+    shown = [(word, f" {kind}") for kind in ("colour", "animal") for word in CATEGORIES[kind]]
     for _, label in shown:
-        if words.token_of(asked.model, label.strip()) is None:
+        if token_of(asked.model, label.strip()) is None:
             raise CannotAskError(f"{asked.model.name} reads the label{label} as several tokens.")
     probe = probes.in_context(
         asked.model, shown, template="{text} :{label}\n", shots=4, seed=asked.seed
@@ -408,7 +659,7 @@ def rare_words(asked: AskedModel) -> list[Criterion]:
 def word_pieces(asked: AskedModel) -> list[Criterion]:
     """Attention to earlier pieces of the same word."""
     probe = asked.probe(TEXT)
-    pairs = words.pieces(asked.model, probe)
+    pairs = pieces(asked.model, probe)
     if len({one[0] for one in pairs}) < 5:
         raise CannotAskError(
             f"the tokenizer of {asked.model.name} cuts hardly any word of the texts into pieces."
@@ -430,7 +681,7 @@ def apostrophes(asked: AskedModel) -> list[Criterion]:
         "We'll bring the farmer's letter if it's ready.",
     ]
     probe = probes.text(asked.model, texts)
-    mark = words.with_apostrophe(asked.model, probe)
+    mark = with_apostrophe(asked.model, probe)
     if not bool(mark.any(1).all()):
         raise CannotAskError(f"the tokenizer of {asked.model.name} keeps no apostrophe.")
     seen = mark.int().cumsum(1) - mark.int() > 0
@@ -467,7 +718,7 @@ def of_memory(asked: AskedModel) -> list[Criterion]:
 
 
 def _contradicted(asked: AskedModel) -> Probe:
-    probe: Probe = asked.keep("contradicted", lambda: words.contradicted(asked.model, asked.seed))
+    probe: Probe = asked.keep("contradicted", lambda: contradicted(asked.model, asked.seed))
     return probe
 
 

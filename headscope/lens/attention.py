@@ -26,8 +26,14 @@ from headscope.lens.fitting import (
     split_data,
 )
 from headscope.lens.logit import head_words
-from headscope.lens.prompt import Promptish, read_prompt
-from headscope.lens.reading import constants, logits_added, logits_of, row_chunks
+from headscope.lens.reading import (
+    Promptish,
+    constants,
+    logits_added,
+    logits_of,
+    read_prompt,
+    row_chunks,
+)
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import BlockStates, Reads, TapView, at_blocks, at_final, at_layers

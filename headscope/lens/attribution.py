@@ -19,8 +19,7 @@ from headscope import capture
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
-from headscope.lens.prompt import Promptish, Token, read_prompt, read_token, token_texts
-from headscope.lens.reading import top_of
+from headscope.lens.reading import Promptish, Token, read_prompt, read_token, token_texts, top_of
 from headscope.models.protocol import AttentionWrite, HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import BlockStates, Reads, TapView, at_blocks, at_final, at_layers

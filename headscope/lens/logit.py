@@ -12,15 +12,20 @@ from torch import Tensor
 from headscope.errors import InputError, nearest
 from headscope.heads import ModelShape
 from headscope.lens.linear import ResidualLens
-from headscope.lens.prompt import Prompt, Promptish, Token, read_prompt, read_token, token_texts
 from headscope.lens.reading import (
     SITES,
+    Prompt,
+    Promptish,
     States,
+    Token,
     Top,
     logits_added,
     logits_of,
     rank_of,
+    read_prompt,
+    read_token,
     row_chunks,
+    token_texts,
     top_of,
 )
 from headscope.models.protocol import HeadModel

@@ -7,13 +7,13 @@ from pydantic import Field
 
 from headscope.base.configs import Strict
 from headscope.errors import InputError
-from headscope.probes.jsonl import from_jsonl
+from headscope.probes.encoding import HasVocabulary
 from headscope.probes.needle import needle
 from headscope.probes.pairs import pairs
 from headscope.probes.probe import Probe
-from headscope.probes.repeated import random_tokens, repeated_tokens
+from headscope.probes.prompts import from_jsonl
+from headscope.probes.random_tokens import random_tokens, repeated_tokens
 from headscope.probes.text import masked, text
-from headscope.probes.vocabulary import HasVocabulary
 
 
 class ProbeConfig(Strict):

@@ -13,9 +13,8 @@ from torch import Tensor
 from headscope.base.batches import PIXELS, Batch
 from headscope.base.stacks import PatchGrid, grid_of
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.probes.encoding import marks_of, one_class_each
+from headscope.probes.encoding import HasVocabulary, marks_of, one_class_each
 from headscope.probes.probe import Probe, of_images
-from headscope.probes.vocabulary import HasVocabulary
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _BILINEAR = 2

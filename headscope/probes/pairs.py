@@ -20,16 +20,19 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from headscope.errors import InputError, nearest, whole
-from headscope.probes.encoding import Encoded, at_positions, encode, pad_right
-from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import (
+from headscope.probes.encoding import (
+    Encoded,
     HasVocabulary,
     Tokenizer,
+    at_positions,
     bos_prefix,
     check_length,
+    encode,
     need_onwards,
     need_tokenizer,
+    pad_right,
 )
+from headscope.probes.probe import Probe
 
 _PERIODS = [
     "war", "siege", "voyage", "reign", "project", "trial", "contract", "drought", "expedition",

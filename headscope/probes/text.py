@@ -11,15 +11,19 @@ from torch import Tensor
 
 from headscope.base.files import paragraphs, read_text
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.probes.encoding import delimiters, encode, next_tokens, pad_right, separators
-from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import (
+from headscope.probes.encoding import (
     HasVocabulary,
     check_length,
+    delimiters,
+    encode,
     frame,
     need_tokenizer,
+    next_tokens,
+    pad_right,
     reads_onwards,
+    separators,
 )
+from headscope.probes.probe import Probe
 
 
 def text(

@@ -15,17 +15,16 @@ from headscope.base.statistics import rank_correlation
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
-from headscope.lens.prompt import Promptish, read_prompt, token_texts
+from headscope.lens.reading import Promptish, read_prompt, token_texts
 from headscope.metrics import loss
 from headscope.models.decoding import need_continuing
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView
 from headscope.origin import origin
-from headscope.probes.encoding import encode, from_tokens
-from headscope.probes.jsonl import find_span
+from headscope.probes.encoding import bos_prefix, check_length, encode, from_tokens, need_tokenizer
 from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import bos_prefix, check_length, need_tokenizer
+from headscope.probes.prompts import find_span
 from headscope.table.relevance import TokenRelevance
 
 Mode = Literal["suppress", "erase"]

@@ -19,9 +19,8 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Reads, Tap, TapView, at_layers
 from headscope.origin import origin
-from headscope.probes.encoding import encode, from_tokens
+from headscope.probes.encoding import bos_prefix, check_length, encode, from_tokens, need_tokenizer
 from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import bos_prefix, check_length, need_tokenizer
 from headscope.table import HeadScores, HeadTable, Provenance
 from headscope.table.relevance import Memorized, TextSpan
 

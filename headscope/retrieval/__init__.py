@@ -6,7 +6,10 @@ from headscope.retrieval.decore import decore as decore
 from headscope.retrieval.faithful import PassageFaithfulness as PassageFaithfulness
 from headscope.retrieval.faithful import contradictions as contradictions
 from headscope.retrieval.faithful import faithfulness as faithfulness
+from headscope.retrieval.follow import Run as Run
+from headscope.retrieval.follow import Runs as Runs
 from headscope.retrieval.follow import follow as follow
+from headscope.retrieval.follow import word_recall as word_recall
 from headscope.retrieval.forms import Agreement as Agreement
 from headscope.retrieval.forms import Retrieval as Retrieval
 from headscope.retrieval.forms import Scanned as Scanned
@@ -20,7 +23,6 @@ from headscope.retrieval.generation import Generated as Generated
 from headscope.retrieval.generation import Mask as Mask
 from headscope.retrieval.generation import generate as generate
 from headscope.retrieval.generation import mask_heads as mask_heads
-from headscope.retrieval.importance import token_importance as token_importance
 from headscope.retrieval.in_context import in_context_score as in_context_score
 from headscope.retrieval.in_context import token_losses as token_losses
 from headscope.retrieval.influence import Corpus as Corpus
@@ -30,9 +32,7 @@ from headscope.retrieval.influence import score_corpus as score_corpus
 from headscope.retrieval.masking_curve import MaskingConfig as MaskingConfig
 from headscope.retrieval.masking_curve import masking_curve as masking_curve
 from headscope.retrieval.masking_curve import masking_curves as masking_curves
+from headscope.retrieval.need import RotaryContributions as RotaryContributions
 from headscope.retrieval.need import need as need
-from headscope.retrieval.rotary import RotaryContributions as RotaryContributions
-from headscope.retrieval.rotary import rotary_contributions as rotary_contributions
-from headscope.retrieval.runs import Run as Run
-from headscope.retrieval.runs import Runs as Runs
-from headscope.retrieval.runs import word_recall as word_recall
+from headscope.retrieval.need import rotary_contributions as rotary_contributions
+from headscope.retrieval.need import token_importance as token_importance

@@ -20,11 +20,9 @@ from headscope.errors import HeadscopeError, InputError
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes import Needle, Probe, needle
-from headscope.probes.encoding import encode
-from headscope.probes.needle import Writer, writer_for
-from headscope.probes.needle_sets import facts, fixed_needles
+from headscope.probes.encoding import encode, need_tokenizer, ordinary_tokens
+from headscope.probes.needle import Writer, facts, fixed_needles, writer_for
 from headscope.probes.pairs import CAPITALS
-from headscope.probes.vocabulary import need_tokenizer, ordinary_tokens
 from headscope.retrieval.decore import Alpha, Contrast, decore
 from headscope.retrieval.follow import need_marks
 from headscope.retrieval.generation import (

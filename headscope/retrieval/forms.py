@@ -25,8 +25,15 @@ from headscope.models.running import own_types
 from headscope.origin import origin
 from headscope.probes import Needle, needle
 from headscope.probes.probe import Probe
-from headscope.retrieval.follow import RECALL, FollowOptions, follow_both, follow_forced
-from headscope.retrieval.runs import Form, Run, Runs
+from headscope.retrieval.follow import (
+    RECALL,
+    FollowOptions,
+    Form,
+    Run,
+    Runs,
+    follow_both,
+    follow_forced,
+)
 from headscope.scoring import score
 from headscope.table import HeadScores, RecallGrid
 from headscope.table.kinds import copying

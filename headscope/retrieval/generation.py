@@ -24,9 +24,8 @@ from headscope.models.decoding import Decoding, decoding, end_tokens
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.probes import text
-from headscope.probes.encoding import encode
+from headscope.probes.encoding import bos_prefix, encode, need_tokenizer
 from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import bos_prefix, need_tokenizer
 
 Masking = Literal["uniform", "zero", "mean"]
 _SCOPES = get_args(Scope)

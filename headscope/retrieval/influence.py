@@ -23,9 +23,8 @@ from headscope.errors import InputError
 from headscope.metrics import loss
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.probes.encoding import encode, next_tokens, pad_right
+from headscope.probes.encoding import bos_prefix, encode, need_tokenizer, next_tokens, pad_right
 from headscope.probes.probe import Probe
-from headscope.probes.vocabulary import bos_prefix, need_tokenizer
 from headscope.retrieval.generation import Masking
 
 if TYPE_CHECKING:

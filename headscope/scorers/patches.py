@@ -6,8 +6,7 @@ from torch import Tensor
 
 from headscope.errors import InputError
 from headscope.probes.probe import Probe
-from headscope.scorer import IMAGES, Scorer, row_scorer
-from headscope.scorers.queries import queries_with
+from headscope.scorer import IMAGES, Scorer, queries_with, row_scorer
 from headscope.views import AttentionRows
 
 _NEEDS = ("patches", "bidirectional")

@@ -12,8 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.probes.probe import Probe
-from headscope.scorer import Scorer, row_scorer
-from headscope.scorers.queries import all_queries, queries_before, queries_past, repeated_queries
+from headscope.scorer import (
+    Scorer,
+    all_queries,
+    queries_before,
+    queries_past,
+    repeated_queries,
+    row_scorer,
+)
 from headscope.views import AttentionRows
 
 # Mean from which a head is named for the distance that it looks back.

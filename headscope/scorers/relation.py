@@ -17,10 +17,10 @@ from headscope.scorer import (
     DefaultProbe,
     Scorer,
     every_query,
+    queries_at,
     row_scorer,
     without_sink,
 )
-from headscope.scorers.queries import queries_at
 from headscope.views import AttentionRows
 
 PairsLike = Tensor | Sequence[Sequence[Sequence[int]]]

@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.probes.probe import Probe
-from headscope.scorer import row_scorer
-from headscope.scorers.queries import queries_at
+from headscope.scorer import queries_at, row_scorer
 from headscope.views import AttentionRows
 
 _WU = "Wu et al. 2024 (arXiv 2404.15574), {}"

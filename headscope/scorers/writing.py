@@ -12,8 +12,13 @@ from torch import Tensor
 
 from headscope import metrics
 from headscope.probes.probe import Probe
-from headscope.scorer import gradient_scorer, output_scorer
-from headscope.scorers.queries import all_queries, contrasting_queries, predicting_queries
+from headscope.scorer import (
+    all_queries,
+    contrasting_queries,
+    gradient_scorer,
+    output_scorer,
+    predicting_queries,
+)
 from headscope.scorers.retrieval import answering, unless_hidden
 from headscope.views import HeadGradients, HeadOutputs
 

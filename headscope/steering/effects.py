@@ -22,8 +22,8 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, Write
 from headscope.origin import origin
-from headscope.probes.in_context import TEMPLATE, Example, in_context
 from headscope.probes.probe import Probe
+from headscope.probes.prompts import TEMPLATE, Example, in_context
 from headscope.steering.vectors import (
     HeadVectors,
     Positions,

@@ -13,14 +13,13 @@ from headscope.base.saved import Saved
 from headscope.edits import Span
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
-from headscope.lens.prompt import Promptish, read_prompt, token_texts
+from headscope.lens.reading import Promptish, read_prompt, token_texts
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView
 from headscope.origin import origin
-from headscope.probes.encoding import encode
-from headscope.probes.jsonl import find_span
-from headscope.probes.vocabulary import bos_prefix, need_tokenizer
+from headscope.probes.encoding import bos_prefix, encode, need_tokenizer
+from headscope.probes.prompts import find_span
 from headscope.table import Provenance
 
 IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n? ->"

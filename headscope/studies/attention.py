@@ -11,17 +11,21 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, needle, random_tokens, repeated_tokens
-from headscope.probes.vocabulary import ordinary_tokens
+from headscope.probes.encoding import ordinary_tokens
 from headscope.retrieval import token_losses
 from headscope.scoring.score import score
-from headscope.studies.shared import (
+from headscope.studies.study import (
+    Claim,
+    Evidence,
+    Study,
+    StudySetting,
     against_random_sets,
     best_head,
     metric_of,
     need_skill,
+    paired,
     prose,
 )
-from headscope.studies.study import Claim, Evidence, Study, StudySetting, paired
 
 _MATTERS = 0.1  # of an attention score or a share: less is no role
 _KNOWN_GAIN = 0.5  # nats: a smaller gain from a repetition is no copying

@@ -14,10 +14,9 @@ from headscope.lens import linear_shortcuts, logit_lens
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe
-from headscope.probes.vocabulary import ordinary_tokens
+from headscope.probes.encoding import ordinary_tokens
 from headscope.pruning import gradient_importance, one_shot, pruning_curve
-from headscope.studies.shared import need_skill, prose
-from headscope.studies.study import Claim, Evidence, Study, StudySetting, paired
+from headscope.studies.study import Claim, Evidence, Study, StudySetting, need_skill, paired, prose
 from headscope.table import HeadTable, LensGrid
 
 _MATTERS = 0.1  # of a ratio between -1 and 1: less is chance

@@ -23,7 +23,7 @@ import headscope as hs
 from headscope.base.result import Words
 from headscope.errors import HeadscopeError, InputError
 from headscope.probes import Needle
-from headscope.probes.needle_sets import DRAWN
+from headscope.probes.needle import DRAWN
 from headscope.probes.pairs import CAPITALS, NAMES, TASKS
 from headscope.report.sections import retrieval_drawings, retrieval_sections
 from headscope.retrieval import (

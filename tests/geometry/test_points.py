@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headscope.geometry import measures as gm
-from headscope.geometry.points import Points
+from headscope.geometry.layers import Points
 
 
 def compare(x: torch.Tensor, tokens: torch.Tensor, tolerance: float = 1e-9) -> None:

@@ -89,7 +89,7 @@ HOOKING_FILES = r"models/hf/hooks\.py|testing/plain\.py"
 
 # A library -> the files that may import it (patterns on the path below headscope/).
 ONLY_IN = {
-    "transformer_lens": r"models/bridge/build\.py",
+    "transformer_lens": r"models/bridge/model\.py",
     "plotly": r"(plots|report)/.*",
 }
 # A library -> the files that may not.

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import headscope as hs
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.kinds import KINDS, UNASKED, AskedModel, Criterion, Kind, words
+from headscope.kinds import KINDS, UNASKED, AskedModel, Criterion, Kind, measures
 from headscope.models.protocol import HeadModel
 from tests.handwired import handwired_gpt2
 
@@ -168,7 +168,7 @@ def test_the_table_is_kept_and_shown(tmp_path) -> None:  # noqa: ANN001
 
 
 def test_statements_of_both_halves_share_no_name() -> None:
-    true, false = words.statements(bundled())
+    true, false = measures.statements(bundled())
     decode = bundled().tokenizer.decode
     halves = [set(), set()]
     for probe in (true, false):
@@ -233,9 +233,9 @@ class _Reading:
 def test_pieces_of_words_whatever_the_tokenizer_writes(
     texts: dict[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(words, "need_tokenizer", lambda *_: _Reading(texts))
+    monkeypatch.setattr(measures, "need_tokenizer", lambda *_: _Reading(texts))
     probe = hs.probes.from_tokens(torch.tensor([[1, 2, 3, 4, 5, 1, 1]]))
-    assert words.pieces(bundled(), probe) == [(0, 2, 1), (0, 3, 1), (0, 3, 2)]
+    assert measures.pieces(bundled(), probe) == [(0, 2, 1), (0, 3, 1), (0, 3, 2)]
 
 
 def test_kinds_of_a_probe_share_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

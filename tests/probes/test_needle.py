@@ -16,8 +16,15 @@ from headscope.errors import InputError
 from headscope.models import bundled
 from headscope.probes import Needle, needle
 from headscope.probes.config import ProbeConfig, build_probe
-from headscope.probes.needle import Piece, _hide, assemble
-from headscope.probes.needle_sets import DRAWN, _words, read_haystack, split_sentences
+from headscope.probes.needle import (
+    DRAWN,
+    Piece,
+    _hide,
+    _words,
+    assemble,
+    read_haystack,
+    split_sentences,
+)
 from tests.probes.support import Reader, reader, real_reader, small_tokenizer
 
 CHAT = (

@@ -6,7 +6,7 @@ import torch
 
 import headscope as hs
 from headscope.errors import InputError
-from headscope.retrieval.importance import turned
+from headscope.retrieval.need import turned
 from tests.models import families
 
 

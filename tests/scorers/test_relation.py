@@ -12,7 +12,7 @@ from scipy import stats
 
 import headscope as hs
 from headscope.errors import InputError
-from headscope.probes.jsonl import find_span
+from headscope.probes.prompts import find_span
 from headscope.scorers import relation
 from headscope.views import AttentionRows
 from tests.models.families import build

@@ -10,8 +10,8 @@ from transformer_lens.head_detector import detect_head
 import headscope as hs
 from headscope.models.bridge.model import bridge_over
 from headscope.probes.probe import Probe
+from headscope.scorer import all_queries
 from headscope.scorers import CATALOGUE, Scorer
-from headscope.scorers.queries import all_queries
 from headscope.views import AttentionRows
 from tests.models.families import build
 

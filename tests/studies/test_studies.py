@@ -16,8 +16,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
 from headscope.studies import Claim, Evidence, Study, StudyResult, StudySetting, paired
-from headscope.studies.shared import need_skill, prose
-from headscope.studies.study import answered
+from headscope.studies.study import answered, need_skill, prose
 from tests.cli.support import run, sentence
 
 LOUD = Evidence(1.0, 0.0, 0.9, 1.1, 10, "all heads")
