@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import headscope as hs
 from headscope.sweeps import RayExecutor, SweepConfig, run_sweep
 from headscope.sweeps.bench import Benches
-from headscope.sweeps.planner import make_plan
-from headscope.sweeps.run import inline
+from headscope.sweeps.run import inline, make_plan
 from headscope.sweeps.store import Store
 
 
@@ -94,8 +93,7 @@ def against_bare(
 
 def sweep_once(plan: Any, benches: Benches, store: Store, config: SweepConfig) -> float:
     """Run all chunks and compact; seconds that the store took."""
-    from headscope.sweeps.planner import manifest
-    from headscope.sweeps.run import Stop, Work
+    from headscope.sweeps.run import Stop, Work, manifest
 
     spent = [0.0]
 

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
-from headscope.base.saved import Stored
+from headscope.base.files import Stored
 from headscope.base.statistics import Alternative, Bounds
 from headscope.errors import InputError, nearest
 

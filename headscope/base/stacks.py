@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.saved import Stored
+from headscope.base.files import Stored
 from headscope.errors import InputError
 from headscope.heads import STACK_LETTERS, HeadIndex
 

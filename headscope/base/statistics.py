@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.base.saved import Stored
+from headscope.base.files import Stored
 from headscope.errors import InputError, whole
 
 Alternative = Literal["greater", "two-sided"]

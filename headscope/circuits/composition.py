@@ -11,8 +11,8 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.files import Saved, Stored
 from headscope.base.result import Glance, Shown, number, sizes
-from headscope.base.saved import Saved, Stored
 from headscope.circuits.ov_qk import (
     HeadFactors,
     column_space,

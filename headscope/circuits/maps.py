@@ -17,10 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headscope.base.files import read_text
+from headscope.base.files import Saved, read_text
 from headscope.base.options import Advance, track
 from headscope.base.result import Glance, Shown, number
-from headscope.base.saved import Saved
 from headscope.circuits.measures import Ranks, target_ranks
 from headscope.circuits.ov_qk import HeadFactors, ov
 from headscope.circuits.vocabulary import Dictionary

@@ -11,8 +11,8 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.base.files import Saved
 from headscope.base.result import Glance, Shown, number, sizes
-from headscope.base.saved import Saved
 from headscope.errors import InputError, UnsupportedModelError, whole
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel, need_model

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope.base.options import Advance, RunOptions
 from headscope.base.statistics import Bounds
-from headscope.circuits import singular_values
+from headscope.circuits import measures
 from headscope.circuits.measures import (
     copying_eigenvalues,
     copying_ranks,
@@ -299,9 +299,7 @@ def _spectrum(circuit: str) -> tuple[Scorer, ...]:
 
     def outliers(weights: Weights) -> Tensor:
         S = weights.singular_values(circuit)
-        return singular_values.outliers(S, random_edge(weights.circuit(circuit), weights.seed)).to(
-            S
-        )
+        return measures.outliers(S, random_edge(weights.circuit(circuit), weights.seed)).to(S)
 
     def of_factor(side: str) -> Callable[[Weights], Tensor]:
         def function(weights: Weights) -> Tensor:
@@ -325,10 +323,10 @@ def _spectrum(circuit: str) -> tuple[Scorer, ...]:
     effective, stable, many, top = (
         of_values(measure)
         for measure in (
-            singular_values.effective_rank,
-            singular_values.stable_rank,
-            singular_values.participation_ratio,
-            singular_values.top_share,
+            measures.effective_rank,
+            measures.stable_rank,
+            measures.participation_ratio,
+            measures.top_share,
         )
     )
     return tuple(
@@ -459,9 +457,7 @@ def _factor_outliers(
     rows, columns = factor.shape[-2:]
     S = torch.linalg.svdvals(factor)
     deviation = torch.linalg.matrix_norm(factor) / math.sqrt(rows * columns)
-    return singular_values.outliers(
-        S, deviation * singular_values.marchenko_pastur_edge(rows, columns)
-    ).to(S)
+    return measures.outliers(S, deviation * measures.marchenko_pastur_edge(rows, columns)).to(S)
 
 
 @own_types()
@@ -478,7 +474,7 @@ def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer hea
         True
     """
     width, rank = factors.left.shape[-2:]
-    mean, deviation = singular_values.product_edge(width, rank, width, seed=seed)
+    mean, deviation = measures.product_edge(width, rank, width, seed=seed)
     return entry_sizes(factors) * (mean + 3 * deviation)
 
 

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from headscope.base.files import Saved
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Shown, sizes
-from headscope.base.saved import Saved
 from headscope.circuits.composition import (
     Path,
     chains,
@@ -21,10 +21,9 @@ from headscope.circuits.composition import (
     random_composition,
 )
 from headscope.circuits.maps import relation_scores
-from headscope.circuits.measures import token_cores
+from headscope.circuits.measures import product_spectra, token_cores
 from headscope.circuits.ov_qk import HeadFactors, ov, qk
 from headscope.circuits.scores import entry_sizes, score
-from headscope.circuits.singular_values import product_spectra
 from headscope.circuits.vocabulary import Dictionary, Embedding, Gram, vocabulary_view
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.files import Saved, Stored
 from headscope.base.result import Glance, Shown, sizes
-from headscope.base.saved import Saved, Stored
 from headscope.circuits.ov_qk import HeadFactors, ov, qk
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex

@@ -19,9 +19,8 @@ from headscope.report.sections import Block
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.cluster import RayExecutor
 from headscope.sweeps.config import SweepConfig, read_config, schema
-from headscope.sweeps.planner import estimate, make_plan
 from headscope.sweeps.results import Results, export, read
-from headscope.sweeps.run import Executor, Outcome, inline, run_sweep
+from headscope.sweeps.run import Executor, Outcome, estimate, inline, make_plan, run_sweep
 from headscope.sweeps.store import Store, status
 from headscope.table import EffectGrid, HeadTable
 

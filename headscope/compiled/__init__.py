@@ -18,6 +18,7 @@ from headscope.compiled.benchmark import Question as Question
 from headscope.compiled.benchmark import Trial as Trial
 from headscope.compiled.benchmark import benchmark as benchmark
 from headscope.compiled.benchmark import make_case as make_case
+from headscope.compiled.compiled import Build as Build
 from headscope.compiled.compiled import Compiled as Compiled
 from headscope.compiled.compiled import Edge as Edge
 from headscope.compiled.compiled import Truth as Truth
@@ -26,7 +27,6 @@ from headscope.compiled.compiled import from_library as from_library
 from headscope.compiled.compiled import induction as induction
 from headscope.compiled.compiled import program as program
 from headscope.compiled.compiled import truth_of as truth_of
-from headscope.compiled.compiler import Build as Build
 from headscope.compiled.library import LIBRARY as LIBRARY
 from headscope.compiled.library import induction_program as induction_program
 from headscope.compiled.library import ioi_program as ioi_program

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 
 from headscope import ablation, circuits, edges, flow, lens, metrics, pruning
+from headscope.base.files import Saved, Stored
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Shown, Tabular
-from headscope.base.saved import Saved, Stored
 from headscope.compiled.compiled import BuildOptions, Compiled, compiled
 from headscope.compiled.library import LIBRARY
 from headscope.compiled.program import Head

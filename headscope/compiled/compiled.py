@@ -1,5 +1,6 @@
-"""A compiled model: a head program, the real model that computes it, and the truth about it."""
+"""Compiled models: a head program, the real model that computes it, and the truth about it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,9 +8,9 @@ from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from headscope.compiled.compiler import Build, Family, compile_program
 from headscope.compiled.library import LIBRARY, induction_program
 from headscope.compiled.program import (
     Feature,
@@ -22,9 +23,386 @@ from headscope.compiled.program import (
 )
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
+from headscope.models.hf.weights import WrittenLayer, WrittenModel, gpt2, llama, rotary_frequencies
 from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, from_tokens
+
+Family = Literal["gpt2", "llama"]
+BALLAST = 300.0
+# Score by which a selected key leads: others get exp(-30) of its attention at most, 1e-13.
+LEAD = 30.0
+LOGIT_SCALE = 10.0
+_EPSILON = {"gpt2": 1e-5, "llama": 1e-6}
+_STEP = 200.0  # slope of the steps that cut a numeric variable
+_NOISE = 4  # coordinates that noise heads write to
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a program becomes a model.
+
+    Attributes:
+        family: class of the model. Llama has no position variable: its heads look back by rotary
+            planes, so offsets are the only predicates on positions.
+        kv_group: query heads that share a key/value head (Llama only).
+        rotation_seed: rotate the residual stream by a random orthogonal matrix, so that no
+            coordinate means anything; None: no rotation.
+        noise_heads: heads added to every layer with random weights, whose output is not read.
+        seed: of the noise.
+
+    Raises:
+        InputError: if the family cannot do that.
+    """
+
+    family: Family = "gpt2"
+    kv_group: int = 1
+    rotation_seed: int | None = None
+    noise_heads: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options against the family."""
+        if self.family not in _EPSILON:
+            raise InputError(f"unknown family {self.family!r}: use 'gpt2' or 'llama'.")
+        if self.kv_group > 1 and self.family == "gpt2":
+            raise InputError("kv_group: GPT-2 has no grouped heads; use family='llama'.")
+        if self.kv_group < 1 or self.noise_heads < 0:
+            raise InputError("kv_group must be 1 or more and noise_heads 0 or more.")
+
+
+@torch.no_grad()
+def compile_program(program: Program, build: Build) -> torch.nn.Module:
+    """Build a model that computes a program.
+
+    Args:
+        program: what it computes.
+        build: class of the model, grouping, rotation, noise.
+
+    Returns:
+        A ``GPT2LMHeadModel`` or ``LlamaForCausalLM`` in fp32. Its patterns are the program's to
+        within ``length * exp(-30)``, and its logits 10 times the program's distribution; programs
+        with mixtures or numbers to within 3e-3, and 1e-2 under a rotation.
+
+    Raises:
+        InputError: if the program does not fit the family.
+
+    Example:
+        >>> from headscope.compiled.library import induction_program
+        >>> model = compile_program(induction_program(tokens=4, length=6), Build())
+        >>> model(torch.tensor([[0, 1, 2, 1]])).logits[0, -1].argmax().item()
+        2
+    """
+    weights = _Compiler(program, build).weights()
+    built = gpt2 if build.family == "gpt2" else llama
+    module: torch.nn.Module = built(weights, program.length)
+    return module
+
+
+@dataclass(frozen=True, eq=False)
+class _Compiler:
+    program: Program
+    build: Build
+
+    def weights(self) -> WrittenModel:
+        program, turn = self.program, self.turn
+        token = torch.zeros(program.tokens, self.width, dtype=torch.float64)
+        token += self.pairs("token") + self.pairs("one")
+        for feature in program.features:
+            values = torch.tensor(feature.values, dtype=torch.float64)
+            one_hot = torch.eye(feature.size, dtype=torch.float64)
+            rows = one_hot[values.long()] if feature.size else values[:, None]
+            token += rows @ self.pairs(feature.name)
+        token[:, -2] += self.ballast
+        token[:, -1] -= self.ballast
+        positions = self.pairs("position") @ turn if self.build.family == "gpt2" else None
+        shown = torch.stack([self.reads(output) for output in program.outputs]).sum(0)
+        return WrittenModel(
+            token @ turn,
+            positions,
+            [self.layer(number) for number in range(program.n_layers)],
+            self.gain(program.n_layers, after_heads=False),
+            LOGIT_SCALE / len(program.outputs) * shown.mT,
+        )
+
+    @cached_property
+    def slots(self) -> dict[str, slice]:
+        """Coordinates of each variable's values; those of the negatives follow."""
+        at, found = 0, {}
+        for name, size in self.program.sizes.items():
+            if name == "position" and self.build.family == "llama":
+                continue
+            found[name] = slice(at, at + max(size, 1))
+            at += 2 * max(size, 1)
+        return found
+
+    @cached_property
+    def width(self) -> int:
+        """Size of the residual stream: variables, noise, ballast."""
+        used: int = max(2 * slot.stop - slot.start for slot in self.slots.values())
+        used += 2 * _NOISE + 2
+        if self.build.family == "llama":
+            unit = math.lcm(2, self.n_heads)  # some versions of LlamaConfig insist on it
+            return -(-used // unit) * unit
+        return self.n_heads * max(self.d_head, -(-used // self.n_heads))
+
+    @cached_property
+    def ballast(self) -> float:
+        """Size of the constant that drowns what varies; 0 where nothing does."""
+        soft = any(not head.hard for head in self.program.heads) or self.build.noise_heads
+        numeric = any(size == 0 for size in self.program.sizes.values())
+        return BALLAST if soft or numeric else 0.0
+
+    @cached_property
+    def turn(self) -> Float[Tensor, "d_model d_model"]:
+        """Rotation of the residual stream that keeps the mean."""
+        identity = torch.eye(self.width, dtype=torch.float64)
+        if self.build.rotation_seed is None:
+            return identity
+        generator = torch.Generator().manual_seed(self.build.rotation_seed)
+        basis = torch.randn(self.width, self.width, generator=generator, dtype=torch.float64)
+        basis[:, 0] = 1.0
+        frame = torch.linalg.qr(basis).Q  # its first column is the direction of the mean
+        inner = torch.randn(self.width - 1, self.width - 1, generator=generator).double()
+        turned = torch.block_diag(torch.ones(1, 1).double(), torch.linalg.qr(inner).Q)
+        rotation: Tensor = frame @ turned @ frame.mT
+        return rotation
+
+    def pairs(self, name: str) -> Float[Tensor, "value d_model"]:
+        """Return what each value of a variable writes, before the rotation."""
+        slot = self.slots[name]
+        size = slot.stop - slot.start
+        rows = torch.zeros(size, self.width, dtype=torch.float64)
+        value = torch.arange(size)
+        rows[value, slot.start + value] = 1.0
+        rows[value, slot.stop + value] = -1.0
+        return rows
+
+    def reads(self, name: str) -> Float[Tensor, "d_model value"]:
+        """Return the matrix that reads a variable from the (rotated) residual stream."""
+        if name not in self.slots:
+            raise InputError(
+                f"program {self.program.name!r} reads {name!r}, which a Llama has no embedding "
+                "for: build it with family='gpt2'."
+            )
+        return self.turn.mT @ self.pairs(name).mT / 2
+
+    def gain(self, layer: int, *, after_heads: bool) -> float:
+        """Return the multiplier that undoes the norm where a layer reads the stream."""
+        program = self.program
+        filled = 1 + len(program.features) + 1 + (self.build.family == "gpt2")
+        filled += sum(head.layer < layer + after_heads for head in program.heads)
+        filled += sum(lookup.layer < layer for lookup in program.lookups)
+        variance = 2 * (filled + self.ballast**2) / self.width
+        return float((variance + _EPSILON[self.build.family]) ** 0.5)
+
+    @cached_property
+    def n_heads(self) -> int:
+        """Heads of every layer: those of the fullest one, the noise, and idle ones to fit."""
+        counts = [
+            sum(head.layer == layer for head in self.program.heads)
+            for layer in range(self.program.n_layers)
+        ]
+        wanted = max(1, *counts) + self.build.noise_heads
+        return -(-wanted // self.build.kv_group) * self.build.kv_group
+
+    @cached_property
+    def block(self) -> int:
+        """Coordinates of head space that one head needs."""
+        sizes, needs = self.program.sizes, [_NOISE]
+        for head in self.program.heads:
+            content = 0 if self.rotary(head) else min(sizes[head.query], sizes[head.key])
+            extra = 2 + (self.program.length if head.others_only else 0)
+            needs.append(max(content + extra, max(sizes[head.value], 1)))
+        return max(needs)
+
+    @cached_property
+    def d_head(self) -> int:
+        """Size of a head."""
+        needed = self.block * self.build.kv_group
+        if self.build.family == "gpt2":
+            used = sum(2 * max(size, 1) for size in self.program.sizes.values()) + 2 * _NOISE + 2
+            return max(needed, -(-used // self.n_heads))
+        quarter = -(-needed // 6)  # planes of the turning quarter; the other three stand still
+        return max(8 * max(quarter, 1), 128)
+
+    @cached_property
+    def still(self) -> Tensor:
+        """Coordinates of head space that no rotation moves."""
+        if self.build.family == "gpt2":
+            return torch.arange(self.d_head)
+        half = self.d_head // 2
+        planes = torch.arange(self.d_head // 8, half)
+        return torch.cat([planes, planes + half])
+
+    def rotary(self, head: Head) -> bool:
+        """Say whether a head looks back by rotary planes."""
+        return self.build.family == "llama" and head.predicate.distance is not None
+
+    def layer(self, number: int) -> WrittenLayer:
+        """Return the weights of one block."""
+        group = self.build.kv_group
+        n_kv = self.n_heads // group
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64)
+
+        W_Q, W_O = (zeros(self.n_heads, self.width, self.d_head) for _ in range(2))
+        W_K, W_V = (zeros(n_kv, self.width, self.d_head) for _ in range(2))
+        b_Q, b_K = zeros(self.n_heads, self.d_head), zeros(n_kv, self.d_head)
+        heads = [head for head in self.program.heads if head.layer == number]
+        for place, head in enumerate(heads):
+            at = self.still[place % group * self.block :][: self.block]
+            shared = place // group
+            q, k = self.query_key(head)
+            W_Q[place][:, at[: q.shape[1]]] = q
+            W_K[shared][:, at[: k.shape[1]]] = k
+            v, o = self.reads(head.value), self.pairs(head.output) @ self.turn
+            W_V[shared][:, at[: v.shape[1]]] = v
+            W_O[place][:, at[: len(o)]] = o.mT
+            if self.rotary(head):
+                self.look_back(b_Q[place], b_K[shared], head)
+        self.noise(number, len(heads), W_Q, W_K, W_V, W_O)
+        W_in, b_in, W_out = self.mlp([t for t in self.program.lookups if t.layer == number])
+        norm_1 = self.gain(number, after_heads=False)
+        norm_2 = self.gain(number, after_heads=True)
+        return WrittenLayer(W_Q, W_K, W_V, W_O.mT, b_Q, b_K, W_in, b_in, W_out, norm_1, norm_2)
+
+    def query_key(
+        self, head: Head
+    ) -> tuple[Float[Tensor, "d_model dim"], Float[Tensor, "d_model dim"]]:
+        """Return what a head's queries and keys read; their product is its score."""
+        sizes, queries, keys = self.program.sizes, [], []
+        lead = 2 * LEAD
+        if head.ties == "last":
+            self._needs_positions(head, "ties='last'")
+            lead = 2 * LEAD * (self.program.length + 1)
+            late = torch.arange(self.program.length, dtype=torch.float64)[:, None]
+            queries.append(self.reads("one") * LEAD)
+            keys.append(self.reads("position") @ late)
+        elif head.ties == "largest":
+            lead = 2 * LEAD * (sizes[head.key] + 1)
+            value = torch.arange(sizes[head.key], dtype=torch.float64)[:, None]
+            queries.append(self.reads("one") * LEAD)
+            keys.append(self.reads(head.key) @ value)
+        if not self.rotary(head):
+            matrix = torch.from_numpy(head.predicate.matrix(sizes[head.query], sizes[head.key]))
+            q, k = self.reads(head.query), self.reads(head.key)
+            if sizes[head.query] <= sizes[head.key]:
+                k = k @ matrix.double().mT
+            else:
+                q = q @ matrix.double()
+            queries.append(q * lead)
+            keys.append(k)
+            if head.default == "first":
+                first = "position" if self.build.family == "gpt2" else "token"
+                start = value_at_start(self.program, head.key)
+                unselected = 1.0 - matrix[:, start : start + 1].double()
+                queries.append(self.reads(head.query) @ unselected * (lead / 2))
+                keys.append(self.reads(first)[:, :1])
+        if head.others_only:
+            self._needs_positions(head, "others_only")
+            queries.append(self.reads("position") * -lead)
+            keys.append(self.reads("position"))
+        if not queries:
+            return torch.zeros(self.width, 0).double(), torch.zeros(self.width, 0).double()
+        return torch.cat(queries, 1), torch.cat(keys, 1)
+
+    def _needs_positions(self, head: Head, what: str) -> None:
+        if self.build.family != "gpt2":
+            raise InputError(
+                f"head {head.output!r} of {self.program.name!r}: {what} needs position "
+                "embeddings, which a Llama has not; build it with family='gpt2'."
+            )
+
+    def look_back(
+        self, b_Q: Float[Tensor, " d_head"], b_K: Float[Tensor, " d_head"], head: Head
+    ) -> None:
+        """Fill the biases that make a head look back by a fixed distance, in rotary planes."""
+        distance = head.predicate.distance or 0
+        planes = torch.arange(self.d_head // 8)
+        speed = rotary_frequencies(self.d_head)[planes]
+        far = torch.arange(self.program.length)[:, None] - distance
+        gap = (1 - torch.cos(far * speed)).mean(-1)
+        smallest = float(gap[far.squeeze(1) != 0].min())
+        strength = LEAD / smallest
+        if strength > 1e5 or distance > 3:
+            raise InputError(
+                f"head {head.output!r} looks back {distance} positions in texts of "
+                f"{self.program.length}: rotary planes tell at most 3 positions back apart in "
+                "short texts; build it with family='gpt2'."
+            )
+        half = self.d_head // 2
+        b_K[planes] = 1.0
+        b_Q[planes] += strength / len(planes) * torch.cos(-distance * speed)
+        b_Q[planes + half] += strength / len(planes) * torch.sin(-distance * speed)
+
+    def noise(
+        self, number: int, first: int, W_Q: Tensor, W_K: Tensor, W_V: Tensor, W_O: Tensor
+    ) -> None:
+        """Fill heads that attend at random and write where nothing reads."""
+        generator = torch.Generator().manual_seed(1000 * self.build.seed + number)
+        group = self.build.kv_group
+        names = ["token", *(["position"] if self.build.family == "gpt2" else [])]
+        read = torch.cat([self.reads(name) for name in names], 1)
+        free = torch.zeros(_NOISE, self.width, dtype=torch.float64)
+        at = torch.arange(_NOISE)
+        free[at, self.width - 2 - 2 * _NOISE + at] = 1.0
+        free[at, self.width - 2 - _NOISE + at] = -1.0
+        for place in range(first, first + self.build.noise_heads):
+            dims = self.still[place % group * self.block :][:_NOISE]
+
+            def drawn(scale: float) -> Tensor:
+                shape = (read.shape[1], _NOISE)
+                return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+            W_Q[place][:, dims] = read @ drawn(1.5)
+            W_K[place // group][:, dims] = read @ drawn(1.5)
+            W_V[place // group][:, dims] = read @ drawn(0.1)
+            W_O[place][:, dims] = (free @ self.turn).mT
+
+    def mlp(self, lookups: list[Lookup]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weights of one MLP: a hidden unit for every row of its tables."""
+        reads: list[Tensor] = []
+        biases: list[Tensor] = []
+        writes: list[Tensor] = []
+        for lookup in lookups:
+            made = self.steps(lookup) if lookup.cuts else self.rows(lookup)
+            for parts, part in zip((reads, biases, writes), made, strict=True):
+                parts.append(part)
+        if not lookups:
+            empty = torch.zeros(self.width, 1, dtype=torch.float64)
+            return empty, empty[0], empty.mT
+        return torch.cat(reads, 1), torch.cat(biases), torch.cat(writes, 0)
+
+    def rows(self, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one unit for every combination of categorical values."""
+        sizes = [self.program.sizes[name] for name in lookup.inputs]
+        if 0 in sizes:
+            raise InputError(f"lookup {lookup.output!r} reads a number: give it cuts.")
+        values = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).reshape(
+            -1, len(sizes)
+        )
+        reads = sum(self.reads(name)[:, values[:, n]] for n, name in enumerate(lookup.inputs))
+        outputs = [int(lookup.maps(*row)) for row in values.tolist()]
+        bias = torch.full((len(values),), 1.0 - len(sizes), dtype=torch.float64)
+        assert isinstance(reads, Tensor)  # noqa: S101  # there is at least one input
+        return reads, bias, (self.pairs(lookup.output) @ self.turn)[outputs]
+
+    def steps(self, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor]:
+        """Return two units for every cut of a number, and a constant one for what lies below."""
+        read, one = self.reads(lookup.inputs[0])[:, :1], self.reads("one")
+        written = self.pairs(lookup.output) @ self.turn
+        values = [int(lookup.maps(n)) for n in range(len(lookup.cuts) + 1)]
+        reads, biases, writes = [one], [torch.zeros(1).double()], [written[values[0]][None]]
+        for n, cut in enumerate(lookup.cuts):
+            change = (written[values[n + 1]] - written[values[n]])[None]
+            for late, sign in ((0.0, 1.0), (1.0, -1.0)):
+                reads.append(read * _STEP)
+                biases.append(torch.tensor([-_STEP * cut + 0.5 - late], dtype=torch.float64))
+                writes.append(sign * change)
+        return torch.cat(reads, 1), torch.cat(biases), torch.cat(writes, 0)
+
 
 Slot = Literal["query", "key", "value", "mlp", "output"]
 

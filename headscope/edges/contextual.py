@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.files import Saved
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, number
-from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design
 from headscope.edges.rules import Rules

@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import capture
+from headscope.base.files import Saved
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, Words, number
-from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
 from headscope.edges.written import PaddedTexts, check_family, heads_write
 from headscope.errors import InputError

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.files import Saved
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, Words, number
-from headscope.base.saved import Saved
 from headscope.base.specs import Provenance
 from headscope.circuits.ov_qk import qk_of_run, with_bias
 from headscope.edges.contextual import NodeWrite, SplitRun, run_split

@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from headscope.ablation.heads import ablate_heads
-from headscope.base.files import writable_folder
+from headscope.base.files import Saved, writable_folder
 from headscope.base.options import RunOptions, track
-from headscope.base.saved import Saved
 from headscope.base.statistics import benjamini_hochberg
 from headscope.errors import HeadscopeError, InputError, nearest
 from headscope.heads import HeadIndex

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from headscope import capture, probes
 from headscope.base.configs import Strict, parse
-from headscope.base.files import check_same, whole_file, writable_folder
+from headscope.base.files import check_same, frozen, whole_file, writable_folder
 from headscope.base.options import RunOptions
-from headscope.base.saved import frozen
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError
 from headscope.lens.attribution import rows_of

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.base.batches import PATCHES, PIXELS, TEXT, TOKENS, Batch
+from headscope.base.files import Saved
 from headscope.base.result import Glance, Shown, sizes
-from headscope.base.saved import Saved
 from headscope.base.stacks import PatchGrid
 from headscope.errors import InputError
 

@@ -1,8 +1,5 @@
 """Retrieval heads: what a model copies from far back while it answers, head by head."""
 
-from headscope.retrieval.decore import Contrast as Contrast
-from headscope.retrieval.decore import DeCoReProcessor as DeCoReProcessor
-from headscope.retrieval.decore import decore as decore
 from headscope.retrieval.faithful import PassageFaithfulness as PassageFaithfulness
 from headscope.retrieval.faithful import contradictions as contradictions
 from headscope.retrieval.faithful import faithfulness as faithfulness
@@ -19,8 +16,11 @@ from headscope.retrieval.forms import by_kv_head as by_kv_head
 from headscope.retrieval.forms import decoded as decoded
 from headscope.retrieval.forms import forced as forced
 from headscope.retrieval.forms import scan_grid as scan_grid
+from headscope.retrieval.generation import Contrast as Contrast
+from headscope.retrieval.generation import DeCoReProcessor as DeCoReProcessor
 from headscope.retrieval.generation import Generated as Generated
 from headscope.retrieval.generation import Mask as Mask
+from headscope.retrieval.generation import decore as decore
 from headscope.retrieval.generation import generate as generate
 from headscope.retrieval.generation import mask_heads as mask_heads
 from headscope.retrieval.in_context import in_context_score as in_context_score

@@ -23,14 +23,16 @@ from headscope.probes import Needle, Probe, needle
 from headscope.probes.encoding import encode, need_tokenizer, ordinary_tokens
 from headscope.probes.needle import Writer, facts, fixed_needles, writer_for
 from headscope.probes.pairs import CAPITALS
-from headscope.retrieval.decore import Alpha, Contrast, decore
 from headscope.retrieval.follow import need_marks
 from headscope.retrieval.generation import (
+    Alpha,
+    Contrast,
     Generated,
     Mask,
     Masking,
     Text,
     batches,
+    decore,
     generate,
     prompt_ids,
 )

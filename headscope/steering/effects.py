@@ -11,9 +11,9 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import Measurement, by_head, present
+from headscope.base.files import Saved
 from headscope.base.options import RunOptions, track
 from headscope.base.result import Glance, Shown, Tabular, number
-from headscope.base.saved import Saved
 from headscope.base.statistics import Design, mean_and_sem
 from headscope.edits import AnyEdit, HeadEdit, Heads, Span, Variant
 from headscope.errors import InputError, nearest, positive, whole

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.files import Saved
 from headscope.base.result import Glance, Shown, Tabular, number, readable
-from headscope.base.saved import Saved
 from headscope.edits import Span
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import marked, present
+from headscope.base.files import Saved
 from headscope.base.result import Glance, Shown, Tabular, number, sizes
-from headscope.base.saved import Saved
 from headscope.edits import AnyEdit, HeadEdit, Heads, Scope, Span
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex, ModelShape

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from headscope import metrics
 from headscope.ablation import ablate_groups
+from headscope.base.files import Saved, Stored
 from headscope.base.result import (
     Facts,
     Glance,
@@ -23,7 +24,6 @@ from headscope.base.result import (
     Words,
     number,
 )
-from headscope.base.saved import Saved, Stored
 from headscope.base.specs import Provenance
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError, UnsupportedModelError

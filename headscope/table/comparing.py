@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.files import Saved
 from headscope.base.result import Drawn, Glance, Rows, Section, Shown, Tabular, Words, number
-from headscope.base.saved import Saved
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex

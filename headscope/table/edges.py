@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.base.files import read_parquet, whole_file
+from headscope.base.files import Saved, Stored, read_parquet, whole_file
 from headscope.base.result import (
     Drawn,
     Facts,
@@ -24,7 +24,6 @@ from headscope.base.result import (
     number,
     shaded,
 )
-from headscope.base.saved import Saved, Stored
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design, mean_and_sem
 from headscope.errors import InputError, nearest

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from headscope.base.files import read_parquet, whole_file
+from headscope.base.files import Saved, frozen, read_parquet, whole_file
 from headscope.base.result import (
     Drawn,
     Glance,
@@ -24,7 +24,6 @@ from headscope.base.result import (
     shaded,
     sizes,
 )
-from headscope.base.saved import Saved, frozen
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design, compare_means, mean_and_sem, mean_interval, top_order
 from headscope.errors import InputError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from headscope.base.files import whole_file
+from headscope.base.files import Saved, Stored, frozen, whole_file
 from headscope.base.result import (
     Drawn,
     Glance,
@@ -24,7 +24,6 @@ from headscope.base.result import (
     readable,
     sizes,
 )
-from headscope.base.saved import Saved, Stored, frozen
 from headscope.base.specs import Provenance
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex

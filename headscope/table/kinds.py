@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.files import Saved, Stored
 from headscope.base.result import (
     Glance,
     Grid,
@@ -20,7 +21,6 @@ from headscope.base.result import (
     number,
     short,
 )
-from headscope.base.saved import Saved, Stored
 from headscope.base.specs import Provenance
 from headscope.heads import HeadIndex
 from headscope.table.scores import HeadScores

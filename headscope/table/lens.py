@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from headscope.base.files import read_parquet, whole_file
+from headscope.base.files import Saved, frozen, read_parquet, whole_file
 from headscope.base.result import (
     Drawn,
     Glance,
@@ -25,7 +25,6 @@ from headscope.base.result import (
     readable,
     sizes,
 )
-from headscope.base.saved import Saved, frozen
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Bounds, mean_interval, top_order
 from headscope.errors import HeadscopeError, InputError, nearest

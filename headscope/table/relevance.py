@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from headscope.base.files import Saved, Stored, frozen
 from headscope.base.result import (
     Drawn,
     Glance,
@@ -18,7 +19,6 @@ from headscope.base.result import (
     shaded,
     sizes,
 )
-from headscope.base.saved import Saved, Stored, frozen
 from headscope.base.specs import Provenance
 from headscope.base.statistics import top_order
 from headscope.errors import InputError

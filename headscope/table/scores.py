@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from headscope.base.files import Saved, Stored, frozen
 from headscope.base.result import Glance, Grid, Shown, short
-from headscope.base.saved import Saved, Stored, frozen
 from headscope.base.specs import Direction, Provenance, ScoreSpec, Specified
 from headscope.base.statistics import (
     LEVEL,

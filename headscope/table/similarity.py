@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from headscope.base.files import Saved, frozen
 from headscope.base.result import Drawn, Glance, Section, Shown, Tabular, number, sizes
-from headscope.base.saved import Saved, frozen
 from headscope.base.specs import Provenance, ScoreSpec, Specified
 from headscope.errors import InputError, whole
 from headscope.heads import HeadIndex

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.files import Saved, Stored, frozen
 from headscope.base.result import Glance, Shown, Tabular, number
-from headscope.base.saved import Saved, Stored, frozen
 from headscope.base.specs import Provenance
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex

@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from headscope.base.files import MAX_VALUES as _MAX_VALUES
-from headscope.base.files import read_parquet, whole_file
+from headscope.base.files import Stored, read_parquet, whole_file
 from headscope.base.result import Glance, Rows, Section, Shown, Words
-from headscope.base.saved import Stored
 from headscope.base.specs import Provenance, ScoreSpec
 from headscope.base.statistics import Design, rank_correlation, top_k_overlap
 from headscope.errors import InputError, nearest

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Complex, Float
 
-from headscope.base.files import whole_file
+from headscope.base.files import Saved, frozen, whole_file
 from headscope.base.result import Glance, Shown, Tabular, number, sizes
-from headscope.base.saved import Saved, frozen
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Bounds, top_order
 from headscope.errors import InputError

@@ -10,8 +10,7 @@ import torch
 
 import headscope as hs
 from headscope.compiled import LIBRARY, Build, Compiled, Head, Lookup, offset, same
-from headscope.compiled.compiled import BuildOptions
-from headscope.compiled.compiler import LOGIT_SCALE
+from headscope.compiled.compiled import LOGIT_SCALE, BuildOptions
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 

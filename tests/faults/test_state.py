@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import headscope as hs
 from headscope.base import options as memory
 from headscope.models.bridge.model import bridge_over, wrap_bridge
-from headscope.models.parameters import weight_digest
+from headscope.models.running import weight_digest
 from headscope.scoring.score import Accumulator
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
 from tests.watching import watch

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from headscope.models.parameters import Digest, weight_digest
+from headscope.models.running import Digest, weight_digest
 
 
 def test_it_is_the_digest_of_the_weights_as_they_are_now() -> None:
@@ -38,7 +38,7 @@ def test_it_tells_weights_apart_that_are_swapped_by_name() -> None:
 
 
 def test_sums_that_stand_for_weights_on_other_devices_see_moves_and_single_bits() -> None:
-    from headscope.models.parameters import _place_sums
+    from headscope.models.running import _place_sums
 
     weight = torch.randn(513, 700)
     known = _place_sums({"a": weight})["a"]

@@ -11,7 +11,7 @@ from headscope.models import bundled
 from headscope.sweeps import make_plan
 from headscope.sweeps.bench import Benches
 from headscope.sweeps.plan import Plan, plan_from_json, plan_json
-from headscope.sweeps.planner import manifest
+from headscope.sweeps.run import manifest
 from headscope.sweeps.store import KEYS, Store
 from tests.sweeps.support import REPEATED, config
 

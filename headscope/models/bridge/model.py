@@ -24,11 +24,17 @@ from headscope.models.hf.measured import (
 )
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.transformers_api import make_eager
-from headscope.models.parameters import Digest, all_weights
 from headscope.models.proof import Proof, gap
 from headscope.models.protocol import Edit, glance_of, unmeasured_write
 from headscope.models.rotary import POSITIONS, find_rotation, no_rotation
-from headscope.models.running import accepted, need_gradients, padding, pass_over
+from headscope.models.running import (
+    Digest,
+    accepted,
+    all_weights,
+    need_gradients,
+    padding,
+    pass_over,
+)
 from headscope.models.taps import writes_of
 from headscope.views import HeadWeights, Norm, QueryKey, Rotation, Unembedding
 

@@ -26,9 +26,8 @@ from headscope.models.hf.interface import routed
 from headscope.models.hf.measured import LogitMap, Watch, measure_logit_map, ramp, write_scales
 from headscope.models.hf.removed import NoHeads, kept_in
 from headscope.models.hf.transformers_api import takes_attention_functions
-from headscope.models.parameters import runs_on
 from headscope.models.rotary import turning_length
-from headscope.models.running import Finished, accepted, answer, pass_over
+from headscope.models.running import Finished, accepted, answer, pass_over, runs_on
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,10 +24,9 @@ from headscope.base.batches import Batch
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall
 from headscope.models.hf.hooks import Call, Hook, after, hooked, stream_of
-from headscope.models.parameters import at_hand, parameter, runs_on
 from headscope.models.proof import Gap, gap
 from headscope.models.protocol import AttentionWrite
-from headscope.models.running import pass_over
+from headscope.models.running import at_hand, parameter, pass_over, runs_on
 from headscope.models.taps import Tap
 from headscope.views import Norm, QueryKey, Rotation, Unembedding
 

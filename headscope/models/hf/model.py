@@ -32,12 +32,13 @@ from headscope.models.hf.passes import AttentionTaps, Scope
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.weights import matrix
-from headscope.models.parameters import Digest, all_weights
 from headscope.models.proof import Proof
 from headscope.models.protocol import Edit, glance_of, unmeasured_write
 from headscope.models.rotary import no_rotation
 from headscope.models.running import (
+    Digest,
     accepted,
+    all_weights,
     answer,
     first_position,
     need_gradients,

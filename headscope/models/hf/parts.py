@@ -33,10 +33,9 @@ from headscope.models.hf.weights import (
     only_tensor,
     read_weights,
 )
-from headscope.models.parameters import at_hand
 from headscope.models.proof import gap, rounding
 from headscope.models.rotary import POSITIONS, find_rotation, turns
-from headscope.models.running import accepted, pass_over
+from headscope.models.running import accepted, at_hand, pass_over
 from headscope.models.taps import Texts
 from headscope.views import HeadNorm, HeadWeights, Norm, QueryKey, Rotation
 

@@ -36,10 +36,9 @@ from headscope.models.hf.passes import AttentionTaps
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.transformers_api import attention_named, takes_attention_functions
 from headscope.models.hf.weights import bias, matrix
-from headscope.models.parameters import Digest, all_weights, runs_on
 from headscope.models.proof import Gap, LoadCheck, Proof, gap, rounding
 from headscope.models.protocol import Edit, glance_of
-from headscope.models.running import answer, need_gradients, pass_over
+from headscope.models.running import Digest, all_weights, answer, need_gradients, pass_over, runs_on
 from headscope.models.taps import Read, Reads, TapView, Texts, Write, at_layers
 from headscope.views import HeadWeights, Unembedding
 
