@@ -76,7 +76,7 @@ def test_l1_no_tensor_grows_with_the_vocabulary(name: str, monkeypatch: pytest.M
         "circuits.vocabulary._BLOCK_ENTRIES",
         "lens.linear._BLOCK_ENTRIES",
         "lens.reading._ENTRIES",
-        "views.outputs._ENTRIES",
+        "views._ENTRIES",
     ):
         monkeypatch.setattr(f"headscope.{place}", _ENTRIES)
     monkeypatch.setattr("headscope.circuits.vocabulary._KEPT_ENTRIES", 0)
