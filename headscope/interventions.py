@@ -15,6 +15,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -397,17 +398,24 @@ class TopK(_Sparse):
 
 @dataclass(frozen=True, eq=False)
 class Denoise(Intervention):
-    """Rotary bands of some heads' queries are taken out of the scores (DoPE, by parts).
+    """Rotary bands of some heads' queries are taken out, or replaced by noise (DoPE).
 
-    The two coordinates of each plane become 0 in the query, so that the plane adds nothing to any
-    score; heads without planes stay as they are. Which planes: those that nearly all tokens share,
-    ``hs.geometry.rotary_bands(model).below(entropy)``.
+    Without noise the two coordinates of each plane become 0 in the query, so that the plane adds
+    nothing to any score (truncation). With noise they become Gaussian numbers, drawn for every
+    head and position in the text and the same in every text, times the root mean square of the
+    query's own coordinates. Heads without planes stay as they are. Which planes: those that nearly
+    all tokens share, ``hs.geometry.rotary_bands(model).below(entropy)``; all planes of a head
+    denoise it as a whole.
 
     Attributes:
         planes: by head, which planes, counted from the fastest to the slowest.
+        noise: standard deviation of the noise, as a multiple of the query's root mean square;
+            0 truncates.
+        seed: of the noise.
 
     Source:
-        Xiong et al. 2025, "DoPE: Denoising Rotary Position Embedding" (arXiv 2511.09146).
+        Xiong et al. 2025, "DoPE: Denoising Rotary Position Embedding" (arXiv 2511.09146): by
+        parts, by all and by Gaussian. The size of the noise relative to the query is ours.
 
     Example:
         >>> model = hs.load("tiny-llama")
@@ -419,40 +427,73 @@ class Denoise(Intervention):
     """
 
     planes: Mapping[HeadIndex | str, Sequence[int]]
+    noise: float = 0.0
+    seed: int = 0
     name: ClassVar[str] = "denoise"
+
+    def __post_init__(self) -> None:
+        """Refuse noise without a size.
+
+        Raises:
+            InputError: if the noise or the seed is negative, or no number.
+        """
+        if not (isinstance(self.noise, int | float) and 0 <= self.noise < float("inf")):
+            raise InputError(f"noise={self.noise!r} of Denoise: give a finite number from 0 on.")
+        if whole(self.seed, "seed") < 0:
+            raise InputError(f"seed={self.seed} of Denoise: give a whole number from 0 on.")
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Name, and the planes of each head."""
-        return {
-            "method": self.name,
-            "planes": {str(head): list(some) for head, some in self.planes.items()},
-        }
+        """Name, the planes of each head, and the noise."""
+        planes = {str(head): list(some) for head, some in self.planes.items()}
+        noisy = {"noise": self.noise, "seed": self.seed} if self.noise else {}
+        return {"method": self.name, "planes": planes, **noisy}
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Find the coordinates of the planes.
+        """Find the coordinates of the planes, and draw the noise.
 
         Raises:
             InputError: if a head or a plane is not there.
             UnsupportedModelError: if the model has no rotary positions.
         """
-        kept = self._kept(setting.model)
+        model, probe = setting.model, setting.probe
+        taken = self._taken(model)
+        drawn = {layer: self._drawn(model, probe.length, layer) for layer in taken}
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            new = drawn
+            if self.noise and bool((probe.first[chosen] != 0).any()):  # padding on the left
+                at = probe.position_in_text[chosen].clamp_min(0).cpu()
+                new = {layer: noise[:, at].transpose(0, 1) for layer, noise in drawn.items()}
+            donors = {
+                layer: torch.where(taken[layer], self.noise * noise, torch.nan)
+                for layer, noise in new.items()
+            }
             where = setting.where(chosen)
             return lambda heads: edits.HeadEdit.at(
-                self.name, heads, site="query", donors=kept, change=_product, positions=where
+                self.name, heads, site="query", donors=donors, change=_denoised, positions=where
             )
 
         return batch
 
-    def _kept(self, model: HeadModel) -> dict[int, Tensor]:
-        """1 at coordinates that stay, by layer ``[head 1 d_head]``."""
+    def _drawn(
+        self, model: HeadModel, length: int, layer: int
+    ) -> Float[Tensor, "#head #pos #d_head"]:
+        """Noise of one layer; longer texts begin with that of shorter ones."""
+        if self.noise == 0:
+            return torch.zeros(1, 1, 1)
+        size = (length, model.shape.n_heads, model.shape.d_head)
+        noise = np.random.default_rng((self.seed, layer)).standard_normal(size, np.float32)
+        return torch.from_numpy(noise).transpose(0, 1)
+
+    def _taken(self, model: HeadModel) -> dict[int, Tensor]:
+        """Coordinates that are taken out, by layer ``[head 1 d_head]``."""
         if "rotary" in model.limits:
             raise UnsupportedModelError(model.limits["rotary"])
         shape = model.shape
-        kept = {
-            layer: torch.ones(shape.n_heads, 1, shape.d_head) for layer in shape.attention_layers
+        taken = {
+            layer: torch.zeros(shape.n_heads, 1, shape.d_head, dtype=torch.bool)
+            for layer in shape.attention_layers
         }
         for name, planes in self.planes.items():
             (head,) = edits.head_list([name])
@@ -464,12 +505,16 @@ class Denoise(Intervention):
                 if not 0 <= plane < len(order):
                     raise InputError(f"{head} has {len(order)} rotary planes, not plane {plane}.")
                 at = order[plane]
-                kept[head.layer][head.head, 0, [rotation.first[at], rotation.second[at]]] = 0
-        return kept
+                taken[head.layer][head.head, 0, [rotation.first[at], rotation.second[at]]] = True
+        return taken
 
 
-def _product(value: Tensor, kept: Tensor | None) -> Tensor:
-    return value if kept is None else value * kept
+def _denoised(value: Tensor, new: Tensor | None) -> Tensor:
+    """Put new coordinates, in units of the vector's root mean square, where they are no NaN."""
+    if new is None:
+        return value
+    size = value.float().square().mean(-1, keepdim=True).sqrt().to(value.dtype)
+    return torch.where(new.isnan(), value, new.nan_to_num() * size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -105,6 +105,46 @@ def test_denoising_takes_a_planes_part_out_of_the_scores() -> None:
     assert float(none.mean[0, 1]) == pytest.approx(0, abs=1e-6)
 
 
+def test_noise_of_the_querys_size_stands_where_planes_were() -> None:
+    model, probe = model_of("llama"), probe_of()
+    planes = tuple(range(model.shape.d_head // 2))
+    noisy = hs.interventions.Denoise({"L0H1": planes}, noise=0.5, seed=3)
+    setting = hs.interventions.Setting(model, probe, None, len(probe))
+
+    def queries(some: hs.Probe, intervention: hs.interventions.Denoise | None) -> torch.Tensor:
+        found = []
+        setting = hs.interventions.Setting(model, some, None, len(some))
+        edits = []
+        if intervention is not None:
+            edits = [intervention.prepare(setting)(slice(0, len(some)), None)(["L0H1"])]
+        model.run(
+            some,
+            reads={("query", 0): lambda view: found.append(view.value.clone())},
+            writes=hs.models.taps.writes_of(edits),
+        )
+        return found[0]
+
+    plain, changed = queries(probe, None), queries(probe, noisy)
+    torch.testing.assert_close(changed[:, 0], plain[:, 0])
+    unit = changed[:, 1] / plain[:, 1].square().mean(-1, keepdim=True).sqrt()
+    assert float(unit.std()) == pytest.approx(0.5, rel=0.15)
+    assert abs(float(unit.mean())) < 0.1
+    torch.testing.assert_close(unit[0], unit[1])  # the same in every text
+    assert not torch.allclose(unit[0, 0], unit[0, 1])
+    left = hs.probes.from_tokens(
+        torch.nn.functional.pad(probe.tokens, (2, 0)),
+        real=torch.nn.functional.pad(probe.real, (2, 0)),
+    )
+    torch.testing.assert_close(queries(left, noisy)[:, 1, 2:], changed[:, 1], atol=1e-4, rtol=1e-4)
+    other = hs.interventions.Denoise({"L0H1": planes}, noise=0.5, seed=4)
+    assert not torch.allclose(queries(probe, other)[:, 1], changed[:, 1])
+    assert hs.testing.check_intervention(noisy, model)
+    assert noisy.prepare(setting) is not None
+    assert noisy.facts["noise"] == 0.5
+    with pytest.raises(InputError, match="noise=-1"):
+        hs.interventions.Denoise({}, noise=-1.0)
+
+
 def test_gains_by_hand() -> None:
     model = model_of("gpt2")
     tokens = torch.randint(3, families.VOCAB, (1, 2), generator=torch.Generator().manual_seed(0))
