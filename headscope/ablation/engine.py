@@ -15,13 +15,14 @@ from torch import Tensor
 
 from headscope.base.options import Advance, free_cached_memory, is_out_of_memory, keep_freed_memory
 from headscope.base.stacks import all_causal
-from headscope.edits import Variant, cut, scale, stack, zero
+from headscope.edits import Variant, cut, first_layer, scale, stack, zero
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.interventions import Place
 from headscope.metrics import AnyMetric, LogitRows, Metric, WholeMetric
 from headscope.models.hf.model import HFModel
-from headscope.models.hf.replay import Replay, quick_activations, record
+from headscope.models.hf.replay import Replay, Resumable, quick_activations, record
+from headscope.models.hf.seq2seq import StackView
 from headscope.models.protocol import HeadModel
 from headscope.models.running import use_of
 from headscope.models.taps import Read, Reads, Tap, TapView, Texts, Write, writes_of
@@ -134,7 +135,7 @@ class ForwardSource:
         copies = len(variants)
         read = self.read.cpu()
         at = read.any(0).nonzero().squeeze(1)
-        with quick(self.model):
+        with quick(self.model), self._pass(variants, list(self.reads)):
             logits = self.model.run(
                 self._texts.repeated(copies),
                 reads=self.reads,
@@ -158,13 +159,20 @@ class ForwardSource:
     def _values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
         found: dict[Tap, Tensor] = {}
         copies = len(variants)
-        self.model.run(
-            self._texts.repeated(copies),
-            reads=dict.fromkeys(taps, kept_in(found, copies)),
-            writes=self.writes(variants),
-            logits_at=torch.empty(0, dtype=torch.long),
-        )
+        with self._pass(variants, taps):
+            self.model.run(
+                self._texts.repeated(copies),
+                reads=dict.fromkeys(taps, kept_in(found, copies)),
+                writes=self.writes(variants),
+                logits_at=torch.empty(0, dtype=torch.long),
+            )
         return found
+
+    def _pass(
+        self, _variants: Sequence[Variant], _taps: Sequence[Tap]
+    ) -> AbstractContextManager[None]:
+        """Scope of one pass."""
+        return nullcontext()
 
     def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
         """They are logits already."""
@@ -175,6 +183,31 @@ class ForwardSource:
         return self.rows([()])
 
 
+@dataclass(frozen=True, eq=False)
+class ResumedSource(ForwardSource):
+    """Whole passes that take the blocks before the first edit from a clean pass.
+
+    Attributes:
+        clean_pass: that pass; None: everything runs.
+    """
+
+    clean_pass: Resumable | None = None
+
+    def start(self, variant: Variant) -> tuple[int, int]:
+        """First layer that a variant runs, from its first position on."""
+        layer = first_layer(variant)
+        return self.model.shape.n_layers if layer is None else layer, 0
+
+    def _pass(
+        self, variants: Sequence[Variant], taps: Sequence[Tap]
+    ) -> AbstractContextManager[None]:
+        if self.clean_pass is None:
+            return nullcontext()
+        layers = [self.start(variant)[0] for variant in variants]
+        layers += [0 if tap.layer is None else tap.layer for tap in taps]
+        return self.clean_pass.before(min(layers), len(variants))
+
+
 @dataclass(frozen=True)
 class Engine:
     """How a model is run, and how far a pass that edits nothing is from the model's own logits.
@@ -183,11 +216,20 @@ class Engine:
         replays: whether parts of a pass can be run again.
         prefix: whether positions before the first edit can be kept.
         noop_error: largest difference of logits, as a share of the largest logit.
+        resumes: whether whole passes can take the blocks before the first edit from a clean one.
     """
 
     replays: bool
     prefix: bool
     noop_error: float
+    resumes: bool = False
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        if self.replays:
+            return "suffix replay"
+        return "passes from the first edited layer" if self.resumes else "whole passes"
 
     def source(
         self,
@@ -198,6 +240,9 @@ class Engine:
         inputs: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Source:
         """Make a batch ready; ``inputs`` are what the model reads beside tokens."""
+        if self.resumes and isinstance(model, HFModel | StackView):
+            clean = Resumable.of(model, Texts(tokens, real, inputs))
+            return ResumedSource(model, tokens, real, read, inputs=inputs, clean_pass=clean)
         if not self.replays or not isinstance(model, HFModel):
             return ForwardSource(model, tokens, real, read, inputs=inputs)
         padding = None if bool(real.all()) else real
@@ -225,9 +270,10 @@ def engine_for(
     """The fastest way to run a model that gives its own logits when nothing is edited.
 
     Tried once per model, on two short texts of the batch: suffix replay with kept prefixes and a
-    last block cut to what is read; suffix replay alone; whole passes. Running out of memory says
+    last block cut to what is read; suffix replay alone; passes of the whole model that take the
+    blocks before the first edit from a clean one; whole passes. Running out of memory says
     nothing about a model: then memory is freed and the trial taken again, or its error raised.
-    A model that reads more than tokens is run in whole passes.
+    A model that reads more than tokens is not replayed.
     """
     keep_freed_memory()
     if inputs:
@@ -252,7 +298,33 @@ def _whole(model: HeadModel, texts: Texts) -> Engine:
     assert own is not None  # noqa: S101  # logits were asked for
     assert again is not None  # noqa: S101
     error = (again - own).abs().max() / own.abs().max().clamp_min(1e-12)
-    return Engine(False, False, float(error))
+    return Engine(False, False, float(error), resumes=_resumes(model, first))
+
+
+def _resumes(model: HeadModel, texts: Texts) -> bool:
+    """Whether a pass from a middle layer on, all of whose heads are zeroed, is the whole pass."""
+    if not isinstance(model, HFModel | StackView) or use_of(model.module).scopes:
+        return False
+    layers = model.shape.attention_layers
+    layer = layers[len(layers) // 2]
+    off = [(scale([head for head in model.shape.heads if head.layer == layer], 0.0),)] * 2
+    try:
+        clean = Resumable.of(model, texts)
+        if clean is None:
+            return False
+        whole = model.run(texts, writes=writes_of(off[0]))
+        with clean.before(layer, copies=2):
+            again = model.run(texts.repeated(2), writes=writes_of(stack(off)))
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False  # a block is called in a way that a stand-in does not know
+    assert whole is not None  # noqa: S101  # logits were asked for
+    assert again is not None  # noqa: S101
+    size = float(whole.float().abs().max()) or 1.0
+    difference = again.float().unflatten(0, (2, -1)) - whole.float()
+    limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+    return bool(difference.abs().max() <= limit * size)  # not where one is NaN
 
 
 def _tried_twice(model: HeadModel, tokens: Tensor, real: Tensor) -> Engine:
@@ -303,7 +375,8 @@ def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = Tru
             ):
                 return Engine(True, prefix, error)
     engine = Engine(False, False, 0.0)
-    return Engine(False, False, _largest(_noop_errors, model, engine, tokens, real, read, own))
+    error = _largest(_noop_errors, model, engine, tokens, real, read, own)
+    return Engine(False, False, error, replay and _resumes(model, Texts(tokens, real)))
 
 
 def _largest(
@@ -684,7 +757,7 @@ def proofs(
     head = heads[len(heads) // 2]
     changed, error = _check_head(model, engine, batch, place, head)
     return {
-        "engine": "suffix replay" if engine.replays else "whole passes",
+        "engine": engine.name,
         "prefix_reuse": engine.prefix,
         "noop_error": engine.noop_error,
         "head_checked": str(head),
@@ -719,7 +792,7 @@ def _check_head(
             "do what it says."
         )
     changed = bool(difference[head.head] > 0)
-    if not engine.replays:
+    if not (engine.replays or engine.resumes):
         return changed, None
     source = engine.source(model, one.tokens, one.real, read, one.inputs)
     again = RecordedBatch(one, batch.metric, source, read, batch.limit, reads, partner)

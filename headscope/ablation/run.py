@@ -395,7 +395,7 @@ class Measurement:
             self.model,
             self.probe,
             seed=seed,
-            attention="suffix replay" if self.engine.replays else "whole passes",
+            attention=self.engine.name,
             **{"metric": self.metric.name, **facts},
         )
 

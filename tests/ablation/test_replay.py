@@ -6,14 +6,15 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from headscope import edits
+from headscope import edits, probes
 from headscope.ablation.engine import ForwardSource, engine_for
 from headscope.edits import Variant
 from headscope.models.hf.model import HFModel
 from headscope.models.hf.replay import Replay, record
 from headscope.models.loading import load
+from headscope.models.taps import Tap, Texts
 from tests.ablation.helpers import model_of, probe_of
-from tests.models import families
+from tests.models import encoders, families, seq2seq, vision
 
 
 def variants_of(
@@ -145,3 +146,61 @@ def test_prefixes_are_reused_with_and_without_padding(family: str, kind: str) ->
                     if real is None else real)  # fmt: skip
     assert engine.replays
     assert engine.prefix
+
+
+def without_a_replay(name: str) -> tuple[Any, Texts, list[torch.nn.Module]]:
+    """A model that replay does not know, a batch, and blocks that a late edit leaves alone."""
+    if name == "encoder":
+        model: Any = load(encoders.encoder("bert"))
+        tokens = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+        return model, Texts(tokens, torch.ones_like(tokens, dtype=torch.bool)), []
+    if name == "images":
+        model = load(vision.vision("vit"))
+        probe = probes.from_batch({"pixel_values": vision.pictures()})
+        return model, Texts(probe.tokens, probe.real, probe.inputs), []
+    whole: Any = load(seq2seq.module_of("t5"))
+    model = whole.stack(name)
+    inputs = {
+        **seq2seq.source_of("t5"),
+        "decoder_input_ids": torch.randint(5, 95, (2, 6), generator=torch.Generator()),
+    }
+    probe = probes.from_batch(inputs)
+    before = list(whole.stack("encoder").layout.blocks)
+    return model, Texts(probe.tokens, probe.real, probe.inputs), before
+
+
+@pytest.mark.parametrize("name", ["encoder", "images", "decoder", "cross"])
+def test_models_that_are_not_replayed_begin_at_the_first_edited_block(name: str) -> None:
+    model, texts, before = without_a_replay(name)
+    assert texts.real is not None
+    engine = engine_for(model, texts.tokens, texts.real, texts.inputs)
+    assert engine.resumes
+    assert not engine.replays
+    assert engine.name == "passes from the first edited layer"
+    where = torch.zeros(1, dtype=torch.long)
+    read = torch.zeros_like(texts.real)
+    read[:, 0] = True
+    source = engine.source(model, texts.tokens, texts.real, read, texts.inputs)
+    whole = ForwardSource(model, texts.tokens, texts.real, read, inputs=texts.inputs)
+    last = model.shape.n_layers - 1
+    idle = [*before, *model.layout.blocks[:last]]
+    assert len(idle) >= last
+    variants = [(edits.zero((last, 0)),), (edits.zero([(last, 1), (last, 2)]),)]
+    expected = whole.rows(variants)
+    ran: list[Any] = []
+    hooks = [
+        part.register_forward_hook(lambda module, *_: ran.append(module))
+        for block in idle
+        for part in block.modules()
+        if part is not block
+    ]
+    torch.testing.assert_close(source.rows(variants), expected, atol=1e-5, rtol=1e-5)
+    assert not ran
+    early: list[Variant] = [(edits.zero((0, 0)),), (edits.zero((last, 0)),)]
+    torch.testing.assert_close(source.rows(early), whole.rows(early), atol=1e-5, rtol=1e-5)
+    assert ran
+    for hook in hooks:
+        hook.remove()
+    values = source.values_at(variants, [Tap("z", 0)])
+    model.run(texts, reads={Tap("z", 0): lambda view: ran.append(view.value)}, logits_at=where)
+    torch.testing.assert_close(values[Tap("z", 0)][1], ran[-1])

@@ -139,6 +139,14 @@ class HFModel(Tapped, Shown):
         """Size, path and limits."""
         return glance_of(self)
 
+    def blocks_before(self, layer: int) -> tuple[nn.Module, ...]:
+        """Modules of the layers before a layer.
+
+        Args:
+            layer: that they come before.
+        """
+        return tuple(self.layout.blocks[:layer])
+
     @property
     def has_logits(self) -> bool:
         """Whether it gives a logit of every token at every position."""

@@ -30,6 +30,7 @@ from headscope.views import Unembedding
 
 if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
+    from headscope.models.hf.seq2seq import StackView
 
 
 @dataclass
@@ -162,6 +163,75 @@ def quick_activations(model: "HFModel") -> Iterator[None]:
             if type(module) in (NewGELUActivation, FastGELUActivation):
                 stack.enter_context(replaced(module, fused.forward))
         yield
+
+
+@dataclass(frozen=True, eq=False)
+class Resumable:
+    """A clean pass over a batch from which passes of the whole model take their first blocks.
+
+    For models whose blocks do not run alone: encoders with a head of several layers, images,
+    encoder-decoders. A block before the first edit gives what it gave, and everything else is the
+    model's own forward; a stack that feeds the edited one, such as the encoder of a decoder, is not
+    run again.
+
+    Attributes:
+        batch: number of examples.
+        outputs: what each block returned.
+    """
+
+    model: "HFModel | StackView"
+    batch: int
+    outputs: Mapping[nn.Module, Any]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: "HFModel | StackView", texts: Texts) -> "Resumable | None":
+        """Run a batch once, cleanly; None where a block runs more than once, or not at all.
+
+        Args:
+            model: that is run.
+            texts: the batch.
+        """
+        blocks = model.blocks_before(model.shape.n_layers)
+        use, found, runs = use_of(model.module), dict[nn.Module, Any](), list[nn.Module]()
+
+        def keep(module: nn.Module, _call: Call, output: Any) -> None:
+            if use.running() is not MEASURING:
+                found[module] = output
+                runs.append(module)
+
+        if len(set(blocks)) != len(blocks):
+            return None
+        with hooked(after(block, keep) for block in blocks):
+            model.run(texts, logits_at=torch.zeros(1, dtype=torch.long))
+        if len(runs) != len(blocks) or set(runs) != set(blocks):
+            return None
+        return cls(model, len(texts.tokens), found)
+
+    @contextmanager
+    def before(self, layer: int, copies: int) -> Iterator[None]:
+        """Within a scope, blocks before a layer give what they gave to the recorded batch.
+
+        Args:
+            layer: first that runs.
+            copies: how often the batch is stacked.
+        """
+        with held(self.model.module), ExitStack() as scope:
+            for block in self.model.blocks_before(layer):
+                output = self._times(self.outputs[block], copies)
+                scope.enter_context(replaced(block, partial(_given, output)))
+            yield
+
+    def _times(self, value: Any, copies: int) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._times(one, copies) for one in value)
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != self.batch:
+            return value
+        return repeated(value, copies)
+
+
+def _given(output: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return output
 
 
 # Up to so many queries the scores are cheaper than copies of the shared keys and values.

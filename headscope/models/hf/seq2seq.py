@@ -496,6 +496,17 @@ class StackView(Tapped, Shown):
             limits["logits"] = f"{family} has no language-model head, so it gives no logits."
         return limits | self.whole.proof.limits
 
+    def blocks_before(self, layer: int) -> tuple[nn.Module, ...]:
+        """Modules that run before a layer: its own stack's, and the encoder's before a decoder's.
+
+        Args:
+            layer: of this stack.
+        """
+        own = tuple(self.layout.blocks[:layer])
+        if self.stack_name == "encoder":
+            return own
+        return (*self.whole.stack("encoder").layout.blocks, *own)
+
     def _refused(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{what} of {self.name} ({self.module.config.model_type}), an encoder-decoder, is not "
