@@ -4,6 +4,7 @@ hs.flow.rollout(model, probe).matrix           # attention multiplied over layer
 hs.flow.alti(model, probe).matrix              # the same of vectors that attention moves
 hs.flow.norms(model, probe).norm_share         # how much each head moves between tokens
 hs.flow.through_heads(model, probe, "needle")  # rollout from the needle through each head
+hs.flow.source_contribution(model, probe)      # what a translation takes from its source
 hs.flow.routes(model, "The cat sat").edges     # who gives what to the last position
 """
 
@@ -19,3 +20,4 @@ from headscope.flow.rollout import through_heads as through_heads
 from headscope.flow.routes import proximity_shares as proximity_shares
 from headscope.flow.routes import route_scores as route_scores
 from headscope.flow.routes import routes as routes
+from headscope.flow.source import source_contribution as source_contribution

@@ -4,6 +4,7 @@ Every layer at every position: :func:`logit_lens`. One logit as an exact sum of 
 :func:`attribute`; over a probe, per head: :func:`head_attribution`. What single heads say:
 :func:`head_lens`. Learned lenses, each judged on held-out text beside the plain one:
 :func:`tuned_lens`, :func:`linear_shortcuts`, :func:`attention_lens`; read back by :func:`load`.
+What a decoder makes of each layer of its encoder: :func:`decoder_lens`.
 """
 
 from os import PathLike
@@ -16,6 +17,7 @@ from headscope.lens.attention import AttentionLens as AttentionLens
 from headscope.lens.attention import attention_lens as attention_lens
 from headscope.lens.attribution import attribute as attribute
 from headscope.lens.attribution import head_attribution as head_attribution
+from headscope.lens.decoder import decoder_lens as decoder_lens
 from headscope.lens.fitting import FitReport as FitReport
 from headscope.lens.fitting import LensConfig, load_lens
 from headscope.lens.linear import ResidualLens as ResidualLens

@@ -25,10 +25,12 @@ from headscope.table.flow import Contributions as Contributions
 from headscope.table.flow import RouteEdge as RouteEdge
 from headscope.table.flow import RouteNode as RouteNode
 from headscope.table.flow import Routes as Routes
+from headscope.table.flow import SourceContribution as SourceContribution
 from headscope.table.flow import TokenFlow as TokenFlow
 from headscope.table.flow import TokenLogits as TokenLogits
 from headscope.table.kinds import RoleFinding as RoleFinding
 from headscope.table.lens import Attribution as Attribution
+from headscope.table.lens import DecoderLens as DecoderLens
 from headscope.table.lens import HeadWords as HeadWords
 from headscope.table.lens import LensGrid as LensGrid
 from headscope.table.scores import HeadScores as HeadScores

@@ -590,3 +590,71 @@ _ROUTE_ARRAYS: dict[tuple[str, ...], type] = {
     ("kinds", "layers", "sources", "targets"): np.int64,
     ("on_route",): bool,
 }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SourceContribution(Saved, Shown, Tabular):
+    """What each target token of a translation comes from.
+
+    Attributes:
+        source: share of each source token, 0 at padding.
+        prefix: share of each token that the decoder reads, the start token included.
+        real: real positions of the target.
+        read: real positions of the source.
+        tokens: what the decoder reads, by example.
+        sources: tokens of the source, by example.
+        provenance: where it came from.
+    """
+
+    source: Float[np.ndarray, "batch target source"]
+    prefix: Float[np.ndarray, "batch target prefix"]
+    real: Bool[np.ndarray, "batch target"]
+    read: Bool[np.ndarray, "batch source"]
+    tokens: tuple[tuple[str, ...], ...]
+    sources: tuple[tuple[str, ...], ...]
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Freeze the arrays."""
+        for name in ("source", "prefix"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float32))
+
+    @property
+    def share(self) -> Float[np.ndarray, "batch target"]:
+        """Share of the whole source in each target token, 0 to 1; NaN at padding."""
+        total: np.ndarray = self.source.sum(-1)
+        return np.where(self.real, total, np.nan)
+
+    @property
+    def sentence(self) -> Float[np.ndarray, " batch"]:
+        """Mean share of the source over the tokens of each target: low where it is made up."""
+        mean: np.ndarray = np.nanmean(self.share, axis=1)
+        return mean
+
+    def glance(self) -> Glance:
+        """Targets that come least from their source."""
+        order = np.argsort(self.sentence, kind="stable")[:6]
+        return Glance(
+            "source contribution",
+            [sizes(("target",), (len(self.real),)), self.provenance.model],
+            ("example", "target", "share of the source"),
+            [
+                (str(at), " ".join(self.tokens[at][1:]), number(float(self.sentence[at])))
+                for at in order.tolist()
+            ],
+            hint="found.share, found.sentence",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per target position: example, position, what the decoder read, its share."""
+        import pandas
+
+        example, position = np.nonzero(self.real)
+        return pandas.DataFrame(
+            {
+                "example": example,
+                "position": position,
+                "token": [self.tokens[i][j] for i, j in zip(example, position, strict=True)],
+                "share": self.share[example, position],
+            }
+        )

@@ -703,3 +703,66 @@ def _measure(said: Mapping[str, Any], rows: Iterable[Any]) -> LayerMeasure:
         description=str(said["description"]),
         source=str(said["source"]),
     )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DecoderLens(Saved, Shown, Tabular):
+    """What a decoder says when it reads an intermediate layer of its encoder.
+
+    Attributes:
+        layers: of the encoder that were read; 0 is what enters the first.
+        texts: what the decoder writes greedily, by layer and example.
+        loss: mean cross entropy of each target, in nats, its tokens given.
+        right: share of each target's tokens that are the likeliest, the ones before given.
+        normed: whether the encoder's final norm was applied.
+        provenance: where it came from.
+    """
+
+    layers: tuple[int, ...]
+    texts: tuple[tuple[str, ...], ...]
+    loss: Float[np.ndarray, "layer batch"]
+    right: Float[np.ndarray, "layer batch"]
+    normed: bool
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Freeze the arrays."""
+        for name in ("loss", "right"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+
+    def glance(self) -> Glance:
+        """Loss, share of right tokens, and the first text, layer by layer."""
+        return Glance(
+            "decoder lens",
+            [self.provenance.model, "through the final norm" if self.normed else "without a norm"],
+            ("encoder layer", "loss", "right", "first text"),
+            [
+                (
+                    str(layer),
+                    number(float(self.loss[at].mean())),
+                    number(float(self.right[at].mean())),
+                    self.texts[at][0] if self.texts[at] else "",
+                )
+                for at, layer in enumerate(self.layers)
+            ],
+            hint="lens.texts, lens.loss",
+            whole=True,
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per layer and example."""
+        import pandas
+
+        layer, example = np.indices(self.loss.shape).reshape(2, -1)
+        return pandas.DataFrame(
+            {
+                "layer": np.array(self.layers)[layer],
+                "example": example,
+                "loss": self.loss.ravel(),
+                "right": self.right.ravel(),
+                "text": [
+                    self.texts[i][j] if self.texts[i] else ""
+                    for i, j in zip(layer.tolist(), example.tolist(), strict=True)
+                ],
+            }
+        )
