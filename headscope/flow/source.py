@@ -8,8 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.capture import check_fits, chunks, passes
-from headscope.flow.contributions import shares_of
-from headscope.flow.parts import texts_of
+from headscope.flow.contributions import shares_of, texts_of
 from headscope.models.hf.seq2seq import StackView
 from headscope.models.hf.sublayers import Sublayer, arounds, need_encoder_decoder, streams, sublayer
 from headscope.models.protocol import HeadModel
