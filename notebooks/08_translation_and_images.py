@@ -112,15 +112,10 @@ bert = hs.load("tiny-bert")
 brackets = tasks.brackets(120, seed=1)
 print(brackets.texts[0])
 
-
-def names(partners: list[int]) -> list[str]:
-    return ["word" if p < 0 else "close" if p < at else "open" for at, p in enumerate(partners)]
-
-
-sentences = [
-    hs.syntax.Sentence.of_words(text.split(), partners, names(partners))
-    for text, partners in zip(brackets.texts, brackets.partners, strict=True)
-]
+sentences = []
+for text, partners in zip(brackets.texts, brackets.partners, strict=True):
+    names = ["word" if p < 0 else "close" if p < at else "open" for at, p in enumerate(partners)]
+    sentences.append(hs.syntax.Sentence.of_words(text.split(), partners, names))
 bank = hs.syntax.treebank(bert, sentences)
 found = hs.syntax.heads(bert, bank)
 print(found)
