@@ -603,6 +603,10 @@ def entmax_rows(
     Args:
         pattern: softmax rows, less what a sink takes.
         alpha: broadcasts to the rows, ``[... 1]``; all 1: the rows as they are.
+
+    Example:
+        >>> hs.edits.entmax_rows(torch.tensor([[0.8, 0.15, 0.05]]), torch.tensor([[2.0]])).tolist()
+        [[1.0, 0.0, 0.0]]
     """
     if alpha is None or bool((alpha.detach() == 1).all()):
         return pattern
@@ -614,7 +618,12 @@ def entmax_rows(
 
 
 def top_rows(pattern: Float[Tensor, "*any key"], k: int) -> Float[Tensor, "*any key"]:
-    """Softmax rows over the k most probable keys, made of rows over all."""
+    """Softmax rows over the k most probable keys, made of rows over all.
+
+    Example:
+        >>> hs.edits.top_rows(torch.tensor([[0.5, 0.3, 0.2]]), 2).round(decimals=3).tolist()
+        [[0.625, 0.375, 0.0]]
+    """
     if k >= pattern.shape[-1]:
         return pattern
     order = pattern.sort(dim=-1, descending=True, stable=True).indices[..., :k]

@@ -79,7 +79,7 @@ def positive(value: object, name: str) -> float:
     """Return an argument as a number, if it is finite and above 0.
 
     Args:
-        value: what the caller gave; True is no number.
+        value: what the caller gave; True is not a number.
         name: of the argument, as the message says it.
 
     Raises:

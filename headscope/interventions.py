@@ -42,16 +42,16 @@ class _Sums:
         return at_layers(shape, self._add)
 
     def _add(self, view: TapView) -> None:
-        self.sums[view.layer] = summed(view.z, self.real, self.per_position)
+        self.sums[view.layer] = _summed(view.z, self.real, self.per_position)
 
 
-def summed(z: Tensor, real: Tensor, per_position: bool) -> Tensor:
+def _summed(z: Tensor, real: Tensor, per_position: bool) -> Tensor:
     """Sum of ``z [batch pos head d_head]`` over real positions, or over examples at each."""
     weights = real.to(z.device)[:, :, None, None]
     return (z.float() * weights).sum(0 if per_position else (0, 1))
 
 
-def averaged(
+def _averaged(
     sums: Mapping[int, Tensor], real: Tensor, per_position: bool
 ) -> dict[int, Float[Tensor, "*pos head d_head"]]:
     """Sums divided by how many real positions they hold; 0 where there is none."""
@@ -85,7 +85,7 @@ def head_means(
     ):
         for layer, s in part.sums.items():
             total[layer] = total[layer] + s if layer in total else s
-    return averaged(total, probe.real, per_position)
+    return _averaged(total, probe.real, per_position)
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ class Intervention(ABC):
         return {"method": self.name, **numbers}
 
 
-def need_same_length(probe: Probe, reference: Probe, name: str) -> None:
+def _need_same_length(probe: Probe, reference: Probe, name: str) -> None:
     """Refuse a reference that has other positions than the probe.
 
     Raises:
@@ -587,7 +587,7 @@ class MeanPos(_FromReference):
     def prepare(self, setting: Setting) -> BatchPlace:
         """Take the means once, of the recorded run itself where that is the reference."""
         reference = self.reference_for(setting.probe)
-        need_same_length(setting.probe, reference, self.name)
+        _need_same_length(setting.probe, reference, self.name)
         means = _Means(setting, reference, per_position=True)
 
         def batch(chosen: slice, clean: Mapping[int, Tensor] | None) -> Place:
@@ -726,8 +726,8 @@ class _Means:
         s, probe = self._setting, self._setting.probe
         whole = self._reference is probe and s.batch_size >= len(probe)
         if self._means is None and whole and clean is not None:
-            sums = {layer: summed(z, probe.real, self._per_position) for layer, z in clean.items()}
-            self._means = averaged(sums, probe.real, self._per_position)
+            sums = {layer: _summed(z, probe.real, self._per_position) for layer, z in clean.items()}
+            self._means = _averaged(sums, probe.real, self._per_position)
         if self._means is None:
             self._means = head_means(
                 s.model,
@@ -821,7 +821,7 @@ def partners_of(n: int, n_reference: int, seed: int, own: bool) -> Int[Tensor, "
 
 
 def _need_aligned(probe: Probe, reference: Probe) -> None:
-    need_same_length(probe, reference, "it")
+    _need_same_length(probe, reference, "it")
     both = torch.cat([probe.real, reference.real])
     if not bool((both == both[:1]).all()):
         raise InputError(

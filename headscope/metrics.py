@@ -231,7 +231,7 @@ def rows_of(
 POOLINGS = ("own", "first", "mean")
 
 
-def log_prob(rows: LogitRows) -> Float[Tensor, " row"]:
+def _log_prob(rows: LogitRows) -> Float[Tensor, " row"]:
     """Log-probability of each row's target."""
     return rows.of(rows.targets) - rows.logits.logsumexp(1)
 
@@ -268,7 +268,7 @@ answer_log_prob = Metric(
         direction="higher",
         description="Log-probability of the target.",
     ),
-    log_prob,
+    _log_prob,
 )
 answer_probability = Metric(
     ScoreSpec(
@@ -278,7 +278,7 @@ answer_probability = Metric(
         direction="higher",
         description="Probability of the target.",
     ),
-    lambda rows: log_prob(rows).exp(),
+    lambda rows: _log_prob(rows).exp(),
 )
 answer_rank = Metric(
     ScoreSpec(
@@ -317,7 +317,7 @@ loss = Metric(
         direction="lower",
         description="Mean cross-entropy per target; loss.by_position gives it token by token.",
     ),
-    lambda rows: -log_prob(rows),
+    lambda rows: -_log_prob(rows),
 )
 kl_divergence = Metric(
     ScoreSpec(

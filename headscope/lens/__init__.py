@@ -19,7 +19,8 @@ from headscope.lens.attribution import attribute as attribute
 from headscope.lens.attribution import head_attribution as head_attribution
 from headscope.lens.decoder import decoder_lens as decoder_lens
 from headscope.lens.fitting import FitReport as FitReport
-from headscope.lens.fitting import LensConfig, load_lens
+from headscope.lens.fitting import LensConfig
+from headscope.lens.fitting import load_lens as _load_lens
 from headscope.lens.linear import ResidualLens as ResidualLens
 from headscope.lens.linear import linear_shortcuts as linear_shortcuts
 from headscope.lens.linear import tuned_lens as tuned_lens
@@ -47,7 +48,7 @@ def load(folder: "str | PathLike[str]") -> ResidualLens | AttentionLens:
         >>> torch.equal(hs.lens.load("shortcuts").weight, lens.weight)
         True
     """
-    tensors, facts = load_lens(folder)
+    tensors, facts = _load_lens(folder)
     if facts.kind not in _TENSORS:
         raise InputError(f"{folder}: {nearest(facts.kind, _TENSORS, kind='lens')}")
     wanted = _TENSORS[facts.kind]

@@ -11,7 +11,7 @@ import headscope
 
 PACKAGE = Path(headscope.__file__).parent
 # Texts that models read; not ours to word.
-TEXTS = ("models/bundled.py",)
+TEXTS = ("models/bundled/__init__.py",)
 PHRASES = {
     r"(?<!there )\b(?:is|are) no (?!longer\b|more\b)": "'is not a ...'",
     r"\bof your own\b": "'your own ...', or say what it is",
