@@ -3,10 +3,10 @@
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headscope import kinds, studies
-from headscope.base.files import FolderClaim, subfolder
+from headscope.base.files import subfolder
 from headscope.cli.options import Loading, listed
 from headscope.cli.output import (
     asked_of,
@@ -14,11 +14,15 @@ from headscope.cli.output import (
     print_either,
     print_written,
     rows_of,
+    run_folder,
     typed,
 )
 from headscope.studies import Study, StudyResult
-from headscope.table import versions
+from headscope.table import HeadTable
 from headscope.table.kinds import KindTable
+
+if TYPE_CHECKING:
+    from headscope.report.folder import RunFolder
 
 
 def print_list(*, as_json: bool) -> None:
@@ -94,21 +98,22 @@ def run_kinds(
     as_json: bool,
 ) -> None:
     """Load, ask, write, print."""
-    check_overwrite(out, overwrite=overwrite)
-    claim = None if out is None else FolderClaim.create(out, "kinds", overwrite=overwrite)
+    folder = run_folder(out, "kinds", overwrite=overwrite)
     started = time.perf_counter()
     model = loading.model()
     asked: dict[str, Any] = {"kinds": names or "all", "confirm": confirm, "seed": seed}
-    if claim is not None:
-        claim = claim.of(asked_of(model, loading, **asked))
-    kept = None if claim is None else subfolder(claim.path, "kinds")
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, **asked))
+    kept = None if folder is None else subfolder(folder.path, "kinds")
     found = kinds.survey(model, listed(names), confirm=confirm, seed=seed, folder=kept)
-    if claim is not None:
+    if folder is not None:
         settings = {"command": "kinds", "model": model.name, "revision": model.revision, **asked}
-        _write(claim.ready(), found, settings, time.perf_counter() - started)
+        folder = folder.ready()
+        _write(folder, found, settings, time.perf_counter() - started)
     print_either(lambda: _as_json(found), lambda: [found.summary()], as_json=as_json)
-    if claim is not None:
-        print_written(claim.path, "kinds.safetensors", "findings.parquet", "page.txt", page=False)
+    if folder is not None:
+        files = ("kinds.safetensors", "findings.parquet", "page.txt", "table.parquet", "pictures/")
+        print_written(folder.path, *files)
 
 
 def _as_json(found: KindTable) -> dict[str, Any]:
@@ -121,19 +126,18 @@ def _as_json(found: KindTable) -> dict[str, Any]:
     }
 
 
-def _write(claim: FolderClaim, found: KindTable, settings: dict[str, Any], seconds: float) -> None:
+def _write(folder: "RunFolder", found: KindTable, settings: dict[str, Any], seconds: float) -> None:
     from headscope.base.files import whole_file
 
-    found.save(claim.path / "kinds.safetensors")
-    with whole_file(claim.path / "findings.parquet") as file:
+    found.save(folder.path / "kinds.safetensors")
+    with whole_file(folder.path / "findings.parquet") as file:
         found.to_pandas().to_parquet(file, index=False)
-    with whole_file(claim.path / "page.txt") as file:
+    with whole_file(folder.path / "page.txt") as file:
         file.write((found.summary() + "\n").encode())
-    claim.write_facts(
-        {
-            "command": typed(),
-            "settings": settings,
-            "versions": versions(),
-            "timings": {"seconds": seconds},
-        }
+    folder.write(
+        HeadTable(found.scores()),
+        settings,
+        {"seconds": seconds},
+        command=typed(),
+        results={"kinds": found},
     )

@@ -16,7 +16,7 @@ from headscope.plots.flow import (
     token_flow,
     waterfall,
 )
-from headscope.plots.scores import effect_heatmap, heatmap, recall_grid
+from headscope.plots.scores import effect_heatmap, heatmap, heatmaps, recall_grid
 from headscope.plots.weights import (
     composition_graph,
     composition_matrix,
@@ -47,6 +47,7 @@ from headscope.table import (
     TokenFlow,
     TokenLosses,
 )
+from headscope.table.kinds import KindTable
 from headscope.table.lens import LayerTable
 from headscope.table.relevance import Anchors, TokenRelevance
 
@@ -102,6 +103,12 @@ def _(result: HeadScores) -> dict[str, Drawing]:
 @figures.register
 def _(result: HeadTable) -> dict[str, Drawing]:
     return {name: _themed(heatmap, scores) for name, scores in result.items()}
+
+
+@figures.register
+def _(result: KindTable) -> dict[str, Drawing]:
+    scores = result.scores()
+    return {"": _themed(heatmaps, HeadTable(scores))} if scores else {}
 
 
 @figures.register

@@ -368,6 +368,25 @@ class KindTable(Saved, Shown, Tabular):
         """Share of all pairs of a head and an asked kind that were named."""
         return len(self.findings) / max(1, self.heads * len(self.asked))
 
+    def scores(self) -> list[HeadScores]:
+        """The first measure of every kind that some head is of, or of all asked kinds if none is.
+
+        Example:
+            >>> found = hs.kinds.survey(model, ["induction", "previous_token"], confirm=False)
+            >>> [one.name for one in found.scores()]
+            ['induction', 'previous_token']
+        """
+        known = {kind.name: kind for kind in self.asked}
+        shown = [name for name in known if self.named(name)] or list(known)
+        return [
+            HeadScores.from_summary(
+                name, np.asarray(self.values[name]), kv_heads=1, unit="first measure",
+                description=known[name].said, source=known[name].source,
+                provenance=self.provenance,
+            )
+            for name in shown
+        ]  # fmt: skip
+
     def glance(self) -> Glance:
         """One row per kind with heads; what was not found and not asked below."""
         rows = [

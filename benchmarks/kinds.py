@@ -1,0 +1,95 @@
+"""All kinds of heads against one plain forward pass of their probes, on GPT-2 small's shape.
+
+Random weights behind a tokenizer that knows the words of the kinds' probes, so that all kinds are
+asked. Ablation is left out of ``asked`` and counted in ``confirmed``: how much there is to ablate
+depends on what is found.
+
+    python benchmarks/kinds.py           # prints JSON; minutes
+    python benchmarks/kinds.py small     # two layers of it; seconds
+"""
+
+import re
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import report
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
+
+import headscope as hs
+from headscope.kinds import words
+from headscope.models.protocol import HeadModel
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of the kinds' probes is one token."""
+    modules = (words, import_module("headscope.probes.pairs"))
+    sources = [Path(str(module.__file__)).read_text("utf-8") for module in modules]
+    found = [f" {word}" for word in re.findall(r"[A-Za-z]+|\d+", " ".join(sources))]
+    made = ByteLevelBPETokenizer()
+    texts = [*found * 4, *(f" {n}" for n in range(2000)), "Question: Answer: It's aren't I'm\n"]
+    made.train_from_iterator(texts, vocab_size=20_000, min_frequency=1)
+    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer)
+
+
+def model(layers: int) -> HeadModel:
+    """GPT-2 small with random weights, peaky enough that heads differ."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=layers, initializer_range=0.1)
+    return hs.load(AutoModelForCausalLM.from_config(config).eval(), tokenizer=tokenizer())
+
+
+def plain(asked: HeadModel, probes: list[hs.Probe]) -> float:
+    """Seconds of one forward pass over all probes, with the logits of one position."""
+    started = time.perf_counter()
+    with torch.no_grad():
+        for probe in probes:
+            for some in torch.arange(len(probe)).split(max(1, 8192 // probe.length)):
+                batch = probe.examples(some)
+                asked.module(
+                    input_ids=batch.tokens, attention_mask=batch.real.long(), use_cache=False,
+                    logits_to_keep=1,
+                )  # fmt: skip
+    return time.perf_counter() - started
+
+
+def main(layers: int) -> dict[str, Any]:
+    """Ratios, and how many kinds were asked."""
+    asked, seen = model(layers), dict[tuple[Any, ...], hs.Probe]()
+    run = type(asked).run
+
+    def noting(self: Any, batch: Any, *rest: Any, **options: Any) -> Any:
+        # A batch of a probe, once however often it is run; controls are part of the price.
+        if isinstance(batch, hs.Probe) and "control" not in batch.name:
+            seen.setdefault((tuple(batch.tokens.shape), batch.tokens.numpy().tobytes()), batch)
+        return run(self, batch, *rest, **options)
+
+    type(asked).run = noting  # type: ignore[method-assign]
+    started = time.perf_counter()
+    found = hs.kinds.survey(asked, confirm=False)
+    with_notes = time.perf_counter() - started
+    type(asked).run = run  # type: ignore[method-assign]
+    probes = list(seen.values())
+    floor = min(plain(asked, probes) for _ in range(3))
+    started = time.perf_counter()
+    hs.kinds.survey(asked, confirm=False)
+    asking = min(with_notes, time.perf_counter() - started)
+    started = time.perf_counter()
+    confirmed = hs.kinds.survey(asked)
+    return {
+        "layers": layers,
+        "kinds_asked": len(found.asked),
+        "tokens_of_probes": sum(probe.tokens.numel() for probe in probes),
+        "plain_seconds": round(floor, 3),
+        "asked_over_plain": round(asking / floor, 2),
+        "confirmed_over_plain": round((time.perf_counter() - started) / floor, 2),
+        "heads_named": len(confirmed.findings),
+    }
+
+
+if __name__ == "__main__":
+    report("kinds", main(2 if "small" in sys.argv else 12))
