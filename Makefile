@@ -11,7 +11,7 @@ TORCH := 2.13.0
 SMOLLM2 := 0.1.2
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-cpus test-real lint format notebooks docs bench dist lock clean
+.PHONY: help setup demo test test-cpus test-real gallery lint format notebooks docs bench dist lock clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
@@ -36,6 +36,10 @@ test-cpus: setup ## the numeric tests under every instruction set that this proc
 
 test-real: setup build/real/.installed ## checks on a real language model (SmolLM2-135M, 98 MB, minutes)
 	HEADSCOPE_REAL=build/real $(BIN)/python -m pytest -m real -n 0 tests/real
+
+gallery: setup build/real/.installed ## run all studies on a real language model, for the docs; goes on where it stopped
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.gallery \
+		"$$(find build/real -name 'SmolLM2-135M-Instruct*.gguf' | head -n 1)" build/gallery
 
 # A package of weights alone, beside the environment: nothing of it is imported.
 build/real/.installed: Makefile

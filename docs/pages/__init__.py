@@ -1,4 +1,4 @@
-"""Pages made from the code itself: scorers, reference, notebooks, benchmarks."""
+"""Pages made from the code itself: scorers, studies, reference, notebooks, benchmarks."""
 
 import shutil
 from pathlib import Path
@@ -7,6 +7,7 @@ from docs.pages.benchmarks import benchmarks_page
 from docs.pages.gallery import gallery_pages
 from docs.pages.reference import reference_pages
 from docs.pages.scorers import scorer_pages
+from docs.pages.studies import study_pages
 from docs.pages.write import put
 
 __all__ = ["generate"]
@@ -23,6 +24,7 @@ def generate(docs: Path, *, pictures: bool = True) -> None:
     pages: dict[str, str] = {}
     pages |= scorer_pages(home / "pictures" if pictures else None)
     pages |= reference_pages()
+    pages |= study_pages()
     pages |= gallery_pages(docs.parent / "notebooks", docs / "_static" if pictures else None)
     pages |= benchmarks_page(docs.parent / "benchmarks" / "results")
     for name, text in pages.items():

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ from headscope.cli.options import Loading, listed
 from headscope.cli.output import (
     asked_of,
     check_overwrite,
+    console,
     print_either,
     print_written,
     rows_of,
     run_folder,
     typed,
 )
+from headscope.errors import UnsupportedModelError
 from headscope.studies import Study, StudyResult
 from headscope.table import HeadTable
 from headscope.table.kinds import KindTable
@@ -56,10 +59,12 @@ def run_study(
     check_overwrite(out, overwrite=overwrite)
     asked = [studies.show(one) for one in (studies.list() if name == "all" else [name])]
     model = loading.model()
-    results = []
-    for number, study in enumerate(asked):
-        again = overwrite and number == 0  # the later ones join what the first has begun
-        results.append(studies.run(study, model, out, fast, seed=seed, overwrite=again))
+    left = None if overwrite else out
+    with suppress(UnsupportedModelError):
+        console(stderr=True).print(f"{studies.cost(model, asked, fast, out=left)}")
+    results = studies.run_all(
+        model, out, fast, studies=asked, seed=seed, overwrite=overwrite
+    ).values()
     print_either(lambda: _rows(results), lambda: _lines(results), as_json=as_json)
     if out is not None:
         print_written(out, "studies/")

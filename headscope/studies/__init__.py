@@ -6,9 +6,12 @@ result.verdicts                                       # {"pattern": "holds", ...
 """
 
 from headscope.studies.run import STUDIES as STUDIES
+from headscope.studies.run import Cost as Cost
+from headscope.studies.run import cost as cost
 from headscope.studies.run import list as list
 from headscope.studies.run import page_of as page_of
 from headscope.studies.run import run as run
+from headscope.studies.run import run_all as run_all
 from headscope.studies.run import show as show
 from headscope.studies.study import Answer as Answer
 from headscope.studies.study import Claim as Claim

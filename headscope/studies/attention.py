@@ -8,58 +8,46 @@ import numpy as np
 from headscope import metrics
 from headscope.circuits import composition
 from headscope.errors import UnsupportedModelError
-from headscope.heads import HeadIndex
+from headscope.models import bundled
 from headscope.models.protocol import HeadModel
-from headscope.probes import Probe, needle, random_tokens, repeated_tokens
+from headscope.probes import random_tokens, text
 from headscope.probes.encoding import ordinary_tokens
 from headscope.retrieval import token_losses
 from headscope.scoring.score import score
 from headscope.studies.study import (
+    MATTERS,
     Claim,
     Evidence,
     Study,
     StudySetting,
     against_random_sets,
+    answers,
     best_head,
+    fetching,
     metric_of,
     need_skill,
+    needles,
     paired,
+    pattern,
     prose,
+    repeated,
+    retrieval_heads,
+    role,
 )
 
-_MATTERS = 0.1  # of an attention score or a share: less is no role
 _KNOWN_GAIN = 0.5  # nats: a smaller gain from a repetition is no copying
 _OTHERS = "the same head on the same tokens in an order that breaks the pattern"
 
 
-def _repeated(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
-    room = (model.shape.n_ctx or 128) - 2
-    length = min(setting.size(50, 20), room // 2)
-    return repeated_tokens(model, length=length, batch=setting.size(24, 12), seed=seed)
-
-
 def _pattern(scorer: str, model: HeadModel, setting: StudySetting) -> Evidence:
-    probes = [_repeated(model, setting, setting.seed + k) for k in range(2)]
-    return best_head(model, scorer, *probes)[1]
-
-
-def _role(scorer: str, model: HeadModel, setting: StudySetting) -> HeadIndex:
-    """The head of a role; refused where no head plays it."""
-    probes = [_repeated(model, setting, setting.seed + k) for k in range(2)]
-    head, found = best_head(model, scorer, *probes)
-    if not found.low > _MATTERS:
-        raise UnsupportedModelError(
-            f"it has no {scorer.replace('_', ' ')} head (best: {head}, {found.value:.2f} against "
-            f"{found.control:.2f})."
-        )
-    return head
+    return pattern(scorer, model, setting)[1]
 
 
 def _needed(model: HeadModel, setting: StudySetting) -> Evidence:
-    _role("induction", model, setting)
-    chosen = score(model, _repeated(model, setting, setting.seed), ["induction"], progress=False)
-    heads = [head for head, value in chosen["induction"].top(3) if value > _MATTERS]
-    probe = _repeated(model, setting, setting.seed + 1)
+    role("induction", model, setting)
+    chosen = score(model, repeated(model, setting, setting.seed), ["induction"], progress=False)
+    heads = [head for head, value in chosen["induction"].top(3) if value > MATTERS]
+    probe = repeated(model, setting, setting.seed + 1)
     second = metrics.loss.at("second_copy")
     gain = math.log(len(ordinary_tokens(model))) - float(
         np.nanmean(metric_of(model, probe, second))
@@ -72,15 +60,19 @@ def _needed(model: HeadModel, setting: StudySetting) -> Evidence:
 
 
 def _in_context(model: HeadModel, setting: StudySetting) -> Evidence:
-    probe = prose(model, setting, seed=setting.seed + 1)
+    length = min(model.shape.n_ctx or 192, setting.size(192, 128))
+    stories = bundled.stories(setting.size(24, 12), seed=setting.seed + 1)
+    probe = text(model, stories, length=length, batch=setting.size(24, 12))
     need_skill(model, probe)
-    losses = token_losses(model, probe, progress=False).losses[0]
-    places = losses.shape[1]
-    early, late = losses[:, places // 8 : places // 4], losses[:, 3 * places // 4 :]
+    losses = token_losses(model, probe, progress=False)
+    places = losses.losses.shape[-1]
+    early = losses.losses[0][:, places // 8 : places // 4]
+    late = losses.losses[0][:, 3 * places // 4 :]
     return paired(
         np.nanmean(late, 1),
         np.nanmean(early, 1),
         note=f"{places} tokens a text",
+        results={"losses": losses},
         less=True,
     )
 
@@ -96,7 +88,7 @@ INDUCTION = Study(
             "induction score of the best head, chosen on other tokens",
             _OTHERS,
             partial(_pattern, "induction"),
-            _MATTERS,
+            MATTERS,
             "attention",
         ),
         Claim(
@@ -106,7 +98,7 @@ INDUCTION = Study(
             "share of the gain from repetition that is lost",
             "mean of random sets of other heads",
             _needed,
-            _MATTERS,
+            MATTERS,
             "share",
         ),
         Claim(
@@ -120,12 +112,13 @@ INDUCTION = Study(
         ),
     ),
     "Scores on random tokens said twice, ablation by the mean over the probe, and loss along "
-    "texts. The gain from repetition is log of the vocabulary less the loss.",
+    "stories in a small language of few words, which a model can pick up. The gain from "
+    "repetition is log of the vocabulary less the loss.",
 )
 
 
 def _k_composition(model: HeadModel, setting: StudySetting) -> Evidence:
-    before, later = _role("previous_token", model, setting), _role("induction", model, setting)
+    before, later = role("previous_token", model, setting), role("induction", model, setting)
     if not before.layer < later.layer:
         raise UnsupportedModelError(
             f"its previous-token head {before} is not below its induction head {later}."
@@ -161,7 +154,7 @@ COMPOSITION = Study(
             "previous-token score of the best head, chosen on other tokens",
             "mean of all other heads",
             partial(_pattern, "previous_token"),
-            _MATTERS,
+            MATTERS,
             "attention",
         ),
         Claim(
@@ -208,7 +201,7 @@ SINKS = Study(
             "attention on the first token, mean over all heads",
             "even attention over all tokens that are seen",
             _sink,
-            _MATTERS,
+            MATTERS,
             "attention",
         ),
     ),
@@ -226,7 +219,7 @@ SURFACE = Study(
             "attention of the best head on separators, chosen on other texts",
             "mean of all other heads",
             partial(_best_on_prose, "separator"),
-            _MATTERS,
+            MATTERS,
             "attention",
         ),
         Claim(
@@ -235,7 +228,7 @@ SURFACE = Study(
             "attention of the best head on delimiters, chosen on other texts",
             "the same head on the shuffled text, or all other heads",
             partial(_best_on_prose, "delimiter"),
-            _MATTERS,
+            MATTERS,
             "attention",
         ),
         Claim(
@@ -244,7 +237,7 @@ SURFACE = Study(
             "previous-token score of the best head, chosen on other tokens",
             "mean of all other heads",
             partial(_pattern, "previous_token"),
-            _MATTERS,
+            MATTERS,
             "attention",
         ),
     ),
@@ -252,37 +245,16 @@ SURFACE = Study(
 )
 
 
-def _needles(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
-    room = model.shape.n_ctx or 2048
-    lengths = min(128, room) if setting.fast else None
-    depths, per_cell = setting.size(5, 3), setting.size(6, 4)
-    return needle(model, lengths, depths, per_cell=per_cell, seed=seed)
-
-
 def _retrieval(model: HeadModel, setting: StudySetting) -> Evidence:
-    probes = [_needles(model, setting, setting.seed + k) for k in range(2)]
-    return best_head(model, "retrieval", *probes)[1]
+    return fetching(model, setting)[1]
 
 
 def _retrieval_needed(model: HeadModel, setting: StudySetting) -> Evidence:
-    found = _retrieval(model, setting)
-    if not found.low > _MATTERS:
-        raise UnsupportedModelError(f"it has no retrieval head (best: {found.note}).")
-    first = _needles(model, setting, setting.seed)
-    heads = [
-        head
-        for head, value in score(model, first, ["retrieval"], progress=False)["retrieval"].top(3)
-        if value > _MATTERS
-    ]
-    probe = _needles(model, setting, setting.seed + 1)
-    right = metric_of(model, probe, metrics.answer_probability)
-    if not np.nanmean(right) > 0.2:
-        raise UnsupportedModelError(
-            f"it gives the hidden answers a probability of {float(np.nanmean(right)):.2f} only."
-        )
+    heads = retrieval_heads(model, setting)
+    right = answers(model, setting, setting.seed + 1)
     return against_random_sets(
         model,
-        probe,
+        needles(model, setting, setting.seed + 1),
         metrics.answer_probability,
         heads,
         scale=float(np.nanmean(right)),
@@ -300,10 +272,10 @@ RETRIEVAL = Study(
         Claim(
             "copies",
             "A head attends most to the token of a hidden answer that is said next.",
-            "retrieval score of the best head, chosen on other needles",
-            "the same head without the needle, or all other heads",
+            "retrieval score of the best head at the answer's first token, chosen on other needles",
+            "the same head with another question, or another needle in its place",
             _retrieval,
-            _MATTERS,
+            MATTERS,
             "share of answer tokens",
         ),
         Claim(
@@ -313,7 +285,7 @@ RETRIEVAL = Study(
             "share of the answer's probability that is lost",
             "mean of random sets of other heads",
             _retrieval_needed,
-            _MATTERS,
+            MATTERS,
             "share",
         ),
     ),

@@ -23,7 +23,10 @@ _MATTERS = 0.1  # of a ratio between -1 and 1: less is chance
 
 
 def _weights(model: HeadModel, setting: StudySetting, seed: int) -> HeadTable:
-    return score_weights(model, tokens=setting.size(256, 64), seed=seed, progress=False)
+    tokens = setting.size(256, 64)
+    return setting.share(
+        ("weights", seed), lambda: score_weights(model, tokens=tokens, seed=seed, progress=False)
+    )
 
 
 def _of_heads(table: HeadTable, name: str) -> Float[np.ndarray, " head"]:

@@ -3,15 +3,19 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from scipy.stats import norm, spearmanr, ttest_ind
 
 from headscope import metrics
 from headscope.ablation import ablate_groups
-from headscope.base.files import Saved, Stored
+from headscope.base.files import Saved, Stored, paragraphs
 from headscope.base.result import (
     Facts,
     Glance,
@@ -26,17 +30,18 @@ from headscope.base.result import (
 )
 from headscope.base.specs import Provenance
 from headscope.base.statistics import mean_interval
-from headscope.errors import InputError, UnsupportedModelError
+from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.metrics import Metric
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
-from headscope.probes import Probe, text
+from headscope.probes import Probe, needle, pairs, repeated_tokens, text
 from headscope.probes.encoding import ordinary_tokens
 from headscope.scoring.score import score
 from headscope.table import HeadScores
 
 Verdict = Literal["holds", "does not hold", "cannot be asked"]
+_T = TypeVar("_T")
 LEVEL = 0.99  # of the intervals that decide: a study asks several claims at once
 
 
@@ -48,14 +53,39 @@ class StudySetting:
         fast: fewer and shorter examples, for a first look and for tests.
         seed: of everything that is drawn; heads are chosen on probes of this seed and measured on
             probes of the next.
+        kept: what claims of one run of one model share, see :meth:`share`.
     """
 
     fast: bool = False
     seed: int = 0
+    kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def size(self, whole: int, fast: int) -> int:
         """One of two sizes."""
         return fast if self.fast else whole
+
+    def share(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
+        """What ``make`` returns, made once for all claims of a run; an error is raised again.
+
+        Args:
+            key: what tells it from all else that is shared: a name and its arguments.
+            make: runs the model.
+
+        Example:
+            >>> setting = StudySetting()
+            >>> setting.share(("one",), lambda: 1), setting.share(("one",), lambda: 2)
+            (1, 1)
+        """
+        if key not in self.kept:
+            try:
+                self.kept[key] = (make(), None)
+            except HeadscopeError as error:
+                self.kept[key] = (None, error)
+        found, refused = self.kept[key]
+        if refused is not None:
+            raise refused
+        made: _T = found
+        return made
 
 
 @dataclass(frozen=True)
@@ -98,7 +128,8 @@ def paired(
         less: the claim is that the values are below the control.
 
     Returns:
-        With the interval of the mean difference at the level that studies decide by, 99 %.
+        With the interval of the mean difference at the level that studies decide by, 99 %: exact
+        where all values are 0 or 1, else :func:`headscope.base.statistics.mean_interval`.
 
     Example:
         >>> found = paired(np.array([0.8, 0.9, 0.7, 0.8]), np.zeros(4))
@@ -110,16 +141,52 @@ def paired(
     difference = (values - control)[known]
     if difference.size < 2:
         return Evidence(np.nan, np.nan, np.nan, np.nan, int(difference.size), note, results or {})
-    low, high = mean_interval((-difference if less else difference)[None], LEVEL)
+    exact = _exact(values[known], control[known])
+    if exact is None:
+        ends = mean_interval(difference[None], LEVEL)
+        exact = float(ends[0][0]), float(ends[1][0])
+    low, high = (-exact[1], -exact[0]) if less else exact
     return Evidence(
         float(values[known].mean()),
         float(control[known].mean()),
-        float(low[0]),
-        float(high[0]),
+        low,
+        high,
         int(difference.size),
         note,
         results or {},
     )
+
+
+def _exact(
+    values: Float[np.ndarray, " example"], control: Float[np.ndarray, " example"]
+) -> tuple[float, float] | None:
+    """Interval of a mean difference of yes and no, where that is all there is; else None.
+
+    Against a constant it is Clopper and Pearson's. Against yes and no it is made of two of them, of
+    the share of examples that changed to yes and of those that changed to no, each at half the
+    error, so that it covers at least what it says.
+    """
+    if not np.isin(values, (0.0, 1.0)).all():
+        return None
+    if (control == control[0]).all():
+        low, high = _share(int(values.sum()), len(values), (1 - LEVEL) / 2)
+        return low - float(control[0]), high - float(control[0])
+    if not np.isin(control, (0.0, 1.0)).all():
+        return None
+    up, down = (
+        _share(int((values - control == sign).sum()), len(values), (1 - LEVEL) / 4)
+        for sign in (1, -1)
+    )
+    return up[0] - down[1], up[1] - down[0]
+
+
+def _share(count: int, total: int, tail: float) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share."""
+    from scipy.special import betaincinv
+
+    low = float(betaincinv(count, total - count + 1, tail)) if count else 0.0
+    high = float(betaincinv(count + 1, total - count, 1 - tail)) if count < total else 1.0
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -364,18 +431,216 @@ def _told(one: Answer) -> str:
     return " ".join(parts)
 
 
+MATTERS = 0.1  # of an attention score or a share: less is no role
 _RANDOM_SETS = 5
+_ANSWERED = 0.2  # probability of hidden answers: with less a model does not find them
+_RIGHT = 0.8  # share of 32 prompts; by guessing half, and more than eight tenths once in 5,000
+_LEAST_HEADS = 8  # of a rank correlation
 _OTHERS = 2  # times as many heads as are ablated: fewer leave nothing to draw
 
 
+def repeated(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
+    """Random tokens said twice."""
+    room = (model.shape.n_ctx or 128) - 2
+    length = min(setting.size(24, 20), room // 2)
+    batch = 12
+    return setting.share(
+        ("repeated", seed), lambda: repeated_tokens(model, length=length, batch=batch, seed=seed)
+    )
+
+
+def needles(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
+    """Facts hidden at several depths of short texts, whose control asks for something else."""
+    length = min(128, model.shape.n_ctx or 128)
+    depths, per_cell = setting.size(5, 3), setting.size(4, 8)
+    return setting.share(
+        ("needles", seed), lambda: needle(model, length, depths, per_cell=per_cell, seed=seed)
+    )
+
+
+def answers(model: HeadModel, setting: StudySetting, seed: int) -> Float[np.ndarray, " example"]:
+    """Probability of the hidden answers.
+
+    Raises:
+        UnsupportedModelError: if the model does not find them, so that nothing said of how it
+            finds them means anything.
+    """
+    found = setting.share(
+        ("answers", seed),
+        lambda: metric_of(model, needles(model, setting, seed), metrics.answer_probability),
+    )
+    if not np.nanmean(found) > _ANSWERED:
+        raise UnsupportedModelError(
+            f"it gives the hidden answers a probability of {float(np.nanmean(found)):.2f} only."
+        )
+    return found
+
+
+def pattern(scorer: str, model: HeadModel, setting: StudySetting) -> tuple[HeadIndex, Evidence]:
+    """The head with the highest score on repeated tokens, and that score on others."""
+    probes = [repeated(model, setting, setting.seed + k) for k in range(2)]
+    return setting.share(("pattern", scorer), lambda: best_head(model, scorer, *probes))
+
+
+def fetching(
+    model: HeadModel, setting: StudySetting, scorer: str = "retrieval_first_token"
+) -> tuple[HeadIndex, Evidence]:
+    """The head with the highest score on needles, and that score on others."""
+    probes = [needles(model, setting, setting.seed + k) for k in range(2)]
+    return setting.share(("fetching", scorer), lambda: best_head(model, scorer, *probes))
+
+
+def role(scorer: str, model: HeadModel, setting: StudySetting) -> HeadIndex:
+    """The head of a role on repeated tokens.
+
+    Raises:
+        UnsupportedModelError: if no head plays it.
+    """
+    head, found = pattern(scorer, model, setting)
+    return _playing(scorer, head, found)
+
+
+def retrieval_heads(model: HeadModel, setting: StudySetting) -> list[HeadIndex]:
+    """The three heads that fetch most, as far as they do, chosen on the first needles.
+
+    Raises:
+        UnsupportedModelError: if none does on the second.
+    """
+    _playing("retrieval", *fetching(model, setting))
+    probe = needles(model, setting, setting.seed)
+    scores = setting.share(
+        ("retrieval",),
+        lambda: score(model, probe, ["retrieval_first_token"], progress=False),
+    )
+    return [head for head, value in scores["retrieval_first_token"].top(3) if value > MATTERS]
+
+
+def _playing(name: str, head: HeadIndex, found: Evidence) -> HeadIndex:
+    if not found.low > MATTERS:
+        raise UnsupportedModelError(
+            f"it has no {name.replace('_', ' ')} head (best: {head}, {found.value:.2f} against "
+            f"{found.control:.2f})."
+        )
+    return head
+
+
+def rank_correlation(
+    first: Float[np.ndarray, " head"],
+    second: Float[np.ndarray, " head"],
+    *,
+    note: str = "",
+    results: Mapping[str, object] | None = None,
+) -> Evidence:
+    """Spearman's rank correlation over heads against none, with its interval.
+
+    The interval is Fisher's with the variance of Bonett and Wright 2000, and takes heads as
+    independent.
+    """
+    known = np.isfinite(first) & np.isfinite(second)
+    count = int(known.sum())
+    if count < _LEAST_HEADS:
+        raise UnsupportedModelError(f"{count} heads are too few for a rank correlation.")
+    found = float(spearmanr(first[known], second[known]).statistic)
+    if not math.isfinite(found):
+        raise UnsupportedModelError("all heads score the same.")
+    half = float(norm.ppf(0.5 + LEVEL / 2)) * math.sqrt((1 + found**2 / 2) / (count - 3))
+    centre = math.atanh(min(max(found, -0.999999), 0.999999))
+    low, high = math.tanh(centre - half), math.tanh(centre + half)
+    return Evidence(found, 0.0, low, high, count, note, results or {})
+
+
+def random_heads(
+    model: HeadModel, heads: Sequence[HeadIndex], sets: int, seed: int
+) -> list[list[HeadIndex]]:
+    """Sets of as many other heads.
+
+    Raises:
+        UnsupportedModelError: if there are too few others.
+    """
+    others = [one for one in model.shape.heads if one not in set(heads)]
+    if not heads or len(others) < _OTHERS * len(heads):
+        raise UnsupportedModelError(
+            f"{len(heads)} of its heads are to be taken and {len(others)} others are left: "
+            f"random sets as a control take at least {_OTHERS * max(1, len(heads))}."
+        )
+    rng = np.random.default_rng(seed)
+    drawn = [rng.choice(len(others), len(heads), replace=False) for _ in range(sets)]
+    return [[others[index] for index in sorted(one)] for one in drawn]
+
+
+def known_pairs(model: HeadModel, setting: StudySetting, number: int) -> Probe:
+    """Paired prompts of the first task that the model can do: agreement, names, capitals, years.
+
+    Raises:
+        UnsupportedModelError: if it can do none of them, with what it gets right.
+    """
+    return setting.share(
+        ("known pairs", number), lambda: _known_pairs(model, setting.size(16, 12), setting, number)
+    )
+
+
+def _known_pairs(model: HeadModel, batch: int, setting: StudySetting, number: int) -> Probe:
+    said = []
+    for task in ("agreement", "ioi", "capital_of", "greater_than"):
+        try:
+            first = pairs(model, task, 32, seed=setting.seed)
+        except HeadscopeError as error:
+            said.append(f"{task}: {error}")
+            continue
+        right = first.settings.get("accuracy")
+        if isinstance(right, float) and right >= _RIGHT:
+            return pairs(model, task, batch, seed=setting.seed + number)
+        said.append(f"{task}: {right:.0%} right" if isinstance(right, float) else task)
+    raise UnsupportedModelError(f"it can do none of the tasks ({'; '.join(said)}).")
+
+
+def unpaired(
+    values: Float[np.ndarray, " example"],
+    others: Float[np.ndarray, " other"],
+    *,
+    note: str = "",
+    results: Mapping[str, object] | None = None,
+) -> Evidence:
+    """Evidence of values against those of other examples, with Welch's interval."""
+    a, b = (one[~np.isnan(one)] for one in (np.asarray(values, float), np.asarray(others, float)))
+    if min(a.size, b.size) < 2:
+        return Evidence(np.nan, np.nan, np.nan, np.nan, int(a.size + b.size), note, results or {})
+    found = ttest_ind(a, b, equal_var=False).confidence_interval(LEVEL)
+    low, high = float(found.low), float(found.high)
+    if a.var() + b.var() == 0:
+        low = high = float(a.mean() - b.mean())
+    return Evidence(
+        float(a.mean()), float(b.mean()), low, high, int(a.size + b.size), note, results or {}
+    )
+
+
 def prose(model: HeadModel, setting: StudySetting, *, seed: int, length: int = 128) -> Probe:
-    """Texts of the kind that the model was trained on: prose, or stories for a bundled model."""
+    """Texts of the kind that the model was trained on: passages, or stories for a bundled model.
+
+    Passages are few: those of an even and of an odd distance from the setting's seed are two
+    halves of them, which share none.
+    """
     count = setting.size(24, 8)
-    room = model.shape.n_ctx or length
-    texts = None
+    length = min(length, model.shape.n_ctx or length)
     if model.name in bundled.READERS:
         texts = bundled.stories(count, seed=seed)
-    return text(model, texts, length=min(length, room), batch=count, seed=seed)
+    else:
+        order = np.random.default_rng(setting.seed).permutation(len(_passages()))
+        half = order[(seed - setting.seed) % 2 :: 2][:count]
+        texts = [_passages()[index] for index in half]
+    probe = text(model, texts, length=length, seed=seed)
+    first = {int(label): row for row, label in reversed([*enumerate(probe.cluster_labels or ())])}
+    return probe.examples(torch.tensor(sorted(first.values()))) if first else probe
+
+
+@cache
+def _passages() -> list[str]:
+    """Short English passages, written for headscope."""
+    return [
+        one
+        for package, name in (("studies", "passages.txt"), ("probes", "data/passages.txt"))
+        for one in paragraphs(files(f"headscope.{package}").joinpath(name).read_text("utf-8"))
+    ]
 
 
 def metric_of(
@@ -383,6 +648,15 @@ def metric_of(
 ) -> Float[np.ndarray, " example"]:
     """A metric of the whole model, per example."""
     return ablate_groups(model, probe, metric, {"none": []}, progress=False).unedited
+
+
+def skilled(
+    model: HeadModel, setting: StudySetting, number: int = 1, length: int = 64
+) -> tuple[Probe, Float[np.ndarray, " example"]]:
+    """Texts that the model predicts better than chance, and its loss on each."""
+    seed = setting.seed + number
+    probe = prose(model, setting, seed=seed, length=length)
+    return probe, setting.share(("skill", seed, length), lambda: need_skill(model, probe))
 
 
 def need_skill(model: HeadModel, probe: Probe) -> Float[np.ndarray, " example"]:
@@ -430,7 +704,12 @@ def control_of(scores: HeadScores, head: HeadIndex) -> Float[np.ndarray, " examp
     if control is not None and control.shape == own.shape:
         paired_control: Float[np.ndarray, " example"] = control[head.layer, head.head]
         return paired_control
-    others = own.copy()
+    return control_mean(scores, head)
+
+
+def control_mean(scores: HeadScores, head: HeadIndex) -> Float[np.ndarray, " example"]:
+    """Mean of all other heads, example by example."""
+    others = scores.per_example.copy()
     others[head.layer, head.head] = np.nan
     flat = others.reshape(-1, others.shape[-1])
     mean: Float[np.ndarray, " example"] = np.nanmean(flat[~np.isnan(flat).all(1)], axis=0)
@@ -458,17 +737,9 @@ def against_random_sets(
         sign: 1 where harm raises the metric, -1 where it lowers it.
         seed: of the random sets.
     """
-    others = [one for one in model.shape.heads if one not in set(heads)]
-    if not heads or len(others) < _OTHERS * len(heads):
-        raise UnsupportedModelError(
-            f"{len(heads)} of its heads are to be ablated and {len(others)} others are left: "
-            f"random sets as a control take at least {_OTHERS * max(1, len(heads))}."
-        )
-    rng = np.random.default_rng(seed)
     groups: dict[str, list[HeadIndex]] = {"chosen": list(heads)}
-    for draw in range(_RANDOM_SETS):
-        drawn = rng.choice(len(others), len(heads), replace=False)
-        groups[f"random {draw}"] = [others[index] for index in sorted(drawn)]
+    for draw, drawn in enumerate(random_heads(model, heads, _RANDOM_SETS, seed)):
+        groups[f"random {draw}"] = drawn
     effects = ablate_groups(model, probe, metric, groups, progress=False)
     harm = sign * effects.per_example / scale
     return paired(

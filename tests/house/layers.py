@@ -76,8 +76,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": set().union(*FLOORS[:-2]),
     "testing": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
     "studies": _RUNS_MODELS
-    | {"circuits", "lens", "geometry", "scoring", "ablation", "pruning", "retrieval"}
-    | {"plots", "report"},
+    | {"circuits", "lens", "geometry", "scoring", "ablation", "pruning", "retrieval", "alignment"}
+    | {"comparing", "edges", "flow", "kinds", "relevance", "steering", "plots", "report"},
     "__main__": {"cli"},
 }
 

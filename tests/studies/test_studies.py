@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest, spearmanr
+from scipy.stats import t as student
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import headscope as hs
+from docs.pages.studies import study_pages
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
 from headscope.studies import Claim, Evidence, Study, StudyResult, StudySetting, paired
-from headscope.studies.study import answered, need_skill, prose
+from headscope.studies.study import answered, need_skill, prose, rank_correlation, unpaired
 from tests.cli.support import run, sentence
+from tests.models import seq2seq, vision
 
 LOUD = Evidence(1.0, 0.0, 0.9, 1.1, 10, "all heads")
 
@@ -45,11 +49,158 @@ def study_of(*asks: Any) -> Study:
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
 def test_random_weights_never_give_holds(name: str, tmp_path: Path) -> None:
     model = untrained(name, tmp_path / "random", seed=3)
-    for study in hs.studies.list():
-        result = hs.studies.run(study, model, fast=True)
+    for result in hs.studies.run_all(model, fast=True).values():
         held = [one for one in result.answers if one.verdict == "holds"]
         assert not held, held
         assert all(one.because for one in result.answers if one.verdict == "cannot be asked")
+
+
+# What the bundled models were trained to do, and what their architecture rules out.
+KNOWN = {
+    "tiny-gpt2": {
+        "induction-heads": {"pattern": "holds", "needed": "holds"},
+        "composition": {"previous-token": "holds"},
+        "circuit-discovery": {"faithful": "holds", "stable": "holds"},
+        "position-and-context": {"share": "holds", "previous": "holds"},
+        "rotary-dimensions": {"slow": "cannot be asked"},
+        "grouped-queries": {"alike": "cannot be asked"},
+        "alignment-heads": {"aligned": "cannot be asked"},
+        "vision-locality": {"neighbours": "cannot be asked"},
+    },
+    "tiny-llama": {
+        "induction-heads": {"pattern": "holds"},
+        "composition": {"previous-token": "holds", "k-composition": "holds"},
+        "retrieval-heads": {"copies": "holds"},
+        "rotary-dimensions": {"previous": "holds"},
+        "atman": {"source": "holds"},
+        "sixteen-heads": {"importance": "holds", "redundant": "holds"},
+        "emergence": {"together": "cannot be asked"},
+        "maps": {"relation": "cannot be asked"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_every_study_answers_for_a_bundled_model(name: str) -> None:
+    results = hs.studies.run_all(hs.load(name), fast=True)
+    assert list(results) == list(hs.studies.list())
+    asked = [
+        study
+        for study, result in results.items()
+        if any(one.verdict != "cannot be asked" for one in result.answers)
+    ]
+    assert len(asked) >= 30
+    for study, verdicts in KNOWN[name].items():
+        assert {one: results[study].verdicts[one] for one in verdicts} == verdicts, study
+    for result in results.values():
+        for one in result.answers:
+            if one.verdict != "cannot be asked":
+                assert math.isfinite(one.value)
+                assert math.isfinite(one.control)
+                assert one.low <= one.high
+                assert (one.verdict == "holds") == (one.low > one.least)
+
+
+def test_models_of_other_forms_are_asked_what_they_can_be_asked() -> None:
+    crossing = hs.load(seq2seq.module_of("bart"))
+    aligned = hs.studies.run("alignment-heads", crossing, fast=True)["aligned"]
+    assert aligned.verdict == "does not hold"  # random weights
+    assert aligned.because.startswith("X")
+    trained = hs.studies.run("alignment-heads", hs.load("tiny-marian"), fast=True)
+    assert trained.verdicts == {"aligned": "holds"}
+    seeing = hs.load(vision.BUILDS["vit"]().eval())
+    results = hs.studies.run_all(seeing, fast=True)
+    assert results["vision-locality"].verdicts == {
+        "neighbours": "does not hold",
+        "widening": "does not hold",
+    }
+    assert "no cross-attention" in results["alignment-heads"]["aligned"].because
+    left = [one for result in results.values() for one in result.answers if not one.because]
+    assert not left
+
+
+def test_there_are_thirty_studies_of_different_papers() -> None:
+    assert len(hs.studies.list()) >= 30
+    for study in hs.studies.STUDIES.values():
+        assert study.paper
+        assert study.about
+        for claim in study.claims:
+            assert all((claim.statement, claim.value, claim.control, claim.unit or claim.value))
+
+
+def test_claims_of_a_run_share_what_they_make_and_what_is_refused() -> None:
+    setting, made = StudySetting(), []
+
+    def make() -> int:
+        made.append(1)
+        return len(made)
+
+    assert setting.share(("x", 1), make) == setting.share(("x", 1), make) == 1
+    assert setting.share(("x", 2), make) == 2
+
+    def refuse() -> int:
+        made.append(1)
+        raise UnsupportedModelError("no.")
+
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=r"no\."):
+            setting.share(("y",), refuse)
+    assert len(made) == 3
+    assert StudySetting() == setting
+
+
+def test_rank_correlation_is_scipys_with_bonett_and_wrights_interval() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=40)
+    y = x + draw.normal(size=40)
+    found = rank_correlation(x, np.where(np.arange(40) < 2, np.nan, y))
+    r = float(spearmanr(x[2:], y[2:]).statistic)
+    half = 2.575829 * math.sqrt((1 + r * r / 2) / 35)
+    assert found.value == pytest.approx(r)
+    assert (found.low, found.high) == pytest.approx(
+        (math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)), rel=1e-5
+    )
+    assert found.n == 38
+    with pytest.raises(UnsupportedModelError, match="too few"):
+        rank_correlation(x[:5], y[:5])
+
+
+def test_unpaired_evidence_has_welchs_interval() -> None:
+    a, b = np.array([1.0, 2.0, 4.0, 3.0]), np.array([0.0, 1.0, 0.5, np.nan])
+    found = unpaired(a, b)
+    variances = a.var(ddof=1) / 4, b[:3].var(ddof=1) / 3
+    error = sum(variances)
+    freedom = error**2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 2)
+    half = float(student.ppf(0.995, freedom)) * math.sqrt(error)
+    assert (found.value, found.control, found.n) == (2.5, 0.5, 7)
+    assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
+
+
+def test_the_cost_is_told_before_the_start(tmp_path: Path) -> None:
+    model, names = hs.load(), ["low-rank", "attention-sinks"]
+    whole = hs.studies.cost(model, names)
+    short = hs.studies.cost(model, names, fast=True)
+    assert whole.claims == short.claims == 3
+    assert not whole.unknown
+    assert whole.forwards > 0
+    assert 0 < short.seconds < 60
+    hs.studies.run("low-rank", model, tmp_path, fast=True)
+    assert hs.studies.cost(model, names, fast=True, out=tmp_path).claims == 1
+    mine = study_of(lambda model, setting: LOUD)
+    assert "not known" in str(hs.studies.cost(model, [mine]))
+    every = [f"{s}/{c.name}" for s, one in hs.studies.STUDIES.items() for c in one.claims]
+    for form in json.loads((Path(hs.studies.__file__).parent / "costs.json").read_text()).values():
+        assert set(form) <= set(every)
+
+
+def test_passages_of_two_halves_share_none(tmp_path: Path) -> None:
+    model, setting = untrained("tiny-gpt2", tmp_path / "random", seed=0), StudySetting()
+    first, second = (
+        {tuple(row) for row in prose(model, setting, seed=seed, length=24).tokens.tolist()}
+        for seed in range(2)
+    )
+    assert min(len(first), len(second)) >= 12
+    assert not first & second
 
 
 def test_planted_heads_are_found_and_missing_ones_are_not() -> None:
@@ -96,6 +247,20 @@ def test_paired_evidence_is_the_interval_of_the_differences() -> None:
     assert less.high <= -found.low + 1e-9
     assert paired(np.array([1.0]), np.array([0.0])).n == 1
     assert math.isnan(paired(np.array([1.0]), np.array([0.0])).low)
+
+
+def test_evidence_of_yes_and_no_has_exact_intervals() -> None:
+    yes = np.array([1.0] * 16 + [0.0] * 4)
+    against = paired(yes, np.full(20, 0.5))
+    share = binomtest(16, 20).proportion_ci(0.99, "exact")
+    assert (against.low, against.high) == pytest.approx((share.low - 0.5, share.high - 0.5))
+    control = np.array([1.0] * 4 + [0.0] * 15 + [1.0])
+    found = paired(yes, control)  # 12 become yes, 1 becomes no
+    up, down = (binomtest(one, 20).proportion_ci(0.995, "exact") for one in (12, 1))
+    assert (found.low, found.high) == pytest.approx((up.low - down.high, up.high - down.low))
+    less = paired(control, yes, less=True)
+    assert (less.low, less.high) == pytest.approx((found.low, found.high))
+    assert paired(np.ones(12), np.zeros(12)).low == pytest.approx(0.005 ** (1 / 12))
 
 
 def test_skill_is_asked_before_anything_is_said_of_predictions(tmp_path: Path) -> None:
@@ -206,11 +371,13 @@ def test_the_command_lists_shows_and_runs(tmp_path: Path) -> None:
     assert "none" in sentence("study", "run", "none", "tiny-gpt2")
 
 
-def test_the_page_of_studies_states_every_claim() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text("utf-8")
-    said = " ".join(page.split())
+def test_every_study_has_a_page_that_states_its_claims() -> None:
+    pages = study_pages()
     for name, study in hs.studies.STUDIES.items():
-        assert f"`{name}`" in said
-        assert study.paper in said
+        page = pages[f"studies/{name}.md"]
+        assert f"`{name}`" in page
+        assert study.paper in page
+        assert f"({name}.md)" in pages["studies/index.md"]
         for claim in study.claims:
-            assert claim.statement in said
+            assert claim.statement in page
+            assert f"{claim.least:g}" in page

@@ -1,0 +1,280 @@
+"""Studies that ask for models of a form: with checkpoints, groups, images, two texts, mixers."""
+
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from headscope.ablation import restore
+from headscope.alignment import find
+from headscope.capture import collect
+from headscope.comparing import emergence
+from headscope.errors import UnsupportedModelError
+from headscope.metrics import answer_probability
+from headscope.models import bundled
+from headscope.models.protocol import HeadModel
+from headscope.probes import Probe, copied_tokens, random_images, recall
+from headscope.probes.encoding import ordinary_tokens, uses_bos
+from headscope.scoring.score import score
+from headscope.studies.study import (
+    MATTERS,
+    Claim,
+    Evidence,
+    Study,
+    StudySetting,
+    best_head,
+    control_of,
+    metric_of,
+    paired,
+    skilled,
+)
+from headscope.table import HeadScores
+
+
+def _together(model: HeadModel, setting: StudySetting) -> Evidence:
+    steps = bundled.checkpoints(model.name) if model.name in bundled.READERS else ()
+    if len(steps) < 4:
+        raise UnsupportedModelError("it comes without checkpoints of its training.")
+    few = setting.size(len(steps), 4)
+    chosen = [
+        steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, few).round().astype(int))
+    ]
+    found = emergence(model.name, chosen, ["induction"], seed=setting.seed, progress=False)
+    best = found.best("induction")
+    rise = np.diff([table["induction"].mean[best.layer, best.head] for table in found.tables])
+    step = int(np.nanargmax(rise))
+    fall = {
+        name: -np.diff(np.asarray(found.losses[name]), axis=0)[step]
+        for name in ("second copy", "first copy")
+    }
+    return paired(
+        fall["second copy"],
+        fall["first copy"],
+        note=f"{best}, from {chosen[step]} to {chosen[step + 1]}",
+        results={"emergence": found},
+    )
+
+
+EMERGENCE = Study(
+    "emergence",
+    "Induction heads and in-context learning appear together",
+    "Olsson et al. 2022, In-context Learning and Induction Heads, arXiv 2209.11895",
+    (
+        Claim(
+            "together",
+            "While the induction head forms, repeated tokens become predictable and new ones do "
+            "not.",
+            "fall of the loss on the second copy of random tokens, over the step in which the "
+            "induction score rises most",
+            "fall of the loss on the first copy over the same step",
+            _together,
+            0.5,
+            "nats",
+        ),
+    ),
+    "Checkpoints of training; the bundled models have them.",
+)
+
+
+def _alike(model: HeadModel, setting: StudySetting) -> Evidence:
+    shape = model.shape
+    size = shape.n_heads // shape.n_kv_heads
+    if size == 1 or shape.n_kv_heads == 1:
+        raise UnsupportedModelError(
+            "its query heads all have keys of their own."
+            if size == 1
+            else "its query heads all share one key."
+        )
+    probe, _ = skilled(model, setting)
+    few = probe.examples(slice(0, setting.size(6, 3)))
+    same, other = [], []
+    for layer in shape.attention_layers:
+        pattern = collect(model, few, [layer])[layer].pattern
+        flat = torch.nn.functional.normalize(pattern.transpose(0, 1).flatten(1).double(), dim=1)
+        near = (flat @ flat.T).numpy()
+        pairs = list(combinations(range(shape.n_heads), 2))
+        within = [near[a, b] for a, b in pairs if a // size == b // size]
+        across = [near[a, b] for a, b in pairs if a // size != b // size]
+        same.append(np.mean(within))
+        other.append(np.mean(across))
+    return paired(np.array(same), np.array(other), note="n counts layers")
+
+
+GROUPS = Study(
+    "grouped-queries",
+    "Query heads that share their keys",
+    "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models from "
+    "Multi-Head Checkpoints, arXiv 2305.13245",
+    (
+        Claim(
+            "alike",
+            "Query heads that share a key attend more alike than heads that do not.",
+            "cosine of the patterns of two heads of one group, mean by layer",
+            "cosine of two heads of one layer from different groups",
+            _alike,
+            0.05,
+            "cosine",
+        ),
+    ),
+    "The paper shows that little is lost where heads share keys; whether they then do the same is "
+    "what follows for whoever prunes or masks by groups.",
+)
+
+
+def _pairs(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
+    words = ordinary_tokens(model)
+    rng = np.random.default_rng(0)
+    drawn = rng.permutation(len(words))[: min(60, len(words) // 2 * 2)]
+    ids = [int(words[int(at)]) for at in drawn]
+    half = len(ids) // 2
+    tokenizer = model.tokenizer
+    start = [tokenizer.bos_token_id] if tokenizer is not None and uses_bos(model) else []
+    return recall(ids[:half], ids[half:], pairs=4, batch=16, start=start, seed=seed)
+
+
+def _in_place(model: HeadModel, setting: StudySetting) -> Evidence:
+    first, second = (_pairs(model, setting, setting.seed + k) for k in range(2))
+    right = float(np.nanmean(metric_of(model, second, answer_probability)))
+    if not right > 2 * MATTERS:
+        raise UnsupportedModelError(
+            f"it gives the partner of a key a probability of {right:.2f} only."
+        )
+    names = ("value", "others")
+    chosen, tried = (
+        restore(model, one, answer_probability, positions=names, progress=False)
+        for one in (first, second)
+    )
+    mixer = chosen.labels[0].index("mixer_out")
+    layer = int(np.nanargmax(chosen.mean[mixer, :, 0]))
+    found = tried.per_example[mixer, layer]
+    return paired(
+        found[0],
+        found[1],
+        note=f"attention of {chosen.labels[1][layer]}",
+        results={"restored": tried},
+    )
+
+
+RECALL = Study(
+    "recall-in-place",
+    "Where a transformer keeps a pair that it will be asked for",
+    "Arora et al. 2023, Zoology: Measuring and Improving Recall in Efficient Language Models, "
+    "arXiv 2312.04927; Meng et al. 2022, Locating and Editing Factual Associations in GPT, "
+    "arXiv 2202.05262",
+    (
+        Claim(
+            "in-place",
+            "Attention writes the key to where its value stands: restoring it there brings the "
+            "answer back.",
+            "probability of the answer that comes back with attention's output restored at the "
+            "value, in the layer chosen on other texts",
+            "the same at all other pairs",
+            _in_place,
+            MATTERS,
+            "probability",
+        ),
+    ),
+    "Four pairs of random tokens and one key asked again, with the key replaced in the corrupt "
+    "text. State-space models look the pair up when they are asked: headscope.ablation.restore "
+    "takes them, too.",
+)
+
+
+def _aligned(model: HeadModel, setting: StudySetting) -> Evidence:
+    if "cross" not in model.stacks:
+        raise UnsupportedModelError("it has no cross-attention: it reads one text.")
+    probes = [
+        copied_tokens(model, 12, setting.size(24, 12), seed=setting.seed + k) for k in range(2)
+    ]
+    first, scores = (find(model, one, seed=setting.seed)["path_mass"] for one in probes)
+    head = first.top(1)[0][0]
+    return paired(
+        scores.per_example[head.layer, head.head],
+        control_of(scores, head),
+        note=str(head),
+        results={"path_mass": scores},
+    )
+
+
+ALIGNMENT = Study(
+    "alignment-heads",
+    "Heads of cross-attention that align target and source",
+    "Li et al. 2019, On the Word Alignment from Neural Machine Translation, arXiv 1906.10282; "
+    "Radford et al. 2022, Robust Speech Recognition via Large-Scale Weak Supervision, "
+    "arXiv 2212.04356",
+    (
+        Claim(
+            "aligned",
+            "A head of cross-attention follows the source in order.",
+            "attention on the best monotone path, of the head chosen on other texts",
+            "the same rows in a random order",
+            _aligned,
+            MATTERS,
+            "attention",
+        ),
+    ),
+    "Random tokens that are to be said again, as there are no texts that every model translates.",
+)
+
+
+def _of_images(scorer: str, model: HeadModel, setting: StudySetting) -> HeadScores:
+    if "vision" not in model.stacks:
+        raise UnsupportedModelError("it reads no images.")
+    batch = setting.size(16, 8)
+    probes = [random_images(model, batch, seed=setting.seed + k) for k in range(2)]
+    return setting.share(
+        ("images", scorer), lambda: score(model, probes[1], [scorer], progress=False)[scorer]
+    )
+
+
+def _neighbours(model: HeadModel, setting: StudySetting) -> Evidence:
+    _of_images("patch_neighbours", model, setting)
+    batch = setting.size(16, 8)
+    probes = [random_images(model, batch, seed=setting.seed + k) for k in range(2)]
+    return best_head(model, "patch_neighbours", *probes)[1]
+
+
+def _widening(model: HeadModel, setting: StudySetting) -> Evidence:
+    scores = _of_images("patch_neighbours", model, setting)
+    half = scores.per_example.shape[0] // 2
+    values = scores.per_example.reshape(
+        scores.per_example.shape[0], -1, scores.per_example.shape[-1]
+    )
+    if not half:
+        raise UnsupportedModelError("it has a single layer.")
+    return paired(
+        np.nanmean(values[-half:], (0, 1)),
+        np.nanmean(values[:half], (0, 1)),
+        note="deeper half against lower half",
+        less=True,
+    )
+
+
+IMAGES = Study(
+    "vision-locality",
+    "Heads of images that look at their neighbours",
+    "Dosovitskiy et al. 2020, An Image is Worth 16x16 Words, arXiv 2010.11929; Raghu et al. 2021, "
+    "Do Vision Transformers See Like Convolutional Neural Networks?, arXiv 2108.08810",
+    (
+        Claim(
+            "neighbours",
+            "A head attends to the patches around.",
+            "attention of the best head on neighbouring patches, chosen on other images",
+            "attention spread evenly over all patches",
+            _neighbours,
+            MATTERS,
+            "attention",
+        ),
+        Claim(
+            "widening",
+            "Deeper heads attend less to their neighbours than lower ones.",
+            "attention on neighbouring patches, mean over the deeper half of the heads",
+            "mean over the lower half",
+            _widening,
+            0.02,
+            "attention",
+        ),
+    ),
+    "Images of random blots at all sizes, as there are no pictures that every model knows.",
+)
+ALL = (EMERGENCE, GROUPS, RECALL, ALIGNMENT, IMAGES)
