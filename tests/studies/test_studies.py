@@ -177,14 +177,14 @@ def test_unpaired_evidence_has_welchs_interval() -> None:
 
 
 def test_the_cost_is_told_before_the_start(tmp_path: Path) -> None:
-    model, names = hs.load(), ["low-rank", "attention-sinks"]
+    model, names = hs.load(), ["composition", "attention-sinks"]
     whole = hs.studies.cost(model, names)
     short = hs.studies.cost(model, names, fast=True)
     assert whole.claims == short.claims == 3
     assert not whole.unknown
     assert whole.forwards > 0
     assert 0 < short.seconds < 60
-    hs.studies.run("low-rank", model, tmp_path, fast=True)
+    hs.studies.run("composition", model, tmp_path, fast=True)
     assert hs.studies.cost(model, names, fast=True, out=tmp_path).claims == 1
     mine = study_of(lambda model, setting: LOUD)
     assert "not known" in str(hs.studies.cost(model, [mine]))
