@@ -6,7 +6,7 @@ taken out at a time, and everything that follows run again.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.base.files import whole_file, writable_folder
@@ -31,14 +31,14 @@ from headscope.edges.written import (
 )
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.metrics import AnyMetric, as_metric
-from headscope.models.proof import gap
+from headscope.models.proof import gap, rounding
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Site, Tap
 from headscope.origin import origin
 from headscope.probes.probe import Probe, probe_digest
 from headscope.table.edges import EdgeGraph, Wiring
-from headscope.views import Norm, Rotation
+from headscope.views import HeadNorm, Norm, Rotation
 
 _MATRIX = {"query": "W_Q", "key": "W_K", "value": "W_V"}
 
@@ -61,43 +61,94 @@ class Slot:
         self,
         model: HeadModel,
         stream: Float[Tensor, "batch pos d_model"],
-        real: Bool[Tensor, "batch pos"],
-    ) -> Float[Tensor, "batch head pos d_model"] | None:
-        """Gradient at the residual stream that enters each head's slot, in fp32.
+        place: Int[Tensor, "batch pos"],
+        frozen: bool = False,
+    ) -> "HeadReads | None":
+        """By which matrix each head reads the stream behind its norm here, and with which slope.
 
         Args:
             model: whose weights are taken.
             stream: what enters the layer.
-            real: False at padding, which takes no position.
+            place: number of every position among the real ones of its text.
+            frozen: take the scales of norms as constants.
 
         Returns:
-            None where the weights do not say it: no weights per head, or norms on queries and keys.
+            None where the weights do not say it: no weights per head, or queries and keys whose
+            heads share the scale of a norm.
         """
         try:
             weights, norm = model.weights(self.layer), model.parts.input_norm(self.layer)
-            slope = self._before_rotation(model, real)
+            between = model.parts.query_key(self.layer)
         except UnsupportedModelError:
             return None
-        if slope is None:
-            return None
-        matrix = getattr(weights, _MATRIX[self.site]).float()
-        matrix = matrix.repeat_interleave(slope.shape[1] // len(matrix), 0)
-        read = torch.einsum("bhpe,hde->bhpd", slope, matrix.to(slope.device))
-        return behind_norm(norm, stream.detach(), read)
+        matrix = getattr(weights, _MATRIX[self.site]).detach().float().to(stream.device)
+        slope = self.slope.detach().float()
+        group = slope.shape[1] // len(matrix)
+        if self.site != "value":
+            query = self.site == "query"
+            inner = between.query_norm if query else between.key_norm
+            slope = (between.query_scale if query else between.key_scale) * slope
+            slope = unturned(between.rotation, slope, place[:, None].to(slope.device))
+            if inner is not None and inner.together:
+                return None
+            if inner is not None:
+                bias = (weights.b_Q if query else weights.b_K).detach().float().to(stream.device)
+                content = torch.einsum("bpd,hde->bphe", norm(stream.detach()), matrix) + bias
+                slope = _behind_head_norm(inner, content, slope, group, frozen)
+        return HeadReads(slope, matrix.repeat_interleave(group, 0))
 
-    def _before_rotation(
-        self, model: HeadModel, real: Bool[Tensor, "batch pos"]
-    ) -> Float[Tensor, "batch head pos d_head"] | None:
-        """Slope at what the matrix gives; None where a norm follows it."""
-        slope = self.slope.float()
-        if self.site == "value":
-            return slope
-        between = model.parts.query_key(self.layer)
-        if (between.query_norm, between.key_norm) != (None, None):
-            return None
-        scale = between.query_scale if self.site == "query" else between.key_scale
-        place = (real.long().cumsum(1) - 1).clamp_min(0).to(slope.device)
-        return scale * unturned(between.rotation, slope, place[:, None])
+
+@dataclass(frozen=True, eq=False)
+class HeadReads:
+    """What heads make of the residual stream behind a norm, with a gradient at what they make.
+
+    Attributes:
+        slope: of every head.
+        matrix: reads the norm's output.
+    """
+
+    slope: Float[Tensor, "batch head pos d_head"]
+    matrix: Float[Tensor, "head d_model d_head"]
+
+    @classmethod
+    def together(cls, reads: "Sequence[HeadReads]") -> "HeadReads":
+        """Those of several slots, one after another."""
+        return cls(
+            torch.cat([read.slope for read in reads], 1),
+            torch.cat([read.matrix for read in reads]),
+        )
+
+    def at_stream(
+        self, norm: Norm, stream: Float[Tensor, "batch pos d_model"], frozen: bool = False
+    ) -> Float[Tensor, "batch head pos d_model"]:
+        """Gradient at the residual stream that enters the norm, in fp32.
+
+        The matrix takes in the norm's gain and mean, so that what is as wide as the residual
+        stream is written once for every head and changed once.
+
+        Args:
+            norm: any.
+            stream: its input.
+            frozen: take the norm's scale as a constant.
+
+        Example:
+            >>> norm = Norm(torch.ones(2), torch.zeros(2), centred=False, epsilon=0.0)
+            >>> x = torch.tensor([[[3.0, 4.0]]])  # no slope along the input of a norm that divides
+            >>> found = HeadReads(x[:, None], torch.eye(2)[None]).at_stream(norm, x)
+            >>> float(found.abs().max()) < 1e-6
+            True
+        """
+        batch, heads, pos, _ = self.slope.shape
+        content, scale = stream.detach().float(), norm.scale(stream.detach())
+        by_head = (self.slope / scale[:, None, :, None]).transpose(0, 1).flatten(1, 2)
+        found = torch.bmm(by_head, norm.folded(self.matrix).mT)
+        if norm.divides and not frozen:
+            content = content - content.mean(-1, keepdim=True) if norm.centred else content
+            content = content.flatten(0, 1)
+            along = torch.bmm(found.transpose(0, 1), content[..., None]).squeeze(-1)
+            along /= content.shape[-1] * scale.square().view(-1, 1)
+            found.addcmul_(along.mT[..., None], content, value=-1)
+        return found.view(heads, batch, pos, -1).transpose(0, 1)
 
 
 def unturned(
@@ -122,36 +173,30 @@ def unturned(
     return found
 
 
-def behind_norm(
-    norm: Norm,
-    x: Float[Tensor, "batch pos d_model"],
-    slope: Float[Tensor, "batch head pos d_model"],
-) -> Float[Tensor, "batch head pos d_model"]:
-    """Slope at the input of a norm, of the slope at its output.
-
-    Args:
-        norm: any.
-        x: its input.
-        slope: at its output, of every head.
-
-    Example:
-        >>> norm = Norm(torch.ones(2), torch.zeros(2), centred=False, epsilon=0.0)
-        >>> x = torch.tensor([[[3.0, 4.0]]])  # along its input, a norm that divides has no slope
-        >>> float(behind_norm(norm, x, x[:, None]).abs().max()) < 1e-6
-        True
-    """
-    x = x.float()[:, None]
-    found = slope * norm.gain.float().to(slope.device)
-    if norm.divides:
-        scale = norm.scale(x)[..., None]
-        content = x - x.mean(-1, keepdim=True) if norm.centred else x
-        along = (found * content).mean(-1, keepdim=True) / scale.square()
-        found = (found - along * content) / scale
+def _behind_head_norm(
+    norm: HeadNorm,
+    content: Float[Tensor, "batch pos any_head d_head"],
+    slope: Float[Tensor, "batch head pos d_head"],
+    group: int,
+    frozen: bool,
+) -> Float[Tensor, "batch head pos d_head"]:
+    """Slope at the input of a norm that every head has to itself."""
+    x = content - content.mean(-1, keepdim=True) if norm.centred else content
+    scale = norm.scale(content)[..., None]
+    x, scale, gain = (
+        one.repeat_interleave(group, -2).transpose(-2, -3)
+        for one in (x, scale, norm.gain.to(x)[None])
+    )
+    found = slope * gain
+    if not frozen:
+        found = found - (found * x).mean(-1, keepdim=True) / scale.square() * x
+    found = found / scale
     return found - found.mean(-1, keepdim=True) if norm.centred else found
 
 
 # How closely a head's weights must agree with the model's own backward pass to stand for it.
 _AGREEMENT = 1e-4
+_LEAST = 1e-30
 
 
 def gradient_scores(batch: EdgeBatch, method: str, steps: int) -> Float[Tensor, "batch edge"]:
@@ -192,6 +237,11 @@ class Backwards:
     rules: Rules | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def is_clean(self) -> bool:
+        """Whether it is the gradient of the clean run."""
+        return self.embed is None and self.rules is None and not (self.shift or self.shares)
+
     def changes(self, n_layers: int) -> dict[Tap, Callable[[Tensor], Tensor]]:
         """Functions of taps that the pass goes on with."""
         found: dict[Tap, Callable[[Tensor], Tensor]] = {
@@ -208,7 +258,7 @@ def _added(value: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _over_inputs(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
     """Mean over runs whose embedding goes from the corrupt towards the clean one."""
-    clean = batch.clean.sources[:, 0]
+    clean = batch.clean.embed
     total = torch.zeros(len(batch.texts.tokens), len(batch.study.wiring), dtype=torch.float64)
     for step in range(steps):
         embed = clean + (1 - step / steps) * batch.change[:, 0]
@@ -230,7 +280,7 @@ def _over_activations(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge
         for step in range(steps):
             moved = (1 - step / steps) * change
             of = (
-                Backwards(embed=batch.clean.sources[:, 0] + moved)
+                Backwards(embed=batch.clean.embed + moved)
                 if tap.site == "embed"
                 else Backwards(shift={tap: moved})
             )
@@ -250,48 +300,73 @@ def _groups(wiring: Wiring) -> Iterator[tuple[Tap, np.ndarray]]:
 
 def _batch_scores(batch: EdgeBatch, of: Backwards) -> Float[Tensor, "batch edge"]:
     """Scores by the gradient of one run."""
+    run = batch.clean
     with torch.enable_grad():
-        run = run_apart(
-            batch.study.model,
-            batch.texts,
-            embed=of.embed,
-            logits_at=batch.measured.at,
-            grad=True,
-            changes=of.changes(batch.study.wiring.n_layers),
-            rules=of.rules,
-        )
+        if not (of.is_clean and run.taps[Tap("embed")].requires_grad):
+            run = run_apart(
+                batch.study.model,
+                batch.texts,
+                embed=of.embed,
+                logits_at=batch.measured.at,
+                grad=True,
+                changes=of.changes(batch.study.wiring.n_layers),
+                rules=of.rules,
+            )
         assert run.logits is not None  # noqa: S101  # they were asked for
         values = batch.measured(run.logits)[0][batch.measured.counted.to(run.logits.device)]
-        if not values.requires_grad:
-            raise InputError(
-                f"{batch.measured.metric.name} has no gradient, so no edge can be estimated by "
-                "one: take another metric, or method='exact'."
-            )
-        plain = of.rules is None and not of.shares
-        return _contracted(batch, run, values.sum(), plain)
+    if not values.requires_grad:
+        raise InputError(
+            f"{batch.measured.metric.name} has no gradient, so no edge can be estimated by "
+            "one: take another metric, or method='exact'."
+        )
+    return _contracted(batch, _Slopes.of(batch, run, values.sum(), of.rules is not None))
 
 
-def _contracted(
-    batch: EdgeBatch, run: WrittenRun, total: Tensor, plain: bool
-) -> Float[Tensor, "batch edge"]:
+@dataclass(frozen=True, eq=False)
+class _Slopes:
+    """Gradients of one backward pass, from the first position that corruption changes on.
+
+    Attributes:
+        run: what they are of.
+        at: by tap; 0 where the metric does not depend on it.
+        frozen: whether norms divide by a constant in this pass.
+    """
+
+    run: WrittenRun
+    at: Mapping[Tap, Tensor]
+    frozen: bool
+
+    @classmethod
+    def of(cls, batch: EdgeBatch, run: WrittenRun, total: Tensor, frozen: bool) -> "_Slopes":
+        layers = range(batch.study.wiring.n_layers)
+        shared = batch.study.model.shape.group_size > 1
+        sites = ("resid_pre", "attn_out", "mlp_out", *(("z",) if shared else ENTRIES))
+        taps = [Tap(site, layer) for layer in layers for site in sites]
+        taps.append(Tap("resid_post", layers[-1]))
+        entries = [run.taps[tap] for tap in taps]
+        found = torch.autograd.grad(total, entries, retain_graph=True, allow_unused=True)
+        return cls(
+            run,
+            {
+                tap: torch.zeros_like(entry) if one is None else one
+                for tap, entry, one in zip(taps, entries, found, strict=True)
+            },
+            frozen,
+        )
+
+
+@torch.no_grad()
+def _contracted(batch: EdgeBatch, slopes: _Slopes) -> Float[Tensor, "batch edge"]:
     """Gradients at every input, multiplied with changes as they come."""
-    wiring = batch.study.wiring
-    outputs = [
-        run.taps[Tap(site, layer)]
-        for layer in range(wiring.n_layers)
-        for site in ("z", "mlp_out", "resid_post")
-    ]
-    found = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
+    wiring, first = batch.study.wiring, batch.first
     parts = []
     for layer in range(wiring.n_layers):
-        z, mlp = found[3 * layer : 3 * layer + 2]
-        inputs = _head_inputs(batch, run, layer, z, plain)
-        parts.append(_times(batch.change[:, : wiring.before(layer)], inputs))
-        at_mlp = _mlp_input(run, layer, mlp, wiring)
-        parts.append(_times(batch.change[:, : wiring.before_mlp(layer)], at_mlp[:, None]))
-    last = found[-1]
-    assert last is not None  # noqa: S101  # the logits come from it
-    parts.append(_times(batch.change, last[:, None]))
+        at_mlp = _mlp_input(slopes, layer, wiring)[:, None, first:]
+        inputs = _head_inputs(batch, slopes, layer, at_mlp[:, 0])
+        parts.append(_times(batch.change[:, : wiring.before(layer), first:], inputs))
+        parts.append(_times(batch.change[:, : wiring.before_mlp(layer), first:], at_mlp))
+    last = slopes.at[Tap("resid_post", wiring.n_layers - 1)][:, None, first:]
+    parts.append(_times(batch.change[:, :, first:], last))
     return torch.cat([part.flatten(1) for part in parts], 1)
 
 
@@ -304,90 +379,136 @@ def _times(
 
 
 def _head_inputs(
-    batch: EdgeBatch, run: WrittenRun, layer: int, z_slope: Tensor | None, plain: bool
+    batch: EdgeBatch, slopes: _Slopes, layer: int, at_mlp: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch slot_head pos d_model"]:
     """Gradient at the residual stream that enters every slot of every head of a layer.
 
-    First back through attention, for one query head of every group at a time, so that the slope
-    at a shared key or value is told apart by who read it; then through whatever makes queries,
-    keys and values of the residual stream.
+    By each head's own weights where these are shown to be what the model's code does, on what all
+    heads pass on together in the first batch; else head by head through that code, which costs a
+    whole backward pass of the layer's matrices for each.
 
     Args:
         batch: the batch.
-        run: the run that gradients are of.
+        slopes: gradients of the run.
         layer: the model's layer number.
-        z_slope: gradient at head outputs; None: 0.
-        plain: whether gradients are gradients, and not what other rules put in their place.
+        at_mlp: gradient at the stream that enters the MLP.
     """
-    group = batch.study.model.shape.group_size
-    z = run.taps[Tap("z", layer)]
-    slope = torch.zeros_like(z) if z_slope is None else z_slope
-    entries = [run.taps[Tap(site, layer)] for site in ENTRIES]
+    known, group = batch.study.by_weights, batch.study.model.shape.group_size
+    slots = _slots(slopes, layer, group)
+    reads = _reads(batch, slopes, layer, slots)
+    inputs: dict[str, Tensor] = {}
+    together = None
+    if reads:
+        norm, stream = batch.study.model.parts.input_norm(layer), _later(batch, slopes, layer)
+        together = HeadReads.together(list(reads.values())).at_stream(norm, stream, slopes.frozen)
+        inputs |= zip(reads, together.split(batch.study.wiring.n_heads, 1), strict=True)
+    for slot in slots:
+        if slot.site not in reads:
+            inputs[slot.site] = _through_code(slopes, slot, group)[:, :, batch.first :]
+    if any((site, layer) not in known for site in reads):
+        agree = _agree(batch, slopes, layer, at_mlp, list(inputs.values()))
+        known.update({(site, layer): agree for site in reads})
+        if not agree:
+            return _head_inputs(batch, slopes, layer, at_mlp)
+    if together is not None and len(reads) == len(slots):
+        return together
+    return torch.cat([inputs[site] for site in ENTRIES], 1)
+
+
+def _reads(
+    batch: EdgeBatch, slopes: _Slopes, layer: int, slots: Sequence[Slot]
+) -> dict[str, HeadReads]:
+    """What heads read by their own weights, of the slots where these are not known to be wrong."""
+    place = (batch.texts.real.long().cumsum(1) - 1).clamp_min(0)[:, batch.first :]
+    stream = _later(batch, slopes, layer)
+    found: dict[str, HeadReads] = {}
+    for slot in slots:
+        later = Slot(slot.site, layer, slot.slope[:, :, batch.first :])
+        read = later.through_weights(batch.study.model, stream, place, slopes.frozen)
+        if read is not None and batch.study.by_weights.get((slot.site, layer), True):
+            found[slot.site] = read
+    return found
+
+
+def _later(batch: EdgeBatch, slopes: _Slopes, layer: int) -> Float[Tensor, "batch pos d_model"]:
+    """What enters a layer, from the first position that corruption changes on."""
+    return slopes.run.taps[Tap("resid_pre", layer)][:, batch.first :]
+
+
+def _agree(
+    batch: EdgeBatch,
+    slopes: _Slopes,
+    layer: int,
+    at_mlp: Float[Tensor, "batch pos d_model"],
+    each: Sequence[Float[Tensor, "batch head pos d_model"]],
+) -> bool:
+    """Whether what all heads pass on is what attention passes on in the model's own backward pass.
+
+    That is the gradient where the layer begins, less what goes past its attention.
+    """
+    before = slopes.at[Tap("resid_pre", layer)].float()
+    past = "mlp_out" if batch.study.wiring.parallel[layer] else "attn_out"
+    expected = (before - slopes.at[Tap(past, layer)].float())[:, batch.first :]
+    if batch.study.wiring.parallel[layer]:
+        expected = expected - at_mlp
+    total = sum(one.sum(1) for one in each)
+    assert isinstance(total, Tensor)  # noqa: S101  # there are three slots
+    rounded = rounding(batch.study.model.dtype, before.shape[-1])
+    lost = float(before.abs().max() / expected.abs().max().clamp_min(_LEAST))
+    return gap(total, expected, max(_AGREEMENT, rounded * max(1.0, lost))).closed
+
+
+def _slots(slopes: _Slopes, layer: int, group: int) -> list[Slot]:
+    """Gradients at a layer's queries, keys and values, by query head.
+
+    Where heads share keys and values, back through attention for one query head of every group at
+    a time, so that the slope at what they share is told apart by who read it.
+    """
+    if group == 1:
+        return [Slot(site, layer, slopes.at[Tap(site, layer)]) for site in ENTRIES]
+    z, slope = slopes.run.taps[Tap("z", layer)], slopes.at[Tap("z", layer)]
+    entries = [slopes.run.taps[Tap(site, layer)] for site in ENTRIES]
     at: list[list[Tensor]] = [[], [], []]
     for member in range(group):
         mine = torch.zeros_like(slope)
         mine[:, :, member::group] = slope[:, :, member::group]
-        slopes = torch.autograd.grad(z, entries, mine, retain_graph=True)
-        for entry, one in enumerate(slopes):
+        passed = torch.autograd.grad(z, entries, mine, retain_graph=True)
+        for entry, one in enumerate(passed):
             at[entry].append(one[:, member::group] if entry == 0 else one)
-    slots = [
+    return [
         Slot(site, layer, torch.stack(of, 2).flatten(1, 2))
         for site, of in zip(ENTRIES, at, strict=True)
     ]
-    return torch.cat([_at_stream(batch, run, slot, plain) for slot in slots], 1)
 
 
-def _at_stream(
-    batch: EdgeBatch, run: WrittenRun, slot: Slot, plain: bool
+def _through_code(
+    slopes: _Slopes, slot: Slot, group: int
 ) -> Float[Tensor, "batch head pos d_model"]:
-    """Slopes at the residual stream by every head's queries, keys or values.
-
-    By each head's own weights where these are shown to be what the model's code does, on the head
-    with the largest slope of the first batch; else head by head through that code, which costs a
-    whole backward pass of the layer's matrices for each.
-    """
-    model, known = batch.study.model, batch.study.by_weights
-    stream, made = run.taps[Tap("resid_pre", slot.layer)], run.taps[Tap(slot.site, slot.layer)]
-    group = 1 if slot.site == "query" else model.shape.group_size
-    place = (slot.site, slot.layer)
-    found = slot.through_weights(model, stream, batch.texts.real) if plain else None
-    if found is not None and place not in known:
-        largest = int(slot.slope.square().sum((0, 2, 3)).argmax())
-        own = _pulled_back(stream, made, slot.slope[:, largest], largest // group)
-        known[place] = gap(found[:, largest], own.float(), _AGREEMENT).closed
-    if found is not None and known[place]:
-        return found
-    heads = range(slot.slope.shape[1])
-    each = [_pulled_back(stream, made, slot.slope[:, head], head // group) for head in heads]
-    return torch.stack(each, 1)
+    """Slopes at the residual stream by every head's queries, keys or values, in its code."""
+    stream = slopes.run.taps[Tap("resid_pre", slot.layer)]
+    made = slopes.run.taps[Tap(slot.site, slot.layer)]
+    group = 1 if slot.site == "query" else group
+    found: list[Tensor] = []
+    for head in range(slot.slope.shape[1]):
+        one = torch.zeros_like(made)
+        one[:, head // group] = slot.slope[:, head]
+        found += torch.autograd.grad(made, stream, one, retain_graph=True)
+    return torch.stack(found, 1)
 
 
-def _pulled_back(
-    stream: Float[Tensor, "batch pos d_model"],
-    made: Float[Tensor, "batch head pos d_head"],
-    slope: Float[Tensor, "batch pos d_head"],
-    head: int,
-) -> Float[Tensor, "batch pos d_model"]:
-    """Slope at the residual stream by one head's queries, keys or values."""
-    one = torch.zeros_like(made)
-    one[:, head] = slope
-    (found,) = torch.autograd.grad(made, stream, one, retain_graph=True)
-    return found
-
-
-def _mlp_input(
-    run: WrittenRun, layer: int, slope: Tensor | None, wiring: Wiring
-) -> Float[Tensor, "batch pos d_model"]:
+def _mlp_input(slopes: _Slopes, layer: int, wiring: Wiring) -> Float[Tensor, "batch pos d_model"]:
     """Gradient at the residual stream that enters an MLP.
 
-    After attention the stream is its input plus what attention wrote, so a slope at what attention
-    wrote, with the MLP's output as the only way on, is the slope at the stream.
+    After attention the stream goes into the MLP and past it: the slope at what attention wrote,
+    less the slope at what the MLP wrote. In half precision, and beside attention, back through the
+    MLP alone, because the difference would be lost in rounding, or have attention in it.
     """
+    mlp = slopes.at[Tap("mlp_out", layer)]
+    if not wiring.parallel[layer] and mlp.dtype in (torch.float32, torch.float64):
+        return slopes.at[Tap("attn_out", layer)] - mlp
     site = "resid_pre" if wiring.parallel[layer] else "attn_out"
-    mlp, entry = run.taps[Tap("mlp_out", layer)], run.taps[Tap(site, layer)]
-    if slope is None:
-        return torch.zeros_like(run.taps[Tap("resid_pre", layer)])
-    (found,) = torch.autograd.grad(mlp, entry, slope, retain_graph=True)
+    made, entry = slopes.run.taps[Tap("mlp_out", layer)], slopes.run.taps[Tap(site, layer)]
+    (found,) = torch.autograd.grad(made, entry, mlp, retain_graph=True)
     return found
 
 
@@ -407,7 +528,7 @@ def exact_scores(batch: EdgeBatch, advance: Advance) -> Float[Tensor, "batch edg
     for layer in range(batch.study.wiring.n_layers):
         parts += _into_heads(batch, layer, advance)
         parts.append(_into_mlp(batch, layer, advance))
-    parts.append(_into_output(batch, advance))
+    parts.append(output_edges(batch, advance))
     return (torch.cat(parts) - clean).mT.cpu().double()
 
 
@@ -440,10 +561,30 @@ def _into_mlp(batch: EdgeBatch, layer: int, advance: Advance) -> Float[Tensor, "
     return _measured(batch, out, moved, advance)
 
 
-def _into_output(batch: EdgeBatch, advance: Advance) -> Float[Tensor, "source batch"]:
+@torch.no_grad()
+def output_edges(batch: EdgeBatch, advance: Advance) -> Float[Tensor, "source batch"]:
+    """Metric of runs with one edge into the output taken out.
+
+    By the final norm and the unembedding, where these give the logits of the clean run; else every
+    block runs again.
+
+    Args:
+        batch: the batch.
+        advance: is told how many edges are done.
+    """
     last = Tap("resid_post", batch.study.wiring.n_layers - 1)
-    patched = batch.clean.taps[last] + batch.change.transpose(0, 1)
-    return _measured(batch, last, patched, advance)
+    stream, change = batch.clean.taps[last], batch.change.transpose(0, 1)
+    unembedding, logits, at = batch.study.model.unembedding, batch.clean.logits, batch.measured.at
+    assert logits is not None  # noqa: S101  # they were asked for
+    rows = stream.float()[:, at]
+    allowed = rounding(batch.study.model.dtype, rows.shape[-1])
+    if not gap(unembedding.logits(rows), logits, allowed).closed:
+        return _measured(batch, last, stream + change, advance)
+    found = []
+    for part in change.split(batch.room):
+        found.append(batch.measured(unembedding.logits((rows + part[:, :, at]).flatten(0, 1))))
+        advance(float(len(part)))
+    return torch.cat(found)
 
 
 def _measured(
@@ -548,7 +689,7 @@ def attribute(
             if store is not None and (kept := store.read(number)) is not None:
                 parts.append(kept)
                 continue
-            batch = study.batch(start)
+            batch = study.batch(start, grad=method == "eap")
             count = len(batch.texts.tokens)
 
             def done(passes: float, count: int = count) -> None:

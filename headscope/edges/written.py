@@ -13,9 +13,12 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.base.options import RunOptions
+from headscope.base.stacks import all_causal
 from headscope.edges.rules import Rules
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.metrics import AnyMetric, LogitRows, Metric, as_metric
+from headscope.models.hf.model import HFModel
+from headscope.models.hf.replay import quick_activations
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import Site, Tap, TapView
 from headscope.probes.probe import Probe
@@ -110,15 +113,28 @@ class WrittenRun:
     """One run of a batch, taken apart.
 
     Attributes:
-        sources: what every node wrote, in fp32; 0 at padding.
+        model: what was run.
+        real: False at padding.
         taps: the residual stream before every layer and after the last, queries, keys, values
             and head outputs, attention and MLP writes, as the pass holds them.
         logits: at the positions asked for; None where none were.
     """
 
-    sources: Float[Tensor, "batch source pos d_model"]
+    model: HeadModel
+    real: Bool[Tensor, "batch pos"]
     taps: Mapping[Tap, Tensor]
     logits: Float[Tensor, "batch at d_vocab"] | None
+
+    @cached_property
+    def sources(self) -> Float[Tensor, "batch source pos d_model"]:
+        """What every node wrote, in fp32; 0 at padding."""
+        return written_by_nodes(self.model, self.taps, self.real)
+
+    @property
+    def embed(self) -> Float[Tensor, "batch pos d_model"]:
+        """What entered the first block, in fp32; 0 at padding."""
+        value = self.taps[Tap("embed")].detach().float()
+        return value * self.real.to(value.device)[..., None]
 
 
 def taps_of(model: HeadModel) -> list[Tap]:
@@ -168,10 +184,10 @@ def run_apart(
     writes |= {tap: keeper(held, tap) for tap in taps if tap.site in ENTRIES}
     writes |= {tap: _changer(held, tap, change) for tap, change in changes.items()}
     reads = {tap: read for tap, read in reads.items() if tap not in changes}
-    with rules or nullcontext():
+    plain = quick_activations(model) if isinstance(model, HFModel) else nullcontext()
+    with rules or plain:
         logits = model.run(texts, reads=reads, writes=writes, logits_at=logits_at, grad=grad)
-    with torch.no_grad():
-        return WrittenRun(_sources(model, held, texts.real), held, logits)
+    return WrittenRun(model, texts.real, held, logits)
 
 
 def keeper(held: dict[Tap, Tensor], tap: Tap) -> Callable[[Tensor, Any], Tensor]:
@@ -202,15 +218,39 @@ def _changer(
     return write
 
 
-def _sources(
-    model: HeadModel, held: Mapping[Tap, Tensor], real: Bool[Tensor, "batch pos"]
+@torch.no_grad()
+def written_by_nodes(
+    model: HeadModel,
+    held: Mapping[Tap, Tensor],
+    real: Bool[Tensor, "batch pos"],
+    less: Mapping[Tap, Tensor] | None = None,
 ) -> Float[Tensor, "batch source pos d_model"]:
-    parts = [held[Tap("embed")].detach()[:, None].float()]
-    for layer in range(model.shape.n_layers):
-        z, mlp = held[Tap("z", layer)].detach(), held[Tap("mlp_out", layer)].detach()
-        parts += [heads_write(model, layer, z), mlp[:, None].float()]
-    sources = torch.cat(parts, 1)
-    return sources * real.to(sources.device)[:, None, :, None]
+    """What every node writes, in fp32; 0 at padding.
+
+    Args:
+        model: the model.
+        held: embedding, head outputs and MLP writes of a run.
+        real: False at padding.
+        less: those of another run, whose writes are subtracted; None: nothing is.
+    """
+    padded, shape = not bool(real.all()), model.shape
+
+    def part(tap: Tap) -> Tensor:
+        value = held[tap].detach().float()
+        value = value if less is None else value - less[tap].detach().float()
+        mask = real.to(value.device).view(*real.shape, *[1] * (value.ndim - 2))
+        return value * mask if padded else value
+
+    embed = part(Tap("embed"))
+    found = embed.new_empty(1 + shape.n_layers * (shape.n_heads + 1), *embed.shape)
+    found[0] = embed
+    for layer in range(shape.n_layers):
+        z, first = part(Tap("z", layer)), 1 + layer * (shape.n_heads + 1)
+        weights = model.output_weights(layer).detach().to(z.device).float()
+        heads = torch.bmm(z.flatten(0, 1).transpose(0, 1), weights)
+        found[first : first + shape.n_heads] = heads.view(-1, *embed.shape)
+        found[first + shape.n_heads] = part(Tap("mlp_out", layer))
+    return found.transpose(0, 1)
 
 
 def heads_write(
@@ -277,32 +317,36 @@ class EdgeMeasurement:
         for start in range(0, len(self.probe), self.size):
             yield self.batch(start)
 
-    def batch(self, start: int) -> "EdgeBatch":
-        """The batch whose first example has this number, run once cleanly and once corrupted."""
+    def batch(self, start: int, grad: bool = False) -> "EdgeBatch":
+        """The batch whose first example has this number, run once cleanly and once corrupted.
+
+        Args:
+            start: number of the example.
+            grad: keep the graph of the clean run.
+        """
         chosen = slice(start, min(start + self.size, len(self.probe)))
         reads = self.metric.reads(self.probe)[chosen]
         probe = self.probe.examples(chosen)
         texts = PaddedTexts(probe.tokens, probe.real)
         measured = Measured(self.metric, probe, reads)
-        with torch.no_grad():
-            clean = run_apart(self.model, texts, logits_at=measured.at)
-            measured.clean = clean.logits
-            corrupt = self._corrupt(probe, clean.sources)
-        mask = probe.real.to(corrupt.device)[:, None, :, None]
-        return EdgeBatch(self, texts, measured, clean, (corrupt - clean.sources) * mask)
+        with torch.set_grad_enabled(grad):
+            clean = run_apart(self.model, texts, logits_at=measured.at, grad=grad)
+        assert clean.logits is not None  # noqa: S101  # they were asked for
+        measured.clean = clean.logits.detach()
+        return EdgeBatch(self, texts, measured, clean, self._change(probe, clean))
 
-    def _corrupt(
-        self, probe: Probe, clean: Float[Tensor, "batch source pos d_model"]
-    ) -> Float[Tensor, "batch source pos d_model"]:
-        """What every node writes once corrupted."""
+    @torch.no_grad()
+    def _change(self, probe: Probe, clean: WrittenRun) -> Float[Tensor, "batch source pos d_model"]:
+        """What corruption changes in what every node writes."""
         if self.ablation == "zero":
-            return torch.zeros_like(clean)
+            return -clean.sources
         if self.means is not None:
-            return self.means[None, :, None].expand_as(clean)
+            mask = probe.real.to(self.means.device)[:, None, :, None]
+            return (self.means[None, :, None] - clean.sources) * mask
         assert probe.corrupt is not None  # noqa: S101  # checked at first
         texts = PaddedTexts(probe.corrupt.tokens, probe.real)
-        nothing = torch.empty(0, dtype=torch.long)
-        return run_apart(self.model, texts, logits_at=nothing).sources
+        other = run_apart(self.model, texts, logits_at=torch.empty(0, dtype=torch.long))
+        return written_by_nodes(self.model, other.taps, probe.real, less=clean.taps)
 
     @torch.no_grad()
     def _averages(self) -> Float[Tensor, "source d_model"]:
@@ -358,6 +402,20 @@ class EdgeBatch:
     def room(self) -> int:
         """Runs of the batch that are stacked at once."""
         return max(1, 2 * _TOKENS // self.texts.tokens.numel())
+
+    @cached_property
+    def first(self) -> int:
+        """The first position where corruption changes anything.
+
+        Before the first token in which pairs differ, what attention from left to right sees is
+        the same.
+        """
+        probe = self.measured.probe
+        if self.study.ablation != "patch" or not all_causal(self.study.model.stacks):
+            return 0
+        assert probe.corrupt is not None  # noqa: S101  # checked at first
+        differ = (probe.tokens != probe.corrupt.tokens).any(0).nonzero()
+        return int(differ[0]) if len(differ) else 0
 
     def clean_value(self) -> Float[Tensor, " batch"]:
         """The metric on the clean run."""

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import headscope as hs
 from headscope.edges import Edge, EdgeGraph, Wiring
-from headscope.edges.attribute import Slot, gradient_scores
+from headscope.edges.attribute import HeadReads, Slot, gradient_scores
 from headscope.edges.faithfulness import circuit_value
 from headscope.edges.written import EdgeMeasurement
 from headscope.errors import InputError, UnsupportedModelError
@@ -196,8 +196,7 @@ def test_weights_give_what_the_backward_pass_gives(
     (batch,) = study.batches()
     fast = gradient_scores(batch, "eap", 1)
     by_weights = {site for (site, _), agrees in study.by_weights.items() if agrees}
-    normed = family == "qwen3"  # queries and keys behind norms of their own
-    assert by_weights == ({"value"} if normed else {"query", "key", "value"})
+    assert by_weights == {"query", "key", "value"}
     assert all(study.by_weights.values())
     monkeypatch.setattr(Slot, "through_weights", lambda *_: None)
     slow = gradient_scores(batch, "eap", 1)
@@ -211,8 +210,8 @@ def test_weights_that_do_not_agree_are_not_used(monkeypatch: pytest.MonkeyPatch)
     right = gradient_scores(batch, "eap", 1)
     other = EdgeMeasurement.of(model, probe, logit_difference)
     (again,) = other.batches()
-    own = Slot.through_weights
-    monkeypatch.setattr(Slot, "through_weights", lambda *given: 1.01 * own(*given))
+    own = HeadReads.at_stream
+    monkeypatch.setattr(HeadReads, "at_stream", lambda *given: 1.01 * own(*given))
     found = gradient_scores(again, "eap", 1)
     assert not any(other.by_weights.values())
     torch.testing.assert_close(found, right, atol=2e-5 * float(right.abs().max()), rtol=0)
