@@ -15,8 +15,7 @@ from headscope.scorer import (
 )
 from headscope.scorers.catalogue import CATALOGUE, DEFAULT, resolve
 from headscope.scorers.long_need import long_need, long_need_predicted, streaming_gap
-from headscope.scorers.patches import hop_mass
-from headscope.scorers.patterns import relative_offset
+from headscope.scorers.patterns import hop_mass, relative_offset
 from headscope.scorers.relation import Relation, between, relation
 from headscope.scorers.spread import window_mass
 from headscope.views import AttentionRows, HeadGradients, HeadOutputs, QueryKeys

@@ -13,8 +13,8 @@ from headscope.scorers.long_need import (
     default_streaming_gap,
     rotary_slowness,
 )
-from headscope.scorers.patches import class_token, patch_neighbours, registers
 from headscope.scorers.patterns import (
+    class_token,
     current_token,
     detect_head_duplicate_token,
     detect_head_induction,
@@ -22,7 +22,9 @@ from headscope.scorers.patterns import (
     duplicate_token,
     induction,
     next_token,
+    patch_neighbours,
     previous_token,
+    registers,
 )
 from headscope.scorers.relation import (
     Relation,

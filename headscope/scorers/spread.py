@@ -7,7 +7,7 @@ from torch import Tensor
 from headscope.errors import InputError
 from headscope.probes.probe import Probe
 from headscope.scorer import WORDS, Scorer, queries_past, queries_with, row_scorer
-from headscope.scorers.patches import mean_reach
+from headscope.scorers.patterns import mean_reach
 from headscope.views import AttentionRows
 
 _LOCAL = 8

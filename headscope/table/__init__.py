@@ -35,10 +35,10 @@ from headscope.table.lens import HeadWords as HeadWords
 from headscope.table.lens import LensGrid as LensGrid
 from headscope.table.scores import HeadScores as HeadScores
 from headscope.table.scores import Summary as Summary
+from headscope.table.similarity import AttentionProbe as AttentionProbe
 from headscope.table.similarity import HeadSimilarity as HeadSimilarity
-from headscope.table.syntax import AttentionProbe as AttentionProbe
-from headscope.table.syntax import RelationHead as RelationHead
-from headscope.table.syntax import SyntaxHeads as SyntaxHeads
+from headscope.table.similarity import RelationHead as RelationHead
+from headscope.table.similarity import SyntaxHeads as SyntaxHeads
 from headscope.table.table import HeadTable as HeadTable
 from headscope.table.weights import HeadCard as HeadCard
 from headscope.table.weights import HeadEigenvalues as HeadEigenvalues
