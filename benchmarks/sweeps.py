@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import headscope as hs
 from headscope.sweeps import RayExecutor, SweepConfig, run_sweep
-from headscope.sweeps.bench import Benches
-from headscope.sweeps.run import inline, make_plan
+from headscope.sweeps.run import Benches, inline, make_plan
 from headscope.sweeps.store import Store
 
 

@@ -16,11 +16,10 @@ from headscope.errors import InputError, nearest
 from headscope.plots import curves
 from headscope.report import Picture, Rows, RunPart, Section, read_run, report_page
 from headscope.report.sections import Block
-from headscope.sweeps.bench import Benches
 from headscope.sweeps.cluster import RayExecutor
 from headscope.sweeps.config import SweepConfig, read_config, schema
 from headscope.sweeps.results import Results, export, read
-from headscope.sweeps.run import Executor, Outcome, estimate, inline, make_plan, run_sweep
+from headscope.sweeps.run import Benches, Executor, Outcome, estimate, inline, make_plan, run_sweep
 from headscope.sweeps.store import Store, status
 from headscope.table import EffectGrid, HeadTable
 

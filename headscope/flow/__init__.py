@@ -12,6 +12,7 @@ from headscope.flow.contributions import alti as alti
 from headscope.flow.contributions import alti_logits as alti_logits
 from headscope.flow.contributions import norm_matrix as norm_matrix
 from headscope.flow.contributions import norms as norms
+from headscope.flow.contributions import source_contribution as source_contribution
 from headscope.flow.rollout import flow_of as flow_of
 from headscope.flow.rollout import max_flow as max_flow
 from headscope.flow.rollout import rolled_out as rolled_out
@@ -20,4 +21,3 @@ from headscope.flow.rollout import through_heads as through_heads
 from headscope.flow.routes import proximity_shares as proximity_shares
 from headscope.flow.routes import route_scores as route_scores
 from headscope.flow.routes import routes as routes
-from headscope.flow.source import source_contribution as source_contribution

@@ -17,13 +17,13 @@ from headscope.lens.attention import AttentionLens as AttentionLens
 from headscope.lens.attention import attention_lens as attention_lens
 from headscope.lens.attribution import attribute as attribute
 from headscope.lens.attribution import head_attribution as head_attribution
-from headscope.lens.decoder import decoder_lens as decoder_lens
 from headscope.lens.fitting import FitReport as FitReport
 from headscope.lens.fitting import LensConfig
 from headscope.lens.fitting import load_lens as _load_lens
 from headscope.lens.linear import ResidualLens as ResidualLens
 from headscope.lens.linear import linear_shortcuts as linear_shortcuts
 from headscope.lens.linear import tuned_lens as tuned_lens
+from headscope.lens.logit import decoder_lens as decoder_lens
 from headscope.lens.logit import head_lens as head_lens
 from headscope.lens.logit import logit_lens as logit_lens
 from headscope.lens.logit import logit_lenses as logit_lenses

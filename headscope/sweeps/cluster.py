@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from headscope.errors import HeadscopeError, InputError
-from headscope.sweeps.bench import Benches
 from headscope.sweeps.config import SweepConfig
 from headscope.sweeps.plan import Chunk
-from headscope.sweeps.run import ATTEMPTS, Finished, Stop, Work, reason, run_chunk
+from headscope.sweeps.run import ATTEMPTS, Benches, Finished, Stop, Work, reason, run_chunk
 from headscope.sweeps.store import Store
 
 # How often the driver looks whether somebody asked to stop, in seconds.

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from headscope.cli.app import app
 from headscope.sweeps import read, status
-from headscope.sweeps.bench import Bench
+from headscope.sweeps.run import Bench
 from tests.cli.support import sentence
 from tests.sweeps.support import config
 

@@ -555,7 +555,7 @@ def failing(error: Exception, made: dict[str, str], tmp_path: Path) -> dict[str,
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("headscope.sweeps.bench.Benches.measure", measure)
+        patch.setattr("headscope.sweeps.run.Benches.measure", measure)
         patch.setattr("headscope.sweeps.run._PAUSE", 0.0)
         run_sweep(hs.sweeps.read_config(made["CONFIG"]), tmp_path / "s")
     file = next((tmp_path / "s" / "failed").iterdir())

@@ -8,7 +8,7 @@ import torch
 
 import headscope as hs
 from headscope.errors import InputError
-from headscope.flow.source import moved_by_head, vectors_of
+from headscope.flow.contributions import moved_by_head, vectors_of
 from headscope.models.bundled import tasks
 from headscope.models.hf.sublayers import arounds, streams, sublayer
 from tests.models.seq2seq import both_sides, module_of

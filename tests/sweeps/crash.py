@@ -25,7 +25,7 @@ import torch
 
 from headscope.sweeps import SweepConfig, make_plan, run_sweep
 from headscope.sweeps import run as running
-from headscope.sweeps.bench import Benches
+from headscope.sweeps.run import Benches
 from tests.sweeps.support import config
 
 # Steps of the store that a child may die in. A chunk takes about six.

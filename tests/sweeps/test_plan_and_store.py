@@ -9,9 +9,8 @@ import pytest
 from headscope.errors import InputError
 from headscope.models import bundled
 from headscope.sweeps import make_plan
-from headscope.sweeps.bench import Benches
 from headscope.sweeps.plan import Plan, plan_from_json, plan_json
-from headscope.sweeps.run import manifest
+from headscope.sweeps.run import Benches, manifest
 from headscope.sweeps.store import KEYS, Store
 from tests.sweeps.support import REPEATED, config
 

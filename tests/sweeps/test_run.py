@@ -13,9 +13,8 @@ import headscope as hs
 from headscope.errors import InputError
 from headscope.models import bundled
 from headscope.sweeps import read, run_sweep, status
-from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.plan import Chunk, Plan
-from headscope.sweeps.run import Finished, Stop, Work, inline
+from headscope.sweeps.run import Bench, Benches, Finished, Stop, Work, inline
 from tests.sweeps.support import REPEATED, config
 
 

@@ -14,9 +14,8 @@ from pyarrow import parquet
 from headscope.base.files import whole_file
 from headscope.errors import InputError
 from headscope.sweeps import export, make_plan, read, run_sweep, status
-from headscope.sweeps.bench import Bench, Benches
 from headscope.sweeps.results import intervals
-from headscope.sweeps.run import ATTEMPTS
+from headscope.sweeps.run import ATTEMPTS, Bench, Benches
 from headscope.sweeps.store import Store
 from tests.sweeps.support import config, variants_run
 
