@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from headscope.interactive import explain as explain
     from headscope.models.loading import load as load
     from headscope.models.taps import Tap as Tap
+    from headscope.planning import plan as plan
     from headscope.probes import Probe as Probe
     from headscope.pruning import prune as prune
     from headscope.retrieval import mask_heads as mask_heads
@@ -125,6 +126,7 @@ _HOME = {
     "patch_activations": "headscope.ablation",
     "patch_stream": "headscope.ablation",
     "path_patch": "headscope.ablation",
+    "plan": "headscope.planning",
     "plots": "headscope.plots",
     "probes": "headscope.probes",
     "prune": "headscope.pruning",

@@ -508,6 +508,46 @@ def emergence(
 
 
 @app.command(no_args_is_help=True)
+def plan(
+    shape: Annotated[
+        str,
+        typer.Argument(
+            help="llama-3-8b, gpt2, ...; a model whose config is read; or layers=32,heads=32,..."
+        ),
+    ],
+    study: Annotated[str, typer.Option(help="scan, ablation, lens or decode.")] = "scan",
+    examples: Annotated[int, typer.Option(min=1, help="How many examples.")] = 100,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
+    queries: Annotated[
+        int | None, typer.Option(min=1, help="Positions that a scan looks at (default: all).")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads that are ablated (default: all).")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 50,
+    device: Annotated[str, typer.Option(help="h100, h200, a100, l4, ...")] = "h100",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    json: Json = False,
+) -> None:
+    """Estimate passes, operations, memory and hours of a study on a model of this SHAPE."""
+    from headscope.cli.output import print_result
+    from headscope.planning import plan as estimate
+
+    cost = estimate(
+        shape,
+        study,
+        examples=examples,
+        length=length,
+        queries=queries,
+        heads=heads,
+        steps=steps,
+        device=device,
+        dtype=dtype,
+    )
+    print_result(cost, as_json=json)
+
+
+@app.command(no_args_is_help=True)
 def compare(
     first: Annotated[str, typer.Argument(help="Model, MODEL@REVISION, or folder of a scan.")],
     second: Annotated[str, typer.Argument(help="The same.")],

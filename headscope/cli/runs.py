@@ -92,6 +92,7 @@ def _print_plan(config: SweepConfig) -> None:
         f"  sets     {', '.join(f'{one.name} ({one.arrange})' for one in config.sets)}",
         f"  passes   {cost.examples} edited examples, the work of {cost.passes:.0f} whole passes",
         f"  time     about {told} in one process here (timed: {cost.timed})",
+        f"  hours    {cost.seconds / 3600:.2g} of one {cost.device}, loading excluded",
     ]
     for line in lines:
         print(line)

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from transformers.utils import logging
 
 from headscope.ablation.engine import RecordedBatch
@@ -371,6 +372,7 @@ class Estimate:
             (n - l) / n an example; each chunk adds its clean run.
         seconds: on this machine, one process; extrapolated by passes from ``timed``.
         timed: what was measured to tell.
+        device: that it was measured on: the GPU's name, or a process on the CPU.
     """
 
     cells: int
@@ -379,6 +381,7 @@ class Estimate:
     passes: float
     seconds: float
     timed: str
+    device: str
 
 
 def estimate(config: SweepConfig, plan: Plan, benches: Benches) -> Estimate:
@@ -393,17 +396,23 @@ def estimate(config: SweepConfig, plan: Plan, benches: Benches) -> Estimate:
     # Eight more cells cost this much more: the clean run is in both.
     per_pass = max(several - alone, 0.05 * several) / (8 * _share(plan, one) * study.examples)
     passes = sum(passes_of(plan, part) for part in plan.chunks)
-    model = plan.models[study.model].label
+    planned = plan.models[study.model]
     return Estimate(
         cells=plan.n_cells,
         chunks=len(plan.chunks),
         examples=sum(len(part.cells) * plan.studies[part.study].examples for part in plan.chunks),
         passes=passes,
         seconds=passes * per_pass,
-        timed=f"one cell of {model} ({study.edit.label} of {one.cells[0].set!r} on "
+        timed=f"one cell of {planned.label} ({study.edit.label} of {one.cells[0].set!r} on "
         f"{study.examples} examples of {study.probe!r}), measured: "
         f"{1000 * per_pass * _share(plan, one) * study.examples:.1f} ms",
+        device=_timed_on(benches.of(planned.entry, planned.checkpoint).model.device),
     )
+
+
+def _timed_on(device: torch.device) -> str:
+    name: str = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return name or f"process on the {device.type.upper()}"
 
 
 def passes_of(plan: Plan, chunk: Chunk) -> float:

@@ -1,20 +1,30 @@
 """Memory and work at large vocabularies, counted and never timed."""
 
+import gc
+import json
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 import headscope as hs
 from headscope.circuits import Dictionary
+from headscope.cli.app import app
 from headscope.comparing import token_losses
+from headscope.errors import HeadscopeError
 from headscope.models.protocol import HeadModel
+from headscope.planning import SHAPES, Sizes, sizes_of
 from headscope.probes.encoding import next_tokens
 from tests.circuits.conftest import random_model
 
@@ -131,3 +141,157 @@ def test_l1_a_rank_that_nobody_asks_for_keeps_no_pair_waiting() -> None:
         )
         assert torch.equal(ranks.promoted, whole.promoted)
     assert seen[False] <= seen[True]
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that operations made and that are alive, at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, given: Any = (), named: dict[str, Any] | None = None
+    ) -> Any:
+        found = function(*given, **(named or {}))
+        before = {
+            one.untyped_storage()._cdata
+            for one in tree_leaves((given, named))
+            if isinstance(one, Tensor)
+        }
+        for one in tree_leaves(found):
+            if isinstance(one, Tensor):
+                self._count(one.untyped_storage(), before)
+        return found
+
+    def _count(self, storage: Any, before: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known | before:
+            self._known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now -= size
+        self._known.discard(key)
+
+
+def of_sizes(sizes: Sizes) -> nn.Module:
+    torch.manual_seed(0)
+    if sizes.mlp_matrices == 2:
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=sizes.d_vocab,
+                n_embd=sizes.d_model,
+                n_layer=sizes.layers,
+                n_head=sizes.heads,
+                n_positions=128,
+                bos_token_id=1,
+                eos_token_id=None,
+            )
+        ).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=sizes.d_vocab,
+            hidden_size=sizes.d_model,
+            intermediate_size=sizes.d_mlp,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads,
+            tie_word_embeddings=sizes.tied,
+            eos_token_id=None,
+        )
+    ).eval()
+
+
+PLANNED = (
+    Sizes(3, 8, 8, 64, 8, 256, 500, 2, tied=True),
+    Sizes(4, 8, 2, 128, 16, 320, 2000),
+    Sizes(2, 4, 4, 64, 16, 128, 8000, tied=True),
+)
+_ON_CPU = {"length": 96, "device": "cpu-core", "dtype": "float32", "steps": 8}
+
+
+@pytest.mark.parametrize("sizes", PLANNED, ids=["gpt2", "llama", "words"])
+def test_l5_a_plan_is_within_a_quarter_of_what_is_counted(
+    sizes: Sizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operations by torch's counter, memory by the tensors that are alive."""
+    monkeypatch.setattr("headscope.ablation.engine.keep_freed_memory", lambda: None)
+    model = hs.load(of_sizes(sizes))
+    weights = sum(one.numel() * 4 for one in model.module.parameters())
+    probe = hs.probes.from_tokens(torch.arange(6 * 96).reshape(6, 96) % 397)
+    last = torch.zeros_like(probe.real)
+    last[:, -1] = True
+    asked = replace(probe, targets=torch.where(last, 3, -1), foils=torch.where(last, 5, -1))
+    names = ["previous_token", "entropy"]
+    difference = hs.metrics.logit_difference
+    works: dict[Any, tuple[int, Callable[[], object]]] = {
+        "scan": (6, lambda: hs.score(model, probe, names)),
+        "ablation": (6, lambda: hs.ablate_heads(model, asked, difference, "zero")),
+        "lens": (1, lambda: hs.lens.logit_lens(model, probe.tokens[0].tolist())),
+    }
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formula = {flash: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+    for study, (examples, work) in works.items():
+        work()  # what is measured once a model is measured
+        gc.collect()
+        with FlopCounterMode(display=False, custom_mapping=formula) as flops, Alive() as alive:
+            work()
+        cost = hs.plan(sizes, study, examples=examples, **_ON_CPU)
+        assert cost.flops == pytest.approx(flops.get_total_flops(), rel=0.25), study
+        assert cost.memory == pytest.approx(weights + alive.most, rel=0.25), study
+
+
+def test_l5_decoding_is_planned_by_what_each_step_reads() -> None:
+    once, twice = (hs.plan("llama-3-8b", "decode", examples=1, steps=n) for n in (100, 200))
+    read = 100 * once.memory / 3.35e12 / 0.5 / 3600
+    assert twice.hours - once.hours == pytest.approx(read, rel=0.25)
+
+
+def test_l5_sizes_of_a_config_are_those_of_its_weights(tmp_path: Path) -> None:
+    for sizes in PLANNED[:2]:
+        of_sizes(sizes).config.save_pretrained(tmp_path)
+        assert sizes_of(str(tmp_path)) == sizes
+    assert SHAPES["llama-3-8b"].parameters == pytest.approx(8.03e9, rel=0.01)
+    assert SHAPES["gpt2"].parameters == pytest.approx(124e6, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["layers=2,heads=4"], "leaves out d_model"),
+        (["layers=2,width=4"], "width"),
+        (["layers=two"], "whole number"),
+        (["gpt2", "--study", "scam"], "scan"),
+        (["gpt2", "--device", "h1000"], "h100"),
+        (["no-such-folder"], "known shape"),
+    ],
+)
+def test_l5_what_cannot_be_planned_is_refused(given: list[str], message: str) -> None:
+    with pytest.raises(HeadscopeError, match=message):
+        CliRunner().invoke(app, ["plan", *given], catch_exceptions=False)
+
+
+def test_l5_a_plan_is_printed_as_rows() -> None:
+    run = CliRunner().invoke(app, ["plan", "llama-3-70b", "--json"], catch_exceptions=False)
+    (row,) = json.loads(run.stdout)
+    assert row["fits"] is False
+    assert row["memory"] > 140e9
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for its maps")
+def test_l4_workers_share_the_pages_of_a_models_file(tmp_path: Path) -> None:
+    """Weights in the type of their file are mapped, so that they exist once on a machine."""
+    of_sizes(PLANNED[1]).save_pretrained(tmp_path)
+    model = hs.load(str(tmp_path))
+    hs.score(model, hs.probes.from_tokens(torch.arange(12)[None]), ["entropy"])
+    mapped = [
+        range(*(int(edge, 16) for edge in line.split()[0].split("-")))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith("model.safetensors")
+    ]
+    weights = list(model.module.parameters())
+    assert all(any(one.data_ptr() in part for part in mapped) for one in weights)
