@@ -663,7 +663,7 @@ def _metric_of(
     model: HeadModel, probe: Probe, metric: Metric, run: Run, batch_size: int | None
 ) -> Float[np.ndarray, " example"]:
     def one(batch: Probe, _: int) -> Tensor:
-        return metric(run(batch, batch.mark("end")), batch).double().cpu()
+        return metric(run(batch, batch.mark("end")), batch).cpu().double()
 
     parts = [part for _, part in capture.passes(model, probe, one, batch_size=batch_size)]
     return torch.cat(parts).numpy()
@@ -680,7 +680,7 @@ def _moved(
             part(batch, last)[torch.arange(len(batch)), batch.host.last].float().log_softmax(-1)
             for part in (plain, run)
         )
-        return (before.exp() * (before - after)).sum(-1).clamp_min(0).double().cpu()
+        return (before.exp() * (before - after)).sum(-1).clamp_min(0).cpu().double()
 
     return torch.cat(
         [part for _, part in capture.passes(model, texts, one, batch_size=batch_size)]

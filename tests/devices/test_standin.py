@@ -229,6 +229,14 @@ CASES: dict[str, Case] = {
     ],
     "importance": lambda m: hs.pruning.ablation_importance(m, probe_of(REPEATED)),
     "greedy": lambda m: hs.pruning.greedy(m, probe_of(REPEATED), count=2),
+    "kinds": lambda m: hs.kinds.survey(m, ["induction", "positional", "name_mover"]).values,
+    "training, noisy gates": lambda m: hs.training.variational_gates(
+        m, probe_of(REPEATED), steps=2
+    ),
+    "training, mixture": lambda m: hs.training.mixture(m, probe_of(REPEATED), steps=2),
+    "steering": lambda m: hs.steering.compare(
+        m, probe_of(NAMES), hs.steering.head_means(m, probe_of(NAMES)), ["L1H0"]
+    ),
     "compare": lambda m: hs.compare(m, m, by="weights", scorers=["induction"]),
     "explain": lambda m: hs.explain("L2H1", m).card,
     "view": lambda m: hs.attention_view(m, "the cat sat", heads=["L2H1"]) and None,
