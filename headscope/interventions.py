@@ -510,7 +510,7 @@ class Denoise(Intervention):
 
 
 def _denoised(value: Tensor, new: Tensor | None) -> Tensor:
-    """Put new coordinates, in units of the vector's root mean square, where they are no NaN."""
+    """Put new coordinates, in units of the vector's root mean square, where they are not NaN."""
     if new is None:
         return value
     size = value.float().square().mean(-1, keepdim=True).sqrt().to(value.dtype)

@@ -174,7 +174,7 @@ def plan(
     one example at a time, with the rows of every step.
 
     Operations and memory are within 25% of what was counted on small shapes; hours take half of
-    what the device does at best, and are no better than that assumption.
+    what the device does at best, and are only as good as that assumption.
 
     Args:
         shape: a name of :data:`headscope.planning.SHAPES`, a Hugging Face name or folder whose

@@ -22,7 +22,7 @@ from headscope import capture, metrics
 from headscope.ablation.run import Metricish, present
 from headscope.base.checkpoints import Checkpoint, adam_state, restore_adam
 from headscope.base.options import RunOptions, track
-from headscope.base.result import Glance, Shown, Tabular, number
+from headscope.base.result import Glance, Shown, number
 from headscope.base.specs import Direction, Provenance
 from headscope.edits import Heads, HeadSite, Span, zero
 from headscope.errors import (
@@ -112,7 +112,7 @@ def _ordered(values: "HeadScores | Float[np.ndarray, ' *any']") -> Float[np.ndar
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Trained(Shown, Tabular):
+class Trained(Shown):
     """A trained copy of a model, beside the model that it came from.
 
     Attributes:

@@ -574,10 +574,13 @@ def output_edges(batch: EdgeBatch, advance: Advance) -> Float[Tensor, "source ba
     """
     last = Tap("resid_post", batch.study.wiring.n_layers - 1)
     stream, change = batch.clean.taps[last], batch.change.transpose(0, 1)
-    unembedding, logits, at = batch.study.model.unembedding, batch.clean.logits, batch.measured.at
+    model, logits, at = batch.study.model, batch.clean.logits, batch.measured.at
+    if "unembedding" in model.limits:
+        return _measured(batch, last, stream + change, advance)
+    unembedding = model.unembedding
     assert logits is not None  # noqa: S101  # they were asked for
     rows = stream.float()[:, at]
-    allowed = rounding(batch.study.model.dtype, rows.shape[-1])
+    allowed = rounding(model.dtype, rows.shape[-1])
     if not gap(unembedding.logits(rows), logits, allowed).closed:
         return _measured(batch, last, stream + change, advance)
     found = []

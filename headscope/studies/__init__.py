@@ -6,9 +6,9 @@ result.verdicts                                       # {"pattern": "holds", ...
 """
 
 from headscope.studies.run import STUDIES as STUDIES
-from headscope.studies.run import Cost as Cost
+from headscope.studies.run import StudyCost as StudyCost
 from headscope.studies.run import cost as cost
-from headscope.studies.run import list as list
+from headscope.studies.run import list_studies as list_studies
 from headscope.studies.run import page_of as page_of
 from headscope.studies.run import run as run
 from headscope.studies.run import run_all as run_all
@@ -20,3 +20,5 @@ from headscope.studies.study import Study as Study
 from headscope.studies.study import StudyResult as StudyResult
 from headscope.studies.study import StudySetting as StudySetting
 from headscope.studies.study import paired as paired
+
+list = list_studies

@@ -45,7 +45,7 @@ _FOLDER = "studies"
 
 
 @dataclass(frozen=True)
-class Cost:
+class StudyCost:
     """What studies will take.
 
     Attributes:
@@ -68,7 +68,7 @@ class Cost:
         return f"{self.claims} claims, about {self.forwards:,.0f} forward passes: {span}{more}."
 
 
-def list() -> dict[str, str]:
+def list_studies() -> dict[str, str]:
     """Studies that ship, by name, with what each is about.
 
     Example:
@@ -113,7 +113,7 @@ def run(
     """Ask a model the claims of a study.
 
     Args:
-        study: name of a study that ships (:func:`headscope.studies.list`), a Python file that
+        study: name of a study that ships (``hs.studies.list()``), a Python file that
             defines ``STUDY``, or a :class:`~headscope.studies.Study`.
         model: from :func:`headscope.load`.
         out: folder; every claim is written as soon as it is answered, and a later run with the same
@@ -186,7 +186,7 @@ def cost(
     fast: bool = False,
     *,
     out: "str | Path | None" = None,
-) -> Cost:
+) -> StudyCost:
     """What studies will take, before they start, from a forward pass that is measured now.
 
     How many passes a claim takes was measured when its study was written, on a model of 30 layers
@@ -223,7 +223,7 @@ def cost(
     ]
     forwards = float(sum(form.get(name, 0.0) for name in left))
     unknown = tuple(name for name in left if name not in form)
-    return Cost(len(left), forwards, forwards * _seconds_of_a_pass(model), unknown)
+    return StudyCost(len(left), forwards, forwards * _seconds_of_a_pass(model), unknown)
 
 
 def _seconds_of_a_pass(model: HeadModel) -> float:

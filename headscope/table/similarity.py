@@ -297,7 +297,7 @@ class RelationHead(Stored):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SyntaxHeads(Shown, Tabular):
+class SyntaxHeads(Saved, Tabular, Shown):
     """The best attention head of every relation, and the accuracy of all of them.
 
     Attributes:

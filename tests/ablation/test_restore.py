@@ -160,3 +160,20 @@ def test_mistakes_are_said() -> None:
         hs.ablation.restore("gpt2", recall())
     with pytest.raises(UnsupportedModelError, match="no single row"):
         hs.ablation.restore(torch.nn.Linear(2, 2), recall())
+
+
+def test_training_curves_are_written_as_they_are_measured() -> None:
+    from tools import mixers
+
+    task = mixers.TASKS["tree recall"]
+    points = mixers.curve(task, mixers.transformer, steps=8)
+    assert [one.step for one in points] == list(range(9))
+    again = mixers.curve(task, mixers.transformer, steps=8)
+    assert points == again  # seeded
+    text = mixers.page({("tree recall", "transformer"): points})
+    assert f"| 8 | {points[-1].accuracy:.2f} |" in text
+    committed = mixers.PAGE.read_text("utf-8")
+    assert committed.startswith(text[: text.index("## ")])
+    for task_name in mixers.TASKS:
+        for model in mixers.MODELS:
+            assert f"## {task_name.capitalize()}: {model}" in committed

@@ -1,6 +1,7 @@
 """What a pass leaves behind, and what another pass sees: nothing, and nothing of each other."""
 
 import gc
+import importlib
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -841,7 +842,8 @@ def test_b11_a_budget_that_changes_between_layers_changes_nothing(
     names = ["previous_token", "entropy", "attention_distance"]
     wanted = hs.score(model, PROBE, names, progress=False)
     sizes = iter(range(5000, 10**6, 1777))
-    monkeypatch.setattr("headscope.scoring.score.chunk_bytes", lambda *_: next(sizes))
+    engine = importlib.import_module("headscope.scoring.score")  # its package has a function score
+    monkeypatch.setattr(engine, "chunk_bytes", lambda *_: next(sizes))
     found = hs.score(model, PROBE, names, progress=False, batch_size=2)
     for name in names:
         np.testing.assert_allclose(found[name].mean, wanted[name].mean, atol=1e-6)

@@ -156,5 +156,11 @@ def test_unknown_revision_is_told() -> None:
 
 def test_all_of_it_is_small() -> None:
     folder = bundled.folder("tiny-gpt2").parent
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert size <= 12e6
+    sizes = {
+        part.name: sum(path.stat().st_size for path in part.rglob("*") if path.is_file())
+        for part in folder.iterdir()
+        if part.name.startswith("tiny-")
+    }
+    readers = sum(sizes.pop(name) for name in bundled.READERS)
+    assert readers <= 12e6
+    assert sum(sizes.values()) <= 3e6

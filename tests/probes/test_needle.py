@@ -181,8 +181,8 @@ def test_distractors_are_like_the_needle_with_other_answers() -> None:
     model = long_reader()
     probe = needle(model, 300, [0.5], "facts", distractors=4, per_cell=2)
     for row in range(2):
-        bundled = said(model, probe, "distractor", row)
-        found = re.findall(r"The (\w+) of the (\w+ \w+) is (\w+)\.", bundled)
+        text = said(model, probe, "distractor", row)
+        found = re.findall(r"The (\w+) of the (\w+ \w+) is (\w+)\.", text)
         own = re.findall(
             r"The (\w+) of the (\w+ \w+) is (\w+)\.", said(model, probe, "needle", row)
         )
@@ -238,16 +238,16 @@ def test_ones_own_needles_and_haystack(tmp_path: Path) -> None:
         "A is in B.B is in C.",
         "B is in C.A is in B.",
     )
-    bundled = model.tokenizer.decode(probe.tokens[0][~probe.mark("distractor")[0]])
-    assert bundled.startswith('<s> He said "Stop." Then he went.')
+    text = model.tokenizer.decode(probe.tokens[0][~probe.mark("distractor")[0]])
+    assert text.startswith('<s> He said "Stop." Then he went.')
     given = needle(model, 200, [0.5], [Needle(("X is Y.",), "What is X?", "Y", ("Y",))])
     assert said(model, given, "answer").strip() == "Y"
 
 
 def test_sentences_joined_are_the_text() -> None:
-    bundled = 'One. "Two!" (Three?)\n\nA heading\n\nFour... and 3.5 of it.  End'
-    found = split_sentences(bundled)
-    assert "".join(found) == " " + bundled
+    text = 'One. "Two!" (Three?)\n\nA heading\n\nFour... and 3.5 of it.  End'
+    found = split_sentences(text)
+    assert "".join(found) == " " + text
     assert [one.strip() for one in found] == [
         "One.", '"Two!"', "(Three?)", "A heading", "Four...", "and 3.5 of it.", "End",
     ]  # fmt: skip
@@ -267,10 +267,10 @@ def test_a_chat_template_is_laid_around_the_prompt() -> None:
     tokenizer.chat_template = CHAT
     model = Reader(tokenizer, long_reader().shape)
     chat = needle(model, 300, [0.5], "numbers", per_cell=1)
-    bundled = tokenizer.decode(chat.tokens[0])
-    assert bundled.startswith("<s>[INST]")
-    assert bundled.count("<s>") == 1
-    assert re.search(r"number of (\w+)\? \[/INST\] The magic number of \1 is +\d{5}$", bundled)
+    text = tokenizer.decode(chat.tokens[0])
+    assert text.startswith("<s>[INST]")
+    assert text.count("<s>") == 1
+    assert re.search(r"number of (\w+)\? \[/INST\] The magic number of \1 is +\d{5}$", text)
     assert said(model, chat, "answer") == said(model, chat, "needle_answer")
     plain = needle(model, 300, [0.5], "numbers", per_cell=1, chat=False)
     assert "[INST]" not in tokenizer.decode(plain.tokens[0])
@@ -288,7 +288,7 @@ class Slow:
     all_special_ids: list[int] = []  # noqa: RUF012
 
     def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 128 for letter in bundled]}
+        return {"input_ids": [ord(letter) % 128 for letter in text]}
 
     def get_vocab(self) -> dict[str, int]:
         return {chr(i): i for i in range(128)}
