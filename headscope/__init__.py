@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from headscope import syntax as syntax
     from headscope import testing as testing
     from headscope import training as training
+    from headscope import vision as vision
     from headscope.ablation import ablate_cumulatively as ablate_cumulatively
     from headscope.ablation import ablate_groups as ablate_groups
     from headscope.ablation import ablate_heads as ablate_heads
@@ -145,6 +146,7 @@ _HOME = {
     "syntax": "headscope.syntax",
     "testing": "headscope.testing",
     "training": "headscope.training",
+    "vision": "headscope.vision",
     "weight_scorer": "headscope.scorers",
 }
 

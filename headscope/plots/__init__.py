@@ -5,7 +5,8 @@ One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`s
 :func:`composition_matrix`. Likeness: :func:`head_similarity`,
 :func:`head_map`. Arms: :func:`curves`. Needles: :func:`recall_grid`. Texts:
 :func:`token_losses`. Layers: :func:`layers`. Lenses: :func:`lens_grid`, :func:`waterfall`,
-:func:`source_bars`. Of any result: :func:`figures`. To a file: :func:`save` (html, png, svg, pdf).
+:func:`source_bars`. Images: :func:`image_overlay`, :func:`head_maps`. Of any result:
+:func:`figures`. To a file: :func:`save` (html, png, svg, pdf).
 """
 
 from headscope.plots.curves import curves as curves
@@ -24,6 +25,8 @@ from headscope.plots.flow import route_graph as route_graph
 from headscope.plots.flow import source_bars as source_bars
 from headscope.plots.flow import token_flow as token_flow
 from headscope.plots.flow import waterfall as waterfall
+from headscope.plots.images import head_maps as head_maps
+from headscope.plots.images import image_overlay as image_overlay
 from headscope.plots.scores import heatmap as heatmap
 from headscope.plots.scores import heatmaps as heatmaps
 from headscope.plots.scores import ranking as ranking

@@ -16,6 +16,7 @@ from headscope.plots.flow import (
     token_flow,
     waterfall,
 )
+from headscope.plots.images import head_maps
 from headscope.plots.scores import effect_heatmap, heatmap, heatmaps, recall_grid
 from headscope.plots.weights import (
     composition_graph,
@@ -26,6 +27,7 @@ from headscope.plots.weights import (
     spectra,
 )
 from headscope.table import (
+    AttentionMaps,
     Attribution,
     BackPatch,
     Circuit,
@@ -109,6 +111,11 @@ def _(result: HeadTable) -> dict[str, Drawing]:
 def _(result: KindTable) -> dict[str, Drawing]:
     scores = result.scores()
     return {"": _themed(heatmaps, HeadTable(scores))} if scores else {}
+
+
+@figures.register
+def _(result: AttentionMaps) -> dict[str, Drawing]:
+    return {"": _themed(head_maps, result)}
 
 
 @figures.register

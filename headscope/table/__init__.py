@@ -21,6 +21,7 @@ from headscope.table.effects import OrderCurve as OrderCurve
 from headscope.table.effects import RecallGrid as RecallGrid
 from headscope.table.effects import TokenLosses as TokenLosses
 from headscope.table.flow import AttentionExample as AttentionExample
+from headscope.table.flow import AttentionMaps as AttentionMaps
 from headscope.table.flow import Contributions as Contributions
 from headscope.table.flow import RouteEdge as RouteEdge
 from headscope.table.flow import RouteNode as RouteNode

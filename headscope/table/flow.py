@@ -1,4 +1,4 @@
-"""Attention and what flows along it: patterns, token flow, contributions, routes."""
+"""Attention and what flows along it: patterns, maps, token flow, contributions, routes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -137,11 +137,127 @@ class AttentionExample(Stored, Shown):
 EDGE_KINDS = ("attention", "residual", "past_mlp", "mlp", "reads", "bias")
 
 
+_TOP_MAPS = 10  # heads that a glance at maps names
 _MATRICES = {
     "rollout": "Attention multiplied over layers, half of every step the residual stream.",
     "alti": "The same of the vectors that attention moves, by how near they bring the sum.",
     "max_flow": "Largest flow from each position down to each input token.",
 }
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttentionMaps(Saved, Shown, Tabular):
+    """Attention from some positions of images to every patch, by layer and head.
+
+    Attributes:
+        weights: mean over the positions that look; what a row gives to other positions (a class
+            token, registers, words of a text) is left out, so a map may sum to less than 1.
+        layers: number of each layer.
+        query: which positions look.
+        stack: name of the attention stack.
+        provenance: where it came from.
+    """
+
+    weights: Float[np.ndarray, "image layer head row column"]
+    layers: tuple[int, ...]
+    query: str
+    stack: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Check the shape.
+
+        Raises:
+            InputError: if there is no map for every layer.
+        """
+        if self.weights.ndim != 5 or self.weights.shape[1] != len(self.layers):
+            raise InputError(
+                f"maps of {len(self.layers)} layers have shape {self.weights.shape}, not [image "
+                "layer head row column]."
+            )
+        object.__setattr__(self, "layers", tuple(int(one) for one in self.layers))
+
+    def of(self, image: int, head: str | tuple[int, int]) -> Float[np.ndarray, "row column"]:
+        """The map of one image and head.
+
+        Args:
+            image: its number.
+            head: such as ``V1H2`` or ``(1, 2)``.
+
+        Raises:
+            InputError: if there is none.
+        """
+        at, where = self._place(head)
+        if not 0 <= image < len(self.weights):
+            raise InputError(f"there are images 0 to {len(self.weights) - 1}, not {image}.")
+        found: Float[np.ndarray, "row column"] = self.weights[image, at, where]
+        return found
+
+    def _place(self, head: str | tuple[int, int]) -> tuple[int, int]:
+        chosen = HeadIndex.parse(head)
+        heads = self.weights.shape[2]
+        other = chosen.stack not in ("", self.stack)
+        if other or chosen.layer not in self.layers or not 0 <= chosen.head < heads:
+            raise InputError(
+                f"there is no map of {chosen}: layers {', '.join(map(str, self.layers))} of heads "
+                f"0 to {heads - 1} were looked at."
+            )
+        return self.layers.index(chosen.layer), chosen.head
+
+    def head(self, layer: int, head: int) -> HeadIndex:
+        """Address of a head, by the number of the map of its layer."""
+        return HeadIndex(self.layers[layer], head, self.stack)
+
+    @property
+    def mean(self) -> Float[np.ndarray, "layer head row column"]:
+        """Mean map over images."""
+        found: Float[np.ndarray, "layer head row column"] = self.weights.mean(0)
+        return found
+
+    @property
+    def mass(self) -> Float[np.ndarray, "layer head"]:
+        """What all patches get together, mean over images, in [0, 1]."""
+        found: Float[np.ndarray, "layer head"] = self.mean.sum((-2, -1))
+        return found
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per head and patch: the mean weight over images."""
+        import pandas
+
+        places = np.indices(self.mean.shape).reshape(4, -1)
+        heads = [str(self.head(layer, head)) for layer, head in places[:2].T.tolist()]
+        return pandas.DataFrame(
+            {"head": heads, "row": places[2], "column": places[3], "weight": self.mean.ravel()}
+        )
+
+    def glance(self) -> Glance:
+        """Heads whose rows give most to patches, and the patch that gets most of each."""
+        order = np.argsort(-self.mass, axis=None, kind="stable")[:_TOP_MAPS]
+        rows = []
+        for flat in order.tolist():
+            layer, head = divmod(flat, self.mass.shape[1])
+            own = self.mean[layer, head]
+            row, column = divmod(int(own.argmax()), own.shape[1])
+            best = f"r{row} c{column} {number(float(own[row, column]))}"
+            rows.append((str(self.head(layer, head)), number(float(self.mass[layer, head])), best))
+        return Glance(
+            f"attention from {self.query} positions",
+            [
+                sizes(("image",), self.weights.shape[:1]),
+                sizes(("row", "column"), self.weights.shape[3:]),
+                self.provenance.model,
+            ],
+            ("head", "on patches", "most"),
+            rows,
+            hint="hs.plots.head_maps(maps), maps.of(0, 'V1H2')",
+        )
+
+    def sections(self) -> list[Section]:
+        """The grid of mean maps."""
+        said = (
+            f"Mean attention from {self.query} positions to each patch, a map per layer and head."
+        )
+        return [Section("Attention maps", [Drawn("", said)])]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

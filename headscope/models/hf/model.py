@@ -15,6 +15,7 @@ from headscope.base.batches import PIXELS, TOKENS, Batch
 from headscope.base.result import Glance, Shown
 from headscope.base.stacks import MaskRule, PatchGrid
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
+from headscope.models.hf.hooks import after, hooked
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import (
     Layout,
@@ -26,7 +27,7 @@ from headscope.models.hf.layout import (
     tiny_batch,
     tiny_tokens,
 )
-from headscope.models.hf.measured import find_unembedding
+from headscope.models.hf.measured import LogitMap, Watch, find_unembedding, measure_norm
 from headscope.models.hf.parts import HFParts
 from headscope.models.hf.passes import AttentionTaps, Scope
 from headscope.models.hf.removed import kept_in
@@ -487,6 +488,55 @@ class HFModel(Tapped, Shown):
             return found
         length = self.grid.length if self.grid is not None else inputs[TOKENS].shape[1]
         return found[:, None].expand(-1, length, -1)
+
+    @torch.no_grad()
+    def embedding_map(self) -> Unembedding:
+        """How the last residual stream at the first position becomes the vector of an example.
+
+        Final norm and projection as an unembedding, whose outputs are the parts of the vector.
+        Found in one tiny pass, where nothing else stands in between.
+
+        Raises:
+            UnsupportedModelError: if something does (attention pooling, a pooler's tanh).
+        """
+        watch = Watch()
+        with (
+            pass_over(self.module),
+            hooked(after(one, watch.note) for one in self.module.modules()),
+        ):
+            output = self.module(**arguments(self.module, tiny_batch(self.module)))
+        own, last = own_vector(output), watch.outputs.get(self.layout.blocks[-1])
+        made = [
+            (one, given)
+            for one, found in watch.outputs.items()
+            if own is not None
+            and getattr(getattr(one, "weight", None), "ndim", 0) == 2
+            and (given := watch.inputs.get(one)) is not None
+            and torch.equal(found, own)
+        ]
+        head, read = made[-1] if made else (None, own)
+        norms = [
+            one
+            for one, found in watch.outputs.items()
+            if getattr(getattr(one, "weight", None), "ndim", 0) == 1
+            and read is not None
+            and torch.equal(found if found.ndim == read.ndim else found[:, 0], read)
+        ]
+        entered = watch.inputs.get(norms[-1]) if norms else None
+        if (
+            entered is None
+            or last is None
+            or not torch.equal(entered, last if entered.ndim == last.ndim else last[:, 0])
+        ):
+            raise UnsupportedModelError(
+                f"{self.name} ({self.module.config.model_type}) makes its embedding of a whole "
+                "example by more than a norm of the first position and a matrix."
+            )
+        if head is not None:
+            return find_unembedding(head, norms[-1], self.shape.d_model, LogitMap(1.0, None))
+        norm = measure_norm(norms[-1], self.shape.d_model, last.device)
+        every = torch.eye(self.shape.d_model, device=last.device)
+        return Unembedding(every, None, norm.gain, norm.bias, norm.centred, norm.epsilon)
 
     @torch.no_grad()
     def embedded(self, pooling: str | None = None) -> "HFModel":

@@ -1,0 +1,916 @@
+"""What heads of vision models are for: importance, range, classes and texts that they write, cues.
+
+The answer of an image model stands at its first position, the class token; queries and keys are
+patches of a grid. Needs a model of images: :func:`headscope.load` of ViT, DeiT, DINOv2 or the
+vision half of CLIP and SigLIP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from headscope import capture, metrics
+from headscope.ablation.heads import ablate_heads
+from headscope.ablation.run import Maker, Measurement, Placer, by_head, present
+from headscope.base.options import RunOptions
+from headscope.base.specs import ScoreSpec
+from headscope.base.stacks import PatchGrid, grid_of
+from headscope.base.statistics import Design
+from headscope.edits import Heads, Variant
+from headscope.errors import InputError, UnsupportedModelError, whole
+from headscope.heads import ModelShape
+from headscope.models.protocol import HeadModel, need_model
+from headscope.models.taps import Reads, Tap, TapView, at_layers
+from headscope.origin import origin
+from headscope.probes.probe import Probe
+from headscope.table import AttentionMaps, HeadScores, HeadTable
+from headscope.views import Unembedding
+
+_LI = "Li et al. 2023 (arXiv 2303.13731), How Does Attention Work in Vision Transformers?"
+_VILAS = "Vilas et al. 2023 (arXiv 2310.18969), Analyzing Vision Transformers in Class Embedding"
+_DROP = ScoreSpec(
+    "probability_drop",
+    unit="probability",
+    bounds=(-1.0, 1.0),
+    alternative="two-sided",
+    source=_LI,
+    description="Probability of the true class less that with the head's output replaced.",
+)
+_ACCURACY = ScoreSpec(
+    "accuracy_change",
+    unit="share",
+    bounds=(-1.0, 1.0),
+    alternative="two-sided",
+    source=_LI,
+    description="Accuracy with the head's output replaced less that of the clean run.",
+)
+_DIVERGENCE = ScoreSpec(
+    "output_divergence",
+    unit="nats",
+    bounds=(0.0, float(np.log(2))),
+    alternative="two-sided",
+    source=_LI,
+    description="Jensen-Shannon divergence of the class probabilities of both runs.",
+)
+_RANGE = ScoreSpec(
+    "attention_range",
+    unit="patches",
+    bounds=(0.0, None),
+    alternative="two-sided",
+    source=_LI,
+    description="Mean Chebyshev distance between a patch and the patches that it attends to.",
+)
+_IDENTIFIABILITY = ScoreSpec(
+    "identifiability",
+    unit="share",
+    bounds=(0.0, 1.0),
+    alternative="two-sided",
+    source=_VILAS,
+    description="1 less (rank of the true class in what the head writes) / (number of classes).",
+)
+_CUE = ScoreSpec(
+    "cue_effect",
+    unit="nats",
+    alternative="two-sided",
+    source="Gandelsman et al. 2024 (arXiv 2310.05916), heads of spurious cues",
+    description="Effect of mean ablation on images whose cue misleads, less that on the others.",
+)
+# Bytes of rows that are held at once.
+_ROWS_BYTES = 1 << 27
+
+
+def _need_grid(model: HeadModel) -> PatchGrid:
+    need_model(model)
+    grid = grid_of(model.stacks)
+    if grid is None:
+        raise UnsupportedModelError(
+            f"{model.name} reads texts, and this is asked of models of images: load one, such as "
+            "a ViT, or the vision half of CLIP."
+        )
+    return grid
+
+
+def _need_classes(model: HeadModel, probe: Probe) -> Int[Tensor, " batch"]:
+    """Class of every image.
+
+    Raises:
+        InputError: if an image has none.
+        UnsupportedModelError: if the model gives no logits of classes.
+    """
+    if (reason := model.limits.get("logits")) is not None:
+        raise UnsupportedModelError(reason)
+    classes = probe.targets[:, 0]
+    if bool((classes < 0).any()) or bool((classes >= model.shape.n_logits).any()):
+        raise InputError(
+            f"every image needs its class, 0 to {model.shape.n_logits - 1}: give "
+            "hs.probes.images(model, pictures, labels=...)."
+        )
+    return classes
+
+
+# Importance.
+
+
+def importance(
+    model: HeadModel,
+    probe: Probe,
+    method: Maker = "zero",
+    heads: Heads | None = None,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> HeadTable:
+    """Mask every head by itself, and say what that does to the classes of images.
+
+    ``probability_drop``: probability of the true class, clean less masked, so that a head which
+    helps is above 0; ``accuracy_change``: share of images put in their class, masked less clean;
+    ``output_divergence``: Jensen-Shannon divergence of both distributions over classes, in nats.
+    Each is a mean over images and measured on the same passes.
+
+    Args:
+        model: a classifier of images.
+        probe: images with their classes.
+        method: what the head's output becomes, as :func:`headscope.ablate_heads` takes it; 0 in
+            the source.
+        heads: which; default: all.
+        batch_size: images per pass.
+        seed: of methods that draw.
+
+    Raises:
+        InputError: if an image has no class.
+        UnsupportedModelError: if the model reads no images, or gives no logits of classes.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16, "image_size": 8, "patch_size": 4}
+        >>> vit = hs.load(ViTForImageClassification(ViTConfig(**small)).eval())
+        >>> probe = hs.probes.images(vit, torch.rand(3, 3, 8, 8), labels=[0, 1, 1])
+        >>> list(hs.vision.importance(vit, probe))
+        ['probability_drop', 'accuracy_change', 'output_divergence']
+    """
+    _need_grid(model)
+    probe = capture.on_grid_of(model, probe)
+    _need_classes(model, probe)
+    chosen = present(model, heads)
+    options = RunOptions(batch_size, None, seed)
+    measurement = Measurement.of(
+        model,
+        probe,
+        metrics.answer_probability,
+        options,
+        others=(metrics.accuracy, metrics.js_divergence),
+    )
+    placer = Placer(measurement, method)
+
+    def variants(part: slice, batch: Any) -> list[Variant]:
+        place = placer.place(part, batch)
+        return [(place([head]),) for head in chosen]
+
+    edited, clean = measurement.measure_all(variants, len(chosen), f"masking {len(chosen)} heads")
+    change = edited - clean[:, None]
+    about = measurement.provenance(seed, method=str(getattr(method, "name", method)))
+    values = {_DROP: -change[0], _ACCURACY: change[1], _DIVERGENCE: edited[2]}
+    return HeadTable(
+        [
+            HeadScores.from_effects(
+                spec,
+                by_head(model, chosen, one),
+                kv_heads=model.shape.n_kv_heads,
+                design=Design(clusters=probe.cluster_labels),
+                provenance=about,
+            ).of_stack(model.shape.stack)
+            for spec, one in values.items()
+        ]
+    )
+
+
+def ranks(
+    scores: HeadScores,
+) -> tuple[Int[np.ndarray, "layer head"], Int[np.ndarray, "layer head"]]:
+    """Rank of every head, from 1: among those of its layer, and among all.
+
+    Equal values take the order of their numbers; heads without a value come last.
+
+    Args:
+        scores: of any kind; the highest is 1, or the lowest where lower is better.
+
+    Example:
+        >>> within, overall = hs.vision.ranks(table["induction"])
+        >>> int(overall.min()), int(within.max()) == table["induction"].mean.shape[1]
+        (1, True)
+    """
+    sign = 1.0 if scores.spec.direction == "lower" else -1.0
+    values = np.nan_to_num(sign * scores.mean, nan=np.inf)
+
+    def ranked(some: Float[np.ndarray, "*any"]) -> Int[np.ndarray, "*any"]:
+        flat = some.ravel()
+        found = np.empty(flat.size, dtype=int)
+        found[np.argsort(flat, kind="stable")] = np.arange(1, flat.size + 1)
+        return found.reshape(some.shape)
+
+    return np.stack([ranked(layer) for layer in values]), ranked(values)
+
+
+def _size(shape: ModelShape) -> tuple[int, int]:
+    return shape.n_layers, shape.n_heads
+
+
+# Range, hops and mean maps.
+
+
+@dataclass(frozen=True, eq=False)
+class HopProfile:
+    """How attention between patches falls off with their distance.
+
+    Attributes:
+        strength: mean of ``A[i, j]`` over the pairs of patches at each Chebyshev distance.
+        mass: what a patch gives to all patches at each distance, mean over patches and images.
+        range: distance of a key from its query, weighted by attention, per image.
+        class_row: attention of the class token to patches, registers and itself, in this order.
+        class_column: attention of patches to the class token; NaN without one.
+    """
+
+    strength: Float[np.ndarray, "layer head hop"]
+    mass: Float[np.ndarray, "layer head hop"]
+    range: HeadScores
+    class_row: Float[np.ndarray, "layer head 3"]
+    class_column: Float[np.ndarray, "layer head"]
+
+
+@torch.no_grad()
+def hops(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HopProfile:
+    """Attention between patches by how many rows or columns they are apart, head by head.
+
+    Rows of patches, keys that are patches: the class token's row and column are kept apart. The
+    distance of two patches is ``max(|row - row'|, |column - column'|)``.
+
+    Args:
+        model: of images.
+        probe: images.
+        batch_size: images per pass.
+
+    Raises:
+        UnsupportedModelError: if the model reads no images.
+
+    Source:
+        Li et al. 2023 (arXiv 2303.13731), attention strength by k-hop neighbourhood.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16, "image_size": 12, "patch_size": 4}
+        >>> vit = hs.load(ViTModel(ViTConfig(**small)).eval())
+        >>> hs.vision.hops(vit, hs.probes.random_images(vit, 2)).mass.shape
+        (1, 2, 3)
+    """
+    grid = _need_grid(model)
+    probe = capture.on_grid_of(model, probe)
+    parts = [
+        reader
+        for _, reader in capture.stream(model, probe, lambda *_: _Hops(grid), batch_size=batch_size)
+    ]
+    shape, farthest = model.shape, max(grid.rows, grid.columns)
+    mass = np.full((*_size(shape), len(probe), farthest), np.nan)
+    row, column = (np.full((*_size(shape), *more), np.nan) for more in ((3,), ()))
+    for layer in shape.attention_layers:
+        mass[layer] = torch.cat([part.mass[layer] for part in parts], 0).transpose(0, 1).numpy()
+        if "class" in grid.specials:
+            row[layer] = torch.cat([part.row[layer] for part in parts]).mean(0).numpy()
+            column[layer] = torch.cat([part.column[layer] for part in parts]).mean(0).numpy()
+    far = np.arange(farthest)
+    with np.errstate(invalid="ignore"):
+        reach = (mass * far).sum(-1) / mass.sum(-1)
+    apart = grid.offsets(torch.arange(grid.first, grid.length))[:, grid.first :].abs().amax(-1)
+    pairs = torch.bincount(apart.flatten(), minlength=farthest).numpy() / len(apart)
+    scores = HeadScores.from_examples(
+        _RANGE,
+        reach,
+        kv_heads=shape.n_kv_heads,
+        design=Design(clusters=probe.cluster_labels),
+        provenance=origin(model, probe),
+    ).of_stack(shape.stack)
+    mean = mass.mean(2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        strength = mean / pairs
+    return HopProfile(strength, mean, scores, row, column)
+
+
+@dataclass
+class _Hops:
+    """Attention between patches of one batch, by distance; sums over patches as layers come by."""
+
+    grid: PatchGrid
+    mass: dict[int, Tensor] = field(default_factory=dict)
+    row: dict[int, Tensor] = field(default_factory=dict)
+    column: dict[int, Tensor] = field(default_factory=dict)
+
+    def reads(self, shape: ModelShape) -> Reads:
+        return at_layers(shape, self._read)
+
+    def _read(self, view: TapView) -> None:
+        grid, first = self.grid, self.grid.first
+        total: Tensor | None = None
+        batch, heads = view.z.shape[0], view.z.shape[2]
+        patches = torch.arange(first, grid.length)
+        column = torch.zeros(batch, heads, device=view.z.device)
+        for part in capture.chunks(patches, 4 * batch * heads * grid.length, _ROWS_BYTES):
+            rows = view.rows(part).pattern.float()
+            hop = grid.offsets(part)[:, first:].abs().amax(-1)
+            at = torch.nn.functional.one_hot(hop, max(grid.rows, grid.columns)).to(rows)
+            found = torch.einsum("bhqk,qkd->bhd", rows[..., first:], at)
+            total = found if total is None else total + found
+            if "class" in grid.specials:
+                column += rows[..., 0].sum(-1)
+        assert total is not None  # noqa: S101  # an image has patches
+        self.mass[view.layer] = (total / len(patches)).cpu().double()
+        if "class" in grid.specials:
+            own = view.rows(torch.tensor([0])).pattern[:, :, 0].cpu().double()
+            kinds = (own[..., first:].sum(-1), own[..., 1:first].sum(-1), own[..., 0])
+            self.row[view.layer] = torch.stack(kinds, -1)
+            self.column[view.layer] = (column / len(patches)).cpu().double()
+
+
+@torch.no_grad()
+def maps(
+    model: HeadModel,
+    probe: Probe,
+    query: str = "class",
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> AttentionMaps:
+    """What the heads look at in each image: attention from some positions to every patch.
+
+    Args:
+        model: of images.
+        probe: images.
+        query: a mark, whose rows are averaged: ``class``, ``register``, ``patch``, or one of the
+            probe's own.
+        layers: which; default: all.
+        batch_size: images per pass.
+
+    Returns:
+        Maps by image, layer and head, to be drawn by :func:`headscope.plots.head_maps` and
+        :func:`headscope.plots.image_overlay`.
+
+    Raises:
+        InputError: if there is no such mark, or no such layer.
+        UnsupportedModelError: if the model reads no images.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16, "image_size": 12, "patch_size": 4}
+        >>> vit = hs.load(ViTModel(ViTConfig(**small)).eval())
+        >>> hs.vision.maps(vit, hs.probes.random_images(vit, 2)).weights.shape
+        (2, 1, 2, 3, 3)
+    """
+    grid = _need_grid(model)
+    probe = capture.on_grid_of(model, probe)
+    mark = probe.mark(query)
+    if not bool(mark.any(1).all()):
+        raise InputError(f"an image has no position marked {query!r}.")
+    chosen = tuple(model.shape.attention_layers if layers is None else layers)
+    if missing := [one for one in chosen if one not in model.shape.attention_layers]:
+        raise InputError(f"{model.name} has no attention in layer {missing[0]}.")
+    parts = [
+        torch.stack([reader.found[layer] for layer in chosen], 1)
+        for _, reader in capture.stream(
+            model,
+            probe,
+            lambda batch, _: _Maps(batch.mark(query), frozenset(chosen)),
+            batch_size=batch_size,
+        )
+    ]
+    found = torch.cat(parts)[..., grid.first :].unflatten(-1, (grid.rows, grid.columns))
+    return AttentionMaps(found.numpy(), chosen, query, model.shape.stack, origin(model, probe))
+
+
+@dataclass
+class _Maps:
+    """Rows of marked positions, averaged, of one batch."""
+
+    mark: Bool[Tensor, "batch pos"]
+    layers: frozenset[int]
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+    def reads(self, shape: ModelShape) -> Reads:
+        reads = at_layers(shape, self._read)
+        return {tap: read for tap, read in reads.items() if tap.layer in self.layers}
+
+    def _read(self, view: TapView) -> None:
+        queries = self.mark.any(0).nonzero().flatten().cpu()
+        batch, heads, length = view.z.shape[0], view.z.shape[2], self.mark.shape[1]
+        total = torch.zeros(batch, heads, length, device=view.z.device)
+        for part in capture.chunks(queries, 4 * batch * heads * length, _ROWS_BYTES):
+            rows = view.rows(part).pattern.float()
+            own = self.mark[:, part.to(self.mark.device)].to(rows)
+            total += torch.einsum("bhqk,bq->bhk", rows, own)
+        self.found[view.layer] = total.cpu() / self.mark.sum(1).cpu()[:, None, None]
+
+
+# What heads write, in the space of classes or of image embeddings.
+
+
+@dataclass(frozen=True, eq=False)
+class ClassReading:
+    """What parts of a model say of the true class of images, by rank among all classes.
+
+    Attributes:
+        heads: ``identifiability`` of what each head writes, at the positions that were asked for.
+        residual: identifiability of what leaves each block, by place: ``embed`` first.
+        attention, mlp: of what each adds.
+        change_rate: share of images whose probability of the true class rises through a block.
+        attention_match, mlp_match: share of images where the class that is first in what attention,
+            or the MLP, adds is also first in what leaves the block.
+    """
+
+    heads: HeadScores
+    residual: Float[np.ndarray, " place"]
+    attention: Float[np.ndarray, " layer"]
+    mlp: Float[np.ndarray, " layer"]
+    change_rate: Float[np.ndarray, " layer"]
+    attention_match: Float[np.ndarray, " layer"]
+    mlp_match: Float[np.ndarray, " layer"]
+
+
+@torch.no_grad()
+def class_space(
+    model: HeadModel, probe: Probe, at: str = "class", *, batch_size: int | None = None
+) -> ClassReading:
+    """Read the residual stream, sublayers and heads of a classifier in the space of its classes.
+
+    A vector ``x`` gives every class the logit ``LN(x) W``, with the classifier's own final norm and
+    matrix; what is added to the stream is read with the norm's scale left out, which changes no
+    rank. ``identifiability = 1 - rank / n_classes`` with the rank of the true class from 0, equal
+    logits sharing the mean of their ranks: 1 at best, ``1 / n_classes`` at worst, near 1/2 by
+    chance. The null of ``heads`` is that value of chance, exactly.
+
+    Args:
+        model: a classifier of images with a plain norm and matrix before its logits.
+        probe: images with their classes.
+        at: mark of the positions that are read, averaged over: ``class``, ``patch``.
+        batch_size: images per pass.
+
+    Raises:
+        InputError: if an image has no class, or no position with the mark.
+        UnsupportedModelError: if the model has no plain norm and matrix before its logits, or heads
+            do not write ``z @ W_O``.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16, "image_size": 8, "patch_size": 4}
+        >>> vit = hs.load(ViTForImageClassification(ViTConfig(**small)).eval())
+        >>> probe = hs.probes.images(vit, torch.rand(3, 3, 8, 8), labels=[0, 1, 1])
+        >>> found = hs.vision.class_space(vit, probe)
+        >>> found.residual.shape, found.heads.mean.shape
+        ((3,), (2, 2))
+    """
+    _need_grid(model)
+    for need in ("unembedding", "linear_write"):
+        if (reason := model.limits.get(need)) is not None:
+            raise UnsupportedModelError(reason)
+    probe = capture.on_grid_of(model, probe)
+    _need_classes(model, probe)
+    if not bool(probe.mark(at).any(1).all()):
+        raise InputError(f"an image has no position marked {at!r}.")
+    space = model.unembedding
+    parts = [
+        reader
+        for _, reader in capture.stream(
+            model,
+            probe,
+            lambda batch, _: _Classes(model, space, batch.targets[:, 0], batch.mark(at)),
+            batch_size=batch_size,
+        )
+    ]
+    shape = model.shape
+
+    def joined(name: str, layer: int) -> Tensor:
+        return torch.cat([part.found[name, layer] for part in parts])
+
+    heads = np.full((*_size(shape), len(probe)), np.nan)
+    for layer in shape.attention_layers:
+        heads[layer] = joined("heads", layer).T.numpy()
+    layers = range(shape.n_layers)
+    count = model.shape.n_logits
+    scores = HeadScores.from_examples(
+        _IDENTIFIABILITY,
+        heads,
+        kv_heads=shape.n_kv_heads,
+        control_per_example=np.full((*_size(shape), 1), (count + 1) / (2 * count)),
+        design=Design(clusters=probe.cluster_labels),
+        provenance=origin(model, probe, control="chance", at=at),
+    ).of_stack(shape.stack)
+    residual = [joined("entering", 0), *(joined("leaving", layer) for layer in layers)]
+
+    def means(name: str) -> Float[np.ndarray, " layer"]:
+        return np.array([float(joined(name, layer).mean()) for layer in layers])
+
+    return ClassReading(
+        scores,
+        np.array([float(one.mean()) for one in residual]),
+        means("attention"),
+        means("mlp"),
+        means("rises"),
+        means("attention first"),
+        means("mlp first"),
+    )
+
+
+def identifiability(
+    logits: Float[Tensor, "*any n_classes"], classes: Int[Tensor, "*any"]
+) -> Float[Tensor, "*any"]:
+    """How near to the front the true class is: ``1 - rank / n_classes``, rank from 0.
+
+    Equal logits share the mean of their ranks, so that a constant says 1/2 and half a class.
+
+    Args:
+        logits: of all classes.
+        classes: the true ones.
+
+    Example:
+        >>> hs.vision.identifiability(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), torch.tensor([2]))
+        tensor([0.7500])
+    """
+    own = logits.gather(-1, classes[..., None])
+    above = (logits > own).sum(-1)
+    equal = (logits == own).sum(-1) - 1
+    return 1 - (above + equal / 2) / logits.shape[-1]
+
+
+@dataclass
+class _Classes:
+    """Reads blocks and heads of one batch in the space of classes."""
+
+    model: HeadModel
+    space: Unembedding
+    classes: Int[Tensor, " batch"]
+    mark: Bool[Tensor, "batch pos"]
+    found: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    held: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def reads(self, shape: ModelShape) -> Reads:
+        reads = at_layers(shape, self._heads)
+        for layer in range(shape.n_layers):
+            for site in ("resid_pre", "attn_out", "resid_post"):
+                reads[Tap(site, layer)] = self._block
+        return reads
+
+    @property
+    def _directions(self) -> Float[Tensor, "d_model n_classes"]:
+        every = torch.arange(len(self.space.W_U), device=self.space.W_U.device)
+        return self.space.directions(every).T
+
+    def _mean(self, values: Float[Tensor, "batch pos ..."]) -> Tensor:
+        """Mean over the marked positions."""
+        shown = self.mark.to(values.device).float()
+        shown = shown.view(*shown.shape, *[1] * (values.ndim - 2))
+        return (values * shown).sum(1) / shown.sum(1)
+
+    def _said(self, logits: Float[Tensor, "batch pos n_classes"]) -> Float[Tensor, " batch"]:
+        every = self.classes.to(logits.device)[:, None].expand(logits.shape[:2])
+        return self._mean(identifiability(logits, every)).cpu()
+
+    def _heads(self, view: TapView) -> None:
+        weight = self.model.output_weights(view.layer).float()
+        read = torch.einsum("hdm,mc->hdc", weight, self._directions)
+        logits = torch.einsum("bphd,hdc->bphc", view.z.float(), read)
+        every = self.classes.to(logits.device)[:, None, None].expand(logits.shape[:3])
+        self.found["heads", view.layer] = self._mean(identifiability(logits, every)).cpu()
+
+    def _block(self, view: TapView) -> None:
+        site, layer, x = view.tap.site, view.layer, view.value.float()
+        self.held[site, layer] = x.clone()
+        if site == "resid_pre" and layer == 0:
+            self.found["entering", 0] = self._said(self.space.uncapped(x))
+        if site != "resid_post":
+            return
+        before = self.held.pop(("resid_pre", layer))
+        attention = self.held.pop(("attn_out", layer), torch.zeros_like(x))
+        self.held.pop(("resid_post", layer))
+        said, old = self.space.uncapped(x), self.space.uncapped(before)
+        parts = {"attention": attention, "mlp": x - before - attention}
+        self.found["leaving", layer] = self._said(said)
+        rises = self._probability(said) > self._probability(old)
+        self.found["rises", layer] = self._mean(rises.float()).cpu()
+        for name, part in parts.items():
+            logits = part @ self._directions
+            self.found[name, layer] = self._said(logits)
+            same = logits.argmax(-1) == said.argmax(-1)
+            self.found[f"{name} first", layer] = self._mean(same.float()).cpu()
+
+    def _probability(self, logits: Tensor) -> Float[Tensor, "batch pos"]:
+        every = self.classes.to(logits.device)[:, None, None].expand(*logits.shape[:2], 1)
+        return logits.log_softmax(-1).gather(-1, every)[..., 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """What every part adds to the embedding, or the logits, of each image.
+
+    Attributes:
+        heads: by layer and head; NaN where a layer has no attention.
+        rest: of everything else: embedding, MLPs, biases of attention and of the final norm, so
+            that all sums to ``whole``.
+        whole: what the model itself says.
+        norm: length of each whole, by which heads were divided; ones where they were not.
+    """
+
+    heads: Float[np.ndarray, "image layer head d"]
+    rest: Float[np.ndarray, "image d"]
+    whole: Float[np.ndarray, "image d"]
+    norm: Float[np.ndarray, " image"]
+
+
+@torch.no_grad()
+def contributions(
+    model: HeadModel, probe: Probe, *, unit: bool = True, batch_size: int | None = None
+) -> Written:
+    """What each head adds to the embedding of an image, in the space that texts share (CLIP).
+
+    ``((r - mean(r)) * gain) P / sigma`` of what a head writes at the class token, ``r = z W_O``,
+    with gain and scale of the final norm, its scale held at that of the whole stream, and the
+    projection ``P``. Biases are in ``rest``: parts sum to the model's embedding exactly. Of a
+    classifier these are its logits.
+
+    Args:
+        model: a vision tower with a projection, a bare one that ends in a norm, or a classifier.
+        probe: images.
+        unit: divide by the length of each image's embedding, as for cosines.
+        batch_size: images per pass.
+
+    Raises:
+        UnsupportedModelError: if the embedding is not a plain norm of the class token and a matrix,
+            or heads do not write ``z @ W_O``.
+
+    Source:
+        Gandelsman et al. 2024 (arXiv 2310.05916), decomposition of CLIP's image representation.
+
+    Example:
+        >>> from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16, "image_size": 8, "patch_size": 4}
+        >>> small |= {"projection_dim": 5}
+        >>> clip = hs.load(CLIPVisionModelWithProjection(CLIPVisionConfig(**small)).eval())
+        >>> found = hs.vision.contributions(clip, hs.probes.random_images(clip, 3))
+        >>> parts = found.heads.sum((1, 2)) + found.rest
+        >>> bool(np.allclose(parts, found.whole, atol=1e-5))
+        True
+    """
+    _need_grid(model)
+    if (reason := model.limits.get("linear_write")) is not None:
+        raise UnsupportedModelError(reason)
+    probe = capture.on_grid_of(model, probe)
+    space = _image_space(model)
+    parts = [
+        reader
+        for _, reader in capture.stream(
+            model, probe, lambda *_: _Written(model, space), batch_size=batch_size
+        )
+    ]
+    shape = model.shape
+    heads = np.full((len(probe), *_size(shape), len(space.W_U)), np.nan)
+    for layer in shape.attention_layers:
+        heads[:, layer] = torch.cat([part.heads[layer] for part in parts]).numpy()
+    total = torch.cat([part.whole for part in parts]).numpy()
+    norm = np.linalg.norm(total, axis=1) if unit else np.ones(len(total))
+    heads, total = heads / norm[:, None, None, None], total / norm[:, None]
+    return Written(heads, total - np.nansum(heads, (1, 2)), total, norm)
+
+
+def _image_space(model: HeadModel) -> Unembedding:
+    """Final norm and matrix that make logits of classes, or the embedding of an image."""
+    if "logits" not in model.limits:
+        return model.unembedding
+    found = getattr(model, "embedding_map", None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"{model.name} does not show how its embedding is made: load the transformers model."
+        )
+    space: Unembedding = found()
+    return space
+
+
+@dataclass
+class _Written:
+    """What heads of one batch write at the class token, through the final norm and projection."""
+
+    model: HeadModel
+    space: Unembedding
+    heads: dict[int, Tensor] = field(default_factory=dict)
+    whole: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def reads(self, shape: ModelShape) -> Reads:
+        reads = at_layers(shape, self._read)
+        reads[Tap("resid_post", shape.n_layers - 1)] = self._end
+        return reads
+
+    def _read(self, view: TapView) -> None:
+        weight = self.model.output_weights(view.layer).float()
+        every = torch.arange(len(self.space.W_U), device=self.space.W_U.device)
+        read = torch.einsum("hdm,cm->hdc", weight, self.space.directions(every))
+        self.heads[view.layer] = torch.einsum("bhd,hdc->bhc", view.z[:, 0].float(), read)
+
+    def _end(self, view: TapView) -> None:
+        stream = view.value[:, 0].float()
+        scale = self.space.scale(stream)[:, None, None]
+        self.heads = {layer: (one / scale).cpu().double() for layer, one in self.heads.items()}
+        self.whole = self.space.uncapped(stream).cpu().double()
+
+
+@dataclass(frozen=True, eq=False)
+class TextSpan:
+    """Texts that say what a head writes, in the order in which they were found.
+
+    Attributes:
+        texts: numbers of the chosen texts.
+        deviation: standard deviation of the head's writes along each when it was chosen.
+        explained: share of the variance that this text and those before it account for.
+        reconstruction: the writes in the span of the texts, mean included.
+    """
+
+    texts: tuple[int, ...]
+    deviation: Float[np.ndarray, " text"]
+    explained: Float[np.ndarray, " text"]
+    reconstruction: Float[np.ndarray, "image d"]
+
+    def named(self, names: Sequence[str]) -> list[tuple[str, float]]:
+        """The texts by name, with the share of the variance that each adds.
+
+        Args:
+            names: of the pool.
+
+        Example:
+            >>> writes = np.outer([1.0, -1.0, 2.0], [1.0, 0.0])
+            >>> hs.vision.text_span(writes, np.eye(2), 1).named(["red", "blue"])
+            [('red', 1.0)]
+        """
+        gains = np.diff(self.explained, prepend=0.0)
+        return [
+            (names[text], round(float(gain), 6))
+            for text, gain in zip(self.texts, gains, strict=True)
+        ]
+
+
+def _numbers(values: np.ndarray | Tensor) -> np.ndarray:
+    """The values in float64 on the CPU, whatever their device and type."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def text_span(
+    writes: Float[np.ndarray, "image d"] | Float[Tensor, "image d"],
+    texts: Float[np.ndarray, "text _"] | Float[Tensor, "text _"],
+    count: int = 10,
+    *,
+    rank: int = 80,
+) -> TextSpan:
+    """Name the directions along which a head's writes vary, by texts, greedily (TextSpan).
+
+    Texts are first projected onto the ``rank`` leading right singular vectors of the writes, which
+    are not centred for that. Then, ``count`` times, on centred writes: choose the text along which
+    they deviate most, ``argmax std(C t)`` (the first of equals; texts are not normalised, so that
+    long ones weigh more), take its direction out of the writes and out of all other texts.
+
+    Args:
+        writes: of one head, one row an image, e.g. ``contributions(model, probe).heads[:, 11, 3]``.
+        texts: embeddings of a pool of texts, or rows of an unembedding for language models.
+        count: texts at most; fewer where nothing is left to say.
+        rank: see above.
+
+    Raises:
+        InputError: if shapes differ, or something is not finite.
+
+    Source:
+        Gandelsman et al. 2024 (arXiv 2310.05916), Algorithm 1.
+
+    Example:
+        >>> text = np.array([[0.0, 1.0], [1.0, 0.0]])
+        >>> hs.vision.text_span(np.outer([1.0, 2.0, 4.0], text[0]), text, 2).texts
+        (0,)
+    """
+    given, pool = _numbers(writes), _numbers(texts)
+    count, rank = whole(count, "count", 1), whole(rank, "rank", 1)
+    if given.ndim != 2 or pool.ndim != 2 or given.shape[1] != pool.shape[1] or not len(pool):
+        raise InputError(
+            f"writes have shape {given.shape} and texts {pool.shape}: give [image d] and [text d]."
+        )
+    if not (np.isfinite(given).all() and np.isfinite(pool).all()):
+        raise InputError("writes or texts hold numbers that are not finite.")
+    _, _, right = np.linalg.svd(given, full_matrices=False)
+    kept = right[:rank]
+    pool = pool @ kept.T @ kept
+    mean = given.mean(0)
+    left = given - mean
+    total = float((left**2).sum())
+    rebuilt = np.zeros_like(left)
+    small = 1e-9 * max(1.0, float(np.abs(given).max(initial=0.0)))
+    chosen: list[int] = []
+    deviations, explained = [], []
+    lengths = np.linalg.norm(pool, axis=1)
+    for _ in range(min(count, len(pool))):
+        spread = (left @ pool.T).std(0)
+        # What is left of a text that the others span is rounding.
+        spread[np.linalg.norm(pool, axis=1) <= 1e-6 * lengths] = 0.0
+        spread[chosen] = 0.0
+        best = int(spread.argmax())
+        if not spread[best] > small * max(1.0, float(np.linalg.norm(pool[best]))):
+            break
+        direction = pool[best] / np.linalg.norm(pool[best])
+        part = np.outer(left @ direction, direction)
+        rebuilt, left = rebuilt + part, left - part
+        pool = pool - np.outer(pool @ direction, direction)
+        chosen.append(best)
+        deviations.append(float(spread[best]))
+        explained.append(1.0 - float((left**2).sum()) / total)
+    return TextSpan(tuple(chosen), np.array(deviations), np.array(explained), rebuilt + mean)
+
+
+# Heads that carry a cue.
+
+
+def cue_heads(
+    model: HeadModel,
+    probe: Probe,
+    misleading: Sequence[bool] | Bool[Tensor, " batch"] | Bool[np.ndarray, " batch"],
+    method: Maker = "mean",
+    heads: Heads | None = None,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> HeadScores:
+    """Heads through which a cue that should not matter (a background, a place) sways the class.
+
+    Every head is mean-ablated. ``cue_effect`` is what that does to the log-probability of the true
+    class on images whose cue misleads, less what it does where the cue agrees with the class: above
+    0 the head works for the cue, and the model is better off without it where the cue is wrong. The
+    null is no difference between both kinds of images.
+
+    Args:
+        model: a classifier of images.
+        probe: images with their classes, of both kinds.
+        misleading: for each image, whether its cue speaks for another class.
+        method: what the head's output becomes.
+        heads: which; default: all.
+        batch_size: images per pass.
+        seed: of methods that draw.
+
+    Raises:
+        InputError: if there are fewer than two images of either kind, or one has no class.
+        UnsupportedModelError: if the model reads no images, or gives no logits of classes.
+
+    Source:
+        Gandelsman et al. 2024 (arXiv 2310.05916), mean ablation of heads of spurious cues.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16, "image_size": 8, "patch_size": 4}
+        >>> vit = hs.load(ViTForImageClassification(ViTConfig(**small)).eval())
+        >>> probe = hs.probes.images(vit, torch.rand(4, 3, 8, 8), labels=[0, 1, 1, 0])
+        >>> hs.vision.cue_heads(vit, probe, [True, True, False, False]).mean.shape
+        (1, 2)
+    """
+    _need_grid(model)
+    probe = capture.on_grid_of(model, probe)
+    _need_classes(model, probe)
+    wrong = np.asarray(misleading, dtype=bool)
+    if wrong.shape != (len(probe),) or min(wrong.sum(), (~wrong).sum()) < 2:
+        raise InputError(
+            f"misleading= has shape {wrong.shape} and {int(wrong.sum())} images whose cue "
+            f"misleads: give True or False for each of the {len(probe)} images, two or more of "
+            "either kind."
+        )
+    scores = ablate_heads(
+        model,
+        probe,
+        metrics.answer_log_prob,
+        method,
+        heads,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    effects = scores.per_example
+    agreeing = np.nanmean(effects[:, :, ~wrong], -1, keepdims=True)
+    clusters = probe.cluster_labels
+    design = Design(
+        clusters=None if clusters is None else tuple(np.array(clusters)[wrong].tolist()),
+        control_clusters=None if clusters is None else tuple(np.array(clusters)[~wrong].tolist()),
+    )
+    return HeadScores.from_examples(
+        _CUE,
+        effects[:, :, wrong] - agreeing,
+        kv_heads=model.shape.n_kv_heads,
+        control_per_example=effects[:, :, ~wrong] - agreeing,
+        design=design,
+        provenance=scores.provenance,
+    ).of_stack(model.shape.stack)
