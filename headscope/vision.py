@@ -727,7 +727,7 @@ class _Written:
 
 
 @dataclass(frozen=True, eq=False)
-class TextSpan:
+class HeadTexts:
     """Texts that say what a head writes, in the order in which they were found.
 
     Attributes:
@@ -773,7 +773,7 @@ def text_span(
     count: int = 10,
     *,
     rank: int = 80,
-) -> TextSpan:
+) -> HeadTexts:
     """Name the directions along which a head's writes vary, by texts, greedily (TextSpan).
 
     Texts are first projected onto the ``rank`` leading right singular vectors of the writes, which
@@ -832,7 +832,7 @@ def text_span(
         chosen.append(best)
         deviations.append(float(spread[best]))
         explained.append(1.0 - float((left**2).sum()) / total)
-    return TextSpan(tuple(chosen), np.array(deviations), np.array(explained), rebuilt + mean)
+    return HeadTexts(tuple(chosen), np.array(deviations), np.array(explained), rebuilt + mean)
 
 
 # Heads that carry a cue.
@@ -853,7 +853,7 @@ def cue_heads(
     Every head is mean-ablated. ``cue_effect`` is what that does to the log-probability of the true
     class on images whose cue misleads, less what it does where the cue agrees with the class: above
     0 the head works for the cue, and the model is better off without it where the cue is wrong. The
-    null is no difference between both kinds of images.
+    null is that both kinds of images have the same mean.
 
     Args:
         model: a classifier of images.

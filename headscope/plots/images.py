@@ -30,7 +30,7 @@ def as_picture(image: Any, side: int = _SIDE) -> str:
         side: pixels of its longer side at most.
 
     Raises:
-        InputError: if it is no image, or Pillow is missing.
+        InputError: if the shape is not that of an image, or Pillow is missing.
     """
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
