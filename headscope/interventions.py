@@ -432,11 +432,17 @@ class Denoise(Intervention):
     name: ClassVar[str] = "denoise"
 
     def __post_init__(self) -> None:
-        """Refuse noise without a size.
+        """Check the planes, the noise and the seed.
 
         Raises:
-            InputError: if the noise or the seed is negative, or no number.
+            InputError: if the planes are not given by head, or the noise or the seed is negative or
+                not a number.
         """
+        if not isinstance(self.planes, Mapping):
+            raise InputError(
+                f"planes={self.planes!r} of Denoise: give planes by head, such as "
+                "{'L0H1': [6, 7]} or hs.geometry.rotary_bands(model).below(0.3)."
+            )
         if not (isinstance(self.noise, int | float) and 0 <= self.noise < float("inf")):
             raise InputError(f"noise={self.noise!r} of Denoise: give a finite number from 0 on.")
         if whole(self.seed, "seed") < 0:

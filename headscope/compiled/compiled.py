@@ -21,7 +21,7 @@ from headscope.compiled.program import (
     interpret,
     value_at_start,
 )
-from headscope.errors import InputError, nearest
+from headscope.errors import InputError, nearest, whole
 from headscope.heads import HeadIndex
 from headscope.models.hf.weights import WrittenLayer, WrittenModel, gpt2, llama, rotary_frequencies
 from headscope.models.loading import load
@@ -69,6 +69,9 @@ class Build:
             raise InputError("kv_group: GPT-2 has no grouped heads; use family='llama'.")
         if self.kv_group < 1 or self.noise_heads < 0:
             raise InputError("kv_group must be 1 or more and noise_heads 0 or more.")
+        whole(self.seed, "seed", 0)
+        if self.rotation_seed is not None:
+            whole(self.rotation_seed, "rotation_seed", 0)
 
 
 @torch.no_grad()

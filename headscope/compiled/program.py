@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.errors import InputError, nearest
+from headscope.errors import InputError, nearest, whole
 from headscope.heads import HeadIndex
 
 EMBEDDED = ("token", "position", "one")
@@ -51,10 +51,14 @@ def offset(distance: int) -> Predicate:
     Args:
         distance: 0 is the query's own position.
 
+    Raises:
+        InputError: if it is not a whole number from 0 on.
+
     Example:
         >>> hs.compiled.offset(1).matrix(2, 2).tolist()
         [[False, False], [True, False]]
     """
+    whole(distance, "distance", 0)
     return Predicate(f"offset {distance}", lambda query, key: query - key == distance, distance)
 
 
@@ -202,6 +206,7 @@ class Program:
             written = [head.output for head in self.heads if head.layer == layer]
             for head in self.heads:
                 if head.layer == layer:
+                    self._check_distance(head)
                     self._check_read((head.query, head.key, head.value), known, f"L{layer}")
             self._check_new(written, known)
             known |= set(written)
@@ -217,6 +222,14 @@ class Program:
                     f"the output {output!r} has {self.sizes[output]} values, not one for each of "
                     f"the {self.tokens} tokens."
                 )
+
+    def _check_distance(self, head: Head) -> None:
+        distance = head.predicate.distance
+        if distance is not None and distance > self.length:
+            raise InputError(
+                f"the head that writes {head.output!r} of program {self.name!r} looks back "
+                f"{distance} positions, and texts have {self.length} behind the BOS."
+            )
 
     def _check_read(self, names: Sequence[str], known: set[str], reader: str) -> None:
         for name in names:

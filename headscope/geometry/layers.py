@@ -352,15 +352,13 @@ def layers(
         InputError: if a measure is unknown, or all texts are too short for one that was asked for.
 
     Example:
-        >>> table = hs.geometry.layers(model, ["The cat sat on the mat. The dog ran."] * 2)
+        >>> table = hs.geometry.layers(model, ["The cat sat on the mat.", "The dog ran."])
         >>> "curvature" in table
         True
     """
     options = RunOptions(batch_size, progress=progress)
     chosen = _chosen(measures, [*TEXT_MEASURES, *POOLED])
-    probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
-    if skip < 0:
-        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
+    probe = read_texts(model, texts, length, skip)
     points = (probe.real.sum(1) - skip).clamp_min(0)
     chosen = _fitting(chosen, points, model, asked=measures is not None)
     run = _RunningMeasures(model, probe, chosen, skip)
@@ -407,16 +405,14 @@ def heads(
         InputError: if a measure is unknown, or all texts are too short for one that was asked for.
 
     Example:
-        >>> table = hs.geometry.heads(model, ["The cat sat on the mat. The dog ran."] * 2)
+        >>> table = hs.geometry.heads(model, ["The cat sat on the mat.", "The dog ran."])
         >>> table["curvature"].mean.shape == (model.shape.n_layers, model.shape.n_heads)
         True
     """
     options = RunOptions(batch_size, progress=progress)
     known = [name for name, measure in TEXT_MEASURES.items() if not measure.along]
     chosen = _chosen(measures, known)
-    probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
-    if skip < 0:
-        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
+    probe = read_texts(model, texts, length, skip)
     points = (probe.real.sum(1) - skip).clamp_min(0)
     chosen = _fitting(chosen, points, model, asked=measures is not None)
     shape = model.shape
@@ -528,9 +524,7 @@ def invariance(
         True
     """
     options = RunOptions(batch_size, seed=seed, progress=progress)
-    probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
-    if skip < 0:
-        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
+    probe = read_texts(model, texts, length, skip)
     if len(probe) < 3 or views < 2 or not 0 <= drop < 1:
         raise InputError(
             f"invariance of {len(probe)} texts in {views} views with drop={drop}: give 3 texts and "
@@ -589,6 +583,38 @@ def _mean_states(
         model.run(part, reads=dict.fromkeys(taps, keep), until=taps[-1])
         advance(float(len(part)))
     return torch.stack([torch.cat(found[tap]) for tap in taps])
+
+
+def read_texts(
+    model: HeadModel,
+    texts: str | Path | Sequence[str] | Probe | None,
+    length: int | None,
+    skip: int,
+) -> Probe:
+    """Texts to measure, as a probe.
+
+    Raises:
+        InputError: if ``skip`` is negative, or several texts are all the same.
+    """
+    if skip < 0:
+        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
+    probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
+    need_different(probe)
+    return probe
+
+
+def need_different(probe: Probe) -> None:
+    """Refuse texts that are all the same: over them every error and interval would be 0.
+
+    Raises:
+        InputError: if so.
+    """
+    same = probe.tokens == probe.tokens[:1]
+    if len(probe) > 1 and bool((same & probe.real | ~probe.real & ~probe.real[:1]).all()):
+        raise InputError(
+            f"the {len(probe)} texts are all the same, so errors and intervals over them mean "
+            "nothing: give different texts, or one."
+        )
 
 
 def _chosen(measures: Sequence[str] | None, known: list[str]) -> list[str]:

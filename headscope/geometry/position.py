@@ -19,6 +19,7 @@ from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
+from headscope.geometry.layers import need_different
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import ATTENTION_SITES, Tap, TapView
@@ -454,6 +455,7 @@ class _PairedTexts:
             probe = text_probe(model, texts, _LENGTH if length is None else length)
             lengths = probe.real.sum(1)
             probe = probe.examples((lengths == lengths.max()).nonzero().squeeze(1))
+        need_different(probe)
         if not bool(probe.real.all()):
             raise InputError(
                 "the texts differ in length: positions are compared across texts, so give texts of "

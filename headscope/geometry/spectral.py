@@ -19,13 +19,13 @@ from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
+from headscope.geometry.layers import read_texts
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView
 from headscope.origin import origin
 from headscope.probes import Probe
-from headscope.probes import text as text_probe
 from headscope.table import HeadScores
 
 _TOKENS_PER_PASS = 4096
@@ -251,9 +251,7 @@ def _probe(
     least: int,
 ) -> Probe:
     """The texts, each with some tokens behind those that are left out."""
-    if skip < 0:
-        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
-    probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
+    probe = read_texts(model, texts, length, skip)
     shortest = int(probe.real.sum(1).min()) - skip
     if shortest < least:
         raise InputError(
