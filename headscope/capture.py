@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from headscope.base.batches import PATCHES
+from headscope.base.batches import PATCHES, PIXELS
 from headscope.base.options import RunOptions, free_cached_memory, is_out_of_memory
 from headscope.base.stacks import all_causal, grid_of
 from headscope.errors import HeadscopeError, InputError
@@ -24,6 +24,7 @@ from headscope.probes.probe import Probe
 
 # Tokens of one forward pass unless the caller says otherwise.
 _TOKENS_PER_PASS = 8192
+_SEEN_BYTES = 1 << 27  # rows that are held at once to see whether a query sees the next token
 Reading = TypeVar("Reading", bound=Reader)
 Found = TypeVar("Found")
 
@@ -227,6 +228,8 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
             f"the probe asks for the next tokens, and {model.name} sees them, as it reads in both "
             "directions: hide tokens with hs.probes.masked, or give targets=."
         )
+    if answers and probe.next_token and PIXELS in probe.inputs:
+        _need_unseen_targets(model, probe)
     known = [probe.targets] if probe.foils is None else [probe.targets, probe.foils]
     if probe.sequence != PATCHES:
         known.append(probe.tokens.masked_fill(~probe.real, 0))
@@ -241,6 +244,41 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
             f"the probe has token {highest}, but {model.name} has logits of tokens 0 to "
             f"{model.shape.n_logits - 1} only: take tokens and targets among those."
         )
+
+
+@torch.no_grad()
+def _need_unseen_targets(model: HeadModel, probe: Probe) -> None:
+    """Refuse to ask for next tokens that the model sees, as in a prefix that reads both ways.
+
+    Raises:
+        InputError: with how many those are.
+    """
+    parts = [reader.seen for _, reader in stream(model, probe, lambda *_: _NextSeen())]
+    leaks = int((torch.cat(parts) & (probe.host.targets[:, :-1] >= 0)).sum())
+    if leaks:
+        raise InputError(
+            f"the probe asks for the next tokens, and {model.name} sees {leaks} of them, as tokens "
+            "of an image or a prefix see each other: give targets=, -1 at those positions."
+        )
+
+
+@dataclass
+class _NextSeen:
+    """Whether the queries of the first layer with attention see the token that follows."""
+
+    seen: Bool[Tensor, "batch query"] = field(default_factory=lambda: torch.zeros(0, 0).bool())
+
+    def reads(self, shape: ModelShape) -> Reads:
+        return {Tap("z", shape.attention_layers[0]): self._read}
+
+    def _read(self, view: TapView) -> None:
+        batch, length, heads = view.z.shape[:3]
+        self.seen = torch.zeros(batch, length - 1, dtype=torch.bool)
+        queries = torch.arange(length - 1)
+        for part in chunks(queries, 4 * batch * heads * length, _SEEN_BYTES):
+            visible = view.rows(part).visible
+            inside = part[part + 1 < visible.shape[-1]]
+            self.seen[:, inside] = visible[:, inside - int(part[0]), inside + 1].cpu()
 
 
 @torch.no_grad()

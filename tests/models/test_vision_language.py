@@ -116,6 +116,24 @@ def test_models_pass_the_shipped_checks(loaded: dict[str, Any], name: str) -> No
     assert not report.failed, str(report)
 
 
+@pytest.mark.parametrize(("name", "leaks"), [("paligemma", 42), ("gemma3", 6), ("llava", 0)])
+def test_next_tokens_that_a_prefix_shows_are_not_asked_for(
+    loaded: dict[str, Any], name: str, leaks: int
+) -> None:
+    """Of 25 tokens, 22 are paligemma's prefix; gemma3's four tokens of an image see each other."""
+    model, inputs = loaded[name], inputs_of(name)
+    probe = hs.probes.from_batch(inputs)
+    if not leaks:
+        hs.capture.check_fits(model, probe, answers=True)
+        return
+    with pytest.raises(InputError, match=f"sees {leaks} of them.*give targets="):
+        hs.ablate_heads(model, probe, hs.metrics.answer_log_prob)
+    targets = torch.full_like(probe.tokens, -1)
+    targets[:, -4:-1] = probe.tokens[:, -3:]  # the suffix, which nobody sees before
+    asked = hs.probes.from_batch(inputs, targets=targets)
+    hs.capture.check_fits(model, asked, answers=True)
+
+
 def test_scores_and_stacks_see_texts_with_images(loaded: dict[str, Any]) -> None:
     model = loaded["smolvlm"]
     probe = hs.probes.from_batch(inputs_of("smolvlm"))
