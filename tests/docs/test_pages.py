@@ -14,6 +14,8 @@ README = ROOT / "README.md"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 # What the README says of gpt2, said of the bundled model, which has three layers.
 STANDS_FOR = {"gpt2": "tiny-gpt2", "L5H1": "L2H1"}
+# Commands whose default is for results, not for a look: they run here on fewer examples.
+FEWER = {"edges": ["--examples", "12"]}
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 WITH_COMMANDS = [page for page in PAGES if commands(page, "bash")]
 
@@ -28,6 +30,12 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def run_command(words: list[str]) -> None:
+    asked = [*words, *FEWER.get(words[0], [])]
+    result = CliRunner().invoke(app, asked, catch_exceptions=False)
+    assert result.exit_code == 0, (asked, result.output)
 
 
 def run_python(page: Path, bodies: list[str]) -> None:
@@ -50,8 +58,7 @@ def test_python_blocks_run(page: Path, desk: Path) -> None:
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name)
 def test_commands_run(page: Path, desk: Path) -> None:
     for words in commands(page, "bash"):
-        result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
-        assert result.exit_code == 0, (words, result.output)
+        run_command(words[1:])
 
 
 def test_readme_blocks_run(desk: Path) -> None:
@@ -69,9 +76,7 @@ def test_readme_commands_run(desk: Path) -> None:
         if words[0] == "make":
             assert f"\n{words[1]}:" in targets, words
             continue
-        said = [STANDS_FOR.get(word, word) for word in words[1:]]
-        result = CliRunner().invoke(app, said, catch_exceptions=False)
-        assert result.exit_code == 0, (words, result.output)
+        run_command([STANDS_FOR.get(word, word) for word in words[1:]])
 
 
 def test_readme_table_is_checkable() -> None:
