@@ -12,7 +12,13 @@ from headscope.kinds.kind import Unasked as Unasked
 from headscope.kinds.kind import above as above
 from headscope.kinds.kind import below as below
 from headscope.kinds.kind import one_sided as one_sided
+from headscope.kinds.measures import LabelledTexts as LabelledTexts
+from headscope.kinds.measures import lead_in_layer as lead_in_layer
+from headscope.kinds.measures import mean_embedding as mean_embedding
+from headscope.kinds.measures import placements as placements
 from headscope.kinds.measures import relation_scores as relation_scores
+from headscope.kinds.measures import separations as separations
+from headscope.kinds.measures import told_apart as told_apart
 from headscope.kinds.measures import without_norm as without_norm
 from headscope.table.kinds import Finding as Finding
 from headscope.table.kinds import KindFacts as KindFacts

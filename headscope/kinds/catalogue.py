@@ -33,6 +33,11 @@ SURVEY = "Zheng et al. 2024 (arXiv 2409.03752), survey of attention heads"
 _FLAT = "attention spread evenly"
 _NONE = "no effect at all"
 _TEXTS = ("tokenizer",)
+_READABLE = "chance, 0.5; a probe of the mean token embedding; the median head of the layer"
+_FOUND = (
+    "a probe finds what is there, used or not (Hewitt and Liang 2019, arXiv 1909.03368); one "
+    "template, and a layer in which most heads tell the classes apart names none"
+)
 _TASKS = ("tokenizer", "causal", "unembedding")
 
 _REPEATS = Confirm(
@@ -264,8 +269,10 @@ _KINDS = (
     ),
     Kind(
         "label_word", "attends to label words as the model will answer: an anchor",
-        "in-context prompts", "chance, 0.5", measures.label_words,
-        "Wang et al. 2023 (arXiv 2305.14160)", "attention alone, and of one task", needs=_TASKS,
+        "in-context prompts", "chance, 0.5; the median head of the layer", measures.label_words,
+        "Wang et al. 2023 (arXiv 2305.14160)",
+        "attention alone, of one task: a preference for recent labels looks alike",
+        needs=_TASKS,
     ),
     Kind(
         "rare_word", "attends in the order of rarity", "text", "counts in another order",
@@ -282,15 +289,15 @@ _KINDS = (
     ),
     Kind(
         "truthfulness", "its output tells true from false statements", "statements of capitals",
-        "chance, 0.5", measures.told_apart(measures.statements),
+        _READABLE, measures.told_apart(measures.statements),
         "Li et al. 2023 (arXiv 2306.03341), truthful heads",
-        "a probe finds what is there, used or not", needs=_TEXTS,
+        _FOUND, needs=_TEXTS,
     ),
     Kind(
-        "sentiment", "its output tells good from bad opinions", "opinions", "chance, 0.5",
+        "sentiment", "its output tells good from bad opinions", "opinions", _READABLE,
         measures.told_apart(measures.opinions),
         "Tigges et al. 2023 (arXiv 2310.15154), sentiment summarisers",
-        "a probe finds what is there, used or not", needs=_TEXTS,
+        _FOUND, needs=_TEXTS,
     ),
 )  # fmt: skip
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from headscope import edits, probes
 from headscope.base.statistics import Design
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.kinds.kind import AskedModel, CannotAskError, Criterion, above, below
+from headscope.kinds.kind import AskedModel, CannotAskError, Criterion, above, below, one_sided
 from headscope.models.protocol import HeadModel
 from headscope.probes.encoding import (
     HasVocabulary,
@@ -35,7 +36,8 @@ from headscope.scorers import CATALOGUE, relation
 from headscope.scorers.patterns import relative_offset
 from headscope.scorers.writing import copying
 from headscope.scoring.score import score
-from headscope.steering.effects import contrast, indirect_effect
+from headscope.steering.effects import direction, indirect_effect
+from headscope.steering.vectors import outputs_at
 from headscope.table import HeadScores
 from headscope.views import HeadOutputs
 
@@ -81,12 +83,40 @@ BAD = (
     "terrible", "awful", "dreadful", "horrible", "bad", "ugly", "boring", "poor", "nasty",
     "disgusting", "worthless", "annoying", "miserable", "painful", "hateful", "dull",
 )  # fmt: skip
+MORE_GOOD = (
+    "good", "nice", "clever", "funny", "exciting", "interesting", "impressive", "moving",
+    "enjoyable", "brave", "fresh", "smart", "graceful", "thrilling", "sweet", "elegant",
+)  # fmt: skip
+MORE_BAD = (
+    "silly",
+    "stupid", "sad", "weak", "tedious", "mediocre", "clumsy", "lifeless", "tasteless", "shallow",
+    "offensive", "foolish", "cheap", "lame", "pathetic", "pointless",
+)  # fmt: skip
 CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "colour": ("red", "blue", "green", "yellow", "black", "white"),
     "animal": ("dog", "cat", "horse", "cow", "bird", "fish"),
     "day": ("Monday", "Friday", "Sunday", "Tuesday", "Saturday", "Thursday"),
     "number": ("two", "three", "five", "seven", "eight", "nine"),
 }
+MORE_CAPITALS = {
+    "Albania": "Tirana", "Algeria": "Algiers", "Angola": "Luanda", "Argentina": "Buenos Aires",
+    "Armenia": "Yerevan", "Australia": "Canberra", "Azerbaijan": "Baku", "Bangladesh": "Dhaka",
+    "Belarus": "Minsk", "Belgium": "Brussels", "Bolivia": "Sucre", "Brazil": "Brasilia",
+    "Bulgaria": "Sofia", "Cambodia": "Phnom Penh", "Canada": "Ottawa", "Chile": "Santiago",
+    "China": "Beijing", "Colombia": "Bogota", "Croatia": "Zagreb", "Cuba": "Havana",
+    "Cyprus": "Nicosia", "Ecuador": "Quito", "Egypt": "Cairo", "Estonia": "Tallinn",
+    "Ethiopia": "Addis Ababa", "Finland": "Helsinki", "Georgia": "Tbilisi", "Ghana": "Accra",
+    "Iceland": "Reykjavik", "India": "New Delhi", "Indonesia": "Jakarta", "Iran": "Tehran",
+    "Iraq": "Baghdad", "Jamaica": "Kingston", "Jordan": "Amman", "Kenya": "Nairobi",
+    "Laos": "Vientiane", "Latvia": "Riga", "Lebanon": "Beirut", "Libya": "Tripoli",
+    "Lithuania": "Vilnius", "Mali": "Bamako", "Malta": "Valletta", "Mongolia": "Ulaanbaatar",
+    "Morocco": "Rabat", "Nepal": "Kathmandu", "Nigeria": "Abuja", "Pakistan": "Islamabad",
+    "Peru": "Lima", "Philippines": "Manila", "Qatar": "Doha", "Romania": "Bucharest",
+    "Senegal": "Dakar", "Serbia": "Belgrade", "Slovakia": "Bratislava", "Slovenia": "Ljubljana",
+    "Sudan": "Khartoum", "Syria": "Damascus", "Thailand": "Bangkok", "Tunisia": "Tunis",
+    "Turkey": "Ankara", "Uganda": "Kampala", "Ukraine": "Kyiv", "Uruguay": "Montevideo",
+    "Venezuela": "Caracas", "Vietnam": "Hanoi", "Zambia": "Lusaka", "Zimbabwe": "Harare",
+}  # fmt: skip
 LETTERS = ("A", "B", "C", "D")
 
 
@@ -215,26 +245,62 @@ def contradicted(model: HasVocabulary, seed: int) -> Probe:
     return marked(model, said, "contradicted facts", seed)
 
 
-def statements(model: HasVocabulary) -> tuple[Probe, Probe]:
+class LabelledTexts(NamedTuple):
+    """Texts of two classes that differ in nothing else.
+
+    Attributes:
+        high: texts of the class.
+        low: texts of the other class, as many: example i of both belongs together.
+        clusters: label per example; examples that share a word which matters share a label, fall
+            on the same side of the split, and count as one observation.
+
+    Example:
+        >>> good = hs.probes.from_tokens([[5, 9, 6], [5, 10, 6], [5, 11, 6], [5, 12, 6]])
+        >>> bad = hs.probes.from_tokens([[9, 5, 6], [10, 5, 6], [11, 5, 6], [12, 5, 6]])
+        >>> len(hs.kinds.LabelledTexts(good, bad, clusters=(0, 1, 2, 3)).clusters)
+        4
+    """
+
+    high: Probe
+    low: Probe
+    clusters: tuple[int, ...]
+
+
+def statements(model: HeadModel) -> LabelledTexts:
     """True and false statements of capitals; a false one swaps those of every other country.
 
-    Countries at even places and at odd ones share no word, so that what is fitted to the first is
-    tried on words that it has not seen.
+    Every name is in as many true as false ones, so that the words alone tell nothing. Countries at
+    even places and at odd ones share no word; two neighbours of the same parity that swap their
+    capitals are one cluster.
     """
-    names = sorted(CAPITALS)[: 2 * (len(CAPITALS) // 2)]
-    true = [f"The city of {CAPITALS[one]} is the capital of {one}." for one in names]
-    false = [
-        f"The city of {CAPITALS[names[(at + 2) % len(names)]]} is the capital of {one}."
-        for at, one in enumerate(names)
-    ]
-    return _texts(model, true, "true statements"), _texts(model, false, "false statements")
+    capitals = {**MORE_CAPITALS, **CAPITALS}
+    names = sorted(capitals)[: 4 * (len(capitals) // 4)]
+    partner = {one: names[at + 2 if at % 4 < 2 else at - 2] for at, one in enumerate(names)}
+    form = "The city of {} is the capital of {}."
+    true = [form.format(capitals[one], one) for one in names]
+    false = [form.format(capitals[partner[one]], one) for one in names]
+    clusters = tuple(2 * (at // 4) + at % 2 for at in range(len(names)))
+    return LabelledTexts(
+        _texts(model, true, "true statements"), _texts(model, false, "false statements"), clusters
+    )
 
 
-def opinions(model: HasVocabulary) -> tuple[Probe, Probe]:
-    """Sentences with a good and with a bad word, none of them twice."""
-    form = "Everybody who saw it said that the film was {}."
-    good, bad = ([form.format(word) for word in words] for words in (GOOD, BAD))
-    return _texts(model, good, "good opinions"), _texts(model, bad, "bad opinions")
+def opinions(model: HeadModel) -> LabelledTexts:
+    """Good and bad opinions, half of them said with a negation.
+
+    Good ones are "quite wonderful" and "not terrible", bad ones "quite terrible" and "not
+    wonderful": every word is in as many good as bad ones, so that the words alone tell nothing.
+    The four sentences of a good and a bad word are one cluster.
+    """
+    form = "Everybody who saw it said that the film was {} {}."
+    good, bad = [], []
+    for well, ill in zip(GOOD + MORE_GOOD, BAD + MORE_BAD, strict=True):
+        good += [form.format("quite", well), form.format("not", ill)]
+        bad += [form.format("quite", ill), form.format("not", well)]
+    clusters = tuple(at // 2 for at in range(len(good)))
+    return LabelledTexts(
+        _texts(model, good, "good opinions"), _texts(model, bad, "bad opinions"), clusters
+    )
 
 
 def _texts(model: HasVocabulary, texts: Sequence[str], name: str) -> Probe:
@@ -282,6 +348,8 @@ def with_apostrophe(model: HasVocabulary, probe: Probe) -> Bool[Tensor, "batch p
 
 Measure = Callable[[AskedModel], Sequence[Criterion]]
 _ATTENDS = 0.25  # of a task's heads, about half of what published ones give on average
+_TELLS = 0.8  # held-out area under the curve
+_LEADS = 0.1  # of an area under the curve, over a baseline
 _SHARE = 0.05  # of all direct effects on an answer
 _NEEDS_WRITE = ("attention_write", "unembedding")
 
@@ -640,7 +708,8 @@ def label_words(asked: AskedModel) -> list[Criterion]:
     found = anchors(asked.model, probe, batch_size=asked.batch_size, progress=False)
     if len(set(found.predicted.tolist())) < 2:
         raise CannotAskError("the model answers every prompt with the same label.")
-    return [above(found.heads["anchor_auc"], 0.8)]
+    score = found.heads["anchor_auc"]
+    return [above(score, _TELLS), lead_in_layer(score.mean)]
 
 
 def rare_words(asked: AskedModel) -> list[Criterion]:
@@ -722,19 +791,154 @@ def _contradicted(asked: AskedModel) -> Probe:
     return probe
 
 
-def told_apart(make: Callable[[HeadModel], tuple[Probe, Probe]]) -> Measure:
-    """A linear probe of the head's output tells two sets of texts apart, on words it has not seen.
+def told_apart(make: Callable[[HeadModel], LabelledTexts]) -> Measure:
+    """A linear probe of the head's output tells two classes of texts apart, more than others do.
+
+    Three conditions, on clusters of texts that the probe was not fitted to (see
+    :func:`placements`): an area under the curve of at least .8, above chance; at least .1 above
+    that of the same probe on the mean token embedding of the text, which is what any head can read
+    that attends to the right words; and at least .1 above the median of the layer's other heads,
+    since what the stream already holds can be read from most of them.
 
     Args:
-        make: gives the two, whose even and odd examples share no word that matters.
+        make: gives the texts, read at the mark ``end``, else over all positions.
+
+    Source: Li et al. 2023 (arXiv 2306.03341), probes of head outputs; Hewitt and Liang 2019
+    (arXiv 1909.03368): a probe's accuracy says something only against a control. The two margins
+    are ours.
+
+    Example:
+        >>> good = hs.probes.from_tokens([[5, 9, 6], [5, 10, 6], [5, 11, 6], [5, 12, 6]])
+        >>> bad = hs.probes.from_tokens([[9, 5, 6], [10, 5, 6], [11, 5, 6], [12, 5, 6]])
+        >>> texts = hs.kinds.LabelledTexts(good, bad, clusters=(0, 1, 2, 3))
+        >>> measure = hs.kinds.told_apart(lambda model: texts)
+        >>> [one.least for one in measure(hs.kinds.AskedModel(model))]
+        [0.8, 0.1, 0.1]
     """
 
     def measure(asked: AskedModel) -> list[Criterion]:
-        high, low = make(asked.model)
-        found = contrast(
-            asked.model, high, low, method="probe", at="end", batch_size=asked.batch_size
-        ).auc
-        assert found is not None  # noqa: S101  # contrasts have one
-        return [above(found, 0.8)]
+        texts = make(asked.model)
+        sides = [outputs_at(asked.model, one, None, asked.batch_size) for one in texts[:2]]
+        bags = [mean_embedding(asked.model, one)[:, None, None] for one in texts[:2]]
+        return separations(
+            (sides[0], sides[1]), (bags[0], bags[1]), texts.clusters, asked.model.shape.n_kv_heads
+        )
 
     return measure
+
+
+_Outputs = Float[Tensor, "example layer head d_head"]
+_Words = Float[Tensor, "example 1 1 d_model"]
+
+
+def separations(
+    sides: tuple[_Outputs, _Outputs],
+    words: tuple[_Words, _Words],
+    clusters: tuple[int, ...],
+    kv_heads: int,
+) -> list[Criterion]:
+    """Criteria of :func:`told_apart`, of head outputs and of mean token embeddings.
+
+    Args:
+        sides: ``z`` of the texts of the class, and of the others.
+        words: the same of the baseline, with a layer and a head of size 1.
+        clusters: label per example.
+        kv_heads: number of key/value heads.
+
+    Example:
+        >>> z, words = torch.randn(8, 2, 4, 3), torch.randn(8, 1, 1, 6)
+        >>> found = hs.kinds.separations((z + 9, z), (words, words), tuple(range(8)), 4)
+        >>> float(found[0].value.min())
+        1.0
+    """
+    heads, held = placements(*sides, clusters)
+    baseline = np.broadcast_to(placements(*words, clusters)[0], heads.shape)
+    there = np.where(np.isnan(heads), np.nan, 1.0)
+    against = [
+        HeadScores.from_examples(
+            "held-out area under the curve", heads, kv_heads=kv_heads,
+            control_per_example=control * there, design=Design(paired=True, clusters=held),
+        )
+        for control in (np.full(heads.shape, 0.5), baseline)
+    ]  # fmt: skip
+    lead = against[1].mean - against[1].null
+    return [
+        above(against[0], _TELLS),
+        Criterion("lead over the words themselves", lead, _LEADS, one_sided(against[1], 1)),
+        lead_in_layer(against[0].mean),
+    ]
+
+
+def lead_in_layer(value: Float[np.ndarray, "layer head"]) -> Criterion:
+    """At least .1 above the median of the other heads of the layer; a layer's only head passes.
+
+    Example:
+        >>> found = hs.kinds.lead_in_layer(np.array([[0.9, 0.9, 0.9], [0.5, 0.9, 0.6]]))
+        >>> (found.value >= found.least).tolist()
+        [[False, False, False], [False, True, False]]
+    """
+    lead = np.full(value.shape, np.nan)
+    for layer, head in np.argwhere(np.isfinite(value)):
+        others = np.delete(value[layer], head)
+        known = others[np.isfinite(others)]
+        lead[layer, head] = value[layer, head] - np.median(known) if len(known) else np.inf
+    return Criterion("lead over the median head of the layer", lead, _LEADS)
+
+
+def placements(
+    high: Float[Tensor, "example layer head size"],
+    low: Float[Tensor, "example layer head size"],
+    clusters: tuple[int, ...],
+) -> tuple[Float[np.ndarray, "layer head held_out"], tuple[int, ...]]:
+    """Values per held-out example whose mean is the area under the curve of a linear probe.
+
+    The linear discriminant of :func:`headscope.steering.direction` is fitted to the clusters at
+    even places and tried on those at odd ones. With V_i the share of low examples that high example
+    i is above, and W_i the share of high examples that low example i is below (ties count half),
+    the value is ``V_i + W_i - AUC``: its mean is the AUC, and its spread over sqrt(n) is DeLong's
+    standard error of it for paired examples, so that usual tests of means hold for it.
+
+    Args:
+        high: points of the class.
+        low: of the other class; example i of both belongs together.
+        clusters: label per example.
+
+    Returns:
+        Values, and the cluster of each.
+
+    Source: DeLong et al. 1988 (Biometrics 44, 837); Obuchowski 1997 (Biometrics 53, 567), clusters.
+
+    Example:
+        >>> points = torch.randn(8, 1, 1, 4, generator=torch.Generator().manual_seed(0))
+        >>> values, held = hs.kinds.placements(points + 9, points, tuple(range(8)))
+        >>> values.mean(-1).tolist(), held
+        ([[1.0]], (1, 3, 5, 7))
+    """
+    order = list(dict.fromkeys(clusters))
+    odd = torch.tensor([order.index(one) % 2 == 1 for one in clusters])
+    vector = direction(high[~odd].float(), low[~odd].float(), "probe")
+    up, down = (
+        torch.einsum("nlhd,lhd->lhn", one[odd].float(), vector).double().numpy()
+        for one in (high, low)
+    )
+    wins = (np.sign(up[..., :, None] - down[..., None, :]) + 1) / 2
+    area = wins.mean((-2, -1), keepdims=True)[..., 0]
+    held = tuple(one for one, kept in zip(clusters, odd.tolist(), strict=True) if kept)
+    return wins.mean(-1) + wins.mean(-2) - area, held
+
+
+def mean_embedding(model: HeadModel, probe: Probe) -> Float[Tensor, "example d_model"]:
+    """Mean of the embeddings of a text's tokens, without positions: the words in no order.
+
+    Args:
+        model: whose embedding is read.
+        probe: with the texts; padding is left out.
+
+    Example:
+        >>> hs.kinds.mean_embedding(model, probe).shape == (len(probe), model.shape.d_model)
+        True
+    """
+    table, host = model.parts.embedding, probe.host
+    real = host.real[..., None].float()
+    found = table[host.tokens.to(table.device)].detach().float().cpu()
+    return (found * real).sum(1) / real.sum(1)

@@ -1,5 +1,6 @@
 """The catalogue: planted heads are named, others are not; random weights name next to nothing."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -168,14 +169,131 @@ def test_the_table_is_kept_and_shown(tmp_path) -> None:  # noqa: ANN001
 
 
 def test_statements_of_both_halves_share_no_name() -> None:
-    true, false = measures.statements(bundled())
+    texts = measures.statements(bundled())
+    assert texts.clusters[:5] == (0, 1, 0, 1, 2)  # clusters at odd places are rows at odd places
     decode = bundled().tokenizer.decode
     halves = [set(), set()]
-    for probe in (true, false):
+    for probe in (texts.high, texts.low):
         for row in range(len(probe)):
             text = decode(probe.tokens[row][probe.real[row]])
             halves[row % 2] |= {one for one in text.replace(".", "").split() if one[0].isupper()}
     assert halves[0] & halves[1] <= {"The", "<|bos|>The"}
+
+
+def swapped_words(rows: int = 48) -> tuple[Kind, Kind]:
+    """Kinds whose classes are told by which of two words comes first, and by the words."""
+    good, bad = torch.arange(10, 10 + rows), torch.arange(100, 100 + rows)
+    filler, end = torch.full_like(good, 5), torch.full_like(good, 6)
+    ends = torch.zeros(rows, 5, dtype=torch.bool)
+    ends[:, 4] = True
+
+    def probe(second: torch.Tensor, third: torch.Tensor) -> hs.Probe:
+        made = hs.probes.from_tokens(torch.stack([filler, second, filler, third, end], 1))
+        return replace(made, marks={"end": ends})
+
+    clusters = tuple(range(rows))
+    order = measures.LabelledTexts(probe(good, bad), probe(bad, good), clusters)
+    words = measures.LabelledTexts(probe(good, good), probe(bad, bad), clusters)
+    first, second = (
+        Kind(
+            name, "does", "none", "none", measures.told_apart(lambda _, t=texts: t), "ours", "none"
+        )
+        for name, texts in (("order", order), ("words", words))
+    )
+    return first, second
+
+
+def reading_model() -> HeadModel:
+    """Heads that all attend evenly, but for L0H2, which attends to the second token.
+
+    Embeddings of good and bad words differ along one direction. Positions add the same length to
+    all of them, so that a norm scales all alike and even attention knows no order.
+    """
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=200, n_embd=48, n_layer=1, n_head=4, n_positions=8, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    module, d_head = GPT2LMHeadModel(config).eval(), 12
+    label, place = torch.zeros(48), torch.zeros(48)
+    label[:2] = torch.tensor([1.0, -1.0])
+    place[2:4] = torch.tensor([3.0, -3.0])
+    block = module.transformer.h[0].attn
+    with torch.no_grad():
+        table = torch.randn(200, 48) * 0.5
+        table[:, :4] = 0
+        table = table - table.mean(-1, keepdim=True)
+        table[:, :4] = 0
+        table[10:100] += label
+        table[100:] -= label
+        table[10:] -= table[10:].mean(-1, keepdim=True)
+        module.transformer.wte.weight.copy_(table)
+        module.transformer.wpe.weight.copy_(-place.expand(8, 48))
+        module.transformer.wpe.weight[1] = place
+        block.c_attn.weight[:, :96] = 0
+        block.c_attn.weight[:, 96:] = torch.randn(48, 48) / 7
+        block.c_attn.bias.zero_()
+        block.c_attn.weight[:, 48 + 2 * d_head] = place
+        block.c_attn.bias[2 * d_head] = 10.0
+    return hs.load(module)
+
+
+def test_a_head_that_reads_more_than_the_words_is_named_and_no_other_one() -> None:
+    order, words = swapped_words()
+    found = hs.kinds.survey(reading_model(), [order, words], confirm=False)
+    assert found.named("order") == (HeadIndex(0, 2),)
+    # Every head tells the words apart, above the threshold, and none is named for it.
+    assert (found.values["words"] >= 0.8).all()
+    assert found.named("words") == ()
+
+
+def test_random_outputs_tell_nothing_apart() -> None:
+    draw = torch.Generator().manual_seed(1)
+    high, low = (torch.randn(64, 20, 10, 16, generator=draw) for _ in range(2))
+    words = [torch.randn(64, 1, 1, 40, generator=draw) for _ in range(2)]
+    clusters = tuple(at // 2 for at in range(64))
+    area, lead, _ = measures.separations((high, low), (words[0], words[1]), clusters, 10)
+    assert area.p is not None
+    assert lead.p is not None
+    assert np.mean(area.p < 0.05) < 0.09  # a level of 5%, 200 heads
+    assert abs(area.value.mean() - 0.5) < 0.02
+    # One planted head passes all three conditions, and it alone.
+    high[:, 3, 4, 0] += 6.0
+    criteria = measures.separations((high, low), (words[0], words[1]), clusters, 10)
+    holds = np.all([one.value >= one.least for one in criteria], 0)
+    holds &= np.max([one.p for one in criteria if one.p is not None], 0) < 0.001
+    assert np.argwhere(holds).tolist() == [[3, 4]]
+
+
+def test_placements_are_the_area_and_its_error() -> None:
+    from scipy.stats import mannwhitneyu
+
+    draw = torch.Generator().manual_seed(2)
+    high, low = (torch.randn(40, 1, 1, 3, generator=draw) for _ in range(2))
+    high = high + 0.7
+    values, held = hs.kinds.placements(high, low, tuple(range(40)))
+    vector = hs.steering.direction(high[::2], low[::2], "probe")[0, 0]
+    scores = np.concatenate([(one[1::2, 0, 0] @ vector).numpy() for one in (high, low)])
+    assert values.mean() == pytest.approx(mannwhitneyu(scores[:20], scores[20:]).statistic / 400)
+    assert held == tuple(range(1, 40, 2))
+    # DeLong's variance with covariances of placements, written out.
+    up, down = scores[:20], scores[20:]
+    wins = (up[:, None] > down) + 0.5 * (up[:, None] == down)
+    s = np.cov(wins.mean(1), wins.mean(0))
+    assert values.var(ddof=1) == pytest.approx(s[0, 0] + s[1, 1] + 2 * s[0, 1])
+
+
+def test_the_words_alone_tell_neither_statements_nor_opinions() -> None:
+    for made in (measures.statements(bundled()), measures.opinions(bundled())):
+        both = [hs.kinds.mean_embedding(bundled(), one) for one in (made.high, made.low)]
+        high, low = (one - one.mean(0) for one in both)
+        counts = [
+            torch.bincount(one.tokens[one.real], minlength=bundled().shape.d_vocab)
+            for one in (made.high, made.low)
+        ]
+        assert torch.equal(*counts)
+        assert max(made.clusters) >= 21
+        assert len(high) == len(low) == len(made.clusters)
 
 
 def test_a_kind_without_a_p_value_is_refused() -> None:
