@@ -59,6 +59,10 @@ CALLS: dict[str, tuple[Call, str]] = {
         lambda *_: hs.interventions.Resample(seed="x"),
         "seed='x'",
     ),
+    "a text as planes": (
+        lambda *_: hs.interventions.Denoise("x"),
+        "planes='x' of Denoise",
+    ),
     "a word as reference": (
         lambda *_: hs.interventions.Mean(reference="x"),
         "reference='x'",
