@@ -5,7 +5,8 @@ asked. Ablation is left out of ``asked`` and counted in ``confirmed``: how much 
 depends on what is found.
 
     python benchmarks/kinds.py           # prints JSON; minutes
-    python benchmarks/kinds.py small     # two layers of it; seconds
+    python benchmarks/kinds.py small     # two layers of it; minutes
+    python benchmarks/kinds.py tiny      # two layers of two heads of 16; under a minute
 """
 
 import re
@@ -21,13 +22,13 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 import headscope as hs
-from headscope.kinds import words
+from headscope.kinds import measures
 from headscope.models.protocol import HeadModel
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE in which every word of the kinds' probes is one token."""
-    modules = (words, import_module("headscope.probes.pairs"))
+    modules = (measures, import_module("headscope.probes.pairs"))
     sources = [Path(str(module.__file__)).read_text("utf-8") for module in modules]
     found = [f" {word}" for word in re.findall(r"[A-Za-z]+|\d+", " ".join(sources))]
     made = ByteLevelBPETokenizer()
@@ -36,10 +37,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer)
 
 
-def model(layers: int) -> HeadModel:
-    """GPT-2 small with random weights, peaky enough that heads differ."""
+SIZES: dict[str, dict[str, int]] = {
+    "full": {"n_layer": 12},
+    "small": {"n_layer": 2},
+    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 512},
+}
+
+
+def model(size: str) -> HeadModel:
+    """GPT-2 small's shape, or a smaller one, with random weights: peaky, so that heads differ."""
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, initializer_range=0.1)
+    config = GPT2Config(**SIZES[size], initializer_range=0.1)
     return hs.load(AutoModelForCausalLM.from_config(config).eval(), tokenizer=tokenizer())
 
 
@@ -57,9 +65,9 @@ def plain(asked: HeadModel, probes: list[hs.Probe]) -> float:
     return time.perf_counter() - started
 
 
-def main(layers: int) -> dict[str, Any]:
+def main(size: str) -> dict[str, Any]:
     """Ratios, and how many kinds were asked."""
-    asked, seen = model(layers), dict[tuple[Any, ...], hs.Probe]()
+    asked, seen = model(size), dict[tuple[Any, ...], hs.Probe]()
     run = type(asked).run
 
     def noting(self: Any, batch: Any, *rest: Any, **options: Any) -> Any:
@@ -81,7 +89,8 @@ def main(layers: int) -> dict[str, Any]:
     started = time.perf_counter()
     confirmed = hs.kinds.survey(asked)
     return {
-        "layers": layers,
+        "size": size,
+        "layers": asked.shape.n_layers,
         "kinds_asked": len(found.asked),
         "tokens_of_probes": sum(probe.tokens.numel() for probe in probes),
         "plain_seconds": round(floor, 3),
@@ -92,4 +101,7 @@ def main(layers: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    report("kinds", main(2 if "small" in sys.argv else 12))
+    chosen = sys.argv[1] if len(sys.argv) > 1 else "full"
+    if chosen not in SIZES:
+        sys.exit(f"unknown size {chosen!r}: {', '.join(SIZES)}")
+    report("kinds", main(chosen))
