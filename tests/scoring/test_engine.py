@@ -53,23 +53,37 @@ def llama() -> HeadModel:
     return hs.load(build("llama"))
 
 
+@pytest.fixture(scope="module")
+def repeated(llama: HeadModel) -> tuple[hs.Probe, np.ndarray]:
+    """A probe, and what it gives in one piece."""
+    probe = hs.probes.repeated_tokens(llama, length=6, batch=5, seed=1)
+    return probe, table(llama, probe)
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(batch_size=st.integers(1, 6), memory=st.sampled_from([1, 2000, 30_000, 10**9]))
-def test_batch_and_chunk_size_change_nothing(batch_size: int, memory: int) -> None:
-    model = hs.load(build("llama"), check=False)
-    probe = hs.probes.repeated_tokens(model, length=6, batch=5, seed=1)
-    whole = table(model, probe)
-    parts = table(model, probe, batch_size=batch_size, memory=memory)
+def test_batch_and_chunk_size_change_nothing(
+    llama: HeadModel, repeated: tuple[hs.Probe, np.ndarray], batch_size: int, memory: int
+) -> None:
+    probe, whole = repeated
+    parts = table(llama, probe, batch_size=batch_size, memory=memory)
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def mistral() -> tuple[HeadModel, np.ndarray]:
+    """A model, and its scores of a few tokens in their first order."""
+    model = hs.load(build("mistral"), check=False)
+    return model, table(model, hs.probes.from_tokens(few_tokens()))
 
 
 @settings(max_examples=6, deadline=None)
 @given(order=st.permutations(range(5)))
-def test_example_order_changes_nothing(order: list[int]) -> None:
-    model = hs.load(build("mistral"), check=False)
-    tokens = few_tokens()
-    whole = table(model, hs.probes.from_tokens(tokens))
-    mixed = table(model, hs.probes.from_tokens(tokens[order]))
+def test_example_order_changes_nothing(
+    mistral: tuple[HeadModel, np.ndarray], order: list[int]
+) -> None:
+    model, whole = mistral
+    mixed = table(model, hs.probes.from_tokens(few_tokens()[order]))
     np.testing.assert_allclose(mixed, whole[..., order], rtol=1e-4, atol=1e-5)
 
 
