@@ -340,11 +340,19 @@ def layer_marker(layers: int, theme: Theme) -> dict[str, Any]:
     }
 
 
+# Pixels up to which a figure is widened for its subtitle.
+_WIDEST_SUBTITLE = 640
+
+
 def dress(
     figure: go.Figure, theme: Theme, *, title: str, subtitle: str, width: int, height: int
 ) -> go.Figure:
-    """Give a figure its title, size and theme; titles are already escaped."""
+    """Give a figure its title, size and theme; titles are already escaped.
+
+    A figure too narrow for its subtitle is widened, up to the width of a page column.
+    """
     style = STYLES[theme]
+    width = max(width, min(_WIDEST_SUBTITLE, 80 + round(6.6 * len(unescape(subtitle)))))
     axis: dict[str, Any] = {
         "gridcolor": style.grid,
         "zerolinecolor": style.grid,
