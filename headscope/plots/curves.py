@@ -339,7 +339,8 @@ def layers(
         InputError: if the table lacks a measure.
 
     Example:
-        >>> table = hs.geometry.layers(model, ["The cat sat on the mat. The dog ran."] * 2)
+        >>> texts = ["The cat sat on the mat. The dog ran.", "A bird sang. The sun came out."]
+        >>> table = hs.geometry.layers(model, texts)
         >>> len(hs.plots.layers(table, ["curvature"]).data)
         2
     """

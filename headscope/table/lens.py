@@ -555,7 +555,8 @@ class LayerTable(Shown, Tabular, Mapping[str, LayerMeasure]):
         provenance: where it came from.
 
     Example:
-        >>> table = hs.geometry.layers(model, ["The cat sat on the mat. The dog ran."] * 2)
+        >>> texts = ["The cat sat on the mat. The dog ran.", "A bird sang. The sun came out."]
+        >>> table = hs.geometry.layers(model, texts)
         >>> table.places[0], table["curvature"].mean.shape == (model.shape.n_layers + 1,)
         ('embed', True)
     """
