@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
-from headscope.plots.figure import STYLES, Figure, Theme, dress, label
+from headscope.plots.figure import STYLES, Figure, Theme, captioned, dress, label
 from headscope.table import EffectGrid, Emergence, TokenLosses
 from headscope.table.lens import LayerTable
 
@@ -59,7 +59,7 @@ def curves(
         of_them = means[chosen]
         ends = (of_them.min(0), of_them.max(0))
         name = f"random ({len(chosen)})" if len(chosen) > 1 else arms[chosen[0]]
-        _line(figure, name, steps, of_them.mean(0), *ends, style.muted)
+        _line(figure, name, steps, of_them.mean(0), *ends, style.muted, strength=0.3)
     colours = iter(LINE_COLOURS * (1 + len(arms) // len(LINE_COLOURS)))
     for i, arm in enumerate(arms):
         if i not in chosen:
@@ -86,6 +86,13 @@ def curves(
         legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1.0, "yanchor": "top"},
         margin={"l": 70, "r": beside, "t": 76, "b": 60},
     )
+    captioned(
+        figure,
+        grid.provenance,
+        n=f"{values.shape[-1]} examples",
+        method=f"{grid.name}, mean {measured} of each arm with its {level:.0%} interval",
+        more=[f"grey band: lowest to highest of {len(chosen)} random controls"] if chosen else [],
+    )
     return figure
 
 
@@ -106,6 +113,7 @@ def _line(
     low: Float[np.ndarray, " step"],
     high: Float[np.ndarray, " step"],
     colour: str,
+    strength: float = 0.18,
 ) -> None:
     """One arm: its band, then its line; steps that it has no value at are left out."""
     there = np.isfinite(mean)
@@ -118,8 +126,8 @@ def _line(
             y=[*low[known].tolist(), *high[known][::-1].tolist()],
             mode="lines",
             fill="toself",
-            fillcolor=faint(colour),
-            line={"width": 0, "color": faint(colour)},
+            fillcolor=faint(colour, strength),
+            line={"width": 0, "color": faint(colour, strength)},
             hoverinfo="skip",
             showlegend=False,
         )
@@ -133,10 +141,10 @@ def _line(
     )
 
 
-def faint(colour: str) -> str:
+def faint(colour: str, strength: float = 0.18) -> str:
     """The colour, mostly transparent."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.18)"
+    return f"rgba({red},{green},{blue},{strength})"
 
 
 def token_losses(losses: TokenLosses, *, window: int = 1, theme: Theme = "light") -> go.Figure:

@@ -9,6 +9,7 @@ from base64 import b64decode
 from collections.abc import Callable
 from html import unescape
 from io import BytesIO
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,8 @@ def _bar(area: "Axes", drawn: Part, bar: Part, ink: str) -> None:
     box = area.get_position()
     pixel = 1 / (canvas.get_size_inches()[0] * PIXELS)
     cax = canvas.add_axes(
-        (box.x1 + 10 * pixel, box.y0, given(bar.thickness, 14) * pixel, box.height)
+        (box.x1 + 10 * pixel, box.y0, given(bar.thickness, 14) * pixel, box.height),
+        label="<colorbar>",
     )
     colours = canvas.colorbar(drawn, cax=cax)
     colours.outline.set_visible(False)
@@ -137,6 +139,16 @@ def _bars(area: "Axes", trace: Part, ink: str) -> None:
     )
 
 
+_DASHES: dict[str, Part] = {
+    "solid": "-",
+    "dot": ":",
+    "dash": "--",
+    "dashdot": "-.",
+    "longdash": (0, (8, 3)),
+    "longdashdot": (0, (8, 3, 2, 3)),
+}
+
+
 def _points(area: "Axes", trace: Part, ink: str) -> None:
     mode = trace.mode or "lines"
     both = (range(len(trace.y)) if trace.x is None else trace.x, trace.y)
@@ -145,7 +157,7 @@ def _points(area: "Axes", trace: Part, ink: str) -> None:
     alpha = trace.opacity
     if "lines" in mode:
         line: dict[str, Any] = {"color": colour_of(trace.line.color, None), "linewidth": 1.6}
-        line["linestyle"] = ":" if trace.line.dash == "dot" else "-"
+        line["linestyle"] = _DASHES.get(trace.line.dash or "solid", "-")
         if trace.line.width is not None:
             line["linewidth"] = 0.75 * trace.line.width
         area.plot(x, y, label=name, alpha=alpha, **line)
@@ -373,6 +385,420 @@ def _axis(layout: Part, name: str) -> Part:
     return go.layout.XAxis(axis.to_plotly_json() | {"domain": [0, 1]})
 
 
+# Inches. The two-column page of ICML: columns of 3.25 with 0.25 between them. Springer's columns
+# (84 mm) and pages (174 mm) are 2% wider, so that text stays at 8 points or above in both.
+WIDTHS = {"column": 3.25, "text": 6.75}
+DPI = 300
+POINTS = 8.0  # size of all text
+_EDGE = 3.0  # points around everything
+_LEAST = 45.0  # points: the smallest side of the drawn area
+_SHORTEST, _TALLEST = 1.6, 8.0  # inches, without title and caption
+
+
+def at_width(figure: go.Figure, width: str) -> "Figure":
+    """Draw a figure as it is printed: title above, caption below, all text of 8 points.
+
+    Nothing is told by colour alone, so that the picture survives a grey printer and colour
+    blindness: lines of other colours get other dashes and at least contrast 3 to the ground, bars
+    of a second colour are hatched, cells below 0 of a diverging scale carry a dot. The colour of
+    points, a layer's number, is told by lightness. A diverging scale is widened until it is
+    centred at 0. Labels of ticks that would overlap are thinned, but for those that name bars.
+
+    Args:
+        figure: a plotly figure with plain arrays, as :func:`unpacked` returns it.
+        width: ``column`` (3.25 inches) or ``text`` (6.75 inches).
+
+    Returns:
+        a matplotlib figure of exactly that width.
+
+    Raises:
+        InputError: if a colour scale is not readable in grey, or the figure does not fit.
+    """
+    figure = go.Figure(figure)
+    signed = [_centred(trace) for trace in figure.data]
+    layout = figure.layout
+    tall = (layout.height or 450) - given(layout.margin.t, 100) + 20
+    body = min(max(WIDTHS[width] * tall / (layout.width or 700), _SHORTEST), _TALLEST)
+    rows = {trace.yaxis for trace in figure.data}
+    for taller in (1.0, 1.3) if len(rows) > 1 else ():  # rows may need more room between them
+        try:
+            return _printed(figure, signed, width, min(taller * body, _TALLEST))
+        except InputError:
+            continue
+    last = 1.7 if len(rows) > 1 else 1.0
+    return _printed(figure, signed, width, min(last * body, _TALLEST))
+
+
+def _printed(figure: go.Figure, signed: list[bool], width: str, body: float) -> "Figure":
+    """The figure with panels and labels of so many inches' height, and title and caption."""
+    figure = go.Figure(figure)
+    layout = figure.layout
+    title, below = plain(layout.title.text), plain(layout.title.subtitle.text)
+    meta = layout.meta if isinstance(layout.meta, dict) else {}
+    ink = colour_of(layout.font.color, "#222222")
+    figure.update_layout(
+        title=None,
+        width=WIDTHS[width] * PIXELS,
+        height=body * PIXELS,
+        margin={"l": 40, "r": 40, "t": 30, "b": 40},
+    )
+    canvas = draw(figure)
+    for text in canvas.texts[::-1]:
+        if not text.get_text():
+            text.remove()
+    moving = list(canvas.texts)
+    said = [_told_apart(area) for area in canvas.axes]
+    dotted = [_dots(*both) for both in zip(_panels(canvas), signed, strict=False)]
+    if any(dotted):
+        said.append("dotted cells: below 0")
+    caption = "; ".join(filter(None, [below, plain(meta.get("caption")), *dict.fromkeys(said)]))
+    for words in canvas.findobj(_is_text):
+        words.set(fontsize=POINTS)
+    _place(canvas, body, title, caption and f"{caption}.", ink)
+    _check_fit(canvas, moving, width)
+    return canvas
+
+
+def _is_text(artist: Part) -> bool:
+    from matplotlib.text import Text
+
+    return isinstance(artist, Text)
+
+
+def _panels(canvas: "Figure") -> "list[Axes]":
+    """The axes without their colour bars, in the order of the traces that made them."""
+    return [area for area in canvas.axes if not _is_bar(area)]
+
+
+def _is_bar(area: "Axes") -> bool:
+    return area.get_label() == "<colorbar>"
+
+
+def lightness(colour: str) -> float:
+    """CIE 1976 lightness L* of a CSS colour, from 0 (black) to 100 (white).
+
+    Source: CIE 015:2018, section 8.2.1; sRGB by IEC 61966-2-1.
+
+    Example:
+        >>> round(lightness("#777777"), 1)
+        50.0
+    """
+    from matplotlib.colors import to_rgb
+
+    rgb = np.array(to_rgb(colour_of(colour)))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    y = float(linear @ [0.2126, 0.7152, 0.0722])
+    return 116 * y ** (1 / 3) - 16 if y > (6 / 29) ** 3 else y * (29 / 3) ** 3
+
+
+def _diverges(scale: Part) -> bool:
+    """Whether a scale turns at its middle; one that keeps its direction is sequential.
+
+    Raises:
+        InputError: if it does neither, so that two values have one grey.
+    """
+    from plotly.colors import sample_colorscale
+
+    colours = sample_colorscale([list(step) for step in scale], np.linspace(0, 1, 33).tolist())
+    steps = np.diff([lightness(one) for one in colours])
+
+    def one_way(some: Part) -> bool:
+        return bool((some >= -0.5).all() or (some <= 0.5).all())
+
+    if one_way(steps):
+        return False
+    if one_way(steps[:16]) and one_way(steps[16:]):
+        return True
+    raise InputError(
+        "the figure's colour scale gives different values one lightness, which a grey print cannot "
+        "tell apart: use a sequential scale such as viridis, or one that diverges from its middle."
+    )
+
+
+def _centred(trace: Part) -> bool:
+    """Whether the trace has cells on a diverging scale, which is widened to be centred at 0."""
+    if trace.type != "heatmap":
+        scale = trace.marker.colorscale
+        if scale is not None:
+            _diverges(scale)
+        return False
+    if trace.colorscale is None or not _diverges(trace.colorscale):
+        return False
+    z = np.asarray(trace.z, dtype=float)
+    z = z[np.isfinite(z)]
+    ends = (trace.zmin, trace.zmax)
+    found = [z.min() if z.size else 0.0, z.max() if z.size else 0.0]
+    reach = max(abs(float(given(one, own))) for one, own in zip(ends, found, strict=True)) or 1.0
+    trace.update(zmin=-reach, zmax=reach)
+    return True
+
+
+def _dots(area: "Axes", signed: bool) -> bool:
+    """Mark cells below 0, whose colours are as dark as those above."""
+    if not signed or not area.collections:
+        return False
+    mesh: Part = area.collections[0]
+    z = np.ma.filled(mesh.get_array(), np.nan)
+    corners = mesh.get_coordinates()
+    middle = (corners[:-1, :-1] + corners[1:, 1:]) / 2
+    below = z < 0
+    colours = mesh.cmap(mesh.norm(np.nan_to_num(z)))[below]
+    bright = colours[:, :3] @ [0.299, 0.587, 0.114] > 0.5
+    inks = np.where(bright, "#111111", "#f5f5f5").tolist()
+    x, y = middle[below].T
+    area.scatter(x, y, s=1.5, c=inks, linewidths=0, zorder=3)
+    return bool(below.any())
+
+
+def _told_apart(area: "Axes") -> str:
+    """Give lines and bars of other colours other dashes and hatches; say what hatches mean."""
+    from matplotlib.colors import to_hex
+
+    lines = area.get_lines()
+    named = [line for line in lines if not str(line.get_label()).startswith("_")]
+    colours = list(dict.fromkeys(to_hex(line.get_color()) for line in named))
+    looks = {(str(line.get_linestyle()), str(line.get_marker())) for line in named}
+    if len(looks) < len(named):
+        for line in lines:
+            if to_hex(line.get_color()) in colours:
+                at = colours.index(to_hex(line.get_color()))
+                line.set_linestyle(list(_DASHES.values())[at % len(_DASHES)])
+    for line in named:
+        line.set_color(_darkened(line.get_color(), area.get_facecolor()))
+    bars = [bar for container in area.containers for bar in getattr(container, "patches", [])]
+    fills = list(dict.fromkeys(to_hex(bar.get_facecolor()) for bar in bars))
+    if len(fills) == 1:
+        return ""
+    for bar in bars:
+        at = fills.index(to_hex(bar.get_facecolor()))
+        if at:
+            bar.set(hatch="/" * 4 if at == 1 else "." * 3, edgecolor=area.get_facecolor())
+    grey = [one for one in fills[1:] if np.ptp([int(one[i : i + 2], 16) for i in (1, 3, 5)]) < 24]
+    return "grey bars are hatched, too" if grey else ""
+
+
+def contrast(colour: str, ground: str) -> float:
+    """Contrast ratio of two colours, from 1 (equal) to 21 (black on white).
+
+    Source: W3C, Web Content Accessibility Guidelines 2.1, section 1.4.3.
+
+    Example:
+        >>> round(contrast("#000000", "#ffffff"))
+        21
+    """
+    # Y / Yn from L*, whose definition inverts.
+    light = [lightness(one) for one in (colour, ground)]
+    bright = [((one + 16) / 116) ** 3 if one > 8 else one * (3 / 29) ** 3 for one in light]
+    return float((max(bright) + 0.05) / (min(bright) + 0.05))
+
+
+def _darkened(colour: Part, ground: Part) -> Part:
+    """The colour, moved away from its ground until a thin line of it is seen (contrast 3)."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    end = float(lightness(to_hex(ground)) < 50)
+    for share in np.linspace(0, 1, 21):
+        red, green, blue = (1 - share) * np.array(to_rgb(colour)) + share * end
+        found = to_hex((red, green, blue))
+        if contrast(found, to_hex(ground)) >= 3:
+            return found
+    return to_hex((end, end, end))
+
+
+def _place(canvas: "Figure", body: float, title: str, caption: str, ink: str) -> None:
+    """Size the canvas for title and caption, and fit the panels between them."""
+    wide = canvas.get_size_inches()[0]
+    words: dict[str, Any] = {"color": ink, "fontsize": POINTS, "linespacing": 1.15}
+    head = canvas.text(0, 0, title, va="top", weight="bold", **words)
+    foot = canvas.text(0, 0, caption, va="bottom", **words)
+    room = (wide * 72 - 2 * _EDGE) * canvas.dpi / 72
+    for text in (head, foot):
+        text.set_text(_wrapped(text, room))
+    edge = _EDGE * canvas.dpi / 72
+    above, below = (
+        text.get_window_extent().height + 2 * edge if text.get_text() else edge
+        for text in (head, foot)
+    )
+    tall = body + (above + below) / canvas.dpi
+    canvas.set_size_inches(wide, tall)
+    head.set_position((_EDGE / 72 / wide, 1 - _EDGE / 72 / tall))
+    foot.set_position((_EDGE / 72 / wide, _EDGE / 72 / tall))
+    box = (edge, below, wide * canvas.dpi - edge, tall * canvas.dpi - above)
+    moving = [text for text in canvas.texts if text not in (head, foot)]
+    for _ in range(2):
+        for area in canvas.axes:
+            _fit_legend(area, box[2] - box[0])
+        _fit(canvas, moving, box)
+        for area in canvas.axes:
+            for axis in (area.xaxis, area.yaxis):
+                _thin(axis, bool(area.containers))
+    _fit(canvas, moving, box)
+
+
+def _wrapped(text: Part, room: float) -> str:
+    """The text with line breaks, so that no line is wider than so many pixels."""
+    lines = [""]
+    for word in text.get_text().split():
+        longer = f"{lines[-1]} {word}".strip()
+        text.set_text(longer)
+        if lines[-1] and text.get_window_extent().width > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def _fit(canvas: "Figure", moving: Part, box: tuple[float, float, float, float]) -> None:
+    """Move and stretch the panels until they and their labels, of a fixed size, fill a box.
+
+    Args:
+        canvas: of the panels.
+        moving: texts that move with the panels.
+        box: left, bottom, right and top in pixels.
+
+    Raises:
+        InputError: if the labels leave no room.
+    """
+    from matplotlib.transforms import Bbox
+
+    size = canvas.get_size_inches() * canvas.dpi
+    for _ in range(3):
+        frame = np.array(Bbox.union([area.get_window_extent() for area in canvas.axes]).extents)
+        outer = [text.get_window_extent() for text in moving]
+        outer += [one for area in canvas.axes if (one := area.get_tightbbox()) is not None]
+        wanted = np.array(box) + frame - Bbox.union(outer).extents
+        stretch = (wanted[2:] - wanted[:2]) / (frame[2:] - frame[:2])
+        if (wanted[2:] - wanted[:2]).min() < _LEAST * canvas.dpi / 72:
+            raise InputError(
+                f"the figure's labels of {POINTS:g} points leave no room for its numbers at this "
+                "width: use width='text', shorter names or fewer panels."
+            )
+
+        def moved(at: Part, frame: Part = frame, wanted: Part = wanted, by: Part = stretch) -> Part:
+            return (wanted[:2] + (np.asarray(at) * size - frame[:2]) * by) / size
+
+        for area in canvas.axes:
+            (x0, y0), (x1, y1) = (moved(at) for at in area.get_position().get_points())
+            area.set_position((x0, y0, x1 - x0, y1 - y0))
+        for text in moving:
+            text.set_position(tuple(moved(text.get_position())))
+
+
+def _fit_legend(area: "Axes", room: float) -> None:
+    """Names above the panel, in as many columns as have room."""
+    old = area.get_legend()
+    if old is None:
+        return
+    handles, names = area.get_legend_handles_labels()
+    ink = old.get_texts()[0].get_color() if names else None
+    for columns in range(min(6, len(names)), 0, -1):
+        legend = area.legend(
+            handles,
+            names,
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=columns,
+            frameon=False,
+            fontsize=POINTS,
+            labelcolor=ink,
+            handlelength=2.6,
+            columnspacing=1.0,
+            borderaxespad=0.2,
+        )
+        if legend.get_window_extent().width <= 0.85 * room:
+            return
+
+
+def _thin(axis: Part, named: bool) -> None:
+    """Turn labels of ticks upright, or leave some out, until none touches another."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
+    labels = [one for one in axis.get_ticklabels() if one.get_text() and one.get_visible()]
+    if not _touch(axis, labels):
+        return
+    if axis.axis_name == "x" and named:
+        axis.set_tick_params(labelrotation=90)
+        for one in labels:
+            one.set(rotation=90, ha="center", va="top", rotation_mode="default")
+        if _touch(axis, labels):
+            raise InputError(
+                f"{len(labels)} names of bars do not fit at {POINTS:g} points: draw fewer, or use "
+                "width='text'."
+            )
+        return
+    if isinstance(axis.get_major_locator(), FixedLocator):
+        at = [one.get_position()[axis.axis_name == "y"] for one in labels]
+        texts = [one.get_text() for one in labels]
+        step = next(k for k in range(2, len(labels) + 1) if not _touch(axis, labels[::k]))
+        axis.set_ticks(at[::step], texts[::step])
+    elif type(axis.get_major_locator()).__name__ == "AutoLocator":
+        for bins in (5, 4, 3, 2):
+            axis.set_major_locator(MaxNLocator(bins))
+            if not _touch(axis, axis.get_ticklabels()):
+                return
+
+
+def _touch(axis: Part, labels: Part) -> bool:
+    """Whether two labels in a row overlap; turned ones need a line's height between them."""
+    if len(labels) < 2:
+        return False
+    boxes = [one.get_window_extent() for one in labels]
+    turned = float(np.sin(np.deg2rad(labels[0].get_rotation())))
+    if axis.axis_name == "x" and abs(turned) > 0.1:
+        at = axis.axes.transData.transform([(one.get_position()[0], 0) for one in labels])[:, 0]
+        line = 1.1 * POINTS * axis.get_figure(root=True).dpi / 72
+        return bool((np.abs(np.diff(at)) * abs(turned) < line).any())
+    side = int(axis.axis_name == "y")
+    ends = sorted((box.min[side], box.max[side]) for box in boxes)
+    gap = 0.0 if side else 3.0
+    return any(b[0] < a[1] + gap for a, b in pairwise(ends))
+
+
+def _check_fit(canvas: "Figure", moving: Part, width: str) -> None:
+    """Refuse texts that are wider than their cells, and panels that run into each other.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    wider = "use width='text'" if width == "column" else "save it as .html"
+    for area in _panels(canvas):
+        meshes = [one for one in area.collections if hasattr(one, "get_coordinates")]
+        if not meshes or not area.texts:
+            continue
+        rows, columns = np.array(meshes[0].get_coordinates().shape[:2]) - 1
+        frame = area.get_window_extent()
+        cell = frame.width / columns, frame.height / rows
+        boxes = [text.get_window_extent() for text in area.texts]
+        if any(box.width > cell[0] or box.height > 1.25 * cell[1] for box in boxes):
+            raise InputError(
+                f"texts of {POINTS:g} points do not fit the figure's {columns} x {rows} cells: "
+                f"{wider}, or draw fewer cells."
+            )
+    boxes = [text.get_window_extent() for text in moving]
+    areas = [(area, area.get_tightbbox()) for area in canvas.axes]
+    for i, (one, first) in enumerate(areas):
+        others = [box for other, box in areas[:i] if not _belong(one, other)]
+        if first is not None and any(_cross(first, other) for other in (*others, *boxes)):
+            raise InputError(
+                f"the figure's panels run into each other at {POINTS:g} points: {wider}, or "
+                "draw fewer panels beside each other."
+            )
+
+
+def _belong(one: "Axes", other: "Axes") -> bool:
+    """Whether one is the colour bar right beside the other."""
+    at, beside = one.get_position(), other.get_position()
+    near = min(abs(at.x0 - beside.x1), abs(beside.x0 - at.x1)) < 0.08
+    return bool(_is_bar(one) != _is_bar(other) and near and abs(at.y0 - beside.y0) < 1e-6)
+
+
+def _cross(first: Part, second: Part) -> bool:
+    """Whether two boxes share more than four pixels' width and height."""
+    if second is None:
+        return False
+    return bool((np.minimum(first.max, second.max) - np.maximum(first.min, second.min) > 4).all())
+
+
 _PAPER = (".png", ".svg", ".pdf")
 # Text stays text in all of them: SVG names the font, PDF embeds TrueType, which journals ask for.
 _SETTINGS = {
@@ -392,7 +818,13 @@ _WIDE_FONTS = (
 )
 
 
-def save(figure: go.Figure, path: "str | PathLike[str]", *, scale: float = 2.0) -> None:
+def save(
+    figure: go.Figure,
+    path: "str | PathLike[str]",
+    *,
+    scale: float = 2.0,
+    width: str | None = None,
+) -> None:
     """Write a figure; the ending of the name says how.
 
     ``.html`` is the interactive picture, whole in one file that fetches nothing. ``.png``,
@@ -402,14 +834,19 @@ def save(figure: go.Figure, path: "str | PathLike[str]", *, scale: float = 2.0) 
     Args:
         figure: from headscope, or another plotly figure of those kinds.
         path: of the file; a file that stands there is replaced at once, or not at all.
-        scale: pixels of a ``.png`` per pixel of the figure.
+        scale: pixels of a ``.png`` per pixel of the figure, where no width is given.
+        width: for a paper, the printed width: ``column`` (3.25 inches) or ``text`` (6.75 inches).
+            All text is 8 points at that width, a ``.png`` has 300 dots per inch, and n, seed,
+            method and null stand in a caption below, where the figure knows them; see
+            :func:`at_width`.
 
     Raises:
-        InputError: if the ending is unknown, the figure holds something that only ``.html`` can
-            show, or the file cannot be written.
+        InputError: if the ending or the width is unknown, the figure holds something that only
+            ``.html`` can show or that does not fit the width, or the file cannot be written.
 
     Example:
         >>> hs.plots.save(hs.plots.heatmap(table["induction"]), "induction.html")
+        >>> hs.plots.save(hs.plots.ranking(table["induction"], 5), "best.pdf", width="column")
     """
     if not isinstance(figure, go.Figure):
         raise InputError(
@@ -418,6 +855,7 @@ def save(figure: go.Figure, path: "str | PathLike[str]", *, scale: float = 2.0) 
         )
     target = Path(path)
     kind = target.suffix.lower()
+    _check_width(width, kind, scale)
     if kind == ".html":
         page = figure.to_html(include_plotlyjs=True, config={"displaylogo": False})
         with whole_file(target) as file:
@@ -432,11 +870,35 @@ def save(figure: go.Figure, path: "str | PathLike[str]", *, scale: float = 2.0) 
             f"{kind} needs matplotlib: pip install 'headscope[paper]', or save as .html."
         ) from None
     with whole_file(target) as file:
-        file.write(drawn_bytes(figure, kind[1:], scale))
+        file.write(drawn_bytes(figure, kind[1:], scale, width))
 
 
-def drawn_bytes(figure: go.Figure, kind: str, scale: float = 2.0) -> bytes:
+def _check_width(width: str | None, kind: str, scale: float) -> None:
+    if width is None:
+        return
+    if width not in WIDTHS:
+        raise InputError(f"width={width!r}: a paper's figure is 'column' or 'text' wide.")
+    if kind == ".html":
+        raise InputError(
+            f"width={width!r} is for .png, .svg and .pdf: an .html page has no printed width."
+        )
+    if scale != 2.0:
+        raise InputError(
+            f"scale={scale:g} with width={width!r}: a paper's .png has {DPI} dots per inch, give "
+            "one of the two."
+        )
+
+
+def drawn_bytes(
+    figure: go.Figure, kind: str, scale: float = 2.0, width: str | None = None
+) -> bytes:
     """Draw a figure with matplotlib: the bytes of a ``png``, ``svg`` or ``pdf`` file.
+
+    Args:
+        figure: the figure.
+        kind: of file.
+        scale: pixels of a ``png`` per pixel of the figure, where no width is given.
+        width: for a paper, ``column`` or ``text``.
 
     Raises:
         InputError: if it holds something that matplotlib does not draw here.
@@ -451,8 +913,9 @@ def drawn_bytes(figure: go.Figure, kind: str, scale: float = 2.0) -> bytes:
             made = BytesIO()
             figure = unpacked(figure)
             with style.context({"font.family": ["DejaVu Sans", *_fallbacks(figure)]}):
-                drawn = draw(figure)
-                drawn.savefig(made, format=kind, dpi=PIXELS * scale, metadata=dated.get(kind))
+                drawn = draw(figure) if width is None else at_width(figure, width)
+                dpi = PIXELS * scale if width is None else DPI
+                drawn.savefig(made, format=kind, dpi=dpi, metadata=dated.get(kind))
         except InputError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:

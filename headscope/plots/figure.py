@@ -18,6 +18,7 @@ import plotly.io as pio
 from plotly.colors import get_colorscale, sample_colorscale
 from plotly.io.base_renderers import ExternalRenderer
 
+from headscope.base.specs import Provenance
 from headscope.plots.export import drawn_bytes, unpacked
 
 # How renderers of plotly say that this machine lacks what they need: IPython, nbformat (ValueError)
@@ -382,6 +383,26 @@ def dress(
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return figure
+
+
+def captioned(
+    figure: go.Figure, provenance: Provenance, *, n: str, method: str, more: Sequence[str] = ()
+) -> None:
+    """Keep what a paper's caption says; ``save(..., width=...)`` writes it below the figure.
+
+    Args:
+        figure: that gets it, in ``layout.meta["caption"]``.
+        provenance: of the result: probe, seed and control.
+        n: number and kind of the examples, e.g. ``24 examples``.
+        method: how the numbers were measured, and what intervals are drawn.
+        more: further facts, such as the ends of the null.
+    """
+    probe = str(provenance.probe.get("kind", ""))
+    seed = "none" if provenance.seed is None else str(provenance.seed)
+    facts = [f"n = {n}", f"seed: {seed}", f"method: {method}"]
+    facts += [f"probe: {probe}"] if probe else []
+    facts += [f"control: {provenance.control}"] if provenance.control else []
+    figure.update_layout(meta={"caption": "; ".join(label(one, 160) for one in (*facts, *more))})
 
 
 _MARKS = {"\n": "↵", "\r": "␍", "\t": "⇥", " ": "␣", "\x7f": "␡"}

@@ -10,9 +10,18 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from headscope.base.statistics import interval_of_sem, rank_correlation
+from headscope.base.statistics import interval_of_sem, mean_interval, rank_correlation
 from headscope.errors import InputError
-from headscope.plots.figure import SEQUENTIAL, STYLES, Figure, Theme, dress, label, layer_marker
+from headscope.plots.figure import (
+    SEQUENTIAL,
+    STYLES,
+    Figure,
+    Theme,
+    captioned,
+    dress,
+    label,
+    layer_marker,
+)
 from headscope.table import EffectGrid, HeadScores, HeadTable, RecallGrid
 from headscope.table.kinds import best_heads
 
@@ -82,7 +91,34 @@ def ranking(
     figure.update_yaxes(title_text=f"{label(scores.name)}{unit}")
     figure.update_layout(bargap=0.25, showlegend=False, margin={"l": 70, "r": 20, "t": 70, "b": 76})
     figure.update_shapes(line_color=style.text, selector={"type": "line"})
+    _captioned(figure, [scores], f"{level:.0%} intervals of the mean")
     return figure
+
+
+def _captioned(figure: go.Figure, shown: Sequence[HeadScores], drawn: str = "") -> None:
+    """Caption of scores: n, method, and for a single one how sure it is and where the null lies."""
+    counts = np.concatenate([one.n[np.isfinite(one.mean)] for one in shown])
+    low, high = (int(counts.min()), int(counts.max())) if counts.size else (0, 0)
+    n = f"{high}" if low == high else f"{low} to {high}"
+    method = ", ".join(one.name.replace("_", " ") for one in shown[:3])
+    method += f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+    more = []
+    if len(shown) == 1 and not drawn:
+        lower, upper = interval_of_sem(shown[0].mean, shown[0].sem, shown[0].n)
+        half = (upper - lower)[np.isfinite(upper - lower)] / 2
+        more += (
+            [f"95% interval of a mean: ±{np.median(half):.2g} (median head)"] if half.size else []
+        )
+    if len(shown) == 1 and np.isfinite(shown[0].null).any():
+        band = np.nanquantile(shown[0].null, [0.025, 0.975])
+        more.append(f"null, middle 95% of heads: {band[0]:.2g} to {band[1]:.2g}")
+    captioned(
+        figure,
+        shown[0].provenance,
+        n=f"{n} examples per head",
+        method=", ".join(filter(None, [f"mean {method} of each head", drawn])),
+        more=more,
+    )
 
 
 def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "light") -> go.Figure:
@@ -140,6 +176,7 @@ def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "lig
         unit = f" ({label(score.unit)})" if score.unit else ""
         update(title_text=f"{label(score.name)}{unit}", zeroline=score.signed)
     figure.update_layout(margin={"l": 70, "r": 90, "t": 70, "b": 60})
+    _captioned(figure, [a, b])
     return figure
 
 
@@ -244,6 +281,15 @@ def effect_heatmap(
         plot_bgcolor=STYLES[theme].missing,
         margin={"l": left, "r": _RIGHT, "t": _TOP, "b": bottom},
     )
+    half = np.diff(mean_interval(grid.per_example, 0.95, grid.clusters), axis=0) / 2
+    half = half[np.isfinite(half)]
+    captioned(
+        figure,
+        grid.provenance,
+        n=f"{len(grid.unedited)} examples",
+        method=f"{grid.name}, mean effect of each cell",
+        more=[f"95% interval of a mean: ±{np.median(half):.2g} (median cell)"] if half.size else [],
+    )
     return figure
 
 
@@ -315,6 +361,7 @@ def heatmap(
         plot_bgcolor=STYLES[theme].missing,
         margin={"l": _LEFT, "r": _RIGHT, "t": _TOP, "b": _BOTTOM},
     )
+    _captioned(figure, [scores])
     return figure
 
 
@@ -367,6 +414,7 @@ def heatmaps(
     figure.update_layout(
         plot_bgcolor=STYLES[theme].missing, margin={"l": _LEFT, "r": 70, "t": 76, "b": _BOTTOM}
     )
+    _captioned(figure, shown)
     return figure
 
 
