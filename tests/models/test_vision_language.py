@@ -95,9 +95,7 @@ def test_padding_behind_a_text_with_images_changes_nothing(
     torch.testing.assert_close(second, first, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "smolvlm", "gemma3"]
-)
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 def test_several_images_in_a_text(loaded: dict[str, Any], name: str) -> None:
     model, inputs = loaded[name], inputs_of(name)
     pair = torch.cat([inputs["input_ids"][:1], inputs["input_ids"][1:]], 1)
