@@ -37,6 +37,11 @@ def unpacked(figure: go.Figure) -> go.Figure:
     return go.Figure(_unpacked(figure.to_dict()))
 
 
+def _copied(figure: go.Figure) -> go.Figure:
+    """A copy to draw from, which is not shown itself."""
+    return go.Figure(figure)
+
+
 def _unpacked(value: Part) -> Part:
     if isinstance(value, list | tuple):
         return [_unpacked(one) for one in value]
@@ -414,7 +419,7 @@ def at_width(figure: go.Figure, width: str) -> "Figure":
     Raises:
         InputError: if a colour scale is not readable in grey, or the figure does not fit.
     """
-    figure = go.Figure(figure)
+    figure = _copied(figure)
     signed = [_centred(trace) for trace in figure.data]
     layout = figure.layout
     tall = (layout.height or 450) - given(layout.margin.t, 100) + 20
@@ -431,7 +436,7 @@ def at_width(figure: go.Figure, width: str) -> "Figure":
 
 def _printed(figure: go.Figure, signed: list[bool], width: str, body: float) -> "Figure":
     """The figure with panels and labels of so many inches' height, and title and caption."""
-    figure = go.Figure(figure)
+    figure = _copied(figure)
     layout = figure.layout
     title, below = plain(layout.title.text), plain(layout.title.subtitle.text)
     meta = layout.meta if isinstance(layout.meta, dict) else {}
