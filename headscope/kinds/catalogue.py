@@ -18,7 +18,7 @@ from headscope.base.statistics import benjamini_hochberg
 from headscope.errors import HeadscopeError, InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.kinds import measures
-from headscope.kinds.kind import AskedModel, Confirm, Criterion, Kind, Unasked, one_sided
+from headscope.kinds.measures import AskedModel, Confirm, Criterion, Kind, Unasked, one_sided
 from headscope.metrics import Metric, logit_difference, loss
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
