@@ -9,7 +9,14 @@ import torch
 from jaxtyping import Float
 
 from headscope.base.options import RunOptions
-from headscope.base.statistics import mean_interval, welch_interval
+from headscope.base.statistics import (
+    Design,
+    MeanTest,
+    benjamini_hochberg,
+    compare_means,
+    mean_interval,
+    welch_interval,
+)
 from headscope.capture import check_fits, losses_by_position
 from headscope.circuits import HeadFactors, ov, qk
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError, nearest
@@ -26,6 +33,8 @@ from headscope.table import Comparison, Emergence, HeadScores, HeadTable
 from headscope.table.comparing import joined_curves
 
 Pairs = list[tuple[HeadIndex, HeadIndex]]
+# Two values are the same up to this share of the larger: scores are fp32.
+_ROUNDING = 1e-5
 
 
 def by_address(first: HeadTable, second: HeadTable) -> tuple[Pairs, Float[np.ndarray, " pair"]]:
@@ -213,12 +222,15 @@ def compare(
     Each head is matched with at most one: by ``profile`` so that the squared distances over all
     shared scores sum to the least (any two models); by ``weights`` within each layer, by the
     cosine of OV and QK matrices (checkpoints of one run; models trained apart share no basis);
-    by ``address`` each with itself. Differences are second less first, with 95% intervals:
-    of the differences example by example where both saw the same ones, else Welch's, of
-    independent means.
+    by ``address`` each with itself. Differences are second less first, with 95% intervals,
+    two-sided p-values and effect sizes: of the differences example by example where both saw the
+    same ones, else of independent means (Welch's). P-values are adjusted over all pairs and scores
+    of the comparison (Benjamini and Hochberg 1995); :func:`headscope.base.statistics.compare_means`
+    says which test is used.
 
     A match by profile is a description: heads that do nothing in particular are alike too, and
-    what was matched differs less than what was not, by construction.
+    what was matched differs less than what was not, by construction. The p-values of such pairs
+    are therefore too large rather than too small.
 
     Args:
         first: a model, what :func:`headscope.load` takes, or a table.
@@ -268,6 +280,8 @@ def compare(
     at = tuple(np.array([[p[side] for p in pairs] for side in (0, 1)]).transpose(0, 2, 1))
     columns = [_difference(one[name], two[name], at) for name in names]
     low, high = (np.stack([column[i] for column in columns], 1) for i in (0, 1))
+    tests = [_test(one[name], two[name], at) for name in names]
+    p = np.stack([test.p for test in tests], 1)
     return Comparison(
         names=(_called(one), _called(two)),
         pairs=tuple(pairs),
@@ -279,6 +293,9 @@ def compare(
         low=low,
         high=high,
         paired=tuple(_paired(one[name], two[name]) for name in names),
+        p=p,
+        p_adjusted=benjamini_hochberg(p),
+        effect_size=np.stack([test.effect for test in tests], 1),
     )
 
 
@@ -313,6 +330,40 @@ def _difference(
         return mean_interval(values, clusters=first.design.clusters)
     mine, other = ((s.mean[at], s.sem[at], s.n[at]) for s, at in ((second, b), (first, a)))
     return welch_interval(mine, other)
+
+
+def _test(first: HeadScores, second: HeadScores, at: "tuple[np.ndarray, ...]") -> MeanTest:
+    """Two-sided test of second against first, pair by pair.
+
+    Where examples were not kept it is Welch's of means and errors, without an effect size.
+    """
+    if first.examples is None or second.examples is None:
+        return _welch(first, second, at)
+    paired = _paired(first, second)
+    mine, other = second.design.clusters, first.design.clusters
+    return compare_means(
+        second.per_example[tuple(at[1])],
+        first.per_example[tuple(at[0])],
+        "two-sided",
+        Design(paired, mine, other),
+        resolution=_ROUNDING,
+    )
+
+
+def _welch(first: HeadScores, second: HeadScores, at: "tuple[np.ndarray, ...]") -> MeanTest:
+    """Welch's test of two means with their standard errors."""
+    from scipy import special
+
+    (mean, sem, n), (null, null_sem, null_n) = (
+        (side.mean[tuple(place)], side.sem[tuple(place)], side.n[tuple(place)])
+        for side, place in ((second, at[1]), (first, at[0]))
+    )
+    error = sem**2 + null_sem**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        df = error**2 / (sem**4 / (n - 1.0) + null_sem**4 / (null_n - 1.0))
+        p = 2 * special.stdtr(df, -np.abs((mean - null) / np.sqrt(error)))
+    none = np.full(p.shape, np.nan)
+    return MeanTest(np.where(error > 0, p, np.nan), none, none)
 
 
 def _paired(first: HeadScores, second: HeadScores) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headscope.base.files import paragraphs, read_text, whole_file, whole_page
+from headscope.base.statistics import LEVEL
 from headscope.cli.options import Loading, listed, scorer_names
 from headscope.cli.output import console, print_either, print_written, rows_of, run_folder, typed
 from headscope.comparing import compare, emergence, way_to_match
@@ -87,15 +88,20 @@ def _shown(found: Comparison) -> Iterator[Any]:
     from rich.text import Text
 
     one, two = found.names
-    grid = Table(one, two, title=Text(f"closeness: {found.measure}"))
+    said = f"* adjusted p below {LEVEL} over all pairs and scores. {found.tests}"
+    grid = Table(one, two, title=Text(f"closeness: {found.measure}"), caption=Text(said))
     grid.add_column("closeness", justify="right")
     for name in found.scores[:5]:
         grid.add_column(f"{name}, second - first", justify="right")
     for at, (a, b) in enumerate(found.pairs[:40]):
         cells = [
-            f"{value:+.2f} [{low:.2f}, {high:.2f}]"
-            for value, low, high in zip(
-                found.difference[at, :5], found.low[at, :5], found.high[at, :5], strict=True
+            f"{value:+.2f} [{low:.2f}, {high:.2f}]{'*' * bool(p < LEVEL)}"
+            for value, low, high, p in zip(
+                found.difference[at, :5],
+                found.low[at, :5],
+                found.high[at, :5],
+                found.p_adjusted[at, :5],
+                strict=True,
             )
         ]
         grid.add_row(str(a), str(b), f"{found.closeness[at]:.2f}", *map(Text, cells))

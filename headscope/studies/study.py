@@ -15,7 +15,9 @@ from scipy.stats import norm, spearmanr, ttest_ind
 
 from headscope import metrics
 from headscope.ablation import ablate_groups
+from headscope.ablation.run import Measurement
 from headscope.base.files import Saved, Stored, paragraphs
+from headscope.base.options import RunOptions
 from headscope.base.result import (
     Facts,
     Glance,
@@ -647,7 +649,8 @@ def metric_of(
     model: HeadModel, probe: Probe, metric: Metric = metrics.loss
 ) -> Float[np.ndarray, " example"]:
     """A metric of the whole model, per example."""
-    return ablate_groups(model, probe, metric, {"none": []}, progress=False).unedited
+    measurement = Measurement.of(model, probe, metric, RunOptions(progress=False))
+    return measurement.measure(lambda *_: (), 0, "reading a metric")[1]
 
 
 def skilled(

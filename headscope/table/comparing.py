@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from headscope.base.files import Saved
 from headscope.base.result import Drawn, Glance, Rows, Section, Shown, Tabular, Words, number
-from headscope.base.statistics import mean_and_sem
+from headscope.base.statistics import LEVEL, mean_and_sem
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.table.table import HeadTable
@@ -41,6 +41,11 @@ class Comparison(Saved, Shown, Tabular):
         low: lower end of the 95% interval of ``second - first``; NaN without errors.
         high: upper end.
         paired: for each score, whether both models saw the same examples.
+        p: two-sided p-value that the two heads score the same, one pair and score at a time; NaN
+            where there are too few examples.
+        p_adjusted: adjusted over all pairs and scores (Benjamini-Hochberg).
+        effect_size: Hedges' g: the difference over the pooled standard deviation over examples;
+            NaN where examples were not kept.
     """
 
     names: tuple[str, str]
@@ -53,6 +58,15 @@ class Comparison(Saved, Shown, Tabular):
     low: Float[np.ndarray, "pair score"]
     high: Float[np.ndarray, "pair score"]
     paired: tuple[bool, ...]
+    p: Float[np.ndarray, "pair score"]
+    p_adjusted: Float[np.ndarray, "pair score"]
+    effect_size: Float[np.ndarray, "pair score"]
+
+    @classmethod
+    def _of_parts(cls, parts: dict[str, Any]) -> "Comparison":
+        """Make it again of what was saved; older files have no tests."""
+        none = np.full(np.shape(parts["first"]), np.nan)
+        return cls(**(dict.fromkeys(("p", "p_adjusted", "effect_size"), none) | parts))
 
     @property
     def difference(self) -> Float[np.ndarray, "pair score"]:
@@ -63,6 +77,18 @@ class Comparison(Saved, Shown, Tabular):
     def moved(self) -> float:
         """Share of pairs whose heads have different addresses."""
         return float(np.mean([a != b for a, b in self.pairs])) if self.pairs else 0.0
+
+    @property
+    def tests(self) -> str:
+        """How the scores were tested, in a sentence."""
+        apart = [name for name, same in zip(self.scores, self.paired, strict=True) if not same]
+        if not apart:
+            return "Tests are paired by example."
+        which = "All scores" if len(apart) == len(self.scores) else ", ".join(apart)
+        return (
+            f"{which}: tested as independent samples, since the examples differ or were not kept "
+            "(headscope scan --examples keeps them)."
+        )
 
     def match(self, head: "str | tuple[int, int]") -> HeadIndex | None:
         """The second model's match of a head of the first; None where it has none."""
@@ -86,7 +112,7 @@ class Comparison(Saved, Shown, Tabular):
         """One row per pair and score.
 
         Columns: first_head, second_head, closeness, score, first, second, difference, low, high
-        (95% interval of the difference), paired.
+        (95% interval of the difference), paired, effect_size, p, p_adjusted.
         """
         import pandas
 
@@ -104,6 +130,9 @@ class Comparison(Saved, Shown, Tabular):
                 "low": self.low.ravel(),
                 "high": self.high.ravel(),
                 "paired": [self.paired[i] for i in score],
+                "effect_size": self.effect_size.ravel(),
+                "p": self.p.ravel(),
+                "p_adjusted": self.p_adjusted.ravel(),
             }
         )
 
@@ -134,7 +163,7 @@ class Comparison(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """How heads were matched, and which scores differ by more than their interval."""
+        """How heads were matched, and which scores differ beyond chance."""
         one, two = self.names
         words = Words(
             f"{one} and {two}: {len(self.pairs)} heads matched, {self.moved:.0%} of them under "
@@ -144,7 +173,7 @@ class Comparison(Saved, Shown, Tabular):
             (str(a), str(b), float(close))
             for (a, b), close in zip(self.pairs[:_ROWS], self.closeness, strict=False)
         ]
-        clear = np.argwhere((self.low > 0) | (self.high < 0))
+        clear = np.argwhere(self.p_adjusted < LEVEL)
         order = sorted(clear.tolist(), key=lambda at: -abs(self._in_spread(at)))[:_ROWS]
         rows = [
             (
@@ -156,12 +185,18 @@ class Comparison(Saved, Shown, Tabular):
                 float(self.difference[i, j]),
                 float(self.low[i, j]),
                 float(self.high[i, j]),
+                float(self.effect_size[i, j]),
+                float(self.p_adjusted[i, j]),
             )
             for i, j in order
         ]
-        names = ("head", "match", "score", one, two, "difference", "95% from", "to")
+        names = (
+            *("head", "match", "score", one, two, "difference", "95% from", "to"),
+            *("effect size", "adjusted p"),
+        )
         caption = (
-            "Differences whose 95% interval excludes 0, the largest of each score's spread first"
+            f"{len(clear)} of {np.isfinite(self.p).sum()} differences have an adjusted p-value "
+            f"below {LEVEL}, the largest in units of the score's spread first. {self.tests}"
         )
         return [
             Section("Matched heads", [words, Rows((one, two, "closeness"), pairs, _ORDER)]),

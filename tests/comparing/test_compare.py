@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,86 @@ def test_paired_differences_use_the_same_examples() -> None:
     sem = np.sqrt(2) * noise[0].std(-1, ddof=1) / np.sqrt(40)
     widths = [2 * stats.t.ppf(0.975, 78) * sem[a.head] for a, _ in apart.pairs]  # Welch
     np.testing.assert_allclose((apart.high - apart.low)[:, 0], widths)
+
+
+def test_p_values_are_scipys_and_adjusted_over_all_pairs_and_scores() -> None:
+    rng = np.random.default_rng(1)
+    shift = np.array([0.0, 0.2, 0.9])[None, :, None]
+    one, two = rng.normal(0, 1, (1, 3, 30)), rng.normal(0, 1, (1, 3, 30)) + shift
+
+    def of(values: np.ndarray, seed: int) -> HeadTable:
+        origin = Provenance(model="a", probe={"kind": "toy"}, seed=seed)
+        named = {"x": values, "y": values[..., ::-1] + rng.normal(0, 1, values.shape)}
+        return HeadTable(
+            [
+                hs.HeadScores.from_examples(name, part, kv_heads=1, provenance=origin)
+                for name, part in named.items()
+            ]
+        )
+
+    first, second, other = of(one, 0), of(two, 0), of(two, 1)
+    for against, test, facts in (
+        (second, stats.ttest_rel, {}),
+        (other, stats.ttest_ind, {"equal_var": False}),
+    ):
+        found = hs.compare(first, against, by="address")
+        expected = np.array(
+            [
+                [
+                    test(
+                        against[name].per_example[0, a.head],
+                        first[name].per_example[0, a.head],
+                        **facts,
+                    ).pvalue
+                    for name in found.scores
+                ]
+                for a, _ in found.pairs
+            ]
+        )
+        np.testing.assert_allclose(found.p, expected)
+        np.testing.assert_allclose(
+            found.p_adjusted.ravel(), stats.false_discovery_control(expected, axis=None)
+        )
+        a, b = (side["x"].per_example[0, 2] for side in (first, against))
+        pooled = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+        g = (b.mean() - a.mean()) / pooled * (1 - 3 / (4 * 58 - 1))
+        at = [pair[0].head for pair in found.pairs].index(2)
+        assert found.effect_size[at, 0] == pytest.approx(g)
+    assert (found.to_pandas()["p_adjusted"] >= found.to_pandas()["p"]).all()
+    untested = hs.compare(table(0), table(1, "b"), by="address")
+    assert np.isnan(untested.p).all()  # scores without examples
+
+
+def test_runs_without_examples_are_tested_by_their_errors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    tables = []
+    for name, shift in (("a", 0.0), ("b", 0.5)):
+        values = rng.normal(shift, 1, (1, 2, 20))
+        origin = Provenance(model=name, probe={"kind": "toy"}, seed=0)
+        one = hs.HeadScores.from_examples("x", values, kv_heads=1, provenance=origin)
+        HeadTable([one]).save(tmp_path / name)
+        tables.append((values, HeadTable.load(tmp_path / name)))
+    (first, one), (second, two) = tables
+    found = hs.compare(one, two, by="address")
+    for row, (a, b) in enumerate(found.pairs):
+        expected = stats.ttest_ind(second[0, b.head], first[0, a.head], equal_var=False).pvalue
+        assert found.p[row, 0] == pytest.approx(expected)
+    assert "independent samples" in found.tests
+    place = tmp_path / "found.safetensors"
+    found.save(place)
+    np.testing.assert_array_equal(type(found).load(place).p, found.p)
+
+
+def test_rounding_is_no_difference() -> None:
+    values = np.random.default_rng(2).normal(0, 1, (1, 2, 12))
+    origin = Provenance(model="a", probe={"kind": "toy"}, seed=0)
+    one, two = (
+        HeadTable([hs.HeadScores.from_examples("x", part, kv_heads=1, provenance=origin)])
+        for part in (values, values * (1 + 1e-7))
+    )
+    found = hs.compare(one, two, by="address")
+    assert not (found.p < 0.5).any()
+    np.testing.assert_array_equal(found.effect_size, 0)
 
 
 def test_weight_similarity_is_the_cosine_of_whole_matrices() -> None:

@@ -31,6 +31,9 @@ def comparison() -> Comparison:
         none,
         none,
         (True, True),
+        none,
+        none,
+        none,
     )
     return Comparison(("old", "new"), (pair,), np.array([0.75]), "correlation", *facts)
 
