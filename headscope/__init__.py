@@ -1,4 +1,4 @@
-"""headscope scores every attention head of a transformer.
+"""headscope measures what every attention head of a transformer does.
 
     import headscope as hs
 
@@ -154,7 +154,7 @@ if not TYPE_CHECKING:  # a type checker that saw these would take every name for
     __all__ = [*_HOME, "__version__"]
 
     def __getattr__(name: str) -> object:
-        """Load a public name on its first use."""
+        """Import a public name on first use."""
         if name not in _HOME:
             raise AttributeError(f"module 'headscope' has no attribute {name!r}")
         home = _HOME[name]
@@ -164,5 +164,5 @@ if not TYPE_CHECKING:  # a type checker that saw these would take every name for
         return value
 
     def __dir__() -> list[str]:
-        """List what is public."""
+        """List the public names."""
         return sorted(__all__)

@@ -1,7 +1,7 @@
-"""Forward passes over a probe: each attention layer is passed on as it completes, then dropped.
+"""Forward passes over a probe that hand on each attention layer as it completes and drop it.
 
-Nothing here knows what is computed of a layer. :func:`stream` is the engine under every scorer;
-:func:`collect` gives whole patterns and head outputs to a notebook that asks for them.
+This module does not know what is computed from a layer. :func:`stream` is the engine under every
+scorer; :func:`collect` returns whole patterns and head outputs for use in a notebook.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +22,9 @@ from headscope.models.protocol import Edit, HeadModel, embedding_of, need_model,
 from headscope.models.taps import Reader, Reads, Tap, TapView, Texts, at_final, writes_of
 from headscope.probes.probe import Probe
 
-# Tokens of one forward pass unless the caller says otherwise.
+# Default number of tokens in one forward pass.
 _TOKENS_PER_PASS = 8192
-_SEEN_BYTES = 1 << 27  # rows that are held at once to see whether a query sees the next token
+_SEEN_BYTES = 1 << 27  # rows held at once when checking whether a query sees the next token
 Reading = TypeVar("Reading", bound=Reader)
 Found = TypeVar("Found")
 
@@ -36,17 +36,17 @@ def stream(
     *,
     batch_size: int | None = None,
 ) -> Iterator[tuple[slice, Reading]]:
-    """Run the model over a probe, batch by batch, and yield each batch's reader when done.
+    """Run the model over a probe batch by batch, and yield each batch's finished reader.
 
-    Out of memory, a batch is run again with a fresh reader: as two halves, and at one example
-    with ``halvings`` raised, by which the reader may cut its own chunks. The pass stops once
-    everything was read.
+    When memory runs out, the batch is run again with a fresh reader: as two halves, and at a single
+    example with ``halvings`` raised, by which the reader can cut its own chunks. A pass stops as
+    soon as everything was read.
 
     Args:
         model: the model.
         probe: what to run; no longer than the model's context.
-        make_reader: ``(batch of the probe, halvings) -> reader``; what it reads is asked of its
-            method ``reads(shape)``, functions by tap (:meth:`HeadModel.run`).
+        make_reader: ``(batch of the probe, halvings) -> reader``; its method ``reads(shape)``
+            returns functions by tap (:meth:`HeadModel.run`).
         batch_size: examples per pass; default: about 8192 tokens.
 
     Raises:
@@ -79,10 +79,10 @@ def passes(
     *,
     batch_size: int | None = None,
 ) -> Iterator[tuple[slice, Found]]:
-    """Run a function on batches of a probe, and yield what it returns for each.
+    """Run a function on batches of a probe, and yield its result for each.
 
-    Out of memory, a batch is run again: as two halves, and at one example with ``halvings``
-    raised, by which the function may cut its own chunks.
+    When memory runs out, the batch is run again: as two halves, and at a single example with
+    ``halvings`` raised, by which the function can cut its own chunks.
 
     Args:
         model: the model.
@@ -123,7 +123,7 @@ def passes(
 
 
 def _alike(probe: Probe, start: int, turns_at: int | None) -> int:
-    """How many examples, from ``start`` on, a model turns by the same angles in one pass."""
+    """Number of examples from ``start`` on that get the same rotary angles in one pass."""
     if turns_at is None:
         return len(probe) - start
     beyond = (probe.host.real[start:].sum(1) > turns_at).tolist()
@@ -131,7 +131,7 @@ def _alike(probe: Probe, start: int, turns_at: int | None) -> int:
 
 
 def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
-    """Smaller batch or, at one example, smaller chunks."""
+    """Halve the batch or, at one example, the chunks."""
     if size > 1:
         return size // 2, halvings
     if halvings >= 10:
@@ -143,14 +143,14 @@ def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
 
 
 def on_grid_of(model: HeadModel, probe: Probe) -> Probe:
-    """The probe with its images cut as a model cuts them; a probe of texts as it is.
+    """Cut a probe's images into patches as the model does; text probes are unchanged.
 
     Args:
-        model: that will read it.
-        probe: any.
+        model: the model that will read it.
+        probe: any probe.
 
     Raises:
-        InputError: if either is something else.
+        InputError: if either argument has the wrong type.
 
     Example:
         >>> hs.capture.on_grid_of(model, probe) is probe
@@ -162,10 +162,10 @@ def on_grid_of(model: HeadModel, probe: Probe) -> Probe:
 
 
 def need_probe(probe: object) -> None:
-    """Refuse what is not a probe, as a text or a tensor of tokens.
+    """Refuse anything but a probe, such as a text or a token tensor.
 
     Raises:
-        InputError: with what to do.
+        InputError: with how to make a probe.
 
     Example:
         >>> need_probe(probe)
@@ -178,11 +178,11 @@ def need_probe(probe: object) -> None:
 
 
 def seen_by(model: HeadModel, probe: Probe) -> Probe:
-    """The probe whose positions are those of a model's queries: of the source in an encoder.
+    """The probe that a stack's queries belong to: in an encoder, the source.
 
     Args:
-        model: of one attention stack.
-        probe: any.
+        model: model of one attention stack.
+        probe: any probe.
 
     Example:
         >>> hs.capture.seen_by(model, probe) is probe
@@ -202,10 +202,10 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
     """Raise InputError if the probe is longer than the model's context or has unknown tokens.
 
     Args:
-        model: that will read the probe.
-        probe: any.
-        answers: logits of its tokens and targets are asked for; some models give a logit to fewer
-            tokens than they read.
+        model: the model that will read the probe.
+        probe: any probe.
+        answers: whether logits of its tokens and targets are needed; some models have logits for
+            fewer tokens than they read.
 
     Example:
         >>> hs.capture.check_fits(model, probe)
@@ -225,8 +225,8 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
         )
     if answers and probe.next_token and not all_causal(model.stacks):
         raise InputError(
-            f"the probe asks for the next tokens, and {model.name} sees them, as it reads in both "
-            "directions: hide tokens with hs.probes.masked, or give targets=."
+            f"the probe's targets are the next tokens, which {model.name} sees, since it reads "
+            "in both directions: hide tokens with hs.probes.masked, or give targets=."
         )
     if answers and probe.next_token and PIXELS in probe.inputs:
         _need_unseen_targets(model, probe)
@@ -248,23 +248,24 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
 
 @torch.no_grad()
 def _need_unseen_targets(model: HeadModel, probe: Probe) -> None:
-    """Refuse to ask for next tokens that the model sees, as in a prefix that reads both ways.
+    """Refuse next-token targets that the model can see, as in a bidirectional prefix.
 
     Raises:
-        InputError: with how many those are.
+        InputError: with the number of such targets.
     """
     parts = [reader.seen for _, reader in stream(model, probe, lambda *_: _NextSeen())]
     leaks = int((torch.cat(parts) & (probe.host.targets[:, :-1] >= 0)).sum())
     if leaks:
         raise InputError(
-            f"the probe asks for the next tokens, and {model.name} sees {leaks} of them, as tokens "
-            "of an image or a prefix see each other: give targets=, -1 at those positions."
+            f"the probe's targets are the next tokens, and {model.name} sees {leaks} of them, "
+            "since tokens of an image or a prefix see each other: give targets=, -1 at those "
+            "positions."
         )
 
 
 @dataclass
 class _NextSeen:
-    """Whether the queries of the first layer with attention see the token that follows."""
+    """Check whether queries of the first attention layer see the token that follows."""
 
     seen: Bool[Tensor, "batch query"] = field(default_factory=lambda: torch.zeros(0, 0).bool())
 
@@ -285,17 +286,17 @@ class _NextSeen:
 def losses_by_position(
     model: HeadModel, probe: Probe, edits: Sequence[Edit] = ()
 ) -> Float[Tensor, "batch pos"]:
-    """Cross-entropy of each target in nats, on the CPU; NaN where the probe has none.
+    """Cross-entropy per position in nats, on the CPU; NaN where the probe has no target.
 
-    One pass up to the last residual stream; logits of all positions exist nowhere, so that memory
-    grows neither with the text times the vocabulary nor with the vocabulary. Models in half
-    precision round their logits, and this does not. A model whose unembedding cannot be read says
-    its logits itself.
+    Takes one pass up to the last residual stream, and never holds the logits of all positions, so
+    that peak memory does not grow with length times vocabulary. Logits are not rounded to half
+    precision, unlike those that a half-precision model returns. If the unembedding cannot be read,
+    the model's own logits are used.
 
     Args:
         model: from :func:`headscope.load`.
         probe: with targets; -1 where there are none.
-        edits: of heads.
+        edits: head edits.
 
     Example:
         >>> losses = hs.capture.losses_by_position(model, probe)
@@ -322,11 +323,11 @@ def losses_by_position(
 def chunks(
     positions: Int[Tensor, " query"], bytes_per_query: int, budget: int
 ) -> Iterator[Int[Tensor, " query"]]:
-    """Cut query positions into runs whose rows fit a budget, one query at least.
+    """Cut query positions into runs whose rows fit a budget, at least one query each.
 
     Args:
-        positions: which queries.
-        bytes_per_query: memory of one query's row over all examples and heads.
+        positions: query positions.
+        bytes_per_query: memory of one query's rows over all examples and heads.
         budget: bytes.
 
     Example:
@@ -338,7 +339,7 @@ def chunks(
 
 @dataclass(frozen=True, eq=False)
 class CapturedLayer:
-    """Whole pattern and head outputs of one layer, in fp32 on the CPU.
+    """Whole patterns and head outputs of one layer, in fp32 on the CPU.
 
     Attributes:
         heads: which heads the head axes hold.
@@ -379,16 +380,16 @@ def collect(
     stack: str | None = None,
     batch_size: int | None = None,
 ) -> dict[int, CapturedLayer]:
-    """Whole attention patterns and head outputs of named layers and heads.
+    """Collect whole attention patterns and head outputs of some layers and heads.
 
-    Memory is ``4 * batch * heads * length^2`` bytes per layer: meant for looking at a few heads.
+    Takes ``4 * batch * heads * length^2`` bytes per layer, so use it for a few heads.
 
     Args:
         model: the model.
         probe: what to run.
         layers: which layers; default: all with attention.
         heads: which heads of each; default: all.
-        stack: of a model with several attention stacks, which.
+        stack: which stack, in a model with several.
         batch_size: examples per pass.
 
     Returns:
@@ -441,16 +442,16 @@ def collect(
 def embeddings(
     model: HeadModel, probe: Probe, pooling: str | None = None, *, batch_size: int | None = None
 ) -> Float[Tensor, "batch width"]:
-    """What a model makes of every whole example: one vector of each, in fp32 on the CPU.
+    """One embedding per example, in fp32 on the CPU.
 
     Args:
-        model: the model; it needs no head.
+        model: the model; needs no attention heads.
         probe: what to run.
         pooling: which vector; see :class:`headscope.metrics.EmbeddingMetric`.
         batch_size: examples per pass.
 
     Raises:
-        UnsupportedModelError: if the model does not give the vector that was asked for.
+        UnsupportedModelError: if the model does not return the requested vector.
 
     Example:
         >>> hs.capture.embeddings(model, probe).shape == (len(probe), model.shape.d_model)

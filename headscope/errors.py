@@ -1,4 +1,4 @@
-"""Errors that a user can act on. Each is one sentence: the input, the cause, the fix."""
+"""Exceptions and argument checks; each message gives the input, the cause and the fix."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -7,27 +7,27 @@ from numbers import Integral, Real
 
 
 class HeadscopeError(Exception):
-    """Base of everything that headscope raises on purpose; the command line prints it as it is."""
+    """Base class of all deliberate errors; the command line prints the message as is."""
 
 
 class InputError(HeadscopeError, ValueError):
-    """An argument, a file or a config does not hold what it should; nothing was computed yet."""
+    """Invalid argument, file or config, found before anything was computed."""
 
 
 class HeadscopeWarning(UserWarning):
-    """Something worth knowing that changes no number unasked; said once."""
+    """A remark that does not affect any result; shown once."""
 
 
 class WriteError(InputError, OSError):
-    """A file could not be written; what stood under its name is untouched."""
+    """A file could not be written; an existing file of that name is unchanged."""
 
     def __str__(self) -> str:
-        """The sentence, where other errors of the system would print their number."""
+        """Return the message, not the number that operating-system errors print."""
         return str(self.args[0]) if self.args else ""
 
 
 class UnsupportedModelError(HeadscopeError):
-    """The model runs, but headscope cannot see its heads, or a method does not apply to it."""
+    """The model runs, but its heads cannot be read, or a method does not apply to it."""
 
 
 class ModelLoadError(HeadscopeError):
@@ -35,12 +35,12 @@ class ModelLoadError(HeadscopeError):
 
 
 def nearest(name: object, options: Iterable[str], *, kind: str = "name") -> str:
-    """Say that ``name`` is unknown, what was probably meant, and what there is.
+    """Build the message for an unknown name: the closest match and all known names.
 
     Args:
         name: what the user wrote.
-        options: every name that would have been right.
-        kind: what the names are names of: ``"scorer"``, ``"metric"``, ``"layer"``.
+        options: all valid names.
+        kind: what is being named: ``"scorer"``, ``"metric"``, ``"layer"``.
 
     Examples:
         >>> nearest("inducton", ["entropy", "induction"], kind="scorer")
@@ -54,15 +54,15 @@ def nearest(name: object, options: Iterable[str], *, kind: str = "name") -> str:
 
 
 def whole(value: object, name: str, least: int | None = None) -> int:
-    """Return an argument as a number, if it is a whole one.
+    """Validate an integer argument and return it.
 
     Args:
-        value: what the caller gave; True and 3.0 are not whole numbers.
-        name: of the argument, as the message says it.
-        least: the smallest one that makes sense; None: any.
+        value: what the caller gave; True and 3.0 are rejected.
+        name: the argument's name, for the message.
+        least: smallest valid value; None: no limit.
 
     Raises:
-        InputError: for anything else.
+        InputError: if the value is not such an integer.
 
     Examples:
         >>> whole(3, "seed")
@@ -76,14 +76,14 @@ def whole(value: object, name: str, least: int | None = None) -> int:
 
 
 def positive(value: object, name: str) -> float:
-    """Return an argument as a number, if it is finite and above 0.
+    """Validate a finite, positive number and return it.
 
     Args:
-        value: what the caller gave; True is not a number.
-        name: of the argument, as the message says it.
+        value: what the caller gave; True is rejected.
+        name: the argument's name, for the message.
 
     Raises:
-        InputError: for anything else.
+        InputError: if the value is not such a number.
 
     Examples:
         >>> positive(0.5, "rate")

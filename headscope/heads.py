@@ -1,4 +1,4 @@
-"""What a head is called and what shape one attention stack has. No tensors, no models."""
+"""Head addresses and the shape of an attention stack; needs neither tensors nor models."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from headscope.errors import InputError, nearest, whole
 
-# Letter of each attention stack in a head's address; a model with a single stack writes L.
+# Letter of each attention stack in head addresses; single-stack models use L.
 STACK_LETTERS = {"": "L", "encoder": "E", "decoder": "D", "cross": "X", "vision": "V", "text": "T"}
 _STACKS = {letter: stack for stack, letter in STACK_LETTERS.items()}
 _ADDRESS = re.compile(rf"^\s*(?:([{''.join(_STACKS)}])(\d+)H(\d+)|(\d+)\.(\d+))\s*$", re.IGNORECASE)
@@ -15,8 +15,8 @@ _ADDRESS = re.compile(rf"^\s*(?:([{''.join(_STACKS)}])(\d+)H(\d+)|(\d+)\.(\d+))\
 class HeadIndex(tuple[int, int]):
     """Address of one query head: layer, head within the layer, and attention stack.
 
-    It is the pair ``(layer, head)``: it unpacks and indexes an array ``[layer head]`` as one.
-    Heads of different stacks are unequal even where their numbers agree.
+    It is a tuple ``(layer, head)``: it unpacks, and it indexes an array ``[layer head]``. Heads of
+    different stacks are never equal, even with the same numbers.
 
     Examples:
         >>> str(HeadIndex(5, 1)), str(HeadIndex(3, 2, "cross"))
@@ -30,15 +30,15 @@ class HeadIndex(tuple[int, int]):
     stack: str
 
     def __new__(cls, layer: int, head: int, stack: str = "") -> "HeadIndex":
-        """Make an address.
+        """Create an address.
 
         Args:
             layer: the model's own layer number.
             head: query head within the layer.
-            stack: name of the attention stack; empty in a model with a single one.
+            stack: name of the attention stack; empty in a model with a single stack.
 
         Raises:
-            InputError: if the stack is unknown, or a number is not a whole one from 0 on.
+            InputError: if the stack is unknown, or a number is not an integer from 0 on.
         """
         if stack not in STACK_LETTERS:
             raise InputError(nearest(stack, [name for name in STACK_LETTERS if name], kind="stack"))
@@ -57,32 +57,32 @@ class HeadIndex(tuple[int, int]):
         return self[1]
 
     def __eq__(self, other: object) -> bool:
-        """Compare pairs and stacks; a plain pair is a head of a model with a single stack."""
+        """Compare layer, head and stack; a plain pair equals a head of a single-stack model."""
         return tuple.__eq__(self, other) is True and self.stack == getattr(other, "stack", "")
 
     def __ne__(self, other: object) -> bool:
-        """Negate equality, which the tuple's own comparison would not."""
+        """Negate equality (the tuple's own ``!=`` would ignore the stack)."""
         return not self == other
 
     def __hash__(self) -> int:
-        """Hash as the plain pair does, so that sets find either."""
+        """Hash like the plain pair, so that sets find either form."""
         return tuple.__hash__(self)
 
     def __getnewargs__(self) -> tuple[int, int, str]:
-        """Pickle the stack too."""
+        """Include the stack when pickling."""
         return self.layer, self.head, self.stack
 
     def __str__(self) -> str:
-        """Return the form used everywhere in print: ``L5H1``."""
+        """Return the printed form, ``L5H1``."""
         return f"{STACK_LETTERS[self.stack]}{self.layer}H{self.head}"
 
     def __repr__(self) -> str:
-        """Return the same form, so that lists of heads read well."""
+        """Return the printed form, so that lists of heads stay readable."""
         return str(self)
 
     @classmethod
     def parse(cls, address: "str | tuple[int, int]") -> "HeadIndex":
-        """Read ``"L5H1"``, ``"5.1"``, ``(5, 1)``, or ``"X3H2"`` for a head of a named stack.
+        """Parse ``"L5H1"``, ``"5.1"``, ``(5, 1)``, or ``"X3H2"`` for a head of a named stack.
 
         Raises:
             InputError: if the text is not a head address.
@@ -91,7 +91,7 @@ class HeadIndex(tuple[int, int]):
             return cls(address[0], address[1], getattr(address, "stack", ""))
         match = _ADDRESS.match(address) if isinstance(address, str) else None
         if match is None:
-            raise InputError(f"{address!r} is not a head: write it as 'L5H1' or '5.1'.")
+            raise InputError(f"{address!r} is not a head address: write 'L5H1' or '5.1'.")
         letter, *numbers = match.groups()
         layer_text, head_text = (number for number in numbers if number is not None)
         return cls(int(layer_text), int(head_text), _STACKS[(letter or "L").upper()])
@@ -101,14 +101,17 @@ class HeadIndex(tuple[int, int]):
 class ModelShape:
     """Shape of one attention stack.
 
-    ``attention_layers`` lists the layers that have attention (all of them but in hybrids).
-    ``windows`` gives, for every layer, how many keys back a query sees, itself included
-    (None: all). ``removed`` lists heads that were pruned out of those layers: the others keep
-    their numbers. ``n_ctx`` is the longest text that it takes (None: no limit), ``trained_ctx``
-    what that was where the limit has been lifted, and ``turns_at`` the longest text that a model
-    with two sets of rotations (longrope) reads with the first (None: it has one set). ``d_vocab``
-    counts the tokens that go in, ``d_vocab_out`` those that have a logit (None: as many).
-    ``stack`` is the name of the stack; empty in a text model with a single one.
+    Attributes:
+        attention_layers: layers that have attention (all of them except in hybrids).
+        windows: per layer, how many keys back a query sees, itself included (None: all).
+        removed: pruned heads; the others keep their numbers.
+        n_ctx: longest accepted text (None: no limit).
+        trained_ctx: the original ``n_ctx`` where that limit has been lifted.
+        turns_at: longest text for which a model with two sets of rotations (longrope) uses the
+            first (None: one set).
+        d_vocab: number of input tokens.
+        d_vocab_out: number of tokens with a logit (None: the same).
+        stack: name of the stack; empty in a text model with a single stack.
     """
 
     n_layers: int
@@ -127,7 +130,7 @@ class ModelShape:
     stack: str = ""
 
     def __post_init__(self) -> None:
-        """Check what every user of a shape relies on."""
+        """Check the invariants of a shape."""
         if self.n_heads % self.n_kv_heads:
             raise InputError(
                 f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly."
@@ -151,7 +154,7 @@ class ModelShape:
 
     @property
     def heads(self) -> tuple[HeadIndex, ...]:
-        """Every head that exists, in layer order."""
+        """All existing heads, in layer order."""
         every = (
             HeadIndex(layer, head, self.stack)
             for layer in self.attention_layers
@@ -160,14 +163,14 @@ class ModelShape:
         return tuple(head for head in every if head not in self.removed)
 
     def check(self, head: HeadIndex) -> HeadIndex:
-        """Return ``head`` if the model has it; a head of no named stack is taken as of this one.
+        """Return ``head`` if the model has it; an address without a stack refers to this stack.
 
         Raises:
-            InputError: if it does not.
+            InputError: if the model has no such head.
         """
         if head.stack not in ("", self.stack):
             here = f"the stack {self.stack!r}" if self.stack else "a single attention stack"
-            raise InputError(f"there is no head {head}: these are the heads of {here}.")
+            raise InputError(f"there is no head {head}: this is {here}.")
         head = HeadIndex(head.layer, head.head, self.stack)
         if head.layer not in self.attention_layers or not 0 <= head.head < self.n_heads:
             raise InputError(

@@ -1,10 +1,10 @@
-"""Interventions as values: what a head becomes, for any heads of any model.
+"""Interventions: what replaces a head's output, as values that apply to any heads of any model.
 
     hs.ablate_heads(model, probe, metric, hs.interventions.Mean(reference=other))
     hs.ablate_heads(model, probe, metric, "mean")        # the same, with the probe as reference
 
-An intervention says what happens; heads, positions and batches are the caller's. The same object
-serves single heads, groups, cumulative ablations, estimates and pruning curves.
+An intervention defines the replacement only; the caller chooses heads, positions and batches. The
+same object serves single heads, groups, cumulative ablations, estimates and pruning curves.
 """
 
 from abc import ABC, abstractmethod
@@ -31,14 +31,14 @@ from headscope.probes.probe import Probe
 
 @dataclass
 class _Sums:
-    """Sums of head outputs over real positions, per layer."""
+    """Running sums of head outputs over real positions, per layer."""
 
     real: Bool[Tensor, "batch pos"]
     per_position: bool
     sums: dict[int, Tensor] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every layer's outputs."""
+        """Taps to read: every layer's outputs."""
         return at_layers(shape, self._add)
 
     def _add(self, view: TapView) -> None:
@@ -46,7 +46,7 @@ class _Sums:
 
 
 def _summed(z: Tensor, real: Tensor, per_position: bool) -> Tensor:
-    """Sum of ``z [batch pos head d_head]`` over real positions, or over examples at each."""
+    """Sum of ``z [batch pos head d_head]`` over real positions, or over examples per position."""
     weights = real.to(z.device)[:, :, None, None]
     return (z.float() * weights).sum(0 if per_position else (0, 1))
 
@@ -54,7 +54,7 @@ def _summed(z: Tensor, real: Tensor, per_position: bool) -> Tensor:
 def _averaged(
     sums: Mapping[int, Tensor], real: Tensor, per_position: bool
 ) -> dict[int, Float[Tensor, "*pos head d_head"]]:
-    """Sums divided by how many real positions they hold; 0 where there is none."""
+    """Divide sums by the number of real positions; 0 where there are none."""
     counts = real.sum(0)[:, None, None] if per_position else real.sum()
     return {layer: s / counts.to(s.device).clamp_min(1) for layer, s in sums.items()}
 
@@ -67,11 +67,11 @@ def head_means(
     Args:
         model: the model.
         probe: the reference.
-        per_position: average over examples only, at each position of the batch.
+        per_position: average over examples only, at each position.
         batch_size: examples per pass.
 
     Returns:
-        By layer ``[head d_head]``, or ``[pos head d_head]``.
+        ``{layer: [head d_head]}``, or ``[pos head d_head]`` with ``per_position``.
 
     Example:
         >>> means = hs.ablation.head_means(model, probe)
@@ -98,18 +98,18 @@ def head_values(
     layers: Sequence[int] | None = None,
     inputs: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[int, Tensor]:
-    """What all heads of some layers have at a site, for :func:`headscope.edits.patch`.
+    """Record what some layers' heads hold at a site, for :func:`headscope.edits.patch`.
 
     Args:
         model: the model.
-        tokens: one batch; all of it is kept.
+        tokens: one batch, kept whole.
         real: False at padding.
         site: see :class:`headscope.edits.HeadEdit`.
-        layers: which; default: all with attention.
-        inputs: what the model reads beside tokens.
+        layers: which layers; default: all with attention.
+        inputs: model inputs other than tokens.
 
     Returns:
-        By layer, in the layout of the site.
+        ``{layer: values}`` in the layout of the site.
 
     Example:
         >>> z = hs.ablation.head_values(model, probe.tokens, layers=[1])[1]
@@ -128,19 +128,19 @@ def head_values(
 
 
 Place = Callable[[Heads], AnyEdit]
-# Makes edits of one batch: of these examples, with the recorded outputs of its clean run by layer.
+# Builds the edit of one batch from its examples and the recorded clean outputs by layer.
 BatchPlace = Callable[[slice, Mapping[int, Tensor] | None], Place]
 
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """What an intervention is applied to.
+    """Model, probe and positions that an intervention is applied to.
 
     Attributes:
-        model: that is edited.
-        probe: that is run.
+        model: the model to edit.
+        probe: the probe to run.
         positions: where to edit; None: everywhere.
-        batch_size: examples of a recorded batch.
+        batch_size: examples per recorded batch.
     """
 
     model: HeadModel
@@ -155,7 +155,7 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Intervention(ABC):
-    """What heads become. Subclass it, with ``name`` and :meth:`prepare`, for an own one.
+    """Base class of interventions: subclasses set ``name`` and implement :meth:`prepare`.
 
     Example:
         >>> zero = hs.interventions.Zero()
@@ -168,7 +168,7 @@ class Intervention(ABC):
 
     @abstractmethod
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Check the setting, compute what all batches share, and return what edits a batch.
+        """Validate the setting, compute what all batches share, and return a per-batch editor.
 
         Args:
             setting: model, probe and positions.
@@ -178,12 +178,12 @@ class Intervention(ABC):
         """
 
     def reference_for(self, probe: Probe) -> Probe | None:
-        """Probe that replacement values come from; None where there is none."""
+        """Probe that replacement values come from; None if there is none."""
         return None
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """Name and numbers of the intervention, for provenance (JSON values)."""
+        """Name and parameters of the intervention as JSON values, for provenance."""
         numbers = {
             one.name: value
             for one in fields(self)
@@ -193,7 +193,7 @@ class Intervention(ABC):
 
 
 def _need_same_length(probe: Probe, reference: Probe, name: str) -> None:
-    """Refuse a reference that has other positions than the probe.
+    """Refuse a reference whose length differs from the probe's.
 
     Raises:
         InputError: if the lengths differ.
@@ -207,7 +207,7 @@ def _need_same_length(probe: Probe, reference: Probe, name: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Zero(Intervention):
-    """The head's output ``z`` becomes 0; what a value bias adds goes too.
+    """Set the head's output ``z`` to 0, including the contribution of a value bias.
 
     Example:
         >>> hs.interventions.Zero().name
@@ -217,7 +217,7 @@ class Zero(Intervention):
     name: ClassVar[str] = "zero"
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Zero the heads at the positions asked for."""
+        """Zero the heads at the requested positions."""
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
             return partial(edits.zero, positions=setting.where(chosen))
@@ -227,7 +227,7 @@ class Zero(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Scale(Intervention):
-    """The head's output ``z`` is multiplied by a factor.
+    """Multiply the head's output ``z`` by a factor.
 
     Attributes:
         factor: 0 is zero ablation, 1 changes nothing.
@@ -241,16 +241,16 @@ class Scale(Intervention):
     name: ClassVar[str] = "scale"
 
     def __post_init__(self) -> None:
-        """Refuse what is not a number.
+        """Refuse a factor that is not a finite number.
 
         Raises:
             InputError: if the factor is NaN, infinite or not a number.
         """
         if not isinstance(self.factor, int | float) or not abs(self.factor) < float("inf"):
-            raise InputError(f"Scale takes a finite number, not {self.factor!r}.")
+            raise InputError(f"factor={self.factor!r} of Scale: give a finite number.")
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Scale the heads at the positions asked for."""
+        """Scale the heads at the requested positions."""
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
             return partial(edits.scale, factor=float(self.factor), positions=setting.where(chosen))
@@ -260,7 +260,7 @@ class Scale(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Uniform(Intervention):
-    """The query becomes 0: attention is flat over the visible keys (Wu et al. 2024).
+    """Zero the query, so that attention is flat over the visible keys (Wu et al. 2024).
 
     Position biases (ALiBi) and the share of a learned sink remain.
 
@@ -272,7 +272,7 @@ class Uniform(Intervention):
     name: ClassVar[str] = "uniform"
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Flatten the heads' attention at the positions asked for."""
+        """Flatten the heads' attention at the requested positions."""
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
             return partial(edits.uniform, positions=setting.where(chosen))
@@ -282,7 +282,7 @@ class Uniform(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class AttendToFirst(Intervention):
-    """All attention goes to each text's first token.
+    """Put all attention on each text's first token.
 
     Example:
         >>> hs.interventions.AttendToFirst().name
@@ -292,7 +292,7 @@ class AttendToFirst(Intervention):
     name: ClassVar[str] = "attend_to_first"
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Send the heads' attention to the first real token."""
+        """Move the heads' attention to the first real token."""
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
             real = setting.probe.real[chosen]
@@ -304,14 +304,14 @@ class AttendToFirst(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class _Sparse(Intervention):
-    """Base of interventions that make attention rows with exact zeros of a model's own rows."""
+    """Base of interventions that replace softmax with a sparse map with exact zeros."""
 
     @abstractmethod
     def edit(self, heads: Heads, positions: Bool[Tensor, "batch pos"] | None = None) -> AnyEdit:
-        """The edit of some heads."""
+        """Build the edit for some heads."""
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Change the heads' attention at the positions asked for."""
+        """Sparsify the heads' attention at the requested positions."""
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
             return lambda heads: self.edit(heads, setting.where(chosen))
@@ -319,11 +319,11 @@ class _Sparse(Intervention):
         return batch
 
     def on(self, model: HeadModel, heads: Heads | None = None) -> AbstractContextManager[None]:
-        """Scope in which a model attends that way: scores, passes and generation see it.
+        """Context manager in which a model attends sparsely: in scores, passes and generation.
 
         Args:
-            model: whose attention becomes sparse.
-            heads: which; None: all.
+            model: the model to change.
+            heads: which heads; None: all.
 
         Example:
             >>> with hs.interventions.TopK(1).on(model):
@@ -336,7 +336,7 @@ class _Sparse(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Entmax(_Sparse):
-    """Attention is alpha-entmax of the scores: keys that are far behind get exactly 0.
+    """Replace softmax with alpha-entmax, which gives low-scoring keys exactly 0.
 
     Definition and source at :func:`headscope.edits.entmax`.
 
@@ -354,26 +354,26 @@ class Entmax(_Sparse):
     name: ClassVar[str] = "entmax"
 
     def __post_init__(self) -> None:
-        """Refuse what is not an alpha.
+        """Validate alpha.
 
         Raises:
-            InputError: if it is not 1, or 1.01 and more.
+            InputError: unless it is 1, or at least 1.01.
         """
         if not isinstance(self.alpha, int | float):
             raise InputError(f"Entmax takes a number, not {self.alpha!r}.")
         edits.entmax((0, 0), float(self.alpha))
 
     def edit(self, heads: Heads, positions: Bool[Tensor, "batch pos"] | None = None) -> AnyEdit:
-        """The edit of some heads."""
+        """Build the edit for some heads."""
         return edits.entmax(heads, float(self.alpha), positions=positions)
 
 
 @dataclass(frozen=True, eq=False)
 class TopK(_Sparse):
-    """Attention goes to each query's k highest-scoring keys alone (Gupta et al. 2021).
+    """Keep only each query's k highest-scoring keys (Gupta et al. 2021).
 
     Attributes:
-        k: keys that a query keeps.
+        k: number of keys that a query keeps.
 
     Example:
         >>> hs.interventions.TopK(4).facts
@@ -384,38 +384,37 @@ class TopK(_Sparse):
     name: ClassVar[str] = "top_k"
 
     def __post_init__(self) -> None:
-        """Refuse what is not a number of keys.
+        """Validate k.
 
         Raises:
-            InputError: if it is not a whole number from 1 on.
+            InputError: if k is not a positive integer.
         """
         edits.top_k((0, 0), self.k)
 
     def edit(self, heads: Heads, positions: Bool[Tensor, "batch pos"] | None = None) -> AnyEdit:
-        """The edit of some heads."""
+        """Build the edit for some heads."""
         return edits.top_k(heads, self.k, positions=positions)
 
 
 @dataclass(frozen=True, eq=False)
 class Denoise(Intervention):
-    """Rotary bands of some heads' queries are taken out, or replaced by noise (DoPE).
+    """Remove rotary planes from some heads' queries, or replace them with noise (DoPE).
 
-    Without noise the two coordinates of each plane become 0 in the query, so that the plane adds
-    nothing to any score (truncation). With noise they become Gaussian numbers, drawn for every
-    head and position in the text and the same in every text, times the root mean square of the
-    query's own coordinates. Heads without planes stay as they are. Which planes: those that nearly
-    all tokens share, ``hs.geometry.rotary_bands(model).below(entropy)``; all planes of a head
-    denoise it as a whole.
+    Without noise both coordinates of each plane become 0 in the query, so that the plane adds
+    nothing to any score (truncation). With noise they become Gaussian numbers, drawn for every head
+    and position and the same in every text, times the root mean square of the query's own
+    coordinates. Heads without listed planes stay as they are. A good choice is the planes that
+    nearly all tokens share, ``hs.geometry.rotary_bands(model).below(entropy)``; listing all planes
+    of a head denoises it completely.
 
     Attributes:
-        planes: by head, which planes, counted from the fastest to the slowest.
-        noise: standard deviation of the noise, as a multiple of the query's root mean square;
-            0 truncates.
-        seed: of the noise.
+        planes: planes per head, counted from the fastest to the slowest.
+        noise: standard deviation of the noise, as a multiple of the query's root mean square; 0
+            truncates.
+        seed: seed of the noise.
 
-    Source:
-        Xiong et al. 2025, "DoPE: Denoising Rotary Position Embedding" (arXiv 2511.09146): by
-        parts, by all and by Gaussian. The size of the noise relative to the query is ours.
+    Source: Xiong et al. 2025, "DoPE: Denoising Rotary Position Embedding" (arXiv 2511.09146): by
+    parts, by all and by Gaussian. Scaling the noise by the query's size is our choice.
 
     Example:
         >>> model = hs.load("tiny-llama")
@@ -432,11 +431,11 @@ class Denoise(Intervention):
     name: ClassVar[str] = "denoise"
 
     def __post_init__(self) -> None:
-        """Check the planes, the noise and the seed.
+        """Validate planes, noise and seed.
 
         Raises:
-            InputError: if the planes are not given by head, or the noise or the seed is negative or
-                not a number.
+            InputError: if the planes are not given per head, or the noise or the seed is negative
+                or not a number.
         """
         if not isinstance(self.planes, Mapping):
             raise InputError(
@@ -459,7 +458,7 @@ class Denoise(Intervention):
         """Find the coordinates of the planes, and draw the noise.
 
         Raises:
-            InputError: if a head or a plane is not there.
+            InputError: if a head or plane does not exist.
             UnsupportedModelError: if the model has no rotary positions.
         """
         model, probe = setting.model, setting.probe
@@ -485,7 +484,7 @@ class Denoise(Intervention):
     def _drawn(
         self, model: HeadModel, length: int, layer: int
     ) -> Float[Tensor, "#head #pos #d_head"]:
-        """Noise of one layer; longer texts begin with that of shorter ones."""
+        """Noise of one layer; a longer text starts with the noise of a shorter one."""
         if self.noise == 0:
             return torch.zeros(1, 1, 1)
         size = (length, model.shape.n_heads, model.shape.d_head)
@@ -493,7 +492,7 @@ class Denoise(Intervention):
         return torch.from_numpy(noise).transpose(0, 1)
 
     def _taken(self, model: HeadModel) -> dict[int, Tensor]:
-        """Coordinates that are taken out, by layer ``[head 1 d_head]``."""
+        """Mask of the removed coordinates, by layer ``[head 1 d_head]``."""
         if "rotary" in model.limits:
             raise UnsupportedModelError(model.limits["rotary"])
         shape = model.shape
@@ -516,7 +515,7 @@ class Denoise(Intervention):
 
 
 def _denoised(value: Tensor, new: Tensor | None) -> Tensor:
-    """Put new coordinates, in units of the vector's root mean square, where they are not NaN."""
+    """Overwrite coordinates with ``new`` times the vector's root mean square, except where NaN."""
     if new is None:
         return value
     size = value.float().square().mean(-1, keepdim=True).sqrt().to(value.dtype)
@@ -525,7 +524,7 @@ def _denoised(value: Tensor, new: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _FromReference(Intervention):
-    """Base of interventions whose values come from a probe: by default the one that is run."""
+    """Base of interventions that read a reference probe; default: the probe being run."""
 
     reference: Probe | None = None
 
@@ -533,7 +532,7 @@ class _FromReference(Intervention):
         """Refuse a reference that is not a probe.
 
         Raises:
-            InputError: with what was given.
+            InputError: if it is something else.
         """
         if self.reference is not None and not isinstance(self.reference, Probe):
             raise InputError(
@@ -551,10 +550,10 @@ class _FromReference(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Mean(_FromReference):
-    """The head's output becomes its mean over all real positions of a reference.
+    """Replace the head's output with its mean over all real positions of a reference.
 
     Attributes:
-        reference: None: the probe that is run.
+        reference: reference probe; None: the probe being run.
 
     Example:
         >>> other = hs.probes.repeated_tokens(model, length=10, batch=2, seed=1)
@@ -567,7 +566,7 @@ class Mean(_FromReference):
     name: ClassVar[str] = "mean"
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Take the means once, of the recorded run itself where that is the reference."""
+        """Compute the means once, from the recorded run if it is the reference."""
         means = _Means(setting, self.reference_for(setting.probe), per_position=False)
 
         def batch(chosen: slice, clean: Mapping[int, Tensor] | None) -> Place:
@@ -578,10 +577,10 @@ class Mean(_FromReference):
 
 @dataclass(frozen=True, eq=False)
 class MeanPos(_FromReference):
-    """The head's output becomes its mean over a reference's examples, position by position.
+    """Replace the head's output with its mean over a reference's examples, per position.
 
     Attributes:
-        reference: of the probe's length; None: the probe that is run.
+        reference: reference probe of the same length; None: the probe being run.
 
     Example:
         >>> hs.interventions.MeanPos().name
@@ -591,7 +590,7 @@ class MeanPos(_FromReference):
     name: ClassVar[str] = "mean_pos"
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Take the means once, of the recorded run itself where that is the reference."""
+        """Compute the means once, from the recorded run if it is the reference."""
         reference = self.reference_for(setting.probe)
         _need_same_length(setting.probe, reference, self.name)
         means = _Means(setting, reference, per_position=True)
@@ -604,12 +603,12 @@ class MeanPos(_FromReference):
 
 @dataclass(frozen=True, eq=False)
 class Resample(_FromReference):
-    """The head's output becomes that of another example at the same position.
+    """Replace the head's output with that of another example at the same position.
 
     Attributes:
-        reference: where the other examples are; None: the probe that is run, and then no example
-            is its own partner.
-        seed: of the draw of partners.
+        reference: probe that supplies the other examples; None: the probe being run, where no
+            example is its own partner.
+        seed: seed of the draw of partners.
 
     Example:
         >>> hs.interventions.Resample(seed=3).facts
@@ -620,21 +619,21 @@ class Resample(_FromReference):
     name: ClassVar[str] = "resample"
 
     def __post_init__(self) -> None:
-        """Refuse a seed that is not a number.
+        """Validate the seed.
 
         Raises:
-            InputError: with what was given.
+            InputError: if it is not an integer.
         """
         super().__post_init__()
         whole(self.seed, "seed")
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Draw every example's partner."""
+        """Draw a partner for every example."""
         probe, reference = setting.probe, self.reference_for(setting.probe)
         own = reference is probe
         _need_aligned(probe, reference)
         if own and len(probe) < 2:
-            raise InputError("resample needs another example: give two or more, or a reference.")
+            raise InputError("resample needs other examples: give two or more, or reference=.")
         partners = partners_of(len(probe), len(reference), self.seed, own)
 
         def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
@@ -648,7 +647,7 @@ class Resample(_FromReference):
 
 @dataclass(frozen=True, eq=False)
 class Patch(_FromReference):
-    """A value of the head becomes that of a paired run, position by position.
+    """Replace a head's value with that of a paired run, per position.
 
     Attributes:
         reference: example i is the pair of the probe's example i; None: the probe's corrupt pair.
@@ -666,7 +665,7 @@ class Patch(_FromReference):
         """Refuse sites that belong to key/value heads or do not exist.
 
         Raises:
-            InputError: for another site.
+            InputError: for any other site.
         """
         super().__post_init__()
         if self.site not in ("z", "query", "pattern"):
@@ -676,7 +675,7 @@ class Patch(_FromReference):
             )
 
     def reference_for(self, probe: Probe) -> Probe:
-        """The pair of the probe, or the one given."""
+        """The reference, or the probe's corrupt pair."""
         if self.reference is not None:
             return super().reference_for(probe)
         if probe.corrupt is None:
@@ -687,7 +686,7 @@ class Patch(_FromReference):
         return probe.corrupt
 
     def prepare(self, setting: Setting) -> BatchPlace:
-        """Check that the pair is aligned, example by example."""
+        """Check that the pair is aligned example by example."""
         reference = self.reference_for(setting.probe)
         _need_aligned(setting.probe, reference)
 
@@ -706,7 +705,7 @@ class Patch(_FromReference):
 
 @dataclass(frozen=True, eq=False)
 class FreezePattern(Patch):
-    """Attention stays what it is in a paired run, whatever queries and keys become.
+    """Freeze the head's attention pattern to that of a paired run.
 
     Attributes:
         reference: example i is the pair of the probe's example i; None: the probe's corrupt pair.
@@ -721,14 +720,14 @@ class FreezePattern(Patch):
 
 
 class _Means:
-    """Means of head outputs over a reference, taken once."""
+    """Mean head outputs over a reference, computed once."""
 
     def __init__(self, setting: Setting, reference: Probe, *, per_position: bool) -> None:
         self._setting, self._reference, self._per_position = setting, reference, per_position
         self._means: Mapping[int, Tensor] | None = None
 
     def of(self, clean: Mapping[int, Tensor] | None) -> Mapping[int, Tensor]:
-        """Means by layer; of the recorded run itself where that is the whole reference."""
+        """Means by layer, taken from the recorded run if it is the whole reference."""
         s, probe = self._setting, self._setting.probe
         whole = self._reference is probe and s.batch_size >= len(probe)
         if self._means is None and whole and clean is not None:
@@ -747,10 +746,10 @@ class _Means:
 _SHIPPED: tuple[type[Intervention], ...] = (
     Zero, Mean, MeanPos, Resample, Patch, Uniform, AttendToFirst,
 )  # fmt: skip
-# Interventions that a name alone describes.
+# Interventions that need no arguments.
 NAMED: Mapping[str, type[Intervention]] = {one.name: one for one in _SHIPPED}
 
-# Interventions that a name alone does not describe: what they need, and how it is given.
+# Interventions that need arguments: what they need, and how to pass it.
 _MEASURED = {
     "scale": ("a factor", "Scale(factor)"),
     "entmax": ("an alpha", "Entmax(alpha)"),
@@ -758,7 +757,7 @@ _MEASURED = {
     "denoise": ("planes", "Denoise(planes)"),
 }
 
-# What was once a method, and the function that it has become.
+# Methods of earlier versions, and the functions that replace them.
 _MOVED = {
     "attribution": "hs.estimate_heads(model, probe, metric, baseline=..., steps=...)",
     "screened": "hs.screen_heads(model, probe, metric, top=..., sample=...)",
@@ -768,16 +767,16 @@ _MOVED = {
 def named(
     name: str, reference: Probe | None = None, seed: int = 0, kind: str = "method"
 ) -> Intervention:
-    """Return the intervention of a name.
+    """Look up an intervention by name.
 
     Args:
         name: one of ``NAMED``.
-        reference: where values come from, for those that take them from elsewhere.
-        seed: of what is drawn.
-        kind: what the name is called in errors.
+        reference: probe that values come from, for interventions that need one.
+        seed: seed of random draws.
+        kind: what to call the name in messages.
 
     Raises:
-        InputError: if there is no such name, or it takes no reference.
+        InputError: if the name is unknown, or the intervention takes no reference.
 
     Example:
         >>> hs.interventions.named("mean").name
@@ -804,12 +803,12 @@ def named(
 
 
 def partners_of(n: int, n_reference: int, seed: int, own: bool) -> Int[Tensor, " example"]:
-    """Draw another example for each: within one probe never itself, by a random cycle.
+    """Draw a partner for each example: within one probe by a random cycle, so never itself.
 
     Args:
-        n: examples.
-        n_reference: examples to draw from.
-        seed: of the draw.
+        n: number of examples.
+        n_reference: number of examples to draw from.
+        seed: seed of the draw.
         own: whether both are the same examples.
 
     Example:
@@ -831,6 +830,6 @@ def _need_aligned(probe: Probe, reference: Probe) -> None:
     both = torch.cat([probe.real, reference.real])
     if not bool((both == both[:1]).all()):
         raise InputError(
-            "resample and patch take another example's output at the same position: all examples "
-            "must have their padding in the same places."
+            "resample and patch take another example's output at the same position: the padding "
+            "of all examples must be in the same places."
         )

@@ -1,10 +1,10 @@
 """Metrics: one number per example from the logits, as frozen values.
 
-A metric says which positions it reads, so that logits are computed nowhere else. By default these
-are the positions that have a target; ``metric.at("end")`` reads a mark of the probe instead. Where
-an example has several, its number is their mean; where it has none, NaN. A metric is also a plain
-function of whole logits: ``hs.metrics.loss(model.forward(probe.tokens), probe)``.
-A user's function ``f(logits [batch pos d_vocab], probe) -> [batch]`` is a metric too.
+A metric says which positions it reads, so that logits are computed only there. By default these are
+the positions that have a target; ``metric.at("end")`` reads a mark of the probe instead. An example
+with several such positions gets their mean, and one with none gets NaN. A metric is also a plain
+function of whole logits: ``hs.metrics.loss(model.forward(probe.tokens), probe)``. Conversely a
+function ``f(logits [batch pos d_vocab], probe) -> [batch]`` can be used as a metric.
 """
 
 import math
@@ -22,7 +22,7 @@ from headscope.errors import InputError, nearest
 
 @runtime_checkable
 class Answered(Protocol):
-    """What a metric needs to know of a probe (or of a batch of one)."""
+    """What a metric reads from a probe (or from one batch of it)."""
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"]:
@@ -30,23 +30,23 @@ class Answered(Protocol):
 
     @property
     def targets(self) -> Int[Tensor, "batch pos"]:
-        """Token to predict at each position; -1 for none."""
+        """Target token at each position; -1 for none."""
 
     @property
     def foils(self) -> Int[Tensor, "batch pos"] | None:
-        """Wrong alternative to each target."""
+        """Foil (wrong alternative) for each target."""
 
     @property
     def marks(self) -> Mapping[str, Bool[Tensor, "batch pos"]]:
         """Named sets of positions."""
 
     def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
-        """One of them."""
+        """Positions with one mark."""
 
 
 @dataclass(frozen=True, eq=False)
 class LogitRows:
-    """Logits of the positions that a metric reads, one row each, in fp32.
+    """Logits at the positions that a metric reads, one row each, in fp32.
 
     Attributes:
         targets: -1 where there is none.
@@ -60,20 +60,20 @@ class LogitRows:
     clean: Float[Tensor, "row d_vocab"] | None = None
 
     def of(self, tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-        """Logit of one token per row."""
+        """Logit of one given token per row."""
         return self.logits.gather(1, tokens[:, None]).squeeze(1)
 
 
 @dataclass(frozen=True, eq=False)
 class Metric(Specified):
-    """A number per position read, averaged over the positions of an example.
+    """Metric of the logits: one value per position, averaged over each example's positions.
 
     Attributes:
-        spec: what the metric declares: name, unit, bounds, which direction is better, ...
-        value: the number of every row.
-        needs: which of ``target``, ``foil`` and ``clean`` it compares the logits with;
-            ``embedding`` where it is a number of embeddings and not of logits, ``pair`` where it
-            compares with the partner of an example.
+        spec: name, unit, bounds, direction and other facts.
+        value: function from rows to values.
+        needs: which of ``target``, ``foil`` and ``clean`` the logits are compared with;
+            ``embedding`` for a metric of embeddings instead of logits, ``pair`` for one that
+            compares an example with its partner.
         mark: which positions it reads; None: those with a target (and a foil, if it needs one).
     """
 
@@ -83,16 +83,16 @@ class Metric(Specified):
     mark: str | None = None
 
     def at(self, mark: str) -> "Metric":
-        """The same metric, read at the positions with this mark (that have a target)."""
+        """Return the same metric read only at positions with this mark (that have a target)."""
         return replace(self, mark=mark)
 
     def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
-        """Positions whose logits it reads.
+        """Mask of the positions whose logits it reads.
 
         Raises:
             InputError: if there are none.
         """
-        # Of an image one position speaks for the whole.
+        # Each image is represented by a single position.
         speaking: Bool[Tensor, "batch pos"] = getattr(probe, "answering", probe.real)
         answered = speaking & (probe.targets >= 0)
         if "foil" in self.needs:
@@ -122,7 +122,7 @@ class Metric(Specified):
         probe: Answered,
         clean: Float[Tensor, "batch pos d_vocab"] | None = None,
     ) -> Float[Tensor, "batch pos"]:
-        """The number at every position read; NaN elsewhere."""
+        """Value at every position read; NaN elsewhere."""
         read = self.reads(probe).to(logits.device)
         rows = rows_of(logits[read], probe, read, None if clean is None else clean[read])
         values = torch.full(read.shape, float("nan"), dtype=torch.float32, device=logits.device)
@@ -135,26 +135,26 @@ class Metric(Specified):
         probe: Answered,
         clean: Float[Tensor, "batch pos d_vocab"] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """One number per example: the mean over the positions read."""
+        """Value of each example: the mean over the positions read."""
         return self.by_position(logits, probe, clean).nanmean(1)
 
 
 @dataclass(frozen=True, eq=False)
 class WholeMetric(Specified):
-    """A user's own function of the logits of all positions and the batch's probe."""
+    """Metric made from a user's function of all logits and the batch's probe."""
 
     function: Callable[..., Tensor]
     spec: ScoreSpec
     needs: frozenset[str] = frozenset()
 
     def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
-        """Every position."""
+        """Mask of the positions it reads: all."""
         return torch.ones_like(probe.real)
 
     def __call__(
         self, logits: Float[Tensor, "batch pos d_vocab"], probe: Answered
     ) -> Float[Tensor, " batch"]:
-        """Call the function and check that it gave one number per example."""
+        """Call the function and check that it returns one number per example."""
         values = self.function(logits, probe)
         if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
             raise InputError(
@@ -168,7 +168,7 @@ AnyMetric = Metric | WholeMetric
 
 
 def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric:
-    """A metric as it is; a plain function as a :class:`WholeMetric`.
+    """Return a metric unchanged, and wrap a plain function in a :class:`WholeMetric`.
 
     Raises:
         InputError: if it is neither.
@@ -185,14 +185,14 @@ def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric
 
 
 def cost_sign(metric: AnyMetric, better: Direction | None = None) -> int:
-    """1 where a rise of the metric is damage, -1 where a fall is.
+    """Sign of damage: 1 if a higher metric is worse, -1 if a lower one is.
 
     Args:
         metric: one of :mod:`headscope.metrics`, or a user's.
-        better: which direction is better; needed where the metric does not declare it.
+        better: ``"higher"`` or ``"lower"``; needed if the metric does not declare it.
 
     Raises:
-        InputError: if it cannot be told.
+        InputError: if the direction is unknown.
 
     Example:
         >>> cost_sign(hs.metrics.loss), cost_sign(hs.metrics.accuracy)
@@ -212,7 +212,7 @@ def rows_of(
     read: Bool[Tensor, "batch pos"],
     clean: Float[Tensor, "row d_vocab"] | None = None,
 ) -> LogitRows:
-    """Rows with what the probe says about them.
+    """Build the rows of a batch with their targets, foils and clean logits.
 
     Example:
         >>> len(rows_of(torch.zeros(40, 9), probe, probe.targets >= 0).targets)
@@ -237,7 +237,7 @@ def _log_prob(rows: LogitRows) -> Float[Tensor, " row"]:
 
 
 def _logit_difference(rows: LogitRows) -> Float[Tensor, " row"]:
-    foils = rows.targets if rows.foils is None else rows.foils  # reads() saw to it that there are
+    foils = rows.targets if rows.foils is None else rows.foils  # reads() checks that they exist
     return rows.of(rows.targets) - rows.of(foils)
 
 
@@ -255,7 +255,7 @@ logit_difference = Metric(
         "logit_difference",
         unit="logits",
         direction="higher",
-        description="Logit of the target less that of the foil.",
+        description="Logit of the target minus that of the foil.",
     ),
     _logit_difference,
     needs=frozenset({"target", "foil"}),
@@ -296,7 +296,7 @@ accuracy = Metric(
         unit="share",
         bounds=(0.0, 1.0),
         direction="higher",
-        description="Share of targets with the largest logit; of equals the lowest token wins.",
+        description="Share of targets with the largest logit; on ties the lowest token wins.",
     ),
     _correct,
 )
@@ -356,26 +356,26 @@ js_divergence = Metric(
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingMetric(Metric):
-    """A number of what a model makes of a whole example, without logits.
+    """Metric of one embedding per example, without logits.
 
     Attributes:
-        pooling: which vector that is: ``own``, what the model itself returns for it
-            (``image_embeds``, ``text_embeds``, ``pooler_output``); ``first``, the first position
-            of the last hidden states (a class token); ``mean``, their mean over real positions;
-            None: ``own`` of models of images and of causal ones of texts, where they return it,
-            else ``first`` of an image and ``mean`` of a text.
+        pooling: which vector: ``own``, the one that the model itself returns (``image_embeds``,
+            ``text_embeds``, ``pooler_output``); ``first``, the first position of the last hidden
+            states (a class token); ``mean``, their mean over real positions; None: ``own`` for
+            image models and causal text models that return one, otherwise ``first`` for an image
+            and ``mean`` for a text.
     """
 
     pooling: str | None = None
 
     def pooled(self, pooling: str) -> "EmbeddingMetric":
-        """The same metric of another vector.
+        """Return the same metric with another pooling.
 
         Args:
             pooling: see :class:`EmbeddingMetric`.
 
         Raises:
-            InputError: if it is none of the three.
+            InputError: if the pooling is unknown.
 
         Example:
             >>> hs.metrics.embedding_cosine.pooled("mean").name
@@ -387,7 +387,7 @@ class EmbeddingMetric(Metric):
         return replace(self, spec=spec, pooling=pooling)
 
     def reads(self, probe: Answered) -> Bool[Tensor, "batch pos"]:
-        """First real position, at which the vector of an example stands.
+        """Mask of each example's first real position, where its embedding is stored.
 
         Raises:
             InputError: if the metric needs a pair and the probe has none.
@@ -403,14 +403,18 @@ class EmbeddingMetric(Metric):
 
 def _cosine(rows: LogitRows) -> Float[Tensor, " row"]:
     if rows.clean is None:
-        raise InputError("this compares vectors with others: give those as clean=.")
+        raise InputError(
+            "this metric compares embeddings with other embeddings: pass those as clean=."
+        )
     cosine: Tensor = torch.nn.functional.cosine_similarity(rows.logits, rows.clean, dim=1)
     return cosine.clamp(-1, 1)
 
 
 def _distance(rows: LogitRows) -> Float[Tensor, " row"]:
     if rows.clean is None:
-        raise InputError("embedding_distance compares with the clean run: give it as clean=.")
+        raise InputError(
+            "embedding_distance compares with the clean run: pass its embeddings as clean=."
+        )
     distance: Tensor = (rows.logits - rows.clean).norm(dim=1)
     return distance
 
@@ -421,7 +425,7 @@ embedding_cosine = EmbeddingMetric(
         unit="cosine",
         bounds=(-1.0, 1.0),
         direction="higher",
-        description="Cosine of the embedding of an example to that of the clean run.",
+        description="Cosine similarity of an example's embedding to that of the clean run.",
     ),
     _cosine,
     needs=frozenset({"clean", "embedding"}),
@@ -432,7 +436,7 @@ embedding_distance = EmbeddingMetric(
         unit="norm",
         bounds=(0.0, None),
         direction="lower",
-        description="Euclidean distance of the embedding of an example to that of the clean run.",
+        description="Euclidean distance of an example's embedding from that of the clean run.",
     ),
     _distance,
     needs=frozenset({"clean", "embedding"}),
@@ -443,7 +447,7 @@ similarity = EmbeddingMetric(
         unit="cosine",
         bounds=(-1.0, 1.0),
         direction="higher",
-        description="Cosine of the embedding of an example to its partner's in the clean run.",
+        description="Cosine similarity of an example's embedding to its partner's clean one.",
     ),
     _cosine,
     needs=frozenset({"pair", "embedding"}),

@@ -1,4 +1,4 @@
-"""Where numbers of a model came from."""
+"""Provenance of results."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,15 +21,15 @@ def origin(
     checks: Mapping[str, Any] | None = None,
     **facts: Any,
 ) -> Provenance:
-    """Provenance of numbers of this model.
+    """Build the provenance of a result.
 
     Args:
-        model: that was run or read.
-        probe: that was run through it; None where there was none.
+        model: the model that was run or read.
+        probe: the probe that was run; None if there was none.
         attention: how the rows were computed.
-        control: what the null was.
+        control: name of the null.
         seed: default: the probe's.
-        checks: what was measured to prove an intervention.
+        checks: measurements that validate an intervention.
         facts: JSON values that join the probe's settings.
     """
     about: dict[str, Any] = {}
@@ -53,19 +53,19 @@ def origin(
 
 
 def of_weights(model: HeadModel, **facts: Any) -> Provenance:
-    """Provenance of numbers that came from weights alone."""
+    """Build the provenance of a result that was computed from weights alone."""
     return origin(model, attention=_WEIGHTS, **held_norm(model), **facts)
 
 
 def held_norm(model: HeadModel) -> dict[str, Any]:
-    """What stands between heads and the residual stream beside W_O, for provenance."""
+    """Provenance note about a norm between the heads and the residual stream."""
     if "linear_write" not in model.limits:
         return {}
     return {"write": "through the norm after attention, its gain folded and its scale held fixed"}
 
 
 def _extrapolated(model: HeadModel, probe: Probe) -> dict[str, int]:
-    """The trained length, where the probe goes beyond it; else nothing."""
+    """Provenance note that the probe is longer than the trained context; empty otherwise."""
     trained = model.shape.trained_ctx
     beyond = trained is not None and int(probe.real.sum(1).max()) > trained
     return {"extrapolated_from": trained} if trained is not None and beyond else {}

@@ -1,8 +1,8 @@
-"""What a study will cost before any weight is loaded: passes, FLOPs, memory and hours.
+"""Estimate what a study costs before loading weights: passes, FLOPs, memory and hours.
 
-Read from the shape of a model alone. Counts of floating-point operations are of matrix products, as
-torch's ``FlopCounterMode`` counts them, attention over the whole square; hours are these, or the
-bytes that decoding reads, over what a device does at best, times the share of it that is reached.
+Everything is computed from the model's shape. FLOPs count matrix products, as torch's
+``FlopCounterMode`` does, with attention over the full square; hours divide them, or the bytes that
+decoding reads, by the device's peak rate times a utilisation factor.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ STUDIES = ("scan", "ablation", "lens", "decode")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a decoder that decide its cost.
+    """Dimensions of a decoder that determine its cost.
 
     Attributes:
-        mlp_matrices: matrices of an MLP, ``d_model`` by ``d_mlp`` each: 2, or 3 where it is gated.
-        tied: whether embedding and unembedding are one matrix.
+        mlp_matrices: matrices in an MLP, ``d_model`` by ``d_mlp`` each: 2, or 3 if gated.
+        tied: whether embedding and unembedding share one matrix.
     """
 
     layers: int
@@ -40,31 +40,31 @@ class Sizes:
 
     @property
     def attention(self) -> int:
-        """Weights of one layer's attention."""
+        """Number of attention weights in one layer."""
         return 2 * self.d_model * self.d_head * (self.heads + self.kv_heads)
 
     @property
     def mlp(self) -> int:
-        """Weights of one MLP."""
+        """Number of weights in one MLP."""
         return self.mlp_matrices * self.d_model * self.d_mlp
 
     @property
     def parameters(self) -> int:
-        """Weights of all matrices."""
+        """Number of weights in all matrices."""
         tables = 1 if self.tied else 2
         return self.layers * (self.attention + self.mlp) + tables * self.d_model * self.d_vocab
 
     def forward(self, tokens: int, keys: int | None = None) -> float:
-        """Operations of one layer on an example's tokens, each of which sees ``keys`` keys."""
+        """FLOPs of one layer on an example's tokens, each attending to ``keys`` keys."""
         seen = tokens if keys is None else keys
         return 2.0 * tokens * (self.attention + self.mlp) + 2 * self.rows(tokens, seen)
 
     def rows(self, queries: int, keys: int) -> float:
-        """Operations of all heads' attention scores in one layer."""
+        """FLOPs of all heads' attention scores in one layer."""
         return 2.0 * self.heads * self.d_head * queries * keys
 
     def logits(self, rows: int) -> float:
-        """Operations of the logits of some rows."""
+        """FLOPs of the logits of some rows."""
         return 2.0 * rows * self.d_model * self.d_vocab
 
 
@@ -79,14 +79,14 @@ SHAPES: Mapping[str, Sizes] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What a device does at best: from its data sheet, without sparsity.
+    """Peak rates of a device, from its data sheet, without sparsity.
 
     Attributes:
-        half, single: operations a second in bf16 and in fp32 (no TF32).
-        bandwidth: bytes a second from its memory.
+        half, single: FLOPs per second in bf16 and in fp32 (no TF32).
+        bandwidth: memory bandwidth in bytes per second.
         memory: bytes.
-        stack_tokens: of variants that are run together in an ablation.
-        chunk_bytes: of attention rows that are held at once.
+        stack_tokens: tokens of variants run together in an ablation.
+        chunk_bytes: bytes of attention rows held at once.
     """
 
     half: float
@@ -105,9 +105,9 @@ MACHINES: Mapping[str, Machine] = {
     "rtx-4090": Machine(165e12, 82e12, 1.0e12, 24e9),
     "cpu-core": Machine(5e10, 5e10, 1e10, 16e9, 1024, 32 * 2**20),
 }
-# Share of a device's best that is reached on large matrix products; that of small models is lower.
+# Utilisation on large matrix products; small models reach less.
 _REACHED = 0.5
-# Tokens of one pass unless the caller of a study says otherwise.
+# Default number of tokens in one pass.
 _PASS_TOKENS = 8192
 _COPIES = 2.25  # of a chunk of rows: scores, probabilities, what a scorer derives
 _PROOFS = 6  # whole passes of one example that an ablation proves itself by
@@ -116,15 +116,15 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cost(Saved, Tabular, Shown):
-    """What a study costs.
+    """Estimated cost of a study.
 
     Attributes:
-        study: which.
+        study: name of the study.
         passes: work in whole forward passes over one example.
-        flops: operations of matrix products.
-        memory: bytes at the peak: weights, activations, what is kept of a pass.
-        hours: on the device, loading excluded.
-        device: named.
+        flops: FLOPs in matrix products.
+        memory: peak bytes: weights, activations and what is kept of a pass.
+        hours: on the device, without loading.
+        device: its name.
         fits: whether the peak is below the device's memory.
     """
 
@@ -138,7 +138,7 @@ class Cost(Saved, Tabular, Shown):
 
     def glance(self) -> Glance:
         """One row for each number."""
-        room = "fits" if self.fits else "does NOT fit: shard it with device_map, or offload it"
+        room = "fits" if self.fits else "does NOT fit: shard with device_map, or offload"
         rows = [
             ("forward passes", number(self.passes)),
             ("operations", f"{self.flops:.3g}"),
@@ -148,7 +148,7 @@ class Cost(Saved, Tabular, Shown):
         return Glance(f"cost of a study: {self.study}", [], ("", ""), rows)
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row."""
+        """DataFrame with one row."""
         import pandas
 
         return pandas.DataFrame([self.__dict__])
@@ -166,32 +166,32 @@ def plan(
     device: str = "h100",
     dtype: str = "bfloat16",
 ) -> Cost:
-    """Estimate what a study costs from a model's shape, before anything is loaded.
+    """Estimate what a study costs from a model's shape, without loading it.
 
     ``scan``: row scorers on ``queries`` of each example. ``ablation``: ``heads`` heads one by one
     at all positions, the metric read at the last one, by suffix replay. ``lens``: every layer read
     in the vocabulary at every position. ``decode``: ``steps`` tokens after a prompt of ``length``,
     one example at a time, with the rows of every step.
 
-    Operations and memory are within 25% of what was counted on small shapes; hours take half of
-    what the device does at best, and are only as good as that assumption.
+    FLOPs and memory are within 25% of what was counted on small shapes; hours assume half of the
+    device's peak rate, and are only as good as that assumption.
 
     Args:
         shape: a name of :data:`headscope.planning.SHAPES`, a Hugging Face name or folder whose
             config is read, ``"layers=32,heads=32,kv_heads=8,d_model=4096,..."``, or the sizes.
-        study: which.
-        examples: how many.
-        length: tokens of each.
-        queries: positions whose rows a scan looks at; default: all.
-        heads: ablated; default: all of the model.
-        steps: tokens that are decoded.
+        study: which study.
+        examples: number of examples.
+        length: tokens per example.
+        queries: positions whose rows a scan reads; default: all.
+        heads: number of ablated heads; default: all.
+        steps: decoded tokens.
         device: a name of :data:`headscope.planning.MACHINES`.
-        dtype: of weights and activations.
+        dtype: dtype of weights and activations.
 
     Raises:
         InputError: if a name is unknown or a number is not positive.
-        ModelLoadError: if there is no config of that name.
-        UnsupportedModelError: if the config does not say the sizes of a decoder.
+        ModelLoadError: if no config of that name can be read.
+        UnsupportedModelError: if the config does not give the sizes of a decoder.
 
     Example:
         >>> cost = hs.plan("llama-3-8b", "ablation", examples=10, length=512, device="h100")
@@ -231,7 +231,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Asked:
-    """A study's numbers; each method gives operations, and entries alive at the peak."""
+    """Parameters of a study; its methods return FLOPs and peak numbers of live tensor entries."""
 
     sizes: Sizes
     machine: Machine
@@ -244,7 +244,7 @@ class _Asked:
         return self.sizes.layers * self.sizes.forward(self.length)
 
     def _activations(self, tokens: int) -> float:
-        """Entries alive in an MLP, which needs most: its inner ones, and the stream around it."""
+        """Peak entries in an MLP, the largest consumer: its hidden activations and the stream."""
         gelu = self.sizes.mlp_matrices == 2
         return self._inside(tokens, 5 if gelu else 3)  # GELU by its formula has more terms
 
@@ -256,7 +256,7 @@ class _Asked:
         return self.length * min(self.examples, max(1, limit // self.length))
 
     def _chunk(self) -> float:
-        """Entries of rows that are held at once, with what is derived of them, in fp32."""
+        """fp32 entries of the rows held at once, with the views derived from them."""
         whole = _COPIES * self._batch(_PASS_TOKENS) * self.sizes.heads * self.queries
         return min(whole, self.machine.chunk_bytes / 4)
 
@@ -310,7 +310,7 @@ class _Asked:
 
 
 def sizes_of(shape: "str | Sizes") -> Sizes:
-    """Sizes by name, by numbers, or from the config of a model; see :func:`plan`.
+    """Get a decoder's sizes by name, from numbers, or from a model's config; see :func:`plan`.
 
     Example:
         >>> from headscope.planning import sizes_of
@@ -335,7 +335,7 @@ def _spelled(text: str) -> Sizes:
         if name not in _SPELLED:
             raise InputError(nearest(name, _SPELLED, kind="size"))
         if not value.isdecimal() or int(value) < 1:
-            raise InputError(f"{piece.strip()!r}: a size is a whole number from 1 on.")
+            raise InputError(f"{piece.strip()!r}: give a whole number from 1 on.")
         given[name] = int(value)
     if missing := [name for name in _NEEDED if name not in given]:
         raise InputError(f"{text!r} leaves out {', '.join(missing)}: give all of these.")
@@ -353,7 +353,7 @@ def _spelled(text: str) -> Sizes:
 
 
 def _of_config(name: str) -> Sizes:
-    """Sizes of the config that a folder or the hub has under this name."""
+    """Sizes from the config of a local folder or Hub name."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

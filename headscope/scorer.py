@@ -1,7 +1,7 @@
-"""What a scorer is: one pure function, and what it declares about itself.
+"""Scorers as values: a pure function, and what it declares about itself.
 
-The default probe and the control are values that a scorer holds, so that the engine knows no
-scorer, probe or control by name.
+Each scorer carries its default probe and its control as values, so that the engine refers to none
+of them by name.
 """
 
 import inspect
@@ -47,13 +47,13 @@ _KINDS: Mapping[Reads, Kind] = {
 
 @dataclass(frozen=True)
 class DefaultProbe:
-    """The kind of probe that a scorer is meant for, and how to make one.
+    """Kind of probe that a scorer uses by default, and how to make it.
 
     Attributes:
-        name: of the kind.
+        name: name of the kind.
         make: ``(model, seed) -> probe``.
-        needs_tokenizer: whether it cannot be made of random tokens.
-        stand_in: what serves as well where there is no tokenizer; None: nothing.
+        needs_tokenizer: whether random tokens would not do.
+        stand_in: alternative for models without a tokenizer; None: none.
     """
 
     name: str
@@ -62,7 +62,7 @@ class DefaultProbe:
     stand_in: "DefaultProbe | None" = None
 
     def suited(self, model: probes.HasVocabulary) -> "DefaultProbe":
-        """Itself, or what stands in for it where the model has no tokenizer, or reads images."""
+        """This kind, or its stand-in if the model has no tokenizer or reads images."""
         if grid_of(getattr(model, "stacks", {})) is not None:
             return IMAGES
         if self.needs_tokenizer and model.tokenizer is None and self.stand_in is not None:
@@ -70,7 +70,7 @@ class DefaultProbe:
         return self
 
     def possible(self, model: probes.HasVocabulary) -> bool:
-        """Whether it, or its stand-in, can be made for a model."""
+        """Whether a probe of this kind, or of its stand-in, can be made for a model."""
         return model.tokenizer is not None or not self.suited(model).needs_tokenizer
 
 
@@ -86,7 +86,7 @@ def _text(model: probes.HasVocabulary, seed: int) -> Probe:
 
 REPEATED = DefaultProbe("repeated_tokens", _repeated)
 TEXT = DefaultProbe("text", _text, needs_tokenizer=True, stand_in=REPEATED)
-# For scorers of words: of random tokens none is a delimiter.
+# For scorers of words, since random tokens contain no delimiters.
 WORDS = DefaultProbe("text", _text, needs_tokenizer=True)
 NEEDLE = DefaultProbe(
     "needle", lambda model, seed: probes.needle(model, seed=seed), needs_tokenizer=True
@@ -102,15 +102,16 @@ _PROBES = {one.name: one for one in (REPEATED, TEXT, NEEDLE, IOI, IMAGES)}
 
 @dataclass(frozen=True)
 class Control:
-    """What the values of a scorer are compared with.
+    """Null that a scorer's values are compared with.
 
     Attributes:
-        name: of the control, kept in the provenance.
-        of: ``even_rows``: attention spread evenly over the visible keys, on the same examples;
-            ``pass``: a pass over other examples; ``same_rows``: the function is told of other
-            examples while it sees this probe's rows.
-        examples: the other examples for a probe; None where it has none. They say whether they are
-            paired with its own (``probe.paired``); those of ``same_rows`` are.
+        name: name of the control, kept in the provenance.
+        of: ``even_rows``: uniform attention over the visible keys, on the same examples; ``pass``:
+            a pass over other examples; ``same_rows``: the function gets other examples' labels with
+            this probe's rows.
+        examples: function from a probe to the other examples; None if it needs none. Its result
+            says whether they are paired with the probe's own (``probe.paired``); those of
+            ``same_rows`` always are.
     """
 
     name: str
@@ -123,9 +124,10 @@ def _own_control(probe: Probe) -> Probe | None:
 
 
 def other_examples(probe: Probe) -> Probe:
-    """For every example another one of its length; ``alone`` is 1 where there is none.
+    """Choose another example of the same length for each; ``alone`` is 1 where there is none.
 
-    Which one does not depend on the order of the examples: the next by their tokens.
+    The choice is the next example in the order of their tokens, so it does not depend on the order
+    of the examples.
 
     Example:
         >>> len(other_examples(probe)) == len(probe)
@@ -200,26 +202,26 @@ class Scorer(Specified):
         return _KINDS[self.reads]
 
     def default_probe(self, model: probes.HasVocabulary, seed: int = 0) -> Probe:
-        """A probe of the kind that the scorer is meant for.
+        """Make a probe of the scorer's default kind.
 
         Raises:
-            InputError: if it needs none, or the model cannot have one.
+            InputError: if the scorer needs no probe, or none can be made for this model.
         """
         if self.probe is None:
             raise InputError(f"{self.name} reads weights alone: it takes no probe.")
         return self.probe.suited(model).make(model, seed)
 
     def renamed(self, name: str) -> "Scorer":
-        """The same scorer under another name."""
+        """Return the same scorer under another name."""
         return replace(self, spec=replace(self.spec, name=name))
 
     def __call__(self, seen: Any, *probe: Probe) -> Tensor:
-        """Score one chunk, or all weights."""
+        """Score one chunk of queries, or all weights."""
         return self.function(seen, *probe)
 
 
 class ScorerFacts(TypedDict, total=False):
-    """What every decorator takes: fields of the declaration, and the scorer's name."""
+    """Keyword arguments shared by all decorators: fields of the spec, and the scorer's name."""
 
     source: str
     direction: Direction | None
@@ -231,7 +233,7 @@ class ScorerFacts(TypedDict, total=False):
 def _made(
     function: Callable[..., Tensor], unit: str, bounds: Bounds, declared: ScorerFacts
 ) -> ScoreSpec:
-    """Declaration of a function, described by the first sentence of its docstring."""
+    """Build a function's spec, with the first sentence of its docstring as description."""
     name = str(declared.get("name") or getattr(function, "__name__", "score"))
     text = (inspect.getdoc(function) or name).split("\n\n")[0].replace("\n", " ")
     return ScoreSpec(
@@ -247,7 +249,7 @@ def _made(
 
 
 def as_probe(probe: str | DefaultProbe) -> DefaultProbe:
-    """A kind of probe by its name, or as it is.
+    """Look up a default probe by name, or return it unchanged.
 
     Raises:
         InputError: for an unknown name.
@@ -264,7 +266,7 @@ def as_probe(probe: str | DefaultProbe) -> DefaultProbe:
 
 
 def as_control(control: str | Control | None) -> Control | None:
-    """A control by its name, or as it is.
+    """Look up a control by name, or return it unchanged.
 
     Raises:
         InputError: for an unknown name.
@@ -281,9 +283,9 @@ def as_control(control: str | Control | None) -> Control | None:
 
 
 def every_query(probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """Every real position but the first of each example, whose row is 1 by construction.
+    """Select every real position except each example's first, whose row is trivially 1.
 
-    Of images every patch: rows of the class token and of registers are kept apart.
+    For images: every patch; rows of the class token and of registers are left out.
 
     Example:
         >>> bool(every_query(probe)[:, 0].any())  # never the first token
@@ -304,7 +306,7 @@ def row_scorer(
     needs: tuple[str, ...] = (),
     **declared: Unpack[ScorerFacts],
 ) -> Callable[[RowFunction], Scorer]:
-    """Make a scorer of a function of attention rows; see :class:`Scorer` for the arguments.
+    """Turn a function of attention rows into a scorer; arguments as in :class:`Scorer`.
 
     Example:
         >>> @row_scorer()
@@ -335,7 +337,7 @@ def output_scorer(
     needs: tuple[str, ...] = ("linear_write", "unembedding"),
     **declared: Unpack[ScorerFacts],
 ) -> Callable[[OutputFunction], Scorer]:
-    """Make a scorer of a function of head outputs; see :class:`Scorer` for the arguments.
+    """Turn a function of head outputs into a scorer; arguments as in :class:`Scorer`.
 
     Example:
         >>> @output_scorer(unit="length", needs=())
@@ -371,7 +373,7 @@ def qk_scorer(
     needs: tuple[str, ...] = (),
     **declared: Unpack[ScorerFacts],
 ) -> Callable[[QKFunction], Scorer]:
-    """Make a scorer of a function of QK scores, as they are before the softmax.
+    """Turn a function of pre-softmax attention scores into a scorer.
 
     See :class:`Scorer` for the arguments.
 
@@ -409,16 +411,16 @@ def gradient_scorer(
     needs: tuple[str, ...] = (),
     **declared: Unpack[ScorerFacts],
 ) -> Callable[[GradientFunction], Scorer]:
-    """Make a scorer of a function of head outputs and of the gradient of a metric by them.
+    """Turn a function of head outputs and a metric's gradients into a scorer.
 
     Args:
-        metric: whose gradients are taken, example by example; see :mod:`headscope.metrics`.
-        unit: of the value; default: the metric's.
-        bounds: likewise of :class:`Scorer`, as the other arguments.
+        metric: the metric to differentiate, example by example; see :mod:`headscope.metrics`.
+        unit: unit of the value; default: the metric's.
+        bounds: smallest and largest possible value, as in :class:`Scorer`.
         queries: which queries count.
-        probe: kind of probe that it is meant for.
+        probe: default kind of probe.
         needs: capabilities the model must have.
-        declared: other fields of the declaration.
+        declared: other fields of the spec.
 
     Example:
         >>> @gradient_scorer(metric=hs.metrics.loss)
@@ -454,15 +456,15 @@ def weight_scorer(
     description: str | None = None,
     **declared: Unpack[ScorerFacts],
 ) -> Callable[[WeightFunction], Scorer]:
-    """Make a scorer of a function of weights alone; nothing is run.
+    """Turn a function of weights into a scorer; the model is not run.
 
     Args:
-        unit: of the value.
-        bounds: smallest and largest possible value; None where there is none.
+        unit: unit of the value.
+        bounds: smallest and largest possible value; None: unbounded.
         needs: capabilities the model must have.
-        bounds_of: bounds that depend on the model, given what the function is given.
+        bounds_of: function that computes model-dependent bounds from the same argument.
         description: default: the first sentence of the function's docstring.
-        declared: other fields of the declaration.
+        declared: other fields of the spec.
 
     Example:
         >>> @weight_scorer(unit="", bounds=(0.0, None))
@@ -491,18 +493,18 @@ def weight_scorer(
 
 
 def without_sink(scorer: Scorer) -> Scorer:
-    """The same scorer on rows renormalised without the first position.
+    """Return the same scorer on rows renormalised without the first position.
 
     Example:
         >>> without_sink(hs.scorers.CATALOGUE["entropy"]).name
         'entropy_no_sink'
     """
-    needs = tuple(dict.fromkeys((*scorer.needs, "one_sequence")))  # whose first position is known
+    needs = tuple(dict.fromkeys((*scorer.needs, "one_sequence")))  # the first position is fixed
     return replace(scorer.renamed(f"{scorer.name}_no_sink"), reads="rows_no_sink", needs=needs)
 
 
 def value_weighted(scorer: Scorer) -> Scorer:
-    """The same scorer on rows weighted by what each key's value writes (Kobayashi 2020).
+    """Return the same scorer on rows weighted by the norm of each key's value (Kobayashi 2020).
 
     Example:
         >>> value_weighted(hs.scorers.CATALOGUE["induction"]).name
@@ -516,12 +518,12 @@ def value_weighted(scorer: Scorer) -> Scorer:
 
 
 def all_queries(probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """Every real position, the first included: only to agree with tools that do not drop it."""
+    """Select every real position, the first included, to match tools that keep it."""
     return probe.real
 
 
 def repeated_queries(probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """Positions whose token occurred before.
+    """Select positions whose token occurred before.
 
     On ``[BOS] R R`` these are exactly the positions of the second copy.
     """
@@ -529,26 +531,25 @@ def repeated_queries(probe: Probe) -> Bool[Tensor, "batch pos"]:
 
 
 def predicting_queries(probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """Positions that a prediction is asked of, and that could know the answer.
+    """Select positions with a target that could be predicted from the context.
 
-    Those with a target; where the probe marks a ``second_copy``, only those in it, since the
-    first copy is random.
+    If the probe marks a ``second_copy``, only positions inside it, since the first copy is random.
     """
-    if probe.grid is not None:  # the answer of an image stands at its first position
+    if probe.grid is not None:  # the prediction for an image is at its first position
         return probe.real & (probe.targets >= 0)
     asked = every_query(probe) & (probe.targets >= 0)
     return asked & probe.mark("second_copy") if "second_copy" in probe.marks else asked
 
 
 def contrasting_queries(probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """Positions that have both a target and a foil."""
+    """Select positions that have both a target and a foil."""
     if probe.foils is None:
         return probe.real & False
     return predicting_queries(probe) & (probe.foils >= 0)
 
 
 def queries_past(distance: int) -> QuerySelector:
-    """Positions with at least ``distance`` real tokens before them."""
+    """Select positions with at least ``distance`` real tokens before them."""
 
     def selector(probe: Probe) -> Bool[Tensor, "batch pos"]:
         return probe.real & (probe.position_in_text >= max(distance, 1))
@@ -557,7 +558,7 @@ def queries_past(distance: int) -> QuerySelector:
 
 
 def queries_before(distance: int) -> QuerySelector:
-    """Every query with at least ``distance`` real tokens after it."""
+    """Select positions with at least ``distance`` real tokens after them."""
 
     def selector(probe: Probe) -> Bool[Tensor, "batch pos"]:
         left = probe.last[:, None] - probe.first[:, None] - probe.position_in_text
@@ -567,7 +568,7 @@ def queries_before(distance: int) -> QuerySelector:
 
 
 def queries_with(mark: str) -> QuerySelector:
-    """Every query, of a probe that must have the mark: asking says so before any forward."""
+    """Select every query, and require that the probe has the mark."""
 
     def selector(probe: Probe) -> Bool[Tensor, "batch pos"]:
         probe.mark(mark)
@@ -577,7 +578,7 @@ def queries_with(mark: str) -> QuerySelector:
 
 
 def queries_at(mark: str) -> QuerySelector:
-    """The positions of a mark."""
+    """Select the positions of a mark."""
 
     def selector(probe: Probe) -> Bool[Tensor, "batch pos"]:
         return every_query(probe) & probe.mark(mark)

@@ -1,4 +1,4 @@
-"""What scorers and readers see of a layer: rows, head outputs, queries and keys."""
+"""What scorers read from a layer: attention rows, head outputs, queries and keys, weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from headscope.errors import UnsupportedModelError
 
 @dataclass(frozen=True, eq=False)
 class AttentionRows:
-    """Attention of one layer, for one chunk of query positions. Never written to.
+    """Attention rows of one layer for one chunk of query positions; read-only.
 
     Attributes:
         layer: the model's layer number.
@@ -36,23 +36,23 @@ class AttentionRows:
 
     @cached_property
     def total(self) -> Float[Tensor, "batch head query"]:
-        """Sum of each row: 1, less what a learned sink takes."""
+        """Sum of each row: 1 minus the share of a learned sink."""
         return self.pattern.sum(-1)
 
     @cached_property
     def entropy(self) -> Float[Tensor, "batch head query"]:
-        """Entropy of each row in nats, of the row divided by its sum; NaN for an empty row."""
+        """Entropy of each normalised row in nats; NaN for an empty row."""
         total = self.total
         # Half the time of torch.special.entr.
         plogp = self.pattern.clamp_min(1e-38).log_().mul_(self.pattern)
         return (total.log() - plogp.sum(-1) / total).clamp_min(0)
 
     def mass(self, keys: Bool[Tensor, "batch query key"]) -> Float[Tensor, "batch head query"]:
-        """Probability on a set of keys; NaN where no key of the set is visible.
+        """Attention mass on a set of keys; NaN where no key of the set is visible.
 
         Args:
-            keys: the set, for every example and query of this chunk; keys past the last visible
-                one may be given and count for nothing.
+            keys: the set, per example and query of this chunk; keys past the last visible position
+                are allowed and count as 0.
         """
         reachable = keys[..., : self.pattern.shape[-1]] & self.visible
         weights = reachable.to(self.pattern.dtype).unsqueeze(1)
@@ -60,9 +60,9 @@ class AttentionRows:
         return mass.masked_fill(~reachable.any(-1).unsqueeze(1), float("nan"))
 
     def column_mass(self, keys: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch head query"]:
-        """Probability on a set of keys that is the same for every query; NaN as in :meth:`mass`.
+        """Attention mass on a set of keys that all queries share; NaN as in :meth:`mass`.
 
-        One matrix product over the chunk, without a copy of it.
+        Computed as one matrix product over the chunk, without a copy.
         """
         keys = keys[:, : self.pattern.shape[-1]].to(self.pattern.device)
         weights = keys.to(self.pattern.dtype)[:, :, None]
@@ -71,7 +71,7 @@ class AttentionRows:
         return mass.masked_fill(~seen.unsqueeze(1), float("nan"))
 
     def at(self, key_pos: Int[Tensor, "batch query"]) -> Float[Tensor, "batch head query"]:
-        """Probability on one key per query; NaN where it is negative or not visible."""
+        """Attention to one key per query; NaN where the key is negative or not visible."""
         index = key_pos.clamp(0, self.pattern.shape[-1] - 1)
         reachable = (
             self.visible.gather(-1, index.unsqueeze(-1)).squeeze(-1)
@@ -85,10 +85,10 @@ class AttentionRows:
         return picked.masked_fill(~reachable.unsqueeze(1), float("nan"))
 
     def without_first(self, first: Int[Tensor, " batch"]) -> "AttentionRows":
-        """The same rows with each example's first real key removed, renormalised.
+        """Remove each example's first real key and renormalise the rows.
 
-        This is the sink-corrected form: what a head does with the attention that it does
-        not park on the first token. A row whose whole mass lay there becomes 0.
+        This is the sink-corrected form: how a head distributes the attention that it does not park
+        on the first token. A row whose whole mass was there becomes 0.
 
         Args:
             first: first real position of each example.
@@ -100,7 +100,7 @@ class AttentionRows:
         return replace(self, pattern=kept / total.clamp_min(1e-30), visible=self.visible & keep)
 
     def weighted(self, value_norms: Float[Tensor, "batch head key"]) -> "AttentionRows":
-        """The same rows weighted by how much each key's value writes, renormalised.
+        """Weight rows by the norm of what each key's value writes, and renormalise.
 
         Entry (i, j) becomes ``A_ij |v_j W_O| / sum_k A_ik |v_k W_O|`` (Kobayashi et al. 2020):
         attention on a key whose value is near zero moves nothing.
@@ -113,9 +113,9 @@ class AttentionRows:
         return replace(self, pattern=moved / total.clamp_min(1e-30))
 
     def uniform(self) -> "AttentionRows":
-        """One head that spreads its attention evenly over the visible keys: the flat null.
+        """Rows of one head with uniform attention over the visible keys: the flat null.
 
-        Its rows sum to 1, also where a learned sink takes part of the model's own rows.
+        Rows sum to 1, even where a learned sink takes part of the model's own rows.
         """
         shown = self.visible.to(self.pattern.dtype)
         return replace(
@@ -127,8 +127,8 @@ class AttentionRows:
 class Norm:
     """A norm of the residual stream: ``(x - mean(x)) / scale(x) * gain + bias``.
 
-    There is no subtraction of the mean where ``centred`` is False (RMSNorm), and no division
-    where ``divides`` is False (attention reads the residual stream as it is).
+    The mean is not subtracted if ``centred`` is False (RMSNorm), and nothing is divided if
+    ``divides`` is False (attention reads the residual stream directly).
 
     Attributes:
         gain: effective multiplier (``1 + weight`` where a family uses that).
@@ -150,7 +150,7 @@ class Norm:
         return (x.square().mean(-1) + self.epsilon).sqrt()
 
     def __call__(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        """What is read of a residual stream behind the norm, in fp32."""
+        """Apply the norm to a residual stream, in fp32."""
         x = residual.float()
         scale = self.scale(residual).unsqueeze(-1)
         x = x - x.mean(-1, keepdim=True) if self.centred else x
@@ -159,17 +159,17 @@ class Norm:
     def folded(
         self, weight: Float[Tensor, "*head d_model d_head"]
     ) -> Float[Tensor, "*head d_model d_head"]:
-        """Weights that read ``x / scale(x)`` as ``weight`` reads the norm's output, bias apart."""
+        """Fold the norm's gain and centring into weights that read its output; bias excluded."""
         read = weight * self.gain.to(weight).unsqueeze(-1)
         return read - read.mean(-2, keepdim=True) if self.centred else read
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Rotary position embedding of one layer: a turn in each of some planes of head space.
+    """Rotary position embedding of one layer: a rotation in some planes of head space.
 
     A query at position i is ``content @ turn(i)``, a key at j likewise, so that their product
-    depends on ``i - j`` alone. Without rotary positions there are no planes.
+    depends only on ``i - j``. Without rotary positions there are no planes.
 
     Attributes:
         first, second: coordinates of head space that span each plane.
@@ -183,9 +183,9 @@ class Rotation:
     gain: float = 1.0
 
     def phases(self, distance: int | Float[Tensor, " distance"]) -> Complex[Tensor, " plane"]:
-        """Complex factor by which query and key at a distance meet in each plane.
+        """Complex factor that each plane applies between a query and a key at a distance.
 
-        Many distances give the mean of their factors.
+        For several distances, the mean of their factors.
         """
         at = torch.as_tensor(distance, dtype=torch.float64).reshape(-1, 1)
         angle = at * self.frequency.double().cpu()
@@ -196,9 +196,9 @@ class Rotation:
         weight: Float[Tensor, "*any d_head"],
         distance: int | Float[Tensor, " distance"],
     ) -> Float[Tensor, "*any d_head"]:
-        """Query weights (or vectors) that meet unrotated keys as at this distance.
+        """Rotate query weights (or vectors) so that unrotated keys act as at this distance.
 
-        ``turned(q, i - j) @ k`` is the product of the rotated ``q`` at i and ``k`` at j.
+        ``turned(q, i - j) @ k`` equals the product of the rotated ``q`` at i and ``k`` at j.
         """
         if not self.first:
             return weight
@@ -213,13 +213,13 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class HeadNorm:
-    """Norm of a layer's queries (or keys): ``(c - mean(c)) / scale(c) * gain + bias``.
+    """Norm of a layer's queries or keys: ``(c - mean(c)) / scale(c) * gain + bias``.
 
     Attributes:
-        gain, bias: multiplier and additive part of every number of every head.
+        gain, bias: multiplier and additive part per coordinate and head.
         centred: whether the mean is subtracted (LayerNorm).
         epsilon: added to the mean square under the root.
-        together: whether the heads of a position share one scale (olmo2); else each has its own.
+        together: whether all heads of a position share one scale (olmo2) or each has its own.
     """
 
     gain: Float[Tensor, "head d_head"]
@@ -238,14 +238,14 @@ class HeadNorm:
     def __call__(
         self, content: Float[Tensor, "*any head d_head"]
     ) -> Float[Tensor, "*any head d_head"]:
-        """What the norm makes of queries (or keys)."""
+        """Apply the norm to queries or keys."""
         x = (content - self._mean(content)) / self.scale(content).unsqueeze(-1)
         return x * self.gain.to(x) + self.bias.to(x)
 
     def folded(
         self, content: Float[Tensor, "*any head d_head"]
     ) -> Float[Tensor, "*any head d_head"]:
-        """The norm without its division and its bias: what weights alone know of it, linear."""
+        """Linear part of the norm, without division and bias: all that weights alone determine."""
         return (content - self._mean(content)) * self.gain.to(content)
 
     def _mean(self, content: Tensor) -> Tensor:
@@ -256,15 +256,15 @@ class HeadNorm:
 
 @dataclass(frozen=True, eq=False)
 class QueryKey:
-    """What turns ``x W_Q + b_Q`` and ``x W_K + b_K`` into the queries and keys of the scores.
+    """Maps ``x W_Q + b_Q`` and ``x W_K + b_K`` to the queries and keys that are multiplied.
 
-    First a norm, where there is one, then rotation, then a constant multiplier.
+    Applied in order: a norm if there is one, rotation, a constant multiplier.
 
     Attributes:
-        rotation: of positions; no planes where there are none.
-        query_norm, key_norm: None where there is none.
-        query_scale, key_scale: constant multipliers that the model puts on queries and keys (opt
-            scales its queries before they meet keys); 1 nearly everywhere.
+        rotation: rotary embedding; without planes if there is none.
+        query_norm, key_norm: None if there is none.
+        query_scale, key_scale: constant multipliers of queries and keys (opt scales its queries
+            first); usually 1.
     """
 
     rotation: Rotation
@@ -276,7 +276,7 @@ class QueryKey:
 
 @dataclass(frozen=True, eq=False)
 class QueryKeys:
-    """Queries at some positions and all keys that any of them sees. Never written to.
+    """Queries at some positions and all keys that they can see; read-only.
 
     Attributes:
         layer: the model's layer number.
@@ -301,7 +301,7 @@ class QueryKeys:
 
     @cached_property
     def scores(self) -> Float[Tensor, "batch head query key"]:
-        """Scores before mask and softmax, bias and soft cap included."""
+        """Attention scores before mask and softmax, with bias and soft cap applied."""
         scores = self.products(torch.arange(self.query.shape[-1], device=self.key.device))
         if self.bias is not None:
             scores = scores + self.bias
@@ -310,7 +310,7 @@ class QueryKeys:
         return scores
 
     def products(self, dimensions: Int[Tensor, " some"]) -> Float[Tensor, "batch head query key"]:
-        """What some dimensions of head space add to the scores, before any soft cap."""
+        """Contribution of some dimensions of head space to the scores, before any soft cap."""
         batch, kv_heads, keys, _ = self.key.shape
         query = self.query[..., dimensions] * self.scaling
         grouped = query.reshape(batch, kv_heads, -1, len(dimensions))
@@ -341,10 +341,10 @@ _ENTRIES = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class Unembedding:
-    """How the model turns its last residual stream into logits.
+    """Final norm and unembedding: maps the last residual stream to logits.
 
-    ``logits = logit_scale * (((x - mean(x)) / scale(x) * gain + bias) @ W_U + b_U)``, with no
-    subtraction of the mean where ``centred`` is False (RMSNorm), and before a soft cap.
+    ``logits = logit_scale * (((x - mean(x)) / scale(x) * gain + bias) @ W_U + b_U)``, then an
+    optional soft cap; the mean is not subtracted if ``centred`` is False (RMSNorm).
 
     Attributes:
         gain: effective multiplier of the final norm (``1 + weight`` where a family uses that).
@@ -371,7 +371,7 @@ class Unembedding:
         return self.norm.scale(residual)
 
     def normed(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        """What the unembedding reads of a residual stream, in fp32."""
+        """Apply the final norm to a residual stream, in fp32."""
         return self.norm(residual)
 
     def uncapped(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
@@ -382,13 +382,13 @@ class Unembedding:
         return logits
 
     def capped(self, logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Logits behind the soft cap; the same ones where there is none."""
+        """Apply the soft cap, if there is one."""
         if self.soft_cap is None:
             return logits
         return self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def logits(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
-        """Logits of a residual stream: the definition above, soft cap included."""
+        """Logits of a residual stream, soft cap included."""
         return self.capped(self.uncapped(residual))
 
     def losses(
@@ -396,8 +396,8 @@ class Unembedding:
     ) -> Float[Tensor, " row"]:
         """Cross-entropy of each row's target under the logits of its residual stream, in nats.
 
-        Logits exist for some rows and some of the vocabulary at a time, whatever its size: the
-        normaliser is summed block by block.
+        Logits are computed for a block of rows and of the vocabulary at a time, and the normaliser
+        is summed block by block.
         """
         step = max(1, _ENTRIES // self.W_U.shape[1])
         rows = max(1, _ENTRIES // min(step, len(self.W_U)))
@@ -420,7 +420,7 @@ class Unembedding:
         return total - own
 
     def constant(self, tokens: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """Part of each token's logit that no residual stream changes: biases of norm and matrix."""
+        """Part of each token's logit that does not depend on the residual stream (biases)."""
         constant = self.W_U[tokens].float() @ self.bias.float()
         if self.b_U is not None:
             constant = constant + self.b_U[tokens].float()
@@ -428,7 +428,7 @@ class Unembedding:
 
     @cached_property
     def mean_direction(self) -> Float[Tensor, " d_model"]:
-        """Mean of :meth:`directions` over the vocabulary: what raises all logits alike."""
+        """Mean of :meth:`directions` over the vocabulary: the direction that raises all logits."""
         direction = self.W_U.mean(0, dtype=torch.float32) * self.gain.float() * self.logit_scale
         return direction - direction.mean() if self.centred else direction
 
@@ -450,7 +450,7 @@ def _nothing() -> Any:
 
 @dataclass(frozen=True, eq=False)
 class HeadOutputs:
-    """What the heads of one layer write at some query positions. Never written to.
+    """Head outputs of one layer at some query positions; read-only.
 
     Attributes:
         layer: the model's layer number.
@@ -482,16 +482,16 @@ class HeadOutputs:
 
     @cached_property
     def query_keys(self) -> QueryKeys:
-        """Queries and keys of the same queries; only if a scorer asks."""
+        """Queries and keys of the same query positions, computed on demand."""
         return self.make_query_keys()
 
     @cached_property
     def rows(self) -> AttentionRows:
-        """Attention rows of the same queries; computed only if a scorer asks."""
+        """Attention rows of the same query positions, computed on demand."""
         return self.make_rows()
 
     def norm(self) -> Float[Tensor, "batch head query"]:
-        """Euclidean length of every head's write, through the Gram matrix of ``W_O``."""
+        """Norm of every head's write ``z @ W_O``, through the Gram matrix of ``W_O``."""
         gram = self.W_O.float() @ self.W_O.float().mT
         squared = torch.einsum("bqhd,hde,bqhe->bhq", self.z, gram, self.z)
         return self._scaled(squared.clamp_min(0).sqrt())
@@ -499,14 +499,15 @@ class HeadOutputs:
     def averaged(
         self, pattern: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch query head d_head"]:
-        """Values averaged by another pattern over the first keys: what ``z`` would then be."""
+        """What ``z`` would be under another pattern over the first keys."""
         return self._summed(pattern, self.values[:, :, : pattern.shape[-1]])
 
     def of_keys(self, keys: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch query head d_head"]:
-        """The part of ``z`` that comes from a set of keys: ``sum of A[i, j] v[j]`` over them.
+        """Part of ``z`` that comes from a set of keys: ``sum of A[i, j] v[j]`` over them.
 
         Args:
-            keys: the set; best on the CPU (``probe.host``): counting them on a device waits for it.
+            keys: the set; keep it on the CPU (``probe.host``), since counting it on a device forces
+                a sync.
         """
         pattern = self.rows.pattern
         columns = keys[:, : pattern.shape[-1]].any(0).nonzero().squeeze(-1)
@@ -538,13 +539,14 @@ class HeadOutputs:
 
 @dataclass(frozen=True, eq=False)
 class HeadGradients:
-    """Head outputs of one layer and the gradient of a metric by them. Never write to them.
+    """Head outputs of one layer and the gradient of a metric with respect to them; read-only.
 
     Attributes:
         layer: its number.
         query_pos: positions, ascending.
-        z: what each head gives before the output projection, in fp32.
-        gradient: derivative of the example's metric by ``z``, all later layers included.
+        z: head outputs before the output projection, in fp32.
+        gradient: derivative of the example's metric with respect to ``z``, through all later
+            layers.
     """
 
     layer: int

@@ -1,4 +1,4 @@
-"""Causal effects of heads: ablations, estimates, groups, pairs, patching, paths."""
+"""Causal effects of heads: ablation, estimates, groups, pairs, activation and path patching."""
 
 from headscope.ablation.groups import ablate_cumulatively as ablate_cumulatively
 from headscope.ablation.groups import ablate_groups as ablate_groups

@@ -1,4 +1,4 @@
-"""Metric values of many edited variants of one batch: by replay or in whole passes, averaged."""
+"""Run many edited variants of one batch, by suffix replay or whole passes, and read metrics."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,20 +37,20 @@ _TRIAL_LENGTH = 32
 
 @runtime_checkable
 class Source(Protocol):
-    """One batch, ready to be run with edits."""
+    """Protocol of a batch that can be run with edits."""
 
     @property
     def z(self) -> dict[int, Tensor] | None:
-        """Clean head outputs by layer, where they were kept."""
+        """Clean head outputs by layer, if they were kept."""
 
     def start(self, variant: Variant) -> tuple[int, int]:
-        """First layer and first position that a variant runs."""
+        """First layer and position that a variant has to recompute."""
 
     def rows(self, variants: Sequence[Variant]) -> Tensor:
-        """What :meth:`logits` makes logits of: every position read of every variant, in order."""
+        """Inputs of :meth:`logits` at every position read of every variant, in order."""
 
     def values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """What some taps hold in every variant, ``[variant batch *rest]``."""
+        """Values at some taps in every variant, ``[variant batch *rest]``."""
 
     def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
         """Logits of such rows."""
@@ -60,7 +60,7 @@ class Source(Protocol):
 
 
 def kept_in(found: dict[Tap, Tensor], copies: int) -> Read:
-    """A reader that keeps what it reads, the variants of a stack apart."""
+    """Make a reader that keeps what it reads, separately for each variant of a stack."""
 
     def keep(view: TapView) -> None:
         found[view.tap] = view.value.unflatten(0, (copies, -1)).clone()
@@ -80,7 +80,7 @@ class ReplaySource:
         return self.replay.recording.z
 
     def start(self, variant: Variant) -> tuple[int, int]:
-        """First layer and first position that a variant runs."""
+        """First layer and position that a variant has to recompute."""
         return self.replay.start(variant)
 
     def rows(self, variants: Sequence[Variant]) -> Tensor:
@@ -90,24 +90,24 @@ class ReplaySource:
         return rows
 
     def values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """What some taps hold in every variant, ``[variant batch *rest]``."""
+        """Values at some taps in every variant, ``[variant batch *rest]``."""
         found: dict[Tap, Tensor] = {}
         self.replay.run(variants, reads=dict.fromkeys(taps, kept_in(found, len(variants))))
         return found
 
     def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
-        """Final norm and unembedding."""
+        """Apply the final norm and unembedding."""
         return self.replay.logits(rows)
 
     def clean(self) -> Tensor:
-        """Last residual stream of the recorded pass."""
+        """Last residual stream of the recorded clean pass."""
         final = self.replay.recording.final
         return final[self.replay.on_host.nonzero(as_tuple=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardSource:
-    """Whole passes, one per stack of variants."""
+    """Whole passes: one forward pass per stack of variants."""
 
     model: HeadModel
     tokens: Int[Tensor, "batch pos"]
@@ -122,12 +122,12 @@ class ForwardSource:
         return Texts(self.tokens, self.real, self.inputs)
 
     def start(self, variant: Variant) -> tuple[int, int]:
-        """Run everything."""
+        """Recompute everything."""
         return 0, 0
 
     def rows(self, variants: Sequence[Variant]) -> Tensor:
         """Logits at the positions read."""
-        if _in_scope(self.model):  # whose edits may be values of each example
+        if _in_scope(self.model):  # its edits may hold values per example
             return torch.cat([self._stacked((variant,)) for variant in variants])
         return self._stacked(variants)
 
@@ -146,11 +146,11 @@ class ForwardSource:
         return logits[read[:, at].repeat(copies, 1).nonzero(as_tuple=True)]
 
     def writes(self, variants: Sequence[Variant]) -> Mapping[Tap, Write]:
-        """What a stack of variants writes."""
+        """Taps that a stack of variants writes."""
         return writes_of(stack(variants))
 
     def values_at(self, variants: Sequence[Variant], taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-        """What some taps hold in every variant, ``[variant batch *rest]``."""
+        """Values at some taps in every variant, ``[variant batch *rest]``."""
         if _in_scope(self.model):
             parts = [self._values_at((variant,), taps) for variant in variants]
             return {tap: torch.cat([part[tap] for part in parts]) for tap in taps}
@@ -171,11 +171,11 @@ class ForwardSource:
     def _pass(
         self, _variants: Sequence[Variant], _taps: Sequence[Tap]
     ) -> AbstractContextManager[None]:
-        """Scope of one pass."""
+        """Context manager around one pass."""
         return nullcontext()
 
     def logits(self, rows: Tensor) -> Float[Tensor, "row d_vocab"]:
-        """They are logits already."""
+        """Return the rows unchanged: they are logits already."""
         return rows
 
     def clean(self) -> Tensor:
@@ -185,16 +185,16 @@ class ForwardSource:
 
 @dataclass(frozen=True, eq=False)
 class ResumedSource(ForwardSource):
-    """Whole passes that take the blocks before the first edit from a clean pass.
+    """Whole passes that resume from a clean pass at the first edited block.
 
     Attributes:
-        clean_pass: that pass; None: everything runs.
+        clean_pass: the recorded clean pass; None: every block runs.
     """
 
     clean_pass: Resumable | None = None
 
     def start(self, variant: Variant) -> tuple[int, int]:
-        """First layer that a variant runs, from its first position on."""
+        """First layer that a variant has to recompute, at all positions."""
         layer = first_layer(variant)
         return self.model.shape.n_layers if layer is None else layer, 0
 
@@ -210,13 +210,13 @@ class ResumedSource(ForwardSource):
 
 @dataclass(frozen=True)
 class Engine:
-    """How a model is run, and how far a pass that edits nothing is from the model's own logits.
+    """How a model is run, and the error of a pass whose edit changes nothing.
 
     Attributes:
         replays: whether parts of a pass can be run again.
         prefix: whether positions before the first edit can be kept.
         noop_error: largest difference of logits, as a share of the largest logit.
-        resumes: whether whole passes can take the blocks before the first edit from a clean one.
+        resumes: whether whole passes can start from a clean pass at the first edited block.
     """
 
     replays: bool
@@ -226,7 +226,7 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Description in words."""
         if self.replays:
             return "suffix replay"
         return "passes from the first edited layer" if self.resumes else "whole passes"
@@ -239,7 +239,7 @@ class Engine:
         read: Bool[Tensor, "batch pos"],
         inputs: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Source:
-        """Make a batch ready; ``inputs`` are what the model reads beside tokens."""
+        """Prepare a batch; ``inputs`` are model inputs other than tokens."""
         if self.resumes and isinstance(model, HFModel | StackView):
             clean = Resumable.of(model, Texts(tokens, real, inputs))
             return ResumedSource(model, tokens, real, read, inputs=inputs, clean_pass=clean)
@@ -251,11 +251,11 @@ class Engine:
 
 
 def quick(model: HeadModel) -> AbstractContextManager[None]:
-    """Scope of one pass in which a model's own modules run their faster equals."""
+    """Context manager in which the model's modules use faster equivalents during a pass."""
     return quick_activations(model) if isinstance(model, HFModel) else nullcontext()
 
 
-# By model, and whether a batch is padded and of which type: an engine speaks of nothing else.
+# Keyed by model, padding and dtype, which determine the engine.
 _ENGINES: "WeakKeyDictionary[HeadModel, dict[tuple[bool, torch.dtype], Engine]]" = (
     WeakKeyDictionary()
 )
@@ -267,13 +267,13 @@ def engine_for(
     real: Bool[Tensor, "batch pos"],
     inputs: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Engine:
-    """The fastest way to run a model that gives its own logits when nothing is edited.
+    """Choose the fastest way to run a model that reproduces its own logits under a no-op edit.
 
-    Tried once per model, on two short texts of the batch: suffix replay with kept prefixes and a
-    last block cut to what is read; suffix replay alone; passes of the whole model that take the
-    blocks before the first edit from a clean one; whole passes. Running out of memory says
-    nothing about a model: then memory is freed and the trial taken again, or its error raised.
-    A model that reads more than tokens is not replayed.
+    Tried once per model, on two short texts of the batch, in this order: suffix replay with kept
+    prefixes and a last block cut to what is read; suffix replay alone; passes of the whole model
+    that resume from a clean pass; whole passes. Running out of memory is not evidence about a
+    model: memory is then freed and the trial repeated, or the error raised. A model with inputs
+    other than tokens is not replayed.
     """
     keep_freed_memory()
     if inputs:
@@ -289,7 +289,7 @@ def engine_for(
 
 @torch.no_grad()
 def _whole(model: HeadModel, texts: Texts) -> Engine:
-    """Whole passes, with the error of an edit of nothing on the first example."""
+    """Engine of whole passes, with its no-op error on the first example."""
     inputs = {name: value[:1] for name, value in texts.inputs.items()}
     first = Texts(texts.tokens[:1], None if texts.real is None else texts.real[:1], inputs)
     layers = model.shape.attention_layers
@@ -302,7 +302,7 @@ def _whole(model: HeadModel, texts: Texts) -> Engine:
 
 
 def _resumes(model: HeadModel, texts: Texts) -> bool:
-    """Whether a pass from a middle layer on, all of whose heads are zeroed, is the whole pass."""
+    """Whether a pass resumed at a middle layer, with all heads zeroed, equals a whole pass."""
     if not isinstance(model, HFModel | StackView) or use_of(model.module).scopes:
         return False
     layers = model.shape.attention_layers
@@ -318,13 +318,13 @@ def _resumes(model: HeadModel, texts: Texts) -> bool:
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        return False  # a block is called in a way that a stand-in does not know
+        return False  # the block is called in a way that the replay does not support
     assert whole is not None  # noqa: S101  # logits were asked for
     assert again is not None  # noqa: S101
     size = float(whole.float().abs().max()) or 1.0
     difference = again.float().unflatten(0, (2, -1)) - whole.float()
     limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
-    return bool(difference.abs().max() <= limit * size)  # not where one is NaN
+    return bool(difference.abs().max() <= limit * size)  # False if one is NaN
 
 
 def _tried_twice(model: HeadModel, tokens: Tensor, real: Tensor) -> Engine:
@@ -333,17 +333,17 @@ def _tried_twice(model: HeadModel, tokens: Tensor, real: Tensor) -> Engine:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    free_cached_memory()  # not above, where the error still holds what was allocated
+    free_cached_memory()  # not inside except, where the traceback still holds tensors
     return _tried(model, tokens, real)
 
 
 def _in_scope(model: HeadModel) -> bool:
-    """Whether the model is being edited now, which a replay would do twice or not at all."""
+    """Whether the model is already being edited, which a replay would apply twice or not at all."""
     return isinstance(model, HFModel) and bool(use_of(model.module).scopes)
 
 
 def _trial(tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Two rows from the first example's text; with padding in one if the batch has any."""
+    """Cut two short trial rows from the first example; one padded if the batch has padding."""
     text = tokens[0, real[0]][:_TRIAL_LENGTH]
     rows = torch.stack([text, text.roll(1)])
     shown = torch.ones_like(rows, dtype=torch.bool)
@@ -358,8 +358,8 @@ def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = Tru
     read[:, -1] = True
     own = model.forward(tokens, real=real)[read.to(model.device)].float()
     limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
-    # Layers without attention carry a state of their own from position to position, and where later
-    # keys are seen an edit changes the positions before it too.
+    # Layers without attention carry state from position to position, and where later keys are
+    # visible, an edit changes earlier positions too.
     plain = len(model.shape.attention_layers) == model.shape.n_layers and all_causal(model.stacks)
     for prefix in (True, False) if replay else ():
         if (
@@ -382,20 +382,20 @@ def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = Tru
 def _largest(
     errors_of: Callable[..., list[float]], model: HeadModel, engine: Engine, *given: Tensor
 ) -> float:
-    """The largest of some errors; infinite where one is NaN or parts do not run on their own."""
+    """Largest of some errors; infinite if one is NaN or the blocks do not run on their own."""
     try:
         errors = errors_of(model, engine, *given)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, UnsupportedModelError) as e:
         if is_out_of_memory(e) or not engine.replays:
             raise
-        return float("inf")  # this architecture's blocks do not run on their own
+        return float("inf")  # this architecture's blocks cannot run on their own
     return max(errors) if all(error == error for error in errors) else float("inf")
 
 
 def _noop_errors(
     model: HeadModel, engine: Engine, tokens: Tensor, real: Tensor, read: Tensor, own: Tensor
 ) -> list[float]:
-    """Of edits that change nothing, from the first and from a middle layer and position on."""
+    """Errors of no-op edits, from the first and from a middle layer and position on."""
     source = engine.source(model, tokens, real, read)
     errors = []
     for layer, where in _starts(model, real):
@@ -409,10 +409,11 @@ def _noop_errors(
 def _edit_errors(
     model: HeadModel, engine: Engine, tokens: Tensor, real: Tensor, read: Tensor
 ) -> list[float]:
-    """Of layers whose heads are all zeroed, against whole passes.
+    """Errors of replays with all heads of a layer zeroed, against whole passes.
 
-    Shows what passes from layer to layer beside the residual stream (as the router states of
-    zaya): a replay would take it from the clean run, which edits of nothing do not tell.
+    This exposes state that passes from layer to layer beside the residual stream (such as the
+    router states of zaya): a replay would take it from the clean run, which no-op edits do not
+    reveal.
     """
     source, whole = (
         engine.source(model, tokens, real, read),
@@ -429,7 +430,7 @@ def _edit_errors(
 
 
 def _starts(model: HeadModel, real: Tensor) -> list[tuple[int, Tensor | None]]:
-    """The first layer, everywhere; and a middle one, from a middle position on."""
+    """Starting points: the first layer at all positions; a middle layer and position."""
     layers = model.shape.attention_layers
     late = torch.zeros_like(real)
     late[:, real.shape[1] // 2 :] = True
@@ -438,13 +439,13 @@ def _starts(model: HeadModel, real: Tensor) -> list[tuple[int, Tensor | None]]:
 
 @dataclass(eq=False)
 class MetricReading:
-    """A metric with its place among the positions whose logits are computed.
+    """A metric, and the rows it reads among the positions whose logits are computed.
 
     Attributes:
         read: positions that the metric reads.
-        among: positions whose logits are computed: at least those.
-        inside: which of these, in order, the metric reads.
-        reference: their logits in the clean run, where the metric compares with it.
+        among: positions whose logits are computed; contains ``read``.
+        inside: indices into the latter of the rows that the metric reads.
+        reference: clean logits of those rows, if the metric compares with the clean run.
     """
 
     probe: Probe
@@ -455,22 +456,22 @@ class MetricReading:
     reference: Tensor | None = None
 
     def __post_init__(self, among: Bool[Tensor, "batch pos"]) -> None:
-        """Find its own rows, and number them."""
+        """Find and number the metric's rows."""
         self.inside = self.read[among]
         self._all = bool(self.inside.all())
         self._number = self.inside.cumsum(0) - 1
 
     def own(self, logits: Float[Tensor, "row d_vocab"], at: Int[Tensor, " row"]) -> Tensor:
-        """Those of some rows that are the metric's.
+        """Select the metric's rows from the logits of some positions.
 
         Args:
-            logits: of positions of a run.
+            logits: logits at some positions of a run.
             at: which positions they are.
         """
         return logits if self._all else logits[self.inside[at].to(logits.device)]
 
     def numbers(self, logits: Float[Tensor, "row d_vocab"], at: Int[Tensor, " row"]) -> Tensor:
-        """The metric of every row that is its own; of a whole run, if it is a function of that."""
+        """Metric at each of its rows, or of a whole run if it is a function of all logits."""
         if isinstance(self.metric, WholeMetric):
             return self.metric(logits.view(*self.read.shape, -1), self.probe)
         mine = self._number[at[self.inside[at]]].to(logits.device)
@@ -479,10 +480,10 @@ class MetricReading:
     def facts(
         self, logits: Float[Tensor, "row d_vocab"], number: Tensor | slice = slice(None)
     ) -> LogitRows:
-        """Logits of the metric's rows with what the probe says about them.
+        """Build the metric's rows, with what the probe says about them.
 
         Args:
-            logits: of some of the positions that the metric reads.
+            logits: logits at some of the positions that the metric reads.
             number: which of them; default: all of one run.
         """
         probe, device = self.probe, logits.device
@@ -494,7 +495,7 @@ class MetricReading:
         )
 
     def by_example(self, parts: Sequence[Tensor], runs: int) -> Float[Tensor, "run batch"]:
-        """One number per run and example from those of its rows; NaN where it reads nothing."""
+        """Average rows to one number per run and example; NaN where the metric reads nothing."""
         numbers = torch.cat(list(parts)).cpu().double()
         if not isinstance(self.metric, Metric):
             return numbers.view(runs, -1)
@@ -507,12 +508,12 @@ class MetricReading:
 def partner_rows(
     model: HeadModel, probe: Probe, metrics: Sequence[AnyMetric]
 ) -> Float[Tensor, "row d_vocab"] | None:
-    """What the clean run says of the partners of all examples; None where no metric asks.
+    """Clean rows of every example's partner; None if no metric needs them.
 
     Args:
-        model: that is run.
-        probe: with partners, where a metric needs them.
-        metrics: that read the run.
+        model: the model to run.
+        probe: with partners, if a metric needs them.
+        metrics: metrics that read the run.
     """
     asking = [one for one in metrics if "pair" in one.needs]
     if not asking or probe.corrupt is None:
@@ -524,23 +525,23 @@ def partner_rows(
     return rows.float()
 
 
-# Tokens of one stack: on a CPU what stays near its caches, on a GPU what keeps each of its
-# processors busy with four tiles of 128 rows.
+# Tokens of one stack: on a CPU what fits its caches, on a GPU what gives each multiprocessor four
+# tiles of 128 rows.
 CPU_STACK, _ROWS_PER_PROCESSOR = 1024, 4 * 128
 # Rows whose logits are computed at once.
 _ROWS = 512
-# Seconds of finished stacks that wait for more, where variants are kept as they are finished.
+# Seconds between writes of a checkpoint.
 _EVERY = 5.0
 
 Keep = Callable[[list[int], Float[Tensor, "metric variant batch"]], None]
 
 
 def stack_tokens(model: HeadModel, memory: int | None) -> int:
-    """Tokens that one stack of variants may hold.
+    """Number of tokens in one stack of variants.
 
     Args:
-        model: whose device decides.
-        memory: bytes that a stack's activations may take; None: what the device works best with.
+        model: the model, whose device decides.
+        memory: bytes that a stack's activations may take; None: what suits the device.
     """
     if memory is not None:
         width = 16 * model.shape.d_model * model.dtype.itemsize
@@ -550,26 +551,25 @@ def stack_tokens(model: HeadModel, memory: int | None) -> int:
 
 @cache
 def gpu_stack(device: torch.device) -> int:
-    """Tokens of one stack on a GPU, asked of the device once a process.
+    """Number of tokens in one stack on a GPU, read from the device once per process.
 
-    Told by what the device is and never by a clock: stacks of one size give the same sums, so that
-    two workers on the same kind of device write the same table to the byte.
+    It depends on the kind of device and never on timing: stacks of the same size give the same
+    sums, so two workers on the same kind of device write identical tables.
     """
     return _ROWS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass
 class RecordedBatch:
-    """A batch of a probe, run once cleanly and ready for variants.
+    """A batch of a probe that was run once cleanly and is ready for variants.
 
     Attributes:
-        metric: what :meth:`values` gives.
+        metric: the metric that :meth:`values` returns.
         read: positions whose logits are computed.
         limit: tokens per stack; halved whenever memory runs out.
-        reads: each metric that shares the runs, and the positions that it reads; default: the one
-            metric, at ``read``.
-        partner: rows of the partners of all examples in the clean run, where a metric compares
-            with them.
+        reads: metrics that share the runs, each with the positions that it reads; default:
+            ``metric`` at ``read``.
+        partner: clean rows of every example's partner, if a metric compares with them.
         all_clean: every metric on the unedited batch.
     """
 
@@ -584,7 +584,7 @@ class RecordedBatch:
     all_clean: Float[Tensor, "metric batch"] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read the clean run."""
+        """Read the metrics on the clean run."""
         reads = self.reads or [(self.metric, self.read)]
         self.readings = tuple(
             MetricReading(self.probe, one, read, self.read) for one, read in reads
@@ -610,7 +610,7 @@ class RecordedBatch:
     ) -> "RecordedBatch":
         """Run a batch cleanly."""
         read = torch.stack([one for _, one in reads]).any(0)
-        if not bool(read.any()):  # a run reads something, if only for no metric
+        if not bool(read.any()):  # every run has to read some position
             read[0, int(probe.last[0])] = True
         source = engine.source(model, probe.tokens, probe.real, read, probe.inputs)
         partner = partner_rows(model, probe, [one for one, _ in reads])
@@ -624,7 +624,7 @@ class RecordedBatch:
     def values(
         self, variants: Sequence[Variant], advance: Advance | None = None
     ) -> Float[Tensor, "variant batch"]:
-        """The metric of every variant on every example."""
+        """Metric of every variant on every example."""
         return self.all_values(variants, advance)[0]
 
     def all_values(
@@ -636,9 +636,9 @@ class RecordedBatch:
         """Every metric of every variant on every example; each variant is run once.
 
         Args:
-            variants: to run.
-            advance: told how many examples were run.
-            keep: given the numbers of variants as they are finished, and their values.
+            variants: the variants to run.
+            advance: callback with the number of finished examples.
+            keep: callback with the indices and values of finished variants.
         """
         size = (len(self.readings), len(variants), len(self.probe))
         done = torch.full(size, float("nan"), dtype=torch.float64)
@@ -666,7 +666,7 @@ class RecordedBatch:
                 keep(index, done[:, index])
 
     def _stacks(self, variants: Sequence[Variant]) -> Iterator[tuple[list[int], Tensor]]:
-        """Run the variants, those that start in one layer together, late positions first."""
+        """Run the variants in stacks: grouped by first layer, late positions first."""
         starts = [self.source.start(variant) for variant in variants]
         order = sorted(range(len(variants)), key=lambda i: (starts[i][0], -starts[i][1], i))
         at = 0
@@ -687,7 +687,7 @@ class RecordedBatch:
             at += count
 
     def _fitting(self, starts: Sequence[tuple[int, int]]) -> int:
-        """How many of these variants make the next stack."""
+        """Number of these variants that fit in the next stack."""
         count = 0
         for layer, first in starts:
             tokens = (count + 1) * len(self.probe) * (self.probe.length - first)
@@ -697,7 +697,7 @@ class RecordedBatch:
         return count
 
     def _reduced(self, parts: Sequence[Tensor]) -> Float[Tensor, "metric variant batch"]:
-        """One number per metric, variant and example from rows, whole variants in order."""
+        """Reduce rows to one number per metric, variant and example, whole variants in order."""
         rows = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         size = int(self.read.sum())
         whole = any(isinstance(one.metric, WholeMetric) for one in self.readings)
@@ -709,7 +709,7 @@ class RecordedBatch:
         return torch.stack([one.by_example(numbers, len(rows) // size) for one, numbers in pairs])
 
     def _logits(self, rows: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits of some rows at a time, and which positions of a variant these are."""
+        """Yield logits for some rows at a time, with their positions in the variant."""
         size = int(self.read.sum())
         for start in range(0, len(rows), step):
             logits = self.source.logits(rows[start : start + step]).float()
@@ -724,14 +724,14 @@ _SILENT_LENGTH = 16
 
 @dataclass
 class _Layer:
-    """Keeps the outputs of one layer."""
+    """Reader that keeps the outputs of one layer."""
 
     layer: int
     z: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def reads(self) -> Reads:
-        """The layer's outputs."""
+        """Taps to read: the layer's outputs."""
         return {Tap("z", self.layer): self._keep}
 
     def _keep(self, view: TapView) -> None:
@@ -741,13 +741,13 @@ class _Layer:
 def proofs(
     model: HeadModel, engine: Engine, batch: RecordedBatch, place: Place, heads: Sequence[HeadIndex]
 ) -> dict[str, Any]:
-    """Measure, on one example and the head in the middle of the list, that edits do what they say.
+    """Check on one example, with a head from the middle of the list, that edits work as intended.
 
     Returns:
-        ``engine``; ``noop_error``, the change of the logits by an edit of nothing, as a share of
-        the largest; ``head_checked``; ``own_output_changed``; ``other_heads_changed``, in the
-        layer of the edited one (0: none); ``replay_error``, between a metric by replay and by a
-        whole pass, the largest over metrics; ``heads_off_error``, how much of the logits still
+        ``engine``; ``noop_error``: change of the logits under a no-op edit, as a share of the
+        largest logit; ``head_checked``; ``own_output_changed``; ``other_heads_changed``: the same
+        for the other heads of the layer (must be 0); ``replay_error``: largest difference over
+        metrics between replay and a whole pass; ``heads_off_error``: how much of the logits still
         depends on other positions when all heads are zeroed (0: nothing).
 
     Raises:
@@ -772,7 +772,7 @@ def proofs(
 def _check_head(
     model: HeadModel, engine: Engine, batch: RecordedBatch, place: Place, head: HeadIndex
 ) -> tuple[bool, float | None]:
-    """Whether a head's own output changed, and how far replay and whole pass are apart."""
+    """Change of the head's own output, and difference between replay and a whole pass."""
     at = int(batch.read.any(1).nonzero()[0])  # an example that the metrics read
     chosen = slice(at, at + 1)
     one, read = batch.probe.examples(chosen), batch.read[chosen]
@@ -786,10 +786,10 @@ def _check_head(
     z = _clean_z(model, batch, head.layer, chosen)
     difference = (after.z - z).abs().amax((0, 1, 3))
     others = torch.arange(len(difference), device=difference.device) != head.head
-    if not bool((difference[others] <= 1e-5 * (float(z.abs().max()) or 1.0)).all()):  # or NaN
+    if not bool((difference[others] <= 1e-5 * (float(z.abs().max()) or 1.0)).all()):  # also if NaN
         raise HeadscopeError(
-            f"ablating {head} changed the output of another head of its layer: the edit does not "
-            "do what it says."
+            f"ablating {head} changed the output of another head of its layer: refusing an edit "
+            "that is not confined to its head."
         )
     changed = bool(difference[head.head] > 0)
     if not (engine.replays or engine.resumes):
@@ -802,7 +802,8 @@ def _check_head(
     allowed = _AGREEMENT if model.dtype in (torch.float32, torch.float64) else _HALF_AGREEMENT
     if bool((errors > allowed * whole.abs().nan_to_num().clamp_min(1.0)).any()):
         raise HeadscopeError(
-            f"ablating {head} by replay and by a whole pass gives metrics {error:.2g} apart."
+            f"ablating {head} by replay and by a whole pass gives metrics that differ by "
+            f"{error:.2g}: refusing to replay this model."
         )
     return changed, error
 
@@ -810,10 +811,10 @@ def _check_head(
 def _clean_z(
     model: HeadModel, batch: RecordedBatch, layer: int, chosen: slice
 ) -> Float[Tensor, "1 pos head d_head"]:
-    """Outputs of a layer on one example, unedited.
+    """Head outputs of a layer on one example, unedited.
 
-    Run alone, as the edited pass is: beside others it would be rounded differently, and a deep
-    model makes more of that than the check allows.
+    The example is run alone, like the edited pass: in a larger batch rounding differs, and a deep
+    model amplifies the difference beyond the tolerance.
     """
     before, one = _Layer(layer), batch.probe.examples(chosen)
     model.run(one, reads=before.reads, logits_at=torch.empty(0, dtype=torch.long))
@@ -822,11 +823,11 @@ def _clean_z(
 
 @torch.no_grad()
 def heads_off_error(model: HeadModel, batch: RecordedBatch) -> float | None:
-    """How much the last logits still depend on earlier tokens when all heads give 0.
+    """How much the last logits depend on earlier tokens when all heads are zeroed.
 
-    With attention removed nothing can move between positions. As a share of the largest logit;
-    None where it cannot be told (one token, layers without attention that mix positions, or
-    what the model reads beside tokens).
+    Without attention nothing can move between positions. As a share of the largest logit; None if
+    it cannot be measured (a single token, layers without attention that mix positions, or inputs
+    other than tokens).
     """
     if batch.probe.inputs:
         return None

@@ -1,4 +1,4 @@
-"""Ablating several heads at once: named groups, growing sets along orders, and pairs."""
+"""Joint ablation of several heads: named groups, cumulative orders, and pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ Sets = Sequence[tuple[HeadIndex, ...]]
 
 
 class SetOptions(TypedDict, total=False):
-    """What all measurements of sets take, as :func:`headscope.ablate_heads` does."""
+    """Options shared by all joint ablations, as in :func:`headscope.ablate_heads`."""
 
     positions: Positions
     reference: Probe | None
@@ -53,9 +53,9 @@ def ablate_groups(
     method: Maker = "mean",
     **options: Unpack[SetOptions],
 ) -> EffectGrid:
-    """Ablate named sets of heads, each set at once; an empty set has effect 0.
+    """Ablate named sets of heads, each jointly; an empty set has effect 0.
 
-    Arguments are those of :func:`headscope.ablate_heads`; ``groups`` gives the sets by name.
+    ``groups`` maps names to heads; the other arguments are those of :func:`headscope.ablate_heads`.
 
     Raises:
         InputError: if the groups have no names, or there is none.
@@ -70,11 +70,11 @@ def ablate_groups(
     """
     if not isinstance(groups, Mapping):
         raise InputError(
-            f"groups are given by name, as {{'early': ['L0H0', 'L0H1']}}, not as "
-            f"{type(groups).__name__}."
+            "groups= needs a mapping from names to heads, such as {'early': ['L0H0', "
+            f"'L0H1']}}, not as {type(groups).__name__}."
         )
     if not groups:
-        raise InputError("no groups given: name at least one set of heads.")
+        raise InputError("groups= is empty: name at least one set of heads.")
     sets = [() if not heads else present(model, heads) for heads in groups.values()]
     found = _measured(model, probe, metric, sets, method, **options)
     return EffectGrid(
@@ -84,7 +84,7 @@ def ablate_groups(
         per_example=found.effects,
         unedited=found.clean,
         unit=found.measurement.metric.unit,
-        description=f"{found.measurement.metric.name} with the group ablated less that without.",
+        description=f"{found.measurement.metric.name} with the group ablated minus that without.",
         provenance=found.provenance,
         clusters=probe.cluster_labels,
     )
@@ -99,9 +99,10 @@ def ablate_cumulatively(
     method: Maker = "mean",
     **options: Unpack[SetOptions],
 ) -> EffectGrid:
-    """Ablate the first, the first two, ... of some heads: a curve that starts at none.
+    """Ablate growing prefixes of an order of heads: none, the first, the first two, ...
 
-    Arguments are those of :func:`headscope.ablate_heads`; ``order`` says which heads go first.
+    ``order`` gives the heads, first to last; the other arguments are those of
+    :func:`headscope.ablate_heads`.
 
     Example:
         >>> curve = hs.ablate_cumulatively(model, probe, hs.metrics.loss, ["L0H0", "L1H2"])
@@ -122,12 +123,11 @@ def interactions(
     method: Maker = "mean",
     **options: Unpack[SetOptions],
 ) -> PairScores:
-    """How far two heads together do more or less than each by itself, for chosen heads.
+    """Interaction of every pair of chosen heads: joint effect minus the sum of single effects.
 
-    ``effect(a, b) - effect(a) - effect(b)``, a mean over examples, the same for (b, a): 0 where
-    heads act independently; backup heads show with the sign of the effects of the pair. Pairs that
-    were not asked for, and of a head with itself, are NaN. Arguments are those of
-    :func:`headscope.ablate_heads`.
+    ``effect(a, b) - effect(a) - effect(b)``, a mean over examples, symmetric; 0 if the heads act
+    independently. Backup heads show with the sign of the effects of the pair. Pairs that were not
+    requested, and the diagonal, are NaN. Arguments are those of :func:`headscope.ablate_heads`.
 
     Example:
         >>> pairs = hs.interactions(model, probe, hs.metrics.loss, ["L0H0", "L1H2"])
@@ -136,7 +136,7 @@ def interactions(
     """
     chosen = present(model, heads)
     if len(chosen) < 2:
-        raise InputError("interactions are between heads: give at least two.")
+        raise InputError("interactions need at least two heads.")
     both = list(combinations(chosen, 2))
     sets = [*((head,) for head in chosen), *both]
     found = _measured(model, probe, metric, sets, method, **options)
@@ -151,14 +151,14 @@ def interactions(
         values,
         unit=found.measurement.metric.unit,
         upward=False,
-        description="Effect of ablating both heads less the effects of each by itself.",
+        description="Effect of ablating both heads minus the sum of their single effects.",
         provenance=found.provenance,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """Effects of sets of heads, and how they came about."""
+    """Effects of sets of heads, with their provenance."""
 
     measurement: Measurement
     method: str
@@ -181,9 +181,9 @@ def _measured(
     memory: str | int | None = None,
     progress: bool | None = None,
 ) -> _Measured:
-    """Ablate sets of heads, each at once."""
+    """Ablate sets of heads, each jointly."""
     options = RunOptions(batch_size, memory, seed, progress)
-    intervention_of(method, reference)  # refused here, before any pass
+    intervention_of(method, reference)  # refuse before any pass
     measurement = Measurement.of(model, probe, metric, options)
     placer = Placer(measurement, method, positions=positions, reference=reference)
     effects, clean = joint(measurement, placer, sets)
@@ -195,7 +195,7 @@ def _measured(
 def joint(
     measurement: Measurement, placer: Placer, sets: Sets
 ) -> tuple[Float[np.ndarray, "set example"], Float[np.ndarray, " example"]]:
-    """Effects of sets of heads, each set at once, and the metric on the clean run."""
+    """Effects of sets of heads, each ablated jointly, and the metric on the clean run."""
     named = list(dict.fromkeys(head for heads in sets for head in heads))
 
     def variants(chosen: slice, batch: RecordedBatch) -> list[Variant]:
@@ -215,9 +215,9 @@ def along(
     orders: Mapping[str, Sequence[HeadIndex]],
     counts: Sequence[int],
 ) -> tuple[Float[np.ndarray, "order count example"], Float[np.ndarray, " example"]]:
-    """Effects of the first so many heads of each order, and the metric on the clean run.
+    """Effects of the prefixes of each order, and the metric on the clean run.
 
-    A set that several orders reach is run once; NaN where an order has fewer heads.
+    A set that several orders share is run once; NaN where an order has fewer heads.
     """
     sets = {
         (row, column): tuple(sorted(order[:count]))

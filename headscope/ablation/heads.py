@@ -1,4 +1,4 @@
-"""Causal effects of every head on a metric: measured, estimated, or measured where it matters."""
+"""Effects of single heads on a metric: measured, estimated, or screened and then measured."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ from headscope.table import HeadScores, Provenance
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """The way from what heads give to what an edit makes of it, one gate per example and head."""
+    """One gate per example and head, interpolating from the head's output to the edit's."""
 
     edit: AnyEdit
     amounts: dict[int, Float[Tensor, "batch head"]]
@@ -56,12 +56,12 @@ class Gates:
         object.__setattr__(self, "layers", frozenset(self.amounts))
 
     def during(self, span: Span) -> "Gates":
-        """The way to what the edit is in a pass over some positions."""
+        """The gated edit for a pass over some positions."""
         there = during((self.edit,), span)
         return Gates(there[0], self.amounts) if there else Gates(self.edit, {})
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Go part of the way."""
+        """Interpolate between a value and its edited form."""
         amount = self.amounts[layer].to(value)
         gate = amount[:, None, :, None] if self.site == "z" else amount[:, :, None, None]
         return value + gate * (self.edit(layer, value) - value)
@@ -73,11 +73,11 @@ def attribution(
     """Estimated effect of every head on every example.
 
     Args:
-        measurement: what is measured.
+        measurement: model, probe and metric.
         placer: what heads are ablated to.
-        heads: whose gates open.
+        heads: heads whose gates open.
         steps: 1 for the gradient at the clean run; more for integrated gradients, whose
-            completeness is put into the placer's checks.
+            completeness is recorded in the placer's checks.
     """
     check_slope(measurement.model, measurement.metric, placer.method, steps)
     points = [0.0] if steps == 1 else [(step + 0.5) / steps for step in range(steps)]
@@ -100,12 +100,12 @@ def attribution(
 
 
 def check_slope(model: HeadModel, metric: AnyMetric, baseline: object, steps: int) -> None:
-    """Refuse first-order estimates of what has no slope where they take it.
+    """Refuse a first-order estimate at a point where the metric has no slope.
 
     Raises:
-        InputError: for a metric that compares with the clean run, at the clean run, where its
-            gradient is 0 whatever the heads do; and for the straight way to 0 in a model with a
-            norm after attention, which undoes any scaling until nothing is left to scale.
+        InputError: for a metric that compares with the clean run, whose gradient at the clean run
+            is 0 whatever the heads do; and for integration down to 0 in a model with a norm after
+            attention, which undoes any scaling.
     """
     if steps == 1 and "clean" in metric.needs:
         raise InputError(
@@ -128,10 +128,11 @@ def _completeness(
     heads: Sequence[HeadIndex],
     estimates: Float[np.ndarray, "head example"],
 ) -> dict[str, float]:
-    """What integrated gradients should sum to, and by how much they miss it.
+    """Completeness of integrated gradients: the joint effect that they should sum to, and the gap.
 
     ``sum``: mean over examples of the sum over heads; ``effect``: mean effect of ablating these
-    heads together; ``gap``: sum less effect, in the metric's unit; 0 up to the midpoint rule.
+    heads together; ``gap``: sum minus effect, in the metric's unit; 0 up to the error of the
+    midpoint rule.
     """
     edited, clean = measurement.measure(
         lambda chosen, batch: [(placer.place(chosen, batch)(heads),)], 1, "completeness"
@@ -145,7 +146,7 @@ def _completeness(
 def _derivatives(
     model: HeadModel, batch: RecordedBatch, edit: AnyEdit, heads: Sequence[HeadIndex], point: float
 ) -> Float[Tensor, "head batch"]:
-    """Derivative of the metric by every gate, all of them open by ``point``."""
+    """Derivative of the metric with respect to every gate, with all gates at ``point``."""
     shape = (len(batch.probe), model.shape.n_heads)
     layers = sorted({head.layer for head in heads})
     with torch.enable_grad():
@@ -164,9 +165,9 @@ def _derivatives(
 
 
 def whole_batches(measurement: Measurement) -> Iterator[tuple[slice, RecordedBatch]]:
-    """Batches of a probe with the examples they hold, in order, ready for whole passes.
+    """Batches of a probe, ready for whole passes, each with the indices of its examples.
 
-    Batches of which the metric reads nothing are left out.
+    Batches in which the metric reads nothing are left out.
     """
     reads = measurement.metric.reads(measurement.probe)
     for start in range(0, len(measurement.probe), measurement.size):
@@ -218,7 +219,7 @@ Keeper = Callable[[Sequence[HeadIndex]], KeptEffects]
 def ablated(
     measurement: Measurement, placer: Placer, heads: Sequence[HeadIndex], keep: Keeper | None = None
 ) -> Float[np.ndarray, "head example"]:
-    """Effect of every head by itself; ``keep`` says where those of some heads are kept."""
+    """Effect of ablating each head alone; ``keep`` says where finished heads are stored."""
     kept = None if keep is None else keep(heads)
 
     def variants(chosen: slice, batch: RecordedBatch) -> list[Variant]:
@@ -246,8 +247,8 @@ def screened(
 ) -> Float[np.ndarray, "head example"]:
     """Effects of the heads with the largest estimates and of a random sample; NaN for the rest.
 
-    The rank correlation between estimate and effect, over the heads that have both, says what
-    the shortcut cost.
+    The rank correlation of estimate and effect, over the heads that have both, measures what the
+    shortcut costs.
     """
     estimate = attribution(measurement, placer, heads, steps)
     size = np.abs(np.nanmean(estimate, axis=1))
@@ -268,7 +269,7 @@ def as_scores(
     method: str,
     provenance: Provenance,
 ) -> HeadScores:
-    """Effects as a score, tested against no effect."""
+    """Wrap effects as a score, tested against no effect."""
     name = measurement.metric.name
     return HeadScores.from_effects(
         f"{method}_ablation",
@@ -276,13 +277,13 @@ def as_scores(
         kv_heads=measurement.model.shape.n_kv_heads,
         design=Design(clusters=measurement.probe.cluster_labels),
         unit=measurement.metric.unit,
-        description=f"{name} with the head ablated ({method}) less that without.",
+        description=f"{name} with the head ablated ({method}) minus that without.",
         source="Michel et al. 2019, arXiv 1905.10650 (ablation); Nanda 2023 (attribution)",
         provenance=provenance,
     ).of_stack(measurement.model.shape.stack)
 
 
-# Options of estimates, and who takes them.
+# Options of the estimates, and the function that takes each.
 _OF_ESTIMATES = {"baseline": "estimate_heads", "steps": "estimate_heads"} | {
     "top": "screen_heads",
     "sample": "screen_heads",
@@ -307,11 +308,11 @@ def ablate_heads(
     progress: bool | None = None,
     **unknown: Any,
 ) -> HeadScores:
-    """Ablate every head on its own and measure what that does to a metric.
+    """Ablate every head on its own and measure the effect on a metric.
 
-    The effect is ``metric(ablated) - metric(clean)``, per example. Its p-value is that of no
-    effect, two-sided; ``.interval()`` gives its interval. Numbers are those of one whole
-    pass per head, at a fraction of the cost: only what an edit can reach is run again.
+    The effect is ``metric(ablated) - metric(clean)``, per example. Its p-value tests against no
+    effect, two-sided; ``.interval()`` gives its interval. Results equal those of one whole pass per
+    head at a fraction of the cost, since only what an edit can reach is recomputed.
 
     Methods:
         ``mean``: the head's mean output over the reference. ``mean_pos``: at each position.
@@ -326,25 +327,25 @@ def ablate_heads(
         model: from :func:`headscope.load`.
         probe: what to run.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
-        method: one of the above.
-        heads: which; default: all. Those of a model with several attention stacks are of one
-            stack, e.g. ``["X0H1"]``.
-        stack: of such a model, whose heads, e.g. ``"cross"``.
+        method: see above.
+        heads: which heads; default: all. In a model with several attention stacks all must be of
+            one stack, e.g. ``["X0H1"]``.
+        stack: which stack of such a model, e.g. ``"cross"``.
         positions: where to ablate: a mark of the probe, or ``[batch pos]``; default: everywhere.
-        reference: of a named method: where means and other examples come from; default: the probe
-            itself.
-        seed: of what a named method draws.
-        batch_size: examples per recorded pass; changes nothing but time and memory.
-        memory: what a stack of variants may take, e.g. ``"2GB"``.
-        checkpoint: file in which every finished head is kept, and from which the same call, or
-            one for other heads, goes on after an interrupt or a kill; default: none.
+        reference: for a named method, the probe that means and other examples come from; default:
+            the probe itself.
+        seed: seed of a named method's random draws.
+        batch_size: examples per recorded pass; affects only time and memory.
+        memory: limit for a stack of variants, e.g. ``"2GB"``.
+        checkpoint: file that stores every finished head, from which the same call (or one for other
+            heads) resumes after an interruption; default: none.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
-        unknown: nothing; options of estimates are refused here with the function that takes them.
+        unknown: not used; options of the estimates are refused with the function that takes them.
 
     Raises:
         InputError: if an argument does not fit the probe, the model or the method, or if the
-            checkpoint is of another model, probe, metric or method.
-        HeadscopeError: if a proof fails that the edits do what they say.
+            checkpoint belongs to another model, probe, metric or method.
+        HeadscopeError: if a check of the edits fails.
 
     Example:
         >>> import headscope as hs
@@ -355,7 +356,7 @@ def ablate_heads(
     """
     _refuse_unknown("ablate_heads", unknown)
     options = RunOptions(batch_size, memory, seed, progress)
-    intervention_of(method, reference)  # refused here, before any pass
+    intervention_of(method, reference)  # refuse before any pass
     model = stack_of(model, heads, stack)
     chosen = present(model, heads)
     measurement = Measurement.of(model, probe, metric, options)
@@ -383,29 +384,30 @@ def estimate_heads(
     memory: str | int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Estimate the effect of ablating every head, all at once, from gradients.
+    """Estimate the effect of ablating every head from gradients, all heads at once.
 
-    Every head gets a gate that leads from its output to what the baseline makes of it. With one
-    step the estimate is the derivative by the gate at the clean run, ``sum (baseline - z) .
-    d metric / d z``: one forward and one backward pass for all heads. With more it is the mean
-    derivative on the way from the clean run to all heads ablated together (integrated gradients);
-    the estimates of all heads then sum to that effect, up to the error of the midpoint rule.
+    Every head gets a gate that interpolates from its output to the baseline's. With one step the
+    estimate is the derivative with respect to the gate at the clean run, ``sum (baseline - z) . d
+    metric / d z``: one forward and one backward pass for all heads. With more steps it is the mean
+    derivative along the path from the clean run to all heads ablated together (integrated
+    gradients); the estimates of all heads then sum to that joint effect, up to the error of the
+    midpoint rule.
 
     Args:
         model: from :func:`headscope.load`.
         probe: what to run.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; differentiable.
-        baseline: which ablation is estimated: an intervention, or its name in
-            :func:`ablate_heads`.
-        steps: 1, or how many points the way is integrated over.
-        heads: whose gates open; default: all.
-        stack: as :func:`ablate_heads` takes it.
-        positions: as :func:`ablate_heads` takes them.
-        reference: likewise.
-        seed: likewise.
-        batch_size: likewise.
-        memory: likewise.
-        progress: likewise.
+        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; must be
+            differentiable.
+        baseline: the ablation to estimate: an intervention, or its name in :func:`ablate_heads`.
+        steps: 1, or the number of points along the path.
+        heads: heads to estimate; default: all.
+        stack: as in :func:`ablate_heads`.
+        positions: as in :func:`ablate_heads`.
+        reference: as in :func:`ablate_heads`.
+        seed: as in :func:`ablate_heads`.
+        batch_size: as in :func:`ablate_heads`.
+        memory: as in :func:`ablate_heads`.
+        progress: as in :func:`ablate_heads`.
 
     Raises:
         InputError: if an argument does not fit, or the metric has no gradient.
@@ -451,34 +453,35 @@ def screen_heads(
     checkpoint: Checkpoint = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Estimate the effect of every head, and ablate those that the estimate points at.
+    """Estimate the effect of every head, then ablate the most promising ones.
 
-    Measured are the ``top`` heads by the size of their estimates and a random ``sample`` of the
-    others; the rest are missing. The rank correlation of estimate and effect over the heads that
-    have both, in ``provenance.checks``, says how far the estimate can be trusted.
+    Measures the ``top`` heads by the size of their estimates and a random ``sample`` of the others;
+    the rest are missing. The rank correlation of estimate and effect over the measured heads, in
+    ``provenance.checks``, says how far the estimate can be trusted.
 
     Args:
         model: from :func:`headscope.load`.
         probe: what to run.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; differentiable.
-        top: heads with the largest estimates.
-        sample: heads drawn from the others.
+        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; must be
+            differentiable.
+        top: number of heads with the largest estimates to measure.
+        sample: number of heads to draw from the others.
         baseline: the ablation: an intervention, or its name in :func:`ablate_heads`.
-        steps: of the estimate, see :func:`estimate_heads`.
-        heads: among which; default: all.
-        stack: as :func:`ablate_heads` takes it.
-        positions: as :func:`ablate_heads` takes them.
-        reference: likewise.
-        seed: of the sample, and of what the ablation draws.
-        batch_size: as :func:`ablate_heads` takes it.
-        memory: likewise.
-        checkpoint: as :func:`ablate_heads` takes it, and the same file: heads that it measured
-            are not measured again. Estimates are one pass for all heads and are not kept.
-        progress: likewise.
+        steps: steps of the estimate, see :func:`estimate_heads`.
+        heads: candidates; default: all.
+        stack: as in :func:`ablate_heads`.
+        positions: as in :func:`ablate_heads`.
+        reference: as in :func:`ablate_heads`.
+        seed: seed of the sample, and of the ablation's random draws.
+        batch_size: as in :func:`ablate_heads`.
+        memory: as in :func:`ablate_heads`.
+        checkpoint: as in :func:`ablate_heads`, and the same file: heads that it measured are not
+            measured again. Estimates take one pass for all heads and are not stored.
+        progress: as in :func:`ablate_heads`.
 
     Raises:
-        InputError: if an argument does not fit, the metric has no gradient, or the checkpoint is
-            of another measurement.
+        InputError: if an argument does not fit, the metric has no gradient, or the checkpoint
+            belongs to another measurement.
 
     Example:
         >>> effects = hs.screen_heads(model, probe, hs.metrics.loss, top=2, sample=1)
@@ -501,7 +504,7 @@ def screen_heads(
 
 
 def _baseline(baseline: Maker, reference: Probe | None, seed: int) -> Intervention:
-    """The intervention whose effect is estimated; functions of the caller's have no gate."""
+    """Intervention whose effect is estimated; a user's edit function has no gate."""
     given = intervention_of(baseline, reference, seed, "baseline")
     if given is None:
         raise InputError(
@@ -531,14 +534,14 @@ def _keeper(
     positions: Positions,
     reference: Probe | None,
 ) -> Keeper | None:
-    """Where finished heads are kept, if anywhere."""
+    """Checkpoint for finished heads, or None."""
     if checkpoint is None:
         return None
     file, about = Path(checkpoint), measurement.provenance(measurement.options.seed)
     facts = deciding(about, measurement.probe, reference, measurement.metric, method, positions)
     KeptEffects(
         file, facts, (), len(measurement.probe)
-    )  # refuses the file of another before any pass
+    )  # refuse another measurement's file before any pass
     return lambda heads: KeptEffects(file, facts, heads, len(measurement.probe))
 
 

@@ -1,4 +1,4 @@
-"""Patching: heads, paths between heads and the residual stream of one run in another."""
+"""Activation patching, path patching, and patching of the residual stream between two runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,11 +56,12 @@ def patch_activations(
     memory: str | int | None = None,
     progress: bool | None = None,
 ) -> EffectGrid:
-    """Patch what heads have at a site, from the paired run, and measure the metric.
+    """Patch heads with values from the paired run, and measure the metric.
 
-    ``noise`` runs the clean probe and patches in values of the corrupt one: what is needed.
-    ``denoise`` runs the corrupt one and patches in clean values: what is enough. The metric always
-    reads the clean probe's targets. ``.normalised()`` puts 1 at clean and 0 at corrupt.
+    ``noise`` runs the clean probe and patches in corrupt values: which heads are necessary.
+    ``denoise`` runs the corrupt probe and patches in clean values: which heads are sufficient. The
+    metric always reads the clean probe's targets. ``.normalised()`` puts 1 at clean and 0 at
+    corrupt.
 
     Args:
         model: the model.
@@ -78,7 +79,7 @@ def patch_activations(
         progress: show a bar.
 
     Raises:
-        InputError: if the probe has no pair that is aligned with it.
+        InputError: if the probe has no aligned pair.
 
     Example:
         >>> names = hs.probes.pairs(model, "ioi", batch=2)
@@ -119,7 +120,7 @@ def patch_activations(
 def both_runs(
     measurement: Measurement, donor: Probe, unedited: Float[np.ndarray, " example"], direction: str
 ) -> Float[np.ndarray, "2 example"]:
-    """The metric on the clean and on the corrupt run, one of which was measured."""
+    """The metric on the clean and on the corrupt run; one of the two was measured already."""
     other, _ = replace(measurement, probe=donor).measure(
         lambda _slice, _batch: [()], 1, "paired run"
     )
@@ -130,10 +131,10 @@ def aligned_pair(probe: Probe, direction: str = "noise") -> tuple[Probe, Probe]:
     """The clean probe, and the corrupt tokens with the clean probe's answers.
 
     Raises:
-        InputError: if they are not aligned, or the direction is neither of the two.
+        InputError: if they are not aligned, or the direction is unknown.
     """
     if direction not in ("noise", "denoise"):
-        raise InputError(f"direction is 'noise' or 'denoise'; got {direction!r}.")
+        raise InputError(f"direction={direction!r}: give 'noise' or 'denoise'.")
     other = probe.corrupt
     if other is None:
         raise InputError("patching needs a pair: this probe has no corrupt probe.")
@@ -151,11 +152,11 @@ def _grid(
     site: HeadSite,
     positions: Positions | Sequence[str],
 ) -> tuple[tuple[tuple[str, ...], ...], list[GridCell]]:
-    """Names along the axes, and what to patch in each cell."""
+    """Axis labels of the grid, and what to patch in each cell."""
     if len(set(axes)) != len(axes) or not set(axes) <= {"layer", "head", "position"}:
-        raise InputError(f"axes are some of layer, head and position; got {tuple(axes)}.")
+        raise InputError(f"axes={tuple(axes)}: choose among 'layer', 'head' and 'position'.")
     if "layer" not in axes:
-        raise InputError("patching needs the axis 'layer'.")
+        raise InputError("axes= must contain 'layer'.")
     shape = model.shape
     n_heads = shape.n_kv_heads if site in ("key", "value") else shape.n_heads
     names, masks = places(model, probe, positions, "position" in axes)
@@ -178,7 +179,7 @@ def _grid(
 
 
 def position_names(model: HeadModel, probe: Probe) -> list[str]:
-    """Positions, each with its token where all examples have the same one: ``3 ' the'``."""
+    """Label positions, each with its token if all examples share it: ``3 ' the'``."""
     if probe.grid is not None:
         return list(probe.grid.labels)
     names = [str(at) for at in range(probe.length)]
@@ -194,16 +195,18 @@ def position_names(model: HeadModel, probe: Probe) -> list[str]:
 def places(
     model: HeadModel, probe: Probe, positions: Positions | Sequence[str], split: bool
 ) -> tuple[list[str], list[Bool[Tensor, "batch pos"] | None]]:
-    """Sets of positions to patch, by name."""
+    """Sets of positions to patch, by label."""
     if not split:
         if positions is not None and not isinstance(positions, str | Tensor):
-            raise InputError("several marks need the axis 'position'.")
+            raise InputError("positions= has several marks: add 'position' to axes.")
         return [""], [marked(probe, positions)]
     if positions is None:
         single = torch.eye(probe.length, dtype=torch.bool)[:, None].expand(-1, len(probe), -1)
         return position_names(model, probe), list(single)
     if isinstance(positions, Tensor):
-        raise InputError("along the axis 'position' give names of marks, or nothing for all.")
+        raise InputError(
+            "with the axis 'position', positions= takes names of marks (default: every position)."
+        )
     listed = [positions] if isinstance(positions, str) else list(positions)
     return listed, [marked(probe, name) for name in listed]
 
@@ -224,24 +227,25 @@ def path_patch(
     memory: str | int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Effect on the metric of a sender's corrupt output, by the paths to some receivers alone.
+    """Effect of a sender's corrupt output on the metric, only along the paths to some receivers.
 
-    Wang et al. 2022 (arXiv 2211.00593), appendix B: the clean run with the sender's output taken
-    from the corrupt run, all other heads frozen to their clean outputs and MLPs computed anew,
-    gives the receivers' queries (or keys, or values); the clean run with those gives the metric.
-    Without receivers the first run's own logits are read: the direct effect. This is not the
-    direct-edge patch that freezes MLPs too.
+    Wang et al. 2022 (arXiv 2211.00593), appendix B. The first run is the clean one with the
+    sender's output taken from the corrupt run, all other heads frozen to their clean outputs and
+    MLPs recomputed; it gives the receivers' queries (or keys, or values). The second is the clean
+    run with those inputs; it gives the metric. Without receivers the first run's own logits are
+    read: the direct effect. This is not the direct-edge patch that freezes MLPs too.
 
     Args:
         model: the model.
         probe: with a ``corrupt`` pair.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
-        receivers: heads that listen; None: the logits.
-        entry: where they listen. Keys and values belong to the whole key/value head.
+        receivers: receiving heads; None: the logits.
+        entry: input of the receivers: ``"query"``, ``"key"`` or ``"value"``. Keys and values belong
+            to the whole key/value head.
         senders: default: all heads below the highest receiver.
         batch_size: examples per recorded pass.
         memory: what a stack of variants may take.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
         Effect per sender; NaN where no path leads from it to a receiver.
@@ -254,13 +258,15 @@ def path_patch(
     """
     options = RunOptions(batch_size, memory, progress=progress)
     if entry not in ("query", "key", "value"):
-        raise InputError(f"entry is 'query', 'key' or 'value'; got {entry!r}.")
+        raise InputError(f"entry={entry!r}: give 'query', 'key' or 'value'.")
     clean, corrupt = aligned_pair(probe)
     listening = () if receivers is None else present(model, receivers)
     top = max((head.layer for head in listening), default=model.shape.n_layers)
     chosen = [head for head in present(model, senders) if head.layer < top]
     if not chosen:
-        raise InputError("no path leads from these senders to these receivers.")
+        raise InputError(
+            "no path leads from the senders to the receivers: choose senders in lower layers."
+        )
     measurement = Measurement.of(model, clean, metric, options)
     parts, clean_parts = [], []
     total = float(len(chosen) * len(clean))
@@ -291,7 +297,7 @@ def _sent(
     kept: dict[int, Tensor],
     top: int,
 ) -> Variant:
-    """The sender's corrupt output, and clean outputs of all heads above it up to the receivers."""
+    """Edits of the first run: the sender's corrupt output, and clean outputs of all later heads."""
     above = [head for head in model.shape.heads if sender.layer < head.layer < top]
     frozen = (edits.patch(above, kept),) if above else ()
     return (edits.patch([sender], donors), *frozen)
@@ -304,7 +310,7 @@ def _received(
     listening: Sequence[HeadIndex],
     entry: Entry,
 ) -> Tensor:
-    """The metric with the receivers' inputs of each first run."""
+    """The metric with the receivers' inputs taken from each first run."""
     shape = model.shape
     layers = sorted({head.layer for head in listening})
     heads = [
@@ -315,7 +321,7 @@ def _received(
     done = []
     for start in range(0, len(first), size):
         some = first[start : start + size]
-        # Receivers in a layer below another receiver are clean there: heads do not hear heads.
+        # In a layer with a receiver, the other receivers below are clean, since heads are frozen.
         found = batch.source.values_at(some, [Tap(entry, layer) for layer in layers])
         by_layer = {tap.layer or 0: value for tap, value in found.items()}
         second = [
@@ -344,15 +350,15 @@ def patch_stream(
     memory: str | int | None = None,
     progress: bool | None = None,
 ) -> EffectGrid:
-    """Patch the residual stream, or what attention or an MLP adds to it, by layer and position.
+    """Patch the residual stream, or an attention or MLP output, by layer and position.
 
-    The value at a site in one layer and at one position (or at the positions of one mark) becomes
-    that of the paired run; everything behind it is computed anew. ``noise`` runs the clean probe
-    and patches in values of the corrupt one: what is needed. ``denoise`` runs the corrupt one and
-    patches in clean values: what is enough. The metric always reads the clean probe's targets, and
-    an effect is the metric with the patch less that without, in the metric's unit;
-    ``.normalised()`` puts 1 at clean and 0 at corrupt. Every cell is a whole pass; as many as fit
-    are stacked in one.
+    The value at a site in one layer and at one position (or at the positions of one mark) is
+    replaced by that of the paired run; everything after it is recomputed. ``noise`` runs the clean
+    probe and patches in corrupt values: what is necessary. ``denoise`` runs the corrupt probe and
+    patches in clean values: what is sufficient. The metric always reads the clean probe's targets,
+    and an effect is the metric with the patch minus that without, in the metric's unit;
+    ``.normalised()`` puts 1 at clean and 0 at corrupt. Every cell takes a whole pass; as many as
+    fit are stacked.
 
     Args:
         model: the model.
@@ -417,10 +423,10 @@ def patch_stream(
 
 
 def _layers(model: HeadModel, site: str, layers: Sequence[int] | None) -> list[int]:
-    """Layers to patch.
+    """Validate the site and the layers to patch.
 
     Raises:
-        InputError: for another site, or if no layer is named or one twice.
+        InputError: if the site is unknown, no layer is named, or one is named twice.
     """
     if site not in STREAM_SITES:
         raise InputError(nearest(str(site), STREAM_SITES, kind="site of the residual stream"))
@@ -435,7 +441,7 @@ def _layers(model: HeadModel, site: str, layers: Sequence[int] | None) -> list[i
 
 
 def _values(model: HeadModel, probe: Probe, taps: Sequence[Tap]) -> dict[Tap, Tensor]:
-    """What some taps hold in the paired run."""
+    """Values of some taps in the paired run."""
     found: dict[Tap, Tensor] = {}
 
     def keep(view: TapView) -> None:
@@ -447,7 +453,7 @@ def _values(model: HeadModel, probe: Probe, taps: Sequence[Tap]) -> dict[Tap, Te
 
 @dataclass(frozen=True, eq=False)
 class Patched:
-    """At some positions of one tap, another run's values."""
+    """Replace a tap's value with another run's at some positions."""
 
     tap: Tap
     values: Float[Tensor, "batch pos d_model"]
@@ -456,22 +462,22 @@ class Patched:
     layers: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Say what is edited."""
+        """Tap that is edited."""
         object.__setattr__(self, "site", self.tap.site)
         object.__setattr__(self, "layers", frozenset({self.tap.layer or 0}))
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Return the value with the other run's in its place."""
+        """Return the value with the other run's inserted."""
         where = self.where.to(value.device)[..., None]
         return torch.where(where, self.values.to(value), value)
 
 
 @dataclass(frozen=True, eq=False)
 class _StreamSource(ForwardSource):
-    """Whole passes whose residual stream is patched, many stacked in one."""
+    """Whole passes with a patched residual stream, many stacked in one."""
 
     def writes(self, variants: Sequence[Variant]) -> Mapping[Tap, Write]:
-        """Patches by the taps that they write, each at its own share of the batch."""
+        """Patches by tap, each for its own share of the batch."""
         by_tap: dict[Tap, dict[int, AnyEdit]] = {}
         for number, variant in enumerate(variants):
             for patch in variant:
@@ -494,7 +500,7 @@ def _shares(
 
 @dataclass(frozen=True)
 class _StreamEngine(Engine):
-    """Whole passes: a replay edits heads alone."""
+    """Engine of whole passes, since a replay can edit only heads."""
 
     def source(
         self,
@@ -504,7 +510,7 @@ class _StreamEngine(Engine):
         read: Bool[Tensor, "batch pos"],
         inputs: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Source:
-        """Make a batch ready."""
+        """Prepare a batch."""
         return _StreamSource(model, tokens, real, read, inputs=inputs)
 
 
@@ -523,25 +529,25 @@ def back_patch(
     memory: str | int | None = None,
     progress: bool | None = None,
 ) -> BackPatch:
-    """Put what a layer makes of a position back into an earlier layer, and let the model go on.
+    """Copy a position's residual stream from one layer back into an earlier one, and rerun.
 
     The residual stream after layer s (``source``) at one position replaces that after layer d
-    (``destination``) at the same position of the same prompt. Where a step of a computation comes
-    too late for a layer that would use it, going back mends that. The best of many pairs is an
-    oracle: the pair is chosen on the even examples, and ``held_out`` is its effect on the odd ones.
-    The null puts back the states of another prompt.
+    (``destination``) at the same position of the same prompt. If a computation finishes too late
+    for the layer that would use it, this repairs it. The best of many pairs is an oracle, so the
+    pair is chosen on the even examples, and ``held_out`` is its effect on the odd ones. The null
+    copies the states of another prompt.
 
     Args:
         model: the model.
         probe: with targets; one position of each example is marked ``at``.
-        metric: of :mod:`headscope.metrics`; higher is better.
-        at: the mark.
+        metric: of :mod:`headscope.metrics`; higher must be better.
+        at: name of the mark.
         layers: sources and destinations; default: all.
-        heads: put back outputs ``z`` of these heads alone, of every pair of layers.
-        forward: also destinations above the source.
+        heads: copy only outputs ``z`` of these heads, for every pair of layers.
+        forward: allow destinations above the source, too.
         batch_size: examples per pass.
-        memory: what a stack of passes may take.
-        progress: show a bar.
+        memory: limit for a stack of passes.
+        progress: show a progress bar.
 
     Raises:
         InputError: if a mark or layer does not fit, or there are fewer than four examples.
@@ -577,7 +583,7 @@ def back_patch(
         )
     cells = [(s, d) for s in chosen for d in chosen if d < s or (forward and d > s)]
     if not cells:
-        raise InputError("back-patching needs two layers at least.")
+        raise InputError("back-patching needs at least two layers.")
     states = _states(model, probe, taps, where, batch_size)
     count = len(cells)
 
@@ -601,7 +607,7 @@ def _put(
     where: Bool[Tensor, "batch pos"],
     heads: Sequence[int] | None,
 ) -> AnyEdit:
-    """The edit that puts states into a layer at one position of each example."""
+    """Edit that inserts states into a layer at one position of each example."""
     if heads is None:
         return Patched(Tap("resid_post", layer), values.expand(-1, where.shape[1], -1), where)
     names = [(layer, head) for head in heads]
@@ -615,7 +621,7 @@ def _states(
     where: Bool[Tensor, "batch pos"],
     batch_size: int | None,
 ) -> dict[int, Tensor]:
-    """What each tap holds at every example's one position."""
+    """States of each tap at every example's marked position."""
     at = where.int().argmax(1)
 
     def run(batch: Probe, _: int) -> dict[Tap, Tensor]:
@@ -668,18 +674,17 @@ def restore(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> EffectGrid:
-    """Restore one component at one position of a corrupt run, and see what comes back.
+    """Restore one component of a corrupt run to its clean value, and measure what recovers.
 
-    The corrupt run is repeated with the value of one component in one layer, at the positions of
-    one mark, taken from the clean run. Components are ``resid_pre`` and ``resid_post`` (what enters
-    and leaves the block), ``mixer_out`` (what attention, or the state-space part, adds or hands
-    on) and ``mlp_out``. An effect is the metric with less that without; differences, not ratios,
-    which are unstable where nothing was lost.
+    The corrupt run is repeated with one component's clean value in one layer, at the positions of
+    one mark. Components are ``resid_pre`` and ``resid_post`` (before and after the block),
+    ``mixer_out`` (output of attention or of the state-space part) and ``mlp_out``. An effect is the
+    metric with minus that without; ratios are avoided, as they are unstable where nothing was lost.
 
     With a corrupted key of :func:`headscope.probes.recall`, a model that stores pairs in place
-    (induction) gets the answer back from ``mixer_out`` at the value; one that looks the pair up
-    when it is asked (a pointer, or a short convolution of Mamba at its last state) gets it from
-    the query alone.
+    (induction) recovers the answer from ``mixer_out`` at the value; a model that looks the pair up
+    when asked (a pointer, or a short convolution of Mamba at its last state) recovers it only from
+    the query.
 
     Args:
         model: of :func:`headscope.load`, or a language model of transformers, with or without
@@ -695,7 +700,7 @@ def restore(
 
     Raises:
         InputError: if the probe has no aligned pair, or has padding.
-        UnsupportedModelError: if the model is not one row of blocks.
+        UnsupportedModelError: if the model is not a sequence of blocks.
 
     Source:
         Meng et al. 2022 (arXiv 2202.05262), restoring; by component and position of associative
@@ -713,10 +718,10 @@ def restore(
     mixers = _mixers(model)
     clean, corrupt = aligned_pair(probe, "denoise")
     if not bool(clean.real.all()):
-        raise InputError("restore takes texts of one length without padding.")
+        raise InputError("the probe has padding: restore needs texts of one length.")
     names = positions or tuple(clean.marks)
     if not names:
-        raise InputError("the probe has no marks: say which positions to restore.")
+        raise InputError("the probe has no marks: name the positions to restore with positions=.")
     where = [clean.mark(name) for name in names]
     chosen = as_metric(metric)
     places = mixers.places()
@@ -745,7 +750,7 @@ def restore(
         unedited=plain[1],
         pair=plain,
         unit=chosen.unit,
-        description=f"{chosen.name} with the clean value restored, less that without.",
+        description=f"{chosen.name} with the clean value restored minus that without.",
         provenance=Provenance(
             model=mixers.name,
             probe={"kind": probe.name, "examples": len(probe), **probe.settings},
@@ -756,7 +761,7 @@ def restore(
 
 
 def _mixers(model: Any) -> MixerModel:
-    """The model as a row of blocks."""
+    """Wrap the model as a sequence of blocks."""
     if isinstance(model, torch.nn.Module):
         return MixerModel.of(model)
     if isinstance(model, HeadModel) and model.path == "hf":

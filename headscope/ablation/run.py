@@ -1,6 +1,6 @@
-"""What every causal measurement shares: arguments, batches, values on disk, provenance.
+"""Shared parts of causal measurements: arguments, batches, checkpoints, provenance.
 
-Values of ablated heads are kept on the disk as they are finished.
+Values of ablated heads can be stored on disk as they are finished.
 """
 
 import hashlib
@@ -39,10 +39,10 @@ Maker = str | Intervention | Callable[[Heads], AnyEdit]
 def intervention_of(
     method: Maker, reference: Probe | None = None, seed: int = 0, kind: str = "method"
 ) -> Intervention | None:
-    """Return the intervention that was given or named; None for a function of the caller's.
+    """Resolve a method to an intervention; None for a user's edit function.
 
     Raises:
-        InputError: if there is no such name, or nothing would read the reference.
+        InputError: if the name is unknown, or the method would ignore the reference.
     """
     if isinstance(method, str):
         return named(method, reference, seed, kind)
@@ -63,26 +63,27 @@ def intervention_of(
 
 
 def marked(probe: Probe, positions: Positions) -> Bool[Tensor, "batch pos"] | None:
-    """Positions named by a mark, or given as they are.
+    """Resolve positions given by mark or as a mask.
 
     Raises:
-        InputError: if the probe has no such mark, or the shape is another.
+        InputError: if the probe has no such mark, or the shape is wrong.
     """
     where = probe.mark(positions) if isinstance(positions, str) else positions
     if where is not None and where.shape != probe.tokens.shape:
         raise InputError(
-            f"positions have shape {tuple(where.shape)}, the probe {tuple(probe.tokens.shape)}."
+            f"positions have shape {tuple(where.shape)}, but the probe has shape "
+            f"{tuple(probe.tokens.shape)}."
         )
     if where is not None and not bool(where.any()):
-        raise InputError("there are no positions to edit: none is marked.")
+        raise InputError("there are no positions to edit: the mark is empty.")
     return None if where is None else where.bool()
 
 
 def present(model: HeadModel, heads: Heads | None) -> tuple[HeadIndex, ...]:
-    """Heads that were asked for, all by default.
+    """The requested heads; default: all.
 
     Raises:
-        InputError: if the model lacks one, or none was named.
+        InputError: if the model lacks a head, or none was named.
     """
     need_model(model)
     if heads is None:
@@ -96,7 +97,7 @@ def present(model: HeadModel, heads: Heads | None) -> tuple[HeadIndex, ...]:
 def by_head(
     model: HeadModel, heads: Sequence[HeadIndex], values: Float[np.ndarray, "variant example"]
 ) -> Float[np.ndarray, "layer head example"]:
-    """Values of some heads in the place of each; NaN for the others."""
+    """Scatter values of some heads into ``[layer head]``; NaN for the others."""
     shape = (model.shape.n_layers, model.shape.n_heads, values.shape[1])
     placed = np.full(shape, np.nan)
     for head, row in zip(heads, values, strict=True):
@@ -107,19 +108,19 @@ def by_head(
 def without_rounding(
     effects: Float[np.ndarray, "variant example"], clean: Float[np.ndarray, " example"]
 ) -> Float[np.ndarray, "variant example"]:
-    """Effects with those that are rounding of fp32 set to 0 (a millionth of the clean metric)."""
+    """Set effects below fp32 rounding (a millionth of the clean metric) to 0."""
     known = np.abs(clean[np.isfinite(clean)])
     floor = 1e-6 * float(known.max()) if known.size else 0.0
     return np.where(np.abs(effects) <= floor, 0.0, effects)
 
 
 def seed_of(method: Maker, seed: int) -> int:
-    """Seed of what is drawn: an intervention's own, or the one that goes with a name."""
+    """Seed of the random draws: the intervention's own, or the call's for a named method."""
     return int(getattr(method, "seed", seed))
 
 
 def facts_of(method: Maker, reference: Probe | None, positions: Positions) -> Mapping[str, Any]:
-    """What the settings were, for provenance."""
+    """Settings of the measurement, for provenance."""
     where = positions if isinstance(positions, str) else "given" if positions is not None else "all"
     other = "own" if reference is None else reference.name
     facts: dict[str, Any] = {"method": method, "reference": other, "positions": where}
@@ -135,25 +136,24 @@ def facts_of(method: Maker, reference: Probe | None, positions: Positions) -> Ma
 
 Checkpoint = str | PathLike[str] | None
 
-# A finished head that is measured again may differ by this, beside its own size.
+# Tolerance for re-measuring a finished head, relative to its size.
 _AGREEMENT = 1e-4
 _HALF_AGREEMENT = 5e-2
 
 
 class KeptEffects:
-    """The metric with each of some heads ablated, one value per head and example.
+    """Checkpoint of the metric with each head ablated: one value per head and example.
 
-    The file keeps the heads of earlier calls with the same facts, whether they are asked for now
-    or not.
+    The file also keeps the heads of earlier calls with the same facts.
 
     Args:
-        file: safetensors, replaced whole whenever heads are finished.
-        facts: JSON values that decide the numbers: a file with others is refused.
-        heads: that are measured now, in the order of the variants.
-        examples: how many the probe has.
+        file: safetensors file, rewritten atomically whenever heads are finished.
+        facts: JSON values that determine the numbers; a file with other facts is refused.
+        heads: heads to measure now, in the order of the variants.
+        examples: number of examples of the probe.
 
     Raises:
-        InputError: if the file is of another measurement, cannot be read or not be written.
+        InputError: if the file belongs to another measurement, or cannot be read or written.
     """
 
     def __init__(
@@ -171,31 +171,31 @@ class KeptEffects:
         self._proved = False
 
     def left(self, chosen: slice) -> list[int]:
-        """Variants that are not finished on every example of a batch."""
+        """Indices of the variants that are not finished on every example of a batch."""
         finished = self._finished[: self._asked, chosen].all(1)
         return [int(number) for number in np.flatnonzero(~finished)]
 
     def values(self, chosen: slice) -> Float[np.ndarray, "variant example"]:
-        """Values of all variants on the examples of a batch; NaN where they are not finished."""
+        """Values of all variants on the examples of a batch; NaN where unfinished."""
         return self._values[: self._asked, chosen]
 
     def keep(
         self, chosen: slice, variants: Sequence[int], values: Float[Tensor, "variant example"]
     ) -> None:
-        """Take finished variants of a batch, and write the file."""
+        """Store finished variants of a batch, and write the file."""
         rows = np.asarray(variants)
         self._values[rows, chosen] = values.numpy()
         self._finished[rows, chosen] = True
         self._write()
 
     def prove(self, chosen: slice, measure: Callable[[int], Float[Tensor, "1 example"]]) -> None:
-        """Measure one finished variant again, once a call: the one farthest from the others.
+        """Re-measure one finished variant per call, the most extreme one, to validate the file.
 
-        The facts tell named methods and metrics apart, but not functions of one name, nor a model
-        that runs differently on the same weights.
+        The facts distinguish named methods and metrics, but not two functions of the same name, nor
+        a model that runs differently on the same weights.
 
         Raises:
-            InputError: if it gives other values now.
+            InputError: if its values differ now.
         """
         finished = sorted(set(range(self._asked)) - set(self.left(chosen)))
         if self._proved or not finished:
@@ -215,7 +215,7 @@ class KeptEffects:
             )
 
     def _read(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Values and what of them is finished, by head; empty if there is no file."""
+        """Read values and finished flags, by head; empty if there is no file."""
         from safetensors import SafetensorError, safe_open
 
         if not self._file.exists():
@@ -250,7 +250,7 @@ def deciding(
     method: Maker,
     positions: Positions,
 ) -> dict[str, Any]:
-    """What the value of one ablated head depends on: weights, data, metric, method and seed."""
+    """Facts that determine the value of an ablated head: weights, data, metric, method, seed."""
     where: Any = positions
     if isinstance(positions, Tensor):
         where = hashlib.sha256(positions.bool().cpu().contiguous().numpy().tobytes()).hexdigest()
@@ -267,21 +267,21 @@ def deciding(
 
 
 def _said_of(method: Maker) -> dict[str, Any]:
-    """Name of what heads are ablated to, with an intervention's numbers."""
+    """Name of the method, with an intervention's parameters."""
     if isinstance(method, Intervention):
         return {**method.facts}
     return {"method": method if isinstance(method, str) else getattr(method, "__name__", "edit")}
 
 
-# Tokens of one recorded batch on a GPU; on a CPU a batch is one stack.
+# Tokens of a recorded batch on a GPU; on a CPU a batch is one stack.
 _GPU_BATCH = 8192
 
 
 def _speaking(model: HeadModel, metrics: Sequence[AnyMetric]) -> HeadModel:
-    """The model, or what its embeddings are read from where metrics are of those.
+    """The model, or a wrapper that returns embeddings if the metrics need those.
 
     Raises:
-        InputError: if some are of embeddings, and some of logits or of another pooling.
+        InputError: if metrics of embeddings are mixed with metrics of logits or other poolings.
     """
     poolings = {one.pooling if isinstance(one, EmbeddingMetric) else "logits" for one in metrics}
     if len(poolings) > 1:
@@ -299,10 +299,10 @@ class Measurement:
     """A model, a probe and a metric, ready for any number of variants.
 
     Attributes:
-        others: more metrics, measured on the same passes.
+        others: further metrics, measured on the same passes.
         limit: tokens per stack.
         size: examples per batch.
-        options: how it is run.
+        options: batch size, memory and progress.
     """
 
     model: HeadModel
@@ -324,7 +324,7 @@ class Measurement:
         *,
         others: Sequence[Metricish] = (),
     ) -> "Measurement":
-        """Check everything that can be checked before the first pass, and choose the engine."""
+        """Check the arguments before the first pass, and choose the engine."""
         chosen, *more = map(as_metric, (metric, *others))
         probe = capture.on_grid_of(model, probe)
         model = _speaking(model, (chosen, *more))
@@ -341,8 +341,8 @@ class Measurement:
         return cls(model, probe, chosen, engine, limit, size, options, tuple(more))
 
     def batches(self) -> Iterator[tuple[slice, RecordedBatch]]:
-        """Batches of the probe, each run once cleanly."""
-        # Of the whole probe: what is read of an example does not depend on who is beside it.
+        """Yield the batches of the probe, each run once cleanly."""
+        # Checked on the whole probe, since what is read of an example does not depend on its batch.
         reads = [(one, one.reads(self.probe)) for one in (self.metric, *self.others)]
         for start in range(0, len(self.probe), self.size):
             chosen = slice(start, min(start + self.size, len(self.probe)))
@@ -357,14 +357,13 @@ class Measurement:
         what: str,
         kept: KeptEffects | None = None,
     ) -> tuple[Float[np.ndarray, "variant example"], Float[np.ndarray, " example"]]:
-        """The metric of every variant on every example, and on the clean run.
+        """Metric of every variant on every example, and on the clean run.
 
         Args:
-            variants: of one batch; ``count`` of them.
-            count: how many there are, for the progress bar.
-            what: is being done, for the progress bar.
-            kept: variants of an earlier call, which are not run again, and where those that are
-                finished go; None: nowhere.
+            variants: makes the variants of one batch; ``count`` of them.
+            count: number of variants, for the progress bar.
+            what: label of the progress bar.
+            kept: checkpoint with variants of earlier calls, which are not run again; None: none.
         """
         edited, clean = self.measure_all(variants, count, what, kept)
         return edited[0], clean[0]
@@ -376,7 +375,7 @@ class Measurement:
         what: str,
         kept: KeptEffects | None = None,
     ) -> tuple[Float[np.ndarray, "metric variant example"], Float[np.ndarray, "metric example"]]:
-        """What :meth:`measure` gives, of the metric and all others; each variant is run once."""
+        """Like :meth:`measure`, for the metric and all others; each variant is run once."""
         edited, clean = [], []
         total = float(count * len(self.probe))
         with self.options.track(total, what) as advance:
@@ -390,7 +389,7 @@ class Measurement:
         return torch.cat(edited, 2).numpy(), torch.cat(clean, 1).numpy()
 
     def provenance(self, seed: int | None = None, **facts: Any) -> Provenance:
-        """Where the result came from; ``facts`` join those of the probe, ``checks`` apart."""
+        """Provenance of the result; ``facts`` join the probe's, ``checks`` are stored apart."""
         return origin(
             self.model,
             self.probe,
@@ -407,7 +406,7 @@ def _with_kept(
     advance: Advance,
     kept: KeptEffects,
 ) -> Float[Tensor, "1 variant batch"]:
-    """Values of a batch's variants, of which only those run that are not finished."""
+    """Values of a batch's variants, running only those that are not finished."""
     kept.prove(chosen, lambda number: batch.values([variants[number]]))
     left = kept.left(chosen)
     advance(float((len(variants) - len(left)) * len(batch.probe)))
@@ -420,7 +419,7 @@ def _with_kept(
 
 
 class Placer:
-    """How one call edits heads, batch by batch, with its proofs taken on the first batch."""
+    """Builds head edits batch by batch, and validates them on the first batch."""
 
     def __init__(
         self,
@@ -449,11 +448,11 @@ class Placer:
 
     @property
     def method(self) -> Maker:
-        """What heads are ablated to: a name, or a function from heads to an edit."""
+        """What heads are ablated to: an intervention's name, or a user's function."""
         return self._maker
 
     def place(self, chosen: slice, batch: RecordedBatch) -> Place:
-        """How to edit any heads of one batch."""
+        """Function from heads to their edit in one batch."""
         if self._batch is not None:
             return self._batch(chosen, batch.source.z)
         maker = self._maker
@@ -466,7 +465,7 @@ class Placer:
         return own
 
     def prove(self, batch: RecordedBatch, place: Place, heads: Sequence[HeadIndex]) -> None:
-        """Take the proofs, once."""
+        """Run the checks once."""
         if not self.checks:
             measurement = self._measurement
             self.checks = proofs(measurement.model, measurement.engine, batch, place, heads)

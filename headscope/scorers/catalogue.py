@@ -1,4 +1,4 @@
-"""Every scorer that ships, by name. Adding one: its file, and one line here."""
+"""Catalogue of the built-in scorers. To add a scorer: write its file, and add a line here."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -132,7 +132,8 @@ CATALOGUE: dict[str, Scorer] = {
     )
 }
 
-# What a plain scan computes, less what a family cannot be asked: two short passes and one control.
+# Scorers of a plain scan, minus those that do not apply to a family: two short passes and a
+# control.
 DEFAULT: tuple[str, ...] = (
     "previous_token",
     "next_token",
@@ -180,7 +181,7 @@ def resolve(scorers: Iterable[str | Scorer | Relation] | Scorer) -> tuple[Scorer
 
 
 def _flattened(scorers: Iterable[object]) -> list[Any]:
-    """A list in which the scorers of a relation stand one by one."""
+    """Flatten a list in which relations stand for their scorers."""
     return [
         one for given in scorers for one in (given if isinstance(given, Relation) else (given,))
     ]

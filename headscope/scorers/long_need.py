@@ -1,8 +1,8 @@
-"""What a head needs of tokens that are neither first nor local.
+"""Scorers of long-range need: tokens that are neither the first ones nor local.
 
-Whether a query needs more than those, exactly and guessed from two moments; what a head loses when
-it sees only the first and the last tokens; and which rotary frequencies make its scores with far
-tokens.
+They measure whether a query needs such tokens (exactly, and predicted from two moments), what a
+head loses when it sees only the first and the last tokens, and which rotary frequencies carry its
+scores with far tokens.
 """
 
 import math
@@ -19,26 +19,26 @@ from headscope.scorer import Scorer, every_query, output_scorer, qk_scorer, row_
 from headscope.scorers.retrieval import answering
 from headscope.views import AttentionRows, HeadOutputs, QueryKeys, Rotation
 
-# A row that sums to more has lost nothing to a sink but rounding.
+# A row that sums to more has no sink; the rest is rounding.
 _NO_SINK = 1 - 1e-5
 
 
 def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None) -> Scorer:
-    """Make the scorer of full against streaming attention; ``streaming_gap`` is 64 and 256.
+    """Make a scorer of full against streaming attention; ``streaming_gap`` uses 64 and 256.
 
-    ``|(z_i - s_i) W_O| / (|z_i W_O| + |s_i W_O|)``, where ``s_i`` is the head's output with
-    attention on the first ``sink`` and the last ``recent`` tokens alone, the softmax taken over
-    those: 0 for a head to which nothing else matters, up to 1. Over the positions that predict
-    the answer and have something out of sight; NaN elsewhere. A proxy without training of
-    DuoAttention's gate, which learns per key/value head how much a long-context task needs full
-    attention: aggregate with ``headscope.retrieval.by_kv_head``. Its evaluation uses 64 and 256,
-    so texts must be longer than 320 tokens; for shorter ones make it with smaller widths.
+    ``|(z_i - s_i) W_O| / (|z_i W_O| + |s_i W_O|)``, where ``s_i`` is the head's output if attention
+    is limited to the first ``sink`` and the last ``recent`` tokens, with the softmax taken over
+    those: from 0, for a head that needs nothing else, up to 1. Averaged over the positions that
+    predict the answer and have tokens out of that range; NaN elsewhere. It is a training-free proxy
+    for DuoAttention's gate, which learns per key/value head how much a long-context task needs full
+    attention: aggregate with ``headscope.retrieval.by_kv_head``. Its evaluation uses 64 and 256, so
+    texts must be longer than 320 tokens; pass smaller widths for shorter ones.
 
-    Weakness: one head at a time and its own output only; the gate is learned for all together
-    and judged by the last hidden state.
+    Weakness: it takes one head at a time and only its own output; the gate is learned for all heads
+    together and judged by the last hidden state.
 
     Raises:
-        InputError: if a width makes no sense.
+        InputError: if a width is invalid.
 
     Example:
         >>> type(streaming_gap(sink=1, recent=2)).__name__
@@ -73,7 +73,7 @@ def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None)
 def _softmax_over(
     keys: Bool[Tensor, "batch query key"], outputs: HeadOutputs
 ) -> Float[Tensor, "batch head query key"]:
-    """Attention over some keys alone; a learned sink keeps its logit."""
+    """Softmax over some keys only; a learned sink keeps its logit."""
     seen, whole = outputs.query_keys, outputs.rows.total
     near = seen.scores.masked_fill(~keys[:, None], -torch.inf)
     every = seen.scores.masked_fill(~seen.visible[:, None], -torch.inf).logsumexp(-1)
@@ -91,7 +91,7 @@ def check_widths(sink: int, recent: int) -> None:
 def local_keys(
     rows: AttentionRows, probe: Probe, sink: int, recent: int
 ) -> Bool[Tensor, "batch query key"]:
-    """Keys among the first ``sink`` of the text or the last ``recent`` of the query."""
+    """Mask of the first ``sink`` keys of the text and the last ``recent`` keys of the query."""
     keys = torch.arange(rows.visible.shape[-1], device=rows.visible.device)
     first = probe.position_in_text[:, None, : len(keys)] < sink
     last = keys[None] > rows.query_pos[:, None] - recent
@@ -101,7 +101,7 @@ def local_keys(
 def out_of_sight(
     rows: AttentionRows, kept: Bool[Tensor, "batch query key"]
 ) -> Bool[Tensor, "batch query"]:
-    """Queries that see keys beyond the local ones."""
+    """Mask of the queries that see keys beyond the local ones."""
     return (rows.visible & ~kept).any(-1)
 
 
@@ -110,26 +110,27 @@ default_streaming_gap = streaming_gap(name="streaming_gap")
 
 Moments = Literal["bulk", "local"]
 _QADA = "QAdA, Donhauser et al. 2025 (arXiv 2502.09647), {}"
-# Beyond this the log-normal mean says nothing; as a share it is 1 long before.
+# Beyond this the log-normal mean is meaningless; as a share it reaches 1 long before.
 _LARGEST_LOG = 1e4
 
 
 def asked(probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """The question's tokens and the positions that predict the answer."""
+    """Mask of the question's tokens and the positions that predict the answer."""
     return every_query(probe) & (probe.mark("question") | probe.mark("answering"))
 
 
 def long_need(
     sink: int = 16, recent: int = 128, threshold: int | float = 0.6, *, name: str | None = None
 ) -> Scorer:
-    """Make the scorer of how often a head needs what is not local; ``long_need`` is 16 and 128.
+    """Make a scorer of how often a head needs non-local tokens; ``long_need`` uses 16 and 128.
 
     The share of queries whose attention on the first ``sink`` and the last ``recent`` tokens is
-    below ``threshold`` of all their attention (less a learned sink's); in [0, 1], over the
-    question and the answer's predictions. NaN where a query sees nothing else. The source's
-    oracle; its threshold is free, 0.6 is ours.
+    below ``threshold`` of all their attention (without a learned sink's); in [0, 1], over the
+    question and the positions that predict the answer. NaN where a query sees nothing else. It is
+    the source's oracle; the source leaves the threshold open, and 0.6 is our choice.
 
-    Weakness: a yes or no per query; a head just above the threshold looks like a local one.
+    Weakness: each query counts as yes or no; a head just above the threshold looks like a local
+    one.
 
     Example:
         >>> type(long_need(sink=1, recent=2)).__name__
@@ -167,23 +168,23 @@ def long_need_predicted(
     both: bool = False,
     name: str | None = None,
 ) -> Scorer:
-    """Make the scorer of how often two moments of the scores say that a head needs more.
+    """Make a scorer that predicts ``long_need`` from the mean and variance of attention scores.
 
-    As :func:`long_need`, with the attention on the ``n`` tokens that are not local guessed as
-    ``n exp(mean + variance / 2)`` of a normal distribution of scores, against the exact sum over
-    the local ones. The moments are those of the scores with the far keys (``bulk``; the same
-    as with the mean and covariance of those keys, which is what a cache would keep), or with the
-    last ``recent`` keys, so that nothing far is read at all (``local``). In [0, 1].
+    Like :func:`long_need`, but the attention on the ``n`` non-local tokens is predicted as ``n
+    exp(mean + variance / 2)``, as for normally distributed scores, against the exact sum over the
+    local ones. The moments are those of the scores with the far keys (``bulk``; the same as with
+    the mean and covariance of those keys, which is what a cache would keep), or with the last
+    ``recent`` keys, so that nothing far is read at all (``local``). In [0, 1].
 
     Args:
-        sink: first tokens that are always local.
-        recent: last tokens that are.
-        threshold: share of the attention that local tokens must have.
-        moments: where they are taken.
-        both: count the queries where guess and truth say yes, for precision and recall.
-        name: of the scorer.
+        sink: number of first tokens that always count as local.
+        recent: number of last tokens that count as local.
+        threshold: share of the attention that local tokens must get.
+        moments: ``"bulk"`` or ``"local"``.
+        both: count the queries where prediction and truth agree on yes, for precision and recall.
+        name: name of the scorer.
 
-    Weakness: heavy-tailed scores blow the variance up, so that local heads are called long.
+    Weakness: heavy-tailed scores inflate the variance, so that local heads are called long-range.
 
     Example:
         >>> type(long_need_predicted(sink=1, recent=2)).__name__
@@ -268,7 +269,7 @@ default_predicted_local = long_need_predicted(moments="local", name="long_need_p
     needs=("rotary", "causal"),
 )
 def rotary_slowness(seen: QueryKeys, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Correlation, over rotary planes, of slowness and of what a plane adds to far scores.
+    """Correlation of a rotary plane's slowness with its contribution to far attention scores.
 
     Plane p adds ``c_p(i, j) = q_a k_a + q_b k_b`` over its two coordinates, after rotation. Its
     share is the mean of ``|c_p|`` over the keys in the farther half of what the query sees,
@@ -278,10 +279,10 @@ def rotary_slowness(seen: QueryKeys, probe: Probe) -> Float[Tensor, "batch head 
     ones (exact distance). NaN in layers without rotary positions (some of cohere2's or smollm3's).
     ``headscope.retrieval.rotary_contributions`` gives the shares.
 
-    Weakness: large contributions that cancel count, and dimensions that are not rotated do not.
+    Weakness: large contributions that cancel still count, and unrotated dimensions do not.
     """
     share = plane_shares(seen, far_keys(seen))
-    if share.shape[-1] < 2:  # a correlation needs two
+    if share.shape[-1] < 2:  # a correlation needs two planes
         return share.new_full(share.shape[:-1], torch.nan)
     order = turning(seen).frequency.abs().argsort(descending=True)
     share = share[..., order.to(share.device)]
@@ -293,14 +294,14 @@ def rotary_slowness(seen: QueryKeys, probe: Probe) -> Float[Tensor, "batch head 
 
 
 def turning(seen: QueryKeys) -> Rotation:
-    """Rotary positions of the layer, which the engine hands over to scorers that need them."""
+    """Rotation of the layer; the engine passes it to scorers that declare ``needs=("rotary",)``."""
     if seen.rotation is None:
-        raise InputError("the scorer must say needs=('rotary',) to be told of the rotation.")
+        raise InputError("the scorer must declare needs=('rotary',) to receive the rotation.")
     return seen.rotation
 
 
 def far_keys(seen: QueryKeys) -> Bool[Tensor, "batch query key"]:
-    """Keys in the farther half of what each query sees."""
+    """Mask of the keys in the farther half of what each query sees."""
     keys = torch.arange(seen.visible.shape[-1], device=seen.visible.device)
     first = seen.visible.int().argmax(-1)
     middle = first + (seen.query_pos - first) / 2

@@ -1,4 +1,4 @@
-"""The textbook patterns: places back, earlier tokens, what followed; neighbours in an image."""
+"""Textbook attention patterns: fixed offsets, repeated tokens, induction, and image neighbours."""
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from headscope.scorer import (
 )
 from headscope.views import AttentionRows
 
-# Mean from which a head is named for the distance that it looks back.
+# Mean from which a head gets the role of its offset.
 _THRESHOLD = 0.4
 
 
@@ -80,14 +80,14 @@ def next_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head q
 
 
 def relative_offset(distance: int) -> Scorer:
-    """Make the scorer of attention to the token ``distance`` back; its name is ``offset_<n>``.
+    """Make a scorer of attention to the token ``distance`` back; its name is ``offset_<n>``.
 
     ``A[i, i-distance]``, a probability in [0, 1], over the queries that have such a key; NaN
     where the layer's window is too short for it. ``relative_offset(1)`` is ``previous_token``,
     ``relative_offset(-1)`` is ``next_token``.
 
     Args:
-        distance: in tokens; below 0 that many after the query, for models that see them.
+        distance: in tokens; negative for tokens after the query, in models that see them.
 
     Weakness: on repeated tokens a content head and a positional head look alike at the distance
     of the repetition; vary the length. The null is attention spread evenly, from which every head
@@ -112,7 +112,7 @@ def relative_offset(distance: int) -> Scorer:
     )(function)
 
 
-# Up to this many earlier occurrences each is looked up; beyond, a mask of the chunk is cheaper.
+# Up to this many earlier occurrences, look each one up; beyond, a mask of the chunk is cheaper.
 _LOOK_UPS = 4
 
 
@@ -160,7 +160,7 @@ def induction(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head qu
 def earlier_mass(
     rows: AttentionRows, probe: Probe, shift: int
 ) -> Float[Tensor, "batch head query"]:
-    """Attention to the keys ``shift`` after earlier occurrences, all of them together.
+    """Attention mass on the keys ``shift`` after earlier occurrences of the query's token.
 
     NaN where none of them is visible.
     """
@@ -172,7 +172,7 @@ def earlier_mass(
 def mass_by_look_up(
     rows: AttentionRows, probe: Probe, shift: int
 ) -> Float[Tensor, "batch head query"]:
-    """One gather per earlier occurrence: reads a few entries of each row."""
+    """Compute the mass with one gather per earlier occurrence, reading a few entries per row."""
     link = probe.previous_occurrence[:, rows.query_pos]
     total = rows.at(torch.where(link >= 0, link + shift, -1))
     for _ in range(probe.most_earlier - 1):
@@ -186,7 +186,7 @@ def mass_by_look_up(
 def mass_by_mask(
     rows: AttentionRows, probe: Probe, shift: int
 ) -> Float[Tensor, "batch head query"]:
-    """All occurrences at once: a mask ``[batch query key]`` of the chunk."""
+    """Compute the mass with one mask ``[batch query key]`` per chunk."""
     labels = probe.structure.masked_fill(~probe.real, -1)
     wanted = labels[:, rows.query_pos]
     source = torch.full_like(labels, -2)  # label of the token that stands `shift` before each key
@@ -198,7 +198,7 @@ def mass_by_mask(
 
 
 def _diluted(scorer: Scorer, tail: str) -> Scorer:
-    """``scorer`` over all queries, 0 where it has no target."""
+    """``scorer`` over all queries, counting 0 where it has no target."""
 
     def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
         values: Tensor = scorer.function(rows, probe)
@@ -225,7 +225,7 @@ _NEEDS = ("patches", "bidirectional")
 
 
 def hop_mass(hops: int, *, name: str | None = None, threshold: float | None = None) -> Scorer:
-    """Make the scorer of attention between patches ``hops`` apart; its name is ``hop_<n>``.
+    """Make a scorer of attention between patches ``hops`` apart; its name is ``hop_<n>``.
 
     ``sum of A[i, j] over the patches j with max(|row_i - row_j|, |column_i - column_j|) = hops``, a
     probability in [0, 1], over every patch i that has such a j. Hop 0 is the patch itself, hop 1
@@ -233,8 +233,8 @@ def hop_mass(hops: int, *, name: str | None = None, threshold: float | None = No
 
     Args:
         hops: Chebyshev distance on the grid of patches.
-        name: of the scorer.
-        threshold: mean from which a head has the role of this name.
+        name: name of the scorer.
+        threshold: mean from which a head gets the role of this name.
 
     Weakness: more patches lie at a larger distance; its null, attention spread evenly, says how
     many.
@@ -281,7 +281,7 @@ def class_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head 
     ``A[i, class]``, a probability in [0, 1], over every patch. The class token's own row is
     left out.
 
-    Weakness: patches park attention there as text models do on the first token.
+    Weakness: patches park attention there, as text models do on the first token.
     """
     return rows.column_mass(probe.mark("class"))
 
@@ -304,11 +304,11 @@ def registers(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head qu
 
 
 def mean_reach(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Mean distance between the middles of patches, over what a patch gives to patches.
+    """Mean distance between patch centres, weighted by attention between patches.
 
     Args:
-        rows: of attention.
-        probe: of images.
+        rows: attention rows.
+        probe: a probe of images.
     """
     far = _apart(rows, probe).to(rows.pattern.dtype).norm(dim=-1)
     weight = rows.pattern * _between_patches(rows, probe)
@@ -317,13 +317,13 @@ def mean_reach(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head q
 
 
 def _apart(rows: AttentionRows, probe: Probe) -> Tensor:
-    """Rows and columns of patches between queries and keys."""
+    """Row and column offsets between query and key patches."""
     assert probe.grid is not None  # noqa: S101  # check_fits saw to it
     return probe.grid.offsets(rows.query_pos)[:, : rows.pattern.shape[-1]]
 
 
 def _between_patches(rows: AttentionRows, probe: Probe) -> Tensor:
-    """Which pairs of query and key are patches."""
+    """Mask of the (query, key) pairs in which both are patches."""
     assert probe.grid is not None  # noqa: S101  # check_fits saw to it
     keys = torch.arange(rows.pattern.shape[-1], device=rows.pattern.device)
     return probe.grid.is_patch(rows.query_pos)[:, None] & probe.grid.is_patch(keys)

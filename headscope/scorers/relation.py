@@ -1,4 +1,4 @@
-"""Attention along any relation: pairs of a query and a key that somebody names or a probe marks."""
+"""Attention along a user-defined relation: (query, key) pairs, passed or marked in the probe."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -29,19 +29,18 @@ _SOURCE = "user-defined relation; evenness as of clustering heads, Cabannes et a
 
 
 class Relation(NamedTuple):
-    """The scorers of one relation, to be given to ``hs.score`` together or one by one.
+    """Five scorers of one relation; pass them to ``hs.score`` together or singly.
 
-    With ``A`` a row of attention, ``J`` the keys that the query is paired with and can see, ``m``
-    the number of keys that it can see; each is a mean over the queries that have a pair.
+    ``A`` is a row of attention, ``J`` the visible keys that the query is paired with, and ``m`` the
+    number of visible keys; each score is a mean over the queries that have a pair.
 
     Attributes:
         mass: ``sum of A over J``, a probability.
-        lift: ``mass * m / |J|``: how many times what even attention gives, from 0; 1 by chance.
-        hit: 1 where the most attended key (of equals the first) is in J, else 0; ``|J| / m`` by
-            chance.
-        auroc: share of the pairs of a key in J and a visible one outside in which the first gets
-            more attention, ties half; 0.5 by chance. NaN where J is all that is visible.
-        evenness: entropy of A within J over ``log |J|``: 1 where all of J gets the same. NaN for
+        lift: ``mass * m / |J|``: the mass relative to uniform attention, from 0; 1 by chance.
+        hit: 1 if the most attended key (on ties the first) is in J, else 0; ``|J| / m`` by chance.
+        auroc: probability that a key in J gets more attention than a visible key outside it, ties
+            counting half; 0.5 by chance. NaN if all visible keys are in J.
+        evenness: entropy of A within J over ``log |J|``: 1 if all keys in J get the same. NaN for
             fewer than two keys, or no mass.
     """
 
@@ -53,7 +52,7 @@ class Relation(NamedTuple):
 
     @property
     def no_sink(self) -> "Relation":
-        """The same on rows renormalised without the first position; names end in ``_no_sink``."""
+        """The same scorers without the first position; names end in ``_no_sink``."""
         return Relation(*map(without_sink, self))
 
 
@@ -66,26 +65,25 @@ def relation(
     threshold: float | None = None,
     source: str = _SOURCE,
 ) -> Relation:
-    """Scorers of a relation: any set of (query, key) pairs of every example.
+    """Make the scorers of a relation: any set of (query, key) pairs per example.
 
     Args:
-        name: of the relation; the scores are ``name_mass``, ``name_lift``, ``name_hit``,
+        name: name of the relation; the scores are ``name_mass``, ``name_lift``, ``name_hit``,
             ``name_auroc`` and ``name_evenness``.
-        pairs: a function of the probe (asked of some of its examples at a time), or its result for
-            the whole probe: a Boolean ``[batch query key]``, dense or sparse; whole numbers
-            ``[pair 3]``, each example, query, key; or for every example a list of ``(query,
-            key)``. Positions count from the start of the row, padding included. Default: the
-            pairs that the probe itself has by this name (``probe.pairs[name]``, as
-            ``hs.probes.from_jsonl`` reads them).
+        pairs: a function of the probe (called with some of its examples at a time), or its result
+            for the whole probe: a Boolean ``[batch query key]``, dense or sparse; integers ``[pair
+            3]`` of example, query and key; or per example a list of ``(query, key)``. Positions
+            count from the start of the row, padding included. Default: the probe's own pairs of
+            this name (``probe.pairs[name]``, as ``hs.probes.from_jsonl`` reads them).
         control: ``other_example``: the same rows with the pairs of another example of the same
-            length, which a head that looks at fixed places serves as well (examples without a peer
-            are left out of the test); ``flat``: attention spread evenly; None: no null.
-        probe: kind of probe that is used where none is given.
-        threshold: of the mass, from which a significant head is called by the relation's name.
-        source: of the definition.
+            length, which exposes heads that attend to fixed positions (examples without a peer are
+            left out of the test); ``flat``: uniform attention; None: no null.
+        probe: default kind of probe.
+        threshold: mass from which a significant head is named after the relation.
+        source: source of the definition.
 
     Raises:
-        InputError: when scored, if pairs do not fit the probe.
+        InputError: when scored, if the pairs do not fit the probe.
 
     Example:
         >>> def three_back(probe):
@@ -129,14 +127,14 @@ _Value = Callable[
 _SAID = {
     "mass": "Attention on the keys",
     "lift": "Attention on the keys over what even attention gives them",
-    "hit": "Share of the queries whose most attended key is one",
+    "hit": "Share of the queries whose most attended key is one of the keys",
     "auroc": "Share of the pairs of a key and another one in which the key gets more attention",
     "evenness": "Evenness of the attention among the keys",
 }
 
 
 class _Given:
-    """Pairs as they were given, as sets of keys for the rows of a chunk."""
+    """User-supplied pairs, converted to sets of keys for the rows of a chunk."""
 
     def __init__(self, name: str, pairs: PairsOf | PairsLike | None) -> None:
         self._name = name
@@ -149,7 +147,7 @@ class _Given:
         self._known: WeakKeyDictionary[Probe, Int[Tensor, "pair 3"]] = WeakKeyDictionary()
 
     def triples(self, probe: Probe) -> Int[Tensor, "pair 3"]:
-        """Example, query and key of every pair of these examples."""
+        """``(example, query, key)`` of every pair of these examples."""
         if probe not in self._known:
             self._known[probe] = self._read(probe)
         return self._known[probe]
@@ -167,21 +165,21 @@ class _Given:
         return found.to(probe.tokens.device)
 
     def queries(self, probe: Probe) -> Bool[Tensor, "batch pos"]:
-        """Queries that have a pair; never an example's first."""
+        """Mask of the queries that have a pair, each example's first position excluded."""
         example, query, _ = self.triples(probe).unbind(1)
         paired = torch.zeros_like(probe.real)
         paired[example, query] = True
         return every_query(probe) & paired
 
     def keys(self, probe: Probe, rows: AttentionRows) -> Bool[Tensor, "batch query key"]:
-        """Keys paired with each query of a chunk, without waiting for the device."""
+        """Mask of the keys paired with each query of a chunk, without a device sync."""
         device = rows.pattern.device
         example, query, key = self.triples(probe).to(device).unbind(1)
         n_queries, n_keys = rows.pattern.shape[2:]
         place = torch.full((probe.length,), n_queries, device=device)
         place[rows.query_pos.to(device)] = torch.arange(n_queries, device=device)
         room = torch.zeros(len(probe), n_queries + 1, n_keys + 1, dtype=torch.bool, device=device)
-        room[example, place[query], key.clamp_max(n_keys)] = True  # the rest goes to the margin
+        room[example, place[query], key.clamp_max(n_keys)] = True  # padding goes to the margin
         keys: Tensor = room[:, :n_queries, :n_keys]
         return keys
 
@@ -189,15 +187,15 @@ class _Given:
 def as_triples(
     name: str, pairs: PairsLike, size: tuple[int, int] | None = None
 ) -> Int[Tensor, "pair 3"]:
-    """Example, query and key of every pair, each once, in order.
+    """Convert pairs to sorted, unique ``(example, query, key)`` triples.
 
     Args:
-        name: of the relation, for messages.
+        name: name of the relation, for messages.
         pairs: in any form that :func:`relation` takes.
-        size: examples and positions, if a Boolean tensor must have them.
+        size: numbers of examples and positions that a Boolean tensor must have.
 
     Raises:
-        InputError: if the pairs have none of the forms.
+        InputError: if the pairs have another form.
     """
     if not isinstance(pairs, Tensor):
         try:
@@ -262,8 +260,8 @@ def _auroc(
     values = rows.pattern.masked_fill(~rows.visible[:, None], -1.0)
     ordered = values.sort(-1).values
     below, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-    rank = (below + upto) / 2 - hidden[..., None]  # visible keys below, and half of the equal ones
-    won = (rank * reachable).sum(-1) - paired**2 / 2  # less what keys of the set win of each other
+    rank = (below + upto) / 2 - hidden[..., None]  # visible keys below, ties count half
+    won = (rank * reachable).sum(-1) - paired**2 / 2  # minus wins among the set's own keys
     others = shown - paired
     share: Tensor = won / (paired * others).clamp_min(1)
     return share.masked_fill((paired * others) == 0, torch.nan)
@@ -294,16 +292,16 @@ def between(
     threshold: float | None = None,
     needs: tuple[str, ...] = (),
 ) -> Scorer:
-    """Make the scorer of attention from the positions of one mark to those of another.
+    """Make a scorer of attention from the positions of one mark to those of another.
 
-    ``sum of A[i, j] over the keys marked key``, a probability in [0, 1], over the queries
-    marked ``query``; NaN where none of the keys can be seen.
+    ``sum of A[i, j] over the keys marked key``, a probability in [0, 1], over the queries marked
+    ``query``; NaN where none of the keys is visible.
 
-    Weakness: where a head looks says nothing of what it does there; see
-    ``direct_logit_difference`` and ablation. The null is attention spread evenly, from which
-    every head departs a little, whatever it does: with 32 prompts of one template even .001 is
-    found, so ask for a mean worth a name (``threshold``). Those of the IOI circuit ask for a
-    quarter, about half of what the source's name movers and S-inhibition heads give on average.
+    Weakness: where a head looks does not tell what it does there; see ``direct_logit_difference``
+    and ablation. The null is uniform attention, from which every head deviates a little: with 32
+    prompts of one template even .001 is significant, so set a meaningful ``threshold``. The scorers
+    of the IOI circuit require a quarter, about half of what the source's name movers and
+    S-inhibition heads give on average.
 
     Example:
         >>> between("end", "io").name
@@ -311,7 +309,7 @@ def between(
     """
 
     def queries(probe: Probe) -> Bool[Tensor, "batch pos"]:
-        probe.mark(key)  # so that a missing mark is said before any forward pass
+        probe.mark(key)  # so that a missing mark is reported before any forward pass
         return queries_at(query)(probe)
 
     def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:

@@ -1,6 +1,6 @@
-"""Retrieval, teacher-forced: is the most attended token the needle's, and the one to be said?
+"""Retrieval heads, teacher-forced: is the most attended token the needle's next answer token?
 
-Queries are the positions that predict the answer; their rows are exact, no other is computed.
+Queries are the positions that predict the answer; only their rows are computed, exactly.
 """
 
 import torch
@@ -16,7 +16,7 @@ answering = queries_at("answering")
 
 
 def first_answering(probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """The position that predicts the first token of each answer."""
+    """Mask of the position that predicts each answer's first token."""
     asked = answering(probe)
     return asked & (asked.int().cumsum(1) == 1)
 
@@ -33,14 +33,14 @@ def first_answering(probe: Probe) -> Bool[Tensor, "batch pos"]:
 def retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Share of the answer's tokens that the head copies from the needle.
 
-    1 where ``j = argmax A[i]`` lies in ``needle_answer`` and token j is the one that query i
-    should predict, else 0; in [0, 1], over the positions that predict the answer. Ties go to the
-    lowest key. The source decodes and takes the token that the model says: for runs that answer
-    right both are the same (``headscope.retrieval`` has that form, and measures how well they
-    agree). NaN where the layer's window hides all of it. The threshold is the source's.
+    1 where ``j = argmax A[i]`` lies in ``needle_answer`` and token j is the one that query i should
+    predict, else 0; in [0, 1], over the positions that predict the answer. On ties the lowest key
+    wins. The source decodes and compares with the generated token: both agree for runs that answer
+    correctly (``headscope.retrieval`` implements that form, and measures the agreement). NaN where
+    the layer's window hides all of it. The threshold is the source's.
 
-    Weakness: an argmax sees neither how much is attended nor what is written, and a head that
-    parks attention on the first token scores 0 however much of the rest it spends on the needle.
+    Weakness: an argmax ignores how much is attended and what is written, and a head that parks
+    attention on the first token scores 0 however much of the rest it spends on the needle.
     """
     best = rows.pattern.argmax(-1)
     mark = probe.mark("needle_answer")
@@ -60,15 +60,15 @@ def retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head qu
 def retrieval_first_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Share of the answers whose first token the head copies from the needle.
 
-    ``retrieval`` where only the question tells which needle is meant: at the position that
-    predicts the answer's first token; 1 or 0 an example, the mean in [0, 1]. Behind that token an
-    answer of several ones goes on as it does in the text, so that a head which continues what it
-    finds (induction) scores there under any question: with numbers as needles ``retrieval`` is then
-    as high in the control ``other_question`` as in the probe, and this score is not (SmolLM2-135M,
-    15 numbers: L23H2 is .44 against .16 there and 1.00 against .07 here). NaN where the layer's
-    window hides the answer.
+    Like ``retrieval``, only at the position that predicts the answer's first token, where the
+    question alone tells which needle is meant; 1 or 0 per example, the mean in [0, 1]. The later
+    tokens of an answer follow as they do in the text, so a head that continues what it finds
+    (induction) scores there under any question: with numbers as needles ``retrieval`` is as high in
+    the control ``other_question`` as in the probe, and this score is not (SmolLM2-135M, 15 numbers:
+    L23H2 is .44 against .16 there and 1.00 against .07 here). NaN where the layer's window hides
+    the answer.
 
-    Weakness: one bit an example; to name one head among a thousand takes 15 of them.
+    Weakness: one bit per example; naming one head among a thousand takes 15 examples.
     """
     return retrieval(rows, probe)
 
@@ -82,11 +82,11 @@ def retrieval_first_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "b
     needs=("causal",),
 )
 def retrieval_needle_only(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Share of the answer's tokens at which the head looks at the needle, whatever token it is at.
+    """Share of the answer's tokens at which the head's top key is anywhere in the needle.
 
-    1 where ``argmax A[i]`` lies in ``needle``, all of it, else 0; in [0, 1], over the positions
-    that predict the answer. With ``retrieval_copy_only`` the two halves of ``retrieval``. NaN
-    where the layer's window hides the needle.
+    1 where ``argmax A[i]`` lies in the whole span ``needle``, else 0; in [0, 1], over the positions
+    that predict the answer. With ``retrieval_copy_only`` it makes up the two halves of
+    ``retrieval``. NaN where the layer's window hides the needle.
 
     Weakness: looking at the right sentence is not reading the right word.
     """
@@ -103,12 +103,12 @@ def retrieval_needle_only(rows: AttentionRows, probe: Probe) -> Float[Tensor, "b
     needs=("causal",),
 )
 def retrieval_copy_only(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Share of the answer's tokens at which the head looks at that token, wherever it stands.
+    """Share of the answer's tokens at which the head's top key holds that token, anywhere.
 
     1 where token ``argmax A[i]`` is the one to be predicted, else 0; in [0, 1], over the
     positions that predict the answer.
 
-    Weakness: frequent words in the answer are found by chance; the control says how often.
+    Weakness: frequent words in the answer match by chance; the control says how often.
     """
     return _is_target(rows.pattern.argmax(-1), rows, probe).float()
 
@@ -126,7 +126,7 @@ def needle_mass(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head 
     ``sum of A[i, j] over the keys marked needle``, a probability in [0, 1], over the positions
     that predict the answer. NaN where the layer's window hides the needle.
 
-    Weakness: a long needle catches more of any attention; the control has one as long.
+    Weakness: a long needle catches more of any attention; the control has one of the same length.
     """
     return rows.column_mass(probe.mark("needle"))
 
@@ -141,11 +141,10 @@ def needle_mass(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head 
 def query_focused_retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention on the needle while the question is read.
 
-    ``sum of A[i, j] over the keys marked needle``, a probability in [0, 1], over the tokens of
-    the question. The source subtracts the same of an empty query ("N/A"), token by token, and
-    drops the tokens that are then two deviations below the mean. Here nothing is dropped, and
-    ``mean - null`` takes off the attention under another question
-    (``control="other_question"``).
+    ``sum of A[i, j] over the keys marked needle``, a probability in [0, 1], over the tokens of the
+    question. The source subtracts the same for an empty query ("N/A"), token by token, and drops
+    the tokens that are then two deviations below the mean. Here nothing is dropped, and ``mean -
+    null`` subtracts the attention under another question (``control="other_question"``).
 
     Weakness: tokens that question and needle share attract duplicate-token heads.
     """
@@ -162,16 +161,15 @@ def query_focused_retrieval(rows: AttentionRows, probe: Probe) -> Float[Tensor, 
 def importance_weighted_retrieval(
     rows: AttentionRows, probe: Probe
 ) -> Float[Tensor, "batch head query"]:
-    """Attention on those of the needle's tokens that are among the head's most attended ones.
+    """Attention on those of the needle's tokens that are among the head's top keys.
 
-    ``sum of A[i, j] over j in needle and in the k largest of row i``, k the needle's length; a
-    probability in [0, 1], over the positions that predict the answer. The source decodes,
-    keeps runs with an F1 above .5, and divides the sum over steps by the needle's length; this
-    mean over steps equals it where the answer is as long as the needle, and is larger where it is
-    shorter. Softer than ``retrieval``: hardly any head is at 0. NaN where the layer's window hides
-    the needle.
+    ``sum of A[i, j] over j in needle and in the k largest of row i``, with k the needle's length; a
+    probability in [0, 1], over the positions that predict the answer. The source decodes, keeps
+    runs with an F1 above .5, and divides the sum over steps by the needle's length; this mean over
+    steps equals it if the answer is as long as the needle, and is larger if it is shorter. Less
+    strict than ``retrieval``: few heads score 0. NaN where the layer's window hides the needle.
 
-    Weakness: no token has to be the right one.
+    Weakness: the attended token need not be the right one.
     """
     mark = probe.mark("needle")
     size = mark.sum(1)
@@ -194,7 +192,7 @@ def chosen_by(
 def unless_hidden(
     values: Float[Tensor, "batch head query"], rows: AttentionRows, mark: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch head query"]:
-    """NaN for queries that see no key of a mark."""
+    """NaN for queries that see no key with a mark."""
     seen = (rows.visible & mark[:, None, : rows.visible.shape[-1]]).any(-1)
     return values.masked_fill(~seen[:, None], torch.nan)
 
@@ -202,6 +200,6 @@ def unless_hidden(
 def _is_target(
     keys: Int[Tensor, "batch head query"], rows: AttentionRows, probe: Probe
 ) -> Bool[Tensor, "batch head query"]:
-    """Whether the token at each key is the one that the query should predict."""
+    """Whether the token at each key is the query's target."""
     tokens = probe.tokens[:, None].expand(-1, keys.shape[1], -1).gather(2, keys)
     return tokens == probe.targets[:, None, rows.query_pos]

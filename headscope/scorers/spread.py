@@ -1,4 +1,4 @@
-"""How attention is spread: how far, how widely, and what is parked on sinks and delimiters."""
+"""Spread of attention: distance, entropy, and mass on sinks and delimiters."""
 
 import torch
 from jaxtyping import Float
@@ -11,21 +11,21 @@ from headscope.scorers.patterns import mean_reach
 from headscope.views import AttentionRows
 
 _LOCAL = 8
-# Mean from which a head is called local.
+# Mean from which a head has the role local.
 _MOSTLY = 0.8
 
 
 def window_mass(
     width: int, *, name: str | None = None, threshold: float | None = _MOSTLY
 ) -> Scorer:
-    """Make the scorer of attention to the last ``width`` tokens; ``local_window`` is width 8.
+    """Make a scorer of attention to the last ``width`` tokens; ``local_window`` uses 8.
 
-    ``sum of A[i, j] over i - width < j <= i``, a probability in [0, 1], over the queries that
-    have seen more than ``width`` tokens, since the others can look nowhere else. Where queries
-    see later keys too (encoders), ``|i - j| < width``: as many tokens on either side.
+    ``sum of A[i, j] over i - width < j <= i``, a probability in [0, 1], over the queries that have
+    seen more than ``width`` tokens (the others see nothing else). In encoders, where queries also
+    see later keys, ``|i - j| < width``: the same number of tokens on either side.
 
-    Weakness: previous- and current-token heads score 1 here too; it names those that are
-    neither. With the first token among the sinks, read the ``_no_sink`` form.
+    Weakness: previous- and current-token heads score 1 too; the role excludes those. If the first
+    token is a sink, read the ``_no_sink`` form.
 
     Raises:
         InputError: if the width is not at least 1.
@@ -44,7 +44,7 @@ def window_mass(
         index = rows.query_pos[:, None] - back
         inside = (index >= 0) & (index < keys)
         index = index.clamp(0, keys - 1)
-        # Keys that are not visible hold 0, so only what was clamped has to be taken out.
+        # Invisible keys hold 0, so only clamped indices have to be masked.
         picked = rows.pattern.gather(-1, index.expand(batch, heads, -1, -1)) * inside
         seen = (rows.visible.gather(-1, index.expand(batch, -1, -1)) & inside).any(-1)
         return picked.sum(-1).masked_fill(~seen[:, None], torch.nan)
@@ -91,7 +91,7 @@ def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batc
         apart = (rows.query_pos[:, None] - keys).abs().to(rows.pattern.dtype)
         far: Tensor = torch.linalg.vecdot(rows.pattern, apart) / rows.total
         return far
-    # Counted from the middle of the chunk: fp32 then keeps short distances in long texts exact.
+    # Measured from the middle of the chunk, so that fp32 keeps short distances in long texts exact.
     middle = rows.query_pos[len(rows.query_pos) // 2]
     keys = torch.arange(rows.pattern.shape[-1], device=rows.pattern.device) - middle
     weights = torch.stack([torch.ones_like(keys), keys], -1).to(rows.pattern.dtype)

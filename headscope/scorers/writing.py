@@ -1,7 +1,7 @@
-"""What a head writes: how much, which logits it moves directly, and whether it copies.
+"""What heads write: its size, the logits it moves directly, and whether it copies tokens.
 
-Of a needle: what its values write onto the answer, attention and value together. By gradients: how
-sensitive the loss is to it.
+Also a needle's contribution to the answer (attention and value together), and the sensitivity of
+the loss to a head.
 """
 
 from dataclasses import replace
@@ -135,7 +135,7 @@ def copying(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head que
 
 
 def _first_of_each(probe: Probe) -> Float[Tensor, "batch pos"]:
-    """1 where a token (not a structure label) occurs for the first time in its example."""
+    """1 where a token (not a structure label) first occurs in its example."""
     order = probe.tokens.masked_fill(~probe.real, -1).sort(dim=1, stable=True)
     new = torch.ones_like(order.values, dtype=torch.bool)
     new[:, 1:] = order.values[:, 1:] != order.values[:, :-1]
@@ -186,8 +186,8 @@ def needle_write_contrast(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "
     ``needle_write`` less the same sum over all other keys, in logits, any sign, over the
     positions that predict the answer. NaN where the layer's window hides the needle.
 
-    Weakness: a head that fetches the answer also from elsewhere scores low; so does one whose
-    other values lower it by their bias alone.
+    Weakness: a head that also fetches the answer from elsewhere scores low, and so does a head
+    whose other values lower it by their bias alone.
     """
     needle = outputs.of_keys(probe.host.mark("needle"))
     return _along_target(replace(outputs, z=2 * needle - outputs.z), outputs, probe)

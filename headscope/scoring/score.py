@@ -1,4 +1,4 @@
-"""``hs.score``: one shared pass per probe, its layers fed to all scorers, one table."""
+"""``hs.score``: run each probe once, feed every layer to all scorers, and return one table."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,13 +42,13 @@ from headscope.views import (
     Unembedding,
 )
 
-# Copies of a chunk of rows that are alive at once: scores, probabilities, one derived view.
+# Copies of a chunk alive at once: attention scores, probabilities, and one derived view.
 _COPIES = 3
 
 
 @dataclass(eq=False)
 class Sums:
-    """Sum and count of one scorer's values, per layer, head and example of a batch."""
+    """Sums and counts of one scorer's values for a batch: ``[example layer head]``."""
 
     total: Float[Tensor, "layer head batch"]
     count: Float[Tensor, "layer head batch"]
@@ -61,7 +61,7 @@ class Sums:
 
 
 class RunningSums:
-    """Sums of several scorers during a pass, on whatever devices the layers are.
+    """Running sums of several scorers during one forward pass, kept on the layers' own devices.
 
     Nothing is read back before :meth:`moved`, which copies once per device: the host never waits
     for a layer. Off the CPU, sums are in fp32 (not every device knows float64) with Kahan's
@@ -69,13 +69,13 @@ class RunningSums:
     """
 
     def __init__(self, names: Sequence[str], layers: int, heads: int, batch: int) -> None:
-        """Nothing added yet."""
+        """Start with nothing added."""
         self._row = {name: number for number, name in enumerate(names)}
         self._shape = (len(names), layers, heads, batch)
         self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Whether this scorer is summed."""
+        """Whether this scorer has been added."""
         return name in self._row
 
     def add(
@@ -85,20 +85,20 @@ class RunningSums:
         values: Float[Tensor, "batch head query"],
         chosen: Bool[Tensor, "batch query"],
     ) -> None:
-        """Add a scorer's values of the chosen queries; NaN counts as missing."""
+        """Add a scorer's values at the selected queries; NaN counts as missing."""
         wanted = chosen[:, None].expand_as(values)
         known = wanted & ~values.isnan()
         total, lost, counts = self._on(values.device)
         at = (self._row[name], layer)
         filled = torch.where(known, values, 0.0).sum(-1, dtype=total.dtype).T - lost[at]
         sums = total[at] + filled
-        lost[at] = ((sums - total[at]) - filled).nan_to_num(0.0, 0.0, 0.0)  # of infinite values
+        lost[at] = ((sums - total[at]) - filled).nan_to_num(0.0, 0.0, 0.0)  # infinite values
         total[at] = sums
         counts[0][at] += known.sum(-1).T
         counts[1][at] += (wanted & ~known).sum(-1).T
 
     def moved(self) -> dict[str, Sums]:
-        """What was summed, by scorer, in float64 on the CPU."""
+        """Move the sums to the CPU in float64, by scorer."""
         total = torch.zeros(self._shape, dtype=torch.float64)
         counts = torch.zeros(2, *self._shape, dtype=torch.float64)
         for sums, _, counted in self._by_device.values():
@@ -120,7 +120,7 @@ class RunningSums:
 
 @dataclass(eq=False)
 class Accumulator:
-    """Scores one batch during its forward pass.
+    """Score one batch during its forward pass.
 
     Args:
         model: the running model.
@@ -149,8 +149,8 @@ class Accumulator:
     _held: list[tuple[Scorer, int, Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Make room for the sums; measure what cannot be measured during the pass."""
-        if self.batch.tokens.device.type != "cpu":  # which queries count is asked of the host
+        """Allocate the sums, and precompute what cannot be measured during the pass."""
+        if self.batch.tokens.device.type != "cpu":  # query selection runs on the CPU
             self.batch = self.batch.to("cpu")
         if any("rotary" in scorer.needs for scorer in self.scorers):
             rotation = self.model.parts.rotation
@@ -171,28 +171,28 @@ class Accumulator:
 
     @property
     def sums(self) -> dict[str, Sums]:
-        """What every scorer gave, once the pass is over."""
+        """Sums of every scorer, available after the pass."""
         return self._sums.moved()
 
     @property
     def flat_sums(self) -> dict[str, Sums]:
-        """What attention spread evenly, or another example, gives scorers whose control it is."""
+        """Null sums, for scorers whose control is uniform attention or another example."""
         return self._flat_sums.moved()
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every attention layer; the end too, if a scorer is divided by the final norm's scale."""
+        """Taps to read: every attention layer, and the final norm if a scorer divides by it."""
         layers = at_layers(shape, self._on_layer)
         scaled = any(scorer.per_final_scale for scorer in self.scorers)
         return layers | at_final(self._on_final) if scaled else layers
 
     @cached_property
     def selected(self) -> dict[str, Bool[Tensor, "batch pos"]]:
-        """Which queries count, for every scorer."""
+        """Mask of the queries that count, per scorer."""
         return {s.name: s.queries(self.batch) & self.batch.real for s in self.scorers}
 
     @cached_property
     def _others(self) -> dict[str, Bool[Tensor, "batch pos"]]:
-        """Queries that count in the other example, for scorers whose null that is."""
+        """Mask of the queries that count in the paired example, per scorer with such a control."""
         other = self.batch.control
         asking = [s for s in self.scorers if against(s, "same_rows")]
         if other is None or not self.flat or not asking:
@@ -204,7 +204,7 @@ class Accumulator:
 
     @cached_property
     def positions(self) -> Int[Tensor, " query"]:
-        """Queries that any scorer asked for in any example."""
+        """Positions that at least one scorer needs in at least one example."""
         masks = [*self.selected.values(), *self._others.values()]
         wanted = torch.stack([mask.any(0) for mask in masks]).any(0)
         return wanted.nonzero().squeeze(-1)
@@ -218,7 +218,7 @@ class Accumulator:
         return self.model.unembedding
 
     def _unembedding(self) -> Unembedding:
-        """The final norm and unembedding of this pass, measured when first asked for."""
+        """Final norm and unembedding of this pass, built on first use."""
         return self._measured_unembedding
 
     @cached_property
@@ -239,11 +239,11 @@ class Accumulator:
 
     @property
     def _row(self) -> int:
-        """Bytes of one query's rows over all examples and heads."""
+        """Bytes for one query's rows over all examples and heads."""
         return _COPIES * 4 * len(self.batch) * self.model.shape.n_heads * self.batch.length
 
     def _budget(self) -> int:
-        """Bytes of a chunk, decided once a pass: free memory is another number in every layer."""
+        """Byte budget of a chunk, fixed once per pass (free memory changes between layers)."""
         budget = chunk_bytes(self.model.device, self.memory)
         if self.tokens is not None:
             budget = min(budget, self.tokens // len(self.batch) * self._row)
@@ -268,7 +268,7 @@ class Accumulator:
                 self._flat_sums.add(scorer.name, layer.number, spread, chosen)
 
     def _on_other(self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk") -> None:
-        """What a scorer gives on these rows when it is asked of the other examples."""
+        """Score these rows against the paired examples' targets (the ``same_rows`` control)."""
         if scorer.name not in self._others or layer.probe.control is None:
             return
         chosen = self._others[scorer.name][:, chunk.positions]
@@ -279,7 +279,7 @@ class Accumulator:
     def _flat_values(
         self, scorer: Scorer, layer: "_Layer", chunk: "_Chunk"
     ) -> Float[Tensor, "batch head_or_one query"]:
-        """Score attention spread evenly: the same in all layers that see equally far back."""
+        """Score uniform attention; cached for layers with the same visibility."""
         if scorer.reads == "rows_value_weighted":
             return scorer(chunk.flat_rows(scorer), layer.probe)
         window = self.model.shape.windows[layer.number]
@@ -289,7 +289,7 @@ class Accumulator:
         return self._flat[key]
 
     def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Divide what was held back by the final norm's scale."""
+        """Divide the deferred sums by the final norm's scale."""
         scale = self._unembedding().scale(residual)
         for scorer, layer, values, positions in self._held:
             chosen = self.selected[scorer.name][:, positions].to(values.device)
@@ -300,7 +300,7 @@ class Accumulator:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """One layer with what scorers may derive from it once."""
+    """One layer, with everything that scorers can derive from it computed at most once."""
 
     model: HeadModel
     view: TapView
@@ -325,7 +325,7 @@ class _Layer:
     def write_scale(
         self, z: Float[Tensor, "batch query head d_head"]
     ) -> Float[Tensor, "batch query"] | None:
-        """Denominator of a norm after attention at some queries; None where there is none."""
+        """Scale of the norm after attention at these queries; None if there is no such norm."""
         if self.write is None or self.write.norm is None:
             return None
         weights = self.model.output_weights(self.number).float()
@@ -343,10 +343,11 @@ class _Layer:
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Some queries of one layer; every derived form is computed once, if asked for.
+    """One chunk of queries of a layer; each derived view is computed at most once, on demand.
 
     Attributes:
-        positions: on the CPU, where the number of keys that they see is known without waiting.
+        positions: query positions, on the CPU so that the number of visible keys is known without a
+            device sync.
     """
 
     layer: _Layer
@@ -389,7 +390,7 @@ class _Chunk:
         return replace(seen, rotation=self.layer.rotation)
 
     def seen(self, scorer: Scorer) -> AttentionRows | HeadOutputs | QueryKeys:
-        """What this scorer reads."""
+        """The view of this chunk that a scorer reads."""
         if scorer.reads == "qk":
             return self.query_keys
         if scorer.reads == "outputs":
@@ -399,7 +400,7 @@ class _Chunk:
         return self.value_weighted if scorer.reads == "rows_value_weighted" else self.rows
 
     def flat_rows(self, scorer: Scorer) -> AttentionRows:
-        """Attention spread evenly, in the form that this scorer reads."""
+        """Uniform attention in the view that this scorer reads."""
         even = self.even
         if scorer.reads == "rows_no_sink":
             return even.without_first(self.layer.probe.first)
@@ -409,12 +410,12 @@ class _Chunk:
 
 
 def against(scorer: Scorer, of: str) -> bool:
-    """Whether the null of a scorer is of this kind; see :class:`headscope.scorer.Control`."""
+    """Whether a scorer's control is of this kind; see :class:`headscope.scorer.Control`."""
     return scorer.control is not None and scorer.control.of == of
 
 
 def joined(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
-    """Batches of a probe, one after another, for every scorer."""
+    """Concatenate the sums of consecutive batches, per scorer."""
     return {
         name: Sums(
             torch.cat([part[name].total for part in parts], -1),
@@ -427,7 +428,7 @@ def joined(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
 
 @dataclass(frozen=True, eq=False)
 class _Added:
-    """Adds a leaf of zeros to every head output, whose gradient is that of the output."""
+    """Add a zero leaf tensor to every head output; its gradient is that of the output."""
 
     leaves: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
     seen: dict[int, Float[Tensor, "batch pos head d_head"]] = field(default_factory=dict)
@@ -449,15 +450,15 @@ def gradient_sums(
     options: RunOptions,
     advance: Advance,
 ) -> dict[str, Sums]:
-    """Sums of every scorer over a probe; missing where the metric reads nothing of an example.
+    """Sums of gradient scorers over a probe; NaN for examples that the metric does not read.
 
     Args:
-        model: that is run.
-        probe: what to run.
-        metric: whose gradients the scorers read.
-        scorers: of gradients.
-        options: how it is run.
-        advance: counts examples, layer by layer.
+        model: the model to run.
+        probe: the examples.
+        metric: metric whose gradients the scorers read.
+        scorers: gradient scorers.
+        options: batch size, memory and progress.
+        advance: callback that counts finished examples, layer by layer.
 
     Raises:
         InputError: if the metric has no gradient at the clean run.
@@ -488,7 +489,7 @@ def gradient_sums(
 def _by_layer(
     model: HeadModel, batch: RecordedBatch, layers: Sequence[int]
 ) -> Iterator[HeadGradients]:
-    """Outputs of every layer with their gradients, of one forward and one backward pass."""
+    """Outputs and gradients of every layer, from one forward and one backward pass."""
     added = _Added(layers=frozenset(layers))
     with torch.enable_grad():
         total = total_metric(model, batch, (added,))
@@ -563,7 +564,7 @@ def score(
     for group in groups:
         group.check(model)
     if max_tokens_per_chunk is not None and max_tokens_per_chunk < 1:
-        raise InputError(f"max_tokens_per_chunk={max_tokens_per_chunk}: a chunk holds 1 or more.")
+        raise InputError(f"max_tokens_per_chunk={max_tokens_per_chunk}: give 1 or more.")
     done: dict[str, HeadScores] = {}
     of_weights = [scorer for scorer in chosen if scorer.reads == "weights"]
     if of_weights:
@@ -574,7 +575,7 @@ def score(
         run = partial(_run, model, options=options, tokens=max_tokens_per_chunk, advance=advance)
         for group in groups:
             sums, null = _group_sums(model, group, run, options, advance)
-            facts = origin(model, group.probe)  # reads all weights, so once for all scorers
+            facts = origin(model, group.probe)  # digests all weights, so once for all scorers
             for scorer in group.scorers:
                 of = sums[scorer.name], null.get(scorer.name)
                 done[scorer.name] = _to_scores(model, scorer, group, *of, facts)
@@ -584,15 +585,15 @@ def score(
 def _by_stack(
     views: Sequence[HeadModel], probe: Probe, scorers: Wanted, **options: Any
 ) -> HeadTable:
-    """Tables of all attention stacks in one, each of the scorers that apply to it.
+    """Score each attention stack with the scorers that apply to it, and join the tables.
 
     Raises:
-        UnsupportedModelError: if one that was named applies to no stack.
+        UnsupportedModelError: if a scorer that was named applies to no stack.
     """
     listed = resolve(DEFAULT) if scorers is None else _listed(scorers)
     for one in () if scorers is None else listed:
         if all(any(lacks(view, need) for need in one.needs) for view in views):
-            _applicable(views[-1], one, None)  # which says why
+            _applicable(views[-1], one, None)  # raises with the reason
     found: list[HeadScores] = []
     for view in views:
         seen = capture.seen_by(view, probe)
@@ -605,7 +606,7 @@ def _by_stack(
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """A probe, the scorers that it serves, and the other examples that they are compared with."""
+    """A probe, the scorers that it serves, and the control examples they are compared with."""
 
     probe: Probe
     scorers: tuple[Scorer, ...]
@@ -613,18 +614,18 @@ class _Group:
 
     @classmethod
     def of(cls, probe: Probe, scorers: tuple[Scorer, ...]) -> "_Group":
-        """With the examples of every control."""
+        """Build the group, with the examples of every control."""
         named = dict.fromkeys(s.control for s in scorers if s.control is not None)
         return cls(probe, scorers, {one: one.examples(probe) for one in named})
 
     @property
     def seen(self) -> tuple[Scorer, ...]:
-        """Scorers that a forward pass serves."""
+        """Scorers that need a forward pass."""
         return tuple(one for one in self.scorers if one.reads != "gradients")
 
     @property
     def by_metric(self) -> dict[AnyMetric, list[Scorer]]:
-        """Scorers of gradients, by the metric whose gradients they read."""
+        """Gradient scorers, grouped by metric."""
         found: dict[AnyMetric, list[Scorer]] = {}
         for one in self.scorers:
             if one.metric is not None:
@@ -633,7 +634,7 @@ class _Group:
 
     @property
     def passes(self) -> list[tuple[Probe, tuple[Scorer, ...]]]:
-        """Passes over other examples, each with the scorers that are compared with them."""
+        """Passes over control examples, each with the scorers that use it."""
         found: dict[Callable[[Probe], Probe | None], tuple[Probe, list[Scorer]]] = {}
         for scorer in self.seen:
             control = scorer.control
@@ -644,13 +645,13 @@ class _Group:
 
     @property
     def examples(self) -> int:
-        """Examples of all passes."""
+        """Total number of examples over all passes."""
         own = len(self.probe) * (bool(self.seen) + len(self.by_metric))
         return own + sum(len(other) for other, _ in self.passes)
 
     @property
     def numbered(self) -> Probe:
-        """The probe as it is run: examples know their number and the others that some ask for."""
+        """The probe as run, with example numbers and the control examples that scorers need."""
         number = torch.arange(len(self.probe), dtype=torch.float32)
         numbered = replace(self.probe, facts={**self.probe.facts, "example": number})
         others = [one for one in self.controls if one.of == "same_rows"]
@@ -660,10 +661,10 @@ class _Group:
         return replace(numbered, control=other)
 
     def check(self, model: HeadModel) -> None:
-        """Name what the probe lacks, or has too much of, before any pass.
+        """Check the probe's marks and length before any pass.
 
         Raises:
-            InputError: for a mark that a scorer looks at, or a probe that does not fit.
+            InputError: if a scorer's mark is missing, or the probe does not fit the model.
         """
         for scorer in self.scorers:
             scorer.queries(self.probe)
@@ -693,7 +694,7 @@ def _group_sums(
 
 
 def _applicable(model: HeadModel, wanted: Wanted, probe: Probe | None) -> tuple[Scorer, ...]:
-    """Scorers that were asked for; by default those that fit this family and the caller's probe."""
+    """The requested scorers; by default those that suit the model and the caller's probe."""
     if wanted is None:
         return tuple(
             scorer
@@ -710,7 +711,7 @@ def _applicable(model: HeadModel, wanted: Wanted, probe: Probe | None) -> tuple[
 
 
 def _listed(wanted: Iterable[str | Scorer | Relation] | str | Scorer) -> tuple[Scorer, ...]:
-    """Scorers that were asked for."""
+    """The requested scorers as a list."""
     if not isinstance(wanted, str | Scorer | Iterable):
         raise InputError(f"scorers={wanted!r}: give a scorer, its name, or a list of them.")
     chosen = resolve([wanted] if isinstance(wanted, str | Scorer) else list(wanted))
@@ -720,9 +721,9 @@ def _listed(wanted: Iterable[str | Scorer | Relation] | str | Scorer) -> tuple[S
 
 
 def _can_read(scorer: Scorer, model: HeadModel, probe: Probe | None) -> bool:
-    """Whether a probe has the marks that a scorer looks at, or one with them can be made."""
+    """Whether the probe has the marks that a scorer reads, or a suitable probe can be made."""
     if probe is None and grid_of(model.stacks) is not None:
-        probe = random_images(model, batch=1)  # whose positions have the marks that there are
+        probe = random_images(model, batch=1)  # image positions carry these marks
     if probe is None:
         return scorer.probe is None or scorer.probe.possible(model)
     try:
@@ -735,7 +736,7 @@ def _can_read(scorer: Scorer, model: HeadModel, probe: Probe | None) -> bool:
 def _assign(
     model: HeadModel, scorers: tuple[Scorer, ...], probe: Probe | None, seed: int
 ) -> list[tuple[Probe, tuple[Scorer, ...]]]:
-    """Which probe serves which scorers."""
+    """Group scorers by the probe that serves them."""
     running = [scorer for scorer in scorers if scorer.reads != "weights"]
     if probe is not None:
         return [(probe, group) for group in _beside(running)]
@@ -754,7 +755,7 @@ def _assign(
 
 
 def _beside(scorers: Sequence[Scorer]) -> list[tuple[Scorer, ...]]:
-    """Groups that may share passes: examples have one other example each to be asked of."""
+    """Split a group so that scorers in one pass agree on the paired example."""
     groups: dict[object, list[Scorer]] = {}
     rest = []
     for scorer in scorers:
@@ -779,7 +780,7 @@ def _run(
     tokens: int | None,
     advance: Advance,
 ) -> tuple[dict[str, Sums], dict[str, Sums]]:
-    """Sums of every scorer over the whole probe, and of the nulls that come from the same rows."""
+    """Sums of every scorer over the whole probe, and of the nulls that share its rows."""
 
     def watch(batch: Probe, halvings: int) -> Accumulator:
         def on_layer(steps: float = 1) -> None:
@@ -819,19 +820,19 @@ def _to_scores(
 def _absent(
     model: HeadModel, values: Float[np.ndarray, "layer head batch"]
 ) -> Float[np.ndarray, "layer head batch"]:
-    """NaN where a layer has no attention, or lost the head."""
+    """NaN at layers without attention and at pruned heads, 0 elsewhere."""
     return np.where(_there(model)[:, :, None], values, np.nan)
 
 
 def _there(model: HeadModel) -> Bool[np.ndarray, "layer head"]:
-    """Which heads the model has."""
+    """Boolean mask of the heads that exist."""
     there = np.zeros((model.shape.n_layers, model.shape.n_heads), dtype=bool)
     there[tuple(np.transpose(model.shape.heads))] = True
     return there
 
 
 def _design(scorer: Scorer, group: _Group) -> Design:
-    """How the examples and those of the null belong together: the same rows are paired."""
+    """Pairing of the examples with those of the null, for the test."""
     control = scorer.control
     if control is None or control.of != "pass":
         paired = control is not None and scorer.kind == "row"

@@ -1,4 +1,4 @@
-"""Results: one score for every head, all scores of a model, and scores of pairs of heads."""
+"""Result types: scores of heads, tables of scores, scores of pairs of heads, and more."""
 
 from headscope.base.specs import Provenance as Provenance
 from headscope.base.specs import ScoreSpec as ScoreSpec

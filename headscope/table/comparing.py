@@ -1,4 +1,4 @@
-"""Heads of two models side by side, and of one model along training."""
+"""Comparisons of heads: between two models, and along the training of one."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ _ORDER = "Pairs first whose heads both stand out from the typical head of their 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Saved, Shown, Tabular):
-    """Pairs of heads of two models, those that differ most from a typical head first.
+    """Matched heads of two models, the most unusual heads first.
 
     Attributes:
-        names: of the two models.
-        pairs: a head of the first with its match in the second.
-        closeness: of each pair; see ``measure``.
+        names: names of the two models.
+        pairs: each head of the first model with its match in the second.
+        closeness: closeness of each pair; see ``measure``.
         measure: what closeness is, in words.
-        scores: names that both have.
+        scores: scores that both tables have.
         first: means of the first model's heads.
-        second: means of the heads that they were matched with.
-        low: lower end of the 95% interval of ``second - first``; NaN without errors.
+        second: means of their matches.
+        low: lower end of the 95% interval of ``second - first``; NaN without standard errors.
         high: upper end.
         paired: for each score, whether both models saw the same examples.
         p: two-sided p-value that the two heads score the same, one pair and score at a time; NaN
@@ -70,17 +70,17 @@ class Comparison(Saved, Shown, Tabular):
 
     @property
     def difference(self) -> Float[np.ndarray, "pair score"]:
-        """Second less first."""
+        """Second minus first."""
         return np.asarray(self.second - self.first)
 
     @property
     def moved(self) -> float:
-        """Share of pairs whose heads have different addresses."""
+        """Share of pairs whose two heads have different addresses."""
         return float(np.mean([a != b for a, b in self.pairs])) if self.pairs else 0.0
 
     @property
     def tests(self) -> str:
-        """How the scores were tested, in a sentence."""
+        """Describe how the scores were tested, in one sentence."""
         apart = [name for name, same in zip(self.scores, self.paired, strict=True) if not same]
         if not apart:
             return "Tests are paired by example."
@@ -91,12 +91,12 @@ class Comparison(Saved, Shown, Tabular):
         )
 
     def match(self, head: "str | tuple[int, int]") -> HeadIndex | None:
-        """The second model's match of a head of the first; None where it has none."""
+        """The second model's match for a head of the first; None if it has none."""
         index = HeadIndex.parse(head)
         return next((b for a, b in self.pairs if a == index), None)
 
     def largest(self, score: str, k: int = 10) -> list[tuple[HeadIndex, HeadIndex, float]]:
-        """Pairs that differ most in one score, by magnitude, with second less first.
+        """Pairs that differ most in one score, by magnitude, with second minus first.
 
         Raises:
             InputError: if the models do not share such a score.
@@ -137,7 +137,7 @@ class Comparison(Saved, Shown, Tabular):
         )
 
     def glance(self) -> Glance:
-        """The first pairs, with the score in which each moved most."""
+        """Show the first pairs, with the score in which each differs most."""
         rows = []
         for at, (mine, other) in enumerate(self.pairs[:_MOST]):
             size = np.abs(self.difference[at])
@@ -163,7 +163,7 @@ class Comparison(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """How heads were matched, and which scores differ beyond chance."""
+        """Report how heads were matched, and which scores differ beyond chance."""
         one, two = self.names
         words = Words(
             f"{one} and {two}: {len(self.pairs)} heads matched, {self.moved:.0%} of them under "
@@ -204,7 +204,7 @@ class Comparison(Saved, Shown, Tabular):
         ]
 
     def _in_spread(self, at: list[int]) -> float:
-        """A difference in units of the score's spread over all heads shown."""
+        """Difference in units of the score's spread over all heads shown."""
         pair, score = at
         both = np.concatenate([self.first[:, score], self.second[:, score]])
         return float(self.difference[pair, score]) / (float(np.nanstd(both)) or 1.0)
@@ -215,14 +215,14 @@ Curve = Float[np.ndarray, "checkpoint example"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Emergence(Saved, Shown, Tabular):
-    """Tables of one model at several checkpoints, earliest first.
+    """Head scores and losses of one model at several checkpoints, earliest first.
 
     Attributes:
         model: its name.
-        checkpoints: names.
-        tables: scores at each of them.
-        losses: per name of a curve, such as ``loss``, its value for every example; NaN is missing.
-        units: of the curves.
+        checkpoints: names of the checkpoints.
+        tables: scores at each checkpoint.
+        losses: curves by name, such as ``loss``: values per checkpoint and example; NaN is missing.
+        units: units of the curves.
     """
 
     model: str
@@ -232,7 +232,7 @@ class Emergence(Saved, Shown, Tabular):
     units: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that there is a story to tell."""
+        """Check that there are at least two checkpoints of one architecture."""
         if len(self.checkpoints) < 2 or len(self.checkpoints) != len(self.tables):
             raise InputError(
                 f"a story of training needs a table for each of two checkpoints or more; got "
@@ -245,7 +245,7 @@ class Emergence(Saved, Shown, Tabular):
                 raise InputError(f"{name!r} has {len(values)} values, not one per checkpoint.")
 
     def glance(self) -> Glance:
-        """Of each score the best head of the last checkpoint, and when it appears."""
+        """Show each score's best head at the last checkpoint, and when it emerges."""
         rows = []
         for score in self.scores:
             values = self.of(score)
@@ -265,7 +265,7 @@ class Emergence(Saved, Shown, Tabular):
 
     @property
     def steps(self) -> list[int]:
-        """Training step of each checkpoint: the last number of its name, or its place."""
+        """Training step of each checkpoint: the last number in its name, or its index."""
         found = [re.findall(r"\d+", name) for name in self.checkpoints]
         steps = [int(numbers[-1]) if numbers else -1 for numbers in found]
         ordered = all(a < b for a, b in pairwise(steps))
@@ -273,11 +273,11 @@ class Emergence(Saved, Shown, Tabular):
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Names of the scores that every checkpoint has."""
+        """Names of the scores that all checkpoints share."""
         return tuple(name for name in self.tables[0] if all(name in one for one in self.tables))
 
     def of(self, score: str) -> Float[np.ndarray, "checkpoint layer head"]:
-        """Mean of one score at every checkpoint.
+        """Means of one score at every checkpoint.
 
         Raises:
             InputError: if there is no such score.
@@ -287,7 +287,7 @@ class Emergence(Saved, Shown, Tabular):
         return np.stack([table[score].mean for table in self.tables])
 
     def best(self, score: str) -> HeadIndex:
-        """Head with the largest mean at the last checkpoint; of a signed score in magnitude.
+        """Head with the largest mean at the last checkpoint (magnitude for a signed score).
 
         Raises:
             InputError: if no head has a value.
@@ -300,14 +300,14 @@ class Emergence(Saved, Shown, Tabular):
         return HeadIndex(int(layer), int(head))
 
     def appears(self, score: str, head: "str | tuple[int, int] | None" = None) -> int | None:
-        """Index of the first checkpoint from which a head stays half-way up to its last value.
+        """Index of the first checkpoint from which a head stays above half of its final rise.
 
-        Half-way between its value at the first checkpoint and at the last; None where the two are
-        equal.
+        The level is half-way between its value at the first and at the last checkpoint; None if the
+        two are equal.
 
         Args:
-            score: name.
-            head: which; default: :meth:`best`.
+            score: name of the score.
+            head: which head; default: :meth:`best`.
         """
         values = self.of(score)[(slice(None), *HeadIndex.parse(head or self.best(score)))]
         first, last = float(values[0]), float(values[-1])
@@ -348,7 +348,7 @@ class Emergence(Saved, Shown, Tabular):
         return pandas.concat(parts, ignore_index=True)[order]
 
     def findings(self) -> list[str]:
-        """One sentence per score with a role: which head, and when it appears."""
+        """One sentence per score with a role: which head, and when it emerges."""
         said = []
         for score in self.scores:
             threshold = self.tables[-1][score].threshold
@@ -368,7 +368,7 @@ class Emergence(Saved, Shown, Tabular):
         return said
 
     def sections(self) -> list[Section]:
-        """Findings, the picture, and the numbers behind it."""
+        """Report the findings, the picture, and the numbers behind it."""
         blocks: list[Any] = [Words(f"{one}.") for one in self.findings()]
         blocks.append(
             Drawn(
@@ -400,7 +400,7 @@ class Emergence(Saved, Shown, Tabular):
 
 
 def joined_curves(parts: Sequence[Mapping[str, Float[np.ndarray, " example"]]]) -> dict[str, Curve]:
-    """Curves of single checkpoints as curves along training; shorter ones are filled with NaN."""
+    """Join curves of single checkpoints along training; shorter ones are padded with NaN."""
     names = list(dict.fromkeys(name for part in parts for name in part))
     width = {name: max(len(part[name]) for part in parts if name in part) for name in names}
     made = {name: np.full((len(parts), width[name]), np.nan) for name in names}

@@ -1,4 +1,4 @@
-"""Edges between heads: the wiring of a model, scores of its edges, circuits, faithfulness."""
+"""Edges between heads: a model's graph, edge scores, circuits and their faithfulness."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,12 +48,12 @@ _SHORT = {"q": "query", "k": "key", "v": "value"}
 
 
 class Edge(NamedTuple):
-    """One node that reads what another wrote; equal to a plain tuple of its three names.
+    """An edge from a writing node to an input of a reading node; equals the plain tuple.
 
     Attributes:
         source: ``embed``, a head such as ``L0H1``, or an MLP such as ``MLP0``.
         target: a head, an MLP, or ``logits``.
-        slot: by which input: ``query``, ``key`` or ``value`` of a head, ``mlp``, ``output``.
+        slot: input of the target: ``query``, ``key`` or ``value`` of a head, ``mlp``, ``output``.
     """
 
     source: str
@@ -61,25 +61,25 @@ class Edge(NamedTuple):
     slot: str
 
     def __str__(self) -> str:
-        """Both ends and the slot of a head, as in ``L0H0 -> L1H0.key``."""
+        """Format as ``L0H0 -> L1H0.key``."""
         slot = f".{self.slot}" if self.slot in HEAD_SLOTS else ""
         return f"{self.source} -> {self.target}{slot}"
 
 
 @dataclass(frozen=True)
 class Wiring(Stored):
-    """Nodes of a model and every edge between them.
+    """Computational graph of a model: its nodes and all edges between them.
 
     Sources are the embedding, every head and every MLP, in the order in which they write. A head
-    has three inputs, an MLP one; the last target is the output. A target reads a run of the
-    sources from the first on, so the number of sources that it reads says which. Query heads that
-    share a key/value head have a key and a value slot each: an edge into one of them changes what
-    that query head alone sees of the shared key or value.
+    has three inputs and an MLP one; the last target is the output. A target always reads the first
+    so many sources, so one number describes its inputs. Query heads that share a key/value head
+    have a key and a value slot each: an edge into such a slot changes only what that query head
+    sees of the shared key or value.
 
     Attributes:
         n_heads: query heads per layer.
-        parallel: of every layer, whether its MLP reads what its attention reads, instead of what
-            comes after the attention.
+        parallel: per layer, whether its MLP reads the same stream as its attention, instead of the
+            stream after attention.
     """
 
     n_heads: int
@@ -92,7 +92,7 @@ class Wiring(Stored):
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Names of what writes, in order."""
+        """Names of the writing nodes, in order."""
         names = ["embed"]
         for layer in range(self.n_layers):
             names += [str(HeadIndex(layer, head)) for head in range(self.n_heads)]
@@ -101,7 +101,7 @@ class Wiring(Stored):
 
     @cached_property
     def targets(self) -> tuple[tuple[str, str], ...]:
-        """Names of what reads, with the slot: per layer all queries, keys, values, then the MLP."""
+        """Names of the reading nodes with slot: per layer queries, keys, values, then the MLP."""
         found: list[tuple[str, str]] = []
         for layer in range(self.n_layers):
             heads = [str(HeadIndex(layer, head)) for head in range(self.n_heads)]
@@ -118,12 +118,12 @@ class Wiring(Stored):
         return self.before(layer) + (0 if self.parallel[layer] else self.n_heads)
 
     def heads_of(self, layer: int) -> slice:
-        """Where the heads of a layer stand among the sources; its MLP follows."""
+        """Slice of a layer's heads among the sources; its MLP follows."""
         first = self.before(layer)
         return slice(first, first + self.n_heads)
 
     def inputs_of(self, layer: int) -> slice:
-        """Where the slots of a layer's heads stand among the targets; its MLP follows."""
+        """Slice of the slots of a layer's heads among the targets; its MLP follows."""
         first = layer * (3 * self.n_heads + 1)
         return slice(first, first + 3 * self.n_heads)
 
@@ -138,19 +138,19 @@ class Wiring(Stored):
 
     @cached_property
     def present(self) -> Bool[np.ndarray, "target source"]:
-        """Which pairs are edges."""
+        """Mask ``[target source]`` of the pairs that are edges."""
         found: np.ndarray = np.arange(len(self.sources)) < self.reach[:, None]
         return found
 
     @cached_property
     def ends(self) -> tuple[Int[np.ndarray, " edge"], Int[np.ndarray, " edge"]]:
-        """Target and source of every edge, by number, in the order of :attr:`edges`."""
+        """Target and source indices of every edge, in the order of :attr:`edges`."""
         targets, sources = np.nonzero(self.present)
         return targets, sources
 
     @cached_property
     def edges(self) -> tuple[Edge, ...]:
-        """Every edge, target by target, sources in the order in which they write."""
+        """All edges, target by target, sources in the order in which they write."""
         return tuple(
             Edge(self.sources[source], *self.targets[target])
             for target, source in zip(*self.ends, strict=True)
@@ -158,15 +158,15 @@ class Wiring(Stored):
 
     @cached_property
     def number(self) -> dict[Edge, int]:
-        """Place of every edge in :attr:`edges`."""
+        """Index of every edge in :attr:`edges`."""
         return {edge: at for at, edge in enumerate(self.edges)}
 
     def __len__(self) -> int:
-        """Return the number of edges: 3 H sum(1 + l (H + 1)) and those of MLPs and the output."""
+        """Number of edges: 3 H sum(1 + l (H + 1)), and those of MLPs and the output."""
         return int(self.reach.sum())
 
     def find(self, edge: Sequence[str]) -> int:
-        """Place of an edge, given as (source, target, slot); ``q k v`` stand for the slots.
+        """Index of an edge, given as (source, target, slot); ``q k v`` abbreviate the slots.
 
         Raises:
             InputError: if the model has no such edge.
@@ -185,13 +185,13 @@ class Wiring(Stored):
         )
 
     def dense(self, values: Float[np.ndarray, " edge"]) -> Float[np.ndarray, "target source"]:
-        """Values of all edges as a matrix; NaN where there is no edge."""
+        """Scatter values of all edges into ``[target source]``; NaN where there is no edge."""
         placed = np.full(self.present.shape, np.nan)
         placed[self.ends] = values
         return placed
 
     def kept(self, chosen: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, "target source"]:
-        """Edges that are kept, as a matrix."""
+        """Scatter a mask over edges into a matrix ``[target source]``."""
         placed = np.zeros(self.present.shape, bool)
         placed[self.ends] = chosen
         return placed
@@ -199,18 +199,18 @@ class Wiring(Stored):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeScores(Mapping[Edge, float]):
-    """A number for every edge, by (source, target, slot); ``q``, ``k``, ``v`` stand for slots.
+    """Mapping from (source, target, slot) to a number; ``q``, ``k``, ``v`` abbreviate slots.
 
     Attributes:
-        wiring: which edges there are.
-        by_number: in the order of the edges.
+        wiring: graph of the model.
+        by_number: values in the order of the edges.
     """
 
     wiring: Wiring
     by_number: Float[np.ndarray, " edge"]
 
     def __getitem__(self, edge: Sequence[str]) -> float:
-        """Number of one edge.
+        """Value of one edge.
 
         Raises:
             InputError: if the model has no such edge.
@@ -222,7 +222,7 @@ class EdgeScores(Mapping[Edge, float]):
         return isinstance(edge, tuple) and edge in self.wiring.number
 
     def __iter__(self) -> Iterator[Edge]:
-        """Edges, target by target."""
+        """Iterate over the edges, target by target."""
         return iter(self.wiring.edges)
 
     def __len__(self) -> int:
@@ -230,28 +230,28 @@ class EdgeScores(Mapping[Edge, float]):
         return len(self.wiring)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Numbers in the order of the edges."""
+        """Values in the order of the edges."""
         return np.array(self.by_number, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeGraph(Shown, Tabular):
-    """What taking out each edge does to a metric, estimated or measured.
+    """Effect of removing each edge on a metric, estimated or measured.
 
-    A score is the metric with the edge taken out less that of the clean run, so an edge that the
-    answer needs has a negative score where the metric is large for right answers.
+    A score is the metric without the edge minus the metric of the clean run, so an edge that the
+    answer needs has a negative score if the metric is higher for right answers.
 
     Attributes:
         wiring: nodes and edges of the model.
         method: as in :func:`headscope.edges.attribute`.
-        ablation: what an edge that is taken out carries: ``patch`` (what its source writes in the
-            paired run), ``zero``, or ``mean`` (what it writes on average).
+        ablation: what a removed edge carries: ``patch`` (its source's output in the paired run),
+            ``zero``, or ``mean`` (its source's average output).
         per_example: scores; NaN where the metric reads nothing of an example.
         kv_heads: number of key/value heads.
-        steps: of integrated gradients; 0 where there are none.
-        unit: of the metric.
+        steps: steps of integrated gradients; 0 for other methods.
+        unit: unit of the metric.
         provenance: where it came from.
-        clusters: label per example; those with one label count as one observation.
+        clusters: label per example; examples with the same label count as one observation.
     """
 
     wiring: Wiring
@@ -265,7 +265,7 @@ class EdgeGraph(Shown, Tabular):
     clusters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the shape; freeze the array."""
+        """Check the shape and freeze the array."""
         if self.per_example.ndim != 2 or len(self.per_example) != len(self.wiring):
             raise InputError(
                 f"scores of shape {self.per_example.shape} do not fit {len(self.wiring):,} edges."
@@ -276,7 +276,7 @@ class EdgeGraph(Shown, Tabular):
 
     @property
     def edges(self) -> tuple[Edge, ...]:
-        """Every edge, in the order of :attr:`mean`."""
+        """All edges, in the order of :attr:`mean`."""
         return self.wiring.edges
 
     @cached_property
@@ -296,22 +296,22 @@ class EdgeGraph(Shown, Tabular):
 
     @property
     def matrix(self) -> Float[np.ndarray, "target source"]:
-        """Mean scores with targets downwards and sources to the right; NaN where no edge is."""
+        """Mean scores ``[target source]``; NaN where there is no edge."""
         return self.wiring.dense(self.mean)
 
     @property
     def head_scores(self) -> Float[np.ndarray, "layer head"]:
         """Sum of the mean scores of the edges that leave each head.
 
-        By ``eap`` this is the attribution of the head itself, change times gradient: what it
-        writes enters all its edges alike.
+        For ``eap`` this is the attribution of the head itself, change times gradient, since all
+        edges that leave a head carry the same output.
         """
         mean: np.ndarray = self._by_head(self.mean[:, None])[..., 0]
         return mean
 
     @cached_property
     def heads(self) -> HeadScores:
-        """:attr:`head_scores` as a score of the table, tested against 0."""
+        """Turn :attr:`head_scores` into a score of heads, tested against 0."""
         found = self._by_head(self.per_example.astype(np.float64))
         return HeadScores.from_effects(
             f"{self.method}_edges",
@@ -331,30 +331,30 @@ class EdgeGraph(Shown, Tabular):
         return np.stack([total[wiring.heads_of(layer)] for layer in range(wiring.n_layers)])
 
     def rank(self) -> Int[np.ndarray, " edge"]:
-        """Numbers of the edges, largest magnitude first; equal ones in their order."""
+        """Indices of the edges by magnitude, largest first; ties keep their order."""
         return np.argsort(-np.abs(np.nan_to_num(self.mean)), kind="stable")
 
     def top(self, k: int = 10) -> list[tuple[Edge, float]]:
-        """The k edges with the largest magnitudes, largest first."""
+        """The k edges of largest magnitude, largest first."""
         return [(self.edges[at], float(self.mean[at])) for at in self.rank()[: max(k, 0)].tolist()]
 
     def chosen(self, count: int) -> Bool[np.ndarray, " edge"]:
-        """The ``count`` edges with the largest magnitudes, as a mask over the edges."""
+        """Mask of the ``count`` edges of largest magnitude."""
         found = np.zeros(len(self.wiring), bool)
         found[self.rank()[:count]] = True
         return found
 
     def auroc(self, truth: Iterable[Any]) -> float:
-        """How well magnitudes tell true edges from the others: area under the ROC curve.
+        """Area under the ROC curve of the magnitudes, with the true edges as positives.
 
-        The share of pairs of a true and another edge in which the true one has the larger
-        magnitude; ties count against it, so that scores that are all 0 have 0, not a half.
+        The share of pairs of a true and another edge in which the true edge has the larger
+        magnitude. Ties count against it, so that scores that are all 0 get 0 and not a half.
 
         Args:
             truth: edges as (source, target, slot), or with these attributes.
 
         Raises:
-            InputError: if there is no such edge, or all or none are true.
+            InputError: if an edge does not exist, or all or none of the edges are true.
         """
         true = np.zeros(len(self.wiring), bool)
         for edge in truth:
@@ -367,7 +367,7 @@ class EdgeGraph(Shown, Tabular):
         return float(below.mean() / (~true).sum())
 
     def glance(self) -> Glance:
-        """The largest edges, and the sums of heads as a picture."""
+        """Show the largest edges, and the sums per head as a picture."""
         layers = [f"L{layer}" for layer in range(self.wiring.n_layers)]
         heads = [f"H{head}" for head in range(self.wiring.n_heads)]
         return Glance(
@@ -385,7 +385,7 @@ class EdgeGraph(Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """The graph, and its largest edges with their errors."""
+        """Report the graph, and its largest edges with their errors."""
         rows = [
             (str(self.edges[at]), float(self.mean[at]), float(self.sem[at]))
             for at in self.rank()[:_LISTED].tolist()
@@ -415,7 +415,7 @@ class EdgeGraph(Shown, Tabular):
         )
 
     def to_json(self, count: int | None = None) -> dict[str, Any]:
-        """Nodes and edges as JSON values, for other programs.
+        """Nodes and edges as JSON values, for use in other programs.
 
         Args:
             count: keep this many edges, by magnitude; None: all.
@@ -430,10 +430,10 @@ class EdgeGraph(Shown, Tabular):
         }
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write one Parquet file atomically: a row per edge, everything else in its metadata.
+        """Save as one Parquet file, atomically: a row per edge, the rest in its metadata.
 
         Args:
-            path: of the file; what is there is replaced.
+            path: path of the file; an existing file is replaced.
         """
         import pyarrow
         from pyarrow import parquet
@@ -455,7 +455,7 @@ class EdgeGraph(Shown, Tabular):
 
     @classmethod
     def load(cls, path: "str | PathLike[str]") -> "EdgeGraph":
-        """Read what :meth:`save` wrote.
+        """Load a file written by :meth:`save`.
 
         Raises:
             InputError: if the file is missing, damaged, or holds something else.
@@ -487,15 +487,15 @@ _FACTS = ("method", "ablation", "kv_heads", "steps", "unit", "clusters")
 
 @dataclass(frozen=True)
 class Stability(Stored):
-    """How much the strongest edges change when prompts are drawn again.
+    """How much the set of strongest edges changes when the prompts are resampled.
 
     Attributes:
         jaccard: mean overlap (intersection over union) of the chosen edges with those chosen on
             bootstrap draws of the prompts, in [0, 1].
         low, high: the middle 95% of the draws.
-        chance: overlap of two random sets of as many edges.
-        count: edges compared.
-        prompts: examples (or clusters of them) that were drawn from.
+        chance: expected overlap of two random sets of the same size.
+        count: number of edges compared.
+        prompts: number of examples (or clusters of them) drawn from.
     """
 
     jaccard: float
@@ -507,13 +507,13 @@ class Stability(Stored):
 
     @property
     def verdict(self) -> str:
-        """``stable`` from a mean overlap of 0.8; ``unstable`` below; what is missing else."""
+        """``stable`` from a mean overlap of 0.8, else ``unstable``, or what is missing."""
         if self.prompts < LEAST_PROMPTS:
             return f"not known: {self.prompts} prompts, and it takes {LEAST_PROMPTS}"
         return "stable" if self.jaccard >= STABLE else "unstable"
 
     def __str__(self) -> str:
-        """Overlap, its range, chance and the verdict on one line."""
+        """Format overlap, range, chance and verdict on one line."""
         return (
             f"Jaccard of the {self.count} edges over resampled prompts {self.jaccard:.2f}"
             f" ({self.low:.2f} to {self.high:.2f}; by chance {self.chance:.2f}): {self.verdict}"
@@ -522,23 +522,23 @@ class Stability(Stored):
 
 @dataclass(frozen=True, eq=False)
 class Checks(Stored):
-    """What a circuit must be read with: is it stable, is it the only one, could it have failed.
+    """Sanity checks of a circuit: stability, uniqueness, and controls that it could have failed.
 
     Attributes:
-        stability: over resampled prompts; None where no scores per prompt were kept.
+        stability: stability over resampled prompts; None if no per-prompt scores were kept.
         rival: overlap, in [0, 1], with a circuit of the same size that was grown from another
-            start, from the embedding up; NaN where there is none.
-        rival_chance: overlap of two random sets of as many edges.
-        rival_faithfulness: of that circuit. As faithful with little overlap: there is more than
-            one circuit of this size.
-        positive: positive control: mean over examples of the metric with all edges less that with
-            none, in the metric's unit. Where corruption changes nothing there is no circuit.
+            start, from the embedding up; NaN if there is none.
+        rival_chance: expected overlap of two random sets of the same size.
+        rival_faithfulness: faithfulness of that circuit. If it is as faithful with little overlap,
+            there is more than one circuit of this size.
+        positive: positive control: mean over examples of the metric with all edges minus that with
+            none, in the metric's unit. If corruption changes nothing, there is no circuit to find.
         positive_sem: its standard error.
-        null: null position: largest magnitude by which taking all edges out changes the metric
-            where both texts of a pair are the same up to there, which must be 0; NaN where there
-            is no such position.
-        matched: faithfulness of the circuit with its heads exchanged for random ones of the same
-            layers, one number per draw.
+        null: null position: largest magnitude by which removing all edges changes the metric where
+            both texts of a pair are still identical, which must be 0; NaN if there is no such
+            position.
+        matched: faithfulness of the circuit with its heads exchanged for random heads of the same
+            layers, one value per draw.
     """
 
     stability: Stability | None = None
@@ -552,13 +552,13 @@ class Checks(Stored):
 
     @property
     def verdict(self) -> str:
-        """``stable``, ``unstable``, or why that is not known."""
+        """``stable``, ``unstable``, or why neither is known."""
         if self.stability is None:
             return "not known: no scores per prompt"
         return self.stability.verdict
 
     def rows(self) -> list[tuple[str, str]]:
-        """Every check with its outcome in words."""
+        """List every check with its outcome in words."""
         said = self.verdict if self.stability is None else str(self.stability)
         return [
             ("stability", said),
@@ -599,23 +599,23 @@ class Checks(Stored):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit(Saved, Shown, Tabular):
-    """A set of edges, and the metric of the model that has these edges alone.
+    """A set of edges, and the metric of the model restricted to them.
 
     Attributes:
         wiring: nodes and edges of the model.
-        kept: which edges are in the circuit, in the order of ``wiring.edges``.
-        changes: what taking an edge out changed in the metric when its turn came, or its score
-            where edges were chosen by scores; NaN for edges that were not tried.
+        kept: mask of the circuit's edges, in the order of ``wiring.edges``.
+        changes: change of the metric when the edge was removed in its turn, or the score by which
+            edges were chosen; NaN for edges that were not tried.
         value: mean metric of the circuit.
         full: mean metric of the whole model.
-        empty: mean metric with every edge taken out.
+        empty: mean metric with every edge removed.
         method: how it was found.
-        order: in which order edges were tried; empty where they were not.
-        threshold: change up to which an edge was taken out; NaN where none was set.
+        order: order in which edges were tried; empty if they were not.
+        threshold: change up to which an edge was removed; NaN if none was set.
         ablation: what edges outside carry.
-        unit: of the metric.
+        unit: unit of the metric.
         provenance: where it came from.
-        checks: stability and controls; None where they were not asked for.
+        checks: stability and controls; None if they were not requested.
     """
 
     wiring: Wiring
@@ -639,7 +639,7 @@ class Circuit(Saved, Shown, Tabular):
 
     @cached_property
     def heads(self) -> tuple[HeadIndex, ...]:
-        """Heads that an edge of the circuit leaves, in order."""
+        """Heads that are the source of an edge of the circuit, in order."""
         sources = {edge.source for edge in self.edges}
         every = (
             HeadIndex(layer, head)
@@ -650,15 +650,15 @@ class Circuit(Saved, Shown, Tabular):
 
     @property
     def faithfulness(self) -> float:
-        """``(value - empty) / (full - empty)``: 1 where it does what the model does."""
+        """``(value - empty) / (full - empty)``: 1 if the circuit matches the whole model."""
         span = self.full - self.empty
         return (self.value - self.empty) / span if span else float("nan")
 
     def jaccard(self, other: "Circuit") -> float:
-        """Edges in both over edges in either; 1 for two empty ones.
+        """Jaccard overlap with the edges of another circuit; 1 for two empty ones.
 
         Raises:
-            InputError: if the other circuit is of a model with other nodes.
+            InputError: if the other circuit belongs to a model with other nodes.
         """
         if self.wiring != other.wiring:
             raise InputError("these circuits are of models with different nodes.")
@@ -666,7 +666,7 @@ class Circuit(Saved, Shown, Tabular):
         return float((self.kept & other.kept).sum() / either) if either else 1.0
 
     def glance(self) -> Glance:
-        """How large, faithful and stable it is, and its edges."""
+        """Show its size, faithfulness, stability and edges."""
         share = self.kept.mean()
         checks = [] if self.checks is None else self.checks.rows()
         verdict = "" if self.checks is None else self.checks.verdict
@@ -685,7 +685,7 @@ class Circuit(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """The circuit, its checks and its edges."""
+        """Report the circuit, its checks and its edges."""
         facts = [
             ("edges", f"{len(self.edges):,} of {len(self.wiring):,}"),
             ("heads", " ".join(map(str, self.heads)) or "none"),
@@ -722,22 +722,22 @@ class Circuit(Saved, Shown, Tabular):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness(Saved, Shown, Tabular):
-    """The metric of circuits of the best edges, size by size, beside circuits of random edges.
+    """Metric of circuits of the best edges by size, with circuits of random edges as control.
 
-    ``f(k) = (m(C_k) - m(none)) / (m(all) - m(none))`` of means over examples: 1 where the circuit
-    does what the whole model does, 0 where it does what the model does with every edge taken out.
-    It may lie outside of [0, 1], as some edges work against the answer.
+    ``f(k) = (m(C_k) - m(none)) / (m(all) - m(none))`` of means over examples: 1 if the circuit
+    matches the whole model, 0 if it does no better than the model with every edge removed. It can
+    lie outside [0, 1], as some edges work against the answer.
 
     Attributes:
         sizes: nominal shares of all edges.
         counts: edges of each circuit, ``int(size * edges)``.
         value: mean metric of each circuit.
-        control: mean metric of circuits of as many random edges, one row per draw.
+        control: mean metric of circuits of the same number of random edges, one row per draw.
         full: mean metric with all edges, the clean run.
-        empty: mean metric with none.
+        empty: mean metric without any edge.
         method: what ranked the edges.
-        ablation: what edges outside of the circuit carry.
-        unit: of the metric.
+        ablation: what edges outside the circuit carry.
+        unit: unit of the metric.
         provenance: where it came from.
     """
 
@@ -760,7 +760,7 @@ class Faithfulness(Saved, Shown, Tabular):
 
     @cached_property
     def faithfulness(self) -> Float[np.ndarray, " size"]:
-        """Faithfulness f of every circuit; NaN where taking out all edges changes nothing."""
+        """Faithfulness f of every circuit; NaN if removing all edges changes nothing."""
         return self._share(self.value)
 
     @cached_property
@@ -770,27 +770,28 @@ class Faithfulness(Saved, Shown, Tabular):
 
     @property
     def cpr(self) -> float:
-        """Area under f over the nominal sizes (trapezoids): higher is better, without an upper end.
+        """Area under f over the nominal sizes (trapezoids): higher is better, unbounded.
 
-        Integrated circuit performance ratio. The step from half to all edges is half of its axis.
+        Integrated circuit performance ratio. Sizes from half to all edges make up half of its axis.
         """
         return area(self.sizes, self.faithfulness)
 
     @property
     def cpr_capped(self) -> float:
-        """As :attr:`cpr`, of f cut to [0, 1]."""
+        """Like :attr:`cpr`, with f clipped to [0, 1]."""
         return area(self.sizes, self.faithfulness.clip(0.0, 1.0))
 
     @property
     def cmd(self) -> float:
-        """Area under ``|1 - f|`` over the nominal sizes: 0 is best. Circuit-model distance."""
+        """Circuit-model distance: area under ``|1 - f|`` over the nominal sizes; 0 is best."""
         return area(self.sizes, np.abs(1 - self.faithfulness))
 
     @property
     def log_area(self) -> float:
         """Mean of f along log sizes (trapezoids, over the length of the axis): about 1 is best.
 
-        Small circuits count as much as large ones; methods may rank otherwise than by :attr:`cpr`.
+        Small circuits count as much as large ones, so methods may rank differently than by
+        :attr:`cpr`.
         """
         logs = np.log10(self.sizes)
         return area(logs, self.faithfulness) / float(logs[-1] - logs[0])
@@ -812,7 +813,7 @@ class Faithfulness(Saved, Shown, Tabular):
         return float(np.mean([area(logs, one) for one in self.random]) / (logs[-1] - logs[0]))
 
     def glance(self) -> Glance:
-        """The areas beside those of random edges, and the curve."""
+        """Show the areas with those of random edges, and the curve."""
         rows = [
             (f"{count:,} edges ({100 * size:.3g}%)", number(f), number(float(control)))
             for size, count, f, control in zip(
@@ -833,7 +834,7 @@ class Faithfulness(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """The curve and its areas, beside those of random edges."""
+        """Report the curve and its areas, with those of random edges."""
         areas = [
             ("CPR", self.cpr, self.random_cpr),
             ("CPR, f cut to [0, 1]", self.cpr_capped, float("nan")),
@@ -845,7 +846,7 @@ class Faithfulness(Saved, Shown, Tabular):
         return [Section("Faithfulness", [Drawn("faithfulness", said), table])]
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per size: size, edges, value, faithfulness, and the mean of random edges."""
+        """One row per size: size, edges, value, faithfulness, mean of random edges."""
         import pandas
 
         return pandas.DataFrame(
@@ -860,7 +861,7 @@ class Faithfulness(Saved, Shown, Tabular):
 
 
 def area(at: Float[np.ndarray, " size"], height: Float[np.ndarray, " size"]) -> float:
-    """Area under a curve by trapezoids, from the first point to the last.
+    """Trapezoidal area under a curve, from the first point to the last.
 
     Example:
         >>> area(np.array([0.5, 1.0]), np.array([0.0, 1.0]))
@@ -871,17 +872,17 @@ def area(at: Float[np.ndarray, " size"], height: Float[np.ndarray, " size"]) -> 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Completeness(Saved, Shown):
-    """What is left when heads of a circuit are taken from it, and from the whole model.
+    """Metric left after removing the same heads from a circuit and from the whole model.
 
-    A complete circuit holds all that does the work: take the same heads from both, and both fall
-    alike. A gap says that something outside the circuit stands in for what was taken.
+    If a circuit is complete, removing the same heads from both lowers both alike. A gap means that
+    something outside the circuit compensates for the removed heads.
 
     Attributes:
-        subsets: heads taken, draw by draw; the first draws are single heads.
+        subsets: removed heads per draw; the first draws are single heads.
         circuit: mean metric of the circuit without them.
         model: mean metric of the whole model without them.
-        unit: of the metric.
-        provenance: of the circuit.
+        unit: unit of the metric.
+        provenance: where the circuit came from.
     """
 
     subsets: tuple[tuple[HeadIndex, ...], ...]
@@ -892,11 +893,11 @@ class Completeness(Saved, Shown):
 
     @property
     def gap(self) -> Float[np.ndarray, " draw"]:
-        """Magnitude of the difference, ``|m(C - K) - m(M - K)|``, in the metric's unit."""
+        """Absolute difference ``|m(C - K) - m(M - K)|``, in the metric's unit."""
         return np.asarray(np.abs(self.circuit - self.model))
 
     def glance(self) -> Glance:
-        """The largest gaps."""
+        """Show the largest gaps."""
         worst = np.argsort(-self.gap)[:6]
         return Glance(
             "completeness of a circuit",
@@ -921,23 +922,23 @@ class Completeness(Saved, Shown):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MethodComparison(Saved, Shown, Tabular):
-    """How near estimates of edges, and of heads, come to exact patching on the same texts.
+    """Agreement of estimates of edges and heads with exact patching on the same texts.
 
     Attributes:
-        methods: their names; those of heads alone have no edges.
-        edges: rank correlation (Spearman) of the magnitudes of all edges' scores with those of
-            exact patching, in [-1, 1]; NaN for methods of heads.
+        methods: names of the methods; methods for heads only have no edge results.
+        edges: Spearman rank correlation of the magnitudes of all edge scores with those of exact
+            patching, in [-1, 1]; NaN for methods for heads.
         edges_low, edges_high: the middle 95% over bootstrap draws of the examples.
-        signed: the same of the scores with their signs.
+        signed: the same for signed scores.
         overlap: Jaccard overlap of the strongest edges with those of exact patching, in [0, 1].
-        count: edges that are compared for that.
-        heads: rank correlation of the magnitudes of heads, outgoing edges summed, with the effect
-            of taking each head out alone.
-        heads_low, heads_high: as of edges; NaN where a method has no scores per example.
+        count: number of edges compared for the overlap.
+        heads: rank correlation of the magnitudes per head, outgoing edges summed, with the effect
+            of removing each head alone.
+        heads_low, heads_high: as for edges; NaN if a method has no per-example scores.
         gradients: gradients (passes, for exact) per example.
-        seconds: that each took.
-        ablation: what is put in place of what is taken out.
-        unit: of the metric.
+        seconds: time that each method took.
+        ablation: what replaces a removed edge.
+        unit: unit of the metric.
         provenance: where it came from.
     """
 
@@ -978,7 +979,7 @@ class MethodComparison(Saved, Shown, Tabular):
         )  # fmt: skip
 
     def glance(self) -> Glance:
-        """One row per method, best first."""
+        """Show one row per method, best first."""
         return Glance(
             "estimates against exact patching",
             ["rank correlations", f"ablation {self.ablation}", self.provenance.model],
@@ -988,7 +989,7 @@ class MethodComparison(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """The same as a table."""
+        """Report the same as a table."""
         said = "Rank correlations with exact patching on the same texts, with 95% intervals."
         return [Section("Methods", [Words(said), Rows(self._names(), self._rows())])]
 

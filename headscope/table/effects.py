@@ -1,4 +1,4 @@
-"""Effects of interventions on any grid, as curves over orders of heads, and by token."""
+"""Effects of interventions: on any grid, as curves over orders of heads, and per token."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EffectGrid(Saved, Shown, Tabular):
-    """What interventions do to a metric: edited run less unedited run, per cell and example.
+    """Effect of interventions on a metric, per cell of a grid and example.
 
     Attributes:
-        name: of the intervention.
-        axes: what the axes of the grid are, e.g. ``("layer", "position")``.
-        labels: names of the cells along every axis.
-        per_example: effects; NaN where there is no such cell.
-        unedited: the metric on the run that was edited, before it was.
-        pair: the metric on the clean and on the corrupt run of a pair; None where there is none.
-        unit: of the metric.
+        name: name of the intervention.
+        axes: axes of the grid, e.g. ``("layer", "position")``.
+        labels: labels of the cells along every axis.
+        per_example: effects, edited minus unedited run; NaN where there is no such cell.
+        unedited: the metric before the edit.
+        pair: the metric on the clean and on the corrupt run of a pair; None without a pair.
+        unit: unit of the metric.
         description: what a positive effect means.
         provenance: where it came from.
-        clusters: label per example; those with one label count as one observation in errors,
-            intervals and tests. None: every example stands for itself.
+        clusters: label per example; examples with the same label count as one observation in
+            errors, intervals and tests. None: all examples are independent.
     """
 
     name: str
@@ -63,7 +63,7 @@ class EffectGrid(Saved, Shown, Tabular):
     clusters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the shape; freeze the arrays."""
+        """Check the shape and freeze the arrays."""
         shape = (*(len(names) for names in self.labels), len(self.unedited))
         if self.per_example.shape != shape or len(self.axes) != len(self.labels):
             raise InputError(
@@ -87,9 +87,9 @@ class EffectGrid(Saved, Shown, Tabular):
 
     @cached_property
     def p_value(self) -> Float[np.ndarray, "*cell"]:
-        """Two-sided test of no effect, one cell at a time; NaN where examples are too few.
+        """Two-sided p-value of no effect, per cell; NaN with too few examples.
 
-        Which test: :func:`headscope.base.statistics.compare_means`.
+        The test is chosen by :func:`headscope.base.statistics.compare_means`.
         """
         none = np.zeros((*self.per_example.shape[:-1], 1))
         design = Design(clusters=self.clusters)
@@ -98,17 +98,17 @@ class EffectGrid(Saved, Shown, Tabular):
     def interval(
         self, level: float = 0.95
     ) -> tuple[Float[np.ndarray, "*cell"], Float[np.ndarray, "*cell"]]:
-        """Confidence interval of the mean, lower and upper end.
+        """Confidence interval of the mean: lower and upper end.
 
         Student's t, widened for skewness; see :func:`headscope.base.statistics.mean_interval`.
         """
         return mean_interval(self.per_example, level, self.clusters)
 
     def normalised(self, tolerance: float = 1e-6) -> Float[np.ndarray, "*cell"]:
-        """Where the edited run stands: 1 as in the clean run, 0 as in the corrupt one.
+        """Position of the edited run between the corrupt (0) and the clean run (1).
 
-        ``(edited - corrupt) / (clean - corrupt)``, each a mean over examples; NaN where clean and
-        corrupt are less than ``tolerance`` apart.
+        ``(edited - corrupt) / (clean - corrupt)``, each a mean over examples; NaN if clean and
+        corrupt differ by less than ``tolerance``.
 
         Raises:
             InputError: if there is no pair.
@@ -128,7 +128,7 @@ class EffectGrid(Saved, Shown, Tabular):
         return [(" ".join(self._names(at)), float(self.mean[at])) for at in places]
 
     def glance(self) -> Glance:
-        """Mean effects: a picture where there are one or two axes, else the largest cells."""
+        """Show mean effects: as a picture for one or two axes, otherwise the largest cells."""
         scale = f"{self.unit or 'metric'}, mean of {len(self.unedited)} examples"
         return Glance(
             self.name,
@@ -165,14 +165,14 @@ class EffectGrid(Saved, Shown, Tabular):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BackPatch(Saved, Shown, Tabular):
-    """States of layers put back into earlier layers, with the pair that was chosen and tried.
+    """Effects of copying a layer's states back to earlier layers, with the best pair held out.
 
     Attributes:
         effects: change of the metric, by source and destination.
         null: the same with states of another prompt.
         pair: source and destination with the largest mean effect on the even examples.
         held_out: effects of that pair on the odd examples.
-        null_held_out: the same of the null.
+        null_held_out: the same for the null.
     """
 
     effects: EffectGrid
@@ -185,7 +185,7 @@ class BackPatch(Saved, Shown, Tabular):
     def of(
         cls, effects: EffectGrid, null: EffectGrid, cells: Sequence[tuple[int, int]]
     ) -> "BackPatch":
-        """Choose the pair on the even examples; of equals the first."""
+        """Choose the pair on the even examples; on ties the first."""
         names = effects.labels[0]
         places = [(names.index(f"L{s}"), names.index(f"L{d}")) for s, d in cells]
         means = [float(effects.per_example[at][0::2].mean()) for at in places]
@@ -199,7 +199,7 @@ class BackPatch(Saved, Shown, Tabular):
         )
 
     def glance(self) -> Glance:
-        """The chosen pair and its effect on examples that did not choose it."""
+        """Show the chosen pair and its effect on the held-out examples."""
         both = mean_and_sem(np.stack([self.held_out, self.null_held_out]))
         names = ("on the examples held out", "states of another prompt")
         rows = [
@@ -226,12 +226,14 @@ Curve = TypeVar("Curve", bound="OrderCurve")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OrderCurve(Shown, Tabular):
-    """A metric against heads taken. Draw it with ``hs.plots.curves(curve.effects, ...)``.
+    """A metric against the number of edited heads, for several orders of heads.
+
+    Draw it with ``hs.plots.curves(curve.effects, ...)``.
 
     Attributes:
-        effects: edited run less clean run; axes ``arm`` and what was done to the heads, e.g.
-            ``masked``; NaN where an order ends.
-        orders: heads of every arm, the first to be taken first.
+        effects: edited minus clean run; axes ``arm`` and number of heads, named after what is done
+            to them, e.g. ``masked``; NaN beyond the end of an order.
+        orders: heads of every arm, in the order in which they are edited.
         controls: names of the arms in random order.
     """
 
@@ -240,7 +242,7 @@ class OrderCurve(Shown, Tabular):
     controls: tuple[str, ...]
 
     def glance(self) -> Glance:
-        """The metric of every arm at a few numbers of heads."""
+        """Show the metric of every arm at a few numbers of heads."""
         counts, grid = self.counts, self.effects
         chosen = sorted({round(at) for at in np.linspace(0, len(counts) - 1, 5)})
         return Glance(
@@ -264,12 +266,12 @@ class OrderCurve(Shown, Tabular):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Numbers of heads taken."""
+        """Numbers of edited heads."""
         return tuple(int(label) for label in self.effects.labels[1])
 
     @property
     def per_example(self) -> Float[np.ndarray, "arm point example"]:
-        """The metric itself."""
+        """Values of the metric per example."""
         return np.asarray(self.effects.per_example + self.effects.unedited)
 
     @property
@@ -280,7 +282,7 @@ class OrderCurve(Shown, Tabular):
     def interval(
         self, level: float = 0.95
     ) -> tuple[Float[np.ndarray, "arm point"], Float[np.ndarray, "arm point"]]:
-        """Confidence interval of the mean over examples, lower and upper end.
+        """Confidence interval of the mean over examples: lower and upper end.
 
         Student's t, widened for skewness; see :func:`headscope.base.statistics.mean_interval`.
         """
@@ -289,8 +291,8 @@ class OrderCurve(Shown, Tabular):
     def to_pandas(self) -> "pandas.DataFrame":
         """One row per arm and number of heads.
 
-        Columns: arm, control, the number (named as the second axis), head (the last one that was
-        taken), mean, sem, low and high (95% interval), effect.
+        Columns: arm, control, the number (named after the second axis), head (the last one edited),
+        mean, sem, low and high (95% interval), effect.
         """
         import pandas
 
@@ -319,10 +321,10 @@ class OrderCurve(Shown, Tabular):
     def save(self, path: "str | PathLike[str]") -> None:
         """Write :meth:`to_pandas` as ``.parquet`` or ``.csv``, atomically.
 
-        Parquet also keeps the values per example and everything else that :meth:`load` needs.
+        Parquet also stores the values per example and everything else that :meth:`load` needs.
 
         Raises:
-            InputError: for another ending.
+            InputError: for another file name extension.
         """
         target = Path(path)
         if target.suffix not in _SUFFIXES:
@@ -336,10 +338,10 @@ class OrderCurve(Shown, Tabular):
 
     @classmethod
     def load(cls: type[Curve], path: "str | PathLike[str]") -> Curve:
-        """Read a curve that :meth:`save` wrote as parquet.
+        """Load a curve that :meth:`save` wrote as Parquet.
 
         Raises:
-            InputError: if the file is none, or a curve of another kind.
+            InputError: if the file holds no curve, or another kind of curve.
         """
         effects, facts = read_curve(Path(path), cls.__name__)
         try:
@@ -348,7 +350,7 @@ class OrderCurve(Shown, Tabular):
             raise InputError(f"{str(path)!r} is a damaged curve: {error!r}.") from None
 
     def _facts(self) -> dict[str, Any]:
-        """What is not in the effects, as JSON values."""
+        """Everything but the effects, as JSON values."""
         return {
             "kind": type(self).__name__,
             "orders": {arm: [str(head) for head in order] for arm, order in self.orders.items()},
@@ -357,7 +359,7 @@ class OrderCurve(Shown, Tabular):
 
     @classmethod
     def _read(cls, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments that :meth:`_facts` wrote down."""
+        """Constructor arguments from what :meth:`_facts` wrote."""
         orders = facts["orders"].items()
         return {
             "orders": {arm: tuple(HeadIndex.parse(one) for one in order) for arm, order in orders},
@@ -374,13 +376,13 @@ _MAX_CELLS = 50_000_000  # a file from elsewhere must not make us allocate what 
 def write_curve(
     effects: EffectGrid, frame: "pandas.DataFrame", facts: Mapping[str, Any], file: IO[bytes]
 ) -> None:
-    """Write the rows of a curve, effects per example, and what else there is to know.
+    """Write the rows of a curve, its effects per example, and its metadata.
 
     Args:
-        effects: of the curve, axes arm and number.
-        frame: a row for every arm and number that was measured.
+        effects: effects of the curve; axes arm and number.
+        frame: a row for every measured arm and number.
         facts: JSON values, with the ``kind`` of curve.
-        file: to write to.
+        file: path to write to.
     """
     import pyarrow
     from pyarrow import parquet
@@ -412,10 +414,10 @@ def write_curve(
 
 
 def read_curve(path: Path, kind: str) -> tuple[EffectGrid, dict[str, Any]]:
-    """Effects and facts that :func:`write_curve` wrote.
+    """Read effects and facts written by :func:`write_curve`.
 
     Raises:
-        InputError: if the file is none, is damaged, or holds another kind of curve.
+        InputError: if the file is not a curve, is damaged, or holds another kind of curve.
     """
     import pyarrow
 
@@ -469,10 +471,10 @@ def _plain(value: float) -> float | None:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenLosses(Saved, Shown):
-    """Cross-entropy of each token given those before, nats.
+    """Cross-entropy of each token given the ones before it, in nats.
 
     Attributes:
-        arms: names; the first is the whole model.
+        arms: names of the arms; the first is the whole model.
         losses: NaN for a text's first token and beyond its end.
         model: its name.
     """
@@ -482,7 +484,7 @@ class TokenLosses(Saved, Shown):
     model: str = ""
 
     def glance(self) -> Glance:
-        """Mean loss of each arm."""
+        """Show the mean loss of each arm."""
         return Glance(
             "loss by token",
             [sizes(("arm", "text", "token"), self.losses.shape), "nats", self.model],
@@ -496,7 +498,7 @@ class TokenLosses(Saved, Shown):
 
     @property
     def mean(self) -> Float[np.ndarray, "arm token"]:
-        """Mean over texts; NaN where there is none."""
+        """Mean over texts; NaN if no text has a value."""
         return mean_and_sem(self.losses.swapaxes(1, 2)).mean
 
     @property
@@ -505,10 +507,10 @@ class TokenLosses(Saved, Shown):
         return mean_and_sem(self.losses.swapaxes(1, 2)).sem
 
     def score(self, early: int = 50, late: int = 500) -> Float[np.ndarray, "arm example"]:
-        """In-context-learning score: loss of a late token less that of an early one.
+        """In-context-learning score: loss of a late token minus that of an early one.
 
         Raises:
-            InputError: if the texts do not reach that far.
+            InputError: if the texts are too short for that.
         """
         most = self.losses.shape[2] - 1
         if not 1 <= early < late <= most:
@@ -518,14 +520,14 @@ class TokenLosses(Saved, Shown):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RecallGrid(Saved, Shown, Tabular):
-    """Share of right answers in every cell.
+    """Share of correct answers by text length and needle depth.
 
     Attributes:
-        lengths: tokens of a text at most, as asked for.
-        depths: shares of the text before the needle.
-        share: of answers whose recall is above ``threshold``; NaN where there were none.
-        count: answers.
-        threshold: of the recall.
+        lengths: maximum number of tokens of a text, as requested.
+        depths: share of the text before the needle.
+        share: share of answers whose recall is above ``threshold``; NaN where there were none.
+        count: number of answers.
+        threshold: threshold of the recall.
         provenance: where it came from.
     """
 
@@ -537,7 +539,7 @@ class RecallGrid(Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def sections(self) -> list[Section]:
-        """How many were answered, and where."""
+        """Report how many answers were correct, and where."""
         beyond = self.provenance.probe.get("extrapolated_from")
         counted = (
             f"{int(self.count.sum())} texts, {float(np.nanmean(self.share)):.0%} answered right."
@@ -550,7 +552,7 @@ class RecallGrid(Saved, Shown, Tabular):
         return [Section("Where needles are found", [Words(counted), drawn])]
 
     def glance(self) -> Glance:
-        """Share of right answers by length and depth."""
+        """Show the share of correct answers by length and depth."""
         lengths = [f"{int(one)} tokens" for one in self.lengths]
         depths = [f"{one:.0%}" for one in self.depths.tolist()]
         rows = [

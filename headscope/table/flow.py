@@ -1,4 +1,4 @@
-"""Attention and what flows along it: patterns, maps, token flow, contributions, routes."""
+"""Attention and information flow: patterns, image maps, token flow, contributions, routes."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,14 +39,14 @@ _MAX_BYTES = 200_000_000  # a file from elsewhere must not make us allocate what
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionExample(Stored, Shown):
-    """Attention probabilities in steps of 1/255.
+    """Attention probabilities of some heads on one text, quantised in steps of 1/255.
 
     Attributes:
-        heads: in the order of the patterns.
+        heads: heads, in the order of the patterns.
         tokens: text of every position.
-        pattern: ``round(255 * probability)``; a query's row may sum to less than 255 where a sink
-            takes a part, and by rounding.
-        words: what the text is.
+        pattern: ``round(255 * probability)``; a row may sum to less than 255, by rounding or where
+            a sink takes a share.
+        words: description of the text.
         provenance: where it came from.
     """
 
@@ -74,12 +74,12 @@ class AttentionExample(Stored, Shown):
         words: str = "",
         provenance: Provenance | None = None,
     ) -> "AttentionExample":
-        """Round probabilities; NaN becomes 0."""
+        """Quantise probabilities; NaN becomes 0."""
         coarse = np.rint(np.nan_to_num(pattern) * 255).clip(0, 255).astype(np.uint8)
         return cls(tuple(heads), tuple(tokens), coarse, words, provenance or Provenance())
 
     def glance(self) -> Glance:
-        """How many heads on which text."""
+        """Show the number of heads, and on which text."""
         return Glance(
             "attention",
             [
@@ -91,7 +91,7 @@ class AttentionExample(Stored, Shown):
         )
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write one safetensors file atomically."""
+        """Save as one safetensors file, atomically."""
         from safetensors.numpy import save
 
         facts = {
@@ -106,10 +106,10 @@ class AttentionExample(Stored, Shown):
 
     @staticmethod
     def load(path: "str | PathLike[str]") -> "AttentionExample":
-        """Read what :meth:`save` wrote.
+        """Load a file written by :meth:`save`.
 
         Raises:
-            InputError: if the file is none.
+            InputError: if the file is not one.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -147,13 +147,13 @@ _MATRICES = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionMaps(Saved, Shown, Tabular):
-    """Attention from some positions of images to every patch, by layer and head.
+    """Attention from some positions of images to every patch, per layer and head.
 
     Attributes:
-        weights: mean over the positions that look; what a row gives to other positions (a class
-            token, registers, words of a text) is left out, so a map may sum to less than 1.
+        weights: mean over the query positions; attention to other positions (a class token,
+            registers, words of a text) is left out, so a map may sum to less than 1.
         layers: number of each layer.
-        query: which positions look.
+        query: which positions attend.
         stack: name of the attention stack.
         provenance: where it came from.
     """
@@ -168,7 +168,7 @@ class AttentionMaps(Saved, Shown, Tabular):
         """Check the shape.
 
         Raises:
-            InputError: if there is no map for every layer.
+            InputError: if the number of maps differs from the number of layers.
         """
         if self.weights.ndim != 5 or self.weights.shape[1] != len(self.layers):
             raise InputError(
@@ -178,14 +178,14 @@ class AttentionMaps(Saved, Shown, Tabular):
         object.__setattr__(self, "layers", tuple(int(one) for one in self.layers))
 
     def of(self, image: int, head: str | tuple[int, int]) -> Float[np.ndarray, "row column"]:
-        """The map of one image and head.
+        """Map of one image and head.
 
         Args:
-            image: its number.
+            image: index of the image.
             head: such as ``V1H2`` or ``(1, 2)``.
 
         Raises:
-            InputError: if there is none.
+            InputError: if there is no such image or head.
         """
         at, where = self._place(head)
         if not 0 <= image < len(self.weights):
@@ -205,7 +205,7 @@ class AttentionMaps(Saved, Shown, Tabular):
         return self.layers.index(chosen.layer), chosen.head
 
     def head(self, layer: int, head: int) -> HeadIndex:
-        """Address of a head, by the number of the map of its layer."""
+        """Address of a head from its indices into ``weights``."""
         return HeadIndex(self.layers[layer], head, self.stack)
 
     @property
@@ -216,7 +216,7 @@ class AttentionMaps(Saved, Shown, Tabular):
 
     @property
     def mass(self) -> Float[np.ndarray, "layer head"]:
-        """What all patches get together, mean over images, in [0, 1]."""
+        """Total attention to patches, mean over images, in [0, 1]."""
         found: Float[np.ndarray, "layer head"] = self.mean.sum((-2, -1))
         return found
 
@@ -231,7 +231,7 @@ class AttentionMaps(Saved, Shown, Tabular):
         )
 
     def glance(self) -> Glance:
-        """Heads whose rows give most to patches, and the patch that gets most of each."""
+        """Show the heads that attend most to patches, and the top patch of each."""
         order = np.argsort(-self.mass, axis=None, kind="stable")[:_TOP_MAPS]
         rows = []
         for flat in order.tolist():
@@ -253,7 +253,7 @@ class AttentionMaps(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """The grid of mean maps."""
+        """Report the grid of mean maps."""
         said = (
             f"Mean attention from {self.query} positions to each patch, a map per layer and head."
         )
@@ -262,12 +262,12 @@ class AttentionMaps(Saved, Shown, Tabular):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenFlow(Saved, Shown):
-    """How much of each position's last state comes from each input token, over all layers.
+    """Share of each position's last state that comes from each input token, over all layers.
 
     Attributes:
-        name: of the method: ``rollout``, ``max_flow`` or ``alti``.
-        matrix: from query (rows) to input token (columns), 0 to 1; NaN where not asked for. At
-            padding a position holds itself alone.
+        name: name of the method: ``rollout``, ``max_flow`` or ``alti``.
+        matrix: from query (rows) to input token (columns), 0 to 1; NaN where not requested. A
+            padding position depends only on itself.
         real: False at padding.
         tokens: texts of the tokens, by example.
         description: what an entry is, in one sentence.
@@ -284,7 +284,7 @@ class TokenFlow(Saved, Shown):
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        """Check the shape; freeze the arrays."""
+        """Check the shape and freeze the arrays."""
         batch, length = self.real.shape
         if self.matrix.shape != (batch, length, length):
             raise InputError(
@@ -295,11 +295,11 @@ class TokenFlow(Saved, Shown):
         object.__setattr__(self, "real", frozen(self.real, bool))
 
     def into(self, example: int = 0, query: int = -1) -> Float[np.ndarray, " key"]:
-        """One row: what each input token gives to one position.
+        """Shares of the input tokens in one position's state: one row of the matrix.
 
         Args:
-            example: number of the text.
-            query: position; negative from the last real one.
+            example: index of the text.
+            query: position; negative counts from the last real one.
 
         Raises:
             InputError: if there is no such text or position.
@@ -315,13 +315,13 @@ class TokenFlow(Saved, Shown):
         return row
 
     def top(self, k: int = 5, example: int = 0, query: int = -1) -> list[tuple[int, str, float]]:
-        """Input tokens that give most to one position: place, text and value."""
+        """Input tokens with the largest shares in one position: position, text and value."""
         row = np.nan_to_num(self.into(example, query), nan=-1.0)
         order = np.argsort(-row, kind="stable")[:k]
         return [(int(at), self.tokens[example][at], float(row[at])) for at in order]
 
     def sections(self) -> list[Section]:
-        """The matrix, with what it is."""
+        """Report the matrix and what it is."""
         return [
             Section(
                 "From token to token",
@@ -330,7 +330,7 @@ class TokenFlow(Saved, Shown):
         ]
 
     def glance(self) -> Glance:
-        """Size, model, and what the last token of the first text holds."""
+        """Show size, model, and the row of the last token of the first text."""
         batch, length = self.real.shape
         rows = [(f"{place} {readable(text)}", number(value)) for place, text, value in self.top(5)]
         return Glance(
@@ -344,21 +344,22 @@ class TokenFlow(Saved, Shown):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenLogits(Saved, Shown):
-    """One logit, or a difference of two, as a sum over input tokens, MLPs and biases.
+    """A logit, or a difference of two, decomposed into input tokens, MLPs and biases.
 
     ``values.sum() + mlp.sum() + bias + constant = whole``, in logits before a soft cap, any sign;
-    checked on making.
+    checked on construction.
 
     Attributes:
-        target, foil: texts; the foil is None where one logit is split.
-        position: whose next token it is.
+        target, foil: texts; the foil is None if a single logit is decomposed.
+        position: position whose next token it is.
         tokens: texts of the prompt up to there.
-        values: what comes from each input token, through the embedding and attention.
-        mlp: what every MLP adds, which belongs to no single token.
-        bias: what biases of attention add.
+        values: contribution of each input token, through the embedding and attention.
+        mlp: contribution of every MLP, which belongs to no single token.
+        bias: contribution of attention biases.
         constant: biases of the final norm and of the unembedding.
         whole: the logit (difference).
-        tolerance: largest gap: a number, and a share of the largest part; the larger one counts.
+        tolerance: largest gap: an absolute value, and a share of the largest part; the larger
+            counts.
         source: paper.
         provenance: where it came from.
     """
@@ -377,7 +378,7 @@ class TokenLogits(Saved, Shown):
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        """Freeze the arrays; check the sum."""
+        """Freeze the arrays and check the sum."""
         for name in ("values", "mlp"):
             object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
         parts = np.concatenate([self.values, self.mlp, [self.bias, self.constant]])
@@ -386,12 +387,12 @@ class TokenLogits(Saved, Shown):
         check_sum(parts.sum(keepdims=True), whole, largest, self.tolerance, "a logit by token")
 
     def top(self, k: int = 5) -> list[tuple[int, str, float]]:
-        """Input tokens that add most, in either direction: place, text and logits."""
+        """Input tokens with the largest contributions of either sign: position, text and logits."""
         order = np.argsort(-np.abs(self.values), kind="stable")[:k]
         return [(int(at), self.tokens[at], float(self.values[at])) for at in order]
 
     def glance(self) -> Glance:
-        """What is split, and the tokens that add most."""
+        """Show what is decomposed, and the tokens with the largest contributions."""
         said = readable(self.target) + ("" if self.foil is None else f" - {readable(self.foil)}")
         rows = [(f"{at} {readable(text)}", number(value)) for at, text, value in self.top(5)]
         rows.append(("all MLPs", number(float(self.mlp.sum()))))
@@ -406,7 +407,7 @@ class TokenLogits(Saved, Shown):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Contributions(Saved, Shown):
-    """Norms of what attention moves: from other positions, from itself, and from the residual.
+    """Norms of what attention moves: from other positions, from its own, and the residual stream.
 
     Attributes:
         per_head_norm: sum over keys ``j != i`` of ``|A_ij v_j W_O|`` for every head and query i.
@@ -415,7 +416,7 @@ class Contributions(Saved, Shown):
         mixing: by form (``attention``, ``residual``), from 0 to 1: ``|sum over j != i of F_ij|``
             over itself plus ``|F_ii|``, where F fuses the heads and ``residual`` adds the
             position's own residual stream to ``F_ii``.
-        norm_share: per head, part of the layer's per-head norms that it moves from elsewhere.
+        norm_share: per head, its share of the layer's per-head norms.
         moved: per head, mean over queries of ``per_head_norm``.
         real: False at padding, whose entries are NaN.
         tokens: texts of the tokens, by example.
@@ -440,11 +441,11 @@ class Contributions(Saved, Shown):
 
     @property
     def mixing_ratio(self) -> Float[np.ndarray, "layer batch pos"]:
-        """Mixing ratio with the residual stream: 0 keeps the token, 1 replaces it by others."""
+        """Mixing ratio with the residual stream: 0 for the token alone, 1 for others alone."""
         return self.mixing["residual"]
 
     def mixing_of(self, form: str) -> Float[np.ndarray, "layer batch pos"]:
-        """Mixing ratio in one form: ``attention`` alone, or with the ``residual`` stream.
+        """Mixing ratio with ``attention`` alone, or with the ``residual`` stream.
 
         Raises:
             InputError: if there is no such form.
@@ -459,7 +460,7 @@ class Contributions(Saved, Shown):
         return self.mixing[form]
 
     def sections(self) -> list[Section]:
-        """How much comes from elsewhere, and which heads bring it."""
+        """Report how much comes from other positions, and through which heads."""
         return [
             Section(
                 "What moves",
@@ -471,7 +472,7 @@ class Contributions(Saved, Shown):
         ]
 
     def glance(self) -> Glance:
-        """Size, and the heads that move most."""
+        """Show size, and the heads that move most."""
         layers, heads, batch, length = self.per_head_norm.shape
         return Glance(
             "norm-based contributions",
@@ -486,11 +487,11 @@ class Contributions(Saved, Shown):
 
 
 class RouteNode(NamedTuple):
-    """A node of a route graph: a site of the residual stream, an MLP or a bias, at a position.
+    """Node of a route graph: a site of the residual stream, an MLP or a bias, at one position.
 
-    ``embed`` (layer -1) is what enters block 0, ``resid_mid`` the stream after attention,
-    ``mlp_out`` an MLP, ``resid_post`` the stream after a block, ``bias`` what attention adds
-    that belongs to no head. Parallel blocks have no ``resid_mid``.
+    ``embed`` (layer -1) is the input of block 0, ``resid_mid`` the stream after attention,
+    ``mlp_out`` an MLP, ``resid_post`` the stream after a block, ``bias`` the part of attention that
+    belongs to no head. Parallel blocks have no ``resid_mid``.
     """
 
     site: str
@@ -499,16 +500,16 @@ class RouteNode(NamedTuple):
 
 
 class RouteEdge(NamedTuple):
-    """One edge of a route graph.
+    """Edge of a route graph.
 
     Attributes:
-        kind: ``attention``, ``residual`` (the stream past attention; in parallel blocks past
-            both), ``past_mlp`` (the stream past an MLP), ``mlp`` (an MLP into the stream),
-            ``reads`` (the stream into an MLP) or ``bias``.
+        kind: ``attention``, ``residual`` (the stream past attention; in parallel blocks past both),
+            ``past_mlp`` (the stream past an MLP), ``mlp`` (an MLP into the stream), ``reads`` (the
+            stream into an MLP) or ``bias``.
         source, target: the nodes that it joins.
         weight: share of the target that comes along it, heads summed, 0 to 1.
-        importance: the same times the importance of the target: what flows along it.
-        heads: share by head, of an attention edge; they sum to ``weight``.
+        importance: weight times the importance of the target: the flow along it.
+        heads: share by head, for an attention edge; they sum to ``weight``.
     """
 
     kind: str
@@ -521,30 +522,30 @@ class RouteEdge(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Routes(Saved, Shown, Tabular):
-    """Information flow routes of one prompt: who gives what to one position, layer by layer.
+    """Information flow routes of one prompt: what flows into one position, layer by layer.
 
-    The target has importance 1; every node hands its importance to its sources by their shares.
-    What belongs to no head ends in ``bias``. Over every cut the importances sum to 1.
+    The target has importance 1; every node distributes its importance to its sources by their
+    shares. What belongs to no head ends in ``bias``. Importances sum to 1 over every cut.
 
     Attributes:
         tokens: texts of the prompt up to the target.
-        position: of the target.
+        position: position of the target.
         part_threshold: share below which a single (key, head) part was dropped before the heads
-            were summed; the others were scaled up to sum to 1.
+            were summed; the others were rescaled to sum to 1.
         edge_threshold: share below which a head-summed edge is not drawn.
-        entering: importance of the residual stream that enters each layer, and of what leaves
-            the last one.
+        entering: importance of the residual stream that enters each layer, and of what leaves the
+            last one.
         bias: importance that ended in biases of attention.
         mlp: importance of every MLP.
         head_flow: importance that passed through every head; NaN where there is no head.
-        on_route: heads of which a single part with at least ``edge_threshold`` goes into a node
-            that drawn edges join to the target.
+        on_route: heads with a single part of at least ``edge_threshold`` into a node that drawn
+            edges join to the target.
         parallel: whether attention and MLP read the same stream.
-        kinds, layers, sources, targets: of the drawn edges, by number: place in ``EDGE_KINDS``,
+        kinds, layers, sources, targets: the drawn edges, as numbers: index into ``EDGE_KINDS``,
             layer, source and target position.
         weights: share of the target that comes along each drawn edge.
-        importances: what flows along each drawn edge.
-        head_weights: share by head of each drawn edge; 0 for other kinds than attention.
+        importances: flow along each drawn edge.
+        head_weights: share by head of each drawn edge; 0 for kinds other than attention.
         kv_heads: number of key/value heads.
         source: paper.
         provenance: where it came from.
@@ -581,7 +582,7 @@ class Routes(Saved, Shown, Tabular):
     def cuts(self) -> Float[np.ndarray, " cut"]:
         """Importance over every cut, below each layer and above the last; each is 1.
 
-        A cut below layer l holds the stream that enters it and the biases from l on.
+        A cut below layer l contains the stream that enters it and the biases from l on.
         """
         ended = np.append(self.bias.sum(1)[::-1].cumsum()[::-1], 0.0)
         total: np.ndarray = self.entering.sum(1) + ended
@@ -589,13 +590,13 @@ class Routes(Saved, Shown, Tabular):
 
     @property
     def token_flow(self) -> Float[np.ndarray, " pos"]:
-        """Importance of every input token: what of the target goes back to its embedding."""
+        """Importance of every input token: the share of the target that traces back to it."""
         row: np.ndarray = self.entering[0]
         return row
 
     @cached_property
     def edges(self) -> tuple[RouteEdge, ...]:
-        """Drawn edges, from the target down; of one layer the strongest flow first."""
+        """Drawn edges, from the target down; within a layer the strongest flow first."""
         return tuple(self._edge(number) for number in range(len(self.kinds)))
 
     def _edge(self, number: int) -> RouteEdge:
@@ -625,7 +626,7 @@ class Routes(Saved, Shown, Tabular):
         )  # fmt: skip
 
     def head_scores(self) -> HeadScores:
-        """Flow through every head, as a score for heatmaps and rankings."""
+        """Flow through every head, as a score."""
         return HeadScores.from_summary(
             "flow",
             self.head_flow,
@@ -656,14 +657,14 @@ class Routes(Saved, Shown, Tabular):
         )
 
     def top(self, k: int = 10) -> list[tuple[HeadIndex, float]]:
-        """The k heads that most passes through, most first."""
+        """The k heads with the largest flow, largest first."""
         flow = np.nan_to_num(self.head_flow, nan=-1.0)
         order = np.argsort(-flow.ravel(), kind="stable")[:k]
         places = [divmod(int(one), flow.shape[1]) for one in order]
         return [(HeadIndex(*at), float(flow[at])) for at in places if flow[at] >= 0]
 
     def sections(self) -> list[Section]:
-        """The routes, and the heads and tokens that most passes through."""
+        """Report the routes, and the heads and tokens with the largest flow."""
         strongest = [(str(head), value) for head, value in self.top(12)]
         order = sorted(range(len(self.tokens)), key=lambda at: -self.token_flow[at])[:12]
         tokens = [(f"{at} {self.tokens[at]}", float(self.token_flow[at])) for at in order]
@@ -687,7 +688,7 @@ class Routes(Saved, Shown, Tabular):
         ]
 
     def glance(self) -> Glance:
-        """Size, thresholds, and the heads that most passes through."""
+        """Show size, thresholds, and the heads with the largest flow."""
         return Glance(
             "information flow routes",
             [
@@ -710,14 +711,14 @@ _ROUTE_ARRAYS: dict[tuple[str, ...], type] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SourceContribution(Saved, Shown, Tabular):
-    """What each target token of a translation comes from.
+    """Share of the source text in each target token of a translation.
 
     Attributes:
         source: share of each source token, 0 at padding.
         prefix: share of each token that the decoder reads, the start token included.
         real: real positions of the target.
         read: real positions of the source.
-        tokens: what the decoder reads, by example.
+        tokens: tokens that the decoder reads, by example.
         sources: tokens of the source, by example.
         provenance: where it came from.
     """
@@ -737,18 +738,18 @@ class SourceContribution(Saved, Shown, Tabular):
 
     @property
     def share(self) -> Float[np.ndarray, "batch target"]:
-        """Share of the whole source in each target token, 0 to 1; NaN at padding."""
+        """Total share of the source in each target token, 0 to 1; NaN at padding."""
         total: np.ndarray = self.source.sum(-1)
         return np.where(self.real, total, np.nan)
 
     @property
     def sentence(self) -> Float[np.ndarray, " batch"]:
-        """Mean share of the source over the tokens of each target: low where it is made up."""
+        """Mean share of the source over each target's tokens: low for hallucinations."""
         mean: np.ndarray = np.nanmean(self.share, axis=1)
         return mean
 
     def glance(self) -> Glance:
-        """Targets that come least from their source."""
+        """Show the targets that depend least on their source."""
         order = np.argsort(self.sentence, kind="stable")[:6]
         return Glance(
             "source contribution",
@@ -762,7 +763,7 @@ class SourceContribution(Saved, Shown, Tabular):
         )
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per target position: example, position, what the decoder read, its share."""
+        """One row per target position: example, position, the decoder's token, its share."""
         import pandas
 
         example, position = np.nonzero(self.real)

@@ -1,4 +1,4 @@
-"""What heads are: roles by their scores, the best of a table, kinds and what confirms them."""
+"""Roles and kinds of heads: found by their scores, and confirmed by ablation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,17 +35,17 @@ _MOST_ROWS = 40
 
 @dataclass(frozen=True)
 class RoleFinding:
-    """What was found for one role.
+    """Outcome of the search for heads with one role.
 
     Attributes:
         score: name of the role-bearing score.
-        heads: those that have the role, with their means, strongest first.
-        tested: False where no head has a p-value (no control, or fewer than two examples).
-        above: heads above the threshold, whether or not beyond chance.
-        threshold: of the score.
-        n: examples of the head that has most.
-        needed: examples that it takes for one head to be significant by itself; None where
-            there are enough.
+        heads: heads that have the role, with their means, strongest first.
+        tested: False if no head has a p-value (no control, or fewer than two examples).
+        above: number of heads above the threshold, whether or not significant.
+        threshold: threshold of the score.
+        n: largest number of examples of any head.
+        needed: number of examples that one head alone needs to be significant; None if there are
+            enough.
     """
 
     score: str
@@ -57,7 +57,7 @@ class RoleFinding:
     needed: int | None = None
 
     def __str__(self) -> str:
-        """One line; says it in words where there is none."""
+        """Format the outcome in one line, also if there is no such head."""
         role = self.score.replace("_", " ")
         if not self.tested:
             asks = f" and {self.needed} examples" if self.needed else " and at least two examples"
@@ -79,7 +79,7 @@ class RoleFinding:
 
 
 def find_roles(scores: Iterable[HeadScores], alpha: float) -> list[RoleFinding]:
-    """Look at every score with a threshold; heads significant at false discovery rate alpha."""
+    """Find the heads of every score with a threshold, at false discovery rate alpha."""
     findings = []
     for one in scores:
         if one.threshold is None:
@@ -105,7 +105,7 @@ def find_roles(scores: Iterable[HeadScores], alpha: float) -> list[RoleFinding]:
 def roles_by_head(
     findings: Iterable[RoleFinding],
 ) -> dict[HeadIndex, list[tuple[str, float]]]:
-    """Turn findings round: roles of each head that has any, strongest first, in head order."""
+    """Invert findings: the roles of each head, strongest first, in head order."""
     roles: dict[HeadIndex, list[tuple[str, float]]] = {}
     for finding in findings:
         for head, mean in finding.heads:
@@ -114,9 +114,9 @@ def roles_by_head(
 
 
 def copying(scores: HeadScores) -> str:
-    """How many heads of a retrieval score are above its threshold, and how many beyond chance.
+    """Count a retrieval score's heads above its threshold, and those significant.
 
-    The one sentence that the terminal, the page and the result itself say.
+    The terminal, the page and the result print this same sentence.
 
     Example:
         >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
@@ -139,14 +139,14 @@ def copying(scores: HeadScores) -> str:
 
 
 def against(scores: HeadScores) -> str:
-    """What the control of a needle score is, in two words."""
+    """Name of a needle score's control, in two words."""
     kind = str(scores.provenance.control)
     names = {"removed": "needle removed", "other_question": "other question"}
     return names.get(kind, kind)
 
 
 def by_interest(scores: Iterable[HeadScores]) -> list[HeadScores]:
-    """Scores with a role first, else in their order."""
+    """Sort scores: those with a role first, otherwise in their order."""
     return sorted(scores, key=lambda one: one.threshold is None)
 
 
@@ -156,7 +156,7 @@ def best_heads(scores: Iterable[HeadScores], k: int = 3) -> list[HeadIndex]:
 
 
 def unreached(scores: HeadScores) -> str | None:
-    """Why a score has no value at all, in a sentence; None if it has one."""
+    """Explain why a score has no value at all; None if it has one."""
     if bool((scores.n > 0).any()) or not bool((scores.missing > 0).any()):
         return None
     return (
@@ -166,7 +166,7 @@ def unreached(scores: HeadScores) -> str | None:
 
 
 def measured_on(scores: Iterable[HeadScores]) -> list[str]:
-    """What each score was measured on, a line per probe; none where that is not known."""
+    """List the probes with the scores measured on each, a line per probe."""
     by_probe: dict[str, list[str]] = {}
     for one in scores:
         probe = one.provenance.probe
@@ -177,11 +177,11 @@ def measured_on(scores: Iterable[HeadScores]) -> list[str]:
 
 
 def table_glance(table: Sequence[HeadScores], width: int | None = None) -> Glance:
-    """The three most notable heads of each score, the other scores, and the roles.
+    """Show the three most notable heads of each score, further scores, and the roles.
 
     Args:
         table: scores of one model.
-        width: of the terminal, for the scores that fit into it; None: all scores.
+        width: width of the terminal, which limits the scores shown; None: all scores.
     """
     scores = by_interest(table)
     if len({one.stack for one in scores}) > 1:
@@ -214,7 +214,7 @@ def table_glance(table: Sequence[HeadScores], width: int | None = None) -> Glanc
 
 
 def _glance_of_stacks(table: Sequence[HeadScores]) -> Glance:
-    """The three most notable heads of each score, stack by stack."""
+    """Show the three most notable heads of each score, stack by stack."""
     by_stack: dict[str, list[HeadScores]] = {}
     for one in table:
         by_stack.setdefault(one.stack, []).append(one)
@@ -227,12 +227,12 @@ def _glance_of_stacks(table: Sequence[HeadScores]) -> Glance:
 
 
 def best_lines(scores: Sequence[HeadScores]) -> list[Line]:
-    """The three most notable heads of each score, a line each."""
+    """Format the three most notable heads of each score, one line per score."""
     return [_line(one) for one in scores]
 
 
 def _fitting(scores: Sequence[HeadScores], width: int) -> list[HeadScores]:
-    """As many leading scores as fit beside the head column, at least one."""
+    """Leading scores that fit beside the head column, at least one."""
     used = 10
     shown: list[HeadScores] = []
     for one in scores:
@@ -273,18 +273,18 @@ def _line(scores: HeadScores) -> Line:
 
 @dataclass(frozen=True)
 class KindFacts(Stored):
-    """What a kind of head is and how it is asked for.
+    """Definition of a kind of head, and how this model was tested for it.
 
     Attributes:
-        name: of the kind.
+        name: name of the kind.
         said: what such a head does.
-        probe: what is run.
+        probe: probe that was run.
         control: what its values are compared with.
-        rule: from which values a head is named.
-        source: of the definition.
+        rule: rule by which a head is named.
+        source: source of the definition.
         weakness: what else can look like it.
-        confirmed_by: what ablating such a head should do; empty where nothing is tried.
-        reason: why it could not be asked of this model; empty where it was.
+        confirmed_by: what ablating such a head should do; empty if nothing is tried.
+        reason: why this model could not be tested; empty if it was.
     """
 
     name: str
@@ -300,17 +300,17 @@ class KindFacts(Stored):
 
 @dataclass(frozen=True)
 class Finding(Stored):
-    """A head that is of a kind.
+    """A head that was found to be of a kind.
 
     Attributes:
         kind: name of the kind.
-        head: which.
-        value: of the kind's first measure.
-        p_adjusted: after correction over all heads and kinds.
-        effect: of ablating the head, on the kind's metric; NaN where nothing was tried.
-        effect_p: one-sided, after correction over all heads that were ablated.
-        confirmed: whether the effect is as it should be and its p-value below alpha; None where
-            nothing was tried.
+        head: address of the head.
+        value: value of the kind's first measure.
+        p_adjusted: p-value, corrected over all heads and kinds.
+        effect: effect of ablating the head on the kind's metric; NaN if not tried.
+        effect_p: one-sided p-value, corrected over all ablated heads.
+        confirmed: whether the effect has the right sign and its p-value is below alpha; None if not
+            tried.
     """
 
     kind: str
@@ -324,14 +324,14 @@ class Finding(Stored):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class KindTable(Saved, Shown, Tabular):
-    """Kinds of head that were looked for, and heads that were named.
+    """Kinds of heads that were tested for, and the heads that were found.
 
     Attributes:
-        kinds: all kinds, also those that could not be asked.
+        kinds: all kinds, including those that could not be tested.
         findings: heads by kind, the largest value first.
-        values: first measure of every kind that was asked.
-        p_adjusted: of every kind and head, corrected over both.
-        alpha: below which a p-value counts.
+        values: first measure of every tested kind.
+        p_adjusted: p-value of every kind and head, corrected over both.
+        alpha: significance level.
         heads: number of heads of the model.
         provenance: where it came from.
     """
@@ -346,16 +346,16 @@ class KindTable(Saved, Shown, Tabular):
 
     @property
     def asked(self) -> tuple[KindFacts, ...]:
-        """Kinds that could be asked of this model."""
+        """Kinds that this model was tested for."""
         return tuple(kind for kind in self.kinds if not kind.reason)
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        """Kinds that could not be asked, with the reason."""
+        """Kinds that could not be tested, with the reason."""
         return {kind.name: kind.reason for kind in self.kinds if kind.reason}
 
     def named(self, kind: str) -> tuple[HeadIndex, ...]:
-        """Heads of a kind, the clearest first."""
+        """Heads of a kind, the largest value first."""
         return tuple(one.head for one in self.findings if one.kind == kind)
 
     def of(self, head: "str | tuple[int, int]") -> tuple[str, ...]:
@@ -365,11 +365,11 @@ class KindTable(Saved, Shown, Tabular):
 
     @property
     def share_named(self) -> float:
-        """Share of all pairs of a head and an asked kind that were named."""
+        """Share of all (head, tested kind) pairs that were found."""
         return len(self.findings) / max(1, self.heads * len(self.asked))
 
     def scores(self) -> list[HeadScores]:
-        """The first measure of every kind that some head is of, or of all asked kinds if none is.
+        """First measure of every kind with a head, or of all tested kinds if none has one.
 
         Example:
             >>> found = hs.kinds.survey(model, ["induction", "previous_token"], confirm=False)
@@ -388,7 +388,7 @@ class KindTable(Saved, Shown, Tabular):
         ]  # fmt: skip
 
     def glance(self) -> Glance:
-        """One row per kind with heads; what was not found and not asked below."""
+        """Show one row per kind with heads, then what was not found and not tested."""
         rows = [
             (kind.name, *_shown([one for one in self.findings if one.kind == kind.name]))
             for kind in self.asked
@@ -417,7 +417,7 @@ class KindTable(Saved, Shown, Tabular):
         return "\n".join([seen.text(), *(f"  {note}" for note in seen.notes)])
 
     def sections(self) -> list[Section]:
-        """Findings; how each kind was asked; what was not."""
+        """Report the findings, how each kind was tested, and what was not."""
         found = self.glance()
         blocks = [Words(", ".join(fact for fact in found.facts if fact))]
         asked = [
@@ -447,7 +447,7 @@ class KindTable(Saved, Shown, Tabular):
 
 
 def _shown(findings: Sequence[Finding], most: int = 6) -> tuple[str, str, str]:
-    """Heads of a kind, their values, and what ablating them did."""
+    """Format the heads of a kind, their values, and the effects of ablating them."""
     first = findings[:most]
     more = "" if len(findings) <= most else f" +{len(findings) - most}"
     said = {True: "confirmed", False: "no effect", None: "-"}

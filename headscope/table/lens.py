@@ -1,4 +1,4 @@
-"""What the residual stream says, layer by layer: lens readings, attribution, measures."""
+"""Readings of the residual stream by layer: lenses, logit attribution, measures of layers."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LensGrid(Saved, Shown, Tabular):
-    """What a lens reads at every row (a place in the stack) and position of one prompt.
+    """Lens readings of one prompt at every row (place in the stack) and position.
 
     Attributes:
-        name: of the lens and of what it read, e.g. ``logit lens, residual``.
-        rows: places from the bottom up: ``embedding`` (what enters block 0) and ``L0``, ``L1``,
-            ...: the stream after these blocks, or what their attention or MLP wrote.
-        positions: in the prompt.
+        name: name of the lens and of what it read, e.g. ``logit lens, residual``.
+        rows: places from the bottom up: ``embedding`` (the input of block 0) and ``L0``, ``L1``,
+            ...: the stream after these blocks, or the output of their attention or MLP.
+        positions: positions in the prompt.
         tokens: text of the prompt at these positions.
-        ids: most likely tokens, the likeliest first; of equals the lowest id.
-        texts: of these tokens.
-        logits: of these tokens, soft cap included.
-        probabilities: of these tokens.
-        entropy: of the whole distribution, in nats.
-        kl: ``KL(model || lens)`` in nats: what is lost by stopping here, at least 0.
-        targets: id of the token that is followed at each position.
+        ids: most likely tokens, the likeliest first; on ties the lowest id.
+        texts: texts of these tokens.
+        logits: logits of these tokens, soft cap included.
+        probabilities: probabilities of these tokens.
+        entropy: entropy of the whole distribution, in nats.
+        kl: ``KL(model || lens)`` in nats: the information lost by stopping here, at least 0.
+        targets: id of the token that is tracked at each position.
         target_rank: number of tokens above it; 0 is best.
         target_log_prob: its log-probability in nats.
         provenance: where it came from.
@@ -84,11 +84,11 @@ class LensGrid(Saved, Shown, Tabular):
 
     @property
     def target_probability(self) -> Float[np.ndarray, "row pos"]:
-        """Probability of the token that is followed."""
+        """Probability of the tracked token."""
         return np.asarray(np.exp(self.target_log_prob))
 
     def settled(self) -> list[str | None]:
-        """First row from which the target stays on top, for each position; None: never."""
+        """First row from which the target stays on top, per position; None: never."""
         found: list[str | None] = []
         for ranks in self.target_rank.T:
             wrong = np.flatnonzero(ranks > 0)
@@ -97,7 +97,7 @@ class LensGrid(Saved, Shown, Tabular):
         return found
 
     def sections(self) -> list[Section]:
-        """The grid, with what it is."""
+        """Report the grid and what it is."""
         return [
             Section(
                 "Layer by layer",
@@ -113,7 +113,7 @@ class LensGrid(Saved, Shown, Tabular):
         ]
 
     def glance(self) -> Glance:
-        """Most likely token of every cell, coloured by its probability, the model's on top."""
+        """Show each cell's most likely token, coloured by probability, the last layer on top."""
         top = self.texts[::-1, :, 0]
         tokens = [
             (str(at), token, str(best), number(float(chance)))
@@ -136,7 +136,7 @@ class LensGrid(Saved, Shown, Tabular):
         )
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per place, position and rank of token, with what is known of the cell."""
+        """One row per place, position and rank of token, with the cell's facts."""
         import pandas
 
         n_rows, n_pos, k = self.ids.shape
@@ -182,17 +182,17 @@ def _listed(words: list[tuple[str, float]]) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadWords(Saved, Shown, Tabular):
-    """Tokens whose logits every head's output on one token raises and lowers most.
+    """Tokens that every head's output on one token promotes and suppresses most.
 
     Attributes:
-        token: text of the token that the heads stand on.
-        position: of that token.
+        token: text of the token at which the heads are read.
+        position: position of that token.
         layers: layer number of each entry of the layer axis.
         ids: along ``sign`` first the promoted tokens, then the suppressed ones.
-        texts: of these tokens.
-        values: logits that the head adds above its mean over the vocabulary; NaN for heads that
-            were pruned.
-        removed: heads that were pruned out of the model: they say nothing.
+        texts: texts of these tokens.
+        values: logits that the head adds, minus their mean over the vocabulary; NaN for pruned
+            heads.
+        removed: heads that were pruned from the model.
         provenance: where it came from.
     """
 
@@ -216,11 +216,11 @@ class HeadWords(Saved, Shown, Tabular):
             object.__setattr__(self, name, frozen(getattr(self, name), dtype))
 
     def promoted(self, head: "str | tuple[int, int]") -> list[tuple[str, float]]:
-        """Tokens that a head raises most, largest first."""
+        """Tokens that a head promotes most, largest first."""
         return self._of(head, 0)
 
     def suppressed(self, head: "str | tuple[int, int]") -> list[tuple[str, float]]:
-        """Tokens that a head lowers most, lowest first."""
+        """Tokens that a head suppresses most, lowest first."""
         return self._of(head, 1)
 
     def _of(self, head: "str | tuple[int, int]", sign: int) -> list[tuple[str, float]]:
@@ -233,7 +233,7 @@ class HeadWords(Saved, Shown, Tabular):
         return list(zip(self.texts[at].tolist(), self.values[at].tolist(), strict=True))
 
     def sections(self, heads: Sequence[str] | None = None) -> list[Section]:
-        """What single heads promote and suppress; by default those of :meth:`glance`."""
+        """Report what single heads promote and suppress; by default the heads of :meth:`glance`."""
         rows = []
         for head in heads if heads is not None else [row[0] for row in self.glance().rows]:
             promoted = tuple(text for text, _ in self.promoted(head))
@@ -243,7 +243,7 @@ class HeadWords(Saved, Shown, Tabular):
         return [Section("What single heads say", [grid])]
 
     def glance(self) -> Glance:
-        """Heads that raise a token most, with their tokens."""
+        """Show the heads with the largest contributions, with their tokens."""
         best = self.values[:, :, 0, 0]
         order = top_order(best, 10)
         layers, heads = np.unravel_index(order, best.shape)
@@ -262,7 +262,7 @@ class HeadWords(Saved, Shown, Tabular):
         )
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per head that is there, sign and token."""
+        """One row per head, sign and token; pruned heads are left out."""
         import pandas
 
         layer, head, sign, rank = (axis.ravel() for axis in np.indices(self.ids.shape))
@@ -284,7 +284,7 @@ Tolerance = tuple[float, float]
 
 
 class Part(NamedTuple):
-    """One summand: what it is, where it is, and what it adds, in logits."""
+    """One summand of an attribution: kind, layer, head, and value in logits."""
 
     kind: str
     layer: int | None
@@ -306,14 +306,15 @@ def check_sum(
     tolerance: Tolerance,
     what: str,
 ) -> None:
-    """Raise HeadscopeError where parts do not sum to the whole.
+    """Raise HeadscopeError if parts do not sum to the whole.
 
     Args:
         total: sum of the parts.
         whole: what they should sum to.
         largest: size of the largest part.
-        tolerance: allowed gap: a number, and a share of the largest part; the larger one counts.
-        what: is split, for the sentence.
+        tolerance: allowed gap: an absolute value, and a share of the largest part; the larger
+            counts.
+        what: what is decomposed, for the message.
     """
     absolute, share = tolerance
     allowed = np.maximum(absolute, share * np.maximum(np.abs(whole), largest))
@@ -329,26 +330,27 @@ def check_sum(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attribution(Saved, Shown, Tabular):
-    """A logit, or a difference of two, as an exact sum of parts, with the norms' scales held.
+    """A logit, or a difference of two, as an exact sum of parts, with the norms' scales frozen.
 
-    All values are logits before a soft cap. The parts sum to ``whole``, which is computed from
-    the last residual stream and equals the model's own logit; both are checked on making, with
-    an error if they fail.
+    All values are logits before a soft cap. The parts sum to ``whole``, which is computed from the
+    last residual stream and equals the model's own logit; both are checked on construction.
 
     Attributes:
-        target, foil: texts; the foil is None where one logit is split.
-        position: that is read.
+        target, foil: texts; the foil is None if a single logit is decomposed.
+        position: position that is read.
         tokens: text of the prompt up to there.
-        embedding: what token embedding and position embedding add; one part where they cannot
-            be told apart.
-        heads: what every head adds; NaN where there is none, or it was removed.
-        biases: what attention of each layer adds that belongs to no head; NaN where there is none.
-        mlps: what every MLP (or block without attention) adds.
+        embedding: contributions of token and position embedding; one part if they cannot be
+            separated.
+        heads: contribution of every head; NaN where there is none, or it was pruned.
+        biases: contribution of each layer's attention that belongs to no head; NaN where there is
+            none.
+        mlps: contribution of every MLP (or block without attention).
         constant: biases of the final norm and of the unembedding.
         whole: the logit (difference).
-        sources: what each head moved from each token: its attention there times the value's
-            share of the logit; sums over tokens to ``heads``. None where not asked for.
-        tolerance: largest gap: a number, and a share of the largest part; the larger one counts.
+        sources: contribution of each head from each token: its attention there times the value's
+            share of the logit; sums over tokens to ``heads``. None if not requested.
+        tolerance: largest gap: an absolute value, and a share of the largest part; the larger
+            counts.
         kv_heads: number of key/value heads.
         provenance: where it came from.
     """
@@ -369,7 +371,7 @@ class Attribution(Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        """Freeze the arrays; check the sums."""
+        """Freeze the arrays and check the sums."""
         for name in ("heads", "biases", "mlps", "sources"):
             values = getattr(self, name)
             if values is not None:
@@ -395,12 +397,12 @@ class Attribution(Saved, Shown, Tabular):
 
     @property
     def name(self) -> str:
-        """What is split."""
+        """Name of the decomposed logit."""
         return repr(self.target) if self.foil is None else f"{self.target!r} less {self.foil!r}"
 
     @property
     def gap(self) -> float:
-        """Sum of the parts less the whole: rounding."""
+        """Sum of the parts minus the whole: the rounding error."""
         return sum(part.value for part in self) - self.whole
 
     def __iter__(self) -> Iterator[Part]:
@@ -416,11 +418,11 @@ class Attribution(Saved, Shown, Tabular):
         yield Part("output bias", None, None, self.constant)
 
     def top(self, k: int = 10) -> list[Part]:
-        """The k parts that are farthest from 0, largest first."""
+        """The k parts of largest magnitude, largest first."""
         return sorted(self, key=lambda part: -abs(part.value))[:k]
 
     def top_sources(self, k: int = 10) -> list[tuple[str, int, float]]:
-        """The k strongest moves as ``(head, position of the token, logits)``."""
+        """The k largest ``(head, position of the token, logits)``."""
         if self.sources is None:
             return []
         values = np.nan_to_num(self.sources)
@@ -433,17 +435,17 @@ class Attribution(Saved, Shown, Tabular):
 
     @cached_property
     def by_source(self) -> Float[np.ndarray, " source"]:
-        """What all heads together moved from each token; empty where not asked for."""
+        """Contribution of each token through all heads; empty if not requested."""
         if self.sources is None:
             return np.zeros(0)
         return np.asarray(np.nansum(self.sources, axis=(0, 1)))
 
     def strongest(self, k: int = 8) -> list[str]:
-        """Heads with the largest parts."""
+        """Heads with the largest contributions."""
         return [part.name for part in self.top(len(list(self))) if part.kind == "head"][:k]
 
     def sections(self) -> list[Section]:
-        """What makes the logit: its largest parts, by head and by the token that was moved."""
+        """Report the logit's largest parts, by head and by source token."""
         blocks: list[Any] = [
             Words(
                 f"The logit of {self.name} at position {self.position} is {self.whole:.4g}; its "
@@ -463,7 +465,7 @@ class Attribution(Saved, Shown, Tabular):
         return [Section("What makes the logit", blocks)]
 
     def glance(self) -> Glance:
-        """The parts that add most, of either sign."""
+        """Show the parts with the largest contributions of either sign."""
         most = max((abs(part.value) for part in self.top(1)), default=0.0) or 1.0
         return Glance(
             f"direct attribution of {self.name}",
@@ -481,7 +483,7 @@ class Attribution(Saved, Shown, Tabular):
         )
 
     def head_scores(self) -> HeadScores:
-        """What every head adds, as a score for heatmaps and rankings."""
+        """Contribution of every head, as a score."""
         return HeadScores.from_summary(
             "direct_attribution",
             self.heads,
@@ -513,11 +515,11 @@ class LayerMeasure:
     """One measure at every place of the residual stream.
 
     Attributes:
-        name: of the measure.
-        per_text: its value for every text; NaN is missing. A measure of all texts together has a
-            single column.
-        unit: of the values.
-        bounds: smallest and largest possible value; None where there is none.
+        name: name of the measure.
+        per_text: value for every text; NaN is missing. A measure of all texts together has a single
+            column.
+        unit: unit of the values.
+        bounds: smallest and largest possible value; None if unbounded.
         description: what a high value means, in one sentence.
         source: paper and definition.
     """
@@ -550,8 +552,8 @@ class LayerTable(Shown, Tabular, Mapping[str, LayerMeasure]):
     """Measures by name, over the places of one model's residual stream.
 
     Attributes:
-        places: names of the places: ``embed``, then ``L0`` and so on for what leaves a block.
-        measures: in order.
+        places: names of the places: ``embed``, then ``L0`` and so on for the output of each block.
+        measures: measures, in order.
         provenance: where it came from.
 
     Example:
@@ -616,7 +618,7 @@ class LayerTable(Shown, Tabular, Mapping[str, LayerMeasure]):
         return pandas.concat(frames, ignore_index=True)
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write one parquet file: a row per measure and place, with the value of every text."""
+        """Save as one Parquet file: a row per measure and place, with the value of every text."""
         import pyarrow
         from pyarrow import parquet
 
@@ -652,10 +654,10 @@ class LayerTable(Shown, Tabular, Mapping[str, LayerMeasure]):
 
     @staticmethod
     def load(path: "str | PathLike[str]") -> "LayerTable":
-        """Read what :meth:`save` wrote.
+        """Load a file written by :meth:`save`.
 
         Raises:
-            InputError: if the file is missing, is not such a table, or is damaged.
+            InputError: if the file is missing or damaged, or holds something else.
         """
         shown = repr(str(path))
         rows = read_parquet(Path(path))
@@ -679,7 +681,7 @@ class LayerTable(Shown, Tabular, Mapping[str, LayerMeasure]):
             raise InputError(f"{shown} is a damaged table of layers: {error!r}.") from None
 
     def glance(self) -> Glance:
-        """Mean of every measure at the first, middle and last place."""
+        """Show the mean of every measure at the first, middle and last place."""
         chosen = sorted({0, len(self.places) // 2, len(self.places) - 1})
         return Glance(
             "Measures of layers",
@@ -708,13 +710,13 @@ def _measure(said: Mapping[str, Any], rows: Iterable[Any]) -> LayerMeasure:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DecoderLens(Saved, Shown, Tabular):
-    """What a decoder says when it reads an intermediate layer of its encoder.
+    """What a decoder generates when it reads an intermediate layer of its encoder.
 
     Attributes:
-        layers: of the encoder that were read; 0 is what enters the first.
-        texts: what the decoder writes greedily, by layer and example.
-        loss: mean cross entropy of each target, in nats, its tokens given.
-        right: share of each target's tokens that are the likeliest, the ones before given.
+        layers: encoder layers that were read; 0 is the input of the first.
+        texts: greedy output of the decoder, by layer and example.
+        loss: mean teacher-forced cross-entropy of each target, in nats.
+        right: share of each target's tokens that are the most likely ones, teacher-forced.
         normed: whether the encoder's final norm was applied.
         provenance: where it came from.
     """
@@ -732,7 +734,7 @@ class DecoderLens(Saved, Shown, Tabular):
             object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
 
     def glance(self) -> Glance:
-        """Loss, share of right tokens, and the first text, layer by layer."""
+        """Show loss, share of correct tokens, and the first text, layer by layer."""
         return Glance(
             "decoder lens",
             [self.provenance.model, "through the final norm" if self.normed else "without a norm"],

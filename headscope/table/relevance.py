@@ -1,4 +1,4 @@
-"""What tokens and heads count for: relevance of tokens, label words as anchors, memorised spans."""
+"""Relevance of tokens, label words as anchors, and memorised spans."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenRelevance(Saved, Shown, Tabular):
-    """How much each token (or group of tokens) of a text supports what follows it.
+    """How much each token (or group of tokens) of a text supports the tokens that follow.
 
     Attributes:
-        tokens: of the text that was run, BOS included.
-        units: what was suppressed, one after the other: a token or a group.
+        tokens: tokens of the text that was run, BOS included.
+        units: what was suppressed in turn: a token or a group.
         targets: tokens whose loss was read.
-        per_target: loss with the unit suppressed less that without, in nats; above 0 where the
-            unit supports the target.
+        per_target: loss with the unit suppressed minus that without, in nats; positive if the unit
+            supports the target.
         base: loss of every target without suppression, in nats.
         by_head: the same, summed over the targets, with the unit suppressed in one head alone; NaN
-            where it was not measured. None where it was not asked for.
+            where not measured. None if not requested.
         estimate: first-order estimate of ``by_head`` for every head.
         provenance: where it came from.
     """
@@ -58,7 +58,7 @@ class TokenRelevance(Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        """Check the shape; freeze the arrays."""
+        """Check the shape and freeze the arrays."""
         if self.per_target.shape != (len(self.units), len(self.targets)):
             raise InputError(
                 f"relevance of {len(self.units)} units for {len(self.targets)} targets has shape "
@@ -80,17 +80,17 @@ class TokenRelevance(Saved, Shown, Tabular):
 
     @property
     def head_relevance(self) -> Float[np.ndarray, "layer head"]:
-        """``sum over units of |by_head|`` in nats: how much tokens count through each head.
+        """``sum over units of |by_head|`` in nats: total relevance through each head.
 
         Raises:
-            InputError: if it was not measured by head.
+            InputError: if relevance by head was not measured.
         """
         if self.by_head is None:
             raise InputError("this relevance is of all heads together: give top= to measure heads.")
         return np.asarray(np.abs(self.by_head).sum(2))
 
     def head_scores(self) -> HeadScores:
-        """:attr:`head_relevance` as a score; NaN where a head was not measured."""
+        """Turn :attr:`head_relevance` into a score; NaN for heads that were not measured."""
         return HeadScores.from_summary(
             "head_relevance",
             self.head_relevance,
@@ -103,7 +103,7 @@ class TokenRelevance(Saved, Shown, Tabular):
         )
 
     def grid(self) -> EffectGrid:
-        """Relevance as a grid: a row for every target, or for every measured head."""
+        """Relevance as a grid: one row per target, or per measured head."""
         if self.by_head is None:
             axes, rows = ("target", "token"), self.targets
             values = self.per_target.T
@@ -123,7 +123,7 @@ class TokenRelevance(Saved, Shown, Tabular):
         )
 
     def glance(self) -> Glance:
-        """The most relevant units."""
+        """Show the most relevant units."""
         about = "of all heads" if self.by_head is None else "and by head"
         return Glance(
             f"relevance for {readable(''.join(self.targets), 30)!r}",
@@ -139,12 +139,12 @@ class TokenRelevance(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """The numbers and a picture."""
+        """Report the numbers and a picture."""
         said = "Relevance of every token, by target or head: blue supports, orange counters."
         return [*super().sections(), Section("by token", [Drawn("", said)])]
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per unit and target; with heads one per unit and measured head."""
+        """One row per unit and target, and per unit and measured head if there are any."""
         import pandas
 
         grid = self.grid()
@@ -158,19 +158,19 @@ class TokenRelevance(Saved, Shown, Tabular):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Anchors(Saved, Shown, Tabular):
-    """How label words of demonstrations gather information and hand it to the prediction.
+    """Label words as anchors: how they gather information and pass it to the prediction.
 
     Attributes:
         classes: texts of the label words.
         flows: saliency per layer, heads summed before the absolute value: means over examples of
             ``text_to_label``, ``label_to_final`` and ``other`` ``[layer example]``.
         heads: the same three per head (absolute value of each head alone), and ``anchor_auc``.
-        layer_auc: how well the attention that all heads of a layer pay to the label words foretells
-            the model's own prediction; 0.5 by chance, NaN where it always predicts one class.
+        layer_auc: AUC with which the layer's attention to the label words, heads summed, predicts
+            the model's own prediction; 0.5 by chance, NaN if it always predicts one class.
         predicted: class that the model predicts on every example.
-        right: class of every example.
-        isolation: change of the loss of the right class, and share of predictions kept, with label
-            words cut off from what is before them: by name; None where it was not asked for.
+        right: correct class of every example.
+        isolation: change of the correct class's loss, and share of predictions kept, with label
+            words cut off from what precedes them: by name; None if not requested.
         provenance: where it came from.
     """
 
@@ -185,15 +185,15 @@ class Anchors(Saved, Shown, Tabular):
 
     @property
     def accuracy(self) -> float:
-        """Share of the examples on which the model predicts the right class."""
+        """Share of the examples on which the model predicts the correct class."""
         return float((self.predicted == self.right).mean())
 
     @property
     def reliance(self) -> Float[np.ndarray, " layer"]:
-        """``R_l``: share of what all layers foretell that the layers up to l foretell.
+        """``R_l``: share of the predictive power of all layers that the layers up to l have.
 
-        ``sum over i <= l of (AUC_i - 0.5) / sum over all of (AUC_i - 0.5)``; NaN where that sum is
-        below 0.001 in absolute value, since it then says nothing.
+        ``sum over i <= l of (AUC_i - 0.5) / sum over all of (AUC_i - 0.5)``; NaN if that sum is
+        below 0.001 in absolute value, where the ratio is meaningless.
         """
         gains = np.nan_to_num(self.layer_auc - 0.5)
         total = gains.sum()
@@ -216,7 +216,7 @@ class Anchors(Saved, Shown, Tabular):
         )
 
     def glance(self) -> Glance:
-        """Flows and anchor prediction by layer."""
+        """Show flows and anchor prediction by layer."""
         means = {name: np.nanmean(values, 1) for name, values in self.flows.items()}
         rows = [
             (
@@ -240,7 +240,7 @@ class Anchors(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """The numbers and a picture."""
+        """Report the numbers and a picture."""
         return [*super().sections(), Section("by layer", [Drawn("", "Saliency flows by layer.")])]
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -254,12 +254,12 @@ class Anchors(Saved, Shown, Tabular):
 
 @dataclass(frozen=True)
 class TextSpan(Stored):
-    """Some tokens of a text that a model was asked to continue.
+    """A span of a text that a model was asked to continue.
 
     Attributes:
-        text: number of the text.
-        start: position of its first prefix token in the text's own tokens, BOS apart.
-        right: how many tokens after the prefix the model continues with, before its first error.
+        text: index of the text.
+        start: position of its first prefix token in the text's own tokens, BOS excluded.
+        right: number of correct tokens after the prefix before the first error.
         loss: mean loss of the continuation, in nats.
     """
 
@@ -271,18 +271,18 @@ class TextSpan(Stored):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Memorized(Saved, Shown, Tabular):
-    """Spans of a corpus that a model knows by heart, and where in its heads that is.
+    """Memorised spans of a corpus, and the heads that hold them.
 
     Attributes:
         spans: every span that was tried.
-        prefix, length: tokens of the prefix, and of the continuation.
-        known: whether the continuation is right to the last token.
-        unknown: whether it is wrong by a fifth of the way: what known spans are compared with.
+        prefix, length: number of tokens of the prefix, and of the continuation.
+        known: whether the whole continuation is correct.
+        unknown: whether it is wrong within the first fifth; known spans are compared with these.
         heads: scores: ``rare_attention`` (Kendall's tau between attention and corpus frequency,
-            with shuffled frequencies as the null), and of the known spans ``grad_Q``, ``grad_K``,
+            with shuffled frequencies as the null), and for known spans ``grad_Q``, ``grad_K``,
             ``grad_V``, ``grad_O``: the largest gradient entry of each matrix.
-        broken: by known span, how many tokens are still right when one prefix token is replaced;
-            NaN where there is no such place.
+        broken: per known span, how many tokens are still correct when one prefix token is replaced;
+            NaN where there is no such position.
         provenance: where it came from.
     """
 
@@ -296,7 +296,7 @@ class Memorized(Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def glance(self) -> Glance:
-        """How many spans are known, and the heads with the largest gradients."""
+        """Show the number of memorised spans, and the heads with the largest gradients."""
         rows = []
         for name in self.heads:
             best = self.heads[name].top(3) if name != "rare_attention" else []

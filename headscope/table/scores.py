@@ -1,4 +1,4 @@
-"""One score for every head: its numbers, its meaning and where it came from."""
+"""One score for every head: values, declaration and provenance."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -38,16 +38,16 @@ _RESOLUTION = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Summary(Stored):
-    """Numbers of one score for every head; NaN where there is none.
+    """Statistics of one score for every head; NaN is missing.
 
     Attributes:
-        mean: over examples.
-        sem: standard error of the mean; of clustered examples, by cluster.
-        n: how many examples had a value.
-        missing: queries whose target was out of reach.
+        mean: mean over examples.
+        sem: standard error of the mean; by cluster if examples are clustered.
+        n: number of examples with a value.
+        missing: number of queries whose target was out of reach.
         null: mean on the control.
         effect_size: Hedges' g of the values against the control.
-        p_value: of the test against the control, one head at a time; see
+        p_value: p-value of the test against the control, per head; see
             :func:`headscope.base.statistics.compare_means`.
         p_floor: smallest p-value that the test can give with this many examples; 0 for t-tests.
     """
@@ -92,7 +92,7 @@ FLOATS = ("mean", "sem", "null", "effect_size", "p_value", "p_floor")
 
 
 class Declared(TypedDict, total=False):
-    """Fields of :class:`headscope.base.specs.ScoreSpec` but the name."""
+    """Fields of :class:`headscope.base.specs.ScoreSpec` other than the name."""
 
     unit: str
     bounds: Bounds
@@ -107,7 +107,7 @@ _SPEC_FIELDS = frozenset(one.name for one in fields(ScoreSpec))
 
 
 def declared(name: str | ScoreSpec, facts: Declared) -> ScoreSpec:
-    """A declaration as it is, with these fields changed; or a new one of this name."""
+    """Copy a declaration with some fields changed, or make a new one with this name."""
     if isinstance(name, ScoreSpec):
         return replace(name, **facts) if facts else name
     return ScoreSpec(name, **facts)
@@ -115,19 +115,19 @@ def declared(name: str | ScoreSpec, facts: Declared) -> ScoreSpec:
 
 @dataclass(frozen=True, eq=False)
 class HeadScores(Saved, Specified, Shown):
-    """One score for every head of a model. Make it with :meth:`from_examples`.
+    """One score for every head of a model. Construct it with :meth:`from_examples`.
 
-    Cells without a value are NaN: layers without attention, and heads that no query could serve.
+    Cells without a value are NaN: layers without attention, and heads for which no query counted.
 
     Attributes:
-        spec: what the score declares: name, unit, bounds, direction, source, threshold, ...
+        spec: name, unit, bounds, direction, source, threshold and other declared facts.
         numbers: mean, standard error, n, null, effect size and p-value per head.
         kv_heads: number of key/value heads.
         provenance: where it came from.
-        examples: values per example, where they are known; NaN is missing.
-        control_examples: the same on the control; one column means an exact null.
-        design: how the examples, and those of the control, belong together.
-        stack: attention stack of the heads; empty in a model with a single one.
+        examples: values per example, if known; NaN is missing.
+        control_examples: the same on the control; a single column is an exact null.
+        design: pairing and clusters of the examples and of those of the control.
+        stack: attention stack of the heads; empty in a model with a single stack.
     """
 
     spec: ScoreSpec
@@ -140,7 +140,7 @@ class HeadScores(Saved, Specified, Shown):
     stack: str = ""
 
     def __post_init__(self) -> None:
-        """Check what every user of a score relies on; freeze the arrays."""
+        """Check the invariants of a score and freeze the arrays."""
         shape = self.numbers.mean.shape
         HeadIndex(0, 0, self.stack)  # which knows the names of stacks
         if self.kv_heads < 1 or shape[1] % self.kv_heads:
@@ -166,19 +166,19 @@ class HeadScores(Saved, Specified, Shown):
         provenance: Provenance | None = None,
         **facts: Unpack[Declared],
     ) -> "HeadScores":
-        """Make a score of its values per example.
+        """Build a score from its values per example.
 
         Args:
-            spec: what the score declares, or its name alone.
-            per_example: NaN is missing.
+            spec: declaration of the score, or only its name.
+            per_example: values; NaN is missing.
             kv_heads: number of key/value heads.
-            control_per_example: values on the control, if there is one; a last axis of length 1
-                is an exact null.
+            control_per_example: values on the control, if there is one; a last axis of length 1 is
+                an exact null.
             design: which examples are paired with the control's, and which share a cluster;
                 default: independent examples.
-            missing: queries per head whose target was out of reach.
+            missing: number of queries per head whose target was out of reach.
             provenance: where it came from.
-            facts: of the declaration, beside or instead of those of ``spec``.
+            facts: fields of the declaration that add to or replace those of ``spec``.
 
         Example:
             >>> values = np.array([[[0.25, 0.75]]])
@@ -214,15 +214,15 @@ class HeadScores(Saved, Specified, Shown):
         provenance: Provenance | None = None,
         **facts: Unpack[Declared],
     ) -> "HeadScores":
-        """Make a score of effects per example, tested (two-sided) against no effect at all.
+        """Build a score from effects per example, tested (two-sided) against no effect.
 
         Args:
-            spec: what the score declares, or its name alone.
+            spec: declaration of the score, or only its name.
             effects: changes of a metric; NaN is missing.
             kv_heads: number of key/value heads.
             design: which examples share a cluster; default: independent examples.
             provenance: where it came from.
-            facts: of the declaration, beside or instead of those of ``spec``.
+            facts: fields of the declaration that add to or replace those of ``spec``.
 
         Example:
             >>> effects = np.array([[[0.5, 0.75, 0.625, 0.5]]])
@@ -252,17 +252,16 @@ class HeadScores(Saved, Specified, Shown):
         provenance: Provenance | None = None,
         **facts: Unpack[Declared],
     ) -> "HeadScores":
-        """Make a score whose examples are not kept, or that has none (weights).
+        """Build a score from means alone, for scores without examples (weights) or with none kept.
 
         Args:
-            spec: what the score declares, or its name alone.
+            spec: declaration of the score, or only its name.
             mean: value of every head; NaN is missing.
             kv_heads: number of key/value heads.
-            n: examples behind it; 1 where there is a value unless given.
-            known: any of ``sem``, ``null``, ``effect_size``, ``p_value``, ``p_floor``,
-                ``missing``.
+            n: number of examples; default: 1 where there is a value.
+            known: any of ``sem``, ``null``, ``effect_size``, ``p_value``, ``p_floor``, ``missing``.
             provenance: where it came from.
-            facts: of the declaration, beside or instead of those of ``spec``.
+            facts: fields of the declaration that add to or replace those of ``spec``.
         """
         arrays = dict.fromkeys(FLOATS, np.full(mean.shape, np.nan))
         arrays |= {"mean": mean, "missing": np.zeros(mean.shape, int)}
@@ -272,7 +271,7 @@ class HeadScores(Saved, Specified, Shown):
 
     @classmethod
     def _of_parts(cls, parts: dict[str, Any]) -> "HeadScores":
-        """Make it again of what was saved; older files have other names, or the spec in pieces."""
+        """Rebuild a score from its saved parts, accepting the names that older files use."""
         if "summary" in parts:
             parts["numbers"] = parts.pop("summary")
         if "spec" not in parts:
@@ -297,7 +296,7 @@ class HeadScores(Saved, Specified, Shown):
 
     @property
     def missing(self) -> Int[np.ndarray, "layer head"]:
-        """Queries whose target was out of reach."""
+        """Number of queries whose target was out of reach."""
         return self.numbers.missing
 
     @property
@@ -307,14 +306,14 @@ class HeadScores(Saved, Specified, Shown):
 
     @property
     def effect_size(self) -> Float[np.ndarray, "layer head"]:
-        """Hedges' g against the control; infinite where nothing varies."""
+        """Hedges' g against the control; infinite if nothing varies."""
         return self.numbers.effect_size
 
     @property
     def p_value(self) -> Float[np.ndarray, "layer head"]:
-        """p-value against the control, one head at a time; NaN where there are too few examples.
+        """p-value against the control, per head; NaN with too few examples.
 
-        Which test: :func:`headscope.base.statistics.compare_means`.
+        The test is chosen by :func:`headscope.base.statistics.compare_means`.
         """
         return self.numbers.p_value
 
@@ -330,7 +329,7 @@ class HeadScores(Saved, Specified, Shown):
 
     @cached_property
     def labels(self) -> Shaped[np.ndarray, "layer head"]:
-        """Names of the heads: ``L0H0`` and so on."""
+        """Addresses of the heads: ``L0H0`` and so on."""
         layers, heads = self.mean.shape
         return np.array(
             [[str(HeadIndex(i, j, self.stack)) for j in range(heads)] for i in range(layers)]
@@ -338,7 +337,7 @@ class HeadScores(Saved, Specified, Shown):
 
     @property
     def present(self) -> Bool[np.ndarray, "layer head"]:
-        """Heads that were scored, those included whose every query was out of reach."""
+        """Mask of the heads that were scored, including those without any value."""
         return (self.n > 0) | (self.missing > 0)
 
     @property
@@ -346,7 +345,7 @@ class HeadScores(Saved, Specified, Shown):
         """Values per example.
 
         Raises:
-            InputError: if they were not kept.
+            InputError: if the values were not kept.
         """
         if self.examples is None:
             raise InputError(
@@ -360,14 +359,14 @@ class HeadScores(Saved, Specified, Shown):
         """Values per example on the control; None if the score has none.
 
         Raises:
-            InputError: if they were not kept.
+            InputError: if the values were not kept.
         """
         return self.control_examples if self.per_example is not None else None
 
     def interval(
         self, level: float = 0.95
     ) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
-        """Confidence interval of the mean, lower and upper end, by cluster.
+        """Confidence interval of the mean, by cluster: lower and upper end.
 
         Student's t, widened for skewness; see :func:`headscope.base.statistics.mean_interval`.
         """
@@ -382,10 +381,10 @@ class HeadScores(Saved, Specified, Shown):
         return self._ranked(-self.mean, k)
 
     def significant(self, alpha: float = 0.05) -> Bool[np.ndarray, "layer head"]:
-        """Heads that differ from the control at false discovery rate alpha, past any threshold.
+        """Heads that differ from the control at false discovery rate alpha and pass the threshold.
 
-        Above the control, and at or above the threshold; of a two-sided score on either side of
-        the control, and at least the threshold away from 0.
+        For a one-sided score: above the control, and at or above the threshold. For a two-sided
+        one: on either side of the control, and at least the threshold away from 0.
         """
         found = self.p_adjusted < alpha
         if self.threshold is None:
@@ -394,12 +393,12 @@ class HeadScores(Saved, Specified, Shown):
         return np.asarray(found & (size >= self.threshold))
 
     def examples_needed(self, alpha: float = LEVEL) -> int | None:
-        """How many examples it takes for one head among these to be significant by itself.
+        """Number of examples that one head needs to be significant on its own.
 
-        An exact test on n examples gives no p-value below ``2^-n``, and Benjamini-Hochberg asks
-        ``alpha / heads`` of a head that stands alone. None where these examples are enough for
-        every head (past the threshold, if there is one), where the score has no control, or where
-        the smallest p-values are not known.
+        An exact test on n examples gives no p-value below ``2^-n``, and Benjamini-Hochberg requires
+        ``alpha / heads`` of a single significant head. None if these examples are enough for every
+        head (that passes the threshold, if there is one), if the score has no control, or if the
+        smallest possible p-values are unknown.
         """
         heads = int(self.present.sum())
         short = (self.p_floor > alpha / max(heads, 1)) | (np.isnan(self.p_floor) & (self.n == 1))
@@ -411,15 +410,15 @@ class HeadScores(Saved, Specified, Shown):
         return examples_needed(heads, self.alternative, alpha)
 
     def renamed(self, name: str) -> "HeadScores":
-        """The same score under another name."""
+        """Return the same score under another name."""
         return replace(self, spec=replace(self.spec, name=name))
 
     def of_stack(self, stack: str) -> "HeadScores":
-        """The same score as one of the heads of a named attention stack."""
+        """Return the same score for the heads of a named attention stack."""
         return replace(self, stack=stack)
 
     def __getitem__(self, head: "str | tuple[int, int]") -> float:
-        """Mean of one head, named ``"L5H1"``, ``"5.1"`` or ``(5, 1)``."""
+        """Mean of one head, addressed as ``"L5H1"``, ``"5.1"`` or ``(5, 1)``."""
         index = HeadIndex.parse(head)
         layers, heads = self.mean.shape
         inside = 0 <= index.layer < layers and 0 <= index.head < heads
@@ -437,7 +436,7 @@ class HeadScores(Saved, Specified, Shown):
         return f"HeadScores({self.name!r}, {layers} layers x {heads} heads, top: {best or 'none'})"
 
     def columns(self) -> dict[str, Any]:
-        """Columns of a tidy table: one entry per head that was scored, in head order."""
+        """Columns of a tidy table: one entry per scored head, in head order."""
         layer, head = np.nonzero(self.present)
         at = (layer, head)
         numbers = ("null", "effect_size", "p_value", "p_floor", "p_adjusted")
@@ -462,7 +461,7 @@ class HeadScores(Saved, Specified, Shown):
         return pandas.DataFrame(self.columns())
 
     def glance(self) -> Glance:
-        """Layers by heads as a grid; of a large model the ten most notable heads."""
+        """Show a grid of layers by heads, or for a large model the ten most notable heads."""
         layers, heads = self.mean.shape
         if layers > _MOST or heads > _MOST:
             found = self.notable(10)
@@ -489,14 +488,14 @@ class HeadScores(Saved, Specified, Shown):
         )
 
     def notable(self, k: int = 3) -> list[tuple[HeadIndex, float]]:
-        """The k most notable heads: the largest means, or of a signed score the farthest from 0."""
+        """The k most notable heads: the largest means, or magnitudes of a signed score."""
         if not self.signed:
             return self.top(k)
         both = dict(self.top(k)) | dict(self.bottom(k))
         return sorted(both.items(), key=lambda pair: (-abs(pair[1]), pair[0]))[:k]
 
     def fraction(self, value: float) -> float:
-        """Where a value lies between the ends of the score, in [0, 1], for a colour scale."""
+        """Position of a value between the ends of the score, in [0, 1], for a colour scale."""
         low, high = self.bounds
         seen = [mean for _, mean in (*self.top(1), *self.bottom(1))]
         if math.isnan(value) or not seen:

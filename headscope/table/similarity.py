@@ -1,4 +1,4 @@
-"""Likeness of heads and syntax: similarity matrices and relations of a treebank."""
+"""Similarity of heads, and syntactic relations that heads find."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,13 +23,13 @@ _SHOWN = 10
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadSimilarity(Specified, Saved, Shown, Tabular):
-    """One measure of how alike heads are, for every pair of a head of ``first`` and of ``second``.
+    """One similarity measure for every pair of heads of ``first`` and ``second``.
 
     Attributes:
-        spec: of the measure; its ``direction`` says whether more (``higher``) or less (``lower``)
-            is more alike.
-        values: of each pair.
-        null: the same with the rows of the second head out of order, a matrix for each draw.
+        spec: declaration of the measure; its ``direction`` says whether more (``higher``) or less
+            (``lower``) means more alike.
+        values: value of each pair.
+        null: the same with the rows of the second head shuffled, one matrix per draw.
         first: heads of the rows.
         second: heads of the columns.
         models: names of the two models.
@@ -51,10 +51,10 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        """Check the shapes; freeze the arrays.
+        """Check the shapes and freeze the arrays.
 
         Raises:
-            InputError: if a matrix is of other heads.
+            InputError: if a matrix does not fit the heads.
         """
         shape = (len(self.first), len(self.second))
         if self.values.shape != shape or self.null.shape[1:] != shape or self.null.ndim != 3:
@@ -67,12 +67,12 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
 
     @property
     def within(self) -> bool:
-        """Whether rows and columns are the heads of one model."""
+        """Whether rows and columns are heads of the same model."""
         return self.first == self.second and self.models[0] == self.models[1]
 
     @property
     def pairs(self) -> Bool[np.ndarray, "first second"]:
-        """Pairs of two heads that have a value; within a model each pair once."""
+        """Mask of pairs with a value; within a model each pair counts once."""
         known: np.ndarray = ~np.isnan(self.values)
         if self.within:
             known = np.triu(known, 1)
@@ -80,10 +80,10 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
 
     @property
     def distance(self) -> Float[np.ndarray, "first second"]:
-        """Distance of each pair, from 0.
+        """Distance of each pair, from 0 up.
 
-        The square root of a divergence, which makes it a metric; 1 less a correlation. Pairs
-        without a value are as far apart as any pair is.
+        The square root of a divergence, which makes it a metric, or 1 minus a correlation. Pairs
+        without a value get the largest distance of any pair.
         """
         far = np.sqrt(self.values) if self.direction == "lower" else 1 - self.values
         most = float(np.nanmax(far)) if np.isfinite(far).any() else 1.0
@@ -95,11 +95,11 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
 
     @property
     def p_value(self) -> Float[np.ndarray, "first second"]:
-        """Chance of a pair as alike as this one anywhere in the matrix, if rows meant nothing.
+        """P-value of each pair: how often the shuffled data have any pair this similar.
 
-        ``(1 + draws whose most alike pair is as alike) / (1 + draws)``: corrected for all pairs
-        (Westfall & Young 1993, max statistic), and no smaller than ``1 / (1 + draws)``. NaN where
-        there is no pair.
+        ``(1 + draws whose most similar pair is at least as similar) / (1 + draws)``: corrected for
+        all pairs (Westfall & Young 1993, max statistic), and no smaller than ``1 / (1 + draws)``.
+        NaN where there is no pair.
         """
         sign = -1.0 if self.direction == "lower" else 1.0
         drawn = np.where(self.pairs, sign * self.null, -np.inf).max((1, 2))
@@ -108,10 +108,10 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         return np.where(self.pairs, found, np.nan)
 
     def top(self, k: int = 10) -> list[tuple[HeadIndex, HeadIndex, float]]:
-        """The k most alike pairs, most alike first; of equals the first ones.
+        """The k most similar pairs, most similar first; on ties the first ones.
 
         Args:
-            k: how many.
+            k: number of pairs.
         """
         whole(k, "k", 0)
         sign = 1.0 if self.direction == "lower" else -1.0
@@ -121,10 +121,10 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         return [(self.first[i], self.second[j], float(self.values[i, j])) for i, j in at]
 
     def matches(self) -> list[tuple[HeadIndex, HeadIndex, float]]:
-        """Heads of two models paired one to one, so that the sum of distances is smallest.
+        """Match the heads of two models one to one, minimising the sum of distances.
 
         Raises:
-            InputError: within one model, where every head is its own match.
+            InputError: within a single model, where every head would match itself.
         """
         from scipy.optimize import linear_sum_assignment
 
@@ -137,13 +137,13 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         ]
 
     def linkage(self, method: str = "average", *, columns: bool = False) -> np.ndarray:
-        """Hierarchical clustering of the heads, as scipy writes it: ``[merge 4]``.
+        """Hierarchical clustering of the heads, in scipy's format ``[merge 4]``.
 
-        Within a model by the distances of the heads; between models heads of one side by how their
-        distances to all heads of the other side differ (Euclidean).
+        Within a model heads are clustered by their distances; between models heads of one side by
+        how their distances to all heads of the other side differ (Euclidean).
 
         Args:
-            method: of ``scipy.cluster.hierarchy.linkage``.
+            method: linkage method of ``scipy.cluster.hierarchy.linkage``.
             columns: cluster the heads of the second model.
 
         Raises:
@@ -163,7 +163,7 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         return made
 
     def order(self, method: str = "average", *, columns: bool = False) -> Int[np.ndarray, " head"]:
-        """Order of the leaves of :meth:`linkage`, in which like heads stand together."""
+        """Leaf order of :meth:`linkage`, in which similar heads are adjacent."""
         from scipy.cluster.hierarchy import leaves_list
 
         if len(self.second if columns else self.first) < 2:
@@ -173,12 +173,12 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
     def clusters(
         self, count: int, method: str = "average", *, columns: bool = False
     ) -> list[list[HeadIndex]]:
-        """Heads in at most so many clusters, largest first.
+        """Cluster the heads into at most ``count`` groups, largest first.
 
         Args:
-            count: of clusters.
-            method: of :meth:`linkage`.
-            columns: of the second model's heads.
+            count: maximum number of clusters.
+            method: as in :meth:`linkage`.
+            columns: cluster the heads of the second model.
         """
         from scipy.cluster.hierarchy import fcluster
 
@@ -192,13 +192,13 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         return sorted(made, key=lambda some: (-len(some), some[0]))
 
     def embed(self, dimensions: int = 2) -> Float[np.ndarray, "head dimension"]:
-        """Heads as points whose distances come near theirs: classical scaling (Torgerson 1952).
+        """Embed heads as points that approximate their distances: classical MDS (Torgerson 1952).
 
         Args:
-            dimensions: of the points.
+            dimensions: number of dimensions.
 
         Raises:
-            InputError: between two models, which have no distances within one.
+            InputError: between two models, where distances within one are not known.
         """
         if not self.within:
             raise InputError("a map needs distances within one model: leave other= out.")
@@ -209,7 +209,7 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         return np.pad(points, ((0, 0), (0, dimensions - kept)))
 
     def explained(self, dimensions: int = 2) -> float:
-        """Share of the squared distances that :meth:`embed` keeps, up to 1."""
+        """Share of the squared distances that :meth:`embed` preserves, up to 1."""
         values, _ = self._scaled()
         positive = np.clip(values, 0.0, None)
         return float(positive[:dimensions].sum() / positive.sum()) if positive.any() else 1.0
@@ -222,7 +222,7 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         return values[::-1], vectors[:, ::-1]
 
     def glance(self) -> Glance:
-        """The most alike pairs, with their null."""
+        """Show the most similar pairs, with their null."""
         expected = {
             (one, other): float(self.null[:, i, j].mean())
             for i, one in enumerate(self.first)
@@ -246,7 +246,7 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """The glance and the pictures."""
+        """Report the glance and the pictures."""
         (seen,) = super().sections()
         drawn = Drawn("", f"{self.spec.description} Heads stand in the order of their clusters.")
         return [Section(seen.title, [*seen.blocks, drawn])]
@@ -273,16 +273,18 @@ def _names(heads: Sequence[HeadIndex], at: Int[np.ndarray, " pair"]) -> list[str
 
 @dataclass(frozen=True)
 class RelationHead(Stored):
-    """The attention head that best finds one relation of a treebank.
+    """The attention head that best predicts one relation of a treebank.
 
     Attributes:
-        relation: its name; ``all``: every word but punctuation.
-        head: the best on all sentences.
-        direction: ``to_head``: a word attends to its head; ``from_head``: the head to its word.
-        accuracy: share of words whose head it names, chosen on one half and measured on the other.
-        baseline: the same of the best fixed offset.
-        offset: the best one on all sentences.
-        words: how many were asked.
+        relation: name of the relation; ``all``: every word but punctuation.
+        head: the best head on all sentences.
+        direction: ``to_head``: a word attends to its syntactic head; ``from_head``: the syntactic
+            head attends to the word.
+        accuracy: share of words whose syntactic head it predicts, chosen on one half and measured
+            on the other.
+        baseline: accuracy of the best fixed offset.
+        offset: the best offset on all sentences.
+        words: number of words tested.
         stable: whether both halves chose this head and direction.
     """
 
@@ -298,10 +300,10 @@ class RelationHead(Stored):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SyntaxHeads(Saved, Tabular, Shown):
-    """The best attention head of every relation, and the accuracy of all of them.
+    """The best attention head for every syntactic relation, and the accuracies of all heads.
 
     Attributes:
-        best: by relation, those of most words first.
+        best: by relation, the most frequent first.
         table: accuracy of every head by relation (``nsubj``: a word attends to its head;
             ``nsubj_from_head``: the head to the word), a value for each sentence, with the best
             fixed offset as control.
@@ -313,10 +315,10 @@ class SyntaxHeads(Saved, Tabular, Shown):
     provenance: Provenance = field(default_factory=Provenance)
 
     def __getitem__(self, relation: str) -> RelationHead:
-        """The best head of one relation.
+        """Best head for one relation.
 
         Raises:
-            InputError: if it was not asked for.
+            InputError: if the relation was not tested.
         """
         for one in self.best:
             if one.relation == relation:
@@ -324,7 +326,7 @@ class SyntaxHeads(Saved, Tabular, Shown):
         raise InputError(nearest(relation, [one.relation for one in self.best], kind="relation"))
 
     def glance(self) -> Glance:
-        """The best heads, against fixed offsets."""
+        """Show the best heads, against fixed offsets."""
         return Glance(
             "Heads of relations",
             [self.provenance.model or "", f"{len(self.best)} relations"],
@@ -353,15 +355,15 @@ class SyntaxHeads(Saved, Tabular, Shown):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionProbe(Saved, Shown):
-    """How well a probe on the attention of all heads names the head of every word.
+    """How well a probe on the attention of all heads predicts every word's syntactic head.
 
     Attributes:
-        uas: unlabelled attachment score on sentences that it did not learn from, from 0 to 1.
+        uas: unlabelled attachment score on held-out sentences, from 0 to 1.
         control: its score on the control task, whose answers depend on the word alone.
         baseline: score of the best fixed offset.
         offset: that offset.
-        words: how many words were asked.
-        weights: of each head, for ``[to_head, from_head]``; without word vectors.
+        words: number of words tested.
+        weights: weight of each head, for ``[to_head, from_head]``; without word vectors.
         provenance: where it came from.
     """
 
@@ -379,11 +381,11 @@ class AttentionProbe(Saved, Shown):
 
     @property
     def selectivity(self) -> float:
-        """Score above that of the control task (Hewitt & Liang 2019)."""
+        """Score minus that of the control task (Hewitt & Liang 2019)."""
         return self.uas - self.control
 
     def glance(self) -> Glance:
-        """The three scores."""
+        """Show the three scores."""
         rows = [
             ("attachment score", number(self.uas)),
             ("control task", number(self.control)),

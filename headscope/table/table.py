@@ -1,4 +1,4 @@
-"""All scores of one model, side by side, and as a parquet file."""
+"""``HeadTable``: all scores of one model, and its Parquet file."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,12 +40,12 @@ Made = TypeVar("Made")
 def write_scores(
     scores: Sequence[HeadScores], path: "str | PathLike[str]", *, examples: bool = False
 ) -> None:
-    """Write scores of one model atomically.
+    """Write scores of one model to a Parquet file, atomically.
 
     Args:
-        scores: one or more.
-        path: of the file.
-        examples: also keep the values per example.
+        scores: one or more scores.
+        path: path of the file.
+        examples: also store the values per example.
     """
     import pyarrow
     from pyarrow import parquet
@@ -64,11 +64,12 @@ def write_scores(
 
 
 def read_scores(path: "str | PathLike[str]", make: Callable[[list[HeadScores]], Made]) -> Made:
-    """Read what :func:`write_scores` wrote.
+    """Read scores written by :func:`write_scores`.
 
     Args:
-        path: of the file.
-        make: what to make of the scores, such as a table; what it refuses is a damaged file.
+        path: path of the file.
+        make: what to build from the scores, such as a table; an InputError from it means a damaged
+            file.
 
     Raises:
         InputError: if the file is missing or damaged, or holds something else.
@@ -99,10 +100,10 @@ def read_scores(path: "str | PathLike[str]", make: Callable[[list[HeadScores]], 
 
 
 def _own_shape(facts: Mapping[str, Any], largest: tuple[int, int]) -> tuple[int, int]:
-    """Layers and heads of a score; of files with one stack, those of all.
+    """Layers and heads of a score; in files with a single stack, those of the file.
 
     Raises:
-        ValueError: if they are below 1, or larger than the file's own.
+        ValueError: if they are below 1, or larger than the file's.
     """
     layers, heads = (int(one) for one in facts.get("shape", largest))
     if not (1 <= layers <= largest[0] and 1 <= heads <= largest[1]):
@@ -125,10 +126,10 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def _check_facts(scores: Any, shape: tuple[int, int]) -> None:
-    """Refuse facts of other types or of sizes that no table has.
+    """Refuse facts with wrong types or impossible sizes.
 
     Raises:
-        ValueError: saying which.
+        ValueError: with what is wrong.
     """
     if not isinstance(scores, list) or len(scores) * shape[0] * shape[1] > _MAX_CELLS:
         raise ValueError("the scores are not a list, or too many")
@@ -145,7 +146,7 @@ def _check_facts(scores: Any, shape: tuple[int, int]) -> None:
 
 
 def _rows(scores: HeadScores, *, examples: bool) -> "pyarrow.Table":
-    """Rows of one score; NaN becomes null, which is what other readers expect."""
+    """Rows of one score; NaN becomes null, as other readers expect."""
     import pyarrow
 
     columns: dict[str, Any] = {
@@ -166,7 +167,7 @@ def _rows(scores: HeadScores, *, examples: bool) -> "pyarrow.Table":
 def _lists(
     values: Shaped[np.ndarray, "layer head example"] | None, scores: HeadScores
 ) -> "pyarrow.Array":
-    """One list per row; null where there are no values."""
+    """One list per row; null if there are no values."""
     import pyarrow
 
     count = int(scores.present.sum())
@@ -180,7 +181,7 @@ def _lists(
 
 
 def _facts(scores: HeadScores, *, examples: bool) -> dict[str, object]:
-    """What a score says about itself, as JSON."""
+    """Declaration and facts of a score, as JSON."""
     return {
         **scores.spec.to_json(),
         "kv_heads": scores.kv_heads,
@@ -197,7 +198,7 @@ def _facts(scores: HeadScores, *, examples: bool) -> dict[str, object]:
 
 
 def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, int]) -> HeadScores:
-    """One score out of the rows of all."""
+    """Rebuild one score from the rows of all."""
     import pyarrow.compute as pc
 
     mine = rows.filter(pc.equal(rows["score"].cast("string"), facts["name"]))
@@ -244,7 +245,7 @@ def _score(facts: Mapping[str, Any], rows: "pyarrow.Table", shape: tuple[int, in
 
 
 class UnknownScoreError(InputError, KeyError):
-    """There is no score of this name."""
+    """Unknown score name (also a KeyError)."""
 
     __str__ = Exception.__str__  # KeyError would print the quoted repr
 
@@ -252,15 +253,15 @@ class UnknownScoreError(InputError, KeyError):
 class HeadTable(Shown, Mapping[str, HeadScores], Stored):
     """Layers x heads x scores of one model: a read-only mapping from name to score.
 
-    Scores of several attention stacks stand under ``stack:name``; :meth:`stack` gives the table of
-    one of them.
+    Scores of several attention stacks are named ``stack:name``; :meth:`stack` returns the table of
+    a single stack.
     """
 
     def __init__(self, scores: Iterable[HeadScores]) -> None:
-        """Put scores side by side.
+        """Collect scores of one model.
 
         Raises:
-            InputError: if there are none, two share a name, or they are not of one model.
+            InputError: if there are none, two share a name, or they belong to different models.
         """
         given = list(scores)
         several = len({one.stack for one in given}) > 1
@@ -291,17 +292,17 @@ class HeadTable(Shown, Mapping[str, HeadScores], Stored):
 
     @property
     def stacks(self) -> "Mapping[str, HeadTable]":
-        """Table of every attention stack by its name; empty in a model with a single one."""
+        """Tables of the attention stacks by name; empty in a model with a single stack."""
         names = dict.fromkeys(one.stack for one in self.values())
         if len(names) == 1:
             return MappingProxyType({next(iter(names)): self})
         return MappingProxyType({name: self.stack(name) for name in names})
 
     def stack(self, name: str) -> "HeadTable":
-        """The scores of one attention stack.
+        """Table of one attention stack.
 
         Args:
-            name: of the stack; empty in a model with a single one.
+            name: name of the stack; empty in a model with a single stack.
 
         Raises:
             InputError: if the table has no such stack.
@@ -343,8 +344,8 @@ class HeadTable(Shown, Mapping[str, HeadScores], Stored):
     ) -> list[HeadIndex]:
         """Heads whose mean lies in a range, largest first.
 
-        This returns heads and not a smaller table: p-values are adjusted over all heads of the
-        model, and a table of chosen heads would adjust them over the chosen alone.
+        Returns heads and not a smaller table: p-values are adjusted over all heads of the model,
+        and a table of selected heads would adjust them over the selection only.
 
         Args:
             score: name of the score.
@@ -362,32 +363,33 @@ class HeadTable(Shown, Mapping[str, HeadScores], Stored):
         ]
 
     def join(self, other: "HeadTable") -> "HeadTable":
-        """Both tables' scores; a name that both have, or another model, is an error."""
+        """Join the scores of two tables; duplicate names or different models are an error."""
         return HeadTable([*self.values(), *other.values()])
 
     def rank_correlation(self) -> "pandas.DataFrame":
-        """Spearman correlation over heads between every two scores."""
+        """Spearman correlation over heads between all pairs of scores."""
         import pandas
 
         rows = [[rank_correlation(a.mean, b.mean) for b in self.values()] for a in self.values()]
         return pandas.DataFrame(rows, index=list(self), columns=list(self))
 
     def overlap(self, other: "HeadTable", score: str, k: int = 10) -> float:
-        """Jaccard index of the k best heads of one score, here and in another table."""
+        """Jaccard index of a score's k best heads in this and another table."""
         if self.shape != other.shape:
             raise InputError(f"the tables have heads {self.shape} and {other.shape}.")
         return top_k_overlap(self[score].mean, other[score].mean, k)
 
     def roles(self, alpha: float = 0.05) -> dict[HeadIndex, list[tuple[str, float]]]:
-        """Roles of each head that has any: (score, mean), strongest first.
+        """Roles of each head that has at least one: (score, mean), strongest first.
 
-        A head has the role of a score if the score has a threshold, the head's mean reaches it,
-        and the head is above the control at false discovery rate ``alpha`` over all heads.
+        A head has the role of a score if the score has a threshold, the head's mean reaches it, and
+        the head is significantly above the control at false discovery rate ``alpha`` over all
+        heads.
         """
         return roles_by_head(find_roles(self.values(), alpha))
 
     def role_summary(self, alpha: float = 0.05) -> list[RoleFinding]:
-        """For each role the heads that have it, none included; print them to read them."""
+        """For each role the heads that have it, possibly none; made to be printed."""
         return find_roles(self.values(), alpha)
 
     def columns(self) -> dict[str, Any]:
@@ -396,7 +398,7 @@ class HeadTable(Shown, Mapping[str, HeadScores], Stored):
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per head and score, with all numbers."""
+        """One row per head and score, with all statistics."""
         import pandas
 
         return pandas.DataFrame(self.columns())
@@ -429,17 +431,17 @@ class HeadTable(Shown, Mapping[str, HeadScores], Stored):
         return polars.DataFrame(self.columns())
 
     def save(self, path: "str | PathLike[str]", *, examples: bool = False) -> None:
-        """Write one parquet file atomically.
+        """Save as one Parquet file, atomically.
 
         Args:
-            path: of the file.
-            examples: also keep the values per example, for intervals later.
+            path: path of the file.
+            examples: also store the values per example, for intervals later.
         """
         write_scores(list(self.values()), path, examples=examples)
 
     @staticmethod
     def load(path: "str | PathLike[str]") -> "HeadTable":
-        """Read what :meth:`save` wrote.
+        """Load a file written by :meth:`save`.
 
         Raises:
             InputError: if the file is missing or damaged, or holds something else.
@@ -447,26 +449,26 @@ class HeadTable(Shown, Mapping[str, HeadScores], Stored):
         return read_scores(path, HeadTable)
 
     def _parts(self) -> dict[str, object]:
-        """What a saved result that holds a table keeps of it."""
+        """Parts that a saved result stores if it contains a table."""
         return {"scores": tuple(self.values())}
 
     def glance(self) -> Glance:
-        """The three most notable heads of each score, and the roles."""
+        """Show the three most notable heads of each score, and the roles."""
         return table_glance(list(self.values()))
 
     def summary(self) -> str:
-        """Its size, then a line per score with the three most notable heads."""
+        """Describe size, and per score the three most notable heads, one line each."""
         lines = [f"  {line.text}{line.strong}" for line in best_lines(list(self.values()))]
         return "\n".join([repr(self), *lines])
 
     def sections(self) -> list[Section]:
-        """Notes and the three most notable heads of each score."""
+        """Report notes and the three most notable heads of each score."""
         rows = [(one.text.rstrip(": "), one.strong) for one in best_lines(list(self.values()))]
         notes = [Words(note) for note in self.glance().notes]
         return [Section("Heads", [*notes, Rows(("score", "most notable heads"), rows)])]
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        """Best heads, other scores and roles, in the console's width."""
+        """Render best heads, other scores and roles in the console's width."""
         yield from table_glance(list(self.values()), options.max_width).terminal()
 
     def __repr__(self) -> str:
@@ -478,7 +480,7 @@ class HeadTable(Shown, Mapping[str, HeadScores], Stored):
 
 
 def _check_one_model(scores: list[HeadScores]) -> None:
-    """Raise if scores cannot be of one model."""
+    """Raise InputError unless the scores can belong to one model."""
     first = scores[0]
     for one in scores[1:]:
         for what, here, there in (

@@ -1,4 +1,4 @@
-"""What weights alone say: scores of pairs of heads, spectra, the card of one head."""
+"""Results from weights alone: scores of pairs of heads, spectra, and the card of one head."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,11 @@ class PairScores(Saved, Shown, Tabular):
     """One score for every ordered pair of heads.
 
     Attributes:
-        name: of the score.
-        values: of the pair (first layer, first head, second layer, second head).
-        unit: of the values.
-        bounds: smallest and largest possible value; None where there is none.
-        upward: only pairs whose first head lies in a lower layer exist; other cells are 0.
+        name: name of the score.
+        values: value of the pair (first layer, first head, second layer, second head).
+        unit: unit of the values.
+        bounds: smallest and largest possible value; None if unbounded.
+        upward: whether only pairs with the first head in a lower layer exist; other cells are 0.
         description: what a high value means, in one sentence.
         source: paper and definition.
         provenance: where it came from.
@@ -54,7 +54,7 @@ class PairScores(Saved, Shown, Tabular):
 
     @property
     def present(self) -> Bool[np.ndarray, "layer head layer head"]:
-        """Pairs that exist and have a value."""
+        """Mask of pairs that exist and have a value."""
         known: np.ndarray = ~np.isnan(self.values)
         if not self.upward:
             return known
@@ -64,7 +64,7 @@ class PairScores(Saved, Shown, Tabular):
         return known
 
     def top(self, k: int = 10) -> list[tuple[HeadIndex, HeadIndex, float]]:
-        """The k largest pairs, largest first; ties by lowest heads; pairs that exist only."""
+        """The k largest existing pairs, largest first; on ties the lowest heads."""
         masked = np.where(self.present, self.values, np.nan)
         found = np.unravel_index(top_order(masked, k), masked.shape)
         return [
@@ -73,7 +73,7 @@ class PairScores(Saved, Shown, Tabular):
         ]
 
     def glance(self) -> Glance:
-        """The largest pairs."""
+        """Show the largest pairs."""
         layers, heads = self.values.shape[:2]
         return Glance(
             self.name,
@@ -102,14 +102,14 @@ class PairScores(Saved, Shown, Tabular):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadSpectra(Saved, Shown):
-    """Singular values of every head beside those of random factors of its shape and variance.
+    """Singular values of every head, with those of random factors of the same shape and variance.
 
     Attributes:
-        name: of the circuit, e.g. ``OV``.
+        name: name of the circuit, e.g. ``OV``.
         values: singular values, largest first; NaN in layers without attention.
-        scale: largest singular value that random factors of the head's own shape and variance
-            give, on average over draws.
-        low: smallest value of each place over those draws, in units of ``scale``.
+        scale: largest singular value of random factors of the head's own shape and variance,
+            averaged over draws.
+        low: smallest value at each rank over those draws, in units of ``scale``.
         high: the largest.
         chance: how the band was made, in a few words.
         provenance: where it came from.
@@ -135,7 +135,7 @@ class HeadSpectra(Saved, Shown):
             object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
 
     def glance(self) -> Glance:
-        """Heads with the largest singular value, relative to chance."""
+        """Show the heads with the largest singular value, relative to chance."""
         return Glance(
             f"{self.name} singular values",
             [sizes(("layer", "head", "value"), self.values.shape), self.provenance.model],
@@ -146,7 +146,7 @@ class HeadSpectra(Saved, Shown):
 
     @property
     def relative(self) -> Float[np.ndarray, "layer head rank"]:
-        """Values in units of each head's scale; NaN for a head of zeros."""
+        """Singular values in units of each head's scale; NaN for an all-zero head."""
         scale = np.where(self.scale > 0, self.scale, np.nan)
         ratio: np.ndarray = self.values / scale[..., None]
         return ratio
@@ -154,12 +154,12 @@ class HeadSpectra(Saved, Shown):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadEigenvalues(Saved, Shown):
-    """Eigenvalues of every head's token-to-token matrix, those that are not 0 by its rank.
+    """Nonzero eigenvalues of every head's token-to-token matrix.
 
     Attributes:
-        name: of the circuit, e.g. ``OV``.
-        values: eigenvalues, in no order; NaN in layers without attention.
-        description: of the matrix.
+        name: name of the circuit, e.g. ``OV``.
+        values: eigenvalues, unordered; NaN in layers without attention.
+        description: what the matrix is.
         provenance: where it came from.
     """
 
@@ -173,7 +173,7 @@ class HeadEigenvalues(Saved, Shown):
         object.__setattr__(self, "values", frozen(self.values, np.complex128))
 
     def glance(self) -> Glance:
-        """Heads with the largest ratio."""
+        """Show the heads with the largest ratio."""
         return Glance(
             f"{self.name} eigenvalues",
             [
@@ -188,14 +188,14 @@ class HeadEigenvalues(Saved, Shown):
 
     @property
     def ratio(self) -> Float[np.ndarray, "layer head"]:
-        """``sum(Re(lambda)) / sum(|lambda|)``, in [-1, 1]; NaN for a zero matrix."""
+        """Copying score ``sum(Re(lambda)) / sum(|lambda|)``, in [-1, 1]; NaN for a zero matrix."""
         size = np.abs(self.values).sum(-1)
         ratio: np.ndarray = self.values.real.sum(-1) / np.where(size > 0, size, np.nan)
         return ratio
 
     @property
     def relative(self) -> Complex[np.ndarray, "layer head rank"]:
-        """Eigenvalues over the largest modulus of their head; NaN for a zero matrix."""
+        """Eigenvalues divided by their head's largest modulus; NaN for a zero matrix."""
         most = np.abs(self.values).max(-1, keepdims=True)
         ratio: np.ndarray = self.values / np.where(most > 0, most, np.nan)
         return ratio
@@ -215,7 +215,7 @@ _MAX_BYTES = 200_000_000
 
 
 def save_spectra(spectra: Sequence[HeadSpectra], path: "str | PathLike[str]") -> None:
-    """Write spectra of one model atomically."""
+    """Write spectra of one model to a file, atomically."""
     from safetensors.numpy import save
 
     arrays = {
@@ -233,10 +233,10 @@ def save_spectra(spectra: Sequence[HeadSpectra], path: "str | PathLike[str]") ->
 
 
 def load_spectra(path: "str | PathLike[str]") -> list[HeadSpectra]:
-    """Read what :func:`save_spectra` wrote.
+    """Read spectra written by :func:`save_spectra`.
 
     Raises:
-        InputError: if the file is none.
+        InputError: if the file holds no spectra.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -273,20 +273,20 @@ _TOLD = ("copying_eigenvalues", "copying_top5", "matching_eigenvalues", "ov_effe
 
 @dataclass(frozen=True, repr=False)
 class HeadCard(Saved, Shown):
-    """What weights say of one head. JSON values only.
+    """What the weights of one head tell, as JSON values.
 
     Attributes:
         head: ``L5H1``.
         kv_head: key/value head that it reads.
         model: name.
         scores: value of every weight score.
-        ranks: place of the head among all heads by each score, 1 the largest; empty where no
-            other head was scored.
-        ov: largest directions of the OV circuit with tokens read and written.
-        qk: the same of the QK circuit: tokens of the query and of the key.
+        ranks: rank of the head among all heads by each score, 1 the largest; empty if no other head
+            was scored.
+        ov: largest directions of the OV circuit with the tokens read and written.
+        qk: the same for the QK circuit: tokens of the query and of the key.
         fed_by: per kind of composition, the earlier heads that feed it most.
         feeds: per kind, the later heads that it feeds most.
-        missing: what the family does not allow, with the reason.
+        missing: what this model family does not allow, with the reason.
     """
 
     head: str
@@ -301,7 +301,7 @@ class HeadCard(Saved, Shown):
     missing: Mapping[str, str]
 
     def glance(self) -> Glance:
-        """Scores of copying, what the head reads and writes, and its partners."""
+        """Show copying scores, what the head reads and writes, and its partners."""
         rows = [(name, number(self.scores[name])) for name in _TOLD if name in self.scores]
         for circuit, between, views in (
             ("OV", "reads → writes", self.ov),

@@ -159,7 +159,7 @@ def test_what_does_not_fit_gets_a_sentence(model: HeadModel) -> None:
         hs.ablate_heads(model, probe, METRIC, Patch())
     with pytest.raises(InputError, match="needs a factor"):
         hs.ablate_heads(model, probe, METRIC, "scale")
-    with pytest.raises(InputError, match="finite number, not nan"):
+    with pytest.raises(InputError, match="factor=nan of Scale: give a finite"):
         Scale(float("nan"))
     with pytest.raises(InputError, match="site z, query or pattern, not 'key'"):
         Patch(site="key")
