@@ -18,11 +18,12 @@ from headscope.circuits import eigenvalues, head_card, spectra
 from headscope.circuits.survey import card_table, scores_quickly
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
-from headscope.metrics import loss
+from headscope.metrics import embedding_cosine, loss
 from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.origin import origin
 from headscope.probes import Probe, from_tokens, masked, repeated_tokens
+from headscope.probes import text as text_probe
 from headscope.probes.encoding import encode, frame, need_tokenizer
 from headscope.report import AttentionView
 from headscope.report.head import HeadEvidence, HeadExample, card_lines, head_html, head_page
@@ -164,7 +165,8 @@ class Explanation:
         model: whose head it is.
         card: what its weights say.
         scan: scores of all heads on probes; None: not run.
-        effects: what the loss becomes without the head.
+        effects: what the loss becomes without the head; of a model without logits, the cosine of
+            its embeddings of texts to those with the head.
         attention: on an example; None: not run.
         seed: of probes and random bands.
     """
@@ -275,12 +277,17 @@ def explain(
 
 
 def _effects(model: HeadModel, head: HeadIndex, seed: int) -> Iterator[HeadScores]:
-    """What the loss on repeated random tokens, or on hidden ones, becomes without the head."""
-    probe = _asked(model, seed)
+    """What the loss on repeated random tokens, or on hidden ones, becomes without the head.
+
+    Of a model without logits, how far its embedding of texts moves.
+    """
+    bare = "logits" in model.limits and model.tokenizer is not None
+    probe = text_probe(model, length=_EXAMPLE_LENGTH) if bare else _asked(model, seed)
     if probe is None:
         return
     try:
-        yield ablate_heads(model, probe, metric=loss, method="mean", heads=[head])
+        metric = embedding_cosine if bare else loss
+        yield ablate_heads(model, probe, metric=metric, method="mean", heads=[head])
     except UnsupportedModelError:
         return
 

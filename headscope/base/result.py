@@ -1,7 +1,8 @@
 """What every kind of result can do, and the data by which it shows itself: glances and sections."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from os import PathLike
@@ -218,6 +219,22 @@ def readable(text: str, most: int = 40) -> str:
         one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
     )
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def reasons(missing: Mapping[str, str], model: str = "") -> list[tuple[str, str]]:
+    """What a model cannot be asked, and why: what has one reason stands in one row.
+
+    Args:
+        missing: reason of each.
+        model: its name or folder, which reasons that begin with it need not repeat.
+    """
+    found: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        own = reason
+        if model and (named := re.match(rf"\S*{re.escape(model)}(?: \([^)]*\))?:? ", reason)):
+            own = reason[named.end() :]
+        found.setdefault(own, []).append(name.replace("_", " "))
+    return [(", ".join(names), reason) for reason, names in found.items()]
 
 
 def said(text: str, most: int = 40) -> str:

@@ -192,8 +192,8 @@ class Provenance(Stored):
 
     def __post_init__(self) -> None:
         """Cut absolute paths."""
-        object.__setattr__(self, "model", _portable(self.model))
-        object.__setattr__(self, "probe", _portable(dict(self.probe)))
+        object.__setattr__(self, "model", portable(self.model))
+        object.__setattr__(self, "probe", portable(dict(self.probe)))
         object.__setattr__(self, "versions", dict(self.versions))
         object.__setattr__(self, "checks", dict(self.checks))
 
@@ -215,12 +215,12 @@ class Provenance(Stored):
         return cls(**facts)
 
 
-def _portable(value: object) -> object:
-    """The value with absolute paths cut to their last part, at any depth."""
+def portable(value: Any) -> Any:
+    """Cut absolute paths to their last part, at any depth: what is passed on names no folders."""
     if isinstance(value, str) and _ABSOLUTE.match(value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     if isinstance(value, Mapping):
-        return {key: _portable(one) for key, one in value.items()}
+        return {key: portable(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_portable(one) for one in value]
+        return [portable(one) for one in value]
     return value

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from headscope.base.files import Saved
 from headscope.base.options import RunOptions
-from headscope.base.result import Glance, Shown, sizes
+from headscope.base.result import Glance, Shown, reasons, sizes
+from headscope.base.specs import portable
 from headscope.circuits.composition import (
     Path,
     chains,
@@ -164,9 +165,9 @@ class Survey(Saved, Shown):
             found = (f"{one} → {other} {value:.2f}" for one, other, value in pairs.top(3))
             rows.append((pairs.name, ", ".join(found)))
         rows += [(f"paths: {kind}", str(found[0])) for kind, found in self.paths.items() if found]
-        rows += [(f"no {name}", why) for name, why in self.missing.items()]
         facts = [sizes(("layer", "head"), self.table.shape), f"{len(self.table)} weight scores"]
         model = next(iter(self.table.values())).provenance.model
+        rows += [(f"no {names}", why) for names, why in reasons(self.missing, model)]
         return Glance(
             "survey of weights",
             [*facts, model],
@@ -329,7 +330,7 @@ def head_card(
     return HeadCard(
         head=str(index),
         kv_head=model.shape.kv_head(index.head),
-        model=model.name,
+        model=portable(model.name),
         scores={name: one[index] for name, one in found.items()},
         ranks={} if table is None else _ranks(table, index),
         ov=views["ov"],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headscope import probes
 from headscope.base.files import check_page, whole_file, whole_page, writable_folder
 from headscope.base.options import RunOptions
+from headscope.base.result import reasons
 from headscope.circuits.survey import Survey, survey
 from headscope.circuits.vocabulary import vocabulary_words
 from headscope.cli.options import Loading, scorer_names
@@ -276,8 +277,9 @@ def _shown(found: Survey) -> Iterator[Any]:
             yield Text(f"\nStrongest paths, {kind} (in units of chance)", style="bold")
         for path in paths[:5]:
             yield Text(f"  {path}")
-    for name, reason in found.missing.items():
-        yield Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim")
+    model = next(iter(found.table.values())).provenance.model
+    for names, reason in reasons(found.missing, model):
+        yield Text(f"\nNo {names}: {reason}", style="dim")
 
 
 def _write(

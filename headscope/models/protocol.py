@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import Protocol, runtime_checkable
 
-from headscope.base.result import Glance, sizes
+from headscope.base.result import Glance, reasons, sizes
 from headscope.base.stacks import Stack, all_causal, grid_of
 from headscope.edits import Heads, Span, head_list
 from headscope.errors import InputError, UnsupportedModelError
@@ -459,7 +459,7 @@ def glance_of(model: HeadModel) -> Glance:
         rows.append(("attention", f"in {len(shape.attention_layers)} of the layers"))
     if shape.removed:
         rows.append(("pruned", f"{len(shape.removed)} heads"))
-    rows += [(f"no {name.replace('_', ' ')}", why) for name, why in model.limits.items()]
+    rows += [(f"no {names}", why) for names, why in reasons(model.limits, model.name)]
     kind = str(model.dtype).removeprefix("torch.")
     return Glance(
         f"model {model.name}",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from headscope.base.result import Rows, Section, Words, short
+from headscope.base.result import Rows, Section, Words, reasons, said, short
 from headscope.heads import HeadIndex
 from headscope.plots import attention_pattern, eigenvalues, spectra
 from headscope.plots.figure import visible
@@ -71,7 +71,7 @@ def head_page(card: HeadCard, evidence: HeadEvidence, facts: Sequence[tuple[str,
         _weights(card),
     ]
     if card.missing:
-        sections.append(Section("Not in this family", [missing_words(card.missing)]))
+        sections.append(Section("Not in this family", [missing_words(card.missing, card.model)]))
     return sections_page(
         f"{card.model} {card.head}",
         "one head",
@@ -215,7 +215,10 @@ def head_html(card: HeadCard, scan: HeadTable | None, effects: Sequence[HeadScor
         ]
         if lines:
             parts.append(f"<p><b>{title}</b> {'; '.join(lines)}</p>")
-    parts += [f"<p>No {_said(name)}: {_said(why)}</p>" for name, why in card.missing.items()]
+    parts += [
+        f"<p>No {_said(names)}: {said(why, 400)}</p>"
+        for names, why in reasons(card.missing, card.model)
+    ]
     return "".join(parts)
 
 
@@ -295,8 +298,8 @@ def card_lines(
             heads = ", ".join(f"{one} {value:.2f}" for one, value in found)
             if heads:
                 yield (Text(f"  {mode}: {heads}"))
-    for name, reason in card.missing.items():
-        yield (Text(f"\nNo {name.replace('_', ' ')}: {reason}", style="dim"))
+    for names, reason in reasons(card.missing, card.model):
+        yield (Text(f"\nNo {names}: {reason}", style="dim"))
 
 
 def _token_line(tokens: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from headscope.base.result import Drawn, Facts, Rows, Section, TableCell, Words, short
+from headscope.base.result import Drawn, Facts, Rows, Section, TableCell, Words, reasons, short
 from headscope.errors import InputError
 from headscope.plots import (
     composition_graph,
@@ -290,9 +290,9 @@ def circuit_sections(
     return sections
 
 
-def missing_words(missing: Mapping[str, str]) -> Rows:
+def missing_words(missing: Mapping[str, str], model: str = "") -> Rows:
     """What weights cannot say of this model, and why."""
-    return Rows(("what", "why"), list(missing.items()))
+    return Rows(("what", "why"), reasons(missing, model))
 
 
 _MOST = 20

@@ -430,8 +430,8 @@ class HeadScores(Saved, Specified, Shown):
         return float(self.mean[index])
 
     def __repr__(self) -> str:
-        """Name, size and best heads."""
-        best = ", ".join(f"{head} {value:.3g}" for head, value in self.top(3))
+        """Name, size and most notable heads."""
+        best = ", ".join(f"{head} {value:.3g}" for head, value in self.notable(3))
         layers, heads = self.mean.shape
         return f"HeadScores({self.name!r}, {layers} layers x {heads} heads, top: {best or 'none'})"
 
@@ -473,7 +473,18 @@ class HeadScores(Saved, Specified, Shown):
             named = [f"{STACK_LETTERS[self.stack]}{row}" for row in rows]
             grid = self._grid(named, [f"H{one}" for one in columns], at)
             notes = []
-        return Glance(self.name, [self.unit, self.description], grid=grid, notes=notes)
+        first = [
+            (str(head), short(value), short(float(self.null[head])))
+            for head, value in self.notable(5)
+        ]
+        return Glance(
+            self.name,
+            [self.unit, self.description],
+            ("head", "mean", "control"),
+            first,
+            grid=grid,
+            notes=notes,
+        )
 
     def _grid(
         self, rows: Sequence[str], columns: Sequence[str], at: Sequence[Sequence[HeadIndex]]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Complex, Float
 
 from headscope.base.files import Saved, frozen, whole_file
-from headscope.base.result import Glance, Shown, Tabular, number, sizes
+from headscope.base.result import Glance, Shown, Tabular, number, reasons, sizes
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Bounds, top_order
 from headscope.errors import InputError
@@ -315,7 +315,7 @@ class HeadCard(Saved, Shown):
                 if found:
                     heads = ", ".join(f"{one} {value:.2f}" for one, value in found[:3])
                     rows.append((f"{title} ({mode})", heads))
-        rows += [(f"no {name}", why) for name, why in self.missing.items()]
+        rows += [(f"no {names}", why) for names, why in reasons(self.missing, self.model)]
         return Glance(
             f"head {self.head}",
             [f"key/value head {self.kv_head}", f"{len(self.scores)} weight scores", self.model],

@@ -1,7 +1,7 @@
 """``hs.testing.check_model``: whether what headscope says of a model is what the model does."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -379,6 +379,9 @@ def _zero_ablation(subject: _Subject) -> None:
     for head, expected in without.items():
         actual = subject.run(subject.tokens, edits=(zero(head),))
         agree(actual, expected, subject.tolerance, f"logits without {head}")
+    if "logits" in subject.model.limits:
+        _moved_embedding(subject, without)
+        return
     probe = subject.probe
     if subject.reads_images:
         targets = torch.full_like(probe.targets, -1)
@@ -404,6 +407,23 @@ def _zero_ablation(subject: _Subject) -> None:
             subject.tolerance,
             f"changes of the loss by ablating {head}, in replay and in whole passes,",
         )
+
+
+def _moved_embedding(subject: _Subject, without: Mapping[HeadIndex, Tensor]) -> None:
+    """The same of a model without logits: how far the mean of its last states moves."""
+    effect = ablate_heads(
+        subject.model,
+        subject.probe,
+        metrics.embedding_distance.pooled("mean"),
+        "zero",
+        heads=subject.some_heads,
+        progress=False,
+    )
+    clean = subject.clean.logits.float().mean(1)
+    for head, states in without.items():
+        moved = (states.float().mean(1) - clean).norm(dim=1).mean()
+        measured = torch.tensor(float(effect.mean[head.layer, head.head]))
+        agree(measured, moved, subject.tolerance, f"what ablating {head} moves the embedding by")
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 
 import headscope as hs
 from headscope import plots
-from headscope.base.result import Result, Section, Shown, Tabular
+from headscope.base.result import Result, Section, Shown, Tabular, reasons
 from headscope.base.specs import ScoreSpec
 from headscope.metrics import Metric, as_metric
 from headscope.scorers import CATALOGUE
@@ -84,3 +84,15 @@ def test_what_holds_a_declaration_says_it_under_the_same_names() -> None:
     assert as_metric(lambda logits, probe: logits.sum((1, 2))).direction is None
     assert hs.metrics.loss.direction == "lower"
     assert {scorer.direction for scorer in CATALOGUE.values()} <= {"higher", "lower"}
+
+
+def test_what_is_missing_for_one_reason_stands_in_one_row() -> None:
+    reason = "/home/me/bert/model (bert): adds its norm after attention."
+    found = reasons({"ov": reason, "Q_composition": reason, "qk": "other words."}, "model")
+    assert found == [
+        ("ov, Q composition", "adds its norm after attention."),
+        ("qk", "other words."),
+    ]
+    assert reasons({"ov": reason}, "/home/me/bert/model")[0][1] == "adds its norm after attention."
+    assert reasons({"ov": "models are many."}, "model") == [("ov", "models are many.")]
+    assert reasons({"ov": reason}) == [("ov", reason)]

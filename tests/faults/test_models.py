@@ -525,7 +525,9 @@ def test_a13_a_layer_that_is_nan_is_not_taken_for_the_clearest() -> None:
     seen.inputs[block] = parts[0]
     seen.outputs = {block["attention"]: parts[1], block["mlp"]: parts[2] * NAN}
     seen.outputs[block] = parts[0] + parts[1] + seen.outputs[block["mlp"]]
-    with pytest.raises(UnsupportedModelError, match="not attention's write and one other"):
+    with pytest.raises(
+        UnsupportedModelError, match="do more than add attention's write and one other"
+    ):
         find_writers(seen, {0: (block, block["attention"])})
 
 

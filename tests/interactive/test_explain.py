@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from rich.console import Console
 
 import headscope as hs
@@ -13,6 +15,7 @@ from headscope.circuits.survey import card_table
 from headscope.errors import InputError
 from headscope.report.head import head_html
 from headscope.table import HeadCard
+from tests.models.encoders import CONFIGS, tokenizer, widened
 from tests.report.example import HOSTILE
 
 
@@ -100,3 +103,13 @@ def test_hostile_tokens_are_escaped() -> None:
 def test_mistakes_get_a_sentence(arguments: tuple, words: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
         hs.explain(*arguments, **words)
+
+
+def test_a_model_without_logits_tells_how_far_its_embedding_moves() -> None:
+    torch.manual_seed(0)
+    module = transformers.BertModel(CONFIGS["bert"]())
+    model = hs.load(widened(module), tokenizer=tokenizer())
+    (effect,) = hs.explain("L1H2", model).effects
+    assert effect.unit == "cosine"
+    assert -2 <= effect["L1H2"] < -1e-4
+    assert "L1H2" in effect.summary()

@@ -439,8 +439,8 @@ def find_writers(
     known = [one for one in found.values() if one is not None]
     if not known:
         raise UnsupportedModelError(
-            "what its blocks add is not attention's write and one other, so a logit cannot be "
-            "split exactly."
+            "its blocks do more than add attention's write and one other to the residual stream, "
+            "so a logit cannot be split exactly."
         )
     best = min(known, key=lambda one: one.error)
     return {
