@@ -146,7 +146,7 @@ def heads(
     whole(draws, "draws", 1)
     need_probe(probe)
     first: HeadModel = stack_of(model, stack=stack)
-    alone = other is None and other_stack is None
+    alone = _alone((model, other), (probe, other_probe), (stack, other_stack))
     second = stack_of(model if other is None else other, stack=other_stack or stack)
     probes = (probe, other_probe or probe)
     seen = [_read(one, read) for one, read in zip((first, second), probes, strict=True)]
@@ -186,6 +186,18 @@ def heads(
             other=None if alone else second.name,
             other_weights=None if alone else second.digest(),
         ),
+        within=alone,
+    )
+
+
+def _alone(
+    models: tuple[HeadModel, HeadModel | None],
+    probes: tuple[Probe, Probe | None],
+    stacks: tuple[str | None, str | None],
+) -> bool:
+    """Whether both sides are the same: a second one that is not given is the first."""
+    return all(two is None or two is one for one, two in (models, probes)) and (
+        stacks[1] is None or stacks[1] == stacks[0]
     )
 
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from headscope.base.files import Saved, Stored, frozen
 from headscope.base.result import Drawn, Glance, Section, Shown, Tabular, number, sizes
-from headscope.base.specs import Provenance, ScoreSpec, Specified
+from headscope.base.specs import Provenance, ScoreSpec, Specified, portable
 from headscope.errors import InputError, nearest, whole
 from headscope.heads import HeadIndex
 from headscope.table.table import HeadTable
@@ -34,6 +34,8 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
         second: heads of the columns.
         models: names of the two models.
         provenance: where it came from.
+        within: whether rows and columns are the heads of one model on one probe; two models may
+            share their name.
 
     Example:
         >>> likeness = hs.similarity.heads(model, probe, "cka")
@@ -49,6 +51,7 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
     second: tuple[HeadIndex, ...]
     models: tuple[str, str]
     provenance: Provenance = field(default_factory=Provenance)
+    within: bool = False
 
     def __post_init__(self) -> None:
         """Check the shapes and freeze the arrays.
@@ -64,11 +67,15 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
             )
         for name in ("values", "null"):
             object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+        object.__setattr__(self, "models", tuple(map(portable, self.models)))
+        if self.within and self.first != self.second:
+            raise InputError("heads of one model are the same in rows and columns.")
 
-    @property
-    def within(self) -> bool:
-        """Whether rows and columns are heads of the same model."""
-        return self.first == self.second and self.models[0] == self.models[1]
+    @classmethod
+    def _of_parts(cls, parts: dict[str, Any]) -> "HeadSimilarity":
+        """Make it again of what was saved; older files do not say ``within``."""
+        alike = parts["first"] == parts["second"] and len(set(parts["models"])) == 1
+        return cls(**{"within": alike} | parts)
 
     @property
     def pairs(self) -> Bool[np.ndarray, "first second"]:

@@ -198,7 +198,7 @@ def of_distances(distances: np.ndarray) -> HeadSimilarity:
     heads = tuple(hs.HeadIndex(0, at) for at in range(len(distances)))
     values = 1 - distances
     spec = hs.similarity.SPECS["cka"]
-    return HeadSimilarity(spec, values, values[None] * 0, heads, heads, ("m", "m"))
+    return HeadSimilarity(spec, values, values[None] * 0, heads, heads, ("m", "m"), within=True)
 
 
 def test_map_and_clusters_by_hand(tmp_path: Path) -> None:
@@ -241,3 +241,28 @@ def test_what_does_not_fit_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPa
         result.matches()
     with pytest.raises(InputError, match="method='best'"):
         result.linkage("best")
+
+
+def test_two_models_of_one_name_and_size_stay_two() -> None:
+    other = bert()
+    with torch.no_grad():
+        for weight in other.module.parameters():
+            weight.mul_(1.5)
+    model, probe = bert(), texts()
+    assert model.name == other.name
+    likeness = hs.similarity.heads(model, probe, other=other, draws=1)
+    assert not likeness.within
+    assert len(likeness.matches()) == 8
+    assert likeness.pairs.all()
+    assert not np.allclose(likeness.values, likeness.values.T)
+    for same in ({}, {"other": model}, {"other": model, "other_probe": probe}):
+        assert hs.similarity.heads(model, probe, draws=1, **same).within
+    assert not hs.similarity.heads(model, probe, other_probe=texts(5), draws=1).within
+
+
+def test_results_name_no_folders(tmp_path: Path) -> None:
+    model = bert()
+    model.module.save_pretrained(tmp_path / "mine")
+    likeness = hs.similarity.heads(hs.load(tmp_path / "mine"), texts(), draws=1)
+    assert likeness.models == ("mine", "mine")
+    assert str(tmp_path) not in likeness.summary() + str(likeness.provenance)
