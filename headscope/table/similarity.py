@@ -75,7 +75,8 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
     def _of_parts(cls, parts: dict[str, Any]) -> "HeadSimilarity":
         """Make it again of what was saved; older files do not say ``within``."""
         alike = parts["first"] == parts["second"] and len(set(parts["models"])) == 1
-        return cls(**{"within": alike} | parts)
+        parts.setdefault("within", alike)
+        return cls(**parts)
 
     @property
     def pairs(self) -> Bool[np.ndarray, "first second"]:
