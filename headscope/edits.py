@@ -36,12 +36,15 @@ class Span:
         prompt: positions before this one are read as a prompt (``prefill``), those from it on are
             generated (``decode``).
         grows: whether the text may go on after the pass.
+        real: of the text up to the last position that runs, False at padding; None where there is
+            none.
     """
 
     first: int
     count: int
     prompt: int
     grows: bool = False
+    real: Bool[Tensor, "batch pos"] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def whole(cls, length: int) -> "Span":
@@ -387,6 +390,8 @@ class Stacked:
 
     def during(self, span: Span) -> "Stacked":
         """The same variants in a pass over some positions."""
+        if span.real is not None:  # variants stand one after another, with the same padding
+            span = replace(span, real=span.real[: len(span.real) // len(self.variants)])
         return replace(self, variants=tuple(during(edits, span) for edits in self.variants))
 
     def among(self, layer: int, heads: tuple[int, ...]) -> "Stacked":

@@ -140,7 +140,7 @@ class _Cached:
         if "logits_to_keep" in self._arguments:
             inputs["logits_to_keep"] = 1
         self._prompt = tokens.shape[1] if self._prompt is None else self._prompt
-        span = Span(self._length, tokens.shape[1], self._prompt, grows=True)
+        span = Span(self._length, tokens.shape[1], self._prompt, grows=True, real=self._real)
         run = Pass(model, *model.taps(reads, writes_of(edits)), span)
         with run.attached(), torch.no_grad():
             out = model.module(**inputs, past_key_values=self._cache, use_cache=True)

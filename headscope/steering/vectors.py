@@ -245,13 +245,25 @@ class AtLast:
 
     def during(self, span: Span) -> HeadEdit:
         """The edit of the positions that a pass runs; without heads where the last is not there."""
-        where = torch.zeros(1, max(span.end, span.prompt), dtype=torch.bool)
-        where[:, span.prompt - 1] = True
-        return replace(self.edit, positions=where).during(span)
+        if self.edit.scope == "decode" or span.first >= span.prompt:
+            return replace(self.edit, heads={}, donors=None, positions=None, scope="all")
+        where = _last_of_prompt(span)[:, span.first : span.end]
+        return replace(self.edit, positions=where, scope="all")
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
         """Return the edited value of a text read at once."""
         return self.during(Span.whole(value.shape[1]))(layer, value)
+
+
+def _last_of_prompt(span: Span) -> Bool[Tensor, "batch pos"]:
+    """The last token of every prompt, wherever its padding stands."""
+    if span.real is None:
+        where = torch.zeros(1, max(span.end, span.prompt), dtype=torch.bool)
+        where[:, span.prompt - 1] = True
+        return where
+    behind = span.real[:, : span.prompt].flip(1).int().argmax(1, keepdim=True)
+    places = torch.arange(max(span.end, span.prompt), device=span.real.device)
+    return places == span.prompt - 1 - behind
 
 
 Mode = Literal["replace", "add"]
@@ -350,7 +362,7 @@ def inject(
         heads: which; default: all.
         strength: a number, one for each head (``{"L5H1": 0.4}``), or ``[layer head]``.
         mode: see above.
-        positions: ``last``: the last token of the prompt (pad prompts on the left); positions
+        positions: ``last``: the last token of each prompt, padding left out; positions
             ``[batch pos]`` of texts that are read at once; None: all.
         scope: with ``positions=None``: ``all``, or ``prefill`` or ``decode`` alone.
 

@@ -293,3 +293,35 @@ def test_vectors_of_another_model_are_refused() -> None:
         changed.module.transformer.h[0].attn.c_attn.weight.add_(1.0)
     with pytest.raises(InputError, match="other weights"):
         hs.steering.inject(hs.load(changed.module), own)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_token_of_a_padded_prompt_is_edited(side: str) -> None:
+    model = bundled()
+    short, long = torch.arange(5, 9)[None], torch.arange(20, 27)[None]
+    pad = (0, 3) if side == "right" else (3, 0)
+    tokens = torch.cat([torch.nn.functional.pad(short, pad), long])
+    real = torch.cat([torch.nn.functional.pad(torch.ones(1, 4), pad), torch.ones(1, 7)]).bool()
+    with hs.steering.inject(model, means(), ["L1H0", "L2H1"], strength=3.0, mode="add"):
+        alone = [model.forward(one)[0, -1] for one in (short, long)]
+        together = model.forward(tokens, real=real)
+        direct = model.module(tokens, attention_mask=real.long()).logits
+        same = model.forward(tokens[:1], real=real[:1])
+        together_without = _effects(model, tokens, real)
+        alone_without = [_effects(model, one, one > 0)[0] for one in (short, long)]
+    assert together_without == pytest.approx(alone_without, abs=1e-4)
+    at = 3 if side == "right" else -1
+    for found in (together, direct) if side == "right" else (together,):
+        assert torch.allclose(found[0, at], alone[0], atol=1e-4)
+        assert torch.allclose(found[1, -1], alone[1], atol=1e-4)
+    assert torch.allclose(same[0, at], alone[0], atol=1e-4)
+
+
+def _effects(model: HeadModel, tokens: torch.Tensor, real: torch.Tensor) -> list[float]:
+    """Effect of L1H1 on the loss of a token at the end of each text."""
+    last = real.int().cumsum(1).argmax(1)
+    targets = torch.full_like(tokens, -1)
+    targets[torch.arange(len(tokens)), last] = 9
+    probe = hs.probes.from_tokens(tokens, real=real, targets=targets)
+    found = hs.ablate_heads(model, probe, hs.metrics.loss, "zero", heads=["L1H1"])
+    return found.per_example[1, 1].tolist()

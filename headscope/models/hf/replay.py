@@ -370,8 +370,9 @@ class Replay:
         layer, first = min(s[0] for s in starts), min(s[1] for s in starts)
         if reads:
             layer, first = min(layer, *(tap.layer or 0 for tap in reads)), 0
-        length = self.recording.length
-        span = Span.whole(length).part(first, length - first)
+        length, real = self.recording.length, self.recording.real
+        real = None if real is None else real.repeat(len(variants), 1)
+        span = replace(Span.whole(length).part(first, length - first), real=real)
         edits = tuple(one.during(span) for one in stack(variants))
         run = _Suffix(self, len(variants), layer, first, edits, reads)
         layout = self.model.layout

@@ -347,10 +347,11 @@ class Tapped(ABC):
         end = None if until is None else next(iter(self.taps({until: id}, {})[0]))
         empty = logits_at is not None and len(logits_at) == 0
         wanted = not empty and (end is None or end.site == "logits")
+        real = None if texts.real is None or texts.real.shape[1] != length else texts.real
         run = Pass(
             self,
             *self.taps(reads, writes),
-            Span(0, length, length if prompt is None else prompt),
+            Span(0, length, length if prompt is None else prompt, real=real),
             end,
             stops=not wanted,
             grad=grad,
@@ -398,15 +399,16 @@ class OwnPasses(threading.local):
     span: Span | None = None
     asked: int | None = None
 
-    def begin(self, length: int, cached: int) -> None:
-        """Note a pass over ``length`` positions behind those of its cache."""
+    def begin(self, length: int, cached: int, mask: Any = None) -> None:
+        """Note a pass over ``length`` positions behind those of its cache, and its padding."""
         if self.asked is not None:
             prompt = self.asked
         elif not cached:
             prompt = length
         else:  # what a cache held before anybody looked was read as a prompt
             prompt = cached if self.span is None else self.span.prompt
-        self.span = Span(cached, length, prompt, grows=True)
+        plain = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == cached + length
+        self.span = Span(cached, length, prompt, grows=True, real=mask.bool() if plain else None)
 
 
 @contextmanager
@@ -428,7 +430,7 @@ def _began(own: OwnPasses) -> Callable[[nn.Module, Call], None]:
         cache = call.kwargs.get("past_key_values")
         if isinstance(given, Tensor):
             cached = 0 if cache is None else int(cache.get_seq_length())
-            own.begin(int(given.shape[1]), cached)
+            own.begin(int(given.shape[1]), cached, call.kwargs.get("attention_mask"))
 
     return began
 
