@@ -20,13 +20,12 @@ from torch import Tensor
 
 from headscope import capture, metrics
 from headscope.ablation.run import Metricish, present
-from headscope.base.checkpoints import Checkpoint, adam_state, restore_adam
+from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions, track
 from headscope.base.result import Glance, Shown, number
 from headscope.base.specs import Direction, Provenance
 from headscope.edits import Heads, HeadSite, Span, zero
 from headscope.errors import (
-    HeadscopeError,
     InputError,
     UnsupportedModelError,
     nearest,
@@ -231,61 +230,27 @@ def _train(
     Raises:
         HeadscopeError: if the cost is no longer finite; the checkpoint before it stays.
     """
-    parameters = task.parameters
-    adam = torch.optim.Adam(list(parameters.values()), lr=plan.rate)
+    leaves = task.parameters
     draws = torch.Generator().manual_seed(plan.seed)
+    other = {"order": torch.arange(len(probe))}
+    run = AdamRun(kept, leaves, plan.rate, plan.steps, plan.every, draws, other)
     per_epoch = -(-len(probe) // plan.batch_size)
-    order = torch.arange(len(probe))
-    losses = torch.full((plan.steps,), torch.nan, device=task.model.device)
-    done = 0
-    if (state := kept.read()) is not None:
-        done = int(state["step"])
-        if done > plan.steps:
-            raise InputError(f"steps={plan.steps}: the checkpoint has run {done} steps already.")
-        with torch.no_grad():
-            for name, one in parameters.items():
-                one.copy_(state[f"parameter.{name}"])
-        restore_adam(adam, state)
-        draws.set_state(state["draws"])
-        order = state["order"]
-        losses[:done] = state["losses"][:done].to(losses)
     with track(plan.steps, said, show=plan.progress) as advance:
-        advance(done)
-        for step in range(done, plan.steps):
+        advance(run.done)
+        for step in run:
             if step % per_epoch == 0:
-                order = torch.randperm(len(probe), generator=draws)
+                other["order"] = torch.randperm(len(probe), generator=draws)
             at = step % per_epoch * plan.batch_size
-            some = order[at : at + plan.batch_size]
+            some = other["order"][at : at + plan.batch_size]
             batch = probe.examples(some).to(task.model.device)
             with torch.enable_grad():
                 cost = task.cost(batch, some, draws)
-                slopes = torch.autograd.grad(cost, list(parameters.values()), allow_unused=True)
-            for one, slope in zip(parameters.values(), slopes, strict=True):
+                slopes = torch.autograd.grad(cost, list(leaves.values()), allow_unused=True)
+            for one, slope in zip(leaves.values(), slopes, strict=True):
                 one.grad = slope
-            adam.step()
-            losses[step] = cost.detach()
-            if (step + 1) % plan.every == 0 or step + 1 == plan.steps:
-                _need_finite(losses, step)
-                if kept:
-                    kept.write(
-                        {f"parameter.{name}": one for name, one in parameters.items()}
-                        | adam_state(adam)
-                        | {"step": torch.tensor(step + 1), "draws": draws.get_state()}
-                        | {"order": order, "losses": losses[: step + 1]}
-                    )
+            run.take(cost)
             advance(1)
-    for one in parameters.values():
-        one.grad = None
-    return tuple(losses.tolist())
-
-
-def _need_finite(losses: Float[Tensor, " step"], last: int) -> None:
-    wrong = (~losses[: last + 1].isfinite()).nonzero()
-    if len(wrong):
-        raise HeadscopeError(
-            f"the cost of step {int(wrong[0]) + 1} is not a finite number: train with a smaller "
-            "rate."
-        )
+    return tuple(run.losses.tolist())
 
 
 @dataclass(frozen=True, eq=False)

@@ -320,3 +320,65 @@ def test_what_does_not_fit_is_refused_before_training(
 def test_weights_that_cannot_be_copied_are_refused(model: HeadModel, probe: hs.Probe) -> None:
     with pytest.raises(UnsupportedModelError, match="transformers model of one stack"):
         training.head_mask(hs.load(model.bridge), probe, 1)
+
+
+def _prompts() -> hs.Probe:
+    """Demonstrations of two classes, told by a label word, and a query."""
+    draws = torch.Generator().manual_seed(0)
+    words = torch.randint(20, 60, (8, 5), generator=draws)
+    label = torch.tensor([[5, 9], [9, 5]]).repeat(4, 1)
+    tokens = torch.stack([words[:, 0], label[:, 0], words[:, 1], label[:, 1], words[:, 2]], 1)
+    at = torch.arange(5)
+    marks = {f"label_{n}": tokens == one for n, one in enumerate((5, 9))}
+    end = (at == 4).expand(8, -1)
+    targets = torch.full_like(tokens, -1)
+    targets[:, 4] = label[:, 0]
+    return hs.probes.from_tokens(tokens, targets=targets, marks={**marks, "end": end})
+
+
+LEARNERS: dict[str, Callable[..., Any]] = {
+    "gates": lambda m, p, **o: hs.pruning.learn_gates(m, p, batch_size=4, **o).log_alpha,
+    "alphas": lambda m, p, **o: hs.pruning.learn_alphas(m, p, batch_size=4, **o).mean,
+    "strengths": lambda m, p, **o: (
+        lambda found: np.append(found.values, (*found.losses, found.before, found.after))
+    )(hs.steering.learn_strengths(m, hs.steering.head_means(m, p), p, **o)),
+    "causal gates": lambda m, p, every=0, **o: (
+        hs.edges.causal_gates(m, p, hs.metrics.loss, **o)["irrelevant"].mean
+    ),
+    "label words": lambda m, p, **o: hs.relevance.reweight(m, p, **o).beta,
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_what_is_learned_on_a_frozen_model_goes_on_where_it_was_stopped(
+    name: str, model: HeadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn, probe, options = LEARNERS[name], _prompts(), {"steps": 6, "every": 2}
+    if name == "causal gates":
+        monkeypatch.setattr(hs.base.checkpoints.AdamRun, "due", property(lambda run: True))
+    whole = learn(model, probe, **options)
+    digest, steps, step = model.digest(), [0], torch.optim.Adam.step
+
+    def stop(adam: Any) -> None:
+        steps[0] += 1
+        if steps[0] == 5:
+            raise _StoppedError
+        step(adam)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(torch.optim.Adam, "step", stop)
+        with pytest.raises(_StoppedError):
+            learn(model, probe, folder=tmp_path, **options)
+    assert model.digest() == digest
+    assert {file.name for file in tmp_path.rglob("*.*")} == {"checkpoint.safetensors"}
+    taken = []
+    with monkeypatch.context() as counted:
+        counted.setattr(torch.optim.Adam, "step", lambda adam: (taken.append(1), step(adam)))
+        again = learn(model, probe, folder=tmp_path, **options)
+    # Four steps were taken and kept.
+    assert len(taken) == (18 if name == "causal gates" else 6) - 4
+    np.testing.assert_array_equal(again, whole)
+    other = probe.examples(slice(0, 7))
+    with pytest.raises(InputError, match=r"other .*probe"):
+        learn(model, other, folder=tmp_path, **options)
+    assert model.digest() == digest

@@ -1,16 +1,18 @@
 """State of a training run in one file: written whole, read only by the same run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from headscope.base.files import check_same, whole_file, writable_folder
-from headscope.errors import InputError
+from headscope.errors import HeadscopeError, InputError, whole
 
 _KEY = "headscope"
 
@@ -104,3 +106,109 @@ def restore_adam(adam: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
             _, number, what = name.split(".")
             state.setdefault(int(number), {})[what] = value
     adam.load_state_dict({**adam.state_dict(), "state": state})
+
+
+@dataclass(eq=False)
+class AdamRun:
+    """Steps of Adam on some tensors that go on, bit by bit, from where an earlier run stopped.
+
+    Attributes:
+        kept: where the state is written; one that keeps nothing does.
+        parameters: leaves that learn, by name; they are put back to what was kept.
+        rate: of Adam.
+        steps: to be taken in all.
+        every: steps between two writes; the last step is written too.
+        draws: generator whose state is kept; None: nothing is drawn.
+        other: values by name that are kept beside, such as the order of the examples.
+        losses: cost of every step, on the device of the parameters; NaN where none was taken yet.
+
+    Raises:
+        InputError: if ``every`` is no number of steps, or more steps were taken already.
+
+    Example:
+        >>> x = torch.zeros(1, requires_grad=True)
+        >>> run = AdamRun(Checkpoint(None, {}), {"x": x}, rate=0.1, steps=3)
+        >>> for step in run:
+        ...     x.grad = 2 * (x.detach() - 1)
+        ...     run.take((x.detach() - 1) ** 2)
+        >>> run.losses[0] > run.losses[2]
+        tensor(True)
+    """
+
+    kept: Checkpoint
+    parameters: Mapping[str, Tensor]
+    rate: float
+    steps: int
+    every: int = 20
+    draws: torch.Generator | None = None
+    other: dict[str, Tensor] = field(default_factory=dict)
+    done: int = field(default=0, init=False)
+    losses: Float[Tensor, " step"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Go back to what was kept."""
+        whole(self.every, "every", 1)
+        leaves = list(self.parameters.values())
+        self.adam = torch.optim.Adam(leaves, lr=self.rate)
+        self.losses = torch.full((self.steps,), torch.nan, device=leaves[0].device)
+        state = self.kept.read()
+        if state is None:
+            return
+        self.done = int(state["step"])
+        if self.done > self.steps:
+            raise InputError(
+                f"steps={self.steps}: the checkpoint has run {self.done} steps already."
+            )
+        with torch.no_grad():
+            for name, one in self.parameters.items():
+                one.copy_(state[f"parameter.{name}"])
+        restore_adam(self.adam, state)
+        if self.draws is not None:
+            self.draws.set_state(state["draws"])
+        self.other |= {name: state[name] for name in self.other}
+        self.losses[: self.done] = state["losses"][: self.done].to(self.losses)
+
+    def __iter__(self) -> Iterator[int]:
+        """Numbers of the steps that are left; each is kept, where it is due, once it is over.
+
+        Raises:
+            HeadscopeError: if a cost since the last write is not finite; what was written stays.
+        """
+        for step in range(self.done, self.steps):
+            yield step
+            if self.due:
+                self._need_finite()
+                self._keep()
+
+    @property
+    def due(self) -> bool:
+        """Whether the steps taken so far end with one that is kept."""
+        return self.done % self.every == 0 or self.done == self.steps
+
+    def take(self, cost: Tensor) -> None:
+        """Step along the gradients of the parameters, and note the cost."""
+        self.adam.step()
+        for one in self.parameters.values():
+            one.grad = None
+        self.losses[self.done] = cost.detach()
+        self.done += 1
+
+    def _keep(self) -> None:
+        if not self.kept:
+            return
+        drawn = {} if self.draws is None else {"draws": self.draws.get_state()}
+        self.kept.write(
+            {f"parameter.{name}": one for name, one in self.parameters.items()}
+            | adam_state(self.adam)
+            | {"step": torch.tensor(self.done), "losses": self.losses[: self.done]}
+            | drawn
+            | self.other
+        )
+
+    def _need_finite(self) -> None:
+        wrong = (~self.losses[: self.done].isfinite()).nonzero()
+        if len(wrong):
+            raise HeadscopeError(
+                f"the cost of step {int(wrong[0]) + 1} is not a finite number: train with a "
+                "smaller rate."
+            )

@@ -4,12 +4,15 @@ Causal head gating after Nam et al. 2025, and the best k heads by straight-throu
 """
 
 from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
 from headscope.edges.written import EdgeBatch, EdgeMeasurement, heads_write, run_apart
@@ -19,7 +22,7 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap
 from headscope.origin import origin
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.table import HeadScores, HeadTable
 
 _RATE = 0.2
@@ -39,6 +42,7 @@ def causal_gates(
     ablation: str = "zero",
     better: Direction | None = None,
     batch_size: int | None = None,
+    folder: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> HeadTable:
     """Learn how far every head can be closed, and how far it can be opened.
@@ -64,13 +68,17 @@ def causal_gates(
         ablation: what a closed head writes: ``zero`` as in the paper, ``patch`` or ``mean``.
         better: which direction of the metric is better, where it does not say.
         batch_size: examples per pass.
+        folder: where the three fits are kept every few steps: started again, the run goes on from
+            there to the same numbers.
         progress: show a bar.
 
     Returns:
         Three scores per head, from 0 to 1.
 
     Raises:
-        InputError: if metric and probe do not fit, or a number is out of range.
+        InputError: if metric and probe do not fit, a number is out of range, or the folder holds
+            another run.
+        HeadscopeError: if the metric is no longer finite.
 
     Source:
         Nam et al. 2025, "Causal head gating", arXiv 2505.13737.
@@ -88,13 +96,26 @@ def causal_gates(
     shape = model.shape
     start = torch.full((shape.n_layers, shape.n_heads), _START)
     batches = list(study.batches())
+    facts = {} if folder is None else {
+        "method": "causal gates", "weights": model.digest(), "probe": probe_digest(probe),
+        "metric": study.metric.name, "sign": sign, "ablation": study.ablation,
+        "strength": strength, "steps": steps, "batches": len(batches),
+    }  # fmt: skip
+
+    def checkpoint(name: str) -> Checkpoint:
+        return Checkpoint(None if folder is None else Path(folder) / name, {**facts, "fit": name})
+
+    kept = {name: checkpoint(name) for name in ("free", "open", "shut")}
     with options.track(3.0 * steps, "gates") as advance:
 
-        def fit(begin: Tensor, pressure: float) -> Tensor:
-            return _fitted(batches, begin, sign, pressure, steps, torch.sigmoid, advance)
+        def fit(name: str, begin: Tensor, pressure: float) -> Tensor:
+            return _fitted(
+                batches, begin, sign, pressure, steps, torch.sigmoid, advance, kept[name]
+            )
 
-        free = fit(start, 0.0)
-        plus, minus = (torch.sigmoid(fit(free, press)) for press in (strength, -strength))
+        free = fit("free", start, 0.0)
+        plus = torch.sigmoid(fit("open", free, strength))
+        minus = torch.sigmoid(fit("shut", free, -strength))
     return _table(study, plus.double().numpy(), minus.double().numpy())
 
 
@@ -180,7 +201,7 @@ def best_heads(
 
     with options.track(float(steps), "best heads") as advance:
         start = torch.zeros(shape.n_layers, shape.n_heads)
-        weights = _fitted(batches, start, sign, 0.0, steps, gate, advance)
+        weights = _fitted(batches, start, sign, 0.0, steps, gate, advance, Checkpoint(None, {}))
     return HeadScores.from_summary(
         "best_heads", torch.sigmoid(weights).double().numpy(), kv_heads=shape.n_kv_heads,
         unit="share", bounds=(0.0, 1.0),
@@ -216,24 +237,27 @@ def _fitted(
     steps: int,
     gate: Callable[[Tensor], Tensor],
     advance: Callable[[float], None],
+    kept: Checkpoint,
 ) -> Float[Tensor, "layer head"]:
     """Weights of gates after some steps of Adam."""
     weights = start.clone().requires_grad_()
-    adam = torch.optim.Adam([weights], lr=_RATE)
+    run = AdamRun(kept, {"weights": weights}, _RATE, steps)
     examples = sum(int(batch.measured.counted.sum()) for batch in batches)
-    for _ in range(steps):
-        adam.zero_grad()
+    advance(float(run.done))
+    for _ in run:
+        total = torch.zeros(())
         for batch in batches:
             with torch.enable_grad():
                 cost = sign * _gated_value(batch, gate(weights)).sum() / examples
             (slope,) = torch.autograd.grad(cost, weights)
+            total += cost.detach()
             weights.grad = slope if weights.grad is None else weights.grad + slope
         with torch.enable_grad():
             pull = -pressure * weights.clamp(-_FAR, _FAR).sum()
         (slope,) = torch.autograd.grad(pull, weights)
         assert weights.grad is not None  # noqa: S101  # there is a batch
         weights.grad += slope
-        adam.step()
+        run.take(total)
         advance(1.0)
     return weights.detach()
 

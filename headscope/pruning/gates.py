@@ -14,6 +14,8 @@ Training lowers ``cost + penalty * sum over heads of P(gate > 0)``; only the gat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 from headscope import metrics
 from headscope.ablation.heads import total_metric, whole_batches
 from headscope.ablation.run import Measurement, Metricish
+from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
 from headscope.edits import HeadSite, entmax
@@ -33,12 +36,13 @@ from headscope.models.bridge.model import BridgeModel
 from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.table import HeadScores
 
 # Temperature and the interval that is stretched over, of Voita et al.; Louizos et al. have 2/3.
 BETA, LOW, HIGH = 0.33, -0.1, 1.1
 _EDGE = 1e-6
+Folder = str | PathLike[str] | None
 # Range of learned alphas: nearly softmax to sparsemax.
 _SOFTEST, _HARDEST = 1.01, 2.0
 
@@ -116,6 +120,8 @@ def learn_gates(
     better: Direction | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    folder: Folder = None,
+    every: int = 20,
     progress: bool | None = None,
 ) -> LearnedGates:
     """Train one gate per head on a frozen model, so that the heads it can do without close.
@@ -137,10 +143,14 @@ def learn_gates(
         better: ``higher`` or ``lower``; needed for a metric without a direction.
         seed: of the noise and of the order of batches.
         batch_size: examples per step; default: all that one pass takes.
+        folder: where the run is kept every few steps: started again, it goes on from there to the
+            same numbers.
+        every: so many steps.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if an argument makes no sense.
+        InputError: if an argument makes no sense, or the folder holds another run.
+        HeadscopeError: if the cost is no longer finite.
 
     Example:
         >>> gates = hs.pruning.learn_gates(model, probe, steps=2)
@@ -158,25 +168,29 @@ def learn_gates(
     there = torch.zeros(model.shape.n_layers, model.shape.n_heads, dtype=torch.bool)
     there[tuple(zip(*model.shape.heads, strict=True))] = True
     log_alpha = torch.full(there.shape, start, dtype=torch.float32, requires_grad=True)
-    adam = torch.optim.Adam([log_alpha], lr=rate)
     layers = frozenset(model.shape.attention_layers)
     batches = [batch for _, batch in whole_batches(measurement)]
-    costs, opened = [], []
+    kept = _checkpoint(
+        folder, "gates", measurement, len(batches), seed,
+        penalty=penalty, rate=rate, start=start, sign=sign,
+    )  # fmt: skip
+    other = {"turns": torch.arange(len(batches)), "open": torch.full((steps,), torch.nan)}
+    run = AdamRun(kept, {"log_alpha": log_alpha}, rate, steps, every, generator, other)
+    other["open"] = torch.nn.functional.pad(other["open"], (0, steps - len(other["open"])))
     with frozen(model), options.track(float(steps), "learning gates") as advance:
-        for step in range(steps):
+        advance(float(run.done))
+        for step in run:
             if step % len(batches) == 0:
-                turns = torch.randperm(len(batches), generator=generator).tolist()
-            batch = batches[turns[step % len(batches)]]
+                other["turns"] = torch.randperm(len(batches), generator=generator)
+            batch = batches[int(other["turns"][step % len(batches)])]
             noise = torch.rand(there.shape, generator=generator, dtype=torch.float32)
             with torch.enable_grad():
                 gates = _Gated(sample_gates(log_alpha, noise).to(model.device), layers)
                 cost = sign * total_metric(model, batch, (gates,)) / len(batch.probe)
                 stay = chance_open(log_alpha)[there].sum()
                 (cost + penalty * stay.to(cost)).backward()
-            adam.step()
-            adam.zero_grad()
-            costs.append(float(cost.detach()))
-            opened.append(float(stay.detach()))
+            other["open"][step] = stay.detach()
+            run.take(cost)
             advance(1.0)
     final = log_alpha.detach()
     values = np.where(there.numpy(), settled_gates(final).double().numpy(), np.nan)
@@ -199,8 +213,8 @@ def learn_gates(
         log_alpha=alpha,
         kept=tuple(head for head in heads if values[head] > 0),
         removed=tuple(head for head in heads if values[head] == 0),
-        costs=np.array(costs),
-        open_heads=np.array(opened),
+        costs=run.losses.double().cpu().numpy(),
+        open_heads=other["open"].double().numpy(),
     )
 
 
@@ -216,6 +230,8 @@ def learn_alphas(
     better: Direction | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    folder: Folder = None,
+    every: int = 20,
     progress: bool | None = None,
 ) -> HeadScores:
     """Train the alpha of every head's entmax on a frozen model: how sparse it likes to be.
@@ -236,13 +252,17 @@ def learn_alphas(
         better: ``higher`` or ``lower``; needed for a metric without a direction.
         seed: of the order of batches.
         batch_size: examples per step; default: all that one pass takes.
+        folder: where the run is kept every few steps: started again, it goes on from there to the
+            same numbers.
+        every: so many steps.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         The score ``alpha``.
 
     Raises:
-        InputError: if an argument makes no sense.
+        InputError: if an argument makes no sense, or the folder holds another run.
+        HeadscopeError: if the cost is no longer finite.
 
     Example:
         >>> alphas = hs.pruning.learn_alphas(model, probe, steps=2)
@@ -262,19 +282,24 @@ def learn_alphas(
     share = (start - _SOFTEST) / width
     first = float(np.log(share / (1 - share)))
     free = torch.full((shape.n_layers, shape.n_heads), first, requires_grad=True)
-    adam = torch.optim.Adam([free], lr=rate)
     batches = [batch for _, batch in whole_batches(measurement)]
+    kept = _checkpoint(
+        folder, "alphas", measurement, len(batches), seed, rate=rate, start=start, sign=sign
+    )
+    other = {"turns": torch.arange(len(batches))}
+    run = AdamRun(kept, {"free": free}, rate, steps, every, generator, other)
     with frozen(model), options.track(float(steps), "learning alphas") as advance:
-        for step in range(steps):
+        advance(float(run.done))
+        for step in run:
             if step % len(batches) == 0:
-                turns = torch.randperm(len(batches), generator=generator).tolist()
-            batch = batches[turns[step % len(batches)]]
+                other["turns"] = torch.randperm(len(batches), generator=generator)
+            batch = batches[int(other["turns"][step % len(batches)])]
             with torch.enable_grad():
                 alpha = _SOFTEST + width * torch.sigmoid(free)
                 edit = entmax(shape.heads, alpha.to(model.device))
-                (sign * total_metric(model, batch, (edit,)) / len(batch.probe)).backward()
-            adam.step()
-            adam.zero_grad()
+                cost = sign * total_metric(model, batch, (edit,)) / len(batch.probe)
+                cost.backward()
+            run.take(cost)
             advance(1.0)
     alpha = (_SOFTEST + width * torch.sigmoid(free.detach())).double()
     values = np.full(alpha.shape, np.nan)
@@ -290,6 +315,20 @@ def learn_alphas(
         source="Correia et al. 2019, arXiv 1909.00015",
         provenance=measurement.provenance(seed, steps=steps, rate=rate, start=start),
     )
+
+
+def _checkpoint(
+    folder: Folder, method: str, measurement: Measurement, batches: int, seed: int, **other: Any
+) -> Checkpoint:
+    """Where a run is kept, with all that decides it; more steps may be taken later."""
+    if folder is None:
+        return Checkpoint(None, {})
+    facts = {
+        "method": method, "weights": measurement.model.digest(),
+        "probe": probe_digest(measurement.probe), "metric": measurement.metric.name,
+        "batches": batches, "seed": seed, **other,
+    }  # fmt: skip
+    return Checkpoint(folder, facts)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import Measurement
+from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions, track
 from headscope.base.statistics import Design
 from headscope.edits import Span
@@ -22,7 +24,7 @@ from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Reads, Tap, TapView, Write, at_layers
 from headscope.origin import origin
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.table import HeadScores, HeadTable, Provenance
 from headscope.table.relevance import Anchors
 
@@ -475,6 +477,8 @@ def reweight(
     test: Probe | None = None,
     steps: int = 10,
     rate: float = 0.1,
+    folder: str | PathLike[str] | None = None,
+    every: int = 20,
     progress: bool | None = None,
 ) -> Reweighted:
     """Learn how much attention to each label word should count, head by head, with all else frozen.
@@ -489,10 +493,15 @@ def reweight(
         test: whose accuracy is reported; default: the probe itself, which is too good.
         steps: of Adam.
         rate: learning rate.
+        folder: where the run is kept every few steps: started again, it goes on from there to the
+            same numbers.
+        every: so many steps.
         progress: show a bar.
 
     Raises:
-        InputError: if a probe does not fit, or a number is out of range.
+        InputError: if a probe does not fit, a number is out of range, or the folder holds another
+            run.
+        HeadscopeError: if the loss is no longer finite.
 
     Source: Wang et al. 2023 (arXiv 2305.14160), section 4.1.
 
@@ -514,16 +523,22 @@ def reweight(
         capture.check_fits(model, one, answers=True)
     shape = (model.shape.n_layers, model.shape.n_heads, len(labels.tokens))
     beta = torch.zeros(shape, device=model.device, requires_grad=True)
-    optimiser = torch.optim.Adam([beta], lr=rate)
-    losses: list[Tensor] = []  # left on the device until the end
+    kept = Checkpoint(None, {})
+    if folder is not None:
+        facts = {
+            "method": "label words", "weights": model.digest(), "probe": probe_digest(probe),
+            "rate": rate,
+        }  # fmt: skip
+        kept = Checkpoint(folder, facts)
+    run = AdamRun(kept, {"beta": beta}, rate, steps, every)
     with track(steps, "learning weights of label words", show=progress) as advance:
-        for _ in range(steps):
+        advance(run.done)
+        for _ in run:
             with torch.enable_grad():
                 logits = _weighted(model, probe, labels, beta)
                 total = torch.nn.functional.cross_entropy(logits, labels.right.to(logits.device))
                 (beta.grad,) = torch.autograd.grad(total, [beta])
-            losses.append(total.detach())
-            optimiser.step()
+            run.take(total)
             advance()
     right = _Labels.of(held).right
     with torch.no_grad():
@@ -531,7 +546,7 @@ def reweight(
         before = _weighted(model, held, labels, torch.zeros_like(beta)).argmax(1).cpu() == right
     return Reweighted(
         beta.detach().cpu().double().numpy(),
-        tuple(torch.stack(losses).tolist()),
+        tuple(run.losses.tolist()),
         float(before.float().mean()),
         float(after.float().mean()),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import Measurement, by_head, present
+from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.files import Saved
 from headscope.base.options import RunOptions, track
 from headscope.base.result import Glance, Shown, Tabular, number
@@ -19,10 +21,10 @@ from headscope.edits import AnyEdit, HeadEdit, Heads, Span, Variant
 from headscope.errors import InputError, nearest, positive, whole
 from headscope.metrics import Metric, answer_log_prob, answer_probability
 from headscope.models.protocol import HeadModel
-from headscope.models.running import own_types
+from headscope.models.running import own_types, weight_digest
 from headscope.models.taps import Tap, Write
 from headscope.origin import origin
-from headscope.probes.probe import Probe
+from headscope.probes.probe import Probe, probe_digest
 from headscope.probes.prompts import TEMPLATE, Example, in_context
 from headscope.steering.vectors import (
     HeadVectors,
@@ -229,6 +231,7 @@ def learn_strengths(
     steps: int = 100,
     rate: float = 0.2,
     every: int = 10,
+    folder: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Strengths:
     """Learn how strongly each head's vector should be injected for a task, with all else frozen.
@@ -246,11 +249,14 @@ def learn_strengths(
         steps: of Adam.
         rate: learning rate.
         every: steps between two checks.
+        folder: where the run is kept at every check: started again, it goes on from there to the
+            same numbers.
         progress: show a bar.
 
     Raises:
-        InputError: if the vectors are of another model, a number is out of range, or there are
-            fewer than four prompts to hold some out.
+        InputError: if the vectors are of another model, a number is out of range, there are fewer
+            than four prompts to hold some out, or the folder holds another run.
+        HeadscopeError: if the loss is no longer finite.
 
     Source: soft injection of task embeddings, arXiv 2507.20906.
 
@@ -277,36 +283,46 @@ def learn_strengths(
         answer_log_prob.at("end").reads(one)
     values = vectors.values.nan_to_num().to(model.device)
     theta = torch.zeros(values.shape[:2], device=model.device, requires_grad=True)
-    optimiser = torch.optim.Adam([theta], lr=rate)
-    losses: list[Tensor] = []  # left on the device until the end
-    checks: list[tuple[int, float]] = []
-    best: tuple[float, Tensor] | None = None
+    kept = Checkpoint(None, {})
+    if folder is not None:
+        facts = {
+            "method": "strengths", "weights": model.digest(), "probe": probe_digest(probe, test),
+            "vectors": weight_digest({"vectors": vectors.values}), "steps": steps, "rate": rate,
+            "every": every,
+        }  # fmt: skip
+        kept = Checkpoint(folder, facts)
+    checks = {"at": torch.empty(0, 2, dtype=torch.float64), "best": theta.detach().clone()}
+    run = AdamRun(kept, {"theta": theta}, rate, steps, every, other=checks)
     with torch.no_grad():
         before = float(_loss(model, test, values, None))
     with track(steps, "learning strengths", show=progress) as advance:
-        for step in range(1, steps + 1):
+        advance(run.done)
+        for _ in run:
             with torch.enable_grad():
                 total = _loss(model, probe, values, theta.sigmoid())
                 (theta.grad,) = torch.autograd.grad(total, [theta])
-            losses.append(total.detach())
-            optimiser.step()
+            run.take(total)
+            if run.due:
+                _check(checks, run.done, _loss(model, test, values, theta.sigmoid()), theta)
             advance()
-            if step % every and step < steps:
-                continue
-            with torch.no_grad():
-                now = float(_loss(model, test, values, theta.sigmoid()))
-            checks.append((step, now))
-            if best is None or now < best[0]:
-                best = now, theta.detach().sigmoid().clone()
-    assert best is not None  # noqa: S101  # the last step is checked
-    kept = torch.full(values.shape[:2], torch.nan)
-    kept[tuple(np.transpose(model.shape.heads))] = best[1].cpu()[
-        tuple(np.transpose(model.shape.heads))
-    ]
+    found = torch.full(values.shape[:2], torch.nan)
+    there = tuple(np.transpose(model.shape.heads))
+    found[there] = checks["best"].cpu().sigmoid()[there]
     return Strengths(
-        kept.double().numpy(), tuple(torch.stack(losses).tolist()), tuple(checks), before, best[0],
+        found.double().numpy(), tuple(run.losses.tolist()),
+        tuple((int(step), loss) for step, loss in checks["at"].tolist()), before,
+        float(checks["at"][:, 1].min()),
         origin(model, probe, vectors=vectors.name, steps=steps, rate=rate),
     )  # fmt: skip
+
+
+def _check(checks: dict[str, Tensor], step: int, loss: Tensor, theta: Tensor) -> None:
+    """Note a held-out loss, and the strengths where it is the lowest so far."""
+    now = float(loss.detach())
+    if not len(checks["at"]) or now < float(checks["at"][:, 1].min()):
+        checks["best"] = theta.detach().clone()
+    row = torch.tensor([[step, now]], dtype=torch.float64)
+    checks["at"] = torch.cat([checks["at"], row])
 
 
 def _loss(
