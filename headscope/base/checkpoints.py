@@ -123,7 +123,7 @@ class AdamRun:
         losses: cost of every step, on the device of the parameters; NaN where none was taken yet.
 
     Raises:
-        InputError: if ``every`` is no number of steps, or more steps were taken already.
+        InputError: if ``every`` is not a count, or more steps were taken already.
 
     Example:
         >>> x = torch.zeros(1, requires_grad=True)

@@ -12,8 +12,11 @@ from headscope.kinds.measures import LabelledTexts as LabelledTexts
 from headscope.kinds.measures import Unasked as Unasked
 from headscope.kinds.measures import above as above
 from headscope.kinds.measures import below as below
+from headscope.kinds.measures import cluster_ratio as cluster_ratio
+from headscope.kinds.measures import clustering as clustering
 from headscope.kinds.measures import lead_in_layer as lead_in_layer
 from headscope.kinds.measures import mean_embedding as mean_embedding
+from headscope.kinds.measures import of_relation as of_relation
 from headscope.kinds.measures import one_sided as one_sided
 from headscope.kinds.measures import placements as placements
 from headscope.kinds.measures import relation_scores as relation_scores

@@ -19,7 +19,7 @@ from headscope.errors import HeadscopeError, InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.kinds import measures
 from headscope.kinds.measures import AskedModel, Confirm, Criterion, Kind, Unasked, one_sided
-from headscope.metrics import Metric, logit_difference, loss
+from headscope.metrics import Metric, answer_log_prob, logit_difference, loss
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.origin import origin
@@ -76,7 +76,16 @@ def _kept(key: str, sign: int, said: str) -> Confirm:
     return Confirm(probe, logit_difference, sign, said)
 
 
-_MAKES = {"choices": "choices", "yes or no": "yes_or_no", "contradicted": "contradicted"}
+_MAKES = {
+    "choices": "choices", "denials": "denials", "contradicted": "contradicted",
+    "successions": "successions", "related words": "related_words",
+}  # fmt: skip
+
+
+def _label(probe: Callable[[AskedModel], Probe], what: str) -> Confirm:
+    return Confirm(
+        probe, answer_log_prob, -1, f"mean-ablation lowers the log-probability of {what}"
+    )
 
 
 def _pattern(
@@ -100,7 +109,10 @@ def _relation(name: str, said: str) -> Kind:
         measures.related(name),
         "Elhelo and Geva 2024 (arXiv 2412.11965), relations from parameters",
         "weights alone: whether the head ever attends to such a word is not asked",
-        needs=("tokenizer", "unembedding", "linear_write", "ov_circuit"),
+        _label(
+            lambda asked: measures.relation_prompts(asked, name), "the answer behind demonstrations"
+        ),
+        ("tokenizer", "unembedding", "linear_write", "ov_circuit"),
     )
 
 
@@ -193,8 +205,9 @@ _KINDS = (
         "successor", "its weights map an ordinal to the next one", "weights, with ordinals",
         "one over the number of answers", measures.next_in_order,
         "Gould et al. 2023 (arXiv 2312.09230)",
-        "weights alone; an MLP may do the same", needs=("tokenizer", "unembedding", "linear_write",
-                                                        "ov_circuit"),
+        "weights alone; an MLP may do the same",
+        _kept("successions", -1, "mean-ablation lowers the lead of the next ordinal"),
+        ("tokenizer", "unembedding", "linear_write", "ov_circuit"),
     ),
     _relation("capital", "its weights map countries to capitals: associative memory"),
     _relation("plural", "its weights map nouns to their plurals"),
@@ -259,20 +272,29 @@ _KINDS = (
     Kind(
         "negative", "attends to 'no' more than to 'yes'", "yes or no", _NONE, measures.negative,
         "Yu et al. 2024 (arXiv 2408.00137), negative attention score",
-        "attention alone", needs=_TASKS,
+        "attention alone", _kept("denials", -1, "mean-ablation lowers the lead of 'no'"), _TASKS,
     ),
     Kind(
         "function_vector", "its mean output makes a model do a task without demonstrations",
         "in-context prompts", "means of prompts with shuffled labels", measures.in_context_task,
         "Todd et al. 2023 (arXiv 2310.15213)", "the measure is itself an intervention on few tasks",
-        needs=_TASKS,
+        _label(lambda asked: next(iter(measures.task_prompts(asked).values())),
+               "the answer behind demonstrations"),
+        _TASKS,
     ),
     Kind(
         "label_word", "attends to label words as the model will answer: an anchor",
         "in-context prompts", "chance, 0.5; the median head of the layer", measures.label_words,
         "Wang et al. 2023 (arXiv 2305.14160)",
         "attention alone, of one task: a preference for recent labels looks alike",
-        needs=_TASKS,
+        _label(measures.label_prompts, "the right label"), _TASKS,
+    ),
+    Kind(
+        "semantic_induction", "attends to what followed a related word and raises it",
+        "related words", "a third of the attention to followers", measures.semantic_induction,
+        "Ren et al. 2024 (arXiv 2402.13055), semantic induction heads",
+        "related by a category of ours, where the source parses triples",
+        _kept("related words", -1, "mean-ablation lowers the lead of that follower"), _TASKS,
     ),
     Kind(
         "rare_word", "attends in the order of rarity", "text", "counts in another order",
@@ -306,30 +328,24 @@ KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _KINDS}
 UNASKED: tuple[Unasked, ...] = (
     Unasked(
         "iteration",
-        "asks for a model trained on an iterative algorithm; score your own steps with "
-        "hs.scorers.relation.",
+        "asks for a model trained on an iterative algorithm: give the steps of yours to "
+        "hs.kinds.of_relation(..., least=0.5, steady=0.8).",
         "Cabannes et al. 2024 (arXiv 2406.02128)",
     ),
     Unasked(
         "clustering",
-        "asks for a model trained on sparse modular addition; mass and evenness of "
-        "hs.scorers.relation measure it there.",
+        "asks for a model trained on sparse modular addition or the like: give texts of your task "
+        "to hs.kinds.clustering.",
         "Cabannes et al. 2024 (arXiv 2410.24050)",
     ),
     Unasked(
         "adjacency",
-        "asks for a model of mazes; give its neighbours to hs.scorers.relation.",
+        "asks for a model of mazes: give its neighbours to hs.kinds.of_relation.",
         "Ivanitskiy et al. 2023 (arXiv 2312.02566)",
     ),
     Unasked(
-        "semantic_induction",
-        "asks for texts with relation triples found by a parser; give yours to "
-        "hs.scorers.relation.",
-        "Ren et al. 2024 (arXiv 2402.13055)",
-    ),
-    Unasked(
         "dependency",
-        "asks for parsed sentences; give the edges of yours to hs.scorers.relation.",
+        "asks for parsed sentences: give the edges of yours to hs.kinds.of_relation.",
         "Clark et al. 2019 (arXiv 1906.04341)",
     ),
     Unasked(

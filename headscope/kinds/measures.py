@@ -1,6 +1,7 @@
 """What a kind of head is, and the measurements that tell which heads are one."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -34,6 +35,7 @@ from headscope.relevance.memorized import rare_attention
 from headscope.scorer import OTHER_EXAMPLE, REPEATED, TEXT, DefaultProbe, Scorer, output_scorer
 from headscope.scorers import CATALOGUE, between, relation
 from headscope.scorers.patterns import relative_offset
+from headscope.scorers.relation import PairsLike, PairsOf
 from headscope.scorers.writing import copying
 from headscope.scoring.score import score
 from headscope.steering.effects import direction, indirect_effect
@@ -391,6 +393,11 @@ CATEGORIES: Mapping[str, tuple[str, ...]] = {
     "day": ("Monday", "Friday", "Sunday", "Tuesday", "Saturday", "Thursday"),
     "number": ("two", "three", "five", "seven", "eight", "nine"),
 }
+RARE_WORDS = (
+    "xylophonist", "quartzite", "bandicoot", "fjordland", "gyroscopes", "ptarmigan", "rhododendron",
+    "zymurgy", "kookaburra", "obsidianite", "thunderstruck", "vexillology", "wheelwrights",
+)  # fmt: skip
+PEOPLE = ("Mary", "John", "Anna", "Peter", "Tom", "Paul", "James", "David", "Sarah", "Jack")
 MORE_CAPITALS = {
     "Albania": "Tirana", "Algeria": "Algiers", "Angola": "Luanda", "Argentina": "Buenos Aires",
     "Armenia": "Yerevan", "Australia": "Canberra", "Azerbaijan": "Baku", "Bangladesh": "Dhaka",
@@ -536,6 +543,71 @@ def contradicted(model: HasVocabulary, seed: int) -> Probe:
         }
         said.append((text, marks, f" {CAPITALS[other]}", f" {CAPITALS[country]}"))
     return marked(model, said, "contradicted facts", seed)
+
+
+def successions(model: HasVocabulary, seed: int) -> Probe:
+    """Three neighbours of an order are said; the next is due, and another of the order is foil."""
+    rng, said = Random(f"successions {seed}"), []  # noqa: S311  # prompts, not secrets
+    for order in ORDERS.values():
+        for at in range(len(order) - 3):
+            shown, due = order[at : at + 3], order[at + 3]
+            foil = rng.choice([one for one in order if one not in (*shown, due)])
+            text = " ".join(shown)
+            marks = {"last": (len(text) - len(shown[-1]), len(text))}
+            said.append((text, marks, f" {due}", f" {foil}"))
+    return marked(model, rng.sample(said, len(said)), "successions", seed)
+
+
+def related_words(model: HasVocabulary, seed: int) -> Probe:
+    """Words of three categories with a name behind each, then another word of one of them.
+
+    What followed the word of the same category is due, and what followed another is the foil:
+    ``red Mary, dog Peter, two Anna, blue``. The mark ``related`` is what is due.
+
+    Raises:
+        CannotAskError: if fewer than three categories have two words of one token.
+    """
+    rng, said = Random(f"related words {seed}"), []  # noqa: S311  # prompts, not secrets
+    # Words of several tokens may share one (Sunday, Monday), which plain induction finds.
+    single = {
+        kind: [one for one in words if token_of(model, one) is not None]
+        for kind, words in CATEGORIES.items()
+    }
+    askable = [kind for kind, words in single.items() if len(words) > 1]
+    if len(askable) < 3:
+        raise CannotAskError(
+            f"related words: the tokenizer of {model.name} has two words as single tokens in "
+            f"{len(askable)} categories, and 3 are needed."
+        )
+    for number in range(32):
+        kinds = rng.sample(askable, 3)
+        people, text = rng.sample(PEOPLE, 3), ""
+        words = {kind: rng.sample(single[kind], 2) for kind in kinds}
+        marks: dict[str, tuple[int, int]] = {}
+        for at, (kind, person) in enumerate(zip(kinds, people, strict=True)):
+            text += f"{words[kind][0]} {person}, "
+            marks[f"follower_{at}"] = (len(text) - 2 - len(person), len(text) - 2)
+        asked = number % 3
+        marks["related"] = marks[f"follower_{asked}"]
+        foil = people[(asked + 1 + number // 3 % 2) % 3]
+        text += words[kinds[asked]][1]
+        said.append(("and " + text, {name: (a + 4, b + 4) for name, (a, b) in marks.items()},
+                     f" {people[asked]}", f" {foil}"))  # fmt: skip
+    made = marked(model, said, "related words", seed)
+    every = torch.stack([made.mark(f"follower_{at}") for at in range(3)]).any(0)
+    return replace(made, marks={**made.marks, "followers": every})
+
+
+def denials(model: HasVocabulary, seed: int) -> Probe:
+    """Questions of :func:`yes_or_no` with 'no' as the answer and 'yes' as the foil of all."""
+    made = yes_or_no(model, seed)
+    assert made.foils is not None  # noqa: S101  # see above
+    no, yes = (_following(model, "Answer:", word) for word in (" no", " yes"))
+    there = made.targets >= 0
+    return replace(
+        made, targets=made.targets.masked_fill(there, no or 0),
+        foils=made.foils.masked_fill(there, yes or 0),
+    )  # fmt: skip
 
 
 class LabelledTexts(NamedTuple):
@@ -916,20 +988,39 @@ def _options(
     return probe, asked.attention(probe, "letters"), np.stack(parts, -1)
 
 
+def _share_of_right(
+    name: str, probe: Probe, mass: HeadScores, parts: Float[np.ndarray, "layer head example part"],
+    marks: Sequence[str], right: str,
+) -> HeadScores:  # fmt: skip
+    """Of the attention to some marks, the share on the one that is right; null: one of them all."""
+    there = torch.stack([(probe.host.mark(one) & probe.host.mark(right)).any(-1) for one in marks])
+    at = there.int().argmax(0).numpy()
+    picked = np.take_along_axis(parts, at[None, None, :, None], -1)[..., 0]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = picked / parts.sum(-1)
+    missing = np.isnan(share).all(-1, keepdims=True)
+    return HeadScores.from_examples(
+        name, share, kv_heads=mass.kv_heads,
+        control_per_example=np.where(missing, np.nan, 1 / len(marks)),
+    )  # fmt: skip
+
+
 def correct_letter(asked: AskedModel) -> list[Criterion]:
     """Of the attention to four letters, the share on the right one; and a direct effect on it."""
     probe, mass, by_letter = _options(asked)
-    right = torch.stack([probe.mark(f"option_{one}") & probe.mark("right") for one in
-                         LETTERS]).any(-1).int().argmax(0).numpy()  # fmt: skip
-    total = by_letter.sum(-1)
-    picked = np.take_along_axis(by_letter, right[None, None, :, None], -1)[..., 0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = picked / total
-    scores = HeadScores.from_examples(
-        "right letter", share, kv_heads=mass.kv_heads,
-        control_per_example=np.where(np.isnan(share).all(-1, keepdims=True), np.nan, 0.25),
-    )  # fmt: skip
+    marks = [f"option_{one}" for one in LETTERS]
+    scores = _share_of_right("right letter", probe, mass, by_letter, marks, "right")
     return [above(scores, 0.5), above(mass, 0.1), part_of(asked.effect(probe), 1)]
+
+
+def semantic_induction(asked: AskedModel) -> list[Criterion]:
+    """Of the attention to three followers, the share on that of the related word; its effect."""
+    probe: Probe = asked.keep("related words", lambda: related_words(asked.model, asked.seed))
+    marks = [f"follower_{at}" for at in range(3)]
+    parts = np.stack([asked.attention(probe, one).per_example for one in marks], -1)
+    mass = asked.attention(probe, "followers")
+    scores = _share_of_right("follower of the related word", probe, mass, parts, marks, "related")
+    return [above(scores, 0.6), above(mass, 0.1), part_of(asked.effect(probe), 1)]
 
 
 def constant_letters(asked: AskedModel) -> list[Criterion]:
@@ -964,45 +1055,85 @@ def negative(asked: AskedModel) -> list[Criterion]:
 
 def in_context_task(asked: AskedModel) -> list[Criterion]:
     """Indirect effect of the head's task mean on prompts without the task, above any mean's."""
-    tasks = {}
-    for name, pairs in RELATIONS.items():
-        single = [(f" {a}", f" {b}") for a, b in pairs.items() if _both(asked.model, a, b)]
-        if len(single) >= 8:
-            tasks[name] = _task(asked, single)
-    if not tasks:
+    found = indirect_effect(
+        asked.model, task_prompts(asked), batch_size=asked.batch_size, progress=False
+    )
+    return [above(found, 0.01)]
+
+
+def task_prompts(asked: AskedModel) -> dict[str, Probe]:
+    """Prompts of the first two relations that the tokenizer has enough pairs of.
+
+    Raises:
+        CannotAskError: if it has none.
+    """
+    found: dict[str, Probe] = {}
+    for name in RELATIONS:
+        with suppress(CannotAskError):
+            found[name] = relation_prompts(asked, name)
+        if len(found) == 2:
+            break
+    if not found:
         raise CannotAskError(
             f"the tokenizer of {asked.model.name} has no relation of 8 pairs of single tokens."
         )
-    chosen = dict(list(tasks.items())[:2])
-    found = indirect_effect(asked.model, chosen, batch_size=asked.batch_size, progress=False)
-    return [above(found, 0.01)]
+    return found
+
+
+def relation_prompts(asked: AskedModel, name: str) -> Probe:
+    """Eight prompts with six demonstrations of a relation.
+
+    Raises:
+        CannotAskError: if fewer than eight of its pairs are single tokens.
+    """
+    single = [(f" {a}", f" {b}") for a, b in RELATIONS[name].items() if _both(asked.model, a, b)]
+    if len(single) < 8:
+        raise CannotAskError(
+            f"the tokenizer of {asked.model.name} has {len(single)} pairs of the relation "
+            f"{name!r} as single tokens, and 8 are needed."
+        )
+
+    def make() -> Probe:
+        return probes.in_context(
+            asked.model, single, template="{text} :{label}\n", shots=min(6, len(single) - 1),
+            batch=8, seed=asked.seed,
+        )  # fmt: skip
+
+    made: Probe = asked.keep(("relation", name), make)
+    return made
 
 
 def _both(model: HeadModel, a: str, b: str) -> bool:
     return token_of(model, a) is not None and token_of(model, b) is not None
 
 
-def _task(asked: AskedModel, pairs: Sequence[tuple[str, str]]) -> Probe:
-    return probes.in_context(
-        asked.model, pairs, template="{text} :{label}\n", shots=min(6, len(pairs) - 1), batch=8,
-        seed=asked.seed,
-    )  # fmt: skip
-
-
 def label_words(asked: AskedModel) -> list[Criterion]:
     """Attention to label words of demonstrations that foretells the model's own prediction."""
-    shown = [(word, f" {kind}") for kind in ("colour", "animal") for word in CATEGORIES[kind]]
-    for _, label in shown:
-        if token_of(asked.model, label.strip()) is None:
-            raise CannotAskError(f"{asked.model.name} reads the label{label} as several tokens.")
-    probe = probes.in_context(
-        asked.model, shown, template="{text} :{label}\n", shots=4, seed=asked.seed
-    )
+    probe = label_prompts(asked)
     found = anchors(asked.model, probe, batch_size=asked.batch_size, progress=False)
     if len(set(found.predicted.tolist())) < 2:
         raise CannotAskError("the model answers every prompt with the same label.")
     score = found.heads["anchor_auc"]
     return [above(score, _TELLS), lead_in_layer(score.mean)]
+
+
+def label_prompts(asked: AskedModel) -> Probe:
+    """Demonstrations of colours and animals with their class behind them, and another word.
+
+    Raises:
+        CannotAskError: if a class is not a single token.
+    """
+    shown = [(word, f" {kind}") for kind in ("colour", "animal") for word in CATEGORIES[kind]]
+    for _, label in shown:
+        if token_of(asked.model, label.strip()) is None:
+            raise CannotAskError(f"{asked.model.name} reads the label{label} as several tokens.")
+    made: Probe = asked.keep(
+        "labels",
+        lambda: probes.in_context(
+            asked.model, shown, template="{text} :{label}\n", shots=4, seed=asked.seed
+        ),
+    )
+    return made
 
 
 def rare_words(asked: AskedModel) -> list[Criterion]:
@@ -1019,9 +1150,13 @@ def rare_words(asked: AskedModel) -> list[Criterion]:
 
 
 def word_pieces(asked: AskedModel) -> list[Criterion]:
-    """Attention to earlier pieces of the same word."""
+    """Attention to earlier pieces of the same word, in the texts or in others of rare words."""
     probe = asked.probe(TEXT)
     pairs = pieces(asked.model, probe)
+    if len({one[0] for one in pairs}) < 5:
+        texts = [f"The {word} near the {other} was old." for word, other in pairwise(RARE_WORDS)]
+        probe = probes.text(asked.model, texts)
+        pairs = pieces(asked.model, probe)
     if len({one[0] for one in pairs}) < 5:
         raise CannotAskError(
             f"the tokenizer of {asked.model.name} cuts hardly any word of the texts into pieces."
@@ -1235,3 +1370,156 @@ def mean_embedding(model: HeadModel, probe: Probe) -> Float[Tensor, "example d_m
     real = host.real[..., None].float()
     found = table[host.tokens.to(table.device)].detach().float().cpu()
     return (found * real).sum(1) / real.sum(1)
+
+
+def of_relation(
+    name: str,
+    probe: Probe,
+    pairs: PairsOf | PairsLike,
+    *,
+    least: float = 0.25,
+    steady: float | None = None,
+    said: str = "attends by a relation that was given",
+    source: str = "given",
+) -> Kind:
+    """A kind whose heads attend from queries to keys that you give, more than evenly.
+
+    With ``steady`` it is what iteration heads are asked: each step of an algorithm attends to the
+    tokens that it uses (``least`` 0.5), whatever they are; one less the standard deviation of the
+    mass over examples is at least ``steady``. Edges of a parse, neighbours in a maze or triples of
+    a relation are others.
+
+    Args:
+        name: of the kind.
+        probe: that is run.
+        pairs: of queries and keys, in any form that :func:`headscope.scorers.relation` takes.
+        least: attention on the keys from which a head is named.
+        steady: how alike it is over examples, from 0 to 1; None: not asked.
+        said: what such a head does.
+        source: of the definition.
+
+    Raises:
+        InputError: if a number is not a share.
+
+    Source: Cabannes et al. 2024 (arXiv 2406.02128), iteration heads: peaky and the same whatever
+    the tokens are; there of single cells of the pattern, here of the mass on all keys of a query.
+
+    Example:
+        >>> pairs = [(row, at, at - 2) for row in range(len(probe)) for at in range(3, 9)]
+        >>> kind = hs.kinds.of_relation("two_back", probe, torch.tensor(pairs))
+        >>> hs.kinds.survey(model, kind, confirm=False).asked[0].name
+        'two_back'
+    """
+    for what, one in (("least", least), ("steady", steady)):
+        if one is not None and not 0 < one <= 1:
+            raise InputError(f"{what}={one!r} is a share between 0 and 1.")
+    scorer = relation(name, pairs, control="flat").mass
+
+    def measure(asked: AskedModel) -> list[Criterion]:
+        found = asked.table(probe, [scorer])[scorer.name]
+        criteria = [above(found, least)]
+        if steady is not None:
+            spread = np.nanstd(found.per_example, -1)
+            criteria.append(Criterion("sameness over examples", 1 - spread, steady))
+        return criteria
+
+    return Kind(
+        name, said, probe.name or "yours", "attention spread evenly", measure, source,
+        "attention alone: what the head writes is not asked",
+    )  # fmt: skip
+
+
+def clustering(
+    probe: Probe, relevant: str, groups: Sequence[int], *, query: str = "end", seed: int = 0
+) -> Kind:
+    """Clustering heads of a task of yours: they gather the tokens that matter, and nothing else.
+
+    Such a head attends from ``query`` to the tokens marked ``relevant`` (mass at least 0.8, more
+    than evenly spread attention gives), alike to each (entropy among them over its largest, at
+    least 0.9), and its output falls into the groups: their variance between groups is at least 0.8
+    of the whole. The p-value of the last is over 999 permutations of the groups.
+
+    Args:
+        probe: texts of the task, with both marks.
+        relevant: mark of the tokens that decide the answer.
+        groups: of every example, a number: examples that the task treats alike.
+        query: mark of one position in each example.
+        seed: of the permutations.
+
+    Raises:
+        InputError: if there are not as many groups as examples, or all are of one group.
+
+    Source: Cabannes et al. 2024 (arXiv 2410.24050), clustering heads of sparse modular addition;
+    the thresholds are ours.
+
+    Example:
+        >>> marks = {"few": probe.mark("first_copy"), "end": torch.arange(probe.length) == 9}
+        >>> texts = hs.probes.from_tokens(probe.tokens, marks={
+        ...     "few": marks["few"], "end": marks["end"].expand(len(probe), -1)})
+        >>> kind = hs.kinds.clustering(texts, "few", [0, 1] * (len(texts) // 2))
+        >>> hs.kinds.survey(model, kind, confirm=False).asked[0].name
+        'clustering'
+    """
+    labels = np.asarray(groups)
+    if labels.shape != (len(probe),) or len(set(labels.tolist())) < 2:
+        raise InputError(
+            f"{len(labels)} groups for {len(probe)} examples: give a number of each, and two "
+            "different ones at least."
+        )
+    probe.mark(relevant)
+    keys = probe.host.mark(relevant)[:, None, :] & probe.host.mark(query)[:, :, None]
+    scorers = relation("relevant", keys, control="flat")
+
+    def measure(asked: AskedModel) -> list[Criterion]:
+        found = asked.table(probe, [scorers.mass, scorers.evenness])
+        z = outputs_at(asked.model, probe, query, asked.batch_size).double().numpy()
+        ratio, p = cluster_ratio(z, labels, seed)
+        return [
+            above(found[scorers.mass.name], 0.8),
+            Criterion("evenness among them", found[scorers.evenness.name].mean, 0.9),
+            Criterion("variance between groups", ratio, 0.8, p),
+        ]
+
+    return Kind(
+        "clustering", "gathers the tokens that matter alike, and tells their groups apart",
+        probe.name or "yours", "attention spread evenly; groups in another order", measure,
+        "Cabannes et al. 2024 (arXiv 2410.24050)",
+        "tokens that stand at the same places are found by place alone",
+    )  # fmt: skip
+
+
+def cluster_ratio(
+    z: Float[np.ndarray, "example layer head size"], groups: Int[np.ndarray, " example"], seed: int
+) -> tuple[Heads, Heads]:
+    """Share of the variance of head outputs that lies between groups, and its p-value.
+
+    ``sum over groups of n_g |mean_g - mean|^2 / sum over examples of |z - mean|^2``: 1 where all
+    outputs of a group are equal and groups differ. NaN where outputs do not vary. The p-value is
+    the share of 999 permutations of the groups, and of the groups as they are, that reach it.
+
+    Args:
+        z: outputs of every head.
+        groups: of every example.
+        seed: of the permutations.
+
+    Example:
+        >>> z = np.array([0.0, 0.0, 1.0, 1.0])[:, None, None, None]
+        >>> hs.kinds.cluster_ratio(z, np.array([0, 0, 1, 1]), 0)[0].tolist()
+        [[1.0]]
+    """
+    centred = z - z.mean(0)
+    flat = centred.reshape(len(z), -1)
+    whole_variance = (centred**2).sum((0, -1))
+    member = (groups[:, None] == np.unique(groups)).astype(float)
+
+    def ratio(order: Int[np.ndarray, " example"]) -> Heads:
+        chosen = member[order]
+        means = (chosen.T @ flat).reshape(chosen.shape[1], *z.shape[1:])
+        between: Heads = ((means**2).sum(-1) / chosen.sum(0)[:, None, None]).sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(whole_variance > 0, between / whole_variance, np.nan)
+
+    draw = np.random.default_rng(seed)
+    own = ratio(np.arange(len(z)))
+    reached = sum(ratio(draw.permutation(len(z))) >= own - 1e-12 for _ in range(999))
+    return own, np.where(np.isnan(own), np.nan, (1 + reached) / 1000)
