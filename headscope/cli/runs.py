@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import yaml
 from headscope.base.files import check_page, whole_page
 from headscope.cli.output import console, typed
 from headscope.errors import InputError, nearest
-from headscope.plots import curves
+from headscope.plots import curves, figures_of
 from headscope.report import Picture, Rows, RunPart, Section, read_run, report_page
-from headscope.report.sections import Block
+from headscope.report.sections import Block, with_pictures
 from headscope.sweeps.cluster import RayExecutor
-from headscope.sweeps.config import SweepConfig, read_config, schema
+from headscope.sweeps.config import EDGES, SweepConfig, read_config, schema
 from headscope.sweeps.results import Results, export, read
 from headscope.sweeps.run import Benches, Executor, Outcome, estimate, inline, make_plan, run_sweep
 from headscope.sweeps.store import Store, status
@@ -87,7 +88,8 @@ def _print_plan(config: SweepConfig) -> None:
         f"{config.name}: {cost.cells} cells in {cost.chunks} chunks",
         f"  models   {', '.join(model.label for model in plan.models)}",
         f"  probes   {', '.join(probe.label for probe in config.probes)}",
-        f"  edits    {', '.join(edit.label for edit in config.edits)}",
+        f"  edits    {', '.join(edit.label for edit in config.edits) or 'none'}",
+        f"  edges    {', '.join(edge.label for edge in config.edges) or 'none'}",
         f"  metrics  {', '.join(metric.label for metric in config.metrics)}",
         f"  sets     {', '.join(f'{one.name} ({one.arrange})' for one in config.sets)}",
         f"  passes   {cost.examples} edited examples, the work of {cost.passes:.0f} whole passes",
@@ -252,6 +254,9 @@ def _table(results: Results, model: str) -> HeadTable:
             while title in found:
                 title += f" {name}"
             found[title] = one.renamed(title)
+    for study in _studies(results, model, EDGES):
+        title = ":".join(map(str, (study["edit"], study["metric"], study["probe"])))
+        found[f"{title}:edges"] = results.edges(**study).heads.renamed(f"{title}:edges")
     if not found:
         found = _blank(results, model)
     return HeadTable(list(found.values()))
@@ -300,7 +305,19 @@ def _sections(results: Results, model: str) -> list[Section]:
         names = ("set", "edit, metric, probe", "heads", "effect", "95% from", "to")
         grid_: list[Block] = [Rows(names, rows, "Mean over draws; effects of whole sets")]
         sections.append(Section("Sets of heads edited together", grid_))
-    return sections
+    return [*sections, *_edge_sections(results, model)]
+
+
+def _edge_sections(results: Results, model: str) -> Iterator[Section]:
+    """Scores of edges and circuits as their own results show them, named by their study."""
+    sets = dict.fromkeys(results.to_pandas()["set"])
+    for name in [name for name in sets if name not in results.arranged]:
+        for study in _studies(results, model, name):
+            one = results.edges(**study) if name == EDGES else results.circuit_of(name, **study)
+            words = ", ".join(str(study[part]) for part in ("edit", "metric", "probe"))
+            drawn = figures_of({EDGES if name == EDGES else "circuit": one})
+            for section in with_pictures(one.sections(), drawn):
+                yield replace(section, title=f"{section.title}: {words}")
 
 
 def _together(results: Results, model: str, name: str) -> Iterator[tuple[Any, ...]]:

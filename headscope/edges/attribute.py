@@ -6,15 +6,15 @@ taken out at a time, and everything that follows run again.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.base.files import whole_file, writable_folder
@@ -516,49 +516,76 @@ Advance = Callable[[float], None]
 
 
 @torch.no_grad()
-def exact_scores(batch: EdgeBatch, advance: Advance) -> Float[Tensor, "batch edge"]:
+def exact_scores(
+    batch: EdgeBatch, advance: Advance, asked: Bool[np.ndarray, " edge"] | None = None
+) -> Float[Tensor, "batch edge"]:
     """Change of the metric when one edge carries what its source writes once corrupted.
 
     Args:
         batch: the batch.
         advance: is told how many edges are done.
+        asked: edges to measure; the others are NaN. None: all.
     """
-    clean = batch.clean_value()
-    parts: list[Tensor] = []
-    for layer in range(batch.study.wiring.n_layers):
-        parts += _into_heads(batch, layer, advance)
-        parts.append(_into_mlp(batch, layer, advance))
-    parts.append(output_edges(batch, advance))
-    return (torch.cat(parts) - clean).mT.cpu().double()
-
-
-def _into_heads(batch: EdgeBatch, layer: int, advance: Advance) -> Iterator[Tensor]:
-    """Metric of runs with one edge into a head taken out, ``[source batch]`` per slot and head."""
     wiring = batch.study.wiring
+    rows = torch.from_numpy(wiring.present if asked is None else wiring.kept(asked))
+    parts: list[Tensor] = []
+    for layer in range(wiring.n_layers):
+        parts += _into_heads(batch, layer, rows[wiring.inputs_of(layer)], advance)
+        parts.append(_into_mlp(batch, layer, rows[wiring.inputs_of(layer).stop], advance))
+    if rows[-1].any():
+        parts.append(output_edges(batch, advance).masked_fill(~rows[-1, :, None], _UNASKED))
+    else:
+        parts.append(torch.full((len(wiring.sources), len(batch.texts.tokens)), _UNASKED))
+    found = torch.cat([part.cpu() for part in parts])
+    return (found - batch.clean_value().cpu()).mT.double()
+
+
+def _into_heads(
+    batch: EdgeBatch, layer: int, asked: Bool[Tensor, "slot_head every"], advance: Advance
+) -> Iterator[Float[Tensor, "source batch"]]:
+    """Metric of runs with one edge into a head taken out, per slot and head."""
+    wiring, size = batch.study.wiring, len(batch.texts.tokens)
+    asked = asked[:, : wiring.before(layer)].view(len(ENTRIES), wiring.n_heads, -1)
+    sources = asked.any(0).any(0).nonzero().squeeze(1)
     taps = tuple(Tap(site, layer) for site in ENTRIES)
     z_tap = Tap("z", layer)
     clean = {tap: batch.clean.taps[tap] for tap in (*taps, z_tap)}
     stream = batch.clean.taps[Tap("resid_pre", layer)]
-    change = batch.change[:, : wiring.before(layer)].transpose(0, 1)
-    moved = values_with(batch, {Tap("resid_pre", layer): stream + change}, taps)
-    for entry in taps:
-        # A head's output depends on its own inputs alone: all heads are patched in one run.
-        given = {
-            tap: moved[tap] if tap == entry else clean[tap].expand_as(moved[tap]) for tap in taps
-        }
-        z = values_with(batch, given, (z_tap,))[z_tap]
-        for head in range(wiring.n_heads):
-            patched = clean[z_tap].repeat(len(z), 1, 1, 1, 1)
-            patched[..., head, :] = z[..., head, :]
-            yield _measured(batch, z_tap, patched, advance)
+    change = batch.change[:, sources].transpose(0, 1)
+    moved: dict[Tap, Tensor] = {}
+    if len(sources):
+        moved = values_with(batch, {Tap("resid_pre", layer): stream + change}, taps)
+    for entry, of_slot in zip(taps, asked, strict=True):
+        if of_slot.any():
+            # A head's output depends on its own inputs alone: all heads are patched in one run.
+            given = {
+                tap: moved[tap] if tap == entry else clean[tap].expand_as(moved[tap])
+                for tap in taps
+            }
+            z = values_with(batch, given, (z_tap,))[z_tap]
+        for head, wanted in enumerate(of_slot):
+            found = torch.full((wiring.before(layer), size), _UNASKED, device=stream.device)
+            if wanted.any():
+                own = wanted[sources]
+                patched = clean[z_tap].repeat(int(own.sum()), 1, 1, 1, 1)
+                patched[..., head, :] = z[own, ..., head, :]
+                found[wanted] = _measured(batch, z_tap, patched, advance)
+            yield found
 
 
-def _into_mlp(batch: EdgeBatch, layer: int, advance: Advance) -> Float[Tensor, "source batch"]:
+def _into_mlp(
+    batch: EdgeBatch, layer: int, asked: Bool[Tensor, " every"], advance: Advance
+) -> Float[Tensor, "source batch"]:
     wiring, out = batch.study.wiring, Tap("mlp_out", layer)
+    wanted = asked[: wiring.before_mlp(layer)]
     entry = Tap("resid_pre" if wiring.parallel[layer] else "attn_out", layer)
-    change = batch.change[:, : wiring.before_mlp(layer)].transpose(0, 1)
-    moved = values_with(batch, {entry: batch.clean.taps[entry] + change}, (out,))[out]
-    return _measured(batch, out, moved, advance)
+    stream = batch.clean.taps[entry]
+    found = torch.full((len(wanted), len(stream)), _UNASKED, device=stream.device)
+    if wanted.any():
+        change = batch.change[:, : len(wanted)][:, wanted].transpose(0, 1)
+        moved = values_with(batch, {entry: stream + change}, (out,))[out]
+        found[wanted] = _measured(batch, out, moved, advance)
+    return found
 
 
 @torch.no_grad()
@@ -601,6 +628,7 @@ def _measured(
 Method = Literal["eap", "eap_ig", "eap_ig_activations", "relp", "gim", "exact"]
 STEPPED = ("eap_ig", "eap_ig_activations")
 _RESUMED_BATCH = 8
+_UNASKED = float("nan")
 
 
 @own_types()
@@ -612,6 +640,7 @@ def attribute(
     steps: int = 5,
     *,
     ablation: str | None = None,
+    edges: Iterable[Sequence[str]] | None = None,
     batch_size: int | None = None,
     resume: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
@@ -654,6 +683,8 @@ def attribute(
             ``counterfactual`` or ``resample``), what its source writes on the paired text at the
             same position; ``mean``, what it writes on average over the probe's real positions;
             ``zero``. Default: ``patch`` where the probe has a pair, else ``mean``.
+        edges: of ``exact``, those to measure, as (source, target, slot); all others are NaN. Where
+            a pass per edge of the model is too many, measure the strongest, or a random draw.
         batch_size: examples per pass; changes no number.
         resume: folder that finished batches are kept in, each whole or absent; a call with the
             same arguments takes them from there and goes on. For ``exact``, which takes long, a
@@ -680,13 +711,15 @@ def attribute(
         >>> sorted(graph.scores)[0]
         Edge(source='L0H0', target='L1H0', slot='key')
     """
-    _check_method(method, steps, as_metric(metric))
+    check_method(method, steps, as_metric(metric))
     if resume is not None and batch_size is None and method == "exact":
         batch_size = min(len(probe), _RESUMED_BATCH)
     options = RunOptions(batch_size, progress=progress)
     study = EdgeMeasurement.of(model, probe, metric, ablation, options)
-    store = None if resume is None else _Store.of(Path(resume), study, method, steps)
-    with options.track(float(_work(study, method, steps)), f"edges by {method}") as advance:
+    asked = _asked(study.wiring, method, edges)
+    store = None if resume is None else _Store.of(Path(resume), study, method, steps, asked)
+    work = _work(study, method, steps) if asked is None else int(asked.sum()) * len(probe)
+    with options.track(float(work), f"edges by {method}") as advance:
         parts = []
         for number, start in enumerate(range(0, len(probe), study.size)):
             if store is not None and (kept := store.read(number)) is not None:
@@ -698,7 +731,7 @@ def attribute(
             def done(passes: float, count: int = count) -> None:
                 advance(passes * count)
 
-            parts.append(_scores(batch, method, steps, done))
+            parts.append(_scores(batch, method, steps, done, asked))
             if store is not None:
                 store.write(number, parts[-1])
     return EdgeGraph(
@@ -735,8 +768,15 @@ class _Store:
     name: str
 
     @classmethod
-    def of(cls, folder: Path, study: EdgeMeasurement, method: str, steps: int) -> "_Store":
-        said = {
+    def of(
+        cls,
+        folder: Path,
+        study: EdgeMeasurement,
+        method: str,
+        steps: int,
+        asked: Bool[np.ndarray, " edge"] | None,
+    ) -> "_Store":
+        said: dict[str, Any] = {
             "model": study.model.digest(),
             "probe": probe_digest(study.probe),
             "metric": (study.metric.name, getattr(study.metric, "mark", None)),
@@ -744,6 +784,8 @@ class _Store:
             "ablation": study.ablation,
             "size": study.size,
         }
+        if asked is not None:
+            said["edges"] = hashlib.sha256(asked.tobytes()).hexdigest()
         digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
         return cls(writable_folder(folder), digest)
 
@@ -763,7 +805,12 @@ class _Store:
             np.save(file, scores, allow_pickle=False)
 
 
-def _check_method(method: str, steps: int, metric: AnyMetric) -> None:
+def check_method(method: str, steps: int, metric: AnyMetric) -> None:
+    """Refuse a method that there is not, or that the metric has no gradient for.
+
+    Raises:
+        InputError: if so.
+    """
     if method not in get_args(Method):
         raise InputError(nearest(str(method), get_args(Method), kind="method"))
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -773,6 +820,23 @@ def _check_method(method: str, steps: int, metric: AnyMetric) -> None:
             f"{metric.name} is smallest at the clean run, so its gradient there is 0: use "
             "method='eap_ig' or 'exact', or another metric."
         )
+
+
+def _asked(
+    wiring: Wiring, method: str, edges: Iterable[Sequence[str]] | None
+) -> Bool[np.ndarray, " edge"] | None:
+    """Edges to measure, as a mask; None: all."""
+    if edges is None:
+        return None
+    if method != "exact":
+        raise InputError(
+            f"{method!r} scores all edges at once: leave out edges=, or take method='exact'."
+        )
+    asked = np.zeros(len(wiring), bool)
+    asked[[wiring.find(edge) for edge in edges]] = True
+    if not asked.any():
+        raise InputError("edges is empty: name one edge or more, or leave it out for all.")
+    return asked
 
 
 def _work(study: EdgeMeasurement, method: str, steps: int) -> int:
@@ -787,10 +851,16 @@ def passes_of(wiring: Wiring, method: str, steps: int) -> int:
     return groups * (steps if method in STEPPED else 1)
 
 
-def _scores(batch: EdgeBatch, method: str, steps: int, done: Callable[[float], None]) -> np.ndarray:
+def _scores(
+    batch: EdgeBatch,
+    method: str,
+    steps: int,
+    done: Callable[[float], None],
+    asked: Bool[np.ndarray, " edge"] | None = None,
+) -> np.ndarray:
     """Scores ``[edge example]`` of one batch."""
     if method == "exact":
-        found = exact_scores(batch, done)
+        found = exact_scores(batch, done, asked)
     else:
         found = gradient_scores(batch, method, steps)
         done(float(passes_of(batch.study.wiring, method, steps)))

@@ -23,7 +23,7 @@ from headscope.models.running import own_types
 from headscope.models.taps import Tap
 from headscope.origin import origin
 from headscope.probes.probe import Probe
-from headscope.table.edges import EdgeGraph, MethodComparison, Wiring
+from headscope.table.edges import Edge, EdgeGraph, MethodComparison, Wiring
 
 OF_HEADS = ("causal_gates", "best_heads")
 _DRAWS = 200
@@ -36,11 +36,12 @@ def compare_methods(
     model: HeadModel,
     probe: Probe,
     metric: AnyMetric | Callable[..., Tensor],
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str | EdgeGraph] | None = None,
     *,
     steps: int = 5,
     ablation: str | None = None,
     exact: EdgeGraph | None = None,
+    sample: int | None = None,
     count: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -52,19 +53,22 @@ def compare_methods(
     their gates) with that of taking out each head alone, by Spearman's rank correlation of
     magnitudes. Intervals draw the examples again, for both sides alike.
 
-    Exact patching takes a pass per edge: give ``exact`` where it is at hand.
+    Exact patching takes a pass per edge: give ``exact`` where it is at hand. Where a model has too
+    many, ``sample`` patches a random draw of them, or ``exact`` holds some edges alone, as
+    ``attribute(..., edges=)`` makes it; edges are then compared on those.
 
     Args:
         model: as in :func:`attribute`.
         probe: texts with answers.
         metric: as in :func:`attribute`; gates need one with a direction.
-        methods: of :func:`attribute`, and ``causal_gates`` and ``best_heads`` for heads; default:
-            all that do not need the exact scores.
+        methods: of :func:`attribute`, and ``causal_gates`` and ``best_heads`` for heads; or graphs
+            that were made on the same texts. Default: all that do not need the exact scores.
         steps: gradients of integrated methods.
         ablation: as in :func:`attribute`.
-        exact: scores by ``exact`` on the same texts; default: computed.
+        exact: scores by ``exact`` on the same texts, of all edges or of some; default: computed.
+        sample: patch this many edges, drawn at random, instead of all.
         count: strongest edges whose overlap is compared; default: one in twenty.
-        seed: of the bootstrap draws.
+        seed: of the bootstrap draws, and of the sample.
         batch_size: examples per pass.
         progress: show bars.
 
@@ -85,8 +89,10 @@ def compare_methods(
     known = (*get_args(Method), *OF_HEADS)
     asked = [one for one in known if one != "exact"] if methods is None else list(methods)
     for name in asked:
-        if name not in known:
+        if not isinstance(name, EdgeGraph) and name not in known:
             raise InputError(nearest(str(name), known, kind="method"))
+    if sample is not None and exact is not None:
+        raise InputError("give exact or sample: exact already says which edges are compared.")
     options = RunOptions(batch_size, seed=seed, progress=progress)
     study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     common = {"ablation": study.ablation, "batch_size": batch_size, "progress": progress}
@@ -99,20 +105,28 @@ def compare_methods(
         batch_size=batch_size,
         progress=progress,
     )
-    truth = exact or scored(method="exact")
-    _check_exact(truth, study)
-    size = count or max(1, len(study.wiring) // 20)
+    if exact is not None:
+        _check_exact(exact, study)
+    for one in asked:
+        if isinstance(one, EdgeGraph):
+            _check_given(one, study)
+    truth = exact or scored(method="exact", edges=_drawn(study.wiring, sample, seed))
+    size = count or max(1, int((~np.isnan(truth.mean)).sum()) // 20)
     heads = heads_out(study)
     rows = []
     for name in asked:
         started = time.perf_counter()
-        if name in OF_HEADS:
+        if isinstance(name, EdgeGraph):
+            row = _of_edges(name, truth, heads, size, seed)
+            row |= {"method": name.method, "seconds": float("nan")}
+            row["gradients"] = passes_of(study.wiring, name.method, max(1, name.steps))
+        elif name in OF_HEADS:
             row = _of_gates(name, study, heads, common)
         else:
             graph = scored(method=name, steps=steps)
             row = _of_edges(graph, truth, heads, size, seed)
             row["gradients"] = passes_of(study.wiring, name, steps)
-        rows.append({"method": name, **row, "seconds": time.perf_counter() - started})
+        rows.append({"method": name, "seconds": time.perf_counter() - started, **row})
     rows.sort(key=lambda row: -np.nan_to_num(row["edges"], nan=-1.0))
     columns = {
         name: np.array([row[name] for row in rows], int if name == "gradients" else float)
@@ -122,6 +136,7 @@ def compare_methods(
     return MethodComparison(
         tuple(row["method"] for row in rows),
         count=size,
+        compared=int((~np.isnan(truth.mean)).sum()),
         ablation=study.ablation,
         unit=study.metric.unit,
         provenance=origin(
@@ -130,6 +145,30 @@ def compare_methods(
         ),
         **columns,
     )  # fmt: skip
+
+
+def _drawn(wiring: Wiring, sample: int | None, seed: int) -> list[Edge] | None:
+    """Some edges at random; None: all."""
+    if sample is None:
+        return None
+    if isinstance(sample, bool) or not isinstance(sample, int) or not 2 <= sample <= len(wiring):
+        raise InputError(f"sample={sample!r}: draw 2 to {len(wiring):,} edges.")
+    drawn = np.random.default_rng(seed).choice(len(wiring), sample, replace=False)
+    return [wiring.edges[at] for at in sorted(drawn.tolist())]
+
+
+def _check_given(graph: EdgeGraph, study: EdgeMeasurement) -> None:
+    """Refuse a graph of another model, metric or ablation, or of as many texts as there are not."""
+    about, shape = graph.provenance, (len(study.wiring), len(study.probe))
+    said = {"ablation": study.ablation, "metric": study.metric.name, "kind": study.probe.name}
+    same = graph.wiring == study.wiring and graph.per_example.shape == shape
+    same = same and about.weight_digest in ("", study.model.digest())
+    if not same or any(about.probe.get(name, value) != value for name, value in said.items()):
+        raise InputError(
+            f"the graph by {graph.method!r} ({graph.per_example.shape[1]} examples, ablation "
+            f"{graph.ablation!r}) was not made of this model, probe, metric and ablation: name the "
+            "method instead, and it is run."
+        )
 
 
 def _check_exact(exact: EdgeGraph, study: EdgeMeasurement) -> None:
@@ -175,14 +214,16 @@ def _of_edges(
     """How the edges of a graph, and their sums by head, compare."""
     mine, truth = graph.per_example.astype(np.float64), exact.per_example.astype(np.float64)
     sums = _by_head(graph.wiring, mine)
-    low, high = _interval(mine, truth, graph.clusters, seed)
+    known = ~np.isnan(exact.mean)
+    means = graph.mean[known], exact.mean[known]
+    low, high = _interval(mine[known], truth[known], graph.clusters, seed)
     heads_low, heads_high = _interval(sums, heads.reshape(sums.shape), graph.clusters, seed)
     return {
-        "edges": rank_correlation(np.abs(graph.mean), np.abs(exact.mean)),
+        "edges": rank_correlation(*map(np.abs, means)),
         "edges_low": low,
         "edges_high": high,
-        "signed": rank_correlation(graph.mean, exact.mean),
-        "overlap": jaccard(strongest(graph.mean, count), strongest(exact.mean, count)),
+        "signed": rank_correlation(*means),
+        "overlap": jaccard(*(strongest(mean, count) for mean in means)),
         "heads": _correlation(sums, heads.reshape(sums.shape)),
         "heads_low": heads_low,
         "heads_high": heads_high,

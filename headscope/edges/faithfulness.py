@@ -317,6 +317,28 @@ def values_of(
     return values_
 
 
+def example_values(
+    batches: Sequence[EdgeBatch], study: EdgeMeasurement, kept: Chosen | None = None
+) -> Float[np.ndarray, " example"]:
+    """The metric of a circuit on every example; NaN where it reads nothing.
+
+    Args:
+        batches: all batches of it.
+        study: what is measured.
+        kept: edges of the circuit; None: the model as it is.
+    """
+    found = []
+    for batch in batches:
+        if kept is None:
+            values = batch.clean_value()
+        else:
+            values = circuit_value(batch, study.wiring.kept(kept))
+        unread = ~batch.measured.counted.to(values.device)
+        found.append(values.detach().double().masked_fill(unread, float("nan")).cpu())
+    values_: np.ndarray = torch.cat(found).numpy()
+    return values_
+
+
 def mean_value(batches: Sequence[EdgeBatch], study: EdgeMeasurement, kept: Chosen) -> float:
     """Mean metric of a circuit over the examples that the metric reads."""
     return float(values_of(batches, study, kept).mean())

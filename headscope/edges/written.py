@@ -83,7 +83,7 @@ class Measured:
 
 ENTRIES: tuple[Site, ...] = ("query", "key", "value")
 Ablation = Literal["patch", "zero", "mean"]
-_NAMES: Mapping[str, Ablation] = {
+ABLATIONS: Mapping[str, Ablation] = {
     "patch": "patch",
     "zero": "zero",
     "mean": "mean",
@@ -431,9 +431,9 @@ def ablation_of(name: str | None, probe: Probe) -> Ablation:
     """
     if name is None:
         return "mean" if probe.corrupt is None else "patch"
-    if name not in _NAMES:
-        raise InputError(nearest(str(name), _NAMES, kind="ablation"))
-    found = _NAMES[name]
+    if name not in ABLATIONS:
+        raise InputError(nearest(str(name), ABLATIONS, kind="ablation"))
+    found = ABLATIONS[name]
     if found == "patch" and probe.corrupt is None:
         raise InputError(
             f"ablation={name!r} takes values from a paired run, and this probe has no corrupt "

@@ -40,7 +40,7 @@ class Worker:
         """Read the plan; models are loaded when a chunk needs them."""
         read = SweepConfig.model_validate(config)
         store = Store.open(Path(folder))
-        self._work = Work(read, store.plan(), store, Benches(read))
+        self._work = Work(read, store.plan(), store, Benches(read, store.scored))
 
     def run(self, chunk: str) -> str:
         """Run one chunk; what went wrong for good, or nothing."""

@@ -6,12 +6,14 @@ Reading the file checks all that can be told of it without any model.
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from headscope import metrics
 from headscope.base.configs import Strict, parse, read_yaml
+from headscope.edges.attribute import STEPPED, Method
+from headscope.edges.written import ABLATIONS
 from headscope.errors import InputError, nearest
 from headscope.interventions import NAMED
 from headscope.models import bundled
@@ -136,6 +138,29 @@ class EditConfig(Short):
         return "".join([*parts, f"~{self.reference}" if self.reference else ""])
 
 
+class EdgeConfig(Short):
+    """Edges between heads, scored by one method, and circuits grown from the scores.
+
+    Attributes:
+        method: of :func:`headscope.edges.attribute`.
+        steps: gradients of integrated methods.
+        ablation: what an edge that is taken out carries; default: ``patch`` where the probe has
+            pairs, else ``mean``.
+        circuits: sizes, in edges, of circuits that are run and checked.
+    """
+
+    method: str
+    steps: int = Field(default=5, ge=1)
+    ablation: str | None = None
+    circuits: tuple[Annotated[int, Field(ge=1)], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """How results call it: ``eap``, ``eap_ig``, ``eap_ig#10``, ``exact~zero``."""
+        steps = f"#{self.steps}" if self.method in STEPPED and self.steps != 5 else ""
+        return f"{self.method}{steps}" + (f"~{self.ablation}" if self.ablation else "")
+
+
 class MetricConfig(Short):
     """What is measured.
 
@@ -192,13 +217,14 @@ class HeadSet(Strict):
 
 
 class SweepConfig(Strict):
-    """Every model with every probe, edit, metric and set of heads.
+    """Every model with every probe, edit, metric and set of heads; and edges between heads.
 
     Attributes:
         name: of the sweep, and of its folder.
         models: what is run.
         probes: on what.
         edits: what is done to heads.
+        edges: methods that score edges on every probe and metric; edits, edges, or both.
         metrics: what is measured.
         sets: which heads, and how.
         references: more probes, only for replacement values.
@@ -212,7 +238,8 @@ class SweepConfig(Strict):
     name: str = Field(pattern=_NAME)
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     probes: tuple[NamedProbe, ...] = Field(min_length=1)
-    edits: tuple[EditConfig, ...] = Field(min_length=1)
+    edits: tuple[EditConfig, ...] = ()
+    edges: tuple[EdgeConfig, ...] = ()
     metrics: tuple[MetricConfig, ...] = Field(min_length=1)
     sets: tuple[HeadSet, ...] = Field(default=(HeadSet(name="all"),), min_length=1)
     references: tuple[NamedProbe, ...] = ()
@@ -253,7 +280,7 @@ def schema() -> dict[str, Any]:
 
     Example:
         >>> sorted(hs.sweeps.schema()["required"])
-        ['edits', 'metrics', 'models', 'name', 'probes']
+        ['metrics', 'models', 'name', 'probes']
     """
     return SweepConfig.model_json_schema()
 
@@ -266,9 +293,14 @@ def check_config(config: SweepConfig) -> None:
     """
     probes = [probe.label for probe in (*config.probes, *config.references)]
     _distinct(probes, "probe")
-    _distinct([one.label for one in config.edits], "edit")
+    if not (config.edits or config.edges):
+        raise InputError("the sweep does nothing: give it 'edits' of heads, 'edges', or both.")
+    methods = [one.label for one in config.edges]
+    _distinct([*(one.label for one in config.edits), *methods], "edit")
     _distinct([one.label for one in config.metrics], "metric")
-    _distinct([one.name for one in config.sets], "set")
+    own = [one.name for one in config.sets] if config.edits else []
+    sizes = sorted({size for one in config.edges for size in one.circuits})
+    _distinct([*own, *([EDGES] if config.edges else []), *map(circuit_set, sizes)], "set")
     _distinct(map(str, config.seeds), "seed")
     for model in config.models:
         if model.revision is not None and model.checkpoints is not None:
@@ -287,8 +319,22 @@ def check_config(config: SweepConfig) -> None:
             raise InputError("the edit 'scale' replaces nothing, so it takes no reference.")
     for metric in config.metrics:
         _known(metric.metric, METRICS, "metric")
+    for edge in config.edges:
+        _known(edge.method, get_args(Method), "method")
+        if edge.ablation is not None:
+            _known(edge.ablation, ABLATIONS, "ablation")
+        _distinct(map(str, edge.circuits), "circuit")
     for one in config.sets:
         _check_set(one, [other.name for other in config.sets])
+
+
+# What rows of edges and of circuits have in place of the name of a set of heads.
+EDGES = "edges"
+
+
+def circuit_set(size: int) -> str:
+    """Name of the set that a circuit of so many edges stands in: ``circuit100``."""
+    return f"circuit{size}"
 
 
 def _check_set(one: HeadSet, names: list[str]) -> None:

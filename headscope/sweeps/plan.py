@@ -25,7 +25,16 @@ from headscope.metrics import Metric
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe
 from headscope.scoring import score
-from headscope.sweeps.config import METRICS, OWN_SCORES, EditConfig, HeadSet, MetricConfig
+from headscope.sweeps.config import (
+    EDGES,
+    METRICS,
+    OWN_SCORES,
+    EdgeConfig,
+    EditConfig,
+    HeadSet,
+    MetricConfig,
+    circuit_set,
+)
 from headscope.table import HeadTable
 
 Ranking = Callable[[HeadSet], Float[np.ndarray, "layer head"]]
@@ -100,17 +109,25 @@ def _from_table(table: Path, score: str, model: HeadModel) -> Float[np.ndarray, 
 
 @dataclass(frozen=True)
 class Cell:
-    """Heads that are edited at once.
+    """Heads that are edited at once; or all edges, scored; or a circuit of edges.
 
     Attributes:
         set: name of the set that they belong to.
         draw: which draw of a random set; 0 otherwise.
-        heads: in the order of the set; none in the first point of a curve.
+        heads: in the order of the set; none in the first point of a curve, and for edges.
+        edges: None for heads; 0 for the scores of all edges; else the size of a circuit.
     """
 
     set: str
     draw: int
     heads: tuple[HeadIndex, ...]
+    edges: int | None = None
+
+
+def edge_cells(wanted: EdgeConfig) -> tuple[Cell, ...]:
+    """The scores of all edges, and each circuit."""
+    sizes = sorted(wanted.circuits)
+    return (Cell(EDGES, 0, (), 0), *(Cell(circuit_set(size), 0, (), size) for size in sizes))
 
 
 def cells(model: HeadModel, sets: tuple[HeadSet, ...], ranking: Ranking) -> tuple[Cell, ...]:
@@ -236,25 +253,29 @@ class PlannedModel:
 class CellGroup:
     """One model, probe, edit and seed; the cells differ in their heads alone.
 
+    Or one model, probe, metric and method for edges; its cells are its scores and its circuits.
+
     Attributes:
         model: number of the model in the plan.
         probe: name of the probe.
         probe_digest: of its tokens, marks and answers, and of the reference's.
         examples: in the probe.
-        edit: what is done.
+        edit: what is done, or how edges are scored.
         metrics: what is measured of every cell, on the same passes.
         seed: of the edit.
         heads: all heads edited on this probe; the ablation is proved on the one in the middle.
+        n_edges: edges of the model, where edges are scored.
     """
 
     model: int
     probe: str
     probe_digest: str
     examples: int
-    edit: EditConfig
+    edit: EditConfig | EdgeConfig
     metrics: tuple[MetricConfig, ...]
     seed: int
     heads: tuple[HeadIndex, ...]
+    n_edges: int = 0
 
 
 @dataclass(frozen=True)
@@ -286,8 +307,10 @@ class Plan:
         return sum(map(self.count, self.chunks))
 
     def count(self, chunk: Chunk) -> int:
-        """Rows that a chunk gives: each of its cells with each metric."""
-        return len(chunk.cells) * len(self.studies[chunk.study].metrics)
+        """Rows that a chunk gives: each of its cells, or edges, with each metric."""
+        study = self.studies[chunk.study]
+        rows = sum(study.n_edges if cell.edges == 0 else 1 for cell in chunk.cells)
+        return rows * len(study.metrics)
 
     def model_of(self, chunk: Chunk) -> int:
         """Number of the model that a chunk needs."""
@@ -358,8 +381,12 @@ def plan_from_json(found: Mapping[str, Any]) -> Plan:
 def study_json(study: CellGroup) -> dict[str, Any]:
     """A study as JSON values."""
     kept = {name: getattr(study, name) for name in ("model", "probe", "probe_digest", "examples")}
+    edit = study.edit.model_dump(mode="json", exclude_none=True)
+    if isinstance(study.edit, EdgeConfig):
+        kept |= {"edges": edit, "n_edges": study.n_edges}
+    else:
+        kept |= {"edit": edit}
     return kept | {
-        "edit": study.edit.model_dump(mode="json", exclude_none=True),
         "metrics": [one.model_dump(mode="json", exclude_none=True) for one in study.metrics],
         "seed": study.seed,
         "heads": heads_text(study.heads),
@@ -368,7 +395,10 @@ def study_json(study: CellGroup) -> dict[str, Any]:
 
 def cells_json(cells: Iterable[Cell]) -> list[list[Any]]:
     """Cells as JSON values."""
-    return [[cell.set, cell.draw, heads_text(cell.heads)] for cell in cells]
+    return [
+        [cell.set, cell.draw, heads_text(cell.heads), *([] if cell.edges is None else [cell.edges])]
+        for cell in cells
+    ]
 
 
 def heads_text(heads: Iterable[HeadIndex]) -> str:
@@ -387,7 +417,8 @@ def _head(word: str) -> HeadIndex:
 
 
 def _cell(found: Sequence[Any]) -> Cell:
-    return Cell(str(found[0]), int(found[1]), heads_of(found[2]))
+    edges = int(found[3]) if len(found) > 3 else None
+    return Cell(str(found[0]), int(found[1]), heads_of(found[2]), edges)
 
 
 def _study(found: Mapping[str, Any]) -> CellGroup:
@@ -396,8 +427,13 @@ def _study(found: Mapping[str, Any]) -> CellGroup:
         probe=found["probe"],
         probe_digest=found["probe_digest"],
         examples=found["examples"],
-        edit=EditConfig.model_validate(found["edit"]),
+        edit=(
+            EdgeConfig.model_validate(found["edges"])
+            if "edges" in found
+            else EditConfig.model_validate(found["edit"])
+        ),
         metrics=tuple(MetricConfig.model_validate(one) for one in found["metrics"]),
         seed=found["seed"],
         heads=heads_of(found["heads"]),
+        n_edges=int(found.get("n_edges", 0)),
     )

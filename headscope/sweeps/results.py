@@ -5,7 +5,7 @@ Scores of single heads, effects of groups, curves.
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +18,11 @@ from jaxtyping import Float
 from headscope.base.files import whole_path, writable_folder
 from headscope.base.statistics import Design, mean_interval
 from headscope.errors import InputError, WriteError, nearest
-from headscope.sweeps.plan import Plan
+from headscope.sweeps.config import EDGES, circuit_set
+from headscope.sweeps.plan import Plan, PlannedModel
 from headscope.sweeps.store import Store
 from headscope.table import EffectGrid, HeadScores, HeadTable, Provenance
+from headscope.table.edges import Checks, Circuit, EdgeGraph, Wiring
 
 if TYPE_CHECKING:
     import pandas
@@ -43,9 +45,9 @@ def read(folder: str | Path) -> "Results":
     """
     store = Store.open(Path(folder))
     plan = store.plan()
-    arranged = {
-        one["name"]: one.get("arrange", "each") for one in store.manifest()["config"]["sets"]
-    }
+    config = store.manifest()["config"]
+    sets = config["sets"] if config.get("edits") else []
+    arranged = {one["name"]: one.get("arrange", "each") for one in sets}
     return Results(plan, store.rows(plan), arranged)
 
 
@@ -137,6 +139,71 @@ class Results:
             clusters=_clusters(_origin(rows)),
         )
 
+    def edges(self, **names: str | int) -> EdgeGraph:
+        """Scores of all edges by one method, as :func:`headscope.edges.attribute` gives them.
+
+        Args:
+            names: of the study, as above; ``edit`` is the method.
+
+        Raises:
+            InputError: if a name is unknown, or was left out where there are several.
+        """
+        study, rows = self._rows(EDGES, names)
+        model, about = self._planned(study), _origin(rows)
+        return EdgeGraph(
+            Wiring(model.heads, tuple(about.probe["parallel"])),
+            about.probe["method"],
+            about.probe["ablation"],
+            np.stack([_floats(one) for one in rows["effects"]]),
+            model.kv_heads,
+            about.probe["steps"],
+            str(rows["unit"].iloc[0]),
+            about,
+            _clusters(about),
+        )
+
+    def circuit(self, size: int, **names: str | int) -> Circuit:
+        """A circuit that was grown from scores, with its checks.
+
+        Args:
+            size: edges that it was to have, as in the config.
+            names: of the study, as above; ``edit`` is the method.
+
+        Raises:
+            InputError: if a name is unknown, or was left out where there are several.
+        """
+        return self.circuit_of(circuit_set(size), **names)
+
+    def circuit_of(self, set: str, **names: str | int) -> Circuit:
+        """The same by the name of its set, such as ``circuit100``."""
+        study, rows = self._rows(set, names)
+        model, about = self._planned(study), _origin(rows)
+        wiring = Wiring(model.heads, tuple(about.probe["parallel"]))
+        kept = np.isin([str(edge) for edge in wiring.edges], rows["heads"].iloc[0].split(", "))
+        scored = self._frame[self._frame["set"] == EDGES]
+        for name in _STUDY:
+            scored = scored[scored[name] == study[name]]
+        changes = np.full(len(wiring), np.nan)
+        if len(scored) == len(wiring):
+            changes[:] = scored["effect"]
+        full = float(rows["clean"].iloc[0])
+        return Circuit(
+            wiring,
+            kept,
+            changes,
+            full + float(rows["effect"].iloc[0]),
+            full,
+            about.probe["empty"],
+            f"{about.probe['method']}, grown",
+            ablation=about.probe["ablation"],
+            unit=str(rows["unit"].iloc[0]),
+            provenance=about,
+            checks=Checks.from_json(about.probe["checks"]),
+        )
+
+    def _planned(self, study: Mapping[str, Any]) -> PlannedModel:
+        return next(one for one in self.plan.models if one.label == study["model"])
+
     @cached_property
     def _frame(self) -> "pandas.DataFrame":
         frame = self.rows.to_pandas()
@@ -149,7 +216,7 @@ class Results:
 
     def _scores(self, name: str, study: dict[str, Any], rows: "pandas.DataFrame") -> HeadScores:
         """One study's single heads; those that are not there yet are NaN."""
-        model = next(one for one in self.plan.models if one.label == study["model"])
+        model = self._planned(study)
         values = np.full((model.layers, model.heads, len(rows["effects"].iloc[0])), np.nan)
         for row in rows.itertuples():
             values[int(row.layer), int(row.head)] = _floats(row.effects)

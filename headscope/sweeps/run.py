@@ -13,14 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
+from headscope import edges
 from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.run import Measurement, Placer, facts_of, without_rounding
 from headscope.base.files import FolderClaim, clear
 from headscope.base.options import RunOptions, track
 from headscope.base.specs import versions
+from headscope.edges.attribute import STEPPED, check_method
+from headscope.edges.faithfulness import example_values
+from headscope.edges.written import EdgeMeasurement
 from headscope.edits import Variant
 from headscope.errors import HeadscopeError, InputError, ModelLoadError
 from headscope.heads import HeadIndex
@@ -31,6 +36,7 @@ from headscope.probes.config import build_probe
 from headscope.probes.probe import Probe, probe_digest
 from headscope.sweeps.config import (
     RUNTIME_KEYS,
+    EdgeConfig,
     EditConfig,
     MetricConfig,
     ModelConfig,
@@ -48,11 +54,12 @@ from headscope.sweeps.plan import (
     Rankings,
     cells,
     chunked,
+    edge_cells,
     key,
     metric_of,
     plan_json,
 )
-from headscope.sweeps.store import Store, rows_table
+from headscope.sweeps.store import RowName, Store, names_of, rows_table
 from headscope.table import Provenance
 
 if TYPE_CHECKING:
@@ -70,9 +77,16 @@ class Bench:
     model: HeadModel
     probes: dict[str, Probe]
     begun: tuple[CellGroup, Measurement, Placer] | None = None
+    scored: Path | None = None
 
     @classmethod
-    def of(cls, config: SweepConfig, wanted: ModelConfig, checkpoint: str | None) -> "Bench":
+    def of(
+        cls,
+        config: SweepConfig,
+        wanted: ModelConfig,
+        checkpoint: str | None,
+        scored: Path | None = None,
+    ) -> "Bench":
         """Load a model and build all probes for it."""
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
@@ -86,7 +100,7 @@ class Bench:
             logging.enable_progress_bar()
         named = (*config.probes, *config.references)
         probes = {one.label: build_probe(one.plain, model) for one in named}
-        bench = cls(config, model, probes)
+        bench = cls(config, model, probes, scored=scored)
         # The engine is tried out on the first probe that a model meets: always the same one, so
         # that what is recorded of it does not depend on where a sweep was resumed.
         bench.measurement(config.probes[0].label, config.metrics[:1])
@@ -123,15 +137,15 @@ class Bench:
             reference=None if own else reference,
         )
 
-    def data_digest(self, probe: str, edit: EditConfig) -> str:
-        """Digest of a probe, and of what an edit takes values from."""
-        other = None if edit.reference is None else self.probes[edit.reference]
+    def data_digest(self, probe: str, reference: str | None = None) -> str:
+        """Digest of a probe, and of that which an edit takes values from."""
+        other = None if reference is None else self.probes[reference]
         return probe_digest(self.probes[probe], other)
 
     def _check_data(self, study: CellGroup) -> None:
         """Refuse a probe that was read from a file which changed since."""
-        if self.data_digest(study.probe, study.edit) != study.probe_digest:
-            other = study.edit.reference
+        other = _reference(study.edit)
+        if self.data_digest(study.probe, other) != study.probe_digest:
             given = repr(study.probe) + (f" with its reference {other!r}" if other else "")
             raise InputError(
                 f"the probe {given} is not the one that this sweep was planned with: start it in "
@@ -143,6 +157,9 @@ class Bench:
         import pyarrow
 
         study = plan.studies[chunk.study]
+        if isinstance(study.edit, EdgeConfig):
+            self._check_data(study)
+            return self._measure_edges(plan.models[study.model], study, chunk, study.edit)
         if self.begun is None or self.begun[0] is not study:
             self._check_data(study)
             measurement = self.measurement(study.probe, study.metrics, study.seed)
@@ -177,7 +194,7 @@ class Bench:
                 rows_table(
                     plan.models[study.model],
                     study,
-                    chunk,
+                    names_of(chunk),
                     metric.label,
                     without_rounding(values[where] - unedited, unedited),
                     unedited,
@@ -188,13 +205,57 @@ class Bench:
             )
         return pyarrow.concat_tables(parts).unify_dictionaries().combine_chunks()
 
+    def _measure_edges(
+        self, model: PlannedModel, study: CellGroup, chunk: Chunk, wanted: EdgeConfig
+    ) -> "pyarrow.Table":
+        """Rows of one chunk of edges: an edge each, or a circuit."""
+        (metric,), (cell,) = study.metrics, chunk.cells
+        probe, chosen = self.probes[study.probe], metric_of(metric)
+        graph = edges.attribute(
+            self.model, probe, chosen, wanted.method, wanted.steps, ablation=wanted.ablation,
+            batch_size=self.config.batch_size, resume=self.scored, progress=False,
+        )  # fmt: skip
+        measured = EdgeMeasurement.of(self.model, probe, chosen, graph.ablation, self.options())
+        batches = list(measured.batches())
+        clean = example_values(batches, measured)
+        about = {**graph.provenance.probe, "parallel": list(graph.wiring.parallel)}
+        if cell.edges == 0:
+            names = [RowName(cell.set, 0, str(edge), 1) for edge in graph.edges]
+            effects = graph.per_example.astype(np.float64)
+        else:
+            assert cell.edges is not None  # noqa: S101  # a circuit has a size
+            circuit = edges.circuit(
+                self.model, probe, chosen, graph, cell.edges, batch_size=self.config.batch_size
+            )
+            names = [RowName(cell.set, 0, ", ".join(map(str, circuit.edges)), len(circuit.edges))]
+            effects = (example_values(batches, measured, circuit.kept) - clean)[None]
+            assert circuit.checks is not None  # noqa: S101  # edges.circuit makes them
+            about |= {"empty": circuit.empty, "checks": circuit.checks.to_json()}
+        if probe.cluster_labels is not None:
+            about["clusters"] = list(probe.cluster_labels)
+        origin = replace(graph.provenance, probe=about).to_json()
+        return rows_table(
+            model, study, names, metric.label, effects, clean,
+            json.dumps(origin, sort_keys=True), chosen.unit, probe.cluster_labels,
+        )  # fmt: skip
+
+
+def _reference(edit: EditConfig | EdgeConfig) -> str | None:
+    """Name of the probe that an edit takes values from."""
+    return edit.reference if isinstance(edit, EditConfig) else None
+
 
 class Benches:
     """The bench of the model in use; another one's takes its place."""
 
-    def __init__(self, config: SweepConfig) -> None:
-        """Load nothing yet."""
-        self._config = config
+    def __init__(self, config: SweepConfig, scored: Path | None = None) -> None:
+        """Load nothing yet.
+
+        Args:
+            config: of the sweep.
+            scored: folder that finished batches of edge scores are kept in; None: they are not.
+        """
+        self._config, self._scored = config, scored
         self._held: tuple[int, str | None] | None = None
         self._bench: Bench | None = None
         self._checked: PlannedModel | None = None
@@ -203,7 +264,8 @@ class Benches:
         """The bench of a model of the config: the one in use, or a new one."""
         if self._bench is None or self._held != (entry, checkpoint):
             self.drop()  # the last model goes before the next one comes
-            self._bench = Bench.of(self._config, self._config.models[entry], checkpoint)
+            wanted = self._config.models[entry]
+            self._bench = Bench.of(self._config, wanted, checkpoint, self._scored)
             self._held = (entry, checkpoint)
         return self._bench
 
@@ -280,9 +342,13 @@ def make_plan(
                     kv_heads=shape.n_kv_heads,
                 )
             )
-            for study, chosen in _groups(config, bench, len(models) - 1):
+            number = len(models) - 1
+            for study, chosen in _groups(config, bench, number) if config.edits else ():
                 chunks += chunked(models, study, len(studies), chosen, config.chunk)
                 studies.append(study)
+            for group, each in _edge_groups(config, bench, number):
+                chunks += chunked(models, group, len(studies), each, 1)
+                studies.append(group)
             advance(1)
     return Plan(config.name, tuple(models), tuple(studies), tuple(chunks))
 
@@ -308,11 +374,33 @@ def _groups(
                     yield _study(bench, model, probe, edit, metrics, seed, named), chosen
 
 
+def _edge_groups(
+    config: SweepConfig, bench: Bench, model: int
+) -> Iterator[tuple[CellGroup, tuple[Cell, ...]]]:
+    """Groups of one model for edges, one per probe, metric and method, with their cells."""
+    for probe in config.probes:
+        for metric in config.metrics:
+            for wanted in config.edges:
+                chosen = metric_of(metric)
+                check_method(wanted.method, wanted.steps, chosen)
+                wiring = EdgeMeasurement.of(
+                    bench.model, bench.probes[probe.label], chosen, wanted.ablation, bench.options()
+                ).wiring
+                largest = max(wanted.circuits, default=1)
+                if largest >= len(wiring):
+                    raise InputError(
+                        f"a circuit of {largest:,} edges is asked for, and {bench.model.name} has "
+                        f"{len(wiring):,} in all."
+                    )
+                group = _study(bench, model, probe, wanted, (metric,), 0, ())
+                yield replace(group, n_edges=len(wiring)), edge_cells(wanted)
+
+
 def _study(
     bench: Bench,
     model: int,
     probe: NamedProbe,
-    edit: EditConfig,
+    edit: EditConfig | EdgeConfig,
     metrics: tuple[MetricConfig, ...],
     seed: int,
     named: tuple[HeadIndex, ...],
@@ -320,7 +408,7 @@ def _study(
     return CellGroup(
         model=model,
         probe=probe.label,
-        probe_digest=bench.data_digest(probe.label, edit),
+        probe_digest=bench.data_digest(probe.label, _reference(edit)),
         examples=len(bench.probes[probe.label]),
         edit=edit,
         metrics=metrics,
@@ -386,8 +474,13 @@ class Estimate:
 
 def estimate(config: SweepConfig, plan: Plan, benches: Benches) -> Estimate:
     """Count, and time one cell of the model at hand (the last one planned)."""
-    chunk = plan.chunks[-1]
+    last = plan.models[-1]
+    chunk = next(
+        (one for one in reversed(plan.chunks) if plan.studies[one.study].heads), plan.chunks[-1]
+    )
     study = plan.studies[chunk.study]
+    if not study.heads:
+        return _estimate_of_edges(plan, benches.of(last.entry, last.checkpoint))
     edited = [cell for cell in chunk.cells if cell.heads] or list(chunk.cells)
     one = replace(chunk, cells=(edited[len(edited) // 2],))
     few = replace(chunk, cells=tuple((edited * 9)[:9]))
@@ -410,15 +503,52 @@ def estimate(config: SweepConfig, plan: Plan, benches: Benches) -> Estimate:
     )
 
 
+def _estimate_of_edges(plan: Plan, bench: Bench) -> Estimate:
+    """The same of a sweep of edges alone, from one clean run."""
+    name, probe = next(iter(bench.probes.items()))
+    bench.model.run(probe)
+    started = time.perf_counter()
+    bench.model.run(probe)
+    taken = time.perf_counter() - started
+    passes = sum(passes_of(plan, part) for part in plan.chunks)
+    return Estimate(
+        cells=plan.n_cells,
+        chunks=len(plan.chunks),
+        examples=sum(plan.studies[part.study].examples for part in plan.chunks),
+        passes=passes,
+        seconds=passes * taken / len(probe),
+        timed=f"one clean run of {plan.models[-1].label} on {name!r}: {1000 * taken:.1f} ms",
+        device=_timed_on(bench.model.device),
+    )
+
+
 def _timed_on(device: torch.device) -> str:
     name: str = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return name or f"process on the {device.type.upper()}"
 
 
 def passes_of(plan: Plan, chunk: Chunk) -> float:
-    """Whole passes that a chunk amounts to, one example each."""
-    examples = plan.studies[chunk.study].examples
-    return examples * (1 + _share(plan, chunk))
+    """Whole passes that a chunk amounts to, one example each.
+
+    Of edges: a gradient counts as three passes, exact patching as a pass per edge, and a circuit
+    with its checks as eight runs that cost three passes each.
+    """
+    study = plan.studies[chunk.study]
+    if isinstance(study.edit, EdgeConfig):
+        return study.examples * _edge_passes(plan, study, study.edit, chunk)
+    return study.examples * (1 + _share(plan, chunk))
+
+
+_CIRCUIT_RUNS, _CIRCUIT_PASSES = 8.0, 3.0
+
+
+def _edge_passes(plan: Plan, study: CellGroup, wanted: EdgeConfig, chunk: Chunk) -> float:
+    if chunk.cells[0].edges:
+        return _CIRCUIT_RUNS * _CIRCUIT_PASSES
+    layers = plan.models[study.model].layers
+    steps = wanted.steps if wanted.method in STEPPED else 1
+    groups = 2 * layers + 1 if wanted.method == "eap_ig_activations" else 1
+    return 2.0 + (study.n_edges if wanted.method == "exact" else 3.0 * groups * steps)
 
 
 def _share(plan: Plan, chunk: Chunk) -> float:
@@ -609,7 +739,7 @@ def run_sweep(
         raise InputError(f"there is no shard {shard[0]}/{shard[1]}: they count from 1.")
     _claim(config, Path(out), overwrite=overwrite)
     store = Store.create(Path(out))
-    benches = Benches(config)
+    benches = Benches(config, store.scored)
     plan = begun(config, store, benches, progress=progress)
     work = Work(config, plan, store, benches)
     mine = plan.shard(*shard)

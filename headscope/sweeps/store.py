@@ -7,10 +7,11 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +26,7 @@ from headscope.base.files import (
 )
 from headscope.base.statistics import Design, compare_means, mean_and_sem
 from headscope.errors import InputError
+from headscope.heads import HeadIndex
 from headscope.sweeps.plan import (
     FORMAT,
     CellGroup,
@@ -88,6 +90,11 @@ class Store:
     def table_file(self) -> Path:
         """All rows, once every chunk is done."""
         return self.path / "table.parquet"
+
+    @property
+    def scored(self) -> Path:
+        """Folder of finished batches of edge scores, while their chunk is at work."""
+        return self.path / "scored"
 
     def part(self, chunk: str) -> Path:
         """File of one chunk."""
@@ -257,6 +264,10 @@ class Store:
             self.part(chunk).unlink(missing_ok=True)
         for left in (self.path / "parts").glob(".*.tmp"):  # of processes that were killed
             left.unlink(missing_ok=True)
+        for kept in self.scored.glob("*.npy"):
+            kept.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or another process just wrote into it
+            self.scored.rmdir()
         return True
 
 
@@ -289,7 +300,9 @@ def row_schema() -> "pyarrow.Schema":
     """Columns of a part and of the whole table.
 
     ``model checkpoint probe edit seed metric set draw`` name what was run; ``heads`` were edited
-    at once, ``count`` of them; ``layer`` and ``head`` are filled where that was one. ``effect`` is
+    at once, ``count`` of them; ``layer`` and ``head`` are filled where that was one. Of edges
+    ``edit`` is the method, ``set`` is ``edges`` or the circuit, and ``heads`` names the edges that
+    were taken out, or those that the circuit keeps, separated by commas. ``effect`` is
     metric(edited) - metric(clean), a mean over ``n`` examples with its standard error ``sem`` and
     the two-sided ``p_value`` of no effect; ``clean`` the mean metric of the unedited run.
     ``effects`` and ``clean_values`` hold them per example, ``provenance`` is JSON.
@@ -313,10 +326,42 @@ def row_schema() -> "pyarrow.Schema":
     return pa.schema(list(columns.items()))
 
 
+class RowName(NamedTuple):
+    """What a row is of: heads that were edited, an edge, or a circuit.
+
+    Attributes:
+        set: name of the set.
+        draw: of a random set.
+        heads: heads or edges, as text.
+        size: how many of them.
+        alone: the head, where it is one.
+    """
+
+    set: str
+    draw: int
+    heads: str
+    size: int
+    alone: HeadIndex | None = None
+
+
+def names_of(chunk: Chunk) -> list[RowName]:
+    """Rows of heads that were edited."""
+    return [
+        RowName(
+            cell.set,
+            cell.draw,
+            heads_text(cell.heads),
+            len(cell.heads),
+            cell.heads[0] if len(cell.heads) == 1 else None,
+        )
+        for cell in chunk.cells
+    ]
+
+
 def rows_table(
     model: PlannedModel,
     study: CellGroup,
-    chunk: Chunk,
+    names: Sequence[RowName],
     metric: str,
     effects: Float[np.ndarray, "cell example"],
     clean: Float[np.ndarray, " example"],
@@ -327,11 +372,10 @@ def rows_table(
     """Rows of one chunk and metric."""
     import pyarrow as pa
 
-    size = len(chunk.cells)
+    size = len(names)
     mean, sem, n = mean_and_sem(effects, clusters)
     none = np.zeros((size, 1))
     p = compare_means(effects, none, "two-sided", Design(clusters=clusters)).p
-    alone = [cell.heads[0] if len(cell.heads) == 1 else None for cell in chunk.cells]
     columns = {
         "model": [model.name] * size,
         "checkpoint": [model.checkpoint] * size,
@@ -340,12 +384,12 @@ def rows_table(
         "seed": [study.seed] * size,
         "metric": [metric] * size,
         "unit": [unit] * size,
-        "set": [cell.set for cell in chunk.cells],
-        "draw": [cell.draw for cell in chunk.cells],
-        "heads": [heads_text(cell.heads) for cell in chunk.cells],
-        "count": [len(cell.heads) for cell in chunk.cells],
-        "layer": [None if head is None else head.layer for head in alone],
-        "head": [None if head is None else head.head for head in alone],
+        "set": [one.set for one in names],
+        "draw": [one.draw for one in names],
+        "heads": [one.heads for one in names],
+        "count": [one.size for one in names],
+        "layer": [None if one.alone is None else one.alone.layer for one in names],
+        "head": [None if one.alone is None else one.alone.head for one in names],
         "n": n,
         "effect": mean,
         "sem": sem,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -550,6 +550,23 @@ class Checks(Stored):
     null: float = float("nan")
     matched: Float[np.ndarray, " draw"] = field(default_factory=lambda: np.zeros(0))
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers as JSON values; what is not known is None."""
+        facts = asdict(self) | {"matched": self.matched.tolist()}
+        return {
+            name: None if isinstance(one, float) and np.isnan(one) else one
+            for name, one in facts.items()
+        }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "Checks":
+        """Read what :meth:`to_json` gave."""
+        kept = {name: one for name, one in facts.items() if one is not None}
+        stability = kept.pop("stability", None)
+        matched = np.array(kept.pop("matched", []), float)
+        found = None if stability is None else Stability(**stability)
+        return cls(stability=found, matched=matched, **kept)
+
     @property
     def verdict(self) -> str:
         """``stable``, ``unstable``, or why neither is known."""
@@ -926,7 +943,7 @@ class MethodComparison(Saved, Shown, Tabular):
 
     Attributes:
         methods: names of the methods; methods for heads only have no edge results.
-        edges: Spearman rank correlation of the magnitudes of all edge scores with those of exact
+        edges: Spearman rank correlation of the magnitudes of edge scores with those of exact
             patching, in [-1, 1]; NaN for methods for heads.
         edges_low, edges_high: the middle 95% over bootstrap draws of the examples.
         signed: the same for signed scores.
@@ -936,10 +953,11 @@ class MethodComparison(Saved, Shown, Tabular):
             of removing each head alone.
         heads_low, heads_high: as for edges; NaN if a method has no per-example scores.
         gradients: gradients (passes, for exact) per example.
-        seconds: time that each method took.
+        seconds: time that each method took; NaN for scores that were given.
         ablation: what replaces a removed edge.
         unit: unit of the metric.
         provenance: where it came from.
+        compared: number of edges that exact patching measured; 0 if it was not recorded.
     """
 
     methods: tuple[str, ...]
@@ -957,6 +975,7 @@ class MethodComparison(Saved, Shown, Tabular):
     ablation: str = ""
     unit: str = ""
     provenance: Provenance = field(default_factory=Provenance)
+    compared: int = 0
 
     def _rows(self) -> list[tuple[str, str, str, str, str, str, str]]:
         return [
@@ -967,7 +986,7 @@ class MethodComparison(Saved, Shown, Tabular):
                 _ranged(self.overlap[at]),
                 _ranged(self.heads[at], self.heads_low[at], self.heads_high[at]),
                 f"{self.gradients[at]:,}",
-                f"{self.seconds[at]:.2g}",
+                "" if np.isnan(self.seconds[at]) else f"{self.seconds[at]:.2g}",
             )
             for at, name in enumerate(self.methods)
         ]
@@ -982,7 +1001,11 @@ class MethodComparison(Saved, Shown, Tabular):
         """Show one row per method, best first."""
         return Glance(
             "estimates against exact patching",
-            ["rank correlations", f"ablation {self.ablation}", self.provenance.model],
+            [
+                f"rank correlations over {self.compared:,} edges",
+                f"ablation {self.ablation}",
+                self.provenance.model,
+            ],
             self._names(),
             self._rows(),
             hint="result.to_pandas()",

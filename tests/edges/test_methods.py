@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import headscope as hs
 from headscope.edges import EdgeGraph
@@ -141,6 +142,40 @@ def test_exact_scores_are_compared_with_themselves() -> None:
     assert "rank correlations" in str(found)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_some_edges_have_the_scores_that_they_have_among_all(family: str) -> None:
+    """Of every kind of slot; all others are missing, and methods are compared on those alone."""
+    model, probe = hs.load(fresh(family)), pair("right")
+    whole = hs.edges.attribute(model, probe, logit_difference, "exact")
+    places = np.random.default_rng(0).choice(len(whole.edges), 30, replace=False)
+    some = [whole.edges[at] for at in places]
+    assert len({edge.slot for edge in some}) == 5
+    found = hs.edges.attribute(model, probe, logit_difference, "exact", edges=some)
+    known = ~np.isnan(found.mean)
+    assert {edge for edge, there in zip(whole.edges, known, strict=True) if there} == set(some)
+    np.testing.assert_allclose(found.per_example[known], whole.per_example[known], atol=1e-5)
+    eap = hs.edges.attribute(model, probe, logit_difference, "eap")
+    compared = hs.edges.compare_methods(
+        model, probe, logit_difference, [eap, "eap"], exact=found, progress=False
+    )
+    assert compared.compared == 30
+    assert compared.edges[0] == compared.edges[1]
+    expected = spearmanr(*(np.abs(one.mean[known]) for one in (eap, found))).statistic
+    assert compared.edges[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_sample_of_edges_is_drawn_by_the_seed() -> None:
+    given, eap = (linear(), pair(), logit_difference), ["eap"]
+    one, two = (
+        hs.edges.compare_methods(*given, eap, sample=20, seed=seed, progress=False)
+        for seed in (0, 1)
+    )
+    assert one.compared == two.compared == 20
+    # Exact in a linear net but for rounding, which ranks edges without any effect.
+    assert min(one.signed[0], two.signed[0]) > 0.5
+    assert "over 20 edges" in str(one)
+
+
 def test_in_a_linear_net_a_head_is_the_sum_of_its_edges() -> None:
     heads = heads_out(EdgeMeasurement.of(linear(), pair(), logit_difference))
     sums = _by_head(exact().wiring, exact().per_example.astype(float))
@@ -155,6 +190,18 @@ def test_mistakes_get_a_sentence() -> None:
     eap = hs.edges.attribute(*given)
     with pytest.raises(InputError, match="exact holds scores by 'eap'"):
         hs.edges.compare_methods(*given, ["eap"], exact=eap)
+    with pytest.raises(InputError, match="was not made of this model"):
+        hs.edges.compare_methods(*given, [hs.edges.attribute(*given, ablation="zero")])
+    with pytest.raises(InputError, match="give exact or sample"):
+        hs.edges.compare_methods(*given, ["eap"], exact=exact(), sample=5)
+    with pytest.raises(InputError, match="draw 2 to 110 edges"):
+        hs.edges.compare_methods(*given, ["eap"], sample=1)
+    with pytest.raises(InputError, match="scores all edges at once"):
+        hs.edges.attribute(*given, edges=[("embed", "logits", "output")])
+    with pytest.raises(InputError, match="edges is empty"):
+        hs.edges.attribute(*given, "exact", edges=[])
+    with pytest.raises(InputError, match="there is no edge"):
+        hs.edges.attribute(*given, "exact", edges=[("logits", "embed", "output")])
     with pytest.raises(InputError, match="a number above 0"):
         hs.edges.causal_gates(*given, strength=0.0)
     with pytest.raises(InputError, match="1 step or more"):

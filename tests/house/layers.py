@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "kinds": _RUNS_MODELS | {"ablation", "scoring", "relevance", "steering"},
     "steering": _RUNS_MODELS | {"ablation", "lens"},
     "training": _RUNS_MODELS | {"ablation", "pruning"},
-    "sweeps": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
+    "sweeps": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning", "edges"},
     "report": _BASE | {"table", "plots"},
     "interactive": _RUNS_MODELS | {"circuits", "scoring", "ablation", "report"},
     "cli": set().union(*FLOORS[:-2]),
