@@ -2,7 +2,7 @@
 
     python -m tools.methods
 
-Takes two minutes on one core.
+Takes about ten minutes on one core.
 """
 
 import warnings
@@ -44,19 +44,47 @@ trained models are soft: attention is saturated, so that gradients through it va
   since the way from the corrupt to the clean embedding crosses the place where attention moves.
 - **Integrated gradients of head outputs** move all heads together from the clean run to the mean.
   Half-way, the earlier head of a pair has faded so far that the later one attends elsewhere and
-  writes what hurts; on the rest of the way its derivative has the wrong sign.
-- **Output norm, weight norm, confidence** look at size, not at use: a head that writes loudly what
-  is never read (*bystanders*) is ranked with those that matter.
+  writes what hurts; on the rest of the way its derivative has the wrong sign. The head sums of
+  `eap_ig` can end below 0 for the same reason (*two back*).
+- **Gates, learned and causal,** descend the loss from nearly open gates, and the loss has steps
+  here: attention and lookup tables give the same word over a range of inputs. Inside the range the
+  gradient is 0, so the penalty alone moves the gate, and past its edge the gradient is 0 again, so
+  nothing brings it back. *Regression* answers the same with either head at 0.88, is as wrong as it
+  gets with either at 0.5, and loses both. The first head of *pointer* and *recall* is lost in the
+  same way: only a softmax reads it.
+- **Gradient importance** takes the size of the same gradient, which is rounding where the loss is
+  flat (*regression*).
+- **On route** counts whether a head is on a drawn route, however little it carries, and routes are
+  drawn by the size of what is written, read or not: noise heads that write are on routes as often
+  as true ones. Where the constant that keeps norms fixed dwarfs every head, no route holds a head,
+  and all tie at 0, which counts as a mistake.
+- **Information flow** follows the size of what is written, too, and the same constant makes its
+  shares tiny. Trained models have no such constant.
+- **Output norm, weight norm, confidence** look at size or sharpness, not at use: a head that writes
+  loudly what is never read (*bystanders*) is ranked with those that matter, and a noise head is as
+  sharp as any other.
 - **Direct attribution** sees what a head writes to the logits itself, and not what it tells others.
 - **Contextual decomposition** holds attention patterns, so that it sees what heads pass on through
   values, and not what they tell the queries and keys of others.
 - **Edges by patching** with a paired text are blind to what both texts share, positions above all;
   the truth counts such edges. Zero and mean ablation see them.
-- **Information flow** follows the size of what is written; the constant that keeps the norms of
-  these models fixed dwarfs it. Trained models have no such constant.
+- **Edges by mean ablation** are blind to what is the same in all texts, such as the constant that
+  the query of *largest* reads.
+- **Edges by zero ablation** of the embedding also take away the constant that keeps norms fixed, so
+  that everything else the reader sees is rescaled; in *regression* that moves the answer more than
+  any true edge does.
+- **Edges by one gradient, or by rules for gradients** (`eap`, `relp`, `gim`) meet the saturated
+  softmax again: edges into queries and keys get nearly nothing, and tie with edges of noise heads.
 - **Subspace affinity** counts all directions of a subspace alike, however little a head uses them,
   and noise heads read all of theirs.
 - **Redundant heads** are asked about apart: ablating one alone shows little by construction.
+- **Refusals.** Direct attribution refuses where the parts of a logit do not sum to it within
+  rounding, since the constant that keeps norms fixed enters each part. Copying and matching scores
+  refuse models whose tokens do not enter the first block as rows of the embedding.
+
+The three that do worst, *chance* and *confidence* apart, are attribution, contextual decomposition
+and on route: the first two by what saturated attention hides from them, which trained models
+soften, and the last by what it counts.
 
 ## Not asked
 

@@ -291,7 +291,8 @@ def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor
 
     lambda: eigenvalues of the token-to-logit matrix ``E @ W_V @ W_O @ W_U.T``, those of the
     d_head x d_head matrix ``W_O @ (W_U.T @ E) @ W_V``. Range [-1, 1]: 1 copies, -1 suppresses
-    what it attends to.
+    what it attends to. NaN where the head reads or writes no tokens, so that all that is left of
+    the matrix is rounding.
 
     Source: Elhage et al. 2021; folded and centred as in Olsson et al. 2022. Known weakness: not
     discriminative alone (a quarter of GPT-2 small's heads exceed 0.95).
@@ -302,7 +303,7 @@ def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor
         >>> bool(((scores >= -1) & (scores <= 1)).all())
         True
     """
-    return eigenvalue_ratio(token_cores(factors, words, "output_input"))
+    return _token_ratio(factors, words, "output_input")
 
 
 @own_types()
@@ -311,7 +312,8 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
 
     Range [-1, 1]: 1 where queries look for keys of their own token, -1 where they avoid them.
     The mean over the vocabulary is removed from E, since what all tokens share matches in every
-    head. Holds at the distance that the factors were made for.
+    head. Holds at the distance that the factors were made for. NaN where the head reads no tokens,
+    so that all that is left of the matrix is rounding.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -319,7 +321,7 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
         >>> bool(((scores >= -1) & (scores <= 1)).all())
         True
     """
-    return eigenvalue_ratio(token_cores(factors, words, "input"))
+    return _token_ratio(factors, words, "input")
 
 
 @own_types()
@@ -429,6 +431,23 @@ def token_cores(
         left = words.gram_times(kind, layer, one.left, few=factors.few)
         cores.append(replace(one, left=left).core())
     return torch.cat(cores)
+
+
+def _token_ratio(
+    factors: HeadFactors, words: Dictionary, kind: Gram
+) -> Float[Tensor, "layer head"]:
+    """:func:`eigenvalue_ratio` of token-to-token matrices; NaN where rounding is all there is."""
+    cores = token_cores(factors, words, kind)
+    both: tuple[Gram, Gram] = ("input", "input") if kind == "input" else ("output", "input")
+    sizes = [
+        torch.stack([words.gram_trace(one, layer) for one in both]).prod().sqrt()
+        for layer in factors.layers
+    ]
+    left, right = (torch.linalg.matrix_norm(side) for side in (factors.left, factors.right))
+    largest = factors.per_head(left) * factors.per_head(right) * torch.stack(sizes)[:, None]
+    nothing = torch.linalg.matrix_norm(cores) <= torch.finfo(torch.float32).eps * largest
+    ratio = eigenvalue_ratio(cores)
+    return ratio.masked_fill(nothing.to(ratio.device), float("nan"))
 
 
 def _one(factors: HeadFactors, place: int) -> HeadFactors:

@@ -142,7 +142,11 @@ class Dictionary:
         """Trace of :meth:`gram`, without the matrix."""
         if (kind, self.kind(layer)) in self._kept:
             return self.gram(kind, layer).trace()
-        return torch.stack([(out * given).sum() for out, given in self._pairs(kind, layer)]).sum()
+        key = (f"trace of {kind}", self.kind(layer))
+        if key not in self._kept:
+            parts = [(out * given).sum() for out, given in self._pairs(kind, layer)]
+            self._kept[key] = torch.stack(parts).sum()
+        return self._kept[key]
 
     def _pairs(self, kind: Gram, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Both factors of a Gram matrix, a block of the vocabulary at a time."""

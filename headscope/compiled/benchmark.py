@@ -513,15 +513,6 @@ def _scored(name: str, texts: str = "repeated") -> Callable[[Case], Answer]:
     return answer
 
 
-def _weighed(name: str) -> Callable[[Case], Answer]:
-    """A measure of the weights alone."""
-
-    def answer(case: Case) -> Answer:
-        return circuits.score(case.made.model, progress=False)[name].mean
-
-    return answer
-
-
 def _ablated(method: str) -> Callable[[Case], Answer]:
     def answer(case: Case) -> Answer:
         found = ablation.ablate_heads(
@@ -668,9 +659,9 @@ def _methods() -> Iterable[Method]:
     yield Method("ioi_s_inhibition", "S-inhibition", _scored("ioi_s_inhibition", "names"))
     yield Method("ioi_name_mover", "name mover", _scored("ioi_name_mover", "names"))
     for name in ("copying_top1", "copying_eigenvalues"):
-        yield Method(name, "copies", _weighed(name))
+        yield Method(name, "copies", _scored(name))
     for name in ("matching_top1", "matching_eigenvalues"):
-        yield Method(name, "matches", _weighed(name))
+        yield Method(name, "matches", _scored(name))
     for suffix, asks in (("", "used"), (", redundant heads", "redundant")):
         for name, answer in _USE.items():
             yield Method(name + suffix, asks, answer)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from headscope.errors import UnsupportedModelError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from headscope.models.bridge.model import BridgeModel
     from headscope.models.hf.model import HFModel
     from headscope.models.hf.seq2seq import Seq2SeqModel
+    from headscope.views import Unembedding
 
 
 # Roundings between two ways to one number, in units of epsilon: of the number itself, by the root
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 # ``eps * s``, and its weight in a row by that share). Sums in half precision are accumulated in
 # fp32 and rounded once.
 _SINGLE, _HALF = (32.0, 2.0, 4.0), (8.0, 0.25, 0.5)
+# Cancellation of a logit's terms that is allowed for, at most.
+_CANCELLED = 30.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,34 @@ def rounding(dtype: torch.dtype, terms: int = 1, score: float = 0.0) -> float:
     itself, by_term, by_score = _SINGLE if computed == torch.float32 else _HALF
     size = itself + by_term * math.sqrt(terms) + by_score * score
     return min(0.5, torch.finfo(computed).eps * size)
+
+
+def logit_gap(
+    unembedding: "Unembedding",
+    residual: Float[Tensor, "batch pos d_model"],
+    logits: Float[Tensor, "batch pos d_vocab"],
+    allowed: float,
+) -> Gap:
+    """Compare logits made by final norm and unembedding with the model's own.
+
+    Where terms of a logit are larger than the largest logit, because they cancel, rounding is by so
+    much larger too. Models with a large constant in the residual stream have such terms.
+
+    Args:
+        unembedding: of the model.
+        residual: what enters the final norm.
+        logits: the model's own; also ``[batch d_vocab]``, of the first position.
+        allowed: as in :func:`gap`, for logits whose terms do not cancel.
+    """
+    found = unembedding.logits(residual)
+    found = found[:, 0] if logits.ndim == 2 else found
+    plain = gap(found, logits, allowed)
+    if plain.closed:
+        return plain
+    words = unembedding.W_U.float().abs().T * abs(unembedding.logit_scale)
+    terms = float((unembedding.normed(residual).abs() @ words).max())
+    cancelled = terms / max(float(logits.abs().max()), torch.finfo(torch.float32).tiny)
+    return Gap(plain.size, allowed * min(max(1.0, cancelled), _CANCELLED))
 
 
 @dataclass(frozen=True)

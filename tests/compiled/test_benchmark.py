@@ -4,12 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 import headscope as hs
 from headscope.compiled import CASES, METHODS, QUESTIONS, Method
 from headscope.compiled.benchmark import make_case, pessimistic_auroc
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
+from headscope.models.proof import logit_gap
 from tools.methods import PAGE, page
 
 INDUCTION = [("induction", {"noise_heads": 1, "rotation_seed": 3})]
@@ -130,3 +132,23 @@ def test_heads_wider_than_the_model_are_decomposed(heads: int) -> None:
     parts = ov.svd()
     again = (parts.U[0, 0] * parts.S[0, 0]) @ parts.Vh[0, 0]
     np.testing.assert_allclose(again, explicit, atol=1e-4)
+
+
+def test_logits_whose_terms_cancel_are_proved_within_their_rounding() -> None:
+    # A hidden rotation spreads the constant that holds norms fixed, so that terms cancel.
+    for name, build in CASES[1], CASES[3]:
+        model = make_case(name, build).made.model
+        assert "unembedding" not in model.limits
+    unembedding, states = model.unembedding, 5 + torch.randn(1, 4, model.shape.d_model)
+    own = unembedding.logits(states)
+    assert logit_gap(unembedding, states, own, 0.0).closed
+    assert not logit_gap(unembedding, states, 1.01 * own, 1e-5).closed
+
+
+def test_eigenvalues_that_are_rounding_have_no_ratio() -> None:
+    for build in ({"noise_heads": 1}, {"noise_heads": 2, "rotation_seed": 11}):
+        case = make_case("bystanders", build)
+        found = METHODS["matching_eigenvalues"].answer(case)
+        assert found[0, 1] == pytest.approx(1)  # looks for its own token
+        # These read positions, or what another head wrote, so nothing of tokens is left.
+        assert np.isnan(found[[0, 1, 1], [0, 0, 1]]).all()

@@ -12,7 +12,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import ModelShape
 from headscope.models.hf.evidence import dead_heads, own_answer, same_outputs, text_for
 from headscope.models.hf.hooks import Call, after, hooked
-from headscope.models.proof import Gap, LoadCheck, gap, rounding
+from headscope.models.proof import Gap, LoadCheck, gap, logit_gap, rounding
 from headscope.models.taps import Reads, TapView, at_final, at_layers
 
 if TYPE_CHECKING:
@@ -174,9 +174,9 @@ def _unembedding(model: "BridgeModel", look: Look, logits: Tensor) -> list[LoadC
         return [
             LoadCheck(what, Gap(float("inf"), 0.0), ("unembedding",), "never shows its last stream")
         ]
+    allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
     try:
-        found = model.unembedding.logits(look.last)
+        found = logit_gap(model.unembedding, look.last, logits, allowed)
     except UnsupportedModelError as error:
         return [LoadCheck(what, Gap(float("inf"), 0.0), ("unembedding",), str(error))]
-    allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
-    return [LoadCheck(what, gap(found, logits, allowed), ("unembedding",), reason)]
+    return [LoadCheck(what, found, ("unembedding",), reason)]

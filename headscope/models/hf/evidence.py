@@ -26,7 +26,7 @@ from headscope.models.hf.measured import TURNS_BY_LENGTH
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.transformers_api import attention_named, visible_by
 from headscope.models.hf.weights import bias, matrix
-from headscope.models.proof import Gap, LoadCheck, gap, rounding
+from headscope.models.proof import Gap, LoadCheck, gap, logit_gap, rounding
 from headscope.models.protocol import HeadModel
 from headscope.models.running import answer, pass_over
 from headscope.models.taps import Reads, Tap, TapView, Write, at_layers
@@ -356,14 +356,13 @@ def _unembedding(model: "HFModel", plain: Plain) -> Iterator[LoadCheck]:
     if len(plain.finals) != model.layout.final_norm_uses:
         yield LoadCheck(what, Gap(float("inf"), 0.0), costs, reason)
         return
+    allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
     try:
-        logits = model.unembedding.logits(plain.finals[-1])
+        found = logit_gap(model.unembedding, plain.finals[-1], plain.logits, allowed)
     except UnsupportedModelError as error:
         yield LoadCheck(what, Gap(float("inf"), 0.0), costs, str(error))
         return
-    allowed = max(1e-5, rounding(model.dtype, model.shape.d_model))
-    logits = logits[:, 0] if plain.logits.ndim == 2 else logits
-    yield LoadCheck(what, gap(logits, plain.logits, allowed), costs, reason)
+    yield LoadCheck(what, found, costs, reason)
 
 
 def _rotation(model: "HFModel") -> Iterator[LoadCheck]:
