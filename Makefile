@@ -24,8 +24,10 @@ setup: $(VENV)/.installed ## build .venv from requirements.lock, headscope itsel
 demo: setup ## score the bundled model, offline; table and pictures in runs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/headscope scan --out runs/demo
 
+# What is compiled is kept, whatever the environment says: each worker and each program that a test
+# starts would compile everything anew, 10 s for a worker.
 test: lint ## lint, types, tests
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # With two threads, where `make test` has one: no number may depend on the order of a sum. Threads
 # that wait sleep, because the workers' threads are more than the cores.

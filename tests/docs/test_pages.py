@@ -14,8 +14,13 @@ README = ROOT / "README.md"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "howto").glob("*.md"))]
 # What the README says of gpt2, said of the bundled model, which has three layers.
 STANDS_FOR = {"gpt2": "tiny-gpt2", "L5H1": "L2H1"}
-# Commands whose default is for results, not for a look: they run here on fewer examples.
-FEWER = {"edges": ["--examples", "12"]}
+# Commands whose default is for results, not for a look: they run here on fewer examples, kinds or
+# scores, unless the page says which.
+FEWER = {
+    "edges": {"--examples": "12"},
+    "kinds": {"--kinds": "previous_token,induction,copying"},
+    "emergence": {"--scorers": "induction"},
+}
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 WITH_COMMANDS = [page for page in PAGES if commands(page, "bash")]
 
@@ -33,7 +38,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_command(words: list[str]) -> None:
-    asked = [*words, *FEWER.get(words[0], [])]
+    asked = [*words]
+    for option, value in FEWER.get(words[0], {}).items():
+        asked += [] if option in words else [option, value]
     result = CliRunner().invoke(app, asked, catch_exceptions=False)
     assert result.exit_code == 0, (asked, result.output)
 

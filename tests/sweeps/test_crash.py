@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet
@@ -47,13 +48,13 @@ def start(file: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=env)
 
 
-def wait_for_parts(out: Path, process: "subprocess.Popen[str]", count: int = 1) -> None:
-    """Wait until some chunks are done."""
+def wait_until(reached: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    """Wait until a running program has come so far."""
     end = time.monotonic() + 300
-    while len(list(out.glob("parts/*.parquet"))) < count:
+    while not reached():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end, "nothing was finished"
-        time.sleep(0.02)
+        assert time.monotonic() < end, "the program does not get on"
+        time.sleep(0.05)
 
 
 def test_a_killed_and_an_interrupted_program_resume(tmp_path: Path) -> None:
@@ -63,13 +64,13 @@ def test_a_killed_and_an_interrupted_program_resume(tmp_path: Path) -> None:
     file, out = tmp_path / "sweep.yaml", tmp_path / "killed"
     file.write_text(yaml.safe_dump(wanted.model_dump(mode="json", exclude_none=True)))
     killed = start(file, out)
-    wait_for_parts(out, killed)
+    wait_until(lambda: bool(Store(out).done()), killed)
     killed.kill()
     killed.communicate()
     before = status(out).done
     assert 0 < before < 24
     stopped = start(file, out)
-    wait_for_parts(out, stopped, before + 1)
+    wait_until(lambda: len(Store(out).done()) > before, stopped)
     stopped.send_signal(signal.SIGINT)
     _, said = stopped.communicate(timeout=60)
     assert stopped.returncode == 130, said

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -13,20 +13,21 @@ import yaml
 from headscope.errors import InputError
 from headscope.models import bundled
 from headscope.sweeps import RayExecutor, SweepConfig, run_sweep, status
+from headscope.sweeps.plan import Chunk
+from headscope.sweeps.run import Finished, Stop, Work, inline
 from headscope.sweeps.store import Store
 from tests.conftest import ROOT
 from tests.sweeps.support import REPEATED, config
-from tests.sweeps.test_crash import start, wait_for_parts
+from tests.sweeps.test_crash import wait_until
 
 pytest.importorskip("ray")
 
-# The third chunk takes its worker with it once; the fifth one always does.
+# One chunk takes its worker with it once, another one always does, a third one never ends.
 DEADLY = """
-import os, pathlib, sys
+import os, pathlib, sys, time
 from headscope.sweeps import RayExecutor, cluster, read_config, run_sweep
-from headscope.sweeps.store import Store
 
-file, out, once, always, mark = sys.argv[1:]
+file, out, once, always, endless, mark = sys.argv[1:]
 Worker = cluster.Worker
 
 class Deadly(Worker):
@@ -36,11 +37,12 @@ class Deadly(Worker):
             if chunk == once:
                 met.touch()
             os.kill(os.getpid(), 9)
+        if chunk == endless:
+            time.sleep(600)
         return Worker.run(self, chunk)
 
 cluster.Worker = Deadly
-outcome = run_sweep(read_config(file), out, executor=RayExecutor(2))
-assert not outcome.compacted
+run_sweep(read_config(file), out, executor=RayExecutor(2))
 """
 
 
@@ -55,9 +57,9 @@ def wanted() -> SweepConfig:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ended() -> Iterator[list[psutil.Process]]:
-    """Processes that are gone when the test is over, one way or the other."""
+    """Processes that are gone when all tests are over, one way or the other."""
     known: list[psutil.Process] = []
     yield known
     _, alive = psutil.wait_procs(known, timeout=150)  # its agents take a minute to notice
@@ -69,32 +71,37 @@ def ended() -> Iterator[list[psutil.Process]]:
 def test_killed_drivers_and_workers_lose_nothing(
     tmp_path: Path, wanted: SweepConfig, ended: list[psutil.Process]
 ) -> None:
+    """A sweep that stops by half goes on on Ray, where workers die, and then the driver."""
     file, out, mark = tmp_path / "sweep.yaml", tmp_path / "ray", tmp_path / "mark"
     file.write_text(yaml.safe_dump(wanted.model_dump(mode="json", exclude_none=True)))
     quiet = run_sweep(wanted, tmp_path / "quiet").store
-    driver = start(file, out, "--executor", "ray", "--workers", "2")
-    wait_for_parts(out, driver)
+    run_sweep(wanted, out, executor=first_ones)
+    plan, begun = Store(out).plan(), Store(out).done()
+    assert len(begun) == 4
+    once, always, endless = (plan.chunks[at].id for at in (5, 7, -1))
+    code = [sys.executable, "-c", DEADLY, file, out, once, always, endless, mark]
+    driver = subprocess.Popen(list(map(str, code)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: Store(out).done() > begun, driver)
     ended += psutil.Process(driver.pid).children(recursive=True)
     check_closed(ended)
+    wait_until(lambda: always in Store(out).failed(), driver)
+    wait_until(lambda: len(Store(out).done()) == len(plan.chunks) - 2, driver)
+    ended += psutil.Process(driver.pid).children(recursive=True)  # workers that came later
     driver.kill()
     driver.communicate()
-    before = status(out)
-    assert before.done > 0
-    plan = Store(out).plan()
-    missing = [chunk.id for chunk in plan.chunks if chunk.id not in Store(out).done()]
-    assert len(missing) > 6, "the driver was killed too late to tell anything"
-    code = [sys.executable, "-c", DEADLY, file, out, missing[2], missing[4], mark]
-    done = subprocess.run(
-        list(map(str, code)), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    left = status(out)
     assert mark.exists()
-    after = status(out)
-    assert set(after.failed) == {missing[4]}
-    assert "its worker died 3 times" in after.failed[missing[4]]
-    assert (after.done, after.pending) == (23, 0)
+    assert once in Store(out).done()
+    assert (left.done, left.pending) == (len(plan.chunks) - 2, 1)
+    assert set(left.failed) == {always}
+    assert "its worker died 3 times" in left.failed[always]
     assert run_sweep(wanted, out).compacted
     assert Store(out).table_file.read_bytes() == quiet.table_file.read_bytes()
+
+
+def first_ones(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+    """Run four chunks."""
+    inline(work, chunks[:4], stop, finished)
 
 
 def check_closed(processes: list[psutil.Process]) -> None:
