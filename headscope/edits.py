@@ -824,6 +824,69 @@ def scale(
     return HeadEdit.at("scale", heads, site=site, factor=factor, positions=positions, scope=scope)
 
 
+def redistribute(
+    heads: Heads,
+    source: Bool[Tensor, "batch pos"],
+    target: Bool[Tensor, "batch pos"],
+    share: int | float = 0.5,
+    *,
+    positions: Positions = None,
+    scope: Scope = "all",
+) -> HeadEdit:
+    """A share of the attention on some keys goes to others, in proportion to what those get.
+
+    ``A[i, j] (1 - share)`` at a source, ``A[i, j] (1 + share S / T)`` at a target, with ``S`` and
+    ``T`` what all sources and all targets get: rows keep their sum, and 0 changes nothing. A row
+    that gives its targets nothing stays as it is. A key that is both counts as a target.
+
+    Args:
+        heads: which.
+        source: keys that lose attention; what is generated later is none.
+        target: keys that gain it.
+        share: of the sources' attention, 0 to 1.
+        positions: of the queries; None: all.
+        scope: ``prefill``, ``decode`` or ``all``.
+
+    Raises:
+        InputError: if the share is not between 0 and 1, or the shapes differ.
+
+    Source:
+        Sink attention moved to image tokens: Baek et al. 2025 (arXiv 2505.15865), OCR heads.
+
+    Example:
+        >>> first, last = torch.tensor([[True, False]]), torch.tensor([[False, True]])
+        >>> edit = hs.edits.redistribute("L0H0", first, last, 0.5)
+        >>> edit(0, torch.tensor([[[[0.75, 0.25]]]])).tolist()
+        [[[[0.375, 0.625]]]]
+    """
+    if not (isinstance(share, int | float) and 0 <= share <= 1):
+        raise InputError(f"share={share!r}: give a number from 0 to 1.")
+    if source.shape != target.shape:
+        raise InputError(
+            f"the sources have shape {tuple(source.shape)}, the targets {tuple(target.shape)}."
+        )
+    sign = target.float() - (source & ~target).float()
+    donors = {head.layer: sign[:, None, None] for head in head_list(heads)}
+    return HeadEdit.at(
+        "redistribute", heads, site="pattern", donors=donors,
+        change=lambda rows, keys: _moved(rows, keys, float(share)),
+        positions=positions, scope=scope,
+    )  # fmt: skip
+
+
+def _moved(
+    rows: Float[Tensor, "*any key"], sign: Tensor | None, share: float
+) -> Float[Tensor, "*any key"]:
+    """Rows with a share moved from keys marked -1 to those marked 1."""
+    if sign is None:
+        return rows
+    lost = rows * (sign < 0) * share
+    held = rows * (sign > 0)
+    total = held.sum(-1, keepdim=True)
+    gained = held * (lost.sum(-1, keepdim=True) / total.clamp_min(_TINY))
+    return torch.where(total > 0, rows - lost + gained, rows)
+
+
 def attend_to_first(
     heads: Heads, real: Bool[Tensor, "batch pos"], *, positions: Positions = None
 ) -> HeadEdit:

@@ -523,6 +523,87 @@ def _denoised(value: Tensor, new: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Redistribute(Intervention):
+    """A share of the attention on some keys goes to others, as of sinks to pieces of an image.
+
+    Definition and source at :func:`headscope.edits.redistribute`. With ``source="rest"`` heads are
+    made to look at the targets; with the first token as source this is sink redistribution.
+
+    Attributes:
+        target: keys that gain attention: a mark of the probe, or positions of it.
+        source: keys that lose it: ``first``, the first token of each text; ``rest``, all but the
+            targets; a mark of the probe, or positions of it.
+        share: of the sources' attention that is moved, 0 to 1.
+
+    Example:
+        >>> moved = hs.interventions.Redistribute("second_copy", share=0.3)
+        >>> scores = hs.ablate_heads(model, probe, hs.metrics.loss, moved, heads="L0H1")
+        >>> scores.name
+        'redistribute_ablation'
+    """
+
+    target: str | Tensor
+    source: str | Tensor = "first"
+    share: int | float = 0.5
+    name: ClassVar[str] = "redistribute"
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a share.
+
+        Raises:
+            InputError: if it is not a number from 0 to 1.
+        """
+        if not (isinstance(self.share, int | float) and 0 <= self.share <= 1):
+            raise InputError(f"share={self.share!r} of Redistribute: give a number from 0 to 1.")
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Name, share, and the keys where they have names."""
+        named = {
+            name: one if isinstance(one, str) else "positions"
+            for name, one in (("source", self.source), ("target", self.target))
+        }
+        return {"method": self.name, **named, "share": float(self.share)}
+
+    def prepare(self, setting: Setting) -> BatchPlace:
+        """Find the keys in the probe.
+
+        Raises:
+            InputError: if there is no such mark, positions do not fit, or a text has no target.
+        """
+        probe = setting.probe
+        target = self._keys(self.target, probe)
+        if not bool(target.any(1).all()):
+            raise InputError("a text has no target to give attention to: mark one in each.")
+        sources = {"first": probe.position_in_text == 0, "rest": probe.real & ~target}
+        named = isinstance(self.source, str) and self.source in sources
+        source = sources[str(self.source)] if named else self._keys(self.source, probe)
+
+        def batch(chosen: slice, _clean: Mapping[int, Tensor] | None) -> Place:
+            return partial(
+                edits.redistribute,
+                source=source[chosen],
+                target=target[chosen],
+                share=float(self.share),
+                positions=setting.where(chosen),
+            )
+
+        return batch
+
+    @staticmethod
+    def _keys(given: str | Tensor, probe: Probe) -> Bool[Tensor, "batch pos"]:
+        if isinstance(given, str):
+            return probe.mark(given)
+        if not isinstance(given, Tensor) or given.shape != probe.tokens.shape:
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise InputError(
+                f"the keys of Redistribute are {shape}: give a mark of the probe, or Booleans "
+                f"{list(probe.tokens.shape)}, one for each of its positions."
+            )
+        return given.bool() & probe.real.to(given.device)
+
+
+@dataclass(frozen=True, eq=False)
 class _FromReference(Intervention):
     """Base of interventions that read a reference probe; default: the probe being run."""
 
@@ -755,6 +836,7 @@ _MEASURED = {
     "entmax": ("an alpha", "Entmax(alpha)"),
     "top_k": ("a number of keys", "TopK(k)"),
     "denoise": ("planes", "Denoise(planes)"),
+    "redistribute": ("target keys", "Redistribute(target)"),
 }
 
 # Methods of earlier versions, and the functions that replace them.

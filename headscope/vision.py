@@ -1,31 +1,38 @@
 """What heads of vision models are for: importance, range, classes and texts that they write, cues.
 
 The answer of an image model stands at its first position, the class token; queries and keys are
-patches of a grid. Needs a model of images: :func:`headscope.load` of ViT, DeiT, DINOv2 or the
-vision half of CLIP and SigLIP.
+patches of a grid. These need a model of images: :func:`headscope.load` of ViT, DeiT, DINOv2 or the
+vision half of CLIP and SigLIP. Of vision-language models: where each image token lies in its
+picture, which heads read what is written there (OCR heads), and what it does to make heads look.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.stats import hypergeom
 from torch import Tensor
 
 from headscope import capture, metrics
+from headscope.ablation.groups import ablate_groups
 from headscope.ablation.heads import ablate_heads
 from headscope.ablation.run import Maker, Measurement, Placer, by_head, present
+from headscope.base.batches import SEGMENTS, TURNS
 from headscope.base.options import RunOptions
-from headscope.base.specs import ScoreSpec
-from headscope.base.stacks import PatchGrid, grid_of
+from headscope.base.specs import Direction, ScoreSpec
+from headscope.base.stacks import ImageKeys, PatchGrid, grid_of
 from headscope.base.statistics import Design
-from headscope.edits import Heads, Variant
+from headscope.edits import Heads, Variant, head_list
 from headscope.errors import InputError, UnsupportedModelError, whole
-from headscope.heads import ModelShape
+from headscope.heads import HeadIndex, ModelShape
+from headscope.interventions import Redistribute
+from headscope.models.decoding import end_tokens
 from headscope.models.protocol import HeadModel, need_model
-from headscope.models.taps import Reads, Tap, TapView, at_layers
+from headscope.models.running import own_types
+from headscope.models.taps import Reads, Tap, TapView, Texts, at_layers
 from headscope.origin import origin
 from headscope.probes.probe import Probe
 from headscope.table import AttentionMaps, HeadScores, HeadTable
@@ -80,8 +87,9 @@ _CUE = ScoreSpec(
     source="Gandelsman et al. 2024 (arXiv 2310.05916), heads of spurious cues",
     description="Effect of mean ablation on images whose cue misleads, less that on the others.",
 )
-# Bytes of rows that are held at once.
+# Bytes of rows that are held at once, and tokens of a pass.
 _ROWS_BYTES = 1 << 27
+_TOKENS_PER_PASS = 8192
 
 
 def _need_grid(model: HeadModel) -> PatchGrid:
@@ -914,3 +922,839 @@ def cue_heads(
         design=design,
         provenance=scores.provenance,
     ).of_stack(model.shape.stack)
+
+
+# Texts with images.
+
+
+def image_keys(
+    model: HeadModel, probe: Probe, sizes: Any = None, *, tiles: Any = None, processor: Any = None
+) -> ImageKeys:
+    """Which piece of which picture every position of texts with images stands for, and back.
+
+    Tiles, merged patches, padding and resizing are undone from the inputs of the model and its
+    config, for LLaVA, LLaVA-NeXT, PaliGemma, Gemma 3, Qwen2-VL, Qwen2.5-VL, SmolVLM and Idefics 3.
+    Ends of rows, class tokens and padding show no piece of a picture.
+
+    Args:
+        model: a vision-language model.
+        probe: texts with images, from :func:`headscope.probes.from_batch`.
+        sizes: height and width of the pictures before the processor: for all, for each text, or
+            for each picture of each text; default: as the model reads them.
+        tiles: rows and columns of tiles, likewise, where a family cuts pictures into tiles
+            (SmolVLM) and the sizes do not tell.
+        processor: the image processor or its config, which says whether pictures were stretched,
+            padded or cut; default: the one in the model's folder.
+
+    Raises:
+        InputError: if the inputs do not fit the model, or more has to be known.
+        UnsupportedModelError: if the model reads no texts with images, or its family is not known.
+
+    Example:
+        >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+        >>> from transformers import LlavaForConditionalGeneration
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16}
+        >>> tower = CLIPVisionConfig(**small, image_size=8, patch_size=4, projection_dim=4)
+        >>> text = LlamaConfig(**small, vocab_size=20)
+        >>> config = LlavaConfig(vision_config=tower, text_config=text, image_token_id=9)
+        >>> vlm = hs.load(LlavaForConditionalGeneration(config).eval())
+        >>> read = {"input_ids": torch.tensor([[1, 9, 9, 9, 9, 2]])}
+        >>> read["pixel_values"] = torch.rand(1, 3, 8, 8)
+        >>> keys = hs.vision.image_keys(vlm, hs.probes.from_batch(read), sizes=(80, 80))
+        >>> keys.at(0, 2)
+        (0, (40.0, 0.0, 80.0, 40.0))
+        >>> keys.keys(0, (0, 0, 50, 30))
+        [1, 2]
+    """
+    need_model(model)
+    capture.need_probe(probe)
+    found = getattr(model, "image_keys", None)
+    if found is None:
+        raise UnsupportedModelError(f"{model.name} does not read texts with images in them.")
+    keys: ImageKeys = found(Texts.of(probe), sizes, tiles, processor)
+    return keys
+
+
+_IMAGE_MASS = ScoreSpec(
+    "image_mass",
+    unit="attention",
+    bounds=(0.0, 1.0),
+    alternative="two-sided",
+    source="text-to-image attention by head",
+    description="Attention from the chosen positions to all pieces of the pictures.",
+)
+_GAZE = ScoreSpec(
+    "gaze",
+    unit="share",
+    bounds=(0.0, 1.0),
+    source="attention on the region that a text is about, as of gaze heads",
+    description="Share of the attention on the pictures that falls on the region.",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageAttention:
+    """Attention from positions of texts to the pictures in them, by layer, head and query.
+
+    Attributes:
+        mass: what all pieces get, mean over a text's queries. The null is even attention to all
+            that a query sees.
+        weights: of every piece; 0 at positions that show none, NaN beyond a text's queries and in
+            layers without attention.
+        queries: positions that look, by text.
+        keys: where the pieces lie.
+    """
+
+    mass: HeadScores
+    weights: Float[np.ndarray, "batch layer head query pos"]
+    queries: tuple[tuple[int, ...], ...]
+    keys: ImageKeys
+
+    def of(
+        self,
+        example: int,
+        head: str | tuple[int, int],
+        query: int | None = None,
+        *,
+        image: int = 0,
+        rows: int = 24,
+        columns: int = 24,
+    ) -> Float[np.ndarray, "row column"]:
+        """Attention of one head laid onto a picture.
+
+        Args:
+            example: which text.
+            head: such as ``L1H2``.
+            query: position that looks; None: mean over all of the text's queries.
+            image: which of the text's pictures.
+            rows: cells from top to bottom into which the picture is cut.
+            columns: cells from left to right.
+
+        Raises:
+            InputError: if there is no such text, head, query or picture.
+        """
+        chosen = HeadIndex.parse(head)
+        batch, layers, heads = self.weights.shape[:3]
+        if not (0 <= example < batch and chosen.layer < layers and chosen.head < heads):
+            raise InputError(
+                f"there is no map of {chosen} in text {example}: there are {batch} texts, layers 0 "
+                f"to {layers - 1} and heads 0 to {heads - 1}."
+            )
+        own = self.queries[example]
+        if query is not None and query not in own:
+            raise InputError(
+                f"position {query} of text {example} was not looked from; these were: "
+                f"{', '.join(map(str, own))}."
+            )
+        at = slice(0, len(own)) if query is None else slice(own.index(query), own.index(query) + 1)
+        weights = torch.from_numpy(self.weights[example, chosen.layer, chosen.head, at].mean(0))
+        painted = self.keys.painted(weights, example, image, rows=rows, columns=columns)
+        found: Float[np.ndarray, "row column"] = painted.numpy()
+        return found
+
+    def maps(self, *, image: int = 0, rows: int = 24, columns: int = 24) -> AttentionMaps:
+        """Maps of all heads on the pictures, mean over queries, for pictures of head grids.
+
+        Args:
+            image: which of each text's pictures.
+            rows: cells from top to bottom into which pictures are cut.
+            columns: cells from left to right.
+        """
+        known = ~np.isnan(self.weights).all((0, 2, 3, 4))
+        layers = tuple(int(one) for one in np.flatnonzero(known))
+        painted = []
+        for example, own in enumerate(self.queries):
+            mean = self.weights[example, known, :, : len(own)].mean(2)
+            painted.append(
+                self.keys.painted(
+                    torch.from_numpy(mean), example, image, rows=rows, columns=columns
+                ).numpy()
+            )
+        about = self.mass.provenance
+        return AttentionMaps(np.stack(painted), layers, "chosen", self.mass.stack, about)
+
+    def gaze(self, region: Bool[Tensor, "batch pos"]) -> HeadScores:
+        """Share of each head's attention on pictures that falls on a region of them.
+
+        The null is the same attention on the regions of the other texts of the batch whose pictures
+        lie at the same positions, which a head that looks at fixed places serves as well.
+
+        Args:
+            region: positions, as :meth:`ImageKeys.evidence` finds them.
+
+        Raises:
+            InputError: if the region does not fit, or a text has none.
+        """
+        marked = _evidence(region, self.keys)
+        others = _peers(self.keys)
+        by_query = np.moveaxis(self.weights, 0, 2)  # [layer head batch query pos]
+        whole = by_query.sum(-1)
+        with np.errstate(invalid="ignore"):
+            inside = np.einsum("lhbqp,cp->lhbcq", by_query, marked) / whole[:, :, :, None]
+            shares = np.nanmean(inside, -1) if inside.size else inside[..., 0]
+        return HeadScores.from_examples(
+            _GAZE,
+            np.einsum("lhbb->lhb", shares),
+            kv_heads=self.mass.kv_heads,
+            control_per_example=_of_others(shares, others),
+            design=Design(paired=True, clusters=self.mass.design.clusters),
+            provenance=self.mass.provenance,
+        ).of_stack(self.mass.stack)
+
+
+def _evidence(region: Tensor, keys: ImageKeys) -> Bool[np.ndarray, "batch pos"]:
+    """A region, checked to hold pieces of the pictures of every text."""
+    if not isinstance(region, Tensor) or region.shape != keys.image.shape:
+        raise InputError(
+            f"the region is not Booleans {list(keys.image.shape)}, one for each position: make it "
+            "with ImageKeys.evidence(boxes)."
+        )
+    marked = region.bool().cpu()
+    if bool((marked & (keys.image < 0)).any()) or not bool(marked.any(1).all()):
+        raise InputError(
+            "the region holds positions that show no piece of a picture, or a text has none: make "
+            "it with ImageKeys.evidence(boxes)."
+        )
+    found: Bool[np.ndarray, "batch pos"] = marked.numpy()
+    return found
+
+
+def _peers(keys: ImageKeys) -> Bool[np.ndarray, "batch other"]:
+    """Other texts whose pieces of pictures stand at the same positions."""
+    image = keys.image.numpy()
+    same = (image[:, None] == image[None]).all(-1)
+    np.fill_diagonal(same, False)
+    found: Bool[np.ndarray, "batch other"] = same
+    return found
+
+
+def _of_others(
+    values: Float[np.ndarray, "layer head batch other"], peers: Bool[np.ndarray, "batch other"]
+) -> Float[np.ndarray, "layer head batch"]:
+    """Mean of each example's value with what belongs to others; NaN where it has none."""
+    count = peers.sum(1)
+    total = np.where(peers, values, 0.0).sum(-1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+@torch.no_grad()
+def image_attention(
+    model: HeadModel,
+    probe: Probe,
+    keys: ImageKeys,
+    queries: str | Bool[Tensor, "batch pos"] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> ImageAttention:
+    """Attention from words to pictures, by layer, head and query; rows of no other are computed.
+
+    Args:
+        model: a vision-language model.
+        probe: texts with images.
+        keys: of the probe, from :func:`image_keys`.
+        queries: positions that look: a mark, or Booleans; default: the last of each text. All their
+            rows are kept, so choose few.
+        batch_size: texts per pass.
+
+    Raises:
+        InputError: if keys or queries do not fit the probe.
+
+    Example:
+        >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+        >>> from transformers import LlavaForConditionalGeneration
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16}
+        >>> tower = CLIPVisionConfig(**small, image_size=8, patch_size=4, projection_dim=4)
+        >>> text = LlamaConfig(**small, vocab_size=20)
+        >>> config = LlavaConfig(vision_config=tower, text_config=text, image_token_id=9)
+        >>> vlm = hs.load(LlavaForConditionalGeneration(config).eval())
+        >>> read = {"input_ids": torch.tensor([[1, 9, 9, 9, 9, 2]])}
+        >>> read["pixel_values"] = torch.rand(1, 3, 8, 8)
+        >>> probe = hs.probes.from_batch(read)
+        >>> found = hs.vision.image_attention(vlm, probe, hs.vision.image_keys(vlm, probe))
+        >>> found.of(0, "L0H1", rows=2, columns=2).shape
+        (2, 2)
+    """
+    need_model(model)
+    capture.need_probe(probe)
+    if keys.image.shape != probe.tokens.shape:
+        raise InputError(
+            f"the image keys are of {list(keys.image.shape)} positions, the probe has "
+            f"{list(probe.tokens.shape)}: make them of this probe."
+        )
+    mark = _looking(probe, queries)
+    own = tuple(tuple(row.nonzero()[:, 0].tolist()) for row in mark)
+    most, shape = max(len(one) for one in own), model.shape
+    seen = replace(
+        probe, marks={"looking": mark, "pieces": keys.image >= 0}, control=None, corrupt=None
+    )
+    weights = np.full((len(probe), *_size(shape), most, probe.length), np.nan, np.float32)
+    even = np.full((*_size(shape), len(probe)), np.nan)
+    for chosen, reader in capture.stream(
+        model, seen, lambda batch, _: _OnImages(batch, most), batch_size=batch_size
+    ):
+        for layer, found in reader.found.items():
+            weights[chosen, layer, :, : found.shape[2]] = found.numpy()
+            even[layer, :, chosen] = reader.even[layer].numpy()
+    for row, one in enumerate(own):
+        weights[row, :, :, len(one) :] = np.nan
+    mass = np.full((*_size(shape), len(probe)), np.nan)
+    for row, one in enumerate(own):
+        mass[..., row] = weights[row, :, :, : len(one)].sum(-1).mean(-1)
+    scores = HeadScores.from_examples(
+        _IMAGE_MASS,
+        mass,
+        kv_heads=shape.n_kv_heads,
+        control_per_example=even,
+        design=Design(paired=True, clusters=probe.cluster_labels),
+        provenance=origin(model, probe, control="even attention"),
+    ).of_stack(shape.stack)
+    return ImageAttention(scores, weights, own, keys)
+
+
+def _looking(
+    probe: Probe, queries: str | Bool[Tensor, "batch pos"] | None
+) -> Bool[Tensor, "batch pos"]:
+    """Positions that look, on the CPU.
+
+    Raises:
+        InputError: if a text has none.
+    """
+    if queries is None:
+        last = torch.nn.functional.one_hot(probe.last, probe.length)
+        return last.bool().cpu()
+    mark = probe.mark(queries) if isinstance(queries, str) else queries
+    if mark.shape != probe.tokens.shape:
+        raise InputError(
+            f"queries= has shape {list(mark.shape)}: give a mark of the probe, or Booleans "
+            f"{list(probe.tokens.shape)}."
+        )
+    mark = (mark.bool() & probe.real.to(mark.device)).cpu()
+    if not bool(mark.any(1).all()):
+        raise InputError("a text has no position to look from: mark one in each.")
+    return mark
+
+
+@dataclass
+class _OnImages:
+    """Rows of the chosen queries of one batch, at pieces of pictures."""
+
+    batch: Probe
+    most: int
+    found: dict[int, Tensor] = field(default_factory=dict)
+    even: dict[int, Tensor] = field(default_factory=dict)
+
+    def reads(self, shape: ModelShape) -> Reads:
+        return at_layers(shape, self._read)
+
+    def _read(self, view: TapView) -> None:
+        looking = self.batch.host.mark("looking")
+        pieces = self.batch.mark("pieces").to(view.z.device)
+        union = looking.any(0).nonzero()[:, 0]
+        batch, heads, length = view.z.shape[0], view.z.shape[2], looking.shape[1]
+        rows, even = [], []
+        for part in capture.chunks(union, 4 * batch * heads * length, _ROWS_BYTES):
+            some = view.rows(part)
+            n_keys = some.pattern.shape[-1]
+            rows.append(some.pattern.float() * pieces[:, None, None, :n_keys])
+            visible = some.visible.expand(batch, -1, -1)
+            shown = (visible & pieces[:, None, :n_keys]).sum(-1)
+            even.append(shown / visible.sum(-1).clamp_min(1))
+        widest = max(one.shape[-1] for one in rows)
+        whole = torch.cat(
+            [torch.nn.functional.pad(one, (0, widest - one.shape[-1])) for one in rows], 2
+        )
+        whole = torch.nn.functional.pad(whole, (0, length - widest)).cpu()
+        own = looking[:, union]
+        at = own.int().argsort(dim=1, descending=True, stable=True)[:, : self.most]
+        index = at[:, None, :, None].expand(-1, heads, -1, length)
+        self.found[view.layer] = whole.gather(2, index)
+        share = torch.cat(even, 1).cpu().double()
+        self.even[view.layer] = ((share * own).sum(1) / own.sum(1)).expand(heads, -1)
+
+
+# Heads that read text in pictures.
+
+_OCR = ScoreSpec(
+    "ocr",
+    unit="share",
+    bounds=(0.0, 1.0),
+    threshold=0.1,
+    source="Baek et al. 2025 (arXiv 2505.15865), OCR heads",
+    description="Share of the answer's different tokens that the head reads off the evidence.",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What was said of one picture, and where every head looked most at each step.
+
+    Attributes:
+        tokens: that were said, or that the answer has (``form="forced"``).
+        looked: most attended position at each step; -1 in layers without attention.
+        recall: share of the answer's tokens that are said.
+    """
+
+    tokens: tuple[int, ...]
+    looked: Int[np.ndarray, "step layer head"]
+    recall: float
+
+
+@dataclass(frozen=True, eq=False)
+class OcrHeads:
+    """Which heads look at the written answer while it is said.
+
+    Attributes:
+        score: ``ocr``, a mean over the texts that count; the null is what the same steps score on
+            the evidence of the other texts whose pictures stand at the same positions.
+        frequency: share of these texts in which a head scores above 0.1.
+        reads: of every text.
+        counted: texts whose answer was said well enough; all where it is given.
+    """
+
+    score: HeadScores
+    frequency: Float[np.ndarray, "layer head"]
+    reads: tuple[Read, ...]
+    counted: Bool[np.ndarray, " batch"]
+
+    def heads(
+        self, threshold: int | float = 0.1, often: int | float = 0.1
+    ) -> tuple[HeadIndex, ...]:
+        """Heads whose mean is above a threshold and that are active often enough, highest first.
+
+        Args:
+            threshold: of the mean score.
+            often: share of the texts in which a head scores above 0.1, at least.
+        """
+        ranked = self.score.top(self.score.mean.size)
+        return tuple(
+            head
+            for head, value in ranked
+            if value > threshold and self.frequency[head.layer, head.head] >= often
+        )
+
+    def looked_at(
+        self, example: int, head: str | tuple[int, int], keys: ImageKeys
+    ) -> list[tuple[float, float, float, float] | None]:
+        """Box that a head looks at most while each token is said; None where no piece is.
+
+        Args:
+            example: which text.
+            head: such as ``L1H2``.
+            keys: of the probe.
+
+        Raises:
+            InputError: if there is no such text or head.
+        """
+        chosen = HeadIndex.parse(head)
+        layers, heads = self.frequency.shape
+        if not (0 <= example < len(self.reads) and chosen.layer < layers and chosen.head < heads):
+            raise InputError(f"there is no text {example} with a head {chosen}.")
+        found: list[tuple[float, float, float, float] | None] = []
+        for at in self.reads[example].looked[:, chosen.layer, chosen.head].tolist():
+            shown = 0 <= at < keys.image.shape[1] and int(keys.image[example, at]) >= 0
+            found.append(keys.at(example, at)[1] if shown else None)
+        return found
+
+
+@own_types()
+@torch.no_grad()
+def ocr_heads(
+    model: HeadModel,
+    probe: Probe,
+    evidence: Bool[Tensor, "batch pos"],
+    answers: Sequence[str] | Sequence[Sequence[int]],
+    keys: ImageKeys,
+    *,
+    form: str = "forced",
+    new_tokens: int | None = None,
+    recall: int | float = 0.5,
+    batch_size: int | None = None,
+) -> OcrHeads:
+    """OCR heads: that look at where the answer is written while they help to say it.
+
+    A token of the answer counts as read by a head where it is said at a step at which the head's
+    most attended position, of equals the first, is evidence. A text scores
+    ``|tokens read and in the answer| / |tokens of the answer|``, each different token once.
+
+    Args:
+        model: a vision-language model.
+        probe: prompts with images; no padding behind them is read.
+        evidence: positions of the pieces that show the answer: ``keys.evidence(boxes)``.
+        answers: of each text, as text or as token ids.
+        keys: of the probe, from :func:`image_keys`.
+        form: ``forced``, one pass with the answer appended, where all texts count; ``decoded``,
+            greedy decoding as in the source, in which the whole text is read again at each step.
+        new_tokens: steps of decoding at most; default: as many as the longest answer has.
+        recall: share of the answer's tokens above which a decoded text counts.
+        batch_size: texts per pass, of equal length.
+
+    Raises:
+        InputError: if answers or evidence do not fit the probe.
+        UnsupportedModelError: if the model reads no texts with images.
+
+    Source:
+        Baek et al. 2025 (arXiv 2505.15865). A piece is evidence where the box covers more than a
+        tenth of it, as the source's IoU would leave out pieces inside a large box
+        (``keys.evidence(boxes, by="iou")``).
+
+    Example:
+        >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+        >>> from transformers import LlavaForConditionalGeneration
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16}
+        >>> tower = CLIPVisionConfig(**small, image_size=8, patch_size=4, projection_dim=4)
+        >>> text = LlamaConfig(**small, vocab_size=20)
+        >>> config = LlavaConfig(vision_config=tower, text_config=text, image_token_id=9)
+        >>> vlm = hs.load(LlavaForConditionalGeneration(config).eval())
+        >>> read = {"input_ids": torch.tensor([[1, 9, 9, 9, 9, 2]] * 2)}
+        >>> read["pixel_values"] = torch.rand(2, 3, 8, 8)
+        >>> probe = hs.probes.from_batch(read)
+        >>> keys = hs.vision.image_keys(vlm, probe)
+        >>> seen = keys.evidence([(0, 0, 4, 4), (4, 4, 8, 8)])
+        >>> hs.vision.ocr_heads(vlm, probe, seen, [[5, 6], [7]], keys).score.mean.shape
+        (1, 2)
+    """
+    need_model(model)
+    capture.check_fits(model, probe)
+    grow = getattr(model, "continued", None)
+    if grow is None or not probe.inputs:
+        raise UnsupportedModelError(f"{model.name} is not given texts with images in them.")
+    if form not in ("forced", "decoded"):
+        raise InputError(f"form={form!r} is unknown: 'forced' or 'decoded'.")
+    marked = _evidence(evidence, keys)
+    wanted = _answers(model, answers, len(probe))
+    steps = None if new_tokens is None else whole(new_tokens, "new_tokens", 1)
+    if form == "forced":
+        steps = None
+    done: dict[int, Read] = {}
+    for rows in _alike(probe, wanted, form, RunOptions(batch_size)):
+        own = [wanted[row] for row in rows]
+        longest = max(len(one) for one in own)
+        texts = _prompts(probe, rows)
+        if form == "forced":
+            said, looked = _with_answers(model, texts, grow, torch.tensor(own))
+        else:
+            said, looked = _said(model, texts, grow, steps or longest)
+        first = int(probe.first[rows[0]])
+        for at, row in enumerate(rows):
+            done[row] = _read(model, said[at], looked[:, at], wanted[row], form, first)
+    reads = tuple(done[row] for row in range(len(probe)))
+    counted = np.array([form == "forced" or one.recall > recall for one in reads])
+    there = np.zeros(_size(model.shape), dtype=bool)
+    there[tuple(np.transpose(model.shape.heads))] = True
+    values = np.full((*there.shape, len(reads), len(reads)), np.nan)
+    for at in np.flatnonzero(counted).tolist():
+        values[:, :, at] = _shares(reads[at], wanted[at], marked)
+    values[~there] = np.nan
+    own_values = np.einsum("lhbb->lhb", values).copy()
+    with np.errstate(invalid="ignore"):
+        often = (own_values[..., counted] > 0.1).mean(-1) if counted.any() else there * np.nan
+    control = _of_others(np.nan_to_num(values), _peers(keys))
+    control[np.isnan(own_values)] = np.nan
+    scores = HeadScores.from_examples(
+        _OCR,
+        own_values,
+        kv_heads=model.shape.n_kv_heads,
+        control_per_example=control,
+        design=Design(paired=True, clusters=probe.cluster_labels),
+        provenance=origin(model, probe, control="evidence of other texts", form=form),
+    ).of_stack(model.shape.stack)
+    return OcrHeads(scores, np.where(there, often, np.nan), reads, counted)
+
+
+def _answers(
+    model: HeadModel, answers: Sequence[str] | Sequence[Sequence[int]], count: int
+) -> list[list[int]]:
+    """Tokens of every answer."""
+    if isinstance(answers, str) or len(answers) != count:
+        raise InputError(f"there are {len(answers)} answers for {count} texts: give one each.")
+    found = []
+    for one in answers:
+        if isinstance(one, str):
+            if model.tokenizer is None:
+                raise InputError(f"{model.name} has no tokenizer: give answers as token ids.")
+            one = model.tokenizer(one, add_special_tokens=False)["input_ids"]
+        ids = [whole(token, "token", 0) for token in one]
+        if not ids or max(ids) >= model.shape.d_vocab:
+            raise InputError(
+                f"an answer has tokens {ids}: give one or more of 0 to {model.shape.d_vocab - 1}."
+            )
+        found.append(ids)
+    return found
+
+
+def _alike(
+    probe: Probe, wanted: Sequence[Sequence[int]], form: str, options: RunOptions
+) -> Iterator[list[int]]:
+    """Texts with prompts at the same positions, and equally long answers where these are read."""
+    sizes = [
+        (int(first), int(last), len(answer) if form == "forced" else 0)
+        for first, last, answer in zip(probe.first, probe.last, wanted, strict=True)
+    ]
+    for size in dict.fromkeys(sizes):
+        rows = [row for row, one in enumerate(sizes) if one == size]
+        most = options.per_pass(size[1] + 1 - size[0] + size[2], _TOKENS_PER_PASS)
+        yield from (rows[at : at + most] for at in range(0, len(rows), most))
+
+
+def _prompts(probe: Probe, rows: list[int]) -> Texts:
+    """Prompts of equal length, without their padding."""
+    part = slice(int(probe.first[rows[0]]), int(probe.last[rows[0]]) + 1)
+    inputs = {
+        name: value[rows][:, part]
+        if name in (SEGMENTS, TURNS) and value.shape[1:] == (probe.length,)
+        else value[rows]
+        for name, value in probe.inputs.items()
+    }
+    return Texts(probe.tokens[rows, part], None, inputs)
+
+
+def _with_answers(
+    model: HeadModel, texts: Texts, grow: Any, answers: Int[Tensor, "batch step"]
+) -> tuple[Int[Tensor, "batch step"], Int[np.ndarray, "step batch layer head"]]:
+    """Answers, and where heads look most at the positions that predict each of their tokens."""
+    start, steps = texts.tokens.shape[1], answers.shape[1]
+    seen = _Most(torch.arange(start - 1, start - 1 + steps))
+    nothing = torch.empty(0, dtype=torch.long)
+    grown = grow(texts, answers[:, :-1]) if steps > 1 else texts
+    model.run(grown, reads=seen.reads(model.shape), logits_at=nothing)
+    return answers, seen.array(model.shape)
+
+
+def _said(
+    model: HeadModel, texts: Texts, grow: Any, steps: int
+) -> tuple[Int[Tensor, "batch step"], Int[np.ndarray, "step batch layer head"]]:
+    """What the model says greedily, and where heads look most at each step."""
+    tokens, looked = [], []
+    for _ in range(steps):
+        last = torch.tensor([texts.tokens.shape[1] - 1])
+        seen = _Most(last)
+        logits = model.run(texts, reads=seen.reads(model.shape), logits_at=last)
+        assert logits is not None  # noqa: S101  # they were asked for
+        said = logits[:, -1].argmax(-1).cpu()
+        tokens.append(said)
+        looked.append(seen.array(model.shape))
+        texts = grow(texts, said[:, None])
+    return torch.stack(tokens, 1), np.concatenate(looked)
+
+
+@dataclass
+class _Most:
+    """Most attended key of some queries, by layer."""
+
+    queries: Int[Tensor, " query"]
+    best: dict[int, Tensor] = field(default_factory=dict)
+
+    def reads(self, shape: ModelShape) -> Reads:
+        return at_layers(shape, self._read)
+
+    def _read(self, view: TapView) -> None:
+        batch, length, heads = view.z.shape[:3]
+        parts = capture.chunks(self.queries, 4 * batch * heads * length, _ROWS_BYTES)
+        self.best[view.layer] = torch.cat(
+            [view.rows(part).pattern.argmax(-1) for part in parts], 2
+        ).cpu()
+
+    def array(self, shape: ModelShape) -> Int[np.ndarray, "step batch layer head"]:
+        """All of it; -1 in layers without attention."""
+        batch = len(next(iter(self.best.values())))
+        found = np.full((len(self.queries), batch, *_size(shape)), -1)
+        for layer, best in self.best.items():
+            found[:, :, layer] = best.permute(2, 0, 1).numpy()
+        return found
+
+
+def _read(
+    model: HeadModel,
+    said: Int[Tensor, " step"],
+    looked: Int[np.ndarray, "step layer head"],
+    answer: Sequence[int],
+    form: str,
+    first: int,
+) -> Read:
+    """One text's steps, up to where it ended, with positions of the probe."""
+    tokens = said.tolist()
+    if form == "decoded":
+        ends = end_tokens(model) - set(answer)
+        stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+        tokens, looked = tokens[:stop], looked[:stop]
+    shared = sum(min(tokens.count(one), answer.count(one)) for one in set(answer))
+    places = np.where(looked >= 0, looked + first, -1)
+    return Read(tuple(tokens), places, shared / len(answer))
+
+
+def _shares(
+    read: Read, answer: Sequence[int], marked: Bool[np.ndarray, "batch pos"]
+) -> Float[np.ndarray, "layer head batch"]:
+    """Score of one text's steps against the evidence of every text."""
+    different = sorted(set(answer))
+    length = marked.shape[1]
+    inside = (read.looked >= 0) & (read.looked < length)
+    hit = marked[:, read.looked.clip(0, length - 1)] & inside  # [batch step layer head]
+    found = np.zeros((len(marked), *read.looked.shape[1:]))
+    for token in different:
+        steps = [at for at, said in enumerate(read.tokens) if said == token]
+        found += hit[:, steps].any(1)
+    return np.moveaxis(found / len(different), 0, 2)
+
+
+@dataclass(frozen=True)
+class HeadOverlap:
+    """How far two sets of heads are the same.
+
+    Attributes:
+        shared: heads in both.
+        jaccard: how many those are over how many are in either; NaN for two empty sets.
+        expected: how many would be shared by chance.
+        p_value: of so many or more, were one set drawn at random (hypergeometric).
+    """
+
+    shared: tuple[HeadIndex, ...]
+    jaccard: float
+    expected: float
+    p_value: float
+
+
+def head_overlap(first: Heads, second: Heads, among: int) -> HeadOverlap:
+    """Compare two sets of heads, such as OCR heads with retrieval heads.
+
+    Args:
+        first: a set, which may be empty.
+        second: another.
+        among: how many heads the model has.
+
+    Raises:
+        InputError: if the sets have more heads than there are.
+
+    Example:
+        >>> found = hs.vision.head_overlap(["L0H1", "L1H0"], ["L1H0", "L1H1"], among=4)
+        >>> found.shared, round(found.jaccard, 3), found.expected
+        ((L1H0,), 0.333, 1.0)
+    """
+    one, two = set(head_list(first)), set(head_list(second))
+    count = whole(among, "among", 1)
+    if len(one | two) > count:
+        raise InputError(f"the sets have {len(one | two)} heads, more than among={count}.")
+    both = tuple(sorted(one & two))
+    either = len(one | two)
+    p = float(hypergeom.sf(len(both) - 1, count, len(one), len(two)))
+    return HeadOverlap(
+        both, len(both) / either if either else float("nan"), len(one) * len(two) / count, p
+    )
+
+
+# Making heads look somewhere.
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What it does when some heads are made to look at a region, beside random heads.
+
+    Attributes:
+        effect: change of the metric, mean over texts.
+        per_example: the same by text.
+        random: change with each draw of as many random heads.
+        p_value: share of the draws, the heads themselves counted among them, with an effect that
+            is at least as good.
+        heads: that were steered.
+    """
+
+    effect: float
+    per_example: Float[np.ndarray, " example"]
+    random: Float[np.ndarray, " draw"]
+    p_value: float
+    heads: tuple[HeadIndex, ...]
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return (
+            f"steering {len(self.heads)} heads changes the metric by {self.effect:.4g}, as many "
+            f"random heads by {self.random.mean():.4g} (sd {self.random.std():.4g}); "
+            f"p = {self.p_value:.3g} of {len(self.random)} draws."
+        )
+
+
+def steer(
+    model: HeadModel,
+    probe: Probe,
+    metric: Any,
+    heads: Heads,
+    region: str | Bool[Tensor, "batch pos"],
+    *,
+    share: int | float = 0.5,
+    better: Direction | None = None,
+    draws: int = 19,
+    positions: Any = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Steering:
+    """Make heads look at a region, and see whether that sways the answer more than random heads do.
+
+    A share of what the heads give to all other keys goes to the region
+    (:class:`headscope.interventions.Redistribute`). The same is done to as many random other heads
+    of the same layers; where a layer has too few, the rest comes from all others.
+
+    Args:
+        model: a vision-language model.
+        probe: with targets.
+        metric: of the answer that the region speaks for.
+        heads: to steer, such as gaze heads (:meth:`ImageAttention.gaze`).
+        region: keys to look at: ``keys.evidence(boxes)``, or a mark.
+        share: of the attention elsewhere that is moved, 0 to 1.
+        better: direction of the metric, ``higher`` or ``lower``, where it does not say so itself.
+        draws: of random heads; the p-value is at least ``1 / (1 + draws)``.
+        positions: of the queries that are steered; default: all.
+        batch_size: texts per pass.
+        seed: of the draws.
+
+    Raises:
+        InputError: if there are no other heads to draw from, or something does not fit.
+
+    Example:
+        >>> metric = hs.metrics.answer_log_prob
+        >>> found = hs.vision.steer(model, probe, metric, ["L1H0"], "second_copy", draws=3)
+        >>> len(found.random), found.p_value >= 0.25
+        (3, True)
+    """
+    chosen = present(model, heads)
+    sign = -metrics.cost_sign(metrics.as_metric(metric), better)
+    others = [head for head in model.shape.heads if head not in chosen]
+    if len(others) < len(chosen):
+        raise InputError(
+            f"{len(chosen)} heads leave {len(others)} others, too few to draw as many: steer fewer."
+        )
+    generator = np.random.default_rng(whole(seed, "seed", 0))
+    groups: dict[str, Heads] = {"heads": chosen}
+    for draw in range(whole(draws, "draws", 1)):
+        groups[f"draw {draw}"] = _drawn(chosen, others, generator)
+    found = ablate_groups(
+        model,
+        probe,
+        metric,
+        groups,
+        Redistribute(region, "rest", share),
+        positions=positions,
+        batch_size=batch_size,
+    )
+    means = np.asarray(found.mean)
+    effect, random = float(means[0]), means[1:]
+    larger = int((sign * random >= sign * effect).sum())
+    values = np.asarray(found.per_example)[0]
+    return Steering(effect, values, random, (1 + larger) / (1 + len(random)), tuple(chosen))
+
+
+def _drawn(
+    chosen: Sequence[HeadIndex], others: Sequence[HeadIndex], generator: np.random.Generator
+) -> tuple[HeadIndex, ...]:
+    """As many other heads, of the same layers as far as these have them."""
+    found: list[HeadIndex] = []
+    for layer in sorted({head.layer for head in chosen}):
+        pool = [head for head in others if head.layer == layer]
+        count = min(len(pool), sum(head.layer == layer for head in chosen))
+        found += [pool[at] for at in generator.permutation(len(pool))[:count]]
+    rest = [head for head in others if head not in found]
+    missing = len(chosen) - len(found)
+    found += [rest[at] for at in generator.permutation(len(rest))[:missing]]
+    return tuple(sorted(found))

@@ -17,8 +17,9 @@ PATCHES = "patches"  # name of the sequence that the patches of an image make
 TOKENS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 TEXT = "text"  # name of the sequence that token ids make
 GRID = "image_grid_thw"
+TURNS = "mm_token_type_ids"  # which tokens are pieces of images, for positions in space
 # What processors give a vision-language model beside images and tokens.
-WITH_IMAGES = (GRID, "image_sizes", "pixel_attention_mask", SEGMENTS, "mm_token_type_ids")
+WITH_IMAGES = (GRID, "image_sizes", "pixel_attention_mask", SEGMENTS, TURNS)
 # Examples and positions of a test input: two, so that no axis is mistaken for another.
 TINY = (2, 5)
 

@@ -1,4 +1,4 @@
-"""Attention stacks: what they run over, which keys a query may see, and where patches lie."""
+"""Attention stacks: what they run over, which keys a query may see, where pieces of images lie."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +154,212 @@ def _covered(index: Tensor, size: int, start: float, stop: float) -> Float[Tenso
     low = (index * size).float().clamp_min(start)
     high = ((index + 1) * size).float().clamp_max(stop)
     return (high - low).clamp_min(0) / size
+
+
+@dataclass(frozen=True, eq=False)
+class ImageKeys:
+    """Which piece of which picture each position of a text with images stands for.
+
+    Attributes:
+        boxes: left, top, right and bottom edge in pixels of the picture; NaN at positions that show
+            no piece of one: words, class tokens, ends of rows, padding around a picture.
+        image: number of the picture in its text; -1 where there is no box.
+        sizes: height and width of every picture, in pixels.
+
+    Example:
+        >>> from headscope.base.stacks import ImageKeys
+        >>> boxes = torch.tensor([[[0.0, 0, 8, 8], [8, 0, 16, 8]]])
+        >>> keys = ImageKeys(boxes, torch.zeros(1, 2, dtype=torch.long), torch.tensor([[[8, 16]]]))
+        >>> keys.at(0, 1), keys.keys(0, (0, 0, 12, 8))
+        ((0, (8.0, 0.0, 16.0, 8.0)), [0, 1])
+    """
+
+    boxes: Float[Tensor, "batch pos 4"]
+    image: Int[Tensor, "batch pos"]
+    sizes: Int[Tensor, "batch image 2"]
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.boxes)
+
+    def at(self, example: int, position: int) -> tuple[int, tuple[float, float, float, float]]:
+        """Picture and box that a position stands for.
+
+        Args:
+            example: which text.
+            position: in it.
+
+        Raises:
+            InputError: if there is no such position, or it shows no piece of a picture.
+        """
+        batch, length = self.image.shape
+        if not (0 <= example < batch and 0 <= position < length):
+            raise InputError(
+                f"there is no position {position} of text {example}: there are {batch} texts of "
+                f"{length} positions, counted from 0."
+            )
+        if int(self.image[example, position]) < 0:
+            raise InputError(f"position {position} of text {example} shows no piece of a picture.")
+        left, top, right, bottom = self.boxes[example, position].tolist()
+        return int(self.image[example, position]), (left, top, right, bottom)
+
+    def overlap(
+        self, example: int, box: Sequence[float | int], image: int = 0, by: str = "patch"
+    ) -> Float[Tensor, " pos"]:
+        """How far the piece of every position overlaps a box, in [0, 1]; 0 where there is none.
+
+        Args:
+            example: which text.
+            box: left, top, right and bottom edge, in pixels of the picture.
+            image: which of the text's pictures.
+            by: ``patch``, the shared area over that of the piece; ``iou``, over that of both
+                together, which is small for pieces inside a large box.
+
+        Raises:
+            InputError: if there is no such picture, or the box is empty or reaches out of it.
+        """
+        if by not in ("patch", "iou"):
+            raise InputError(f"by={by!r} is unknown: 'patch' or 'iou'.")
+        left, top, right, bottom = self.inside(example, box, image)
+        own = self.boxes[example].nan_to_num()
+        wide = own[:, 2].clamp_max(right) - own[:, 0].clamp_min(left)
+        high = own[:, 3].clamp_max(bottom) - own[:, 1].clamp_min(top)
+        shared = wide.clamp_min(0) * high.clamp_min(0)
+        area = (own[:, 2] - own[:, 0]) * (own[:, 3] - own[:, 1])
+        if by == "iou":
+            area = area + (right - left) * (bottom - top) - shared
+        found = shared / area.clamp_min(torch.finfo(area.dtype).tiny)
+        return found.masked_fill(self.image[example] != image, 0.0)
+
+    def inside(
+        self, example: int, box: Sequence[float | int], image: int = 0
+    ) -> tuple[float, float, float, float]:
+        """The box, checked to lie inside its picture.
+
+        Args:
+            example: which text.
+            box: left, top, right and bottom edge, in pixels of the picture.
+            image: which of the text's pictures.
+
+        Raises:
+            InputError: if there is no such picture, or the box is empty or reaches out of it.
+        """
+        batch, images = self.sizes.shape[:2]
+        if not (0 <= example < batch and 0 <= image < images):
+            raise InputError(
+                f"there is no picture {image} of text {example}: there are {batch} texts with "
+                f"{images} pictures each, counted from 0."
+            )
+        try:
+            left, top, right, bottom = (float(one) for one in box)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the box {box!r} is not left, top, right and bottom edge in pixels."
+            ) from error
+        height, width = self.sizes[example, image].tolist()
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise InputError(
+                f"the box of pixels from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) is not "
+                f"inside the picture, which is {width} pixels wide and {height} high."
+            )
+        return left, top, right, bottom
+
+    def keys(
+        self,
+        example: int,
+        box: Sequence[float | int],
+        image: int = 0,
+        *,
+        over: float = 0.1,
+        by: str = "patch",
+    ) -> list[int]:
+        """Positions whose piece overlaps a box by more than a share.
+
+        Args:
+            example: which text.
+            box: left, top, right and bottom edge, in pixels of the picture.
+            image: which of the text's pictures.
+            over: the share.
+            by: of what; see :meth:`overlap`.
+
+        Raises:
+            InputError: if there is no such picture, or the box is empty or reaches out of it.
+        """
+        found: list[int] = (self.overlap(example, box, image, by) > over).nonzero()[:, 0].tolist()
+        return found
+
+    def evidence(
+        self,
+        boxes: Sequence[Sequence[float | int]],
+        images: Sequence[int] | None = None,
+        *,
+        over: float = 0.1,
+        by: str = "patch",
+    ) -> Bool[Tensor, "batch pos"]:
+        """The mark of the positions that overlap one box of every text, as :meth:`keys` finds them.
+
+        Args:
+            boxes: for each text left, top, right and bottom edge, in pixels of its picture.
+            images: which of its pictures; default: the first.
+            over: share from which a piece counts.
+            by: of what; see :meth:`overlap`.
+
+        Raises:
+            InputError: if there is not a box for each text, or one is outside of its picture or
+                between all pieces.
+        """
+        if len(boxes) != len(self) or (images is not None and len(images) != len(self)):
+            raise InputError(f"there are {len(boxes)} boxes for {len(self)} texts: give one each.")
+        rows = []
+        for at, box in enumerate(boxes):
+            row = self.overlap(at, box, 0 if images is None else images[at], by) > over
+            if not bool(row.any()):
+                raise InputError(
+                    f"the box of text {at} covers no more than {over:g} of any piece: give a "
+                    "larger box, or a smaller over=."
+                )
+            rows.append(row)
+        return torch.stack(rows)
+
+    def painted(
+        self,
+        weights: Float[Tensor, "*any pos"],
+        example: int,
+        image: int = 0,
+        *,
+        rows: int = 24,
+        columns: int = 24,
+    ) -> Float[Tensor, "*any row column"]:
+        """Weights of positions laid onto a picture: each spread evenly over its box.
+
+        Pieces may overlap, as tiles and the whole picture do; what lies on the picture sums to the
+        weight of its positions.
+
+        Args:
+            weights: of every position of the text.
+            example: which text.
+            image: which of its pictures.
+            rows: cells from top to bottom into which the picture is cut.
+            columns: cells from left to right.
+
+        Raises:
+            InputError: if there is no such picture.
+        """
+        self.inside(example, (0, 0, *self.sizes[example, image].flip(0).tolist()), image)
+        height, width = self.sizes[example, image].tolist()
+        shown = self.image[example] == image
+        own = self.boxes[example][shown].to(weights)
+        down = _shares(own[:, 1], own[:, 3], rows, height)
+        across = _shares(own[:, 0], own[:, 2], columns, width)
+        return torch.einsum("...p,pr,pc->...rc", weights[..., shown], down, across)
+
+
+def _shares(start: Tensor, stop: Tensor, cells: int, size: int) -> Float[Tensor, "pos cell"]:
+    """Share of every interval that lies in each of equal cells of ``[0, size]``."""
+    edge = torch.arange(cells, device=start.device) * (size / cells)
+    low = torch.maximum(start[:, None], edge)
+    high = torch.minimum(stop[:, None], edge + size / cells)
+    return (high - low).clamp_min(0) / (stop - start)[:, None]
 
 
 MaskKind = Literal["causal", "bidirectional", "cross"]

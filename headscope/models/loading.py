@@ -334,7 +334,7 @@ def _wrapped(
             model = wrap_bridge(_bridged(module), **facts)
         if check:
             prove(model)
-        if isinstance(model, HFModel) and model.grid is not None:
+        if isinstance(model, HFModel) and (model.grid or model.image_token) is not None:
             model.image_processor = _image_processor(module.config.name_or_path, revision)
     except UnsupportedModelError as error:
         if str(error).startswith(name):

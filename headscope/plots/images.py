@@ -4,6 +4,7 @@ Images are embedded small, as PNG of at most some hundred pixels a side, and not
 """
 
 from base64 import b64encode
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -64,7 +65,7 @@ def image_overlay(
     *,
     title: str = "attention",
     caption: str = "",
-    boxes: Float[np.ndarray, "box 4"] | None = None,
+    boxes: Float[np.ndarray, "box 4"] | Sequence[Sequence[int | float]] | None = None,
     opacity: float = 0.6,
     theme: Theme = "light",
 ) -> go.Figure:

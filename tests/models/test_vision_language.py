@@ -170,3 +170,25 @@ def test_what_does_not_fit_is_told_before_it_runs(loaded: dict[str, Any]) -> Non
         hs.probes.from_batch({**inputs, "pixel_values": inputs["pixel_values"] / 0})
     with pytest.raises(InputError, match=r"cannot put .* into"):
         llava.run(hs.probes.from_batch({**inputs, "input_ids": inputs["input_ids"][:, 1:7]}))
+
+
+def test_paligemma_is_asked_for_what_decides_its_mask(loaded: dict[str, Any]) -> None:
+    """Without segments eager attention and sdpa differ; with them all is as the model's own."""
+    model, inputs = loaded["paligemma"], inputs_of("paligemma")
+    bare = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    with pytest.raises(InputError, match=r"without 'token_type_ids' from left to right"):
+        model.run(hs.probes.from_batch(bare))
+    text = hs.probes.from_tokens(inputs["input_ids"].clamp_max(90))
+    for call in (
+        lambda: hs.score(model, text, "entropy"),
+        lambda: hs.ablate_heads(model, text, hs.metrics.loss),
+        lambda: hs.score(model),
+    ):
+        with pytest.raises(InputError, match="give every text an image"):
+            call()
+    prompt = {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+    own = plain(model.module, prompt)
+    probe = hs.probes.from_batch(prompt)
+    acts = hs.capture.collect(model, probe, batch_size=1)
+    torch.testing.assert_close(acts[1].pattern, own.attentions[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.run(probe), own.logits, atol=1e-4, rtol=1e-4)

@@ -158,8 +158,7 @@ def _mask(
 
     A mask that no rule describes is refused where attention uses it.
     """
-    made = mask_facts(attention_mask)
-    if attention_mask is not None and made is not None and made.reach is not None:
+    if attention_mask is not None and mask_facts(attention_mask) is not None:
         return attention_mask  # a model handed its mask to the model inside it (paligemma)
     first = int(q_offset)
     end = first + q_length - kv_offset

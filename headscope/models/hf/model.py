@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headscope.base.batches import PIXELS, TOKENS, Batch
+from headscope.base.batches import PIXELS, SEGMENTS, TOKENS, TURNS, Batch
 from headscope.base.result import Glance, Shown
-from headscope.base.stacks import MaskRule, PatchGrid
+from headscope.base.stacks import ImageKeys, MaskRule, PatchGrid
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.models.hf.hooks import after, hooked
+from headscope.models.hf.images import image_keys
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import (
     Layout,
@@ -401,12 +402,68 @@ class HFModel(Tapped, Shown):
                 f"the probe holds images, and a text of it has no token {token} that "
                 f"stands for them in {self.name}: make texts with the model's own processor."
             )
+        self.check_batch(texts)
         padded = texts.real is not None and not bool(texts.real[:, 0].all())
         if padded and "rotary" in self.limits:
             raise UnsupportedModelError(
                 f"{self.name} counts positions, which padding before a text with images moves: "
                 "pad on the right."
             )
+
+    def check_batch(self, texts: Texts) -> None:
+        """Refuse a batch that the model cannot read, before it runs.
+
+        Raises:
+            InputError: if the family reads it in two ways, by the kind of attention that computes
+                it (paligemma without segments: causal under eager, in both directions under sdpa).
+        """
+        if self._needs_segments and SEGMENTS not in texts.inputs:
+            raise InputError(
+                f"{self.name} (paligemma) reads texts without {SEGMENTS!r} from left to right with "
+                "eager attention and in both directions with sdpa: give every text an image, and "
+                f"{SEGMENTS!r}, 0 at the prompt and 1 at what follows it."
+            )
+
+    @property
+    def _needs_segments(self) -> bool:
+        return self.module.config.model_type == "paligemma" and self.image_token is not None
+
+    def image_keys(
+        self, texts: Texts, sizes: Any = None, tiles: Any = None, processor: Any = None
+    ) -> ImageKeys:
+        """Which piece of which picture each position stands for; see ``hs.vision.image_keys``.
+
+        Raises:
+            InputError: if the inputs do not fit the model.
+            UnsupportedModelError: if it does not read texts with images, or its order of pieces is
+                not known.
+        """
+        if self.image_token is None:
+            raise UnsupportedModelError(f"{self.name} does not read texts with images in them.")
+        known = self.image_processor if processor is None else processor
+        self.need_images(texts)
+        return image_keys(self.module.config, texts, self.image_token, sizes, tiles, known)
+
+    def continued(self, texts: Texts, tokens: Int[Tensor, "batch new"]) -> Texts:
+        """The same texts with further tokens, and what the model reads beside them.
+
+        Args:
+            texts: without padding behind them.
+            tokens: that follow.
+        """
+        length, device = texts.tokens.shape[1], texts.tokens.device
+        grown = torch.cat([texts.tokens, tokens.to(device)], 1)
+        more = (0, tokens.shape[1])
+        real = None if texts.real is None else nn.functional.pad(texts.real, more, value=True)
+        # What follows a prefix that sees itself (paligemma) does not belong to it.
+        behind = {SEGMENTS: int(self._needs_segments)}
+        inputs = {
+            name: nn.functional.pad(value, more, value=behind.get(name, 0))
+            if name in (SEGMENTS, TURNS) and value.shape[1:] == (length,)
+            else value
+            for name, value in texts.inputs.items()
+        }
+        return Texts(grown, real, inputs)
 
     @cached_property
     def _arguments(self) -> frozenset[str]:
