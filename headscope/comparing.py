@@ -1,4 +1,4 @@
-"""Heads of one model beside those of another, or beside themselves earlier in training."""
+"""Compare heads across models, and across the training checkpoints of one model."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -38,11 +38,11 @@ _ROUNDING = 1e-5
 
 
 def by_address(first: HeadTable, second: HeadTable) -> tuple[Pairs, Float[np.ndarray, " pair"]]:
-    """The same address in both; closeness is the distance of their profiles."""
+    """Match heads by address; closeness is the distance of their score profiles."""
     if first.shape != second.shape:
         raise InputError(
-            f"heads of one address cannot be compared between {first.shape} and {second.shape} "
-            "heads: match them by profile."
+            f"heads cannot be matched by address between {first.shape} and {second.shape} heads: "
+            "use by='profile'."
         )
     distance = profile_distances(first, second)
     pairs = [(head, head) for head in _heads(first) if head in set(_heads(second))]
@@ -52,7 +52,7 @@ def by_address(first: HeadTable, second: HeadTable) -> tuple[Pairs, Float[np.nda
 
 
 def by_profile(first: HeadTable, second: HeadTable) -> tuple[Pairs, Float[np.ndarray, " pair"]]:
-    """The pairing with the smallest sum of squared distances; each head is used once."""
+    """Match heads one to one with the smallest sum of squared profile distances."""
     rows, columns = _heads(first), _heads(second)
     distance = profile_distances(first, second)
     wide = [second.shape[1] * b.layer + b.head for b in columns]
@@ -61,10 +61,10 @@ def by_profile(first: HeadTable, second: HeadTable) -> tuple[Pairs, Float[np.nda
 
 
 def by_weights(first: HeadModel, second: HeadModel) -> tuple[Pairs, Float[np.ndarray, " pair"]]:
-    """Within each layer, the pairing with the largest sum of similarities.
+    """Match heads within each layer with the largest sum of weight similarities.
 
     Raises:
-        InputError: if the models are not of one architecture.
+        InputError: if the models have different architectures.
     """
     if (first.shape.n_layers, first.shape.n_heads, first.shape.d_model) != (
         second.shape.n_layers,
@@ -91,10 +91,10 @@ def by_weights(first: HeadModel, second: HeadModel) -> tuple[Pairs, Float[np.nda
 def profile_distances(
     first: HeadTable, second: HeadTable
 ) -> Float[np.ndarray, "first_head second_head"]:
-    """Root mean square difference over the shared scores, in standard deviations of each score.
+    """Root mean square difference of shared scores, in standard deviations of each score.
 
-    Deviations are those over the heads of both models together. A score that either head lacks is
-    left out of that pair's mean; a pair that shares none is infinitely far.
+    Deviations are taken over the heads of both models together. A score that either head lacks is
+    left out of that pair's mean; pairs without a shared score are infinitely far apart.
     """
     names = shared(first, second)
     total = np.zeros((first.shape[0] * first.shape[1], second.shape[0] * second.shape[1]))
@@ -117,11 +117,11 @@ def shared(first: HeadTable, second: HeadTable) -> tuple[str, ...]:
     """Names of the scores that both tables have.
 
     Raises:
-        InputError: if there are none.
+        InputError: if they share none.
     """
     names = tuple(name for name in first if name in second)
     if not names:
-        raise InputError("the two tables share no score: score both models with the same scorers.")
+        raise InputError("the two tables share no scores: score both models with the same scorers.")
     return names
 
 
@@ -129,11 +129,11 @@ def shared(first: HeadTable, second: HeadTable) -> tuple[str, ...]:
 def weight_similarity(
     first: HeadModel, second: HeadModel
 ) -> dict[int, Float[np.ndarray, "first_head second_head"]]:
-    """Cosine of the heads' OV matrices, averaged with that of their QK matrices, per layer.
+    """Cosine similarity of OV matrices, averaged with that of QK matrices, per layer.
 
-    In [-1, 1]; 1 for equal matrices up to scale. Both models must share the basis of their
-    residual stream, as checkpoints of one training run do: for models that were trained apart
-    the numbers are near 0 and say nothing.
+    In [-1, 1]; 1 for equal matrices up to scale. Both models must share the basis of their residual
+    stream, as checkpoints of one training run do; for independently trained models the numbers are
+    near 0 and meaningless.
 
     Raises:
         UnsupportedModelError: if the family has neither matrix.
@@ -146,12 +146,14 @@ def weight_similarity(
         except UnsupportedModelError as error:
             reason = error
     if not found:
-        raise reason or UnsupportedModelError("there are no matrices to compare.")
+        raise reason or UnsupportedModelError(
+            "neither OV nor QK matrices can be read from these models: use by='profile'."
+        )
     return {layer: np.mean([one[layer] for one in found], axis=0) for layer in found[0]}
 
 
 def _cosines(first: HeadFactors, second: HeadFactors) -> dict[int, np.ndarray]:
-    """``<A1 B1, A2 B2> = trace((A1' A2) (B2 B1'))`` from thin factors, one head at a time."""
+    """Cosines from ``<A1 B1, A2 B2> = trace((A1' A2) (B2 B1'))`` of thin factors, head by head."""
     norms = first.norm(), second.norm()
     found = {}
     for place, layer in enumerate(first.layers):
@@ -168,7 +170,7 @@ def _cosines(first: HeadFactors, second: HeadFactors) -> dict[int, np.ndarray]:
 
 
 def _heads(table: HeadTable) -> list[HeadIndex]:
-    """Heads that any score has."""
+    """Mask of heads that any score has."""
     present = np.any([one.present for one in table.values()], axis=0)
     return [HeadIndex(int(i), int(j)) for i, j in zip(*np.nonzero(present), strict=True)]
 
@@ -197,10 +199,10 @@ _MEASURES: dict[By, str] = {
 
 
 def way_to_match(name: str) -> By:
-    """``name`` as a way to match heads.
+    """Look up a way of matching heads by name.
 
     Raises:
-        InputError: if there is no such way.
+        InputError: if the name is unknown.
     """
     for way in _MEASURES:
         if way == name:
@@ -217,33 +219,33 @@ def compare(
     scorers: "Iterable[str | Scorer] | None" = None,
     seed: int = 0,
 ) -> Comparison:
-    """Match the heads of two models and tell how their scores differ.
+    """Match the heads of two models and test how their scores differ.
 
-    Each head is matched with at most one: by ``profile`` so that the squared distances over all
-    shared scores sum to the least (any two models); by ``weights`` within each layer, by the
-    cosine of OV and QK matrices (checkpoints of one run; models trained apart share no basis);
-    by ``address`` each with itself. Differences are second less first, with 95% intervals,
-    two-sided p-values and effect sizes: of the differences example by example where both saw the
-    same ones, else of independent means (Welch's). P-values are adjusted over all pairs and scores
-    of the comparison (Benjamini and Hochberg 1995); :func:`headscope.base.statistics.compare_means`
-    says which test is used.
+    Each head is matched with at most one: by ``profile``, minimising the sum of squared distances
+    over all shared scores (any two models); by ``weights`` within each layer, by the cosine of OV
+    and QK matrices (checkpoints of one run; independently trained models share no basis); by
+    ``address``, each with the same address. Differences are second minus first, with 95% intervals,
+    two-sided p-values and effect sizes: paired by example if both saw the same examples, otherwise
+    of independent means (Welch's). P-values are adjusted over all pairs and scores of the
+    comparison (Benjamini and Hochberg 1995); :func:`headscope.base.statistics.compare_means` says
+    which test is used.
 
-    A match by profile is a description: heads that do nothing in particular are alike too, and
-    what was matched differs less than what was not, by construction. The p-values of such pairs
-    are therefore too large rather than too small.
+    A match by profile is descriptive: heads that do nothing in particular are also similar, and
+    matched heads differ less than unmatched ones by construction. The p-values of such pairs are
+    therefore conservative.
 
     Args:
         first: a model, what :func:`headscope.load` takes, or a table.
         second: the same.
         by: how heads are matched.
-        scorers: names or your own scorers, for models; default: the default ones.
-        seed: of the probes.
+        scorers: names or custom scorers, for models; default: the default ones.
+        seed: seed of the probes.
 
     Returns:
-        The pairs, not in the order of closeness: first those whose heads both stand out. A head
-        stands out by its largest distance, over the shared scores, from the median of its model's
-        heads, in standard deviations over them (four decimals); a pair by the smaller distance
-        of its two heads. Pairs that are equal in this stay in the order of their first heads.
+        The pairs, most unusual first, not the closest. A head is unusual by its largest distance,
+        over the shared scores, from the median of its model's heads, in standard deviations over
+        them (four decimals); a pair by the smaller distance of its two heads. Ties keep the order
+        of their first heads.
 
     Raises:
         InputError: if the two share no score, or cannot be matched in that way.
@@ -302,10 +304,10 @@ def compare(
 def _distinctive(
     one: HeadTable, two: HeadTable, names: Sequence[str], pairs: Sequence[tuple[HeadIndex, ...]]
 ) -> Float[np.ndarray, " pair"]:
-    """How far both heads of a pair are from the typical head of their model.
+    """How unusual both heads of a pair are, compared with the heads of their model.
 
-    The largest distance of any score from the median over heads, in standard deviations over
-    heads; of the two heads the smaller one, so that both must stand out.
+    The largest distance of any score from the median over heads, in standard deviations over heads;
+    the smaller one of the two heads counts, so that both must stand out.
     """
     sides = []
     for side, table in enumerate((one, two)):
@@ -323,7 +325,7 @@ def _distinctive(
 def _difference(
     first: HeadScores, second: HeadScores, at: "tuple[np.ndarray, ...]"
 ) -> tuple[Float[np.ndarray, " pair"], Float[np.ndarray, " pair"]]:
-    """95% interval of second less first, pair by pair."""
+    """95% interval of second minus first, pair by pair."""
     a, b = tuple(at[0]), tuple(at[1])
     if _paired(first, second):
         values = second.per_example[b] - first.per_example[a]
@@ -335,7 +337,7 @@ def _difference(
 def _test(first: HeadScores, second: HeadScores, at: "tuple[np.ndarray, ...]") -> MeanTest:
     """Two-sided test of second against first, pair by pair.
 
-    Where examples were not kept it is Welch's of means and errors, without an effect size.
+    Without per-example values this is Welch's test of means and errors, without an effect size.
     """
     if first.examples is None or second.examples is None:
         return _welch(first, second, at)
@@ -392,7 +394,7 @@ _EARLY, _LATE = (0.05, 0.15), (0.9, 1.0)
 
 @own_types()
 def token_losses(model: HeadModel, probe: Probe) -> Float[np.ndarray, "example token"]:
-    """Cross-entropy of each token given those before it, nats.
+    """Cross-entropy of each token given the ones before it, in nats.
 
     NaN for the first token of an example, at padding, and at the first token after padding.
     """
@@ -409,11 +411,10 @@ def token_losses(model: HeadModel, probe: Probe) -> Float[np.ndarray, "example t
 def text_curves(
     losses: Float[np.ndarray, "example token"],
 ) -> dict[str, Float[np.ndarray, " example"]]:
-    """Mean loss, and the in-context score: late loss less early loss.
+    """Mean loss, and the in-context score: late loss minus early loss.
 
-    Early is the mean from 5% to 15% of each text's tokens, late that of its last tenth. Negative
-    where the context helps. The source takes the 500th token less the 50th, which is this for
-    texts of 500 tokens but for the averaging, which it does over many more texts.
+    Early is the mean from 5% to 15% of each text's tokens, late that of its last tenth. Negative if
+    context helps. The source takes the 500th token minus the 50th, averaged over many more texts.
 
     Source: Olsson et al. 2022, "In-context Learning and Induction Heads".
     """
@@ -435,12 +436,12 @@ def text_curves(
 def copy_curves(
     losses: Float[np.ndarray, "example token"], half: int
 ) -> dict[str, Float[np.ndarray, " example"]]:
-    """Mean loss on the first and on the second copy of a text repeated.
+    """Mean loss on the first and on the second copy of a repeated text.
 
-    The second copy's first token is left out: nothing predicts it.
+    The second copy's first token is left out, as nothing predicts it.
 
     Args:
-        losses: of every token.
+        losses: losses of every token.
         half: length of a copy; the copies end where the rows end.
     """
     first, second = losses[:, -2 * half : -half], losses[:, -half + 1 :]
@@ -466,26 +467,26 @@ def emergence(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Emergence:
-    """Score every head at every checkpoint, beside the losses that the model has by then.
+    """Score every head at every checkpoint, together with the model's losses.
 
     One checkpoint is in memory at a time; all see the same probes. Curves: ``loss`` and
-    ``in-context score`` (late loss less early loss; negative where context helps) on text, and
-    the losses on the ``first copy`` and the ``second copy`` of random tokens repeated.
+    ``in-context score`` (late loss minus early loss; negative if context helps) on text, and the
+    losses on the ``first copy`` and the ``second copy`` of repeated random tokens.
 
     Args:
-        source: of :func:`headscope.load`; default: the bundled model.
+        source: as for :func:`headscope.load`; default: the bundled model.
         checkpoints: revisions, earliest first; default: all those of a bundled model.
-        scorers: names or scorers; default: previous token, induction, duplicate token
-            and first token.
-        texts: for the loss; default: of a bundled model stories like those of its training, else
-            bundled passages of prose.
-        device: where models are put.
-        dtype: of the weights.
-        seed: of the probes.
+        scorers: names or scorers; default: previous token, induction, duplicate token and first
+            token.
+        texts: texts for the loss; default: for a bundled model stories like those of its training,
+            otherwise bundled passages of prose.
+        device: device of the models.
+        dtype: dtype of the weights.
+        seed: seed of the probes.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if the model does not come with checkpoints and none are named.
+        InputError: if no checkpoints are named and the model does not come with any.
 
     Source: Olsson et al. 2022, "In-context Learning and Induction Heads" (the phase change).
 
@@ -499,7 +500,7 @@ def emergence(
     wanted = _revisions(name, checkpoints)
     chosen = _SCORES if scorers is None else tuple(scorers)
     if not chosen:
-        raise InputError("give at least one scorer.")
+        raise InputError("scorers= is empty: give at least one.")
     if texts is None and name in bundled.READERS:
         texts = bundled.stories(seed=seed)
     tables, parts, labels = [], [], []
@@ -520,7 +521,9 @@ def emergence(
 def _revisions(name: str, checkpoints: Sequence[str] | None) -> list[str]:
     if checkpoints is not None:
         if len(set(checkpoints)) < max(2, len(checkpoints)):
-            raise InputError("give two different checkpoints or more, earliest first.")
+            raise InputError(
+                "checkpoints= needs at least two different checkpoints, earliest first."
+            )
         return list(checkpoints)
     known = bundled.checkpoints(name) if name in bundled.names() else ()
     if not known:
@@ -531,7 +534,7 @@ def _revisions(name: str, checkpoints: Sequence[str] | None) -> list[str]:
 
 
 def _labelled(table: HeadTable) -> HeadTable:
-    """Without values per example: a story keeps means, errors and p-values."""
+    """Drop values per example: only means, errors and p-values are kept along training."""
     slim = [replace(one, examples=None, control_examples=None) for one in table.values()]
     return HeadTable(slim)
 
@@ -539,7 +542,7 @@ def _labelled(table: HeadTable) -> HeadTable:
 def _curves(
     model: HeadModel, texts: "Sequence[str] | None", seed: int
 ) -> dict[str, Float[np.ndarray, " example"]]:
-    """Losses of one checkpoint; without a tokenizer, of random tokens alone."""
+    """Losses of one checkpoint; without a tokenizer, on random tokens only."""
     room = model.shape.n_ctx or 512
     half = min(50, (room - 1) // 2)
     twice = repeated_tokens(model, length=half, batch=8, seed=seed)

@@ -1,15 +1,15 @@
 """Edits: interventions on heads, as values.
 
-Each function takes heads (``"L5H1"``, ``"5.1"``, ``(5, 1)``, one or several) and gives a frozen
+Each function takes heads (``"L5H1"``, ``"5.1"``, ``(5, 1)``, one or several) and returns a frozen
 :class:`HeadEdit`, for ``model.forward(..., edits=...)``, for ``model.edited(...)`` and for
-:func:`headscope.ablate_heads`. A head's slice is taken before the output projection: after it
-there are no heads. Values that an edit needs (means, other runs) are captured beforehand, by
-:func:`headscope.ablation.head_means` and :func:`headscope.ablation.head_values`; they are data.
+:func:`headscope.ablate_heads`. A head's slice is taken before the output projection; after it heads
+are mixed. Values that an edit needs (means, other runs) are plain data, computed beforehand by
+:func:`headscope.ablation.head_means` and :func:`headscope.ablation.head_values`.
 
-``positions`` limits an edit to marked positions, e.g. ``probe.mark("end")``; ``scope`` to the
-prompt (``prefill``) or to what is generated after it (``decode``). Which is which is a fact of the
-pass, not of its size: a prompt of one token is a prompt. ``model.forward`` reads prompts; of
-transformers' ``generate`` the prompt is what it was given; in your own loop, what extends a
+``positions`` limits an edit to marked positions, e.g. ``probe.mark("end")``; ``scope`` limits it to
+the prompt (``prefill``) or to what is generated after it (``decode``). The phase is a property of
+the pass, not of its size: a prompt of one token is a prompt. ``model.forward`` reads prompts; in
+transformers' ``generate`` the prompt is its input; in a hand-written loop, any pass that extends a
 cache is decoding.
 """
 
@@ -28,16 +28,16 @@ from headscope.heads import HeadIndex
 
 @dataclass(frozen=True)
 class Span:
-    """Positions of one pass, as a fact of the pass: never guessed from the shape of a tensor.
+    """Positions that one pass runs, stated explicitly and never inferred from tensor shapes.
 
     Attributes:
         first: position of the first query, counted among all keys, padding included.
-        count: how many positions the pass runs.
-        prompt: positions before this one are read as a prompt (``prefill``), those from it on are
-            generated (``decode``).
-        grows: whether the text may go on after the pass.
-        real: of the text up to the last position that runs, False at padding; None where there is
-            none.
+        count: number of positions that the pass runs.
+        prompt: positions before this one are prompt (``prefill``), those from it on are generated
+            (``decode``).
+        grows: whether the text may continue after the pass.
+        real: mask of the text up to the last position that runs, False at padding; None: no
+            padding.
     """
 
     first: int
@@ -48,7 +48,7 @@ class Span:
 
     @classmethod
     def whole(cls, length: int) -> "Span":
-        """A text that is read at once: all of it is prompt.
+        """Span of a whole text read at once, all of it prompt.
 
         Example:
             >>> hs.edits.Span.whole(5).prompt
@@ -58,7 +58,7 @@ class Span:
 
     @property
     def end(self) -> int:
-        """Position after the last."""
+        """Position after the last one."""
         return self.first + self.count
 
     @property
@@ -67,7 +67,7 @@ class Span:
         return self == Span.whole(self.count)
 
     def last(self, count: int) -> "Span":
-        """The same pass over its last ``count`` positions, which may reach back into its cache.
+        """The same pass reduced to its last ``count`` positions, which may reach into the cache.
 
         Example:
             >>> hs.edits.Span(first=7, count=1, prompt=7).last(8).first
@@ -76,7 +76,7 @@ class Span:
         return replace(self, first=self.end - count, count=count)
 
     def part(self, first: int, count: int) -> "Span":
-        """Some of the pass's own positions, counted from its first.
+        """Some of the pass's positions, counted from its first.
 
         Example:
             >>> hs.edits.Span.whole(10).part(4, 2)
@@ -94,17 +94,19 @@ SITES: tuple[HeadSite, ...] = ("query", "key", "value", "pattern", "z")
 
 
 def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
-    """Read one head or several, named ``"L5H1"``, ``"5.1"`` or ``(5, 1)``; doubles go.
+    """Parse one head or several, ``"L5H1"``, ``"5.1"`` or ``(5, 1)``; duplicates are dropped.
 
     Raises:
-        InputError: if one is not a head address.
+        InputError: if an entry is not a head address.
 
     Example:
         >>> hs.edits.head_list(["L1H0", "0.2", (2, 1)])
         (L1H0, L0H2, L2H1)
     """
     if not isinstance(heads, Iterable):
-        raise InputError(f"heads={heads!r}: name heads as 'L5H1', '5.1' or (5, 1), or give a list.")
+        raise InputError(
+            f"heads={heads!r}: write heads as 'L5H1', '5.1' or (5, 1), or give a list of these."
+        )
     given: list[Any] = [heads] if isinstance(heads, str) else list(heads)
     if len(given) == 2 and all(isinstance(part, int) for part in given):
         given = [tuple(given)]  # one head, (layer, head)
@@ -116,25 +118,25 @@ _SCOPES = ("all", "prefill", "decode")
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """At some heads and positions, ``factor * value + donor`` or a change instead of ``value``.
+    """Replace values of some heads and positions by ``factor * value + donor``, or by ``change``.
 
-    Everything else is left as it is, bit by bit. Make one with the functions of
+    Everything else is left bit-identical. Create edits with the functions of
     :mod:`headscope.edits`.
 
     Attributes:
-        name: of the kind of edit.
+        name: kind of edit.
         heads: heads by layer; at the sites ``key`` and ``value`` these are key/value heads.
         site: ``z`` (attention-weighted values ``[batch pos head d_head]``, before the output
             projection), ``query``, ``key``, ``value`` (as attention uses them, ``[batch head pos
             d_head]``) or ``pattern`` (``[batch head query key]``).
-        donors: what is added, by layer, in the layout of the site with all heads; leading axes
-            may be left out, and axes of length 1 stand for all.
-        factor: multiplier of what was there.
-        change: ``(value, donor) -> value``, of the edited heads alone and each position by
-            itself, instead of ``factor * value + donor``; None: that.
-        positions: where; None: everywhere. At ``pattern`` a position is a query.
-        scope: ``prefill`` touches the positions of the prompt, ``decode`` those after it, however
-            many of them a pass runs; which is which is a fact of the pass (:class:`Span`).
+        donors: values to add, by layer, in the layout of the site with all heads; leading axes may
+            be left out, and axes of length 1 are broadcast.
+        factor: multiplier of the old value.
+        change: ``(value, donor) -> value``, applied to the edited heads only and position by
+            position, instead of ``factor * value + donor``; None: not used.
+        positions: mask of positions; None: everywhere. At ``pattern`` a position is a query.
+        scope: ``prefill`` edits positions of the prompt, ``decode`` those after it, however many a
+            pass runs; see :class:`Span`.
     """
 
     name: str
@@ -148,7 +150,7 @@ class HeadEdit:
     layers: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Derive the layers; check that every layer has its donor."""
+        """Derive the layers and check that every layer has its donor."""
         object.__setattr__(self, "layers", frozenset(self.heads))
         missing = self.layers - self.donors.keys() if self.donors is not None else ()
         if missing:
@@ -171,7 +173,7 @@ class HeadEdit:
         scope: Scope = "all",
         change: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> "HeadEdit":
-        """Make an edit of heads in any spelling."""
+        """Create an edit from heads in any spelling."""
         by_layer: dict[int, tuple[int, ...]] = {}
         for layer, head in head_list(heads):
             by_layer[layer] = (*by_layer.get(layer, ()), head)
@@ -180,9 +182,9 @@ class HeadEdit:
         return cls(name, by_layer, site, donors, factor, positions, scope, change)
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Return the edited value of a text read at once; the input is left as it is.
+        """Return the edited value of a text read at once; the input is unchanged.
 
-        Within another pass, ask :meth:`during` first.
+        For other passes call :meth:`during` first.
         """
         head_axis, position_axis = self._axes
         if self.scope != "all":
@@ -198,7 +200,7 @@ class HeadEdit:
         return value.index_copy(head_axis, index, new)
 
     def during(self, span: Span) -> "HeadEdit":
-        """The edit of the positions that a pass runs; without heads where it touches none.
+        """Restrict the edit to the positions of a pass; without heads if it touches none of them.
 
         At the sites ``key`` and ``value`` the positions are those of the keys.
 
@@ -227,11 +229,11 @@ class HeadEdit:
         return replace(self, donors=donors, positions=where, scope="all")
 
     def among(self, layer: int, heads: tuple[int, ...]) -> "HeadEdit":
-        """The same edit of one layer, for a value that holds some heads alone.
+        """Restrict the edit to one layer, for a value that holds only some heads.
 
         Args:
-            layer: whose value.
-            heads: on its head axis, those of the edit among them.
+            layer: layer of the value.
+            heads: heads on its head axis; they include the edited ones.
         """
         axis = self._axes[0] - 4
         donors = None
@@ -245,18 +247,18 @@ class HeadEdit:
 
     @property
     def first_position(self) -> int:
-        """First position that is touched in any example; what comes before stays as it was."""
+        """First position that is edited in any example."""
         if self.positions is None or not bool(self.positions.any()):
             return 0
         return int(self.positions.any(0).int().argmax())
 
     def covers(self, layer: int, n_heads: int) -> bool:
-        """Whether nothing of this layer's old value is left."""
+        """Whether the edit replaces this layer's value completely."""
         every = len(self.heads.get(layer, ())) == n_heads and self.change is None
         return every and self.positions is None and self.factor == 0 and self.scope == "all"
 
     def cut(self, examples: slice = slice(None), first: int = 0) -> "HeadEdit":
-        """The same edit for a pass over some examples, from one position on."""
+        """The same edit for some examples, from one position on."""
         donors = self.donors
         if donors is not None:
             donors = {layer: self._cut(donor, examples, first) for layer, donor in donors.items()}
@@ -265,7 +267,7 @@ class HeadEdit:
 
     @property
     def _axes(self) -> tuple[int, int]:
-        """Axis of the heads and axis of the positions."""
+        """Indices of the head axis and the position axis."""
         return (2, 1) if self.site == "z" else (1, 2)
 
     def _new(self, layer: int, old: Tensor, index: Tensor) -> Tensor:
@@ -276,7 +278,7 @@ class HeadEdit:
         return new if donor is None else new + donor
 
     def _donor(self, layer: int, old: Tensor, index: Tensor) -> Tensor:
-        """What the edited heads are given, in the layout of their value."""
+        """Donor values of the edited heads, in the layout of their value."""
         assert self.donors is not None  # noqa: S101  # asked for where there are some
         head_axis, position_axis = self._axes
         donor = self.donors[layer].to(device=old.device, dtype=old.dtype)
@@ -285,7 +287,7 @@ class HeadEdit:
             donor = donor.index_select(head_axis, index)
         if (
             self.site == "pattern" and donor.shape[-1] > 1
-        ):  # keys that the other run did not have get nothing
+        ):  # keys that the other run did not have get 0
             donor = torch.nn.functional.pad(donor, (0, old.shape[-1] - donor.shape[-1]))
         for axis in (0, position_axis):
             if donor.shape[axis] not in (1, old.shape[axis]):
@@ -307,7 +309,7 @@ class HeadEdit:
         return positions.to(value.device)
 
     def _seen(self, positions: Tensor, span: Span) -> Bool[Tensor, "batch pos"]:
-        """Which of a pass's positions are chosen; none beyond those that were given."""
+        """Mask of a pass's positions that are edited; none beyond the given ones."""
         shown = positions[:, span.first : span.end]
         missing = span.count - shown.shape[1]
         if missing and span.is_whole:
@@ -318,7 +320,7 @@ class HeadEdit:
         return torch.nn.functional.pad(shown, (0, missing))
 
     def _shown(self, donor: Tensor, span: Span) -> Tensor:
-        """What a donor has for the positions of a pass; all of it where it has too few."""
+        """Donor values for the positions of a pass, or the whole donor if it has too few."""
         axis = self._axes[1] - 4
         if donor.ndim < -axis or donor.shape[axis] == 1 or donor.shape[axis] < span.end:
             return donor
@@ -335,15 +337,15 @@ class HeadEdit:
 
 @runtime_checkable
 class AnyEdit(Protocol):
-    """What a model calls during a pass; see ``headscope.models.protocol.Edit``."""
+    """Interface of an edit during a pass; see ``headscope.models.protocol.Edit``."""
 
     @property
     def site(self) -> HeadSite:
-        """What is edited."""
+        """Site that is edited."""
 
     @property
     def layers(self) -> frozenset[int]:
-        """Layers that it touches."""
+        """Layers that it edits."""
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
         """Return the edited value."""
@@ -351,10 +353,10 @@ class AnyEdit(Protocol):
 
 @runtime_checkable
 class SpanEdit(AnyEdit, Protocol):
-    """An edit that wants to know which positions a pass runs, and which of them are decoding."""
+    """Interface of edits that depend on a pass's positions and on the phase."""
 
     def during(self, span: Span) -> AnyEdit:
-        """The edit of these positions."""
+        """Restrict the edit to these positions."""
 
 
 Variant = Sequence[AnyEdit]
@@ -362,7 +364,7 @@ Variant = Sequence[AnyEdit]
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """Edits of one site for a batch that holds every example once per variant, variants outside."""
+    """Edits of one site for a stacked batch: variants outside, examples inside."""
 
     site: HeadSite
     variants: tuple[tuple[AnyEdit, ...], ...]
@@ -378,24 +380,24 @@ class Stacked:
         return self._joined(layer, value.chunk(len(self.variants)))
 
     def spread(self, layer: int, value: Tensor) -> Tensor:
-        """Edit one value that all variants start from; it is not yet repeated in the batch."""
+        """Edit a single value from which all variants start, repeating it per variant."""
         return self._joined(layer, (value,) * len(self.variants))
 
     def covers(self, layer: int, n_heads: int) -> bool:
-        """Whether no variant keeps anything of this layer's old value."""
+        """Whether every variant replaces this layer's value completely."""
         return all(
             any(isinstance(edit, HeadEdit) and edit.covers(layer, n_heads) for edit in edits)
             for edits in self.variants
         )
 
     def during(self, span: Span) -> "Stacked":
-        """The same variants in a pass over some positions."""
+        """Restrict all variants to the positions of a pass."""
         if span.real is not None:  # variants stand one after another, with the same padding
             span = replace(span, real=span.real[: len(span.real) // len(self.variants)])
         return replace(self, variants=tuple(during(edits, span) for edits in self.variants))
 
     def among(self, layer: int, heads: tuple[int, ...]) -> "Stacked":
-        """The same edits of one layer, for a value that holds some heads alone."""
+        """Restrict the edits to one layer, for a value that holds only some heads."""
         return Stacked(
             self.site,
             tuple(
@@ -414,7 +416,7 @@ class Stacked:
 
 
 def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
-    """Edits of a stacked pass, one for every site that some variant touches.
+    """Combine the variants' edits for a stacked pass, one per edited site.
 
     Example:
         >>> stacked = hs.edits.stack([(hs.edits.zero("L0H0"),), (hs.edits.zero("L1H1"),)])
@@ -430,7 +432,7 @@ def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
 
 
 def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tuple[AnyEdit, ...]:
-    """Edits of one variant for some examples, from one position on; others pass as they are.
+    """Cut a variant's edits to some examples, from one position on; others are passed through.
 
     Example:
         >>> edit = hs.edits.zero("L0H0", positions=probe.mark("second_copy"))
@@ -443,7 +445,7 @@ def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tupl
 
 
 def during(variant: Variant, span: Span) -> tuple[AnyEdit, ...]:
-    """Edits of one variant in a pass over some positions; those that touch none of them go.
+    """Restrict a variant's edits to the positions of a pass; drop those that touch none.
 
     Example:
         >>> step = hs.edits.Span(first=9, count=1, prompt=9)
@@ -455,7 +457,7 @@ def during(variant: Variant, span: Span) -> tuple[AnyEdit, ...]:
 
 
 def edited_heads(variant: Variant, layer: int) -> tuple[int, ...] | None:
-    """Heads of a layer that a variant edits, in order; None if an edit does not say.
+    """Heads of a layer that a variant edits, in order; None if an edit does not tell.
 
     Example:
         >>> hs.edits.edited_heads([hs.edits.zero(["L0H2", "L0H1"])], 0)
@@ -478,7 +480,7 @@ def edited_heads(variant: Variant, layer: int) -> tuple[int, ...] | None:
 
 
 def among(edit: AnyEdit, layer: int, heads: tuple[int, ...]) -> AnyEdit:
-    """The same edit for a value of one layer that holds some heads alone.
+    """Restrict an edit to one layer's value that holds only some heads.
 
     Example:
         >>> hs.edits.among(hs.edits.zero("L0H5"), 0, (3, 5)).heads
@@ -488,7 +490,7 @@ def among(edit: AnyEdit, layer: int, heads: tuple[int, ...]) -> AnyEdit:
 
 
 def first_layer(variant: Variant) -> int | None:
-    """Lowest layer that a variant touches; None if it touches none.
+    """Lowest layer that a variant edits; None if it edits none.
 
     Example:
         >>> hs.edits.first_layer([hs.edits.zero("L2H0"), hs.edits.zero("L1H1")])
@@ -498,7 +500,7 @@ def first_layer(variant: Variant) -> int | None:
 
 
 def first_position(variant: Variant) -> int:
-    """First position that a variant touches; 0 where an edit does not say.
+    """First position that a variant edits; 0 if an edit does not tell.
 
     Example:
         >>> edit = hs.edits.zero("L0H0", positions=probe.mark("second_copy"))
@@ -510,7 +512,7 @@ def first_position(variant: Variant) -> int:
     )
 
 
-# Shares of a row below this are rounding, not a sink.
+# Shares of a row below this are rounding and not a sink.
 _SINK = 1e-4
 _TINY = 1e-38
 _STEPS = 30  # of bisection: a threshold to 1e-9
@@ -524,17 +526,17 @@ def entmax(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """Attention becomes alpha-entmax of the scores: keys that are far behind get exactly 0.
+    """Replace softmax with alpha-entmax, which gives low-scoring keys exactly 0.
 
     ``p_j = max((alpha - 1) s_j - tau, 0) ^ (1 / (alpha - 1))``, with the ``tau`` that makes them
-    sum to 1. 1 is the softmax, 2 the sparsemax; with 1.5 keys whose score is 2 or more below the
-    best have 0.
+    sum to 1. Alpha 1 is the softmax, 2 the sparsemax; with 1.5 keys whose score is at least 2 below
+    the best get 0.
 
     Args:
-        heads: which.
-        alpha: 1, or 1.01 and more; a number for all, or one for every head, which may ask for a
+        heads: which heads.
+        alpha: 1, or at least 1.01; a number for all, or one for every head, which may require a
             gradient.
-        positions: of the queries; None: all.
+        positions: query positions; None: all.
         scope: ``prefill``, ``decode`` or ``all``.
 
     Raises:
@@ -553,9 +555,9 @@ def entmax(
     values = _alphas(chosen, alpha)
     low = values.detach().min()
     if not bool(torch.isfinite(values.detach()).all()) or (low < _SOFTEST and low != 1):
-        raise InputError(f"alpha={float(low):g}: entmax takes 1 (softmax), or 1.01 and more.")
+        raise InputError(f"alpha={float(low):g}: give 1 (softmax), or 1.01 and more.")
     if bool((values.detach() == 1).any()) and not bool((values.detach() == 1).all()):
-        raise InputError("alpha: heads with softmax (1) need no edit; name the others alone.")
+        raise InputError("alpha: leave out heads with alpha 1 (softmax), which need no edit.")
     donors = {}
     for layer in {head.layer for head in chosen}:
         size = 1 + max(head.head for head in chosen if head.layer == layer)
@@ -570,18 +572,18 @@ def entmax(
 
 
 def top_k(heads: Heads, k: int, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
-    """Attention goes to each query's k highest-scoring keys alone; the softmax is over these.
+    """Keep each query's k highest-scoring keys and take the softmax over these.
 
-    Of equal scores the earlier key is taken.
+    On ties the earlier key is kept.
 
     Args:
-        heads: which.
-        k: 1 or more; queries that see fewer keys keep all.
-        positions: of the queries; None: all.
+        heads: which heads.
+        k: at least 1; queries that see fewer keys keep all.
+        positions: query positions; None: all.
         scope: ``prefill``, ``decode`` or ``all``.
 
     Raises:
-        InputError: if k is not a whole number from 1 on.
+        InputError: if k is not a positive integer.
 
     Source:
         Gupta et al. 2021, "Memory-efficient Transformers via Top-k Attention"
@@ -593,7 +595,7 @@ def top_k(heads: Heads, k: int, *, positions: Positions = None, scope: Scope = "
         [[[[0.666..., 0.333..., 0.0]]]]
     """
     if not isinstance(k, int) or k < 1:
-        raise InputError(f"k={k!r}: the number of keys that a query keeps is 1 or more.")
+        raise InputError(f"k={k!r}: give a whole number from 1 on, the keys that a query keeps.")
     return HeadEdit.at(
         "top_k", heads, site="pattern", change=lambda rows, _: top_rows(rows, k),
         positions=positions, scope=scope,
@@ -603,11 +605,11 @@ def top_k(heads: Heads, k: int, *, positions: Positions = None, scope: Scope = "
 def entmax_rows(
     pattern: Float[Tensor, "*any key"], alpha: Tensor | None
 ) -> Float[Tensor, "*any key"]:
-    """Rows of alpha-entmax made of softmax rows; a key with probability 0 keeps 0.
+    """Convert softmax rows to alpha-entmax rows; a key with probability 0 keeps 0.
 
     Args:
-        pattern: softmax rows, less what a sink takes.
-        alpha: broadcasts to the rows, ``[... 1]``; all 1: the rows as they are.
+        pattern: softmax rows, without a sink's share.
+        alpha: broadcasts to the rows, ``[... 1]``; if all are 1, the rows are unchanged.
 
     Example:
         >>> hs.edits.entmax_rows(torch.tensor([[0.8, 0.15, 0.05]]), torch.tensor([[2.0]])).tolist()
@@ -623,7 +625,7 @@ def entmax_rows(
 
 
 def top_rows(pattern: Float[Tensor, "*any key"], k: int) -> Float[Tensor, "*any key"]:
-    """Softmax rows over the k most probable keys, made of rows over all.
+    """Restrict softmax rows to their k most probable keys and renormalise.
 
     Example:
         >>> hs.edits.top_rows(torch.tensor([[0.5, 0.3, 0.2]]), 2).round(decimals=3).tolist()
@@ -637,7 +639,7 @@ def top_rows(pattern: Float[Tensor, "*any key"], k: int) -> Float[Tensor, "*any 
 
 
 def _sink_of(pattern: Float[Tensor, "*any key"]) -> Float[Tensor, "*any 1"]:
-    """Share of a row that a learned sink takes; 0 where there is none."""
+    """Share of a row that a learned sink takes; 0 without a sink."""
     missing = 1 - pattern.sum(-1, keepdim=True)
     return missing.masked_fill(missing < _SINK, 0.0)
 
@@ -691,7 +693,7 @@ class _Entmax(torch.autograd.Function):
 
 
 def zero(heads: Heads, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
-    """``z`` becomes 0. What a value bias adds goes too; the output bias stays.
+    """Set ``z`` to 0, including the contribution of a value bias; the output bias stays.
 
     Example:
         >>> hs.edits.zero(["L0H1", "L2H3"]).layers == {0, 2}
@@ -707,7 +709,7 @@ def mean(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """``z`` becomes the head's mean over a reference probe.
+    """Replace ``z`` with the head's mean over a reference probe.
 
     Example:
         >>> edit = hs.edits.mean("L1H2", hs.ablation.head_means(model, probe))
@@ -724,10 +726,10 @@ def mean_pos(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """``z`` becomes the head's mean at that position: for prompts of one template.
+    """Replace ``z`` with the head's mean at that position, for prompts of one template.
 
-    A position is a column of the batch, counted from the left with its padding: under left padding
-    prompts of several lengths are averaged, and replaced, at different places of their texts.
+    A position is a column of the batch, padding included: under left padding, prompts of different
+    lengths are averaged and replaced at different places in their texts.
 
     Example:
         >>> means = hs.ablation.head_means(model, probe, per_position=True)
@@ -744,7 +746,7 @@ def resample(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """``z`` becomes that of another example at the same position.
+    """Replace ``z`` with that of another example at the same position.
 
     Example:
         >>> values = hs.ablation.head_values(model, probe.tokens.flip(0))
@@ -755,11 +757,11 @@ def resample(
 
 
 def uniform(heads: Heads, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
-    """The query becomes 0, so that attention is uniform over the visible keys.
+    """Zero the query, so that attention is uniform over the visible keys.
 
-    What the retrieval-head literature calls masking (Wu et al. 2024, arXiv 2404.15574). Exact
-    where nothing but ``q k`` enters the softmax: with a position bias (ALiBi) the bias remains, and
-    with a learned sink (gpt-oss) the row is flat but for the sink's share.
+    The retrieval-head literature calls this masking (Wu et al. 2024, arXiv 2404.15574). Exact if
+    only ``q k`` enters the softmax: a position bias (ALiBi) remains, and with a learned sink
+    (gpt-oss) the row is flat except for the sink's share.
 
     Example:
         >>> with model.edited([hs.edits.uniform("L0H0")]):
@@ -776,7 +778,7 @@ def freeze_pattern(
     *,
     positions: Positions = None,
 ) -> HeadEdit:
-    """Attention stays what it was in another run, whatever its queries and keys become.
+    """Freeze attention to its pattern in another run, whatever its queries and keys are.
 
     Example:
         >>> patterns = hs.ablation.head_values(model, probe.tokens, site="pattern")
@@ -795,9 +797,9 @@ def patch(
     site: HeadSite = "z",
     positions: Positions = None,
 ) -> HeadEdit:
-    """The value at a site becomes that of a paired run, position by position.
+    """Replace the value at a site with that of a paired run, position by position.
 
-    At ``key`` and ``value`` heads are key/value heads, which several query heads may share.
+    At ``key`` and ``value`` the heads are key/value heads, which several query heads may share.
 
     Example:
         >>> keys = hs.ablation.head_values(model, probe.control.tokens, site="key")
@@ -815,7 +817,7 @@ def scale(
     positions: Positions = None,
     scope: Scope = "all",
 ) -> HeadEdit:
-    """The value at a site is multiplied.
+    """Multiply the value at a site by a factor.
 
     Example:
         >>> hs.edits.scale("L1H0", 0.5, positions=probe.mark("second_copy")).factor
@@ -890,12 +892,12 @@ def _moved(
 def attend_to_first(
     heads: Heads, real: Bool[Tensor, "batch pos"], *, positions: Positions = None
 ) -> HeadEdit:
-    """All attention goes to each example's first real token, where idle heads rest.
+    """Put all attention on each example's first real token, where idle heads rest.
 
     Args:
-        heads: which.
+        heads: which heads.
         real: the probe's real positions.
-        positions: of the queries; None: all.
+        positions: query positions; None: all.
 
     Example:
         >>> hs.edits.attend_to_first("L1H0", probe.real).site

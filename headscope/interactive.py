@@ -1,4 +1,4 @@
-"""For notebooks: look at attention on a text, and ask what one head does."""
+"""Notebook tools: view attention on a text, and explain one head."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -53,14 +53,14 @@ def attention_example(
     *,
     length: int | None = None,
 ) -> AttentionExample:
-    """Attention of chosen heads on one text, in steps of 1/255.
+    """Attention of chosen heads on one text, quantised to 1/255.
 
     Args:
         model: from :func:`headscope.load`.
-        text: what the model reads; default: two sentences said twice, or random tokens said twice
-            where the model has no tokenizer.
-        heads: which; default: all.
-        length: tokens that are kept of the text, from its start; default: the context, at most
+        text: text to read; default: two repeated sentences, or repeated random tokens if the model
+            has no tokenizer.
+        heads: which heads; default: all.
+        length: number of tokens to keep from the start of the text; default: the context, at most
             1024.
 
     Raises:
@@ -72,9 +72,9 @@ def attention_example(
         for head in (model.shape.heads if heads is None else heads)
     ]
     if not chosen:
-        raise InputError("give at least one head.")
+        raise InputError("heads= is empty: give at least one.")
     if length is not None and length < 1:
-        raise InputError(f"length={length}: at least one token.")
+        raise InputError(f"length={length}: give 1 or more.")
     probe, words = _probe(model, text, length or _MOST_TOKENS)
     if len(chosen) * probe.length**2 > _LARGEST_PATTERNS:
         raise InputError(
@@ -97,18 +97,18 @@ def attention_example(
 
 
 def _probe(model: HeadModel, text: str | None, length: int) -> tuple[Probe, str]:
-    """The text as tokens, or random tokens said twice."""
+    """The text as a probe, or repeated random tokens."""
     room = min(length, model.shape.n_ctx or length)
     if text is None and model.tokenizer is None:
         half = max(1, min(16, (room - 1) // 2))
-        return repeated_tokens(model, length=half, batch=1), "Random tokens said twice."
+        return repeated_tokens(model, length=half, batch=1), "Repeated random tokens."
     said = EXAMPLE.strip() if text is None else text
     if not said.strip():
         raise InputError("the text is empty: give a sentence.")
     tokenizer = need_tokenizer(model, "a text")
     before, after = frame(model, None)
     ids = encode(tokenizer, said, before, after).ids
-    words = "A sentence said twice." if text is None else "Your text."
+    words = "A repeated sentence." if text is None else "Your text."
     cut = "" if len(ids) <= room else f" The first {room} of {len(ids)} tokens."
     return from_tokens(torch.tensor([ids[:room]])), words + cut
 
@@ -123,22 +123,22 @@ def attention_view(
     *,
     length: int | None = None,
 ) -> AttentionView:
-    """Show where heads look: tokens in a line, a thumbnail per head, whole in one frame.
+    """Show where heads attend: the tokens, a thumbnail per head, and a large view.
 
-    In a notebook the last value of a cell shows itself; ``.save("view.html")`` writes a file that
-    opens offline. Probabilities are kept in steps of 1/255.
+    Displayed when it is the last value of a notebook cell; ``.save("view.html")`` writes a
+    self-contained file. Probabilities are quantised to 1/255.
 
     Args:
         model: from :func:`headscope.load`.
-        text: what the model reads; default: two sentences said twice, or random tokens said twice
-            where the model has no tokenizer.
-        heads: which, in this order; default: all.
-        length: tokens that are kept of the text, from its start; default: the context, at most
+        text: text to read; default: two repeated sentences, or repeated random tokens if the model
+            has no tokenizer.
+        heads: which heads, in this order; default: all.
+        length: number of tokens to keep from the start of the text; default: the context, at most
             1024.
 
     Raises:
-        InputError: if the text is empty, the model has no such head, or there is more to show
-            than a notebook bears.
+        InputError: if the text is empty, the model has no such head, or the view is too large for a
+            notebook.
 
     Example:
         >>> hs.attention_view(model, "the cat sat on the cat", heads=["L2H1", "L1H2"])
@@ -159,16 +159,16 @@ _EXAMPLE_LENGTH = 64
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What is known of one head; prints itself, and shows itself in notebooks.
+    """All results on one head, printable and displayable in notebooks.
 
     Attributes:
-        model: whose head it is.
-        card: what its weights say.
+        model: the model.
+        card: results from its weights.
         scan: scores of all heads on probes; None: not run.
-        effects: what the loss becomes without the head; of a model without logits, the cosine of
-            its embeddings of texts to those with the head.
+        effects: loss without the head; for a model without logits, cosine of its text embeddings
+            with and without the head.
         attention: on an example; None: not run.
-        seed: of probes and random bands.
+        seed: seed of probes and random bands.
     """
 
     model: HeadModel
@@ -180,11 +180,11 @@ class Explanation:
 
     @property
     def head(self) -> HeadIndex:
-        """Which head."""
+        """Address of the head."""
         return HeadIndex.parse(self.card.head)
 
     def page(self) -> str:
-        """Everything, as one HTML page that opens offline."""
+        """Build one self-contained HTML page with everything."""
         return head_page(self.card, self._evidence, _facts(self.model))
 
     def save(self, path: "str | PathLike[str]") -> None:
@@ -209,12 +209,12 @@ class Explanation:
         yield from card_lines(self.card, self.head, self.scan, self.effects)
 
     def _repr_html_(self) -> str:
-        """The same as small static tables, with the attention viewer below."""
+        """Show small static tables, with the attention viewer below."""
         viewer = "" if self.attention is None else AttentionView(self.attention, 400)._repr_html_()
         return head_html(self.card, self.scan, self.effects) + viewer
 
     def __str__(self) -> str:
-        """What a terminal of 100 columns would show."""
+        """Text as on a terminal of 100 columns."""
         from rich.console import Console
 
         console = Console(width=100, color_system=None, record=True, quiet=True)
@@ -224,7 +224,7 @@ class Explanation:
         return said.get()
 
     def __repr__(self) -> str:
-        """The head and its roles."""
+        """Head and its roles."""
         roles = {} if self.scan is None else self.scan.roles()
         named = ", ".join(f"{role} {mean:.2f}" for role, mean in roles.get(self.head, []))
         return f"Explanation({self.card.model} {self.card.head}: {named or 'no role'})"
@@ -239,17 +239,16 @@ def explain(
     ranks: bool | None = None,
     seed: int = 0,
 ) -> Explanation:
-    """Tell all there is to know of one head: scores, weights, partners, example, ablation.
+    """Explain one head: scores, weights, partners, an example of attention, and ablation.
 
     Args:
         head: ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.
         model: from :func:`headscope.load`, or what it takes; default: the bundled model.
-        text: for the example of attention; default: two sentences said twice.
-        weights_only: run no probe: weights alone.
-        ranks: tell the place of the head among all heads by each weight score, for which all
-            heads are scored: a minute at 50,000 tokens and 270 heads. None: where that takes
-            about a second.
-        seed: of probes and random bands.
+        text: text for the example of attention; default: two repeated sentences.
+        weights_only: use weights only and run no probe.
+        ranks: rank the head among all heads by each weight score, which requires scoring all heads:
+            a minute at 50,000 tokens and 270 heads. None: only if that takes about a second.
+        seed: seed of probes and random bands.
 
     Raises:
         InputError: if the model has no such head, or a text is given with ``weights_only``.
@@ -261,7 +260,7 @@ def explain(
     """
     wanted = HeadIndex.parse(head)
     if weights_only and text is not None:
-        raise InputError("a text needs a run of the model, which weights_only forbids.")
+        raise InputError("text= needs a run of the model: leave out weights_only=True.")
     found = model if isinstance(model, HeadModel) else load(model)
     index = found.shape.check(wanted)
     attention = scan = None
@@ -277,9 +276,9 @@ def explain(
 
 
 def _effects(model: HeadModel, head: HeadIndex, seed: int) -> Iterator[HeadScores]:
-    """What the loss on repeated random tokens, or on hidden ones, becomes without the head.
+    """Effect of ablating the head on the loss of repeated random tokens, or of masked ones.
 
-    Of a model without logits, how far its embedding of texts moves.
+    For a model without logits, the effect on its text embeddings.
     """
     bare = "logits" in model.limits and model.tokenizer is not None
     probe = text_probe(model, length=_EXAMPLE_LENGTH) if bare else _asked(model, seed)
@@ -293,7 +292,7 @@ def _effects(model: HeadModel, head: HeadIndex, seed: int) -> Iterator[HeadScore
 
 
 def _asked(model: HeadModel, seed: int) -> Probe | None:
-    """What the loss is taken of; None for an encoder whose mask token is not known."""
+    """Probe for the loss; None for an encoder without a known mask token."""
     room = model.shape.n_ctx or 1000
     if all_causal(model.stacks):
         return repeated_tokens(model, length=min(50, (room - 1) // 2), batch=8, seed=seed)

@@ -1,4 +1,4 @@
-"""What can be read from weights alone: QK and OV circuits, spectra, vocabulary, composition.
+"""Weight-only analysis: QK and OV circuits, spectra, vocabulary, composition.
 
 factors = hs.circuits.ov(model)              # all heads at once; nothing multiplied out
 factors.svd().S                              # [layer head d_head]

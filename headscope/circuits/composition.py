@@ -1,4 +1,4 @@
-"""How strongly what one head writes is what a later head reads, for pairs and for chains."""
+"""Composition: how strongly the output of one head is read by a later one, in pairs and chains."""
 
 import heapq
 import math
@@ -40,26 +40,26 @@ _READS = {"Q": "queries", "K": "keys", "V": "values"}
 def composition(
     model: HeadModel, mode: str, fold_norm: bool = True, *, subtract_random: bool = False
 ) -> PairScores:
-    """Composition score of every pair of heads: how much of head 1 enters head 2's reads.
+    """Composition score of every pair of heads: overlap of head 1's output with head 2's input.
 
     ``|W_OV1 @ W|_F / (|W_OV1|_F * |W|_F)`` with ``W`` the later head's ``W_QK`` (Q), ``W_QK.T``
     (K) or ``W_OV`` (V). Range [0, 1]; independent heads get about ``1 / sqrt(d_model)``.
 
     Computed from ``R_V1 @ W_O1`` and ``W @ R.T`` (R: triangular factors of the outer sides), one
-    matrix product per later layer and no d_model x d_model matrix.
+    matrix product per later layer and never a d_model x d_model matrix.
 
     Args:
         model: any model whose heads write linearly.
-        mode: what the later head does with it: ``"Q"``, ``"K"`` or ``"V"``.
-        fold_norm: fold the later head's norm, and under LayerNorm centre; False: bare weights.
+        mode: input of the later head: ``"Q"``, ``"K"`` or ``"V"``.
+        fold_norm: fold the later head's norm, and centre under LayerNorm; False: bare weights.
         subtract_random: subtract :func:`random_composition`; values may then be negative.
 
     Raises:
-        UnsupportedModelError: where what follows attention is not a plain norm, or where
-            queries and keys are normalised (Q and K).
+        UnsupportedModelError: if attention is followed by more than a plain norm, or if queries and
+            keys are normalised (Q and K).
 
     Source: Elhage et al. 2021, "Attention Composition Scores". The norm's gain is folded, which
-    they leave open, and the baseline is exact where theirs is drawn. Rotary positions are left
+    they leave open, and the baseline is exact where theirs is sampled. Rotary positions are left
     out (distance 0). Known weakness: the Frobenius norm mixes in directions that no input ever
     takes; in GPT-2 small some heads score high without composing. See
     :func:`component_composition`.
@@ -91,23 +91,23 @@ def composition(
 def partners(
     model: HeadModel, mode: str, head: "str | tuple[int, int]", fold_norm: bool = True
 ) -> tuple[list[tuple[HeadIndex, float]], list[tuple[HeadIndex, float]]]:
-    """Composition scores of one head with every head below it, and with every head above it.
+    """Composition scores of one head with every head in a lower layer, and in a higher one.
 
-    The values of :func:`composition` for this head alone: ``|A B C D|_F^2`` of four thin factors
-    is the trace of a product of d_head x d_head matrices, in fp64.
+    The same values as :func:`composition`, for this head alone: ``|A B C D|_F^2`` of four thin
+    factors is the trace of a product of d_head x d_head matrices, in fp64.
 
     Args:
         model: any model whose heads write linearly.
-        mode: what the later head of each pair does with it: ``"Q"``, ``"K"`` or ``"V"``.
+        mode: input of the later head of each pair: ``"Q"``, ``"K"`` or ``"V"``.
         head: ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.
         fold_norm: as for :func:`composition`.
 
     Returns:
-        heads that feed it, and heads that it feeds, each with its score, strongest first.
+        Heads that feed it, and heads that it feeds, each with its score, strongest first.
 
     Raises:
-        UnsupportedModelError: where what follows attention is not a plain norm, or where
-            queries and keys are normalised (Q and K).
+        UnsupportedModelError: if attention is followed by more than a plain norm, or if queries and
+            keys are normalised (Q and K).
 
     Example:
         >>> below, above = hs.circuits.partners(model, "K", "L2H1")
@@ -121,7 +121,7 @@ def partners(
 def partners_of(
     index: HeadIndex, first: HeadFactors, second: HeadFactors
 ) -> tuple[list[tuple[HeadIndex, float]], list[tuple[HeadIndex, float]]]:
-    """Partners of a head, from the two sides that :func:`operands` gives."""
+    """Partners of a head, from the two sides that :func:`operands` returns."""
     place = first.layers.index(index.layer)
     writer, reader = (factors.only(index) for factors in (first, second))
     below = _pair_norms(first.at(slice(0, place)), reader)
@@ -141,7 +141,7 @@ def _ranked(
 
 
 def _pair_norms(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer head"]:
-    """Normalised norms of the products of one head with many, either side being the one."""
+    """Normalised norms of the products of one head with many, on either side."""
     sides = (first.left.mT, first.right, second.left.mT, second.right)
     exact = torch.float64 if first.left.device.type == "cpu" else torch.float32
     W_V, W_O, left, right = (side.to(exact) for side in sides)
@@ -154,11 +154,11 @@ def _pair_norms(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer
 
 
 def random_composition(model: HeadModel, fold_norm: bool = True) -> float:
-    """Composition score of heads that know nothing of each other: ``1 / sqrt(d_model)``.
+    """Composition score of independent random heads: ``1 / sqrt(d_model)``.
 
-    The root mean square over all rotations of one head against the other, whatever their
-    spectra; random Gaussian factors, as in Elhage et al. 2021, have the same mean to within a
-    percent. One dimension less where both sides are centred.
+    The root mean square over all rotations of one head against the other, whatever their spectra;
+    random Gaussian factors, as in Elhage et al. 2021, have the same mean to within a percent. If
+    both sides are centred, the dimension is one less.
 
     Example:
         >>> 0 < hs.circuits.random_composition(model) < 1
@@ -170,12 +170,13 @@ def random_composition(model: HeadModel, fold_norm: bool = True) -> float:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ComponentScores(Saved, Shown):
-    """Composition of single singular directions of the earlier head.
+    """Composition scores of single singular directions of the earlier head.
 
     Attributes:
-        values: of (earlier layer, head, component; later layer, head); 0 where not below.
+        values: of (earlier layer, head, component; later layer, head); 0 if the first is not in a
+            lower layer.
         layers: layer number of each entry of the layer axes.
-        mode: what the later head does with it.
+        mode: input of the later head.
     """
 
     values: Float[np.ndarray, "layer head component layer head"]
@@ -183,7 +184,7 @@ class ComponentScores(Saved, Shown):
     mode: str
 
     def glance(self) -> Glance:
-        """Shape, and the strongest components."""
+        """Show shape and the strongest components."""
         order = np.argsort(-self.values, axis=None, kind="stable")[:6]
         places = zip(*np.unravel_index(order, self.values.shape), strict=True)
         rows = [
@@ -209,17 +210,17 @@ def component_composition(
 ) -> ComponentScores:
     """Composition of every singular component of the earlier head's OV with every later head.
 
-    For component ``s u v.T`` the score ``|s u v.T @ W| / (s * |W|_F)`` is ``|v.T @ W| / |W|_F``:
-    its own size does not count. Range [0, 1]; a random direction gets ``1 / sqrt(d_model)``.
+    For component ``s u v.T`` the score ``|s u v.T @ W| / (s * |W|_F)`` is ``|v.T @ W| / |W|_F``,
+    independent of its singular value. Range [0, 1]; a random direction gets ``1 / sqrt(d_model)``.
 
     Args:
         model: any model whose heads write linearly.
         mode: ``"Q"``, ``"K"`` or ``"V"``.
-        components: the largest ones of each head; None: all.
+        components: number of largest components of each head; None: all.
         fold_norm: fold the norms.
 
-    Source: Merullo et al. 2024, "Talking Heads", section 3 (they decompose one matrix of the
-    pair and keep the other whole, as here).
+    Source: Merullo et al. 2024, "Talking Heads", section 3 (they decompose one matrix of the pair
+    and keep the other whole, as done here).
 
     Example:
         >>> scores = hs.circuits.component_composition(model, "V", components=2)
@@ -250,9 +251,9 @@ def direction_composition(
     mode: str,
     fold_norm: bool = True,
 ) -> Float[Tensor, "component component"]:
-    """Cosines between directions that one head writes and directions that another reads.
+    """Cosines between output directions of one head and input directions of another.
 
-    Entry (i, j): ``v_i . u_j`` of the earlier head's OV and the later head's read circuit, both
+    Entry (i, j): ``v_i . u_j`` of the earlier head's OV and the later head's input circuit, both
     sorted by singular value. Range [-1, 1]; signs follow :class:`HeadSVD`.
 
     Example:
@@ -262,14 +263,14 @@ def direction_composition(
     """
     one, two = (model.shape.check(HeadIndex.parse(head)) for head in (first, second))
     if one.layer >= two.layer:
-        raise InputError(f"{one} does not lie below {two}, so it cannot feed it.")
+        raise InputError(f"{one} is not in a lower layer than {two}, so it cannot feed it.")
     writer = ov(model, fold_norm, layers=[one.layer]).svd()
     reader = _reader(model, mode, fold_norm, [two.layer]).svd()
     return writer.Vh[0, one.head] @ reader.U[0, two.head]
 
 
 def operands(model: HeadModel, mode: str, fold_norm: bool) -> tuple[HeadFactors, HeadFactors]:
-    """Circuits of the earlier and of the later head, the latter's rows being what it reads."""
+    """Circuits of the earlier and of the later head; the rows of the latter are its input."""
     if mode not in _READS:
         raise InputError(nearest(str(mode), _READS, kind="composition"))
     need_write(model, "composition")
@@ -285,14 +286,14 @@ def _reader(model: HeadModel, mode: str, fold_norm: bool, layers: list[int] | No
 
 
 def _collapsed(factors: HeadFactors) -> list[Float[Tensor, "d_model column"]]:
-    """Per layer ``left @ R.T`` of all heads side by side: as long as the product, but thin."""
+    """Per layer ``left @ R.T`` of all heads side by side: thin, with the norms of the product."""
     triangle = factors.per_head(thin_qr(factors.right.mT)[1])
     wide = widened(factors.left, triangle.mT)
     return [rearrange(layer, "head d_model column -> d_model (head column)") for layer in wide]
 
 
 def _all_pairs(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer head layer head"]:
-    """Normalised norms of all products whose first factor lies below the second."""
+    """Normalised norms of all products whose first factor is in a lower layer."""
     triangle = first.per_head(thin_qr(first.left)[1])
     written = triangle @ first.per_head(first.right)
     columns = _collapsed(second)
@@ -318,7 +319,7 @@ def _all_pairs(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer 
 def _squared_by_head(
     rows: Float[Tensor, "row d_model"], columns: Float[Tensor, "d_model column"], n_heads: int
 ) -> Float[Tensor, "row head"]:
-    """Squared lengths of ``rows @ columns`` in each head's share of the columns, in blocks."""
+    """Squared norms of ``rows @ columns`` over each head's columns, in blocks."""
     result = rows.new_empty(len(rows), n_heads)
     for block in _blocks(len(rows), columns.shape[1]):
         product = rows[block] @ columns
@@ -333,12 +334,12 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
 
 @own_types()
 def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> PairScores:
-    """Overlap of every head's write subspace with every later head's read subspace.
+    """Overlap of every head's output subspace with every later head's input subspace.
 
-    ``|P.T @ Q|_F^2 / min(rank)`` with P and Q orthonormal bases of what the rows of ``W_O`` and the
-    columns of the later head's ``W_Q``, ``W_K`` or ``W_V`` span: the mean squared cosine of their
-    principal angles. Range [0, 1]; by chance d_head / d_model where both have full rank. Unlike
-    composition it counts all directions of a subspace alike. Heads that share keys and values
+    ``|P.T @ Q|_F^2 / min(rank)`` with P and Q orthonormal bases of the row space of ``W_O`` and of
+    the column space of the later head's ``W_Q``, ``W_K`` or ``W_V``: the mean squared cosine of
+    their principal angles. Range [0, 1]; by chance d_head / d_model if both have full rank. Unlike
+    composition it weights all directions of a subspace equally. Heads that share keys and values
     have equal entries.
 
     Source: the projection kernel of Grassmann learning (Hamm and Lee 2008).
@@ -378,11 +379,11 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
 
 @dataclass(frozen=True)
 class Path(Stored):
-    """A chain of heads, each of which reads what the one before it writes.
+    """Chain of heads, each reading the previous one's output.
 
     Attributes:
         heads: from the lowest layer up.
-        modes: how each of them but the first reads: ``Q``, ``K`` or ``V``.
+        modes: how each head but the first reads: ``Q``, ``K`` or ``V``.
         strength: geometric mean of the composition scores along it, in units of chance.
     """
 
@@ -391,7 +392,7 @@ class Path(Stored):
     strength: float
 
     def __str__(self) -> str:
-        """Form for print: ``L1H3 -K-> L2H0 (4.2)``."""
+        """Format as ``L1H3 -K-> L2H0 (4.2)``."""
         parts = [str(self.heads[0])]
         parts += [f"-{m}-> {h}" for m, h in zip(self.modes, self.heads[1:], strict=True)]
         return f"{' '.join(parts)} ({self.strength:.1f})"
@@ -409,9 +410,9 @@ def strongest_paths(
 
     Args:
         model: any model whose heads write linearly.
-        k: how many chains.
+        k: number of chains.
         modes: kinds of composition to follow; ``["K"]`` shows previous-token -> induction.
-        length: heads in a chain, 2 or more.
+        length: heads in a chain, at least 2.
         fold_norm: fold the norms.
 
     Known weakness: high composition is not proof of use (see :func:`composition`); ablate.
@@ -426,10 +427,10 @@ def strongest_paths(
 
 
 def chains(scores: Iterable[PairScores], chance: float, k: int, length: int) -> list[Path]:
-    """K strongest chains over given pair scores; exact, ties by lowest heads.
+    """The k strongest chains over given pair scores; exact, on ties the lowest heads.
 
-    The logarithm of a chain's strength is a sum over its links, so that the k best chains that
-    end in a head come from the k best that end in the heads below it.
+    The logarithm of a chain's strength is a sum over its links, so the k best chains that end in a
+    head extend the k best that end in lower heads (dynamic programming).
 
     Example:
         >>> pairs = hs.circuits.composition(model, "K")
@@ -437,7 +438,7 @@ def chains(scores: Iterable[PairScores], chance: float, k: int, length: int) -> 
         2
     """
     if length < 2:
-        raise InputError("a chain has at least two heads: length=2 or more.")
+        raise InputError("length={length}: a chain needs at least two heads.")
     best: dict[tuple[HeadIndex, HeadIndex], tuple[float, str]] = {}  # best mode of each pair
     for one in scores:
         for i, j, m, n in np.argwhere(one.present & (one.values > 0)).tolist():

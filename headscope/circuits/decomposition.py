@@ -1,4 +1,4 @@
-"""Sparse attention decomposition: few directions carry a score, and earlier heads supply them."""
+"""Sparse attention decomposition: the few directions behind a score, and the heads behind them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,18 +20,17 @@ from headscope.models.taps import Reads, TapView, at_layers
 class ScoreParts:
     """One attention score (before scaling and soft cap) in the singular basis of its QK circuit.
 
-    ``score = sum(products)``, where component k gives
-    ``S[k] * (x_query . U[:, k]) * (x_key . Vh[k])``; x are inputs over the norm's scale, with a
-    last coordinate 1 that carries the biases.
+    ``score = sum(products)``, with component k contributing ``S[k] * (x_query . U[:, k]) * (x_key .
+    Vh[k])``; x are inputs over the norm's scale, with a last coordinate 1 for the biases.
 
     Attributes:
         score: as attention computes it, before ``1 / sqrt(d_head)``.
-        products: what each component adds.
-        kept: components that carry the score, largest first.
-        along_query: direction per unit of residual stream at the query position: its product
-            with any part of the stream is what that part adds to the kept components' sum.
+        products: contribution of each component.
+        kept: components that make up the score, largest first.
+        along_query: residual direction at the query position whose product with any part of the
+            stream is that part's contribution to the kept components.
         along_key: the same at the key position.
-        constants: what biases add to that sum, on the query and on the key side.
+        constants: contribution of biases to that sum, on the query and on the key side.
     """
 
     head: HeadIndex
@@ -46,20 +45,20 @@ class ScoreParts:
 
     @property
     def kept_score(self) -> float:
-        """Part of the score that the kept components carry."""
+        """Part of the score that the kept components contribute."""
         return float(self.products[self.kept].sum())
 
 
 @dataclass(frozen=True)
 class TracedEdge:
-    """One earlier head that supplies a head's query or key signal.
+    """Contribution of one earlier head to a head's query or key signal.
 
     Attributes:
         reader: head whose attention from ``query`` to ``key`` is explained.
         side: ``query`` or ``key``.
         writer: earlier head; None: everything else together (embedding, MLPs, output biases).
-        position: where the writer writes.
-        contribution: what it adds to the score's kept components.
+        position: position at which the writer writes.
+        contribution: contribution to the kept components of the score.
         share: the same as a share of their sum.
     """
 
@@ -75,23 +74,23 @@ class TracedEdge:
 
 @dataclass(eq=False)
 class PromptRecording:
-    """What one prompt left behind; make it with :func:`record`."""
+    """Recorded run of one prompt; create it with :func:`record`."""
 
     residual: dict[int, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
     z: dict[int, Float[Tensor, "pos head d_head"]] = field(default_factory=dict)
     attends: dict[int, Float[Tensor, "head pos key"]] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """What enters every attention layer, and its head outputs."""
+        """Taps to read: the input of every attention layer, and its head outputs."""
         entering = at_layers(shape, self._on_entering, "resid_pre")
         return entering | at_layers(shape, self._on_layer)
 
     def _on_entering(self, view: TapView) -> None:
-        """Keep what one layer reads."""
+        """Store the input of one layer."""
         self.residual[view.layer] = view.value[0].float()
 
     def _on_layer(self, view: TapView) -> None:
-        """Keep one layer's head outputs and pattern."""
+        """Store one layer's head outputs and pattern."""
         every = torch.arange(view.n_queries)
         self.z[view.layer] = view.z[0].float()
         self.attends[view.layer] = view.rows(every).pattern[0]
@@ -100,7 +99,7 @@ class PromptRecording:
 @own_types()
 @torch.no_grad()
 def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> PromptRecording:
-    """Run one prompt; keep residual inputs, head outputs and patterns of all layers.
+    """Run one prompt and record residual inputs, head outputs and patterns of all layers.
 
     Example:
         >>> recording = hs.circuits.record(model, probe.tokens[0])
@@ -123,15 +122,15 @@ def score_parts(
     key: int,
     share: float = 0.7,
 ) -> ScoreParts:
-    """Write one attention score in its singular basis and keep the directions that carry it.
+    """Decompose one attention score in its singular basis and keep the main directions.
 
-    Kept is the shortest run of components, sorted by product (largest first; most negative first
-    where the score is negative), whose sum reaches ``share`` of the score. Under rotary
-    positions the basis is that of the exact circuit at this distance; under norms on queries and
-    keys (qwen3, gemma3) at these positions, whose scales are held.
+    Keeps the shortest run of components, sorted by product (largest first; most negative first if
+    the score is negative), whose sum reaches ``share`` of the score. Under rotary positions the
+    basis is that of the exact circuit at this distance; under norms on queries and keys (qwen3,
+    gemma3) at these positions, whose scales are frozen.
 
     Raises:
-        UnsupportedModelError: where queries and keys are changed by more than norms and a rotation.
+        UnsupportedModelError: if queries and keys are changed by more than norms and a rotation.
 
     Source: Franco and Crovella 2024, "Sparse Attention Decomposition Applied to Circuit Tracing".
 
@@ -174,9 +173,9 @@ def score_parts(
 
 @own_types()
 def suppliers(model: HeadModel, recording: PromptRecording, parts: ScoreParts) -> list[TracedEdge]:
-    """What every earlier head, and the rest of the stream, adds to the kept components.
+    """Contribution of every earlier head, and of the rest of the stream, to the kept components.
 
-    Exact with the norms' scales held, also those of norms on queries and keys and of a norm after
+    Exact with the norms' scales frozen, also those of norms on queries and keys and of a norm after
     attention (gemma2): on either side the contributions and that side's constant sum to
     ``kept_score``. Unlike the paper, which projects on the signal directions with weights
     ``sqrt(S)``, contributions are in units of the score, and the bias is counted once.
@@ -215,7 +214,7 @@ def _supplied(
     z: Float[Tensor, "head d_head"],
     along: Float[Tensor, " d_model"],
 ) -> Float[Tensor, " head"]:
-    """What the heads of a layer add along a direction, the scale of a norm after attention held."""
+    """Contribution of a layer's heads along a direction, with the norm after attention frozen."""
     W_O = model.output_weights(layer).float()
     if "linear_write" not in model.limits:
         return (z * (W_O @ along)).sum(-1)
@@ -236,21 +235,20 @@ def trace(
     share: float = 0.7,
     firing: float = 0.5,
 ) -> list[TracedEdge]:
-    """Trace one attention score back through the heads that supply it.
+    """Trace one attention score back through the heads that contribute to it.
 
-    On each side the largest suppliers are kept until they reach ``share`` of all that is
-    supplied in the score's own sign, heads and rest together. A kept head that attends with at
-    least ``firing`` to one key other than the first position, by a score above 0, is traced in
-    turn.
+    On each side the largest contributions are kept until they reach ``share`` of all those with the
+    score's own sign, heads and rest together. A kept head that attends with at least ``firing`` to
+    one key other than the first position, by a score above 0, is traced in turn.
 
     Args:
-        model: any model whose scores a product gives at one pair of positions.
+        model: any model whose attention scores are a bilinear form at given positions.
         tokens: one prompt.
-        head: where to start.
-        query: position that attends.
-        key: position that is attended to.
-        share: of the components kept, and of the suppliers kept.
-        firing: smallest attention that is traced on.
+        head: head to start from.
+        query: query position.
+        key: key position.
+        share: share of the score for components, and of the contributions for heads.
+        firing: smallest attention weight that is traced further.
 
     Returns:
         Edges in the order of tracing; each score is traced once.
@@ -269,7 +267,7 @@ def trace(
             continue
         done.add(place)
         parts = score_parts(model, recording, *place, share)
-        if edges and parts.score <= 0:  # it attends by what it avoids elsewhere, not by this score
+        if edges and parts.score <= 0:  # it attends here because other scores are lower
             continue
         supplied = suppliers(model, recording, parts)
         for side in ("query", "key"):
@@ -297,7 +295,7 @@ def _largest(edges: list[TracedEdge], share: float) -> list[TracedEdge]:
 
 
 def _normed(model: HeadModel, recording: PromptRecording, layer: int, position: int) -> Tensor:
-    """Residual stream over the norm's scale, with the coordinate of the biases."""
+    """Residual stream over the norm's scale, with the bias coordinate."""
     x = recording.residual[layer][position]
     x = x / model.parts.input_norm(layer).scale(x)
     return torch.cat([x, torch.ones_like(x[:1])])

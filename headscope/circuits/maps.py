@@ -1,6 +1,6 @@
-"""MAPS: which relations a head's weights implement, and what a head maps to what.
+"""MAPS: the token relations that a head's weights implement.
 
-A relation is a set of token pairs, made for a model's own vocabulary.
+A relation is a set of token pairs, built for a model's vocabulary.
 """
 
 import json
@@ -32,9 +32,9 @@ from headscope.probes.encoding import ordinary_tokens
 from headscope.table import HeadScores, HeadTable
 
 WordPairs = list[tuple[str, str]]
-# Pairs of a relation that is made from the whole vocabulary.
+# Maximum number of pairs in a relation made from the whole vocabulary.
 _MADE_PAIRS = 200
-# Fewer pairs than this say nothing of a head.
+# Minimum number of pairs for a meaningful score.
 _MIN_PAIRS = 5
 
 
@@ -43,10 +43,10 @@ class TokenRelation:
     """Pairs of single tokens (source, target) of one vocabulary.
 
     Attributes:
-        name: of the relation.
+        name: name of the relation.
         source: token ids that a head attends to.
         target: token ids that it should promote.
-        words: how many pairs there were before those of several tokens were left out.
+        words: number of pairs before those with multi-token words were dropped.
     """
 
     name: str
@@ -55,14 +55,14 @@ class TokenRelation:
     words: int
 
     def __len__(self) -> int:
-        """Return the number of pairs."""
+        """Number of pairs."""
         return len(self.source)
 
 
 def relations(
     model: HeadModel, path: "str | PathLike[str] | None" = None
 ) -> dict[str, TokenRelation]:
-    """Relations that this model's vocabulary can express with single tokens.
+    """Build the relations that a model's vocabulary can express with single tokens.
 
     Built in: ``copy`` (without a tokenizer the only one), ``case`` (Word and word),
     ``digit_successor``, and word lists: plural, opposite, country_capital, comparative,
@@ -71,11 +71,12 @@ def relations(
     left are dropped.
 
     Args:
-        model: whose tokenizer decides.
-        path: a JSON file, ``{"name": [["source", "target"], ...]}``, instead of the lists.
+        model: its tokenizer decides.
+        path: a JSON file, ``{"name": [["source", "target"], ...]}``, that replaces the built-in
+            lists.
 
     Raises:
-        InputError: if the file holds something else.
+        InputError: if the file has another form.
 
     Example:
         >>> "copy" in hs.circuits.relations(model)
@@ -94,7 +95,7 @@ def relations(
 
 
 def of_words(model: HeadModel, name: str, pairs: Iterable[tuple[str, str]]) -> TokenRelation:
-    """Relation from pairs of words; those that are not single tokens are left out."""
+    """Relation from pairs of words, without those that are not single tokens."""
     listed = list(pairs)
     found = []
     for source, target in listed:
@@ -111,7 +112,7 @@ def read_relations(path: "str | PathLike[str]") -> dict[str, WordPairs]:
     """Read pairs of words from JSON.
 
     Raises:
-        InputError: naming what is wrong with the file.
+        InputError: with what is wrong in the file.
 
     Example:
         >>> with open("capitals.json", "w") as file:
@@ -147,7 +148,7 @@ def _word_lists() -> dict[str, WordPairs]:
 
 
 def _single(model: HeadModel, text: str) -> int | None:
-    """Id of a text that is one token, and known; else None."""
+    """Id of a text that is a single known token; otherwise None."""
     tokenizer: Any = model.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id or ids[0] >= model.shape.d_vocab:
@@ -163,7 +164,7 @@ def _copy(model: HeadModel) -> TokenRelation:
 
 
 def _case(model: HeadModel) -> TokenRelation:
-    """Words of which the vocabulary has both cases: lower -> capital."""
+    """Words that the vocabulary has in both cases: lower -> capital."""
     tokenizer: Any = model.tokenizer
     texts = {int(one): tokenizer.decode([int(one)]) for one in ordinary_tokens(model)}
     words = sorted({text.strip() for text in texts.values() if text.strip().isalpha()})
@@ -185,22 +186,23 @@ def relation_scores(
 ) -> HeadTable:
     """Relation scores of every head: share of pairs whose target is in the source's top k.
 
-    ``phi = mean(target in top_k((E[source] @ W_V @ W_O @ W_U.T)))``; scores named ``maps_R`` and,
-    with the k smallest logits, ``maps_R_suppressed``. Range [0, 1]; chance is k / vocabulary.
-    ``copy`` has a tenth of k, rounded up, as in the paper: 1 for 10, 3 for 25. Biases are left out.
+    ``phi = mean(target in top_k((E[source] @ W_V @ W_O @ W_U.T)))``; scores are named ``maps_R``
+    and, with the k smallest logits, ``maps_R_suppressed``. Range [0, 1]; chance is k / vocabulary.
+    ``copy`` uses a tenth of k, rounded up, as in the paper: 1 for 10, 3 for 25. Biases are left
+    out.
 
     Args:
         model: any model whose heads write linearly.
         pairs: relations; None: those of :func:`relations`.
-        k: largest rank that counts; the paper has 10, and 25 for large vocabularies.
-        first_mlp: heads above layer 0 see what the first MLP makes of the embedding, alone, as
+        k: largest rank that counts; the paper uses 10, and 25 for large vocabularies.
+        first_mlp: give heads above layer 0 the output of the first MLP on the embedding, alone, as
             the paper does; False: the raw embedding.
         fold_norm: fold the gains of the norms and centre; the paper does not.
-        heads: only these; the others have no value. None: all.
-        progress: show a bar; None: on a terminal or in a notebook.
+        heads: only these; the others get no value. None: all.
+        progress: show a progress bar; None: in a terminal or notebook.
 
-    Source: Elhelo and Geva 2024, "Inferring Functionality of Attention Heads from their
-    Parameters" (MAPS). Ties go to the lowest token id.
+    Source: Elhelo and Geva 2024, "Inferring Functionality of Attention Heads from their Parameters"
+    (MAPS). On ties the lowest token id wins.
 
     Example:
         >>> table = hs.circuits.relation_scores(model)
@@ -209,7 +211,7 @@ def relation_scores(
     """
     chosen = relations(model) if pairs is None else pairs
     if not chosen:
-        raise InputError("there are no relations to score: none has enough single-token pairs.")
+        raise InputError("there are no relations to score: none has enough pairs of single tokens.")
     words = Dictionary(model, "mlp_only" if first_mlp else "raw", fold_norm)
     asked = None if heads is None else [model.shape.check(HeadIndex.parse(one)) for one in heads]
     source = torch.cat([one.source for one in chosen.values()])
@@ -262,12 +264,12 @@ def relation_scores(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Mappings(Saved, Shown):
-    """What one head makes of the tokens that it responds to most.
+    """What one head maps its most salient tokens to.
 
     Attributes:
-        head: whose mappings they are.
+        head: address of the head.
         source: tokens, most salient first.
-        saliency: length of the write over length of the input.
+        saliency: norm of the output over norm of the input.
         promoted: tokens with the largest logits, for each source.
         suppressed: tokens with the smallest.
     """
@@ -279,7 +281,7 @@ class Mappings(Saved, Shown):
     suppressed: Int[Tensor, "source target"]
 
     def glance(self) -> Glance:
-        """Most salient tokens and what they become, as ids."""
+        """Show the most salient tokens and what they map to, as ids."""
         rows = [
             (str(source), number(size), " ".join(map(str, ids[:5])))
             for source, size, ids in zip(
@@ -305,10 +307,10 @@ def salient_mappings(
     first_mlp: bool = True,
     fold_norm: bool = False,
 ) -> Mappings:
-    """Strongest mappings of one head: tokens by ``|e @ W_OV| / |e|``, and what they become.
+    """Strongest mappings of one head: tokens by ``|e @ W_OV| / |e|``, and their outputs.
 
-    The first MLP is applied as in :func:`relation_scores`, above layer 0 alone (the paper's
-    saliency figures applied it in layer 0 too).
+    The first MLP is applied as in :func:`relation_scores`, only above layer 0 (the paper's saliency
+    figures applied it in layer 0 too).
 
     Source: Elhelo and Geva 2024, section 3.
 

@@ -1,4 +1,4 @@
-"""Measures of a head by its factors: singular values, symmetry, alignment, copying, matching."""
+"""Measures of a head's weights: spectra, symmetry, alignment, copying and matching scores."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ from headscope.models.running import own_types
 def symmetric_share(factors: HeadFactors) -> Float[Tensor, "layer head"]:
     """Share of the squared norm in the symmetric part of every head's matrix.
 
-    ``|(W + W.T) / 2|^2 / |W|^2 = (1 + tr(W W) / |W|^2) / 2``, from d_head x d_head pieces. Range
+    ``|(W + W.T) / 2|^2 / |W|^2 = (1 + tr(W W) / |W|^2) / 2``, from d_head x d_head matrices. Range
     [0, 1]: 1 symmetric (a QK circuit that matches like with like, or unlike with unlike), 0
-    antisymmetric (each looks for what does not look for it), 1/2 on average by chance. NaN for
-    a zero matrix. Known weakness: says nothing of the sign; see :func:`eigenvalue_ratio`.
+    antisymmetric, 1/2 on average by chance. NaN for a zero matrix. Known weakness: it ignores the
+    sign; see :func:`eigenvalue_ratio`.
 
     Example:
         >>> share = hs.circuits.symmetric_share(hs.circuits.ov(model))
@@ -43,8 +43,8 @@ def eigenvalue_ratio(
 ) -> Float[Tensor, "layer head"]:
     """``sum(Re(lambda)) / sum(|lambda|)`` of the eigenvalues of a small matrix, in [-1, 1].
 
-    1 where all eigenvalues are positive (what goes in comes out), -1 where all are negative;
-    NaN for a zero matrix.
+    1 if all eigenvalues are positive (outputs resemble inputs), -1 if all are negative; NaN for a
+    zero matrix.
 
     Example:
         >>> float(hs.circuits.eigenvalue_ratio(torch.eye(3)[None, None]))
@@ -61,7 +61,7 @@ def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "la
 
     ``tr(Q.T @ C @ Q) / tr(C)`` with Q an orthonormal basis of the left factor's columns and C the
     covariance of the token embeddings. Range [0, 1]; by chance d_head / d_model. Known weakness:
-    all directions of the subspace count alike, also those that the head hardly uses.
+    all directions of the subspace count equally, even those that the head hardly uses.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -80,8 +80,8 @@ def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "la
 def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Share of the unembedding's variance in the subspace that a head writes.
 
-    As :func:`read_alignment`, for the right factor's rows and the directions of all logits. Low
-    where a head writes for later layers rather than for the output.
+    Like :func:`read_alignment`, for the right factor's rows and the directions of all logits. Low
+    if a head writes for later layers rather than for the output.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -115,7 +115,7 @@ Lookup = Callable[[Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 
 
 class Ranks(NamedTuple):
-    """How many tokens come before the wanted one, 0 being first; ties go to the lowest id.
+    """Number of tokens that outrank the target, 0 being first; on ties the lowest id.
 
     Attributes:
         promoted: counted from the largest score down.
@@ -140,22 +140,22 @@ def target_ranks(
 ) -> Ranks:
     """Rank of each pair's target in ``source @ left @ right @ outputs.T``, for every head.
 
-    Nothing of size vocabulary x vocabulary is built: each block of the vocabulary is compared
-    with the target's own score and forgotten. With a limit, a pair takes part in further blocks
-    only as long as one of its two ranks may still be below the limit: most pairs of most heads
-    are decided by the first few hundred tokens.
+    No vocabulary x vocabulary matrix is built: each block of the vocabulary is compared with the
+    target's own score and dropped. With a limit, a pair takes part in further blocks only as long
+    as one of its two ranks may still be below the limit: most pairs of most heads are decided by
+    the first few hundred tokens.
 
     Args:
-        factors: circuits of the heads, biases not used.
-        source: vectors of the pairs' sources, given a layer number.
-        outputs: vectors of tokens at the far end.
-        targets: token wanted for each source.
+        factors: circuits of the heads; biases are ignored.
+        source: vectors of the pairs' sources, by layer number.
+        outputs: vectors of tokens on the output side.
+        targets: target token for each source.
         d_vocab: number of tokens.
-        limit: ranks from here on are all given as ``limit``; those below are exact. None: all
-            ranks are exact, for which every pair is compared with the whole vocabulary.
-        advance: is told the share of the vocabulary that is done.
-        suppressed: whether ranks from the smallest score up are wanted too. False: a pair is
-            decided by the other rank alone, and ``suppressed`` says only how far it was counted.
+        limit: ranks from here on are reported as ``limit``; those below are exact. None: all ranks
+            are exact, for which every pair is compared with the whole vocabulary.
+        advance: callback with the share of the vocabulary that is done.
+        suppressed: whether ranks from the smallest score up are needed. False: a pair is decided by
+            the other rank alone, and ``suppressed`` is only a partial count.
 
     Example:
         >>> words, ids = hs.circuits.Dictionary(model), torch.arange(50, 54)
@@ -185,7 +185,7 @@ def target_ranks(
 
 @dataclass(frozen=True, eq=False)
 class _Race:
-    """Pairs of all heads, and how many tokens have been found before and behind each target."""
+    """Pairs of all heads, with the number of tokens found above and below each target so far."""
 
     inner: Float[Tensor, "layer head pair d_head"]
     right: Float[Tensor, "layer some_head d_head d_model"]
@@ -219,14 +219,14 @@ class _Race:
         return cls(inner, factors.right, own, targets, none, none.clone())
 
     def waiting(self, limit: int | None, suppressed: bool) -> "list[list[Tensor]] | None":
-        """Undecided pairs of every layer and head; None where all are decided."""
+        """Undecided pairs of every layer and head; None if all are decided."""
         if limit is None:
             every = torch.arange(len(self.targets), device=self.targets.device)
             return [[every] * self.inner.shape[1]] * self.inner.shape[0]
         undecided = self.above < limit
         if suppressed:
             undecided |= self.below < limit
-        counts = undecided.sum(-1).tolist()  # the one wait for the device in a block
+        counts = undecided.sum(-1).tolist()  # the only device sync in a block
         if not any(map(any, counts)):
             return None
         order = undecided.byte().argsort(dim=-1, descending=True, stable=True)
@@ -241,7 +241,7 @@ class _Race:
         vectors: Float[Tensor, "token d_model"],
         waiting: list[list[Tensor]],
     ) -> None:
-        """Count the block's tokens on either side of each waiting pair's target."""
+        """Count the block's tokens above and below each waiting pair's target."""
         shared = self.inner.shape[1] // self.right.shape[1]
         for layer, heads in enumerate(waiting):
             for first in range(0, len(heads), shared):
@@ -251,7 +251,8 @@ class _Race:
                     continue
                 right = self.right[layer, first // shared]
                 rank, width = right.shape
-                # Few pairs are multiplied out on their own side, many share the far one.
+                # A few pairs multiply on their own side; many pairs share the product on the other
+                # side.
                 far = vectors.T if count * (width - rank) < rank * width else right @ vectors.T
                 for head in group:
                     near = self.inner[layer, head][heads[head]]
@@ -266,7 +267,7 @@ class _Race:
         scores: Float[Tensor, "waiting token"],
     ) -> None:
         own, targets = self.own[at][pairs, None], self.targets[pairs, None]
-        # Rounding must not set a target above or below itself.
+        # Rounding must not rank a target above or below itself.
         place = targets - block[0]
         inside = (place >= 0) & (place < len(block))
         place = place.clamp(0, len(block) - 1)
@@ -277,7 +278,7 @@ class _Race:
 
 
 def _blocks(d_vocab: int, width: int, device: torch.device) -> Iterator[Int[Tensor, " token"]]:
-    """Runs of token ids, the first ones short; a row of scores or vectors has this width."""
+    """Ranges of token ids, the first ones short; ``width`` is that of a row of scores."""
     most, size, start = max(1, _BLOCK_ENTRIES // width), _FIRST_BLOCK, 0
     while start < d_vocab:
         end = min(start + min(size, most), d_vocab)
@@ -328,10 +329,10 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
 def copying_share(
     factors: HeadFactors, words: Dictionary, tokens: Int[Tensor, " token"], k: int = 1
 ) -> Float[Tensor, "layer head"]:
-    """Share of tokens that the OV circuit maps to themselves: among the k largest logits.
+    """Share of tokens that the OV circuit maps to themselves, among the k largest logits.
 
-    Range [0, 1]; chance is k / vocabulary. All logits count, sources are ``tokens`` alone.
-    Source: the top-1 version is common in tutorials (ARENA); k as in Wang et al. 2022.
+    Range [0, 1]; chance is k / vocabulary. All logits count; sources are ``tokens`` only. Source:
+    the top-1 version is common in tutorials (ARENA); k as in Wang et al. 2022.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -349,7 +350,7 @@ def copying_ranks(
     limit: int,
     advance: Advance | None = None,
 ) -> Int[Tensor, "layer head token"]:
-    """Places of tokens among what the OV circuit makes of them, from 0; ``limit``: there or later.
+    """Rank of each token among the OV circuit's outputs for it, from 0, capped at ``limit``.
 
     One pass over the vocabulary serves every k up to the limit.
     """
@@ -369,10 +370,10 @@ def copying_ranks(
 def matching_share(
     factors: HeadFactors, words: Dictionary, tokens: Int[Tensor, " token"], k: int = 1
 ) -> Float[Tensor, "layer head"]:
-    """Share of tokens whose query scores the key of the same token among the k highest.
+    """Share of tokens whose own key is among the k best-scoring keys for their query.
 
-    Range [0, 1]; chance is k / vocabulary. Holds at the distance that the factors were made for,
-    and without biases; every key counts at its own embedding's length.
+    Range [0, 1]; chance is k / vocabulary. Valid at the distance that the factors were made for,
+    and without biases; every key has its own embedding's norm.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -390,7 +391,7 @@ def matching_ranks(
     limit: int,
     advance: Advance | None = None,
 ) -> Int[Tensor, "layer head token"]:
-    """Places of tokens' own keys among all keys, from 0; ``limit``: there or later."""
+    """Rank of each token's own key among all keys, from 0, capped at ``limit``."""
     found = []
     for places, layer in alike(factors, words):
         ranks = target_ranks(
@@ -413,7 +414,7 @@ def share_within(ranks: Int[Tensor, "layer head token"], k: int) -> Float[Tensor
 
 
 def alike(factors: HeadFactors, words: Dictionary) -> Iterator[tuple[slice, int]]:
-    """Runs of layers that see the same token vectors, each with one of its layer numbers."""
+    """Group layers that see the same token vectors, each group with one of its layer numbers."""
     start = 0
     for _, run in groupby(factors.layers, key=words.kind):
         layers = list(run)
@@ -457,8 +458,8 @@ def _one(factors: HeadFactors, place: int) -> HeadFactors:
 def effective_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     """Exponential of the entropy of the singular values' shares: ``exp(H(S / sum(S)))``.
 
-    Range: 1 (one direction) to d_head (all alike); 0 for a zero matrix.
-    Source: Roy and Vetterli 2007, "The effective rank".
+    Range: 1 (one direction) to d_head (all equal); 0 for a zero matrix. Source: Roy and Vetterli
+    2007, "The effective rank".
 
     Example:
         >>> round(float(hs.circuits.effective_rank(torch.tensor([1.0, 1.0, 0.0]))), 4)
@@ -472,8 +473,8 @@ def effective_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
 def stable_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     """Squared Frobenius norm over squared spectral norm: ``sum(S^2) / S[0]^2``.
 
-    Range: 1 to d_head; 0 for a zero matrix. Hardly sees small directions.
-    Source: Rudelson and Vershynin 2007.
+    Range: 1 to d_head; 0 for a zero matrix. Insensitive to small directions. Source: Rudelson and
+    Vershynin 2007.
 
     Example:
         >>> float(hs.circuits.stable_rank(torch.tensor([2.0, 2.0, 0.0])))
@@ -484,7 +485,7 @@ def stable_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
 
 
 def participation_ratio(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
-    """How many directions share the energy: ``(sum S^2)^2 / sum S^4``.
+    """Number of directions that share the energy: ``(sum S^2)^2 / sum S^4``.
 
     Range: 1 to d_head; 0 for a zero matrix.
 
@@ -512,9 +513,8 @@ def top_share(S: Float[Tensor, "*head rank"], k: int = 1) -> Float[Tensor, "*hea
 def marchenko_pastur_edge(rows: int, columns: int, variance: float = 1.0) -> float:
     """Largest singular value of a large matrix of independent entries of this variance.
 
-    ``sqrt(variance) * (sqrt(rows) + sqrt(columns))``. For one factor, such as ``W_Q``; a product
-    of two such matrices follows another law: see :func:`product_edge`.
-    Source: Marchenko and Pastur 1967.
+    ``sqrt(variance) * (sqrt(rows) + sqrt(columns))``. For one factor, such as ``W_Q``; for a
+    product of two such matrices see :func:`product_edge`. Source: Marchenko and Pastur 1967.
 
     Example:
         >>> hs.circuits.marchenko_pastur_edge(400, 100)  # sqrt(400) + sqrt(100)
@@ -526,9 +526,9 @@ def marchenko_pastur_edge(rows: int, columns: int, variance: float = 1.0) -> flo
 def product_edge(
     rows: int, inner: int, columns: int, draws: int = 64, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the largest singular value of ``A @ B``, by drawing.
+    """Mean and standard deviation of the largest singular value of ``A @ B``, by sampling.
 
-    As :func:`product_spectra`, of the largest alone.
+    Like :func:`product_spectra`, for the largest only.
 
     Example:
         >>> mean, spread = hs.circuits.product_edge(64, 8, 64, draws=4)
@@ -562,7 +562,7 @@ def product_spectra(
 def outliers(
     S: Float[Tensor, "*head rank"], edge: Float[Tensor, "*head"] | float
 ) -> Int[Tensor, "*head"]:
-    """How many singular values lie above the edge of the random spectrum.
+    """Number of singular values above the edge of the random spectrum.
 
     Example:
         >>> int(hs.circuits.outliers(torch.tensor([5.0, 3.0, 1.0]), 2.0))

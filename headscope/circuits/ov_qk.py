@@ -1,4 +1,4 @@
-"""The two circuits of every head, what it writes (OV) and where it looks (QK), as thin factors."""
+"""OV and QK circuits of every head as thin factors: what it writes, and where it looks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,19 +29,19 @@ _EVEN = 1.5
 def thin_qr(
     matrices: Float[Tensor, "*batch rows columns"],
 ) -> tuple[Float[Tensor, "*batch rows rank"], Float[Tensor, "*batch rank columns"]]:
-    """``Q @ R`` with orthonormal columns of Q and an upper triangular R.
+    """QR decomposition with orthonormal columns of Q and an upper triangular R.
 
-    A matrix that is wider than tall (heads wider than the model) has as many columns of Q, and
-    rows of R, as it has rows.
+    A wide matrix (heads wider than the model) has as many columns of Q, and rows of R, as it has
+    rows.
 
-    Cholesky QR done twice: Q is as orthogonal and the product as exact as by Householder's
-    reflections, while nearly all work is in matrix products. A matrix whose first pass did not
-    come close (too badly conditioned for its precision, rank deficient) is done by Householder.
+    Uses CholeskyQR2: Q is as orthogonal and the product as exact as with Householder reflections,
+    while nearly all work is in matrix products. Matrices for which the first pass is too inaccurate
+    (badly conditioned for their precision, or rank deficient) use Householder reflections.
 
     Source: Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm".
     """
     if matrices.shape[-2] < matrices.shape[-1]:
-        wide = torch.linalg.qr(matrices)  # the Gram matrix of dependent columns has no root
+        wide = torch.linalg.qr(matrices)  # a singular Gram matrix has no Cholesky factor
         return wide.Q, wide.R
     first, info = torch.linalg.cholesky_ex(matrices.mT @ matrices, upper=True)
     Q = torch.linalg.solve_triangular(first, matrices, upper=True, left=False)
@@ -63,11 +63,11 @@ def thin_qr(
 def column_space(
     matrices: Float[Tensor, "*batch rows columns"],
 ) -> tuple[Float[Tensor, "*batch rows rank"], Float[Tensor, "*batch"]]:
-    """Orthonormal basis of what the columns span, and its dimension.
+    """Orthonormal basis of the column space, and its dimension.
 
-    A matrix of less than full rank has as many zero columns as directions are missing: a QR
-    decomposition would fill them with directions that the matrix does not have. Singular values
-    below rounding (the largest times size times epsilon) count as 0.
+    A rank-deficient matrix gets a zero column per missing direction: a QR decomposition would fill
+    them with directions that the matrix does not have. Singular values below rounding (the largest
+    times size times epsilon) count as 0.
     """
     Q, R = thin_qr(matrices)
     U, S, _ = torch.linalg.svd(R, full_matrices=False)
@@ -83,11 +83,11 @@ def orthonormal(
     Float[Tensor, "*batch rank rank"],
     Float[Tensor, "*batch rank columns"],
 ]:
-    """QR decomposition with ``Q = span @ mix`` not multiplied out: ``span, mix, R``.
+    """QR decomposition with ``Q = span @ mix`` left as a product: ``span, mix, R``.
 
-    For well conditioned matrices (random weights, say) ``span`` is ``matrices`` itself, ``mix`` the
-    inverse of R, and what is to be multiplied with Q costs one product instead of four. Where any
-    of them is not, all are done by ``thin_qr``.
+    For well conditioned matrices (such as random weights) ``span`` is ``matrices`` itself, ``mix``
+    the inverse of R, and multiplying by Q costs one product instead of four. If any of them is not,
+    all use ``thin_qr``.
     """
     R, info = torch.linalg.cholesky_ex(matrices.mT @ matrices, upper=True)
     columns = R.shape[-1]
@@ -105,13 +105,13 @@ def orthonormal(
 class HeadSVD(Saved, Shown):
     """Singular value decomposition of every head's matrix: ``U @ diag(S) @ Vh``.
 
-    Singular values fall. Signs are fixed: the entry of each row of ``Vh`` that is largest in
-    magnitude is positive (the sign of a singular vector pair is arbitrary otherwise).
+    Singular values are sorted in descending order. Signs are fixed: the largest entry by magnitude
+    of each row of ``Vh`` is positive (the sign of a singular vector pair is arbitrary).
 
     Attributes:
-        U: unit directions that are read (or, of QK, the query side's), one per column.
+        U: unit input directions (for QK, of the query side), one per column.
         S: singular values.
-        Vh: unit directions that are written (or, of QK, the key side's), one per row.
+        Vh: unit output directions (for QK, of the key side), one per row.
         layers: layer number of each entry of the layer axis.
     """
 
@@ -121,7 +121,7 @@ class HeadSVD(Saved, Shown):
     layers: tuple[int, ...]
 
     def glance(self) -> Glance:
-        """Shapes, and the heads with the largest singular values."""
+        """Show shapes, and the heads with the largest singular values."""
         largest = self.S[..., 0]
         order = largest.flatten().argsort(descending=True, stable=True)[:6].tolist()
         heads = [divmod(place, largest.shape[1]) for place in order]
@@ -142,18 +142,18 @@ class HeadSVD(Saved, Shown):
 class HeadFactors(Shown):
     """``left @ right`` for every head, as its two thin factors.
 
-    An axis of heads is either all query heads or the key/value heads that they share; the latter
-    are not repeated. Affine parts are apart: the bilinear form (or map) of ``x`` is that of
+    An axis of heads has either all query heads or the key/value heads that they share; the latter
+    are not repeated. Affine parts are kept apart: the bilinear form (or map) of ``x`` is that of
     ``x @ left + left_bias`` and ``y @ right.mT + right_bias``.
 
     Attributes:
-        left: read side, ``W_V`` (OV) or ``W_Q`` (QK).
-        right: write side, ``W_O`` (OV) or ``W_K.mT`` (QK).
-        left_bias: what the left side adds in head space, biases of weights and norm together.
-        right_bias: the same on the right side of QK; zero for OV.
+        left: input side, ``W_V`` (OV) or ``W_Q`` (QK).
+        right: output side, ``W_O`` (OV) or ``W_K.mT`` (QK).
+        left_bias: bias of the left side in head space, from weights and norm together.
+        right_bias: the same for the right side of QK; zero for OV.
         layers: layer number of each entry of the layer axis.
         n_heads: query heads in a layer.
-        name: of the circuit, for messages.
+        name: name of the circuit, for messages.
     """
 
     left: Float[Tensor, "layer left_head d_model d_head"]
@@ -165,7 +165,7 @@ class HeadFactors(Shown):
     name: str = "product"
 
     def glance(self) -> Glance:
-        """Which circuit, of how many heads, as which factors."""
+        """Show which circuit, of how many heads, and the factors' shapes."""
         return Glance(
             f"{self.name} circuits",
             [
@@ -186,18 +186,18 @@ class HeadFactors(Shown):
 
     @property
     def few(self) -> bool:
-        """Whether all heads together are so few that no d_model x d_model matrix pays for them."""
+        """Whether there are too few heads for a shared d_model x d_model matrix to pay off."""
         layers, heads, width, rank = self.left.shape
         return 2 * layers * heads * rank < width
 
     def per_head(self, values: Float[Tensor, "layer some_head *any"]) -> Tensor:
-        """Repeat an axis of key/value heads to query heads; use it on small things only."""
+        """Repeat an axis of key/value heads to query heads; use it only on small tensors."""
         group = self.n_heads // values.shape[1]
         return values if group == 1 else values.repeat_interleave(group, dim=1)
 
     @own_types()
     def svd(self) -> HeadSVD:
-        """Decompose every head through the QR of its thin factors: O(d_model d_head^2) a head."""
+        """Decompose every head through the QR of its thin factors: O(d_model d_head^2) per head."""
         left, left_mix, left_r = orthonormal(self.left)
         right, right_mix, right_r = orthonormal(self.right.mT)
         small = self.per_head(left_r) @ self.per_head(right_r).mT
@@ -210,7 +210,7 @@ class HeadFactors(Shown):
 
     @own_types()
     def singular_values(self) -> Float[Tensor, "layer head rank"]:
-        """Singular values alone, largest first."""
+        """Singular values, largest first, without vectors."""
         left, right = self.triangles
         values: Tensor = torch.linalg.svdvals(left @ right)
         return values
@@ -233,7 +233,7 @@ class HeadFactors(Shown):
         return torch.stack(parts, dim=2).flatten(1, 2)
 
     def transposed(self) -> "HeadFactors":
-        """The transposed product: the two sides change places."""
+        """Transposed product, with the two sides swapped."""
         return replace(
             self,
             left=self.right.mT,
@@ -243,12 +243,12 @@ class HeadFactors(Shown):
         )
 
     def at(self, places: slice) -> "HeadFactors":
-        """Some of the layers, by their place on the layer axis."""
+        """Select layers by index on the layer axis."""
         parts = {name: getattr(self, name)[places] for name in _TENSORS}
         return replace(self, layers=self.layers[places], **parts)
 
     def only(self, head: "str | tuple[int, int]") -> "HeadFactors":
-        """The same of one head alone: one layer of one head.
+        """Select a single head: one layer of one head.
 
         Raises:
             InputError: if these factors have no such head.
@@ -266,7 +266,7 @@ class HeadFactors(Shown):
 
     @own_types()
     def explicit(self, head: "str | tuple[int, int]") -> Float[Tensor, "d_model d_model"]:
-        """One head multiplied out: for looking and for tests."""
+        """Product matrix of one head, for inspection and tests."""
         one = self.only(head)
         return one.left[0, 0] @ one.right[0, 0]
 
@@ -275,7 +275,7 @@ _TENSORS = ("left", "right", "left_bias", "right_bias")
 
 
 def with_bias(factors: HeadFactors) -> HeadFactors:
-    """The same with the affine parts in a last coordinate of d_model that is always 1.
+    """The same factors with the biases as a last coordinate of d_model that is always 1.
 
     Example:
         >>> wider = hs.circuits.with_bias(hs.circuits.qk(model))
@@ -297,7 +297,7 @@ def widened(
     basis: Float[Tensor, "layer some_head d_model rank"],
     small: Float[Tensor, "layer head rank component"],
 ) -> Float[Tensor, "layer head d_model component"]:
-    """``basis @ small`` per query head, heads that share a basis in one product."""
+    """``basis @ small`` per query head, with one product for heads that share a basis."""
     group = small.shape[1] // basis.shape[1]
     if group == 1:
         plain: Tensor = basis @ small
@@ -318,7 +318,7 @@ def lengthened(
     small: Float[Tensor, "layer head component rank"],
     rows: Float[Tensor, "layer some_head rank d_model"],
 ) -> Float[Tensor, "layer head component d_model"]:
-    """``small @ rows`` per query head, heads that share rows in one product."""
+    """``small @ rows`` per query head, with one product for heads that share rows."""
     group = small.shape[1] // rows.shape[1]
     below = rearrange(
         small, "layer (shared group) component rank -> layer shared (group component) rank",
@@ -333,10 +333,10 @@ def lengthened(
 
 
 def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, ...]:
-    """Layer numbers asked for, or all that have attention.
+    """Validate layer numbers; default: all layers with attention.
 
     Raises:
-        InputError: if one of them has none.
+        InputError: if one of them has no attention.
     """
     need_model(model)
     known = model.shape.attention_layers
@@ -349,7 +349,7 @@ def chosen_layers(model: HeadModel, layers: Sequence[int] | None) -> tuple[int, 
 
 
 def need_write(model: HeadModel, what: str) -> None:
-    """Refuse where values times ``W_O`` and a norm that can be folded are not what a head adds.
+    """Refuse models in which ``value @ W_O``, up to a foldable norm, is not a head's output.
 
     Raises:
         UnsupportedModelError: with the model's own reason.
@@ -363,7 +363,7 @@ def need_write(model: HeadModel, what: str) -> None:
 def over_all_layers(
     model: HeadModel, values: Float[Tensor, "layer head"], layers: Sequence[int]
 ) -> Float[np.ndarray, "layer head"]:
-    """Values of some layers, in an array over the model's own layer numbers; NaN elsewhere."""
+    """Scatter values of some layers over the model's layer numbers; NaN elsewhere."""
     result = np.full((model.shape.n_layers, model.shape.n_heads), np.nan)
     result[list(layers)] = values.detach().cpu().double().numpy()
     return result
@@ -372,7 +372,7 @@ def over_all_layers(
 def over_all_pairs(
     model: HeadModel, values: Float[Tensor, "layer head layer head"], layers: Sequence[int]
 ) -> Float[np.ndarray, "layer head layer head"]:
-    """Values of pairs in some layers, over the model's own layer numbers; NaN elsewhere."""
+    """Scatter values of pairs over the model's layer numbers; NaN elsewhere."""
     n_layers, n_heads = model.shape.n_layers, model.shape.n_heads
     result = np.full((n_layers, n_heads, n_layers, n_heads), np.nan)
     numbers = np.array(layers)
@@ -382,7 +382,7 @@ def over_all_pairs(
 
 
 def upward(layers: Sequence[int]) -> Bool[Tensor, "layer 1 layer 1"]:
-    """Pairs whose first layer lies below the second."""
+    """Mask of pairs whose first layer is below the second."""
     number = torch.tensor(layers)
     return (number[:, None] < number)[:, None, :, None]
 
@@ -391,30 +391,30 @@ def upward(layers: Sequence[int]) -> Bool[Tensor, "layer 1 layer 1"]:
 def ov(
     model: HeadModel, fold_norm: bool = True, *, layers: Sequence[int] | None = None
 ) -> HeadFactors:
-    """OV circuit of every head: a token that is attended to adds ``x @ W_V @ W_O``.
+    """OV circuit of every head: attending to a token with input x adds ``x @ W_V @ W_O``.
 
     With ``fold_norm`` the gain of the norm before attention multiplies the rows of ``W_V``, and
-    under LayerNorm both sides are centred (the norm cannot see, and no later one will see, the
-    mean over d_model), so that the product acts on ``x / scale(x)``. What stays apart is the
-    scale of each position, and, in ``left_bias``, the value bias and the norm's own:
-    ``left_bias @ W_O`` is written whatever is attended to, since rows sum to 1, and is what
-    weight folding elsewhere moves into the output bias.
+    under LayerNorm both sides are centred (neither this norm nor a later one sees the mean over
+    d_model), so that the product acts on ``x / scale(x)``. Kept apart are the scale of each
+    position, and, in ``left_bias``, the value bias and the norm's bias: ``left_bias @ W_O`` is
+    written whatever is attended to, since rows sum to 1; weight folding elsewhere moves it into the
+    output bias.
 
-    Exact as a map of normalised inputs; the scale is the only thing that weights do not know.
-    ``W_O`` is the one that reaches the residual stream: where a family multiplies what attention
-    writes (granite), that factor is in it, folded or not, so spectra are of what heads add.
-    So is the gain of a norm that follows attention (gemma2, gemma3, olmo2), with its centring;
-    that norm's scale is another positive number of each position that weights do not know, so
-    sizes compare within a layer only, and ranks, ratios and composition scores are exact.
+    Exact as a map of normalised inputs; only the scale is not determined by the weights. ``W_O`` is
+    the map to the residual stream: if a family multiplies the output of attention (granite), that
+    factor is included, folded or not, so spectra describe what heads add. So is the gain of a norm
+    after attention (gemma2, gemma3, olmo2), with its centring; that norm's scale is another
+    positive factor per position that weights do not determine, so sizes compare only within a
+    layer, while ranks, ratios and composition scores are exact.
 
     Args:
         model: any model whose heads write linearly.
-        fold_norm: False gives the bare ``W_V W_O``, value bias still apart.
+        fold_norm: False returns the bare ``W_V W_O``, with the value bias still apart.
         layers: layer numbers; None means all that have attention.
 
     Raises:
-        UnsupportedModelError: where what follows attention is not a plain norm, or values are not
-            what their weights give.
+        UnsupportedModelError: if attention is followed by more than a plain norm, or values are not
+            a linear function of the input.
 
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 
@@ -454,7 +454,7 @@ def ov(
 
 
 def _check_offset(model: HeadModel, offset: int | None) -> None:
-    """Refuse offsets that are not whole, or that lie where no query of the model looks."""
+    """Refuse offsets that are not integers, or at which no query of the model attends."""
     if offset is None:
         return
     need_model(model)
@@ -476,32 +476,31 @@ def qk(
 
     The score is the one before scaling (``1 / sqrt(d_head)``), soft cap and mask. With
     ``fold_norm`` the norm before attention is folded into both sides, as in
-    :func:`~headscope.circuits.ov`, and the product acts on ``x / scale(x)``; biases are apart.
+    :func:`~headscope.circuits.ov`, and the product acts on ``x / scale(x)``; biases are kept apart.
 
-    What is exact under rotary positions: at distance ``offset = i - j`` between query i and key
-    j the score is ``x @ W_Q @ R(offset) @ W_K.T @ y``, for that distance and no other. Without
-    an offset this is the circuit at distance 0, which no head uses for anything but its own
-    token; it says what a head looks for only as far as its planes turn slowly. For an average
-    over distances, see :func:`qk_content`; for single planes, :func:`qk_bands`. Positions that
-    are added to the embedding (GPT-2) are part of x, and scores are exact at any offset.
+    Under rotary positions: at distance ``offset = i - j`` between query i and key j the score is
+    exactly ``x @ W_Q @ R(offset) @ W_K.T @ y``, for that distance only. Without an offset this is
+    the circuit at distance 0, which is exact only for a token's attention to itself; elsewhere it
+    describes what a head looks for only as far as its planes rotate slowly. For an average over
+    distances, see :func:`qk_content`; for single planes, :func:`qk_bands`. Positions that are added
+    to the embedding (GPT-2) are part of x, and scores are exact at any offset.
 
-    Where a norm stands on queries and keys (qwen3, gemma3, olmo2), its gain and centring are in
-    the product, and its scale is not: that is another positive number of each position and head
-    (of each position in olmo2), which weights do not know and
-    :func:`~headscope.circuits.score_parts` takes from a run. So the sign of a score, which key a
-    query prefers but for the keys' scales, ranks, ratios and composition are those of the
-    product; its size says nothing.
+    Under a norm on queries and keys (qwen3, gemma3, olmo2), its gain and centring are in the
+    product, and its scale is not: that is another positive factor per position and head (per
+    position in olmo2), which weights do not determine and :func:`~headscope.circuits.score_parts`
+    takes from a run. So the product gives the sign of a score, the preference among keys up to the
+    keys' scales, ranks, ratios and composition; its size is meaningless.
 
     Args:
         model: any model.
-        fold_norm: False leaves out the norm before attention; without an offset the product is
-            then bare, without the norms on queries and keys either.
-        offset: how far the key lies before the query; None: no rotation.
+        fold_norm: False leaves out the norm before attention; without an offset the product is then
+            bare, without the norms on queries and keys either.
+        offset: distance from the key to the query in tokens; None: no rotation.
         layers: layer numbers; None means all that have attention.
 
     Raises:
-        UnsupportedModelError: where queries and keys are changed by more than a rotation and a
-            norm without biases, unless ``fold_norm=False`` and no offset ask for the bare weights.
+        UnsupportedModelError: if queries and keys are changed by more than a rotation and a norm
+            without biases, unless ``fold_norm=False`` and no offset request the bare weights.
 
     Source: Elhage et al. 2021; Su et al. 2021, "RoFormer", equation 16.
 
@@ -523,14 +522,14 @@ def qk_content(
     *,
     layers: Sequence[int] | None = None,
 ) -> HeadFactors:
-    """QK circuit averaged over distances: what a head looks for wherever it is.
+    """QK circuit averaged over distances: what a head looks for irrespective of position.
 
-    An average, exact at no single distance: planes that turn much within ``distances`` cancel,
-    slow ones and those that do not turn stay. Equal to :func:`qk` without rotary positions.
+    An average, exact at no single distance: planes that rotate much within ``distances`` cancel,
+    slow ones and unrotated dimensions stay. Equal to :func:`qk` without rotary positions.
 
     Args:
-        model: any model whose scores a product gives; see :func:`qk`.
-        distances: the distances that count alike, e.g. ``range(1, 512)``.
+        model: any model whose attention scores are a bilinear form; see :func:`qk`.
+        distances: distances to average over, e.g. ``range(1, 512)``.
         fold_norm: fold the norm before attention.
         layers: layer numbers; None means all that have attention.
 
@@ -550,13 +549,13 @@ def qk_bands(
     *,
     layers: Sequence[int] | None = None,
 ) -> list[HeadFactors]:
-    """QK circuit at one distance, as a sum over rotary planes, fastest first.
+    """QK circuit at one distance as a sum over rotary planes, fastest first.
 
-    Each plane is a product of rank 2; the coordinates that do not turn come last, together.
-    The parts sum to ``qk(model, offset=offset)`` exactly, biases included.
+    Each plane is a product of rank 2; the unrotated coordinates come last, together. The parts sum
+    to ``qk(model, offset=offset)`` exactly, biases included.
 
     Raises:
-        UnsupportedModelError: where no product gives the scores; see :func:`qk`.
+        UnsupportedModelError: if no matrix product gives the scores; see :func:`qk`.
 
     Example:
         >>> bands = hs.circuits.qk_bands(hs.load("tiny-llama"))
@@ -602,21 +601,21 @@ def qk_of_run(
     key: Float[Tensor, " d_model"],
     offset: int,
 ) -> HeadFactors:
-    """QK circuits of one layer for one pair of positions: exact, the scales of its norms included.
+    """QK circuits of one layer for one pair of positions in a run, with the norms' scales: exact.
 
     Scores are ``x @ left @ right @ y`` with x and y over the scale of the norm before attention,
-    biases apart, as of :func:`qk`; what norms on queries and keys divide by at these positions is
-    in the factors, and what they add behind the division in the biases.
+    biases apart, as for :func:`qk`; the scales of norms on queries and keys at these positions are
+    in the factors, and biases that those norms add after the division in the biases.
 
     Args:
         model: any model.
         layer: the model's layer number.
-        query: residual stream that enters the layer at the query's position.
+        query: input of the layer at the query's position.
         key: the same at the key's position.
-        offset: how far the key lies before the query.
+        offset: distance from the key to the query in tokens.
 
     Raises:
-        UnsupportedModelError: where queries and keys are changed by more than norms and a rotation.
+        UnsupportedModelError: if queries and keys are changed by more than norms and a rotation.
     """
     factors, between = _unrotated(model, True, [layer], bare=False, biases=True)
     norm, weights = model.parts.input_norm(layer), model.weights(layer)
@@ -650,7 +649,7 @@ def _unrotated(
     bare: bool,
     biases: bool = False,
 ) -> tuple[HeadFactors, list[QueryKey]]:
-    """Factors without rotation, and what follows them in each layer (not asked for where bare)."""
+    """Factors without rotation, and what follows them in each layer (unless bare)."""
     numbers = chosen_layers(model, layers)
     between = [] if bare else _between(model, numbers, biases)
     sides: dict[str, list[Tensor]] = {name: [] for name in ("Q", "K", "b_Q", "b_K")}
@@ -683,7 +682,7 @@ def _unrotated(
 
 
 def _between(model: HeadModel, layers: Sequence[int], biases: bool) -> list[QueryKey]:
-    """What follows the matrices of some layers; where that is not a product, say what still works.
+    """What follows the matrices of some layers; if that is not linear, raise with what still works.
 
     Raises:
         UnsupportedModelError: if it is more than norms and a rotation, or a norm adds a bias and
@@ -699,9 +698,9 @@ def _between(model: HeadModel, layers: Sequence[int], biases: bool) -> list[Quer
         for norm in (one.query_norm, one.key_norm):
             if norm is not None and not biases and bool(norm.bias.any()):
                 raise UnsupportedModelError(
-                    f"{model.name} norms its queries and keys and adds a bias behind the division, "
-                    "so that no one matrix gives its attention scores: hs.circuits.score_parts "
-                    "splits those of a run, and fold_norm=False without an offset shows the bare "
-                    "weights."
+                    f"{model.name} normalises its queries and keys and then adds a bias, so that "
+                    "no single matrix gives its attention scores: hs.circuits.score_parts "
+                    "decomposes those of a run, and fold_norm=False without an offset gives the "
+                    "bare weights."
                 )
     return found

@@ -1,4 +1,4 @@
-"""All weight scores of a model in one table."""
+"""All weight scores of a model as one table."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,15 +40,15 @@ _UNIT: Bounds = (0.0, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """What a weight scorer sees: the circuits of all heads, or of one, and the vocabulary.
+    """Input of weight scorers: the circuits of all heads, or of one, and the vocabulary.
 
     Attributes:
-        model: whose weights they are.
-        tokens: source tokens on which shares over the vocabulary are taken.
+        model: the model.
+        tokens: source tokens for shares over the vocabulary.
         most: largest rank that shares look at.
-        seed: of random spectra.
+        seed: seed of random spectra.
         head: the only head whose circuits are read; None: all heads.
-        words: tokens as they enter the model, by kind of embedding.
+        words: vectors of tokens at the model's input, by kind of embedding.
     """
 
     model: HeadModel
@@ -71,7 +71,7 @@ class Weights:
         return cls(model, _sample(model, tokens, seed), most, seed, words=words)
 
     def only(self, head: HeadIndex) -> "Weights":
-        """The same of one head."""
+        """Restrict to one head."""
         return replace(self, head=head)
 
     @cached_property
@@ -89,18 +89,18 @@ class Weights:
         return self._chosen(qk(self.model, offset=0, layers=self._layers))
 
     def sized(self, name: str) -> HeadFactors:
-        """:meth:`circuit`, where the size of the product means something.
+        """Like :meth:`circuit`, refusing circuits whose product has no meaningful size.
 
         Raises:
-            UnsupportedModelError: for QK where queries or keys are normed.
+            UnsupportedModelError: for QK if queries or keys are normalised.
         """
         factors = self.circuit(name)
         if name == "qk":
             between = [self.model.parts.query_key(layer) for layer in factors.layers]
             if any(one.query_norm or one.key_norm for one in between):
                 raise UnsupportedModelError(
-                    f"{self.model.name} norms its queries or keys, so the size of a QK product "
-                    "means nothing: use scores without a size, such as qk_stable_rank."
+                    f"{self.model.name} normalises its queries or keys, so the size of a QK "
+                    "product is meaningless: use scale-free scores, such as qk_stable_rank."
                 )
         return factors
 
@@ -113,7 +113,7 @@ class Weights:
         return {}
 
     def ranks(self, circuit: str, kind: Embedding) -> Int[Tensor, "layer head token"]:
-        """Rank of each source token among what the circuit makes of it, up to ``most``."""
+        """Rank of each source token in the circuit's output for it, up to ``most``."""
         if (circuit, kind) not in self._ranks:
             read = copying_ranks if circuit == "ov" else matching_ranks
             factors, words = self.circuit(circuit), self.words[kind]
@@ -149,7 +149,7 @@ def score(
     embeddings: Sequence[Embedding] = ("raw", "mlp"),
     progress: bool | None = None,
 ) -> HeadTable:
-    """Score every head by its weights alone; nothing is run but tiny passes that measure norms.
+    """Score every head by its weights alone; runs nothing but tiny passes that measure norms.
 
     Spectra of OV and QK (``ov_*``, ``qk_*``: norm, spectral_norm, effective_rank, stable_rank,
     participation_ratio, top_share, symmetric_share, outliers above random products and, for either
@@ -157,26 +157,26 @@ def score(
     matching scores with the raw embedding and (``*_mlp``) with the first MLP's part added, and
     alignment with embedding and unembedding. QK at distance 0 under rotary positions.
 
-    Each is a scorer of the catalogue too: ``hs.score(model, scorers=["ov_norm", "induction"])``.
+    Each is also a scorer of the catalogue: ``hs.score(model, scorers=["ov_norm", "induction"])``.
 
-    A circuit that the family does not allow is left out of the table, and so are ``qk_norm`` and
-    ``qk_spectral_norm`` where queries and keys are normed (qwen3, gemma3). Under a norm after
-    attention, OV circuits contain its gain but not its scale, so that ``ov_norm`` and
-    ``ov_spectral_norm`` compare within a layer only; the provenance says so.
+    A circuit that the family does not allow is left out of the table, as are ``qk_norm`` and
+    ``qk_spectral_norm`` if queries and keys are normalised (qwen3, gemma3). Under a norm after
+    attention, OV circuits contain its gain but not its scale, so ``ov_norm`` and
+    ``ov_spectral_norm`` compare only within a layer; the provenance says so.
 
     Args:
         model: any model.
-        tokens: how many source tokens the shares over the vocabulary are taken on, drawn with
-            ``seed``; the others look at all of it.
+        tokens: number of source tokens for shares over the vocabulary, drawn with ``seed``; other
+            scores use the whole vocabulary.
         k: largest rank of the top-k copying share.
-        seed: of that draw and of the random spectra.
-        heads: only these; the others have no value. None: all.
-        embeddings: what tokens look like in copying and matching scores, ``raw`` or ``mlp``;
-            ``mlp`` takes the whole vocabulary through the first MLP.
-        progress: show a bar; None: on a terminal or in a notebook.
+        seed: seed of that draw and of the random spectra.
+        heads: only these; the others get no value. None: all.
+        embeddings: token vectors for copying and matching scores, ``raw`` or ``mlp``; ``mlp``
+            passes the whole vocabulary through the first MLP.
+        progress: show a progress bar; None: in a terminal or notebook.
 
     Raises:
-        InputError: if the model has no such head, or an embedding is neither of the two.
+        InputError: if the model has no such head, or an embedding is unknown.
         UnsupportedModelError: if neither circuit can be read.
 
     Example:
@@ -200,12 +200,12 @@ def score(
 def score_weights(
     model: HeadModel, scorers: Sequence[Scorer], *, seed: int = 0
 ) -> dict[str, HeadScores]:
-    """Scores of all heads by weight scorers, with the settings of :func:`score`.
+    """Score all heads with given weight scorers and the settings of :func:`score`.
 
     Args:
         model: any model.
-        scorers: of weights.
-        seed: of the source tokens and of the random spectra.
+        scorers: weight scorers.
+        seed: seed of the source tokens and of the random spectra.
 
     Raises:
         UnsupportedModelError: if the family does not allow one of them.
@@ -222,7 +222,7 @@ def _computed(
     *,
     leave_out: bool,
 ) -> dict[str, HeadScores]:
-    """Every score of all heads at once, or of some heads one after the other."""
+    """Compute every score for all heads at once, or for some heads one after the other."""
     model = weights.model
     facts = of_weights(
         model, circuit="weights", tokens=len(weights.tokens), k=weights.most, fold_norm=True
@@ -253,7 +253,7 @@ def _computed(
 def _values(
     scorer: Scorer, views: Sequence[Weights], advance: Advance
 ) -> Float[np.ndarray, "layer head"]:
-    """Values of one scorer; NaN for heads that were not asked for."""
+    """Values of one scorer; NaN for heads that were not requested."""
     model = views[0].model
     whole = np.full((model.shape.n_layers, model.shape.n_heads), np.nan)
     for view in views:
@@ -274,7 +274,7 @@ def _rank_bound(weights: Weights, circuit: str) -> Bounds:
 
 
 def _spectrum(circuit: str) -> tuple[Scorer, ...]:
-    """Scorers of the spectrum of a circuit, ``ov`` or ``qk``."""
+    """Scorers of the spectrum of the ``ov`` or ``qk`` circuit."""
 
     def made(
         measure: str,
@@ -335,7 +335,14 @@ def _spectrum(circuit: str) -> tuple[Scorer, ...]:
             ("norm", lambda w: w.sized(circuit).norm(), "", size, "large matrix", "Frobenius norm"),
             ("spectral_norm", largest, "", size, "large top direction", "spectral norm"),
             ("effective_rank", effective, "directions", None, "many directions alike", roy),
-            ("stable_rank", stable, "directions", None, "energy not in one direction", rudelson),
+            (
+                "stable_rank",
+                stable,
+                "directions",
+                None,
+                "energy outside the largest direction",
+                rudelson,
+            ),
             ("participation_ratio", many, "directions", None, "energy spread out", spread),
             ("top_share", top, energy, _UNIT, "one direction carries it", "S[0]^2 / sum S^2"),
             (
@@ -354,7 +361,7 @@ def _spectrum(circuit: str) -> tuple[Scorer, ...]:
 
 
 def _of_words(circuit: str, kind: Embedding, k: int) -> tuple[Scorer, ...]:
-    """Scorers of what a circuit makes of each token, by its embedding."""
+    """Scorers of a circuit's map of the vocabulary, by kind of embedding."""
     name = "copying" if circuit == "ov" else "matching"
     eigenvalues = copying_eigenvalues if circuit == "ov" else matching_eigenvalues
     raised = "attended tokens are among the {} that are raised most"
@@ -434,7 +441,7 @@ _QK_ALIGNMENT = (
 def weight_scorers(
     k: int = 5, embeddings: Sequence[Embedding] = ("raw", "mlp")
 ) -> tuple[Scorer, ...]:
-    """Scorers of weights alone, in the order of their table; see :func:`score`.
+    """All weight scorers, in table order; see :func:`score`.
 
     Example:
         >>> [one.name for one in hs.circuits.weight_scorers()][:2]
@@ -453,7 +460,7 @@ def weight_scorers(
 def _factor_outliers(
     factor: Float[Tensor, "layer some_head rows columns"],
 ) -> Float[Tensor, "layer some_head"]:
-    """Singular values of one factor above the Marchenko-Pastur edge of its shape and variance."""
+    """Number of singular values of one factor above its Marchenko-Pastur edge."""
     rows, columns = factor.shape[-2:]
     S = torch.linalg.svdvals(factor)
     deviation = torch.linalg.matrix_norm(factor) / math.sqrt(rows * columns)
@@ -462,7 +469,7 @@ def _factor_outliers(
 
 @own_types()
 def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer head"]:
-    """Largest singular value that random factors of each head's shape and variance would give.
+    """Largest singular value expected of random factors with each head's shape and variance.
 
     Mean plus three standard deviations over draws of Gaussian factors; the variance of either
     factor is that of its own entries. Not the Marchenko-Pastur edge, which holds for one factor
@@ -479,7 +486,7 @@ def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer hea
 
 
 def entry_sizes(factors: HeadFactors) -> Float[Tensor, "layer head"]:
-    """Standard deviation of the left factor's entries times that of the right one's."""
+    """Product of the standard deviations of the left and right factor's entries."""
     width, rank = factors.left.shape[-2:]
     left, right = (
         factors.per_head(torch.linalg.matrix_norm(side)) / math.sqrt(width * rank)
@@ -489,7 +496,7 @@ def entry_sizes(factors: HeadFactors) -> Float[Tensor, "layer head"]:
 
 
 def _sample(model: HeadModel, count: int, seed: int) -> Int[Tensor, " token"]:
-    """Some ordinary tokens, sorted."""
+    """Sample of ordinary tokens, sorted."""
     ids = ordinary_tokens(model)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]
     return ids[order.sort().values].to(model.device)

@@ -1,4 +1,4 @@
-"""All that weights say: of all heads in one go, of one head as a card, and their spectra."""
+"""Survey of all weight results: every head at once, one head's card, and spectra."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -42,21 +42,21 @@ _SEEN = {"raw": "raw embedding", "mlp": "first MLP added", "mlp_only": "first ML
 def spectra(
     model: HeadModel, circuit: str = "OV", fold_norm: bool = True, *, seed: int = 0
 ) -> HeadSpectra:
-    """Singular values of every head, and the band in which random factors would put them.
+    """Singular values of every head, with the band expected of random factors.
 
-    The band is that of products of two Gaussian factors, each with the shape and the variance of
-    the head's own: smallest and largest of 64 draws, place by place. It is not Marchenko and
-    Pastur's law, which holds for one factor and not for a product. QK at distance 0 under rotary
+    The band comes from products of two Gaussian factors, each with the shape and the variance of
+    the head's own: smallest and largest of 64 draws, rank by rank. The Marchenko-Pastur law does
+    not apply, as it holds for one factor and not for a product. QK is at distance 0 under rotary
     positions.
 
     Args:
         model: any model that has this circuit.
         circuit: ``OV`` or ``QK``.
         fold_norm: fold the norm before attention.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
-        UnsupportedModelError: where weights alone do not give the circuit.
+        UnsupportedModelError: if weights alone do not determine the circuit.
 
     Example:
         >>> found = hs.circuits.spectra(model, "QK")
@@ -85,14 +85,14 @@ def eigenvalues(
 ) -> HeadEigenvalues:
     """Eigenvalues behind the copying (OV) and matching (QK) scores of every head.
 
-    Those of ``E @ W_V @ W_O @ W_U.T`` (token to logit) or ``E @ W_Q @ W_K.T @ E.T`` (query token to
-    key token, mean over the vocabulary removed) that are not 0 by rank; see
-    :func:`copying_eigenvalues`, whose value is their ratio.
+    Nonzero eigenvalues of ``E @ W_V @ W_O @ W_U.T`` (token to logit) or ``E @ W_Q @ W_K.T @ E.T``
+    (query token to key token, mean over the vocabulary removed); see :func:`copying_eigenvalues`,
+    whose value is their ratio.
 
     Args:
         model: any model that has this circuit.
         circuit: ``OV`` or ``QK``.
-        embedding: what tokens look like: ``raw``, ``mlp`` or ``mlp_only``.
+        embedding: token vectors: ``raw``, ``mlp`` or ``mlp_only``.
 
     Example:
         >>> found = hs.circuits.eigenvalues(model)
@@ -122,7 +122,7 @@ def _factors(model: HeadModel, circuit: str, fold_norm: bool) -> HeadFactors:
 def _by_layer(
     model: HeadModel, factors: HeadFactors, values: Tensor
 ) -> Shaped[np.ndarray, "layer head *rest"]:
-    """Values of the layers that have attention, over the model's own layer numbers."""
+    """Scatter values of attention layers over the model's layer numbers."""
     found = values.detach().cpu().numpy()
     result = np.full((model.shape.n_layers, *found.shape[1:]), np.nan, found.dtype)
     result[list(factors.layers)] = found
@@ -136,13 +136,14 @@ _CIRCUITS = ("OV", "QK")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Survey(Saved, Shown):
-    """What the weights of a model say.
+    """Weight results of a model: scores, compositions, spectra, eigenvalues, paths.
 
     Attributes:
         table: every weight score and relation score.
         pairs: Q-, K- and V-composition, as far as the family allows.
         spectra: singular values of OV and QK.
-        eigenvalues: of OV and QK, over the vocabulary with the first MLP's part added.
+        eigenvalues: eigenvalues of OV and QK, over the vocabulary with the first MLP's output
+            added.
         paths: strongest chains of heads, by kind.
         missing: what the family does not allow, with the reason.
     """
@@ -155,7 +156,7 @@ class Survey(Saved, Shown):
     missing: Mapping[str, str]
 
     def glance(self) -> Glance:
-        """The heads that stand out in each part."""
+        """Show the heads that stand out in each part."""
         rows = []
         for name in ("copying_eigenvalues", "copying_top5", "matching_eigenvalues", "ov_norm"):
             if name in self.table:
@@ -189,14 +190,14 @@ def survey(
     """Read the weights of every head: scores, compositions, spectra, eigenvalues, paths.
 
     Args:
-        model: any model; what its family does not allow is left out and told in ``missing``.
+        model: any model; what its family does not allow is left out and listed in ``missing``.
         tokens: see :func:`headscope.circuits.score`.
-        paths: chains of each kind.
-        seed: of what is drawn.
+        paths: number of chains of each kind.
+        seed: seed of random draws.
         progress: show a progress bar. None: only in a terminal or notebook.
 
     Raises:
-        UnsupportedModelError: if the weights say nothing alone.
+        UnsupportedModelError: if nothing can be read from the weights alone.
 
     Example:
         >>> found = hs.circuits.survey(model, tokens=32, paths=2)
@@ -243,7 +244,7 @@ def survey(
 
 
 def _paths(model: HeadModel, pairs: list[PairScores], count: int) -> dict[str, list[Path]]:
-    """Chains of two heads through keys, of two, and of three; none where there are no pairs."""
+    """Strongest chains: two heads by keys, two by any mode, and three; none without pairs."""
     if not pairs:
         return {}
     chance = random_composition(model)
@@ -260,13 +261,13 @@ _QUICK = 10_000_000
 
 
 def scores_quickly(model: HeadModel) -> bool:
-    """Whether all heads of a model are scored by their weights within about a second."""
+    """Whether scoring all heads of a model by weights takes at most about a second."""
     shape = model.shape
     return len(shape.heads) * shape.d_vocab * shape.d_head <= _QUICK
 
 
 def card_table(model: HeadModel) -> HeadTable:
-    """Scores of all heads that a card takes its values and ranks from: weights and relations.
+    """Weight and relation scores of all heads, from which cards take values and ranks.
 
     Example:
         >>> from headscope.circuits.survey import card_table
@@ -292,19 +293,18 @@ def head_card(
     tokens: int = 10,
     partners: int = 5,
 ) -> HeadCard:
-    """Collect what weights say of one head; without a table, no other head is scored.
+    """Collect the weight results of one head; without a table, no other head is scored.
 
     Args:
         model: any model.
         head: ``"L5H1"``, ``"5.1"`` or ``(5, 1)``.
-        table: weight scores of all heads of this model (:func:`score`), from which the card
-            takes the head's values and its rank by each. None: this head alone is scored, with
-            the raw embedding (and with ``mlp`` where ``embedding`` asks for it), and the card has
-            no ranks.
-        embedding: what tokens look like to the head: ``raw``, ``mlp`` or ``mlp_only``.
-        directions: singular directions shown.
-        tokens: tokens shown at each end of a direction.
-        partners: heads shown on each side of a composition.
+        table: weight scores of all heads of this model (:func:`score`), from which the card takes
+            the head's values and ranks. None: only this head is scored, with the raw embedding (and
+            with ``mlp`` if ``embedding`` is that), and the card has no ranks.
+        embedding: token vectors as the head sees them: ``raw``, ``mlp`` or ``mlp_only``.
+        directions: number of singular directions.
+        tokens: number of tokens at each end of a direction.
+        partners: number of heads on each side of a composition.
 
     Example:
         >>> card = hs.circuits.head_card(model, "L2H1")
@@ -344,7 +344,7 @@ def head_card(
 def _partners(
     model: HeadModel, head: HeadIndex, count: int, missing: dict[str, str]
 ) -> tuple[dict[str, list[tuple[str, float]]], dict[str, list[tuple[str, float]]]]:
-    """Strongest partners below and above, by what the later head does with what it reads."""
+    """Strongest partners in lower and higher layers, by composition mode."""
     sides: tuple[dict[str, list[tuple[str, float]]], ...] = ({}, {})
     readers: dict[str, HeadFactors] = {}
     try:
@@ -362,7 +362,7 @@ def _partners(
 def _scores(
     model: HeadModel, head: HeadIndex, embedding: Embedding, missing: dict[str, str]
 ) -> HeadTable:
-    """Scores of one head with the raw embedding, and with the first MLP where that is asked for."""
+    """Scores of one head with the raw embedding, and with the first MLP if requested."""
     seen: list[Embedding] = ["raw", "mlp"] if embedding == "mlp" else ["raw"]
     found = score(model, heads=[head], embeddings=seen)
     try:
@@ -373,6 +373,6 @@ def _scores(
 
 
 def _ranks(table: HeadTable, head: HeadIndex) -> dict[str, int]:
-    """Place of a head by every score that it has."""
+    """Rank of a head by every score that it has."""
     known = {name: one.mean for name, one in table.items() if np.isfinite(one[head])}
     return {name: int((mean > mean[head]).sum()) + 1 for name, mean in known.items()}

@@ -1,4 +1,4 @@
-"""The vocabulary on both ends of a circuit: tokens that singular directions read and write."""
+"""Vocabulary views of circuits: tokens at the input and output end of singular directions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,23 +23,23 @@ Gram = Literal["output_input", "input", "output"]
 
 # Entries of one block of vocabulary vectors: 16 MB in fp32.
 _BLOCK_ENTRIES = 1 << 22
-# Entries of the table of all tokens behind the first MLP, 128 MB in fp32: a larger one is not
-# kept, and blocks of it are computed whenever they are asked for.
+# Entries of the table of all tokens after the first MLP, 128 MB in fp32: a larger table is not
+# cached, and its blocks are recomputed on demand.
 _KEPT_ENTRIES = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """Vectors of all tokens as a head's input and as its output.
+    """Token vectors at a head's input and output.
 
     Attributes:
-        model: whose vocabulary it is.
-        embedding: ``raw``: the token embedding. ``mlp``: with what the first MLP adds to it,
-            which is nearer to what later layers see, above all where embedding and unembedding
-            are tied; heads of layer 0 see the raw embedding in any case. ``mlp_only``: what the
-            first MLP adds, without the embedding (MAPS).
-        fold_norm: logit directions with the gain of the final norm, centred with it, and with
-            the mean over the vocabulary removed, which no softmax sees; False: rows of ``W_U``.
+        model: the model.
+        embedding: ``raw``: the token embedding. ``mlp``: with the first MLP's output added, which
+            is closer to what later layers see, above all with tied embeddings; heads of layer 0
+            always see the raw embedding. ``mlp_only``: the first MLP's output, without the
+            embedding (MAPS).
+        fold_norm: use logit directions with the gain of the final norm, centred with it, and with
+            the mean over the vocabulary removed, which the softmax ignores; False: rows of ``W_U``.
     """
 
     model: HeadModel
@@ -54,7 +54,7 @@ class Dictionary:
     _kept: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def kind(self, layer: int) -> int:
-        """Number that layers share where tokens look alike to their heads."""
+        """Identifier shared by layers whose heads see the same token vectors."""
         return 0 if self.embedding == "raw" else min(layer, 1)
 
     @property
@@ -63,7 +63,7 @@ class Dictionary:
 
     @cached_property
     def _after_mlp(self) -> Float[Tensor, "d_vocab d_model"]:
-        """What all tokens look like behind the first MLP; kept, since blocks are read often."""
+        """Token vectors after the first MLP, cached because blocks are read often."""
         added = torch.empty_like(self._embedding)
         for block in self.blocks():
             added[block] = self._behind_mlp(block).to(added.dtype)
@@ -71,12 +71,12 @@ class Dictionary:
 
     @cached_property
     def _embedding(self) -> Float[Tensor, "d_vocab d_model"]:
-        """Measured once: every block of the vocabulary is read from it."""
+        """Embedding, read once for all blocks of the vocabulary."""
         return self.model.parts.embedding
 
     @cached_property
     def _unembedding(self) -> Unembedding:
-        """Measured once, like the mean over the vocabulary that belongs to it."""
+        """Unembedding, read once, with its mean over the vocabulary."""
         return self.model.unembedding
 
     def _behind_mlp(self, tokens: Int[Tensor, " token"] | slice) -> Tensor:
@@ -85,14 +85,14 @@ class Dictionary:
         return change if self.embedding == "mlp_only" else rows + change
 
     def inputs(self, tokens: Int[Tensor, " token"] | slice, layer: int) -> Tensor:
-        """Vectors ``[token d_model]`` that these tokens put into heads of a layer."""
+        """Input vectors ``[token d_model]`` of tokens for heads of a layer."""
         if self.embedding == "raw" or layer == 0:
             return self._embedding[tokens].float()
         kept = "_after_mlp" in self.__dict__ or (isinstance(tokens, slice) and self._keeps)
         return self._after_mlp[tokens].float() if kept else self._behind_mlp(tokens)
 
     def outputs(self, tokens: Int[Tensor, " token"] | slice) -> Float[Tensor, "token d_model"]:
-        """Residual directions that raise the logits of these tokens."""
+        """Residual directions that raise these tokens' logits."""
         unembedding = self._unembedding
         if not self.fold_norm:
             return unembedding.W_U[tokens].float()
@@ -101,12 +101,12 @@ class Dictionary:
         return unembedding.directions(tokens) - unembedding.mean_direction
 
     def blocks(self) -> Iterator[slice]:
-        """Runs of token ids whose vectors fit in a block."""
+        """Ranges of token ids whose vectors fit in a block."""
         step = max(1, _BLOCK_ENTRIES // self.model.shape.d_model)
         return (slice(at, min(at + step, self.size)) for at in range(0, self.size, step))
 
     def gram(self, kind: Gram, layer: int) -> Float[Tensor, "d_model d_model"]:
-        """Gram matrix of vectors of all tokens, shared by all heads of a layer and kept.
+        """Gram matrix of all token vectors, shared by all heads of a layer and cached.
 
         ``output_input``: ``W_U.T @ E``; ``input``: ``E.T @ E`` with the mean over the vocabulary
         removed; ``output``: ``W_U.T @ W_U``.
@@ -123,13 +123,13 @@ class Dictionary:
     def gram_times(
         self, kind: Gram, layer: int, columns: Float[Tensor, "*head d_model column"], *, few: bool
     ) -> Float[Tensor, "*head d_model column"]:
-        """Product of :meth:`gram` with some columns; without the matrix itself where they are few.
+        """Product of :meth:`gram` with some columns, without forming the matrix if they are few.
 
         Args:
-            kind: of the matrix.
-            layer: whose heads read the tokens.
-            columns: to be multiplied.
-            few: whether these are the only columns, and fewer than pay for the whole matrix.
+            kind: kind of the matrix.
+            layer: layer whose heads read the tokens.
+            columns: columns to multiply.
+            few: whether these are the only columns, and too few for the whole matrix to pay off.
         """
         if not few or (kind, self.kind(layer)) in self._kept:
             return self.gram(kind, layer) @ columns
@@ -139,7 +139,7 @@ class Dictionary:
         return product
 
     def gram_trace(self, kind: Gram, layer: int) -> Float[Tensor, ""]:
-        """Trace of :meth:`gram`, without the matrix."""
+        """Trace of :meth:`gram`, without forming the matrix."""
         if (kind, self.kind(layer)) in self._kept:
             return self.gram(kind, layer).trace()
         key = (f"trace of {kind}", self.kind(layer))
@@ -149,7 +149,7 @@ class Dictionary:
         return self._kept[key]
 
     def _pairs(self, kind: Gram, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Both factors of a Gram matrix, a block of the vocabulary at a time."""
+        """Both factors of a Gram matrix, block by block over the vocabulary."""
         for block in self.blocks():
             if kind == "input":
                 centred = self.inputs(block, layer) - self._input_mean(layer)
@@ -168,10 +168,10 @@ class Dictionary:
 
 @dataclass(frozen=True, eq=False)
 class TopTokens(Stored):
-    """Tokens with the largest and smallest products with some directions.
+    """Tokens with the largest and smallest products with given directions.
 
     Attributes:
-        ids: of the tokens; along ``sign`` first the most positive, then the most negative.
+        ids: token ids; along ``sign`` first the most positive, then the most negative.
         values: their products with the direction.
     """
 
@@ -183,14 +183,14 @@ class TopTokens(Stored):
 class VocabularyView(Saved, Shown):
     """Tokens at both ends of every head's largest singular directions.
 
-    A direction reads and writes with signs that belong together: what raises ``read[..., 0, :]``
-    is written as ``written[..., 0, :]``, and ``read[..., 1, :]`` as ``written[..., 1, :]``.
+    The signs of the two ends belong together: input along ``read[..., 0, :]`` produces output along
+    ``written[..., 0, :]``, and ``read[..., 1, :]`` produces ``written[..., 1, :]``.
 
     Attributes:
         S: singular values.
         read: by products of token embeddings with the left singular vector.
-        written: by products of logit directions (OV) or of token embeddings (QK: tokens of the
-            keys) with the right one.
+        written: by products of logit directions (OV) or of key token embeddings (QK) with the right
+            one.
         layers: layer number of each entry of the layer axis.
     """
 
@@ -200,7 +200,7 @@ class VocabularyView(Saved, Shown):
     layers: tuple[int, ...]
 
     def glance(self) -> Glance:
-        """Shape, and how to see the words."""
+        """Show shape, and how to see the words."""
         count = self.read.ids.shape[-1]
         return Glance(
             "tokens of singular directions",
@@ -209,7 +209,7 @@ class VocabularyView(Saved, Shown):
         )
 
     def words(self, head: "str | tuple[int, int]", tokenizer: Any) -> list[dict[str, Any]]:
-        """Directions of one head with their tokens as text, for print."""
+        """Directions of one head with their tokens as text."""
         index = HeadIndex.parse(head)
         if index.layer not in self.layers:
             raise InputError(f"this view has no layer {index.layer}; it has {self.layers}.")
@@ -233,15 +233,15 @@ class VocabularyView(Saved, Shown):
 def vocabulary_view(
     factors: HeadFactors, words: Dictionary, directions: int = 5, tokens: int = 10
 ) -> VocabularyView:
-    """Top tokens of the largest singular directions of every head, in one pass over vocabulary.
+    """Top tokens of every head's largest singular directions, in one pass over the vocabulary.
 
-    Memory is that of one block of the vocabulary against all directions, whatever its size.
+    Takes the memory of one block of the vocabulary against all directions, whatever its size.
 
     Args:
-        factors: of :func:`ov` or :func:`qk`, with the norm folded.
-        words: vectors of the vocabulary; ``mlp`` shows what later layers see of tokens.
-        directions: how many of each head.
-        tokens: how many at each end of a direction.
+        factors: from :func:`ov` or :func:`qk`, with the norm folded.
+        words: token vectors; ``mlp`` shows tokens as later layers see them.
+        directions: number of directions of each head.
+        tokens: number of tokens at each end of a direction.
 
     Source: Millidge and Black 2022; Dar et al. 2022. Known weakness: directions of nearly equal
     singular value may be mixed by any rotation, so that only their span means something.
@@ -263,14 +263,14 @@ def vocabulary_view(
 def vocabulary_words(
     model: HeadModel, directions: int = 3, tokens: int = 6
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Tokens of the largest directions of every head, as text: circuit -> head -> directions.
+    """Tokens of every head's largest directions as text: circuit -> head -> directions.
 
-    Token embeddings are raw. Circuits that the family does not have are left out.
+    Token embeddings are raw. Circuits that the family does not allow are left out.
 
     Args:
         model: from :func:`headscope.load`.
-        directions: how many of each head.
-        tokens: how many at each end of a direction.
+        directions: number of directions of each head.
+        tokens: number of tokens at each end of a direction.
 
     Example:
         >>> sorted(hs.circuits.vocabulary_words(model, directions=1, tokens=2))
@@ -317,7 +317,7 @@ def _top_tokens(
 
 
 class _Best:
-    """The largest scores of each row seen so far; ties between blocks go to the lower id."""
+    """The largest scores of each row so far; on ties the lower id."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that help is instant."""
+"""The command line. Each command imports what it needs only when it runs, so help is instant."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ from headscope.errors import HeadscopeError, HeadscopeWarning
 def main() -> None:
     """Run the command line.
 
-    Exit code 0, also when whoever read the output had enough of it; 2 with one sentence for what
-    the user can mend; 130 after Ctrl-C.
+    The exit code is 0 on success, and when the reader of a pipe stops early; 2 with one sentence
+    for an error that the user can fix; 130 after Ctrl-C.
     """
     from headscope.cli.app import app
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _run(app: Callable[[], object]) -> int:
-    """Run a command; its exit code."""
+    """Run a command and return its exit code."""
     try:
         app()
     except SystemExit as end:
@@ -51,38 +51,38 @@ def _fail(said: str, code: int = 2) -> int:
 
 
 class CannotPrintError(Exception):
-    """Standard output takes nothing any more.
+    """Standard output accepts no more data.
 
     Attributes:
-        closed: whether whoever read it has gone, as ``head`` does when it has enough.
+        closed: whether the reader has gone, as with ``head``.
     """
 
     def __init__(self, error: OSError) -> None:
-        """Keep what the system said."""
+        """Store the system's error."""
         super().__init__(error.strerror or str(error))
         self.closed = isinstance(error, BrokenPipeError)
 
 
 class Output:
-    """Standard output whose own failures are told apart from those of files."""
+    """Standard output whose own failures can be told from those of files."""
 
     def __init__(self, stream: Any) -> None:
-        """Stand in for a stream."""
+        """Wrap a stream."""
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the stream's."""
+        """Delegate everything else to the stream."""
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or say that nothing can be written."""
+        """Write, raising CannotPrintError on failure."""
         try:
             return int(self._stream.write(text))
         except OSError as error:
             raise CannotPrintError(error) from error
 
     def flush(self) -> None:
-        """Flush, or say that nothing can be written."""
+        """Flush, raising CannotPrintError on failure."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -90,25 +90,25 @@ class Output:
 
 
 class Notices:
-    """Standard error; what cannot be said there is dropped: it must not stop the work."""
+    """Standard error that drops what cannot be written, so that it never stops the work."""
 
     def __init__(self, stream: Any) -> None:
-        """Stand in for a stream."""
+        """Wrap a stream."""
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the stream's."""
+        """Delegate everything else to the stream."""
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
+        """Write, ignoring failures."""
         try:
             return int(self._stream.write(text))
         except OSError:
             return len(text)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
+        """Flush, ignoring failures."""
         try:
             self._stream.flush()
         except OSError:
@@ -116,14 +116,14 @@ class Notices:
 
 
 def guard() -> None:
-    """Put the guards in place; a stream that is closed becomes one that takes everything."""
+    """Install the guarded streams; a closed stream is replaced with one that discards its input."""
     out, notices = (one or StringIO() for one in (sys.stdout, sys.stderr))
     warnings.showwarning = show_warning
     sys.stdout, sys.stderr = Output(out), Notices(notices)
 
 
 def silence() -> None:
-    """Drop what standard output still holds, so that leaving does not fail on it."""
+    """Discard pending output, so that exiting does not fail on it."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, sys.stdout.fileno())
@@ -141,7 +141,7 @@ def show_warning(
     file: object = None,
     line: str | None = None,
 ) -> None:
-    """Say what is worth knowing in one line, without the place in the source."""
+    """Print a warning in one line, without its location in the source."""
     if issubclass(category, HeadscopeWarning):
         print(f"headscope: note: {message}", file=sys.stderr)
     else:

@@ -1,4 +1,4 @@
-"""The commands and their options; what each does is in a file of its own."""
+"""Commands and their options; each command's work is in its own file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +20,7 @@ from headscope.cli.options import (
 
 app = typer.Typer(
     name="headscope",
-    help="Find out what every attention head of a transformer does.",
+    help="Measure what every attention head of a transformer does.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,12 +66,12 @@ def scan(
     ] = None,
     memory: Memory = None,
     max_tokens_per_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Queries whose rows are held at once.")
+        int | None, typer.Option(min=1, help="Query rows held in memory at once.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the default probes.")] = 0,
     examples: Annotated[
-        bool, typer.Option("--examples", help="Keep the values per example.")
+        bool, typer.Option("--examples", help="Store the values per example.")
     ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -125,10 +125,8 @@ def circuits(
     out: Annotated[
         Path | None, path_option("Folder for the table, pairs, pictures and page.")
     ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that the copying shares are taken on.")
-    ] = 256,
-    paths: Annotated[int, typer.Option(min=1, help="Chains of each kind.")] = 10,
+    tokens: Annotated[int, typer.Option(min=1, help="Source tokens for the copying shares.")] = 256,
+    paths: Annotated[int, typer.Option(min=1, help="Number of chains of each kind.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and random bands.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -159,20 +157,20 @@ def head(
         str | None, typer.Option(help="Example for the attention pattern (default: random tokens).")
     ] = None,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Run no probe: weights alone.")
+        bool, typer.Option("--weights-only", help="Use weights alone and run no probe.")
     ] = False,
     ranks: Annotated[
         bool | None,
         typer.Option(
             "--ranks/--no-ranks",
-            help="Rank by weight scores among all heads (default: where that is quick).",
+            help="Rank by weight scores among all heads (default: if that is fast).",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of probes and random bands.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Show all there is to know of one HEAD: scores, weights, partners, example, ablation."""
+    """Show all that is known of one HEAD: scores, weights, partners, example, ablation."""
     from headscope.cli.scan import run_head, split
 
     model, address = split(names)
@@ -199,17 +197,19 @@ def lens(
     target: Annotated[
         str | None, typer.Option(help="Next token to explain (default: the model's own).")
     ] = None,
-    foil: Annotated[str | None, typer.Option(help="Token that it is compared with.")] = None,
-    position: Annotated[int, typer.Option(help="Whose next token; -1 is the last.")] = -1,
-    top: Annotated[int, typer.Option(min=1, help="Tokens shown of each reading.")] = 5,
+    foil: Annotated[str | None, typer.Option(help="Token to compare it with.")] = None,
+    position: Annotated[
+        int, typer.Option(help="Position whose next token is explained; -1 is the last.")
+    ] = -1,
+    top: Annotated[int, typer.Option(min=1, help="Number of tokens to show per reading.")] = 5,
     learned: Annotated[
-        Path | None, path_option("Folder of a tuned lens or of shortcuts.", "--lens")
+        Path | None, path_option("Folder of a tuned lens or of linear shortcuts.", "--lens")
     ] = None,
     out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Read every layer of MODEL in the vocabulary, and split the next token's logit exactly."""
+    """Read every layer of MODEL as tokens, and decompose the next token's logit exactly."""
     from headscope.cli.prompt import run_lens, split
 
     model, prompt = split(names)
@@ -234,17 +234,17 @@ def flow(
     names: Annotated[
         list[str], typer.Argument(metavar="[MODEL] PROMPT", help="A text, in quotes.")
     ],
-    position: Annotated[int, typer.Option(help="What is traced; -1 is the last token.")] = -1,
+    position: Annotated[int, typer.Option(help="Position to trace; -1 is the last token.")] = -1,
     part_threshold: Annotated[
-        float, typer.Option(help="Share below which single parts are dropped.")
+        float, typer.Option(help="Drop single parts below this share.")
     ] = 0.01,
-    edge_threshold: Annotated[float, typer.Option(help="Share from which edges are drawn.")] = 0.04,
+    edge_threshold: Annotated[float, typer.Option(help="Draw edges from this share on.")] = 0.04,
     memory: Memory = None,
     out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Trace what a position of PROMPT holds back to its tokens, through heads and MLPs."""
+    """Trace a position of PROMPT back to the input tokens, through heads and MLPs."""
     from headscope.cli.prompt import run_flow, split
 
     model, prompt = split(names)
@@ -280,14 +280,14 @@ def edges(
     ] = "logit_difference",
     ablation: Annotated[
         str | None,
-        typer.Option(help="What an edge taken out carries: patch, mean or zero (default: patch)."),
+        typer.Option(help="What a removed edge carries: patch, mean or zero (default: patch)."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Gradients of integrated methods.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of integrated gradients.")] = 5,
     count: Annotated[
         int | None, typer.Option(help="Edges of the circuit (default: one in fifty).")
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Pairs of the task.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the pairs and of all draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the pairs and of all draws.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
     out: Annotated[
         Path | None, path_option("Folder for numbers, pictures, page, and finished batches.")
@@ -325,7 +325,7 @@ def doctor(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Tell what is installed here, and what headscope can do with MODEL."""
+    """Report what is installed, and what headscope can do with MODEL."""
     from headscope.cli import doctor as command
 
     command.run(loading.of(model), as_json=json)
@@ -368,7 +368,7 @@ def status(
     run: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     json: Json = False,
 ) -> None:
-    """Tell how far a sweep is, what failed and why; also while it runs."""
+    """Report a sweep's progress, failures and their reasons; also while it runs."""
     from headscope.cli.runs import print_status
 
     print_status(run, as_json=json)
@@ -395,7 +395,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="Title (default: the models).")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Join runs of one model, or of several side by side, into one HTML file that opens offline."""
+    """Join runs of one or several models into one self-contained HTML report."""
     from headscope.cli.runs import run_report
 
     run_report(runs, out=out, overwrite=overwrite, title=title)
@@ -447,17 +447,17 @@ def kinds(
     loading: Loading,
     model: Model = None,
     kinds: Annotated[
-        str | None, typer.Option(help="Names, separated by commas (default: all).")
+        str | None, typer.Option(help="Names of kinds, separated by commas (default: all).")
     ] = None,
     confirm: Annotated[
-        bool, typer.Option("--confirm/--no-confirm", help="Also ablate the heads that are named.")
+        bool, typer.Option("--confirm/--no-confirm", help="Also ablate the heads that are found.")
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of all probes.")] = 0,
     out: Annotated[Path | None, path_option("Folder for the findings.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Say which heads of MODEL are of which kind, how sure that is, and what ablation confirms."""
+    """Find heads of known kinds in MODEL, with p-values, and confirm them by ablation."""
     from headscope.cli.study import run_kinds
 
     run_kinds(
@@ -492,7 +492,7 @@ def emergence(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Score heads at every checkpoint of training, beside the losses: which appear when."""
+    """Score heads at every training checkpoint, with the losses, to see which emerge when."""
     from headscope.cli.compare import run_emergence
 
     run_emergence(
@@ -519,17 +519,17 @@ def plan(
     examples: Annotated[int, typer.Option(min=1, help="How many examples.")] = 100,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
     queries: Annotated[
-        int | None, typer.Option(min=1, help="Positions that a scan looks at (default: all).")
+        int | None, typer.Option(min=1, help="Query positions of a scan (default: all).")
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads that are ablated (default: all).")
+        int | None, typer.Option(min=1, help="Number of heads to ablate (default: all).")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Tokens that are decoded.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Number of tokens to decode.")] = 50,
     device: Annotated[str, typer.Option(help="h100, h200, a100, l4, ...")] = "h100",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     json: Json = False,
 ) -> None:
-    """Estimate passes, operations, memory and hours of a study on a model of this SHAPE."""
+    """Estimate passes, FLOPs, memory and hours of a study for a model of this SHAPE."""
     from headscope.cli.output import print_result
     from headscope.planning import plan as estimate
 
@@ -558,7 +558,7 @@ def compare(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Match the heads of two models or checkpoints, and tell how their scores differ.
+    """Match the heads of two models or checkpoints, and compare their scores.
 
     Pairs whose heads both stand out from the typical head of their model come first.
     """
@@ -576,9 +576,11 @@ def retrieval(
     model: Model = None,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Tokens: 1k..32k (doubling) or 128,512 (default: what the model reads)."),
+        typer.Option(
+            help="Tokens: 1k..32k (doubling) or 128,512 (default: up to the model's context)."
+        ),
     ] = None,
-    depths: Annotated[str, typer.Option(help="How many, or shares: 0,0.5,1.")] = "10",
+    depths: Annotated[str, typer.Option(help="Number of depths, or shares: 0,0.5,1.")] = "10",
     needles: Annotated[
         str | None,
         typer.Option(
@@ -590,18 +592,19 @@ def retrieval(
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Ask in the tokenizer's chat template (default: if it has one).",
+            help="Use the tokenizer's chat template (default: if it has one).",
         ),
     ] = None,
     distractors: Annotated[
         int, typer.Option(min=0, help="Other needles of the same kind in every text.")
     ] = 3,
     haystack: Annotated[
-        Path | None, path_option("Text file or folder to hide them in (default: bundled).")
+        Path | None, path_option("Text file or folder to hide the needles in (default: bundled).")
     ] = None,
     per_cell: Annotated[int | None, typer.Option(min=1, help="Texts per length and depth.")] = None,
     extrapolate: Annotated[
-        bool, typer.Option("--extrapolate", help="Also beyond the trained length (rotary models).")
+        bool,
+        typer.Option("--extrapolate", help="Also test beyond the trained length (rotary models)."),
     ] = False,
     masking: Annotated[Path | None, path_option("YAML file with tasks to mask heads in.")] = None,
     random: Annotated[
@@ -609,10 +612,10 @@ def retrieval(
     ] = 5,
     form: Annotated[
         str,
-        typer.Option(help="decoded (published), or forced: one pass each, the answer appended."),
+        typer.Option(help="decoded (as published), or forced: one teacher-forced pass per text."),
     ] = "decoded",
     new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer at most.")
+        int | None, typer.Option(min=1, help="Maximum number of tokens in an answer.")
     ] = None,
     out: Annotated[
         Path | None, path_option("Folder for tables, pictures, page, and finished cells.")
@@ -622,7 +625,7 @@ def retrieval(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Find the heads of MODEL that fetch from far back, and mask them; resumable with --out."""
+    """Find the retrieval heads of MODEL, and mask them; resumable with --out."""
     from headscope.cli import retrieval as command
 
     loading = loading.of(model, extrapolate=extrapolate)
@@ -648,7 +651,7 @@ def retrieval(
 @with_loading
 def influence(
     loading: Loading,
-    corpus: Annotated[Path, typer.Argument(help="JSONL file, one object with a text a line.")],
+    corpus: Annotated[Path, typer.Argument(help="JSONL file, one object with a text per line.")],
     model: Annotated[
         str | None, typer.Option(help="Model that reads it (default: tiny-gpt2).")
     ] = None,
@@ -657,13 +660,14 @@ def influence(
         typer.Option(help="L5H1,L7H3 or a folder of `retrieval` (default: found by needles)."),
     ] = None,
     out: Annotated[Path | None, path_option("Folder (default: runs/influence-FILE).")] = None,
-    field: Annotated[str, typer.Option(help="Name of the text in each object.")] = "text",
+    field: Annotated[str, typer.Option(help="Field of the text in each object.")] = "text",
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Tokens read of a document (default: all that fit).")
+        int | None,
+        typer.Option(min=2, help="Tokens to read of each document (default: all that fit)."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Documents per pass.")] = None,
     denominator: Annotated[
-        str, typer.Option(help="base or masked: what the rise is a share of.")
+        str, typer.Option(help="Denominator of the relative rise: base or masked.")
     ] = "base",
     overwrite: Overwrite = False,
     json: Json = False,
@@ -685,13 +689,13 @@ def influence(
     )
 
 
-studies = typer.Typer(help="Ask a model the claims of a paper.", no_args_is_help=True)
+studies = typer.Typer(help="Test the claims of a paper on a model.", no_args_is_help=True)
 app.add_typer(studies, name="study")
 
 
 @studies.command("list")
 def list_studies(json: Json = False) -> None:
-    """List the studies that ship, and what each is about."""
+    """List the built-in studies, with their subjects."""
     from headscope.cli.study import print_list
 
     print_list(as_json=json)
@@ -714,14 +718,14 @@ def run_study(
     name: Annotated[str, typer.Argument(help="Study, Python file that defines STUDY, or: all.")],
     model: Model = None,
     out: Annotated[
-        Path | None, path_option("Folder for answers and page; studies of one model share it.")
+        Path | None, path_option("Folder for results and page; studies of one model share it.")
     ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Few and short examples.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="Use few and short examples.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random draws.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Ask a model the claims of a study: a number, its control and a verdict each; resumable."""
+    """Test a study's claims on a model: number, control and verdict for each; resumable."""
     from headscope.cli.study import run_study
 
     run_study(

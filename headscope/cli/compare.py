@@ -43,7 +43,7 @@ def run(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Read or score both, match, write, print."""
+    """Read or score both sides, match heads, write, print."""
     way = way_to_match(by)
     names = scorer_names(scorers)
     folder = run_folder(out, "compare", overwrite=overwrite)
@@ -64,7 +64,7 @@ def run(
 
 
 def _identity(side: "HeadModel | HeadTable") -> str:
-    """What tells one side from another: a model's weights, or where a table came from."""
+    """Identity of one side: a model's weights, or a table's provenance."""
     if isinstance(side, HeadTable):
         origins = [[name, one.provenance.to_json()] for name, one in side.items()]
         return hashlib.sha256(json.dumps(origins, sort_keys=True).encode()).hexdigest()
@@ -72,7 +72,7 @@ def _identity(side: "HeadModel | HeadTable") -> str:
 
 
 def _read(name: str) -> "HeadModel | HeadTable":
-    """A run's table, or a model; ``NAME@REVISION`` names a checkpoint."""
+    """Load a run's table or a model; ``NAME@REVISION`` names a checkpoint."""
     place = Path(name)
     if place.is_file():
         return HeadTable.load(place)
@@ -83,7 +83,7 @@ def _read(name: str) -> "HeadModel | HeadTable":
 
 
 def _shown(found: Comparison) -> Iterator[Any]:
-    """The pairs that stand out most first, and their differences in the first five scores."""
+    """Format the most unusual pairs, with their differences in the first five scores."""
     from rich.table import Table
     from rich.text import Text
 
@@ -190,17 +190,17 @@ def run_emergence(
 
 
 def of_sweep(folder: Path) -> Emergence:
-    """A sweep over checkpoints as a story: effects of single heads, and the metric untouched.
+    """Build an :class:`Emergence` from a sweep over checkpoints, with effects of single heads.
 
     Raises:
-        InputError: if the sweep has not two checkpoints or more of one model.
+        InputError: if the sweep has fewer than two checkpoints of one model.
     """
     results = read(folder)
     labels = [one.label for one in results.plan.models if "@" in one.label]
     names = {label.rpartition("@")[0] for label in labels}
     if len(names) != 1 or len(labels) < 2:
         raise InputError(
-            f"the sweep in {folder} has not two checkpoints or more of one model: "
+            f"the sweep in {folder} has fewer than two checkpoints of one model: "
             f"{', '.join(one.label for one in results.plan.models)}."
         )
     frame = results.rows.to_pandas()
@@ -219,7 +219,7 @@ def of_sweep(folder: Path) -> Emergence:
 
 
 def _source(source: str | None) -> str | None:
-    """A model by its name; a folder by a digest, which tells nothing of this machine."""
+    """Model name; for a folder a digest, which does not reveal its path."""
     place = Path(source) if source else None
     return _digest(str(place.resolve())) if place and place.exists() else source
 
@@ -241,7 +241,7 @@ def _passages(file: Path) -> list[str]:
 
 
 def _shown_emergence(story: Emergence) -> Iterator[Any]:
-    """A row per checkpoint: each score of the head that is best at the end, and the losses."""
+    """Format a row per checkpoint: each score of the best final head, and the losses."""
     from rich.text import Text
 
     columns = {}
@@ -261,7 +261,7 @@ def _shown_emergence(story: Emergence) -> Iterator[Any]:
 def _grids(
     columns: Mapping[str, Sequence[float]], checkpoints: Sequence[str], width: int
 ) -> "Iterator[Table]":
-    """As many tables as it takes for no column to be cut; a header's words stand in a stack."""
+    """Split into tables that fit the width, with header words stacked."""
     from rich.table import Table
     from rich.text import Text
 
@@ -290,7 +290,7 @@ def _grids(
 
 
 def steps_of(checkpoints: Sequence[str]) -> list[str]:
-    """Checkpoints as numbers of steps, where their names are numbers with the same words around."""
+    """Training steps of checkpoints, if their names are numbers in the same words."""
     found = [re.fullmatch(r"(\D*)0*(\d+)(\D*)", one) for one in checkpoints]
     around = {(one[1], one[3]) for one in found if one}
     if not all(found) or len(around) != 1:

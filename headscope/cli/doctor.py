@@ -48,7 +48,7 @@ _GIVES = {
 
 
 def run(loading: Loading, *, as_json: bool) -> None:
-    """Print the facts; then say in one sentence what stands in the way, if anything does.
+    """Print the facts, then what prevents headscope from working, if anything does.
 
     Raises:
         HeadscopeError: if headscope cannot work here, or not with this model.
@@ -86,7 +86,7 @@ def environment() -> dict[str, Any]:
 
 
 def extras() -> dict[str, dict[str, Any]]:
-    """Every extra of the package: whether all that it brings is here, and what it gives."""
+    """Optional extras of the package: whether each is installed, and what it adds."""
     from packaging.requirements import Requirement
 
     wanted = [Requirement(line) for line in requires("headscope") or ()]
@@ -112,7 +112,7 @@ def _version(package: str) -> str | None:
 
 
 def _missing() -> list[str]:
-    """Requirements of headscope that are absent or of a version that it does not work with."""
+    """Requirements of headscope that are missing or have an unsupported version."""
     from packaging.requirements import Requirement
 
     found = []
@@ -129,7 +129,7 @@ def _missing() -> list[str]:
 
 
 def _devices() -> list[dict[str, Any]]:
-    """The CPU, then every GPU that torch sees; memory in bytes."""
+    """The CPU, then every GPU visible to torch; memory in bytes."""
     import psutil
     import torch
 
@@ -201,8 +201,8 @@ _ENGINES = {"hf": "suffix replay", "bridge": "whole passes"}
 def examine(model: HeadModel) -> dict[str, Any]:
     """Path, shape, parts and scorers of a loaded model, as JSON values.
 
-    ``parts`` and ``probes`` map a name to None where it works and to the reason where not;
-    ``refused`` maps every scorer that cannot be asked to the reason.
+    ``parts`` and ``probes`` map a name to None if it works and otherwise to the reason; ``refused``
+    maps every scorer that does not apply to the reason.
     """
     shape = model.shape
     made = _probes(model)
@@ -239,7 +239,7 @@ def examine(model: HeadModel) -> dict[str, Any]:
 
 
 def _proof(model: HeadModel) -> dict[str, Any] | None:
-    """What was proved of the model when it was loaded; None where nothing was."""
+    """Checks that were made when the model was loaded; None if there were none."""
     proof: Proof = getattr(model, "proof", Proof())
     if not proof.checks:
         return None
@@ -260,7 +260,7 @@ def _proof(model: HeadModel) -> dict[str, Any] | None:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    """Size of the weights; shared ones once."""
+    """Size of the weights in bytes, shared ones counted once."""
     return sum({p.data_ptr(): p.numel() * p.element_size() for p in module.parameters()}.values())
 
 
@@ -274,7 +274,7 @@ def _reason(attempt: Callable[[], object]) -> str | None:
 
 
 def _parts(model: HeadModel) -> dict[str, str | None]:
-    """Parts of the model that readings of weights need."""
+    """Parts of the model that weight analyses need."""
     layers = model.shape.attention_layers
     return {
         "weights per head": _reason(lambda: model.weights(layers[0])),
@@ -291,13 +291,13 @@ def _parts(model: HeadModel) -> dict[str, str | None]:
 
 
 def _probes(model: HeadModel) -> dict[DefaultProbe, str | None]:
-    """Kinds of probe that scorers are meant for, each with the reason why it cannot be made."""
+    """Default kinds of probes, each with the reason why it cannot be made, if any."""
     kinds = dict.fromkeys(one.probe for one in CATALOGUE.values() if one.probe is not None)
     return {kind: _reason(partial(kind.make, model, 0)) for kind in kinds}
 
 
 def _refused(model: HeadModel, made: Mapping[DefaultProbe, str | None]) -> dict[str, str]:
-    """Scorers that this model cannot be asked, each with the reason."""
+    """Scorers that do not apply to this model, each with the reason."""
     own = {
         "ov_circuit": _reason(lambda: ov(model)),
         "qk_circuit": _reason(lambda: qk(model, offset=0)),

@@ -1,4 +1,4 @@
-"""``headscope edges``: who tells whom what, a circuit of the best edges, and its checks."""
+"""``headscope edges``: edge scores, a circuit of the best edges, and its checks."""
 
 import time
 from collections.abc import Iterator
@@ -34,12 +34,12 @@ _METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class EdgeRequest:
-    """What the command was asked for.
+    """Arguments of the command.
 
     Attributes:
-        probe: task of pairs, or a JSONL file of them.
-        examples: pairs of a task.
-        count: edges of the circuit; None: one in fifty, at least ten.
+        probe: task of pairs, or a JSONL file of pairs.
+        examples: number of pairs of a task.
+        count: number of edges in the circuit; None: one in fifty, at least ten.
     """
 
     probe: str
@@ -53,10 +53,10 @@ class EdgeRequest:
     batch_size: int | None
 
     def check(self) -> None:
-        """Refuse what can be seen to be wrong before a model is loaded.
+        """Validate what can be validated before a model is loaded.
 
         Raises:
-            InputError: if there is no such method or metric, or a number is out of range.
+            InputError: if a method or metric is unknown, or a number is out of range.
         """
         if self.method not in get_args(Method):
             raise InputError(nearest(self.method, get_args(Method), kind="method"))
@@ -66,14 +66,14 @@ class EdgeRequest:
             raise InputError(f"--count {self.count}: a circuit has one edge or more.")
 
     def settings(self) -> dict[str, Any]:
-        """As JSON values, for the run's facts; of a file its name."""
+        """Settings as JSON values, for the run's facts; a file is given by its name."""
         name = Path(self.probe).name if _is_file(self.probe) else self.probe
         return {**vars(self), "probe": name}
 
 
 @dataclass(frozen=True, eq=False)
 class FoundEdges:
-    """All that the command found."""
+    """Everything that the command found."""
 
     graph: EdgeGraph
     circuit: Circuit
@@ -81,7 +81,7 @@ class FoundEdges:
 
     @property
     def table(self) -> HeadTable:
-        """Numbers per head."""
+        """Table of values per head."""
         return HeadTable([self.graph.heads])
 
 
@@ -113,7 +113,7 @@ def _is_file(probe: str) -> bool:
 
 
 def _probe(model: HeadModel, asked: EdgeRequest) -> Probe:
-    """Pairs of a known task, or of a file."""
+    """Pairs of a known task, or from a file."""
     if _is_file(asked.probe):
         return probes.from_jsonl(model, asked.probe)
     return probes.pairs(model, asked.probe, batch=asked.examples, seed=asked.seed)
@@ -171,7 +171,7 @@ def _number(value: float) -> float | None:
 
 
 def _shown(found: FoundEdges) -> Iterator[Any]:
-    """Four small tables: edges, heads, the circuit with its checks, faithfulness by size."""
+    """Format four small tables: edges, heads, the circuit with its checks, faithfulness by size."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Options that commands share: the model and how it is loaded, names, lengths and depths."""
+"""Options that commands share: model and loading, names, lengths, depths."""
 
 import functools
 import inspect
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def path_option(said: str, *names: str) -> Any:
-    """An option that takes a path, and no empty one: that is a variable which was never set."""
+    """Path option that rejects an empty path, which is usually an unset variable."""
     return typer.Option(*names, help=said, parser=_path, metavar="<path>")
 
 
 def _path(text: "str | Path") -> Path:
     if str(text) == "":
-        raise typer.BadParameter("the path is empty: give a name, or leave the option out.")
+        raise typer.BadParameter("the path is empty: give a path, or leave the option out.")
     return Path(text)
 
 
@@ -41,10 +41,10 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1 (default: a GPU if there is one).")
 ]
-Memory = Annotated[str | None, typer.Option(help="What a chunk of rows may take, e.g. 2GB.")]
+Memory = Annotated[str | None, typer.Option(help="Memory limit for a chunk of rows, e.g. 2GB.")]
 Scorers = Annotated[str | None, typer.Option(help="Names, separated by commas.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what another run left in the folder.")
+    bool, typer.Option("--overwrite", help="Replace the files of an earlier run in the folder.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights.")]
@@ -56,7 +56,7 @@ TrustCode = Annotated[
 
 @dataclass(frozen=True)
 class Loading:
-    """Which model, and how to load it."""
+    """How to load a model."""
 
     source: str | None = None
     extrapolate: bool = False
@@ -67,11 +67,11 @@ class Loading:
     trust_remote_code: bool = False
 
     def of(self, source: str | None, *, extrapolate: bool = False) -> "Loading":
-        """The same for this model."""
+        """The same options for a given model."""
         return replace(self, source=source, extrapolate=extrapolate)
 
     def model(self) -> "HeadModel":
-        """Load it, without transformers' own bars and advice on the terminal."""
+        """Load the model, without transformers' own progress bars and advice."""
         from transformers.utils import logging
 
         from headscope.models.loading import load
@@ -90,7 +90,7 @@ class Loading:
 
 
 def with_loading(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of :func:`_options`; it receives them as ``loading``."""
+    """Decorate a command with the options of :func:`_options`, passed to it as ``loading``."""
     shared = inspect.signature(_options).parameters
     own = inspect.signature(command)
 
@@ -117,15 +117,15 @@ def _options(
 
 
 def listed(names: str | None) -> list[str] | None:
-    """Names separated by commas; None where none were given."""
+    """Split names at commas; None if none were given."""
     return None if names is None else [one.strip() for one in names.split(",") if one.strip()]
 
 
 def scorer_names(names: str | None) -> list[str] | None:
-    """The same, of scorers.
+    """Split and validate names of scorers.
 
     Raises:
-        InputError: if there is no such scorer.
+        InputError: if a scorer is unknown.
     """
     from headscope.scorers import resolve
 
@@ -140,10 +140,10 @@ _MOST = 64
 
 
 def parse_lengths(text: str) -> list[int]:
-    """``1k..32k`` (doubling), ``64,128,1k``, or both mixed; k is 1024.
+    """Parse ``1k..32k`` (doubling), ``64,128,1k``, or both mixed; k is 1024.
 
     Raises:
-        InputError: if it is neither.
+        InputError: if the text has another form.
     """
     found: list[int] = []
     for part in text.split(","):
@@ -154,7 +154,7 @@ def parse_lengths(text: str) -> list[int]:
         length, last = _length(low, text), _length(high, text)
         if last < length:
             raise InputError(
-                f"the lengths {part.strip()!r} run downwards: write the smaller first."
+                f"the lengths {part.strip()!r} are in descending order: write the smaller first."
             )
         while length <= last:
             found.append(length)
@@ -174,10 +174,10 @@ def _length(word: str, text: str) -> int:
 
 
 def parse_depths(text: str) -> int | list[float]:
-    """``10`` (that many, evenly), or ``0,0.5,1``.
+    """Parse ``10`` (that many, evenly spaced), or ``0,0.5,1``.
 
     Raises:
-        InputError: if it is neither.
+        InputError: if the text has another form.
     """
     try:
         if "," not in text and "." not in text:
@@ -188,7 +188,8 @@ def parse_depths(text: str) -> int | list[float]:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"{text!r} are not depths: write how many (10), or shares from 0 to 1 (0,0.5,1)."
+            f"{text!r} is not a list of depths: write how many (10), or shares from 0 to 1 "
+            "(0,0.5,1)."
         ) from None
     if not all(0 <= share <= 1 for share in shares):
         raise InputError(f"depths are shares from 0 (start) to 1 (end); got {text!r}.")

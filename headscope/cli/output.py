@@ -1,4 +1,4 @@
-"""Where and how commands write: tables for people, JSON for programs, the folder of a run."""
+"""Output of commands: tables, JSON, and run folders."""
 
 import json
 import math
@@ -27,11 +27,11 @@ def print_result(result: Result, *, as_json: bool) -> None:
 def print_either(
     document: Callable[[], Any], shown: Callable[[], Iterable[Any]], *, as_json: bool
 ) -> None:
-    """Print on stdout what a program reads, or what a person does.
+    """Print JSON for programs or a formatted result for people on stdout.
 
     Args:
-        document: gives JSON values.
-        shown: gives what is printed on a terminal, part by part; texts are not broken into lines.
+        document: returns JSON values.
+        shown: returns what is printed on a terminal, part by part; texts are not wrapped.
         as_json: which of the two.
     """
     if as_json:
@@ -43,24 +43,24 @@ def print_either(
 
 
 def print_written(place: Path, *files: str, page: bool = True) -> None:
-    """Say on stderr what a command has written, and where."""
+    """Report on stderr which files a command has written, and where."""
     named = (["index.html (open it in a browser)"] if page else []) + list(files)
     console(stderr=True).print(f"Written to {place}: {', '.join(named)}.", soft_wrap=True)
 
 
 def rows_of(result: Result) -> list[dict[str, Any]]:
-    """One JSON object per row of a result; numbers that are not finite become null."""
+    """One JSON object per row of a result; non-finite numbers become null."""
     return plain_rows(result.to_pandas())
 
 
 def plain_rows(frame: Any) -> list[dict[str, Any]]:
-    """Rows of a data frame as JSON objects; what is missing or not finite becomes null."""
+    """Rows of a data frame as JSON objects; missing or non-finite values become null."""
     records: list[dict[str, Any]] = frame.to_dict(orient="records")
     return [{key: _plain(value) for key, value in record.items()} for record in records]
 
 
 def console(*, stderr: bool = False) -> Any:
-    """Terminal to print on; 100 columns where the output is not a terminal."""
+    """Console to print on; 100 columns if the output is not a terminal."""
     import sys
 
     from rich.console import Console
@@ -80,15 +80,15 @@ def _plain(value: Any) -> Any:
 
 
 _ABSOLUTE = re.compile(r"^(?:~|/|\\\\|[A-Za-z]:[\\/]|file:)")
-# ``--name=`` and ``-n``, with the value in the same word.
+# ``--name=`` and ``-n``, with the value attached.
 _JOINED = re.compile(r"^(--[\w-]+=|-[A-Za-z](?=[/~\\]))(.*)$", re.DOTALL)
 
 
 def typed() -> str | None:
-    """The command line that runs now; None where headscope was called from other code.
+    """The current command line; None if headscope was called from Python.
 
-    Absolute paths are cut to their last part: what is passed on should not tell where its
-    author's home is.
+    Absolute paths are cut to their last part, so that a shared file does not reveal the author's
+    folders.
     """
     program = Path(sys.argv[0])
     script = program.stem == "headscope" and program.suffix in ("", ".exe")
@@ -99,7 +99,7 @@ def typed() -> str | None:
 
 
 def portable(word: str) -> str:
-    """A word of a command line without the folders of this machine."""
+    """Remove local folders from one word of a command line."""
     joined = _JOINED.match(word)
     name, value = joined.groups() if joined else ("", word)
     return name + ",".join(_last_part(one) for one in value.split(","))
@@ -110,10 +110,10 @@ def _last_part(path: str) -> str:
 
 
 def run_folder(out: Path | None, kind: str, *, overwrite: bool) -> "RunFolder | None":
-    """The folder of a run, claimed before anything is loaded; None where none was asked for.
+    """Claim a run's folder before anything is loaded; None if none was requested.
 
     Raises:
-        InputError: if it cannot be written, or holds another kind of run.
+        InputError: if it is not writable, or holds another kind of run.
     """
     from headscope.report.folder import RunFolder
 
@@ -122,7 +122,7 @@ def run_folder(out: Path | None, kind: str, *, overwrite: bool) -> "RunFolder | 
 
 
 def check_overwrite(out: Path | None, *, overwrite: bool) -> None:
-    """Refuse ``--overwrite`` where nothing is written.
+    """Refuse ``--overwrite`` if nothing is written.
 
     Raises:
         InputError: if there is no ``--out``.
@@ -132,7 +132,7 @@ def check_overwrite(out: Path | None, *, overwrite: bool) -> None:
 
 
 def asked_of(model: "HeadModel", loading: Loading, **other: Any) -> dict[str, Any]:
-    """What tells one run on a model from another: weights, how they are loaded, and settings."""
+    """Identity of a run on a model: weights, loading options, and settings."""
     return {
         "model": model.name,
         "revision": model.revision,
@@ -144,7 +144,7 @@ def asked_of(model: "HeadModel", loading: Loading, **other: Any) -> dict[str, An
 
 
 def print_run(place: Path, *, as_json: bool) -> None:
-    """Print the table in a run folder, or in the parquet file itself."""
+    """Print the table in a run folder, or in a Parquet file."""
     file = place / "table.parquet" if place.is_dir() else place
     if not file.exists():
         raise InputError(f"{place} holds no finished run: there is no {file.name} in it.")

@@ -1,4 +1,4 @@
-"""``headscope lens``, ``flow`` and ``patch``: what happens inside the model on a prompt or two."""
+"""``headscope lens``, ``flow`` and ``patch``: what happens inside the model on a prompt."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LensReading:
-    """All that the command found."""
+    """Everything that the command found."""
 
     grids: dict[str, LensGrid]
     split: Attribution
     words: HeadWords
 
     def sections(self) -> list[Section]:
-        """What each layer says, what makes the logit, what single heads say."""
+        """Report layers' predictions, the logit's parts, and single heads' tokens."""
         (layers,) = next(iter(self.grids.values())).sections()
         drawn = [Drawn(f"lens_{site}", grid.name) for site, grid in self.grids.items()]
         return [
@@ -63,7 +63,7 @@ class LensReading:
 
 
 def split(names: Sequence[str]) -> tuple[str | None, str]:
-    """``[MODEL] PROMPT`` as model and prompt."""
+    """Split ``[MODEL] PROMPT`` into model and prompt."""
     if len(names) > 2:
         raise InputError(
             f"give a model and one prompt, not {len(names)} words: put the prompt in quotes."
@@ -159,7 +159,7 @@ def _reading_as_json(found: LensReading) -> dict[str, Any]:
 
 
 def _shown_reading(found: LensReading) -> Iterator[Any]:
-    """Three small tables: layers at the position read, parts of the logit, heads."""
+    """Format three small tables: layers at the position read, parts of the logit, heads."""
     from rich.table import Table
     from rich.text import Text
 
@@ -221,7 +221,7 @@ def _write_reading(
 
 @dataclass(frozen=True, eq=False)
 class FoundFlow:
-    """All that the command found."""
+    """Everything that the command found."""
 
     routes: Routes
     flows: tuple[TokenFlow, ...]
@@ -229,7 +229,7 @@ class FoundFlow:
 
     @property
     def table(self) -> HeadTable:
-        """Numbers per head."""
+        """Table of values per head."""
         return HeadTable([self.routes.head_scores(), self.norms.norm_share])
 
 
@@ -278,7 +278,7 @@ def run_flow(
 
 
 def _more(model: HeadModel, prompt: str, routes: Routes, memory: str | None) -> FoundFlow:
-    """Matrices and norms of the same prompt."""
+    """Flow matrices and norms of the same prompt."""
     probe = read_prompt(model, prompt).probe
     flows = (
         flow.rollout(model, probe, memory=memory),
@@ -303,7 +303,7 @@ def _flow_as_json(routes: Routes) -> dict[str, Any]:
 
 
 def _shown_flow(routes: Routes) -> Iterator[Any]:
-    """Three small tables: heads, input tokens, edges between positions."""
+    """Format three small tables: heads, input tokens, edges between positions."""
     from rich.table import Table
     from rich.text import Text
 
@@ -312,7 +312,7 @@ def _shown_flow(routes: Routes) -> Iterator[Any]:
     for head, value in routes.top(8):
         heads.add_row(str(head), f"{value:.3f}", "yes" if routes.on_route[head] else "")
     order = sorted(range(len(routes.tokens)), key=lambda at: -routes.token_flow[at])
-    tokens = Table("token", "flow", title="what it goes back to")
+    tokens = Table("token", "flow", title="source tokens")
     for at in order[:8]:
         tokens.add_row(Text(f"{at} {visible(routes.tokens[at])}"), f"{routes.token_flow[at]:.3f}")
     moves = Table("layer", "from", "to", "share", "flow", "heads", title="strongest moves")
@@ -396,7 +396,7 @@ def run_patch(
 
 
 def _probe(model: HeadModel, task: str, pairs: Path | None, examples: int, seed: int) -> Probe:
-    """Pairs of a known task, or of a file.
+    """Pairs of a known task, or from a file.
 
     Raises:
         InputError: if the file has no pairs with an answer and a foil.
@@ -415,7 +415,7 @@ def _probe(model: HeadModel, task: str, pairs: Path | None, examples: int, seed:
 def _write_grid(
     claim: FolderClaim, grid: EffectGrid, settings: dict[str, Any], seconds: float
 ) -> None:
-    """The grid as numbers, as a table and as pictures of effects and of their share."""
+    """Write the grid as numbers, as a table, and as pictures of raw and normalised effects."""
     from importlib.util import find_spec
 
     from headscope.base.files import subfolder, whole_file

@@ -1,6 +1,7 @@
-"""``headscope retrieval`` and ``influence``: which heads fetch from far back, and whom that helps.
+"""``headscope retrieval`` and ``influence``: retrieval heads, and documents that need them.
 
-What a model is without them, and documents ranked by how much these heads help to read them.
+``retrieval`` also measures the model without these heads; ``influence`` ranks documents by how much
+they help to read them.
 """
 
 import json
@@ -56,7 +57,7 @@ _SHOWN = 12
 
 
 def shown(found: Retrieval, masked: Mapping[str, OrderCurve]) -> Iterator[Any]:
-    """What is printed of it all; tables that would be empty are left out."""
+    """Format the results; empty tables are left out."""
     from rich.text import Text
 
     heads = _heads(found)
@@ -67,7 +68,7 @@ def shown(found: Retrieval, masked: Mapping[str, OrderCurve]) -> Iterator[Any]:
     for task, curve in masked.items():
         yield _curve(task, curve)
     if not masked and not found.runs.counted.any():
-        yield "Without right answers there is no masking curve."
+        yield "Without correct answers there is no masking curve."
         yield Text(found.hint())
     beyond = found.by_set.provenance.probe.get("extrapolated_from")
     if beyond is not None:
@@ -102,7 +103,7 @@ def _curve(task: str, curve: OrderCurve) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("masked", title=Text(f"right answers with heads masked: {task}"))
+    table = Table("masked", title=Text(f"correct answers with heads masked: {task}"))
     for count in curve.counts:
         table.add_column(str(count), justify="right")
     for arm, means in zip(curve.effects.labels[0], curve.mean, strict=True):
@@ -111,7 +112,7 @@ def _curve(task: str, curve: OrderCurve) -> "Table":
 
 
 def _shares(values: Iterable[float]) -> list[str]:
-    """Two digits; nothing where there is no value."""
+    """Format with two digits; empty for missing values."""
     return ["" if one != one else f"{one:.2f}" for one in values]
 
 
@@ -122,16 +123,15 @@ _MASKED_LENGTH = 4096
 
 @dataclass(frozen=True)
 class RetrievalRequest:
-    """What the command was asked for.
+    """Arguments of the command.
 
     Attributes:
         lengths, depths: as typed.
-        needles, chat, distractors, haystack, per_cell, seed: of
-            :func:`headscope.probes.needle`.
+        needles, chat, distractors, haystack, per_cell, seed: see :func:`headscope.probes.needle`.
         form: decoded or forced.
-        new_tokens, batch_size: of :func:`headscope.retrieval.follow`.
+        new_tokens, batch_size: see :func:`headscope.retrieval.follow`.
         masking: a config of tasks; None: held-out needles.
-        random: orders of masked heads.
+        random: number of random orders of masked heads.
     """
 
     lengths: str | None
@@ -149,10 +149,10 @@ class RetrievalRequest:
     random: int
 
     def checked_form(self) -> Form:
-        """The form, which is one of two.
+        """Validate the form, decoded or forced.
 
         Raises:
-            InputError: if it is none, or an option does not go with it.
+            InputError: if it is neither, or an option does not go with it.
         """
         if self.form not in _FORMS:
             raise InputError(nearest(self.form, list(_FORMS), kind="form"))
@@ -161,9 +161,9 @@ class RetrievalRequest:
         return _FORMS[self.form]
 
     def identity(self, config: MaskingConfig | None) -> dict[str, Any]:
-        """What tells one run from another, as JSON values; files by their names."""
+        """Identity of a run, as JSON values; files by their names."""
         told = {one.name: getattr(self, one.name) for one in fields(self)}
-        del told["batch_size"]  # changes no result
+        del told["batch_size"]  # does not change results
         told["needles"] = None if self.needles is None else Path(self.needles).name
         told["haystack"] = None if self.haystack is None else self.haystack.resolve().name
         told["masking"] = (
@@ -172,7 +172,7 @@ class RetrievalRequest:
         return told
 
     def probe(self, model: HeadModel, seed: int, **other: Any) -> Probe:
-        """Needles of this kind."""
+        """Build the probe of needles."""
         return needle(
             model,
             needles=self.needles,
@@ -192,7 +192,7 @@ def run(
     depths = parse_depths(asked.depths)
     form = asked.checked_form()
     if asked.needles is not None:
-        fixed_needles(asked.needles)  # mistakes are told before a model is loaded
+        fixed_needles(asked.needles)  # report mistakes before a model is loaded
     read_haystack(asked.haystack)
     config = None
     if asked.masking is not None:
@@ -259,7 +259,7 @@ def run(
 def _masked(
     model: HeadModel, found: Retrieval, asked: RetrievalRequest, config: MaskingConfig | None
 ) -> dict[str, OrderCurve]:
-    """Masking curves of the tasks asked for, or of needles with another seed."""
+    """Masking curves of the requested tasks, or of needles with another seed."""
     if not found.runs.scored.any():
         return {}
     if config is not None:
@@ -279,7 +279,7 @@ def _masked(
 
 
 def _length(found: Retrieval) -> int:
-    """The longest text that is not too long and mostly answered, else the best answered one."""
+    """Longest affordable text length that is mostly answered, else the best answered one."""
     grid = found.recall_grid()
     shares = np.nanmean(grid.share, 1)
     good = grid.lengths[(shares >= 0.5) & (grid.lengths <= _MASKED_LENGTH)]
@@ -287,7 +287,7 @@ def _length(found: Retrieval) -> int:
 
 
 def _counts(found: Retrieval) -> dict[str, Any]:
-    """How many texts there were, how many scores are means over, how many were answered."""
+    """Count texts, texts that scores average over, and answered texts."""
     runs = found.runs
     return {
         "form": runs.form,
@@ -427,7 +427,7 @@ def run_influence(
 
 
 def _named(heads: str) -> list[HeadIndex]:
-    """Heads in words, or the retrieval heads of a finished run."""
+    """Heads given by name, or the retrieval heads of a finished run."""
     place = Path(heads)
     if place.is_dir() or place.suffix == ".parquet":
         table = HeadTable.load(place / "table.parquet" if place.is_dir() else place)
@@ -444,7 +444,7 @@ def _named(heads: str) -> list[HeadIndex]:
 
 
 def _by_needles(model: HeadModel) -> list[HeadIndex]:
-    """The source's share of all heads, those that copy most when needles are answered."""
+    """The source's share of all heads: those that copy most when needles are answered."""
     scores = score(model, needle(model, depths=4), "retrieval")["retrieval"]
     count = math.ceil(_SHARE * len(model.shape.heads))
     found = [head for head, value in scores.top(count) if value > (scores.threshold or 0.0)]
@@ -457,7 +457,7 @@ def _by_needles(model: HeadModel) -> list[HeadIndex]:
 
 
 def _shown(frame: object, corpus: Corpus, heads: list[HeadIndex], model: HeadModel) -> "Table":
-    """Best and worst documents, in a line each."""
+    """Format the best and worst documents, one line each."""
     import pandas
     from rich.table import Table
     from rich.text import Text

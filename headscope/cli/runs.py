@@ -1,4 +1,4 @@
-"""``headscope sweep``, ``status``, ``export`` and ``report``: studies, and what runs gave."""
+"""``headscope sweep``, ``status``, ``export`` and ``report``: running sweeps, reading results."""
 
 import json
 import shlex
@@ -66,19 +66,19 @@ def run_sweep_config(
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """``"2/8"`` as numbers.
+    """Parse a shard such as ``"2/8"``.
 
     Raises:
-        InputError: if it is not a shard.
+        InputError: if the text has another form.
     """
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise InputError(f"{text!r} is not a shard: write the second of eight as 2/8, from 1/8 on.")
+        raise InputError(f"--shard {text!r}: write i/N with 1 <= i <= N, such as 2/8.")
     return int(index), int(count)
 
 
 def _print_plan(config: SweepConfig) -> None:
-    """What would run, and how long it would take."""
+    """Print what would run, and how long it would take."""
     benches = Benches(config)
     plan = make_plan(config, benches=benches)
     cost = estimate(config, plan, benches)
@@ -101,7 +101,7 @@ def _print_plan(config: SweepConfig) -> None:
 
 
 def _print_outcome(outcome: Outcome, folder: Path, again: str) -> None:
-    """What was done and what is next; exit code 130 if it was stopped, 1 if a chunk failed."""
+    """Print what is done and what is next; exit code 130 if stopped, 1 if a chunk failed."""
     say = console(stderr=True).print
     say(f"{outcome.done} of {outcome.total} chunks done.", highlight=False)
     for chunk, why in list(outcome.failed.items())[:5]:
@@ -118,7 +118,7 @@ def _print_outcome(outcome: Outcome, folder: Path, again: str) -> None:
 
 
 def print_status(folder: Path, *, as_json: bool) -> None:
-    """Print counts, models and reasons."""
+    """Print counts, models and reasons for failures."""
     found = status(folder)
     if as_json:
         print(json.dumps(found.to_json()))
@@ -164,10 +164,10 @@ def run_report(places: Sequence[Path], *, out: Path, overwrite: bool, title: str
 
 
 def read_folder(place: Path) -> list[RunPart]:
-    """The runs of a folder: one, or of a sweep one per model.
+    """Runs in a folder: one, or for a sweep one per model.
 
     Raises:
-        InputError: if there is no run.
+        InputError: if the folder holds no run.
     """
     if not place.exists():
         raise InputError(f"there is no run at {place}.")
@@ -179,7 +179,7 @@ def read_folder(place: Path) -> list[RunPart]:
 
 
 def _curve(place: Path) -> RunPart | None:
-    """A saved curve of pruning or masking; None where the file is something else."""
+    """Load a pruning or masking curve; None if the file is something else."""
     from headscope.plots import curves
     from headscope.pruning import PruningCurve
     from headscope.report import Picture, Section
@@ -205,10 +205,10 @@ _STUDY = ("probe", "edit", "seed", "metric")
 
 
 def sweep_runs(folder: Path) -> list[RunPart]:
-    """One run per model of a sweep; what is not finished yet is left out.
+    """One run per model of a sweep; unfinished ones are left out.
 
     Raises:
-        InputError: if nothing is finished, or no set is of single heads.
+        InputError: if nothing is finished, or no set contains single heads.
     """
     results, found = read(folder), status(folder)
     config = Store.open(folder).manifest()["config"]
@@ -242,7 +242,7 @@ def _studies(results: Results, model: str, name: str) -> Iterator[dict[str, Any]
 
 
 def _table(results: Results, model: str) -> HeadTable:
-    """Effects of single heads; where a sweep has none, the first heads of its curves."""
+    """Effects of single heads, or if a sweep has none, of the first heads of its curves."""
     found = {}
     for name, arrange in results.arranged.items():
         if arrange != "each":
@@ -263,7 +263,7 @@ def _table(results: Results, model: str) -> HeadTable:
 
 
 def _blank(results: Results, model: str) -> dict[str, Any]:
-    """A score without values, so that a sweep of sets alone has a model and a shape."""
+    """Score without values, which gives a sweep of sets a model and a shape."""
     from headscope.table import HeadScores
 
     plan = next(one for one in results.plan.models if one.label == model)
@@ -332,7 +332,7 @@ def _together(results: Results, model: str, name: str) -> Iterator[tuple[Any, ..
 
 
 def joined(grids: Sequence[tuple[str, EffectGrid]]) -> tuple[EffectGrid, list[str]]:
-    """Curves of several sets as the arms of one grid, and the arms that were drawn at random.
+    """Join curves of several sets as arms of one grid, with the names of the random arms.
 
     A set with several draws becomes one arm per draw, each a control.
     """

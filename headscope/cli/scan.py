@@ -1,4 +1,4 @@
-"""``headscope scan``, ``scorers``, ``circuits`` and ``head``: what the heads of a model do."""
+"""``headscope scan``, ``scorers``, ``circuits`` and ``head``: scores of heads."""
 
 import json
 import time
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from headscope.report.folder import RunFolder
 
 
-# Heads that are named in one line.
+# Maximum number of heads in one line.
 _MOST = 8
 
 
@@ -63,7 +63,7 @@ def run_scan(
 
     given = {"--probe": probe_file, "--source": source, "--images": images}
     if len(named := [option for option, value in given.items() if value is not None]) > 1:
-        raise InputError(f"{' and '.join(named)} both name what is run: give one of them.")
+        raise InputError(f"{' and '.join(named)} both name what is run: give only one of them.")
     if target is not None and source is None:
         raise InputError("--target comes without --source: give the file of sources too.")
     names = scorer_names(scorers)
@@ -122,7 +122,7 @@ def run_scan(
         show()
         print_written(folder.path, "table.parquet", "pictures/")
         return
-    with suppress(HeadscopeError):  # an example is a help for the eye; the table stands without
+    with suppress(HeadscopeError):  # the example is optional
         example = attention_example(model, length=_example_length(len(model.shape.heads)))
         example.save(folder.path / "attention.safetensors")
     show()
@@ -130,10 +130,10 @@ def run_scan(
 
 
 def _on_text(model: HeadModel, table: HeadTable, options: RunOptions) -> list[str]:
-    """Roles of places as natural text has them, beside what the table says of random tokens.
+    """Compare positional roles on natural text with those found on random tokens.
 
-    A line per role that needs no repetition (previous and current token): some heads look back
-    one token only where tokens have nothing to say.
+    One line per role that needs no repetition (previous and current token): some heads attend one
+    token back only on random tokens, which carry no meaning.
     """
     again = [
         scorer
@@ -158,7 +158,7 @@ def _on_text(model: HeadModel, table: HeadTable, options: RunOptions) -> list[st
 
 
 def _example_length(heads: int) -> int:
-    """Tokens of the kept example: a megabyte of patterns, or 20 tokens."""
+    """Length of the stored example: a megabyte of patterns, or 20 tokens."""
     return int(max(20, min(48, (1_000_000 / heads) ** 0.5)))
 
 
@@ -268,7 +268,7 @@ def _chains(found: Survey) -> dict[str, list[dict[str, Any]]]:
 
 
 def _shown(found: Survey) -> Iterator[Any]:
-    """Best heads of every score, then the strongest chains."""
+    """Format the best heads of every score, then the strongest chains."""
     from rich.text import Text
 
     yield found.table
@@ -323,7 +323,7 @@ def _write(
 
 
 def split(names: Sequence[str]) -> tuple[str | None, str]:
-    """``[MODEL] HEAD`` as model and head; the head is checked before anything is loaded."""
+    """Split ``[MODEL] HEAD`` and validate the head before anything is loaded."""
     if len(names) > 2:
         raise InputError(f"give a model and one head, not {len(names)} names.")
     *model, head = names
@@ -342,9 +342,9 @@ def run_head(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Load, look at one head, write, print."""
+    """Load, analyse one head, write, print."""
     if weights_only and text is not None:
-        raise InputError("--text needs a run of the model, which --weights-only forbids.")
+        raise InputError("--text needs a run of the model: leave out --weights-only.")
     if text is not None and not text.strip():
         raise InputError("--text is empty: give a sentence.")
     check_overwrite(out, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""``headscope study`` and ``kinds``: claims of papers and kinds of heads, asked of a model."""
+"""``headscope study`` and ``kinds``: test papers' claims and find kinds of heads."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def print_list(*, as_json: bool) -> None:
-    """Names and titles."""
+    """Print names and titles of the studies."""
     found = studies.list()
     width = max(map(len, found))
     print_either(
@@ -40,7 +40,7 @@ def print_list(*, as_json: bool) -> None:
 
 
 def print_study(name: str) -> None:
-    """Paper, claims, and what is measured."""
+    """Print a study's paper, claims, and what is measured."""
     found = studies.show(name)
     print_either(lambda: None, lambda: _described(found), as_json=False)
 

@@ -1,12 +1,12 @@
-"""Pictures of tables, as plotly figures. Nothing here runs a model, shows a window or fetches.
+"""Plots of results as plotly figures. Nothing here runs a model, opens a window or fetches.
 
 One score: :func:`heatmap`, :func:`ranking`. Several: :func:`heatmaps`, :func:`scatter`. One head:
 :func:`attention_pattern`. Weights: :func:`spectra`, :func:`eigenvalues`, :func:`composition_graph`,
-:func:`composition_matrix`. Likeness: :func:`head_similarity`,
-:func:`head_map`. Arms: :func:`curves`. Needles: :func:`recall_grid`. Texts:
-:func:`token_losses`. Layers: :func:`layers`. Lenses: :func:`lens_grid`, :func:`waterfall`,
-:func:`source_bars`. Images: :func:`image_overlay`, :func:`head_maps`. Of any result:
-:func:`figures`. To a file: :func:`save` (html, png, svg, pdf).
+:func:`composition_matrix`. Similarity: :func:`head_similarity`, :func:`head_map`. Ablation and
+pruning curves: :func:`curves`. Needles: :func:`recall_grid`. Losses by token: :func:`token_losses`.
+Layers: :func:`layers`. Lenses: :func:`lens_grid`, :func:`waterfall`, :func:`source_bars`. Images:
+:func:`image_overlay`, :func:`head_maps`. Any result: :func:`figures`. To a file: :func:`save`
+(html, png, svg, pdf).
 """
 
 from headscope.plots.curves import curves as curves

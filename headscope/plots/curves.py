@@ -1,4 +1,4 @@
-"""Curves: over heads removed, over places in the text, over training, over layers."""
+"""Line plots: metrics against edited heads, losses by position, training curves, layers."""
 
 from collections.abc import Collection, Sequence
 from math import ceil
@@ -25,20 +25,20 @@ def curves(
     level: float = 0.95,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Mean of the metric along the second axis of a grid, one line per name on the first.
+    """Plot the metric against the number of edited heads, one line per arm.
 
     Every arm has a band: the confidence interval of its mean over examples. Control arms are drawn
-    as one grey line, the mean over them, in a grey band from the lowest to the highest of them.
-    The dotted line is the unedited run.
+    as a single grey line, their mean, in a grey band from the lowest to the highest. The dotted
+    line is the unedited run.
 
     Args:
-        grid: with two axes: arms, and steps whose labels are numbers.
+        grid: effects with two axes: arms, and steps whose labels are numbers.
         controls: arms that are controls, e.g. ``curve.controls``.
-        level: of the intervals.
+        level: confidence level of the intervals.
         theme: ``light`` or ``dark``.
 
     Raises:
-        InputError: if the grid has another form, or lacks a control.
+        InputError: if the grid has other axes, or lacks a control.
 
     Example:
         >>> curve = hs.pruning.pruning_curve(model, probe, counts=[0, 6], random=3)
@@ -115,7 +115,7 @@ def _line(
     colour: str,
     strength: float = 0.18,
 ) -> None:
-    """One arm: its band, then its line; steps that it has no value at are left out."""
+    """Traces of one arm: its band, then its line; steps without a value are left out."""
     there = np.isfinite(mean)
     x = np.asarray(steps)[there].tolist()
     known = np.isfinite(low) & np.isfinite(high) & there
@@ -142,17 +142,17 @@ def _line(
 
 
 def faint(colour: str, strength: float = 0.18) -> str:
-    """The colour, mostly transparent."""
+    """Make a colour mostly transparent."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{strength})"
 
 
 def token_losses(losses: TokenLosses, *, window: int = 1, theme: Theme = "light") -> go.Figure:
-    """Mean loss over texts of every token; the whole model in grey, below the others' colours.
+    """Plot the mean loss of every token position; the whole model in grey, below the others.
 
     Args:
-        losses: of :func:`headscope.retrieval.token_losses`.
-        window: tokens that each point is a running mean of.
+        losses: from :func:`headscope.retrieval.token_losses`.
+        window: number of tokens in the running mean.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -180,7 +180,7 @@ def token_losses(losses: TokenLosses, *, window: int = 1, theme: Theme = "light"
     dress(
         figure,
         theme,
-        title="Loss by place in the text",
+        title="Loss by position in the text",
         subtitle=", ".join(said),
         width=560 + beside,
         height=400,
@@ -196,7 +196,7 @@ def token_losses(losses: TokenLosses, *, window: int = 1, theme: Theme = "light"
 
 
 def _running(values: Float[np.ndarray, " token"], window: int) -> Float[np.ndarray, " point"]:
-    """Mean of each value and those before it."""
+    """Running mean of each value and those before it."""
     if len(values) < window:
         return values
     return np.convolve(values, np.full(window, 1 / window), mode="valid")
@@ -213,14 +213,14 @@ def emergence(
     *,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Scores against training step, the head that is best at the end in bold; losses below.
+    """Plot scores and losses against the training step, with the best final head in bold.
 
-    Steps lie on a logarithmic axis; step 0 stands left of the first other one, at half of it.
-    Thin lines are the other heads. Bands are two standard errors of a curve's mean.
+    Steps are on a logarithmic axis; step 0 is drawn at half of the first other step. Thin lines are
+    the other heads. Bands are two standard errors of a curve's mean.
 
     Args:
-        story: of :func:`headscope.emergence`.
-        scores: which; default: those with bounds, at most six.
+        story: from :func:`headscope.emergence`.
+        scores: names of the scores to plot; default: those with bounds, at most six.
         theme: ``light`` or ``dark``.
 
     Raises:
@@ -236,7 +236,7 @@ def emergence(
         name for name in story.scores if None not in last[name].bounds
     ][: len(_COLOURS)] or list(story.scores)[: len(_COLOURS)]  # fmt: skip
     if not chosen:
-        raise InputError("there is no score to draw.")
+        raise InputError("scores= is empty: name at least one.")
     x, ticks = _places(story.steps)
     lower = list(story.losses)
     figure = make_subplots(
@@ -273,7 +273,7 @@ def emergence(
 
 
 def _places(steps: Sequence[int]) -> tuple[list[float], list[str]]:
-    """Where steps lie on a logarithmic axis, and what stands below them where there is room."""
+    """Positions of steps on a logarithmic axis, and the tick labels that fit."""
     positive = [step for step in steps if step > 0]
     x = [float(step) if step > 0 else positive[0] / 2 for step in steps]
     ticks: list[str] = []
@@ -335,12 +335,12 @@ def layers(
     level: float = 0.95,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Draw measures of layers, each in a panel of its own, with intervals over texts.
+    """Plot measures of layers, each in its own panel, with intervals over texts.
 
     Args:
-        table: of :func:`headscope.geometry.layers`.
+        table: from :func:`headscope.geometry.layers`.
         measures: names of measures; None: all.
-        level: of the intervals.
+        level: confidence level of the intervals.
         theme: ``light`` or ``dark``.
 
     Raises:

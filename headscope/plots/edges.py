@@ -1,4 +1,4 @@
-"""Circuits of edges: a layered graph of heads and MLPs, and curves of faithfulness."""
+"""Plots of edges: circuits as layered graphs of heads and MLPs, and faithfulness curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ _STEPS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 def circuit_graph(
     found: EdgeGraph | Circuit, *, most: int = 300, theme: Theme = "light"
 ) -> go.Figure:
-    """Edges between embedding, heads, MLPs and output: layers upwards, heads to the right.
+    """Draw edges between embedding, heads, MLPs and output: layers upwards, heads to the right.
 
-    An edge is as wide as its score is large (by the square root, in five steps), in the colour of
+    The width of an edge shows the size of its score (square root, in five steps), and its colour
     the slot that it enters. Hovering over its middle shows both ends and the number. The slider
     hides edges below a share of the largest score.
 
     Args:
-        found: scores of all edges, or a circuit, whose edges alone are drawn.
-        most: how many edges are drawn, those of the largest magnitude.
+        found: scores of all edges, or a circuit, of which only its own edges are drawn.
+        most: number of edges to draw, by magnitude.
         theme: ``light`` or ``dark``.
 
     Raises:
@@ -44,7 +44,7 @@ def circuit_graph(
         'Figure'
     """
     if most < 1:
-        raise InputError(f"most={most}: draw one edge at least.")
+        raise InputError(f"most={most}: give 1 or more.")
     style, wiring = STYLES[theme], found.wiring
     edges, total = _drawn(found, most)
     figure = Figure()
@@ -80,7 +80,7 @@ class _DrawnEdge:
 
 
 def _drawn(found: EdgeGraph | Circuit, most: int) -> tuple[list[_DrawnEdge], int]:
-    """Edges to draw, largest first, and the number of those that there are."""
+    """Edges to draw, largest first, and the total number."""
     if isinstance(found, Circuit):
         scores = np.where(np.isnan(found.changes), 1.0, found.changes)
         places = np.flatnonzero(found.kept)
@@ -111,7 +111,7 @@ def _colours(style: Style) -> dict[str, str]:
 
 
 def _places(wiring: Wiring) -> dict[str, tuple[float, float]]:
-    """Where every node stands: heads of a layer side by side, its MLP to their right and above."""
+    """Position of every node: heads of a layer side by side, its MLP above and to their right."""
     middle = (wiring.n_heads - 1) / 2
     found = {"embed": (middle, -1.0), "logits": (middle, float(wiring.n_layers) + 0.2)}
     for layer in range(wiring.n_layers):
@@ -125,7 +125,7 @@ def _places(wiring: Wiring) -> dict[str, tuple[float, float]]:
 def _curve(
     start: tuple[float, float], end: tuple[float, float], slot: str
 ) -> Float[np.ndarray, "point 2"]:
-    """Points of a curve that leaves upwards and arrives from below, each slot at its own place."""
+    """Points of a curve that leaves upwards and arrives from below at its slot."""
     aside = {"query": -0.16, "value": 0.16}.get(slot, 0.0)
     a, b = np.array(start), np.array([end[0] + aside, end[1]])
     bow = np.array([0.0, 0.45 * (b[1] - a[1])])
@@ -138,12 +138,12 @@ def _curve(
 
 
 def _step(share: float) -> int:
-    """The last threshold of the slider that an edge passes."""
+    """Highest slider threshold that an edge passes."""
     return int(np.searchsorted(_STEPS, share, side="right")) - 1
 
 
 def _add_slot(figure: go.Figure, edges: Sequence[_DrawnEdge], slot: str, colour: str) -> None:
-    """A trace per width and threshold, and one for the legend."""
+    """Add one trace per width and threshold, and one for the legend."""
     figure.add_trace(
         go.Scatter(
             x=[np.nan], y=[np.nan], mode="lines", name=slot, legendgroup=slot,
@@ -173,7 +173,7 @@ def _add_slot(figure: go.Figure, edges: Sequence[_DrawnEdge], slot: str, colour:
 
 
 def _nodes(wiring: Wiring, edges: Sequence[_DrawnEdge], style: Style) -> go.Scatter:
-    """Every node; those that no drawn edge touches are faint and have no name."""
+    """Add every node; nodes without a drawn edge are faint and unlabelled."""
     touched = {name for one in edges for name in (one.edge.source, one.edge.target)}
     sums: dict[str, float] = {}
     for one in edges:
@@ -199,7 +199,7 @@ def _nodes(wiring: Wiring, edges: Sequence[_DrawnEdge], style: Style) -> go.Scat
 
 
 def _middles(edges: Sequence[_DrawnEdge]) -> go.Scatter:
-    """Unseen points that tell an edge on hover."""
+    """Add invisible points with the hover text of the edges."""
     middle = np.array([one.curve[len(_BEND) // 2] for one in edges]).reshape(-1, 2)
     return go.Scatter(
         x=middle[:, 0].round(3),
@@ -234,7 +234,7 @@ def _dress_axes(figure: go.Figure, wiring: Wiring) -> None:
 
 
 def _slider(figure: go.Figure, style: Style) -> dict[str, object]:
-    """Hides edges below a share of the largest score; everything else stays."""
+    """Slider that hides edges below a share of the largest score."""
     steps = []
     for number, share in enumerate(_STEPS):
         seen = [trace.meta is None or trace.meta >= number for trace in figure.data]
@@ -254,18 +254,18 @@ def _slider(figure: go.Figure, style: Style) -> dict[str, object]:
 def faithfulness_curves(
     found: Faithfulness | Mapping[str, Faithfulness], *, theme: Theme = "light"
 ) -> go.Figure:
-    """Faithfulness f of circuits of the best edges against their size, beside random edges.
+    """Plot the faithfulness of circuits of the best edges against their size, with random edges.
 
-    The band is that of random circuits, from the lowest draw to the highest; dotted lines are at
-    0 (no edges) and 1 (the whole model). Sizes are on a log scale.
+    The band covers random circuits, from the lowest draw to the highest; dotted lines mark 0 (no
+    edges) and 1 (the whole model). Sizes are on a log scale.
 
     Args:
-        found: one curve, or several by name, e.g. of different methods; random edges are those of
+        found: one curve, or several by name, e.g. for different methods; random edges are those of
             the first.
         theme: ``light`` or ``dark``.
 
     Raises:
-        InputError: if there is no curve.
+        InputError: if there is no curve to plot.
 
     Example:
         >>> names = hs.probes.pairs(model, "ioi", batch=2)
@@ -323,7 +323,7 @@ def faithfulness_curves(
 
 
 def _add_random(figure: go.Figure, curve: Faithfulness, style: Style) -> None:
-    """Random circuits: their mean, in a band from the lowest to the highest."""
+    """Add random circuits: their mean, in a band from the lowest to the highest."""
     x = (100 * curve.sizes).tolist()
     low, high = curve.random.min(0).tolist(), curve.random.max(0).tolist()
     figure.add_scatter(

@@ -1,4 +1,4 @@
-"""Figures as files. Pictures for papers are drawn by matplotlib: plotly's own way needs Chrome.
+"""Export of figures to files, drawn by matplotlib, since plotly's own export needs Chrome.
 
 Traces are drawn first, then axes, titles, bands and legend.
 """
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Part = Any  # of a plotly figure or a matplotlib one; plotly ships no types
+Part = Any  # a plotly or matplotlib figure; plotly ships no types
 
-PIXELS = 96.0  # to the inch, as browsers count
+PIXELS = 96.0  # pixels per inch, as in browsers
 _TAG = re.compile(r"</?(?:b|i|br|sub|sup|span)\b[^>]*>")
 
 
 def unpacked(figure: go.Figure) -> go.Figure:
-    """The figure with plain arrays: a copied, pickled or loaded one holds them in base64."""
+    """Convert base64 data in copied, pickled or loaded figures to plain arrays."""
     return go.Figure(_unpacked(figure.to_dict()))
 
 
 def _copied(figure: go.Figure) -> go.Figure:
-    """A copy to draw from, which is not shown itself."""
+    """Copy a figure to draw from, without displaying it."""
     return go.Figure(figure)
 
 
@@ -87,7 +87,7 @@ def _heatmap(area: "Axes", trace: Part, ink: str) -> None:
 
 
 def _inside(area: "Axes", mesh: Part, trace: Part, z: np.ndarray) -> None:
-    """Texts in the cells, black or white, whichever shows better on the cell's colour."""
+    """Draw texts in the cells, black or white by contrast with the cell's colour."""
     colours = mesh.cmap(mesh.norm(z))
     bright = colours[..., :3] @ [0.299, 0.587, 0.114] > 0.55
     size = 0.72 * given(trace.textfont.size, 11)
@@ -98,7 +98,7 @@ def _inside(area: "Axes", mesh: Part, trace: Part, z: np.ndarray) -> None:
 
 
 def _map(scale: Part) -> "Colormap":
-    """A plotly colour scale as a colour map; plotly's own default where none is given."""
+    """Convert a plotly colour scale to a colour map; default: plotly's."""
     from matplotlib.colors import LinearSegmentedColormap
     from plotly.colors import get_colorscale
 
@@ -107,7 +107,7 @@ def _map(scale: Part) -> "Colormap":
 
 
 def _bar(area: "Axes", drawn: Part, bar: Part, ink: str) -> None:
-    """A colour bar to the right of its panel."""
+    """Draw a colour bar to the right of its panel."""
     canvas = area.get_figure(root=True)
     if canvas is None:
         return
@@ -183,7 +183,7 @@ def _points(area: "Axes", trace: Part, ink: str) -> None:
 
 
 def _markers(area: "Axes", marker: Part, x: Part, y: Part, size: np.ndarray, ink: str) -> None:
-    """Points, and their colour bar where they have one."""
+    """Draw points, with their colour bar if they have one."""
     one = marker.color is None or isinstance(marker.color, str)
     kept: dict[str, Any] = {"color" if one else "c": _colours(marker.color)}
     if marker.colorscale is not None:
@@ -203,7 +203,7 @@ def _markers(area: "Axes", marker: Part, x: Part, y: Part, size: np.ndarray, ink
 
 
 def _beside(where: str, size: float) -> dict[str, Any]:
-    """How a text stands beside its point: plotly's words in matplotlib's."""
+    """Convert a plotly text position to matplotlib alignment."""
     away = 3 + 0.3 * size
     down = "bottom" in where
     side = {"right": "left", "left": "right"}.get(where.split()[-1], "center")
@@ -228,12 +228,12 @@ DRAW: dict[str, Callable[["Axes", Any, str], None]] = {
 
 
 def plain(text: str | None) -> str:
-    """A label as plain text; a dollar would start a formula."""
+    """Convert a label to plain text; a dollar sign would start a formula."""
     return unescape(_TAG.sub("", text or "")).replace("$", r"\$")
 
 
 def colour_of(colour: str | None, other: str | None = "white") -> Part:
-    """A CSS colour in matplotlib's words."""
+    """Convert a CSS colour to matplotlib."""
     if colour is None:
         return other
     found = re.match(r"rgba?\(([^)]*)\)", colour)
@@ -250,12 +250,12 @@ def _colours(colour: Part) -> Part:
 
 
 def given(value: Part, other: float | int) -> Part:
-    """The value, or another one where plotly leaves it to itself."""
+    """The value, or a default for what the figure leaves to plotly."""
     return other if value is None else value
 
 
 def draw(figure: go.Figure) -> "Figure":
-    """The figure as a matplotlib one, of the same size and colours."""
+    """Draw a figure in matplotlib, with the same size and colours."""
     from matplotlib.figure import Figure
 
     _check(figure)
@@ -299,10 +299,10 @@ def draw(figure: go.Figure) -> "Figure":
 
 
 def _check(figure: go.Figure) -> None:
-    """Refuse what would be drawn differently from what plotly shows.
+    """Refuse figures that matplotlib would draw differently from plotly.
 
     Raises:
-        InputError: naming the part.
+        InputError: with the unsupported part.
     """
     bars: set[tuple[str, str]] = set()
     for trace in figure.data:
@@ -322,7 +322,7 @@ def _check(figure: go.Figure) -> None:
 
 
 def _finish(area: "Axes", x: Part, y: Part, ink: str) -> None:
-    """Titles, ranges, ticks and grid of one panel."""
+    """Draw titles, ranges, ticks and grid of one panel."""
     from matplotlib.ticker import NullFormatter
 
     area.set_xlabel(plain(x.title.text), color=ink, fontsize=9.5)
@@ -350,7 +350,7 @@ def _finish(area: "Axes", x: Part, y: Part, ink: str) -> None:
 
 
 def _shapes(area: "Axes", figure: go.Figure) -> None:
-    """Bands and lines that run across the panel."""
+    """Draw bands and lines that span the panel."""
     for shape in figure.layout.shapes:
         across = shape.xref is not None and shape.xref.endswith("domain")
         if not across:
@@ -365,7 +365,7 @@ def _shapes(area: "Axes", figure: go.Figure) -> None:
 
 
 def _legend(area: "Axes", upright: bool, ink: str) -> None:
-    """Names of the traces that have one: above the panel to the right, or upright beside it."""
+    """Draw the legend, above the panel to the right or vertically beside it."""
     area.legend(
         loc="upper left" if upright else "lower right",
         bbox_to_anchor=(1.01, 1.0) if upright else (1.0, 1.0),
@@ -383,15 +383,15 @@ def _title(canvas: "Figure", layout: Part, left: Part, height: Part, ink: str) -
 
 
 def _axis(layout: Part, name: str) -> Part:
-    """Layout of the axis that a trace calls ``x2``."""
+    """Layout of the axis named ``x2`` and so on in a trace."""
     axis = layout[f"{name[0]}axis{name[1:]}"]
     if axis.domain is not None:
         return axis
     return go.layout.XAxis(axis.to_plotly_json() | {"domain": [0, 1]})
 
 
-# Inches. The two-column page of ICML: columns of 3.25 with 0.25 between them. Springer's columns
-# (84 mm) and pages (174 mm) are 2% wider, so that text stays at 8 points or above in both.
+# Inches. The two-column page of ICML: columns of 3.25, 0.25 apart. Springer's columns (84 mm) and
+# pages (174 mm) are 2% wider, so text is at least 8 points in both.
 WIDTHS = {"column": 3.25, "text": 6.75}
 DPI = 300
 POINTS = 8.0  # size of all text
@@ -401,23 +401,23 @@ _SHORTEST, _TALLEST = 1.6, 8.0  # inches, without title and caption
 
 
 def at_width(figure: go.Figure, width: str) -> "Figure":
-    """Draw a figure as it is printed: title above, caption below, all text of 8 points.
+    """Draw a figure for print: title above, caption below, all text at 8 points.
 
-    Nothing is told by colour alone, so that the picture survives a grey printer and colour
-    blindness: lines of other colours get other dashes and at least contrast 3 to the ground, bars
-    of a second colour are hatched, cells below 0 of a diverging scale carry a dot. The colour of
-    points, a layer's number, is told by lightness. A diverging scale is widened until it is
-    centred at 0. Labels of ticks that would overlap are thinned, but for those that name bars.
+    No information is in colour alone, so that the figure survives greyscale printing and colour
+    blindness: lines of other colours get other dashes and at least contrast 3 to the background,
+    bars of a second colour are hatched, cells below 0 of a diverging scale carry a dot. The colour
+    of points, a layer's number, varies in lightness. A diverging scale is widened until it is
+    centred at 0. Overlapping tick labels are thinned, except for names of bars.
 
     Args:
         figure: a plotly figure with plain arrays, as :func:`unpacked` returns it.
         width: ``column`` (3.25 inches) or ``text`` (6.75 inches).
 
     Returns:
-        a matplotlib figure of exactly that width.
+        A matplotlib figure of exactly that width.
 
     Raises:
-        InputError: if a colour scale is not readable in grey, or the figure does not fit.
+        InputError: if a colour scale is ambiguous in greyscale, or the figure does not fit.
     """
     figure = _copied(figure)
     signed = [_centred(trace) for trace in figure.data]
@@ -435,7 +435,7 @@ def at_width(figure: go.Figure, width: str) -> "Figure":
 
 
 def _printed(figure: go.Figure, signed: list[bool], width: str, body: float) -> "Figure":
-    """The figure with panels and labels of so many inches' height, and title and caption."""
+    """Draw with the given height in inches for panels and labels, plus title and caption."""
     figure = _copied(figure)
     layout = figure.layout
     title, below = plain(layout.title.text), plain(layout.title.subtitle.text)
@@ -471,7 +471,7 @@ def _is_text(artist: Part) -> bool:
 
 
 def _panels(canvas: "Figure") -> "list[Axes]":
-    """The axes without their colour bars, in the order of the traces that made them."""
+    """Axes without colour bars, in the order of their traces."""
     return [area for area in canvas.axes if not _is_bar(area)]
 
 
@@ -497,10 +497,10 @@ def lightness(colour: str) -> float:
 
 
 def _diverges(scale: Part) -> bool:
-    """Whether a scale turns at its middle; one that keeps its direction is sequential.
+    """Whether a colour scale is diverging; False if it is sequential.
 
     Raises:
-        InputError: if it does neither, so that two values have one grey.
+        InputError: if it is neither, so that two values share a grey.
     """
     from plotly.colors import sample_colorscale
 
@@ -521,7 +521,7 @@ def _diverges(scale: Part) -> bool:
 
 
 def _centred(trace: Part) -> bool:
-    """Whether the trace has cells on a diverging scale, which is widened to be centred at 0."""
+    """Whether the trace has a diverging scale, which is widened to be centred at 0."""
     if trace.type != "heatmap":
         scale = trace.marker.colorscale
         if scale is not None:
@@ -539,7 +539,7 @@ def _centred(trace: Part) -> bool:
 
 
 def _dots(area: "Axes", signed: bool) -> bool:
-    """Mark cells below 0, whose colours are as dark as those above."""
+    """Mark cells below 0, whose greys equal those above."""
     if not signed or not area.collections:
         return False
     mesh: Part = area.collections[0]
@@ -556,7 +556,7 @@ def _dots(area: "Axes", signed: bool) -> bool:
 
 
 def _told_apart(area: "Axes") -> str:
-    """Give lines and bars of other colours other dashes and hatches; say what hatches mean."""
+    """Give lines and bars of other colours other dashes and hatches, with a legend."""
     from matplotlib.colors import to_hex
 
     lines = area.get_lines()
@@ -598,7 +598,7 @@ def contrast(colour: str, ground: str) -> float:
 
 
 def _darkened(colour: Part, ground: Part) -> Part:
-    """The colour, moved away from its ground until a thin line of it is seen (contrast 3)."""
+    """Darken (or lighten) a colour until a thin line of it is visible (contrast 3)."""
     from matplotlib.colors import to_hex, to_rgb
 
     end = float(lightness(to_hex(ground)) < 50)
@@ -641,7 +641,7 @@ def _place(canvas: "Figure", body: float, title: str, caption: str, ink: str) ->
 
 
 def _wrapped(text: Part, room: float) -> str:
-    """The text with line breaks, so that no line is wider than so many pixels."""
+    """Wrap text to a width in pixels."""
     lines = [""]
     for word in text.get_text().split():
         longer = f"{lines[-1]} {word}".strip()
@@ -654,10 +654,10 @@ def _wrapped(text: Part, room: float) -> str:
 
 
 def _fit(canvas: "Figure", moving: Part, box: tuple[float, float, float, float]) -> None:
-    """Move and stretch the panels until they and their labels, of a fixed size, fill a box.
+    """Move and scale the panels until they and their labels, of fixed size, fill a box.
 
     Args:
-        canvas: of the panels.
+        canvas: canvas of the panels.
         moving: texts that move with the panels.
         box: left, bottom, right and top in pixels.
 
@@ -690,7 +690,7 @@ def _fit(canvas: "Figure", moving: Part, box: tuple[float, float, float, float])
 
 
 def _fit_legend(area: "Axes", room: float) -> None:
-    """Names above the panel, in as many columns as have room."""
+    """Place the legend above the panel, in as many columns as fit."""
     old = area.get_legend()
     if old is None:
         return
@@ -715,7 +715,7 @@ def _fit_legend(area: "Axes", room: float) -> None:
 
 
 def _thin(axis: Part, named: bool) -> None:
-    """Turn labels of ticks upright, or leave some out, until none touches another."""
+    """Rotate tick labels, or drop some, until none overlap."""
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
     labels = [one for one in axis.get_ticklabels() if one.get_text() and one.get_visible()]
@@ -744,7 +744,7 @@ def _thin(axis: Part, named: bool) -> None:
 
 
 def _touch(axis: Part, labels: Part) -> bool:
-    """Whether two labels in a row overlap; turned ones need a line's height between them."""
+    """Whether two labels in a row overlap; rotated ones need a line's height between them."""
     if len(labels) < 2:
         return False
     boxes = [one.get_window_extent() for one in labels]
@@ -760,10 +760,10 @@ def _touch(axis: Part, labels: Part) -> bool:
 
 
 def _check_fit(canvas: "Figure", moving: Part, width: str) -> None:
-    """Refuse texts that are wider than their cells, and panels that run into each other.
+    """Refuse texts wider than their cells, and overlapping panels.
 
     Raises:
-        InputError: naming what does not fit.
+        InputError: with what does not fit.
     """
     wider = "use width='text'" if width == "column" else "save it as .html"
     for area in _panels(canvas):
@@ -791,28 +791,28 @@ def _check_fit(canvas: "Figure", moving: Part, width: str) -> None:
 
 
 def _belong(one: "Axes", other: "Axes") -> bool:
-    """Whether one is the colour bar right beside the other."""
+    """Whether one is the colour bar next to the other."""
     at, beside = one.get_position(), other.get_position()
     near = min(abs(at.x0 - beside.x1), abs(beside.x0 - at.x1)) < 0.08
     return bool(_is_bar(one) != _is_bar(other) and near and abs(at.y0 - beside.y0) < 1e-6)
 
 
 def _cross(first: Part, second: Part) -> bool:
-    """Whether two boxes share more than four pixels' width and height."""
+    """Whether two boxes overlap by more than four pixels in width and height."""
     if second is None:
         return False
     return bool((np.minimum(first.max, second.max) - np.maximum(first.min, second.min) > 4).all())
 
 
 _PAPER = (".png", ".svg", ".pdf")
-# Text stays text in all of them: SVG names the font, PDF embeds TrueType, which journals ask for.
+# Text stays text in all formats: SVG names the font, PDF embeds TrueType, which journals require.
 _SETTINGS = {
     "svg.hashsalt": "headscope",
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
 }
-# Fonts of other scripts that systems come with; those that are installed stand behind DejaVu Sans.
+# Common system fonts for other scripts; installed ones are fallbacks for DejaVu Sans.
 _WIDE_FONTS = (
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "Noto Sans KR"),
     *("Source Han Sans", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "IPAexGothic", "IPAGothic"),
@@ -830,24 +830,22 @@ def save(
     scale: float = 2.0,
     width: str | None = None,
 ) -> None:
-    """Write a figure; the ending of the name says how.
+    """Save a figure in the format given by the file name's extension.
 
-    ``.html`` is the interactive picture, whole in one file that fetches nothing. ``.png``,
-    ``.svg`` and ``.pdf`` are drawn by matplotlib (extra ``paper``) from the figure's heatmaps,
-    bars, lines and points.
+    ``.html`` is the interactive figure in one self-contained file. ``.png``, ``.svg`` and ``.pdf``
+    are drawn by matplotlib (extra ``paper``) from the figure's heatmaps, bars, lines and points.
 
     Args:
-        figure: from headscope, or another plotly figure of those kinds.
-        path: of the file; a file that stands there is replaced at once, or not at all.
-        scale: pixels of a ``.png`` per pixel of the figure, where no width is given.
-        width: for a paper, the printed width: ``column`` (3.25 inches) or ``text`` (6.75 inches).
-            All text is 8 points at that width, a ``.png`` has 300 dots per inch, and n, seed,
-            method and null stand in a caption below, where the figure knows them; see
-            :func:`at_width`.
+        figure: from headscope, or another plotly figure with those kinds of traces.
+        path: path of the file; an existing file is replaced atomically.
+        scale: pixels of a ``.png`` per pixel of the figure, if no width is given.
+        width: printed width for a paper: ``column`` (3.25 inches) or ``text`` (6.75 inches). All
+            text is then 8 points, a ``.png`` has 300 dots per inch, and n, seed, method and null
+            are in a caption below if the figure has them; see :func:`at_width`.
 
     Raises:
-        InputError: if the ending or the width is unknown, the figure holds something that only
-            ``.html`` can show or that does not fit the width, or the file cannot be written.
+        InputError: if the extension or the width is unknown, the figure contains something that
+            only ``.html`` supports or does not fit the width, or the file cannot be written.
 
     Example:
         >>> hs.plots.save(hs.plots.heatmap(table["induction"]), "induction.html")
@@ -897,21 +895,22 @@ def _check_width(width: str | None, kind: str, scale: float) -> None:
 def drawn_bytes(
     figure: go.Figure, kind: str, scale: float = 2.0, width: str | None = None
 ) -> bytes:
-    """Draw a figure with matplotlib: the bytes of a ``png``, ``svg`` or ``pdf`` file.
+    """Draw a figure with matplotlib and return the bytes of a ``png``, ``svg`` or ``pdf`` file.
 
     Args:
         figure: the figure.
-        kind: of file.
-        scale: pixels of a ``png`` per pixel of the figure, where no width is given.
+        kind: file format.
+        scale: pixels of a ``png`` per pixel of the figure, if no width is given.
         width: for a paper, ``column`` or ``text``.
 
     Raises:
-        InputError: if it holds something that matplotlib does not draw here.
+        InputError: if the figure contains something that is not supported in this format.
     """
     import matplotlib.style as style
 
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    # The user's settings do not leak in, nor ours out; no date, so same in, same bytes out.
+    # Isolate matplotlib's settings in both directions; write no date, so that output is
+    # reproducible.
     with style.context(["default", _SETTINGS]), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -932,7 +931,7 @@ def drawn_bytes(
 
 
 def _fallbacks(figure: go.Figure) -> list[str]:
-    """Installed fonts for what the standard one cannot write, if anything."""
+    """Installed fonts for characters that the default font lacks."""
     if figure.to_json().isascii() and "\\u" not in figure.to_json():
         return []
     from matplotlib.font_manager import fontManager
@@ -942,7 +941,7 @@ def _fallbacks(figure: go.Figure) -> list[str]:
 
 
 def _tell(told: list[warnings.WarningMessage], *, drawn_as_text: bool) -> None:
-    """Pass warnings on; those of missing characters become one line, or none in an SVG."""
+    """Re-emit warnings; those about missing characters become one line, or none in an SVG."""
     missing = []
     for one in told:
         found = re.match(r"Glyph (\d+) .*missing from font", str(one.message))
@@ -955,7 +954,8 @@ def _tell(told: list[warnings.WarningMessage], *, drawn_as_text: bool) -> None:
         shown = " ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         warnings.warn(
             f"no installed font has {len(missing)} of the picture's characters ({shown}), which "
-            "become boxes: install one that has, such as Noto Sans CJK, or save as .html.",
+            "become boxes: install a font that has them, such as Noto Sans CJK, or save as "
+            ".html.",
             HeadscopeWarning,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""The figures that headscope makes, also where plotly.js does not run, and how they look."""
+"""headscope's figure class, with static fallbacks for places without plotly.js, and its style."""
 
 import re
 import sys
@@ -21,8 +21,8 @@ from plotly.io.base_renderers import ExternalRenderer
 from headscope.base.specs import Provenance
 from headscope.plots.export import drawn_bytes, unpacked
 
-# How renderers of plotly say that this machine lacks what they need: IPython, nbformat (ValueError)
-# kaleido and its Chrome, a browser.
+# Errors of plotly's renderers when a dependency is missing: IPython, nbformat (ValueError), kaleido
+# and its Chrome, a browser.
 _LACKING = (ImportError, OSError, RuntimeError, ValueError, webbrowser.Error)
 _TAG = re.compile(r"<[^>]*>")
 _MOST_CELLS = 1_500  # of a heatmap that becomes a table
@@ -34,7 +34,7 @@ _WAY = (
 
 
 def sentence(figure: go.Figure) -> str:
-    """Say what the figure shows, in plain words."""
+    """Describe in plain words what a figure shows."""
     layout = figure.layout
     said = [_words(layout.title.text) or "untitled", _words(layout.title.subtitle.text)]
     kinds = list(dict.fromkeys(trace.type for trace in figure.data)) or ["empty"]
@@ -42,11 +42,11 @@ def sentence(figure: go.Figure) -> str:
 
 
 def static_html(figure: go.Figure, png: str | None = None) -> str:
-    """Write a figure as HTML without scripts and without anything to fetch.
+    """Render a figure as HTML without scripts or external resources.
 
     Args:
         figure: the figure.
-        png: its picture in base64; None: its numbers become tables, as far as they fit.
+        png: its picture in base64; None: show its numbers as tables, as far as they fit.
     """
     if png is not None:
         name, width = escape(sentence(figure), quote=True), int(figure.layout.width or 700)
@@ -64,12 +64,12 @@ def static_html(figure: go.Figure, png: str | None = None) -> str:
 
 
 def live_html(static: str, live: str, name: str) -> str:
-    """HTML with a script that, where it runs, puts a live picture in place of a static one.
+    """HTML with a script that replaces a static picture with the live one where scripts run.
 
     Args:
-        static: shown where scripts do not run.
-        live: shown where they do.
-        name: an id that no other element of the page has.
+        static: shown if scripts do not run.
+        live: shown if they do.
+        name: an id that is unique on the page.
     """
     return (
         f'<div id="{name}-static">{static}</div><div id="{name}-live" hidden><script>'
@@ -91,7 +91,7 @@ def _words(text: str | None) -> str:
 
 
 def _table(trace: Any) -> str:
-    """The numbers of a heatmap or of bars; empty for others, and where they are too many."""
+    """Table of the numbers in a heatmap or bars; empty for other figures, and if too large."""
     try:
         if trace.type == "heatmap" and trace.z is not None:
             return _grid(trace)
@@ -103,7 +103,7 @@ def _table(trace: Any) -> str:
 
 
 def _grid(trace: Any) -> str:
-    """A heatmap: coloured cells with their texts, or else their values."""
+    """HTML table of a heatmap: coloured cells with their texts or values."""
     z = np.asarray(trace.z, dtype=float)
     if z.ndim != 2 or not 0 < z.size <= _MOST_CELLS:
         return ""
@@ -129,7 +129,7 @@ def _grid(trace: Any) -> str:
 
 
 def _colours(trace: Any, z: np.ndarray) -> list[list[str]]:
-    """Colour of every cell; grey where there is no value."""
+    """Colour of every cell; grey for missing values."""
     known = z[np.isfinite(z)]
     low = trace.zmin if trace.zmin is not None else (known.min() if known.size else 0.0)
     high = trace.zmax if trace.zmax is not None else (known.max() if known.size else 1.0)
@@ -141,13 +141,13 @@ def _colours(trace: Any, z: np.ndarray) -> list[list[str]]:
 
 
 def _ink(colour: str) -> str:
-    """Black or white, whichever shows better on ``rgb(...)``."""
+    """Text colour, black or white, by contrast with ``rgb(...)``."""
     red, green, blue = (float(part) for part in re.findall(r"[\d.]+", colour)[:3])
     return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#f5f5f5"
 
 
 def _bars(trace: Any) -> str:
-    """Names and heights of the first bars."""
+    """HTML table of the first bars."""
     y = list(trace.y)
     x: Sequence[Any] = range(len(y)) if trace.x is None else list(trace.x)
     named = list(zip(x, y, strict=False))[:_MOST_ROWS]
@@ -170,17 +170,17 @@ _PLOTLY = "application/vnd.plotly.v1+json"
 
 
 class Figure(go.Figure):  # type: ignore[misc]  # plotly ships no types
-    """A plotly figure with a static picture beside the interactive one in notebooks.
+    """Plotly figure with a static fallback for notebooks.
 
-    A notebook holds plotly's data, which a front end shows if it has plotly; beside it a PNG,
-    drawn by matplotlib (extra ``paper``), or else the figure's numbers as HTML without scripts.
-    So an untrusted notebook, a server without plotly and ``nbconvert`` show a picture or a table.
-    Neither nbformat nor IPython is needed. In everything else it is a :class:`plotly.graph_objects.
-    Figure`.
+    A notebook stores plotly's data, which front ends with plotly display, and a PNG drawn by
+    matplotlib (extra ``paper``), or else the figure's numbers as HTML without scripts. So an
+    untrusted notebook, a server without plotly and ``nbconvert`` show a picture or a table. Neither
+    nbformat nor IPython is needed. Otherwise it behaves like a
+    :class:`plotly.graph_objects.Figure`.
     """
 
     def __repr__(self) -> str:
-        """Say what it shows, and how to see it."""
+        """Describe the figure, and how to see it."""
         size = f"{self.layout.width or 700} x {self.layout.height or 450} pixels"
         return (
             f"<Figure {sentence(self)}, {size}: a notebook shows it, "
@@ -190,7 +190,7 @@ class Figure(go.Figure):  # type: ignore[misc]  # plotly ships no types
     def _repr_mimebundle_(
         self, include: Any = None, exclude: Any = None, validate: bool = True, **kwargs: Any
     ) -> dict[str, Any]:
-        """Data for plotly, and what is shown in its place where there is no plotly."""
+        """Data for plotly, and fallbacks for front ends without it."""
         try:
             bundle = dict(super()._repr_mimebundle_(include, exclude, validate, **kwargs))
         except _LACKING:  # a renderer that the user chose
@@ -208,12 +208,12 @@ class Figure(go.Figure):  # type: ignore[misc]  # plotly ships no types
         return {**bundle, "text/plain": repr(self)}
 
     def _repr_html_(self) -> str:
-        """What the bundle has as HTML, or the static picture."""
+        """HTML of the bundle, or the static picture."""
         bundle = self._repr_mimebundle_()
         return str(bundle.get("text/html") or static_html(self, bundle.get("image/png")))
 
     def _ipython_display_(self) -> None:
-        """Show the figure as the last value of a cell, without nbformat."""
+        """Display the figure as the last value of a cell, without nbformat."""
         if not pio.renderers.render_on_display:
             _display({"text/plain": repr(self)}, {})
         elif not _shown_outside(self):
@@ -230,17 +230,17 @@ class Figure(go.Figure):  # type: ignore[misc]  # plotly ships no types
 
 
 def _png(figure: go.Figure) -> str | None:
-    """The figure drawn by matplotlib, in base64; None where that cannot be."""
+    """The figure as a PNG in base64, drawn by matplotlib; None if that is not possible."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a character without a font
             return b64encode(drawn_bytes(figure, "png")).decode("ascii")
-    except Exception:  # a figure of anyone's, drawn anew: what fails here must not hide plotly's
+    except Exception:  # redrawing any figure can fail, which must not hide plotly's output
         return None
 
 
 def _display(bundle: dict[str, Any], metadata: dict[str, Any]) -> None:
-    """Hand a bundle to the front end of the kernel; without a kernel write its text."""
+    """Publish a bundle to the kernel's front end; without a kernel, print its text."""
     if _in_ipython():
         sys.modules["IPython"].display.display(bundle, raw=True, metadata=metadata)
     else:
@@ -248,7 +248,7 @@ def _display(bundle: dict[str, Any], metadata: dict[str, Any]) -> None:
 
 
 def _shown_outside(figure: go.Figure) -> bool:
-    """Show a figure in the browser or wherever the user's own renderers do, if they can."""
+    """Show a figure in the browser or with the user's renderers, if possible."""
     names = (pio.renderers.default or "").split("+")
     if not any(isinstance(pio.renderers[name], ExternalRenderer) for name in names if name):
         return False
@@ -260,7 +260,7 @@ def _shown_outside(figure: go.Figure) -> bool:
 
 
 def _in_ipython() -> bool:
-    """Whether a kernel or a terminal of IPython runs this; it is loaded then."""
+    """Whether IPython (kernel or terminal) runs this code."""
     module = sys.modules.get("IPython")
     return module is not None and module.get_ipython() is not None
 
@@ -284,7 +284,7 @@ class Style:
 
 
 def _steps(colours: str) -> Scale:
-    """Colours at even distances."""
+    """Evenly spaced colours of a scale."""
     each = colours.split()
     return [(i / (len(each) - 1), colour) for i, colour in enumerate(each)]
 
@@ -317,14 +317,14 @@ STYLES: dict[Theme, Style] = {
 
 
 def layer_colours(layers: int, theme: Theme) -> list[str]:
-    """One colour per layer, from the part of the map that stands out from the paper."""
+    """One colour per layer, from the part of the scale that contrasts with the background."""
     ends = {"light": (0.0, 0.92), "dark": (0.3, 1.0)}[theme]
     at = [ends[0] + (ends[1] - ends[0]) * layer / max(1, layers - 1) for layer in range(layers)]
     return [str(colour) for colour in sample_colorscale("viridis", at)]
 
 
 def layer_marker(layers: int, theme: Theme) -> dict[str, Any]:
-    """Marker whose colour is a layer number, with a colour bar of whole layers."""
+    """Marker style coloured by layer number, with an integer colour bar."""
     shown = list(range(0, layers, -(-layers // 12)))
     colours = layer_colours(max(2, layers), theme)
     return {
@@ -348,7 +348,7 @@ _WIDEST_SUBTITLE = 640
 def dress(
     figure: go.Figure, theme: Theme, *, title: str, subtitle: str, width: int, height: int
 ) -> go.Figure:
-    """Give a figure its title, size and theme; titles are already escaped.
+    """Set title, size and theme of a figure; titles must be escaped.
 
     A figure too narrow for its subtitle is widened, up to the width of a page column.
     """
@@ -388,13 +388,13 @@ def dress(
 def captioned(
     figure: go.Figure, provenance: Provenance, *, n: str, method: str, more: Sequence[str] = ()
 ) -> None:
-    """Keep what a paper's caption says; ``save(..., width=...)`` writes it below the figure.
+    """Attach a caption for papers; ``save(..., width=...)`` writes it below the figure.
 
     Args:
-        figure: that gets it, in ``layout.meta["caption"]``.
-        provenance: of the result: probe, seed and control.
+        figure: figure that gets it, in ``layout.meta["caption"]``.
+        provenance: provenance of the result: probe, seed and control.
         n: number and kind of the examples, e.g. ``24 examples``.
-        method: how the numbers were measured, and what intervals are drawn.
+        method: how the numbers were measured, and which intervals are drawn.
         more: further facts, such as the ends of the null.
     """
     probe = str(provenance.probe.get("kind", ""))
@@ -411,10 +411,10 @@ _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def visible(text: str) -> str:
-    r"""Text with everything that does not show made to show, so that no label can lie.
+    r"""Make invisible characters visible, so that no label is misleading.
 
-    Line breaks, tabs and outer spaces become signs; control, zero-width and direction characters
-    become their number, such as ``⟨202E⟩``.
+    Line breaks, tabs and outer spaces become symbols; control, zero-width and direction characters
+    become their code, such as ``⟨202E⟩``.
 
     Examples:
         >>> visible(" the\n")
@@ -427,7 +427,7 @@ def visible(text: str) -> str:
 
 
 def label(text: str, limit: int = 60) -> str:
-    """Text for plotly, which reads tags and entities in every label: escaped, shown, cut."""
+    """Escape and truncate text for plotly, which interprets tags and entities in labels."""
     shown = visible(text)
     shown = shown if len(shown) <= limit else shown[: limit - 1] + "…"
     # %{ would start a variable in a hover template.

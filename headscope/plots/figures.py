@@ -1,4 +1,4 @@
-"""The figures of a result, whatever kind it is."""
+"""Figures of any kind of result."""
 
 from collections.abc import Callable, Mapping
 from functools import partial, singledispatch
@@ -58,14 +58,13 @@ Drawing = Callable[[Theme], go.Figure]
 
 @singledispatch
 def figures(result: object) -> dict[str, Drawing]:
-    """Every figure of a result, by name, to be drawn in a theme.
+    """All figures of a result, by name, as functions of the theme.
 
-    The main figure is called ``""``; others by what is added to the result's name, such as
-    ``_by_head``. A result without figures has none. Other kinds of result join by
-    ``figures.register``.
+    The main figure is named ``""``; others by a suffix to the result's name, such as ``_by_head``.
+    A result without figures has none. Further result types are added with ``figures.register``.
 
     Args:
-        result: of any kind.
+        result: result of any kind.
 
     Example:
         >>> list(hs.plots.figures(table))[:2]
@@ -77,10 +76,10 @@ def figures(result: object) -> dict[str, Drawing]:
 
 
 def figures_of(results: Mapping[str, object]) -> dict[str, Drawing]:
-    """Figures of several results, each name put before those of its figures.
+    """Figures of several results, with each result's name as prefix.
 
     Args:
-        results: of any kind, by name.
+        results: results of any kind, by name.
 
     Example:
         >>> list(figures_of({"induction": table["induction"]}))

@@ -1,4 +1,4 @@
-"""What happens in a prompt: attention, flow, routes, and what lenses read at each layer."""
+"""Plots of one prompt: attention, token flow, routes, and lens readings by layer."""
 
 from collections.abc import Sequence
 
@@ -31,15 +31,15 @@ def attention_pattern(
     title: str = "attention",
     theme: Theme = "light",
 ) -> go.Figure:
-    """Probabilities with which each query (downwards) attends to each key.
+    """Plot an attention pattern: queries downwards, keys to the right.
 
-    Colours are kept as 1/255 of the largest probability, which is enough for the eye and a fifth
-    of the size; up to 64 positions hovering shows exact values. Beyond 512 positions a cell is
-    the largest of a block of positions, and the title says so.
+    Colours are quantised to 1/255 of the largest probability, which takes a fifth of the size
+    without visible difference; up to 64 positions hovering shows exact values. Beyond 512 positions
+    each cell is the maximum of a block of positions, and the title says so.
 
     Args:
         pattern: attention probabilities; NaN is missing.
-        tokens: one text per key position; queries are the last of them if they are fewer.
+        tokens: one text per key position; if there are fewer queries, they are the last ones.
         title: e.g. ``"gpt2 L5H1"``.
         theme: ``light`` or ``dark``.
 
@@ -110,7 +110,7 @@ def _quantised(cells: Float[np.ndarray, "row col"], peak: float) -> UInt8[np.nda
 
 
 def _names(tokens: Sequence[str] | None, n: int, block: int, start: int = 0) -> list[str]:
-    """One distinct label per row or column: position, and the token where a cell has but one."""
+    """Distinct label of each row or column: its position, and its token if it is a single one."""
     if block > 1:
         return [f"{start + at}-{start + min(at + block, n) - 1}" for at in range(0, n, block)]
     if tokens is None:
@@ -126,11 +126,11 @@ _KINDS = {"attention": "attention", "residual": "residual", "past_mlp": "residua
 
 
 def token_flow(flow: TokenFlow, example: int = 0, *, theme: Theme = "light") -> go.Figure:
-    """What each position (downwards) holds of each input token, of one text, padding left out.
+    """Plot the share of each input token in each position of one text, padding left out.
 
     Args:
         flow: such as :func:`headscope.flow.rollout` or :func:`headscope.flow.alti`.
-        example: number of the text.
+        example: index of the text.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -159,14 +159,14 @@ def mixing_map(
     *,
     theme: Theme = "light",
 ) -> go.Figure:
-    """How much of each layer's output at each position comes from other positions, 0 to 1.
+    """Plot the mixing ratio by layer and position: 0 is the token itself, 1 all others.
 
     Layers upwards, positions of one text to the right, padding left out.
 
     Args:
         found: from :func:`headscope.flow.norms`.
-        example: number of the text.
-        form: ``residual``, or ``attention`` for attention's write alone.
+        example: index of the text.
+        form: ``residual``, or ``attention`` for attention's output alone.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -217,16 +217,15 @@ def mixing_map(
 
 
 def route_graph(routes: Routes, *, most: int = 300, theme: Theme = "light") -> go.Figure:
-    """Drawn edges of a prompt's routes: tokens to the right, layers upwards, wide where much flows.
+    """Draw a prompt's routes: tokens to the right, layers upwards, width by flow.
 
-    Every layer has two rows, the stream after attention and after the MLP (one in parallel
-    blocks); MLPs stand beside them. Hovering over the middle of an edge shows its share, what
-    flows along it, and its heads. Biases are not drawn. Of more than 40 tokens only those on
-    the route have a column.
+    Every layer has two rows, the stream after attention and after the MLP (one in parallel blocks);
+    MLPs are beside them. Hovering over the middle of an edge shows its share, its flow, and its
+    heads. Biases are not drawn. With more than 40 tokens only those on the route get a column.
 
     Args:
         routes: from :func:`headscope.flow.routes`.
-        most: how many edges are drawn, those that most flows along.
+        most: number of edges to draw, by flow.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -235,7 +234,7 @@ def route_graph(routes: Routes, *, most: int = 300, theme: Theme = "light") -> g
         'Figure'
     """
     if most < 1:
-        raise InputError(f"most={most}: draw one edge at least.")
+        raise InputError(f"most={most}: give 1 or more.")
     style = STYLES[theme]
     drawable = [edge for edge in routes.edges if edge.kind != "bias" and edge.importance > 0]
     edges = sorted(drawable, key=lambda edge: -edge.importance)[:most]
@@ -296,7 +295,7 @@ def _columns(routes: Routes, edges: Sequence[RouteEdge]) -> dict[int, int]:
 
 
 def _place(node: RouteNode, columns: dict[int, int], parallel: bool) -> Float[np.ndarray, "2"]:
-    """Where a node stands."""
+    """Position of a node."""
     rise = {"embed": 1.0, "resid_mid": 0.5, "resid_post": 1.0, "mlp_out": 0.5 if parallel else 0.75}
     aside = 0.34 if node.site == "mlp_out" else 0.0
     return np.array([columns[node.pos] + aside, node.layer + rise[node.site]])
@@ -328,7 +327,7 @@ def _add_edges(
     columns: dict[int, int],
     parallel: bool,
 ) -> None:
-    """One trace per width, and one more for the legend."""
+    """Add one trace per width, and one more for the legend."""
     figure.add_trace(
         go.Scatter(
             x=[np.nan], y=[np.nan], mode="lines", name=kind, legendgroup=kind,
@@ -359,7 +358,7 @@ def _add_edges(
 def _nodes(
     edges: Sequence[RouteEdge], columns: dict[int, int], routes: Routes, style: Style
 ) -> go.Scatter:
-    """Every node that an edge touches."""
+    """Add every node with a drawn edge."""
     flows: dict[RouteNode, float] = {}
     for edge in _shown(edges, columns):
         flows.setdefault(edge.target, 0.0)
@@ -382,7 +381,7 @@ def _nodes(
 
 
 def _middles(edges: Sequence[RouteEdge], columns: dict[int, int], parallel: bool) -> go.Scatter:
-    """Unseen points that tell an edge on hover."""
+    """Add invisible points with the hover text of the edges."""
     shown = _shown(edges, columns)
     points = [_curve(edge, columns, parallel)[len(_BEND) // 2] for edge in shown]
     middle = np.array(points).reshape(-1, 2)
@@ -411,14 +410,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 116, 96, 66, 96
 
 
 def lens_grid(grid: LensGrid, *, theme: Theme = "light") -> go.Figure:
-    """Most likely token at every place and position, coloured by its probability from 0 to 1.
+    """Plot a lens: the most likely token per layer and position, coloured by probability.
 
-    The model's own reading is on top. Hovering shows the likely tokens with their probabilities,
-    the divergence from the model, and where the followed token stands. Of more than 40 positions
-    the last 40 are shown, and the subtitle says so.
+    The model's output is on top. Hovering shows the likely tokens with their probabilities, the
+    divergence from the model, and the rank of the tracked token. With more than 40 positions the
+    last 40 are shown, and the subtitle says so.
 
     Args:
-        grid: of a lens.
+        grid: readings of a lens.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -482,7 +481,7 @@ def lens_grid(grid: LensGrid, *, theme: Theme = "light") -> go.Figure:
 
 
 def _hovers(grid: LensGrid, first: int) -> list[list[str]]:
-    """Everything that is known of each cell."""
+    """Hover text of each cell."""
     rows = []
     for row, name in enumerate(grid.rows):
         cells = []
@@ -507,13 +506,13 @@ _MOST_TOKENS = 60
 
 
 def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.Figure:
-    """The k largest parts from the bottom of the model up, the rest as one bar, and the whole.
+    """Plot the k largest parts of a logit bottom-up, the rest as one bar, and the total.
 
-    Every bar starts where the one before it ended; colours tell what raises and what lowers.
+    Every bar starts where the previous one ended; colours tell positive from negative parts.
 
     Args:
-        split: of a logit.
-        k: number of parts with a bar of their own.
+        split: attribution of a logit.
+        k: number of parts with their own bar.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -548,7 +547,7 @@ def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.
         split,
         [f"position {split.position} {label(split.tokens[-1], 20)}"],
         title=f"logit of {_what(split)}",
-        axes=("part", "logits, one part after the other"),
+        axes=("part", "logits, cumulative"),
         width=max(460, 130 + 40 * len(values)),
         height=420,
     )
@@ -558,15 +557,15 @@ def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.
 def source_bars(
     split: Attribution, head: "str | tuple[int, int] | None" = None, *, theme: Theme = "light"
 ) -> go.Figure:
-    """What heads moved from each token of the prompt to the logit.
+    """Plot the contribution of each prompt token to the logit, through one or all heads.
 
     Args:
-        split: with sources.
-        head: one head; default: all heads together.
+        split: attribution with sources.
+        head: a single head; default: all heads together.
         theme: ``light`` or ``dark``.
 
     Raises:
-        InputError: if the attribution has no sources, or not this head.
+        InputError: if the attribution has no sources, or lacks this head.
 
     Example:
         >>> split = hs.lens.attribute(model, "The cat sat on the")
@@ -574,7 +573,7 @@ def source_bars(
         'Figure'
     """
     if split.sources is None:
-        raise InputError("this attribution was made without sources: make it with sources=True.")
+        raise InputError("this attribution has no sources: compute it with sources=True.")
     style = STYLES[theme]
     if head is None:
         values, who = split.by_source, "all heads"
@@ -623,7 +622,7 @@ def _finish(
     width: int,
     height: int,
 ) -> None:
-    """Titles, axes and the line of no effect."""
+    """Set titles, axes and the zero line."""
     model = [label(split.provenance.model)] if split.provenance.model else []
     subtitle = ", ".join([*model, *said])
     dress(figure, theme, title=title, subtitle=subtitle, width=width, height=height)

@@ -1,6 +1,6 @@
-"""Pictures of images: attention laid over one, and a grid of every head's mean map.
+"""Plots on images: attention overlays, and a grid of every head's mean map.
 
-Images are embedded small, as PNG of at most some hundred pixels a side, and nothing is fetched.
+Images are embedded as small PNGs of at most a few hundred pixels a side, and nothing is fetched.
 """
 
 from base64 import b64encode
@@ -22,16 +22,16 @@ _GAP = 0.12  # of a cell
 
 
 def as_picture(image: Any, side: int = _SIDE) -> str:
-    """An image as a small PNG in a data address.
+    """Encode an image as a small PNG in a data URI.
 
     Args:
-        image: numbers ``[height width channel]`` or ``[channel height width]`` or ``[height
-            width]``; whole numbers up to 255, or fractions, which are stretched to that range, as a
-            model's input has no range of its own.
-        side: pixels of its longer side at most.
+        image: array ``[height width channel]``, ``[channel height width]`` or ``[height width]``;
+            integers up to 255, or fractions, which are rescaled to the full range, since a model's
+            inputs have no fixed range.
+        side: maximum pixels of the longer side.
 
     Raises:
-        InputError: if the shape is not that of an image, or Pillow is missing.
+        InputError: if the shape is not an image's, or Pillow is missing.
     """
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
@@ -69,19 +69,19 @@ def image_overlay(
     opacity: float = 0.6,
     theme: Theme = "light",
 ) -> go.Figure:
-    """An image with attention laid over it, patch by patch.
+    """Overlay an image with attention, patch by patch.
 
     Args:
         image: as :func:`as_picture` takes it.
-        weights: of patches, e.g. ``maps.of(0, "V1H2")``.
-        title: of the figure.
-        caption: below it; any text, which is escaped.
-        boxes: drawn as frames: left, top, right, bottom as shares of the image.
-        opacity: of the weights, 0 to 1.
+        weights: attention per patch, e.g. ``maps.of(0, "V1H2")``.
+        title: title of the figure.
+        caption: plain text below it.
+        boxes: frames to draw: left, top, right, bottom as shares of the image.
+        opacity: opacity of the overlay, 0 to 1.
         theme: ``light`` or ``dark``.
 
     Raises:
-        InputError: if there is nothing to draw, or a box is outside of the image.
+        InputError: if there is nothing to draw, or a box lies outside the image.
 
     Example:
         >>> figure = hs.plots.image_overlay(np.zeros((8, 8, 3), np.uint8), np.eye(2))
@@ -150,10 +150,10 @@ def image_overlay(
 
 
 def head_maps(maps: AttentionMaps, *, theme: Theme = "light") -> go.Figure:
-    """Mean maps of all heads in one grid: layers downwards, heads to the right.
+    """Plot the mean maps of all heads as a grid: layers downwards, heads to the right.
 
-    Every map is coloured from 0 to its own largest weight, which its hover text tells, since heads
-    that look at few patches would hide all others on one scale.
+    Every map is scaled from 0 to its own maximum, shown in its hover text, since heads that attend
+    to few patches would hide all others on a shared scale.
 
     Args:
         maps: from :func:`headscope.vision.maps`.

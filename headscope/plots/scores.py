@@ -1,4 +1,4 @@
-"""Scores of heads: heatmaps and grids, the best as bars, two scores as points."""
+"""Plots of scores: heatmaps, rankings, scatter plots, effects on grids."""
 
 import math
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ from headscope.table.kinds import best_heads
 def ranking(
     scores: HeadScores, k: int = 20, *, level: float = 0.95, theme: Theme = "light"
 ) -> go.Figure:
-    """The k best heads, with intervals and the band in which the nulls lie.
+    """Plot the k best heads as bars, with intervals and the band of the nulls.
 
-    Best means largest, or for a score with a sign farthest from 0. The interval is that of
-    ``scores.interval``; where the examples were not kept, Student's t of the standard error. The
-    band holds the middle 95% of all heads' means on the control.
+    Best means largest, or for a signed score largest in magnitude. The interval is
+    ``scores.interval``, or Student's t with the standard error if the examples were not kept. The
+    band covers the middle 95% of all heads' means on the control.
 
     Args:
-        scores: of a model.
+        scores: one score of a model.
         k: number of bars.
-        level: of the interval.
+        level: confidence level of the interval.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -96,7 +96,7 @@ def ranking(
 
 
 def _captioned(figure: go.Figure, shown: Sequence[HeadScores], drawn: str = "") -> None:
-    """Caption of scores: n, method, and for a single one how sure it is and where the null lies."""
+    """Attach the caption: n, method, and for a single score its uncertainty and null."""
     counts = np.concatenate([one.n[np.isfinite(one.mean)] for one in shown])
     low, high = (int(counts.min()), int(counts.max())) if counts.size else (0, 0)
     n = f"{high}" if low == high else f"{low} to {high}"
@@ -122,14 +122,14 @@ def _captioned(figure: go.Figure, shown: Sequence[HeadScores], drawn: str = "") 
 
 
 def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "light") -> go.Figure:
-    """Mean of every head on ``b`` over its mean on ``a``, coloured by layer.
+    """Plot every head's mean on score ``b`` against its mean on score ``a``, coloured by layer.
 
     The subtitle gives Spearman's rank correlation over heads.
 
     Args:
         a: score on the horizontal axis.
         b: score on the vertical axis.
-        named: how many of the best heads of each score carry their name.
+        named: number of best heads of each score to label.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -183,7 +183,7 @@ def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "lig
 def _places(
     x: Float[np.ndarray, " head"], y: Float[np.ndarray, " head"], wanted: list[bool]
 ) -> list[str]:
-    """Where each wanted name goes, above or below its point; nowhere if both are taken."""
+    """Label positions, above or below each point; none if both are taken."""
     taken: list[tuple[float, float]] = []
     places = [""] * len(wanted)
     wide, high = (float(np.ptp(side)) or 1.0 if side.size else 1.0 for side in (x, y))
@@ -204,11 +204,11 @@ _MOST_LABEL = 18
 def effect_heatmap(
     grid: EffectGrid, *, limits: tuple[float, float] | None = None, theme: Theme = "light"
 ) -> go.Figure:
-    """Mean effect of every cell: first axis downwards, second to the right, coloured about 0.
+    """Plot the mean effect per cell: first axis downwards, second to the right, centred at 0.
 
     Args:
-        grid: of one axis (drawn as a row) or two.
-        limits: values of the first and last colour; default: the largest effect to both sides.
+        grid: effects with one axis (drawn as a row) or two.
+        limits: values of the first and last colour; default: plus and minus the largest effect.
         theme: ``light`` or ``dark``.
 
     Raises:
@@ -311,15 +311,14 @@ def heatmap(
     limits: Limits | None = None,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Mean of every head: layers downwards from 0, heads to the right.
+    """Plot every head's mean: layers downwards from 0, heads to the right.
 
-    A score with a sign is coloured about 0 and equally far to both sides; any other from its
-    lower to its upper bound, so that two pictures of one score can be compared. Grey cells have
-    no value.
+    A signed score is coloured symmetrically about 0; any other from its lower to its upper bound,
+    so that two heatmaps of one score can be compared. Grey cells have no value.
 
     Args:
-        scores: one score; a table shows all of its scores, as :func:`heatmaps` does; effects on a
-            grid of one or two axes (:func:`headscope.patch_activations`) keep their own labels.
+        scores: one score; a table shows all of its scores, like :func:`heatmaps`; effects on a grid
+            of one or two axes (:func:`headscope.patch_activations`) keep their own labels.
         limits: values of the first and last colour.
         theme: ``light`` or ``dark``.
 
@@ -372,11 +371,11 @@ def heatmaps(
     columns: int = 3,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Several scores side by side, each with its own colours, as in :func:`heatmap`.
+    """Plot several scores side by side, each with its own colours, as in :func:`heatmap`.
 
     Args:
         table: scores of one model.
-        names: which, in this order; default: all.
+        names: scores to plot, in this order; default: all.
         columns: panels in a row.
         theme: ``light`` or ``dark``.
 
@@ -419,7 +418,7 @@ def heatmaps(
 
 
 def _trace(scores: HeadScores, limits: Limits | None, theme: Theme) -> go.Heatmap:
-    """Coloured cells with what is known of each head on hover."""
+    """Heatmap trace with hover text."""
     low, high = limits or _limits(scores)
     layers, heads = scores.mean.shape
     kv_head = np.broadcast_to(np.arange(heads) // (heads // scores.kv_heads), (layers, heads))
@@ -461,7 +460,7 @@ def _limits(scores: HeadScores) -> Limits:
 
 
 def _axes(figure: go.Figure, layers: int, heads: int, theme: Theme) -> None:
-    """Whole numbers, layer 0 on top, square cells."""
+    """Set integer axes with layer 0 on top and square cells."""
     common: dict[str, Any] = {"showgrid": False, "zeroline": False, "constrain": "domain"}
     figure.update_xaxes(
         title_text="head", dtick=_tick(heads), tick0=0, range=[-0.5, heads - 0.5], **common
@@ -472,12 +471,12 @@ def _axes(figure: go.Figure, layers: int, heads: int, theme: Theme) -> None:
 
 
 def _unit(scores: HeadScores) -> str:
-    """Unit in brackets; probabilities are told by their colour bar."""
+    """Unit in brackets; none for probabilities, whose colour bar says enough."""
     return f" ({label(scores.unit)})" if scores.unit not in ("", "attention") else ""
 
 
 def _subtitle(scores: HeadScores) -> str:
-    """Model, number of examples, and what grey means where there is grey."""
+    """Subtitle: model, number of examples, and the meaning of grey cells if there are any."""
     parts = [label(scores.provenance.model)] if scores.provenance.model else []
     most = int(scores.n.max(initial=0))
     if most > 1:
@@ -493,7 +492,7 @@ def _cell(layers: int, heads: int) -> int:
 
 
 def _tick(n: int) -> int:
-    """Distance between ticks that leaves at most 16."""
+    """Tick spacing that gives at most 16 ticks."""
     return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128, n) if n / step <= 16)
 
 
@@ -501,10 +500,10 @@ _WIDE_LEFT, _WIDE_RIGHT, _WIDE_TOP, _WIDE_BOTTOM = 76, 96, 66, 56
 
 
 def recall_grid(grid: RecallGrid, *, theme: Theme = "light") -> go.Figure:
-    """Share of right answers by length and depth, coloured from 0 to 1; grey: no example.
+    """Plot the share of correct answers by length and depth, from 0 to 1; grey: no example.
 
     Args:
-        grid: ``retrieval.recall_grid()``.
+        grid: from ``retrieval.recall_grid()``.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -564,6 +563,6 @@ def recall_grid(grid: RecallGrid, *, theme: Theme = "light") -> go.Figure:
 
 
 def _length(tokens: float) -> str:
-    """``2048`` as ``2k``."""
+    """Format ``2048`` as ``2k``."""
     whole = int(tokens)
     return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else str(whole)

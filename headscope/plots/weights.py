@@ -1,4 +1,4 @@
-"""What weights say: pairs of heads as a matrix and a graph, singular values, eigenvalues."""
+"""Plots of weights: composition as matrix and graph, similarity, singular values, eigenvalues."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -42,13 +42,13 @@ def composition_graph(
     nodes: HeadScores | None = None,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Heads by layer, layer 0 at the bottom; curves join the strongest pairs, thick for strong.
+    """Draw heads by layer, layer 0 at the bottom, with curves between the strongest pairs.
 
     Args:
         scores: one kind of composition, or several, each in its own colour.
-        threshold: smallest value that is drawn; default: only ``most`` counts.
-        most: how many pairs are drawn, the strongest.
-        nodes: colours the heads by this score.
+        threshold: smallest value to draw; default: limited by ``most`` only.
+        most: number of pairs to draw, the strongest.
+        nodes: score that colours the heads.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -98,14 +98,14 @@ def composition_graph(
 
 
 def _mode(scores: PairScores) -> str:
-    """``K_composition`` -> ``K``."""
+    """Shorten ``K_composition`` to ``K``."""
     return scores.name.partition("_")[0]
 
 
 def _strongest(
     kinds: Iterable[PairScores], threshold: float | None, most: int
 ) -> tuple[list[_Edge], int]:
-    """Edges to draw, strongest first, and how many pairs there were."""
+    """Edges to draw, strongest first, and the number of existing pairs."""
     found: list[_Edge] = []
     total = 0
     for one in kinds:
@@ -118,7 +118,7 @@ def _strongest(
 def _add_curves(
     figure: go.Figure, mine: list[_Edge], every: list[_Edge], mode: str, style: Style
 ) -> None:
-    """One trace per width, since a trace has but one; and one more for the legend."""
+    """Add one trace per width (a trace has a single width), and one for the legend."""
     colour = style.modes.get(mode, style.accent)
     low, high = (every[-1].value, every[0].value) if every else (0.0, 1.0)
     by_width: dict[int, list[_Edge]] = {}
@@ -169,7 +169,7 @@ def _curve(edge: _Edge) -> Float[np.ndarray, "point 2"]:
 
 
 def _middles(edges: list[_Edge]) -> go.Scatter:
-    """Unseen points that tell an edge on hover."""
+    """Add invisible points with the hover text of the edges."""
     middle = np.array([_curve(edge)[len(_BEND) // 2] for edge in edges]).reshape(-1, 2)
     return go.Scatter(
         x=middle[:, 0].round(3),
@@ -186,7 +186,7 @@ def _middles(edges: list[_Edge]) -> go.Scatter:
 def _heads(
     scores: PairScores, edges: list[_Edge], nodes: HeadScores | None, style: Style
 ) -> go.Scatter:
-    """Every head a point; those that an edge touches carry their name."""
+    """Add every head as a point; those with a drawn edge are labelled."""
     layers, heads = scores.values.shape[:2]
     places = [HeadIndex(i, j) for i in range(layers) for j in range(heads)]
     touched = {head for edge in edges for head in (edge.first, edge.second)}
@@ -229,7 +229,7 @@ def _step(n: int) -> int:
 def block_max(
     cells: Float[np.ndarray, "row column"], block: int
 ) -> Float[np.ndarray, "down across"]:
-    """Largest value of every block x block square; the last ones may be smaller."""
+    """Maximum of every block x block square; the last ones may be smaller."""
     if block == 1:
         return cells
     for axis in (0, 1):
@@ -243,9 +243,10 @@ _MOST_CELLS = 512  # a side; above, every cell stands for a block of heads
 def composition_matrix(
     scores: PairScores, *, limits: tuple[float, float] | None = None, theme: Theme = "light"
 ) -> go.Figure:
-    """Earlier heads downwards, later heads to the right; pairs that cannot exist stay empty.
+    """Plot pair scores: earlier heads downwards, later heads to the right.
 
-    Beyond 512 heads a side a cell is the largest of a block of pairs, and the subtitle says so.
+    Impossible pairs stay empty. Beyond 512 heads a side each cell is the maximum of a block of
+    pairs, and the subtitle says so.
 
     Args:
         scores: such as :func:`headscope.circuits.composition`.
@@ -323,7 +324,7 @@ def _limits(cells: np.ndarray) -> tuple[float, float]:
 
 
 def _ticks(names: list[str]) -> dict[str, object]:
-    """Every name where there is room, else the first head of every layer."""
+    """Tick labels: every head if there is room, else the first head of every layer."""
     if len(names) <= 40:
         return {"tickvals": list(range(len(names))), "ticktext": names}
     seen: dict[str, int] = {}
@@ -335,10 +336,10 @@ def _ticks(names: list[str]) -> dict[str, object]:
 
 
 def head_similarity(similarity: HeadSimilarity, *, theme: Theme = "light") -> go.Figure:
-    """How alike every pair of heads is; heads in the order of their clusters, like beside like.
+    """Plot the similarity of every pair of heads, ordered by cluster.
 
-    Within a model the dendrogram of the clusters stands beside the rows. Beyond 512 heads a side a
-    cell is the most alike of a block of pairs.
+    Within a model the dendrogram is drawn beside the rows. Beyond 512 heads a side each cell is the
+    most similar pair of a block.
 
     Args:
         similarity: from :func:`headscope.similarity.heads`.
@@ -412,7 +413,7 @@ def head_similarity(similarity: HeadSimilarity, *, theme: Theme = "light") -> go
 
 
 def _dendrogram(similarity: HeadSimilarity, style: Style) -> go.Scatter:
-    """Merges as brackets, leaves at the rows of the heatmap, far merges to the left."""
+    """Dendrogram as brackets, leaves at the rows of the heatmap, distant merges to the left."""
     from scipy.cluster.hierarchy import dendrogram
 
     drawn = dendrogram(similarity.linkage(), no_plot=True)
@@ -432,11 +433,11 @@ def _dendrogram(similarity: HeadSimilarity, style: Style) -> go.Scatter:
 
 
 def head_map(similarity: HeadSimilarity, clusters: int = 0, *, theme: Theme = "light") -> go.Figure:
-    """Heads as points on a map, like ones near each other, coloured by layer or by cluster.
+    """Plot heads as points on a map of their distances, coloured by layer or by cluster.
 
     Args:
         similarity: within one model, from :func:`headscope.similarity.heads`.
-        clusters: colour this many clusters; 0: layers.
+        clusters: colour by this many clusters; 0: by layer.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -484,7 +485,7 @@ def head_map(similarity: HeadSimilarity, clusters: int = 0, *, theme: Theme = "l
 
 
 def _names_near(points: Float[np.ndarray, "head 2"], names: list[str]) -> list[str]:
-    """Name of each point; of points too near each other all names at the highest of them."""
+    """Label of each point; close points share the labels at their topmost."""
     near = 0.05 * float(np.ptp(points, axis=0).max() or 1.0)
     shown, left = [""] * len(names), list(np.argsort(-points[:, 1], kind="stable"))
     while left:
@@ -505,15 +506,15 @@ def spectra(
     named: int = 3,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Singular values of every head: one line each, coloured by layer.
+    """Plot the singular values of every head, one line each, coloured by layer.
 
-    Every head is drawn in units of the largest singular value that random factors of its own
-    shape and variance would give, so that one band serves all: what stands above it was learned.
+    Each head is drawn in units of the largest singular value expected of random factors of its own
+    shape and variance, so that one band serves all: values above it were learned.
 
     Args:
-        values: of :func:`headscope.circuits.spectra`.
-        heads: those to draw in colour, the others in grey; default: all in colour.
-        named: how many of the heads with the largest first value carry their name.
+        values: from :func:`headscope.circuits.spectra`.
+        heads: heads to draw in colour, the others in grey; default: all in colour.
+        named: number of heads with the largest first value to label.
         theme: ``light`` or ``dark``.
 
     Example:
@@ -577,7 +578,7 @@ def spectra(
 def _lines(
     relative: np.ndarray, layer: int, heads: list[int], colour: str, width: float
 ) -> go.Scatter:
-    """All heads of one layer in one trace, with a gap after each."""
+    """All heads of one layer as one trace, with gaps between heads."""
     rank = relative.shape[-1]
     gap = np.full((len(heads), 1), np.nan)
     place = np.broadcast_to(np.arange(1, rank + 1), (len(heads), rank))
@@ -595,7 +596,7 @@ def _lines(
 def _names(
     relative: np.ndarray, named: int, chosen: set[HeadIndex] | None, marker: dict[str, object]
 ) -> go.Scatter:
-    """Names at the first values of the heads that stand out, and the colour bar of all layers."""
+    """Labels at the first values of outstanding heads, and the colour bar of all layers."""
     first = relative[..., 0]
     known = [HeadIndex(int(layer), int(head)) for layer, head in np.argwhere(np.isfinite(first))]
     known = [head for head in known if chosen is None or head in chosen]
@@ -619,7 +620,7 @@ def _names(
 
 
 def _powers(relative: np.ndarray, values: HeadSpectra) -> dict[str, object]:
-    """1, 2 and 5 of every power of ten that the picture shows."""
+    """Ticks at 1, 2 and 5 of every power of ten in range."""
     seen = np.concatenate([relative[np.isfinite(relative)], values.high, values.low.clip(_FLOOR)])
     steps = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
     shown = [step for step in steps if seen.min() / 1.5 <= step <= seen.max() * 1.5]
@@ -635,15 +636,15 @@ def eigenvalues(
     *,
     theme: Theme = "light",
 ) -> go.Figure:
-    """Eigenvalues of heads, each over the largest modulus of its head, coloured by layer.
+    """Plot eigenvalues, each divided by the largest modulus of its head, coloured by layer.
 
-    To the right (positive) a token raises itself (OV) or looks for its own like (QK); to the left
-    it lowers or avoids it; off the axis, tokens are turned into others. Of models with more than
-    10000 eigenvalues only the heads are drawn whose sum is farthest from 0 by its own measure.
+    On the right (positive) a token raises its own logit (OV) or attends to its own like (QK); on
+    the left it lowers or avoids it; off the axis, tokens are mapped to others. In models with more
+    than 10000 eigenvalues only the heads whose sum is farthest from 0 are drawn.
 
     Args:
-        values: of :func:`headscope.circuits.eigenvalues`.
-        heads: only these.
+        values: from :func:`headscope.circuits.eigenvalues`.
+        heads: only these heads.
         theme: ``light`` or ``dark``.
 
     Example:

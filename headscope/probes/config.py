@@ -1,4 +1,4 @@
-"""A probe written down: the YAML behind ``headscope scan --probe`` and every sweep."""
+"""Probe configs: the YAML form used by ``headscope scan --probe`` and by sweeps."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,22 +17,22 @@ from headscope.probes.text import masked, text
 
 
 class ProbeConfig(Strict):
-    """Which probe, and with which settings; keys that a kind does not know are errors.
+    """Configuration of a probe; keys that its kind does not take are errors.
 
     Attributes:
         kind: ``repeated_tokens``, ``random_tokens``, ``text``, ``masked``, ``ioi``, ``pairs``,
             ``needle`` or ``jsonl``.
         length: tokens of one copy, of the random text, or of a piece of text.
-        batch: examples.
-        seed: what it is drawn with.
-        copies: how often ``repeated_tokens`` says its text.
-        bos: whether a BOS stands in front; default: as the model's tokenizer does.
-        file: of ``text``, ``masked`` and ``jsonl``.
-        texts: of ``text`` and ``masked``, instead of a file.
+        batch: number of examples.
+        seed: random seed.
+        copies: number of copies in ``repeated_tokens``.
+        bos: whether to prepend a BOS; default: as the model's tokenizer does.
+        file: input file of ``text``, ``masked`` and ``jsonl``.
+        texts: texts of ``text`` and ``masked``, instead of a file.
         count: tokens that ``masked`` hides in each example.
-        task: of ``pairs``, see :func:`headscope.probes.pairs`.
-        lengths, depths, needles, haystack, per_cell, distractors, control, chat: of ``needle``,
-            see :func:`headscope.probes.needle`.
+        task: task of ``pairs``, see :func:`headscope.probes.pairs`.
+        lengths, depths, needles, haystack, per_cell, distractors, control, chat: options of
+            ``needle``, see :func:`headscope.probes.needle`.
     """
 
     kind: Literal[
@@ -72,7 +72,7 @@ _TAKES = {
 
 
 def build_probe(config: ProbeConfig, model: HasVocabulary) -> Probe:
-    """Make the probe for one model.
+    """Build the probe for one model.
 
     Raises:
         InputError: if a key does not belong to this kind, or the probe does not fit the model.

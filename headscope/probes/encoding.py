@@ -1,4 +1,4 @@
-"""From texts or token ids to padded batches; positions are found by character offset."""
+"""Encoding of texts and token ids as padded batches; positions are found by character offset."""
 
 import unicodedata
 import warnings
@@ -19,10 +19,10 @@ from headscope.probes.probe import Probe, of_images
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that probes use.
+    """Interface of a Hugging Face tokenizer as far as probes use it.
 
-    Apart from ``bos_token_id``, which transformers makes up when it is asked for: from Python 3.12
-    on a protocol does not see such attributes.
+    ``bos_token_id`` is not part of it, since transformers creates that attribute on access, which
+    protocol checks miss from Python 3.12 on.
     """
 
     @property
@@ -31,28 +31,28 @@ class Tokenizer(Protocol):
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Ids of BOS, EOS, padding and the like."""
+        """Ids of special tokens: BOS, EOS, padding and so on."""
 
     def __call__(self, text: str, **options: object) -> Mapping[str, Any]:
         """Tokenize one text."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token and its id."""
+        """All tokens with their ids."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Messages as the model was trained to read them."""
+        """Format messages with the model's chat template."""
 
     def batch_decode(self, sequences: list[list[int]], **options: object) -> list[str]:
-        """Texts of lists of ids."""
+        """Decode lists of ids to texts."""
 
 
 @runtime_checkable
 class HasVocabulary(Protocol):
-    """The part of a model that probes look at; every ``HeadModel`` has it."""
+    """Interface of a model as far as probes use it; every ``HeadModel`` satisfies it."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name used in messages."""
 
     @property
     def shape(self) -> ModelShape:
@@ -64,11 +64,11 @@ class HasVocabulary(Protocol):
 
 
 def uses_bos(model: HasVocabulary) -> bool:
-    """Whether the model's own tokenizer puts a BOS token in front of a text.
+    """Whether the model's own tokenizer prepends a BOS token.
 
-    That is what the model saw in training. GPT-2 and GPT-NeoX name a BOS token but do not
-    prepend it, so this is False for them; transformer-lens prepends it all the same, and
-    ``bos=True`` does so here.
+    If it does, the model saw one in training. GPT-2 and GPT-NeoX define a BOS token but do not
+    prepend it, so this is False for them; transformer-lens prepends it anyway, which ``bos=True``
+    reproduces.
 
     Example:
         >>> hs.probes.uses_bos(model)
@@ -82,35 +82,35 @@ def uses_bos(model: HasVocabulary) -> bool:
 
 
 def bos_prefix(model: HasVocabulary, bos: bool | None) -> list[int]:
-    """Tokens to put in front of every example: the BOS or nothing.
+    """Tokens to prepend to every example: the BOS, or nothing.
 
     Args:
-        model: whose tokenizer names the BOS.
-        bos: whether to use it; None asks :func:`uses_bos`.
+        model: its tokenizer defines the BOS.
+        bos: whether to use it; None follows :func:`uses_bos`.
 
     Raises:
-        InputError: if it is asked for and there is none.
+        InputError: if a BOS is requested and the tokenizer has none.
     """
     if not (uses_bos(model) if bos is None else bos):
         return []
     token = _bos(model)
     if token is None:
-        raise InputError(f"{model.name} has no BOS token; leave bos=True out.")
+        raise InputError(f"{model.name} has no BOS token: leave bos=True out.")
     return [token]
 
 
 def frame(model: HasVocabulary, bos: bool | None) -> tuple[list[int], list[int]]:
     """Tokens to put before and after every example.
 
-    A model that reads from left to right may have a BOS before; an encoder has what its tokenizer
-    puts around a text, ``[CLS]`` and ``[SEP]``.
+    A left-to-right model may have a BOS before; an encoder has what its tokenizer puts around a
+    text, ``[CLS]`` and ``[SEP]``.
 
     Args:
-        model: whose tokenizer is asked.
-        bos: whether to use them; None does what the tokenizer does.
+        model: its tokenizer defines the tokens.
+        bos: whether to use them; None follows the tokenizer.
 
     Raises:
-        InputError: if they are asked for and there are none.
+        InputError: if they are requested and the tokenizer has none.
     """
     if reads_onwards(model):
         return bos_prefix(model, bos), []
@@ -123,20 +123,20 @@ def frame(model: HasVocabulary, bos: bool | None) -> tuple[list[int], list[int]]
         at = places[0] if places else min(1, len(framed))
         around = framed[:at], framed[at + len(bare) :]
     if bos and not any(around):
-        raise InputError(f"{model.name} puts no tokens around a text; leave bos=True out.")
+        raise InputError(f"{model.name} puts no tokens around a text: leave bos=True out.")
     return around
 
 
 def reads_onwards(model: HasVocabulary) -> bool:
-    """Whether a model reads from left to right, so that it predicts the next token."""
+    """Whether a model reads from left to right, and so predicts the next token."""
     return all_causal(getattr(model, "stacks", {}))
 
 
 def need_onwards(model: HasVocabulary, what: str) -> None:
-    """Refuse a probe whose answers follow its texts for a model that sees whole texts at once.
+    """Refuse next-token probes for models that read in both directions.
 
     Raises:
-        UnsupportedModelError: naming the probe.
+        UnsupportedModelError: with the name of the probe.
     """
     if not reads_onwards(model):
         raise UnsupportedModelError(
@@ -151,7 +151,7 @@ def _bos(model: HasVocabulary) -> int | None:
 
 
 def ordinary_tokens(model: HasVocabulary) -> Int[Tensor, " ordinary"]:
-    """Ids that stand for text: in the tokenizer, in the embedding, with a logit, and not special.
+    """Ids of ordinary tokens: in the tokenizer, in the embedding, with a logit, and not special.
 
     Rows that pad the embedding beyond the tokenizer, and reserved special tokens, were never
     trained and are left out. Without a tokenizer every id counts.
@@ -167,10 +167,10 @@ def ordinary_tokens(model: HasVocabulary) -> Int[Tensor, " ordinary"]:
 
 
 def check_length(model: HasVocabulary, length: int, *, what: str, fix: str) -> None:
-    """Refuse, before any forward pass, what does not fit the model's context.
+    """Refuse, before any forward pass, examples that exceed the model's context.
 
     Raises:
-        InputError: naming the length, the limit and the fix.
+        InputError: with the length, the limit and the fix.
     """
     limit = model.shape.n_ctx
     if limit is not None and length > limit:
@@ -180,10 +180,10 @@ def check_length(model: HasVocabulary, length: int, *, what: str, fix: str) -> N
 
 
 def need_tokenizer(model: HasVocabulary, what: str) -> Tokenizer:
-    """Return the tokenizer, which must be able to say where in the text each token is.
+    """Return the tokenizer, which must report character offsets.
 
     Raises:
-        InputError: if there is none, or it cannot.
+        InputError: if there is no tokenizer, or it has no offsets.
     """
     if model.tokenizer is None:
         raise InputError(
@@ -198,14 +198,14 @@ def need_tokenizer(model: HasVocabulary, what: str) -> Tokenizer:
     return model.tokenizer
 
 
-_KEPT = "a text begins with the model's BOS already: it is kept, and no second is put in front."
+_KEPT = "a text already begins with the model's BOS: no second one is added."
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one text and, for each, the characters that it stands for.
+    """Token ids of one text with each token's character span.
 
-    A token that was put in front of the text has the span (0, 0).
+    A prepended token has the span (0, 0).
     """
 
     text: str
@@ -213,7 +213,7 @@ class Encoded:
     spans: list[tuple[int, int]]
 
     def covering(self, start: int, end: int) -> list[int]:
-        """Positions of the tokens that hold any character of ``text[start:end]``.
+        """Positions of the tokens that overlap ``text[start:end]``.
 
         White space at the edges of the range is ignored, since many tokenizers keep the space
         in front of a word in the word's token.
@@ -223,7 +223,7 @@ class Encoded:
         return [i for i, (a, b) in enumerate(self.spans) if a < end and b > start]
 
     def word(self, start: int, end: int) -> int | None:
-        """Position of the one token that is exactly ``text[start:end]``; None if there is none."""
+        """Position of the token that is exactly ``text[start:end]``; None if there is none."""
         found = self.covering(start, end)
         if len(found) != 1:
             return None
@@ -234,15 +234,15 @@ class Encoded:
 def encode(
     tokenizer: Tokenizer, text: str, prefix: Sequence[int] = (), suffix: Sequence[int] = ()
 ) -> Encoded:
-    """Tokenize one text, with ``prefix`` in front in place of the tokenizer's own specials.
+    """Tokenize one text with ``prefix`` instead of the tokenizer's own special tokens.
 
-    A text that begins with the prefix already, such as a copied prompt, keeps it once.
+    If a text already starts with the prefix, such as a copied prompt, it is not added again.
 
     Args:
-        tokenizer: of the model.
-        text: any.
-        prefix: ids put in front.
-        suffix: ids put behind.
+        tokenizer: the model's tokenizer.
+        text: any text.
+        prefix: ids to prepend.
+        suffix: ids to append.
     """
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = [(int(a), int(b)) for a, b in out["offset_mapping"]]
@@ -257,7 +257,7 @@ def encode(
 def pad_right(
     rows: Sequence[Sequence[int]],
 ) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """Stack token lists of different lengths; what stands at padding is never looked at."""
+    """Stack token lists of different lengths, padded on the right."""
     length = max(len(row) for row in rows)
     tokens = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
     sizes = torch.tensor([len(row) for row in rows])
@@ -274,7 +274,7 @@ def next_tokens(
 
 
 def is_delimiter(text: str) -> bool:
-    """Whether a token's text is a line break, or nothing but punctuation and spaces."""
+    """Whether a token's text is a line break, or only punctuation and spaces."""
     shown = text.strip()
     if not shown:
         return "\n" in text
@@ -284,9 +284,9 @@ def is_delimiter(text: str) -> bool:
 def delimiters(
     tokenizer: Tokenizer, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
 ) -> Bool[Tensor, "batch pos"]:
-    """Punctuation, line breaks and special separators, by decoded text.
+    """Mark ``delimiter``: punctuation, line breaks and special separators, by decoded text.
 
-    The first token of each example is never among them: what it gets is the sink's, which
+    The first token of each example is never included: attention there is the sink's, which
     ``first_token`` measures.
     """
     ids = sorted(set(tokens[real].tolist()))
@@ -300,7 +300,7 @@ def delimiters(
 def separators(
     tokenizer: Tokenizer, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
 ) -> dict[str, Bool[Tensor, "batch pos"]]:
-    """Mark ``separator`` of an encoder's text, ``[SEP]`` or ``</s>``; none where it has no such."""
+    """Mark ``separator`` of an encoder's text, ``[SEP]`` or ``</s>``; empty if there is none."""
     token = getattr(tokenizer, "sep_token_id", None)
     return {} if token is None else {"separator": (tokens == int(token)) & real}
 
@@ -308,7 +308,7 @@ def separators(
 def at_positions(
     length: int, positions: Sequence[int | Sequence[int]]
 ) -> Bool[Tensor, "batch pos"]:
-    """One mark: for each example, True at its positions."""
+    """Build a mark that is True at each example's positions."""
     mark = torch.zeros(len(positions), length, dtype=torch.bool)
     for row, places in zip(mark, positions, strict=True):
         row[places] = True
@@ -322,19 +322,19 @@ def from_tokens(
     targets: Int[Tensor, "batch pos"] | None = None,
     clusters: Sequence[int] | Int[Tensor, " batch"] | None = None,
 ) -> Probe:
-    """Use your own ids as a probe; equal tokens count as repetitions.
+    """Make a probe from token ids; equal tokens count as repetitions.
 
     Args:
-        tokens: token ids, as the model reads them (BOS included, if you want one).
+        tokens: token ids, as the model reads them (including a BOS if you want one).
         real: False at padding, on either side; None means no padding.
         marks: named sets of positions.
-        targets: token to predict at each position, -1 for none; None means the next token, which
-            an encoder cannot be asked for.
-        clusters: a label per example; those with one label (a needle, a document, a template)
-            count as one observation in errors, intervals and tests.
+        targets: token to predict at each position, -1 for none; None means the next token, which is
+            not allowed for an encoder.
+        clusters: a label per example; examples with the same label (a needle, a document, a
+            template) count as one observation in errors, intervals and tests.
 
     Raises:
-        InputError: if the shapes do not fit each other.
+        InputError: if the shapes do not match.
 
     Example:
         >>> probe = from_tokens([[5, 7, 9, 5, 7, 9]])
@@ -349,8 +349,8 @@ def from_tokens(
         ids = given.long()
     except (TypeError, ValueError) as error:
         raise InputError(
-            "the token rows are not all whole numbers, or differ in length: "
-            "pad them to one length and say with real= which are tokens."
+            "tokens= must be rows of whole numbers of one length: pad them, and mark the real "
+            "tokens with real=."
         ) from error
     shown = torch.ones_like(ids, dtype=torch.bool) if real is None else torch.as_tensor(real).bool()
     named = {str(name): torch.as_tensor(mark).bool() for name, mark in (marks or {}).items()}
@@ -372,26 +372,27 @@ def from_batch(
     labels: Sequence[int] | Int[Tensor, " batch"] | None = None,
     model: HasVocabulary | None = None,
 ) -> Probe:
-    """Use the inputs of a model as a probe, named as tokenizers and image processors name them.
+    """Make a probe from a model's input batch, with the names of tokenizers and image processors.
 
     Args:
-        inputs: ``input_ids [batch pos]``, and ``attention_mask`` where there is padding; of an
+        inputs: ``input_ids [batch pos]``, and ``attention_mask`` if there is padding; for an
             encoder-decoder also ``decoder_input_ids`` and ``decoder_attention_mask``, whose
-            positions are then the probe's, and ``input_features`` where it hears sound; or
-            ``pixel_values [batch channel height width]`` alone; or both, with what the processor
-            of a vision-language model gives beside, as many images for every text.
-        marks: named sets of positions; those of an encoder-decoder's source under ``"source"``; of
-            images also boxes of patches: first row and column, and those behind the last, one box
-            for all images or one for each.
-        targets: token to predict at each position, -1 for none; None means the next token, which
-            an encoder cannot be asked for. Of images, the class of each, -1 for none.
-        labels: the same as the targets of images.
-        model: that will read images; needed for marks, as it says how many patches there are.
+            positions are then the probe's, and ``input_features`` for speech; or ``pixel_values
+            [batch channel height width]`` alone; or both, with the further outputs of a
+            vision-language model's processor, as many images for every text.
+        marks: named sets of positions; those of an encoder-decoder's source under ``"source"``; for
+            images also boxes of patches: first row and column, and one past the last, one box for
+            all images or one for each.
+        targets: token to predict at each position, -1 for none; None means the next token, which is
+            not allowed for an encoder. For images, the class of each, -1 for none.
+        labels: alias of targets for images.
+        model: the model that will read images; needed for marks, since it determines the number of
+            patches.
 
     Raises:
-        InputError: if there are no token ids and no images, shapes differ, a box reaches out of
-            the image, or an input (a second segment) would change what the model computes in a way
-            that headscope does not hand on.
+        InputError: if there are no token ids and no images, shapes differ, a box lies outside the
+            image, or an input (such as a second segment) would change the model's computation in an
+            unsupported way.
 
     Example:
         >>> read = {"input_ids": [[5, 7, 9], [5, 7, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}
@@ -402,7 +403,10 @@ def from_batch(
         [4, 1]
     """
     if labels is not None and targets is not None:
-        raise InputError("labels= and targets= are both given: they are the same for images.")
+        raise InputError(
+            "labels= and targets= are both given: for images they are the same, so give one of "
+            "them."
+        )
     if PIXELS in inputs and TOKENS not in inputs:
         classes = labels if targets is None else targets
         return _of_images(Batch.of(inputs), marks or {}, classes, model)
@@ -420,7 +424,7 @@ _SIDES = {"input_ids", "input_features", "attention_mask", "decoder_input_ids"}
 
 
 def _from_sides(inputs: Mapping[str, Any], marks: Any, targets: Any) -> Probe:
-    """The probe of an encoder-decoder's inputs."""
+    """Make the probe from an encoder-decoder's inputs."""
     from headscope.probes.translation import of_sides
 
     if unknown := sorted(set(inputs) - _SIDES - {"decoder_attention_mask"}):
@@ -449,13 +453,13 @@ def _from_sides(inputs: Mapping[str, Any], marks: Any, targets: Any) -> Probe:
 
 
 def paired(first: Probe, second: Probe) -> Probe:
-    """A probe whose examples have partners: ``first`` with ``second`` as its ``corrupt`` pair.
+    """Pair the examples of two probes: ``first``, with ``second`` as its ``corrupt`` pair.
 
-    For metrics of similarity, which need no more than as many examples; patching also asks that
-    both are aligned position by position.
+    For metrics of similarity, which only need equal numbers of examples; patching also requires
+    that both are aligned position by position.
 
     Args:
-        first: what is run and edited.
+        first: the probe that is run and edited.
         second: example i is the partner of example i.
 
     Raises:
@@ -490,10 +494,10 @@ def _of_images(
 
 
 def one_class_each(classes: Any, count: int) -> Int[Tensor, " batch"]:
-    """Classes of images, checked.
+    """Validate classes of images.
 
     Raises:
-        InputError: if they are not one whole number for each image.
+        InputError: unless there is one integer per image.
     """
     found = torch.as_tensor(classes)
     if found.is_floating_point() or found.shape not in ((count,), (count, 1)):
@@ -507,15 +511,15 @@ def one_class_each(classes: Any, count: int) -> Int[Tensor, " batch"]:
 def marks_of(
     grid: PatchGrid, marks: Mapping[str, Any], count: int
 ) -> dict[str, Bool[Tensor, "batch pos"]]:
-    """Marks given as positions or as boxes of patches.
+    """Validate marks given as positions or as boxes of patches.
 
     Args:
-        grid: of the images.
+        grid: patch grid of the images.
         marks: ``[batch pos]`` booleans, a box, or a box for each image.
         count: number of images.
 
     Raises:
-        InputError: if a box is not inside the image, or there is not one for each.
+        InputError: if a box lies outside the image, or the number of boxes is wrong.
     """
     found = {}
     for name, given in marks.items():

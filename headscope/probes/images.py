@@ -1,4 +1,4 @@
-"""Images as a probe: read, resized and normalised as the model was trained to see them."""
+"""Image probes: pictures read, resized and normalised as the model expects."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from headscope.probes.probe import Probe, of_images
 
 FORMATS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _BILINEAR = 2
-# Where a model says nothing of its own: to [-1, 1], as ViT was trained.
+# Defaults for models without their own settings: [-1, 1], as in ViT's training.
 _HALF = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How pictures become inputs of a model; fields as image processors name them.
+    """Preprocessing of pictures; fields are named as in image processors.
 
     Attributes:
-        mean, std: of each channel, of values in [0, 1].
-        resample: filter of the resizing, as numbered by PIL.
-        shortest_edge: resize so that the shorter side has this many pixels and cut out the
-            middle; None: resize to the model's size, whatever the shape of the picture.
-        known: whether it is the model's own, or a default.
+        mean, std: per channel, for values in [0, 1].
+        resample: resizing filter, as numbered by PIL.
+        shortest_edge: resize the shorter side to this many pixels and crop the centre; None: resize
+            to the model's size, ignoring the aspect ratio.
+        known: whether these are the model's own settings or defaults.
     """
 
     mean: tuple[float, ...] = _HALF
@@ -42,7 +42,7 @@ class Preparation:
 
     @classmethod
     def of(cls, processor: Mapping[str, Any] | None) -> "Preparation":
-        """Read it from the config of an image processor; the default where there is none.
+        """Read the settings from an image processor's config, with defaults for missing ones.
 
         Args:
             processor: entries of ``preprocessor_config.json``.
@@ -64,11 +64,11 @@ class Preparation:
         )
 
     def __call__(self, picture: Any, grid: PatchGrid) -> Float[Tensor, "channel height width"]:
-        """Resize, cut and normalise one picture.
+        """Resize, crop and normalise one picture.
 
         Args:
-            picture: of PIL.
-            grid: of the model that will read it.
+            picture: a PIL image.
+            grid: patch grid of the model that will read it.
         """
         channels, height, width = grid.size
         picture = picture.convert("L" if channels == 1 else "RGB")
@@ -85,7 +85,7 @@ class Preparation:
 
 
 def _cut_out(picture: Any, edge: int, height: int, width: int, resample: int) -> Any:
-    """The middle of a picture whose shorter side was resized."""
+    """Crop the centre of a resized picture."""
     wide, high = picture.size
     small = min(wide, high)
     picture = picture.resize((int(edge * wide / small), int(edge * high / small)), resample)
@@ -103,11 +103,11 @@ def images(
     batch: int | None = None,
     seed: int = 0,
 ) -> Probe:
-    """Images as a probe, each the size that the model reads.
+    """Make a probe of images, resized to the model's input size.
 
-    Pictures are resized and normalised as the model's image processor says; a model without one
-    gets them stretched to its size, and values from -1 to 1. Tensors of fractions go in as they are
-    and must have the model's size. What was done is in ``probe.settings``.
+    Pictures are resized and normalised as the model's image processor specifies; without one they
+    are stretched to the model's size, with values from -1 to 1. Tensors of fractions are used
+    unchanged and must have the model's size. What was done is recorded in ``probe.settings``.
 
     Positions are named by their token (``class``, ``register 1``) or by row and column of their
     patch (``r3 c5``), see ``probe.grid``; the marks ``class``, ``register`` and ``patch`` tell them
@@ -115,15 +115,15 @@ def images(
 
     Args:
         model: a vision model.
-        source: a folder of pictures, one for each class if it holds folders; pictures of PIL, paths
-            or arrays ``[height width channel]`` of whole numbers up to 255; or a tensor
+        source: a folder of pictures, with one subfolder per class if it has subfolders; PIL
+            pictures, paths or arrays ``[height width channel]`` of integers up to 255; or a tensor
             ``[batch channel height width]`` of fractions, as the model reads them.
-        labels: class of each image, by number or by the model's name for it; default: that of its
-            folder, where the model knows a class of that name.
+        labels: class of each image, by number or by the model's name for it; default: the name of
+            its folder, if the model has a class of that name.
         marks: named sets of positions, as boxes of patches; see
             :func:`headscope.probes.from_batch`.
-        batch: draw so many of the images; default: all.
-        seed: of the draw.
+        batch: draw this many of the images; default: all.
+        seed: seed of the draw.
 
     Raises:
         InputError: if there are no images, or they do not fit the model.
@@ -168,18 +168,18 @@ def images(
 
 
 def random_images(model: HasVocabulary, batch: int = 16, *, seed: int = 0) -> Probe:
-    """Images of random blots at all sizes, where there are no pictures.
+    """Make a probe of random blobs at all scales, for use without pictures.
 
-    Each is a sum of standard normal noise drawn on grids of 2, 4, 8, ... cells a side and spread to
-    the whole image, scaled to mean 0 and deviation 1.
+    Each is a sum of standard normal noise drawn on grids of 2, 4, 8, ... cells a side and
+    interpolated to the whole image, scaled to mean 0 and standard deviation 1.
 
     Args:
         model: a vision model.
         batch: number of images.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        InputError: if none are asked for.
+        InputError: if batch is below 1.
         UnsupportedModelError: if the model reads no images.
 
     Example:
@@ -218,7 +218,7 @@ def _need_grid(model: HasVocabulary) -> PatchGrid:
 def _prepared(
     prepare: Preparation, pictures: Sequence[Any], grid: PatchGrid
 ) -> tuple[Float[Tensor, "batch channel height width"], dict[str, str]]:
-    """Pictures as a model reads them, and what was done to them."""
+    """Preprocess pictures for a model, and record what was done."""
     opened = [_opened(picture) for picture in pictures]
     sizes = sorted({picture.size for picture in opened})
     pixels = torch.stack([prepare(picture, grid) for picture in opened])
@@ -231,12 +231,12 @@ def _prepared(
 
 
 def _gathered(source: Any) -> tuple[list[Any], list[str] | None]:
-    """Pictures, or where they are, and the folder of each where folders stand for classes."""
+    """Collect pictures or their paths, and their folders if those are classes."""
     if isinstance(source, str | Path):
         return _files(Path(source))
     found = list(source)
     if not found:
-        raise InputError("there are no images.")
+        raise InputError("there are no images: give at least one.")
     return found, None
 
 
@@ -254,7 +254,7 @@ def _files(folder: Path) -> tuple[list[Any], list[str] | None]:
 
 
 def _opened(picture: Any) -> Any:
-    """A picture of PIL."""
+    """Open a picture with PIL."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
@@ -287,7 +287,7 @@ def _opened(picture: Any) -> Any:
 def _classes(
     model: HasVocabulary, labels: Any, folders: list[str] | None, count: int
 ) -> Tensor | None:
-    """Class numbers of all images; None where none are known."""
+    """Class numbers of all images; None if unknown."""
     known = dict(getattr(model, "classes", {}))
     if labels is None and folders is not None and set(folders) <= set(known):
         labels = folders

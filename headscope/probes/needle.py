@@ -1,6 +1,7 @@
-"""A needle in a haystack: a sentence hidden in long text, a question, and its answer.
+"""Needle-in-a-haystack probes: a sentence hidden in long text, a question, and its answer.
 
-Each prompt is laid out as haystack, hidden sentences, question and answer, with the tokens of each.
+Each prompt consists of haystack, hidden sentences, question and answer, with marks for the tokens
+of each.
 """
 
 import json
@@ -38,18 +39,18 @@ NeedleSource = Iterator["Needle"]
 
 @dataclass(frozen=True)
 class Needle:
-    """Hidden sentences, a question that only they answer, and the answer.
+    """Hidden sentences, and a question that only they answer.
 
     Attributes:
-        texts: one sentence; several for a chain, of which the last holds the answer, or for
-            several values of one key.
-        question: what is asked; with ``cloze`` a sentence that the answer completes.
-        answer: what is to be said.
-        parts: pieces of the answer, each said literally in a text; what heads can copy.
+        texts: one sentence; several for a chain, of which the last holds the answer, or for several
+            values of one key.
+        question: the question; with ``cloze`` a sentence that the answer completes.
+        answer: expected answer.
+        parts: pieces of the answer that occur literally in a text, and so can be copied.
         cloze: whether the answer continues the question.
-        asks: for a cloze needle, the same as a question, which a chat model is asked instead.
-        lead: how the reply of a chat model begins before the answer, since a chat model restates
-            what it was asked; default: the needle's last sentence up to the answer.
+        asks: for a cloze needle, the same as a question, for chat models.
+        lead: how a chat model's reply begins before the answer, since chat models restate the
+            question; default: the needle's last sentence up to the answer.
     """
 
     texts: tuple[str, ...]
@@ -61,9 +62,9 @@ class Needle:
     lead: str = ""
 
     def __post_init__(self) -> None:
-        """Check that the answer can be found."""
+        """Check that the answer occurs in the needle."""
         if not self.question.strip() or not self.answer.strip() or not self.texts:
-            raise InputError("a needle needs a text, a question and an answer.")
+            raise InputError("a needle needs a non-empty text, question and answer.")
         for part in self.parts:
             if not any(part in text for text in self.texts):
                 raise InputError(
@@ -82,7 +83,7 @@ def _words() -> dict[str, Any]:
 def facts(rng: Random) -> NeedleSource:
     """``The code of the red door is seven.``: keys that the bundled models never saw in training.
 
-    One relation for all needles of an example, different keys and, as long as there are any,
+    All needles of an example share one relation, with different keys and, as far as possible,
     different values.
     """
     words = _words()["facts"]
@@ -110,7 +111,7 @@ def facts(rng: Random) -> NeedleSource:
 def numbers(rng: Random) -> NeedleSource:
     """``The magic number of Fenmora is 48213.``: made-up names, random five-digit numbers.
 
-    The second number has the digits of the first in another order: a head that looks for equal
+    The second number is a permutation of the first one's digits: a head that looks for equal
     digits, and not for the name, finds as many in either.
     """
     first = str(_number(rng))
@@ -126,9 +127,9 @@ def numbers(rng: Random) -> NeedleSource:
 
 
 def several(rng: Random) -> NeedleSource:
-    """Three magic numbers of one made-up name, in three places, all asked for.
+    """Three magic numbers of one made-up name, in three places, all to be listed.
 
-    Those of the second name have the digits of the first name's, in other orders.
+    Those of the second name are permutations of the first name's digits.
     """
     first = tuple(str(_number(rng)) for _ in range(3))
     for place, name in enumerate(_names(rng)):
@@ -145,21 +146,21 @@ def several(rng: Random) -> NeedleSource:
 
 
 def _number(rng: Random) -> int:
-    """Five digits, at least three of them different, so that there are other orders."""
+    """Five digits, at least three of them different, so that permutations exist."""
     while len(set(str(number := rng.randint(10_000, 99_999)))) < 3:
         pass
     return number
 
 
 def _reordered(number: str, rng: Random) -> str:
-    """The same digits in another order, none of them a leading zero."""
+    """Permute the digits without a leading zero."""
     while (other := "".join(rng.sample(number, len(number)))) == number or other[0] == "0":
         pass
     return other
 
 
 def hops(rng: Random) -> NeedleSource:
-    """Two sentences in two places; the second is needed to answer what the first begins."""
+    """Two sentences in two places, both of which the answer requires."""
     names = _names(rng)
     for person, town, land in zip(names, names, names, strict=False):
         yield Needle(
@@ -181,13 +182,13 @@ NAMES = (*DRAWN, "prose")
 
 
 def fixed_needles(source: str | Path | Sequence[Needle]) -> tuple[Needle, ...] | None:
-    """Needles of a fixed list, in order; None for a set whose content is drawn.
+    """Needles of a fixed list, in order; None if their content is drawn at random.
 
     Args:
-        source: a name of :data:`NAMES`, a JSONL file, or needles.
+        source: a name in :data:`NAMES`, a JSONL file, or needles.
 
     Raises:
-        InputError: for an unknown name, or with one sentence for every bad line.
+        InputError: if the name is unknown, or with one sentence per bad line.
     """
     if source == "prose":
         return tuple(_from_mapping(one) for one in _words()["prose"])
@@ -203,7 +204,7 @@ def fixed_needles(source: str | Path | Sequence[Needle]) -> tuple[Needle, ...] |
 
 
 def _read_jsonl(path: Path) -> tuple[Needle, ...]:
-    """One object a line: ``{"needle": text or list, "question": ..., "answer": ...}``."""
+    """Read JSON Lines: ``{"needle": text or list, "question": ..., "answer": ...}``."""
     lines = read_lines(path)
     found, wrong = [], []
     for number, line in enumerate(lines, 1):
@@ -221,7 +222,7 @@ def _read_jsonl(path: Path) -> tuple[Needle, ...]:
 
 
 def _from_mapping(fields: Any) -> Needle:
-    """Read one object; ``real_needle`` is another name of ``answer`` in published files."""
+    """Parse one object; ``real_needle`` is an alias of ``answer`` in published files."""
     known = {"needle", "question", "answer", "real_needle"}
     if not isinstance(fields, dict):
         raise InputError('an object {"needle": ..., "question": ..., "answer": ...} is needed.')
@@ -242,25 +243,25 @@ def _from_mapping(fields: Any) -> Needle:
 
 
 def _names(rng: Random) -> Iterator[str]:
-    """Made-up names, all different."""
+    """Draw made-up names, all different."""
     syllables = _words()["syllables"]
     names = [start + end for start in syllables["starts"] for end in syllables["ends"]]
     yield from rng.sample(names, len(names))
 
 
-# A sentence with the white space before it; it ends at a full stop, question or exclamation mark
-# (with closing quotes), at a blank line, or with the text.
+# A sentence with the white space before it. It ends at a full stop, question or exclamation mark
+# (with closing quotes), at a blank line, or at the end of the text.
 _SENTENCE = re.compile(r"\s*\S.*?(?:[.!?][\"'\u201d\u2019)\]]*(?=\s|$)|(?=\n\s*\n)|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Sentences, each with the white space before it.
+    """Sentences of filler text, each with the white space before it.
 
     Attributes:
-        name: what messages and provenance call it.
+        name: name for messages and provenance.
         sentences: in their order.
-        ordered: whether the order is that of a text; else every example draws one of its own.
+        ordered: whether the order is that of a text; otherwise it is drawn anew for every example.
     """
 
     name: str
@@ -268,7 +269,7 @@ class Haystack:
     ordered: bool
 
     def endless(self, rng: Random) -> Iterator[str]:
-        """The sentences, from the start again where they end; drawn anew each time if unordered."""
+        """Repeat the sentences endlessly, in a new order each time if unordered."""
         while True:
             if self.ordered:
                 yield from self.sentences
@@ -277,10 +278,10 @@ class Haystack:
 
 
 def read_haystack(source: str | Path | None) -> Haystack:
-    """The bundled sentences, or those of a UTF-8 file or of a folder's ``.txt`` and ``.md`` files.
+    """Read the bundled sentences, a UTF-8 file, or a folder's ``.txt`` and ``.md`` files.
 
     Raises:
-        InputError: if there is nothing to read.
+        InputError: if there is no text to read.
     """
     if source is None:
         bundled = files("headscope.probes").joinpath("data", "haystack.txt").read_text("utf-8")
@@ -301,22 +302,22 @@ def read_haystack(source: str | Path | None) -> Haystack:
 
 
 def split_sentences(text: str) -> tuple[str, ...]:
-    """Sentences with the white space before each; joined they are the text, its end stripped."""
+    """Split a text into sentences, each with the white space before it."""
     found = [match.group() for match in _SENTENCE.finditer(text.rstrip())]
     if found and not found[0][0].isspace():
-        found[0] = " " + found[0]  # as where the text starts again
+        found[0] = " " + found[0]  # as if the text started again
     return tuple(found)
 
 
 class Piece(NamedTuple):
-    """A part of a text and the names of the sets that its tokens belong to."""
+    """Part of a text, and the marks that its tokens get."""
 
     text: str
     marks: tuple[str, ...] = ()
 
 
 class Assembled(NamedTuple):
-    """Token ids, and the positions of each mark in rising order."""
+    """Token ids, and the positions of each mark in ascending order."""
 
     ids: list[int]
     marks: dict[str, list[int]]
@@ -325,15 +326,15 @@ class Assembled(NamedTuple):
 def assemble(tokenizer: Tokenizer, pieces: Sequence[Piece], prefix: Sequence[int]) -> Assembled:
     """Tokenize the joined pieces and find the tokens of every mark.
 
-    With a fast tokenizer the text is tokenized once, and a token has a mark if it holds a character
-    of an unbroken run of pieces that have it, white space at the run's edges aside. Without
-    character offsets each run of equally marked pieces is tokenized by itself and the ids are
-    joined.
+    With a fast tokenizer the text is tokenized once, and a token gets a mark if it overlaps an
+    unbroken run of pieces with that mark, apart from white space at the run's edges. Without
+    character offsets each run of equally marked pieces is tokenized separately and the ids are
+    concatenated.
 
     Args:
-        tokenizer: reads the text.
-        pieces: the text is what they are joined.
-        prefix: ids in front.
+        tokenizer: the tokenizer.
+        pieces: the text is their concatenation.
+        prefix: ids to prepend.
     """
     if getattr(tokenizer, "is_fast", False):
         return _by_offsets(tokenizer, pieces, prefix)
@@ -362,7 +363,7 @@ def _by_offsets(tokenizer: Tokenizer, pieces: Sequence[Piece], prefix: Sequence[
 
 
 def _runs(pieces: Sequence[Piece]) -> list[Piece]:
-    """Neighbours of equal marks as one piece."""
+    """Merge adjacent pieces with equal marks."""
     runs: list[Piece] = []
     for piece in pieces:
         if runs and runs[-1].marks == piece.marks:
@@ -372,7 +373,7 @@ def _runs(pieces: Sequence[Piece]) -> list[Piece]:
     return runs
 
 
-# Stands for the content while the chat template is laid around it.
+# Placeholder for the content while the chat template is applied.
 _CONTENT = "\ue000"
 
 
@@ -381,10 +382,10 @@ class Placement:
     """What one example hides, and where.
 
     Attributes:
-        needle: the needle; its last text stands at ``depth``.
-        distractors: other needles, at places of their own.
-        depth: share of the haystack that stands before the needle, 0 to 1.
-        places: for every other hidden text, a number in [0, 1) that becomes its place.
+        needle: the needle; its last text is placed at ``depth``.
+        distractors: other needles, at their own places.
+        depth: share of the haystack before the needle, 0 to 1.
+        places: for every other hidden text, a number in [0, 1) that determines its place.
     """
 
     needle: Needle
@@ -395,14 +396,14 @@ class Placement:
 
 @dataclass(frozen=True)
 class NeedleExample:
-    """Tokens of a prompt with its answer appended, and the positions of every mark."""
+    """Tokens of a prompt with its answer, and the positions of every mark."""
 
     ids: list[int]
     marks: dict[str, list[int]]
 
 
 class Asked(NamedTuple):
-    """A question by itself: its tokens up to where the answer begins, and the answer's first."""
+    """A question without context: its tokens up to the answer, and the answer's first token."""
 
     ids: list[int]
     answer: int
@@ -422,8 +423,8 @@ class Writer:
 
     Attributes:
         tokenizer: with character offsets, or without (see :func:`assemble`).
-        prefix: ids in front; none where a chat template brings its own.
-        chat: whether the tokenizer's chat template is laid around the prompt.
+        prefix: ids to prepend; none if a chat template adds its own.
+        chat: whether to apply the tokenizer's chat template.
     """
 
     tokenizer: Tokenizer
@@ -434,15 +435,15 @@ class Writer:
     def fit(
         self, sentences: Iterator[str], forms: Sequence[tuple[Placement, Needle]], length: int
     ) -> tuple[str, ...]:
-        """As many whole sentences as keep every prompt, answer included, within ``length``.
+        """Take as many whole sentences as keep every prompt, answer included, within ``length``.
 
         Args:
-            sentences: endless.
-            forms: what may be hidden among them, with what is then asked about.
+            sentences: endless iterator.
+            forms: what may be hidden among them, with the needle that is then asked about.
             length: tokens.
 
         Raises:
-            InputError: if not even the needle, its question and its answer fit.
+            InputError: if the needle, its question and its answer alone are too long.
         """
         bare = max(len(self.write((), *form).ids) for form in forms)
         if bare > length:
@@ -458,18 +459,18 @@ class Writer:
                 break
             chosen.append(sentence)
         while chosen and max(len(self.write(chosen, *form).ids) for form in forms) > length:
-            chosen.pop()  # tokens at the seams are counted with their neighbours only here
+            chosen.pop()  # merges of tokens at sentence boundaries are only counted here
         return tuple(chosen)
 
     def size(self, sentence: str) -> int:
-        """Tokens of one sentence by itself."""
+        """Number of tokens of one sentence on its own."""
         if sentence not in self._sizes:
             ids = self.tokenizer(sentence, add_special_tokens=False)["input_ids"]
             self._sizes[sentence] = len(ids)
         return self._sizes[sentence]
 
     def write(self, sentences: Sequence[str], plan: Placement, asked: Needle) -> NeedleExample:
-        """The prompt that asks about ``asked``, with its answer."""
+        """Write the prompt that asks about ``asked``, with its answer."""
         context = self._context(sentences, plan)
         alone, whole, begin = self._written([*context, *_question(asked, self.chat)], asked)
         whole.marks["answer"] = list(range(begin, len(whole.ids)))
@@ -478,13 +479,13 @@ class Writer:
         return NeedleExample(whole.ids, whole.marks)
 
     def ask(self, asked: Needle) -> Asked:
-        """The question without any text, asked in the same way."""
+        """Write the question without any context, in the same form."""
         _, whole, begin = self._written(_question(asked, self.chat, closed=True), asked)
         begin = self._after_white(whole.ids, begin)
         return Asked(whole.ids[:begin], whole.ids[begin])
 
     def _written(self, content: list[Piece], asked: Needle) -> _Written:
-        """A prompt and its answer; in a chat after the words that the reply begins with."""
+        """Build a prompt and its answer; in a chat after the opening words of the reply."""
         before, after = self._around()
         content[0] = Piece(content[0].text.lstrip(), content[0].marks)
         prompt = [before, *content, after]
@@ -500,14 +501,14 @@ class Writer:
         return _Written(alone, whole, self._after_white(whole.ids, begin) if lead else begin)
 
     def _after_white(self, ids: list[int], begin: int) -> int:
-        """The first position from ``begin`` on whose token is more than white space."""
+        """First position from ``begin`` on whose token is not only white space."""
         texts = self.tokenizer.batch_decode([[one] for one in ids[begin:]])
         return begin + next((i for i, text in enumerate(texts) if text.strip()), 0)
 
     def _continued(
         self, before: Assembled, pieces: Sequence[Piece], more: Sequence[Piece]
     ) -> Assembled:
-        """Tokens of both; those of ``before`` stay as they are, whatever the tokenizer would do."""
+        """Tokens of both parts, keeping those of ``before`` whatever the tokenizer would merge."""
         if not more:
             return before
         whole = assemble(self.tokenizer, [*pieces, *more], self.prefix)
@@ -516,7 +517,7 @@ class Writer:
         return _joined(before, assemble(self.tokenizer, more, ()))
 
     def _around(self) -> tuple[Piece, Piece]:
-        """What the chat template puts before and after the content; nothing without one."""
+        """Text that the chat template puts before and after the content; empty without one."""
         if not self.chat:
             return Piece(""), Piece("")
         rendered = self.tokenizer.apply_chat_template(
@@ -524,13 +525,15 @@ class Writer:
         )
         parts = str(rendered).split(_CONTENT)
         if len(parts) != 2:
-            raise InputError("the chat template does not say the message once: pass chat=False.")
+            raise InputError(
+                "the chat template does not contain the message exactly once: pass chat=False."
+            )
         return Piece(parts[0]), Piece(parts[1])
 
     def _context(self, sentences: Sequence[str], plan: Placement) -> list[Piece]:
         """The haystack with everything hidden in it."""
         sizes = [0, *accumulate(self.size(sentence) for sentence in sentences)]
-        # As published: the place in tokens, moved left to where the last sentence ended.
+        # As published: the place in tokens, moved left to the end of the previous sentence.
         asked_for = bisect_right(sizes, plan.depth * sizes[-1]) - 1
         hidden: dict[int, list[Piece]] = {}
         own = [_hide(text, plan.needle.parts, "needle") for text in plan.needle.texts]
@@ -553,10 +556,10 @@ class Writer:
 
 
 def _hide(text: str, parts: tuple[str, ...], mark: str, rival: str = "") -> list[Piece]:
-    """One hidden sentence; the piece of the answer in it is marked ``needle_answer`` too.
+    """Pieces of one hidden sentence, with the answer in it marked ``needle_answer``.
 
-    A distractor has no mark for its answer, but for the one that is the needle's rival: its marks
-    are ``rival`` and ``rival_answer``.
+    A distractor's answer gets no mark, except for the needle's rival: its marks are ``rival`` and
+    ``rival_answer``.
     """
     text = f" {text}"
     marks = (mark, rival) if rival else (mark,)
@@ -570,7 +573,7 @@ def _hide(text: str, parts: tuple[str, ...], mark: str, rival: str = "") -> list
 
 
 def _last(part: str, text: str) -> tuple[int, int]:
-    """Where a part last stands in a text, as whole words if it does, with the space before it."""
+    """Span of a part's last occurrence in a text, as whole words if possible."""
     words = [match.start() for match in re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text)]
     start = words[-1] if words else text.rfind(part)
     spaced = start > 0 and text[start - 1] == " "
@@ -578,7 +581,7 @@ def _last(part: str, text: str) -> tuple[int, int]:
 
 
 def _opening(needle: Needle) -> str:
-    """How a reply begins that says the answer: as given, or as the needle says it."""
+    """Opening of a reply before the answer: as given, or as in the needle."""
     if needle.lead or needle.cloze:
         return needle.lead or needle.question
     first = needle.parts[0] if needle.parts else ""
@@ -592,7 +595,7 @@ def _opening(needle: Needle) -> str:
 
 
 def _question(needle: Needle, chat: bool, *, closed: bool = False) -> list[Piece]:
-    """What asks for the answer; ``closed``: without words about a text, since there is none."""
+    """The question; with ``closed`` it does not refer to a text, since there is none."""
     asked = needle.question
     if chat and needle.cloze and needle.asks:
         asked = needle.asks
@@ -609,7 +612,7 @@ def _question(needle: Needle, chat: bool, *, closed: bool = False) -> list[Piece
 
 
 def _answer(needle: Needle, space: str) -> list[Piece]:
-    """The answer, and in it what can be copied from the needle (mark ``copied``)."""
+    """The answer, with mark ``copied`` on what can be copied from the needle."""
     pieces, rest = [], space + needle.answer
     for part in needle.parts:
         start = rest.find(part)
@@ -628,7 +631,7 @@ def _joined(prompt: Assembled, answer: Assembled) -> Assembled:
 
 
 class NeedleDraw(NamedTuple):
-    """What one example hides and asks; its control hides, or asks about, ``other`` instead."""
+    """What one example hides and asks; its control uses ``other`` instead."""
 
     needle: Needle
     distractors: tuple[Needle, ...]
@@ -637,14 +640,14 @@ class NeedleDraw(NamedTuple):
 
 @dataclass(frozen=True)
 class Drawer:
-    """Draws needles of one set.
+    """Draws the needles of one set.
 
     Attributes:
-        source: as ``probes.needle`` takes it.
-        distractors: how many are wanted; of a fixed list, as many as there are.
-        control: what another needle, which is not in the text, is for: to be put in the
-            needle's place (``removed``), or to be asked about; None: for nothing.
-        seed: of random content.
+        source: as :func:`headscope.probes.needle` takes it.
+        distractors: requested number; of a fixed list, as many as there are.
+        control: use of another needle, which is not in the text: to replace the needle
+            (``removed``), or to be asked about; None: not needed.
+        seed: seed of random content.
     """
 
     source: str | Path | Sequence[Needle]
@@ -654,19 +657,19 @@ class Drawer:
     fixed: tuple[Needle, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read the list, if it is one."""
+        """Read the list, if the set is one."""
         object.__setattr__(self, "fixed", fixed_needles(self.source))
         if self.fixed is not None and self.control == "other_question" and len(self.fixed) < 2:
-            raise InputError("control='other_question' needs two needles at least; there is one.")
+            raise InputError("control='other_question' needs at least two needles; there is one.")
 
     @property
     def name(self) -> str:
-        """What provenance calls the set."""
+        """Name of the set, for provenance."""
         return Path(self.source).name if isinstance(self.source, str | Path) else "given"
 
     @property
     def per_cell(self) -> int:
-        """Examples of a cell unless the caller says otherwise."""
+        """Default number of examples per cell."""
         return 2 if self.fixed is None else len(self.fixed)
 
     def __call__(self, cell: tuple[int, float], number: int) -> NeedleDraw:
@@ -686,7 +689,7 @@ class Drawer:
         return NeedleDraw(needles[0], distractors, self._other(needles, 1 + len(distractors)))
 
     def _other(self, needles: tuple[Needle, ...], start: int) -> Needle | None:
-        """A needle that is not in the text; to stand in the first one's place, of as many parts."""
+        """A needle that is not in the text, with as many parts, to replace the first."""
         if self.control is None:
             return None
         if self.control == "other_question":
@@ -695,7 +698,7 @@ class Drawer:
         return next(alike, None)
 
     def clusters(self, numbers: Sequence[int]) -> Int[Tensor, " batch"] | None:
-        """Which needle each example has, where some share one; drawn needles are all different."""
+        """Needle of each example, if some share one; None if all are different."""
         if self.fixed is None:
             return None
         which = [number % len(self.fixed) for number in numbers]
@@ -724,61 +727,62 @@ def needle(
     bos: bool | None = None,
     seed: int = 0,
 ) -> Probe:
-    """Sentences hidden at several depths of texts of several lengths, and questions about them.
+    """Make needle-in-a-haystack examples over text lengths and needle depths.
 
-    After Kamradt's needle test as Wu et al. 2024 (arXiv 2404.15574) use it: of each haystack as
-    many whole sentences as fit; the needle stands at a share ``depth`` of their tokens, moved
-    left to the end of a sentence; the answer is only in the needle. Each example is the prompt
-    **with its answer appended**, for teacher-forced scores; the prompt alone ends at ``end``.
+    Follows Kamradt's needle test as used by Wu et al. 2024 (arXiv 2404.15574): the haystack is cut
+    to as many whole sentences as fit; the needle is inserted at a share ``depth`` of its tokens,
+    moved left to the end of a sentence; only the needle contains the answer. Each example is the
+    prompt **with its answer appended**, for teacher-forced scores; the prompt alone ends at
+    ``end``.
 
-    Marks: ``needle`` (all hidden sentences that the answer needs), ``needle_answer`` (the tokens
-    in it that say the answer; what the published code calls the needle), ``distractor``,
-    ``question``, ``end`` (last token of the prompt), ``answer`` (appended), ``answering`` (the
-    positions that predict those answer tokens which can be copied; teacher-forced scores are
-    means over these). A chat model replies in whole sentences, so with a chat template the words
-    that such a reply begins with stand between ``end`` and ``answer`` ("The magic number of
-    Fenmora is"). Targets are the answer's tokens. Facts: ``length`` and ``depth`` as asked
-    for, ``place`` (share of the prompt before the needle), ``number`` (which needle of the cell).
+    Marks: ``needle`` (all hidden sentences that the answer needs), ``needle_answer`` (the tokens in
+    it that say the answer; what the published code calls the needle), ``distractor``, ``question``,
+    ``end`` (last token of the prompt), ``answer`` (appended), ``answering`` (the positions that
+    predict those answer tokens which can be copied; teacher-forced scores are means over these). A
+    chat model replies in whole sentences, so with a chat template the opening words of such a reply
+    stand between ``end`` and ``answer`` ("The magic number of Fenmora is"). Targets are the
+    answer's tokens. Facts: ``length`` and ``depth`` as requested, ``place`` (share of the prompt
+    before the needle), ``number`` (index of the needle in the cell).
 
-    The control is what ``control`` says; it is paired, and in it a head that does not look for
-    what the question asks for scores what it scores in the probe. ``"removed"`` puts another needle
-    of the set in the needle's place, asks the same question, which the text no longer answers,
-    and appends the other needle's answer. (Of a set without another needle, sentences of the
-    haystack stand there, and the tokens at the answer's place are appended.) ``"other_question"``
-    keeps the text, asks about a needle that is not in it, and appends the same answer; behind its
-    first token a head that continues what it finds scores there too, which the score
-    ``retrieval_first_token`` leaves out.
+    The control is set by ``control``; it is paired, and a head that ignores what the question asks
+    for scores the same in it as in the probe. ``"removed"`` replaces the needle with another of the
+    set, asks the same question, which the text no longer answers, and appends the other needle's
+    answer. (If the set has no other needle, sentences of the haystack take its place, and the
+    tokens at the answer's place are appended.) ``"other_question"`` keeps the text, asks about a
+    needle that is not in it, and appends the same answer; after its first token a head that
+    continues what it finds scores there too, which the score ``retrieval_first_token`` excludes.
     ``"distractor"`` is the same text and question with the marks ``needle`` and ``needle_answer``
-    on a distractor; those of ``numbers`` have the answer's digits in another order, so that a
-    head which looks for equal digits, wherever they stand, scores the same there. A head that
-    looks at a fixed place does not: the distractor stands elsewhere.
+    on a distractor; those of ``numbers`` are permutations of the answer's digits, so that a head
+    which looks for equal digits anywhere scores the same there. A head that attends to a fixed
+    place does not: the distractor is elsewhere.
 
-    Examples of a fixed set that share a needle are a cluster: errors and tests count needles.
+    Examples of a fixed set that share a needle form a cluster: errors and tests count needles.
 
     Args:
-        model: whose tokenizer reads the texts.
-        lengths: tokens of an example, answer included, at most; default: a quarter, half and all
-            of what the model reads, up to 1024.
+        model: its tokenizer encodes the texts.
+        lengths: maximum tokens of an example, answer included; default: a quarter, half and all of
+            the model's context, up to 1024.
         depths: shares from 0 (start) to 1 (end), or how many of them, evenly spaced.
         needles: ``numbers`` (random numbers of made-up names; the default with a chat template),
             ``facts`` (random key-value facts in the words of the bundled models, as a sentence to
             complete, for a chat model as a question; the default without a template), ``several``
-            (three numbers of one name), ``hops`` (a chain of two), ``prose`` (fixed sentences);
-            a JSONL file with ``{"needle": text or list, "question": ..., "answer": ...}``; or
-            a list of :class:`Needle`. Random content cannot be answered from memory.
-        per_cell: examples per length and depth; default: 2 with random content, else all needles.
-        distractors: other needles of the same set in the text (with a fixed set at most the
-            rest of it).
-        haystack: a UTF-8 file or folder, read in order; default: bundled sentences, drawn anew
+            (three numbers of one name), ``hops`` (a chain of two), ``prose`` (fixed sentences); a
+            JSONL file with ``{"needle": text or list, "question": ..., "answer": ...}``; or a list
+            of :class:`Needle`. Random content cannot be answered from memory.
+        per_cell: examples per length and depth; default: 2 with random content, otherwise all
+            needles.
+        distractors: number of other needles of the same set in the text (with a fixed set at most
+            the rest of it).
+        haystack: a UTF-8 file or folder, read in order; default: bundled sentences, in a new order
             for every example.
         control: see above; default: ``"other_question"`` for ``numbers`` and ``several``, whose
-            digits a control must keep, else ``"removed"``.
-        chat: lay the tokenizer's chat template around the prompt; default: if it has one.
-        bos: whether a BOS stands in front; default: as the tokenizer does. Not with ``chat``.
+            digits a control must keep, otherwise ``"removed"``.
+        chat: apply the tokenizer's chat template; default: if it has one.
+        bos: whether to prepend a BOS; default: as the tokenizer does. Not with ``chat``.
         seed: the same seed gives the same bytes.
 
     Raises:
-        InputError: if an argument makes no sense, or a text does not fit the model.
+        InputError: if an argument is invalid, or a text does not fit the model's context.
 
     Example:
         >>> import headscope as hs
@@ -832,10 +836,10 @@ def needle(
 
 
 def writer_for(model: HasVocabulary, chat: bool | None, bos: bool | None) -> Writer:
-    """Write prompts for a model, in its chat template if it has one or that is asked for.
+    """Make a prompt writer for a model, with its chat template if it has one.
 
     Raises:
-        InputError: if there is no tokenizer or no template, or a BOS is asked for beside it.
+        InputError: if the model has no tokenizer or no template, or a BOS is requested with one.
     """
     tokenizer = model.tokenizer
     if tokenizer is None:
@@ -865,7 +869,7 @@ class _Made(NamedTuple):
 def _cells(
     model: HasVocabulary, lengths: Sequence[int] | int | None, depths: Sequence[int | float] | int
 ) -> list[tuple[int, float]]:
-    """Every length with every depth."""
+    """All combinations of length and depth."""
     if lengths is None:
         most = min(model.shape.n_ctx or _LONGEST, _LONGEST)
         wanted = [most // 4, most // 2, most]
@@ -879,7 +883,7 @@ def _cells(
     if not wanted or not shares or min(wanted) < 1:
         raise InputError("give at least one length of 1 or more, and at least one depth.")
     if not all(0 <= depth <= 1 for depth in shares):
-        raise InputError(f"depths are shares from 0 to 1; got {shares}.")
+        raise InputError(f"depths={shares}: give shares from 0 to 1.")
     check_length(model, max(wanted), what="a needle prompt", fix="ask for shorter lengths")
     return [(length, depth) for length in wanted for depth in shares]
 
@@ -892,7 +896,7 @@ def _example(
     number: int,
     control: Control,
 ) -> _Made:
-    """One example and its control."""
+    """Write one example and its control."""
     length, depth = cell
     drawn = draw(cell, number)
     rng = Random(f"haystack {draw.seed} {cell} {number}")  # noqa: S311 - sentences, not secrets
@@ -919,7 +923,7 @@ def _example(
 
 
 def _asking(needle: Needle, question: Needle) -> Needle:
-    """A needle under the question of another."""
+    """A needle with the question of another."""
     return replace(
         needle,
         question=question.question,
@@ -930,10 +934,10 @@ def _asking(needle: Needle, question: Needle) -> Needle:
 
 
 def _of_rival(example: NeedleExample) -> NeedleExample:
-    """The same text, with the needle's marks on the distractor that is its rival."""
+    """The same text, with the needle's marks moved to its rival distractor."""
     if "rival_answer" not in example.marks:
         raise InputError(
-            "control='distractor' needs a second needle, whose answer is said in its text: give "
+            "control='distractor' needs a second needle whose answer occurs in its text: give "
             "more needles, or another control."
         )
     moved = {name: example.marks[f"rival{name.removeprefix('needle')}"] for name in _HIDDEN}
@@ -943,7 +947,7 @@ def _of_rival(example: NeedleExample) -> NeedleExample:
 def _without_needle(
     writer: Writer, example: NeedleExample, sentences: Iterator[str]
 ) -> NeedleExample:
-    """The same with the tokens of further sentences where the needle stood, and in its answer."""
+    """The same example with further haystack sentences in place of the needle and its answer."""
     ids, places = list(example.ids), example.marks["needle"]
     filler: list[int] = []
     while len(filler) < len(places):

@@ -1,11 +1,10 @@
-"""Clean and corrupt prompts with one-token answers, by the name of the task, IOI among them.
+"""Clean and corrupt prompt pairs with one-token answers, by task: IOI and others.
 
-The sentences are our own, after the tasks of the sources that each function names. A task is an
-endless stream of :class:`Pair`; :func:`pairs` keeps those that the tokenizer reads with answers of
-one token and in equally many tokens. The prompts of IOI ("When Mary and John went to the store,
+The sentences are our own, modelled on the tasks of the sources that each function names. A task is
+an endless stream of :class:`Pair`; :func:`pairs` keeps those that the tokenizer encodes with
+single-token answers and equal lengths. The prompts of IOI ("When Mary and John went to the store,
 John gave a drink to" -> Mary; Wang et al. 2022, arXiv 2211.00593) use only names, places and
-objects that are one token where they stand in a sentence, so that all prompts of one template have
-one length.
+objects that are single tokens in the sentence, so that all prompts of one template have one length.
 """
 
 from collections import defaultdict
@@ -71,11 +70,11 @@ CAPITALS = {
 
 
 class Pair(NamedTuple):
-    """A prompt, the same with something else in it, and what follows the first.
+    """A clean and a corrupt prompt, with the answer and a wrong alternative.
 
     Attributes:
         clean, corrupt: texts that differ in some words.
-        answer, foil: what follows the clean text, and a wrong alternative, with their spaces.
+        answer, foil: continuation of the clean text, and a wrong alternative, with leading spaces.
         flipped: whether after the corrupt text the foil is right and the answer wrong.
         marks: name -> characters of the clean text, end excluded.
     """
@@ -91,9 +90,9 @@ class Pair(NamedTuple):
 def greater_than(rng: Random) -> Iterator[Pair]:
     """``The war lasted from the year 1732 to the year 17`` -> ``58``, not ``14``.
 
-    Hanna et al. 2023 (arXiv 2305.00586). The corrupt prompt begins in the year 01 of the century,
-    after which either is right. Where the tokenizer reads years digit by digit the answer is the
-    tens digit. Mark: ``year``, the two digits that the answer must be greater than.
+    Hanna et al. 2023 (arXiv 2305.00586). The corrupt prompt starts in the year 01 of the century,
+    after which either is right. If the tokenizer splits years into digits, the answer is the tens
+    digit. Mark: ``year``, the two digits that the answer must exceed.
     """
     while True:
         century, start = rng.randint(11, 19), rng.randint(20, 79)
@@ -140,12 +139,12 @@ def agreement(rng: Random) -> Iterator[Pair]:
 
 
 def docstring(rng: Random) -> Iterator[Pair]:
-    """A Python function whose docstring names its arguments in order -> the third of them.
+    """A Python function whose docstring lists its arguments in order -> the third of them.
 
-    Heimersheim and Janiak 2023 (alignmentforum.org, "A circuit for Python docstrings in a
-    4-layer attention-only transformer"). In the corrupt prompt the third and the fourth argument
-    change places in the definition. Marks: ``argument`` (the third) and ``other`` (the fourth) in
-    the definition, ``documented`` (the second in the docstring).
+    Heimersheim and Janiak 2023 (alignmentforum.org, "A circuit for Python docstrings in a 4-layer
+    attention-only transformer"). In the corrupt prompt the third and the fourth argument are
+    swapped in the definition. Marks: ``argument`` (the third) and ``other`` (the fourth) in the
+    definition, ``documented`` (the second in the docstring).
     """
     while True:
         a, b, c, d = rng.sample(_ARGUMENTS, 4)
@@ -176,9 +175,9 @@ def docstring(rng: Random) -> Iterator[Pair]:
 def colour_objects(rng: Random) -> Iterator[Pair]:
     """``... a red pen, a blue cup and a green book. The colour of the cup is`` -> ``blue``.
 
-    After the coloured objects of BIG-bench, as Merullo et al. 2023 (arXiv 2310.08744) use them. The
-    corrupt prompt asks for another of the objects. Marks: ``asked`` (the object asked for),
-    ``object`` and ``colour`` where it is told.
+    Modelled on the coloured objects of BIG-bench, as used by Merullo et al. 2023 (arXiv
+    2310.08744). The corrupt prompt asks for another of the objects. Marks: ``asked`` (the object
+    asked for), ``object`` and ``colour`` in the list.
     """
     while True:
         colours, objects = rng.sample(_COLOURS, 3), rng.sample(_OBJECTS, 3)
@@ -208,8 +207,8 @@ def colour_objects(rng: Random) -> Iterator[Pair]:
 def capital_of(rng: Random) -> Iterator[Pair]:
     """``The capital of France is the city of`` -> ``Paris``, not ``Rome``.
 
-    A fact that is recalled, not read. The corrupt prompt names the foil's country. Mark:
-    ``country``.
+    Factual recall: the answer is not in the prompt. The corrupt prompt names the foil's country.
+    Mark: ``country``.
     """
     forms = (
         "The capital of {} is the city of",
@@ -246,7 +245,7 @@ def _place(text: str, word: str) -> tuple[int, int]:
 
 
 def _last(text: str, word: str, within: str = "") -> tuple[int, int]:
-    """Where a word last stands, as part of ``within``."""
+    """Span of a word's last occurrence, within ``within``."""
     whole = within or word
     start = text.rindex(whole) + whole.index(word)
     return start, start + len(word)
@@ -278,7 +277,7 @@ _WORDS = {
 
 
 class _Prompt(NamedTuple):
-    """One sentence, with where its words are."""
+    """One sentence, with the positions of its words."""
 
     encoded: Encoded
     s1: int
@@ -295,19 +294,19 @@ def ioi(
     corrupt: Corruption = "flip",
     bos: bool | None = None,
 ) -> Probe:
-    """Two names, one of them said twice; the answer is the other (the indirect object, IO).
+    """Indirect object identification: two names, one repeated; the answer is the other (IO).
 
-    Half the prompts name the IO first (ABBA), half the subject S (BABA). Prompts of one template
-    and order are a cluster: errors and tests count these (12 at most). The target at ``end``
-    is the IO, the foil is S. Marks: ``end``, ``io``, ``s1``, ``s1_next`` (the token after S1),
-    ``s2``. ``probe.corrupt`` has the same sentences with another second name, aligned:
+    Half of the prompts name the IO first (ABBA), half the subject S (BABA). Prompts with the same
+    template and order form a cluster: errors and tests count these (12 at most). The target at
+    ``end`` is the IO, the foil is S. Marks: ``end``, ``io``, ``s1``, ``s1_next`` (the token after
+    S1), ``s2``. ``probe.corrupt`` has the same sentences with another second name, aligned:
 
     * ``"flip"``: S2 becomes the IO. The right answer becomes S, and the corrupt probe's targets
       and foils say so.
     * ``"third"``: S2 becomes a third name (ABC). There is no right answer; targets and foils
       are kept, and a model has no reason to prefer either.
 
-    Marks always name places: ``s2`` is where S2 stood.
+    Marks always refer to places: ``s2`` is where S2 was.
 
     Raises:
         InputError: if the tokenizer has fewer than three of the names, or no place or object,
@@ -346,7 +345,7 @@ def ioi(
     probe = _ioi_probe(clean, clean, seed, settings, flipped=False)
     check_length(model, probe.length, what="an IOI prompt", fix="this model is too small for it")
     paired = _ioi_probe(other, clean, seed, settings, flipped=corrupt == "flip")
-    # Names, places and objects are drawn; what prompts share is the template and its order.
+    # Names, places and objects are random; prompts with the same template and order are a cluster.
     clusters = torch.tensor(forms)
     return replace(probe, corrupt=replace(paired, clusters=clusters), clusters=clusters)
 
@@ -356,7 +355,7 @@ def _is_one_token(tokenizer: Tokenizer, word: str) -> bool:
 
 
 def _same_length(tokenizer: Tokenizer, names: list[str], place: str, gift: str) -> list[str]:
-    """The largest set of templates that have one length in tokens; of equals the shortest."""
+    """Largest set of templates with the same length in tokens; on ties the shortest."""
     by_length: dict[int, list[str]] = defaultdict(list)
     for template in _TEMPLATES:
         said = {"a": names[0], "b": names[1], "s": names[0], "io": names[1]}
@@ -368,7 +367,7 @@ def _same_length(tokenizer: Tokenizer, names: list[str], place: str, gift: str) 
 def _prompt(
     tokenizer: Tokenizer, prefix: list[int], template: str, words: dict[str, str], s: str, said: str
 ) -> _Prompt:
-    """One encoded sentence up to its answer; ``said`` stands where S2 belongs."""
+    """Encode one sentence up to its answer; ``said`` takes the place of S2."""
     full = template.format(**words, s=said)
     encoded = encode(tokenizer, full, prefix)
     first, last = full.index(f" {words['a']} ") + 1, full.rindex(" ") + 1
@@ -391,7 +390,7 @@ def _ioi_probe(
     *,
     flipped: bool,
 ) -> Probe:
-    """Stack prompts; answers and places are those of the clean ones."""
+    """Stack prompts; answers and positions are those of the clean ones."""
     tokens, real = pad_right([one.encoded.ids for one in prompts])
     end = [len(one.encoded.ids) - 1 for one in prompts]
     rows = torch.arange(len(prompts))
@@ -425,19 +424,19 @@ _TOKENS_PER_PASS = 8192
 
 @runtime_checkable
 class CanAnswer(Protocol):
-    """What can be run on tokens; every ``HeadModel`` can."""
+    """Interface of a model that can be run on tokens; every ``HeadModel`` satisfies it."""
 
     def forward(self, tokens: Tensor, **options: Any) -> Tensor:
         """Logits ``[batch pos d_vocab]``."""
 
 
 def with_accuracy(model: object, probe: Probe) -> Probe:
-    """The probe and its corrupt pair with what the model makes of them.
+    """Add the model's accuracy to the probe and its corrupt pair.
 
-    ``facts["right"]`` is 1 where the model gives the target a higher logit than the foil (without
-    foils: where the target is the likeliest token), else 0; ``settings["accuracy"]`` is its
-    mean, and ``settings["accuracy_corrupt"]`` that of the corrupt prompts where they have answers
-    of their own. What cannot be run (a tokenizer alone) is left as it is.
+    ``facts["right"]`` is 1 if the model gives the target a higher logit than the foil (without
+    foils: if the target is the most likely token), otherwise 0; ``settings["accuracy"]`` is its
+    mean, and ``settings["accuracy_corrupt"]`` that of the corrupt prompts if they have their own
+    answers. Without a model to run (a tokenizer alone) the probe is unchanged.
     """
     if not isinstance(model, CanAnswer):
         return probe
@@ -457,7 +456,7 @@ def with_accuracy(model: object, probe: Probe) -> Probe:
 
 
 def _right(model: CanAnswer, probe: Probe) -> Bool[Tensor, " example"]:
-    """Whether each example's answer wins."""
+    """Whether each example's answer has the highest logit of its alternatives."""
     at = (probe.targets >= 0).int().argmax(1)
     found: list[Bool[Tensor, " some"]] = []
     for rows in torch.arange(len(probe)).split(max(1, _TOKENS_PER_PASS // probe.length)):
@@ -477,7 +476,7 @@ def _right(model: CanAnswer, probe: Probe) -> Bool[Tensor, " example"]:
 
 
 NAMES = ("ioi", *TASKS)
-# Prompts that are drawn for every one that is wanted; the rest do not fit or are the same.
+# Prompts drawn per requested prompt; the others do not fit or are duplicates.
 _DRAWN = 60
 
 
@@ -488,29 +487,29 @@ def pairs(
     seed: int = 0,
     **options: bool | str | None,
 ) -> Probe:
-    """Paired prompts of a known task: ``probe`` is the clean batch, ``probe.corrupt`` the other.
+    """Make paired prompts of a known task; ``probe.corrupt`` holds the corrupt prompts.
 
     Both are aligned position by position and have one length; answers and foils are single tokens
-    where they follow the text, checked for the model's tokenizer. Targets and foils stand at
-    ``end``. Where in the corrupt prompts the foil is right their targets and foils say so
-    (``settings["flipped"]``).
+    after the text, checked for the model's tokenizer. Targets and foils are at ``end``. If the foil
+    is right in the corrupt prompts, their targets and foils are swapped (``settings["flipped"]``).
 
-    A model may not be able to do the task. Where the model can be run, ``settings["accuracy"]``
-    is the share of the prompts in which the answer has a higher logit than the foil (0.5 by
-    guessing), ``settings["accuracy_corrupt"]`` that of the corrupt ones where they are flipped,
-    and ``facts["right"]`` says it of every example.
+    A model may be unable to do the task. If the model can be run, ``settings["accuracy"]`` is the
+    share of the prompts in which the answer has a higher logit than the foil (0.5 by guessing),
+    ``settings["accuracy_corrupt"]`` that of the corrupt ones if they are flipped, and
+    ``facts["right"]`` gives it per example.
 
     Args:
-        model: whose tokenizer reads the prompts.
+        model: its tokenizer encodes the prompts.
         task: ``"ioi"`` (:func:`headscope.probes.pairs.ioi`), ``"greater_than"``, ``"agreement"``
-            (of subject and verb), ``"docstring"``, ``"colour_objects"`` or ``"capital_of"``, which
-            :mod:`headscope.probes.pairs` describes one by one; a hyphen is as good.
-        batch: examples, all different pairs.
+            (of subject and verb), ``"docstring"``, ``"colour_objects"`` or ``"capital_of"``,
+            described one by one in :mod:`headscope.probes.pairs`; hyphens work, too.
+        batch: number of examples, all different pairs.
         seed: the same seed gives the same prompts.
-        options: ``bos``, whether a BOS stands in front; of IOI also ``corrupt="third"``.
+        options: ``bos``, whether to prepend a BOS; for IOI also ``corrupt="third"``.
 
     Raises:
-        InputError: if the task is unknown, the tokenizer cannot do it, or it has fewer prompts.
+        InputError: if the task is unknown, the tokenizer cannot encode it, or it has too few
+            prompts.
 
     Example:
         >>> probe = hs.probes.pairs(model, "ioi", batch=4)
@@ -533,7 +532,7 @@ def pairs(
 
 
 class _Fitted(NamedTuple):
-    """A pair as tokens, with the ids of its answers and the positions of its marks."""
+    """An encoded pair, with the ids of its answers and the positions of its marks."""
 
     clean: list[int]
     corrupt: list[int]
@@ -562,7 +561,7 @@ def _paired(model: HasVocabulary, task: str, batch: int, seed: int, bos: bool | 
 def _by_length(
     tokenizer: Tokenizer, prefix: list[int], drawn: Iterator[Pair], batch: int
 ) -> dict[int, list[_Fitted]]:
-    """Different pairs that fit, by their tokens, until one length has enough."""
+    """Draw different encodable pairs until one length has enough."""
     found: dict[int, list[_Fitted]] = defaultdict(list)
     seen: set[tuple[str, str]] = set()
     for pair in islice(drawn, _DRAWN * batch + 1000):
@@ -591,7 +590,7 @@ def _too_few(model: HasVocabulary, task: str, batch: int, there: int) -> str:
 
 
 def _fitted(tokenizer: Tokenizer, prefix: list[int], pair: Pair) -> _Fitted | None:
-    """The pair as tokens; None unless answers are single tokens and both texts are aligned."""
+    """Encode the pair; None unless answers are single tokens and both texts are aligned."""
     clean, corrupt = (encode(tokenizer, text, prefix) for text in (pair.clean, pair.corrupt))
     if len(clean.ids) != len(corrupt.ids):
         return None
@@ -605,7 +604,7 @@ def _fitted(tokenizer: Tokenizer, prefix: list[int], pair: Pair) -> _Fitted | No
 
 
 def _following(tokenizer: Tokenizer, prefix: list[int], before: Encoded, word: str) -> int | None:
-    """Id of the one token that a word adds to a text; None if it is not one."""
+    """Id of the single token that a word adds to a text; None if it adds several."""
     both = encode(tokenizer, before.text + word, prefix).ids
     added = both[len(before.ids) :]
     return added[0] if len(added) == 1 and both[:-1] == before.ids else None

@@ -1,4 +1,4 @@
-"""Probe: a batch of token sequences with known structure, and the facts that scorers need."""
+"""``Probe``: a batch of token sequences with known structure, and the facts that scorers need."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from headscope.errors import InputError
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Probe(Saved, Shown):
-    """A batch of token sequences with known structure; :attr:`batch` is what the model reads.
+    """Batch of token sequences with known structure; the model reads :attr:`batch`.
 
     Attributes:
         tokens: token ids; what stands at padding is never looked at. Of images, the number of each
@@ -115,7 +115,7 @@ class Probe(Saved, Shown):
         beside |= {} if self.source is None else {"the source": len(self.source)}
         for name, count in beside.items():
             if count != len(self):
-                raise InputError(f"{name} has {count} examples, the tokens {len(self)}.")
+                raise InputError(f"{name} has {count} examples, but the tokens have {len(self)}.")
         object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
         object.__setattr__(self, "pairs", MappingProxyType(dict(self.pairs)))
         object.__setattr__(self, "marks", MappingProxyType(dict(self.marks)))
@@ -135,22 +135,22 @@ class Probe(Saved, Shown):
             )
 
     def __len__(self) -> int:
-        """Return the number of examples."""
+        """Number of examples."""
         return int(self.tokens.shape[0])
 
     @property
     def batch(self) -> Batch:
-        """What goes into the model, without the structure."""
+        """Input of the model, without the structure."""
         if self.sequence == PATCHES:
             return Batch(self.inputs, {PATCHES: self.real}, self.targets)
         beside = self.inputs if PIXELS in self.inputs else {}
         return Batch({TOKENS: self.tokens, **beside}, {TEXT: self.real}, self.targets)
 
     def on_grid(self, grid: PatchGrid | None) -> "Probe":
-        """The same probe with its images cut as a model cuts them; itself where nothing is left.
+        """Cut images into patches as a model does; a probe already cut that way is returned as is.
 
         Args:
-            grid: of the model that will read it; None: it reads no images.
+            grid: patch grid of the model that will read it; None: it reads no images.
         """
         if self.sequence != PATCHES or self.grid is not None or grid is None:
             return self
@@ -160,16 +160,15 @@ class Probe(Saved, Shown):
 
     @property
     def of_source(self) -> "Probe":
-        """What the encoder of an encoder-decoder reads, with what its decoder reads beside it.
+        """Probe of an encoder-decoder's source, with the decoder's input beside it.
 
         Raises:
             InputError: if the probe has no source.
         """
         if self.source is None:
             raise InputError(
-                "this probe has no source, which an encoder-decoder reads: use "
-                "hs.probes.translation, or give hs.probes.from_batch input_ids and "
-                "decoder_input_ids."
+                "this probe has no source for an encoder-decoder: use hs.probes.translation, or "
+                "give hs.probes.from_batch input_ids and decoder_input_ids."
             )
         decoder = {"decoder_input_ids": self.tokens, "decoder_attention_mask": self.real.long()}
         features = {
@@ -184,7 +183,7 @@ class Probe(Saved, Shown):
 
     @property
     def cluster_labels(self) -> tuple[int, ...] | None:
-        """Cluster of each example, as numbers; None where every example stands for itself."""
+        """Cluster of each example, as numbers; None if all examples are independent."""
         return None if self.clusters is None else tuple(int(one) for one in self.clusters.tolist())
 
     @cached_property
@@ -199,7 +198,7 @@ class Probe(Saved, Shown):
 
     @property
     def answering(self) -> Bool[Tensor, "batch pos"]:
-        """Positions that a model says something at: every real one, the first of an image."""
+        """Positions at which a model makes a prediction: every real one, or an image's first."""
         if self.sequence != PATCHES:
             return self.real
         return self.real & (self.tokens == 0)
@@ -211,10 +210,10 @@ class Probe(Saved, Shown):
 
     @cached_property
     def previous_occurrence(self) -> Int[Tensor, "batch pos"]:
-        """Last earlier position with the same ``structure`` label; -1 where there is none.
+        """Last earlier position with the same ``structure`` label; -1 if there is none.
 
-        Following it again and again visits every earlier occurrence. Found by one stable sort,
-        in memory linear in the length.
+        Following it repeatedly visits every earlier occurrence. Found by one stable sort, in memory
+        linear in the length.
         """
         labels = self.structure.masked_fill(~self.real, -1)
         by_label = labels.argsort(dim=1, stable=True)
@@ -226,7 +225,7 @@ class Probe(Saved, Shown):
 
     @cached_property
     def most_earlier(self) -> int:
-        """Largest number of earlier occurrences that any position has."""
+        """Largest number of earlier occurrences of any position."""
         if self.host is not self:
             return self.host.most_earlier
         labels = self.structure.masked_fill(~self.real, -1).sort(dim=1).values
@@ -238,11 +237,11 @@ class Probe(Saved, Shown):
 
     @cached_property
     def host(self) -> "Probe":
-        """The same probe on the CPU: to be asked what decides a size, as no device waits for it."""
+        """The same probe on the CPU, where reading a size does not force a device sync."""
         return self if self.tokens.device.type == "cpu" else self.to("cpu")
 
     def glance(self) -> Glance:
-        """Kind, size, what is marked, and how long the examples are."""
+        """Show kind, size, marks, and the lengths of the examples."""
         lengths = self.real.sum(1)
         short, long = int(lengths.min()), int(lengths.max())
         rows = [
@@ -281,7 +280,7 @@ class Probe(Saved, Shown):
         )
 
     def mark(self, name: str) -> Bool[Tensor, "batch pos"]:
-        """Positions marked ``name``.
+        """Mask of the positions marked ``name``.
 
         Raises:
             InputError: if there is no such mark.
@@ -292,7 +291,7 @@ class Probe(Saved, Shown):
         return self.marks[name]
 
     def related(self, name: str) -> Int[Tensor, "pair 3"]:
-        """Pairs of the relation ``name``: example, query and key of each.
+        """Pairs of the relation ``name``, as ``(example, query, key)``.
 
         Raises:
             InputError: if there is no such relation.
@@ -321,7 +320,7 @@ class Probe(Saved, Shown):
         )
 
     def _unchecked(self, **changes: Any) -> "Probe":
-        """The same facts elsewhere: checking them again would make the host wait for a device."""
+        """Copy the fields without checking them again, which would force a device sync."""
         made = object.__new__(Probe)
         for one in fields(self):
             object.__setattr__(made, one.name, changes.get(one.name, getattr(self, one.name)))
@@ -330,7 +329,7 @@ class Probe(Saved, Shown):
         return made
 
     def examples(self, chosen: slice | Int[Tensor, " some"]) -> "Probe":
-        """The same probe with some of its examples, in the order given."""
+        """Select some examples, in the order given."""
         numbers = torch.arange(len(self))[chosen]
         return replace(
             self,
@@ -356,13 +355,13 @@ def of_images(
     classes: Int[Tensor, " batch"] | None = None,
     **facts: Any,
 ) -> Probe:
-    """A probe of images, with the marks of their kinds of positions.
+    """Make a probe of images, with marks for the kinds of positions.
 
     Args:
         pixels: as the model reads them.
-        grid: how it cuts them; None: not known yet.
-        classes: of each image, the target at the first position; -1 or None: none is asked for.
-        facts: other fields of the probe; ``marks`` are added.
+        grid: patch grid of the model; None: not known yet.
+        classes: target of each image at the first position; -1 or None: none.
+        facts: other fields of the probe; ``marks`` are added to.
     """
     asked = torch.full((len(pixels),), -1) if classes is None else classes.long()
     whole = torch.zeros(len(pixels), 1, dtype=torch.long)
@@ -382,7 +381,7 @@ def of_images(
 
 
 def _cut(grid: PatchGrid, batch: int) -> dict[str, Any]:
-    """What a grid says of images: their positions, which are all real, and the kinds of them."""
+    """Fields that follow from an image's grid: positions, which are all real, and their kinds."""
     tokens = torch.arange(grid.length).repeat(batch, 1)
     real = torch.ones_like(tokens, dtype=torch.bool)
     known = {"tokens": tokens, "real": real, "structure": tokens, "marks": grid.marks(batch)}
@@ -390,7 +389,7 @@ def _cut(grid: PatchGrid, batch: int) -> dict[str, Any]:
 
 
 def at_first(classes: Int[Tensor, " batch"], length: int) -> Int[Tensor, "batch pos"]:
-    """Classes as targets of the first position, where the answer of a whole image stands."""
+    """Place classes as targets at the first position, where a whole image is classified."""
     targets = torch.full((len(classes), length), -1, device=classes.device)
     targets[:, 0] = classes
     return targets
@@ -399,7 +398,7 @@ def at_first(classes: Int[Tensor, " batch"], length: int) -> Int[Tensor, "batch 
 def pairs_of_examples(
     pairs: Int[Tensor, "pair 3"], numbers: Int[Tensor, " some"]
 ) -> Int[Tensor, "kept 3"]:
-    """Pairs of some examples, which are numbered anew."""
+    """Pairs of some examples, renumbered."""
     parts = [pairs[:0]]
     for new, old in enumerate(numbers.tolist()):
         part = pairs[pairs[:, 0] == old].clone()
@@ -409,7 +408,7 @@ def pairs_of_examples(
 
 
 def probe_digest(*probes: Probe | None) -> str:
-    """SHA-256 over all that edits and metrics may read of some probes."""
+    """SHA-256 of everything in some probes that edits and metrics may read."""
     digest = hashlib.sha256()
     for probe in probes:
         if probe is None:

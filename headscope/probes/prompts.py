@@ -1,4 +1,4 @@
-"""Your own prompts: from a JSON Lines file, or demonstrations with labels and a query."""
+"""Probes from user prompts: JSON Lines files, and in-context demonstrations with a query."""
 
 import json
 import re
@@ -56,16 +56,16 @@ _NAMED = re.compile(
 
 
 def find_span(text: str, said: str) -> tuple[int, int]:
-    """Characters of a part of a text, end excluded.
+    """Find the characters of a part of a text, end excluded.
 
     Args:
-        text: to look in.
-        said: the part itself, which must stand there once; or which of several it is, the part in
-            quotes: ``the second 'Mary'``, ``the last 'to'``, ``the 12th ','``. As whole words if
-            it stands there as whole words.
+        text: text to search.
+        said: the part itself, which must occur exactly once; or an occurrence, with the part in
+            quotes: ``the second 'Mary'``, ``the last 'to'``, ``the 12th ','``. Whole words are
+            preferred.
 
     Raises:
-        InputError: if it does not stand there, or more often than once where nothing says which.
+        InputError: if the part does not occur, or occurs several times without an ordinal.
 
     Example:
         >>> from headscope.probes.prompts import find_span
@@ -75,29 +75,29 @@ def find_span(text: str, said: str) -> tuple[int, int]:
     named = _NAMED.fullmatch(said.strip())
     part = said if named is None else named["part"]
     if not part.strip():
-        raise InputError("a part of a text without a character cannot be found.")
+        raise InputError("the part of the text to find is empty.")
     whole = re.finditer(rf"(?<!\w){re.escape(part)}(?!\w)", text)
     starts = [match.start() for match in whole]
     if not starts:
         starts = [match.start() for match in re.finditer(re.escape(part), text)]
     if not starts:
-        raise InputError(f"{part!r} does not stand in the text {_short(text)}.")
+        raise InputError(f"{part!r} does not occur in the text {_short(text)}.")
     if named is None and len(starts) > 1:
         raise InputError(
-            f"{part!r} stands {len(starts)} times in the text {_short(text)}: say which, e.g. "
+            f"{part!r} occurs {len(starts)} times in the text {_short(text)}: say which, e.g. "
             f"\"the second '{part}'\"."
         )
     number = 1 if named is None else _number(named["nth"].lower())
     if number > len(starts):
         raise InputError(
-            f"there is no {said!r}: {part!r} stands {len(starts)} times in the text {_short(text)}."
+            f"there is no {said!r}: {part!r} occurs {len(starts)} times in the text {_short(text)}."
         )
     start = starts[number - 1]
     return start, start + len(part)
 
 
 def _number(nth: str) -> int:
-    """Which occurrence, from 1; 0 is the last one."""
+    """Number of an occurrence, from 1; 0 is the last one."""
     if nth in _NTH:
         return _NTH[nth]
     number = int(re.sub(r"\D", "", nth))
@@ -118,7 +118,7 @@ _SHOWN = 10
 
 
 class _Line(NamedTuple):
-    """One prompt: its tokens, the ids of answer and foil (-1: none), and its marks."""
+    """One encoded prompt: tokens, ids of answer and foil (-1: none), and marks."""
 
     ids: list[int]
     answer: int
@@ -129,35 +129,34 @@ class _Line(NamedTuple):
 
 
 def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = None) -> Probe:
-    """Read prompts, one JSON object a line.
+    """Read prompts from a JSON Lines file, one object per line.
 
-    ``{"text": ..., "answer": ..., "foil": ..., "marks": {"name": [start, end]}}``; all but
-    ``text`` may be left out, or be null. ``answer`` is what follows the text, character by
-    character (a new word starts with its space), and must be one token, as must ``foil``, the
-    wrong alternative.
-    A mark is a range of characters of the text, end excluded, and becomes every token that
-    holds one of them; or the part of the text itself, ``"Mary"``, where it stands once, or ``"the
+    ``{"text": ..., "answer": ..., "foil": ..., "marks": {"name": [start, end]}}``; only ``text`` is
+    required, and other fields may be null. ``answer`` is what follows the text, character by
+    character (a new word starts with its space), and must be one token, as must ``foil``, the wrong
+    alternative. A mark is a range of characters of the text, end excluded, and becomes every token
+    that overlaps it; or the part of the text itself: ``"Mary"`` if it occurs once, otherwise ``"the
     second 'Mary'"``, ``"the last 'to'"``. Two marks are added unless the file has them: ``end``,
     the last token, and ``delimiter``.
 
     ``"pairs": {"name": [[query, key], ...]}`` are relations for :func:`headscope.scorers.relation`:
-    each end is a mark of the line by its name, or named as a mark's place is; every token of
-    the first is paired with every token of the second. They become the probe's ``pairs``.
+    each end is the name of a mark of the line, or a place in the form of a mark; every token of the
+    first is paired with every token of the second. They become the probe's ``pairs``.
 
-    Targets are the answers, at ``end`` alone; in a file without answers, the next tokens.
+    Targets are the answers, only at ``end``; in a file without answers, the next tokens.
 
     Pairs for patching have a second text, ``{"clean": ..., "corrupt": ..., "answer": ..., "foil":
-    ..., "corrupt_answer": ..., "corrupt_foil": ...}`` (``clean`` is another word for ``text``): in
-    every line or in none, in as many tokens as the first, so that positions correspond. They are
-    the probe's ``corrupt``. ``corrupt_answer`` and ``corrupt_foil`` are what follows the corrupt
-    text; default: the same as of the clean one, which makes a metric ask of both runs for the
-    same answer. Marks are ranges of the clean text and name positions of both.
+    ..., "corrupt_answer": ..., "corrupt_foil": ...}`` (``clean`` is an alias of ``text``): in every
+    line or in none, with as many tokens as the first, so that positions correspond. They become the
+    probe's ``corrupt``. ``corrupt_answer`` and ``corrupt_foil`` continue the corrupt text; default:
+    the clean ones, so that a metric asks both runs for the same answer. Marks are ranges of the
+    clean text and apply to both.
 
     With answers, and a model that can be run, ``settings["accuracy"]`` says how often the model
-    prefers them, see :func:`headscope.probes.pairs`.
+    prefers the answers, see :func:`headscope.probes.pairs`.
 
     Raises:
-        InputError: with one sentence for every bad line, naming it.
+        InputError: with one sentence for every bad line and its number.
 
     Example:
         >>> with open("mine.jsonl", "w") as file:
@@ -247,16 +246,16 @@ def _probe(
 
 
 def _read(tokenizer: Tokenizer, prefix: list[int], written: str) -> _Line:
-    """One line; raises :class:`InputError` with what is wrong with it."""
+    """Parse one line; raise :class:`InputError` with what is wrong with it."""
     try:
         fields = json.loads(written)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"no valid JSON ({error}).") from error
+        raise InputError(f"not valid JSON ({error}).") from error
     if not isinstance(fields, dict):
         raise InputError("an object with a string 'text' is needed.")
     fields = {name: value for name, value in fields.items() if value is not None}  # null: absent
     if "text" in fields and "clean" in fields:
-        raise InputError("'clean' is another word for 'text': give one of them.")
+        raise InputError("'clean' is an alias of 'text': give only one of them.")
     named = "clean" if "clean" in fields else "text"
     if not isinstance(fields.get(named), str):
         raise InputError("an object with a string 'text' is needed.")
@@ -311,7 +310,7 @@ def _pairs(
 def _corrupt(
     tokenizer: Tokenizer, prefix: list[int], clean: Encoded, fields: Mapping[str, object]
 ) -> _Line | None:
-    """The second text of a pair with what follows it; None where there is none."""
+    """Parse the corrupt text of a pair and its answers; None if there is none."""
     if "corrupt" not in fields:
         for name in ("corrupt_answer", "corrupt_foil"):
             if name in fields:
@@ -324,8 +323,8 @@ def _corrupt(
     if len(encoded.ids) != len(clean.ids):
         raise InputError(
             f"its corrupt text is {len(encoded.ids) - len(prefix)} tokens and its clean one "
-            f"{len(clean.ids) - len(prefix)}: change words for others of as many tokens, so that "
-            "positions correspond."
+            f"{len(clean.ids) - len(prefix)}: replace words with others of the same number of "
+            "tokens, so that positions correspond."
         )
     if encoded.ids == clean.ids:
         raise InputError("its corrupt text is the clean one.")
@@ -341,14 +340,14 @@ def _corrupt(
 
 
 def _followers(fields: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Names and words of what follows a corrupt text: its own, or those of the clean one."""
+    """Fields and words that follow a corrupt text: its own, or those of the clean one."""
     for name in ("answer", "foil"):
         own = f"corrupt_{name}"
         yield (own, fields[own]) if own in fields else (name, fields.get(name))
 
 
 def _following(tokenizer: Tokenizer, before: Encoded, word: object, name: str, prefix: int) -> int:
-    """Id of the one token that ``word`` adds to the text."""
+    """Id of the single token that ``word`` adds to the text."""
     if not isinstance(word, str) or not word.strip():
         raise InputError(f"its {name} is not a word.")
     joint = before.text[-1] + word[0]
@@ -384,12 +383,12 @@ def _span(encoded: Encoded, name: str, at: object) -> list[int]:
 
 Example = tuple[str, str]
 TEMPLATE = "{text} : {label}\n"
-# Classes up to this number are marked by themselves.
+# Up to this many classes get their own marks.
 _MOST_CLASSES = 12
 
 
 class _Said(NamedTuple):
-    """One prompt: its tokens up to the answer, the answer, and where its words are."""
+    """One prompt: its tokens up to the answer, the answer, and the positions of its words."""
 
     ids: list[int]
     answer: int
@@ -408,30 +407,30 @@ def in_context(
     seed: int = 0,
     bos: bool | None = None,
 ) -> Probe:
-    """Prompts with demonstrations of a task of yours; the target at ``end`` is the query's label.
+    """Make few-shot prompts from labelled demonstrations; the target at ``end`` is the label.
 
-    Every prompt holds ``shots`` demonstrations in a seeded order, drawn class by class so that
-    classes are as even as can be, and then the query without its label. A query is never among its
-    own demonstrations. Marks: ``label`` (label words of the demonstrations), ``label_0``,
-    ``label_1``, ... by class, in the order of ``settings["classes"]`` (up to 12 classes, where
-    every prompt shows each), ``query`` (the query's text) and ``end``. Fact: ``class``.
+    Every prompt has ``shots`` demonstrations in a seeded order, drawn class by class so that
+    classes are as balanced as possible, and then the query without its label. A query is never
+    among its own demonstrations. Marks: ``label`` (label words of the demonstrations), ``label_0``,
+    ``label_1``, ... by class, in the order of ``settings["classes"]`` (up to 12 classes, if every
+    prompt shows each), ``query`` (the query's text) and ``end``. Fact: ``class``.
 
-    ``probe.corrupt`` has the same prompts with the labels of the demonstrations in another order:
-    same words, no task. Where all labels of a prompt are equal they stay.
+    ``probe.corrupt`` has the same prompts with the demonstrations' labels permuted: the same words
+    without the task. If all labels of a prompt are equal they stay.
 
     Args:
-        model: whose tokenizer reads the prompts.
-        demonstrations: pairs of a text and its label; a label is one token where it stands.
+        model: its tokenizer encodes the prompts.
+        demonstrations: pairs of a text and its label; a label must be one token in the prompt.
         queries: the same; default: every demonstration in turn.
-        template: holds ``{text}`` and then ``{label}``, each once.
-        shots: demonstrations a prompt; default: one of each class, at most 10.
+        template: contains ``{text}`` and then ``{label}``, each once.
+        shots: demonstrations per prompt; default: one of each class, at most 10.
         batch: keep this many queries, drawn with the seed; default: all.
-        seed: of the draws.
-        bos: whether a BOS stands in front; None does what the model's tokenizer does.
+        seed: seed of the draws.
+        bos: whether to prepend a BOS; None follows the model's tokenizer.
 
     Raises:
-        InputError: if a label is more than one token, a class has no demonstration, or the numbers
-            do not fit.
+        InputError: if a label is several tokens, a class has no demonstration, or the numbers do
+            not fit.
 
     Example:
         >>> shown = [("cat", " Mary"), ("dog", " John"), ("park", " Mary"), ("box", " John")]
@@ -469,7 +468,7 @@ def in_context(
     check_length(model, clean.length, what="an in-context prompt", fix="give fewer shots")
     corrupt = _of_prompts(other, [one for _, one in rows], classes, facts, seed, settings)
     if [len(one.ids) for one in said] != [len(one.ids) for one in other]:
-        return clean  # a label changed the tokens around it: there is no aligned pair
+        return clean  # a label changed the tokens around it, so the pair is not aligned
     return replace(clean, corrupt=corrupt)
 
 
@@ -498,7 +497,7 @@ def _check_numbers(
     batch: int | None,
 ) -> None:
     if not shown or not asked:
-        raise InputError("there are no examples: give pairs (text, label).")
+        raise InputError("demonstrations= is empty: give pairs (text, label).")
     for text, label in asked:
         if label not in classes:
             raise InputError(
@@ -510,12 +509,12 @@ def _check_numbers(
             and len(classes) <= shots
         ):
             raise InputError(
-                f"the class {label!r} has one example, which is asked for: give a second one to be "
-                "shown beside it."
+                f"the class {label!r} has a single example, which is the query: give a second "
+                "one to demonstrate it."
             )
     if shots < 1 or shots >= len(shown) + (asked is not shown):
         raise InputError(
-            f"shots={shots}: there are {len(shown)} demonstrations, and a query is not its own."
+            f"shots={shots}: there are only {len(shown)} demonstrations besides the query."
         )
     if batch is not None and not 1 <= batch <= len(asked):
         raise InputError(f"batch={batch}: there are {len(asked)} queries.")
@@ -524,7 +523,7 @@ def _check_numbers(
 def _drawn(
     shown: Sequence[Example], classes: Sequence[str], count: int, rng: Random
 ) -> list[Example]:
-    """Demonstrations, class by class, in a random order."""
+    """Draw demonstrations, class by class, in a random order."""
     by_class = {name: [one for one in shown if one[1] == name] for name in classes}
     for some in by_class.values():
         rng.shuffle(some)
@@ -539,7 +538,7 @@ def _drawn(
 
 
 def _moved(labels: list[str], rng: Random) -> list[str]:
-    """The same labels in another order; as they were where all are equal."""
+    """Permute the labels; unchanged if all are equal."""
     if len(set(labels)) < 2:
         return labels
     while True:
@@ -555,7 +554,7 @@ def _said(
     shown: Sequence[Example],
     asked: Example,
 ) -> _Said:
-    """Tokens of one prompt, found by characters in the text with all its labels."""
+    """Encode one prompt and find its words by characters, with all its labels."""
     text, labels, query = "", [], (0, 0)
     for words, label in (*shown, asked):
         before, between, after = template.replace("{text}", "{label}").split("{label}")

@@ -1,4 +1,4 @@
-"""Sequences of random tokens: said twice, pairs of keys and values to recall, trees."""
+"""Probes of random tokens: repeated sequences, key-value recall, and trees."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,33 +30,32 @@ def repeated_tokens(
     *,
     bos: bool | None = None,
 ) -> Probe:
-    """``[BOS] R R`` per row, R uniform over the vocabulary; ``[CLS] R R [SEP]`` for an encoder.
+    """Make sequences ``[BOS] R R`` of repeated random tokens; ``[CLS] R R [SEP]`` for an encoder.
 
-    No token occurs twice within R where the vocabulary is large enough, so each query of the
-    second copy has exactly one earlier occurrence; in a smaller one tokens are drawn with
-    replacement, and ``structure`` (the tokens themselves) shows every occurrence.
+    R is drawn uniformly from the vocabulary, without repeats if the vocabulary is large enough, so
+    each query of the second copy has exactly one earlier occurrence; in a smaller vocabulary tokens
+    are drawn with replacement, and ``structure`` (the tokens themselves) shows every occurrence.
 
     Marks ``first_copy`` and ``second_copy`` (all later copies). Targets are the next tokens; an
-    encoder, which sees them, has none.
-    The control is paired: each later copy is a permutation of the example's first. Every other
-    token of a copy stays where it was, the rest change places, none keeping its own, so that no
-    token follows the one that it followed before. ``structure`` is kept at the tokens that moved:
-    a scorer then asks of the same positions, for a key that holds a token of R which the later
-    copy has not said yet, just as in the probe. A head that only looks back a fixed distance
-    scores what it scored, and so does one whose attention follows from which tokens there are,
-    whatever their order. With fewer than three tokens in R nothing can change places; the later
-    copies of the control are then new tokens.
+    encoder, which sees them, has none. The control is paired: each later copy is a permutation of
+    the example's first. Every other token of a copy stays in place, and the rest are permuted
+    without fixed points, so that no token follows the one that it followed before. ``structure`` is
+    kept at the tokens that moved: a scorer then looks, at the same positions, for a key that holds
+    a token of R which has not occurred yet in the later copy, as in the probe. A head that only
+    looks back a fixed distance scores the same as before, and so does a head whose attention
+    depends on which tokens there are but not on their order. With fewer than three tokens in R
+    nothing can be permuted; the later copies of the control are then new tokens.
 
     Args:
-        model: whose vocabulary is drawn from; no tokenizer is needed.
+        model: tokens are drawn from its vocabulary; no tokenizer is needed.
         length: tokens in R.
-        batch: examples.
+        batch: number of examples.
         seed: the same seed gives the same bytes.
-        copies: how often R is said.
-        bos: whether a BOS stands in front; None does what the model's tokenizer does.
+        copies: number of copies of R.
+        bos: whether to prepend a BOS; None follows the model's tokenizer.
 
     Raises:
-        InputError: if it does not fit the model's context, or a number is too small.
+        InputError: if the text exceeds the model's context, or a number is too small.
 
     Example:
         >>> probe = hs.probes.repeated_tokens(model, length=5, batch=2)
@@ -64,7 +63,7 @@ def repeated_tokens(
         True
     """
     if copies < 2:
-        raise InputError(f"copies={copies} is not a repetition: give 2 or more.")
+        raise InputError(f"copies={copies}: give 2 or more.")
     draw = _Draw(model, whole(length, "length") * copies, batch, seed, bos)
     part = draw(length)
     tokens = draw.framed(part.repeat(1, copies))
@@ -94,10 +93,10 @@ def repeated_tokens(
 def _unrepeated(
     draw: "_Draw", part: Int[Tensor, "batch pos"], copies: int
 ) -> tuple[Int[Tensor, "batch later"], Bool[Tensor, "batch later"]]:
-    """The control's later copies, and which of their tokens changed places.
+    """The control's later copies, and a mask of the tokens that were permuted.
 
-    Even places move in half the examples, odd ones in the others, so that over the examples all
-    places count alike.
+    Even places are permuted in half of the examples and odd ones in the others, so that over all
+    examples every place counts alike.
     """
     batch, length = part.shape
     if length < 3:
@@ -106,13 +105,14 @@ def _unrepeated(
     later = part.repeat(1, copies - 1).unflatten(1, (copies - 1, length))
     moved = torch.zeros_like(later, dtype=torch.bool)
     for row in range(batch):
-        first = row % 2 if length > 3 else 0  # of three tokens only both ends can change places
+        first = row % 2 if length > 3 else 0  # of three tokens only both ends can be swapped
         for copy in range(copies - 1):
             places = torch.arange(first, length, 2)
             order = places[torch.randperm(len(places), generator=draw.generator)]
             later[row, copy, order] = part[row, order.roll(1)]
             moved[row, copy, order] = True
-            # What follows a moved token must stay: not so at the seam of an odd number of places.
+            # The token after a permuted one must stay in place, which fails at the end of an odd
+            # number of places.
             moved[row, copy, -1] &= first == 1
     return later.flatten(1), moved.flatten(1)
 
@@ -125,9 +125,9 @@ def random_tokens(
     *,
     bos: bool | None = None,
 ) -> Probe:
-    """``[BOS]`` and ``length`` random tokens, none twice where the vocabulary allows.
+    """Make sequences of ``length`` random tokens, without repeats if the vocabulary allows.
 
-    The shape of a :func:`repeated_tokens` control, on its own.
+    With a BOS if the model uses one. The same form as the control of :func:`repeated_tokens`.
 
     Example:
         >>> hs.probes.random_tokens(model, length=8, batch=3).length
@@ -144,14 +144,14 @@ def random_tokens(
 
 
 class _Draw:
-    """Random rows of one model's vocabulary, from one seeded stream."""
+    """Seeded source of random rows over one model's vocabulary."""
 
     def __init__(
         self, model: HasVocabulary, length: int, batch: int, seed: int, bos: bool | None
     ) -> None:
         for name, value in (("length", length), ("batch", batch)):
             if whole(value, name) < 1:
-                raise InputError(f"{name}={value} leaves nothing to run: give 1 or more.")
+                raise InputError(f"{name}={value}: give 1 or more.")
         self.batch, self.seed = batch, seed
         self.prefix, self.suffix = frame(model, bos)
         self.onwards = reads_onwards(model)
@@ -165,7 +165,7 @@ class _Draw:
         self.generator = torch.Generator().manual_seed(seed)
 
     def replaces(self, length: int) -> bool:
-        """Whether ``length`` tokens cannot all be different."""
+        """Whether ``length`` different tokens are not available."""
         return length > len(self.vocabulary)
 
     def __call__(self, length: int) -> Int[Tensor, "batch pos"]:
@@ -178,7 +178,7 @@ class _Draw:
         return self.vocabulary[index]
 
     def framed(self, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch longer"]:
-        """The same rows with what stands around a text of the model: a BOS, [CLS] and [SEP]."""
+        """Add the tokens that the model expects around a text: a BOS, or [CLS] and [SEP]."""
         before, after = (
             torch.tensor(ids).expand(self.batch, -1).long() for ids in (self.prefix, self.suffix)
         )
@@ -190,7 +190,7 @@ class _Draw:
         name: str,
         settings: Mapping[str, str | int | float | bool | None],
     ) -> Probe:
-        """A probe of these tokens, all real, structure and targets their own."""
+        """Make a probe of these tokens, all real, with themselves as structure and targets."""
         real = torch.ones_like(tokens, dtype=torch.bool)
         return Probe(
             tokens=tokens,
@@ -216,29 +216,28 @@ def recall(
     end: Sequence[int] = (),
     seed: int = 0,
 ) -> Probe:
-    """Make texts ``start k1 v1 ... kn vn end q``, to be answered with the partner of q.
+    """Make associative-recall texts ``start k1 v1 ... kn vn end q``; the answer is q's partner.
 
-    Marks ``key`` and ``value`` (of the pair that is asked for), ``others`` (the other pairs) and
-    ``query``, the last position, whose target is the answer. In the corrupt pair the key (or the
-    value) that is asked for is replaced by another that the text does not have.
+    Marks ``key`` and ``value`` (of the queried pair), ``others`` (the other pairs) and ``query``,
+    the last position, whose target is the answer. In the corrupt pair the queried key (or value) is
+    replaced with another that the text does not contain.
 
     Args:
-        keys: token ids to draw keys from; one more than ``pairs`` at least.
-        values: the same of values; none is a key.
-        pairs: in a text.
+        keys: token ids to draw keys from; at least ``pairs`` plus one.
+        values: the same for values, disjoint from the keys.
+        pairs: number of pairs in a text.
         batch: number of texts.
         ask: ``key``: q is a key and the answer its value; ``value``: the other way round.
-        corrupt: ``key`` or ``value``.
-        start: tokens in front, e.g. a BOS.
+        corrupt: what to replace: ``key`` or ``value``.
+        start: leading tokens, e.g. a BOS.
         end: tokens between the pairs and the query.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        InputError: if there are too few keys or values, or one is both.
+        InputError: if there are too few keys or values, or a token is both.
 
-    Source:
-        Arora et al. 2023, "Zoology" (arXiv 2312.04927); with a replaced key as in the mechanistic
-        evaluations of state-space models.
+    Source: Arora et al. 2023, "Zoology" (arXiv 2312.04927); with a replaced key as in mechanistic
+    evaluations of state-space models.
 
     Example:
         >>> probe = hs.probes.recall(range(1, 6), range(6, 11), pairs=3, batch=2)
@@ -289,31 +288,30 @@ def tree_recall(
     end: Sequence[int] = (),
     seed: int = 0,
 ) -> Probe:
-    """Make random trees in brackets, ``start ( a ( b ) ( c ( d ) ) ) end q``: who is q's parent?
+    """Make random bracketed trees, ``start ( a ( b ) ( c ( d ) ) ) end q``, asking for q's parent.
 
-    Every node has a label that occurs once; a new node hangs below a random earlier one. A
-    recall by neighbourhood does not do: the parent may stand far from the child. Marks ``parent``
-    and ``child`` (of the edge that is asked for), ``others`` (the other labels) and ``query``, the
-    last position, whose target is the answer. In the corrupt pair the answer's label is replaced
-    by another that the text does not have.
+    Every node has a unique label; a new node is attached to a random earlier one. Looking up a
+    neighbour is not enough: the parent may be far from the child. Marks ``parent`` and ``child``
+    (of the queried edge), ``others`` (the other labels) and ``query``, the last position, whose
+    target is the answer. In the corrupt pair the answer's label is replaced with another that the
+    text does not contain.
 
     Args:
-        labels: token ids to draw labels from; one more than ``nodes`` at least.
-        opening: the bracket before a label.
-        closing: the bracket behind a label's children.
-        nodes: in a tree; two at least.
+        labels: token ids to draw labels from; at least ``nodes`` plus one.
+        opening: opening bracket, before a label.
+        closing: closing bracket, after a label's children.
+        nodes: number of nodes in a tree, at least two.
         batch: number of texts.
         ask: ``parent``: q is a child and the answer its parent; ``child``: q is a node with one
             child, which is the answer.
-        start: tokens in front, e.g. a BOS.
+        start: leading tokens, e.g. a BOS.
         end: tokens between the tree and the query.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         InputError: if there are too few labels, or a bracket is one.
 
-    Source:
-        Ours, after the associative tree recall that state-space models are evaluated on.
+    Source: our own, after the associative tree recall used to evaluate state-space models.
 
     Example:
         >>> probe = hs.probes.tree_recall(range(3, 12), 1, 2, nodes=4, batch=1)
@@ -357,7 +355,7 @@ _OPEN, _CLOSE = -2, -3
 def _tree(
     drawn: np.random.Generator, nodes: int, ask: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Parent of every node, -1 at the root, and the edges that can be asked for: one at least."""
+    """Parent of every node, -1 at the root, and the edges that can be queried, at least one."""
     while True:
         parents = [-1, *(int(drawn.integers(node)) for node in range(1, nodes))]
         edges = [(parents[node], node) for node in range(1, nodes)]
@@ -368,7 +366,7 @@ def _tree(
 
 
 def _written(parents: Sequence[int], node: int) -> list[int]:
-    """A node and what hangs below it, as nodes and brackets."""
+    """A node and its descendants, as nodes and brackets."""
     below = [child for child, parent in enumerate(parents) if parent == node]
     return [_OPEN, node, *(part for child in below for part in _written(parents, child)), _CLOSE]
 
@@ -398,7 +396,7 @@ def _probe(
     settings: dict[str, str | int],
     seed: int,
 ) -> Probe:
-    """The probe with its corrupt pair; both have the marks and the answers of the first."""
+    """The probe with its corrupt pair; both have the marks and the answers of the clean one."""
     made = [
         replace(
             from_tokens(torch.from_numpy(one)),

@@ -1,4 +1,4 @@
-"""Natural text: a bundled sample, a file, or your own strings; for encoders with tokens hidden."""
+"""Text probes: a bundled sample, a file, or strings; for encoders with masked tokens."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -35,29 +35,30 @@ def text(
     *,
     bos: bool | None = None,
 ) -> Probe:
-    """Natural text, padded on the right; mark ``delimiter``, targets the next tokens.
+    """Make a probe of natural text, padded on the right; targets are the next tokens.
 
-    For an encoder, texts stand between the tokens that its tokenizer puts around them, marked
-    ``separator``, and have no targets: :func:`headscope.probes.masked` hides tokens of it.
+    Punctuation has the mark ``delimiter``. For an encoder, texts are wrapped in the tokens that its
+    tokenizer puts around them, marked ``separator``, and have no targets:
+    :func:`headscope.probes.masked` hides tokens of it.
 
-    The control shuffles the tokens of each example (the BOS stays) and keeps ``structure`` and
-    the marks: same length, same words, same frequencies, no order. What a head still does at the
-    old positions is not due to the text's structure. It is paired.
+    The control shuffles the tokens of each example (the BOS stays) and keeps ``structure`` and the
+    marks: same length, same words, same frequencies, no order. What a head still does at the old
+    positions is not due to the text's structure. It is paired.
 
-    Pieces that were cut from one text are one cluster: errors and tests count texts.
+    Pieces cut from one text form a cluster: errors and tests count texts.
 
     Args:
-        model: whose tokenizer reads the text.
-        texts_or_path: None for twelve bundled passages; strings, one example each; or a UTF-8
-            file (a ``Path``, or a string that names one), whose paragraphs, separated by
-            blank lines, are the examples.
+        model: its tokenizer encodes the text.
+        texts_or_path: None for twelve bundled passages; strings, one example each; or a UTF-8 file
+            (a ``Path``, or a string that names one), whose paragraphs, separated by blank lines,
+            are the examples.
         length: cut every text into pieces of this many tokens, BOS included; a shorter rest is
-            dropped unless it is the whole text. None keeps texts whole; the bundled passages
-            are then cut to what the model can read.
+            dropped unless it is the whole text. None keeps texts whole; the bundled passages are
+            then cut to the model's context.
         batch: keep only this many examples, drawn with ``seed``. None keeps all.
-        seed: of that draw and of the control.
-        bos: whether a BOS stands in front (for an encoder, ``[CLS]`` and ``[SEP]`` around); None
-            does what the model's tokenizer does.
+        seed: seed of that draw and of the control.
+        bos: whether to prepend a BOS (for an encoder, ``[CLS]`` and ``[SEP]`` around); None follows
+            the model's tokenizer.
 
     Raises:
         InputError: if there is no text, too little of it, or too much for the context.
@@ -94,8 +95,8 @@ def text(
     if batch is not None:
         if not 1 <= batch <= len(rows):
             raise InputError(
-                f"{source} gives {len(rows)} examples and batch={batch} were asked for: "
-                "give more text, or a smaller batch or length."
+                f"{source} gives {len(rows)} examples, fewer than batch={batch}: give more text, "
+                "or a smaller batch or length."
             )
         chosen = torch.randperm(len(rows), generator=generator)[:batch].sort().values
         rows = [rows[i] for i in chosen.tolist()]
@@ -131,7 +132,7 @@ def text(
 
 
 def _read(texts_or_path: str | Path | Sequence[str] | None) -> tuple[list[str], str]:
-    """The texts, and what to call where they came from."""
+    """The texts, and a name for their source."""
     if texts_or_path is None:
         bundled = files("headscope.probes").joinpath("data", "passages.txt")
         return paragraphs(bundled.read_text("utf-8")), "the bundled passages"
@@ -147,12 +148,12 @@ def _read(texts_or_path: str | Path | Sequence[str] | None) -> tuple[list[str], 
     if (wrong := next((one for one in texts if not isinstance(one, str)), None)) is not None:
         raise InputError(f"{source}: {wrong!r} is not a text.")
     if not texts or not any(one.strip() for one in texts):
-        raise InputError(f"{source}: no text in it; give at least one sentence.")
+        raise InputError(f"{source}: no text in it: give at least one sentence.")
     return texts, source
 
 
 def _names_a_file(one: str) -> bool:
-    """Whether a string is a path: an existing file, or one word that ends like one."""
+    """Whether a string is a path: an existing file, or a single word with a file extension."""
     if "\n" in one or len(one) > 1000:
         return False
     looks_like_one = " " not in one and Path(one).suffix in (".txt", ".md")
@@ -160,23 +161,23 @@ def _names_a_file(one: str) -> bool:
 
 
 def _cut(ids: list[int], suffix: list[int], room: int) -> list[int]:
-    """As much of a text as there is room for, with the suffix behind it."""
+    """Truncate a text to the available room, with the suffix after it."""
     return ids if len(ids) <= room else [*ids[: room - len(suffix)], *suffix]
 
 
 def _pieces(ids: list[int], prefix: list[int], suffix: list[int], length: int) -> list[list[int]]:
-    """``ids`` in runs of ``length`` tokens, each with the prefix in front and the suffix behind."""
+    """Cut ``ids`` into pieces of ``length`` tokens, each with prefix and suffix."""
     size = length - len(prefix) - len(suffix)
     if size < 1 or length < 2:
         least = max(2, len(prefix) + len(suffix) + 1)
-        raise InputError(f"length={length} leaves no text: give {least} or more.")
+        raise InputError(f"length={length}: give {least} or more, to leave room for text.")
     body = ids[len(prefix) : len(ids) - len(suffix)]
     whole = [body[i : i + size] for i in range(0, len(body) - size + 1, size)] or [body]
     return [[*prefix, *piece, *suffix] for piece in whole]
 
 
 def _clusters(source_of: list[int]) -> Int[Tensor, " batch"] | None:
-    """The text that each example was cut from; None where each has its own."""
+    """Text that each example was cut from; None if each comes from its own."""
     return torch.tensor(source_of) if len(set(source_of)) < len(source_of) else None
 
 
@@ -199,7 +200,7 @@ def masked(
     batch: int | None = None,
     seed: int = 0,
 ) -> Probe:
-    """Texts in which some tokens are hidden; targets are the tokens that stood there.
+    """Make a masked-language-modelling probe: some tokens hidden, and the targets what they were.
 
     Position i predicts the token of position i: nothing is shifted. Hidden positions have the mark
     ``masked`` and are the only ones with a target, so that every metric reads those alone;
@@ -209,16 +210,15 @@ def masked(
     Args:
         model: an encoder with a masked-language-model head.
         source: texts or a file, as :func:`headscope.probes.text` takes them, or a probe.
-        count: tokens hidden in each example; default: 15% of those that may be, at least one.
-        at: mark of the positions that may be hidden; default: all but special tokens.
-        mask_token: id that stands for a hidden token; default: the tokenizer's.
+        count: number of hidden tokens per example; default: 15% of the candidates, at least one.
+        at: mark of the candidates for hiding; default: all but special tokens.
+        mask_token: id of the mask token; default: the tokenizer's.
         length: tokens of a piece of text, see :func:`headscope.probes.text`.
-        batch: examples drawn from the texts.
-        seed: of the draw of positions, and of examples where ``batch`` is given.
+        batch: number of examples drawn from the texts.
+        seed: seed of the draw of positions, and of examples if ``batch`` is given.
 
     Raises:
-        InputError: if an example has fewer tokens that may be hidden than are to be, or there is
-            no mask token.
+        InputError: if an example has fewer candidates than ``count``, or there is no mask token.
         UnsupportedModelError: if the model predicts next tokens.
 
     Example:
@@ -236,11 +236,11 @@ def masked(
             "use hs.probes.text, whose targets are the next tokens."
         )
     if count is not None and count < 1:
-        raise InputError(f"count={count} hides nothing: give 1 or more.")
+        raise InputError(f"count={count}: give 1 or more.")
     token = _mask_token(model, mask_token)
     if isinstance(source, Probe):
         if length is not None or batch is not None:
-            raise InputError("length and batch choose among texts: leave them out for a probe.")
+            raise InputError("length= and batch= apply to texts: leave them out for a probe.")
         whole = source
     else:
         whole = text(model, source, length, batch, seed)
@@ -264,7 +264,7 @@ def _mask_token(model: HasVocabulary, given: int | None) -> int:
     """Id of the mask token.
 
     Raises:
-        InputError: if there is none, or the model does not know it.
+        InputError: if there is none, or it is outside the model's vocabulary.
     """
     token = getattr(model.tokenizer, "mask_token_id", None) if given is None else given
     if token is None:
@@ -283,7 +283,7 @@ def _mask_token(model: HasVocabulary, given: int | None) -> int:
 def _may_be_hidden(
     model: HasVocabulary, probe: Probe, at: str | None, token: int
 ) -> Bool[Tensor, "batch pos"]:
-    """Real positions that hold no special token, or those with a mark."""
+    """Candidates for hiding: real positions without special tokens, or those with a mark."""
     if at is not None:
         return probe.mark(at) & probe.real
     special = [token, *([] if model.tokenizer is None else model.tokenizer.all_special_ids)]
@@ -293,7 +293,7 @@ def _may_be_hidden(
 def _drawn(
     candidates: Bool[Tensor, "batch pos"], count: int | None, seed: int
 ) -> Bool[Tensor, "batch pos"]:
-    """Some of the candidates of every example."""
+    """Draw some of the candidates of every example."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.zeros_like(candidates)
     for number, row in enumerate(candidates, 1):

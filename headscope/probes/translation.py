@@ -1,4 +1,4 @@
-"""Sources and targets: what an encoder-decoder reads and what it is asked for."""
+"""Sequence-to-sequence probes: sources for the encoder, targets for the decoder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from headscope.probes.probe import Probe
 
 Rows = str | Path | Sequence[str] | Sequence[Sequence[int]] | Tensor
 _FEATURES = "input_features"
-# Tokens of a generated target, unless the caller says otherwise.
+# Default maximum length of a generated target.
 _GENERATED = 64
 
 
@@ -28,25 +28,26 @@ def translation(
     marks: Mapping[str, Any] | None = None,
     length: int = _GENERATED,
 ) -> Probe:
-    """Sources with their targets, for an encoder-decoder; the decoder is given the targets.
+    """Make a probe of sources with their targets; the decoder is teacher-forced.
 
-    The probe's tokens are what the decoder reads: the target behind the start token that the
-    model's config names, shifted as the model itself does it. Position i is asked for target token
-    i (``probe.targets``), the end of the text included. ``probe.source`` is what the encoder reads,
+    The probe's tokens are the decoder's inputs: the target after the start token that the model's
+    config names, shifted as the model itself does. The target at position i is target token i
+    (``probe.targets``), including the end of the text. ``probe.source`` is the encoder's input,
     whose last real position has the mark ``end``.
 
     Args:
         model: an encoder-decoder, from :func:`headscope.load`.
-        sources: texts (or a file of one text a line), rows of token ids, or, for a model of sound,
-            features ``[batch mel frame]``.
-        targets: texts or a file, or rows of token ids as they should be predicted (without the
-            start token, with the end); None: what the model generates greedily.
+        sources: texts (or a file with one text per line), rows of token ids, or, for a speech
+            model, features ``[batch mel frame]``.
+        targets: texts or a file, or rows of token ids to predict (without the start token, with the
+            end); None: the model's greedy output.
         marks: named positions of the target, ``[batch pos]``, and under ``"source"`` those of the
             source by name.
-        length: tokens that are generated at most.
+        length: maximum number of generated tokens.
 
     Raises:
-        InputError: if the model is not an encoder-decoder, or sources and targets are not as many.
+        InputError: if the model is not an encoder-decoder, or the numbers of sources and targets
+            differ.
 
     Example:
         >>> from transformers import T5Config, T5ForConditionalGeneration
@@ -89,16 +90,15 @@ def translation(
 
 
 def copied_tokens(model: Any, length: int = 20, batch: int = 8, seed: int = 0) -> Probe:
-    """Random sources whose targets are the same tokens; random features for a model of sound.
+    """Make random sources whose targets are the same tokens; random features for a speech model.
 
-    What a model does with them is not what it was trained for: they stand in where there are no
-    texts.
+    A fallback when no texts are available; models were not trained on such inputs.
 
     Args:
         model: an encoder-decoder.
         length: tokens of a source and of a target.
         batch: number of examples.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         InputError: if the model is not an encoder-decoder, or the length does not fit.
@@ -114,7 +114,7 @@ def copied_tokens(model: Any, length: int = 20, batch: int = 8, seed: int = 0) -
     """
     need_sides(model)
     if length < 1 or batch < 1:
-        raise InputError(f"length={length}, batch={batch} leave nothing to run: give 1 or more.")
+        raise InputError(f"length={length}, batch={batch}: give 1 or more for both.")
     shapes = [model.stack(name).shape for name in ("encoder", "decoder")]
     limits = [shape.n_ctx for shape in shapes if shape.n_ctx is not None]
     if length > min(limits, default=length):
@@ -145,17 +145,18 @@ def of_sides(
     name: str = "tokens",
     settings: Mapping[str, Any] | None = None,
 ) -> Probe:
-    """A probe of what a decoder reads and what its encoder does.
+    """Make a probe from a decoder's and an encoder's inputs.
 
     Args:
         decoder: token ids.
         shown: False at padding.
-        beside: what the encoder reads, ``input_ids`` and ``attention_mask``, or features.
-        frames: positions of the encoder, where it reads features; default: half the frames given.
+        beside: encoder inputs, ``input_ids`` and ``attention_mask``, or features.
+        frames: number of encoder positions, if it reads features; default: half of the frames
+            given.
         targets: token that each position should predict, -1 for none; None: the next one.
-        marks: of the decoder's positions; under ``"source"`` those of the encoder's.
+        marks: marks of the decoder's positions; under ``"source"`` those of the encoder's.
         name: kind of probe.
-        settings: what made it.
+        settings: how it was made.
     """
     own, of_source = _split(marks or {})
     if _FEATURES in beside:
@@ -192,7 +193,7 @@ def of_sides(
 
 
 def _split(marks: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Marks of the target, and those of the source."""
+    """Split marks into those of the target and those of the source."""
     given = marks.get("source", {})
     if not isinstance(given, Mapping):
         raise InputError("marks of the source stand by their names in a mapping under 'source'.")
@@ -201,32 +202,29 @@ def _split(marks: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 
 def need_sides(model: Any) -> None:
-    """Refuse a model that reads one sequence.
+    """Refuse a model that is not an encoder-decoder.
 
     Raises:
-        InputError: naming it.
+        InputError: with the model's name.
     """
     if "cross" not in getattr(model, "stacks", {}) or not hasattr(model, "decoder_inputs"):
-        raise InputError(
-            f"{model.name} is not an encoder-decoder: it reads no source beside its target: use "
-            "hs.probes.text."
-        )
+        raise InputError(f"{model.name} is not an encoder-decoder: use hs.probes.text.")
 
 
 def _source(model: Any, sources: Rows) -> tuple[Tensor, Tensor | None]:
-    """What the encoder reads and its mask; no mask for features."""
+    """Encoder input and its mask; no mask for features."""
     if isinstance(sources, Tensor) and sources.is_floating_point():
         return sources, None
     if model.frames is not None:
         raise InputError(
-            f"{model.name} hears sound: give its features [batch mel frame], as its feature "
+            f"{model.name} is a speech model: give features [batch mel frame], as its feature "
             "extractor makes them."
         )
     return pad_right(_rows(model, sources, target=False))
 
 
 def _rows(model: Any, given: Rows, *, target: bool) -> list[list[int]]:
-    """Token ids of every example, with what the model's tokenizer puts around a text."""
+    """Token ids of every example, with the special tokens of the model's tokenizer."""
     side = "target" if target else "source"
     if isinstance(given, Tensor):
         given = given.tolist()
@@ -257,7 +255,7 @@ def _generated(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decoder inputs, targets and mask of greedy generation, up to the end of each text."""
     if length < 1:
-        raise InputError(f"length={length} generates nothing: give 1 or more.")
+        raise InputError(f"length={length}: give 1 or more.")
     made = model.translate(source, real, length)
     decoder, labels = made[:, :-1], made[:, 1:]
     config = model.module.generation_config

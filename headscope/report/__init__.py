@@ -1,4 +1,4 @@
-"""Reports: one HTML file that holds everything it shows and fetches nothing."""
+"""Reports as single, self-contained HTML files."""
 
 from headscope.base.result import Facts as Facts
 from headscope.base.result import Rows as Rows

@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: table, facts, pictures, page."""
+"""Run folders: the table, facts, pictures and page that a run writes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from headscope.table import HeadTable
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's results on disk.
+    """Results of one run on disk.
 
     ``table.parquet`` (one row per layer, head and score; provenance in its metadata),
     ``run.json`` (command, settings, versions, timings), ``index.html`` (self-contained page),
@@ -28,32 +28,32 @@ class RunFolder:
     page shows more than the table, ``sections.json``, from which reports are joined.
 
     Attributes:
-        claim: the run's right to the folder.
+        claim: exclusive claim on the folder.
     """
 
     claim: FolderClaim
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Path of the folder."""
         return self.claim.path
 
     @classmethod
     def create(cls, path: Path, kind: str, *, overwrite: bool = False) -> "RunFolder":
-        """Make the folder before the work starts, so that a wrong one costs nothing.
+        """Create the folder before the work starts, so that a bad path fails at once.
 
         Args:
-            path: of the folder.
-            kind: of run, such as ``scan``.
+            path: path of the folder.
+            kind: kind of run, such as ``scan``.
             overwrite: replace what another run left there.
 
         Raises:
-            InputError: if nothing can be written there, or another kind of run did so before.
+            InputError: if the folder is not writable, or holds another kind of run.
         """
         return cls(FolderClaim.create(path, kind, overwrite=overwrite))
 
     def of(self, asked: Mapping[str, Any]) -> "RunFolder":
-        """The same for a run whose settings are known, before its work starts.
+        """Like :meth:`create`, for a run whose settings are known before its work starts.
 
         Raises:
             InputError: if the folder holds a run with other settings.
@@ -61,7 +61,7 @@ class RunFolder:
         return replace(self, claim=self.claim.of(asked))
 
     def ready(self) -> "RunFolder":
-        """The folder to write into once the work is done, as of :meth:`FolderClaim.ready`."""
+        """Prepare the folder for writing after the work is done; see :meth:`FolderClaim.ready`."""
         return replace(self, claim=self.claim.ready())
 
     def write(
@@ -76,19 +76,19 @@ class RunFolder:
         sections: Sequence[Section] | None = None,
         pictures: Mapping[str, Drawing] | None = None,
     ) -> None:
-        """Write everything; each file is whole or absent.
+        """Write all files, each atomically.
 
         Args:
             table: the scores.
-            settings: what was asked for, as JSON values.
+            settings: requested settings, as JSON values.
             timings: seconds by phase.
-            command: that was typed, shown as the way to make it again.
-            examples: keep the values per example in the table.
-            results: of any kind, by the name of their figures: their sections are shown on the
-                page before the table of all heads, and their figures drawn.
+            command: command line that reproduces the run, shown on the page.
+            examples: store the values per example in the table.
+            results: results of any kind by figure name: their sections are shown on the page before
+                the table of all heads, and their figures drawn.
             sections: shown instead of those of the results.
-            pictures: further figures, by name; where there are neither results nor pictures, a
-                heatmap per score, and the roles.
+            pictures: further figures, by name; without results and pictures, a heatmap per score
+                and the roles are drawn.
         """
         drawings = figures_of(results or {}) | dict(pictures or {})
         if sections is None:
@@ -117,7 +117,7 @@ class RunFolder:
         )
 
     def _pictures(self, pictures: Mapping[str, go.Figure]) -> None:
-        """PNG where the extra ``paper`` is installed, else interactive HTML."""
+        """Save figures: PNG if the extra ``paper`` is installed, otherwise interactive HTML."""
         folder = subfolder(self.path, "pictures")
         kind = "png" if find_spec("matplotlib") else "html"
         for name, figure in pictures.items():

@@ -1,4 +1,4 @@
-"""One head: its page, its small static tables for notebooks, its card on a terminal."""
+"""Report on one head: its page, small tables for notebooks, and a summary for the terminal."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class HeadExample:
     Attributes:
         pattern: probabilities.
         tokens: text of every position.
-        words: what the text is.
+        words: description of the text.
     """
 
     pattern: Float[np.ndarray, "query key"]
@@ -43,14 +43,14 @@ class HeadExample:
 
 @dataclass(frozen=True, eq=False)
 class HeadEvidence:
-    """What is known of a head beside its card; whatever was not computed is left out.
+    """Evidence about a head beyond its card; what was not computed is None.
 
     Attributes:
         spectra: singular values of all heads.
-        eigenvalues: of all heads.
+        eigenvalues: eigenvalues of all heads.
         scan: scores of all heads on probes.
         example: attention on a text.
-        effects: what ablating this head changes; other heads may be missing.
+        effects: effect of ablating this head; other heads may be missing.
     """
 
     spectra: Sequence[HeadSpectra] = ()
@@ -61,7 +61,7 @@ class HeadEvidence:
 
 
 def head_page(card: HeadCard, evidence: HeadEvidence, facts: Sequence[tuple[str, str]] = ()) -> str:
-    """One page on one head that opens offline; see :func:`headscope.report.sections_page`."""
+    """Build the self-contained page of one head; see :func:`headscope.report.sections_page`."""
     head = HeadIndex.parse(card.head)
     sections = [
         *_behaviour(card, evidence, head),
@@ -106,7 +106,7 @@ def _behaviour(card: HeadCard, evidence: HeadEvidence, head: HeadIndex) -> list[
             for one in evidence.effects
         ]
         names = ("effect", "mean", "standard error", "unit", "meaning")
-        grid = Rows(names, rows_, "What changes when this head is taken out")
+        grid = Rows(names, rows_, "What changes when this head is ablated")
         sections.append(Section("Ablation", [grid]))
     if evidence.example is not None:
         one = evidence.example
@@ -196,7 +196,7 @@ _MARK = "padding:0 .3em;background:rgba(127,127,127,.18);border-radius:3px;white
 
 
 def head_html(card: HeadCard, scan: HeadTable | None, effects: Sequence[HeadScores]) -> str:
-    """Title, scores, tokens of the largest direction, partners."""
+    """Render title, scores, tokens of the largest direction, and partners."""
     head = HeadIndex.parse(card.head)
     known = [one for one in (scan or {}).values() if np.isfinite(one.mean[head])]
     scores = [_row_html(one, head) for one in [*known, *effects]]
@@ -260,7 +260,7 @@ def _said(text: str) -> str:
     return escape(visible(text[:80]))
 
 
-_SHOWN = 3  # directions, and tokens at each end of them
+_SHOWN = 3  # directions, and tokens at each end
 _WEIGHTS = (
     "copying_eigenvalues",
     "copying_eigenvalues_mlp",
@@ -275,7 +275,7 @@ _WEIGHTS = (
 def card_lines(
     card: HeadCard, head: HeadIndex, scan: HeadTable | None, effects: Sequence[HeadScores]
 ) -> Iterator["RenderableType"]:
-    """What matters most of one head, for a terminal; the page has the rest."""
+    """Summarise a head for the terminal; the page has the rest."""
     from rich.text import Text
 
     yield (Text(f"{card.model} {card.head}", style="bold cyan"))
@@ -314,7 +314,7 @@ def _grid_lines(*columns: str) -> "Table":
 
 
 def _behaviour_lines(head: HeadIndex, scores: Iterable[HeadScores]) -> "Table":
-    """Scores on probes; those that make a role stand out."""
+    """Format scores on probes, those that define a role in bold."""
     from rich.text import Text
 
     grid = _grid_lines("on probes", "mean", "±", "unit", "rank")

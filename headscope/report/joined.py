@@ -1,6 +1,6 @@
-"""Runs of one model or more, read and put together by model as one HTML file.
+"""Joined report: runs of one or more models, grouped by model in one HTML file.
 
-It opens offline.
+The file is self-contained.
 """
 
 import json
@@ -35,11 +35,11 @@ WIDTH = 5
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """Partners on one side, strongest first; heads are numbered layer by layer.
+    """Composition partners on one side, strongest first; heads are numbered layer by layer.
 
     Attributes:
         which: number of the partner.
-        value: composition score; 0 where there is no partner.
+        value: composition score; 0 if there is no partner.
     """
 
     which: Int[np.ndarray, "head k"]
@@ -48,7 +48,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Partners:
-    """Partners of every head.
+    """Composition partners of every head.
 
     Attributes:
         modes: names of the scores, such as ``K_composition``.
@@ -62,7 +62,7 @@ class Partners:
 
 
 def read_partners(file: Path, shape: tuple[int, int]) -> Partners:
-    """Read pairs of heads as ``headscope circuits`` writes them.
+    """Read pairs of heads from the file that ``headscope circuits`` writes.
 
     Args:
         file: ``pairs.parquet``.
@@ -110,24 +110,24 @@ _MAX_JSON = 100_000_000
 
 @dataclass(frozen=True, eq=False)
 class RunPart:
-    """One run's part of a report; what it did not compute is empty.
+    """One run's part of a report; fields that the run did not compute are empty.
 
     Attributes:
         label: name of its folder or file.
         kind: ``scan``, ``circuits``, ``lens``, ``sweep``, ...
-        table: scores of single heads; None where there is nothing but sections.
-        effects: whether those scores are changes made by editing heads.
-        command: that makes it again.
-        config: of the command, where it reads a file.
+        table: scores of single heads; None if there are only sections.
+        effects: whether those scores are effects of editing heads.
+        command: command that reproduces it.
+        config: config file of the command, if it reads one.
         facts: names and values, such as timings.
-        sections: to be shown as they are.
+        sections: sections to show unchanged.
         partners: strongest compositions of every head.
         spectra: singular values of every head.
         words: circuit -> head -> directions with their tokens.
         says: head -> tokens promoted and suppressed on a prompt.
-        attention: of every head on one text.
+        attention: attention of every head on one text.
         failed: what could not be computed, and why.
-        of: where it came from, if there is no table.
+        of: provenance, if there is no table.
     """
 
     label: str
@@ -148,14 +148,14 @@ class RunPart:
 
     @property
     def origin(self) -> Provenance:
-        """Whose run it is."""
+        """Provenance of the run."""
         if self.table is not None:
             return next(iter(self.table.values())).provenance
         return self.of or Provenance()
 
 
 def read_run(place: Path) -> RunPart:
-    """Read a run's folder, or a table by itself.
+    """Read a run's folder, or a single table.
 
     Raises:
         InputError: if there is no table, or a file in the folder is damaged.
@@ -164,8 +164,8 @@ def read_run(place: Path) -> RunPart:
         return RunPart(place.stem, "table", HeadTable.load(place))
     if not (place / "table.parquet").is_file():
         raise InputError(
-            f"{place} holds no finished run: there is no table.parquet in it (scan, circuits, "
-            "lens, retrieval and sweep write one)."
+            f"{place} holds no finished run: it contains no table.parquet (scan, circuits, lens, "
+            "retrieval and sweep write one)."
         )
     table = HeadTable.load(place / "table.parquet")
     facts = _json(place / "run.json", {})
@@ -192,7 +192,7 @@ def read_run(place: Path) -> RunPart:
 
 
 def _json(file: Path, otherwise: Any) -> Any:
-    """JSON of a file, or what stands in for it where there is none."""
+    """Read a JSON file, or return a default if it does not exist."""
     if not file.is_file():
         return otherwise
     try:
@@ -207,7 +207,7 @@ def _json(file: Path, otherwise: Any) -> Any:
 
 
 def _rebuilt(settings: Mapping[str, Any]) -> str:
-    """The command by its settings, for runs started from other code."""
+    """Rebuild the command from its settings, for runs started from Python code."""
     command = settings.get("command")
     if not command or not settings.get("model"):
         return ""
@@ -219,7 +219,7 @@ def _rebuilt(settings: Mapping[str, Any]) -> str:
 
 
 def _told(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Versions and timings in words."""
+    """Format versions and timings."""
     told = {}
     for name in ("timings", "versions"):
         values = facts.get(name) or {}
@@ -276,10 +276,10 @@ class Subject:
     """One model and all its runs.
 
     Attributes:
-        name: of the model, with the revision where there is one.
-        runs: of this model.
-        scores: of all runs, those with a role first; names are distinct.
-        kinds: of each score: ``probe``, ``effect`` or ``weights``.
+        name: name of the model, with the revision if there is one.
+        runs: runs of this model.
+        scores: scores of all runs, those with a role first; names are distinct.
+        kinds: kind of each score: ``probe``, ``effect`` or ``weights``.
         findings: for each role the heads that have it.
     """
 
@@ -291,7 +291,7 @@ class Subject:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers, and heads in a layer."""
+        """Number of layers, and of heads in a layer."""
         layers, heads = self.scores[0].mean.shape
         return layers, heads
 
@@ -300,12 +300,12 @@ def subjects(runs: Iterable[RunPart], alpha: float) -> list[Subject]:
     """Group runs by model, in the order in which models appear.
 
     Raises:
-        InputError: if there are none, or runs of one name differ in their heads.
+        InputError: if there are no runs, or runs of one model differ in their heads.
     """
     groups: dict[tuple[str, str], list[RunPart]] = {}
     for run in runs:
         origin = run.origin
-        # Equal weights are one model, whatever revision was asked for.
+        # Equal weights are one model, whatever revision was requested.
         key = (origin.model, origin.weight_digest or origin.revision or "")
         groups.setdefault(key, []).append(run)
     if not groups:
@@ -318,8 +318,8 @@ def _subject(runs: Sequence[RunPart], alpha: float) -> Subject:
     named = (origin.model or "model") + (f"@{origin.revision}" if origin.revision else "")
     if all(run.table is None for run in runs):
         raise InputError(
-            f"{', '.join(run.label for run in runs)}: of {named} there is no table of heads; give "
-            "a scan of the same model as well."
+            f"{', '.join(run.label for run in runs)}: there is no table of heads for {named}: "
+            "give a scan of the same model as well."
         )
     found: dict[str, tuple[HeadScores, str]] = {}
     for run in runs:
@@ -350,7 +350,7 @@ def _kind(run: RunPart, scores: HeadScores) -> str:
 
 
 def subject_data(subject: Subject) -> dict[str, Any]:
-    """All that the page draws of one model, as JSON values."""
+    """Data that the page draws for one model, as JSON values."""
     layers, heads = subject.shape
     present = np.any([one.present for one in subject.scores], axis=0)
     names = [one.name for one in subject.scores]
@@ -453,7 +453,7 @@ def _attention(one: AttentionExample, heads: int) -> dict[str, Any]:
     return {"heads": numbers, **packed_example(one)}
 
 
-# Okabe and Ito 2008, less black: told apart by colour-blind readers.
+# Okabe and Ito 2008, without black: distinguishable to colour-blind readers.
 ROLE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442")
 MAX_BYTES = 10_000_000
 _PICTURE_BYTES = 2_000_000  # of all pictures together
@@ -465,19 +465,19 @@ _FACTS = ("revision", "weight_digest", "path", "dtype", "device")
 def report_page(
     runs: Sequence[RunPart], *, title: str | None = None, command: str = "", alpha: float = 0.05
 ) -> str:
-    """One page: overview, grid of heads with cards, table, heatmaps, sections of runs, commands.
+    """Build the joined page: overview, grid of heads with cards, table, heatmaps, runs, commands.
 
-    The page carries its own copy of plotly.js and a content security policy that lets it run its
-    own scripts, by their hashes, and load nothing from anywhere.
+    The page carries its own copy of plotly.js and a content security policy that allows only its
+    own scripts, by hash, and no network requests.
 
     Args:
-        runs: of :func:`headscope.report.read_run` and the like; runs of one model are joined.
+        runs: from :func:`headscope.report.read_run` and similar; runs of one model are joined.
         title: default: the models' names.
-        command: how to make the page again.
+        command: command that reproduces the page.
         alpha: false discovery rate of the roles.
 
     Raises:
-        InputError: if the page would be larger than 10 MB: give fewer runs.
+        InputError: if the page would be larger than 10 MB: pass fewer runs.
     """
     found = subjects(runs, alpha)
     several = len(found) > 1
@@ -543,7 +543,7 @@ def _overview(subject: Subject) -> dict[str, Any]:
 
 
 def _facts(found: Sequence[Subject]) -> list[tuple[str, list[str]]]:
-    """What the models are, one column each; empty rows are left out."""
+    """Table of facts with one column per model; empty rows are left out."""
     rows: dict[str, list[str]] = {}
     for subject in found:
         first = subject.scores[0]
@@ -578,7 +578,7 @@ def _failed(runs: Sequence[RunPart]) -> list[Section]:
 
 
 def _within(sections: Sequence[Section], budget: int) -> list[Section]:
-    """Sections whose pictures fit a budget of bytes: the largest are left out, and it is said."""
+    """Fit sections' pictures in a byte budget: drop the largest, and note it."""
     sizes = {
         (i, j): len(as_data([block.light, block.dark]))
         for i, section in enumerate(sections)

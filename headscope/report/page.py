@@ -1,4 +1,4 @@
-"""HTML pages that work without a network: what all share, the report of a scan, the viewer."""
+"""Self-contained HTML pages: shared template, the report of a scan, the attention viewer."""
 
 import json
 from base64 import b64encode
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-# What may end a script element or a line of script inside a string.
+# Characters that could end a script element, or a line of script inside a string.
 _UNSAFE = {ord(one): f"\\u{ord(one):04x}" for one in "<>&\u2028\u2029"}
 _TEMPLATES = ("frame.html", "page.html", "sections.html", "report.html", "view.html")
 
@@ -43,15 +43,15 @@ def filled(
     plotly: bool = True,
     **words: object,
 ) -> str:
-    """A page: template, styles, one copy of plotly.js, own scripts, and the data that they draw.
+    """Fill a page template with styles, one copy of plotly.js, scripts and their data.
 
     Args:
         template: name of its file in this package.
         styles: names of style sheets, joined in this order.
         scripts: names of scripts, which run after plotly.js in this order.
-        data: JSON values, in a script element of their own.
+        data: JSON values, in their own script element.
         plotly: whether the scripts need it.
-        words: what else the template uses.
+        words: further template variables.
     """
     texts = [*([plotly_js()] if plotly else []), *map(resource, scripts)]
     return (
@@ -68,13 +68,13 @@ def filled(
 
 
 def as_data(value: object) -> str:
-    """JSON that stays inside its script element, whatever the strings in it say."""
+    """Serialise JSON so that no string in it can end its script element."""
     made = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return made.translate(_UNSAFE)
 
 
 def policy(scripts: Iterable[str]) -> str:
-    """Content security policy: our scripts by hash, our styles, pictures made in the page."""
+    """Content security policy: scripts by hash, inline styles, and images made in the page."""
     hashes = " ".join(
         f"'sha256-{b64encode(sha256(one.encode()).digest()).decode()}'" for one in scripts
     )
@@ -86,12 +86,12 @@ def policy(scripts: Iterable[str]) -> str:
 
 @cache
 def plotly_js() -> str:
-    """plotly.js; browsers hash a script after turning line ends into newlines."""
+    """Source of plotly.js, with newlines normalised, as browsers do before hashing a script."""
     return str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def resource(name: str) -> str:
-    """A file of this package, as text."""
+    """Read a text file of this package."""
     return (files("headscope.report") / name).read_text(encoding="utf-8")
 
 
@@ -120,13 +120,13 @@ Kind = Literal["f4", "f2", "u2", "u1"]
 
 
 def packed(values: np.ndarray, kind: Kind, *, needed: bool = False) -> dict[str, str] | None:
-    """An array as little-endian bytes; None where floats are all missing.
+    """Encode an array as little-endian bytes; None for floats that are all missing.
 
     Args:
-        values: of any shape; rows one after the other.
-        kind: ``f4`` for what is sorted and compared, ``f2`` (3 digits) for what is only shown;
-            numbers that would lose more than that are kept as ``f4``.
-        needed: also where all are missing.
+        values: of any shape; stored row by row.
+        kind: ``f4`` for what is sorted and compared, ``f2`` (3 digits) for what is only displayed;
+            values that would lose more are kept as ``f4``.
+        needed: encode even if all values are missing.
     """
     if kind[0] == "f" and not needed and not np.isfinite(values).any():
         return None
@@ -137,7 +137,7 @@ def packed(values: np.ndarray, kind: Kind, *, needed: bool = False) -> dict[str,
 
 
 def _fits_half(values: np.ndarray) -> bool:
-    """Whether half precision keeps every number to 0.2%, or to a millionth of the largest."""
+    """Whether half precision keeps every value to 0.2%, or to a millionth of the largest."""
     known = np.abs(values[np.isfinite(values)])
     most = float(known.max(initial=0.0))
     if most > 6e4:
@@ -147,12 +147,12 @@ def _fits_half(values: np.ndarray) -> bool:
 
 
 def packed_tokens(tokens: Iterable[str]) -> list[str]:
-    """Tokens made visible and cut."""
+    """Tokens as visible, truncated text."""
     return [visible(one[:_LONGEST]) + ("…" if len(one) > _LONGEST else "") for one in tokens]
 
 
 def packed_example(example: AttentionExample) -> dict[str, Any]:
-    """Tokens and patterns; under a causal mask only what lies on and below the diagonal."""
+    """Encode tokens and patterns; for a causal mask only the lower triangle."""
     rows, columns = np.tril_indices(len(example.tokens))
     triangle = not np.triu(example.pattern, 1).any()
     return {
@@ -176,17 +176,17 @@ def index_page(
     alpha: float = 0.05,
     sections: Sequence[Section] = (),
 ) -> str:
-    """One page: roles, facts, every head with every score, and a heatmap per score.
+    """Build the report of a scan: roles, facts, every head with every score, and heatmaps.
 
-    The page carries its own copy of plotly.js and a content security policy that lets it run its
-    own scripts, by their hashes, and load nothing from anywhere.
+    The page carries its own copy of plotly.js and a content security policy that allows only its
+    own scripts, by hash, and no network requests.
 
     Args:
         table: scores of one model.
-        settings: what was asked for, shown as facts of the run.
+        settings: requested settings, shown as facts of the run.
         names: scores to show, in this order; default: all, those with a role first.
-        title: of the page; default: the model's name.
-        command: how to make it again, shown as it is.
+        title: title of the page; default: the model's name.
+        command: command that reproduces it, shown unchanged.
         alpha: false discovery rate of the roles.
         sections: shown before the table of all heads.
     """
@@ -214,13 +214,13 @@ def stacks_page(
     sections: Sequence[Section] = (),
     command: str | None = None,
 ) -> str:
-    """One page of a model with several attention stacks: a section and grids for each.
+    """Build the page of a model with several attention stacks: a section and grids for each.
 
     Args:
         table: scores of several stacks.
-        settings: what was asked for, shown as facts of the run.
+        settings: requested settings, shown as facts of the run.
         sections: shown before those of the stacks.
-        command: how to make it again, shown as it is.
+        command: command that reproduces it, shown unchanged.
     """
     provenance = next(iter(table.values())).provenance
     facts = [
@@ -260,15 +260,15 @@ def sections_page(
     facts: Sequence[tuple[str, str]] = (),
     command: str | None = None,
 ) -> str:
-    """A page of sections alone, with the same promises as :func:`index_page`.
+    """Build a page from sections alone, as self-contained as :func:`index_page`.
 
     Args:
-        title: of the page.
-        subject: what kind of page it is, in the browser's title.
+        title: title of the page.
+        subject: kind of page, in the browser's title.
         lead: one sentence below the title.
         sections: in this order.
-        facts: where it came from.
-        command: how to make it again, shown as it is.
+        facts: provenance.
+        command: command that reproduces it, shown unchanged.
     """
     return _render(
         title=title,
@@ -285,7 +285,7 @@ def sections_page(
 
 
 def _render(*, scores: Sequence[HeadScores], sections: Sequence[Section], **words: Any) -> str:
-    """Fill the template; every figure and script goes in once."""
+    """Render the template; every figure and script is included once."""
     shown, pictures = laid_out(sections, first=len(scores))
     return filled(
         "page.html",
@@ -299,7 +299,7 @@ def _render(*, scores: Sequence[HeadScores], sections: Sequence[Section], **word
 
 
 def _rows(table: HeadTable, scores: Sequence[HeadScores], alpha: float) -> list[Row]:
-    """One row per head that any score has, in layer order."""
+    """One row per head that has any score, in layer order."""
     shown = np.any([one.present for one in scores], axis=0)
     group = table.shape[1] // scores[0].kv_heads
     marks = [one.significant(alpha) for one in scores]
@@ -323,7 +323,7 @@ def _rows(table: HeadTable, scores: Sequence[HeadScores], alpha: float) -> list[
 def _facts(
     table: HeadTable, provenance: Provenance, settings: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """Model and provenance as pairs of words; what is unknown is left out."""
+    """Model and provenance as (name, value) pairs; unknown values are left out."""
     layers, heads = table.shape
     kv_heads = next(iter(table.values())).kv_heads
     facts: dict[str, object] = {
@@ -342,14 +342,14 @@ def _facts(
 
 
 def _words(value: object) -> str:
-    """A fact as text: mappings become ``key value`` pairs."""
+    """Format a fact; mappings become ``key value`` pairs."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_words(one)}" for key, one in value.items())
     return str(value)
 
 
 _HEIGHT = 560
-# What is left of the frame where a front end takes it out.
+# Shown instead of the frame by front ends that remove it.
 _BLOCKED = (
     "The attention viewer runs scripts, which this notebook may not: trust the notebook and run "
     'the cell again, or write the viewer to a file with .save("view.html").'
@@ -358,18 +358,18 @@ _BLOCKED = (
 
 @dataclass(frozen=True, eq=False)
 class AttentionView:
-    """Attention of some heads on one text; shows itself in notebooks.
+    """Attention of some heads on one text, displayed as a viewer in notebooks.
 
     Attributes:
-        example: what is shown.
-        height: of the frame in a notebook, in pixels.
+        example: attention to show.
+        height: height of the frame in a notebook, in pixels.
     """
 
     example: AttentionExample
     height: int = _HEIGHT
 
     def page(self) -> str:
-        """The viewer as one HTML page that fetches nothing."""
+        """Build the viewer as a self-contained HTML page."""
         example = self.example
         heads = [str(head) for head in example.heads]
         return filled(
@@ -392,7 +392,7 @@ class AttentionView:
         whole_page(Path(path), self.page())
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own: nothing of it touches the notebook, or the reverse."""
+        """Embed the page in an isolated frame."""
         return (
             f'<iframe sandbox="allow-scripts" srcdoc="{escape(self.page())}" '
             f'title="Attention of {len(self.example.heads)} heads" '
@@ -400,7 +400,7 @@ class AttentionView:
         )
 
     def __repr__(self) -> str:
-        """Heads and length."""
+        """Describe heads and length."""
         heads = ", ".join(map(str, self.example.heads[:6]))
         more = ", ..." if len(self.example.heads) > 6 else ""
         return f"AttentionView({heads}{more} on {len(self.example.tokens)} tokens)"

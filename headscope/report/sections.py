@@ -1,6 +1,6 @@
-"""Sections of a page with their pictures drawn, as plain values for the template.
+"""Page sections with their pictures drawn, as plain values for the template.
 
-Of any result, of what a model's weights say, and of a needle scan.
+For results of any kind, for what a model's weights tell, and for a needle scan.
 """
 
 import json
@@ -39,12 +39,12 @@ from headscope.table.kinds import against, copying
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A figure in both themes; the page shows the one that fits the reader's.
+    """A figure in a light and a dark version; the page shows the one for the reader's theme.
 
     Attributes:
-        light: drawn for light paper; a figure, or its JSON as it was kept.
-        dark: drawn for dark paper.
-        said: what it shows, for readers who cannot see it.
+        light: version for light pages; a figure, or its stored JSON.
+        dark: version for dark pages.
+        said: text alternative for readers who cannot see it.
         caption: what to look for.
     """
 
@@ -58,7 +58,7 @@ Block = Words | Facts | Rows | Drawn | Picture
 
 
 def with_pictures(sections: Sequence[Section], drawings: Mapping[str, Drawing]) -> list[Section]:
-    """Sections whose named figures are drawn in both themes; names without a figure are dropped."""
+    """Draw the sections' named figures in both themes; drop names without a figure."""
     return [
         Section(
             one.title,
@@ -69,7 +69,7 @@ def with_pictures(sections: Sequence[Section], drawings: Mapping[str, Drawing]) 
 
 
 def laid(result: object) -> Sequence[Section]:
-    """Sections of a result; none where it does not lay itself out."""
+    """Sections of a result; none if it does not define any."""
     sections = getattr(result, "sections", None)
     return sections() if sections is not None else ()
 
@@ -89,7 +89,7 @@ def _pictured(block: Block, drawings: Mapping[str, Drawing]) -> Block:
 def laid_out(
     sections: Sequence[Section], first: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Sections as plain values for the template, and their pictures, numbered from ``first``."""
+    """Convert sections to plain values for the template, with pictures numbered from ``first``."""
     pictures: list[dict[str, Any]] = []
     shown = []
     for number, section in enumerate(sections):
@@ -116,7 +116,7 @@ def plain_figure(figure: go.Figure | dict[str, Any]) -> dict[str, Any]:
 
 
 def _cell(cell: TableCell) -> dict[str, Any]:
-    """A cell as text or as tokens, and whether it is a number."""
+    """Cell as text or as tokens, and whether it is numeric."""
     if isinstance(cell, tuple):
         return {"tokens": cell, "text": "", "number": False}
     if isinstance(cell, str):
@@ -129,7 +129,7 @@ _MAX_BYTES = 100_000_000
 
 
 def sections_json(sections: Sequence[Section]) -> bytes:
-    """Sections with their pictures in both themes, as JSON."""
+    """Serialise sections with their pictures in both themes as JSON."""
     plain = [
         {"title": one.title, "blocks": [_plain(block) for block in one.blocks]} for one in sections
     ]
@@ -137,7 +137,7 @@ def sections_json(sections: Sequence[Section]) -> bytes:
 
 
 def read_sections(file: Path) -> list[Section]:
-    """Read what :func:`sections_json` wrote.
+    """Read sections written by :func:`sections_json`.
 
     Raises:
         InputError: if the file holds something else.
@@ -201,7 +201,7 @@ def _read_cell(cell: object) -> TableCell:
 
 
 def _figure(plain: object) -> dict[str, Any]:
-    """Data and layout of a figure; nothing else that a file might say."""
+    """Data and layout of a figure, dropping anything else in the file."""
     if not isinstance(plain, dict):
         raise TypeError("a figure is an object")
     return {"data": list(plain["data"]), "layout": dict(plain["layout"])}
@@ -213,7 +213,7 @@ def drawings(
     complex_values: Sequence[HeadEigenvalues],
     nodes: HeadScores | None = None,
 ) -> dict[str, Drawing]:
-    """Every picture of a model's weights, by name, to be drawn in a theme."""
+    """Figures of a model's weights, by name, as functions of the theme."""
     found: dict[str, Drawing] = {}
     if pairs:
         found["composition"] = partial(_themed, composition_graph, pairs)
@@ -238,19 +238,18 @@ def circuit_sections(
     pictures: Mapping[str, Drawing],
     missing: Mapping[str, str],
 ) -> list[Section]:
-    """Sections of the page: paths, composition, spectra, eigenvalues, what is missing.
+    """Sections about weights: paths, composition, spectra, eigenvalues, and what is missing.
 
     Args:
         paths: per kind, chains of heads with their strength in units of chance.
-        pictures: of :func:`drawings`.
-        missing: what the family does not allow, with the reason.
+        pictures: from :func:`drawings`.
+        missing: what the model family does not allow, with the reason.
     """
     chains: list[Block] = [
         Words(
-            "Chains of heads in which each reads what the one before it writes, by weights alone. "
-            "Strength: geometric mean of the composition scores, in units of chance; 1 is what "
-            "heads get that know nothing of each other. High composition is not proof of use: "
-            "ablate.",
+            "Chains of heads in which each reads the previous one's output, by weights alone. "
+            "Strength: geometric mean of the composition scores, in units of chance; "
+            "independent heads get 1. High composition does not prove use: ablate.",
         )
     ]
     for kind, found in paths.items():
@@ -260,13 +259,13 @@ def circuit_sections(
         (
             "Composition",
             lambda name: "composition" in name,
-            "How much of what the earlier head writes the later one reads: with its queries (Q), "
+            "How strongly the later head reads the earlier head's output: by its queries (Q), "
             "keys (K) or values (V).",
         ),
         (
             "Spectra",
             lambda name: name.endswith("_spectra"),
-            "What stands above the grey band was learned: random factors of the same shape and "
+            "Values above the grey band were learned: random factors of the same shape and "
             "variance stay inside it. A line that falls steeply is a head that uses few "
             "directions.",
         ),
@@ -291,7 +290,7 @@ def circuit_sections(
 
 
 def missing_words(missing: Mapping[str, str], model: str = "") -> Rows:
-    """What weights cannot say of this model, and why."""
+    """Explain which weight analyses are missing for this model, and why."""
     return Rows(("what", "why"), reasons(missing, model))
 
 
@@ -301,7 +300,7 @@ _MOST = 20
 def retrieval_drawings(
     scores: HeadScores, grid: RecallGrid, masked: Mapping[str, OrderCurve]
 ) -> dict[str, Drawing]:
-    """Every picture of a needle scan, by name, to be drawn in a theme; none of missing scores."""
+    """Figures of a needle scan, by name, as functions of the theme; none for missing scores."""
     found: dict[str, Drawing] = {"recall": partial(_recall, grid)}
     if np.isfinite(scores.mean).any():
         found = {scores.name: partial(_heatmap, scores)} | found
@@ -327,14 +326,14 @@ def retrieval_sections(
     pictures: Mapping[str, Drawing],
     said: str,
 ) -> list[Section]:
-    """Sections of the page: heads that copy, where needles were found, what masking does.
+    """Sections about retrieval: copying heads, where needles were found, effect of masking.
 
     Args:
-        scores: of retrieval, by the paper's counting.
-        grid: of recall.
+        scores: retrieval scores, counted as in the paper.
+        grid: recall by length and depth.
         masked: curves by task.
-        pictures: of :func:`retrieval_drawings`.
-        said: in one sentence, which stands for the heads where no score could be had.
+        pictures: from :func:`retrieval_drawings`.
+        said: sentence that replaces the heads if no score could be computed.
     """
     heads = _heads(scores, pictures) if scores.name in pictures else [Words(said)]
     beyond = grid.provenance.probe.get("extrapolated_from")
@@ -351,10 +350,10 @@ def retrieval_sections(
     if masked:
         what: list[Block] = [
             Words(
-                "Right answers while heads are masked (their attention made flat, from the last "
-                "token of the prompt on): those that copy most, those that copy least, and random "
-                "ones that are not retrieval heads. The needles are others than those that the "
-                "heads were found on."
+                "Correct answers while heads are masked (their attention made flat, from the "
+                "last token of the prompt on): those that copy most, those that copy least, and "
+                "random ones that are not retrieval heads. The needles differ from those that "
+                "the heads were found on."
             )
         ]
         what += [_picture(f"masking_{name}", f"Task: {name}.", pictures) for name in masked]
@@ -363,7 +362,7 @@ def retrieval_sections(
 
 
 def _heads(scores: HeadScores, pictures: Mapping[str, Drawing]) -> list[Block]:
-    """Which heads copy, as words, picture and table."""
+    """Heads that copy, as text, picture and table."""
     limit = scores.threshold or 0.0
     when, which = "the model answers", "said"
     if scores.provenance.probe.get("form") == "forced":

@@ -141,7 +141,7 @@ def test_directions_of_a_pair(family_model: ModelOf) -> None:
     writer, reader = circuits.ov(model).svd(), circuits.qk(model).svd()
     expected = writer.Vh[0, 1] @ reader.Vh[2, 3].T
     torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-3, atol=1e-4)
-    with pytest.raises(InputError, match="does not lie below"):
+    with pytest.raises(InputError, match="is not in a lower layer"):
         circuits.direction_composition(model, "L2H1", "L2H3", "K")
 
 

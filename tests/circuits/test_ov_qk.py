@@ -154,7 +154,7 @@ def test_where_no_matrix_gives_the_scores_it_says_why(family_model: ModelOf) -> 
         lambda: circuits.qk_bands(model),
         lambda: circuits.qk_content(model, range(3)),
     ):
-        with pytest.raises(UnsupportedModelError, match="no one matrix"):
+        with pytest.raises(UnsupportedModelError, match="no single matrix"):
             ask()
     assert circuits.qk(model, fold_norm=False).left.shape == (3, 4, 32, 8)
     parts = model.parts.query_key(1)

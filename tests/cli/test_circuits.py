@@ -84,7 +84,7 @@ def test_a_head_by_weights_alone_as_json() -> None:
         (("head", "L9H9"), "no head L9H9"),
         (("head", "tiny-gpt2"), "not a head"),
         (("head", "tiny-gpt2", "L1H1", "x"), "not 3 names"),
-        (("head", "L1H1", "--weights-only", "--text", "x"), "--weights-only forbids"),
+        (("head", "L1H1", "--weights-only", "--text", "x"), "leave out --weights-only"),
         (("head", "L1H1", "--text", " "), "--text is empty"),
         (("circuits", "no-such-model"), "no model 'no-such-model'"),
     ],

@@ -152,11 +152,11 @@ def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
     bad.write_text("tasks: {a: {kind: ioii}}\n")
     cases = {
         ("retrieval", "--lengths", "many"): "not a list of lengths",
-        ("retrieval", "--lengths", "4k..1k"): "run downwards",
+        ("retrieval", "--lengths", "4k..1k"): "in descending order",
         ("retrieval", "--lengths", ",".join(map(str, range(1, 80)))): "at most 64",
         ("retrieval", "--lengths", "0"): "not a list of lengths",
         ("retrieval", "--depths", "0,2"): "shares from 0",
-        ("retrieval", "--depths", "few"): "are not depths",
+        ("retrieval", "--depths", "few"): "is not a list of depths",
         ("retrieval", "--needles", "fact"): "did you mean 'facts'",
         ("retrieval", "--form", "force"): "did you mean 'forced'",
         ("retrieval", "--form", "forced", "--new-tokens", "3"): "generates nothing",

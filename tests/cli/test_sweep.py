@@ -81,9 +81,9 @@ def test_mistakes_get_a_sentence(file: Path, tmp_path: Path) -> None:
     cases = {
         ("sweep",): "give a config",
         ("sweep", tmp_path / "none.yaml"): "could not be read",
-        ("sweep", file, "--shard", "4/3"): "not a shard",
-        ("sweep", file, "--shard", "0/3"): "not a shard",
-        ("sweep", file, "--shard", "x"): "not a shard",
+        ("sweep", file, "--shard", "4/3"): "write i/N with",
+        ("sweep", file, "--shard", "0/3"): "write i/N with",
+        ("sweep", file, "--shard", "x"): "write i/N with",
         ("sweep", file, "--executor", "rya"): "did you mean 'ray'",
         ("sweep", file, "--workers", "2"): "--workers is for --executor ray",
         ("sweep", file, "--out", file / "x"): "cannot write",

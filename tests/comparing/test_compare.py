@@ -214,7 +214,7 @@ def test_checkpoints_keep_their_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "said"), [("weights", "needs two models"), ("address", "by profile")]
+    ("by", "said"), [("weights", "needs two models"), ("address", "by=.profile")]
 )
 def test_mistakes_get_a_sentence(by: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

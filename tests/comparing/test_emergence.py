@@ -96,7 +96,7 @@ def test_mistakes_get_a_sentence() -> None:
         hs.emergence("tiny-llama")
     with pytest.raises(InputError, match="two different checkpoints"):
         hs.emergence(checkpoints=["step-000000"])
-    with pytest.raises(InputError, match="at least one scorer"):
+    with pytest.raises(InputError, match="scorers= is empty"):
         hs.emergence(checkpoints=FEW, scorers=[])
-    with pytest.raises(InputError, match="two checkpoints or more"):
+    with pytest.raises(InputError, match="at least two different checkpoints"):
         made([[0.0]], ("s1",))

@@ -69,7 +69,7 @@ CALLS: dict[str, tuple[Call, str]] = {
     ),
     "fractions as tokens": (
         lambda *_: hs.probes.from_tokens(torch.rand(2, 3)),
-        "not all whole numbers",
+        "rows of whole numbers",
     ),
     "numbers as texts": (
         lambda model, _: hs.probes.text(model, [3]),

@@ -638,7 +638,7 @@ def test_e15_bad_pairs_get_a_sentence(tmp_path: Path) -> None:
     for line, message in (
         (PAIR | {"corrupt": "The capital of Italy"}, r"4 tokens and its clean one 8"),
         (PAIR | {"corrupt": PAIR["clean"]}, "is the clean one"),
-        (PAIR | {"text": "The"}, "another word for 'text'"),
+        (PAIR | {"text": "The"}, "an alias of 'text'"),
         ({"text": "The city", "corrupt_answer": " of"}, "needs a 'corrupt' text"),
         (PAIR | {"corrupt_foil": " Rome"}, "needs a corrupt_answer"),
         (PAIR | {"corrupt_answer": " Rome"}, "are the same token"),

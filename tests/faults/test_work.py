@@ -472,7 +472,7 @@ def test_d7_text_is_read_as_people_have_it(tmp_path: Path) -> None:
 def test_d8_a_bos_that_is_there_is_kept_once() -> None:
     model = hs.load()
     bos = model.tokenizer.bos_token
-    with pytest.warns(HeadscopeWarning, match="BOS already"):
+    with pytest.warns(HeadscopeWarning, match="already begins with the model.s BOS"):
         found = hs.probes.text(model, [f"{bos}the cat sat"])
     assert found.tokens.equal(hs.probes.text(model, ["the cat sat"]).tokens)
 

@@ -97,7 +97,7 @@ def test_hostile_tokens_are_escaped() -> None:
     [
         (("nonsense",), {}, "not a head"),
         (("L9H9",), {}, "no head L9H9"),
-        (("L0H0",), {"text": "x", "weights_only": True}, "weights_only forbids"),
+        (("L0H0",), {"text": "x", "weights_only": True}, "leave out weights_only"),
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple, words: dict, said: str) -> None:

@@ -75,8 +75,8 @@ def test_it_is_a_frame_that_fetches_nothing(model: Any, tmp_path: Path) -> None:
     [
         ({"text": " "}, "text is empty"),
         ({"heads": ["L9H9"]}, "no head L9H9"),
-        ({"heads": []}, "at least one head"),
-        ({"length": 0}, "at least one token"),
+        ({"heads": []}, "heads= is empty"),
+        ({"length": 0}, "length=0: give 1"),
     ],
 )
 def test_mistakes_get_a_sentence(model: Any, arguments: dict, said: str) -> None:

@@ -65,7 +65,7 @@ def test_curves_carry_the_band_of_random_edges() -> None:
 
 
 def test_mistakes_get_a_sentence() -> None:
-    with pytest.raises(InputError, match="one edge at least"):
+    with pytest.raises(InputError, match="give 1 or more"):
         hs.plots.circuit_graph(graph(), most=0)
     with pytest.raises(InputError, match="no curve"):
         hs.plots.faithfulness_curves({})

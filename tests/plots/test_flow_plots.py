@@ -46,7 +46,7 @@ def test_a_route_graph_draws_every_edge_once(name: str) -> None:
     fewer = hs.plots.route_graph(found, most=5)
     assert len(fewer.data[-1].text) == 5
     assert f"5 of {len(drawn)} edges" in fewer.layout.title.subtitle.text
-    with pytest.raises(InputError, match="at least"):
+    with pytest.raises(InputError, match="give 1 or more"):
         hs.plots.route_graph(found, most=0)
 
 

@@ -61,7 +61,7 @@ def test_answers_and_foils(model: Reader, tmp_path: Path) -> None:
 
 def test_every_bad_line_is_named(model: Reader, tmp_path: Path) -> None:
     bad = {
-        "no valid JSON": "{",
+        "not valid JSON": "{",
         "a string 'text'": {"txt": "a"},
         "unknown field 'anwser'": {"text": "a b", "anwser": " c"},
         "its text is empty": {"text": ""},

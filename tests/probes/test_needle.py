@@ -276,7 +276,7 @@ def test_a_chat_template_is_laid_around_the_prompt() -> None:
     assert "[INST]" not in tokenizer.decode(plain.tokens[0])
     assert (chat.settings["chat"], plain.settings["chat"]) == (True, False)
     tokenizer.chat_template = "{% for m in messages %}{% endfor %}"
-    with pytest.raises(InputError, match="does not say the message"):
+    with pytest.raises(InputError, match="does not contain the message"):
         needle(model, 300, [0.5], "numbers")
 
 

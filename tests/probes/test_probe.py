@@ -61,7 +61,7 @@ def test_examples_and_devices_keep_everything() -> None:
 @pytest.mark.parametrize(
     ("tokens", "real", "told"),
     [
-        ([[1, 2], [3]], None, "differ in length"),
+        ([[1, 2], [3]], None, "rows of whole numbers"),
         ([["a"]], None, "whole numbers"),
         ([[1, 2, 3]], [[True, False, True]], "unbroken run"),
         ([[1, 2, 3]], [[False, False, False]], "unbroken run"),

@@ -122,7 +122,7 @@ def test_groups_by_span_similar_keys_and_the_result(tmp_path) -> None:  # noqa: 
         ({"mode": "delete"}, "unknown mode"),
         ({"similar": -1.0}, "cosine"),
         ({"top": 0}, "one head"),
-        ({"groups": {"him": "Peter"}}, "does not stand"),
+        ({"groups": {"him": "Peter"}}, "does not occur"),
         ({"groups": {"him": "John"}}, "2 times"),
         ({"groups": {"him": [99]}}, "position 99"),
         ({"groups": {}}, "no group"),

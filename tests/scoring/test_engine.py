@@ -256,7 +256,7 @@ def test_tokens_per_chunk_bound_what_is_held(monkeypatch: pytest.MonkeyPatch) ->
         )
         assert max(held) == most
         np.testing.assert_allclose(found["entropy"].per_example, expected, rtol=1e-5)
-    with pytest.raises(InputError, match="holds 1 or more"):
+    with pytest.raises(InputError, match="give 1 or more"):
         hs.score(model, probe, "entropy", max_tokens_per_chunk=0)
 
 

@@ -275,7 +275,7 @@ def test_results_are_kept(tmp_path: Path) -> None:
         ),
         (lambda m: hs.ablation.back_patch(m, prompts(), at="label"), "one position"),
         (lambda m: hs.ablation.back_patch(m, prompts().examples(slice(0, 3))), "too few"),
-        (lambda m: hs.steering.patchscope(m, "L0H0", "Mary", template="the cat"), "does not stand"),
+        (lambda m: hs.steering.patchscope(m, "L0H0", "Mary", template="the cat"), "does not occur"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(call, said: str) -> None:  # noqa: ANN001
