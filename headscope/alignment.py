@@ -1,4 +1,4 @@
-"""Alignment heads: which heads of cross-attention say what source token a target token comes from.
+"""What heads of cross-attention look for: the source of a target token, and concepts.
 
 A query of cross-attention is the decoder's position that predicts a target token; its keys are
 source tokens, or frames of sound. Word timestamps of speech models are read off the heads whose
@@ -6,7 +6,7 @@ attention follows the alignment (``generation_config.alignment_heads``), and ali
 translations likewise.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
-from headscope.capture import check_fits, chunks, need_probe, stream
-from headscope.errors import InputError
+from headscope.capture import check_fits, chunks, need_probe, seen_by, stream
+from headscope.errors import InputError, UnsupportedModelError, whole
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.protocol import HeadModel, stack_of
 from headscope.models.taps import Reads, TapView, at_layers
 from headscope.origin import origin
+from headscope.probes.encoding import frame, from_tokens, need_tokenizer, pad_right
 from headscope.probes.probe import Probe
-from headscope.table import HeadScores, HeadTable
+from headscope.probes.translation import translation
+from headscope.table import ConceptHeads, HeadScores, HeadTable
 
 Links = Sequence[Sequence[Sequence[int]]] | Bool[Tensor, "batch target source"]
 # Queries whose rows are held at once, as bytes.
@@ -302,6 +304,293 @@ def path(
         i, j = max(steps, key=lambda step: best[step])
         found.append((i, j))
     return found[::-1]
+
+
+# Heads of concepts.
+
+_CONCEPT_SOURCE = "Park et al. 2024 (arXiv 2412.02237), head relevance vectors of cross-attention"
+_EQUAL = 1e-6  # keys are fp32
+Words = Mapping[str, Sequence[str] | Sequence[Sequence[int]]]
+
+
+def concepts(
+    model: HeadModel,
+    probe: Probe,
+    words: Words,
+    *,
+    mark: str | None = None,
+    draws: int = 8,
+    deals: int = 39,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> ConceptHeads:
+    """Find which heads answer to which concept: head relevance vectors.
+
+    For an example, a layer and a draw, one word is drawn for each concept. Every head attends with
+    the example's own queries to the keys of these words alone, each read by itself (tokens in front
+    of the first word, such as a start token, are keys too; those behind are not): softmax over all
+    of them, mean over queries, mean over a word's tokens. The concept with the largest share gets
+    the head's vote; of equals each gets its part. Votes for a concept by head, scaled to a mean of
+    1 over heads, are its relevance vector.
+
+    The null deals the same words to the concepts at random, ``deals`` times: a head that falls for
+    one word votes as often for the concept that this word is dealt to.
+
+    Args:
+        model: an encoder-decoder or any model with a stack ``cross``; or a model of one text whose
+            keys do not depend on distance (no rotary positions, no position bias).
+        probe: whose queries ask.
+        words: of each concept, as texts or as token ids without special tokens; two concepts or
+            more. Ten words each are usual.
+        mark: name of the mark of the query positions; default: all real ones.
+        draws: of words, for each example and layer.
+        deals: of words to concepts, for the null; the smallest p-value is ``1 / (1 + deals)``.
+        seed: of draws and deals.
+        batch_size: examples per pass.
+
+    Raises:
+        InputError: if there are fewer than two concepts, one has no word, or a word has no token.
+        UnsupportedModelError: if the model's keys depend on distance.
+
+    Source: Park et al. 2024 (arXiv 2412.02237). The null is ours.
+
+    Example:
+        >>> from transformers import T5Config, T5ForConditionalGeneration
+        >>> small = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        >>> small.decoder_start_token_id = 0
+        >>> t5 = hs.load(T5ForConditionalGeneration(small).eval())
+        >>> probe = hs.probes.translation(t5, [[5, 6, 7, 1]], [[7, 6, 5, 1]])
+        >>> words = {"fruit": [[8], [9]], "colour": [[10], [11, 12]]}
+        >>> found = hs.alignment.concepts(t5, probe, words, deals=3)
+        >>> bool(np.allclose(found.shares.sum(0), 1))
+        True
+    """
+    need_probe(probe)
+    for given, what, least in ((draws, "draws", 1), (deals, "deals", 1), (seed, "seed", 0)):
+        whole(given, what, least)
+    view = stack_of(model, stack="cross" if "cross" in model.stacks else None)
+    crosses = next(iter(view.stacks.values())).mask.kind == "cross"
+    if not crosses and "rotary" not in view.limits:
+        raise UnsupportedModelError(
+            f"{view.name} turns its keys by their position, so a word's key is not the same "
+            "everywhere: heads of concepts take cross-attention, or a model without rotary "
+            "positions."
+        )
+    read = seen_by(view, probe)
+    check_fits(view, probe)
+    asked = read.real if mark is None else read.mark(mark) & read.real
+    if not bool(asked.any(1).all()):
+        raise InputError("an example of the probe has no position that asks: choose another mark.")
+    lexicon = _Lexicon.of(view, model, words, crosses=crosses)
+    keys = _word_keys(view, lexicon, batch_size)
+    dealt = lexicon.deals(deals, seed)
+    parts = [
+        (part.votes, part.null)
+        for _, part in stream(
+            view,
+            _numbered(probe),
+            lambda batch, _: _Voter(_numbers_of(batch), asked, keys, lexicon, dealt, draws, seed),
+            batch_size=batch_size,
+        )
+    ]
+    heads, layers = view.shape.heads, view.shape.attention_layers
+    total = len(probe) * draws
+
+    def joined(number: int) -> Float[np.ndarray, "*deal concept head"]:
+        by_layer = [sum(part[number][layer] for part in parts) / total for layer in layers]
+        every: Tensor = torch.cat([torch.as_tensor(one) for one in by_layer], -1)
+        return every.numpy()
+
+    return ConceptHeads(
+        tuple(words),
+        heads,
+        joined(0),
+        joined(1),
+        total,
+        provenance=origin(
+            view,
+            probe,
+            control="words dealt to concepts at random",
+            seed=seed,
+            draws=draws,
+            deals=deals,
+            mark=mark,
+            words={name: len(some) for name, some in words.items()},
+            source_of_method=_CONCEPT_SOURCE,
+        ),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Lexicon:
+    """Words of concepts, each as a text of its own.
+
+    Attributes:
+        probe: an example for each word.
+        owned: which of its positions are the word's.
+        before: which stand in front of it.
+        sizes: words of each concept, one concept after the other.
+    """
+
+    probe: Probe
+    owned: Bool[Tensor, "word pos"]
+    before: Bool[Tensor, "word pos"]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, view: HeadModel, model: HeadModel, words: Words, *, crosses: bool) -> "_Lexicon":
+        """Tokens of all words, between what the tokenizer puts around a text."""
+        if len(words) < 2 or not all(len(some) for some in words.values()):
+            raise InputError("heads of concepts need two concepts or more, with a word each.")
+        rows = [_word_ids(view, one) for some in words.values() for one in some]
+        prefix, suffix = frame(view, None) if view.tokenizer is not None else ([], [])
+        framed = [[*prefix, *row, *suffix] for row in rows]
+        if crosses:
+            probe = translation(model, framed, [[row[-1]] for row in framed])
+            real = probe.of_source.real
+        else:
+            tokens, real = pad_right(framed)
+            probe = from_tokens(tokens, real)
+        place = torch.arange(real.shape[1])
+        ends = torch.tensor([[len(prefix) + len(row)] for row in rows])
+        before = (place < len(prefix)).expand_as(real)
+        return cls(probe, (place < ends) & ~before, before, tuple(map(len, words.values())))
+
+    def deals(self, count: int, seed: int) -> Int[Tensor, "deal word"]:
+        """Words in the order in which concepts get them; the first is the true one."""
+        draw = torch.Generator().manual_seed(seed)
+        total = sum(self.sizes)
+        orders = [torch.randperm(total, generator=draw) for _ in range(count)]
+        return torch.stack([torch.arange(total), *orders])
+
+    def drawn(
+        self, examples: Sequence[int], layer: int, draws: int, seed: int
+    ) -> Int[Tensor, "batch draw concept"]:
+        """For every example and draw, the place of a word of each concept."""
+        chance = np.stack(
+            [
+                np.random.default_rng([seed, layer, one]).random((draws, len(self.sizes)))
+                for one in examples
+            ]
+        )
+        sizes = np.array(self.sizes)
+        first = np.concatenate([[0], sizes.cumsum()[:-1]])
+        return torch.from_numpy(first + np.floor(chance * sizes).astype(np.int64))
+
+
+def _word_ids(model: HeadModel, word: str | Sequence[int]) -> list[int]:
+    if isinstance(word, str):
+        tokenizer = need_tokenizer(model, "a word of a concept")
+        ids = list(tokenizer(word, add_special_tokens=False)["input_ids"])
+    else:
+        ids = [int(one) for one in word]
+    if not ids:
+        raise InputError(f"the word {word!r} has no token: leave it out.")
+    return ids
+
+
+@torch.no_grad()
+def _word_keys(
+    view: HeadModel, lexicon: _Lexicon, batch_size: int | None
+) -> dict[int, Float[Tensor, "word head pos d_head"]]:
+    """Keys of every word, as attention multiplies them with its queries, by layer."""
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in view.shape.attention_layers}
+
+    def keep(seen: TapView) -> None:
+        both = seen.query_keys(torch.tensor([0]))
+        if both.bias is not None and bool((both.bias != 0).any()):
+            raise UnsupportedModelError(
+                f"{view.name} adds a bias of positions to its scores, so a word's weight depends "
+                "on where it stands: heads of concepts take attention without it."
+            )
+        groups = view.shape.n_heads // both.key.shape[1]
+        kept[seen.layer].append(both.key.repeat_interleave(groups, 1))
+
+    for _ in stream(
+        view, lexicon.probe, lambda *_: _Each(keep), batch_size=batch_size or len(lexicon.probe)
+    ):
+        pass
+    width = lexicon.owned.shape[1]
+    return {layer: torch.cat([_fitted(one, width) for one in some]) for layer, some in kept.items()}
+
+
+def _fitted(keys: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(keys, (0, 0, 0, width - keys.shape[2]))
+
+
+@dataclass
+class _Each:
+    """Reads every attention layer by one function."""
+
+    read: Callable[[TapView], None]
+
+    def reads(self, shape: ModelShape) -> Reads:
+        return at_layers(shape, self.read)
+
+
+def _numbers_of(batch: Probe) -> list[int]:
+    return [int(one) for one in batch.host.facts["example"].tolist()]
+
+
+@dataclass
+class _Voter:
+    """Votes of every head of a batch, summed over its examples, layer by layer."""
+
+    numbers: list[int]
+    asked: Bool[Tensor, "all query"]
+    keys: Mapping[int, Tensor]
+    lexicon: _Lexicon
+    dealt: Int[Tensor, "deal word"]
+    draws: int
+    seed: int
+    votes: dict[int, Tensor] = field(default_factory=dict)
+    null: dict[int, Tensor] = field(default_factory=dict)
+
+    def reads(self, shape: ModelShape) -> Reads:
+        return at_layers(shape, self._vote)
+
+    def _vote(self, view: TapView) -> None:
+        device = view.z.device
+        drawn = self.lexicon.drawn(self.numbers, view.layer, self.draws, self.seed)
+        size, heads = len(self.numbers), view.z.shape[2]
+        places = drawn.flatten(1)
+        sums = torch.zeros(
+            len(self.dealt), size, heads, places.shape[1], dtype=torch.float64, device=device
+        )
+        asked = self.asked[self.numbers][:, : view.n_queries]
+        width = 8 * size * heads * self.lexicon.owned.numel()
+        for part in chunks(torch.arange(view.n_queries), width, _ROWS_BYTES):
+            whole_word, start = self._weights(view, part)
+            real = asked[:, part].to(device, torch.float64)
+            for deal, order in enumerate(self.dealt):
+                at = order[places].to(device)[:, None, None].expand(-1, heads, len(part), -1)
+                mass, mean = (one.gather(-1, at) for one in whole_word)
+                together = mass.unflatten(-1, drawn.shape[1:]).sum(-1, keepdim=True)
+                share = mean.unflatten(-1, drawn.shape[1:]) / (together + start[..., None])
+                sums[deal] += (share.flatten(-2) * real[:, None, :, None]).sum(2)
+        scores = sums.unflatten(-1, drawn.shape[1:])
+        best = (scores >= scores.amax(-1, keepdim=True) * (1 - _EQUAL)).double()
+        votes = (best / best.sum(-1, keepdim=True)).sum((1, 3))
+        counted = votes.mT.cpu()  # [deal concept head]
+        self.votes[view.layer], self.null[view.layer] = counted[0], counted[1:]
+
+    def _weights(
+        self, view: TapView, part: Int[Tensor, " query"]
+    ) -> tuple[tuple[Tensor, Tensor], Float[Tensor, "batch head query 1"]]:
+        """Unnormalised weights of words, in sum and mean over their tokens, and of what is before.
+
+        ``[batch head query word]``; the largest weight of a query is 1.
+        """
+        both = view.query_keys(part)
+        keys = self.keys[view.layer].to(both.query.device).double()
+        scores = torch.einsum("bhqd,whkd->bhqwk", both.query.double() * both.scaling, keys)
+        if both.soft_cap is not None:
+            scores = both.soft_cap * torch.tanh(scores / both.soft_cap)
+        owned, before = (one.to(scores.device) for one in (self.lexicon.owned, self.lexicon.before))
+        scores = scores.masked_fill(~(owned | before), float("-inf"))
+        scores = (scores - scores.amax((-2, -1), keepdim=True)).exp()
+        mass = (scores * owned).sum(-1)
+        return (mass, mass / owned.sum(1)), (scores[..., :1, :] * before[:1]).sum(-1)
 
 
 _SPECS = (_ACCURACY, _PRECISION, _RECALL, _ERROR, _PATH, _MONOTONE, _COVERAGE, _END)

@@ -889,6 +889,44 @@ def _moved(
     return torch.where(total > 0, rows - lost + gained, rows)
 
 
+def scale_keys(
+    heads: Heads,
+    keys: Bool[Tensor, "batch key"],
+    factor: float | Float[Tensor, "layer head"],
+    *,
+    positions: Positions = None,
+) -> HeadEdit:
+    """Attention to some keys is multiplied after the softmax; rows are not made to sum to 1 again.
+
+    Args:
+        heads: which.
+        keys: which keys, e.g. the tokens of a concept in the text that cross-attention reads.
+        factor: 1 changes nothing, 0 takes these keys out, less turns what they add around; a
+            number for all, or one for every head.
+        positions: of the queries; None: all.
+
+    Example:
+        >>> edit = hs.edits.scale_keys("L0H0", torch.tensor([[True, False]]), -2.0)
+        >>> edit(0, torch.tensor([[[[0.5, 0.5]]]])).tolist()
+        [[[[-1.0, 0.5]]]]
+    """
+    chosen = head_list(heads)
+    every = torch.as_tensor(factor, dtype=torch.float32)
+    donors = {}
+    for layer in {head.layer for head in chosen}:
+        # What is added to a factor of 1, so that keys beyond those that were given stay.
+        change = (every[layer][:, None] if every.ndim else every.view(1, 1)) - 1
+        donors[layer] = (change * keys[:, None].float().to(every.device))[:, :, None]
+    return HeadEdit.at(
+        "scale_keys", chosen, site="pattern", donors=donors, change=_with_scaled_keys,
+        positions=positions,
+    )  # fmt: skip
+
+
+def _with_scaled_keys(pattern: Tensor, change: Tensor | None) -> Tensor:
+    return pattern if change is None else pattern * (1 + change)
+
+
 def attend_to_first(
     heads: Heads, real: Bool[Tensor, "batch pos"], *, positions: Positions = None
 ) -> HeadEdit:

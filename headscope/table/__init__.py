@@ -37,6 +37,7 @@ from headscope.table.lens import LensGrid as LensGrid
 from headscope.table.scores import HeadScores as HeadScores
 from headscope.table.scores import Summary as Summary
 from headscope.table.similarity import AttentionProbe as AttentionProbe
+from headscope.table.similarity import ConceptHeads as ConceptHeads
 from headscope.table.similarity import HeadSimilarity as HeadSimilarity
 from headscope.table.similarity import RelationHead as RelationHead
 from headscope.table.similarity import SyntaxHeads as SyntaxHeads

@@ -279,6 +279,146 @@ def _names(heads: Sequence[HeadIndex], at: Int[np.ndarray, " pair"]) -> list[str
     return [str(heads[one]) for one in at.tolist()]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ConceptHeads(Saved, Tabular, Shown):
+    """Which heads answer to which concept: votes of every head among words for the concepts.
+
+    Attributes:
+        concepts: their names.
+        heads: of the columns.
+        shares: of each head's votes, how many went to a concept: over concepts they sum to 1.
+        null: the same with words dealt to the concepts at random, for each deal.
+        votes: how many each head cast.
+        provenance: where it came from.
+
+    Example:
+        >>> from headscope.table import ConceptHeads
+        >>> shares, null = np.array([[0.75, 0.25], [0.25, 0.75]]), np.full((9, 2, 2), 0.5)
+        >>> heads = hs.HeadIndex(0, 0), hs.HeadIndex(0, 1)
+        >>> found = ConceptHeads(("fruit", "colour"), heads, shares, null, votes=8)
+        >>> found.relevance.tolist(), found.top("fruit", 1)
+        ([[1.5, 0.5], [0.5, 1.5]], [(L0H0, 1.5)])
+    """
+
+    concepts: tuple[str, ...]
+    heads: tuple[HeadIndex, ...]
+    shares: Float[np.ndarray, "concept head"]
+    null: Float[np.ndarray, "deal concept head"]
+    votes: int
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        """Check the shapes and freeze the arrays.
+
+        Raises:
+            InputError: if a matrix does not fit concepts and heads.
+        """
+        shape = (len(self.concepts), len(self.heads))
+        if self.shares.shape != shape or self.null.shape[1:] != shape or self.null.ndim != 3:
+            raise InputError(
+                f"{shape[0]} concepts and {shape[1]} heads have shares of shape "
+                f"{self.shares.shape} and a null of shape {self.null.shape}."
+            )
+        for name in ("shares", "null"):
+            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+
+    @property
+    def relevance(self) -> Float[np.ndarray, "concept head"]:
+        """Head relevance vectors: each concept's votes by head, scaled to a mean of 1 over heads.
+
+        NaN for a concept without a vote.
+        """
+        mean = self.shares.mean(1, keepdims=True)
+        return np.divide(self.shares, mean, out=np.full(self.shares.shape, np.nan), where=mean > 0)
+
+    @property
+    def p_value(self) -> Float[np.ndarray, "concept head"]:
+        """Chance of a share as large for any concept and head, were words dealt at random.
+
+        ``(1 + deals whose largest share is as large) / (1 + deals)``: corrected for all concepts
+        and heads (Westfall & Young 1993, max statistic).
+        """
+        largest = self.null.max((1, 2))
+        as_large = (largest[:, None, None] >= self.shares).sum(0)
+        found: np.ndarray = (1 + as_large) / (1 + len(largest))
+        return found
+
+    def top(self, concept: str, k: int = 10) -> list[tuple[HeadIndex, float]]:
+        """The k heads with the largest relevance for a concept, largest first.
+
+        Args:
+            concept: its name.
+            k: how many.
+
+        Raises:
+            InputError: if there is no such concept.
+        """
+        whole(k, "k", 0)
+        own = self.relevance[self._row(concept)]
+        order = np.argsort(-np.nan_to_num(own), kind="stable")[:k]
+        return [(self.heads[one], float(own[one])) for one in order.tolist()]
+
+    def factors(self, concept: str, most: float = 10.0) -> dict[HeadIndex, float]:
+        """Relevance of every head for a concept, as a factor of its attention to the concept.
+
+        Args:
+            concept: its name.
+            most: larger ones become this: in a model of many heads single entries get too large.
+
+        Raises:
+            InputError: if there is no such concept, or no head voted for it.
+        """
+        own = self.relevance[self._row(concept)]
+        if np.isnan(own).any():
+            raise InputError(f"no head voted for {concept!r}: give other words for it.")
+        return {head: min(float(one), most) for head, one in zip(self.heads, own, strict=True)}
+
+    def _row(self, concept: str) -> int:
+        if concept not in self.concepts:
+            raise InputError(nearest(concept, self.concepts, kind="concept"))
+        return self.concepts.index(concept)
+
+    def glance(self) -> Glance:
+        """The best heads of each concept."""
+        p = self.p_value
+        rows = []
+        for number_, concept in enumerate(self.concepts):
+            best = self.top(concept, 3)
+            first = self.heads.index(best[0][0])
+            rows.append(
+                (
+                    concept,
+                    ", ".join(f"{head} {number(value)}" for head, value in best),
+                    number(float(self.shares[number_, first])),
+                    number(float(p[number_, first])),
+                )
+            )
+        return Glance(
+            "Heads of concepts",
+            [self.provenance.model or "", f"{self.votes} votes a head"],
+            ("concept", "relevance (mean 1)", "share of votes", "p"),
+            rows,
+            hint=f"found.factors({self.concepts[0]!r}), hs.interventions.ScaleKeys(...)",
+            whole=True,
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per concept and head."""
+        import pandas
+
+        rows, columns = np.indices(self.shares.shape).reshape(2, -1)
+        return pandas.DataFrame(
+            {
+                "concept": [self.concepts[one] for one in rows.tolist()],
+                "head": _names(self.heads, columns),
+                "share": self.shares.ravel(),
+                "relevance": self.relevance.ravel(),
+                "null": self.null.mean(0).ravel(),
+                "p_value": self.p_value.ravel(),
+            }
+        )
+
+
 @dataclass(frozen=True)
 class RelationHead(Stored):
     """The attention head that best predicts one relation of a treebank.
