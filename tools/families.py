@@ -1,10 +1,12 @@
-"""Try headscope on every causal language model class of transformers, and write what came of it.
+"""Try headscope on the model classes of transformers, and write what came of it.
 
-    python -m tools.families              # all, and write docs/families.md
-    python -m tools.families llama bloom  # some, printed
-    python -m tools.families --masked     # all masked language models (or some), printed
+    python -m tools.families                          # all, and write docs/families.md
+    python -m tools.families llama bloom              # some, printed
+    python -m tools.families --group masked           # one group, written into the page
+    python -m tools.families --group images vit swin  # some of a group, printed
 
-Every class is built tiny (see :mod:`tools.tiny_models`) and held against itself by
+Groups are those of :mod:`tools.tiny_models`: causal language models, masked ones, models of images,
+encoder-decoders of text and of speech. Every class is built tiny and held against itself by
 ``hs.testing.check_model``. A family is *supported* if every check passed, *limited* if some do not
 apply and the reason is said, *refused* if it is not loaded and the reason is said; anything else is
 *wrong*, and the tests fail.
@@ -23,7 +25,7 @@ from typing import Literal
 
 import headscope as hs
 from headscope.testing import check_model
-from tools.tiny_models import kinds, masked_kinds, tiny_model
+from tools.tiny_models import GROUPS, kinds, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 Verdict = Literal["supported", "limited", "refused", "not built", "wrong"]
@@ -49,10 +51,10 @@ class Family:
     reasons: Mapping[str, str]
 
 
-def examine(kind: str, *, masked: bool = False) -> Family:
+def examine(kind: str, group: str = "causal") -> Family:
     """Build a tiny model of a type, load it, and check it."""
     try:
-        model = tiny_model(kind, masked=masked)
+        model = tiny_model(kind, group=group)
     except Exception as error:  # a class may need packages, another model, or be broken
         return Family(kind, "", "not built", "", {"": _short(error)})
     name = type(model).__name__
@@ -83,7 +85,7 @@ def _without_name(reason: str, name: str, kind: str) -> str:
 
 
 def page(families: Iterable[Family]) -> str:
-    """The page of the documentation."""
+    """The page of the documentation, as far as causal language models go."""
     listed = sorted(families, key=lambda family: family.kind)
     counts = Counter(family.verdict for family in listed)
     good = counts["supported"] + counts["limited"]
@@ -127,6 +129,28 @@ def page(families: Iterable[Family]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _other(group: str, listed: list[Family]) -> list[str]:
+    """Section of another group: what runs and with which limits, and what does not."""
+    about, counts = GROUPS[group], Counter(family.verdict for family in listed)
+    runs = [family for family in listed if family.verdict in ("supported", "limited")]
+    numbers: dict[str, int] = {}
+    rows = [(f"`{f.kind}`", f"`{f.name}`", _numbered(f, numbers) or "nothing") for f in runs]
+    lines = _table(about.title, ("model type", "class", "refused"), rows)
+    intro = (
+        f"{len(runs)} of {len(listed)} model types run, {about.said}; {counts['refused']} are "
+        f"refused at load and {counts['not built']} cannot be built here."
+    )
+    lines[2:2] = [intro, ""]
+    lines += [*(f"{number}. {reason}." for reason, number in numbers.items()), ""]
+    rest = [
+        (f"`{f.kind}`", f.verdict, f.reasons.get("") or "; ".join(f.reasons.values()))
+        for f in listed
+        if f not in runs
+    ]
+    below = _table(f"{about.title} that do not run", ("model type", "what", "reason"), rest)
+    return lines + [line.replace("## ", "### ", 1) for line in below]
+
+
 def _transformers() -> str:
     from transformers import __version__
 
@@ -142,15 +166,20 @@ def _limited(families: list[Family]) -> list[str]:
     numbers: dict[str, int] = {}
     rows = []
     for family in families:
-        for reason in family.reasons.values():
-            numbers.setdefault(reason, len(numbers) + 1)
-        by_reason: dict[int, list[str]] = {}
-        for check, reason in family.reasons.items():
-            by_reason.setdefault(numbers[reason], []).append(check)
-        told = "; ".join(f"{', '.join(checks)} ({n})" for n, checks in sorted(by_reason.items()))
+        told = _numbered(family, numbers)
         rows.append((f"`{family.kind}`", f"`{family.name}`", family.path, told))
     lines = _table("Supported, with limits", ("model type", "class", "path", "refused"), rows)
     return lines + [f"{number}. {reason}." for reason, number in numbers.items()] + [""]
+
+
+def _numbered(family: Family, numbers: dict[str, int]) -> str:
+    """Checks that are refused, with the number of each one's reason; new reasons get one."""
+    for reason in family.reasons.values():
+        numbers.setdefault(reason, len(numbers) + 1)
+    by_reason: dict[int, list[str]] = {}
+    for check, reason in family.reasons.items():
+        by_reason.setdefault(numbers[reason], []).append(check)
+    return "; ".join(f"{', '.join(checks)} ({n})" for n, checks in sorted(by_reason.items()))
 
 
 def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -168,23 +197,45 @@ def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
 
 
 def main() -> None:
-    """Examine what was named and print it, or everything and write the page."""
+    """Examine what was named and print it, or whole groups and write the page."""
     parser = argparse.ArgumentParser(description="Try headscope on families of transformers.")
     parser.add_argument("kinds", nargs="*", help="model types; none: all, and write the page")
-    parser.add_argument("--masked", action="store_true", help="masked language models; print only")
+    parser.add_argument("--group", choices=list(GROUPS), help="what they are built for")
     given = parser.parse_args()
-    chosen, masked = given.kinds, given.masked
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    families = []
-    for kind in chosen or (masked_kinds() if masked else kinds()):
-        family = examine(kind, masked=masked)
-        families.append(family)
-        told = "; ".join(f"{k}: {v}" if k else v for k, v in family.reasons.items())
-        print(f"{kind:28} {family.verdict:10} {family.path:16} {told}", flush=True)
-    if not chosen and not masked:
-        PAGE.write_text(page(families), encoding="utf-8")
-    sys.exit(any(family.verdict == "wrong" for family in families))
+    if given.kinds:
+        found = [_told(examine(kind, given.group or "causal")) for kind in given.kinds]
+        sys.exit(any(family.verdict == "wrong" for family in found))
+    groups = [given.group] if given.group else list(GROUPS)
+    sections = {}
+    for group in groups:
+        sections[group] = [_told(examine(kind, group)) for kind in kinds(group)]
+        _write(group, sections[group])
+    sys.exit(any(one.verdict == "wrong" for some in sections.values() for one in some))
+
+
+def _told(family: Family) -> Family:
+    """Print what came of a family."""
+    told = "; ".join(f"{k}: {v}" if k else v for k, v in family.reasons.items())
+    print(f"{family.kind:28} {family.verdict:10} {family.path:16} {told}", flush=True)
+    return family
+
+
+def _write(group: str, families: Sequence[Family]) -> None:
+    """Put one group into the page; the others stay as they were."""
+    text = PAGE.read_text(encoding="utf-8")
+    titles = {one: f"## {GROUPS[one].title}\n" for one in GROUPS}
+    found = sorted((text.find(title), one) for one, title in titles.items() if title in text)
+    first = found[0][0] if found else len(text)
+    parts = {"causal": text[:first]}
+    for number, (start, one) in enumerate(found):
+        end = found[number + 1][0] if number + 1 < len(found) else len(text)
+        parts[one] = text[start:end]
+    listed = sorted(families, key=lambda family: family.kind)
+    parts[group] = page(listed) if group == "causal" else "\n".join(_other(group, listed))
+    written = "\n\n".join(parts[one].strip() for one in GROUPS if one in parts)
+    PAGE.write_text(f"{written}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

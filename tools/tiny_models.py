@@ -1,4 +1,4 @@
-"""Tiny random models of every language model class, causal or masked, of transformers.
+"""Tiny random models of transformers: language models, encoders, vision, encoder-decoders.
 
 A config is shrunk field by field, by the field's name. What is left has a width of 32, four heads
 (two key/value heads where there is grouping), as many layers as it takes for every kind of layer
@@ -8,6 +8,7 @@ part that is misread changes every number.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -218,34 +219,91 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def kinds() -> tuple[str, ...]:
-    """Model types that have a causal language model class, in alphabetical order."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+@dataclass(frozen=True)
+class Group:
+    """Model classes that are built for one purpose.
 
-    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    Attributes:
+        title: what they are, as a heading.
+        auto: the class of transformers that makes one from its config.
+        tasks: names of transformers' lists of them.
+        own: sizes of fields that are otherwise in this group.
+        largest: parameters of a tiny model at most.
+        said: what is tried of them beside attention rows, head outputs and ablation.
+    """
+
+    title: str
+    auto: str
+    tasks: tuple[str, ...]
+    own: Mapping[str, Any] = field(default_factory=dict)
+    largest: int = LARGEST
+    said: str = ""
 
 
-def masked_kinds() -> tuple[str, ...]:
-    """Model types that have a masked language model class, in alphabetical order."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+GROUPS: Mapping[str, Group] = {
+    "causal": Group("Decoders of text", "AutoModelForCausalLM", ("CAUSAL_LM",)),
+    "masked": Group(
+        "Encoders of text",
+        "AutoModelForMaskedLM",
+        ("MASKED_LM",),
+        {"is_decoder": False},
+        said="with a masked-language-model head",
+    ),
+    "images": Group(
+        "Vision models",
+        "AutoModelForImageClassification",
+        ("IMAGE_CLASSIFICATION",),
+        {"image_size": 16, "patch_size": 4, "num_channels": 3},
+        largest=40_000_000,
+        said="with a head that classifies images",
+    ),
+    "seq2seq": Group(
+        "Encoder-decoders",
+        "AutoModelForSeq2SeqLM",
+        ("SEQ_TO_SEQ_CAUSAL_LM",),
+        {"is_decoder": False, "encoder_layers": 2, "num_encoder_layers": 2, "d_kv": 8},
+        largest=8_000_000,
+        said="each with three stacks of attention",
+    ),
+    "speech": Group(
+        "Encoder-decoders of speech",
+        "AutoModelForSpeechSeq2Seq",
+        ("SPEECH_SEQ_2_SEQ",),
+        {"is_decoder": False, "encoder_layers": 2, "num_encoder_layers": 2, "num_mel_bins": 8}
+        | {"max_source_positions": 20, "d_kv": 8},
+        largest=8_000_000,
+        said="each with three stacks of attention",
+    ),
+}
 
-    return tuple(sorted(MODEL_FOR_MASKED_LM_MAPPING_NAMES))
+
+def kinds(group: str = "causal") -> tuple[str, ...]:
+    """Model types that have a class of a group, in alphabetical order."""
+    from transformers.models.auto import modeling_auto
+
+    lists = [
+        getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in GROUPS[group].tasks
+    ]
+    return tuple(sorted(set().union(*lists)))
 
 
-def tiny_config(kind: str, *, masked: bool = False) -> Any:
+def tiny_config(kind: str, group: str = "causal") -> Any:
     """Config of a tiny model of a type.
 
     Args:
         kind: a model type, as in a ``config.json``.
-        masked: of an encoder with a masked-language-model head.
+        group: of ``GROUPS``: what it is built for.
     """
     from transformers import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[kind]
-    own = EXCEPTIONS.get(kind, {})
-    if masked and "is_decoder" in _default(config_class).to_dict():
-        own = {**own, "is_decoder": False}
-    return config_class(**_shrunk(config_class, own))
+    known = _default(config_class).to_dict()
+    own = {
+        name: value
+        for name, value in GROUPS[group].own.items()
+        if known.get(name) is not None and not isinstance(known[name], list)
+    }
+    return config_class(**_shrunk(config_class, {**EXCEPTIONS.get(kind, {}), **own}))
 
 
 def _shrunk(config_class: Any, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +325,7 @@ def _shrunk(config_class: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if name in lists:
             small[name] = _every_kind(name, value, depth)
-        elif name in SIZES and value is not None:
+        elif name in SIZES and value is not None and not isinstance(value, list):
             small[name] = depth if name in _DEPTHS else SIZES[name]
     if "kv_lora_rank" in fields:  # latent attention: no grouping, and the rotary part alone
         small |= {"num_key_value_heads": HEADS, "head_dim": SIZES["qk_rope_head_dim"]}
@@ -296,30 +354,33 @@ def _depth(fields: Mapping[str, Any]) -> int:
 
 def _every_kind(name: str, values: list[Any], depth: int) -> list[Any]:
     """A list of one entry a layer, cut so that every kind of entry is left."""
-    kinds = [SIZES[name]] if name in SIZES else list(dict.fromkeys(values))
+    nested = any(isinstance(one, list) for one in values)
+    kinds = [SIZES[name]] if name in SIZES else values if nested else list(dict.fromkeys(values))
     return [kinds[i % len(kinds)] for i in range(depth)]
 
 
-def tiny_model(kind: str, seed: int = 0, *, masked: bool = False) -> Any:
+def tiny_model(kind: str, seed: int = 0, group: str = "causal") -> Any:
     """Build a random model of a type, in fp32 and eval mode.
 
     Args:
         kind: a model type.
         seed: of the weights.
-        masked: an encoder with a masked-language-model head, not a causal language model.
+        group: of ``GROUPS``: what it is built for.
 
     Raises:
         ValueError: if what came out is not tiny.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    import transformers
 
-    made = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    config = tiny_config(kind, masked=masked)
+    made = getattr(transformers, GROUPS[group].auto)
+    config = tiny_config(kind, group)
+    if group in ("seq2seq", "speech") and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = SIZES["decoder_start_token_id"]
     if kind.startswith("musicgen"):  # its class takes the decoder's config alone
         config = config.decoder
     with torch.device("meta"):
         size = sum(p.numel() for p in made.from_config(config).parameters())
-    if size > LARGEST:
+    if size > GROUPS[group].largest:
         raise ValueError(f"the tiny {kind} has {size:,} parameters: shrink more fields by name.")
     torch.manual_seed(seed)
     model = made.from_config(config).eval()

@@ -727,7 +727,13 @@ def _hooks(subject: _Subject) -> None:
         calls.append(1)
         return output * 1.5
 
-    embeddings = {m.get_input_embeddings() for m in (subject.module, subject.inside)}
+    try:
+        embeddings = {m.get_input_embeddings() for m in (subject.module, subject.inside)}
+    except NotImplementedError:
+        raise UnsupportedModelError(
+            f"{type(subject.module).__name__} does not say which module its embedding is "
+            "(get_input_embeddings), which this check puts a hook on."
+        ) from None
     with hooked(embeddings, louder):
         plain = subject.plain.run(subject.tokens)
         count = len(calls)

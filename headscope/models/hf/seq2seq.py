@@ -6,7 +6,7 @@ taps in its layers alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -391,8 +391,10 @@ class Seq2SeqModel(Shown):
         filled, _ = self._filled(labels, real)
         pad = getattr(self.module.config, "pad_token_id", None)
         if callable(own) and pad is not None:
-            made: Tensor = own(labels=filled)
-            return made.to(labels.device)
+            # T5's asks the config for a start token, which the generation config may hold alone.
+            with suppress(AttributeError, ValueError):
+                made: Tensor = own(labels=filled)
+                return made.to(labels.device)
         start = self._start
         first = torch.full_like(labels[:, :1], start)
         return torch.cat([first, labels[:, :-1]], 1)
