@@ -329,7 +329,9 @@ class ConceptHeads(Saved, Tabular, Shown):
         NaN for a concept without a vote.
         """
         mean = self.shares.mean(1, keepdims=True)
-        return np.divide(self.shares, mean, out=np.full(self.shares.shape, np.nan), where=mean > 0)
+        found = np.full(self.shares.shape, np.nan)
+        np.divide(self.shares, mean, out=found, where=mean > 0)
+        return found
 
     @property
     def p_value(self) -> Float[np.ndarray, "concept head"]:
