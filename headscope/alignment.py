@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, chunks, need_probe, seen_by, stream
@@ -94,6 +95,7 @@ _END = ScoreSpec(
 )
 
 
+@checked
 def find(
     model: HeadModel,
     probe: Probe,
@@ -192,6 +194,7 @@ def find(
     return HeadTable(scores)
 
 
+@checked
 def heads(
     table: HeadTable, top: int | None = None, *, score: str | None = None, alpha: float = 0.05
 ) -> list[list[int]]:
@@ -230,6 +233,7 @@ def heads(
     return [[head.layer, head.head] for head, _ in ranked if kept[head]]
 
 
+@checked
 @torch.no_grad()
 def matrix(
     model: HeadModel,
@@ -275,6 +279,7 @@ def matrix(
     return _shifted(torch.cat(parts), at) * _rows_of_targets(probe, at)[:, :, None]
 
 
+@checked
 def path(
     weights: Float[Tensor, "target source"] | Float[np.ndarray, "target source"],
 ) -> list[tuple[int, int]]:
@@ -313,6 +318,7 @@ _EQUAL = 1e-6  # keys are fp32
 Words = Mapping[str, Sequence[str] | Sequence[Sequence[int]]]
 
 
+@checked
 def concepts(
     model: HeadModel,
     probe: Probe,

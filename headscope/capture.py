@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from headscope.base.arguments import checked
 from headscope.base.batches import PATCHES, PIXELS
 from headscope.base.options import RunOptions, free_cached_memory, is_out_of_memory
 from headscope.base.stacks import all_causal, grid_of
@@ -29,6 +30,7 @@ Reading = TypeVar("Reading", bound=Reader)
 Found = TypeVar("Found")
 
 
+@checked
 def stream(
     model: HeadModel,
     probe: Probe,
@@ -72,6 +74,7 @@ def stream(
     return passes(model, probe, run, batch_size=batch_size)
 
 
+@checked
 def passes(
     model: HeadModel,
     probe: Probe,
@@ -142,6 +145,7 @@ def _halved(size: int, halvings: int, probe: Probe) -> tuple[int, int]:
     return size, halvings + 1
 
 
+@checked
 def on_grid_of(model: HeadModel, probe: Probe) -> Probe:
     """Cut a probe's images into patches as the model does; text probes are unchanged.
 
@@ -161,6 +165,7 @@ def on_grid_of(model: HeadModel, probe: Probe) -> Probe:
     return probe.on_grid(grid_of(model.stacks))
 
 
+@checked
 def need_probe(probe: object) -> None:
     """Refuse anything but a probe, such as a text or a token tensor.
 
@@ -177,6 +182,7 @@ def need_probe(probe: object) -> None:
         )
 
 
+@checked
 def seen_by(model: HeadModel, probe: Probe) -> Probe:
     """The probe that a stack's queries belong to: in an encoder, the source.
 
@@ -198,6 +204,7 @@ def _is_source(probe: Probe) -> bool:
     return "decoder_input_ids" in probe.inputs
 
 
+@checked
 def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None:
     """Raise InputError if the probe is longer than the model's context or has unknown tokens.
 
@@ -282,6 +289,7 @@ class _NextSeen:
             self.seen[:, inside] = visible[:, inside - int(part[0]), inside + 1].cpu()
 
 
+@checked
 @torch.no_grad()
 def losses_by_position(
     model: HeadModel, probe: Probe, edits: Sequence[Edit] = ()
@@ -320,6 +328,7 @@ def losses_by_position(
     return found
 
 
+@checked
 def chunks(
     positions: Int[Tensor, " query"], bytes_per_query: int, budget: int
 ) -> Iterator[Int[Tensor, " query"]]:
@@ -371,6 +380,7 @@ class _Collector:
         )
 
 
+@checked
 def collect(
     model: HeadModel,
     probe: Probe,
@@ -438,6 +448,7 @@ def collect(
     }
 
 
+@checked
 @torch.no_grad()
 def embeddings(
     model: HeadModel, probe: Probe, pooling: str | None = None, *, batch_size: int | None = None

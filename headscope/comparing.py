@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import (
     Design,
@@ -210,6 +211,7 @@ def way_to_match(name: str) -> By:
     raise InputError(nearest(name, _MEASURES, kind="way to match"))
 
 
+@checked
 @own_types()
 def compare(
     first: "HeadModel | HeadTable | str",
@@ -455,6 +457,7 @@ def copy_curves(
 _SCORES = ("previous_token", "induction", "duplicate_token", "first_token")
 
 
+@checked
 @own_types()
 def emergence(
     source: str | None = None,

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
 
@@ -93,6 +94,7 @@ Heads = str | tuple[int, int] | Iterable[str | tuple[int, int]]
 SITES: tuple[HeadSite, ...] = ("query", "key", "value", "pattern", "z")
 
 
+@checked
 def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
     """Parse one head or several, ``"L5H1"``, ``"5.1"`` or ``(5, 1)``; duplicates are dropped.
 
@@ -415,6 +417,7 @@ class Stacked:
         return torch.cat(done) if len(done) > 1 else done[0]
 
 
+@checked
 def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
     """Combine the variants' edits for a stacked pass, one per edited site.
 
@@ -431,6 +434,7 @@ def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
     return tuple(stacks)
 
 
+@checked
 def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tuple[AnyEdit, ...]:
     """Cut a variant's edits to some examples, from one position on; others are passed through.
 
@@ -444,6 +448,7 @@ def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tupl
     )
 
 
+@checked
 def during(variant: Variant, span: Span) -> tuple[AnyEdit, ...]:
     """Restrict a variant's edits to the positions of a pass; drop those that touch none.
 
@@ -456,6 +461,7 @@ def during(variant: Variant, span: Span) -> tuple[AnyEdit, ...]:
     return tuple(edit for edit in there if edit.layers)
 
 
+@checked
 def edited_heads(variant: Variant, layer: int) -> tuple[int, ...] | None:
     """Heads of a layer that a variant edits, in order; None if an edit does not tell.
 
@@ -479,6 +485,7 @@ def edited_heads(variant: Variant, layer: int) -> tuple[int, ...] | None:
     return tuple(sorted(found))
 
 
+@checked
 def among(edit: AnyEdit, layer: int, heads: tuple[int, ...]) -> AnyEdit:
     """Restrict an edit to one layer's value that holds only some heads.
 
@@ -489,6 +496,7 @@ def among(edit: AnyEdit, layer: int, heads: tuple[int, ...]) -> AnyEdit:
     return edit.among(layer, heads) if isinstance(edit, HeadEdit | Stacked) else edit
 
 
+@checked
 def first_layer(variant: Variant) -> int | None:
     """Lowest layer that a variant edits; None if it edits none.
 
@@ -499,6 +507,7 @@ def first_layer(variant: Variant) -> int | None:
     return min((layer for edit in variant for layer in edit.layers), default=None)
 
 
+@checked
 def first_position(variant: Variant) -> int:
     """First position that a variant edits; 0 if an edit does not tell.
 
@@ -519,6 +528,7 @@ _STEPS = 30  # of bisection: a threshold to 1e-9
 _SOFTEST = 1.01  # below this, fp32 has no digits left for the power 1 / (alpha - 1)
 
 
+@checked
 def entmax(
     heads: Heads,
     alpha: float | Float[Tensor, "layer head"] = 1.5,
@@ -571,6 +581,7 @@ def entmax(
     )  # fmt: skip
 
 
+@checked
 def top_k(heads: Heads, k: int, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
     """Keep each query's k highest-scoring keys and take the softmax over these.
 
@@ -602,6 +613,7 @@ def top_k(heads: Heads, k: int, *, positions: Positions = None, scope: Scope = "
     )  # fmt: skip
 
 
+@checked
 def entmax_rows(
     pattern: Float[Tensor, "*any key"], alpha: Tensor | None
 ) -> Float[Tensor, "*any key"]:
@@ -624,6 +636,7 @@ def entmax_rows(
     return made[..., :-1]
 
 
+@checked
 def top_rows(pattern: Float[Tensor, "*any key"], k: int) -> Float[Tensor, "*any key"]:
     """Restrict softmax rows to their k most probable keys and renormalise.
 
@@ -692,6 +705,7 @@ class _Entmax(torch.autograd.Function):
         return of_scores, (grad * slope).sum_to_size(alpha.shape)
 
 
+@checked
 def zero(heads: Heads, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
     """Set ``z`` to 0, including the contribution of a value bias; the output bias stays.
 
@@ -702,6 +716,7 @@ def zero(heads: Heads, *, positions: Positions = None, scope: Scope = "all") -> 
     return HeadEdit.at("zero", heads, positions=positions, scope=scope)
 
 
+@checked
 def mean(
     heads: Heads,
     means: Mapping[int, Float[Tensor, "head d_head"]],
@@ -719,6 +734,7 @@ def mean(
     return HeadEdit.at("mean", heads, donors=means, positions=positions, scope=scope)
 
 
+@checked
 def mean_pos(
     heads: Heads,
     means: Mapping[int, Float[Tensor, "pos head d_head"]],
@@ -739,6 +755,7 @@ def mean_pos(
     return HeadEdit.at("mean_pos", heads, donors=means, positions=positions, scope=scope)
 
 
+@checked
 def resample(
     heads: Heads,
     donors: Mapping[int, Float[Tensor, "batch pos head d_head"]],
@@ -756,6 +773,7 @@ def resample(
     return HeadEdit.at("resample", heads, donors=donors, positions=positions, scope=scope)
 
 
+@checked
 def uniform(heads: Heads, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
     """Zero the query, so that attention is uniform over the visible keys.
 
@@ -772,6 +790,7 @@ def uniform(heads: Heads, *, positions: Positions = None, scope: Scope = "all") 
     return HeadEdit.at("uniform", heads, site="query", positions=positions, scope=scope)
 
 
+@checked
 def freeze_pattern(
     heads: Heads,
     patterns: Mapping[int, Float[Tensor, "batch head query key"]],
@@ -790,6 +809,7 @@ def freeze_pattern(
     )
 
 
+@checked
 def patch(
     heads: Heads,
     donors: Mapping[int, Tensor],
@@ -809,6 +829,7 @@ def patch(
     return HeadEdit.at("patch", heads, site=site, donors=donors, positions=positions)
 
 
+@checked
 def scale(
     heads: Heads,
     factor: float,
@@ -826,6 +847,7 @@ def scale(
     return HeadEdit.at("scale", heads, site=site, factor=factor, positions=positions, scope=scope)
 
 
+@checked
 def redistribute(
     heads: Heads,
     source: Bool[Tensor, "batch pos"],
@@ -889,6 +911,7 @@ def _moved(
     return torch.where(total > 0, rows - lost + gained, rows)
 
 
+@checked
 def scale_keys(
     heads: Heads,
     keys: Bool[Tensor, "batch key"],
@@ -927,6 +950,7 @@ def _with_scaled_keys(pattern: Tensor, change: Tensor | None) -> Tensor:
     return pattern if change is None else pattern * (1 + change)
 
 
+@checked
 def attend_to_first(
     heads: Heads, real: Bool[Tensor, "batch pos"], *, positions: Positions = None
 ) -> HeadEdit:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from headscope.ablation import ablate_heads
+from headscope.base.arguments import checked
 from headscope.base.files import whole_page
 from headscope.base.stacks import all_causal
 from headscope.capture import collect
@@ -116,6 +117,7 @@ def _probe(model: HeadModel, text: str | None, length: int) -> tuple[Probe, str]
 _LARGEST_PAGE = 30_000_000
 
 
+@checked
 def attention_view(
     model: HeadModel,
     text: str | None = None,
@@ -230,6 +232,7 @@ class Explanation:
         return f"Explanation({self.card.model} {self.card.head}: {named or 'no role'})"
 
 
+@checked
 def explain(
     head: "str | tuple[int, int]",
     model: "HeadModel | str | None" = None,

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import capture, edits
+from headscope.base.arguments import checked
 from headscope.edits import AnyEdit, Heads, HeadSite
 from headscope.errors import InputError, UnsupportedModelError, nearest, whole
 from headscope.heads import HeadIndex, ModelShape
@@ -59,6 +60,7 @@ def _averaged(
     return {layer: s / counts.to(s.device).clamp_min(1) for layer, s in sums.items()}
 
 
+@checked
 def head_means(
     model: HeadModel, probe: Probe, *, per_position: bool = False, batch_size: int | None = None
 ) -> dict[int, Float[Tensor, "*pos head d_head"]]:
@@ -88,6 +90,7 @@ def head_means(
     return _averaged(total, probe.real, per_position)
 
 
+@checked
 @torch.no_grad()
 def head_values(
     model: HeadModel,
@@ -925,6 +928,7 @@ _MOVED = {
 }
 
 
+@checked
 def named(
     name: str, reference: Probe | None = None, seed: int = 0, kind: str = "method"
 ) -> Intervention:
@@ -963,6 +967,7 @@ def named(
     return made()
 
 
+@checked
 def partners_of(n: int, n_reference: int, seed: int, own: bool) -> Int[Tensor, " example"]:
     """Draw a partner for each example: within one probe by a random cycle, so never itself.
 

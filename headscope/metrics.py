@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.specs import Direction, ScoreSpec, Specified
 from headscope.errors import InputError, nearest
 
@@ -167,6 +168,7 @@ class WholeMetric(Specified):
 AnyMetric = Metric | WholeMetric
 
 
+@checked
 def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric:
     """Return a metric unchanged, and wrap a plain function in a :class:`WholeMetric`.
 
@@ -184,6 +186,7 @@ def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric
     return WholeMetric(metric, ScoreSpec(getattr(metric, "__name__", "metric").strip("<>")))
 
 
+@checked
 def cost_sign(metric: AnyMetric, better: Direction | None = None) -> int:
     """Sign of damage: 1 if a higher metric is worse, -1 if a lower one is.
 
@@ -206,6 +209,7 @@ def cost_sign(metric: AnyMetric, better: Direction | None = None) -> int:
     return 1 if known == "lower" else -1
 
 
+@checked
 def rows_of(
     logits: Float[Tensor, "row d_vocab"],
     probe: Answered,
@@ -454,6 +458,7 @@ similarity = EmbeddingMetric(
 )
 
 
+@checked
 def normalised_effect(
     value: Float[Tensor, "*any"],
     clean: Float[Tensor, "*any"],

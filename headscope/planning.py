@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from headscope.base.arguments import checked
 from headscope.base.files import Saved
 from headscope.base.result import Glance, Shown, Tabular, number
 from headscope.errors import InputError, ModelLoadError, UnsupportedModelError, nearest
@@ -154,6 +155,7 @@ class Cost(Saved, Tabular, Shown):
         return pandas.DataFrame([self.__dict__])
 
 
+@checked
 def plan(
     shape: "str | Sizes",
     study: str = "scan",

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import probes
+from headscope.base.arguments import checked
 from headscope.base.specs import Direction, ScoreSpec, Specified
 from headscope.base.stacks import grid_of
 from headscope.base.statistics import Alternative, Bounds
@@ -296,6 +297,7 @@ def every_query(probe: Probe) -> Bool[Tensor, "batch pos"]:
     return probe.real & (probe.position_in_text > 0)
 
 
+@checked
 def row_scorer(
     *,
     unit: str = "attention",
@@ -326,6 +328,7 @@ def row_scorer(
     return wrap
 
 
+@checked
 def output_scorer(
     *,
     unit: str,
@@ -363,6 +366,7 @@ def output_scorer(
     return wrap
 
 
+@checked
 def qk_scorer(
     *,
     unit: str,
@@ -401,6 +405,7 @@ def qk_scorer(
     return wrap
 
 
+@checked
 def gradient_scorer(
     *,
     metric: AnyMetric | Callable[..., Tensor],
@@ -447,6 +452,7 @@ def gradient_scorer(
     return wrap
 
 
+@checked
 def weight_scorer(
     *,
     unit: str = "",

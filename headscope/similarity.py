@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.specs import ScoreSpec
 from headscope.base.stacks import all_causal
 from headscope.capture import chunks, need_probe, on_grid_of, seen_by, stream
@@ -78,6 +79,7 @@ _CHUNK = 1 << 26  # bytes of rows or products at once
 _MOST = 1 << 31  # bytes of what is kept
 
 
+@checked
 def heads(
     model: HeadModel,
     probe: Probe,
@@ -201,6 +203,7 @@ def _alone(
     )
 
 
+@checked
 def divergences(
     first: Float[Tensor, "first pos key"], second: Float[Tensor, "second pos key"]
 ) -> Float[Tensor, "first second"]:
@@ -233,6 +236,7 @@ def _entropy(rows: Float[Tensor, "*some key"]) -> Float[Tensor, "*some"]:
     return entropy
 
 
+@checked
 def cka(
     first: Float[Tensor, "first pos d_first"], second: Float[Tensor, "second pos d_second"]
 ) -> Float[Tensor, "first second"]:
@@ -257,6 +261,7 @@ def cka(
     return found.clamp(max=1.0)
 
 
+@checked
 def pwcca(
     first: Float[Tensor, "first pos d_first"], second: Float[Tensor, "second pos d_second"]
 ) -> Float[Tensor, "first second"]:

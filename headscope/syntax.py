@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import read_text
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
@@ -118,6 +119,7 @@ class Treebank:
         return max(len(one.heads) for one in self.sentences)
 
 
+@checked
 def read_conllu(path: str | Path) -> tuple[Sentence, ...]:
     r"""Read the sentences of a CoNLL-U file: words, heads and relations.
 
@@ -195,6 +197,7 @@ def _sentence(rows: list[tuple[int, list[str]]], name: str) -> Sentence:
     return made
 
 
+@checked
 def treebank(
     model: HeadModel, source: str | Path | Sequence[Sentence], *, most: int | None = None
 ) -> Treebank:
@@ -258,6 +261,7 @@ def treebank(
 # Heads by relation.
 
 
+@checked
 def heads(
     model: HeadModel,
     bank: Treebank,
@@ -465,6 +469,7 @@ def _of_batch(batch: Probe, bank: Treebank) -> tuple[Int[Tensor, "batch pos"], l
     return bank.word[numbers], numbers
 
 
+@checked
 def word_rows(
     view: TapView, word: Int[Tensor, "batch pos"], width: int
 ) -> Float[Tensor, "batch head word word"]:
@@ -528,6 +533,7 @@ class _Namer:
 # A probe on the attention of all heads.
 
 
+@checked
 def attention_probe(
     model: HeadModel,
     bank: Treebank,

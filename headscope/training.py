@@ -20,6 +20,7 @@ from torch import Tensor
 
 from headscope import capture, metrics
 from headscope.ablation.run import Metricish, present
+from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions, track
 from headscope.base.result import Glance, Shown, number
@@ -53,6 +54,7 @@ _VARIATIONAL = "VTrans (arXiv 2406.05276), variational information bottleneck on
 Folder = str | PathLike[str] | None
 
 
+@checked
 def gini(values: "HeadScores | Float[np.ndarray, ' *any']") -> float:
     """How unequal non-negative numbers are: the Gini coefficient.
 
@@ -78,6 +80,7 @@ def gini(values: "HeadScores | Float[np.ndarray, ' *any']") -> float:
     return float(((2 * np.arange(1, n + 1) - n - 1) * ordered).sum() / (n * total))
 
 
+@checked
 def lorenz(values: "HeadScores | Float[np.ndarray, ' *any']") -> Float[np.ndarray, " point"]:
     """Share of the total that the smallest values have together: the Lorenz curve.
 
@@ -265,6 +268,7 @@ class _Gated:
         return value * self.gates[layer].to(value)[:, None]
 
 
+@checked
 def masked_heads(
     heads: Sequence[HeadIndex],
     count: int,
@@ -323,6 +327,7 @@ class _Masking(_Task):
         return slope
 
 
+@checked
 @own_types()
 def head_mask(
     model: HeadModel,
@@ -435,6 +440,7 @@ class Injected:
         return torch.stack(rows, 1)
 
 
+@checked
 def injected_rows(
     pattern: Float[Tensor, "batch query key"], keys: Bool[Tensor, "batch query key"], mode: str
 ) -> Float[Tensor, "batch query key"]:
@@ -504,6 +510,7 @@ class _Injecting(_Task):
         return self.value(batch, writes_of([self.given.edit(number)]))
 
 
+@checked
 @own_types()
 def inject_patterns(
     model: HeadModel,
@@ -651,6 +658,7 @@ class _Gates:
         return task.sign * task.metric(logits, batch).mean(), seen
 
 
+@checked
 @own_types()
 def mixture(
     model: HeadModel,
@@ -764,6 +772,7 @@ class _Noisy(_Task):
         return self.value(batch, writes_of([gates])) + self.penalty * told
 
 
+@checked
 def divergence(
     mean: Float[Tensor, "*any"], log_spread: Float[Tensor, "*any"]
 ) -> Float[Tensor, "*any"]:
@@ -780,6 +789,7 @@ def divergence(
     return torch.log1p(mean.square() * (-2 * log_spread).exp()) / 2
 
 
+@checked
 @own_types()
 def variational_gates(
     model: HeadModel,

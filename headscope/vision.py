@@ -20,6 +20,7 @@ from headscope import capture, metrics
 from headscope.ablation.groups import ablate_groups
 from headscope.ablation.heads import ablate_heads
 from headscope.ablation.run import Maker, Measurement, Placer, by_head, present
+from headscope.base.arguments import checked
 from headscope.base.batches import SEGMENTS, TURNS
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction, ScoreSpec
@@ -124,6 +125,7 @@ def _need_classes(model: HeadModel, probe: Probe) -> Int[Tensor, " batch"]:
 # Importance.
 
 
+@checked
 def importance(
     model: HeadModel,
     probe: Probe,
@@ -198,6 +200,7 @@ def importance(
     )
 
 
+@checked
 def ranks(
     scores: HeadScores,
 ) -> tuple[Int[np.ndarray, "layer head"], Int[np.ndarray, "layer head"]]:
@@ -251,6 +254,7 @@ class HopProfile:
     class_column: Float[np.ndarray, "layer head"]
 
 
+@checked
 @torch.no_grad()
 def hops(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HopProfile:
     """Attention between patches by how many rows or columns they are apart, head by head.
@@ -344,6 +348,7 @@ class _Hops:
             self.column[view.layer] = (column / len(patches)).cpu().double()
 
 
+@checked
 @torch.no_grad()
 def maps(
     model: HeadModel,
@@ -448,6 +453,7 @@ class ClassReading:
     mlp_match: Float[np.ndarray, " layer"]
 
 
+@checked
 @torch.no_grad()
 def class_space(
     model: HeadModel, probe: Probe, at: str = "class", *, batch_size: int | None = None
@@ -533,6 +539,7 @@ def class_space(
     )
 
 
+@checked
 def identifiability(
     logits: Float[Tensor, "*any n_classes"], classes: Int[Tensor, "*any"]
 ) -> Float[Tensor, "*any"]:
@@ -638,6 +645,7 @@ class Written:
     norm: Float[np.ndarray, " image"]
 
 
+@checked
 @torch.no_grad()
 def contributions(
     model: HeadModel, probe: Probe, *, unit: bool = True, batch_size: int | None = None
@@ -775,6 +783,7 @@ def _numbers(values: np.ndarray | Tensor) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)
 
 
+@checked
 def text_span(
     writes: Float[np.ndarray, "image d"] | Float[Tensor, "image d"],
     texts: Float[np.ndarray, "text _"] | Float[Tensor, "text _"],
@@ -846,6 +855,7 @@ def text_span(
 # Heads that carry a cue.
 
 
+@checked
 def cue_heads(
     model: HeadModel,
     probe: Probe,
@@ -927,6 +937,7 @@ def cue_heads(
 # Texts with images.
 
 
+@checked
 def image_keys(
     model: HeadModel, probe: Probe, sizes: Any = None, *, tiles: Any = None, processor: Any = None
 ) -> ImageKeys:
@@ -1138,6 +1149,7 @@ def _of_others(
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
+@checked
 @torch.no_grad()
 def image_attention(
     model: HeadModel,
@@ -1358,6 +1370,7 @@ class OcrHeads:
         return found
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def ocr_heads(
@@ -1617,6 +1630,7 @@ class HeadOverlap:
     p_value: float
 
 
+@checked
 def head_overlap(first: Heads, second: Heads, among: int) -> HeadOverlap:
     """Compare two sets of heads, such as OCR heads with retrieval heads.
 
@@ -1676,6 +1690,7 @@ class Steering:
         )
 
 
+@checked
 def steer(
     model: HeadModel,
     probe: Probe,

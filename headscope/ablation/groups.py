@@ -21,6 +21,7 @@ from headscope.ablation.run import (
     seed_of,
     without_rounding,
 )
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
@@ -44,6 +45,7 @@ class SetOptions(TypedDict, total=False):
     progress: bool | None
 
 
+@checked
 @own_types()
 def ablate_groups(
     model: HeadModel,
@@ -90,6 +92,7 @@ def ablate_groups(
     )
 
 
+@checked
 @own_types()
 def ablate_cumulatively(
     model: HeadModel,
@@ -114,6 +117,7 @@ def ablate_cumulatively(
     return ablate_groups(model, probe, metric, growing, method, **options)
 
 
+@checked
 @own_types()
 def interactions(
     model: HeadModel,

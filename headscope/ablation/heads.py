@@ -27,6 +27,7 @@ from headscope.ablation.run import (
     seed_of,
     without_rounding,
 )
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import Design, rank_correlation
 from headscope.edits import AnyEdit, Heads, HeadSite, Span, Variant, during
@@ -290,6 +291,7 @@ _OF_ESTIMATES = {"baseline": "estimate_heads", "steps": "estimate_heads"} | {
 }
 
 
+@checked
 @own_types()
 def ablate_heads(
     model: HeadModel,
@@ -367,6 +369,7 @@ def ablate_heads(
     return _scores(measurement, chosen, effects, placer, facts)
 
 
+@checked
 @own_types()
 def estimate_heads(
     model: HeadModel,
@@ -433,6 +436,7 @@ def estimate_heads(
     return _scores(measurement, chosen, effects, placer, facts)
 
 
+@checked
 @own_types()
 def screen_heads(
     model: HeadModel,

@@ -23,6 +23,7 @@ from headscope.ablation.run import (
     present,
     without_rounding,
 )
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.capture import on_grid_of, passes
 from headscope.edits import AnyEdit, HeadEdit, Heads, HeadSite, Span, Variant, head_list
@@ -42,6 +43,7 @@ PatchDirection = Literal["noise", "denoise"]
 GridCell = tuple[tuple[HeadIndex, ...], Bool[Tensor, "batch pos"] | None]
 
 
+@checked
 @own_types()
 def patch_activations(
     model: HeadModel,
@@ -214,6 +216,7 @@ def places(
 Entry = Literal["query", "key", "value"]
 
 
+@checked
 @own_types()
 def path_patch(
     model: HeadModel,
@@ -335,6 +338,7 @@ def _received(
 STREAM_SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def patch_stream(
@@ -514,6 +518,7 @@ class _StreamEngine(Engine):
         return _StreamSource(model, tokens, real, read, inputs=inputs)
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def back_patch(
@@ -663,6 +668,7 @@ def _stream_grid(
 _TOKENS_PER_PASS = 4096
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def restore(

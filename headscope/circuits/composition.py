@@ -11,6 +11,7 @@ from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import Saved, Stored
 from headscope.base.result import Glance, Shown, number, sizes
 from headscope.circuits.ov_qk import (
@@ -36,6 +37,7 @@ _BLOCK_ENTRIES = 1 << 24
 _READS = {"Q": "queries", "K": "keys", "V": "values"}
 
 
+@checked
 @own_types()
 def composition(
     model: HeadModel, mode: str, fold_norm: bool = True, *, subtract_random: bool = False
@@ -87,6 +89,7 @@ def composition(
     )
 
 
+@checked
 @own_types()
 def partners(
     model: HeadModel, mode: str, head: "str | tuple[int, int]", fold_norm: bool = True
@@ -153,6 +156,7 @@ def _pair_norms(first: HeadFactors, second: HeadFactors) -> Float[Tensor, "layer
     return (squared.clamp_min(0) / scale.clamp_min(torch.finfo(exact).tiny)).sqrt()
 
 
+@checked
 def random_composition(model: HeadModel, fold_norm: bool = True) -> float:
     """Composition score of independent random heads: ``1 / sqrt(d_model)``.
 
@@ -204,6 +208,7 @@ class ComponentScores(Saved, Shown):
         )
 
 
+@checked
 @own_types()
 def component_composition(
     model: HeadModel, mode: str, components: int | None = 8, fold_norm: bool = True
@@ -243,6 +248,7 @@ def component_composition(
     return ComponentScores(values.numpy(), first.layers, mode)
 
 
+@checked
 @own_types()
 def direction_composition(
     model: HeadModel,
@@ -332,6 +338,7 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, rows, size))
 
 
+@checked
 @own_types()
 def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> PairScores:
     """Overlap of every head's output subspace with every later head's input subspace.
@@ -398,6 +405,7 @@ class Path(Stored):
         return f"{' '.join(parts)} ({self.strength:.1f})"
 
 
+@checked
 @own_types()
 def strongest_paths(
     model: HeadModel,
@@ -426,6 +434,7 @@ def strongest_paths(
     return chains([composition(model, mode, fold_norm) for mode in modes], chance, k, length)
 
 
+@checked
 def chains(scores: Iterable[PairScores], chance: float, k: int, length: int) -> list[Path]:
     """The k strongest chains over given pair scores; exact, on ties the lowest heads.
 

@@ -8,6 +8,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.circuits.ov_qk import need_write, qk_of_run, with_bias
 from headscope.errors import InputError
 from headscope.heads import HeadIndex, ModelShape
@@ -96,6 +97,7 @@ class PromptRecording:
         self.attends[view.layer] = view.rows(every).pattern[0]
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> PromptRecording:
@@ -113,6 +115,7 @@ def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> Pro
     return recording
 
 
+@checked
 @own_types()
 def score_parts(
     model: HeadModel,
@@ -171,6 +174,7 @@ def score_parts(
     )
 
 
+@checked
 @own_types()
 def suppliers(model: HeadModel, recording: PromptRecording, parts: ScoreParts) -> list[TracedEdge]:
     """Contribution of every earlier head, and of the rest of the stream, to the kept components.
@@ -225,6 +229,7 @@ def _supplied(
     return (z * (W_O @ write.read_by(along))).sum(-1) / scale
 
 
+@checked
 @own_types()
 def trace(
     model: HeadModel,

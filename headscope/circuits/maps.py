@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import Saved, read_text
 from headscope.base.options import Advance, track
 from headscope.base.result import Glance, Shown, number
@@ -59,6 +60,7 @@ class TokenRelation:
         return len(self.source)
 
 
+@checked
 def relations(
     model: HeadModel, path: "str | PathLike[str] | None" = None
 ) -> dict[str, TokenRelation]:
@@ -108,6 +110,7 @@ def of_words(model: HeadModel, name: str, pairs: Iterable[tuple[str, str]]) -> T
     return TokenRelation(name, columns[:, 0], columns[:, 1], len(listed))
 
 
+@checked
 def read_relations(path: "str | PathLike[str]") -> dict[str, WordPairs]:
     """Read pairs of words from JSON.
 
@@ -173,6 +176,7 @@ def _case(model: HeadModel) -> TokenRelation:
     return of_words(model, "case", [pair for pair in pairs if pair[1] in known][:_MADE_PAIRS])
 
 
+@checked
 @own_types()
 def relation_scores(
     model: HeadModel,
@@ -297,6 +301,7 @@ class Mappings(Saved, Shown):
         )
 
 
+@checked
 @own_types()
 def salient_mappings(
     model: HeadModel,

@@ -12,12 +12,14 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import Advance
 from headscope.circuits.ov_qk import HeadFactors, column_space
 from headscope.circuits.vocabulary import Dictionary, Gram
 from headscope.models.running import own_types
 
 
+@checked
 @own_types()
 def symmetric_share(factors: HeadFactors) -> Float[Tensor, "layer head"]:
     """Share of the squared norm in the symmetric part of every head's matrix.
@@ -37,6 +39,7 @@ def symmetric_share(factors: HeadFactors) -> Float[Tensor, "layer head"]:
     return (1 + trace / factors.norm().square()) / 2
 
 
+@checked
 @own_types()
 def eigenvalue_ratio(
     core: Float[Tensor, "layer head d_head d_head"],
@@ -55,6 +58,7 @@ def eigenvalue_ratio(
     return ratio
 
 
+@checked
 @own_types()
 def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Share of the embedding's variance in the subspace that a head reads.
@@ -76,6 +80,7 @@ def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "la
     return factors.per_head(torch.stack(shares))
 
 
+@checked
 @own_types()
 def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Share of the unembedding's variance in the subspace that a head writes.
@@ -126,6 +131,7 @@ class Ranks(NamedTuple):
     suppressed: Int[Tensor, "layer head pair"]
 
 
+@checked
 @own_types()
 def target_ranks(
     factors: HeadFactors,
@@ -286,6 +292,7 @@ def _blocks(d_vocab: int, width: int, device: torch.device) -> Iterator[Int[Tens
         start, size = end, 2 * size
 
 
+@checked
 @own_types()
 def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Eigenvalue copying score of OV circuits: ``sum(Re(lambda)) / sum(|lambda|)``.
@@ -307,6 +314,7 @@ def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor
     return _token_ratio(factors, words, "output_input")
 
 
+@checked
 @own_types()
 def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "layer head"]:
     """Eigenvalue matching score of QK circuits: the same ratio for ``E @ W_QK @ E.T``.
@@ -325,6 +333,7 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
     return _token_ratio(factors, words, "input")
 
 
+@checked
 @own_types()
 def copying_share(
     factors: HeadFactors, words: Dictionary, tokens: Int[Tensor, " token"], k: int = 1
@@ -366,6 +375,7 @@ def copying_ranks(
     ).promoted
 
 
+@checked
 @own_types()
 def matching_share(
     factors: HeadFactors, words: Dictionary, tokens: Int[Tensor, " token"], k: int = 1
@@ -455,6 +465,7 @@ def _one(factors: HeadFactors, place: int) -> HeadFactors:
     return factors.at(slice(place, place + 1))
 
 
+@checked
 def effective_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     """Exponential of the entropy of the singular values' shares: ``exp(H(S / sum(S)))``.
 
@@ -470,6 +481,7 @@ def effective_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     return torch.where(S.sum(-1) > 0, rank, torch.zeros_like(rank))
 
 
+@checked
 def stable_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     """Squared Frobenius norm over squared spectral norm: ``sum(S^2) / S[0]^2``.
 
@@ -484,6 +496,7 @@ def stable_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     return energy.sum(-1) / energy[..., 0].clamp_min(torch.finfo(S.dtype).tiny)
 
 
+@checked
 def participation_ratio(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     """Number of directions that share the energy: ``(sum S^2)^2 / sum S^4``.
 
@@ -498,6 +511,7 @@ def participation_ratio(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"
     return energy.sum(-1).square() / energy.square().sum(-1).clamp_min(torch.finfo(S.dtype).tiny)
 
 
+@checked
 def top_share(S: Float[Tensor, "*head rank"], k: int = 1) -> Float[Tensor, "*head"]:
     """Share of the energy in the k largest directions: ``sum(S[:k]^2) / sum(S^2)``, in [0, 1].
 
@@ -510,6 +524,7 @@ def top_share(S: Float[Tensor, "*head rank"], k: int = 1) -> Float[Tensor, "*hea
     return energy[..., :k].sum(-1) / total
 
 
+@checked
 def marchenko_pastur_edge(rows: int, columns: int, variance: float = 1.0) -> float:
     """Largest singular value of a large matrix of independent entries of this variance.
 
@@ -523,6 +538,7 @@ def marchenko_pastur_edge(rows: int, columns: int, variance: float = 1.0) -> flo
     return math.sqrt(variance) * (math.sqrt(rows) + math.sqrt(columns))
 
 
+@checked
 def product_edge(
     rows: int, inner: int, columns: int, draws: int = 64, seed: int = 0
 ) -> tuple[float, float]:
@@ -539,6 +555,7 @@ def product_edge(
     return float(largest.mean()), float(largest.std())
 
 
+@checked
 def product_spectra(
     rows: int, inner: int, columns: int, draws: int = 64, seed: int = 0
 ) -> Float[Tensor, "draw inner"]:
@@ -559,6 +576,7 @@ def product_spectra(
     return values
 
 
+@checked
 def outliers(
     S: Float[Tensor, "*head rank"], edge: Float[Tensor, "*head"] | float
 ) -> Int[Tensor, "*head"]:

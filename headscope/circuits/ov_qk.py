@@ -11,6 +11,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import Saved
 from headscope.base.result import Glance, Shown, number, sizes
 from headscope.errors import InputError, UnsupportedModelError, whole
@@ -274,6 +275,7 @@ class HeadFactors(Shown):
 _TENSORS = ("left", "right", "left_bias", "right_bias")
 
 
+@checked
 def with_bias(factors: HeadFactors) -> HeadFactors:
     """The same factors with the biases as a last coordinate of d_model that is always 1.
 
@@ -387,6 +389,7 @@ def upward(layers: Sequence[int]) -> Bool[Tensor, "layer 1 layer 1"]:
     return (number[:, None] < number)[:, None, :, None]
 
 
+@checked
 @own_types()
 def ov(
     model: HeadModel, fold_norm: bool = True, *, layers: Sequence[int] | None = None
@@ -464,6 +467,7 @@ def _check_offset(model: HeadModel, offset: int | None) -> None:
         )
 
 
+@checked
 @own_types()
 def qk(
     model: HeadModel,
@@ -514,6 +518,7 @@ def qk(
     return factors if offset is None else _turned(factors, between, offset)
 
 
+@checked
 @own_types()
 def qk_content(
     model: HeadModel,
@@ -541,6 +546,7 @@ def qk_content(
     return _turned(factors, between, torch.tensor(list(distances), dtype=torch.float64))
 
 
+@checked
 @own_types()
 def qk_bands(
     model: HeadModel,

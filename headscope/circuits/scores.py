@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import Advance, RunOptions
 from headscope.base.statistics import Bounds
 from headscope.circuits import measures
@@ -138,6 +139,7 @@ class Weights:
         return factors if self.head is None else factors.only(self.head)
 
 
+@checked
 @own_types()
 def score(
     model: HeadModel,
@@ -438,6 +440,7 @@ _QK_ALIGNMENT = (
 )
 
 
+@checked
 def weight_scorers(
     k: int = 5, embeddings: Sequence[Embedding] = ("raw", "mlp")
 ) -> tuple[Scorer, ...]:
@@ -467,6 +470,7 @@ def _factor_outliers(
     return measures.outliers(S, deviation * measures.marchenko_pastur_edge(rows, columns)).to(S)
 
 
+@checked
 @own_types()
 def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer head"]:
     """Largest singular value expected of random factors with each head's shape and variance.

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import Saved
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Shown, reasons, sizes
@@ -38,6 +39,7 @@ _BETWEEN = {"OV": "token to logit", "QK": "query token to key token"}
 _SEEN = {"raw": "raw embedding", "mlp": "first MLP added", "mlp_only": "first MLP alone"}
 
 
+@checked
 @own_types()
 def spectra(
     model: HeadModel, circuit: str = "OV", fold_norm: bool = True, *, seed: int = 0
@@ -79,6 +81,7 @@ def spectra(
     )
 
 
+@checked
 @own_types()
 def eigenvalues(
     model: HeadModel, circuit: str = "OV", embedding: Embedding = "raw"
@@ -178,6 +181,7 @@ class Survey(Saved, Shown):
         )
 
 
+@checked
 @own_types()
 def survey(
     model: HeadModel,
@@ -282,6 +286,7 @@ def card_table(model: HeadModel) -> HeadTable:
         return found
 
 
+@checked
 @own_types()
 def head_card(
     model: HeadModel,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import Saved, Stored
 from headscope.base.result import Glance, Shown, sizes
 from headscope.circuits.ov_qk import HeadFactors, ov, qk
@@ -229,6 +230,7 @@ class VocabularyView(Saved, Shown):
         ]
 
 
+@checked
 @own_types()
 def vocabulary_view(
     factors: HeadFactors, words: Dictionary, directions: int = 5, tokens: int = 10
@@ -259,6 +261,7 @@ def vocabulary_view(
     return VocabularyView(svd.S[..., :directions], read, written, factors.layers)
 
 
+@checked
 @own_types()
 def vocabulary_words(
     model: HeadModel, directions: int = 3, tokens: int = 6

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 
 from headscope import ablation, circuits, edges, flow, lens, metrics, pruning
+from headscope.base.arguments import checked
 from headscope.base.files import Saved, Stored
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Shown, Tabular
@@ -281,6 +282,7 @@ CASES: tuple[tuple[str, BuildOptions], ...] = (
 )
 
 
+@checked
 def benchmark(
     methods: Sequence[Method | str] | None = None,
     cases: Sequence[tuple[str, BuildOptions]] | None = None,
@@ -332,6 +334,7 @@ def benchmark(
     return Benchmark(tuple(trials))
 
 
+@checked
 def make_case(name: str, build: BuildOptions, *, batch: int = 8, seed: int = 0) -> Case:
     """Compile a program of the library and draw its texts.
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.compiled.library import LIBRARY, induction_program
 from headscope.compiled.program import (
     Feature,
@@ -446,6 +447,7 @@ class Truth:
     qk_rank: Mapping[HeadIndex, int]
 
 
+@checked
 def truth_of(program: Program, *, rotary: bool = False) -> Truth:
     """Work out the truth of a program from its variables.
 
@@ -619,6 +621,7 @@ class Compiled:
         )
 
 
+@checked
 def program(
     heads: Sequence[Head],
     *,
@@ -665,6 +668,7 @@ def program(
     return compiled(made, **build)
 
 
+@checked
 def compiled(program: Program, **build: Unpack[BuildOptions]) -> Compiled:
     """Compile a program that is already a value.
 
@@ -682,6 +686,7 @@ def compiled(program: Program, **build: Unpack[BuildOptions]) -> Compiled:
     return Compiled(program, options, compile_program(program, options), truth)
 
 
+@checked
 def induction(tokens: int = 8, length: int = 16, **build: Unpack[BuildOptions]) -> Compiled:
     """Compile the induction pair: a previous-token head whose output an induction head's keys read.
 
@@ -700,6 +705,7 @@ def induction(tokens: int = 8, length: int = 16, **build: Unpack[BuildOptions]) 
     return compiled(induction_program(tokens, length), **build)
 
 
+@checked
 def from_library(name: str, **build: Unpack[BuildOptions]) -> Compiled:
     """Compile a program of the library by its name.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 
+from headscope.base.arguments import checked
 from headscope.compiled.program import (
     Feature,
     Head,
@@ -50,6 +51,7 @@ def duplicate_program(tokens: int = 5, length: int = 8) -> Program:
     return Program("duplicate", tokens, length, (head,), ("answer",))
 
 
+@checked
 def induction_program(tokens: int = 8, length: int = 16) -> Program:
     """Positions show what followed the earlier occurrences of their token (Elhage et al. 2021).
 
@@ -78,6 +80,7 @@ def recall_program(pairs: int = 3, length: int = 10) -> Program:
     return Program("recall", tokens, length, heads, ("answer",), features=(kind,))
 
 
+@checked
 def pointer_program(tokens: int = 6, length: int = 8) -> Program:
     """Induction by a pointer: find the earlier occurrence, take its position, read the next.
 
@@ -262,6 +265,7 @@ def name_mover_program(names: int = 4, length: int = 8) -> Program:
     return Program("name mover", tokens, length, (head,), ("answer",))
 
 
+@checked
 def ioi_program(names: int = 4, length: int = 8) -> Program:
     """Indirect object: of two names, show the one that is not repeated (Wang et al. 2023).
 

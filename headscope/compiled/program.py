@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError, nearest, whole
 from headscope.heads import HeadIndex
 
@@ -35,6 +36,7 @@ class Predicate:
         return np.array([[self.holds(q, k) for k in range(keys)] for q in range(queries)], bool)
 
 
+@checked
 def same() -> Predicate:
     """Select keys whose value equals the query's.
 
@@ -45,6 +47,7 @@ def same() -> Predicate:
     return Predicate("same", lambda query, key: query == key)
 
 
+@checked
 def offset(distance: int) -> Predicate:
     """Select the key ``distance`` positions before the query.
 
@@ -62,6 +65,7 @@ def offset(distance: int) -> Predicate:
     return Predicate(f"offset {distance}", lambda query, key: query - key == distance, distance)
 
 
+@checked
 def always() -> Predicate:
     """Select every key.
 
@@ -72,6 +76,7 @@ def always() -> Predicate:
     return Predicate("always", lambda query, key: True)
 
 
+@checked
 def table(name: str, pairs: Mapping[int, Sequence[int]]) -> Predicate:
     """Select, for each query value, the key values listed for it.
 
@@ -290,6 +295,7 @@ class Interpretation:
     output: Float[np.ndarray, "batch pos token"]
 
 
+@checked
 def interpret(program: Program, tokens: Int[np.ndarray, "batch pos"]) -> Interpretation:
     """Run a program.
 

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.edges.rules import GIM_SHARES, InteractionRules, RelevanceRules, Rules, shared
@@ -631,6 +632,7 @@ _RESUMED_BATCH = 8
 _UNASKED = float("nan")
 
 
+@checked
 @own_types()
 def attribute(
     model: HeadModel,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import rank_correlation
 from headscope.edges.attribute import Method, attribute, passes_of
@@ -31,6 +32,7 @@ _GATE_STEPS = 60
 Ranked = dict[str, Any]
 
 
+@checked
 @own_types()
 def compare_methods(
     model: HeadModel,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import Saved
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, number
@@ -356,6 +357,7 @@ class Contextual(Saved, Shown, Tabular):
         return pandas.DataFrame(rows, columns=["head", "later", "score", "share"])
 
 
+@checked
 @own_types()
 def contextual(
     model: HeadModel,

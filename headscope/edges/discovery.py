@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import whole_file
 from headscope.base.options import RunOptions
 from headscope.edges.faithfulness import check_graph, checks_of, grown, mask_of, mean_value
@@ -26,6 +27,7 @@ from headscope.table.edges import HEAD_SLOTS, Circuit, Edge, EdgeGraph, Wiring
 SearchOrder = Literal["later first", "earlier first"]
 
 
+@checked
 @own_types()
 def acdc(
     model: HeadModel,
@@ -113,6 +115,7 @@ def acdc(
     )  # fmt: skip
 
 
+@checked
 @own_types()
 def run_circuit(
     model: HeadModel,
@@ -153,6 +156,7 @@ def run_circuit(
     return _measured(study, kept, np.full(len(kept), np.nan), method, None, 0)
 
 
+@checked
 @own_types()
 def circuit(
     model: HeadModel,
@@ -251,6 +255,7 @@ def _is_left(wiring: Wiring, kept: Bool[np.ndarray, " edge"], target: str) -> bo
     return bool(kept[wiring.ends[1] == number].any())
 
 
+@checked
 def write_eap_json(
     path: "str | PathLike[str]",
     graph: EdgeGraph,
@@ -310,6 +315,7 @@ def write_eap_json(
         file.write(json.dumps(text, allow_nan=False).encode())
 
 
+@checked
 def read_eap_json(path: "str | PathLike[str]") -> tuple[EdgeGraph, Bool[np.ndarray, " edge"]]:
     """Read what EAP-IG, MIB or :func:`write_eap_json` wrote.
 

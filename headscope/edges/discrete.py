@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import capture
+from headscope.base.arguments import checked
 from headscope.base.files import Saved
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, Words, number
@@ -114,6 +115,7 @@ class Discrete(Saved, Shown, Tabular):
         )
 
 
+@checked
 @own_types()
 def discrete(
     model: HeadModel,

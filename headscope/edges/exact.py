@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import Saved
 from headscope.base.options import RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, Words, number
@@ -116,6 +117,7 @@ class HeadLoadings(Saved, Shown, Tabular):
         return pandas.DataFrame(rows, columns=["part", "effect"])
 
 
+@checked
 @own_types()
 def head_loadings(
     model: HeadModel,
@@ -307,6 +309,7 @@ class ScoreAttribution(Saved, Shown, Tabular):
         return pandas.DataFrame(rows, columns=["query_part", "key_part", "value"])
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def score_attribution(

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.stats import hypergeom
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import mean_and_sem
 from headscope.edges.written import (
@@ -140,6 +141,7 @@ class _Circuit:
 SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+@checked
 @own_types()
 def faithfulness(
     model: HeadModel,
@@ -390,6 +392,7 @@ def grown_from(
     return np.array(chosen, int)
 
 
+@checked
 def grown(graph: EdgeGraph, count: int) -> list[Edge]:
     """Edges of the largest magnitude that hang together: grown from the output, best first.
 
@@ -417,6 +420,7 @@ def grown(graph: EdgeGraph, count: int) -> list[Edge]:
     return [graph.edges[at] for at in grown_from(graph.wiring, graph.mean, count).tolist()]
 
 
+@checked
 def stability(graph: EdgeGraph, count: int, *, draws: int = 200, seed: int = 0) -> Stability:
     """Draw the prompts again, with replacement, and compare the strongest edges.
 
@@ -621,6 +625,7 @@ def _null_probe(probe: Probe, read: Bool[torch.Tensor, "batch pos"]) -> Probe | 
     return replace(probe, targets=targets, foils=foils)
 
 
+@checked
 @own_types()
 def completeness(
     model: HeadModel,
@@ -683,6 +688,7 @@ def completeness(
     )
 
 
+@checked
 @own_types()
 def minimality(
     model: HeadModel,

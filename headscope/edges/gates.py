@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
@@ -31,6 +32,7 @@ _FAR = 4.0  # up to which logits are pressed; a gate of 0.98
 _SOURCE = "Nam et al. 2025, arXiv 2505.13737"
 
 
+@checked
 @own_types()
 def causal_gates(
     model: HeadModel,
@@ -145,6 +147,7 @@ def _table(
     )  # fmt: skip
 
 
+@checked
 @own_types()
 def best_heads(
     model: HeadModel,

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import probes
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions, chunk_bytes
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, chunks, passes
@@ -306,6 +307,7 @@ ALTI_LOGIT_SOURCE = "Ferrando et al. 2023 (arXiv 2305.12535), ALTI-Logit"
 ALTI_SOURCE = "Ferrando et al. 2022 (arXiv 2203.04212), ALTI"
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def alti(
@@ -427,6 +429,7 @@ def shares_of(
     return torch.where(some, kept / kept.sum(-1, keepdim=True).clamp_min(1e-38), largest)
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def alti_logits(
@@ -575,6 +578,7 @@ class Vectors:
         return found, rows.visible[self.example]
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def norms(
@@ -723,6 +727,7 @@ def _diagonal(values: Float[Tensor, "*any query key"], at: slice) -> Float[Tenso
     return values[..., at.start : at.stop].diagonal(dim1=-2, dim2=-1)
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def norm_matrix(
@@ -789,6 +794,7 @@ SOURCE = "Ferrando et al. 2022 (arXiv 2205.11631), ALTI+"
 _CHUNK = 1 << 27  # bytes of vectors at once
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def source_contribution(

@@ -11,6 +11,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import Design
 from headscope.capture import check_fits, passes
@@ -41,6 +42,7 @@ FLOW_SOURCE = "Abnar and Zuidema 2020 (arXiv 2005.00928), attention flow"
 ReadRows = Callable[[int, Tensor, Float[Tensor, "batch head query key"]], None]
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def rollout(
@@ -114,6 +116,7 @@ def rollout(
     )
 
 
+@checked
 def rolled_out(
     mixing: Float[Tensor, "layer *batch query key"],
 ) -> Float[Tensor, "*batch query key"]:
@@ -133,6 +136,7 @@ def rolled_out(
     return result
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def through_heads(
@@ -249,6 +253,7 @@ def through_heads(
     )  # fmt: skip
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def max_flow(
@@ -326,6 +331,7 @@ def max_flow(
     )
 
 
+@checked
 def flow_of(mixing: Float[np.ndarray, "layer query key"], query: int) -> Float[np.ndarray, " key"]:
     """Maximum flow from one position above the last layer to each position below the first.
 

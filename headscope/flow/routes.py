@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import Design
 from headscope.capture import check_fits
@@ -40,6 +41,7 @@ SOURCE = "Ferrando and Voita 2024 (arXiv 2403.00824), information flow routes"
 _PARALLEL = 1e-4  # share by which an MLP's output may move where it does not read attention
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def routes(
@@ -106,6 +108,7 @@ def routes(
     return trace.run().result(position=at)
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def route_scores(
@@ -195,6 +198,7 @@ def route_scores(
     )
 
 
+@checked
 def proximity_shares(parts: Float[Tensor, "part d_model"]) -> Float[Tensor, " part"]:
     """Shares of parts in their sum, by how near each brings it in L1 norm.
 

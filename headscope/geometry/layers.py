@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Bounds, Design
@@ -316,6 +317,7 @@ POOLED = {
 }
 
 
+@checked
 @own_types()
 def layers(
     model: HeadModel,
@@ -371,6 +373,7 @@ def layers(
     return run.table(measures)
 
 
+@checked
 @own_types()
 def heads(
     model: HeadModel,
@@ -480,6 +483,7 @@ _INVARIANCE = {
 }  # fmt: skip
 
 
+@checked
 @own_types()
 def invariance(
     model: HeadModel,

@@ -13,11 +13,13 @@ from jaxtyping import Float, Int
 from scipy.optimize import brentq
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 
 Cloud = Float[Tensor, "*any point d_model"]
 
 
+@checked
 def matrix_entropy(x: Cloud, alpha: float = 1.0, *, normalise: bool = False) -> Tensor:
     """Entropy of the spectrum of the points' Gram matrix, in nats.
 
@@ -67,6 +69,7 @@ def matrix_entropy(x: Cloud, alpha: float = 1.0, *, normalise: bool = False) -> 
     return found
 
 
+@checked
 def curvature(x: Cloud) -> Tensor:
     """Mean angle between successive steps of the path through the points, in radians.
 
@@ -91,6 +94,7 @@ def curvature(x: Cloud) -> Tensor:
     return _mean_angle(steps[..., :-1, :], steps[..., 1:, :])
 
 
+@checked
 def token_angle(x: Cloud, apart: int = 1) -> Tensor:
     """Mean angle between the vectors of points a fixed number of places apart, in radians.
 
@@ -122,6 +126,7 @@ def _mean_angle(a: Tensor, b: Tensor) -> Tensor:
     return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)).nanmean(-1)
 
 
+@checked
 def anisotropy(x: Cloud) -> Tensor:
     """Share of the centred cloud's variance along its first principal direction.
 
@@ -146,6 +151,7 @@ def anisotropy(x: Cloud) -> Tensor:
     return share
 
 
+@checked
 def mean_cosine(x: Cloud) -> Tensor:
     """Mean cosine between different points, without centring.
 
@@ -168,6 +174,7 @@ def mean_cosine(x: Cloud) -> Tensor:
     return (unit.sum(-2).square().sum(-1) - unit.square().sum((-2, -1))) / (n * (n - 1))
 
 
+@checked
 def self_similarity(
     x: Float[Tensor, "*any point d_model"], tokens: Int[Tensor, " point"]
 ) -> Tensor:
@@ -206,6 +213,7 @@ def self_similarity(
     return similarity
 
 
+@checked
 def two_nn(x: Float[Tensor, "*any point d_model"]) -> Tensor:
     """Intrinsic dimension from the ratio of each point's two nearest distances.
 
@@ -238,6 +246,7 @@ def two_nn_of(near: Float[Tensor, "*any point k"]) -> Tensor:
     return dimension.masked_fill((near[..., 0] == 0).any(-1), float("nan"))
 
 
+@checked
 def gride(x: Float[Tensor, "point d_model"], scale: int = 2) -> float:
     """Intrinsic dimension from neighbours of ranks ``scale`` and ``2 * scale``.
 
@@ -280,6 +289,7 @@ def gride_of(near: Float[np.ndarray, "point k"], scale: int) -> float:
     return float(brentq(slope, 1e-3, 1e4))
 
 
+@checked
 def neighbourhood_overlap(
     x: Float[Tensor, "*any point d_model"], y: Float[Tensor, "*any point d_other"], k: int = 10
 ) -> Tensor:
@@ -307,6 +317,7 @@ def neighbourhood_overlap(
     return shared.mean((-2, -1))
 
 
+@checked
 def linearity(
     x: Float[Tensor, "point d_model"], y: Float[Tensor, "point d_model"], *, adjusted: bool = True
 ) -> float:
@@ -395,6 +406,7 @@ class LinearMoments:
         return (explained - chance) / (1 - chance) if adjusted else explained
 
 
+@checked
 def info_nce(
     a: Float[Tensor, "text d_model"], b: Float[Tensor, "text d_model"], temperature: float = 0.1
 ) -> float:
@@ -440,6 +452,7 @@ def info_nce_by_text(
     return losses.view(2, -1).mean(0)
 
 
+@checked
 def lidar(views: Float[Tensor, "text view d_model"], delta: float = 1e-4) -> float:
     """Effective rank of what tells texts apart, against what tells views of one text apart.
 
@@ -479,6 +492,7 @@ def lidar(views: Float[Tensor, "text view d_model"], delta: float = 1e-4) -> flo
     return float(torch.special.entr(p).sum().exp())
 
 
+@checked
 def dime(
     a: Float[Tensor, "text d_model"],
     b: Float[Tensor, "text d_model"],

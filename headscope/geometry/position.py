@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
@@ -90,6 +91,7 @@ class Anova:
         return float((p @ c.mT).abs().max())
 
 
+@checked
 def anova(states: Float[Tensor, "text pos d_model"]) -> Anova:
     """Take states of texts of one length apart, exactly.
 
@@ -125,6 +127,7 @@ def anova(states: Float[Tensor, "text pos d_model"]) -> Anova:
     return Anova(*(part.to(states.dtype) for part in (mean, position, context, rest)))
 
 
+@checked
 @own_types()
 def position_layers(
     model: HeadModel,
@@ -188,6 +191,7 @@ def position_layers(
     return LayerTable(places, tuple(made), origin(model, study.probe, skip=skip))
 
 
+@checked
 @own_types()
 def position_heads(
     model: HeadModel,
@@ -282,6 +286,7 @@ class PositionContext(NamedTuple):
     refused: str | None
 
 
+@checked
 def position_context(
     model: HeadModel,
     texts: Probe | Sequence[str] | str | Path | None = None,

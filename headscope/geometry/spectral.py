@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
@@ -71,6 +72,7 @@ class RotaryBands:
         return found
 
 
+@checked
 @own_types()
 def rotary_bands(
     model: HeadModel,
@@ -169,6 +171,7 @@ def rotary_bands(
     return RotaryBands(scores, bands.mean(2), size.mean(2), frequency)
 
 
+@checked
 @own_types()
 def high_frequency_gain(
     model: HeadModel,

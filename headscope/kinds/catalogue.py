@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from headscope.ablation.heads import ablate_heads
+from headscope.base.arguments import checked
 from headscope.base.files import Saved, writable_folder
 from headscope.base.options import RunOptions, track
 from headscope.base.statistics import benjamini_hochberg
@@ -409,6 +410,7 @@ class KindEffects(Saved):
     reason: str = ""
 
 
+@checked
 @own_types()
 def survey(
     model: HeadModel,

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import edits, probes
+from headscope.base.arguments import checked
 from headscope.base.statistics import Design
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import HeadIndex
@@ -62,6 +63,7 @@ class Criterion(NamedTuple):
     p: Heads | None = None
 
 
+@checked
 def above(scores: HeadScores, least: float | None = None) -> Criterion:
     """A score that is larger than its null, and at least as large as its threshold.
 
@@ -77,6 +79,7 @@ def above(scores: HeadScores, least: float | None = None) -> Criterion:
     return Criterion(scores.name, scores.mean, threshold or 0.0, one_sided(scores, 1))
 
 
+@checked
 def below(scores: HeadScores, least: float = 0.0) -> Criterion:
     """A score with a sign that is below its null, by ``least`` at least below 0.
 
@@ -92,6 +95,7 @@ def below(scores: HeadScores, least: float = 0.0) -> Criterion:
     return Criterion(f"negative {scores.name}", -scores.mean, least, one_sided(scores, -1))
 
 
+@checked
 def one_sided(scores: HeadScores, sign: int) -> Heads:
     """p-value of a mean above (1) or below (-1) its null, from the one that the score has.
 
@@ -850,6 +854,7 @@ def backs_up(asked: AskedModel) -> list[Criterion]:
     return [Criterion("share of the ablated effect taken over", one.value / total, _SHARE, one.p)]
 
 
+@checked
 def without_norm(
     before: Float[np.ndarray, "layer head example"],
     after: Float[np.ndarray, "layer head example"],
@@ -911,6 +916,7 @@ def related(name: str) -> Measure:
     return measure
 
 
+@checked
 @torch.no_grad()
 def relation_scores(
     model: HeadModel, sets: Sequence[Sequence[tuple[int, int]]], name: str = "relation"
@@ -1219,6 +1225,7 @@ def _contradicted(asked: AskedModel) -> Probe:
     return probe
 
 
+@checked
 def told_apart(make: Callable[[HeadModel], LabelledTexts]) -> Measure:
     """A linear probe of the head's output tells two classes of texts apart, more than others do.
 
@@ -1259,6 +1266,7 @@ _Outputs = Float[Tensor, "example layer head d_head"]
 _Words = Float[Tensor, "example 1 1 d_model"]
 
 
+@checked
 def separations(
     sides: tuple[_Outputs, _Outputs],
     words: tuple[_Words, _Words],
@@ -1297,6 +1305,7 @@ def separations(
     ]
 
 
+@checked
 def lead_in_layer(value: Float[np.ndarray, "layer head"]) -> Criterion:
     """At least .1 above the median of the other heads of the layer; a layer's only head passes.
 
@@ -1313,6 +1322,7 @@ def lead_in_layer(value: Float[np.ndarray, "layer head"]) -> Criterion:
     return Criterion("lead over the median head of the layer", lead, _LEADS)
 
 
+@checked
 def placements(
     high: Float[Tensor, "example layer head size"],
     low: Float[Tensor, "example layer head size"],
@@ -1355,6 +1365,7 @@ def placements(
     return wins.mean(-1) + wins.mean(-2) - area, held
 
 
+@checked
 def mean_embedding(model: HeadModel, probe: Probe) -> Float[Tensor, "example d_model"]:
     """Mean of the embeddings of a text's tokens, without positions: the words in no order.
 
@@ -1372,6 +1383,7 @@ def mean_embedding(model: HeadModel, probe: Probe) -> Float[Tensor, "example d_m
     return (found * real).sum(1) / real.sum(1)
 
 
+@checked
 def of_relation(
     name: str,
     probe: Probe,
@@ -1429,6 +1441,7 @@ def of_relation(
     )  # fmt: skip
 
 
+@checked
 def clustering(
     probe: Probe, relevant: str, groups: Sequence[int], *, query: str = "end", seed: int = 0
 ) -> Kind:
@@ -1488,6 +1501,7 @@ def clustering(
     )  # fmt: skip
 
 
+@checked
 def cluster_ratio(
     z: Float[np.ndarray, "example layer head size"], groups: Int[np.ndarray, " example"], seed: int
 ) -> tuple[Heads, Heads]:

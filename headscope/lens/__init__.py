@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError, nearest
 from headscope.lens.attention import AttentionLens as AttentionLens
 from headscope.lens.attention import attention_lens as attention_lens
@@ -36,6 +37,7 @@ _TENSORS = {
 }
 
 
+@checked
 def load(folder: "str | PathLike[str]") -> ResidualLens | AttentionLens:
     """Read a lens that its ``save`` wrote; it says what it is.
 

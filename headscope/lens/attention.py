@@ -10,6 +10,7 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.errors import InputError
 from headscope.heads import ModelShape
@@ -224,6 +225,7 @@ def correction(
     return held.flatten(1) @ outer.flatten(0, 1) + shift
 
 
+@checked
 @own_types()
 @torch.enable_grad()
 def attention_lens(

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope import capture
+from headscope.base.arguments import checked
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import ModelShape
@@ -221,6 +222,7 @@ def over_heads(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray, 
     return result
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def attribute(
@@ -329,6 +331,7 @@ def _embedding(model: HeadModel, token: int, split: Split) -> dict[str, float]:
 Against = Literal["foil", "mean", "nothing"]
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def head_attribution(

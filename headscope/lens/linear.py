@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.errors import InputError, nearest
 from headscope.lens.fitting import (
@@ -104,6 +105,7 @@ class ResidualLens:
 _LEAST = 1e-10
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def linear_shortcuts(
@@ -303,6 +305,7 @@ _CLIP = 1.0
 _WIDTH = 768
 
 
+@checked
 @own_types()
 @torch.enable_grad()
 def tuned_lens(

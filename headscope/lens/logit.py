@@ -9,6 +9,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.capture import check_fits, need_probe, passes
 from headscope.errors import InputError, nearest, whole
 from headscope.heads import ModelShape
@@ -45,6 +46,7 @@ from headscope.table import DecoderLens
 from headscope.table.lens import HeadWords, LensGrid
 
 
+@checked
 @own_types()
 def logit_lens(
     model: HeadModel,
@@ -93,6 +95,7 @@ def logit_lens(
     ]
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def logit_lenses(
@@ -243,6 +246,7 @@ def _grid(
     )
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def head_lens(model: HeadModel, prompt: Promptish, position: int = -1, *, k: int = 10) -> HeadWords:
@@ -373,6 +377,7 @@ class HeadWrites:
 SOURCE = "Langedijk et al. 2024 (arXiv 2310.03686), DecoderLens"
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def decoder_lens(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from headscope.base.arguments import checked
 from headscope.base.batches import PIXELS
 from headscope.errors import HeadscopeError, InputError, ModelLoadError, UnsupportedModelError
 from headscope.models import bundled
@@ -224,6 +225,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
+@checked
 def load(
     source: Any = None,
     *,

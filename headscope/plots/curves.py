@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from headscope.base.arguments import checked
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
 from headscope.plots.figure import STYLES, Figure, Theme, captioned, dress, label
@@ -18,6 +19,7 @@ from headscope.table.lens import LayerTable
 LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
+@checked
 def curves(
     grid: EffectGrid,
     *,
@@ -147,6 +149,7 @@ def faint(colour: str, strength: float = 0.18) -> str:
     return f"rgba({red},{green},{blue},{strength})"
 
 
+@checked
 def token_losses(losses: TokenLosses, *, window: int = 1, theme: Theme = "light") -> go.Figure:
     """Plot the mean loss of every token position; the whole model in grey, below the others.
 
@@ -207,6 +210,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
+@checked
 def emergence(
     story: Emergence,
     scores: Sequence[str] | None = None,
@@ -328,6 +332,7 @@ _COLUMNS = 3
 _WIDTH, _HEIGHT = 300, 210  # of a panel, in pixels
 
 
+@checked
 def layers(
     table: LayerTable,
     measures: Sequence[str] | None = None,

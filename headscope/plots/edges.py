@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots.curves import LINE_COLOURS, faint
@@ -20,6 +21,7 @@ _SLOTS = ("query", "key", "value", "mlp", "output")
 _STEPS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 
 
+@checked
 def circuit_graph(
     found: EdgeGraph | Circuit, *, most: int = 300, theme: Theme = "light"
 ) -> go.Figure:
@@ -251,6 +253,7 @@ def _slider(figure: go.Figure, style: Style) -> dict[str, object]:
     }
 
 
+@checked
 def faithfulness_curves(
     found: Faithfulness | Mapping[str, Faithfulness], *, theme: Theme = "light"
 ) -> go.Figure:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
+from headscope.base.arguments import checked
 from headscope.base.files import whole_file
 from headscope.errors import HeadscopeWarning, InputError
 
@@ -823,6 +824,7 @@ _WIDE_FONTS = (
 )
 
 
+@checked
 def save(
     figure: go.Figure,
     path: "str | PathLike[str]",

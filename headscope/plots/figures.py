@@ -5,6 +5,7 @@ from functools import partial, singledispatch
 
 import plotly.graph_objects as go
 
+from headscope.base.arguments import checked
 from headscope.plots.curves import curves, emergence, layers, token_losses
 from headscope.plots.edges import circuit_graph, faithfulness_curves
 from headscope.plots.figure import Theme
@@ -56,6 +57,7 @@ from headscope.table.relevance import Anchors, TokenRelevance
 Drawing = Callable[[Theme], go.Figure]
 
 
+@checked
 @singledispatch
 def figures(result: object) -> dict[str, Drawing]:
     """All figures of a result, by name, as functions of the theme.
@@ -75,6 +77,7 @@ def figures(result: object) -> dict[str, Drawing]:
     return {}
 
 
+@checked
 def figures_of(results: Mapping[str, object]) -> dict[str, Drawing]:
     """Figures of several results, with each result's name as prefix.
 

@@ -6,6 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, UInt8
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots.figure import SEQUENTIAL, STYLES, Figure, Style, Theme, dress, label
@@ -24,6 +25,7 @@ _MOST_CELLS = 512  # a side; above, every cell stands for a block of positions
 _MOST_EXACT = 64
 
 
+@checked
 def attention_pattern(
     pattern: Float[np.ndarray, "query key"],
     tokens: Sequence[str] | None = None,
@@ -125,6 +127,7 @@ _KINDS = {"attention": "attention", "residual": "residual", "past_mlp": "residua
           "reads": "mlp"}  # fmt: skip
 
 
+@checked
 def token_flow(flow: TokenFlow, example: int = 0, *, theme: Theme = "light") -> go.Figure:
     """Plot the share of each input token in each position of one text, padding left out.
 
@@ -152,6 +155,7 @@ def token_flow(flow: TokenFlow, example: int = 0, *, theme: Theme = "light") -> 
     return figure
 
 
+@checked
 def mixing_map(
     found: Contributions,
     example: int = 0,
@@ -216,6 +220,7 @@ def mixing_map(
     return figure
 
 
+@checked
 def route_graph(routes: Routes, *, most: int = 300, theme: Theme = "light") -> go.Figure:
     """Draw a prompt's routes: tokens to the right, layers upwards, width by flow.
 
@@ -409,6 +414,7 @@ _MOST_TEXT = 9  # characters that fit a cell
 _LEFT, _RIGHT, _TOP, _BOTTOM = 116, 96, 66, 96
 
 
+@checked
 def lens_grid(grid: LensGrid, *, theme: Theme = "light") -> go.Figure:
     """Plot a lens: the most likely token per layer and position, coloured by probability.
 
@@ -505,6 +511,7 @@ def _hovers(grid: LensGrid, first: int) -> list[list[str]]:
 _MOST_TOKENS = 60
 
 
+@checked
 def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.Figure:
     """Plot the k largest parts of a logit bottom-up, the rest as one bar, and the total.
 
@@ -554,6 +561,7 @@ def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.
     return figure
 
 
+@checked
 def source_bars(
     split: Attribution, head: "str | tuple[int, int] | None" = None, *, theme: Theme = "light"
 ) -> go.Figure:

@@ -12,6 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Shaped
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.plots.figure import SEQUENTIAL, Figure, Theme, dress, label
 from headscope.table import AttentionMaps
@@ -59,6 +60,7 @@ def as_picture(image: Any, side: int = _SIDE) -> str:
     return f"data:image/png;base64,{b64encode(written.getvalue()).decode()}"
 
 
+@checked
 def image_overlay(
     image: Shaped[np.ndarray, "..."],
     weights: Float[np.ndarray, "row column"],
@@ -149,6 +151,7 @@ def image_overlay(
     return figure
 
 
+@checked
 def head_maps(maps: AttentionMaps, *, theme: Theme = "light") -> go.Figure:
     """Plot the mean maps of all heads as a grid: layers downwards, heads to the right.
 

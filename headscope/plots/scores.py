@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from headscope.base.arguments import checked
 from headscope.base.statistics import interval_of_sem, mean_interval, rank_correlation
 from headscope.errors import InputError
 from headscope.plots.figure import (
@@ -26,6 +27,7 @@ from headscope.table import EffectGrid, HeadScores, HeadTable, RecallGrid
 from headscope.table.kinds import best_heads
 
 
+@checked
 def ranking(
     scores: HeadScores, k: int = 20, *, level: float = 0.95, theme: Theme = "light"
 ) -> go.Figure:
@@ -121,6 +123,7 @@ def _captioned(figure: go.Figure, shown: Sequence[HeadScores], drawn: str = "") 
     )
 
 
+@checked
 def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "light") -> go.Figure:
     """Plot every head's mean on score ``b`` against its mean on score ``a``, coloured by layer.
 
@@ -305,6 +308,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 96, 66, 50
 Limits = tuple[float, float]
 
 
+@checked
 def heatmap(
     scores: HeadScores | HeadTable | EffectGrid,
     *,
@@ -364,6 +368,7 @@ def heatmap(
     return figure
 
 
+@checked
 def heatmaps(
     table: HeadTable,
     names: Sequence[str] | None = None,
@@ -499,6 +504,7 @@ def _tick(n: int) -> int:
 _WIDE_LEFT, _WIDE_RIGHT, _WIDE_TOP, _WIDE_BOTTOM = 76, 96, 66, 56
 
 
+@checked
 def recall_grid(grid: RecallGrid, *, theme: Theme = "light") -> go.Figure:
     """Plot the share of correct answers by length and depth, from 0 to 1; grey: no example.
 

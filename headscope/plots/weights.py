@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots.figure import (
@@ -34,6 +35,7 @@ class _Edge(NamedTuple):
     second: HeadIndex
 
 
+@checked
 def composition_graph(
     scores: PairScores | Sequence[PairScores],
     *,
@@ -240,6 +242,7 @@ def block_max(
 _MOST_CELLS = 512  # a side; above, every cell stands for a block of heads
 
 
+@checked
 def composition_matrix(
     scores: PairScores, *, limits: tuple[float, float] | None = None, theme: Theme = "light"
 ) -> go.Figure:
@@ -335,6 +338,7 @@ def _ticks(names: list[str]) -> dict[str, object]:
     return {"tickvals": [at for _, at in shown], "ticktext": [layer for layer, _ in shown]}
 
 
+@checked
 def head_similarity(similarity: HeadSimilarity, *, theme: Theme = "light") -> go.Figure:
     """Plot the similarity of every pair of heads, ordered by cluster.
 
@@ -432,6 +436,7 @@ def _dendrogram(similarity: HeadSimilarity, style: Style) -> go.Scatter:
     )
 
 
+@checked
 def head_map(similarity: HeadSimilarity, clusters: int = 0, *, theme: Theme = "light") -> go.Figure:
     """Plot heads as points on a map of their distances, coloured by layer or by cluster.
 
@@ -499,6 +504,7 @@ def _names_near(points: Float[np.ndarray, "head 2"], names: list[str]) -> list[s
 _FLOOR = 1e-3  # smaller values are rounding, or not worth the room on a logarithmic axis
 
 
+@checked
 def spectra(
     values: HeadSpectra,
     heads: "Iterable[str | tuple[int, int]] | None" = None,
@@ -630,6 +636,7 @@ def _powers(relative: np.ndarray, values: HeadSpectra) -> dict[str, object]:
 _MOST_POINTS = 10_000
 
 
+@checked
 def eigenvalues(
     values: HeadEigenvalues,
     heads: "Iterable[str | tuple[int, int]] | None" = None,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.batches import PIXELS, TEXT, TOKENS, Batch
 from headscope.base.stacks import PatchGrid, all_causal, grid_of
 from headscope.errors import HeadscopeWarning, InputError, UnsupportedModelError
@@ -63,6 +64,7 @@ class HasVocabulary(Protocol):
         """A Hugging Face tokenizer, or None."""
 
 
+@checked
 def uses_bos(model: HasVocabulary) -> bool:
     """Whether the model's own tokenizer prepends a BOS token.
 
@@ -315,6 +317,7 @@ def at_positions(
     return mark
 
 
+@checked
 def from_tokens(
     tokens: Int[Tensor, "batch pos"] | Sequence[Sequence[int]],
     real: Bool[Tensor, "batch pos"] | None = None,
@@ -364,6 +367,7 @@ def from_tokens(
     )
 
 
+@checked
 def from_batch(
     inputs: Mapping[str, Any],
     marks: Mapping[str, Any] | None = None,
@@ -452,6 +456,7 @@ def _from_sides(inputs: Mapping[str, Any], marks: Any, targets: Any) -> Probe:
     )
 
 
+@checked
 def paired(first: Probe, second: Probe) -> Probe:
     """Pair the examples of two probes: ``first``, with ``second`` as its ``corrupt`` pair.
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.batches import PIXELS, Batch
 from headscope.base.stacks import PatchGrid, grid_of
 from headscope.errors import InputError, UnsupportedModelError
@@ -94,6 +95,7 @@ def _cut_out(picture: Any, edge: int, height: int, width: int, resample: int) ->
     return picture.crop((left, top, left + width, top + height))
 
 
+@checked
 def images(
     model: HasVocabulary,
     source: str | Path | Sequence[Any] | Tensor | np.ndarray,
@@ -167,6 +169,7 @@ def images(
     )
 
 
+@checked
 def random_images(model: HasVocabulary, batch: int = 16, *, seed: int = 0) -> Probe:
     """Make a probe of random blobs at all scales, for use without pictures.
 

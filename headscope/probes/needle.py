@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import read_lines, read_text
 from headscope.errors import InputError, nearest, whole
 from headscope.probes.encoding import (
@@ -713,6 +714,7 @@ _HIDDEN = ("needle", "needle_answer")
 _LONGEST = 1024
 
 
+@checked
 def needle(
     model: HasVocabulary,
     lengths: Sequence[int] | int | None = None,

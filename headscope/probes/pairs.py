@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError, nearest, whole
 from headscope.probes.encoding import (
     Encoded,
@@ -480,6 +481,7 @@ NAMES = ("ioi", *TASKS)
 _DRAWN = 60
 
 
+@checked
 def pairs(
     model: HasVocabulary,
     task: str = "ioi",

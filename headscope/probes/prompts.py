@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import read_lines
 from headscope.errors import InputError
 from headscope.probes.encoding import (
@@ -128,6 +129,7 @@ class _Line(NamedTuple):
     pairs: Mapping[str, list[tuple[int, int]]] = MappingProxyType({})
 
 
+@checked
 def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = None) -> Probe:
     """Read prompts from a JSON Lines file, one object per line.
 
@@ -396,6 +398,7 @@ class _Said(NamedTuple):
     query: list[int]
 
 
+@checked
 def in_context(
     model: HasVocabulary,
     demonstrations: Sequence[Example],

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError, nearest, whole
 from headscope.probes.encoding import (
     HasVocabulary,
@@ -21,6 +22,7 @@ from headscope.probes.encoding import (
 from headscope.probes.probe import Probe
 
 
+@checked
 def repeated_tokens(
     model: HasVocabulary,
     length: int = 50,
@@ -117,6 +119,7 @@ def _unrepeated(
     return later.flatten(1), moved.flatten(1)
 
 
+@checked
 def random_tokens(
     model: HasVocabulary,
     length: int = 100,
@@ -204,6 +207,7 @@ class _Draw:
         )
 
 
+@checked
 def recall(
     keys: Sequence[int],
     values: Sequence[int],
@@ -276,6 +280,7 @@ def recall(
     return _probe("recall", tokens, other, targets, marks, settings, seed)
 
 
+@checked
 def tree_recall(
     labels: Sequence[int],
     opening: int,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import paragraphs, read_text
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.probes.encoding import (
@@ -26,6 +27,7 @@ from headscope.probes.encoding import (
 from headscope.probes.probe import Probe
 
 
+@checked
 def text(
     model: HasVocabulary,
     texts_or_path: str | Path | Sequence[str] | None = None,
@@ -189,6 +191,7 @@ def _shuffled(row: list[int], before: int, after: int, generator: torch.Generato
 _SHARE = 0.15
 
 
+@checked
 def masked(
     model: HasVocabulary,
     source: str | Path | Sequence[str] | Probe | None = None,

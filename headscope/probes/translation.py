@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.files import read_text
 from headscope.errors import InputError
 from headscope.probes.encoding import pad_right
@@ -20,6 +21,7 @@ _FEATURES = "input_features"
 _GENERATED = 64
 
 
+@checked
 def translation(
     model: Any,
     sources: Rows,
@@ -89,6 +91,7 @@ def translation(
     )
 
 
+@checked
 def copied_tokens(model: Any, length: int = 20, batch: int = 8, seed: int = 0) -> Probe:
     """Make random sources whose targets are the same tokens; random features for a speech model.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from headscope import metrics
 from headscope.ablation.heads import total_metric, whole_batches
 from headscope.ablation.run import Measurement, Metricish
+from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
@@ -107,6 +108,7 @@ class _Gated:
         return value * self.gates[layer].to(value)[:, None]
 
 
+@checked
 @own_types()
 def learn_gates(
     model: HeadModel,
@@ -218,6 +220,7 @@ def learn_gates(
     )
 
 
+@checked
 @own_types()
 def learn_alphas(
     model: HeadModel,

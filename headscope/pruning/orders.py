@@ -28,6 +28,7 @@ from headscope.ablation.run import (
     facts_of,
     present,
 )
+from headscope.base.arguments import checked
 from headscope.base.files import check_same, whole_file, writable_folder
 from headscope.base.options import RunOptions, track
 from headscope.base.specs import Direction
@@ -68,6 +69,7 @@ class _Gates:
         return value * self.amounts[layer].to(value)[..., None]
 
 
+@checked
 @own_types()
 def gradient_importance(
     model: HeadModel,
@@ -179,6 +181,7 @@ def _normalised(
     return np.asarray(values / norms[:, None, None])
 
 
+@checked
 def ablation_importance(
     model: HeadModel,
     probe: Probe,
@@ -238,6 +241,7 @@ def ablation_importance(
     ).of_stack(effects.stack)
 
 
+@checked
 @own_types()
 def weight_norm(model: HeadModel) -> HeadScores:
     """Frobenius norm of ``W_V W_O``: how long a head's write is for inputs in all directions.
@@ -272,6 +276,7 @@ def weight_norm(model: HeadModel) -> HeadScores:
     )
 
 
+@checked
 @own_types()
 def output_norm(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HeadScores:
     """Mean length of what a head writes, ``E |z W_O|``, over a probe: the activation baseline.
@@ -285,6 +290,7 @@ def output_norm(model: HeadModel, probe: Probe, *, batch_size: int | None = None
     return score(model, probe, "head_output_norm", batch_size=batch_size)["head_output_norm"]
 
 
+@checked
 @own_types()
 def confidence(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HeadScores:
     """Mean over queries of a head's largest attention weight, sinks left out.
@@ -374,6 +380,7 @@ class Importance(Protocol):
         """Score all heads but the removed ones."""
 
 
+@checked
 def one_shot(scores: HeadScores, *, keep: int = 0) -> Order:
     """Heads by a score, the smallest mean first; ties by lowest head; those without one never.
 
@@ -390,6 +397,7 @@ def one_shot(scores: HeadScores, *, keep: int = 0) -> Order:
     return _kept(order, keep)
 
 
+@checked
 def random_order(model: HeadModel, seed: int) -> Order:
     """All heads in a random order: the control that every other order is compared with.
 
@@ -401,6 +409,7 @@ def random_order(model: HeadModel, seed: int) -> Order:
     return tuple(heads[i] for i in np.random.default_rng(seed).permutation(len(heads)))
 
 
+@checked
 def iterative(
     model: HeadModel,
     probe: Probe,
@@ -452,6 +461,7 @@ def iterative(
     return gone
 
 
+@checked
 def greedy(
     model: HeadModel,
     probe: Probe,
@@ -597,6 +607,7 @@ class PruningCurve(OrderCurve):
         return super()._read(facts) | {"sizes": sizes}
 
 
+@checked
 def pruning_curve(
     model: HeadModel,
     probe: Probe,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from headscope.ablation.run import present
+from headscope.base.arguments import checked
 from headscope.edits import Heads, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.hf.model import HFModel
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@checked
 @own_types()
 def prune(model: HeadModel, heads: Heads) -> "PreTrainedModel":
     """A copy of a model without some heads: rows and columns of Q, K, V and O are really gone.
@@ -77,6 +79,7 @@ def prune(model: HeadModel, heads: Heads) -> "PreTrainedModel":
     return smaller
 
 
+@checked
 def load_pruned(
     folder: str | Path,
     *,
@@ -148,6 +151,7 @@ class Size:
         return f"{said}; key/value heads that stay: {'; '.join(self.shared)}"
 
 
+@checked
 @torch.no_grad()
 def measure_size(
     model: Any, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None = None

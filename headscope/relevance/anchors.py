@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import Measurement
+from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions, track
 from headscope.base.statistics import Design
@@ -33,6 +34,7 @@ FLOWS = ("text_to_label", "label_to_final", "other")
 _QUERIES = 128  # whose rows are held at once
 
 
+@checked
 @own_types()
 def anchors(
     model: HeadModel,
@@ -288,6 +290,7 @@ def _joined(parts: Sequence[Mapping[int, Tensor]], shape: ModelShape) -> np.ndar
     return np.stack([whole.get(layer, blank) for layer in range(shape.n_layers)])
 
 
+@checked
 def pairwise_auc(
     scores: Float[np.ndarray, "*any example class"], chosen: Int[np.ndarray, " example"]
 ) -> Float[np.ndarray, "*any"]:
@@ -469,6 +472,7 @@ class Reweighted:
         return np.asarray(np.abs(self.beta).mean(-1))
 
 
+@checked
 @own_types()
 def reweight(
     model: HeadModel,

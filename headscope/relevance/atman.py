@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.ablation.run import Measurement, present
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import rank_correlation
 from headscope.edits import Heads, Variant
@@ -73,6 +74,7 @@ class Suppressed:
         return kept
 
 
+@checked
 def suppressed(
     pattern: Float[Tensor, "*any query key"],
     factors: Float[Tensor, " key"],
@@ -109,6 +111,7 @@ def suppressed(
     return shared
 
 
+@checked
 @own_types()
 def atman(
     model: HeadModel,

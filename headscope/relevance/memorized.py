@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import capture
+from headscope.base.arguments import checked
 from headscope.base.options import track
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError, whole
@@ -31,6 +32,7 @@ _MATRICES = ("Q", "K", "V", "O")
 _MOST_KNOWN = 32
 
 
+@checked
 @own_types()
 def memorized(
     model: HeadModel,
@@ -266,6 +268,7 @@ def _by_token(
     return tokens, rows @ np.eye(len(tokens))[place] / often
 
 
+@checked
 def rare_attention(
     model: HeadModel,
     probe: Probe,
@@ -389,6 +392,7 @@ def _need_plain(model: HeadModel, layer: int) -> None:
         )
 
 
+@checked
 @own_types()
 def weight_gradients(
     model: HeadModel, probe: Probe, *, batch_size: int | None = None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import mean_and_sem
 from headscope.edits import Heads
@@ -86,6 +87,7 @@ class PassageFaithfulness:
         )
 
 
+@checked
 @own_types()
 def faithfulness(
     model: HeadModel,
@@ -216,6 +218,7 @@ def _margins(
     return found
 
 
+@checked
 def contradictions(
     model: HeadModel,
     needles: str | Sequence[Needle] | None = None,

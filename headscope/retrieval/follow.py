@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions, chunk_bytes, free_cached_memory, is_out_of_memory
 from headscope.capture import check_fits, chunks
 from headscope.errors import HeadscopeError, InputError
@@ -156,6 +157,7 @@ def _short(text: str, most: int = 80) -> str:
 _GROUPED = re.compile(r"(?<=\d)[,'\u202f\u2009](?=\d{3}(?!\d))")
 
 
+@checked
 def word_recall(reference: str, response: str) -> float:
     """ROUGE-1 recall (Lin 2004): the share of the reference's words that the response says.
 
@@ -281,6 +283,7 @@ class FollowOptions(TypedDict):
     progress: bool | None
 
 
+@checked
 @own_types()
 def follow(
     model: HeadModel,

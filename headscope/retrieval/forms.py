@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.arguments import checked
 from headscope.base.files import read_part, readable, whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.base.statistics import Design, rank_correlation, top_k_overlap
@@ -108,6 +109,7 @@ class Retrieval:
         )
 
 
+@checked
 @own_types()
 def decoded(
     model: HeadModel,
@@ -261,6 +263,7 @@ def _scores(
     )
 
 
+@checked
 @own_types()
 def forced(
     model: HeadModel,
@@ -309,6 +312,7 @@ def forced(
 Activity = Literal["always", "sometimes", "never"]
 
 
+@checked
 def by_kv_head(scores: HeadScores, how: Literal["mean", "max"] = "mean") -> HeadScores:
     """The same score per key/value head: mean or largest over the query heads that share it.
 
@@ -365,6 +369,7 @@ def by_kv_head(scores: HeadScores, how: Literal["mean", "max"] = "mean") -> Head
     )
 
 
+@checked
 def activity(scores: HeadScores, at_least: int | float = 0.0) -> dict[HeadIndex, Activity]:
     """Which heads act in every context, in some, in none (Wu et al. 2024, section 3).
 
@@ -414,6 +419,7 @@ class Agreement:
         )
 
 
+@checked
 def agreement(a: HeadScores, b: HeadScores, k: int = 10) -> Agreement:
     """Compare two scores head by head.
 
@@ -448,6 +454,7 @@ class Scanned(NamedTuple):
     probe: Probe
 
 
+@checked
 def scan_grid(
     model: HeadModel,
     lengths: Sequence[int] | int | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headscope import edits
 from headscope.ablation.run import present
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.edits import HeadEdit, Heads, Scope
 from headscope.errors import InputError, nearest
@@ -63,6 +64,7 @@ class Mask:
         return cls(_edit(model, heads, method, scope, reference), scope)
 
 
+@checked
 def mask_heads(
     model: HeadModel,
     heads: Heads,
@@ -254,6 +256,7 @@ class Mixed(NamedTuple):
 Mixer = Callable[[list[Tensor]], Mixed]
 
 
+@checked
 @own_types()
 def generate(
     model: HeadModel,
@@ -487,6 +490,7 @@ def _entropy(log_probabilities: Float[Tensor, "batch d_vocab"]) -> Float[Tensor,
     return entropy
 
 
+@checked
 @own_types()
 def decore(
     model: HeadModel,

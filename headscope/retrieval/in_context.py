@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headscope.ablation.heads import ablated
 from headscope.ablation.run import Maker, Measurement, Placer, by_head, facts_of, present
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
@@ -29,6 +30,7 @@ _TOKENS_PER_PASS = 8192
 _SOURCE = "Olsson et al. 2022 (arXiv 2209.11895), in-context learning score"
 
 
+@checked
 @own_types()
 def in_context_score(
     model: HeadModel,
@@ -97,6 +99,7 @@ def in_context_score(
     )
 
 
+@checked
 @own_types()
 def token_losses(
     model: HeadModel,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from headscope.ablation.groups import joint
 from headscope.ablation.run import Measurement, Placer, present
+from headscope.base.arguments import checked
 from headscope.base.files import read_part, readable, subfolder, whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.edits import Heads
@@ -61,6 +62,7 @@ class Influence:
             return np.where(below > 0, (self.masked - self.base) / below, np.nan)
 
 
+@checked
 @own_types()
 def influence(
     model: HeadModel,
@@ -216,6 +218,7 @@ class Corpus:
         return text
 
 
+@checked
 @own_types()
 def score_corpus(
     model: HeadModel,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope.ablation.groups import along
 from headscope.ablation.run import Measurement, Placer, present
+from headscope.base.arguments import checked
 from headscope.base.configs import Strict, parse, read_yaml
 from headscope.base.options import RunOptions
 from headscope.edits import Heads, Scope
@@ -61,6 +62,7 @@ _COUNTS = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 75, 100)
 Controls = Literal["any", "layers"]
 
 
+@checked
 @own_types()
 def masking_curve(
     model: HeadModel,
@@ -249,6 +251,7 @@ class MaskingConfig(Strict):
     seed: int = Field(default=0, ge=0)
 
 
+@checked
 @own_types()
 def masking_curves(
     model: HeadModel,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
@@ -28,6 +29,7 @@ from headscope.table import HeadScores, HeadTable
 from headscope.views import Rotation
 
 
+@checked
 def need(
     model: HeadModel,
     probe: Probe,
@@ -110,6 +112,7 @@ _LEAST_TEXTS = 4
 _RIDGE = 1e-6  # share of the mean variance that is added to the diagonal
 
 
+@checked
 @own_types()
 def token_importance(
     model: HeadModel,
@@ -356,6 +359,7 @@ class RotaryContributions:
             return 2 * np.pi / self.frequency
 
 
+@checked
 @own_types()
 def rotary_contributions(
     model: HeadModel, probe: Probe, *, batch_size: int | None = None

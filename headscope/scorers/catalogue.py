@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from headscope.base.arguments import checked
 from headscope.circuits.scores import weight_scorers
 from headscope.errors import InputError, nearest
 from headscope.scorer import Scorer, value_weighted, without_sink
@@ -154,6 +155,7 @@ DEFAULT: tuple[str, ...] = (
 )
 
 
+@checked
 def resolve(scorers: Iterable[str | Scorer | Relation] | Scorer) -> tuple[Scorer, ...]:
     """Turn names and scorers into scorers, in the order given.
 

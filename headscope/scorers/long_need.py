@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.probes.probe import Probe
 from headscope.scorer import Scorer, every_query, output_scorer, qk_scorer, row_scorer
@@ -23,6 +24,7 @@ from headscope.views import AttentionRows, HeadOutputs, QueryKeys, Rotation
 _NO_SINK = 1 - 1e-5
 
 
+@checked
 def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None) -> Scorer:
     """Make a scorer of full against streaming attention; ``streaming_gap`` uses 64 and 256.
 
@@ -119,6 +121,7 @@ def asked(probe: Probe) -> Bool[Tensor, "batch pos"]:
     return every_query(probe) & (probe.mark("question") | probe.mark("answering"))
 
 
+@checked
 def long_need(
     sink: int = 16, recent: int = 128, threshold: int | float = 0.6, *, name: str | None = None
 ) -> Scorer:
@@ -159,6 +162,7 @@ def long_need(
     )(function)
 
 
+@checked
 def long_need_predicted(
     sink: int = 16,
     recent: int = 128,

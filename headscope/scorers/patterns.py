@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.probes.probe import Probe
 from headscope.scorer import (
@@ -79,6 +80,7 @@ def next_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head q
     return _back(rows, -1)
 
 
+@checked
 def relative_offset(distance: int) -> Scorer:
     """Make a scorer of attention to the token ``distance`` back; its name is ``offset_<n>``.
 
@@ -224,6 +226,7 @@ detect_head_induction = _diluted(induction, "the followers of earlier equal toke
 _NEEDS = ("patches", "bidirectional")
 
 
+@checked
 def hop_mass(hops: int, *, name: str | None = None, threshold: float | None = None) -> Scorer:
     """Make a scorer of attention between patches ``hops`` apart; its name is ``hop_<n>``.
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.probes.probe import Probe, pairs_of_examples
 from headscope.scorer import (
@@ -56,6 +57,7 @@ class Relation(NamedTuple):
         return Relation(*map(without_sink, self))
 
 
+@checked
 def relation(
     name: str,
     pairs: PairsOf | PairsLike | None = None,
@@ -282,6 +284,7 @@ def _evenness(
 _IOI_THRESHOLD = 0.25
 
 
+@checked
 def between(
     query: str,
     key: str,

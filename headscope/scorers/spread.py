@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.probes.probe import Probe
 from headscope.scorer import WORDS, Scorer, queries_past, queries_with, row_scorer
@@ -15,6 +16,7 @@ _LOCAL = 8
 _MOSTLY = 0.8
 
 
+@checked
 def window_mass(
     width: int, *, name: str | None = None, threshold: float | None = _MOSTLY
 ) -> Scorer:

@@ -14,6 +14,7 @@ from headscope import capture
 from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.heads import check_slope, total_metric, whole_batches
 from headscope.ablation.run import Measurement
+from headscope.base.arguments import checked
 from headscope.base.options import Advance, RunOptions, chunk_bytes
 from headscope.base.stacks import grid_of
 from headscope.base.statistics import Design
@@ -502,6 +503,7 @@ def _by_layer(
 Wanted = Iterable[str | Scorer | Relation] | str | Scorer | None
 
 
+@checked
 @own_types()
 def score(
     model: HeadModel,

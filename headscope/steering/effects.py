@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import Measurement, by_head, present
+from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.files import Saved
 from headscope.base.options import RunOptions, track
@@ -40,6 +41,7 @@ Task = Probe | Sequence[Example]
 SOURCE = "Todd et al. 2023 (arXiv 2310.15213), average indirect effect"
 
 
+@checked
 @own_types()
 def indirect_effect(
     model: HeadModel,
@@ -221,6 +223,7 @@ class Strengths(Saved, Shown, Tabular):
         return self.scores().to_pandas()
 
 
+@checked
 @own_types()
 def learn_strengths(
     model: HeadModel,
@@ -357,6 +360,7 @@ def _loss(
 METHODS = ("mean", "pca", "probe")
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def contrast(
@@ -421,6 +425,7 @@ def contrast(
     return HeadVectors(f"contrast ({method})", values, about, _held_out(high, low, method, about))
 
 
+@checked
 def direction(
     high: Float[Tensor, "example *head d_head"],
     low: Float[Tensor, "other *head d_head"],
@@ -545,6 +550,7 @@ class SteeringTable(Saved, Shown, Tabular):
 Run = Callable[[Probe, Bool[Tensor, "batch pos"]], Tensor]
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def compare(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.run import marked, present
+from headscope.base.arguments import checked
 from headscope.base.files import Saved
 from headscope.base.result import Glance, Shown, Tabular, number, readable, sizes
 from headscope.edits import AnyEdit, HeadEdit, Heads, Scope, Span
@@ -150,6 +151,7 @@ class Outputs:
         self.found[view.layer] = (view.z.float() * weight).sum(1)
 
 
+@checked
 def outputs_at(
     model: HeadModel, probe: Probe, at: Positions, batch_size: int | None = None
 ) -> Float[Tensor, "example layer head d_head"]:
@@ -195,6 +197,7 @@ def _where(probe: Probe, at: Positions) -> Bool[Tensor, "batch pos"]:
     return where & probe.real
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def head_means(
@@ -269,6 +272,7 @@ def _last_of_prompt(span: Span) -> Bool[Tensor, "batch pos"]:
 Mode = Literal["replace", "add"]
 
 
+@checked
 def injection(
     model: HeadModel,
     vectors: HeadVectors,
@@ -341,6 +345,7 @@ def _amounts(heads: Sequence[HeadIndex], strength: Strength) -> dict[HeadIndex, 
     return found
 
 
+@checked
 def inject(
     model: HeadModel,
     vectors: HeadVectors,
@@ -429,6 +434,7 @@ class ResidualVector(Saved, Shown, Tabular):
         return pandas.DataFrame({"value": self.values.numpy()})
 
 
+@checked
 def function_vector(model: HeadModel, vectors: HeadVectors, heads: Heads) -> ResidualVector:
     """What some heads write together when each gives its vector: ``sum of v_h W_O``.
 
@@ -507,6 +513,7 @@ class HeadReading(Saved, Shown, Tabular):
         )
 
 
+@checked
 @own_types()
 @torch.no_grad()
 def patchscope(

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from headscope.base.arguments import checked
 from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
 from headscope.base.options import Advance, RunOptions, track
 from headscope.base.result import Drawn, Rows, Section
@@ -68,6 +69,7 @@ class StudyCost:
         return f"{self.claims} claims, about {self.forwards:,.0f} forward passes: {span}{more}."
 
 
+@checked
 def list_studies() -> dict[str, str]:
     """Studies that ship, by name, with what each is about.
 
@@ -78,6 +80,7 @@ def list_studies() -> dict[str, str]:
     return {name: one.title for name, one in STUDIES.items()}
 
 
+@checked
 def show(name: "str | Path | Study") -> Study:
     """A study: its paper, its claims, and what is measured for each.
 
@@ -100,6 +103,7 @@ def show(name: "str | Path | Study") -> Study:
     raise InputError(nearest(str(name), STUDIES, kind="study"))
 
 
+@checked
 def run(
     study: "str | Path | Study",
     model: HeadModel,
@@ -139,6 +143,7 @@ def run(
     return _run(show(study), model, out, setting, overwrite, progress)
 
 
+@checked
 def run_all(
     model: HeadModel,
     out: "str | Path | None" = None,
@@ -180,6 +185,7 @@ def run_all(
     return results
 
 
+@checked
 def cost(
     model: HeadModel,
     studies: "Sequence[str | Path | Study] | None" = None,
@@ -273,6 +279,7 @@ def _run(
     return result
 
 
+@checked
 def page_of(out: Path) -> str:
     """All studies in a folder as one HTML page that needs no network.
 

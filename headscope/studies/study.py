@@ -16,6 +16,7 @@ from scipy.stats import norm, spearmanr, ttest_ind
 from headscope import metrics
 from headscope.ablation import ablate_groups
 from headscope.ablation.run import Measurement
+from headscope.base.arguments import checked
 from headscope.base.files import Saved, Stored, paragraphs
 from headscope.base.options import RunOptions
 from headscope.base.result import (
@@ -112,6 +113,7 @@ class Evidence:
     results: Mapping[str, object] = field(default_factory=dict)
 
 
+@checked
 def paired(
     values: Float[np.ndarray, " example"],
     control: Float[np.ndarray, " example"],

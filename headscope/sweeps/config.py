@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from headscope import metrics
+from headscope.base.arguments import checked
 from headscope.base.configs import Strict, parse, read_yaml
 from headscope.edges.attribute import STEPPED, Method
 from headscope.edges.written import ABLATIONS
@@ -254,6 +255,7 @@ class SweepConfig(Strict):
 RUNTIME_KEYS = frozenset({"batch_size", "memory", "device"})
 
 
+@checked
 def read_config(path: str | Path) -> SweepConfig:
     """Read a sweep's YAML file.
 
@@ -275,6 +277,7 @@ def read_config(path: str | Path) -> SweepConfig:
     return config
 
 
+@checked
 def schema() -> dict[str, Any]:
     """JSON schema of the YAML file, for editors.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.arguments import checked
 from headscope.base.files import whole_path, writable_folder
 from headscope.base.statistics import Design, mean_interval
 from headscope.errors import InputError, WriteError, nearest
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _STUDY = ("model", "probe", "edit", "seed", "metric")
 
 
+@checked
 def read(folder: str | Path) -> "Results":
     """Read what a sweep has computed so far.
 
@@ -317,6 +319,7 @@ def _origin(rows: "pandas.DataFrame") -> Provenance:
     return Provenance.from_json(json.loads(rows["provenance"].iloc[0]))
 
 
+@checked
 def export(folder: str | Path, kind: str, target: str | Path | None = None) -> Path:
     """Write a sweep's results for another program.
 

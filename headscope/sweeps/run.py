@@ -20,6 +20,7 @@ from transformers.utils import logging
 from headscope import edges
 from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.run import Measurement, Placer, facts_of, without_rounding
+from headscope.base.arguments import checked
 from headscope.base.files import FolderClaim, clear
 from headscope.base.options import RunOptions, track
 from headscope.base.specs import versions
@@ -297,6 +298,7 @@ class Benches:
 _DRAWS = {"resample"}
 
 
+@checked
 def make_plan(
     config: SweepConfig, *, benches: Benches | None = None, progress: bool | None = None
 ) -> Plan:
@@ -686,6 +688,7 @@ def inline(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) 
         finished(chunk)
 
 
+@checked
 def run_sweep(
     config: SweepConfig,
     out: str | Path,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from headscope.base.arguments import checked
 from headscope.base.files import (
     read_part,
     readable,
@@ -441,6 +442,7 @@ class Status:
         return asdict(self) | {"pending": self.pending}
 
 
+@checked
 def status(folder: str | Path) -> Status:
     """Read how far a sweep is.
 

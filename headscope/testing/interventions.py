@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headscope import metrics, probes
 from headscope.ablation import ablate_heads
+from headscope.base.arguments import checked
 from headscope.edits import SITES, AnyEdit, Heads, cut
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
@@ -26,6 +27,7 @@ _AXES = {"z": (2, 1)}
 Maker = Callable[[Heads], AnyEdit]
 
 
+@checked
 def check_intervention(
     intervention: "Intervention | Maker | AnyEdit",
     model: HeadModel | None = None,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headscope import circuits, lens, metrics, probes
 from headscope.ablation import ablate_heads
+from headscope.base.arguments import checked
 from headscope.base.batches import PIXELS, Batch
 from headscope.base.stacks import grid_of
 from headscope.capture import collect
@@ -59,6 +60,7 @@ _TOLERANCE = {torch.float32: 2.5e-4, torch.float64: 2.5e-4}
 _HALF_TOLERANCE = 0.1
 
 
+@checked
 def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckReport:
     """Hold a model, as headscope sees it, against the model itself.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from headscope import probes
+from headscope.base.arguments import checked
 from headscope.base.stacks import CAUSAL, MaskRule, PatchGrid
 from headscope.circuits.scores import Weights
 from headscope.errors import UnsupportedModelError
@@ -36,6 +37,7 @@ _HEADS, _KV_HEADS, _D_HEAD, _D_MODEL = 4, 2, 8, 24
 _TOLERANCE = 1e-4
 
 
+@checked
 def check_scorer(
     scorer: Scorer, probe: Probe | None = None, *, raises: bool = True, seed: int = 0
 ) -> CheckReport:

@@ -94,7 +94,7 @@ CALLS: dict[str, tuple[Call, str]] = {
     ),
     "an array as heatmap": (
         lambda *_: hs.plots.heatmap(np.zeros((2, 2))),
-        "not a ndarray",
+        "give a .*HeadScores",
     ),
     "a word as length": (
         lambda model, _: hs.probes.repeated_tokens(model, length="x"),

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "table": _BASE,
     "planning": {"base", "errors"},
     "metrics": {"base", "errors"},
-    "edits": {"errors", "heads"},
+    "edits": _BASE,
     "probes": {"base", "errors", "heads"},
     "scorer": _TENSORS | {"metrics", "probes"},
     "scorers": _TENSORS | {"metrics", "probes", "scorer", "circuits"},
