@@ -8,6 +8,9 @@ import numpy as np
 from headscope import metrics
 from headscope.circuits import composition
 from headscope.errors import UnsupportedModelError
+from headscope.heads import HeadIndex
+from headscope.kinds import AskedModel, survey
+from headscope.kinds.measures import choices
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
 from headscope.probes import random_tokens, text
@@ -16,6 +19,7 @@ from headscope.retrieval import token_losses
 from headscope.scoring.score import score
 from headscope.studies.study import (
     MATTERS,
+    RIGHT,
     Claim,
     Evidence,
     Study,
@@ -34,6 +38,7 @@ from headscope.studies.study import (
     retrieval_heads,
     role,
 )
+from headscope.table import HeadScores
 
 _KNOWN_GAIN = 0.5  # nats: a smaller gain from a repetition is no copying
 _OTHERS = "the same head on the same tokens in an order that breaks the pattern"
@@ -292,4 +297,90 @@ RETRIEVAL = Study(
     "Teacher-forced; the paper decodes. Heads are replaced by their mean at every position; the "
     "paper masks them while it decodes.",
 )
-ALL = (INDUCTION, COMPOSITION, SINKS, SURFACE, RETRIEVAL)
+
+
+def _letters(model: HeadModel, setting: StudySetting, number: int) -> tuple[HeadScores, HeadScores]:
+    """Attention from the end of questions to the right letter, and to all four."""
+    asked = AskedModel(model, setting.seed + number)
+    probe = choices(model, setting.seed + number)
+    if number:
+        right = float((metric_of(model, probe, metrics.logit_difference) > 0).mean())
+        if right < RIGHT:
+            raise UnsupportedModelError(
+                f"it prefers the right letter to a wrong one in {right:.0%} of the questions only "
+                "(half by guessing)."
+            )
+    return asked.attention(probe, "right"), asked.attention(probe, "letters")
+
+
+def _right_letter(model: HeadModel, setting: StudySetting) -> Evidence:
+    tried, letters = _letters(model, setting, 1)
+    first, all_first = _letters(model, setting, 0)
+    lead = np.nanmean(first.per_example - (all_first.per_example - first.per_example) / 3, -1)
+    layer, number = np.unravel_index(int(np.nanargmax(lead)), lead.shape)
+    head = HeadIndex(int(layer), int(number))
+    right = tried.per_example[head.layer, head.head]
+    wrong = (letters.per_example[head.layer, head.head] - right) / 3
+    return paired(right, wrong, note=str(head), results={"right letter": tried})
+
+
+CHOICES = Study(
+    "multiple-choice",
+    "Heads that look at the letter of the right answer",
+    "Lieberum et al. 2023, Does Circuit Analysis Interpretability Scale? Evidence from Multiple "
+    "Choice Capabilities in Chinchilla, arXiv 2307.09458",
+    (
+        Claim(
+            "letter",
+            "A head attends from the end to the letter of the right answer more than to others.",
+            "attention from the end to the right letter, of the head chosen on other questions",
+            "mean of its attention to the three wrong letters",
+            _right_letter,
+            MATTERS,
+            "attention",
+        ),
+    ),
+    "Questions with four lettered options in a drawn order, asked of models that prefer the right "
+    "letter; the paper's model has 70 billion parameters.",
+)
+
+# Kinds whose heads ablation can confirm, on probes that every decoder reads.
+_CONFIRMED = ("previous_token", "duplicate_token", "induction", "copying", "retrieval")
+
+
+def _kinds_are_needed(model: HeadModel, setting: StudySetting) -> Evidence:
+    role("induction", model, setting)
+    kinds = _CONFIRMED[: setting.size(len(_CONFIRMED), 3)]
+    found = survey(model, kinds, seed=setting.seed, progress=False)
+    tried = [one for one in found.findings if one.confirmed is not None]
+    if not tried:
+        raise UnsupportedModelError("no head is of a kind that ablation can confirm.")
+    return paired(
+        np.array([float(bool(one.confirmed)) for one in tried]),
+        np.full(len(tried), found.alpha),
+        note=f"heads of the kinds {', '.join(sorted({one.kind for one in tried}))}",
+        results={"kinds": found},
+    )
+
+
+CATALOGUE = Study(
+    "catalogue",
+    "Heads of known kinds do what their kind says",
+    "Zheng et al. 2024, Attention Heads of Large Language Models: A Survey, arXiv 2409.03752",
+    (
+        Claim(
+            "needed",
+            "Heads named by what they do are needed for it.",
+            "share of named heads whose ablation moves their kind's metric as it should, p below "
+            "0.05 after correction",
+            "the share that chance would confirm",
+            _kinds_are_needed,
+            0.2,
+            "share of heads",
+        ),
+    ),
+    "Five kinds of the survey; at most sixteen heads of each are ablated, one by one. A head may "
+    "be of a kind and not be needed where others do the same. Asked of models with an induction "
+    "head; headscope kinds asks for all kinds.",
+)
+ALL = (INDUCTION, COMPOSITION, SINKS, SURFACE, RETRIEVAL, CHOICES, CATALOGUE)

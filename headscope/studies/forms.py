@@ -1,34 +1,42 @@
 """Studies that ask for models of a form: with checkpoints, groups, images, two texts, mixers."""
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
 
 from headscope.ablation import restore
 from headscope.alignment import find
+from headscope.base.statistics import mean_interval
 from headscope.capture import collect
 from headscope.comparing import emergence
 from headscope.errors import UnsupportedModelError
-from headscope.metrics import answer_probability
+from headscope.flow import source_contribution
+from headscope.metrics import answer_probability, loss
 from headscope.models import bundled
+from headscope.models.bundled.tasks import on_patches, orders, shapes
+from headscope.models.hf.sublayers import need_encoder_decoder
 from headscope.models.protocol import HeadModel
-from headscope.probes import Probe, copied_tokens, random_images, recall
+from headscope.probes import Probe, copied_tokens, images, random_images, recall, translation
 from headscope.probes.encoding import ordinary_tokens, uses_bos
 from headscope.scoring.score import score
 from headscope.studies.study import (
+    LEVEL,
     MATTERS,
     Claim,
     Evidence,
     Study,
     StudySetting,
     best_head,
+    control_mean,
     control_of,
     metric_of,
     paired,
     skilled,
 )
 from headscope.table import HeadScores
+from headscope.vision import class_space, importance
 
 
 def _together(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -277,4 +285,165 @@ IMAGES = Study(
     ),
     "Images of random blots at all sizes, as there are no pictures that every model knows.",
 )
-ALL = (EMERGENCE, GROUPS, RECALL, ALIGNMENT, IMAGES)
+
+
+def _with_source(model: HeadModel, setting: StudySetting) -> tuple[Probe, Probe]:
+    """Translations with their own sources, and the same with those of other examples."""
+    if "cross" not in model.stacks:
+        raise UnsupportedModelError("it has no cross-attention: it reads one text.")
+    batch = setting.size(48, 16)
+    if model.name == "tiny-marian":
+        drawn = orders(batch, setting.seed, words=(6, 6))
+        sources: Any = drawn.sources
+        targets: Any = drawn.targets
+        turned: Any = [*sources[1:], sources[0]]
+    else:
+        made = copied_tokens(model, 12, batch, seed=setting.seed)
+        sources, targets = made.of_source.tokens, made.targets
+        turned = sources.roll(-1, 0)
+    own, other = (translation(model, some, targets) for some in (sources, turned))
+    cross = need_encoder_decoder(model).stack("cross")
+    gain = metric_of(cross, other, loss) - metric_of(cross, own, loss)
+    if not float(mean_interval(gain[None], LEVEL)[0][0]) > 0:
+        raise UnsupportedModelError(
+            "its own source makes a translation no likelier than another one does: it gains "
+            f"{float(np.nanmean(gain)):.2f} nats."
+        )
+    return own, other
+
+
+def _detached(model: HeadModel, setting: StudySetting) -> Evidence:
+    own, other = (source_contribution(model, one) for one in _with_source(model, setting))
+    return paired(own.sentence, other.sentence, results={"source contribution": own})
+
+
+DETACHED = Study(
+    "translation-sources",
+    "Translations that are detached from their source",
+    "Dale et al. 2023, Detecting and Mitigating Hallucinations in Machine Translation, "
+    "arXiv 2212.08597; Ferrando et al. 2022, Towards Opening the Black Box of Neural Machine "
+    "Translation, arXiv 2205.11631",
+    (
+        Claim(
+            "detached",
+            "A translation draws more from its source than one that has nothing to do with it.",
+            "share of the source in the tokens of a translation (ALTI+), mean by text",
+            "the same of the same words behind the source of another text",
+            _detached,
+            0.02,
+            "share",
+        ),
+    ),
+    "The paper detects translations that a model made up; here a translation is forced behind "
+    "another source, which is made up by construction. Orders of words for tiny-marian, random "
+    "tokens said again for others; asked of models whose loss tells the sources apart.",
+)
+
+
+def _drawings(model: HeadModel, setting: StudySetting, number: int) -> tuple[Probe, torch.Tensor]:
+    """Pictures whose classes the model knows, and which patches each object covers."""
+    if "vision" not in model.stacks:
+        raise UnsupportedModelError("it reads no images.")
+    if model.name != "tiny-vit":
+        raise UnsupportedModelError(
+            "no pictures come with headscope whose classes it knows: give your own to "
+            "hs.vision.importance."
+        )
+    drawn = shapes(setting.size(96, 48), setting.seed + number)
+    probe = images(model, list(drawn.pictures), drawn.labels)
+    return probe, torch.from_numpy(on_patches(drawn.covered)).flatten(1)
+
+
+def _masked(model: HeadModel, setting: StudySetting, number: int) -> HeadScores:
+    """What masking each head takes from the probability of the true class."""
+    probe, _ = _drawings(model, setting, number)
+    table = setting.share(("masked images", number), lambda: importance(model, probe))
+    return table["probability_drop"]
+
+
+def _few_matter(model: HeadModel, setting: StudySetting) -> Evidence:
+    head = _masked(model, setting, 0).top(1)[0][0]
+    scores = _masked(model, setting, 1)
+    return paired(
+        scores.per_example[head.layer, head.head],
+        control_mean(scores, head),
+        note=str(head),
+        results={"probability_drop": scores},
+    )
+
+
+def _on_object(model: HeadModel, setting: StudySetting) -> Evidence:
+    head = _masked(model, setting, 0).top(1)[0][0]
+    probe, covered = _drawings(model, setting, 1)
+    size = covered.shape[1]
+    seen = collect(model, probe, [head.layer])[head.layer].pattern[:, head.head, 0]
+    mass = (seen[:, -size:] * covered).sum(1) / seen[:, -size:].sum(1)
+    return paired(mass.numpy(), covered.float().mean(1).numpy(), note=str(head))
+
+
+VIT = Study(
+    "vit-importance",
+    "Heads of images that carry the class",
+    "Li et al. 2023, How Does Attention Work in Vision Transformers? A Visual Analytics Attempt, "
+    "arXiv 2303.13731",
+    (
+        Claim(
+            "few",
+            "One head carries more of the class than the others do.",
+            "probability of the true class that is lost without the head that was chosen on other "
+            "images",
+            "mean of all other heads",
+            _few_matter,
+            MATTERS,
+            "probability",
+        ),
+        Claim(
+            "object",
+            "The head that carries the class looks at the object.",
+            "share of the class token's attention to patches that lands on the object",
+            "share of the patches that the object covers",
+            _on_object,
+            MATTERS,
+            "share",
+        ),
+    ),
+    "Heads are masked by zero, one by one. Drawn shapes, for the bundled tiny-vit.",
+)
+
+
+def _class_heads(model: HeadModel, setting: StudySetting) -> Evidence:
+    first, second = (
+        class_space(model, _drawings(model, setting, number)[0]).heads for number in range(2)
+    )
+    head = first.top(1)[0][0]
+    values = second.per_example[head.layer, head.head]
+    chance = float(second.null[head.layer, head.head])
+    return paired(
+        values,
+        np.full(values.shape, chance),
+        note=str(head),
+        results={"identifiability": second},
+    )
+
+
+CLASS_SPACE = Study(
+    "class-space",
+    "Heads of images read in the space of the classes",
+    "Vilas et al. 2023, Analyzing Vision Transformers for Image Classification in Class Embedding "
+    "Space, arXiv 2310.18969",
+    (
+        Claim(
+            "identified",
+            "What a head writes at the class token names the true class better than chance.",
+            "identifiability of the true class in the head's write, of the head chosen on other "
+            "images",
+            "chance",
+            _class_heads,
+            MATTERS,
+            "identifiability",
+        ),
+    ),
+    "1 less the rank of the true class among all, as a share. Drawn shapes, for the bundled "
+    "tiny-vit.",
+)
+ALL = (EMERGENCE, GROUPS, RECALL, ALIGNMENT, IMAGES, DETACHED, VIT, CLASS_SPACE)

@@ -10,15 +10,26 @@ from headscope import metrics
 from headscope.circuits import score as score_weights
 from headscope.errors import UnsupportedModelError
 from headscope.geometry import layers
+from headscope.heads import HeadIndex
 from headscope.lens import linear_shortcuts, logit_lens
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe
 from headscope.probes.encoding import ordinary_tokens
 from headscope.pruning import gradient_importance, one_shot, pruning_curve
-from headscope.studies.study import Claim, Evidence, Study, StudySetting, need_skill, paired, prose
+from headscope.studies.study import (
+    Claim,
+    Evidence,
+    Study,
+    StudySetting,
+    need_skill,
+    paired,
+    prose,
+    skilled,
+)
 from headscope.table import HeadTable, LensGrid
 
+_EVERY = 4  # positions that a lens reads
 _MATTERS = 0.1  # of a ratio between -1 and 1: less is chance
 
 
@@ -96,14 +107,20 @@ EMBEDDING_SPACE = Study(
 )
 
 
+def _least_important(model: HeadModel, setting: StudySetting) -> tuple[HeadIndex, ...]:
+    """Heads by gradient importance on the first set of texts, least important first."""
+    probe = prose(model, setting, seed=setting.seed, length=64)
+    return setting.share(
+        ("least important",), lambda: one_shot(gradient_importance(model, probe, progress=False))
+    )
+
+
 def _prunable(model: HeadModel, setting: StudySetting) -> Evidence:
-    probe = prose(model, setting, seed=setting.seed + 1, length=64)
-    need_skill(model, probe)
-    found_on = prose(model, setting, seed=setting.seed, length=64)
-    order = one_shot(gradient_importance(model, found_on, progress=False))
+    probe, _ = skilled(model, setting)
+    order = _least_important(model, setting)
     heads = max(1, round(0.3 * len(order)))
     curve = pruning_curve(
-        model, probe, metrics.loss, {"importance": order}, counts=[0, heads], progress=False
+        model, probe, metrics.loss, {"importance": order}, counts=[heads], progress=False
     )
     arms, losses = curve.effects.labels[0], curve.effects.per_example[:, -1]
     random = [arms.index(one) for one in curve.controls]
@@ -117,10 +134,8 @@ def _prunable(model: HeadModel, setting: StudySetting) -> Evidence:
 
 
 def _redundant(model: HeadModel, setting: StudySetting) -> Evidence:
-    probe = prose(model, setting, seed=setting.seed + 1, length=64)
-    losses = need_skill(model, probe)
-    found_on = prose(model, setting, seed=setting.seed, length=64)
-    order = one_shot(gradient_importance(model, found_on, progress=False))
+    probe, losses = skilled(model, setting)
+    order = _least_important(model, setting)
     heads = max(1, round(0.2 * len(order)))
     curve = pruning_curve(
         model, probe, metrics.loss, {"importance": order}, counts=[heads], random=1, progress=False
@@ -166,11 +181,16 @@ SIXTEEN_HEADS = Study(
 def _divergence(
     model: HeadModel, probe: Probe, count: int, lens: ResidualLens | None = None
 ) -> tuple[Float[np.ndarray, "text row"], LensGrid]:
-    """KL divergence of the model from what a lens reads, by text and row; the first text's grid."""
-    grids = [
-        logit_lens(model, probe.tokens[row, : int(probe.real[row].sum())].tolist(), k=1, lens=lens)
-        for row in range(min(len(probe), count))
-    ]
+    """KL divergence of the model from what a lens reads, by text and row; the first text's grid.
+
+    Every fourth position is read: what a vocabulary costs at all of them, and each row, is more
+    than the passes themselves.
+    """
+    grids = []
+    for row in range(min(len(probe), count)):
+        tokens = probe.tokens[row, : int(probe.real[row].sum())].tolist()
+        places = range(0, len(tokens), _EVERY)
+        grids.append(logit_lens(model, tokens, positions=places, k=1, lens=lens))
     return np.array([grid.kl.mean(1) for grid in grids]), grids[0]
 
 

@@ -438,7 +438,7 @@ def _told(one: Answer) -> str:
 MATTERS = 0.1  # of an attention score or a share: less is no role
 _RANDOM_SETS = 5
 _ANSWERED = 0.2  # probability of hidden answers: with less a model does not find them
-_RIGHT = 0.8  # share of 32 prompts; by guessing half, and more than eight tenths once in 5,000
+RIGHT = 0.8  # share of 32 prompts; by guessing half, and more than eight tenths once in 5,000
 _LEAST_HEADS = 8  # of a rank correlation
 _OTHERS = 2  # times as many heads as are ablated: fewer leave nothing to draw
 
@@ -592,7 +592,7 @@ def _known_pairs(model: HeadModel, batch: int, setting: StudySetting, number: in
             said.append(f"{task}: {error}")
             continue
         right = first.settings.get("accuracy")
-        if isinstance(right, float) and right >= _RIGHT:
+        if isinstance(right, float) and right >= RIGHT:
             return pairs(model, task, batch, seed=setting.seed + number)
         said.append(f"{task}: {right:.0%} right" if isinstance(right, float) else task)
     raise UnsupportedModelError(f"it can do none of the tasks ({'; '.join(said)}).")

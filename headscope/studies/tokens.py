@@ -234,7 +234,7 @@ def _suppressed(model: HeadModel, setting: StudySetting) -> Evidence:
     start = probe.length - 2 * half
     values, others = [], []
     last: TokenRelevance | None = None
-    for row in range(min(len(probe), setting.size(12, 8))):
+    for row in range(min(len(probe), 8)):
         at = start + half + half // 2  # in the middle of the second copy
         tokens = probe.tokens[row, : at + 1].tolist()
         last = atman(model, tokens, [int(probe.tokens[row, at + 1])], progress=False)
@@ -591,10 +591,10 @@ SPECIALISED = Study(
 
 def _sparser(model: HeadModel, setting: StudySetting) -> Evidence:
     probe, _ = skilled(model, setting)
-    few = probe.examples(slice(0, setting.size(12, 8)))
+    few = probe.examples(slice(0, 6))
     start = 1.25
     alphas = learn_alphas(
-        model, few, steps=setting.size(12, 4), rate=0.2, start=start, seed=setting.seed,
+        model, few, steps=setting.size(8, 4), rate=0.2, start=start, seed=setting.seed,
         progress=False,
     )  # fmt: skip
     values = alphas.mean.ravel()

@@ -71,6 +71,8 @@ KNOWN = {
         "induction-heads": {"pattern": "holds"},
         "composition": {"previous-token": "holds", "k-composition": "holds"},
         "retrieval-heads": {"copies": "holds"},
+        "catalogue": {"needed": "holds"},
+        "multiple-choice": {"letter": "cannot be asked"},
         "rotary-dimensions": {"previous": "holds"},
         "atman": {"source": "holds"},
         "sixteen-heads": {"importance": "holds", "redundant": "holds"},
@@ -108,13 +110,24 @@ def test_models_of_other_forms_are_asked_what_they_can_be_asked() -> None:
     assert aligned.because.startswith("X")
     trained = hs.studies.run("alignment-heads", hs.load("tiny-marian"), fast=True)
     assert trained.verdicts == {"aligned": "holds"}
+    # It finds its words by their places, so that it reads any source alike.
+    detached = hs.studies.run("translation-sources", hs.load("tiny-marian"), fast=True)
+    assert detached.verdicts == {"detached": "does not hold"}
+    untold = hs.studies.run("translation-sources", crossing, fast=True)["detached"]
+    assert "no likelier" in untold.because
     seeing = hs.load(vision.BUILDS["vit"]().eval())
     results = hs.studies.run_all(seeing, fast=True)
     assert results["vision-locality"].verdicts == {
         "neighbours": "does not hold",
         "widening": "does not hold",
     }
-    assert "no cross-attention" in results["alignment-heads"]["aligned"].because
+    for study, claim in (("alignment-heads", "aligned"), ("translation-sources", "detached")):
+        assert "no cross-attention" in results[study][claim].because
+    assert "no pictures" in results["class-space"]["identified"].because
+    drawn = hs.load("tiny-vit")
+    found = hs.studies.run_all(drawn, fast=True, studies=["vit-importance", "class-space"])
+    assert found["class-space"].verdicts == {"identified": "holds"}
+    assert found["vit-importance"]["object"].value > found["vit-importance"]["object"].control
     left = [one for result in results.values() for one in result.answers if not one.because]
     assert not left
 
