@@ -104,7 +104,7 @@ def rounding(dtype: torch.dtype, terms: int = 1, score: float = 0.0) -> float:
 def logit_gap(
     unembedding: "Unembedding",
     residual: Float[Tensor, "batch pos d_model"],
-    logits: Float[Tensor, "batch pos d_vocab"],
+    logits: Float[Tensor, "batch *place d_vocab"],
     allowed: float,
 ) -> Gap:
     """Compare logits made by final norm and unembedding with the model's own.
