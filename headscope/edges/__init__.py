@@ -14,6 +14,7 @@ from headscope.edges.attribute import attribute as attribute
 from headscope.edges.compare import compare_methods as compare_methods
 from headscope.edges.contextual import Contextual as Contextual
 from headscope.edges.contextual import contextual as contextual
+from headscope.edges.contextual import contextual_circuit as contextual_circuit
 from headscope.edges.discovery import acdc as acdc
 from headscope.edges.discovery import circuit as circuit
 from headscope.edges.discovery import read_eap_json as read_eap_json
@@ -39,6 +40,8 @@ from headscope.table.edges import Edge as Edge
 from headscope.table.edges import EdgeGraph as EdgeGraph
 from headscope.table.edges import EdgeScores as EdgeScores
 from headscope.table.edges import Faithfulness as Faithfulness
+from headscope.table.edges import HeadAt as HeadAt
 from headscope.table.edges import MethodComparison as MethodComparison
+from headscope.table.edges import PositionCircuit as PositionCircuit
 from headscope.table.edges import Stability as Stability
 from headscope.table.edges import Wiring as Wiring

@@ -15,6 +15,7 @@ from headscope.plots.curves import layers as layers
 from headscope.plots.curves import token_losses as token_losses
 from headscope.plots.edges import circuit_graph as circuit_graph
 from headscope.plots.edges import faithfulness_curves as faithfulness_curves
+from headscope.plots.edges import position_circuit as position_circuit
 from headscope.plots.export import save as save
 from headscope.plots.figures import figures as figures
 from headscope.plots.figures import figures_of as figures_of

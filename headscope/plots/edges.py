@@ -13,10 +13,11 @@ from headscope.heads import HeadIndex
 from headscope.plots.curves import LINE_COLOURS, faint
 from headscope.plots.figure import STYLES, Figure, Style, Theme, dress, label
 from headscope.table import Circuit, Edge, EdgeGraph, Faithfulness, Wiring
+from headscope.table.edges import HeadAt, PositionCircuit
 
 _WIDTHS = (0.6, 1.2, 2.2, 3.6, 5.4)
 _OPACITY = (0.35, 0.45, 0.6, 0.8, 0.95)
-_BEND = np.linspace(0, 1, 11)
+_BEND = np.linspace(0, 1, 17)
 _SLOTS = ("query", "key", "value", "mlp", "output")
 _STEPS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 
@@ -63,7 +64,7 @@ def circuit_graph(
         title="circuit" if isinstance(found, Circuit) else f"edges by {label(found.method)}",
         subtitle=", ".join(label(part) for part in said if part),
         width=int(min(1300, max(560, width))),
-        height=int(min(1100, max(420, 66 * (wiring.n_layers + 1) + 200))),
+        height=int(min(1148, max(468, 66 * (wiring.n_layers + 1) + 248))),
     )
     _dress_axes(figure, wiring)
     if len(edges) > 1:
@@ -219,7 +220,7 @@ def _dress_axes(figure: go.Figure, wiring: Wiring) -> None:
     shown = list(range(0, wiring.n_layers, step))
     heads = list(range(wiring.n_heads))
     figure.update_xaxes(
-        title_text="head", tickvals=heads, ticktext=[f"H{head}" for head in heads],
+        tickvals=heads, ticktext=[f"H{head}" for head in heads],
         showgrid=False, zeroline=False, range=[-0.8, wiring.n_heads + 1.0],
     )  # fmt: skip
     figure.update_yaxes(
@@ -231,7 +232,7 @@ def _dress_axes(figure: go.Figure, wiring: Wiring) -> None:
         hovermode="closest",
         showlegend=True,
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.0, "yanchor": "bottom"},
-        margin={"l": 66, "r": 24, "t": 92, "b": 70},
+        margin={"l": 66, "r": 24, "t": 92, "b": 118},
     )
 
 
@@ -247,7 +248,7 @@ def _slider(figure: go.Figure, style: Style) -> dict[str, object]:
         "active": 0,
         "steps": steps,
         "currentvalue": {"prefix": "edges from ", "suffix": " of the largest"},
-        "pad": {"t": 10},
+        "pad": {"t": 34},
         "len": 0.6,
         "font": {"size": 10, "color": style.text},
     }
@@ -340,3 +341,82 @@ def _add_random(figure: go.Figure, curve: Faithfulness, style: Style) -> None:
         line={"color": style.muted, "width": 2},
         hovertemplate="<b>random</b><br>%{y:.3f}<extra></extra>",
     )  # fmt: skip
+
+
+def position_circuit(found: PositionCircuit, *, theme: Theme = "light") -> go.Figure:
+    """Heads at positions of a circuit: positions to the right, layers upwards.
+
+    A line leads from each node to that in whose output it was found, wide where its share is large;
+    nodes of the first round have a ring. Pruned nodes are faint.
+
+    Args:
+        found: of :func:`headscope.edges.contextual_circuit`.
+        theme: ``light`` or ``dark``.
+
+    Example:
+        >>> few = hs.probes.pairs(model, "ioi", batch=2)
+        >>> found = hs.edges.contextual_circuit(model, few, hs.metrics.logit_difference, rounds=2)
+        >>> type(hs.plots.position_circuit(found)).__name__
+        'Figure'
+    """
+    style, nodes = STYLES[theme], found.nodes
+    x, y = _spread(nodes)
+    figure = Figure()
+    for at, target in enumerate(found.targets.tolist()):
+        if target >= 0:
+            figure.add_scatter(
+                x=[x[at], x[target]], y=[y[at], y[target]], mode="lines", hoverinfo="skip",
+                line={"width": 1 + 6 * float(found.shares[at]), "color": style.modes["V"]},
+                opacity=0.6 if found.kept[at] and found.kept[target] else 0.2,
+            )  # fmt: skip
+    first = found.rounds == 1
+    figure.add_scatter(
+        x=x, y=y, mode="markers+text",
+        text=[str(node).split("@")[0] for node in nodes], textposition="top center",
+        textfont={"size": 10, "color": style.text},
+        customdata=[f"{found.shares[at]:.3g}" for at in range(len(nodes))],
+        hovertext=[str(node) for node in nodes],
+        hovertemplate="<b>%{hovertext}</b><br>%{customdata}<extra></extra>",
+        marker={
+            "size": 11, "color": style.accent,
+            "opacity": [1.0 if there else 0.3 for there in found.kept.tolist()],
+            "line": {"width": [3 if one else 0 for one in first.tolist()], "color": style.text},
+        },
+    )  # fmt: skip
+    said = [
+        label(found.provenance.model),
+        f"{int(found.kept.sum())} of {len(nodes)} nodes kept",
+        f"faithfulness {found.faithfulness:.2f}",
+    ]
+    shown = sorted({node.pos for node in nodes})
+    last = max([len(found.tokens) - 1, *shown], default=0)
+    dress(
+        figure,
+        theme,
+        title="heads at positions",
+        subtitle=", ".join(part for part in said if part),
+        width=int(min(1300, max(520, 52 * (last + 1) + 120))),
+        height=460,
+    )
+    named = bool(found.tokens)
+    ticks = list(range(last + 1)) if named else shown
+    figure.update_xaxes(
+        title_text="position", tickvals=ticks, tickangle=-45, zeroline=False,
+        range=[-0.6, last + 0.6],
+        ticktext=[f"{at} {label(found.tokens[at], 9)}" if named else str(at) for at in ticks],
+    )  # fmt: skip
+    figure.update_yaxes(title_text="layer", zeroline=False)
+    figure.update_layout(showlegend=False, margin={"l": 60, "r": 24, "t": 76, "b": 96})
+    return figure
+
+
+def _spread(nodes: Sequence[HeadAt]) -> tuple[list[float], list[float]]:
+    """Places of nodes; those of one layer and position stand side by side."""
+    taken: dict[tuple[int, int], int] = {}
+    x, y = [], []
+    for node in nodes:
+        place = (node.layer, node.pos)
+        taken[place] = taken.get(place, -1) + 1
+        x.append(node.pos + 0.24 * taken[place])
+        y.append(float(node.layer))
+    return x, y

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from headscope.base.arguments import checked
 from headscope.plots.curves import curves, emergence, layers, token_losses
-from headscope.plots.edges import circuit_graph, faithfulness_curves
+from headscope.plots.edges import circuit_graph, faithfulness_curves, position_circuit
 from headscope.plots.figure import Theme
 from headscope.plots.flow import (
     lens_grid,
@@ -50,6 +50,7 @@ from headscope.table import (
     TokenFlow,
     TokenLosses,
 )
+from headscope.table.edges import PositionCircuit
 from headscope.table.kinds import KindTable
 from headscope.table.lens import LayerTable
 from headscope.table.relevance import Anchors, TokenRelevance
@@ -207,6 +208,11 @@ def _(result: EdgeGraph) -> dict[str, Drawing]:
 @figures.register
 def _(result: Circuit) -> dict[str, Drawing]:
     return {"": _themed(circuit_graph, result)}
+
+
+@figures.register
+def _(result: PositionCircuit) -> dict[str, Drawing]:
+    return {"": _themed(position_circuit, result)}
 
 
 @figures.register

@@ -737,6 +737,126 @@ class Circuit(Saved, Shown, Tabular):
         return [(self.wiring.edges[at], float(self.changes[at])) for at in chosen]
 
 
+class HeadAt(NamedTuple):
+    """A head at one position."""
+
+    layer: int
+    head: int
+    pos: int
+
+    def __str__(self) -> str:
+        """Head and position, as in ``L5H1@7``."""
+        return f"{HeadIndex(self.layer, self.head)}@{self.pos}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PositionCircuit(Saved, Shown, Tabular):
+    """Heads at positions, found backwards from the metric, and those that are needed of them.
+
+    Attributes:
+        found: layer, head and position of every node, in the order in which it was found.
+        rounds: round in which each was found, from 1.
+        targets: row of the node in whose output each was found; -1 for those of round 1, which
+            were found by the metric.
+        shares: change of the metric without the node (round 1), or its share of the target's
+            output, from 0 to 1.
+        kept: which nodes are left after pruning.
+        value: mean metric when all other heads, everywhere, write what they write once taken out.
+        unpruned: the same before pruning.
+        full: mean metric of the model.
+        empty: mean metric with all heads taken out at all positions.
+        tokens: of the first text; empty without a tokenizer.
+        unit: of the metric.
+        provenance: where it came from.
+    """
+
+    found: Int[np.ndarray, "node 3"]
+    rounds: Int[np.ndarray, " node"]
+    targets: Int[np.ndarray, " node"]
+    shares: Float[np.ndarray, " node"]
+    kept: Bool[np.ndarray, " node"]
+    value: float
+    unpruned: float
+    full: float
+    empty: float
+    tokens: tuple[str, ...] = ()
+    unit: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def nodes(self) -> tuple[HeadAt, ...]:
+        """Every node that was found, in order."""
+        return tuple(HeadAt(*row) for row in self.found.tolist())
+
+    @property
+    def circuit(self) -> tuple[HeadAt, ...]:
+        """The nodes that are left after pruning."""
+        return tuple(node for node, there in zip(self.nodes, self.kept, strict=True) if there)
+
+    def _share(self, value: float) -> float:
+        span = self.full - self.empty
+        return (value - self.empty) / span if span else float("nan")
+
+    @property
+    def faithfulness(self) -> float:
+        """``(value - empty) / (full - empty)``: 1 where it does what the model does."""
+        return self._share(self.value)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        nodes = self.nodes
+        return [
+            (
+                str(node),
+                self.tokens[node.pos] if self.tokens else "",
+                str(self.rounds[at]),
+                "metric" if self.targets[at] < 0 else str(nodes[self.targets[at]]),
+                number(float(self.shares[at])),
+                "kept" if self.kept[at] else "pruned",
+            )
+            for at, node in enumerate(nodes)
+        ]
+
+    def glance(self) -> Glance:
+        """The nodes, round by round, and how faithful they are."""
+        return Glance(
+            "heads at positions by contextual decomposition",
+            [
+                f"{int(self.kept.sum())} of {len(self.kept)} nodes kept",
+                f"faithfulness {number(self.faithfulness)}",
+                f"{number(self._share(self.unpruned))} before pruning",
+                self.provenance.model,
+            ],
+            _POSITION_COLUMNS,
+            self._rows()[:12],
+            hint="result.circuit, result.nodes, result.to_pandas()",
+        )
+
+    def sections(self) -> list[Section]:
+        """The same as a table, and as a picture."""
+        said = (
+            "Heads at positions, found round by round from the metric backwards; a share is of the "
+            "target's output."
+        )
+        facts = [
+            ("faithfulness", number(self.faithfulness)),
+            ("before pruning", number(self._share(self.unpruned))),
+        ]
+        drawn = Drawn("positions", "Nodes by position and layer, and what each was found in.")
+        rows = Rows(_POSITION_COLUMNS, self._rows())
+        return [Section("Heads at positions", [Words(said), Facts(facts), drawn, rows])]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per node."""
+        import pandas
+
+        frame = pandas.DataFrame(self.found, columns=["layer", "head", "pos"])
+        named = {"round": self.rounds, "target": self.targets, "share": self.shares}
+        return frame.assign(**named, kept=self.kept)
+
+
+_POSITION_COLUMNS = ("node", "token", "round", "found in", "share", "")
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Faithfulness(Saved, Shown, Tabular):
     """Metric of circuits of the best edges by size, with circuits of random edges as control.
@@ -888,7 +1008,7 @@ def area(at: Float[np.ndarray, " size"], height: Float[np.ndarray, " size"]) -> 
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Completeness(Saved, Shown):
+class Completeness(Saved, Shown, Tabular):
     """Metric left after removing the same heads from a circuit and from the whole model.
 
     If a circuit is complete, removing the same heads from both lowers both alike. A gap means that
@@ -912,6 +1032,33 @@ class Completeness(Saved, Shown):
     def gap(self) -> Float[np.ndarray, " draw"]:
         """Absolute difference ``|m(C - K) - m(M - K)|``, in the metric's unit."""
         return np.asarray(np.abs(self.circuit - self.model))
+
+    def sections(self) -> list[Section]:
+        """The sets with the largest gaps, as a table."""
+        said = (
+            "Metric of the circuit and of the whole model with the same heads taken out: a gap "
+            "says that something outside of the circuit stands in for them."
+        )
+        worst = np.argsort(-self.gap)[:_LISTED]
+        rows = [
+            (
+                " ".join(map(str, self.subsets[at])) or "none",
+                float(self.circuit[at]),
+                float(self.model[at]),
+                float(self.gap[at]),
+            )
+            for at in worst.tolist()
+        ]
+        columns = ("heads taken", "circuit", "whole model", "gap")
+        return [Section("Completeness", [Words(said), Rows(columns, rows)])]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per set: heads, circuit, model, gap."""
+        import pandas
+
+        heads = [" ".join(map(str, one)) for one in self.subsets]
+        columns = {"heads": heads, "circuit": self.circuit, "model": self.model, "gap": self.gap}
+        return pandas.DataFrame(columns)
 
     def glance(self) -> Glance:
         """Show the largest gaps."""

@@ -1,6 +1,7 @@
 """Attribution whose parts sum to the whole, against models written out by hand."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import headscope as hs
 from headscope.edges.compare import heads_out
-from headscope.edges.contextual import NodeWrite, run_split
+from headscope.edges.contextual import NodeWrite, heads_value, run_split
 from headscope.edges.discrete import unique_codes
 from headscope.edges.exact import _slope
 from headscope.edges.written import EdgeMeasurement, PaddedTexts, run_apart
@@ -19,6 +20,7 @@ from headscope.models.protocol import HeadModel
 from headscope.models.taps import Tap
 from headscope.probes import from_tokens
 from tests.edges.helpers import fresh, last_difference, pair
+from tests.edges.plain import Plain
 from tests.edges.test_attribute import linear_net
 
 FAMILIES = [
@@ -199,6 +201,90 @@ def test_the_search_goes_backwards() -> None:
     assert not found.passed[1].any()
     with pytest.raises(InputError, match="1 or more of each"):
         found.search(keep=0)
+
+
+def test_heads_at_positions_are_searched_as_written_down() -> None:
+    """Both rounds and the pruning by single runs, one source at a time."""
+    model, probe = model_of("gpt2"), pair()
+    found = hs.edges.contextual_circuit(model, probe, logit_difference, keep=2, rounds=2)
+    apart = hs.edges.contextual(model, probe, logit_difference, positions=True).by_position
+    assert apart is not None
+    first = np.argsort(-np.abs(apart), axis=None)[:2]
+    expected = [tuple(map(int, np.unravel_index(at, apart.shape))) for at in first]
+    assert list(found.nodes[:2]) == expected
+    np.testing.assert_allclose(found.shares[:2], apart.flat[first], rtol=1e-4)
+    study = EdgeMeasurement.of(model, probe, logit_difference)
+    (batch,) = study.batches()
+    for at in np.flatnonzero(found.rounds == 2):
+        target, source = found.nodes[found.targets[at]], found.nodes[at]
+        assert target.layer == 1
+        tap = Tap("z", 1)
+        run = run_split(batch, [NodeWrite.of(batch, 1 + source.head, source.pos)], [tap])
+        relevant, rest = run.relevant(tap)[0], run.taps[tap][1]
+        sizes = [float(one[:, target.pos, target.head].abs().mean()) for one in (relevant, rest)]
+        assert found.shares[at] == pytest.approx(sizes[0] / sum(sizes), rel=1e-4)
+    kept = torch.zeros(2, 4, probe.length, dtype=torch.bool)
+    for node in found.circuit:
+        kept[node] = True
+    assert found.value == pytest.approx(float(heads_value(batch, kept).mean()), abs=1e-5)
+    assert "@" in str(found)
+
+
+@torch.no_grad()
+def test_heads_outside_write_what_they_write_once_taken_out() -> None:
+    """All positions of some heads: the model written out, all edges of the others taken out."""
+    model, probe = model_of("llama"), pair("right")
+    assert probe.corrupt is not None
+    plain = Plain(model.module, probe.tokens, probe.real)
+    corrupt = Plain(model.module, probe.corrupt.tokens, probe.real).run((), {})[1]
+    study = EdgeMeasurement.of(model, probe, logit_difference)
+    (batch,) = study.batches()
+    for inside in ({"L0H1", "L1H2"}, set(), {str(head) for head in model.shape.heads}):
+        kept = torch.zeros(2, 4, probe.length, dtype=torch.bool)
+        for name in inside:
+            kept[hs.HeadIndex.parse(name)] = True
+        out = [
+            edge for edge in study.wiring.edges
+            if edge.source.startswith("L") and edge.source not in inside
+        ]  # fmt: skip
+        expected = last_difference(plain.run(out, corrupt)[0], probe)
+        torch.testing.assert_close(heads_value(batch, kept), expected, atol=3e-5, rtol=1e-5)
+
+
+def test_in_a_linear_net_nodes_add_up() -> None:
+    """The metric without some heads at positions is the whole and their scores."""
+    model, probe = hs.load(linear_net()), pair()
+    scores = hs.edges.contextual(model, probe, logit_difference, positions=True).by_position
+    assert scores is not None
+    study = EdgeMeasurement.of(model, probe, logit_difference)
+    (batch,) = study.batches()
+    kept = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    found = float((heads_value(batch, kept) - batch.clean_value()).mean())
+    assert found == pytest.approx(float(scores[~kept.numpy()].sum()), abs=1e-4)
+    wide = hs.edges.contextual_circuit(
+        model, probe, logit_difference, keep=scores.size, rounds=1, tolerance=0.0
+    )
+    assert len(wide.nodes) == int((np.abs(scores) > 0).sum())
+    # What is left are the nodes that help: without each of them it would be nearer to nothing.
+    sign = np.sign(wide.full - wide.empty)
+    assert sign * (wide.value - wide.unpruned) >= -1e-5
+    assert all(sign * scores[node] < 1e-5 for node in wide.circuit)
+
+
+def test_a_circuit_of_positions_is_kept_and_shown(tmp_path: Path) -> None:
+    found = hs.edges.contextual_circuit(model_of("gpt2"), pair(), logit_difference, rounds=2)
+    found.save(tmp_path / "c.safetensors")
+    again = hs.edges.PositionCircuit.load(tmp_path / "c.safetensors")
+    assert again.circuit == found.circuit
+    assert repr(again) == repr(found)
+    assert len(again.to_pandas()) == len(found.nodes)
+    assert hs.plots.position_circuit(again).data
+    with pytest.raises(InputError, match="texts of one length"):
+        hs.edges.contextual_circuit(model_of("gpt2"), pair("right"), logit_difference)
+    with pytest.raises(InputError, match="texts of one length"):
+        hs.edges.contextual(model_of("gpt2"), pair("right"), logit_difference, positions=True)
+    with pytest.raises(InputError, match=r"tolerance=-1\.0"):
+        hs.edges.contextual_circuit(model_of("gpt2"), pair(), logit_difference, tolerance=-1.0)
 
 
 def test_codes_are_counted_as_sets() -> None:
