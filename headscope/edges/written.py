@@ -1,7 +1,7 @@
 """What every node writes to the residual stream in a run, and what it writes once corrupted."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -18,9 +18,9 @@ from headscope.edges.rules import Rules
 from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.metrics import AnyMetric, LogitRows, Metric, as_metric
 from headscope.models.hf.model import HFModel
-from headscope.models.hf.replay import quick_activations
+from headscope.models.hf.replay import Resumable, quick_activations
 from headscope.models.protocol import HeadModel
-from headscope.models.taps import Site, Tap, TapView
+from headscope.models.taps import Site, Tap, TapView, Texts
 from headscope.probes.probe import Probe
 from headscope.table.edges import Wiring
 
@@ -417,6 +417,26 @@ class EdgeBatch:
         differ = (probe.tokens != probe.corrupt.tokens).any(0).nonzero()
         return int(differ[0]) if len(differ) else 0
 
+    @cached_property
+    def recorded(self) -> Resumable | None:
+        """A clean pass, block by block, that others begin from; None where there is none."""
+        model = self.study.model
+        if not isinstance(model, HFModel) or not all_causal(model.stacks):
+            return None
+        return Resumable.of(model, Texts(self.texts.tokens, self.texts.real))
+
+    def after(self, given: "Given", copies: int) -> AbstractContextManager[None]:
+        """Scope in which blocks before the first tap that is given give what they gave.
+
+        Args:
+            given: values by tap.
+            copies: how often the batch is stacked.
+        """
+        first = min(-1 if tap.layer is None else tap.layer for tap in given)
+        if first < 1 or self.recorded is None:
+            return nullcontext()
+        return self.recorded.before(first, copies)
+
     def clean_value(self) -> Float[Tensor, " batch"]:
         """The metric on the clean run."""
         assert self.clean.logits is not None  # noqa: S101  # they were asked for
@@ -518,12 +538,14 @@ def values_with(batch: EdgeBatch, given: Given, reads: Sequence[Tap]) -> dict[Ta
     until = Tap("z", last.layer) if last.site in ENTRIES else last
     for some, count in _stacks(batch, given):
         held: dict[Tap, Tensor] = {}
-        batch.study.model.run(
-            batch.texts.times(count),
-            reads={tap: _reader(held) for tap in reads if tap.site not in ENTRIES},
-            writes=_writes(some) | {tap: keeper(held, tap) for tap in reads if tap.site in ENTRIES},
-            until=until,
-        )
+        keepers = {tap: keeper(held, tap) for tap in reads if tap.site in ENTRIES}
+        with batch.after(some, count):
+            batch.study.model.run(
+                batch.texts.times(count),
+                reads={tap: _reader(held) for tap in reads if tap.site not in ENTRIES},
+                writes=_writes(some) | keepers,
+                until=until,
+            )
         for tap in reads:
             found[tap].append(held[tap].unflatten(0, (count, -1)).clone())
     return {tap: torch.cat(parts) for tap, parts in found.items()}
@@ -533,9 +555,10 @@ def measured_with(batch: EdgeBatch, given: Given) -> Float[Tensor, "run batch"]:
     """The metric of runs with some taps given, ``[run batch *rest]``."""
     parts = []
     for some, count in _stacks(batch, given):
-        logits = batch.study.model.run(
-            batch.texts.times(count), writes=_writes(some), logits_at=batch.measured.at
-        )
+        with batch.after(some, count):
+            logits = batch.study.model.run(
+                batch.texts.times(count), writes=_writes(some), logits_at=batch.measured.at
+            )
         assert logits is not None  # noqa: S101  # they were asked for
         parts.append(batch.measured(logits))
     return torch.cat(parts)
