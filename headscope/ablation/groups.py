@@ -23,6 +23,7 @@ from headscope.ablation.run import (
 )
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
+from headscope.base.specs import ScoreSpec, effect_spec
 from headscope.edits import Heads, Variant
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -80,13 +81,15 @@ def ablate_groups(
     sets = [() if not heads else present(model, heads) for heads in groups.values()]
     found = _measured(model, probe, metric, sets, method, **options)
     return EffectGrid(
-        name=f"{found.method}_ablation",
+        spec=effect_spec(
+            f"{found.method}_ablation",
+            found.measurement.metric,
+            "with the group ablated minus that without.",
+        ),
         axes=("group",),
         labels=(tuple(groups),),
         per_example=found.effects,
         unedited=found.clean,
-        unit=found.measurement.metric.unit,
-        description=f"{found.measurement.metric.name} with the group ablated minus that without.",
         provenance=found.provenance,
         clusters=probe.cluster_labels,
     )
@@ -150,14 +153,12 @@ def interactions(
     values = np.full((*shape, *shape), np.nan)
     for (a, b), together in zip(both, mean[len(chosen) :], strict=True):
         values[(*a, *b)] = values[(*b, *a)] = together - alone[a] - alone[b]
-    return PairScores(
+    spec = ScoreSpec(
         f"{found.method}_interaction",
-        values,
         unit=found.measurement.metric.unit,
-        upward=False,
         description="Effect of ablating both heads minus the sum of their single effects.",
-        provenance=found.provenance,
     )
+    return PairScores(spec, values, upward=False, provenance=found.provenance)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ from headscope.ablation.run import (
 )
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
+from headscope.base.specs import effect_spec
 from headscope.capture import on_grid_of, passes
 from headscope.edits import AnyEdit, HeadEdit, Heads, HeadSite, Span, Variant, head_list
 from headscope.errors import InputError, UnsupportedModelError, nearest
@@ -106,14 +107,14 @@ def patch_activations(
     edited, unedited = measurement.measure(variants, len(cells), f"patching {len(cells)} cells")
     shape = (*(len(names) for names in labels), len(run))
     return EffectGrid(
-        name=f"{direction}_{site}",
+        spec=effect_spec(
+            f"{direction}_{site}", measurement.metric, "with the patch less that without."
+        ),
         axes=tuple("kv_head" if a == "head" and site in ("key", "value") else a for a in axes),
         labels=labels,
         per_example=(edited - unedited).reshape(shape),
         unedited=unedited,
         pair=both_runs(measurement, donor, unedited, direction),
-        unit=measurement.metric.unit,
-        description=f"{measurement.metric.name} with the patch less that without.",
         provenance=measurement.provenance(site=site, direction=direction),
         clusters=measurement.probe.cluster_labels,
     )
@@ -413,14 +414,14 @@ def patch_stream(
     missing = torch.stack([~one.any(1) for one in where]).numpy()
     effects = np.where(missing[None], np.nan, (edited - unedited).reshape(shape))
     return EffectGrid(
-        name=f"{direction}_{site}",
+        spec=effect_spec(
+            f"{direction}_{site}", measurement.metric, "with the patch less that without."
+        ),
         axes=("layer", "position"),
         labels=(tuple(f"L{layer}" for layer in chosen), tuple(names)),
         per_example=effects,
         unedited=unedited,
         pair=both_runs(plain, donor, unedited, direction),
-        unit=measurement.metric.unit,
-        description=f"{measurement.metric.name} with the patch less that without.",
         provenance=measurement.provenance(site=site, direction=direction),
         clusters=measurement.probe.cluster_labels,
     )
@@ -653,13 +654,13 @@ def _stream_grid(
         values[layers.index(s), layers.index(d)] = row
     names = tuple(f"L{layer}" for layer in layers)
     return EffectGrid(
-        name=f"back_patch_{site}",
+        spec=effect_spec(
+            f"back_patch_{site}", measurement.metric, "with the state put back less that without."
+        ),
         axes=("source", "destination"),
         labels=(names, names),
         per_example=values,
         unedited=clean,
-        unit=measurement.metric.unit,
-        description=f"{measurement.metric.name} with the state put back less that without.",
         provenance=measurement.provenance(site=site),
         clusters=measurement.probe.cluster_labels,
     )
@@ -749,14 +750,12 @@ def restore(
                     effects[MIXER_SITES.index(site), layer, at, part] = found - plain[1, part]
                 advance(float(len(batch)))
     return EffectGrid(
-        name="restore",
+        spec=effect_spec("restore", chosen, "with the clean value restored minus that without."),
         axes=("component", "layer", "position"),
         labels=(MIXER_SITES, tuple(f"L{n}" for n in range(len(mixers.blocks))), names),
         per_example=effects,
         unedited=plain[1],
         pair=plain,
-        unit=chosen.unit,
-        description=f"{chosen.name} with the clean value restored minus that without.",
         provenance=Provenance(
             model=mixers.name,
             probe={"kind": probe.name, "examples": len(probe), **probe.settings},

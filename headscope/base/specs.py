@@ -84,6 +84,32 @@ class ScoreSpec(Stored):
         )
 
 
+def specified(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts of a saved result that holds a :class:`ScoreSpec`, from a file of any age.
+
+    Older files keep what the ``spec`` declares (name, unit, bounds, description, source) as
+    parts of their own.
+    """
+    if "spec" in parts:
+        return dict(parts)
+    said = {one.name: parts[one.name] for one in fields(ScoreSpec) if one.name in parts}
+    if "bounds" in said:
+        said["bounds"] = tuple(said["bounds"])
+    rest = {name: part for name, part in parts.items() if name not in said}
+    return {"spec": ScoreSpec(**said), **rest}
+
+
+def effect_spec(name: str, metric: "Specified", how: str) -> ScoreSpec:
+    """Declaration of the effect of an intervention on a metric, in the metric's unit.
+
+    Args:
+        name: name of the intervention.
+        metric: what is measured.
+        how: what is compared, e.g. ``with the patch less that without.``
+    """
+    return ScoreSpec(name, unit=metric.unit, description=f"{metric.name} {how}")
+
+
 class Specified:
     """Base of what holds a :class:`ScoreSpec`, the ``spec``: what it declares, by name."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from headscope.base.arguments import checked
 from headscope.base.files import Saved, Stored
 from headscope.base.result import Glance, Shown, number, sizes
+from headscope.base.specs import ScoreSpec
 from headscope.circuits.ov_qk import (
     HeadFactors,
     column_space,
@@ -78,13 +79,16 @@ def composition(
     present = upward(first.layers)
     values = torch.where(present, values - baseline, torch.zeros_like(values))
     low = -baseline if subtract_random else 0.0
-    return PairScores(
+    spec = ScoreSpec(
         f"{mode}_composition",
-        over_all_pairs(model, values, first.layers),
         unit="share of norm",
         bounds=(low, 1.0 + low),
         description=f"the later head's {_READS[mode]} read what the earlier head writes",
         source="Elhage et al. 2021",
+    )
+    return PairScores(
+        spec,
+        over_all_pairs(model, values, first.layers),
         provenance=of_weights(model, circuit="composition", mode=mode, fold_norm=fold_norm),
     )
 
@@ -373,13 +377,16 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
         shared = shared / torch.minimum(writes[:later, :, None], reads[later]).clamp_min(1)
         values[:later, :, later] = shared.repeat_interleave(heads // shared.shape[-1], dim=-1)
     values = torch.where(upward(writer.layers), values.cpu(), 0.0)
-    return PairScores(
+    spec = ScoreSpec(
         f"{mode}_affinity",
-        over_all_pairs(model, values, writer.layers),
         unit="share of subspace",
         bounds=(0.0, 1.0),
         description="the later head reads the subspace that the earlier head writes",
         source="projection kernel, Hamm and Lee 2008",
+    )
+    return PairScores(
+        spec,
+        over_all_pairs(model, values, writer.layers),
         provenance=of_weights(model, circuit="affinity", mode=mode, fold_norm=fold_norm),
     )
 

@@ -352,13 +352,11 @@ def joined(grids: Sequence[tuple[str, EffectGrid]]) -> tuple[EffectGrid, list[st
             controls += [arm] if draws > 1 else []
             values.append(row)
     made = EffectGrid(
-        name=first.name,
+        spec=first.spec,
         axes=("arm", "removed"),
         labels=(tuple(arms), tuple(map(str, counts))),
         per_example=np.stack(values),
         unedited=first.unedited,
-        unit=first.unit,
-        description=first.description,
         provenance=first.provenance,
         clusters=first.clusters,
     )

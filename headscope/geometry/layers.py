@@ -4,7 +4,7 @@ One pass, and no states are kept, but by :func:`invariance`, whose measures comp
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
-from headscope.base.statistics import Bounds, Design
+from headscope.base.statistics import Design
 from headscope.errors import InputError, nearest
 from headscope.geometry import measures as gm
 from headscope.models.protocol import HeadModel
@@ -205,114 +205,134 @@ class TextMeasure:
     """A measure that every text has at every place: what it is, and how to take it.
 
     Attributes:
+        spec: of the measure.
         least: points that a text must have; texts with fewer have no value.
         take: from the states of one text to a value per place.
         along: whether places are compared with the one before, so that heads have no value.
     """
 
-    name: str
-    unit: str
-    bounds: Bounds
-    description: str
-    source: str
+    spec: ScoreSpec
     least: int
     take: Callable[[Points], Tensor]
     along: bool = False
 
 
 TEXT_MEASURES = {
-    measure.name: measure
+    measure.spec.name: measure
     for measure in (
         TextMeasure(
-            "matrix_entropy",
-            "nats",
-            (0.0, None),
-            "Tokens of a text spread over many directions.",
-            "Skean et al. 2025, definition 1; per text, tokens as points.",
+            ScoreSpec(
+                "matrix_entropy",
+                "nats",
+                (0.0, None),
+                description="Tokens of a text spread over many directions.",
+                source="Skean et al. 2025, definition 1; per text, tokens as points.",
+            ),
             2,
             Points.matrix_entropy,
         ),
         TextMeasure(
-            "curvature",
-            "radians",
-            (0.0, float(np.pi)),
-            "The path through a text's tokens turns sharply from step to step.",
-            "Hosseini and Fedorenko 2023: angle between successive differences.",
+            ScoreSpec(
+                "curvature",
+                "radians",
+                (0.0, float(np.pi)),
+                description="The path through a text's tokens turns sharply from step to step.",
+                source="Hosseini and Fedorenko 2023: angle between successive differences.",
+            ),
             3,
             Points.curvature,
         ),
         TextMeasure(
-            "token_angle",
-            "radians",
-            (0.0, float(np.pi)),
-            "Neighbouring tokens of a text point in different directions.",
-            "Code of Skean et al. 2025, where it is called curvature.",
+            ScoreSpec(
+                "token_angle",
+                "radians",
+                (0.0, float(np.pi)),
+                description="Neighbouring tokens of a text point in different directions.",
+                source="Code of Skean et al. 2025, where it is called curvature.",
+            ),
             2,
             Points.token_angle,
         ),
         TextMeasure(
-            "anisotropy",
-            "share of variance",
-            (0.0, 1.0),
-            "One direction holds most of the variance of a text's tokens.",
-            "Razzhigaev et al. 2024.",
+            ScoreSpec(
+                "anisotropy",
+                "share of variance",
+                (0.0, 1.0),
+                description="One direction holds most of the variance of a text's tokens.",
+                source="Razzhigaev et al. 2024.",
+            ),
             2,
             Points.anisotropy,
         ),
         TextMeasure(
-            "mean_cosine",
-            "cosine",
-            (-1.0, 1.0),
-            "Tokens of a text point in the same direction.",
-            "Ethayarajh 2019, intra-sentence similarity over pairs.",
+            ScoreSpec(
+                "mean_cosine",
+                "cosine",
+                (-1.0, 1.0),
+                description="Tokens of a text point in the same direction.",
+                source="Ethayarajh 2019, intra-sentence similarity over pairs.",
+            ),
             2,
             Points.mean_cosine,
         ),
         TextMeasure(
-            "intrinsic_dimension",
-            "dimensions",
-            (0.0, None),
-            "Tokens of a text fill a space of many dimensions; biased low above five.",
-            "Facco et al. 2017 (TwoNN); per text as in Viswanathan et al. 2025.",
+            ScoreSpec(
+                "intrinsic_dimension",
+                "dimensions",
+                (0.0, None),
+                description="Tokens of a text fill a space of many "
+                "dimensions; biased low above five.",
+                source="Facco et al. 2017 (TwoNN); per text as in Viswanathan et al. 2025.",
+            ),
             20,
             Points.intrinsic_dimension,
         ),
         TextMeasure(
-            "neighbourhood_overlap",
-            "share of neighbours",
-            (0.0, 1.0),
-            "A layer leaves the tokens of a text in the neighbourhoods that they had before it.",
-            f"Valeriani et al. 2023, {NEIGHBOURS} neighbours, with the place before.",
+            ScoreSpec(
+                "neighbourhood_overlap",
+                "share of neighbours",
+                (0.0, 1.0),
+                description="A layer leaves the tokens of a text in the "
+                "neighbourhoods that they had before it.",
+                source=f"Valeriani et al. 2023, {NEIGHBOURS} neighbours, with the place before.",
+            ),
             NEIGHBOURS + 2,
             Points.overlap,
             along=True,
         ),
         TextMeasure(
-            "intrinsic_dimension_gride",
-            "dimensions",
-            (0.0, None),
-            "As intrinsic_dimension, from farther neighbours, which noise moves less.",
-            f"Denti et al. 2022 (GRIDE), neighbours {SCALE} and {2 * SCALE}.",
+            ScoreSpec(
+                "intrinsic_dimension_gride",
+                "dimensions",
+                (0.0, None),
+                description="As intrinsic_dimension, from farther neighbours, which "
+                "noise moves less.",
+                source=f"Denti et al. 2022 (GRIDE), neighbours {SCALE} and {2 * SCALE}.",
+            ),
             20,
             Points.gride,
         ),
         TextMeasure(
-            "self_similarity",
-            "cosine",
-            (-2.0, 2.0),
-            "A token's state is the same wherever it stands in a text; low: context shapes it.",
-            "Ethayarajh 2019, self-similarity within a text, less its mean cosine.",
+            ScoreSpec(
+                "self_similarity",
+                "cosine",
+                (-2.0, 2.0),
+                description="A token's state is the same wherever it stands in "
+                "a text; low: context shapes it.",
+                source="Ethayarajh 2019, self-similarity within a text, less its mean cosine.",
+            ),
             2,
             Points.self_similarity,
         ),
     )
 }
 POOLED = {
-    "linearity": (
+    "linearity": ScoreSpec(
+        "linearity",
         "share of variance",
         (None, 1.0),
-        "A linear map explains what a layer makes of its input, less what fits noise.",
-        "Razzhigaev et al. 2024, adjusted; all tokens of all texts together.",
+        description="A linear map explains what a layer makes of its input, less what fits noise.",
+        source="Razzhigaev et al. 2024, adjusted; all tokens of all texts together.",
     )
 }
 
@@ -427,10 +447,7 @@ def heads(
             advance(len(points[start : start + size]))
     return HeadTable([
         HeadScores.from_examples(
-            ScoreSpec(
-                name, unit=(of := TEXT_MEASURES[name]).unit, bounds=of.bounds,
-                description=of.description, source=f"{of.source} On z of each head.",
-            ),
+            replace(of := TEXT_MEASURES[name].spec, source=f"{of.source} On z of each head."),
             column, kv_heads=shape.n_kv_heads, design=Design(clusters=probe.cluster_labels),
             provenance=origin(model, probe, skip=skip),
         )
@@ -467,20 +484,23 @@ def _measure_heads(
     )
 
 
-_INVARIANCE = {
-    "info_nce": (
-        "nats", (0.0, None), "Two noisy views of a text are hard to match with each other.",
-        "van den Oord et al. 2018; Skean et al. 2025.",
+_INVARIANCE = (
+    ScoreSpec(
+        "info_nce", "nats", (0.0, None),
+        description="Two noisy views of a text are hard to match with each other.",
+        source="van den Oord et al. 2018; Skean et al. 2025.",
     ),
-    "lidar": (
-        "dimensions", (1.0, None), "Many directions tell texts apart beyond what noise moves.",
-        "Thilak et al. 2023.",
+    ScoreSpec(
+        "lidar", "dimensions", (1.0, None),
+        description="Many directions tell texts apart beyond what noise moves.",
+        source="Thilak et al. 2023.",
     ),
-    "dime": (
-        "nats", (None, None), "Two noisy views of a text say much about each other.",
-        "Skean et al. 2023.",
+    ScoreSpec(
+        "dime", "nats",
+        description="Two noisy views of a text say much about each other.",
+        source="Skean et al. 2023.",
     ),
-}  # fmt: skip
+)  # fmt: skip
 
 
 @checked
@@ -546,9 +566,7 @@ def invariance(
         "lidar": [[gm.lidar(x)] for x in places],
         "dime": [[gm.dime(x[:, 0], x[:, 1], seed=seed)] for x in places],
     }
-    made = (
-        LayerMeasure(name, np.array(found[name]), *facts) for name, facts in _INVARIANCE.items()
-    )
+    made = (LayerMeasure(spec, np.array(found[spec.name])) for spec in _INVARIANCE)
     names = ("embed", *(f"L{layer}" for layer in range(model.shape.n_layers)))
     came = origin(model, probe, views=views, drop=drop, skip=skip, noise_seed=seed)
     return LayerTable(names, tuple(made), came)
@@ -706,9 +724,6 @@ class _RunningMeasures:
 
     def _made(self, name: str) -> LayerMeasure:
         if name in TEXT_MEASURES:
-            of = TEXT_MEASURES[name]
-            values = np.stack(self.values[name], 1)
-            return LayerMeasure(name, values, of.unit, of.bounds, of.description, of.source)
-        unit, bounds, description, source = POOLED[name]
+            return LayerMeasure(TEXT_MEASURES[name].spec, np.stack(self.values[name], 1))
         found = [float("nan"), *(moments.linearity() for moments in self.moments)]
-        return LayerMeasure(name, np.array(found)[:, None], unit, bounds, description, source)
+        return LayerMeasure(POOLED[name], np.array(found)[:, None])

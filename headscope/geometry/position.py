@@ -183,10 +183,10 @@ def position_layers(
     made = []
     for at, name in enumerate(("position_share", "context_share")):
         rows = [torch.cat([pair[at] for pair in found[tap]]) for tap in taps]
-        made.append(_layer_measure(name, torch.stack(rows).cpu().numpy()))
+        made.append(LayerMeasure(_LAYER_SPECS[name], torch.stack(rows).cpu().numpy()))
     profiles = [means[tap] - means[tap].mean(0) for tap in taps]
     for name, measure in (("position_rank", _stable_rank), ("position_smoothness", _smoothness)):
-        made.append(_layer_measure(name, np.array([[measure(p)] for p in profiles])))
+        made.append(LayerMeasure(_LAYER_SPECS[name], np.array([[measure(p)] for p in profiles])))
     places = ("embed", *(f"L{layer}" for layer in range(last)))
     return LayerTable(places, tuple(made), origin(model, study.probe, skip=skip))
 
@@ -509,29 +509,29 @@ class _PairedTexts:
         return found
 
 
-_LAYER_FACTS = {
-    "position_share": (
-        "share of variance", (None, 1.0),
-        "States at one position are alike whatever the text.", "shares held out",
-    ),
-    "context_share": (
-        "share of variance", (None, 1.0),
-        "States of one text are alike whatever the position.", "shares held out",
-    ),
-    "position_rank": (
-        "dimensions", (1.0, None),
-        "The mean states of positions spread over many directions.", "stable rank",
-    ),
-    "position_smoothness": (
-        "correlation", (-1.0, 1.0),
-        "Mean states of neighbouring positions are alike.", "smoothness as lag-1 correlation",
-    ),
+_LAYER_SPECS = {
+    name: ScoreSpec(
+        name, unit, bounds, description=description, source=_PAPER.format(source)
+    )
+    for name, unit, bounds, description, source in (
+        (
+            "position_share", "share of variance", (None, 1.0),
+            "States at one position are alike whatever the text.", "shares held out",
+        ),
+        (
+            "context_share", "share of variance", (None, 1.0),
+            "States of one text are alike whatever the position.", "shares held out",
+        ),
+        (
+            "position_rank", "dimensions", (1.0, None),
+            "The mean states of positions spread over many directions.", "stable rank",
+        ),
+        (
+            "position_smoothness", "correlation", (-1.0, 1.0),
+            "Mean states of neighbouring positions are alike.", "smoothness as lag-1 correlation",
+        ),
+    )
 }  # fmt: skip
-
-
-def _layer_measure(name: str, values: Float[np.ndarray, "place text"]) -> LayerMeasure:
-    unit, bounds, description, source = _LAYER_FACTS[name]
-    return LayerMeasure(name, values, unit, bounds, description, _PAPER.format(source))
 
 
 _HEAD_SPECS = tuple(

@@ -31,7 +31,7 @@ from headscope.ablation.run import (
 from headscope.base.arguments import checked
 from headscope.base.files import check_same, whole_file, writable_folder
 from headscope.base.options import RunOptions, track
-from headscope.base.specs import Direction
+from headscope.base.specs import Direction, effect_spec
 from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, HeadSite, zero
 from headscope.errors import HeadscopeError, InputError
@@ -679,13 +679,13 @@ def pruning_curve(
     measured = _sizes(model, probe, wanted, options)
     facts = facts_of(method, reference, None)
     found = EffectGrid(
-        name="pruning",
+        spec=effect_spec(
+            "pruning", measurement.metric, "without the heads less that of the whole model."
+        ),
         axes=("arm", "removed"),
         labels=(tuple(everything), tuple(map(str, points))),
         per_example=effects,
         unedited=clean,
-        unit=measurement.metric.unit,
-        description=f"{measurement.metric.name} without the heads less that of the whole model.",
         provenance=measurement.provenance(seed, checks=placer.checks, **facts),
         clusters=probe.cluster_labels,
     )

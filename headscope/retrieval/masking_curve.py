@@ -15,6 +15,7 @@ from headscope.ablation.run import Measurement, Placer, present
 from headscope.base.arguments import checked
 from headscope.base.configs import Strict, parse, read_yaml
 from headscope.base.options import RunOptions
+from headscope.base.specs import ScoreSpec
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -141,13 +142,15 @@ def masking_curve(
     effects, clean = along(measurement, placer, everything, points)
     masked, unmasked = (_judged(one, right) for one in (effects + clean, clean))
     found = EffectGrid(
-        name=f"{method}_masking",
+        spec=ScoreSpec(
+            f"{method}_masking",
+            unit="share",
+            description="Right answers with the heads masked less those of the whole model.",
+        ),
         axes=("arm", "masked"),
         labels=(tuple(everything), tuple(map(str, points))),
         per_example=masked - unmasked,
         unedited=unmasked,
-        unit="share",
-        description="Right answers with the heads masked less those of the whole model.",
         provenance=measurement.provenance(
             seed,
             checks=placer.checks,

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from headscope.base.arguments import checked
 from headscope.base.files import whole_path, writable_folder
+from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design, mean_interval
 from headscope.errors import InputError, WriteError, nearest
 from headscope.sweeps.config import EDGES, circuit_set
@@ -130,13 +131,15 @@ class Results:
         for row in rows.itertuples():
             values[draws.index(row.draw), counts.index(row.count)] = _floats(row.effects)
         return EffectGrid(
-            name=f"{study['edit']}_ablation",
+            spec=ScoreSpec(
+                f"{study['edit']}_ablation",
+                unit=str(rows["unit"].iloc[0]),
+                description=f"{study['metric']} with heads of {set!r} edited less that without.",
+            ),
             axes=("draw", "heads"),
             labels=(tuple(map(str, draws)), tuple(map(str, counts))),
             per_example=values,
             unedited=_floats(rows["clean_values"].iloc[0]),
-            unit=str(rows["unit"].iloc[0]),
-            description=f"{study['metric']} with the heads of {set!r} edited less that without.",
             provenance=_origin(rows),
             clusters=_clusters(_origin(rows)),
         )

@@ -24,7 +24,7 @@ from headscope.base.result import (
     shaded,
     sizes,
 )
-from headscope.base.specs import Provenance
+from headscope.base.specs import Provenance, ScoreSpec, Specified, specified
 from headscope.base.statistics import Design, compare_means, mean_and_sem, mean_interval, top_order
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -34,31 +34,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EffectGrid(Saved, Shown, Tabular):
+class EffectGrid(Specified, Saved, Shown, Tabular):
     """Effect of interventions on a metric, per cell of a grid and example.
 
     Attributes:
-        name: name of the intervention.
+        spec: name of the intervention, unit of the metric, and what a positive effect means.
         axes: axes of the grid, e.g. ``("layer", "position")``.
         labels: labels of the cells along every axis.
         per_example: effects, edited minus unedited run; NaN where there is no such cell.
         unedited: the metric before the edit.
         pair: the metric on the clean and on the corrupt run of a pair; None without a pair.
-        unit: unit of the metric.
-        description: what a positive effect means.
         provenance: where it came from.
         clusters: label per example; examples with the same label count as one observation in
             errors, intervals and tests. None: all examples are independent.
     """
 
-    name: str
+    spec: ScoreSpec
     axes: tuple[str, ...]
     labels: tuple[tuple[str, ...], ...]
     per_example: Float[np.ndarray, "*cell example"]
     unedited: Float[np.ndarray, " example"]
     pair: Float[np.ndarray, "2 example"] | None = None
-    unit: str = ""
-    description: str = ""
     provenance: Provenance = field(default_factory=Provenance)
     clusters: tuple[int, ...] | None = None
 
@@ -74,6 +70,10 @@ class EffectGrid(Saved, Shown, Tabular):
             values = getattr(self, name)
             if values is not None:
                 object.__setattr__(self, name, frozen(values, np.float64))
+
+    @classmethod
+    def _of_parts(cls, parts: dict[str, Any]) -> "EffectGrid":
+        return cls(**specified(parts))
 
     @cached_property
     def mean(self) -> Float[np.ndarray, "*cell"]:
@@ -399,12 +399,10 @@ def write_curve(
     head = {
         "format": _FORMAT,
         **facts,
-        "name": effects.name,
+        **effects.spec.to_json(),
         "axes": list(effects.axes),
         "labels": [list(names) for names in effects.labels],
         "unedited": [_plain(one) for one in effects.unedited.tolist()],
-        "unit": effects.unit,
-        "description": effects.description,
         "provenance": effects.provenance.to_json(),
         "clusters": effects.clusters,
     }
@@ -441,13 +439,11 @@ def read_curve(path: Path, kind: str) -> tuple[EffectGrid, dict[str, Any]]:
         for arm, count, values in zip(*columns, strict=True):
             grid[arms.index(arm), counts.index(str(count))] = np.array(values, dtype=float)
         effects = EffectGrid(
-            name=str(facts["name"]),
+            spec=specified(facts)["spec"],
             axes=axes,
             labels=(arms, counts),
             per_example=grid,
             unedited=unedited,
-            unit=str(facts["unit"]),
-            description=str(facts["description"]),
             provenance=Provenance.from_json(facts["provenance"]),
             clusters=_labels(facts.get("clusters")),
         )

@@ -25,8 +25,8 @@ from headscope.base.result import (
     readable,
     sizes,
 )
-from headscope.base.specs import Provenance
-from headscope.base.statistics import Bounds, mean_interval, top_order
+from headscope.base.specs import Provenance, ScoreSpec, Specified, specified
+from headscope.base.statistics import mean_interval, top_order
 from headscope.errors import HeadscopeError, InputError, nearest
 from headscope.heads import HeadIndex
 from headscope.table.scores import HeadScores
@@ -511,25 +511,17 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
-class LayerMeasure:
+class LayerMeasure(Specified):
     """One measure at every place of the residual stream.
 
     Attributes:
-        name: name of the measure.
+        spec: declaration of the measure.
         per_text: value for every text; NaN is missing. A measure of all texts together has a single
             column.
-        unit: unit of the values.
-        bounds: smallest and largest possible value; None if unbounded.
-        description: what a high value means, in one sentence.
-        source: paper and definition.
     """
 
-    name: str
+    spec: ScoreSpec
     per_text: Float[np.ndarray, "place text"]
-    unit: str = ""
-    bounds: Bounds = (None, None)
-    description: str = ""
-    source: str = ""
 
     @property
     def mean(self) -> Float[np.ndarray, " place"]:
@@ -636,16 +628,7 @@ class LayerTable(Shown, Tabular, Mapping[str, LayerMeasure]):
             "format": _FORMAT,
             "kind": "layers",
             "places": list(self.places),
-            "measures": [
-                {
-                    "name": m.name,
-                    "unit": m.unit,
-                    "bounds": list(m.bounds),
-                    "description": m.description,
-                    "source": m.source,
-                }
-                for m in self.measures
-            ],
+            "measures": [m.spec.to_json() for m in self.measures],
             "provenance": self.provenance.to_json(),
         }
         rows = rows.replace_schema_metadata({_KEY: json.dumps(facts, allow_nan=False)})
@@ -697,15 +680,8 @@ class LayerTable(Shown, Tabular, Mapping[str, LayerMeasure]):
 
 
 def _measure(said: Mapping[str, Any], rows: Iterable[Any]) -> LayerMeasure:
-    low, high = said["bounds"]
-    return LayerMeasure(
-        name=str(said["name"]),
-        per_text=np.array([np.array(row, dtype=float) for row in rows]),
-        unit=str(said["unit"]),
-        bounds=(low, high),
-        description=str(said["description"]),
-        source=str(said["source"]),
-    )
+    per_text = np.array([np.array(row, dtype=float) for row in rows])
+    return LayerMeasure(specified(said)["spec"], per_text)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -19,7 +19,7 @@ from headscope.base.result import (
     shaded,
     sizes,
 )
-from headscope.base.specs import Provenance
+from headscope.base.specs import Provenance, ScoreSpec
 from headscope.base.statistics import top_order
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
@@ -112,13 +112,15 @@ class TokenRelevance(Saved, Shown, Tabular):
             axes, rows = ("head", "token"), tuple(str(head) for head in measured)
             values = np.stack([self.by_head[head.layer, head.head] for head in measured])
         return EffectGrid(
-            name="token relevance",
+            spec=ScoreSpec(
+                "token relevance",
+                unit="nats",
+                description="loss of the targets with the token suppressed less that without",
+            ),
             axes=axes,
             labels=(rows, self.units),
             per_example=values[..., None],
             unedited=np.array([float(self.base.sum())]),
-            unit="nats",
-            description="loss of the targets with the token suppressed less that without",
             provenance=self.provenance,
         )
 
@@ -205,13 +207,15 @@ class Anchors(Saved, Shown, Tabular):
         """Mean flows by layer."""
         names = tuple(self.flows)
         return EffectGrid(
-            name="saliency flows",
+            spec=ScoreSpec(
+                "saliency flows",
+                unit="nats",
+                description="first-order change of the loss per attention weight",
+            ),
             axes=("flow", "layer"),
             labels=(names, tuple(f"L{n}" for n in range(len(self.layer_auc)))),
             per_example=np.stack([self.flows[name] for name in names]),
             unedited=np.zeros(len(self.predicted)),
-            unit="nats",
-            description="first-order change of the loss per attention weight",
             provenance=self.provenance,
         )
 

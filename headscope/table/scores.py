@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from headscope.base.files import Saved, Stored, frozen
 from headscope.base.result import Glance, Grid, Shown, short
-from headscope.base.specs import Direction, Provenance, ScoreSpec, Specified
+from headscope.base.specs import Direction, Provenance, ScoreSpec, Specified, specified
 from headscope.base.statistics import (
     LEVEL,
     Alternative,
@@ -101,9 +101,6 @@ class Declared(TypedDict, total=False):
     threshold: float | None
     alternative: Alternative | None
     description: str
-
-
-_SPEC_FIELDS = frozenset(one.name for one in fields(ScoreSpec))
 
 
 def declared(name: str | ScoreSpec, facts: Declared) -> ScoreSpec:
@@ -274,10 +271,7 @@ class HeadScores(Saved, Specified, Shown):
         """Rebuild a score from its saved parts, accepting the names that older files use."""
         if "summary" in parts:
             parts["numbers"] = parts.pop("summary")
-        if "spec" not in parts:
-            facts = {one: parts.pop(one) for one in list(parts) if one in _SPEC_FIELDS}
-            parts["spec"] = ScoreSpec(**facts)
-        return cls(**parts)
+        return cls(**specified(parts))
 
     @property
     def mean(self) -> Float[np.ndarray, "layer head"]:

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Complex, Float
 
 from headscope.base.files import Saved, frozen, whole_file
 from headscope.base.result import Glance, Shown, Tabular, number, reasons, sizes
-from headscope.base.specs import Provenance
-from headscope.base.statistics import Bounds, top_order
+from headscope.base.specs import Provenance, ScoreSpec, Specified, specified
+from headscope.base.statistics import top_order
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 
@@ -22,27 +22,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PairScores(Saved, Shown, Tabular):
+class PairScores(Specified, Saved, Shown, Tabular):
     """One score for every ordered pair of heads.
 
     Attributes:
-        name: name of the score.
+        spec: declaration of the score.
         values: value of the pair (first layer, first head, second layer, second head).
-        unit: unit of the values.
-        bounds: smallest and largest possible value; None if unbounded.
         upward: whether only pairs with the first head in a lower layer exist; other cells are 0.
-        description: what a high value means, in one sentence.
-        source: paper and definition.
         provenance: where it came from.
     """
 
-    name: str
+    spec: ScoreSpec
     values: Float[np.ndarray, "layer head layer head"]
-    unit: str = ""
-    bounds: Bounds = (None, None)
     upward: bool = True
-    description: str = ""
-    source: str = ""
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
@@ -51,6 +43,10 @@ class PairScores(Saved, Shown, Tabular):
         if len(shape) != 4 or shape[:2] != shape[2:]:
             raise InputError(f"{self.name!r} is [layer head layer head]; got shape {shape}.")
         object.__setattr__(self, "values", frozen(self.values, np.float64))
+
+    @classmethod
+    def _of_parts(cls, parts: dict[str, Any]) -> "PairScores":
+        return cls(**specified(parts))
 
     @property
     def present(self) -> Bool[np.ndarray, "layer head layer head"]:

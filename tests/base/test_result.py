@@ -50,8 +50,10 @@ def results() -> dict[str, Result]:
     return {
         "scores": score(),
         "table": hs.HeadTable([score()]),
-        "effects": EffectGrid("zero", ("group",), (("a", "b"),), effects, np.zeros(4)),
-        "pairs": PairScores("K", pairs),
+        "effects": EffectGrid(
+            hs.ScoreSpec("zero"), ("group",), (("a", "b"),), effects, np.zeros(4)
+        ),
+        "pairs": PairScores(hs.ScoreSpec("K"), pairs),
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import headscope as hs
+from headscope.base.specs import ScoreSpec
 from headscope.errors import InputError
 from headscope.geometry import measures as gm
 from headscope.geometry.layers import TEXT_MEASURES
@@ -113,8 +114,10 @@ def test_a_table_is_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_intervals_hold_the_mean_and_stay_in_bounds() -> None:
-    measure = LayerMeasure("share", np.array([[0.0, 1.0, 1.0, 0.9], [0.5, 0.5, np.nan, 0.7]]),
-                           bounds=(0.0, 1.0))  # fmt: skip
+    measure = LayerMeasure(
+        ScoreSpec("share", bounds=(0.0, 1.0)),
+        np.array([[0.0, 1.0, 1.0, 0.9], [0.5, 0.5, np.nan, 0.7]]),
+    )
     low, high = measure.interval()
     assert (low >= 0).all()
     assert (high <= 1).all()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from headscope import plots
+from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
 from headscope.plots.export import draw
@@ -12,7 +13,9 @@ def grid(steps: tuple[str, ...] = ("0", "2", "5")) -> EffectGrid:
     values = np.random.default_rng(0).normal(size=(4, 3, 6))
     values[1, 2] = np.nan
     arms = ("<a>", "short", "r0", "r1")
-    return EffectGrid("pruning", ("arm", "removed"), (arms, steps), values, np.full(6, 2.0))
+    return EffectGrid(
+        ScoreSpec("pruning"), ("arm", "removed"), (arms, steps), values, np.full(6, 2.0)
+    )
 
 
 def test_lines_are_means_and_bands_are_intervals() -> None:
@@ -37,6 +40,6 @@ def test_other_grids_are_refused() -> None:
         plots.curves(grid(), controls=["r9"])
     with pytest.raises(InputError, match="not numbers"):
         plots.curves(grid(("a", "b", "c")))
-    flat = EffectGrid("x", ("group",), (("a",),), np.zeros((1, 2)), np.zeros(2))
+    flat = EffectGrid(ScoreSpec("x"), ("group",), (("a",),), np.zeros((1, 2)), np.zeros(2))
     with pytest.raises(InputError, match="arms by steps"):
         plots.curves(flat)

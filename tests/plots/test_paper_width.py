@@ -17,6 +17,7 @@ from PIL import Image
 from plotly.colors import sample_colorscale
 
 from headscope import plots
+from headscope.base.specs import ScoreSpec
 from headscope.errors import InputError
 from headscope.plots.export import DPI, WIDTHS, at_width, contrast, lightness
 from headscope.plots.figure import SEQUENTIAL, STYLES
@@ -37,7 +38,8 @@ def curve() -> go.Figure:
     arms, steps = ("importance", "loss", "random 1", "random 2"), ("0", "2", "4")
     effects = np.cumsum(RNG.uniform(0, 0.3, (4, 3, 8)), 1)
     grid = EffectGrid(
-        "mean ablation", ("order", "removed"), (arms, steps), effects, np.ones(8), unit="nats",
+        ScoreSpec("mean ablation", unit="nats"), ("order", "removed"), (arms, steps), effects,
+        np.ones(8),
         provenance=ORIGIN,
     )  # fmt: skip
     return plots.curves(grid, controls=arms[2:])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from headscope import plots
+from headscope.base.specs import ScoreSpec
 from headscope.errors import InputError
 from headscope.plots.export import draw
 from headscope.table import HeadEigenvalues, HeadSpectra, PairScores, Provenance
@@ -28,7 +29,9 @@ def eigenvalues_of() -> HeadEigenvalues:
 def pairs_of(mode: str = "K", layers: int = 3, heads: int = 2, seed: int = 0) -> PairScores:
     values = np.random.default_rng(seed).uniform(0.1, 0.5, (layers, heads, layers, heads))
     values[0, 1, 2, 0] = 0.9
-    return PairScores(f"{mode}_composition", values, unit="share of norm", provenance=MODEL)
+    return PairScores(
+        ScoreSpec(f"{mode}_composition", unit="share of norm"), values, provenance=MODEL
+    )
 
 
 def test_spectra_are_in_units_of_chance_one_line_per_head() -> None:
@@ -137,7 +140,7 @@ def test_the_matrix_holds_pairs_that_exist() -> None:
 def test_a_large_matrix_keeps_the_largest_of_each_block() -> None:
     values = np.zeros((2, 600, 2, 600))
     values[0, 77, 1, 431] = 0.7
-    figure = plots.composition_matrix(PairScores("K_composition", values))
+    figure = plots.composition_matrix(PairScores(ScoreSpec("K_composition"), values))
     trace = figure.data[0]
     assert trace.z.shape == (300, 300)
     assert trace.z[38, 215] == np.nanmax(trace.z) == np.float32(0.7)
@@ -146,7 +149,7 @@ def test_a_large_matrix_keeps_the_largest_of_each_block() -> None:
 
 def test_a_signed_matrix_is_coloured_about_zero() -> None:
     values = pairs_of().values - 0.3
-    trace = plots.composition_matrix(PairScores("K_composition", values)).data[0]
+    trace = plots.composition_matrix(PairScores(ScoreSpec("K_composition"), values)).data[0]
     assert trace.zmin == -trace.zmax
 
 

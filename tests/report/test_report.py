@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from headscope.base.specs import ScoreSpec
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots import heatmap
@@ -151,7 +152,7 @@ def test_sections_hold_nothing_but_what_is_asked_for(tmp_path: Path) -> None:
 def test_partners_are_the_largest_pairs(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = rng.uniform(0.1, 1, (3, 4, 3, 4))
-    pairs = PairScores("K_composition", values)
+    pairs = PairScores(ScoreSpec("K_composition"), values)
     pairs.to_pandas().to_parquet(tmp_path / "pairs.parquet")
     found = read_partners(tmp_path / "pairs.parquet", (3, 4))
     for head in range(12):

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from headscope.base.specs import ScoreSpec
 from headscope.heads import HeadIndex
 from headscope.table import EffectGrid, HeadTable, OrderCurve
 from headscope.table.comparing import Comparison, Emergence
@@ -16,7 +17,9 @@ def curve() -> OrderCurve:
     order = tuple(HeadIndex(0, head) for head in range(4))
     counts = tuple(str(count) for count in range(5))
     effects = np.arange(10.0).reshape(2, 5, 1).repeat(3, 2)
-    grid = EffectGrid("masking", ("arm", "masked"), (("<best>", "r0"), counts), effects, np.ones(3))
+    grid = EffectGrid(
+        ScoreSpec("masking"), ("arm", "masked"), (("<best>", "r0"), counts), effects, np.ones(3)
+    )
     return OrderCurve(grid, {"<best>": order, "r0": order[::-1]}, ("r0",))
 
 
@@ -45,8 +48,7 @@ def story() -> Emergence:
 
 def layers() -> LayerTable:
     measures = [
-        LayerMeasure(f"m{at}", np.full((3, 2), float(at)), "nats", (None, None), "d", "s")
-        for at in range(8)
+        LayerMeasure(ScoreSpec(f"m{at}", "nats"), np.full((3, 2), float(at))) for at in range(8)
     ]
     return LayerTable(("embed", "L0", "L1"), tuple(measures))
 

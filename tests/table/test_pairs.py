@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+from headscope.base.specs import ScoreSpec
 from headscope.errors import InputError
 from headscope.table import PairScores
 
@@ -13,7 +14,7 @@ def values() -> np.ndarray:
 
 
 def test_top_looks_upward_only() -> None:
-    assert PairScores("k", values()).top(5) == [
+    assert PairScores(ScoreSpec("k"), values()).top(5) == [
         ((0, 0), (1, 1), 0.7),
         ((0, 1), (1, 0), 0.7),
         ((0, 0), (1, 0), 0.1),
@@ -21,11 +22,11 @@ def test_top_looks_upward_only() -> None:
 
 
 def test_pairs_without_direction() -> None:
-    assert len(PairScores("k", values(), upward=False).top(99)) == 15
+    assert len(PairScores(ScoreSpec("k"), values(), upward=False).top(99)) == 15
 
 
 def test_frame_has_one_row_per_pair() -> None:
-    frame = PairScores("k", values()).to_pandas()
+    frame = PairScores(ScoreSpec("k"), values()).to_pandas()
     assert list(frame["first"] + frame["second"]) == ["L0H0L1H0", "L0H0L1H1", "L0H1L1H0"]
     assert list(frame["value"]) == [0.1, 0.7, 0.7]
     assert list(frame["second_head"]) == [0, 1, 0]
@@ -33,4 +34,4 @@ def test_frame_has_one_row_per_pair() -> None:
 
 def test_wrong_shape() -> None:
     with pytest.raises((InputError, TypeCheckError), match="layer head layer head"):
-        PairScores("k", np.zeros((2, 2, 2, 3)))
+        PairScores(ScoreSpec("k"), np.zeros((2, 2, 2, 3)))

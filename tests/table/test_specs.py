@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 
 import headscope as hs
 from headscope.base.specs import ScoreSpec
-from headscope.table import HeadScores, HeadTable
+from headscope.table import EffectGrid, HeadScores, HeadTable, OrderCurve, PairScores
+from headscope.table.lens import LayerTable
 from tests.table.helpers import scores
 
 SPEC = ScoreSpec("share", "part", (0.0, 1.0), "higher", "a paper", 0.5, description="More of it.")
@@ -53,6 +55,32 @@ def test_files_of_the_first_version_are_read() -> None:
     flat |= {"source": "s", "threshold": 0.1, "alternative": "greater"}
     parts = {"summary": one.numbers, "kv_heads": one.kv_heads, **flat}
     assert HeadScores._of_parts(parts).spec == ScoreSpec(**flat)
+
+
+def test_files_that_say_the_parts_of_a_declaration_apart_are_read(tmp_path: Path) -> None:
+    """Written before these results held a :class:`ScoreSpec`."""
+    folder = Path(__file__).parent / "older"
+    effect = ScoreSpec("zero_ablation", "nats", description="loss less loss")
+    pair = ScoreSpec("K_composition", "share", (0.0, 1.0), source="a paper", description="read")
+    curved = ScoreSpec("curvature", "radians", (0.0, None), source="a paper", description="turns")
+    grid = EffectGrid.load(folder / "grid.safetensors")
+    assert (grid.spec, grid.clusters, grid.provenance.model) == (effect, (0, 0, 1), "m")
+    np.testing.assert_array_equal(grid.per_example, np.arange(6.0).reshape(2, 3))
+    pairs = PairScores.load(folder / "pairs.safetensors")
+    assert (pairs.spec, pairs.upward, pairs.values[1, 1, 1, 1]) == (pair, False, 15.0)
+    layers = LayerTable.load(folder / "layers.parquet")
+    assert layers["curvature"].spec == curved
+    np.testing.assert_array_equal(layers["curvature"].per_text, [[0.5, np.nan], [1.0, 2.0]])
+    curve = OrderCurve.load(folder / "curve.parquet")
+    assert curve.effects.spec == replace(effect, name="pruning")
+    np.testing.assert_array_equal(curve.effects.per_example, np.arange(12.0).reshape(2, 2, 3))
+    for result, name in ((grid, "x.safetensors"), (layers, "x.parquet"), (curve, "y.parquet")):
+        result.save(tmp_path / name)
+    assert EffectGrid.load(tmp_path / "x.safetensors").spec == effect
+    again = LayerTable.load(tmp_path / "x.parquet")["curvature"].spec
+    assert again == replace(curved, alternative="greater")  # what is tested is written out
+    kept = OrderCurve.load(tmp_path / "y.parquet").effects.spec
+    assert kept == replace(effect, name="pruning", alternative="two-sided")
 
 
 def test_effects_are_tested_against_none_at_all() -> None:
