@@ -644,6 +644,7 @@ def attribute(
     ablation: str | None = None,
     edges: Iterable[Sequence[str]] | None = None,
     batch_size: int | None = None,
+    memory: str | int | None = None,
     resume: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> EdgeGraph:
@@ -688,6 +689,8 @@ def attribute(
         edges: of ``exact``, those to measure, as (source, target, slot); all others are NaN. Where
             a pass per edge of the model is too many, measure the strongest, or a random draw.
         batch_size: examples per pass; changes no number.
+        memory: what the writes of all nodes in a batch may take, e.g. ``"2GB"``; batches are as
+            small as that needs. Default: no limit but that of ``batch_size``.
         resume: folder that finished batches are kept in, each whole or absent; a call with the
             same arguments takes them from there and goes on. For ``exact``, which takes long, a
             batch then has 8 examples unless ``batch_size`` says otherwise.
@@ -716,7 +719,7 @@ def attribute(
     check_method(method, steps, as_metric(metric))
     if resume is not None and batch_size is None and method == "exact":
         batch_size = min(len(probe), _RESUMED_BATCH)
-    options = RunOptions(batch_size, progress=progress)
+    options = RunOptions(batch_size, memory, progress=progress)
     study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     asked = _asked(study.wiring, method, edges)
     store = None if resume is None else _Store.of(Path(resume), study, method, steps, asked)

@@ -555,6 +555,7 @@ def _check_one_length(probe: Probe) -> None:
 
 
 Shares = Float[np.ndarray, "layer head pos"]
+_ROUNDED = 1e-6
 
 
 def _by_node(
@@ -607,10 +608,11 @@ def _given(
 
 
 def _largest_nodes(values: Shares, keep: int) -> list[tuple[HeadAt, float]]:
-    """Nodes of the largest magnitudes that are not 0."""
+    """Nodes of the largest magnitudes, those aside that are 0 but for rounding."""
     order = np.argsort(-np.abs(values), axis=None, kind="stable")[:keep]
     places = zip(*(axis.tolist() for axis in np.unravel_index(order, values.shape)), strict=True)
-    return [(HeadAt(*at), float(values[at])) for at in places if values[at]]
+    least = _ROUNDED * float(np.abs(values).max())
+    return [(HeadAt(*at), float(values[at])) for at in places if abs(values[at]) > least]
 
 
 def _pruned(

@@ -78,6 +78,9 @@ class InteractionRules(Rules):
     The gradient of a softmax is taken at twice the temperature. Shares of queries, keys and values
     are :data:`GIM_SHARES`, which whoever reads these taps applies.
 
+    This is the form of the paper. Newer releases of its code also halve the gradients at the gate
+    and at what it gates in gated MLPs, which is not done here; MLPs keep their gradient.
+
     Source:
         Edin et al. 2025, arXiv 2505.17630.
     """

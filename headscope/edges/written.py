@@ -306,6 +306,8 @@ class EdgeMeasurement:
             _check_pair(model, probe)
         check_family(model)
         size = min(len(probe), options.per_pass(probe.length, _TOKENS))
+        if options.memory_bytes is not None:
+            size = min(size, _texts_that_fit(model, probe, options.memory_bytes))
         study = cls(model, probe, measured, chosen, size, wiring_of(model, probe))
         study._check_sum()
         if chosen == "mean":
@@ -378,6 +380,30 @@ class EdgeMeasurement:
                 f"residual stream (off by {gap:.2g} of it), so no edge carries a part of its own; "
                 "use hs.ablate_heads or hs.path_patch."
             )
+
+
+def _texts_that_fit(model: HeadModel, probe: Probe, limit: int) -> int:
+    """How many texts fit in a batch, by what all nodes write in both runs, in fp32.
+
+    Raises:
+        InputError: if a single text does not, or the scores of all edges do not.
+    """
+    shape = model.shape
+    wiring = Wiring(shape.n_heads, (False,) * shape.n_layers)
+    nodes, text = len(wiring.sources), 2 * 4 * len(wiring.sources) * probe.length * shape.d_model
+    scores = 4 * len(wiring) * len(probe)
+    if scores > limit:
+        raise InputError(
+            f"scores of {len(wiring):,} edges on {len(probe):,} texts take {scores / 1e6:.3g} MB, "
+            f"and the memory given is {limit / 1e6:.3g} MB: give more, or fewer texts."
+        )
+    if text > limit:
+        raise InputError(
+            f"what {nodes:,} nodes write on one text of {probe.length:,} tokens takes "
+            f"{text / 1e6:.3g} MB, and the memory given is {limit / 1e6:.3g} MB: give more, or "
+            "shorter texts."
+        )
+    return limit // text
 
 
 @dataclass(frozen=True, eq=False)

@@ -372,7 +372,7 @@ def position_circuit(found: PositionCircuit, *, theme: Theme = "light") -> go.Fi
     first = found.rounds == 1
     figure.add_scatter(
         x=x, y=y, mode="markers+text",
-        text=[str(node).split("@")[0] for node in nodes], textposition="top center",
+        text=[str(node).split("@")[0] for node in nodes], textposition="middle right",
         textfont={"size": 10, "color": style.text},
         customdata=[f"{found.shares[at]:.3g}" for at in range(len(nodes))],
         hovertext=[str(node) for node in nodes],
@@ -402,21 +402,23 @@ def position_circuit(found: PositionCircuit, *, theme: Theme = "light") -> go.Fi
     ticks = list(range(last + 1)) if named else shown
     figure.update_xaxes(
         title_text="position", tickvals=ticks, tickangle=-45, zeroline=False,
-        range=[-0.6, last + 0.6],
+        range=[-0.6, last + 1.2],
         ticktext=[f"{at} {label(found.tokens[at], 9)}" if named else str(at) for at in ticks],
     )  # fmt: skip
-    figure.update_yaxes(title_text="layer", zeroline=False)
+    figure.update_yaxes(
+        title_text="layer", zeroline=False, dtick=1 if max(y, default=0) < 16 else 2
+    )
     figure.update_layout(showlegend=False, margin={"l": 60, "r": 24, "t": 76, "b": 96})
     return figure
 
 
 def _spread(nodes: Sequence[HeadAt]) -> tuple[list[float], list[float]]:
-    """Places of nodes; those of one layer and position stand side by side."""
+    """Places of nodes; those of one layer and position stand one above the other."""
     taken: dict[tuple[int, int], int] = {}
     x, y = [], []
     for node in nodes:
         place = (node.layer, node.pos)
         taken[place] = taken.get(place, -1) + 1
-        x.append(node.pos + 0.24 * taken[place])
-        y.append(float(node.layer))
+        x.append(float(node.pos))
+        y.append(node.layer + 0.16 * taken[place])
     return x, y

@@ -360,6 +360,8 @@ def test_a_graph_is_kept_whole(tmp_path: Path) -> None:
         ({}, {"method": "eap-ig"}, "unknown method 'eap-ig'; did you mean 'eap_ig'"),
         ({}, {"method": "eap_ig", "steps": 0}, "1 run or more"),
         ({}, {"batch_size": 0}, "leaves nothing to run"),
+        ({}, {"memory": "1KB"}, "scores of 110 edges on 4 texts take 0.00176 MB"),
+        ({}, {"memory": "8KB"}, "11 nodes write on one text of [0-9]+ tokens takes"),
         ({}, {"metric": hs.metrics.kl_divergence}, "its gradient there is 0"),
         ({}, {"metric": hs.metrics.accuracy}, "has no gradient"),
         ({"foils": None}, {}, "this probe has no foils"),
@@ -370,6 +372,23 @@ def test_bad_input_is_refused_in_a_sentence(change: dict, options: dict, message
     options = {"metric": logit_difference} | options
     with pytest.raises(InputError, match=message):
         hs.edges.attribute(model_of("gpt2"), replace(pair(), **change), **options)
+
+
+def test_memory_cuts_batches_and_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, probe = model_of("llama"), pair("right")
+    whole = hs.edges.attribute(model, probe, logit_difference)
+    sizes: list[int] = []
+    batch = EdgeMeasurement.batch
+
+    def seen(self: EdgeMeasurement, start: int, grad: bool = False) -> object:
+        sizes.append(self.size)
+        return batch(self, start, grad)
+
+    monkeypatch.setattr(EdgeMeasurement, "batch", seen)
+    text = 2 * 4 * 11 * probe.length * 32
+    cut = hs.edges.attribute(model, probe, logit_difference, memory=2 * text + 5)
+    assert sizes == [2, 2]
+    np.testing.assert_allclose(cut.per_example, whole.per_example, atol=1e-5)
 
 
 def test_pairs_must_be_aligned() -> None:
