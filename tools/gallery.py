@@ -212,7 +212,9 @@ def name_of(study: str) -> str:
 def _section(name: str, result: StudyResult, claim: str | None) -> list[str]:
     lines = ["", f"## {result.title} ({name})", "", f"{result.paper}.", ""]
     for one in result.answers:
-        why = f" {_escaped(one.because)}" if one.because else ""
+        # A model that is a file is named by its path: that of this machine is nobody's business.
+        because = one.because.replace(result.provenance.model, Path(result.provenance.model).name)
+        why = f" {_escaped(because)}" if because else ""
         lines.append(f"- **{one.claim}**, {one.verdict}: {one.statement}{why}")
     if claim is not None:
         held = next(one for one in result.answers if one.claim == claim)

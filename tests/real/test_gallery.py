@@ -1,5 +1,6 @@
 """The gallery's numbers stay: every study of it, asked again of the real model."""
 
+import doctest
 import json
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import headscope as hs
 from headscope.models.protocol import HeadModel
+from tests.docs.pages import ROOT, blocks
 
 _HELD: dict[str, Any] = json.loads(Path(__file__).with_name("gallery.json").read_text("utf-8"))
 _STUDIES = sorted({name.split("/")[0] for name in _HELD["answers"]})
@@ -35,3 +37,16 @@ def test_no_number_of_the_gallery_moves(study: str, model: HeadModel) -> None:
                 assert getattr(answer, name) == pytest.approx(held[name], rel=1e-2, abs=1e-3), (
                     answer
                 )
+
+
+def test_the_tutorial_shows_what_this_model_says(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").symlink_to(file.parent.absolute())
+    monkeypatch.chdir(tmp_path)
+    session = "\n".join(blocks(ROOT / "docs" / "tutorial.md", "pycon"))
+    asked = doctest.DocTestParser().get_doctest(session, {}, "tutorial", None, 0)
+    runner = doctest.DocTestRunner(verbose=False)
+    found = runner.run(asked)
+    assert found.attempted > 8
+    assert not found.failed

@@ -202,7 +202,9 @@ def test_the_cost_is_told_before_the_start(tmp_path: Path) -> None:
     mine = study_of(lambda model, setting: LOUD)
     assert "not known" in str(hs.studies.cost(model, [mine]))
     every = [f"{s}/{c.name}" for s, one in hs.studies.STUDIES.items() for c in one.claims]
-    for form in json.loads((Path(hs.studies.__file__).parent / "costs.json").read_text()).values():
+    costs = json.loads((Path(hs.studies.__file__).parent / "costs.json").read_text())
+    assert set(costs["fast"]) == set(every)
+    for form in costs.values():
         assert set(form) <= set(every)
 
 
