@@ -337,7 +337,7 @@ class ScaleKeys(Intervention):
     name: ClassVar[str] = "scale_keys"
 
     def __post_init__(self) -> None:
-        """Refuse factors that are no numbers.
+        """Refuse factors that are not numbers.
 
         Raises:
             InputError: if a factor is NaN, infinite or not a number.
