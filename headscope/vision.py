@@ -31,10 +31,12 @@ from headscope.errors import InputError, UnsupportedModelError, whole
 from headscope.heads import HeadIndex, ModelShape
 from headscope.interventions import Redistribute
 from headscope.models.decoding import end_tokens
+from headscope.models.loading import load_halves
 from headscope.models.protocol import HeadModel, need_model
 from headscope.models.running import own_types
 from headscope.models.taps import Reads, Tap, TapView, Texts, at_layers
 from headscope.origin import origin
+from headscope.probes.encoding import from_tokens
 from headscope.probes.probe import Probe
 from headscope.table import AttentionMaps, HeadScores, HeadTable
 from headscope.views import Unembedding
@@ -850,6 +852,143 @@ def text_span(
         deviations.append(float(spread[best]))
         explained.append(1.0 - float((left**2).sum()) / total)
     return HeadTexts(tuple(chosen), np.array(deviations), np.array(explained), rebuilt + mean)
+
+
+# Images beside texts.
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Both halves of a model that embeds images and texts in one space (CLIP, SigLIP).
+
+    Each half is a model of its own, for every function that takes one.
+
+    Attributes:
+        vision: reads images; its embeddings are those that are compared.
+        text: reads texts.
+        scale, bias: of the logits, ``scale * cosine + bias``.
+
+    Example:
+        >>> from transformers import CLIPConfig, CLIPModel
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16}
+        >>> text = {**small, "vocab_size": 20, "eos_token_id": 1}
+        >>> sees = {**small, "image_size": 8, "patch_size": 4}
+        >>> both = CLIPModel(CLIPConfig(vision_config=sees, text_config=text, projection_dim=6))
+        >>> clip = hs.vision.clip(both.eval())
+        >>> pool = clip.embed(hs.probes.from_tokens(torch.tensor([[5, 7, 1], [6, 9, 1]])))
+        >>> classifier = clip.classifier(["a cat", "a dog"], pool)
+        >>> probe = hs.probes.images(classifier, torch.rand(3, 3, 8, 8), labels=["a dog"] * 3)
+        >>> hs.ablate_heads(classifier, probe, hs.metrics.answer_log_prob).mean.shape
+        (1, 2)
+    """
+
+    vision: HeadModel
+    text: HeadModel
+    scale: float
+    bias: float
+
+    def embed(
+        self, texts: Sequence[str] | Probe, *, batch_size: int | None = None
+    ) -> Float[Tensor, "text width"]:
+        """Embeddings of texts, each of length 1: a pool for :func:`text_span`, or classes.
+
+        Args:
+            texts: as text, or tokens as the text half reads them.
+            batch_size: texts per pass.
+
+        Raises:
+            InputError: if there is no text, or no tokenizer for it.
+        """
+        probe = texts if isinstance(texts, Probe) else self._tokenized(texts)
+        found = capture.embeddings(self.text, probe, "own", batch_size=batch_size)
+        normal: Float[Tensor, "text width"] = torch.nn.functional.normalize(found, dim=-1)
+        return normal
+
+    def _tokenized(self, texts: Sequence[str]) -> Probe:
+        """Texts as the model was trained to read them: siglip reads its padding too."""
+        if isinstance(texts, str) or not len(texts):
+            raise InputError("texts= is a list of one or more texts.")
+        tokenizer: Any = self.text.tokenizer
+        if tokenizer is None:
+            raise InputError(f"{self.text.name} has no tokenizer: give a probe of tokens.")
+        padded = self.bias != 0.0
+        length = self.text.shape.n_ctx
+        read = tokenizer(
+            list(texts),
+            padding="max_length" if padded else True,
+            truncation=length is not None,
+            max_length=length,
+            return_tensors="pt",
+        )
+        shown = None if padded else read["attention_mask"].bool()
+        return from_tokens(read["input_ids"], shown)
+
+    def classifier(
+        self,
+        names: Sequence[str],
+        texts: Float[Tensor, "text width"] | None = None,
+        *,
+        batch_size: int | None = None,
+    ) -> HeadModel:
+        """The vision half as a zero-shot classifier, whose classes are texts.
+
+        Its logits are those of the whole model, so that importance, cue heads and every metric of
+        logits can be asked of it.
+
+        Args:
+            names: of the classes, such as ``a photo of a cat``.
+            texts: their embeddings; default: of the names themselves.
+            batch_size: texts per pass.
+
+        Raises:
+            InputError: if names and embeddings differ in number, or two names are the same.
+        """
+        found = self.embed(names, batch_size=batch_size) if texts is None else texts
+        if not len(names) or len(names) != len(found) or len(set(names)) < len(names):
+            raise InputError(
+                f"there are {len(set(names))} different names for {len(found)} texts: give a name "
+                "for each."
+            )
+        made: HeadModel = self.vision.classifying(  # type: ignore[attr-defined]
+            names, found, self.scale, self.bias
+        )
+        return made
+
+
+def clip(
+    source: Any,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: Any = None,
+) -> Clip:
+    """Load both halves of a model of images and texts, with what makes their embeddings.
+
+    Args:
+        source: a Hugging Face name, a folder, or the transformers model, such as ``CLIPModel`` or
+            ``SiglipModel``, whose parameters the halves share.
+        revision: branch, tag or commit.
+        device: where to put the weights.
+        dtype: type of the weights; default: as they are stored.
+        tokenizer: for a model that you pass.
+
+    Raises:
+        ModelLoadError: if the model is missing, unreadable or broken.
+        UnsupportedModelError: if it is not a model of images beside one of texts.
+
+    Example:
+        >>> from transformers import SiglipConfig, SiglipModel
+        >>> small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> small |= {"intermediate_size": 16}
+        >>> text, sees = {**small, "vocab_size": 20}, {**small, "image_size": 8, "patch_size": 4}
+        >>> both = SiglipModel(SiglipConfig(vision_config=sees, text_config=text)).eval()
+        >>> hs.vision.clip(both).text.shape.n_heads
+        2
+    """
+    found = load_halves(source, revision=revision, device=device, dtype=dtype, tokenizer=tokenizer)
+    return Clip(*found)
 
 
 # Heads that carry a cue.

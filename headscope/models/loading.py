@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -189,6 +189,11 @@ def auto_class(config: Any) -> Any:
     from transformers import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING as SPEECH
 
     kind = type(config)
+    if is_of_halves(config):
+        raise UnsupportedModelError(
+            f"it is two models side by side, one of images and one of texts ({config.model_type}): "
+            "hs.vision.clip(source) loads both."
+        )
     if getattr(config, "is_encoder_decoder", False):
         return AutoModelForSpeechSeq2Seq if kind in SPEECH else AutoModelForSeq2SeqLM
     bare = MODEL_MAPPING.get(kind, None)
@@ -206,6 +211,78 @@ def auto_class(config: Any) -> Any:
     if named in (_name(masked), "") or named.endswith("ForPreTraining"):
         return AutoModelForMaskedLM
     return AutoModel
+
+
+def is_of_halves(config: Any) -> bool:
+    """Whether a checkpoint holds a model of images beside one of texts, and compares the two."""
+    from transformers import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING as COMPARING
+
+    both = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    return both and type(config) in COMPARING
+
+
+class Halves(NamedTuple):
+    """Two models that embed images and texts in one space; see :class:`headscope.vision.Clip`."""
+
+    vision: HeadModel
+    text: HeadModel
+    scale: float
+    bias: float
+
+
+def load_halves(
+    source: Any,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: Any = None,
+) -> Halves:
+    """Load both halves of a model such as CLIP; arguments are those of :func:`load`.
+
+    Raises:
+        ModelLoadError: if the model is missing, unreadable or broken.
+        UnsupportedModelError: if it is not a model of images beside one of texts.
+    """
+    from headscope.models.hf.layout import halves
+    from headscope.models.hf.model import HFModel
+
+    _check_device(device)
+    module, place = source, ""
+    if isinstance(source, str | Path):
+        from transformers import AutoConfig, AutoModel
+
+        place = str(source)
+        code: dict[str, Any] = {} if revision is None else {"revision": revision}
+        try:
+            config = AutoConfig.from_pretrained(place, **code)
+            if not is_of_halves(config):
+                raise UnsupportedModelError(
+                    f"{place} ({config.model_type}) is not a model of images beside one of texts: "
+                    "load it with hs.load."
+                )
+            module = AutoModel.from_pretrained(
+                place, config=config, dtype=_dtype(dtype) or "auto", use_safetensors=True, **code
+            )
+        except HeadscopeError:
+            raise
+        except Exception as error:  # foreign files through foreign parsers: anything may come
+            raise ModelLoadError(_load_failure(place, place, error, False)) from error
+        module = _placed(module, device, None).eval()
+        tokenizer = _tokenizer(place, code) if tokenizer is None else tokenizer
+    name = place or getattr(getattr(module, "config", None), "name_or_path", "")
+    try:
+        vision, text = halves(module)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{type(module).__name__} is not supported: {error}") from error
+    sees, reads = (
+        _wrapped(half, tokens, f"{name or type(module).__name__} ({what})", revision, True)
+        for half, tokens, what in ((vision, None, "vision"), (text, tokenizer, "text"))
+    )
+    if place and isinstance(sees, HFModel):
+        sees.image_processor = _image_processor(place, revision)
+    scale, bias = module.logit_scale.detach(), getattr(module, "logit_bias", None)
+    return Halves(sees, reads, float(scale.exp()), 0.0 if bias is None else float(bias.detach()))
 
 
 def _name(made: Any) -> str:

@@ -58,8 +58,11 @@ def _unpacked(value: Part) -> Part:
 def _heatmap(area: "Axes", trace: Part, ink: str) -> None:
     z = np.ma.masked_invalid(np.asarray(trace.z, dtype=float))
     x, y = (
-        list(range(n)) if side is None else list(side)
-        for side, n in ((trace.x, z.shape[1]), (trace.y, z.shape[0]))
+        [given(start, 0) + given(step, 1) * at for at in range(n)] if side is None else list(side)
+        for side, start, step, n in (
+            (trace.x, trace.x0, trace.dx, z.shape[1]),
+            (trace.y, trace.y0, trace.dy, z.shape[0]),
+        )
     )
     low = float(z.min()) if trace.zmin is None else trace.zmin
     high = float(z.max()) if trace.zmax is None else trace.zmax
@@ -72,6 +75,7 @@ def _heatmap(area: "Axes", trace: Part, ink: str) -> None:
         vmin=low,
         vmax=high,
         shading="nearest",
+        alpha=trace.opacity,
         edgecolors=area.get_facecolor() if trace.xgap else "none",
         linewidth=0.4 if trace.xgap else 0,
         rasterized=z.size > 10_000,
@@ -286,6 +290,7 @@ def draw(figure: go.Figure) -> "Figure":
     for key, area in axes.items():
         _finish(area, _axis(layout, key[0]), _axis(layout, key[1]), ink)
     _shapes(next(iter(axes.values())), figure)
+    _images(axes, figure)
     if layout.showlegend:
         _legend(next(iter(axes.values())), layout.legend.orientation == "v", ink)
     for note in layout.annotations:
@@ -344,17 +349,46 @@ def _finish(area: "Axes", x: Part, y: Part, ink: str) -> None:
             side.set_ticks(np.arange(0, max(axis.range), axis.dtick))
         if axis.showgrid is not False:
             side.grid(visible=True, color=colour_of(axis.gridcolor, "#e0e0e0"), linewidth=0.7)
+        if axis.visible is False:
+            side.set_visible(False)
     area.set_axisbelow(True)
     if x.tickangle:
         for text in area.get_xticklabels():
             text.set(rotation=-x.tickangle, ha="right", rotation_mode="anchor")
 
 
+def _images(axes: "dict[tuple[str, str], Axes]", figure: go.Figure) -> None:
+    """Draw pictures below the traces of a panel, at the place that their axes give."""
+    from matplotlib.image import imread
+
+    for image in figure.layout.images:
+        area = axes.get((image.xref, image.yref))
+        if area is None or not str(image.source).startswith("data:image/png;base64,"):
+            continue
+        shown = imread(BytesIO(b64decode(image.source.partition(",")[2])), format="png")
+        left, right = image.x, image.x + image.sizex
+        top, bottom = image.y, image.y + image.sizey
+        limits = area.get_xlim(), area.get_ylim()
+        area.imshow(shown, extent=(left, right, bottom, top), aspect="auto", zorder=0, cmap="gray")
+        area.set_xlim(*limits[0])
+        area.set_ylim(*limits[1])
+        area.set_aspect("equal", anchor="W")
+
+
 def _shapes(area: "Axes", figure: go.Figure) -> None:
-    """Draw bands and lines that span the panel."""
+    """Draw bands and lines that span the panel, and frames in it."""
+    from matplotlib.patches import Rectangle
+
     for shape in figure.layout.shapes:
         across = shape.xref is not None and shape.xref.endswith("domain")
         if not across:
+            if shape.type == "rect" and shape.fillcolor is None and shape.xref in (None, "x"):
+                line = {"edgecolor": colour_of(shape.line.color, "#222222"), "zorder": 3}
+                frame = Rectangle(
+                    (shape.x0, shape.y0), shape.x1 - shape.x0, shape.y1 - shape.y0, fill=False,
+                    linewidth=0.75 * given(shape.line.width, 2), **line,
+                )  # fmt: skip
+                area.add_patch(frame)
             continue
         if shape.type == "rect":
             colour = colour_of(shape.fillcolor, "#cccccc")

@@ -12,6 +12,7 @@ from torch import Tensor
 import headscope as hs
 from headscope.base.stacks import MaskRule, PatchGrid
 from headscope.errors import InputError, UnsupportedModelError
+from tests.models.encoders import widened
 from tests.models.vision import (
     BUILDS,
     CLASSES,
@@ -190,9 +191,84 @@ def test_the_text_half_of_clip_reads_texts() -> None:
     assert hs.ablate_heads(model, probe, hs.metrics.embedding_cosine).mean.max() <= 0
 
 
-def test_attention_of_both_halves_of_clip_is_refused_together() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"two models side by side.*vision_model"):
-        hs.load(clip())
+def siglip() -> Any:
+    """Both halves of siglip."""
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "intermediate_size": 48,
+    }  # fmt: skip
+    config = transformers.SiglipConfig(
+        vision_config={**sizes, "image_size": SIDE, "patch_size": 4},
+        text_config={**sizes, "vocab_size": 60, "max_position_embeddings": 8},
+    )
+    return transformers.SiglipModel(config)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_both_halves_of_clip_are_loaded_together(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    both = widened(clip() if kind == "clip" else siglip())
+    both.save_pretrained(tmp_path)
+    for source in (both, tmp_path):
+        with pytest.raises(UnsupportedModelError, match=r"two models side by side.*vision\.clip"):
+            hs.load(source)
+    tokens, pixels = torch.tensor([[0, 7, 9, 1], [0, 12, 13, 1], [0, 5, 5, 1]]), pictures(4)
+    with torch.no_grad():
+        own = both(input_ids=tokens, pixel_values=pixels)
+    for source in (both, tmp_path):
+        model = hs.vision.clip(source)
+        texts = model.embed(hs.probes.from_tokens(tokens))
+        torch.testing.assert_close(texts, own.text_embeds, atol=1e-5, rtol=0)
+        classifier = model.classifier(["a", "b", "c"], texts)
+        probe = hs.probes.images(classifier, pixels, labels=["b", "a", "c", "b"])
+        logits = classifier.run(probe)[:, 0]
+        torch.testing.assert_close(logits, own.logits_per_image, atol=1e-4, rtol=1e-5)
+    whole = hs.vision.clip(both)
+    assert next(whole.text.module.parameters()) is next(both.text_model.parameters())
+    scores = hs.ablate_heads(classifier, probe, hs.metrics.answer_log_prob, "zero")
+    half = model.vision.module
+    for head in ((0, 1), (LAYERS - 1, 3)):
+        output, _ = plain(half, pixels, [head])
+        image = output.image_embeds if kind == "clip" else output.pooler_output
+        cosine = torch.nn.functional.normalize(image, dim=-1) @ texts.T
+        edited = (model.scale * cosine + model.bias).double().log_softmax(-1)
+        clean = own.logits_per_image.double().log_softmax(-1)
+        at = torch.arange(4), torch.tensor([1, 0, 2, 1])
+        effect = float((edited[at] - clean[at]).mean())
+        assert scores.mean[head] == pytest.approx(effect, abs=1e-4)
+    found = hs.vision.importance(classifier, probe)
+    assert found["probability_drop"].mean.shape == (LAYERS, HEADS)
+    cues = hs.vision.cue_heads(classifier, probe, [True, True, False, False])
+    assert np.isfinite(cues.mean).all()
+    moved = hs.ablate_heads(classifier, probe, hs.metrics.embedding_cosine, "zero")
+    same = hs.probes.images(model.vision, pixels)
+    direct = hs.ablate_heads(model.vision, same, hs.metrics.embedding_cosine, "zero")
+    np.testing.assert_allclose(moved.mean, direct.mean, atol=1e-6)
+    with pytest.raises(InputError, match="2 different names for 3 texts"):
+        model.classifier(["a", "b", "b"], texts)
+    with pytest.raises(InputError, match="have 5 numbers each"):
+        model.classifier(["a"], torch.ones(1, 5))
+    with pytest.raises(InputError, match="has no tokenizer"):
+        model.embed(["a cat"])
+    with pytest.raises(UnsupportedModelError, match="not a model of images beside one of texts"):
+        hs.vision.clip(hs.load().module)
+
+
+def test_a_rank_one_head_of_clip_is_named_by_its_text() -> None:
+    """Writes along one text of the pool, as the whole of clip embeds it."""
+    torch.manual_seed(5)
+    model = hs.vision.clip(widened(clip()))
+    tokens = torch.randint(3, 60, (20, 4), generator=torch.Generator().manual_seed(0))
+    tokens[:, -1] = 1
+    pool = model.embed(hs.probes.from_tokens(tokens))
+    probe = hs.probes.images(model.vision, pictures(6))
+    parts = hs.vision.contributions(model.vision, probe)
+    assert parts.heads.shape[-1] == pool.shape[1]
+    writes = np.outer(parts.heads[:, 0, 0, 0], pool[7].numpy())
+    span = hs.vision.text_span(writes, pool, 3)
+    assert span.texts[0] == 7
+    assert span.explained[0] == pytest.approx(1.0)
+    np.testing.assert_allclose(span.reconstruction, writes, atol=1e-6)
 
 
 def test_windows_of_patches_are_refused() -> None:

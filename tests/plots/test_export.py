@@ -104,3 +104,24 @@ def test_importing_plots_loads_neither_torch_nor_matplotlib() -> None:
     code = "import sys, headscope.plots; print({'torch', 'matplotlib'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_pictures_below_attention_are_drawn_where_they_lie() -> None:
+    """A picture of four colours, a map of 2 x 4 cells over it, and a frame around one of them."""
+    image = np.zeros((8, 16, 3), np.uint8)
+    image[:4, :8, 0] = 255
+    image[4:, 8:, 2] = 255
+    weights = np.arange(8.0).reshape(2, 4)
+    figure = plots.image_overlay(image, weights, boxes=[(0.25, 0.5, 0.5, 1.0)], opacity=0.5)
+    area = draw(figure).axes[0]
+    (mesh,) = area.collections
+    corners = mesh.get_coordinates()
+    assert corners[0, 0].tolist() == [0.0, 0.0]
+    assert corners[-1, -1].tolist() == [4.0, 2.0]
+    assert mesh.get_alpha() == 0.5
+    (shown,) = area.images
+    assert shown.get_extent() == [0, 4, 2, 0]
+    assert (shown.get_array()[0, 0, 0], shown.get_array()[-1, -1, 2]) == (1.0, 1.0)
+    frames = [patch for patch in area.patches if not patch.get_fill()]
+    assert [frame.get_bbox().bounds for frame in frames] == [(1.0, 1.0, 1.0, 1.0)]
+    assert not area.xaxis.get_visible()

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from headscope.base.batches import GRID, PATCHES, PIXELS, TEXT, TINY, TOKENS, Batch
@@ -177,9 +178,44 @@ def _refuse_towers(model: Any) -> None:
     if compared and isinstance(sees, nn.Module) and isinstance(reads, nn.Module):
         raise UnsupportedModelError(
             "it is two models side by side, one of images and one of texts, each with layers of "
-            "its own: load them one by one, hs.load(model.vision_model) and "
-            "hs.load(model.text_model)."
+            "its own: hs.vision.clip(model) loads both, with what makes their embeddings, and "
+            "hs.load(model.vision_model) or hs.load(model.text_model) one of them."
         )
+
+
+def halves(model: Any) -> tuple[Any, Any]:
+    """Both halves of a model of images and texts (clip, siglip), as models of their own.
+
+    They share the parameters; where a projection makes the embedding of a half, it comes along.
+
+    Args:
+        model: a transformers model with both.
+
+    Raises:
+        UnsupportedModelError: if it is not of that kind.
+    """
+    found = []
+    for tower, projection in (
+        ("vision_model", "visual_projection"),
+        ("text_model", "text_projection"),
+    ):
+        half = getattr(model, tower, None)
+        if not isinstance(half, nn.Module) or not hasattr(model, "logit_scale"):
+            raise UnsupportedModelError("it is not a model of images beside one of texts.")
+        made = half
+        if isinstance(matrix := getattr(model, projection, None), nn.Module):
+            kind = getattr(transformers, f"{type(half).__name__}WithProjection", None)
+            if kind is None:
+                raise UnsupportedModelError(
+                    "transformers has no model of its halves with their projections."
+                )
+            with torch.device("meta"):
+                made = kind(half.config)
+            made.config = half.config
+            setattr(made, tower, half)
+            setattr(made, projection, matrix)
+        found.append(made.eval() if not model.training else made)
+    return found[0], found[1]
 
 
 def _refuse_windows(watch: Watch, tiny: Batch) -> None:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -83,6 +83,22 @@ def pooled(
     return (states * weight).sum(1) / weight.sum(1)
 
 
+@dataclass(frozen=True, eq=False)
+class Against:
+    """Embeddings of texts that those of images are compared with: ``scale * cosine + bias``."""
+
+    names: tuple[str, ...]
+    texts: Float[Tensor, "text width"]
+    scale: float
+    bias: float
+
+    def __call__(self, found: Float[Tensor, "batch width"]) -> Float[Tensor, "batch text"]:
+        """Logit of every text."""
+        normal = nn.functional.normalize
+        texts = normal(self.texts.to(found), dim=-1)
+        return self.scale * normal(found, dim=-1) @ texts.T + self.bias
+
+
 def _of_images(family: str) -> dict[str, str]:
     """What a model of images cannot be asked."""
     return {
@@ -119,6 +135,8 @@ class HFModel(Tapped, Shown):
         # Which vector of a whole example stands for logits, and the part that gives it.
         self.pooling: str | None = None
         self.body: Any = None
+        # What embeddings are compared with to make logits; None: nothing.
+        self.against: Against | None = None
         self._embedded: dict[str | None, HFModel] = {}
         self.module = module
         self.layout = layout
@@ -169,6 +187,8 @@ class HFModel(Tapped, Shown):
     @property
     def classes(self) -> dict[str, int]:
         """Number of every class of images that has a name."""
+        if self.against is not None:
+            return {name: number for number, name in enumerate(self.against.names)}
         named = getattr(self.module.config, "label2id", None) or {}
         known = self.grid is not None and self.layout.has_logits
         return {str(name): int(number) for name, number in named.items()} if known else {}
@@ -541,6 +561,7 @@ class HFModel(Tapped, Shown):
         """
         real = inputs.get("attention_mask")
         found = answer(output) if self.pooling is None else pooled(output, real, self.pooling)
+        found = found if self.against is None else self.against(found)
         if found.ndim == 3:
             return found
         length = self.grid.length if self.grid is not None else inputs[TOKENS].shape[1]
@@ -624,10 +645,17 @@ class HFModel(Tapped, Shown):
                 f"{self.name} ({self.module.config.model_type}) returns no vector of a whole "
                 "example: take pooled('first') or pooled('mean')."
             )
+        made = self._giving(pooled(output, None, chosen).shape[-1])
+        made.pooling, made.body, made.against = chosen, body, None
+        made._embedded = self._embedded
+        self._embedded[pooling] = made
+        return made
+
+    def _giving(self, width: int) -> "HFModel":
+        """A copy whose logits are so many numbers, which are not made by an unembedding."""
         made = copy.copy(self)
         for name in ("_arguments", "parts", "_norm_is_outside", "image_token"):
             made.__dict__.pop(name, None)
-        width = pooled(output, None, chosen).shape[-1]
         made.layout = replace(
             self.layout,
             shape=replace(self.shape, d_vocab_out=width),
@@ -635,7 +663,30 @@ class HFModel(Tapped, Shown):
             final_norm=None,
             logit_map=None,
         )
-        made.shape, made.pooling, made.body = made.layout.shape, chosen, body
-        made._embedded = self._embedded
-        self._embedded[pooling] = made
+        made.shape = made.layout.shape
+        return made
+
+    def classifying(
+        self, names: Sequence[str], texts: Float[Tensor, "text width"], scale: float, bias: float
+    ) -> "HFModel":
+        """The same model, whose logits are what its embeddings make of those of texts.
+
+        Args:
+            names: of the texts.
+            texts: their embeddings.
+            scale: of the cosines.
+            bias: added to all.
+
+        Raises:
+            InputError: if the embeddings are of another width.
+        """
+        own = self.embedded()
+        if texts.shape[-1] != own.shape.n_logits:
+            raise InputError(
+                f"the texts have {texts.shape[-1]} numbers each, and the embeddings of {self.name} "
+                f"{own.shape.n_logits}: embed them with the other half of the same model."
+            )
+        made = own._giving(len(names))
+        made.against = Against(tuple(names), texts, scale, bias)
+        made.name = f"{self.name} against {len(names)} texts"
         return made
