@@ -12,11 +12,11 @@ SMOLLM2 := 0.1.2
 MINILM := 0.1.0
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-cpus test-real gallery lint format notebooks docs bench dist lock clean
+.PHONY: help setup demo test test-cpus test-real gallery lint format notebooks docs bench bench-check dist lock clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
-		printf 'make %-9s %s\n' "$$name" "$$what"; done
+		printf 'make %-11s %s\n' "$$name" "$$what"; done
 
 setup: $(VENV)/.installed ## build .venv from requirements.lock, headscope itself editable
 	@:
@@ -70,8 +70,11 @@ docs: setup ## build the documentation into docs/_build/html
 	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
 
 bench: setup ## run every script in benchmarks/
-	@set -e; for script in $(filter-out benchmarks/support.py,$(wildcard benchmarks/*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/support.py benchmarks/check.py,$(wildcard benchmarks/*.py)); do \
 		echo "$$script"; $(BIN)/python "$$script"; done
+
+bench-check: setup ## two minutes of ratios; fails where one is 15% worse than committed
+	$(BIN)/python benchmarks/check.py
 
 # Two stamps, because they go stale for different reasons: the downloads when the lock changes, the
 # editable install (entry points, metadata) when pyproject.toml does.

@@ -67,6 +67,17 @@ def paired(
     }
 
 
+def cpu_seconds(*works: Callable[[], object], rounds: int = 3) -> list[float]:
+    """CPU seconds of the best of some calls of each, taken in turns."""
+    best = [float("inf")] * len(works)
+    for _ in range(rounds):
+        for number, work in enumerate(works):
+            start = time.process_time()
+            work()
+            best[number] = min(best[number], time.process_time() - start)
+    return best
+
+
 def ratio(timings: dict[str, dict[str, float]], slow: str, fast: str) -> float:
     """How many times faster, medians."""
     return round(timings[slow]["median"] / timings[fast]["median"], 2)
@@ -85,12 +96,16 @@ def peak_memory_mb() -> float:
     return peak / (1024 if sys.platform != "darwin" else 1024**2)
 
 
-def report(name: str, results: dict[str, Any]) -> None:
-    """Print one JSON object: results, and what they were measured on."""
-    machine = {
+def machine() -> dict[str, Any]:
+    """What is measured on."""
+    return {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {p: version(p) for p in PACKAGES},
     }
-    print(json.dumps({"benchmark": name, **results, "machine": machine}, indent=2))
+
+
+def report(name: str, results: dict[str, Any]) -> None:
+    """Print one JSON object: results, and what they were measured on."""
+    print(json.dumps({"benchmark": name, **results, "machine": machine()}, indent=2))

@@ -6,7 +6,7 @@ scorer; :func:`collect` returns whole patterns and head outputs for use in a not
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,8 +20,18 @@ from headscope.base.stacks import all_causal, grid_of
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
 from headscope.models.protocol import Edit, HeadModel, embedding_of, need_model, stack_of
-from headscope.models.taps import Reader, Reads, Tap, TapView, Texts, at_final, writes_of
+from headscope.models.taps import (
+    Reader,
+    Reads,
+    Tap,
+    TapView,
+    Texts,
+    Write,
+    at_final,
+    writes_of,
+)
 from headscope.probes.probe import Probe
+from headscope.views import Unembedding
 
 # Default number of tokens in one forward pass.
 _TOKENS_PER_PASS = 8192
@@ -326,6 +336,107 @@ def losses_by_position(
     rows = last[0][at].float()
     found[at] = model.unembedding.losses(rows, targets[at].to(rows.device)).cpu()
     return found
+
+
+@checked
+def loss_sum(
+    model: HeadModel,
+    probe: Probe,
+    targets: Int[Tensor, "batch pos"],
+    *,
+    reads: Mapping[Tap, Callable[[TapView], Any]] | None = None,
+    writes: Mapping[Tap, Write] | None = None,
+) -> Float[Tensor, ""]:
+    """Sum of the cross-entropy of some targets in nats, to take gradients of.
+
+    As in :func:`losses_by_position`, logits of all positions exist nowhere: those of a few are made
+    again when the gradient passes through them.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: texts.
+        targets: token asked for at every position; -1 where there is none.
+        reads: what else to read of the pass.
+        writes: what to change in it.
+
+    Example:
+        >>> total = hs.capture.loss_sum(model, probe, probe.targets)
+        >>> bool(total > 0)
+        True
+    """
+    rows, unembedding = final_rows(model, probe, targets >= 0, reads=reads, writes=writes)
+    asked = targets[targets >= 0].to(rows.device)
+    if unembedding is None:
+        return cross_entropy(rows.float(), asked, reduction="sum")
+    return unembedding.losses(rows, asked).sum()
+
+
+@checked
+def logits_where(
+    model: HeadModel,
+    probe: Probe,
+    where: Bool[Tensor, "batch pos"],
+    *,
+    reads: Mapping[Tap, Callable[[TapView], Any]] | None = None,
+    writes: Mapping[Tap, Write] | None = None,
+) -> Float[Tensor, "row d_vocab"]:
+    """Logits of some positions, in fp32; of others none are computed.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: texts.
+        where: positions that are wanted; rows are in their order.
+        reads: what else to read of the pass.
+        writes: what to change in it.
+
+    Example:
+        >>> last = torch.nn.functional.one_hot(probe.last, probe.length).bool()
+        >>> hs.capture.logits_where(model, probe, last).shape[0] == len(probe)
+        True
+    """
+    rows, unembedding = final_rows(model, probe, where, reads=reads, writes=writes)
+    return rows.float() if unembedding is None else unembedding.logits(rows)
+
+
+@checked
+def final_rows(
+    model: HeadModel,
+    probe: Probe,
+    where: Bool[Tensor, "batch pos"],
+    *,
+    reads: Mapping[Tap, Callable[[TapView], Any]] | None = None,
+    writes: Mapping[Tap, Write] | None = None,
+) -> tuple[Float[Tensor, "row width"], Unembedding | None]:
+    """Last residual stream at some positions, with what makes logits of it.
+
+    Args:
+        model: from :func:`headscope.load`.
+        probe: texts.
+        where: positions that are wanted; rows are in their order.
+        reads: what else to read of the pass.
+        writes: what to change in it.
+
+    Returns:
+        Rows in fp32 and the unembedding; the model's own logits and None where its unembedding
+        cannot be read.
+
+    Example:
+        >>> rows, unembedding = hs.capture.final_rows(model, probe, probe.targets >= 0)
+        >>> unembedding.logits(rows).shape[1] == model.shape.d_vocab
+        True
+    """
+    taken, made, grad = dict(reads or {}), dict(writes or {}), torch.is_grad_enabled()
+    at = where.cpu().nonzero(as_tuple=True)
+    if "unembedding" in model.limits:
+        places = at[1].unique()
+        logits = model.run(probe, reads=taken, writes=made, logits_at=places, grad=grad)
+        assert logits is not None  # noqa: S101  # they were asked for
+        return logits[at[0], torch.searchsorted(places, at[1])], None
+    last: list[Tensor] = []
+    nothing = torch.empty(0, dtype=torch.long)
+    taken |= at_final(last.append)
+    model.run(probe, reads=taken, writes=made, logits_at=nothing, grad=grad)
+    return last[0][at].float(), model.unembedding
 
 
 @checked

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.errors import UnsupportedModelError
@@ -399,6 +400,8 @@ class Unembedding:
         Logits are computed for a block of rows and of the vocabulary at a time, and the normaliser
         is summed block by block.
         """
+        if residual.requires_grad and torch.is_grad_enabled():
+            return self._losses_with_gradient(residual, targets)
         step = max(1, _ENTRIES // self.W_U.shape[1])
         rows = max(1, _ENTRIES // min(step, len(self.W_U)))
         normed, own = self.normed(residual), torch.zeros_like(residual[:, 0], dtype=torch.float32)
@@ -418,6 +421,23 @@ class Unembedding:
                 found = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
                 own[part] = torch.where(inside, found, own[part])
         return total - own
+
+    def _losses_with_gradient(
+        self, residual: Float[Tensor, "row d_model"], targets: Int[Tensor, " row"]
+    ) -> Float[Tensor, " row"]:
+        """The same; logits of some rows at a time are made again when the gradient passes."""
+
+        def some(rows: Tensor, of: Tensor) -> Tensor:
+            return torch.nn.functional.cross_entropy(self.logits(rows), of, reduction="none")
+
+        size = max(1, _ENTRIES // len(self.W_U))
+        blocks = zip(residual.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(some, *block, use_reentrant=False) for block in blocks])
+
+    def best(self, residual: Float[Tensor, "row d_model"]) -> Int[Tensor, " row"]:
+        """Token with the largest logit in every row, of ties the first; by blocks of rows."""
+        size = max(1, _ENTRIES // len(self.W_U))
+        return torch.cat([self.logits(part).argmax(-1) for part in residual.split(size)])
 
     def constant(self, tokens: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
         """Part of each token's logit that does not depend on the residual stream (biases)."""

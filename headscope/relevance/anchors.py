@@ -15,11 +15,12 @@ from headscope.ablation.run import Measurement
 from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions, track
+from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.edits import Span
 from headscope.errors import InputError, positive, whole
 from headscope.heads import ModelShape
-from headscope.metrics import loss
+from headscope.metrics import LogitRows, Metric, loss
 from headscope.models.decoding import need_continuing
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
@@ -253,18 +254,13 @@ def _flows(model: HeadModel, batch: Probe, labels: _Labels) -> _Flows:
     """Saliency of one batch: a backward pass to head outputs, then a pass over rows."""
     outputs: dict[int, Tensor] = {}
     end = batch.host.mark("end").int().argmax(1)
-    places: list[int] = sorted(set(end.tolist()))
+    where = torch.nn.functional.one_hot(end, batch.length).bool()
 
     def keep(view: TapView) -> None:
         outputs[view.layer] = view.value
 
     with torch.enable_grad():
-        logits = model.run(
-            batch, reads=at_layers(model.shape, keep), logits_at=torch.tensor(places), grad=True
-        )
-        assert logits is not None  # noqa: S101  # they were asked for
-        column = torch.tensor([places.index(one) for one in end.tolist()])
-        rows = logits[torch.arange(len(batch)), column].float()
+        rows = capture.logits_where(model, batch, where, reads=at_layers(model.shape, keep))
         answers = batch.host.targets[torch.arange(len(batch)), end].to(rows.device)
         total = torch.nn.functional.cross_entropy(rows, answers, reduction="sum")
         slopes = torch.autograd.grad(total, list(outputs.values()))
@@ -417,17 +413,16 @@ def isolated(
         for where, some in (("first", layers[:count]), ("last", layers[-count:]))
     }
 
-    def kept(logits: Tensor, batch: Probe) -> Float[Tensor, " batch"]:
-        end = batch.host.mark("end").int().argmax(1)
-        rows = logits[torch.arange(len(logits)), end.to(logits.device)]
-        return rows[:, labels.tokens.to(logits.device)].argmax(1).float()
+    def label_of(rows: LogitRows) -> Float[Tensor, " row"]:
+        return rows.logits[:, labels.tokens.to(rows.logits.device)].argmax(1).float()
 
+    spec = ScoreSpec("kept", unit="class", description="Label with the largest logit.")
     study = Measurement.of(
         model,
         probe,
         loss.at("end"),
         RunOptions(batch_size, progress=progress),
-        others=[kept],
+        others=[Metric(spec, label_of, needs=frozenset(), mark="end")],
     )
     edited, clean = study.measure_all(
         lambda chosen, _: [(CutOff(some, mask[chosen]),) for some, mask in arms.values()],
@@ -572,14 +567,8 @@ def _weighted(
 
         return weigh
 
-    places = torch.nonzero(end.any(0))[:, 0]
-    logits = model.run(
-        probe,
-        writes={Tap("pattern", layer): write(layer) for layer in model.shape.attention_layers},
-        logits_at=places,
-        grad=beta.requires_grad and torch.is_grad_enabled(),
-    )
-    assert logits is not None  # noqa: S101  # they were asked for
-    rows = end[:, places].int().argmax(1).to(logits.device)
-    picked = logits[torch.arange(len(logits), device=logits.device), rows].float()
-    return picked[:, labels.tokens.to(logits.device)]
+    where = torch.nn.functional.one_hot(end.int().argmax(1), probe.length).bool()
+    writes = {Tap("pattern", layer): write(layer) for layer in model.shape.attention_layers}
+    with torch.set_grad_enabled(beta.requires_grad and torch.is_grad_enabled()):
+        picked = capture.logits_where(model, probe, where, writes=writes)
+    return picked[:, labels.tokens.to(picked.device)]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headscope import capture
 from headscope.ablation.run import Measurement, present
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
@@ -395,15 +396,11 @@ def _estimates(
     def keep(view: TapView) -> None:
         patterns[view.layer] = view.value
 
-    at = torch.arange(asked.start - 1, len(asked.ids) - 1)
+    targets = torch.full((1, len(asked.ids)), -1)
+    targets[0, asked.start - 1 : -1] = asked.ids[asked.start :].cpu()
+    reads = {Tap("pattern", layer): keep for layer in layers}
     with torch.enable_grad():
-        logits = model.run(
-            asked.probe, reads={Tap("pattern", layer): keep for layer in layers},
-            logits_at=at, grad=True,
-        )  # fmt: skip
-        assert logits is not None  # noqa: S101  # they were asked for
-        targets = asked.ids[asked.start :].to(logits.device)
-        total = torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+        total = capture.loss_sum(model, asked.probe, targets, reads=reads)
         slopes = torch.autograd.grad(total, [patterns[layer] for layer in layers])
     shape = (model.shape.n_layers, model.shape.n_heads, len(units))
     found = torch.full(shape, torch.nan, dtype=torch.float64)

@@ -195,18 +195,19 @@ def _tried(
     model: HeadModel, probe: Probe, batch_size: int | None, progress: bool | None
 ) -> tuple[Int[np.ndarray, " span"], Float[np.ndarray, " span"]]:
     """How many tokens of every continuation are right before the first error, and its loss."""
-    at = torch.nonzero(probe.targets[0] >= 0)[:, 0]
 
+    @torch.no_grad()
     def run(batch: Probe, _: int) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            logits = model.run(batch, logits_at=at)
-        assert logits is not None  # noqa: S101  # they were asked for
-        targets = batch.targets[:, at].to(logits.device)
-        right = (logits.argmax(-1) == targets).int().cumprod(1).sum(1)
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().mT, targets, reduction="none"
-        ).mean(1)
-        return right, losses
+        asked = batch.host.targets >= 0
+        rows, unembedding = capture.final_rows(model, batch, asked)
+        targets = batch.host.targets[asked].to(rows.device)
+        if unembedding is None:
+            best = rows.argmax(-1)
+            losses = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="none")
+        else:
+            best, losses = unembedding.best(rows), unembedding.losses(rows, targets)
+        right = (best == targets).view(len(batch), -1).int().cumprod(1).sum(1)
+        return right, losses.view(len(batch), -1).mean(1)
 
     found = []
     with track(len(probe), "continuing spans", show=progress) as advance:
@@ -443,17 +444,12 @@ def _of_batch(
     def keep(view: TapView) -> None:
         held[view.tap] = view.value
 
-    at = torch.nonzero((probe.host.targets >= 0).any(0))[:, 0]
-    if not len(at):
+    if not bool((probe.host.targets >= 0).any()):
         return {}
     wanted = [tap for tap in taps if tap.site in ("query", "key", "value", "head_sum")]
     with torch.enable_grad():
-        logits = model.run(probe, reads=dict.fromkeys(taps, keep), logits_at=at, grad=True)
-        assert logits is not None  # noqa: S101  # they were asked for
-        targets = probe.targets[:, at].to(logits.device)
-        total = torch.nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
-        )
+        reads = dict.fromkeys(taps, keep)
+        total = capture.loss_sum(model, probe, probe.host.targets, reads=reads)
         slopes = torch.autograd.grad(total / count, [held[tap] for tap in wanted])
     by_tap = dict(zip(wanted, slopes, strict=True))
     return {

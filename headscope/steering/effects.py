@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import capture
+from headscope.ablation.engine import MetricReading
 from headscope.ablation.run import Measurement, by_head, present
 from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
@@ -23,7 +24,7 @@ from headscope.errors import InputError, nearest, positive, whole
 from headscope.metrics import Metric, answer_log_prob, answer_probability
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types, weight_digest
-from headscope.models.taps import Tap, Write
+from headscope.models.taps import Tap, Write, writes_of
 from headscope.origin import origin
 from headscope.probes.probe import Probe, probe_digest
 from headscope.probes.prompts import TEMPLATE, Example, in_context
@@ -336,7 +337,6 @@ def _loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy of the answers with vectors injected at the end."""
     end = probe.host.mark("end")
-    places = torch.nonzero(end.any(0))[:, 0]
 
     def write(layer: int, share: Tensor) -> Write:
         def soften(z: Tensor, _span: Span) -> Tensor:
@@ -349,12 +349,9 @@ def _loss(
     layers = model.shape.attention_layers
     writes = {} if amounts is None else {Tap("z", n): write(n, amounts) for n in layers}
     grad = amounts is not None and amounts.requires_grad
-    logits = model.run(probe, writes=writes, logits_at=places, grad=grad)
-    assert logits is not None  # noqa: S101  # they were asked for
-    targets = probe.targets[:, places].where(end[:, places].to(probe.targets.device), -1)
-    return torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten().to(logits.device), ignore_index=-1
-    )
+    targets = probe.host.targets.where(end, -1)
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+        return capture.loss_sum(model, probe, targets, writes=writes) / (targets >= 0).sum()
 
 
 METHODS = ("mean", "pca", "probe")
@@ -547,7 +544,8 @@ class SteeringTable(Saved, Shown, Tabular):
         )  # fmt: skip
 
 
-Run = Callable[[Probe, Bool[Tensor, "batch pos"]], Tensor]
+# From a batch, where to steer it and where logits are wanted to those, ``[row d_vocab]``.
+Run = Callable[[Probe, Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Tensor]
 
 
 @checked
@@ -624,28 +622,28 @@ def compare(
     drawn = drawn / drawn.norm() * whole.norm()
 
     def with_edits(given: HeadVectors) -> Run:
-        def run(batch: Probe, where: Tensor) -> Tensor:
+        def run(batch: Probe, where: Tensor, read: Tensor) -> Tensor:
             edits: list[AnyEdit] = injection(
                 model, given, heads, strength, mode=mode, positions=where
             )
-            return model.forward(batch.tokens, real=batch.real, edits=edits)
+            return capture.logits_where(model, batch, read, writes=writes_of(edits))
 
         return run
 
     def adding(vector: Tensor) -> Run:
-        def run(batch: Probe, where: Tensor) -> Tensor:
+        def run(batch: Probe, where: Tensor, read: Tensor) -> Tensor:
             def write(value: Tensor, _span: Span) -> Tensor:
                 there = where.to(value.device)[..., None].to(value)
                 return value + there * (size * vector).to(value)
 
-            logits = model.run(batch, writes={Tap("resid_post", place): write})
-            assert logits is not None  # noqa: S101  # they were asked for
-            return logits
+            return capture.logits_where(
+                model, batch, read, writes={Tap("resid_post", place): write}
+            )
 
         return run
 
-    def plain(batch: Probe, _where: Tensor) -> Tensor:
-        return model.forward(batch.tokens, real=batch.real)
+    def plain(batch: Probe, _where: Tensor, read: Tensor) -> Tensor:
+        return capture.logits_where(model, batch, read)
 
     arms: dict[str, Run] = {
         "none": plain,
@@ -685,7 +683,10 @@ def _metric_of(
     model: HeadModel, probe: Probe, metric: Metric, run: Run, batch_size: int | None
 ) -> Float[np.ndarray, " example"]:
     def one(batch: Probe, _: int) -> Tensor:
-        return metric(run(batch, batch.mark("end")), batch).cpu().double()
+        read = metric.reads(batch)
+        rows = run(batch, batch.mark("end"), read)
+        reading = MetricReading(batch, metric, read, read)
+        return reading.by_example([reading.numbers(rows, torch.arange(len(rows)))], 1)[0]
 
     parts = [part for _, part in capture.passes(model, probe, one, batch_size=batch_size)]
     return torch.cat(parts).numpy()
@@ -698,10 +699,7 @@ def _moved(
 
     def one(batch: Probe, _: int) -> Tensor:
         last = torch.nn.functional.one_hot(batch.last, batch.length).bool()
-        before, after = (
-            part(batch, last)[torch.arange(len(batch)), batch.host.last].float().log_softmax(-1)
-            for part in (plain, run)
-        )
+        before, after = (part(batch, last, last).log_softmax(-1) for part in (plain, run))
         return (before.exp() * (before - after)).sum(-1).clamp_min(0).cpu().double()
 
     return torch.cat(

@@ -165,15 +165,22 @@ def test_mistakes_are_said() -> None:
 def test_training_curves_are_written_as_they_are_measured() -> None:
     from tools import mixers
 
-    task = mixers.TASKS["tree recall"]
-    points = mixers.curve(task, mixers.transformer, steps=8)
+    task, learner = mixers.TASKS["tree recall"], mixers.LEARNERS["transformer"]
+    points = mixers.curve(task, learner, steps=8)
     assert [one.step for one in points] == list(range(9))
-    again = mixers.curve(task, mixers.transformer, steps=8)
+    again = mixers.curve(task, learner, steps=8)
     assert points == again  # seeded
     text = mixers.page({("tree recall", "transformer"): points})
     assert f"| 8 | {points[-1].accuracy:.2f} |" in text
     committed = mixers.PAGE.read_text("utf-8")
     assert committed.startswith(text[: text.index("## ")])
     for task_name in mixers.TASKS:
-        for model in mixers.MODELS:
+        for model in mixers.LEARNERS:
             assert f"## {task_name.capitalize()}: {model}" in committed
+    # Both learned, by the two mechanisms that compiled models show.
+    rows = [line.split("|")[1:-1] for line in committed.splitlines() if "recall | " in line]
+    assert all(float(row[2]) > 0.9 for row in rows)
+    assert {row[1].strip(): row[5].strip() for row in rows if "associative" in row[0]} == {
+        "transformer": "stored in place",
+        "state space": "looked up at the query",
+    }

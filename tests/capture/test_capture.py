@@ -7,6 +7,7 @@ import headscope as hs
 from headscope import capture
 from headscope.base.options import chunk_bytes, is_out_of_memory, parse_memory
 from headscope.errors import HeadscopeError, InputError
+from headscope.models.taps import TapView
 from tests.models.families import build, fresh, tokens
 
 
@@ -91,3 +92,45 @@ def test_out_of_memory_for_good_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -
 def test_other_errors_pass() -> None:
     assert not is_out_of_memory(RuntimeError("shapes differ"))
     assert is_out_of_memory(MemoryError())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_losses_of_positions_need_no_logits_of_all(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = hs.load(fresh(family))
+    ids = tokens()
+    targets = torch.where(torch.rand(ids.shape) < 0.7, ids.roll(-1, 1), -1)
+    probe = hs.probes.from_tokens(ids)
+    widths: list[int] = []
+    whole = type(model.unembedding).logits
+
+    def counted(self: object, residual: torch.Tensor) -> torch.Tensor:
+        widths.append(residual.shape[:-1].numel())
+        return whole(self, residual)
+
+    held: dict[str, torch.Tensor] = {}
+
+    def keep(view: TapView) -> None:
+        held["z"] = view.value
+
+    reads = {hs.Tap("z", 1): keep}
+    with torch.enable_grad():
+        logits = model.run(probe, reads=reads, grad=True).float()
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+        )
+        (expected,) = torch.autograd.grad(loss, [held["z"]])
+        monkeypatch.setattr("headscope.views._ENTRIES", 3 * model.shape.d_vocab)
+        monkeypatch.setattr(type(model.unembedding), "logits", counted)
+        total = capture.loss_sum(model, probe, targets, reads=reads)
+        (found,) = torch.autograd.grad(total, [held["z"]])
+    assert max(widths) == 3
+    torch.testing.assert_close(total, loss, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    rows, unembedding = capture.final_rows(model, probe, targets >= 0)
+    assert unembedding is not None
+    assert unembedding.best(rows).equal(logits.detach()[targets >= 0].argmax(-1))
+    monkeypatch.undo()
+    some = capture.logits_where(model, probe, targets >= 0)
+    torch.testing.assert_close(some, logits.detach()[targets >= 0], rtol=1e-4, atol=1e-4)

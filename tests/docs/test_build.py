@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pytest
 
 import headscope as hs
 from docs.pages.benchmarks import benchmarks_page
@@ -43,6 +44,28 @@ def test_every_public_name_is_in_the_reference() -> None:
     pages = reference_pages()
     for name in hs._HOME:
         assert name in pages["reference/top.rst"] or f"reference/{name}.rst" in pages
+
+
+def test_a_ratio_is_worse_from_fifteen_percent_on_and_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    import check  # type: ignore[import-not-found]
+
+    took = iter([[1.3, 1.0], [1.1, 1.0], [1.0, 2.0], [1.0, 2.1], [1.0, 2.2], [9.0, 1.0]])
+    monkeypatch.setattr(check, "cpu_seconds", lambda *_: next(took))
+    slow, fast = (check.Ratio(int, int, faster=one) for one in (False, True))
+    found: dict[str, float] = {}
+    failed = check.compare(
+        {"plain": slow, "loop": fast, "new": slow}, {"plain": 1.0, "loop": 3.0}, found
+    )
+    assert failed == ["loop"]
+    assert found == {"plain": 1.1, "loop": 2.2, "new": 9.0}
+    assert not check.worse(1.14, 1.0, faster=False)
+    assert check.worse(0.86, 1.0, faster=True)
+    committed = json.loads((folder / "results" / "check.json").read_text("utf-8"))
+    assert all(one > 0 for one in committed["ratios"].values())
 
 
 def test_benchmarks_are_shown_as_they_were_printed(tmp_path: Path) -> None:
