@@ -9,6 +9,7 @@ what is finished by now.
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -213,7 +214,8 @@ def _section(name: str, result: StudyResult, claim: str | None) -> list[str]:
     lines = ["", f"## {result.title} ({name})", "", f"{result.paper}.", ""]
     for one in result.answers:
         # A model that is a file is named by its path: that of this machine is nobody's business.
-        because = one.because.replace(result.provenance.model, Path(result.provenance.model).name)
+        name = re.escape(Path(result.provenance.model).name)
+        because = re.sub(rf"\S*/(?={name})", "", one.because)
         why = f" {_escaped(because)}" if because else ""
         lines.append(f"- **{one.claim}**, {one.verdict}: {one.statement}{why}")
     if claim is not None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
 
 from headscope.base.arguments import checked
 from headscope.base.files import whole_file
@@ -69,12 +70,12 @@ def _heatmap(area: "Axes", trace: Part, ink: str) -> None:
     numbers = all(isinstance(one, int | float | np.number) for one in (*x, *y))
     where = (x, y) if numbers else (range(z.shape[1]), range(z.shape[0]))
     mesh = area.pcolormesh(
-        *(np.asarray(side, dtype=float) for side in where),
+        *(_edges(np.asarray(side, dtype=float)) for side in where),
         z,
         cmap=_map(trace.colorscale),
         vmin=low,
         vmax=high,
-        shading="nearest",
+        shading="flat",
         alpha=trace.opacity,
         edgecolors=area.get_facecolor() if trace.xgap else "none",
         linewidth=0.4 if trace.xgap else 0,
@@ -89,6 +90,15 @@ def _heatmap(area: "Axes", trace: Part, ink: str) -> None:
         _inside(area, mesh, trace, np.asarray(z.filled(low)))
     if trace.showscale is not False:
         _bar(area, mesh, trace.colorbar, ink)
+
+
+def _edges(middle: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " edge"]:
+    """Where cells begin and end, half-way between their centres; a single cell is 1 wide."""
+    if len(middle) == 1:
+        return np.array([middle[0] - 0.5, middle[0] + 0.5])
+    between = (middle[1:] + middle[:-1]) / 2
+    ends = 2 * middle[[0, -1]] - between[[0, -1]]
+    return np.concatenate([ends[:1], between, ends[1:]])
 
 
 def _inside(area: "Axes", mesh: Part, trace: Part, z: np.ndarray) -> None:

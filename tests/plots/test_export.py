@@ -50,6 +50,16 @@ def test_a_drawn_heatmap_has_the_cells_colours_and_direction() -> None:
     assert (area.get_xlabel(), area.get_ylabel(), bar.get_ylabel()) == ("head", "layer", "logits")
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 3), (3, 1), (1, 1), (2, 3)])
+def test_every_cell_of_a_drawn_heatmap_is_a_unit_wide_and_high(rows: int, columns: int) -> None:
+    values = np.arange(rows * columns, dtype=float).reshape(rows, columns)
+    figure = go.Figure(go.Heatmap(z=values, x=[*"abc"[:columns]], y=[*"rst"[:rows]]))
+    corners = draw(figure).axes[0].collections[0].get_coordinates()
+    assert corners.shape == (rows + 1, columns + 1, 2)
+    np.testing.assert_allclose(corners[0, :, 0], np.arange(columns + 1) - 0.5)
+    np.testing.assert_allclose(corners[:, 0, 1], np.arange(rows + 1) - 0.5)
+
+
 def test_drawn_bars_points_and_lines() -> None:
     bars = draw(plots.ranking(scores(), 3)).axes[0]
     assert [round(bar.get_height(), 3) for bar in bars.patches[:3]] == [0.9, 0.8, 0.2]
