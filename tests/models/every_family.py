@@ -22,12 +22,12 @@ _VERSION = re.compile(r"class of transformers\s+(\d+\.\d+)")
 
 @cache
 def listed() -> dict[str, str]:
-    """Verdict on each model type, as the page gives it."""
+    """Verdict on each causal language model's type, as the page gives it."""
     verdict, found = "", {}
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
-            verdict = _SECTIONS.get(line[3:], line[3:])
-        elif match := _ROW.match(line):
+            verdict = _SECTIONS.get(line[3:], "")
+        elif verdict and (match := _ROW.match(line)):
             found[match[1]] = verdict
     return found
 

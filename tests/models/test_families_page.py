@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from tests.models.every_family import is_current, listed
-from tools.families import PAGE, Family, page
-from tools.tiny_models import kinds, tiny_model
+from tools.families import PAGE, Family, examine, page
+from tools.tiny_models import GROUPS, kinds, tiny_model
 
 
 def test_counts_are_those_of_the_rows() -> None:
@@ -43,3 +43,35 @@ def test_tiny_models_are_tiny_and_peaky() -> None:
     assert sum(p.numel() for p in model.parameters()) < 100_000
     assert model.config.sliding_window < 64
     assert all(p.std() > 0.1 for p in model.parameters() if p.ndim == 2)
+
+
+OTHERS = [group for group in GROUPS if group != "causal"]
+
+
+@pytest.mark.skipif(not is_current(), reason="the page is of another transformers")
+@pytest.mark.parametrize("group", OTHERS)
+def test_every_type_of_another_group_is_listed_and_none_is_wrong(group: str) -> None:
+    part = PAGE.read_text(encoding="utf-8").split(f"\n## {GROUPS[group].title}\n")[1]
+    part = part.split("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([^`]+)` \| ([^|]+) \|", part, re.MULTILINE))
+    assert set(rows) == set(kinds(group))
+    assert "wrong" not in rows.values()
+
+
+@pytest.mark.skipif(not is_current(), reason="the page is of another transformers")
+@pytest.mark.parametrize(
+    ("group", "kind", "verdict"),
+    [
+        ("masked", "electra", "limited"),
+        ("masked", "mpnet", "refused"),
+        ("masked", "albert", "refused"),
+        ("images", "swin", "refused"),
+        ("seq2seq", "t5", "supported"),
+        ("speech", "whisper", "supported"),
+    ],
+)
+def test_what_the_page_says_of_other_groups_holds(group: str, kind: str, verdict: str) -> None:
+    found = examine(kind, group)
+    assert found.verdict == verdict, found.reasons
+    part = PAGE.read_text(encoding="utf-8").split(f"\n## {GROUPS[group].title}\n")[1]
+    assert (f"| `{kind}` | refused |" in part) == (verdict == "refused")
