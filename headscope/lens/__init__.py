@@ -1,10 +1,10 @@
-"""Lenses: vectors inside a model, read in the vocabulary.
+"""Lenses: hidden states read in the vocabulary.
 
 Every layer at every position: :func:`logit_lens`. One logit as an exact sum of parts:
-:func:`attribute`; over a probe, per head: :func:`head_attribution`. What single heads say:
-:func:`head_lens`. Learned lenses, each judged on held-out text beside the plain one:
-:func:`tuned_lens`, :func:`linear_shortcuts`, :func:`attention_lens`; read back by :func:`load`.
-What a decoder makes of each layer of its encoder: :func:`decoder_lens`.
+:func:`attribute`; over a probe, per head: :func:`head_attribution`. Tokens that single heads
+promote: :func:`head_lens`. Learned lenses, each compared with the plain one on held-out text:
+:func:`tuned_lens`, :func:`linear_shortcuts`, :func:`attention_lens`; loaded by :func:`load`. What a
+decoder generates from each layer of its encoder: :func:`decoder_lens`.
 """
 
 from os import PathLike
@@ -39,10 +39,10 @@ _TENSORS = {
 
 @checked
 def load(folder: "str | PathLike[str]") -> ResidualLens | AttentionLens:
-    """Read a lens that its ``save`` wrote; it says what it is.
+    """Load a saved lens of any kind.
 
     Raises:
-        InputError: if there is none, or its parts do not fit together.
+        InputError: if there is none, or its parts do not match.
 
     Example:
         >>> lens = hs.lens.linear_shortcuts(model, probe)
@@ -55,7 +55,7 @@ def load(folder: "str | PathLike[str]") -> ResidualLens | AttentionLens:
         raise InputError(f"{folder}: {nearest(facts.kind, _TENSORS, kind='lens')}")
     wanted = _TENSORS[facts.kind]
     if {name: one.ndim for name, one in tensors.items()} != wanted:
-        raise InputError(f"the lens in {folder} should hold {', '.join(wanted)} and does not.")
+        raise InputError(f"the lens in {folder} is incomplete: it should hold {', '.join(wanted)}.")
     try:
         report = FitReport.from_json(facts.report)
         if facts.kind == "attention":
@@ -64,7 +64,7 @@ def load(folder: "str | PathLike[str]") -> ResidualLens | AttentionLens:
         if weight.shape != (*bias.shape, bias.shape[1]) or len(bias) != len(report.rows):
             raise ValueError(f"weight has shape {tuple(weight.shape)}")
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the lens in {folder} does not fit together: {error}.") from error
+        raise InputError(f"the lens in {folder} is inconsistent: {error}.") from error
     kind: Literal["tuned", "shortcut"] = "tuned" if facts.kind == "tuned" else "shortcut"
     return ResidualLens(kind, weight, bias, report, facts.model, facts.digest, facts.settings)
 

@@ -1,4 +1,4 @@
-"""The Attention Lens: a learned map from each head's output to the vocabulary, and its fitting."""
+"""The Attention Lens: a learned map from each head's output to the vocabulary."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,12 +44,12 @@ from headscope.table.lens import HeadWords
 
 @dataclass
 class HeadStreams:
-    """Reader that keeps them.
+    """Reader that keeps head outputs and the final residual stream.
 
     Attributes:
         z: by layer, divided by the scales of a norm after attention and of the final norm.
         final: last residual stream.
-        example: of each token.
+        example: example of each token.
     """
 
     model: HeadModel
@@ -60,12 +60,12 @@ class HeadStreams:
     final: Float[Tensor, "token d_model"] = field(default_factory=lambda: torch.empty(0, 0))
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Head outputs, the norms behind them, and what enters the final norm."""
+        """Taps to read: head outputs, the norms after them, and the input of the final norm."""
         layers = at_layers(shape, self._on_layer)
         return layers | at_blocks(shape, self._on_block) | at_final(self._on_final)
 
     def _on_layer(self, view: TapView) -> None:
-        """Keep the outputs of a chosen layer."""
+        """Store the outputs of a chosen layer."""
         if view.layer in self.layers:
             self.z[view.layer] = view.z[self.example, self.position].float()
 
@@ -85,7 +85,7 @@ class HeadStreams:
 
 @torch.no_grad()
 def head_streams(model: HeadModel, batch: Probe, layers: tuple[int, ...]) -> HeadStreams:
-    """Run a batch once."""
+    """Run a batch and return its streams."""
     example, position = (one.to(model.device) for one in rows_of(batch.real))
     seen = HeadStreams(model, layers, example, position)
     model.run(batch, reads=seen.reads(model.shape), logits_at=torch.empty(0, dtype=torch.long))
@@ -94,22 +94,22 @@ def head_streams(model: HeadModel, batch: Probe, layers: tuple[int, ...]) -> Hea
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionLens:
-    """What each head's output says, by a learned map to the vocabulary.
+    """Learned map from each head's output to the vocabulary.
 
-    Head h of a layer says ``z_h (W_O_h D.T + inner_h outer_h) / s``: the plain direct path (D:
-    residual directions of the logits) and a learned correction; s holds the scales of the final
-    norm and of a norm after attention. A layer says the sum over its heads, ``shift``, and the
-    biases of the model's unembedding. As a head's output lies in d_head dimensions, this is every
-    linear map from it to the vocabulary where the rank is d_head.
+    Head h of a layer reads as ``z_h (W_O_h D.T + inner_h outer_h) / s``: the plain direct path (D:
+    residual directions of the logits) and a learned correction; s contains the scales of the final
+    norm and of a norm after attention. A layer reads as the sum over its heads, ``shift``, and the
+    biases of the model's unembedding. Since a head's output has d_head dimensions, rank d_head
+    covers every linear map from it to the vocabulary.
 
     Attributes:
-        layers: with a lens.
+        layers: layers with a lens.
         inner, outer: factors of every head's correction.
-        shift: of every layer.
-        report: held-out loss beside that of the plain direct path, one row per layer.
+        shift: bias of every layer.
+        report: held-out loss and that of the plain direct path, one row per layer.
         model: name of the model that it belongs to.
-        digest: of its weights.
-        settings: what it was fitted with. JSON values.
+        digest: digest of its weights.
+        settings: settings of the fit, as JSON values.
 
     Example:
         >>> lens = hs.lens.attention_lens(model, probe, layers=[0], rank=2, steps=1)
@@ -133,16 +133,16 @@ class AttentionLens:
     def read(
         self, model: HeadModel, prompt: Promptish, position: int = -1, *, k: int = 10
     ) -> HeadWords:
-        """Tokens that every head promotes and suppresses at one position, by the learned maps.
+        """Read the tokens that every head promotes and suppresses at one position.
 
-        As :func:`headscope.lens.head_lens`, which is the same with a correction of 0.
+        Like :func:`headscope.lens.head_lens`, which is the same with a correction of 0.
 
         Raises:
             InputError: if the lens belongs to another model, or the prompt does not fit.
         """
         self.check(model)
         if k < 1:
-            raise InputError(f"k must be at least 1; got {k}.")
+            raise InputError(f"k={k}: give 1 or more.")
         text = read_prompt(model, prompt)
         at = text.at(position)
         seen = head_streams(model, text.probe, self.layers)
@@ -155,7 +155,7 @@ class AttentionLens:
     def by_head(
         self, model: HeadModel, place: int, z: Float[Tensor, "token head d_head"]
     ) -> Float[Tensor, "token head d_vocab"]:
-        """Logits of single heads, of outputs over the scales."""
+        """Logits of single heads, from outputs divided by the scales."""
         plain = logits_added(model.unembedding, writes(model, self.layers[place], z).flatten(0, 1))
         inner, outer = (one[place].to(z.device) for one in (self.inner, self.outer))
         change = einsum(
@@ -172,7 +172,7 @@ class AttentionLens:
             )
 
     def save(self, folder: "str | PathLike[str]") -> None:
-        """Write ``lens.safetensors`` and ``config.json`` into a folder, each whole or absent."""
+        """Write ``lens.safetensors`` and ``config.json`` into a folder, each atomically."""
         tensors = {"inner": self.inner, "outer": self.outer, "shift": self.shift}
         facts = LensConfig(
             kind="attention",
@@ -188,14 +188,14 @@ class AttentionLens:
         return replace(self, report=report)
 
     def __repr__(self) -> str:
-        """Return what it is and whether it is worth anything."""
+        """Describe the lens and its held-out gain."""
         return f"<{self.title} of {self.model}: {self.report or 'not judged'}>"
 
 
 def writes(
     model: HeadModel, layer: int, z: Float[Tensor, "token head d_head"]
 ) -> Float[Tensor, "token head d_model"]:
-    """What outputs over the scales add to the stream."""
+    """Contribution of scaled outputs to the residual stream."""
     write = model.parts.attention_write(layer)
     plain = einsum(
         z, model.output_weights(layer).float(),
@@ -210,7 +210,7 @@ def layer_logits(
     z: Float[Tensor, "token head d_head"],
     biases: Float[Tensor, " d_vocab"],
 ) -> Float[Tensor, "token d_vocab"]:
-    """What all heads of a layer say on the plain direct path, before a soft cap."""
+    """Logits of a layer's heads on the plain direct path, before a soft cap."""
     return logits_added(model.unembedding, writes(model, layer, z).sum(1)) + biases
 
 
@@ -220,7 +220,7 @@ def correction(
     outer: Float[Tensor, "head rank d_vocab"],
     shift: Float[Tensor, " d_vocab"],
 ) -> Float[Tensor, "token d_vocab"]:
-    """What the learned part adds to a layer's logits."""
+    """Contribution of the learned part to a layer's logits."""
     held = einsum(z, inner, "token head d_head, head d_head rank -> token head rank")
     return held.flatten(1) @ outer.flatten(0, 1) + shift
 
@@ -241,31 +241,31 @@ def attention_lens(
     checkpoint: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> AttentionLens:
-    """Fit a map from every head's output to the vocabulary, so that a layer says what follows.
+    """Fit a map from every head's output to the vocabulary, to predict the model's output.
 
     The loss of a layer is ``KL(model || sum over its heads)`` per token, in nats, by Adam, as in
-    the paper. Unlike there: every token counts, not the last one; the fit starts from the direct
+    the paper. Unlike there, every token counts, not only the last; the fit starts from the direct
     path with the scales of this run instead of a bare W_U, and adds the unembedding's bias once and
-    not per head; and the learned part of a head has a small rank, as a full map from d_model
-    takes ``heads * d_model * vocabulary`` numbers a layer (463 million in GPT-2 small, 5 million
-    at rank 8). While fitting, 16 bytes are needed for each.
+    not per head; and the learned part of a head has a small rank, as a full map from d_model takes
+    ``heads * d_model * vocabulary`` numbers per layer (463 million in GPT-2 small, 5 million at
+    rank 8). Fitting takes 16 bytes for each.
 
     Args:
         model: from :func:`headscope.load`.
-        probe: text to fit to; default: the bundled passages, which are few: give more.
+        probe: text to fit to; default: the bundled passages, which are few: pass more.
         layers: default: all with attention.
-        rank: of each head's learned part; None: all of the head's d_head dimensions.
-        steps: of the optimiser.
-        learning_rate: at the start; it falls linearly.
-        held_out: share of the examples that the lens is judged by.
-        seed: of the draw of examples and of the start.
-        checkpoint: file in which the fit is kept, every 20 seconds, and from which the same call
-            goes on after a kill, to the same numbers; default: none.
+        rank: rank of each head's learned part; None: all of the head's d_head dimensions.
+        steps: optimiser steps.
+        learning_rate: initial rate; it falls linearly.
+        held_out: share of the examples that is held out for the report.
+        seed: seed of the split and of the initial values.
+        checkpoint: file that stores the fit every 20 seconds, from which the same call resumes
+            after an interruption, with identical results; default: none.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if the data does not fit the model, a number is out of range, or the
-            checkpoint is of another fit.
+        InputError: if the data does not fit the model, a number is out of range, or the checkpoint
+            belongs to another fit.
 
     Source: Sakarvadia et al. 2023, "Attention Lens", arXiv 2310.16270.
 
@@ -322,7 +322,7 @@ def attention_lens(
 def _start(
     model: HeadModel, layers: int, rank: int | None, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors whose product is 0; with all dimensions the inner one is the identity and stays."""
+    """Initial factors with product 0; at full rank the inner factor is the identity and fixed."""
     shape, device = model.shape, model.device
     size = shape.d_head if rank is None else min(rank, shape.d_head)
     generator = torch.Generator().manual_seed(seed)
@@ -345,7 +345,7 @@ def _descend(
     parts: tuple[Tensor, Tensor, Tensor],
     biases: Float[Tensor, " d_vocab"],
 ) -> None:
-    """Gradient of every layer's mean loss on a batch, a few tokens at a time."""
+    """Accumulate gradients of every layer's mean loss on a batch, a few tokens at a time."""
     seen, unembedding = head_streams(model, batch, layers), model.unembedding
     for chosen in row_chunks(len(seen.final), unembedding):
         with torch.no_grad():
@@ -362,7 +362,7 @@ def _descend(
 
 @torch.no_grad()
 def judge(model: HeadModel, data: Data, lens: AttentionLens) -> FitReport:
-    """Held-out loss of a lens, and of the direct path without it."""
+    """Held-out loss of a lens and of the plain direct path."""
     found = Judge.of(tuple(f"L{layer}" for layer in lens.layers), data.held_out)
     unembedding, biases, done = model.unembedding, constants(model.unembedding), 0
     for batch in in_turn(data.held_out):

@@ -1,8 +1,8 @@
 """Direct logit attribution: a logit as an exact sum over embedding, heads, MLPs and biases.
 
-Of one prompt, or of every head averaged over a probe. Every part is read where the model computes
-it, at a few positions, and forgotten: no vector of a part is kept, only its product with the
-direction. Each attribution proves that its reading of the last stream is the model's own.
+For one prompt, or for every head averaged over a probe. Every part is read where the model computes
+it, at a few positions; only its product with the direction is kept, never the vector. Each
+attribution checks that its reading of the last stream equals the model's logits.
 """
 
 from collections.abc import Iterator
@@ -32,21 +32,21 @@ from headscope.table.lens import Attribution, Tolerance, check_sum
 
 @dataclass
 class Split:
-    """Products of parts with one direction per row, over the final norm's scale.
+    """Products of all parts with one direction per row, divided by the final norm's scale.
 
-    A row is one position of one example. Until the end of the pass nothing is divided.
+    A row is one position of one example. The division happens at the end of the pass.
 
     Attributes:
         example, position: of each row.
         direction: residual direction that is read, per row.
         with_sources: also split every head by source token.
-        heads: by layer.
-        biases: by layer, of attention.
-        mlps: by layer.
-        sources: by layer; keys beyond the query's reach are 0.
-        embedding: what entered the first block.
-        scale: of the final norm.
-        residual: what entered the final norm.
+        heads: products by layer.
+        biases: products of attention biases, by layer.
+        mlps: products by layer.
+        sources: products by layer; keys beyond the query's reach are 0.
+        embedding: product of the input of the first block.
+        scale: scale of the final norm.
+        residual: input of the final norm.
     """
 
     model: HeadModel
@@ -63,7 +63,7 @@ class Split:
     residual: Float[Tensor, "row d_model"] = field(default_factory=lambda: torch.empty(0, 0))
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Head outputs, the norms behind them, and what enters the final norm."""
+        """Taps to read: head outputs, the norms after them, and the input of the final norm."""
         layers = at_layers(shape, self._on_layer)
         return layers | at_blocks(shape, self._on_block) | at_final(self._on_final)
 
@@ -115,7 +115,7 @@ class Split:
                 parts[layer] = values / self.scale.view(-1, *[1] * (values.ndim - 1))
 
     def read_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Keep what enters the final norm."""
+        """Store the input of the final norm."""
         self.residual = residual[self.example, self.position].float()
 
     def _along(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, " row"]:
@@ -126,7 +126,7 @@ class Split:
 
     @property
     def whole(self) -> Float[Tensor, " row"]:
-        """What all parts must sum to: the last residual stream along the direction."""
+        """Sum that all parts must equal: the last residual stream along the direction."""
         return (self.residual * self.direction).sum(-1) / self.scale
 
     @property
@@ -146,7 +146,7 @@ class Split:
 
 
 def rows_of(read: Bool[Tensor, "batch pos"]) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
-    """Example and position of every position read."""
+    """Example and position of every row."""
     example, position = read.nonzero(as_tuple=True)
     return example, position
 
@@ -158,7 +158,7 @@ _HALF_TOLERANCE = (5e-2, 5e-2)
 
 
 def tolerance(model: HeadModel) -> Tolerance:
-    """Largest gap between the parts and the whole."""
+    """Largest allowed gap between the parts and the whole."""
     return _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
 
 
@@ -167,16 +167,16 @@ def check_unembedding(
     residual: Float[Tensor, "row d_model"],
     logits: Float[Tensor, "row d_vocab"],
 ) -> None:
-    """Raise HeadscopeError where our reading of the residual stream is not the model's own."""
+    """Raise HeadscopeError if our logits of the residual stream are not the model's own."""
     read = model.unembedding.logits(residual).cpu().double().numpy()
     own = logits.cpu().double().numpy()
     largest = np.abs(own).max(1, keepdims=True).repeat(own.shape[1], 1).ravel()
-    allowed = (tolerance(model)[0],) * 2  # kernels differ more than sums do
+    allowed = (tolerance(model)[0],) * 2  # kernels differ more than sums
     check_sum(read.ravel(), own.ravel(), largest, allowed, f"logits of {model.name}")
 
 
 def check_first(model: HeadModel, probe: Probe) -> None:
-    """The same on one position of a probe."""
+    """Check the unembedding at one position of a probe."""
     one = probe.examples(slice(0, 1))
     last = one.last
     place = torch.zeros(1, dtype=torch.long, device=model.device)
@@ -192,13 +192,13 @@ def check_first(model: HeadModel, probe: Probe) -> None:
 
 
 def need_unembedding(model: HeadModel) -> None:
-    """Raise UnsupportedModelError where the model has no plain final norm."""
+    """Raise UnsupportedModelError if the model has no plain final norm."""
     if "unembedding" in model.limits:
         raise UnsupportedModelError(model.limits["unembedding"])
 
 
 def over_layers(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray, "layer row"]:
-    """Parts of the layers that have them, over all layers; NaN elsewhere."""
+    """Scatter parts over all layers; NaN elsewhere."""
     result = np.full((model.shape.n_layers, len(next(iter(parts.values())))), np.nan)
     for layer, values in parts.items():
         result[layer] = values.cpu().double().numpy()
@@ -206,10 +206,10 @@ def over_layers(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray,
 
 
 def over_heads(model: HeadModel, parts: dict[int, Tensor]) -> Float[np.ndarray, "layer head *rest"]:
-    """Parts of heads over all layers; NaN where there is no attention or the head was removed.
+    """Scatter parts of heads over all layers; NaN without attention or where pruned.
 
     Args:
-        model: whose heads they are.
+        model: the model.
         parts: by layer, ``[row head ...]``; rows come last in the result.
     """
     rows, _, *rest = next(iter(parts.values())).shape
@@ -234,35 +234,35 @@ def attribute(
     position: int = -1,
     sources: bool = True,
 ) -> Attribution:
-    """Split one logit, or the difference of two, into what every part of the model adds to it.
+    """Decompose one logit, or a difference of two, into contributions of the model's parts.
 
     ``logit = sum over parts of (part . d) / s + biases``: d is the residual direction of the
-    target's logit (less that of the foil), s the final norm's denominator in this run, held fixed.
-    Parts: token embedding, position embedding, every head, what attention's biases add, every
-    MLP, and biases of the final norm and the unembedding. Multipliers of a family (granite,
-    cohere) are in the parts. Where a norm follows attention (gemma2, gemma3, olmo2) its scale is
-    held fixed as well, which keeps the split over heads exact; where it follows the MLP, the
-    part is what comes out of it. Logits are those before a soft cap, in any sign.
+    target's logit (minus that of the foil), s the final norm's denominator in this run, held fixed.
+    Parts: token embedding, position embedding, every head, attention biases, every MLP, and biases
+    of the final norm and the unembedding. Multipliers of a family (granite, cohere) are included in
+    the parts. If a norm follows attention (gemma2, gemma3, olmo2), its scale is held fixed as well,
+    which keeps the split over heads exact; if it follows the MLP, the part is its output. Logits
+    are those before a soft cap, of any sign.
 
-    That the parts sum to the logit, to 1e-4 (or 1e-5 of the largest part; half precision, whose
-    residual stream is rounded at every block: 5e-2 of it), and that the logit is the model's own
-    is checked every time.
+    Every call checks that the parts sum to the logit, to 1e-4 (or 1e-5 of the largest part; in half
+    precision, which rounds the residual stream at every block, 5e-2 of it), and that the logit is
+    the model's own.
 
     Args:
         model: from :func:`headscope.load`.
         prompt: text, or token ids.
         target: token, as its text or id; default: the model's most likely next token.
-        foil: token whose logit is taken off; default: none.
-        position: whose next token is predicted.
-        sources: also say which token's value each head moved.
+        foil: token whose logit is subtracted; default: none.
+        position: position whose next token is predicted.
+        sources: also attribute each head's contribution to source tokens.
 
     Raises:
         InputError: if the prompt, position or a token does not fit the model.
         UnsupportedModelError: if the model has no plain final norm, or its blocks are not sums.
         HeadscopeError: if a check fails.
 
-    Source: Elhage et al. 2021; Wang et al. 2022, appendix on direct effects. Unlike the scorer
-    ``direct_logit_attribution``, the mean over the vocabulary is not taken off.
+    Source: Elhage et al. 2021; Wang et al. 2022, appendix on direct effects. Unlike in the scorer
+    ``direct_logit_attribution``, the mean over the vocabulary is not subtracted.
 
     Example:
         >>> import headscope as hs
@@ -313,7 +313,7 @@ def attribute(
 
 
 def _embedding(model: HeadModel, token: int, split: Split) -> dict[str, float]:
-    """Token and position apart, where a token enters as a row of the embedding."""
+    """Contributions of token and position, separately if tokens enter as embedding rows."""
     whole = float(split.embedding[0])
     try:
         row = model.parts.embedding[token].float()
@@ -321,7 +321,7 @@ def _embedding(model: HeadModel, token: int, split: Split) -> dict[str, float]:
         return {"embedding": whole}
     by_token = float((row * split.direction[0]).sum() / split.scale[0])
     rest = whole - by_token
-    # What rounding of the row itself may come to: half precision has multipliers of its own.
+    # Allowed rounding of the row itself; half precision has its own tolerance.
     rounding = 4 * torch.finfo(model.dtype).eps * row.norm() * split.direction[0].norm()
     if abs(rest) < max(1e-5 * max(1.0, abs(whole)), float(rounding / split.scale[0])):
         return {"token embedding": whole}
@@ -342,25 +342,25 @@ def head_attribution(
     mark: str | None = None,
     batch_size: int | None = None,
 ) -> HeadScores:
-    """What every head adds directly to the logit of a probe's targets, averaged over the probe.
+    """Direct contribution of every head to the logits of a probe's targets, averaged.
 
-    As :func:`attribute`, at every position with a target: the mean over an example's positions,
+    Like :func:`attribute`, at every position with a target: the mean over an example's positions,
     then over examples; tested against no effect. With ``mean`` this is the scorer
-    ``direct_logit_attribution`` (which reads the second copy alone, where there is one), with
-    ``foil`` the scorer ``direct_logit_difference``. Unlike these it also holds where a norm
-    follows attention, and its sums are checked.
+    ``direct_logit_attribution`` (which reads only the second copy, if there is one), with ``foil``
+    the scorer ``direct_logit_difference``. Unlike these it also works with a norm after attention,
+    and its sums are checked.
 
     Args:
         model: from :func:`headscope.load`.
         probe: with targets.
-        against: what is taken off the target's logit: that of the ``foil``, the ``mean`` over the
-            vocabulary, or ``nothing``; default: the foil if the probe has foils, else the mean.
+        against: what is subtracted from the target's logit: that of the ``foil``, the ``mean`` over
+            the vocabulary, or ``nothing``; default: the foil if the probe has foils, else the mean.
         mark: read only positions with this mark of the probe.
         batch_size: examples per pass.
 
     Raises:
         InputError: if the probe does not fit the model or has nothing to read.
-        UnsupportedModelError: as of :func:`attribute`.
+        UnsupportedModelError: as in :func:`attribute`.
         HeadscopeError: if the parts do not sum to the whole.
 
     Example:
@@ -390,7 +390,7 @@ def head_attribution(
         kv_heads=model.shape.n_kv_heads,
         design=Design(clusters=probe.cluster_labels),
         unit="logits",
-        description=f"What each head adds directly to the target's logit, less {_WORDS[chosen]}.",
+        description=f"What each head adds directly to the target's logit, minus {_WORDS[chosen]}.",
         source="Elhage et al. 2021, direct path; Wang et al. 2022, direct effect",
         provenance=origin(model, probe, reading="attribution", against=chosen, mark=mark),
     ).of_stack(model.shape.stack)
@@ -402,7 +402,7 @@ _WORDS = {"foil": "the foil's", "mean": "the mean over the vocabulary", "nothing
 def _splits(
     model: HeadModel, probe: Probe, against: Against, batch_size: int | None
 ) -> Iterator[tuple[slice, Split]]:
-    """Each batch of a probe, split and checked."""
+    """Yield each batch of a probe, decomposed and checked."""
 
     def make(batch: Probe, _halvings: int) -> Split:
         example, position = (one.to(model.device) for one in rows_of(_read(batch, against)))
@@ -442,7 +442,7 @@ def _directions(
 def _per_example(
     model: HeadModel, split: Split, examples: int
 ) -> Float[np.ndarray, "layer head example"]:
-    """Mean over each example's rows; NaN where it has none."""
+    """Mean over each example's rows; NaN without rows."""
     heads = over_heads(model, split.heads)
     example = split.example.cpu().numpy()
     member = np.eye(examples)[example]

@@ -1,6 +1,6 @@
-"""Learned lenses: how all are fitted, how good they are on held-out text, and their files.
+"""Fitting of learned lenses: data split, optimiser, held-out evaluation, files.
 
-Fitting shares data, batches, held-out loss and a resumable descent.
+All learned lenses share the data split, batches, held-out loss and a resumable optimiser.
 """
 
 import json
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class FitReport:
-    """Held-out loss of a learned lens and of the plain one, per place and example.
+    """Held-out losses of a learned and of the plain lens, per place and example.
 
     Attributes:
         rows: places that the lens reads.
         learned: ``KL(model || learned lens)`` in nats, mean over an example's tokens.
-        plain: the same of the plain lens.
-        agreement: share of tokens whose most likely token is the model's own, learned and plain.
-        tokens: held out.
-        fitted: tokens that the lens was fitted to.
+        plain: the same for the plain lens.
+        agreement: share of tokens whose most likely token equals the model's, learned and plain.
+        tokens: number of held-out tokens.
+        fitted: number of tokens that the lens was fitted to.
 
     Example:
         >>> report = hs.lens.tuned_lens(model, probe, steps=1).report
@@ -63,23 +63,23 @@ class FitReport:
 
     @property
     def gain(self) -> Float[np.ndarray, " row"]:
-        """Nats that the learned lens saves per token, mean over examples."""
+        """Nats per token that the learned lens gains over the plain one, mean over examples."""
         return np.asarray((self.plain - self.learned).mean(1))
 
     @property
     def better(self) -> Bool[np.ndarray, " row"]:
-        """Where the held-out loss is lower than that of the plain lens."""
+        """Mask of places where the held-out loss is lower than that of the plain lens."""
         return np.asarray(self.gain > 0)
 
     def __str__(self) -> str:
-        """Say in one line whether learning was worth it."""
+        """Say in one line whether the learned lens beats the plain one."""
         learned, plain = float(self.learned.mean()), float(self.plain.mean())
         where = f"better at {int(self.better.sum())} of {len(self.rows)} places"
         text = f"held-out KL {learned:.3g} nats, plain lens {plain:.3g}, {where}"
         return text if learned < plain else f"NO BETTER than the plain lens: {text}"
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per place: both losses, what is saved with its standard error, agreement."""
+        """One row per place: both losses, the gain with its standard error, agreement."""
         import pandas
 
         return pandas.DataFrame(
@@ -108,7 +108,7 @@ class FitReport:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> "FitReport":
-        """Read what :meth:`to_json` wrote."""
+        """Rebuild a report from the output of :meth:`to_json`."""
         arrays = {
             name: np.array(facts[name], dtype=float) for name in ("learned", "plain", "agreement")
         }
@@ -121,11 +121,11 @@ class FitReport:
 
 
 _WEIGHTS, _CONFIG = "lens.safetensors", "config.json"
-_MOST = 2**24  # bytes of a config
+_MOST = 2**24  # maximum bytes of a config
 
 
 class LensConfig(Strict):
-    """What ``config.json`` says of a lens."""
+    """Content of a lens's ``config.json``."""
 
     kind: str
     model: str
@@ -138,7 +138,7 @@ class LensConfig(Strict):
 def save_lens(
     folder: "str | PathLike[str]", tensors: Mapping[str, Tensor], facts: LensConfig
 ) -> None:
-    """Write weights, then config: a folder with a config is complete."""
+    """Write weights, then the config, so that a folder with a config is complete."""
     from safetensors.torch import save
 
     place = writable_folder(Path(folder))
@@ -151,10 +151,10 @@ def save_lens(
 
 
 def load_lens(folder: "str | PathLike[str]") -> tuple[dict[str, Tensor], LensConfig]:
-    """Read what :func:`save_lens` wrote.
+    """Load a lens saved by :func:`save_lens`.
 
     Raises:
-        InputError: if it is not there, not whole, or not what it says.
+        InputError: if it is missing, incomplete or inconsistent.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -162,7 +162,7 @@ def load_lens(folder: "str | PathLike[str]") -> tuple[dict[str, Tensor], LensCon
     place = Path(folder)
     try:
         if (place / _CONFIG).stat().st_size > _MOST:
-            raise InputError(f"{place / _CONFIG} is larger than such a file can be.")
+            raise InputError(f"{place / _CONFIG} is too large for a lens config.")
         facts = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
         tensors: dict[str, Tensor] = load((place / _WEIGHTS).read_bytes())
     except OSError as error:
@@ -179,21 +179,21 @@ def load_lens(folder: "str | PathLike[str]") -> tuple[dict[str, Tensor], LensCon
     return tensors, parse(LensConfig, facts, str(place / _CONFIG))
 
 
-# Tokens of one pass unless the caller says otherwise: their streams of all layers are kept.
+# Default tokens per pass, whose streams of all layers are kept.
 _TOKENS = 1024
 _LENGTH = 128
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Examples to fit to, and examples to judge by."""
+    """Examples to fit to, and held-out examples."""
 
     fit: Probe
     held_out: Probe
 
     @property
     def facts(self) -> dict[str, object]:
-        """What the data is, as JSON values."""
+        """Description of the data, as JSON values."""
         return {
             "probe": self.fit.name,
             **self.fit.settings,
@@ -203,19 +203,19 @@ class Data:
 
 
 def split_data(model: HeadModel, probe: Probe | None, held_out: float, seed: int) -> Data:
-    """Draw the examples that are held out.
+    """Split a probe into examples to fit to and held-out ones.
 
     Args:
-        model: that reads them.
+        model: the model that reads them.
         probe: default: the bundled passages, in pieces of at most 128 tokens.
         held_out: share of the examples.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         InputError: if there are fewer than two examples, or they do not fit the model.
     """
     if not 0 < held_out < 1:
-        raise InputError(f"held_out is a share of the examples between 0 and 1; got {held_out}.")
+        raise InputError(f"held_out={held_out}: give a share of the examples between 0 and 1.")
     if probe is None:
         length = min(_LENGTH, model.shape.n_ctx or _LENGTH)
         probe = probes.text(model, length=length, seed=seed)
@@ -228,7 +228,7 @@ def split_data(model: HeadModel, probe: Probe | None, held_out: float, seed: int
 
 
 def pick(probe: Probe, chosen: Int[Tensor, " example"]) -> Probe:
-    """Some examples of a probe, tokens alone: enough for every lens."""
+    """Select examples of a probe, with tokens only."""
     chosen = chosen.sort().values
     picked = probes.from_tokens(probe.tokens[chosen], probe.real[chosen])
     return Probe(
@@ -243,12 +243,12 @@ def pick(probe: Probe, chosen: Int[Tensor, " example"]) -> Probe:
 
 
 def examples_per_pass(probe: Probe) -> int:
-    """How many examples make about 1024 tokens."""
+    """Number of examples with about 1024 tokens in total."""
     return max(1, _TOKENS // probe.length)
 
 
 def batches(probe: Probe, steps: int, seed: int) -> Iterator[Probe]:
-    """Random examples for every step: each is seen once before any is seen again."""
+    """Draw random examples for every step, using each once before any is repeated."""
     generator = torch.Generator().manual_seed(seed)
     size = min(examples_per_pass(probe), len(probe))
     order = torch.empty(0, dtype=torch.long)
@@ -260,7 +260,7 @@ def batches(probe: Probe, steps: int, seed: int) -> Iterator[Probe]:
 
 
 def in_turn(probe: Probe) -> Iterator[Probe]:
-    """Every example once."""
+    """Yield every example once."""
     size = examples_per_pass(probe)
     return (probe.examples(slice(at, at + size)) for at in range(0, len(probe), size))
 
@@ -287,11 +287,11 @@ def divergence(
 
 @dataclass
 class Judge:
-    """Adds up held-out losses of a learned and a plain lens.
+    """Accumulates held-out losses of a learned and a plain lens.
 
     Attributes:
         rows: places.
-        sums: of losses ``[2 row example]``, learned first.
+        sums: sums of losses ``[2 row example]``, learned first.
         agreed: number of tokens with the model's own most likely token ``[2 row]``.
         counts: tokens of each example.
     """
@@ -303,7 +303,7 @@ class Judge:
 
     @classmethod
     def of(cls, rows: tuple[str, ...], probe: Probe) -> "Judge":
-        """Start with nothing."""
+        """Start with zero sums."""
         return cls(
             rows,
             np.zeros((2, len(rows), len(probe))),
@@ -319,7 +319,7 @@ class Judge:
         logits: Float[Tensor, "token d_vocab"],
         example: Int[Tensor, " token"],
     ) -> None:
-        """Count some tokens of one place."""
+        """Add some tokens of one place."""
         loss = divergence(final, logits).clamp_min(0).cpu().double().numpy()
         np.add.at(self.sums[lens, place], example.cpu().numpy(), loss)
         self.agreed[lens, place] += int((final.argmax(1) == logits.argmax(1)).sum())
@@ -354,21 +354,21 @@ def judge_streams(
     return judge.report(int(data.fit.real.sum()))
 
 
-# Seconds between two writes: what a kill may cost.
+# Seconds between two writes of a checkpoint.
 _EVERY = 20.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Adam with a linearly falling rate.
+    """Adam with a linearly falling learning rate.
 
     Attributes:
-        steps: in all.
-        learning_rate: at the start.
-        checkpoint: file that the fit is kept in, and goes on from; None: it is not.
-        facts: JSON values that say what is fitted to what: a file of other facts is refused.
-        options: how it is run; its seed draws the examples.
+        steps: total number of steps.
+        learning_rate: initial rate.
+        checkpoint: file that stores the fit and from which it resumes; None: none.
+        facts: JSON values that identify the fit: a file with other facts is refused.
+        options: seed of the draw of examples, and progress.
     """
 
     steps: int
@@ -384,12 +384,12 @@ class Descent:
         parameters: Sequence[Tensor],
         descend: Callable[[Probe, int], None],
     ) -> None:
-        """Change the parameters in place; ``descend`` adds the gradients of a batch and step.
+        """Optimise the parameters in place; ``descend`` adds the gradients of a batch and step.
 
-        A fit that was kept and goes on gives the same numbers as one that was not stopped.
+        A resumed fit gives the same numbers as an uninterrupted one.
 
         Raises:
-            InputError: if the checkpoint is of another fit, cannot be read or not be written.
+            InputError: if the checkpoint belongs to another fit, or cannot be read or written.
         """
         optimiser = torch.optim.Adam(parameters, lr=self.learning_rate)
         kept = None
@@ -412,7 +412,7 @@ class Descent:
 
 
 class _Kept:
-    """A fit's parameters and the optimiser's moments, in one safetensors file."""
+    """Checkpoint of parameters and optimiser moments, in one safetensors file."""
 
     def __init__(self, file: Path, facts: Mapping[str, Any]) -> None:
         self._file, self._facts = file, json.loads(json.dumps(facts))
@@ -421,7 +421,7 @@ class _Kept:
     def keep(
         self, step: int, parameters: Sequence[Tensor], optimiser: torch.optim.Adam, *, last: bool
     ) -> None:
-        """Write where the fit stands, if the last time is long enough ago."""
+        """Write the state, unless the last write was too recent."""
         if not last and time.monotonic() - self._written < _EVERY:
             return
         from safetensors.torch import save
@@ -433,7 +433,7 @@ class _Kept:
         self._written = time.monotonic()
 
     def restore(self, parameters: Sequence[Tensor], optimiser: torch.optim.Adam) -> int:
-        """Take over what the file holds; steps done, 0 if there is none."""
+        """Restore the state from the file; returns the finished steps, 0 if there is none."""
         from safetensors import SafetensorError, safe_open
 
         if not self._file.exists():
@@ -468,7 +468,7 @@ def _fill(
     step: int,
     read: Callable[[str], Tensor],
 ) -> None:
-    for one in parameters:  # so that the moments are there to be filled
+    for one in parameters:  # allocate the moments before restoring them
         optimiser.state[one] = {
             "step": torch.tensor(float(step)),
             **{moment: torch.zeros_like(one) for moment in _MOMENTS},

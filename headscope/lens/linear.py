@@ -1,7 +1,7 @@
-"""Lenses that map the stream of each layer to a later one by a matrix.
+"""Lenses that map each layer's residual stream linearly to a later one.
 
-Linear shortcuts fit it to the later stream; the tuned lens fits an affine map per layer, so that
-its reading is the model's own.
+Linear shortcuts predict the later stream itself; the tuned lens fits an affine map per layer so
+that its prediction matches the model's.
 """
 
 import time
@@ -42,15 +42,15 @@ _TITLES = {"tuned": "tuned lens", "shortcut": "linear shortcuts"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResidualLens:
-    """``x @ weight + bias`` for the stream at each place, then the model's own unembedding.
+    """Affine map ``x @ weight + bias`` per place, followed by the model's own unembedding.
 
     Attributes:
-        kind: how it was fitted: ``tuned`` or ``shortcut``.
-        weight, bias: of each place, from the bottom up; places above are read as they are.
-        report: held-out loss beside that of the plain logit lens.
+        kind: kind of fit: ``tuned`` or ``shortcut``.
+        weight, bias: per place, from the bottom up; places above are read unchanged.
+        report: held-out loss and that of the plain logit lens.
         model: name of the model that it belongs to.
-        digest: of its weights.
-        settings: what it was fitted with. JSON values.
+        digest: digest of its weights.
+        settings: settings of the fit, as JSON values.
 
     Example:
         >>> lens = hs.lens.tuned_lens(model, probe, steps=1)
@@ -68,11 +68,11 @@ class ResidualLens:
 
     @property
     def title(self) -> str:
-        """What pictures call it."""
+        """Name in figures."""
         return _TITLES[self.kind]
 
     def translate(self, rows: Float[Tensor, "row d_model"], place: int) -> Tensor:
-        """Rows ``[row d_model]`` of one place, as the lens sees them further up."""
+        """Apply the map of one place to rows ``[row d_model]``."""
         if place >= len(self.weight):
             return rows
         return rows.float() @ self.weight[place].to(rows.device) + self.bias[place].to(rows.device)
@@ -101,7 +101,7 @@ class ResidualLens:
         return f"<{self.title} of {self.model}: {self.report}>"
 
 
-# Eigenvalues below this share of the largest are directions that the data does not have.
+# Eigenvalues below this share of the largest are directions absent from the data.
 _LEAST = 1e-10
 
 
@@ -187,7 +187,7 @@ def linear_shortcuts(
 def least_squares(
     gram: Float[Tensor, "d_model d_model"], cross: Float[Tensor, "d_model d_out"]
 ) -> Float[Tensor, "d_model d_out"]:
-    """A of least norm with least ``|X A - Y|``, of ``X.T X`` and ``X.T Y``."""
+    """Minimum-norm least-squares solution A of ``X A = Y``, from ``X.T X`` and ``X.T Y``."""
     values, vectors = torch.linalg.eigh(gram)
     kept = values > _LEAST * values[-1]
     inverse = torch.where(kept, 1 / values.where(kept, values.new_ones(())), 0.0)
@@ -207,7 +207,7 @@ def _sides(
 def _explained(
     model: HeadModel, held_out: Probe, weight: Float[Tensor, "row d_model d_model"], count: int
 ) -> tuple[list[float], list[float]]:
-    """Share of the goal's variance that the maps explain, and that the identity does."""
+    """Share of the goal's variance explained by the maps, and by the identity."""
     missed = np.zeros((2, count))
     total, squares, tokens = torch.zeros(()), torch.zeros(()), 0
     for batch in in_turn(held_out):
@@ -228,15 +228,15 @@ _BLOCK_ENTRIES = 1 << 22
 def logit_metric(
     unembedding: Unembedding, last: Float[Tensor, "token d_model"]
 ) -> Float[Tensor, "d_model d_model"]:
-    """Metric in which the distance of two hidden states is that of their predictions.
+    """Metric on hidden states that approximates the divergence of their predictions.
 
     ``F = sum over v of p(v) (w_v - w)(w_v - w).T`` with ``w_v`` the unembedding of token v, ``w``
-    their mean under p, and p the model's mean prediction on some tokens: ``d.T F d / 2`` is the
-    divergence of predictions whose hidden states differ by d, to second order, with p in place
-    of each token's own prediction (the Fisher information of the softmax, averaged).
+    their mean under p, and p the model's mean prediction on some tokens: ``d.T F d / 2`` is, to
+    second order, the divergence of predictions whose hidden states differ by d, with p in place of
+    each token's own prediction (the Fisher information of the softmax, averaged).
 
     Args:
-        unembedding: of the model.
+        unembedding: the model's unembedding.
         last: last residual stream of some tokens.
     """
     p = torch.zeros(len(unembedding.W_U), device=last.device)
@@ -258,12 +258,12 @@ def distance(
     seen: Float[Tensor, "token d_model"],
     last: Float[Tensor, "token d_model"],
 ) -> Float[Tensor, " token"]:
-    """Half the squared distance of two hidden states behind the final norm, in nats.
+    """Half the squared distance of two hidden states after the final norm, in nats.
 
     Args:
-        unembedding: of the model.
-        metric: of :func:`logit_metric`.
-        seen: what the lens makes of the residual stream.
+        unembedding: the model's unembedding.
+        metric: from :func:`logit_metric`.
+        seen: residual stream mapped by the lens.
         last: last residual stream.
     """
     gap = unembedding.normed(seen) - unembedding.normed(last)
@@ -272,7 +272,7 @@ def distance(
 
 
 def affordable_tokens(places: int, d_model: int, d_vocab: int) -> int:
-    """Tokens whose divergence can be read at every place for about 1.5e11 operations a step.
+    """Number of tokens whose divergence can be read at every place in about 1.5e11 FLOPs per step.
 
     Example:
         >>> from headscope.lens.linear import affordable_tokens
@@ -283,11 +283,11 @@ def affordable_tokens(places: int, d_model: int, d_vocab: int) -> int:
 
 
 def step_seconds(read: int, places: int, d_model: int, d_vocab: int) -> float:
-    """Seconds that reading takes in one step on this processor, from one timed product.
+    """Seconds that reading takes per step on this processor, from one timed product.
 
     Args:
-        read: tokens whose divergence is read at every place.
-        places: of the lens.
+        read: number of tokens whose divergence is read at every place.
+        places: number of places of the lens.
         d_model: width of the model.
         d_vocab: size of its vocabulary.
     """
@@ -320,38 +320,39 @@ def tuned_lens(
     checkpoint: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> ResidualLens:
-    """Fit ``x + x A + b`` at every place below the last, read by the model's own norm and W_U.
+    """Fit ``x + x A + b`` per place below the last, decoded by the model's own norm and W_U.
 
-    A and b start at 0, so the fit starts at the plain logit lens; the loss is
-    ``KL(model || lens)`` per token, in nats. Adam with a linearly falling rate and gradients
-    clipped at 1; the paper uses SGD with Nesterov momentum on 2^18 tokens a step, here a step
-    has about 1024 tokens. Same seed, same lens.
+    A and b start at 0, so the fit starts at the plain logit lens; the loss is ``KL(model || lens)``
+    per token, in nats. Adam with a linearly falling rate and gradients clipped at 1; the paper uses
+    SGD with Nesterov momentum on 2^18 tokens per step, here a step has about 1024 tokens. The same
+    seed gives the same lens.
 
     Args:
         model: from :func:`headscope.load`.
-        probe: text to fit to; default: the bundled passages, which are few: give more.
-        steps: of the optimiser.
-        learning_rate: at the start; default: 1e-3, and more where d_model is below 768, in
-            inverse proportion, up to 1e-2.
-        held_out: share of the examples that the lens is judged by.
-        seed: of the draw of examples, and of tokens.
-        tokens: how many tokens of a step are read over the whole vocabulary at each place, drawn
-            anew for each: their mean loss is an unbiased estimate of the step's, at a share of its
-            cost. With fewer than a step has, the first half of the steps brings the hidden state
-            behind the final norm near the model's own, for all tokens and without the vocabulary,
-            in the metric of its logits (:func:`headscope.lens.linear.logit_metric`).
-            Default: all, or at large vocabularies as many as 1.5e11 operations can read (44 for
-            30 layers, d_model 576 and 49k words). The held-out loss reads every held-out token.
-        checkpoint: file in which the fit is kept, every 20 seconds, and from which the same call
-            goes on after a kill, to the same numbers; default: none.
+        probe: text to fit to; default: the bundled passages, which are few: pass more.
+        steps: optimiser steps.
+        learning_rate: initial rate; default: 1e-3, and more if d_model is below 768, in inverse
+            proportion, up to 1e-2.
+        held_out: share of the examples that is held out for the report.
+        seed: seed of the split, and of the draw of tokens.
+        tokens: number of a step's tokens that are decoded over the whole vocabulary at each place,
+            drawn anew for each: their mean loss is an unbiased estimate of the step's, at a
+            fraction of its cost. If that is fewer than a step has, the first half of the steps
+            brings the hidden state after the final norm close to the model's own, for all tokens
+            and without the vocabulary, in the metric of its logits
+            (:func:`headscope.lens.linear.logit_metric`). Default: all, or with large vocabularies
+            as many as 1.5e11 FLOPs allow (44 for 30 layers, d_model 576 and 49k words). The
+            held-out loss uses every held-out token.
+        checkpoint: file that stores the fit every 20 seconds, from which the same call resumes
+            after an interruption, with identical results; default: none.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        A lens for :func:`logit_lens`; ``.report`` has the held-out loss beside the plain lens'.
+        A lens for :func:`logit_lens`; ``.report`` has the held-out loss and that of the plain lens.
 
     Raises:
-        InputError: if the data does not fit the model, a number is out of range, or the
-            checkpoint is of another fit.
+        InputError: if the data does not fit the model, a number is out of range, or the checkpoint
+            belongs to another fit.
 
     Source: Belrose et al. 2023, arXiv 2303.08112, section 2.
 
@@ -367,7 +368,7 @@ def tuned_lens(
     if learning_rate is None:
         learning_rate = min(1e-2, max(1e-3, 1e-3 * _WIDTH / model.shape.d_model))
     if tokens is not None and tokens < 1:
-        raise InputError(f"tokens must be at least 1; got {tokens}.")
+        raise InputError(f"tokens={tokens}: give 1 or more.")
     if steps < 1 or learning_rate <= 0:
         raise InputError(f"steps and learning_rate must be positive; got {steps}, {learning_rate}.")
     data = split_data(model, probe, held_out, seed)
@@ -405,7 +406,7 @@ def tuned_lens(
     facts = {"lens": "tuned", "model": model.digest(), **settings}
     descent = Descent(steps, learning_rate, checkpoint, facts, options)
     seconds = (steps - steps // 2 if few else steps) * step_seconds(read, count, width, size)
-    told = f" (reads the vocabulary for about {seconds / 60:.0f} min)" if seconds > 90 else ""
+    told = f" (about {seconds / 60:.0f} min for reading the vocabulary)" if seconds > 90 else ""
     descent.run(f"tuned lens of {model.name}{told}", data, parameters, descend)
     weight = torch.stack([one.detach() for one in change]) + torch.eye(
         width, dtype=torch.float32, device=model.device
@@ -423,13 +424,13 @@ def tuned_lens(
 
 @torch.no_grad()
 def _some_last(model: HeadModel, data: Data) -> Tensor:
-    """Last residual stream of up to 64 tokens of the fit, spread over its first examples."""
+    """Last residual stream of up to 64 tokens from the first examples of the fit."""
     last = streams(model, data.fit.examples(slice(0, examples_per_pass(data.fit))))[1]
     return last[:: -(-len(last) // 64)]
 
 
 def _descend(model: HeadModel, x: Tensor, last: Tensor, change: Tensor, shift: Tensor) -> None:
-    """Gradient of one place's mean loss, a few tokens at a time."""
+    """Accumulate the gradient of one place's mean loss, a few tokens at a time."""
     unembedding = model.unembedding
     for chosen in row_chunks(len(x), unembedding):
         with torch.no_grad():

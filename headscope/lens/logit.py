@@ -1,4 +1,4 @@
-"""The logit lens: what the model would say if it stopped at each layer, and what heads promote."""
+"""The logit lens: each layer's prediction, and the tokens that heads promote."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -58,24 +58,24 @@ def logit_lens(
     k: int = 5,
     lens: ResidualLens | None = None,
 ) -> LensGrid:
-    """Read one place of every layer in the vocabulary, at every position.
+    """Decode one site of every layer in the vocabulary, at every position.
 
     ``softmax(unembedding(x))`` with the model's own final norm (its scale taken from ``x`` itself),
-    unembedding, logit scale and soft cap. ``residual``: x is the stream that enters block 0
-    (``embedding``) or leaves block l (``L0``, ...); the last row is the model itself.
-    ``attention`` and ``mlp``: x is what these added, read as if it were the stream; of single
-    heads, and with the run's scale held, :func:`head_lens` and :func:`attribute` tell.
+    unembedding, logit scale and soft cap. ``residual``: x is the input of block 0 (``embedding``)
+    or the output of block l (``L0``, ...); the last row is the model itself. ``attention`` and
+    ``mlp``: x is their output, read as if it were the stream; for single heads with the run's scale
+    held, use :func:`head_lens` and :func:`attribute`.
 
-    One forward pass; logits exist for a few positions at a time.
+    Takes one forward pass; logits exist for a few positions at a time.
 
     Args:
         model: from :func:`headscope.load`.
         prompt: text, or token ids.
-        site: what is read.
-        target: token whose rank and probability are followed: one for all positions, or one id
-            per position; default: the model's own most likely next token at each position.
-        positions: which; default: all.
-        k: how many likely tokens are kept per cell.
+        site: ``residual``, ``attention`` or ``mlp``.
+        target: token whose rank and probability are tracked: one for all positions, or one id per
+            position; default: the model's own most likely next token at each position.
+        positions: which positions; default: all.
+        k: number of likely tokens to keep per cell.
         lens: a learned lens for ``residual``; default: the identity, the plain logit lens.
 
     Raises:
@@ -108,7 +108,7 @@ def logit_lenses(
     k: int = 5,
     lens: ResidualLens | None = None,
 ) -> dict[str, LensGrid]:
-    """Several sites in one forward pass; arguments as of :func:`logit_lens`.
+    """Read several sites in one forward pass; arguments as for :func:`logit_lens`.
 
     Example:
         >>> grids = hs.lens.logit_lenses(model, [5, 9, 5, 9], ["attention", "mlp"])
@@ -119,7 +119,7 @@ def logit_lenses(
         if site not in SITES:
             raise InputError(nearest(str(site), SITES, kind="site"))
     if k < 1:
-        raise InputError(f"k must be at least 1; got {k}.")
+        raise InputError(f"k={k}: give 1 or more.")
     if lens is not None:
         if tuple(sites) != ("residual",):
             raise InputError("a learned lens reads the residual stream: site='residual'.")
@@ -155,7 +155,7 @@ def _targets(
 
 @dataclass(frozen=True, eq=False)
 class _Cells:
-    """What is known of some cells."""
+    """Facts about some cells of a grid."""
 
     top: Top
     log_probs: Float[Tensor, "row k"]
@@ -171,13 +171,13 @@ def cells_of(
     targets: Int[Tensor, " row"],
     k: int,
 ) -> _Cells:
-    """Everything that is kept of some rows of logits.
+    """Facts to keep about some rows of logits.
 
     Args:
-        logits: of the lens.
+        logits: logits of the lens.
         final: log-probabilities of the model at the same positions.
-        targets: token to follow.
-        k: how many tokens are kept.
+        targets: tokens to track.
+        k: number of tokens to keep.
     """
     log_probs = logits.log_softmax(1)
     top = top_of(logits, k)
@@ -250,19 +250,19 @@ def _grid(
 @own_types()
 @torch.no_grad()
 def head_lens(model: HeadModel, prompt: Promptish, position: int = -1, *, k: int = 10) -> HeadWords:
-    """Tokens whose logits each head's output at one position raises and lowers most.
+    """Tokens that each head's output at one position promotes and suppresses most.
 
-    ``(write_h . d_v) / s`` less its mean over the vocabulary v (a shift of all logits changes no
+    ``(write_h . d_v) / s`` minus its mean over the vocabulary v (a shift of all logits changes no
     prediction), in logits: d_v is the residual direction of token v's logit, s the final norm's
-    denominator in this run, held fixed, and so is that of a norm after attention. The value of
-    token v is the head's part in :func:`attribute` of v, but for that mean. Heads that were pruned
-    say nothing, and to ask for them is an error.
+    denominator in this run, held fixed like that of a norm after attention. Up to that mean, the
+    value of token v is the head's part in :func:`attribute` of v. Pruned heads have no values, and
+    requesting them is an error.
 
     Args:
         model: from :func:`headscope.load`.
         prompt: text, or token ids.
-        position: of the head's output.
-        k: tokens on each side.
+        position: position of the head's output.
+        k: number of tokens on each side.
 
     Raises:
         InputError: if the prompt or position does not fit the model.
@@ -277,7 +277,7 @@ def head_lens(model: HeadModel, prompt: Promptish, position: int = -1, *, k: int
         (3, 3)
     """
     if k < 1:
-        raise InputError(f"k must be at least 1; got {k}.")
+        raise InputError(f"k={k}: give 1 or more.")
     text = read_prompt(model, prompt)
     at = text.at(position)
     writes = HeadWrites(model, at)
@@ -297,15 +297,15 @@ def head_words(
     logits: Iterable[Float[Tensor, "row d_vocab"]],
     k: int,
 ) -> HeadWords:
-    """Largest and smallest logits of every head, above their mean over the vocabulary.
+    """Largest and smallest logits of every head, relative to their mean over the vocabulary.
 
     Args:
-        model: whose tokens they are.
+        model: the model.
         text: the prompt.
         at: position of the heads' outputs.
-        layers: of the heads.
-        logits: what heads add, layer by layer, head by head, in any pieces.
-        k: tokens on each side.
+        layers: layers of the heads.
+        logits: contributions of heads, layer by layer, head by head, in pieces of any size.
+        k: number of tokens on each side.
     """
     best: tuple[list[Top], list[Top]] = ([], [])
     for piece in logits:
@@ -335,12 +335,12 @@ def _joined(tops: list[Top], name: str) -> np.ndarray:
 
 @dataclass
 class HeadWrites:
-    """Reader that keeps what every head adds to the residual stream at one position.
+    """Reader that keeps every head's write to the residual stream at one position.
 
     Attributes:
         at: the position.
-        vectors: by layer, with the scale of a norm after attention held.
-        final: last residual stream there.
+        vectors: writes by layer, with the scale of a norm after attention held.
+        final: last residual stream at the position.
     """
 
     model: HeadModel
@@ -349,12 +349,12 @@ class HeadWrites:
     final: Float[Tensor, " d_model"] = field(default_factory=lambda: torch.empty(0))
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Head outputs, the norms behind them, and what enters the final norm."""
+        """Taps to read: head outputs, the norms after them, and the input of the final norm."""
         layers = at_layers(shape, self._on_layer)
         return layers | at_blocks(shape, self._on_block) | at_final(self._on_final)
 
     def _on_layer(self, view: TapView) -> None:
-        """Keep each head's write, before a norm that may follow attention."""
+        """Store each head's write, before a norm that may follow attention."""
         weights = self.model.output_weights(view.layer).float()
         z = view.z[0, self.at].float()
         self.vectors[view.layer] = einsum(
@@ -362,7 +362,7 @@ class HeadWrites:
         )
 
     def _on_block(self, states: BlockStates) -> None:
-        """Take it through that norm."""
+        """Apply the norm after attention to the stored writes."""
         if states.head_sum is not None:
             write = self.model.parts.attention_write(states.layer)
             vectors = self.vectors[states.layer]
@@ -370,7 +370,7 @@ class HeadWrites:
             self.vectors[states.layer] = write.vectors(vectors, scale)
 
     def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Keep the position's last residual stream."""
+        """Store the position's last residual stream."""
         self.final = residual[0, self.at].float()
 
 
@@ -389,24 +389,24 @@ def decoder_lens(
     length: int = 0,
     batch_size: int | None = None,
 ) -> DecoderLens:
-    """Let the whole decoder read an intermediate layer of the encoder in place of the last one.
+    """Run the decoder on an intermediate layer of the encoder instead of the last one.
 
-    Layer l is what leaves the first l layers of the encoder, 0 what enters them; it goes through
-    the encoder's final norm, where there is one. The last layer is the model itself. Loss is the
-    mean cross entropy of the target's tokens, teacher-forced.
+    Layer l is the output of the first l encoder layers, 0 the input of the first; the encoder's
+    final norm is applied, if there is one. The last layer is the model itself. Loss is the mean
+    teacher-forced cross-entropy of the target's tokens.
 
     Args:
         model: an encoder-decoder.
-        probe: sources and targets, of :func:`headscope.probes.translation`.
-        layers: of the encoder; default: all from 0 on.
+        probe: sources and targets, from :func:`headscope.probes.translation`.
+        layers: encoder layers; default: all from 0 on.
         norm: apply the encoder's final norm.
-        length: also write so many tokens greedily for every example; 0: write nothing.
+        length: also generate this many tokens greedily for every example; 0: none.
         batch_size: examples per pass.
 
     Raises:
-        InputError: if the model is not an encoder-decoder, has no such layer, or the probe asks for
-            no target.
-        UnsupportedModelError: if something else than a norm follows the encoder's last layer.
+        InputError: if the model is not an encoder-decoder or lacks a layer, or the probe has no
+            targets.
+        UnsupportedModelError: if something other than a norm follows the encoder's last layer.
 
     Source: Langedijk et al. 2024, "DecoderLens: Layerwise Interpretation of Encoder-Decoder
     Transformers".
@@ -424,7 +424,7 @@ def decoder_lens(
     view = seq2seq.stack("cross")
     check_fits(view, probe)
     if not bool((probe.targets >= 0).any()):
-        raise InputError("the probe asks for no target token: make it with hs.probes.translation.")
+        raise InputError("the probe has no targets: make it with hs.probes.translation.")
     depth = seq2seq.stack("encoder").shape.n_layers
     chosen = tuple(range(depth + 1)) if layers is None else tuple(layers)
     for layer in chosen:
@@ -461,7 +461,7 @@ def decoder_lens(
 
 
 def _held(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss of every example's targets, and share of those that are the likeliest."""
+    """Mean loss of every example's targets, and share of those that are the most likely token."""
     asked = targets >= 0
     loss = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.clamp_min(0).flatten(), reduction="none"
@@ -473,7 +473,7 @@ def _held(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _words(model: Seq2SeqModel, written: Tensor) -> list[str]:
-    """Texts up to the end of each."""
+    """Generated texts, each cut at its end."""
     tokenizer, ends = model.tokenizer, model.module.generation_config.eos_token_id
     known = {ends} if isinstance(ends, int) else set(ends or ())
     texts = []

@@ -1,4 +1,4 @@
-"""A prompt, and states read in the vocabulary a few at a time: no [layer pos vocab] is kept."""
+"""Prompts, and states decoded in the vocabulary in chunks: [layer pos vocab] is never kept."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +22,14 @@ _ENTRIES = 1 << 24
 
 
 class Top(NamedTuple):
-    """The largest values of each row, largest first; of equals the lowest index comes first."""
+    """The largest values of each row, largest first; on ties the lowest index first."""
 
     values: Float[Tensor, "row k"]
     ids: Int[Tensor, "row k"]
 
 
 def row_chunks(rows: int, unembedding: Unembedding) -> Iterator[slice]:
-    """Runs of rows whose logits fit a chunk."""
+    """Ranges of rows whose logits fit a chunk."""
     step = max(1, _ENTRIES // unembedding.W_U.shape[0])
     return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
@@ -37,7 +37,7 @@ def row_chunks(rows: int, unembedding: Unembedding) -> Iterator[slice]:
 def logits_of(
     unembedding: Unembedding, residual: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row d_vocab"]:
-    """Logits of residual streams, each through its own final norm, soft cap included."""
+    """Logits of residual streams, each through its own final norm, with soft cap."""
     logits = _over_vocabulary(
         unembedding, unembedding.normed(residual), lambda block: unembedding.W_U[block]
     )
@@ -49,7 +49,7 @@ def logits_of(
 def logits_added(
     unembedding: Unembedding, writes: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row d_vocab"]:
-    """Logits that writes add to the stream, already divided by the final norm's scale."""
+    """Logits that writes, already divided by the final norm's scale, add to the stream's."""
 
     def directions(block: slice) -> Tensor:
         return unembedding.directions(_ids(unembedding)[block])
@@ -58,7 +58,7 @@ def logits_added(
 
 
 def constants(unembedding: Unembedding) -> Float[Tensor, " d_vocab"]:
-    """Part of every logit that no residual stream changes."""
+    """Part of every logit that does not depend on the residual stream."""
     step = max(1, _ENTRIES // unembedding.W_U.shape[1])
     return torch.cat([unembedding.constant(block) for block in _ids(unembedding).split(step)])
 
@@ -78,7 +78,7 @@ def _over_vocabulary(
 
 
 def top_of(values: Float[Tensor, "row d_vocab"], k: int) -> Top:
-    """The k largest values of each row; torch alone does not say which of equals it takes."""
+    """The k largest values of each row, with ties broken by index, unlike torch's."""
     k = min(k, values.shape[1])
     least = values.topk(k, dim=1).values[:, -1:]
     above = values > least
@@ -94,7 +94,7 @@ def top_of(values: Float[Tensor, "row d_vocab"], k: int) -> Top:
 def rank_of(
     values: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]
 ) -> Int[Tensor, " row"]:
-    """Number of tokens above the wanted one; of equals the lowest id stands above."""
+    """Number of tokens above the target; on ties the lowest id ranks higher."""
     own = values.gather(1, tokens[:, None])
     lower = torch.arange(values.shape[1], device=values.device)[None] < tokens[:, None]
     return ((values > own) | ((values == own) & lower)).sum(1)
@@ -104,19 +104,19 @@ SITES = ("residual", "attention", "mlp")
 
 
 def row_names(n_layers: int) -> tuple[str, ...]:
-    """Places of the residual stream from the bottom up; the last one is the model's own."""
+    """Names of places in the residual stream from the bottom up; the last is the model's output."""
     return ("embedding", *(f"L{layer}" for layer in range(n_layers)))
 
 
 @dataclass
 class States:
-    """Keeps chosen positions of chosen sites, by site and place, in layer order.
+    """Reader that keeps chosen positions of chosen sites, by site and place, in layer order.
 
     Attributes:
         example, position: of each row.
-        sites: which.
-        rows: what was kept, in fp32.
-        final: what entered the final norm.
+        sites: which sites.
+        rows: stored values, in fp32.
+        final: input of the final norm.
     """
 
     example: Int[Tensor, " row"]
@@ -126,15 +126,15 @@ class States:
     final: Float[Tensor, "row d_model"] = field(default_factory=lambda: torch.empty(0, 0))
 
     def __post_init__(self) -> None:
-        """Make room."""
+        """Allocate the rows."""
         self.rows = {site: {} for site in self.sites}
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every block, and what enters the final norm."""
+        """Taps to read: every block, and the input of the final norm."""
         return at_blocks(shape, self._on_block) | at_final(self._on_final)
 
     def _on_block(self, states: BlockStates) -> None:
-        """Keep what the sites name."""
+        """Store the chosen sites."""
         name = f"L{states.layer}"
         at = (self.example, self.position)
         if "residual" in self.sites:
@@ -147,7 +147,7 @@ class States:
             self.rows["mlp"][name] = states.mlp[at].float()
 
     def _on_final(self, residual: Float[Tensor, "batch pos d_model"]) -> None:
-        """Keep what enters the final norm."""
+        """Store the input of the final norm."""
         self.final = residual[self.example, self.position].float()
 
 
@@ -157,27 +157,27 @@ Token = str | int
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One text as the model reads it.
+    """One tokenized text.
 
     Attributes:
-        ids: token ids, BOS included where the model's tokenizer puts one.
-        texts: of the tokens; numbers where there is no tokenizer.
+        ids: token ids, with a BOS if the model's tokenizer adds one.
+        texts: texts of the tokens; numbers if there is no tokenizer.
     """
 
     ids: Int[Tensor, " pos"]
     texts: tuple[str, ...]
 
     def __len__(self) -> int:
-        """Return the number of positions."""
+        """Number of positions."""
         return len(self.texts)
 
     @property
     def probe(self) -> Probe:
-        """The prompt as a probe of one example."""
+        """The prompt as a probe with one example."""
         return probes.from_tokens(self.ids[None])
 
     def at(self, position: int) -> int:
-        """Position counted from the front.
+        """Resolve a position that may count from the end.
 
         Raises:
             InputError: if the prompt has no such position.
@@ -191,7 +191,7 @@ class Prompt:
 
 
 def read_prompt(model: HeadModel, prompt: Promptish) -> Prompt:
-    """Tokenize a text, or take ids as they are.
+    """Tokenize a text, or accept token ids.
 
     Raises:
         InputError: if it is empty, too long for the model, or there is no tokenizer.
@@ -204,10 +204,10 @@ def read_prompt(model: HeadModel, prompt: Promptish) -> Prompt:
                 f"{model.name} has no tokenizer, so it cannot read text: give token ids instead."
             )
         ids = encode(need_tokenizer(model, "a prompt"), prompt, bos_prefix(model, None)).ids
-        if not ids:  # transformers makes an empty tokenizer where a folder has none
+        if not ids:  # transformers creates an empty tokenizer if a folder has none
             raise InputError(
-                f"the tokenizer of {model.name} makes no token of the prompt: there is none in its "
-                "folder, or an empty one. Give token ids instead."
+                f"the tokenizer of {model.name} returns no token for the prompt: its folder has "
+                "no tokenizer, or an empty one. Give token ids instead."
             )
     else:
         if not isinstance(prompt, Iterable):
@@ -225,7 +225,7 @@ def read_prompt(model: HeadModel, prompt: Promptish) -> Prompt:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Texts of tokens, one by one; their numbers where there is no tokenizer."""
+    """Texts of single tokens; their numbers if there is no tokenizer."""
     if tokenizer is None:
         return [str(one) for one in ids]
     known = {one: str(tokenizer.decode([one])) for one in set(ids)}
@@ -233,7 +233,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def read_token(model: HeadModel, token: Token, what: str = "target") -> int:
-    """Id of one token, given as itself or as text.
+    """Id of a token, given as an id or as text.
 
     Raises:
         InputError: if the text is not exactly one token, or the id does not exist.
@@ -245,8 +245,8 @@ def read_token(model: HeadModel, token: Token, what: str = "target") -> int:
         if len(ids) != 1:
             pieces = token_texts(model.tokenizer, ids)
             raise InputError(
-                f"the {what} {token!r} is {len(ids)} tokens for {model.name} ({pieces}), and one "
-                "is needed; mind the space in front."
+                f"the {what} {token!r} is {len(ids)} tokens for {model.name} ({pieces}), but "
+                "must be one: check its leading space."
             )
         return int(ids[0])
     if not 0 <= int(token) < model.shape.n_logits:

@@ -1,9 +1,9 @@
-"""Which heads a model can do without, and the model without them.
+"""Head pruning: importance, orders, curves, and models with heads removed.
 
-Importance: :func:`gradient_importance`, :func:`ablation_importance`, and, looking at no metric,
+Importance: :func:`gradient_importance`, :func:`ablation_importance`, and, without a metric,
 :func:`weight_norm`, :func:`output_norm`, :func:`confidence`. Orders: :func:`one_shot` by any score,
-:func:`iterative`, :func:`greedy`, :func:`random_order`, or gates from :func:`learn_gates`. What
-each costs: :func:`pruning_curve`. The smaller model: :func:`prune`, :func:`load_pruned`.
+:func:`iterative`, :func:`greedy`, :func:`random_order`, or gates from :func:`learn_gates`. Cost of
+each: :func:`pruning_curve`. The smaller model: :func:`prune`, :func:`load_pruned`.
 """
 
 from headscope.pruning.gates import LearnedGates as LearnedGates

@@ -1,6 +1,6 @@
-"""A number per head learned on a frozen model: gates by hard-concrete L0, alphas of entmax.
+"""Per-head parameters learned on a frozen model: hard-concrete L0 gates, and entmax alphas.
 
-Gates tell which heads a model can do without.
+Gates show which heads a model can do without.
 
 After Voita et al. 2019. Every head's output is multiplied by a gate: a random number that is
 exactly 0 or 1 with some probability and differentiable in its parameter ``log_alpha`` (Louizos et
@@ -40,7 +40,7 @@ from headscope.models.running import own_types
 from headscope.probes.probe import Probe, probe_digest
 from headscope.table import HeadScores
 
-# Temperature and the interval that is stretched over, of Voita et al.; Louizos et al. have 2/3.
+# Temperature and stretched interval of Voita et al.; Louizos et al. use 2/3.
 BETA, LOW, HIGH = 0.33, -0.1, 1.1
 _EDGE = 1e-6
 Folder = str | PathLike[str] | None
@@ -51,7 +51,7 @@ _SOFTEST, _HARDEST = 1.01, 2.0
 def sample_gates(
     log_alpha: Float[Tensor, "layer head"], uniform: Float[Tensor, "layer head"]
 ) -> Float[Tensor, "layer head"]:
-    """Gates for uniform random numbers, as in training."""
+    """Sample gates from uniform random numbers, as in training."""
     noise = uniform.clamp(_EDGE, 1 - _EDGE)
     s = torch.sigmoid((noise.log() - (1 - noise).log() + log_alpha) / BETA)
     return (s * (HIGH - LOW) + LOW).clamp(0, 1)
@@ -69,13 +69,13 @@ def chance_open(log_alpha: Float[Tensor, "layer head"]) -> Float[Tensor, "layer 
 
 @dataclass(frozen=True, eq=False)
 class LearnedGates:
-    """What training found.
+    """Trained gates, and the heads that they keep and remove.
 
     Attributes:
-        scores: settled gate of every head, from 0 (gone) to 1; in the mean.
-        log_alpha: parameter of every gate; orders heads that are equally open.
-        kept, removed: heads whose settled gate is above 0, and the others, smallest first.
-        costs: of every step, with sampled gates: the metric, or less it where higher is better.
+        scores: noise-free gate of every head, from 0 (removed) to 1; in the mean.
+        log_alpha: parameter of every gate; orders heads with equal gates.
+        kept, removed: heads whose noise-free gate is above 0, and the others, smallest first.
+        costs: cost at every step, with sampled gates: the metric, negated if higher is better.
         open_heads: expected number of open gates before every step.
     """
 
@@ -88,11 +88,11 @@ class LearnedGates:
 
     @property
     def order(self) -> tuple[HeadIndex, ...]:
-        """All heads, the most closed gate first: an order of pruning."""
+        """All heads, the most closed gate first, as an order of pruning."""
         return _by_alpha(self.log_alpha, (*self.kept, *self.removed))
 
     def __repr__(self) -> str:
-        """How many stay."""
+        """Numbers of heads kept and removed."""
         return f"LearnedGates({len(self.kept)} heads kept, {len(self.removed)} removed)"
 
 
@@ -126,33 +126,32 @@ def learn_gates(
     every: int = 20,
     progress: bool | None = None,
 ) -> LearnedGates:
-    """Train one gate per head on a frozen model, so that the heads it can do without close.
+    """Train one gate per head on a frozen model, so that dispensable heads close.
 
-    Adam on the gates alone; the model's weights get no gradient and stay as they are, bit by bit.
-    Gates are sampled once per step. Source: Voita et al. 2019 (arXiv 1905.09418), section 6
-    (``L0`` penalty and constants, beta .33), with the gates of Louizos et al. 2018 (beta 2/3).
-    A model that is trained further along with its gates would lose more heads; here it is left
-    alone.
+    Adam trains only the gates; the model's weights are frozen. Gates are sampled once per step.
+    Source: Voita et al. 2019 (arXiv 1905.09418), section 6 (``L0`` penalty and constants, beta
+    .33), with the gates of Louizos et al. 2018 (beta 2/3). A model trained along with its gates
+    would lose more heads.
 
     Args:
         model: from :func:`headscope.load`.
-        probe: what to train on; measure what is lost on another one.
-        metric: what shall stay good; differentiable.
-        penalty: cost of one open head, in the metric's unit; more closes more.
-        steps: of training, one batch of the probe each.
-        rate: of Adam.
-        start: of every ``log_alpha``; 2: open with probability .94.
+        probe: what to train on; evaluate on another one.
+        metric: metric to preserve; must be differentiable.
+        penalty: cost of one open head, in the metric's unit; a larger penalty closes more.
+        steps: training steps, one batch of the probe each.
+        rate: learning rate of Adam.
+        start: initial ``log_alpha``; 2: open with probability .94.
         better: ``higher`` or ``lower``; needed for a metric without a direction.
-        seed: of the noise and of the order of batches.
-        batch_size: examples per step; default: all that one pass takes.
-        folder: where the run is kept every few steps: started again, it goes on from there to the
-            same numbers.
-        every: so many steps.
+        seed: seed of the noise and of the order of batches.
+        batch_size: examples per step; default: all that fit in one pass.
+        folder: folder that stores the run every few steps: the same call resumes from there with
+            identical results.
+        every: steps between writes.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if an argument makes no sense, or the folder holds another run.
-        HeadscopeError: if the cost is no longer finite.
+        InputError: if an argument is invalid, or the folder holds another run.
+        HeadscopeError: if the cost becomes infinite or NaN.
 
     Example:
         >>> gates = hs.pruning.learn_gates(model, probe, steps=2)
@@ -237,35 +236,35 @@ def learn_alphas(
     every: int = 20,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Train the alpha of every head's entmax on a frozen model: how sparse it likes to be.
+    """Train every head's entmax alpha on a frozen model: how sparse its attention should be.
 
     Attention of all heads is alpha-entmax of their scores (:func:`headscope.edits.entmax`), with
-    ``alpha = 1.01 + 0.99 sigmoid(a)`` between softmax (1.01) and sparsemax (2); Adam trains ``a``
-    alone. An alpha that falls says that the head needs its small weights, one that rises that they
-    are noise; one that stays at ``start``, that it does not matter. Source: Correia et al. 2019,
+    ``alpha = 1.01 + 0.99 sigmoid(a)`` between softmax (1.01) and sparsemax (2); Adam trains only
+    ``a``. A falling alpha means that the head needs its small weights, a rising one that they are
+    noise, and one that stays at ``start`` that it does not matter. Source: Correia et al. 2019,
     "Adaptively Sparse Transformers" (arXiv 1909.00015), who train alphas along with the model.
 
     Args:
         model: from :func:`headscope.load`.
         probe: what to train on.
-        metric: what shall be good; differentiable.
-        steps: of training, one batch of the probe each.
-        rate: of Adam.
-        start: alpha of every head at first, between 1.01 and 2.
+        metric: metric to optimise; must be differentiable.
+        steps: training steps, one batch of the probe each.
+        rate: learning rate of Adam.
+        start: initial alpha of every head, between 1.01 and 2.
         better: ``higher`` or ``lower``; needed for a metric without a direction.
-        seed: of the order of batches.
-        batch_size: examples per step; default: all that one pass takes.
-        folder: where the run is kept every few steps: started again, it goes on from there to the
-            same numbers.
-        every: so many steps.
+        seed: seed of the order of batches.
+        batch_size: examples per step; default: all that fit in one pass.
+        folder: folder that stores the run every few steps: the same call resumes from there with
+            identical results.
+        every: steps between writes.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         The score ``alpha``.
 
     Raises:
-        InputError: if an argument makes no sense, or the folder holds another run.
-        HeadscopeError: if the cost is no longer finite.
+        InputError: if an argument is invalid, or the folder holds another run.
+        HeadscopeError: if the cost becomes infinite or NaN.
 
     Example:
         >>> alphas = hs.pruning.learn_alphas(model, probe, steps=2)
@@ -323,7 +322,7 @@ def learn_alphas(
 def _checkpoint(
     folder: Folder, method: str, measurement: Measurement, batches: int, seed: int, **other: Any
 ) -> Checkpoint:
-    """Where a run is kept, with all that decides it; more steps may be taken later."""
+    """Checkpoint of a run with the facts that determine it; the number of steps may grow."""
     if folder is None:
         return Checkpoint(None, {})
     facts = {
@@ -336,7 +335,7 @@ def _checkpoint(
 
 @contextmanager
 def frozen(model: HeadModel) -> Iterator[None]:
-    """Scope in which no weight of the model asks for a gradient."""
+    """Context manager in which no weight of the model requires a gradient."""
     asking: list[torch.nn.Parameter] = []
     if isinstance(model, HFModel | BridgeModel):
         asking = [p for p in model.module.parameters() if p.requires_grad]

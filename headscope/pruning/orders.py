@@ -1,4 +1,4 @@
-"""In which order heads go: their importance, orders by it, and a metric along an order."""
+"""Head importance, pruning orders, and the metric along an order."""
 
 import json
 from collections import Counter
@@ -56,7 +56,7 @@ _TINY = 1e-20
 
 @dataclass(frozen=True, eq=False)
 class _Gates:
-    """Multiplies every head's output by a gate of its own at each position."""
+    """Multiplies every head's output by its own gate at each position."""
 
     amounts: dict[int, Float[Tensor, "batch pos head"]]
     site: HeadSite = "z"
@@ -82,27 +82,27 @@ def gradient_importance(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """How much a metric would change if a head were scaled, first order, whatever the sign.
+    """Importance by gradients: first-order size of the effect of scaling a head on a metric.
 
     ``E_x |sum_t z_t . dL/dz_t|`` with z the head's output before the output projection, L the
-    metric of example x, and t its positions: the derivative of the metric by a gate on the head,
-    in absolute value, averaged over examples. One forward and one backward pass. From 0 up, in
-    the metric's unit; with ``normalise`` divided by the L2 norm over the heads of its layer (as
-    published), so from 0 to 1 and without unit. Standard errors and intervals are over examples
-    and take that norm as given.
+    metric of example x, and t its positions: the absolute derivative of the metric with respect to
+    a gate on the head, averaged over examples. Takes one forward and one backward pass. From 0 up,
+    in the metric's unit; with ``normalise`` divided by the L2 norm over the heads of its layer (as
+    published), so from 0 to 1 and unitless. Standard errors and intervals are over examples and
+    treat that norm as fixed.
 
-    Source: Michel et al. 2019 (arXiv 1905.10650), section 4.1. Their code takes the
-    absolute value token by token (``over="token"``, a mean over positions); taking it over a whole
-    batch, as some do, would make scores depend on the batch size.
+    Source: Michel et al. 2019 (arXiv 1905.10650), section 4.1. Their code takes the absolute value
+    token by token (``over="token"``, a mean over positions); taking it over a whole batch, as some
+    do, would make scores depend on the batch size.
 
     Args:
         model: from :func:`headscope.load`.
         probe: what to run.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
-        removed: heads taken as pruned already: their output is 0, and they get no score.
-        over: what the absolute value is taken of.
+        removed: heads treated as pruned: their output is 0, and they get no score.
+        over: whether the absolute value is taken per ``example`` or ``token``.
         normalise: divide by the layer's norm.
-        batch_size: examples per pass; changes nothing but time and memory.
+        batch_size: examples per pass; affects only time and memory.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Example:
@@ -113,7 +113,7 @@ def gradient_importance(
         True
     """
     if over not in ("example", "token"):
-        raise InputError(f"the absolute value is taken over 'example' or 'token', not {over!r}.")
+        raise InputError(f"over={over!r}: give 'example' or 'token'.")
     options = RunOptions(batch_size, progress=progress)
     measurement = Measurement.of(model, probe, metric, options)
     gone = present(model, removed) if removed else ()
@@ -153,7 +153,7 @@ def _by_example(
     heads: Sequence[HeadIndex],
     over: str,
 ) -> Float[Tensor, "head batch"]:
-    """Importance on every example of a batch; NaN where the metric reads nothing."""
+    """Importance on every example of a batch; NaN if the metric reads nothing."""
     layers = sorted({head.layer for head in heads})
     shape = (*batch.probe.tokens.shape, model.shape.n_heads)
     with torch.enable_grad():
@@ -173,7 +173,7 @@ def _by_example(
 def _normalised(
     values: Float[np.ndarray, "layer head example"],
 ) -> Float[np.ndarray, "layer head example"]:
-    """Divided by the L2 norm over each layer's heads of the means over examples."""
+    """Divide by the L2 norm over each layer's heads of the means over examples."""
     missing = np.isnan(values)
     counts = np.maximum((~missing).sum(-1), 1)
     means = np.where(missing, 0.0, values).sum(-1) / counts
@@ -195,22 +195,22 @@ def ablation_importance(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """How much worse a metric gets without a head: the ablation's effect with the sign of damage.
+    """Importance by ablation: the effect of ablating each head, with the sign of damage.
 
-    Negative where the model does better without the head. In the metric's unit. Source: Michel et
-    al. 2019, section 3.2 (one head at a time).
+    Negative if the model does better without the head. In the metric's unit. Source: Michel et al.
+    2019, section 3.2 (one head at a time).
 
     Args:
         model: from :func:`headscope.load`.
         probe: what to run.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
-        method: of :func:`headscope.ablate_heads`; ``zero`` is what pruning does.
+        method: as in :func:`headscope.ablate_heads`; ``zero`` is equivalent to pruning.
         better: ``higher`` or ``lower``; needed for a metric without a direction.
-        positions: as :func:`headscope.ablate_heads` takes them.
-        reference: likewise.
-        seed: likewise.
-        batch_size: likewise.
-        progress: likewise.
+        positions: as in :func:`headscope.ablate_heads`.
+        reference: as in :func:`headscope.ablate_heads`.
+        seed: as in :func:`headscope.ablate_heads`.
+        batch_size: as in :func:`headscope.ablate_heads`.
+        progress: as in :func:`headscope.ablate_heads`.
 
     Example:
         >>> hs.pruning.ablation_importance(model, probe).name
@@ -244,11 +244,11 @@ def ablation_importance(
 @checked
 @own_types()
 def weight_norm(model: HeadModel) -> HeadScores:
-    """Frobenius norm of ``W_V W_O``: how long a head's write is for inputs in all directions.
+    """Importance by magnitude: Frobenius norm of ``W_V W_O``.
 
-    The plain magnitude baseline of pruning (Han et al. 2015, arXiv 1506.02626, for heads). From 0
-    up; under grouped-query attention with the key/value head that the head reads. No norm or
-    residual multiplier is folded in. Computed from the Gram matrices of the two factors.
+    The magnitude baseline of pruning (Han et al. 2015, arXiv 1506.02626, for heads). From 0 up;
+    under grouped-query attention with the key/value head that the head reads. No norm or residual
+    multiplier is folded in. Computed from the Gram matrices of the two factors.
 
     Raises:
         UnsupportedModelError: if the weights cannot be split by heads.
@@ -279,9 +279,9 @@ def weight_norm(model: HeadModel) -> HeadScores:
 @checked
 @own_types()
 def output_norm(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HeadScores:
-    """Mean length of what a head writes, ``E |z W_O|``, over a probe: the activation baseline.
+    """Importance by activation: mean norm of the head's output, ``E |z W_O|``, over a probe.
 
-    The scorer ``head_output_norm`` of :func:`headscope.score`, by itself.
+    The same as the scorer ``head_output_norm`` of :func:`headscope.score`.
 
     Example:
         >>> bool((hs.pruning.output_norm(model, probe).mean > 0).all())
@@ -293,18 +293,18 @@ def output_norm(model: HeadModel, probe: Probe, *, batch_size: int | None = None
 @checked
 @own_types()
 def confidence(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HeadScores:
-    """Mean over queries of a head's largest attention weight, sinks left out.
+    """Importance by confidence: mean over queries of a head's largest attention weight.
 
-    From 0 to 1. Source: Voita et al. 2019 (arXiv 1905.09418), section 4: the average of a
-    head's maximum attention weight, the end-of-sentence symbol excluded. Excluded as keys are
-    end-of-sequence tokens, and the first real token, on which decoder-only models park attention
-    as the paper's encoders do on the end of the sentence. Weights are not renormalised. The first
-    query is in no mean.
+    Sinks are left out. From 0 to 1. Source: Voita et al. 2019 (arXiv 1905.09418), section 4: the
+    average of a head's maximum attention weight, the end-of-sentence symbol excluded. Excluded as
+    keys are end-of-sequence tokens, and the first real token, on which decoder-only models park
+    attention as the paper's encoders do on the end of the sentence. Weights are not renormalised.
+    The first query is not counted.
 
     Args:
         model: from :func:`headscope.load`.
         probe: what to run: text.
-        batch_size: examples per pass; changes nothing but time and memory.
+        batch_size: examples per pass; affects only time and memory.
 
     Example:
         >>> bool((hs.pruning.confidence(model, probe).mean <= 1).all())
@@ -330,15 +330,15 @@ def confidence(model: HeadModel, probe: Probe, *, batch_size: int | None = None)
 
 
 class KeptOrder:
-    """The heads that are gone so far, and what they were chosen by.
+    """Checkpoint of the heads removed so far, and of what determines the order.
 
     Args:
-        file: JSON, replaced whole after every head.
-        facts: JSON values that decide the order: a file of others is refused.
+        file: JSON, rewritten atomically after every head.
+        facts: JSON values that determine the order: a file with other facts is refused.
     """
 
     def __init__(self, file: Path, facts: Mapping[str, Any]) -> None:
-        """Write nothing yet."""
+        """Store the arguments; nothing is written yet."""
         writable_folder(file.parent)
         self._file, self._facts = file, json.loads(json.dumps(facts))
 
@@ -346,7 +346,7 @@ class KeptOrder:
         """Heads of an earlier run; none if there is no file.
 
         Raises:
-            InputError: if the file is another order's, or none at all.
+            InputError: if the file belongs to another order, or is not one.
         """
         if not self._file.exists():
             return ()
@@ -361,7 +361,7 @@ class KeptOrder:
         return heads
 
     def write(self, heads: tuple[HeadIndex, ...]) -> None:
-        """Keep the heads so far."""
+        """Write the heads so far."""
         text = json.dumps({"facts": self._facts, "heads": [str(head) for head in heads]})
         with whole_file(self._file) as file:
             file.write(text.encode() + b"\n")
@@ -372,21 +372,21 @@ Order = tuple[HeadIndex, ...]
 
 @runtime_checkable
 class Importance(Protocol):
-    """Scores the heads that are left, e.g. :func:`gradient_importance`."""
+    """Scores the remaining heads, e.g. :func:`gradient_importance`."""
 
     def __call__(
         self, model: HeadModel, probe: Probe, metric: Metricish, *, removed: Heads
     ) -> HeadScores:
-        """Score all heads but the removed ones."""
+        """Score all heads except the removed ones."""
 
 
 @checked
 def one_shot(scores: HeadScores, *, keep: int = 0) -> Order:
-    """Heads by a score, the smallest mean first; ties by lowest head; those without one never.
+    """Order heads with a value by a score, the smallest mean first; ties by lowest head.
 
     Args:
-        scores: any column of a table, e.g. of :func:`gradient_importance`.
-        keep: how many heads of each layer never go: its best ones (Michel et al. 2019).
+        scores: any column of a table, e.g. from :func:`gradient_importance`.
+        keep: number of best heads of each layer to exclude from the order (Michel et al. 2019).
 
     Example:
         >>> order = hs.pruning.one_shot(table["induction"], keep=1)
@@ -399,7 +399,7 @@ def one_shot(scores: HeadScores, *, keep: int = 0) -> Order:
 
 @checked
 def random_order(model: HeadModel, seed: int) -> Order:
-    """All heads in a random order: the control that every other order is compared with.
+    """Random order of all heads: the control for every other order.
 
     Example:
         >>> sorted(hs.pruning.random_order(model, seed=0)) == list(model.shape.heads)
@@ -421,17 +421,17 @@ def iterative(
     importance: Importance = gradient_importance,
     progress: bool | None = None,
 ) -> Order:
-    """The least important heads, scored again after every step with those before taken out.
+    """Order heads iteratively: remove the least important ones, then score the rest again.
 
     Args:
         model: from :func:`headscope.load`.
         probe: what importance is measured on.
-        metric: what heads are important to.
-        step: share of all heads that goes between two scorings (Michel et al. 2019 take .05 or
-            .1); at least one head.
-        count: how many heads go in all; default: all but those that are kept.
-        keep: how many heads of each layer never go: the best ones of the first scoring.
-        importance: scores the heads that are left.
+        metric: metric that defines importance.
+        step: share of all heads to remove between two scorings (Michel et al. 2019 use .05 or .1);
+            at least one head.
+        count: total number of heads to remove; default: all except those that are kept.
+        keep: number of best heads of each layer by the first scoring that are never removed.
+        importance: scores the remaining heads.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Example:
@@ -439,7 +439,7 @@ def iterative(
         4
     """
     if not 0 < step <= 1:
-        raise InputError(f"a step is a share of all heads, above 0 and at most 1; got {step}.")
+        raise InputError(f"step={step}: give a share of all heads, above 0 and at most 1.")
     size = max(1, round(step * len(model.shape.heads)))
     gone: Order = ()
     may_go: Order | None = None
@@ -476,27 +476,27 @@ def greedy(
     checkpoint: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> Order:
-    """At every step the head whose removal leaves the metric best, by exact ablation.
+    """Order heads greedily: at every step remove the head that hurts the metric least, by ablation.
 
-    All candidates of a step are measured together with the heads that went before, by suffix
-    replay. That is ``n + (n-1) + ...`` ablations for all n heads.
+    All candidates of a step are measured together with the heads already removed, by suffix replay.
+    That takes ``n + (n-1) + ...`` ablations for all n heads.
 
     Args:
         model: from :func:`headscope.load`.
         probe: what the metric is measured on.
-        metric: what shall stay good.
-        method: of :func:`headscope.ablate_heads`; ``zero`` is what pruning does.
-        count: how many heads go; default: all that may.
-        keep: how many heads of each layer stay at the least.
+        metric: metric to preserve.
+        method: as in :func:`headscope.ablate_heads`; ``zero`` is equivalent to pruning.
+        count: number of heads to remove; default: all that may be.
+        keep: minimum number of heads that stay in each layer.
         better: ``higher`` or ``lower``; needed for a metric without a direction.
         reference: where replacement values come from.
         batch_size: examples per recorded pass.
-        checkpoint: JSON file in which the order is kept head by head, and from which the same
-            call, or one for more heads, goes on after a kill; default: none.
+        checkpoint: JSON file that stores the order head by head, from which the same call (or one
+            for more heads) resumes after an interruption; default: none.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if an argument does not fit, or the checkpoint is of another order.
+        InputError: if an argument does not fit, or the checkpoint belongs to another order.
 
     Example:
         >>> len(hs.pruning.greedy(model, probe, count=2))
@@ -533,7 +533,7 @@ def greedy(
 
 
 def _deciding(facts: Provenance, probe: Probe, reference: Probe | None) -> dict[str, Any]:
-    """What an order depends on: the weights, the data, the metric, the method."""
+    """Facts that determine an order: weights, data, metric and method."""
     data = probe_digest(probe, reference)
     return {"weights": facts.weight_digest, "dtype": facts.dtype, "data": data, **facts.probe}
 
@@ -541,7 +541,7 @@ def _deciding(facts: Provenance, probe: Probe, reference: Probe | None) -> dict[
 def _kept(order: list[HeadIndex], keep: int) -> Order:
     """The order without the last ``keep`` heads of each layer."""
     if keep < 0:
-        raise InputError(f"keep={keep}: a layer keeps 0 or more heads.")
+        raise InputError(f"keep={keep}: give 0 or more.")
     seen: Counter[int] = Counter()
     stays = set()
     for head in reversed(order):
@@ -563,13 +563,14 @@ _SIZES = ("parameters", "flops", "seconds")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PruningCurve(OrderCurve):
-    """A metric against heads removed. Draw it with ``hs.plots.curves(curve.effects, ...)``.
+    """A metric against the number of removed heads.
 
     Attributes:
-        effects: edited run less clean run, axes ``arm`` and ``removed``; NaN where an order ends.
-        orders: heads of every arm, the first to go first.
+        effects: edited minus clean run; axes ``arm`` and ``removed``; NaN beyond the end of an
+            order.
+        orders: heads of every arm, in the order of removal.
         controls: names of the arms in random order.
-        sizes: cost of the model at every point that was measured, by arm and number of heads.
+        sizes: cost of the model at every measured point, by arm and number of heads.
     """
 
     sizes: Mapping[tuple[str, int], Size] = field(default_factory=dict)
@@ -578,7 +579,7 @@ class PruningCurve(OrderCurve):
         """One row per arm and number of heads.
 
         Columns: those of :class:`headscope.table.OrderCurve`, then parameters, flops, seconds (NaN
-        where not measured).
+        if not measured).
         """
         frame = super().to_pandas()
         found = [self.sizes.get(at) for at in zip(frame.arm, frame.removed, strict=True)]
@@ -623,29 +624,29 @@ def pruning_curve(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> PruningCurve:
-    """Measure a metric while heads go, in every order given and in random ones.
+    """Measure a metric as heads are removed, along given orders and random ones.
 
-    Heads are ablated, which is what structural pruning does to the metric; sets that several arms
+    Heads are ablated, which has the same effect on the metric as pruning; sets that several arms
     share are measured once.
 
     Args:
         model: from :func:`headscope.load`.
         probe: what the metric is measured on: not the one that the orders were found on.
         metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
-        orders: heads by name of the arm, the first to go first.
-        counts: at which numbers of heads; default: all, or 21 at even distances.
-        random: how many random orders to add as controls, seeded from ``seed`` on.
-        method: of :func:`headscope.ablate_heads`; ``zero`` is what pruning does.
-        sizes: also prune for real at every point of the arms that are not controls, and measure
-            parameters, operations and time of each model.
+        orders: orders of heads by name of the arm, first to last.
+        counts: numbers of heads to measure at; default: all, or 21 evenly spaced.
+        random: number of random orders as controls, seeded from ``seed`` on.
+        method: as in :func:`headscope.ablate_heads`; ``zero`` is equivalent to pruning.
+        sizes: also prune at every point of the arms that are not controls, and measure parameters,
+            FLOPs and time of each model.
         reference: where replacement values come from.
-        seed: of the random orders, and of what the method draws.
+        seed: seed of the random orders, and of the method's draws.
         batch_size: examples per recorded pass.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if an argument does not fit.
-        UnsupportedModelError: if sizes are wanted of a family that cannot be pruned.
+        UnsupportedModelError: if sizes are requested and the family cannot be pruned.
 
     Example:
         >>> import headscope as hs
@@ -662,11 +663,11 @@ def pruning_curve(
     measurement = Measurement.of(model, probe, metric, options)
     placer = Placer(measurement, method, reference=reference)
     if sizes:
-        prune(model, model.shape.heads[0])  # what cannot be done is said before anything is run
+        prune(model, model.shape.heads[0])  # refuse before anything is run
     arms = {name: present(model, heads) for name, heads in (orders or {}).items()}
     controls = {f"random {seed + i}": random_order(model, seed + i) for i in range(random)}
     if (not arms and not controls) or arms.keys() & controls.keys():
-        raise InputError("give at least one order or random one, under a name of its own.")
+        raise InputError("give at least one order, or random=1 or more, each with its own name.")
     everything = {**arms, **controls}
     points = _points(counts, max(len(order) for order in everything.values()))
     effects, clean = along(measurement, placer, everything, points)
@@ -707,7 +708,7 @@ def _sizes(
     wanted: Mapping[tuple[str, int], tuple[HeadIndex, ...]],
     options: RunOptions,
 ) -> dict[tuple[str, int], Size]:
-    """Prune for real and measure, one model at a time."""
+    """Prune and measure, one model at a time."""
     real = None if bool(probe.real.all()) else probe.real
     by_set: dict[tuple[HeadIndex, ...], Size] = {}
     with options.track(float(len(wanted)), "measuring pruned models") as advance:

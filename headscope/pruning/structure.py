@@ -1,6 +1,6 @@
-"""``hs.prune``: a smaller model, with the heads really gone; read from a folder; what it costs.
+"""``hs.prune``: structural removal of heads, loading of pruned models, and their cost.
 
-The cost is in parameters, floating-point operations of a pass, and measured time.
+The cost is measured in parameters, FLOPs of a pass, and seconds.
 """
 
 import time
@@ -32,33 +32,33 @@ if TYPE_CHECKING:
 @checked
 @own_types()
 def prune(model: HeadModel, heads: Heads) -> "PreTrainedModel":
-    """A copy of a model without some heads: rows and columns of Q, K, V and O are really gone.
+    """Copy a model without some heads: their rows and columns of Q, K, V and O are removed.
 
-    Its logits are those of the model with the outputs ``z`` of these heads at 0 (to rounding; this
-    is checked on a few tokens). A head's value bias goes with it, the output projection's bias
-    stays. A layer without any head writes that bias. The model that was given is left as it is;
-    the copy takes memory of its own.
+    Its logits equal those of the model with the outputs ``z`` of these heads set to 0 (up to
+    rounding; checked on a few tokens). A head's value bias goes with it, the output projection's
+    bias stays. A layer without any head still writes that bias. The given model is unchanged; the
+    copy takes its own memory.
 
     The result is a ``PreTrainedModel`` of the same class, which trains, generates with a cache and
-    is saved by ``save_pretrained``. What was removed stands in its config (``headscope_removal``);
+    is saved by ``save_pretrained``. Its config records the removal (``headscope_removal``);
     :func:`headscope.load` and :func:`load_pruned` read such a folder, transformers alone refuses
-    it, since none of its configs can say different numbers of heads per layer. headscope shows a
-    pruned model with its heads under the numbers that they had; those that went have no scores.
+    it, since its configs cannot express different numbers of heads per layer. headscope shows a
+    pruned model with the original head numbers; removed heads have no scores.
 
-    Grouped-query attention: a key/value head goes when all query heads that read it go. Where
-    query heads of one layer's groups went unevenly, the key/value heads that are left keep their
-    weights once, and are repeated in the pass until all groups are equally large; the cache of
-    such a layer holds the repeated ones.
+    Grouped-query attention: a key/value head is removed when all query heads that read it are. If a
+    layer's groups lose different numbers of query heads, the remaining key/value heads keep their
+    weights once, and are repeated in the pass until all groups are equally large; the cache of such
+    a layer holds the repeated ones.
 
     Args:
-        model: from :func:`headscope.load`; of a family whose attention goes through transformers'
+        model: from :func:`headscope.load`; from a family whose attention goes through transformers'
             attention registry (``model.path == "hf"``).
-        heads: which to remove; none: a plain copy.
+        heads: heads to remove; none: a plain copy.
 
     Raises:
         InputError: if the model lacks one of them.
         UnsupportedModelError: if the family's heads cannot be removed, e.g. because queries are
-            normalised over all heads together (olmo2), or the model was pruned before.
+            normalised over all heads together (olmo2), or the model was already pruned.
 
     Example:
         >>> import headscope as hs
@@ -86,18 +86,18 @@ def load_pruned(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> "PreTrainedModel":
-    """Read a model that :func:`prune` made and ``save_pretrained`` wrote.
+    """Load a model that :func:`prune` made and ``save_pretrained`` wrote, as a transformers model.
 
-    :func:`headscope.load` reads such a folder too, to be seen head by head.
+    To analyse it head by head, load the folder with :func:`headscope.load`.
 
     Args:
-        folder: where it is; only safetensors are read.
-        device: where to put the weights; default: the CPU.
-        dtype: of the weights; default: as stored.
+        folder: its path; only safetensors are read.
+        device: device of the weights; default: the CPU.
+        dtype: dtype of the weights; default: as stored.
 
     Raises:
         InputError: if the folder holds no pruned model.
-        ModelLoadError: if its weights are not what its config says.
+        ModelLoadError: if its weights do not match its config.
 
     Example:
         >>> import tempfile
@@ -130,12 +130,12 @@ class Size:
     """Cost of one forward pass over a batch.
 
     Attributes:
-        parameters: numbers in the weights, tied ones once.
-        flops: floating-point operations of the matrix products of the pass, a multiply-add being
-            two; attention over all pairs of positions (counted by torch, on eager attention).
-        seconds: of the pass as measured, the shortest of three: of this machine at this moment.
-        shared: key/value heads that lost some of their query heads and stay for the others, so
-            that removing heads saved less than their share of the weights.
+        parameters: number of weights, tied ones counted once.
+        flops: FLOPs of the pass's matrix products, a multiply-add counting as two; attention over
+            all pairs of positions (counted by torch, with eager attention).
+        seconds: measured time of the pass, the shortest of three, on this machine at this moment.
+        shared: key/value heads that lost some of their query heads but are still needed by the
+            others, so that fewer weights were saved.
     """
 
     parameters: int
@@ -144,7 +144,7 @@ class Size:
     shared: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """In words, with the key/value heads that had to stay."""
+        """Describe the cost, with the key/value heads that had to stay."""
         said = f"{self.parameters:,} parameters, {self.flops:,} FLOPs, {self.seconds:.3g} s"
         if not self.shared:
             return said
@@ -178,7 +178,7 @@ def measure_size(
         inputs["attention_mask"] = real.long().to(model.device)
     with _eager(model), FlopCounterMode(display=False) as counter:
         model(**inputs)
-    model(**inputs)  # the first pass of a kind is slower
+    model(**inputs)  # warm up: the first pass is slower
     times = []
     for _ in range(_REPEATS):
         _wait(model)
@@ -209,7 +209,7 @@ def _shared(model: Any) -> tuple[str, ...]:
 
 @contextmanager
 def _eager(model: Any) -> Iterator[None]:
-    """Within a scope, attention in products that torch can count."""
+    """Context manager for eager attention, whose products torch can count."""
     before = attention_name(model.config)
     model.set_attn_implementation("eager")
     try:

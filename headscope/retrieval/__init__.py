@@ -1,4 +1,4 @@
-"""Retrieval heads: what a model copies from far back while it answers, head by head."""
+"""Retrieval heads: which heads copy from far back while the model answers."""
 
 from headscope.retrieval.faithful import PassageFaithfulness as PassageFaithfulness
 from headscope.retrieval.faithful import contradictions as contradictions

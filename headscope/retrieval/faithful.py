@@ -1,6 +1,6 @@
-"""Passages against memory: does a model say what it reads, or what it tends to say?
+"""Faithfulness to a passage: does a model say what it reads, or what it remembers?
 
-The passages contradict what the model answers with its book closed.
+The passages contradict the model's closed-book answers.
 """
 
 from collections.abc import Sequence
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PassageFaithfulness:
-    """What each way of generating says: the passage's answer, the model's own, or neither.
+    """Answers by way of generation: the passage's, the model's own, or neither.
 
     Attributes:
         arms: ways of generating.
-        passage: whether the whole answer of the passage was said.
+        passage: whether the whole answer of the passage was generated.
         own: whether the first token was the model's own answer.
-        margin: at the first token, log-probability of the passage's answer less that of the
-            model's own, nats.
-        texts: what was said, by way and example.
-        answers: what the passages say.
+        margin: at the first token, log-probability of the passage's answer minus that of the
+            model's own, in nats.
+        texts: generated texts, by arm and example.
+        answers: answers in the passages.
     """
 
     arms: tuple[str, ...]
@@ -64,7 +64,7 @@ class PassageFaithfulness:
     answers: tuple[str, ...]
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row per way: passage, own, neither (shares), margin, their standard errors, n."""
+        """One row per arm: passage, own, neither (shares), margin, their standard errors, n."""
         import pandas
 
         rows = []
@@ -79,7 +79,7 @@ class PassageFaithfulness:
         return pandas.DataFrame(rows)
 
     def __str__(self) -> str:
-        """One line per way."""
+        """One line per arm."""
         return "\n".join(
             f"{row['arm']:>16}: {row['passage']:.2f} as the passage says, {row['own']:.2f} as the "
             f"model tends to, {row['neither']:.2f} neither; margin {row['margin']:+.1f}"
@@ -98,22 +98,22 @@ def faithfulness(
     method: Masking = "uniform",
     batch_size: int | None = None,
 ) -> PassageFaithfulness:
-    """Base model, the model without its retrieval heads, and DeCoRe, side by side.
+    """Compare the base model, the model without its retrieval heads, and DeCoRe.
 
-    Every arm goes on from where the answer begins: of a chat model after the words that its reply
-    begins with.
+    Every arm continues from where the answer begins, in a chat after the opening words of the
+    reply.
 
     Args:
         model: from :func:`headscope.load`.
-        probe: of :func:`contradictions`, or any with answers appended and foils.
-        heads: to be masked.
-        alphas: of :func:`headscope.retrieval.decore`, one way of generating each.
+        probe: from :func:`contradictions`, or any with answers appended and foils.
+        heads: heads to mask.
+        alphas: contrast weights for :func:`headscope.retrieval.decore`, one arm each.
         method: how heads are masked.
-        batch_size: examples at a time.
+        batch_size: examples per pass.
 
     Raises:
         InputError: if the probe has no answers or foils, or a foil is a special token.
-        HeadscopeError: if the base model says neither answer in any example, which leaves nothing
+        HeadscopeError: if the base model gives neither answer in any example, which leaves nothing
             to compare.
 
     Example:
@@ -131,7 +131,7 @@ def faithfulness(
     if without:
         raise InputError(f"example {without[0]} has no foil: make the probe with contradictions.")
     _check_foils(model, probe)
-    begins = (probe.foils >= 0).int().argmax(1)  # predicts the answer's first token
+    begins = (probe.foils >= 0).int().argmax(1)  # position that predicts the answer's first token
     place = torch.arange(probe.length)
     answers = [
         probe.tokens[row, at & (place > begins[row])].tolist()
@@ -177,7 +177,7 @@ def _check_foils(model: HeadModel, probe: Probe) -> None:
     found = set() if probe.foils is None else set(probe.foils[probe.foils >= 0].tolist())
     if special & found:
         raise InputError(
-            f"the foils hold the special token {min(special & found)}, which answers nothing: "
+            f"the foils hold the special token {min(special & found)}, which is not an answer: "
             "make the probe with hs.retrieval.contradictions."
         )
 
@@ -185,7 +185,7 @@ def _check_foils(model: HeadModel, probe: Probe) -> None:
 def _check_worth(
     model: HeadModel, said: Generated, answers: list[list[int]], own: list[int]
 ) -> None:
-    """Raise HeadscopeError if neither answer is said in any example."""
+    """Raise HeadscopeError if neither answer was given in any example."""
     for tokens, answer, foil in zip(said.tokens, answers, own, strict=True):
         if list(tokens[: len(answer)]) == answer or tokens[:1] == (foil,):
             return
@@ -199,7 +199,7 @@ def _check_worth(
 def _margins(
     model: HeadModel, probe: Probe, mask: Mask, contrasts: Sequence[Contrast], options: RunOptions
 ) -> Float[np.ndarray, "arm example"]:
-    """How much more likely the passage's answer is than the model's own, way by way."""
+    """Log-probability of the passage's answer minus that of the model's own, per arm."""
     assert probe.foils is not None  # noqa: S101  # checked by the caller
     at = (probe.foils >= 0).int().argmax(1)
     rows = torch.arange(len(probe))
@@ -229,32 +229,32 @@ def contradictions(
     seed: int = 0,
     **probe: Any,
 ) -> Probe:
-    """Passages that say something else than the model does when it has not read them.
+    """Make passages that contradict the model's closed-book answers.
 
-    Every question is first asked without a passage, in the chat template if the passages are, and
-    after the words that the reply begins with: the token that the model then holds likeliest is the
-    beginning of its own answer, the probe's ``foils``. Special tokens and tokens without a letter
-    or digit answer nothing and are never foils. For the bundled ``facts`` that is the likeliest of
-    the words that are values, and the passage names the least likely one; needles that
-    you give are left out where their answer begins as the model's own does.
+    Every question is first asked without a passage, in the chat template if the passages use it,
+    and after the opening words of the reply: the most likely token is the beginning of the model's
+    own answer and becomes the probe's ``foils``. Special tokens and tokens without a letter or
+    digit are never foils. For the bundled ``facts`` it is the most likely of the words that are
+    values, and the passage states the least likely one; of custom needles, those whose answer
+    begins like the model's own are left out.
 
     Args:
         model: from :func:`headscope.load`.
         needles: ``facts`` (in the words of the bundled models; the default without a chat
             template), ``capitals`` (the capitals of other countries; the default with one), or
             needles, or a JSONL file of them.
-        examples: how many at most.
-        length: tokens of a passage with its question, at most.
-        distractors: sentences about other things of the same kind in every passage.
-        seed: of facts and passages.
+        examples: maximum number of examples.
+        length: maximum tokens of a passage with its question.
+        distractors: number of sentences about other things of the same kind in every passage.
+        seed: seed of facts and passages.
         probe: other arguments of :func:`headscope.probes.needle`.
 
     Returns:
         A probe of kind ``needle`` with foils at the first token of the answer.
 
     Raises:
-        InputError: if no question is left, or the model's words for the values are not known to
-            its tokenizer as single tokens.
+        InputError: if no question is left, or the values are not single tokens of the model's
+            tokenizer.
 
     Example:
         >>> import headscope as hs
@@ -263,9 +263,9 @@ def contradictions(
         True
     """
     if examples < 1:
-        raise InputError(f"examples={examples} leaves nothing to ask: give 1 or more.")
+        raise InputError(f"examples={examples}: give 1 or more.")
     if distractors < 0:
-        raise InputError(f"distractors={distractors} must be 0 or more.")
+        raise InputError(f"distractors={distractors}: give 0 or more.")
     writer = writer_for(model, probe.get("chat"), probe.get("bos"))
     made: list[Probe] = []
     if needles is None:
@@ -291,7 +291,10 @@ def contradictions(
         against = [(given[i], *given[:i], *given[i + 1 :])[: 1 + distractors] for i in kept]
         own = own[kept]
     if not against:
-        raise InputError("the model says every answer without the passage: nothing contradicts it.")
+        raise InputError(
+            "the model gives every answer without the passage, so that no passage contradicts "
+            "it: use other needles."
+        )
     for number, one in enumerate(against):
         drawn = needle(
             model,
@@ -308,7 +311,7 @@ def contradictions(
 
 
 def _capitals(seed: int) -> tuple[Needle, ...]:
-    """Countries with the capitals of others."""
+    """Countries paired with other countries' capitals."""
     rng = Random(f"capitals {seed}")  # noqa: S311 - words, not secrets
     countries = rng.sample(sorted(CAPITALS), len(CAPITALS))
     false = [CAPITALS[one] for one in (*countries[1:], countries[0])]
@@ -326,9 +329,9 @@ def _capitals(seed: int) -> tuple[Needle, ...]:
 def closed_book(
     model: HeadModel, writer: Writer, questions: Sequence[Needle]
 ) -> Float[torch.Tensor, "question d_vocab"]:
-    """Log-probabilities of the answer's first token after each question by itself.
+    """Log-probabilities of the answer's first token after each question without a passage.
 
-    -inf for special tokens and those that hold no letter or digit.
+    -inf for special tokens and tokens without letters or digits.
     """
     tokenizer = need_tokenizer(model, "a question")
     ordinary = ordinary_tokens(model)
@@ -345,7 +348,7 @@ def closed_book(
 
 
 def _values(model: HeadModel, distractors: int) -> dict[str, int]:
-    """Values that bundled facts can have, and the first token of each, which no other has."""
+    """Possible values of bundled facts, with their first tokens, which are unique."""
     tokenizer = need_tokenizer(model, "a value")
     words = sorted({one.answer for one in islice(facts(Random(0)), 20)})  # noqa: S311
     first = {word: encode(tokenizer, f" {word}").word(1, 1 + len(word)) for word in words}
@@ -365,7 +368,7 @@ def _values(model: HeadModel, distractors: int) -> dict[str, int]:
 def _against(
     set_of: tuple[Needle, ...], own: Float[torch.Tensor, " d_vocab"], values: dict[str, int]
 ) -> tuple[Needle, ...]:
-    """The same facts, the first with the value that the model holds least likely."""
+    """The same facts, with the first value replaced by the model's least likely one."""
     taken = {one.answer for one in set_of[1:]}
     value = min((word for word in values if word not in taken), key=lambda w: float(own[values[w]]))
     asked = set_of[0]
@@ -374,9 +377,9 @@ def _against(
 
 
 def _joined(model: HeadModel, made: Sequence[Probe], foils: Sequence[int], seed: int) -> Probe:
-    """Probes of one example as one, padded on the right, with their foils.
+    """Join probes of one example each, padded on the right, with their foils.
 
-    A foil stands where the answer's first token with more than white space is predicted.
+    A foil is placed where the answer's first non-white-space token is predicted.
     """
     longest = max(one.length for one in made)
 

@@ -1,4 +1,4 @@
-"""Each head's most attended token while a needle is answered: decoded greedily, or forced."""
+"""Each head's most attended token while a needle is answered, decoded greedily or forced."""
 
 import re
 from collections import Counter
@@ -23,23 +23,23 @@ from headscope.models.running import own_types
 from headscope.models.taps import Reads, TapView, Texts, at_layers
 from headscope.probes.probe import Probe
 
-# How runs were made: decoded greedily, or read with the answer appended.
+# Form of a run: decoded greedily, or teacher-forced with the answer appended.
 Form = Literal["decoded", "forced"]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One example, decoded greedily, or read with its answer (teacher-forced).
+    """One decoded or teacher-forced example, with each head's copied tokens.
 
     Attributes:
-        tokens: what was generated, up to where it stopped; teacher-forced, the answer.
-        response: the same as text; ids with spaces between, without a tokenizer.
-        recall: share of the answer's words (see :func:`word_recall`) that it says.
-        answer: what was asked for, as text.
+        tokens: generated tokens; teacher-forced, the answer.
+        response: the same as text; ids separated by spaces without a tokenizer.
+        recall: share of the answer's words (see :func:`word_recall`) in the response.
+        answer: expected answer, as text.
         needle: ids of the needle's answer tokens.
-        copied: at each step, whether the head's most attended token lies among the needle's
-            answer tokens and is that step's token.
-        reachable: at each step, whether the layer's window shows any of those.
+        copied: per step, whether the head's most attended token is among the needle's answer tokens
+            and equals that step's token.
+        reachable: per step, whether the layer's window includes any of those.
     """
 
     tokens: tuple[int, ...]
@@ -52,12 +52,12 @@ class Run:
 
     @cached_property
     def by_step(self) -> Float[np.ndarray, "layer head"]:
-        """Copied steps over the needle's length; above 1 where the needle is said again."""
+        """Copied steps over the needle's length; above 1 if the needle is repeated."""
         return self._unless_hidden(self.copied.sum(0) / max(len(self.needle), 1))
 
     @cached_property
     def by_set(self) -> Float[np.ndarray, "layer head"]:
-        """Different copied tokens over different tokens of the needle; at most 1."""
+        """Distinct copied tokens over distinct tokens of the needle; at most 1."""
         different = sorted(set(self.needle))
         steps = {
             token: [i for i, said in enumerate(self.tokens) if said == token] for token in different
@@ -67,13 +67,13 @@ class Run:
 
     @cached_property
     def active(self) -> Float[np.ndarray, "layer head"]:
-        """1 where the head copied at least one token."""
+        """1 if the head copied at least one token."""
         return self._unless_hidden(self.copied.any(0).astype(float))
 
     def _unless_hidden(
         self, values: Float[np.ndarray, "layer head"]
     ) -> Float[np.ndarray, "layer head"]:
-        """NaN in layers that could not see the needle at any step."""
+        """NaN in layers whose window hid the needle at every step."""
         seen = np.any(self.reachable, axis=0, keepdims=True).T
         return np.where(seen, values, np.nan)
 
@@ -84,10 +84,10 @@ class Runs:
 
     Attributes:
         runs: one per example.
-        length, depth: of each example, as asked for; NaN where the probe does not say.
+        length, depth: of each example, as requested; NaN if the probe has none.
         threshold: recall above which a run counts.
-        form: how they were made.
-        chat: whether a chat template was laid around the prompts; None: not known.
+        form: decoded or forced.
+        chat: whether a chat template was used; None: unknown.
 
     Example:
         >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
@@ -111,21 +111,21 @@ class Runs:
 
     @cached_property
     def counted(self) -> Bool[np.ndarray, " example"]:
-        """Runs that answered well enough to be counted."""
+        """Mask of the runs that count as answered."""
         return self.recall > self.threshold
 
     @cached_property
     def scored(self) -> Bool[np.ndarray, " example"]:
-        """Runs that scores are means over: those that count; teacher-forced, all."""
+        """Mask of the runs that scores average over: the answered ones; teacher-forced, all."""
         return self.counted if self.form == "decoded" else np.ones_like(self.counted)
 
     @property
     def accuracy(self) -> float:
-        """Share of the runs that count."""
+        """Share of answered runs."""
         return float(self.counted.mean())
 
     def samples(self, count: int = 3) -> list[str]:
-        """What was said where what was asked for, of the first runs; long replies cut."""
+        """Responses and expected answers of the first runs; long replies are truncated."""
         return [
             f"{_short(run.response)} (asked for: {run.answer.strip()})" for run in self.runs[:count]
         ]
@@ -138,7 +138,7 @@ class Runs:
         Float[np.ndarray, "length depth"],
         Int[np.ndarray, "length depth"],
     ]:
-        """Lengths, depths, the share of right runs in each cell (NaN: none), and how many."""
+        """Lengths, depths, share of answered runs per cell (NaN: none), and their number."""
         lengths, row = np.unique(self.length, return_inverse=True)
         depths, column = np.unique(self.depth, return_inverse=True)
         right, count = np.zeros((2, len(lengths), len(depths)))
@@ -153,18 +153,18 @@ def _short(text: str, most: int = 80) -> str:
     return repr(shown if len(shown) <= most else shown[: most - 3] + "...")
 
 
-# The separator between groups of three digits of one number.
+# The separator between groups of three digits of a number.
 _GROUPED = re.compile(r"(?<=\d)[,'\u202f\u2009](?=\d{3}(?!\d))")
 
 
 @checked
 def word_recall(reference: str, response: str) -> float:
-    """ROUGE-1 recall (Lin 2004): the share of the reference's words that the response says.
+    """ROUGE-1 recall (Lin 2004): share of the reference's words in the response.
 
     ``sum over words of min(count in reference, count in response) / words of the reference``, in
-    [0, 1]; words are runs of letters and digits in lower case. The published retrieval code
-    also cuts words to their stems; here a word has to be said as it is. Digits in groups of three
-    (``48,213``) are one number. 0 for an empty reference.
+    [0, 1]; words are runs of letters and digits in lower case. The published retrieval code also
+    stems words; here they must match. Digits in groups of three (``48,213``) are one number. 0 for
+    an empty reference.
 
     Example:
         >>> word_recall("eat a sandwich", "You should eat the sandwich.")
@@ -179,7 +179,7 @@ def word_recall(reference: str, response: str) -> float:
 
 
 def recall(reference: Iterable[Hashable], response: Iterable[Hashable]) -> float:
-    """The same of any items."""
+    """Recall of any items, counted with multiplicity."""
     wanted, said = Counter(reference), Counter(response)
     total = sum(wanted.values())
     return sum((wanted & said).values()) / total if total else 0.0
@@ -197,15 +197,15 @@ def each_run(
     threshold: int | float,
     options: RunOptions,
 ) -> Runs:
-    """Run examples, those with equally long prompts together; out of memory, half of them.
+    """Run examples in batches of equally long prompts, halving a batch when memory runs out.
 
     Args:
-        model: that runs, for the bar.
+        model: model to run.
         probe: with the mark ``end``.
-        run: gives the runs of these examples.
-        form: that ``run`` is of.
+        run: function from examples to their runs.
+        form: decoded or forced.
         threshold: recall above which a run counts.
-        options: how it is run; by default about 8192 tokens at a time.
+        options: batch size and progress; by default about 8192 tokens at a time.
 
     Raises:
         HeadscopeError: if one example does not fit in memory.
@@ -238,10 +238,10 @@ def each_run(
 
 
 def need_marks(probe: Probe, *names: str) -> None:
-    """Check that every example has tokens with each of these marks.
+    """Check that every example has tokens with these marks.
 
     Raises:
-        InputError: if one has none.
+        InputError: if an example lacks one.
     """
     for name in names:
         without = (~probe.mark(name).any(1)).nonzero().flatten().tolist()
@@ -253,7 +253,7 @@ def need_marks(probe: Probe, *names: str) -> None:
 
 
 def _batches(probe: Probe, options: RunOptions) -> Iterator[list[int]]:
-    """Examples whose prompts are equally long, so that none is padded."""
+    """Group examples with equally long prompts, so that no padding is needed."""
     lengths = probe.mark("end").int().argmax(1) - probe.first + 1
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero().flatten()
@@ -269,13 +269,13 @@ def _halves(rows: list[int]) -> list[list[int]]:
     return [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
 
 
-# As published: steps of a run at most, recall above which it counts.
+# As published: maximum steps of a run, and recall above which it counts.
 _STEPS = 50
 RECALL = 0.5
 
 
 class FollowOptions(TypedDict):
-    """How :func:`follow` decodes."""
+    """Options of :func:`follow`."""
 
     new_tokens: int | None
     threshold: int | float
@@ -295,28 +295,29 @@ def follow(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Runs:
-    """Let a model answer every example of a needle probe, and see who copies the answer.
+    """Decode an answer to every needle, and record which heads attend to what is copied.
 
-    Greedy decoding with keys and values kept; the prompt on fused attention, and of every step
-    only the newest query's row, the prompt's last one included, which says the first token. A run
-    stops at an end-of-sequence token of the tokenizer or of the model's generation config (where
-    chat models keep the end of a turn), or, without a chat template, at a line break once
-    something was said: the reply of a chat model may have several lines, and its answer is looked
-    for in all of them.
+    Greedy decoding with a key/value cache; the prompt uses fused attention, and each step computes
+    only the newest query's rows, starting with the prompt's last one, which predicts the first
+    token. A run stops at an end-of-sequence token of the tokenizer or of the model's generation
+    config (where chat models keep the end of a turn), or, without a chat template, at a line break
+    after some text: a chat model's reply may have several lines, all of which are searched for the
+    answer.
 
     Args:
         model: the model.
-        probe: with the marks ``end`` and ``needle_answer``; what stands after ``end`` is not read.
-        new_tokens: steps at most; default: 50 as published; for needles whose answer completes
-            a sentence, which nothing ends, as many as the longest answer has (not with a chat
-            template, which lets the model reply in its own words).
+        probe: with the marks ``end`` and ``needle_answer``; tokens after ``end`` are ignored.
+        new_tokens: maximum number of steps; default: 50 as published; for needles whose answer
+            completes a sentence, which has no natural end, the length of the longest answer (not
+            with a chat template, where the model replies in its own words).
         threshold: recall above which a run counts; as published, 0.5.
-        edits: the same for all examples; those with ``scope="decode"`` act after the prompt.
-        batch_size: examples at a time, of equal length; default: about 8192 tokens.
+        edits: head edits, the same for all examples; those with ``scope="decode"`` act after the
+            prompt.
+        batch_size: examples per batch, of equal length; default: about 8192 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if the probe has no such marks or does not fit the model.
+        InputError: if the probe lacks these marks or does not fit the model.
 
     Example:
         >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
@@ -348,10 +349,10 @@ def follow_both(
 ) -> tuple[Runs, Runs | None]:
     """Runs of a probe and of its control.
 
-    A control of the same texts with other marks (``control="distractor"``) asks of the same runs
-    who copied from elsewhere. In any other the question does not lead to the answer, so that the
-    model would not say it: it is read with its answer appended (the teacher-forced form), or no
-    head could copy it by chance. Arguments and errors are those of :func:`follow`.
+    If the control has the same texts with other marks (``control="distractor"``), the same runs
+    serve both. In other controls the question does not lead to the answer, so the model would not
+    generate it: they are teacher-forced, since otherwise no head could copy by chance. Arguments
+    and errors are those of :func:`follow`.
     """
     options = RunOptions(batch_size, progress=progress)
     control = probe.control
@@ -359,7 +360,7 @@ def follow_both(
     need_continuing(model)
     check_fits(model, probe)
     if new_tokens is not None and new_tokens < 1:
-        raise InputError(f"new_tokens={new_tokens} leaves nothing to say: give 1 or more.")
+        raise InputError(f"new_tokens={new_tokens}: give 1 or more.")
     need_marks(probe, "end", "needle_answer")
     end = probe.mark("end")
     steps = new_tokens or _steps(probe)
@@ -395,7 +396,7 @@ def follow_both(
 
 
 def _same_prompts(probe: Probe, control: Probe) -> bool:
-    """Whether both ask the same of the same texts."""
+    """Whether two probes have the same prompts."""
     ends = probe.marks.get("end"), control.marks.get("end")
     return (
         ends[0] is not None
@@ -414,7 +415,7 @@ def _steps(probe: Probe) -> int:
 
 @dataclass
 class _LookedNewest:
-    """Sees where each head's newest query looks most."""
+    """Reader of the key that each head's newest query attends to most."""
 
     position: int
     needles: Bool[Tensor, "probe batch pos"]
@@ -423,11 +424,11 @@ class _LookedNewest:
     reachable: dict[int, Bool[Tensor, "probe batch"]] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every attention layer."""
+        """Taps to read: every attention layer."""
         return at_layers(shape, self._on_layer)
 
     def _on_layer(self, view: TapView) -> None:
-        """Keep one argmax a head; of equals the first."""
+        """Store one argmax per head; on ties the first."""
         rows = view.rows(torch.tensor([self.position]))
         self.best[view.layer] = rows.pattern[:, :, 0].argmax(-1)
         if self.windows[view.layer] is not None:
@@ -437,7 +438,7 @@ class _LookedNewest:
 
 
 class _Step(NamedTuple):
-    """Tokens said at one step, and where everybody looked."""
+    """Tokens generated at one step, and each head's most attended key."""
 
     said: Int[Tensor, " batch"]
     looked: _LookedNewest
@@ -446,7 +447,7 @@ class _Step(NamedTuple):
 def _decode(
     model: HeadModel, probes: Sequence[Probe], rows: list[int], steps: int, edits: Sequence[Edit]
 ) -> list[list[Run]]:
-    """Runs of examples whose prompts are equally long, by probe: the same texts, other marks."""
+    """Decode examples with equally long prompts; runs by probe, for probes with the same texts."""
     probe = probes[0]
     ends = probe.mark("end").int().argmax(1) + 1
     spans = [(row, slice(int(probe.first[row]), int(ends[row]))) for row in rows]
@@ -474,7 +475,7 @@ def _decode(
 
 
 class _Stops:
-    """Whether a run ends with a token: end of sequence, or a line break after something said."""
+    """Stopping criterion: end of sequence, or a line break after some text."""
 
     def __init__(self, model: HeadModel, *, at_breaks: bool = True) -> None:
         self._at_breaks = at_breaks
@@ -503,12 +504,12 @@ def _runs(
     steps: list[_Step],
     stops: _Stops,
 ) -> list[Run]:
-    """What each example said before it stopped, and who copied it from one probe's needles."""
+    """Build each example's run from its steps, judged by one probe's needles."""
     needle = needles[which]
     said = torch.stack([step.said for step in steps])
     copied = np.zeros((len(steps), len(prompts), model.shape.n_layers, model.shape.n_heads), bool)
     reachable = np.ones((len(steps), len(prompts), model.shape.n_layers), bool)
-    wanted = prompts.masked_fill(~needle, -1)  # the needle's answer tokens where they stand
+    wanted = prompts.masked_fill(~needle, -1)  # the needle's answer tokens at their positions
     for at, step in enumerate(steps):
         for layer, best in step.looked.best.items():
             keys = best.cpu()
@@ -546,7 +547,7 @@ def unbroken(tokens: Int[Tensor, " pos"], mark: Bool[Tensor, " pos"]) -> list[li
 
 
 class Reply(NamedTuple):
-    """What was said and what was wanted, as text, and how much of the latter was said."""
+    """Response and expected answer as text, with the recall."""
 
     said: str
     wanted: str
@@ -554,7 +555,7 @@ class Reply(NamedTuple):
 
 
 def answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> Reply:
-    """The response as text, and its recall of the answer."""
+    """The response as text, with its recall of the answer."""
     if model.tokenizer is None:
         asked = [token for part in wanted for token in part]
         return Reply(" ".join(map(str, said)), " ".join(map(str, asked)), recall(asked, said))
@@ -572,22 +573,22 @@ def follow_forced(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Runs:
-    """Let a model read every example with its answer, and see who would copy each token of it.
+    """Read every example with its answer, and record which heads would copy each token.
 
-    One fused forward pass a text, rows only of the queries that predict the answer: the
-    teacher-forced form of :func:`headscope.retrieval.follow`, whose runs these equal where greedy
-    decoding says just the answer. A run's ``tokens`` are the answer's; its ``response`` is what
-    the model would say at each of them, given the right ones before.
+    One fused forward pass per text, with rows only for the queries that predict the answer: the
+    teacher-forced form of :func:`headscope.retrieval.follow`, with equal runs if greedy decoding
+    gives exactly the answer. A run's ``tokens`` are the answer's; its ``response`` is the model's
+    prediction at each of them, given the correct ones before.
 
     Args:
         model: the model.
         probe: of kind ``needle``: with the marks ``end``, ``answering`` and ``needle_answer``.
-        threshold: recall above which a run is called answered; all are scored.
-        batch_size: examples at a time, of equal prompts; default: about 8192 tokens.
+        threshold: recall above which a run counts as answered; all are scored.
+        batch_size: examples per pass, of equal prompts; default: about 8192 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if the probe has no such marks or does not fit the model.
+        InputError: if the probe lacks these marks or does not fit the model.
     """
     options = RunOptions(batch_size, progress=progress)
     check_fits(model, probe)
@@ -604,7 +605,7 @@ def follow_forced(
 
 @dataclass
 class _LookedForced:
-    """Sees where each head looks most from some positions."""
+    """Reader of the key that each head attends to most from some positions."""
 
     positions: Int[Tensor, " query"]
     needle: Bool[Tensor, "batch pos"]
@@ -614,11 +615,11 @@ class _LookedForced:
     reachable: dict[int, Bool[Tensor, "batch query"]] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every attention layer."""
+        """Taps to read: every attention layer."""
         return at_layers(shape, self._on_layer)
 
     def _on_layer(self, view: TapView) -> None:
-        """Keep one argmax a head and query; of equals the first."""
+        """Store one argmax per head and query; on ties the first."""
         batch, length = self.needle.shape
         row = 4 * batch * view.z.shape[2] * length
         best, shown = [], []
@@ -635,7 +636,7 @@ class _LookedForced:
 
 
 def _read(model: HeadModel, probe: Probe, rows: list[int]) -> list[Run]:
-    """Runs of some examples, in one pass."""
+    """Read some examples in one pass and build their runs."""
     used = probe.real[rows].any(0).nonzero().flatten()
     columns = slice(int(used[0]), int(used[-1]) + 1)
     tokens, real, targets, answering, needle = (
@@ -662,7 +663,7 @@ def _read(model: HeadModel, probe: Probe, rows: list[int]) -> list[Run]:
         wanted = targets[i, positions[asked]]
         shape = (len(wanted), model.shape.n_layers)
         copied, reachable = np.zeros((*shape, model.shape.n_heads), bool), np.ones(shape, bool)
-        inside = tokens[i].masked_fill(~needle[i], -1)  # the needle's tokens where they stand
+        inside = tokens[i].masked_fill(~needle[i], -1)  # the needle's tokens at their positions
         for layer, best in looked.best.items():
             copied[:, layer] = (inside[best[i][:, asked]] == wanted).T.numpy()
             if layer in looked.reachable:

@@ -1,7 +1,7 @@
-"""The retrieval score of Wu et al. 2024, decoded as published and teacher-forced.
+"""Retrieval scores (Wu et al. 2024): decoded as published, and teacher-forced.
 
-Over a needle grid it is kept on disk: a finished cell of length and depth is a file, whole or
-absent.
+Scores over a grid of needles are stored on disk, one atomic file per finished cell of length and
+depth.
 """
 
 import hashlib
@@ -50,17 +50,17 @@ THRESHOLD = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Retrieval:
-    """Retrieval scores of a probe, means over the runs that count; NaN where none does.
+    """Retrieval scores of a probe: means over answered runs, NaN without any.
 
-    Teacher-forced, all runs count.
+    In the teacher-forced form all runs count.
 
     Attributes:
-        by_set: the paper's counting: different needle tokens copied over different needle
-            tokens, at most 1.
-        by_step: the published code's counting: every step that copies, over the needle's
-            length; above 1 where the model says the needle twice.
+        by_set: as counted in the paper: distinct needle tokens copied over distinct needle tokens,
+            at most 1.
+        by_step: as counted in the published code: every step that copies, over the needle's length;
+            above 1 if the model repeats the needle.
         activation: share of the runs in which the head copies at least one token.
-        runs: what was said, and how well.
+        runs: responses and their recall.
     """
 
     by_set: HeadScores
@@ -74,11 +74,11 @@ class Retrieval:
         return tuple(head for head, value in ranked if value > threshold)
 
     def recall_grid(self) -> RecallGrid:
-        """How often the model answered, by length and depth."""
+        """Share of answered runs by length and depth."""
         return RecallGrid(*self.runs.grid(), self.runs.threshold, self.by_set.provenance)
 
     def __str__(self) -> str:
-        """One sentence."""
+        """Summary in one sentence."""
         runs = self.runs
         if not runs.scored.any():
             return (
@@ -93,11 +93,11 @@ class Retrieval:
         return f"{self.found()}, in {where}; highest: {best}."
 
     def found(self) -> str:
-        """How many heads copy more than the threshold, and how many of them beyond chance."""
+        """Count the heads above the threshold, and those significantly above chance."""
         return copying(self.by_set)
 
     def hint(self) -> str:
-        """What to try where nothing was answered, after some of the replies; else nothing."""
+        """Suggest what to try if nothing was answered, with some replies; otherwise empty."""
         if self.runs.counted.any():
             return ""
         return "\n".join(
@@ -121,22 +121,22 @@ def decoded(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Retrieval:
-    """Retrieval scores as published: greedy decoding, and who copies what is said.
+    """Retrieval scores as published: decode greedily, and count what each head copies.
 
-    A head copies at a step when the key it attends to most lies among the needle's answer tokens
-    and holds the very token that is generated. Runs with recall up to the threshold are left out.
+    A head copies at a step if the key it attends to most is among the needle's answer tokens and
+    holds the token that is generated. Runs with recall up to the threshold are left out.
 
     Args:
         model: the model.
         probe: of kind ``needle``.
-        null: read the probe's control too, with its answer appended; all of its runs count.
-        new_tokens: steps at most; see :func:`follow`.
+        null: also run the probe's control, teacher-forced; all of its runs count.
+        new_tokens: maximum number of steps; see :func:`follow`.
         threshold: recall above which a run counts; as published, 0.5.
-        batch_size: examples at a time.
-        progress: show a bar.
+        batch_size: examples per batch.
+        progress: show a progress bar.
 
     Raises:
-        HeadscopeError: if the model answers no example well enough to count.
+        HeadscopeError: if no run counts.
 
     Example:
         >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
@@ -166,7 +166,7 @@ def check_answered(model: HeadModel, runs: Runs, needles: object = None) -> None
 
 
 def _advice(runs: Runs, needles: object) -> str:
-    """What to try where no run was answered."""
+    """Suggestions for when no run was answered."""
     tried = [] if needles == "numbers" else ["number needles (needles='numbers')"]
     if runs.chat:
         tried.append("plain text without the chat template (chat=False, --no-chat)")
@@ -182,12 +182,12 @@ def _advice(runs: Runs, needles: object) -> str:
 def summarised(
     model: HeadModel, probe: Probe, runs: Runs, control: Runs | None = None
 ) -> Retrieval:
-    """Scores of runs that were made before, e.g. cell by cell; all missing where no run counts.
+    """Scores from existing runs, e.g. collected cell by cell; all missing if no run counts.
 
     Args:
-        model: that made them.
-        probe: of all runs, in their order.
-        runs: of :func:`follow`.
+        model: model that made the runs.
+        probe: probe of all runs, in their order.
+        runs: from :func:`follow`.
         control: runs of the probe's control.
     """
 
@@ -205,7 +205,7 @@ def summarised(
 
 
 _MEANING = {
-    "retrieval_set": ("Share of the needle's different tokens that the head copies.", "score"),
+    "retrieval_set": ("Share of the needle's distinct tokens that the head copies.", "score"),
     "retrieval_steps": ("Steps at which the head copies, over the needle's length.", "code"),
     "retrieval_activation": ("Share of runs in which the head copies a token.", "activation"),
 }
@@ -273,17 +273,17 @@ def forced(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Retrieval scores of one forward pass with the answer appended: the scorer ``retrieval``.
+    """Retrieval scores from one teacher-forced pass: the scorer ``retrieval``.
 
-    Rows are computed at the positions that predict the answer alone. Each is counted as in the
-    published code; where the model would say just the answer, both forms agree.
+    Rows are computed only at the positions that predict the answer. Both forms agree for answers
+    that the model would generate itself.
 
     Args:
         model: the model.
         probe: of kind ``needle``.
-        runs: of :func:`follow`: only examples that count there; default: all.
-        batch_size: examples at a time.
-        progress: show a bar.
+        runs: from :func:`follow`: use only examples that count there; default: all.
+        batch_size: examples per pass.
+        progress: show a progress bar.
 
     Example:
         >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
@@ -314,14 +314,14 @@ Activity = Literal["always", "sometimes", "never"]
 
 @checked
 def by_kv_head(scores: HeadScores, how: Literal["mean", "max"] = "mean") -> HeadScores:
-    """The same score per key/value head: mean or largest over the query heads that share it.
+    """Aggregate a score per key/value head: mean or maximum over its query heads.
 
-    Taken example by example, so that errors and nulls stay honest; what decides about keeping
-    keys and values (DuoAttention, HeadKV) is per key/value head.
+    Aggregated example by example, so that errors and nulls stay valid. Decisions about cached keys
+    and values (DuoAttention, HeadKV) are per key/value head.
 
     Args:
         scores: with values per example.
-        how: ``mean``, or ``max`` where one query head is enough to need it.
+        how: ``mean``, or ``max`` if a single query head is enough to need the cache.
 
     Returns:
         A score whose head axis counts key/value heads, named ``<name>_kv``.
@@ -371,14 +371,15 @@ def by_kv_head(scores: HeadScores, how: Literal["mean", "max"] = "mean") -> Head
 
 @checked
 def activity(scores: HeadScores, at_least: int | float = 0.0) -> dict[HeadIndex, Activity]:
-    """Which heads act in every context, in some, in none (Wu et al. 2024, section 3).
+    """Classify heads as active in every context, in some, or in none (Wu et al. 2024, section 3).
 
     Args:
         scores: with values per example, e.g. ``Retrieval.activation`` or ``Retrieval.by_set``.
-        at_least: a head acts in an example whose value is above this.
+        at_least: a head is active in an example whose value is above this.
 
     Returns:
-        Every head with a value; the source calls those that act sometimes dynamically activated.
+        Every head with a value; the source calls those that are active sometimes dynamically
+        activated.
 
     Example:
         >>> found = activity(table["induction"], at_least=1.0)
@@ -397,13 +398,13 @@ def activity(scores: HeadScores, at_least: int | float = 0.0) -> dict[HeadIndex,
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two scores of the same heads.
+    """Agreement of two scores of the same heads.
 
     Attributes:
         rank_correlation: Spearman's, over all heads, in [-1, 1]; NaN if one score is constant.
         overlap: Jaccard index of the two sets of ``k`` highest heads, in [0, 1].
-        k: how many heads.
-        largest_difference: between two means of the same head.
+        k: number of heads in each set.
+        largest_difference: largest difference of a head's two means.
     """
 
     rank_correlation: float
@@ -412,7 +413,7 @@ class Agreement:
     largest_difference: float
 
     def __str__(self) -> str:
-        """One line."""
+        """Summary in one line."""
         return (
             f"rank correlation {self.rank_correlation:.3f}, overlap of the {self.k} highest heads "
             f"{self.overlap:.2f}, largest difference {self.largest_difference:.3f}"
@@ -423,10 +424,10 @@ class Agreement:
 def agreement(a: HeadScores, b: HeadScores, k: int = 10) -> Agreement:
     """Compare two scores head by head.
 
-    Heads tie where neither form saw them copy; of equals the lowest are taken, in both.
+    Heads that neither form saw copying are tied; among ties the lowest heads are taken in both.
 
     Raises:
-        InputError: if they are not of the same heads.
+        InputError: if the scores belong to different heads.
 
     Example:
         >>> scores = table["induction"]
@@ -448,7 +449,7 @@ _FORMAT = 4
 
 
 class Scanned(NamedTuple):
-    """What :func:`scan_grid` found: scores of all cells together, and the probe they are of."""
+    """Result of :func:`scan_grid`: scores of all cells together, and their probe."""
 
     retrieval: Retrieval
     probe: Probe
@@ -469,31 +470,30 @@ def scan_grid(
     progress: bool | None = None,
     **probe: Any,
 ) -> Scanned:
-    """Retrieval scores over a grid of lengths and depths, one cell after the other.
+    """Retrieval scores over a grid of lengths and depths, cell by cell; resumable.
 
-    The same as :func:`headscope.retrieval.decoded` of the whole probe; where no run counts, the
-    recall is the result and every score is missing. Teacher-forced, every text is read once with
-    its answer appended, all count, and the recall is of what the model would say at each token
-    of the answer, given the right ones before. With a folder every finished cell is kept in
-    it, and found again by what it holds (model, tokens, settings): after a crash the same call
-    goes on where it was.
+    The same as :func:`headscope.retrieval.decoded` of the whole probe; if no run counts, the recall
+    is the result and every score is missing. Teacher-forced, every text is read once with its
+    answer appended, all count, and the recall is of the model's prediction at each token of the
+    answer, given the correct ones before. With a folder every finished cell is stored there under a
+    digest of its content (model, tokens, settings): after a crash the same call resumes.
 
     Args:
         model: from :func:`headscope.load`.
-        lengths: of :func:`headscope.probes.needle`, as ``depths`` and ``needles``.
+        lengths: as in :func:`headscope.probes.needle`.
         depths: shares, or how many.
         needles: a set, a file, or needles.
-        form: ``decoded`` as published, or ``forced``, which scores texts that the model does not
-            answer, too.
-        folder: for finished cells; default: none is kept.
-        new_tokens: steps of a run at most; see :func:`headscope.retrieval.follow`.
+        form: ``decoded`` as published, or ``forced``, which also scores texts that the model does
+            not answer.
+        folder: folder for finished cells; default: none.
+        new_tokens: maximum steps of a run; see :func:`headscope.retrieval.follow`.
         threshold: recall above which a run counts.
-        batch_size: examples at a time.
+        batch_size: examples per batch.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
         probe: other arguments of :func:`headscope.probes.needle`.
 
     Raises:
-        InputError: if an argument makes no sense, or the folder cannot be written.
+        InputError: if an argument is invalid, or the folder cannot be written.
 
     Example:
         >>> import headscope as hs
@@ -514,13 +514,13 @@ def scan_grid(
     known = "" if store is None else model.digest()
     if (
         form == "decoded" and new_tokens is None and whole.settings.get("cloze")
-    ):  # as `follow` would for all of it
+    ):  # as `follow` does for the whole probe
         new_tokens = int(whole.mark("answer").sum(1).max())
     order = sorted(range(len(cells)), key=lambda i: cells[i] != longest)
     done: dict[int, tuple[list[Run], list[Run]]] = {}
     tokens = [int(whole.real[cell].sum()) for cell in cells]
     with options.track(sum(tokens), f"{model.name} looks for needles") as advance:
-        for i in order:  # the longest first: what does not fit is said at once
+        for i in order:  # the longest first, so that what does not fit fails at once
             part = whole.examples(cells[i])
             file = (
                 None if store is None else store / f"{_name(part, known, form, new_tokens)}.parquet"
@@ -544,7 +544,7 @@ def scan_grid(
 
 
 def _cells(probe: Probe) -> Iterator[slice]:
-    """Examples of each length and depth, which stand together."""
+    """Examples of each length and depth, which are adjacent."""
     places = list(zip(probe.facts["length"].tolist(), probe.facts["depth"].tolist(), strict=True))
     start = 0
     for end in range(1, len(places) + 1):
@@ -561,7 +561,7 @@ def _cell(
     new_tokens: int | None,
     options: RunOptions,
 ) -> tuple[list[Run], list[Run]]:
-    """Runs of one cell and of its control, from the disk if they are there."""
+    """Runs of one cell and of its control, loaded from disk if finished."""
     if file is not None and file.exists():
         return _read(file)
     size = options.batch_size

@@ -1,4 +1,4 @@
-"""Generation under masks of heads, and contrasted with itself under them (DeCoRe)."""
+"""Generation with masked heads, and contrastive decoding against it (DeCoRe)."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +31,13 @@ _SCOPES = get_args(Scope)
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Heads that are masked, how, and while what is done. Make it with :meth:`of`.
+    """Masked heads with method and scope. Create it with :meth:`of`.
 
     Attributes:
-        edit: what becomes of their values, in its scope.
-        scope: ``decode``: from the last token of the prompt on, whose query predicts the first
-            new token (so in the source): headscope reads that token by itself, as the first step
-            of decoding; ``prefill``: before it; ``all``: everywhere.
+        edit: edit of the heads, in its scope.
+        scope: ``decode``: from the last token of the prompt on, whose query predicts the first new
+            token (as in the source): headscope runs that token separately, as the first step of
+            decoding; ``prefill``: before it; ``all``: everywhere.
 
     Example:
         >>> mask = Mask.of(model, ["L2H0"])
@@ -58,7 +58,7 @@ class Mask:
         *,
         reference: Probe | None = None,
     ) -> "Mask":
-        """A mask for generation step by step; arguments are those of :func:`mask_heads`."""
+        """Create a mask for step-by-step generation; arguments are those of :func:`mask_heads`."""
         if scope not in _SCOPES:
             raise InputError(nearest(str(scope), _SCOPES, kind="scope"))
         return cls(_edit(model, heads, method, scope, reference), scope)
@@ -73,25 +73,25 @@ def mask_heads(
     *,
     reference: Probe | None = None,
 ) -> AbstractContextManager[None]:
-    """Scope in which some heads are masked, in every pass of the model; restored after.
+    """Context manager in which some heads are masked in every pass of the model.
 
-    ``uniform`` is what Wu et al. 2024 (arXiv 2404.15574) call masking: the query becomes 0, so
-    that the head attends to all visible keys alike. ``zero`` makes the head's output 0, ``mean``
-    its mean over a reference. Until the scope ends the model's own ``generate`` runs masked, with
-    keys and values kept.
+    ``uniform`` is what Wu et al. 2024 (arXiv 2404.15574) call masking: the query becomes 0, so that
+    the head attends to all visible keys equally. ``zero`` sets the head's output to 0, ``mean`` to
+    its mean over a reference. Inside the context the model's own ``generate`` runs masked, with its
+    key/value cache.
 
-    transformers' ``generate`` reads the whole prompt at once, so its first new token is said
+    transformers' ``generate`` reads the whole prompt at once, so its first new token is predicted
     before ``scope="decode"`` begins; in the source the mask begins with the last token of the
-    prompt, as it does in :func:`headscope.retrieval.generate`. In your own loop, a pass that
-    extends a cache counts as decoding.
+    prompt, as in :func:`headscope.retrieval.generate`. In a hand-written loop, a pass that extends
+    a cache counts as decoding.
 
     Args:
         model: from :func:`headscope.load`.
-        heads: which.
+        heads: heads to mask.
         method: ``uniform``, ``zero`` or ``mean``.
-        scope: ``decode`` while tokens are generated, ``prefill`` while a prompt is read, ``all``
-            in both.
-        reference: of ``mean``; default: the bundled passages.
+        scope: ``decode`` while tokens are generated, ``prefill`` while a prompt is read, ``all`` in
+            both.
+        reference: reference of ``mean``; default: the bundled passages.
 
     Raises:
         InputError: if the model has no such head, or an argument is unknown.
@@ -128,10 +128,10 @@ _TOKENS_PER_PASS = 8192
 
 
 def prompt_ids(model: HeadModel, prompts: Prompts) -> list[list[int]]:
-    """Token ids of every prompt; those of a probe end at its mark ``end``, if it has one.
+    """Token ids of every prompt; probe examples end at their mark ``end``, if there is one.
 
     Raises:
-        InputError: if there is none, or one is empty or unknown to the model.
+        InputError: if there is no prompt, or one is empty or unknown to the model.
     """
     if isinstance(prompts, Probe):
         ids = _of_probe(prompts)
@@ -142,7 +142,9 @@ def prompt_ids(model: HeadModel, prompts: Prompts) -> list[list[int]]:
         tokenizer = need_tokenizer(model, "a prompt in words")
         ids = [encode(tokenizer, one, bos_prefix(model, None)).ids for one in texts]
     if not ids or not all(ids):
-        raise InputError("give at least one prompt, and no empty one.")
+        raise InputError(
+            "prompts= is empty, or contains an empty prompt: give at least one token each."
+        )
     low, high = min(map(min, ids)), max(map(max, ids))
     if low < 0 or high >= model.shape.d_vocab:
         raise InputError(
@@ -162,9 +164,9 @@ def _of_probe(probe: Probe) -> list[list[int]]:
 
 
 def check_room(model: HeadModel, prompts: list[list[int]], new_tokens: int) -> None:
-    """Raise InputError if prompt and answer are more than the model takes."""
+    """Raise InputError if prompt and answer exceed the model's context."""
     if new_tokens < 1:
-        raise InputError(f"new_tokens={new_tokens} leaves nothing to say: give 1 or more.")
+        raise InputError(f"new_tokens={new_tokens}: give 1 or more.")
     longest = max(map(len, prompts))
     if model.shape.n_ctx is not None and longest + new_tokens - 1 > model.shape.n_ctx:
         raise InputError(
@@ -175,7 +177,7 @@ def check_room(model: HeadModel, prompts: list[list[int]], new_tokens: int) -> N
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """Some prompts as one batch; ``rows`` are their numbers."""
+    """Some prompts padded to one batch; ``rows`` are their indices."""
 
     rows: list[int]
     tokens: Int[Tensor, "batch pos"]
@@ -183,7 +185,7 @@ class Padded:
 
 
 def batches(prompts: list[list[int]], options: RunOptions) -> Iterator[Padded]:
-    """Prompts of similar lengths together, padded on the left."""
+    """Batches of prompts of similar lengths, padded on the left."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     while order:
         longest = len(prompts[order[0]])
@@ -200,20 +202,20 @@ def batches(prompts: list[list[int]], options: RunOptions) -> Iterator[Padded]:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Says the next token: the likeliest, or one drawn with a generator of each prompt's own.
+    """Chooses the next token: the most likely, or sampled with a generator per prompt.
 
     Attributes:
-        temperature: 0 for the likeliest (of equals the lowest token).
-        seed: of the draws; a prompt's draws do not depend on its neighbours in the batch.
+        temperature: 0 for the most likely (on ties the lowest token).
+        seed: seed of the draws; a prompt's draws do not depend on its batch.
     """
 
     temperature: float
     seed: int
 
     def __post_init__(self) -> None:
-        """Check the temperature."""
+        """Validate the temperature."""
         if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or more.")
+            raise InputError(f"temperature={self.temperature}: give 0 (greedy) or more.")
 
     def __call__(
         self, logits: Float[Tensor, "batch d_vocab"], draws: list[Random]
@@ -227,17 +229,17 @@ class Chooser:
         return found[:, 0].clamp_max(logits.shape[1] - 1)
 
     def draws(self, rows: list[int]) -> list[Random]:
-        """A source of numbers for each prompt."""
+        """Random number generator of each prompt."""
         return [Random(f"{self.seed} {row}") for row in rows]  # noqa: S311 - words, not secrets
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What a model said after each prompt.
+    """Tokens generated after each prompt.
 
     Attributes:
-        tokens: new tokens, up to and without the end-of-sequence token.
-        texts: the same as text; ids with spaces between, without a tokenizer.
+        tokens: new tokens, without the end-of-sequence token.
+        texts: the same as text; ids separated by spaces without a tokenizer.
         alphas: weight of the contrast at every step; empty without one.
     """
 
@@ -247,7 +249,7 @@ class Generated:
 
 
 class Mixed(NamedTuple):
-    """Scores of the next token made of several runs, and the weight that they were mixed by."""
+    """Mixed next-token scores of several runs, and the weight used."""
 
     scores: Float[Tensor, "batch d_vocab"]
     alpha: Float[Tensor, " batch"] | None = None
@@ -269,25 +271,25 @@ def generate(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Generated:
-    """Continue prompts, some heads masked if wanted.
+    """Continue prompts, optionally with masked heads.
 
-    The prompt is read but for its last token, then one token at a time: the last token's query
-    says the first new one, and belongs to decoding. Keys and values are kept; transformer-lens
-    bridges read the whole text again, with the same numbers.
+    The prompt is read up to its last token, then one token at a time: the last token's query
+    predicts the first new one, and belongs to decoding. Keys and values are cached;
+    transformer-lens bridges read the whole text again, with the same results.
 
     Args:
         model: from :func:`headscope.load`.
         prompts: texts, token ids ``[batch pos]``, or a probe, whose examples end at ``end``.
         mask: which heads, e.g. ``hs.retrieval.Mask.of(model, heads)``.
-        new_tokens: at most.
-        temperature: 0: always the likeliest token; else drawn from ``softmax(logits / t)``.
-        seed: of the draws.
-        batch_size: prompts at a time; default: about 8192 tokens.
+        new_tokens: maximum number of new tokens.
+        temperature: 0: always the most likely token; else sampled from ``softmax(logits / t)``.
+        seed: seed of the draws.
+        batch_size: prompts per batch; default: about 8192 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if a prompt does not fit, or an argument makes no sense.
-        UnsupportedModelError: if the model keeps more than keys and values.
+        InputError: if a prompt does not fit, or an argument is invalid.
+        UnsupportedModelError: if the model's cache holds more than keys and values.
 
     Example:
         >>> import headscope as hs
@@ -318,7 +320,7 @@ def write(
     chooser: Chooser,
     options: RunOptions,
 ) -> Generated:
-    """Write with one run per mask, all of which read what is said; ``mix`` makes its scores."""
+    """Generate with one run per mask on the same text; ``mix`` combines their scores."""
     ids = prompt_ids(model, prompts)
     check_room(model, ids, new_tokens)
     said: dict[int, list[int]] = {}
@@ -342,7 +344,7 @@ def write(
 
 @dataclass
 class Text:
-    """One run of a model over a batch that grows, under a mask."""
+    """One incremental run of a model over a growing batch, under a mask."""
 
     model: HeadModel
     real: Bool[Tensor, "batch pos"]
@@ -350,23 +352,23 @@ class Text:
     _state: Decoding = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin; every prompt's last token is real, and read by itself."""
+        """Start; every prompt's last token is real, and read separately."""
         prompt = self.real.shape[1] - 1
         self._state = decoding(self.model, self.real[:, : max(1, prompt)], prompt=prompt)
 
     @property
     def length(self) -> int:
-        """Positions read."""
+        """Number of positions read."""
         return self._state.length
 
     def prompt(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
-        """Read the prompt, its last token by itself."""
+        """Read the prompt, its last token separately."""
         if tokens.shape[1] > 1:
             self.read(tokens[:, :-1])
         return self.read(tokens[:, -1:])
 
     def read(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch d_vocab"]:
-        """Read further tokens; gives the logits of what comes next, in fp32."""
+        """Read further tokens and return the next-token logits in fp32."""
         edits = () if self.mask is None else (self.mask.edit,)
         return self._state.step(tokens, edits=edits).float()
 
@@ -403,30 +405,30 @@ def _written(
 
 
 Alpha = Literal["entropy", "gain"] | int | float
-# Largest weight that an entropy gives, and the share of the likeliest token's probability below
-# which a token is not chosen (Li et al. 2022, arXiv 2210.15097: 0.1).
+# Largest weight that an entropy gives, and the share of the most likely token's probability below
+# which a token is excluded (Li et al. 2022, arXiv 2210.15097: 0.1).
 MOST = 1.0
 PLAUSIBLE = 0.1
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Scores ``(1 + alpha) log p_base - alpha log p_masked`` (Gema et al. 2024, section 2).
+    """Contrastive scores ``(1 + alpha) log p_base - alpha log p_masked`` (Gema et al. 2024).
 
-    An entropy of several nats weighs the difference so much that tokens win which both models hold
-    impossible. So by default an entropy counts as 1 at most, and tokens that the base model gives
-    less than a tenth of the likeliest one's probability are out: the plausibility constraint of
-    contrastive decoding (Li et al. 2022, arXiv 2210.15097, section 3.3). The source of DeCoRe has
-    neither; :meth:`published` is its setting.
+    An entropy of several nats weights the difference so strongly that tokens win which both models
+    consider impossible. So by default alpha is at most 1, and tokens with less than a tenth of the
+    most likely one's base probability are excluded: the plausibility constraint of contrastive
+    decoding (Li et al. 2022, arXiv 2210.15097, section 3.3). The source of DeCoRe has neither; use
+    :meth:`published` for its setting.
 
     Attributes:
         alpha: a number >= 0 for all steps (0.5 in the source); ``entropy``: that of the base
             model's next token, in nats; ``gain``: how much masking adds to it, at least 0.
         most: largest alpha that ``entropy`` and ``gain`` give; None: no limit. A number given as
-            alpha is taken as it is.
-        share: divide an entropy by that of the flat distribution, so that it is at most 1.
-        plausible: tokens with ``p_base < plausible * max(p_base)`` are left out (score -inf); from
-            0, which leaves out none, to 1, which leaves the base model's choice.
+            alpha is used unchanged.
+        share: divide an entropy by that of the uniform distribution, so that it is at most 1.
+        plausible: tokens with ``p_base < plausible * max(p_base)`` are excluded (score -inf); from
+            0, which excludes none, to 1, which leaves the base model's choice.
 
     Example:
         >>> base, masked = torch.zeros(1, 4), torch.eye(4)[:1]
@@ -441,7 +443,7 @@ class Contrast:
 
     @classmethod
     def published(cls, alpha: Alpha = "entropy") -> "Contrast":
-        """As in Gema et al. 2024: no largest alpha, and every token may be chosen.
+        """Settings of Gema et al. 2024: unlimited alpha, and no token excluded.
 
         Example:
             >>> Contrast.published().most is None
@@ -450,7 +452,7 @@ class Contrast:
         return cls(alpha, most=None, plausible=0.0)
 
     def __post_init__(self) -> None:
-        """Check alpha and its limits."""
+        """Validate alpha and its limits."""
         if isinstance(self.alpha, str):
             if self.alpha not in ("entropy", "gain"):
                 raise InputError(f"alpha={self.alpha!r} is unknown: 'entropy', 'gain' or a number.")
@@ -485,7 +487,7 @@ class Contrast:
 
 
 def _entropy(log_probabilities: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
-    """In nats."""
+    """Entropy in nats."""
     entropy: Tensor = torch.special.entr(log_probabilities.exp()).sum(1)
     return entropy
 
@@ -511,33 +513,33 @@ def decore(
 ) -> Generated:
     """Generate by contrasting retrieval heads (DeCoRe, Gema et al. 2024, arXiv 2410.18860).
 
-    Two runs read the same text, one with the heads masked; each keeps its keys and values. The
-    next token is taken from ``(1 + alpha) log p_base - alpha log p_masked``, with ``alpha`` the
-    entropy of ``p_base``, at most 1: where the model is unsure, what its retrieval heads add counts
-    more. Only tokens with at least a tenth of the likeliest one's probability can be chosen, as in
-    contrastive decoding (Li et al. 2022). The source has no such limits: ``most=None,
-    plausible=0`` is its setting, with which small models and large vocabularies, whose entropies
-    are several nats, write nonsense.
-    With ``alpha=0`` the base model writes by itself. About twice the time of plain generation.
+    Two runs read the same text, one with the heads masked; each has its own key/value cache. The
+    next token is chosen by ``(1 + alpha) log p_base - alpha log p_masked``, with ``alpha`` the
+    entropy of ``p_base``, at most 1: the less certain the model is, the more the contribution of
+    its retrieval heads counts. Only tokens with at least a tenth of the most likely one's
+    probability can be chosen, as in contrastive decoding (Li et al. 2022). The source has no such
+    limits: ``most=None, plausible=0`` is its setting, with which small models and large
+    vocabularies, whose entropies are several nats, produce nonsense. ``alpha=0`` is the base model.
+    Takes about twice as long as plain generation.
 
     Args:
         model: from :func:`headscope.load`.
-        prompts: as :func:`headscope.retrieval.generate` takes them.
-        heads: to be masked, e.g. ``retrieval.heads()``.
+        prompts: as for :func:`headscope.retrieval.generate`.
+        heads: heads to mask, e.g. ``retrieval.heads()``.
         alpha: see :class:`headscope.retrieval.Contrast`, as for the next three.
         most: largest alpha that an entropy gives; None: no limit, as in the source.
-        share: divide an entropy by that of the flat distribution.
-        plausible: least share of the likeliest token's probability; 0: none, as in the source.
+        share: divide an entropy by that of the uniform distribution.
+        plausible: least share of the most likely token's probability; 0: none, as in the source.
         method: how heads are masked; ``uniform`` in the source.
-        scope: where; ``decode`` in the source.
-        new_tokens: at most.
-        temperature: 0: the highest score; else drawn from ``softmax(scores / t)``.
-        seed: of the draws.
-        batch_size: prompts at a time.
-        progress: show a bar.
+        scope: when; ``decode`` in the source.
+        new_tokens: maximum number of new tokens.
+        temperature: 0: the highest score; else sampled from ``softmax(scores / t)``.
+        seed: seed of the draws.
+        batch_size: prompts per batch.
+        progress: show a progress bar.
 
     Returns:
-        What was said, with the alpha of every step.
+        Generated texts, with the alpha of every step.
 
     Example:
         >>> import headscope as hs
@@ -561,17 +563,17 @@ def decore(
 
 @dataclass
 class DeCoReProcessor:
-    """The same as a logits processor of transformers' ``generate``, greedy or sampled.
+    """DeCoRe as a logits processor for transformers' ``generate``, greedy or sampled.
 
-    transformers runs the base model, with its own cache; this runs the masked one beside it, with
+    transformers runs the base model with its own cache; the processor runs the masked model with
     another. Prompts are those of the first call, padded on the left or not at all; a new prompt
-    begins anew. Beams work, but read the text again whenever they change places.
+    starts anew. Beam search works, but reads the text again whenever beams are reordered.
 
     Attributes:
         model: from :func:`headscope.load`; call ``generate`` of ``model.module``.
-        heads: to be masked.
-        contrast: of both runs.
-        real: of the prompts, False at padding; default: none is padded.
+        heads: heads to mask.
+        contrast: how both runs are combined.
+        real: mask of the prompts, False at padding; default: no padding.
         method: how heads are masked.
 
     Example:
@@ -597,13 +599,13 @@ class DeCoReProcessor:
     _read: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """Check the heads."""
+        """Validate the heads."""
         self._mask = Mask.of(self.model, self.heads, self.method)
 
     def __call__(
         self, input_ids: Int[Tensor, "batch pos"], scores: Float[Tensor, "batch d_vocab"]
     ) -> Float[Tensor, "batch d_vocab"]:
-        """Scores of the next token from the base model's, and the masked model's own."""
+        """Combine the base model's scores with the masked model's."""
         masked = self._masked(input_ids.cpu()).to(scores.device)
         return self.contrast(scores, masked).scores.to(scores.dtype)
 
@@ -613,7 +615,7 @@ class DeCoReProcessor:
         if known is not None and self._text is not None and ids.shape[1] == known.shape[1] + 1:
             if torch.equal(ids[:, :-1], known):
                 return self._text.read(ids[:, -1:])
-            prompt = self._text.real.shape[1]  # beams changed places
+            prompt = self._text.real.shape[1]  # beams were reordered
             self._text = Text(self.model, self._text.real, self._mask)
             self._text.prompt(ids[:, :prompt])
             return self._text.read(ids[:, prompt:])
@@ -621,7 +623,8 @@ class DeCoReProcessor:
         if self.real is not None:
             if len(ids) % len(self.real) or self.real.shape[1] != ids.shape[1]:
                 raise InputError(
-                    f"real has shape {tuple(self.real.shape)}, the prompts {tuple(ids.shape)}."
+                    f"real has shape {tuple(self.real.shape)}, but the prompts have "
+                    f"{tuple(ids.shape)}."
                 )
             real = self.real.repeat_interleave(len(ids) // len(self.real), 0)
         self._text = Text(self.model, real, self._mask)

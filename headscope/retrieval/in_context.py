@@ -1,4 +1,4 @@
-"""In-context learning: how much lower the loss is late in a text, and what that rests on."""
+"""In-context learning: how much lower the loss is late in a text, and which heads cause it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -45,30 +45,30 @@ def in_context_score(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """What ablating each head does to the in-context-learning score, in nats.
+    """Effect of ablating each head on the in-context-learning score, in nats.
 
     The score is ``loss of a late token - loss of an early one`` (500th and 50th in the source,
-    counted from the text's first token as 0): the more negative, the more the model makes of its
-    context. The effect is the ablated model's score less the whole model's, per text: positive
-    where the head is used for it. The whole model's own score, mean over texts, is in
-    ``provenance.checks["score"]``.
+    counted from the text's first token as 0): the more negative, the more the model uses its
+    context. The effect is the ablated model's score minus the whole model's, per text: positive if
+    the model uses the head for in-context learning. The whole model's own score, mean over texts,
+    is in ``provenance.checks["score"]``.
 
     Args:
         model: from :func:`headscope.load`.
-        probe: texts; every one must reach the late token. Next tokens are predicted, whatever
-            the probe's targets are.
+        probe: texts; every one must reach the late token. Next tokens are predicted, whatever the
+            probe's targets are.
         early: token, or first and last token of a range, over which the loss is averaged.
         late: the same, after it.
-        method: of :func:`headscope.ablate_heads`; zero ablation overstates heads whose mean
+        method: as in :func:`headscope.ablate_heads`; zero ablation overstates heads whose mean
             output others rely on.
-        heads: which; default: all.
+        heads: which heads; default: all.
         reference: where means come from; default: the probe.
-        seed: of what the method draws.
+        seed: seed of the method's draws.
         batch_size: texts per pass.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if a text is too short, or an argument makes no sense.
+        InputError: if a text is too short, or an argument is invalid.
 
     Example:
         >>> import headscope as hs
@@ -93,7 +93,7 @@ def in_context_score(
         kv_heads=model.shape.n_kv_heads,
         design=Design(clusters=probe.cluster_labels),
         unit="nats",
-        description="In-context-learning score with the head ablated less that without.",
+        description="In-context-learning score with the head ablated minus that without.",
         source=_SOURCE,
         provenance=measurement.provenance(seed, checks=checks, **facts),
     )
@@ -111,16 +111,16 @@ def token_losses(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> TokenLosses:
-    """Loss of every token by its place in the text, of the whole model and without some heads.
+    """Loss of every token by position in the text, with and without some heads.
 
     Args:
         model: from :func:`headscope.load`.
         probe: texts.
-        masked: heads to be masked at every position, by the name of the line.
-        method: how; see :func:`headscope.mask_heads`.
-        reference: of ``mean``.
+        masked: heads to mask at every position, by name of the line.
+        method: how heads are masked; see :func:`headscope.mask_heads`.
+        reference: reference of ``mean``.
         batch_size: texts per pass; default: about 8192 tokens.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
         ``hs.plots.token_losses`` draws it; ``.score(50, 500)`` is the in-context-learning score.
@@ -155,7 +155,7 @@ def token_losses(
 def _losses(
     model: HeadModel, part: Probe, edits: Sequence[Edit], width: int
 ) -> Float[np.ndarray, "example token"]:
-    """Loss of each token of a text, counted from its first; NaN for that one, and at padding."""
+    """Loss of each token of a text, counted from its first; NaN there and at padding."""
     found = losses_by_position(model, replace(part, marks={}), edits).double().numpy()
     by_token = np.full((len(part), width), np.nan)
     for row, first in enumerate(part.first.tolist()):
@@ -171,14 +171,14 @@ def _range(places: Places) -> tuple[int, int]:
 def _differences(
     probe: Probe, early: tuple[int, int], late: tuple[int, int]
 ) -> tuple[Probe, Metric]:
-    """A probe that asks for the tokens of both ranges, and the metric: late loss less early.
+    """Build a probe with both ranges as targets, and a metric: late loss minus early.
 
-    A metric sees rows one by one, not where they stand. The side that a row is on travels in the
-    place of the foil, which a loss has no use for.
+    A metric sees rows one by one, not their positions, so the row's range is passed in the field of
+    the foil, which a loss does not use.
     """
     if not 1 <= early[0] <= early[1] < late[0] <= late[1]:
         raise InputError(
-            f"early={early} and late={late} must be tokens from 1 on, early before late."
+            f"early={early} and late={late}: give tokens from 1 on, early before late."
         )
     short = int(probe.real.sum(1).min())
     if late[1] >= short:
@@ -186,7 +186,7 @@ def _differences(
             f"token {late[1]} is asked for and the shortest text has {short}: give longer texts, "
             "or smaller early= and late=."
         )
-    token = probe.position_in_text + 1  # the token that a position predicts
+    token = probe.position_in_text + 1  # index of the token that a position predicts
     sides = torch.full_like(probe.tokens, -1)
     sides[(token >= early[0]) & (token <= early[1])] = 0
     sides[(token >= late[0]) & (token <= late[1])] = 1
@@ -203,6 +203,6 @@ def _differences(
         "in_context_learning",
         unit="nats",
         direction="lower",
-        description="Loss of late tokens less that of early ones.",
+        description="Loss of late tokens minus that of early ones.",
     )
     return asked, Metric(spec, signed, needs=frozenset({"target", "foil"}))

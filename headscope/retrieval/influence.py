@@ -1,6 +1,6 @@
 """AttentionInfluence: how much retrieval heads help to read each document of a corpus.
 
-A corpus on disk is scored in parts, each written atomically, and ranked once all are there.
+A corpus on disk is scored in parts, each written atomically, and ranked when all are finished.
 """
 
 import codecs
@@ -39,14 +39,14 @@ _LONGEST = 4096
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """What masking heads does to the loss of each document, in the order given.
+    """Effect of masking heads on the loss of each document, in the order given.
 
     Attributes:
-        base: mean cross-entropy per token of the whole model, nats; NaN for documents of fewer
+        base: mean cross-entropy per token of the whole model, in nats; NaN for documents of fewer
             than two tokens.
         masked: the same with the heads masked.
-        tokens: read of each document, a BOS included.
-        denominator: what the score is a share of.
+        tokens: number of tokens read per document, a BOS included.
+        denominator: denominator of the score.
     """
 
     base: Float[np.ndarray, " document"]
@@ -77,25 +77,26 @@ def influence(
 ) -> Influence:
     """Loss of each document with and without some heads (Hua et al. 2025, arXiv 2505.07293).
 
-    A document whose loss rises much when retrieval heads attend to everything alike is one that
-    needs looking back: the source ranks pretraining data by it, within a domain, and keeps the
-    best fifth. It masks the 5% of heads with the highest retrieval scores.
+    A document whose loss rises strongly when retrieval heads attend uniformly needs long-range
+    attention: the source ranks pretraining data by it, within a domain, and keeps the best fifth.
+    It masks the 5% of heads with the highest retrieval scores.
 
-    Documents of similar length share a pass; the result is that of one at a time. Only layers
-    from the first masked one on are run twice.
+    Documents of similar length share a pass without changing the result. Only layers from the first
+    masked one on are run twice.
 
     Args:
         model: from :func:`headscope.load`.
         documents: texts.
-        heads: to be masked, at every position.
-        method: how; ``uniform`` in the source.
+        heads: heads to mask, at every position.
+        method: how heads are masked; ``uniform`` in the source.
         denominator: ``base``, equation 5 of the source; ``masked``, as in its figure 3.
-        max_tokens: read of a document, from its start; default: what the model reads, up to 4096.
+        max_tokens: tokens to read of each document, from its start; default: the model's context,
+            up to 4096.
         batch_size: documents per pass; default: about 8192 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if there is no document, or an argument makes no sense.
+        InputError: if there is no document, or an argument is invalid.
 
     Example:
         >>> import headscope as hs
@@ -122,9 +123,9 @@ def influence(
 
 
 def document_ids(model: HeadModel, text: str, max_tokens: int | None) -> list[int]:
-    """Tokens of a document, a BOS in front if the model uses one, cut at its end."""
+    """Tokens of a document, with a BOS if the model uses one, truncated at the end."""
     if max_tokens is not None and max_tokens < 2:
-        raise InputError(f"max_tokens={max_tokens} leaves nothing to predict: give 2 or more.")
+        raise InputError(f"max_tokens={max_tokens}: give 2 or more.")
     room = min(model.shape.n_ctx or _LONGEST, max_tokens or _LONGEST)
     tokenizer = need_tokenizer(model, "a document")
     return encode(tokenizer, text, bos_prefix(model, None)).ids[:room]
@@ -137,9 +138,9 @@ def _probe(rows: Sequence[Sequence[int]]) -> Probe:
 
 
 _FORMAT = 1
-# Documents of a part: what is lost at most when the process dies.
+# Documents of a part: the most that an interruption can lose.
 _PART = 256
-# Columns of a part, and the type of their numbers.
+# Columns of a part with their types.
 _COLUMNS = {
     "line": "int64",
     "offset": "int64",
@@ -150,7 +151,7 @@ _COLUMNS = {
 
 
 class Document(NamedTuple):
-    """One line of the corpus: where it begins in the file, its number from 1, and its text."""
+    """One document of a corpus: byte offset, line number from 1, and text."""
 
     offset: int
     line: int
@@ -162,8 +163,8 @@ class Corpus:
     """A JSONL file of documents.
 
     Attributes:
-        path: of the file.
-        field: name of the text in each object.
+        path: path of the file.
+        field: name of the text field in each object.
 
     Example:
         >>> path = Path("documents.jsonl")
@@ -176,10 +177,10 @@ class Corpus:
     field: str = "text"
 
     def documents(self) -> Iterator[Document]:
-        """All documents in order; blank lines are none.
+        """Iterate over the documents in order; blank lines are skipped.
 
         Raises:
-            InputError: naming the first line that is wrong.
+            InputError: with the first invalid line.
         """
         try:
             with self.path.open("rb") as file:
@@ -188,10 +189,10 @@ class Corpus:
             raise InputError(f"{self.path} cannot be read: {error.strerror}.") from error
 
     def check(self) -> int:
-        """Number of documents, once every line has been read.
+        """Read every line, and return the number of documents.
 
         Raises:
-            InputError: naming the first line that is wrong, or if there is no document.
+            InputError: with the first invalid line, or if there is no document.
         """
         count = sum(1 for _ in self.documents())
         if not count:
@@ -211,7 +212,7 @@ class Corpus:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):
-            raise InputError(f"{where}: no JSON object in UTF-8.") from None
+            raise InputError(f"{where}: not a JSON object in UTF-8.") from None
         if not isinstance(fields, dict) or not isinstance(fields.get(self.field), str):
             raise InputError(f'{where}: an object with a text under "{self.field}" is needed.')
         text: str = fields[self.field]
@@ -235,22 +236,21 @@ def score_corpus(
 ) -> "pandas.DataFrame":
     """Rank the documents of a JSONL file by :func:`influence`.
 
-    The file is read in parts of ``part_size`` documents, which never all stand in memory. A
-    finished part is a file in ``folder/parts``, found again by what it holds (model, heads,
-    settings, texts): after a crash the same call goes on where it was. In the end ``folder`` has
-    ``ranked.parquet`` (numbers) and ``ranked.jsonl`` (the documents, best first, with their
-    ``influence`` and ``rank``).
+    The file is read in parts of ``part_size`` documents, one at a time. A finished part is a file
+    in ``folder/parts``, named by a digest of its content (model, heads, settings, texts): after a
+    crash the same call resumes. At the end ``folder`` has ``ranked.parquet`` (numbers) and
+    ``ranked.jsonl`` (the documents, best first, with their ``influence`` and ``rank``).
 
     Args:
         model: from :func:`headscope.load`.
         corpus: a file, or :class:`Corpus` with the name of its text field.
-        heads: to be masked.
-        folder: for parts and results.
+        heads: heads to mask.
+        folder: folder for parts and results.
         method: how heads are masked.
         denominator: ``base`` or ``masked``, see :func:`influence`.
-        max_tokens: read of a document.
+        max_tokens: tokens to read of each document.
         batch_size: documents per pass.
-        part_size: documents of a part.
+        part_size: documents per part.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
@@ -272,7 +272,7 @@ def score_corpus(
     options = RunOptions(batch_size, progress=progress)
     given = corpus if isinstance(corpus, Corpus) else Corpus(Path(corpus))
     if part_size < 1:
-        raise InputError(f"part_size={part_size} must be 1 or more.")
+        raise InputError(f"part_size={part_size}: give 1 or more.")
     chosen = sorted(present(model, heads))
     count = given.check()
     place = writable_folder(Path(folder))
@@ -339,7 +339,7 @@ def _write(file: Path, columns: dict[str, Any]) -> None:
 
 
 def _read(file: Path) -> "pandas.DataFrame":
-    """One part.
+    """Read a finished part.
 
     Raises:
         InputError: if it is damaged.
@@ -351,7 +351,7 @@ def _read(file: Path) -> "pandas.DataFrame":
 def _ranked(
     corpus: Corpus, place: Path, names: list[str], denominator: Denominator
 ) -> "pandas.DataFrame":
-    """All parts as one table, best first, and the documents in that order."""
+    """Join all parts to one table, best first, and the documents in that order."""
     import pandas
 
     frames = [_read(place / "parts" / f"{name}.parquet") for name in names]

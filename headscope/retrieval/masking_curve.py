@@ -1,4 +1,4 @@
-"""How well a model answers without its highest-scored heads, and without as many others."""
+"""Accuracy against the number of masked heads: highest-scored, lowest, and random ones."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,14 +31,14 @@ Order = tuple[HeadIndex, ...]
 
 
 def matched(top: Sequence[HeadIndex], drawn: Order) -> Order:
-    """A drawn order, rearranged so that its first n heads lie in the layers of the first n of top.
+    """Rearrange a random order so that its first n heads match the layers of ``top``'s first n.
 
-    Step by step the next drawn head of the layer whose turn it is; where that layer has none
-    left, the next of any. So of every layer the first n hold at least as many as the first n of
-    ``top``, or all that were drawn.
+    At each step take the next drawn head of the layer whose turn it is, or if that layer has none
+    left, the next of any layer. So every layer has at least as many among the first n as among the
+    first n of ``top``, or all that were drawn.
 
     Args:
-        top: heads whose layers are to be matched, the first first.
+        top: order of heads whose layers are to be matched.
         drawn: heads in a random order.
 
     Example:
@@ -82,34 +82,34 @@ def masking_curve(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> OrderCurve:
-    """Share of right answers against the number of masked heads (Wu et al. 2024, section 4).
+    """Share of correct answers against the number of masked heads (Wu et al. 2024, section 4).
 
-    Arms: ``top``, the highest scores first; ``lowest``, the lowest first (equal ones in a random
-    order); and random orders of the heads that are not above the score's threshold, the controls.
-    An arm ends where its heads do. An example is right if each token of its answer is the
-    likeliest one, given those before: that is when greedy decoding with the same mask says the
-    answer, so nothing is generated, and only positions that the mask reaches are run again.
+    Arms: ``top``, the highest scores first; ``lowest``, the lowest first (ties in a random order);
+    and, as controls, random orders of the heads that are not above the score's threshold. An arm
+    ends with its heads. An example is correct if each token of its answer is the most likely one,
+    given those before: that is when greedy decoding with the same mask gives the answer, so nothing
+    is generated, and only positions that the mask reaches are recomputed.
 
     Args:
         model: from :func:`headscope.load`.
         probe: with targets: needles, repeated tokens, your own questions; not the one that the
-            scores were found on. Decoding begins at its mark ``end``, else at the first target
-            that is read.
-        scores: of a retrieval scorer; or heads, the first to be masked first (then there is no
-            ``lowest``, and controls are all other heads).
+            scores were found on. Decoding begins at its mark ``end``, else at the first target that
+            is read.
+        scores: from a retrieval scorer; or heads, in the order in which they are masked (then there
+            is no ``lowest``, and controls are all other heads).
         counts: numbers of masked heads; default: up to half of all.
-        random: how many random orders, seeded from ``seed`` on.
-        controls: ``any`` random heads as published; ``layers``: as many of each layer as in the
-            top set of the same size, where a layer has so many, so that depth explains nothing.
+        random: number of random orders, seeded from ``seed`` on.
+        controls: ``any``: random heads as published; ``layers``: matched by layer with the top set
+            of the same size as far as possible, so that depth explains nothing.
         method: how heads are masked, see :func:`headscope.mask_heads`.
-        scope: where: ``decode``, ``prefill`` or ``all``.
-        right: ``all``: 1 where the whole answer is right; ``share`` of its right tokens, for
-            long copies.
-        at: mark of the positions that predict the answer; default: ``second_copy`` where a probe
-            has it, else all with a target.
-        reference: of ``mean``; default: the probe itself.
-        seed: of the random orders.
-        batch_size: examples at a time.
+        scope: when: ``decode``, ``prefill`` or ``all``.
+        right: ``all``: 1 if the whole answer is correct; ``share``: share of its correct tokens,
+            for long copies.
+        at: mark of the positions that predict the answer; default: ``second_copy`` if the probe has
+            it, else all with a target.
+        reference: reference of ``mean``; default: the probe itself.
+        seed: seed of the random orders.
+        batch_size: examples per pass.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
@@ -145,7 +145,7 @@ def masking_curve(
         spec=ScoreSpec(
             f"{method}_masking",
             unit="share",
-            description="Right answers with the heads masked less those of the whole model.",
+            description="Correct answers with the heads masked minus those of the whole model.",
         ),
         axes=("arm", "masked"),
         labels=(tuple(everything), tuple(map(str, points))),
@@ -169,7 +169,7 @@ def masking_curve(
 def reached(
     probe: Probe, scope: Scope, answering: Bool[Tensor, "batch pos"]
 ) -> Bool[Tensor, "batch pos"] | None:
-    """Positions at which a scope masks: from the prompt's last token on, before it, all (None)."""
+    """Positions that a scope masks: from the prompt's last token on, before it, or all (None)."""
     if scope == "all":
         return None
     first = (probe.mark("end") if "end" in probe.marks else answering).int()
@@ -193,7 +193,7 @@ def _arms(model: HeadModel, scores: HeadScores | Heads, seed: int) -> dict[str, 
     if not isinstance(scores, HeadScores):
         return {"top": present(model, scores)}
     ranked = [(model.shape.check(head), value) for head, value in scores.top(scores.mean.size)]
-    drawn = np.random.default_rng(seed).permutation(len(ranked))  # most heads tie at 0
+    drawn = np.random.default_rng(seed).permutation(len(ranked))  # most heads are tied at 0
     lowest = sorted(range(len(ranked)), key=lambda i: (ranked[i][1], drawn[i]))
     return {
         "top": tuple(head for head, _ in ranked),
@@ -206,7 +206,7 @@ def _controls(
 ) -> dict[str, Order]:
     """Random orders of the heads that are not retrieval heads."""
     if random < 0:
-        raise InputError(f"random={random} must be 0 or more.")
+        raise InputError(f"random={random}: give 0 or more.")
     if isinstance(scores, HeadScores):
         limit = np.inf if scores.threshold is None else scores.threshold
         left_out = {head for head, value in scores.top(scores.mean.size) if value > limit}
@@ -232,11 +232,11 @@ def _points(model: HeadModel, counts: Sequence[int] | None) -> list[int]:
 
 
 class MaskingConfig(Strict):
-    """Masking curves written down: which tasks, and how heads are masked.
+    """Configuration of masking curves: tasks, and how heads are masked.
 
     Attributes:
-        tasks: probes by name: needles, your questions, repeated tokens.
-        counts, random, controls, method, scope, right, seed: of :func:`masking_curve`.
+        tasks: probes by name: needles, your own questions, repeated tokens.
+        counts, random, controls, method, scope, right, seed: as in :func:`masking_curve`.
 
     Example:
         >>> task = {"kind": "repeated_tokens", "length": 8, "batch": 2}
@@ -263,16 +263,17 @@ def masking_curves(
     *,
     progress: bool | None = None,
 ) -> dict[str, OrderCurve]:
-    """One masking curve per task of a config, or of a YAML file with one.
+    """Compute one masking curve per task of a config, or of a YAML file.
 
     Args:
         model: from :func:`headscope.load`.
-        scores: as :func:`masking_curve` takes them.
-        config: see :class:`headscope.retrieval.MaskingConfig`; ``configs/masking.yaml`` is one.
-        progress: show bars.
+        scores: as in :func:`masking_curve`.
+        config: see :class:`headscope.retrieval.MaskingConfig`; ``configs/masking.yaml`` is an
+            example.
+        progress: show progress bars.
 
     Raises:
-        InputError: naming the first thing in the file that is wrong.
+        InputError: with the first error in the file.
 
     Example:
         >>> config = MaskingConfig(

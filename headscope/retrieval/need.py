@@ -1,4 +1,4 @@
-"""Which heads need far tokens, and which: by moments, by an earlier layer, by frequency."""
+"""Need for far tokens: how often, which tokens, and which rotary frequencies carry it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,21 +41,21 @@ def need(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadTable:
-    """The exact need for far tokens, the predicted one, and the prediction's precision and recall.
+    """Need for far tokens: exact and predicted, with the prediction's precision and recall.
 
     QAdA, Donhauser et al. 2025 (arXiv 2502.09647). Per head and example over the queries of the
-    question and the answer: ``precision`` is the share of the queries called long that are,
-    ``recall`` the share of the long ones that are called so; NaN where there are none.
+    question and the answer: ``precision`` is the share of queries predicted as long-range that are,
+    ``recall`` the share of long-range queries that are predicted; NaN where there are none.
 
     Args:
-        model: whose queries and keys can be seen.
+        model: a model whose queries and keys can be read.
         probe: of kind ``needle``, with more than ``sink + recent`` tokens before the question.
-        sink: first tokens that count as local.
-        recent: last tokens that do.
-        threshold: share of the attention that local tokens must have.
+        sink: number of first tokens that count as local.
+        recent: number of last tokens that do.
+        threshold: share of the attention that local tokens must get.
         moments: of the scores with far keys (``bulk``) or with the last ones (``local``).
-        batch_size: examples at a time.
-        progress: show a bar.
+        batch_size: examples per pass.
+        progress: show a progress bar.
 
     Returns:
         The scores ``long_need``, ``long_need_predicted``, ``long_need_precision`` and
@@ -94,22 +94,22 @@ def need(
             share(
                 "long_need_precision",
                 table["long_need_predicted"],
-                "Share of the queries said to need far tokens that do.",
+                "Share of the queries predicted to need far tokens that do.",
             ),
             share(
                 "long_need_recall",
                 table["long_need"],
-                "Share of the queries that need far tokens that are said to.",
+                "Share of the queries that need far tokens that are predicted to.",
             ),
         ]
     )
 
 
-# Takes the number of a text, a layer, the earlier stream, and the layer's values.
+# Callback with the index of a text, a layer, the earlier stream, and the layer's values.
 See = Callable[[int, int, Tensor, list[Tensor]], None]
 _TOKENS_PER_PASS = 4096
 _LEAST_TEXTS = 4
-_RIDGE = 1e-6  # share of the mean variance that is added to the diagonal
+_RIDGE = 1e-6  # ridge added to the diagonal, as a share of the mean variance
 
 
 @checked
@@ -124,31 +124,30 @@ def token_importance(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadTable:
-    """Foretell every head's most important keys from an earlier layer, and compare with the need.
+    """Predict every head's most important keys from an earlier layer, and score the prediction.
 
-    A query is foretold linearly from the residual stream that enters ``layer`` (least squares on
+    A query is predicted linearly from the residual stream that enters ``layer`` (least squares on
     every second text, before rotation); its products with the model's own keys rank these. On the
-    other texts, ``importance_found`` is the attention on the ``keep`` keys that rank first over
-    that on the ``keep`` keys with most attention, averaged over the queries that see more than
-    ``keep``: 1 where all that is needed is found. ``importance_recent`` is the same for the
-    ``keep`` latest keys, which need no forecast. A head with much found and little recent is one
-    whose cache can be thinned before its layer runs.
+    other texts, ``importance_found`` is the attention on the ``keep`` top-ranked keys over that on
+    the ``keep`` keys with most attention, averaged over the queries that see more than ``keep``: 1
+    if everything needed is found. ``importance_recent`` is the same for the ``keep`` latest keys,
+    which need no prediction. A head with high ``importance_found`` and low ``importance_recent`` is
+    one whose cache can be thinned before its layer runs.
 
-    Heads of layers up to ``layer`` are foretold from what they read themselves, or from what
-    comes later, and say nothing.
+    Heads of layers up to ``layer`` are predicted from their own or from later inputs, and say
+    nothing.
 
     Args:
-        model: with scores that are products of queries and keys.
+        model: a model whose attention scores are products of queries and keys.
         texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
-        keep: keys that are chosen.
-        layer: whose input queries are foretold from.
-        length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
-            is cut.
+        keep: number of keys to choose.
+        layer: layer whose input predicts the queries.
+        length: cut texts into pieces of this many tokens; None: whole texts. Probes are not cut.
         batch_size: texts per pass; default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        Two scores, of the layers from ``layer`` on; NaN before.
+        Two scores for the layers from ``layer`` on; NaN before.
 
     Raises:
         InputError: if there are fewer than four texts, or none is longer than ``keep``.
@@ -173,8 +172,9 @@ def token_importance(
         )
     if len(probe) < _LEAST_TEXTS or int(probe.real[1::2].sum(1).max()) <= keep + 1:
         raise InputError(
-            f"{len(probe)} texts of up to {int(probe.real.sum(1).max())} tokens: foretelling the "
-            f"{keep} most important takes {_LEAST_TEXTS} texts longer than {keep + 1} tokens."
+            f"{len(probe)} texts of up to {int(probe.real.sum(1).max())} tokens: predicting the "
+            f"{keep} most important keys needs {_LEAST_TEXTS} texts longer than {keep + 1} "
+            "tokens."
         )
     if "query_keys" in model.limits:
         raise UnsupportedModelError(model.limits["query_keys"])
@@ -187,7 +187,7 @@ def token_importance(
         found = measurement.measure(measured)
         advance(len(probe) / 2)
     specs = (
-        ("importance_found", "What the head will need is foretold from an earlier layer."),
+        ("importance_found", "What the head will need can be predicted from an earlier layer."),
         ("importance_recent", "What the head needs are the latest tokens."),
     )
     return HeadTable([
@@ -206,12 +206,12 @@ def token_importance(
 def turned(
     x: Float[Tensor, "*any pos d_head"], rotation: Rotation, sign: float
 ) -> Float[Tensor, "*any pos d_head"]:
-    """Vectors at positions 0, 1, ... turned by their rotary angles, or back.
+    """Rotate vectors at positions 0, 1, ... by their rotary angles, or back.
 
     Args:
         x: vectors in order of their positions.
-        rotation: of the layer.
-        sign: 1 turns content as attention does, -1 undoes it.
+        rotation: rotation of the layer.
+        sign: 1 rotates as attention does, -1 undoes it.
     """
     if not rotation.first:
         return x
@@ -227,7 +227,7 @@ def turned(
 
 @dataclass(eq=False)
 class _Study:
-    """Moments of the earlier stream with queries, and the forecast that follows from them."""
+    """Moments of the earlier stream with queries, and the resulting prediction."""
 
     model: HeadModel
     source: int
@@ -238,11 +238,11 @@ class _Study:
     rotations: dict[int, Rotation] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Measure the rotations before any pass: that runs the model itself."""
+        """Measure the rotations before any pass, since that runs the model itself."""
         self.rotations = {layer: self.model.parts.rotation(layer) for layer in self.layers}
 
     def run(self, probe: Probe, sites: Sequence[str], see: See) -> None:
-        """Hand the stream and each layer's values over, text by text without padding."""
+        """Pass on the stream and each layer's values, text by text without padding."""
         size = self.options.per_pass(probe.length, _TOKENS_PER_PASS)
         taps = [Tap(site, layer) for layer in self.layers for site in sites]
         for start in range(0, len(probe), size):
@@ -276,7 +276,7 @@ class _Study:
             self.model.run(part, reads=reads, until=taps[-1])
 
     def fit(self, probe: Probe) -> None:
-        """Regress queries, turned back, on the stream and a constant."""
+        """Regress unrotated queries on the stream and a constant."""
         squares: dict[int, Tensor] = {}
         products: dict[int, Tensor] = {}
 
@@ -294,7 +294,7 @@ class _Study:
             self.maps[layer] = torch.linalg.solve(square + ridge, products[layer])
 
     def measure(self, probe: Probe) -> Float[np.ndarray, "score layer head text"]:
-        """Attention found by the forecast, and by the latest keys, over the most there is."""
+        """Attention covered by the prediction, and by the latest keys, over the maximum."""
         shape = self.model.shape
         found = np.full((2, shape.n_layers, shape.n_heads, len(probe)), np.nan)
 
@@ -326,7 +326,7 @@ class _Study:
         return torch.stack(rows)
 
     def _mass(self, pattern: Tensor, rank: Tensor, seen: Tensor) -> Float[Tensor, "head query"]:
-        """Attention on the visible keys that rank first."""
+        """Attention on the top-ranked visible keys."""
         ranked = rank.masked_fill(~seen, float("-inf"))
         chosen = ranked.topk(min(self.keep, rank.shape[-1]), -1).indices
         total: Tensor = (pattern * seen).gather(-1, chosen).sum(-1)
@@ -339,13 +339,13 @@ def _with_one(x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos row"]:
 
 @dataclass(frozen=True, eq=False)
 class RotaryContributions:
-    """Shares of the rotary planes in the size of far scores; a head's shares add up to 1.
+    """Share of each rotary plane in the size of far attention scores; a head's shares sum to 1.
 
     Attributes:
         share: mean over the queries that predict an answer and see a farther half, and over
-            examples; NaN in layers without attention or without rotary positions, and for heads
-            that are not there.
-        frequency: radians by which one position turns each plane, by layer; planes run from the
+            examples; NaN in layers without attention or without rotary positions, and for missing
+            heads.
+        frequency: radians by which one position rotates each plane, by layer; planes run from the
             fastest to the slowest.
     """
 
@@ -354,7 +354,7 @@ class RotaryContributions:
 
     @property
     def wavelength(self) -> Float[np.ndarray, "layer plane"]:
-        """Tokens after which each plane has turned once."""
+        """Wavelength of each plane in tokens."""
         with np.errstate(divide="ignore"):
             return 2 * np.pi / self.frequency
 
@@ -364,17 +364,17 @@ class RotaryContributions:
 def rotary_contributions(
     model: HeadModel, probe: Probe, *, batch_size: int | None = None
 ) -> RotaryContributions:
-    """Which frequencies make each head's scores with the farther half of the text.
+    """Share of each rotary frequency in every head's scores with the farther half of the text.
 
     Hong et al. 2024 (arXiv 2410.08703); definitions at the scorer ``rotary_slowness``.
 
     Args:
-        model: with rotary positions, whose queries and keys can be seen.
+        model: with rotary positions, and readable queries and keys.
         probe: of kind ``needle``.
-        batch_size: examples at a time.
+        batch_size: examples per pass.
 
     Raises:
-        UnsupportedModelError: if the model has none, or shows none.
+        UnsupportedModelError: if the model has no rotary positions, or hides its queries and keys.
 
     Example:
         >>> model = hs.load("tiny-llama")
@@ -387,7 +387,7 @@ def rotary_contributions(
         if limit in model.limits:
             raise UnsupportedModelError(model.limits[limit])
     rotations = {layer: model.parts.rotation(layer) for layer in model.shape.attention_layers}
-    probe.mark("answering")  # so that a missing mark is said before any forward pass
+    probe.mark("answering")  # so that a missing mark is reported before any forward pass
     total: dict[int, Tensor] = {}
     count: dict[int, Tensor] = {}
     for _, seen in stream(
@@ -414,7 +414,7 @@ def rotary_contributions(
 
 @dataclass
 class _Seen:
-    """Sums of the shares over the queries of a batch."""
+    """Reader that sums the shares over the queries of a batch."""
 
     batch: Probe
     rotations: dict[int, Rotation]
@@ -422,7 +422,7 @@ class _Seen:
     count: dict[int, Float[Tensor, " head"]] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every attention layer."""
+        """Taps to read: every attention layer."""
         return at_layers(shape, self._on_layer)
 
     def _on_layer(self, view: TapView) -> None:

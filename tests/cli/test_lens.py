@@ -47,7 +47,7 @@ def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
         ("lens", "tiny-gpt2", "two", "words"): "in quotes",
         ("lens", "word " * 300): "reads at most 256",
         ("lens", str(mute), "some text"): "has no tokenizer",
-        ("lens", PROMPT, "--target", "several words"): "one is needed",
+        ("lens", PROMPT, "--target", "several words"): "must be one",
         ("lens", PROMPT, "--position", "99"): "positions 0 to",
         ("lens", PROMPT, "--lens", str(tmp_path)): "holds no saved lens",
     }

@@ -438,7 +438,7 @@ def test_e21_a_lens_that_reads_few_tokens_is_as_good_and_repeats() -> None:
     assert saved[1] > 0.75 * saved[0]
     again = hs.lens.tuned_lens(model, probe, steps=24, tokens=64)
     assert torch.equal(again.weight, cheap.weight)
-    with pytest.raises(HeadscopeError, match="tokens must be at least 1"):
+    with pytest.raises(HeadscopeError, match="tokens=0: give 1 or more"):
         hs.lens.tuned_lens(model, probe, steps=1, tokens=0)
 
 

@@ -44,7 +44,7 @@ def test_mistakes_get_a_sentence() -> None:
     words = lens.head_lens(model_of("gpt2"), TOKENS)
     with pytest.raises(InputError, match="no head L7H0"):
         words.promoted("L7H0")
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError, match="give 1 or more"):
         lens.head_lens(model_of("gpt2"), TOKENS, k=0)
 
 

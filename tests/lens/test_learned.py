@@ -213,7 +213,7 @@ def test_damaged_files_get_a_sentence(tmp_path: Path) -> None:
     for change, sentence in (
         ({"kind": "tunned"}, "did you mean 'tuned'"),
         ({"kind": "attention"}, "should hold inner"),
-        ({"report": {}}, "does not fit together"),
+        ({"report": {}}, "is inconsistent"),
         ({"surprise": 1}, "unknown key"),
     ):
         config.write_text(json.dumps({**facts, **change}))

@@ -135,7 +135,7 @@ def test_mistakes_get_a_sentence() -> None:
         lens.logit_lens(model, TOKENS, positions=[12])
     with pytest.raises(InputError, match="2 targets were given for 12"):
         lens.logit_lens(model, TOKENS, target=[1, 2])
-    with pytest.raises(InputError, match="at least 1"):
+    with pytest.raises(InputError, match="give 1 or more"):
         lens.logit_lens(model, TOKENS, k=0)
     with pytest.raises(InputError, match="is 9 tokens"):
         lens.logit_lens(load(), "some text", target="some text")

@@ -83,7 +83,7 @@ def test_needles_of_your_own_keep_those_that_contradict() -> None:
     probe = contradictions(model, [own, against], length=64)
     assert len(probe) == 1
     assert word in model.tokenizer.decode(probe.tokens[0])
-    with pytest.raises(InputError, match="says every answer"):
+    with pytest.raises(InputError, match="gives every answer"):
         contradictions(model, [own], length=64)
     with pytest.raises(InputError, match="examples=0"):
         contradictions(model, examples=0)

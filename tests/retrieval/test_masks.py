@@ -262,7 +262,7 @@ def test_mistakes_get_a_sentence() -> None:
     model: Any = hs.load("tiny-llama")
     cases: list[tuple[Any, str]] = [
         (lambda: hs.mask_heads(model, "L9H0"), "L9H0"),
-        (lambda: generate(model, []), "at least one prompt"),
+        (lambda: generate(model, []), "prompts= is empty"),
         (lambda: generate(model, torch.tensor([[9999]])), "knows 0 to"),
         (lambda: generate(model, "One", new_tokens=0), "1 or more"),
         (lambda: generate(model, "One", new_tokens=300), "are more than the 256"),
