@@ -107,7 +107,7 @@ def find(
     draws: int = 4,
     batch_size: int | None = None,
 ) -> HeadTable:
-    """Score every head of cross-attention as an alignment of source and target.
+    """Score every cross-attention head as an aligner of source and target.
 
     With links ``S`` (sure) and ``P`` (possible, sure ones included), and ``A`` the links of a head,
     each target token with the source token that it attends to most (of equals the first):
@@ -243,7 +243,7 @@ def matrix(
     at: str = "output",
     batch_size: int | None = None,
 ) -> Float[Tensor, "batch target source"]:
-    """Attention of some cross heads, averaged: an alignment of each target with its source.
+    """Average attention of some cross heads: an alignment of each target with its source.
 
     Args:
         model: an encoder-decoder, or its cross-attention.
@@ -283,7 +283,7 @@ def matrix(
 def path(
     weights: Float[Tensor, "target source"] | Float[np.ndarray, "target source"],
 ) -> list[tuple[int, int]]:
-    """The monotone path through an alignment that holds most of it, by dynamic time warping.
+    """Best monotone path through an alignment, by dynamic time warping.
 
     Args:
         weights: of target and source positions, e.g. of one example of :func:`matrix`.
@@ -604,7 +604,7 @@ _WITHOUT_NULL = (_COVERAGE.name, _END.name)
 
 
 def _best_paths(values: Float[np.ndarray, "some target source"]) -> Float[np.ndarray, "some t s"]:
-    """Largest sum of a monotone path from the first cell to every cell, diagonal by diagonal."""
+    """Largest sum of a monotone path to every cell, diagonal by diagonal."""
     some, rows, columns = values.shape
     best = np.full((some, rows + 1, columns + 1), -np.inf)
     best[:, 0, 0] = 0.0
@@ -622,7 +622,7 @@ def _numbered(probe: Probe) -> Probe:
 
 
 def _rows_of_targets(probe: Probe, at: str) -> Bool[Tensor, "batch target"]:
-    """Target tokens that have a row."""
+    """Target tokens with a row."""
     asked = probe.real & (probe.targets >= 0)
     if at == "output":
         return asked
@@ -630,7 +630,7 @@ def _rows_of_targets(probe: Probe, at: str) -> Bool[Tensor, "batch target"]:
 
 
 def _shifted(rows: Tensor, at: str) -> Tensor:
-    """Rows by target token, of rows ``[... query source]`` by decoder position."""
+    """Rows by target token, from rows ``[... query source]`` by decoder position."""
     if at == "output":
         return rows
     return torch.cat([rows[..., 1:, :], torch.zeros_like(rows[..., :1, :])], -2)
@@ -673,7 +673,7 @@ def _as_matrix(links: Links, probe: Probe, source: Probe) -> Bool[Tensor, "batch
 
 @dataclass
 class _Sum:
-    """Sum of the rows of some heads."""
+    """Reader that sums the rows of some heads."""
 
     heads: Sequence[HeadIndex]
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -692,7 +692,7 @@ class _Sum:
 
 @dataclass
 class _Reader:
-    """Measures every head of a batch, layer by layer."""
+    """Reader that measures every head of a batch, layer by layer."""
 
     batch: Probe
     source_real: Bool[Tensor, "all source"]
@@ -715,7 +715,7 @@ class _Reader:
         return [int(one) for one in self.batch.facts["example"].tolist()]
 
     def _measure(self, view: TapView) -> None:
-        """Rows of one layer, example by example on the CPU."""
+        """Measure one layer, example by example on the CPU."""
         queries = torch.arange(view.n_queries)
         width = 4 * len(self.batch) * view.z.shape[2] * self.source_real.shape[1]
         rows = [view.rows(part).pattern.cpu() for part in chunks(queries, width, _ROWS_BYTES)]
@@ -752,7 +752,7 @@ def _measures(
     sure: Bool[np.ndarray, "target source"] | None,
     possible: Bool[np.ndarray, "target source"] | None,
 ) -> dict[str, Float[np.ndarray, " head"]]:
-    """Every measure of every head on one example; NaN where it says nothing."""
+    """All measures of every head on one example; NaN where undefined."""
     heads, targets, sources = rows.shape
     nothing = np.full(heads, np.nan)
     if targets == 0:
@@ -788,7 +788,7 @@ def _share(number: Int[np.ndarray, " head"], of: int) -> Float[np.ndarray, " hea
 
 
 def _tau(places: Int[np.ndarray, " target"]) -> float:
-    """Kendall's tau-b of positions and what they attend to; NaN where nothing varies."""
+    """Kendall's tau-b of positions and attended positions; NaN for constant values."""
     from scipy.stats import kendalltau
 
     if len(places) < 2 or (places == places[0]).all():

@@ -1,4 +1,4 @@
-"""Similarity of heads, within a model or between two: by what they attend to, write and relate.
+"""Similarity of heads, within or between models: by attention, outputs, queries and keys.
 
 Rows and head outputs are read at a sample of positions, the same for every head, so that memory is
 ``heads x positions x length`` and no whole pattern is kept. Two heads are compared by
@@ -94,7 +94,7 @@ def heads(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> HeadSimilarity:
-    """Compare every head with every other, or the heads of one model with those of another.
+    """Compare every head with every other, within a model or between two.
 
     ``pattern`` (and relations): the Jensen-Shannon divergence of two heads' rows,
     ``H((p + q) / 2) - (H(p) + H(q)) / 2``, averaged over the sampled positions, from 0 (equal
@@ -197,7 +197,7 @@ def _alone(
     probes: tuple[Probe, Probe | None],
     stacks: tuple[str | None, str | None],
 ) -> bool:
-    """Whether both sides are the same: a second one that is not given is the first."""
+    """Whether both sides are the same model."""
     return all(two is None or two is one for one, two in (models, probes)) and (
         stacks[1] is None or stacks[1] == stacks[0]
     )
@@ -265,7 +265,7 @@ def cka(
 def pwcca(
     first: Float[Tensor, "first pos d_first"], second: Float[Tensor, "second pos d_second"]
 ) -> Float[Tensor, "first second"]:
-    """Projection-weighted canonical correlation of every pair, the mean of both weightings.
+    """Projection-weighted CCA (PWCCA) of every pair, averaged over both weightings.
 
     In fp64 on the CPU; NaN for constant outputs.
 
@@ -298,7 +298,7 @@ def _centred(outputs: Tensor) -> Tensor:
 
 
 def _basis(centred: Float[Tensor, "head pos d_head"]) -> Float[Tensor, "head pos rank"]:
-    """Orthonormal columns that span each head's outputs; columns of zeros beyond its rank."""
+    """Orthonormal basis of each head's outputs; zero columns beyond its rank."""
     left, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
     small = 1e-5 * sizes[:, :1]  # outputs were computed in fp32 or less
     spans: Tensor = left * ((sizes > small) & (sizes > 0))[:, None]
@@ -326,7 +326,7 @@ class _Kept:
 
 @dataclass(eq=False)
 class _Reader:
-    """Reads one batch at its sampled positions.
+    """Reader of one batch at its sampled positions.
 
     Attributes:
         real: of what is related: positions of queries, or of keys in cross-attention.
@@ -344,7 +344,7 @@ class _Reader:
     seen: list[Tensor] = field(default_factory=list)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every attention layer, in order."""
+        """Taps to read: every attention layer, in order."""
         return at_layers(shape, self._keep)
 
     def _keep(self, view: TapView) -> None:
@@ -375,7 +375,7 @@ class _Reader:
     def _rows(
         self, view: TapView, part: Int[Tensor, " query"], vectors: Tensor | None
     ) -> tuple[Float[Tensor, "batch head query key"], Bool[Tensor, "batch query key"]]:
-        """Rows of some positions, and which keys they could have gone to."""
+        """Rows of some positions, and masks of the keys that they could attend to."""
         if vectors is None:
             found = view.rows(part)
             return found.pattern, found.visible
@@ -386,7 +386,7 @@ class _Reader:
         return rows, real[:, None].expand(-1, len(part), -1)
 
     def _vectors(self, view: TapView) -> Float[Tensor, "batch head pos d_head"]:
-        """Queries, keys or values of every query head, as attention used them."""
+        """Queries, keys or values of every query head, as attention uses them."""
         if self.by == "value":
             found = view.values().float()
         else:
@@ -413,7 +413,7 @@ def _read(model: HeadModel, probe: Probe) -> Probe:
 
 
 def _related(model: HeadModel, probe: Probe, seen: Probe, by: str) -> Bool[Tensor, "batch pos"]:
-    """Real positions of what is compared: of the source for keys and values of another sequence."""
+    """Real positions to compare: those of the source for keys and values of cross-attention."""
     crosses = by in ("key", "value") and _crosses(model)
     return probe.of_source.host.real if crosses else seen.host.real
 
@@ -423,7 +423,7 @@ def _crosses(model: HeadModel) -> bool:
 
 
 def _need_alike(first: HeadModel, second: HeadModel, real: Sequence[Tensor], by: str) -> None:
-    """Refuse models that read other positions.
+    """Refuse models whose tokens differ.
 
     Raises:
         InputError: with what to do.
@@ -444,7 +444,7 @@ def _need_alike(first: HeadModel, second: HeadModel, real: Sequence[Tensor], by:
 def _sample(
     real: Bool[Tensor, "batch pos"], count: int, seed: int, *, after_first: bool
 ) -> Int[Tensor, "some 2"]:
-    """Examples and positions, in order.
+    """Sample of examples and positions, in order.
 
     Args:
         real: positions to draw from.
@@ -509,13 +509,13 @@ def _read_heads(
 
 
 def _span(batch: Probe) -> slice:
-    """Which examples of the whole probe a batch holds."""
+    """Slice of the whole probe's examples that a batch holds."""
     numbers = batch.host.facts["example"].tolist()
     return slice(int(numbers[0]), int(numbers[-1]) + 1)
 
 
 def _disordered(kept: _Kept, seed: int, draw: int) -> Tensor:
-    """Rows whose keys stand in random order among those that each could see; or positions."""
+    """Shuffle the visible keys of each row, or the positions, for the null."""
     values = kept.values
     generator = torch.Generator().manual_seed(1 + seed * 1_000_003 + draw)
     if kept.seen is None:

@@ -1,4 +1,4 @@
-"""Syntax in attention: heads that find a word's head in a treebank, and a probe on all of them.
+"""Syntax in attention: heads that predict syntactic heads in a treebank, and a probe.
 
 A treebank is any CoNLL-U file. Attention between word pieces becomes attention between words:
 summed over the pieces of a key word, averaged over those of a query word, so that rows still sum
@@ -58,7 +58,7 @@ class Sentence:
     def of_words(
         cls, words: Sequence[str], heads: Sequence[int], relations: Sequence[str]
     ) -> "Sentence":
-        """A sentence of words with spaces between them.
+        """Build a sentence from words, separated by spaces.
 
         Args:
             words: their texts.
@@ -77,7 +77,7 @@ class Sentence:
         return made
 
     def check(self, what: str) -> None:
-        """Refuse heads outside of the sentence.
+        """Refuse syntactic heads outside the sentence.
 
         Args:
             what: the sentence, as the message calls it.
@@ -101,7 +101,7 @@ class Sentence:
 
 @dataclass(frozen=True, eq=False)
 class Treebank:
-    """Sentences as a model reads them.
+    """Tokenized sentences of a treebank.
 
     Attributes:
         sentences: one an example.
@@ -115,13 +115,13 @@ class Treebank:
 
     @property
     def width(self) -> int:
-        """Words of the longest sentence."""
+        """Number of words of the longest sentence."""
         return max(len(one.heads) for one in self.sentences)
 
 
 @checked
 def read_conllu(path: str | Path) -> tuple[Sentence, ...]:
-    r"""Read the sentences of a CoNLL-U file: words, heads and relations.
+    r"""Read a CoNLL-U file: words, heads and relations of its sentences.
 
     Texts are put together of the forms, with a space behind each that does not say
     ``SpaceAfter=No``. Words of a multiword token (``2-3``) all stand for its characters. Empty
@@ -165,7 +165,7 @@ def read_conllu(path: str | Path) -> tuple[Sentence, ...]:
 
 
 def _sentence(rows: list[tuple[int, list[str]]], name: str) -> Sentence:
-    """One block of lines."""
+    """Parse one block of lines."""
     text, spans = "", list[tuple[int, int]]()
     heads, relations = list[int](), list[str]()
     within: tuple[int, tuple[int, int]] = (0, (0, 0))  # last word of a multiword token, its span
@@ -201,7 +201,7 @@ def _sentence(rows: list[tuple[int, list[str]]], name: str) -> Sentence:
 def treebank(
     model: HeadModel, source: str | Path | Sequence[Sentence], *, most: int | None = None
 ) -> Treebank:
-    """Sentences of a treebank as a model's tokenizer cuts them.
+    """Tokenize the sentences of a treebank for a model.
 
     Args:
         model: whose tokenizer reads them; it must be a fast one, which tells where its pieces are.
@@ -270,7 +270,7 @@ def heads(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> SyntaxHeads:
-    """Find the heads of attention that find a word's head in the treebank, relation by relation.
+    """Find the attention head that best predicts syntactic heads, relation by relation.
 
     A head of attention names for each word the word that it attends to most (of equals the first,
     itself apart): ``to_head``; or the word that attends most to it: ``from_head``. Its accuracy on
@@ -348,7 +348,7 @@ def heads(
 
 
 def _asked(bank: Treebank, least: int) -> dict[str, Bool[Tensor, "batch word"]]:
-    """Words that are asked for, by relation, those of most words first."""
+    """Words to test, by relation, the most frequent relation first."""
     names = [one.relations for one in bank.sentences]
     can = torch.zeros(len(names), bank.width, dtype=torch.bool)
     for number, one in enumerate(bank.sentences):
@@ -373,7 +373,7 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> Int[Tensor, "batch wor
 
 
 def _offset(bank: Treebank, distance: int) -> Int[Tensor, "batch word"]:
-    """The word at a fixed distance from each, clipped to the sentence."""
+    """Index of the word at a fixed distance from each, clipped to the sentence."""
     rows = [
         [min(max(at + distance, 0), len(one.heads) - 1) for at in range(len(one.heads))]
         for one in bank.sentences
@@ -396,7 +396,7 @@ def _best(
     offsets: Mapping[int, Bool[Tensor, "batch word"]],
     half: Bool[Tensor, " batch"],
 ) -> RelationHead:
-    """The head and the offset that are best on one half, measured on the other, both ways round."""
+    """Choose the best head and offset on one half, measure on the other, and vice versa."""
     right = fixed = 0.0
     found: list[tuple[HeadIndex, str]] = []
     for chosen in (half, ~half):
@@ -464,7 +464,7 @@ def _scores(
 
 
 def _of_batch(batch: Probe, bank: Treebank) -> tuple[Int[Tensor, "batch pos"], list[int]]:
-    """The words of a batch's tokens, and the examples that it holds."""
+    """Words of a batch's tokens, and the indices of its examples."""
     numbers = [int(one) for one in batch.host.facts["example"].tolist()]
     return bank.word[numbers], numbers
 
@@ -473,7 +473,7 @@ def _of_batch(batch: Probe, bank: Treebank) -> tuple[Int[Tensor, "batch pos"], l
 def word_rows(
     view: TapView, word: Int[Tensor, "batch pos"], width: int
 ) -> Float[Tensor, "batch head word word"]:
-    """Attention between words in one layer: summed over key pieces, averaged over query pieces.
+    """Word-level attention of one layer: summed over key pieces, averaged over query pieces.
 
     What a row gives to tokens of no word (``[CLS]``, ``[SEP]``) is missing from its sum. Only for
     short texts: it holds ``heads x words x words`` numbers of one layer.
@@ -507,7 +507,7 @@ def word_rows(
 
 @dataclass(eq=False)
 class _Namer:
-    """For every head and word, the word that it names, in both directions."""
+    """Reader of each head's predicted word for every word, in both directions."""
 
     word: Int[Tensor, "batch pos"]
     numbers: list[int]
@@ -544,7 +544,7 @@ def attention_probe(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> AttentionProbe:
-    """Train a small probe to name each word's head from the attention of all heads together.
+    """Train a small probe that predicts every word's syntactic head from all heads' attention.
 
     The score of word j as head of word i is ``sum_k w_k A_k[i, j] + u_k A_k[j, i]`` over heads k;
     that of the root is ``a A[i, before] + b A[i, behind]``, mean attention to the tokens before and
@@ -630,7 +630,7 @@ def _counted(sentence: Sentence) -> Bool[Tensor, " word"]:
 def _vectors(
     bank: Treebank, vectors: Mapping[str, Sequence[float]] | None
 ) -> list[Float[Tensor, "word width"]]:
-    """Vectors of each sentence's words; of no width where none are given."""
+    """Vectors of each sentence's words; zero-width if none are given."""
     if vectors is None:
         return [torch.zeros(len(one.heads), 0) for one in bank.sentences]
     sizes = {len(one) for one in vectors.values()}
@@ -647,7 +647,7 @@ def _vectors(
 
 
 def _control(bank: Treebank, seed: int) -> list[Int[Tensor, " word"]]:
-    """A head for every word by its text alone: the first word, the last, or the root."""
+    """Control-task head of every word, determined by its text: first word, last word, or root."""
     found = []
     for one in bank.sentences:
         n, answers = len(one.heads), []
@@ -662,7 +662,7 @@ def _control(bank: Treebank, seed: int) -> list[Int[Tensor, " word"]]:
 def _sentence_maps(
     model: HeadModel, bank: Treebank, batch_size: int | None
 ) -> "Sequence[tuple[slice, list[Float[Tensor, 'head word column']]]]":
-    """Attention of all heads between the words of each sentence, and to what is before and behind.
+    """Word-level attention of all heads, including what precedes and follows the sentence.
 
     The last two columns are the mean of attention to tokens before the first and behind the last
     word.
@@ -696,7 +696,7 @@ def _sentence_maps(
 def _with_ends(
     word: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"], width: int
 ) -> Int[Tensor, "batch pos"]:
-    """Words of tokens, where those before the first and behind the last are two words more."""
+    """Word indices of tokens, with two extra words for tokens before and after the sentence."""
     owned = word >= 0
     before = owned.int().cumsum(1) == 0
     behind = owned.flip(1).int().cumsum(1).flip(1) == 0
@@ -705,7 +705,7 @@ def _with_ends(
 
 
 class _Probe(torch.nn.Module):
-    """Linear in the attention of all heads, with weights that may depend on word vectors."""
+    """Probe, linear in all heads' attention, with weights that may depend on word vectors."""
 
     def __init__(self, heads: int, width: int, seed: int) -> None:
         super().__init__()
@@ -717,7 +717,7 @@ class _Probe(torch.nn.Module):
     def forward(
         self, maps: Float[Tensor, "head word column"], vectors: Float[Tensor, "word width"]
     ) -> Float[Tensor, "word answer"]:
-        """Scores of each word's head; the last answer is the root."""
+        """Scores for each word's head; the last class is the root."""
         n = maps.shape[1]
         between = maps[:, :, :n]
         scores = torch.einsum("hij,h->ij", between, self.weight[0])
@@ -732,7 +732,7 @@ class _Probe(torch.nn.Module):
         return torch.cat([scores, root[:, None]], 1)
 
     def train_on(self, maps: Tensor, vectors: Tensor, answers: Tensor) -> Tensor:
-        """Cross entropy of one sentence."""
+        """Cross-entropy of one sentence."""
         return torch.nn.functional.cross_entropy(self(maps, vectors), answers)
 
     def fit(
@@ -745,7 +745,7 @@ class _Probe(torch.nn.Module):
         rate: float,
         seed: int,
     ) -> None:
-        """Learn from the chosen sentences, in a random order each time."""
+        """Train on the chosen sentences, in a random order each epoch."""
         adam = torch.optim.Adam(self.parameters(), lr=rate)
         rng = Random(seed)  # noqa: S311  # seeded
         with torch.enable_grad():
@@ -774,7 +774,7 @@ def _uas(
     bank: Treebank,
     chosen: Bool[Tensor, " batch"],
 ) -> float:
-    """Share of words of the chosen sentences whose answer is named."""
+    """Unlabelled attachment score on the chosen sentences."""
     right = total = 0
     for number in chosen.nonzero()[:, 0].tolist():
         counted = _counted(bank.sentences[number])

@@ -1,4 +1,4 @@
-"""Training with masks on heads: what a model becomes, or what gates learn, on a user's data.
+"""Training with interventions on heads: masking, injected patterns, mixtures, noisy gates.
 
 :func:`head_mask` trains a copy while some heads are masked, :func:`inject_patterns` while some
 attend by a rule. On a frozen model :func:`mixture` learns how responsible each head is, and
@@ -56,7 +56,7 @@ Folder = str | PathLike[str] | None
 
 @checked
 def gini(values: "HeadScores | Float[np.ndarray, ' *any']") -> float:
-    """How unequal non-negative numbers are: the Gini coefficient.
+    """Gini coefficient of non-negative numbers: 0 if all are equal.
 
     ``sum over i of (2 i - n - 1) x_i / (n sum x)`` of the n values in rising order: 0 where all are
     equal, ``1 - 1/n`` where one has everything. NaN where all are 0.
@@ -82,7 +82,7 @@ def gini(values: "HeadScores | Float[np.ndarray, ' *any']") -> float:
 
 @checked
 def lorenz(values: "HeadScores | Float[np.ndarray, ' *any']") -> Float[np.ndarray, " point"]:
-    """Share of the total that the smallest values have together: the Lorenz curve.
+    """Lorenz curve: share of the total held by the smallest values.
 
     Entry k is the share of the k smallest of n values, from 0 to 1 for k from 0 to n; a straight
     line where all are equal. The Gini coefficient is twice the area between the two, times
@@ -115,7 +115,7 @@ def _ordered(values: "HeadScores | Float[np.ndarray, ' *any']") -> Float[np.ndar
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trained(Shown):
-    """A trained copy of a model, beside the model that it came from.
+    """A trained copy of a model, with a comparison to the original.
 
     Attributes:
         model: the copy; the model that was given is as it was.
@@ -142,7 +142,7 @@ class Trained(Shown):
         return gini(self.before), gini(self.after)
 
     def glance(self) -> Glance:
-        """The metric and the inequality of heads, before and after."""
+        """Show the metric and the inequality of heads, before and after."""
         rows = [(name, number(value)) for name, value in self.metrics.items()]
         for when, value in zip(("before", "after"), self.inequality, strict=True):
             rows.append((f"Gini of importance, {when}", number(value)))
@@ -172,7 +172,7 @@ class Trained(Shown):
 
 @dataclass(eq=False)
 class _Task(ABC):
-    """What is trained: parameters by name, and the cost of some examples.
+    """A training task: parameters by name, and the cost of some examples.
 
     Attributes:
         model: that runs; a copy where its weights are trained.
@@ -187,11 +187,11 @@ class _Task(ABC):
     @property
     @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
-        """Leaves that learn."""
+        """Trainable parameters."""
 
     @abstractmethod
     def cost(self, batch: Probe, number: Int[Tensor, " example"], draws: torch.Generator) -> Tensor:
-        """Cost of a batch, whose examples have these numbers; all chance from ``draws``."""
+        """Cost of a batch with these example numbers; randomness only from ``draws``."""
 
     def value(self, batch: Probe, writes: Mapping[Tap, Write]) -> Float[Tensor, ""]:
         """Mean metric of a batch as a cost, with gradients."""
@@ -202,7 +202,7 @@ class _Task(ABC):
 
 @dataclass(frozen=True)
 class _Schedule:
-    """How a run goes."""
+    """Training schedule: steps, rate, batches and checkpoints."""
 
     steps: int
     rate: float
@@ -216,7 +216,7 @@ class _Schedule:
         cls, probe: Probe, steps: int, rate: float, batch_size: int | None, seed: int, every: int,
         progress: bool | None,
     ) -> "_Schedule":  # fmt: skip
-        """Check the numbers."""
+        """Validate the numbers."""
         RunOptions(batch_size, seed=seed, progress=progress)
         size = min(len(probe), 8 if batch_size is None else batch_size)
         return cls(
@@ -228,7 +228,7 @@ class _Schedule:
 def _train(
     task: _Task, probe: Probe, plan: _Schedule, kept: Checkpoint, said: str
 ) -> tuple[float, ...]:
-    """Take Adam steps on a task from where its checkpoint stands, and keep checkpoints.
+    """Train with Adam from the last checkpoint on, writing checkpoints.
 
     Raises:
         HeadscopeError: if the cost is no longer finite; the checkpoint before it stays.
@@ -258,7 +258,7 @@ def _train(
 
 @dataclass(frozen=True, eq=False)
 class _Gated:
-    """An edit that multiplies head outputs by a gate per head."""
+    """Edit that multiplies head outputs by one gate per head."""
 
     gates: Float[Tensor, "layer head"]
     layers: frozenset[int]
@@ -275,7 +275,7 @@ def masked_heads(
     draws: torch.Generator,
     slopes: Float[Tensor, "layer head"] | None = None,
 ) -> tuple[HeadIndex, ...]:
-    """Heads that one batch masks: drawn without replacement, or those with the largest slopes.
+    """Heads to mask in a batch: random without replacement, or those with the largest gradients.
 
     Args:
         heads: to choose from.
@@ -300,7 +300,7 @@ def masked_heads(
 
 @dataclass(eq=False)
 class _Masking(_Task):
-    """Trains weights while some heads give nothing."""
+    """Task that trains weights while some heads are masked."""
 
     count: int
     by: str
@@ -347,7 +347,7 @@ def head_mask(
     every: int = 20,
     progress: bool | None = None,
 ) -> Trained:
-    """Train a copy of a model while every batch masks some heads, so that no head carries it alone.
+    """Train a copy of a model with heads masked in every batch, so that they share the work.
 
     Masked heads give 0, and no gradient passes through them; afterwards all heads are used, and
     nothing is rescaled. ``random`` draws the heads of every batch; ``importance`` masks those with
@@ -409,7 +409,7 @@ Relations = Mapping[Any, "PairsOf | PairsLike"]
 
 @dataclass(frozen=True, eq=False)
 class Injected:
-    """An edit of patterns: some heads attend within a relation, or evenly over it.
+    """Edit of patterns: some heads attend along a relation, or uniformly.
 
     ``mask``: scores of all other keys are -inf, so that attention is divided among the relation's;
     ``synthesize``: attention is even among them. A query without such a key attends as it would.
@@ -431,7 +431,7 @@ class Injected:
     def __call__(
         self, layer: int, value: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Return the rows with those of the heads replaced; the input is left as it is."""
+        """Return the rows with those of the heads replaced; the input is unchanged."""
         rows = list(value.unbind(1))
         for head, keys in self.keys.items():
             if head.layer == layer:
@@ -444,7 +444,7 @@ class Injected:
 def injected_rows(
     pattern: Float[Tensor, "batch query key"], keys: Bool[Tensor, "batch query key"], mode: str
 ) -> Float[Tensor, "batch query key"]:
-    """Rows of attention with a relation injected; see :class:`Injected`.
+    """Replace attention rows with a relation's; see :class:`Injected`.
 
     Args:
         pattern: rows; 0 where a key is not visible.
@@ -482,7 +482,7 @@ class _Given:
             self._triples[where] = triples.cpu()
 
     def edit(self, number: Int[Tensor, " example"]) -> Injected:
-        """For examples with these numbers."""
+        """Edit for the examples with these numbers."""
         keys = {}
         for head, triples in self._triples.items():
             mask = torch.zeros(len(number), self._size, self._size, dtype=torch.bool)
@@ -491,14 +491,14 @@ class _Given:
         return Injected(keys, self._mode)
 
     def digest(self) -> list[list[Any]]:
-        """What tells these relations from others."""
+        """Digest of the relations."""
         return [[str(head), len(one), int((one * torch.tensor([1, 31, 1009])).sum())]
                 for head, one in self._triples.items()]  # fmt: skip
 
 
 @dataclass(eq=False)
 class _Injecting(_Task):
-    """Trains weights while some heads attend by a rule."""
+    """Task that trains weights while some heads attend along a relation."""
 
     given: _Given
 
@@ -528,7 +528,7 @@ def inject_patterns(
     every: int = 20,
     progress: bool | None = None,
 ) -> Trained:
-    """Train a copy of a model in which some heads attend by a relation that they are given.
+    """Train a copy of a model in which some heads attend along given relations.
 
     The relations are those of :func:`headscope.scorers.relation`: equal tokens, the token before,
     a sentence. The heads keep them afterwards: ``metrics`` has the copy's with and without
@@ -589,7 +589,7 @@ def inject_patterns(
 
 @dataclass(eq=False)
 class _Mixing(_Task):
-    """Trains gates that choose which head to leave out, by what attention reads."""
+    """Task that trains gates over experts, each of which omits one head."""
 
     gates: "_Gates"
 
@@ -602,7 +602,7 @@ class _Mixing(_Task):
 
 
 class _Gates:
-    """One small network per layer: mean of the residual stream so far, tanh, softmax over heads."""
+    """Gating networks, one per layer: mean of the stream so far, tanh, softmax over heads."""
 
     def __init__(self, shape: ModelShape, hidden: int, seed: int, device: torch.device) -> None:
         draws = torch.Generator().manual_seed(seed)
@@ -636,7 +636,7 @@ class _Gates:
         return shared
 
     def value(self, task: _Task, batch: Probe) -> tuple[Tensor, dict[int, Tensor]]:
-        """Cost with the gates, and what they gave in every layer."""
+        """Cost with the gates, and the gates' outputs in every layer."""
         seen: dict[int, Tensor] = {}
 
         def read(view: TapView) -> None:
@@ -675,7 +675,7 @@ def mixture(
     every: int = 20,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Learn how responsible every head is in a mixture of experts that each leave one head out.
+    """Learn a mixture of experts that each omit one head, to see which heads are responsible.
 
     Expert i of a layer is attention with all n heads but i, multiplied by ``n / (n - 1)``; a gate
     mixes them by what the layer reads, so that head h counts ``n / (n - 1) (1 - gate_h)``, its
@@ -753,7 +753,7 @@ def _mean_shares(task: _Task, gates: _Gates, batch: Probe) -> Float[Tensor, "lay
 
 @dataclass(eq=False)
 class _Noisy(_Task):
-    """Trains the mean and the spread of a noisy gate on every head."""
+    """Task that trains the mean and the spread of a noisy gate on every head."""
 
     penalty: float
     there: Bool[Tensor, "layer head"]
@@ -776,7 +776,7 @@ class _Noisy(_Task):
 def divergence(
     mean: Float[Tensor, "*any"], log_spread: Float[Tensor, "*any"]
 ) -> Float[Tensor, "*any"]:
-    """``ln(1 + mean^2 / spread^2) / 2``: nats that a noisy gate lets through; 0 for a mean of 0.
+    """``ln(1 + mean^2 / spread^2) / 2``: nats that a noisy gate transmits; 0 for a mean of 0.
 
     Args:
         mean: of the gate.
@@ -807,7 +807,7 @@ def variational_gates(
     every: int = 20,
     progress: bool | None = None,
 ) -> HeadTable:
-    """Learn how much noise every head bears: a noisy gate with a price on what it lets through.
+    """Learn noisy gates with a price on transmitted information (information bottleneck).
 
     A head's output is multiplied by ``mean + spread e`` with e standard normal, drawn for every
     head and step; ``metric + penalty * sum over heads of ln(1 + mean^2 / spread^2) / 2`` is
@@ -911,7 +911,7 @@ def _copy(model: HeadModel) -> HeadModel:
 def _measured(
     model: HeadModel, metric: Metricish, better: Direction | None, *probes: Probe | None
 ) -> tuple[AnyMetric, int]:
-    """The metric with its sign as a cost, if it can be read on the probes.
+    """The metric with its sign as a cost, checked to be readable on the probes.
 
     Raises:
         InputError: if it cannot.
@@ -927,7 +927,7 @@ def _measured(
 def _checkpoint(
     folder: Folder, method: str, model: HeadModel, probe: Probe, plan: _Schedule, **other: Any
 ) -> Checkpoint:
-    """Where the run is kept, with all that decides it; more steps may be taken later."""
+    """Checkpoint of a run with the facts that determine it; the number of steps may grow."""
     if folder is None:
         return Checkpoint(None, {})
     facts = {
@@ -941,7 +941,7 @@ def _trained(
     model: HeadModel, copied: HeadModel, losses: tuple[float, ...], metric: AnyMetric,
     probe: Probe, other: Mapping[str, float], batch_size: int | None, about: Provenance,
 ) -> Trained:  # fmt: skip
-    """What came of a run; the copy is read anew, since what was measured of it has changed."""
+    """Result of a run; the trained copy is wrapped anew, since cached measurements are outdated."""
     module = cast("HFModel", copied).module
     done: HeadModel = load(module, tokenizer=model.tokenizer, check=False)
     options: dict[str, Any] = {"normalise": False, "batch_size": batch_size, "progress": False}

@@ -1,4 +1,4 @@
-"""What heads of vision models are for: importance, range, classes and texts that they write, cues.
+"""Heads of vision models: importance, attention range, classes, text descriptions, OCR, cues.
 
 The answer of an image model stands at its first position, the class token; queries and keys are
 patches of a grid. These need a model of images: :func:`headscope.load` of ViT, DeiT, DINOv2 or the
@@ -107,7 +107,7 @@ def _need_grid(model: HeadModel) -> PatchGrid:
 
 
 def _need_classes(model: HeadModel, probe: Probe) -> Int[Tensor, " batch"]:
-    """Class of every image.
+    """Validate the class of every image.
 
     Raises:
         InputError: if an image has none.
@@ -137,7 +137,7 @@ def importance(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> HeadTable:
-    """Mask every head by itself, and say what that does to the classes of images.
+    """Importance of every head of an image classifier: effect of masking it on the class.
 
     ``probability_drop``: probability of the true class, clean less masked, so that a head which
     helps is above 0; ``accuracy_change``: share of images put in their class, masked less clean;
@@ -206,7 +206,7 @@ def importance(
 def ranks(
     scores: HeadScores,
 ) -> tuple[Int[np.ndarray, "layer head"], Int[np.ndarray, "layer head"]]:
-    """Rank of every head, from 1: among those of its layer, and among all.
+    """Rank of every head, from 1: within its layer, and overall.
 
     Equal values take the order of their numbers; heads without a value come last.
 
@@ -239,7 +239,7 @@ def _size(shape: ModelShape) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class HopProfile:
-    """How attention between patches falls off with their distance.
+    """Attention between patches as a function of their distance.
 
     Attributes:
         strength: mean of ``A[i, j]`` over the pairs of patches at each Chebyshev distance.
@@ -259,7 +259,7 @@ class HopProfile:
 @checked
 @torch.no_grad()
 def hops(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HopProfile:
-    """Attention between patches by how many rows or columns they are apart, head by head.
+    """Attention between patches by their distance in rows or columns, head by head.
 
     Rows of patches, keys that are patches: the class token's row and column are kept apart. The
     distance of two patches is ``max(|row - row'|, |column - column'|)``.
@@ -317,7 +317,7 @@ def hops(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> Ho
 
 @dataclass
 class _Hops:
-    """Attention between patches of one batch, by distance; sums over patches as layers come by."""
+    """Attention between patches of one batch by distance, summed as layers come by."""
 
     grid: PatchGrid
     mass: dict[int, Tensor] = field(default_factory=dict)
@@ -360,7 +360,7 @@ def maps(
     layers: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> AttentionMaps:
-    """What the heads look at in each image: attention from some positions to every patch.
+    """Attention maps of images: from some positions to every patch, per head.
 
     Args:
         model: of images.
@@ -409,7 +409,7 @@ def maps(
 
 @dataclass
 class _Maps:
-    """Rows of marked positions, averaged, of one batch."""
+    """Mean rows of marked positions in one batch."""
 
     mark: Bool[Tensor, "batch pos"]
     layers: frozenset[int]
@@ -435,7 +435,7 @@ class _Maps:
 
 @dataclass(frozen=True, eq=False)
 class ClassReading:
-    """What parts of a model say of the true class of images, by rank among all classes.
+    """Rank of the true class in the output of a model's parts.
 
     Attributes:
         heads: ``identifiability`` of what each head writes, at the positions that were asked for.
@@ -460,7 +460,7 @@ class ClassReading:
 def class_space(
     model: HeadModel, probe: Probe, at: str = "class", *, batch_size: int | None = None
 ) -> ClassReading:
-    """Read the residual stream, sublayers and heads of a classifier in the space of its classes.
+    """Project residual stream, sublayers and heads of a classifier on its classes.
 
     A vector ``x`` gives every class the logit ``LN(x) W``, with the classifier's own final norm and
     matrix; what is added to the stream is read with the norm's scale left out, which changes no
@@ -545,7 +545,7 @@ def class_space(
 def identifiability(
     logits: Float[Tensor, "*any n_classes"], classes: Int[Tensor, "*any"]
 ) -> Float[Tensor, "*any"]:
-    """How near to the front the true class is: ``1 - rank / n_classes``, rank from 0.
+    """Identifiability of the true class: ``1 - rank / n_classes``, with rank from 0.
 
     Equal logits share the mean of their ranks, so that a constant says 1/2 and half a class.
 
@@ -565,7 +565,7 @@ def identifiability(
 
 @dataclass
 class _Classes:
-    """Reads blocks and heads of one batch in the space of classes."""
+    """Reader of blocks and heads of one batch, projected on the classes."""
 
     model: HeadModel
     space: Unembedding
@@ -631,7 +631,7 @@ class _Classes:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """What every part adds to the embedding, or the logits, of each image.
+    """Contribution of every part to the embedding, or the logits, of each image.
 
     Attributes:
         heads: by layer and head; NaN where a layer has no attention.
@@ -652,7 +652,7 @@ class Written:
 def contributions(
     model: HeadModel, probe: Probe, *, unit: bool = True, batch_size: int | None = None
 ) -> Written:
-    """What each head adds to the embedding of an image, in the space that texts share (CLIP).
+    """Contribution of every head to an image's embedding, in the space shared with texts (CLIP).
 
     ``((r - mean(r)) * gain) P / sigma`` of what a head writes at the class token, ``r = z W_O``,
     with gain and scale of the final norm, its scale held at that of the whole stream, and the
@@ -705,7 +705,7 @@ def contributions(
 
 
 def _image_space(model: HeadModel) -> Unembedding:
-    """Final norm and matrix that make logits of classes, or the embedding of an image."""
+    """Final norm and matrix that produce logits of classes, or the image embedding."""
     if "logits" not in model.limits:
         return model.unembedding
     found = getattr(model, "embedding_map", None)
@@ -719,7 +719,7 @@ def _image_space(model: HeadModel) -> Unembedding:
 
 @dataclass
 class _Written:
-    """What heads of one batch write at the class token, through the final norm and projection."""
+    """Reader of head outputs at the class token, through the final norm and projection."""
 
     model: HeadModel
     space: Unembedding
@@ -746,7 +746,7 @@ class _Written:
 
 @dataclass(frozen=True, eq=False)
 class HeadTexts:
-    """Texts that say what a head writes, in the order in which they were found.
+    """Texts that describe a head's output, in the order in which they were found.
 
     Attributes:
         texts: numbers of the chosen texts.
@@ -761,7 +761,7 @@ class HeadTexts:
     reconstruction: Float[np.ndarray, "image d"]
 
     def named(self, names: Sequence[str]) -> list[tuple[str, float]]:
-        """The texts by name, with the share of the variance that each adds.
+        """The texts by name, with the share of variance that each adds.
 
         Args:
             names: of the pool.
@@ -793,7 +793,7 @@ def text_span(
     *,
     rank: int = 80,
 ) -> HeadTexts:
-    """Name the directions along which a head's writes vary, by texts, greedily (TextSpan).
+    """Describe the main directions of a head's output by texts, greedily (TextSpan).
 
     Texts are first projected onto the ``rank`` leading right singular vectors of the writes, which
     are not centred for that. Then, ``count`` times, on centred writes: choose the text along which
@@ -1005,7 +1005,7 @@ def cue_heads(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> HeadScores:
-    """Heads through which a cue that should not matter (a background, a place) sways the class.
+    """Find heads through which a spurious cue (such as the background) influences the class.
 
     Every head is mean-ablated. ``cue_effect`` is what that does to the log-probability of the true
     class on images whose cue misleads, less what it does where the cue agrees with the class: above
@@ -1204,7 +1204,7 @@ class ImageAttention:
         return found
 
     def maps(self, *, image: int = 0, rows: int = 24, columns: int = 24) -> AttentionMaps:
-        """Maps of all heads on the pictures, mean over queries, for pictures of head grids.
+        """Mean attention maps of all heads on the pictures, for grids of heads.
 
         Args:
             image: which of each text's pictures.
@@ -1225,7 +1225,7 @@ class ImageAttention:
         return AttentionMaps(np.stack(painted), layers, "chosen", self.mass.stack, about)
 
     def gaze(self, region: Bool[Tensor, "batch pos"]) -> HeadScores:
-        """Share of each head's attention on pictures that falls on a region of them.
+        """Share of each head's attention to pictures that falls on a region of them.
 
         The null is the same attention on the regions of the other texts of the batch whose pictures
         lie at the same positions, which a head that looks at fixed places serves as well.
@@ -1254,7 +1254,7 @@ class ImageAttention:
 
 
 def _evidence(region: Tensor, keys: ImageKeys) -> Bool[np.ndarray, "batch pos"]:
-    """A region, checked to hold pieces of the pictures of every text."""
+    """Validate that a region contains pieces of the pictures of every text."""
     if not isinstance(region, Tensor) or region.shape != keys.image.shape:
         raise InputError(
             f"the region is not Booleans {list(keys.image.shape)}, one for each position: make it "
@@ -1271,7 +1271,7 @@ def _evidence(region: Tensor, keys: ImageKeys) -> Bool[np.ndarray, "batch pos"]:
 
 
 def _peers(keys: ImageKeys) -> Bool[np.ndarray, "batch other"]:
-    """Other texts whose pieces of pictures stand at the same positions."""
+    """Other texts whose picture pieces are at the same positions."""
     image = keys.image.numpy()
     same = (image[:, None] == image[None]).all(-1)
     np.fill_diagonal(same, False)
@@ -1282,7 +1282,7 @@ def _peers(keys: ImageKeys) -> Bool[np.ndarray, "batch other"]:
 def _of_others(
     values: Float[np.ndarray, "layer head batch other"], peers: Bool[np.ndarray, "batch other"]
 ) -> Float[np.ndarray, "layer head batch"]:
-    """Mean of each example's value with what belongs to others; NaN where it has none."""
+    """Mean of each example's values under other examples' regions; NaN if there are none."""
     count = peers.sum(1)
     total = np.where(peers, values, 0.0).sum(-1)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
@@ -1298,7 +1298,7 @@ def image_attention(
     *,
     batch_size: int | None = None,
 ) -> ImageAttention:
-    """Attention from words to pictures, by layer, head and query; rows of no other are computed.
+    """Attention from words to pictures, by layer, head and query, computing only those rows.
 
     Args:
         model: a vision-language model.
@@ -1367,7 +1367,7 @@ def image_attention(
 def _looking(
     probe: Probe, queries: str | Bool[Tensor, "batch pos"] | None
 ) -> Bool[Tensor, "batch pos"]:
-    """Positions that look, on the CPU.
+    """Query positions, on the CPU.
 
     Raises:
         InputError: if a text has none.
@@ -1389,7 +1389,7 @@ def _looking(
 
 @dataclass
 class _OnImages:
-    """Rows of the chosen queries of one batch, at pieces of pictures."""
+    """Reader of the chosen queries' rows of one batch, on pieces of pictures."""
 
     batch: Probe
     most: int
@@ -1439,7 +1439,7 @@ _OCR = ScoreSpec(
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """What was said of one picture, and where every head looked most at each step.
+    """What the model read from one picture, with each head's top piece at each step.
 
     Attributes:
         tokens: that were said, or that the answer has (``form="forced"``).
@@ -1454,7 +1454,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class OcrHeads:
-    """Which heads look at the written answer while it is said.
+    """Heads that look at the written answer while it is generated.
 
     Attributes:
         score: ``ocr``, a mean over the texts that count; the null is what the same steps score on
@@ -1472,7 +1472,7 @@ class OcrHeads:
     def heads(
         self, threshold: int | float = 0.1, often: int | float = 0.1
     ) -> tuple[HeadIndex, ...]:
-        """Heads whose mean is above a threshold and that are active often enough, highest first.
+        """Heads with a mean above a threshold that are active often enough, highest first.
 
         Args:
             threshold: of the mean score.
@@ -1488,7 +1488,7 @@ class OcrHeads:
     def looked_at(
         self, example: int, head: str | tuple[int, int], keys: ImageKeys
     ) -> list[tuple[float, float, float, float] | None]:
-        """Box that a head looks at most while each token is said; None where no piece is.
+        """Box that a head attends to most at each generated token; None if it is not on a picture.
 
         Args:
             example: which text.
@@ -1524,7 +1524,7 @@ def ocr_heads(
     recall: int | float = 0.5,
     batch_size: int | None = None,
 ) -> OcrHeads:
-    """OCR heads: that look at where the answer is written while they help to say it.
+    """Find OCR heads: they attend to where the answer is written while it is generated.
 
     A token of the answer counts as read by a head where it is said at a step at which the head's
     most attended position, of equals the first, is evidence. A text scores
@@ -1640,7 +1640,7 @@ def _answers(
 def _alike(
     probe: Probe, wanted: Sequence[Sequence[int]], form: str, options: RunOptions
 ) -> Iterator[list[int]]:
-    """Texts with prompts at the same positions, and equally long answers where these are read."""
+    """Texts with prompts at the same positions, and equally long answers if these are read."""
     sizes = [
         (int(first), int(last), len(answer) if form == "forced" else 0)
         for first, last, answer in zip(probe.first, probe.last, wanted, strict=True)
@@ -1666,7 +1666,7 @@ def _prompts(probe: Probe, rows: list[int]) -> Texts:
 def _with_answers(
     model: HeadModel, texts: Texts, grow: Any, answers: Int[Tensor, "batch step"]
 ) -> tuple[Int[Tensor, "batch step"], Int[np.ndarray, "step batch layer head"]]:
-    """Answers, and where heads look most at the positions that predict each of their tokens."""
+    """Answers, with each head's top piece at the positions that predict their tokens."""
     start, steps = texts.tokens.shape[1], answers.shape[1]
     seen = _Most(torch.arange(start - 1, start - 1 + steps))
     nothing = torch.empty(0, dtype=torch.long)
@@ -1678,7 +1678,7 @@ def _with_answers(
 def _said(
     model: HeadModel, texts: Texts, grow: Any, steps: int
 ) -> tuple[Int[Tensor, "batch step"], Int[np.ndarray, "step batch layer head"]]:
-    """What the model says greedily, and where heads look most at each step."""
+    """Greedy answers, with each head's top piece at each step."""
     tokens, looked = [], []
     for _ in range(steps):
         last = torch.tensor([texts.tokens.shape[1] - 1])
@@ -1694,7 +1694,7 @@ def _said(
 
 @dataclass
 class _Most:
-    """Most attended key of some queries, by layer."""
+    """Reader of the most attended key of some queries, by layer."""
 
     queries: Int[Tensor, " query"]
     best: dict[int, Tensor] = field(default_factory=dict)
@@ -1710,7 +1710,7 @@ class _Most:
         ).cpu()
 
     def array(self, shape: ModelShape) -> Int[np.ndarray, "step batch layer head"]:
-        """All of it; -1 in layers without attention."""
+        """The stored indices; -1 in layers without attention."""
         batch = len(next(iter(self.best.values())))
         found = np.full((len(self.queries), batch, *_size(shape)), -1)
         for layer, best in self.best.items():
@@ -1726,7 +1726,7 @@ def _read(
     form: str,
     first: int,
 ) -> Read:
-    """One text's steps, up to where it ended, with positions of the probe."""
+    """One text's steps up to its end, with positions of the probe."""
     tokens = said.tolist()
     if form == "decoded":
         ends = end_tokens(model) - set(answer)
@@ -1740,7 +1740,7 @@ def _read(
 def _shares(
     read: Read, answer: Sequence[int], marked: Bool[np.ndarray, "batch pos"]
 ) -> Float[np.ndarray, "layer head batch"]:
-    """Score of one text's steps against the evidence of every text."""
+    """Score of one text's steps against every text's evidence."""
     different = sorted(set(answer))
     length = marked.shape[1]
     inside = (read.looked >= 0) & (read.looked < length)
@@ -1754,7 +1754,7 @@ def _shares(
 
 @dataclass(frozen=True)
 class HeadOverlap:
-    """How far two sets of heads are the same.
+    """Overlap of two sets of heads.
 
     Attributes:
         shared: heads in both.
@@ -1803,7 +1803,7 @@ def head_overlap(first: Heads, second: Heads, among: int) -> HeadOverlap:
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """What it does when some heads are made to look at a region, beside random heads.
+    """Effect of steering some heads' attention to a region, with random heads as control.
 
     Attributes:
         effect: change of the metric, mean over texts.
@@ -1844,7 +1844,7 @@ def steer(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Steering:
-    """Make heads look at a region, and see whether that sways the answer more than random heads do.
+    """Steer heads to a region, and measure whether the answer changes more than for random heads.
 
     A share of what the heads give to all other keys goes to the region
     (:class:`headscope.interventions.Redistribute`). The same is done to as many random other heads
@@ -1902,7 +1902,7 @@ def steer(
 def _drawn(
     chosen: Sequence[HeadIndex], others: Sequence[HeadIndex], generator: np.random.Generator
 ) -> tuple[HeadIndex, ...]:
-    """As many other heads, of the same layers as far as these have them."""
+    """Random other heads, as many, from the same layers if possible."""
     found: list[HeadIndex] = []
     for layer in sorted({head.layer for head in chosen}):
         pool = [head for head in others if head.layer == layer]

@@ -1,1 +1,1 @@
-"""What every other room stands on: values and small functions that know no model."""
+"""Foundations: values and small functions that do not know any model."""

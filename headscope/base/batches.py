@@ -1,4 +1,4 @@
-"""Batches: what goes into a model, by name, and what can be asked of it whatever its inputs are."""
+"""``Batch``: named model inputs with their mask and targets."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ TINY = (2, 5)
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What goes into a model: named inputs, which positions are real, and what they predict.
+    """Input of a model: named tensors, which positions are real, and targets.
 
     Attributes:
         inputs: tensors by the name that the model's ``forward`` has for them.
@@ -48,7 +48,7 @@ class Batch:
     targets: Int[Tensor, "batch pos"] | Int[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
-        """Check that all is of the same examples; freeze the mappings.
+        """Check that all fields have the same examples, and freeze the mappings.
 
         Raises:
             InputError: if it is not.
@@ -66,7 +66,7 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], targets: Any = None) -> "Batch":
-        """Make a batch of inputs as tokenizers and processors give them.
+        """Make a batch from inputs as tokenizers and processors return them.
 
         Args:
             inputs: ``input_ids [batch pos]``, and ``attention_mask``, 1 at real tokens; segments
@@ -112,7 +112,7 @@ class Batch:
 
     @classmethod
     def tiny(cls, d_vocab: int) -> "Batch":
-        """A small batch of distinct valid tokens, to find out what a model does.
+        """Make a small batch of distinct valid tokens for trial runs.
 
         They start above the low ids where padding often is: some families warn of it at an edge.
 
@@ -128,7 +128,7 @@ class Batch:
         return cls({TOKENS: tokens}, {TEXT: torch.ones_like(tokens, dtype=torch.bool)})
 
     def __len__(self) -> int:
-        """Return the number of examples."""
+        """Number of examples."""
         return int(next(iter(self.inputs.values())).shape[0])
 
     @property
@@ -153,7 +153,7 @@ class Batch:
         return self.masks.get(self.sequence)
 
     def repeated(self, copies: int) -> "Batch":
-        """Return the batch several times over, whole batches one after the other.
+        """Repeat the batch, whole copies one after the other.
 
         Args:
             copies: how often.
@@ -161,7 +161,7 @@ class Batch:
         return self._each(lambda value: value.repeat(copies, *[1] * (value.ndim - 1)))
 
     def examples(self, chosen: Any) -> "Batch":
-        """Return some of the examples.
+        """Select some examples.
 
         Args:
             chosen: a slice or numbers of examples.
@@ -176,7 +176,7 @@ class Batch:
         )
 
     def trial(self, length: int) -> "Batch":
-        """Two short examples that are like these, to try a way of running a model on.
+        """Take two short examples like these, for trying a way to run a model.
 
         Args:
             length: tokens that they have at most.
@@ -195,7 +195,7 @@ class Batch:
     def misfit(
         self, reader: str, n_ctx: int | None, d_vocab: int, grid: PatchGrid | None = None
     ) -> str | None:
-        """Return why a model cannot read the batch; None where it can.
+        """Reason why a model cannot read the batch; None if it can.
 
         Args:
             reader: what the message calls the model.
@@ -245,7 +245,7 @@ class Batch:
         return None
 
     def labels(self, tokenizer: Any, example: int = 0) -> list[str]:
-        """Return what each position of an example is called in a picture.
+        """Label of each position of an example in plots.
 
         Args:
             tokenizer: that says what a token stands for; None: its id does.
@@ -262,7 +262,7 @@ class Batch:
 
 
 def _images_by_text(inputs: Mapping[str, Any], tokens: Tensor) -> dict[str, Tensor]:
-    """Images and what goes with them, with the texts that they stand in as the first axis.
+    """Images with what belongs to them, grouped by text.
 
     Images of one text stay in their order. Patches of images of different sizes are filled up with
     zeros behind the last (``image_grid_thw`` says how many there are).
@@ -296,7 +296,7 @@ def _images_by_text(inputs: Mapping[str, Any], tokens: Tensor) -> dict[str, Tens
 
 
 def _patches_by_text(patches: Tensor, grid: Tensor) -> Tensor:
-    """Patches of all images in a row, with the texts that they stand in as the first axis."""
+    """Rows of image patches, grouped by text."""
     counts = grid.prod(-1).sum(-1).tolist()
     if sum(counts) != len(patches):
         raise InputError(

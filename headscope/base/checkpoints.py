@@ -1,4 +1,4 @@
-"""State of a training run in one file: written whole, read only by the same run."""
+"""Checkpoints of training runs: one atomic file, readable only by the same run."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ _KEY = "headscope"
 
 
 class Checkpoint:
-    """Tensors of a run that may be stopped at any time, with the facts that decide what it does.
+    """State of an interruptible run: tensors, with the facts that identify the run.
 
     Args:
         folder: where ``checkpoint.safetensors`` stands; None: nothing is kept.
@@ -36,18 +36,18 @@ class Checkpoint:
     """
 
     def __init__(self, folder: "str | PathLike[str] | None", facts: Mapping[str, Any]) -> None:
-        """Write nothing yet, but prove that something can be written."""
+        """Check that the file can be written; nothing is stored yet."""
         self._facts = json.loads(json.dumps(facts, default=str))
         self._file: Path | None = None
         if folder is not None:
             self._file = writable_folder(Path(folder)) / "checkpoint.safetensors"
 
     def __bool__(self) -> bool:
-        """Whether anything is kept."""
+        """Whether a file is used at all."""
         return self._file is not None
 
     def read(self) -> dict[str, Tensor] | None:
-        """What was written last; None where nothing was.
+        """Read the last state; None if there is none.
 
         Raises:
             InputError: if the file is damaged, or of another run.
@@ -69,7 +69,7 @@ class Checkpoint:
         return found
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace what is there, at once."""
+        """Replace the stored state atomically."""
         from safetensors.torch import save
 
         if self._file is None:
@@ -81,7 +81,7 @@ class Checkpoint:
 
 
 def adam_state(adam: torch.optim.Adam) -> dict[str, Tensor]:
-    """What Adam remembers of every parameter, by name, as :class:`Checkpoint` keeps it.
+    """Adam's state for every parameter, by name, in the form of :class:`Checkpoint`.
 
     Args:
         adam: with one group of parameters.
@@ -94,7 +94,7 @@ def adam_state(adam: torch.optim.Adam) -> dict[str, Tensor]:
 
 
 def restore_adam(adam: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
-    """Have Adam remember what :func:`adam_state` gave.
+    """Restore Adam's state from :func:`adam_state`.
 
     Args:
         adam: of the same parameters, before its first step.
@@ -110,7 +110,7 @@ def restore_adam(adam: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
 
 @dataclass(eq=False)
 class AdamRun:
-    """Steps of Adam on some tensors that go on, bit by bit, from where an earlier run stopped.
+    """Resumable Adam steps on some tensors, bit-identical to an uninterrupted run.
 
     Attributes:
         kept: where the state is written; one that keeps nothing does.
@@ -146,7 +146,7 @@ class AdamRun:
     losses: Float[Tensor, " step"] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Go back to what was kept."""
+        """Restore the stored state."""
         whole(self.every, "every", 1)
         leaves = list(self.parameters.values())
         self.adam = torch.optim.Adam(leaves, lr=self.rate)
@@ -169,7 +169,7 @@ class AdamRun:
         self.losses[: self.done] = state["losses"][: self.done].to(self.losses)
 
     def __iter__(self) -> Iterator[int]:
-        """Numbers of the steps that are left; each is kept, where it is due, once it is over.
+        """Iterate over the remaining steps, writing a checkpoint after each step that is due.
 
         Raises:
             HeadscopeError: if a cost since the last write is not finite; what was written stays.
@@ -182,11 +182,11 @@ class AdamRun:
 
     @property
     def due(self) -> bool:
-        """Whether the steps taken so far end with one that is kept."""
+        """Whether the current step ends with a checkpoint."""
         return self.done % self.every == 0 or self.done == self.steps
 
     def take(self, cost: Tensor) -> None:
-        """Step along the gradients of the parameters, and note the cost."""
+        """Take an optimiser step, and record the cost."""
         self.adam.step()
         for one in self.parameters.values():
             one.grad = None

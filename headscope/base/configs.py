@@ -1,4 +1,4 @@
-"""Reading YAML that users write: safe, small, and with one sentence for every mistake."""
+"""Reading of YAML configs: safe, limited in size, and with one-sentence errors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +17,13 @@ Config = TypeVar("Config", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """Base of every config: unknown keys are errors, values do not change."""
+    """Base of every config: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LinedMapping(dict[str, Any]):
-    """A mapping as it was written in a file, which knows the line of every key.
+    """Mapping read from a file, with the line number of every key.
 
     Attributes:
         node: the file's syntax tree.
@@ -32,7 +32,7 @@ class LinedMapping(dict[str, Any]):
     node: Any = None
 
     def line(self, place: Sequence[str | int]) -> int:
-        """Line of a place in it, counted from 1; of what holds it where it is absent."""
+        """Line of a path into the mapping, from 1; of its parent if it is absent."""
         node, line = self.node, 1
         for part in place:
             found = [
@@ -49,7 +49,7 @@ class LinedMapping(dict[str, Any]):
         return line
 
     def line_of(self, word: str) -> int | None:
-        """Line of a word, as a key or a value; None where it is not there."""
+        """Line of a word that is a key or value; None if it does not occur."""
         waiting = [self.node]
         while waiting:
             node = waiting.pop(0)
@@ -63,7 +63,7 @@ class LinedMapping(dict[str, Any]):
 
 
 def read_yaml(path: str | Path) -> LinedMapping:
-    """Mapping in a YAML file, read with the safe loader.
+    """Read a YAML file to a mapping with the safe loader.
 
     Raises:
         InputError: naming the line, if the file is missing, empty, too large, too deep, no YAML
@@ -99,7 +99,7 @@ def read_yaml(path: str | Path) -> LinedMapping:
 
 
 def _check_events(text: str, path: str) -> None:
-    """Refuse what is too deep, or refers back too often, before anything is built of it."""
+    """Refuse deep nesting and too many aliases, before anything is built."""
     import yaml
 
     depth = aliases = 0
@@ -118,7 +118,7 @@ def _check_events(text: str, path: str) -> None:
 
 
 def _check_nodes(root: Any, path: str) -> None:
-    """Refuse keys that stand twice, values that cannot be read, and what aliases blow up."""
+    """Refuse duplicate keys, unreadable values, and aliases that expand too much."""
     from yaml import SafeLoader
 
     sizes: dict[int, int | None] = {}
@@ -163,7 +163,7 @@ def _check_nodes(root: Any, path: str) -> None:
 
 
 def _line_of_position(error: Exception, text: str) -> int:
-    """Line of a character that YAML cannot hold; 1 where nothing is known."""
+    """Line of a character that YAML does not allow; 1 if unknown."""
     at = getattr(error, "position", None)
     return text[:at].count("\n") + 1 if isinstance(at, int) else 1
 
@@ -174,7 +174,7 @@ def _problem(error: Exception) -> str:
 
 
 def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """Make a config of plain values.
+    """Validate plain values as a config.
 
     Args:
         kind: which config.
@@ -202,7 +202,7 @@ def parse(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
 
 
 def _keys_beside(kind: type[BaseModel], place: list[str]) -> list[str]:
-    """Keys that would have been right where an unknown one stands."""
+    """Valid keys at the place of an unknown one."""
     here: Any = kind
     for part in place[:-1]:
         field = here.model_fields.get(part) if _is_config(here) else None

@@ -1,4 +1,4 @@
-"""Files and folders of results: text, parquet and saved results, each file whole or absent."""
+"""Files and folders of results: text, Parquet and saved results, written atomically."""
 
 import errno
 import json
@@ -57,14 +57,14 @@ def read_lines(path: "str | Path") -> list[str]:
 
 
 def paragraphs(text: str) -> list[str]:
-    """Paragraphs of a text: what blank lines separate."""
+    """Paragraphs of a text, separated by blank lines."""
     blocks = text.replace("\r\n", "\n").split("\n\n")
     return [block.strip() for block in blocks if block.strip()]
 
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only once it is complete and on the disk.
+    """Open a file that appears under its name only when it is complete and synced.
 
     A symbolic link of that name is replaced, never followed.
 
@@ -82,7 +82,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def whole_path(target: Path) -> Iterator[Path]:
-    """Give the path of a temporary file that takes the place of ``target`` in the end.
+    """Path of a temporary file that replaces ``target`` on success.
 
     For libraries that write to a path; see :func:`whole_file`. The temporary name is unique, so
     two writers of one target never meet.
@@ -106,12 +106,12 @@ def whole_path(target: Path) -> Iterator[Path]:
 
 
 def _names(*paths: Path) -> set[str | None]:
-    """File names of errors that are about these paths; writing to an open file names none."""
+    """Paths that an error belongs to; errors in writing to an open file name none."""
     return {None, *map(str, paths)}
 
 
 def _check_replaceable(target: Path) -> None:
-    """Refuse to replace what is not a plain file that may be written to."""
+    """Refuse to replace anything but a writable plain file."""
     try:
         mode = target.lstat().st_mode
     except OSError:
@@ -128,7 +128,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _refusal(target: Path, error: OSError) -> WriteError:
-    """The sentence for an error of the system."""
+    """Message for an error of the operating system."""
     reason = error.strerror or str(error)
     if error.errno == errno.ENOSPC:
         fix = "Free some space, or choose another place."
@@ -142,7 +142,7 @@ def _refusal(target: Path, error: OSError) -> WriteError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's own entries on the disk, where the system can do that."""
+    """Sync a folder's entries to disk, if the system supports it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
@@ -176,7 +176,7 @@ def whole_page(target: Path, page: str, asked: Mapping[str, Any] | None = None) 
 
 
 def check_page(target: Path, asked: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Refuse to replace a file that is not the same page made before.
+    """Refuse to replace a file that is not an earlier version of the same page.
 
     Raises:
         InputError: if another file has the name.
@@ -199,7 +199,7 @@ _STAMP_BYTES = 1_000_000
 
 
 def _stamp(asked: Mapping[str, Any]) -> bytes:
-    """What a page was made from, as an HTML comment that nothing in it can end or leave."""
+    """Source of a page as an HTML comment, escaped so that it cannot end early."""
     said = json.dumps(asked, sort_keys=True, default=str)
     for sign in "-<>&":
         said = said.replace(sign, f"\\u{ord(sign):04x}")
@@ -207,7 +207,7 @@ def _stamp(asked: Mapping[str, Any]) -> bytes:
 
 
 def check_same(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
-    """Refuse to go on from a file that was made from other facts.
+    """Refuse to resume from a file that was made from other facts.
 
     Raises:
         InputError: naming the facts that differ, and what to do.
@@ -222,7 +222,7 @@ def check_same(file: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], 
 
 
 def writable_folder(folder: Path) -> Path:
-    """Make a folder and prove that files can be written into it.
+    """Create a folder and check that it is writable.
 
     Raises:
         InputError: if they cannot.
@@ -239,7 +239,7 @@ def writable_folder(folder: Path) -> Path:
 
 
 def subfolder(folder: Path, name: str) -> Path:
-    """Make a folder inside a folder of results; a symbolic link is refused, not followed.
+    """Create a folder inside a results folder; symbolic links are refused.
 
     Raises:
         InputError: if it leads elsewhere, or cannot be written to.
@@ -278,7 +278,7 @@ _MAX_FACTS = 100_000_000
 
 @dataclass(frozen=True)
 class FolderClaim:
-    """One run's right to a folder.
+    """Exclusive claim of one run on a folder.
 
     Attributes:
         path: the folder.
@@ -294,7 +294,7 @@ class FolderClaim:
 
     @classmethod
     def create(cls, path: Path, kind: str, *, overwrite: bool = False) -> "FolderClaim":
-        """Make the folder before the work starts, so that a wrong one costs nothing.
+        """Create the folder before the work starts, so that a bad path fails at once.
 
         Raises:
             InputError: if nothing can be written there, or another kind of run did so before.
@@ -304,7 +304,7 @@ class FolderClaim:
         return made
 
     def of(self, asked: Mapping[str, Any]) -> "FolderClaim":
-        """The same for a run whose settings are known; they must be those of the folder.
+        """Like :meth:`create`, for a run with known settings, which must match the folder's.
 
         Raises:
             InputError: if the folder holds a run with other settings.
@@ -315,7 +315,7 @@ class FolderClaim:
         return made
 
     def ready(self) -> "FolderClaim":
-        """The folder to write into now that the work is done.
+        """Prepare the folder for writing after the work is done.
 
         Results that may be replaced are removed. If another run has taken the folder meanwhile,
         a new folder beside it is given instead: the work is done and must not be lost.
@@ -333,7 +333,7 @@ class FolderClaim:
         return self
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Write ``run.json``: whose folder this is, and what else there is to say."""
+        """Write ``run.json``: the run that owns the folder, and its facts."""
         said = {"kind": self.kind, "asked": dict(self.asked or {}), **facts}
         with whole_file(self.path / "run.json") as file:
             file.write(json.dumps(said, indent=2).encode() + b"\n")
@@ -368,7 +368,7 @@ def _holds(kind: str) -> str:
 
 
 def occupant(folder: Path) -> tuple[str, dict[str, Any] | None] | None:
-    """Kind and settings of the run whose results stand in a folder; None where there are none.
+    """Kind and settings of the run in a folder; None if there is none.
 
     The kind is empty where there are results that do not say; the settings are None where only
     parts of an unfinished run stand there.
@@ -398,7 +398,7 @@ def _facts(file: Path) -> dict[str, Any]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what runs leave behind, and nothing else; links go, what they lead to stays."""
+    """Delete what runs write, and nothing else; links are removed, not followed."""
     for name, endings in _FOLDERS.items():
         place = folder / name
         if place.is_symlink() or not place.is_dir():
@@ -420,7 +420,7 @@ MAX_BYTES = 8_000_000_000  # once decompressed
 def read_parquet(
     path: "str | PathLike[str]", columns: Sequence[str] | None = None
 ) -> "pyarrow.Table":
-    """Read a file whose footer claims no more than a table of results can hold.
+    """Read a Parquet file, refusing footers that claim more than a results table can hold.
 
     Words are kept as a dictionary, so a long one that stands in every row is held once.
 
@@ -443,7 +443,7 @@ def read_parquet(
 
 
 def read_part(file: Path, *, again: str = "run the same again") -> "pyarrow.Table":
-    """Read a part of results that a run left and another goes on from, within the same limits.
+    """Read a partial result of an earlier run, within the same limits.
 
     Args:
         file: of the part.
@@ -459,7 +459,7 @@ def read_part(file: Path, *, again: str = "run the same again") -> "pyarrow.Tabl
 
 @contextmanager
 def readable(file: Path, *, again: str = "run the same again") -> Iterator[None]:
-    """Scope in which a damaged part becomes a sentence, and an absent one stays FileNotFoundError.
+    """Context manager that turns errors of damaged files into messages; missing files still raise.
 
     Args:
         file: of the part.
@@ -486,7 +486,7 @@ def readable(file: Path, *, again: str = "run the same again") -> Iterator[None]
 def read_limited(
     file: Path, columns: Sequence[str] | None = None, *, words_once: bool = False
 ) -> "pyarrow.Table":
-    """Read a file within the limits; what is wrong with it is raised as pyarrow raises it.
+    """Read a file within the limits, raising pyarrow's own errors.
 
     Args:
         file: its path.
@@ -510,7 +510,7 @@ def read_limited(
 
 
 def _check_size(file: Path, facts: "pyarrow.parquet.FileMetaData") -> None:
-    """Refuse a file that would not fit, by its own account."""
+    """Refuse a file that by its own account would not fit in memory."""
     groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
     values = sum(one.column(i).num_values for one in groups for i in range(one.num_columns))
     size = sum(one.total_byte_size for one in groups)
@@ -538,23 +538,23 @@ Result = TypeVar("Result", bound="Saved")
 
 
 class Stored:
-    """Base of dataclasses that may stand in a saved result; their fields are what is kept."""
+    """Base of dataclasses that saved results may contain."""
 
     _known: ClassVar[dict[str, "type[Stored]"]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Remember the class, so that files can name it."""
+        """Register the class under its name in files."""
         super().__init_subclass__(**options)
         Stored._known[cls.__name__] = cls
 
     def _parts(self) -> dict[str, Any]:
-        """What is kept, by name."""
+        """Fields to store, by name."""
         kept: Any = self  # a dataclass, as all subclasses are that do not say what they keep
         return {one.name: getattr(self, one.name) for one in fields(kept) if one.init}
 
     @classmethod
     def _of_parts(cls, parts: dict[str, Any]) -> "Stored":
-        """Make it again of :meth:`_parts`."""
+        """Rebuild from :meth:`_parts`."""
         return cls(**parts)
 
 
@@ -562,7 +562,7 @@ class Saved(Stored):
     """Base of results with ``save`` and ``load``."""
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write one safetensors file atomically.
+        """Save as one safetensors file, atomically.
 
         Args:
             path: of the file; what is there is replaced.
@@ -577,7 +577,7 @@ class Saved(Stored):
 
     @classmethod
     def load(cls: "type[Result]", path: "str | PathLike[str]") -> Result:
-        """Read what :meth:`save` wrote.
+        """Load a file written by :meth:`save`.
 
         Raises:
             InputError: if the file is missing, damaged, or holds another kind of result.
@@ -612,7 +612,7 @@ class Saved(Stored):
 
 
 def _encoded(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """JSON of a value, whose arrays go to ``arrays``."""
+    """Encode a value as JSON, with its arrays moved to ``arrays``."""
     if (isinstance(value, bool | int | str) and type(value) in (bool, int, str)) or value is None:
         return value
     if isinstance(value, float):
@@ -660,7 +660,7 @@ def _kept(value: np.ndarray, arrays: dict[str, np.ndarray]) -> str:
 
 
 def _decoded(value: Any, array: Any, depth: int) -> Any:
-    """The value that :func:`_encoded` was given."""
+    """Decode a value from :func:`_encoded`."""
     if not isinstance(value, dict):
         return value
     if depth < 0:
@@ -693,7 +693,7 @@ def _decoded(value: Any, array: Any, depth: int) -> Any:
 
 
 def frozen(array: np.ndarray, kind: type) -> np.ndarray:
-    """Return a copy that cannot be written to."""
+    """Read-only copy of an array."""
     copy: np.ndarray = np.array(array, dtype=kind)
     copy.setflags(write=False)
     return copy

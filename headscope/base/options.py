@@ -1,4 +1,4 @@
-"""How a measurement is run: its options, the memory of a chunk of work, its progress."""
+"""Run options: batch size, memory limit, seed and progress."""
 
 import re
 import sys
@@ -53,7 +53,7 @@ def parse_memory(amount: "str | int | None") -> int | None:
 
 
 def chunk_bytes(device: torch.device, limit: int | None) -> int:
-    """Bytes that one chunk of rows may take.
+    """Size limit of one chunk of rows in bytes.
 
     The limit where it is given; else what the device works through fastest, and on a GPU never
     more than a quarter of what is free.
@@ -67,7 +67,7 @@ def chunk_bytes(device: torch.device, limit: int | None) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library hold freed memory ready for the next tensors, up to 62 MB of it.
+    """Let the C library keep up to 62 MB of freed memory for the next tensors.
 
     glibc hands freed blocks back to the system above a size that it learns from what was freed,
     32 MB at most (mallopt(3), M_MMAP_THRESHOLD). Until it has met a large block, activations are
@@ -77,7 +77,7 @@ def keep_freed_memory() -> None:
 
 
 def free_cached_memory() -> None:
-    """Give a GPU's cached blocks back after an allocation failed.
+    """Release a GPU's cached blocks after a failed allocation.
 
     Outside of the ``except`` block: inside it the traceback still holds the tensors.
     """
@@ -86,7 +86,7 @@ def free_cached_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU, or on the CPU, where torch raises a RuntimeError."""
+    """Whether an error is a failed allocation, on a GPU or on the CPU (a RuntimeError in torch)."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "not enough memory" in str(error)
     )
@@ -98,7 +98,7 @@ _PATIENCE = 2.0
 
 @runtime_checkable
 class Advance(Protocol):
-    """Call with the number of steps just done."""
+    """Callback with the number of steps just finished."""
 
     def __call__(self, steps: int | float = 1) -> None:
         """Count steps."""
@@ -106,7 +106,7 @@ class Advance(Protocol):
 
 @contextmanager
 def track(total: int | float, description: str, *, show: bool | None = None) -> Iterator[Advance]:
-    """Show a bar on stderr once the work has taken two seconds.
+    """Show a progress bar on stderr once the work has taken two seconds.
 
     Args:
         total: steps in all.
@@ -124,15 +124,15 @@ def track(total: int | float, description: str, *, show: bool | None = None) -> 
 
 
 def _silent(steps: int | float = 1) -> None:
-    """Count nothing."""
+    """Ignore steps."""
 
 
 def _nothing() -> None:
-    """Show nothing."""
+    """Display nothing."""
 
 
 def _gone() -> None:
-    """Show nothing any more."""
+    """Stop displaying."""
 
 
 def _watched() -> bool:
@@ -145,7 +145,7 @@ def _plain_notebook() -> bool:
 
 
 class _Line:
-    """Progress as a line of text that a notebook replaces, at most once a second."""
+    """Progress as a text line that a notebook replaces, at most once a second."""
 
     def __init__(self, description: str, total: float, started: float) -> None:
         self._description, self._total, self._started = description, total, started
@@ -173,7 +173,7 @@ class _Line:
 def plain_line(
     description: str, done: int | float, total: int | float, seconds: int | float
 ) -> str:
-    """Progress in words: share, time so far, and time left at the pace so far."""
+    """Progress as text: share, elapsed time, and remaining time at this pace."""
     share = min(1.0, done / total) if total > 0 else 0.0
     left = f", {_clock(seconds / share - seconds)} left" if share > 0 else ""
     return f"{description}: {share:.0%} after {_clock(seconds)}{left}"
@@ -238,7 +238,7 @@ class _LateBar:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a run, checked once and passed on as one value.
+    """Options of a run, validated once and passed on as one value.
 
     Attributes:
         batch_size: examples per pass; None: as many as the measurement finds suitable. Changes
@@ -262,7 +262,7 @@ class RunOptions:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        """Check every option."""
+        """Validate every option."""
         size, seed = self.batch_size, self.seed
         if size is not None and not _is_integer(size):
             raise InputError(f"batch_size={size!r} is not a number of examples: give 1 or more.")
@@ -276,16 +276,16 @@ class RunOptions:
 
     @property
     def memory_bytes(self) -> int | None:
-        """The memory in bytes; None: what suits the device."""
+        """Memory limit in bytes; None: what suits the device."""
         return parse_memory(self.memory)
 
     @property
     def quiet(self) -> "RunOptions":
-        """The same without a bar, for a part of a run that shows one itself."""
+        """The same options without a bar, for parts of a run that show their own."""
         return replace(self, progress=False)
 
     def per_pass(self, length: int, tokens: int) -> int:
-        """Examples of one pass: the batch size, else as many as have about ``tokens`` tokens.
+        """Examples per pass: the batch size, or as many as have about ``tokens`` tokens.
 
         Args:
             length: tokens of one example.
@@ -294,7 +294,7 @@ class RunOptions:
         return self.batch_size or max(1, tokens // length)
 
     def track(self, total: int | float, description: str) -> AbstractContextManager[Advance]:
-        """Show a progress bar of the work, if one is wanted."""
+        """Show a progress bar, if enabled."""
         return track(total, description, show=self.progress)
 
 

@@ -1,4 +1,4 @@
-"""What every kind of result can do, and the data by which it shows itself: glances and sections."""
+"""Display of results: glances, sections and tables that every result provides."""
 
 import math
 import re
@@ -19,7 +19,7 @@ TableCell = str | int | float | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Words:
-    """A paragraph; ``quiet`` makes it small."""
+    """Paragraph of text; ``quiet`` makes it small."""
 
     text: str
     quiet: bool = False
@@ -27,14 +27,14 @@ class Words:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and their values, one below the other."""
+    """List of names with values."""
 
     pairs: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A small table. A cell is a text, a number, or a tuple of tokens.
+    """Small table. A cell is a text, a number, or a tuple of tokens.
 
     Attributes:
         columns: their names.
@@ -49,7 +49,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure by its name, to be drawn in the themes of a page.
+    """Reference to a named figure, drawn in the page's themes.
 
     Attributes:
         name: of the figure; where no figure has it, nothing is shown.
@@ -64,7 +64,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it: any of the above, or a finished picture."""
+    """Heading with content: any of the above, or a finished picture."""
 
     title: str
     blocks: Sequence[Any]
@@ -78,7 +78,7 @@ _LEFT = "padding:1px 8px;text-align:left;white-space:pre"
 
 @dataclass(frozen=True)
 class Grid:
-    """A picture in cells: what they say, and how strongly they are coloured.
+    """Grid of coloured cells with text.
 
     Attributes:
         rows: labels downwards.
@@ -100,7 +100,7 @@ class Grid:
 
 
 class Line(NamedTuple):
-    """A line of a list: what it says, what in it counts most, and whether it counts little."""
+    """Line of a list, with its emphasis."""
 
     text: str
     strong: str = ""
@@ -116,7 +116,7 @@ class Lines(NamedTuple):
 
 @dataclass(frozen=True)
 class Glance:
-    """What is worth knowing of a result at a glance.
+    """Short overview of a result.
 
     Attributes:
         title: what it is.
@@ -141,7 +141,7 @@ class Glance:
     whole: bool = False
 
     def text(self) -> str:
-        """A few lines for a terminal."""
+        """Render as a few lines for a terminal."""
         lines = [f"{self.title}: {', '.join(self._facts)}" if self._facts else self.title]
         rows = self.rows if self.whole else self.rows[:_TEXT_ROWS]
         shown = [[readable(one, _TEXT_WIDTH) for one in row] for row in rows]
@@ -152,7 +152,7 @@ class Glance:
         return "\n".join([*lines, f"  next: {self.hint}"] if self.hint else lines)
 
     def html(self) -> str:
-        """A small page: static, every text escaped, nothing fetched."""
+        """Render as static HTML, escaped and self-contained."""
         facts = f" <span>{said(', '.join(self._facts), 400)}</span>" if self._facts else ""
         parts = [f"<p><b>{said(self.title, 120)}</b>{facts}</p>"] if self.title else []
         if self.grid is not None:
@@ -168,7 +168,7 @@ class Glance:
         return "".join(parts)
 
     def terminal(self) -> "list[RenderableType]":
-        """The grid, the notes and the lists, for a console of rich."""
+        """Render the grid, the notes and the lists for a rich console."""
         from rich.text import Text
 
         parts: list[RenderableType] = [] if self.grid is None else [_grid_terminal(self.grid)]
@@ -186,18 +186,18 @@ class Glance:
 
 
 class Shown:
-    """Base of whatever shows itself as its :meth:`glance` at the end of a notebook cell."""
+    """Base of objects that display their :meth:`glance` in notebooks."""
 
     def glance(self) -> Glance:
-        """What is worth knowing at a glance."""
+        """Short overview of the result."""
         return Glance(type(self).__name__)
 
     def summary(self) -> str:
-        """The same in a few lines of text."""
+        """The overview as a few lines of text."""
         return self.glance().text()
 
     def sections(self) -> list[Section]:
-        """Sections of a page; by default its glance as one of them."""
+        """Sections of a page; default: the glance."""
         seen = self.glance()
         blocks: list[Any] = [Words(", ".join(fact for fact in seen.facts if fact))]
         if seen.rows:
@@ -205,16 +205,16 @@ class Shown:
         return [Section(seen.title, blocks)]
 
     def __repr__(self) -> str:
-        """A few lines."""
+        """The overview as text."""
         return self.summary()
 
     def _repr_html_(self) -> str:
-        """A small static page."""
+        """The overview as static HTML."""
         return self.glance().html()
 
 
 def readable(text: str, most: int = 40) -> str:
-    """Text on one line, what cannot be seen written out, cut to a length."""
+    """Text on one line, with invisible characters spelled out, truncated."""
     line = "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
     )
@@ -222,7 +222,7 @@ def readable(text: str, most: int = 40) -> str:
 
 
 def reasons(missing: Mapping[str, str], model: str = "") -> list[tuple[str, str]]:
-    """What a model cannot be asked, and why: what has one reason stands in one row.
+    """Rows of inapplicable things grouped by reason.
 
     Args:
         missing: reason of each.
@@ -243,12 +243,12 @@ def said(text: str, most: int = 40) -> str:
 
 
 def number(value: float) -> str:
-    """A number in three digits; a dash where it is missing."""
+    """Format a number in three digits; a dash if it is missing."""
     return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def short(value: float) -> str:
-    """A number in at most seven characters; a dash where it is missing."""
+    """Format a number in at most seven characters; a dash if it is missing."""
     if math.isnan(value):
         return "-"
     if value != 0 and not 0.001 <= abs(value) < 10000:
@@ -258,7 +258,7 @@ def short(value: float) -> str:
 
 
 def sizes(names: Sequence[str], counts: Sequence[int]) -> str:
-    """A shape in words: ``12 layers x 8 heads``."""
+    """Format a shape: ``12 layers x 8 heads``."""
     return " x ".join(
         f"{count} {name}{'' if count == 1 else 's'}"
         for name, count in zip(names, counts, strict=True)
@@ -266,7 +266,7 @@ def sizes(names: Sequence[str], counts: Sequence[int]) -> str:
 
 
 def shaded(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Grid:
-    """Grid of numbers, coloured by their share of the largest magnitude."""
+    """Grid of numbers, coloured relative to the largest magnitude."""
     known = [abs(one) for row in values for one in row if math.isfinite(one)]
     most = max(known, default=0.0) or 1.0
     cells = [[number(one) for one in row] for row in values]
@@ -354,16 +354,16 @@ def _table(head: str, body: str) -> str:
 
 @runtime_checkable
 class Result(Protocol):
-    """Numbers that were found out. :func:`headscope.plots.figures` draws them."""
+    """Interface of all results. :func:`headscope.plots.figures` draws them."""
 
     def glance(self) -> Glance:
-        """What is worth knowing at a glance, for a terminal and a notebook."""
+        """Short overview, for a terminal and a notebook."""
 
     def summary(self) -> str:
-        """The same in a few lines of text."""
+        """The overview as a few lines of text."""
 
     def sections(self) -> list[Section]:
-        """How a page shows it; figures are named and not drawn."""
+        """Sections of a page, with figures referenced by name."""
 
     def columns(self) -> dict[str, Any]:
         """The numbers, column by column."""
@@ -372,11 +372,11 @@ class Result(Protocol):
         """The numbers as a data frame."""
 
     def save(self, path: "str | PathLike[str]") -> None:
-        """Write it to one file, which ``load`` of the same class reads."""
+        """Save to one file, which ``load`` of the same class reads."""
 
 
 class Tabular:
-    """Base of results of numbers, whose rows :meth:`to_pandas` gives."""
+    """Base of results with rows of numbers."""
 
     if TYPE_CHECKING:  # a method of every class that derives from it
 
@@ -385,6 +385,6 @@ class Tabular:
             ...
 
     def columns(self) -> dict[str, Any]:
-        """The numbers, column by column, under the names that :meth:`to_pandas` gives them."""
+        """The numbers by column, with the names of :meth:`to_pandas`."""
         frame = self.to_pandas()
         return {str(name): frame[name].to_numpy() for name in frame}

@@ -1,4 +1,4 @@
-"""What a score declares about itself, and where its numbers came from."""
+"""Declarations of scores and metrics, and provenance of results."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ Direction = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class ScoreSpec(Stored):
-    """Declaration of a score or a metric: written once, held by scorers, metrics and results.
+    """Declaration of a score or a metric, shared by scorers, metrics and results.
 
     Attributes:
         name: column name in a table.
@@ -56,12 +56,12 @@ class ScoreSpec(Stored):
 
     @property
     def in_patches(self) -> "ScoreSpec":
-        """The declaration for images, whose positions are patches and not tokens."""
+        """The declaration for images, with patches in place of tokens."""
         return replace(self, unit="patches") if self.unit == "tokens" else self
 
     @property
     def tested(self) -> Alternative:
-        """What a p-value tests: ``alternative``, else ``two-sided`` where the sign matters."""
+        """Alternative of the p-value: ``alternative``, else ``two-sided`` if the sign matters."""
         return self.alternative or ("two-sided" if self.signed else "greater")
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class ScoreSpec(Stored):
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "ScoreSpec":
-        """Read what :meth:`to_json` wrote; other entries are left alone.
+        """Rebuild from the output of :meth:`to_json`; other entries are ignored.
 
         Raises:
             KeyError: if a fact is missing; ``direction`` may be.
@@ -111,7 +111,7 @@ def effect_spec(name: str, metric: "Specified", how: str) -> ScoreSpec:
 
 
 class Specified:
-    """Base of what holds a :class:`ScoreSpec`, the ``spec``: what it declares, by name."""
+    """Base of objects with a :class:`ScoreSpec`, whose fields become properties."""
 
     if TYPE_CHECKING:  # a field of the class that holds it
 
@@ -132,7 +132,7 @@ class Specified:
 
     @property
     def bounds(self) -> Bounds:
-        """Smallest and largest possible value; None where there is none."""
+        """Smallest and largest possible value; None if unbounded."""
         return self.spec.bounds
 
     @property
@@ -167,7 +167,7 @@ class Specified:
 
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Installed versions, read from package metadata: nothing is imported."""
+    """Installed versions, read from package metadata without importing anything."""
     found = {package: _version(package) for package in packages}
     return {package: one for package, one in found.items() if one is not None}
 
@@ -183,7 +183,7 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class Provenance(Stored):
-    """Facts that decide what a score is. JSON values only; empty means unknown.
+    """Facts that determine a score. JSON values only; empty means unknown.
 
     Absolute paths are cut to their last part when they enter: a result that is passed on should
     not tell where its author's home is. The digests, not the paths, say what was read.
@@ -229,7 +229,7 @@ class Provenance(Stored):
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "Provenance":
-        """Read what :meth:`to_json` wrote.
+        """Rebuild from the output of :meth:`to_json`.
 
         Raises:
             InputError: if a fact has an unknown name.
@@ -242,7 +242,7 @@ class Provenance(Stored):
 
 
 def portable(value: Any) -> Any:
-    """Cut absolute paths to their last part, at any depth: what is passed on names no folders."""
+    """Cut absolute paths to their last part, at any depth, so that no local folder is revealed."""
     if isinstance(value, str) and _ABSOLUTE.match(value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Attention stacks: what they run over, which keys a query may see, where pieces of images lie."""
+"""Attention stacks: shapes, visibility rules, and positions of image patches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from headscope.heads import STACK_LETTERS, HeadIndex
 
 @dataclass(frozen=True)
 class PatchGrid(Stored):
-    """How a vision model cuts an image, row by row, behind special tokens (class, registers).
+    """How a vision model cuts an image into patches, after special tokens (class, registers).
 
     Attributes:
         rows, columns: patches from top to bottom and from left to right.
@@ -53,7 +53,7 @@ class PatchGrid(Stored):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What each position is called: its special token, or row and column, counted from 0."""
+        """Label of each position: its special token, or row and column, from 0."""
         cells = [f"r{row} c{column}" for row in range(self.rows) for column in range(self.columns)]
         return (*self.specials, *cells)
 
@@ -145,7 +145,7 @@ class PatchGrid(Stored):
         return places[None] - places[query_pos][:, None]
 
     def is_patch(self, positions: Int[Tensor, "*some"]) -> Bool[Tensor, "*some"]:
-        """Which positions are patches."""
+        """Mask of the positions that are patches."""
         return positions >= self.first
 
 
@@ -158,7 +158,7 @@ def _covered(index: Tensor, size: int, start: float, stop: float) -> Float[Tenso
 
 @dataclass(frozen=True, eq=False)
 class ImageKeys:
-    """Which piece of which picture each position of a text with images stands for.
+    """Picture piece that each position of a text with images represents.
 
     Attributes:
         boxes: left, top, right and bottom edge in pixels of the picture; NaN at positions that show
@@ -179,11 +179,11 @@ class ImageKeys:
     sizes: Int[Tensor, "batch image 2"]
 
     def __len__(self) -> int:
-        """Return the number of texts."""
+        """Number of texts."""
         return len(self.boxes)
 
     def at(self, example: int, position: int) -> tuple[int, tuple[float, float, float, float]]:
-        """Picture and box that a position stands for.
+        """Picture and box that a position represents.
 
         Args:
             example: which text.
@@ -206,7 +206,7 @@ class ImageKeys:
     def overlap(
         self, example: int, box: Sequence[float | int], image: int = 0, by: str = "patch"
     ) -> Float[Tensor, " pos"]:
-        """How far the piece of every position overlaps a box, in [0, 1]; 0 where there is none.
+        """Overlap of every position's piece with a box, in [0, 1]; 0 without a piece.
 
         Args:
             example: which text.
@@ -234,7 +234,7 @@ class ImageKeys:
     def inside(
         self, example: int, box: Sequence[float | int], image: int = 0
     ) -> tuple[float, float, float, float]:
-        """The box, checked to lie inside its picture.
+        """The box, validated to lie inside its picture.
 
         Args:
             example: which text.
@@ -296,7 +296,7 @@ class ImageKeys:
         over: float = 0.1,
         by: str = "patch",
     ) -> Bool[Tensor, "batch pos"]:
-        """The mark of the positions that overlap one box of every text, as :meth:`keys` finds them.
+        """Mark of the positions that overlap one box per text, as found by :meth:`keys`.
 
         Args:
             boxes: for each text left, top, right and bottom edge, in pixels of its picture.
@@ -330,7 +330,7 @@ class ImageKeys:
         rows: int = 24,
         columns: int = 24,
     ) -> Float[Tensor, "*any row column"]:
-        """Weights of positions laid onto a picture: each spread evenly over its box.
+        """Weights of positions painted onto a picture, each spread evenly over its box.
 
         Pieces may overlap, as tiles and the whole picture do; what lies on the picture sums to the
         weight of its positions.
@@ -367,7 +367,7 @@ MaskKind = Literal["causal", "bidirectional", "cross"]
 
 @dataclass(frozen=True)
 class MaskRule:
-    """Which keys a query may see, padding apart. The only place where causality is decided.
+    """Rule of which keys a query sees, padding aside: the only place that decides causality.
 
     Attributes:
         kind: ``causal`` (keys up to the query), ``bidirectional`` (all keys of the same
@@ -388,7 +388,7 @@ class MaskRule:
     block: int | None = None
 
     def __post_init__(self) -> None:
-        """Check that the rule can be applied.
+        """Validate the rule.
 
         Raises:
             InputError: if a size is below 1, or a cross rule has a window or blocks.
@@ -410,7 +410,7 @@ class MaskRule:
         return self.window is not None or self.block is not None
 
     def visible(self, query_pos: Any, key_pos: Any) -> Any:
-        """Say which keys each query may see.
+        """Mask of the keys that each query sees.
 
         Args:
             query_pos: positions ``[query]``, an integer tensor or array.
@@ -428,14 +428,14 @@ class MaskRule:
         return seen
 
     def sees(self, n_keys: int) -> int:
-        """Return the largest number of keys, of this many, that any query may see."""
+        """Largest number of the first keys that any query sees."""
         most = n_keys
         if self.window is not None:
             most = min(most, self.window if self.causal else 2 * self.window - 1)
         return most if self.block is None else min(most, self.block)
 
     def span(self, first_query: int, last_query: int, n_keys: int) -> slice:
-        """Return the smallest run of keys that holds all that a run of queries may see.
+        """Smallest range of keys that contains all that a range of queries sees.
 
         Args:
             first_query: first position of the run.
@@ -452,7 +452,7 @@ class MaskRule:
         return slice(start, stop)
 
     def __str__(self) -> str:
-        """Return the rule in words: ``bidirectional, window of 64 keys``."""
+        """Describe the rule: ``bidirectional, window of 64 keys``."""
         sizes = {"window": self.window, "block": self.block}
         limits = [f"{name} of {size:,} keys" for name, size in sizes.items() if size is not None]
         return ", ".join([self.kind, *limits])
@@ -462,7 +462,7 @@ CAUSAL = MaskRule("causal")
 
 
 def all_causal(stacks: Mapping[str, "Stack"]) -> bool:
-    """Return whether no query of any stack sees a later key.
+    """Whether no query of any stack sees a later key.
 
     Args:
         stacks: of a model, by name.
@@ -471,7 +471,7 @@ def all_causal(stacks: Mapping[str, "Stack"]) -> bool:
 
 
 def grid_of(stacks: Mapping[str, "Stack"]) -> PatchGrid | None:
-    """Return how images are cut into patches; None where a model reads none.
+    """Patch grid of a model; None if it reads no images.
 
     Args:
         stacks: of the model, by name.
@@ -481,7 +481,7 @@ def grid_of(stacks: Mapping[str, "Stack"]) -> PatchGrid | None:
 
 @dataclass(frozen=True)
 class Stack:
-    """One attention stack of a model: how many heads it has and what they run over.
+    """One attention stack of a model: its heads and what it attends over.
 
     Attributes:
         name: empty in a text model with a single stack, decoder or encoder; else ``encoder``,
@@ -513,11 +513,11 @@ class Stack:
 
     @property
     def letter(self) -> str:
-        """Letter that addresses of its heads begin with."""
+        """Letter of its heads' addresses."""
         return STACK_LETTERS[self.name]
 
     def head(self, layer: int, head: int) -> HeadIndex:
-        """Return the address of one of its heads.
+        """Address of one of its heads.
 
         Raises:
             InputError: if the stack does not have that head.

@@ -50,7 +50,7 @@ class MeanTest(NamedTuple):
 
 @dataclass(frozen=True)
 class Design(Stored):
-    """How the examples of a score, and of its control, belong together.
+    """Pairing and clusters of the examples of a score, and of its control.
 
     Attributes:
         paired: whether example i of the control is example i of the score without the structure
@@ -72,7 +72,7 @@ class Design(Stored):
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "Design":
-        """Read what :meth:`to_json` wrote."""
+        """Rebuild from the output of :meth:`to_json`."""
         labels = {
             name: None if facts[name] is None else tuple(int(one) for one in facts[name])
             for name in ("clusters", "control_clusters")
@@ -164,7 +164,7 @@ def interval_of_sem(
     n: Int[np.ndarray, "*heads"],
     level: float = 0.95,
 ) -> tuple[Float[np.ndarray, "*heads"], Float[np.ndarray, "*heads"]]:
-    """Student's t interval of means whose examples were not kept; normal where n is not known.
+    """Student's t interval from a standard error; normal if n is unknown.
 
     Example:
         >>> low, high = interval_of_sem(np.array([1.0]), np.array([0.1]), np.array([16]))
@@ -184,7 +184,7 @@ Known = tuple[Float[np.ndarray, "*heads"], Float[np.ndarray, "*heads"], Int[np.n
 def welch_interval(
     first: Known, second: Known, level: float = 0.95
 ) -> tuple[Float[np.ndarray, "*heads"], Float[np.ndarray, "*heads"]]:
-    """Welch's interval (1947) of the first mean less the second, of independent examples.
+    """Welch's interval (1947) of the difference of two independent means.
 
     Args:
         first: mean, standard error and n of every head.
@@ -277,7 +277,7 @@ def compare_means(
 
 
 def examples_needed(heads: int, alternative: Alternative, level: float = LEVEL) -> int:
-    """How many examples an exact test takes to name one head among many.
+    """Number of examples with which an exact test can single out one head among many.
 
     With n pairs the sign test gives no p-value below ``2^-n`` (twice that, two-sided), and
     Benjamini-Hochberg asks ``level / heads`` of a head that stands alone.
@@ -346,7 +346,7 @@ def _difference_test(
     clusters: tuple[int, ...] | None,
     resolution: float,
 ) -> tuple[Float[np.ndarray, "*heads"], Float[np.ndarray, "*heads"]]:
-    """p-value and its floor, of values against a control example by example."""
+    """p-value and its lower limit, for values against a control example by example."""
     chance = np.broadcast_to(control, values.shape)
     both = ~np.isnan(values) & ~np.isnan(chance)
     size = np.maximum(np.abs(values), np.abs(chance))
@@ -381,7 +381,7 @@ def _independent_test(
     design: Design,
     resolution: float,
 ) -> tuple[Float[np.ndarray, "*heads"], Float[np.ndarray, "*heads"]]:
-    """p-value and its floor, of values against other examples."""
+    """p-value and its lower limit, for values against independent examples."""
     from scipy import special, stats
 
     own, other = _units(values, design.clusters), _units(control, design.control_clusters)
@@ -407,7 +407,7 @@ def _median_test(
     control: Float[np.ndarray, "*heads control_example"],
     alternative: Alternative,
 ) -> Float[np.ndarray, "*heads"]:
-    """Mood's median test by Fisher's exact test, with the evener of both splits at the median."""
+    """Mood's median test with Fisher's exact test, on the more even split at the median."""
     from scipy import stats
 
     pooled = np.concatenate([values, control], -1)
@@ -462,7 +462,7 @@ def _sides(alternative: Alternative) -> int:
 
 
 def _tied(values: Float[np.ndarray, "*heads example"]) -> Bool[np.ndarray, "*heads"]:
-    """Whether so many values are equal that they cannot be draws from a continuous law."""
+    """Whether too many values are equal to come from a continuous distribution."""
     if values.shape[-1] == 0:
         return np.ones(values.shape[:-1], dtype=bool)
     ordered = np.sort(values, -1)  # NaN last
@@ -476,7 +476,7 @@ def _tied(values: Float[np.ndarray, "*heads example"]) -> Bool[np.ndarray, "*hea
 def _all(
     values: Float[np.ndarray, "*heads example"], holds: Bool[np.ndarray, "*heads example"]
 ) -> Bool[np.ndarray, "*heads"]:
-    """Whether something holds for every known value, and there is one."""
+    """Whether something holds for every known value, and there is at least one."""
     known = ~np.isnan(values)
     return np.asarray((holds | ~known).all(-1) & known.any(-1))
 
@@ -534,7 +534,7 @@ def _units(values: Float[np.ndarray, "*heads example"], clusters: tuple[int, ...
 def _hall(
     quantile: Float[np.ndarray, "*heads"], skew: Float[np.ndarray, "*heads"]
 ) -> Float[np.ndarray, "*heads"]:
-    """Quantiles of Hall's cubic transformation of t, undone; as they are without skewness."""
+    """Quantiles after inverting Hall's cubic transformation of t; unchanged without skewness."""
     a = np.where(np.abs(skew) < 1e-9, np.nan, skew / 3)
     corrected = (np.cbrt(1 + 3 * a * (quantile - skew / 6)) - 1) / a
     return np.asarray(np.where(np.isnan(a), quantile, corrected))
@@ -581,6 +581,6 @@ def _moments(
 def _ratio(
     difference: Float[np.ndarray, "*heads"], spread: Float[np.ndarray, "*heads"]
 ) -> Float[np.ndarray, "*heads"]:
-    """Difference over spread, 0 where there is no difference, whatever the spread."""
+    """Ratio of difference to spread; 0 if the difference is 0."""
     ratio = difference / spread
     return np.where((difference == 0) & ~np.isnan(spread), 0.0, ratio)

@@ -1,4 +1,4 @@
-"""Exact models with known heads: compile head programs into real GPT-2 and Llama weights.
+"""Exact models with known heads: head programs compiled into real GPT-2 and Llama weights.
 
     made = hs.compiled.induction(rotation_seed=1)
     table = hs.score(made.model, made.probe())

@@ -1,4 +1,4 @@
-"""A benchmark of methods on compiled models: does what a method ranks first stand in the truth?
+"""Benchmark of methods on compiled models: does a method rank the true items first?
 
 Every method answers one question about a model, e.g. which heads do induction, which heads the
 output depends on, who reads from whom. A compiled model has the answer, so that the methods of
@@ -38,7 +38,7 @@ Answer = Mapping[Item, float] | Float[np.ndarray, "layer head"]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A compiled model and the texts that methods see it on.
+    """A compiled model and the texts that methods are given.
 
     Attributes:
         name: of the program and how it was built.
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def repeated(self) -> Probe:
-        """Random words, said twice after the BOS: what scores of repetition are defined on."""
+        """Probe of random words repeated after the BOS, for scores of repetition."""
         program = self.made.program
         half = (program.length - 1) // 2
         drawn = np.random.default_rng(1)
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def needle(self) -> Probe:
-        """One marker (token 1) among random words; the word behind it is asked for ever after."""
+        """Probe with a marker (token 1) among random words; the word after it is the answer."""
         program = self.made.program
         drawn = np.random.default_rng(2)
         tokens = drawn.integers(2, program.tokens, (8, program.length))
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def names(self) -> Probe:
-        """Two names, one of them again, and an end: ``BOS S w IO w S w w``."""
+        """Probe with two names, one of them repeated, and an end: ``BOS S w IO w S w w``."""
         drawn = np.random.default_rng(3)
         tokens = drawn.integers(self.made.program.tokens - 2, self.made.program.tokens, (8, 8))
         pairs = np.stack([1 + drawn.permutation(4)[:2] for _ in range(8)])
@@ -97,7 +97,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Method:
-    """Something that answers a question about a model.
+    """A method that answers a question about a model.
 
     Attributes:
         name: of the method.
@@ -113,7 +113,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with an answer that follows from the program.
+    """A question whose answer follows from the program.
 
     Attributes:
         text: in words.
@@ -128,7 +128,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Trial(Stored):
-    """How one method did on one model.
+    """Result of one method on one model.
 
     Attributes:
         method: its name.
@@ -159,7 +159,7 @@ class Trial(Stored):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Benchmark(Saved, Shown, Tabular):
-    """How methods did on compiled models.
+    """Results of methods on compiled models.
 
     Attributes:
         trials: one per method and model that has its question.
@@ -227,7 +227,7 @@ class Benchmark(Saved, Shown, Tabular):
         return "\n".join(lines)
 
     def glance(self) -> Glance:
-        """The methods that did worst."""
+        """Show the worst methods."""
         table = self.by_method().sort_values("auroc")
         models = {one.model for one in self.trials}
         return Glance(
@@ -336,7 +336,7 @@ def benchmark(
 
 @checked
 def make_case(name: str, build: BuildOptions, *, batch: int = 8, seed: int = 0) -> Case:
-    """Compile a program of the library and draw its texts.
+    """Compile a library program and draw its texts.
 
     Args:
         name: of the program.
@@ -364,7 +364,7 @@ def make_case(name: str, build: BuildOptions, *, batch: int = 8, seed: int = 0) 
 
 
 def pessimistic_auroc(true: Sequence[float], others: Sequence[float]) -> float:
-    """Share of pairs of a true and another value in which the true one is larger; no ties.
+    """AUROC of the true items' values, with ties counted as errors.
 
     Example:
         >>> pessimistic_auroc([3.0, 1.0], [1.0, 0.0])
@@ -383,7 +383,7 @@ def _method(given: Method | str) -> Method:
 
 
 def _trial(method: Method, case: Case) -> list[Trial]:
-    """One trial, or none where the model lacks the question."""
+    """One trial, or none if the model lacks the question."""
     question = QUESTIONS[method.asks]
     true = sorted(set(question.true(case.made)))
     others = sorted(set(question.others(case.made)) - set(true))
@@ -403,7 +403,7 @@ def _trial(method: Method, case: Case) -> list[Trial]:
 
 
 def _by_item(method: Method, answer: Answer, items: Sequence[Item]) -> list[float]:
-    """Numbers of items; what is missing comes last."""
+    """Values of items in order; missing ones come last."""
     if isinstance(answer, np.ndarray):
         if not all(isinstance(one, HeadIndex) for one in items) or answer.ndim != 2:
             raise InputError(
@@ -508,7 +508,7 @@ QUESTIONS: Mapping[str, Question] = {
 
 
 def _scored(name: str, texts: str = "repeated") -> Callable[[Case], Answer]:
-    """A scorer of the catalogue, on texts of the case."""
+    """Method: a scorer of the catalogue, on the case's texts."""
 
     def answer(case: Case) -> Answer:
         return score(case.made.model, getattr(case, texts), [name], progress=False)[name].mean
@@ -614,7 +614,7 @@ def _routed(name: str) -> Callable[[Case], Answer]:
 
 
 def _chance(case: Case) -> Answer:
-    """Random numbers: what any method must beat."""
+    """Method: random numbers, the chance baseline."""
     shape = case.made.model.shape
     return np.random.default_rng(len(case.name)).random((shape.n_layers, shape.n_heads))
 

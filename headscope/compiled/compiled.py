@@ -1,4 +1,4 @@
-"""Compiled models: a head program, the real model that computes it, and the truth about it."""
+"""Compiled models: a head program, the real model that computes it, and its ground truth."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ _NOISE = 4  # coordinates that noise heads write to
 
 @dataclass(frozen=True)
 class Build:
-    """How a program becomes a model.
+    """Options of compiling a program to a model.
 
     Attributes:
         family: class of the model. Llama has no position variable: its heads look back by rotary
@@ -63,7 +63,7 @@ class Build:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the options against the family."""
+        """Validate the options against the family."""
         if self.family not in _EPSILON:
             raise InputError(f"unknown family {self.family!r}: use 'gpt2' or 'llama'.")
         if self.kv_group > 1 and self.family == "gpt2":
@@ -131,7 +131,7 @@ class _Compiler:
 
     @cached_property
     def slots(self) -> dict[str, slice]:
-        """Coordinates of each variable's values; those of the negatives follow."""
+        """Coordinates of each variable's values; those of the negated values follow."""
         at, found = 0, {}
         for name, size in self.program.sizes.items():
             if name == "position" and self.build.family == "llama":
@@ -152,14 +152,14 @@ class _Compiler:
 
     @cached_property
     def ballast(self) -> float:
-        """Size of the constant that drowns what varies; 0 where nothing does."""
+        """Size of the constant that fixes the norm's scale; 0 if there is none."""
         soft = any(not head.hard for head in self.program.heads) or self.build.noise_heads
         numeric = any(size == 0 for size in self.program.sizes.values())
         return BALLAST if soft or numeric else 0.0
 
     @cached_property
     def turn(self) -> Float[Tensor, "d_model d_model"]:
-        """Rotation of the residual stream that keeps the mean."""
+        """Rotation of the residual stream that preserves the mean."""
         identity = torch.eye(self.width, dtype=torch.float64)
         if self.build.rotation_seed is None:
             return identity
@@ -202,7 +202,7 @@ class _Compiler:
 
     @cached_property
     def n_heads(self) -> int:
-        """Heads of every layer: those of the fullest one, the noise, and idle ones to fit."""
+        """Heads per layer: those of the fullest layer, noise heads, and idle ones to fit."""
         counts = [
             sum(head.layer == layer for head in self.program.heads)
             for layer in range(self.program.n_layers)
@@ -232,7 +232,7 @@ class _Compiler:
 
     @cached_property
     def still(self) -> Tensor:
-        """Coordinates of head space that no rotation moves."""
+        """Coordinates of head space that are not rotated."""
         if self.build.family == "gpt2":
             return torch.arange(self.d_head)
         half = self.d_head // 2
@@ -240,7 +240,7 @@ class _Compiler:
         return torch.cat([planes, planes + half])
 
     def rotary(self, head: Head) -> bool:
-        """Say whether a head looks back by rotary planes."""
+        """Whether a head attends to a fixed offset by rotary planes."""
         return self.build.family == "llama" and head.predicate.distance is not None
 
     def layer(self, number: int) -> WrittenLayer:
@@ -322,7 +322,7 @@ class _Compiler:
     def look_back(
         self, b_Q: Float[Tensor, " d_head"], b_K: Float[Tensor, " d_head"], head: Head
     ) -> None:
-        """Fill the biases that make a head look back by a fixed distance, in rotary planes."""
+        """Fill the biases that make a head attend to a fixed offset, in rotary planes."""
         distance = head.predicate.distance or 0
         planes = torch.arange(self.d_head // 8)
         speed = rotary_frequencies(self.d_head)[planes]
@@ -413,7 +413,7 @@ Slot = Literal["query", "key", "value", "mlp", "output"]
 
 @dataclass(frozen=True, order=True)
 class Edge:
-    """One node reading what another wrote.
+    """An edge from a writing node to a reading node.
 
     Attributes:
         source: ``embed``, an address such as ``L0H1``, or an MLP such as ``MLP0``.
@@ -428,7 +428,7 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What a method that looks at a compiled model should find.
+    """Ground truth of a compiled model: what methods should find.
 
     Attributes:
         roles: heads by the role that the field calls them.
@@ -449,7 +449,7 @@ class Truth:
 
 @checked
 def truth_of(program: Program, *, rotary: bool = False) -> Truth:
-    """Work out the truth of a program from its variables.
+    """Derive the ground truth of a program from its variables.
 
     Args:
         program: what the model computes.
@@ -574,7 +574,7 @@ class BuildOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A model whose every head is known, and the program it was made from.
+    """A model with known heads, and the program that it was compiled from.
 
     Attributes:
         program: what it computes.
@@ -590,11 +590,11 @@ class Compiled:
 
     @cached_property
     def model(self) -> HeadModel:
-        """The model as the rest of headscope takes it."""
+        """The model, ready for headscope."""
         return load(self.module)
 
     def interpret(self, tokens: Int[np.ndarray, "batch pos"]) -> Interpretation:
-        """Run the program on token ids, without the model.
+        """Run the program itself on token ids.
 
         Args:
             tokens: ids; every text begins with the BOS (0).
@@ -602,7 +602,7 @@ class Compiled:
         return interpret(self.program, tokens)
 
     def probe(self, batch: int = 8, seed: int = 0) -> Probe:
-        """Draw random texts that fill the context; every one begins with the BOS.
+        """Make a probe of random texts that fill the context, each with a BOS.
 
         Args:
             batch: number of texts.
@@ -688,7 +688,7 @@ def compiled(program: Program, **build: Unpack[BuildOptions]) -> Compiled:
 
 @checked
 def induction(tokens: int = 8, length: int = 16, **build: Unpack[BuildOptions]) -> Compiled:
-    """Compile the induction pair: a previous-token head whose output an induction head's keys read.
+    """Compile the induction pair: a previous-token head that feeds an induction head's keys.
 
     Args:
         tokens: number of token ids, the BOS included.

@@ -1,4 +1,4 @@
-"""Head programs: what heads of a small exact model look for and do, and what they compute."""
+"""Head programs: specifications of small exact models by what each head matches and moves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ EMBEDDED = ("token", "position", "one")
 
 @dataclass(frozen=True)
 class Predicate:
-    """Which key values a query value selects.
+    """Relation between query and key values that a head attends along.
 
     Attributes:
         name: how it reads in a table of programs.
@@ -94,7 +94,7 @@ def table(name: str, pairs: Mapping[int, Sequence[int]]) -> Predicate:
 
 @dataclass(frozen=True)
 class Head:
-    """One attention head of a program.
+    """Specification of one attention head.
 
     The head selects the keys (up to the query, itself included) whose ``key`` variable satisfies
     the predicate, averages their ``value`` variable, and writes it to a new variable ``output``.
@@ -124,14 +124,14 @@ class Head:
 
     @property
     def hard(self) -> bool:
-        """Whether it always attends to a single key, whatever the text."""
+        """Whether the head always attends to a single key, for every text."""
         single = self.ties == "last" or self.predicate.distance is not None
         return single and self.default == "first"
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """One MLP of a program: a table from the values of some variables to a new variable.
+    """Specification of one MLP: a table from the values of some variables to a new variable.
 
     Attributes:
         layer: where it stands; it sees what the heads of its layer wrote.
@@ -281,7 +281,7 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Interpretation:
-    """What a program does with some texts.
+    """Values of a program's variables on some texts.
 
     Attributes:
         variables: by name, the distribution over values at each position, ``[batch pos value]``;

@@ -1,4 +1,4 @@
-"""Edges between heads: which node tells which what, and how faithful a circuit of some is.
+"""Edges between heads: attribution of edges, circuits, and their faithfulness.
 
 graph = hs.edges.attribute(model, probe, hs.metrics.logit_difference, method="eap_ig")
 graph.top(10)                        # [(Edge("L0H3", "L2H1", "key"), -0.8), ...]

@@ -1,7 +1,7 @@
-"""``hs.edges.attribute``: what every edge of a model contributes to a metric.
+"""``hs.edges.attribute``: the contribution of every edge of a model to a metric.
 
-By edge attribution patching, with one gradient or several or by other rules, or exactly: one edge
-taken out at a time, and everything that follows run again.
+Estimated by edge attribution patching, with one or several gradients or with other rules, or
+measured exactly by removing one edge at a time.
 """
 
 import hashlib
@@ -46,12 +46,13 @@ _MATRIX = {"query": "W_Q", "key": "W_K", "value": "W_V"}
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Gradient of a metric at the queries, keys or values of a layer, told apart by query head.
+    """Gradient of a metric with respect to a layer's queries, keys or values, per query head.
 
     Attributes:
         site: ``query``, ``key`` or ``value``.
         layer: the model's layer number.
-        slope: of every query head, as attention uses it: behind norms, rotation and multiplier.
+        slope: gradient per query head, at the values that attention uses: after norms, rotation and
+            multiplier.
     """
 
     site: Site
@@ -65,7 +66,7 @@ class Slot:
         place: Int[Tensor, "batch pos"],
         frozen: bool = False,
     ) -> "HeadReads | None":
-        """By which matrix each head reads the stream behind its norm here, and with which slope.
+        """Matrix by which each head reads the normalised stream, with the gradient at its output.
 
         Args:
             model: whose weights are taken.
@@ -101,7 +102,7 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class HeadReads:
-    """What heads make of the residual stream behind a norm, with a gradient at what they make.
+    """How heads read the normalised residual stream, with the gradient at their output.
 
     Attributes:
         slope: of every head.
@@ -113,7 +114,7 @@ class HeadReads:
 
     @classmethod
     def together(cls, reads: "Sequence[HeadReads]") -> "HeadReads":
-        """Those of several slots, one after another."""
+        """Concatenate several slots."""
         return cls(
             torch.cat([read.slope for read in reads], 1),
             torch.cat([read.matrix for read in reads]),
@@ -122,7 +123,7 @@ class HeadReads:
     def at_stream(
         self, norm: Norm, stream: Float[Tensor, "batch pos d_model"], frozen: bool = False
     ) -> Float[Tensor, "batch head pos d_model"]:
-        """Gradient at the residual stream that enters the norm, in fp32.
+        """Gradient at the residual stream before the norm, in fp32.
 
         The matrix takes in the norm's gain and mean, so that what is as wide as the residual
         stream is written once for every head and changed once.
@@ -155,7 +156,7 @@ class HeadReads:
 def unturned(
     rotation: Rotation, slope: Float[Tensor, "*any pos d_head"], place: Tensor
 ) -> Float[Tensor, "*any pos d_head"]:
-    """Slope at a vector, of the slope at what rotation makes of it at a position.
+    """Gradient before the rotation, from that after it.
 
     Args:
         rotation: of a layer.
@@ -181,7 +182,7 @@ def _behind_head_norm(
     group: int,
     frozen: bool,
 ) -> Float[Tensor, "batch head pos d_head"]:
-    """Slope at the input of a norm that every head has to itself."""
+    """Gradient at the input of a per-head norm."""
     x = content - content.mean(-1, keepdim=True) if norm.centred else content
     scale = norm.scale(content)[..., None]
     x, scale, gain = (
@@ -209,7 +210,7 @@ def gradient_scores(batch: EdgeBatch, method: str, steps: int) -> Float[Tensor, 
     Args:
         batch: the batch.
         method: any but ``exact``.
-        steps: gradients that integrated methods take the mean of.
+        steps: number of gradients that integrated methods average.
     """
     if method == "relp":
         return _batch_scores(batch, Backwards(rules=RelevanceRules()))
@@ -224,13 +225,13 @@ def gradient_scores(batch: EdgeBatch, method: str, steps: int) -> Float[Tensor, 
 
 @dataclass(frozen=True, eq=False)
 class Backwards:
-    """Of which run, and by which rules, gradients are taken.
+    """Run and rules that gradients are taken with.
 
     Attributes:
-        embed: what enters the first block instead of the embedding.
-        shift: what is added to what attention or an MLP adds to the stream.
-        rules: what stands in for gradients; None: nothing.
-        shares: of the gradient that queries, keys and values pass on.
+        embed: input of the first block instead of the embedding.
+        shift: added to the output of attention or an MLP.
+        rules: replacements of gradients; None: none.
+        shares: share of the gradient that queries, keys and values pass on.
     """
 
     embed: Float[Tensor, "batch pos d_model"] | None = None
@@ -244,7 +245,7 @@ class Backwards:
         return self.embed is None and self.rules is None and not (self.shift or self.shares)
 
     def changes(self, n_layers: int) -> dict[Tap, Callable[[Tensor], Tensor]]:
-        """Functions of taps that the pass goes on with."""
+        """Functions of taps that modify the pass."""
         found: dict[Tap, Callable[[Tensor], Tensor]] = {
             tap: _added(value) for tap, value in self.shift.items()
         }
@@ -258,7 +259,7 @@ def _added(value: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _over_inputs(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
-    """Mean over runs whose embedding goes from the corrupt towards the clean one."""
+    """Mean over runs with the embedding interpolated from corrupt to clean."""
     clean = batch.clean.embed
     total = torch.zeros(len(batch.texts.tokens), len(batch.study.wiring), dtype=torch.float64)
     for step in range(steps):
@@ -268,10 +269,10 @@ def _over_inputs(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
 
 
 def _over_activations(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
-    """Mean over runs in which what one layer's heads, or one MLP, write goes from corrupt to clean.
+    """Mean over runs with one layer's heads, or one MLP, interpolated from corrupt to clean.
 
-    The edges that leave the embedding, the heads of a layer, or an MLP are scored by the runs in
-    which these alone are moved.
+    Edges that leave the embedding, the heads of a layer, or an MLP are scored by the runs that
+    interpolate these.
     """
     wiring = batch.study.wiring
     total = torch.zeros(len(batch.texts.tokens), len(wiring), dtype=torch.float64)
@@ -290,7 +291,7 @@ def _over_activations(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge
 
 
 def _groups(wiring: Wiring) -> Iterator[tuple[Tap, np.ndarray]]:
-    """Sources that are moved together, and where."""
+    """Sources that are interpolated together, and their taps."""
     every = np.arange(len(wiring.sources))
     yield Tap("embed"), every[:1]
     for layer in range(wiring.n_layers):
@@ -300,7 +301,7 @@ def _groups(wiring: Wiring) -> Iterator[tuple[Tap, np.ndarray]]:
 
 
 def _batch_scores(batch: EdgeBatch, of: Backwards) -> Float[Tensor, "batch edge"]:
-    """Scores by the gradient of one run."""
+    """Scores from the gradient of one run."""
     run = batch.clean
     with torch.enable_grad():
         if not (of.is_clean and run.taps[Tap("embed")].requires_grad):
@@ -325,7 +326,7 @@ def _batch_scores(batch: EdgeBatch, of: Backwards) -> Float[Tensor, "batch edge"
 
 @dataclass(frozen=True, eq=False)
 class _Slopes:
-    """Gradients of one backward pass, from the first position that corruption changes on.
+    """Gradients of one backward pass, from the first corrupted position on.
 
     Attributes:
         run: what they are of.
@@ -358,7 +359,7 @@ class _Slopes:
 
 @torch.no_grad()
 def _contracted(batch: EdgeBatch, slopes: _Slopes) -> Float[Tensor, "batch edge"]:
-    """Gradients at every input, multiplied with changes as they come."""
+    """Multiply gradients at every input with changes, layer by layer."""
     wiring, first = batch.study.wiring, batch.first
     parts = []
     for layer in range(wiring.n_layers):
@@ -382,11 +383,11 @@ def _times(
 def _head_inputs(
     batch: EdgeBatch, slopes: _Slopes, layer: int, at_mlp: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "batch slot_head pos d_model"]:
-    """Gradient at the residual stream that enters every slot of every head of a layer.
+    """Gradient at the residual stream for every slot of every head of a layer.
 
-    By each head's own weights where these are shown to be what the model's code does, on what all
-    heads pass on together in the first batch; else head by head through that code, which costs a
-    whole backward pass of the layer's matrices for each.
+    Uses each head's weights if these reproduce the model's backward pass in the first batch;
+    otherwise goes back through the model's code head by head, at the cost of a backward pass of the
+    layer's matrices for each.
 
     Args:
         batch: the batch.
@@ -419,7 +420,7 @@ def _head_inputs(
 def _reads(
     batch: EdgeBatch, slopes: _Slopes, layer: int, slots: Sequence[Slot]
 ) -> dict[str, HeadReads]:
-    """What heads read by their own weights, of the slots where these are not known to be wrong."""
+    """How heads read by their own weights, for slots where these are valid."""
     place = (batch.texts.real.long().cumsum(1) - 1).clamp_min(0)[:, batch.first :]
     stream = _later(batch, slopes, layer)
     found: dict[str, HeadReads] = {}
@@ -432,7 +433,7 @@ def _reads(
 
 
 def _later(batch: EdgeBatch, slopes: _Slopes, layer: int) -> Float[Tensor, "batch pos d_model"]:
-    """What enters a layer, from the first position that corruption changes on."""
+    """Input of a layer, from the first corrupted position on."""
     return slopes.run.taps[Tap("resid_pre", layer)][:, batch.first :]
 
 
@@ -443,7 +444,7 @@ def _agree(
     at_mlp: Float[Tensor, "batch pos d_model"],
     each: Sequence[Float[Tensor, "batch head pos d_model"]],
 ) -> bool:
-    """Whether what all heads pass on is what attention passes on in the model's own backward pass.
+    """Whether gradients by weights agree with attention's gradient in the model's backward pass.
 
     That is the gradient where the layer begins, less what goes past its attention.
     """
@@ -460,7 +461,7 @@ def _agree(
 
 
 def _slots(slopes: _Slopes, layer: int, group: int) -> list[Slot]:
-    """Gradients at a layer's queries, keys and values, by query head.
+    """Gradients at a layer's queries, keys and values, per query head.
 
     Where heads share keys and values, back through attention for one query head of every group at
     a time, so that the slope at what they share is told apart by who read it.
@@ -485,7 +486,7 @@ def _slots(slopes: _Slopes, layer: int, group: int) -> list[Slot]:
 def _through_code(
     slopes: _Slopes, slot: Slot, group: int
 ) -> Float[Tensor, "batch head pos d_model"]:
-    """Slopes at the residual stream by every head's queries, keys or values, in its code."""
+    """Gradients at the residual stream, taken back through the model's code."""
     stream = slopes.run.taps[Tap("resid_pre", slot.layer)]
     made = slopes.run.taps[Tap(slot.site, slot.layer)]
     group = 1 if slot.site == "query" else group
@@ -500,9 +501,9 @@ def _through_code(
 def _mlp_input(slopes: _Slopes, layer: int, wiring: Wiring) -> Float[Tensor, "batch pos d_model"]:
     """Gradient at the residual stream that enters an MLP.
 
-    After attention the stream goes into the MLP and past it: the slope at what attention wrote,
-    less the slope at what the MLP wrote. In half precision, and beside attention, back through the
-    MLP alone, because the difference would be lost in rounding, or have attention in it.
+    The stream after attention goes into the MLP and past it: the gradient at attention's output
+    minus that at the MLP's output. In half precision, and in parallel blocks, it is taken back
+    through the MLP alone, since the difference would be lost in rounding, or include attention.
     """
     mlp = slopes.at[Tap("mlp_out", layer)]
     if not wiring.parallel[layer] and mlp.dtype in (torch.float32, torch.float64):
@@ -520,11 +521,11 @@ Advance = Callable[[float], None]
 def exact_scores(
     batch: EdgeBatch, advance: Advance, asked: Bool[np.ndarray, " edge"] | None = None
 ) -> Float[Tensor, "batch edge"]:
-    """Change of the metric when one edge carries what its source writes once corrupted.
+    """Measure the change of the metric when one edge carries its corrupted source.
 
     Args:
         batch: the batch.
-        advance: is told how many edges are done.
+        advance: callback with the number of finished edges.
         asked: edges to measure; the others are NaN. None: all.
     """
     wiring = batch.study.wiring
@@ -544,7 +545,7 @@ def exact_scores(
 def _into_heads(
     batch: EdgeBatch, layer: int, asked: Bool[Tensor, "slot_head every"], advance: Advance
 ) -> Iterator[Float[Tensor, "source batch"]]:
-    """Metric of runs with one edge into a head taken out, per slot and head."""
+    """Metric of runs with one edge into a head removed, per slot and head."""
     wiring, size = batch.study.wiring, len(batch.texts.tokens)
     asked = asked[:, : wiring.before(layer)].view(len(ENTRIES), wiring.n_heads, -1)
     sources = asked.any(0).any(0).nonzero().squeeze(1)
@@ -591,14 +592,14 @@ def _into_mlp(
 
 @torch.no_grad()
 def output_edges(batch: EdgeBatch, advance: Advance) -> Float[Tensor, "source batch"]:
-    """Metric of runs with one edge into the output taken out.
+    """Metric of runs with one edge into the output removed.
 
     By the final norm and the unembedding, where these give the logits of the clean run; else every
     block runs again.
 
     Args:
         batch: the batch.
-        advance: is told how many edges are done.
+        advance: callback with the number of finished edges.
     """
     last = Tap("resid_post", batch.study.wiring.n_layers - 1)
     stream, change = batch.clean.taps[last], batch.change.transpose(0, 1)
@@ -648,7 +649,7 @@ def attribute(
     resume: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> EdgeGraph:
-    """Score every edge: how much the metric changes when it carries what a corrupted source writes.
+    """Score every edge: change of the metric when the edge carries its corrupted source.
 
     Nodes are the embedding (positions included, where they are added to it), every head with its
     query, key and value slots, every MLP, and the output. An edge carries what its source writes
@@ -765,8 +766,8 @@ class _Store:
     """Finished batches of one computation on disk.
 
     Attributes:
-        folder: where they are.
-        name: stands for all that the scores depend on.
+        folder: their folder.
+        name: identifies everything that the scores depend on.
     """
 
     folder: Path
@@ -798,7 +799,7 @@ class _Store:
         return self.folder / f"{self.name}-{number:05}.npy"
 
     def read(self, number: int) -> np.ndarray | None:
-        """Scores of one batch; None where they are not finished or the file is damaged."""
+        """Read the scores of one batch; None if unfinished or damaged."""
         try:
             kept: np.ndarray = np.load(self._file(number), allow_pickle=False)
         except (OSError, ValueError, EOFError):
@@ -811,7 +812,7 @@ class _Store:
 
 
 def check_method(method: str, steps: int, metric: AnyMetric) -> None:
-    """Refuse a method that there is not, or that the metric has no gradient for.
+    """Refuse an unknown method, or one for which the metric has no gradient.
 
     Raises:
         InputError: if so.
@@ -830,7 +831,7 @@ def check_method(method: str, steps: int, metric: AnyMetric) -> None:
 def _asked(
     wiring: Wiring, method: str, edges: Iterable[Sequence[str]] | None
 ) -> Bool[np.ndarray, " edge"] | None:
-    """Edges to measure, as a mask; None: all."""
+    """Mask of the edges to measure; None: all."""
     if edges is None:
         return None
     if method != "exact":
@@ -849,7 +850,7 @@ def _work(study: EdgeMeasurement, method: str, steps: int) -> int:
 
 
 def passes_of(wiring: Wiring, method: str, steps: int) -> int:
-    """Gradients (or passes, for ``exact``) that a method takes per example."""
+    """Number of gradients (passes, for ``exact``) per example."""
     if method == "exact":
         return len(wiring)
     groups = 2 * wiring.n_layers + 1 if method == "eap_ig_activations" else 1

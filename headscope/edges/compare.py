@@ -1,4 +1,4 @@
-"""Estimates of edges and heads ranked against exact patching, on the same texts."""
+"""Compare estimates of edges and heads with exact patching on the same texts."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -49,11 +49,11 @@ def compare_methods(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> MethodComparison:
-    """Rank methods by how near their scores come to exact patching.
+    """Rank methods by their agreement with exact patching.
 
-    Edges are compared with the effect of taking out each alone, heads (outgoing edges summed, or
-    their gates) with that of taking out each head alone, by Spearman's rank correlation of
-    magnitudes. Intervals draw the examples again, for both sides alike.
+    Edges are compared with the effect of removing each alone, heads (outgoing edges summed, or
+    their gates) with that of removing each head alone, by Spearman's rank correlation of
+    magnitudes. Intervals resample the examples, the same for both sides.
 
     Exact patching takes a pass per edge: give ``exact`` where it is at hand. Where a model has too
     many, ``sample`` patches a random draw of them, or ``exact`` holds some edges alone, as
@@ -150,7 +150,7 @@ def compare_methods(
 
 
 def _drawn(wiring: Wiring, sample: int | None, seed: int) -> list[Edge] | None:
-    """Some edges at random; None: all."""
+    """Draw some edges at random; None: all."""
     if sample is None:
         return None
     if isinstance(sample, bool) or not isinstance(sample, int) or not 2 <= sample <= len(wiring):
@@ -160,7 +160,7 @@ def _drawn(wiring: Wiring, sample: int | None, seed: int) -> list[Edge] | None:
 
 
 def _check_given(graph: EdgeGraph, study: EdgeMeasurement) -> None:
-    """Refuse a graph of another model, metric or ablation, or of as many texts as there are not."""
+    """Refuse a graph with another model, metric or ablation, or another number of texts."""
     about, shape = graph.provenance, (len(study.wiring), len(study.probe))
     said = {"ablation": study.ablation, "metric": study.metric.name, "kind": study.probe.name}
     same = graph.wiring == study.wiring and graph.per_example.shape == shape
@@ -174,7 +174,7 @@ def _check_given(graph: EdgeGraph, study: EdgeMeasurement) -> None:
 
 
 def _check_exact(exact: EdgeGraph, study: EdgeMeasurement) -> None:
-    """Refuse scores that are not exact, or are of other texts or another model."""
+    """Refuse scores that are not exact, or belong to other texts or another model."""
     shape = (len(study.wiring), len(study.probe))
     same = exact.method == "exact" and exact.ablation == study.ablation
     if exact.wiring != study.wiring or not same or exact.per_example.shape != shape:
@@ -187,7 +187,7 @@ def _check_exact(exact: EdgeGraph, study: EdgeMeasurement) -> None:
 
 @torch.no_grad()
 def heads_out(study: EdgeMeasurement) -> Float[np.ndarray, "layer head example"]:
-    """Change of the metric when one head writes what it writes once taken out; NaN where unread."""
+    """Change of the metric when one head is ablated; NaN where the metric reads nothing."""
     parts = []
     for batch in study.batches():
         values = (
@@ -200,7 +200,7 @@ def heads_out(study: EdgeMeasurement) -> Float[np.ndarray, "layer head example"]
 
 
 def _layer_out(batch: EdgeBatch, layer: int) -> Float[Tensor, "head batch"]:
-    """The metric without each head of a layer."""
+    """Metric without each head of a layer."""
     tap = Tap("attn_out", layer)
     change = batch.change[:, batch.study.wiring.heads_of(layer)].transpose(0, 1)
     return measured_with(batch, {tap: batch.clean.taps[tap] + change})
@@ -213,7 +213,7 @@ def _of_edges(
     count: int,
     seed: int,
 ) -> Ranked:
-    """How the edges of a graph, and their sums by head, compare."""
+    """Agreement of a graph's edges, and of their sums per head."""
     mine, truth = graph.per_example.astype(np.float64), exact.per_example.astype(np.float64)
     sums = _by_head(graph.wiring, mine)
     known = ~np.isnan(exact.mean)
@@ -254,7 +254,7 @@ def _interval(
     clusters: tuple[int, ...] | None,
     seed: int,
 ) -> tuple[float, float]:
-    """The middle 95% of the correlation when examples (or clusters) are drawn again."""
+    """Middle 95% of the correlation when examples (or clusters) are resampled."""
     counted = ~(np.isnan(a).all(0) | np.isnan(b).all(0))
     labels = np.arange(a.shape[1]) if clusters is None else np.array(clusters)
     _, group = np.unique(labels[counted], return_inverse=True)
@@ -279,7 +279,7 @@ def _of_gates(
     heads: Float[np.ndarray, "layer head example"],
     common: dict[str, Any],
 ) -> Ranked:
-    """How learned gates compare, by heads alone."""
+    """Agreement of learned gates, for heads only."""
     given = (study.model, study.probe, study.metric)
     if name == "causal_gates":
         table = causal_gates(*given, **common, steps=_GATE_STEPS)

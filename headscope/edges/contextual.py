@@ -1,4 +1,4 @@
-"""``hs.edges.contextual``: contextual decomposition of what every head does (CD-T)."""
+"""``hs.edges.contextual``: contextual decomposition of every head's contribution (CD-T)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -38,11 +38,11 @@ _SMALL = 1e-8
 
 @dataclass(frozen=True, eq=False)
 class NodeWrite:
-    """What one node writes, as the relevant part.
+    """Output of one node, as the relevant part.
 
     Attributes:
         tap: where it is added to the stream: ``embed``, ``attn_out`` or ``mlp_out``.
-        change: what the rest has there in place of what the whole has, as a difference.
+        change: difference of the rest from the whole there.
     """
 
     tap: Tap
@@ -50,7 +50,7 @@ class NodeWrite:
 
     @classmethod
     def of(cls, batch: EdgeBatch, number: int, pos: int | None = None) -> "NodeWrite":
-        """A node of the wiring, by its number, at all positions or at one."""
+        """A node of the wiring, by index, at all positions or at one."""
         change = batch.change[:, number]
         if pos is not None:
             alone = torch.zeros_like(change)
@@ -64,7 +64,7 @@ class NodeWrite:
 
 
 class SplitRules(Rules):
-    """Norms divide whole and rests by the scale of the whole; biases are shared by magnitude.
+    """Propagation rules for whole and rests: shared norm scales, biases split by magnitude.
 
     Attributes:
         batch: examples; copies of them follow each other, the whole first.
@@ -98,7 +98,7 @@ class SplitRules(Rules):
         return isinstance(value, Tensor) and value.ndim > 1 and not len(value) % self.copies
 
     def by_copy(self, value: Tensor) -> Float[Tensor, "copy *rest"]:
-        """Copies apart.
+        """Split the stacked copies.
 
         Raises:
             UnsupportedModelError: if the model has taken the copies apart itself.
@@ -112,7 +112,7 @@ class SplitRules(Rules):
         return apart
 
     def of_whole(self, value: Tensor) -> Tensor:
-        """The whole's value for all copies."""
+        """Broadcast the whole's value to all copies."""
         copies = self.by_copy(value)
         return copies[:1].expand_as(copies).flatten(0, 1)
 
@@ -154,7 +154,7 @@ class SplitRules(Rules):
         return made
 
     def _with_bias(self, made: Tensor, bias: Tensor, by: Float[Tensor, "copy *rest"]) -> Tensor:
-        """What a map makes of whole and rests, with its bias shared by two parts' magnitudes."""
+        """Output of a map for whole and rests, with its bias split by the parts' magnitudes."""
         if not self.share_biases:
             return made + bias
         relevant, rest = (by[:1] - by).abs(), by.abs()
@@ -162,7 +162,7 @@ class SplitRules(Rules):
         return made + (share * bias).flatten(0, 1)
 
     def signed(self, value: Tensor) -> Tensor:
-        """Where relevant part and rest have opposite signs, the larger takes the whole."""
+        """Give the whole to the larger part where both parts have opposite signs."""
         copies = self.by_copy(value)
         whole, rest = copies[:1], copies
         relevant = whole - rest
@@ -173,7 +173,7 @@ class SplitRules(Rules):
 
 @dataclass(frozen=True, eq=False)
 class SplitRun:
-    """What some taps hold, whole and rests.
+    """Values of some taps in the whole run and in the rests.
 
     Attributes:
         taps: the whole first, then the rest for every source, ``[copy batch *rest]``.
@@ -184,11 +184,11 @@ class SplitRun:
     logits: Float[Tensor, "row at d_vocab"] | None
 
     def whole(self, tap: Tap) -> Tensor:
-        """What the tap holds in the whole."""
+        """Value of the tap in the whole run."""
         return self.taps[tap][0]
 
     def relevant(self, tap: Tap) -> Float[Tensor, "source batch *rest"]:
-        """The part that comes from each source."""
+        """Part of the value that comes from each source."""
         return self.taps[tap][:1] - self.taps[tap][1:]
 
 
@@ -203,7 +203,7 @@ def run_split(
     held: bool = True,
     logits: bool = True,
 ) -> SplitRun:
-    """Run a batch whole and, for every source, without it.
+    """Run a batch as a whole, and without each source.
 
     Args:
         batch: its texts are run.
@@ -251,7 +251,7 @@ def run_split(
 def _moved(
     changes: Sequence[Float[Tensor, "batch pos d_model"] | None], size: int
 ) -> Callable[[Tensor, Any], Tensor]:
-    """Adds to each rest what its source changes; the whole stays."""
+    """Add each source's change to its rest; the whole is unchanged."""
 
     def move(value: Tensor, _span: Any) -> Tensor:
         moved = value.clone()
@@ -269,7 +269,7 @@ _SOURCE = "Hsu et al. 2024, arXiv 2407.00886"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Contextual(Saved, Shown, Tabular):
-    """What comes of each head's relevant part: for the metric, and in every later head.
+    """Effect of each head's relevant part on the metric and on every later head.
 
     Attributes:
         scores: change of the metric when the relevant part is left out, per head.
@@ -293,10 +293,10 @@ class Contextual(Saved, Shown, Tabular):
         return [(HeadIndex(int(a), int(b)), float(mean[a, b])) for a, b in places]
 
     def search(self, keep: int = 2, rounds: int = 3) -> tuple[tuple[HeadIndex, ...], ...]:
-        """Heads found round by round, from the metric backwards.
+        """Search heads round by round, from the metric backwards.
 
-        First the ``keep`` heads with the largest scores; then, of each head of the round before,
-        the ``keep`` earlier heads whose parts make most of its output.
+        First the ``keep`` heads with the largest scores; then, for each head of the previous round,
+        the ``keep`` earlier heads with the largest shares of its output.
 
         Args:
             keep: heads per target.
@@ -371,7 +371,7 @@ def contextual(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Contextual:
-    """Follow what comes of each head to the output, with all else held, and leave it out.
+    """Decompose each head's contribution to the output, with everything else held fixed.
 
     What a head writes is split into a relevant part, by which it differs from what it writes once
     taken out, and the rest. Both go on through the model and sum to the whole at every point:
@@ -698,7 +698,7 @@ def _layer(
 
 
 def _change(batch: EdgeBatch, run: SplitRun) -> Float[np.ndarray, "source batch"]:
-    """The metric of each rest less that of the whole; NaN where it reads nothing."""
+    """Metric of each rest minus that of the whole; NaN where it reads nothing."""
     assert run.logits is not None  # noqa: S101  # they were asked for
     values = batch.measured(run.logits)
     unread = ~batch.measured.counted.to(values.device)
@@ -710,7 +710,7 @@ def _change(batch: EdgeBatch, run: SplitRun) -> Float[np.ndarray, "source batch"
 def _shares(
     batch: EdgeBatch, run: SplitRun, layer: int, sources: int
 ) -> Float[np.ndarray, "source layer head"]:
-    """Share of the relevant part in what every later head gives, over real positions."""
+    """Share of the relevant part in every later head's output, over real positions."""
     wiring = batch.study.wiring
     found = np.zeros((sources, wiring.n_layers, wiring.n_heads))
     real = batch.texts.real

@@ -1,4 +1,4 @@
-"""Circuits: sets of edges that were found to matter, how, and the files of other tools."""
+"""Circuit discovery (ACDC), running known circuits, and exchange with other tools."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,12 +41,12 @@ def acdc(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Circuit:
-    """Find a circuit by taking edges out for good, one by one, while the metric allows it.
+    """Find a circuit with ACDC: remove edges one by one as long as the metric allows.
 
-    Targets are visited from the output down. Of each, every edge is taken out in turn; it stays
-    out if the mean metric changes by less than ``threshold`` from what it was before. Edges into a
-    node that no edge leaves any more go without a trial. What was decided early bears on what
-    follows, so the result depends on the order: run the other one, too, and compare.
+    Targets are visited from the output down. Of each, every edge is removed in turn; it stays
+    removed if the mean metric changes by less than ``threshold``. Edges into a node without
+    outgoing edges are removed without a trial. Earlier decisions influence later ones, so the
+    result depends on the order: run both orders and compare.
 
     A single edge costs a pass of the whole model over all examples: minutes for hundreds of edges.
 
@@ -127,7 +127,7 @@ def run_circuit(
     method: str = "given",
     batch_size: int | None = None,
 ) -> Circuit:
-    """Run a circuit whose edges are known: those of a paper, of a graph's top, or of the truth.
+    """Run a circuit with known edges: from a paper, a graph's top edges, or ground truth.
 
     Args:
         model: the model; as in :func:`attribute`.
@@ -168,7 +168,7 @@ def circuit(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Circuit:
-    """Grow a circuit from the scores of a graph, run it, and check it.
+    """Grow a circuit from a graph's scores, run it, and check it.
 
     Its edges are those of :func:`grown`. ``circuit.checks`` says how stable the choice is over
     resampled prompts (it takes 100 of them, and an overlap of 0.8), how a circuit of the same size
@@ -231,7 +231,7 @@ def _measured(
 
 
 def _visits(wiring: Wiring, order: str) -> Iterable[tuple[str, list[int]]]:
-    """Targets from the output down, each slot apart, with the places of their edges."""
+    """Targets from the output down, each slot separately, with the indices of their edges."""
     by_target: dict[tuple[str, str], list[int]] = {}
     for at, edge in enumerate(wiring.edges):
         by_target.setdefault((edge.target, edge.slot), []).append(at)
@@ -241,14 +241,14 @@ def _visits(wiring: Wiring, order: str) -> Iterable[tuple[str, list[int]]]:
 
 
 def _depth(wiring: Wiring) -> Callable[[tuple[str, str]], tuple[int, int]]:
-    """Place of a target in the order of computation; slots of a head in the order q, k, v."""
+    """Position of a target in the order of computation; slots of a head in the order q, k, v."""
     places: Mapping[str, int] = {name: at for at, name in enumerate((*wiring.sources, "logits"))}
     slots = {name: at for at, name in enumerate(HEAD_SLOTS)}
     return lambda target: (places[target[0]], slots.get(target[1], 0))
 
 
 def _is_left(wiring: Wiring, kept: Bool[np.ndarray, " edge"], target: str) -> bool:
-    """Whether anything still reads a node; the output is always read."""
+    """Whether a node still has outgoing edges; the output always counts."""
     if target == "logits":
         return True
     number = wiring.sources.index(target)
@@ -355,7 +355,7 @@ def read_eap_json(path: "str | PathLike[str]") -> tuple[EdgeGraph, Bool[np.ndarr
 
 
 def _said(entry: Any) -> tuple[float, bool]:
-    """Score and membership of an edge; some files hold one of them alone."""
+    """Score and membership of an edge; some files hold only one of them."""
     if isinstance(entry, dict):
         score = entry.get("score", 0.0)
         return (0.0 if score is None else float(score)), bool(entry.get("in_graph", False))

@@ -1,7 +1,7 @@
-"""``hs.edges.discrete``: heads and pairs of heads that say something only when the task is there.
+"""``hs.edges.discrete``: codes of heads and head pairs that occur only with the task.
 
-What heads write is turned into codes by a small sparse autoencoder, and codes are counted that
-positive prompts have and negative ones never.
+A small sparse autoencoder turns head outputs into codes, and codes are counted that occur on
+positive prompts and never on negative ones.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ _SOURCE = "O'Neill and Bui 2024, arXiv 2405.12522"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Discrete(Saved, Shown, Tabular):
-    """Codes that occur on positive prompts alone, by head and by pair of heads.
+    """Counts of codes that occur only on positive prompts, by head and by pair of heads.
 
     Attributes:
         scores: per head, number of distinct codes on positive and never on negative prompts, with
@@ -64,7 +64,7 @@ class Discrete(Saved, Shown, Tabular):
         return [HeadIndex(*place) for place in np.ndindex(*self.scores.mean.shape)]
 
     def top(self, k: int = 10) -> list[tuple[HeadIndex, HeadIndex, float, float]]:
-        """Pairs with most codes of their own above the null: both heads, count, null."""
+        """Pairs with the most exclusive codes above the null: both heads, count, null."""
         heads = self.heads()
         above = np.triu(self.edges - self.edges_null, 1)
         order = np.argsort(-above, axis=None, kind="stable")[: max(k, 0)]
@@ -83,7 +83,7 @@ class Discrete(Saved, Shown, Tabular):
         ]  # fmt: skip
 
     def glance(self) -> Glance:
-        """Heads with most codes of their own, beside the null."""
+        """Show the heads with the most exclusive codes, with the null."""
         return Glance(
             "discrete codes of heads",
             [f"{len(self.codes)} prompts", self.provenance.model],
@@ -131,7 +131,7 @@ def discrete(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Discrete:
-    """Count the codes that each head, and each pair of heads, has on positive prompts alone.
+    """Count the codes that each head, and each pair of heads, has only on positive prompts.
 
     Of every prompt and head the mean over positions of what the head writes is taken. A sparse
     autoencoder is trained on a few of the prompts of both kinds, one for all heads; a head's code
@@ -189,7 +189,7 @@ def discrete(
 def _written(
     model: HeadModel, probe: Probe, options: RunOptions
 ) -> Float[Tensor, "prompt head d_model"]:
-    """Mean over real positions of what every head writes, heads layer by layer."""
+    """Mean output of every head over real positions, heads layer by layer."""
     layers = model.shape.attention_layers
     size = min(len(probe), options.per_pass(probe.length, 4096))
     parts = []
@@ -218,7 +218,7 @@ def _trained(
     drawn: torch.Generator,
     advance: Callable[[float], None],
 ) -> Callable[[Tensor], Int[Tensor, " row"]]:
-    """Train the autoencoder; return what gives the code of every row, -1 where none is on."""
+    """Train the autoencoder, and return the function from rows to codes (-1: no feature active)."""
     width = rows.shape[1]
     bound = width**-0.5
     encoder = (torch.rand(width, features, generator=drawn) * 2 - 1) * bound
@@ -258,7 +258,7 @@ def unique_codes(
     positive: Bool[np.ndarray, " prompt"],
     normalised: bool = False,
 ) -> Float[np.ndarray, " item"]:
-    """Distinct codes of each item on positive prompts and on no other; -1 stands for none.
+    """Count distinct codes of each item that occur only on positive prompts; -1 is no code.
 
     Args:
         codes: of every prompt and item.
@@ -283,7 +283,7 @@ def unique_codes(
 
 
 def _pair_codes(codes: Int[np.ndarray, "prompt head"]) -> Int[np.ndarray, "prompt pair"]:
-    """One code for every pair of heads (the first before the second), numbered anew by pair."""
+    """One code for every pair of heads (the first before the second), renumbered by pair."""
     a, b = np.triu_indices(codes.shape[1], 1)
     width = int(codes.max(initial=0)) + 1
     both = np.where((codes[:, a] < 0) | (codes[:, b] < 0), -1, codes[:, a] * width + codes[:, b])
@@ -300,7 +300,7 @@ def _counted(
     normalised: bool,
     seed: int,
 ) -> Discrete:
-    """Counts of heads and pairs, with what shuffled labels give."""
+    """Counts of heads and pairs, with those under shuffled labels."""
     positive = np.arange(len(codes)) < len(codes) // 2
     pairs = _pair_codes(codes)
     drawn = np.random.default_rng(seed)
@@ -335,7 +335,7 @@ def _counted(
 
 
 def _square(values: Float[np.ndarray, " pair"], heads: int) -> Float[np.ndarray, "head head"]:
-    """Values of pairs as a symmetric matrix."""
+    """Scatter values of pairs into a symmetric matrix."""
     found = np.zeros((heads, heads))
     found[np.triu_indices(heads, 1)] = values
     return np.asarray(found + found.T)

@@ -1,4 +1,4 @@
-"""Exact attribution: which heads carried an effect, and whose parts make a score of attention."""
+"""Exact attributions: heads that carry a node's effect, and parts of an attention score."""
 
 import warnings
 from collections.abc import Callable
@@ -45,7 +45,7 @@ _MISSED = 1e-4
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadLoadings(Saved, Shown, Tabular):
-    """What carried the effect of one node to the stream that enters a layer.
+    """Parts that carry a node's effect to the input of a layer.
 
     ``heads.sum() + mlps.sum() + bypass = effect``, in the metric's unit.
 
@@ -71,7 +71,7 @@ class HeadLoadings(Saved, Shown, Tabular):
 
     @property
     def share(self) -> Float[np.ndarray, "layer head"]:
-        """Share of the effect that each head carried; NaN where there is no effect."""
+        """Share of the effect that each head carried; NaN if there is no effect."""
         if not self.effect:
             return np.full(self.heads.shape, np.nan)
         return np.asarray(self.heads / self.effect)
@@ -130,7 +130,7 @@ def head_loadings(
     held: bool = True,
     batch_size: int | None = None,
 ) -> HeadLoadings:
-    """Split the effect of one node on a later layer's input by what carried it there.
+    """Split a node's effect on a later layer's input by the parts that carry it.
 
     The node's write is changed as if it were taken out, and the change followed. At the stream that
     enters ``layer`` it is a sum: the node's own change, which stayed on the stream, and the
@@ -203,7 +203,7 @@ def head_loadings(
 def _loaded(
     batch: EdgeBatch, node: int, reader: int, held: bool
 ) -> Float[np.ndarray, "part batch"]:
-    """What each node's write carried, in the order of the sources, and the whole effect."""
+    """Contribution of each node's output, in the order of the sources, and the whole effect."""
     wiring = batch.study.wiring
     last = reader == wiring.n_layers
     stream = Tap("resid_post", reader - 1) if last else Tap("resid_pre", reader)
@@ -228,7 +228,7 @@ def _loaded(
 def _carried(
     batch: EdgeBatch, run: SplitRun, layer: int, slope: Float[Tensor, "batch pos d_model"]
 ) -> Float[Tensor, "head batch"]:
-    """What the heads of a layer write of the relevant part, times the gradient."""
+    """Relevant part of a layer's head outputs, times the gradient."""
     z = run.relevant(Tap("z", layer))[0]
     written = heads_write(batch.study.model, layer, z).transpose(0, 1)
     return torch.stack([_times(one, slope) for one in written])
@@ -253,7 +253,7 @@ def _slope(batch: EdgeBatch, stream: Tap) -> Float[Tensor, "batch pos d_model"]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScoreAttribution(Saved, Shown, Tabular):
-    """One score of attention as a sum over pairs of parts: of the query's stream, and of the key's.
+    """One attention score as a sum over pairs of query-stream and key-stream parts.
 
     Attributes:
         head: whose score it is.
@@ -275,18 +275,18 @@ class ScoreAttribution(Saved, Shown, Tabular):
 
     @property
     def gap(self) -> float:
-        """How far the sum is from the score, as a share of the pairs' magnitudes."""
+        """Gap between sum and score, as a share of the pairs' magnitudes."""
         size = float(np.abs(self.pairs).sum())
         return abs(float(self.pairs.sum()) - self.score) / size if size else 0.0
 
     def top(self, k: int = 10) -> list[tuple[str, str, float]]:
-        """Pairs that add most, in either direction."""
+        """Pairs with the largest contributions of either sign."""
         order = np.argsort(-np.abs(self.pairs), axis=None, kind="stable")[: max(k, 0)]
         places = zip(*np.unravel_index(order, self.pairs.shape), strict=True)
         return [(self.names[a], self.names[b], float(self.pairs[a, b])) for a, b in places]
 
     def glance(self) -> Glance:
-        """The score and the pairs that add most."""
+        """Show the score and the pairs with the largest contributions."""
         return Glance(
             f"score of {self.head} from {self.query} to {self.key}",
             [f"{self.score:.4g}", self.provenance.model],
@@ -321,7 +321,7 @@ def score_attribution(
     *,
     example: int = 0,
 ) -> ScoreAttribution:
-    """Split one score of attention over pairs of what earlier nodes wrote at its two positions.
+    """Split an attention score over pairs of earlier nodes' outputs at its two positions.
 
     A score is bilinear in the two streams once the scales of norms are held, so it is a sum over
     pairs of their parts, exactly: norms before attention and on queries and keys, biases, rotary
@@ -402,7 +402,7 @@ def _side(
     stream: Float[Tensor, " d_model"],
     sources: Float[Tensor, "source d_model"],
 ) -> Float[Tensor, "part wider"]:
-    """Parts of one stream over the norm's scale, with a last coordinate for biases."""
+    """Parts of one stream over the norm's scale, with a bias coordinate."""
     rest = stream.double() - sources.double().sum(0)
     parts = torch.cat([sources.double(), rest[None]])
     parts = parts / model.parts.input_norm(layer).scale(stream).double()

@@ -1,4 +1,4 @@
-"""How good a circuit is: faithful, complete, minimal, stable, and better than its controls."""
+"""Evaluation of circuits: faithfulness, completeness, minimality, stability, controls."""
 
 import heapq
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +45,7 @@ from headscope.table.edges import (
 def circuit_value(
     batch: EdgeBatch, kept: Bool[np.ndarray, "target source"]
 ) -> Float[Tensor, " batch"]:
-    """The metric of a circuit on every example.
+    """Runs a circuit and reads its metric on every example.
 
     The nodes run in order. The input of every slot is the clean run's, less what its sources write
     there, plus what those of kept edges write in this run and those of the others once corrupted.
@@ -65,7 +65,7 @@ class _Circuit:
     moved: Float[Tensor, "batch source pos d_model"] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Start from the clean run: no node writes anything else yet."""
+        """Start from the clean run, with no changed outputs."""
         self.moved = torch.zeros_like(self.batch.change)
         self.moved[:, 0] = 0.0  # the embedding of a circuit is the clean one
 
@@ -79,14 +79,14 @@ class _Circuit:
         return measured_with(self.batch, {last: stream})[0]
 
     def _entering(self, kept: Bool[Tensor, "row source"]) -> Float[Tensor, "row batch pos d_model"]:
-        """How the input of some slots, given as rows of edges kept, differs from the clean one."""
+        """Difference of some slots' inputs from the clean run, given rows of kept edges."""
         reach = kept.shape[1]
         share = kept.to(self.moved)
         inside = torch.einsum("rs,bspm->rbpm", share, self.moved[:, :reach])
         return inside + torch.einsum("rs,bspm->rbpm", 1 - share, self.batch.change[:, :reach])
 
     def _heads(self, layer: int) -> None:
-        """Run the heads of a layer; slots that keep the same edges are run once."""
+        """Run the heads of a layer; slots with the same kept edges are run once."""
         batch, wiring = self.batch, self.batch.study.wiring
         rows = self.kept[wiring.inputs_of(layer), : wiring.before(layer)]
         unique, which = torch.unique(rows, dim=0, return_inverse=True)
@@ -108,7 +108,7 @@ class _Circuit:
     def _own(
         self, made: Float[Tensor, "row batch head pos d_head"], which: Tensor, shared: bool
     ) -> Float[Tensor, "member batch head pos d_head"]:
-        """Every head's queries, keys or values from the run that had its input.
+        """Every head's queries, keys or values from the run with its own input.
 
         One run per member of a group of query heads, as each sees the shared keys by its own edges.
         """
@@ -156,7 +156,7 @@ def faithfulness(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Faithfulness:
-    """Run circuits of the best edges of a graph, and of random ones, against the whole model.
+    """Measure circuits of a graph's best edges, and of random ones, against the whole model.
 
     In a circuit, the input of every slot holds what the sources of kept edges write in this very
     run, and what those of the others write once corrupted. Edges are kept by the magnitude of
@@ -282,10 +282,10 @@ def _checked_sizes(sizes: Sequence[float]) -> Float[np.ndarray, " size"]:
 
 
 def check_graph(model: HeadModel, probe: Probe, graph: EdgeGraph) -> None:
-    """Refuse a graph of another model or kind of probe.
+    """Refuse a graph that belongs to another model or kind of probe.
 
     Raises:
-        InputError: if it is.
+        InputError: if it does.
     """
     shape, about = model.shape, graph.provenance
     same = graph.wiring.n_layers == shape.n_layers and graph.wiring.n_heads == shape.n_heads
@@ -347,7 +347,7 @@ def mean_value(batches: Sequence[EdgeBatch], study: EdgeMeasurement, kept: Chose
 
 
 def strongest(values: Float[np.ndarray, " edge"], count: int) -> Chosen:
-    """The ``count`` edges of the largest magnitude; equal ones in their order."""
+    """Mask of the ``count`` edges of largest magnitude; ties in their order."""
     chosen = np.zeros(len(values), bool)
     chosen[np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:count]] = True
     return chosen
@@ -356,7 +356,7 @@ def strongest(values: Float[np.ndarray, " edge"], count: int) -> Chosen:
 def grown_from(
     wiring: Wiring, values: Float[np.ndarray, " edge"], count: int, start: str = "logits"
 ) -> Int[np.ndarray, " chosen"]:
-    """Edges of the largest magnitude that hang together, in the order in which they join.
+    """Connected edges of the largest magnitude, in the order in which they join.
 
     Args:
         wiring: nodes and edges.
@@ -394,7 +394,7 @@ def grown_from(
 
 @checked
 def grown(graph: EdgeGraph, count: int) -> list[Edge]:
-    """Edges of the largest magnitude that hang together: grown from the output, best first.
+    """Grow a connected circuit from the output by the largest magnitudes, best first.
 
     An edge can join when its target is in the circuit already, so that every edge has a way to the
     output; the plain top of a ranking has edges that lead nowhere.
@@ -422,7 +422,7 @@ def grown(graph: EdgeGraph, count: int) -> list[Edge]:
 
 @checked
 def stability(graph: EdgeGraph, count: int, *, draws: int = 200, seed: int = 0) -> Stability:
-    """Draw the prompts again, with replacement, and compare the strongest edges.
+    """Compare the strongest edges with those on resampled prompts.
 
     Costs no pass: the scores of every example are in the graph. Examples of a cluster are drawn
     together.
@@ -449,7 +449,7 @@ def stability(graph: EdgeGraph, count: int, *, draws: int = 200, seed: int = 0) 
 def resampled(
     graph: EdgeGraph, count: int, choose: Choose, draws: int = 200, seed: int = 0
 ) -> Stability:
-    """Overlap of the edges that a rule chooses with those that it chooses on resampled prompts.
+    """Overlap of a rule's chosen edges with those that it chooses on resampled prompts.
 
     Args:
         graph: scores per example.
@@ -486,7 +486,7 @@ def resampled(
 
 
 def chance(count: int, total: int) -> float:
-    """Mean Jaccard overlap of two random sets of ``count`` out of ``total``.
+    """Expected Jaccard overlap of two random sets of ``count`` out of ``total``.
 
     The overlap is hypergeometric with mean ``count^2 / total``; the expectation is summed exactly.
 
@@ -541,7 +541,7 @@ def checks_of(
 def _with_scores(
     found: Checks, graph: EdgeGraph, kept: Chosen, share: Callable[[Chosen], float], seed: int
 ) -> Checks:
-    """Checks with what scores per prompt allow: stability, and a rival from another start."""
+    """Checks that need per-prompt scores: stability, and a rival circuit from another start."""
     count, wiring = int(kept.sum()), graph.wiring
 
     def choose(values: Float[np.ndarray, " edge"]) -> Chosen:
@@ -559,7 +559,7 @@ def _with_scores(
 
 
 def mask_of(wiring: Wiring, places: Int[np.ndarray, " chosen"]) -> Chosen:
-    """Edges by their places, as a mask."""
+    """Mask of edges given by index."""
     chosen = np.zeros(len(wiring), bool)
     chosen[places] = True
     return chosen
@@ -574,7 +574,7 @@ def _counted_clusters(study: EdgeMeasurement) -> tuple[int, ...] | None:
 
 
 def _exchanged(wiring: Wiring, kept: Chosen, seed: int) -> Iterator[Chosen]:
-    """The circuit with its heads exchanged for random ones of the same layers."""
+    """The circuit with its heads replaced by random ones of the same layers."""
     if wiring.n_heads < 2:
         return
     drawn = np.random.default_rng(seed)
@@ -590,7 +590,7 @@ def _exchanged(wiring: Wiring, kept: Chosen, seed: int) -> Iterator[Chosen]:
 
 
 def _null(study: EdgeMeasurement) -> float:
-    """Largest change of the metric where the texts of a pair are still the same; NaN for none."""
+    """Largest change of the metric where a pair's texts are still identical; NaN if nowhere."""
     probe, metric = study.probe, study.metric
     causal = lacks(study.model, "bidirectional") is not None
     if study.ablation != "patch" or not causal or not isinstance(metric, Metric):
@@ -606,7 +606,7 @@ def _null(study: EdgeMeasurement) -> float:
 
 
 def _null_probe(probe: Probe, read: Bool[torch.Tensor, "batch pos"]) -> Probe | None:
-    """The probe, asked for its answers at the last position at which its pair is the same."""
+    """The probe with its answers at the last position at which its pair is identical."""
     assert probe.corrupt is not None  # noqa: S101  # the ablation needs it
     same = (probe.tokens == probe.corrupt.tokens) | ~probe.real
     shared = probe.real & (same.long().cumprod(1) > 0)
@@ -638,7 +638,7 @@ def completeness(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Completeness:
-    """Take heads from a circuit and from the whole model, and compare what is left.
+    """Remove heads from a circuit and from the whole model, and compare the metrics.
 
     Every head of the circuit alone is taken, and then random sets of them, each head with
     probability one half. Taking a head takes all edges that leave it.
@@ -701,7 +701,7 @@ def minimality(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> dict[HeadIndex, float]:
-    """Return how much each head of a circuit can matter, with any other heads taken too.
+    """How much each head of a circuit matters, with any other heads removed as well.
 
     ``max over K of |m(C - K - head) - m(C - K)|`` over the empty set and random sets K of other
     heads of the circuit. A head with a value near 0 need not be there.
@@ -749,7 +749,7 @@ def minimality(
 
 
 def leaving(wiring: Wiring, heads: Sequence[HeadIndex]) -> Bool[np.ndarray, " edge"]:
-    """Edges that leave some heads, as a mask."""
+    """Mask of the edges that leave some heads."""
     numbers: Int[np.ndarray, " source"] = np.array(
         [wiring.sources.index(str(head)) for head in heads], int
     )

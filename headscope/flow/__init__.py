@@ -1,4 +1,4 @@
-"""How information flows through heads: from token to token, and along routes of a prompt.
+"""Information flow: token-to-token contributions, rollout, and routes of a prompt.
 
 hs.flow.rollout(model, probe).matrix           # attention multiplied over layers
 hs.flow.alti(model, probe).matrix              # the same of vectors that attention moves

@@ -1,4 +1,4 @@
-"""What attention moves, as vectors: norms per head and fused, mixing ratios, and ALTI."""
+"""Norm-based attention analysis: per-head and fused norms, mixing ratios, ALTI."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ Rows = Callable[[Int[Tensor, " query"]], AttentionRows]
 
 @dataclass(frozen=True, eq=False)
 class LayerSum:
-    """Attention of one layer as a sum, ``written = sum of parts + constant``, in fp32.
+    """Attention output of one layer as a sum, ``written = sum of parts + constant``, in fp32.
 
     The part of head h and key j at query i is ``A_ij v_j W_O / scale_i``. Where a norm follows
     attention (gemma2, gemma3, olmo2), its gain and centring are in ``W_O`` and its denominator of
@@ -66,11 +66,11 @@ class LayerSum:
 
     @property
     def written(self) -> Float[Tensor, "batch pos d_model"]:
-        """What attention adds to the stream."""
+        """Contribution of attention to the stream."""
         return self.heads_written + self.constant
 
     def weights(self, query_pos: Int[Tensor, " query"]) -> Float[Tensor, "batch head query key"]:
-        """Attention over the scale: the multiplier of ``v_j W_O`` in every part.
+        """Attention weights over the norm's scale: the multipliers of ``v_j W_O``.
 
         The key axis ends with the last key that any of the queries sees.
         """
@@ -102,7 +102,7 @@ def sum_of(
     W_O: Float[Tensor, "head d_head d_model"],
     write: AttentionWrite,
 ) -> LayerSum:
-    """Put one layer's sum together, the scale of a norm after attention as in this run."""
+    """Decompose one layer's attention output, with a norm after attention frozen."""
     W_O = W_O.float()
     head_sum = torch.einsum("bphe,hed->bpd", z.float(), W_O)
     bias = write.bias.float()
@@ -129,7 +129,7 @@ def over_layers(
     also: Mapping[Tap, Read] = MappingProxyType({}),
     until: Tap | None = None,
 ) -> None:
-    """Run a batch once and show every layer with attention as a sum.
+    """Run a batch once and pass on every layer's decomposed attention output.
 
     Every layer's sum is held against what the model itself added.
 
@@ -166,12 +166,12 @@ def over_layers(
 
 
 def copied(value: Tensor) -> Tensor:
-    """The value in fp32, as a copy: some families write over what they have shown."""
+    """Copy a value in fp32, since some families overwrite their tensors."""
     return value.to(torch.float32, copy=True)
 
 
 def layer_sum(model: HeadModel, view: TapView, entering: Tensor) -> LayerSum:
-    """One layer's sum at its tap ``z``."""
+    """Decompose one layer's attention output at its tap ``z``."""
     layer = _layer(view)
     write = model.parts.attention_write(layer)
     weights = model.output_weights(layer)
@@ -179,16 +179,16 @@ def layer_sum(model: HeadModel, view: TapView, entering: Tensor) -> LayerSum:
 
 
 class LayerSums:
-    """What every layer's attention added, by the model and by its parts, in whichever order."""
+    """Attention output of every layer, by the model and by its parts, in either order."""
 
     def __init__(self, real: Bool[Tensor, "batch pos"]) -> None:
-        """Begin a pass whose padding is left out."""
+        """Start a pass; padding is left out."""
         self._real = real
         self._one: dict[int, Tensor] = {}
         self._gaps: list[Tensor] = []
 
     def meet(self, layer: int, value: Float[Tensor, "batch pos d_model"]) -> None:
-        """Keep the first of a layer's two; measure the gap when the second comes."""
+        """Store the first of a layer's two values; measure the gap when the second arrives."""
         value = value * self._real[..., None]
         other = self._one.pop(layer, None)
         if other is None:
@@ -198,7 +198,7 @@ class LayerSums:
             self._gaps.append((value - other).abs().max() / largest)
 
     def check(self, model: HeadModel) -> None:
-        """Raise HeadscopeError where a layer's parts do not sum to what the model added."""
+        """Raise HeadscopeError if a layer's parts do not sum to the model's attention output."""
         exact = model.dtype in (torch.float32, torch.float64)
         allowed = _TOLERANCE if exact else _HALF_TOLERANCE
         worst = float(torch.stack(self._gaps).max())
@@ -211,7 +211,7 @@ class LayerSums:
 
 
 def need_parts(model: HeadModel) -> None:
-    """Raise UnsupportedModelError where attention's write cannot be split by head and key."""
+    """Raise UnsupportedModelError if attention's output cannot be split by head and key."""
     for need in ("attention_write", "values"):
         if need in model.limits:
             raise UnsupportedModelError(model.limits[need])
@@ -219,7 +219,7 @@ def need_parts(model: HeadModel) -> None:
 
 
 def need_attention(model: HeadModel) -> None:
-    """Raise UnsupportedModelError where layers without attention may move tokens unseen."""
+    """Raise UnsupportedModelError if layers without attention may mix tokens."""
     others = sorted(set(range(model.shape.n_layers)) - set(model.shape.attention_layers))
     if others:
         raise UnsupportedModelError(
@@ -232,13 +232,13 @@ def need_attention(model: HeadModel) -> None:
 def query_chunks(
     model: HeadModel, length: int, bytes_per_query: int, options: RunOptions, halvings: int = 0
 ) -> Iterator[Int[Tensor, " query"]]:
-    """All query positions in runs that fit the memory for a chunk, on the CPU."""
+    """All query positions in chunks that fit the memory, on the CPU."""
     budget = chunk_bytes(model.device, options.memory_bytes) >> halvings
     return chunks(torch.arange(length), bytes_per_query, budget)
 
 
 def texts_per_pass(probe: Probe) -> int:
-    """Texts of one pass where the work per text outweighs the pass: few, as rows are of all."""
+    """Number of texts per pass, small since the rows of all queries are computed."""
     return max(1, 512 // probe.length)
 
 
@@ -270,7 +270,7 @@ def texts_of(model: HeadModel, probe: Probe) -> tuple[tuple[str, ...], ...]:
 
 
 def places(probe: Probe, at: "str | Tensor") -> Bool[Tensor, "batch pos"]:
-    """Positions as they are given, or by name: a mark, ``last`` or ``all`` real ones of each text.
+    """Positions given as numbers, or by name: a mark, ``last``, or ``all`` real ones.
 
     Raises:
         InputError: if there is no such mark, the shape is another, or one is at padding.
@@ -317,7 +317,7 @@ def alti(
     batch_size: int | None = None,
     memory: "str | int | None" = None,
 ) -> TokenFlow:
-    """Aggregate layer-wise token-to-token contributions, measured on vectors instead of attention.
+    """Aggregate token-to-token contributions over layers, measured on vectors (ALTI).
 
     In a layer the vector of key j at query i is ``T_i(x_j) = sum over heads of A_ij v_j W_O``,
     with ``x_i`` added where ``j = i``; with attention's biases they sum to ``y_i``, the stream
@@ -410,7 +410,7 @@ def _alti_rows(
 def shares_of(
     near: Float[Tensor, "*any part"], reach: Float[Tensor, " *any"]
 ) -> Float[Tensor, "*any part"]:
-    """Proximities, clamped at 0 and divided by their sum; where none is above 0, the largest has 1.
+    """Proximities clamped at 0 and normalised; if none is above 0, the largest gets 1.
 
     Args:
         near: proximities; minus infinity where there is no part.
@@ -441,7 +441,7 @@ def alti_logits(
     position: int = -1,
     memory: "str | int | None" = None,
 ) -> TokenLogits:
-    """Split a logit, or the difference of two, over the input tokens.
+    """Split a logit, or a difference of two, over the input tokens.
 
     What attention of layer l moves from position j to the target, along the logit's residual
     direction over the final norm's scale (held fixed), is spread over input tokens by row j of
@@ -528,7 +528,7 @@ def alti_logits(
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """Vectors that one layer moves in one text, summed over heads, for chunks of queries."""
+    """Vectors that one layer moves in one text, summed over heads, by chunks of queries."""
 
     made: LayerSum
     example: int
@@ -677,7 +677,7 @@ def norms(
 
 @dataclass(eq=False)
 class _Norms:
-    """What :func:`norms` keeps of a batch; positions come last."""
+    """Running result of :func:`norms`; positions are the last axis."""
 
     elsewhere: Float[Tensor, "layer head batch pos"]
     everything: Float[Tensor, "layer head batch pos"]
@@ -717,13 +717,13 @@ class _Norms:
 
 
 def _per_head(made: LayerSum, example: int, at: slice) -> Float[Tensor, "head query key"]:
-    """``|A_ij v_j W_O|`` of a chunk of queries, without the vectors."""
+    """``|A_ij v_j W_O|`` for a chunk of queries, without forming the vectors."""
     weights = made.weights(torch.arange(at.start, at.stop))[example]
     return weights * made.moved_norms[example, :, None, : weights.shape[-1]]
 
 
 def _diagonal(values: Float[Tensor, "*any query key"], at: slice) -> Float[Tensor, "*any query"]:
-    """Entries of each query at itself."""
+    """Entries of each query at its own position."""
     return values[..., at.start : at.stop].diagonal(dim1=-2, dim2=-1)
 
 
@@ -738,7 +738,7 @@ def norm_matrix(
     *,
     batch_size: int | None = None,
 ) -> Float[np.ndarray, "batch *head query key"]:
-    """Whole matrix of norms of one layer: what attention maps weighted by what they move look like.
+    """Matrix of norms of one layer: attention weighted by the size of what it moves.
 
     Args:
         model: with attention in every layer.
@@ -800,7 +800,7 @@ _CHUNK = 1 << 27  # bytes of vectors at once
 def source_contribution(
     model: HeadModel, probe: Probe, *, batch_size: int | None = None
 ) -> SourceContribution:
-    """How much of each target token comes from the source, and how much from the target's prefix.
+    """Share of the source, and of the target's prefix, in each target token.
 
     In every attention the vector that key j moves to query i is ``T_i(x_j) = sum over heads of
     A_ij v_j W_O``; the residual stream that attention is added to counts as one more: with self-
@@ -864,7 +864,7 @@ def source_contribution(
 
 
 def _joined(made: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Layers multiplied: of the encoder, then of decoder and cross-attention together."""
+    """Multiply layers: of the encoder, then of decoder and cross-attention together."""
     first = made["encoder"][0]
     encoder = torch.eye(first.shape[1], device=first.device).expand_as(first)
     for shares in made["encoder"]:
@@ -881,7 +881,7 @@ def _joined(made: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
 
 @dataclass(eq=False)
 class _Maker:
-    """Makes the shares of every layer of one stack."""
+    """Computes the shares of every layer of one stack."""
 
     view: StackView
     known: dict[int, Any]

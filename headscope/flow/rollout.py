@@ -1,4 +1,4 @@
-"""Attention multiplied over layers: rollout, max-flow, and what of it passes through a head."""
+"""Attention rollout, maximum flow, and the share of rollout that passes through each head."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,7 +53,7 @@ def rollout(
     batch_size: int | None = None,
     memory: "str | int | None" = None,
 ) -> TokenFlow:
-    """Multiply attention over the layers, half of every step the residual stream.
+    """Attention rollout: multiply attention over layers, with half of each step as residual.
 
     ``R_l = B_l R_(l-1)``, where ``B`` is the heads' attention, fused, plus the identity, each row
     divided by its sum: half attention and half itself, where rows of attention sum to 1. Rows of
@@ -148,7 +148,7 @@ def through_heads(
     batch_size: int | None = None,
     memory: "str | int | None" = None,
 ) -> HeadScores:
-    """Mass of the rollout on a set of input tokens that passes through each head.
+    """Mass of the rollout on some input tokens that passes through each head.
 
     Of the rollout from a target to the set, head h of layer l carries
     ``(B_L ... B_(l+1)) (A^h / (2 heads)) R_(l-1)``: what its own attention moves in its layer.
@@ -264,7 +264,7 @@ def max_flow(
     longest: int = _LONGEST,
     batch_size: int | None = None,
 ) -> TokenFlow:
-    """Largest flow from a position down to each input token, attention the capacity of edges.
+    """Maximum flow from a position down to each input token, with attention as capacities.
 
     The graph has a node per layer and position, and edges with the capacities of
     :func:`rollout`'s ``B``. An entry is the value of a maximum flow, 0 to 1, to 1e-6; rows do not
@@ -375,7 +375,7 @@ def _over_rows(
     options: RunOptions,
     halvings: int,
 ) -> None:
-    """Show all rows of every layer, chunk by chunk, from the first layer up."""
+    """Pass on all rows of every layer, chunk by chunk, from the first layer up."""
     per_query = 4 * len(batch) * model.shape.n_heads * batch.length
 
     def attend(view: TapView) -> None:
@@ -392,7 +392,7 @@ def _over_rows(
 def _fused(
     rows: Float[Tensor, "batch head query key"], present: Float[Tensor, " head"], fusion: str
 ) -> Float[Tensor, "batch query key"]:
-    """One matrix for the heads that exist."""
+    """Average the existing heads' matrices."""
     if fusion == "mean":
         return einsum(
             rows,
@@ -408,7 +408,7 @@ def _fused(
 def _mixing(
     fused: Float[Tensor, "batch query key"], query_pos: Tensor
 ) -> Float[Tensor, "batch query key"]:
-    """Attention and the residual stream, rows divided by their sums."""
+    """Mix attention with the residual stream and normalise the rows."""
     itself = torch.nn.functional.one_hot(query_pos, fused.shape[-1]).to(fused)
     mixed = fused + itself
     return mixed / mixed.sum(-1, keepdim=True)
@@ -420,5 +420,5 @@ def _identity(model: HeadModel, batch: Probe) -> Float[Tensor, "batch query key"
 
 
 def _span(query_pos: Tensor) -> slice:
-    """A chunk of successive positions as a slice, which no device waits for."""
+    """A chunk of successive positions as a slice, without a device sync."""
     return slice(int(query_pos[0]), int(query_pos[-1]) + 1)

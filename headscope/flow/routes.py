@@ -1,4 +1,4 @@
-"""Information flow routes: who gives what to one position, traced down through the layers."""
+"""Information flow routes: contributions to one position, traced down through the layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ def routes(
     position: int = -1,
     memory: "str | int | None" = None,
 ) -> Routes:
-    """Trace what one position holds back to the input tokens, through heads, MLPs and residuals.
+    """Trace a position back to the input tokens, through heads, MLPs and residuals.
 
     Nodes are the residual stream after attention and after every block, and every MLP, at every
     position. A node ``y`` is the sum of its parts ``x_j``: the stream below, for attention a part
@@ -120,7 +120,7 @@ def route_scores(
     at: "str | Tensor" = "last",
     memory: "str | int | None" = None,
 ) -> HeadTable:
-    """Flow through every head and how often it is on a route, over the texts of a probe.
+    """Flow through every head, and how often it is on a route, over a probe's texts.
 
     ``flow``: importance that passes through the head on the way to the target, as
     :func:`routes`' ``head_flow``. ``on_route``: 1 where an edge of the head alone, of at least
@@ -200,7 +200,7 @@ def route_scores(
 
 @checked
 def proximity_shares(parts: Float[Tensor, "part d_model"]) -> Float[Tensor, " part"]:
-    """Shares of parts in their sum, by how near each brings it in L1 norm.
+    """Shares of parts in their sum, by how much closer each brings it in L1 norm.
 
     ``max(0, |y| - |y - x_j|)`` over the sum of the same, where y is the sum of the parts. For parts
     without negative entries that is ``|x_j| / |y|``, so that parts may be split; in general not.
@@ -227,7 +227,7 @@ def _check_thresholds(part: float, edge: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """What one block of a prompt left behind for the trace."""
+    """Recorded state of one block of a prompt, for the trace."""
 
     attention: LayerSum
     mlp: Float[Tensor, "pos d_model"]
@@ -235,7 +235,7 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _Edges:
-    """Some drawn edges of one layer, by number."""
+    """Drawn edges of one layer, by index."""
 
     kind: int
     layer: int
@@ -247,7 +247,7 @@ class _Edges:
 
 
 class _Trace:
-    """A trace on its way from the target down; importances are kept in fp64 on the CPU."""
+    """A trace in progress from the target down; importances are in fp64 on the CPU."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ class _Trace:
         edge: float,
         options: RunOptions,
     ) -> None:
-        """Run the prompt once and keep what the trace asks for."""
+        """Run the prompt once and record what the trace needs."""
         self.model, self.prompt, self.options = model, prompt, options
         self.part_threshold, self.edge_threshold = part, edge
         layers, heads, length = model.shape.n_layers, model.shape.n_heads, len(prompt)
@@ -273,7 +273,7 @@ class _Trace:
         self.blocks = _recorded(model, prompt)
 
     def run(self) -> "_Trace":
-        """Trace all layers, the last first."""
+        """Trace all layers, the last one first."""
         for layer in reversed(range(self.model.shape.n_layers)):
             block = self.blocks.pop(layer)
             live = np.flatnonzero(self.entering[layer + 1])
@@ -283,7 +283,7 @@ class _Trace:
         return self
 
     def _past_mlp(self, layer: int, block: _Block, live: Int[np.ndarray, " pos"]) -> None:
-        """Hand importance from the stream after a block to the stream before its MLP."""
+        """Distribute importance from the stream after a block to before its MLP."""
         at = torch.from_numpy(live)
         attention = block.attention
         middle = (attention.entering + attention.written)[0, at]
@@ -306,7 +306,7 @@ class _Trace:
         self.joined[live[drawn.any(1)]] = True
 
     def _past_attention(self, layer: int, block: _Block, live: Int[np.ndarray, " pos"]) -> None:
-        """Hand importance from the stream after attention to the stream before it."""
+        """Distribute importance from the stream after attention to before it."""
         attention, joined = block.attention, self.joined
         self.joined = np.zeros_like(joined)
         moved = attention.moved(0)
@@ -382,7 +382,7 @@ class _Trace:
         chosen: np.ndarray,
         heads: np.ndarray | None = None,
     ) -> None:
-        """Note the chosen edges."""
+        """Record the drawn edges."""
         count = int(chosen.sum())
         shares = np.zeros((count, self.model.shape.n_heads)) if heads is None else heads
         self.edges.append(
@@ -393,7 +393,7 @@ class _Trace:
         )  # fmt: skip
 
     def result(self, position: int) -> Routes:
-        """What was found."""
+        """Build the result."""
         columns = {
             name: np.concatenate([getattr(one, name) for one in self.edges])
             for name in ("sources", "targets", "weights", "importances", "heads")
@@ -431,7 +431,7 @@ def _near(
     reach: Float[Tensor, " query"],
     part: Float[Tensor, "query d_model"],
 ) -> Float[Tensor, " query"]:
-    """How much nearer in L1 norm one part per query brings its whole."""
+    """Reduction of the L1 distance to the whole by one part per query."""
     near: Tensor = reach - torch.linalg.vector_norm(whole - part, 1, -1)
     return near
 
@@ -444,7 +444,7 @@ def _near_heads(
     norms: Float[Tensor, "head key"],
     query_pos: Int[Tensor, " query"],
 ) -> Float[Tensor, "query head key"]:
-    """The same of every (head, key) part ``weights * moved``; 0 where the part is nothing.
+    """Reduction of the L1 distance by every (head, key) part ``weights * moved``; 0 for zero parts.
 
     A part that is shorter than 1e-7 of the whole is within fp32's rounding and taken as nothing.
     """
@@ -469,12 +469,12 @@ def _near_heads(
 
 
 def _block(device: torch.device, entries: int) -> int:
-    """Queries whose vectors are made at once: what a CPU's cache holds, more on a GPU."""
+    """Number of queries whose vectors are computed at once, by cache size."""
     return max(1, (1 << (19 if device.type == "cpu" else 27)) // max(1, entries))
 
 
 def _thresholded(shares: Float[Tensor, "query part"], least: float) -> Float[Tensor, "query part"]:
-    """Shares of at least ``least``, scaled to sum to 1; the largest is kept in any case."""
+    """Keep shares of at least ``least``, scaled to sum to 1; the largest is always kept."""
     if least == 0:
         return shares
     largest = torch.nn.functional.one_hot(shares.argmax(-1), shares.shape[-1]).bool()
@@ -483,7 +483,7 @@ def _thresholded(shares: Float[Tensor, "query part"], least: float) -> Float[Ten
 
 
 def _recorded(model: HeadModel, prompt: Prompt) -> dict[int, _Block]:
-    """Run a prompt once; keep every block's stream, its attention as a sum and its MLP's write."""
+    """Run a prompt once and record every block's stream, attention parts and MLP output."""
     ids, layers = prompt.ids[None], range(model.shape.n_layers)
     entering: dict[int, Tensor] = {}
     sums: dict[int, LayerSum] = {}
@@ -514,7 +514,7 @@ def _recorded(model: HeadModel, prompt: Prompt) -> dict[int, _Block]:
 
 
 def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> Rows:
-    """Rows of one layer by a pass of their own, when they are first asked for."""
+    """Rows of one layer, computed by a separate pass on first use."""
     found: list[AttentionRows] = []
 
     def rows(query_pos: Int[Tensor, " query"]) -> AttentionRows:
@@ -532,7 +532,7 @@ def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> Rows:
 
 @torch.no_grad()
 def reads_past_attention(model: HeadModel) -> bool:
-    """Whether MLPs read the same stream as attention, in parallel to it: measured in one tiny pass.
+    """Whether MLPs read the same stream as attention (parallel blocks), by a tiny pass.
 
     Text l has what attention of layer l writes changed; where no MLP of the same layer answers to
     that, blocks are parallel.

@@ -1,4 +1,4 @@
-"""Geometry of hidden states: how layers spread, curve and carry what they hold.
+"""Geometry of hidden states: spread, curvature, dimension and similarity across layers.
 
 table = hs.geometry.layers(model)    # entropy, curvature, dimension, ... after every block
 hs.plots.layers(table)

@@ -39,7 +39,7 @@ _STILL = 1e-12  # share of the squares up to which a step is none
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Points in several places, with what their measures share.
+    """Point clouds at several places, with cached intermediate results.
 
     Attributes:
         x: states; the points are the same in every place.
@@ -61,7 +61,7 @@ class Points:
 
     @cached_property
     def centred(self) -> Float[Tensor, "place point d_model"]:
-        """The states less their mean."""
+        """The states minus their mean."""
         return self.wide - self.wide.mean(-2, keepdim=True)
 
     @cached_property
@@ -76,7 +76,7 @@ class Points:
 
     @cached_property
     def cosines(self) -> Float[Tensor, "place point point"]:
-        """Cosines between states; 0 with a state that is 0."""
+        """Cosines between states; 0 with a zero state."""
         norms = self.wide.norm(dim=-1)
         if bool((norms < _TINY * norms.amax(-1, keepdim=True)).any()):
             unit = torch.nn.functional.normalize(self.wide, dim=-1)
@@ -154,7 +154,7 @@ class Points:
 
     @cached_property
     def near(self) -> tuple[Float[Tensor, "place point k"], Int[Tensor, "place point k"]]:
-        """Distances to the nearest other points and which they are; of ties the earlier first."""
+        """Distances to the nearest other points and their indices; on ties the earlier first."""
         if self.few:
             both = self.squares[..., None] + self.squares[..., None, :]
             square = both - 2 * self.products
@@ -184,7 +184,7 @@ class Points:
         return torch.from_numpy(np.array([gm.gride_of(one, SCALE) for one in distances]))
 
     def overlap(self) -> Tensor:
-        """Overlap of neighbours with the place before; none at the first."""
+        """Overlap of neighbours with the previous place; none at the first."""
         k = min(NEIGHBOURS, self.x.shape[-2] - 2)
         ids = self.near[1][..., :k]
         later = (ids[:-1, :, :, None] == ids[1:, :, None, :]).any(-1).double().mean((-2, -1))
@@ -405,7 +405,7 @@ def heads(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadTable:
-    """Measure what every head writes over texts: the same measures as of layers, on ``z``.
+    """Measure every head's outputs ``z`` over texts, with the same measures as layers.
 
     The points are a head's attention-weighted values at the tokens of a text, before the output
     projection, ``[pos d_head]``. ``neighbourhood_overlap`` and ``linearity`` compare layers and are
@@ -517,7 +517,7 @@ def invariance(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> LayerTable:
-    """Measure how little every place of the residual stream minds noise in the texts.
+    """Measure how little each place of the residual stream changes under noise in the texts.
 
     A view of a text is the text with some of its tokens taken out at random; its vector is the
     mean state of the tokens left. ``info_nce`` and ``dime`` compare the first two views,
@@ -573,7 +573,7 @@ def invariance(
 
 
 def _dropped(probe: Probe, share: float, skip: int, seed: int) -> Probe:
-    """The texts without some of their tokens, which are drawn; one at least is left."""
+    """Drop random tokens of the texts, keeping at least one."""
     draw = torch.Generator().manual_seed(seed)
     kept = []
     for tokens, real in zip(probe.tokens, probe.real, strict=True):
@@ -626,7 +626,7 @@ def read_texts(
 
 
 def need_different(probe: Probe) -> None:
-    """Refuse texts that are all the same: over them every error and interval would be 0.
+    """Refuse identical texts, for which every error and interval would be 0.
 
     Raises:
         InputError: if so.
@@ -653,7 +653,7 @@ def _chosen(measures: Sequence[str] | None, known: list[str]) -> list[str]:
 def _fitting(
     names: list[str], points: Int[Tensor, " text"], model: HeadModel, *, asked: bool
 ) -> list[str]:
-    """Measures that the texts are long enough for; one that was asked for must be among them."""
+    """Measures for which the texts are long enough; requested ones must be among them."""
     kept = []
     for name in names:
         if name in TEXT_MEASURES:
@@ -670,7 +670,7 @@ def _fitting(
 
 
 class _RunningMeasures:
-    """Adds up one model's measures, batch by batch."""
+    """Accumulates one model's measures, batch by batch."""
 
     def __init__(self, model: HeadModel, probe: Probe, names: list[str], skip: int) -> None:
         self.model, self.probe, self.names, self.skip = model, probe, names, skip
@@ -715,7 +715,7 @@ class _RunningMeasures:
                 self.values[name].append(np.broadcast_to(found, self.places))
 
     def table(self, measures: Sequence[str] | None) -> LayerTable:
-        """Put the measures side by side."""
+        """Collect the measures in a table."""
         made = [self._made(name) for name in self.names]
         asked = None if measures is None else " ".join(measures)
         provenance = origin(self.model, self.probe, measures=asked, skip=self.skip)

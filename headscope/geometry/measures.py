@@ -1,4 +1,4 @@
-"""Measures of a cloud of hidden states: entropy, curvature, dimension, neighbourhoods, linearity.
+"""Measures of point clouds: entropy, curvature, dimension, neighbourhoods, linearity.
 
 Each takes points as rows, ``[*any point d_model]``, and gives a number per cloud in fp32 or better.
 They are invariant to a rotation of the space, and to its scale, unless the docstring says
@@ -178,7 +178,7 @@ def mean_cosine(x: Cloud) -> Tensor:
 def self_similarity(
     x: Float[Tensor, "*any point d_model"], tokens: Int[Tensor, " point"]
 ) -> Tensor:
-    """Mean cosine between states of equal tokens, less that between all points.
+    """Mean cosine between states of equal tokens, minus that between all points.
 
     Mean over the tokens that occur twice or more, each with the mean over its pairs. Context that
     shapes a token's state makes it low; taking off the mean cosine corrects for anisotropy.
@@ -293,7 +293,7 @@ def gride_of(near: Float[np.ndarray, "point k"], scale: int) -> float:
 def neighbourhood_overlap(
     x: Float[Tensor, "*any point d_model"], y: Float[Tensor, "*any point d_other"], k: int = 10
 ) -> Tensor:
-    """Share of each point's k nearest neighbours that two clouds of the same points have in common.
+    """Share of k nearest neighbours that two clouds of the same points have in common.
 
     Args:
         x: points.
@@ -321,7 +321,7 @@ def neighbourhood_overlap(
 def linearity(
     x: Float[Tensor, "point d_model"], y: Float[Tensor, "point d_model"], *, adjusted: bool = True
 ) -> float:
-    """How well a linear map takes one cloud to another: 1 minus the share that it leaves.
+    """Linear predictability of one cloud from another: 1 minus the residual share.
 
     Both clouds are centred and scaled to unit Frobenius norm; the value is
     ``1 - min_A |X A - Y|^2``. Even for unrelated clouds that is about ``d / (N - 1)``, so the
@@ -352,14 +352,14 @@ def linearity(
 
 
 class LinearMoments:
-    """Running sums from which the linearity between two layers follows: no points are kept.
+    """Running sums for the linearity between two layers, without storing points.
 
     Attributes:
         n: points so far.
     """
 
     def __init__(self, d_model: int) -> None:
-        """Begin with no points.
+        """Start with no points.
 
         Args:
             d_model: dimensions of both clouds.
@@ -373,7 +373,7 @@ class LinearMoments:
     def of(
         cls, x: Float[Tensor, "point d_model"], y: Float[Tensor, "point d_model"]
     ) -> "LinearMoments":
-        """Take the sums of one pair of clouds."""
+        """Sums of one pair of clouds."""
         moments = cls(x.shape[-1])
         moments.add(x, y)
         return moments
@@ -410,7 +410,7 @@ class LinearMoments:
 def info_nce(
     a: Float[Tensor, "text d_model"], b: Float[Tensor, "text d_model"], temperature: float = 0.1
 ) -> float:
-    """Contrastive loss of two views of each text, in nats: low where views of one text are close.
+    """Contrastive loss (InfoNCE) of two views of each text, in nats.
 
     Vectors are scaled to unit norm; each view must pick out its partner among the ``2N - 2``
     views of other texts.
@@ -454,7 +454,7 @@ def info_nce_by_text(
 
 @checked
 def lidar(views: Float[Tensor, "text view d_model"], delta: float = 1e-4) -> float:
-    """Effective rank of what tells texts apart, against what tells views of one text apart.
+    """Effective rank of between-text against within-text variation of views (LiDAR).
 
     The spectrum of ``W^(-1/2) B W^(-1/2)``, with ``B`` the covariance of the texts' means and
     ``W`` that of views around them; its exponentiated entropy is a number of dimensions.
@@ -499,7 +499,7 @@ def dime(
     permutations: int = 10,
     seed: int = 0,
 ) -> float:
-    """Difference of matrix entropies: how much two views of texts say about each other, in nats.
+    """Difference of matrix entropies (DiME): mutual information of two views, in nats.
 
     ``mean over permutations of H(Ka * P Kb P^T)`` less ``H(Ka * Kb)``, with Gram matrices of unit
     vectors over the texts and the entry-wise product.
@@ -542,7 +542,7 @@ def _gram_entropy(gram: Float[Tensor, "text text"]) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return fp64 values, on the CPU where the device has none."""
+    """fp64 values, on the CPU if the device does not support it."""
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
@@ -559,7 +559,7 @@ def _nearest(x: Float[Tensor, "*any point d_model"], k: int) -> Float[Tensor, "*
 
 
 def _neighbours(x: Float[Tensor, "*any point d_model"], k: int) -> Int[Tensor, "*any point k"]:
-    """Which points are nearest; of equally near ones those that come first."""
+    """Indices of the nearest points; on ties the earlier first."""
     far = _distances(x)
     far.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
     return far.sort(dim=-1, stable=True).indices[..., :k]

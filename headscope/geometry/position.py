@@ -1,4 +1,4 @@
-"""Position and content: what states, head outputs and attention scores owe to each.
+"""Position and content: their shares in states, head outputs and attention scores.
 
 Over texts of equal length a state is exactly a grand mean, a part of its position, a part of its
 text, and a rest. What a text owes to position is told by the mean of *other* texts, every second
@@ -41,7 +41,7 @@ _EXPLAINED, _VISIBLE_FROM = 0.999, 1e-20
 
 @dataclass(frozen=True, eq=False)
 class Anova:
-    """States of texts of one length, taken apart: ``states = mean + position + context + rest``.
+    """Decomposition of states of equally long texts: ``mean + position + context + rest``.
 
     Attributes:
         mean: of all states.
@@ -81,19 +81,19 @@ class Anova:
 
     @property
     def smoothness(self) -> float:
-        """Correlation of the position part with itself one position on, in [-1, 1]; noise has 0."""
+        """Lag-1 autocorrelation of the position part, in [-1, 1]; noise has 0."""
         return _smoothness(self.position)
 
     @property
     def incoherence(self) -> float:
-        """Largest magnitude of a cosine between a position's and a text's part, in [0, 1]."""
+        """Largest absolute cosine between a position's and a text's part, in [0, 1]."""
         p, c = (torch.nn.functional.normalize(x, dim=-1) for x in (self.position, self.context))
         return float((p @ c.mT).abs().max())
 
 
 @checked
 def anova(states: Float[Tensor, "text pos d_model"]) -> Anova:
-    """Take states of texts of one length apart, exactly.
+    """Decompose states of equally long texts exactly (two-way ANOVA).
 
     Leave out the first position: it is often a sink whose state is a hundred times larger, and
     then it is all that ``position`` shows.
@@ -138,7 +138,7 @@ def position_layers(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> LayerTable:
-    """Measure what hidden states owe to their position and to their text, place by place.
+    """Shares of position and text in the hidden states, place by place.
 
     Every second text is a reference, the others are measured. ``position_share`` of a text is how
     much of its states' variance the reference explains: ``sum_t <h_t - g, P_t - g> /
@@ -202,7 +202,7 @@ def position_heads(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadTable:
-    """Measure how positional every head is: in its output, and in its attention scores.
+    """Positional shares of every head: in its output, and in its attention scores.
 
     ``output_position`` is the held-out position share of what the head writes (z), as
     ``position_share`` of :func:`position_layers`.
@@ -272,7 +272,7 @@ def position_heads(
 
 
 class PositionContext(NamedTuple):
-    """What a model owes to positions and to texts: by layer, and by head.
+    """Shares of position and content in a model: by layer, and by head.
 
     Attributes:
         layers: as :func:`position_layers` gives it.
@@ -296,7 +296,7 @@ def position_context(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> PositionContext:
-    """Split hidden states and attention scores into what position and what content gives.
+    """Split hidden states and attention scores into position and content.
 
     :func:`position_layers` and :func:`position_heads` on the same texts: shares of the variance
     of hidden states by layer, and the QK panels of every head.
@@ -360,7 +360,7 @@ def _panels(
     keys: Float[Tensor, "kv_head pos d_head"],
     visible: Bool[Tensor, "text pos pos"],
 ) -> Float[Tensor, "text head panel"]:
-    """The four shares of every text and head: position, query content, key content, content."""
+    """Four shares per text and head: position, query content, key content, content."""
     group = query.shape[1] // key.shape[1]
     key, keys = key.repeat_interleave(group, 1), keys.repeat_interleave(group, 0)
     found = []
@@ -376,14 +376,14 @@ def _panels(
 def _within(
     scores: Float[Tensor, "*any query key"], visible: Bool[Tensor, "query key"]
 ) -> Float[Tensor, "*any query key"]:
-    """Scores less the mean of their row over the visible keys; 0 elsewhere."""
+    """Scores minus the mean of their row over the visible keys; 0 elsewhere."""
     kept = scores.where(visible, 0.0)
     mean = kept.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp_min(1)
     return (kept - mean).where(visible, 0.0)
 
 
 def _visible(view: TapView, skip: int) -> Bool[Tensor, "text pos pos"]:
-    """Which keys every query sees, from ``skip`` on."""
+    """Mask of the visible keys of every query, from ``skip`` on."""
     rows = view.rows(slice(None))
     wide = rows.visible.new_zeros(*rows.visible.shape[:2], rows.visible.shape[1])
     wide[..., : rows.visible.shape[-1]] = rows.visible
@@ -398,7 +398,7 @@ def _check_scores(
     visible: Bool[Tensor, "text pos pos"],
     skip: int,
 ) -> None:
-    """Hold ``q . k`` of the first text against the logarithm of its rows."""
+    """Check ``q . k`` of the first text against the logarithm of its rows."""
     rows = view.rows(slice(None)).pattern[0, :, skip:, skip:].double()
     k = key[0].repeat_interleave(query.shape[1] // key.shape[1], 0)
     scores = (query[0] @ k.mT)[..., : rows.shape[-1]]
@@ -436,7 +436,7 @@ def _by_position(view: TapView) -> Float[Tensor, "text head pos d_head"]:
 
 @dataclass(frozen=True, eq=False)
 class _PairedTexts:
-    """Texts of one length, run as often as it takes."""
+    """Equally long texts, with repeated passes over them."""
 
     model: HeadModel
     probe: Probe
@@ -475,7 +475,7 @@ class _PairedTexts:
 
     @property
     def reference(self) -> Probe:
-        """Every second text: their means say what is positional."""
+        """Every second text: the reference for positional means."""
         return self.probe.examples(slice(0, None, 2))
 
     @property
@@ -489,7 +489,7 @@ class _PairedTexts:
         reads: dict[Tap, Callable[[TapView], None]],
         advance: Callable[[float], None],
     ) -> None:
-        """Run texts, batch by batch."""
+        """Run texts batch by batch."""
         last = self.model.shape.n_layers - 1
         for start in range(0, len(probe), self.size):
             batch = probe.examples(slice(start, start + self.size))

@@ -1,4 +1,4 @@
-"""Spectra of attention: rotary bands that all tokens share, and what patterns do to differences.
+"""Spectra of attention: rotary bands that all tokens share, and high-frequency gain.
 
 ``rotary_bands`` finds the frequency bands of queries and keys that are nearly of rank one (DoPE);
 :class:`headscope.interventions.Denoise` takes them out. ``high_frequency_gain`` says how much of
@@ -37,7 +37,7 @@ _DOPE = "Xiong et al. 2025, arXiv 2511.09146 (DoPE)"
 
 @dataclass(frozen=True, eq=False)
 class RotaryBands:
-    """How many directions the rotated queries or keys of a text use, by head and rotary plane.
+    """Number of directions used by rotated queries or keys, by head and rotary plane.
 
     Attributes:
         scores: truncated matrix entropy of every head, in nats, with a value per text.
@@ -54,7 +54,7 @@ class RotaryBands:
     frequency: Float[np.ndarray, "layer plane"]
 
     def below(self, entropy: float) -> dict[HeadIndex, tuple[int, ...]]:
-        """Planes of each head whose entropy is lower: what to take out.
+        """Planes of each head whose entropy is lower than a threshold, for removal.
 
         Args:
             entropy: in nats, 0 to ln 2.
@@ -85,7 +85,7 @@ def rotary_bands(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> RotaryBands:
-    """Measure the truncated matrix entropy of every head's rotated keys or queries, and of bands.
+    """Truncated matrix entropy of every head's rotated keys or queries, and of each band.
 
     Of the vectors X of a text, as attention uses them, the eigenvalues of ``X^T X`` are divided by
     the sum of the ``rank`` largest, ``p``; the entropy is ``-sum p ln p`` over these. Nothing is
@@ -181,7 +181,7 @@ def high_frequency_gain(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Measure how much of the differences between tokens each head's averaging can leave.
+    """Share of the differences between tokens that each head's averaging can preserve at most.
 
     With ``C = I - 1 1^T / n``, which takes off the mean over tokens, the gain is the largest
     singular value of ``C A C``: the most by which the pattern A of a text stretches a signal that
@@ -239,7 +239,7 @@ def high_frequency_gain(
 
 
 def _truncated(gram: Float[Tensor, "*any dim dim"], rank: int) -> Float[Tensor, "*any"]:
-    """Entropy of the largest eigenvalues, divided by their sum; NaN where all are 0."""
+    """Entropy of the largest eigenvalues, normalised to sum 1; NaN if all are 0."""
     values = torch.linalg.eigvalsh(gram).clamp_min(0)[..., -rank:]
     p = values / values.sum(-1, keepdim=True)
     entropy: Tensor = torch.special.entr(p).sum(-1)
@@ -253,7 +253,7 @@ def _probe(
     skip: int,
     least: int,
 ) -> Probe:
-    """The texts, each with some tokens behind those that are left out."""
+    """Probe of the texts, each with enough tokens after the skipped ones."""
     probe = read_texts(model, texts, length, skip)
     shortest = int(probe.real.sum(1).min()) - skip
     if shortest < least:
@@ -271,7 +271,7 @@ def _each(
     options: RunOptions,
     measure: Measure,
 ) -> None:
-    """Hand every text's values at one site of every attention layer to a function, in fp64."""
+    """Pass every text's values at one site of every attention layer to a function, in fp64."""
     size = options.per_pass(probe.length, _TOKENS_PER_PASS)
     taps = [Tap(site, layer) for layer in model.shape.attention_layers]
     with options.track(len(probe), "measuring spectra") as advance:

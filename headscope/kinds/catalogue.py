@@ -1,4 +1,4 @@
-"""The kinds of attention heads that a model can be asked for, and asking for all of them."""
+"""The catalogue of kinds of attention heads, and the survey that tests a model for them."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -92,7 +92,7 @@ def _label(probe: Callable[[AskedModel], Probe], what: str) -> Confirm:
 def _pattern(
     name: str, said: str, weakness: str, confirm: Confirm | None = None, control: str = _FLAT
 ) -> Kind:
-    """A kind that a score of the catalogue names."""
+    """Make a kind from a score of the catalogue."""
     scorer = CATALOGUE[name]
     assert scorer.probe is not None  # noqa: S101  # scores of rows have one
     return Kind(
@@ -378,7 +378,7 @@ _MOST_ABLATED = 16  # heads of a kind, the clearest first
 
 @dataclass(frozen=True, eq=False)
 class KindAnswer(Saved):
-    """What a kind's criteria say of every head, or why it could not be asked.
+    """Values of a kind's criteria for every head, or why it could not be tested.
 
     Attributes:
         reason: empty where it was asked.
@@ -397,7 +397,7 @@ class KindAnswer(Saved):
 
 @dataclass(frozen=True, eq=False)
 class KindEffects(Saved):
-    """What ablating the heads of a kind does to the kind's metric.
+    """Effects of ablating a kind's heads on the kind's metric.
 
     Attributes:
         mean: change of the metric, by head.
@@ -423,7 +423,7 @@ def survey(
     folder: "str | Path | None" = None,
     progress: bool | None = None,
 ) -> KindTable:
-    """Ask which heads are of which kind, how sure that is, and what ablation says of it.
+    """Find which heads are of which kind, with p-values, and confirm them by ablation.
 
     A head is named if all criteria of a kind hold and the kind's p-value, corrected over all heads
     and kinds that were asked together (Benjamini and Hochberg 1995), is below alpha. Named heads
@@ -520,14 +520,14 @@ def _wanted(kinds: Iterable[str | Kind] | str | Kind | None) -> list[Kind]:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Files of finished kinds; each is whole or absent."""
+    """Files of finished kinds, each written atomically."""
 
     folder: Path | None
     facts: tuple[str, ...]
 
     @classmethod
     def of(cls, model: HeadModel, seed: int, folder: "str | Path | None") -> "_Parts":
-        """Make the folder before anything runs.
+        """Create the folder before anything runs.
 
         Raises:
             InputError: if nothing can be written there.
@@ -541,7 +541,7 @@ class _Parts:
     def kept(
         self, kept: type[_Part], kind: Kind, heads: Sequence[HeadIndex], make: Callable[[], _Part]
     ) -> _Part:
-        """What an earlier run found, or what this one does, which is then kept."""
+        """Load an earlier result, or compute and store it."""
         if self.folder is None or KINDS.get(kind.name) is not kind:
             return make()
         words = (*self.facts, kept.__name__, kind.name, *map(str, heads))
@@ -557,7 +557,7 @@ class _Parts:
 
 
 def _ask(asked: AskedModel, kind: Kind) -> KindAnswer:
-    """What a kind's criteria say, or why it could not be asked."""
+    """Evaluate a kind's criteria, or say why it cannot be tested."""
     reason = kind.lacking(asked.model)
     if not reason:
         try:
@@ -571,11 +571,11 @@ def _ask(asked: AskedModel, kind: Kind) -> KindAnswer:
 
 
 class CannotTestError(InputError):
-    """A kind's criteria give no p-value, so that nothing says how sure a name is."""
+    """The criteria of a kind give no p-value."""
 
 
 def _answer(kind: Kind, criteria: Sequence[Criterion], model: HeadModel) -> KindAnswer:
-    """Join the criteria.
+    """Combine the criteria.
 
     Raises:
         CannotTestError: if none has a p-value.
@@ -607,7 +607,7 @@ def _facts_of(kind: Kind, answer: KindAnswer) -> KindFacts:
 
 
 def _adjusted(answers: Mapping[str, KindAnswer]) -> dict[str, Float[np.ndarray, "layer head"]]:
-    """p-values corrected over all heads and kinds together."""
+    """Correct p-values over all heads and kinds together."""
     if not answers:
         return {}
     together = benjamini_hochberg(np.stack([answer.p for answer in answers.values()]))
@@ -630,7 +630,7 @@ def _confirmed(
     parts: _Parts,
     progress: bool | None,
 ) -> list[Finding]:
-    """Findings with the effects of ablating them."""
+    """Add the effects of ablation to the findings."""
     effects: dict[tuple[str, HeadIndex], tuple[float, float]] = {}
     ablated = _Ablated(asked, {})
     plans = {
@@ -663,13 +663,13 @@ def _confirmed(
 
 @dataclass(frozen=True)
 class _Ablated:
-    """Effects of ablating heads, so that kinds with the same probe and metric share them."""
+    """Effects of ablating heads, shared by kinds with the same probe and metric."""
 
     asked: AskedModel
     known: dict[tuple[Probe, Metric], dict[HeadIndex, HeadScores]]
 
     def of(self, kind: Kind, heads: Sequence[HeadIndex]) -> KindEffects:
-        """Mean-ablate heads one by one on what their kind was asked with."""
+        """Mean-ablate heads one by one on the probe of their kind."""
         plan, nothing = kind.confirm, np.empty(0)
         assert plan is not None  # noqa: S101  # those without were left out
         try:

@@ -1,4 +1,4 @@
-"""What a kind of head is, and the measurements that tell which heads are one."""
+"""Definition of a kind of head, and the measurements that kinds are tested with."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -48,7 +48,7 @@ Heads = Float[np.ndarray, "layer head"]
 
 
 class Criterion(NamedTuple):
-    """One condition of a kind.
+    """One condition that heads of a kind must meet.
 
     Attributes:
         what: is measured, in a few words.
@@ -65,7 +65,7 @@ class Criterion(NamedTuple):
 
 @checked
 def above(scores: HeadScores, least: float | None = None) -> Criterion:
-    """A score that is larger than its null, and at least as large as its threshold.
+    """Criterion: a score above its null, and at least at its threshold.
 
     Args:
         scores: with a null.
@@ -81,7 +81,7 @@ def above(scores: HeadScores, least: float | None = None) -> Criterion:
 
 @checked
 def below(scores: HeadScores, least: float = 0.0) -> Criterion:
-    """A score with a sign that is below its null, by ``least`` at least below 0.
+    """Criterion: a signed score below its null, and at least ``least`` below 0.
 
     Args:
         scores: with a null.
@@ -97,7 +97,7 @@ def below(scores: HeadScores, least: float = 0.0) -> Criterion:
 
 @checked
 def one_sided(scores: HeadScores, sign: int) -> Heads:
-    """p-value of a mean above (1) or below (-1) its null, from the one that the score has.
+    """One-sided p-value of a mean above (1) or below (-1) its null, from the score's own.
 
     Example:
         >>> p = hs.kinds.one_sided(table["induction"], 1)
@@ -130,7 +130,7 @@ class Confirm:
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of attention head, as a value.
+    """Definition of a kind of attention head.
 
     A head is named if every criterion holds. The p-value of a kind is the largest of its criteria's
     (an intersection-union test, which needs no correction for how many there are).
@@ -158,7 +158,7 @@ class Kind:
     needs: tuple[str, ...] = ()
 
     def lacking(self, model: HeadModel) -> str:
-        """Why a model cannot be asked, before anything is run; empty where it may."""
+        """Reason why a model cannot be tested, found before anything is run; empty if it can be."""
         for need in self.needs:
             if need == "tokenizer":
                 if model.tokenizer is None:
@@ -170,7 +170,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Unasked:
-    """A kind of the survey that no probe of ours can ask for.
+    """A kind of the survey for which there is no probe.
 
     Attributes:
         name: of the kind.
@@ -184,12 +184,12 @@ class Unasked:
 
 
 class CannotAskError(InputError):
-    """A kind cannot be asked of this model or tokenizer; the message is the reason."""
+    """A kind cannot be tested on this model or tokenizer; the message says why."""
 
 
 @dataclass(eq=False)
 class AskedModel:
-    """A model that is being asked, with the probes and scores that several kinds share.
+    """A model under test, with the probes and scores that several kinds share.
 
     Attributes:
         model: that is asked.
@@ -203,7 +203,7 @@ class AskedModel:
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What was made under this key, or raised: once for all kinds."""
+        """Cache a value, or the error raised in computing it, under a key."""
         if key not in self._kept:
             try:
                 self._kept[key] = make(), None
@@ -215,7 +215,7 @@ class AskedModel:
         return value
 
     def probe(self, kind: DefaultProbe) -> Probe:
-        """A scorer's default probe; of needles a shorter one, which one pass can afford."""
+        """Default probe of a scorer; for needles a shorter one, affordable in one pass."""
         suited = kind.suited(self.model)
         if not suited.possible(self.model):
             raise CannotAskError(f"{self.model.name} has no tokenizer for the probe {kind.name!r}.")
@@ -225,7 +225,7 @@ class AskedModel:
         return made
 
     def pairs(self, task: str) -> Probe:
-        """Prompts of a known task: 16, or 8 where the tokenizer reads no more."""
+        """Prompts of a known task: 16, or 8 if the tokenizer supports no more."""
 
         def make() -> Probe:
             try:
@@ -268,7 +268,7 @@ class AskedModel:
         return any(lacks(self.model, need) is not None for need in scorer.needs)
 
     def table(self, probe: Probe, scorers: Sequence[Scorer]) -> HeadTable:
-        """Scores of a probe in one pass, kept for whoever asks for the same again."""
+        """Scores of a probe from one pass, cached."""
         key = (_Same(probe), *(one.name for one in scorers))
         found: HeadTable = self.keep(
             key,
@@ -279,7 +279,7 @@ class AskedModel:
         return found
 
     def attention(self, probe: Probe, mark: str, query: str = "end") -> HeadScores:
-        """Attention from one mark of a probe to another, against attention spread evenly.
+        """Attention from one mark of a probe to another, against uniform attention.
 
         The first time, attention to all marks of the probe and direct effects on its answer are
         measured in the same pass.
@@ -287,7 +287,7 @@ class AskedModel:
         return self._of_marks(probe, query)[_ATTENTION.format(mark=mark)]
 
     def effect(self, probe: Probe) -> HeadScores:
-        """Direct effect on the logit of the target less that of the foil, against none.
+        """Direct effect on the target's logit minus the foil's, against zero.
 
         Raises:
             CannotAskError: if the model's logits are not a sum of what its heads write.
@@ -316,7 +316,7 @@ class AskedModel:
 
 @dataclass(frozen=True)
 class _Same:
-    """A key that stands for a probe itself, and keeps it alive as long as it is known."""
+    """Key that identifies a probe object, keeping it alive."""
 
     probe: Probe
 
@@ -330,7 +330,7 @@ class _Same:
 
 
 def _short_needle(model: HeadModel, seed: int) -> Probe:
-    """Fifteen needles in texts of 256 tokens, or of what the model reads."""
+    """Fifteen needles in texts of 256 tokens, or of the model's context."""
     length = min(256, model.shape.n_ctx or 256)
     return probes.needle(model, lengths=length, depths=5, per_cell=3, seed=seed)
 
@@ -425,7 +425,7 @@ LETTERS = ("A", "B", "C", "D")
 
 
 def token_of(model: HasVocabulary, word: str) -> int | None:
-    """Id of a word with a space in front, if it is one token; else None."""
+    """Id of a word with a leading space, if it is a single token; otherwise None."""
     tokenizer = need_tokenizer(model, "a word")
     text = f"and {word}"
     at = encode(tokenizer, text).word(4, len(text))
@@ -433,7 +433,7 @@ def token_of(model: HasVocabulary, word: str) -> int | None:
 
 
 def known(model: HasVocabulary, pairs: Mapping[str, str]) -> list[tuple[int, int]]:
-    """Pairs of which both words are one token; different words have different tokens."""
+    """Pairs of words that are both single, distinct tokens."""
     found = [(token_of(model, a), token_of(model, b)) for a, b in pairs.items()]
     return [(a, b) for a, b in found if a is not None and b is not None]
 
@@ -444,7 +444,7 @@ def marked(
     name: str,
     seed: int | None = None,
 ) -> Probe:
-    """Prompts with marks by characters, and an answer and a foil that are single tokens.
+    """Prompts with marks by characters, and single-token answers and foils.
 
     Args:
         model: whose tokenizer reads them.
@@ -489,7 +489,7 @@ def marked(
 
 
 def _following(model: HasVocabulary, text: str, word: str) -> int | None:
-    """Id of the one token that a word is behind a text; -1 for no word, None if it is more."""
+    """Id of the single token that a word adds to a text; -1 for no word, None for several."""
     if not word:
         return -1
     tokenizer = need_tokenizer(model, "an answer")
@@ -498,7 +498,7 @@ def _following(model: HasVocabulary, text: str, word: str) -> int | None:
 
 
 def choices(model: HasVocabulary, seed: int) -> Probe:
-    """Questions with four lettered options in a drawn order; the answer is a letter."""
+    """Multiple-choice questions with four lettered options in random order."""
     rng, said = Random(f"choices {seed}"), []  # noqa: S311  # questions, not secrets
     for number in range(24):
         wanted = list(CATEGORIES)[number % len(CATEGORIES)]
@@ -517,7 +517,7 @@ def choices(model: HasVocabulary, seed: int) -> Probe:
 
 
 def yes_or_no(model: HasVocabulary, seed: int) -> Probe:
-    """Questions that are to be answered with yes or no, which stand there in both orders."""
+    """Questions to be answered with yes or no, with both orders of the two words."""
     rng, said = Random(f"yes or no {seed}"), []  # noqa: S311  # questions, not secrets
     for number in range(24):
         kind = list(CATEGORIES)[number % len(CATEGORIES)]
@@ -533,7 +533,7 @@ def yes_or_no(model: HasVocabulary, seed: int) -> Probe:
 
 
 def contradicted(model: HasVocabulary, seed: int) -> Probe:
-    """A text says a wrong capital and asks for it: the context's answer, and memory's as foil."""
+    """Texts that state a wrong capital and ask for it; the foil is the true one."""
     rng, said = Random(f"contradicted {seed}"), []  # noqa: S311  # prompts, not secrets
     names = sorted(CAPITALS)
     for _ in range(24):
@@ -550,7 +550,7 @@ def contradicted(model: HasVocabulary, seed: int) -> Probe:
 
 
 def successions(model: HasVocabulary, seed: int) -> Probe:
-    """Three neighbours of an order are said; the next is due, and another of the order is foil."""
+    """Three consecutive items of an order; the answer is the next, the foil another."""
     rng, said = Random(f"successions {seed}"), []  # noqa: S311  # prompts, not secrets
     for order in ORDERS.values():
         for at in range(len(order) - 3):
@@ -563,7 +563,7 @@ def successions(model: HasVocabulary, seed: int) -> Probe:
 
 
 def related_words(model: HasVocabulary, seed: int) -> Probe:
-    """Words of three categories with a name behind each, then another word of one of them.
+    """Words of three categories, each followed by a name, then another word of one of them.
 
     What followed the word of the same category is due, and what followed another is the foil:
     ``red Mary, dog Peter, two Anna, blue``. The mark ``related`` is what is due.
@@ -603,7 +603,7 @@ def related_words(model: HasVocabulary, seed: int) -> Probe:
 
 
 def denials(model: HasVocabulary, seed: int) -> Probe:
-    """Questions of :func:`yes_or_no` with 'no' as the answer and 'yes' as the foil of all."""
+    """Questions of :func:`yes_or_no` with 'no' as the answer and 'yes' as the foil throughout."""
     made = yes_or_no(model, seed)
     assert made.foils is not None  # noqa: S101  # see above
     no, yes = (_following(model, "Answer:", word) for word in (" no", " yes"))
@@ -615,7 +615,7 @@ def denials(model: HasVocabulary, seed: int) -> Probe:
 
 
 class LabelledTexts(NamedTuple):
-    """Texts of two classes that differ in nothing else.
+    """Texts of two classes that otherwise do not differ.
 
     Attributes:
         high: texts of the class.
@@ -636,7 +636,7 @@ class LabelledTexts(NamedTuple):
 
 
 def statements(model: HeadModel) -> LabelledTexts:
-    """True and false statements of capitals; a false one swaps those of every other country.
+    """True and false statements of capitals; false ones swap those of every other country.
 
     Every name is in as many true as false ones, so that the words alone tell nothing. Countries at
     even places and at odd ones share no word; two neighbours of the same parity that swap their
@@ -655,7 +655,7 @@ def statements(model: HeadModel) -> LabelledTexts:
 
 
 def opinions(model: HeadModel) -> LabelledTexts:
-    """Good and bad opinions, half of them said with a negation.
+    """Positive and negative opinions, half of them with a negation.
 
     Good ones are "quite wonderful" and "not terrible", bad ones "quite terrible" and "not
     wonderful": every word is in as many good as bad ones, so that the words alone tell nothing.
@@ -682,7 +682,7 @@ def _at(text: str, word: str, behind: str) -> tuple[int, int]:
 
 
 def pieces(model: HasVocabulary, probe: Probe) -> list[tuple[int, int, int]]:
-    """Pairs of a token and an earlier piece of the same word: example, query, key."""
+    """Pairs of a token and an earlier piece of the same word: ``(example, query, key)``."""
     tokenizer = need_tokenizer(model, "a text")
     rows = [row[real].tolist() for row, real in zip(probe.tokens, probe.real, strict=True)]
     beside = sorted({pair for row in rows for pair in pairwise(row)})
@@ -708,7 +708,7 @@ def pieces(model: HasVocabulary, probe: Probe) -> list[tuple[int, int, int]]:
 
 
 def with_apostrophe(model: HasVocabulary, probe: Probe) -> Bool[Tensor, "batch pos"]:
-    """Tokens that hold an apostrophe."""
+    """Mask of tokens with an apostrophe."""
     tokenizer = need_tokenizer(model, "a text")
     ids = sorted(set(probe.tokens[probe.real].tolist()))
     held = [one for one in ids if any(c in tokenizer.batch_decode([[one]])[0] for c in "'\u2019")]
@@ -724,19 +724,19 @@ _NEEDS_WRITE = ("attention_write", "unembedding")
 
 
 def shared(name: str) -> Measure:
-    """A score of the catalogue above its null and its threshold."""
+    """Criterion: a score of the catalogue above its null and its threshold."""
     return lambda asked: [above(_scored(asked, CATALOGUE[name]))]
 
 
 def _scored(asked: AskedModel, scorer: Scorer) -> HeadScores:
-    """A score, from one pass for all scores of its probe that kinds ask for."""
+    """A score from one shared pass over its probe."""
     assert scorer.probe is not None  # noqa: S101  # ours have one
     return asked.scores(scorer, _together(scorer.probe.name))
 
 
 @cache
 def _together(probe: str) -> tuple[Scorer, ...]:
-    """Scorers of a probe that kinds ask for."""
+    """Scorers that kinds use on the same probe."""
     own = {
         "repeated_tokens": (
             *(CATALOGUE[name] for name in _OF_REPEATED),
@@ -758,7 +758,7 @@ _SINK_OF_REPEATED = replace(CATALOGUE["first_token"], probe=REPEATED)
 
 
 def part_of(scores: HeadScores, sign: int) -> Criterion:
-    """A direct effect with a sign, as its share of the absolute effects of all heads."""
+    """Signed direct effect as a share of the absolute effects of all heads."""
     total = np.nansum(np.abs(scores.mean)) or 1.0
     one = above(scores, 0.0) if sign > 0 else below(scores, 0.0)
     said = "share of all direct effects on the answer"
@@ -766,7 +766,7 @@ def part_of(scores: HeadScores, sign: int) -> Criterion:
 
 
 def task(name: str, mark: str, sign: int = 1) -> Measure:
-    """Attention from the end of a task's prompts to a mark, and a direct effect of this sign."""
+    """Attention from the end of a task's prompts to a mark, and a signed direct effect."""
 
     def measure(asked: AskedModel) -> list[Criterion]:
         probe = asked.pairs(name)
@@ -784,7 +784,7 @@ def attends(name: str, mark: str) -> Measure:
 
 
 def positional(asked: AskedModel) -> list[Criterion]:
-    """Attention to one of the places two to five back, whichever gets most."""
+    """Attention two to five positions back, whichever offset gets most."""
     scores = [_scored(asked, one) for one in _FIXED_PLACES.values()]
     means = np.stack([np.nan_to_num(one.mean, nan=-1.0) for one in scores])
     most = means.argmax(0)[None]
@@ -800,7 +800,7 @@ def positional(asked: AskedModel) -> list[Criterion]:
     source="Olsson et al. 2022 (arXiv 2209.11895), behavioural copying score",
 )  # fmt: skip
 def raised(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Of all that a head raises, the share on the tokens it attends to; null: other tokens."""
+    """Share of what a head raises that falls on the attended tokens; null: other tokens."""
     return copying.function(outputs, probe)
 
 
@@ -809,17 +809,17 @@ def raised(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head quer
     source="McDougall et al. 2023 (arXiv 2310.04625), copy suppression",
 )  # fmt: skip
 def lowered(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Of all that a head lowers, the share on the tokens it attends to; null: other tokens."""
+    """Share of what a head lowers that falls on the attended tokens; null: other tokens."""
     return copying.function(replace(outputs, z=-outputs.z), probe)
 
 
 def copies(asked: AskedModel) -> list[Criterion]:
-    """Raises the tokens that it attends to."""
+    """Criterion: raises the tokens that it attends to."""
     return [above(_scored(asked, raised), 0.4)]
 
 
 def suppresses(asked: AskedModel) -> list[Criterion]:
-    """Lowers the tokens that it attends to."""
+    """Criterion: lowers the tokens that it attends to."""
     return [above(_scored(asked, lowered), 0.4)]
 
 
@@ -860,7 +860,7 @@ def without_norm(
     after: Float[np.ndarray, "layer head example"],
     ablated: Sequence[HeadIndex],
 ) -> Float[np.ndarray, "layer head example"]:
-    """Direct effects after an ablation, at the scale that the final norm had before it.
+    """Direct effects after an ablation, with the final norm's scale from before it.
 
     Taking heads out makes the stream shorter, so that the final norm raises all other direct
     effects alike. Heads up to the first ablated layer write what they wrote before: by how much
@@ -888,7 +888,7 @@ def without_norm(
 
 
 def next_in_order(asked: AskedModel) -> list[Criterion]:
-    """Share of ordinals whose successor the weights raise most among those of the same order."""
+    """Share of ordinals whose successor the weights raise most within the order."""
     orders = [[token_of(asked.model, word) for word in one] for one in ORDERS.values()]
     kept = [[one for one in order if one is not None] for order in orders]
     whole = [some for some, order in zip(kept, orders, strict=True) if len(some) == len(order) > 3]
@@ -902,7 +902,7 @@ def next_in_order(asked: AskedModel) -> list[Criterion]:
 
 
 def related(name: str) -> Measure:
-    """Share of pairs whose second word the weights raise most, of all second words."""
+    """Share of pairs whose second word the weights raise most, among all second words."""
 
     def measure(asked: AskedModel) -> list[Criterion]:
         pairs = known(asked.model, RELATIONS[name])
@@ -988,7 +988,7 @@ def relation_scores(
 def _options(
     asked: AskedModel,
 ) -> tuple[Probe, HeadScores, Float[np.ndarray, "layer head example 4"]]:
-    """Attention from the end to the letters of four options: all of it, and by letter."""
+    """Attention from the end to the letters of four options: total, and by letter."""
     probe: Probe = asked.keep("choices", lambda: choices(asked.model, asked.seed))
     parts = [asked.attention(probe, f"option_{one}").per_example for one in LETTERS]
     return probe, asked.attention(probe, "letters"), np.stack(parts, -1)
@@ -998,7 +998,7 @@ def _share_of_right(
     name: str, probe: Probe, mass: HeadScores, parts: Float[np.ndarray, "layer head example part"],
     marks: Sequence[str], right: str,
 ) -> HeadScores:  # fmt: skip
-    """Of the attention to some marks, the share on the one that is right; null: one of them all."""
+    """Share of the attention to some marks that falls on the correct one; null: a quarter each."""
     there = torch.stack([(probe.host.mark(one) & probe.host.mark(right)).any(-1) for one in marks])
     at = there.int().argmax(0).numpy()
     picked = np.take_along_axis(parts, at[None, None, :, None], -1)[..., 0]
@@ -1012,7 +1012,7 @@ def _share_of_right(
 
 
 def correct_letter(asked: AskedModel) -> list[Criterion]:
-    """Of the attention to four letters, the share on the right one; and a direct effect on it."""
+    """Share of the attention to four letters on the correct one; and direct effect on it."""
     probe, mass, by_letter = _options(asked)
     marks = [f"option_{one}" for one in LETTERS]
     scores = _share_of_right("right letter", probe, mass, by_letter, marks, "right")
@@ -1020,7 +1020,7 @@ def correct_letter(asked: AskedModel) -> list[Criterion]:
 
 
 def semantic_induction(asked: AskedModel) -> list[Criterion]:
-    """Of the attention to three followers, the share on that of the related word; its effect."""
+    """Share of attention to three followers on that of the related word; and its effect."""
     probe: Probe = asked.keep("related words", lambda: related_words(asked.model, asked.seed))
     marks = [f"follower_{at}" for at in range(3)]
     parts = np.stack([asked.attention(probe, one).per_example for one in marks], -1)
@@ -1030,7 +1030,7 @@ def semantic_induction(asked: AskedModel) -> list[Criterion]:
 
 
 def constant_letters(asked: AskedModel) -> list[Criterion]:
-    """Much attention to the four letters, nearly the same to each."""
+    """High attention to the four letters, nearly equal for each."""
     _, mass, by_letter = _options(asked)
     mean = by_letter.mean(2)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -1040,7 +1040,7 @@ def constant_letters(asked: AskedModel) -> list[Criterion]:
 
 
 def single_letter(asked: AskedModel) -> list[Criterion]:
-    """Much attention to the four letters, most of it to one, whatever stands behind it."""
+    """High attention to the four letters, mostly to one, whatever its option says."""
     _, mass, by_letter = _options(asked)
     with np.errstate(invalid="ignore", divide="ignore"):
         share = by_letter.mean(2) / by_letter.mean(2).sum(-1, keepdims=True)
@@ -1060,7 +1060,7 @@ def negative(asked: AskedModel) -> list[Criterion]:
 
 
 def in_context_task(asked: AskedModel) -> list[Criterion]:
-    """Indirect effect of the head's task mean on prompts without the task, above any mean's."""
+    """Indirect effect of the head's task mean on prompts without the task, against any mean's."""
     found = indirect_effect(
         asked.model, task_prompts(asked), batch_size=asked.batch_size, progress=False
     )
@@ -1114,7 +1114,7 @@ def _both(model: HeadModel, a: str, b: str) -> bool:
 
 
 def label_words(asked: AskedModel) -> list[Criterion]:
-    """Attention to label words of demonstrations that foretells the model's own prediction."""
+    """Attention to label words of demonstrations that predicts the model's own prediction."""
     probe = label_prompts(asked)
     found = anchors(asked.model, probe, batch_size=asked.batch_size, progress=False)
     if len(set(found.predicted.tolist())) < 2:
@@ -1124,7 +1124,7 @@ def label_words(asked: AskedModel) -> list[Criterion]:
 
 
 def label_prompts(asked: AskedModel) -> Probe:
-    """Demonstrations of colours and animals with their class behind them, and another word.
+    """Demonstrations of colours and animals with their class, and another word.
 
     Raises:
         CannotAskError: if a class is not a single token.
@@ -1143,7 +1143,7 @@ def label_prompts(asked: AskedModel) -> Probe:
 
 
 def rare_words(asked: AskedModel) -> list[Criterion]:
-    """Attention in the order of rarity: Kendall's tau with counts, below shuffled counts'."""
+    """Correlation of attention with rarity: Kendall's tau, below that with shuffled counts."""
     text = probes.text(asked.model, length=32, seed=asked.seed)
     ends = torch.zeros_like(text.real)
     ends[:, 31] = True
@@ -1156,7 +1156,7 @@ def rare_words(asked: AskedModel) -> list[Criterion]:
 
 
 def word_pieces(asked: AskedModel) -> list[Criterion]:
-    """Attention to earlier pieces of the same word, in the texts or in others of rare words."""
+    """Attention to earlier pieces of the same word."""
     probe = asked.probe(TEXT)
     pairs = pieces(asked.model, probe)
     if len({one[0] for one in pairs}) < 5:
@@ -1193,7 +1193,7 @@ def apostrophes(asked: AskedModel) -> list[Criterion]:
 
 
 def dormant(asked: AskedModel) -> list[Criterion]:
-    """Much attention on the first token in one of texts and random tokens, and little in the other.
+    """High attention to the first token on either texts or random tokens, and low on the other.
 
     The p-value is two-sided, of independent examples.
     """
@@ -1208,7 +1208,7 @@ def dormant(asked: AskedModel) -> list[Criterion]:
 
 
 def of_context(asked: AskedModel) -> list[Criterion]:
-    """Attends to what the text says, and raises it above what is remembered."""
+    """Attends to the answer in the text, and raises it above the remembered one."""
     probe = _contradicted(asked)
     return [
         above(asked.attention(probe, "context"), _ATTENDS), part_of(asked.effect(probe), 1)
@@ -1216,7 +1216,7 @@ def of_context(asked: AskedModel) -> list[Criterion]:
 
 
 def of_memory(asked: AskedModel) -> list[Criterion]:
-    """Raises what is remembered above what the text says."""
+    """Raises the remembered answer above the one in the text."""
     return [part_of(asked.effect(_contradicted(asked)), -1)]
 
 
@@ -1227,7 +1227,7 @@ def _contradicted(asked: AskedModel) -> Probe:
 
 @checked
 def told_apart(make: Callable[[HeadModel], LabelledTexts]) -> Measure:
-    """A linear probe of the head's output tells two classes of texts apart, more than others do.
+    """A linear probe of the head's output separates two classes of texts better than others do.
 
     Three conditions, on clusters of texts that the probe was not fitted to (see
     :func:`placements`): an area under the curve of at least .8, above chance; at least .1 above
@@ -1307,7 +1307,7 @@ def separations(
 
 @checked
 def lead_in_layer(value: Float[np.ndarray, "layer head"]) -> Criterion:
-    """At least .1 above the median of the other heads of the layer; a layer's only head passes.
+    """At least .1 above the median of the layer's other heads; a layer's only head passes.
 
     Example:
         >>> found = hs.kinds.lead_in_layer(np.array([[0.9, 0.9, 0.9], [0.5, 0.9, 0.6]]))
@@ -1328,7 +1328,7 @@ def placements(
     low: Float[Tensor, "example layer head size"],
     clusters: tuple[int, ...],
 ) -> tuple[Float[np.ndarray, "layer head held_out"], tuple[int, ...]]:
-    """Values per held-out example whose mean is the area under the curve of a linear probe.
+    """Per-example values on held-out texts whose mean is the AUC of a linear probe.
 
     The linear discriminant of :func:`headscope.steering.direction` is fitted to the clusters at
     even places and tried on those at odd ones. With V_i the share of low examples that high example
@@ -1367,7 +1367,7 @@ def placements(
 
 @checked
 def mean_embedding(model: HeadModel, probe: Probe) -> Float[Tensor, "example d_model"]:
-    """Mean of the embeddings of a text's tokens, without positions: the words in no order.
+    """Mean embedding of a text's tokens, without positions: a bag of words.
 
     Args:
         model: whose embedding is read.
@@ -1394,7 +1394,7 @@ def of_relation(
     said: str = "attends by a relation that was given",
     source: str = "given",
 ) -> Kind:
-    """A kind whose heads attend from queries to keys that you give, more than evenly.
+    """Define a kind: heads that attend along given (query, key) pairs more than uniformly.
 
     With ``steady`` it is what iteration heads are asked: each step of an algorithm attends to the
     tokens that it uses (``least`` 0.5), whatever they are; one less the standard deviation of the
@@ -1445,7 +1445,7 @@ def of_relation(
 def clustering(
     probe: Probe, relevant: str, groups: Sequence[int], *, query: str = "end", seed: int = 0
 ) -> Kind:
-    """Clustering heads of a task of yours: they gather the tokens that matter, and nothing else.
+    """Find clustering heads of a custom task, which attend only to the tokens that matter.
 
     Such a head attends from ``query`` to the tokens marked ``relevant`` (mass at least 0.8, more
     than evenly spread attention gives), alike to each (entropy among them over its largest, at
@@ -1505,7 +1505,7 @@ def clustering(
 def cluster_ratio(
     z: Float[np.ndarray, "example layer head size"], groups: Int[np.ndarray, " example"], seed: int
 ) -> tuple[Heads, Heads]:
-    """Share of the variance of head outputs that lies between groups, and its p-value.
+    """Share of the variance of head outputs between groups, and its p-value.
 
     ``sum over groups of n_g |mean_g - mean|^2 / sum over examples of |z - mean|^2``: 1 where all
     outputs of a group are equal and groups differ. NaN where outputs do not vary. The p-value is

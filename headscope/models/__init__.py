@@ -1,1 +1,1 @@
-"""Models seen head by head."""
+"""Models seen head by head: loading, attention taps, weights, and verification."""

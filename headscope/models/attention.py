@@ -1,4 +1,4 @@
-"""Attention as one layer was called with it: exact rows on demand, and the fused output."""
+"""One layer's attention call: exact softmax rows on demand, and the fused output."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ _BLOCK_ENTRIES = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Final queries, keys and values of one layer, with everything that shapes the softmax.
+    """Final queries, keys and values of one layer, with everything that determines the softmax.
 
     Attributes:
         layer: the model's layer number.
@@ -50,17 +50,17 @@ class AttentionCall:
 
     @property
     def n_queries(self) -> int:
-        """Queries of this call; fewer than the keys while decoding."""
+        """Number of queries of this call; fewer than the keys while decoding."""
         return self.query.shape[2]
 
     @property
     def n_keys(self) -> int:
-        """Keys, those of a cache included."""
+        """Number of keys, cached ones included."""
         return self.key.shape[2]
 
     @property
     def first_query(self) -> int:
-        """Position of the first query: among the keys, if they are of the same sequence."""
+        """Position of the first query among the keys, if they belong to the same sequence."""
         return 0 if self.mask.kind == "cross" else self.n_keys - self.n_queries
 
     @property
@@ -70,7 +70,7 @@ class AttentionCall:
         return torch.arange(self.first_query, last, device=self.query.device)
 
     def up_to(self, end: int) -> "AttentionCall":
-        """The call without keys from ``end`` on: places of a static cache that are still free."""
+        """The call without keys from ``end`` on: unused places of a static cache."""
         if self.n_keys <= end:
             return self
         real = None if self.real is None else self.real[:, :end]
@@ -81,7 +81,7 @@ class AttentionCall:
         return replace(self, key=key, value=value, real=real, bias=bias)
 
     def of_heads(self, heads: Sequence[int]) -> "AttentionCall":
-        """The call of some query heads alone, each with its own key/value head."""
+        """The call restricted to some query heads, each with its own key/value head."""
         index = torch.tensor(tuple(heads), device=self.query.device)
         shared = index // (self.query.shape[1] // self.key.shape[1])
         return replace(
@@ -95,13 +95,13 @@ class AttentionCall:
 
     @cached_property
     def key_fp32(self) -> Float[Tensor, "batch kv_head key d_head"]:
-        """Keys in fp32, converted once a layer."""
+        """Keys in fp32, converted once per layer."""
         return self.key.float()
 
     def visible(
         self, positions: Int[Tensor, " query"], n_keys: int
     ) -> Bool[Tensor, "batch query key"]:
-        """Which of the first ``n_keys`` keys each query position sees.
+        """Mask of the first ``n_keys`` keys that each query position sees.
 
         A padding query sees itself alone, so that no row is empty; in cross-attention, whose
         keys are of another sequence, it sees what every query does.
@@ -112,7 +112,7 @@ class AttentionCall:
         )
 
     def seen_by(self, positions: Int[Tensor, " query"]) -> int:
-        """How many keys, from the first on, hold all that these queries see.
+        """Number of first keys that contain all that these queries see.
 
         Args:
             positions: on the CPU, where reading them does not make the host wait for the device.
@@ -123,7 +123,7 @@ class AttentionCall:
         return seen
 
     def rows(self, positions: Int[Tensor, " query"]) -> AttentionRows:
-        """Exact softmax rows in fp32, keys up to the last that any of the queries sees.
+        """Exact softmax rows in fp32, with keys up to the last that any of the queries sees.
 
         Args:
             positions: query positions, as :attr:`positions` counts them; on the CPU, where
@@ -145,7 +145,7 @@ class AttentionCall:
     def bias_of(
         self, positions: Int[Tensor, " query"], keys: slice
     ) -> Float[Tensor, "_ head query key"] | None:
-        """What is added to the scores of some queries and keys, in fp32; None if nothing is."""
+        """Bias added to the scores of some queries and keys, in fp32; None without one."""
         if self.bias is None:
             return None
         return self.bias[:, :, positions - self.first_query, keys].float()
@@ -170,7 +170,7 @@ class AttentionCall:
         scores: Float[Tensor, "batch head query key"],
         visible: Bool[Tensor, "batch query key"],
     ) -> Float[Tensor, "batch head query key"]:
-        """Probabilities of scaled scores, which are written over: cap, mask and sink included."""
+        """Softmax of scaled scores, in place: soft cap, mask and sink included."""
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         scores = scores.masked_fill_(~visible[:, None], float("-inf"))
@@ -200,7 +200,7 @@ def visible_keys(
     real: Bool[Tensor, "batch pos"] | None,
     reach: Int[Tensor, "batch pos"] | None = None,
 ) -> Bool[Tensor, "batch query key"]:
-    """Which of the first ``n_keys`` keys each query position sees, padding counted in.
+    """Mask of the first ``n_keys`` keys that each query position sees, padding included.
 
     A padding query sees itself alone, where keys are of its own sequence. Positions with the same
     ``reach``, the last key that they see, see each other; see :class:`AttentionCall`.
@@ -220,7 +220,7 @@ def visible_keys(
 
 
 def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
-    """Attention output of every query, never holding more than a block of scores.
+    """Attention output of every query, holding at most a block of scores at a time.
 
     torch's fused kernel where it can say what the layer wants, in blocks of queries where a
     mask is needed, and blocks of exact rows for soft caps and learned sinks.
@@ -250,7 +250,7 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
 
 
 def _blocks(call: AttentionCall) -> Iterator[Int[Tensor, " query"]]:
-    """Runs of query positions whose scores fit a block."""
+    """Ranges of query positions whose scores fit a block."""
     sees = call.n_keys if call.reach is not None else call.mask.sees(call.n_keys)
     width = min(call.n_keys, 2 * sees)
     rows = call.query.shape[0] * width

@@ -1,4 +1,4 @@
-"""Generation step by step, with each attention layer of each step in view."""
+"""Step-by-step generation with taps on each attention layer."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -25,7 +25,7 @@ _NOTHING: Mapping[Any, Read] = MappingProxyType({})
 
 @runtime_checkable
 class Decoding(Protocol):
-    """A text that grows. The first step reads the prompt, each further one what was appended."""
+    """A growing text: the first step reads the prompt, each further step the appended tokens."""
 
     @property
     def length(self) -> int:
@@ -38,7 +38,7 @@ class Decoding(Protocol):
         reads: Mapping[Any, Read] = _NOTHING,
         edits: Sequence[Edit] = (),
     ) -> Float[Tensor, "batch d_vocab"]:
-        """Read further tokens and return the logits of what comes next.
+        """Read further tokens and return the next-token logits.
 
         ``reads`` see the new queries, at positions counted among all keys; ``edits`` act on this
         step alone.
@@ -51,7 +51,7 @@ def decoding(
     *,
     prompt: int | None = None,
 ) -> Decoding:
-    """Begin to generate with a model.
+    """Start generating with a model.
 
     With transformers' fused attention each step keeps keys and values and reads only the new
     tokens. A transformer-lens bridge, and a hybrid whose other layers keep states of their own,
@@ -80,7 +80,7 @@ def decoding(
 
 
 def need_continuing(model: HeadModel) -> None:
-    """Refuse a model that continues no text.
+    """Refuse a model that does not continue texts.
 
     Raises:
         UnsupportedModelError: for an encoder.
@@ -90,7 +90,7 @@ def need_continuing(model: HeadModel) -> None:
 
 
 def end_tokens(model: HeadModel) -> frozenset[int]:
-    """Tokens that end a text; none without a tokenizer.
+    """End-of-sequence tokens; none without a tokenizer.
 
     The tokenizer's, and those of the model's generation config, where chat models keep the token
     that ends a turn.
@@ -106,7 +106,7 @@ def end_tokens(model: HeadModel) -> frozenset[int]:
 
 
 class _Cached:
-    """Keys and values are kept, those out of a layer's window too, so that positions stay."""
+    """Decoding with cached keys and values, including those outside a layer's window."""
 
     def __init__(self, model: HFModel, real: Tensor | None, prompt: int | None) -> None:
         from transformers import DynamicCache
@@ -150,7 +150,7 @@ class _Cached:
 
 
 class _Repeated:
-    """The whole text is read again at each step."""
+    """Decoding that reads the whole text again at each step."""
 
     def __init__(self, model: HeadModel, real: Tensor | None, prompt: int | None) -> None:
         self._model, self._real, self._prompt = model, real, prompt
@@ -186,7 +186,7 @@ class _Repeated:
 def _extended(
     real: Bool[Tensor, "batch pos"], length: int, tokens: Int[Tensor, "batch new"]
 ) -> Bool[Tensor, "batch longer"]:
-    """The padding mask of the text with its new tokens, all real beyond the prompt."""
+    """Padding mask extended by new tokens, all real after the prompt."""
     missing = length + tokens.shape[1] - real.shape[1]
     more = torch.ones(len(real), max(missing, 0), dtype=torch.bool, device=real.device)
     return torch.cat([real, more], 1)

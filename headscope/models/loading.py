@@ -1,4 +1,4 @@
-"""From a name, a folder or a module to a proved ``HeadModel``."""
+"""``hs.load``: from a name, folder or module to a verified ``HeadModel``."""
 
 import warnings
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ _MAGIC = b"GGUF"
 
 
 def is_gguf(source: object) -> bool:
-    """Whether a source names a GGUF file."""
+    """Whether a source is a GGUF file."""
     return isinstance(source, str | Path) and str(source).lower().endswith(_SUFFIX)
 
 
 def check_gguf(source: str | Path, revision: str | None) -> None:
-    """Refuse what cannot be read, before anything large is.
+    """Refuse a file that cannot be read, before reading anything large.
 
     Raises:
         InputError: if a revision is asked of a file.
@@ -126,7 +126,7 @@ _SHORTEST = 5
 
 
 def admit(config: Any, name: str) -> None:
-    """Return if a model with this config may have heads that headscope can take apart.
+    """Return if a model with this config may have heads that headscope can read.
 
     Raises:
         UnsupportedModelError: with the model and the reason, where it certainly has not.
@@ -398,7 +398,7 @@ def _lifted(model: HeadModel, module: Any, wanted: bool) -> HeadModel:
 def _wrapped(
     module: Any, tokenizer: Any, name: str, revision: str | None, check: bool
 ) -> HeadModel:
-    """Choose the path and prove the hook points."""
+    """Choose the path and verify the hook points."""
     from headscope.models.bridge.model import wrap_bridge
     from headscope.models.hf.model import HFModel
     from headscope.models.hf.seq2seq import Seq2SeqModel, is_seq2seq
@@ -464,7 +464,7 @@ def _bridged(module: Any) -> Any:
 
 
 def _stopped(error: Exception) -> str:
-    """What stood in the way of a model that runs by itself, and not with attention recorded.
+    """Error that occurred with recorded attention in a model that runs on its own.
 
     The last line of the family's own code says whether that was the mask: headscope hands on which
     keys are padding and builds no mask.
@@ -606,7 +606,7 @@ def _load_failure(name: str, place: str, error: Exception, allow_pickle: bool) -
 
 
 def _looks_like_path(place: str) -> bool:
-    """Whether a name can only be a path: Hugging Face's are ``NAME`` or ``OWNER/NAME``."""
+    """Whether a name can only be a path; Hugging Face names are ``NAME`` or ``OWNER/NAME``."""
     return place.startswith((".", "~", "/", "\\")) or place.count("/") > 1 or "\\" in place
 
 
@@ -619,7 +619,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _check_device(device: str | torch.device | None) -> None:
-    """Refuse a device that tensors cannot be put on, before anything is read.
+    """Refuse an unavailable device before anything is read.
 
     Raises:
         InputError: if torch does not know it, was built without it, or it is not there.
@@ -655,7 +655,7 @@ GROUP = "headscope.adapters"
 
 
 def adapted(source: Any, tokenizer: Any = None) -> HeadModel | None:
-    """The head model that an installed adapter makes of an object; None where none takes it.
+    """Model that an installed adapter makes from an object; None if none applies.
 
     An adapter is a function ``(source, tokenizer) -> HeadModel | None`` that a package names under
     ``[project.entry-points."headscope.adapters"]``; it returns None for what it does not know.

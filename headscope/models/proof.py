@@ -1,4 +1,4 @@
-"""Proof at load that what headscope reads and writes are the model's real heads.
+"""Verification at load that what headscope reads and writes are the model's real heads.
 
 In the comparisons that decide, NaN never agrees, and tolerances follow dtype, length and scores.
 """
@@ -35,7 +35,7 @@ _CANCELLED = 30.0
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two things that should be equal are apart, and how far they may be.
+    """Difference of two values that should be equal, with its tolerance.
 
     Attributes:
         size: largest difference, relative to the largest expected number; NaN where either side
@@ -48,7 +48,7 @@ class Gap:
 
     @property
     def closed(self) -> bool:
-        """Whether they agree; a size of NaN does not.
+        """Whether the difference is within the tolerance; False for NaN.
 
         Example:
             >>> Gap(float("nan"), 1.0).closed
@@ -131,7 +131,7 @@ def logit_gap(
 
 @dataclass(frozen=True)
 class LoadCheck:
-    """One thing that was looked at when a model was loaded.
+    """One check made when a model is loaded.
 
     Attributes:
         what: what should be equal, in a few words.
@@ -153,7 +153,7 @@ class LoadCheck:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was proved of a model when it was loaded; empty where that was switched off.
+    """All checks made when a model was loaded; empty if checking was disabled.
 
     Attributes:
         tokens: length of the text that it was proved on; of an image, its positions.
@@ -175,7 +175,7 @@ _SAMPLED = 64
 
 
 def prove(model: "HFModel | Seq2SeqModel | BridgeModel") -> None:
-    """Show on a text or an image that what headscope sees is what the model does.
+    """Check on a text or an image that headscope's view matches the model.
 
     What was compared is kept in ``model.proof``.
 
@@ -227,7 +227,7 @@ def _proved(model: "HFModel | Seq2SeqModel | BridgeModel") -> Proof:
 
 
 def judge(model: Any, length: int, checks: list[LoadCheck], facts: tuple[str, ...]) -> Proof:
-    """Make a proof of what was compared.
+    """Build a proof from comparisons.
 
     Raises:
         UnsupportedModelError: if something failed that everything else stands on.
@@ -248,7 +248,7 @@ def judge(model: Any, length: int, checks: list[LoadCheck], facts: tuple[str, ..
 
 
 def _worst(checks: Iterable[LoadCheck]) -> list[LoadCheck]:
-    """The check of each kind that came nearest to failing, or failed."""
+    """For each kind of check, the one closest to failing."""
     found: dict[str, LoadCheck] = {}
     for check in checks:
         before = found.get(check.what)

@@ -1,4 +1,4 @@
-"""What every way of running a model offers to the rest of headscope."""
+"""``HeadModel``: the interface that the rest of headscope uses to run models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,7 +28,7 @@ from headscope.views import (
 
 @dataclass(frozen=True, eq=False)
 class AttentionWrite:
-    """How head outputs of one layer reach the residual stream.
+    """Map from one layer's head outputs to the residual stream.
 
     ``sum over heads of z @ W_O + bias``, with ``W_O`` of ``model.output_weights``; where a norm
     follows attention (gemma2, gemma3, olmo2), that norm of it.

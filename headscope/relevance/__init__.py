@@ -1,4 +1,4 @@
-"""What tokens count for: AtMan, label words as anchors, memorised text."""
+"""Token relevance: AtMan, label words as anchors, memorised text."""
 
 from headscope.relevance.anchors import CutOff as CutOff
 from headscope.relevance.anchors import Reweighted as Reweighted

@@ -1,4 +1,4 @@
-"""Label words as anchors: they gather what their demonstrations say, and predictions read them."""
+"""Label words as anchors: they gather information from demonstrations for the prediction."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ def anchors(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Anchors:
-    """Measure how label words gather information and hand it to the final position.
+    """Measure how label words gather information and pass it to the final position.
 
     With ``I = |sum over heads of A * d loss / d A|`` of a layer, the loss that of the target at
     ``end``, and p the label words: ``text_to_label`` is the mean of I over pairs (p, anything
@@ -121,7 +121,7 @@ def anchors(
 
 @dataclass(frozen=True, eq=False)
 class _Labels:
-    """Where the label words of every class are, and which token each is."""
+    """Positions and token of every class's label words."""
 
     tokens: Int[Tensor, " class"]
     places: tuple[str, ...]
@@ -129,7 +129,7 @@ class _Labels:
 
     @classmethod
     def of(cls, probe: Probe) -> "_Labels":
-        """Check the probe.
+        """Validate the probe.
 
         Raises:
             InputError: see :func:`anchors`.
@@ -177,7 +177,7 @@ class _Labels:
 
 @dataclass
 class _Flows:
-    """Sums of one batch, by layer as they are read."""
+    """Sums of one batch's flows, layer by layer."""
 
     probe: Probe
     labels: _Labels
@@ -231,7 +231,7 @@ class _Flows:
 def _pairs(
     probe: Probe, at: Int[Tensor, " query"], keys: int
 ) -> dict[str, Bool[Tensor, "batch query key"]]:
-    """Which pairs of these queries count for which flow."""
+    """Mask of the (query, key) pairs of each flow."""
     label, end = (
         probe.mark("label") if "label" in probe.marks else _any_label(probe),
         probe.mark("end"),
@@ -290,7 +290,7 @@ def _joined(parts: Sequence[Mapping[int, Tensor]], shape: ModelShape) -> np.ndar
 def pairwise_auc(
     scores: Float[np.ndarray, "*any example class"], chosen: Int[np.ndarray, " example"]
 ) -> Float[np.ndarray, "*any"]:
-    """How well scores of classes tell which was chosen: area under the curve, mean over pairs.
+    """How well scores of classes predict the chosen one: AUC, mean over pairs of classes.
 
     For classes i and j it is the share of pairs of an example where j was chosen and one where i
     was in which the first has the larger ``score_j - score_i``, ties half.
@@ -362,7 +362,7 @@ def _table(
 def _p_of(
     paid: Float[np.ndarray, "layer head class example"], predicted: Int[np.ndarray, " example"]
 ) -> Float[np.ndarray, "layer head"]:
-    """p-value of two classes by Mann and Whitney's test (1947), one-sided; NaN of more classes."""
+    """One-sided p-value of two classes by the Mann-Whitney test (1947); NaN for more classes."""
     from scipy import stats
 
     high, low = predicted == 1, predicted == 0
@@ -375,7 +375,7 @@ def _p_of(
 
 @dataclass(frozen=True, eq=False)
 class CutOff:
-    """An edit of patterns: some queries see nothing before them, in all heads of some layers.
+    """Edit of patterns that cuts some queries off from everything before them.
 
     Attributes:
         layers: where.
@@ -387,7 +387,7 @@ class CutOff:
     site: Literal["pattern"] = field(init=False, default="pattern")
 
     def __call__(self, layer: int, value: Float[Tensor, "batch head query key"]) -> Tensor:
-        """Return the rows with those of the chosen queries on their own key."""
+        """Return the rows with the chosen queries attending only to themselves."""
         size = value.shape[-2]
         own = torch.eye(size, value.shape[-1], device=value.device, dtype=value.dtype)
         where = self.queries[:, None, :size, None].to(value.device)
@@ -403,7 +403,7 @@ def isolated(
     batch_size: int | None,
     progress: bool | None,
 ) -> dict[str, Float[np.ndarray, " example"]]:
-    """Loss and predictions with label words, or other tokens, cut off from what is before them."""
+    """Loss and predictions with label words, or other tokens, cut off from what precedes them."""
     layers = model.shape.attention_layers
     label = _any_label(probe.host)
     other = _others(probe.host, label, seed)
@@ -437,7 +437,7 @@ def isolated(
 
 
 def _others(probe: Probe, label: Bool[Tensor, "batch pos"], seed: int) -> Bool[Tensor, "batch pos"]:
-    """As many other tokens as there are label words, drawn between the first and the end."""
+    """Random control tokens, as many as label words, between the first and the end."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(label.shape, generator=generator)
     free = probe.real & ~label & ~probe.mark("end") & (probe.position_in_text > 0)
@@ -448,7 +448,7 @@ def _others(probe: Probe, label: Bool[Tensor, "batch pos"], seed: int) -> Bool[T
 
 @dataclass(frozen=True, eq=False)
 class Reweighted:
-    """Weights of label words by head and class, learned on top of a frozen model.
+    """Learned weights of label words by head and class, on a frozen model.
 
     Attributes:
         beta: attention from ``end`` to the words of a class is multiplied by ``exp(beta)``.
@@ -463,7 +463,7 @@ class Reweighted:
 
     @property
     def size(self) -> Float[np.ndarray, "layer head"]:
-        """``mean over classes of |beta|``: how far the head's anchors had to be moved."""
+        """``mean over classes of |beta|``: how far the head's weights moved."""
         return np.asarray(np.abs(self.beta).mean(-1))
 
 
@@ -480,7 +480,7 @@ def reweight(
     every: int = 20,
     progress: bool | None = None,
 ) -> Reweighted:
-    """Learn how much attention to each label word should count, head by head, with all else frozen.
+    """Learn how much attention to each label word should count per head, with the model frozen.
 
     Attention from ``end`` to the words of class k is multiplied by ``exp(beta)`` of the head and
     class and not renormalised; beta starts at 0, where nothing changes. Adam on the cross-entropy

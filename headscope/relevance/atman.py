@@ -1,4 +1,4 @@
-"""AtMan: how much each token supports a continuation, by taking attention away from it."""
+"""AtMan: relevance of each token for a continuation, by suppressing attention to it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ Group = str | Sequence[int]
 
 @dataclass(frozen=True, eq=False)
 class Suppressed:
-    """An edit of patterns: some keys count for less, or not at all, for all queries of some heads.
+    """Edit of patterns that reduces or removes attention to some keys, in some heads.
 
     With scores ``s`` (soft cap included) and ``m`` the smallest score that the query sees, the
     score of key t becomes ``m + factor_t (s_t - m)``; the others stay. That is
@@ -65,7 +65,7 @@ class Suppressed:
     def __call__(
         self, layer: int, value: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Return the rows with attention taken away; the input is left as it is."""
+        """Return the rows with attention reduced; the input is unchanged."""
         chosen = self.heads[layer]
         if chosen is None:
             return suppressed(value, self.factors, erase=self.erase)
@@ -82,7 +82,7 @@ def suppressed(
     *,
     erase: bool = False,
 ) -> Float[Tensor, "*any query key"]:
-    """Attention rows with the scores of some keys multiplied; see :class:`Suppressed`.
+    """Multiply the attention scores of some keys by factors; see :class:`Suppressed`.
 
     Args:
         pattern: rows; 0 where a key is not visible.
@@ -230,7 +230,7 @@ def _check(factor: float, mode: str, similar: float | None, top: int | None) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """A text with its target behind it, and the losses that are read.
+    """A text followed by its target, and the losses to read.
 
     Attributes:
         ids, every: of text and target, as ids and as texts.
@@ -266,7 +266,7 @@ class _Asked:
 
     @classmethod
     def of(cls, model: HeadModel, text: Promptish, target: str | Sequence[int] | None) -> "_Asked":
-        """Read a text and its target; the likeliest token where none is given."""
+        """Tokenize a text and its target; default: the most likely next token."""
         if isinstance(target, str):
             return cls._of_text(model, text, target)
         prompt = read_prompt(model, text)
@@ -318,7 +318,7 @@ def _units(
     groups: Mapping[str, Group] | None,
     similar: float | None,
 ) -> dict[str, Float[Tensor, " key"]]:
-    """Factors of all keys for each token, or for each group."""
+    """Factors of all keys for suppressing each token or group."""
     length = len(asked.texts)
     if groups is None:
         places = {_label(asked.texts, at): [at] for at in range(length)}
@@ -339,7 +339,7 @@ def _units(
 
 
 def _label(texts: tuple[str, ...], at: int) -> str:
-    """The token's text, with its position where another token says the same."""
+    """The token's text, with its position if another token has the same text."""
     return texts[at] if texts.count(texts[at]) == 1 else f"{texts[at]} ({at})"
 
 
@@ -364,7 +364,7 @@ def _positions(asked: _Asked, name: str, group: Group) -> list[int]:
 
 
 def _cosines(model: HeadModel, asked: _Asked, chosen: Sequence[int]) -> Float[Tensor, " key"]:
-    """Largest cosine of each key's embedding with those of a unit."""
+    """Largest cosine similarity of each key's embedding with those of a unit."""
     table = model.parts.embedding
     own = table[asked.ids[: len(asked.texts)].to(table.device)].float().cpu()
     unit = own / own.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -373,7 +373,7 @@ def _cosines(model: HeadModel, asked: _Asked, chosen: Sequence[int]) -> Float[Te
 
 
 def _by_layer(model: HeadModel, heads: Sequence[HeadIndex]) -> dict[int, tuple[int, ...] | None]:
-    """Heads by layer; None where it is the whole layer."""
+    """Heads by layer; None for a whole layer."""
     found: dict[int, tuple[int, ...]] = {}
     for head in heads:
         found[head.layer] = (*found.get(head.layer, ()), head.head)

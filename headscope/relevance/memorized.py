@@ -1,4 +1,4 @@
-"""Memorised text: spans that a model continues by heart, and the heads that this goes through."""
+"""Memorised text: spans that a model continues verbatim, and the heads involved."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +45,7 @@ def memorized(
     seed: int = 0,
     progress: bool | None = None,
 ) -> Memorized:
-    """Find the spans of a corpus that a model knows by heart, and localise that in its heads.
+    """Find memorised spans of a corpus, and localise them in the model's heads.
 
     A span is ``prefix`` tokens and the ``length`` after them. It is known if greedy decoding from
     the prefix gives the rest to the last token, which one pass over the span itself tells: greedy
@@ -147,7 +147,7 @@ def _listed(row: Any) -> Any:
 
 
 def _counts(corpus: Sequence[Sequence[int]], d_vocab: int) -> Int[Tensor, " d_vocab"]:
-    """How often every token occurs.
+    """Number of occurrences of every token.
 
     Raises:
         InputError: if every token is another.
@@ -183,7 +183,7 @@ def _places(corpus: Sequence[Sequence[int]], size: int, stride: int) -> list[tup
 
 
 def _spans_probe(tokens: Int[Tensor, "batch pos"], start: int) -> Probe:
-    """Spans whose continuation is asked for; mark ``end``: the last prefix token."""
+    """Probe of spans with their continuations as targets; mark ``end``: the last prefix token."""
     targets = torch.full_like(tokens, -1)
     targets[:, start - 1 : -1] = tokens[:, start:]
     end = torch.zeros_like(tokens, dtype=torch.bool)
@@ -194,7 +194,7 @@ def _spans_probe(tokens: Int[Tensor, "batch pos"], start: int) -> Probe:
 def _tried(
     model: HeadModel, probe: Probe, batch_size: int | None, progress: bool | None
 ) -> tuple[Int[np.ndarray, " span"], Float[np.ndarray, " span"]]:
-    """How many tokens of every continuation are right before the first error, and its loss."""
+    """Number of correct tokens of every continuation before the first error, and its loss."""
 
     @torch.no_grad()
     def run(batch: Probe, _: int) -> tuple[Tensor, Tensor]:
@@ -220,7 +220,7 @@ def _tried(
 
 @dataclass
 class _LastRows:
-    """Attention of the last prefix token, of every layer, left on the device."""
+    """Attention of the last prefix token in every layer, kept on the device."""
 
     at: Int[Tensor, " 1"]
     found: dict[int, Float[Tensor, "batch head key"]] = field(default_factory=dict)
@@ -244,7 +244,7 @@ _MOST_PAIRS = 4_000_000
 def _tau(
     attention: Float[np.ndarray, "*any token"], counts: Int[np.ndarray, " token"]
 ) -> Float[np.ndarray, "*any"]:
-    """Kendall's tau-b of each row with the counts; NaN where one side does not vary."""
+    """Kendall's tau-b of each row with the counts; NaN if one side is constant."""
     first, second = np.triu_indices(len(counts), 1)
     other = np.sign(counts[first].astype(float) - counts[second])
     flat = attention.reshape(-1, len(counts))
@@ -264,7 +264,7 @@ def _tau(
 def _by_token(
     ids: Int[np.ndarray, " key"], rows: Float[np.ndarray, "*any key"]
 ) -> tuple[Int[np.ndarray, " token"], Float[np.ndarray, "*any token"]]:
-    """The different tokens of a text, and the mean attention to the occurrences of each."""
+    """Distinct tokens of a text, and the mean attention to the occurrences of each."""
     tokens, place, often = np.unique(ids, return_inverse=True, return_counts=True)
     return tokens, rows @ np.eye(len(tokens))[place] / often
 
@@ -279,7 +279,7 @@ def rare_attention(
     batch_size: int | None = None,
     about: Provenance | None = None,
 ) -> HeadScores:
-    """Kendall's tau between attention from ``end`` and how often tokens occur in a corpus.
+    """Kendall's tau between attention from ``end`` and token frequency in a corpus.
 
     Attention to a token is the mean over its occurrences; the control has the counts of the
     example's tokens in another order. -1 where attention is in the order of rarity. A BOS in front
@@ -349,7 +349,7 @@ def rare_attention(
 def _gradients(
     model: HeadModel, probe: Probe | None, batch_size: int | None, about: Provenance
 ) -> list[HeadScores]:
-    """Largest entry of the gradient of every head's matrices; NaN without examples."""
+    """Largest gradient entry of every head's matrices; NaN without examples."""
     shape = model.shape
     found = np.full((4, shape.n_layers, shape.n_heads), np.nan)
     if probe is not None and _readable(model):
@@ -374,7 +374,7 @@ def _gradients(
 
 
 def _readable(model: HeadModel) -> bool:
-    """Whether gradients of weights can be read off those of activations."""
+    """Whether gradients of weights can be computed from those of activations."""
     try:
         for layer in model.shape.attention_layers:
             _need_plain(model, layer)
@@ -398,7 +398,7 @@ def _need_plain(model: HeadModel, layer: int) -> None:
 def weight_gradients(
     model: HeadModel, probe: Probe, *, batch_size: int | None = None
 ) -> dict[int, dict[str, Float[Tensor, "head first second"]]]:
-    """Gradient of the mean loss of a probe's targets by ``W_Q``, ``W_K``, ``W_V`` and ``W_O``.
+    """Gradient of the mean loss with respect to ``W_Q``, ``W_K``, ``W_V`` and ``W_O``.
 
     By layer and letter, in the shapes of ``model.weights(layer)``: key/value heads not repeated.
     From gradients of activations: ``d L / d W_V = sum of x_i^T (d L / d v_i)``, and of queries
@@ -436,7 +436,7 @@ def weight_gradients(
 def _of_batch(
     model: HeadModel, probe: Probe, count: int
 ) -> dict[int, dict[str, Float[Tensor, "head first second"]]]:
-    """What some examples add to the gradients of a mean over ``count`` targets."""
+    """Contribution of some examples to the gradients of a mean over ``count`` targets."""
     shape, held = model.shape, dict[Tap, Tensor]()
     sites = ("resid_pre", "query", "key", "value", "z", "head_sum")
     taps = [Tap(site, layer) for layer in shape.attention_layers for site in sites]
@@ -494,7 +494,7 @@ def _broken(
     seed: int,
     batch_size: int | None,
 ) -> Float[np.ndarray, "known prefix"]:
-    """Tokens that are still right when one prefix token is another, for every place."""
+    """Number of tokens still correct when one prefix token is replaced, for every position."""
     if not len(known):
         return np.full((0, prefix), np.nan)
     generator = torch.Generator().manual_seed(seed)

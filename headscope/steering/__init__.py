@@ -1,4 +1,4 @@
-"""Steering by heads: task means, indirect effects, injection, contrasts, readings in words."""
+"""Steering by heads: task means, indirect effects, injection, contrasts, patchscopes."""
 
 from headscope.steering.effects import SteeringTable as SteeringTable
 from headscope.steering.effects import Strengths as Strengths

@@ -1,4 +1,4 @@
-"""What vectors of heads do: indirect effects, learned strengths, contrasts, and side effects."""
+"""Effects of head vectors: indirect effects, learned strengths, contrasts, side effects."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ def indirect_effect(
     memory: str | int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Average indirect effect of every head: what its task mean does for prompts without a task.
+    """Average indirect effect of every head: effect of its task mean on prompts without the task.
 
     On prompts whose demonstrations have their labels shuffled, a head's output at ``end`` becomes
     its mean over prompts with the right labels; the effect is the probability of the answer then
@@ -162,7 +162,7 @@ def _effects(
     memory: str | int | None,
     progress: bool | None,
 ) -> Float[np.ndarray, "2 chosen example"]:
-    """Change of the answer's probability by patching each mean of each head at the end."""
+    """Change of the answer's probability when each head's mean is patched in at the end."""
     study = Measurement.of(
         model, probe, answer_probability.at("end"),
         RunOptions(batch_size, memory, progress=progress),
@@ -184,7 +184,7 @@ def _effects(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Strengths(Saved, Shown, Tabular):
-    """Strengths of injection learned for a task.
+    """Learned strengths of injection for a task.
 
     Attributes:
         values: from 0 (the head is left alone) to 1 (it gives its vector); NaN: no such head.
@@ -238,7 +238,7 @@ def learn_strengths(
     folder: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Strengths:
-    """Learn how strongly each head's vector should be injected for a task, with all else frozen.
+    """Learn how strongly to inject each head's vector for a task, with the model frozen.
 
     ``z`` at ``end`` becomes ``(1 - a) z + a v`` with ``a = sigmoid(theta)`` and theta 0 at the
     start; Adam on the cross-entropy of the answer, all prompts in each step. Every few steps the
@@ -321,7 +321,7 @@ def learn_strengths(
 
 
 def _check(checks: dict[str, Tensor], step: int, loss: Tensor, theta: Tensor) -> None:
-    """Note a held-out loss, and the strengths where it is the lowest so far."""
+    """Record a held-out loss, and the strengths if it is the lowest so far."""
     now = float(loss.detach())
     if not len(checks["at"]) or now < float(checks["at"][:, 1].min()):
         checks["best"] = theta.detach().clone()
@@ -369,7 +369,7 @@ def contrast(
     at: Positions = None,
     batch_size: int | None = None,
 ) -> HeadVectors:
-    """Steering vectors of heads from two sets of texts, with how well each tells them apart.
+    """Steering vectors of heads from two sets of texts, and how well each separates them.
 
     ``mean``: mean output on the positives less that on the negatives; with a broad sample of text
     as negatives that is mean-centring. ``pca``: first principal component of the centred
@@ -497,7 +497,7 @@ def _held_out(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SteeringTable(Saved, Shown, Tabular):
-    """What a way of steering does to a task, beside what it does to other text.
+    """Effect of steering on a task and on other text.
 
     Attributes:
         arms: names: ``none``, ``heads``, ``random heads``, ``residual``, ``random residual``, and
@@ -566,7 +566,7 @@ def compare(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> SteeringTable:
-    """Hold head-level steering against its baselines, with what each does to other text.
+    """Compare head-level steering with its baselines, including side effects.
 
     Arms: ``none``; ``heads``, the vectors injected; ``random heads``, random directions of the
     same lengths in the same heads; ``residual``, what the heads' vectors write together added to
@@ -666,7 +666,7 @@ def compare(
 
 
 def _need_same_answers(probe: Probe, prompt: Probe) -> None:
-    """Refuse a prompt that asks for other answers than the probe.
+    """Refuse a prompt whose answers differ from the probe's.
 
     Raises:
         InputError: if examples or targets at ``end`` differ.

@@ -1,4 +1,4 @@
-"""Steering vectors of heads, how they are put in, and what a head's output says in words."""
+"""Steering vectors of heads: extraction, injection, and readings as words."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -34,7 +34,7 @@ Positions = str | Bool[Tensor, "batch pos"] | None
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadVectors(Saved, Shown, Tabular):
-    """A vector for every head, in the space of its output ``z`` before the output projection.
+    """One vector per head, in the space of its output ``z`` before the output projection.
 
     Attributes:
         name: what they are, e.g. ``mean at end``.
@@ -51,37 +51,37 @@ class HeadVectors(Saved, Shown, Tabular):
 
     @property
     def by_layer(self) -> dict[int, Float[Tensor, "head d_head"]]:
-        """Vectors of each layer with heads, as :func:`headscope.edits.mean` takes them."""
+        """Vectors by layer, as :func:`headscope.edits.mean` takes them."""
         there = ~self.values.isnan().all(-1).all(-1)
         return {layer: self.values[layer] for layer in there.nonzero()[:, 0].tolist()}
 
     @property
     def norm(self) -> Float[Tensor, "layer head"]:
-        """Euclidean length of each."""
+        """Euclidean norm of each vector."""
         length: Tensor = self.values.norm(dim=-1)
         return length
 
     def cosine(self, other: "HeadVectors") -> Float[Tensor, "layer head"]:
-        """Cosine of each with another one's, from -1 to 1; NaN where a length is 0."""
+        """Cosine similarity with another set, head by head; NaN for zero vectors."""
         _same_shape(self, other)
         both = (self.values * other.values).sum(-1)
         return both / (self.norm * other.norm)
 
     def minus(self, other: "HeadVectors") -> "HeadVectors":
-        """Less another one's: with the mean over several tasks that is mean-centring."""
+        """Subtract another set; with the mean over several tasks this is mean-centring."""
         _same_shape(self, other)
         made = self.values - other.values
         return replace(self, name=f"{self.name} less {other.name}", values=made, auc=None)
 
     def random(self, seed: int = 0) -> "HeadVectors":
-        """Random directions of the same lengths: what any vector of this size would do."""
+        """Random directions with the same norms, as a control."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(self.values.shape, generator=generator)
         drawn = drawn / drawn.norm(dim=-1, keepdim=True) * self.norm[..., None]
         return replace(self, name=f"random as {self.name}", values=drawn, auc=None)
 
     def check(self, model: HeadModel) -> "HeadVectors":
-        """Return the vectors if they are of this model.
+        """Return the vectors if they belong to this model, else raise.
 
         Raises:
             InputError: if they are of another one.
@@ -102,7 +102,7 @@ class HeadVectors(Saved, Shown, Tabular):
         return self
 
     def glance(self) -> Glance:
-        """The longest of them."""
+        """Show the longest vectors."""
         flat = self.norm.nan_to_num(-1).flatten()
         order = flat.argsort(descending=True, stable=True)[:6].tolist()
         heads = [HeadIndex(at // self.values.shape[1], at % self.values.shape[1]) for at in order]
@@ -137,7 +137,7 @@ def _same_shape(first: HeadVectors, second: HeadVectors) -> None:
 
 @dataclass
 class Outputs:
-    """Head outputs at marked positions: their sum over each example's, or all of them."""
+    """Reader of head outputs at marked positions: their sum per example, or all of them."""
 
     where: Bool[Tensor, "batch pos"]
     found: dict[int, Float[Tensor, "batch head d_head"]] = field(default_factory=dict)
@@ -203,7 +203,7 @@ def _where(probe: Probe, at: Positions) -> Bool[Tensor, "batch pos"]:
 def head_means(
     model: HeadModel, probe: Probe, *, at: Positions = None, batch_size: int | None = None
 ) -> HeadVectors:
-    """Mean output of every head over the examples of a probe, at one place of each.
+    """Mean output of every head over a probe's examples, at one position of each.
 
     On in-context prompts of a task, at the last token, these are what function vectors are made of.
 
@@ -232,7 +232,7 @@ def head_means(
 
 @dataclass(frozen=True, eq=False)
 class AtLast:
-    """An edit of heads at the last token of the prompt alone, whatever is generated after it.
+    """Edit of heads only at the last token of the prompt, whatever is generated after it.
 
     Attributes:
         edit: of every position.
@@ -247,7 +247,7 @@ class AtLast:
         return self.edit.layers
 
     def during(self, span: Span) -> HeadEdit:
-        """The edit of the positions that a pass runs; without heads where the last is not there."""
+        """Restrict the edit to a pass's positions; no heads if the last token is not there."""
         if self.edit.scope == "decode" or span.first >= span.prompt:
             return replace(self.edit, heads={}, donors=None, positions=None, scope="all")
         where = _last_of_prompt(span)[:, span.first : span.end]
@@ -259,7 +259,7 @@ class AtLast:
 
 
 def _last_of_prompt(span: Span) -> Bool[Tensor, "batch pos"]:
-    """The last token of every prompt, wherever its padding stands."""
+    """Mask of the last token of every prompt, whatever its padding."""
     if span.real is None:
         where = torch.zeros(1, max(span.end, span.prompt), dtype=torch.bool)
         where[:, span.prompt - 1] = True
@@ -283,7 +283,7 @@ def injection(
     positions: Positions = "last",
     scope: Scope = "all",
 ) -> list[AnyEdit]:
-    """Edits by which heads give vectors; :func:`inject` is the scope of them.
+    """Edits that add vectors to heads; :func:`inject` is the context manager.
 
     Args:
         model: as :func:`inject` takes it.
@@ -324,7 +324,7 @@ def injection(
 
 
 def _amounts(heads: Sequence[HeadIndex], strength: Strength) -> dict[HeadIndex, float]:
-    """Strength of every head, each a finite number."""
+    """Strength of every head, checked to be finite."""
     found: dict[HeadIndex, float] = {}
     named = {HeadIndex.parse(k): v for k, v in strength.items()} if isinstance(
         strength, Mapping
@@ -356,7 +356,7 @@ def inject(
     positions: Positions = "last",
     scope: Scope = "all",
 ) -> AbstractContextManager[None]:
-    """Have heads give a vector while the scope is open, also while the model generates.
+    """Context manager that adds vectors to heads, also during generation.
 
     ``replace``: ``z`` becomes ``(1 - strength) z + strength v``: 0 changes nothing, 1 is a patch.
     ``add``: ``z + strength v``.
@@ -390,7 +390,7 @@ def inject(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResidualVector(Saved, Shown, Tabular):
-    """A vector of the residual stream that some heads write together.
+    """Vector of the residual stream written jointly by some heads.
 
     Attributes:
         name: what it is.
@@ -405,7 +405,7 @@ class ResidualVector(Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def check(self, model: HeadModel) -> "ResidualVector":
-        """Return the vector if it is of this model.
+        """Return the vector if it belongs to this model, else raise.
 
         Raises:
             InputError: if it is of another one.
@@ -419,7 +419,7 @@ class ResidualVector(Saved, Shown, Tabular):
         return self
 
     def glance(self) -> Glance:
-        """Its length and heads."""
+        """Show its norm and heads."""
         return Glance(
             f"residual vector, {self.name}",
             [f"length {number(float(self.values.norm()))}", self.provenance.model],
@@ -436,7 +436,7 @@ class ResidualVector(Saved, Shown, Tabular):
 
 @checked
 def function_vector(model: HeadModel, vectors: HeadVectors, heads: Heads) -> ResidualVector:
-    """What some heads write together when each gives its vector: ``sum of v_h W_O``.
+    """Joint output of some heads, each with its vector: ``sum of v_h W_O``.
 
     The bias of the output projection belongs to no head and is left out.
 
@@ -473,7 +473,7 @@ IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n? ->"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadReading(Saved, Shown, Tabular):
-    """What a model says next where a head's write stands in place of a token.
+    """Next-token prediction with a head's output in place of a token.
 
     Attributes:
         head: whose write it is.
@@ -528,7 +528,7 @@ def patchscope(
     scaled: bool = True,
     k: int = 8,
 ) -> HeadReading:
-    """Let the model say what a head writes, by putting the write into another prompt.
+    """Decode a head's output into words, by patching it into another prompt.
 
     The write ``z W_O`` of the head at a position of the prompt becomes the residual stream after a
     layer at the place of the template's placeholder; what the model then says at the end of the

@@ -1,4 +1,4 @@
-"""Studies: the claims of a paper, asked of a model.
+"""Studies: tests of a paper's claims on a model.
 
 hs.studies.list()                                     # names of studies, and what each is about
 result = hs.studies.run("induction-heads", model)     # a number, a control, a verdict per claim

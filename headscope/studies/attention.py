@@ -1,4 +1,4 @@
-"""Studies of where heads look: induction, earlier tokens, sinks, delimiters, needles."""
+"""Studies of attention patterns: induction, earlier tokens, sinks, delimiters, needles."""
 
 import math
 from functools import partial

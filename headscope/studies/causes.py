@@ -1,4 +1,4 @@
-"""Studies of causes: circuits and their estimates, self-repair, vectors that carry tasks."""
+"""Studies of causal effects: circuits and their estimates, self-repair, task vectors."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -317,7 +317,7 @@ BACK_PATCHING = Study(
 
 
 def _fired(model: HeadModel, setting: StudySetting) -> list[tuple[list[int], HeadIndex, int, int]]:
-    """Prompt, head, query and key of attention of a half, but on the first or the own token."""
+    """Strong attention entries of a half of the prompts: prompt, head, query and key."""
     probe, _ = skilled(model, setting)
     rng = np.random.default_rng(setting.seed)
     found = []
@@ -366,7 +366,7 @@ def _sparse(model: HeadModel, setting: StudySetting) -> Evidence:
 
 
 def _kept(products: Float[np.ndarray, " dimension"]) -> int:
-    """How many of the largest products make seven tenths of their sum."""
+    """Number of largest products that make up seven tenths of their sum."""
     total = np.cumsum(np.sort(products)[::-1])
     return int(np.argmax(total >= _SHARE * total[-1])) + 1
 
@@ -516,7 +516,7 @@ def _single(model: HeadModel, words: Sequence[str]) -> bool:
 
 
 def _task(model: HeadModel, setting: StudySetting, number: int) -> Probe:
-    """In-context prompts of a task that the model can do better with its demonstrations."""
+    """In-context prompts of a task that the model does better with demonstrations."""
     return setting.share(("task", number), lambda: _make_task(model, setting, number))
 
 
@@ -656,7 +656,7 @@ _UNPLEASANT = ("sad", "angry", "poor", "tired", "lonely", "cruel", "sick", "afra
 
 
 def _feelings(model: HeadModel, seed: int) -> list[Probe]:
-    """Sentences that end in pleasant and in unpleasant words, of half the words each."""
+    """Sentences with pleasant and unpleasant endings, built from disjoint halves of the words."""
     if model.tokenizer is None:
         raise UnsupportedModelError("it has no tokenizer, and feelings are words.")
     sets = [[one for one in words if _single(model, (one,))] for words in (_PLEASANT, _UNPLEASANT)]

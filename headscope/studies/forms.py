@@ -1,4 +1,4 @@
-"""Studies that ask for models of a form: with checkpoints, groups, images, two texts, mixers."""
+"""Studies that need a certain kind of model: checkpoints, groups, images, seq2seq, mixers."""
 
 from itertools import combinations
 from typing import Any

@@ -1,4 +1,4 @@
-"""Studies of long contexts: which heads look far, what of, and what follows from it."""
+"""Studies of long contexts: which heads attend far back, to what, and with what effect."""
 
 from collections.abc import Sequence
 
@@ -393,7 +393,7 @@ ROTARY = Study(
 
 
 def _documents(model: HeadModel, setting: StudySetting, *, twice: bool) -> list[str]:
-    """Passages said twice, or followed by as much of another."""
+    """Repeated passages, or passages followed by the same amount of other text."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise UnsupportedModelError("it has no tokenizer, and documents are texts.")

@@ -1,4 +1,4 @@
-"""Studies of weights, of the residual stream and of what heads are needed for."""
+"""Studies of weights, of the residual stream, and of which heads are needed."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""Running studies: on any model, claim by claim, resumed where a run stopped, and their page."""
+"""Run studies on a model, claim by claim, resumably, and build their page."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ _FOLDER = "studies"
 
 @dataclass(frozen=True)
 class StudyCost:
-    """What studies will take.
+    """Estimated cost of studies.
 
     Attributes:
         claims: that are left to be asked.
@@ -71,7 +71,7 @@ class StudyCost:
 
 @checked
 def list_studies() -> dict[str, str]:
-    """Studies that ship, by name, with what each is about.
+    """List the built-in studies by name, with their subjects.
 
     Example:
         >>> "induction-heads" in hs.studies.list()
@@ -82,7 +82,7 @@ def list_studies() -> dict[str, str]:
 
 @checked
 def show(name: "str | Path | Study") -> Study:
-    """A study: its paper, its claims, and what is measured for each.
+    """Look up a study: its paper, its claims, and what is measured for each.
 
     Args:
         name: of a study that ships, or a Python file that defines ``STUDY``, or a study itself.
@@ -114,7 +114,7 @@ def run(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> StudyResult:
-    """Ask a model the claims of a study.
+    """Test the claims of a study on a model.
 
     Args:
         study: name of a study that ships (``hs.studies.list()``), a Python file that
@@ -154,7 +154,7 @@ def run_all(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> dict[str, StudyResult]:
-    """Ask a model the claims of several studies, which share probes and passes.
+    """Test the claims of several studies on a model, sharing probes and passes.
 
     Args:
         model: from :func:`headscope.load`.
@@ -193,7 +193,7 @@ def cost(
     *,
     out: "str | Path | None" = None,
 ) -> StudyCost:
-    """What studies will take, before they start, from a forward pass that is measured now.
+    """Estimate the cost of studies before running them, from a timed forward pass.
 
     How many passes a claim takes was measured when its study was written, on a model of 30 layers
     and 270 heads (the short form on a model of 3 layers), time for everything else included; claims
@@ -233,7 +233,7 @@ def cost(
 
 
 def _seconds_of_a_pass(model: HeadModel) -> float:
-    """Of 64 tokens, the second of two passes."""
+    """Seconds of a pass over 64 tokens, the second of two."""
     probe = random_tokens(model, length=min(64, (model.shape.n_ctx or 64) - 2), batch=1)
     seconds = 0.0
     for _ in range(2):
@@ -251,7 +251,7 @@ def _run(
     overwrite: bool,
     progress: bool | None,
 ) -> StudyResult:
-    """One study, whose claims share what the setting keeps."""
+    """Run one study; its claims share cached probes and results."""
     seed, fast = setting.seed, setting.fast
     asked = {
         "model": model.name,
@@ -281,7 +281,7 @@ def _run(
 
 @checked
 def page_of(out: Path) -> str:
-    """All studies in a folder as one HTML page that needs no network.
+    """Build one self-contained HTML page of all studies in a folder.
 
     Args:
         out: the folder that :func:`run` wrote.
@@ -331,7 +331,7 @@ def page_of(out: Path) -> str:
 
 
 def _claimed(out: Path, study: Study, asked: Mapping[str, Any], overwrite: bool) -> Path:
-    """The folder of a study, with the answers that are there already."""
+    """Claim the folder of a study, and load its finished answers."""
     folder = FolderClaim.create(out, "study", overwrite=overwrite).of(asked)
     old = out / _FOLDER
     if overwrite and old.is_dir() and not old.is_symlink():
@@ -343,7 +343,7 @@ def _claimed(out: Path, study: Study, asked: Mapping[str, Any], overwrite: bool)
 def _ask(
     claim: Claim, model: HeadModel, setting: StudySetting, place: Path | None, advance: Advance
 ) -> Answer:
-    """One answer, read where it was written before, else measured and written."""
+    """Load an answer, or measure and write it."""
     file = None if place is None else place / f"{claim.name}.json"
     if file is not None and file.exists():
         answer = _read(file)
@@ -357,7 +357,7 @@ def _ask(
 
 
 def _json(answer: Answer) -> bytes:
-    """An answer as JSON; numbers that are missing become null."""
+    """An answer as JSON; missing numbers become null."""
     plain = {
         name: None if isinstance(value, float) and isnan(value) else value
         for name, value in asdict(answer).items()
@@ -366,7 +366,7 @@ def _json(answer: Answer) -> bytes:
 
 
 def _read(file: Path) -> Answer:
-    """Read what :func:`_json` made."""
+    """Rebuild an answer from :func:`_json`."""
     try:
         plain = json.loads(file.read_text("utf-8"))
         filled: dict[str, Any] = {key: nan if one is None else one for key, one in plain.items()}
@@ -392,7 +392,7 @@ def _measured(claim: Claim, model: HeadModel, setting: StudySetting, place: Path
 
 
 def _from_file(file: Path) -> Study:
-    """The study that a user's file defines as ``STUDY``; the file is run."""
+    """Load the ``STUDY`` that a user's file defines; this executes the file."""
     spec = spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise InputError(f"there is no file {str(file)!r}: give a Python file that defines STUDY.")

@@ -1,4 +1,4 @@
-"""What a study is: a paper's claims, what is measured for each, and when a claim holds."""
+"""Definition of a study: a paper's claims, their measurements, and when a claim holds."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +50,7 @@ LEVEL = 0.99  # of the intervals that decide: a study asks several claims at onc
 
 @dataclass(frozen=True)
 class StudySetting:
-    """How a study is run.
+    """Model, seed and size of a study's run, with a cache that claims share.
 
     Attributes:
         fast: fewer and shorter examples, for a first look and for tests.
@@ -64,11 +64,11 @@ class StudySetting:
     kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def size(self, whole: int, fast: int) -> int:
-        """One of two sizes."""
+        """Choose between the full and the fast size."""
         return fast if self.fast else whole
 
     def share(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
-        """What ``make`` returns, made once for all claims of a run; an error is raised again.
+        """Compute a value once for all claims of a run; an error is raised again.
 
         Args:
             key: what tells it from all else that is shared: a name and its arguments.
@@ -93,7 +93,7 @@ class StudySetting:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured for a claim.
+    """Measurements for a claim.
 
     Attributes:
         value: the number that the claim is about.
@@ -164,7 +164,7 @@ def paired(
 def _exact(
     values: Float[np.ndarray, " example"], control: Float[np.ndarray, " example"]
 ) -> tuple[float, float] | None:
-    """Interval of a mean difference of yes and no, where that is all there is; else None.
+    """Exact interval of a mean difference of yes/no values; None for other values.
 
     Against a constant it is Clopper and Pearson's. Against yes and no it is made of two of them, of
     the share of examples that changed to yes and of those that changed to no, each at half the
@@ -185,7 +185,7 @@ def _exact(
 
 
 def _share(count: int, total: int, tail: float) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a share."""
+    """Clopper-Pearson interval of a proportion."""
     from scipy.special import betaincinv
 
     low = float(betaincinv(count, total - count + 1, tail)) if count else 0.0
@@ -195,7 +195,7 @@ def _share(count: int, total: int, tail: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of a paper, as something that can turn out false.
+    """One falsifiable claim of a paper.
 
     Attributes:
         name: short, unique within the study.
@@ -220,7 +220,7 @@ class Claim:
 
 @dataclass(frozen=True, repr=False)
 class Study(Shown):
-    """A paper as a series of claims that can be asked of a model.
+    """A paper as a list of claims that can be tested on a model.
 
     Attributes:
         name: as ``headscope study run`` takes it.
@@ -237,7 +237,7 @@ class Study(Shown):
     about: str
 
     def __post_init__(self) -> None:
-        """Refuse claims that would overwrite each other.
+        """Refuse duplicate names of claims, whose answers would overwrite each other.
 
         Raises:
             InputError: if there are none, or two have one name.
@@ -250,7 +250,7 @@ class Study(Shown):
             )
 
     def glance(self) -> Glance:
-        """Its claims, and what is measured for each."""
+        """Show its claims, and what is measured for each."""
         return Glance(
             f"{self.name}: {self.title}",
             facts=(self.paper,),
@@ -270,7 +270,7 @@ class Study(Shown):
 
 @dataclass(frozen=True)
 class Answer(Stored):
-    """What a model says to one claim.
+    """Result of testing one claim on a model.
 
     Attributes:
         claim: its name.
@@ -301,7 +301,7 @@ class Answer(Stored):
 
 
 def answered(claim: Claim, found: Evidence) -> Answer:
-    """The verdict on a claim: it holds where the whole interval lies above what counts.
+    """Decide a claim: it holds if the whole interval is above the required effect.
 
     Example:
         >>> claim = Claim("x", "X is high.", "x", "chance", ask=lambda *_: None, least=0.1)
@@ -332,13 +332,13 @@ def answered(claim: Claim, found: Evidence) -> Answer:
 
 
 def unasked(claim: Claim, reason: object) -> Answer:
-    """The answer where a claim cannot be asked of a model."""
+    """Answer for a claim that cannot be tested on a model."""
     return Answer(claim.name, claim.statement, "cannot be asked", str(reason), least=claim.least)
 
 
 @dataclass(frozen=True, repr=False)
 class StudyResult(Saved, Shown, Tabular):
-    """What a model says to the claims of a study.
+    """Results of all claims of a study on a model.
 
     Attributes:
         study: its name.
@@ -362,14 +362,14 @@ class StudyResult(Saved, Shown, Tabular):
         return {one.claim: one.verdict for one in self.answers}
 
     def __getitem__(self, claim: str) -> Answer:
-        """The answer to one claim."""
+        """Answer to one claim."""
         for one in self.answers:
             if one.claim == claim:
                 return one
         raise InputError(f"study {self.study!r} has the claims {', '.join(self.verdicts)}.")
 
     def glance(self) -> Glance:
-        """Claims, verdicts and numbers."""
+        """Show claims, verdicts and numbers."""
         return Glance(
             f"{self.study}: {self.title}",
             facts=(self.provenance.model, self.paper, "fast form" if self.fast else ""),
@@ -385,7 +385,7 @@ class StudyResult(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """A section of the study, with a table of its claims and what each rests on."""
+        """Report the study, with a table of its claims and the measurements behind them."""
         rows = [
             (one.claim, *_row(one)[1:], number(one.least) if one.n else "-") for one in self.answers
         ]
@@ -444,7 +444,7 @@ _OTHERS = 2  # times as many heads as are ablated: fewer leave nothing to draw
 
 
 def repeated(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
-    """Random tokens said twice."""
+    """Probe of repeated random tokens."""
     room = (model.shape.n_ctx or 128) - 2
     length = min(setting.size(24, 20), room // 2)
     batch = 12
@@ -454,7 +454,7 @@ def repeated(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
 
 
 def needles(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
-    """Facts hidden at several depths of short texts, whose control asks for something else."""
+    """Facts hidden at several depths of short texts; the control asks for something else."""
     length = min(128, model.shape.n_ctx or 128)
     depths, per_cell = setting.size(5, 3), setting.size(4, 8)
     return setting.share(
@@ -481,7 +481,7 @@ def answers(model: HeadModel, setting: StudySetting, seed: int) -> Float[np.ndar
 
 
 def pattern(scorer: str, model: HeadModel, setting: StudySetting) -> tuple[HeadIndex, Evidence]:
-    """The head with the highest score on repeated tokens, and that score on others."""
+    """Head with the highest score on repeated tokens, with its score on fresh ones."""
     probes = [repeated(model, setting, setting.seed + k) for k in range(2)]
     return setting.share(("pattern", scorer), lambda: best_head(model, scorer, *probes))
 
@@ -489,13 +489,13 @@ def pattern(scorer: str, model: HeadModel, setting: StudySetting) -> tuple[HeadI
 def fetching(
     model: HeadModel, setting: StudySetting, scorer: str = "retrieval_first_token"
 ) -> tuple[HeadIndex, Evidence]:
-    """The head with the highest score on needles, and that score on others."""
+    """Head with the highest retrieval score, with its score on fresh needles."""
     probes = [needles(model, setting, setting.seed + k) for k in range(2)]
     return setting.share(("fetching", scorer), lambda: best_head(model, scorer, *probes))
 
 
 def role(scorer: str, model: HeadModel, setting: StudySetting) -> HeadIndex:
-    """The head of a role on repeated tokens.
+    """The head that plays a role on repeated tokens.
 
     Raises:
         UnsupportedModelError: if no head plays it.
@@ -505,7 +505,7 @@ def role(scorer: str, model: HeadModel, setting: StudySetting) -> HeadIndex:
 
 
 def retrieval_heads(model: HeadModel, setting: StudySetting) -> list[HeadIndex]:
-    """The three heads that fetch most, as far as they do, chosen on the first needles.
+    """The three heads with the highest retrieval scores, chosen on separate needles.
 
     Raises:
         UnsupportedModelError: if none does on the second.
@@ -535,7 +535,7 @@ def rank_correlation(
     note: str = "",
     results: Mapping[str, object] | None = None,
 ) -> Evidence:
-    """Spearman's rank correlation over heads against none, with its interval.
+    """Spearman's rank correlation over heads, against zero, with its interval.
 
     The interval is Fisher's with the variance of Bonett and Wright 2000, and takes heads as
     independent.
@@ -556,7 +556,7 @@ def rank_correlation(
 def random_heads(
     model: HeadModel, heads: Sequence[HeadIndex], sets: int, seed: int
 ) -> list[list[HeadIndex]]:
-    """Sets of as many other heads.
+    """Sets of random other heads of the same size.
 
     Raises:
         UnsupportedModelError: if there are too few others.
@@ -605,7 +605,7 @@ def unpaired(
     note: str = "",
     results: Mapping[str, object] | None = None,
 ) -> Evidence:
-    """Evidence of values against those of other examples, with Welch's interval."""
+    """Evidence from two independent samples, with Welch's interval."""
     a, b = (one[~np.isnan(one)] for one in (np.asarray(values, float), np.asarray(others, float)))
     if min(a.size, b.size) < 2:
         return Evidence(np.nan, np.nan, np.nan, np.nan, int(a.size + b.size), note, results or {})
@@ -619,7 +619,7 @@ def unpaired(
 
 
 def prose(model: HeadModel, setting: StudySetting, *, seed: int, length: int = 128) -> Probe:
-    """Texts of the kind that the model was trained on: passages, or stories for a bundled model.
+    """Text like the model's training data: passages, or stories for a bundled model.
 
     Passages are few: those of an even and of an odd distance from the setting's seed are two
     halves of them, which share none.
@@ -650,7 +650,7 @@ def _passages() -> list[str]:
 def metric_of(
     model: HeadModel, probe: Probe, metric: Metric = metrics.loss
 ) -> Float[np.ndarray, " example"]:
-    """A metric of the whole model, per example."""
+    """Metric of the whole model, per example."""
     measurement = Measurement.of(model, probe, metric, RunOptions(progress=False))
     return measurement.measure(lambda *_: (), 0, "reading a metric")[1]
 
@@ -704,7 +704,7 @@ def best_head(
 
 
 def control_of(scores: HeadScores, head: HeadIndex) -> Float[np.ndarray, " example"]:
-    """What a head's score is held against, example by example."""
+    """Control values for a head's score, per example."""
     own, control = scores.per_example, scores.control_per_example
     if control is not None and control.shape == own.shape:
         paired_control: Float[np.ndarray, " example"] = control[head.layer, head.head]
@@ -713,7 +713,7 @@ def control_of(scores: HeadScores, head: HeadIndex) -> Float[np.ndarray, " examp
 
 
 def control_mean(scores: HeadScores, head: HeadIndex) -> Float[np.ndarray, " example"]:
-    """Mean of all other heads, example by example."""
+    """Mean of all other heads, per example."""
     others = scores.per_example.copy()
     others[head.layer, head.head] = np.nan
     flat = others.reshape(-1, others.shape[-1])
@@ -731,7 +731,7 @@ def against_random_sets(
     sign: float,
     seed: int,
 ) -> Evidence:
-    """What ablating these heads does to a metric, and what as many random other heads do.
+    """Effect of ablating these heads on a metric, against random sets of other heads.
 
     Args:
         model: the model.

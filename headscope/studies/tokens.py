@@ -1,4 +1,4 @@
-"""Studies of tokens: where information flows, which tokens count, how states spread and bend."""
+"""Studies of tokens: information flow, relevance, and the geometry of states."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -146,7 +146,7 @@ def _explained(model: HeadModel, setting: StudySetting) -> dict[str, Float[np.nd
 
 
 def _explain(model: HeadModel, setting: StudySetting) -> dict[str, Float[np.ndarray, " text"]]:
-    """Rank correlation of explanations with the effect of hiding each token, by text."""
+    """Rank correlation of token relevance with the effect of masking each token, by text."""
     probe, _ = skilled(model, setting)
     count, length = setting.size(16, 8), 24
     short = from_tokens(probe.tokens[:count, :length])
@@ -476,7 +476,7 @@ TOKEN_GEOMETRY = Study(
 
 
 def _whole(model: HeadModel, setting: StudySetting) -> Probe:
-    """Texts of one length without padding, half of them the reference."""
+    """Unpadded texts of one length, half of them as reference."""
     probes = [skilled(model, setting, number)[0] for number in range(2)]
     length = min(48, *(int(one.real.sum(1).min()) for one in probes))
     rows = [one.tokens[:, :length] for one in probes]

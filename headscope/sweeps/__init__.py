@@ -1,4 +1,4 @@
-"""Sweeps: studies of heads as config files, resumable, shardable, and tables again at the end."""
+"""Sweeps: resumable, shardable ablation studies defined by config files, with tables as results."""
 
 from headscope.sweeps.cluster import RayExecutor as RayExecutor
 from headscope.sweeps.config import SweepConfig as SweepConfig

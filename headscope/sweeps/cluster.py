@@ -1,8 +1,8 @@
-"""Chunks on Ray: one actor per device, each with a model in memory; chunks go to who is free.
+"""Ray executor for sweeps: one actor per device with a loaded model, chunks assigned when idle.
 
-Workers write their results into the folder themselves; the driver learns only that a chunk is
-finished, and loses nothing when it dies. Ray restarts a worker that dies and runs its chunk
-again; a chunk that took three workers with it is recorded as failed.
+Workers write their results into the folder themselves; the driver only learns that a chunk is
+finished, so nothing is lost when it dies. Ray restarts a worker that dies and runs its chunk again;
+a chunk that killed three workers is recorded as failed.
 """
 
 import os
@@ -34,7 +34,7 @@ _LONGEST_SOCKET, _SOCKET = 107, 69
 
 
 class Worker:
-    """What runs in an actor: a model, and the folder that results go to."""
+    """Ray actor that holds a model and runs chunks."""
 
     def __init__(self, config: dict[str, Any], folder: str) -> None:
         """Read the plan; models are loaded when a chunk needs them."""
@@ -43,7 +43,7 @@ class Worker:
         self._work = Work(read, store.plan(), store, Benches(read, store.scored))
 
     def run(self, chunk: str) -> str:
-        """Run one chunk; what went wrong for good, or nothing."""
+        """Run one chunk; returns the reason if it failed for good."""
         try:
             run_chunk(self._work, self._work.plan.by_id[chunk])
         except HeadscopeError as error:
@@ -53,13 +53,13 @@ class Worker:
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Runs chunks on a Ray cluster: that of ``RAY_ADDRESS``, or one on this machine alone.
+    """Run chunks on a Ray cluster: that of ``RAY_ADDRESS``, or a local one.
 
-    A cluster of its own listens on the loopback interface, has no dashboard, and asks for a token
-    that only this process and its workers know.
+    A local cluster listens on the loopback interface, has no dashboard, and requires a token that
+    only this process and its workers know.
 
     Attributes:
-        workers: how many; default: one per GPU, or one per two cores.
+        workers: number of workers; default: one per GPU, or one per two cores.
     """
 
     workers: int | None = None
@@ -69,7 +69,7 @@ class RayExecutor:
 
         Raises:
             InputError: if Ray is not installed.
-            HeadscopeError: if a model is no longer what it was planned to be.
+            HeadscopeError: if a model has changed since it was planned.
         """
         work.benches.drop()  # the driver needs no model, and a GPU has room for one
         with _cluster(self.workers) as ray:
@@ -88,7 +88,7 @@ class RayExecutor:
 def _drive(
     ray: Any, actors: list[Any], work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished
 ) -> None:
-    """Give every actor that is free another chunk, until there are none."""
+    """Assign chunks to idle actors until none are left."""
     waiting = list(chunks)
     held: dict[int, int] = {}
     running: dict[Any, tuple[int, Chunk]] = {}
@@ -117,7 +117,7 @@ def _drive(
 
 
 def _next(work: Work, waiting: list[Chunk], held: int | None, loaded: Counter[int]) -> Chunk:
-    """The next chunk for an actor: of its own model, else of the one with most work per actor."""
+    """Next chunk for an actor: of its own model, else of the model with most work per actor."""
     left = Counter(work.plan.model_of(chunk) for chunk in waiting)
     model = held if held in left else max(left, key=lambda one: left[one] / (1 + loaded[one]))
     chosen = next(chunk for chunk in waiting if work.plan.model_of(chunk) == model)
@@ -126,7 +126,7 @@ def _next(work: Work, waiting: list[Chunk], held: int | None, loaded: Counter[in
 
 
 def _workers(ray: Any, wanted: int | None) -> tuple[int, dict[str, Any]]:
-    """How many actors, and what each takes: as many as fit at once."""
+    """Number of actors, and the resources of each: as many as fit at once."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     cpus = [int(node.get("CPU", 0)) for node in nodes]
@@ -141,9 +141,9 @@ def _workers(ray: Any, wanted: int | None) -> tuple[int, dict[str, Any]]:
 
 @contextmanager
 def _cluster(workers: int | None) -> Iterator[Any]:
-    """Ray, connected; a cluster of our own goes when we go.
+    """Connect to Ray; a local cluster is shut down on exit.
 
-    Ray reads its environment when it is imported, and keeps the token: both stay set.
+    Ray reads its environment on import and keeps the token, so both stay set.
     """
     joined = "RAY_ADDRESS" in os.environ
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -180,7 +180,7 @@ def _cluster(workers: int | None) -> Iterator[Any]:
 
 
 def check_address(address: str) -> None:
-    """Refuse a cluster that does not answer, which Ray would wait minutes for.
+    """Refuse a cluster address that does not answer, for which Ray would wait minutes.
 
     Raises:
         InputError: if nothing listens there.
@@ -200,10 +200,10 @@ def check_address(address: str) -> None:
 
 
 def check_temporary(folder: Path) -> None:
-    """Refuse a folder for temporary files whose name is too long for Ray's sockets.
+    """Refuse a temporary folder whose name is too long for Ray's sockets.
 
     Raises:
-        InputError: naming the folder and what to do.
+        InputError: with the folder and what to do.
     """
     if os.name == "posix" and len(str(folder)) + _SOCKET > _LONGEST_SOCKET:
         raise InputError(
@@ -214,7 +214,7 @@ def check_temporary(folder: Path) -> None:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Scope that leaves signal handlers as they were: Ray puts one of its own."""
+    """Context manager that restores signal handlers, since Ray installs its own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

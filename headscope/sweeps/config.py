@@ -1,6 +1,6 @@
-"""A sweep written down: which models, probes, edits, heads and metrics, each with each.
+"""Sweep configs: models, probes, edits, heads and metrics, crossed with each other.
 
-Reading the file checks all that can be told of it without any model.
+Reading the file checks everything that can be checked without a model.
 """
 
 import re
@@ -40,7 +40,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Short(Strict):
-    """A config that may also be written as one word: its first key's value."""
+    """Config that may be abbreviated to one word: the value of its first key."""
 
     @model_validator(mode="before")
     @classmethod
@@ -51,19 +51,19 @@ class Short(Strict):
     def __get_pydantic_json_schema__(
         cls, core: Any, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """Tell editors about the one word."""
+        """Describe the abbreviation in the JSON schema, for editors."""
         return {"anyOf": [{"type": "string"}, handler(core)]}
 
 
 class ModelConfig(Short):
-    """A model, or several states of it.
+    """A model, or several checkpoints of it.
 
     Attributes:
         model: Hugging Face name, local folder or bundled model.
-        revision: branch, tag or commit; of a bundled model a checkpoint.
-        checkpoints: several revisions, earliest first; ``all`` those of a bundled model.
-        dtype: of the weights; default: as stored.
-        name: how results call it; default: the last part of ``model``.
+        revision: branch, tag or commit; for a bundled model a checkpoint.
+        checkpoints: several revisions, earliest first; ``all``: those of a bundled model.
+        dtype: dtype of the weights; default: as stored.
+        name: name in results; default: the last part of ``model``.
     """
 
     model: str = Field(min_length=1)
@@ -74,14 +74,14 @@ class ModelConfig(Short):
 
     @property
     def label(self) -> str:
-        """Its name; of a path or ``owner/name`` the last part."""
+        """Name in results; for a path or ``owner/name`` the last part."""
         return self.name or re.split(r"[\\/]", self.model.rstrip("\\/"))[-1]
 
     def revisions(self) -> tuple[str | None, ...]:
-        """Every state of it that is to be run.
+        """All revisions to run.
 
         Raises:
-            InputError: if all are asked for of a model whose checkpoints cannot be listed.
+            InputError: if all checkpoints are requested of a model that cannot list them.
         """
         if self.checkpoints is None:
             return (self.revision,)
@@ -96,10 +96,10 @@ class ModelConfig(Short):
 
 
 class NamedProbe(ProbeConfig):
-    """A probe with a name of its own.
+    """A probe config with a name.
 
     Attributes:
-        name: how results call it; default: its kind.
+        name: name in results; default: its kind.
     """
 
     name: str | None = Field(default=None, pattern=_NAME)
@@ -116,14 +116,14 @@ class NamedProbe(ProbeConfig):
 
 
 class EditConfig(Short):
-    """What is done to heads.
+    """Edit of heads.
 
     Attributes:
         method: of :func:`headscope.ablate_heads` (``mean``, ``zero``, ``mean_pos``, ``resample``,
             ``patch``, ``uniform``, ``attend_to_first``), or ``scale``.
         positions: a mark of the probe; default: everywhere.
         reference: name of the probe that replacement values come from; default: the probe itself.
-        factor: of ``scale``.
+        factor: factor of ``scale``.
     """
 
     method: str
@@ -133,21 +133,21 @@ class EditConfig(Short):
 
     @property
     def label(self) -> str:
-        """How results call it: ``mean``, ``scale0.5``, ``zero@end``, ``mean~text``."""
+        """Name in results: ``mean``, ``scale0.5``, ``zero@end``, ``mean~text``."""
         parts = [self.method, "" if self.factor is None else f"{self.factor:g}"]
         parts += [f"@{self.positions}" if self.positions else ""]
         return "".join([*parts, f"~{self.reference}" if self.reference else ""])
 
 
 class EdgeConfig(Short):
-    """Edges between heads, scored by one method, and circuits grown from the scores.
+    """Edge scores by one method, and circuits grown from them.
 
     Attributes:
         method: of :func:`headscope.edges.attribute`.
-        steps: gradients of integrated methods.
-        ablation: what an edge that is taken out carries; default: ``patch`` where the probe has
-            pairs, else ``mean``.
-        circuits: sizes, in edges, of circuits that are run and checked.
+        steps: steps of integrated gradients.
+        ablation: what a removed edge carries; default: ``patch`` if the probe has pairs, else
+            ``mean``.
+        circuits: sizes, in edges, of circuits to run and check.
     """
 
     method: str
@@ -157,17 +157,17 @@ class EdgeConfig(Short):
 
     @property
     def label(self) -> str:
-        """How results call it: ``eap``, ``eap_ig``, ``eap_ig#10``, ``exact~zero``."""
+        """Name in results: ``eap``, ``eap_ig``, ``eap_ig#10``, ``exact~zero``."""
         steps = f"#{self.steps}" if self.method in STEPPED and self.steps != 5 else ""
         return f"{self.method}{steps}" + (f"~{self.ablation}" if self.ablation else "")
 
 
 class MetricConfig(Short):
-    """What is measured.
+    """Metric, and where it is read.
 
     Attributes:
         metric: of :mod:`headscope.metrics`.
-        at: mark of the probe where it is read; default: where the probe has targets.
+        at: mark of the probe at which it is read; default: positions with targets.
     """
 
     metric: str
@@ -175,15 +175,15 @@ class MetricConfig(Short):
 
     @property
     def label(self) -> str:
-        """How results call it: ``loss``, ``answer_rank@end``."""
+        """Name in results: ``loss``, ``answer_rank@end``."""
         return self.metric + (f"@{self.at}" if self.at else "")
 
 
 class HeadSet(Strict):
-    """Which heads, and how they are edited; every head of the model unless a key says less.
+    """Selection of heads, and how they are combined; default: every head on its own.
 
     Attributes:
-        name: how results call it.
+        name: name in results.
         heads: addresses such as ``L5H1``.
         layers: only these layers.
         score: rank heads by this scorer of the catalogue, measured on each model, or by
@@ -191,15 +191,15 @@ class HeadSet(Strict):
             or as :mod:`headscope.pruning` does: by ``gradient_importance`` (on these too),
             ``confidence`` or ``output_norm`` (on that probe) or ``weight_norm``.
         table: rank by ``score`` as saved in this file of a scan instead.
-        order: of the ranking.
-        top: how many heads of the ranking; default: all.
+        order: order of the ranking.
+        top: number of heads from the ranking; default: all.
         random: draw this many heads; ``all``: put all in random order.
-        draws: how often they are drawn.
-        seed: of the draws.
-        not_in: do not draw heads of the set with this name.
-        arrange: ``each`` head by itself, all ``together``, or ``cumulative``: the first, the first
-            two, ... in order, from none on.
-        steps: of a cumulative curve, evenly spaced; default: one per head.
+        draws: number of draws.
+        seed: seed of the draws.
+        not_in: exclude heads of the set with this name from the draw.
+        arrange: ``each`` head alone, all ``together``, or ``cumulative``: none, the first, the
+            first two, ... in order.
+        steps: number of evenly spaced points of a cumulative curve; default: one per head.
     """
 
     name: str = Field(pattern=_NAME)
@@ -218,21 +218,21 @@ class HeadSet(Strict):
 
 
 class SweepConfig(Strict):
-    """Every model with every probe, edit, metric and set of heads; and edges between heads.
+    """Sweep over models, probes, edits, metrics and sets of heads; and over edges.
 
     Attributes:
-        name: of the sweep, and of its folder.
-        models: what is run.
-        probes: on what.
-        edits: what is done to heads.
+        name: name of the sweep and of its folder.
+        models: models to run.
+        probes: probes to run them on.
+        edits: edits of heads.
         edges: methods that score edges on every probe and metric; edits, edges, or both.
-        metrics: what is measured.
-        sets: which heads, and how.
-        references: more probes, only for replacement values.
-        seeds: of edits that draw (``resample``); the others run once.
-        chunk: sets of heads measured and saved at a time.
+        metrics: metrics to measure.
+        sets: which heads, and how combined.
+        references: additional probes, only for replacement values.
+        seeds: seeds of edits with random draws (``resample``); other edits run once.
+        chunk: number of sets measured and saved at a time.
         batch_size: examples per recorded pass.
-        memory: what a stack of variants may take, e.g. ``2GB``.
+        memory: limit for a stack of variants, e.g. ``2GB``.
         device: default: a GPU if there is one.
     """
 
@@ -257,10 +257,10 @@ RUNTIME_KEYS = frozenset({"batch_size", "memory", "device"})
 
 @checked
 def read_config(path: str | Path) -> SweepConfig:
-    """Read a sweep's YAML file.
+    """Read a sweep config from YAML.
 
     Raises:
-        InputError: naming the first thing that is wrong, and the nearest word that would be right.
+        InputError: with the first error, and the closest valid word.
 
     Example:
         >>> hs.sweeps.read_config("configs/sweeps/ioi-all-heads.yaml").name
@@ -289,7 +289,7 @@ def schema() -> dict[str, Any]:
 
 
 def check_config(config: SweepConfig) -> None:
-    """Check what can be told without any model.
+    """Check everything that can be checked without a model.
 
     Raises:
         InputError: if a word is unknown, a name is used twice, or keys exclude each other.
@@ -336,7 +336,7 @@ EDGES = "edges"
 
 
 def circuit_set(size: int) -> str:
-    """Name of the set that a circuit of so many edges stands in: ``circuit100``."""
+    """Name of the set of a circuit with so many edges: ``circuit100``."""
     return f"circuit{size}"
 
 

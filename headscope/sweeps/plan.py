@@ -1,6 +1,6 @@
-"""What a sweep is to run: sets of heads, studies of cells, chunks that are keyed by their content.
+"""Plan of a sweep: resolved sets of heads, groups of cells, and content-addressed chunks.
 
-Sets of a config are ranked and resolved for one model.
+Sets of a config are ranked and resolved per model.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ Ranking = Callable[[HeadSet], Float[np.ndarray, "layer head"]]
 
 @dataclass(frozen=True, eq=False)
 class Rankings:
-    """Rankings of one model's heads; each is measured once for what it depends on."""
+    """Rankings of one model's heads, each computed once."""
 
     model: HeadModel
     probes: Mapping[str, Probe]
@@ -50,7 +50,7 @@ class Rankings:
     known: dict[tuple[str, ...], Float[np.ndarray, "layer head"]] = field(default_factory=dict)
 
     def of(self, probe: str, metric: MetricConfig) -> Ranking:
-        """Value of every head in the ranking of a set, for one probe and metric of the sweep."""
+        """Value of every head in the ranking of a set, for one probe and metric."""
         return partial(self._values, probe, metric)
 
     def _values(
@@ -90,13 +90,13 @@ class Rankings:
 
 
 def metric_of(metric: MetricConfig) -> Metric:
-    """The metric that a config names."""
+    """Metric of a config."""
     chosen = METRICS[metric.metric]
     return chosen if metric.at is None else chosen.at(metric.at)
 
 
 def _from_table(table: Path, score: str, model: HeadModel) -> Float[np.ndarray, "layer head"]:
-    """A score as a scan saved it."""
+    """Score from a saved scan."""
     values = HeadTable.load(table)[score].mean
     expected = (model.shape.n_layers, model.shape.n_heads)
     if values.shape != expected:
@@ -109,13 +109,13 @@ def _from_table(table: Path, score: str, model: HeadModel) -> Float[np.ndarray, 
 
 @dataclass(frozen=True)
 class Cell:
-    """Heads that are edited at once; or all edges, scored; or a circuit of edges.
+    """One unit of work: heads edited jointly, scores of all edges, or a circuit.
 
     Attributes:
-        set: name of the set that they belong to.
-        draw: which draw of a random set; 0 otherwise.
-        heads: in the order of the set; none in the first point of a curve, and for edges.
-        edges: None for heads; 0 for the scores of all edges; else the size of a circuit.
+        set: name of the set.
+        draw: number of the draw of a random set; 0 otherwise.
+        heads: in the order of the set; empty at the first point of a curve, and for edges.
+        edges: None for heads; 0 for the scores of all edges; otherwise the size of a circuit.
     """
 
     set: str
@@ -125,13 +125,13 @@ class Cell:
 
 
 def edge_cells(wanted: EdgeConfig) -> tuple[Cell, ...]:
-    """The scores of all edges, and each circuit."""
+    """Cells for the scores of all edges, and for each circuit."""
     sizes = sorted(wanted.circuits)
     return (Cell(EDGES, 0, (), 0), *(Cell(circuit_set(size), 0, (), size) for size in sizes))
 
 
 def cells(model: HeadModel, sets: tuple[HeadSet, ...], ranking: Ranking) -> tuple[Cell, ...]:
-    """Cells of all sets, in their order.
+    """Cells of all sets, in order.
 
     Raises:
         InputError: if the model lacks a head, or a set has none.
@@ -154,7 +154,7 @@ def _draws(
     ranking: Ranking,
     earlier: Mapping[str, list[tuple[HeadIndex, ...]]],
 ) -> list[tuple[HeadIndex, ...]]:
-    """The heads of a set, once per draw."""
+    """Heads of a set, one list per draw."""
     among = _among(model, one)
     if one.score is not None:
         values = ranking(one)
@@ -189,7 +189,7 @@ def _draws(
 
 
 def _among(model: HeadModel, one: HeadSet) -> list[HeadIndex]:
-    """Heads that a set may hold."""
+    """Heads that a set may contain."""
     heads = list(model.shape.heads)
     if one.heads is not None:
         heads = [model.shape.check(HeadIndex.parse(head)) for head in one.heads]
@@ -206,7 +206,7 @@ def _among(model: HeadModel, one: HeadSet) -> list[HeadIndex]:
 
 
 def _arranged(one: HeadSet, heads: tuple[HeadIndex, ...]) -> list[tuple[HeadIndex, ...]]:
-    """The sets that are edited at once."""
+    """Combinations of heads that are edited jointly."""
     if one.arrange == "each":
         return [(head,) for head in heads]
     if one.arrange == "together":
@@ -226,13 +226,13 @@ class PlannedModel:
     """One model at one revision.
 
     Attributes:
-        entry: number of the config's entry that says how to load it.
-        name: how results call it.
-        checkpoint: the revision that was asked for.
-        digest: of its weights.
-        layers: how many it has.
-        heads: in a layer.
-        kv_heads: key/value heads in a layer.
+        entry: index of the config entry to load it by.
+        name: name in results.
+        checkpoint: requested revision.
+        digest: digest of its weights.
+        layers: number of layers.
+        heads: heads per layer.
+        kv_heads: key/value heads per layer.
     """
 
     entry: int
@@ -251,20 +251,21 @@ class PlannedModel:
 
 @dataclass(frozen=True)
 class CellGroup:
-    """One model, probe, edit and seed; the cells differ in their heads alone.
+    """Cells with the same model, probe, edit and seed, which differ only in their heads.
 
-    Or one model, probe, metric and method for edges; its cells are its scores and its circuits.
+    Or, for edges, with the same model, probe, metric and method; its cells are its scores and
+    circuits.
 
     Attributes:
-        model: number of the model in the plan.
+        model: index of the model in the plan.
         probe: name of the probe.
-        probe_digest: of its tokens, marks and answers, and of the reference's.
-        examples: in the probe.
-        edit: what is done, or how edges are scored.
-        metrics: what is measured of every cell, on the same passes.
-        seed: of the edit.
-        heads: all heads edited on this probe; the ablation is proved on the one in the middle.
-        n_edges: edges of the model, where edges are scored.
+        probe_digest: digest of its tokens, marks and answers, and of the reference's.
+        examples: number of examples of the probe.
+        edit: name of the edit, or of the method that scores edges.
+        metrics: metrics of every cell, on the same passes.
+        seed: seed of the edit.
+        heads: all heads edited on this probe; the edit is validated on the middle one.
+        n_edges: number of edges of the model, if edges are scored.
     """
 
     model: int
@@ -280,7 +281,7 @@ class CellGroup:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Cells of one study that are measured and saved together."""
+    """Cells of one group that are measured and saved together."""
 
     id: str
     study: int
@@ -289,7 +290,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a sweep will compute, in the order of its table."""
+    """Everything that a sweep will compute, in table order."""
 
     name: str
     models: tuple[PlannedModel, ...]
@@ -303,21 +304,21 @@ class Plan:
 
     @cached_property
     def n_cells(self) -> int:
-        """Rows of the whole table."""
+        """Number of rows of the whole table."""
         return sum(map(self.count, self.chunks))
 
     def count(self, chunk: Chunk) -> int:
-        """Rows that a chunk gives: each of its cells, or edges, with each metric."""
+        """Number of rows of a chunk: each of its cells, or edges, with each metric."""
         study = self.studies[chunk.study]
         rows = sum(study.n_edges if cell.edges == 0 else 1 for cell in chunk.cells)
         return rows * len(study.metrics)
 
     def model_of(self, chunk: Chunk) -> int:
-        """Number of the model that a chunk needs."""
+        """Index of the model that a chunk needs."""
         return self.studies[chunk.study].model
 
     def shard(self, index: int, count: int) -> tuple[Chunk, ...]:
-        """Chunks of shard ``index`` of ``count``, from 1: neighbours, so that few models load.
+        """Contiguous chunks of shard ``index`` of ``count``, from 1.
 
         Raises:
             InputError: if there is no such shard.
@@ -337,7 +338,7 @@ def chunked(
     cells: Sequence[Cell],
     size: int,
 ) -> list[Chunk]:
-    """Cut the cells of a study into chunks of equal size, at most ``size``."""
+    """Cut the cells of a group into chunks of equal size, at most ``size``."""
     pieces = -(-len(cells) // size)
     cuts = [len(cells) * i // pieces for i in range(pieces + 1)]
     parts = [tuple(cells[a:b]) for a, b in pairwise(cuts)]
@@ -347,7 +348,7 @@ def chunked(
 
 
 def key(content: object) -> str:
-    """Name of JSON content: 24 hexadecimal digits of its SHA-256."""
+    """Key of JSON content: the first 24 hexadecimal digits of its SHA-256."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -366,7 +367,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def plan_from_json(found: Mapping[str, Any]) -> Plan:
-    """Read what :func:`plan_json` gave."""
+    """Rebuild a plan from :func:`plan_json`."""
     return Plan(
         found["name"],
         tuple(PlannedModel(**model) for model in found["models"]),
@@ -402,12 +403,12 @@ def cells_json(cells: Iterable[Cell]) -> list[list[Any]]:
 
 
 def heads_text(heads: Iterable[HeadIndex]) -> str:
-    """Heads as they stand in tables: ``L0H1 L2H0``."""
+    """Format heads as in tables: ``L0H1 L2H0``."""
     return " ".join(map(str, heads))
 
 
 def heads_of(text: str) -> tuple[HeadIndex, ...]:
-    """Heads of such a text."""
+    """Parse heads from that format."""
     return tuple(_head(word) for word in text.split())
 
 

@@ -1,4 +1,4 @@
-"""A sweep's results as tables again, and in the formats of other programs.
+"""Results of a sweep as scores, effects and curves, and export to other formats.
 
 Scores of single heads, effects of groups, curves.
 """
@@ -36,7 +36,7 @@ _STUDY = ("model", "probe", "edit", "seed", "metric")
 
 @checked
 def read(folder: str | Path) -> "Results":
-    """Read what a sweep has computed so far.
+    """Load what a sweep has computed so far.
 
     Raises:
         InputError: if the folder holds no sweep.
@@ -56,10 +56,10 @@ def read(folder: str | Path) -> "Results":
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """Rows of a sweep, and how to pick from them.
+    """Rows of a sweep, with methods to select from them.
 
-    In every method a name may be left out where the sweep has only one: ``model`` (with
-    ``@checkpoint`` where there are several), ``probe``, ``edit``, ``seed``, ``metric``, ``set``.
+    In every method a name can be omitted if the sweep has only one: ``model`` (with ``@checkpoint``
+    if there are several), ``probe``, ``edit``, ``seed``, ``metric``, ``set``.
 
     Attributes:
         plan: what the sweep computes.
@@ -73,7 +73,7 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        """Whether every cell is there."""
+        """Whether every cell is finished."""
         return bool(self.rows.num_rows == self.plan.n_cells)
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -86,18 +86,18 @@ class Results:
         """Effects of single heads, with their values per example, intervals and p-values.
 
         Args:
-            set: of heads, arranged ``each``.
-            names: of the study, as above.
+            set: name of a set arranged as ``each``.
+            names: which model, probe and so on, as above.
 
         Raises:
-            InputError: if a name is unknown, or was left out where there are several.
+            InputError: if a name is unknown, or omitted where there are several.
         """
         chosen = self._set(set, "each")
         study, rows = self._rows(chosen, names)
         return self._scores(str(study["edit"]) + "_ablation", study, rows)
 
     def table(self, set: str | None = None, **names: str | int) -> HeadTable:
-        """All studies of one model and probe side by side; scores are called ``edit:metric``.
+        """All results of one model and probe as a table; scores are named ``edit:metric``.
 
         Edits with several seeds are called ``edit#seed:metric``.
         """
@@ -117,10 +117,10 @@ class Results:
         return HeadTable(found)
 
     def effects(self, set: str, **names: str | int) -> EffectGrid:
-        """Effects of a set that is edited together, or along its curve.
+        """Effects of a set that is edited jointly, or along its curve.
 
-        The axes are ``draw`` and ``heads``: how many were edited, 1 column for a group. With
-        values per example, so that intervals and tests follow.
+        The axes are ``draw`` and ``heads``: the number of edited heads, a single column for a
+        group. Contains values per example for intervals and tests.
         """
         self._set(set, "together", "cumulative")
         study, rows = self._rows(set, names)
@@ -145,13 +145,13 @@ class Results:
         )
 
     def edges(self, **names: str | int) -> EdgeGraph:
-        """Scores of all edges by one method, as :func:`headscope.edges.attribute` gives them.
+        """Scores of all edges by one method, as from :func:`headscope.edges.attribute`.
 
         Args:
             names: of the study, as above; ``edit`` is the method.
 
         Raises:
-            InputError: if a name is unknown, or was left out where there are several.
+            InputError: if a name is unknown, or omitted where there are several.
         """
         study, rows = self._rows(EDGES, names)
         model, about = self._planned(study), _origin(rows)
@@ -171,16 +171,16 @@ class Results:
         """A circuit that was grown from scores, with its checks.
 
         Args:
-            size: edges that it was to have, as in the config.
-            names: of the study, as above; ``edit`` is the method.
+            size: requested number of edges, as in the config.
+            names: which model, probe and so on, as above; ``edit`` is the method.
 
         Raises:
-            InputError: if a name is unknown, or was left out where there are several.
+            InputError: if a name is unknown, or omitted where there are several.
         """
         return self.circuit_of(circuit_set(size), **names)
 
     def circuit_of(self, set: str, **names: str | int) -> Circuit:
-        """The same by the name of its set, such as ``circuit100``."""
+        """A circuit by the name of its set, such as ``circuit100``."""
         study, rows = self._rows(set, names)
         model, about = self._planned(study), _origin(rows)
         wiring = Wiring(model.heads, tuple(about.probe["parallel"]))
@@ -220,7 +220,7 @@ class Results:
         return frame
 
     def _scores(self, name: str, study: dict[str, Any], rows: "pandas.DataFrame") -> HeadScores:
-        """One study's single heads; those that are not there yet are NaN."""
+        """Scores of single heads of one group; unfinished ones are NaN."""
         model = self._planned(study)
         values = np.full((model.layers, model.heads, len(rows["effects"].iloc[0])), np.nan)
         for row in rows.itertuples():
@@ -238,7 +238,7 @@ class Results:
         )
 
     def _set(self, name: str | None, *arrange: str) -> str:
-        """A set by its name, or the only one of its kind."""
+        """Set by name, or the only one of its kind."""
         fitting = [one for one, kind in self.arranged.items() if kind in arrange]
         if name is None and len(fitting) == 1:
             return fitting[0]
@@ -264,7 +264,7 @@ class Results:
     def _rows(
         self, chosen: str, names: dict[str, str | int]
     ) -> tuple[dict[str, Any], "pandas.DataFrame"]:
-        """Rows of one study and set."""
+        """Rows of one group and set."""
         _check_names(names)
         frame, study = self._of_set(chosen), {}
         for name in _STUDY:
@@ -273,7 +273,7 @@ class Results:
         return study, frame
 
     def _pick(self, frame: "pandas.DataFrame", name: str, value: str | int | None) -> Any:
-        """A value of one column: the one asked for, or the only one."""
+        """The requested value of a column, or the only one."""
         known = list(dict.fromkeys(frame[name].tolist()))
         if value is None and len(known) == 1:
             return known[0]
@@ -286,7 +286,7 @@ class Results:
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """Refuse arguments that name nothing of a study."""
+    """Refuse names that do not belong to any column."""
     for name in names:
         if name not in _STUDY:
             raise InputError(nearest(name, [*_STUDY, "set"], kind="argument"))
@@ -307,35 +307,35 @@ def intervals(
 
 
 def _floats(values: Any) -> Float[np.ndarray, " example"]:
-    """Values of one list; what is missing in the file is NaN."""
+    """Values of a list; missing ones become NaN."""
     return np.asarray(values, dtype=np.float64)
 
 
 def _clusters(origin: Provenance) -> tuple[int, ...] | None:
-    """Cluster labels of the probe's examples, where it has any."""
+    """Cluster labels of the probe's examples, if there are any."""
     labels = origin.probe.get("clusters")
     return None if labels is None else tuple(int(one) for one in labels)
 
 
 def _origin(rows: "pandas.DataFrame") -> Provenance:
-    """Where the rows of one study came from."""
+    """Provenance of one group's rows."""
     return Provenance.from_json(json.loads(rows["provenance"].iloc[0]))
 
 
 @checked
 def export(folder: str | Path, kind: str, target: str | Path | None = None) -> Path:
-    """Write a sweep's results for another program.
+    """Export a sweep's results for other programs.
 
     ``csv``: one row per cell. ``sqlite`` and ``duckdb``: table ``cells`` (the same) and table
     ``examples`` (``cell``, ``example``, ``effect``, ``clean``), joined by ``cells.cell``.
 
     Args:
-        folder: of the sweep.
+        folder: folder of the sweep.
         kind: ``csv``, ``sqlite`` or ``duckdb``.
-        target: the file; default: ``export.csv``, ``.sqlite`` or ``.duckdb`` in the folder.
+        target: path of the file; default: ``export.csv``, ``.sqlite`` or ``.duckdb`` in the folder.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
         InputError: if the kind is unknown, its library missing, or the file cannot be written.
@@ -361,7 +361,7 @@ def export(folder: str | Path, kind: str, target: str | Path | None = None) -> P
 
 
 def _cells(results: Results) -> "pandas.DataFrame":
-    """One row per cell, numbered; words as plain text."""
+    """One row per cell, numbered, with text as plain strings."""
     frame = results.to_pandas()
     words = frame.select_dtypes("category").columns
     frame = frame.astype(dict.fromkeys(words, object))

@@ -1,4 +1,4 @@
-"""Running a sweep: models ready to measure chunks, the plan of a config and its cost, retries."""
+"""Running sweeps: loaded models, planning, cost estimates, execution with retries."""
 
 import json
 import re
@@ -69,9 +69,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """A model of a sweep, its probes, and the studies that were begun on it.
+    """A loaded model of a sweep with its probes and running measurements.
 
-    The reference values and proofs of the study at hand are kept from chunk to chunk.
+    Reference values and validations of the current group are kept from chunk to chunk.
     """
 
     config: SweepConfig
@@ -109,24 +109,24 @@ class Bench:
 
     @cached_property
     def rankings(self) -> Rankings:
-        """What heads of this model are ranked by."""
+        """Rankings of this model's heads."""
         return Rankings(self.model, self.probes, self.options())
 
     def options(self, seed: int = 0) -> RunOptions:
-        """How a measurement of the sweep is run; the sweep shows the bar."""
+        """Options of a measurement; the sweep shows its own progress bar."""
         return RunOptions(self.config.batch_size, self.config.memory, seed, progress=False)
 
     def measurement(
         self, probe: str, metrics: Sequence[MetricConfig], seed: int = 0
     ) -> Measurement:
-        """A probe and metrics on this model; everything that can be checked is."""
+        """Validated measurement of metrics on a probe with this model."""
         first, *others = map(metric_of, metrics)
         return Measurement.of(
             self.model, self.probes[probe], first, self.options(seed), others=others
         )
 
     def placer(self, measurement: Measurement, edit: EditConfig) -> Placer:
-        """How an edit is done on a probe; what does not fit is refused."""
+        """Editor for an edit on a probe; refuses what does not fit."""
         if edit.factor is not None:
             return Placer(measurement, Scale(edit.factor), positions=edit.positions)
         reference = None if edit.reference is None else self.probes[edit.reference]
@@ -139,12 +139,12 @@ class Bench:
         )
 
     def data_digest(self, probe: str, reference: str | None = None) -> str:
-        """Digest of a probe, and of that which an edit takes values from."""
+        """Digest of a probe, and of the reference of an edit."""
         other = None if reference is None else self.probes[reference]
         return probe_digest(self.probes[probe], other)
 
     def _check_data(self, study: CellGroup) -> None:
-        """Refuse a probe that was read from a file which changed since."""
+        """Refuse a probe whose file has changed since planning."""
         other = _reference(study.edit)
         if self.data_digest(study.probe, other) != study.probe_digest:
             given = repr(study.probe) + (f" with its reference {other!r}" if other else "")
@@ -209,7 +209,7 @@ class Bench:
     def _measure_edges(
         self, model: PlannedModel, study: CellGroup, chunk: Chunk, wanted: EdgeConfig
     ) -> "pyarrow.Table":
-        """Rows of one chunk of edges: an edge each, or a circuit."""
+        """Rows of one chunk of edges: one per edge or circuit."""
         (metric,), (cell,) = study.metrics, chunk.cells
         probe, chosen = self.probes[study.probe], metric_of(metric)
         graph = edges.attribute(
@@ -242,19 +242,19 @@ class Bench:
 
 
 def _reference(edit: EditConfig | EdgeConfig) -> str | None:
-    """Name of the probe that an edit takes values from."""
+    """Name of the reference probe of an edit."""
     return edit.reference if isinstance(edit, EditConfig) else None
 
 
 class Benches:
-    """The bench of the model in use; another one's takes its place."""
+    """Cache of the model in use; loading another one replaces it."""
 
     def __init__(self, config: SweepConfig, scored: Path | None = None) -> None:
-        """Load nothing yet.
+        """Start empty.
 
         Args:
-            config: of the sweep.
-            scored: folder that finished batches of edge scores are kept in; None: they are not.
+            config: config of the sweep.
+            scored: folder for finished batches of edge scores; None: none.
         """
         self._config, self._scored = config, scored
         self._held: tuple[int, str | None] | None = None
@@ -262,7 +262,7 @@ class Benches:
         self._checked: PlannedModel | None = None
 
     def of(self, entry: int, checkpoint: str | None) -> Bench:
-        """The bench of a model of the config: the one in use, or a new one."""
+        """The bench of a model of the config, loaded if necessary."""
         if self._bench is None or self._held != (entry, checkpoint):
             self.drop()  # the last model goes before the next one comes
             wanted = self._config.models[entry]
@@ -271,14 +271,14 @@ class Benches:
         return self._bench
 
     def drop(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._bench = self._held = self._checked = None
 
     def measure(self, plan: Plan, chunk: Chunk) -> "pyarrow.Table":
-        """Rows of any chunk of a plan.
+        """Measure any chunk of a plan.
 
         Raises:
-            InputError: if a model's weights are not those that the sweep was planned with.
+            InputError: if a model's weights have changed since planning.
         """
         planned = plan.models[plan.model_of(chunk)]
         bench = self.of(planned.entry, planned.checkpoint)
@@ -302,16 +302,16 @@ _DRAWS = {"resample"}
 def make_plan(
     config: SweepConfig, *, benches: Benches | None = None, progress: bool | None = None
 ) -> Plan:
-    """Plan a sweep; everything that does not fit is found here, before it starts.
+    """Plan a sweep, validating everything before it starts.
 
     Args:
-        config: what is wanted.
-        benches: keeps the last model, for whoever goes on with it.
+        config: the sweep.
+        benches: keeps the last model loaded for later use.
         progress: show a progress bar over the models. Default: only in a terminal or notebook.
 
     Raises:
         InputError: if a probe, edit, metric or set does not fit a model.
-        ModelLoadError: if a model cannot be had.
+        ModelLoadError: if a model cannot be loaded.
 
     Example:
         >>> config = hs.sweeps.read_config("configs/sweeps/ioi-all-heads.yaml")
@@ -358,7 +358,7 @@ def make_plan(
 def _groups(
     config: SweepConfig, bench: Bench, model: int
 ) -> Iterator[tuple[CellGroup, list[Cell]]]:
-    """Groups of one model with their cells; metrics share the cells that they have in common."""
+    """Groups of one model with their cells; metrics share common cells."""
     for probe in config.probes:
         wanted: dict[Cell, tuple[MetricConfig, ...]] = {}
         for metric in config.metrics:
@@ -379,7 +379,7 @@ def _groups(
 def _edge_groups(
     config: SweepConfig, bench: Bench, model: int
 ) -> Iterator[tuple[CellGroup, tuple[Cell, ...]]]:
-    """Groups of one model for edges, one per probe, metric and method, with their cells."""
+    """Groups of one model for edges: one per probe, metric and method."""
     for probe in config.probes:
         for metric in config.metrics:
             for wanted in config.edges:
@@ -428,7 +428,7 @@ def _named(chosen: Iterable[Cell]) -> tuple[HeadIndex, ...]:
 
 
 def manifest(config: SweepConfig, plan: Plan) -> dict[str, Any]:
-    """What is written down of a sweep before it starts: nothing that tells of a home."""
+    """Manifest of a sweep, written before it starts; contains no local paths."""
     return {
         "format": FORMAT,
         "name": config.name,
@@ -440,29 +440,29 @@ def manifest(config: SweepConfig, plan: Plan) -> dict[str, Any]:
 
 
 def config_digest(config: SweepConfig) -> str:
-    """Digest of what a sweep computes; settings of how it is run do not count."""
+    """Digest of what a sweep computes, ignoring settings of how it is run."""
     said = portable_config(config)
     return key({name: value for name, value in said.items() if name not in RUNTIME_KEYS})
 
 
 def portable_config(config: SweepConfig) -> Mapping[str, Any]:
-    """A config as JSON values, absolute paths cut to their last part."""
+    """Config as JSON values, with absolute paths cut to their last part."""
     return Provenance(probe=config.model_dump(mode="json", exclude_none=True)).probe
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of a plan.
+    """Estimated cost of a plan.
 
     Attributes:
-        cells: rows of the table: sets of heads that are edited, with each metric.
-        chunks: files that are written.
-        examples: edited examples, over all sets; metrics share them.
-        passes: the same in whole passes: a cell whose first head is in layer l of n counts
-            (n - l) / n an example; each chunk adds its clean run.
-        seconds: on this machine, one process; extrapolated by passes from ``timed``.
-        timed: what was measured to tell.
-        device: that it was measured on: the GPU's name, or a process on the CPU.
+        cells: number of rows: sets of heads with each metric.
+        chunks: number of files.
+        examples: number of edited examples over all sets; metrics share them.
+        passes: the same in whole passes: a cell whose first head is in layer l of n counts (n - l)
+            / n per example; each chunk adds its clean run.
+        seconds: time on this machine in one process, extrapolated by passes from ``timed``.
+        timed: what was measured for that.
+        device: device of the measurement: the GPU's name, or a process on the CPU.
     """
 
     cells: int
@@ -475,7 +475,7 @@ class Estimate:
 
 
 def estimate(config: SweepConfig, plan: Plan, benches: Benches) -> Estimate:
-    """Count, and time one cell of the model at hand (the last one planned)."""
+    """Estimate the cost, timing one cell of the loaded model (the last one planned)."""
     last = plan.models[-1]
     chunk = next(
         (one for one in reversed(plan.chunks) if plan.studies[one.study].heads), plan.chunks[-1]
@@ -506,7 +506,7 @@ def estimate(config: SweepConfig, plan: Plan, benches: Benches) -> Estimate:
 
 
 def _estimate_of_edges(plan: Plan, bench: Bench) -> Estimate:
-    """The same of a sweep of edges alone, from one clean run."""
+    """Estimate the cost of a sweep with edges only, from one clean run."""
     name, probe = next(iter(bench.probes.items()))
     bench.model.run(probe)
     started = time.perf_counter()
@@ -530,10 +530,10 @@ def _timed_on(device: torch.device) -> str:
 
 
 def passes_of(plan: Plan, chunk: Chunk) -> float:
-    """Whole passes that a chunk amounts to, one example each.
+    """Number of whole passes of a chunk, per example.
 
-    Of edges: a gradient counts as three passes, exact patching as a pass per edge, and a circuit
-    with its checks as eight runs that cost three passes each.
+    For edges a gradient counts as three passes, exact patching as a pass per edge, and a circuit
+    with its checks as eight runs of three passes each.
     """
     study = plan.studies[chunk.study]
     if isinstance(study.edit, EdgeConfig):
@@ -554,14 +554,14 @@ def _edge_passes(plan: Plan, study: CellGroup, wanted: EdgeConfig, chunk: Chunk)
 
 
 def _share(plan: Plan, chunk: Chunk) -> float:
-    """Cells in units of whole passes: only layers from the first edited one on are run."""
+    """Cost of cells in whole passes: only layers from the first edited one on are run."""
     layers = plan.models[plan.model_of(chunk)].layers
     starts = [min(cell.heads).layer if cell.heads else layers for cell in chunk.cells]
     return sum((layers - start) / layers for start in starts) or 1.0
 
 
 def _seconds(benches: Benches, plan: Plan, chunk: Chunk) -> float:
-    """Shortest of three."""
+    """Shortest of three timings."""
     taken = []
     for _ in range(3):
         started = time.perf_counter()
@@ -576,7 +576,7 @@ Finished = Callable[[Chunk], None]
 
 @dataclass(frozen=True)
 class Work:
-    """A sweep, ready to run its chunks."""
+    """A sweep that is ready to run its chunks."""
 
     config: SweepConfig
     plan: Plan
@@ -586,28 +586,28 @@ class Work:
 
 @dataclass
 class Stop:
-    """Whether somebody asked to stop after the chunk at hand."""
+    """Flag that a stop was requested after the current chunk."""
 
     asked: bool = False
 
 
 @runtime_checkable
 class Executor(Protocol):
-    """Runs chunks of a sweep; each is committed by whoever ran it."""
+    """Interface of executors, which run and commit the chunks of a sweep."""
 
     def __call__(self, work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
-        """Run chunks until all are done or a stop was asked for; tell each that is finished."""
+        """Run chunks until all are done or a stop is requested; report each finished one."""
 
 
 def run_chunk(work: Work, chunk: Chunk) -> None:
-    """Measure and commit one chunk; if it fails for good record the reason instead.
+    """Measure and commit one chunk, or record why it failed for good.
 
-    What may pass (memory, disks, networks, devices) is tried three times, a pause between; what
-    would fail the same way again is tried once.
+    Transient errors (memory, disks, networks, devices) are tried three times with pauses;
+    deterministic errors once.
 
     Raises:
-        InputError: if a model is no longer the one that was planned with: no chunk of it can run.
-        ModelLoadError: if it is no longer there.
+        InputError: if a model has changed since planning, so that none of its chunks can run.
+        ModelLoadError: if it is missing.
     """
     reasons: list[str] = []
     said = ""
@@ -630,7 +630,7 @@ def run_chunk(work: Work, chunk: Chunk) -> None:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether trying again may help: an error of the machine, not of what was asked."""
+    """Whether an error is transient: caused by the machine, not by the request."""
     named = type(error).__name__
     out_of_memory = isinstance(error, MemoryError) or "OutOfMemory" in named
     device = named == "AcceleratorError" or (
@@ -641,7 +641,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def told(error: BaseException) -> str:
-    """The traceback of an error, its files cut to where a package begins."""
+    """Traceback of an error, with file paths cut to the package."""
     return _FOLDERS.sub(r"\1", "".join(traceback.format_exception(error)))
 
 
@@ -654,20 +654,20 @@ _PAUSE = 0.5  # seconds
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """Error in one line."""
     said = _FOLDERS.sub(r"\1", " ".join(str(error).split())) or "no message"
     return said if isinstance(error, HeadscopeError) else f"{type(error).__name__}: {said}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """Outcome of a run.
 
     Attributes:
-        total: chunks of the sweep, or of this shard.
-        done: of those.
-        failed: chunks given up, and why.
-        stopped: whether somebody stopped it.
+        total: number of chunks of the sweep, or of this shard.
+        done: finished chunks.
+        failed: failed chunks with reasons.
+        stopped: whether a stop was requested.
         compacted: whether the table is written.
     """
 
@@ -699,23 +699,23 @@ def run_sweep(
     overwrite: bool = False,
     catch_signals: bool = False,
 ) -> Outcome:
-    """Run a sweep, or what is left of it, into a folder.
+    """Run a sweep into a folder, or resume it.
 
-    Finished chunks are kept: run it again to resume, also after a kill. Chunks that were given up
-    are tried again. Interrupt it (Ctrl-C, or SIGTERM) and it finishes the chunk at hand; interrupt
-    it twice and it stops at once; neither loses a finished chunk.
+    Finished chunks are kept: run it again to resume, even after a kill. Failed chunks are tried
+    again. An interrupt (Ctrl-C, or SIGTERM) lets the current chunk finish; a second one stops at
+    once; neither loses a finished chunk.
 
     Args:
-        config: what is wanted; see :func:`headscope.sweeps.read_config`.
+        config: the sweep; see :func:`headscope.sweeps.read_config`.
         out: the folder; several processes may share it.
         shard: ``(i, n)`` runs part i of n, from 1.
-        executor: where the chunks are run; default: here.
+        executor: where the chunks run; default: in this process.
         progress: show progress bars. Default: only in a terminal or notebook, after 2 s.
-        catch_signals: end in good order after a signal, with ``stopped`` in the outcome, as the
-            command line does. By default the signal goes on to your program once the chunk at
-            hand is saved: ``KeyboardInterrupt`` after Ctrl-C, the end of the process or your own
+        catch_signals: return normally after a signal, with ``stopped`` in the outcome, as the
+            command line does. By default the signal is passed on to your program once the current
+            chunk is saved: ``KeyboardInterrupt`` after Ctrl-C, the end of the process or your own
             handler after SIGTERM.
-        overwrite: replace what another run left in the folder; the same sweep is resumed.
+        overwrite: replace the files of another run in the folder; the same sweep is resumed.
 
     Raises:
         InputError: if the config does not fit a model, or the folder holds another run.
@@ -759,10 +759,10 @@ def run_sweep(
 
 
 def _claim(config: SweepConfig, out: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that another run wrote, or remove what it left there.
+    """Refuse a folder with another run, or delete that run's files.
 
     Raises:
-        InputError: if it holds another run, and that may not be replaced.
+        InputError: if it holds another run that may not be replaced.
     """
     FolderClaim.create(out, "sweep", overwrite=overwrite)
     store = Store(out)
@@ -779,7 +779,7 @@ def _claim(config: SweepConfig, out: Path, *, overwrite: bool) -> None:
 def begun(
     config: SweepConfig, store: Store, benches: Benches, *, progress: bool | None = None
 ) -> Plan:
-    """The plan in the folder; made and written if it is the first time.
+    """Load the plan from the folder, or make and write it on the first run.
 
     Raises:
         InputError: if the folder holds another sweep.
@@ -797,7 +797,7 @@ def begun(
 
 
 def outcome(store: Store, plan: Plan, mine: Sequence[Chunk], *, stopped: bool = False) -> Outcome:
-    """Where a sweep stands; compacts it if nothing is missing."""
+    """Outcome so far; compacts the table if all chunks are finished."""
     compacted = store.compact(plan)
     done, failed = store.done(), store.failed()
     ids = {chunk.id for chunk in mine}
@@ -813,9 +813,9 @@ def outcome(store: Store, plan: Plan, mine: Sequence[Chunk], *, stopped: bool = 
 
 @contextmanager
 def _stoppable(catch: bool) -> Iterator[Stop]:
-    """Scope in which the first interrupt asks to stop and the second one stops.
+    """Context manager: the first interrupt requests a stop, the second one stops.
 
-    Unless it is caught, the signal is sent again at the end, to whoever handled it before.
+    Unless caught, the signal is sent again at the end, to its previous handler.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,6 @@
-"""What a sweep has run: one file per chunk, written atomically, with one row per cell.
+"""Storage of a sweep: one Parquet file per finished chunk, written atomically.
 
-Where a sweep stands is read from its folder alone: no model, no lock, any time.
+The status of a sweep follows from its folder alone: without a model or a lock, at any time.
 """
 
 import json
@@ -60,10 +60,10 @@ class Store:
 
     @classmethod
     def create(cls, path: Path) -> "Store":
-        """Make the folder.
+        """Create the folder.
 
         Raises:
-            InputError: if nothing can be written there.
+            InputError: if it is not writable.
         """
         writable_folder(path)
         for name in ("parts", "failed"):
@@ -72,7 +72,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path) -> "Store":
-        """A folder that holds a sweep.
+        """Open a folder that holds a sweep.
 
         Raises:
             InputError: if it does not.
@@ -84,25 +84,25 @@ class Store:
 
     @property
     def manifest_file(self) -> Path:
-        """What was to be run."""
+        """Path of the manifest."""
         return self.path / "manifest.json"
 
     @property
     def table_file(self) -> Path:
-        """All rows, once every chunk is done."""
+        """Path of the table of all rows, written when every chunk is finished."""
         return self.path / "table.parquet"
 
     @property
     def scored(self) -> Path:
-        """Folder of finished batches of edge scores, while their chunk is at work."""
+        """Folder for finished batches of edge scores of chunks in progress."""
         return self.path / "scored"
 
     def part(self, chunk: str) -> Path:
-        """File of one chunk."""
+        """Path of one chunk's file."""
         return self.path / "parts" / f"{chunk}.parquet"
 
     def begin(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, unless another process was first: then that one stands."""
+        """Write the manifest, unless another process did so first."""
         # A line per key: a plan of many cells is written and read several times as fast in one.
         lines = (f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in manifest.items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
@@ -149,17 +149,17 @@ class Store:
             raise InputError(f"{self.manifest_file} is damaged: {error!r}") from None
 
     def has(self, chunk: str) -> bool:
-        """Whether a chunk is done."""
+        """Whether a chunk is finished."""
         return self.part(chunk).exists() or chunk in self.compacted()
 
     def done(self) -> frozenset[str]:
-        """Chunks that are done."""
+        """Finished chunks."""
         # Parts first: one that vanishes meanwhile is in the table by then.
         parts = {file.stem for file in (self.path / "parts").glob("*.parquet")}
         return frozenset(parts | self.compacted())
 
     def compacted(self) -> frozenset[str]:
-        """Chunks in the table."""
+        """Chunks in the compacted table."""
         from pyarrow import parquet
 
         try:
@@ -170,7 +170,7 @@ class Store:
             return frozenset()
 
     def commit(self, chunk: str, rows: "pyarrow.Table") -> None:
-        """Save a finished chunk; it appears whole.
+        """Save a finished chunk atomically.
 
         Raises:
             InputError: if it cannot be written.
@@ -181,12 +181,12 @@ class Store:
         (self.path / "failed" / f"{chunk}.json").unlink(missing_ok=True)
 
     def fail(self, chunk: str, reasons: list[str], traceback: str = "") -> None:
-        """Record why a chunk was given up, unless another process finished it.
+        """Record why a chunk failed, unless another process finished it.
 
         Args:
             chunk: its id.
-            reasons: of every attempt, in a line each.
-            traceback: of the last one, without folders of this machine.
+            reasons: one line per attempt.
+            traceback: of the last attempt, without local folders.
         """
         if self.has(chunk):
             return
@@ -201,7 +201,7 @@ class Store:
         _write(self.path / "failed" / f"{chunk}.json", lambda file: file.write(text))
 
     def failed(self) -> dict[str, str]:
-        """Chunks that were given up, and why; not those that were done since."""
+        """Failed chunks with reasons, except those that were finished later."""
         found, done = {}, self.done()
         for file in sorted((self.path / "failed").glob("*.json")):
             try:
@@ -229,7 +229,7 @@ class Store:
         raise InputError(f"{self.path} changes faster than it can be read: try again.")
 
     def _parts(self, plan: Plan) -> "pyarrow.Table":
-        """Rows of all parts there are."""
+        """Rows of all existing parts."""
         import pyarrow
 
         there = {file.stem for file in (self.path / "parts").glob("*.parquet")}
@@ -244,9 +244,9 @@ class Store:
             return read_part(file, again=_AGAIN).cast(schema)
 
     def compact(self, plan: Plan) -> bool:
-        """Make one table of all parts, once every chunk is done; whether it is there.
+        """Join all parts to one table once every chunk is finished; returns whether it exists.
 
-        Whoever does this writes the same, because nothing is missing: several at once do no harm.
+        Several processes may do this at once, since all write the same content.
         """
         from pyarrow import parquet
 
@@ -273,10 +273,10 @@ class Store:
 
 
 def _write(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole.
+    """Write a file atomically.
 
     Raises:
-        InputError: if the disk does not take it.
+        InputError: if the disk refuses it.
     """
     for left in reversed(range(_TRIES)):
         if left < _TRIES - 1:
@@ -300,13 +300,13 @@ KEYS = ("model", "checkpoint", "probe", "edit", "seed", "metric", "set", "draw",
 def row_schema() -> "pyarrow.Schema":
     """Columns of a part and of the whole table.
 
-    ``model checkpoint probe edit seed metric set draw`` name what was run; ``heads`` were edited
-    at once, ``count`` of them; ``layer`` and ``head`` are filled where that was one. Of edges
-    ``edit`` is the method, ``set`` is ``edges`` or the circuit, and ``heads`` names the edges that
-    were taken out, or those that the circuit keeps, separated by commas. ``effect`` is
-    metric(edited) - metric(clean), a mean over ``n`` examples with its standard error ``sem`` and
-    the two-sided ``p_value`` of no effect; ``clean`` the mean metric of the unedited run.
-    ``effects`` and ``clean_values`` hold them per example, ``provenance`` is JSON.
+    ``model checkpoint probe edit seed metric set draw`` identify the run; ``heads`` were edited
+    jointly, ``count`` of them; ``layer`` and ``head`` are filled for a single head. For edges
+    ``edit`` is the method, ``set`` is ``edges`` or the circuit, and ``heads`` lists the removed
+    edges, or the edges of the circuit, separated by commas. ``effect`` is metric(edited) -
+    metric(clean), a mean over ``n`` examples with its standard error ``sem`` and the two-sided
+    ``p_value`` of no effect; ``clean`` is the mean metric of the unedited run. ``effects`` and
+    ``clean_values`` hold them per example, ``provenance`` is JSON.
     """
     import pyarrow as pa
 
@@ -328,14 +328,14 @@ def row_schema() -> "pyarrow.Schema":
 
 
 class RowName(NamedTuple):
-    """What a row is of: heads that were edited, an edge, or a circuit.
+    """Subject of a row: edited heads, an edge, or a circuit.
 
     Attributes:
         set: name of the set.
-        draw: of a random set.
+        draw: number of the draw of a random set.
         heads: heads or edges, as text.
-        size: how many of them.
-        alone: the head, where it is one.
+        size: number of these.
+        alone: the head, if it is a single one.
     """
 
     set: str
@@ -346,7 +346,7 @@ class RowName(NamedTuple):
 
 
 def names_of(chunk: Chunk) -> list[RowName]:
-    """Rows of heads that were edited."""
+    """Subjects of rows for edited heads."""
     return [
         RowName(
             cell.set,
@@ -407,19 +407,19 @@ def rows_table(
 
 @dataclass(frozen=True)
 class Status:
-    """Counts of a sweep.
+    """Progress of a sweep.
 
     Attributes:
-        name: of the sweep.
-        total: chunks in all.
-        done: chunks finished.
-        failed: chunks given up so far, and why; running the sweep again tries them again.
+        name: name of the sweep.
+        total: number of chunks.
+        done: finished chunks.
+        failed: failed chunks with reasons; running the sweep again retries them.
         cells: rows of the whole table: sets of heads, with each metric.
-        cells_done: of those.
-        models: model -> chunks done and in all.
+        cells_done: finished rows.
+        models: model -> chunks finished and in total.
         compacted: whether everything is in one table.
-        left_seconds: at the pace of the parts so far; None if that cannot be told, or if nothing
-            was finished in the time of the last ten parts.
+        left_seconds: remaining time at the current pace; None if unknown, or if nothing was
+            finished in the time of the last ten parts.
     """
 
     name: str
@@ -434,7 +434,7 @@ class Status:
 
     @property
     def pending(self) -> int:
-        """Chunks neither done nor given up."""
+        """Number of chunks neither finished nor failed."""
         return self.total - self.done - len(self.failed)
 
     def to_json(self) -> dict[str, Any]:
@@ -444,7 +444,7 @@ class Status:
 
 @checked
 def status(folder: str | Path) -> Status:
-    """Read how far a sweep is.
+    """Read the progress of a sweep.
 
     Raises:
         InputError: if the folder holds no sweep.
@@ -477,7 +477,7 @@ def status(folder: str | Path) -> Status:
 
 
 def _left(store: Store, pending: int) -> float | None:
-    """Seconds left at the pace of the last ten parts."""
+    """Remaining seconds at the pace of the last ten parts."""
     times = []
     for part in (store.path / "parts").glob("*.parquet"):
         try:

@@ -1,4 +1,4 @@
-"""Checks that hold models, scorers and interventions to what headscope relies on.
+"""Conformance checks for models, scorers and interventions.
 
 In the manner of scikit-learn's estimator checks: each function takes an object, tries
 it, raises at the first thing that is wrong, and returns a report of what was checked.

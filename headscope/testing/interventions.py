@@ -1,4 +1,4 @@
-"""``hs.testing.check_intervention``: whether an edit changes what it says, and nothing else."""
+"""``hs.testing.check_intervention``: conformance checks of an intervention or edit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def check_intervention(
     raises: bool = True,
     seed: int = 0,
 ) -> CheckReport:
-    """Hold an intervention to what passes, suffix replay and sweeps rely on.
+    """Check that an intervention satisfies what passes, suffix replay and sweeps rely on.
 
     Checked are, in this order, on random values and in a model:
 

@@ -1,4 +1,4 @@
-"""``hs.testing.check_model``: whether what headscope says of a model is what the model does."""
+"""``hs.testing.check_model``: check headscope's view of a model against the model itself."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -62,7 +62,7 @@ _HALF_TOLERANCE = 0.1
 
 @checked
 def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckReport:
-    """Hold a model, as headscope sees it, against the model itself.
+    """Check headscope's view of a model against plain eager attention and hooks.
 
     The model is run plainly beside it: on its own eager attention, with torch's own hooks, on
     random texts longer than its windows (72 to 256 tokens); an encoder-decoder on random sources
@@ -121,12 +121,12 @@ class _Everything:
     final: Tensor | None = None
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every attention layer, and the last residual stream if it is wanted."""
+        """Taps to read: every attention layer, and the last residual stream if requested."""
         layers = at_layers(shape, self._on_layer)
         return layers | at_final(self._on_final) if self.wants_final else layers
 
     def run(self, model: HeadModel, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        """Run a model under these eyes."""
+        """Run a model with this reader."""
         headless = "logits" in model.limits
         says = getattr(model, "answer", model.run) if headless else model.run  # hidden states
         given = Texts(tokens, real) if tokens.ndim == 2 else Batch({PIXELS: tokens}, {})
@@ -151,7 +151,7 @@ class _Everything:
 
 
 class _Subject:
-    """A model seen both ways, and what several checks need of either."""
+    """A model run both ways, with what several checks share."""
 
     def __init__(self, model: HeadModel, module: Any, seed: int) -> None:
         self.model = model
@@ -201,14 +201,14 @@ class _Subject:
         return probes.from_tokens(self.tokens.cpu())
 
     def own(self, module: Any) -> Tensor:
-        """What a module says by itself."""
+        """Output of the module itself."""
         inputs = {name_of(self.tokens): self.tokens, **_no_cache(self)}
         return by_position(answer(module(**inputs)))
 
     def run(
         self, tokens: Tensor, edits: tuple[Any, ...] = (), logits_at: Tensor | None = None
     ) -> Tensor:
-        """What the model itself says: hidden states where it has no head."""
+        """Output of the model itself; hidden states if it has no LM head."""
         says: Callable[..., Any] = getattr(self.model, "answer", self.model.run)
         given: Any = tokens
         if tokens.ndim == 4:
@@ -225,7 +225,7 @@ class _Subject:
 
     @cached_property
     def seen(self) -> _Everything:
-        """Everything that headscope shows of the same pass."""
+        """Everything that headscope reports about the same pass."""
         everything = _Everything(wants_values="values" not in self.model.limits)
         with torch.no_grad():
             everything.run(self.model, self.tokens)
@@ -238,7 +238,7 @@ class _Subject:
 
     @cached_property
     def some_heads(self) -> tuple[HeadIndex, ...]:
-        """A head each of the first, a middle and the last attention layer, not the same in all."""
+        """One head each of the first, a middle and the last attention layer."""
         chosen = (self.layers[0], self.layers[len(self.layers) // 2], self.layers[-1])
         heads = self.model.shape.heads
         found = []
@@ -249,7 +249,7 @@ class _Subject:
 
     @property
     def by_reader(self) -> bool:
-        """Whether head outputs are what the output projection reads, and attention's own are not.
+        """Whether the output projection reads head outputs, unlike attention's own output.
 
         So it is with a gate or a norm in between, and where attention is not a function of its own.
         """
@@ -273,7 +273,7 @@ class _Subject:
 
     @cached_property
     def sites(self) -> Sites:
-        """What every module was given and gave in the plain pass."""
+        """Inputs and outputs of every module in the plain pass."""
         sites = Sites()
         with sites.watching(self.module):
             self.plain.run(self.tokens)

@@ -1,4 +1,4 @@
-"""What a series of checks found: each held, does not apply, or failed."""
+"""Report of checks: passed, not applicable, or failed."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class CheckError(HeadscopeError):
 
 @dataclass(frozen=True)
 class Check:
-    """One check and what came of it.
+    """One check with its outcome.
 
     Attributes:
         name: of the check.
@@ -51,12 +51,12 @@ class CheckReport:
 
     @property
     def limited(self) -> Mapping[str, str]:
-        """Checks that do not apply, and why."""
+        """Checks that do not apply, with reasons."""
         return {check.name: check.reason for check in self.checks if check.verdict == "limited"}
 
     @property
     def failed(self) -> Mapping[str, str]:
-        """Checks that failed, and how; empty unless ``raises=False`` was asked for."""
+        """Failed checks with reasons; empty unless ``raises=False`` was passed."""
         return {check.name: check.reason for check in self.checks if check.verdict == "failed"}
 
     def __bool__(self) -> bool:
@@ -106,7 +106,7 @@ def run_checks(
 
 
 def _told(error: Exception) -> str:
-    """An error in one sentence."""
+    """Format an error in one sentence."""
     if isinstance(error, CheckError):
         return str(error)
     text = " ".join(str(error).split())[:300]
@@ -131,7 +131,7 @@ def gap(actual: Tensor, expected: Tensor) -> float:
 
 
 def agree(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Return if two tensors are equal up to a tolerance.
+    """Raise unless two tensors agree up to a tolerance.
 
     Raises:
         CheckError: with the difference.
@@ -146,7 +146,7 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None
 
 
 def ensure(holds: bool, otherwise: str) -> None:
-    """Return if something holds.
+    """Raise unless a condition holds.
 
     Raises:
         CheckError: with what is the case otherwise.

@@ -1,4 +1,4 @@
-"""``hs.testing.check_scorer``: whether a scorer is the pure function that it is taken for."""
+"""``hs.testing.check_scorer``: check that a scorer is a pure function of its input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ _TOLERANCE = 1e-4
 def check_scorer(
     scorer: Scorer, probe: Probe | None = None, *, raises: bool = True, seed: int = 0
 ) -> CheckReport:
-    """Hold a scorer to what the engine and its users rely on.
+    """Check that a scorer satisfies what the engine and its users rely on.
 
     It is called on one made-up layer with peaky attention, whose numbers depend on the tokens and
     their distances alone. Checked are, in this order:

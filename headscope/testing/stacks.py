@@ -1,4 +1,4 @@
-"""``hs.testing.check_model`` of an encoder-decoder: every stack against the model itself."""
+"""``hs.testing.check_model`` for encoder-decoders: every stack against the model itself."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ _HALF_TOLERANCE = 0.1
 
 
 def check_stacks(model: Seq2SeqModel, *, raises: bool, seed: int) -> CheckReport:
-    """Hold every stack of an encoder-decoder against the model on its own eager attention.
+    """Check every stack of an encoder-decoder against the model with eager attention.
 
     Args:
         model: from :func:`headscope.load`.
@@ -43,7 +43,7 @@ def check_stacks(model: Seq2SeqModel, *, raises: bool, seed: int) -> CheckReport
 
 @dataclass(eq=False)
 class _Subject:
-    """An encoder-decoder seen both ways."""
+    """An encoder-decoder run both ways."""
 
     model: Any
     seed: int

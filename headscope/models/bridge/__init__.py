@@ -1,1 +1,1 @@
-"""Models of transformer-lens (``TransformerBridge``); hooks are named here and in ``hf`` only."""
+"""Models of transformer-lens (``TransformerBridge``); hook names occur only here and in ``hf``."""

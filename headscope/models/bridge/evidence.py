@@ -1,4 +1,4 @@
-"""What two passes of one text show of a bridge: the model's own, and the one that is watched."""
+"""Evidence for the proof of a bridge: its own pass, compared with the one headscope hooks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def proof_tokens(model: "BridgeModel") -> Int[Tensor, "1 pos"]:
-    """A text longer than every window of the model that fits, of tokens that differ."""
+    """A text of distinct tokens, longer than every window of the model that fits."""
     shape, config = model.shape, getattr(model.module, "config", None)
     local = [w for w in shape.windows if w is not None]
     if config is None or not hasattr(config, "get_text_config"):

@@ -1,4 +1,4 @@
-"""A transformer-lens ``TransformerBridge`` seen head by head: how it is built, and its parts."""
+"""A transformer-lens ``TransformerBridge`` as a ``HeadModel``: construction and parts."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -243,7 +243,7 @@ OWN_NAMES = "_headscope_weight_names"
 
 
 def without_own_hooks(bridge: Any) -> AbstractContextManager[None]:
-    """Scope without the hooks that a bridge's owner added: they are edits, and not the model."""
+    """Context manager without the user's hooks on a bridge, which are edits of the model."""
     return unhooked(
         (point, handle.hook.id)
         for point in bridge.modules()
@@ -253,7 +253,7 @@ def without_own_hooks(bridge: Any) -> AbstractContextManager[None]:
 
 
 def bridge_over(module: Any) -> Any:
-    """Build a ``TransformerBridge`` around a second module tree over the same parameter storage.
+    """Build a ``TransformerBridge`` around a second module tree that shares the parameters.
 
     A bridge rewires the modules that it wraps, so it gets a tree of its own: an empty one of the
     same class, to which the first one's parameters and buffers are assigned. Fused projections
@@ -308,7 +308,7 @@ def _second_tree(module: Any) -> Any:
 
 @torch.no_grad()
 def _check_same(module: Any, bridge: Any, name: str) -> None:
-    """Refuse a bridge whose logits are not those of the model that it was built over."""
+    """Refuse a bridge whose logits differ from those of the underlying model."""
     tokens = tiny_bridge_tokens(bridge)
     with pass_over(module):
         plain = module(input_ids=tokens, use_cache=False).logits
@@ -329,7 +329,7 @@ def _check_same(module: Any, bridge: Any, name: str) -> None:
 
 
 class BridgeModel(Tapped, Shown):
-    """A ``TransformerBridge`` whose attention patterns are computed whole, layer by layer.
+    """``TransformerBridge`` as a ``HeadModel``; patterns are computed whole, layer by layer.
 
     The bridge is used as it is: hooks of its owner stay, and act, during every pass.
     """
@@ -361,12 +361,12 @@ class BridgeModel(Tapped, Shown):
         return self.bridge.original_model
 
     def glance(self) -> Glance:
-        """Size, path and limits."""
+        """Show size, path and limits."""
         return glance_of(self)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device of the token ids."""
         device: torch.device = next(self.module.parameters()).device
         return device
 
@@ -378,7 +378,7 @@ class BridgeModel(Tapped, Shown):
 
     @property
     def limits(self) -> Mapping[str, str]:
-        """What this family cannot be asked, and why."""
+        """Analyses that do not apply to this family, with reasons."""
         layers = self.layout.layers.values()
         limits = {
             "query_keys": f"transformer-lens does not show the queries and keys of {self.name} as "
@@ -405,7 +405,7 @@ class BridgeModel(Tapped, Shown):
 
     @property
     def unembedding(self) -> Unembedding:
-        """Final norm and unembedding, measured anew: weights may have been trained since."""
+        """Final norm and unembedding, read anew each time, since weights may have been trained."""
         if self.layout.final is None:
             raise UnsupportedModelError(self.limits["unembedding"])
         cap = getattr(self.bridge.cfg, "output_logits_soft_cap", None)
@@ -434,7 +434,7 @@ class BridgeModel(Tapped, Shown):
         return BridgeParts(self)
 
     def digest(self) -> str:
-        """SHA-256 that stands for all bytes of all weights as they are now.
+        """SHA-256 of the current weights.
 
         The same as of the transformers model that a bridge of headscope's own was built over.
         """
@@ -446,7 +446,7 @@ class BridgeModel(Tapped, Shown):
         return self._digest.of(weights)
 
     def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
-        """Scope in which attention runs with the taps of a pass.
+        """Context manager in which attention runs with the taps of a pass.
 
         Queries are those after rotation where the family shows them so, else before; a query of
         zeros is uniform attention only without position biases (not in bloom).
@@ -480,7 +480,7 @@ class BridgeModel(Tapped, Shown):
         return self.layout.final
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
-        """Scope in which every pass of the bridge is edited, generation too; restored after."""
+        """Context manager in which every pass of the bridge is edited, including generation."""
         _, writes = self.taps({}, writes_of(edits))
         return Scope(self.module, self.layout, writes).open()
 
@@ -502,7 +502,7 @@ def wrap_bridge(
     tokenizer: Any | None = None,
     revision: str | None = None,
 ) -> BridgeModel:
-    """See a ``TransformerBridge`` head by head.
+    """Wrap a ``TransformerBridge`` as a ``HeadModel``.
 
     Args:
         bridge: the user's own, or one from :func:`headscope.models.bridge.model.bridge_over`.

@@ -1,4 +1,4 @@
-"""The taps of attention in a ``TransformerBridge``: in one pass, and in all passes of a scope."""
+"""Attention taps in a ``TransformerBridge``: for one pass, and for all passes in a scope."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

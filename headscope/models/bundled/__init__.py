@@ -1,4 +1,4 @@
-"""Tiny trained models that come with headscope: where they are, and texts that they can read."""
+"""The bundled tiny models: their folders, checkpoints and training-like texts."""
 
 import re
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def folder(name: str, revision: str | None = None) -> Path:
 
 
 def stories(count: int = 12, sentences: int = 25, seed: int = 0) -> list[str]:
-    """Texts like those that the bundled decoders were trained on, drawn anew.
+    """Draw texts like those that the bundled decoders were trained on.
 
     The sentences come from the same templates, so that single ones may have been seen.
     """

@@ -1,4 +1,4 @@
-"""What bundled models that are not decoders were trained on, drawn anew: orders, brackets, shapes.
+"""Training tasks of the bundled encoders, seq2seq and vision models, drawn anew.
 
 Each task has an answer that only looking at certain positions gives, and says which those are.
 """

@@ -1,1 +1,1 @@
-"""Transformers models on fused attention; modules are named here and in ``bridge`` only."""
+"""Transformers models on fused attention; module names occur only here and in ``bridge``."""

@@ -1,4 +1,4 @@
-"""What two passes of one text show of a transformers model: the model's own, and headscope's.
+"""Evidence for the proof of a model: its own eager pass, compared with headscope's.
 
 The first pass is the model alone, on eager attention, which is the definition of every family.
 In the second, attention goes through headscope, and every attention layer is given what it was
@@ -43,7 +43,7 @@ _EMBEDDED = 1 << 28
 
 @dataclass
 class Plain:
-    """The model's own pass: what attention layers read, what their projections wrote, the end."""
+    """The model's own pass: inputs of attention layers, outputs of projections, final states."""
 
     reads: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
     writes: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Plain:
 
 
 def proof_batch(model: "HFModel") -> Batch:
-    """An image, or a text longer than every window of the model that fits, of tokens that differ.
+    """An image, or a text of distinct tokens longer than every window that fits.
 
     Special tokens of the config (images, padding) are left out where others are there.
     """
@@ -279,7 +279,7 @@ def watched_pass(
 
 
 def dead_heads(model: HeadModel, z: Mapping[int, Tensor]) -> tuple[str, ...]:
-    """The sentence that names heads that write nothing, if there are any.
+    """Message that names heads whose output is always 0; None if there are none.
 
     Args:
         model: whose output weights are asked for.
@@ -381,7 +381,7 @@ def _rotation(model: "HFModel") -> Iterator[LoadCheck]:
 
 @torch.no_grad()
 def long_masks(model: "HFModel", length: int) -> tuple[list[LoadCheck], tuple[str, ...]]:
-    """Whether windows that reach beyond the text of the proof are what the model masks with.
+    """Check the masks of windows that are longer than the proof's text.
 
     The masks that the model builds for a longer text are held against their windows as they are
     made (the pass stops before its first block), and single rows of attention against a softmax
@@ -426,7 +426,7 @@ def _masks_for(model: "HFModel", length: int) -> list[MaskFacts]:
 
 
 class _Stopped(Exception):  # noqa: N818  # not an error
-    """Raised where a pass has shown all that it had to."""
+    """Raised to stop a pass early once everything needed was seen."""
 
 
 def _single_rows(model: "HFModel", mask: MaskFacts, length: int) -> LoadCheck:

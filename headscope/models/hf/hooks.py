@@ -1,4 +1,4 @@
-"""The one place where modules are hooked, and where what they are given and return is taken apart.
+"""Module hooks: the only place that registers hooks and unpacks modules' inputs and outputs.
 
 Families give a block or an attention module the residual stream as its first argument or as
 ``hidden_states``, and get it back bare or as the first of several values.
@@ -16,7 +16,7 @@ _STREAM = "hidden_states"
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a module is called with."""
+    """Arguments of a module's call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -35,7 +35,7 @@ class Call:
         return Call((stream, *self.args[1:]), self.kwargs)
 
     def changed(self, change: Callable[[Any], Any]) -> "Call":
-        """The same call with everything but the residual stream put through a function."""
+        """The same call with a function applied to everything but the residual stream."""
         own = 0 if _STREAM in self.kwargs or not self.args else 1
         args = (*self.args[:own], *(change(value) for value in self.args[own:]))
         kwargs = {
@@ -45,12 +45,12 @@ class Call:
 
 
 def stream_of(output: Any) -> Any:
-    """The residual stream, or what is added to it, of what a module returns."""
+    """Residual stream (or contribution to it) in a module's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def returning(output: Any, stream: Tensor) -> Any:
-    """What a module returns, with another residual stream."""
+    """A module's output with another residual stream."""
     return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
 
@@ -75,7 +75,7 @@ class Hook:
 
 @contextmanager
 def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
-    """Hook modules within a scope."""
+    """Context manager that hooks modules."""
     with ExitStack() as stack:
         for hook in hooks:
             stack.callback(hook.register())
@@ -84,7 +84,7 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
 
 @contextmanager
 def unhooked(handles: Iterable[tuple[nn.Module, int]]) -> Iterator[None]:
-    """Scope without some hooks on what modules return; they come back where they were.
+    """Context manager without some output hooks, which are restored in place.
 
     Args:
         handles: modules with the ids of their hooks.
@@ -105,7 +105,7 @@ def unhooked(handles: Iterable[tuple[nn.Module, int]]) -> Iterator[None]:
 
 
 def before(module: nn.Module, act: Callable[[nn.Module, Call], Call | None]) -> Hook:
-    """A hook on a call: ``act(module, call)`` returns None, or the call to go on with."""
+    """Hook on a module's call: ``act(module, call)`` returns None, or the changed call."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         made = act(module, Call(args, kwargs))
@@ -117,7 +117,7 @@ def before(module: nn.Module, act: Callable[[nn.Module, Call], Call | None]) -> 
 def after(
     module: nn.Module, act: Callable[[nn.Module, Call, Any], Any], *, first: bool = False
 ) -> Hook:
-    """A hook on a return: ``act(module, call, output)`` returns None, or another output.
+    """Hook on a module's output: ``act(module, call, output)`` returns None, or a new output.
 
     Args:
         module: to hook.
@@ -132,7 +132,7 @@ def after(
 
 
 def entering(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Hook:
-    """A hook on the residual stream, or the only tensor, that a module is given."""
+    """Hook on the residual stream, or the only tensor, that a module receives."""
 
     def hook(_module: nn.Module, call: Call) -> Call | None:
         made = act(call.stream)
@@ -142,7 +142,7 @@ def entering(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Hook:
 
 
 def leaving(module: nn.Module, act: Callable[[Tensor], Tensor | None]) -> Hook:
-    """A hook on the first tensor that a module returns."""
+    """Hook on the first tensor that a module returns."""
 
     def hook(_module: nn.Module, _call: Call, output: Any) -> Any:
         made = act(stream_of(output))

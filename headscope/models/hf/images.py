@@ -1,4 +1,4 @@
-"""Where in its picture each image token of a vision-language model lies, family by family.
+"""Box of each image token in its picture, for families of vision-language models.
 
 What a processor and a model do to a picture (stretching, cutting out, padding, tiles, merging of
 patches) is not written in its inputs; here it is undone from their sizes and the model's config.

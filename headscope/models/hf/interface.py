@@ -1,4 +1,4 @@
-"""The hook into transformers: an attention implementation that hands each layer over.
+"""Attention implementation registered in transformers, which passes on each layer's call.
 
 transformers routes the attention of most architectures through a public registry. Under our
 entry every layer calls :func:`_attend` with its final queries, keys and values, and masks are
@@ -36,7 +36,7 @@ Handler = Callable[[torch.nn.Module, AttentionCall], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Where the attention calls of some modules go.
+    """Destination of the attention calls of some modules.
 
     Attributes:
         modules: whose calls; None: everybody's.
@@ -48,7 +48,7 @@ class Route:
     thread: int | None
 
     def takes(self, module: torch.nn.Module) -> bool:
-        """Whether a call that a module makes in this thread goes here."""
+        """Whether a call from a module in this thread goes here."""
         here = self.thread is None or self.thread == threading.get_ident()
         return here and (self.modules is None or module in self.modules)
 
@@ -82,7 +82,7 @@ _CROSS: "WeakSet[torch.nn.Module]" = WeakSet()
 
 @dataclass(frozen=True)
 class MaskFacts:
-    """What the model's mask says about one call of attention.
+    """Facts about one attention call that the model's mask reveals.
 
     Attributes:
         rule: which keys a query sees, padding apart.
@@ -108,18 +108,18 @@ _MADE: ContextVar[list[MaskFacts] | None] = ContextVar("headscope_masks", defaul
 
 
 def register() -> None:
-    """Enter our attention into transformers' registry. Idempotent."""
+    """Register our attention in transformers. Idempotent."""
     register_attention(NAME, _attend, _mask)
 
 
 def know_cross(module: torch.nn.Module) -> None:
-    """Have the attention of a module known to read keys of another sequence."""
+    """Register a module whose attention reads keys of another sequence."""
     _CROSS.add(module)
 
 
 @contextmanager
 def made_masks() -> Iterator[list[MaskFacts]]:
-    """Scope that lists the masks that are made in it."""
+    """Context manager that lists the masks made within it."""
     made: list[MaskFacts] = []
     token = _MADE.set(made)
     try:
@@ -129,13 +129,13 @@ def made_masks() -> Iterator[list[MaskFacts]]:
 
 
 def mask_facts(mask: Tensor | None) -> MaskFacts | None:
-    """What a mask says that was made under our entry; None if it is another."""
+    """Facts of a mask that we made; None for another mask."""
     facts: MaskFacts | None = getattr(mask, _FACTS, None)
     return facts
 
 
 def with_facts(mask: Tensor, facts: MaskFacts) -> Tensor:
-    """Mark a mask as made under our entry, e.g. the copy of such a mask for a larger batch."""
+    """Mark a mask as ours, e.g. a copy of one for a larger batch."""
     setattr(mask, _FACTS, facts)
     return mask
 
@@ -154,7 +154,7 @@ def _mask(
     device: torch.device | str = "cpu",
     **_others: Any,
 ) -> Tensor:
-    """Say which keys are real, and by which rule; see transformers' AttentionMaskInterface.
+    """Build our mask: real keys and rule; see transformers' AttentionMaskInterface.
 
     A mask that no rule describes is refused where attention uses it.
     """
@@ -203,7 +203,7 @@ def _rule(
     local_size: int | None,
     use_vmap: bool,
 ) -> MaskRule:
-    """Rule of a mask, held against the mask itself."""
+    """Rule of a mask, checked against the mask itself."""
     if len(queries) * len(keys) > _WHOLE:
         pick = torch.linspace(0, len(queries) - 1, _ROWS, device=queries.device).long()
         queries = queries[torch.cat([pick, pick[-1:] - 1]).clamp_min(0)]
@@ -221,7 +221,7 @@ def _rule(
 def _blocks(
     function: MaskFunction, batch: int, length: int, use_vmap: bool, device: torch.device | str
 ) -> tuple[MaskRule, Tensor] | None:
-    """Rule of a causal mask in which blocks of positions see each other too, and those blocks.
+    """Rule of a causal mask with bidirectional blocks, and those blocks.
 
     Returns:
         None where the mask is another; else the rule and the last key that each position sees.
@@ -246,7 +246,7 @@ def _blocks(
 
 
 def _rules(local_size: int | None) -> Iterator[MaskRule]:
-    """What a mask may be, the narrowest first: a short text does not tell a window from none."""
+    """Candidate rules of a mask, narrowest first, as a short text does not reveal windows."""
     if local_size is not None:
         yield MaskRule("causal", local_size)
         # Counted to one side without the query itself where both sides are seen.
@@ -263,7 +263,7 @@ def routed(
     *,
     all_threads: bool = False,
 ) -> Iterator[None]:
-    """Send attention calls to ``handler`` within a scope; restore what was before.
+    """Context manager that sends attention calls to ``handler``.
 
     Args:
         configs: config objects that the model's modules hold.
@@ -319,7 +319,7 @@ def _attend(
     is_causal: bool | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
-    """Stand in for an attention function of transformers; see its AttentionInterface."""
+    """Attention function with transformers' signature; see its AttentionInterface."""
     _refuse_unknown(ignored)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModelError("it builds an attention mask of its own.")
@@ -355,13 +355,13 @@ def _attend(
 
 
 def _layer_of(module: torch.nn.Module) -> int:
-    """Number that a module of attention gives itself; -1 where it has none, as if it is shared."""
+    """A module's own layer number; -1 if it has none or is shared."""
     number = getattr(module, "layer_idx", None)
     return number if isinstance(number, int) else -1
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
-    """Refuse a keyword argument with a tensor that may change attention in an unknown way."""
+    """Refuse a tensor argument that might change attention in an unknown way."""
     for name, value in arguments.items():
         if name not in _HARMLESS and _holds_tensor(value):
             raise UnsupportedModelError(

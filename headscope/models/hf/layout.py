@@ -1,4 +1,4 @@
-"""Where the parts of a transformers model are, found by watching one tiny forward pass.
+"""Layout of a transformers model's parts, found by watching one tiny forward pass.
 
 No family is known by name. Attention layers are the modules that call the attention registry;
 the output projection is the matrix that then acts inside such a module and makes what the module
@@ -82,7 +82,7 @@ class Layout:
 
 
 def find_layout(model: Any) -> Layout | None:
-    """Find the parts of a language model; None if its attention is out of our reach.
+    """Find the parts of a language model; None if its attention cannot be routed.
 
     Raises:
         UnsupportedModelError: if the family cannot be taken apart by heads at all.
@@ -160,7 +160,7 @@ def _around(model: Any, attentions: list[nn.Module]) -> tuple[Any, ...]:
 
 
 def _logit_map(logits: tuple[Tensor, Tensor] | None, head: Any) -> LogitMap | None:
-    """What is done to outputs of the unembedding; nothing where they are the logits."""
+    """What happens to the unembedding's outputs; identity if they are the logits."""
     if logits is None or head is None:
         return None
     entered, made = logits
@@ -168,7 +168,7 @@ def _logit_map(logits: tuple[Tensor, Tensor] | None, head: Any) -> LogitMap | No
 
 
 def _refuse_towers(model: Any) -> None:
-    """Refuse two models side by side, one of images and one of texts (clip).
+    """Refuse two models side by side, one for images and one for texts (clip).
 
     Raises:
         UnsupportedModelError: naming both.
@@ -230,7 +230,7 @@ def _refuse_windows(watch: Watch, tiny: Batch) -> None:
 
 
 def body_of(model: Any) -> Any:
-    """The part of a model without its head; the model itself where that part takes no inputs."""
+    """The model without its LM head; the model itself if that part takes no inputs."""
     body = getattr(model, "base_model", model)
     reads = getattr(model, "main_input_name", TOKENS)
     return body if reads in accepted(body) else model
@@ -249,7 +249,7 @@ _WINDOWS = (
 
 
 def tiny_images(model: Any) -> Batch:
-    """Two small images of noise, of the size that a model was made for.
+    """Two small noise images of the model's input size.
 
     Raises:
         UnsupportedModelError: if its config does not tell that size.
@@ -291,7 +291,7 @@ def _reading(model: Any) -> tuple[nn.Module, Tensor]:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a module wants its inputs."""
+    """Device that a module expects its inputs on."""
     return runs_on(*_reading(model))
 
 
@@ -459,7 +459,7 @@ def _watch(
 
 
 def _unembedding(model: Any) -> Any:
-    """Module that makes logits; None in a model without a language-model head."""
+    """Module that computes logits; None in a model without an LM head."""
     try:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -502,7 +502,7 @@ def number_layers(
     names: dict[nn.Module, str],
     uses: Mapping[nn.Module, int],
 ) -> tuple[nn.ModuleList, list[int]]:
-    """Layer numbers from where the attention modules stand in the list of blocks."""
+    """Layer numbers from the positions of attention modules in the list of blocks."""
     numbers, lists = [], []
     for module in attentions:
         path = names[module].split(".")
@@ -635,7 +635,7 @@ def _input_norm(
 
 
 def find_final_norm(head: Any, watch: Watch, blocks: nn.ModuleList) -> nn.Module | None:
-    """Norm between the last block and the unembedding ``head``; None if there is no plain one."""
+    """Norm between the last block and the unembedding ``head``; None if there is no plain norm."""
     read = watch.inputs.get(head)
     if read is None:
         return None

@@ -1,4 +1,4 @@
-"""Parts of a model that readings of weights and streams need, measured on tiny passes.
+"""Norms, unembedding and write scales of a model, measured on tiny passes.
 
 What a watched pass leaves behind, norms, what reads the last residual stream, how attention reaches
 the stream, and which modules of a block add to it, with which multipliers.
@@ -33,7 +33,7 @@ from headscope.views import Norm, QueryKey, Rotation, Unembedding
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What a model does to the outputs ``u`` of its unembedding, all of them alike.
+    """Map from the unembedding's outputs ``u`` to logits, elementwise.
 
     ``logits = scale * u``, or ``cap * tanh(scale * u / cap)`` where there is a soft cap.
     """
@@ -164,7 +164,7 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> Norm:
 
 
 def unhooked(module: Any) -> Any:
-    """The module with the same weights and no hooks: those of a running pass cannot be copied."""
+    """Copy of a module with the same weights and without hooks."""
     bare = copy.copy(module)
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
     bare.__dict__.pop("forward", None)  # accelerate's, which would unload it again
@@ -173,7 +173,7 @@ def unhooked(module: Any) -> Any:
 
 
 def named_epsilon(norm: nn.Module) -> float | None:
-    """What a norm adds under its root, by the names that families give it; None if it has none."""
+    """Epsilon of a norm, by the attribute names that families use; None if it has none."""
     for name in ("eps", "variance_epsilon", "epsilon"):
         value = getattr(norm, name, None)
         if isinstance(value, float):
@@ -212,7 +212,7 @@ _BLURRED = 0.05
 
 @dataclass
 class Watch:
-    """What one watched forward pass left behind.
+    """Record of one watched forward pass.
 
     Attributes:
         calls: attention modules with their calls, in order.
@@ -237,7 +237,7 @@ class Watch:
     copies: bool = False
 
     def note(self, module: nn.Module, call: Call, output: Any) -> None:
-        """Keep what a module was given and what it made."""
+        """Record inputs and outputs of a module."""
         self.uses[module] = self.uses.get(module, 0) + 1
         given, made = call.stream, stream_of(output)
         arguments = (*call.args, *call.kwargs.values())
@@ -404,7 +404,7 @@ _GUESSED = 2.0  # added to the error where a part wrote nothing
 
 @dataclass(frozen=True)
 class Writers:
-    """Modules of one block that write, by their names inside it.
+    """Modules of one block that write to the stream, by name.
 
     Attributes:
         attention: whose output is attention's write; the projection's or that of a norm after it.
@@ -552,7 +552,7 @@ TURNS_BY_LENGTH = (
 
 
 class MeasuredParts(ABC):
-    """What the two paths have in common; see :class:`headscope.models.protocol.ModelParts`."""
+    """Parts that both paths share; see :class:`headscope.models.protocol.ModelParts`."""
 
     def __init__(self, model: Any) -> None:
         """Measure nothing yet."""
@@ -691,6 +691,6 @@ class MeasuredParts(ABC):
         return block.get_submodule(writers.mlp), writers.mlp_scale
 
     def watch(self, batch: Batch, hooks: Sequence[Hook]) -> None:
-        """Run the model's body with these hooks in place; scopes of edits leave it alone."""
+        """Run the model's body with these hooks; edits of open scopes are suspended."""
         with pass_over(self.model.module), hooked(hooks):
             self.run(batch)

@@ -1,4 +1,4 @@
-"""Models as rows of mixers: what enters and leaves each block, whether it attends or not.
+"""Models as sequences of mixers: inputs and outputs of each block, with or without attention.
 
 State-space models have no attention rows, but like every block they read the residual stream and
 add to it. That is enough to ask what is stored where.
@@ -30,7 +30,7 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class MixerModel:
-    """A language model of transformers, seen block by block.
+    """A transformers language model as a sequence of blocks.
 
     Attributes:
         name: of the model.
@@ -80,7 +80,7 @@ class MixerModel:
         reads: Mapping[Place, Callable[[Tensor], Any]] | None = None,
         writes: Mapping[Place, Change] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits of a pass, with values at some places read or changed."""
+        """Logits of a pass with values at some places read or changed."""
         hooks = [
             _hook(self._module(place), place[0], _reader(read))
             for place, read in (reads or {}).items()

@@ -1,4 +1,4 @@
-"""A transformers model seen head by head, on fused attention."""
+"""``HFModel``: a transformers model on fused attention as a ``HeadModel``."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +52,7 @@ from headscope.views import HeadWeights, Unembedding
 
 
 def own_vector(output: Any) -> Tensor | None:
-    """The vector that a model itself returns for a whole example; None where there is none."""
+    """Embedding that a model itself returns for a whole example; None if it returns none."""
     for name in ("image_embeds", "text_embeds", "pooler_output"):
         found = getattr(output, name, None)
         if isinstance(found, Tensor) and found.ndim == 2:
@@ -63,7 +63,7 @@ def own_vector(output: Any) -> Tensor | None:
 def pooled(
     output: Any, real: Bool[Tensor, "batch pos"] | Int[Tensor, "batch pos"] | None, pooling: str
 ) -> Float[Tensor, "batch width"]:
-    """One vector of each example.
+    """One pooled vector per example.
 
     Args:
         output: of a model without a head.
@@ -100,7 +100,7 @@ class Against:
 
 
 def _of_images(family: str) -> dict[str, str]:
-    """What a model of images cannot be asked."""
+    """Analyses that do not apply to models of images."""
     return {
         "causal": f"{family} reads images, so it continues no text token by token.",
         "text": f"{family} reads images, whose positions are patches and not tokens of a text.",
@@ -150,7 +150,7 @@ class HFModel(Tapped, Shown):
 
     @classmethod
     def wrap(cls, module: Any, **facts: Any) -> "HFModel | None":
-        """Take a model apart; None if its attention does not go through the registry."""
+        """Wrap a model; None if its attention does not go through the registry."""
         register()
         layout = find_layout(module)
         return None if layout is None else cls(module, layout, **facts)
@@ -169,19 +169,19 @@ class HFModel(Tapped, Shown):
 
     @property
     def has_logits(self) -> bool:
-        """Whether it gives a logit of every token at every position."""
+        """Whether the model returns a logit for every token at every position."""
         return self.layout.has_logits
 
     @property
     def speaker(self) -> Any:
-        """Part whose outputs are read: the module, or its body where that gives no logits."""
+        """Part whose outputs are read: the module, or its body if that returns no logits."""
         if self.body is not None:
             return self.body
         return self.module if self.layout.has_logits else body_of(self.module)
 
     @property
     def grid(self) -> PatchGrid | None:
-        """How it cuts images into positions; None where it reads texts."""
+        """Patch grid of its images; None if it reads texts."""
         return self.layout.grid
 
     @property
@@ -195,12 +195,12 @@ class HFModel(Tapped, Shown):
 
     @property
     def mask(self) -> MaskRule:
-        """Rule of the model's attention, windows of single layers apart."""
+        """Visibility rule of the model's attention, apart from single layers' windows."""
         return self.layout.mask
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device of the token ids."""
         return device_of(self.module)
 
     @property
@@ -211,7 +211,7 @@ class HFModel(Tapped, Shown):
 
     @property
     def limits(self) -> Mapping[str, str]:
-        """What this family cannot be asked, and why."""
+        """Analyses that do not apply to this family, with reasons."""
         family = f"{self.name} ({self.module.config.model_type})"
         limits = no_rotation(self.name, self.module.config)
         if self.grid is not None:
@@ -244,7 +244,7 @@ class HFModel(Tapped, Shown):
 
     @property
     def unembedding(self) -> Unembedding:
-        """Final norm and unembedding, measured anew: weights may have been trained since."""
+        """Final norm and unembedding, read anew each time, since weights may have been trained."""
         if self.layout.final_norm is None or self.layout.logit_map is None:
             raise UnsupportedModelError(self.limits["unembedding"])
         return find_unembedding(
@@ -301,11 +301,11 @@ class HFModel(Tapped, Shown):
         return HFParts(self)
 
     def digest(self) -> str:
-        """SHA-256 that stands for all bytes of all weights as they are now."""
+        """SHA-256 of the current weights."""
         return self._digest.of(all_weights(self.module))
 
     def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
-        """Scope in which attention runs with the taps of a pass."""
+        """Context manager in which attention runs with the taps of a pass."""
         return AttentionTaps(run, self.layout).attached()
 
     def compute(
@@ -346,7 +346,7 @@ class HFModel(Tapped, Shown):
 
     @property
     def final_uses(self) -> int:
-        """How often a pass uses the final norm; the last time before the unembedding."""
+        """How often a pass uses the final norm; the last use is before the unembedding."""
         return self.layout.final_norm_uses
 
     @property
@@ -355,12 +355,12 @@ class HFModel(Tapped, Shown):
         return self.layout.final_norm
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
-        """Scope in which every pass of ``module`` is edited, generation too; restored after."""
+        """Context manager in which every pass of ``module`` is edited, including generation."""
         _, writes = self.taps({}, writes_of(edits))
         return Scope(self.module, self.layout, writes).open()
 
     def learn_padding(self, real: Bool[Tensor, "batch pos"] | None) -> None:
-        """Measure how the family counts positions under padding, before a pass that needs it.
+        """Measure how the family counts positions under padding, when a pass needs it.
 
         Whoever hooks the model for a pass calls this first: it runs tiny passes of its own.
 
@@ -404,7 +404,7 @@ class HFModel(Tapped, Shown):
         return int(token) if sees and isinstance(token, int) else None
 
     def need_images(self, texts: Texts) -> None:
-        """Refuse texts with images in them that the model cannot read, before it runs.
+        """Refuse texts with images that the model cannot read, before it runs.
 
         Raises:
             InputError: if it reads texts alone, an input is unknown to it, or no token stands for
@@ -465,7 +465,7 @@ class HFModel(Tapped, Shown):
         return image_keys(self.module.config, texts, self.image_token, sizes, tiles, known)
 
     def continued(self, texts: Texts, tokens: Int[Tensor, "batch new"]) -> Texts:
-        """The same texts with further tokens, and what the model reads beside them.
+        """The same texts with further tokens and their other inputs.
 
         Args:
             texts: without padding behind them.
@@ -553,7 +553,7 @@ class HFModel(Tapped, Shown):
         return logits[:, logits_at.to(logits.device)]
 
     def spread(self, output: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "batch pos width"]:
-        """What the model says at every position; of a whole example, the same at all of them.
+        """Output at every position; the embedding of a whole example is repeated at all of them.
 
         Args:
             output: of the speaker.
@@ -569,7 +569,7 @@ class HFModel(Tapped, Shown):
 
     @torch.no_grad()
     def embedding_map(self) -> Unembedding:
-        """How the last residual stream at the first position becomes the vector of an example.
+        """Map from the last residual stream at the first position to the example's embedding.
 
         Final norm and projection as an unembedding, whose outputs are the parts of the vector.
         Found in one tiny pass, where nothing else stands in between.
@@ -618,7 +618,7 @@ class HFModel(Tapped, Shown):
 
     @torch.no_grad()
     def embedded(self, pooling: str | None = None) -> "HFModel":
-        """The same model, whose logits are its embeddings of whole examples.
+        """The same model with embeddings of whole examples in place of logits.
 
         Args:
             pooling: which; see :class:`headscope.metrics.EmbeddingMetric`.

@@ -1,4 +1,4 @@
-"""Weights, norms, positions and embedding of a transformers model, measured and proved."""
+"""Weights, norms, positions and embedding of a transformers model, measured and verified."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +50,7 @@ _LAYOUTS: tuple[Layout, ...] = ("position first", "head first", "flat")
 
 @dataclass(eq=False)
 class SeenLayer:
-    """One attention layer of a short pass, at some positions.
+    """One attention layer in a short pass, at some positions.
 
     Attributes:
         read: what attention read.
@@ -122,7 +122,7 @@ def _at(value: Tensor, at: list[int], length: int) -> Tensor | None:
 def proved_linear(
     model: "HFModel", layer: int, seen: SeenLayer, sources: Sources, weights: HeadWeights
 ) -> str | None:
-    """Why weights are not what the layer's matrices do with its input; None where they are."""
+    """Reason why weights do not match the layer's matrices; None if they do."""
     attention = model.layout.layers[layer].attention
     for site, weight, constant in _sides(weights):
         made = seen.modules.get(attention.get_submodule(sources[site].name))
@@ -142,7 +142,7 @@ def proved_linear(
 def proved_values(
     model: "HFModel", layer: int, seen: SeenLayer, weights: HeadWeights
 ) -> str | None:
-    """Why values are not what weights give; None where they are."""
+    """Reason why values do not match the weights; None if they do."""
     content = _content(seen.read, weights.W_V, weights.b_V).transpose(1, 2)
     allowed = rounding(model.dtype, weights.W_V.shape[1])
     if gap(content, seen.value, allowed).closed:
@@ -165,7 +165,7 @@ def _content(
     weight: Float[Tensor, "head d_model d_head"],
     constant: Float[Tensor, "head d_head"],
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """What weights make of attention's input, in fp32."""
+    """Product of attention's input with the weights, in fp32."""
     made = torch.einsum("bpd,hde->bphe", read.float(), weight.float())
     return made + constant.float()
 
@@ -187,7 +187,7 @@ class SideNorm:
 
 @dataclass(frozen=True, eq=False)
 class Turning:
-    """What was found of one layer that no training changes; see :class:`QueryKey`."""
+    """Training-independent facts on one layer's queries and keys; see :class:`QueryKey`."""
 
     rotation: Rotation
     query_norm: SideNorm | None
@@ -315,7 +315,7 @@ def _rotation(
 
 
 def query_key_now(model: "HFModel", layer: int, turning: Turning) -> QueryKey:
-    """A layer's norms, as they are now, with its rotation.
+    """A layer's current norms, with its rotation.
 
     Raises:
         UnsupportedModelError: if a norm that follows rotation does not commute with it.
@@ -338,7 +338,7 @@ def query_key_now(model: "HFModel", layer: int, turning: Turning) -> QueryKey:
 
 
 def _need_commuting(model: "HFModel", norm: HeadNorm, rotation: Rotation) -> None:
-    """Refuse a norm that follows rotation and tells the two numbers of a plane apart.
+    """Refuse a norm after rotation that treats the two coordinates of a plane differently.
 
     Raises:
         UnsupportedModelError: naming what works.
@@ -414,7 +414,7 @@ def _epsilon(made: Callable[[Tensor], Tensor], x: Tensor, bare: HeadNorm) -> flo
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What one layer's weights are, and what follows them; no training changes it.
+    """Training-independent layout of one layer's weights, and what follows them.
 
     Attributes:
         sources: which outputs of which modules make queries, keys and values.
@@ -538,7 +538,7 @@ class HFParts(MeasuredParts):
         return tiny_batch(self.model.module)
 
     def weights(self, layer: int) -> HeadWeights:
-        """Attention weights of one layer, as they are now.
+        """Current attention weights of one layer.
 
         Raises:
             UnsupportedModelError: if they cannot be told apart by heads, or activations say that
@@ -562,7 +562,7 @@ class HFParts(MeasuredParts):
             )
 
     def query_key(self, layer: int) -> QueryKey:
-        """Norms and rotation of one layer, as they are now."""
+        """Current norms and rotation of one layer."""
         if self.turns_by_length:
             raise UnsupportedModelError(f"{self.model.name} {TURNS_BY_LENGTH}.")
         reading = self._readings[layer]
@@ -590,7 +590,7 @@ class HFParts(MeasuredParts):
     @cached_property
     @torch.no_grad()
     def turns_by_length(self) -> bool:
-        """Whether the length of a text changes how positions turn queries and keys, measured.
+        """Whether the rotation of queries and keys depends on the length of the text, measured.
 
         The same few tokens at the same positions, followed by one that stands next to them or at
         the end of the context: what comes before must not see the difference.

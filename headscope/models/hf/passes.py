@@ -1,4 +1,4 @@
-"""The taps of attention in a transformers model: in one pass, and in all passes of a scope."""
+"""Attention taps in a transformers model: for one pass, and for all passes in a scope."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -58,7 +58,7 @@ class HFLayerView:
         return self.call.query_keys(query_pos)
 
     def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows]:
-        """Return what computes rows after the pass too; it holds queries, keys and values."""
+        """Function that computes rows after the pass; it holds queries, keys and values."""
         return self.rows
 
 
@@ -223,7 +223,7 @@ def written_call(
 def written_attention(
     call: AttentionCall, writes: Sequence[Write], span: Span
 ) -> Float[Tensor, "batch query head d_value"]:
-    """Fused attention, but for heads whose pattern is written: exact rows of those, in chunks."""
+    """Fused attention, with exact rows in chunks for heads whose pattern is written."""
     edits = [write.acting(span) for write in writes if isinstance(write, Edited)]
     named = [edited.heads for edited in edits]
     if len(edits) < len(writes) or None in named:  # the caller's own, which see the whole pattern

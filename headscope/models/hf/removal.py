@@ -1,4 +1,4 @@
-"""Structural removal of heads: rows and columns of Q, K, V and O really go.
+"""Structural removal of heads: rows and columns of Q, K, V and O are cut out.
 
 What a removal comes to, which rows of which matrices stay, is written down as data: a
 :class:`Removal`, which is saved in the smaller model's config, as no config of transformers can say
@@ -36,7 +36,7 @@ Rows = dict[tuple[str, str], Tensor]
 
 
 class LayerRemoval(BaseModel):
-    """What is left of one attention layer.
+    """What remains of one attention layer.
 
     Attributes:
         attention, projection: where the module is in the model, and its output projection in it.
@@ -337,7 +337,7 @@ def _renumber(attention: Any, kept: Kept, d_head: int) -> None:
 
 @torch.no_grad()
 def _prove(model: "HFModel", smaller: Any, removed: tuple[HeadIndex, ...], name: str) -> None:
-    """The smaller model gives the logits of the whole one with these heads' outputs at 0."""
+    """Check that the smaller model's logits equal the whole one's with these heads at 0."""
     tiny = tiny_batch(model.module)
     said = model.answer(tiny, writes=writes_of((zero(removed),)))
     assert said is not None  # noqa: S101  # it was asked for

@@ -1,4 +1,4 @@
-"""What stands in a model whose heads were removed: smaller matrices in the model's own modules.
+"""Modules of models with removed heads: smaller matrices in the model's own modules.
 
 The model keeps its class. Attention modules keep theirs and only see fewer heads; four things
 stand in: an output projection that also takes all heads' outputs and reads those that are there
@@ -22,7 +22,7 @@ MARK = "headscope_kept"
 
 
 class Kept:
-    """Which heads of a layer are there, under the numbers that they had.
+    """Which heads of a layer remain, by their original numbers.
 
     Attributes:
         heads: query heads, in order.
@@ -124,7 +124,7 @@ class LayerConfig:
 
 
 class NoHeads(nn.Module):
-    """Attention of a layer without heads: it writes what the output projection's bias is."""
+    """Attention of a layer without heads, which writes only the output projection's bias."""
 
     def __init__(self, attention: nn.Module, projection: str, returns: int | None) -> None:
         """Keep the bias under its name, and how the module is called and answers."""

@@ -1,4 +1,4 @@
-"""Suffix replay: record one clean pass, then run again only what an edit can change.
+"""Suffix replay: record a clean pass, then recompute only what an edit can change.
 
 An edit of layer l runs blocks l to n, from its first position on. Attention of a few queries of a
 stacked pass runs over keys that its variants share, and own ones.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Recording:
-    """One clean pass over a batch.
+    """Recorded clean pass over a batch.
 
     Attributes:
         blocks: how each block was called.
@@ -145,7 +145,7 @@ def repeated(value: Tensor, copies: int) -> Tensor:
 
 
 def replaced(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Let another function stand in for a module's forward, within a scope."""
+    """Context manager that replaces a module's forward."""
     return put_in_place(module, "forward", forward)
 
 
@@ -167,7 +167,7 @@ def quick_activations(model: "HFModel") -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Resumable:
-    """A clean pass over a batch from which passes of the whole model take their first blocks.
+    """Recorded clean pass from which later passes take their first blocks.
 
     For models whose blocks do not run alone: encoders with a head of several layers, images,
     encoder-decoders. A block before the first edit gives what it gave, and everything else is the
@@ -241,7 +241,7 @@ _SCORE_ENTRIES = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """Keys and values of the positions before the replayed ones, the same for every variant."""
+    """Keys and values of the positions before the replayed ones, shared by all variants."""
 
     key: Float[Tensor, "batch kv_head prefix d_head"]
     value: Float[Tensor, "batch kv_head prefix d_value"]

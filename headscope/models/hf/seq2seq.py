@@ -1,4 +1,4 @@
-"""An encoder-decoder of transformers: three attention stacks, each seen as a model of its own.
+"""Encoder-decoders of transformers: three attention stacks, each as a ``HeadModel``.
 
 Which stack an attention layer belongs to is told by one pass over a source and a target of
 different lengths: queries and keys are counted. A stack is run by running the whole model, with
@@ -62,13 +62,13 @@ _NEEDS_SOURCE = (
 
 
 def is_seq2seq(module: Any) -> bool:
-    """Whether a module of transformers has an encoder and a decoder that reads it."""
+    """Whether a transformers module has an encoder and a decoder that reads it."""
     return bool(getattr(module.config, "is_encoder_decoder", False))
 
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """What an encoder-decoder is run on.
+    """Inputs of an encoder-decoder: source and target side.
 
     Attributes:
         source: token ids or, of a model of sound, features.
@@ -84,7 +84,7 @@ class Sides:
 
     @classmethod
     def of(cls, texts: Texts, name: str) -> "Sides":
-        """Both sides of a batch whose tokens are either of them.
+        """Both sides of a batch whose tokens belong to either.
 
         Raises:
             InputError: if one is missing.
@@ -177,7 +177,7 @@ class Seq2SeqModel(Shown):
 
     @property
     def shape(self) -> ModelShape:
-        """Refused, as all that each stack has of its own."""
+        """Not available: each stack has its own shape."""
         raise self._several()
 
     def _several(self) -> UnsupportedModelError:
@@ -188,33 +188,33 @@ class Seq2SeqModel(Shown):
 
     @property
     def unembedding(self) -> Unembedding:
-        """Refused: choose a stack."""
+        """Not available: choose a stack."""
         raise self._several()
 
     @property
     def parts(self) -> Any:
-        """Refused: choose a stack."""
+        """Not available: choose a stack."""
         raise self._several()
 
     @property
     def bridge(self) -> Any:
-        """Refused: choose a stack."""
+        """Not available: choose a stack."""
         raise self._several()
 
     def weights(self, layer: int) -> HeadWeights:
-        """Refused: choose a stack."""
+        """Not available: choose a stack."""
         raise self._several()
 
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Refused: choose a stack."""
+        """Not available: choose a stack."""
         raise self._several()
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
-        """Refused: choose a stack."""
+        """Not available: choose a stack."""
         raise self._several()
 
     def forward(self, tokens: Int[Tensor, "batch pos"], **options: Any) -> Tensor:
-        """Refused: tokens alone are one side; :meth:`run` takes a probe."""
+        """Not available, since tokens are only one side; :meth:`run` takes a probe."""
         raise InputError(f"{self.name} {_NEEDS_SOURCE}")
 
     @property
@@ -236,7 +236,7 @@ class Seq2SeqModel(Shown):
 
     @property
     def limits(self) -> Mapping[str, str]:
-        """What this family cannot be asked, and why: less than any of its stacks."""
+        """Analyses that do not apply to this family, with reasons; fewer apply to its stacks."""
         return self._views["decoder"].limits
 
     def digest(self) -> str:
@@ -244,7 +244,7 @@ class Seq2SeqModel(Shown):
         return self._digest.of(all_weights(self.module))
 
     def glance(self) -> Glance:
-        """Stacks and their sizes."""
+        """Show the stacks and their sizes."""
         rows = [
             (name, f"{stack.n_layers} layers of {stack.n_heads} heads, d_head {stack.d_head}")
             for name, stack in self.stacks.items()
@@ -378,7 +378,7 @@ class Seq2SeqModel(Shown):
     def decoder_inputs(
         self, labels: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
     ) -> Int[Tensor, "batch pos"]:
-        """What the decoder reads to be asked for some tokens: those, shifted, behind a start.
+        """Decoder inputs that make it predict some tokens: those, shifted after a start token.
 
         Args:
             labels: tokens that each position should predict.
@@ -429,7 +429,7 @@ class Seq2SeqModel(Shown):
 
 
 class StackView(Tapped, Shown):
-    """One attention stack of an encoder-decoder, as a model that is run with the whole of it.
+    """One attention stack of an encoder-decoder as a model; passes run the whole model.
 
     Positions are those of its queries: of the source in the encoder, else of the target. Logits are
     the decoder's.
@@ -517,11 +517,11 @@ class StackView(Tapped, Shown):
 
     @property
     def unembedding(self) -> Unembedding:
-        """Not read yet."""
+        """Not supported yet."""
         raise self._refused("the unembedding")
 
     def weights(self, layer: int) -> HeadWeights:
-        """Not read yet."""
+        """Not supported yet."""
         raise self._refused("reading weights by head")
 
     @property

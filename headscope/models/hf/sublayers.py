@@ -1,4 +1,4 @@
-"""What stands around attention in an encoder-decoder, and its decoder on any layer of its encoder.
+"""Norms and streams around attention in encoder-decoders; decoding from any encoder layer.
 
 Which norm comes before attention, and which behind it, is told by one small pass: what enters and
 leaves every norm is compared with what attention reads and writes.
@@ -152,7 +152,7 @@ def streams(view: StackView, kept: dict[int, Tensor], known: dict[int, Around]) 
 
 @dataclass(frozen=True, eq=False)
 class EncoderStates:
-    """What leaves every layer of an encoder.
+    """Outputs of every layer of an encoder.
 
     Attributes:
         layers: what enters the first layer, then what leaves each, ``[batch pos d_model]``.
@@ -241,7 +241,7 @@ def write_from(
     texts: Texts,
     length: int,
 ) -> Int[Tensor, "batch length"]:
-    """What a decoder writes greedily when it reads a state, without the start token.
+    """Greedy output of a decoder that reads a given state, without the start token.
 
     Args:
         model: an encoder-decoder.

@@ -1,4 +1,4 @@
-"""The engine: one pass of a model with its taps, for both kinds of model.
+"""The pass engine: one run of a model with reads and writes at its taps.
 
 A model says where its taps are; here they are read and written, and the pass ends as soon as
 nothing is left to see. Which positions a model's own passes run is told by their cache and by
@@ -72,7 +72,7 @@ class Pass:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hook the model for the length of one pass."""
+        """Context manager that hooks the model for one pass."""
         with ExitStack() as stack:
             stack.enter_context(pass_over(self.model.module, self))
             stack.enter_context(hooked(self._stream_hooks()))
@@ -101,7 +101,7 @@ class Pass:
         span: Span | None = None,
         view: LayerView | None = None,
     ) -> Tensor:
-        """A value with its tap written and read.
+        """Apply the writes of a tap to a value, and pass it to its readers.
 
         Args:
             tap: where it is.
@@ -118,7 +118,7 @@ class Pass:
         return value
 
     def show(self, view: TapView) -> None:
-        """Hand a tap to its reader, and end the pass where nothing is left to see."""
+        """Pass a tap to its reader, and end the pass if nothing is left to read."""
         tap = view.tap
         read = self.reads.get(tap)
         if read is not None:
@@ -188,7 +188,7 @@ class Pass:
 
 
 def written(tap: Tap, value: Tensor, sources: Sequence[Mapping[Tap, Write]], span: Span) -> Tensor:
-    """A value as several sources write it, in order."""
+    """Apply the writes of several sources to a value, in order."""
     for writes in sources:
         write = writes.get(tap)
         if write is not None:
@@ -197,7 +197,7 @@ def written(tap: Tap, value: Tensor, sources: Sequence[Mapping[Tap, Write]], spa
 
 
 class Tapped(ABC):
-    """A model that is run by its taps; see :class:`headscope.models.protocol.HeadModel`."""
+    """Base of models that run by taps; see :class:`headscope.models.protocol.HeadModel`."""
 
     name: str
     shape: ModelShape
@@ -389,7 +389,7 @@ class Tapped(ABC):
 
 
 class OwnPasses(threading.local):
-    """Positions of the pass that a model runs in this thread, called by its owner.
+    """Positions of a pass that the model's owner runs in this thread.
 
     Attributes:
         span: of the pass that began last.
@@ -451,7 +451,7 @@ def _asked(own: OwnPasses, generate: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let something stand for an attribute of an object within a scope, and put it back after."""
+    """Context manager that replaces an attribute of an object."""
     own = owner.__dict__.get(name)
     owner.__dict__[name] = value
     try:

@@ -1,4 +1,4 @@
-"""Every name inside transformers that headscope relies on and transformers does not promise.
+"""All names inside transformers that headscope relies on but transformers does not guarantee.
 
 When transformers moves, :func:`moved` says in one line per name what is no longer where it was;
 a test holds that the list is empty. Nothing else in headscope names these.
@@ -183,7 +183,7 @@ def visible_by(
 
 
 def moved() -> list[str]:
-    """One line for every name that is no longer where this file looks for it; empty if all is well.
+    """List names that have moved, one line each; empty if all are in place.
 
     Example:
         >>> moved()

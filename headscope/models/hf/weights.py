@@ -1,4 +1,4 @@
-"""Per-head attention weights: read from a model's own matrices, or written into a new model."""
+"""Per-head attention weights: reading them from a model, and writing a new model."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
