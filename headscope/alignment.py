@@ -110,7 +110,7 @@ def find(
     """Score every cross-attention head as an aligner of source and target.
 
     With links ``S`` (sure) and ``P`` (possible, sure ones included), and ``A`` the links of a head,
-    each target token with the source token that it attends to most (of equals the first):
+    each target token with the source token that it attends to most (on ties the first):
     ``alignment_accuracy``: share of target tokens with a link in P whose own is one of them;
     ``alignment_precision``: ``|A and P| / |A|``; ``alignment_recall``: ``|A and S| / |S|``;
     ``alignment_error``: ``1 - (|A and S| + |A and P|) / (|A| + |S|)``, lower is better. A target's
@@ -336,7 +336,7 @@ def concepts(
     the example's own queries to the keys of these words alone, each read by itself (tokens in front
     of the first word, such as a start token, are keys too; those behind are not): softmax over all
     of them, mean over queries, mean over a word's tokens. The concept with the largest share gets
-    the head's vote; of equals each gets its part. Votes for a concept by head, scaled to a mean of
+    the head's vote; ties share the vote. Votes for a concept by head, scaled to a mean of
     1 over heads, are its relevance vector.
 
     The null deals the same words to the concepts at random, ``deals`` times: a head that falls for

@@ -272,7 +272,7 @@ def heads(
 ) -> SyntaxHeads:
     """Find the attention head that best predicts syntactic heads, relation by relation.
 
-    A head of attention names for each word the word that it attends to most (of equals the first,
+    A head of attention names for each word the word that it attends to most (on ties the first,
     itself apart): ``to_head``; or the word that attends most to it: ``from_head``. Its accuracy on
     a relation is the share of words with that relation whose named word is their head; ``all``
     takes every word but roots and punctuation. Where words share their pieces (multiword tokens),

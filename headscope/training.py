@@ -367,7 +367,7 @@ def head_mask(
         rate: of Adam.
         batch_size: examples per step; default: 8.
         seed: of the order of examples and of the masks.
-        folder: where the run is kept every few steps: started again, it goes on from there.
+        folder: where the run is kept every few steps, from which the same call resumes.
         every: so many steps.
         progress: show a bar.
 
@@ -546,7 +546,7 @@ def inject_patterns(
         rate: of Adam.
         batch_size: examples per step; default: 8.
         seed: of the order of examples.
-        folder: where the run is kept every few steps: started again, it goes on from there.
+        folder: where the run is kept every few steps, from which the same call resumes.
         every: so many steps.
         progress: show a bar.
 
@@ -693,7 +693,7 @@ def mixture(
         rate: of Adam.
         batch_size: examples per step; default: 8.
         seed: of the order of examples and of the gates' first weights.
-        folder: where the run is kept every few steps: started again, it goes on from there.
+        folder: where the run is kept every few steps, from which the same call resumes.
         every: so many steps.
         progress: show a bar.
 
@@ -827,7 +827,7 @@ def variational_gates(
         rate: of Adam.
         batch_size: examples per step; default: 8.
         seed: of the order of examples and of the noise.
-        folder: where the run is kept every few steps: started again, it goes on from there.
+        folder: where the run is kept every few steps, from which the same call resumes.
         every: so many steps.
         progress: show a bar.
 

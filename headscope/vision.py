@@ -57,7 +57,7 @@ _ACCURACY = ScoreSpec(
     bounds=(-1.0, 1.0),
     alternative="two-sided",
     source=_LI,
-    description="Accuracy with the head's output replaced less that of the clean run.",
+    description="Accuracy with the head's output replaced minus that of the clean run.",
 )
 _DIVERGENCE = ScoreSpec(
     "output_divergence",
@@ -797,7 +797,7 @@ def text_span(
 
     Texts are first projected onto the ``rank`` leading right singular vectors of the writes, which
     are not centred for that. Then, ``count`` times, on centred writes: choose the text along which
-    they deviate most, ``argmax std(C t)`` (the first of equals; texts are not normalised, so that
+    they deviate most, ``argmax std(C t)`` (on ties the first; texts are not normalised, so that
     long ones weigh more), take its direction out of the writes and out of all other texts.
 
     Args:
@@ -1527,7 +1527,7 @@ def ocr_heads(
     """Find OCR heads: they attend to where the answer is written while it is generated.
 
     A token of the answer counts as read by a head where it is said at a step at which the head's
-    most attended position, of equals the first, is evidence. A text scores
+    most attended position, on ties the first, is evidence. A text scores
     ``|tokens read and in the answer| / |tokens of the answer|``, each different token once.
 
     Args:

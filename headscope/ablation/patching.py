@@ -108,7 +108,7 @@ def patch_activations(
     shape = (*(len(names) for names in labels), len(run))
     return EffectGrid(
         spec=effect_spec(
-            f"{direction}_{site}", measurement.metric, "with the patch less that without."
+            f"{direction}_{site}", measurement.metric, "with the patch minus that without."
         ),
         axes=tuple("kv_head" if a == "head" and site in ("key", "value") else a for a in axes),
         labels=labels,
@@ -415,7 +415,7 @@ def patch_stream(
     effects = np.where(missing[None], np.nan, (edited - unedited).reshape(shape))
     return EffectGrid(
         spec=effect_spec(
-            f"{direction}_{site}", measurement.metric, "with the patch less that without."
+            f"{direction}_{site}", measurement.metric, "with the patch minus that without."
         ),
         axes=("layer", "position"),
         labels=(tuple(f"L{layer}" for layer in chosen), tuple(names)),
@@ -655,7 +655,7 @@ def _stream_grid(
     names = tuple(f"L{layer}" for layer in layers)
     return EffectGrid(
         spec=effect_spec(
-            f"back_patch_{site}", measurement.metric, "with the state put back less that without."
+            f"back_patch_{site}", measurement.metric, "with the state put back minus that without."
         ),
         axes=("source", "destination"),
         labels=(names, names),

@@ -267,7 +267,7 @@ class RunOptions:
         if size is not None and not _is_integer(size):
             raise InputError(f"batch_size={size!r} is not a number of examples: give 1 or more.")
         if size is not None and size < 1:
-            raise InputError(f"batch_size={size} leaves nothing to run: give 1 or more.")
+            raise InputError(f"batch_size={size}: give 1 or more.")
         if not _is_integer(seed) or seed < 0:
             raise InputError(f"seed={seed!r} is not a seed: give a whole number from 0 on.")
         if self.progress not in (None, True, False):

@@ -105,7 +105,7 @@ def effect_spec(name: str, metric: "Specified", how: str) -> ScoreSpec:
     Args:
         name: name of the intervention.
         metric: what is measured.
-        how: what is compared, e.g. ``with the patch less that without.``
+        how: what is compared, e.g. ``with the patch minus that without.``
     """
     return ScoreSpec(name, unit=metric.unit, description=f"{metric.name} {how}")
 

@@ -692,7 +692,7 @@ def attribute(
         batch_size: examples per pass; changes no number.
         memory: what the writes of all nodes in a batch may take, e.g. ``"2GB"``; batches are as
             small as that needs. Default: no limit but that of ``batch_size``.
-        resume: folder that finished batches are kept in, each whole or absent; a call with the
+        resume: folder that finished batches are kept in, atomically; a call with the
             same arguments takes them from there and goes on. For ``exact``, which takes long, a
             batch then has 8 examples unless ``batch_size`` says otherwise.
         progress: show a bar.

@@ -377,8 +377,8 @@ def contextual(
     taken out, and the rest. Both go on through the model and sum to the whole at every point:
     attention patterns and the scales of norms are those of the whole run; a bias is shared by the
     magnitudes of the two parts; of a nonlinear function the relevant part is
-    ``f(whole) - f(rest)``. The score is the metric of the rest less that of the whole, so that in a
-    linear net with flat patterns it is the effect of taking the head out, exactly. Unlike
+    ``f(whole) - f(rest)``. The score is the metric of the rest minus that of the whole, so that in
+    a linear net with flat patterns it is the effect of taking the head out, exactly. Unlike
     patching, it does not see what a head does through the queries and keys of others.
 
     Heads of a layer run together: ``layers (heads + 1)`` passes, with positions that many times

@@ -258,7 +258,7 @@ def unique_codes(
     positive: Bool[np.ndarray, " prompt"],
     normalised: bool = False,
 ) -> Float[np.ndarray, " item"]:
-    """Count distinct codes of each item that occur only on positive prompts; -1 is no code.
+    """Count distinct codes of each item that occur only on positive prompts; -1 means none.
 
     Args:
         codes: of every prompt and item.

@@ -70,8 +70,8 @@ def causal_gates(
         ablation: what a closed head writes: ``zero`` as in the paper, ``patch`` or ``mean``.
         better: which direction of the metric is better, where it does not say.
         batch_size: examples per pass.
-        folder: where the three fits are kept every few steps: started again, the run goes on from
-            there to the same numbers.
+        folder: where the three fits are kept every few steps: the same call resumes
+            from there to the same numbers.
         progress: show a bar.
 
     Returns:

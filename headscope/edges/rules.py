@@ -24,8 +24,8 @@ class Rules(TorchFunctionMode):
     """Scope in which norms divide by a constant; subclasses replace more.
 
     Attributes:
-        in_mlp: whether the pass is between attention and the end of the MLP, which whoever reads
-            the pass says.
+        in_mlp: whether the pass is between attention and the end of the MLP; set by the pass's
+            readers.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class InteractionRules(Rules):
     """Gradient interaction modifications: frozen norms, and a softmax with a soft gradient.
 
     The gradient of a softmax is taken at twice the temperature. Shares of queries, keys and values
-    are :data:`GIM_SHARES`, which whoever reads these taps applies.
+    are :data:`GIM_SHARES`, applied by the readers of these taps.
 
     This is the form of the paper. Newer releases of its code also halve the gradients at the gate
     and at what it gates in gated MLPs, which is not done here; MLPs keep their gradient.

@@ -105,7 +105,7 @@ def rotary_bands(
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if a text is too short, or an argument makes no sense.
+        InputError: if a text is too short, or an argument is invalid.
         UnsupportedModelError: if the model has no rotary positions.
 
     Source:

@@ -401,7 +401,7 @@ class KindEffects(Saved):
 
     Attributes:
         mean: change of the metric, by head.
-        p: one-sided p-value of the change that the kind foretells.
+        p: one-sided p-value of the change that the kind predicts.
         reason: why nothing was ablated; empty where heads were.
     """
 
@@ -432,7 +432,7 @@ def survey(
     be of a kind and not be needed, since others may do the same.
 
     Kinds that share a probe share its pass. With a folder every kind is kept there as soon as it
-    has been asked: the same survey, started again after it was stopped, goes on from there.
+    has been asked: the same survey, started again after it was stopped, resumes.
 
     Args:
         model: from :func:`headscope.load`.

@@ -85,7 +85,7 @@ class ResidualLens:
             )
 
     def save(self, folder: "str | PathLike[str]") -> None:
-        """Write ``lens.safetensors`` and ``config.json`` into a folder, each whole or absent."""
+        """Write ``lens.safetensors`` and ``config.json`` into a folder, each atomically."""
         tensors = {"weight": self.weight, "bias": self.bias}
         facts = LensConfig(
             kind=self.kind,

@@ -490,7 +490,7 @@ def _check_runs(module: Any, name: str) -> None:
     """Return if a model runs at all.
 
     Raises:
-        ModelLoadError: if it does not, whoever calls it.
+        ModelLoadError: if it does not run, with headscope or without.
     """
     from headscope.models.hf.evidence import own_answer
     from headscope.models.hf.layout import arguments, tiny_batch

@@ -230,7 +230,7 @@ class HeadModel(Protocol):
 
     @property
     def unembedding(self) -> Unembedding:
-        """Final norm and unembedding as they are now: hold it for a call, never longer."""
+        """Current final norm and unembedding: hold it for a call, never longer."""
 
     def forward(
         self,

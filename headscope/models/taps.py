@@ -1,4 +1,4 @@
-"""Taps: named points of a model's computation, and what a pass hands to whoever reads one."""
+"""Taps: named points of a model's computation, and what a pass hands to their readers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -316,7 +316,7 @@ def ioi(
     if corrupt not in ("flip", "third"):
         raise InputError(f"corrupt={corrupt!r} is unknown: 'flip' or 'third'.")
     if whole(batch, "batch") < 1:
-        raise InputError(f"batch={batch} leaves nothing to run: give 1 or more.")
+        raise InputError(f"batch={batch}: give 1 or more.")
     need_onwards(model, "an IOI probe")
     tokenizer = need_tokenizer(model, "an IOI probe")
     prefix = bos_prefix(model, bos)
@@ -546,7 +546,7 @@ class _Fitted(NamedTuple):
 
 def _paired(model: HasVocabulary, task: str, batch: int, seed: int, bos: bool | None) -> Probe:
     if whole(batch, "batch") < 1:
-        raise InputError(f"batch={batch} leaves nothing to run: give 1 or more.")
+        raise InputError(f"batch={batch}: give 1 or more.")
     need_onwards(model, f"the task {task!r}")
     tokenizer = need_tokenizer(model, f"the task {task!r}")
     prefix = bos_prefix(model, bos)

@@ -681,7 +681,7 @@ def pruning_curve(
     facts = facts_of(method, reference, None)
     found = EffectGrid(
         spec=effect_spec(
-            "pruning", measurement.metric, "without the heads less that of the whole model."
+            "pruning", measurement.metric, "without the heads minus that of the whole model."
         ),
         axes=("arm", "removed"),
         labels=(tuple(everything), tuple(map(str, points))),

@@ -351,7 +351,7 @@ def _table(
             known={"null": np.where(np.isnan(auc), np.nan, 0.5), "p_value": _p_of(paid, predicted)},
             unit="share",
             bounds=(0.0, 1.0),
-            description="attention to label words foretells the model's own prediction",
+            description="attention to label words predicts the model's own prediction",
             source=SOURCE,
             provenance=about,
         )
@@ -492,7 +492,7 @@ def reweight(
         test: whose accuracy is reported; default: the probe itself, which is too good.
         steps: of Adam.
         rate: learning rate.
-        folder: where the run is kept every few steps: started again, it goes on from there to the
+        folder: where the run is kept every few steps, from which the same call resumes to the
             same numbers.
         every: so many steps.
         progress: show a bar.

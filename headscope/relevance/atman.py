@@ -131,7 +131,7 @@ def atman(
 ) -> TokenRelevance:
     """Measure how much each token of a text supports a continuation, by suppressing it.
 
-    Relevance of a token is the loss of the target with attention to the token suppressed, less
+    Relevance of a token is the loss of the target with attention to the token suppressed, minus
     that without: above 0 where the token supports the target. All layers and heads are suppressed
     at once, or only ``heads``; every token (or group) is one pass, as many as fit stacked in one.
     Tokens of the target that come before another of its tokens are measured too.
@@ -145,7 +145,7 @@ def atman(
         model: that reads from left to right.
         text: a text, or token ids.
         target: what follows it, as text (found by its characters) or ids; default: the token that
-            the model finds likeliest.
+            the model finds most likely.
         factor: of the scores, from 0 to 1.
         mode: ``suppress`` or ``erase``.
         groups: tokens that are suppressed together instead of single ones, by name: a part of the

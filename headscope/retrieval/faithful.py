@@ -113,8 +113,8 @@ def faithfulness(
 
     Raises:
         InputError: if the probe has no answers or foils, or a foil is a special token.
-        HeadscopeError: if the base model gives neither answer in any example, which leaves nothing
-            to compare.
+        HeadscopeError: if the base model gives neither answer in any example, so there is
+            nothing to compare.
 
     Example:
         >>> import headscope as hs

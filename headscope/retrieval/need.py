@@ -180,7 +180,7 @@ def token_importance(
         raise UnsupportedModelError(model.limits["query_keys"])
     layers = [one for one in shape.attention_layers if one >= layer]
     measurement = _Study(model, layer, layers, keep, options)
-    with options.track(float(len(probe)), "foretelling importance") as advance:
+    with options.track(float(len(probe)), "predicting importance") as advance:
         measurement.fit(probe.examples(slice(0, None, 2)))
         advance(len(probe) / 2)
         measured = probe.examples(slice(1, None, 2))

@@ -60,7 +60,7 @@ def indirect_effect(
 
     On prompts whose demonstrations have their labels shuffled, a head's output at ``end`` becomes
     its mean over prompts with the right labels; the effect is the probability of the answer then
-    less that before. Means are of the other half of a task's prompts, so that no prompt is told
+    minus that before. Means are of the other half of a task's prompts, so that no prompt is told
     its own answer. The control does the same with means of shuffled prompts: what any mean does.
     Its p-values are over prompts: they are of these tasks.
 
@@ -253,7 +253,7 @@ def learn_strengths(
         steps: of Adam.
         rate: learning rate.
         every: steps between two checks.
-        folder: where the run is kept at every check: started again, it goes on from there to the
+        folder: where the run is kept at every check, from which the same call resumes to the
             same numbers.
         progress: show a bar.
 

@@ -477,7 +477,7 @@ class HeadReading(Saved, Shown, Tabular):
 
     Attributes:
         head: whose write it is.
-        said: likeliest tokens with it.
+        said: most likely tokens with it.
         probabilities: of these with it.
         plain: of these without it.
         scale: length of the state that was replaced over that of the write.
@@ -492,7 +492,7 @@ class HeadReading(Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def glance(self) -> Glance:
-        """The likeliest tokens."""
+        """Show the most likely tokens."""
         rows = [
             (readable(repr(one)), number(float(p)), number(float(q)))
             for one, p, q in zip(self.said, self.probabilities, self.plain, strict=True)

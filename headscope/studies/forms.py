@@ -125,7 +125,7 @@ GROUPS = Study(
         ),
     ),
     "The paper shows that little is lost where heads share keys; whether they then do the same is "
-    "what follows for whoever prunes or masks by groups.",
+    "what follows for pruning and masking by groups.",
 )
 
 

@@ -222,7 +222,7 @@ ATTENTION_FLOW = Study(
             "attention",
         ),
     ),
-    "The effect of hiding a token is the size of the change of the loss of the likeliest next "
+    "The effect of hiding a token is the size of the change of the loss of the most likely next "
     "token with the token hidden from all queries.",
 )
 

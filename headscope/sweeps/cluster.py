@@ -24,7 +24,7 @@ from headscope.sweeps.plan import Chunk
 from headscope.sweeps.run import ATTEMPTS, Benches, Finished, Stop, Work, reason, run_chunk
 from headscope.sweeps.store import Store
 
-# How often the driver looks whether somebody asked to stop, in seconds.
+# Seconds between the driver's checks for a requested stop.
 _LOOK = 1.0
 # How long a cluster may take to answer, in seconds.
 _ANSWER = 10.0

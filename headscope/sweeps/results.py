@@ -134,7 +134,7 @@ class Results:
             spec=ScoreSpec(
                 f"{study['edit']}_ablation",
                 unit=str(rows["unit"].iloc[0]),
-                description=f"{study['metric']} with heads of {set!r} edited less that without.",
+                description=f"{study['metric']} with heads of {set!r} edited minus that without.",
             ),
             axes=("draw", "heads"),
             labels=(tuple(map(str, draws)), tuple(map(str, counts))),
@@ -231,7 +231,7 @@ class Results:
             kv_heads=model.kv_heads,
             design=Design(clusters=_clusters(_origin(rows))),
             unit=str(rows["unit"].iloc[0]),
-            description=f"{study['metric']} with the head edited ({study['edit']}) less that "
+            description=f"{study['metric']} with the head edited ({study['edit']}) minus that "
             "without.",
             source="Michel et al. 2019, arXiv 1905.10650 (ablation)",
             provenance=_origin(rows),

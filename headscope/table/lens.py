@@ -46,7 +46,7 @@ class LensGrid(Saved, Shown, Tabular):
             ...: the stream after these blocks, or the output of their attention or MLP.
         positions: positions in the prompt.
         tokens: text of the prompt at these positions.
-        ids: most likely tokens, the likeliest first; on ties the lowest id.
+        ids: most likely tokens, in descending order; on ties the lowest id.
         texts: texts of these tokens.
         logits: logits of these tokens, soft cap included.
         probabilities: probabilities of these tokens.

@@ -115,7 +115,7 @@ class TokenRelevance(Saved, Shown, Tabular):
             spec=ScoreSpec(
                 "token relevance",
                 unit="nats",
-                description="loss of the targets with the token suppressed less that without",
+                description="loss of the targets with the token suppressed minus that without",
             ),
             axes=axes,
             labels=(rows, self.units),

@@ -96,7 +96,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scores": {"a": 1}}, "scores={'a': 1}: give a HeadScores."),
     ({"scores": np.zeros((2, 2))}, "scores is a ndarray: give a HeadScores."),
     ({"tensor": "abc"}, "tensor='abc': give a tensor."),
-    ({"batch_size": 0}, "batch_size=0 leaves nothing to run: give 1 or more."),
+    ({"batch_size": 0}, "batch_size=0: give 1 or more."),
     ({"seed": -1}, "seed=-1 is not a seed: give a whole number from 0 on."),
 ]
 # Types are checked at run time in the tests: these calls are made in a process without.

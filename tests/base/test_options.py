@@ -12,8 +12,8 @@ from headscope.errors import InputError
 from tests.ablation.helpers import model_of
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"batch_size": 0}, "batch_size=0 leaves nothing to run"),
-    ({"batch_size": -1}, "batch_size=-1 leaves nothing to run"),
+    ({"batch_size": 0}, "batch_size=0: give 1 or more"),
+    ({"batch_size": -1}, "batch_size=-1: give 1 or more"),
     ({"batch_size": 2.0}, "batch_size=2.0 is not a number of examples"),
     ({"batch_size": True}, "batch_size=True is not a number of examples"),
     ({"memory": "much"}, "'much' is not an amount of memory"),
@@ -75,5 +75,5 @@ def calls() -> dict[str, Callable[..., Any]]:
 @pytest.mark.parametrize("name", calls())
 @pytest.mark.parametrize("size", [0, -1])
 def test_every_room_refuses_a_batch_of_nothing(name: str, size: int) -> None:
-    with pytest.raises(InputError, match=f"batch_size={size} leaves nothing to run"):
+    with pytest.raises(InputError, match=f"batch_size={size}: give 1 or more"):
         calls()[name](batch_size=size)

@@ -359,7 +359,7 @@ def test_a_graph_is_kept_whole(tmp_path: Path) -> None:
         ({}, {"ablation": "median"}, "unknown ablation 'median'"),
         ({}, {"method": "eap-ig"}, "unknown method 'eap-ig'; did you mean 'eap_ig'"),
         ({}, {"method": "eap_ig", "steps": 0}, "1 run or more"),
-        ({}, {"batch_size": 0}, "leaves nothing to run"),
+        ({}, {"batch_size": 0}, "give 1 or more"),
         ({}, {"memory": "1KB"}, "scores of 110 edges on 4 texts take 0.00176 MB"),
         ({}, {"memory": "8KB"}, "11 nodes write on one text of [0-9]+ tokens takes"),
         ({}, {"metric": hs.metrics.kl_divergence}, "its gradient there is 0"),

@@ -143,7 +143,7 @@ def test_a_curve_is_kept_whole(tmp_path: Path) -> None:
         ({"sizes": [0.5, float("nan")]}, "above 0 and up to 1"),
         ({"controls": 0}, "once or more"),
         ({"ablation": "none"}, "unknown ablation"),
-        ({"batch_size": 0}, "leaves nothing to run"),
+        ({"batch_size": 0}, "give 1 or more"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(options: dict, message: str) -> None:

@@ -21,6 +21,17 @@ PHRASES = {
     r"\bstays done\b": "'finished chunks are kept'",
     r"\bknows of\b": "'knows'",
     r"\bthe way out\b": "'what to do'",
+    r"\bless that (?:of|without)\b": "'minus that ...'",
+    r"\bof equals\b": "'on ties'",
+    r"\bwhoever\b": "say who or what does it",
+    r"\bsomebody\b": "say who or what does it",
+    r"\bforetells?\b": "'predict'",
+    r"\blikeliest\b": "'most likely'",
+    r"\bleaves? nothing to\b": "'give 1 or more'",
+    r"\bwhole or absent\b": "'atomically'",
+    r"\bmakes? no sense\b": "'is invalid'",
+    r"\bas they are now\b": "'current'",
+    r"\bgoes on from there\b": "'resumes'",
 }
 # Words that were left for the field's own, with these.
 LEFT = {
@@ -55,7 +66,19 @@ def test_no_source_has_such_a_phrase() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["'x' is no shard.", "an edit of your own", "Nobody reads it.", "It stays done."],
+    [
+        "'x' is no shard.",
+        "an edit of your own",
+        "Nobody reads it.",
+        "It stays done.",
+        "the metric less that without",
+        "of equals the first",
+        "whoever calls it",
+        "the likeliest token",
+        "steps=0 leaves nothing to run",
+        "each file is whole or absent",
+        "it goes on from there",
+    ],
 )
 def test_a_planted_phrase_is_found(text: str) -> None:
     assert any(re.search(phrase, text, re.IGNORECASE) for phrase in PHRASES)

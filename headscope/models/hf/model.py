@@ -362,7 +362,7 @@ class HFModel(Tapped, Shown):
     def learn_padding(self, real: Bool[Tensor, "batch pos"] | None) -> None:
         """Measure how the family counts positions under padding, when a pass needs it.
 
-        Whoever hooks the model for a pass calls this first: it runs tiny passes of its own.
+        Call this before hooking the model for a pass: it runs tiny passes of its own.
 
         Raises:
             UnsupportedModelError: if the family reads padded texts in another way.

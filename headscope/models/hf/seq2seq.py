@@ -240,7 +240,7 @@ class Seq2SeqModel(Shown):
         return self._views["decoder"].limits
 
     def digest(self) -> str:
-        """SHA-256 that stands for all bytes of all weights as they are now."""
+        """SHA-256 that stands for the current weights."""
         return self._digest.of(all_weights(self.module))
 
     def glance(self) -> Glance:

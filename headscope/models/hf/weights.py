@@ -415,7 +415,7 @@ def _sources(model: "HFModel", layer: int, owners: Mapping[str, Owners]) -> Sour
 
 
 def read_weights(model: "HFModel", layer: int, sources: Sources, width: int) -> HeadWeights:
-    """Attention weights of one layer as they are now.
+    """Current attention weights of one layer.
 
     Args:
         model: whose they are.
