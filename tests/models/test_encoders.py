@@ -99,6 +99,38 @@ def test_ablations_are_those_of_plain_hooks(loaded: dict[str, Any], name: str) -
         assert scores.mean[head] == pytest.approx(sum(effects) / 2, abs=2e-5)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_made_only_at_the_positions_asked_for(
+    loaded: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = loaded[name], text_of(40)
+    at, rows = torch.tensor([3, 17]), list[int]()
+    unembed = torch.nn.functional.linear
+
+    def counting(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight.shape[0] == VOCAB:
+            rows.append(x.shape[-2])
+        return unembed(x, weight, bias)
+
+    whole = model.module(input_ids=tokens).logits[:, at].detach()
+    model.run(hs.probes.from_tokens(tokens), logits_at=at)  # the head is proved in the first run
+    monkeypatch.setattr(torch.nn.functional, "linear", counting)
+    found = model.run(hs.probes.from_tokens(tokens), logits_at=at)
+    assert rows == [2]
+    allowed = 1e-6 * float(whole.abs().max())
+    torch.testing.assert_close(found, whole, rtol=1e-6, atol=allowed)
+
+
+def test_a_head_that_mixes_positions_is_given_them_all() -> None:
+    module = encoder("bert")
+    head = module.cls.forward
+    module.cls.forward = lambda x: head(x + x.roll(1, 1))
+    model, tokens, at = hs.load(module), text_of(40), torch.tensor([3, 17])
+    assert model._pointwise_head is None
+    found = model.run(hs.probes.from_tokens(tokens), logits_at=at)
+    torch.testing.assert_close(found, module(input_ids=tokens).logits[:, at])
+
+
 @pytest.mark.parametrize("name", ["bert", "modernbert", "esm"])
 def test_models_pass_the_shipped_checks(loaded: dict[str, Any], name: str) -> None:
     report = hs.testing.check_model(loaded[name], raises=False)

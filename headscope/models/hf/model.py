@@ -15,7 +15,7 @@ from headscope.base.batches import PIXELS, SEGMENTS, TOKENS, TURNS, Batch
 from headscope.base.result import Glance, Shown
 from headscope.base.stacks import ImageKeys, MaskRule, PatchGrid
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
-from headscope.models.hf.hooks import after, hooked
+from headscope.models.hf.hooks import Call, after, before, entering, hooked
 from headscope.models.hf.images import image_keys
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import (
@@ -319,13 +319,14 @@ class HFModel(Tapped, Shown):
         self.learn_padding(real)
         if run.grad:
             need_gradients(self.module, self.name)
+        head = self._head_of_rows(run, logits_at)
         seen = self._says_misfits() if self.grid is None and PIXELS in run.inputs else nullcontext()
         with seen, run.attached(), torch.set_grad_enabled(run.grad):
             inputs = self._inputs(tokens, real, run.inputs)
             if run.stops and not (run.is_read(Tap("final_resid")) and self._norm_is_outside):
                 body_of(self.module)(**inputs)
                 return torch.empty(len(tokens), 0, self.shape.n_logits)
-            return self._logits(inputs, logits_at)
+            return self._logits(inputs, logits_at, head)
 
     @contextmanager
     def _says_misfits(self) -> Iterator[None]:
@@ -543,12 +544,62 @@ class HFModel(Tapped, Shown):
         allowed = 1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1
         return not bool((padded - alone).abs().max() <= allowed * alone.abs().max())
 
-    def _logits(self, inputs: dict[str, Any], logits_at: Tensor | None) -> Tensor:
+    def _head_of_rows(self, run: Pass, logits_at: Tensor | None) -> nn.Module | None:
+        """Head that can be given only the positions of a pass whose logits are asked for."""
+        final = Tap("final_resid")  # of some models inside the head, where all positions are read
+        if logits_at is None or run.is_read(final) or final in run.writes:
+            return None
+        return None if "logits_to_keep" in self._arguments else self._pointwise_head
+
+    @cached_property
+    @torch.no_grad()
+    def _pointwise_head(self) -> nn.Module | None:
+        """Module that makes logits of the body's output, if it does so at each position alone.
+
+        Proved by a tiny pass: given one position, it gives that position's logits. None where
+        there is no such module, as in models whose head reads several positions.
+        """
+        body, entered = body_of(self.module), list[nn.Module]()
+        if self.speaker is not self.module or body is self.module or self.grid is not None:
+            return None
+        states = list[Tensor]()
+
+        def keep(_module: nn.Module, _call: Call, output: Any) -> None:
+            states.append(output[0])
+
+        def note(module: nn.Module, call: Call) -> None:
+            if any(call.stream is state for state in states):
+                entered.append(module)
+
+        inside = {self.module, *body.modules()}
+        heads = [one for one in self.module.modules() if one not in inside]
+        tiny = arguments(self.module, tiny_batch(self.module))
+        with pass_over(self.module):
+            with hooked([after(body, keep), *(before(one, note) for one in heads)]):
+                whole = answer(self.module(**tiny))
+            if not entered or whole.ndim != 3:
+                return None
+            try:
+                with hooked([entering(entered[0], lambda stream: stream[:, 1:2])]):
+                    cut = answer(self.module(**tiny))
+            except (RuntimeError, IndexError, ValueError):
+                return None
+        alike = cut.shape == whole[:, 1:2].shape and torch.allclose(
+            cut, whole[:, 1:2], rtol=1e-4, atol=1e-5 * float(whole.abs().max())
+        )
+        return entered[0] if alike else None
+
+    def _logits(
+        self, inputs: dict[str, Any], logits_at: Tensor | None, head: nn.Module | None
+    ) -> Tensor:
         if logits_at is None:
             return self.spread(self.speaker(**inputs), inputs)
         if "logits_to_keep" in self._arguments and self.pooling is None:
             kept = logits_at.to(self.device)
             return answer(self.speaker(**inputs, logits_to_keep=kept))
+        if head is not None:
+            with hooked([entering(head, lambda stream: stream[:, logits_at.to(stream.device)])]):
+                return answer(self.speaker(**inputs))
         logits = self.spread(self.speaker(**inputs), inputs)
         return logits[:, logits_at.to(logits.device)]
 
