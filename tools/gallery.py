@@ -164,9 +164,10 @@ def page(results: Mapping[str, StudyResult], pictures: Mapping[str, str]) -> str
     lines = [
         "# Gallery: a real language model",
         "",
-        f"The {len(results)} [studies](studies.md), asked of SmolLM2-135M-Instruct: 30 layers of "
-        "9 heads that share 3 keys, Apache-2.0, from its package of weights in four bits. Of "
-        f"{len(every)} claims {counts['holds']} hold, {counts['does not hold']} do not, and "
+        f"{_counted(len(results))} [studies](studies.md), asked of SmolLM2-135M-Instruct: 30 "
+        "layers of 9 heads that share 3 keys, Apache-2.0, from its package of weights in four "
+        f"bits. Of {len(every)} claims {counts['holds']} hold, "
+        f"{counts['does not hold']} do not, and "
         f"{counts['cannot be asked']} cannot be asked of it. A claim that does not hold here may "
         "hold in larger models, on which most of these papers stand; or the number of examples "
         "is too small to tell, which the interval shows.",
@@ -186,6 +187,11 @@ def page(results: Mapping[str, StudyResult], pictures: Mapping[str, str]) -> str
     for name, result in results.items():
         lines += _section(name, result, pictures.get(name))
     return "\n".join(lines) + "\n"
+
+
+def _counted(found: int) -> str:
+    every = len(hs.studies.STUDIES)
+    return f"The {every}" if found == every else f"{found} of the {every}"
 
 
 def _row(name: str, one: Answer) -> str:
