@@ -31,6 +31,7 @@ from headscope.heads import HeadIndex
 from headscope.table.scores import HeadScores
 
 if TYPE_CHECKING:
+    import networkx
     import pandas
 
 _KEY = b"headscope"
@@ -428,6 +429,36 @@ class EdgeGraph(Shown, Tabular):
             "ablation": self.ablation,
             "provenance": self.provenance.to_json(),
         }
+
+    def to_networkx(self, count: int | None = None) -> "networkx.MultiDiGraph":
+        """Nodes and edges as a directed graph; an edge's key is its slot.
+
+        Args:
+            count: keep this many edges, by magnitude; None: all.
+        """
+        import networkx
+
+        found: Any = networkx.MultiDiGraph(method=self.method, ablation=self.ablation)
+        found.add_nodes_from([*self.wiring.sources, "logits"])
+        for edge, score in self.top(len(self.wiring) if count is None else count):
+            found.add_edge(edge.source, edge.target, key=edge.slot, score=score)
+        return found
+
+    def to_dot(self, count: int = 100) -> str:
+        """Edges as a graph in Graphviz's language: wide is large, dashed is positive.
+
+        Args:
+            count: keep this many edges, by magnitude.
+        """
+        kept = self.top(count)
+        most = max((abs(score) for _, score in kept), default=0.0) or 1.0
+        lines = [
+            f'  "{edge.source}" -> "{edge.target}" [label="{edge.slot}", tooltip="{score:.4g}", '
+            f"penwidth={0.5 + 4.5 * abs(score) / most:.2f}, "
+            f"style={'dashed' if score > 0 else 'solid'}];"
+            for edge, score in kept
+        ]
+        return "\n".join(["digraph edges {", "  rankdir=BT;", *lines, "}"]) + "\n"
 
     def save(self, path: "str | PathLike[str]") -> None:
         """Save as one Parquet file, atomically: a row per edge, the rest in its metadata.
@@ -932,6 +963,11 @@ class Faithfulness(Saved, Shown, Tabular):
         """
         logs = np.log10(self.sizes)
         return area(logs, self.faithfulness) / float(logs[-1] - logs[0])
+
+    @property
+    def value_area(self) -> float:
+        """Area under the metric itself over the nominal sizes; of ``accuracy`` its accuracy-AUC."""
+        return area(self.sizes, self.value)
 
     @property
     def random_cpr(self) -> float:

@@ -342,6 +342,14 @@ def test_a_graph_is_kept_whole(tmp_path: Path) -> None:
     assert (again.wiring, again.steps, again.clusters) == (graph.wiring, 2, (0, 0, 1, 2))
     assert again.provenance == graph.provenance
     assert len(again.to_json(5)["edges"]) == 5
+    drawn = again.to_networkx()
+    assert (drawn.number_of_nodes(), drawn.number_of_edges()) == (12, 110)
+    edge, score = again.top(1)[0]
+    assert drawn.edges[edge]["score"] == score
+    assert again.to_networkx(3).number_of_edges() == 3
+    dot = again.to_dot(2).splitlines()
+    assert dot[2].startswith(f'  "{edge.source}" -> "{edge.target}" [label="{edge.slot}"')
+    assert len(dot) == 5
     assert "110 edges" in repr(again)
     assert len(again.to_pandas()) == 110
     (tmp_path / "no.parquet").write_bytes(b"PAR1")
@@ -389,6 +397,20 @@ def test_memory_cuts_batches_and_changes_no_number(monkeypatch: pytest.MonkeyPat
     cut = hs.edges.attribute(model, probe, logit_difference, memory=2 * text + 5)
     assert sizes == [2, 2]
     np.testing.assert_allclose(cut.per_example, whole.per_example, atol=1e-5)
+
+
+def test_a_metric_that_reads_nothing_is_refused() -> None:
+    """No targets at all, and none at the mark that is asked for."""
+    probe = pair()
+    start = torch.zeros_like(probe.real)
+    start[:, 0] = True
+    given = (
+        (replace(probe, targets=torch.full_like(probe.targets, -1)), logit_difference),
+        (replace(probe, marks={"start": start}), logit_difference.at("start")),
+    )
+    for texts, metric in given:
+        with pytest.raises(InputError, match="has nothing to read: no position"):
+            hs.edges.attribute(model_of("gpt2"), texts, metric)
 
 
 def test_pairs_must_be_aligned() -> None:

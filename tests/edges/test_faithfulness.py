@@ -41,6 +41,7 @@ def test_areas_are_those_of_the_benchmark() -> None:
     assert late.cmd == pytest.approx(0.499 + 0.25)
     assert late.log_area == pytest.approx(0.5 * np.log10(2) / 3)
     over = curve(np.array([0.0] * 8 + [3.0, 1.0]))
+    assert over.value_area == pytest.approx(0.999 + 2 * over.cpr)
     assert over.cpr == pytest.approx(0.3 * 3 / 2 + 0.5 * 2)
     assert over.cpr_capped == pytest.approx(0.3 / 2 + 0.5)
     assert over.cmd == pytest.approx(0.199 + 0.3 * 1.5 + 0.5)
