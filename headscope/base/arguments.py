@@ -161,7 +161,10 @@ def _words(hint: Any) -> str:
     if inspect.isclass(origin) and issubclass(origin, tuple):
         return "a tuple"
     if inspect.isclass(origin) and issubclass(origin, Iterable):
-        return "a mapping" if issubclass(origin, Mapping) else "a list of them"
+        if issubclass(origin, Mapping):
+            return "a mapping"
+        elements = get_args(hint)
+        return f"a list of {_MANY.get(elements[0], 'them')}" if elements else "a list"
     if inspect.isclass(hint) and issubclass(hint, AbstractArray):
         return "a tensor"
     name = getattr(hint, "__name__", str(hint))
@@ -225,6 +228,7 @@ _WORDS: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "True or False", str: "a text",
     types.NoneType: "None", torch.Tensor: "a tensor", np.ndarray: "an array",
 }  # fmt: skip
+_MANY: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def _choice(options: tuple[Any, ...]) -> Check:

@@ -91,7 +91,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"layers": "01"}, "layers='01': give a list, as layers=[0, 1]."),
     ({"layers": [0, 1.5]}, "layers=[0, 1.5]: 1.5 is not a whole number."),
     ({"names": [3]}, "names=[3]: 3 is not a text."),
-    ({"names": 3}, "names=3: give a text or a list of them."),
+    ({"names": 3}, "names=3: give a text or a list of texts."),
     ({"path": 3}, "path=3: give a text, a Path or None."),
     ({"scores": {"a": 1}}, "scores={'a': 1}: give a HeadScores."),
     ({"scores": np.zeros((2, 2))}, "scores is a ndarray: give a HeadScores."),
