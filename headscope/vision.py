@@ -956,6 +956,7 @@ class Clip:
         return made
 
 
+@checked
 def clip(
     source: Any,
     *,

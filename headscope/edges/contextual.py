@@ -443,6 +443,7 @@ def contextual(
     return Contextual(scores, passed, placed, about)
 
 
+@checked
 @own_types()
 def contextual_circuit(
     model: HeadModel,

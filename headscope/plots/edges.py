@@ -343,6 +343,7 @@ def _add_random(figure: go.Figure, curve: Faithfulness, style: Style) -> None:
     )  # fmt: skip
 
 
+@checked
 def position_circuit(found: PositionCircuit, *, theme: Theme = "light") -> go.Figure:
     """Heads at positions of a circuit: positions to the right, layers upwards.
 
