@@ -98,7 +98,7 @@ dist: setup ## build wheel and sdist into dist/
 lock: ## resolve anew and write requirements.lock
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet '.[dev,docs,duckdb,gguf,paper,polars,ray]' torch==$(TORCH)
+	build/lock/bin/python -m pip install --quiet '.[dev,diffusion,docs,duckdb,gguf,paper,polars,ray]' torch==$(TORCH)
 	{ echo "# Written by 'make lock': all that 'make setup' installs. Builds of torch for a GPU bring"; \
 	  echo "# their own nvidia packages, so those are not listed, nor is a build's local suffix."; \
 	  build/lock/bin/python -m pip freeze --exclude headscope \

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headscope import capture as capture
     from headscope import circuits as circuits
     from headscope import compiled as compiled
+    from headscope import diffusion as diffusion
     from headscope import edges as edges
     from headscope import edits as edits
     from headscope import flow as flow
@@ -108,6 +109,7 @@ _HOME = {
     "circuits": "headscope.circuits",
     "compare": "headscope.comparing",
     "compiled": "headscope.compiled",
+    "diffusion": "headscope.diffusion",
     "edges": "headscope.edges",
     "edits": "headscope.edits",
     "emergence": "headscope.comparing",

@@ -32,7 +32,7 @@ from headscope.errors import InputError, UnsupportedModelError, nearest
 from headscope.heads import HeadIndex
 from headscope.interventions import head_values
 from headscope.metrics import answer_log_prob, answer_probability, as_metric
-from headscope.models.hf.mixers import MIXER_SITES, MixerModel
+from headscope.models.hf.sublayers import MIXER_SITES, MixerModel
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView, Write

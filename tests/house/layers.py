@@ -20,7 +20,7 @@ FLOORS = (
     {"interventions"},
     {"ablation", "flow"},
     {"scoring"},
-    {"pruning", "retrieval", "comparing", "edges", "relevance", "steering", "vision"},
+    {"pruning", "retrieval", "comparing", "edges", "relevance", "steering", "vision", "diffusion"},
     {"kinds", "training"},
     {"sweeps", "report", "testing", "compiled"},
     {"interactive", "studies"},
@@ -69,6 +69,7 @@ ALLOWED: dict[str, set[str]] = {
     "retrieval": _RUNS_MODELS | {"scoring", "ablation"},
     "relevance": _RUNS_MODELS | {"ablation", "lens"},
     "vision": _RUNS_MODELS | {"ablation"},
+    "diffusion": _SEES_MODELS,
     "kinds": _RUNS_MODELS | {"ablation", "scoring", "relevance", "steering"},
     "steering": _RUNS_MODELS | {"ablation", "lens"},
     "training": _RUNS_MODELS | {"ablation", "pruning"},
@@ -93,6 +94,7 @@ HOOKING_FILES = r"models/hf/hooks\.py|testing/plain\.py"
 ONLY_IN = {
     "transformer_lens": r"models/bridge/model\.py",
     "plotly": r"(plots|report)/.*",
+    "diffusers": r"diffusion\.py",
 }
 # A library -> the files that may not.
 NOT_IN = {

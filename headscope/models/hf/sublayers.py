@@ -2,9 +2,12 @@
 
 Which norm comes before attention, and which behind it, is told by one small pass: what enters and
 leaves every norm is compared with what attention reads and writes.
+
+State-space models have no attention rows, but like every block theirs read the residual stream and
+add to it. That is enough to ask what is stored where (:class:`MixerModel`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +17,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headscope.errors import InputError, UnsupportedModelError
-from headscope.models.hf.hooks import Call, after, before, hooked, stream_of
+from headscope.models.hf.hooks import (
+    Call,
+    Hook,
+    after,
+    before,
+    entering,
+    hooked,
+    leaving,
+    stream_of,
+)
 from headscope.models.hf.seq2seq import FEATURES, Seq2SeqModel, Sides, StackView, tiny_sides
 from headscope.models.hf.weights import bias
 from headscope.models.running import answer, pass_over
@@ -280,3 +292,112 @@ def need_encoder_decoder(model: Any) -> Seq2SeqModel:
             "source that a decoder reads."
         )
     return whole
+
+
+MIXER_SITES = ("resid_pre", "mixer_out", "mlp_out", "resid_post")
+# What families call the part of a block that moves information between positions, and the other.
+_MIXERS = (
+    "mixer", "self_attn", "attn", "attention", "self_attention", "mamba", "linear_attn", "conv",
+    "temporal_block", "time_mixer", "operator",
+)  # fmt: skip
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "mlp_block", "moe")
+Place = tuple[str, int]
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class MixerModel:
+    """A transformers language model as a sequence of blocks.
+
+    Attributes:
+        name: of the model.
+        module: the model.
+        blocks: in order.
+    """
+
+    name: str
+    module: nn.Module
+    blocks: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, module: Any, name: str | None = None) -> "MixerModel":
+        """Find the blocks of a model.
+
+        Raises:
+            UnsupportedModelError: if there is not one row of blocks.
+        """
+        title = name or type(module).__name__
+        count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+        rows = [
+            tuple(part)
+            for part in module.modules()
+            if isinstance(part, nn.ModuleList) and len(part) == count
+        ]
+        rows = [row for row in rows if all(_named(block, _MIXERS) is not None for block in row)]
+        if len(rows) != 1:
+            raise UnsupportedModelError(
+                f"{title}: no single row of {count} blocks with a mixer each was found, so what "
+                "enters and leaves its mixers cannot be told."
+            )
+        return cls(title, module, rows[0])
+
+    def places(self) -> list[Place]:
+        """Sites and layers that can be read and written."""
+        found = []
+        for site in MIXER_SITES:
+            for layer, block in enumerate(self.blocks):
+                if site != "mlp_out" or _named(block, _MLPS) is not None:
+                    found.append((site, layer))
+        return found
+
+    def run(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        reads: Mapping[Place, Callable[[Tensor], Any]] | None = None,
+        writes: Mapping[Place, Change] | None = None,
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of a pass with values at some places read or changed."""
+        hooks = [
+            _hook(self._module(place), place[0], _reader(read))
+            for place, read in (reads or {}).items()
+        ]
+        hooks += [
+            _hook(self._module(place), place[0], change) for place, change in (writes or {}).items()
+        ]
+        device = next(self.module.parameters()).device
+        with self._pass(hooks):
+            output: Any = self.module(input_ids=tokens.to(device), use_cache=False)
+        logits: Tensor = output.logits
+        return logits.float()
+
+    @contextmanager
+    def _pass(self, hooks: list[Hook]) -> Iterator[None]:
+        with torch.no_grad(), pass_over(self.module), hooked(hooks):
+            yield
+
+    def _module(self, place: Place) -> nn.Module:
+        site, layer = place
+        block = self.blocks[layer]
+        if site in ("resid_pre", "resid_post"):
+            return block
+        found = _named(block, _MIXERS if site == "mixer_out" else _MLPS)
+        assert found is not None  # noqa: S101  # places() names no other
+        return found
+
+
+def _named(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The one part of a block that has such a name; None where none or several have."""
+    found = [part for name, part in block.named_children() if name in names]
+    return found[0] if len(found) == 1 else None
+
+
+def _reader(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor | None]:
+    def act(value: Tensor) -> None:
+        read(value)
+
+    return act
+
+
+def _hook(module: nn.Module, site: str, act: Callable[[Tensor], Tensor | None]) -> Hook:
+    return entering(module, act) if site == "resid_pre" else leaving(module, act)

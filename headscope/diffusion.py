@@ -1,0 +1,443 @@
+"""Cross-attention of diffusion models: which text tokens each head shows the image, and ablation.
+
+A UNet or a DiT of diffusers reads a text through cross-attention: queries are places of the image,
+keys are tokens. Needs the extra ``diffusion``. One call is one denoising step.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headscope.base.specs import Provenance, ScoreSpec
+from headscope.edits import Heads, head_list
+from headscope.errors import InputError, UnsupportedModelError
+from headscope.heads import HeadIndex
+from headscope.models.running import own_types
+from headscope.table import HeadScores
+
+_STACK = "cross"
+_TEXT = "encoder_hidden_states"
+_ROWS_BYTES = 1 << 27  # of rows that are held at once
+_TOKENS = ScoreSpec(
+    "token_attention",
+    unit="attention",
+    bounds=(0.0, 1.0),
+    alternative="two-sided",
+    source="cross-attention maps by head, as in Park et al. 2025 (arXiv 2412.02237)",
+    description="Attention of all places of the image to the chosen text tokens, mean over places.",
+)
+_EFFECT = ScoreSpec(
+    "prediction_change",
+    unit="share",
+    bounds=(0.0, None),
+    source="ablation of cross-attention heads, one denoising step",
+    description="Distance of the prediction to the clean one, over the length of the clean one.",
+)
+# Reads rows ``[batch head query token]`` and outputs ``[batch head query d_head]`` of some queries.
+Reader = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class CrossLayer:
+    """One cross-attention of a diffusion model.
+
+    Attributes:
+        name: of its module.
+        n_heads: query heads.
+        d_head: size of a head.
+    """
+
+    name: str
+    n_heads: int
+    d_head: int
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion:
+    """A denoiser seen through its cross-attention; layers are numbered in the order of a pass.
+
+    Attributes:
+        module: of diffusers.
+        layers: with cross-attention; their numbers of heads may differ.
+    """
+
+    module: Any
+    layers: tuple[CrossLayer, ...]
+
+    @property
+    def name(self) -> str:
+        """Class of the module."""
+        return type(self.module).__name__
+
+    @property
+    def heads(self) -> tuple[HeadIndex, ...]:
+        """Every head, such as ``X0H1``."""
+        return tuple(
+            HeadIndex(layer, head, _STACK)
+            for layer, one in enumerate(self.layers)
+            for head in range(one.n_heads)
+        )
+
+    def check(self, heads: Iterable[tuple[int, int]]) -> None:
+        """Refuse heads that the model does not have.
+
+        Args:
+            heads: layer and head of each.
+
+        Raises:
+            InputError: naming the first.
+        """
+        for layer, head in heads:
+            if not (layer < len(self.layers) and head < self.layers[layer].n_heads):
+                raise InputError(
+                    f"{self.name} has no head {HeadIndex(layer, head, _STACK)}: its layers of "
+                    "cross-attention have "
+                    f"{', '.join(str(one.n_heads) for one in self.layers)} heads."
+                )
+
+    @torch.no_grad()
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        read: Reader | None = None,
+        values: Mapping[tuple[int, int], Tensor] | None = None,
+    ) -> Float[Tensor, "batch *place"]:
+        """Predict once, with some heads' outputs replaced.
+
+        Args:
+            inputs: of the module's ``forward``: latents, ``timestep``, ``encoder_hidden_states``.
+            read: called by layer with exact rows and outputs of some queries.
+            values: by layer and head, what takes the place of the head's output at all places,
+                ``[d_head]``; before the output projection.
+
+        Raises:
+            InputError: if there is no text, or no such head.
+        """
+        self._check(inputs)
+        self.check(values or {})
+        with self._seen(read, values or {}):
+            found: Tensor = self.module(**inputs, return_dict=False)[0]
+        return found
+
+    def _check(self, inputs: Mapping[str, Any]) -> None:
+        text = inputs.get(_TEXT)
+        if not isinstance(text, Tensor) or text.ndim != 3:
+            raise InputError(
+                f"{self.name} needs {_TEXT!r} [batch token width], the embedded text that its "
+                "cross-attention reads."
+            )
+
+    @contextmanager
+    def _seen(
+        self, read: Reader | None, values: Mapping[tuple[int, int], Tensor]
+    ) -> Iterator[None]:
+        """Scope in which cross-attention runs by our code, in the order that was found."""
+        attentions = [self.module.get_submodule(layer.name) for layer in self.layers]
+        before = [attention.processor for attention in attentions]
+        was: bool = self.module.training
+        order: list[int] = []
+        try:
+            self.module.eval()
+            for number, attention in enumerate(attentions):
+                attention.processor = _Processor(number, read, values, order)
+            yield
+        finally:
+            for attention, processor in zip(attentions, before, strict=True):
+                attention.processor = processor
+            self.module.train(was)
+        if order != list(range(len(attentions))):
+            raise UnsupportedModelError(
+                f"{self.name} runs its cross-attention in the order {order}, so that its layers "
+                "cannot be numbered."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Processor:
+    """Plain multi-head cross-attention on the module's own matrices, with rows and edits."""
+
+    number: int
+    read: Reader | None
+    values: Mapping[tuple[int, int], Tensor]
+    order: list[int]
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *_others: Any,
+        **_named: Any,
+    ) -> Tensor:
+        self.order.append(self.number)
+        residual, shape = hidden_states, hidden_states.shape
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        heads = (attn.heads, -1)
+        query, key, value = (
+            made.unflatten(-1, heads).transpose(1, 2)
+            for made in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text))
+        )
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        mask = attention_mask
+        if mask is not None:
+            batch, tokens = text.shape[:2]
+            mask = attn.prepare_attention_mask(mask, tokens, batch)
+            mask = mask.view(batch, attn.heads, -1, mask.shape[-1])
+        z = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=attn.scale
+        )
+        for (layer, head), new in self.values.items():
+            if layer == self.number:
+                z = z.clone()
+                z[:, head] = new.to(z)
+        if self.read is not None:
+            self._read(query, key, mask, attn.scale, z)
+        out = attn.to_out[1](attn.to_out[0](z.transpose(1, 2).flatten(2)))
+        if len(shape) == 4:
+            out = out.transpose(1, 2).reshape(shape)
+        out = out + residual if attn.residual_connection else out
+        found: Tensor = out / attn.rescale_output_factor
+        return found
+
+    def _read(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, z: Tensor
+    ) -> None:
+        """Hand over exact rows, in fp32, some queries at a time."""
+        assert self.read is not None  # noqa: S101  # asked for where there is a reader
+        row = 4 * query.shape[0] * query.shape[1] * key.shape[2]
+        size = max(1, _ROWS_BYTES // row)
+        for start in range(0, query.shape[2], size):
+            part = slice(start, start + size)
+            scores = query[:, :, part].float() @ key.float().mT * scale
+            if mask is not None:
+                scores = scores + (mask[:, :, part] if mask.shape[2] > 1 else mask).float()
+            self.read(self.number, scores.softmax(-1), z[:, :, part])
+
+
+def load(module: Any) -> Diffusion:
+    """Take a denoiser of diffusers by its cross-attention heads.
+
+    Args:
+        module: a UNet (``UNet2DConditionModel``) or a DiT with cross-attention
+            (``PixArtTransformer2DModel``), as ``pipeline.unet`` or ``pipeline.transformer``. It is
+            used as it is and left as it was.
+
+    Raises:
+        InputError: if diffusers is not installed, or it is another kind of model.
+        UnsupportedModelError: if it has no cross-attention, or one of another kind.
+
+    Example:
+        >>> hs.diffusion.load(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+        headscope.errors.InputError: ...
+    """
+    try:
+        from diffusers import ModelMixin
+        from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+    except ImportError as error:
+        raise InputError(
+            "diffusion models need diffusers: pip install 'headscope[diffusion]'."
+        ) from error
+    if not isinstance(module, ModelMixin):
+        raise InputError(
+            f"a {type(module).__name__} is not a model of diffusers: give pipeline.unet or "
+            "pipeline.transformer."
+        )
+    found = [
+        (name, one)
+        for name, one in module.named_modules()
+        if isinstance(one, Attention) and one.is_cross_attention
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no cross-attention: its text, where it reads one, joins "
+            "the image in one sequence."
+        )
+    for name, one in found:
+        plain = type(one.processor) in (AttnProcessor, AttnProcessor2_0)
+        if not plain or one.spatial_norm is not None or one.add_k_proj is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} computes {name} by {type(one.processor).__name__}, which "
+                "does more than attention of the image to the text: remove adapters, and set "
+                "diffusers' own processor."
+            )
+    # A UNet goes down, through its middle, and up again; its modules are listed in another order.
+    place = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    found.sort(key=lambda one: place.get(one[0].split(".")[0], 0))
+    return Diffusion(
+        module,
+        tuple(
+            CrossLayer(name, int(one.heads), one.to_q.weight.shape[0] // int(one.heads))
+            for name, one in found
+        ),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAttention:
+    """Attention of the image to each text token, by head, mean over places of the image.
+
+    Attributes:
+        weights: NaN where a layer has fewer heads; a row sums to 1 over tokens.
+        provenance: where it came from.
+    """
+
+    weights: Float[np.ndarray, "batch layer head token"]
+    provenance: Provenance
+
+    def to(self, tokens: int | Sequence[int]) -> HeadScores:
+        """What some tokens get together, by head.
+
+        Args:
+            tokens: positions in the text; one or several.
+
+        Raises:
+            InputError: if there is no such token.
+        """
+        chosen = [tokens] if isinstance(tokens, int) else list(tokens)
+        count = self.weights.shape[-1]
+        if not chosen or min(chosen) < 0 or max(chosen) >= count:
+            raise InputError(f"tokens {chosen}: the text has tokens 0 to {count - 1}.")
+        per_example = np.moveaxis(self.weights[..., sorted(set(chosen))].sum(-1), 0, 2)
+        return HeadScores.from_examples(
+            _TOKENS,
+            per_example,
+            kv_heads=per_example.shape[1],
+            provenance=self.provenance,
+        ).of_stack(_STACK)
+
+
+def _empty(model: Diffusion, *more: int) -> Float[np.ndarray, "*any"]:
+    """NaN for every layer and head, some of which are not there."""
+    most = max(layer.n_heads for layer in model.layers)
+    return np.full((len(model.layers), most, *more), np.nan)
+
+
+def _about(model: Diffusion, inputs: Mapping[str, Any], **facts: Any) -> Provenance:
+    weight = next(model.module.parameters())
+    probe = {"kind": "denoising step", "examples": len(inputs[_TEXT]), **facts}
+    return Provenance(
+        model=model.name,
+        path="diffusers",
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=weight.device.type,
+        probe=probe,
+    )
+
+
+@own_types()
+def token_attention(model: Diffusion, inputs: Mapping[str, Any]) -> TokenAttention:
+    """Attention of the image to each token of the text, by layer and head, in one pass.
+
+    Args:
+        model: from :func:`load`.
+        inputs: of the module's ``forward``.
+
+    Raises:
+        InputError: if there is no text.
+
+    Example:
+        >>> from diffusers import UNet2DConditionModel
+        >>> small = {"sample_size": 4, "block_out_channels": (8,), "norm_num_groups": 4}
+        >>> small |= {"layers_per_block": 1, "cross_attention_dim": 6, "attention_head_dim": 2}
+        >>> small |= {"down_block_types": ("CrossAttnDownBlock2D",)}
+        >>> unet = UNet2DConditionModel(**small, up_block_types=("CrossAttnUpBlock2D",))
+        >>> model = hs.diffusion.load(unet.eval())
+        >>> text = torch.randn(2, 5, 6)
+        >>> inputs = {"sample": torch.randn(2, 4, 4, 4), "timestep": 9}
+        >>> inputs["encoder_hidden_states"] = text
+        >>> hs.diffusion.token_attention(model, inputs).weights.shape
+        (2, 4, 2, 5)
+    """
+    sums: dict[int, Tensor] = {}
+    places: dict[int, int] = {}
+
+    def read(layer: int, rows: Tensor, _z: Tensor) -> None:
+        sums[layer] = sums.get(layer, 0) + rows.sum(2)
+        places[layer] = places.get(layer, 0) + rows.shape[2]
+
+    model.run(inputs, read=read)
+    batch, tokens = inputs[_TEXT].shape[:2]
+    found = _empty(model, batch, tokens)
+    for layer, total in sums.items():
+        mean = (total / places[layer]).transpose(0, 1).double().cpu().numpy()
+        found[layer, : mean.shape[0]] = mean
+    return TokenAttention(np.moveaxis(found, 2, 0), _about(model, inputs))
+
+
+@own_types()
+def ablate_heads(
+    model: Diffusion,
+    inputs: Mapping[str, Any],
+    method: str = "zero",
+    heads: Heads | None = None,
+) -> HeadScores:
+    """Replace the output of each cross-attention head, one pass a head, and see what it changes.
+
+    Args:
+        model: from :func:`load`.
+        inputs: of the module's ``forward``.
+        method: ``zero``, or ``mean``: the head's mean over places and examples of the clean pass.
+        heads: which; default: all.
+
+    Returns:
+        ``|changed - clean| / |clean|`` of the prediction, by example.
+
+    Raises:
+        InputError: if there is no such head or method, or no text.
+
+    Example:
+        >>> from diffusers import UNet2DConditionModel
+        >>> small = {"sample_size": 4, "block_out_channels": (8,), "norm_num_groups": 4}
+        >>> small |= {"layers_per_block": 1, "cross_attention_dim": 6, "attention_head_dim": 2}
+        >>> small |= {"down_block_types": ("CrossAttnDownBlock2D",)}
+        >>> unet = UNet2DConditionModel(**small, up_block_types=("CrossAttnUpBlock2D",))
+        >>> model = hs.diffusion.load(unet.eval())
+        >>> text = torch.randn(2, 5, 6)
+        >>> inputs = {"sample": torch.randn(2, 4, 4, 4), "timestep": 9}
+        >>> inputs["encoder_hidden_states"] = text
+        >>> hs.diffusion.ablate_heads(model, inputs).mean.shape
+        (4, 2)
+    """
+    if method not in ("zero", "mean"):
+        raise InputError(f"method={method!r} is unknown: 'zero' or 'mean'.")
+    chosen = model.heads if heads is None else head_list(heads)
+    model.check(chosen)
+    sums: dict[int, Tensor] = {}
+    places: dict[int, int] = {}
+
+    def read(layer: int, _rows: Tensor, z: Tensor) -> None:
+        sums[layer] = sums.get(layer, 0) + z.float().sum((0, 2))
+        places[layer] = places.get(layer, 0) + z.shape[0] * z.shape[2]
+
+    clean = model.run(inputs, read=read if method == "mean" else None).flatten(1).double()
+    found = _empty(model, len(clean))
+    for layer, head in chosen:
+        if method == "mean":
+            new = sums[layer][head] / places[layer]
+        else:
+            new = torch.zeros(model.layers[layer].d_head)
+        edited = model.run(inputs, values={(layer, head): new}).flatten(1).double()
+        change = (edited - clean).norm(dim=1) / clean.norm(dim=1)
+        found[layer, head] = change.cpu().numpy()
+    return HeadScores.from_examples(
+        _EFFECT,
+        found,
+        kv_heads=found.shape[1],
+        provenance=_about(model, inputs, method=method),
+    ).of_stack(_STACK)
