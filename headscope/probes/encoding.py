@@ -207,12 +207,14 @@ _KEPT = "a text already begins with the model's BOS: no second one is added."
 class Encoded:
     """Token ids of one text with each token's character span.
 
-    A prepended token has the span (0, 0).
+    A prepended token has the span (0, 0). ``unknown`` is the id that the tokenizer gives to what it
+    cannot read; None where it reads everything.
     """
 
     text: str
     ids: list[int]
     spans: list[tuple[int, int]]
+    unknown: int | None = None
 
     def covering(self, start: int, end: int) -> list[int]:
         """Positions of the tokens that overlap ``text[start:end]``.
@@ -225,9 +227,12 @@ class Encoded:
         return [i for i, (a, b) in enumerate(self.spans) if a < end and b > start]
 
     def word(self, start: int, end: int) -> int | None:
-        """Position of the token that is exactly ``text[start:end]``; None if there is none."""
+        """Position of the token that is exactly ``text[start:end]``; None if there is none.
+
+        The token for unknown words does not count: it stands for all of them alike.
+        """
         found = self.covering(start, end)
-        if len(found) != 1:
+        if len(found) != 1 or self.ids[found[0]] == self.unknown:
             return None
         a, b = self.spans[found[0]]
         return found[0] if self.text[a:b].strip() == self.text[start:end].strip() else None
@@ -253,7 +258,8 @@ def encode(
         warnings.warn(_KEPT, HeadscopeWarning, stacklevel=2)
         prefix = ()
     around = [(0, 0)] * len(prefix), [(0, 0)] * len(suffix)
-    return Encoded(text, [*prefix, *ids, *suffix], [*around[0], *spans, *around[1]])
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return Encoded(text, [*prefix, *ids, *suffix], [*around[0], *spans, *around[1]], unknown)
 
 
 def pad_right(

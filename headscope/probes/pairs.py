@@ -609,7 +609,8 @@ def _following(tokenizer: Tokenizer, prefix: list[int], before: Encoded, word: s
     """Id of the single token that a word adds to a text; None if it adds several."""
     both = encode(tokenizer, before.text + word, prefix).ids
     added = both[len(before.ids) :]
-    return added[0] if len(added) == 1 and both[:-1] == before.ids else None
+    single = len(added) == 1 and both[:-1] == before.ids and added[0] != before.unknown
+    return added[0] if single else None
 
 
 def _probe(found: list[_Fitted], task: str, seed: int, bos: bool) -> Probe:

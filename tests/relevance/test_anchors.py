@@ -170,3 +170,26 @@ def test_probes_without_classes_are_refused() -> None:
         hs.relevance.anchors(model, probe_of(), isolate=9)
     with pytest.raises(InputError, match="rate"):
         hs.relevance.reweight(model, probe_of(), rate=float("nan"))
+
+
+def test_frozen_weights_give_the_same_flows() -> None:
+    found = []
+    for ask in (True, False):
+        module = families.fresh("gpt2")
+        for one in module.parameters():
+            one.requires_grad_(ask)
+        model = hs.load(module)
+        tokens = families.tokens(4)
+        tokens[:, 2], tokens[:, 4] = 5, 9
+        at = torch.arange(tokens.shape[1])
+        marks = {name: (at == n).expand(4, -1) for name, n in
+                 (("label_0", 2), ("label_1", 4), ("end", 6))}  # fmt: skip
+        targets = torch.full_like(tokens, -1)
+        targets[:, 6] = torch.tensor([5, 9, 5, 9])
+        probe = hs.probes.from_tokens(tokens, targets=targets, marks=marks)
+        gradients = hs.relevance.weight_gradients(model, probe)[1]["V"]
+        found.append((hs.relevance.anchors(model, probe).flows["other"], gradients))
+        assert all(one.requires_grad == ask for one in module.parameters())
+        assert all(one.grad is None for one in module.parameters())
+    assert found[0][0] == pytest.approx(found[1][0])
+    assert torch.allclose(found[0][1], found[1][1])

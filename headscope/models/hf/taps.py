@@ -347,6 +347,8 @@ class Tapped(ABC):
         end = None if until is None else next(iter(self.taps({until: id}, {})[0]))
         empty = logits_at is not None and len(logits_at) == 0
         wanted = not empty and (end is None or end.site == "logits")
+        if grad and not any(one.requires_grad for one in self.module.parameters()):
+            writes = _with_root(writes)
         real = None if texts.real is None or texts.real.shape[1] != length else texts.real
         run = Pass(
             self,
@@ -386,6 +388,18 @@ class Tapped(ABC):
             grad=grad,
         )
         return torch.empty(len(tokens), 0, self.shape.n_logits) if logits is None else logits
+
+
+def _with_root(writes: Mapping[Any, Write]) -> dict[Any, Write]:
+    """Writes by which gradients reach what a model computes of weights that ask for none."""
+    root = Tap("resid_pre", 0)
+    written = next((writes[tap] for tap in writes if Tap(*tap) == root), None)
+
+    def begin(value: Tensor, span: Span) -> Tensor:
+        value = value if written is None else written(value, span)
+        return value if value.requires_grad else value.detach().requires_grad_()
+
+    return {**{tap: one for tap, one in writes.items() if Tap(*tap) != root}, root: begin}
 
 
 class OwnPasses(threading.local):
