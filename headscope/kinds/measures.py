@@ -493,8 +493,9 @@ def _following(model: HasVocabulary, text: str, word: str) -> int | None:
     if not word:
         return -1
     tokenizer = need_tokenizer(model, "an answer")
-    before, both = encode(tokenizer, text).ids, encode(tokenizer, text + word).ids
-    return both[-1] if both[:-1] == before else None
+    before, both = encode(tokenizer, text).ids, encode(tokenizer, text + word)
+    single = both.ids[:-1] == before and both.ids[-1] != both.unknown
+    return both.ids[-1] if single else None
 
 
 def choices(model: HasVocabulary, seed: int) -> Probe:
@@ -1030,12 +1031,11 @@ def semantic_induction(asked: AskedModel) -> list[Criterion]:
 
 
 def constant_letters(asked: AskedModel) -> list[Criterion]:
-    """High attention to the four letters, nearly equal for each."""
+    """High attention to the four letters, nearly equal for each in every question."""
     _, mass, by_letter = _options(asked)
-    mean = by_letter.mean(2)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share = mean / mean.sum(-1, keepdims=True)
-        evenness = -np.nansum(share * np.log(share), -1) / np.log(4)
+        share = by_letter / by_letter.sum(-1, keepdims=True)
+        evenness = -np.nansum(share * np.log(share), -1).mean(-1) / np.log(4)
     return [above(mass, _ATTENDS), Criterion("evenness over letters", evenness, 0.95)]
 
 

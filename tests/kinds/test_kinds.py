@@ -400,3 +400,20 @@ def _stop_at_name_mover(kind: Kind, _model: HeadModel) -> str:
     if kind.name == "name_mover":
         raise KeyboardInterrupt
     return ""
+
+
+def test_words_that_a_tokenizer_does_not_know_are_not_one_token() -> None:
+    # They are all the same token: successors, relations and answers would be of nothing.
+    from tests.kinds.test_planted import SPACE, _reads
+
+    config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=32)
+    model = hs.load(
+        GPT2LMHeadModel(config).eval(), tokenizer=_reads(["and", "Mary", SPACE + "Mary"])
+    )
+    assert measures.token_of(model, "Mary") is not None
+    assert measures.token_of(model, "Sunday") is None
+    found = hs.kinds.survey(model, ["successor", "name_mover", "context"])
+    assert set(found.left_out) == {"successor", "name_mover", "context"}
+    assert "no order" in found.left_out["successor"]
+    with pytest.raises(InputError, match=r"\d of our names"):
+        hs.probes.pairs(model, "ioi")
