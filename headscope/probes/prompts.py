@@ -73,6 +73,8 @@ def find_span(text: str, said: str) -> tuple[int, int]:
         >>> find_span("Mary saw Mary.", "the second 'Mary'")
         (9, 13)
     """
+    if not isinstance(said, str):
+        raise InputError(f"the part of a text to find is itself a text, not {said!r}.")
     named = _NAMED.fullmatch(said.strip())
     part = said if named is None else named["part"]
     if not part.strip():

@@ -306,9 +306,17 @@ def injection(
             f"positions={positions!r}: give 'last', positions [batch pos] (probe.mark(...)), or "
             "None for all."
         )
+    if not isinstance(positions, str | None):
+        _need_places(positions)
     vectors.check(model)
     chosen = present(model, heads)
-    amounts = _amounts(chosen, strength)
+    amounts = _amounts(model, chosen, strength)
+    for head in chosen:
+        if not bool(vectors.values[head].isfinite().all()):
+            raise InputError(
+                f"the vector of {head} in {vectors.name!r} is not of finite numbers: leave the "
+                "head out, or make the vectors anew."
+            )
     values = vectors.values.nan_to_num(0.0)
     by_amount: dict[float, list[HeadIndex]] = {}
     for head in chosen:
@@ -323,29 +331,46 @@ def injection(
     return made
 
 
-def _amounts(heads: Sequence[HeadIndex], strength: Strength) -> dict[HeadIndex, float]:
+def _need_places(positions: Any) -> None:
+    """Refuse what does not say of every position whether it is one."""
+    is_mask = isinstance(positions, Tensor) and positions.dtype == torch.bool
+    if not is_mask or positions.ndim != 2:
+        raise InputError(
+            f"positions={positions!r}: give true or false for every position, [batch pos], such "
+            "as probe.mark('end')."
+        )
+
+
+def _amounts(
+    model: HeadModel, heads: Sequence[HeadIndex], strength: Strength
+) -> dict[HeadIndex, float]:
     """Strength of every head, checked to be finite."""
-    found: dict[HeadIndex, float] = {}
-    named = {HeadIndex.parse(k): v for k, v in strength.items()} if isinstance(
-        strength, Mapping
-    ) else {}  # fmt: skip
+    given: Mapping[HeadIndex, Any] = dict.fromkeys(heads, strength)
+    if isinstance(strength, Mapping):
+        given = {HeadIndex.parse(name): one for name, one in strength.items()}
+        if strange := sorted(given.keys() - {*heads}):
+            raise InputError(
+                f"there is a strength for {strange[0]}, whose vector is not injected: leave it out."
+            )
+    elif isinstance(strength, np.ndarray | Tensor) and strength.ndim:
+        shape = (model.shape.n_layers, model.shape.n_heads)
+        if tuple(strength.shape) != shape:
+            raise InputError(
+                f"strengths have the shape {list(strength.shape)}, and {model.name} has {shape[0]} "
+                f"layers of {shape[1]} heads."
+            )
+        given = {head: float(strength[head]) for head in heads}
     for head in heads:
-        one: Any = strength
-        if isinstance(strength, Mapping):
-            one = named.get(head)
-        elif isinstance(strength, np.ndarray | Tensor):
-            one = float(strength[head]) if strength.ndim == 2 else None
+        one = given.get(head)
         is_number = isinstance(one, int | float) and not isinstance(one, bool)
         if not is_number or not abs(one) < float("inf"):
             raise InputError(
                 f"the strength of {head} is {one!r}: give a finite number, for all heads or of "
                 "each (a mapping, or an array [layer head])."
             )
-        found[head] = float(one)
-    return found
+    return {head: float(given[head]) for head in heads}
 
 
-@checked
 def inject(
     model: HeadModel,
     vectors: HeadVectors,

@@ -417,3 +417,34 @@ def test_words_that_a_tokenizer_does_not_know_are_not_one_token() -> None:
     assert "no order" in found.left_out["successor"]
     with pytest.raises(InputError, match=r"\d of our names"):
         hs.probes.pairs(model, "ioi")
+
+
+def test_tasks_that_do_not_fit_a_kind_are_refused() -> None:
+    probe = hs.probes.repeated_tokens(bundled(), length=6, batch=4)
+    end = (torch.arange(probe.length) == 12).expand(4, -1)
+    marked = replace(probe, marks={**probe.marks, "end": end})
+    for groups in ([0, 1], [0, 0, 0, 0]):
+        with pytest.raises(InputError, match="a number of each"):
+            hs.kinds.clustering(marked, "first_copy", groups)
+    with pytest.raises(InputError, match="no mark 'few'"):
+        hs.kinds.clustering(marked, "few", [0, 1, 0, 1])
+    with pytest.raises(InputError, match="least=2"):
+        hs.kinds.of_relation("mine", probe, [[(3, 1)]] * 4, least=2.0)
+    with pytest.raises(InputError, match="steady=0"):
+        hs.kinds.of_relation("mine", probe, [[(3, 1)]] * 4, steady=0.0)
+
+
+def test_the_share_of_variance_between_groups_by_hand() -> None:
+    drawn = np.random.default_rng(0)
+    z = drawn.normal(size=(30, 2, 3, 4))
+    groups = np.repeat([0, 1, 2], 10)
+    z[groups == 1, 1, 2] += 5.0
+    ratio, p = hs.kinds.cluster_ratio(z, groups, 0)
+    for head in ((0, 1), (1, 2)):
+        one = z[:, *head]
+        total = ((one - one.mean(0)) ** 2).sum()
+        within = sum(((one[groups == g] - one[groups == g].mean(0)) ** 2).sum() for g in range(3))
+        assert ratio[head] == pytest.approx(1 - within / total)
+    assert p[1, 2] == 0.001
+    assert p[0].min() > 0.001
+    assert np.isnan(hs.kinds.cluster_ratio(np.ones((4, 1, 1, 2)), np.array([0, 0, 1, 1]), 0)[0])

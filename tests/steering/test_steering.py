@@ -1,8 +1,11 @@
 """Steering: identities, sums of patches, planted directions, and the last token of a prompt."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -257,11 +260,27 @@ def test_results_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda m: hs.steering.inject(m, means(), strength=float("nan")), "finite number"),
+        (lambda m: hs.steering.inject(m, means(), strength=float("nan")), "strength=nan"),
         (lambda m: hs.steering.inject(m, means(), strength={"L0H0": 1.0}), "strength of L0H1"),
         (lambda m: hs.steering.inject(m, means(), "L7H0"), "no head"),
         (lambda m: hs.steering.inject(m, means(), mode="mix"), "unknown mode"),
         (lambda m: hs.steering.inject(m, means(), positions="first"), "positions"),
+        (lambda m: hs.steering.inject(m, means(), positions=[1, 2]), "true or false"),
+        (lambda m: hs.steering.inject(m, means(), positions=torch.tensor([[1, 2]])), "true or"),
+        (lambda m: hs.steering.inject(m, means(), strength=np.ones((2, 2))), "3 layers of 4"),
+        (lambda m: hs.steering.inject(m, means(), "L1H0", {"L2H0": 1.0}), "not injected"),
+        (lambda m: hs.steering.inject(m, means(), strength="much"), "strength"),
+        (lambda m: hs.steering.inject(m, means(), strength=1j), "finite number"),
+        (
+            lambda m: hs.steering.inject(
+                m, replace(means(), values=means().values * float("nan")), "L1H0"
+            ),
+            "vector of L1H0",
+        ),
+        (
+            lambda m: hs.steering.inject(m, replace(means(), values=means().values[:2])),
+            "another model",
+        ),
         (lambda m: hs.steering.indirect_effect(m, {}), "no tasks"),
         (
             lambda m: hs.steering.indirect_effect(m, {"a": prompts().examples(slice(0, 3))}),
@@ -278,7 +297,10 @@ def test_results_are_kept(tmp_path: Path) -> None:
         (lambda m: hs.steering.patchscope(m, "L0H0", "Mary", template="the cat"), "does not occur"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(call, said: str) -> None:  # noqa: ANN001
+def test_what_does_not_fit_is_refused_in_a_sentence(
+    call: Callable[[HeadModel], object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     with pytest.raises(InputError, match=said):
         call(bundled())
 
