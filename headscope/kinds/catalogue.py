@@ -294,7 +294,7 @@ _KINDS = (
         "semantic_induction", "attends to what followed a related word and raises it",
         "related words", "a third of the attention to followers", measures.semantic_induction,
         "Ren et al. 2024 (arXiv 2402.13055), semantic induction heads",
-        "related by a category of ours, where the source parses triples",
+        "related by a category of ours, not a parsed triple; similar embeddings are enough",
         _kept("related words", -1, "mean-ablation lowers the lead of that follower"), _TASKS,
     ),
     Kind(

@@ -361,7 +361,7 @@ def _amounts(
             )
         given = {head: float(strength[head]) for head in heads}
     for head in heads:
-        one = given.get(head)
+        one: Any = given.get(head)
         is_number = isinstance(one, int | float) and not isinstance(one, bool)
         if not is_number or not abs(one) < float("inf"):
             raise InputError(
