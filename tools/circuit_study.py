@@ -476,8 +476,10 @@ def _complete(found: Found, effect: float) -> list[str]:
             "| minimality | each head taken from the circuit by itself; needed most, in logits: "
             f"{said}; {least} of {len(found.needed)} heads change less than 1% of the effect |"
         )
-    if found.gaps is None or not found.needed:
-        rows.append("| completeness, minimality | not finished when this page was written |")
+    missing = {"completeness": found.gaps is None, "minimality": not found.needed}
+    if any(missing.values()):
+        names = ", ".join(name for name, one in missing.items() if one)
+        rows.append(f"| {names} | not finished when this page was written |")
     return rows
 
 
