@@ -571,6 +571,73 @@ def compare(
 
 @app.command()
 @with_loading
+def similarity(
+    loading: Loading,
+    model: Model = None,
+    other: Annotated[
+        str | None,
+        typer.Argument(help="Second model, or MODEL@REVISION (default: MODEL's own heads)."),
+    ] = None,
+    by: Annotated[str, typer.Option(help="pattern, cka, pwcca, query, key or value.")] = "pattern",
+    text: Annotated[Path | None, path_option("UTF-8 text (default: bundled passages).")] = None,
+    positions: Annotated[
+        int | None, typer.Option(min=2, help="Positions that are sampled at most.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sample and null.")] = 0,
+    out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Tell which heads of MODEL, or of MODEL and OTHER, do alike on a text."""
+    from headscope.cli.compare import run_similarity
+
+    run_similarity(
+        loading.of(model),
+        other=other,
+        by=by,
+        text=text,
+        positions=positions,
+        seed=seed,
+        out=out,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+@with_loading
+def syntax(
+    loading: Loading,
+    treebank: Annotated[Path, path_option("Treebank in CoNLL-U.", "--treebank")],
+    model: Model = None,
+    most: Annotated[int | None, typer.Option(min=2, help="Only so many sentences.")] = None,
+    least: Annotated[int, typer.Option(min=1, help="Words that a relation must have.")] = 20,
+    epochs: Annotated[
+        int, typer.Option(min=0, help="Passes of the attention probe's training; 0: no probe.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the halves and the probe.")] = 0,
+    out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Find the heads of MODEL that find a word's head in a treebank, relation by relation."""
+    from headscope.cli.compare import run_syntax
+
+    run_syntax(
+        loading.of(model),
+        treebank=treebank,
+        most=most,
+        least=least,
+        epochs=epochs,
+        seed=seed,
+        out=out,
+        overwrite=overwrite,
+        as_json=json,
+    )
+
+
+@app.command()
+@with_loading
 def retrieval(
     loading: Loading,
     model: Model = None,

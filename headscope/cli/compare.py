@@ -1,6 +1,7 @@
-"""``headscope compare`` and ``emergence``: heads of two models, or along a training run.
+"""``headscope compare``, ``emergence``, ``similarity``, ``syntax``: heads beside heads or trees.
 
-Heads are matched between models; scores are taken at every checkpoint of a training run.
+Heads are matched between models; scores are taken at every checkpoint of a training run; heads are
+compared by what they do on a text, or with a treebank.
 """
 
 import hashlib
@@ -8,22 +9,33 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headscope import probes, similarity, syntax
 from headscope.base.files import paragraphs, read_text, whole_file, whole_page
+from headscope.base.result import Result
 from headscope.base.statistics import LEVEL
 from headscope.cli.options import Loading, listed, scorer_names
-from headscope.cli.output import console, print_either, print_written, rows_of, run_folder, typed
+from headscope.cli.output import (
+    asked_of,
+    console,
+    print_either,
+    print_written,
+    rows_of,
+    run_folder,
+    typed,
+)
 from headscope.comparing import compare, emergence, way_to_match
-from headscope.errors import InputError
+from headscope.errors import InputError, nearest
 from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.plots.figure import visible
 from headscope.sweeps.results import read
-from headscope.table import Comparison, Emergence, HeadTable, versions
+from headscope.table import Comparison, Emergence, HeadSimilarity, HeadTable, versions
 from headscope.table.comparing import joined_curves
 
 if TYPE_CHECKING:
@@ -124,6 +136,133 @@ def _write(folder: "RunFolder", found: Comparison, settings: dict[str, Any]) -> 
     )
     whole_page(folder.path / "index.html", page)
     folder.claim.write_facts({"command": typed(), "settings": settings, "versions": versions()})
+
+
+def run_similarity(
+    loading: Loading,
+    *,
+    other: str | None,
+    by: str,
+    text: Path | None,
+    positions: int | None,
+    seed: int,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Compare heads by what they do on a text, write, print."""
+    if by not in similarity.SPECS:
+        raise InputError(nearest(by, similarity.SPECS, kind="measure of similarity"))
+    folder = run_folder(out, "similarity", overwrite=overwrite)
+    started = time.perf_counter()
+    model = loading.model()
+    second = None if other is None else _second(loading, other)
+    asked = {
+        "by": by, "text": None if text is None else text.resolve().name, "positions": positions,
+        "seed": seed, "other": None if second is None else second.digest(),
+    }  # fmt: skip
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, **asked))
+    sides = [probes.text(one, text) for one in (model, second) if one is not None]
+    found = similarity.heads(
+        model, sides[0], by, other=second, other_probe=None if second is None else sides[1],
+        positions=positions, seed=seed,
+    )  # fmt: skip
+    if folder is not None:
+        folder = folder.ready()
+        _write_page(
+            folder, found, "similarity", f"Heads of {' and '.join(dict.fromkeys(found.models))}",
+            {"by": by, "seed": seed, "seconds": round(time.perf_counter() - started, 2)},
+        )  # fmt: skip
+    print_either(lambda: rows_of(found), lambda: [found.summary()], as_json=as_json)
+    if folder is not None:
+        print_written(folder.path, "similarity.safetensors", "similarity.parquet")
+
+
+def _second(loading: Loading, name: str) -> HeadModel:
+    """Another model, loaded alike; ``NAME@REVISION`` names a checkpoint."""
+    source, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+    return replace(loading.of(source), revision=revision or None).model()
+
+
+def _write_page(
+    folder: "RunFolder",
+    found: HeadSimilarity,
+    name: str,
+    title: str,
+    settings: dict[str, Any],
+) -> None:
+    """The result, its rows, and a page with its figures."""
+    from headscope.plots import figures
+    from headscope.report import sections_page
+    from headscope.report.sections import with_pictures
+
+    found.save(folder.path / f"{name}.safetensors")
+    with whole_file(folder.path / f"{name}.parquet") as file:
+        found.to_pandas().to_parquet(file, index=False)
+    page = sections_page(
+        title,
+        name,
+        "Which heads are alike, by headscope.",
+        with_pictures(found.sections(), figures(found)),
+        [(key, str(value)) for key, value in settings.items()],
+        typed(),
+    )
+    whole_page(folder.path / "index.html", page)
+    folder.claim.write_facts({"command": typed(), "settings": settings, "versions": versions()})
+
+
+def run_syntax(
+    loading: Loading,
+    *,
+    treebank: Path,
+    most: int | None,
+    least: int,
+    epochs: int,
+    seed: int,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Find heads of relations in a treebank, train the probe, write, print."""
+    from headscope.plots import figures
+
+    sentences = syntax.read_conllu(treebank)
+    folder = run_folder(out, "syntax", overwrite=overwrite)
+    started = time.perf_counter()
+    model = loading.model()
+    asked = {
+        "treebank": treebank.resolve().name, "most": most, "least": least, "epochs": epochs,
+        "seed": seed,
+    }  # fmt: skip
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, **asked))
+    bank = syntax.treebank(model, sentences, most=most)
+    found = syntax.heads(model, bank, least=least, seed=seed)
+    probe = syntax.attention_probe(model, bank, epochs=epochs, seed=seed) if epochs else None
+    results: dict[str, Result] = {"syntax": found}
+    if probe is not None:
+        results["probe"] = probe
+    if folder is not None:
+        folder = folder.ready()
+        for name, result in results.items():
+            result.save(folder.path / f"{name}.safetensors")
+        folder.write(
+            found.table,
+            {"command": "syntax", "model": model.name, "revision": model.revision, **asked},
+            {"seconds": time.perf_counter() - started},
+            command=typed(),
+            sections=[part for one in results.values() for part in one.sections()],
+            pictures=figures(found.table),
+        )
+    print_either(
+        lambda: {name: rows_of(one) for name, one in results.items()},
+        lambda: [one.summary() for one in results.values()],
+        as_json=as_json,
+    )
+    if folder is not None:
+        files = [f"{name}.safetensors" for name in results]
+        print_written(folder.path, *files, "table.parquet", "pictures/")
 
 
 def run_emergence(

@@ -504,7 +504,7 @@ class SyntaxHeads(Saved, Tabular, Shown):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionProbe(Saved, Shown):
+class AttentionProbe(Saved, Tabular, Shown):
     """How well a probe on the attention of all heads predicts every word's syntactic head.
 
     Attributes:
@@ -548,4 +548,21 @@ class AttentionProbe(Saved, Shown):
             ("what", ""),
             rows,
             whole=True,
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per head: the weight of its attention in both directions, and the scores."""
+        import pandas
+
+        layers, heads = np.indices(self.weights.shape[1:]).reshape(2, -1)
+        return pandas.DataFrame(
+            {
+                "layer": layers,
+                "head": heads,
+                "to_head": self.weights[0].ravel(),
+                "from_head": self.weights[1].ravel(),
+                "uas": self.uas,
+                "control": self.control,
+                "baseline": self.baseline,
+            }
         )

@@ -9,6 +9,7 @@ import pytest
 
 from headscope.cli.compare import of_sweep
 from headscope.sweeps.results import read
+from headscope.table import HeadSimilarity
 from tests.cli.support import run, sentence
 
 SWEEP = """
@@ -71,3 +72,43 @@ def test_compare_matches_runs_and_checkpoints(tmp_path: Path) -> None:
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], said: str) -> None:
     assert said in sentence(*arguments)
+
+
+def test_similarity_of_heads_prints_and_writes(tmp_path: Path) -> None:
+    folder = tmp_path / "alike"
+    (tmp_path / "text.txt").write_text("one small step for a reader\n\nand another one for a text")
+    text = ["--text", str(tmp_path / "text.txt")]
+    printed = run("similarity", "tiny-gpt2", *text, "--out", str(folder))
+    assert "most alike" in printed
+    assert len(pandas.read_parquet(folder / "similarity.parquet")) == 12 * 11 // 2
+    assert "Heads of tiny-gpt2" in (folder / "index.html").read_text()
+    again = HeadSimilarity.load(folder / "similarity.safetensors")
+    assert again.within
+    rows = json.loads(
+        run("similarity", "tiny-gpt2", "tiny-gpt2@step-005000", *text, "--by", "cka", "--json")
+    )
+    assert len(rows) == 144
+    assert {"first", "second", "output_cka", "null", "p_value"} == set(rows[0])
+    assert "pattern" in sentence("similarity", "--by", "patern")
+
+
+def test_heads_of_relations_print_and_write(tmp_path: Path) -> None:
+    words = ("1 the 3 det", "2 red 3 amod", "3 door 4 nsubj", "4 closed 0 root")
+    lines = []
+    for line in words:
+        number, word, head, relation = line.split()
+        lines.append("\t".join((number, word, *"____", head, relation, "_", "_")))
+    file = tmp_path / "bank.conllu"
+    file.write_text(("\n".join(lines) + "\n\n") * 6)
+    folder = tmp_path / "syntax"
+    given = ["--treebank", str(file), "--least", "2", "--epochs", "1"]
+    printed = run("syntax", "tiny-gpt2", *given, "--out", str(folder))
+    assert "Heads of relations" in printed
+    assert "attachment score" in printed
+    assert "Heads of relations" in (folder / "index.html").read_text()
+    found = json.loads(run("syntax", "tiny-gpt2", *given, "--json"))
+    assert [row["relation"] for row in found["syntax"]][:2] == ["all", "det"]
+    assert len(found["probe"]) == 12
+    assert "No such file" in sentence("syntax", "--treebank", str(tmp_path / "none.conllu"))
+    file.write_text("1\tthe\n")
+    assert "columns" in sentence("syntax", "--treebank", str(file))
