@@ -17,6 +17,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
+    is_typeddict,
 )
 
 import numpy as np
@@ -220,6 +221,10 @@ def _array(name: str, value: Any) -> str | None:
     return f"{_given(name, value)}: give a tensor." if plain else None
 
 
+def _mapping(name: str, value: Any) -> str | None:
+    return None if isinstance(value, Mapping) else f"{_given(name, value)}: give a mapping."
+
+
 _PLAIN: dict[Any, Check] = {
     int: _whole, float: _real, bool: _truth, str: _text, types.NoneType: _nothing, None: _nothing,
     torch.Tensor: _array, np.ndarray: _array,
@@ -248,9 +253,7 @@ def _choice(options: tuple[Any, ...]) -> Check:
 def _several(origin: type, elements: tuple[Any, ...]) -> Check | None:
     """The check of a list, tuple or mapping, and of the plain values in it."""
     if issubclass(origin, Mapping):
-        return lambda name, value: (
-            None if isinstance(value, Mapping) else f"{_given(name, value)}: give a mapping."
-        )
+        return _mapping
     if not elements or issubclass(origin, str):
         return None
     element = _PLAIN.get(elements[0])
@@ -282,6 +285,8 @@ def _instance(kind: type) -> Check | None:
         return handed
     if issubclass(kind, AbstractArray):
         return _array
+    if is_typeddict(kind):
+        return _mapping
     if issubclass(kind, os.PathLike):
         return _path
     if not kind.__module__.startswith("headscope") or Protocol in kind.__bases__:

@@ -15,6 +15,7 @@ import torch
 
 import headscope as hs
 from headscope.base.arguments import checked
+from headscope.compiled.compiled import BuildOptions
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe
 from headscope.table import HeadScores
@@ -65,6 +66,7 @@ def example(
     path: str | Path | None = None,
     scores: HeadScores | None = None,
     tensor: torch.Tensor | None = None,
+    options: BuildOptions | None = None,
     made: "Callable[[int], int] | None" = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -96,6 +98,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scores": {"a": 1}}, "scores={'a': 1}: give a HeadScores."),
     ({"scores": np.zeros((2, 2))}, "scores is a ndarray: give a HeadScores."),
     ({"tensor": "abc"}, "tensor='abc': give a tensor."),
+    ({"options": 3}, "options=3: give a mapping."),
     ({"batch_size": 0}, "batch_size=0: give 1 or more."),
     ({"seed": -1}, "seed=-1 is not a seed: give a whole number from 0 on."),
 ]
@@ -121,7 +124,9 @@ def _probe() -> Probe:
 def test_arguments_of_the_right_kinds_go_through() -> None:
     assert example(count=np.int64(2), rate=1, layers=(0, 1), name="x", names="a", other=3) == "x"
     assert example(None, None, 2, np.float32(0.5), np.bool_(True), "y", layers=range(2)) == "y"
-    assert example(path=Path("a"), tensor=torch.zeros(2), made=abs, model=hs.load()) == ""
+    assert (
+        example(path=Path("a"), tensor=torch.zeros(2), made=abs, model=hs.load(), options={}) == ""
+    )
 
 
 @pytest.fixture(scope="module")
