@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from headscope.base.arguments import checked
 from headscope.base.specs import Provenance, ScoreSpec
 from headscope.edits import Heads, head_list
 from headscope.errors import InputError, UnsupportedModelError
@@ -229,6 +230,7 @@ class _Processor:
             self.read(self.number, scores.softmax(-1), z[:, :, part])
 
 
+@checked
 def load(module: Any) -> Diffusion:
     """Take a denoiser of diffusers by its cross-attention heads.
 
@@ -340,6 +342,7 @@ def _about(model: Diffusion, inputs: Mapping[str, Any], **facts: Any) -> Provena
     )
 
 
+@checked
 @own_types()
 def token_attention(model: Diffusion, inputs: Mapping[str, Any]) -> TokenAttention:
     """Attention of the image to each token of the text, by layer and head, in one pass.
@@ -380,6 +383,7 @@ def token_attention(model: Diffusion, inputs: Mapping[str, Any]) -> TokenAttenti
     return TokenAttention(np.moveaxis(found, 2, 0), _about(model, inputs))
 
 
+@checked
 @own_types()
 def ablate_heads(
     model: Diffusion,

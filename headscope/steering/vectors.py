@@ -371,6 +371,7 @@ def _amounts(
     return {head: float(given[head]) for head in heads}
 
 
+@checked
 def inject(
     model: HeadModel,
     vectors: HeadVectors,
