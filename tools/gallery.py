@@ -220,8 +220,8 @@ def _section(name: str, result: StudyResult, claim: str | None) -> list[str]:
     lines = ["", f"## {result.title} ({name})", "", f"{result.paper}.", ""]
     for one in result.answers:
         # A model that is a file is named by its path: that of this machine is nobody's business.
-        name = re.escape(Path(result.provenance.model).name)
-        because = re.sub(rf"\S*/(?={name})", "", one.because)
+        model = re.escape(Path(result.provenance.model).name)
+        because = re.sub(rf"\S*/(?={model})", "", one.because)
         why = f" {_escaped(because)}" if because else ""
         lines.append(f"- **{one.claim}**, {one.verdict}: {one.statement}{why}")
     if claim is not None:

@@ -21,10 +21,8 @@ from typing import (
 )
 
 import numpy as np
-import torch
 from jaxtyping import AbstractArray
 
-from headscope.base.options import RunOptions
 from headscope.errors import InputError, nearest, whole
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -76,10 +74,16 @@ def checked(function: F) -> F:
             if name in OPTIONS and name in checks and value is not None:
                 options[name] = value
         if options:
-            RunOptions(**options)
+            _check_options(options)
         return function(*args, **kwargs)
 
     return cast(F, refusing)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    from headscope.base.options import RunOptions  # not above: it imports torch, pictures do not
+
+    RunOptions(**options)
 
 
 @cache
@@ -166,10 +170,15 @@ def _words(hint: Any) -> str:
             return "a mapping"
         elements = get_args(hint)
         return f"a list of {_MANY.get(elements[0], 'them')}" if elements else "a list"
-    if inspect.isclass(hint) and issubclass(hint, AbstractArray):
+    if inspect.isclass(hint) and (issubclass(hint, AbstractArray) or _is_tensor(hint)):
         return "a tensor"
     name = getattr(hint, "__name__", str(hint))
     return HANDED[name][0] if name in HANDED else _a(name)
+
+
+def _is_tensor(kind: type) -> bool:
+    # By name: pictures are drawn without torch.
+    return (kind.__module__, kind.__name__) == ("torch", "Tensor")
 
 
 def _given(name: str, value: Any) -> str:
@@ -227,11 +236,11 @@ def _mapping(name: str, value: Any) -> str | None:
 
 _PLAIN: dict[Any, Check] = {
     int: _whole, float: _real, bool: _truth, str: _text, types.NoneType: _nothing, None: _nothing,
-    torch.Tensor: _array, np.ndarray: _array,
+    np.ndarray: _array,
 }  # fmt: skip
 _WORDS: dict[Any, str] = {
     int: "a whole number", float: "a number", bool: "True or False", str: "a text",
-    types.NoneType: "None", torch.Tensor: "a tensor", np.ndarray: "an array",
+    types.NoneType: "None", np.ndarray: "an array",
 }  # fmt: skip
 _MANY: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
@@ -260,7 +269,8 @@ def _several(origin: type, elements: tuple[Any, ...]) -> Check | None:
     example = AS_LIST.get(elements[0], "[...]")
 
     def check(name: str, value: Any) -> str | None:
-        if isinstance(value, str | bytes) or not hasattr(type(value), "__iter__"):
+        letters = element is not None and isinstance(value, str | bytes)
+        if letters or not hasattr(type(value), "__iter__"):
             return f"{_given(name, value)}: give a list, as {name}={example}."
         if element and isinstance(value, list | tuple):
             bad = next((part for part in value if element(name, part)), None)
@@ -283,7 +293,7 @@ def _instance(kind: type) -> Check | None:
             return f"{given or f'a {type(value).__name__}'} is not {what}: {advice}."
 
         return handed
-    if issubclass(kind, AbstractArray):
+    if issubclass(kind, AbstractArray) or _is_tensor(kind):
         return _array
     if is_typeddict(kind):
         return _mapping

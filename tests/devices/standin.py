@@ -224,6 +224,8 @@ def install() -> None:
         return
     _setup_privateuseone_for_python_backend(NAME)
     DEVICE = torch.device(NAME, 0)
+    # Recomputing in the backward pass asks for it, for tensors on the CPU too.
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     _library.append(torch.library.Library("aten", "IMPL"))
     kernels: dict[str, Callable[..., Any]] = {
         "empty.memory_format": lambda size, dtype=None, **_: StandInTensor(

@@ -141,7 +141,7 @@ def test_a_curve_is_kept_whole(tmp_path: Path) -> None:
         ({"sizes": [0.5, 10.0]}, "above 0 and up to 1"),
         ({"sizes": [0.5]}, "two shares"),
         ({"sizes": [0.5, 0.1]}, "must increase"),
-        ({"sizes": [0.5, float("nan")]}, "above 0 and up to 1"),
+        ({"sizes": [0.5, float("nan")]}, "nan is not a number"),
         ({"controls": 0}, "once or more"),
         ({"ablation": "none"}, "unknown ablation"),
         ({"batch_size": 0}, "give 1 or more"),

@@ -998,7 +998,7 @@ def test_b13_a_models_digest_sees_what_torch_does_not_count() -> None:
         (lambda m: hs.estimate_heads(m, PROBE, LOSS, baseline="screened"), "hs.screen_heads"),
         (lambda m: hs.screen_heads(m, PROBE, LOSS, top=-1), "top >= 1"),
         (lambda m: hs.screen_heads(m, PROBE, LOSS, sample=-5), "sample >= 0"),
-        (lambda m: hs.screen_heads(m, PROBE, LOSS, top=True), "top >= 1"),
+        (lambda m: hs.screen_heads(m, PROBE, LOSS, top=True), "top=True"),
     ],
 )
 def test_b14_options_that_mean_nothing_are_refused_before_any_pass(

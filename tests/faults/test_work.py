@@ -655,7 +655,7 @@ def test_e18_distinctive_heads_stand_first() -> None:
 def test_e19_errors_name_what_was_given_and_what_is_known(tmp_path: Path) -> None:
     model = hs.load()
     probe = hs.probes.repeated_tokens(model, length=5, batch=1)
-    with pytest.raises(InputError, match=r"by name, as .* not as list"):
+    with pytest.raises(InputError, match=r"groups= needs a mapping .* not as list"):
         not_checked(hs.ablate_groups)(model, probe, hs.metrics.loss, [["L0H0"]])
     (tmp_path / "model-a").mkdir()
     with pytest.raises(HeadscopeError, match=r"Did you mean .*model-a"):

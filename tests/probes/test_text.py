@@ -107,7 +107,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path) -> None:
         "text 1 of the texts given has fewer than two": lambda: text(model, ["", "Mary went"]),
         "no text": lambda: text(model, []),
         "gives 12 examples, fewer than batch=50": lambda: text(model, batch=50),
-        "length=1 leaves no text": lambda: text(model, length=1),
+        "length=1: give 2 or more": lambda: text(model, length=1),
         "has none": lambda: text(Reader(None)),
     }
     for message, call in cases.items():

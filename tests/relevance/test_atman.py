@@ -118,7 +118,7 @@ def test_groups_by_span_similar_keys_and_the_result(tmp_path) -> None:  # noqa: 
     ("arguments", "said"),
     [
         ({"factor": 2.0}, "from 0 to 1"),
-        ({"factor": float("nan")}, "from 0 to 1"),
+        ({"factor": float("nan")}, "factor=nan"),
         ({"mode": "delete"}, "unknown mode"),
         ({"similar": -1.0}, "cosine"),
         ({"top": 0}, "one head"),

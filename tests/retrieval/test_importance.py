@@ -57,7 +57,7 @@ def test_what_it_lacks_is_said() -> None:
     model = hs.load(families.build("gpt2"))
     with pytest.raises(InputError, match="layer=7"):
         hs.retrieval.token_importance(model, texts(), layer=7)
-    with pytest.raises(InputError, match="takes 4 texts longer than 9"):
+    with pytest.raises(InputError, match="needs 4 texts longer than 9"):
         hs.retrieval.token_importance(model, texts(batch=3))
     late = hs.retrieval.token_importance(model, texts(), layer=1)
     assert np.isnan(late["importance_found"].mean[0]).all()

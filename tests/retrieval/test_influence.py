@@ -163,7 +163,7 @@ def test_after_a_kill_only_what_is_missing_is_run(
     [
         ("", "holds no document"),
         ('{"text": "a"}\n{"txt": "b"}\n', 'line 2: an object with a text under "text"'),
-        ("{\n", "line 1: no JSON object"),
+        ("{\n", "line 1: not a JSON object"),
         ("[1]\n", "line 1: an object"),
     ],
 )

@@ -118,7 +118,7 @@ def main(out: Path, seed: int, kills: int) -> dict[str, Any]:
     wanted = crash_config()
     warm = Benches(wanted)
     make_plan(wanted, benches=warm)
-    running.Benches = lambda _: warm  # children start with the model in memory
+    running.Benches = lambda *_: warm  # children start with the model in memory
     started = time.monotonic()
     reference = out / "reference"
     assert waited(forked(lambda: run_sweep(wanted, reference, progress=False))) is None
