@@ -173,7 +173,8 @@ def page(results: Mapping[str, StudyResult], pictures: Mapping[str, str]) -> str
         "is too small to tell, which the interval shows.",
         "",
         "`make gallery` runs it again on two cores and goes on where it stopped; "
-        "`make test-real` fails where a number moves.",
+        "`make test-real` asks the quick studies again and fails if a number moves; with "
+        "`HEADSCOPE_GALLERY=all` it asks all of them.",
         "",
         f"Weights {about.weight_digest}, {about.dtype}, seed {about.seed}; {versions}.",
         "",
