@@ -185,7 +185,8 @@ def main(rounds: int, every: int, layers: int) -> None:
     for name in CASES:
         found[name] = measured(name, rounds, every, layers)
         print(name, found[name], file=sys.stderr)
-    report("encoders", {"asked": {"scan_over_pass": MOST, "times_faster": LEAST}, **found})
+    asked = {"scan_over_pass": MOST, "times_faster": LEAST}
+    report("encoders", {"layers": layers, "asked": asked, **found})
 
 
 if __name__ == "__main__":
