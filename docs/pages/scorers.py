@@ -5,6 +5,7 @@ from pathlib import Path
 
 import headscope as hs
 from docs.pages.write import heading, list_table, plain
+from headscope.models.protocol import HeadModel, lacks
 from headscope.scorers import CATALOGUE, DEFAULT, Scorer
 from headscope.table import HeadTable
 
@@ -38,18 +39,22 @@ _NO_CONTROL = "none: compare heads, not probes"
 def scorer_pages(pictures: Path | None) -> dict[str, str]:
     """Pages by path below ``generated/``; with pictures drawn into that folder."""
     model = hs.load()
-    asked = [
-        name
-        for name, one in CATALOGUE.items()
-        if one.kind != "weight" and not set(one.needs) & set(model.limits)
-    ]
-    table = None if pictures is None else hs.score(model, scorers=asked)
+    table = None if pictures is None else hs.score(model, scorers=applicable(model))
     families = _families()
     pages = {
         f"scorers/{base}.rst": _page(base, names, table, pictures, model.name)
         for base, names in families.items()
     }
     return pages | {"scorers/index.rst": _index(families), "scorers/weights.rst": _weights()}
+
+
+def applicable(model: HeadModel) -> list[str]:
+    """Names of the scorers that can be asked of a model, those of weights left out."""
+    return [
+        name
+        for name, one in CATALOGUE.items()
+        if one.kind != "weight" and not any(lacks(model, need) for need in one.needs)
+    ]
 
 
 def _families() -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ import headscope as hs
 from docs.pages.benchmarks import benchmarks_page
 from docs.pages.gallery import gallery_pages
 from docs.pages.reference import reference_pages
-from docs.pages.scorers import scorer_pages
+from docs.pages.scorers import applicable, scorer_pages
 from docs.pages.write import plain
 from headscope.scorers import CATALOGUE
 from tests.docs.pages import ROOT
@@ -26,6 +26,22 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_pages_score_what_can_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hs.load()
+
+    def run(*_: object, **__: object) -> None:
+        raise InterruptedError  # so far everything was allowed
+
+    monkeypatch.setattr(type(model), "run", run)
+    asked = applicable(model)
+    with pytest.raises(InterruptedError):
+        hs.score(model, scorers=asked)
+    for name in set(CATALOGUE) - set(asked):
+        if CATALOGUE[name].kind != "weight":
+            with pytest.raises(hs.HeadscopeError):
+                hs.score(model, scorers=[name])
 
 
 def test_every_scorer_is_told() -> None:
