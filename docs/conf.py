@@ -37,6 +37,14 @@ html_title = f"headscope {release}"
 html_static_path = ["_static"]
 html_css_files = ["docs.css"]
 html_show_sourcelink = False
+# Pages that are alone in their section, or show wide tables, have no empty column beside them.
+html_sidebars = {
+    page: []
+    for page in (
+        "architecture", "changes", "circuit_study", "families", "gallery", "generated/benchmarks",
+        "methods", "mixers", "sweeps", "tutorial", "validity",
+    )
+}  # fmt: skip
 html_theme_options = {
     "show_prev_next": False,
     "navbar_align": "left",

@@ -50,7 +50,7 @@ def _ratios(values: dict[str, Any], path: str) -> dict[str, float]:
 
 
 _RATIO = re.compile(r"\btimes\b|over plain")
-_ROW, _LEFT, _WIDTH = 20, 470, 280  # pixels
+_ROW, _LEFT, _WIDTH = 22, 520, 280  # pixels
 
 
 def _chart(ratios: dict[str, float]) -> str:
@@ -64,16 +64,16 @@ def _chart(ratios: dict[str, float]) -> str:
         length = math.log10(ratio) / most * _WIDTH / 2
         top = number * _ROW
         bars.append(
-            f'<text x="{_LEFT - 8}" y="{top + 14}" text-anchor="end">{escape(name)}</text>'
+            f'<text x="{_LEFT - 8}" y="{top + 15}" text-anchor="end">{escape(name)}</text>'
             f'<rect x="{middle + min(length, 0):.1f}" y="{top + 4}" width="{abs(length):.1f}" '
             f'height="{_ROW - 8}"/>'
-            f'<text x="{_LEFT + _WIDTH + 8}" y="{top + 14}">{_number(ratio)}</text>'
+            f'<text x="{_LEFT + _WIDTH + 8}" y="{top + 15}">{_number(ratio)}</text>'
         )
     height = len(ratios) * _ROW + 4
     return (
         ".. raw:: html\n\n"
         f'   <svg viewBox="0 0 {_LEFT + _WIDTH + 70} {height}" role="img" '
-        'style="max-width:100%;font-size:12px;fill:currentColor">'
+        'style="max-width:100%;font-size:14px;fill:currentColor">'
         f'<line x1="{middle}" x2="{middle}" y1="0" y2="{height}" stroke="currentColor"/>'
         f"{''.join(bars)}</svg>\n\n"
         "Ratios on a logarithmic scale; the line is 1.\n\n"
