@@ -31,7 +31,8 @@ def _section(found: dict[str, Any], stem: str) -> str:
     versions = ", ".join(f"{name} {one}" for name, one in machine.get("versions", {}).items())
     where = machine.get("gpu") or machine.get("processor") or "an unknown machine"
     threads = f", {machine['threads']} threads" if "threads" in machine else ""
-    text = heading(f"{found.get('benchmark', stem)} ({stem})", "-")
+    name = found.get("benchmark", stem)
+    text = heading(name if name == stem else f"{name} ({stem})", "-")
     text += f"\nMeasured on {where}{threads}; {versions or 'versions unknown'}.\n\n"
     values = {k: v for k, v in found.items() if k not in ("benchmark", "machine")}
     return text + _chart(_ratios(values, "")) + _told(values, "")
