@@ -69,6 +69,11 @@ def marked(probe: Probe, positions: Positions) -> Bool[Tensor, "batch pos"] | No
         InputError: if the probe has no such mark, or the shape is wrong.
     """
     where = probe.mark(positions) if isinstance(positions, str) else positions
+    if not isinstance(where, Tensor | None):
+        raise InputError(
+            f"positions={where!r}: give the name of a mark, or True and False in the shape of the "
+            f"tokens {tuple(probe.tokens.shape)}."
+        )
     if where is not None and where.shape != probe.tokens.shape:
         raise InputError(
             f"positions have shape {tuple(where.shape)}, but the probe has shape "

@@ -118,6 +118,8 @@ def _check(hint: Any) -> Check | None:
         return _choice(get_args(hint))
     if hint in _PLAIN:
         return _PLAIN[hint]
+    if inspect.isclass(origin) and issubclass(origin, os.PathLike):
+        return _path
     if inspect.isclass(origin) and issubclass(origin, Iterable):
         return _several(origin, get_args(hint))
     if inspect.isclass(hint):

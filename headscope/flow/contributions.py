@@ -276,8 +276,13 @@ def places(probe: Probe, at: "str | Tensor") -> Bool[Tensor, "batch pos"]:
         InputError: if there is no such mark, the shape is another, or one is at padding.
     """
     probe = probe.host
-    if not isinstance(at, str):
-        given = torch.as_tensor(at).cpu()
+    if not isinstance(at, str | Tensor):
+        raise InputError(
+            f"at={at!r}: give the name of a mark, or True and False in the shape of the tokens "
+            f"{tuple(probe.tokens.shape)}."
+        )
+    if isinstance(at, Tensor):
+        given = at.cpu()
     elif at == "last" and at not in probe.marks:
         given = torch.nn.functional.one_hot(probe.last, probe.length).bool()
     elif at == "all" and at not in probe.marks:

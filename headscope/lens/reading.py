@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope import probes
-from headscope.errors import InputError
+from headscope.errors import InputError, whole
 from headscope.heads import ModelShape
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import BlockStates, Reads, at_blocks, at_final
@@ -212,7 +212,8 @@ def read_prompt(model: HeadModel, prompt: Promptish) -> Prompt:
     else:
         if not isinstance(prompt, Iterable):
             raise InputError(f"prompt={prompt!r}: give a text, or its token ids.")
-        ids = [int(one) for one in prompt]
+        given = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+        ids = [whole(one, "a token of the prompt") for one in given]
     if not ids:
         raise InputError("the prompt is empty: give at least one token.")
     wrong = [one for one in ids if not 0 <= one < model.shape.d_vocab]

@@ -307,6 +307,10 @@ def rare_attention(
         >>> hs.relevance.rare_attention(model, marked, counts).bounds
         (-1.0, 1.0)
     """
+    if not isinstance(counts, Tensor) or counts.shape != (model.shape.d_vocab,):
+        raise InputError(
+            f"counts: give a tensor of {model.shape.d_vocab} numbers, how often each token occurs."
+        )
     ends = probe.host.mark("end").sum(1), probe.host.mark("end").int().argmax(1)
     if not bool((ends[0] == 1).all()) or len(set(ends[1].tolist())) > 1:
         raise InputError("every example needs one position marked 'end', the same in all.")

@@ -113,6 +113,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "threshold": lambda: hs.flow.routes(hs.load(), "a b", part_threshold="x"),
     "at": lambda: hs.similarity.heads(hs.load(), _probe(), seed=-1),
     "edges": lambda: hs.edges.circuit(hs.load(), _probe(), hs.metrics.loss, "graph", 3),
+    "positions": lambda: hs.ablate_heads(hs.load(), _probe(), hs.metrics.loss, positions=[1]),
+    "at as a list": lambda: hs.flow.max_flow(hs.load(), _probe(), at=[1]),
+    "fractions as tokens": lambda: hs.lens.logit_lens(hs.load(), [1.5, 2.0]),
+    "checkpoint": lambda: hs.lens.tuned_lens(hs.load(), checkpoint=3),
     "acdc": lambda: hs.edges.acdc(hs.load(), "x", hs.metrics.loss, 0.1),
 }
 

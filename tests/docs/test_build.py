@@ -98,7 +98,7 @@ def test_benchmarks_are_shown_as_they_were_printed(tmp_path: Path) -> None:
     for piece in ("scan (cpu)", "x86, 2 threads; torch 9", "0.5123", "2.5", "1024", "1.25"):
         assert piece in page
     assert page.count("<rect") == 1  # the one ratio, right of the line at 1
-    assert 'x="610.0"' in page
+    assert 'x="660.0"' in page
 
 
 def test_outputs_of_notebooks_stay_text(tmp_path: Path) -> None:
