@@ -322,19 +322,14 @@ def losses_by_position(
         True
     """
     targets = probe.host.targets
+    wanted = targets >= 0
     found = torch.full(targets.shape, torch.nan)
-    at = (targets >= 0).nonzero(as_tuple=True)
-    last: list[Tensor] = []
-    nothing = torch.empty(0, dtype=torch.long)
-    if "unembedding" in model.limits:
-        logits = model.run(probe, writes=writes_of(edits))
-        assert logits is not None  # noqa: S101  # they were asked for
-        asked = targets[at].to(logits.device)
-        found[at] = cross_entropy(logits[at].float(), asked, reduction="none").cpu()
-        return found
-    model.run(probe, reads=at_final(last.append), writes=writes_of(edits), logits_at=nothing)
-    rows = last[0][at].float()
-    found[at] = model.unembedding.losses(rows, targets[at].to(rows.device)).cpu()
+    rows, unembedding = final_rows(model, probe, wanted, writes=writes_of(edits))
+    asked = targets[wanted].to(rows.device)
+    if unembedding is None:
+        found[wanted] = cross_entropy(rows.float(), asked, reduction="none").cpu()
+    else:
+        found[wanted] = unembedding.losses(rows.float(), asked).cpu()
     return found
 
 
