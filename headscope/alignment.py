@@ -315,14 +315,14 @@ def path(
 
 _CONCEPT_SOURCE = "Park et al. 2024 (arXiv 2412.02237), head relevance vectors of cross-attention"
 _EQUAL = 1e-6  # keys are fp32
-Words = Mapping[str, Sequence[str] | Sequence[Sequence[int]]]
+SourceWords = Mapping[str, Sequence[str] | Sequence[Sequence[int]]]
 
 
 @checked
 def concepts(
     model: HeadModel,
     probe: Probe,
-    words: Words,
+    words: SourceWords,
     *,
     mark: str | None = None,
     draws: int = 8,
@@ -444,7 +444,9 @@ class _Lexicon:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, view: HeadModel, model: HeadModel, words: Words, *, crosses: bool) -> "_Lexicon":
+    def of(
+        cls, view: HeadModel, model: HeadModel, words: SourceWords, *, crosses: bool
+    ) -> "_Lexicon":
         """Tokens of all words, between what the tokenizer puts around a text."""
         if len(words) < 2 or not all(len(some) for some in words.values()):
             raise InputError("heads of concepts need two concepts or more, with a word each.")

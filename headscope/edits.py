@@ -88,7 +88,7 @@ class Span:
 
 HeadSite = Literal["z", "query", "key", "value", "pattern"]
 Scope = Literal["all", "prefill", "decode"]
-Positions = Bool[Tensor, "batch pos"] | None
+PositionMask = Bool[Tensor, "batch pos"] | None
 Heads = str | tuple[int, int] | Iterable[str | tuple[int, int]]
 
 SITES: tuple[HeadSite, ...] = ("query", "key", "value", "pattern", "z")
@@ -533,7 +533,7 @@ def entmax(
     heads: Heads,
     alpha: float | Float[Tensor, "layer head"] = 1.5,
     *,
-    positions: Positions = None,
+    positions: PositionMask = None,
     scope: Scope = "all",
 ) -> HeadEdit:
     """Replace softmax with alpha-entmax, which gives low-scoring keys exactly 0.
@@ -582,7 +582,9 @@ def entmax(
 
 
 @checked
-def top_k(heads: Heads, k: int, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
+def top_k(
+    heads: Heads, k: int, *, positions: PositionMask = None, scope: Scope = "all"
+) -> HeadEdit:
     """Keep each query's k highest-scoring keys and take the softmax over these.
 
     On ties the earlier key is kept.
@@ -706,7 +708,7 @@ class _Entmax(torch.autograd.Function):
 
 
 @checked
-def zero(heads: Heads, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
+def zero(heads: Heads, *, positions: PositionMask = None, scope: Scope = "all") -> HeadEdit:
     """Set ``z`` to 0, including the contribution of a value bias; the output bias stays.
 
     Example:
@@ -721,7 +723,7 @@ def mean(
     heads: Heads,
     means: Mapping[int, Float[Tensor, "head d_head"]],
     *,
-    positions: Positions = None,
+    positions: PositionMask = None,
     scope: Scope = "all",
 ) -> HeadEdit:
     """Replace ``z`` with the head's mean over a reference probe.
@@ -739,7 +741,7 @@ def mean_pos(
     heads: Heads,
     means: Mapping[int, Float[Tensor, "pos head d_head"]],
     *,
-    positions: Positions = None,
+    positions: PositionMask = None,
     scope: Scope = "all",
 ) -> HeadEdit:
     """Replace ``z`` with the head's mean at that position, for prompts of one template.
@@ -760,7 +762,7 @@ def resample(
     heads: Heads,
     donors: Mapping[int, Float[Tensor, "batch pos head d_head"]],
     *,
-    positions: Positions = None,
+    positions: PositionMask = None,
     scope: Scope = "all",
 ) -> HeadEdit:
     """Replace ``z`` with that of another example at the same position.
@@ -774,7 +776,7 @@ def resample(
 
 
 @checked
-def uniform(heads: Heads, *, positions: Positions = None, scope: Scope = "all") -> HeadEdit:
+def uniform(heads: Heads, *, positions: PositionMask = None, scope: Scope = "all") -> HeadEdit:
     """Zero the query, so that attention is uniform over the visible keys.
 
     The retrieval-head literature calls this masking (Wu et al. 2024, arXiv 2404.15574). Exact if
@@ -795,7 +797,7 @@ def freeze_pattern(
     heads: Heads,
     patterns: Mapping[int, Float[Tensor, "batch head query key"]],
     *,
-    positions: Positions = None,
+    positions: PositionMask = None,
 ) -> HeadEdit:
     """Freeze attention to its pattern in another run, whatever its queries and keys are.
 
@@ -815,7 +817,7 @@ def patch(
     donors: Mapping[int, Tensor],
     *,
     site: HeadSite = "z",
-    positions: Positions = None,
+    positions: PositionMask = None,
 ) -> HeadEdit:
     """Replace the value at a site with that of a paired run, position by position.
 
@@ -835,7 +837,7 @@ def scale(
     factor: float,
     *,
     site: HeadSite = "z",
-    positions: Positions = None,
+    positions: PositionMask = None,
     scope: Scope = "all",
 ) -> HeadEdit:
     """Multiply the value at a site by a factor.
@@ -854,7 +856,7 @@ def redistribute(
     target: Bool[Tensor, "batch pos"],
     share: int | float = 0.5,
     *,
-    positions: Positions = None,
+    positions: PositionMask = None,
     scope: Scope = "all",
 ) -> HeadEdit:
     """A share of the attention on some keys goes to others, in proportion to what those get.
@@ -917,7 +919,7 @@ def scale_keys(
     keys: Bool[Tensor, "batch key"],
     factor: float | Float[Tensor, "layer head"],
     *,
-    positions: Positions = None,
+    positions: PositionMask = None,
 ) -> HeadEdit:
     """Attention to some keys is multiplied after the softmax; rows are not made to sum to 1 again.
 
@@ -952,7 +954,7 @@ def _with_scaled_keys(pattern: Tensor, change: Tensor | None) -> Tensor:
 
 @checked
 def attend_to_first(
-    heads: Heads, real: Bool[Tensor, "batch pos"], *, positions: Positions = None
+    heads: Heads, real: Bool[Tensor, "batch pos"], *, positions: PositionMask = None
 ) -> HeadEdit:
     """Put all attention on each example's first real token, where idle heads rest.
 

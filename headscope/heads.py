@@ -97,6 +97,10 @@ class HeadIndex(tuple[int, int]):
         return cls(int(layer_text), int(head_text), _STACKS[(letter or "L").upper()])
 
 
+# Heads in the order in which they are removed or masked.
+HeadOrder = tuple[HeadIndex, ...]
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Shape of one attention stack.

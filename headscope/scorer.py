@@ -24,8 +24,8 @@ from headscope.probes.probe import Probe
 from headscope.views import AttentionRows, HeadGradients, HeadOutputs, QueryKeys
 
 QuerySelector = Callable[[Probe], Bool[Tensor, "batch pos"]]
-Kind = Literal["row", "output", "qk", "weight", "gradient"]
-Reads = Literal[
+ScorerKind = Literal["row", "output", "qk", "weight", "gradient"]
+ScorerReads = Literal[
     "rows", "rows_no_sink", "rows_value_weighted", "outputs", "qk", "weights", "gradients"
 ]
 RowFunction = Callable[[AttentionRows, Probe], Float[Tensor, "batch head query"]]
@@ -35,7 +35,7 @@ GradientFunction = Callable[[HeadGradients, Probe], Float[Tensor, "batch head qu
 WeightFunction = Callable[[Any], Float[Tensor, "layer head"]]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
-_KINDS: Mapping[Reads, Kind] = {
+_KINDS: Mapping[ScorerReads, ScorerKind] = {
     "rows": "row",
     "rows_no_sink": "row",
     "rows_value_weighted": "row",
@@ -188,7 +188,7 @@ class Scorer(Specified):
 
     spec: ScoreSpec
     function: Callable[..., Tensor]
-    reads: Reads
+    reads: ScorerReads
     queries: QuerySelector
     probe: DefaultProbe | None
     control: Control | None
@@ -198,7 +198,7 @@ class Scorer(Specified):
     bounds_of: Callable[[Any], Bounds] | None = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ScorerKind:
         """``row``, ``output``, ``qk``, ``weight`` or ``gradient``."""
         return _KINDS[self.reads]
 

@@ -10,7 +10,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor
 from headscope import capture, metrics
 from headscope.ablation.run import Metricish, present
 from headscope.base.arguments import checked
-from headscope.base.checkpoints import AdamRun, Checkpoint
+from headscope.base.checkpoints import AdamRun, Checkpoint, CheckpointPath
 from headscope.base.options import RunOptions, track
 from headscope.base.result import Glance, Shown, number
 from headscope.base.specs import Direction, Provenance
@@ -51,7 +50,6 @@ _HEAD_MASK = "Sun et al. 2020 (arXiv 2009.09672), HeadMask"
 _INJECTED = "Xiao et al. 2021 (arXiv 2112.05364), injected attention patterns"
 _MIXTURE = "Peng et al. 2020 (arXiv 2005.06537), a mixture of h - 1 heads is better than h heads"
 _VARIATIONAL = "VTrans (arXiv 2406.05276), variational information bottleneck on heads"
-Folder = str | PathLike[str] | None
 
 
 @checked
@@ -343,7 +341,7 @@ def head_mask(
     rate: float = 1e-4,
     batch_size: int | None = None,
     seed: int = 0,
-    folder: Folder = None,
+    folder: CheckpointPath = None,
     every: int = 20,
     progress: bool | None = None,
 ) -> Trained:
@@ -403,7 +401,7 @@ def head_mask(
     )  # fmt: skip
 
 
-Mode = Literal["mask", "synthesize"]
+RelationUse = Literal["mask", "synthesize"]
 Relations = Mapping[Any, "PairsOf | PairsLike"]
 
 
@@ -524,7 +522,7 @@ def inject_patterns(
     rate: float = 1e-4,
     batch_size: int | None = None,
     seed: int = 0,
-    folder: Folder = None,
+    folder: CheckpointPath = None,
     every: int = 20,
     progress: bool | None = None,
 ) -> Trained:
@@ -565,8 +563,8 @@ def inject_patterns(
         >>> sorted(found.metrics)
         ['after', 'after, injected', 'before', 'injected']
     """
-    if mode not in get_args(Mode):
-        raise InputError(nearest(str(mode), get_args(Mode), kind="mode"))
+    if mode not in get_args(RelationUse):
+        raise InputError(nearest(str(mode), get_args(RelationUse), kind="mode"))
     if not relations:
         raise InputError("relations= names no head: give one relation at least.")
     plan = _Schedule.of(probe, steps, rate, batch_size, seed, every, progress)
@@ -671,7 +669,7 @@ def mixture(
     rate: float = 1e-2,
     batch_size: int | None = None,
     seed: int = 0,
-    folder: Folder = None,
+    folder: CheckpointPath = None,
     every: int = 20,
     progress: bool | None = None,
 ) -> HeadScores:
@@ -803,7 +801,7 @@ def variational_gates(
     rate: float = 0.05,
     batch_size: int | None = None,
     seed: int = 0,
-    folder: Folder = None,
+    folder: CheckpointPath = None,
     every: int = 20,
     progress: bool | None = None,
 ) -> HeadTable:
@@ -925,7 +923,12 @@ def _measured(
 
 
 def _checkpoint(
-    folder: Folder, method: str, model: HeadModel, probe: Probe, plan: _Schedule, **other: Any
+    folder: CheckpointPath,
+    method: str,
+    model: HeadModel,
+    probe: Probe,
+    plan: _Schedule,
+    **other: Any,
 ) -> Checkpoint:
     """Checkpoint of a run with the facts that determine it; the number of steps may grow."""
     if folder is None:

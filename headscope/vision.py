@@ -19,7 +19,7 @@ from torch import Tensor
 from headscope import capture, metrics
 from headscope.ablation.groups import ablate_groups
 from headscope.ablation.heads import ablate_heads
-from headscope.ablation.run import Maker, Measurement, Placer, by_head, present
+from headscope.ablation.run import InterventionLike, Measurement, Placer, by_head, present
 from headscope.base.arguments import checked
 from headscope.base.batches import SEGMENTS, TURNS
 from headscope.base.options import RunOptions
@@ -131,7 +131,7 @@ def _need_classes(model: HeadModel, probe: Probe) -> Int[Tensor, " batch"]:
 def importance(
     model: HeadModel,
     probe: Probe,
-    method: Maker = "zero",
+    method: InterventionLike = "zero",
     heads: Heads | None = None,
     *,
     batch_size: int | None = None,
@@ -1000,7 +1000,7 @@ def cue_heads(
     model: HeadModel,
     probe: Probe,
     misleading: Sequence[bool] | Bool[Tensor, " batch"] | Bool[np.ndarray, " batch"],
-    method: Maker = "mean",
+    method: InterventionLike = "mean",
     heads: Heads | None = None,
     *,
     batch_size: int | None = None,

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.run import (
-    Maker,
+    InterventionLike,
     Measurement,
     Metricish,
     Placer,
@@ -53,7 +53,7 @@ def ablate_groups(
     probe: Probe,
     metric: Metricish,
     groups: Mapping[str, Heads],
-    method: Maker = "mean",
+    method: InterventionLike = "mean",
     **options: Unpack[SetOptions],
 ) -> EffectGrid:
     """Ablate named sets of heads, each jointly; an empty set has effect 0.
@@ -102,7 +102,7 @@ def ablate_cumulatively(
     probe: Probe,
     metric: Metricish,
     order: Heads,
-    method: Maker = "mean",
+    method: InterventionLike = "mean",
     **options: Unpack[SetOptions],
 ) -> EffectGrid:
     """Ablate growing prefixes of an order of heads: none, the first, the first two, ...
@@ -127,7 +127,7 @@ def interactions(
     probe: Probe,
     metric: Metricish,
     heads: Heads,
-    method: Maker = "mean",
+    method: InterventionLike = "mean",
     **options: Unpack[SetOptions],
 ) -> PairScores:
     """Interaction of every pair of chosen heads: joint effect minus the sum of single effects.
@@ -177,7 +177,7 @@ def _measured(
     probe: Probe,
     metric: Metricish,
     sets: Sets,
-    method: Maker,
+    method: InterventionLike,
     *,
     positions: Positions = None,
     reference: Probe | None = None,

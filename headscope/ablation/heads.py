@@ -12,9 +12,8 @@ from torch import Tensor
 
 from headscope.ablation.engine import ForwardSource, RecordedBatch, partner_rows, quick
 from headscope.ablation.run import (
-    Checkpoint,
+    InterventionLike,
     KeptEffects,
-    Maker,
     Measurement,
     Metricish,
     Placer,
@@ -28,6 +27,7 @@ from headscope.ablation.run import (
     without_rounding,
 )
 from headscope.base.arguments import checked
+from headscope.base.checkpoints import CheckpointPath
 from headscope.base.options import RunOptions
 from headscope.base.statistics import Design, rank_correlation
 from headscope.edits import AnyEdit, Heads, HeadSite, Span, Variant, during
@@ -297,7 +297,7 @@ def ablate_heads(
     model: HeadModel,
     probe: Probe,
     metric: Metricish,
-    method: Maker = "mean",
+    method: InterventionLike = "mean",
     heads: Heads | None = None,
     *,
     stack: str | None = None,
@@ -306,7 +306,7 @@ def ablate_heads(
     seed: int = 0,
     batch_size: int | None = None,
     memory: str | int | None = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: CheckpointPath = None,
     progress: bool | None = None,
     **unknown: Any,
 ) -> HeadScores:
@@ -376,7 +376,7 @@ def estimate_heads(
     probe: Probe,
     metric: Metricish,
     *,
-    baseline: Maker = "mean",
+    baseline: InterventionLike = "mean",
     steps: int = 1,
     heads: Heads | None = None,
     stack: str | None = None,
@@ -445,7 +445,7 @@ def screen_heads(
     *,
     top: int = 10,
     sample: int = 10,
-    baseline: Maker = "mean",
+    baseline: InterventionLike = "mean",
     steps: int = 1,
     heads: Heads | None = None,
     stack: str | None = None,
@@ -454,7 +454,7 @@ def screen_heads(
     seed: int = 0,
     batch_size: int | None = None,
     memory: str | int | None = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: CheckpointPath = None,
     progress: bool | None = None,
 ) -> HeadScores:
     """Estimate the effect of every head, then ablate the most promising ones.
@@ -507,7 +507,7 @@ def screen_heads(
     return _scores(measurement, chosen, effects, placer, facts)
 
 
-def _baseline(baseline: Maker, reference: Probe | None, seed: int) -> Intervention:
+def _baseline(baseline: InterventionLike, reference: Probe | None, seed: int) -> Intervention:
     """Intervention whose effect is estimated; a user's edit function has no gate."""
     given = intervention_of(baseline, reference, seed, "baseline")
     if given is None:
@@ -533,8 +533,8 @@ def _scores(
 
 def _keeper(
     measurement: Measurement,
-    checkpoint: Checkpoint,
-    method: Maker,
+    checkpoint: CheckpointPath,
+    method: InterventionLike,
     positions: Positions,
     reference: Probe | None,
 ) -> Keeper | None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ from headscope.table import Provenance
 Metricish = AnyMetric | Callable[..., Tensor]
 Positions = str | Bool[Tensor, "batch pos"] | None
 # What heads are ablated to: a value, its name, or a function from heads to an edit.
-Maker = str | Intervention | Callable[[Heads], AnyEdit]
+InterventionLike = str | Intervention | Callable[[Heads], AnyEdit]
 
 
 def intervention_of(
-    method: Maker, reference: Probe | None = None, seed: int = 0, kind: str = "method"
+    method: InterventionLike, reference: Probe | None = None, seed: int = 0, kind: str = "method"
 ) -> Intervention | None:
     """Resolve a method to an intervention; None for a user's edit function.
 
@@ -119,12 +118,14 @@ def without_rounding(
     return np.where(np.abs(effects) <= floor, 0.0, effects)
 
 
-def seed_of(method: Maker, seed: int) -> int:
+def seed_of(method: InterventionLike, seed: int) -> int:
     """Seed of the random draws: the intervention's own, or the call's for a named method."""
     return int(getattr(method, "seed", seed))
 
 
-def facts_of(method: Maker, reference: Probe | None, positions: Positions) -> Mapping[str, Any]:
+def facts_of(
+    method: InterventionLike, reference: Probe | None, positions: Positions
+) -> Mapping[str, Any]:
     """Settings of the measurement, for provenance."""
     where = positions if isinstance(positions, str) else "given" if positions is not None else "all"
     other = "own" if reference is None else reference.name
@@ -138,8 +139,6 @@ def facts_of(method: Maker, reference: Probe | None, positions: Positions) -> Ma
         facts["method"] = getattr(method, "__name__", "edit")
     return facts
 
-
-Checkpoint = str | PathLike[str] | None
 
 # Tolerance for re-measuring a finished head, relative to its size.
 _AGREEMENT = 1e-4
@@ -252,7 +251,7 @@ def deciding(
     probe: Probe,
     reference: Probe | None,
     metric: AnyMetric,
-    method: Maker,
+    method: InterventionLike,
     positions: Positions,
 ) -> dict[str, Any]:
     """Facts that determine the value of an ablated head: weights, data, metric, method, seed."""
@@ -271,7 +270,7 @@ def deciding(
     }
 
 
-def _said_of(method: Maker) -> dict[str, Any]:
+def _said_of(method: InterventionLike) -> dict[str, Any]:
     """Name of the method, with an intervention's parameters."""
     if isinstance(method, Intervention):
         return {**method.facts}
@@ -429,7 +428,7 @@ class Placer:
     def __init__(
         self,
         measurement: Measurement,
-        method: Maker,
+        method: InterventionLike,
         *,
         positions: Positions = None,
         reference: Probe | None = None,
@@ -452,7 +451,7 @@ class Placer:
             )
 
     @property
-    def method(self) -> Maker:
+    def method(self) -> InterventionLike:
         """What heads are ablated to: an intervention's name, or a user's function."""
         return self._maker
 

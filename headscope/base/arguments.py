@@ -27,7 +27,7 @@ from headscope.errors import InputError, nearest, whole
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Says why a value is not of a kind; None where it is.
-Check = Callable[[str, Any], str | None]
+ArgumentCheck = Callable[[str, Any], str | None]
 
 OPTIONS = ("batch_size", "memory", "seed", "progress")
 PROBE = (
@@ -87,7 +87,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 @cache
-def _checks(function: Callable[..., Any]) -> dict[str, Check]:
+def _checks(function: Callable[..., Any]) -> dict[str, ArgumentCheck]:
     """The checks of a function's arguments, by name; annotations are read at the first call."""
     known = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -109,7 +109,7 @@ def _hint(annotation: Any, function: Callable[..., Any]) -> Any:
         return Any
 
 
-def _check(hint: Any) -> Check | None:
+def _check(hint: Any) -> ArgumentCheck | None:
     """The check of an annotation; None where it admits what is not looked at here."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -127,11 +127,11 @@ def _check(hint: Any) -> Check | None:
     return None
 
 
-def _union(checks: list[Check | None], hint: Any) -> Check | None:
+def _union(checks: list[ArgumentCheck | None], hint: Any) -> ArgumentCheck | None:
     """The check of a union: a value is refused where every member refuses it."""
     if None in checks:
         return None
-    members = cast(list[Check], checks)
+    members = cast(list[ArgumentCheck], checks)
     optional = types.NoneType in get_args(hint)
     told = [check for check in members if check is not _PLAIN[types.NoneType]]
     lists = [
@@ -236,7 +236,7 @@ def _mapping(name: str, value: Any) -> str | None:
     return None if isinstance(value, Mapping) else f"{_given(name, value)}: give a mapping."
 
 
-_PLAIN: dict[Any, Check] = {
+_PLAIN: dict[Any, ArgumentCheck] = {
     int: _whole, float: _real, bool: _truth, str: _text, types.NoneType: _nothing, None: _nothing,
     np.ndarray: _array,
 }  # fmt: skip
@@ -247,7 +247,7 @@ _WORDS: dict[Any, str] = {
 _MANY: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def _choice(options: tuple[Any, ...]) -> Check:
+def _choice(options: tuple[Any, ...]) -> ArgumentCheck:
     """The check of a value out of a few."""
 
     def check(name: str, value: Any) -> str | None:
@@ -261,7 +261,7 @@ def _choice(options: tuple[Any, ...]) -> Check:
     return check
 
 
-def _several(origin: type, elements: tuple[Any, ...]) -> Check | None:
+def _several(origin: type, elements: tuple[Any, ...]) -> ArgumentCheck | None:
     """The check of a list, tuple or mapping, and of the plain values in it."""
     if issubclass(origin, Mapping):
         return _mapping
@@ -283,7 +283,7 @@ def _several(origin: type, elements: tuple[Any, ...]) -> Check | None:
     return check
 
 
-def _instance(kind: type) -> Check | None:
+def _instance(kind: type) -> ArgumentCheck | None:
     """The check of an object of a class of headscope; other classes are left to the function."""
     if kind.__name__ in HANDED and kind.__module__.startswith("headscope"):
         what, sign, advice = HANDED[kind.__name__]

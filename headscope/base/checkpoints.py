@@ -15,6 +15,8 @@ from headscope.base.files import check_same, whole_file, writable_folder
 from headscope.errors import HeadscopeError, InputError, whole
 
 _KEY = "headscope"
+# Folder (or file) in which an interruptible run keeps its state; None: nothing is kept.
+CheckpointPath = str | PathLike[str] | None
 
 
 class Checkpoint:
@@ -35,7 +37,7 @@ class Checkpoint:
         3
     """
 
-    def __init__(self, folder: "str | PathLike[str] | None", facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: CheckpointPath, facts: Mapping[str, Any]) -> None:
         """Check that the file can be written; nothing is stored yet."""
         self._facts = json.loads(json.dumps(facts, default=str))
         self._file: Path | None = None

@@ -534,7 +534,7 @@ _FORMAT = 1
 _MAX_BYTES = 8_000_000_000  # a file from elsewhere must not make us allocate what it likes
 _MAX_DEPTH = 12
 
-Result = TypeVar("Result", bound="Saved")
+SavedKind = TypeVar("SavedKind", bound="Saved")
 
 
 class Stored:
@@ -576,7 +576,7 @@ class Saved(Stored):
             file.write(made)
 
     @classmethod
-    def load(cls: "type[Result]", path: "str | PathLike[str]") -> Result:
+    def load(cls: "type[SavedKind]", path: "str | PathLike[str]") -> SavedKind:
         """Load a file written by :meth:`save`.
 
         Raises:

@@ -116,7 +116,7 @@ def _share(
 _FIRST_BLOCK = 512
 _BLOCK_ENTRIES = 1 << 22
 
-Lookup = Callable[[Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
+EmbeddingLookup = Callable[[Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 
 
 class Ranks(NamedTuple):
@@ -136,7 +136,7 @@ class Ranks(NamedTuple):
 def target_ranks(
     factors: HeadFactors,
     source: Callable[[int], Float[Tensor, "pair d_model"]],
-    outputs: Lookup,
+    outputs: EmbeddingLookup,
     targets: Int[Tensor, " pair"],
     d_vocab: int,
     *,

@@ -10,7 +10,7 @@ from headscope import edges, metrics, probes
 from headscope.base.files import subfolder
 from headscope.cli.options import Loading
 from headscope.cli.output import asked_of, print_either, print_written, rows_of, run_folder, typed
-from headscope.edges.attribute import Method
+from headscope.edges.attribute import EdgeMethod
 from headscope.errors import InputError, nearest
 from headscope.metrics import Metric
 from headscope.models.protocol import HeadModel
@@ -58,8 +58,8 @@ class EdgeRequest:
         Raises:
             InputError: if a method or metric is unknown, or a number is out of range.
         """
-        if self.method not in get_args(Method):
-            raise InputError(nearest(self.method, get_args(Method), kind="method"))
+        if self.method not in get_args(EdgeMethod):
+            raise InputError(nearest(self.method, get_args(EdgeMethod), kind="method"))
         if self.metric not in _METRICS:
             raise InputError(nearest(self.metric, _METRICS, kind="metric"))
         if self.count is not None and self.count < 1:

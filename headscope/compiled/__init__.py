@@ -20,7 +20,6 @@ from headscope.compiled.benchmark import benchmark as benchmark
 from headscope.compiled.benchmark import make_case as make_case
 from headscope.compiled.compiled import Build as Build
 from headscope.compiled.compiled import Compiled as Compiled
-from headscope.compiled.compiled import Edge as Edge
 from headscope.compiled.compiled import Truth as Truth
 from headscope.compiled.compiled import compiled as compiled
 from headscope.compiled.compiled import from_library as from_library
@@ -42,3 +41,4 @@ from headscope.compiled.program import interpret as interpret
 from headscope.compiled.program import offset as offset
 from headscope.compiled.program import same as same
 from headscope.compiled.program import table as table
+from headscope.table.edges import Edge as Edge

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import pandas
 
 Item = Any  # a head, an edge as (source, target, slot), a pair of heads
-Answer = Mapping[Item, float] | Float[np.ndarray, "layer head"]
+Found = Mapping[Item, float] | Float[np.ndarray, "layer head"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class Method:
 
     name: str
     asks: str
-    answer: Callable[[Case], Answer]
+    answer: Callable[[Case], Found]
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ def _trial(method: Method, case: Case) -> list[Trial]:
     ]
 
 
-def _by_item(method: Method, answer: Answer, items: Sequence[Item]) -> list[float]:
+def _by_item(method: Method, answer: Found, items: Sequence[Item]) -> list[float]:
     """Values of items in order; missing ones come last."""
     if isinstance(answer, np.ndarray):
         if not all(isinstance(one, HeadIndex) for one in items) or answer.ndim != 2:
@@ -507,17 +507,17 @@ QUESTIONS: Mapping[str, Question] = {
 # Methods -----------------------------------------------------------------------------------------
 
 
-def _scored(name: str, texts: str = "repeated") -> Callable[[Case], Answer]:
+def _scored(name: str, texts: str = "repeated") -> Callable[[Case], Found]:
     """Method: a scorer of the catalogue, on the case's texts."""
 
-    def answer(case: Case) -> Answer:
+    def answer(case: Case) -> Found:
         return score(case.made.model, getattr(case, texts), [name], progress=False)[name].mean
 
     return answer
 
 
-def _ablated(method: str) -> Callable[[Case], Answer]:
-    def answer(case: Case) -> Answer:
+def _ablated(method: str) -> Callable[[Case], Found]:
+    def answer(case: Case) -> Found:
         found = ablation.ablate_heads(
             case.made.model, case.probe, metrics.answer_log_prob, method, progress=False
         )
@@ -526,8 +526,8 @@ def _ablated(method: str) -> Callable[[Case], Answer]:
     return answer
 
 
-def _estimated(baseline: str, steps: int) -> Callable[[Case], Answer]:
-    def answer(case: Case) -> Answer:
+def _estimated(baseline: str, steps: int) -> Callable[[Case], Found]:
+    def answer(case: Case) -> Found:
         found = ablation.estimate_heads(
             case.made.model, case.probe, metrics.answer_log_prob,
             baseline=baseline, steps=steps, progress=False,
@@ -537,16 +537,16 @@ def _estimated(baseline: str, steps: int) -> Callable[[Case], Answer]:
     return answer
 
 
-def _important(measure: Callable[[Case], Any]) -> Callable[[Case], Answer]:
-    def answer(case: Case) -> Answer:
+def _important(measure: Callable[[Case], Any]) -> Callable[[Case], Found]:
+    def answer(case: Case) -> Found:
         values: np.ndarray = measure(case).mean
         return values
 
     return answer
 
 
-def _edges_by(method: str, kind: str) -> Callable[[Case], Answer]:
-    def answer(case: Case) -> Answer:
+def _edges_by(method: str, kind: str) -> Callable[[Case], Found]:
+    def answer(case: Case) -> Found:
         return _edge_sizes(case, method, kind)
 
     return answer
@@ -562,8 +562,8 @@ def _edge_sizes(case: Case, method: str, kind: str) -> dict[tuple[str, str, str]
     }
 
 
-def _head_sums(method: str) -> Callable[[Case], Answer]:
-    def answer(case: Case) -> Answer:
+def _head_sums(method: str) -> Callable[[Case], Found]:
+    def answer(case: Case) -> Found:
         graph = edges.attribute(
             case.made.model, case.probe, metrics.answer_log_prob, method,
             ablation="mean", progress=False,
@@ -573,8 +573,8 @@ def _head_sums(method: str) -> Callable[[Case], Answer]:
     return answer
 
 
-def _composed(mode: str, measure: Callable[..., Any]) -> Callable[[Case], Answer]:
-    def answer(case: Case) -> Answer:
+def _composed(mode: str, measure: Callable[..., Any]) -> Callable[[Case], Found]:
+    def answer(case: Case) -> Found:
         values = measure(case.made.model, mode, fold_norm=False).values
         heads = case.made.model.shape.heads
         return {
@@ -587,10 +587,10 @@ def _composed(mode: str, measure: Callable[..., Any]) -> Callable[[Case], Answer
     return answer
 
 
-def _composed_by_edges(mode: str, method: str) -> Callable[[Case], Answer]:
+def _composed_by_edges(mode: str, method: str) -> Callable[[Case], Found]:
     slot = {"Q": "query", "K": "key", "V": "value"}[mode]
 
-    def answer(case: Case) -> Answer:
+    def answer(case: Case) -> Found:
         found = _edge_sizes(case, method, "mean")
         heads = case.made.model.shape.heads
         return {
@@ -600,8 +600,8 @@ def _composed_by_edges(mode: str, method: str) -> Callable[[Case], Answer]:
     return answer
 
 
-def _routed(name: str) -> Callable[[Case], Answer]:
-    def answer(case: Case) -> Answer:
+def _routed(name: str) -> Callable[[Case], Found]:
+    def answer(case: Case) -> Found:
         # The ballast that keeps norms constant dwarfs what heads write; routes at the usual
         # thresholds hold no head.
         least = 1e-3 if name == "on_route" else 1e-9
@@ -613,32 +613,32 @@ def _routed(name: str) -> Callable[[Case], Answer]:
     return answer
 
 
-def _chance(case: Case) -> Answer:
+def _chance(case: Case) -> Found:
     """Method: random numbers, the chance baseline."""
     shape = case.made.model.shape
     return np.random.default_rng(len(case.name)).random((shape.n_layers, shape.n_heads))
 
 
-def _in_context(case: Case) -> Answer:
+def _in_context(case: Case) -> Found:
     found = edges.contextual(
         case.made.model, case.probe, metrics.answer_log_prob, ablation="mean", progress=False
     )
     return -found.scores.mean
 
 
-def _facilitating(case: Case) -> Answer:
+def _facilitating(case: Case) -> Found:
     gates = edges.causal_gates(
         case.made.model, case.probe, metrics.answer_log_prob, steps=20, progress=False
     )
     return gates["facilitating"].mean
 
 
-def _direct(case: Case) -> Answer:
+def _direct(case: Case) -> Found:
     values = lens.head_attribution(case.made.model, case.probe, "mean").mean
     return np.asarray(np.abs(values))
 
 
-def _gated(case: Case) -> Answer:
+def _gated(case: Case) -> Found:
     gates = pruning.learn_gates(case.made.model, case.probe, metrics.loss, steps=60, progress=False)
     opened: np.ndarray = gates.scores.mean
     return opened
@@ -681,7 +681,7 @@ def _methods() -> Iterable[Method]:
             yield Method(f"{method} edges {mode}", asks, _composed_by_edges(mode, method))
 
 
-_USE: Mapping[str, Callable[[Case], Answer]] = {
+_USE: Mapping[str, Callable[[Case], Found]] = {
     **{f"ablation, {kind}": _ablated(kind) for kind in ("zero", "mean", "resample", "patch")},
     "ablation, uniform": _ablated("uniform"),
     "attribution": _estimated("mean", 1),

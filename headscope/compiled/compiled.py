@@ -28,6 +28,7 @@ from headscope.models.hf.weights import WrittenLayer, WrittenModel, gpt2, llama,
 from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, from_tokens
+from headscope.table.edges import Edge, Slot
 
 Family = Literal["gpt2", "llama"]
 BALLAST = 300.0
@@ -406,24 +407,6 @@ class _Compiler:
                 biases.append(torch.tensor([-_STEP * cut + 0.5 - late], dtype=torch.float64))
                 writes.append(sign * change)
         return torch.cat(reads, 1), torch.cat(biases), torch.cat(writes, 0)
-
-
-Slot = Literal["query", "key", "value", "mlp", "output"]
-
-
-@dataclass(frozen=True, order=True)
-class Edge:
-    """An edge from a writing node to a reading node.
-
-    Attributes:
-        source: ``embed``, an address such as ``L0H1``, or an MLP such as ``MLP0``.
-        target: an address, an MLP, or ``logits``.
-        slot: by which input: ``query``, ``key``, ``value`` of a head, ``mlp``, ``output``.
-    """
-
-    source: str
-    target: str
-    slot: Slot
 
 
 @dataclass(frozen=True, eq=False)

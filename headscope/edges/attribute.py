@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.files import whole_file, writable_folder
-from headscope.base.options import RunOptions
+from headscope.base.options import Advance, RunOptions
 from headscope.edges.rules import GIM_SHARES, InteractionRules, RelevanceRules, Rules, shared
 from headscope.edges.written import (
     ENTRIES,
@@ -45,7 +45,7 @@ _MATRIX = {"query": "W_Q", "key": "W_K", "value": "W_V"}
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
+class SlotGradient:
     """Gradient of a metric with respect to a layer's queries, keys or values, per query head.
 
     Attributes:
@@ -418,14 +418,14 @@ def _head_inputs(
 
 
 def _reads(
-    batch: EdgeBatch, slopes: _Slopes, layer: int, slots: Sequence[Slot]
+    batch: EdgeBatch, slopes: _Slopes, layer: int, slots: Sequence[SlotGradient]
 ) -> dict[str, HeadReads]:
     """How heads read by their own weights, for slots where these are valid."""
     place = (batch.texts.real.long().cumsum(1) - 1).clamp_min(0)[:, batch.first :]
     stream = _later(batch, slopes, layer)
     found: dict[str, HeadReads] = {}
     for slot in slots:
-        later = Slot(slot.site, layer, slot.slope[:, :, batch.first :])
+        later = SlotGradient(slot.site, layer, slot.slope[:, :, batch.first :])
         read = later.through_weights(batch.study.model, stream, place, slopes.frozen)
         if read is not None and batch.study.by_weights.get((slot.site, layer), True):
             found[slot.site] = read
@@ -460,14 +460,14 @@ def _agree(
     return gap(total, expected, max(_AGREEMENT, rounded * max(1.0, lost))).closed
 
 
-def _slots(slopes: _Slopes, layer: int, group: int) -> list[Slot]:
+def _slots(slopes: _Slopes, layer: int, group: int) -> list[SlotGradient]:
     """Gradients at a layer's queries, keys and values, per query head.
 
     Where heads share keys and values, back through attention for one query head of every group at
     a time, so that the slope at what they share is told apart by who read it.
     """
     if group == 1:
-        return [Slot(site, layer, slopes.at[Tap(site, layer)]) for site in ENTRIES]
+        return [SlotGradient(site, layer, slopes.at[Tap(site, layer)]) for site in ENTRIES]
     z, slope = slopes.run.taps[Tap("z", layer)], slopes.at[Tap("z", layer)]
     entries = [slopes.run.taps[Tap(site, layer)] for site in ENTRIES]
     at: list[list[Tensor]] = [[], [], []]
@@ -478,13 +478,13 @@ def _slots(slopes: _Slopes, layer: int, group: int) -> list[Slot]:
         for entry, one in enumerate(passed):
             at[entry].append(one[:, member::group] if entry == 0 else one)
     return [
-        Slot(site, layer, torch.stack(of, 2).flatten(1, 2))
+        SlotGradient(site, layer, torch.stack(of, 2).flatten(1, 2))
         for site, of in zip(ENTRIES, at, strict=True)
     ]
 
 
 def _through_code(
-    slopes: _Slopes, slot: Slot, group: int
+    slopes: _Slopes, slot: SlotGradient, group: int
 ) -> Float[Tensor, "batch head pos d_model"]:
     """Gradients at the residual stream, taken back through the model's code."""
     stream = slopes.run.taps[Tap("resid_pre", slot.layer)]
@@ -512,9 +512,6 @@ def _mlp_input(slopes: _Slopes, layer: int, wiring: Wiring) -> Float[Tensor, "ba
     made, entry = slopes.run.taps[Tap("mlp_out", layer)], slopes.run.taps[Tap(site, layer)]
     (found,) = torch.autograd.grad(made, entry, mlp, retain_graph=True)
     return found
-
-
-Advance = Callable[[float], None]
 
 
 @torch.no_grad()
@@ -627,7 +624,7 @@ def _measured(
     return found
 
 
-Method = Literal["eap", "eap_ig", "eap_ig_activations", "relp", "gim", "exact"]
+EdgeMethod = Literal["eap", "eap_ig", "eap_ig_activations", "relp", "gim", "exact"]
 STEPPED = ("eap_ig", "eap_ig_activations")
 _RESUMED_BATCH = 8
 _UNASKED = float("nan")
@@ -734,8 +731,8 @@ def attribute(
             batch = study.batch(start, grad=method == "eap")
             count = len(batch.texts.tokens)
 
-            def done(passes: float, count: int = count) -> None:
-                advance(passes * count)
+            def done(steps: int | float = 1, count: int = count) -> None:
+                advance(steps * count)
 
             parts.append(_scores(batch, method, steps, done, asked))
             if store is not None:
@@ -817,8 +814,8 @@ def check_method(method: str, steps: int, metric: AnyMetric) -> None:
     Raises:
         InputError: if so.
     """
-    if method not in get_args(Method):
-        raise InputError(nearest(str(method), get_args(Method), kind="method"))
+    if method not in get_args(EdgeMethod):
+        raise InputError(nearest(str(method), get_args(EdgeMethod), kind="method"))
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps={steps!r}: integrated gradients take 1 run or more.")
     if method in ("eap", "relp", "gim") and "clean" in metric.needs:
@@ -861,7 +858,7 @@ def _scores(
     batch: EdgeBatch,
     method: str,
     steps: int,
-    done: Callable[[float], None],
+    done: Advance,
     asked: Bool[np.ndarray, " edge"] | None = None,
 ) -> np.ndarray:
     """Scores ``[edge example]`` of one batch."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.statistics import rank_correlation
-from headscope.edges.attribute import Method, attribute, passes_of
+from headscope.edges.attribute import EdgeMethod, attribute, passes_of
 from headscope.edges.faithfulness import jaccard, strongest
 from headscope.edges.gates import best_heads, causal_gates
 from headscope.edges.written import EdgeBatch, EdgeMeasurement, measured_with
@@ -88,7 +88,7 @@ def compare_methods(
         >>> set(found.methods) == {"eap", "eap_ig"}
         True
     """
-    known = (*get_args(Method), *OF_HEADS)
+    known = (*get_args(EdgeMethod), *OF_HEADS)
     asked = [one for one in known if one != "exact"] if methods is None else list(methods)
     for name in asked:
         if not isinstance(name, EdgeGraph) and name not in known:

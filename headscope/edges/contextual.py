@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.files import Saved
-from headscope.base.options import RunOptions
+from headscope.base.options import Advance, RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, number
 from headscope.base.specs import Provenance
 from headscope.base.statistics import Design
@@ -563,7 +563,7 @@ def _by_node(
     batches: Sequence[EdgeBatch],
     targets: Sequence[HeadAt],
     sign_rule: bool,
-    advance: Callable[[float], None],
+    advance: Advance,
 ) -> list[Shares]:
     """For the metric, or for every target, what each head at each position gives to it."""
     study = batches[0].study
@@ -725,7 +725,7 @@ def _shares(
 
 
 def _by_position(
-    batch: EdgeBatch, layer: int, sign_rule: bool, advance: Callable[[float], None]
+    batch: EdgeBatch, layer: int, sign_rule: bool, advance: Advance
 ) -> Float[np.ndarray, "head pos"]:
     """Sum over examples of the scores of a layer's heads at every position."""
     wiring, length = batch.study.wiring, batch.texts.tokens.shape[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from headscope import capture
 from headscope.base.arguments import checked
 from headscope.base.files import Saved
-from headscope.base.options import RunOptions
+from headscope.base.options import Advance, RunOptions
 from headscope.base.result import Glance, Rows, Section, Shown, Tabular, Words, number
 from headscope.base.specs import Provenance
 from headscope.edges.written import PaddedTexts, check_family, heads_write
@@ -216,7 +216,7 @@ def _trained(
     penalty: float,
     steps: int,
     drawn: torch.Generator,
-    advance: Callable[[float], None],
+    advance: Advance,
 ) -> Callable[[Tensor], Int[Tensor, " row"]]:
     """Train the autoencoder, and return the function from rows to codes (-1: no feature active)."""
     width = rows.shape[1]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
-from headscope.base.options import RunOptions
+from headscope.base.options import Advance, RunOptions
 from headscope.base.specs import Direction
 from headscope.edges.written import EdgeBatch, EdgeMeasurement, heads_write, run_apart
 from headscope.errors import InputError
@@ -239,7 +239,7 @@ def _fitted(
     pressure: float,
     steps: int,
     gate: Callable[[Tensor], Tensor],
-    advance: Callable[[float], None],
+    advance: Advance,
     kept: Checkpoint,
 ) -> Float[Tensor, "layer head"]:
     """Weights of gates after some steps of Adam."""

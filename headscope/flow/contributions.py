@@ -33,7 +33,7 @@ from headscope.views import AttentionRows
 # Share of the largest entry of a layer's write by which the parts' sum may miss it.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 5e-2
 
-Rows = Callable[[Int[Tensor, " query"]], AttentionRows]
+RowsAt = Callable[[Int[Tensor, " query"]], AttentionRows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class LayerSum:
     """
 
     layer: int
-    make_rows: Rows
+    make_rows: RowsAt
     entering: Float[Tensor, "batch pos d_model"]
     values: Float[Tensor, "batch kv_head key d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
@@ -95,7 +95,7 @@ class LayerSum:
 
 def sum_of(
     layer: int,
-    make_rows: Rows,
+    make_rows: RowsAt,
     z: Float[Tensor, "batch pos head d_head"],
     entering: Float[Tensor, "batch pos d_model"],
     values: Float[Tensor, "batch kv_head key d_head"],

@@ -18,7 +18,7 @@ from headscope.errors import InputError
 from headscope.flow.contributions import (
     LayerSum,
     LayerSums,
-    Rows,
+    RowsAt,
     copied,
     layer_sum,
     need_parts,
@@ -513,7 +513,7 @@ def _recorded(model: HeadModel, prompt: Prompt) -> dict[int, _Block]:
     return {layer: _Block(sums[layer], mlps[layer]) for layer in layers}
 
 
-def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> Rows:
+def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> RowsAt:
     """Rows of one layer, computed by a separate pass on first use."""
     found: list[AttentionRows] = []
 

@@ -31,7 +31,7 @@ from headscope.table import HeadScores
 
 _TOKENS_PER_PASS = 4096
 # Takes the number of a text, a layer and the values of its heads.
-Measure = Callable[[int, int, Tensor], None]
+LayerReader = Callable[[int, int, Tensor], None]
 _DOPE = "Xiong et al. 2025, arXiv 2511.09146 (DoPE)"
 
 
@@ -269,7 +269,7 @@ def _each(
     site: str,
     skip: int,
     options: RunOptions,
-    measure: Measure,
+    measure: LayerReader,
 ) -> None:
     """Pass every text's values at one site of every attention layer to a function, in fp64."""
     size = options.per_pass(probe.length, _TOKENS_PER_PASS)

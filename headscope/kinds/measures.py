@@ -44,7 +44,7 @@ from headscope.steering.vectors import outputs_at
 from headscope.table import HeadScores, HeadTable
 from headscope.views import HeadOutputs
 
-Heads = Float[np.ndarray, "layer head"]
+HeadValues = Float[np.ndarray, "layer head"]
 
 
 class Criterion(NamedTuple):
@@ -58,9 +58,9 @@ class Criterion(NamedTuple):
     """
 
     what: str
-    value: Heads
+    value: HeadValues
     least: float
-    p: Heads | None = None
+    p: HeadValues | None = None
 
 
 @checked
@@ -96,7 +96,7 @@ def below(scores: HeadScores, least: float = 0.0) -> Criterion:
 
 
 @checked
-def one_sided(scores: HeadScores, sign: int) -> Heads:
+def one_sided(scores: HeadScores, sign: int) -> HeadValues:
     """One-sided p-value of a mean above (1) or below (-1) its null, from the score's own.
 
     Example:
@@ -1504,7 +1504,7 @@ def clustering(
 @checked
 def cluster_ratio(
     z: Float[np.ndarray, "example layer head size"], groups: Int[np.ndarray, " example"], seed: int
-) -> tuple[Heads, Heads]:
+) -> tuple[HeadValues, HeadValues]:
     """Share of the variance of head outputs between groups, and its p-value.
 
     ``sum over groups of n_g |mean_g - mean|^2 / sum over examples of |z - mean|^2``: 1 where all
@@ -1526,10 +1526,10 @@ def cluster_ratio(
     whole_variance = (centred**2).sum((0, -1))
     member = (groups[:, None] == np.unique(groups)).astype(float)
 
-    def ratio(order: Int[np.ndarray, " example"]) -> Heads:
+    def ratio(order: Int[np.ndarray, " example"]) -> HeadValues:
         chosen = member[order]
         means = (chosen.T @ flat).reshape(chosen.shape[1], *z.shape[1:])
-        between: Heads = ((means**2).sum(-1) / chosen.sum(0)[:, None, None]).sum(0)
+        between: HeadValues = ((means**2).sum(-1) / chosen.sum(0)[:, None, None]).sum(0)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(whole_variance > 0, between / whole_variance, np.nan)
 

@@ -9,7 +9,7 @@ refused for a reason that has no row here, but for files that cannot be read.
 from dataclasses import dataclass
 from typing import Literal
 
-Answer = Literal["exact", "limited", "refused"]
+Support = Literal["exact", "limited", "refused"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Quirk:
 
     name: str
     families: tuple[str, ...]
-    answer: Answer
+    answer: Support
     how: str
     instead: str = ""
     limits: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-Part = Any  # a plotly or matplotlib figure; plotly ships no types
+Untyped = Any  # a plotly or matplotlib figure; plotly ships no types
 
 PIXELS = 96.0  # pixels per inch, as in browsers
 _TAG = re.compile(r"</?(?:b|i|br|sub|sup|span)\b[^>]*>")
@@ -44,7 +44,7 @@ def _copied(figure: go.Figure) -> go.Figure:
     return go.Figure(figure)
 
 
-def _unpacked(value: Part) -> Part:
+def _unpacked(value: Untyped) -> Untyped:
     if isinstance(value, list | tuple):
         return [_unpacked(one) for one in value]
     if not isinstance(value, dict):
@@ -56,7 +56,7 @@ def _unpacked(value: Part) -> Part:
     return {name: _unpacked(one) for name, one in value.items()}
 
 
-def _heatmap(area: "Axes", trace: Part, ink: str) -> None:
+def _heatmap(area: "Axes", trace: Untyped, ink: str) -> None:
     z = np.ma.masked_invalid(np.asarray(trace.z, dtype=float))
     x, y = (
         [given(start, 0) + given(step, 1) * at for at in range(n)] if side is None else list(side)
@@ -101,7 +101,7 @@ def _edges(middle: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " edge"]:
     return np.concatenate([ends[:1], between, ends[1:]])
 
 
-def _inside(area: "Axes", mesh: Part, trace: Part, z: np.ndarray) -> None:
+def _inside(area: "Axes", mesh: Untyped, trace: Untyped, z: np.ndarray) -> None:
     """Draw texts in the cells, black or white by contrast with the cell's colour."""
     colours = mesh.cmap(mesh.norm(z))
     bright = colours[..., :3] @ [0.299, 0.587, 0.114] > 0.55
@@ -112,7 +112,7 @@ def _inside(area: "Axes", mesh: Part, trace: Part, z: np.ndarray) -> None:
         area.text(at[1], at[0], text, color=colour, ha="center", va="center", fontsize=size)
 
 
-def _map(scale: Part) -> "Colormap":
+def _map(scale: Untyped) -> "Colormap":
     """Convert a plotly colour scale to a colour map; default: plotly's."""
     from matplotlib.colors import LinearSegmentedColormap
     from plotly.colors import get_colorscale
@@ -121,7 +121,7 @@ def _map(scale: Part) -> "Colormap":
     return LinearSegmentedColormap.from_list("figure", [(at, colour_of(one)) for at, one in scale])
 
 
-def _bar(area: "Axes", drawn: Part, bar: Part, ink: str) -> None:
+def _bar(area: "Axes", drawn: Untyped, bar: Untyped, ink: str) -> None:
     """Draw a colour bar to the right of its panel."""
     canvas = area.get_figure(root=True)
     if canvas is None:
@@ -140,7 +140,7 @@ def _bar(area: "Axes", drawn: Part, bar: Part, ink: str) -> None:
     cax.set_ylabel(plain(bar.title.text), color=ink, fontsize=9)
 
 
-def _bars(area: "Axes", trace: Part, ink: str) -> None:
+def _bars(area: "Axes", trace: Untyped, ink: str) -> None:
     error = trace.error_y
     both = None
     if error.array is not None:
@@ -159,7 +159,7 @@ def _bars(area: "Axes", trace: Part, ink: str) -> None:
     )
 
 
-_DASHES: dict[str, Part] = {
+_DASHES: dict[str, Untyped] = {
     "solid": "-",
     "dot": ":",
     "dash": "--",
@@ -169,7 +169,7 @@ _DASHES: dict[str, Part] = {
 }
 
 
-def _points(area: "Axes", trace: Part, ink: str) -> None:
+def _points(area: "Axes", trace: Untyped, ink: str) -> None:
     mode = trace.mode or "lines"
     both = (range(len(trace.y)) if trace.x is None else trace.x, trace.y)
     x, y = (np.asarray(side, float) if _numbers(side) else side for side in both)
@@ -197,7 +197,9 @@ def _points(area: "Axes", trace: Part, ink: str) -> None:
             )
 
 
-def _markers(area: "Axes", marker: Part, x: Part, y: Part, size: np.ndarray, ink: str) -> None:
+def _markers(
+    area: "Axes", marker: Untyped, x: Untyped, y: Untyped, size: np.ndarray, ink: str
+) -> None:
     """Draw points, with their colour bar if they have one."""
     one = marker.color is None or isinstance(marker.color, str)
     kept: dict[str, Any] = {"color" if one else "c": _colours(marker.color)}
@@ -230,7 +232,7 @@ def _beside(where: str, size: float) -> dict[str, Any]:
     }
 
 
-def _numbers(values: Part) -> bool:
+def _numbers(values: Untyped) -> bool:
     return all(one is None or isinstance(one, int | float | np.number) for one in values)
 
 
@@ -247,7 +249,7 @@ def plain(text: str | None) -> str:
     return unescape(_TAG.sub("", text or "")).replace("$", r"\$")
 
 
-def colour_of(colour: str | None, other: str | None = "white") -> Part:
+def colour_of(colour: str | None, other: str | None = "white") -> Untyped:
     """Convert a CSS colour to matplotlib."""
     if colour is None:
         return other
@@ -258,13 +260,13 @@ def colour_of(colour: str | None, other: str | None = "white") -> Part:
     return (*(part / 255 for part in parts[:3]), *parts[3:])
 
 
-def _colours(colour: Part) -> Part:
+def _colours(colour: Untyped) -> Untyped:
     if colour is None or isinstance(colour, str):
         return colour_of(colour, None)
     return [colour_of(one) if isinstance(one, str) else one for one in colour]
 
 
-def given(value: Part, other: float | int) -> Part:
+def given(value: Untyped, other: float | int) -> Untyped:
     """The value, or a default for what the figure leaves to plotly."""
     return other if value is None else value
 
@@ -282,7 +284,7 @@ def draw(figure: go.Figure) -> "Figure":
     left, right = given(margin.l, 80) / width, 1 - given(margin.r, 80) / width
     bottom, top = given(margin.b, 80) / height, 1 - given(margin.t, 100) / height
 
-    def place(x: Part, y: Part) -> tuple[Part, Part]:
+    def place(x: Untyped, y: Untyped) -> tuple[Untyped, Untyped]:
         return left + x * (right - left), bottom + y * (top - bottom)
 
     axes: dict[tuple[str, str], Axes] = {}
@@ -304,7 +306,7 @@ def draw(figure: go.Figure) -> "Figure":
     if layout.showlegend:
         _legend(next(iter(axes.values())), layout.legend.orientation == "v", ink)
     for note in layout.annotations:
-        words: dict[str, Part] = {"color": ink, "ha": "center", "va": "bottom", "fontsize": 9.5}
+        words: dict[str, Untyped] = {"color": ink, "ha": "center", "va": "bottom", "fontsize": 9.5}
         if note.xref == "paper":
             canvas.text(*place(note.x, note.y), plain(note.text), **words)
         else:
@@ -337,7 +339,7 @@ def _check(figure: go.Figure) -> None:
             raise InputError("an axis that overlays another can only be saved as .html.")
 
 
-def _finish(area: "Axes", x: Part, y: Part, ink: str) -> None:
+def _finish(area: "Axes", x: Untyped, y: Untyped, ink: str) -> None:
     """Draw titles, ranges, ticks and grid of one panel."""
     from matplotlib.ticker import NullFormatter
 
@@ -421,13 +423,13 @@ def _legend(area: "Axes", upright: bool, ink: str) -> None:
     )
 
 
-def _title(canvas: "Figure", layout: Part, left: Part, height: Part, ink: str) -> None:
+def _title(canvas: "Figure", layout: Untyped, left: Untyped, height: Untyped, ink: str) -> None:
     canvas.text(left, 1 - 14 / height, plain(layout.title.text), color=ink, fontsize=13, va="top")
     below = plain(layout.title.subtitle.text)
     canvas.text(left, 1 - 38 / height, below, color=ink, fontsize=9, va="top", alpha=0.8)
 
 
-def _axis(layout: Part, name: str) -> Part:
+def _axis(layout: Untyped, name: str) -> Untyped:
     """Layout of the axis named ``x2`` and so on in a trace."""
     axis = layout[f"{name[0]}axis{name[1:]}"]
     if axis.domain is not None:
@@ -509,7 +511,7 @@ def _printed(figure: go.Figure, signed: list[bool], width: str, body: float) -> 
     return canvas
 
 
-def _is_text(artist: Part) -> bool:
+def _is_text(artist: Untyped) -> bool:
     from matplotlib.text import Text
 
     return isinstance(artist, Text)
@@ -541,7 +543,7 @@ def lightness(colour: str) -> float:
     return 116 * y ** (1 / 3) - 16 if y > (6 / 29) ** 3 else y * (29 / 3) ** 3
 
 
-def _diverges(scale: Part) -> bool:
+def _diverges(scale: Untyped) -> bool:
     """Whether a colour scale is diverging; False if it is sequential.
 
     Raises:
@@ -552,7 +554,7 @@ def _diverges(scale: Part) -> bool:
     colours = sample_colorscale([list(step) for step in scale], np.linspace(0, 1, 33).tolist())
     steps = np.diff([lightness(one) for one in colours])
 
-    def one_way(some: Part) -> bool:
+    def one_way(some: Untyped) -> bool:
         return bool((some >= -0.5).all() or (some <= 0.5).all())
 
     if one_way(steps):
@@ -565,7 +567,7 @@ def _diverges(scale: Part) -> bool:
     )
 
 
-def _centred(trace: Part) -> bool:
+def _centred(trace: Untyped) -> bool:
     """Whether the trace has a diverging scale, which is widened to be centred at 0."""
     if trace.type != "heatmap":
         scale = trace.marker.colorscale
@@ -587,7 +589,7 @@ def _dots(area: "Axes", signed: bool) -> bool:
     """Mark cells below 0, whose greys equal those above."""
     if not signed or not area.collections:
         return False
-    mesh: Part = area.collections[0]
+    mesh: Untyped = area.collections[0]
     z = np.ma.filled(mesh.get_array(), np.nan)
     corners = mesh.get_coordinates()
     middle = (corners[:-1, :-1] + corners[1:, 1:]) / 2
@@ -642,7 +644,7 @@ def contrast(colour: str, ground: str) -> float:
     return float((max(bright) + 0.05) / (min(bright) + 0.05))
 
 
-def _darkened(colour: Part, ground: Part) -> Part:
+def _darkened(colour: Untyped, ground: Untyped) -> Untyped:
     """Darken (or lighten) a colour until a thin line of it is visible (contrast 3)."""
     from matplotlib.colors import to_hex, to_rgb
 
@@ -685,7 +687,7 @@ def _place(canvas: "Figure", body: float, title: str, caption: str, ink: str) ->
     _fit(canvas, moving, box)
 
 
-def _wrapped(text: Part, room: float) -> str:
+def _wrapped(text: Untyped, room: float) -> str:
     """Wrap text to a width in pixels."""
     lines = [""]
     for word in text.get_text().split():
@@ -698,7 +700,7 @@ def _wrapped(text: Part, room: float) -> str:
     return "\n".join(lines)
 
 
-def _fit(canvas: "Figure", moving: Part, box: tuple[float, float, float, float]) -> None:
+def _fit(canvas: "Figure", moving: Untyped, box: tuple[float, float, float, float]) -> None:
     """Move and scale the panels until they and their labels, of fixed size, fill a box.
 
     Args:
@@ -724,7 +726,9 @@ def _fit(canvas: "Figure", moving: Part, box: tuple[float, float, float, float])
                 "width: use width='text', shorter names or fewer panels."
             )
 
-        def moved(at: Part, frame: Part = frame, wanted: Part = wanted, by: Part = stretch) -> Part:
+        def moved(
+            at: Untyped, frame: Untyped = frame, wanted: Untyped = wanted, by: Untyped = stretch
+        ) -> Untyped:
             return (wanted[:2] + (np.asarray(at) * size - frame[:2]) * by) / size
 
         for area in canvas.axes:
@@ -759,7 +763,7 @@ def _fit_legend(area: "Axes", room: float) -> None:
             return
 
 
-def _thin(axis: Part, named: bool) -> None:
+def _thin(axis: Untyped, named: bool) -> None:
     """Rotate tick labels, or drop some, until none overlap."""
     from matplotlib.ticker import FixedLocator, MaxNLocator
 
@@ -788,7 +792,7 @@ def _thin(axis: Part, named: bool) -> None:
                 return
 
 
-def _touch(axis: Part, labels: Part) -> bool:
+def _touch(axis: Untyped, labels: Untyped) -> bool:
     """Whether two labels in a row overlap; rotated ones need a line's height between them."""
     if len(labels) < 2:
         return False
@@ -804,7 +808,7 @@ def _touch(axis: Part, labels: Part) -> bool:
     return any(b[0] < a[1] + gap for a, b in pairwise(ends))
 
 
-def _check_fit(canvas: "Figure", moving: Part, width: str) -> None:
+def _check_fit(canvas: "Figure", moving: Untyped, width: str) -> None:
     """Refuse texts wider than their cells, and overlapping panels.
 
     Raises:
@@ -842,7 +846,7 @@ def _belong(one: "Axes", other: "Axes") -> bool:
     return bool(_is_bar(one) != _is_bar(other) and near and abs(at.y0 - beside.y0) < 1e-6)
 
 
-def _cross(first: Part, second: Part) -> bool:
+def _cross(first: Untyped, second: Untyped) -> bool:
     """Whether two boxes overlap by more than four pixels in width and height."""
     if second is None:
         return False

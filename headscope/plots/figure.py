@@ -266,7 +266,7 @@ def _in_ipython() -> bool:
 
 
 Theme = Literal["light", "dark"]
-Scale = list[tuple[float, str]]
+ColourScale = list[tuple[float, str]]
 
 
 @dataclass(frozen=True)
@@ -279,18 +279,18 @@ class Style:
     missing: str
     accent: str
     muted: str
-    diverging: Scale
+    diverging: ColourScale
     modes: dict[str, str]
 
 
-def _steps(colours: str) -> Scale:
+def _steps(colours: str) -> ColourScale:
     """Evenly spaced colours of a scale."""
     each = colours.split()
     return [(i / (len(each) - 1), colour) for i, colour in enumerate(each)]
 
 
 # viridis and both diverging maps keep their order of lightness under colour blindness.
-SEQUENTIAL: Scale = [(float(at), str(colour)) for at, colour in get_colorscale("viridis")]
+SEQUENTIAL: ColourScale = [(float(at), str(colour)) for at, colour in get_colorscale("viridis")]
 
 STYLES: dict[Theme, Style] = {
     "light": Style(

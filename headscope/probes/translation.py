@@ -15,7 +15,7 @@ from headscope.errors import InputError
 from headscope.probes.encoding import pad_right
 from headscope.probes.probe import Probe
 
-Rows = str | Path | Sequence[str] | Sequence[Sequence[int]] | Tensor
+Sentences = str | Path | Sequence[str] | Sequence[Sequence[int]] | Tensor
 _FEATURES = "input_features"
 # Default maximum length of a generated target.
 _GENERATED = 64
@@ -24,8 +24,8 @@ _GENERATED = 64
 @checked
 def translation(
     model: Any,
-    sources: Rows,
-    targets: Rows | None = None,
+    sources: Sentences,
+    targets: Sentences | None = None,
     *,
     marks: Mapping[str, Any] | None = None,
     length: int = _GENERATED,
@@ -214,7 +214,7 @@ def need_sides(model: Any) -> None:
         raise InputError(f"{model.name} is not an encoder-decoder: use hs.probes.text.")
 
 
-def _source(model: Any, sources: Rows) -> tuple[Tensor, Tensor | None]:
+def _source(model: Any, sources: Sentences) -> tuple[Tensor, Tensor | None]:
     """Encoder input and its mask; no mask for features."""
     if isinstance(sources, Tensor) and sources.is_floating_point():
         return sources, None
@@ -226,7 +226,7 @@ def _source(model: Any, sources: Rows) -> tuple[Tensor, Tensor | None]:
     return pad_right(_rows(model, sources, target=False))
 
 
-def _rows(model: Any, given: Rows, *, target: bool) -> list[list[int]]:
+def _rows(model: Any, given: Sentences, *, target: bool) -> list[list[int]]:
     """Token ids of every example, with the special tokens of the model's tokenizer."""
     side = "target" if target else "source"
     if isinstance(given, Tensor):

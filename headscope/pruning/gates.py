@@ -14,7 +14,6 @@ Training lowers ``cost + penalty * sum over heads of P(gate > 0)``; only the gat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from headscope import metrics
 from headscope.ablation.heads import total_metric, whole_batches
 from headscope.ablation.run import Measurement, Metricish
 from headscope.base.arguments import checked
-from headscope.base.checkpoints import AdamRun, Checkpoint
+from headscope.base.checkpoints import AdamRun, Checkpoint, CheckpointPath
 from headscope.base.options import RunOptions
 from headscope.base.specs import Direction
 from headscope.edits import HeadSite, entmax
@@ -43,7 +42,6 @@ from headscope.table import HeadScores
 # Temperature and stretched interval of Voita et al.; Louizos et al. use 2/3.
 BETA, LOW, HIGH = 0.33, -0.1, 1.1
 _EDGE = 1e-6
-Folder = str | PathLike[str] | None
 # Range of learned alphas: nearly softmax to sparsemax.
 _SOFTEST, _HARDEST = 1.01, 2.0
 
@@ -122,7 +120,7 @@ def learn_gates(
     better: Direction | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    folder: Folder = None,
+    folder: CheckpointPath = None,
     every: int = 20,
     progress: bool | None = None,
 ) -> LearnedGates:
@@ -232,7 +230,7 @@ def learn_alphas(
     better: Direction | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    folder: Folder = None,
+    folder: CheckpointPath = None,
     every: int = 20,
     progress: bool | None = None,
 ) -> HeadScores:
@@ -320,7 +318,12 @@ def learn_alphas(
 
 
 def _checkpoint(
-    folder: Folder, method: str, measurement: Measurement, batches: int, seed: int, **other: Any
+    folder: CheckpointPath,
+    method: str,
+    measurement: Measurement,
+    batches: int,
+    seed: int,
+    **other: Any,
 ) -> Checkpoint:
     """Checkpoint of a run with the facts that determine it; the number of steps may grow."""
     if folder is None:

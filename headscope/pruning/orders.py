@@ -19,7 +19,7 @@ from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.groups import along, joint
 from headscope.ablation.heads import check_slope, total_metric, whole_batches
 from headscope.ablation.run import (
-    Maker,
+    InterventionLike,
     Measurement,
     Metricish,
     Placer,
@@ -35,7 +35,7 @@ from headscope.base.specs import Direction, effect_spec
 from headscope.base.statistics import Design
 from headscope.edits import AnyEdit, Heads, HeadSite, zero
 from headscope.errors import HeadscopeError, InputError
-from headscope.heads import HeadIndex
+from headscope.heads import HeadIndex, HeadOrder
 from headscope.metrics import as_metric, cost_sign
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
@@ -186,7 +186,7 @@ def ablation_importance(
     model: HeadModel,
     probe: Probe,
     metric: Metricish = metrics.loss,
-    method: Maker = "zero",
+    method: InterventionLike = "zero",
     *,
     better: Direction | None = None,
     positions: Positions = None,
@@ -367,9 +367,6 @@ class KeptOrder:
             file.write(text.encode() + b"\n")
 
 
-Order = tuple[HeadIndex, ...]
-
-
 @runtime_checkable
 class Importance(Protocol):
     """Scores the remaining heads, e.g. :func:`gradient_importance`."""
@@ -381,7 +378,7 @@ class Importance(Protocol):
 
 
 @checked
-def one_shot(scores: HeadScores, *, keep: int = 0) -> Order:
+def one_shot(scores: HeadScores, *, keep: int = 0) -> HeadOrder:
     """Order heads with a value by a score, the smallest mean first; ties by lowest head.
 
     Args:
@@ -398,7 +395,7 @@ def one_shot(scores: HeadScores, *, keep: int = 0) -> Order:
 
 
 @checked
-def random_order(model: HeadModel, seed: int) -> Order:
+def random_order(model: HeadModel, seed: int) -> HeadOrder:
     """Random order of all heads: the control for every other order.
 
     Example:
@@ -420,7 +417,7 @@ def iterative(
     keep: int = 0,
     importance: Importance = gradient_importance,
     progress: bool | None = None,
-) -> Order:
+) -> HeadOrder:
     """Order heads iteratively: remove the least important ones, then score the rest again.
 
     Args:
@@ -441,8 +438,8 @@ def iterative(
     if not 0 < step <= 1:
         raise InputError(f"step={step}: give a share of all heads, above 0 and at most 1.")
     size = max(1, round(step * len(model.shape.heads)))
-    gone: Order = ()
-    may_go: Order | None = None
+    gone: HeadOrder = ()
+    may_go: HeadOrder | None = None
     wanted = 1
     with track(float(len(model.shape.heads)), "pruning in steps", show=progress) as advance:
         while len(gone) < wanted:
@@ -466,7 +463,7 @@ def greedy(
     model: HeadModel,
     probe: Probe,
     metric: Metricish = metrics.loss,
-    method: Maker = "zero",
+    method: InterventionLike = "zero",
     *,
     count: int | None = None,
     keep: int = 0,
@@ -475,7 +472,7 @@ def greedy(
     batch_size: int | None = None,
     checkpoint: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
-) -> Order:
+) -> HeadOrder:
     """Order heads greedily: at every step remove the head that hurts the metric least, by ablation.
 
     All candidates of a step are measured together with the heads already removed, by suffix replay.
@@ -515,7 +512,7 @@ def greedy(
             **facts_of(method, reference, None), keep=keep, better=better
         )
         kept = KeptOrder(Path(checkpoint), _deciding(facts, probe, reference))
-    gone: Order = () if kept is None else kept.read()[:wanted]
+    gone: HeadOrder = () if kept is None else kept.read()[:wanted]
     left.subtract(head.layer for head in gone)
     total = float(sum(len(heads) - i for i in range(len(gone), wanted)))
     with options.track(total, "greedy pruning") as advance:
@@ -538,7 +535,7 @@ def _deciding(facts: Provenance, probe: Probe, reference: Probe | None) -> dict[
     return {"weights": facts.weight_digest, "dtype": facts.dtype, "data": data, **facts.probe}
 
 
-def _kept(order: list[HeadIndex], keep: int) -> Order:
+def _kept(order: list[HeadIndex], keep: int) -> HeadOrder:
     """The order without the last ``keep`` heads of each layer."""
     if keep < 0:
         raise InputError(f"keep={keep}: give 0 or more.")
@@ -617,7 +614,7 @@ def pruning_curve(
     *,
     counts: Sequence[int] | None = None,
     random: int = 5,
-    method: Maker = "zero",
+    method: InterventionLike = "zero",
     sizes: bool = False,
     reference: Probe | None = None,
     seed: int = 0,

@@ -26,7 +26,7 @@ from headscope.table import HeadScores, HeadTable, Provenance
 from headscope.table.relevance import Memorized, TextSpan
 
 SOURCE = "Stoehr et al. 2024 (arXiv 2403.19851), localizing paragraph memorization"
-Texts = Sequence[str] | Sequence[Sequence[int]]
+Documents = Sequence[str] | Sequence[Sequence[int]]
 _MATRICES = ("Q", "K", "V", "O")
 # Known spans whose prefix is perturbed.
 _MOST_KNOWN = 32
@@ -36,7 +36,7 @@ _MOST_KNOWN = 32
 @own_types()
 def memorized(
     model: HeadModel,
-    texts: Texts,
+    texts: Documents,
     *,
     prefix: int = 50,
     length: int = 50,
@@ -128,7 +128,7 @@ def memorized(
     )
 
 
-def _read(model: HeadModel, texts: Texts) -> list[list[int]]:
+def _read(model: HeadModel, texts: Documents) -> list[list[int]]:
     if isinstance(texts, str) or not len(texts):
         raise InputError("the corpus is a list of texts, one at least.")
     if not isinstance(texts[0], str):

@@ -116,10 +116,12 @@ def _environment() -> "Environment":
 
 
 _LONGEST = 120  # characters shown of a token
-Kind = Literal["f4", "f2", "u2", "u1"]
+NumberFormat = Literal["f4", "f2", "u2", "u1"]
 
 
-def packed(values: np.ndarray, kind: Kind, *, needed: bool = False) -> dict[str, str] | None:
+def packed(
+    values: np.ndarray, kind: NumberFormat, *, needed: bool = False
+) -> dict[str, str] | None:
     """Encode an array as little-endian bytes; None for floats that are all missing.
 
     Args:

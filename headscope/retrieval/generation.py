@@ -14,7 +14,7 @@ from torch import Tensor
 from headscope import edits
 from headscope.ablation.run import present
 from headscope.base.arguments import checked
-from headscope.base.options import RunOptions
+from headscope.base.options import Advance, RunOptions
 from headscope.edits import HeadEdit, Heads, Scope
 from headscope.errors import InputError, nearest
 from headscope.interventions import head_means
@@ -380,7 +380,7 @@ def _written(
     mix: Mixer,
     chooser: Chooser,
     new_tokens: int,
-    advance: Callable[[int], None],
+    advance: Advance,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """New tokens of a batch, and the weights of each step."""
     ends = end_tokens(model)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headscope.ablation.heads import ablated
-from headscope.ablation.run import Maker, Measurement, Placer, by_head, facts_of, present
+from headscope.ablation.run import InterventionLike, Measurement, Placer, by_head, facts_of, present
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
@@ -38,7 +38,7 @@ def in_context_score(
     *,
     early: Places = 50,
     late: Places = 500,
-    method: Maker = "mean",
+    method: InterventionLike = "mean",
     heads: Heads | None = None,
     reference: Probe | None = None,
     seed: int = 0,

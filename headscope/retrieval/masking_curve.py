@@ -18,7 +18,7 @@ from headscope.base.options import RunOptions
 from headscope.base.specs import ScoreSpec
 from headscope.edits import Heads, Scope
 from headscope.errors import InputError
-from headscope.heads import HeadIndex
+from headscope.heads import HeadIndex, HeadOrder
 from headscope.metrics import accuracy
 from headscope.models.protocol import HeadModel
 from headscope.models.running import own_types
@@ -27,10 +27,8 @@ from headscope.probes.probe import Probe
 from headscope.retrieval.generation import Masking
 from headscope.table import EffectGrid, HeadScores, OrderCurve
 
-Order = tuple[HeadIndex, ...]
 
-
-def matched(top: Sequence[HeadIndex], drawn: Order) -> Order:
+def matched(top: Sequence[HeadIndex], drawn: HeadOrder) -> HeadOrder:
     """Rearrange a random order so that its first n heads match the layers of ``top``'s first n.
 
     At each step take the next drawn head of the layer whose turn it is, or if that layer has none
@@ -189,7 +187,7 @@ def _judged(share: Float[np.ndarray, "*set example"], right: Right) -> Float[np.
     return np.where(np.isnan(share), np.nan, (share > 1 - 1e-6).astype(float))
 
 
-def _arms(model: HeadModel, scores: HeadScores | Heads, seed: int) -> dict[str, Order]:
+def _arms(model: HeadModel, scores: HeadScores | Heads, seed: int) -> dict[str, HeadOrder]:
     if not isinstance(scores, HeadScores):
         return {"top": present(model, scores)}
     ranked = [(model.shape.check(head), value) for head, value in scores.top(scores.mean.size)]
@@ -203,7 +201,7 @@ def _arms(model: HeadModel, scores: HeadScores | Heads, seed: int) -> dict[str, 
 
 def _controls(
     model: HeadModel, scores: HeadScores | Heads, random: int, seed: int
-) -> dict[str, Order]:
+) -> dict[str, HeadOrder]:
     """Random orders of the heads that are not retrieval heads."""
     if random < 0:
         raise InputError(f"random={random}: give 0 or more.")

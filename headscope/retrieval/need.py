@@ -23,7 +23,7 @@ from headscope.origin import origin
 from headscope.probes import text as text_probe
 from headscope.probes.probe import Probe
 from headscope.scorers import long_need, long_need_predicted
-from headscope.scorers.long_need import Moments, far_keys, plane_shares
+from headscope.scorers.long_need import QueryStatistics, far_keys, plane_shares
 from headscope.scoring import score
 from headscope.table import HeadScores, HeadTable
 from headscope.views import Rotation
@@ -37,7 +37,7 @@ def need(
     sink: int = 16,
     recent: int = 128,
     threshold: int | float = 0.6,
-    moments: Moments = "bulk",
+    moments: QueryStatistics = "bulk",
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadTable:

@@ -110,7 +110,7 @@ def out_of_sight(
 default_streaming_gap = streaming_gap(name="streaming_gap")
 
 
-Moments = Literal["bulk", "local"]
+QueryStatistics = Literal["bulk", "local"]
 _QADA = "QAdA, Donhauser et al. 2025 (arXiv 2502.09647), {}"
 # Beyond this the log-normal mean is meaningless; as a share it reaches 1 long before.
 _LARGEST_LOG = 1e4
@@ -167,7 +167,7 @@ def long_need_predicted(
     sink: int = 16,
     recent: int = 128,
     threshold: int | float = 0.6,
-    moments: Moments = "bulk",
+    moments: QueryStatistics = "bulk",
     *,
     both: bool = False,
     name: str | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope import capture
 from headscope.ablation.engine import MetricReading
-from headscope.ablation.run import Measurement, by_head, present
+from headscope.ablation.run import Measurement, Positions, by_head, present
 from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.files import Saved
@@ -30,7 +30,6 @@ from headscope.probes.probe import Probe, probe_digest
 from headscope.probes.prompts import TEMPLATE, Example, in_context
 from headscope.steering.vectors import (
     HeadVectors,
-    Positions,
     Strength,
     function_vector,
     injection,
@@ -545,7 +544,7 @@ class SteeringTable(Saved, Shown, Tabular):
 
 
 # From a batch, where to steer it and where logits are wanted to those, ``[row d_vocab]``.
-Run = Callable[[Probe, Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Tensor]
+SteeredPass = Callable[[Probe, Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Tensor]
 
 
 @checked
@@ -621,7 +620,7 @@ def compare(
     size = float(strength) if isinstance(strength, int | float) else 1.0
     drawn = drawn / drawn.norm() * whole.norm()
 
-    def with_edits(given: HeadVectors) -> Run:
+    def with_edits(given: HeadVectors) -> SteeredPass:
         def run(batch: Probe, where: Tensor, read: Tensor) -> Tensor:
             edits: list[AnyEdit] = injection(
                 model, given, heads, strength, mode=mode, positions=where
@@ -630,7 +629,7 @@ def compare(
 
         return run
 
-    def adding(vector: Tensor) -> Run:
+    def adding(vector: Tensor) -> SteeredPass:
         def run(batch: Probe, where: Tensor, read: Tensor) -> Tensor:
             def write(value: Tensor, _span: Span) -> Tensor:
                 there = where.to(value.device)[..., None].to(value)
@@ -645,7 +644,7 @@ def compare(
     def plain(batch: Probe, _where: Tensor, read: Tensor) -> Tensor:
         return capture.logits_where(model, batch, read)
 
-    arms: dict[str, Run] = {
+    arms: dict[str, SteeredPass] = {
         "none": plain,
         "heads": with_edits(vectors.check(model)),
         "random heads": with_edits(vectors.random(seed)),
@@ -680,7 +679,7 @@ def _need_same_answers(probe: Probe, prompt: Probe) -> None:
 
 
 def _metric_of(
-    model: HeadModel, probe: Probe, metric: Metric, run: Run, batch_size: int | None
+    model: HeadModel, probe: Probe, metric: Metric, run: SteeredPass, batch_size: int | None
 ) -> Float[np.ndarray, " example"]:
     def one(batch: Probe, _: int) -> Tensor:
         read = metric.reads(batch)
@@ -693,7 +692,7 @@ def _metric_of(
 
 
 def _moved(
-    model: HeadModel, texts: Probe, plain: Run, run: Run, batch_size: int | None
+    model: HeadModel, texts: Probe, plain: SteeredPass, run: SteeredPass, batch_size: int | None
 ) -> Float[np.ndarray, " text"]:
     """KL(plain || steered) of the next token after the last one."""
 

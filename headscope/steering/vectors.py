@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headscope import capture
-from headscope.ablation.run import marked, present
+from headscope.ablation.run import Positions, marked, present
 from headscope.base.arguments import checked
 from headscope.base.files import Saved
 from headscope.base.result import Glance, Shown, Tabular, number, readable, sizes
@@ -29,7 +29,6 @@ from headscope.probes.prompts import find_span
 from headscope.table import HeadScores, Provenance
 
 Strength = float | Mapping[Any, float] | Float[np.ndarray, "layer head"]
-Positions = str | Bool[Tensor, "batch pos"] | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -269,7 +268,7 @@ def _last_of_prompt(span: Span) -> Bool[Tensor, "batch pos"]:
     return places == span.prompt - 1 - behind
 
 
-Mode = Literal["replace", "add"]
+InjectionMode = Literal["replace", "add"]
 
 
 @checked

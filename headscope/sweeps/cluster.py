@@ -21,7 +21,7 @@ from typing import Any
 from headscope.errors import HeadscopeError, InputError
 from headscope.sweeps.config import SweepConfig
 from headscope.sweeps.plan import Chunk
-from headscope.sweeps.run import ATTEMPTS, Benches, Finished, Stop, Work, reason, run_chunk
+from headscope.sweeps.run import ATTEMPTS, Benches, OnFinished, Stop, Work, reason, run_chunk
 from headscope.sweeps.store import Store
 
 # Seconds between the driver's checks for a requested stop.
@@ -64,7 +64,9 @@ class RayExecutor:
 
     workers: int | None = None
 
-    def __call__(self, work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+    def __call__(
+        self, work: Work, chunks: Sequence[Chunk], stop: Stop, finished: OnFinished
+    ) -> None:
         """Run the chunks.
 
         Raises:
@@ -86,7 +88,12 @@ class RayExecutor:
 
 
 def _drive(
-    ray: Any, actors: list[Any], work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished
+    ray: Any,
+    actors: list[Any],
+    work: Work,
+    chunks: Sequence[Chunk],
+    stop: Stop,
+    finished: OnFinished,
 ) -> None:
     """Assign chunks to idle actors until none are left."""
     waiting = list(chunks)

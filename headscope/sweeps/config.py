@@ -13,7 +13,7 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 from headscope import metrics
 from headscope.base.arguments import checked
 from headscope.base.configs import Strict, parse, read_yaml
-from headscope.edges.attribute import STEPPED, Method
+from headscope.edges.attribute import STEPPED, EdgeMethod
 from headscope.edges.written import ABLATIONS
 from headscope.errors import InputError, nearest
 from headscope.interventions import NAMED
@@ -323,7 +323,7 @@ def check_config(config: SweepConfig) -> None:
     for metric in config.metrics:
         _known(metric.metric, METRICS, "metric")
     for edge in config.edges:
-        _known(edge.method, get_args(Method), "method")
+        _known(edge.method, get_args(EdgeMethod), "method")
         if edge.ablation is not None:
             _known(edge.ablation, ABLATIONS, "ablation")
         _distinct(map(str, edge.circuits), "circuit")

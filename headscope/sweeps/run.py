@@ -571,7 +571,7 @@ def _seconds(benches: Benches, plan: Plan, chunk: Chunk) -> float:
 
 
 ATTEMPTS = 3
-Finished = Callable[[Chunk], None]
+OnFinished = Callable[[Chunk], None]
 
 
 @dataclass(frozen=True)
@@ -595,7 +595,9 @@ class Stop:
 class Executor(Protocol):
     """Interface of executors, which run and commit the chunks of a sweep."""
 
-    def __call__(self, work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+    def __call__(
+        self, work: Work, chunks: Sequence[Chunk], stop: Stop, finished: OnFinished
+    ) -> None:
         """Run chunks until all are done or a stop is requested; report each finished one."""
 
 
@@ -679,7 +681,7 @@ class Outcome:
     compacted: bool
 
 
-def inline(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+def inline(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: OnFinished) -> None:
     """Run chunks one after the other in this process."""
     for chunk in chunks:
         if stop.asked:

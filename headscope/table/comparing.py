@@ -210,7 +210,7 @@ class Comparison(Saved, Shown, Tabular):
         return float(self.difference[pair, score]) / (float(np.nanstd(both)) or 1.0)
 
 
-Curve = Float[np.ndarray, "checkpoint example"]
+LossCurve = Float[np.ndarray, "checkpoint example"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -228,7 +228,7 @@ class Emergence(Saved, Shown, Tabular):
     model: str
     checkpoints: tuple[str, ...]
     tables: tuple[HeadTable, ...]
-    losses: Mapping[str, Curve] = field(default_factory=dict)
+    losses: Mapping[str, LossCurve] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -399,7 +399,9 @@ class Emergence(Saved, Shown, Tabular):
         return [Section("Along training", blocks)]
 
 
-def joined_curves(parts: Sequence[Mapping[str, Float[np.ndarray, " example"]]]) -> dict[str, Curve]:
+def joined_curves(
+    parts: Sequence[Mapping[str, Float[np.ndarray, " example"]]],
+) -> dict[str, LossCurve]:
     """Join curves of single checkpoints along training; shorter ones are padded with NaN."""
     names = list(dict.fromkeys(name for part in parts for name in part))
     width = {name: max(len(part[name]) for part in parts if name in part) for name in names}

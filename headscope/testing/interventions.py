@@ -11,10 +11,10 @@ from torch import Tensor
 from headscope import metrics, probes
 from headscope.ablation import ablate_heads
 from headscope.base.arguments import checked
-from headscope.edits import SITES, AnyEdit, Heads, cut
+from headscope.edits import SITES, AnyEdit, cut
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
-from headscope.interventions import Intervention, Setting
+from headscope.interventions import Intervention, Place, Setting
 from headscope.models.loading import load
 from headscope.models.protocol import HeadModel
 from headscope.models.taps import TapView, at_layers, writes_of
@@ -24,12 +24,11 @@ from headscope.testing.report import CheckError, CheckReport, agree, ensure, run
 _TOLERANCE = 1e-4
 # Axis of the heads, and of the positions, at each site.
 _AXES = {"z": (2, 1)}
-Maker = Callable[[Heads], AnyEdit]
 
 
 @checked
 def check_intervention(
-    intervention: "Intervention | Maker | AnyEdit",
+    intervention: "Intervention | Place | AnyEdit",
     model: HeadModel | None = None,
     *,
     raises: bool = True,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headscope.errors import HeadscopeError, UnsupportedModelError
 
-Verdict = Literal["passed", "limited", "failed"]
+Outcome = Literal["passed", "limited", "failed"]
 Subject = TypeVar("Subject")
 
 
@@ -28,7 +28,7 @@ class Check:
     """
 
     name: str
-    verdict: Verdict
+    verdict: Outcome
     reason: str = ""
 
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import headscope as hs
 from headscope.edges import Edge, EdgeGraph, Wiring
-from headscope.edges.attribute import HeadReads, Slot, gradient_scores
+from headscope.edges.attribute import HeadReads, SlotGradient, gradient_scores
 from headscope.edges.faithfulness import circuit_value
 from headscope.edges.written import EdgeMeasurement
 from headscope.errors import InputError, UnsupportedModelError
@@ -198,7 +198,7 @@ def test_weights_give_what_the_backward_pass_gives(
     by_weights = {site for (site, _), agrees in study.by_weights.items() if agrees}
     assert by_weights == {"query", "key", "value"}
     assert all(study.by_weights.values())
-    monkeypatch.setattr(Slot, "through_weights", lambda *_: None)
+    monkeypatch.setattr(SlotGradient, "through_weights", lambda *_: None)
     slow = gradient_scores(batch, "eap", 1)
     torch.testing.assert_close(fast, slow, atol=2e-5 * float(slow.abs().max()), rtol=0)
 

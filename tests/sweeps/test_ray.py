@@ -14,7 +14,7 @@ from headscope.errors import InputError
 from headscope.models import bundled
 from headscope.sweeps import RayExecutor, SweepConfig, run_sweep, status
 from headscope.sweeps.plan import Chunk
-from headscope.sweeps.run import Finished, Stop, Work, inline
+from headscope.sweeps.run import OnFinished, Stop, Work, inline
 from headscope.sweeps.store import Store
 from tests.conftest import ROOT
 from tests.sweeps.support import REPEATED, config
@@ -99,7 +99,7 @@ def test_killed_drivers_and_workers_lose_nothing(
     assert Store(out).table_file.read_bytes() == quiet.table_file.read_bytes()
 
 
-def first_ones(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+def first_ones(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: OnFinished) -> None:
     """Run four chunks."""
     inline(work, chunks[:4], stop, finished)
 

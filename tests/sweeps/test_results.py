@@ -15,7 +15,7 @@ from headscope.cli.runs import run_report
 from headscope.errors import InputError
 from headscope.sweeps import Results, export, make_plan, read, run_sweep, status
 from headscope.sweeps.plan import Chunk
-from headscope.sweeps.run import Benches, Finished, Stop, Work, estimate, inline
+from headscope.sweeps.run import Benches, OnFinished, Stop, Work, estimate, inline
 from tests.sweeps.support import REPEATED, config
 
 
@@ -168,7 +168,7 @@ def test_edges_go_on_where_they_stopped(edge_folder: Path, tmp_path: Path) -> No
     """Chunk by chunk: the table is the same, and scores are taken from their folder."""
     wanted = config(**EDGES)
 
-    def one(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+    def one(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: OnFinished) -> None:
         inline(work, chunks[:1], stop, finished)
 
     for done in (1, 2, 3):

@@ -14,7 +14,7 @@ from headscope.errors import InputError
 from headscope.models import bundled
 from headscope.sweeps import read, run_sweep, status
 from headscope.sweeps.plan import Chunk, Plan
-from headscope.sweeps.run import Bench, Benches, Finished, Stop, Work, inline
+from headscope.sweeps.run import Bench, Benches, OnFinished, Stop, Work, inline
 from tests.sweeps.support import REPEATED, config
 
 
@@ -185,7 +185,7 @@ def test_other_weights_end_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_interrupt_finishes_the_chunk(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
 
-    def interrupted(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: Finished) -> None:
+    def interrupted(work: Work, chunks: Sequence[Chunk], stop: Stop, finished: OnFinished) -> None:
         def then(chunk: Chunk) -> None:
             os.kill(os.getpid(), number)
             finished(chunk)

@@ -14,7 +14,7 @@ from headscope.base.batches import TOKENS, Batch
 from headscope.base.result import Glance, Shown
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout, tiny_bridge_tokens
-from headscope.models.bridge.passes import PassTaps, Scope
+from headscope.models.bridge.passes import EditScope, PassTaps
 from headscope.models.hf.hooks import Hook, entering, leaving, unhooked
 from headscope.models.hf.measured import (
     MeasuredParts,
@@ -482,7 +482,7 @@ class BridgeModel(Tapped, Shown):
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Context manager in which every pass of the bridge is edited, including generation."""
         _, writes = self.taps({}, writes_of(edits))
-        return Scope(self.module, self.layout, writes).open()
+        return EditScope(self.module, self.layout, writes).open()
 
     def _inputs(self, mask: Tensor | None) -> dict[str, Any]:
         inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in self._arguments else {}

@@ -267,7 +267,7 @@ class PassTaps(AttentionTaps):
 
 
 @dataclass(eq=False)
-class Scope(AttentionTaps):
+class EditScope(AttentionTaps):
     """Edits of every pass of a bridge while the scope is open: headscope's, and its own."""
 
     writes: Writes

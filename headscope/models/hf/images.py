@@ -21,7 +21,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.taps import Texts
 
 Boxes = Float[Tensor, "token 4"]
-Size = tuple[int, int]
+ImageSize = tuple[int, int]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -33,11 +33,11 @@ class _Placed:
     shift: tuple[int | float, int | float] = (0.0, 0.0)
 
     @classmethod
-    def stretched(cls, size: Size, read: Size) -> "_Placed":
+    def stretched(cls, size: ImageSize, read: ImageSize) -> "_Placed":
         """A picture of one height and width, stretched to another."""
         return cls((size[0] / read[0], size[1] / read[1]))
 
-    def boxes(self, rows: int, columns: int, cell: Size, size: Size) -> Boxes:
+    def boxes(self, rows: int, columns: int, cell: ImageSize, size: ImageSize) -> Boxes:
         """Boxes of cells, row by row, cut off at the picture's edges; NaN where nothing is left.
 
         Args:
@@ -82,30 +82,30 @@ class _Picture:
     config: Any
     inputs: Mapping[str, Tensor]
     tokens: int
-    size: Size | None
-    tiles: Size | None
+    size: ImageSize | None
+    tiles: ImageSize | None
     processor: Mapping[str, Any]
 
     @property
-    def side(self) -> Size:
+    def side(self) -> ImageSize:
         """Height and width that the vision tower reads."""
         return _pair(self.config.vision_config.image_size)
 
     @property
-    def patch(self) -> Size:
+    def patch(self) -> ImageSize:
         """Height and width of a patch of the vision tower."""
         return _pair(self.config.vision_config.patch_size)
 
 
-def _pair(size: Any) -> Size:
+def _pair(size: Any) -> ImageSize:
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 _NO_BOX = torch.full((1, 4), torch.nan)
-Found = tuple[Boxes, Size]
+Located = tuple[Boxes, ImageSize]
 
 
-def _of_square(picture: _Picture) -> Found:
+def _of_square(picture: _Picture) -> Located:
     """One image of fixed size, whose patches may be merged (llava, paligemma, gemma3)."""
     side, patch = picture.side, picture.patch
     rows, columns = side[0] // patch[0], side[1] // patch[1]
@@ -121,7 +121,7 @@ def _of_square(picture: _Picture) -> Found:
     return torch.cat([_NO_BOX, boxes]) if first else boxes, size
 
 
-def _prepared(picture: _Picture, size: Size) -> _Placed:
+def _prepared(picture: _Picture, size: ImageSize) -> _Placed:
     """How a processor laid a picture into the square that the model reads."""
     known, side = picture.processor, picture.side
     if known.get("do_pan_and_scan"):
@@ -152,7 +152,7 @@ def _prepared(picture: _Picture, size: Size) -> _Placed:
     return _Placed((size[0] / wide[0], size[1] / wide[1]), (before[0], before[1]))
 
 
-def _of_resolution(picture: _Picture) -> Found:
+def _of_resolution(picture: _Picture) -> Located:
     """An image of any size in patches, merged by squares of patches (qwen2-vl)."""
     frames, high, wide = (int(one) for one in picture.inputs[GRID].tolist())
     if frames != 1:
@@ -170,7 +170,7 @@ def _of_resolution(picture: _Picture) -> Found:
     return placed.boxes(high // merge, wide // merge, cell, size), size
 
 
-def _of_tiles(picture: _Picture) -> Found:
+def _of_tiles(picture: _Picture) -> Located:
     """Tiles row by row, and the whole image behind them, patches merged (smolvlm, idefics3)."""
     side, patch = picture.side, picture.patch
     merge = int(picture.config.scale_factor)
@@ -192,7 +192,7 @@ def _of_tiles(picture: _Picture) -> Found:
     return torch.cat(parts), size
 
 
-def _tiles(picture: _Picture, count: int) -> Size:
+def _tiles(picture: _Picture, count: int) -> ImageSize:
     """Rows and columns of so many tiles.
 
     Raises:
@@ -212,7 +212,7 @@ def _tiles(picture: _Picture, count: int) -> Size:
     return told
 
 
-def _tiles_of(size: Size, side: int, count: int) -> Size | None:
+def _tiles_of(size: ImageSize, side: int, count: int) -> ImageSize | None:
     """Rows and columns of tiles that a picture is cut into when there are so many; None: never.
 
     The longer side is resized to so many tiles, the other as the shape of the picture wants, to an
@@ -228,7 +228,7 @@ def _tiles_of(size: Size, side: int, count: int) -> Size | None:
     return None
 
 
-def _of_pinpoints(picture: _Picture) -> Found:
+def _of_pinpoints(picture: _Picture) -> Located:
     """The whole image, and behind it tiles in rows that end in a separator (llava-next)."""
     from transformers.image_processing_utils import select_best_resolution
 
@@ -257,7 +257,7 @@ def _of_pinpoints(picture: _Picture) -> Found:
     return found, size
 
 
-def _unpadded(boxes: Float[Tensor, "row column 4"], size: Size) -> Float[Tensor, "_ _ 4"]:
+def _unpadded(boxes: Float[Tensor, "row column 4"], size: ImageSize) -> Float[Tensor, "_ _ 4"]:
     """Without the rows or columns of features that the model drops as padding."""
     high, wide = boxes.shape[:2]
     if size[1] / size[0] > wide / high:
@@ -276,7 +276,7 @@ def _unlike(picture: _Picture, expected: int) -> InputError:
     )
 
 
-_FAMILIES: Mapping[str, Callable[[_Picture], Found]] = {
+_FAMILIES: Mapping[str, Callable[[_Picture], Located]] = {
     "llava": _of_square,
     "paligemma": _of_square,
     "gemma3": _of_square,

@@ -30,7 +30,7 @@ from headscope.models.hf.layout import (
 )
 from headscope.models.hf.measured import LogitMap, Watch, find_unembedding, measure_norm
 from headscope.models.hf.parts import HFParts
-from headscope.models.hf.passes import AttentionTaps, Scope
+from headscope.models.hf.passes import AttentionTaps, EditScope
 from headscope.models.hf.removed import kept_in
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.weights import matrix
@@ -84,7 +84,7 @@ def pooled(
 
 
 @dataclass(frozen=True, eq=False)
-class Against:
+class TextEmbeddings:
     """Embeddings of texts that those of images are compared with: ``scale * cosine + bias``."""
 
     names: tuple[str, ...]
@@ -136,7 +136,7 @@ class HFModel(Tapped, Shown):
         self.pooling: str | None = None
         self.body: Any = None
         # What embeddings are compared with to make logits; None: nothing.
-        self.against: Against | None = None
+        self.against: TextEmbeddings | None = None
         self._embedded: dict[str | None, HFModel] = {}
         self.module = module
         self.layout = layout
@@ -358,7 +358,7 @@ class HFModel(Tapped, Shown):
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
         """Context manager in which every pass of ``module`` is edited, including generation."""
         _, writes = self.taps({}, writes_of(edits))
-        return Scope(self.module, self.layout, writes).open()
+        return EditScope(self.module, self.layout, writes).open()
 
     def learn_padding(self, real: Bool[Tensor, "batch pos"] | None) -> None:
         """Measure how the family counts positions under padding, when a pass needs it.
@@ -738,6 +738,6 @@ class HFModel(Tapped, Shown):
                 f"{own.shape.n_logits}: embed them with the other half of the same model."
             )
         made = own._giving(len(names))
-        made.against = Against(tuple(names), texts, scale, bias)
+        made.against = TextEmbeddings(tuple(names), texts, scale, bias)
         made.name = f"{self.name} against {len(names)} texts"
         return made

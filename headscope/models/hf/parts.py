@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 
 # How a module of a family lays out queries or keys: axes in the order that it holds them.
-Layout = Literal["position first", "head first", "flat"]
-_LAYOUTS: tuple[Layout, ...] = ("position first", "head first", "flat")
+AxisOrder = Literal["position first", "head first", "flat"]
+_LAYOUTS: tuple[AxisOrder, ...] = ("position first", "head first", "flat")
 
 
 @dataclass(eq=False)
@@ -181,7 +181,7 @@ class SideNorm:
     """
 
     name: str
-    layout: Layout
+    layout: AxisOrder
     first: bool
 
 
@@ -287,7 +287,7 @@ def _side(
     return _Side(content, content, used, None)
 
 
-def _by_head(value: Tensor, layout: Layout, shape: torch.Size) -> Tensor | None:
+def _by_head(value: Tensor, layout: AxisOrder, shape: torch.Size) -> Tensor | None:
     """Queries or keys as ``[batch head pos d_head]``; None where this layout does not fit."""
     batch, heads, positions, d_head = shape
     held = {
@@ -413,7 +413,7 @@ def _epsilon(made: Callable[[Tensor], Tensor], x: Tensor, bare: HeadNorm) -> flo
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class WeightLayout:
     """Training-independent layout of one layer's weights, and what follows them.
 
     Attributes:
@@ -427,7 +427,7 @@ class Reading:
     turning: Turning | str
 
 
-def find_readings(model: "HFModel") -> dict[int, Reading | str]:
+def find_readings(model: "HFModel") -> dict[int, WeightLayout | str]:
     """Measure every layer of a model with a tiny pass and a short one.
 
     Returns:
@@ -438,7 +438,7 @@ def find_readings(model: "HFModel") -> dict[int, Reading | str]:
         if all(isinstance(one, str) for one in sources.values()):
             return {layer: str(one) for layer, one in sources.items()}
         seen = _seen(model)
-        found: dict[int, Reading | str] = {}
+        found: dict[int, WeightLayout | str] = {}
         known: list[Rotation] = []
         for layer, one in sources.items():
             found[layer] = (
@@ -450,7 +450,7 @@ def find_readings(model: "HFModel") -> dict[int, Reading | str]:
 @torch.no_grad()
 def _read(
     model: "HFModel", layer: int, seen: SeenLayer, sources: Sources, known: list[Rotation]
-) -> Reading | str:
+) -> WeightLayout | str:
     """Read and prove one layer; rotations that are new are added to those that are known."""
     width = model.shape.d_model
     if seen.read.shape[-1] != width:
@@ -465,7 +465,7 @@ def _read(
     turning = find_turning(model, layer, seen, weights, known)
     if isinstance(turning, Turning) and not any(turning.rotation is one for one in known):
         known.append(turning.rotation)
-    return Reading(sources, proved_values(model, layer, seen, weights), turning)
+    return WeightLayout(sources, proved_values(model, layer, seen, weights), turning)
 
 
 def _seen(model: "HFModel") -> dict[int, SeenLayer]:
@@ -492,7 +492,7 @@ class HFParts(MeasuredParts):
     def __init__(self, model: Any) -> None:
         """Measure nothing yet."""
         super().__init__(model)
-        self._measured: tuple[object, dict[int, Reading | str]] | None = None
+        self._measured: tuple[object, dict[int, WeightLayout | str]] | None = None
 
     def input_norm(self, layer: int) -> Norm:
         """Norm between the residual stream and one layer's attention."""
@@ -580,7 +580,7 @@ class HFParts(MeasuredParts):
         return self.query_key(layer).rotation
 
     @property
-    def _readings(self) -> "dict[int, Reading | str]":
+    def _readings(self) -> "dict[int, WeightLayout | str]":
         """What was measured and proved of every layer, again where the model got other modules."""
         kind = tuple((n, w.shape, w.dtype) for n, w in self.model.module.named_parameters())
         if self._measured is None or self._measured[0] != kind:

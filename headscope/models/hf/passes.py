@@ -130,7 +130,7 @@ class AttentionTaps:
 
 
 @dataclass(eq=False)
-class Scope:
+class EditScope:
     """Edits of every pass of a model while the scope is open: headscope's, and the model's own."""
 
     module: Any

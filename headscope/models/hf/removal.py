@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # By attention module and matrix, the outputs that stay.
-Rows = dict[tuple[str, str], Tensor]
+WeightRows = dict[tuple[str, str], Tensor]
 
 
 class LayerRemoval(BaseModel):
@@ -82,7 +82,7 @@ class Removal(BaseModel):
 
 def removal_of(
     model: "HFModel", removed: tuple[HeadIndex, ...], owners: dict[int, dict[str, list[Owner]]]
-) -> tuple[Removal, Rows]:
+) -> tuple[Removal, WeightRows]:
     """The removal, and which outputs of each input projection stay.
 
     Args:
@@ -93,7 +93,7 @@ def removal_of(
     shape = model.shape
     names = {module: name for name, module in model.module.named_modules()}
     layers: list[LayerRemoval] = []
-    rows: Rows = {}
+    rows: WeightRows = {}
     for layer, parts in model.layout.layers.items():
         gone = {head.head for head in removed if head.layer == layer}
         heads = tuple(head for head in range(shape.n_heads) if head not in gone)
@@ -256,7 +256,7 @@ def _refuse_other_matrices(model: "HFModel", owners: dict[int, dict[str, list[Ow
                 )
 
 
-def _apply(model: Any, plan: Removal, rows: Rows) -> None:
+def _apply(model: Any, plan: Removal, rows: WeightRows) -> None:
     """Make the modules smaller; ``rows`` says which outputs stay, else the first ones do."""
     for layer in plan.layers:
         attention = model.get_submodule(layer.attention)

@@ -301,7 +301,7 @@ _MIXERS = (
     "temporal_block", "time_mixer", "operator",
 )  # fmt: skip
 _MLPS = ("mlp", "feed_forward", "block_sparse_moe", "mlp_block", "moe")
-Place = tuple[str, int]
+SublayerName = tuple[str, int]
 Change = Callable[[Tensor], Tensor]
 
 
@@ -341,7 +341,7 @@ class MixerModel:
             )
         return cls(title, module, rows[0])
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[SublayerName]:
         """Sites and layers that can be read and written."""
         found = []
         for site in MIXER_SITES:
@@ -354,8 +354,8 @@ class MixerModel:
         self,
         tokens: Int[Tensor, "batch pos"],
         *,
-        reads: Mapping[Place, Callable[[Tensor], Any]] | None = None,
-        writes: Mapping[Place, Change] | None = None,
+        reads: Mapping[SublayerName, Callable[[Tensor], Any]] | None = None,
+        writes: Mapping[SublayerName, Change] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits of a pass with values at some places read or changed."""
         hooks = [
@@ -376,7 +376,7 @@ class MixerModel:
         with torch.no_grad(), pass_over(self.module), hooked(hooks):
             yield
 
-    def _module(self, place: Place) -> nn.Module:
+    def _module(self, place: SublayerName) -> nn.Module:
         site, layer = place
         block = self.blocks[layer]
         if site in ("resid_pre", "resid_post"):

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from headscope.models.hf.model import HFModel
 
 
-Site = Literal["query", "key", "value"]
-Owner = tuple[Site, int]
+Projection = Literal["query", "key", "value"]
+Owner = tuple[Projection, int]
 Owners = list[Owner | None]
-SITES: tuple[Site, ...] = ("query", "key", "value")
+SITES: tuple[Projection, ...] = ("query", "key", "value")
 
 # How far the ratio of two signed sums may be from a sign. Where heads mix, it is far from both.
 _TOLERANCE = 0.02
@@ -188,7 +188,7 @@ def _owners(
 ) -> dict[str, Owners]:
     """Owners of every output of the matrices that make queries, keys or values."""
     owners: dict[str, Owners] = {name: [None] * out.shape[-1] for name, out in outputs.items()}
-    given: tuple[tuple[Site, Tensor], ...] = (
+    given: tuple[tuple[Projection, Tensor], ...] = (
         ("query", call.query),
         ("key", call.key),
         ("value", call.value),
@@ -381,7 +381,7 @@ class InputSource:
         return by_head
 
 
-Sources = dict[Site, InputSource]
+Sources = dict[Projection, InputSource]
 
 
 def find_sources(model: "HFModel") -> dict[int, Sources | str]:
