@@ -943,6 +943,7 @@ class Clip:
 
         Raises:
             InputError: if names and embeddings differ in number, or two names are the same.
+            UnsupportedModelError: if the vision half was not loaded by :func:`clip`.
         """
         found = self.embed(names, batch_size=batch_size) if texts is None else texts
         if not len(names) or len(names) != len(found) or len(set(names)) < len(names):
@@ -950,9 +951,13 @@ class Clip:
                 f"there are {len(set(names))} different names for {len(found)} texts: give a name "
                 "for each."
             )
-        made: HeadModel = self.vision.classifying(  # type: ignore[attr-defined]
-            names, found, self.scale, self.bias
-        )
+        classifying: Any = getattr(self.vision, "classifying", None)
+        if classifying is None:
+            raise UnsupportedModelError(
+                f"{self.vision.name} is not the vision half of a transformers model: load both "
+                "halves with hs.vision.clip."
+            )
+        made: HeadModel = classifying(names, found, self.scale, self.bias)
         return made
 
 
@@ -1093,7 +1098,8 @@ def image_keys(
         sizes: height and width of the pictures before the processor: for all, for each text, or
             for each picture of each text; default: as the model reads them.
         tiles: rows and columns of tiles, likewise, where a family cuts pictures into tiles
-            (SmolVLM) and the sizes do not tell.
+            (SmolVLM, Idefics 3) and neither the words that its processor writes between them nor
+            the sizes tell; 0 and 0 for a picture that is not cut.
         processor: the image processor or its config, which says whether pictures were stretched,
             padded or cut; default: the one in the model's folder.
 
@@ -1144,6 +1150,27 @@ _GAZE = ScoreSpec(
 )
 
 
+def _known(example: int, head: str | tuple[int, int], sizes: tuple[int, ...]) -> HeadIndex:
+    """A head, validated with the text in which it is asked for.
+
+    Args:
+        example: which text.
+        head: such as ``L1H2``.
+        sizes: numbers of texts, layers and heads.
+
+    Raises:
+        InputError: if there is no such text or head.
+    """
+    chosen = HeadIndex.parse(head)
+    texts, layers, heads = sizes
+    if not (0 <= example < texts and chosen.layer < layers and chosen.head < heads):
+        raise InputError(
+            f"there is no {chosen} in text {example}: there are {texts} texts, layers 0 to "
+            f"{layers - 1} and heads 0 to {heads - 1}."
+        )
+    return chosen
+
+
 @dataclass(frozen=True, eq=False)
 class ImageAttention:
     """Attention from positions of texts to the pictures in them, by layer, head and query.
@@ -1185,13 +1212,7 @@ class ImageAttention:
         Raises:
             InputError: if there is no such text, head, query or picture.
         """
-        chosen = HeadIndex.parse(head)
-        batch, layers, heads = self.weights.shape[:3]
-        if not (0 <= example < batch and chosen.layer < layers and chosen.head < heads):
-            raise InputError(
-                f"there is no map of {chosen} in text {example}: there are {batch} texts, layers 0 "
-                f"to {layers - 1} and heads 0 to {heads - 1}."
-            )
+        chosen = _known(example, head, self.weights.shape[:3])
         own = self.queries[example]
         if query is not None and query not in own:
             raise InputError(
@@ -1499,10 +1520,7 @@ class OcrHeads:
         Raises:
             InputError: if there is no such text or head.
         """
-        chosen = HeadIndex.parse(head)
-        layers, heads = self.frequency.shape
-        if not (0 <= example < len(self.reads) and chosen.layer < layers and chosen.head < heads):
-            raise InputError(f"there is no text {example} with a head {chosen}.")
+        chosen = _known(example, head, (len(self.reads), *self.frequency.shape))
         found: list[tuple[float, float, float, float] | None] = []
         for at in self.reads[example].looked[:, chosen.layer, chosen.head].tolist():
             shown = 0 <= at < keys.image.shape[1] and int(keys.image[example, at]) >= 0

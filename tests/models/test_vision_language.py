@@ -183,6 +183,9 @@ def test_paligemma_is_asked_for_what_decides_its_mask(loaded: dict[str, Any]) ->
         lambda: hs.score(model, text, "entropy"),
         lambda: hs.ablate_heads(model, text, hs.metrics.loss),
         lambda: hs.score(model),
+        lambda: model.run(text),
+        lambda: model.run(text.tokens, reads={("resid_post", 0): print}, until=("resid_post", 0)),
+        lambda: model.forward(text.tokens, edits=[hs.edits.zero("L0H1")]),
     ):
         with pytest.raises(InputError, match="give every text an image"):
             call()

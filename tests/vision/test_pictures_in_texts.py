@@ -189,9 +189,9 @@ def test_what_does_not_fit_is_told(hand: tuple[Any, hs.Probe, ImageKeys]) -> Non
         hs.vision.image_keys(model, hs.probes.from_tokens(probe.tokens))
     smol = hs.load(model_of("smolvlm"), check=False)
     tiled = hs.probes.from_batch(inputs_of("smolvlm"))
-    with pytest.raises(InputError, match="cut into 2 tiles: give tiles="):
+    with pytest.raises(InputError, match="are 3 tiles: give sizes= or tiles= of each picture"):
         hs.vision.image_keys(smol, tiled)
-    with pytest.raises(InputError, match="cut into 2 tiles, not 3 rows of 1"):
+    with pytest.raises(InputError, match=r"are 3 tiles, which tiles=\(3, 1\) do not make"):
         hs.vision.image_keys(smol, tiled, tiles=(3, 1))
     below = hs.vision.image_keys(smol, tiled, tiles=(2, 1))
     assert below.at(0, 7) == (0, (0.0, 16.0, 8.0, 24.0))
@@ -207,6 +207,92 @@ def test_what_does_not_fit_is_told(hand: tuple[Any, hs.Probe, ImageKeys]) -> Non
         hs.vision.ocr_heads(model, probe, region, ["yes"] * 6, keys)
     with pytest.raises(InputError, match="form='free' is unknown"):
         hs.vision.ocr_heads(model, probe, region, [[5]] * 6, keys, form="free")
+
+
+MARK, WHOLE, LINE = 90, 91, 92
+
+
+def framed(*cuts: tuple[int, int], words: int = 2) -> Tensor:
+    """Pictures in tiles of four tokens, written as the processors of SmolVLM and Idefics 3 do."""
+    ids = [5]
+    for rows, columns in cuts:
+        for row in range(rows):
+            for column in range(columns):
+                ids += [MARK, 20 + 6 * row + column, *[IMAGE] * 4]
+            ids.append(LINE)
+        ids += [*[LINE] * (rows > 0), MARK, WHOLE, *[IMAGE] * 4, MARK, *[7] * words]
+    return torch.tensor([[*ids, 8]])
+
+
+def of_tiles(ids: Tensor) -> hs.Probe:
+    total = int((ids[0] == IMAGE).sum()) // 4
+    return hs.probes.from_batch({"input_ids": ids, "pixel_values": torch.rand(1, total, 3, 16, 16)})
+
+
+@pytest.mark.parametrize("words", [0, 2])
+def test_pictures_cut_into_tiles_are_told_apart(words: int) -> None:
+    """Every picture has the boxes that it has alone, where one picture of 5 x 1 tiles would fit."""
+    smol = hs.load(model_of("smolvlm"), check=False)
+    cuts, sizes = ((2, 1), (0, 0), (1, 2)), ((64, 32), (9, 10), (16, 32))
+    probe = of_tiles(framed(*cuts, words=words))
+    keys = hs.vision.image_keys(smol, probe, [sizes])
+    assert keys.sizes.tolist() == [[list(size) for size in sizes]]
+    for number, (cut, size) in enumerate(zip(cuts, sizes, strict=True)):
+        alone = of_tiles(framed(cut))
+        own = hs.vision.image_keys(smol, alone, size)
+        chosen = keys.boxes[0, keys.image[0] == number]
+        assert torch.equal(chosen, own.boxes[0, own.image[0] == 0])
+        bare = hs.vision.image_keys(smol, alone)  # the words tell rows and columns
+        assert bare.sizes.tolist() == [[[16 * max(one, 1) for one in cut]]]
+    # Without words between tiles, what is said of every picture decides, and nothing else does.
+    adjacent = of_tiles(torch.tensor([[5, *[IMAGE] * 24, 8]]))
+    pair = hs.vision.image_keys(smol, adjacent, [[(64, 32), (64, 32)]])
+    assert (pair.image[0] == 1).nonzero()[:, 0].tolist() == list(range(13, 25))
+    cut = hs.vision.image_keys(smol, adjacent, (64, 32), tiles=(2, 1))
+    torch.testing.assert_close(pair.boxes, cut.boxes, equal_nan=True, atol=0, rtol=0)
+    with pytest.raises(InputError, match="6 tiles of a text may show 1 or 2 pictures"):
+        hs.vision.image_keys(smol, adjacent, (80, 16))
+    apart = of_tiles(torch.tensor([[5, *[IMAGE] * 12, 7, *[IMAGE] * 12, 8]]))
+    both = hs.vision.image_keys(smol, apart, (80, 16))
+    assert both.sizes.tolist() == [[[80, 16]] * 2]
+
+
+def test_what_contradicts_the_text_of_tiled_pictures_is_told() -> None:
+    smol = hs.load(model_of("smolvlm"), check=False)
+    probe = of_tiles(framed((2, 1), (2, 1)))
+    with pytest.raises(InputError, match=r"picture 0 of text 0 was cut into 2 rows of 1 tiles"):
+        hs.vision.image_keys(smol, probe, tiles=(5, 1))
+    with pytest.raises(InputError, match=r"which 16 pixels of height and 80 of width are not"):
+        hs.vision.image_keys(smol, probe, sizes=(16, 80))
+    with pytest.raises(InputError, match=r"for each of 2 pictures in them"):
+        hs.vision.image_keys(smol, probe, sizes=[[(64, 32)] * 3])
+    with pytest.raises(InputError, match=r"5 tokens stand for pictures whose tiles are 4"):
+        hs.vision.image_keys(smol, of_tiles(torch.tensor([[5, *[IMAGE] * 5, 8]])))
+    ids = torch.cat([framed((1, 2), (0, 0), words=3), framed((0, 0), (1, 2), words=3)])
+    shifted = {"input_ids": ids, "pixel_values": torch.rand(2, 4, 3, 16, 16)}
+    keys = hs.vision.image_keys(smol, hs.probes.from_batch(shifted))
+    assert keys.sizes.tolist() == [[[16, 32], [16, 16]], [[16, 16], [16, 32]]]
+    one = torch.nn.functional.pad(framed((1, 2), words=3), (0, 20), value=7)
+    two = torch.nn.functional.pad(framed((0, 0), (0, 0), (0, 0)), (0, 50), value=7)
+    uneven = torch.cat([one[:, :28], two[:, :28]])
+    probe = hs.probes.from_batch({"input_ids": uneven, "pixel_values": torch.rand(2, 3, 3, 16, 16)})
+    with pytest.raises(InputError, match=r"have 1, 3 pictures: give texts with equally many"):
+        hs.vision.image_keys(smol, probe)
+
+
+def test_pictures_are_counted_by_their_pieces() -> None:
+    """Texts of one and of three pictures are not two texts of two."""
+    llava = hs.load(model_of("llava"), check=False)
+    one, three = [*[IMAGE] * 16, *[7] * 32], [IMAGE] * 48
+    uneven = {"input_ids": torch.tensor([one, three]), "pixel_values": torch.rand(4, 3, 16, 16)}
+    probe = hs.probes.from_batch(uneven)
+    for call in (
+        lambda: hs.vision.image_keys(llava, probe),
+        lambda: llava.run(probe),
+        lambda: hs.score(llava, probe, "entropy"),
+    ):
+        with pytest.raises(InputError, match="text 0 has 16 image tokens and text 1 has 48"):
+            call()
 
 
 BOXES = [(0, 0, 6, 4), (8, 8, 12, 12), (0, 12, 4, 16), (12, 0, 16, 4), (4, 4, 8, 12), (8, 0, 12, 4)]

@@ -16,7 +16,7 @@ from headscope.base.result import Glance, Shown
 from headscope.base.stacks import ImageKeys, MaskRule, PatchGrid
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.models.hf.hooks import Call, after, before, entering, hooked
-from headscope.models.hf.images import image_keys
+from headscope.models.hf.images import image_keys, need_own_images
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import (
     Layout,
@@ -423,7 +423,7 @@ class HFModel(Tapped, Shown):
                 f"the probe holds images, and a text of it has no token {token} that "
                 f"stands for them in {self.name}: make texts with the model's own processor."
             )
-        self.check_batch(texts)
+        need_own_images(self.module.config, texts, token)
         padded = texts.real is not None and not bool(texts.real[:, 0].all())
         if padded and "rotary" in self.limits:
             raise UnsupportedModelError(
@@ -438,7 +438,8 @@ class HFModel(Tapped, Shown):
             InputError: if the family reads it in two ways, by the kind of attention that computes
                 it (paligemma without segments: causal under eager, in both directions under sdpa).
         """
-        if self._needs_segments and SEGMENTS not in texts.inputs:
+        alone = texts.tokens.shape[1] == 1  # one token sees itself alone, in either way
+        if self._needs_segments and SEGMENTS not in texts.inputs and not alone:
             raise InputError(
                 f"{self.name} (paligemma) reads texts without {SEGMENTS!r} from left to right with "
                 "eager attention and in both directions with sdpa: give every text an image, and "

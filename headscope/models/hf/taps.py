@@ -288,6 +288,13 @@ class Tapped(ABC):
             "them out, or load a vision-language model."
         )
 
+    def check_batch(self, texts: Texts) -> None:  # noqa: B027  # most families have no such batch
+        """Refuse a batch that the model cannot read in one way only, before it runs.
+
+        Raises:
+            InputError: if the family reads it differently under different attention kernels.
+        """
+
     @abstractmethod
     def attention_taps(self, run: Pass) -> AbstractContextManager[None]:
         """Scope in which attention runs with the taps of a pass."""
@@ -314,6 +321,7 @@ class Tapped(ABC):
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"] | None:
         """Run the model once, reading and writing at taps; see :class:`HeadModel`."""
+        self.check_batch(Texts.of(batch))
         wanted = logits_at
         if not self.has_logits:
             read, written = self.taps(reads, writes)
