@@ -1,11 +1,15 @@
 """Studies of attention patterns: induction, earlier tokens, sinks, delimiters, needles."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int
 
 from headscope import metrics
+from headscope.capture import collect
 from headscope.circuits import composition
 from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex
@@ -13,9 +17,10 @@ from headscope.kinds import AskedModel, survey
 from headscope.kinds.measures import choices
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
-from headscope.probes import random_tokens, text
-from headscope.probes.encoding import ordinary_tokens
+from headscope.probes import Probe, from_tokens, random_tokens, text
+from headscope.probes.encoding import bos_prefix, check_length, need_onwards, ordinary_tokens
 from headscope.retrieval import token_losses
+from headscope.scorers import relation
 from headscope.scoring.score import score
 from headscope.studies.study import (
     MATTERS,
@@ -383,4 +388,208 @@ CATALOGUE = Study(
     "be of a kind and not be needed where others do the same. Asked of models with an induction "
     "head; headscope kinds asks for all kinds.",
 )
-ALL = (INDUCTION, COMPOSITION, SINKS, SURFACE, RETRIEVAL, CHOICES, CATALOGUE)
+_CELLS = 8  # of a maze
+
+
+def _maze(rng: np.random.Generator) -> tuple[list[tuple[int, int]], int]:
+    """Connections of a random tree of cells, in random order and direction, and one cell."""
+    order = rng.permutation(_CELLS)
+    joined = [(int(order[at]), int(order[rng.integers(at)])) for at in range(1, _CELLS)]
+    turned = [(b, a) if rng.random() < 0.5 else (a, b) for a, b in joined]
+    listed = [turned[at] for at in rng.permutation(len(turned))]
+    return listed, int(rng.integers(_CELLS))
+
+
+def _mazes(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
+    return setting.share(("mazes", seed), lambda: _make_mazes(model, setting, seed))
+
+
+def _make_mazes(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
+    """Lists of connections of cells, and a cell at which a path has arrived, in random tokens."""
+    known = ordinary_tokens(model).numpy()
+    if len(known) < _CELLS + 2:
+        raise UnsupportedModelError(f"a maze takes {_CELLS + 2} tokens, and it has {len(known)}.")
+    prefix = bos_prefix(model, None)
+    rng = np.random.default_rng([16, seed])
+    tokens, every, before = [], [], []
+    for row in range(setting.size(128, 96)):
+        listed, current = _maze(rng)
+        names = rng.choice(known, _CELLS + 2, replace=False).tolist()
+        cells = [one for pair in listed for one in (*pair, _CELLS)] + [_CELLS + 1, current]
+        tokens.append([*prefix, *(names[cell] for cell in cells)])
+        after = {b for a, b in listed if a == current}
+        earlier = {a for a, b in listed if b == current}
+        places = list(enumerate(cells[:-2], len(prefix)))
+        query = len(tokens[-1]) - 1
+        every += [(row, query, at) for at, cell in places if cell in after | earlier]
+        before += [(row, query, at) for at, cell in places if cell in earlier]
+    check_length(model, len(tokens[0]), what="a maze", fix="give a model with a longer context")
+    pairs = {"neighbours": torch.tensor(every), "listed_before": torch.tensor(before)}
+    return replace(from_tokens(tokens), pairs=pairs)
+
+
+def _adjacent(name: str, model: HeadModel, setting: StudySetting) -> Evidence:
+    need_onwards(model, "a path through a maze")
+    probes = [_mazes(model, setting, setting.seed + k) for k in range(2)]
+    return best_head(model, relation(name).mass, *probes)[1]
+
+
+MAZES = Study(
+    "maze-adjacency",
+    "Heads that look up the neighbours of a cell of a maze",
+    "Ivanitskiy et al. 2023, Structured World Representations in Maze-Solving Transformers, "
+    "arXiv 2312.02566",
+    (
+        Claim(
+            "neighbours",
+            "From the cell where a path has arrived, a head attends to its neighbours in the list "
+            "of connections.",
+            "attention of the best head on mentions of neighbours, chosen on other mazes",
+            "the same rows on the places of the neighbours of another maze",
+            partial(_adjacent, "neighbours"),
+            MATTERS,
+            "attention",
+        ),
+        Claim(
+            "listed-before",
+            "A head also finds neighbours that are listed before the cell, which the token after "
+            "an earlier mention does not tell.",
+            "attention of the best head on mentions of such neighbours, chosen on other mazes",
+            "the same rows on the places of such neighbours of another maze",
+            partial(_adjacent, "listed_before"),
+            MATTERS,
+            "attention",
+        ),
+    ),
+    "The paper trains models on mazes; here any decoder gets the list: trees of eight cells, named "
+    "by random tokens, with each connection written once and in a random direction, so that an "
+    "induction head finds the neighbours listed after the cell and no others. The second claim is "
+    "not the paper's: it tells heads that know the maze from heads that repeat a pair.",
+)
+
+_BITS, _ADDED = 12, 5  # of a string, and how many at its beginning are added
+
+
+def _strings(
+    model: HeadModel, setting: StudySetting, number: int
+) -> tuple[Probe, Int[np.ndarray, " string"]]:
+    """Strings of two tokens, with the number of ones among those that are added."""
+    need_onwards(model, "a sum of bits")
+    ids = ordinary_tokens(model)[:2]
+    if len(ids) < 2:
+        raise UnsupportedModelError("bits take two tokens.")
+    rng = np.random.default_rng([17, setting.seed + number])
+    bits = torch.from_numpy(rng.integers(0, 2, (24 * setting.size(32, 16), _BITS)))
+    start = torch.tensor([bos_prefix(model, None)]).long().expand(len(bits), -1)
+    tokens = torch.cat([start, ids[bits]], 1)
+    check_length(model, tokens.shape[1], what="a string of bits", fix="give another model")
+    count = bits[:, :_ADDED].sum(1)
+    if number:
+        logits = model.forward(tokens)[:, -1].cpu()
+        said = logits[:, ids].argmax(1)
+        right = float((said == count % 2).double().mean())
+        if right < RIGHT:
+            raise UnsupportedModelError(
+                f"it gets {right:.0%} of the sums of {_ADDED} bits right (half by guessing): it "
+                "was not trained to add the first bits of a string."
+            )
+    return from_tokens(tokens), count.numpy()
+
+
+def _even(model: HeadModel, setting: StudySetting) -> Evidence:
+    def shares(number: int) -> Float[np.ndarray, "place string layer head"]:
+        """Overlap of the last row with even attention to the places that are added, and others."""
+        rows = _last_rows(model, _strings(model, setting, number)[0])
+        first = rows.shape[-1] - _BITS
+        parts = [rows[..., at : at + _ADDED] for at in (first, first + _ADDED)]
+        return np.stack([np.minimum(one, 1 / _ADDED).sum(-1) for one in parts])
+
+    tried, chosen = shares(1), shares(0)
+    lead = chosen[0].mean(0)
+    layer, number = np.unravel_index(int(np.nanargmax(lead)), lead.shape)
+    found = tried[:, :, layer, number]
+    scores = score(model, _strings(model, setting, 1)[0], _added, progress=False)
+    return paired(
+        found[0],
+        found[1],
+        note=str(HeadIndex(int(layer), int(number))),
+        results={name: scores[name] for name in scores},
+    )
+
+
+def _pairs_with_bits(probe: Probe) -> list[list[tuple[int, int]]]:
+    first, last = probe.length - _BITS, probe.length - 1
+    return [[(last, first + at) for at in range(_ADDED)]] * len(probe)
+
+
+_added = relation("added", _pairs_with_bits)
+
+
+def _last_rows(model: HeadModel, probe: Probe) -> Float[np.ndarray, "string layer head key"]:
+    """Attention of every head at the last position; NaN in layers without attention."""
+    shape = model.shape
+    rows = np.full((len(probe), shape.n_layers, shape.n_heads, probe.length), np.nan)
+    for layer, one in collect(model, probe).items():
+        rows[:, layer] = one.pattern[:, :, -1].numpy()
+    return rows
+
+
+def _clustered(model: HeadModel, setting: StudySetting) -> Evidence:
+    probe, count = _strings(model, setting, 1)
+    head = HeadIndex.parse(_even(model, setting).note)
+    outputs = collect(model, probe, [head.layer])[head.layer].z[:, -1, head.head].double().numpy()
+    rng = np.random.default_rng(setting.seed)
+    found = [
+        (
+            _between(outputs[part], count[part]),
+            _between(outputs[part], rng.permutation(count[part])),
+        )
+        for part in np.array_split(np.arange(len(count)), setting.size(32, 16))
+    ]
+    values, control = np.array(found).T
+    return paired(values, control, note=f"{head}; n counts draws of strings")
+
+
+def _between(
+    outputs: Float[np.ndarray, "string d_head"], groups: Int[np.ndarray, " string"]
+) -> float:
+    """Share of the variance of outputs that lies between groups."""
+    centred = outputs - outputs.mean(0)
+    means = [centred[groups == one].mean(0) for one in groups]
+    return float((np.array(means) ** 2).sum() / (centred**2).sum())
+
+
+CLUSTERING = Study(
+    "clustering-head",
+    "A head that groups strings by what matters of them",
+    "Cabannes et al. 2024, Clustering Head: A Visual Case Study of the Training Dynamics in "
+    "Transformers, arXiv 2410.24050",
+    (
+        Claim(
+            "even",
+            "A head attends to the bits that are added, to all of them alike, and to no others.",
+            "overlap of its attention with even attention to the five bits, of the head chosen on "
+            "other strings",
+            "overlap with even attention to the next five bits",
+            _even,
+            0.3,
+            "overlap",
+        ),
+        Claim(
+            "clusters",
+            "What the head writes is the same for strings with the same number of ones among these "
+            "bits.",
+            "share of the variance of its outputs that lies between strings of different numbers",
+            "the same with numbers shuffled among strings",
+            _clustered,
+            0.5,
+            "share of the variance",
+        ),
+    ),
+    "Sparse modular addition: whether the first 5 of 12 bits have an odd sum. Asked of models that "
+    "were trained (or compiled) to give it as the next token; bits are the model's first two "
+    "tokens.",
+)
+ALL = (
+    INDUCTION, COMPOSITION, SINKS, SURFACE, RETRIEVAL, CHOICES, CATALOGUE, MAZES, CLUSTERING,
+)  # fmt: skip

@@ -14,14 +14,16 @@ from headscope.heads import HeadIndex
 from headscope.lens import linear_shortcuts, logit_lens
 from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
-from headscope.probes import Probe
+from headscope.probes import Probe, in_context
 from headscope.probes.encoding import ordinary_tokens
 from headscope.pruning import gradient_importance, one_shot, pruning_curve
 from headscope.studies.study import (
+    MATTERS,
     Claim,
     Evidence,
     Study,
     StudySetting,
+    metric_of,
     need_skill,
     paired,
     prose,
@@ -227,6 +229,108 @@ LOGIT_LENS = Study(
     "The model's own final norm and unembedding, on texts that it predicts.",
 )
 
+# English, French and German words of one meaning and three spellings.
+_MEANINGS = (
+    ("flower", "fleur", "Blume"), ("water", "eau", "Wasser"), ("house", "maison", "Haus"),
+    ("book", "livre", "Buch"), ("dog", "chien", "Hund"), ("tree", "arbre", "Baum"),
+    ("bread", "pain", "Brot"), ("milk", "lait", "Milch"), ("night", "nuit", "Nacht"),
+    ("day", "jour", "Tag"), ("man", "homme", "Mann"), ("woman", "femme", "Frau"),
+    ("child", "enfant", "Kind"), ("king", "roi", "König"), ("city", "ville", "Stadt"),
+    ("mountain", "montagne", "Berg"), ("river", "fleuve", "Fluss"), ("sun", "soleil", "Sonne"),
+    ("snow", "neige", "Schnee"), ("fire", "feu", "Feuer"), ("heart", "coeur", "Herz"),
+    ("head", "tête", "Kopf"), ("eye", "oeil", "Auge"), ("door", "porte", "Tür"),
+    ("window", "fenêtre", "Fenster"), ("kitchen", "cuisine", "Küche"), ("bird", "oiseau", "Vogel"),
+    ("fish", "poisson", "Fisch"), ("horse", "cheval", "Pferd"), ("cat", "chat", "Katze"),
+    ("bridge", "pont", "Brücke"), ("school", "école", "Schule"), ("month", "mois", "Monat"),
+    ("year", "année", "Jahr"), ("time", "temps", "Zeit"), ("world", "monde", "Welt"),
+    ("word", "mot", "Wort"), ("friend", "ami", "Freund"), ("death", "mort", "Tod"),
+    ("life", "vie", "Leben"),
+)  # fmt: skip
+_LEAST_WORDS, _KNOWN = 12, 0.2  # words; probability of their translations
+
+
+def _translated(model: HeadModel, setting: StudySetting) -> tuple[Probe, list[tuple[int, int]]]:
+    """French words to be said in German, and the English and the German token of each."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UnsupportedModelError("it has no tokenizer, and languages are words.")
+
+    def token(word: str) -> int:
+        ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+        return int(ids[0]) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else -1
+
+    words = {
+        f" {german}": (french, token(english), token(german))
+        for english, french, german in _MEANINGS
+        if min(token(english), token(german)) >= 0
+    }
+    if len(words) < _LEAST_WORDS:
+        raise UnsupportedModelError(
+            f"{len(words)} of {len(_MEANINGS)} words are single tokens of its tokenizer in English "
+            f"and in German: it takes {_LEAST_WORDS}."
+        )
+    shown = [(one[0], label) for label, one in words.items()]
+    probe = in_context(
+        model, shown, template="Français: {text} - Deutsch:{label}\n", shots=4,
+        batch=min(len(shown), setting.size(32, 16)), seed=setting.seed,
+    )  # fmt: skip
+    said = float(np.nanmean(metric_of(model, probe, metrics.answer_probability)))
+    if said < _KNOWN:
+        raise UnsupportedModelError(
+            f"it gives the German words a probability of {said:.2f} only, with four translations "
+            "as demonstrations."
+        )
+    german = [label for _, label in shown]
+    return probe, [words[german[int(one)]][1:] for one in probe.facts["class"]]
+
+
+def _through_english(model: HeadModel, setting: StudySetting) -> Evidence:
+    probe, words = _translated(model, setting)
+    found, grids = [], []
+    for row, (english, german) in enumerate(words):
+        tokens = probe.tokens[row][probe.real[row]].tolist()
+        other = words[(row + 1) % len(words)][0]
+        last = [len(tokens) - 1] * 3
+        grids.append(
+            logit_lens(model, tokens, positions=last, target=[english, german, other], k=1)
+        )
+        found.append(grids[-1].target_log_prob)
+    likely = np.stack(found, 1)[1:-1]  # between the embedding and the end
+    if len(likely) == 0:
+        raise UnsupportedModelError("it has a single layer, with nothing in between.")
+    values, control = likely[..., 0], likely[..., 1:].max(-1)
+    place = int((values - control)[:, ::2].mean(1).argmax())
+    return paired(
+        values[place, 1::2],
+        control[place, 1::2],
+        note=f"after {grids[0].rows[1 + place]}",
+        results={"logit lens": grids[1]},
+    )
+
+
+LATENT_LANGUAGE = Study(
+    "latent-language",
+    "English on the way from French to German",
+    "Wendler et al. 2024, Do Llamas Work in English? On the Latent Language of Multilingual "
+    "Transformers, arXiv 2402.10588",
+    (
+        Claim(
+            "english",
+            "Somewhere in the middle, the English word is likelier than the German one that is to "
+            "be said.",
+            "log-probability of the English word in the logit lens, after the layer chosen on "
+            "other words",
+            "that of the German word, or of the English for another word where that is likelier",
+            _through_english,
+            MATTERS,
+            "nats",
+        ),
+    ),
+    "French words translated into German after four demonstrations, as far as the English and the "
+    "German word are single tokens; the paper also counts tokens that begin a word. Asked of "
+    "models that translate.",
+)
+
 
 def _shortcut(model: HeadModel, setting: StudySetting) -> Evidence:
     probe = prose(model, setting, seed=setting.seed + 1, length=48)
@@ -296,4 +400,6 @@ GEOMETRY = Study(
     ),
     "The first token of each text is left out: as a sink it dwarfs all others.",
 )
-ALL = (LOW_RANK, EMBEDDING_SPACE, SIXTEEN_HEADS, LOGIT_LENS, SHORTCUTS, GEOMETRY)
+ALL = (
+    LOW_RANK, EMBEDDING_SPACE, SIXTEEN_HEADS, LOGIT_LENS, LATENT_LANGUAGE, SHORTCUTS, GEOMETRY,
+)  # fmt: skip

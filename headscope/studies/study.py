@@ -40,6 +40,7 @@ from headscope.models import bundled
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, needle, pairs, repeated_tokens, text
 from headscope.probes.encoding import ordinary_tokens
+from headscope.scorer import Scorer
 from headscope.scoring.score import score
 from headscope.table import HeadScores
 
@@ -682,23 +683,24 @@ def need_skill(model: HeadModel, probe: Probe) -> Float[np.ndarray, " example"]:
 
 
 def best_head(
-    model: HeadModel, scorer: str, chosen_on: Probe, measured_on: Probe
+    model: HeadModel, scorer: str | Scorer, chosen_on: Probe, measured_on: Probe
 ) -> tuple[HeadIndex, Evidence]:
     """The head with the highest score, chosen on one probe and measured on another.
 
     The control is the scorer's own on the same examples where it is paired, else the mean of all
     other heads on them.
     """
-    first = score(model, chosen_on, [scorer], progress=False)[scorer]
+    name = scorer if isinstance(scorer, str) else scorer.name
+    first = score(model, chosen_on, [scorer], progress=False)[name]
     if not np.isfinite(first.mean).any():
-        raise UnsupportedModelError(f"no head has a value of {scorer}.")
+        raise UnsupportedModelError(f"no head has a value of {name}.")
     head = first.top(1)[0][0]
-    scores = score(model, measured_on, [scorer], progress=False)[scorer]
+    scores = score(model, measured_on, [scorer], progress=False)[name]
     found = paired(
         scores.per_example[head.layer, head.head],
         control_of(scores, head),
         note=str(head),
-        results={scorer: scores},
+        results={name: scores},
     )
     return head, found
 

@@ -11,14 +11,24 @@ import pytest
 import torch
 from scipy.stats import binomtest, spearmanr
 from scipy.stats import t as student
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 import headscope as hs
 from docs.pages.studies import study_pages
+from headscope.compiled import Feature, Head, Lookup
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
 from headscope.studies import Claim, Evidence, Study, StudyResult, StudySetting, paired
+from headscope.studies.readings import _MEANINGS
 from headscope.studies.study import answered, need_skill, prose, rank_correlation, unpaired
 from tests.cli.support import run, sentence
 from tests.models import seq2seq, vision
@@ -396,3 +406,92 @@ def test_every_study_has_a_page_that_states_its_claims() -> None:
         for claim in study.claims:
             assert claim.statement in page
             assert f"{claim.least:g}" in page
+
+
+def bit_adder(alike: bool) -> HeadModel:
+    """Adds the first five of twelve bits: by one head that reads them alike, or a head for each."""
+    first = range(5)
+    if alike:
+        where = hs.compiled.table("first five", {11: list(first)})
+        heads = [Head(0, "position", "position", where, "bit", "share")]
+        cuts = tuple((2 * count + 1) / 10 for count in first)
+        lookup = Lookup(0, ("share",), "answer", 2, lambda count: count % 2, cuts)
+    else:
+        wheres = [hs.compiled.table(f"bit {at}", {11: [at]}) for at in first]
+        heads = [Head(0, "position", "position", wheres[at], "token", f"b{at}") for at in first]
+        names = tuple(f"b{at}" for at in first)
+        lookup = Lookup(0, names, "answer", 2, lambda *bits: sum(bits) % 2)
+    bit = Feature("bit", (0.0, 1.0))
+    made = hs.compiled.program(
+        heads, tokens=2, length=12, outputs=["answer"], lookups=[lookup], features=[bit]
+    )
+    return made.model
+
+
+def test_a_head_that_adds_bits_alike_is_told_from_heads_that_read_one_each() -> None:
+    found = hs.studies.run("clustering-head", bit_adder(alike=True), fast=True)
+    assert found.verdicts == {"even": "holds", "clusters": "holds"}
+    assert found["even"].value == pytest.approx(1.0, abs=1e-3)
+    assert found["clusters"].value == pytest.approx(1.0, abs=1e-3)
+    assert "L0H0" in found["even"].because
+    apart = hs.studies.run("clustering-head", bit_adder(alike=False), fast=True)
+    assert apart.verdicts == {"even": "does not hold", "clusters": "does not hold"}
+    assert apart["even"].value == pytest.approx(0.2, abs=1e-3)  # one of five bits
+    assert "half by guessing" in hs.studies.run("clustering-head", hs.load())["even"].because
+
+
+def test_induction_finds_half_of_the_neighbours_in_a_maze() -> None:
+    induction = hs.compiled.induction(tokens=16, length=32).model
+    assert hs.studies.run("maze-adjacency", induction, fast=True).verdicts == {
+        "neighbours": "holds",
+        "listed-before": "does not hold",
+    }
+    before = Head(0, "position", "position", hs.compiled.offset(1), "token", "before")
+    own = Head(
+        1, "token", "token", hs.compiled.same(), "before", "partner", "last", others_only=True
+    )
+    look = Head(2, "partner", "token", hs.compiled.same(), "token", "answer", "last")
+    both = hs.compiled.program([before, own, look], tokens=16, length=32, outputs=["answer"])
+    found = hs.studies.run("maze-adjacency", both.model, fast=True)
+    assert found.verdicts == {"neighbours": "holds", "listed-before": "holds"}
+    assert "L2H0" in found["listed-before"].because
+    copying = hs.compiled.compiled(hs.compiled.library.copy_program(16, 32)).model
+    assert set(hs.studies.run("maze-adjacency", copying, fast=True).verdicts.values()) == {
+        "does not hold"
+    }
+
+
+def translator(*, through_english: bool, count: int = 20) -> HeadModel:
+    """Translates French words into German, by way of English or with nothing in between."""
+    known = _MEANINGS[:count]
+    words = ["[BOS]", "[UNK]", "Français:", "-", "Deutsch:", *(one for row in known for one in row)]
+    ids = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(WordLevel(ids, unk_token="[UNK]"))  # noqa: S106
+    made.pre_tokenizer = WhitespaceSplit()
+    special = {"bos_token": "[BOS]", "unk_token": "[UNK]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    english = {ids[french]: ids[english] for english, french, _ in known}
+    german = {ids[english]: ids[german] for english, _, german in known}
+    head = Head(0, "position", "position", hs.compiled.offset(2), "token", "source")
+    size = len(words)
+    lookups = [
+        Lookup(0, ("source",), "english", size, lambda word: english.get(word, 0)),
+        Lookup(1, ("english",), "german", size, lambda word: german.get(word, 0)),
+        Lookup(1, ("english",), "again", size, lambda word: german.get(word, 0)),
+    ]
+    outputs = ["english", "german", "again"] if through_english else ["german"]
+    model = hs.compiled.program([head], tokens=size, length=64, outputs=outputs, lookups=lookups)
+    return hs.load(model.module, tokenizer=tokenizer)
+
+
+def test_a_translation_by_way_of_english_is_seen_in_the_middle() -> None:
+    found = hs.studies.run("latent-language", translator(through_english=True), fast=True)
+    assert found.verdicts == {"english": "holds"}
+    assert "after L0" in found["english"].because
+    direct = hs.studies.run("latent-language", translator(through_english=False), fast=True)
+    assert direct.verdicts == {"english": "does not hold"}
+    few = translator(through_english=True, count=8)
+    said = hs.studies.run("latent-language", few, fast=True)["english"].because
+    assert said == (
+        "8 of 40 words are single tokens of its tokenizer in English and in German: it takes 12."
+    )
