@@ -97,7 +97,7 @@ def profile_distances(
     Deviations are taken over the heads of both models together. A score that either head lacks is
     left out of that pair's mean; pairs without a shared score are infinitely far apart.
     """
-    names = shared(first, second)
+    names = shared_scores(first, second)
     total = np.zeros((first.shape[0] * first.shape[1], second.shape[0] * second.shape[1]))
     count = np.zeros_like(total)
     for name in names:
@@ -114,7 +114,7 @@ def profile_distances(
         return np.asarray(np.where(count > 0, np.sqrt(total / count), np.inf))
 
 
-def shared(first: HeadTable, second: HeadTable) -> tuple[str, ...]:
+def shared_scores(first: HeadTable, second: HeadTable) -> tuple[str, ...]:
     """Names of the scores that both tables have.
 
     Raises:
@@ -269,7 +269,7 @@ def compare(
         model if isinstance(model, HeadTable) else score(model, scorers=wanted, seed=seed)
         for model in models
     )
-    names = shared(one, two)
+    names = shared_scores(one, two)
     if by == "weights":
         a, b = models
         if isinstance(a, HeadTable) or isinstance(b, HeadTable):
@@ -395,7 +395,7 @@ _EARLY, _LATE = (0.05, 0.15), (0.9, 1.0)
 
 
 @own_types()
-def token_losses(model: HeadModel, probe: Probe) -> Float[np.ndarray, "example token"]:
+def losses_of_tokens(model: HeadModel, probe: Probe) -> Float[np.ndarray, "example token"]:
     """Cross-entropy of each token given the ones before it, in nats.
 
     NaN for the first token of an example, at padding, and at the first token after padding.
@@ -549,7 +549,7 @@ def _curves(
     room = model.shape.n_ctx or 512
     half = min(50, (room - 1) // 2)
     twice = repeated_tokens(model, length=half, batch=8, seed=seed)
-    found = copy_curves(token_losses(model, twice), half)
+    found = copy_curves(losses_of_tokens(model, twice), half)
     try:
         passages = text(
             model, None if texts is None else list(texts), length=model.shape.n_ctx, seed=seed
@@ -558,4 +558,4 @@ def _curves(
         if texts is not None:
             raise
         return found
-    return {**text_curves(token_losses(model, passages)), **found}
+    return {**text_curves(losses_of_tokens(model, passages)), **found}

@@ -692,7 +692,7 @@ def _decoded(value: Any, array: Any, depth: int) -> Any:
     return _SEQUENCES[kind](_decoded(one, array, depth - 1) for one in held)
 
 
-def frozen(array: np.ndarray, kind: type) -> np.ndarray:
+def read_only(array: np.ndarray, kind: type) -> np.ndarray:
     """Read-only copy of an array."""
     copy: np.ndarray = np.array(array, dtype=kind)
     copy.setflags(write=False)

@@ -122,10 +122,10 @@ def partners(
         {True}
     """
     index = model.shape.check(HeadIndex.parse(head))
-    return partners_of(index, *operands(model, mode, fold_norm))
+    return ranked_partners(index, *operands(model, mode, fold_norm))
 
 
-def partners_of(
+def ranked_partners(
     index: HeadIndex, first: HeadFactors, second: HeadFactors
 ) -> tuple[list[tuple[HeadIndex, float]], list[tuple[HeadIndex, float]]]:
     """Partners of a head, from the two sides that :func:`operands` returns."""

@@ -19,8 +19,8 @@ from headscope.circuits.composition import (
     Path,
     chains,
     composition,
-    partners_of,
     random_composition,
+    ranked_partners,
 )
 from headscope.circuits.maps import relation_scores
 from headscope.circuits.measures import product_spectra, token_cores
@@ -359,7 +359,7 @@ def _partners(
     except UnsupportedModelError as error:
         missing |= {f"{mode}_composition": str(error) for mode in "QKV" if mode not in readers}
     for mode in sorted(readers, key="QKV".index):
-        for side, found in zip(sides, partners_of(head, writer, readers[mode]), strict=True):
+        for side, found in zip(sides, ranked_partners(head, writer, readers[mode]), strict=True):
             side[mode] = [(str(one), value) for one, value in found[:count]]
     return sides[0], sides[1]
 

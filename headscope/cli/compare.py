@@ -23,9 +23,9 @@ from headscope.cli.options import Loading, listed, scorer_names
 from headscope.cli.output import (
     asked_of,
     console,
+    json_rows,
     print_either,
     print_written,
-    rows_of,
     run_folder,
     typed,
 )
@@ -67,11 +67,11 @@ def run(
     found = compare(one, two, by=way, scorers=names, seed=seed)
     seconds = time.perf_counter() - started
     if folder is None:
-        print_either(lambda: rows_of(found), lambda: _shown(found), as_json=as_json)
+        print_either(lambda: json_rows(found), lambda: _shown(found), as_json=as_json)
         return
     folder = folder.ready()
     _write(folder, found, {"by": by, "seed": seed, "seconds": round(seconds, 2)})
-    print_either(lambda: rows_of(found), lambda: _shown(found), as_json=as_json)
+    print_either(lambda: json_rows(found), lambda: _shown(found), as_json=as_json)
     print_written(folder.path, "comparison.parquet")
 
 
@@ -174,7 +174,7 @@ def run_similarity(
             folder, found, "similarity", f"Heads of {' and '.join(dict.fromkeys(found.models))}",
             {"by": by, "seed": seed, "seconds": round(time.perf_counter() - started, 2)},
         )  # fmt: skip
-    print_either(lambda: rows_of(found), lambda: [found.summary()], as_json=as_json)
+    print_either(lambda: json_rows(found), lambda: [found.summary()], as_json=as_json)
     if folder is not None:
         print_written(folder.path, "similarity.safetensors", "similarity.parquet")
 
@@ -256,7 +256,7 @@ def run_syntax(
             pictures=figures(found.table),
         )
     print_either(
-        lambda: {name: rows_of(one) for name, one in results.items()},
+        lambda: {name: json_rows(one) for name, one in results.items()},
         lambda: [one.summary() for one in results.values()],
         as_json=as_json,
     )
@@ -306,7 +306,7 @@ def run_emergence(
         )
     timings = {"score_seconds": time.perf_counter() - started}
     if folder is None:
-        print_either(lambda: rows_of(story), lambda: _shown_emergence(story), as_json=as_json)
+        print_either(lambda: json_rows(story), lambda: _shown_emergence(story), as_json=as_json)
         return
     folder = folder.ready()
     with whole_file(folder.path / "emergence.parquet") as file:
@@ -324,7 +324,7 @@ def run_emergence(
         command=typed(),
         results={"emergence": story},
     )
-    print_either(lambda: rows_of(story), lambda: _shown_emergence(story), as_json=as_json)
+    print_either(lambda: json_rows(story), lambda: _shown_emergence(story), as_json=as_json)
     print_written(folder.path, "emergence.parquet", "table.parquet", "pictures/")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from headscope import edges, metrics, probes
 from headscope.base.files import subfolder
 from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, print_either, print_written, rows_of, run_folder, typed
+from headscope.cli.output import asked_of, json_rows, print_either, print_written, run_folder, typed
 from headscope.edges.attribute import EdgeMethod
 from headscope.errors import InputError, nearest
 from headscope.metrics import Metric
@@ -146,7 +146,7 @@ def _as_json(found: FoundEdges) -> dict[str, Any]:
         "method": graph.method,
         "ablation": graph.ablation,
         "unit": graph.unit,
-        "edges": rows_of(graph),
+        "edges": json_rows(graph),
         "heads": [
             {"head": str(head), "score": value}
             for head, value in graph.heads.top(graph.heads.mean.size)
@@ -158,7 +158,7 @@ def _as_json(found: FoundEdges) -> dict[str, Any]:
             "verdict": circuit.checks.verdict,
             "checks": dict(circuit.checks.rows()),
         },
-        "faithfulness": rows_of(found.curve),
+        "faithfulness": json_rows(found.curve),
         "areas": {
             name: _number(getattr(found.curve, name))
             for name in ("cpr", "cpr_capped", "cmd", "log_area", "random_cpr", "random_cmd")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def print_result(result: Result, *, as_json: bool) -> None:
     """Print a result of any kind: its rows, or its glance."""
-    print_either(lambda: rows_of(result), lambda: [result], as_json=as_json)
+    print_either(lambda: json_rows(result), lambda: [result], as_json=as_json)
 
 
 def print_either(
@@ -48,7 +48,7 @@ def print_written(place: Path, *files: str, page: bool = True) -> None:
     console(stderr=True).print(f"Written to {place}: {', '.join(named)}.", soft_wrap=True)
 
 
-def rows_of(result: Result) -> list[dict[str, Any]]:
+def json_rows(result: Result) -> list[dict[str, Any]]:
     """One JSON object per row of a result; non-finite numbers become null."""
     return plain_rows(result.to_pandas())
 
@@ -95,10 +95,10 @@ def typed() -> str | None:
     module = program.parts[-2:] == ("headscope", "__main__.py")
     if not (script or module):
         return None
-    return shlex.join(["headscope", *map(portable, sys.argv[1:])])
+    return shlex.join(["headscope", *map(without_folders, sys.argv[1:])])
 
 
-def portable(word: str) -> str:
+def without_folders(word: str) -> str:
     """Remove local folders from one word of a command line."""
     joined = _JOINED.match(word)
     name, value = joined.groups() if joined else ("", word)

@@ -14,10 +14,10 @@ from headscope.base.result import Drawn, Section
 from headscope.cli.options import Loading
 from headscope.cli.output import (
     asked_of,
+    json_rows,
     print_either,
     print_result,
     print_written,
-    rows_of,
     run_folder,
     typed,
 )
@@ -150,11 +150,11 @@ def _read(
 
 def _reading_as_json(found: LensReading) -> dict[str, Any]:
     return {
-        "lens": {site: rows_of(grid) for site, grid in found.grids.items()},
-        "attribution": rows_of(found.split),
+        "lens": {site: json_rows(grid) for site, grid in found.grids.items()},
+        "attribution": json_rows(found.split),
         "logit": found.split.whole,
         "moves": [list(one) for one in found.split.top_sources(20)],
-        "heads": rows_of(found.words),
+        "heads": json_rows(found.words),
     }
 
 
@@ -298,7 +298,7 @@ def _flow_as_json(routes: Routes) -> dict[str, Any]:
         ],
         "mlp_flow": routes.mlp.sum(1).tolist(),
         "bias_flow": routes.bias.sum(1).tolist(),
-        "edges": rows_of(routes),
+        "edges": json_rows(routes),
     }
 
 

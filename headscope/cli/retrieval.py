@@ -19,13 +19,13 @@ from headscope.base.files import FolderClaim, subfolder, whole_file
 from headscope.cli.options import Loading, parse_depths, parse_lengths
 from headscope.cli.output import (
     asked_of,
+    json_rows,
     plain_rows,
-    portable,
     print_either,
     print_written,
-    rows_of,
     run_folder,
     typed,
+    without_folders,
 )
 from headscope.errors import InputError, nearest
 from headscope.heads import HeadIndex
@@ -45,7 +45,7 @@ from headscope.retrieval import (
 from headscope.retrieval.follow import Form
 from headscope.scoring import score
 from headscope.table import HeadTable, OrderCurve, RecallGrid, versions
-from headscope.table.kinds import against
+from headscope.table.kinds import control_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +80,7 @@ def _heads(found: Retrieval) -> "Table":
 
     scores, steps, acts = found.by_set, found.by_step, found.activation
     table = Table("head", title="retrieval heads, by the share of the needle that they copy")
-    for name in ("share copied", "by steps", "active in", against(scores)):
+    for name in ("share copied", "by steps", "active in", control_words(scores)):
         table.add_column(name, justify="right")
     for head, value in scores.top(_SHOWN):
         numbers = (value, float(steps[head]), float(acts[head]), float(scores.null[head]))
@@ -303,9 +303,9 @@ def _as_json(table: HeadTable, found: Retrieval, masked: dict[str, OrderCurve]) 
         "hint": found.hint() or None,
         **_counts(found),
         "heads": [str(head) for head in found.heads()],
-        "scores": rows_of(table),
-        "recall": rows_of(found.recall_grid()),
-        "masking": {name: rows_of(curve) for name, curve in masked.items()},
+        "scores": json_rows(table),
+        "recall": json_rows(found.recall_grid()),
+        "masking": {name: json_rows(curve) for name, curve in masked.items()},
     }
 
 
@@ -412,7 +412,7 @@ def run_influence(
             "corpus": corpus.name,
             "documents": len(frame),
             "heads": [str(head) for head in chosen],
-            "heads_from": "needles" if heads is None else portable(heads),
+            "heads_from": "needles" if heads is None else without_folders(heads),
             "denominator": denominator,
             "max_tokens": max_tokens,
         },

@@ -291,7 +291,7 @@ def _sections(results: Results, model: str) -> list[Section]:
             key = tuple(study.values())
             drawn.setdefault(key, []).append((name, results.effects(name, **study)))
     for key, grids in drawn.items():
-        grid, controls = joined(grids)
+        grid, controls = joined_arms(grids)
         light, dark = (curves(grid, controls=controls, theme=one) for one in ("light", "dark"))
         probe, edit, seed, metric = key[1:]
         said = (
@@ -331,7 +331,7 @@ def _together(results: Results, model: str, name: str) -> Iterator[tuple[Any, ..
                 yield (name, words, count, *(float(np.nanmean(one)) for one in ends))
 
 
-def joined(grids: Sequence[tuple[str, EffectGrid]]) -> tuple[EffectGrid, list[str]]:
+def joined_arms(grids: Sequence[tuple[str, EffectGrid]]) -> tuple[EffectGrid, list[str]]:
     """Join curves of several sets as arms of one grid, with the names of the random arms.
 
     A set with several draws becomes one arm per draw, each a control.

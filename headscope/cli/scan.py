@@ -18,10 +18,10 @@ from headscope.cli.output import (
     asked_of,
     check_overwrite,
     console,
+    json_rows,
     print_either,
     print_result,
     print_written,
-    rows_of,
     run_folder,
     typed,
 )
@@ -248,7 +248,7 @@ def run_circuits(
 
 def _survey_as_json(found: Survey) -> dict[str, Any]:
     return {
-        "scores": rows_of(found.table),
+        "scores": json_rows(found.table),
         "pairs": {
             one.name: [[str(a), str(b), value] for a, b, value in one.top()] for one in found.pairs
         },

@@ -13,9 +13,9 @@ from headscope.cli.output import (
     asked_of,
     check_overwrite,
     console,
+    json_rows,
     print_either,
     print_written,
-    rows_of,
     run_folder,
     typed,
 )
@@ -71,7 +71,7 @@ def run_study(
 
 
 def _rows(results: Iterable[StudyResult]) -> list[dict[str, Any]]:
-    return [row for one in results for row in rows_of(one)]
+    return [row for one in results for row in json_rows(one)]
 
 
 def _lines(results: Iterable[StudyResult]) -> Iterator[str]:
@@ -122,10 +122,10 @@ def run_kinds(
 
 
 def _as_json(found: KindTable) -> dict[str, Any]:
-    from headscope.cli.output import rows_of
+    from headscope.cli.output import json_rows
 
     return {
-        "findings": rows_of(found),
+        "findings": json_rows(found),
         "asked": [kind.name for kind in found.asked],
         "not_asked": dict(found.left_out),
     }

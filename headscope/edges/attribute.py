@@ -20,7 +20,7 @@ from torch import Tensor
 from headscope.base.arguments import checked
 from headscope.base.files import whole_file, writable_folder
 from headscope.base.options import Advance, RunOptions
-from headscope.edges.rules import GIM_SHARES, InteractionRules, RelevanceRules, Rules, shared
+from headscope.edges.rules import GIM_SHARES, InteractionRules, RelevanceRules, Rules, with_share
 from headscope.edges.written import (
     ENTRIES,
     EdgeBatch,
@@ -250,7 +250,7 @@ class Backwards:
             tap: _added(value) for tap, value in self.shift.items()
         }
         for site, share in self.shares.items():
-            found |= {Tap(site, layer): shared(share) for layer in range(n_layers)}
+            found |= {Tap(site, layer): with_share(share) for layer in range(n_layers)}
         return found
 
 
@@ -341,8 +341,8 @@ class _Slopes:
     @classmethod
     def of(cls, batch: EdgeBatch, run: WrittenRun, total: Tensor, frozen: bool) -> "_Slopes":
         layers = range(batch.study.wiring.n_layers)
-        shared = batch.study.model.shape.group_size > 1
-        sites = ("resid_pre", "attn_out", "mlp_out", *(("z",) if shared else ENTRIES))
+        grouped = batch.study.model.shape.group_size > 1
+        sites = ("resid_pre", "attn_out", "mlp_out", *(("z",) if grouped else ENTRIES))
         taps = [Tap(site, layer) for layer in layers for site in sites]
         taps.append(Tap("resid_post", layers[-1]))
         entries = [run.taps[tap] for tap in taps]

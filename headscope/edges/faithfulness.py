@@ -679,7 +679,7 @@ def completeness(
     every = np.ones_like(circuit.kept)
     with options.track(2.0 * len(subsets), "completeness") as advance:
         for heads in subsets:
-            out = leaving(study.wiring, heads)
+            out = edges_leaving(study.wiring, heads)
             for side, kept in zip(left, (circuit.kept, every), strict=True):
                 side.append(mean_value(batches, study, kept & ~out))
                 advance(1.0)
@@ -739,8 +739,8 @@ def minimality(
             sets = [[], *([h for h in others if drawn.random() < 0.5] for _ in range(draws))]
             most = 0.0
             for taken in sets:
-                kept = circuit.kept & ~leaving(study.wiring, taken)
-                without = kept & ~leaving(study.wiring, [head])
+                kept = circuit.kept & ~edges_leaving(study.wiring, taken)
+                without = kept & ~edges_leaving(study.wiring, [head])
                 change = mean_value(batches, study, without) - mean_value(batches, study, kept)
                 most = max(most, abs(change))
                 advance(1.0)
@@ -748,7 +748,7 @@ def minimality(
     return found
 
 
-def leaving(wiring: Wiring, heads: Sequence[HeadIndex]) -> Bool[np.ndarray, " edge"]:
+def edges_leaving(wiring: Wiring, heads: Sequence[HeadIndex]) -> Bool[np.ndarray, " edge"]:
     """Mask of the edges that leave some heads."""
     numbers: Int[np.ndarray, " source"] = np.array(
         [wiring.sources.index(str(head)) for head in heads], int

@@ -95,7 +95,7 @@ class InteractionRules(Rules):
         return super().rule(name)
 
 
-def shared(share: float) -> Callable[[Tensor], Tensor]:
+def with_share(share: float) -> Callable[[Tensor], Tensor]:
     """A function that changes no value and passes on a share of the gradient."""
     return lambda value: value * share + (value * (1 - share)).detach()
 
@@ -148,7 +148,7 @@ def _half(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     product = func(a, b, *args, **kwargs)
     if not all(inner) or a.shape != b.shape:
         return product
-    return shared(0.5)(product)
+    return with_share(0.5)(product)
 
 
 class _SoftGradient(torch.autograd.Function):

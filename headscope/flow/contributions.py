@@ -21,7 +21,13 @@ from headscope.heads import HeadIndex
 from headscope.lens.attribution import need_unembedding, tolerance
 from headscope.lens.reading import Promptish, Token, read_prompt, read_token, token_texts
 from headscope.models.hf.seq2seq import StackView
-from headscope.models.hf.sublayers import Sublayer, arounds, need_encoder_decoder, streams, sublayer
+from headscope.models.hf.sublayers import (
+    Sublayer,
+    arounds,
+    keeping_streams,
+    need_encoder_decoder,
+    sublayer,
+)
 from headscope.models.protocol import AttentionWrite, HeadModel
 from headscope.models.running import own_types
 from headscope.models.taps import Read, Tap, TapView, TextBatch, at_layers
@@ -122,7 +128,7 @@ def sum_of(
     )
 
 
-def over_layers(
+def each_layer(
     model: HeadModel,
     batch: TextBatch,
     visit: Callable[[LayerSum], None],
@@ -242,7 +248,7 @@ def texts_per_pass(probe: Probe) -> int:
     return max(1, 512 // probe.length)
 
 
-def over_heads(
+def nan_where_missing(
     model: HeadModel, values: Float[np.ndarray, "layer head *rest"]
 ) -> Float[np.ndarray, "layer head *rest"]:
     """Values of all heads, NaN at those that do not exist."""
@@ -370,7 +376,7 @@ def alti(
                 vectors = Vectors.of(model, made, example, options, halvings)
                 state[example] = _alti_step(vectors, whole[example], state[example])
 
-        over_layers(model, batch, multiply)
+        each_layer(model, batch, multiply)
         padding = ~batch.real.to(model.device)
         itself = torch.eye(batch.length, dtype=torch.float32, device=model.device)
         return torch.where(padding[..., None], itself, state).cpu()
@@ -511,7 +517,7 @@ def alti_logits(
     also: dict[Tap, Read] = {Tap("mlp_out", n): think for n in range(model.shape.n_layers)}
     end = Tap("final_resid")
     also[end] = lambda view: final.append(view.value[0, at].float())
-    over_layers(model, probes.from_tokens(ids), add, also, until=end)
+    each_layer(model, probes.from_tokens(ids), add, also, until=end)
     scale = model.unembedding.scale(final[0])
     whole = (model.unembedding.uncapped(final[0])[pair] * sign).sum()
     names = token_texts(model.tokenizer, pair.tolist())
@@ -635,7 +641,7 @@ def norms(
 
     def run(batch: Probe, halvings: int) -> dict[str, Tensor]:
         made = _Norms.empty(model, batch)
-        over_layers(model, batch, lambda layer: made.add(model, layer, options, halvings))
+        each_layer(model, batch, lambda layer: made.add(model, layer, options, halvings))
         return {name: value.cpu() for name, value in vars(made).items()}
 
     size = options.batch_size or texts_per_pass(probe)
@@ -656,7 +662,7 @@ def norms(
     ) -> HeadScores:
         return HeadScores.from_examples(
             name,
-            over_heads(model, values),
+            nan_where_missing(model, values),
             kv_heads=shape.n_kv_heads,
             design=Design(clusters=probe.cluster_labels),
             unit=unit,
@@ -667,7 +673,7 @@ def norms(
         )
 
     return Contributions(
-        per_head_norm=over_heads(model, elsewhere),
+        per_head_norm=nan_where_missing(model, elsewhere),
         fused_norm=joined["fused"].numpy(),
         mixing={form: joined[form].numpy() for form in ("attention", "residual")},
         norm_share=scores(
@@ -786,7 +792,7 @@ def norm_matrix(
                         rows = torch.linalg.vector_norm(moved, dim=-1).T
                     found[example, ..., at, : rows.shape[-1]] = rows
 
-        over_layers(model, batch, fill)
+        each_layer(model, batch, fill)
         return found.cpu()
 
     size = options.batch_size or texts_per_pass(probe)
@@ -902,7 +908,7 @@ class _Maker:
     def shares(self, batch: Probe) -> list[Float[Tensor, "batch query part"]]:
         """Rows of shares of each layer, in one pass."""
         self.kept, self.made = {}, []
-        with streams(self.view, self.kept, self.known):
+        with keeping_streams(self.view, self.kept, self.known):
             self.view.run(
                 batch,
                 reads=at_layers(self.view.shape, self._read),

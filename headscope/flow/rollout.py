@@ -18,8 +18,8 @@ from headscope.capture import check_fits, passes
 from headscope.errors import InputError, nearest
 from headscope.flow.contributions import (
     existing,
+    nan_where_missing,
     need_attention,
-    over_heads,
     places,
     query_chunks,
     texts_of,
@@ -238,7 +238,7 @@ def through_heads(
     values[..., ~chosen.any(1).numpy()] = np.nan
     return HeadScores.from_examples(
         "through_mass",
-        over_heads(model, values),
+        nan_where_missing(model, values),
         kv_heads=shape.n_kv_heads,
         design=Design(clusters=probe.cluster_labels),
         unit="share of rollout",

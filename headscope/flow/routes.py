@@ -21,8 +21,8 @@ from headscope.flow.contributions import (
     RowsAt,
     copied,
     layer_sum,
+    nan_where_missing,
     need_parts,
-    over_heads,
     places,
     query_chunks,
     shares_of,
@@ -180,7 +180,7 @@ def route_scores(
     def score(name: str, values: np.ndarray, unit: str, said: str) -> HeadScores:
         return HeadScores.from_examples(
             name,
-            over_heads(model, values),
+            nan_where_missing(model, values),
             kv_heads=shape.n_kv_heads,
             design=Design(clusters=probe.cluster_labels),
             unit=unit,
@@ -411,7 +411,7 @@ class _Trace:
             entering=self.entering,
             bias=self.bias,
             mlp=self.mlp,
-            head_flow=over_heads(self.model, self.head_flow),
+            head_flow=nan_where_missing(self.model, self.head_flow),
             on_route=self.on_route,
             parallel=self.parallel,
             head_weights=columns.pop("heads"),

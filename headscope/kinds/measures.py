@@ -438,7 +438,7 @@ def known(model: HasVocabulary, pairs: Mapping[str, str]) -> list[tuple[int, int
     return [(a, b) for a, b in found if a is not None and b is not None]
 
 
-def marked(
+def marked_prompts(
     model: HasVocabulary,
     said: Sequence[tuple[str, Mapping[str, tuple[int, int]], str, str]],
     name: str,
@@ -512,7 +512,7 @@ def choices(model: HasVocabulary, seed: int) -> Probe:
         marks["right"] = marks[f"option_{right}"]
         foil = LETTERS[(kinds.index(wanted) + 1 + number % 3) % 4]
         said.append((text + "Answer:", marks, f" {right}", f" {foil}"))
-    made = marked(model, said, "choices", seed)
+    made = marked_prompts(model, said, "choices", seed)
     letters = torch.stack([made.mark(f"option_{letter}") for letter in LETTERS]).any(0)
     return replace(made, marks={**made.marks, "letters": letters})
 
@@ -530,7 +530,7 @@ def yes_or_no(model: HasVocabulary, seed: int) -> Probe:
         marks = {one: _at(text, f" {one}", "Say") for one in order}
         answer, foil = (" yes", " no") if is_one else (" no", " yes")
         said.append((text, marks, answer, foil))
-    return marked(model, said, "yes or no", seed)
+    return marked_prompts(model, said, "yes or no", seed)
 
 
 def contradicted(model: HasVocabulary, seed: int) -> Probe:
@@ -547,7 +547,7 @@ def contradicted(model: HasVocabulary, seed: int) -> Probe:
             "country": (text.rindex(country), text.rindex(country) + len(country)),
         }
         said.append((text, marks, f" {CAPITALS[other]}", f" {CAPITALS[country]}"))
-    return marked(model, said, "contradicted facts", seed)
+    return marked_prompts(model, said, "contradicted facts", seed)
 
 
 def successions(model: HasVocabulary, seed: int) -> Probe:
@@ -560,7 +560,7 @@ def successions(model: HasVocabulary, seed: int) -> Probe:
             text = " ".join(shown)
             marks = {"last": (len(text) - len(shown[-1]), len(text))}
             said.append((text, marks, f" {due}", f" {foil}"))
-    return marked(model, rng.sample(said, len(said)), "successions", seed)
+    return marked_prompts(model, rng.sample(said, len(said)), "successions", seed)
 
 
 def related_words(model: HasVocabulary, seed: int) -> Probe:
@@ -598,7 +598,7 @@ def related_words(model: HasVocabulary, seed: int) -> Probe:
         text += words[kinds[asked]][1]
         said.append(("and " + text, {name: (a + 4, b + 4) for name, (a, b) in marks.items()},
                      f" {people[asked]}", f" {foil}"))  # fmt: skip
-    made = marked(model, said, "related words", seed)
+    made = marked_prompts(model, said, "related words", seed)
     every = torch.stack([made.mark(f"follower_{at}") for at in range(3)]).any(0)
     return replace(made, marks={**made.marks, "followers": every})
 
@@ -674,7 +674,7 @@ def opinions(model: HeadModel) -> LabelledTexts:
 
 
 def _texts(model: HasVocabulary, texts: Sequence[str], name: str) -> Probe:
-    return marked(model, [(text, {}, "", "") for text in texts], name)
+    return marked_prompts(model, [(text, {}, "", "") for text in texts], name)
 
 
 def _at(text: str, word: str, behind: str) -> tuple[int, int]:

@@ -14,14 +14,14 @@ from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
 from headscope.errors import InputError
 from headscope.heads import ModelShape
-from headscope.lens.attribution import rows_of
+from headscope.lens.attribution import row_positions
 from headscope.lens.fitting import (
     Data,
     Descent,
     FitReport,
     Judge,
     LensConfig,
-    divergence,
+    divergence_of_lens,
     in_turn,
     save_lens,
     split_data,
@@ -86,7 +86,7 @@ class HeadStreams:
 @torch.no_grad()
 def head_streams(model: HeadModel, batch: Probe, layers: tuple[int, ...]) -> HeadStreams:
     """Run a batch and return its streams."""
-    example, position = (one.to(model.device) for one in rows_of(batch.real))
+    example, position = (one.to(model.device) for one in row_positions(batch.real))
     seen = HeadStreams(model, layers, example, position)
     model.run(batch, reads=seen.reads(model.shape), logits_at=torch.empty(0, dtype=torch.long))
     return seen
@@ -316,7 +316,7 @@ def attention_lens(
         digest=model.digest(),
         settings=settings,
     )
-    return lens.judged(judge(model, data, lens))
+    return lens.judged(held_out_losses(model, data, lens))
 
 
 def _start(
@@ -356,12 +356,12 @@ def _descend(
                 plain = layer_logits(model, layer, z, biases)
             with torch.enable_grad():
                 change = correction(z, *(one[place] for one in parts))
-                loss = divergence(final, unembedding.capped(plain + change)).sum()
+                loss = divergence_of_lens(final, unembedding.capped(plain + change)).sum()
                 (loss / len(seen.final)).backward()
 
 
 @torch.no_grad()
-def judge(model: HeadModel, data: Data, lens: AttentionLens) -> FitReport:
+def held_out_losses(model: HeadModel, data: Data, lens: AttentionLens) -> FitReport:
     """Held-out loss of a lens and of the plain direct path."""
     found = Judge.of(tuple(f"L{layer}" for layer in lens.layers), data.held_out)
     unembedding, biases, done = model.unembedding, constants(model.unembedding), 0

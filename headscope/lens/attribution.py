@@ -145,7 +145,9 @@ class Split:
         return torch.stack(parts).cpu().double()
 
 
-def rows_of(read: Bool[Tensor, "batch pos"]) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
+def row_positions(
+    read: Bool[Tensor, "batch pos"],
+) -> tuple[Int[Tensor, " row"], Int[Tensor, " row"]]:
     """Example and position of every row."""
     example, position = read.nonzero(as_tuple=True)
     return example, position
@@ -405,7 +407,7 @@ def _splits(
     """Yield each batch of a probe, decomposed and checked."""
 
     def make(batch: Probe, _halvings: int) -> Split:
-        example, position = (one.to(model.device) for one in rows_of(_read(batch, against)))
+        example, position = (one.to(model.device) for one in row_positions(_read(batch, against)))
         direction = _directions(model, batch, example, position, against)
         return Split(model, example, position, direction)
 

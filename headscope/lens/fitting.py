@@ -18,11 +18,11 @@ from torch import Tensor
 
 from headscope import capture, probes
 from headscope.base.configs import Strict, parse
-from headscope.base.files import check_same, frozen, whole_file, writable_folder
+from headscope.base.files import check_same, read_only, whole_file, writable_folder
 from headscope.base.options import RunOptions
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError
-from headscope.lens.attribution import rows_of
+from headscope.lens.attribution import row_positions
 from headscope.lens.reading import States, logits_of, row_chunks
 from headscope.models.protocol import HeadModel
 from headscope.probes.probe import Probe, probe_digest
@@ -59,7 +59,7 @@ class FitReport:
     def __post_init__(self) -> None:
         """Freeze the arrays."""
         for name in ("learned", "plain", "agreement"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float64))
 
     @property
     def gain(self) -> Float[np.ndarray, " row"]:
@@ -247,7 +247,7 @@ def examples_per_pass(probe: Probe) -> int:
     return max(1, _TOKENS // probe.length)
 
 
-def batches(probe: Probe, steps: int, seed: int) -> Iterator[Probe]:
+def random_batches(probe: Probe, steps: int, seed: int) -> Iterator[Probe]:
     """Draw random examples for every step, using each once before any is repeated."""
     generator = torch.Generator().manual_seed(seed)
     size = min(examples_per_pass(probe), len(probe))
@@ -270,14 +270,14 @@ def streams(
     model: HeadModel, batch: Probe
 ) -> tuple[Float[Tensor, "row token d_model"], Float[Tensor, "token d_model"], Tensor]:
     """Residual streams of all places below the last, the last one, and each token's example."""
-    example, position = (one.to(model.device) for one in rows_of(batch.real))
+    example, position = (one.to(model.device) for one in row_positions(batch.real))
     states = States(example, position)
     model.run(batch, reads=states.reads(model.shape), logits_at=torch.empty(0, dtype=torch.long))
     rows = torch.stack(list(states.rows["residual"].values())[:-1])
     return rows, states.final, example
 
 
-def divergence(
+def divergence_of_lens(
     final: Float[Tensor, "token d_vocab"], logits: Float[Tensor, "token d_vocab"]
 ) -> Float[Tensor, " token"]:
     """``KL(model || lens)`` per token, of the model's log-probabilities and the lens' logits."""
@@ -320,7 +320,7 @@ class Judge:
         example: Int[Tensor, " token"],
     ) -> None:
         """Add some tokens of one place."""
-        loss = divergence(final, logits).clamp_min(0).cpu().double().numpy()
+        loss = divergence_of_lens(final, logits).clamp_min(0).cpu().double().numpy()
         np.add.at(self.sums[lens, place], example.cpu().numpy(), loss)
         self.agreed[lens, place] += int((final.argmax(1) == logits.argmax(1)).sum())
 
@@ -399,7 +399,7 @@ class Descent:
             kept = _Kept(place, {**self.facts, "data": probe_digest(data.fit)})
         done = 0 if kept is None else kept.restore(parameters, optimiser)
         with self.options.track(self.steps, what) as advance:
-            for step, batch in enumerate(batches(data.fit, self.steps, self.options.seed)):
+            for step, batch in enumerate(random_batches(data.fit, self.steps, self.options.seed)):
                 if step >= done:
                     for group in optimiser.param_groups:
                         group["lr"] = self.learning_rate * (1 - step / self.steps)

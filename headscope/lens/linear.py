@@ -23,7 +23,7 @@ from headscope.lens.fitting import (
     Descent,
     FitReport,
     LensConfig,
-    divergence,
+    divergence_of_lens,
     examples_per_pass,
     in_turn,
     judge_streams,
@@ -437,5 +437,5 @@ def _descend(model: HeadModel, x: Tensor, last: Tensor, change: Tensor, shift: T
             final = logits_of(unembedding, last[chosen]).log_softmax(1)
         seen = x[chosen]
         logits = logits_of(unembedding, seen + seen @ change + shift)
-        loss = divergence(final, logits).sum() / len(x)
+        loss = divergence_of_lens(final, logits).sum() / len(x)
         loss.backward()

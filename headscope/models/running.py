@@ -394,7 +394,7 @@ def padding(
     Args:
         real: False at padding.
         accepts: names of arguments that the module takes.
-        first: number of the first position; see :func:`first_position`.
+        first: number of the first position; see :func:`first_number`.
         turns_at: longest text of the first of two sets of rotations (:class:`ModelShape`).
 
     Raises:
@@ -415,7 +415,7 @@ def padding(
 
 
 @torch.no_grad()
-def first_position(module: Any, tokens: Int[Tensor, "batch pos"]) -> int:
+def first_number(module: Any, tokens: Int[Tensor, "batch pos"]) -> int:
     """Number that a module gives to the position of its first token.
 
     0, but in families whose table of positions begins with a row for padding (roberta).

@@ -377,7 +377,7 @@ def writes_of(edits: Sequence[Edit]) -> dict[Tap, Edited]:
     return {tap: Edited(tap.layer or 0, tuple(some)) for tap, some in by_tap.items()}
 
 
-def checked(
+def checked_taps(
     taps: Mapping[Any, Any], name: str, shape: ModelShape, writing: bool = False
 ) -> dict[Tap, Any]:
     """Return functions by tap; plain pairs ``(site, layer)`` are taken as taps.

@@ -629,13 +629,13 @@ def _told_apart(area: "Axes") -> str:
     return "grey bars are hatched, too" if grey else ""
 
 
-def contrast(colour: str, ground: str) -> float:
+def contrast_ratio(colour: str, ground: str) -> float:
     """Contrast ratio of two colours, from 1 (equal) to 21 (black on white).
 
     Source: W3C, Web Content Accessibility Guidelines 2.1, section 1.4.3.
 
     Example:
-        >>> round(contrast("#000000", "#ffffff"))
+        >>> round(contrast_ratio("#000000", "#ffffff"))
         21
     """
     # Y / Yn from L*, whose definition inverts.
@@ -652,7 +652,7 @@ def _darkened(colour: Untyped, ground: Untyped) -> Untyped:
     for share in np.linspace(0, 1, 21):
         red, green, blue = (1 - share) * np.array(to_rgb(colour)) + share * end
         found = to_hex((red, green, blue))
-        if contrast(found, to_hex(ground)) >= 3:
+        if contrast_ratio(found, to_hex(ground)) >= 3:
             return found
     return to_hex((end, end, end))
 

@@ -24,7 +24,7 @@ from headscope.plots.figure import (
     layer_marker,
 )
 from headscope.table import EffectGrid, HeadScores, HeadTable, RecallGrid
-from headscope.table.kinds import best_heads
+from headscope.table.kinds import notable_heads
 
 
 @checked
@@ -144,7 +144,7 @@ def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "lig
         raise InputError(f"{a.name!r} and {b.name!r} are not of one model.")
     known = np.isfinite(a.mean) & np.isfinite(b.mean)
     labels = a.labels[known].tolist()
-    names = set(map(str, best_heads([a, b], named)))
+    names = set(map(str, notable_heads([a, b], named)))
     places = _places(a.mean[known], b.mean[known], [one in names for one in labels])
     rho = rank_correlation(a.mean, b.mean)
     style = STYLES[theme]

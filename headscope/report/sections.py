@@ -34,7 +34,7 @@ from headscope.table import (
     PairScores,
     RecallGrid,
 )
-from headscope.table.kinds import against, copying
+from headscope.table.kinds import control_words, copying_summary
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,13 +371,13 @@ def _heads(scores: HeadScores, pictures: Mapping[str, Drawing]) -> list[Block]:
     above = [(head, value) for head, value in scores.top(scores.mean.size) if value > limit]
     return [
         Words(
-            f"{copying(scores)}. A head copies where, while {when}, its most attended token lies "
-            f"in the needle's answer and is the token that is {which}. Grey: the layer's window "
-            "hid the needle."
+            f"{copying_summary(scores)}. A head copies where, while {when}, its most attended "
+            f"token lies in the needle's answer and is the token that is {which}. Grey: the "
+            "layer's window hid the needle."
         ),
         _picture(scores.name, "Share of the needle that each head copies.", pictures),
         Rows(
-            ("head", "share copied", "error", against(scores), "beyond chance"),
+            ("head", "share copied", "error", control_words(scores), "beyond chance"),
             [
                 (
                     str(head),

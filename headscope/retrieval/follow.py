@@ -524,7 +524,7 @@ def _runs(
         ends = (at for at, token in enumerate(tokens) if stops(token, at))
         length = next(ends, len(tokens))
         key = prompts[row, needle[row]].tolist()
-        reply = answered(model, tokens[:length], unbroken(prompts[row], needle[row]))
+        reply = reply_to(model, tokens[:length], unbroken(prompts[row], needle[row]))
         runs.append(
             Run(
                 tokens=tuple(tokens[:length]),
@@ -554,7 +554,7 @@ class Reply(NamedTuple):
     recall: float
 
 
-def answered(model: HeadModel, said: list[int], wanted: list[list[int]]) -> Reply:
+def reply_to(model: HeadModel, said: list[int], wanted: list[list[int]]) -> Reply:
     """The response as text, with its recall of the answer."""
     if model.tokenizer is None:
         asked = [token for part in wanted for token in part]
@@ -669,7 +669,7 @@ def _read(model: HeadModel, probe: Probe, rows: list[int]) -> list[Run]:
             if layer in looked.reachable:
                 reachable[:, layer] = looked.reachable[layer][i, asked].numpy()
         said = predicted[i, asked].tolist()
-        reply = answered(model, said, unbroken(tokens[i], needle[i]))
+        reply = reply_to(model, said, unbroken(tokens[i], needle[i]))
         key = tuple(tokens[i, needle[i]].tolist())
         runs.append(
             Run(

@@ -37,7 +37,7 @@ from headscope.retrieval.follow import (
 )
 from headscope.scoring import score
 from headscope.table import HeadScores, RecallGrid
-from headscope.table.kinds import copying
+from headscope.table.kinds import copying_summary
 
 if TYPE_CHECKING:
     import pyarrow
@@ -94,7 +94,7 @@ class Retrieval:
 
     def found(self) -> str:
         """Count the heads above the threshold, and those significantly above chance."""
-        return copying(self.by_set)
+        return copying_summary(self.by_set)
 
     def hint(self) -> str:
         """Suggest what to try if nothing was answered, with some replies; otherwise empty."""

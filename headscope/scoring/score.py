@@ -165,8 +165,8 @@ class Accumulator:
             self._writes = {layer: write(layer) for layer in self.model.shape.attention_layers}
         size = (self.model.shape.n_layers, self.model.shape.n_heads, len(self.batch))
         self._sums = RunningSums([scorer.name for scorer in self.scorers], *size)
-        flat = [s.name for s in self.scorers if s.kind == "row" and against(s, "even_rows")]
-        other = [s.name for s in self.scorers if against(s, "same_rows")]
+        flat = [s.name for s in self.scorers if s.kind == "row" and is_against(s, "even_rows")]
+        other = [s.name for s in self.scorers if is_against(s, "same_rows")]
         self._flat_sums = RunningSums([*flat, *other] if self.flat else [], *size)
         self.budget = self._budget()
 
@@ -195,7 +195,7 @@ class Accumulator:
     def _others(self) -> dict[str, Bool[Tensor, "batch pos"]]:
         """Mask of the queries that count in the paired example, per scorer with such a control."""
         other = self.batch.control
-        asking = [s for s in self.scorers if against(s, "same_rows")]
+        asking = [s for s in self.scorers if is_against(s, "same_rows")]
         if other is None or not self.flat or not asking:
             return {}
         shown = self.batch.real & other.real
@@ -263,7 +263,7 @@ class Accumulator:
                 self._held.append((scorer, layer.number, values, positions))
             else:
                 self._sums.add(scorer.name, layer.number, values, chosen)
-            if scorer.name in self._flat_sums and against(scorer, "even_rows"):
+            if scorer.name in self._flat_sums and is_against(scorer, "even_rows"):
                 spread = self._flat_values(scorer, layer, chunk).to(layer.device)
                 spread = spread.expand(-1, self.model.shape.n_heads, -1)
                 self._flat_sums.add(scorer.name, layer.number, spread, chosen)
@@ -410,12 +410,12 @@ class _Chunk:
         return even
 
 
-def against(scorer: Scorer, of: str) -> bool:
+def is_against(scorer: Scorer, of: str) -> bool:
     """Whether a scorer's control is of this kind; see :class:`headscope.scorer.Control`."""
     return scorer.control is not None and scorer.control.of == of
 
 
-def joined(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
+def joined_sums(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
     """Concatenate the sums of consecutive batches, per scorer."""
     return {
         name: Sums(
@@ -794,7 +794,7 @@ def _run(
     passes = capture.stream(model, probe, watch, batch_size=options.batch_size)
     parts = [(part.sums, part.flat_sums) for _, part in passes]
     sums, flats = zip(*parts, strict=True)
-    return joined(sums), joined(flats)
+    return joined_sums(sums), joined_sums(flats)
 
 
 def _to_scores(

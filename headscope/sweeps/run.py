@@ -490,7 +490,7 @@ def estimate(config: SweepConfig, plan: Plan, benches: Benches) -> Estimate:
     alone, several = (_seconds(benches, plan, part) for part in (one, few))
     # Eight more cells cost this much more: the clean run is in both.
     per_pass = max(several - alone, 0.05 * several) / (8 * _share(plan, one) * study.examples)
-    passes = sum(passes_of(plan, part) for part in plan.chunks)
+    passes = sum(passes_of_chunk(plan, part) for part in plan.chunks)
     planned = plan.models[study.model]
     return Estimate(
         cells=plan.n_cells,
@@ -512,7 +512,7 @@ def _estimate_of_edges(plan: Plan, bench: Bench) -> Estimate:
     started = time.perf_counter()
     bench.model.run(probe)
     taken = time.perf_counter() - started
-    passes = sum(passes_of(plan, part) for part in plan.chunks)
+    passes = sum(passes_of_chunk(plan, part) for part in plan.chunks)
     return Estimate(
         cells=plan.n_cells,
         chunks=len(plan.chunks),
@@ -529,7 +529,7 @@ def _timed_on(device: torch.device) -> str:
     return name or f"process on the {device.type.upper()}"
 
 
-def passes_of(plan: Plan, chunk: Chunk) -> float:
+def passes_of_chunk(plan: Plan, chunk: Chunk) -> float:
     """Number of whole passes of a chunk, per example.
 
     For edges a gradient counts as three passes, exact patching as a pass per edge, and a circuit

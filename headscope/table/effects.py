@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from headscope.base.files import Saved, frozen, read_parquet, whole_file
+from headscope.base.files import Saved, read_only, read_parquet, whole_file
 from headscope.base.result import (
     Drawn,
     Glance,
@@ -69,7 +69,7 @@ class EffectGrid(Specified, Saved, Shown, Tabular):
         for name in ("per_example", "unedited", "pair"):
             values = getattr(self, name)
             if values is not None:
-                object.__setattr__(self, name, frozen(values, np.float64))
+                object.__setattr__(self, name, read_only(values, np.float64))
 
     @classmethod
     def _of_parts(cls, parts: dict[str, Any]) -> "EffectGrid":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from headscope.base.files import Saved, Stored, frozen, whole_file
+from headscope.base.files import Saved, Stored, read_only, whole_file
 from headscope.base.result import (
     Drawn,
     Glance,
@@ -291,8 +291,8 @@ class TokenFlow(Saved, Shown):
                 f"{self.name!r} has a matrix {self.matrix.shape} for {batch} texts of {length} "
                 "tokens."
             )
-        object.__setattr__(self, "matrix", frozen(self.matrix, np.float32))
-        object.__setattr__(self, "real", frozen(self.real, bool))
+        object.__setattr__(self, "matrix", read_only(self.matrix, np.float32))
+        object.__setattr__(self, "real", read_only(self.real, bool))
 
     def into(self, example: int = 0, query: int = -1) -> Float[np.ndarray, " key"]:
         """Shares of the input tokens in one position's state: one row of the matrix.
@@ -380,7 +380,7 @@ class TokenLogits(Saved, Shown):
     def __post_init__(self) -> None:
         """Freeze the arrays and check the sum."""
         for name in ("values", "mlp"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float64))
         parts = np.concatenate([self.values, self.mlp, [self.bias, self.constant]])
         largest = np.abs(parts).max(keepdims=True)
         whole = np.array([self.whole])
@@ -435,8 +435,8 @@ class Contributions(Saved, Shown):
     def __post_init__(self) -> None:
         """Freeze the arrays."""
         for name in ("per_head_norm", "fused_norm"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float32))
-        mixing = {name: frozen(one, np.float32) for name, one in self.mixing.items()}
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float32))
+        mixing = {name: read_only(one, np.float32) for name, one in self.mixing.items()}
         object.__setattr__(self, "mixing", mixing)
 
     @property
@@ -576,7 +576,7 @@ class Routes(Saved, Shown, Tabular):
         """Freeze the arrays."""
         for names, dtype in _ROUTE_ARRAYS.items():
             for name in names:
-                object.__setattr__(self, name, frozen(getattr(self, name), dtype))
+                object.__setattr__(self, name, read_only(getattr(self, name), dtype))
 
     @property
     def cuts(self) -> Float[np.ndarray, " cut"]:
@@ -734,7 +734,7 @@ class SourceContribution(Saved, Shown, Tabular):
     def __post_init__(self) -> None:
         """Freeze the arrays."""
         for name in ("source", "prefix"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float32))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float32))
 
     @property
     def share(self) -> Float[np.ndarray, "batch target"]:

@@ -113,14 +113,14 @@ def roles_by_head(
     return {head: sorted(roles[head], key=lambda role: -role[1]) for head in sorted(roles)}
 
 
-def copying(scores: HeadScores) -> str:
+def copying_summary(scores: HeadScores) -> str:
     """Count a retrieval score's heads above its threshold, and those significant.
 
     The terminal, the page and the result print this same sentence.
 
     Example:
         >>> probe = hs.probes.needle(model, lengths=64, depths=1, per_cell=1)
-        >>> "retrieval heads of" in copying(hs.retrieval.forced(model, probe))
+        >>> "retrieval heads of" in copying_summary(hs.retrieval.forced(model, probe))
         True
     """
     limit = scores.threshold or 0.0
@@ -135,10 +135,10 @@ def copying(scores: HeadScores) -> str:
     if not np.isfinite(scores.p_value).any():
         return f"{said}, not tested against a control (n = {n})"
     beyond = int((above & scores.significant()).sum())
-    return f"{said}, {beyond} of them beyond chance (n = {n}, control: {against(scores)})"
+    return f"{said}, {beyond} of them beyond chance (n = {n}, control: {control_words(scores)})"
 
 
-def against(scores: HeadScores) -> str:
+def control_words(scores: HeadScores) -> str:
     """Name of a needle score's control, in two words."""
     kind = str(scores.provenance.control)
     names = {"removed": "needle removed", "other_question": "other question"}
@@ -150,7 +150,7 @@ def by_interest(scores: Iterable[HeadScores]) -> list[HeadScores]:
     return sorted(scores, key=lambda one: one.threshold is None)
 
 
-def best_heads(scores: Iterable[HeadScores], k: int = 3) -> list[HeadIndex]:
+def notable_heads(scores: Iterable[HeadScores], k: int = 3) -> list[HeadIndex]:
     """Union of the k most notable heads of each score, in head order."""
     return sorted({head for one in scores for head, _ in one.notable(k)})
 
@@ -187,7 +187,7 @@ def table_glance(table: Sequence[HeadScores], width: int | None = None) -> Glanc
     if len({one.stack for one in scores}) > 1:
         return _glance_of_stacks(table)
     shown = scores if width is None else _fitting(scores, width)
-    heads = best_heads(shown)
+    heads = notable_heads(shown)
     if width is None:
         heads = heads[:_MOST_ROWS]
     layers, across = scores[0].mean.shape

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from headscope.base.files import Saved, frozen, read_parquet, whole_file
+from headscope.base.files import Saved, read_only, read_parquet, whole_file
 from headscope.base.result import (
     Drawn,
     Glance,
@@ -80,7 +80,7 @@ class LensGrid(Saved, Shown, Tabular):
         if self.ids.shape[:2] != shape or self.kl.shape != shape:
             raise InputError(f"{self.name!r} has cells {self.ids.shape[:2]}, not {shape}.")
         for name, dtype in _DTYPES.items():
-            object.__setattr__(self, name, frozen(getattr(self, name), dtype))
+            object.__setattr__(self, name, read_only(getattr(self, name), dtype))
 
     @property
     def target_probability(self) -> Float[np.ndarray, "row pos"]:
@@ -213,7 +213,7 @@ class HeadWords(Saved, Shown, Tabular):
                 values[self.layers.index(head.layer), head.head] = np.nan
         object.__setattr__(self, "values", values)
         for name, dtype in (("ids", np.int64), ("texts", object), ("values", np.float64)):
-            object.__setattr__(self, name, frozen(getattr(self, name), dtype))
+            object.__setattr__(self, name, read_only(getattr(self, name), dtype))
 
     def promoted(self, head: "str | tuple[int, int]") -> list[tuple[str, float]]:
         """Tokens that a head promotes most, largest first."""
@@ -375,7 +375,7 @@ class Attribution(Saved, Shown, Tabular):
         for name in ("heads", "biases", "mlps", "sources"):
             values = getattr(self, name)
             if values is not None:
-                object.__setattr__(self, name, frozen(values, np.float64))
+                object.__setattr__(self, name, read_only(values, np.float64))
         parts = np.array([part.value for part in self])
         check_sum(
             parts.sum(keepdims=True),
@@ -707,7 +707,7 @@ class DecoderLens(Saved, Shown, Tabular):
     def __post_init__(self) -> None:
         """Freeze the arrays."""
         for name in ("loss", "right"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float64))
 
     def glance(self) -> Glance:
         """Show loss, share of correct tokens, and the first text, layer by layer."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.base.files import Saved, Stored, frozen
+from headscope.base.files import Saved, Stored, read_only
 from headscope.base.result import (
     Drawn,
     Glance,
@@ -67,7 +67,7 @@ class TokenRelevance(Saved, Shown, Tabular):
         for name in ("per_target", "base", "by_head", "estimate"):
             values = getattr(self, name)
             if values is not None:
-                object.__setattr__(self, name, frozen(values, np.float64))
+                object.__setattr__(self, name, read_only(values, np.float64))
 
     @property
     def relevance(self) -> Float[np.ndarray, " unit"]:

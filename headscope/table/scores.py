@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from headscope.base.files import Saved, Stored, frozen
+from headscope.base.files import Saved, Stored, read_only
 from headscope.base.result import Glance, Grid, Shown, short
 from headscope.base.specs import Direction, Provenance, ScoreSpec, Specified, specified
 from headscope.base.statistics import (
@@ -64,9 +64,9 @@ class Summary(Stored):
     def __post_init__(self) -> None:
         """Copy and freeze the arrays."""
         for name in ("n", "missing"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.int64))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.int64))
         for name in FLOATS:
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float64))
 
     @classmethod
     def of_examples(
@@ -148,7 +148,7 @@ class HeadScores(Saved, Specified, Shown):
         for name in ("examples", "control_examples"):
             values = getattr(self, name)
             if values is not None:
-                object.__setattr__(self, name, frozen(values, np.float64))
+                object.__setattr__(self, name, read_only(values, np.float64))
 
     @classmethod
     def from_examples(
@@ -319,7 +319,7 @@ class HeadScores(Saved, Specified, Shown):
     @cached_property
     def p_adjusted(self) -> Float[np.ndarray, "layer head"]:
         """p-values adjusted over all heads (Benjamini-Hochberg)."""
-        return frozen(benjamini_hochberg(self.p_value), np.float64)
+        return read_only(benjamini_hochberg(self.p_value), np.float64)
 
     @cached_property
     def labels(self) -> Shaped[np.ndarray, "layer head"]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from headscope.base.files import Saved, Stored, frozen
+from headscope.base.files import Saved, Stored, read_only
 from headscope.base.result import Drawn, Glance, Section, Shown, Tabular, number, sizes
 from headscope.base.specs import Provenance, ScoreSpec, Specified, portable
 from headscope.errors import InputError, nearest, whole
@@ -66,7 +66,7 @@ class HeadSimilarity(Specified, Saved, Shown, Tabular):
                 f"{self.values.shape} and a null of shape {self.null.shape}."
             )
         for name in ("values", "null"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float64))
         object.__setattr__(self, "models", tuple(map(portable, self.models)))
         if self.within and self.first != self.second:
             raise InputError("heads of one model are the same in rows and columns.")
@@ -320,7 +320,7 @@ class ConceptHeads(Saved, Tabular, Shown):
                 f"{self.shares.shape} and a null of shape {self.null.shape}."
             )
         for name in ("shares", "null"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float64))
 
     @property
     def relevance(self) -> Float[np.ndarray, "concept head"]:
@@ -527,7 +527,7 @@ class AttentionProbe(Saved, Tabular, Shown):
 
     def __post_init__(self) -> None:
         """Freeze the weights."""
-        object.__setattr__(self, "weights", frozen(self.weights, np.float64))
+        object.__setattr__(self, "weights", read_only(self.weights, np.float64))
 
     @property
     def selectivity(self) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Complex, Float
 
-from headscope.base.files import Saved, frozen, whole_file
+from headscope.base.files import Saved, read_only, whole_file
 from headscope.base.result import Glance, Shown, Tabular, number, reasons, sizes
 from headscope.base.specs import Provenance, ScoreSpec, Specified, specified
 from headscope.base.statistics import top_order
@@ -42,7 +42,7 @@ class PairScores(Specified, Saved, Shown, Tabular):
         shape = self.values.shape
         if len(shape) != 4 or shape[:2] != shape[2:]:
             raise InputError(f"{self.name!r} is [layer head layer head]; got shape {shape}.")
-        object.__setattr__(self, "values", frozen(self.values, np.float64))
+        object.__setattr__(self, "values", read_only(self.values, np.float64))
 
     @classmethod
     def _of_parts(cls, parts: dict[str, Any]) -> "PairScores":
@@ -128,7 +128,7 @@ class HeadSpectra(Saved, Shown):
                 f"a band of {rank} values."
             )
         for name in ("values", "scale", "low", "high"):
-            object.__setattr__(self, name, frozen(getattr(self, name), np.float64))
+            object.__setattr__(self, name, read_only(getattr(self, name), np.float64))
 
     def glance(self) -> Glance:
         """Show the heads with the largest singular value, relative to chance."""
@@ -166,7 +166,7 @@ class HeadEigenvalues(Saved, Shown):
 
     def __post_init__(self) -> None:
         """Freeze the array."""
-        object.__setattr__(self, "values", frozen(self.values, np.complex128))
+        object.__setattr__(self, "values", read_only(self.values, np.complex128))
 
     def glance(self) -> Glance:
         """Show the heads with the largest ratio."""

@@ -47,7 +47,7 @@ from headscope.testing.report import (
     CheckReport,
     agree,
     ensure,
-    gap,
+    relative_gap,
     run_checks,
 )
 from headscope.testing.stacks import check_stacks
@@ -447,7 +447,9 @@ def _write(subject: _Subject) -> None:
             subject.zeroed((head,))
         found = min(
             (
-                gap(before.float().reshape(write.shape) - after.float().reshape(write.shape), write)
+                relative_gap(
+                    before.float().reshape(write.shape) - after.float().reshape(write.shape), write
+                )
                 for before, after in _residual_sites(subject, head.layer, without)
                 if before.numel() == write.numel()
             ),
@@ -488,7 +490,7 @@ def _residual_sites(
 def _equal(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether two tensors hold the same numbers, however their axes are split."""
     same_size = actual.numel() == expected.numel()
-    return same_size and gap(actual.reshape(expected.shape), expected) <= tolerance
+    return same_size and relative_gap(actual.reshape(expected.shape), expected) <= tolerance
 
 
 @torch.no_grad()
@@ -810,7 +812,7 @@ def _hook_counts(part: nn.Module) -> tuple[int, ...]:
 def _not_a_number(subject: _Subject) -> None:
     """A model whose weights hold a NaN is refused, and comparisons do not pass by one."""
     nan = torch.tensor([float("nan")])
-    ensure(not gap(nan, torch.zeros(1)) <= 1.0, "a comparison passes by NaN.")
+    ensure(not relative_gap(nan, torch.zeros(1)) <= 1.0, "a comparison passes by NaN.")
     broken = copy.deepcopy(subject.module)
     names = {module: name for name, module in subject.module.named_modules()}
     name = names[subject.reader(subject.layers[-1])]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headscope.errors import UnsupportedModelError
 from headscope.models.hf.transformers_api import attention_name, names_attention, set_attention_name
 from headscope.models.running import answer
-from headscope.testing.report import gap
+from headscope.testing.report import relative_gap
 
 _NAME = "headscope_plain"
 _OWN = "eager_attention_forward"  # what transformers' model files call their plain attention
@@ -207,8 +207,8 @@ def _rows(
     average = (pattern.float() @ repeated.float()).transpose(1, 2)
     given = z.float()
     factor = (average * given).sum(-1) / average.square().sum(-1).clamp_min(1e-30)
-    explained = gap(factor[..., None] * average, given) < 1e-4
-    alone = gap(average, given) < 1e-4
+    explained = relative_gap(factor[..., None] * average, given) < 1e-4
+    alone = relative_gap(average, given) < 1e-4
     if alone or not explained:
         return pattern
     return pattern * factor.transpose(1, 2)[..., None].to(pattern.dtype)

@@ -113,7 +113,7 @@ def _told(error: Exception) -> str:
     return f"it raises {type(error).__name__}: {text}" if text else f"it raises {error!r}"
 
 
-def gap(actual: Tensor, expected: Tensor) -> float:
+def relative_gap(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected number (at least 1).
 
     Infinite where shapes differ or a number is not finite on one side only, so that no comparison
@@ -140,7 +140,7 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None
         raise CheckError(
             f"{what} have shape {tuple(actual.shape)} instead of {tuple(expected.shape)}."
         )
-    difference = gap(actual, expected)
+    difference = relative_gap(actual, expected)
     if not difference <= tolerance:
         raise CheckError(f"{what} differ by {difference:.2g} (allowed: {tolerance:.2g}).")
 

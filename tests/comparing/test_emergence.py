@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import headscope as hs
-from headscope.comparing import copy_curves, text_curves, token_losses
+from headscope.comparing import copy_curves, losses_of_tokens, text_curves
 from headscope.errors import InputError
 from headscope.table import Emergence, HeadTable
 from tests.table.helpers import scores
@@ -46,8 +46,8 @@ def test_induction_appears_and_repetition_becomes_easy(story: Emergence) -> None
 def test_losses_skip_padding() -> None:
     model = hs.load()
     probe = hs.probes.text(model, ["the cat and the dog", "the cat"])
-    found = token_losses(model, probe)
-    alone = token_losses(model, hs.probes.text(model, ["the cat"]))
+    found = losses_of_tokens(model, probe)
+    alone = losses_of_tokens(model, hs.probes.text(model, ["the cat"]))
     count = alone.shape[1]
     np.testing.assert_allclose(found[1, :count], alone[0], atol=1e-5)
     assert np.isnan(found[1, count:]).all()

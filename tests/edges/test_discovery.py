@@ -13,7 +13,7 @@ import headscope as hs
 from headscope.compiled import Case
 from headscope.compiled.benchmark import make_case
 from headscope.edges import Edge, EdgeGraph, Wiring
-from headscope.edges.faithfulness import chance, leaving
+from headscope.edges.faithfulness import chance, edges_leaving
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.models.protocol import HeadModel
@@ -181,7 +181,7 @@ def test_edges_that_every_prompt_agrees_on_are_stable_and_noise_is_not() -> None
 
 def test_heads_leave_all_their_edges() -> None:
     wiring = Wiring(2, (False, False))
-    out = leaving(wiring, [HeadIndex(0, 1)])
+    out = edges_leaving(wiring, [HeadIndex(0, 1)])
     assert {wiring.edges[at].source for at in np.nonzero(out)[0]} == {"L0H1"}
     assert sum(edge.source == "L0H1" for edge in wiring.edges) == out.sum()
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import headscope as hs
 from headscope.circuits import Dictionary
 from headscope.cli.app import app
-from headscope.comparing import token_losses
+from headscope.comparing import losses_of_tokens
 from headscope.errors import HeadscopeError
 from headscope.models.protocol import HeadModel
 from headscope.planning import SHAPES, Sizes, sizes_of
@@ -115,7 +115,7 @@ def test_l1_losses_are_those_of_the_models_own_logits(
     expected = expected.where(targets >= 0, torch.nan)
     for entries in (1 << 24, 200):  # whole, and in blocks of rows and of words
         monkeypatch.setattr("headscope.views._ENTRIES", entries)
-        found = token_losses(model, probe)
+        found = losses_of_tokens(model, probe)
         np.testing.assert_allclose(found[:, 1:], expected[:, :-1].detach(), atol=2e-6)
 
 

@@ -23,7 +23,7 @@ from headscope.ablation.run import KeptEffects
 from headscope.circuits.measures import Ranks
 from headscope.circuits.vocabulary import Dictionary
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
-from headscope.lens.fitting import divergence
+from headscope.lens.fitting import divergence_of_lens
 from headscope.lens.linear import affordable_tokens, distance, logit_metric
 from headscope.lens.logit import HeadWrites
 from headscope.lens.reading import logits_of
@@ -416,7 +416,7 @@ def test_e21_distance_of_hidden_states_is_the_divergence_to_second_order() -> No
     unembedding, last = random_model("llama").unembedding, torch.randn(1, 32)
     metric = logit_metric(unembedding, last).double()
     seen = last + 0.02 * torch.randn(1, 32)
-    exact = divergence(
+    exact = divergence_of_lens(
         logits_of(unembedding, last).double().log_softmax(1), logits_of(unembedding, seen).double()
     )
     gap = (unembedding.normed(seen) - unembedding.normed(last)).double()

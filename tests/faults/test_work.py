@@ -39,7 +39,7 @@ from headscope.base.files import (
 from headscope.base.options import plain_line, track
 from headscope.cli import main
 from headscope.cli.compare import steps_of
-from headscope.cli.output import portable
+from headscope.cli.output import without_folders
 from headscope.edits import HeadEdit
 from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, WriteError
 from headscope.probes.config import ProbeConfig
@@ -349,7 +349,7 @@ def test_d4_links_are_not_followed_out_of_the_folder(tmp_path: Path) -> None:
     ],
 )
 def test_d5_words_lose_the_folders_of_the_machine(word: str, shown: str) -> None:
-    assert portable(word) == shown
+    assert without_folders(word) == shown
 
 
 def test_d11_pdf_text_is_truetype(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import headscope as hs
 from headscope.errors import InputError
 from headscope.flow.contributions import moved_by_head, vectors_of
 from headscope.models.bundled import tasks
-from headscope.models.hf.sublayers import arounds, streams, sublayer
+from headscope.models.hf.sublayers import arounds, keeping_streams, sublayer
 from tests.models.seq2seq import both_sides, module_of
 
 FAMILIES = ("t5", "bart", "marian", "pegasus", "whisper")
@@ -49,7 +49,7 @@ def test_vectors_and_residual_sum_to_what_follows_attention(name: str) -> None:
             )
             torch.testing.assert_close(parts.sum(2), z, atol=1e-4, rtol=1e-4)
 
-        with streams(view, kept, known):
+        with keeping_streams(view, kept, known):
             view.run(probe, reads={("z", layer): read for layer in known})
         for handle in handles:
             handle.remove()

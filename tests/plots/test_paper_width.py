@@ -19,7 +19,7 @@ from plotly.colors import sample_colorscale
 from headscope import plots
 from headscope.base.specs import ScoreSpec
 from headscope.errors import InputError
-from headscope.plots.export import DPI, WIDTHS, at_width, contrast, lightness
+from headscope.plots.export import DPI, WIDTHS, at_width, contrast_ratio, lightness
 from headscope.plots.figure import SEQUENTIAL, STYLES
 from headscope.table import EffectGrid, Provenance
 from tests.table.helpers import model_table, scores
@@ -181,11 +181,11 @@ def test_lines_and_bars_are_told_apart_without_colour() -> None:
     assert len(area.patches) >= 3  # a band for each of both arms and for the controls
     named = [line for line in area.get_lines() if not line.get_label().startswith("_")]
     assert len({line.get_linestyle() for line in named}) == len(named) == 3
-    assert all(contrast(to_hex(line.get_color()), "#ffffff") >= 3 for line in named)
+    assert all(contrast_ratio(to_hex(line.get_color()), "#ffffff") >= 3 for line in named)
     # WCAG's own example: #777777 on white has 4.48
-    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    assert contrast_ratio("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
     style = STYLES["light"]
-    assert contrast(style.muted, style.paper) < 3  # so it was darkened
+    assert contrast_ratio(style.muted, style.paper) < 3  # so it was darkened
     bars = go.Figure(go.Bar(y=[1, 2, 3], marker={"color": [style.accent] * 2 + [style.muted]}))
     canvas = at_width(bars, "column")
     hatches = [bar.get_hatch() for bar in canvas.axes[0].patches[:3]]

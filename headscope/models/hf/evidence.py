@@ -23,9 +23,9 @@ from headscope.models.hf.hooks import Call, after, before, entering, hooked
 from headscope.models.hf.interface import MaskFacts, made_masks, routed
 from headscope.models.hf.layout import arguments, tiny_batch
 from headscope.models.hf.measured import TURNS_BY_LENGTH
-from headscope.models.hf.removed import kept_in
+from headscope.models.hf.removed import heads_left
 from headscope.models.hf.transformers_api import attention_named, visible_by
-from headscope.models.hf.weights import bias, matrix
+from headscope.models.hf.weights import bias, projection_matrix
 from headscope.models.proof import Gap, LoadCheck, gap, logit_gap, rounding
 from headscope.models.protocol import HeadModel
 from headscope.models.running import answer, pass_over
@@ -327,8 +327,8 @@ def _projection(
     z, written = now
     projection, shape = model.layout.layers[layer].projection, model.shape
     width = shape.n_heads * shape.d_head
-    if kept_in(projection) is None:
-        weight, constant = matrix(projection, width), bias(projection, width)
+    if heads_left(projection) is None:
+        weight, constant = projection_matrix(projection, width), bias(projection, width)
         expected = z.float() @ weight.float()
         expected = expected if constant is None else expected + constant.float()
         yield LoadCheck(

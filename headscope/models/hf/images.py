@@ -478,7 +478,7 @@ _FAMILIES: Mapping[str, Callable[[_Picture], Located]] = {
 }
 
 
-def image_keys(
+def image_boxes(
     config: Any,
     texts: Texts,
     token: int,

@@ -19,7 +19,7 @@ from torch import Tensor
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused, visible_keys
-from headscope.models.hf.removed import kept_in
+from headscope.models.hf.removed import heads_left
 from headscope.models.hf.transformers_api import (
     MaskFunction,
     attention_name,
@@ -348,7 +348,7 @@ def _attend(
         bias=None if position_bias is None else position_bias[..., : key.shape[2]],
         reach=None if facts is None else facts.reach,
     )
-    kept = kept_in(module)
+    kept = heads_left(module)
     call = call if kept is None else kept.spread_call(call)
     route = next((route for route in reversed(_ROUTES) if route.takes(module)), None)
     return (fused(call) if route is None else route.handler(module, call)), None

@@ -25,7 +25,7 @@ from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, after, entering, hooked
 from headscope.models.hf.interface import routed
 from headscope.models.hf.measured import LogitMap, Watch, measure_logit_map, ramp, write_scales
-from headscope.models.hf.removed import NoHeads, kept_in
+from headscope.models.hf.removed import NoHeads, heads_left
 from headscope.models.hf.transformers_api import takes_attention_functions
 from headscope.models.rotary import turning_length
 from headscope.models.running import Finished, accepted, answer, pass_over, runs_on
@@ -594,7 +594,7 @@ def _shape(
         removed=frozenset(
             HeadIndex(number, head, stack)
             for (module, _), number in zip(watch.calls, numbers, strict=True)
-            if (kept := kept_in(module)) is not None
+            if (kept := heads_left(module)) is not None
             for head in set(range(n_heads)) - set(kept.heads)
         ),
     )

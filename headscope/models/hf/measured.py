@@ -141,7 +141,7 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> Norm:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
     with at_hand(module):
-        norm = copy.deepcopy(unhooked(module)).float().eval()  # a few thousand numbers; exact
+        norm = copy.deepcopy(unhooked_copy(module)).float().eval()  # a few thousand numbers; exact
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 2, d_model, generator=generator, dtype=torch.float32) + 0.5
     given = probe.to(device)
@@ -163,7 +163,7 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> Norm:
     return Norm(gain.to(device), bias.to(device), centred, epsilon)
 
 
-def unhooked(module: Any) -> Any:
+def unhooked_copy(module: Any) -> Any:
     """Copy of a module with the same weights and without hooks."""
     bare = copy.copy(module)
     bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()

@@ -16,7 +16,7 @@ from headscope.base.result import Glance, Shown
 from headscope.base.stacks import ImageKeys, MaskRule, PatchGrid
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.models.hf.hooks import Call, after, before, entering, hooked
-from headscope.models.hf.images import image_keys, need_own_images
+from headscope.models.hf.images import image_boxes, need_own_images
 from headscope.models.hf.interface import register
 from headscope.models.hf.layout import (
     Layout,
@@ -31,9 +31,9 @@ from headscope.models.hf.layout import (
 from headscope.models.hf.measured import LogitMap, Watch, find_unembedding, measure_norm
 from headscope.models.hf.parts import HFParts
 from headscope.models.hf.passes import AttentionTaps, EditScope
-from headscope.models.hf.removed import kept_in
+from headscope.models.hf.removed import heads_left
 from headscope.models.hf.taps import Pass, Tapped
-from headscope.models.hf.weights import matrix
+from headscope.models.hf.weights import projection_matrix
 from headscope.models.proof import Proof
 from headscope.models.protocol import Edit, glance_of, unmeasured_write
 from headscope.models.rotary import no_rotation
@@ -42,7 +42,7 @@ from headscope.models.running import (
     accepted,
     all_weights,
     answer,
-    first_position,
+    first_number,
     need_gradients,
     padding,
     pass_over,
@@ -257,9 +257,9 @@ class HFModel(Tapped, Shown):
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """``W_O`` as it reaches the residual stream, the family's multiplier included."""
         parts = self.layout.layers[layer]
-        weight = matrix(parts.projection, self.shape.n_heads * self.shape.d_head)
+        weight = projection_matrix(parts.projection, self.shape.n_heads * self.shape.d_head)
         by_head = weight.reshape(-1, self.shape.d_head, weight.shape[-1])
-        kept = kept_in(parts.projection)
+        kept = heads_left(parts.projection)
         whole = by_head if kept is None else kept.spread(by_head, 0)
         return whole * (1.0 if parts.write_scale is None else parts.write_scale)
 
@@ -450,7 +450,7 @@ class HFModel(Tapped, Shown):
     def _needs_segments(self) -> bool:
         return self.module.config.model_type == "paligemma" and self.image_token is not None
 
-    def image_keys(
+    def image_boxes(
         self, texts: Texts, sizes: Any = None, tiles: Any = None, processor: Any = None
     ) -> ImageKeys:
         """Which piece of which picture each position stands for; see ``hs.vision.image_keys``.
@@ -464,7 +464,7 @@ class HFModel(Tapped, Shown):
             raise UnsupportedModelError(f"{self.name} does not read texts with images in them.")
         known = self.image_processor if processor is None else processor
         self.need_images(texts)
-        return image_keys(self.module.config, texts, self.image_token, sizes, tiles, known)
+        return image_boxes(self.module.config, texts, self.image_token, sizes, tiles, known)
 
     def continued(self, texts: Texts, tokens: Int[Tensor, "batch new"]) -> Texts:
         """The same texts with further tokens and their other inputs.
@@ -495,7 +495,7 @@ class HFModel(Tapped, Shown):
     def _first_position(self) -> int:
         if "position_ids" not in self._arguments:
             return 0
-        return first_position(self.speaker, tiny_tokens(self.module))
+        return first_number(self.speaker, tiny_tokens(self.module))
 
     def _need_left_padding(self) -> None:
         """Refuse texts with padding before them where the family reads them otherwise.

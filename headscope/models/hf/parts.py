@@ -22,7 +22,7 @@ from headscope.models.hf.measured import (
     MeasuredParts,
     measure_norm,
     named_epsilon,
-    unhooked,
+    unhooked_copy,
 )
 from headscope.models.hf.weights import (
     Sources,
@@ -366,7 +366,7 @@ def measure_head_norm(
     """
     module = attention.get_submodule(place.name)
     with at_hand(module):
-        norm = copy.deepcopy(unhooked(module)).float().eval()
+        norm = copy.deepcopy(unhooked_copy(module)).float().eval()
     draw = torch.Generator().manual_seed(0)
     probe = torch.randn(1, 2, heads, d_head, generator=draw, dtype=torch.float32) + 0.5
     held = next((one.device for one in (*norm.parameters(), *norm.buffers())), device)

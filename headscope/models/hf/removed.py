@@ -55,7 +55,7 @@ class Kept:
         )
 
 
-def kept_in(module: nn.Module) -> Kept | None:
+def heads_left(module: nn.Module) -> Kept | None:
     """Which heads of an attention module (or of its output projection) are left; None: all."""
     kept: Kept | None = getattr(module, MARK, None)
     return kept

@@ -5,7 +5,7 @@ stacked pass runs over keys that its variants share, and own ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -22,8 +22,7 @@ from headscope.models.hf.hooks import Call, after, before, entering, hooked, str
 from headscope.models.hf.interface import mask_facts, routed, with_facts
 from headscope.models.hf.layout import LayerParts
 from headscope.models.hf.passes import at_tap, written_attention, written_call
-from headscope.models.hf.taps import replaced as put_in_place
-from headscope.models.hf.taps import written
+from headscope.models.hf.taps import replaced, written
 from headscope.models.running import MEASURING, Finished, held, pass_over, use_of
 from headscope.models.taps import Read, Reads, Tap, TapView, Texts, at_final, at_layers, writes_of
 from headscope.views import Unembedding
@@ -128,25 +127,20 @@ def fitted(value: Any, recording: Recording, copies: int, first: int) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if (facts := mask_facts(value)) is not None:  # it speaks of keys, and says so itself
-        return with_facts(repeated(value, copies), facts)
+        return with_facts(repeated_batch(value, copies), facts)
     if value.ndim == 1:
         return value[first:] if len(value) == recording.length else value
     if value.shape[1] == recording.length and not recording.is_padding_mask(value):
         value = value[:, first:]
-    return value if value.shape[0] != recording.batch else repeated(value, copies)
+    return value if value.shape[0] != recording.batch else repeated_batch(value, copies)
 
 
-def repeated(value: Tensor, copies: int) -> Tensor:
+def repeated_batch(value: Tensor, copies: int) -> Tensor:
     """The batch axis repeated, whole batches one after the other."""
     if copies == 1:
         return value
     spread = value.unsqueeze(0).expand(copies, *value.shape)
     return spread.reshape(-1, *value.shape[1:])
-
-
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
-    """Context manager that replaces a module's forward."""
-    return put_in_place(module, "forward", forward)
 
 
 @contextmanager
@@ -161,7 +155,7 @@ def quick_activations(model: "HFModel") -> Iterator[None]:
     with held(model.module), ExitStack() as stack:
         for module in set(model.layout.blocks.modules()):
             if type(module) in (NewGELUActivation, FastGELUActivation):
-                stack.enter_context(replaced(module, fused.forward))
+                stack.enter_context(replaced(module, "forward", fused.forward))
         yield
 
 
@@ -219,7 +213,7 @@ class Resumable:
         with held(self.model.module), ExitStack() as scope:
             for block in self.model.blocks_before(layer):
                 output = self._times(self.outputs[block], copies)
-                scope.enter_context(replaced(block, partial(_given, output)))
+                scope.enter_context(replaced(block, "forward", partial(_given, output)))
             yield
 
     def _times(self, value: Any, copies: int) -> Any:
@@ -227,7 +221,7 @@ class Resumable:
             return type(value)(self._times(one, copies) for one in value)
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != self.batch:
             return value
-        return repeated(value, copies)
+        return repeated_batch(value, copies)
 
 
 def _given(output: Any, *_args: Any, **_kwargs: Any) -> Any:
@@ -257,8 +251,8 @@ def joined(call: AttentionCall, prefix: Prefix) -> AttentionCall:
     """The call with the shared keys and values in front of its own."""
     if prefix.length == 0:
         return call
-    key = torch.cat([repeated(prefix.key, prefix.copies), call.key], dim=2)
-    value = torch.cat([repeated(prefix.value, prefix.copies), call.value], dim=2)
+    key = torch.cat([repeated_batch(prefix.key, prefix.copies), call.key], dim=2)
+    value = torch.cat([repeated_batch(prefix.value, prefix.copies), call.value], dim=2)
     return replace(call, key=key, value=value)
 
 
@@ -415,7 +409,7 @@ class _Suffix:
 
     def through(self) -> Float[Tensor, "row d_model"]:
         recording, blocks = self.replay.recording, self.replay.model.layout.blocks
-        hidden = repeated(recording.blocks[self.layer].stream[:, self.first :], self.copies)
+        hidden = repeated_batch(recording.blocks[self.layer].stream[:, self.first :], self.copies)
         read = self.replay.on_host[:, self.first :]
         for layer in range(self.layer, len(blocks)):
             if layer == len(blocks) - 1 and self._can_be_lean(read):
@@ -448,14 +442,16 @@ class _Suffix:
         edit = next((e for e in self.edits if e.site == "z" and layer in e.layers), None)
         if self._is_given(layer):
             z = self.replay.recording.z[layer][:, self.first :]
-            z = repeated(z, self.copies) if edit is None else edit.spread(layer, z)
+            z = repeated_batch(z, self.copies) if edit is None else edit.spread(layer, z)
             write = parts.projection(
                 (z if self.queries is None else z[:, self.queries]).flatten(-2)
             )
-            scope.enter_context(replaced(parts.attention, partial(self._returned, layer, write)))
+            scope.enter_context(
+                replaced(parts.attention, "forward", partial(self._returned, layer, write))
+            )
         elif self.queries is not None:
             lean = partial(self._lean, parts, edit, parts.attention.forward, hidden)
-            scope.enter_context(replaced(parts.attention, lean))
+            scope.enter_context(replaced(parts.attention, "forward", lean))
         elif edit is not None:
             hook = entering(parts.projection, partial(self._at_projection, layer, edit))
             scope.enter_context(hooked([hook]))

@@ -35,7 +35,7 @@ from headscope.models.hf.measured import Watch, added_scales, write_scales
 from headscope.models.hf.passes import AttentionTaps
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.transformers_api import attention_named, takes_attention_functions
-from headscope.models.hf.weights import bias, matrix
+from headscope.models.hf.weights import bias, projection_matrix
 from headscope.models.proof import Gap, LoadCheck, Proof, gap, rounding
 from headscope.models.protocol import Edit, glance_of
 from headscope.models.running import Digest, all_weights, answer, need_gradients, pass_over, runs_on
@@ -541,7 +541,7 @@ class StackView(Tapped, Shown):
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """``W_O`` as it reaches the residual stream, the family's multiplier included."""
         parts = self.layout.layers[layer]
-        weight = matrix(parts.projection, self.shape.n_heads * self.shape.d_head)
+        weight = projection_matrix(parts.projection, self.shape.n_heads * self.shape.d_head)
         scale = 1.0 if parts.write_scale is None else parts.write_scale
         return weight.reshape(-1, self.shape.d_head, weight.shape[-1]) * scale
 
@@ -933,7 +933,7 @@ def _projections(
     for layer, parts in view.layout.layers.items():
         z, made = seen[parts.projection]
         shown = slice(None) if real is None else real.to(made.device)
-        weight, constant = matrix(parts.projection, width), bias(parts.projection, width)
+        weight, constant = projection_matrix(parts.projection, width), bias(parts.projection, width)
         expected = z.float() @ weight.float()
         expected = expected if constant is None else expected + constant.float()
         where = f"layer {layer} of the {view.stack_name}"

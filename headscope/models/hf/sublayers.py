@@ -137,7 +137,9 @@ def sublayer(view: StackView, around: Around, layer: int) -> Sublayer:
 
 
 @contextmanager
-def streams(view: StackView, kept: dict[int, Tensor], known: dict[int, Around]) -> Iterator[None]:
+def keeping_streams(
+    view: StackView, kept: dict[int, Tensor], known: dict[int, Around]
+) -> Iterator[None]:
     """Scope in which passes keep the residual stream that each attention adds its write to.
 
     Args:

@@ -32,7 +32,7 @@ from headscope.models.taps import (
     TextBatch,
     Texts,
     Write,
-    checked,
+    checked_taps,
     writes_of,
 )
 
@@ -246,8 +246,8 @@ class Tapped(ABC):
             InputError: if a tap is not one of the model's.
         """
         return (
-            checked(reads, self.name, self.shape),
-            checked(writes, self.name, self.shape, writing=True),
+            checked_taps(reads, self.name, self.shape),
+            checked_taps(writes, self.name, self.shape, writing=True),
         )
 
     @property
@@ -321,22 +321,28 @@ class Tapped(ABC):
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"] | None:
         """Run the model once, reading and writing at taps; see :class:`HeadModel`."""
-        self.check_batch(Texts.of(batch))
-        wanted = logits_at
+        texts = Texts.of(batch)
+        self.check_batch(texts)
+        reads_at, writes_at = self.taps(reads, writes)
         if not self.has_logits:
-            read, written = self.taps(reads, writes)
-            if any(tap.site == "logits" for tap in (*read, *written)):
+            if any(tap.site == "logits" for tap in (*reads_at, *writes_at)):
                 raise UnsupportedModelError(self.limits["logits"])
-            wanted = torch.empty(0, dtype=torch.long)
-        return self.answer(
-            batch,
-            reads=reads,
-            writes=writes,
-            until=until,
-            logits_at=wanted,
-            prompt=prompt,
+            logits_at = torch.empty(0, dtype=torch.long)
+        end = None if until is None else next(iter(self.taps({until: id}, {})[0]))
+        empty = logits_at is not None and len(logits_at) == 0
+        if grad and not any(one.requires_grad for one in self.module.parameters()):
+            writes_at = self.taps({}, _with_root(writes))[1]
+        run = Pass(
+            self,
+            reads_at,
+            writes_at,
+            self._span(texts, prompt),
+            end,
+            stops=empty or (end is not None and end.site != "logits"),
             grad=grad,
+            inputs=texts.inputs,
         )
+        return self._logits_of(run, texts, logits_at)
 
     def answer(
         self,
@@ -344,36 +350,31 @@ class Tapped(ABC):
         *,
         reads: Mapping[Any, Read] = _NOTHING,
         writes: Mapping[Any, Write] = _NOTHING,
-        until: Any = None,
-        logits_at: Int[Tensor, " at"] | None = None,
-        prompt: int | None = None,
-        grad: bool = False,
     ) -> Float[Tensor, "batch at width"] | None:
         """What the model itself says in a run: its last hidden states where it gives no logits."""
         texts = Texts.of(batch)
-        length = self.n_queries(texts)
-        end = None if until is None else next(iter(self.taps({until: id}, {})[0]))
-        empty = logits_at is not None and len(logits_at) == 0
-        wanted = not empty and (end is None or end.site == "logits")
-        if grad and not any(one.requires_grad for one in self.module.parameters()):
-            writes = _with_root(writes)
-        real = None if texts.real is None or texts.real.shape[1] != length else texts.real
         run = Pass(
-            self,
-            *self.taps(reads, writes),
-            Span(0, length, length if prompt is None else prompt, real=real),
-            end,
-            stops=not wanted,
-            grad=grad,
-            inputs=texts.inputs,
+            self, *self.taps(reads, writes), self._span(texts, None), None, inputs=texts.inputs
         )
-        if not (wanted or run.missing or end):
+        return self._logits_of(run, texts, None)
+
+    def _span(self, texts: Texts, prompt: int | None) -> Span:
+        """All positions of the texts."""
+        length = self.n_queries(texts)
+        real = None if texts.real is None or texts.real.shape[1] != length else texts.real
+        return Span(0, length, length if prompt is None else prompt, real=real)
+
+    def _logits_of(
+        self, run: Pass, texts: Texts, logits_at: Int[Tensor, " at"] | None
+    ) -> Float[Tensor, "batch at width"] | None:
+        """Logits of a pass through its writes and reads; None where it stops before."""
+        if run.stops and not (run.missing or run.until):
             return None  # there is nothing to see
         try:
-            logits = self.compute(texts.tokens, texts.real, logits_at if wanted else None, run)
+            logits = self.compute(texts.tokens, texts.real, None if run.stops else logits_at, run)
         except Finished:
             return None
-        return run.through(Tap("logits"), logits) if wanted else None
+        return None if run.stops else run.through(Tap("logits"), logits)
 
     def forward(
         self,

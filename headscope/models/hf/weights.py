@@ -15,7 +15,7 @@ from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, after, before, hooked
 from headscope.models.hf.interface import routed
 from headscope.models.hf.layout import LayerParts, arguments, body_of, tiny_batch
-from headscope.models.hf.removed import ReadsKept, kept_in
+from headscope.models.hf.removed import ReadsKept, heads_left
 from headscope.models.running import at_hand, need_gradients, parameter, pass_over
 from headscope.views import HeadWeights
 
@@ -280,7 +280,7 @@ class _MixedError(Exception):
 _ROWS = 1024
 
 
-def matrix(projection: nn.Module, width: int) -> Float[Tensor, "in out"]:
+def projection_matrix(projection: nn.Module, width: int) -> Float[Tensor, "in out"]:
     """Matrix M of ``projection(z) = z @ M + bias``.
 
     A plain ``Linear`` or ``Conv1D`` shows its weight. Anything else (adapters beside a matrix,
@@ -427,7 +427,7 @@ def read_weights(model: "HFModel", layer: int, sources: Sources, width: int) -> 
     for site, name in zip(SITES, "QKV", strict=True):
         source = sources[site]
         module = model.layout.layers[layer].attention.get_submodule(source.name)
-        read, constant = source.of_heads(matrix(module, width)), bias(module, width)
+        read, constant = source.of_heads(projection_matrix(module, width)), bias(module, width)
         sides[f"W_{name}"] = read.permute(1, 0, 2)
         sides[f"b_{name}"] = (
             read.new_zeros(source.outputs.shape) if constant is None else source.of_heads(constant)
@@ -438,9 +438,9 @@ def read_weights(model: "HFModel", layer: int, sources: Sources, width: int) -> 
 def _output_side(model: "HFModel", layer: int) -> dict[str, Tensor]:
     """``W_O`` and ``b_O``: before a norm after attention, and before a residual multiplier."""
     projection, shape = model.layout.layers[layer].projection, model.shape
-    weight = matrix(projection, shape.n_heads * shape.d_head)
+    weight = projection_matrix(projection, shape.n_heads * shape.d_head)
     by_head = weight.reshape(-1, shape.d_head, weight.shape[-1])
-    kept = kept_in(projection)
+    kept = heads_left(projection)
     return {
         "W_O": by_head if kept is None else kept.spread(by_head, 0),
         "b_O": model.parts.projection_bias(layer),
