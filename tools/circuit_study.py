@@ -262,59 +262,61 @@ def page(found: Found) -> str:
         "",
         "<!-- Written by `python -m tools.circuit_study`. -->",
         "",
-        "Who received the gift? The study of Wang et al. 2022 (arXiv 2211.00593) from start to "
-        "finish, asked of SmolLM2-135M-Instruct (30 layers of 9 heads that share 3 keys; its "
-        "package of weights in four bits). [Notebook 06](generated/gallery/index.md) "
-        "does the same on the bundled model. The whole study took "
-        f"{minutes:.0f} minutes of one core; "
-        "`python -m tools.circuit_study MODEL FOLDER` runs it again and goes on where it stopped.",
+        "This page runs the indirect-object study of Wang et al. 2022 (arXiv 2211.00593) from "
+        "start "
+        "to finish on SmolLM2-135M-Instruct (30 layers, 9 query heads and 3 key/value heads each, "
+        "4-bit weights). [Notebook 06](generated/gallery/index.md) does the same on the bundled "
+        f"model. The study took {minutes:.0f} minutes on one core. "
+        "`python -m tools.circuit_study MODEL FOLDER` reruns it, and resumes after an "
+        "interruption.",
         "",
         *_verdict(found),
         "## The task",
         "",
-        f"`{found.about['clean']}` against `{found.about['corrupt']}`: the pair is the same but "
-        "for the "
-        "second name of the giver. The probe takes names that are one token of this tokenizer, and "
-        f"those {found.about['templates']} templates that have one length, {found.about['length']} "
-        f"tokens. The model prefers the right name in {100 * found.about['accuracy']:.0f}% of "
-        f"{PROMPTS} prompts, by {circuit.full:.2f} logits on the {FEW} of them on which heads and "
-        f"circuits are measured. With every edge from the other text it is {circuit.empty:.2f}.",
+        f"`{found.about['clean']}` against `{found.about['corrupt']}`: the two texts differ only "
+        "in "
+        "the second mention of the giver. The probe uses names that are one token in this "
+        "tokenizer, "
+        f"and the {found.about['templates']} templates that are {found.about['length']} tokens "
+        "long. "
+        f"The model prefers the right name in {100 * found.about['accuracy']:.0f}% of {PROMPTS} "
+        f"prompts, by {circuit.full:.2f} logits on the {FEW} prompts used for heads and circuits. "
+        f"With every edge patched from the other text, the difference is {circuit.empty:.2f}.",
         "",
         "## Heads",
         "",
-        "*Taken out*: change of the logit difference when the head writes its mean. *Direct*: path "
-        "patching, the head's output from the other text by the path to the logits alone. *By "
-        "movers*: "
-        "by the queries of the three heads that write the name most directly. Attention is the "
-        "mean "
-        f"over {PROMPTS} prompts from the end of the text (or the second mention, S2) to the name "
-        "that "
-        "is the answer (IO), or to the other one (S1, S2).",
+        "*Ablated*: change of the logit difference when the head is mean-ablated. *Direct*: path "
+        "patching of the head's output along the direct path to the logits. *Via movers*: path "
+        "patching into the queries of the three strongest name movers. The last four columns are "
+        f"attention, averaged over {PROMPTS} prompts: from the last token (END) or the second "
+        "mention "
+        "of the giver (S2) to the answer (IO) or the mentions of the giver (S1, S2).",
         "",
-        "| head | role | taken out | direct | by movers | end to IO | end to S2 | S2 to S1 | S2 "
-        "to after S1 |",
+        "| head | role | ablated | direct | via movers | END to IO | END to S2 | S2 to S1 | S2 to "
+        "S1 + 1 |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
         *[_head_row(found, head) for head in shown_heads(found)],
         "",
-        f"Roles are given by rule: a direct effect above {_DIRECT} logits (or {_PASSED} by the "
-        "movers) "
-        f"and attention above {_LOOKS} where the role says.",
+        f"Roles are assigned by rule: a direct effect above {_DIRECT} logits (or above {_PASSED} "
+        "via "
+        f"the movers), and attention above {_LOOKS} where the role requires it.",
         "",
         "![Direct effect of every head on the logit difference.](circuit_study/direct.png)",
         "",
         "## Edges, by three methods",
         "",
-        f"There are {len(circuit.wiring):,} edges. Exact patching takes a pass for each, so "
-        f"{found.methods.compared} were patched: {SAMPLE} drawn at random and the {SAMPLE} "
+        f"The model has {len(circuit.wiring):,} edges. Exact patching needs one pass per edge, so "
+        "we "
+        f"patched {found.methods.compared} edges ({SAMPLE} drawn at random and the {SAMPLE} "
         "strongest "
-        "by `eap_ig`; and every head. Rank correlations of magnitudes with exact patching, on the "
-        f"same {FEWER} prompts, with 95% intervals over prompts where the whole is compared:",
+        "by `eap_ig`) and every head. The table gives rank correlations of magnitudes with exact "
+        f"patching on the same {FEWER} prompts. Parentheses are 95% intervals over prompts.",
         "",
         "| method | patched edges | random ones | strongest ones | heads | gradients |",
         "|---|---|--:|--:|---|--:|",
         *_method_rows(found),
         "",
-        "Of the strongest edges each method names:",
+        "The strongest edges by each method:",
         "",
         *[
             f"- `{name}`: " + ", ".join(f"{edge} ({score:+.2f})" for edge, score in graph.top(6))
@@ -323,9 +325,11 @@ def page(found: Found) -> str:
         "",
         "## The circuit",
         "",
-        f"The {len(circuit.edges)} edges that hang together and are largest by `eap_ig` over "
-        f"{PROMPTS} "
-        f"prompts, {100 * circuit.kept.mean():.2g}% of all, leave {len(circuit.heads)} of "
+        f"The circuit consists of the {len(circuit.edges)} connected edges with the largest "
+        "`eap_ig` "
+        f"scores over {PROMPTS} prompts. These are {100 * circuit.kept.mean():.2g}% of all edges, "
+        "and "
+        f"involve {len(circuit.heads)} of "
         f"{found.about['layers'] * found.about['heads']} heads.",
         "",
         "![The circuit: layers upwards, heads to the right.](circuit_study/circuit.png)",
@@ -336,16 +340,16 @@ def page(found: Found) -> str:
         *[f"| {name} | {said} |" for name, said in checks.rows()],
         *_complete(found, effect),
         "",
-        f"Faithfulness by size, on {FEWER} prompts, beside random edges ({len(curve.random)} "
-        "draws):",
+        f"Faithfulness by circuit size, on {FEWER} prompts, with {len(curve.random)} draws of "
+        "random "
+        "edges for comparison:",
         "",
         "![Faithfulness of circuits by size.](circuit_study/curve.png)",
         "",
-        f"Area over log size {curve.log_area:.2f}, of random edges {curve.random_log_area:.2f}. "
-        "CPR and "
-        "CMD weigh circuits by nominal size, half of it between 50% and 100% of all edges, where "
-        "this "
-        "study runs none; `hs.edges.faithfulness` has them at MIB's ten sizes.",
+        f"The area over log size is {curve.log_area:.2f} ({curve.random_log_area:.2f} for random "
+        "edges). CPR and CMD are not given: they weight circuits by nominal size, so half of their "
+        "weight is on circuits with 50% to 100% of all edges, which this study does not run. "
+        "`hs.edges.faithfulness` computes them at MIB's ten sizes.",
         "",
         *_doubts(found),
     ]
@@ -359,25 +363,23 @@ def _verdict(found: Found) -> list[str]:
     }  # fmt: skip
     value = float(found.to_middle.mean[hs.HeadIndex.parse("L17H4")])
     return [
-        "**What it found.** The parts that the paper names in GPT-2 small are there, and the "
-        "strongest "
-        "head is not among them. At the second mention of the giver `L17H4`, an induction head, "
-        "looks "
-        "behind the first one. What it finds reaches the values of `L20H0`, `L19H2` and `L21H8` "
-        f"({value:+.2f} logits by that path). The first two look from the end at the second "
-        "mention and "
-        "tell the heads of layer 23, by their queries, whom not to name. Four of these (`L23H0`, "
-        "`L23H1`, "
-        "`L23H2`, `L23H7`) then look at the other name and write it. The largest direct effect, "
-        f"{at['L23H3']:+.2f} logits when its output comes from the other text, is that of "
-        "`L23H3`, which "
-        "looks at the giver and writes against that name instead. `L24H4` looks at the answer and "
-        f"writes against it ({at['L24H4']:+.2f}), as the paper's negative name movers do.",
+        "**Result.** SmolLM2 has the components that the paper found in GPT-2 small, but its "
+        "strongest head is not one of them. At the second mention of the giver, the induction head "
+        "`L17H4` attends to the token after the first mention. Its output reaches the values of "
+        f"`L20H0`, `L19H2` and `L21H8` ({value:+.2f} logits along that path). `L20H0` and `L19H2` "
+        "attend from the last token to the second mention and, through their queries, tell the "
+        "heads "
+        "of layer 23 which name to avoid (S-inhibition). Four of those heads (`L23H0`, `L23H1`, "
+        "`L23H2`, `L23H7`) attend to the other name and write it (name movers). The largest direct "
+        f"effect is that of `L23H3` ({at['L23H3']:+.2f} logits when its output is patched from the "
+        "other text): it attends to the giver and suppresses that name. `L24H4` attends to the "
+        "answer "
+        f"and suppresses it ({at['L24H4']:+.2f}), like the paper's negative name movers.",
         "",
-        f"A circuit of {len(circuit.edges)} edges, {100 * circuit.kept.mean():.2g}% of all, does "
-        f"{100 * circuit.faithfulness:.0f}% of what the model does; with random heads of the same "
-        "layers "
-        f"it does {100 * _matched(found):.0f}%.",
+        f"A circuit of {len(circuit.edges)} edges, {100 * circuit.kept.mean():.2g}% of all, "
+        f"reproduces {100 * circuit.faithfulness:.0f}% of the model's behaviour. With random heads "
+        "of "
+        f"the same layers it reproduces {100 * _matched(found):.0f}%.",
         "",
     ]
 
@@ -390,23 +392,24 @@ def _matched(found: Found) -> float:
 
 def _doubts(found: Found) -> list[str]:
     """What the numbers do not say."""
-    few = f"{FEWER} prompts for exact patching and {FEW} for heads and the circuit are few"
     return [
-        "## Doubts",
+        "## Limitations",
         "",
-        f"- {PROMPTS} prompts are {found.about['templates']} templates with the names in two "
-        "orders, "
-        "which count as that many clusters: too few to call the circuit stable, however large the "
-        "overlap over resampled prompts is.",
-        "- `patch` exchanges the second giver. What both texts share, such as positions and that "
-        "there are two names, stays in place and is in no edge.",
-        f"- {few}: intervals over prompts of few templates are wide or too narrow, and the roles "
-        "in "
-        "the table are rules with thresholds, not tests.",
-        "- A rank correlation over edges that were drawn at random is one over effects that are "
-        "nearly "
-        "all next to nothing; the column of the strongest edges is that to choose a method by.",
-        "- The weights are four-bit ones. Their rounding is part of this model.",
+        f"- The {PROMPTS} prompts come from {found.about['templates']} templates with the names in "
+        "two orders, and prompts that share both form one cluster. That is too few clusters to "
+        "call "
+        "the circuit stable, however much the circuits of resampled prompts overlap.",
+        "- `patch` swaps the second mention of the giver. Information that both texts share, such "
+        "as "
+        "positions or the fact that there are two names, is not changed and does not appear in any "
+        "edge.",
+        f"- Exact patching uses {FEWER} prompts, and heads and the circuit {FEW}. With so few "
+        "prompts "
+        "and templates the intervals are unreliable. The roles in the table are rules with "
+        "thresholds, not tests.",
+        "- Among randomly drawn edges, almost all effects are close to zero, so rank correlations "
+        "over them say little. Use the column of the strongest edges to choose a method.",
+        "- The weights are quantised to four bits. The rounding is part of the model studied here.",
         "",
     ]
 
@@ -463,18 +466,19 @@ def _complete(found: Found, effect: float) -> list[str]:
         gaps = found.gaps.gap
         worst = " ".join(map(str, found.gaps.subsets[int(gaps[: len(found.needed)].argmax())]))
         rows.append(
-            f"| completeness | gap to the whole model with the same heads taken out: mean "
-            f"{gaps.mean():.2f} logits, largest {gaps.max():.2f}, of a whole effect of "
+            f"| completeness | difference from the full model when both lose the same heads: mean "
+            f"{gaps.mean():.2f} logits, largest {gaps.max():.2f}, for a total effect of "
             f"{effect:.2f}; of "
-            f"single heads largest for {worst} |"
+            f"single heads, largest for {worst} |"
         )
     if found.needed:
         least = sum(value < 0.01 * effect for value in found.needed.values())
         most = sorted(found.needed.items(), key=lambda item: -item[1])[:6]
         said = ", ".join(f"{name} {value:.2f}" for name, value in most)
         rows.append(
-            "| minimality | each head taken from the circuit by itself; needed most, in logits: "
-            f"{said}; {least} of {len(found.needed)} heads change less than 1% of the effect |"
+            "| minimality | effect of removing one head from the circuit, in logits, largest "
+            "first: "
+            f"{said}; {least} of {len(found.needed)} heads change it by less than 1% of the total |"
         )
     missing = {"completeness": found.gaps is None, "minimality": not found.needed}
     if any(missing.values()):

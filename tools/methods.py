@@ -17,16 +17,16 @@ _HEAD = """\
 
 <!-- Written by `python -m tools.methods`. -->
 
-`hs.compiled.benchmark()` asks every method of headscope its question on {models} exact models
-(see [Exact models](howto/exact-models.md)) and compares the ranking with the truth, which follows
-from the program. A number is the share of pairs of a true and another head (or edge, or pair of
-heads) in which the true one is ranked higher. Ties count against the method: it must tell them
-apart. Chance has a half; *exact* is the share of models on which all true ones come first, and
-*refused* counts models on which the method gave no answer, for a reason that it says.
+`hs.compiled.benchmark()` runs every method of headscope on {models} exact models (see [Exact
+models](howto/exact-models.md)) and compares its ranking of heads, edges or pairs of heads with the
+truth, which follows from the program. AUROC is the share of pairs of a true and another head (or
+edge, or pair) in which the true one is ranked higher. Ties count as mistakes. Chance is 0.5.
+*Exact* is the share of models in which all true ones rank first, and *refused* counts models on
+which the method raises an error that explains why it does not apply.
 
-The models are GPT-2s and Llamas with and without grouped heads, most with a hidden rotation of the
-residual stream, all with noise heads, whose output is not read. They are hard in one way in which
-trained models are soft: attention is saturated, so that gradients through it vanish.
+The models are GPT-2s and Llamas, with and without grouped heads, most with a hidden rotation of the
+residual stream. All have noise heads, whose output is not read. In one respect they are harder than
+trained models: attention is saturated, so gradients through it vanish.
 
 ## Questions
 
@@ -39,36 +39,38 @@ trained models are soft: attention is saturated, so that gradients through it va
 ## Where methods fail, and why
 
 - **Attribution** (one gradient at the clean run, zero or mean baseline; the head sums of `eap` are
-  the same numbers) sees only heads after the last saturated softmax. An earlier head acts through
-  queries and keys, and there the gradient is 0. Integrated gradients over inputs (`eap_ig`) see it,
-  since the way from the corrupt to the clean embedding crosses the place where attention moves.
-- **Integrated gradients of head outputs** move all heads together from the clean run to the mean.
-  Half-way, the earlier head of a pair has faded so far that the later one attends elsewhere and
-  writes what hurts; on the rest of the way its derivative has the wrong sign. The head sums of
-  `eap_ig` can end below 0 for the same reason (*two back*).
-- **Gates, learned and causal,** descend the loss from nearly open gates, and the loss has steps
-  here: attention and lookup tables give the same word over a range of inputs. Inside the range the
-  gradient is 0, so the penalty alone moves the gate, and past its edge the gradient is 0 again, so
-  nothing brings it back. *Regression* answers the same with either head at 0.88, is as wrong as it
-  gets with either at 0.5, and loses both. The first head of *pointer* and *recall* is lost in the
-  same way: only a softmax reads it.
+  the same numbers) detects only heads after the last saturated softmax. An earlier head acts
+  through queries and keys, and there the gradient is 0. Integrated gradients over inputs
+  (`eap_ig`) detect it, because the path from the corrupt to the clean embedding crosses the point
+  where attention changes.
+- **Integrated gradients of head outputs** interpolate all heads together from the clean run to the
+  mean. Half-way, the output of the earlier head of a pair is so small that the later head attends
+  elsewhere and writes something harmful; for the rest of the path its derivative has the wrong
+  sign. The head sums of `eap_ig` can become negative for the same reason (*two back*).
+- **Gates, learned and causal,** start nearly open and follow the gradient of the loss, but here
+  the loss is a step function: attention and lookup tables give the same word over a range of
+  inputs. Inside the range the gradient is 0, so only the penalty moves the gate; past its edge the
+  gradient is 0 again, so nothing moves it back. *Regression* gives the same answer with either
+  head scaled to 0.88 and a completely wrong one with either at 0.5, so the gates close both. The
+  first head of *pointer* and *recall* is lost in the same way, because only a softmax reads it.
 - **Gradient importance** takes the size of the same gradient, which is rounding where the loss is
   flat (*regression*).
 - **On route** counts whether a head is on a drawn route, however little it carries, and routes are
   drawn by the size of what is written, read or not: noise heads that write are on routes as often
   as true ones. Where the constant that keeps norms fixed dwarfs every head, no route holds a head,
   and all tie at 0, which counts as a mistake.
-- **Information flow** follows the size of what is written, too, and the same constant makes its
+- **Information flow** also follows the size of what is written, and the same constant makes its
   shares tiny. Trained models have no such constant.
-- **Output norm, weight norm, confidence** look at size or sharpness, not at use: a head that writes
-  loudly what is never read (*bystanders*) is ranked with those that matter, and a noise head is as
+- **Output norm, weight norm, confidence** measure size or sharpness, not use: a head with a large
+  output that is never read (*bystanders*) ranks with those that matter, and a noise head is as
   sharp as any other.
-- **Direct attribution** sees what a head writes to the logits itself, and not what it tells others.
-- **Contextual decomposition** holds attention patterns, so that it sees what heads pass on through
-  values, and not what they tell the queries and keys of others.
-- **Edges by patching** with a paired text are blind to what both texts share, positions above all;
-  the truth counts such edges. Zero and mean ablation see them.
-- **Edges by mean ablation** are blind to what is the same in all texts, such as the constant that
+- **Direct attribution** measures what a head writes to the logits, and not its effect through later
+  heads.
+- **Contextual decomposition** freezes attention patterns, so it detects what heads pass on through
+  values, and not through the queries and keys of others.
+- **Edges by patching** with a paired text cannot detect what both texts share, above all positions;
+  the truth counts such edges. Zero and mean ablation detect them.
+- **Edges by mean ablation** cannot detect what is the same in all texts, such as the constant that
   the query of *largest* reads.
 - **Edges by zero ablation** of the embedding also take away the constant that keeps norms fixed, so
   that everything else the reader sees is rescaled; in *regression* that moves the answer more than
@@ -88,10 +90,10 @@ soften, and the last by what it counts.
 
 ## Not asked
 
-Scores that describe rather than claim (entropy, distance, spectra, ranks) have no right answer
-here, beside the QK ranks that the tests hold to the programs. Long-context scores need a tokenizer.
+Descriptive scores (entropy, distance, spectra, ranks) have no right answer here, except QK ranks,
+which the tests compare with the programs. Long-context scores need a tokenizer.
 
-## A method of your own
+## Add your own method
 
 ```python
 import headscope as hs
