@@ -1,13 +1,14 @@
 """What scorers read from a layer: attention rows, head outputs, queries and keys, weights."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from headscope.base.stacks import CAUSAL, MaskRule
@@ -27,6 +28,10 @@ class AttentionRows:
         visible: which keys the query may see: mask rule and padding together.
             Padding queries see themselves alone and are in no mean.
         mask: rule of the layer, padding apart.
+
+    Under a window few keys of a long text are visible. :attr:`held` and :attr:`held_visible` are
+    then the same over those keys alone, from position :attr:`first_key` on; methods use these, and
+    ``pattern`` is filled up with zeros only when it is asked for.
     """
 
     layer: int
@@ -35,17 +40,68 @@ class AttentionRows:
     visible: Bool[Tensor, "batch query key"]
     mask: MaskRule = CAUSAL
 
+    @property
+    def first_key(self) -> int:
+        """Position of the first key in :attr:`held`; no query of the chunk sees an earlier one."""
+        return 0
+
+    @property
+    def held(self) -> Float[Tensor, "batch head query key"]:
+        """``pattern`` from :attr:`first_key` on."""
+        return self.pattern
+
+    @property
+    def held_visible(self) -> Bool[Tensor, "batch query key"]:
+        """``visible`` from :attr:`first_key` on."""
+        return self.visible
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ``pattern`` or ``visible`` is in memory from position 0 on."""
+        return "pattern" in self.__dict__ or "visible" in self.__dict__
+
+    @property
+    def n_keys(self) -> int:
+        """Number of keys, counted from position 0."""
+        return self.first_key + self.held.shape[-1]
+
+    @property
+    def keys(self) -> slice:
+        """Positions of the keys in :attr:`held`."""
+        return slice(self.first_key, self.n_keys)
+
+    @cached_property
+    def key_pos(self) -> Int[Tensor, " key"]:
+        """Position of each key in :attr:`held`."""
+        return torch.arange(self.first_key, self.n_keys, device=self.held.device)
+
+    def over(
+        self,
+        pattern: Float[Tensor, "batch head query key"],
+        visible: Bool[Tensor, "batch query key"] | None = None,
+    ) -> "AttentionRows":
+        """The same queries and keys with other numbers.
+
+        Args:
+            pattern: over the keys of :attr:`held`.
+            visible: likewise; default: as it is.
+        """
+        shown = self.held_visible if visible is None else visible
+        if self.first_key == 0:
+            return AttentionRows(self.layer, self.query_pos, pattern, shown, self.mask)
+        return WindowRows(self.layer, self.query_pos, pattern, shown, self.mask, self.first_key)
+
     @cached_property
     def total(self) -> Float[Tensor, "batch head query"]:
         """Sum of each row: 1 minus the share of a learned sink."""
-        return self.pattern.sum(-1)
+        return self.held.sum(-1)
 
     @cached_property
     def entropy(self) -> Float[Tensor, "batch head query"]:
         """Entropy of each normalised row in nats; NaN for an empty row."""
         total = self.total
         # Half the time of torch.special.entr.
-        plogp = self.pattern.clamp_min(1e-38).log_().mul_(self.pattern)
+        plogp = self.held.clamp_min(1e-38).log_().mul_(self.held)
         return (total.log() - plogp.sum(-1) / total).clamp_min(0)
 
     def mass(self, keys: Bool[Tensor, "batch query key"]) -> Float[Tensor, "batch head query"]:
@@ -55,9 +111,9 @@ class AttentionRows:
             keys: the set, per example and query of this chunk; keys past the last visible position
                 are allowed and count as 0.
         """
-        reachable = keys[..., : self.pattern.shape[-1]] & self.visible
-        weights = reachable.to(self.pattern.dtype).unsqueeze(1)
-        mass: Tensor = torch.linalg.vecdot(self.pattern, weights)
+        reachable = keys[..., self.keys] & self.held_visible
+        weights = reachable.to(self.held.dtype).unsqueeze(1)
+        mass: Tensor = torch.linalg.vecdot(self.held, weights)
         return mass.masked_fill(~reachable.any(-1).unsqueeze(1), float("nan"))
 
     def column_mass(self, keys: Bool[Tensor, "batch pos"]) -> Float[Tensor, "batch head query"]:
@@ -65,24 +121,22 @@ class AttentionRows:
 
         Computed as one matrix product over the chunk, without a copy.
         """
-        keys = keys[:, : self.pattern.shape[-1]].to(self.pattern.device)
-        weights = keys.to(self.pattern.dtype)[:, :, None]
-        mass = torch.matmul(self.pattern.flatten(1, 2), weights).view(self.pattern.shape[:-1])
-        seen = (self.visible & keys[:, None]).any(-1)
+        keys = keys[:, self.keys].to(self.held.device)
+        weights = keys.to(self.held.dtype)[:, :, None]
+        mass = torch.matmul(self.held.flatten(1, 2), weights).view(self.held.shape[:-1])
+        seen = (self.held_visible & keys[:, None]).any(-1)
         return mass.masked_fill(~seen.unsqueeze(1), float("nan"))
 
     def at(self, key_pos: Int[Tensor, "batch query"]) -> Float[Tensor, "batch head query"]:
         """Attention to one key per query; NaN where the key is negative or not visible."""
-        index = key_pos.clamp(0, self.pattern.shape[-1] - 1)
+        index = (key_pos - self.first_key).clamp(0, self.held.shape[-1] - 1)
         reachable = (
-            self.visible.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-            & (key_pos >= 0)
-            & (key_pos < self.pattern.shape[-1])
+            self.held_visible.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+            & (key_pos >= self.first_key)
+            & (key_pos < self.n_keys)
         )
-        heads = self.pattern.shape[1]
-        picked = self.pattern.gather(-1, index[:, None, :, None].expand(-1, heads, -1, 1)).squeeze(
-            -1
-        )
+        heads = self.held.shape[1]
+        picked = self.held.gather(-1, index[:, None, :, None].expand(-1, heads, -1, 1)).squeeze(-1)
         return picked.masked_fill(~reachable.unsqueeze(1), float("nan"))
 
     def without_first(self, first: Int[Tensor, " batch"]) -> "AttentionRows":
@@ -94,11 +148,10 @@ class AttentionRows:
         Args:
             first: first real position of each example.
         """
-        keys = torch.arange(self.pattern.shape[-1], device=self.pattern.device)
-        keep = (keys[None] != first.to(keys.device)[:, None])[:, None, :]
-        kept = self.pattern * keep[:, None]
+        keep = (self.key_pos[None] != first.to(self.held.device)[:, None])[:, None, :]
+        kept = self.held * keep[:, None]
         total = kept.sum(-1, keepdim=True)
-        return replace(self, pattern=kept / total.clamp_min(1e-30), visible=self.visible & keep)
+        return self.over(kept / total.clamp_min(1e-30), self.held_visible & keep)
 
     def weighted(self, value_norms: Float[Tensor, "batch head key"]) -> "AttentionRows":
         """Weight rows by the norm of what each key's value writes, and renormalise.
@@ -107,21 +160,65 @@ class AttentionRows:
         attention on a key whose value is near zero moves nothing.
 
         Args:
-            value_norms: ``|v_j W_O|`` for every head and key.
+            value_norms: ``|v_j W_O|`` for every head and key of the text.
         """
-        moved = self.pattern * value_norms.unsqueeze(-2)
+        moved = self.held * value_norms[..., self.keys].unsqueeze(-2)
         total = moved.sum(-1, keepdim=True)
-        return replace(self, pattern=moved / total.clamp_min(1e-30))
+        return self.over(moved / total.clamp_min(1e-30))
 
     def uniform(self) -> "AttentionRows":
         """Rows of one head with uniform attention over the visible keys: the flat null.
 
         Rows sum to 1, even where a learned sink takes part of the model's own rows.
         """
-        shown = self.visible.to(self.pattern.dtype)
-        return replace(
-            self, pattern=(shown / shown.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(1)
+        shown = self.held_visible.to(self.held.dtype)
+        return self.over((shown / shown.sum(-1, keepdim=True).clamp_min(1)).unsqueeze(1))
+
+
+class WindowRows(AttentionRows):
+    """Attention rows that hold the keys of a window alone; see :class:`AttentionRows`."""
+
+    def __init__(
+        self,
+        layer: int,
+        query_pos: Int[Tensor, " query"],
+        pattern: Float[Tensor, "batch head query key"],
+        visible: Bool[Tensor, "batch query key"],
+        mask: MaskRule = CAUSAL,
+        first_key: int = 0,
+    ) -> None:
+        """Store rows whose keys begin at ``first_key``."""
+        self.__dict__.update(
+            layer=layer, query_pos=query_pos, mask=mask, _held=pattern, _seen=visible, _at=first_key
         )
+
+    @property
+    def first_key(self) -> int:
+        """Position of the first key that is held."""
+        at: int = self.__dict__["_at"]
+        return at
+
+    @property
+    def held(self) -> Float[Tensor, "batch head query key"]:
+        """The rows, over the keys that are held."""
+        held: Tensor = self.__dict__["_held"]
+        return held
+
+    @property
+    def held_visible(self) -> Bool[Tensor, "batch query key"]:
+        """Which of the keys that are held each query sees."""
+        seen: Tensor = self.__dict__["_seen"]
+        return seen
+
+    @cached_property
+    def pattern(self) -> Float[Tensor, "batch head query key"]:
+        """The rows from position 0 on, as large as the text up to there."""
+        return pad(self.held, (self.first_key, 0))
+
+    @cached_property
+    def visible(self) -> Bool[Tensor, "batch query key"]:
+        """Which keys from position 0 on each query sees."""
+        return pad(self.held_visible, (self.first_key, 0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -420,9 +420,11 @@ class MaskRule:
             Booleans ``[query key]``.
         """
         query, key = query_pos[:, None], key_pos[None]
+        # Bounds of positions, not distances: nothing but booleans is as large as the mask.
         seen = (query >= key) if self.causal else (query == query) & (key == key)
         if self.window is not None:
-            seen = seen & (query - key < self.window) & (key - query < self.window)
+            seen = seen & (key > query - self.window)
+            seen = seen if self.causal else seen & (key < query + self.window)
         if self.block is not None:
             seen = seen & (query // self.block == key // self.block)
         return seen

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from headscope.base.stacks import CAUSAL, MaskRule
-from headscope.views import AttentionRows, QueryKeys
+from headscope.views import AttentionRows, QueryKeys, WindowRows
 
 # Entries of one boolean mask or one block of scores inside the fused path: small enough to be
 # nothing beside the activations, large enough that the loop costs nothing.
@@ -99,48 +99,50 @@ class AttentionCall:
         return self.key.float()
 
     def visible(
-        self, positions: Int[Tensor, " query"], n_keys: int
+        self, positions: Int[Tensor, " query"], keys: slice
     ) -> Bool[Tensor, "batch query key"]:
-        """Mask of the first ``n_keys`` keys that each query position sees.
+        """Mask of the keys in a range that each query position sees.
 
         A padding query sees itself alone, so that no row is empty; in cross-attention, whose
         keys are of another sequence, it sees what every query does.
         """
         batch = self.query.shape[0]
         return visible_keys(
-            positions, n_keys, batch, mask=self.mask, real=self.real, reach=self.reach
+            positions, keys, batch, mask=self.mask, real=self.real, reach=self.reach
         )
 
-    def seen_by(self, positions: Int[Tensor, " query"]) -> int:
-        """Number of first keys that contain all that these queries see.
+    def seen_by(self, positions: Int[Tensor, " query"]) -> slice:
+        """Smallest range of keys that contains all that these queries see.
 
         Args:
             positions: on the CPU, where reading them does not make the host wait for the device.
         """
         if self.reach is not None:
-            return self.n_keys
-        seen: int = self.mask.span(int(positions.min()), int(positions.max()), self.n_keys).stop
-        return seen
+            return slice(0, self.n_keys)
+        return self.mask.span(int(positions.min()), int(positions.max()), self.n_keys)
 
     def rows(self, positions: Int[Tensor, " query"]) -> AttentionRows:
-        """Exact softmax rows in fp32, with keys up to the last that any of the queries sees.
+        """Exact softmax rows in fp32, of the keys that any of the queries sees.
 
         Args:
             positions: query positions, as :attr:`positions` counts them; on the CPU, where
-                reading them does not make the host wait for the device.
+                reading them does not make the host wait for the device. Under a window, neighbours
+                take little memory, and positions far apart all that lies between.
         """
-        n_keys = self.seen_by(positions)
+        keys = self.seen_by(positions)
         positions = positions.to(self.query.device)
-        visible = self.visible(positions, n_keys)
+        visible = self.visible(positions, keys)
         batch, kv_heads, _, d_head = self.key.shape
         query = self.query[:, :, positions - self.first_query].float() * self.scaling
         grouped = query.reshape(batch, kv_heads, -1, d_head)
-        scores = torch.matmul(grouped, self.key_fp32[:, :, :n_keys].mT)
-        scores = scores.view(batch, -1, len(positions), n_keys)
-        if (bias := self.bias_of(positions, slice(0, n_keys))) is not None:
+        scores = torch.matmul(grouped, self.key_fp32[:, :, keys].mT)
+        scores = scores.view(batch, -1, len(positions), keys.stop - keys.start)
+        if (bias := self.bias_of(positions, keys)) is not None:
             scores = scores + bias
         pattern = self.softmax(scores, visible)
-        return AttentionRows(self.layer, positions, pattern, visible, self.mask)
+        if keys.start == 0:
+            return AttentionRows(self.layer, positions, pattern, visible, self.mask)
+        return WindowRows(self.layer, positions, pattern, visible, self.mask, keys.start)
 
     def bias_of(
         self, positions: Int[Tensor, " query"], keys: slice
@@ -152,17 +154,17 @@ class AttentionCall:
 
     def query_keys(self, positions: Int[Tensor, " query"]) -> QueryKeys:
         """Queries at some positions and the keys up to the last that any of them sees."""
-        n_keys = self.seen_by(positions)
+        keys = slice(0, self.seen_by(positions).stop)
         positions = positions.to(self.query.device)
         return QueryKeys(
             layer=self.layer,
             query_pos=positions,
             query=self.query[:, :, positions - self.first_query].float(),
-            key=self.key_fp32[:, :, :n_keys],
+            key=self.key_fp32[:, :, keys],
             scaling=self.scaling,
             soft_cap=self.soft_cap,
-            bias=self.bias_of(positions, slice(0, n_keys)),
-            visible=self.visible(positions, n_keys),
+            bias=self.bias_of(positions, keys),
+            visible=self.visible(positions, keys),
         )
 
     def softmax(
@@ -181,40 +183,45 @@ class AttentionCall:
         return pattern
 
     def average(
-        self, pattern: Float[Tensor, "batch head query key"]
+        self, pattern: Float[Tensor, "batch head query key"], first_key: int = 0
     ) -> Float[Tensor, "batch query head d_value"]:
-        """Values averaged by a pattern, in the model's dtype."""
+        """Values averaged by a pattern, in the model's dtype.
+
+        Args:
+            pattern: of any queries.
+            first_key: position of the pattern's first key.
+        """
         batch, kv_heads, _, d_value = self.value.shape
         _, heads, queries, n_keys = pattern.shape
         grouped = pattern.to(self.value.dtype).reshape(batch, kv_heads, -1, n_keys)
-        z = torch.matmul(grouped, self.value[:, :, :n_keys])
+        z = torch.matmul(grouped, self.value[:, :, first_key : first_key + n_keys])
         return z.view(batch, heads, queries, d_value).transpose(1, 2)
 
 
 def visible_keys(
     positions: Int[Tensor, " query"],
-    n_keys: int,
+    keys: slice,
     batch: int,
     *,
     mask: MaskRule,
     real: Bool[Tensor, "batch pos"] | None,
     reach: Int[Tensor, "batch pos"] | None = None,
 ) -> Bool[Tensor, "batch query key"]:
-    """Mask of the first ``n_keys`` keys that each query position sees, padding included.
+    """Mask of the keys in a range that each query position sees, padding included.
 
     A padding query sees itself alone, where keys are of its own sequence. Positions with the same
     ``reach``, the last key that they see, see each other; see :class:`AttentionCall`.
     """
-    keys = torch.arange(n_keys, device=positions.device)
-    ruled: Tensor = mask.visible(positions, keys)[None].expand(batch, -1, -1)
+    places = torch.arange(keys.start, keys.stop, device=positions.device)
+    ruled: Tensor = mask.visible(positions, places)[None].expand(batch, -1, -1)
     if reach is not None:
-        ruled = ruled | (reach[:, positions, None] == reach[:, None, :n_keys])
+        ruled = ruled | (reach[:, positions, None] == reach[:, None, keys])
     if real is None:
         return ruled
     if mask.kind == "cross":
-        return ruled & real[:, None, :n_keys]
-    itself = keys[None] == positions[:, None]
-    shown = ruled & real[:, None, :n_keys]
+        return ruled & real[:, None, keys]
+    itself = places[None] == positions[:, None]
+    shown = ruled & real[:, None, keys]
     padding = ~real[:, positions]
     return torch.where(padding[:, :, None], itself[None], shown)
 
@@ -226,8 +233,8 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     mask is needed, and blocks of exact rows for soft caps and learned sinks.
     """
     if call.soft_cap is not None or call.sinks is not None:
-        blocks = [call.average(call.rows(block).pattern) for block in _blocks(call)]
-        return torch.cat(blocks, dim=1)
+        rows = (call.rows(block) for block in _blocks(call))
+        return torch.cat([call.average(one.held, one.first_key) for one in rows], dim=1)
     hidden = call.mask.sees(call.n_keys) < call.n_keys
     hidden = hidden or call.bias is not None or call.reach is not None
     square = call.n_queries in (1, call.n_keys) or not call.mask.causal
@@ -238,10 +245,9 @@ def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     parts = []
     for block in _blocks(call):
         first, last = int(block[0]), int(block[-1])
+        keys = call.seen_by(block)
         block = block.to(call.query.device)
-        keys = call.mask.span(first, last, call.n_keys)
-        keys = keys if call.reach is None else slice(0, call.n_keys)
-        mask = call.visible(block, keys.stop)[:, None, :, keys.start :]
+        mask = call.visible(block, keys)[:, None]
         if (bias := call.bias_of(block, keys)) is not None:
             mask = bias.masked_fill(~mask, float("-inf")).to(call.query.dtype)
         query = call.query[:, :, first - call.first_query : last + 1 - call.first_query]

@@ -24,7 +24,7 @@ _THRESHOLD = 0.4
 
 
 def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query"]:
-    return rows.at((rows.query_pos - distance).expand(rows.pattern.shape[0], -1))
+    return rows.at((rows.query_pos - distance).expand(rows.held.shape[0], -1))
 
 
 @row_scorer(

@@ -40,15 +40,15 @@ def window_mass(
         raise InputError(f"width={width} holds no token: give 1 or more.")
 
     def function(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-        batch, heads, _, keys = rows.pattern.shape
+        batch, heads, _, keys = rows.held.shape
         ahead = 0 if rows.mask.causal else 1 - width
-        back = torch.arange(ahead, width, device=rows.pattern.device)
-        index = rows.query_pos[:, None] - back
+        back = torch.arange(ahead, width, device=rows.held.device)
+        index = rows.query_pos[:, None] - back - rows.first_key
         inside = (index >= 0) & (index < keys)
         index = index.clamp(0, keys - 1)
         # Invisible keys hold 0, so only clamped indices have to be masked.
-        picked = rows.pattern.gather(-1, index.expand(batch, heads, -1, -1)) * inside
-        seen = (rows.visible.gather(-1, index.expand(batch, -1, -1)) & inside).any(-1)
+        picked = rows.held.gather(-1, index.expand(batch, heads, -1, -1)) * inside
+        seen = (rows.held_visible.gather(-1, index.expand(batch, -1, -1)) & inside).any(-1)
         return picked.sum(-1).masked_fill(~seen[:, None], torch.nan)
 
     function.__doc__ = f"Attention to the last {width} tokens, the query's own included."
@@ -89,15 +89,14 @@ def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batc
     if probe.grid is not None:
         return mean_reach(rows, probe)
     if not rows.mask.causal:
-        keys = torch.arange(rows.pattern.shape[-1], device=rows.pattern.device)
-        apart = (rows.query_pos[:, None] - keys).abs().to(rows.pattern.dtype)
-        far: Tensor = torch.linalg.vecdot(rows.pattern, apart) / rows.total
+        apart = (rows.query_pos[:, None] - rows.key_pos).abs().to(rows.held.dtype)
+        far: Tensor = torch.linalg.vecdot(rows.held, apart) / rows.total
         return far
     # Measured from the middle of the chunk, so that fp32 keeps short distances in long texts exact.
     middle = rows.query_pos[len(rows.query_pos) // 2]
-    keys = torch.arange(rows.pattern.shape[-1], device=rows.pattern.device) - middle
-    weights = torch.stack([torch.ones_like(keys), keys], -1).to(rows.pattern.dtype)
-    total, moment = torch.matmul(rows.pattern, weights).unbind(-1)
+    keys = rows.key_pos - middle
+    weights = torch.stack([torch.ones_like(keys), keys], -1).to(rows.held.dtype)
+    total, moment = torch.matmul(rows.held, weights).unbind(-1)
     return ((rows.query_pos - middle) - moment / total).clamp_min(0)
 
 
@@ -135,7 +134,7 @@ def normalised_entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batc
 
     Weakness: near 0 for every head that has a sink; read ``normalised_entropy_no_sink``.
     """
-    most = rows.visible.sum(-1).log()
+    most = rows.held_visible.sum(-1).log()
     return (rows.entropy / most.where(most > 0, torch.nan)[:, None]).clamp_max(1)
 
 
@@ -153,7 +152,7 @@ def max_attention(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch hea
 
     Weakness: high for every head that has a sink.
     """
-    return rows.pattern.amax(-1)
+    return rows.held.amax(-1)
 
 
 @row_scorer(
@@ -171,8 +170,8 @@ def density(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head quer
 
     Weakness: a key with a weight of 1e-30 counts like any other; read ``entropy`` beside it.
     """
-    seen = rows.visible.sum(-1).to(rows.pattern.dtype)
-    return (rows.pattern > 0).sum(-1) / seen.where(seen > 0, torch.nan)[:, None]
+    seen = rows.held_visible.sum(-1).to(rows.held.dtype)
+    return (rows.held > 0).sum(-1) / seen.where(seen > 0, torch.nan)[:, None]
 
 
 @row_scorer(
@@ -194,7 +193,7 @@ def head_diversity(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch he
     Weakness: it depends on the other heads: a copy of a head halves what both have.
     """
     there = rows.total > 0
-    shares = rows.pattern / rows.total.where(there, 1.0)[..., None]
+    shares = rows.held / rows.total.where(there, 1.0)[..., None]
     n = there.sum(1, keepdim=True).clamp_min(1)
     mean = shares.sum(1, keepdim=True) / n[..., None]
     crossed = (shares * mean.clamp_min(1e-38).log()).sum(-1)

@@ -18,7 +18,6 @@ from headscope.base.arguments import checked
 from headscope.base.options import Advance, RunOptions, chunk_bytes
 from headscope.base.stacks import grid_of
 from headscope.base.statistics import Design
-from headscope.capture import chunks
 from headscope.circuits.scores import score_weights
 from headscope.edits import HeadSite
 from headscope.errors import InputError, UnsupportedModelError
@@ -43,6 +42,8 @@ from headscope.views import (
     Unembedding,
 )
 
+# Queries under a window that are worth a chunk of their own, however short the window is.
+_NARROW = 256
 # Copies of a chunk alive at once: attention scores, probabilities, and one derived view.
 _COPIES = 3
 
@@ -148,6 +149,8 @@ class Accumulator:
     _rotations: dict[int, Rotation] = field(default_factory=dict)
     _writes: dict[int, AttentionWrite] = field(default_factory=dict)
     _held: list[tuple[Scorer, int, Tensor, Tensor]] = field(default_factory=list)
+    # Whether all scorers of the last chunk under a window did with the keys of the window.
+    _narrow: bool = False
 
     def __post_init__(self) -> None:
         """Allocate the sums, and precompute what cannot be measured during the pass."""
@@ -234,9 +237,34 @@ class Accumulator:
         rotation = self._rotations.get(view.layer)
         write = self._writes.get(view.layer)
         layer = _Layer(self.model, view, self._probes[device], rotation, self._unembedding, write)
-        for positions in chunks(self.positions, self._row, self.budget):
-            self._on_chunk(layer, positions)
+        left = self.positions
+        while len(left):
+            size = self._chunk_size(left, self.model.shape.windows[view.layer])
+            self._on_chunk(layer, left[:size])
+            left = left[size:]
         self.advance()
+
+    def _chunk_size(self, left: Int[Tensor, " query"], window: int | None) -> int:
+        """Number of the next queries whose rows fit the budget.
+
+        Args:
+            left: queries that are left, in order.
+            window: of the layer; its rows take no more than the keys between the first query's and
+                the last query's, unless a scorer has asked for whole patterns.
+        """
+        size = max(1, self.budget // self._row)
+        if window is None or not self._narrow:
+            return size
+        most = left[: max(window, _NARROW)]
+        most = most if self.tokens is None else most[: max(1, self._tokens)]
+        held = (most - most[0] + 2 * window) * torch.arange(1, len(most) + 1)
+        fits = int((held * (self._row // self.batch.length) <= self.budget).sum())
+        return max(size, fits)
+
+    @property
+    def _tokens(self) -> int:
+        """Queries of each example that a chunk may hold, where that is limited."""
+        return (self.tokens or 0) // len(self.batch)
 
     @property
     def _row(self) -> int:
@@ -247,11 +275,18 @@ class Accumulator:
         """Byte budget of a chunk, fixed once per pass (free memory changes between layers)."""
         budget = chunk_bytes(self.model.device, self.memory)
         if self.tokens is not None:
-            budget = min(budget, self.tokens // len(self.batch) * self._row)
+            budget = min(budget, self._tokens * self._row)
         return budget >> self.halvings
 
     def _on_chunk(self, layer: "_Layer", positions: Int[Tensor, " query"]) -> None:
         chunk = _Chunk(layer, positions)
+        self._feed(layer, chunk)
+        made = chunk.made_rows
+        if any(rows.first_key for rows in made):
+            self._narrow = not any(rows.is_whole for rows in made)
+
+    def _feed(self, layer: "_Layer", chunk: "_Chunk") -> None:
+        positions = chunk.positions
         for scorer in self.scorers:
             self._on_other(scorer, layer, chunk)
             chosen = self.selected[scorer.name][:, positions]
@@ -368,7 +403,7 @@ class _Chunk:
 
     @cached_property
     def value_weighted(self) -> AttentionRows:
-        return self.rows.weighted(self.layer.value_norms[..., : self.rows.pattern.shape[-1]])
+        return self.rows.weighted(self.layer.value_norms)
 
     @cached_property
     def outputs(self) -> HeadOutputs:
@@ -390,6 +425,12 @@ class _Chunk:
         seen = self.layer.view.query_keys(self.positions)
         return replace(seen, rotation=self.layer.rotation)
 
+    @property
+    def made_rows(self) -> list[AttentionRows]:
+        """Rows of all views that were asked for so far."""
+        found = self.__dict__
+        return [one for one in found.values() if isinstance(one, AttentionRows)]
+
     def seen(self, scorer: Scorer) -> AttentionRows | HeadOutputs | QueryKeys:
         """The view of this chunk that a scorer reads."""
         if scorer.reads == "qk":
@@ -406,7 +447,7 @@ class _Chunk:
         if scorer.reads == "rows_no_sink":
             return even.without_first(self.layer.probe.first)
         if scorer.reads == "rows_value_weighted":
-            return even.weighted(self.layer.value_norms[..., : even.pattern.shape[-1]])
+            return even.weighted(self.layer.value_norms)
         return even
 
 

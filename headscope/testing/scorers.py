@@ -218,7 +218,7 @@ class _Layer:
     def _visible(self, at: Tensor) -> Tensor:
         n_keys = int(at.max()) + 1 if self.mask is CAUSAL else self.probe.length
         real = None if bool(self.probe.real.all()) else self.probe.real
-        return visible_keys(at, n_keys, len(self.probe), mask=self.mask, real=real)
+        return visible_keys(at, slice(0, n_keys), len(self.probe), mask=self.mask, real=real)
 
     def rows(self, at: Tensor) -> AttentionRows:
         """Peaky softmax rows."""

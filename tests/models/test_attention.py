@@ -1,5 +1,7 @@
 import math
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -208,3 +210,51 @@ def test_large_scores_do_not_overflow() -> None:
     assert bool(torch.isfinite(pattern).all())
     assert bool((pattern.sum(-1) < 1 + 1e-5).all())
     assert bool(torch.isfinite(fused(loud)).all())
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_under_a_window_nothing_is_as_long_as_the_text(
+    monkeypatch: pytest.MonkeyPatch, kind: MaskKind
+) -> None:
+    """Masks and rows of all queries grow with the text, not with its square."""
+    made: list[int] = []
+    true = attention.visible_keys
+
+    def watched(*given: Any, **named: Any) -> Tensor:
+        found = true(*given, **named)
+        made.append(found.numel())
+        return found
+
+    monkeypatch.setattr(attention, "visible_keys", watched)
+    monkeypatch.setattr(attention, "_BLOCK_ENTRIES", 2000)
+    entries = {}
+    for keys in (500, 1000):
+        made.clear()
+        call = a_call(window=8, keys=keys, queries=keys, kind=kind)
+        fused(call)
+        for positions in torch.arange(keys).split(50):
+            assert call.rows(positions).held.shape[-1] <= 50 + 2 * 8
+        entries[keys] = sum(made)
+    assert entries[1000] <= 2.1 * entries[500]
+
+
+def test_rows_under_a_window_are_whole_when_asked() -> None:
+    call = a_call(kv_heads=2, window=3, padding="left")
+    rows, expected = call.rows(torch.tensor([7, 8])), slow_pattern(call)[:, :, 7:].float()
+    assert (rows.first_key, rows.keys) == (5, slice(5, 9))
+    assert rows.held.shape[-1] == 4
+    assert not rows.is_whole
+    torch.testing.assert_close(rows.pattern, expected, atol=2e-6, rtol=0)
+    assert rows.is_whole
+    other = replace(rows, pattern=expected)
+    assert other.first_key == 0
+    for one in (rows, other, rows.over(rows.held)):
+        keys = torch.ones(BATCH, KEYS, dtype=torch.bool)
+        torch.testing.assert_close(one.column_mass(keys), torch.ones(BATCH, HEADS, 2))
+        torch.testing.assert_close(one.entropy, torch.special.entr(expected).sum(-1))
+        at = torch.tensor([[4, 6]] * BATCH)
+        assert one.at(at)[..., 0].isnan().all()  # out of the window
+        torch.testing.assert_close(one.at(at)[..., 1], expected[..., 1, 6])
+        no_sink = one.without_first(torch.tensor([5, 0]))
+        assert not no_sink.pattern[0, ..., 5].any()
+        torch.testing.assert_close(no_sink.pattern[1], expected[1])

@@ -28,7 +28,7 @@ def probe() -> Probe:
 
 
 def rows(p: Probe, mask: MaskRule = RULE) -> AttentionRows:
-    visible = visible_keys(torch.arange(LENGTH), LENGTH, len(p), mask=mask, real=p.real)
+    visible = visible_keys(torch.arange(LENGTH), slice(0, LENGTH), len(p), mask=mask, real=p.real)
     scores = 3 * torch.randn(2, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1))
     pattern = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
     return AttentionRows(0, torch.arange(LENGTH), pattern, visible, mask)

@@ -147,6 +147,50 @@ def test_a_target_outside_the_window_is_missing_not_zero() -> None:
     assert (scores.missing == 2 * 8).all()
 
 
+def test_scores_of_a_windowed_model_are_those_of_its_whole_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every scorer of rows gives the same on the keys of the window and on all keys."""
+    model = hs.load(build("mistral"), check=False)
+    probe = hs.probes.from_tokens(few_tokens(length=40))
+    probes = (REPEATED, CATALOGUE["entropy"].probe)
+    names = [n for n, s in CATALOGUE.items() if s.kind == "row" and s.probe in probes]
+    names = [n for n in names if "bidirectional" not in CATALOGUE[n].needs]
+    seen: list[AttentionRows] = []
+    true = HFLayerView.rows
+
+    def whole(self: HFLayerView, query_pos: torch.Tensor) -> AttentionRows:
+        rows = true(self, query_pos)
+        return AttentionRows(rows.layer, rows.query_pos, rows.pattern, rows.visible, rows.mask)
+
+    def watched(self: HFLayerView, query_pos: torch.Tensor) -> AttentionRows:
+        seen.append(true(self, query_pos))
+        return seen[-1]
+
+    def measured(read: Any, chosen: list[Any]) -> np.ndarray:
+        monkeypatch.setattr(HFLayerView, "rows", read)
+        scored = hs.score(model, probe, chosen, progress=False, memory="30KB", batch_size=2)
+        return np.stack([scored[name].per_example for name in scored])
+
+    assert len(names) > 20
+    np.testing.assert_allclose(measured(watched, names), measured(whole, names), atol=3e-6)
+
+    @hs.row_scorer()
+    def loudest(rows: AttentionRows, probe: Probe) -> torch.Tensor:
+        """Position of the largest weight, of whole patterns."""
+        return rows.pattern.argmax(-1).float()
+
+    # Chunks are fewer where every scorer does with the keys of the window.
+    chunks = {}
+    for whole_ones, chosen in ((True, [loudest, "entropy"]), (False, ["entropy"])):
+        seen.clear()
+        measured(watched, chosen)
+        late = [rows for rows in seen if rows.first_key]
+        assert all(rows.is_whole == whole_ones for rows in late)
+        chunks[whole_ones] = len(late)
+    assert chunks[False] < 0.7 * chunks[True]
+
+
 def test_a_user_scorer_needs_three_lines(llama: HeadModel) -> None:
     @hs.row_scorer()
     def three_back(rows: AttentionRows, probe: Probe) -> torch.Tensor:

@@ -50,7 +50,7 @@ class BridgeLayerView:
         n_keys = int(query_pos.max()) + 1
         positions = query_pos.to(self.pattern.device)
         batch, mask = self.pattern.shape[0], MaskRule("causal", self.window)
-        visible = visible_keys(positions, n_keys, batch, mask=mask, real=self.real)
+        visible = visible_keys(positions, slice(0, n_keys), batch, mask=mask, real=self.real)
         whole = self.pattern[:, :, positions].float()
         pattern = whole[..., :n_keys].masked_fill(~visible[:, None], 0.0)
         stray = whole.sum(-1) - pattern.sum(-1)

@@ -209,7 +209,7 @@ def _rule(
         queries = queries[torch.cat([pick, pick[-1:] - 1]).clamp_min(0)]
     shown = visible_by(function, batch, queries, keys, use_vmap=use_vmap)
     for rule in _rules(local_size):
-        expected = visible_keys(queries - keys[0], len(keys), batch, mask=rule, real=None)
+        expected = visible_keys(queries - keys[0], slice(0, len(keys)), batch, mask=rule, real=None)
         if torch.equal(shown, expected):
             return rule
     raise UnsupportedModelError(
@@ -238,7 +238,8 @@ def _blocks(
     window = int(counts[alone].max()) if bool(alone.any()) else length
     for rule in (MaskRule("causal", window), CAUSAL):
         expected = (
-            visible_keys(one, length, batch, mask=rule, real=None, reach=reach) for one in parts
+            visible_keys(one, slice(0, length), batch, mask=rule, real=None, reach=reach)
+            for one in parts
         )
         if all(torch.equal(shown(one), own) for one, own in zip(parts, expected, strict=True)):
             return (CAUSAL if window >= length else rule), reach

@@ -293,7 +293,9 @@ def _few(
     after = torch.matmul(by_group.flatten(0, 1), call.key.float().mT)
     scores = torch.cat([before.reshape(stacked, kv_heads, rows, -1), after], dim=-1)
     n_keys = prefix.length + own
-    visible = visible_keys(prefix.length + queries, n_keys, stacked, mask=call.mask, real=call.real)
+    visible = visible_keys(
+        prefix.length + queries, slice(0, n_keys), stacked, mask=call.mask, real=call.real
+    )
     pattern = call.softmax(scores.reshape(stacked, -1, len(queries), n_keys), visible)
     pattern = pattern.reshape(copies, batch, kv_heads, rows, n_keys).to(call.value.dtype)
     over = pattern[..., : prefix.length].permute(1, 2, 0, 3, 4)
