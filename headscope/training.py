@@ -41,7 +41,7 @@ from headscope.models.running import own_types
 from headscope.models.taps import Tap, TapView, Write, writes_of
 from headscope.origin import origin
 from headscope.probes.probe import Probe, pairs_of_examples, probe_digest
-from headscope.pruning.gates import frozen
+from headscope.pruning.gates import GatedHeads, frozen
 from headscope.pruning.orders import gradient_importance
 from headscope.scorers.relation import PairsLike, PairsOf, as_triples, check_triples
 from headscope.table import HeadScores, HeadTable
@@ -254,18 +254,6 @@ def _train(
     return tuple(run.losses.tolist())
 
 
-@dataclass(frozen=True, eq=False)
-class _Gated:
-    """Edit that multiplies head outputs by one gate per head."""
-
-    gates: Float[Tensor, "layer head"]
-    layers: frozenset[int]
-    site: HeadSite = field(default="z", init=False)
-
-    def __call__(self, layer: int, value: Tensor) -> Tensor:
-        return value * self.gates[layer].to(value)[:, None]
-
-
 @checked
 def masked_heads(
     heads: Sequence[HeadIndex],
@@ -320,7 +308,7 @@ class _Masking(_Task):
         shape = self.model.shape
         gates = torch.ones(shape.n_layers, shape.n_heads, device=batch.tokens.device)
         gates.requires_grad_()
-        cost = self.value(batch, writes_of([_Gated(gates, frozenset(shape.attention_layers))]))
+        cost = self.value(batch, writes_of([GatedHeads(gates, frozenset(shape.attention_layers))]))
         (slope,) = torch.autograd.grad(cost, [gates])
         return slope
 
@@ -765,7 +753,7 @@ class _Noisy(_Task):
         mean, log_spread = self.values["mean"], self.values["log_spread"]
         noise = torch.randn(mean.shape, generator=draws).to(mean)
         layers = frozenset(self.model.shape.attention_layers)
-        gates = _Gated(mean + log_spread.exp() * noise, layers)
+        gates = GatedHeads(mean + log_spread.exp() * noise, layers)
         told = divergence(mean, log_spread)[self.there].sum()
         return self.value(batch, writes_of([gates])) + self.penalty * told
 

@@ -15,7 +15,6 @@ from headscope.ablation.run import (
     Metricish,
     Placer,
     Positions,
-    facts_of,
     intervention_of,
     present,
     seed_of,
@@ -189,12 +188,11 @@ def _measured(
     """Ablate sets of heads, each jointly."""
     options = RunOptions(batch_size, memory, seed, progress)
     intervention_of(method, reference)  # refuse before any pass
-    measurement = Measurement.of(model, probe, metric, options)
-    placer = Placer(measurement, method, positions=positions, reference=reference)
-    effects, clean = joint(measurement, placer, sets)
-    facts = facts_of(method, reference, positions)
-    provenance = measurement.provenance(seed_of(method, seed), checks=placer.checks, **facts)
-    return _Measured(measurement, str(facts["method"]), effects, clean, provenance)
+    placer = Placer.of(model, probe, metric, method, positions, reference, options)
+    effects, clean = joint(placer.measurement, placer, sets)
+    about = {"checks": placer.checks, **placer.facts}
+    provenance = placer.measurement.provenance(seed_of(method, seed), **about)
+    return _Measured(placer.measurement, str(about["method"]), effects, clean, provenance)
 
 
 def joint(

@@ -361,12 +361,10 @@ def ablate_heads(
     intervention_of(method, reference)  # refuse before any pass
     model = stack_of(model, heads, stack)
     chosen = present(model, heads)
-    measurement = Measurement.of(model, probe, metric, options)
-    facts = facts_of(method, reference, positions)
-    placer = Placer(measurement, method, positions=positions, reference=reference)
-    keep = _keeper(measurement, checkpoint, method, positions, reference)
-    effects = ablated(measurement, placer, chosen, keep)
-    return _scores(measurement, chosen, effects, placer, facts)
+    placer = Placer.of(model, probe, metric, method, positions, reference, options)
+    keep = _keeper(placer, checkpoint)
+    effects = ablated(placer.measurement, placer, chosen, keep)
+    return _scores(placer, chosen, effects, placer.facts)
 
 
 @checked
@@ -428,12 +426,10 @@ def estimate_heads(
     given = _baseline(baseline, reference, seed)
     model = stack_of(model, heads, stack)
     chosen = present(model, heads)
-    measurement = Measurement.of(model, probe, metric, options)
+    placer = Placer.of(model, probe, metric, baseline, positions, reference, options)
+    effects = attribution(placer.measurement, placer, chosen, steps)
     facts = {**facts_of("attribution", reference, positions), "steps": steps}
-    facts |= {"baseline": given.name}
-    placer = Placer(measurement, baseline, positions=positions, reference=reference)
-    effects = attribution(measurement, placer, chosen, steps)
-    return _scores(measurement, chosen, effects, placer, facts)
+    return _scores(placer, chosen, effects, {**facts, "baseline": given.name})
 
 
 @checked
@@ -499,12 +495,11 @@ def screen_heads(
     given = _baseline(baseline, reference, seed)
     model = stack_of(model, heads, stack)
     chosen = present(model, heads)
-    measurement = Measurement.of(model, probe, metric, options)
+    placer = Placer.of(model, probe, metric, baseline, positions, reference, options)
+    keep = _keeper(placer, checkpoint)
+    effects = screened(placer.measurement, placer, chosen, steps, top, sample, keep)
     facts = {**facts_of("screened", reference, positions), "baseline": given.name, "steps": steps}
-    placer = Placer(measurement, baseline, positions=positions, reference=reference)
-    keep = _keeper(measurement, checkpoint, baseline, positions, reference)
-    effects = screened(measurement, placer, chosen, steps, top, sample, keep)
-    return _scores(measurement, chosen, effects, placer, facts)
+    return _scores(placer, chosen, effects, facts)
 
 
 def _baseline(baseline: InterventionLike, reference: Probe | None, seed: int) -> Intervention:
@@ -519,34 +514,34 @@ def _baseline(baseline: InterventionLike, reference: Probe | None, seed: int) ->
 
 
 def _scores(
-    measurement: Measurement,
+    placer: Placer,
     heads: tuple[HeadIndex, ...],
     effects: Float[np.ndarray, "head example"],
-    placer: Placer,
     facts: Mapping[str, Any],
 ) -> HeadScores:
+    measurement = placer.measurement
     seed = seed_of(placer.method, measurement.options.seed)
     provenance = measurement.provenance(seed, checks=placer.checks, **facts)
     placed = by_head(measurement.model, heads, effects)
     return as_scores(measurement, placed, str(facts["method"]), provenance)
 
 
-def _keeper(
-    measurement: Measurement,
-    checkpoint: CheckpointPath,
-    method: InterventionLike,
-    positions: Positions,
-    reference: Probe | None,
-) -> Keeper | None:
+def _keeper(placer: Placer, checkpoint: CheckpointPath) -> Keeper | None:
     """Checkpoint for finished heads, or None."""
     if checkpoint is None:
         return None
-    file, about = Path(checkpoint), measurement.provenance(measurement.options.seed)
-    facts = deciding(about, measurement.probe, reference, measurement.metric, method, positions)
-    KeptEffects(
-        file, facts, (), len(measurement.probe)
-    )  # refuse another measurement's file before any pass
-    return lambda heads: KeptEffects(file, facts, heads, len(measurement.probe))
+    measurement, file = placer.measurement, Path(checkpoint)
+    facts = deciding(
+        measurement.provenance(measurement.options.seed),
+        measurement.probe,
+        placer.reference,
+        measurement.metric,
+        placer.method,
+        placer.positions,
+    )
+    examples = len(measurement.probe)
+    KeptEffects(file, facts, (), examples)  # refuse another measurement's file before any pass
+    return lambda heads: KeptEffects(file, facts, heads, examples)
 
 
 def _refuse_unknown(function: str, unknown: Mapping[str, Any]) -> None:

@@ -433,7 +433,8 @@ class Placer:
         positions: Positions = None,
         reference: Probe | None = None,
     ) -> None:
-        self._measurement, self._maker = measurement, method
+        self.measurement, self.method = measurement, method
+        self.positions, self.reference = positions, reference
         self.checks: dict[str, Any] = {}
         probe = capture.seen_by(measurement.model, measurement.probe)
         where = marked(probe, positions)
@@ -450,16 +451,31 @@ class Placer:
                 "positions= applies to interventions and their names: set it in your edit function."
             )
 
+    @classmethod
+    def of(
+        cls,
+        model: HeadModel,
+        probe: Probe,
+        metric: Metricish,
+        method: InterventionLike,
+        positions: Positions,
+        reference: Probe | None,
+        options: RunOptions,
+    ) -> "Placer":
+        """Begin a measurement of one metric, with what heads become in it."""
+        measurement = Measurement.of(model, probe, metric, options)
+        return cls(measurement, method, positions=positions, reference=reference)
+
     @property
-    def method(self) -> InterventionLike:
-        """What heads are ablated to: an intervention's name, or a user's function."""
-        return self._maker
+    def facts(self) -> Mapping[str, Any]:
+        """Settings of the measurement, for provenance."""
+        return facts_of(self.method, self.reference, self.positions)
 
     def place(self, chosen: slice, batch: RecordedBatch) -> Place:
         """Function from heads to their edit in one batch."""
         if self._batch is not None:
             return self._batch(chosen, batch.source.z)
-        maker = self._maker
+        maker = self.method
         assert callable(maker)  # noqa: S101  # a name has a method
 
         def own(heads: Heads) -> AnyEdit:
@@ -471,5 +487,5 @@ class Placer:
     def prove(self, batch: RecordedBatch, place: Place, heads: Sequence[HeadIndex]) -> None:
         """Run the checks once."""
         if not self.checks:
-            measurement = self._measurement
+            measurement = self.measurement
             self.checks = proofs(measurement.model, measurement.engine, batch, place, heads)

@@ -63,8 +63,8 @@ class CannotPrintError(Exception):
         self.closed = isinstance(error, BrokenPipeError)
 
 
-class Output:
-    """Standard output whose own failures can be told from those of files."""
+class Wrapped:
+    """A stream that behaves as another one, but for what subclasses change."""
 
     def __init__(self, stream: Any) -> None:
         """Wrap a stream."""
@@ -73,6 +73,10 @@ class Output:
     def __getattr__(self, name: str) -> Any:
         """Delegate everything else to the stream."""
         return getattr(self._stream, name)
+
+
+class Output(Wrapped):
+    """Standard output whose own failures can be told from those of files."""
 
     def write(self, text: str) -> int:
         """Write, raising CannotPrintError on failure."""
@@ -89,16 +93,8 @@ class Output:
             raise CannotPrintError(error) from error
 
 
-class Notices:
+class Notices(Wrapped):
     """Standard error that drops what cannot be written, so that it never stops the work."""
-
-    def __init__(self, stream: Any) -> None:
-        """Wrap a stream."""
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        """Delegate everything else to the stream."""
-        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Write, ignoring failures."""

@@ -1,6 +1,5 @@
 """``headscope edges``: edge scores, a circuit of the best edges, and its checks."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from headscope import edges, metrics, probes
 from headscope.base.files import subfolder
 from headscope.cli.options import Loading
-from headscope.cli.output import asked_of, json_rows, print_either, print_written, run_folder, typed
+from headscope.cli.output import ModelCommand, json_rows, print_either, print_written, typed
 from headscope.edges.attribute import EdgeMethod
 from headscope.errors import InputError, nearest
 from headscope.metrics import Metric
@@ -90,18 +89,13 @@ def run(
 ) -> None:
     """Load, score, search, write, print."""
     asked.check()
-    folder = run_folder(out, "edges", overwrite=overwrite)
-    started = time.perf_counter()
-    model = loading.model()
-    loaded = time.perf_counter()
-    if folder is not None:
-        folder = folder.of(asked_of(model, loading, **asked.settings()))
+    command = ModelCommand.begin("edges", loading, out, overwrite=overwrite, **asked.settings())
+    model, folder = command.model, command.folder
     probe = _probe(model, asked)
     found = _found(model, probe, asked, folder)
     if folder is not None:
-        timings = {"load_seconds": loaded - started, "edge_seconds": time.perf_counter() - loaded}
-        settings = {"command": "edges", "model": model.name, "revision": model.revision}
-        _write(folder.ready(), found, settings | asked.settings(), timings)
+        command.took("edge")
+        _write(folder.ready(), found, command.settings(**asked.settings()), command.timings)
     print_either(lambda: _as_json(found), lambda: _shown(found), as_json=as_json)
     if folder is not None:
         files = ("edges.parquet", "circuit.safetensors", "faithfulness.safetensors")

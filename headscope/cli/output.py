@@ -5,7 +5,9 @@ import math
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +121,55 @@ def run_folder(out: Path | None, kind: str, *, overwrite: bool) -> "RunFolder | 
 
     check_overwrite(out, overwrite=overwrite)
     return None if out is None else RunFolder.create(out, kind, overwrite=overwrite)
+
+
+@dataclass(eq=False)
+class ModelCommand:
+    """A command at work on a model, from the claim of its folder on.
+
+    Attributes:
+        name: of the command.
+        model: the loaded model.
+        folder: of the run; None if none was requested.
+        timings: seconds of the steps so far, by name.
+    """
+
+    name: str
+    model: "HeadModel"
+    folder: "RunFolder | None"
+    timings: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def begin(
+        cls, name: str, loading: Loading, out: Path | None, /, *, overwrite: bool, **asked: Any
+    ) -> "ModelCommand":
+        """Claim the folder, load the model, and tell the folder what is asked of it.
+
+        Raises:
+            InputError: if the folder is not writable, or holds another run.
+        """
+        folder = run_folder(out, name, overwrite=overwrite)
+        started = time.perf_counter()
+        model = loading.model()
+        begun = cls(name, model, folder, {"load_seconds": time.perf_counter() - started})
+        if folder is not None:
+            begun.folder = folder.of(asked_of(model, loading, **asked))
+        return begun
+
+    def took(self, step: str) -> None:
+        """Note the seconds since the last step."""
+        now = time.perf_counter()
+        self.timings[f"{step}_seconds"], self._since = now - self._since, now
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Settings of the run, as its folder stores them."""
+        return {
+            "command": self.name,
+            "model": self.model.name,
+            "revision": self.model.revision,
+            **more,
+        }
 
 
 def check_overwrite(out: Path | None, *, overwrite: bool) -> None:

@@ -13,12 +13,12 @@ from headscope.base.files import FolderClaim, whole_file
 from headscope.base.result import Drawn, Section
 from headscope.cli.options import Loading
 from headscope.cli.output import (
+    ModelCommand,
     asked_of,
     json_rows,
     print_either,
     print_result,
     print_written,
-    run_folder,
     typed,
 )
 from headscope.errors import InputError, nearest
@@ -91,43 +91,32 @@ def run_lens(
     fitted = None if learned is None else lens.load(learned)
     if fitted is not None and not isinstance(fitted, ResidualLens):
         raise InputError(f"{learned} reads heads, not layers: use it from Python.")
-    folder = run_folder(out, "lens", overwrite=overwrite)
-    started = time.perf_counter()
-    model = loading.model()
-    loaded = time.perf_counter()
-    if folder is not None:
-        asked = asked_of(
-            model,
-            loading,
+    command = ModelCommand.begin(
+        "lens",
+        loading,
+        out,
+        overwrite=overwrite,
+        prompt=prompt,
+        target=target,
+        foil=foil,
+        position=position,
+        lens=None if learned is None else learned.resolve().name,
+    )
+    found = _read(command.model, prompt, target, foil, position, k, fitted)
+    command.took("read")
+    if command.folder is not None:
+        settings = command.settings(
             prompt=prompt,
-            target=target,
-            foil=foil,
-            position=position,
-            lens=None if learned is None else learned.resolve().name,
+            target=found.split.target,
+            foil=found.split.foil,
+            position=found.split.position,
+            lens=found.grids["residual"].name,
         )
-        folder = folder.of(asked)
-    found = _read(model, prompt, target, foil, position, k, fitted)
-    timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
-    if folder is None:
-        print_either(
-            lambda: _reading_as_json(found), lambda: _shown_reading(found), as_json=as_json
-        )
-        return
-    folder = folder.ready()
-    settings = {
-        "command": "lens",
-        "model": model.name,
-        "revision": model.revision,
-        "prompt": prompt,
-        "target": found.split.target,
-        "foil": found.split.foil,
-        "position": found.split.position,
-        "lens": found.grids["residual"].name,
-    }
-    _write_reading(folder, found, settings, timings)
+        _write_reading(command.folder.ready(), found, settings, command.timings)
     print_either(lambda: _reading_as_json(found), lambda: _shown_reading(found), as_json=as_json)
-    files = ("lens.parquet", "attribution.parquet", "heads.parquet", "table.parquet", "pictures/")
-    print_written(folder.path, *files)
+    if command.folder is not None:
+        files = ("lens.parquet", "attribution.parquet", "heads.parquet", "table.parquet")
+        print_written(command.folder.path, *files, "pictures/")
 
 
 def _read(
@@ -246,18 +235,14 @@ def run_flow(
     as_json: bool,
 ) -> None:
     """Load, trace, write, print."""
-    folder = run_folder(out, "flow", overwrite=overwrite)
-    started = time.perf_counter()
-    model = loading.model()
-    loaded = time.perf_counter()
     asked: dict[str, Any] = {
         "prompt": prompt,
         "position": position,
         "part_threshold": part_threshold,
         "edge_threshold": edge_threshold,
     }
-    if folder is not None:
-        folder = folder.of(asked_of(model, loading, **asked))
+    command = ModelCommand.begin("flow", loading, out, overwrite=overwrite, **asked)
+    model, folder = command.model, command.folder
     routes = flow.routes(
         model,
         prompt,
@@ -268,9 +253,8 @@ def run_flow(
     )
     if folder is not None:
         found = _more(model, prompt, routes, memory)
-        timings = {"load_seconds": loaded - started, "trace_seconds": time.perf_counter() - loaded}
-        settings = {"command": "flow", "model": model.name, "revision": model.revision, **asked}
-        _write_flow(folder.ready(), found, settings, timings)
+        command.took("trace")
+        _write_flow(folder.ready(), found, command.settings(**asked), command.timings)
     print_either(lambda: _flow_as_json(routes), lambda: _shown_flow(routes), as_json=as_json)
     if folder is not None:
         files = ("edges.parquet", "table.parquet", "routes.safetensors", "pictures/")

@@ -18,12 +18,12 @@ from headscope.base.configs import parse, read_yaml
 from headscope.base.files import FolderClaim, subfolder, whole_file
 from headscope.cli.options import Loading, parse_depths, parse_lengths
 from headscope.cli.output import (
+    ModelCommand,
     asked_of,
     json_rows,
     plain_rows,
     print_either,
     print_written,
-    run_folder,
     typed,
     without_folders,
 )
@@ -197,14 +197,12 @@ def run(
     config = None
     if asked.masking is not None:
         config = parse(MaskingConfig, read_yaml(asked.masking), str(asked.masking))
-    folder = run_folder(out, "retrieval", overwrite=overwrite)
-    started = time.perf_counter()
-    model = loading.model()
-    loaded = time.perf_counter()
-    if folder is not None:
-        folder = folder.of(asked_of(model, loading, **asked.identity(config)))
-        if overwrite:
-            folder = folder.ready()
+    command = ModelCommand.begin(
+        "retrieval", loading, out, overwrite=overwrite, **asked.identity(config)
+    )
+    model, folder = command.model, command.folder
+    if folder is not None and overwrite:
+        folder = folder.ready()
     found, probe = scan_grid(
         model,
         lengths,
@@ -220,13 +218,9 @@ def run(
         new_tokens=asked.new_tokens,
         batch_size=asked.batch_size,
     )
-    scanned = time.perf_counter()
+    command.took("scan")
     masked = _masked(model, found, asked, config)
-    timings = {
-        "load_seconds": loaded - started,
-        "scan_seconds": scanned - loaded,
-        "mask_seconds": time.perf_counter() - scanned,
-    }
+    command.took("mask")
     table = HeadTable([found.by_set, found.by_step, found.activation])
 
     def printed() -> None:
@@ -238,17 +232,13 @@ def run(
         printed()
         return
     folder = folder.ready()
-    settings = {
-        "command": "retrieval",
-        "model": model.name,
-        "revision": model.revision,
-        "extrapolate": loading.extrapolate,
-        **{name: value for name, value in probe.settings.items() if value is not None},
-        "seed": asked.seed,
-        **_counts(found),
-        "heads": [str(head) for head in found.heads()],
-    }
-    _write(folder, table, found, masked, settings, timings)
+    settings = command.settings(
+        extrapolate=loading.extrapolate,
+        **{name: value for name, value in probe.settings.items() if value is not None}
+        | {"seed": asked.seed, **_counts(found)},
+        heads=[str(head) for head in found.heads()],
+    )
+    _write(folder, table, found, masked, settings, command.timings)
     curves = ["masking.csv"] if masked else []
     printed()
     print_written(

@@ -1,7 +1,6 @@
 """``headscope scan``, ``scorers``, ``circuits`` and ``head``: scores of heads."""
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from headscope.circuits.survey import Survey, survey
 from headscope.circuits.vocabulary import vocabulary_words
 from headscope.cli.options import Loading, scorer_names
 from headscope.cli.output import (
+    ModelCommand,
     asked_of,
     check_overwrite,
     console,
@@ -22,7 +22,6 @@ from headscope.cli.output import (
     print_either,
     print_result,
     print_written,
-    run_folder,
     typed,
 )
 from headscope.errors import HeadscopeError, InputError
@@ -70,13 +69,17 @@ def run_scan(
     config = None
     if probe_file is not None:
         config = parse(ProbeConfig, read_yaml(probe_file), str(probe_file))
-    folder = run_folder(out, "scan", overwrite=overwrite)
-    started = time.perf_counter()
-    model = loading.model()
-    loaded = time.perf_counter()
     asked = None if config is None else config.model_dump(mode="json", exclude_none=True)
-    if folder is not None:
-        folder = folder.of(asked_of(model, loading, scorers=names, probe=asked, seed=options.seed))
+    command = ModelCommand.begin(
+        "scan",
+        loading,
+        out,
+        overwrite=overwrite,
+        scorers=names,
+        probe=asked,
+        seed=options.seed,
+    )
+    model, folder = command.model, command.folder
     probe = None if config is None else build_probe(config, model)
     if source is not None:
         probe = probes.translation(model, source, target)
@@ -93,7 +96,7 @@ def run_scan(
     )
     several = len(table.stacks) > 1
     placed = [] if probe is not None or several else _on_text(model, table, options)
-    scored = time.perf_counter()
+    command.took("score")
 
     def show() -> None:
         print_result(table, as_json=as_json)
@@ -104,20 +107,16 @@ def run_scan(
         show()
         return
     folder = folder.ready()
-    settings = {
-        "command": "scan",
-        "model": model.name,
-        "revision": model.revision,
-        "scorers": list(table),
-        "probe": asked,
+    settings = command.settings(
+        scorers=list(table),
+        probe=asked,
         **({} if source is None else {"source": source.name}),
         **({} if target is None else {"target": target.name}),
         **({} if images is None else {"images": images.name}),
-        "seed": options.seed,
-        "roles_on_text": placed,
-    }
-    timings = {"load_seconds": loaded - started, "score_seconds": scored - loaded}
-    folder.write(table, settings, timings, command=typed(), examples=examples)
+        seed=options.seed,
+        roles_on_text=placed,
+    )
+    folder.write(table, settings, command.timings, command=typed(), examples=examples)
     if several:
         show()
         print_written(folder.path, "table.parquet", "pictures/")
@@ -213,37 +212,20 @@ def run_circuits(
     as_json: bool,
 ) -> None:
     """Load, read the weights, write, print."""
-    folder = run_folder(out, "circuits", overwrite=overwrite)
-    started = time.perf_counter()
-    model = loading.model()
-    loaded = time.perf_counter()
-    if folder is not None:
-        folder = folder.of(asked_of(model, loading, tokens=tokens, paths=paths, seed=seed))
-    found = survey(model, tokens=tokens, paths=paths, seed=seed)
-    timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
-    if folder is None:
-        print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
-        return
-    folder = folder.ready()
-    settings = {
-        "command": "circuits",
-        "model": model.name,
-        "revision": model.revision,
-        "tokens": tokens,
-        "seed": seed,
-    }
-    words = vocabulary_words(model, 3 if len(model.shape.heads) <= 1024 else 1)
-    _write(folder, found, words, settings, timings)
-    print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
-    print_written(
-        folder.path,
-        "table.parquet",
-        "pairs.parquet",
-        "spectra.safetensors",
-        "words.json",
-        "paths.json",
-        "pictures/",
+    command = ModelCommand.begin(
+        "circuits", loading, out, overwrite=overwrite, tokens=tokens, paths=paths, seed=seed
     )
+    model, folder = command.model, command.folder
+    found = survey(model, tokens=tokens, paths=paths, seed=seed)
+    command.took("read")
+    if folder is not None:
+        words = vocabulary_words(model, 3 if len(model.shape.heads) <= 1024 else 1)
+        settings = command.settings(tokens=tokens, seed=seed)
+        _write(folder.ready(), found, words, settings, command.timings)
+    print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
+    if folder is not None:
+        tables = ("table.parquet", "pairs.parquet", "spectra.safetensors")
+        print_written(folder.path, *tables, "words.json", "paths.json", "pictures/")
 
 
 def _survey_as_json(found: Survey) -> dict[str, Any]:

@@ -11,7 +11,16 @@ from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
 from headscope.plots.curves import LINE_COLOURS, faint
-from headscope.plots.figure import STYLES, Figure, Style, Theme, dress, label
+from headscope.plots.figure import (
+    STYLES,
+    Figure,
+    Style,
+    Theme,
+    dress,
+    joined_lines,
+    label,
+    legend_line,
+)
 from headscope.table import Circuit, Edge, EdgeGraph, Faithfulness, Wiring
 from headscope.table.edges import HeadAt, PositionCircuit
 
@@ -147,32 +156,14 @@ def _step(share: float) -> int:
 
 def _add_slot(figure: go.Figure, edges: Sequence[_DrawnEdge], slot: str, colour: str) -> None:
     """Add one trace per width and threshold, and one for the legend."""
-    figure.add_trace(
-        go.Scatter(
-            x=[np.nan], y=[np.nan], mode="lines", name=slot, legendgroup=slot,
-            line={"width": 3, "color": colour},
-        )
-    )  # fmt: skip
+    figure.add_trace(legend_line(slot, colour))
     grouped: dict[tuple[int, int], list[np.ndarray]] = {}
     for one in edges:
         width = min(len(_WIDTHS) - 1, int(one.share**0.5 * len(_WIDTHS)))
-        points = np.vstack([one.curve, [np.nan, np.nan]])
-        grouped.setdefault((width, _step(one.share)), []).append(points)
+        grouped.setdefault((width, _step(one.share)), []).append(one.curve)
     for (width, step), curves in sorted(grouped.items()):
-        points = np.concatenate(curves)
-        figure.add_trace(
-            go.Scatter(
-                x=points[:, 0].round(3),
-                y=points[:, 1].round(3),
-                mode="lines",
-                legendgroup=slot,
-                showlegend=False,
-                line={"width": _WIDTHS[width], "color": colour},
-                opacity=_OPACITY[width],
-                hoverinfo="skip",
-                meta=step,
-            )
-        )
+        lines = joined_lines(curves, slot, _WIDTHS[width], colour, _OPACITY[width])
+        figure.add_trace(lines.update(meta=step))
 
 
 def _nodes(wiring: Wiring, edges: Sequence[_DrawnEdge], style: Style) -> go.Scatter:

@@ -316,6 +316,37 @@ STYLES: dict[Theme, Style] = {
 }
 
 
+def colour_bar(title: str) -> dict[str, Any]:
+    """Colour bar beside a heatmap, with its title turned along it."""
+    return {"title": {"text": title, "side": "right"}, "thickness": 14, "outlinewidth": 0}
+
+
+def legend_line(name: str, colour: str) -> go.Scatter:
+    """Trace without points that stands in the legend for the lines of a group."""
+    return go.Scatter(
+        x=[np.nan], y=[np.nan], mode="lines", name=name, legendgroup=name,
+        line={"width": 3, "color": colour},
+    )  # fmt: skip
+
+
+def joined_lines(
+    curves: Sequence[np.ndarray], group: str, width: float, colour: str, opacity: float
+) -> go.Scatter:
+    """One trace of many curves ``[point 2]``, with a gap after each."""
+    gap = [[np.nan, np.nan]]
+    points = np.concatenate([np.vstack([curve, gap]) for curve in curves])
+    return go.Scatter(
+        x=points[:, 0].round(3),
+        y=points[:, 1].round(3),
+        mode="lines",
+        legendgroup=group,
+        showlegend=False,
+        line={"width": width, "color": colour},
+        opacity=opacity,
+        hoverinfo="skip",
+    )
+
+
 def layer_colours(layers: int, theme: Theme) -> list[str]:
     """One colour per layer, from the part of the scale that contrasts with the background."""
     ends = {"light": (0.0, 0.92), "dark": (0.3, 1.0)}[theme]

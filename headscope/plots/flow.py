@@ -9,7 +9,18 @@ from jaxtyping import Float, UInt8
 from headscope.base.arguments import checked
 from headscope.errors import InputError
 from headscope.heads import HeadIndex
-from headscope.plots.figure import SEQUENTIAL, STYLES, Figure, Style, Theme, dress, label
+from headscope.plots.figure import (
+    SEQUENTIAL,
+    STYLES,
+    Figure,
+    Style,
+    Theme,
+    colour_bar,
+    dress,
+    joined_lines,
+    label,
+    legend_line,
+)
 from headscope.plots.weights import block_max
 from headscope.table import (
     Attribution,
@@ -73,12 +84,10 @@ def attention_pattern(
             zmin=0,
             zmax=255,
             colorscale=SEQUENTIAL,
-            colorbar={
-                "title": {"text": "probability", "side": "right"},
+            colorbar=colour_bar("probability")
+            | {
                 "tickvals": [0, 63.75, 127.5, 191.25, 255],
                 "ticktext": [f"{peak * part:.2g}" for part in (0, 0.25, 0.5, 0.75, 1)],
-                "thickness": 14,
-                "outlinewidth": 0,
             },
         )
     )
@@ -192,11 +201,7 @@ def mixing_map(
             zmax=1,
             colorscale=SEQUENTIAL,
             hovertemplate="%{y}, %{x}<br>%{z:.3f} from other positions<extra></extra>",
-            colorbar={
-                "title": {"text": "mixing ratio", "side": "right"},
-                "thickness": 14,
-                "outlinewidth": 0,
-            },
+            colorbar=colour_bar("mixing ratio"),
             xgap=1 if len(real) <= 80 else 0,
             ygap=1,
         )
@@ -333,31 +338,13 @@ def _add_edges(
     parallel: bool,
 ) -> None:
     """Add one trace per width, and one more for the legend."""
-    figure.add_trace(
-        go.Scatter(
-            x=[np.nan], y=[np.nan], mode="lines", name=kind, legendgroup=kind,
-            line={"width": 3, "color": colour},
-        )
-    )  # fmt: skip
+    figure.add_trace(legend_line(kind, colour))
     by_width: dict[int, list[np.ndarray]] = {}
     for edge in _shown(edges, columns):
         width = min(len(_WIDTHS) - 1, int(edge.importance**0.5 * len(_WIDTHS)))
-        points = _curve(edge, columns, parallel)
-        by_width.setdefault(width, []).append(np.vstack([points, [np.nan, np.nan]]))
+        by_width.setdefault(width, []).append(_curve(edge, columns, parallel))
     for width, curves in sorted(by_width.items()):
-        points = np.concatenate(curves)
-        figure.add_trace(
-            go.Scatter(
-                x=points[:, 0].round(3),
-                y=points[:, 1].round(3),
-                mode="lines",
-                legendgroup=kind,
-                showlegend=False,
-                line={"width": _WIDTHS[width], "color": colour},
-                opacity=0.8,
-                hoverinfo="skip",
-            )
-        )
+        figure.add_trace(joined_lines(curves, kind, _WIDTHS[width], colour, 0.8))
 
 
 def _nodes(
@@ -452,11 +439,7 @@ def lens_grid(grid: LensGrid, *, theme: Theme = "light") -> go.Figure:
             zmin=0,
             zmax=1,
             colorscale=SEQUENTIAL,
-            colorbar={
-                "title": {"text": "probability", "side": "right"},
-                "thickness": 14,
-                "outlinewidth": 0,
-            },
+            colorbar=colour_bar("probability"),
             xgap=1,
             ygap=1,
         )

@@ -19,6 +19,7 @@ from headscope.plots.figure import (
     Figure,
     Theme,
     captioned,
+    colour_bar,
     dress,
     label,
     layer_marker,
@@ -246,11 +247,7 @@ def effect_heatmap(
             zmin=low,
             zmax=high,
             colorscale=STYLES[theme].diverging,
-            colorbar={
-                "title": {"text": label(grid.unit), "side": "right"},
-                "thickness": 14,
-                "outlinewidth": 0,
-            },
+            colorbar=colour_bar(label(grid.unit)),
             xgap=1,
             ygap=1,
         )
@@ -534,11 +531,7 @@ def recall_grid(grid: RecallGrid, *, theme: Theme = "light") -> go.Figure:
             zmin=0,
             zmax=1,
             colorscale=SEQUENTIAL,
-            colorbar={
-                "title": {"text": "share right", "side": "right"},
-                "thickness": 14,
-                "outlinewidth": 0,
-            },
+            colorbar=colour_bar("share right"),
             xgap=1,
             ygap=1,
         )

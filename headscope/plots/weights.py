@@ -16,6 +16,7 @@ from headscope.plots.figure import (
     Figure,
     Style,
     Theme,
+    colour_bar,
     dress,
     label,
     layer_colours,
@@ -285,11 +286,7 @@ def composition_matrix(
             zmin=low,
             zmax=high,
             colorscale=STYLES[theme].diverging if low < 0 < high else SEQUENTIAL,
-            colorbar={
-                "title": {"text": label(scores.unit), "side": "right"},
-                "thickness": 14,
-                "outlinewidth": 0,
-            },
+            colorbar=colour_bar(label(scores.unit)),
             xgap=1 if max(cells.shape) <= 40 else 0,
             ygap=1 if max(cells.shape) <= 40 else 0,
         )

@@ -95,14 +95,15 @@ class LearnedGates:
 
 
 @dataclass(frozen=True, eq=False)
-class _Gated:
-    """Multiplies head outputs by one gate per head."""
+class GatedHeads:
+    """Edit that multiplies head outputs by one gate per head."""
 
     gates: Float[Tensor, "layer head"]
     layers: frozenset[int]
     site: HeadSite = field(default="z", init=False)
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
+        """Return the head outputs of a layer times its gates."""
         return value * self.gates[layer].to(value)[:, None]
 
 
@@ -184,7 +185,7 @@ def learn_gates(
             batch = batches[int(other["turns"][step % len(batches)])]
             noise = torch.rand(there.shape, generator=generator, dtype=torch.float32)
             with torch.enable_grad():
-                gates = _Gated(sample_gates(log_alpha, noise).to(model.device), layers)
+                gates = GatedHeads(sample_gates(log_alpha, noise).to(model.device), layers)
                 cost = sign * total_metric(model, batch, (gates,)) / len(batch.probe)
                 stay = chance_open(log_alpha)[there].sum()
                 (cost + penalty * stay.to(cost)).backward()

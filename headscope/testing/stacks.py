@@ -292,13 +292,18 @@ def _state(subject: _Subject) -> Any:
 
 def _not_a_number(subject: _Subject) -> None:
     """A model whose weights hold a NaN is refused."""
-    broken = copy.deepcopy(subject.model.module)
     view = subject.model.stack("cross")
     layer = view.shape.attention_layers[-1]
-    names = {module: name for name, module in subject.model.module.named_modules()}
-    name = names[view.layout.layers[layer].projection]
+    refuse_nan(subject.model.module, view.layout.layers[layer].projection)
+
+
+def refuse_nan(module: nn.Module, part: nn.Module) -> None:
+    """Check that a copy of a model is refused if the weights of one part are NaN."""
+    broken = copy.deepcopy(module)
+    name = next(name for name, one in module.named_modules() if one is part)
+    weight: Any = broken.get_submodule(name).weight
     with torch.no_grad():
-        broken.get_submodule(name).weight.fill_(float("nan"))
+        weight.fill_(float("nan"))
     try:
         load(broken)
     except HeadscopeError:

@@ -7,8 +7,8 @@ unembedding; whether heads write ``z @ W_O`` into the residual stream, and with 
 is measured, and so is what happens to logits behind the unembedding.
 """
 
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -411,17 +411,11 @@ def tiny_tokens(model: Any) -> Tensor:
     return Batch.tiny(embedding.shape[0]).inputs[TOKENS].to(runs_on(module, embedding))
 
 
-def _watch(
-    model: Any, configs: tuple[Any, ...], tiny: Batch
-) -> tuple[Watch, tuple[Tensor, Tensor] | None, bool]:
-    """One pass of two small examples: what modules did, logits of known unembedding outputs.
-
-    Returns:
-        Also whether the module gives logits of tokens at all.
-    """
+@contextmanager
+def watching(model: nn.Module, configs: tuple[Any, ...]) -> Iterator[Watch]:
+    """Scope in which a pass without gradients notes what the modules of a model do."""
     watch = Watch()
     open_calls: list[nn.Module] = []
-    unembedding, entered = _unembedding(model) if tiny.sequence == TEXT else None, []
 
     def handler(module: nn.Module, call: AttentionCall) -> Tensor:
         watch.calls.append((module, call))
@@ -437,17 +431,27 @@ def _watch(
         if open_calls and module is open_calls[-1] and module in watch.inside:
             open_calls.pop()
 
+    notes = hooked(after(module, note) for module in model.modules())
+    with pass_over(model), notes, routed(configs, handler), torch.no_grad():
+        yield watch
+
+
+def _watch(
+    model: Any, configs: tuple[Any, ...], tiny: Batch
+) -> tuple[Watch, tuple[Tensor, Tensor] | None, bool]:
+    """One pass of two small examples: what modules did, logits of known unembedding outputs.
+
+    Returns:
+        Also whether the module gives logits of tokens at all.
+    """
+    unembedding, entered = _unembedding(model) if tiny.sequence == TEXT else None, []
+
     def known(_module: nn.Module, _call: Call, output: Any) -> Any:
         entered.append(ramp(output))
         return entered[-1]
 
-    with ExitStack() as stack:
-        stack.enter_context(pass_over(model))
-        stack.enter_context(hooked(after(module, note) for module in model.modules()))
-        if isinstance(unembedding, nn.Module):
-            stack.enter_context(hooked([after(unembedding, known, first=True)]))
-        stack.enter_context(routed(configs, handler))
-        stack.enter_context(torch.no_grad())
+    ramped = [unembedding] if isinstance(unembedding, nn.Module) else []
+    with watching(model, configs) as watch, hooked(after(one, known, first=True) for one in ramped):
         output = model(**arguments(model, tiny))
     logits = answer(output)
     if tiny.sequence != TEXT:

@@ -6,7 +6,7 @@ taps in its layers alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,16 +20,17 @@ from headscope.base.result import Glance, Shown
 from headscope.base.stacks import MaskRule, Stack
 from headscope.errors import InputError, ModelLoadError, UnsupportedModelError, nearest
 from headscope.heads import ModelShape
-from headscope.models.attention import AttentionCall, fused
+from headscope.models.attention import AttentionCall
 from headscope.models.hf.evidence import text_for
 from headscope.models.hf.hooks import Call, after, before, hooked
-from headscope.models.hf.interface import know_cross, register, routed
+from headscope.models.hf.interface import know_cross, register
 from headscope.models.hf.layout import (
     LayerParts,
     Layout,
     choose_projections,
     find_final_norm,
     number_layers,
+    watching,
 )
 from headscope.models.hf.measured import Watch, added_scales, write_scales
 from headscope.models.hf.passes import AttentionTaps
@@ -690,28 +691,7 @@ def _watched(module: Any) -> tuple[Watch, Tensor]:
         raise UnsupportedModelError(
             f"its encoder reads {reads}, and headscope gives it token ids or {FEATURES}."
         )
-    watch = Watch()
-    open_calls: list[nn.Module] = []
-
-    def handler(part: nn.Module, call: AttentionCall) -> Tensor:
-        watch.calls.append((part, call))
-        open_calls.append(part)
-        return fused(call)
-
-    def note(part: nn.Module, call: Call, output: Any) -> None:
-        weight = getattr(part, "weight", None)
-        is_matrix = isinstance(weight, Tensor) and weight.ndim == 2
-        if is_matrix and open_calls and isinstance(output, Tensor):
-            watch.inside.setdefault(open_calls[-1], []).append(part)
-        watch.note(part, call, output)
-        if open_calls and part is open_calls[-1] and part in watch.inside:
-            open_calls.pop()
-
-    with ExitStack() as stack:
-        stack.enter_context(pass_over(module))
-        stack.enter_context(hooked(after(part, note) for part in module.modules()))
-        stack.enter_context(routed(_configs(module), handler))
-        stack.enter_context(torch.no_grad())
+    with watching(module, _configs(module)) as watch:
         return watch, answer(module(**_arguments(tiny_sides(module))))
 
 
