@@ -27,7 +27,7 @@ _READS = {
     "gradient": "head outputs and the gradient of a metric by them",
 }
 _CONTROLS = {
-    "flat": "attention spread evenly over the visible keys, on the same examples (paired)",
+    "flat": "uniform attention over the visible keys, on the same examples (paired)",
     "unrepeated": "the probe's control: on repeated tokens, the later copies permuted (paired)",
     "needle": "the probe's control: another needle in its place, or another question (paired)",
 }

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def print_list(*, as_json: bool) -> None:
-    """Print names and titles of the studies."""
+    """Print study names and titles."""
     found = studies.list()
     width = max(map(len, found))
     print_either(
@@ -40,7 +40,7 @@ def print_list(*, as_json: bool) -> None:
 
 
 def print_study(name: str) -> None:
-    """Print a study's paper, claims, and what is measured."""
+    """Print a study's paper, its claims and what is measured."""
     found = studies.show(name)
     print_either(lambda: None, lambda: _described(found), as_json=False)
 
@@ -55,7 +55,7 @@ def run_study(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Run one study or all of them, print the verdicts, write the page."""
+    """Run one study or all of them, print the verdicts and write the page."""
     check_overwrite(out, overwrite=overwrite)
     asked = [studies.show(one) for one in (studies.list() if name == "all" else [name])]
     model = loading.model()
@@ -89,7 +89,7 @@ def _described(study: Study) -> Iterator[str]:
         yield f"\n  {one.name}: {one.statement}"
         yield f"    number: {one.value}{f' ({one.unit})' if one.unit else ''}"
         yield f"    control: {one.control}"
-        yield f"    holds where the interval of the difference is above {one.least:g}"
+        yield f"    holds if the interval of the difference is above {one.least:g}"
 
 
 def run_kinds(
@@ -102,7 +102,7 @@ def run_kinds(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Load, ask, write, print."""
+    """Load the model, survey its kinds, then write and print them."""
     folder = run_folder(out, "kinds", overwrite=overwrite)
     started = time.perf_counter()
     model = loading.model()

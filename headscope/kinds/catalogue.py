@@ -31,33 +31,34 @@ from headscope.table import HeadScores, versions
 from headscope.table.kinds import Finding, KindFacts, KindTable
 
 SURVEY = "Zheng et al. 2024 (arXiv 2409.03752), survey of attention heads"
-_FLAT = "attention spread evenly"
-_NONE = "no effect at all"
+_FLAT = "uniform attention"
+_NONE = "zero effect"
 _TEXTS = ("tokenizer",)
 _READABLE = "chance, 0.5; a probe of the mean token embedding; the median head of the layer"
 _FOUND = (
-    "a probe finds what is there, used or not (Hewitt and Liang 2019, arXiv 1909.03368); one "
-    "template, and a layer in which most heads tell the classes apart names none"
+    "a probe finds information whether or not the model uses it (Hewitt and Liang 2019, arXiv "
+    "1909.03368); a single template; no head is named in a layer where most heads separate the "
+    "classes"
 )
 _TASKS = ("tokenizer", "causal", "unembedding")
 
 _REPEATS = Confirm(
     lambda asked: asked.probe(REPEATED), loss.at("second_copy"), 1,
-    "mean-ablation raises the loss of the second copy",
+    "mean-ablation raises the loss on the second copy",
 )  # fmt: skip
-_READS = Confirm(lambda asked: asked.probe(TEXT), loss, 1, "mean-ablation raises the loss of texts")
+_READS = Confirm(lambda asked: asked.probe(TEXT), loss, 1, "mean-ablation raises the loss on text")
 _UNREPEATS = Confirm(
     lambda asked: asked.probe(REPEATED), loss.at("second_copy"), -1,
-    "mean-ablation lowers the loss of the second copy",
+    "mean-ablation lowers the loss on the second copy",
 )  # fmt: skip
 _FINDS = Confirm(
-    lambda asked: asked.probe(NEEDLE), loss, 1, "mean-ablation raises the loss of the answer"
+    lambda asked: asked.probe(NEEDLE), loss, 1, "mean-ablation raises the loss on the answer"
 )
 
 
 def _answers(task: str, sign: int = -1) -> Confirm:
     word = "lowers" if sign < 0 else "raises"
-    said = f"mean-ablation {word} the logit difference of {task}"
+    said = f"mean-ablation {word} the logit difference on {task}"
 
     def probe(asked: AskedModel) -> Probe:
         return asked.pairs(task)
@@ -66,7 +67,7 @@ def _answers(task: str, sign: int = -1) -> Confirm:
 
 
 def _kept(key: str, sign: int, said: str) -> Confirm:
-    """On a probe that the measure has made."""
+    """Confirm by the logit difference on a probe built by the kind's measure."""
 
     def probe(asked: AskedModel) -> Probe:
         made: Probe = asked.keep(
@@ -92,7 +93,7 @@ def _label(probe: Callable[[AskedModel], Probe], what: str) -> Confirm:
 def _pattern(
     name: str, said: str, weakness: str, confirm: Confirm | None = None, control: str = _FLAT
 ) -> Kind:
-    """Make a kind from a score of the catalogue."""
+    """Make a kind from a catalogue score."""
     scorer = CATALOGUE[name]
     assert scorer.probe is not None  # noqa: S101  # scores of rows have one
     return Kind(
@@ -105,13 +106,13 @@ def _relation(name: str, said: str) -> Kind:
     return Kind(
         name,
         said,
-        "weights, with pairs of single tokens",
+        "weights, on pairs of single tokens",
         "one over the number of answers",
         measures.related(name),
         "Elhelo and Geva 2024 (arXiv 2412.11965), relations from parameters",
-        "weights alone: whether the head ever attends to such a word is not asked",
+        "weights alone: does not check whether the head ever attends to such a word",
         _label(
-            lambda asked: measures.relation_prompts(asked, name), "the answer behind demonstrations"
+            lambda asked: measures.relation_prompts(asked, name), "the answer after demonstrations"
         ),
         ("tokenizer", "unembedding", "linear_write", "ov_circuit"),
     )
@@ -127,7 +128,7 @@ def _task(
         f"{_FLAT}; {_NONE}",
         measures.task(task, mark, sign),
         source,
-        weakness or "prompts of few templates: the mark stands at nearly the same place in each",
+        weakness or "few prompt templates: the mark is at nearly the same position in each",
         _answers(task, -sign),
         _TASKS,
     )
@@ -135,189 +136,209 @@ def _task(
 
 _KINDS = (
     _pattern(
-        "previous_token", "attends to the token before", "a positional head looks alike", _REPEATS
+        "previous_token", "attends to the previous token", "any positional head does the same",
+        _REPEATS
     ),
-    _pattern("next_token", "attends to the token after", "a positional head looks alike"),
-    _pattern("current_token", "attends to the query's own token", "a resting place in some models"),
+    _pattern("next_token", "attends to the next token", "any positional head does the same"),
+    _pattern("current_token", "attends to the query's own token",
+        "an attention sink in some models"),
     Kind(
         "positional", "attends to the token two to five places back", "repeated_tokens", _FLAT,
         measures.positional, "Voita et al. 2019 (arXiv 1905.09418), positional heads",
-        "places farther back are not tried", _READS,
+        "larger offsets are not tested", _READS,
     ),
-    _pattern("local_window", "attends to the last few tokens", "short texts make it easy", _READS),
+    _pattern("local_window", "attends to the last few tokens", "short texts inflate it", _READS),
     _pattern(
-        "duplicate_token", "attends to earlier equal tokens", "says nothing of what it writes",
+        "duplicate_token", "attends to earlier copies of the current token",
+        "does not check what the head writes",
         _REPEATS,
     ),
     _pattern(
-        "induction", "attends to what followed an earlier equal token",
-        "a fixed distance looks alike at one length", _REPEATS,
+        "induction", "attends to the token after an earlier copy of the current one",
+        "a fixed-offset head looks the same at a single length", _REPEATS,
     ),
-    _pattern("first_token", "rests on the first token: a sink", "most heads do, in large models"),
-    _pattern("delimiter", "attends to punctuation and separators", "frequent ones give more"),
-    _pattern("separator", "rests on [SEP]", "most heads of encoders do"),
+    _pattern("first_token", "attends to the first token (attention sink)",
+        "most heads do in large models"),
+    _pattern("delimiter", "attends to punctuation and separators",
+        "depends on how frequent they are"),
+    _pattern("separator", "attends to [SEP] as a sink", "most heads of encoders do"),
     Kind(
-        "active_dormant", "rests on the first token in one domain and works in another",
+        "active_dormant", "attends to the first token in one domain and elsewhere in another",
         "text, repeated_tokens", "the other domain", measures.dormant,
         "Guo et al. 2024 (arXiv 2410.13835), active-dormant heads",
-        "two domains of ours; the lengths of their texts differ", needs=("tokenizer", "causal"),
+        "only two domains, with texts of different lengths", needs=("tokenizer", "causal"),
     ),
     Kind(
-        "copying", "raises the tokens that it attends to", "repeated_tokens",
-        "the same rows, told other tokens", measures.copies,
-        "Olsson et al. 2022 (arXiv 2209.11895), copying", "the direct path only", _REPEATS,
+        "copying", "raises the logits of the tokens that it attends to", "repeated_tokens",
+        "the same pattern, paired with other tokens", measures.copies,
+        "Olsson et al. 2022 (arXiv 2209.11895), copying", "direct path only", _REPEATS,
         ("attention_write", "unembedding", "causal"),
     ),
     Kind(
-        "copy_suppression", "lowers the tokens that it attends to", "repeated_tokens",
-        "the same rows, told other tokens", measures.suppresses,
+        "copy_suppression", "lowers the logits of the tokens that it attends to", "repeated_tokens",
+        "the same pattern, paired with other tokens", measures.suppresses,
         "McDougall et al. 2023 (arXiv 2310.04625), copy suppression",
-        "the direct path only; queries and keys are not asked", _UNREPEATS,
+        "direct path only; queries and keys are not tested", _UNREPEATS,
         ("attention_write", "unembedding", "causal"),
     ),
     _pattern(
-        "retrieval", "copies a needle while the answer is said", "needs a model that answers",
-        _FINDS, "the text without its needle",
+        "retrieval", "copies the needle while the model answers",
+        "needs a model that finds the answer",
+        _FINDS, "the same text without the needle",
     ),
     _pattern(
         "query_focused_retrieval", "attends from a question to the needle that answers it",
-        "attention alone", _FINDS, "the text without its needle",
+        "attention alone", _FINDS, "the same text without the needle",
     ),
     _task(
-        "name_mover", "attends to the name that is due and raises it", "ioi", "io",
+        "name_mover", "attends to the correct name and raises its logit", "ioi", "io",
         "Wang et al. 2022 (arXiv 2211.00593)",
     ),
     _task(
-        "negative_name_mover", "attends to the name that is due and lowers it", "ioi", "io",
+        "negative_name_mover", "attends to the correct name and lowers its logit", "ioi", "io",
         "Wang et al. 2022 (arXiv 2211.00593)", -1,
     ),
     Kind(
         "s_inhibition", "attends from the end to the repeated name", "ioi", _FLAT,
         measures.attends("ioi", "s2"), "Wang et al. 2022 (arXiv 2211.00593)",
-        "attention alone; that it keeps movers away is what the ablation tells",
+        "attention alone; only the ablation shows that it steers name movers away",
         _answers("ioi"), _TASKS,
     ),
     Kind(
         "backup_name_mover", "takes over when name movers are ablated", "ioi",
         "the run without ablation", measures.backs_up, "Wang et al. 2022 (arXiv 2211.00593)",
-        "zero-ablation also shifts the final norm", needs=(*_TASKS, "attention_write"),
+        "zero-ablation also changes the final norm's scale", needs=(*_TASKS, "attention_write"),
     ),
     Kind(
-        "successor", "its weights map an ordinal to the next one", "weights, with ordinals",
+        "successor", "its weights map an ordinal to the next ordinal", "weights, on ordinals",
         "one over the number of answers", measures.next_in_order,
         "Gould et al. 2023 (arXiv 2312.09230)",
-        "weights alone; an MLP may do the same",
-        _kept("successions", -1, "mean-ablation lowers the lead of the next ordinal"),
+        "weights alone; an MLP may do the same job",
+        _kept("successions", -1, "mean-ablation lowers the logit difference of the next ordinal"),
         ("tokenizer", "unembedding", "linear_write", "ov_circuit"),
     ),
-    _relation("capital", "its weights map countries to capitals: associative memory"),
+    _relation("capital", "its weights map countries to capitals (associative memory)"),
     _relation("plural", "its weights map nouns to their plurals"),
-    _relation("past_tense", "its weights map verbs to their past"),
+    _relation("past_tense", "its weights map verbs to their past tense"),
     _relation("opposite", "its weights map words to their opposites"),
     _task(
-        "greater_than", "attends to the year that must be exceeded", "greater_than", "year",
+        "greater_than", "attends to the year that the answer must exceed", "greater_than", "year",
         "Hanna et al. 2023 (arXiv 2305.00586)",
     ),
     _task(
-        "subject_verb", "attends to the subject and raises the verb that agrees", "agreement",
+        "subject_verb", "attends to the subject and raises the agreeing verb form", "agreement",
         "subject", "Finlayson et al. 2021 (arXiv 2106.06087)",
     ),
     _task(
-        "argument_mover", "attends to the argument that is due and raises it: a letter mover",
+        "argument_mover", "attends to the correct argument and raises its logit (letter mover)",
         "docstring", "argument", "Heimersheim and Janiak 2023, docstring circuit",
     ),
     _task(
-        "entity_tracking", "attends to the property of the entity asked about and raises it",
+        "entity_tracking", "attends to the queried entity's property and raises its logit",
         "colour_objects", "colour", "Prakash et al. 2024 (arXiv 2402.14811), entity tracking",
     ),
     Kind(
-        "subject_extraction", "attends from the end to the subject of a fact", "capital_of", _FLAT,
+        "subject_extraction", "attends from the last token to the subject of a fact", "capital_of",
+        _FLAT,
         measures.attends("capital_of", "country"),
         "Geva et al. 2023 (arXiv 2304.14767), extraction heads",
-        "the subject stands at the same place in all prompts of a form",
+        "the subject is at the same position in all prompts of a template",
         _answers("capital_of"), _TASKS,
     ),
     _task(
-        "attribute_extraction", "attends to the subject and raises its attribute", "capital_of",
+        "attribute_extraction", "attends to the subject and raises the logit of its attribute",
+        "capital_of",
         "country", "Geva et al. 2023 (arXiv 2304.14767), extraction heads",
     ),
     Kind(
-        "context", "prefers what the text says to what is remembered", "contradicted facts",
+        "context", "favours what the text says over what the model remembers", "contradicted facts",
         f"{_FLAT}; {_NONE}", measures.of_context,
         "Jin et al. 2024 (arXiv 2402.18154), context heads", "an induction head does the same",
-        _kept("contradicted", -1, "mean-ablation lowers the lead of the text's answer"), _TASKS,
+        _kept("contradicted", -1, "mean-ablation lowers the logit difference of the text's answer"),
+        _TASKS,
     ),
     Kind(
-        "memory", "prefers what is remembered to what the text says", "contradicted facts", _NONE,
+        "memory", "favours what the model remembers over what the text says", "contradicted facts",
+        _NONE,
         measures.of_memory, "Jin et al. 2024 (arXiv 2402.18154), memory heads",
-        "a copy-suppression head looks alike",
-        _kept("contradicted", 1, "mean-ablation raises the lead of the text's answer"), _TASKS,
+        "a copy-suppression head does the same",
+        _kept("contradicted", 1, "mean-ablation raises the logit difference of the text's answer"),
+        _TASKS,
     ),
     Kind(
-        "correct_letter", "attends to the letter of the right option and raises it", "choices",
-        "a quarter of the attention to letters", measures.correct_letter,
+        "correct_letter", "attends to the letter of the correct option and raises its logit",
+        "choices",
+        "a quarter of the attention to the letters", measures.correct_letter,
         "Lieberum et al. 2023 (arXiv 2307.09458), correct-letter heads",
         "needs a model that knows the answers",
-        _kept("choices", -1, "mean-ablation lowers the lead of the right letter"), _TASKS,
+        _kept("choices", -1, "mean-ablation lowers the logit difference of the correct letter"),
+        _TASKS,
     ),
     Kind(
-        "constant_letter", "attends to all option letters alike", "choices", _FLAT,
+        "constant_letter", "attends equally to all option letters", "choices", _FLAT,
         measures.constant_letters, "Lieberum et al. 2023 (arXiv 2307.09458), constant heads",
-        "a delimiter head looks alike", needs=_TASKS,
+        "a delimiter head does the same", needs=_TASKS,
     ),
     Kind(
-        "single_letter", "attends to one option letter, whatever it stands for", "choices", _FLAT,
+        "single_letter", "attends to one option letter whatever the option says", "choices", _FLAT,
         measures.single_letter, "Lieberum et al. 2023 (arXiv 2307.09458), single-letter heads",
-        "the first and last letter are also places", needs=_TASKS,
+        "the first and last letters are also positions", needs=_TASKS,
     ),
     Kind(
         "negative", "attends to 'no' more than to 'yes'", "yes or no", _NONE, measures.negative,
         "Yu et al. 2024 (arXiv 2408.00137), negative attention score",
-        "attention alone", _kept("denials", -1, "mean-ablation lowers the lead of 'no'"), _TASKS,
+        "attention alone",
+        _kept("denials", -1, "mean-ablation lowers the logit difference of 'no'"), _TASKS,
     ),
     Kind(
-        "function_vector", "its mean output makes a model do a task without demonstrations",
-        "in-context prompts", "means of prompts with shuffled labels", measures.in_context_task,
-        "Todd et al. 2023 (arXiv 2310.15213)", "the measure is itself an intervention on few tasks",
+        "function_vector", "its mean output makes the model do a task without demonstrations",
+        "in-context prompts", "mean outputs on prompts with shuffled labels",
+        measures.in_context_task,
+        "Todd et al. 2023 (arXiv 2310.15213)",
+        "the measure is itself an intervention, on few tasks",
         _label(lambda asked: next(iter(measures.task_prompts(asked).values())),
-               "the answer behind demonstrations"),
+               "the answer after demonstrations"),
         _TASKS,
     ),
     Kind(
-        "label_word", "attends to label words as the model will answer: an anchor",
+        "label_word", "attends to the label word that the model will answer (anchor)",
         "in-context prompts", "chance, 0.5; the median head of the layer", measures.label_words,
         "Wang et al. 2023 (arXiv 2305.14160)",
-        "attention alone, of one task: a preference for recent labels looks alike",
-        _label(measures.label_prompts, "the right label"), _TASKS,
+        "attention alone, on one task: a preference for recent labels looks the same",
+        _label(measures.label_prompts, "the correct label"), _TASKS,
     ),
     Kind(
-        "semantic_induction", "attends to what followed a related word and raises it",
-        "related words", "a third of the attention to followers", measures.semantic_induction,
+        "semantic_induction", "attends to the token after a related word and raises its logit",
+        "related words", "a third of the attention to the tokens after those words",
+        measures.semantic_induction,
         "Ren et al. 2024 (arXiv 2402.13055), semantic induction heads",
-        "related by a category of ours, not a parsed triple; similar embeddings are enough",
-        _kept("related words", -1, "mean-ablation lowers the lead of that follower"), _TASKS,
+        "words are related by hand-written categories, not parsed triples; similar embeddings are "
+        "enough",
+        _kept("related words", -1, "mean-ablation lowers the logit difference of that token"),
+        _TASKS,
     ),
     Kind(
-        "rare_word", "attends in the order of rarity", "text", "counts in another order",
+        "rare_word", "attends more to rarer tokens", "text", "shuffled token counts",
         measures.rare_words, "Stoehr et al. 2024 (arXiv 2403.19851), memorisation head",
-        "counts of a small corpus", needs=("tokenizer", "causal"),
+        "token counts come from a small corpus", needs=("tokenizer", "causal"),
     ),
     Kind(
         "subword_merge", "attends to earlier pieces of the same word", "text", _FLAT,
-        measures.word_pieces, SURVEY, "a previous-token head looks alike", _READS, _TEXTS,
+        measures.word_pieces, SURVEY, "a previous-token head does the same", _READS, _TEXTS,
     ),
     Kind(
         "apostrophe", "attends to apostrophes", "texts with apostrophes", _FLAT,
-        measures.apostrophes, SURVEY, "a delimiter head looks alike", needs=_TEXTS,
+        measures.apostrophes, SURVEY, "a delimiter head does the same", needs=_TEXTS,
     ),
     Kind(
-        "truthfulness", "its output tells true from false statements", "statements of capitals",
+        "truthfulness", "its output separates true from false statements",
+        "statements about capitals",
         _READABLE, measures.told_apart(measures.statements),
         "Li et al. 2023 (arXiv 2306.03341), truthful heads",
         _FOUND, needs=_TEXTS,
     ),
     Kind(
-        "sentiment", "its output tells good from bad opinions", "opinions", _READABLE,
+        "sentiment", "its output separates positive from negative opinions", "opinions", _READABLE,
         measures.told_apart(measures.opinions),
         "Tigges et al. 2023 (arXiv 2310.15154), sentiment summarisers",
         _FOUND, needs=_TEXTS,
@@ -329,51 +350,52 @@ KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _KINDS}
 UNASKED: tuple[Unasked, ...] = (
     Unasked(
         "iteration",
-        "asks for a model trained on an iterative algorithm: give the steps of yours to "
+        "needs a model trained on an iterative algorithm: pass its steps to "
         "hs.kinds.of_relation(..., least=0.5, steady=0.8).",
         "Cabannes et al. 2024 (arXiv 2406.02128)",
     ),
     Unasked(
         "clustering",
-        "asks for a model trained on sparse modular addition or the like: give texts of your task "
-        "to hs.kinds.clustering.",
+        "needs a model trained on sparse modular addition or a similar task: pass texts of the "
+        "task to hs.kinds.clustering.",
         "Cabannes et al. 2024 (arXiv 2410.24050)",
     ),
     Unasked(
         "adjacency",
-        "asks for a model of mazes: give its neighbours to hs.kinds.of_relation.",
+        "needs a model trained on mazes: pass the neighbours of each cell to hs.kinds.of_relation.",
         "Ivanitskiy et al. 2023 (arXiv 2312.02566)",
     ),
     Unasked(
         "dependency",
-        "asks for parsed sentences: give the edges of yours to hs.kinds.of_relation.",
+        "needs parsed sentences: pass the dependency edges to hs.kinds.of_relation.",
         "Clark et al. 2019 (arXiv 1906.04341)",
     ),
     Unasked(
         "padding_register",
-        "asks for the image model behind a text encoder, whose pictures change with its padding.",
+        "needs the image model that a text encoder conditions, to see how its images change with "
+        "padding.",
         "Toker et al. 2025 (arXiv 2501.06751)",
     ),
     Unasked(
         "safety",
-        "asks for harmful prompts and a judge of refusals.",
+        "needs harmful prompts and a judge of refusals.",
         "Zhou et al. 2024 (arXiv 2410.13708)",
     ),
     Unasked(
         "faithfulness",
-        "asks for generated chains of thought and a judge of them.",
+        "needs generated chains of thought and a judge of their faithfulness.",
         "Tanneru et al. 2024 (arXiv 2406.10625)",
     ),
     Unasked(
         "language_coherence",
-        "asks for generated text and a judge of its language.",
+        "needs generated text and a judge of its language.",
         SURVEY,
     ),
 )
 
 
 _Part = TypeVar("_Part", bound=Saved)
-_MOST_ABLATED = 16  # heads of a kind, the clearest first
+_MOST_ABLATED = 16  # heads per kind, strongest first
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,11 +403,11 @@ class KindAnswer(Saved):
     """Values of a kind's criteria for every head, or why it could not be tested.
 
     Attributes:
-        reason: empty where it was asked.
-        value: of the first criterion; NaN where there is no head.
-        holds: whether all criteria are at their thresholds.
-        p: the largest of the criteria's p-values.
-        rule: thresholds, in words.
+        reason: why the kind could not be tested; empty if it was.
+        value: value of the first criterion, ``[layer, head]``; NaN where there is no head.
+        holds: whether all criteria reach their thresholds.
+        p: largest p-value of the criteria.
+        rule: thresholds in words.
     """
 
     reason: str
@@ -400,9 +422,9 @@ class KindEffects(Saved):
     """Effects of ablating a kind's heads on the kind's metric.
 
     Attributes:
-        mean: change of the metric, by head.
-        p: one-sided p-value of the change that the kind predicts.
-        reason: why nothing was ablated; empty where heads were.
+        mean: change in the metric, per head.
+        p: one-sided p-value for a change in the predicted direction.
+        reason: why nothing was ablated; empty if heads were.
     """
 
     mean: Float[np.ndarray, " head"]
@@ -426,31 +448,32 @@ def survey(
     """Find which heads are of which kind, with p-values, and confirm them by ablation.
 
     A head is named if all criteria of a kind hold and the kind's p-value, corrected over all heads
-    and kinds that were asked together (Benjamini and Hochberg 1995), is below alpha. Named heads
-    are then ablated one by one to their means, on what the kind was asked with: ``confirmed`` says
-    whether the metric moves as it should, corrected over all heads that were ablated. A head may
-    be of a kind and not be needed, since others may do the same.
+    and kinds tested together (Benjamini and Hochberg 1995), is below alpha. Named heads are then
+    mean-ablated one at a time on the kind's own probe: ``confirmed`` says whether the metric moves
+    in the predicted direction, corrected over all ablated heads. A head can have a kind without
+    being needed, since other heads may do the same.
 
-    Kinds that share a probe share its pass. With a folder every kind is kept there as soon as it
-    has been asked: the same survey, started again after it was stopped, resumes.
+    Kinds that share a probe share one pass over it. With a folder, each kind is saved as soon as it
+    has been tested, and the same survey resumes there after an interruption.
 
     Args:
         model: from :func:`headscope.load`.
-        kinds: names of :data:`headscope.kinds.KINDS`, or kinds of yours; default: all.
-        confirm: also ablate.
-        alpha: share of false names that is accepted.
-        seed: of all probes.
+        kinds: names from :data:`headscope.kinds.KINDS`, or your own kinds. Default: all.
+        confirm: also ablate the heads that were found.
+        alpha: false discovery rate, between 0 and 1.
+        seed: seed for all probes.
         batch_size: examples per pass.
-        folder: where finished kinds are kept; those of the catalogue only, since another kind's
-            name does not tell what it measures.
-        progress: show a bar.
+        folder: where finished kinds are saved; built-in kinds only, since the name of a custom kind
+            does not identify what it measures.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        ``.findings``, ``.named(kind)``, ``.of(head)``, ``.left_out`` (kind -> reason).
+        Findings with ``.findings``, ``.named(kind)``, ``.of(head)`` and ``.left_out`` (kind ->
+        reason).
 
     Raises:
-        InputError: for an unknown kind, one without a p-value, an alpha that is not a share, or a
-            folder that cannot be written.
+        InputError: if a kind is unknown or has no p-value, alpha is not between 0 and 1, or the
+            folder cannot be written.
 
     Source: Zheng et al. 2024 (arXiv 2409.03752), survey of attention heads.
 
@@ -460,7 +483,7 @@ def survey(
         2
     """
     if not isinstance(alpha, int | float) or not 0 < alpha < 1:
-        raise InputError(f"alpha={alpha!r} is a share between 0 and 1.")
+        raise InputError(f"alpha={alpha!r}: give a number between 0 and 1.")
     RunOptions(batch_size, seed=seed, progress=progress)
     wanted = _wanted(kinds)
     asked = AskedModel(model, seed, batch_size)
@@ -509,12 +532,12 @@ def _wanted(kinds: Iterable[str | Kind] | str | Kind | None) -> list[Kind]:
     found = []
     for one in listed:
         if isinstance(one, str) and one in left_out:
-            raise InputError(f"the kind {one!r} cannot be asked of a model alone: {left_out[one]}")
+            raise InputError(f"the kind {one!r} cannot be tested on a model alone: {left_out[one]}")
         if isinstance(one, str) and one not in KINDS:
             raise InputError(nearest(one, KINDS, kind="kind of head"))
         found.append(KINDS[one] if isinstance(one, str) else one)
     if not found:
-        raise InputError("no kinds given: name one at least, or leave them out for all.")
+        raise InputError("no kinds given: name at least one, or omit kinds to test all.")
     return found
 
 
@@ -530,7 +553,7 @@ class _Parts:
         """Create the folder before anything runs.
 
         Raises:
-            InputError: if nothing can be written there.
+            InputError: if the folder is not writable.
         """
         if folder is None:
             return cls(None, ())
@@ -549,7 +572,7 @@ class _Parts:
         what = "effects" if heads else "heads"
         file = self.folder / f"{kind.name}-{what}-{digest}.safetensors"
         if file.exists():
-            with suppress(InputError):  # a damaged one is made again
+            with suppress(InputError):  # recompute a damaged file
                 return kept.load(file)
         made = make()
         made.save(file)
@@ -571,7 +594,7 @@ def _ask(asked: AskedModel, kind: Kind) -> KindAnswer:
 
 
 class CannotTestError(InputError):
-    """The criteria of a kind give no p-value."""
+    """Raised when no criterion of a kind has a p-value."""
 
 
 def _answer(kind: Kind, criteria: Sequence[Criterion], model: HeadModel) -> KindAnswer:
@@ -582,8 +605,9 @@ def _answer(kind: Kind, criteria: Sequence[Criterion], model: HeadModel) -> Kind
     """
     if all(one.p is None for one in criteria):
         raise CannotTestError(
-            f"the kind {kind.name!r} has no criterion with a p-value: without one every head "
-            "counts as certain, and the correction of all other kinds would be too lenient."
+            f"the kind {kind.name!r} has no criterion with a p-value: give it one, because without "
+            "it every head counts as certain and the correction becomes too lenient for all other "
+            "kinds."
         )
     first = criteria[0]
     there = np.zeros(first.value.shape, dtype=bool)

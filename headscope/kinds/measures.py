@@ -51,10 +51,10 @@ class Criterion(NamedTuple):
     """One condition that heads of a kind must meet.
 
     Attributes:
-        what: is measured, in a few words.
-        value: of every head, so that more is more of the kind.
-        least: from which value on it counts.
-        p: one-sided p-value of every head; None where the condition is a threshold alone.
+        what: short description of what is measured.
+        value: value of every head, ``[layer, head]``; higher means more of the kind.
+        least: smallest value that counts.
+        p: one-sided p-value of every head; None if the criterion is only a threshold.
     """
 
     what: str
@@ -65,11 +65,11 @@ class Criterion(NamedTuple):
 
 @checked
 def above(scores: HeadScores, least: float | None = None) -> Criterion:
-    """Criterion: a score above its null, and at least at its threshold.
+    """Build a criterion: a score is above its null and reaches a threshold.
 
     Args:
-        scores: with a null.
-        least: default: the threshold of the score's declaration, else 0.
+        scores: scores with a null.
+        least: threshold. Default: the one the score declares, else 0.
 
     Example:
         >>> hs.kinds.above(table["induction"]).least
@@ -81,11 +81,11 @@ def above(scores: HeadScores, least: float | None = None) -> Criterion:
 
 @checked
 def below(scores: HeadScores, least: float = 0.0) -> Criterion:
-    """Criterion: a signed score below its null, and at least ``least`` below 0.
+    """Build a criterion: a signed score is below its null and at most ``-least``.
 
     Args:
-        scores: with a null.
-        least: how far below 0.
+        scores: scores with a null.
+        least: distance below 0 that the score must reach.
 
     Example:
         >>> effects = hs.ablate_heads(model, probe, hs.metrics.loss, "zero")
@@ -96,8 +96,8 @@ def below(scores: HeadScores, least: float = 0.0) -> Criterion:
 
 
 @checked
-def one_sided(scores: HeadScores, sign: int) -> HeadValues:
-    """One-sided p-value of a mean above (1) or below (-1) its null, from the score's own.
+def one_sided(scores: HeadScores, sign: int) -> Heads:
+    """Turn a score's p-values into one-sided ones, for a mean above (1) or below (-1) its null.
 
     Example:
         >>> p = hs.kinds.one_sided(table["induction"], 1)
@@ -116,10 +116,10 @@ class Confirm:
     """What ablating a head of a kind should do.
 
     Attributes:
-        probe: that is run, of what was asked.
-        metric: whose change is measured; the ablation is to the head's mean.
-        sign: 1 where the metric should rise, -1 where it should fall.
-        said: the same in words.
+        probe: gives the probe to run.
+        metric: metric whose change under mean-ablation is measured.
+        sign: 1 if the metric should rise, -1 if it should fall.
+        said: the predicted effect, in words.
     """
 
     probe: Callable[["AskedModel"], Probe]
@@ -132,19 +132,19 @@ class Confirm:
 class Kind:
     """Definition of a kind of attention head.
 
-    A head is named if every criterion holds. The p-value of a kind is the largest of its criteria's
-    (an intersection-union test, which needs no correction for how many there are).
+    A head is named if every criterion holds. The p-value of a kind is the largest p-value of its
+    criteria (an intersection-union test, which needs no correction for the number of criteria).
 
     Attributes:
-        name: of the kind.
+        name: name of the kind.
         said: what such a head does.
-        probe, control: what is run, and what values are compared with, in words.
-        measure: gives the criteria; raises an error of headscope, with a reason, where this model
-            cannot be asked.
-        source: of the definition.
-        weakness: what else can look like it.
-        confirm: None where no number depends on such a head alone.
-        needs: capabilities of the model, as a scorer names them, and ``tokenizer``.
+        probe, control: what is run, and what the values are compared with, in words.
+        measure: returns the criteria; raises a :class:`~headscope.errors.HeadscopeError` with a
+            reason if the kind cannot be tested on this model.
+        source: source of the definition.
+        weakness: what else can look like this kind.
+        confirm: ablation that confirms such a head; None if no metric depends on it alone.
+        needs: required model capabilities, named as for scorers, or ``tokenizer``.
     """
 
     name: str
@@ -158,11 +158,11 @@ class Kind:
     needs: tuple[str, ...] = ()
 
     def lacking(self, model: HeadModel) -> str:
-        """Reason why a model cannot be tested, found before anything is run; empty if it can be."""
+        """Reason why a model cannot be tested, known before any pass; empty if it can be."""
         for need in self.needs:
             if need == "tokenizer":
                 if model.tokenizer is None:
-                    return f"{model.name} has no tokenizer, and it is asked with texts."
+                    return f"{model.name} has no tokenizer, and this kind is tested on texts."
             elif (reason := lacks(model, need)) is not None:
                 return reason
         return ""
@@ -170,12 +170,12 @@ class Kind:
 
 @dataclass(frozen=True)
 class Unasked:
-    """A kind of the survey for which there is no probe.
+    """A kind from the literature for which there is no built-in probe.
 
     Attributes:
-        name: of the kind.
-        reason: what it would take.
-        source: where it is described.
+        name: name of the kind.
+        reason: what a test would need.
+        source: paper that describes the kind.
     """
 
     name: str
@@ -184,16 +184,16 @@ class Unasked:
 
 
 class CannotAskError(InputError):
-    """A kind cannot be tested on this model or tokenizer; the message says why."""
+    """Raised when a kind cannot be tested on a model or tokenizer; the message says why."""
 
 
 @dataclass(eq=False)
 class AskedModel:
-    """A model under test, with the probes and scores that several kinds share.
+    """A model under test, with a cache of the probes and scores that several kinds share.
 
     Attributes:
-        model: that is asked.
-        seed: of all probes.
+        model: model under test.
+        seed: seed for all probes.
         batch_size: examples per pass.
     """
 
@@ -203,7 +203,7 @@ class AskedModel:
     _kept: dict[Any, Any] = field(default_factory=dict)
 
     def keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Cache a value, or the error raised in computing it, under a key."""
+        """Cache a value, or the error raised while computing it, under a key."""
         if key not in self._kept:
             try:
                 self._kept[key] = make(), None
@@ -215,12 +215,12 @@ class AskedModel:
         return value
 
     def probe(self, kind: DefaultProbe) -> Probe:
-        """Default probe of a scorer; for needles a shorter one, affordable in one pass."""
+        """Default probe of a scorer; for needles, a shorter one that fits in one pass."""
         suited = kind.suited(self.model)
         if not suited.possible(self.model):
             raise CannotAskError(f"{self.model.name} has no tokenizer for the probe {kind.name!r}.")
         make = _SHORTER.get(suited.name, suited.make)
-        # By how it is made: texts and words have one probe under two declarations.
+        # Keyed by the factory, since two declarations of texts and words share one probe.
         made: Probe = self.keep(("probe", make), lambda: make(self.model, self.seed))
         return made
 
@@ -237,12 +237,12 @@ class AskedModel:
         return made
 
     def scores(self, scorer: Scorer, beside: Sequence[Scorer] = ()) -> HeadScores:
-        """A score on its scorer's default probe.
+        """Score the model on the scorer's default probe.
 
         Args:
-            scorer: that is asked for.
-            beside: scorers of the same probe that other kinds will ask for: one pass serves all
-                that this model can be asked. The same for all of them, so that it is kept.
+            scorer: scorer to run.
+            beside: scorers on the same probe that other kinds will need, so that one pass serves
+                all of them. Pass the same list each time, since it is part of the cache key.
 
         Raises:
             CannotAskError: if the model lacks what the scorer needs.
@@ -251,7 +251,7 @@ class AskedModel:
             if (reason := lacks(self.model, need)) is not None:
                 raise CannotAskError(reason)
         if scorer.probe is None:
-            raise CannotAskError(f"the scorer {scorer.name!r} has no probe of its own.")
+            raise CannotAskError(f"the scorer {scorer.name!r} has no default probe.")
         probe = self.probe(scorer.probe)
         suited = scorer.probe.suited(self.model).name
         others = [
@@ -268,7 +268,7 @@ class AskedModel:
         return any(lacks(self.model, need) is not None for need in scorer.needs)
 
     def table(self, probe: Probe, scorers: Sequence[Scorer]) -> HeadTable:
-        """Scores of a probe from one pass, cached."""
+        """Score a probe in one cached pass."""
         key = (_Same(probe), *(one.name for one in scorers))
         found: HeadTable = self.keep(
             key,
@@ -281,8 +281,8 @@ class AskedModel:
     def attention(self, probe: Probe, mark: str, query: str = "end") -> HeadScores:
         """Attention from one mark of a probe to another, against uniform attention.
 
-        The first time, attention to all marks of the probe and direct effects on its answer are
-        measured in the same pass.
+        The first call measures attention to all marks of the probe and direct effects on its answer
+        in the same pass.
         """
         return self._of_marks(probe, query)[_ATTENTION.format(mark=mark)]
 
@@ -290,7 +290,7 @@ class AskedModel:
         """Direct effect on the target's logit minus the foil's, against zero.
 
         Raises:
-            CannotAskError: if the model's logits are not a sum of what its heads write.
+            CannotAskError: if the logits are not linear in the heads' writes.
         """
         own = CATALOGUE[_EFFECT]
         for need in own.needs:
@@ -316,7 +316,7 @@ class AskedModel:
 
 @dataclass(frozen=True)
 class _Same:
-    """Key that identifies a probe object, keeping it alive."""
+    """Cache key for a probe by identity; keeps the probe alive."""
 
     probe: Probe
 
@@ -330,7 +330,7 @@ class _Same:
 
 
 def _short_needle(model: HeadModel, seed: int) -> Probe:
-    """Fifteen needles in texts of 256 tokens, or of the model's context."""
+    """Needle probe of 15 texts with 256 tokens, or the model's context if shorter."""
     length = min(256, model.shape.n_ctx or 256)
     return probes.needle(model, lengths=length, depths=5, per_cell=3, seed=seed)
 
@@ -425,7 +425,7 @@ LETTERS = ("A", "B", "C", "D")
 
 
 def token_of(model: HasVocabulary, word: str) -> int | None:
-    """Id of a word with a leading space, if it is a single token; otherwise None."""
+    """Id of a word with a leading space if that is a single token, else None."""
     tokenizer = need_tokenizer(model, "a word")
     text = f"and {word}"
     at = encode(tokenizer, text).word(4, len(text))
@@ -433,7 +433,7 @@ def token_of(model: HasVocabulary, word: str) -> int | None:
 
 
 def known(model: HasVocabulary, pairs: Mapping[str, str]) -> list[tuple[int, int]]:
-    """Pairs of words that are both single, distinct tokens."""
+    """Token ids of the pairs whose words are two distinct single tokens."""
     found = [(token_of(model, a), token_of(model, b)) for a, b in pairs.items()]
     return [(a, b) for a, b in found if a is not None and b is not None]
 
@@ -444,16 +444,17 @@ def marked_prompts(
     name: str,
     seed: int | None = None,
 ) -> Probe:
-    """Prompts with marks by characters, and single-token answers and foils.
+    """Build prompts with marks given by character spans, and single-token answers and foils.
 
     Args:
-        model: whose tokenizer reads them.
-        said: text, its marks, answer and foil (with their spaces; empty: none).
-        name: of the probe.
-        seed: of the draw.
+        model: model whose tokenizer encodes them.
+        said: per prompt: text, marks as character spans, answer and foil with their leading spaces
+            (empty for none).
+        name: name of the probe.
+        seed: seed recorded with the probe.
 
     Raises:
-        CannotAskError: if fewer than eight can be read so.
+        CannotAskError: if fewer than eight prompts have single-token answers.
     """
     tokenizer, prefix = need_tokenizer(model, f"the probe {name!r}"), bos_prefix(model, None)
     rows: list[list[int]] = []
@@ -470,8 +471,8 @@ def marked_prompts(
         answers.append((target, other))
     if len(rows) < 8:
         raise CannotAskError(
-            f"{name}: the tokenizer of {model.name} reads {len(rows)} of {len(said)} prompts with "
-            "answers of one token, and 8 are needed."
+            f"{name}: the tokenizer of {model.name} gives single-token answers for {len(rows)} of "
+            f"{len(said)} prompts, and 8 are needed."
         )
     tokens, real = pad_right(rows)
     check_length(model, tokens.shape[1], what=f"a prompt of {name!r}", fix="use a larger model")
@@ -518,7 +519,7 @@ def choices(model: HasVocabulary, seed: int) -> Probe:
 
 
 def yes_or_no(model: HasVocabulary, seed: int) -> Probe:
-    """Questions to be answered with yes or no, with both orders of the two words."""
+    """Yes-or-no questions, with the two words in both orders."""
     rng, said = Random(f"yes or no {seed}"), []  # noqa: S311  # questions, not secrets
     for number in range(24):
         kind = list(CATEGORIES)[number % len(CATEGORIES)]
@@ -551,7 +552,7 @@ def contradicted(model: HasVocabulary, seed: int) -> Probe:
 
 
 def successions(model: HasVocabulary, seed: int) -> Probe:
-    """Three consecutive items of an order; the answer is the next, the foil another."""
+    """Three consecutive items of an ordered sequence; the answer is the next, the foil another."""
     rng, said = Random(f"successions {seed}"), []  # noqa: S311  # prompts, not secrets
     for order in ORDERS.values():
         for at in range(len(order) - 3):
@@ -564,16 +565,16 @@ def successions(model: HasVocabulary, seed: int) -> Probe:
 
 
 def related_words(model: HasVocabulary, seed: int) -> Probe:
-    """Words of three categories, each followed by a name, then another word of one of them.
+    """Words from three categories, each followed by a name, then another word from one category.
 
-    What followed the word of the same category is due, and what followed another is the foil:
-    ``red Mary, dog Peter, two Anna, blue``. The mark ``related`` is what is due.
+    The answer is the name after the word of the same category, and the foil is another name: ``red
+    Mary, dog Peter, two Anna, blue``. The mark ``related`` is on the answer's name.
 
     Raises:
-        CannotAskError: if fewer than three categories have two words of one token.
+        CannotAskError: if fewer than three categories have two single-token words.
     """
     rng, said = Random(f"related words {seed}"), []  # noqa: S311  # prompts, not secrets
-    # Words of several tokens may share one (Sunday, Monday), which plain induction finds.
+    # Words of several tokens may share one (Sunday, Monday), and plain induction would find it.
     single = {
         kind: [one for one in words if token_of(model, one) is not None]
         for kind, words in CATEGORIES.items()
@@ -581,7 +582,7 @@ def related_words(model: HasVocabulary, seed: int) -> Probe:
     askable = [kind for kind, words in single.items() if len(words) > 1]
     if len(askable) < 3:
         raise CannotAskError(
-            f"related words: the tokenizer of {model.name} has two words as single tokens in "
+            f"related words: the tokenizer of {model.name} has two single-token words in "
             f"{len(askable)} categories, and 3 are needed."
         )
     for number in range(32):
@@ -604,7 +605,7 @@ def related_words(model: HasVocabulary, seed: int) -> Probe:
 
 
 def denials(model: HasVocabulary, seed: int) -> Probe:
-    """Questions of :func:`yes_or_no` with 'no' as the answer and 'yes' as the foil throughout."""
+    """Questions of :func:`yes_or_no`, all with 'no' as the answer and 'yes' as the foil."""
     made = yes_or_no(model, seed)
     assert made.foils is not None  # noqa: S101  # see above
     no, yes = (_following(model, "Answer:", word) for word in (" no", " yes"))
@@ -616,12 +617,12 @@ def denials(model: HasVocabulary, seed: int) -> Probe:
 
 
 class LabelledTexts(NamedTuple):
-    """Texts of two classes that otherwise do not differ.
+    """Texts of two classes that are otherwise matched.
 
     Attributes:
-        high: texts of the class.
-        low: texts of the other class, as many: example i of both belongs together.
-        clusters: label per example; examples that share a word which matters share a label, fall
+        high: texts of the positive class.
+        low: texts of the negative class, as many; example i of both is a pair.
+        clusters: cluster label per example. Examples that share a content word share a label, fall
             on the same side of the split, and count as one observation.
 
     Example:
@@ -637,11 +638,11 @@ class LabelledTexts(NamedTuple):
 
 
 def statements(model: HeadModel) -> LabelledTexts:
-    """True and false statements of capitals; false ones swap those of every other country.
+    """True and false statements about capitals; false ones swap the capitals of two countries.
 
-    Every name is in as many true as false ones, so that the words alone tell nothing. Countries at
-    even places and at odd ones share no word; two neighbours of the same parity that swap their
-    capitals are one cluster.
+    Every name is in as many true as false statements, so the words alone carry no information.
+    Countries at even and at odd indices share no word; two countries of the same parity that swap
+    their capitals form a cluster.
     """
     capitals = {**MORE_CAPITALS, **CAPITALS}
     names = sorted(capitals)[: 4 * (len(capitals) // 4)]
@@ -658,9 +659,9 @@ def statements(model: HeadModel) -> LabelledTexts:
 def opinions(model: HeadModel) -> LabelledTexts:
     """Positive and negative opinions, half of them with a negation.
 
-    Good ones are "quite wonderful" and "not terrible", bad ones "quite terrible" and "not
-    wonderful": every word is in as many good as bad ones, so that the words alone tell nothing.
-    The four sentences of a good and a bad word are one cluster.
+    Positive ones are "quite wonderful" and "not terrible", negative ones "quite terrible" and "not
+    wonderful": every word is in as many positive as negative ones, so the words alone carry no
+    information. The four sentences of a positive and a negative word form a cluster.
     """
     form = "Everybody who saw it said that the film was {} {}."
     good, bad = [], []
@@ -683,15 +684,15 @@ def _at(text: str, word: str, behind: str) -> tuple[int, int]:
 
 
 def pieces(model: HasVocabulary, probe: Probe) -> list[tuple[int, int, int]]:
-    """Pairs of a token and an earlier piece of the same word: ``(example, query, key)``."""
+    """Pairs of a token and an earlier piece of the same word, as ``(example, query, key)``."""
     tokenizer = need_tokenizer(model, "a text")
     rows = [row[real].tolist() for row, real in zip(probe.tokens, probe.real, strict=True)]
     beside = sorted({pair for row in rows for pair in pairwise(row)})
     alone = sorted({token for row in rows for token in row})
     both = tokenizer.batch_decode([list(pair) for pair in beside])
     first = dict(zip(alone, tokenizer.batch_decode([[one] for one in alone]), strict=True))
-    # One token's text may lack the space in front of it, or have a sign for its absence: whether
-    # a word goes on is seen in the text of two.
+    # A token's own text may lack its leading space or mark its absence, so decode two tokens
+    # together to see whether a word continues. a word goes on is seen in the text of two.
     goes_on = {
         pair: text.startswith(first[pair[0]]) and text[len(first[pair[0]]) :].isalpha()
         for pair, text in zip(beside, both, strict=True)
@@ -717,20 +718,20 @@ def with_apostrophe(model: HasVocabulary, probe: Probe) -> Bool[Tensor, "batch p
 
 
 Measure = Callable[[AskedModel], Sequence[Criterion]]
-_ATTENDS = 0.25  # of a task's heads, about half of what published ones give on average
-_TELLS = 0.8  # held-out area under the curve
-_LEADS = 0.1  # of an area under the curve, over a baseline
-_SHARE = 0.05  # of all direct effects on an answer
+_ATTENDS = 0.25  # of a task's heads: about half the mean of published ones
+_TELLS = 0.8  # held-out AUC
+_LEADS = 0.1  # in AUC, over a baseline
+_SHARE = 0.05  # share of all direct effects on an answer
 _NEEDS_WRITE = ("attention_write", "unembedding")
 
 
 def shared(name: str) -> Measure:
-    """Criterion: a score of the catalogue above its null and its threshold."""
+    """Measure a catalogue score: it must be above its null and its threshold."""
     return lambda asked: [above(_scored(asked, CATALOGUE[name]))]
 
 
 def _scored(asked: AskedModel, scorer: Scorer) -> HeadScores:
-    """A score from one shared pass over its probe."""
+    """Score from one shared pass over the scorer's probe."""
     assert scorer.probe is not None  # noqa: S101  # ours have one
     return asked.scores(scorer, _together(scorer.probe.name))
 
@@ -759,7 +760,7 @@ _SINK_OF_REPEATED = replace(CATALOGUE["first_token"], probe=REPEATED)
 
 
 def part_of(scores: HeadScores, sign: int) -> Criterion:
-    """Signed direct effect as a share of the absolute effects of all heads."""
+    """Criterion: signed direct effect as a share of the absolute effects of all heads."""
     total = np.nansum(np.abs(scores.mean)) or 1.0
     one = above(scores, 0.0) if sign > 0 else below(scores, 0.0)
     said = "share of all direct effects on the answer"
@@ -767,7 +768,7 @@ def part_of(scores: HeadScores, sign: int) -> Criterion:
 
 
 def task(name: str, mark: str, sign: int = 1) -> Measure:
-    """Attention from the end of a task's prompts to a mark, and a signed direct effect."""
+    """Measure attention from the end of a task's prompts to a mark, and a signed direct effect."""
 
     def measure(asked: AskedModel) -> list[Criterion]:
         probe = asked.pairs(name)
@@ -780,12 +781,12 @@ def task(name: str, mark: str, sign: int = 1) -> Measure:
 
 
 def attends(name: str, mark: str) -> Measure:
-    """Attention from the end of a task's prompts to a mark."""
+    """Measure attention from the end of a task's prompts to a mark."""
     return lambda asked: [above(asked.attention(asked.pairs(name), mark), _ATTENDS)]
 
 
 def positional(asked: AskedModel) -> list[Criterion]:
-    """Attention two to five positions back, whichever offset gets most."""
+    """Attention two to five positions back, at the offset that gets most."""
     scores = [_scored(asked, one) for one in _FIXED_PLACES.values()]
     means = np.stack([np.nan_to_num(one.mean, nan=-1.0) for one in scores])
     most = means.argmax(0)[None]
@@ -793,7 +794,7 @@ def positional(asked: AskedModel) -> list[Criterion]:
         np.take_along_axis(np.stack(ones), most, 0)[0]
         for ones in ([one.mean for one in scores], [one.p_value for one in scores])
     )
-    return [Criterion("attention to a fixed place", value, 0.4, np.minimum(len(scores) * p, 1))]
+    return [Criterion("attention at a fixed offset", value, 0.4, np.minimum(len(scores) * p, 1))]
 
 
 @output_scorer(
@@ -801,7 +802,7 @@ def positional(asked: AskedModel) -> list[Criterion]:
     source="Olsson et al. 2022 (arXiv 2209.11895), behavioural copying score",
 )  # fmt: skip
 def raised(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Share of what a head raises that falls on the attended tokens; null: other tokens."""
+    """Share of the logits a head raises that falls on the attended tokens; null: other tokens."""
     return copying.function(outputs, probe)
 
 
@@ -810,25 +811,25 @@ def raised(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head quer
     source="McDougall et al. 2023 (arXiv 2310.04625), copy suppression",
 )  # fmt: skip
 def lowered(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Share of what a head lowers that falls on the attended tokens; null: other tokens."""
+    """Share of the logits a head lowers that falls on the attended tokens; null: other tokens."""
     return copying.function(replace(outputs, z=-outputs.z), probe)
 
 
 def copies(asked: AskedModel) -> list[Criterion]:
-    """Criterion: raises the tokens that it attends to."""
+    """Criterion: raises the logits of the tokens that it attends to."""
     return [above(_scored(asked, raised), 0.4)]
 
 
 def suppresses(asked: AskedModel) -> list[Criterion]:
-    """Criterion: lowers the tokens that it attends to."""
+    """Criterion: lowers the logits of the tokens that it attends to."""
     return [above(_scored(asked, lowered), 0.4)]
 
 
 def backs_up(asked: AskedModel) -> list[Criterion]:
-    """Direct effect on the name that rises when the name movers are ablated.
+    """Rise in a head's direct effect on the name when the name movers are ablated.
 
     Raises:
-        CannotAskError: if there is no name mover to ablate.
+        CannotAskError: if no name mover was found.
     """
     probe = asked.pairs("ioi")
     attention, effect = task("ioi", "io")(asked)
@@ -837,7 +838,7 @@ def backs_up(asked: AskedModel) -> list[Criterion]:
     sure &= np.maximum(attention.p, effect.p) < 0.01
     movers = [HeadIndex(int(layer), int(head)) for layer, head in np.argwhere(sure)]
     if not movers:
-        raise CannotAskError("no name mover was found, whose work another head could take over.")
+        raise CannotAskError("no name mover was found, so there is nothing to back up.")
     before = asked.effect(probe)
     with asked.model.edited([edits.zero(movers)]):
         after = score(
@@ -863,14 +864,14 @@ def without_norm(
 ) -> Float[np.ndarray, "layer head example"]:
     """Direct effects after an ablation, with the final norm's scale from before it.
 
-    Taking heads out makes the stream shorter, so that the final norm raises all other direct
-    effects alike. Heads up to the first ablated layer write what they wrote before: by how much
-    theirs have changed is what the norm did, and it is divided out.
+    Ablating heads shrinks the residual stream, so the final norm scales up all other direct effects
+    alike. Heads up to the first ablated layer write what they wrote before, so the change in their
+    direct effects is due to the norm alone and is divided out.
 
     Args:
-        before: effects of every head.
-        after: the same with some heads taken out.
-        ablated: heads that were taken out.
+        before: direct effects of every head.
+        after: the same with some heads ablated.
+        ablated: heads that were ablated.
 
     Example:
         >>> before = np.array([[[1.0], [3.0]], [[2.0], [0.5]]])
@@ -889,21 +890,21 @@ def without_norm(
 
 
 def next_in_order(asked: AskedModel) -> list[Criterion]:
-    """Share of ordinals whose successor the weights raise most within the order."""
+    """Share of ordinals whose successor gets the largest logit within its sequence."""
     orders = [[token_of(asked.model, word) for word in one] for one in ORDERS.values()]
     kept = [[one for one in order if one is not None] for order in orders]
     whole = [some for some, order in zip(kept, orders, strict=True) if len(some) == len(order) > 3]
     if not whole:
         raise CannotAskError(
-            f"the tokenizer of {asked.model.name} has no order (days, months, numbers, letters) "
-            "whose words are all one token."
+            f"the tokenizer of {asked.model.name} has no ordered sequence (days, months, numbers, "
+            "letters) of single tokens."
         )
     sets = [list(pairwise(one)) for one in whole]
     return [above(relation_scores(asked.model, sets, "successor"), 0.4)]
 
 
 def related(name: str) -> Measure:
-    """Share of pairs whose second word the weights raise most, among all second words."""
+    """Share of pairs whose second word gets the largest logit among all second words."""
 
     def measure(asked: AskedModel) -> list[Criterion]:
         pairs = known(asked.model, RELATIONS[name])
@@ -922,21 +923,21 @@ def related(name: str) -> Measure:
 def relation_scores(
     model: HeadModel, sets: Sequence[Sequence[tuple[int, int]]], name: str = "relation"
 ) -> HeadScores:
-    """Share of pairs of tokens (a, b) for which a head's weights raise b most when it attends to a.
+    """Share of token pairs (a, b) for which a head attending to a gives b the largest logit.
 
     ``argmax over the second tokens of a set of (norm(e_a) W_V + b_V) W_O . d``, with e the token's
-    embedding, from the second layer on with what the first MLP adds, and d the directions of logits
-    less their mean. One value per pair, 1 or 0; the null is one over the number of different second
-    tokens of its set.
+    embedding, plus the first MLP's output from the second layer on, and d the unembedding
+    directions minus their mean. One value per pair, 1 or 0; the null is one over the number of
+    distinct second tokens in the set.
 
     Args:
-        model: whose weights are read.
-        sets: pairs of token ids, each set with answers of its own.
-        name: of the score.
+        model: model to analyse.
+        sets: sets of token-id pairs; candidate answers are the second tokens of the same set.
+        name: name of the score.
 
     Raises:
         InputError: if a set has fewer than two answers.
-        UnsupportedModelError: if the embedding, a norm or the values cannot be read of the weights.
+        UnsupportedModelError: if the embedding, a norm or the values are not available as weights.
 
     Source: Gould et al. 2023 (arXiv 2312.09230), successor heads; Elhelo and Geva 2024
     (arXiv 2412.11965), relations from parameters.
@@ -947,7 +948,7 @@ def relation_scores(
         0.333
     """
     if any(len({b for _, b in pairs}) < 2 for pairs in sets) or not sets:
-        raise InputError("a relation needs pairs with two different second tokens at least.")
+        raise InputError("a relation needs pairs with at least two distinct second tokens.")
     shape, plain = model.shape, model.parts.embedding
     pairs = [pair for one in sets for pair in one]
     first: Int[Tensor, " pair"] = torch.tensor([a for a, _ in pairs], device=plain.device)
@@ -981,7 +982,7 @@ def relation_scores(
     return HeadScores.from_examples(
         name, values, kv_heads=shape.n_kv_heads, control_per_example=null,
         design=Design(paired=True), unit="share", bounds=(0.0, 1.0),
-        description="its weights map tokens to the tokens that they are paired with",
+        description="its weights map tokens to their partners",
         source="Gould et al. 2023 (arXiv 2312.09230)",
     )  # fmt: skip
 
@@ -989,7 +990,7 @@ def relation_scores(
 def _options(
     asked: AskedModel,
 ) -> tuple[Probe, HeadScores, Float[np.ndarray, "layer head example 4"]]:
-    """Attention from the end to the letters of four options: total, and by letter."""
+    """Attention from the last token to the letters of four options: total, and per letter."""
     probe: Probe = asked.keep("choices", lambda: choices(asked.model, asked.seed))
     parts = [asked.attention(probe, f"option_{one}").per_example for one in LETTERS]
     return probe, asked.attention(probe, "letters"), np.stack(parts, -1)
@@ -999,7 +1000,7 @@ def _share_of_right(
     name: str, probe: Probe, mass: HeadScores, parts: Float[np.ndarray, "layer head example part"],
     marks: Sequence[str], right: str,
 ) -> HeadScores:  # fmt: skip
-    """Share of the attention to some marks that falls on the correct one; null: a quarter each."""
+    """Share of the attention to some marks that falls on the correct one; null: equal shares."""
     there = torch.stack([(probe.host.mark(one) & probe.host.mark(right)).any(-1) for one in marks])
     at = there.int().argmax(0).numpy()
     picked = np.take_along_axis(parts, at[None, None, :, None], -1)[..., 0]
@@ -1013,7 +1014,7 @@ def _share_of_right(
 
 
 def correct_letter(asked: AskedModel) -> list[Criterion]:
-    """Share of the attention to four letters on the correct one; and direct effect on it."""
+    """Share of the attention to four letters on the correct one, and the direct effect on it."""
     probe, mass, by_letter = _options(asked)
     marks = [f"option_{one}" for one in LETTERS]
     scores = _share_of_right("right letter", probe, mass, by_letter, marks, "right")
@@ -1021,12 +1022,14 @@ def correct_letter(asked: AskedModel) -> list[Criterion]:
 
 
 def semantic_induction(asked: AskedModel) -> list[Criterion]:
-    """Share of attention to three followers on that of the related word; and its effect."""
+    """Share of attention to three names on the related word's name, and the direct effect on it."""
     probe: Probe = asked.keep("related words", lambda: related_words(asked.model, asked.seed))
     marks = [f"follower_{at}" for at in range(3)]
     parts = np.stack([asked.attention(probe, one).per_example for one in marks], -1)
     mass = asked.attention(probe, "followers")
-    scores = _share_of_right("follower of the related word", probe, mass, parts, marks, "related")
+    scores = _share_of_right(
+        "the token after the related word", probe, mass, parts, marks, "related"
+    )
     return [above(scores, 0.6), above(mass, 0.1), part_of(asked.effect(probe), 1)]
 
 
@@ -1060,7 +1063,7 @@ def negative(asked: AskedModel) -> list[Criterion]:
 
 
 def in_context_task(asked: AskedModel) -> list[Criterion]:
-    """Indirect effect of the head's task mean on prompts without the task, against any mean's."""
+    """Indirect effect of injecting the head's task mean, against its mean on shuffled labels."""
     found = indirect_effect(
         asked.model, task_prompts(asked), batch_size=asked.batch_size, progress=False
     )
@@ -1068,10 +1071,10 @@ def in_context_task(asked: AskedModel) -> list[Criterion]:
 
 
 def task_prompts(asked: AskedModel) -> dict[str, Probe]:
-    """Prompts of the first two relations that the tokenizer has enough pairs of.
+    """Prompts of the first two relations with enough single-token pairs.
 
     Raises:
-        CannotAskError: if it has none.
+        CannotAskError: if there is no such relation.
     """
     found: dict[str, Probe] = {}
     for name in RELATIONS:
@@ -1081,7 +1084,7 @@ def task_prompts(asked: AskedModel) -> dict[str, Probe]:
             break
     if not found:
         raise CannotAskError(
-            f"the tokenizer of {asked.model.name} has no relation of 8 pairs of single tokens."
+            f"the tokenizer of {asked.model.name} has no relation with 8 single-token pairs."
         )
     return found
 
@@ -1114,17 +1117,17 @@ def _both(model: HeadModel, a: str, b: str) -> bool:
 
 
 def label_words(asked: AskedModel) -> list[Criterion]:
-    """Attention to label words of demonstrations that predicts the model's own prediction."""
+    """How well attention to demonstrations' label words predicts the model's answer."""
     probe = label_prompts(asked)
     found = anchors(asked.model, probe, batch_size=asked.batch_size, progress=False)
     if len(set(found.predicted.tolist())) < 2:
-        raise CannotAskError("the model answers every prompt with the same label.")
+        raise CannotAskError("the model gives every prompt the same label.")
     score = found.heads["anchor_auc"]
     return [above(score, _TELLS), lead_in_layer(score.mean)]
 
 
 def label_prompts(asked: AskedModel) -> Probe:
-    """Demonstrations of colours and animals with their class, and another word.
+    """Demonstrations of colours and animals with their class, then another word.
 
     Raises:
         CannotAskError: if a class is not a single token.
@@ -1132,7 +1135,7 @@ def label_prompts(asked: AskedModel) -> Probe:
     shown = [(word, f" {kind}") for kind in ("colour", "animal") for word in CATEGORIES[kind]]
     for _, label in shown:
         if token_of(asked.model, label.strip()) is None:
-            raise CannotAskError(f"{asked.model.name} reads the label{label} as several tokens.")
+            raise CannotAskError(f"{asked.model.name} splits the label{label} into several tokens.")
     made: Probe = asked.keep(
         "labels",
         lambda: probes.in_context(
@@ -1143,7 +1146,7 @@ def label_prompts(asked: AskedModel) -> Probe:
 
 
 def rare_words(asked: AskedModel) -> list[Criterion]:
-    """Correlation of attention with rarity: Kendall's tau, below that with shuffled counts."""
+    """Kendall's tau between attention and token count, below that with shuffled counts."""
     text = probes.text(asked.model, length=32, seed=asked.seed)
     ends = torch.zeros_like(text.real)
     ends[:, 31] = True
@@ -1165,14 +1168,14 @@ def word_pieces(asked: AskedModel) -> list[Criterion]:
         pairs = pieces(asked.model, probe)
     if len({one[0] for one in pairs}) < 5:
         raise CannotAskError(
-            f"the tokenizer of {asked.model.name} cuts hardly any word of the texts into pieces."
+            f"the tokenizer of {asked.model.name} splits hardly any word of the texts into pieces."
         )
     scorer = relation("pieces", torch.tensor(pairs), control="flat").mass
     return [above(asked.table(probe, [scorer])[scorer.name], _ATTENDS)]
 
 
 def apostrophes(asked: AskedModel) -> list[Criterion]:
-    """Attention to apostrophes in texts that have some."""
+    """Attention to apostrophes in texts that contain them."""
     texts = [
         "It's the dog's ball, and the cat's bed isn't far.",
         "The teacher's book wasn't on Anna's table.",
@@ -1186,16 +1189,16 @@ def apostrophes(asked: AskedModel) -> list[Criterion]:
     probe = probes.text(asked.model, texts)
     mark = with_apostrophe(asked.model, probe)
     if not bool(mark.any(1).all()):
-        raise CannotAskError(f"the tokenizer of {asked.model.name} keeps no apostrophe.")
+        raise CannotAskError(f"the tokenizer of {asked.model.name} drops apostrophes.")
     seen = mark.int().cumsum(1) - mark.int() > 0
     known = replace(probe, marks={"apostrophe": mark, "behind": seen & probe.real}, control=None)
     return [above(asked.attention(known, "apostrophe", "behind"), _ATTENDS)]
 
 
 def dormant(asked: AskedModel) -> list[Criterion]:
-    """High attention to the first token on either texts or random tokens, and low on the other.
+    """High attention to the first token on either text or random tokens, and low on the other.
 
-    The p-value is two-sided, of independent examples.
+    The p-value is two-sided, for independent samples.
     """
     text, other = (_scored(asked, one) for one in (CATALOGUE["first_token"], _SINK_OF_REPEATED))
     design = Design(clusters=text.design.clusters, control_clusters=other.design.clusters)
@@ -1208,7 +1211,7 @@ def dormant(asked: AskedModel) -> list[Criterion]:
 
 
 def of_context(asked: AskedModel) -> list[Criterion]:
-    """Attends to the answer in the text, and raises it above the remembered one."""
+    """Attends to the answer in the text and raises its logit over the remembered answer."""
     probe = _contradicted(asked)
     return [
         above(asked.attention(probe, "context"), _ATTENDS), part_of(asked.effect(probe), 1)
@@ -1216,7 +1219,7 @@ def of_context(asked: AskedModel) -> list[Criterion]:
 
 
 def of_memory(asked: AskedModel) -> list[Criterion]:
-    """Raises the remembered answer above the one in the text."""
+    """Raises the logit of the remembered answer over the one in the text."""
     return [part_of(asked.effect(_contradicted(asked)), -1)]
 
 
@@ -1227,16 +1230,15 @@ def _contradicted(asked: AskedModel) -> Probe:
 
 @checked
 def told_apart(make: Callable[[HeadModel], LabelledTexts]) -> Measure:
-    """A linear probe of the head's output separates two classes of texts better than others do.
+    """Measure whether a linear probe on a head's output separates two classes of texts.
 
-    Three conditions, on clusters of texts that the probe was not fitted to (see
-    :func:`placements`): an area under the curve of at least .8, above chance; at least .1 above
-    that of the same probe on the mean token embedding of the text, which is what any head can read
-    that attends to the right words; and at least .1 above the median of the layer's other heads,
-    since what the stream already holds can be read from most of them.
+    Three criteria, on held-out clusters of texts (see :func:`placements`): an AUC of at least 0.8
+    and above chance; at least 0.1 above the same probe on the text's mean token embedding, which
+    any head that attends to the right words can recover; and at least 0.1 above the median of the
+    layer's other heads, since most heads can recover what the residual stream already contains.
 
     Args:
-        make: gives the texts, read at the mark ``end``, else over all positions.
+        make: builds the texts; outputs are read at the mark ``end``, else over all positions.
 
     Source: Li et al. 2023 (arXiv 2306.03341), probes of head outputs; Hewitt and Liang 2019
     (arXiv 1909.03368): a probe's accuracy says something only against a control. The two margins
@@ -1273,12 +1275,12 @@ def separations(
     clusters: tuple[int, ...],
     kv_heads: int,
 ) -> list[Criterion]:
-    """Criteria of :func:`told_apart`, of head outputs and of mean token embeddings.
+    """Criteria of :func:`told_apart` from head outputs and mean token embeddings.
 
     Args:
-        sides: ``z`` of the texts of the class, and of the others.
-        words: the same of the baseline, with a layer and a head of size 1.
-        clusters: label per example.
+        sides: ``z`` of the positive and of the negative texts.
+        words: the baseline in the same shape, with layer and head axes of size 1.
+        clusters: cluster label per example.
         kv_heads: number of key/value heads.
 
     Example:
@@ -1292,7 +1294,7 @@ def separations(
     there = np.where(np.isnan(heads), np.nan, 1.0)
     against = [
         HeadScores.from_examples(
-            "held-out area under the curve", heads, kv_heads=kv_heads,
+            "held-out AUC", heads, kv_heads=kv_heads,
             control_per_example=control * there, design=Design(paired=True, clusters=held),
         )
         for control in (np.full(heads.shape, 0.5), baseline)
@@ -1300,14 +1302,14 @@ def separations(
     lead = against[1].mean - against[1].null
     return [
         above(against[0], _TELLS),
-        Criterion("lead over the words themselves", lead, _LEADS, one_sided(against[1], 1)),
+        Criterion("AUC minus that of the mean embedding", lead, _LEADS, one_sided(against[1], 1)),
         lead_in_layer(against[0].mean),
     ]
 
 
 @checked
 def lead_in_layer(value: Float[np.ndarray, "layer head"]) -> Criterion:
-    """At least .1 above the median of the layer's other heads; a layer's only head passes.
+    """Criterion: at least 0.1 above the median of the layer's other heads; an only head passes.
 
     Example:
         >>> found = hs.kinds.lead_in_layer(np.array([[0.9, 0.9, 0.9], [0.5, 0.9, 0.6]]))
@@ -1319,7 +1321,7 @@ def lead_in_layer(value: Float[np.ndarray, "layer head"]) -> Criterion:
         others = np.delete(value[layer], head)
         known = others[np.isfinite(others)]
         lead[layer, head] = value[layer, head] - np.median(known) if len(known) else np.inf
-    return Criterion("lead over the median head of the layer", lead, _LEADS)
+    return Criterion("AUC minus the layer's median", lead, _LEADS)
 
 
 @checked
@@ -1328,21 +1330,21 @@ def placements(
     low: Float[Tensor, "example layer head size"],
     clusters: tuple[int, ...],
 ) -> tuple[Float[np.ndarray, "layer head held_out"], tuple[int, ...]]:
-    """Per-example values on held-out texts whose mean is the AUC of a linear probe.
+    """Per-example values on held-out texts whose mean is a linear probe's AUC.
 
     The linear discriminant of :func:`headscope.steering.direction` is fitted to the clusters at
-    even places and tried on those at odd ones. With V_i the share of low examples that high example
-    i is above, and W_i the share of high examples that low example i is below (ties count half),
-    the value is ``V_i + W_i - AUC``: its mean is the AUC, and its spread over sqrt(n) is DeLong's
-    standard error of it for paired examples, so that usual tests of means hold for it.
+    even indices and tested on those at odd indices. With V_i the share of low examples below high
+    example i, and W_i the share of high examples above low example i (ties count half), the value
+    is ``V_i + W_i - AUC``. Its mean is the AUC, and its standard deviation over sqrt(n) is DeLong's
+    standard error of the AUC for paired examples, so ordinary tests of means apply.
 
     Args:
-        high: points of the class.
-        low: of the other class; example i of both belongs together.
-        clusters: label per example.
+        high: head outputs of the positive class.
+        low: head outputs of the negative class; example i of both is a pair.
+        clusters: cluster label per example.
 
     Returns:
-        Values, and the cluster of each.
+        Values per held-out example, and the cluster of each.
 
     Source: DeLong et al. 1988 (Biometrics 44, 837); Obuchowski 1997 (Biometrics 53, 567), clusters.
 
@@ -1370,8 +1372,8 @@ def mean_embedding(model: HeadModel, probe: Probe) -> Float[Tensor, "example d_m
     """Mean embedding of a text's tokens, without positions: a bag of words.
 
     Args:
-        model: whose embedding is read.
-        probe: with the texts; padding is left out.
+        model: model whose embedding is used.
+        probe: texts; padding is left out.
 
     Example:
         >>> hs.kinds.mean_embedding(model, probe).shape == (len(probe), model.shape.d_model)
@@ -1391,30 +1393,31 @@ def of_relation(
     *,
     least: float = 0.25,
     steady: float | None = None,
-    said: str = "attends by a relation that was given",
+    said: str = "attends along a given relation",
     source: str = "given",
 ) -> Kind:
-    """Define a kind: heads that attend along given (query, key) pairs more than uniformly.
+    """Define a kind: heads that attend along given (query, key) pairs more than uniform attention.
 
-    With ``steady`` it is what iteration heads are asked: each step of an algorithm attends to the
-    tokens that it uses (``least`` 0.5), whatever they are; one less the standard deviation of the
-    mass over examples is at least ``steady``. Edges of a parse, neighbours in a maze or triples of
-    a relation are others.
+    With ``steady`` this is the test for iteration heads: each step of an algorithm attends to the
+    tokens that it uses (``least=0.5``), whatever they are, and 1 minus the standard deviation of
+    the mass over examples is at least ``steady``. Other uses are dependency edges, neighbours in a
+    maze, or relation triples.
 
     Args:
-        name: of the kind.
-        probe: that is run.
-        pairs: of queries and keys, in any form that :func:`headscope.scorers.relation` takes.
-        least: attention on the keys from which a head is named.
-        steady: how alike it is over examples, from 0 to 1; None: not asked.
+        name: name of the kind.
+        probe: probe to run.
+        pairs: (query, key) pairs, in any form that :func:`headscope.scorers.relation` takes.
+        least: smallest attention mass on the keys for a head to be named, between 0 and 1.
+        steady: smallest consistency over examples, between 0 and 1; None: not required.
         said: what such a head does.
-        source: of the definition.
+        source: source of the definition.
 
     Raises:
-        InputError: if a number is not a share.
+        InputError: if ``least`` or ``steady`` is not between 0 and 1.
 
-    Source: Cabannes et al. 2024 (arXiv 2406.02128), iteration heads: peaky and the same whatever
-    the tokens are; there of single cells of the pattern, here of the mass on all keys of a query.
+    Source: Cabannes et al. 2024 (arXiv 2406.02128), iteration heads: peaky, and the same whatever
+    the tokens. The paper measures single entries of the pattern; here it is the mass on all keys of
+    a query.
 
     Example:
         >>> pairs = [(row, at, at - 2) for row in range(len(probe)) for at in range(3, 9)]
@@ -1424,7 +1427,7 @@ def of_relation(
     """
     for what, one in (("least", least), ("steady", steady)):
         if one is not None and not 0 < one <= 1:
-            raise InputError(f"{what}={one!r} is a share between 0 and 1.")
+            raise InputError(f"{what}={one!r}: give a number between 0 and 1.")
     scorer = relation(name, pairs, control="flat").mass
 
     def measure(asked: AskedModel) -> list[Criterion]:
@@ -1436,8 +1439,8 @@ def of_relation(
         return criteria
 
     return Kind(
-        name, said, probe.name or "yours", "attention spread evenly", measure, source,
-        "attention alone: what the head writes is not asked",
+        name, said, probe.name or "yours", "uniform attention", measure, source,
+        "attention alone: does not check what the head writes",
     )  # fmt: skip
 
 
@@ -1445,25 +1448,25 @@ def of_relation(
 def clustering(
     probe: Probe, relevant: str, groups: Sequence[int], *, query: str = "end", seed: int = 0
 ) -> Kind:
-    """Find clustering heads of a custom task, which attend only to the tokens that matter.
+    """Define a kind: clustering heads of your task, which attend only to the tokens that matter.
 
-    Such a head attends from ``query`` to the tokens marked ``relevant`` (mass at least 0.8, more
-    than evenly spread attention gives), alike to each (entropy among them over its largest, at
-    least 0.9), and its output falls into the groups: their variance between groups is at least 0.8
-    of the whole. The p-value of the last is over 999 permutations of the groups.
+    Such a head attends from ``query`` to the tokens marked ``relevant`` (mass at least 0.8, and
+    above uniform attention), equally to each (normalised entropy among them at least 0.9), and its
+    outputs cluster by group: the variance between groups is at least 0.8 of the total. The p-value
+    of the last criterion comes from 999 permutations of the groups.
 
     Args:
-        probe: texts of the task, with both marks.
-        relevant: mark of the tokens that decide the answer.
-        groups: of every example, a number: examples that the task treats alike.
-        query: mark of one position in each example.
-        seed: of the permutations.
+        probe: texts of your task, with both marks.
+        relevant: mark on the tokens that decide the answer.
+        groups: group number per example; examples that the task treats alike share a group.
+        query: mark on one position in each example.
+        seed: seed for the permutations.
 
     Raises:
-        InputError: if there are not as many groups as examples, or all are of one group.
+        InputError: if there are not as many group numbers as examples, or all are equal.
 
     Source: Cabannes et al. 2024 (arXiv 2410.24050), clustering heads of sparse modular addition;
-    the thresholds are ours.
+    the thresholds are headscope's.
 
     Example:
         >>> marks = {"few": probe.mark("first_copy"), "end": torch.arange(probe.length) == 9}
@@ -1476,8 +1479,8 @@ def clustering(
     labels = np.asarray(groups)
     if labels.shape != (len(probe),) or len(set(labels.tolist())) < 2:
         raise InputError(
-            f"{len(labels)} groups for {len(probe)} examples: give a number of each, and two "
-            "different ones at least."
+            f"{len(labels)} groups for {len(probe)} examples: give a number for each, and at least "
+            "two different ones."
         )
     probe.mark(relevant)
     keys = probe.host.mark(relevant)[:, None, :] & probe.host.mark(query)[:, :, None]
@@ -1494,27 +1497,28 @@ def clustering(
         ]
 
     return Kind(
-        "clustering", "gathers the tokens that matter alike, and tells their groups apart",
-        probe.name or "yours", "attention spread evenly; groups in another order", measure,
+        "clustering",
+        "attends equally to the tokens that matter, and its output separates their groups",
+        probe.name or "yours", "uniform attention; permuted groups", measure,
         "Cabannes et al. 2024 (arXiv 2410.24050)",
-        "tokens that stand at the same places are found by place alone",
+        "relevant tokens at fixed positions can be found by position alone",
     )  # fmt: skip
 
 
 @checked
 def cluster_ratio(
     z: Float[np.ndarray, "example layer head size"], groups: Int[np.ndarray, " example"], seed: int
-) -> tuple[HeadValues, HeadValues]:
-    """Share of the variance of head outputs between groups, and its p-value.
+) -> tuple[Heads, Heads]:
+    """Between-group share of the variance of head outputs, and its p-value.
 
-    ``sum over groups of n_g |mean_g - mean|^2 / sum over examples of |z - mean|^2``: 1 where all
-    outputs of a group are equal and groups differ. NaN where outputs do not vary. The p-value is
-    the share of 999 permutations of the groups, and of the groups as they are, that reach it.
+    ``sum over groups of n_g |mean_g - mean|^2 / sum over examples of |z - mean|^2``: 1 if outputs
+    are equal within each group and differ between groups, NaN if outputs do not vary. The p-value
+    is the share of 1,000 groupings (999 permutations and the given one) that reach it.
 
     Args:
-        z: outputs of every head.
-        groups: of every example.
-        seed: of the permutations.
+        z: head outputs.
+        groups: group number per example.
+        seed: seed for the permutations.
 
     Example:
         >>> z = np.array([0.0, 0.0, 1.0, 1.0])[:, None, None, None]

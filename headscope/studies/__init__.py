@@ -1,7 +1,7 @@
 """Studies: tests of a paper's claims on a model.
 
-hs.studies.list()                                     # names of studies, and what each is about
-result = hs.studies.run("induction-heads", model)     # a number, a control, a verdict per claim
+hs.studies.list()                                     # study names and one-line descriptions result
+= hs.studies.run("induction-heads", model)     # a number, a control and a verdict per claim
 result.verdicts                                       # {"pattern": "holds", ...}
 """
 

@@ -45,8 +45,8 @@ from headscope.studies.study import (
 )
 from headscope.table import HeadScores
 
-_KNOWN_GAIN = 0.5  # nats: a smaller gain from a repetition is no copying
-_OTHERS = "the same head on the same tokens in an order that breaks the pattern"
+_KNOWN_GAIN = 0.5  # nats: with a smaller gain from repetition the model does not copy
+_OTHERS = "the same head on the same tokens, in an order that breaks the pattern"
 
 
 def _pattern(scorer: str, model: HeadModel, setting: StudySetting) -> Evidence:
@@ -81,7 +81,7 @@ def _in_context(model: HeadModel, setting: StudySetting) -> Evidence:
     return paired(
         np.nanmean(late, 1),
         np.nanmean(early, 1),
-        note=f"{places} tokens a text",
+        note=f"{places} tokens per text",
         results={"losses": losses},
         less=True,
     )
@@ -89,7 +89,7 @@ def _in_context(model: HeadModel, setting: StudySetting) -> Evidence:
 
 INDUCTION = Study(
     "induction-heads",
-    "Heads that continue what was said before",
+    "Heads that continue repeated sequences",
     "Olsson et al. 2022, In-context Learning and Induction Heads, arXiv 2209.11895",
     (
         Claim(
@@ -103,27 +103,27 @@ INDUCTION = Study(
         ),
         Claim(
             "needed",
-            "Without its induction heads the model predicts repeated tokens worse than without as "
-            "many others.",
-            "share of the gain from repetition that is lost",
-            "mean of random sets of other heads",
+            "Ablating the induction heads hurts the prediction of repeated tokens more than "
+            "ablating as many other heads.",
+            "share of the gain from repetition lost under ablation",
+            "mean over random sets of other heads",
             _needed,
             MATTERS,
             "share",
         ),
         Claim(
             "in-context",
-            "Late tokens of a text are predicted better than early ones.",
-            "loss over the last quarter of a text",
-            "loss over its second eighth",
+            "Tokens late in a text are predicted better than early ones.",
+            "loss on the last quarter of a text",
+            "loss on its second eighth",
             _in_context,
             0.02,
             "nats",
         ),
     ),
-    "Scores on random tokens said twice, ablation by the mean over the probe, and loss along "
-    "stories in a small language of few words, which a model can pick up. The gain from "
-    "repetition is log of the vocabulary less the loss.",
+    "Scores on repeated random tokens, mean ablation over the probe, and the loss along stories in "
+    "a small language of few words, which a model can pick up in context. The gain from repetition "
+    "is the log of the vocabulary size minus the loss.",
 )
 
 
@@ -154,13 +154,13 @@ def _k_composition(model: HeadModel, setting: StudySetting) -> Evidence:
 
 COMPOSITION = Study(
     "composition",
-    "Heads that talk to later heads",
+    "Heads that compose with later heads",
     "Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; Merullo et al. 2024, "
     "Talking Heads, arXiv 2406.09519",
     (
         Claim(
             "previous-token",
-            "A head attends to the token before.",
+            "A head attends to the previous token.",
             "previous-token score of the best head, chosen on other tokens",
             "mean of all other heads",
             partial(_pattern, "previous_token"),
@@ -169,14 +169,16 @@ COMPOSITION = Study(
         ),
         Claim(
             "k-composition",
-            "The induction head reads its keys from the previous-token head more than from others.",
+            "The induction head takes its keys from the previous-token head more than from other "
+            "heads.",
             "K-composition score of the pair",
             "all other heads below the induction head",
             _k_composition,
             0.0,
         ),
     ),
-    "Composition is read from weights, with the norm's gain folded and without rotary positions.",
+    "Composition is computed from the weights, with the norm's gain folded in and without rotary "
+    "positions.",
 )
 
 
@@ -202,31 +204,31 @@ def _best_on_prose(scorer: str, model: HeadModel, setting: StudySetting) -> Evid
 
 SINKS = Study(
     "attention-sinks",
-    "Attention that is parked on the first token",
+    "Attention sinks on the first token",
     "Xiao et al. 2024, Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453",
     (
         Claim(
             "sink",
-            "Heads give the first token far more attention than its share.",
+            "Heads give the first token far more attention than a uniform pattern would.",
             "attention on the first token, mean over all heads",
-            "even attention over all tokens that are seen",
+            "uniform attention over all visible tokens",
             _sink,
             MATTERS,
             "attention",
         ),
     ),
-    "Random tokens, so that the first token cannot be what the text asks for.",
+    "Random tokens, so that no content explains attention to the first token.",
 )
 
 SURFACE = Study(
     "bert-attention",
-    "What attention looks at on the surface",
+    "Surface patterns in attention",
     "Clark et al. 2019, What Does BERT Look At?, arXiv 1906.04341",
     (
         Claim(
             "separator",
-            "A head gives most of its attention to separators.",
-            "attention of the best head on separators, chosen on other texts",
+            "A head puts much of its attention on separators.",
+            "attention to separators of the best head, chosen on other texts",
             "mean of all other heads",
             partial(_best_on_prose, "separator"),
             MATTERS,
@@ -235,7 +237,7 @@ SURFACE = Study(
         Claim(
             "delimiter",
             "A head attends to punctuation.",
-            "attention of the best head on delimiters, chosen on other texts",
+            "attention to delimiters of the best head, chosen on other texts",
             "the same head on the shuffled text, or all other heads",
             partial(_best_on_prose, "delimiter"),
             MATTERS,
@@ -243,7 +245,7 @@ SURFACE = Study(
         ),
         Claim(
             "previous",
-            "A head attends to the token before.",
+            "A head attends to the previous token.",
             "previous-token score of the best head, chosen on other tokens",
             "mean of all other heads",
             partial(_pattern, "previous_token"),
@@ -251,7 +253,7 @@ SURFACE = Study(
             "attention",
         ),
     ),
-    "Separators exist in encoders only; the other claims are asked of every model.",
+    "Only encoders have separators; the other claims are tested on every model.",
 )
 
 
@@ -275,13 +277,13 @@ def _retrieval_needed(model: HeadModel, setting: StudySetting) -> Evidence:
 
 RETRIEVAL = Study(
     "retrieval-heads",
-    "Heads that fetch an answer from far back",
+    "Heads that retrieve answers from a long context",
     "Wu et al. 2024, Retrieval Head Mechanistically Explains Long-Context Factuality, "
     "arXiv 2404.15574",
     (
         Claim(
             "copies",
-            "A head attends most to the token of a hidden answer that is said next.",
+            "A head's most attended token is the answer token in the needle that comes next.",
             "retrieval score of the best head at the answer's first token, chosen on other needles",
             "the same head with another question, or another needle in its place",
             _retrieval,
@@ -290,17 +292,17 @@ RETRIEVAL = Study(
         ),
         Claim(
             "needed",
-            "Without its retrieval heads the model loses more of hidden answers than without as "
-            "many others.",
-            "share of the answer's probability that is lost",
-            "mean of random sets of other heads",
+            "Ablating the retrieval heads costs more of the answer's probability than ablating as "
+            "many other heads.",
+            "share of the answer's probability lost under ablation",
+            "mean over random sets of other heads",
             _retrieval_needed,
             MATTERS,
             "share",
         ),
     ),
-    "Teacher-forced; the paper decodes. Heads are replaced by their mean at every position; the "
-    "paper masks them while it decodes.",
+    "Teacher-forced, where the paper decodes. Heads are mean-ablated at every position; the paper "
+    "masks them during decoding.",
 )
 
 
@@ -312,8 +314,8 @@ def _letters(model: HeadModel, setting: StudySetting, number: int) -> tuple[Head
         right = float((metric_of(model, probe, metrics.logit_difference) > 0).mean())
         if right < RIGHT:
             raise UnsupportedModelError(
-                f"it prefers the right letter to a wrong one in {right:.0%} of the questions only "
-                "(half by guessing)."
+                f"it prefers the right letter to a wrong one in only {right:.0%} of the questions "
+                "(chance: 50%)."
             )
     return asked.attention(probe, "right"), asked.attention(probe, "letters")
 
@@ -331,25 +333,27 @@ def _right_letter(model: HeadModel, setting: StudySetting) -> Evidence:
 
 CHOICES = Study(
     "multiple-choice",
-    "Heads that look at the letter of the right answer",
+    "Heads that attend to the correct answer's letter",
     "Lieberum et al. 2023, Does Circuit Analysis Interpretability Scale? Evidence from Multiple "
     "Choice Capabilities in Chinchilla, arXiv 2307.09458",
     (
         Claim(
             "letter",
-            "A head attends from the end to the letter of the right answer more than to others.",
-            "attention from the end to the right letter, of the head chosen on other questions",
+            "A head attends from the end of the question to the right answer's letter more than to "
+            "the other letters.",
+            "attention from the end of the question to the right letter, of the head chosen on "
+            "other questions",
             "mean of its attention to the three wrong letters",
             _right_letter,
             MATTERS,
             "attention",
         ),
     ),
-    "Questions with four lettered options in a drawn order, asked of models that prefer the right "
+    "Questions with four lettered options in random order, for models that prefer the right "
     "letter; the paper's model has 70 billion parameters.",
 )
 
-# Kinds whose heads ablation can confirm, on probes that every decoder reads.
+# Kinds that ablation can confirm, on probes that every decoder can read.
 _CONFIRMED = ("previous_token", "duplicate_token", "induction", "copying", "retrieval")
 
 
@@ -359,7 +363,7 @@ def _kinds_are_needed(model: HeadModel, setting: StudySetting) -> Evidence:
     found = survey(model, kinds, seed=setting.seed, progress=False)
     tried = [one for one in found.findings if one.confirmed is not None]
     if not tried:
-        raise UnsupportedModelError("no head is of a kind that ablation can confirm.")
+        raise UnsupportedModelError("none of its heads has a kind that ablation can confirm.")
     return paired(
         np.array([float(bool(one.confirmed)) for one in tried]),
         np.full(len(tried), found.alpha),
@@ -370,23 +374,23 @@ def _kinds_are_needed(model: HeadModel, setting: StudySetting) -> Evidence:
 
 CATALOGUE = Study(
     "catalogue",
-    "Heads of known kinds do what their kind says",
+    "Heads of known kinds, tested by ablation",
     "Zheng et al. 2024, Attention Heads of Large Language Models: A Survey, arXiv 2409.03752",
     (
         Claim(
             "needed",
-            "Heads named by what they do are needed for it.",
-            "share of named heads whose ablation moves their kind's metric as it should, p below "
-            "0.05 after correction",
-            "the share that chance would confirm",
+            "The heads that show a known behaviour are needed for it.",
+            "share of those heads whose ablation moves their kind's metric in the expected "
+            "direction, with p below 0.05 after correction",
+            "the share confirmed by chance",
             _kinds_are_needed,
             0.2,
             "share of heads",
         ),
     ),
-    "Five kinds of the survey; at most sixteen heads of each are ablated, one by one. A head may "
-    "be of a kind and not be needed where others do the same. Asked of models with an induction "
-    "head; headscope kinds asks for all kinds.",
+    "Five kinds from the survey; at most sixteen heads of each are ablated, one at a time. A head "
+    "can have a kind without being needed if other heads do the same. For models with an induction "
+    "head; headscope kinds covers all kinds.",
 )
 _CELLS = 8  # of a maze
 

@@ -68,12 +68,13 @@ def _made_up(model: HeadModel, setting: StudySetting) -> Evidence:
     heads = [(head, value) for head, value in direct.top(len(model.shape.heads)) if value > 0]
     below = [head for head, _ in heads if head.layer < last]
     if not below:
-        raise UnsupportedModelError("no head below its last layer raises the answer.")
+        raise UnsupportedModelError("no head below its last layer raises the answer's logit.")
     head = below[0]
     gives = head_attribution(model, second, "foil").per_example[head.layer, head.head]
     if not paired(gives, np.zeros_like(gives)).low > 0:
         raise UnsupportedModelError(
-            f"no head raises the answer by itself (best: {head}, {float(np.nanmean(gives)):.2f} "
+            f"no head raises the answer's logit directly (best: {head}, "
+            f"{float(np.nanmean(gives)):.2f} logits on other prompts)."
             "logits on other prompts)."
         )
     zeroed = ablate_heads(model, second, _DIFFERENCE, "zero", heads=[head], progress=False)
@@ -83,23 +84,25 @@ def _made_up(model: HeadModel, setting: StudySetting) -> Evidence:
 
 SELF_REPAIR = Study(
     "self-repair",
-    "Later layers that make up for a missing head",
+    "Later layers that compensate for an ablated head",
     "McGrath et al. 2023, The Hydra Effect: Emergent Self-repair in Language Model Computations, "
     "arXiv 2307.15771",
     (
         Claim(
             "made-up",
-            "The answer loses less than the head gave it: later parts make up for the head.",
-            "fall of the answer's lead without the head that gives most, chosen on other prompts",
-            "what the head adds to that lead directly",
+            "Ablating a head costs the answer less than the head's direct effect: later components "
+            "compensate.",
+            "drop in logit difference after ablating the head with the largest direct effect, "
+            "chosen on other prompts",
+            "the head's direct contribution to that logit difference",
             _made_up,
             0.0,
             "logits",
         ),
     ),
-    "On a task that the model can do. The head below the last layer with the largest direct part "
-    "in the lead of the answer over the foil is set to zero; the final norm's scale is held in the "
-    "direct part and is not in the fall.",
+    "On a task that the model can do. The head below the last layer with the largest direct "
+    "contribution to the logit difference is zero-ablated. The final norm's scale is frozen for "
+    "the direct contribution but not for the drop.",
 )
 
 
@@ -132,14 +135,14 @@ def _decomposed_needed(model: HeadModel, setting: StudySetting) -> Evidence:
 
 DECOMPOSITION = Study(
     "contextual-decomposition",
-    "What becomes of a head's output, followed to the answer",
+    "Tracing head outputs to the answer by contextual decomposition",
     "Hsu et al. 2024, Efficient Automated Circuit Discovery in Transformers using Contextual "
     "Decomposition, arXiv 2407.00886",
     (
         Claim(
             "ablation",
             "Contextual decomposition ranks heads as ablation does.",
-            "rank correlation over heads of the two effects on the answer's lead",
+            "rank correlation over heads between the two effects on the logit difference",
             "none",
             _decomposed,
             0.3,
@@ -147,17 +150,16 @@ DECOMPOSITION = Study(
         ),
         Claim(
             "needed",
-            "Without the three heads that it names the answer loses more than without three "
-            "random ones.",
-            "share of the answer's lead that is lost, on other prompts",
+            "Ablating its top three heads hurts the answer more than ablating three random heads.",
+            "share of the logit difference lost, on other prompts",
             "mean of random sets of other heads",
             _decomposed_needed,
             MATTERS,
             "share",
         ),
     ),
-    "On a task that the model can do; heads are replaced by their mean. Decomposition holds "
-    "attention as it is: it does not see what a head does through queries and keys of others.",
+    "On a task that the model can do; heads are mean-ablated. The decomposition freezes attention "
+    "patterns, so it misses what a head does through the queries and keys of other heads.",
 )
 
 
@@ -206,23 +208,23 @@ def _stable(model: HeadModel, setting: StudySetting) -> Evidence:
 
 CIRCUITS = Study(
     "circuit-discovery",
-    "A few edges that do what the whole model does",
+    "Sparse circuits that reproduce the model's behaviour",
     "Hanna et al. 2024, Have Faith in Faithfulness, arXiv 2403.17806; Mueller et al. 2025, MIB: A "
     "Mechanistic Interpretability Benchmark, arXiv 2504.13151",
     (
         Claim(
             "faithful",
-            "A tenth of the edges, chosen by integrated gradients, keeps far more of the answer's "
-            "lead than as many random edges.",
-            "share of the lead that the circuit keeps, on other prompts",
-            "circuits of as many random edges",
+            "A tenth of the edges, chosen by integrated gradients, keeps far more of the logit "
+            "difference than as many random edges.",
+            "share of the logit difference that the circuit keeps, on other prompts",
+            "circuits with as many random edges",
             _circuit,
             0.3,
             "share",
         ),
         Claim(
             "stable",
-            "Prompts drawn again give the same strongest edges.",
+            "Resampled prompts give the same strongest edges.",
             "overlap (intersection over union) with the edges of resampled prompts",
             "overlap of two random sets of as many edges",
             _stable,
@@ -230,15 +232,15 @@ CIRCUITS = Study(
             "overlap",
         ),
     ),
-    "On a task that the model can do, with edges patched from the paired prompt. Stability is that "
-    "of the fiftieth part of the edges with the largest scores.",
+    "On a task that the model can do, with edges patched from the paired prompt. Stability is "
+    "measured on the 2% of edges with the largest scores.",
 )
 
 
 def _codes(model: HeadModel, setting: StudySetting) -> Evidence:
     probe = known_pairs(model, setting, 1)
     if probe.corrupt is None:
-        raise UnsupportedModelError("the prompts of its task have no partners.")
+        raise UnsupportedModelError("the prompts of its task have no paired prompts.")
     found = discrete(
         model,
         probe,
@@ -259,22 +261,23 @@ def _codes(model: HeadModel, setting: StudySetting) -> Evidence:
 
 CODES = Study(
     "discrete-codes",
-    "Heads of a circuit, told by sparse codes",
+    "Finding circuit heads with sparse codes",
     "O'Neill and Bui 2024, Sparse Autoencoders Enable Scalable and Reliable Circuit Identification "
     "in Language Models, arXiv 2405.12522",
     (
         Claim(
             "ranks",
-            "Heads with more codes of the task alone are those that ablation needs.",
-            "rank correlation over heads of codes, less their mean with shuffled labels, and of "
-            "the size of the ablation's effect",
+            "Heads with more task-specific codes matter more under ablation.",
+            "rank correlation over heads between the number of task-specific codes, minus its mean "
+            "with shuffled labels, and the absolute effect of ablation",
             "none",
             _codes,
             0.2,
             "rank correlation",
         ),
     ),
-    "Positive prompts are those of a task that the model can do, negative ones their partners.",
+    "Positive prompts come from a task that the model can do; negative ones are their paired "
+    "prompts.",
 )
 
 
@@ -296,28 +299,29 @@ def _put_back(model: HeadModel, setting: StudySetting) -> Evidence:
 
 BACK_PATCHING = Study(
     "hopping-too-late",
-    "Answers that come too late in the stack",
+    "Answers that are resolved too late in the stack",
     "Biran et al. 2024, Hopping Too Late: Exploring the Limitations of Large Language Models on "
     "Multi-Hop Queries, arXiv 2406.12775",
     (
         Claim(
             "helps",
-            "A later state put back into an earlier layer makes the answer likelier.",
-            "change of the answer's log-probability by the best pair of layers, chosen on other "
+            "Patching a later hidden state back into an earlier layer makes the answer more "
+            "likely.",
+            "change in the answer's log-probability for the best pair of layers, chosen on other "
             "prompts",
-            "none, or the same with the state of another prompt where that is better",
+            "zero, or the same with another prompt's state if that is better",
             _put_back,
             0.05,
             "nats",
         ),
     ),
-    "The paper asks questions of two hops; here a task of one hop that the model can do, since "
-    "small models follow no chain. At the last token of the prompt.",
+    "The paper uses two-hop questions; here the model gets a one-hop task that it can do, since "
+    "small models do not follow chains. Measured at the last token of the prompt.",
 )
 
 
 def _fired(model: HeadModel, setting: StudySetting) -> list[tuple[list[int], HeadIndex, int, int]]:
-    """Strong attention entries of a half of the prompts: prompt, head, query and key."""
+    """Strong attention entries in half of the prompts: prompt, head, query and key."""
     probe, _ = skilled(model, setting)
     rng = np.random.default_rng(setting.seed)
     found = []
@@ -332,8 +336,8 @@ def _fired(model: HeadModel, setting: StudySetting) -> list[tuple[list[int], Hea
             ]
     if len(found) < _LEAST_PAIRS:
         raise UnsupportedModelError(
-            f"its heads attend with at least one half to {len(found)} tokens only that are neither "
-            "the first nor their own."
+            f"its heads put at least half of their attention on only {len(found)} tokens that are "
+            "neither the first nor the query's own."
         )
     chosen = rng.choice(len(found), min(len(found), setting.size(60, 24)), replace=False)
     return [found[index] for index in sorted(chosen)]
@@ -366,31 +370,31 @@ def _sparse(model: HeadModel, setting: StudySetting) -> Evidence:
 
 
 def _kept(products: Float[np.ndarray, " dimension"]) -> int:
-    """Number of largest products that make up seven tenths of their sum."""
+    """Number of largest products that make up 70% of their sum."""
     total = np.cumsum(np.sort(products)[::-1])
     return int(np.argmax(total >= _SHARE * total[-1])) + 1
 
 
 SPARSE_DECOMPOSITION = Study(
     "sparse-decomposition",
-    "Few directions that carry a strong attention",
+    "Few singular directions behind strong attention",
     "Franco and Crovella 2024, Sparse Attention Decomposition Applied to Circuit Tracing, "
     "arXiv 2410.00340",
     (
         Claim(
             "sparse",
             "Where a head attends strongly, few singular directions of its QK circuit carry the "
-            "score.",
-            "share of the directions that make seven tenths of the score",
-            "the same of the head's own coordinates",
+            "attention score.",
+            "share of the directions that make up 70% of the score",
+            "the same share in the head's own coordinates",
             _sparse,
             0.05,
             "share of directions",
         ),
     ),
-    "Attention of at least one half to a token that is neither the first nor the query's own, with "
-    "a positive score. Any basis in which products cancel needs few of them, so the basis that "
-    "the weights came in is the control.",
+    "Attention of at least 0.5 to a token that is neither the first nor the query's own, with a "
+    "positive score. Any basis in which products cancel needs few of them, so the weights' own "
+    "basis is the control.",
 )
 
 
@@ -409,7 +413,7 @@ def _halves(model: HeadModel) -> list[tuple[str, list[TokenRelation]]]:
             )
         )
     if not found:
-        raise UnsupportedModelError("its vocabulary has no relation of sixteen pairs of words.")
+        raise UnsupportedModelError("its vocabulary has no relation with sixteen pairs of words.")
     return found
 
 
@@ -424,7 +428,7 @@ def _mapped(model: HeadModel, setting: StudySetting) -> Evidence:
             best = (value, name, head, tried.per_example)
             rest = [control_mean(tried, head)]
     if best is None:
-        raise UnsupportedModelError("no head maps anything.")
+        raise UnsupportedModelError("none of its heads maps words to their partners.")
     _, name, head, values = best
     return paired(values[head.layer, head.head], rest[0], note=f"{name}, {head}")
 
@@ -436,30 +440,31 @@ def _of_words(model: HeadModel, pairs: TokenRelation) -> HeadScores:
 
 MAPS = Study(
     "maps",
-    "Relations of words in a head's weights",
+    "Word relations encoded in head weights",
     "Elhelo and Geva 2024, Inferring Functionality of Attention Heads from their Parameters "
     "(MAPS), arXiv 2412.11965",
     (
         Claim(
             "relation",
-            "The weights of a head map words to their partners in a relation.",
-            "share of pairs whose partner the head raises most, relation and head chosen on other "
-            "pairs",
+            "A head's weights map words to their partners in a relation.",
+            "share of pairs whose partner gets the head's largest logit, with relation and head "
+            "chosen on other pairs",
             "mean of all other heads",
             _mapped,
             MATTERS,
             "share of pairs",
         ),
     ),
-    "Plurals, opposites, capitals, comparatives, past tenses and orders, as far as their words are "
-    "single tokens; the partner must be raised most among the partners of its relation.",
+    "Plurals, opposites, capitals, comparatives, past tenses and ordered sequences, where their "
+    "words are single tokens; the partner's logit must be the largest among the partners of its "
+    "relation.",
 )
 
 
 def _ordered(model: HeadModel) -> list[list[tuple[int, int]]]:
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise UnsupportedModelError("it has no tokenizer, and orders are of words.")
+        raise UnsupportedModelError("it has no tokenizer, and ordered sequences are made of words.")
     sets = []
     for words in ORDERS.values():
         ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
@@ -475,36 +480,39 @@ def _successor(model: HeadModel, setting: StudySetting) -> Evidence:
     sets = _ordered(model)
     if len(sets) < 2:
         raise UnsupportedModelError(
-            "its tokenizer has single tokens for fewer than two orders (days, months, numbers)."
+            "its tokenizer has single tokens for fewer than two ordered sequences (days, months, "
+            "numbers)."
         )
     chosen, tried = (relation_scores(model, sets[half::2], "successor") for half in range(2))
     head = chosen.top(1)[0][0]
     return paired(
         tried.per_example[head.layer, head.head],
         control_mean(tried, head),
-        note=f"{head}; other orders than it was chosen on",
+        note=f"{head}; tested on other sequences than it was chosen on",
         results={"successor": tried},
     )
 
 
 SUCCESSORS = Study(
     "successor-heads",
-    "Heads that count on",
+    "Heads that increment ordered tokens",
     "Gould et al. 2023, Successor Heads: Recurring, Interpretable Attention Heads In The Wild, "
     "arXiv 2312.09230",
     (
         Claim(
             "successor",
-            "The weights of a head map elements of an order to the next: Monday to Tuesday.",
-            "share of elements whose successor the head raises most, chosen on other orders",
+            "A head's weights map an element of an ordered sequence to the next: Monday to "
+            "Tuesday.",
+            "share of elements whose successor gets the head's largest logit, with the head chosen "
+            "on other sequences",
             "mean of all other heads",
             _successor,
             MATTERS,
             "share of pairs",
         ),
     ),
-    "Days, months, numbers, ordinals and letters, as far as they are single tokens; the head is "
-    "chosen on half of the orders and tried on the others.",
+    "Days, months, numbers, ordinals and letters, where they are single tokens; the head is chosen "
+    "on half of the sequences and tested on the others.",
 )
 
 
@@ -565,7 +573,7 @@ def _injected(model: HeadModel, setting: StudySetting) -> Evidence:
     vectors = head_means(model, _task(model, setting, 0))
     tried = _task(model, setting, 1).corrupt
     if tried is None:
-        raise UnsupportedModelError("its prompts have no partners with shuffled labels.")
+        raise UnsupportedModelError("its prompts have no counterparts with shuffled labels.")
     found = compare(model, tried, vectors, heads, seed=setting.seed)
     by_arm = dict(zip(found.arms, found.task, strict=True))
     return paired(
@@ -578,37 +586,39 @@ def _injected(model: HeadModel, setting: StudySetting) -> Evidence:
 
 FUNCTION_VECTORS = Study(
     "function-vectors",
-    "Heads that carry a task",
+    "Heads whose outputs encode the task",
     "Todd et al. 2023, Function Vectors in Large Language Models, arXiv 2310.15213",
     (
         Claim(
             "carries",
-            "A head's mean output over prompts of a task brings the task to prompts without one.",
-            "change of the answer's probability by the best head, chosen on other prompts",
-            "the same with the head's mean over prompts with shuffled labels",
+            "Injecting a head's mean output on a task's prompts makes the model do the task on "
+            "prompts without demonstrations of it.",
+            "change in the answer's probability for the best head, chosen on other prompts",
+            "the same with the head's mean on prompts with shuffled labels",
             _carries,
             0.005,
             "probability",
         ),
         Claim(
             "injected",
-            "Ten heads' means together make the answers of prompts with shuffled labels likelier.",
+            "Injecting the means of ten heads makes the answers to prompts with shuffled labels "
+            "more likely.",
             "log-probability of the answer with the means of ten heads injected",
-            "without, or with random directions of the same lengths where that is better",
+            "no injection, or random directions of the same norms if that is better",
             _injected,
             MATTERS,
             "nats",
         ),
     ),
-    "Capitals, plurals, past tenses or opposites: the first task whose answers the model gives a "
-    "fifth of the probability or more, with four demonstrations.",
+    "Capitals, plurals, past tenses or opposites: the first task whose answers get a probability "
+    "of at least 0.2 with four demonstrations.",
 )
 
 
 def _learned(model: HeadModel, setting: StudySetting) -> Evidence:
     probe, tried = _task(model, setting, 0), _task(model, setting, 1).corrupt
     if tried is None or probe.corrupt is None:
-        raise UnsupportedModelError("its prompts have no partners with shuffled labels.")
+        raise UnsupportedModelError("its prompts have no counterparts with shuffled labels.")
     vectors = head_means(model, probe)
     found = learn_strengths(
         model, vectors, probe.corrupt, steps=setting.size(20, 10), every=5, progress=False
@@ -634,20 +644,20 @@ def _plain_loss(model: HeadModel, probe: Probe) -> Float[np.ndarray, " example"]
 
 SOFT_INJECTION = Study(
     "soft-injection",
-    "How strongly each head should carry a task",
+    "Learned per-head strengths for task injection",
     "Soft Injection of Task Embeddings, 2025, arXiv 2507.20906",
     (
         Claim(
             "learned",
-            "Strengths learned head by head make the answers likelier than one strength for all.",
-            "loss of the answer on other prompts, with the strengths learned",
-            "with the mean strength in all heads, or without injection where that is better",
+            "Strengths learned per head make the answers more likely than one shared strength.",
+            "loss on the answer, on other prompts, with the learned strengths",
+            "the same with the mean strength for all heads, or without injection if that is better",
             _learned,
             MATTERS,
             "nats",
         ),
     ),
-    "Task, prompts and means as in the study of function vectors.",
+    "Task, prompts and mean outputs are those of the function-vectors study.",
 )
 
 _NOUNS = ("boy", "girl", "man", "woman", "teacher", "farmer", "king", "queen", "doctor", "sister")
@@ -656,15 +666,16 @@ _UNPLEASANT = ("sad", "angry", "poor", "tired", "lonely", "cruel", "sick", "afra
 
 
 def _feelings(model: HeadModel, seed: int) -> list[Probe]:
-    """Sentences with pleasant and unpleasant endings, built from disjoint halves of the words."""
+    """Sentences with pleasant and unpleasant endings, from disjoint halves of the word lists."""
     if model.tokenizer is None:
-        raise UnsupportedModelError("it has no tokenizer, and feelings are words.")
+        raise UnsupportedModelError("it has no tokenizer, and this study needs words.")
     sets = [[one for one in words if _single(model, (one,))] for words in (_PLEASANT, _UNPLEASANT)]
     nouns = [one for one in _NOUNS if _single(model, (one,))]
     least = min(len(sets[0]), len(sets[1]))
     if least < 4 or len(nouns) < 2:
         raise UnsupportedModelError(
-            f"{least} pleasant and unpleasant words are single tokens of its tokenizer: it takes 4."
+            f"only {least} pleasant and unpleasant words are single tokens of its tokenizer: this "
+            "study needs 4."
         )
     made = []
     for words in sets:
@@ -684,7 +695,7 @@ def _told_apart(model: HeadModel, setting: StudySetting) -> Evidence:
     (good, bad), (fine, foul) = (_feelings(model, half) for half in range(2))
     vectors = contrast(model, _at_end(good), _at_end(bad))
     if vectors.auc is None:
-        raise UnsupportedModelError("no vector was tried on examples.")
+        raise UnsupportedModelError("no vector was evaluated on examples.")
     head = vectors.auc.top(1)[0][0]
     direction = vectors.values[head.layer, head.head].double().numpy()
     projected = [
@@ -692,7 +703,7 @@ def _told_apart(model: HeadModel, setting: StudySetting) -> Evidence:
         for one in (fine, foul)
     ]
     spread = float(np.concatenate([one - one.mean() for one in projected]).std()) or 1.0
-    return paired(projected[0] / spread, projected[1] / spread, note=f"{head}; other words")
+    return paired(projected[0] / spread, projected[1] / spread, note=f"{head}; held-out words")
 
 
 def _at_end(probe: Probe) -> Probe:
@@ -701,23 +712,22 @@ def _at_end(probe: Probe) -> Probe:
 
 REPRESENTATION = Study(
     "representation-engineering",
-    "A direction in a head that stands for a feeling",
+    "Sentiment directions in head outputs",
     "Zou et al. 2023, Representation Engineering, arXiv 2310.01405; Jorgensen et al. 2023, "
     "Improving Activation Steering with Mean-Centring, arXiv 2312.03813",
     (
         Claim(
             "told-apart",
-            "A head's direction from unpleasant to pleasant words tells other such words apart.",
-            "output of the best head along its direction, after pleasant words, in standard "
-            "deviations",
-            "the same after unpleasant words",
+            "A head's direction from unpleasant to pleasant words separates held-out words.",
+            "output of the best head along its direction at pleasant words, in standard deviations",
+            "the same at unpleasant words",
             _told_apart,
             1.0,
             "standard deviations",
         ),
     ),
-    "Mean difference at the last word of short sentences; head and direction are chosen on half of "
-    "the words and tried on the other half.",
+    "Difference of means at the last word of short sentences; head and direction are chosen on "
+    "half of the words and tested on the other half.",
 )
 
 
@@ -726,7 +736,7 @@ def _labelled(model: HeadModel, setting: StudySetting) -> Anchors:
     right = found.accuracy
     if not right >= _BETTER:
         raise UnsupportedModelError(
-            f"it names the right one of two classes for {right:.0%} of the texts only."
+            f"it names the right one of two classes for only {right:.0%} of the texts."
         )
     return found
 
@@ -767,14 +777,14 @@ def _flow(name: str, shallow: bool, model: HeadModel, setting: StudySetting) -> 
 
 ANCHORS = Study(
     "label-words",
-    "Label words as anchors of in-context learning",
+    "Label words as anchors for in-context learning",
     "Wang et al. 2023, Label Words are Anchors: An Information Flow Perspective for Understanding "
     "In-Context Learning, arXiv 2305.14160",
     (
         Claim(
             "gather",
-            "In shallow layers information flows from demonstrations into their label words.",
-            "saliency of attention from label words to what is before them",
+            "In shallow layers, information flows from demonstrations into their label words.",
+            "saliency of attention from label words to the text before them",
             "saliency of all other attention",
             partial(_flow, "text_to_label", True),
             0.0,
@@ -782,7 +792,7 @@ ANCHORS = Study(
         ),
         Claim(
             "read",
-            "In deep layers the prediction reads the label words.",
+            "In deep layers, the prediction reads from the label words.",
             "saliency of attention from the last token to label words",
             "saliency of all other attention",
             partial(_flow, "label_to_final", False),
@@ -790,8 +800,8 @@ ANCHORS = Study(
             "saliency",
         ),
     ),
-    "Sentences with pleasant and unpleasant words, four demonstrations each; asked of models that "
-    "name the class of three quarters of them.",
+    "Sentences with pleasant and unpleasant words, four demonstrations each; for models that name "
+    "the class of at least three quarters of them.",
 )
 ALL = (
     SELF_REPAIR, DECOMPOSITION, CIRCUITS, CODES, BACK_PATCHING, SPARSE_DECOMPOSITION, MAPS,

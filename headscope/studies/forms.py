@@ -42,7 +42,7 @@ from headscope.vision import class_space, importance
 def _together(model: HeadModel, setting: StudySetting) -> Evidence:
     steps = bundled.checkpoints(model.name) if model.name in bundled.READERS else ()
     if len(steps) < 4:
-        raise UnsupportedModelError("it comes without checkpoints of its training.")
+        raise UnsupportedModelError("it comes without training checkpoints.")
     few = setting.size(len(steps), 4)
     chosen = [
         steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, few).round().astype(int))
@@ -65,22 +65,22 @@ def _together(model: HeadModel, setting: StudySetting) -> Evidence:
 
 EMERGENCE = Study(
     "emergence",
-    "Induction heads and in-context learning appear together",
+    "Induction heads and in-context learning emerge together",
     "Olsson et al. 2022, In-context Learning and Induction Heads, arXiv 2209.11895",
     (
         Claim(
             "together",
-            "While the induction head forms, repeated tokens become predictable and new ones do "
-            "not.",
-            "fall of the loss on the second copy of random tokens, over the step in which the "
-            "induction score rises most",
-            "fall of the loss on the first copy over the same step",
+            "While the induction head forms, the loss falls on repeated tokens and not on new "
+            "ones.",
+            "drop in the loss on the second copy of random tokens, between the two checkpoints "
+            "with the largest rise in induction score",
+            "drop in the loss on the first copy between the same checkpoints",
             _together,
             0.5,
             "nats",
         ),
     ),
-    "Checkpoints of training; the bundled models have them.",
+    "Needs training checkpoints; the bundled models have them.",
 )
 
 
@@ -89,9 +89,9 @@ def _alike(model: HeadModel, setting: StudySetting) -> Evidence:
     size = shape.n_heads // shape.n_kv_heads
     if size == 1 or shape.n_kv_heads == 1:
         raise UnsupportedModelError(
-            "its query heads all have keys of their own."
+            "each of its query heads has its own keys."
             if size == 1
-            else "its query heads all share one key."
+            else "all its query heads share one key head."
         )
     probe, _ = skilled(model, setting)
     few = probe.examples(slice(0, setting.size(6, 3)))
@@ -105,27 +105,27 @@ def _alike(model: HeadModel, setting: StudySetting) -> Evidence:
         across = [near[a, b] for a, b in pairs if a // size != b // size]
         same.append(np.mean(within))
         other.append(np.mean(across))
-    return paired(np.array(same), np.array(other), note="n counts layers")
+    return paired(np.array(same), np.array(other), note="n is the number of layers")
 
 
 GROUPS = Study(
     "grouped-queries",
-    "Query heads that share their keys",
+    "Query heads that share keys",
     "Ainslie et al. 2023, GQA: Training Generalized Multi-Query Transformer Models from "
     "Multi-Head Checkpoints, arXiv 2305.13245",
     (
         Claim(
             "alike",
-            "Query heads that share a key attend more alike than heads that do not.",
-            "cosine of the patterns of two heads of one group, mean by layer",
-            "cosine of two heads of one layer from different groups",
+            "Query heads that share a key head attend more alike than heads that do not.",
+            "cosine between patterns of two heads in the same group, mean per layer",
+            "the same for two heads in different groups of the same layer",
             _alike,
             0.05,
             "cosine",
         ),
     ),
-    "The paper shows that little is lost where heads share keys; whether they then do the same is "
-    "what follows for pruning and masking by groups.",
+    "The paper shows that sharing keys costs little; whether heads that share keys also behave "
+    "alike matters for pruning and masking whole groups.",
 )
 
 
@@ -145,7 +145,7 @@ def _in_place(model: HeadModel, setting: StudySetting) -> Evidence:
     right = float(np.nanmean(metric_of(model, second, answer_probability)))
     if not right > 2 * MATTERS:
         raise UnsupportedModelError(
-            f"it gives the partner of a key a probability of {right:.2f} only."
+            f"it gives the value of a key a probability of only {right:.2f}."
         )
     names = ("value", "others")
     chosen, tried = (
@@ -165,32 +165,32 @@ def _in_place(model: HeadModel, setting: StudySetting) -> Evidence:
 
 RECALL = Study(
     "recall-in-place",
-    "Where a transformer keeps a pair that it will be asked for",
+    "Where key-value pairs are stored for later recall",
     "Arora et al. 2023, Zoology: Measuring and Improving Recall in Efficient Language Models, "
     "arXiv 2312.04927; Meng et al. 2022, Locating and Editing Factual Associations in GPT, "
     "arXiv 2202.05262",
     (
         Claim(
             "in-place",
-            "Attention writes the key to where its value stands: restoring it there brings the "
-            "answer back.",
-            "probability of the answer that comes back with attention's output restored at the "
-            "value, in the layer chosen on other texts",
+            "Attention writes the key to the position of its value: restoring its output there "
+            "restores the answer.",
+            "answer probability recovered by restoring the attention output at the value, in the "
+            "layer chosen on other texts",
             "the same at all other pairs",
             _in_place,
             MATTERS,
             "probability",
         ),
     ),
-    "Four pairs of random tokens and one key asked again, with the key replaced in the corrupt "
-    "text. State-space models look the pair up when they are asked: headscope.ablation.restore "
-    "takes them, too.",
+    "Four pairs of random tokens followed by one of the keys; the corrupt text has that key "
+    "replaced in its pair. State-space models look the pair up only when queried; "
+    "headscope.ablation.restore supports them too.",
 )
 
 
 def _aligned(model: HeadModel, setting: StudySetting) -> Evidence:
     if "cross" not in model.stacks:
-        raise UnsupportedModelError("it has no cross-attention: it reads one text.")
+        raise UnsupportedModelError("it has no cross-attention.")
     probes = [
         copied_tokens(model, 12, setting.size(24, 12), seed=setting.seed + k) for k in range(2)
     ]
@@ -206,22 +206,22 @@ def _aligned(model: HeadModel, setting: StudySetting) -> Evidence:
 
 ALIGNMENT = Study(
     "alignment-heads",
-    "Heads of cross-attention that align target and source",
+    "Cross-attention heads that align target and source",
     "Li et al. 2019, On the Word Alignment from Neural Machine Translation, arXiv 1906.10282; "
     "Radford et al. 2022, Robust Speech Recognition via Large-Scale Weak Supervision, "
     "arXiv 2212.04356",
     (
         Claim(
             "aligned",
-            "A head of cross-attention follows the source in order.",
-            "attention on the best monotone path, of the head chosen on other texts",
+            "A cross-attention head follows the source in order.",
+            "attention on the best monotone path, for the head chosen on other texts",
             "the same rows in a random order",
             _aligned,
             MATTERS,
             "attention",
         ),
     ),
-    "Random tokens that are to be said again, as there are no texts that every model translates.",
+    "Random tokens to copy, since no text can be translated by every model.",
 )
 
 
@@ -253,44 +253,44 @@ def _widening(model: HeadModel, setting: StudySetting) -> Evidence:
     return paired(
         np.nanmean(values[-half:], (0, 1)),
         np.nanmean(values[:half], (0, 1)),
-        note="deeper half against lower half",
+        note="upper half against lower half",
         less=True,
     )
 
 
 IMAGES = Study(
     "vision-locality",
-    "Heads of images that look at their neighbours",
+    "Vision heads that attend to neighbouring patches",
     "Dosovitskiy et al. 2020, An Image is Worth 16x16 Words, arXiv 2010.11929; Raghu et al. 2021, "
     "Do Vision Transformers See Like Convolutional Neural Networks?, arXiv 2108.08810",
     (
         Claim(
             "neighbours",
-            "A head attends to the patches around.",
-            "attention of the best head on neighbouring patches, chosen on other images",
-            "attention spread evenly over all patches",
+            "A head attends to the patches around the query.",
+            "attention to neighbouring patches of the best head, chosen on other images",
+            "uniform attention over all patches",
             _neighbours,
             MATTERS,
             "attention",
         ),
         Claim(
             "widening",
-            "Deeper heads attend less to their neighbours than lower ones.",
-            "attention on neighbouring patches, mean over the deeper half of the heads",
-            "mean over the lower half",
+            "Deeper heads attend less to neighbouring patches than shallow ones.",
+            "attention to neighbouring patches, mean over heads in the deeper half of the layers",
+            "mean over heads in the shallower half",
             _widening,
             0.02,
             "attention",
         ),
     ),
-    "Images of random blots at all sizes, as there are no pictures that every model knows.",
+    "Images of random blobs at all scales, since no picture is familiar to every model.",
 )
 
 
 def _with_source(model: HeadModel, setting: StudySetting) -> tuple[Probe, Probe]:
-    """Translations with their own sources, and the same with those of other examples."""
+    """Translations with their own sources, and with the sources of other examples."""
     if "cross" not in model.stacks:
-        raise UnsupportedModelError("it has no cross-attention: it reads one text.")
+        raise UnsupportedModelError("it has no cross-attention.")
     batch = setting.size(48, 16)
     if model.name == "tiny-marian":
         drawn = orders(batch, setting.seed, words=(6, 6))
@@ -306,7 +306,7 @@ def _with_source(model: HeadModel, setting: StudySetting) -> tuple[Probe, Probe]
     gain = metric_of(cross, other, loss) - metric_of(cross, own, loss)
     if not float(mean_interval(gain[None], LEVEL)[0][0]) > 0:
         raise UnsupportedModelError(
-            "its own source makes a translation no likelier than another one does: it gains "
+            "the right source makes a translation no more likely than a wrong one: the gain is "
             f"{float(np.nanmean(gain)):.2f} nats."
         )
     return own, other
@@ -319,24 +319,25 @@ def _detached(model: HeadModel, setting: StudySetting) -> Evidence:
 
 DETACHED = Study(
     "translation-sources",
-    "Translations that are detached from their source",
+    "Translations detached from their source",
     "Dale et al. 2023, Detecting and Mitigating Hallucinations in Machine Translation, "
     "arXiv 2212.08597; Ferrando et al. 2022, Towards Opening the Black Box of Neural Machine "
     "Translation, arXiv 2205.11631",
     (
         Claim(
             "detached",
-            "A translation draws more from its source than one that has nothing to do with it.",
+            "A translation draws more on its own source than on an unrelated source.",
             "share of the source in the tokens of a translation (ALTI+), mean by text",
-            "the same of the same words behind the source of another text",
+            "the same words after the source of another text",
             _detached,
             0.02,
             "share",
         ),
     ),
-    "The paper detects translations that a model made up; here a translation is forced behind "
-    "another source, which is made up by construction. Orders of words for tiny-marian, random "
-    "tokens said again for others; asked of models whose loss tells the sources apart.",
+    "The paper detects hallucinated translations; here a translation is forced after another "
+    "source, so it is detached by construction. Copied or reversed words for tiny-marian, random "
+    "tokens to "
+    "copy for other models; for models whose loss distinguishes the sources.",
 )
 
 
@@ -346,7 +347,7 @@ def _drawings(model: HeadModel, setting: StudySetting, number: int) -> tuple[Pro
         raise UnsupportedModelError("it reads no images.")
     if model.name != "tiny-vit":
         raise UnsupportedModelError(
-            "no pictures come with headscope whose classes it knows: give your own to "
+            "headscope ships no pictures of classes that it knows: pass your own to "
             "hs.vision.importance."
         )
     drawn = shapes(setting.size(96, 48), setting.seed + number)
@@ -355,7 +356,7 @@ def _drawings(model: HeadModel, setting: StudySetting, number: int) -> tuple[Pro
 
 
 def _masked(model: HeadModel, setting: StudySetting, number: int) -> HeadScores:
-    """What masking each head takes from the probability of the true class."""
+    """Drop in the probability of the true class when each head is masked."""
     probe, _ = _drawings(model, setting, number)
     table = setting.share(("masked images", number), lambda: importance(model, probe))
     return table["probability_drop"]
@@ -383,15 +384,14 @@ def _on_object(model: HeadModel, setting: StudySetting) -> Evidence:
 
 VIT = Study(
     "vit-importance",
-    "Heads of images that carry the class",
+    "Vision heads that carry the class",
     "Li et al. 2023, How Does Attention Work in Vision Transformers? A Visual Analytics Attempt, "
     "arXiv 2303.13731",
     (
         Claim(
             "few",
-            "One head carries more of the class than the others do.",
-            "probability of the true class that is lost without the head that was chosen on other "
-            "images",
+            "One head matters more to the class than the others.",
+            "drop in the probability of the true class without the head, chosen on other images",
             "mean of all other heads",
             _few_matter,
             MATTERS,
@@ -399,15 +399,15 @@ VIT = Study(
         ),
         Claim(
             "object",
-            "The head that carries the class looks at the object.",
-            "share of the class token's attention to patches that lands on the object",
+            "The head that carries the class attends to the object.",
+            "share of the class token's attention to patches that falls on the object",
             "share of the patches that the object covers",
             _on_object,
             MATTERS,
             "share",
         ),
     ),
-    "Heads are masked by zero, one by one. Drawn shapes, for the bundled tiny-vit.",
+    "Heads are zero-ablated one at a time. Drawn shapes, for the bundled tiny-vit.",
 )
 
 
@@ -428,13 +428,13 @@ def _class_heads(model: HeadModel, setting: StudySetting) -> Evidence:
 
 CLASS_SPACE = Study(
     "class-space",
-    "Heads of images read in the space of the classes",
+    "Reading vision heads in class space",
     "Vilas et al. 2023, Analyzing Vision Transformers for Image Classification in Class Embedding "
     "Space, arXiv 2310.18969",
     (
         Claim(
             "identified",
-            "What a head writes at the class token names the true class better than chance.",
+            "A head's write at the class token identifies the true class better than chance.",
             "identifiability of the true class in the head's write, of the head chosen on other "
             "images",
             "chance",
@@ -443,7 +443,7 @@ CLASS_SPACE = Study(
             "identifiability",
         ),
     ),
-    "1 less the rank of the true class among all, as a share. Drawn shapes, for the bundled "
-    "tiny-vit.",
+    "Identifiability is 1 minus the normalised rank of the true class among all classes. Drawn "
+    "shapes, for the bundled tiny-vit.",
 )
 ALL = (EMERGENCE, GROUPS, RECALL, ALIGNMENT, IMAGES, DETACHED, VIT, CLASS_SPACE)

@@ -53,7 +53,7 @@ def _published(model: HeadModel, setting: StudySetting) -> Evidence:
     return paired(
         scores.per_example[head.layer, head.head],
         control_of(scores, head),
-        note=f"{head}; {found.runs.accuracy:.0%} of the answers right",
+        note=f"{head}; {found.runs.accuracy:.0%} of the answers correct",
         results={"retrieval, decoding": scores},
     )
 
@@ -97,13 +97,13 @@ def _masking(model: HeadModel, setting: StudySetting) -> Evidence:
 
 MASKING = Study(
     "retrieval-masking",
-    "What a model says without its retrieval heads",
+    "Published retrieval scores, and masking the heads",
     "Wu et al. 2024, Retrieval Head Mechanistically Explains Long-Context Factuality, "
     "arXiv 2404.15574, sections 2 to 4",
     (
         Claim(
             "published",
-            "While the model writes, a head attends most to the token that it says next.",
+            "While decoding, a head's most attended token is the token that the model generates.",
             "retrieval score as published, of the head chosen teacher-forced on other needles",
             "the same head with another question, or another needle in its place",
             _published,
@@ -112,8 +112,8 @@ MASKING = Study(
         ),
         Claim(
             "few",
-            "Few heads retrieve: less than a tenth of them.",
-            "share of the heads with a retrieval score above 0.1",
+            "Fewer than a tenth of the heads retrieve.",
+            "share of heads with a retrieval score above 0.1",
             "one tenth",
             _few,
             0.0,
@@ -121,16 +121,16 @@ MASKING = Study(
         ),
         Claim(
             "masking",
-            "Masked retrieval heads cost more right answers than as many masked random heads.",
-            "change of the share of answer tokens that are right",
-            "mean of random sets of other heads",
+            "Masking retrieval heads costs more correct answers than masking as many random heads.",
+            "change in the share of correct answer tokens",
+            "mean over random sets of other heads",
             _masking,
             MATTERS,
             "share of answer tokens",
         ),
     ),
-    "Heads attend to everything alike where they are masked, as in the paper; here at all "
-    "positions, since a short answer leaves no steps between.",
+    "Masked heads attend uniformly, as in the paper, but here at all positions, since a short "
+    "answer leaves no decoding steps in between.",
 )
 
 
@@ -146,7 +146,7 @@ def _hops(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
 def _harder(model: HeadModel, setting: StudySetting) -> Evidence:
     single = answers(model, setting, setting.seed + 1)
     chain = metric_of(model, _hops(model, setting, setting.seed + 1), metrics.answer_probability)
-    return paired(chain, single, note="a chain of two against a single needle", less=True)
+    return paired(chain, single, note="a chain of two facts against a single needle", less=True)
 
 
 def _threaded(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -164,30 +164,30 @@ def _threaded(model: HeadModel, setting: StudySetting) -> Evidence:
 
 THREADS = Study(
     "needle-threading",
-    "Chains of facts in long texts",
+    "Following chains of facts in long texts",
     "Roberts et al. 2024, Needle Threading, arXiv 2411.05000",
     (
         Claim(
             "harder",
-            "A chain of two facts is followed less often than a single one is found.",
+            "The model follows a chain of two facts less often than it finds a single fact.",
             "probability of the answer at the end of a chain of two",
-            "probability of the answer of single needles in texts as long",
+            "probability of the answer to a single needle in texts of the same length",
             _harder,
             0.05,
             "probability",
         ),
         Claim(
             "same-head",
-            "The head that fetches single facts attends to the facts of a chain, too.",
-            "attention of that head on the needles of a chain",
+            "The head that retrieves single facts also attends to the facts of a chain.",
+            "attention of that head to the needles of a chain",
             "the same head with another question, or other needles in their place",
             _threaded,
             MATTERS,
             "attention",
         ),
     ),
-    "The paper asks large models for chains of up to 25 steps in texts of up to 630,000 tokens; "
-    "here a chain has two.",
+    "The paper tests large models on chains of up to 25 steps in texts of up to 630,000 tokens; "
+    "here a chain has two steps.",
 )
 
 
@@ -225,14 +225,14 @@ def _foretold(model: HeadModel, setting: StudySetting) -> Evidence:
 
 LOCAL_KEYS = Study(
     "local-keys",
-    "Heads that need no far keys, told from few numbers",
+    "Predicting which heads need distant keys",
     "Donhauser et al. 2025, Unveiling Simplicities of Attention: Adaptive Long-Context Head "
     "Identification, arXiv 2502.09647",
     (
         Claim(
             "local",
-            "Most queries of most heads are served by the first and the last tokens.",
-            "share of queries that need more, mean over heads",
+            "For most queries of most heads, the first and the most recent tokens are enough.",
+            "share of queries that need distant keys, mean over heads",
             "one half",
             _mostly_local,
             0.0,
@@ -240,16 +240,16 @@ LOCAL_KEYS = Study(
         ),
         Claim(
             "foretold",
-            "Mean and variance of the far scores tell which heads need far keys.",
-            "rank correlation over heads of the need that is foretold with the exact one",
+            "The mean and variance of the scores of distant keys predict which heads need them.",
+            "rank correlation over heads between the predicted and the exact need",
             "none",
             _foretold,
             0.5,
             "rank correlation",
         ),
     ),
-    "A query needs far keys where the first 4 and the last 32 tokens have "
-    "less than six tenths of its attention. Asked of models that find the needle.",
+    "A query needs distant keys if the first 4 and the last 32 tokens receive less than 60% of its "
+    "attention. For models that find the needle.",
 )
 
 
@@ -284,13 +284,14 @@ def _retrieval_is_far(model: HeadModel, setting: StudySetting) -> Evidence:
 
 DUO = Study(
     "streaming-heads",
-    "Heads that can do with a short cache",
+    "Heads that need only a short cache",
     "Xiao et al. 2024, DuoAttention, arXiv 2410.10819",
     (
         Claim(
             "most",
-            "More than half of the heads write the same with the first and the last tokens only.",
-            "share of heads that lose a tenth or more of their write",
+            "More than half of the heads produce nearly the same output from only the first and "
+            "the most recent tokens.",
+            "share of heads whose output changes by more than a tenth",
             "one half",
             _mostly_streaming,
             0.0,
@@ -298,16 +299,16 @@ DUO = Study(
         ),
         Claim(
             "retrieval",
-            "The head that retrieves loses more of its write than others do.",
-            "share of its write that the retrieval head loses",
+            "The retrieval head loses more of its output than other heads do.",
+            "share of the retrieval head's output that is lost",
             "mean of all other heads",
             _retrieval_is_far,
             MATTERS,
             "share of the write",
         ),
     ),
-    "The paper learns which heads need their whole cache; here each head's own write with and "
-    "without far tokens says so. First 4 and last 32 tokens.",
+    "The paper learns which heads need their full cache; here each head's output is computed with "
+    "and without distant tokens. The cache holds the first 4 and the last 32 tokens.",
 )
 
 
@@ -317,22 +318,22 @@ def _query_focused(model: HeadModel, setting: StudySetting) -> Evidence:
 
 QUERY_FOCUSED = Study(
     "query-focused-heads",
-    "Heads that find what a question asks for while they read it",
+    "Heads that locate the answer while reading the question",
     "Zhang et al. 2025, Query-Focused Retrieval Heads Improve Long-Context Reasoning and "
     "Re-ranking, arXiv 2506.09944",
     (
         Claim(
             "looks",
             "A head attends from the question to the sentence that answers it.",
-            "attention of the best head from the question to the needle, chosen on other needles",
+            "attention from the question to the needle, for the head chosen on other needles",
             "the same head with another question, or another needle in its place",
             _query_focused,
             0.02,
             "attention",
         ),
     ),
-    "Attention of all tokens of the question on all of the needle, so that even a head that does "
-    "little else has a small share.",
+    "Attention from all tokens of the question to the whole needle, so even a head that does "
+    "little else has a small score.",
 )
 
 
@@ -365,14 +366,15 @@ def _positional_is_fast(model: HeadModel, setting: StudySetting) -> Evidence:
 
 ROTARY = Study(
     "rotary-dimensions",
-    "Fast planes for places, slow planes for content",
+    "Fast rotary planes for position, slow planes for content",
     "Hong et al. 2024, On the token distance modeling ability of higher RoPE attention dimension, "
     "arXiv 2410.08703; Barbero et al. 2024, Round and Round We Go!, arXiv 2410.06205",
     (
         Claim(
             "slow",
-            "Attention to far tokens rests on the slowly turning planes.",
-            "correlation of a plane's slowness with what it adds to far scores, mean over heads",
+            "Attention to distant tokens relies on the slowly rotating planes.",
+            "correlation between a plane's slowness and its contribution to distant scores, mean "
+            "over heads",
             "none",
             _slow_planes,
             MATTERS,
@@ -380,15 +382,15 @@ ROTARY = Study(
         ),
         Claim(
             "previous",
-            "The head that looks at the token before rests on faster planes than others.",
-            "the same correlation of the previous-token head",
+            "The previous-token head relies on faster planes than other heads.",
+            "the same correlation for the previous-token head",
             "mean of all other heads",
             _positional_is_fast,
             MATTERS,
             "correlation",
         ),
     ),
-    "Contributions of planes to the scores with the farther half of the text, in absolute value.",
+    "Absolute contributions of planes to the scores of the more distant half of the text.",
 )
 
 
@@ -396,7 +398,7 @@ def _documents(model: HeadModel, setting: StudySetting, *, twice: bool) -> list[
     """Repeated passages, or passages followed by the same amount of other text."""
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise UnsupportedModelError("it has no tokenizer, and documents are texts.")
+        raise UnsupportedModelError("it has no tokenizer, and this study reads documents.")
     room = (model.shape.n_ctx or 200) - 4
     probe = prose(model, setting, seed=setting.seed + 1, length=min(48, room // 2))
     said = [
@@ -427,36 +429,36 @@ def _ranks(model: HeadModel, setting: StudySetting) -> Evidence:
     return paired(
         _rise(model, twice, [heads])[0],
         _rise(model, once, [heads])[0],
-        note="passages said twice against two passages",
+        note="repeated passages against two different passages",
     )
 
 
 INFLUENCE = Study(
     "attention-influence",
-    "Documents that need retrieval heads",
+    "Scoring documents by their need for retrieval heads",
     "Hua et al. 2025, AttentionInfluence, arXiv 2505.07293",
     (
         Claim(
             "heads",
-            "Without retrieval heads documents that repeat themselves are predicted worse than "
-            "without as many others.",
-            "rise of a document's loss, relative to the loss",
-            "mean of random sets of other heads",
+            "Masking retrieval heads hurts the prediction of repetitive documents more than "
+            "masking as many other heads.",
+            "relative rise in a document's loss",
+            "mean over random sets of other heads",
             _influential,
             0.05,
             "share of the loss",
         ),
         Claim(
             "ranks",
-            "The rise tells documents that must be looked back into from others.",
-            "rise of the loss of passages said twice, relative to the loss",
-            "rise of two different passages as long",
+            "The rise separates documents that require looking back from others.",
+            "relative rise in loss on repeated passages",
+            "the same for two different passages of the same length",
             _ranks,
             0.05,
             "share of the loss",
         ),
     ),
-    "The paper ranks a pretraining corpus; here documents are known to need looking back or not.",
+    "The paper ranks a pretraining corpus; here it is known which documents require looking back.",
 )
 
 
@@ -494,32 +496,33 @@ def _masked_margin(model: HeadModel, setting: StudySetting) -> Evidence:
 
 DECORE = Study(
     "decore",
-    "Contrasting retrieval heads, to keep to the text",
+    "Contrastive decoding with masked retrieval heads",
     "Gema et al. 2024, DeCoRe: Decoding by Contrasting Retrieval Heads, arXiv 2410.18860",
     (
         Claim(
             "masked",
-            "Without its retrieval heads the model keeps less to a passage that contradicts it "
-            "than without as many others.",
-            "change of the log-odds of the passage's answer against the model's own",
-            "the same with random other heads masked",
+            "Masking retrieval heads makes the model less faithful to a passage that contradicts "
+            "its knowledge than masking as many other heads.",
+            "change in the log-odds of the passage's answer against the model's own",
+            "the same with as many random other heads masked",
             _masked_margin,
             0.5,
             "nats",
         ),
         Claim(
             "contrast",
-            "Contrasting the model with itself without retrieval heads keeps it to the passage "
-            "more than contrasting as many others.",
-            "log-odds of the passage's answer against the model's own, DeCoRe",
+            "Contrasting with masked retrieval heads makes the model more faithful to the passage "
+            "than contrasting with as many other heads masked.",
+            "log-odds of the passage's answer against the model's own, with DeCoRe",
             "DeCoRe with random other heads",
             _contrasted,
             0.5,
             "nats",
         ),
     ),
-    "Alpha is the entropy of the model's next token, as in the paper, at most 1. Contrasting any "
-    "heads raises odds that are large already, so other heads are the control.",
+    "Alpha is the entropy of the model's next-token distribution, as in the paper, capped at 1. "
+    "Contrasting with any heads masked raises odds that are already large, so other heads serve as "
+    "the control.",
 )
 ALL = (
     MASKING, THREADS, LOCAL_KEYS, DUO, QUERY_FOCUSED, ROTARY, INFLUENCE, DECORE,

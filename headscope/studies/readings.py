@@ -32,7 +32,7 @@ from headscope.studies.study import (
 from headscope.table import HeadTable, LensGrid
 
 _EVERY = 4  # positions that a lens reads
-_MATTERS = 0.1  # of a ratio between -1 and 1: less is chance
+_MATTERS = 0.1  # of a ratio between -1 and 1: smaller values are noise
 
 
 def _weights(model: HeadModel, setting: StudySetting, seed: int) -> HeadTable:
@@ -44,7 +44,7 @@ def _weights(model: HeadModel, setting: StudySetting, seed: int) -> HeadTable:
 
 def _of_heads(table: HeadTable, name: str) -> Float[np.ndarray, " head"]:
     if name not in table:
-        raise UnsupportedModelError(f"{name} cannot be read from its weights.")
+        raise UnsupportedModelError(f"{name} cannot be computed from its weights.")
     return table[name].mean.ravel()
 
 
@@ -57,22 +57,23 @@ def _beyond_chance(circuit: str, model: HeadModel, setting: StudySetting) -> Evi
 
 LOW_RANK = Study(
     "low-rank",
-    "Few directions carry what heads read and write",
+    "Low-rank structure in OV and QK circuits",
     "Bhojanapalli et al. 2020, Low-Rank Bottleneck in Multi-head Attention Models, "
     "arXiv 2002.07028; Elhage et al. 2021, A Mathematical Framework for Transformer Circuits",
     tuple(
         Claim(
             circuit,
-            f"{circuit.upper()} circuits have directions that stand out from random weights.",
-            f"singular values of {circuit.upper()} above those of random factors, mean over heads",
-            "random factors of the same shapes and sizes, which have none",
+            f"{circuit.upper()} circuits have singular values above those of random weights.",
+            f"number of singular values of {circuit.upper()} above those of random factors, mean "
+            "over heads",
+            "zero, as for random factors of the same shape and variance",
             partial(_beyond_chance, circuit),
             0.5,
             "singular values",
         )
         for circuit in ("ov", "qk")
     ),
-    "From weights alone. Random factors have the variance of the model's own entries.",
+    "From weights alone. Random factors have the variance of the model's own weights.",
 )
 
 
@@ -84,22 +85,22 @@ def _eigenvalues(name: str, model: HeadModel, setting: StudySetting) -> Evidence
 
 EMBEDDING_SPACE = Study(
     "embedding-space",
-    "Heads read in the space of the vocabulary",
+    "Reading heads in vocabulary space",
     "Dar et al. 2023, Analyzing Transformers in Embedding Space, arXiv 2209.02535; Elhage et al. "
     "2021, A Mathematical Framework for Transformer Circuits",
     (
         Claim(
             "copying",
-            "OV circuits raise the tokens that are attended: heads copy more than chance.",
-            "sum of the OV circuit's eigenvalues over the sum of their sizes, mean over heads",
+            "OV circuits raise the logits of attended tokens: heads copy more than chance.",
+            "sum of the OV circuit's eigenvalues over the sum of their magnitudes, mean over heads",
             "random weights, whose eigenvalues cancel",
             partial(_eigenvalues, "copying_eigenvalues"),
             _MATTERS,
         ),
         Claim(
             "matching",
-            "QK circuits look for the token that is asked with.",
-            "sum of the QK circuit's eigenvalues over the sum of their sizes, mean over heads",
+            "QK circuits match the query's own token.",
+            "sum of the QK circuit's eigenvalues over the sum of their magnitudes, mean over heads",
             "random weights, whose eigenvalues cancel",
             partial(_eigenvalues, "matching_eigenvalues"),
             _MATTERS,
@@ -154,39 +155,40 @@ def _redundant(model: HeadModel, setting: StudySetting) -> Evidence:
 
 SIXTEEN_HEADS = Study(
     "sixteen-heads",
-    "How many heads a model can do without",
+    "How many heads can be pruned",
     "Michel et al. 2019, Are Sixteen Heads Really Better than One?, arXiv 1905.10650",
     (
         Claim(
             "importance",
             "Removing the least important heads costs less than removing random ones.",
-            "rise of the loss without three tenths of the heads, least important first",
-            "mean of five random orders",
+            "rise in loss after removing 30% of the heads, least important first",
+            "mean over five random orders",
             _prunable,
             0.0,
             "nats",
         ),
         Claim(
             "redundant",
-            "A fifth of the heads can go and the model keeps nine tenths of what it knows.",
-            "rise of the loss, as a share of what the model gains over chance",
+            "Removing a fifth of the heads costs less than a tenth of the model's gain over "
+            "chance.",
+            "rise in loss, as a share of the model's gain over chance",
             "one tenth",
             _redundant,
             0.0,
             "share",
         ),
     ),
-    "Gradient importance on one set of texts, loss on another; heads are ablated by zero.",
+    "Gradient importance on one set of texts, loss on another; heads are zero-ablated.",
 )
 
 
 def _divergence(
     model: HeadModel, probe: Probe, count: int, lens: ResidualLens | None = None
 ) -> tuple[Float[np.ndarray, "text row"], LensGrid]:
-    """KL divergence of the model from what a lens reads, by text and row; the first text's grid.
+    """KL divergence between the model and a lens, by text and row, and the first text's grid.
 
-    Every fourth position is read: what a vocabulary costs at all of them, and each row, is more
-    than the passes themselves.
+    Only every fourth position is read: projecting every position and row onto the vocabulary would
+    cost more than the passes themselves.
     """
     grids = []
     for row in range(min(len(probe), count)):
@@ -218,15 +220,17 @@ LOGIT_LENS = Study(
     (
         Claim(
             "gradual",
-            "Three quarters up the stack the stream already says much of the prediction.",
-            "KL divergence of the model from the logit lens at three quarters of the depth",
+            "At three quarters of the depth, the residual stream already predicts much of the "
+            "output.",
+            "KL divergence between the model and the logit lens at three quarters of the depth",
             "the same at the embedding",
             _gradual,
             0.1,
             "nats",
         ),
     ),
-    "The model's own final norm and unembedding, on texts that it predicts.",
+    "With the model's own final norm and unembedding, on texts that it predicts better than "
+    "chance.",
 )
 
 # English, French and German words of one meaning and three spellings.
@@ -351,21 +355,23 @@ def _shortcut(model: HeadModel, setting: StudySetting) -> Evidence:
 
 SHORTCUTS = Study(
     "linear-shortcuts",
-    "Layers that a matrix can jump over",
+    "Linear shortcuts across layers",
     "Din et al. 2024, Jump to Conclusions, arXiv 2303.09435",
     (
         Claim(
             "shortcut",
-            "From half the depth, one matrix comes closer to the model's prediction than reading "
-            "the stream as it is.",
-            "KL divergence of the model from its reading through the matrix, on other texts",
-            "the same without the matrix",
+            "From half the depth, a linear map comes closer to the model's prediction than the "
+            "residual stream itself.",
+            "KL divergence between the model and the prediction through the linear map, on other "
+            "texts",
+            "the same without the map",
             _shortcut,
             0.1,
             "nats",
         ),
     ),
-    "Least squares on texts that the model predicts.",
+    "Fitted by least squares on other texts; tested on texts that the model predicts better than "
+    "chance.",
 )
 
 
@@ -377,28 +383,29 @@ def _anisotropy(model: HeadModel, setting: StudySetting) -> Evidence:
     return paired(
         values[1:-1].mean(0) if len(values) > 2 else values[-1],
         values[0],
-        note="mean over the places between the embedding and the last",
+        note="mean over layers between the embedding and the last",
         results={"layers": table},
     )
 
 
 GEOMETRY = Study(
     "hidden-geometry",
-    "The shape of hidden states",
+    "Anisotropy of hidden states",
     "Ethayarajh 2019, How Contextual are Contextualized Word Representations?, arXiv 1909.00512; "
     "Skean et al. 2025, Layer by Layer, arXiv 2502.02013",
     (
         Claim(
             "anisotropy",
-            "Hidden states of different tokens point the same way more than their embeddings do.",
-            "mean cosine between the states of a text's tokens",
-            "the same of the embeddings",
+            "Hidden states of different tokens are more similar in direction than their "
+            "embeddings.",
+            "mean cosine between the hidden states of a text's tokens",
+            "the same for the embeddings",
             _anisotropy,
             0.05,
             "cosine",
         ),
     ),
-    "The first token of each text is left out: as a sink it dwarfs all others.",
+    "The first token of each text is left out: as an attention sink, its norm dwarfs all others.",
 )
 ALL = (
     LOW_RANK, EMBEDDING_SPACE, SIXTEEN_HEADS, LOGIT_LENS, LATENT_LANGUAGE, SHORTCUTS, GEOMETRY,

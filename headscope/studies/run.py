@@ -34,7 +34,7 @@ from headscope.studies.study import (
 )
 from headscope.table import versions
 
-# Every study that ships, by name; those of a new file are added here.
+# Built-in studies by name; add those of a new file here.
 STUDIES: Mapping[str, Study] = MappingProxyType(
     {
         one.name: one
@@ -50,10 +50,10 @@ class StudyCost:
     """Estimated cost of studies.
 
     Attributes:
-        claims: that are left to be asked.
-        forwards: what that takes, in forward passes of 64 tokens.
-        seconds: the same on this machine, from a pass that was measured.
-        unknown: claims whose cost is not known, which count as nothing.
+        claims: number of claims still to be tested.
+        forwards: their cost, in forward passes over 64 tokens.
+        seconds: the same on this machine, from one timed pass.
+        unknown: claims of unknown cost, which are not counted.
     """
 
     claims: int
@@ -65,13 +65,13 @@ class StudyCost:
         """One sentence."""
         minutes = self.seconds / 60
         span = f"{minutes:.0f} min" if minutes >= 2 else f"{max(1.0, self.seconds):.0f} s"
-        more = f"; of {len(self.unknown)} of them not known" if self.unknown else ""
+        more = f"; the cost of {len(self.unknown)} of them is unknown" if self.unknown else ""
         return f"{self.claims} claims, about {self.forwards:,.0f} forward passes: {span}{more}."
 
 
 @checked
 def list_studies() -> dict[str, str]:
-    """List the built-in studies by name, with their subjects.
+    """List the built-in studies: one-line descriptions by name.
 
     Example:
         >>> "induction-heads" in hs.studies.list()
@@ -82,10 +82,10 @@ def list_studies() -> dict[str, str]:
 
 @checked
 def show(name: "str | Path | Study") -> Study:
-    """Look up a study: its paper, its claims, and what is measured for each.
+    """Look up a study, with its paper, its claims and what is measured for each.
 
     Args:
-        name: of a study that ships, or a Python file that defines ``STUDY``, or a study itself.
+        name: name of a built-in study, a Python file that defines ``STUDY``, or a study itself.
 
     Raises:
         InputError: if there is no such study.
@@ -117,22 +117,22 @@ def run(
     """Test the claims of a study on a model.
 
     Args:
-        study: name of a study that ships (``hs.studies.list()``), a Python file that
-            defines ``STUDY``, or a :class:`~headscope.studies.Study`.
+        study: name of a built-in study (see ``hs.studies.list()``), a Python file that defines
+            ``STUDY``, or a :class:`~headscope.studies.Study`.
         model: from :func:`headscope.load`.
-        out: folder; every claim is written as soon as it is answered, and a later run with the same
-            model and settings continues there. Studies of one model share a folder, and its
+        out: output folder. Each answer is written as soon as it is measured, and a later run with
+            the same model and settings resumes there. Studies of one model can share a folder; its
             ``index.html`` shows all of them.
-        fast: few and short examples.
-        seed: of everything that is drawn.
+        fast: use fewer and shorter examples.
+        seed: seed for all sampling.
         overwrite: replace studies of another model or with other settings in the folder.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        An answer per claim: a number, its control, the interval of their difference, a verdict.
+        One answer per claim: a number, its control, the interval of their difference and a verdict.
 
     Raises:
-        InputError: if there is no such study, or the folder holds something else.
+        InputError: if there is no such study, or the folder holds another run.
 
     Example:
         >>> result = hs.studies.run("low-rank", model, fast=True)
@@ -158,18 +158,18 @@ def run_all(
 
     Args:
         model: from :func:`headscope.load`.
-        out: as :func:`run` takes it, for all of them.
-        fast: few and short examples.
-        studies: as :func:`run` takes them; default: all that ship.
-        seed: of everything that is drawn.
-        overwrite: replace what is in the folder.
+        out: output folder for all studies; see :func:`run`.
+        fast: use fewer and shorter examples.
+        studies: studies to run, each as in :func:`run`. Default: all built-in studies.
+        seed: seed for all sampling.
+        overwrite: replace the contents of the folder.
         progress: show progress bars. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        Results by name of the study.
+        Results by study name.
 
     Raises:
-        InputError: if there is no such study, or the folder holds something else.
+        InputError: if there is no such study, or the folder holds another run.
 
     Example:
         >>> found = hs.studies.run_all(model, fast=True, studies=["low-rank", "attention-sinks"])
@@ -180,7 +180,7 @@ def run_all(
     setting = StudySetting(fast, RunOptions(seed=seed).seed)
     results = {}
     for number, study in enumerate(found):
-        again = overwrite and number == 0  # the later ones join what the first has begun
+        again = overwrite and number == 0  # later ones join the first's folder
         results[study.name] = _run(study, model, out, setting, again, progress)
     return results
 
@@ -195,22 +195,23 @@ def cost(
 ) -> StudyCost:
     """Estimate the cost of studies before running them, from a timed forward pass.
 
-    How many passes a claim takes was measured when its study was written, on a model of 30 layers
-    and 270 heads (the short form on a model of 3 layers), time for everything else included; claims
-    that go through all heads take less where there are fewer. An order of magnitude, not a promise.
+    The number of passes per claim was measured once, on a model with 30 layers and 270 heads (for
+    the fast form, on a model with 3 layers), including the time for everything else. Claims that go
+    through all heads cost less on models with fewer heads. Treat the estimate as an order of
+    magnitude.
 
     Args:
         model: from :func:`headscope.load`.
-        studies: as :func:`run` takes them; default: all that ship.
-        fast: of the short form.
-        out: claims that are answered in this folder cost nothing.
+        studies: studies to run, each as in :func:`run`. Default: all built-in studies.
+        fast: estimate the fast form.
+        out: output folder; claims already answered there are not counted.
 
     Returns:
-        Forward passes of 64 tokens, and seconds; studies of a user's are not in it.
+        Forward passes over 64 tokens, and seconds. Your own studies are not counted.
 
     Raises:
         InputError: if there is no such study.
-        UnsupportedModelError: if the model reads no tokens.
+        UnsupportedModelError: if the model does not read tokens.
 
     Example:
         >>> cost = hs.studies.cost(model, ["low-rank"], fast=True)
@@ -233,7 +234,7 @@ def cost(
 
 
 def _seconds_of_a_pass(model: HeadModel) -> float:
-    """Seconds of a pass over 64 tokens, the second of two."""
+    """Seconds per pass over 64 tokens, timed on the second of two."""
     probe = random_tokens(model, length=min(64, (model.shape.n_ctx or 64) - 2), batch=1)
     seconds = 0.0
     for _ in range(2):
@@ -284,7 +285,7 @@ def page_of(out: Path) -> str:
     """Build one self-contained HTML page of all studies in a folder.
 
     Args:
-        out: the folder that :func:`run` wrote.
+        out: folder written by :func:`run`.
 
     Raises:
         InputError: if it holds no finished study.
@@ -322,16 +323,16 @@ def page_of(out: Path) -> str:
         "headscope": about.versions.get("headscope", "-"),
     }
     return sections_page(
-        f"What is known of {about.model}",
+        f"What is known about {about.model}",
         "studies",
-        "Claims of papers, asked of this model: a number, its control and a verdict each.",
+        "Claims from papers, tested on this model: a number, its control and a verdict for each.",
         sections,
         [(name, str(value)) for name, value in facts.items()],
     )
 
 
 def _claimed(out: Path, study: Study, asked: Mapping[str, Any], overwrite: bool) -> Path:
-    """Claim the folder of a study, and load its finished answers."""
+    """Claim a study's output folder."""
     folder = FolderClaim.create(out, "study", overwrite=overwrite).of(asked)
     old = out / _FOLDER
     if overwrite and old.is_dir() and not old.is_symlink():
@@ -373,7 +374,8 @@ def _read(file: Path) -> Answer:
         return Answer(**filled)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{file.name} holds no answer of a study: {error!r}; remove it to ask again."
+            f"{file.name} holds no answer of a study: {error!r}; delete it to measure the claim "
+            "again."
         ) from None
 
 

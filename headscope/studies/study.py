@@ -1,4 +1,4 @@
-"""Definition of a study: a paper's claims, their measurements, and when a claim holds."""
+"""Studies: a paper's claims, how each is measured, and when a claim holds."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -51,13 +51,13 @@ LEVEL = 0.99  # of the intervals that decide: a study asks several claims at onc
 
 @dataclass(frozen=True)
 class StudySetting:
-    """Model, seed and size of a study's run, with a cache that claims share.
+    """Seed and size of a study's run, with a cache shared by its claims.
 
     Attributes:
-        fast: fewer and shorter examples, for a first look and for tests.
-        seed: of everything that is drawn; heads are chosen on probes of this seed and measured on
-            probes of the next.
-        kept: what claims of one run of one model share, see :meth:`share`.
+        fast: use fewer and shorter examples, for a first look and for tests.
+        seed: seed for all sampling; heads are chosen on probes with this seed and measured on
+            probes with the next.
+        kept: values shared by the claims of one run on one model; see :meth:`share`.
     """
 
     fast: bool = False
@@ -65,15 +65,15 @@ class StudySetting:
     kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def size(self, whole: int, fast: int) -> int:
-        """Choose between the full and the fast size."""
+        """Pick the full or the fast size."""
         return fast if self.fast else whole
 
     def share(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
-        """Compute a value once for all claims of a run; an error is raised again.
+        """Compute a value once for all claims of a run; an error is cached and raised again.
 
         Args:
-            key: what tells it from all else that is shared: a name and its arguments.
-            make: runs the model.
+            key: unique key of the value: a name and its arguments.
+            make: computes the value on the first call.
 
         Example:
             >>> setting = StudySetting()
@@ -94,15 +94,16 @@ class StudySetting:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Measurements for a claim.
+    """Measurement behind a claim's verdict.
 
     Attributes:
-        value: the number that the claim is about.
-        control: the same number where the claim says nothing: other heads, random heads, chance.
-        low, high: interval of ``value - control`` (``control - value`` where less is claimed).
-        n: observations behind the interval.
-        note: which heads, which sets, in a few words.
-        results: by name, drawn on the study's page; results that have figures.
+        value: the measured number.
+        control: the same number for a baseline: other heads, random heads, chance.
+        low, high: interval of ``value - control`` (of ``control - value`` if the claim is that the
+            value is lower).
+        n: number of observations behind the interval.
+        note: short description of the heads or sets that were measured.
+        results: results with figures, by name; they are plotted on the study's page.
     """
 
     value: float
@@ -123,18 +124,20 @@ def paired(
     results: Mapping[str, object] | None = None,
     less: bool = False,
 ) -> Evidence:
-    """Evidence of values and their control on the same examples.
+    """Build evidence from values and controls on the same examples.
 
     Args:
-        values: of every example; NaN is missing.
-        control: the same without what is claimed.
-        note: which heads or sets the values are of.
-        results: drawn on the page.
-        less: the claim is that the values are below the control.
+        values: one value per example; NaN is missing.
+        control: baseline value per example, in the same order.
+        note: short description of the heads or sets that were measured.
+        results: results to plot on the study's page, by name.
+        less: the claim is that the values are lower than the control.
 
     Returns:
-        With the interval of the mean difference at the level that studies decide by, 99 %: exact
-        where all values are 0 or 1, else :func:`headscope.base.statistics.mean_interval`.
+        Means of values and control, with a 99 % interval of the mean difference, the level at which
+        studies decide: exact if all values are 0 or 1, else from
+        :func:`headscope.base.statistics.mean_interval`. NaN everywhere with fewer than two complete
+        pairs.
 
     Example:
         >>> found = paired(np.array([0.8, 0.9, 0.7, 0.8]), np.zeros(4))
@@ -165,11 +168,11 @@ def paired(
 def _exact(
     values: Float[np.ndarray, " example"], control: Float[np.ndarray, " example"]
 ) -> tuple[float, float] | None:
-    """Exact interval of a mean difference of yes/no values; None for other values.
+    """Exact interval of a mean difference of binary values; None for other values.
 
-    Against a constant it is Clopper and Pearson's. Against yes and no it is made of two of them, of
-    the share of examples that changed to yes and of those that changed to no, each at half the
-    error, so that it covers at least what it says.
+    Against a constant, this is the Clopper-Pearson interval. Against a binary control, it combines
+    two of them, for the share of examples that changed to 1 and the share that changed to 0, each
+    at half the error, so coverage is at least nominal.
     """
     if not np.isin(values, (0.0, 1.0)).all():
         return None
@@ -199,15 +202,15 @@ class Claim:
     """One falsifiable claim of a paper.
 
     Attributes:
-        name: short, unique within the study.
+        name: short name, unique within the study.
         statement: the claim, as a sentence.
-        value: what the number is.
-        control: what it is held against.
-        ask: measures it; raises a :class:`~headscope.errors.HeadscopeError` where the claim cannot
-            be asked of a model.
-        least: difference from the control that counts; the claim holds where the whole interval
-            lies above it.
-        unit: of the number.
+        value: description of the measured number.
+        control: description of the baseline.
+        ask: measures the claim on a model; raises a :class:`~headscope.errors.HeadscopeError` if
+            the claim does not apply to that model.
+        least: smallest difference from the control that counts; the claim holds if the whole
+            interval lies above it.
+        unit: unit of the number.
     """
 
     name: str
@@ -224,11 +227,11 @@ class Study(Shown):
     """A paper as a list of claims that can be tested on a model.
 
     Attributes:
-        name: as ``headscope study run`` takes it.
-        title: what it is about.
-        paper: authors, year, and where to find it.
-        claims: in the order in which they are asked.
-        about: what is measured, and where it departs from the paper.
+        name: name for ``headscope study run``.
+        title: one-line description.
+        paper: authors, year, title and arXiv number.
+        claims: claims, in the order in which they are tested.
+        about: what is measured, and how it differs from the paper.
     """
 
     name: str
@@ -238,20 +241,21 @@ class Study(Shown):
     about: str
 
     def __post_init__(self) -> None:
-        """Refuse duplicate names of claims, whose answers would overwrite each other.
+        """Reject duplicate claim names, since their answers would overwrite each other.
 
         Raises:
-            InputError: if there are none, or two have one name.
+            InputError: if there are no claims, or two share a name.
         """
         names = [one.name for one in self.claims]
         if not names or len(set(names)) < len(names):
             raise InputError(
-                f"study {self.name!r} has the claims {names}: give at least one, each a name of "
+                f"study {self.name!r} has the claims {names}: give at least one claim, and a "
+                "unique name to each."
                 "its own."
             )
 
     def glance(self) -> Glance:
-        """Show its claims, and what is measured for each."""
+        """Summarise the claims and what is measured for each."""
         return Glance(
             f"{self.name}: {self.title}",
             facts=(self.paper,),
@@ -274,16 +278,16 @@ class Answer(Stored):
     """Result of testing one claim on a model.
 
     Attributes:
-        claim: its name.
-        statement: what was claimed.
+        claim: name of the claim.
+        statement: the claim, as a sentence.
         verdict: ``holds``, ``does not hold`` or ``cannot be asked``.
-        because: why it could not be asked; otherwise which heads or sets were measured.
+        because: why the claim could not be tested; otherwise which heads or sets were measured.
         value, control: see :class:`Evidence`.
-        low, high: interval of their difference, in the claimed direction, at the level of 99 %.
-        least: difference that counts.
-        unit: of value, control and interval.
-        n: observations.
-        measured, against: what value and control are.
+        low, high: 99 % interval of their difference, in the claimed direction.
+        least: smallest difference that counts.
+        unit: unit of value, control and interval.
+        n: number of observations.
+        measured, against: descriptions of value and control.
     """
 
     claim: str
@@ -314,7 +318,10 @@ def answered(claim: Claim, found: Evidence) -> Answer:
     verdict: Verdict = "holds" if found.low > claim.least else "does not hold"
     because = found.note
     if not isfinite(found.low):
-        verdict, because = "cannot be asked", f"{found.n} observations are too few for an interval."
+        verdict, because = (
+            "cannot be asked",
+            f"only {found.n} observations, too few for an interval.",
+        )
     return Answer(
         claim.name,
         claim.statement,
@@ -342,12 +349,12 @@ class StudyResult(Saved, Shown, Tabular):
     """Results of all claims of a study on a model.
 
     Attributes:
-        study: its name.
-        title: what it is about.
-        paper: its source.
-        answers: one per claim.
-        provenance: model, revision, digest of the weights, seed, versions.
-        fast: whether it was the short form.
+        study: name of the study.
+        title: one-line description.
+        paper: source of the claims.
+        answers: one answer per claim.
+        provenance: model, revision, weight digest, seed, package versions.
+        fast: whether fewer and shorter examples were used.
     """
 
     study: str
@@ -399,11 +406,11 @@ class StudyResult(Saved, Shown, Tabular):
                     Rows(
                         columns,
                         rows,
-                        "A claim holds where its whole interval is above the least "
-                        "difference that counts.",
+                        "A claim holds if its whole interval is above the smallest difference that "
+                        "counts.",
                     ),
                     Facts([(one.claim, _told(one)) for one in self.answers]),
-                    *([Words("Fast form: few and short examples.", quiet=True)] * self.fast),
+                    *([Words("Fast form: fewer and shorter examples.", quiet=True)] * self.fast),
                 ],
             )
         ]
@@ -436,12 +443,12 @@ def _told(one: Answer) -> str:
     return " ".join(parts)
 
 
-MATTERS = 0.1  # of an attention score or a share: less is no role
+MATTERS = 0.1  # of an attention score or a share: less does not count as a role
 _RANDOM_SETS = 5
-_ANSWERED = 0.2  # probability of hidden answers: with less a model does not find them
-RIGHT = 0.8  # share of 32 prompts; by guessing half, and more than eight tenths once in 5,000
+_ANSWERED = 0.2  # probability of the needle's answer; below this the model does not find it
+RIGHT = 0.8  # share of 32 prompts; guessing gives 0.5, and above 0.8 once in 5,000
 _LEAST_HEADS = 8  # of a rank correlation
-_OTHERS = 2  # times as many heads as are ablated: fewer leave nothing to draw
+_OTHERS = 2  # multiple of the ablated heads that must be left to draw random sets from
 
 
 def repeated(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
@@ -455,7 +462,7 @@ def repeated(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
 
 
 def needles(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
-    """Facts hidden at several depths of short texts; the control asks for something else."""
+    """Needle probe with facts at several depths of short texts; its control asks for another."""
     length = min(128, model.shape.n_ctx or 128)
     depths, per_cell = setting.size(5, 3), setting.size(4, 8)
     return setting.share(
@@ -464,11 +471,11 @@ def needles(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
 
 
 def answers(model: HeadModel, setting: StudySetting, seed: int) -> Float[np.ndarray, " example"]:
-    """Probability of the hidden answers.
+    """Probability of the needle's answer, per example.
 
     Raises:
-        UnsupportedModelError: if the model does not find them, so that nothing said of how it
-            finds them means anything.
+        UnsupportedModelError: if the model does not find the answers, so measuring how it does
+            would be meaningless.
     """
     found = setting.share(
         ("answers", seed),
@@ -476,13 +483,13 @@ def answers(model: HeadModel, setting: StudySetting, seed: int) -> Float[np.ndar
     )
     if not np.nanmean(found) > _ANSWERED:
         raise UnsupportedModelError(
-            f"it gives the hidden answers a probability of {float(np.nanmean(found)):.2f} only."
+            f"it gives the needles' answers a probability of only {float(np.nanmean(found)):.2f}."
         )
     return found
 
 
 def pattern(scorer: str, model: HeadModel, setting: StudySetting) -> tuple[HeadIndex, Evidence]:
-    """Head with the highest score on repeated tokens, with its score on fresh ones."""
+    """Head with the highest score on repeated tokens, and its score on fresh ones."""
     probes = [repeated(model, setting, setting.seed + k) for k in range(2)]
     return setting.share(("pattern", scorer), lambda: best_head(model, scorer, *probes))
 
@@ -490,16 +497,16 @@ def pattern(scorer: str, model: HeadModel, setting: StudySetting) -> tuple[HeadI
 def fetching(
     model: HeadModel, setting: StudySetting, scorer: str = "retrieval_first_token"
 ) -> tuple[HeadIndex, Evidence]:
-    """Head with the highest retrieval score, with its score on fresh needles."""
+    """Head with the highest retrieval score, and its score on fresh needles."""
     probes = [needles(model, setting, setting.seed + k) for k in range(2)]
     return setting.share(("fetching", scorer), lambda: best_head(model, scorer, *probes))
 
 
 def role(scorer: str, model: HeadModel, setting: StudySetting) -> HeadIndex:
-    """The head that plays a role on repeated tokens.
+    """Head that plays a role on repeated tokens.
 
     Raises:
-        UnsupportedModelError: if no head plays it.
+        UnsupportedModelError: if no head does.
     """
     head, found = pattern(scorer, model, setting)
     return _playing(scorer, head, found)
@@ -509,7 +516,7 @@ def retrieval_heads(model: HeadModel, setting: StudySetting) -> list[HeadIndex]:
     """The three heads with the highest retrieval scores, chosen on separate needles.
 
     Raises:
-        UnsupportedModelError: if none does on the second.
+        UnsupportedModelError: if the best head's score does not hold up on fresh needles.
     """
     _playing("retrieval", *fetching(model, setting))
     probe = needles(model, setting, setting.seed)
@@ -536,10 +543,10 @@ def rank_correlation(
     note: str = "",
     results: Mapping[str, object] | None = None,
 ) -> Evidence:
-    """Spearman's rank correlation over heads, against zero, with its interval.
+    """Spearman's rank correlation over heads, with its interval, against zero.
 
-    The interval is Fisher's with the variance of Bonett and Wright 2000, and takes heads as
-    independent.
+    The interval uses Fisher's transform with the variance of Bonett and Wright 2000, and treats
+    heads as independent.
     """
     known = np.isfinite(first) & np.isfinite(second)
     count = int(known.sum())
@@ -547,7 +554,7 @@ def rank_correlation(
         raise UnsupportedModelError(f"{count} heads are too few for a rank correlation.")
     found = float(spearmanr(first[known], second[known]).statistic)
     if not math.isfinite(found):
-        raise UnsupportedModelError("all heads score the same.")
+        raise UnsupportedModelError("all heads have the same score.")
     half = float(norm.ppf(0.5 + LEVEL / 2)) * math.sqrt((1 + found**2 / 2) / (count - 3))
     centre = math.atanh(min(max(found, -0.999999), 0.999999))
     low, high = math.tanh(centre - half), math.tanh(centre + half)
@@ -560,13 +567,13 @@ def random_heads(
     """Sets of random other heads of the same size.
 
     Raises:
-        UnsupportedModelError: if there are too few others.
+        UnsupportedModelError: if too few other heads are left.
     """
     others = [one for one in model.shape.heads if one not in set(heads)]
     if not heads or len(others) < _OTHERS * len(heads):
         raise UnsupportedModelError(
-            f"{len(heads)} of its heads are to be taken and {len(others)} others are left: "
-            f"random sets as a control take at least {_OTHERS * max(1, len(heads))}."
+            f"{len(heads)} of its heads are ablated and {len(others)} are left: drawing random "
+            f"sets as a control takes at least {_OTHERS * max(1, len(heads))}."
         )
     rng = np.random.default_rng(seed)
     drawn = [rng.choice(len(others), len(heads), replace=False) for _ in range(sets)]
@@ -574,10 +581,10 @@ def random_heads(
 
 
 def known_pairs(model: HeadModel, setting: StudySetting, number: int) -> Probe:
-    """Paired prompts of the first task that the model can do: agreement, names, capitals, years.
+    """Paired prompts of the first task that the model can do: agreement, names, capitals or years.
 
     Raises:
-        UnsupportedModelError: if it can do none of them, with what it gets right.
+        UnsupportedModelError: if it can do none of them; the message gives its accuracy on each.
     """
     return setting.share(
         ("known pairs", number), lambda: _known_pairs(model, setting.size(16, 12), setting, number)
@@ -606,7 +613,7 @@ def unpaired(
     note: str = "",
     results: Mapping[str, object] | None = None,
 ) -> Evidence:
-    """Evidence from two independent samples, with Welch's interval."""
+    """Build evidence from two independent samples, with Welch's interval."""
     a, b = (one[~np.isnan(one)] for one in (np.asarray(values, float), np.asarray(others, float)))
     if min(a.size, b.size) < 2:
         return Evidence(np.nan, np.nan, np.nan, np.nan, int(a.size + b.size), note, results or {})
@@ -622,8 +629,8 @@ def unpaired(
 def prose(model: HeadModel, setting: StudySetting, *, seed: int, length: int = 128) -> Probe:
     """Text like the model's training data: passages, or stories for a bundled model.
 
-    Passages are few: those of an even and of an odd distance from the setting's seed are two
-    halves of them, which share none.
+    There are few passages: seeds at an even and at an odd distance from the setting's seed draw
+    from two disjoint halves.
     """
     count = setting.size(24, 8)
     length = min(length, model.shape.n_ctx or length)
@@ -651,7 +658,7 @@ def _passages() -> list[str]:
 def metric_of(
     model: HeadModel, probe: Probe, metric: Metric = metrics.loss
 ) -> Float[np.ndarray, " example"]:
-    """Metric of the whole model, per example."""
+    """Metric of the intact model, per example."""
     measurement = Measurement.of(model, probe, metric, RunOptions(progress=False))
     return measurement.measure(lambda *_: (), 0, "reading a metric")[1]
 
@@ -669,8 +676,8 @@ def need_skill(model: HeadModel, probe: Probe) -> Float[np.ndarray, " example"]:
     """Loss per example of a model that predicts these texts better than chance.
 
     Raises:
-        UnsupportedModelError: if it does not, so that nothing said of how it predicts means
-            anything.
+        UnsupportedModelError: if it does not, so measuring how it predicts them would be
+            meaningless.
     """
     losses, chance = metric_of(model, probe), math.log(len(ordinary_tokens(model)))
     high = float(mean_interval(losses[None], LEVEL)[1][0])
@@ -685,15 +692,15 @@ def need_skill(model: HeadModel, probe: Probe) -> Float[np.ndarray, " example"]:
 def best_head(
     model: HeadModel, scorer: str | Scorer, chosen_on: Probe, measured_on: Probe
 ) -> tuple[HeadIndex, Evidence]:
-    """The head with the highest score, chosen on one probe and measured on another.
+    """Head with the highest score, chosen on one probe and measured on another.
 
-    The control is the scorer's own on the same examples where it is paired, else the mean of all
-    other heads on them.
+    The control is the scorer's own if it is paired, else the mean of all other heads on the same
+    examples.
     """
     name = scorer if isinstance(scorer, str) else scorer.name
     first = score(model, chosen_on, [scorer], progress=False)[name]
     if not np.isfinite(first.mean).any():
-        raise UnsupportedModelError(f"no head has a value of {name}.")
+        raise UnsupportedModelError(f"no head has a {scorer} score.")
     head = first.top(1)[0][0]
     scores = score(model, measured_on, [scorer], progress=False)[name]
     found = paired(
@@ -733,16 +740,16 @@ def against_random_sets(
     sign: float,
     seed: int,
 ) -> Evidence:
-    """Effect of ablating these heads on a metric, against random sets of other heads.
+    """Effect of ablating heads on a metric, against random sets of other heads.
 
     Args:
-        model: the model.
-        probe: what it is measured on.
-        metric: of :mod:`headscope.metrics`.
-        heads: ablated together, by their mean.
-        scale: effects are divided by it.
-        sign: 1 where harm raises the metric, -1 where it lowers it.
-        seed: of the random sets.
+        model: model to ablate.
+        probe: examples to measure on.
+        metric: metric from :mod:`headscope.metrics`.
+        heads: heads to mean-ablate together.
+        scale: divisor of the effects.
+        sign: 1 if damage raises the metric, -1 if it lowers it.
+        seed: seed for the random sets.
     """
     groups: dict[str, list[HeadIndex]] = {"chosen": list(heads)}
     for draw, drawn in enumerate(random_heads(model, heads, _RANDOM_SETS, seed)):

@@ -54,32 +54,33 @@ def _lens(model: HeadModel, setting: StudySetting) -> Evidence:
         progress=False,
     )
     if lens.report is None:
-        raise UnsupportedModelError("its lens was not tried on other texts.")
+        raise UnsupportedModelError("its lens was not tested on other texts.")
     return paired(
         lens.report.learned[0],
         lens.report.plain[0],
-        note=f"layer {layer}, texts held out",
+        note=f"layer {layer}, held-out texts",
         less=True,
     )
 
 
 ATTENTION_LENS = Study(
     "attention-lens",
-    "What the heads of a layer say of the next token",
+    "Decoding a layer's heads into next-token predictions",
     "Sakarvadia et al. 2023, Attention Lens: A Tool for Mechanistically Interpreting the Attention "
     "Head Information Retrieval Mechanism, arXiv 2310.16270",
     (
         Claim(
             "learned",
-            "A learned map reads the prediction from a layer's heads better than the unembedding.",
-            "KL divergence of the model from the lens, on other texts",
-            "the same of the plain direct path",
+            "A learned map decodes the prediction from a layer's heads better than the unembedding "
+            "does.",
+            "KL divergence between the model and the lens, on other texts",
+            "the same for the plain direct path",
             _lens,
             MATTERS,
             "nats",
         ),
     ),
-    "The middle layer; the learned part of a head has rank 4.",
+    "In the middle layer; the learned map of each head has rank 4.",
 )
 
 
@@ -114,14 +115,14 @@ def _flow_is_need(model: HeadModel, setting: StudySetting) -> Evidence:
 
 ROUTES = Study(
     "flow-routes",
-    "The paths that a prediction comes along",
+    "Information flow routes to a prediction",
     "Ferrando and Voita 2024, Information Flow Routes: Automatically Interpreting Language Models "
     "at Scale, arXiv 2403.00824",
     (
         Claim(
             "always",
-            "Some heads are on the routes of most predictions.",
-            "share of texts in which the head is on a route, chosen on other texts",
+            "Some heads are on the route to most predictions.",
+            "share of texts in which the head is on the route, for the head chosen on other texts",
             "mean of all other heads",
             _always,
             0.3,
@@ -130,14 +131,14 @@ ROUTES = Study(
         Claim(
             "needed",
             "Heads that carry more of the flow matter more to the loss.",
-            "rank correlation over heads of flow and of gradient importance on other texts",
+            "rank correlation over heads between flow and gradient importance on other texts",
             "none",
             _flow_is_need,
             0.2,
             "rank correlation",
         ),
     ),
-    "Routes of the last token of each text; an edge counts from two hundredths of what flows.",
+    "Routes to the last token of each text; an edge counts from 2% of the flow.",
 )
 
 
@@ -168,7 +169,7 @@ def _explain(model: HeadModel, setting: StudySetting) -> dict[str, Float[np.ndar
 
 def _against(first: str, second: str, model: HeadModel, setting: StudySetting) -> Evidence:
     found = _explained(model, setting)
-    return paired(found[first], found[second], note="24 tokens a text; first and last left out")
+    return paired(found[first], found[second], note="24 tokens per text; first and last left out")
 
 
 def _weighted_sink(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -189,41 +190,41 @@ def _weighted_sink(model: HeadModel, setting: StudySetting) -> Evidence:
 
 ATTENTION_FLOW = Study(
     "attention-flow",
-    "Better explanations than raw attention",
+    "Attributions that beat raw attention",
     "Abnar and Zuidema 2020, Quantifying Attention Flow in Transformers, arXiv 2005.00928; "
     "Kobayashi et al. 2020, Attention is Not Only a Weight, arXiv 2004.10102; Ferrando et al. "
     "2022, Measuring the Mixing of Contextual Information in the Transformer, arXiv 2203.04212",
     (
         Claim(
             "rollout",
-            "Rollout agrees with the effect of hiding tokens better than attention does.",
-            "rank correlation over tokens of rollout with the effect of hiding each",
-            "the same of the last layer's attention, mean over heads",
+            "Rollout agrees with the effect of hiding tokens better than raw attention does.",
+            "rank correlation over tokens between rollout and the effect of hiding each token",
+            "the same for the last layer's attention, averaged over heads",
             partial(_against, "rollout", "attention"),
             0.0,
             "rank correlation",
         ),
         Claim(
             "alti",
-            "Contributions of vectors agree with it better than rollout does.",
-            "rank correlation over tokens of ALTI with the effect of hiding each",
-            "the same of rollout",
+            "ALTI, which uses the vectors themselves, agrees with it better than rollout does.",
+            "rank correlation over tokens between ALTI and the effect of hiding each token",
+            "the same for rollout",
             partial(_against, "alti", "rollout"),
             0.0,
             "rank correlation",
         ),
         Claim(
             "norms",
-            "Weighted by what values write, heads give the first token far less.",
-            "attention on the first token weighted by the norm of the value, mean over heads",
-            "attention on the first token",
+            "Attention to the first token is far smaller when weighted by the norm of the value.",
+            "value-weighted attention to the first token, mean over heads",
+            "plain attention to the first token",
             _weighted_sink,
             0.05,
             "attention",
         ),
     ),
-    "The effect of hiding a token is the size of the change of the loss of the most likely next "
-    "token with the token hidden from all queries.",
+    "The effect of hiding a token is the absolute change in the loss on the most likely next token "
+    "when that token is hidden from all queries.",
 )
 
 
@@ -245,29 +246,30 @@ def _suppressed(model: HeadModel, setting: StudySetting) -> Evidence:
     return paired(
         np.array(values),
         np.array(others),
-        note="random tokens said twice",
+        note="repeated random tokens",
         results={} if last is None else {"atman": last},
     )
 
 
 ATMAN = Study(
     "atman",
-    "Tokens that count, found by suppressing attention to them",
+    "Token relevance from suppressed attention",
     "Deb et al. 2023, AtMan: Understanding Transformer Predictions Through Memory Efficient "
     "Attention Manipulation, arXiv 2301.08110",
     (
         Claim(
             "source",
-            "Suppressing the token that is copied raises the loss more than suppressing others.",
-            "rise of the loss with the copied token suppressed",
-            "mean of all other tokens but the last",
+            "Suppressing attention to the copied token raises the loss more than suppressing other "
+            "tokens.",
+            "rise in loss with the copied token suppressed",
+            "mean over all other tokens except the last",
             _suppressed,
             MATTERS,
             "nats",
         ),
     ),
-    "Random tokens said twice, where the token that the answer is copied from is known; asked of "
-    "models with an induction head.",
+    "Repeated random tokens, where the source of each copied token is known; for models with an "
+    "induction head.",
 )
 
 _FAMOUS = (
@@ -316,7 +318,7 @@ def _known(model: HeadModel, setting: StudySetting) -> Evidence:
     probe, _ = skilled(model, setting)
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise UnsupportedModelError("it has no tokenizer, and what it knows by heart are texts.")
+        raise UnsupportedModelError("it has no tokenizer, and memorisation is measured on texts.")
     fresh = [
         str(tokenizer.decode(row[real].tolist(), skip_special_tokens=True))
         for row, real in zip(probe.tokens, probe.real, strict=True)
@@ -325,18 +327,18 @@ def _known(model: HeadModel, setting: StudySetting) -> Evidence:
     first, second = (
         np.array([span.right for span in one.spans], float) / _REST for one in (famous, other)
     )
-    return unpaired(first, second, note=f"{int(famous.known.sum())} of {len(first)} spans whole")
+    return unpaired(first, second, note=f"{int(famous.known.sum())} of {len(first)} spans complete")
 
 
 def _rare(model: HeadModel, setting: StudySetting) -> Evidence:
     famous = _famous(model, setting)
     known = int(famous.known.sum())
     if known < 4:
-        raise UnsupportedModelError(f"it knows {known} spans of famous texts by heart: too few.")
+        raise UnsupportedModelError(f"it has memorised only {known} spans of famous texts, not 4.")
     scores = famous.heads["rare_attention"]
     values, shuffled = scores.per_example, scores.control_per_example
     if shuffled is None:
-        raise UnsupportedModelError("its attention has no control.")
+        raise UnsupportedModelError("its attention score has no control.")
     mean = np.nanmean(values[..., ::2], -1)
     head = np.unravel_index(int(np.nanargmin(mean)), mean.shape)
     return paired(
@@ -350,29 +352,30 @@ def _rare(model: HeadModel, setting: StudySetting) -> Evidence:
 
 MEMORISATION = Study(
     "memorisation",
-    "What is known by heart, and which head looks at rare tokens",
+    "Memorised text and heads that attend to rare tokens",
     "Stoehr et al. 2024, Localizing Paragraph Memorization in Language Models, arXiv 2403.19851",
     (
         Claim(
             "known",
-            "Famous texts are continued word by word further than new ones.",
-            "share of the next twelve tokens that are right before the first error",
-            "the same of texts that it cannot have seen",
+            "The model continues famous texts verbatim for longer than new ones.",
+            "share of the next twelve tokens that are correct before the first error",
+            "the same for texts that it cannot have seen",
             _known,
             MATTERS,
             "share",
         ),
         Claim(
             "rare",
-            "A head attends to tokens in the order of their rarity where a text is known.",
-            "rank correlation of attention and frequency of the best head, chosen on other spans",
+            "On memorised text, a head attends more to rarer tokens.",
+            "rank correlation between attention and token frequency, for the head chosen on other "
+            "spans",
             "the same with frequencies shuffled",
             _rare,
             MATTERS,
             "rank correlation",
         ),
     ),
-    "Ten famous texts against passages written for headscope (stories, for a bundled model).",
+    "Ten famous texts against passages written for headscope (stories for a bundled model).",
 )
 
 
@@ -416,25 +419,27 @@ def _straighter(model: HeadModel, setting: StudySetting) -> Evidence:
 
 LAYER_BY_LAYER = Study(
     "layer-by-layer",
-    "What middle layers do to a text's states",
+    "How middle layers reshape a text's hidden states",
     "Skean et al. 2025, Layer by Layer: Uncovering Hidden Representations in Language Models, "
     "arXiv 2502.02013; Hosseini and Fedorenko 2023, Large Language Models Implicitly Learn to "
     "Straighten Neural Sentence Trajectories, arXiv 2311.04930",
     (
         Claim(
             "compressed",
-            "Half-way up, a text's states spread over fewer directions than its embeddings.",
+            "At half the depth, a text's hidden states spread over fewer directions than its "
+            "embeddings.",
             "matrix entropy at half the depth",
-            "the same of the embeddings",
+            "the same for the embeddings",
             _compressed,
             MATTERS,
             "nats",
         ),
         Claim(
             "straighter",
-            "Half-way up, the path through a text's states bends less.",
+            "At half the depth, the trajectory of a text's hidden states is straighter than that "
+            "of its embeddings.",
             "curvature at half the depth",
-            "the same of the embeddings",
+            "the same for the embeddings",
             _straighter,
             0.05,
             "radians",
@@ -457,26 +462,27 @@ def _shuffled_dimension(model: HeadModel, setting: StudySetting) -> Evidence:
 
 TOKEN_GEOMETRY = Study(
     "token-geometry",
-    "The dimension of a text's states",
+    "Intrinsic dimension of a text's hidden states",
     "Viswanathan et al. 2025, The Geometry of Tokens in Internal Representations of Large Language "
     "Models, arXiv 2501.10573",
     (
         Claim(
             "shuffled",
-            "Half-way up, shuffled tokens fill more dimensions than the text itself.",
-            "intrinsic dimension of the states of shuffled tokens",
-            "the same of the text as it is",
+            "At half the depth, shuffled text has a higher intrinsic dimension than the text "
+            "itself.",
+            "intrinsic dimension of the hidden states of the shuffled text",
+            "the same for the original text",
             _shuffled_dimension,
             MATTERS,
             "dimensions",
         ),
     ),
-    "TwoNN on the tokens of single texts, which biases high dimensions down in both alike.",
+    "TwoNN on the tokens of single texts, which underestimates high dimensions in both cases.",
 )
 
 
 def _whole(model: HeadModel, setting: StudySetting) -> Probe:
-    """Unpadded texts of one length, half of them as reference."""
+    """Unpadded texts of equal length, half of them as reference."""
     probes = [skilled(model, setting, number)[0] for number in range(2)]
     length = min(48, *(int(one.real.sum(1).min()) for one in probes))
     rows = [one.tokens[:, :length] for one in probes]
@@ -503,14 +509,15 @@ def _positional_head(model: HeadModel, setting: StudySetting) -> Evidence:
 
 POSITION = Study(
     "position-and-context",
-    "States as a part of position and a part of content",
+    "Splitting hidden states into position and content",
     "Song and Zhong 2023, Uncovering Hidden Geometry in Transformers via Disentangling Position "
     "and Context, arXiv 2310.04861",
     (
         Claim(
             "share",
-            "Position explains a share of the states of texts that it was not estimated on.",
-            "share of the variance that position explains at half the depth",
+            "Position explains part of the variance of hidden states on texts that it was not "
+            "estimated on.",
+            "share of variance explained by position at half the depth",
             "none",
             _positional,
             0.05,
@@ -518,16 +525,17 @@ POSITION = Study(
         ),
         Claim(
             "previous",
-            "The scores of the previous-token head are made by position more than others'.",
-            "share of position in the scores of that head",
+            "Position accounts for more of the previous-token head's attention scores than of "
+            "other heads'.",
+            "share of position in that head's attention scores",
             "mean of all other heads",
             _positional_head,
             MATTERS,
             "share",
         ),
     ),
-    "The paper studies learned positions; with rotary ones a mean over texts still holds what "
-    "depends on the place.",
+    "The paper studies learned position embeddings; with rotary positions, a mean over texts still "
+    "captures what depends on position.",
 )
 
 
@@ -561,15 +569,15 @@ def _farther(model: HeadModel, setting: StudySetting) -> Evidence:
 
 SPECIALISED = Study(
     "specialised-heads",
-    "Sure heads, and far-looking layers",
+    "Confident heads and long-range layers",
     "Voita et al. 2019, Analyzing Multi-Head Self-Attention: Specialized Heads Do the Heavy "
     "Lifting, arXiv 1905.09418; Vig and Belinkov 2019, Analyzing the Structure of Attention in a "
     "Transformer Language Model, arXiv 1906.04284",
     (
         Claim(
             "confident",
-            "Heads that are sure of one token matter more to the loss.",
-            "rank correlation over heads of confidence and of gradient importance on other texts",
+            "Heads that put most of their attention on one token matter more to the loss.",
+            "rank correlation over heads between confidence and gradient importance on other texts",
             "none",
             _confident,
             0.2,
@@ -577,15 +585,15 @@ SPECIALISED = Study(
         ),
         Claim(
             "farther",
-            "Deeper heads attend to tokens that are farther away.",
-            "rank correlation over heads of layer and mean distance",
+            "Deeper heads attend to more distant tokens.",
+            "rank correlation over heads between layer and mean attention distance",
             "none",
             _farther,
             0.2,
             "rank correlation",
         ),
     ),
-    "Confidence leaves out the first token, on which decoders park attention.",
+    "Confidence ignores the first token, which decoders use as an attention sink.",
 )
 
 
@@ -603,12 +611,12 @@ def _sparser(model: HeadModel, setting: StudySetting) -> Evidence:
 
 ENTMAX = Study(
     "sparse-attention",
-    "How sparse heads like to be",
+    "How sparse heads become when they can choose",
     "Correia et al. 2019, Adaptively Sparse Transformers, arXiv 1909.00015",
     (
         Claim(
             "sparser",
-            "Where each head may choose, heads become sparser.",
+            "Heads that can choose their sparsity become sparser.",
             "alpha of entmax after training, mean over heads",
             "alpha at the start, 1.25",
             _sparser,
@@ -616,8 +624,8 @@ ENTMAX = Study(
             "alpha",
         ),
     ),
-    "Alphas are trained for a few steps with the model frozen; the paper trains the model along. "
-    "Alpha is near 1 for softmax and 2 for sparsemax.",
+    "Alphas are trained for a few steps with the model frozen; the paper trains the model with "
+    "them. Alpha is 1 for softmax and 2 for sparsemax.",
 )
 ALL = (
     ATTENTION_LENS, ROUTES, ATTENTION_FLOW, ATMAN, MEMORISATION, LAYER_BY_LAYER, TOKEN_GEOMETRY,
