@@ -1,11 +1,11 @@
 """Information flow: token-to-token contributions, rollout, and routes of a prompt.
 
 hs.flow.rollout(model, probe).matrix           # attention multiplied over layers
-hs.flow.alti(model, probe).matrix              # the same of vectors that attention moves
+hs.flow.alti(model, probe).matrix              # the same, on the vectors that attention moves
 hs.flow.norms(model, probe).norm_share         # how much each head moves between tokens
 hs.flow.through_heads(model, probe, "needle")  # rollout from the needle through each head
-hs.flow.source_contribution(model, probe)      # what a translation takes from its source
-hs.flow.routes(model, "The cat sat").edges     # who gives what to the last position
+hs.flow.source_contribution(model, probe)      # share of a translation that comes from its source
+hs.flow.routes(model, "The cat sat").edges     # what each head passes to the last position
 """
 
 from headscope.flow.contributions import alti as alti

@@ -36,7 +36,7 @@ from headscope.probes.probe import Probe
 from headscope.table import Contributions, HeadScores, SourceContribution, TokenFlow, TokenLogits
 from headscope.views import AttentionRows
 
-# Share of the largest entry of a layer's write by which the parts' sum may miss it.
+# Tolerance of the parts' sum, relative to the largest entry of a layer's write.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 5e-2
 
 RowsAt = Callable[[Int[Tensor, " query"]], AttentionRows]
@@ -46,18 +46,19 @@ RowsAt = Callable[[Int[Tensor, " query"]], AttentionRows]
 class LayerSum:
     """Attention output of one layer as a sum, ``written = sum of parts + constant``, in fp32.
 
-    The part of head h and key j at query i is ``A_ij v_j W_O / scale_i``. Where a norm follows
-    attention (gemma2, gemma3, olmo2), its gain and centring are in ``W_O`` and its denominator of
-    this run is ``scale``; else the scale is 1. Valid only while the pass shows the layer.
+    The part of head h and key j at query i is ``A_ij v_j W_O / scale_i``. If a norm follows
+    attention (gemma2, gemma3, olmo2), its gain and centring are folded into ``W_O`` and its
+    denominator in this run is ``scale``; otherwise the scale is 1. Valid only during the layer's
+    callback.
 
     Attributes:
         layer: the model's layer number.
-        make_rows: exact rows of some queries.
-        entering: residual stream that attention reads and adds to.
-        values: as attention used them.
-        W_O: output weights as they reach the stream.
-        scale: denominator of a norm after attention.
-        constant: what attention adds that belongs to no head.
+        make_rows: computes exact pattern rows of given queries.
+        entering: residual stream before attention.
+        values: value vectors used by attention.
+        W_O: output weights, with a following norm's gain and centring folded in.
+        scale: denominator of the norm after attention, else 1.
+        constant: part of attention's output that no head writes, such as biases.
         heads_written: sum of all parts.
     """
 
@@ -72,26 +73,26 @@ class LayerSum:
 
     @property
     def written(self) -> Float[Tensor, "batch pos d_model"]:
-        """Contribution of attention to the stream."""
+        """Attention's output, as added to the residual stream."""
         return self.heads_written + self.constant
 
     def weights(self, query_pos: Int[Tensor, " query"]) -> Float[Tensor, "batch head query key"]:
-        """Attention weights over the norm's scale: the multipliers of ``v_j W_O``.
+        """Attention weights divided by the norm's scale: the multipliers of ``v_j W_O``.
 
-        The key axis ends with the last key that any of the queries sees.
+        The key axis ends at the last key visible to any of the queries.
         """
         pattern = self.make_rows(query_pos).pattern
         return pattern / self.scale[:, None, query_pos.to(self.scale.device), None]
 
     def moved(self, example: int) -> Float[Tensor, "head key d_model"]:
-        """``v_j W_O`` of every head and key: ``heads * keys * d_model`` numbers."""
+        """``v_j W_O`` for every head and key: ``heads * keys * d_model`` numbers."""
         values = self.values[example].float()
         group = len(self.W_O) // len(values)
         return torch.matmul(values.repeat_interleave(group, 0), self.W_O)
 
     @cached_property
     def moved_norms(self) -> Float[Tensor, "batch head key"]:
-        """Euclidean length of ``v_j W_O``, through the Gram matrix of ``W_O``."""
+        """Euclidean norm of ``v_j W_O``, from the Gram matrix of ``W_O``."""
         group = len(self.W_O) // self.values.shape[1]
         values = self.values.float().repeat_interleave(group, 1)
         gram = self.W_O @ self.W_O.mT
@@ -135,19 +136,19 @@ def each_layer(
     also: Mapping[Tap, Read] = MappingProxyType({}),
     until: Tap | None = None,
 ) -> None:
-    """Run a batch once and pass on every layer's decomposed attention output.
+    """Run a batch once and call ``visit`` with every layer's decomposed attention output.
 
-    Every layer's sum is held against what the model itself added.
+    Every layer's sum is checked against the model's own attention output.
 
     Args:
-        model: that is run.
-        batch: what it runs.
-        visit: is shown each layer.
-        also: other taps that are read.
-        until: where the pass stops; default: after the last layer.
+        model: model to run.
+        batch: batch to run.
+        visit: called with each layer.
+        also: further taps to read.
+        until: tap at which the pass stops. Default: after the last layer.
 
     Raises:
-        HeadscopeError: if a sum is not what the model added.
+        HeadscopeError: if a sum differs from the model's own attention output.
     """
     entering: dict[int, Tensor] = {}
     sums = LayerSums(batch.real.to(model.device))
@@ -185,10 +186,10 @@ def layer_sum(model: HeadModel, view: TapView, entering: Tensor) -> LayerSum:
 
 
 class LayerSums:
-    """Attention output of every layer, by the model and by its parts, in either order."""
+    """Check of every layer's attention output against the sum of its parts."""
 
     def __init__(self, real: Bool[Tensor, "batch pos"]) -> None:
-        """Start a pass; padding is left out."""
+        """Start a check; padding positions are left out."""
         self._real = real
         self._one: dict[int, Tensor] = {}
         self._gaps: list[Tensor] = []
@@ -210,9 +211,9 @@ class LayerSums:
         worst = float(torch.stack(self._gaps).max())
         if not worst <= allowed or self._one:
             raise HeadscopeError(
-                f"what attention of {model.name} adds is not the sum of what its heads move (a "
-                f"gap of {worst:.2g} of the largest entry, allowed {allowed:.2g}), so its flow is "
-                "not to be trusted; please report the model."
+                f"what attention of {model.name} adds is not the sum of what its heads move "
+                f"(relative gap {worst:.2g}, tolerance {allowed:.2g}), so its flow cannot be "
+                "computed; please report the model."
             )
 
 
@@ -230,7 +231,7 @@ def need_attention(model: HeadModel) -> None:
     if others:
         raise UnsupportedModelError(
             f"{model.name} has no attention in {len(others)} of its layers (the first is "
-            f"{others[0]}), and how these mix tokens is not shown: flow over all layers is not "
+            f"{others[0]}), and how these mix tokens is unknown: flow over all layers is not "
             "defined for it."
         )
 
@@ -238,20 +239,20 @@ def need_attention(model: HeadModel) -> None:
 def query_chunks(
     model: HeadModel, length: int, bytes_per_query: int, options: RunOptions, halvings: int = 0
 ) -> Iterator[Int[Tensor, " query"]]:
-    """All query positions in chunks that fit the memory, on the CPU."""
+    """All query positions, in chunks that fit the memory budget, on the CPU."""
     budget = chunk_bytes(model.device, options.memory_bytes) >> halvings
     return chunks(torch.arange(length), bytes_per_query, budget)
 
 
 def texts_per_pass(probe: Probe) -> int:
-    """Number of texts per pass, small since the rows of all queries are computed."""
+    """Number of texts per pass; small, since rows are computed for all queries."""
     return max(1, 512 // probe.length)
 
 
 def nan_where_missing(
     model: HeadModel, values: Float[np.ndarray, "layer head *rest"]
 ) -> Float[np.ndarray, "layer head *rest"]:
-    """Values of all heads, NaN at those that do not exist."""
+    """Copy values into an array of all heads, with NaN for heads that do not exist."""
     shape = model.shape
     present = np.zeros((shape.n_layers, shape.n_heads), bool)
     for head in shape.heads:
@@ -262,7 +263,7 @@ def nan_where_missing(
 
 
 def existing(model: HeadModel, layer: int) -> Float[Tensor, " head"]:
-    """1 for heads of a layer that exist, 0 for those that were removed; on the device."""
+    """Mask of a layer's heads on the device: 1 for existing heads, 0 for removed ones."""
     shape = model.shape
     kept = [
         HeadIndex(layer, head, shape.stack) not in shape.removed for head in range(shape.n_heads)
@@ -276,10 +277,10 @@ def texts_of(model: HeadModel, probe: Probe) -> tuple[tuple[str, ...], ...]:
 
 
 def places(probe: Probe, at: "str | Tensor") -> Bool[Tensor, "batch pos"]:
-    """Positions given as numbers, or by name: a mark, ``last``, or ``all`` real ones.
+    """Boolean mask of positions given as a mask or by name: a mark, ``last``, or ``all``.
 
     Raises:
-        InputError: if there is no such mark, the shape is another, or one is at padding.
+        InputError: if the mark is unknown, the shape is wrong, or a position is padding.
     """
     probe = probe.host
     if not isinstance(at, str | Tensor):
@@ -301,7 +302,7 @@ def places(probe: Probe, at: "str | Tensor") -> Bool[Tensor, "batch pos"]:
             f"{tuple(probe.tokens.shape)}; got {given.dtype} in shape {tuple(given.shape)}."
         )
     if bool((given & ~probe.real).any()):
-        raise InputError("some of the positions given are padding.")
+        raise InputError("some of the given positions are padding.")
     return given
 
 
@@ -311,7 +312,7 @@ def _layer(view: TapView) -> int:
 
 _FORMS = ("per_head", "fused", "residual")
 
-_ROUNDING = 1e-6  # share of a norm that its difference from another may be off by
+_ROUNDING = 1e-6  # relative rounding error allowed in a difference of norms
 
 NORM_SOURCE = "Kobayashi et al. 2020 (arXiv 2004.10102) and 2021 (arXiv 2109.07152)"
 ALTI_LOGIT_SOURCE = "Ferrando et al. 2023 (arXiv 2305.12535), ALTI-Logit"
@@ -330,29 +331,30 @@ def alti(
 ) -> TokenFlow:
     """Aggregate token-to-token contributions over layers, measured on vectors (ALTI).
 
-    In a layer the vector of key j at query i is ``T_i(x_j) = sum over heads of A_ij v_j W_O``,
-    with ``x_i`` added where ``j = i``; with attention's biases they sum to ``y_i``, the stream
-    after attention. ``C_ij = max(0, |y_i| - |y_i - T_i(x_j)|)`` in L1 norm, each row divided by
-    its sum (where all are 0 the nearest key has 1), and the layers are multiplied as in
-    :func:`rollout`. MLPs act on one position at a time and are left out. A head whose values
-    are nothing contributes nothing: without values the result is the identity.
+    In each layer, key j contributes the vector ``T_i(x_j) = sum over heads of A_ij v_j W_O`` to
+    query i, plus ``x_i`` if ``j = i``; together with attention's biases, these sum to ``y_i``, the
+    residual stream after attention. ``C_ij = max(0, |y_i| - |y_i - T_i(x_j)|)`` in L1 norm, with
+    each row divided by its sum (if all entries are 0, the nearest key gets 1), and the matrices are
+    multiplied over layers as in :func:`rollout`. MLPs act on one position at a time and are left
+    out. A head with zero values contributes nothing: if all values are zero, the result is the
+    identity.
 
-    A norm after attention (gemma2, gemma3, olmo2) is held at its scale of this run. Costs
-    ``heads * d_model`` operations per pair of positions, in chunks; kept are ``heads * length *
-    d_model`` numbers of one layer and text.
+    A norm after attention (gemma2, gemma3, olmo2) is frozen at its scale in this run. The cost is
+    ``heads * d_model`` operations per pair of positions, in chunks; memory holds ``heads * length *
+    d_model`` numbers for one layer and text.
 
     Args:
-        model: with attention in every layer.
-        probe: what to run.
-        batch_size: texts per pass; changes nothing but time and memory.
-        memory: what one chunk of vectors may take, e.g. ``"2GB"``.
+        model: model with attention in every layer.
+        probe: texts to run.
+        batch_size: texts per pass; affects only time and memory.
+        memory: memory budget for one chunk of vectors, e.g. ``"2GB"``.
 
     Returns:
-        ``.matrix [batch query key]``, 0 to 1; rows sum to 1.
+        Token flow with ``.matrix [batch query key]`` in [0, 1]; rows sum to 1.
 
     Raises:
         InputError: if the probe does not fit the model.
-        UnsupportedModelError: if attention's write cannot be split by head and key.
+        UnsupportedModelError: if attention's output cannot be split by head and key.
 
     Source: Ferrando, Gállego and Costa-jussà 2022, "Measuring the Mixing of Contextual
     Information in the Transformer". Pre-norm models: no norm is applied to the vectors.
@@ -388,7 +390,7 @@ def alti(
         torch.cat(parts).numpy(),
         probe.host.real.numpy(),
         texts_of(model, probe),
-        "share of the contribution over all layers, by the L1 norm of what is moved",
+        "share of the contribution over all layers, by the L1 norm of the moved vectors",
         ALTI_SOURCE,
         origin(model, probe, reading="alti", **held_norm(model)),
     )
@@ -399,7 +401,7 @@ def _alti_step(
     whole: Float[Tensor, "pos d_model"],
     state: Float[Tensor, "query key"],
 ) -> Float[Tensor, "query key"]:
-    """Contributions of one layer times those of the layers below."""
+    """Multiply one layer's contributions by those of the layers below."""
     after = torch.zeros_like(state)
     for at in vectors.chunks():
         shares = _alti_rows(vectors, at, whole)
@@ -410,7 +412,7 @@ def _alti_step(
 def _alti_rows(
     vectors: "Vectors", at: slice, whole: Float[Tensor, "pos d_model"]
 ) -> Float[Tensor, "query key"]:
-    """Rows of C of one chunk of queries, divided by their sums."""
+    """Normalised rows of C for one chunk of queries."""
     rest, visible = vectors.fused(at, own=True, minus_from=whole[at])
     reach = torch.linalg.vector_norm(whole[at], 1, -1)
     near = reach[:, None] - torch.linalg.vector_norm(rest, 1, -1).T
@@ -424,8 +426,8 @@ def shares_of(
     """Proximities clamped at 0 and normalised; if none is above 0, the largest gets 1.
 
     Args:
-        near: proximities; minus infinity where there is no part.
-        reach: norm of the whole. A proximity within 1e-6 of it is that of no vector.
+        near: proximities; minus infinity where a part does not exist.
+        reach: norm of the whole. A proximity within 1e-6 of it counts as that of a zero vector.
 
     Example:
         >>> near = torch.tensor([[3.0, 1.0, 0.0], [-1.0, -2.0, 0.0]])
@@ -454,27 +456,28 @@ def alti_logits(
 ) -> TokenLogits:
     """Split a logit, or a difference of two, over the input tokens.
 
-    What attention of layer l moves from position j to the target, along the logit's residual
-    direction over the final norm's scale (held fixed), is spread over input tokens by row j of
-    :func:`alti`'s matrix of the layers below. The embedding at the target's own position is its
-    token's. MLPs and biases stay parts of their own, so that all sum to the logit.
+    What attention of layer l moves from position j to the target position, projected onto the
+    logit's residual direction and divided by the frozen scale of the final norm, is spread over
+    input tokens by row j of :func:`alti`'s matrix of the layers below. The embedding at the target
+    position belongs to that token. MLPs and biases stay separate parts, so the parts sum to the
+    logit.
 
     Args:
-        model: with attention in every layer and a plain final norm.
-        prompt: text, or token ids.
-        target: token, as its text or id; default: the model's most likely next token.
-        foil: token whose logit is taken off; default: none.
-        position: whose next token is predicted.
-        memory: what one chunk of vectors may take.
+        model: model with attention in every layer and a plain final norm.
+        prompt: text or token ids.
+        target: target token, as text or id. Default: the model's most likely next token.
+        foil: token whose logit is subtracted. Default: none.
+        position: position whose next token is predicted; negative counts from the end.
+        memory: memory budget for one chunk of vectors.
 
     Raises:
         InputError: if the prompt, the position or a token does not fit the model.
-        UnsupportedModelError: if the model has no plain final norm, or attention's write cannot
-            be split.
+        UnsupportedModelError: if the model has no plain final norm, or attention's output cannot be
+            split by head and key.
         HeadscopeError: if the parts do not sum to the logit.
 
-    Source: Ferrando et al. 2023 (arXiv 2305.12535), ALTI-Logit: its part of attention and the
-    embedding; MLPs are not spread over tokens here.
+    Source: Ferrando et al. 2023 (arXiv 2305.12535), ALTI-Logit: attention and embedding parts; MLPs
+    are not spread over tokens here.
 
     Example:
         >>> found = hs.flow.alti_logits(model, [5, 9, 5, 9], target=5, foil=9)
@@ -539,7 +542,7 @@ def alti_logits(
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """Vectors that one layer moves in one text, summed over heads, by chunks of queries."""
+    """Vectors that one layer moves in one text, summed over heads, in chunks of queries."""
 
     made: LayerSum
     example: int
@@ -550,26 +553,26 @@ class Vectors:
     def of(
         cls, model: HeadModel, made: LayerSum, example: int, options: RunOptions, halvings: int
     ) -> "Vectors":
-        """Multiply the values out once; chunks fit the memory given."""
+        """Compute ``v_j W_O`` once; chunks fit the memory budget."""
         length, width = made.entering.shape[1:]
         per_query = 4 * 2 * length * width
         first = next(query_chunks(model, length, per_query, options, halvings))
         return cls(made, example, made.moved(example).transpose(0, 1).contiguous(), len(first))
 
     def chunks(self) -> list[slice]:
-        """Successive runs of queries."""
+        """Consecutive slices of queries."""
         length = self.made.entering.shape[1]
         return [slice(at, min(at + self.size, length)) for at in range(0, length, self.size)]
 
     def fused(
         self, at: slice, *, own: bool, minus_from: Tensor | None = None
     ) -> tuple[Float[Tensor, "key query d_model"], Bool[Tensor, "query key"]]:
-        """``T_i(x_j)`` of all keys, and which keys are visible.
+        """``T_i(x_j)`` for all keys, and which keys are visible.
 
         Args:
-            at: queries.
-            own: add the residual stream of the query itself.
-            minus_from: give ``minus_from - T`` instead.
+            at: slice of queries.
+            own: add the query's own residual stream where j = i.
+            minus_from: return ``minus_from - T`` instead.
         """
         query_pos = torch.arange(at.start, at.stop)
         rows = self.made.make_rows(query_pos)
@@ -599,35 +602,37 @@ def norms(
     batch_size: int | None = None,
     memory: "str | int | None" = None,
 ) -> Contributions:
-    """Norms of what attention moves, per head and with the heads fused, and mixing ratios.
+    """Norms of the vectors that attention moves, per head and summed over heads, and mixing ratios.
 
-    The vector of head h and key j at query i is ``A_ij v_j W_O`` (values with their bias, without
-    that of the output projection). Per head its Euclidean norm; fused, the norm of the heads' sum,
-    which is never larger than the sum of their norms and ranks keys otherwise. ``norm_share`` of a
-    head is its norms over ``j != i``, over the norms of all heads of its layer and all keys,
-    both summed over the queries of a text. The mixing ratio of a position is the norm of the
-    fused sum over other positions, over itself plus that of the position's own; in the form
-    ``residual`` its own part has the residual stream added.
+    Head h moves the vector ``A_ij v_j W_O`` from key j to query i (values include their bias; the
+    output projection's bias is left out). The per-head norm is its Euclidean norm. The fused norm
+    is that of the sum over heads, which is never larger than the sum of the per-head norms and may
+    rank keys differently. ``norm_share`` of a head is the sum of its norms over ``j != i``, divided
+    by the sum over all heads of its layer and all keys, both over the queries of a text. The mixing
+    ratio of a position is ``a / (a + b)`` with ``a`` the norm of the fused sum over other positions
+    and ``b`` the norm of its own part; the form ``residual`` adds the residual stream to its own
+    part.
 
-    First positions, which can only look at themselves, are in no mean. A norm after attention
-    (gemma2, gemma3, olmo2) is held at its scale of this run.
+    Means leave out first positions, which can only attend to themselves. A norm after attention
+    (gemma2, gemma3, olmo2) is frozen at its scale in this run.
 
     Args:
-        model: with attention in every layer.
-        probe: what to run.
-        batch_size: texts per pass; changes nothing but time and memory.
-        memory: what one chunk of vectors may take.
+        model: model with attention in every layer.
+        probe: texts to run.
+        batch_size: texts per pass; affects only time and memory.
+        memory: memory budget for one chunk of vectors.
 
     Returns:
-        ``.per_head_norm``, ``.fused_norm``, ``.mixing_ratio``, ``.norm_share`` and ``.moved``.
+        Contributions with ``.per_head_norm``, ``.fused_norm``, ``.mixing_ratio``, ``.norm_share``
+        and ``.moved``.
 
     Raises:
         InputError: if the probe does not fit the model.
-        UnsupportedModelError: if attention's write cannot be split by head and key.
+        UnsupportedModelError: if attention's output cannot be split by head and key.
 
     Source: Kobayashi et al. 2020, "Attention is Not Only a Weight"; 2021, "Incorporating Residual
     and Normalization Layers into Analysis of Masked Language Models", forms 1 and 2. Their form
-    with the norm behind the sum is for models that have one there.
+    with the norm after the sum applies to models with a norm there.
 
     Example:
         >>> found = hs.flow.norms(model, probe)
@@ -677,9 +682,13 @@ def norms(
         fused_norm=joined["fused"].numpy(),
         mixing={form: joined[form].numpy() for form in ("attention", "residual")},
         norm_share=scores(
-            "norm_share", share, "share", 1.0, "it moves more of its layer's norm between tokens"
+            "norm_share",
+            share,
+            "share",
+            1.0,
+            "it moves a larger share of its layer's norm between tokens",
         ),
-        moved=scores("moved_norm", mean, "norm", None, "it moves longer vectors between tokens"),
+        moved=scores("moved_norm", mean, "norm", None, "it moves larger vectors between tokens"),
         real=real.numpy(),
         tokens=texts_of(model, probe),
         provenance=about,
@@ -688,7 +697,7 @@ def norms(
 
 @dataclass(eq=False)
 class _Norms:
-    """Running result of :func:`norms`; positions are the last axis."""
+    """Accumulator of :func:`norms`; positions are the last axis."""
 
     elsewhere: Float[Tensor, "layer head batch pos"]
     everything: Float[Tensor, "layer head batch pos"]
@@ -749,14 +758,15 @@ def norm_matrix(
     *,
     batch_size: int | None = None,
 ) -> Float[np.ndarray, "batch *head query key"]:
-    """Matrix of norms of one layer: attention weighted by the size of what it moves.
+    """Matrix of norms of one layer: attention weighted by the norm of what it moves.
 
     Args:
-        model: with attention in every layer.
-        probe: what to run.
-        layer: which.
-        form: ``per_head``: ``|A_ij v_j W_O|``, with an axis of heads; ``fused``: norm of the
-            heads' sum; ``residual``: the same with the position's own stream added where j = i.
+        model: model with attention in every layer.
+        probe: texts to run.
+        layer: layer number.
+        form: ``per_head``: ``|A_ij v_j W_O|``, with a head axis; ``fused``: norm of the sum over
+            heads; ``residual``: the same, with the position's own residual stream added where j =
+            i.
         batch_size: texts per pass.
 
     Raises:
@@ -802,7 +812,7 @@ def norm_matrix(
 
 
 SOURCE = "Ferrando et al. 2022 (arXiv 2205.11631), ALTI+"
-_CHUNK = 1 << 27  # bytes of vectors at once
+_CHUNK = 1 << 27  # memory budget for vectors, in bytes
 
 
 @checked
@@ -811,31 +821,32 @@ _CHUNK = 1 << 27  # bytes of vectors at once
 def source_contribution(
     model: HeadModel, probe: Probe, *, batch_size: int | None = None
 ) -> SourceContribution:
-    """Share of the source, and of the target's prefix, in each target token.
+    """Share of the source and of the target prefix in each target token of a translation (ALTI+).
 
-    In every attention the vector that key j moves to query i is ``T_i(x_j) = sum over heads of
-    A_ij v_j W_O``; the residual stream that attention is added to counts as one more: with self-
-    attention it joins the query's own key, in cross-attention it stands alone. Where a layer norm
-    follows (BART, Marian), each vector goes through it with its scale held at that of this run.
-    With ``y_i`` the whole, ``C_ij = max(0, |y_i| - |y_i - T_i(x_j)|)`` in L1 norm, and each row is
-    divided by its sum. A decoder layer passes on what cross-attention takes of the source, and of
-    its residual what self-attention takes of the prefix. The layers are multiplied, so that a row
-    of source and prefix together sums to 1. MLPs act on one position at a time and are left out.
+    In every attention, key j moves the vector ``T_i(x_j) = sum over heads of A_ij v_j W_O`` to
+    query i. The residual stream counts as one more vector: self-attention adds it to the query's
+    own key, cross-attention keeps it as a separate part. If a layer norm follows (BART, Marian),
+    each vector goes through it with the scale frozen at this run. With ``y_i`` the sum, ``C_ij =
+    max(0, |y_i| - |y_i - T_i(x_j)|)`` in L1 norm, and each row is divided by its sum. In a decoder
+    layer, the cross-attention share goes to the source and its residual share to the prefix, as
+    distributed by self-attention. The layers are multiplied, so each row sums to 1 over source and
+    prefix together. MLPs act on one position at a time and are left out.
 
-    A translation that comes little from its source is detached from it: the mean of
-    :attr:`SourceContribution.share` over a sentence detects hallucinations.
+    A translation with a small share of its source is detached from it: a low mean of
+    :attr:`SourceContribution.share` over a sentence indicates a hallucination.
 
     Args:
-        model: an encoder-decoder.
-        probe: sources and targets, of :func:`headscope.probes.translation`.
+        model: encoder-decoder model.
+        probe: sources and targets, from :func:`headscope.probes.translation`.
         batch_size: examples per pass.
 
     Returns:
-        ``.source [batch target source]``, ``.prefix [batch target target]``, ``.share``.
+        Contributions with ``.source [batch target source]``, ``.prefix [batch target target]`` and
+        ``.share [batch target]``, each in [0, 1].
 
     Raises:
         InputError: if the model is not an encoder-decoder, or the probe has no source.
-        UnsupportedModelError: if what stands around attention is not a plain norm.
+        UnsupportedModelError: if the norms around attention are not plain norms.
 
     Source: Ferrando et al. 2022, "Towards Opening the Black Box of Neural Machine Translation:
     Source and Target Interpretations of the Transformer"; hallucinations: Dale et al. 2022 (arXiv
@@ -875,7 +886,7 @@ def source_contribution(
 
 
 def _joined(made: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Multiply layers: of the encoder, then of decoder and cross-attention together."""
+    """Multiply the layers of the encoder, then those of decoder and cross-attention together."""
     first = made["encoder"][0]
     encoder = torch.eye(first.shape[1], device=first.device).expand_as(first)
     for shares in made["encoder"]:
@@ -892,7 +903,7 @@ def _joined(made: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
 
 @dataclass(eq=False)
 class _Maker:
-    """Computes the shares of every layer of one stack."""
+    """Computes contribution shares of every layer of one stack."""
 
     view: StackView
     known: dict[int, Any]
@@ -906,7 +917,7 @@ class _Maker:
         return cls(view, known, {n: sublayer(view, one, n) for n, one in known.items()})
 
     def shares(self, batch: Probe) -> list[Float[Tensor, "batch query part"]]:
-        """Rows of shares of each layer, in one pass."""
+        """Share matrix of each layer, from one pass."""
         self.kept, self.made = {}, []
         with keeping_streams(self.view, self.kept, self.known):
             self.view.run(
@@ -936,7 +947,7 @@ class _Maker:
 def moved_by_head(
     seen: TapView, W_O: Float[Tensor, "head d_head d_model"]
 ) -> Float[Tensor, "batch head key d_model"]:
-    """``v_j W_O`` of every head and key."""
+    """``v_j W_O`` for every head and key."""
     values = seen.values().float()
     group = len(W_O) // values.shape[1]
     return torch.matmul(values.repeat_interleave(group, 1), W_O.float())
@@ -945,7 +956,7 @@ def moved_by_head(
 def vectors_of(
     seen: TapView, moved: Float[Tensor, "head key d_model"], at: Int[Tensor, " query"], example: int
 ) -> Float[Tensor, "query key d_model"]:
-    """``T_i(x_j)`` of some queries of one example, the heads summed."""
+    """``T_i(x_j)`` for some queries of one example, summed over heads."""
     rows = seen.rows(at).pattern[example]
     found = torch.einsum("hqk,hkd->qkd", rows, moved[:, : rows.shape[-1]])
     missing = moved.shape[1] - rows.shape[-1]
@@ -959,7 +970,7 @@ def shares(
     constant: Sublayer,
     crosses: bool,
 ) -> Float[Tensor, "query part"]:
-    """Share of each key in the stream after attention; of cross-attention the residual is last."""
+    """Share of each key in the stream after attention; in cross-attention the residual is last."""
     place = at.to(stream.device)
     own = stream[place]
     if crosses:

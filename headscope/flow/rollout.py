@@ -32,13 +32,13 @@ from headscope.probes.probe import Probe
 from headscope.table import HeadScores, TokenFlow
 
 _FUSIONS = ("mean", "max", "min")
-_UNIT = 1 << 30  # capacities are whole numbers in scipy
+_UNIT = 1 << 30  # scipy takes integer capacities
 _LONGEST = 64
 
 ROLLOUT_SOURCE = "Abnar and Zuidema 2020 (arXiv 2005.00928), attention rollout"
 FLOW_SOURCE = "Abnar and Zuidema 2020 (arXiv 2005.00928), attention flow"
 
-# Reads one chunk of rows of a layer: (layer, query positions, rows of all heads).
+# Receives one chunk of a layer's rows: (layer, query positions, rows of all heads).
 ReadRows = Callable[[int, Tensor, Float[Tensor, "batch head query key"]], None]
 
 
@@ -53,28 +53,28 @@ def rollout(
     batch_size: int | None = None,
     memory: "str | int | None" = None,
 ) -> TokenFlow:
-    """Attention rollout: multiply attention over layers, with half of each step as residual.
+    """Attention rollout: attention multiplied over layers, with an equal share for the residual.
 
-    ``R_l = B_l R_(l-1)``, where ``B`` is the heads' attention, fused, plus the identity, each row
-    divided by its sum: half attention and half itself, where rows of attention sum to 1. Rows of
-    the result sum to 1, and causal attention stays lower-triangular. Values are not looked at: a
-    head whose values are nothing counts as any other (compare :func:`alti`).
+    ``R_l = B_l R_(l-1)``, where ``B`` is the attention fused over heads plus the identity, with
+    each row divided by its sum: half attention and half residual if attention rows sum to 1. Rows
+    of the result sum to 1, and causal attention stays lower-triangular. Values are ignored: a head
+    with zero values counts like any other (compare :func:`alti`).
 
-    Rows are streamed; the cost beside attention's own is ``layers * length^3`` per text, and the
-    memory that of the result.
+    Rows are streamed. On top of attention itself, the cost is ``layers * length^3`` operations per
+    text; memory is that of the result.
 
     Args:
-        model: with attention in every layer.
-        probe: what to run.
-        heads: how they are fused: ``mean``, ``max`` or ``min``.
-        batch_size: texts per pass; changes nothing but time and memory.
-        memory: what one chunk of rows may take, e.g. ``"2GB"``.
+        model: model with attention in every layer.
+        probe: texts to run.
+        heads: how heads are fused: ``mean``, ``max`` or ``min``.
+        batch_size: texts per pass; affects only time and memory.
+        memory: memory budget for one chunk of rows, e.g. ``"2GB"``.
 
     Returns:
-        ``.matrix [batch query key]``, from 0 to 1.
+        Token flow with ``.matrix [batch query key]`` in [0, 1].
 
     Raises:
-        InputError: if the probe does not fit, or ``heads`` is not a fusion.
+        InputError: if the probe does not fit the model, or ``heads`` is not a known fusion.
         UnsupportedModelError: if the model has layers without attention.
 
     Source: Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers".
@@ -120,10 +120,10 @@ def rollout(
 def rolled_out(
     mixing: Float[Tensor, "layer *batch query key"],
 ) -> Float[Tensor, "*batch query key"]:
-    """Multiply mixing matrices of layers, the first layer rightmost.
+    """Multiply mixing matrices over layers, with the first layer rightmost.
 
     Args:
-        mixing: how each layer mixes positions; rows usually sum to 1.
+        mixing: mixing matrix of each layer; rows usually sum to 1.
 
     Example:
         >>> layer = torch.tensor([[1.0, 0.0], [0.2, 0.8]])
@@ -148,34 +148,34 @@ def through_heads(
     batch_size: int | None = None,
     memory: "str | int | None" = None,
 ) -> HeadScores:
-    """Mass of the rollout on some input tokens that passes through each head.
+    """Share of the rollout onto chosen input tokens that passes through each head.
 
-    Of the rollout from a target to the set, head h of layer l carries
-    ``(B_L ... B_(l+1)) (A^h / (2 heads)) R_(l-1)``: what its own attention moves in its layer.
-    The heads of a layer and its residual stream sum to the whole. Over all inputs each head
-    carries the same, ``1 / (2 heads)``, whatever it does: that is why a set must be named, and
-    why a set of all tokens is refused.
+    Head h of layer l carries ``(B_L ... B_(l+1)) (A^h / (2 heads)) R_(l-1)`` of the rollout from a
+    target to the chosen inputs: the part that its own attention moves in its layer. The heads of a
+    layer and its residual stream sum to the total. Summed over all inputs, every head carries ``1 /
+    (2 heads)`` whatever it does, so the inputs must be a proper subset of the tokens.
 
-    Rows are streamed: ``length * heads of all layers`` numbers are kept per text.
+    Rows are streamed; memory holds ``length * heads of all layers`` numbers per text.
 
     Args:
-        model: with attention in every layer.
-        probe: what to run.
-        inputs: the set of input tokens: a mark's name, or True and False ``[batch pos]``.
-        at: positions whose rollout it is, averaged over: ``last`` of each text, ``all``, a mark's
-            name, or True and False ``[batch pos]``.
+        model: model with attention in every layer.
+        probe: texts to run.
+        inputs: chosen input tokens: name of a mark, or a boolean mask ``[batch pos]``.
+        at: target positions, averaged over: ``last`` of each text, ``all``, the name of a mark, or
+            a boolean mask ``[batch pos]``.
         batch_size: texts per pass.
-        memory: what one chunk of rows may take.
+        memory: memory budget for one chunk of rows.
 
     Returns:
-        A score per head, 0 to 1, with values per example; missing where a text has no input or
-        no target.
+        A score per head in [0, 1], with values per example; NaN for texts without an input or a
+        target.
 
     Raises:
-        InputError: if a mark is unknown, nothing is marked, or all tokens of a text are.
+        InputError: if a mark is unknown, or no tokens or all tokens of a text are chosen.
         UnsupportedModelError: if the model has layers without attention.
 
-    Source: Abnar and Zuidema 2020, rollout; the split by head is that of the product's own sum.
+    Source: Abnar and Zuidema 2020, rollout; the split by head follows from the sum inside the
+    product.
 
     Example:
         >>> score = hs.flow.through_heads(model, probe, inputs="first_copy")
@@ -187,11 +187,11 @@ def through_heads(
     options, host = RunOptions(batch_size, memory), probe.host
     chosen, targets = places(probe, inputs), places(probe, at)
     if not bool(chosen.any()):
-        raise InputError("no input token is chosen, so nothing can pass through a head from them.")
+        raise InputError("no input token is chosen: mark at least one.")
     if bool(((chosen == host.real).all(1)).any()):
         raise InputError(
-            "the inputs are all tokens of a text: then every head passes the same, 1 / (2 heads), "
-            "whatever it does; choose some of the tokens."
+            "the inputs are all tokens of a text, so every head passes the same share, 1 / (2 "
+            "heads): choose some of the tokens."
         )
     shape = model.shape
 
@@ -228,7 +228,7 @@ def through_heads(
 
         _over_rows(model, batch, step, end, options, halvings)
         weights = batch.mark("targets").to(model.device).float()
-        weights = weights / weights.sum(1, keepdim=True)  # NaN where a text has no target
+        weights = weights / weights.sum(1, keepdim=True)  # NaN for texts without a target
         mean = einsum(weights, carried, "batch pos, batch pos head -> batch head")
         return rearrange(mean.cpu(), "batch (layer head) -> batch layer head", head=shape.n_heads)
 
@@ -266,21 +266,21 @@ def max_flow(
 ) -> TokenFlow:
     """Maximum flow from a position down to each input token, with attention as capacities.
 
-    The graph has a node per layer and position, and edges with the capacities of
-    :func:`rollout`'s ``B``. An entry is the value of a maximum flow, 0 to 1, to 1e-6; rows do not
-    sum to 1, as every input is asked for by itself. A row of 64 tokens and 12 layers takes 0.2
-    seconds, and time grows with the cube of the length.
+    The graph has a node per layer and position, and edges with the capacities of :func:`rollout`'s
+    ``B``. Each entry is the value of a maximum flow in [0, 1], accurate to 1e-6; rows do not sum to
+    1, since each input is computed separately. A row of 64 tokens and 12 layers takes 0.2 seconds,
+    and time grows with the cube of the length.
 
     Args:
-        model: with attention in every layer.
-        probe: what to run.
-        at: positions that are asked for, all others NaN: ``all``, ``last`` of each text, a mark's
-            name, or True and False ``[batch pos]``.
-        longest: longest text that is taken.
+        model: model with attention in every layer.
+        probe: texts to run.
+        at: query positions to compute (NaN elsewhere): ``all``, ``last`` of each text, the name of
+            a mark, or a boolean mask ``[batch pos]``.
+        longest: longest text that is accepted, in tokens.
         batch_size: texts per pass.
 
     Raises:
-        InputError: if a text is longer, or a mark unknown.
+        InputError: if a text is longer than ``longest``, or a mark is unknown.
         UnsupportedModelError: if the model has layers without attention.
 
     Source: Abnar and Zuidema 2020, "Quantifying Attention Flow in Transformers".
@@ -297,7 +297,7 @@ def max_flow(
     if tokens > longest:
         raise InputError(
             f"a text has {tokens} tokens, and maximum flows take minutes beyond {longest}: shorten "
-            f"it, or ask for it with longest={tokens}."
+            f"it, or pass longest={tokens}."
         )
     asked = places(probe, at)
 
@@ -336,8 +336,8 @@ def flow_of(mixing: Float[np.ndarray, "layer query key"], query: int) -> Float[n
     """Maximum flow from one position above the last layer to each position below the first.
 
     Args:
-        mixing: capacities: ``mixing[l, i, j]`` from position i above layer l to j below it.
-        query: the position.
+        mixing: capacities; ``mixing[l, i, j]`` is from position i above layer l to j below it.
+        query: position above the last layer.
 
     Example:
         >>> layer = np.array([[1.0, 0.0], [0.2, 0.8]])
@@ -359,7 +359,7 @@ def flow_of(mixing: Float[np.ndarray, "layer query key"], query: int) -> Float[n
 
 
 def _reaches(mixing: np.ndarray, query: int) -> np.ndarray:
-    """Positions below the first layer to which any edge leads."""
+    """Positions below the first layer that are reachable from the query."""
     reached = np.zeros(mixing.shape[1], bool)
     reached[query] = True
     for one in mixing[::-1]:
@@ -375,7 +375,7 @@ def _over_rows(
     options: RunOptions,
     halvings: int,
 ) -> None:
-    """Pass on all rows of every layer, chunk by chunk, from the first layer up."""
+    """Stream all rows of every layer, chunk by chunk, from the first layer up."""
     per_query = 4 * len(batch) * model.shape.n_heads * batch.length
 
     def attend(view: TapView) -> None:
@@ -392,7 +392,7 @@ def _over_rows(
 def _fused(
     rows: Float[Tensor, "batch head query key"], present: Float[Tensor, " head"], fusion: str
 ) -> Float[Tensor, "batch query key"]:
-    """Average the existing heads' matrices."""
+    """Fuse the matrices of the existing heads."""
     if fusion == "mean":
         return einsum(
             rows,
@@ -420,5 +420,5 @@ def _identity(model: HeadModel, batch: Probe) -> Float[Tensor, "batch query key"
 
 
 def _span(query_pos: Tensor) -> slice:
-    """A chunk of successive positions as a slice, without a device sync."""
+    """Slice of a chunk of consecutive positions, without a device sync."""
     return slice(int(query_pos[0]), int(query_pos[-1]) + 1)

@@ -38,7 +38,7 @@ from headscope.table.flow import EDGE_KINDS
 from headscope.views import AttentionRows
 
 SOURCE = "Ferrando and Voita 2024 (arXiv 2403.00824), information flow routes"
-_PARALLEL = 1e-4  # share by which an MLP's output may move where it does not read attention
+_PARALLEL = 1e-4  # tolerance for changes of an MLP's output that does not read attention
 
 
 @checked
@@ -53,44 +53,45 @@ def routes(
     position: int = -1,
     memory: "str | int | None" = None,
 ) -> Routes:
-    """Trace a position back to the input tokens, through heads, MLPs and residuals.
+    """Trace a position back to the input tokens through heads, MLPs and the residual stream.
 
-    Nodes are the residual stream after attention and after every block, and every MLP, at every
-    position. A node ``y`` is the sum of its parts ``x_j``: the stream below, for attention a part
-    ``A_ij v_j W_O`` of every (key, head) and one of its biases, and the MLP. The share of a part is
-    ``max(0, |y| - |y - x_j|)`` in L1 norm over the sum of the same (where all are 0, the part
-    nearest to y has all). The target, the stream after the last block, has importance 1;
-    every node hands its importance down by shares; what goes to a bias ends there. Over every
-    cut importances sum to 1.
+    Nodes are the residual stream after attention and after each block, and each MLP, at every
+    position. A node ``y`` is a sum of parts ``x_j``: the stream below it, plus for attention a part
+    ``A_ij v_j W_O`` for each (key, head) and one for its biases, or the MLP. The share of a part is
+    ``max(0, |y| - |y - x_j|)`` in L1 norm, divided by the sum over parts (if all are 0, the part
+    nearest to y gets 1). The target, the stream after the last block, has importance 1; every node
+    passes its importance down to its parts by their shares; importance that reaches a bias ends
+    there. Importances sum to 1 over every cut.
 
-    Two thresholds, of different things. ``part_threshold`` drops single parts with a smaller
-    share before heads are summed, and scales the others up (the largest is kept in any case):
-    twelve weak heads vanish. ``edge_threshold`` drops edges, summed over heads, from the drawing:
-    the same twelve may survive; importances are those of the whole graph.
+    The two thresholds differ. ``part_threshold`` drops single parts with a smaller share before
+    heads are summed, and rescales the others (the largest is always kept): twelve weak heads
+    vanish. ``edge_threshold`` hides edges, summed over heads, from the drawn graph: the same twelve
+    heads together may survive. Importances are those of the whole graph.
 
-    A norm after attention or an MLP is held at its scale of this run. Layers are traced lazily:
-    only positions that have importance are computed, each ``heads * length * d_model``
-    operations: all before the target with ``part_threshold=0``, few of them with the default.
-    Kept are the residual stream, queries, keys and values of the prompt.
+    A norm after attention or an MLP is frozen at its scale in this run. Layers are traced lazily:
+    only positions with importance are computed, at ``heads * length * d_model`` operations each:
+    all positions up to the target with ``part_threshold=0``, few with the default. Memory holds the
+    residual stream, queries, keys and values of the prompt.
 
     Args:
-        model: with attention in every layer.
-        prompt: text, or token ids.
-        part_threshold: 0 to 1, below 1.
-        edge_threshold: 0 to 1.
-        position: the target; default: the last.
-        memory: what one chunk of vectors may take, e.g. ``"2GB"``.
+        model: model with attention in every layer.
+        prompt: text or token ids.
+        part_threshold: share below which single parts are dropped, from 0 to below 1.
+        edge_threshold: share below which edges are not drawn, from 0 to 1.
+        position: target position; negative counts from the end. Default: the last.
+        memory: memory budget for one chunk of vectors, e.g. ``"2GB"``.
 
     Returns:
-        ``.edges``, ``.head_flow [layer head]``, ``.on_route [layer head]``, ``.entering``,
-        ``.bias``, ``.mlp``, ``.cuts``.
+        Routes with ``.edges``, ``.head_flow [layer head]``, ``.on_route [layer head]``,
+        ``.entering``, ``.bias``, ``.mlp`` and ``.cuts``.
 
     Raises:
-        InputError: if the prompt, the position or a threshold does not fit.
-        UnsupportedModelError: if attention's write cannot be split by head and key.
+        InputError: if the prompt or the position does not fit the model, or a threshold is out of
+            range.
+        UnsupportedModelError: if attention's output cannot be split by head and key.
 
     Source: Ferrando and Voita 2024, "Information Flow Routes: Automatically Interpreting Language
-    Models at Scale". Biases are a part here, and the L1 distance has no offset.
+    Models at Scale". Here biases are a separate part, and the L1 distance has no offset.
 
     Example:
         >>> found = hs.flow.routes(model, "The cat sat on the mat", edge_threshold=0.1)
@@ -120,29 +121,30 @@ def route_scores(
     at: "str | Tensor" = "last",
     memory: "str | int | None" = None,
 ) -> HeadTable:
-    """Flow through every head, and how often it is on a route, over a probe's texts.
+    """Score the flow through every head, and how often it is on a route, over a probe's texts.
 
-    ``flow``: importance that passes through the head on the way to the target, as
-    :func:`routes`' ``head_flow``. ``on_route``: 1 where an edge of the head alone, of at least
-    ``edge_threshold``, goes into a node that drawn edges join to the target, else 0; the mean is
-    the paper's activation frequency. Each text is cut to its real tokens and traced by itself;
-    of several targets in a text, values are averaged.
+    ``flow``: importance that passes through the head on the way to the target, as in
+    :attr:`Routes.head_flow`. ``on_route``: 1 if an edge of this head alone, of at least
+    ``edge_threshold``, enters a node that drawn edges connect to the target, else 0; its mean is
+    the paper's activation frequency. Each text is cut to its real tokens and traced separately;
+    values are averaged over the targets of a text.
 
     Args:
-        model: with attention in every layer.
-        probe: whose texts are traced.
+        model: model with attention in every layer.
+        probe: texts to trace.
         part_threshold: share below which single parts are dropped; see :func:`routes`.
-        edge_threshold: share from which an edge is drawn.
-        at: targets: ``last`` of each text, ``all``, a mark's name, or True and False
+        edge_threshold: smallest share of a drawn edge.
+        at: target positions: ``last`` of each text, ``all``, the name of a mark, or a boolean mask
             ``[batch pos]``.
-        memory: what one chunk of vectors may take.
+        memory: memory budget for one chunk of vectors.
 
     Returns:
         A table of ``flow`` and ``on_route``, with values per example.
 
     Raises:
-        InputError: if the probe does not fit, nothing is a target, or a threshold is out of range.
-        UnsupportedModelError: if attention's write cannot be split by head and key.
+        InputError: if the probe does not fit the model, no position is a target, or a threshold is
+            out of range.
+        UnsupportedModelError: if attention's output cannot be split by head and key.
 
     Source: Ferrando and Voita 2024, activation frequency of heads.
 
@@ -157,7 +159,7 @@ def route_scores(
     options, host = RunOptions(memory=memory), probe.host
     targets = places(probe, at)
     if not bool(targets.any()):
-        raise InputError("no position is a target, so there is no route to trace.")
+        raise InputError("no position is a target: choose at least one.")
     shape, parallel = model.shape, reads_past_attention(model)
     flow = np.full((shape.n_layers, shape.n_heads, len(probe)), np.nan)
     on_route = flow.copy()
@@ -192,7 +194,7 @@ def route_scores(
 
     return HeadTable(
         [
-            score("flow", flow, "importance", "more of what the target holds passes through it"),
+            score("flow", flow, "importance", "more of the target's content passes through it"),
             score("on_route", on_route, "share of texts", "it is on the route more often"),
         ]
     )
@@ -200,13 +202,14 @@ def route_scores(
 
 @checked
 def proximity_shares(parts: Float[Tensor, "part d_model"]) -> Float[Tensor, " part"]:
-    """Shares of parts in their sum, by how much closer each brings it in L1 norm.
+    """Shares of parts in their sum, by how much each reduces the L1 distance to it.
 
-    ``max(0, |y| - |y - x_j|)`` over the sum of the same, where y is the sum of the parts. For parts
-    without negative entries that is ``|x_j| / |y|``, so that parts may be split; in general not.
+    ``max(0, |y| - |y - x_j|)``, divided by its sum over parts, where y is the sum of the parts. For
+    parts without negative entries this is ``|x_j| / |y|``, so parts may be split or merged; in
+    general they may not.
 
     Args:
-        parts: vectors.
+        parts: vectors to compare with their sum.
 
     Example:
         >>> hs.flow.proximity_shares(torch.tensor([[3.0, 0.0], [0.0, 1.0]])).tolist()
@@ -220,9 +223,9 @@ def proximity_shares(parts: Float[Tensor, "part d_model"]) -> Float[Tensor, " pa
 
 def _check_thresholds(part: float, edge: float) -> None:
     if not 0 <= part < 1:
-        raise InputError(f"part_threshold={part}: a share from 0 to below 1, such as 0.01.")
+        raise InputError(f"part_threshold={part}: give a share from 0 to below 1, such as 0.01.")
     if not 0 <= edge <= 1:
-        raise InputError(f"edge_threshold={edge}: a share from 0 to 1, such as 0.04.")
+        raise InputError(f"edge_threshold={edge}: give a share from 0 to 1, such as 0.04.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +238,7 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _Edges:
-    """Drawn edges of one layer, by index."""
+    """Drawn edges of one layer, as index arrays."""
 
     kind: int
     layer: int
@@ -247,7 +250,7 @@ class _Edges:
 
 
 class _Trace:
-    """A trace in progress from the target down; importances are in fp64 on the CPU."""
+    """Trace in progress, from the target down; importances are fp64 on the CPU."""
 
     def __init__(
         self,
@@ -382,7 +385,7 @@ class _Trace:
         chosen: np.ndarray,
         heads: np.ndarray | None = None,
     ) -> None:
-        """Record the drawn edges."""
+        """Record edges to draw."""
         count = int(chosen.sum())
         shares = np.zeros((count, self.model.shape.n_heads)) if heads is None else heads
         self.edges.append(
@@ -431,7 +434,7 @@ def _near(
     reach: Float[Tensor, " query"],
     part: Float[Tensor, "query d_model"],
 ) -> Float[Tensor, " query"]:
-    """Reduction of the L1 distance to the whole by one part per query."""
+    """Reduction of the L1 distance to the sum by one part per query."""
     near: Tensor = reach - torch.linalg.vector_norm(whole - part, 1, -1)
     return near
 
@@ -444,9 +447,9 @@ def _near_heads(
     norms: Float[Tensor, "head key"],
     query_pos: Int[Tensor, " query"],
 ) -> Float[Tensor, "query head key"]:
-    """Reduction of the L1 distance by every (head, key) part ``weights * moved``; 0 for zero parts.
+    """Reduction of the L1 distance by each (head, key) part ``weights * moved``; 0 for zero parts.
 
-    A part that is shorter than 1e-7 of the whole is within fp32's rounding and taken as nothing.
+    A part with a norm below 1e-7 of the sum's is within fp32 rounding and counts as zero.
     """
     heads, queries, keys = weights.shape
     near = whole.new_zeros(queries, heads, keys)
@@ -459,7 +462,7 @@ def _near_heads(
         for head in range(heads):
             weight, vectors = weights[head, at, :last], moved[head, :last]
             chosen: Any = slice(None)
-            if on_cpu:  # a GPU would have to wait
+            if on_cpu:  # would sync a GPU
                 seen = weight.amax(0) * norms[head, :last] > 1e-7 * far.min()
                 chosen = seen.nonzero().squeeze(1)
                 weight, vectors = weight[:, chosen], vectors[chosen]
@@ -469,7 +472,7 @@ def _near_heads(
 
 
 def _block(device: torch.device, entries: int) -> int:
-    """Number of queries whose vectors are computed at once, by cache size."""
+    """Number of queries whose vectors are computed at once, from the cache size."""
     return max(1, (1 << (19 if device.type == "cpu" else 27)) // max(1, entries))
 
 
@@ -513,8 +516,8 @@ def _recorded(model: HeadModel, prompt: Prompt) -> dict[int, _Block]:
     return {layer: _Block(sums[layer], mlps[layer]) for layer in layers}
 
 
-def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> RowsAt:
-    """Rows of one layer, computed by a separate pass on first use."""
+def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> Rows:
+    """Rows of one layer, computed in a separate pass on first use."""
     found: list[AttentionRows] = []
 
     def rows(query_pos: Int[Tensor, " query"]) -> AttentionRows:
@@ -534,8 +537,8 @@ def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> RowsAt:
 def reads_past_attention(model: HeadModel) -> bool:
     """Whether MLPs read the same stream as attention (parallel blocks), by a tiny pass.
 
-    Text l has what attention of layer l writes changed; where no MLP of the same layer answers to
-    that, blocks are parallel.
+    In example l of a batch, the attention output of layer l is changed; if that layer's MLP does
+    not respond, blocks are parallel.
 
     Example:
         >>> reads_past_attention(model)

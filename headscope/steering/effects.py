@@ -55,30 +55,32 @@ def indirect_effect(
     memory: str | int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Average indirect effect of every head: effect of its task mean on prompts without the task.
+    """Average indirect effect of every head: effect of its task mean on shuffled-label prompts.
 
-    On prompts whose demonstrations have their labels shuffled, a head's output at ``end`` becomes
-    its mean over prompts with the right labels; the effect is the probability of the answer then
-    minus that before. Means are of the other half of a task's prompts, so that no prompt is told
-    its own answer. The control does the same with means of shuffled prompts: what any mean does.
-    Its p-values are over prompts: they are of these tasks.
+    On prompts whose demonstrations have shuffled labels, a head's output at ``end`` is replaced by
+    its mean over prompts with the correct labels; the effect is the resulting change in the
+    answer's probability. Means come from the other half of a task's prompts, so a prompt never
+    contributes to its own mean. The control injects means over shuffled-label prompts, to measure
+    the effect of any mean. P-values are over prompts, so they generalise to prompts of these tasks
+    only.
 
     Args:
-        model: the model.
-        tasks: by name: a probe of :func:`headscope.probes.in_context`, or pairs (text, label).
-        heads: which; default: all.
-        template: of prompts that are made of pairs.
-        shots: demonstrations of such prompts; default: 10, or all but the query.
-        seed: of the same.
-        batch_size: as :func:`headscope.ablate_heads` takes it.
-        memory: likewise.
-        progress: likewise.
+        model: model to run.
+        tasks: by name, a probe from :func:`headscope.probes.in_context` or (text, label) pairs.
+        heads: heads to measure. Default: all.
+        template: template for prompts built from pairs.
+        shots: demonstrations per such prompt. Default: 10, or all pairs but the query.
+        seed: seed for drawing those prompts.
+        batch_size: see :func:`headscope.ablate_heads`.
+        memory: see :func:`headscope.ablate_heads`.
+        progress: see :func:`headscope.ablate_heads`.
 
     Returns:
-        The score ``indirect_effect``, in probability, with its control per prompt.
+        The score ``indirect_effect`` in units of probability, with its control per prompt.
 
     Raises:
-        InputError: if there is no task, a probe has no shuffled pair or fewer than four prompts.
+        InputError: if there is no task, or a probe has no shuffled-label pair or fewer than four
+            prompts.
 
     Source: Todd et al. 2023 (arXiv 2310.15213).
 
@@ -91,7 +93,7 @@ def indirect_effect(
         True
     """
     if not tasks:
-        raise InputError("there are no tasks: give one at least, {name: pairs or probe}.")
+        raise InputError("there are no tasks: give at least one, {name: pairs or probe}.")
     chosen = present(model, heads)
     probes = {
         name: _task_probe(model, name, task, template, shots, seed) for name, task in tasks.items()
@@ -123,10 +125,10 @@ def indirect_effect(
         alternative="greater",
         unit="probability",
         bounds=(-1.0, 1.0),
-        description="its mean over prompts of a task makes the answer likelier without the task",
+        description="injecting its task mean makes the answer more likely",
         source=SOURCE,
         provenance=origin(
-            model, next(iter(probes.values())), control="means of shuffled prompts",
+            model, next(iter(probes.values())), control="means over shuffled-label prompts",
             tasks=", ".join(probes),
         ),
     )  # fmt: skip
@@ -161,7 +163,7 @@ def _effects(
     memory: str | int | None,
     progress: bool | None,
 ) -> Float[np.ndarray, "2 chosen example"]:
-    """Change of the answer's probability when each head's mean is patched in at the end."""
+    """Change in the answer's probability when each head's mean is patched in at ``end``."""
     study = Measurement.of(
         model, probe, answer_probability.at("end"),
         RunOptions(batch_size, memory, progress=progress),
@@ -186,9 +188,10 @@ class Strengths(Saved, Shown, Tabular):
     """Learned strengths of injection for a task.
 
     Attributes:
-        values: from 0 (the head is left alone) to 1 (it gives its vector); NaN: no such head.
+        values: strengths ``[layer, head]``, from 0 (output unchanged) to 1 (output replaced by the
+            vector); NaN for heads that do not exist.
         losses: training loss before each step.
-        checks: validation loss every few steps, with the step; the best one's values are kept.
+        checks: validation loss every few steps, with the step; the values are those of the best.
         before, after: validation loss without injection, and with the values.
         provenance: where it came from.
     """
@@ -201,15 +204,15 @@ class Strengths(Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def scores(self) -> HeadScores:
-        """The strengths as a score of heads."""
+        """The strengths as a head score."""
         return HeadScores.from_summary(
             "injection_strength", self.values, kv_heads=1, unit="share", bounds=(0.0, 1.0),
-            description="the task needs the head's vector in place of its output",
+            description="the task benefits from replacing the head's output by its vector",
             source="soft injection (arXiv 2507.20906)", provenance=self.provenance,
         )  # fmt: skip
 
     def glance(self) -> Glance:
-        """The strongest heads."""
+        """Show the heads with the largest strengths."""
         return Glance(
             "learned injection strengths",
             [f"loss {number(self.before)} -> {number(self.after)}", self.provenance.model],
@@ -239,27 +242,27 @@ def learn_strengths(
 ) -> Strengths:
     """Learn how strongly to inject each head's vector for a task, with the model frozen.
 
-    ``z`` at ``end`` becomes ``(1 - a) z + a v`` with ``a = sigmoid(theta)`` and theta 0 at the
-    start; Adam on the cross-entropy of the answer, all prompts in each step. Every few steps the
-    loss on the test prompts is taken, and the strengths of the lowest are kept (never the start's
-    by itself, which changes all heads by half).
+    ``z`` at ``end`` becomes ``(1 - a) z + a v`` with ``a = sigmoid(theta)``, and theta starts at 0.
+    Adam minimises the cross-entropy of the answer, with all prompts in each step. The loss on the
+    test prompts is measured every few steps, and the strengths with the lowest loss are returned
+    (the initial ones, 0.5 for every head, are not a candidate).
 
     Args:
-        model: the model.
-        vectors: of this model.
-        probe: prompts with a target at ``end``, such as queries without demonstrations.
-        test: others, by which strengths are chosen; default: every fourth prompt, held out.
-        steps: of Adam.
+        model: model to run.
+        vectors: vectors of this model.
+        probe: prompts with a target at ``end``, e.g. queries without demonstrations.
+        test: prompts for choosing the strengths. Default: every fourth prompt, held out.
+        steps: number of Adam steps.
         rate: learning rate.
         every: steps between two checks.
-        folder: where the run is kept at every check, from which the same call resumes to the
-            same numbers.
-        progress: show a bar.
+        folder: checkpoint folder, written at every check; the same call resumes from it and gives
+            the same numbers.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if the vectors are of another model, a number is out of range, there are fewer
-            than four prompts to hold some out, or the folder holds another run.
-        HeadscopeError: if the loss is no longer finite.
+        InputError: if the vectors belong to another model, a number is out of range, there are
+            fewer than four prompts to hold some out, or the folder holds another run.
+        HeadscopeError: if the loss becomes NaN or infinite.
 
     Source: soft injection of task embeddings, arXiv 2507.20906.
 
@@ -277,7 +280,9 @@ def learn_strengths(
     vectors.check(model)
     if test is None:
         if len(probe) < 4:
-            raise InputError(f"{len(probe)} prompts cannot be held out from: give 4, or test=.")
+            raise InputError(
+                f"{len(probe)} prompts are too few to hold some out: give at least 4, or test=."
+            )
         held = torch.arange(len(probe)) % 4 == 3
         order = torch.arange(len(probe))
         probe, test = probe.examples(order[~held]), probe.examples(order[held])
@@ -334,7 +339,7 @@ def _loss(
     values: Float[Tensor, "layer head d_head"],
     amounts: Float[Tensor, "layer head"] | None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the answers with vectors injected at the end."""
+    """Cross-entropy of the answers with vectors injected at ``end``."""
     end = probe.host.mark("end")
 
     def write(layer: int, share: Tensor) -> Write:
@@ -370,26 +375,26 @@ def contrast(
 ) -> HeadVectors:
     """Steering vectors of heads from two sets of texts, and how well each separates them.
 
-    ``mean``: mean output on the positives less that on the negatives; with a broad sample of text
-    as negatives that is mean-centring. ``pca``: first principal component of the centred
-    differences of pairs (example i of both), length 1, its sign such that most pairs of positive
-    and negative lie in its direction (ties: as the mean difference). ``probe``: linear
-    discriminant, ``(S + 0.1 trace(S) / d_head)^-1 (mean difference)`` with the covariance S within
-    the classes, length 1.
+    ``mean``: mean output on the positives minus that on the negatives; with a broad sample of text
+    as negatives, this is mean-centring. ``pca``: first principal component of the centred
+    differences of pairs (example i of both), with norm 1 and the sign for which most
+    positive-minus-negative differences point its way (on ties, that of the mean difference).
+    ``probe``: linear discriminant ``(S + 0.1 trace(S) / d_head)^-1 (mean difference)`` with the
+    within-class covariance S, with norm 1.
 
-    ``auc``: the share of pairs of a positive and a negative that the vector orders rightly, where
-    it is fitted to the even examples and tried on the odd ones; p-value by Mann and Whitney's test.
+    ``auc``: share of (positive, negative) pairs that the vector orders correctly, when fitted to
+    the even examples and tested on the odd ones; the p-value is from the Mann-Whitney test.
 
     Args:
-        model: the model.
-        positives: texts that have what the vector should stand for.
-        negatives: texts that lack it; as many, for ``pca``.
-        method: see above.
-        at: as :func:`head_means` takes it.
+        model: model to run.
+        positives: texts with the property that the vector should represent.
+        negatives: texts without it; as many as the positives for ``pca``.
+        method: ``mean``, ``pca`` or ``probe``, as above.
+        at: see :func:`head_means`.
         batch_size: examples per pass.
 
     Raises:
-        InputError: if a probe does not fit, or has too few examples.
+        InputError: if a probe does not fit the model, or has too few examples.
 
     Source: Jorgensen et al. 2023 (arXiv 2312.03813), mean-centring; Zou et al. 2023
     (arXiv 2310.01405), representation reading; Li et al. 2023 (arXiv 2306.03341), heads.
@@ -405,12 +410,12 @@ def contrast(
         raise InputError(nearest(str(method), METHODS, kind="method"))
     if min(len(positives), len(negatives)) < 2:
         raise InputError(
-            f"{len(positives)} positives and {len(negatives)} negatives: each class needs two "
-            "examples at least."
+            f"{len(positives)} positives and {len(negatives)} negatives: each class needs at least "
+            "two examples."
         )
     if method == "pca" and len(positives) != len(negatives):
         raise InputError(
-            f"pca takes pairs, and there are {len(positives)} positives and {len(negatives)} "
+            f"pca needs pairs, and there are {len(positives)} positives and {len(negatives)} "
             "negatives."
         )
     for one in (positives, negatives):
@@ -430,8 +435,8 @@ def direction(
     """Vector from one set of points to another; see :func:`contrast`.
 
     Args:
-        high: of the positives.
-        low: of the negatives.
+        high: points of the positive class.
+        low: points of the negative class.
         method: ``mean``, ``pca`` or ``probe``.
 
     Example:
@@ -488,7 +493,7 @@ def _held_out(
         },
         unit="share",
         bounds=(0.0, 1.0),
-        description="the head's vector tells held-out examples of the two classes apart",
+        description="the head's vector separates held-out examples of the two classes",
         source="Li et al. 2023 (arXiv 2306.03341), probes of head outputs",
         provenance=about,
     )  # fmt: skip
@@ -500,11 +505,11 @@ class SteeringTable(Saved, Shown, Tabular):
 
     Attributes:
         arms: names: ``none``, ``heads``, ``random heads``, ``residual``, ``random residual``, and
-            ``prompt`` where one was given.
+            ``prompt`` if one was given.
         metric: name and unit of the task's metric.
-        task: the metric on every prompt.
-        side: KL(plain || steered) of the next token after other texts, in nats; NaN for
-            ``prompt``, which leaves other texts as they are.
+        task: metric on every prompt, ``[arm, prompt]``.
+        side: KL(plain || steered) of the next token after other texts, in nats; NaN for ``prompt``,
+            which does not change other texts.
         provenance: where it came from.
     """
 
@@ -515,7 +520,7 @@ class SteeringTable(Saved, Shown, Tabular):
     provenance: Provenance = field(default_factory=Provenance)
 
     def glance(self) -> Glance:
-        """Means of every arm."""
+        """Show the means of every arm."""
         task, side = mean_and_sem(self.task), mean_and_sem(self.side)
         rows = [
             (arm, f"{number(float(task.mean[n]))} ({number(float(task.sem[n]))})",
@@ -543,8 +548,8 @@ class SteeringTable(Saved, Shown, Tabular):
         )  # fmt: skip
 
 
-# From a batch, where to steer it and where logits are wanted to those, ``[row d_vocab]``.
-SteeredPass = Callable[[Probe, Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Tensor]
+# Maps a batch, the positions to steer and the positions to read to logits ``[row d_vocab]``.
+Run = Callable[[Probe, Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Tensor]
 
 
 @checked
@@ -567,33 +572,33 @@ def compare(
 ) -> SteeringTable:
     """Compare head-level steering with its baselines, including side effects.
 
-    Arms: ``none``; ``heads``, the vectors injected; ``random heads``, random directions of the
-    same lengths in the same heads; ``residual``, what the heads' vectors write together added to
-    the residual stream after one layer; ``random residual``, a random direction of that length. All
-    act at the last token: ``end`` of the prompts, and the last token of other texts. ``prompt``
-    steers by words instead: the same questions asked with demonstrations or an instruction.
+    Arms: ``none``; ``heads``, the injected vectors; ``random heads``, random directions with the
+    same norms in the same heads; ``residual``, the joint write of the heads' vectors, added to the
+    residual stream after one layer; ``random residual``, a random direction with that norm. All act
+    at the last token: ``end`` of the prompts, and the last token of other texts. ``prompt`` steers
+    by prompting instead: the same questions with demonstrations or an instruction.
 
     Args:
-        model: the model.
+        model: model to run.
         probe: prompts with targets at ``end``.
-        vectors: of this model.
-        heads: in which they are injected.
-        strength: as :func:`inject` takes it; of the residual arms too where it is one number.
-        mode: as :func:`inject` takes it.
-        layer: after which the residual arms add; default: a third of the way up.
-        metric: that reads ``end``.
-        prompt: the same examples, in the same order and with the same targets, as a prompt that
-            asks for the task, such as :func:`headscope.probes.in_context` with demonstrations;
-            default: no such arm.
-        other: unrelated texts; default: the bundled passages.
-        seed: of the random directions.
+        vectors: vectors of this model.
+        heads: heads to inject into.
+        strength: see :func:`inject`; also scales the residual arms if it is one number.
+        mode: see :func:`inject`.
+        layer: layer after which the residual arms add their vector. Default: a third of the depth.
+        metric: metric that reads logits at ``end``.
+        prompt: the same examples in the same order and with the same targets, as prompts that ask
+            for the task, e.g. with demonstrations from :func:`headscope.probes.in_context`.
+            Default: no such arm.
+        other: unrelated texts. Default: the bundled passages.
+        seed: seed for the random directions.
         batch_size: examples per pass.
 
     Raises:
-        InputError: if an argument does not fit.
+        InputError: if the probe, the vectors or another argument does not fit the model.
         UnsupportedModelError: if a norm follows attention.
 
-    Source: AxBench (arXiv 2501.17148), on baselines of steering.
+    Source: AxBench (arXiv 2501.17148), on steering baselines.
 
     Example:
         >>> pairs = [("cat", " Mary"), ("dog", " John"), ("park", " Mary"), ("store", " John")]
@@ -665,7 +670,7 @@ def compare(
 
 
 def _need_same_answers(probe: Probe, prompt: Probe) -> None:
-    """Refuse a prompt whose answers differ from the probe's.
+    """Raise InputError if the prompt's answers differ from the probe's.
 
     Raises:
         InputError: if examples or targets at ``end`` differ.
@@ -673,8 +678,8 @@ def _need_same_answers(probe: Probe, prompt: Probe) -> None:
     asked, other = (one.targets[one.mark("end")].tolist() for one in (probe, prompt))
     if len(probe) != len(prompt) or asked != other:
         raise InputError(
-            f"the prompt ({len(prompt)} examples) and the probe ({len(probe)}) have other answers "
-            "at 'end': ask the same questions in the same order."
+            f"the prompt ({len(prompt)} examples) and the probe ({len(probe)}) have different "
+            "answers at 'end': ask the same questions in the same order."
         )
 
 
@@ -694,7 +699,7 @@ def _metric_of(
 def _moved(
     model: HeadModel, texts: Probe, plain: SteeredPass, run: SteeredPass, batch_size: int | None
 ) -> Float[np.ndarray, " text"]:
-    """KL(plain || steered) of the next token after the last one."""
+    """KL(plain || steered) of the next token after each text."""
 
     def one(batch: Probe, _: int) -> Tensor:
         last = torch.nn.functional.one_hot(batch.last, batch.length).bool()

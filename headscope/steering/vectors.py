@@ -36,11 +36,11 @@ class HeadVectors(Saved, Shown, Tabular):
     """One vector per head, in the space of its output ``z`` before the output projection.
 
     Attributes:
-        name: what they are, e.g. ``mean at end``.
-        values: NaN for heads that do not exist.
-        provenance: where they came from; the weights in it say which model they fit.
-        auc: how well each tells two classes apart on examples that it was not fitted to; None
-            where it was fitted to none.
+        name: description, e.g. ``mean at end``.
+        values: vectors, ``[layer, head, d_head]``; NaN for heads that do not exist.
+        provenance: where they came from; its weight digest identifies the model they fit.
+        auc: AUC of each head's vector for separating two classes on held-out examples, ``[layer,
+            head]``; None if there are no classes.
     """
 
     name: str
@@ -50,7 +50,7 @@ class HeadVectors(Saved, Shown, Tabular):
 
     @property
     def by_layer(self) -> dict[int, Float[Tensor, "head d_head"]]:
-        """Vectors by layer, as :func:`headscope.edits.mean` takes them."""
+        """Vectors by layer, in the form that :func:`headscope.edits.mean` takes."""
         there = ~self.values.isnan().all(-1).all(-1)
         return {layer: self.values[layer] for layer in there.nonzero()[:, 0].tolist()}
 
@@ -61,16 +61,16 @@ class HeadVectors(Saved, Shown, Tabular):
         return length
 
     def cosine(self, other: "HeadVectors") -> Float[Tensor, "layer head"]:
-        """Cosine similarity with another set, head by head; NaN for zero vectors."""
+        """Cosine similarity with another set, per head; NaN for zero vectors."""
         _same_shape(self, other)
         both = (self.values * other.values).sum(-1)
         return both / (self.norm * other.norm)
 
     def minus(self, other: "HeadVectors") -> "HeadVectors":
-        """Subtract another set; with the mean over several tasks this is mean-centring."""
+        """Subtract another set; with the mean over several tasks, this is mean-centring."""
         _same_shape(self, other)
         made = self.values - other.values
-        return replace(self, name=f"{self.name} less {other.name}", values=made, auc=None)
+        return replace(self, name=f"{self.name} minus {other.name}", values=made, auc=None)
 
     def random(self, seed: int = 0) -> "HeadVectors":
         """Random directions with the same norms, as a control."""
@@ -83,7 +83,7 @@ class HeadVectors(Saved, Shown, Tabular):
         """Return the vectors if they belong to this model, else raise.
 
         Raises:
-            InputError: if they are of another one.
+            InputError: if they belong to another model.
         """
         shape = model.shape
         wanted = (shape.n_layers, shape.n_heads, shape.d_head)
@@ -101,7 +101,7 @@ class HeadVectors(Saved, Shown, Tabular):
         return self
 
     def glance(self) -> Glance:
-        """Show the longest vectors."""
+        """Show the vectors with the largest norms."""
         flat = self.norm.nan_to_num(-1).flatten()
         order = flat.argsort(descending=True, stable=True)[:6].tolist()
         heads = [HeadIndex(at // self.values.shape[1], at % self.values.shape[1]) for at in order]
@@ -114,7 +114,7 @@ class HeadVectors(Saved, Shown, Tabular):
         )
 
     def to_pandas(self) -> Any:
-        """One row per head: its length."""
+        """One row per head, with the norm of its vector."""
         import pandas
 
         rows = np.argwhere(~self.values.isnan().all(-1).numpy())
@@ -136,13 +136,13 @@ def _same_shape(first: HeadVectors, second: HeadVectors) -> None:
 
 @dataclass
 class Outputs:
-    """Reader of head outputs at marked positions: their sum per example, or all of them."""
+    """Reader of head outputs at marked positions, summed per example."""
 
     where: Bool[Tensor, "batch pos"]
     found: dict[int, Float[Tensor, "batch head d_head"]] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every layer's outputs."""
+        """Read the outputs of every layer."""
         return at_layers(shape, self._add)
 
     def _add(self, view: TapView) -> None:
@@ -157,9 +157,10 @@ def outputs_at(
     """Mean output of every head over each example's marked positions, on the CPU.
 
     Args:
-        model: that is run.
-        probe: whose examples it reads.
-        at: a mark, positions, or None: ``end`` where the probe marks it, else every real position.
+        model: model to run.
+        probe: examples to run.
+        at: a mark or positions. None: the mark ``end`` if the probe has it, else every real
+            position.
         batch_size: examples per pass.
 
     Raises:
@@ -173,7 +174,7 @@ def outputs_at(
     where = _where(probe, at)
     counts = where.sum(1)
     if not bool((counts > 0).all()):
-        raise InputError("some example has no position to read: none of its tokens is marked.")
+        raise InputError("an example has no position to read: mark at least one of its tokens.")
     shape = model.shape
     size = (len(probe), shape.n_layers, shape.n_heads, shape.d_head)
     found = torch.full(size, torch.nan)
@@ -202,19 +203,19 @@ def _where(probe: Probe, at: Positions) -> Bool[Tensor, "batch pos"]:
 def head_means(
     model: HeadModel, probe: Probe, *, at: Positions = None, batch_size: int | None = None
 ) -> HeadVectors:
-    """Mean output of every head over a probe's examples, at one position of each.
+    """Mean output of every head over a probe's examples, at chosen positions.
 
-    On in-context prompts of a task, at the last token, these are what function vectors are made of.
+    Taken at the last token of a task's in-context prompts, these means make up function vectors.
 
     Args:
-        model: the model.
-        probe: such as :func:`headscope.probes.in_context` makes.
-        at: a mark or positions; default: ``end`` where the probe marks it, else every real
+        model: model to run.
+        probe: examples, such as those of :func:`headscope.probes.in_context`.
+        at: a mark or positions. Default: the mark ``end`` if the probe has it, else every real
             position. Several positions of an example are averaged first.
         batch_size: examples per pass.
 
     Raises:
-        InputError: if the probe does not fit, or an example has no such position.
+        InputError: if the probe does not fit the model, or an example has no such position.
 
     Source: Todd et al. 2023 (arXiv 2310.15213), section 2.2.
 
@@ -231,10 +232,10 @@ def head_means(
 
 @dataclass(frozen=True, eq=False)
 class AtLast:
-    """Edit of heads only at the last token of the prompt, whatever is generated after it.
+    """Edit of heads at the last token of the prompt only, and not at generated tokens.
 
     Attributes:
-        edit: of every position.
+        edit: edit for every position.
     """
 
     edit: HeadEdit
@@ -242,23 +243,23 @@ class AtLast:
 
     @property
     def layers(self) -> frozenset[int]:
-        """Layers that it touches."""
+        """Layers that the edit applies to."""
         return self.edit.layers
 
     def during(self, span: Span) -> HeadEdit:
-        """Restrict the edit to a pass's positions; no heads if the last token is not there."""
+        """Restrict the edit to a pass; no heads if the last prompt token is not in it."""
         if self.edit.scope == "decode" or span.first >= span.prompt:
             return replace(self.edit, heads={}, donors=None, positions=None, scope="all")
         where = _last_of_prompt(span)[:, span.first : span.end]
         return replace(self.edit, positions=where, scope="all")
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Return the edited value of a text read at once."""
+        """Return the edited value for a text run in one pass."""
         return self.during(Span.whole(value.shape[1]))(layer, value)
 
 
 def _last_of_prompt(span: Span) -> Bool[Tensor, "batch pos"]:
-    """Mask of the last token of every prompt, whatever its padding."""
+    """Mask of the last token of every prompt, for any padding."""
     if span.real is None:
         where = torch.zeros(1, max(span.end, span.prompt), dtype=torch.bool)
         where[:, span.prompt - 1] = True
@@ -285,13 +286,13 @@ def injection(
     """Edits that add vectors to heads; :func:`inject` is the context manager.
 
     Args:
-        model: as :func:`inject` takes it.
-        vectors: likewise.
-        heads: likewise.
-        strength: likewise.
-        mode: likewise.
-        positions: likewise.
-        scope: likewise.
+        model: see :func:`inject`.
+        vectors: see :func:`inject`.
+        heads: see :func:`inject`.
+        strength: see :func:`inject`.
+        mode: see :func:`inject`.
+        positions: see :func:`inject`.
+        scope: see :func:`inject`.
 
     Example:
         >>> edits = hs.steering.injection(model, hs.steering.head_means(model, probe), "L0H1")
@@ -313,8 +314,8 @@ def injection(
     for head in chosen:
         if not bool(vectors.values[head].isfinite().all()):
             raise InputError(
-                f"the vector of {head} in {vectors.name!r} is not of finite numbers: leave the "
-                "head out, or make the vectors anew."
+                f"the vector of {head} in {vectors.name!r} has values that are not finite: leave "
+                "the head out, or recompute the vectors."
             )
     values = vectors.values.nan_to_num(0.0)
     by_amount: dict[float, list[HeadIndex]] = {}
@@ -331,7 +332,7 @@ def injection(
 
 
 def _need_places(positions: Any) -> None:
-    """Refuse what does not say of every position whether it is one."""
+    """Raise InputError unless positions are a boolean mask."""
     is_mask = isinstance(positions, Tensor) and positions.dtype == torch.bool
     if not is_mask or positions.ndim != 2:
         raise InputError(
@@ -364,8 +365,8 @@ def _amounts(
         is_number = isinstance(one, int | float) and not isinstance(one, bool)
         if not is_number or not abs(one) < float("inf"):
             raise InputError(
-                f"the strength of {head} is {one!r}: give a finite number, for all heads or of "
-                "each (a mapping, or an array [layer head])."
+                f"the strength of {head} is {one!r}: give a finite number for all heads, or one "
+                "per head (a mapping, or an array [layer head])."
             )
     return {head: float(given[head]) for head in heads}
 
@@ -387,18 +388,18 @@ def inject(
     ``add``: ``z + strength v``.
 
     Args:
-        model: the model.
-        vectors: of this model, such as from :func:`head_means` or :func:`contrast`.
-        heads: which; default: all.
-        strength: a number, one for each head (``{"L5H1": 0.4}``), or ``[layer head]``.
-        mode: see above.
-        positions: ``last``: the last token of each prompt, padding left out; positions
-            ``[batch pos]`` of texts that are read at once; None: all.
-        scope: with ``positions=None``: ``all``, or ``prefill`` or ``decode`` alone.
+        model: model to run.
+        vectors: vectors of this model, e.g. from :func:`head_means` or :func:`contrast`.
+        heads: heads to inject into. Default: all.
+        strength: one number, a mapping per head (``{"L5H1": 0.4}``), or an array ``[layer head]``.
+        mode: ``replace`` or ``add``, as above.
+        positions: ``last``: the last token of each prompt, ignoring padding; a mask ``[batch pos]``
+            for texts run in one pass; None: all positions.
+        scope: with ``positions=None``: ``all``, or only ``prefill`` or ``decode``.
 
     Raises:
-        InputError: if the vectors are of another model, a strength is not a number, or there is
-            no such head or mode.
+        InputError: if the vectors belong to another model, a strength is not finite, or there is no
+            such head or mode.
 
     Source: Todd et al. 2023 (arXiv 2310.15213); soft injection, arXiv 2507.20906.
 
@@ -415,12 +416,12 @@ def inject(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResidualVector(Saved, Shown, Tabular):
-    """Vector of the residual stream written jointly by some heads.
+    """Residual-stream vector written jointly by some heads.
 
     Attributes:
-        name: what it is.
-        values: ``sum over heads of v_h W_O``, in the model's residual stream.
-        heads: whose.
+        name: description.
+        values: ``sum over heads of v_h W_O``, ``[d_model]``.
+        heads: heads that the vector comes from.
         provenance: where it came from.
     """
 
@@ -433,7 +434,7 @@ class ResidualVector(Saved, Shown, Tabular):
         """Return the vector if it belongs to this model, else raise.
 
         Raises:
-            InputError: if it is of another one.
+            InputError: if it belongs to another model.
         """
         known = self.provenance.weight_digest
         if len(self.values) != model.shape.d_model or (known and known != model.digest()):
@@ -461,18 +462,18 @@ class ResidualVector(Saved, Shown, Tabular):
 
 @checked
 def function_vector(model: HeadModel, vectors: HeadVectors, heads: Heads) -> ResidualVector:
-    """Joint output of some heads, each with its vector: ``sum of v_h W_O``.
+    """Joint write of some heads, each with its vector: ``sum of v_h W_O``.
 
-    The bias of the output projection belongs to no head and is left out.
+    The bias of the output projection does not belong to a head and is left out.
 
     Args:
-        model: where a head's write is ``z @ W_O``.
-        vectors: of this model.
-        heads: such as the ten with the largest indirect effects.
+        model: model in which a head's write is ``z @ W_O``.
+        vectors: vectors of this model.
+        heads: heads to sum, e.g. the ten with the largest indirect effects.
 
     Raises:
-        InputError: if the vectors are of another model, or a head does not exist.
-        UnsupportedModelError: if a norm follows attention, whose scale is not fixed.
+        InputError: if the vectors belong to another model, or a head does not exist.
+        UnsupportedModelError: if a norm follows attention, since its scale varies.
 
     Source: Todd et al. 2023 (arXiv 2310.15213), section 2.3.
 
@@ -501,11 +502,11 @@ class HeadReading(Saved, Shown, Tabular):
     """Next-token prediction with a head's output in place of a token.
 
     Attributes:
-        head: whose write it is.
-        said: most likely tokens with it.
-        probabilities: of these with it.
-        plain: of these without it.
-        scale: length of the state that was replaced over that of the write.
+        head: head whose write was decoded.
+        said: most likely next tokens with the write.
+        probabilities: probabilities of these tokens with the write.
+        plain: probabilities of these tokens without it.
+        scale: norm of the replaced state over that of the write.
         provenance: where it came from.
     """
 
@@ -555,22 +556,22 @@ def patchscope(
 ) -> HeadReading:
     """Decode a head's output into words, by patching it into another prompt.
 
-    The write ``z W_O`` of the head at a position of the prompt becomes the residual stream after a
-    layer at the place of the template's placeholder; what the model then says at the end of the
-    template is the reading, beside what it says without. With ``scaled`` the write has the length
-    of the state that it replaces: single heads write little.
+    The head's write ``z W_O`` at a position of the prompt replaces the residual stream after a
+    layer at the template's placeholder. The reading is the model's next-token prediction at the end
+    of the template, next to its prediction without the patch. With ``scaled`` the write is rescaled
+    to the norm of the state it replaces, since single heads write little.
 
     Args:
-        model: where a head's write is ``z @ W_O``.
-        head: which.
-        prompt: a text, or token ids.
-        position: of the write in the prompt.
-        template: by default one that asks for a token to be said again.
-        place: of the placeholder in the template, as :func:`headscope.probes.from_jsonl` has parts
-            of texts; its last token is replaced.
-        layer: after which the write stands in the stream.
-        scaled: see above.
-        k: how many tokens are told.
+        model: model in which a head's write is ``z @ W_O``.
+        head: head to decode, e.g. ``"L5H1"``.
+        prompt: text or token ids.
+        position: position of the write in the prompt; negative counts from the end.
+        template: prompt with a placeholder. Default: one that asks to repeat a token.
+        place: where the placeholder is in the template, written as a text span of
+            :func:`headscope.probes.from_jsonl`; its last token is replaced.
+        layer: layer after which the residual stream is replaced.
+        scaled: rescale the write to the norm of the state it replaces.
+        k: number of tokens to return.
 
     Raises:
         InputError: if the head, position, place or layer does not exist.
@@ -588,7 +589,7 @@ def patchscope(
     if (reason := model.limits.get("linear_write")) is not None:
         raise UnsupportedModelError(f"a head's write cannot be read alone: {reason}")
     if not isinstance(k, int) or k < 1:
-        raise InputError(f"k={k!r}: tell one token at least.")
+        raise InputError(f"k={k!r}: give 1 or more.")
     which = model.shape.check(HeadIndex.parse(head))
     read = read_prompt(model, prompt)
     at = read.at(position)
@@ -597,7 +598,9 @@ def patchscope(
     into = encode(tokenizer, template, bos_prefix(model, None))
     covered = into.covering(*find_span(template, place))
     if not covered:
-        raise InputError(f"the place {place!r} covers no token of the template.")
+        raise InputError(
+            f"the place {place!r} covers no token of the template: choose a longer span."
+        )
     spot, ids = covered[-1], read_prompt(model, into.ids).ids
     write = _write(model, which, read.ids, at)
     scales: list[Tensor] = []

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas
 
 _KEY = "headscope"
-_MAX_BYTES = 200_000_000  # a file from elsewhere must not make us allocate what it likes
+_MAX_BYTES = 200_000_000  # bound the allocation that an untrusted file can request
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,10 +137,10 @@ class AttentionExample(Stored, Shown):
 EDGE_KINDS = ("attention", "residual", "past_mlp", "mlp", "reads", "bias")
 
 
-_TOP_MAPS = 10  # heads that a glance at maps names
+_TOP_MAPS = 10  # heads named in a summary of maps
 _MATRICES = {
     "rollout": "Attention multiplied over layers, half of every step the residual stream.",
-    "alti": "The same of the vectors that attention moves, by how near they bring the sum.",
+    "alti": "The same on the vectors that attention moves, by how close they bring their sum.",
     "max_flow": "Largest flow from each position down to each input token.",
 }
 
@@ -199,8 +199,8 @@ class AttentionMaps(Saved, Shown, Tabular):
         other = chosen.stack not in ("", self.stack)
         if other or chosen.layer not in self.layers or not 0 <= chosen.head < heads:
             raise InputError(
-                f"there is no map of {chosen}: layers {', '.join(map(str, self.layers))} of heads "
-                f"0 to {heads - 1} were looked at."
+                f"there is no map of {chosen}: these maps cover layers "
+                f"{', '.join(map(str, self.layers))} and heads 0 to {heads - 1}."
             )
         return self.layers.index(chosen.layer), chosen.head
 
@@ -507,7 +507,7 @@ class RouteEdge(NamedTuple):
             ``past_mlp`` (the stream past an MLP), ``mlp`` (an MLP into the stream), ``reads`` (the
             stream into an MLP) or ``bias``.
         source, target: the nodes that it joins.
-        weight: share of the target that comes along it, heads summed, 0 to 1.
+        weight: share of the target that comes along it, summed over heads, 0 to 1.
         importance: weight times the importance of the target: the flow along it.
         heads: share by head, for an attention edge; they sum to ``weight``.
     """
@@ -535,7 +535,7 @@ class Routes(Saved, Shown, Tabular):
         edge_threshold: share below which a head-summed edge is not drawn.
         entering: importance of the residual stream that enters each layer, and of what leaves the
             last one.
-        bias: importance that ended in biases of attention.
+        bias: importance that ended in attention biases.
         mlp: importance of every MLP.
         head_flow: importance that passed through every head; NaN where there is no head.
         on_route: heads with a single part of at least ``edge_threshold`` into a node that drawn
@@ -633,7 +633,7 @@ class Routes(Saved, Shown, Tabular):
             kv_heads=self.kv_heads,
             unit="importance",
             bounds=(0.0, 1.0),
-            description="more of what the target holds passes through it",
+            description="more of the target's content passes through it",
             source=self.source,
             provenance=self.provenance,
         )
@@ -673,16 +673,20 @@ class Routes(Saved, Shown, Tabular):
                 "Routes",
                 [
                     Words(
-                        f"What position {self.position} holds has importance 1 and is handed down "
-                        "by shares, layer by layer. Parts with a share below "
+                        f"Position {self.position} has importance 1, which is passed down by "
+                        "shares, layer by layer. Parts with a share below "
                         f"{self.part_threshold:g} are dropped; edges from "
                         f"{self.edge_threshold:g} are drawn. {self.bias.sum():.1%} ended in "
-                        "biases of attention."
+                        "attention biases."
                     ),
-                    Drawn("routes", "Edges on the way to the target; wide where much flows."),
+                    Drawn("routes", "Edges on the way to the target; width shows the flow."),
                     Drawn("flow_by_head", "Importance that passes through each head."),
-                    Rows(("head", "flow"), strongest, caption="Heads that most passes through"),
-                    Rows(("token", "flow"), tokens, caption="Input tokens that most goes back to"),
+                    Rows(("head", "flow"), strongest, caption="Heads with the largest flow"),
+                    Rows(
+                        ("token", "flow"),
+                        tokens,
+                        caption="Input tokens with the largest importance",
+                    ),
                 ],
             )
         ]

@@ -15,7 +15,7 @@ PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 def test_it_prints_and_leaves_a_run(tmp_path: Path) -> None:
     printed = run("flow", PROMPT, "--out", str(tmp_path / "run"))
-    for word in ("on the route", "source tokens", "strongest moves", "ended in biases"):
+    for word in ("on the route", "source tokens", "strongest moves", "ended in attention biases"):
         assert word in printed
     folder = tmp_path / "run"
     edges = pandas.read_parquet(folder / "edges.parquet")

@@ -424,7 +424,7 @@ def test_tasks_that_do_not_fit_a_kind_are_refused() -> None:
     end = (torch.arange(probe.length) == 12).expand(4, -1)
     marked = replace(probe, marks={**probe.marks, "end": end})
     for groups in ([0, 1], [0, 0, 0, 0]):
-        with pytest.raises(InputError, match="a number of each"):
+        with pytest.raises(InputError, match="a number for each"):
             hs.kinds.clustering(marked, "first_copy", groups)
     with pytest.raises(InputError, match="no mark 'few'"):
         hs.kinds.clustering(marked, "few", [0, 1, 0, 1])
