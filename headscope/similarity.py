@@ -1,14 +1,14 @@
-"""Similarity of heads, within or between models: by attention, outputs, queries and keys.
+"""Similarity of heads within or between models, by attention, outputs, or queries and keys.
 
-Rows and head outputs are read at a sample of positions, the same for every head, so that memory is
+Rows and head outputs are read at a sample of positions, the same for every head, so memory is
 ``heads x positions x length`` and no whole pattern is kept. Two heads are compared by
 
 - ``pattern``: the Jensen-Shannon divergence of their attention rows (Clark et al. 2019), in nats;
 - ``cka``: linear centred kernel alignment of their outputs (Kornblith et al. 2019);
 - ``pwcca``: projection-weighted canonical correlation of their outputs (Morcos et al. 2018);
 - ``query``, ``key``, ``value``: the divergence of their relations: rows of the softmax of the
-  products of queries with queries (keys with keys, values with values), whose size does not depend
-  on the number or the size of heads (MiniLMv2, Wang et al. 2021).
+  products of queries with queries (keys with keys, values with values), whose shape does not depend
+  on the number or size of heads (MiniLMv2, Wang et al. 2021).
 """
 
 import math
@@ -75,8 +75,8 @@ SPECS = {
 }
 _OUTPUTS = ("cka", "pwcca")
 _POSITIONS = {"rows": 256, "outputs": 2048}
-_CHUNK = 1 << 26  # bytes of rows or products at once
-_MOST = 1 << 31  # bytes of what is kept
+_CHUNK = 1 << 26  # bytes of rows or products computed at once
+_MOST = 1 << 31  # bytes of rows or outputs that are kept
 
 
 @checked
@@ -96,45 +96,45 @@ def heads(
 ) -> HeadSimilarity:
     """Compare every head with every other, within a model or between two.
 
-    ``pattern`` (and relations): the Jensen-Shannon divergence of two heads' rows,
-    ``H((p + q) / 2) - (H(p) + H(q)) / 2``, averaged over the sampled positions, from 0 (equal
-    rows) to ln 2 (rows that share no key). Rows are divided by their sums, where a learned sink
-    takes part of them.
+    ``pattern`` (and relations): the Jensen-Shannon divergence of two heads' rows, ``H((p + q) / 2)
+    - (H(p) + H(q)) / 2``, averaged over the sampled positions, from 0 (equal rows) to ln 2 (rows
+    that share no key). If a learned sink takes a share, rows are renormalised.
 
-    ``cka``: ``|X'Y|^2 / (|X'X| |Y'Y|)``, Frobenius norms of the outputs ``z`` of two heads at the
-    sampled positions, each column centred: 1 for outputs that are equal up to a rotation and a
-    scale. ``pwcca``: canonical correlations, weighted by how much of a head's own output
-    (``sum_j |<h_i, x_j>|``) each canonical direction carries; the mean of weighting by one head
-    and by the other. 1 for outputs that are linear maps of each other.
+    ``cka``: ``|X'Y|^2 / (|X'X| |Y'Y|)``, with Frobenius norms of the two heads' outputs ``z`` at
+    the sampled positions, columns centred: 1 for outputs that are equal up to rotation and scale.
+    ``pwcca``: canonical correlations, weighted by how much of a head's own output (``sum_j |<h_i,
+    x_j>|``) each canonical direction carries, averaged over weighting by either head: 1 for outputs
+    that are linear maps of each other.
 
     Relations: ``softmax(a a' / sqrt(d))`` of queries (keys, values) with those of all real
-    positions, as attention uses them, rotary positions included. Heads that share a key/value head
-    have one relation.
+    positions, as attention uses them, including rotary positions. Heads that share a key/value head
+    have the same key and value relations.
 
-    The null is the same with the second head's rows out of order: the keys of a row that it sees
-    are permuted (``pattern`` and relations: a head as peaked that looks elsewhere), or positions
-    are (``cka``, ``pwcca``). Large values of the last two come of themselves where positions are
-    few: a value says something beside its null. See :attr:`HeadSimilarity.p_value`.
+    The null shuffles the second head: the visible keys of each row (``pattern`` and relations: a
+    head that is as peaked but looks elsewhere) or the positions (``cka``, ``pwcca``). The last two
+    are large by chance when there are few positions, so read a value against its null. See
+    :attr:`HeadSimilarity.p_value`.
 
     Args:
         model: the model.
-        probe: what to run.
-        by: see above.
-        other: a second model, whose heads are the columns; default: the same one. Numbers, sizes
-            and layers of heads need not agree.
-        other_probe: what the second model reads, position by position the same words; default: the
-            same probe.
-        stack: of a model with several attention stacks, which.
-        other_stack: that of the second one; default: the same.
-        positions: how many are sampled at most, over all examples; default: 256 rows, 2048 outputs.
-        draws: random orders that the null is made of.
-        seed: of sample and null.
+        probe: examples to run.
+        by: measure of similarity, as above.
+        other: second model, whose heads are the columns. Default: the same model. Numbers and sizes
+            of heads and layers may differ.
+        other_probe: probe for the second model, with the same words at the same positions. Default:
+            the same probe.
+        stack: attention stack to compare, in a model with several.
+        other_stack: attention stack of the second model. Default: the same.
+        positions: largest number of sampled positions over all examples. Default: 256 for rows,
+            2048 for outputs.
+        draws: number of random orders for the null.
+        seed: seed for the sample and the null.
         batch_size: examples per pass.
 
     Raises:
-        InputError: if there is no such measure, the models do not read the same positions, or the
+        InputError: if the measure is unknown, the models do not have the same positions, or the
             sample is too small.
-        UnsupportedModelError: if the model does not show queries, keys or values.
+        UnsupportedModelError: if the model does not expose queries, keys or values.
 
     Example:
         >>> likeness = hs.similarity.heads(model, probe, "pattern")
@@ -157,14 +157,14 @@ def heads(
         for one, read, own in zip((first, second), probes, seen, strict=True)
     ]
     _need_alike(first, second, real, by)
-    causal = by == "pattern" and all_causal(first.stacks)  # whose first row has one key
+    causal = by == "pattern" and all_causal(first.stacks)  # the first row has a single key
     count = _POSITIONS["outputs" if by in _OUTPUTS else "rows"] if positions is None else positions
     chosen = _sample(real[0], count, seed, after_first=causal)
     widest = max(first.shape.d_head, second.shape.d_head)
     if by == "pwcca" and len(chosen) <= widest + 1:
         raise InputError(
-            f"outputs of {widest} numbers at {len(chosen)} positions are linear maps of each other "
-            "whatever heads do: give more text, or compare them by 'cka'."
+            f"outputs of {widest} numbers at {len(chosen)} positions are always linear maps of "
+            "each other: give more text, or compare heads by 'cka'."
         )
     kept = [_read_heads(first, seen[0], real[0], by, chosen, batch_size)]
     kept += kept if alone else [_read_heads(second, seen[1], real[1], by, chosen, batch_size)]
@@ -210,8 +210,8 @@ def divergences(
     """Mean Jensen-Shannon divergence of the rows of every pair, in nats.
 
     Args:
-        first: rows that sum to 1.
-        second: as many rows, of the same keys.
+        first: rows of the first heads, each summing to 1.
+        second: rows of the second heads, for the same positions and keys.
 
     Example:
         >>> one, other = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
@@ -243,8 +243,8 @@ def cka(
     """Linear centred kernel alignment of every pair, in fp64 on the CPU; NaN for constant outputs.
 
     Args:
-        first: outputs at some positions.
-        second: at the same ones.
+        first: outputs of the first heads.
+        second: outputs of the second heads at the same positions.
 
     Example:
         >>> x = torch.randn(1, 50, 3)
@@ -270,8 +270,8 @@ def pwcca(
     In fp64 on the CPU; NaN for constant outputs.
 
     Args:
-        first: outputs at some positions.
-        second: at the same ones.
+        first: outputs of the first heads.
+        second: outputs of the second heads at the same positions.
 
     Example:
         >>> x = torch.randn(1, 50, 3)
@@ -300,7 +300,7 @@ def _centred(outputs: Tensor) -> Tensor:
 def _basis(centred: Float[Tensor, "head pos d_head"]) -> Float[Tensor, "head pos rank"]:
     """Orthonormal basis of each head's outputs; zero columns beyond its rank."""
     left, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
-    small = 1e-5 * sizes[:, :1]  # outputs were computed in fp32 or less
+    small = 1e-5 * sizes[:, :1]  # outputs have fp32 precision at best
     spans: Tensor = left * ((sizes > small) & (sizes > 0))[:, None]
     return spans
 
@@ -308,7 +308,7 @@ def _basis(centred: Float[Tensor, "head pos d_head"]) -> Float[Tensor, "head pos
 _MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cka": cka, "pwcca": pwcca}
 
 
-# What is read of a model.
+# Readers.
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,8 +316,8 @@ class _Kept:
     """Rows or outputs of every head at the sampled positions.
 
     Attributes:
-        values: on the model's device.
-        seen: keys that each row could have gone to; None for outputs.
+        values: rows or outputs, on the model's device.
+        seen: visible keys of each row; None for outputs.
     """
 
     values: Float[Tensor, "head pos width"]
@@ -329,9 +329,9 @@ class _Reader:
     """Reader of one batch at its sampled positions.
 
     Attributes:
-        real: of what is related: positions of queries, or of keys in cross-attention.
-        example, place: of each sampled position, on the CPU.
-        width: keys of a row.
+        real: real positions to relate: those of queries, or of keys in cross-attention.
+        example, place: example and position of each sample, on the CPU.
+        width: number of keys in a row.
     """
 
     by: str
@@ -375,7 +375,7 @@ class _Reader:
     def _rows(
         self, view: TapView, part: Int[Tensor, " query"], vectors: Tensor | None
     ) -> tuple[Float[Tensor, "batch head query key"], Bool[Tensor, "batch query key"]]:
-        """Rows of some positions, and masks of the keys that they could attend to."""
+        """Rows of some positions, and masks of their visible keys."""
         if vectors is None:
             found = view.rows(part)
             return found.pattern, found.visible
@@ -396,7 +396,7 @@ class _Reader:
 
 
 def _numbered(parts: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Parts with the number of the first entry of each."""
+    """Parts with the index of each one's first entry."""
     start = 0
     for part in parts:
         yield start, part
@@ -408,7 +408,7 @@ def _wide(rows: Tensor, width: int) -> Tensor:
 
 
 def _read(model: HeadModel, probe: Probe) -> Probe:
-    """The probe whose positions are the model's queries."""
+    """Probe whose positions are the model's queries."""
     return on_grid_of(model, seen_by(model, probe))
 
 
@@ -423,21 +423,21 @@ def _crosses(model: HeadModel) -> bool:
 
 
 def _need_alike(first: HeadModel, second: HeadModel, real: Sequence[Tensor], by: str) -> None:
-    """Refuse models whose tokens differ.
+    """Raise InputError if the models' tokens differ.
 
     Raises:
-        InputError: with what to do.
+        InputError: if the shapes or real positions differ.
     """
     if real[0].shape != real[1].shape or not bool((real[0] == real[1]).all()):
         raise InputError(
-            f"heads of {first.name} and {second.name} are compared position by position, and the "
-            f"probes have {tuple(real[0].shape)} and {tuple(real[1].shape)} (example, position): "
-            "give probes of the same words, one token each."
+            f"heads of {first.name} and {second.name} are compared position by position, and their "
+            f"probes have shapes {tuple(real[0].shape)} and {tuple(real[1].shape)} [example pos]: "
+            "give probes with the same words, one token each."
         )
     if by == "pattern" and _crosses(first) != _crosses(second):
         raise InputError(
-            "keys of cross-attention are of another sequence than those of self-attention: compare "
-            "such heads by their outputs, 'cka' or 'pwcca'."
+            "cross-attention and self-attention have keys from different sequences: compare such "
+            "heads by their outputs, 'cka' or 'pwcca'."
         )
 
 
@@ -448,12 +448,12 @@ def _sample(
 
     Args:
         real: positions to draw from.
-        count: how many at most.
-        seed: of the draw.
-        after_first: leave the first real position of each example out.
+        count: largest size of the sample.
+        seed: seed for the sample.
+        after_first: leave out the first real position of each example.
 
     Raises:
-        InputError: if there are fewer than two.
+        InputError: if there are fewer than two positions.
     """
     whole(count, "positions", 2)
     asked = real.clone()
@@ -481,8 +481,8 @@ def _read_heads(
     every = model.shape.heads
     if 4 * len(every) * len(chosen) * size > _MOST:
         raise InputError(
-            f"{len(chosen)} positions of {len(every)} heads, {size} numbers each, do not fit: give "
-            "fewer positions= or shorter texts."
+            f"{len(chosen)} positions of {len(every)} heads, {size} numbers each, do not fit in "
+            "memory: give fewer positions= or shorter texts."
         )
     own = {
         layer: [head.head for head in every if head.layer == layer]
@@ -509,7 +509,7 @@ def _read_heads(
 
 
 def _span(batch: Probe) -> slice:
-    """Slice of the whole probe's examples that a batch holds."""
+    """Slice of the full probe's examples in a batch."""
     numbers = batch.host.facts["example"].tolist()
     return slice(int(numbers[0]), int(numbers[-1]) + 1)
 

@@ -1,8 +1,8 @@
-"""Syntax in attention: heads that predict syntactic heads in a treebank, and a probe.
+"""Syntax in attention: heads that predict a treebank's dependencies, and an attention probe.
 
-A treebank is any CoNLL-U file. Attention between word pieces becomes attention between words:
-summed over the pieces of a key word, averaged over those of a query word, so that rows still sum
-to 1 (Clark et al. 2019).
+A treebank is any CoNLL-U file. Attention between word pieces becomes attention between words by
+summing over the pieces of a key word and averaging over those of a query word, so rows still sum to
+1 (Clark et al. 2019).
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,10 +43,10 @@ class Sentence:
     """One sentence of a treebank.
 
     Attributes:
-        text: as it is written.
-        spans: first character of each word and the one after its last.
-        heads: of each word, the number of its head from 0; -1 for the root.
-        relations: of each word to its head.
+        text: the sentence as written.
+        spans: character span (start, end) of each word.
+        heads: for each word, the index of its head, from 0; -1 for the root.
+        relations: relation of each word to its head.
     """
 
     text: str
@@ -61,12 +61,12 @@ class Sentence:
         """Build a sentence from words, separated by spaces.
 
         Args:
-            words: their texts.
-            heads: see above.
-            relations: see above.
+            words: texts of the words.
+            heads: index of each word's head, from 0; -1 for the root.
+            relations: relation of each word to its head.
 
         Raises:
-            InputError: if they are not as many, or a head is not in the sentence.
+            InputError: if the lengths differ, or a head is not in the sentence.
         """
         spans, start = [], 0
         for word in words:
@@ -77,19 +77,19 @@ class Sentence:
         return made
 
     def check(self, what: str) -> None:
-        """Refuse syntactic heads outside the sentence.
+        """Raise InputError if a syntactic head is outside the sentence.
 
         Args:
-            what: the sentence, as the message calls it.
+            what: name of the sentence in the message.
 
         Raises:
-            InputError: naming the word.
+            InputError: if a head is outside the sentence; the message names the word.
         """
         n = len(self.spans)
         if not n == len(self.heads) == len(self.relations):
             raise InputError(
                 f"{what} has {n} words, {len(self.heads)} heads and "
-                f"{len(self.relations)} relations: give one of each a word."
+                f"{len(self.relations)} relations: give one of each per word."
             )
         for number, head in enumerate(self.heads):
             if not -1 <= head < n or head == number:
@@ -104,9 +104,9 @@ class Treebank:
     """Tokenized sentences of a treebank.
 
     Attributes:
-        sentences: one an example.
-        probe: their tokens.
-        word: of each token, the number of its word from 0; -1 where it belongs to none.
+        sentences: one sentence per example.
+        probe: tokens of the sentences.
+        word: for each token, the index of its word, from 0; -1 if it is part of no word.
     """
 
     sentences: tuple[Sentence, ...]
@@ -123,15 +123,15 @@ class Treebank:
 def read_conllu(path: str | Path) -> tuple[Sentence, ...]:
     r"""Read a CoNLL-U file: words, heads and relations of its sentences.
 
-    Texts are put together of the forms, with a space behind each that does not say
-    ``SpaceAfter=No``. Words of a multiword token (``2-3``) all stand for its characters. Empty
-    nodes (``2.1``) and enhanced dependencies are left out; ``nsubj:pass`` stays as it is.
+    Texts are joined from the forms, with a space after each unless it is marked ``SpaceAfter=No``.
+    All words of a multiword token (``2-3``) share its characters. Empty nodes (``2.1``) and
+    enhanced dependencies are skipped; subtypes such as ``nsubj:pass`` are kept.
 
     Args:
-        path: of the file, UTF-8.
+        path: path of a UTF-8 file.
 
     Raises:
-        InputError: naming the line that is not CoNLL-U.
+        InputError: if a line is not CoNLL-U; the message gives its number.
 
     Example:
         >>> import tempfile, pathlib
@@ -168,7 +168,10 @@ def _sentence(rows: list[tuple[int, list[str]]], name: str) -> Sentence:
     """Parse one block of lines."""
     text, spans = "", list[tuple[int, int]]()
     heads, relations = list[int](), list[str]()
-    within: tuple[int, tuple[int, int]] = (0, (0, 0))  # last word of a multiword token, its span
+    within: tuple[int, tuple[int, int]] = (
+        0,
+        (0, 0),
+    )  # last word of the multiword token, and its span
     for number, (identity, form, *_, head, relation, _deps, misc) in rows:
         space = "" if "SpaceAfter=No" in misc.split("|") else " "
         if "." in identity:
@@ -179,10 +182,10 @@ def _sentence(rows: list[tuple[int, list[str]]], name: str) -> Sentence:
         except ValueError:
             raise InputError(
                 f"line {number} of {name} has the number {identity!r} and the head {head!r}: both "
-                "are whole numbers in a treebank."
+                "must be whole numbers."
             ) from None
         if governor is not None and ends[0] != len(heads) + 1:
-            raise InputError(f"line {number} of {name}: word {len(heads) + 1} comes next.")
+            raise InputError(f"line {number} of {name}: word {len(heads) + 1} was expected.")
         span = (len(text), len(text) + len(form))
         if governor is None or ends[0] > within[0]:
             text += form + space
@@ -204,12 +207,13 @@ def treebank(
     """Tokenize the sentences of a treebank for a model.
 
     Args:
-        model: whose tokenizer reads them; it must be a fast one, which tells where its pieces are.
-        source: a CoNLL-U file, or sentences.
-        most: keep only this many sentences, the first ones.
+        model: model with a fast tokenizer, which reports character offsets.
+        source: CoNLL-U file, or sentences.
+        most: keep only the first sentences, as many as this.
 
     Raises:
-        InputError: if a sentence is too long, or a word of it has no piece of its own.
+        InputError: if a sentence is too long, or one of its words shares all its pieces with
+            another.
 
     Example:
         >>> one = hs.syntax.Sentence.of_words(["Dogs", "bark"], [1, -1], ["nsubj", "root"])
@@ -272,31 +276,31 @@ def heads(
 ) -> SyntaxHeads:
     """Find the attention head that best predicts syntactic heads, relation by relation.
 
-    A head of attention names for each word the word that it attends to most (on ties the first,
-    itself apart): ``to_head``; or the word that attends most to it: ``from_head``. Its accuracy on
-    a relation is the share of words with that relation whose named word is their head; ``all``
-    takes every word but roots and punctuation. Where words share their pieces (multiword tokens),
-    or are roots, they are asked nothing.
+    For each word, an attention head predicts the word that it attends to most (``to_head``; the
+    first on ties, excluding itself) or the word that attends most to it (``from_head``). Its
+    accuracy on a relation is the share of words with that relation whose predicted word is their
+    syntactic head; ``all`` covers every word except roots and punctuation. Roots and words that
+    share their pieces (multiword tokens) are left out.
 
-    The best of ``2 x heads`` is chosen on one half of the sentences and reported on the other, both
-    ways round, averaged over words; so is the fixed offset (-3 to 3) that it is held against: the
-    head a fixed number of words away, at the ends of the sentence the outermost word.
+    The best of ``2 x heads`` predictors is chosen on one half of the sentences and evaluated on the
+    other, in both directions, averaged over words. So is its baseline, the best fixed offset (-3 to
+    3): the word at that distance, clipped to the sentence.
 
     Args:
-        model: the model; an encoder, or a decoder that sees only heads to the left.
-        bank: from :func:`treebank`.
-        least: words of a relation below which it is left out.
-        seed: of the halves.
+        model: encoder, or decoder (which can only find heads to the left).
+        bank: treebank from :func:`treebank`.
+        least: smallest number of words for a relation to be included.
+        seed: seed for splitting into halves.
         batch_size: examples per pass.
 
     Returns:
-        ``.best``: the best head of each relation; ``.table``: accuracy of every head, per sentence,
-        with the offset as control.
+        ``.best``: the best head for each relation; ``.table``: accuracy of every head, per
+        sentence, with the offset as control.
 
     Raises:
         InputError: if there are fewer than two sentences, or no relation has enough words.
 
-    Source: Clark et al. 2019; they choose and report on the same words.
+    Source: Clark et al. 2019; they choose and evaluate on the same words.
 
     Example:
         >>> words = ["the", "red", "door", "of", "the", "house"]
@@ -307,7 +311,7 @@ def heads(
     """
     if len(bank.sentences) < 2:
         raise InputError(
-            "heads are chosen on one half and reported on the other: give two sentences or more."
+            "heads are chosen on one half and evaluated on the other: give at least two sentences."
         )
     asked = _asked(bank, whole(least, "least", 1))
     gold = _padded([one.heads for one in bank.sentences], bank.width)
@@ -348,7 +352,7 @@ def heads(
 
 
 def _asked(bank: Treebank, least: int) -> dict[str, Bool[Tensor, "batch word"]]:
-    """Words to test, by relation, the most frequent relation first."""
+    """Words to test, by relation, with the most frequent relation first."""
     names = [one.relations for one in bank.sentences]
     can = torch.zeros(len(names), bank.width, dtype=torch.bool)
     for number, one in enumerate(bank.sentences):
@@ -396,7 +400,7 @@ def _best(
     offsets: Mapping[int, Bool[Tensor, "batch word"]],
     half: Bool[Tensor, " batch"],
 ) -> RelationHead:
-    """Choose the best head and offset on one half, measure on the other, and vice versa."""
+    """Choose the best head and offset on one half, evaluate them on the other, and vice versa."""
     right = fixed = 0.0
     found: list[tuple[HeadIndex, str]] = []
     for chosen in (half, ~half):
@@ -435,7 +439,7 @@ def _scores(
     offsets: Mapping[int, Bool[Tensor, "batch word"]],
     seed: int,
 ) -> HeadScores:
-    """Accuracy of every head by sentence, with the best offset as its control."""
+    """Accuracy of every head per sentence, with the best offset as its control."""
     shape = model.shape
     asked = words.sum(1).double()
     of_heads = torch.full((shape.n_layers, shape.n_heads, len(asked)), torch.nan).double()
@@ -450,7 +454,7 @@ def _scores(
             bounds=(0.0, 1.0),
             source=SOURCE,
             threshold=0.5,
-            description="Share of words with this relation whose head in the treebank it names.",
+            description="Share of words with this relation whose syntactic head it predicts.",
         ),
         of_heads.numpy(),
         kv_heads=shape.n_kv_heads,
@@ -464,7 +468,7 @@ def _scores(
 
 
 def _of_batch(batch: Probe, bank: Treebank) -> tuple[Int[Tensor, "batch pos"], list[int]]:
-    """Words of a batch's tokens, and the indices of its examples."""
+    """Word indices of a batch's tokens, and the indices of its examples."""
     numbers = [int(one) for one in batch.host.facts["example"].tolist()]
     return bank.word[numbers], numbers
 
@@ -475,13 +479,13 @@ def word_rows(
 ) -> Float[Tensor, "batch head word word"]:
     """Word-level attention of one layer: summed over key pieces, averaged over query pieces.
 
-    What a row gives to tokens of no word (``[CLS]``, ``[SEP]``) is missing from its sum. Only for
-    short texts: it holds ``heads x words x words`` numbers of one layer.
+    Attention to tokens outside words (``[CLS]``, ``[SEP]``) is missing from a row's sum. For short
+    texts only: it holds ``heads x words x words`` numbers for one layer.
 
     Args:
-        view: an attention layer, during the pass.
-        word: number of each token's word; -1 for none.
-        width: words of the result.
+        view: view of an attention layer during the pass.
+        word: index of each token's word; -1 for none.
+        width: number of words in the result.
 
     Example:
         >>> kept = []
@@ -517,7 +521,7 @@ class _Namer:
     )
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every attention layer."""
+        """Read every attention layer."""
         return at_layers(shape, self._name)
 
     def _name(self, view: TapView) -> None:
@@ -547,22 +551,23 @@ def attention_probe(
     """Train a small probe that predicts every word's syntactic head from all heads' attention.
 
     The score of word j as head of word i is ``sum_k w_k A_k[i, j] + u_k A_k[j, i]`` over heads k;
-    that of the root is ``a A[i, before] + b A[i, behind]``, mean attention to the tokens before and
-    behind the words. With vectors of words, w and u are linear in those of i and j. Trained with
-    cross entropy on one half of the sentences, by Adam, a sentence a step; unlabelled attachment
-    score (UAS) on the other half, punctuation aside.
+    that of the root is ``a A[i, before] + b A[i, behind]``, with the mean attention to the tokens
+    before and after the words. With word vectors, w and u are linear in the vectors of i and j.
+    Adam minimises the cross-entropy on one half of the sentences, one sentence per step; the
+    unlabelled attachment score (UAS) is measured on the other half, without punctuation.
 
-    Beside it: the best fixed offset, and the score of the same probe on a control task, in which
-    every word (by its text) is given at random the first word, the last word or the root as its
-    head (Hewitt & Liang 2019): what a probe reaches there it has learned by itself.
+    Reported with it are the best fixed offset and the UAS of the same probe on a control task, in
+    which every word type is randomly assigned the first word, the last word or the root as its head
+    (Hewitt & Liang 2019): what the probe reaches there reflects its own capacity.
 
     Args:
-        model: the model.
-        bank: from :func:`treebank`.
-        vectors: of words, by their texts in lower case; all of one length. Others have zeros.
-        epochs: passes over the sentences that it trains on.
-        rate: of Adam.
-        seed: of the halves, the order, the control.
+        model: model to run.
+        bank: treebank from :func:`treebank`.
+        vectors: word vectors by lower-case text, all of one length; words without a vector get
+            zeros.
+        epochs: passes over the training sentences.
+        rate: learning rate of Adam.
+        seed: seed for the halves, the order of training and the control task.
         batch_size: examples per pass.
 
     Raises:
@@ -580,7 +585,8 @@ def attention_probe(
     """
     if len(bank.sentences) < 4:
         raise InputError(
-            "the probe learns on one half and is held to the other: give four sentences or more."
+            "the probe is trained on one half and evaluated on the other: give at least four "
+            "sentences."
         )
     whole(epochs, "epochs", 1)
     table = _vectors(bank, vectors)
@@ -635,7 +641,9 @@ def _vectors(
         return [torch.zeros(len(one.heads), 0) for one in bank.sentences]
     sizes = {len(one) for one in vectors.values()}
     if len(sizes) != 1:
-        raise InputError(f"vectors of words have the lengths {sorted(sizes)}: give one length.")
+        raise InputError(
+            f"word vectors have the lengths {sorted(sizes)}: give vectors of one length."
+        )
     nothing = [0.0] * sizes.pop()
     return [
         torch.tensor(
@@ -662,10 +670,9 @@ def _control(bank: Treebank, seed: int) -> list[Int[Tensor, " word"]]:
 def _sentence_maps(
     model: HeadModel, bank: Treebank, batch_size: int | None
 ) -> "Sequence[tuple[slice, list[Float[Tensor, 'head word column']]]]":
-    """Word-level attention of all heads, including what precedes and follows the sentence.
+    """Word-level attention of all heads, including the tokens before and after the sentence.
 
-    The last two columns are the mean of attention to tokens before the first and behind the last
-    word.
+    The last two columns are the mean attention to tokens before the first and after the last word.
     """
 
     def run(batch: Probe, _halvings: int) -> list[Tensor]:
@@ -711,7 +718,7 @@ class _Probe(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(2, heads))
         self.root = torch.nn.Parameter(torch.zeros(2))
-        # of the vectors of query word and key word, for both directions
+        # one map of query-word and key-word vectors per direction
         self.words = torch.nn.Parameter(torch.zeros(2, 2, width, heads)) if width else None
 
     def forward(
@@ -745,7 +752,7 @@ class _Probe(torch.nn.Module):
         rate: float,
         seed: int,
     ) -> None:
-        """Train on the chosen sentences, in a random order each epoch."""
+        """Train on the chosen sentences, in a new random order each epoch."""
         adam = torch.optim.Adam(self.parameters(), lr=rate)
         rng = Random(seed)  # noqa: S311  # seeded
         with torch.enable_grad():

@@ -32,7 +32,7 @@ from headscope.table.relevance import Anchors
 
 SOURCE = "Wang et al. 2023 (arXiv 2305.14160), label words are anchors"
 FLOWS = ("text_to_label", "label_to_final", "other")
-_QUERIES = 128  # whose rows are held at once
+_QUERIES = 128  # number of queries whose rows are held at once
 
 
 @checked
@@ -48,33 +48,33 @@ def anchors(
 ) -> Anchors:
     """Measure how label words gather information and pass it to the final position.
 
-    With ``I = |sum over heads of A * d loss / d A|`` of a layer, the loss that of the target at
-    ``end``, and p the label words: ``text_to_label`` is the mean of I over pairs (p, anything
-    before it), ``label_to_final`` over pairs (end, p), ``other`` over all other pairs of a query
-    and an earlier key up to the end. Per head the absolute value is taken of each head alone.
-    Gradients of attention are ``d loss / d z . v``, so that no pattern takes part in a backward
-    pass; rows are computed some queries at a time.
+    Let ``I = |sum over heads of A * d loss / d A|`` in a layer, with the loss on the target at
+    ``end``, and p the label words. ``text_to_label`` is the mean of I over pairs (p, any earlier
+    key), ``label_to_final`` over pairs (end, p), and ``other`` over all other pairs of a query and
+    an earlier key up to the end. Per-head values take the absolute value per head. Gradients of
+    attention are ``d loss / d z . v``, so no pattern is part of the backward pass; rows are
+    computed a few queries at a time.
 
-    ``anchor_auc``: the attention that a head pays from ``end`` to the label words of each class, as
-    a classifier of the model's own prediction (the class whose label has the largest logit). Area
-    under the curve of the difference between two classes on the examples predicted one of them,
-    mean over pairs of classes; 0.5 by chance. The p-value of two classes is that of Mann and
-    Whitney's test. ``layer_auc`` is of the sum over heads.
+    ``anchor_auc``: how well a head's attention from ``end`` to the label words of each class
+    predicts the model's own answer (the class whose label has the largest logit). It is the AUC of
+    the difference between two classes on the examples predicted as either, averaged over pairs of
+    classes; 0.5 by chance. With two classes, the p-value is from the Mann-Whitney test.
+    ``layer_auc`` uses the sum over heads.
 
     Args:
-        model: that reads from left to right.
-        probe: from :func:`headscope.probes.in_context`, or with the marks ``end``, ``label_0``,
-            ``label_1``, ... and targets at ``end``.
-        isolate: cut label words off from all that is before them, in this many first and last
-            layers: the change of the loss and the share of predictions kept, and the same for as
-            many other tokens, drawn at random.
+        model: decoder with causal attention.
+        probe: probe from :func:`headscope.probes.in_context`, or one with the marks ``end``,
+            ``label_0``, ``label_1``, ... and targets at ``end``.
+        isolate: also cut label words off from everything before them, in this many first and last
+            layers, and report the change in loss and the share of unchanged predictions, with as
+            many random other tokens as a control.
         batch_size: examples per pass.
-        seed: of the tokens that the control of isolation cuts off.
-        progress: show a bar.
+        seed: seed for the random tokens of the isolation control.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if the probe has no label words, a class is another token in some examples,
-            or a number does not fit.
+        InputError: if the probe has no label words, a class does not have the same token in all
+            examples, or a number is out of range.
 
     Source: Wang et al. 2023 (arXiv 2305.14160).
 
@@ -148,11 +148,12 @@ class _Labels:
         for name in names:
             mark = host.mark(name)
             if not bool(mark.any(1).all()):
-                raise InputError(f"some example shows no word of the class {name!r}.")
+                raise InputError(f"an example shows no word of the class {name!r}.")
             ids = set(host.tokens[mark].tolist())
             if len(ids) > 1:
                 raise InputError(
-                    f"the words marked {name!r} are {len(ids)} different tokens: a class is one."
+                    f"the words marked {name!r} are {len(ids)} different tokens: give one token "
+                    "per class."
                 )
             tokens.append(ids.pop())
         end = host.mark("end")
@@ -177,7 +178,7 @@ class _Labels:
 
 @dataclass
 class _Flows:
-    """Sums of one batch's flows, layer by layer."""
+    """Accumulator of one batch's flows, layer by layer."""
 
     probe: Probe
     labels: _Labels
@@ -188,7 +189,7 @@ class _Flows:
     paid: dict[int, Tensor] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every layer's rows and values."""
+        """Read every layer's rows and values."""
         return at_layers(shape, self._add)
 
     def _add(self, view: TapView) -> None:
@@ -216,7 +217,7 @@ class _Flows:
         self.paid[layer] = self._attended(view)
 
     def _attended(self, view: TapView) -> Float[Tensor, "head class batch"]:
-        """Attention from the end to the label words of each class."""
+        """Attention from ``end`` to the label words of each class."""
         host = self.probe.host
         ends = host.mark("end").int().argmax(1)
         places: list[int] = sorted(set(ends.tolist()))
@@ -277,7 +278,7 @@ def _flows(model: HeadModel, batch: Probe, labels: _Labels) -> _Flows:
 
 
 def _joined(parts: Sequence[Mapping[int, Tensor]], shape: ModelShape) -> np.ndarray:
-    """Values of all layers and examples; NaN where a layer has no attention."""
+    """Values of all layers and examples; NaN for layers without attention."""
     whole = {
         layer: torch.cat([part[layer] for part in parts], -1).cpu().double().numpy()
         for layer in parts[0]
@@ -290,17 +291,18 @@ def _joined(parts: Sequence[Mapping[int, Tensor]], shape: ModelShape) -> np.ndar
 def pairwise_auc(
     scores: Float[np.ndarray, "*any example class"], chosen: Int[np.ndarray, " example"]
 ) -> Float[np.ndarray, "*any"]:
-    """How well scores of classes predict the chosen one: AUC, mean over pairs of classes.
+    """How well class scores predict the chosen class: AUC, averaged over pairs of classes.
 
-    For classes i and j it is the share of pairs of an example where j was chosen and one where i
-    was in which the first has the larger ``score_j - score_i``, ties half.
+    For classes i and j, take all pairs of an example with j chosen and an example with i chosen:
+    the AUC is the share of pairs in which the first has the larger ``score_j - score_i``; ties
+    count half.
 
     Args:
-        scores: of every class on every example.
-        chosen: number of the class of every example.
+        scores: score of every class on every example.
+        chosen: class number of every example.
 
     Returns:
-        From 0 to 1, 0.5 by chance; NaN where only one class was ever chosen.
+        AUC from 0 to 1, 0.5 by chance; NaN if only one class was ever chosen.
 
     Example:
         >>> scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
@@ -329,9 +331,9 @@ def _table(
     about: Provenance,
 ) -> HeadTable:
     said = {
-        "text_to_label": "what is before label words changes the loss through the head",
-        "label_to_final": "label words change the loss through the head's attention at the end",
-        "other": "all other attention of the head changes the loss",
+        "text_to_label": "its attention from label words to earlier tokens affects the loss",
+        "label_to_final": "its attention from the end to label words affects the loss",
+        "other": "its other attention affects the loss",
     }
     scores = [
         HeadScores.from_examples(
@@ -362,7 +364,7 @@ def _table(
 def _p_of(
     paid: Float[np.ndarray, "layer head class example"], predicted: Int[np.ndarray, " example"]
 ) -> Float[np.ndarray, "layer head"]:
-    """One-sided p-value of two classes by the Mann-Whitney test (1947); NaN for more classes."""
+    """One-sided Mann-Whitney p-value for two classes; NaN for more classes."""
     from scipy import stats
 
     high, low = predicted == 1, predicted == 0
@@ -378,8 +380,8 @@ class CutOff:
     """Edit of patterns that cuts some queries off from everything before them.
 
     Attributes:
-        layers: where.
-        queries: which; each keeps its own key alone.
+        layers: layers that the edit applies to.
+        queries: query positions to cut off, ``[batch pos]``; each keeps only its own key.
     """
 
     layers: frozenset[int]
@@ -403,7 +405,7 @@ def isolated(
     batch_size: int | None,
     progress: bool | None,
 ) -> dict[str, Float[np.ndarray, " example"]]:
-    """Loss and predictions with label words, or other tokens, cut off from what precedes them."""
+    """Loss and predictions with label words, or control tokens, cut off from earlier tokens."""
     layers = model.shape.attention_layers
     label = _any_label(probe.host)
     other = _others(probe.host, label, seed)
@@ -437,7 +439,7 @@ def isolated(
 
 
 def _others(probe: Probe, label: Bool[Tensor, "batch pos"], seed: int) -> Bool[Tensor, "batch pos"]:
-    """Random control tokens, as many as label words, between the first and the end."""
+    """Random control tokens between the first token and the end, as many as label words."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(label.shape, generator=generator)
     free = probe.real & ~label & ~probe.mark("end") & (probe.position_in_text > 0)
@@ -451,9 +453,10 @@ class Reweighted:
     """Learned weights of label words by head and class, on a frozen model.
 
     Attributes:
-        beta: attention from ``end`` to the words of a class is multiplied by ``exp(beta)``.
+        beta: attention from ``end`` to the words of a class is multiplied by ``exp(beta)``,
+            ``[layer head class]``.
         losses: training loss before each step.
-        before, after: share of the probe's examples that are right without and with the weights.
+        before, after: accuracy on the test examples without and with the weights.
     """
 
     beta: Float[np.ndarray, "layer head class"]
@@ -480,27 +483,26 @@ def reweight(
     every: int = 20,
     progress: bool | None = None,
 ) -> Reweighted:
-    """Learn how much attention to each label word should count per head, with the model frozen.
+    """Learn per-head weights for the attention to each class's label words, with the model frozen.
 
-    Attention from ``end`` to the words of class k is multiplied by ``exp(beta)`` of the head and
-    class and not renormalised; beta starts at 0, where nothing changes. Adam on the cross-entropy
-    of the target among the class labels, the whole probe in every step.
+    Attention from ``end`` to the words of class k is multiplied by the ``exp(beta)`` of its head
+    and class, without renormalising; beta starts at 0, which changes nothing. Adam minimises the
+    cross-entropy of the target among the class labels, with the whole probe in every step.
 
     Args:
-        model: that reads from left to right.
-        probe: to learn from, as :func:`anchors` takes it.
-        test: whose accuracy is reported; default: the probe itself, which is too good.
-        steps: of Adam.
+        model: decoder with causal attention.
+        probe: training examples; see :func:`anchors`.
+        test: examples for the reported accuracy. Default: the training probe, which is optimistic.
+        steps: number of Adam steps.
         rate: learning rate.
-        folder: where the run is kept every few steps, from which the same call resumes to the
-            same numbers.
-        every: so many steps.
-        progress: show a bar.
+        folder: checkpoint folder; the same call resumes from it and gives the same numbers.
+        every: steps between two checkpoints.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if a probe does not fit, a number is out of range, or the folder holds another
-            run.
-        HeadscopeError: if the loss is no longer finite.
+        InputError: if a probe does not fit the model, a number is out of range, or the folder holds
+            another run.
+        HeadscopeError: if the loss becomes NaN or infinite.
 
     Source: Wang et al. 2023 (arXiv 2305.14160), section 4.1.
 
@@ -517,7 +519,7 @@ def reweight(
     labels = _Labels.of(probe)
     held = probe if test is None else test
     if test is not None and not torch.equal(_Labels.of(test).tokens, labels.tokens):
-        raise InputError("the test probe has other label words than the probe.")
+        raise InputError("the test probe has other label words than the training probe.")
     for one in (probe, held):
         capture.check_fits(model, one, answers=True)
     shape = (model.shape.n_layers, model.shape.n_heads, len(labels.tokens))
@@ -554,7 +556,7 @@ def reweight(
 def _weighted(
     model: HeadModel, probe: Probe, labels: _Labels, beta: Float[Tensor, "layer head class"]
 ) -> Float[Tensor, "batch class"]:
-    """Logits of the class labels at the end, with attention to label words multiplied."""
+    """Logits of the class labels at ``end``, with reweighted attention to label words."""
     end = probe.host.mark("end")
     marks = torch.stack([probe.host.mark(name) for name in labels.places]).float().to(beta)
     at_end = end.to(beta)

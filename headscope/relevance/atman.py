@@ -37,19 +37,19 @@ Group = str | Sequence[int]
 class Suppressed:
     """Edit of patterns that reduces or removes attention to some keys, in some heads.
 
-    With scores ``s`` (soft cap included) and ``m`` the smallest score that the query sees, the
-    score of key t becomes ``m + factor_t (s_t - m)``; the others stay. That is
-    ``A'_j ~ A_j exp(-(1 - factor_j) (log A_j - min log A))``, divided by its sum with what a
-    learned sink takes. A factor of 1 changes nothing whatever the scores are shifted by. Where
-    ``erase`` is True keys with a factor below 1 get nothing, whatever it is; a query that sees no
-    other key then attends to nothing.
+    With scores ``s`` (after any soft cap) and ``m`` the smallest score among the keys visible to
+    the query, the score of key t becomes ``m + factor_t (s_t - m)``. That is ``A'_j ~ A_j exp(-(1 -
+    factor_j) (log A_j - min log A))``, renormalised together with the share of a learned sink. A
+    factor of 1 changes nothing, and a constant shift of all scores has no effect. With ``erase``,
+    keys with any factor below 1 get zero attention; a query with no other visible key then attends
+    to nothing.
 
-    Keys whose attention is 0 in fp32 (scores more than 100 below the largest) count as unseen.
+    Keys whose attention is 0 in fp32 (scores more than 100 below the largest) count as invisible.
 
     Attributes:
-        heads: by layer; None: all of the layer's.
-        factors: of every key of the text.
-        erase: see above.
+        heads: head numbers by layer; None: all heads of the layer.
+        factors: factor of every key, ``[key]``.
+        erase: give keys with a factor below 1 zero attention.
     """
 
     heads: Mapping[int, tuple[int, ...] | None]
@@ -59,13 +59,13 @@ class Suppressed:
 
     @property
     def layers(self) -> frozenset[int]:
-        """Layers that it touches."""
+        """Layers that the edit applies to."""
         return frozenset(self.heads)
 
     def __call__(
         self, layer: int, value: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Return the rows with attention reduced; the input is unchanged."""
+        """Return rows with reduced attention; the input is not modified."""
         chosen = self.heads[layer]
         if chosen is None:
             return suppressed(value, self.factors, erase=self.erase)
@@ -85,9 +85,9 @@ def suppressed(
     """Multiply the attention scores of some keys by factors; see :class:`Suppressed`.
 
     Args:
-        pattern: rows; 0 where a key is not visible.
-        factors: of every key; 1 leaves it as it is.
-        erase: give keys with a factor below 1 nothing at all.
+        pattern: attention rows, 0 for keys that are not visible.
+        factors: factor of every key; 1 leaves the key unchanged.
+        erase: give keys with a factor below 1 zero attention.
 
     Example:
         >>> rows = torch.tensor([[0.25, 0.75]])  # scores 0 and ln 3
@@ -106,7 +106,7 @@ def suppressed(
         weight = (-(1 - share) * (logs - least)).exp().where(seen, 0.0)
     kept = pattern * weight
     sink = 1 - pattern.sum(-1, keepdim=True)
-    sink = sink.where(sink > 1e-5, 0.0)  # without a learned sink it is rounding
+    sink = sink.where(sink > 1e-5, 0.0)  # without a learned sink, this is only rounding
     total = kept.sum(-1, keepdim=True) + sink
     shared: Tensor = kept / total.where(total > 0, 1.0)
     return shared
@@ -131,43 +131,44 @@ def atman(
 ) -> TokenRelevance:
     """Measure how much each token of a text supports a continuation, by suppressing it.
 
-    Relevance of a token is the loss of the target with attention to the token suppressed, minus
-    that without: above 0 where the token supports the target. All layers and heads are suppressed
-    at once, or only ``heads``; every token (or group) is one pass, as many as fit stacked in one.
-    Tokens of the target that come before another of its tokens are measured too.
+    Relevance of a token is the loss on the target with attention to the token suppressed, minus the
+    loss without suppression: positive if the token supports the target. Suppression acts in all
+    layers and heads at once, or only in ``heads``. Each token (or group) takes one pass; as many as
+    fit are stacked in a batch. Target tokens that precede other target tokens are measured too.
 
-    The smallest score is that of the keys that a query sees, so that nothing depends on later
-    tokens; the authors' code takes it over all keys. A token at the smallest score has no effect,
-    and ``factor=0`` does not erase: it puts the token at the smallest score. ``mode="erase"``
-    does, so that queries cannot see it.
+    The smallest score is taken over the keys visible to each query, so nothing depends on later
+    tokens; the authors' code takes it over all keys. Suppressing the token with the smallest score
+    has no effect, and ``factor=0`` does not hide a token but moves it to the smallest score.
+    ``mode="erase"`` hides it from all queries.
 
     Args:
-        model: that reads from left to right.
-        text: a text, or token ids.
-        target: what follows it, as text (found by its characters) or ids; default: the token that
-            the model finds most likely.
-        factor: of the scores, from 0 to 1.
+        model: decoder with causal attention.
+        text: text or token ids.
+        target: continuation of the text, as text or ids. Default: the model's most likely next
+            token.
+        factor: multiplier of the scores, from 0 to 1.
         mode: ``suppress`` or ``erase``.
-        groups: tokens that are suppressed together instead of single ones, by name: a part of the
-            text as ``the second 'Mary'`` has it, or positions.
+        groups: tokens to suppress together instead of one at a time, by name: a span of the text,
+            e.g. ``the second 'Mary'``, or positions.
         similar: also suppress keys whose embedding has at least this cosine with the token's, each
-            by ``(1 - factor) (1 - cosine) + factor``; between 0 and 1.
-        heads: in which it is suppressed; default: all.
-        top: also measure single heads: those with so many of the largest estimates. The estimate
-            is first-order in the pattern, ``sum of d loss / d A (A' - A)``, of all heads and
-            tokens from one forward and one backward pass, which holds a pattern per layer. Where
-            the target is nearly certain it is small for heads that matter; how far it agrees with
-            what was measured is in ``provenance.checks["rank_correlation"]``.
-        batch_size: as :func:`headscope.ablate_heads` takes it.
-        memory: likewise.
-        progress: likewise.
+            by the factor ``(1 - factor) (1 - cosine) + factor``; above 0, up to 1.
+        heads: heads in which attention is suppressed. Default: all.
+        top: also measure single heads, as many as this, in order of their estimates. The estimate
+            is first-order in the pattern, ``sum of d loss / d A (A' - A)``, for all heads and
+            tokens from one forward and one backward pass, which keeps one pattern per layer. If the
+            target is nearly certain, it underestimates heads that matter; its rank correlation with
+            the measured values is in ``provenance.checks["rank_correlation"]``.
+        batch_size: see :func:`headscope.ablate_heads`.
+        memory: see :func:`headscope.ablate_heads`.
+        progress: see :func:`headscope.ablate_heads`.
 
     Returns:
-        ``.relevance [unit]``, ``.per_target [unit target]``, ``.by_head [layer head unit]``.
+        Relevance in nats: ``.relevance [unit]``, ``.per_target [unit target]`` and ``.by_head
+        [layer head unit]``.
 
     Raises:
         InputError: if an argument does not fit the text or the model.
-        UnsupportedModelError: if the model gives no logits, or reads in both directions.
+        UnsupportedModelError: if the model has no logits or is bidirectional.
 
     Source: Deiseroth et al. 2023 (arXiv 2301.08110), from the paper.
 
@@ -217,15 +218,15 @@ def atman(
 
 def _check(factor: float, mode: str, similar: float | None, top: int | None) -> None:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
-        raise InputError(f"factor={factor!r}: scores are multiplied by a number from 0 to 1.")
-    if mode not in get_args(Suppression):
-        raise InputError(nearest(str(mode), get_args(Suppression), kind="mode"))
+        raise InputError(f"factor={factor!r}: give a number from 0 to 1.")
+    if mode not in get_args(Mode):
+        raise InputError(nearest(str(mode), get_args(Mode), kind="mode"))
     if similar is not None and not (
         isinstance(similar, int | float) and not isinstance(similar, bool) and 0 < similar <= 1
     ):
         raise InputError(f"similar={similar!r} is not a cosine: give a number above 0, up to 1.")
     if top is not None and (not isinstance(top, int) or isinstance(top, bool) or top < 1):
-        raise InputError(f"top={top!r}: measure one head at least, or leave top out.")
+        raise InputError(f"top={top!r}: give 1 or more, or leave top out.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,9 +234,9 @@ class _Asked:
     """A text followed by its target, and the losses to read.
 
     Attributes:
-        ids, every: of text and target, as ids and as texts.
+        ids, every: tokens of text and target, as ids and as texts.
         start: position of the first target token.
-        said, spans: characters of the text and of its tokens, where it was given as characters.
+        said, spans: the text and the character spans of its tokens, if it was given as text.
     """
 
     ids: Int[Tensor, " pos"]
@@ -266,7 +267,7 @@ class _Asked:
 
     @classmethod
     def of(cls, model: HeadModel, text: Promptish, target: str | Sequence[int] | None) -> "_Asked":
-        """Tokenize a text and its target; default: the most likely next token."""
+        """Tokenize a text and its target. Default target: the most likely next token."""
         if isinstance(target, str):
             return cls._of_text(model, text, target)
         prompt = read_prompt(model, text)
@@ -284,10 +285,12 @@ class _Asked:
     @classmethod
     def _of_text(cls, model: HeadModel, text: Promptish, target: str) -> "_Asked":
         if not isinstance(text, str):
-            raise InputError("the text is token ids and the target is not: give both in one form.")
+            raise InputError(
+                "the text is token ids and the target is not: give both in the same form."
+            )
         if not target.strip():
-            raise InputError("the target is empty: give at least one word, or leave it out.")
-        read_prompt(model, text)  # refuses what cannot be read
+            raise InputError("the target is empty: give at least one token, or leave it out.")
+        read_prompt(model, text)  # raises for ids outside the vocabulary
         both = _encoded(model, text + target)
         ends = [end > len(text) for _, end in both.spans]
         first = ends.index(True)
@@ -318,13 +321,15 @@ def _units(
     groups: Mapping[str, Group] | None,
     similar: float | None,
 ) -> dict[str, Float[Tensor, " key"]]:
-    """Factors of all keys for suppressing each token or group."""
+    """Factors of all keys, for each token or group to suppress."""
     length = len(asked.texts)
     if groups is None:
         places = {_label(asked.texts, at): [at] for at in range(length)}
     else:
         if not groups:
-            raise InputError("groups= names no group: leave it out for single tokens.")
+            raise InputError(
+                "groups= is empty: name at least one group, or leave it out for single tokens."
+            )
         places = {name: _positions(asked, name, group) for name, group in groups.items()}
     found = {}
     for name, chosen in places.items():
@@ -339,7 +344,7 @@ def _units(
 
 
 def _label(texts: tuple[str, ...], at: int) -> str:
-    """The token's text, with its position if another token has the same text."""
+    """Text of a token, with its position if another token has the same text."""
     return texts[at] if texts.count(texts[at]) == 1 else f"{texts[at]} ({at})"
 
 
@@ -347,7 +352,9 @@ def _positions(asked: _Asked, name: str, group: Group) -> list[int]:
     length = len(asked.texts)
     if isinstance(group, str):
         if asked.said is None:
-            raise InputError(f"group {name!r} is a part of a text, and only ids were given.")
+            raise InputError(
+                f"group {name!r} is a span of a text, and only ids were given: give positions."
+            )
         start, end = find_span(asked.said, group)
         chosen = [
             at for at, (a, b) in enumerate(asked.spans[:length]) if a < end and b > start and b > a
@@ -364,7 +371,7 @@ def _positions(asked: _Asked, name: str, group: Group) -> list[int]:
 
 
 def _cosines(model: HeadModel, asked: _Asked, chosen: Sequence[int]) -> Float[Tensor, " key"]:
-    """Largest cosine similarity of each key's embedding with those of a unit."""
+    """Largest cosine similarity of each key's embedding with those of a unit's tokens."""
     table = model.parts.embedding
     own = table[asked.ids[: len(asked.texts)].to(table.device)].float().cpu()
     unit = own / own.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -389,7 +396,7 @@ def _estimates(
     *,
     erase: bool,
 ) -> Float[np.ndarray, "layer head unit"]:
-    """First-order change of the summed loss by suppressing each unit in each head alone."""
+    """First-order change in the summed loss when each unit is suppressed in one head alone."""
     patterns: dict[int, Tensor] = {}
     layers = sorted({head.layer for head in heads})
 
@@ -425,7 +432,7 @@ def _exact(
     *,
     erase: bool,
 ) -> Float[np.ndarray, "layer head unit"]:
-    """Measured relevance of the heads with the largest estimates; NaN for the others."""
+    """Measured relevance in the heads with the largest estimates; NaN for other heads."""
     size = {head: float(np.abs(estimate[head]).sum()) for head in heads}
     chosen = sorted(heads, key=lambda head: (-size[head], head))[:top]
     variants: list[Variant] = [

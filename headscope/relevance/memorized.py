@@ -28,7 +28,7 @@ from headscope.table.relevance import Memorized, TextSpan
 SOURCE = "Stoehr et al. 2024 (arXiv 2403.19851), localizing paragraph memorization"
 Documents = Sequence[str] | Sequence[Sequence[int]]
 _MATRICES = ("Q", "K", "V", "O")
-# Known spans whose prefix is perturbed.
+# Number of known spans whose prefix is perturbed.
 _MOST_KNOWN = 32
 
 
@@ -47,37 +47,37 @@ def memorized(
 ) -> Memorized:
     """Find memorised spans of a corpus, and localise them in the model's heads.
 
-    A span is ``prefix`` tokens and the ``length`` after them. It is known if greedy decoding from
-    the prefix gives the rest to the last token, which one pass over the span itself tells: greedy
-    decoding agrees with the text up to its first error. ``unknown`` spans are wrong by a fifth of
-    the way.
+    A span is ``prefix`` tokens followed by ``length`` tokens. It is known if greedy decoding from
+    the prefix reproduces all of the rest. One pass over the span itself decides this, since greedy
+    decoding agrees with the text up to its first error. ``unknown`` spans go wrong within the first
+    fifth.
 
-    Gradients: the mean loss of the known spans' continuations, by every head's weights; a
-    matrix's number is the largest absolute entry, NaN where the family's gradients cannot be read
-    off its activations (norms of queries and keys). The contrast with unknown spans that the
-    source adds has no gradient in the first step, so it is not part of it. Without a known span
-    they are NaN.
+    Gradients are those of the mean loss on known continuations with respect to every head's
+    weights, reported as the largest absolute entry of each matrix. They are NaN without a known
+    span, and for families whose weight gradients cannot be computed from activations (query and key
+    norms). The source adds a contrast with unknown spans, which has no gradient in the first step
+    and is left out here.
 
-    ``rare_attention``: at the last prefix token, Kendall's tau between the attention to a token
-    (mean over its occurrences, not their sum, which grows with the count) and how often it occurs
-    in the corpus, mean over known spans, or over all where none is known: -1 where attention is in
-    the order of rarity. Its control has the counts of the span's tokens in another, seeded order.
-    Errors and tests count texts, not spans: those of one text are a cluster.
+    ``rare_attention`` is Kendall's tau, at the last prefix token, between attention to a token
+    (mean over its occurrences, since the sum grows with the count) and its frequency in the corpus,
+    averaged over known spans, or over all spans if none is known. It is -1 if rarer tokens always
+    get more attention. Its control shuffles the counts of the span's tokens. Standard errors and
+    tests treat the spans of one text as a cluster.
 
     Args:
-        model: that reads from left to right.
-        texts: a corpus, as texts or as token ids; a BOS is put in front of every span where the
-            model's tokenizer puts one in front of a text.
-        prefix: tokens that are given.
-        length: tokens that must follow.
-        stride: of spans in a text; default: ``prefix + length``.
+        model: decoder with causal attention.
+        texts: corpus, as texts or token ids. Every span is prefixed with a BOS if the model's
+            tokenizer adds one to texts.
+        prefix: number of tokens given to the model.
+        length: number of tokens that it must reproduce.
+        stride: distance between the starts of spans, in tokens. Default: ``prefix + length``.
         batch_size: spans per pass.
-        seed: of the replaced tokens, and of the shuffled counts.
-        progress: show a bar.
+        seed: seed for the replaced tokens and the shuffled counts.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if no text is long enough, or no token of the corpus occurs twice.
-        UnsupportedModelError: if the model reads in both directions.
+        InputError: if no text is long enough, or no token occurs twice in the corpus.
+        UnsupportedModelError: if the model is bidirectional.
 
     Source: Stoehr et al. 2024 (arXiv 2403.19851).
 
@@ -130,7 +130,7 @@ def memorized(
 
 def _read(model: HeadModel, texts: Documents) -> list[list[int]]:
     if isinstance(texts, str) or not len(texts):
-        raise InputError("the corpus is a list of texts, one at least.")
+        raise InputError("give the corpus as a list of texts, at least one.")
     if not isinstance(texts[0], str):
         try:
             return [[whole(one, "a token id") for one in _listed(row)] for row in texts]
@@ -150,7 +150,7 @@ def _counts(corpus: Sequence[Sequence[int]], d_vocab: int) -> Int[Tensor, " d_vo
     """Number of occurrences of every token.
 
     Raises:
-        InputError: if every token is another.
+        InputError: if no token occurs twice.
     """
     ids = torch.tensor([one for row in corpus for one in row] or [0])
     wrong = ids[(ids < 0) | (ids >= d_vocab)]
@@ -161,8 +161,8 @@ def _counts(corpus: Sequence[Sequence[int]], d_vocab: int) -> Int[Tensor, " d_vo
     counts = torch.bincount(ids, minlength=d_vocab)
     if int(counts.max()) < 2:
         raise InputError(
-            "no token of the corpus occurs twice, so there are no frequencies and nothing to know "
-            "by heart: give more text."
+            "no token of the corpus occurs twice, so token frequencies are meaningless: give more "
+            "text."
         )
     return counts
 
@@ -176,14 +176,14 @@ def _places(corpus: Sequence[Sequence[int]], size: int, stride: int) -> list[tup
     if not found:
         longest = max(map(len, corpus))
         raise InputError(
-            f"a span is {size} tokens and the longest text {longest}: give longer texts, or a "
+            f"a span is {size} tokens and the longest text has {longest}: give longer texts, or a "
             "smaller prefix or length."
         )
     return found
 
 
 def _spans_probe(tokens: Int[Tensor, "batch pos"], start: int) -> Probe:
-    """Probe of spans with their continuations as targets; mark ``end``: the last prefix token."""
+    """Probe of spans: continuations are targets, the last prefix token is marked ``end``."""
     targets = torch.full_like(tokens, -1)
     targets[:, start - 1 : -1] = tokens[:, start:]
     end = torch.zeros_like(tokens, dtype=torch.bool)
@@ -194,7 +194,7 @@ def _spans_probe(tokens: Int[Tensor, "batch pos"], start: int) -> Probe:
 def _tried(
     model: HeadModel, probe: Probe, batch_size: int | None, progress: bool | None
 ) -> tuple[Int[np.ndarray, " span"], Float[np.ndarray, " span"]]:
-    """Number of correct tokens of every continuation before the first error, and its loss."""
+    """Number of correct tokens before the first error of every continuation, and its loss."""
 
     @torch.no_grad()
     def run(batch: Probe, _: int) -> tuple[Tensor, Tensor]:
@@ -220,31 +220,31 @@ def _tried(
 
 @dataclass
 class _LastRows:
-    """Attention of the last prefix token in every layer, kept on the device."""
+    """Reader of the last prefix token's attention in every layer, kept on the device."""
 
     at: Int[Tensor, " 1"]
     found: dict[int, Float[Tensor, "batch head key"]] = field(default_factory=dict)
 
     def reads(self, shape: ModelShape) -> Reads:
-        """Every layer's row."""
+        """Read every layer's row."""
         return at_layers(shape, self._add)
 
     def _add(self, view: TapView) -> None:
         self.found[view.layer] = view.rows(self.at).pattern[:, :, 0]
 
     def on_host(self) -> Float[np.ndarray, "layer batch head key"]:
-        """Rows of all layers, in one transfer."""
+        """Rows of all layers, moved to the host in one transfer."""
         return torch.stack(list(self.found.values())).cpu().double().numpy()
 
 
-# Entries of a table of pairs of tokens that are held at once.
+# Entries of the token-pair table that are held at once.
 _MOST_PAIRS = 4_000_000
 
 
 def _tau(
     attention: Float[np.ndarray, "*any token"], counts: Int[np.ndarray, " token"]
 ) -> Float[np.ndarray, "*any"]:
-    """Kendall's tau-b of each row with the counts; NaN if one side is constant."""
+    """Kendall's tau-b of each row with the counts; NaN if either is constant."""
     first, second = np.triu_indices(len(counts), 1)
     other = np.sign(counts[first].astype(float) - counts[second])
     flat = attention.reshape(-1, len(counts))
@@ -281,18 +281,18 @@ def rare_attention(
 ) -> HeadScores:
     """Kendall's tau between attention from ``end`` and token frequency in a corpus.
 
-    Attention to a token is the mean over its occurrences; the control has the counts of the
-    example's tokens in another order. -1 where attention is in the order of rarity. A BOS in front
-    is left out: it is in no text of the corpus, so that a head which rests on it would seem to look
-    for what is rare.
+    Attention to a token is the mean over its occurrences; the control shuffles the counts of the
+    example's tokens. It is -1 if rarer tokens always get more attention. A leading BOS is left out:
+    it does not occur in the corpus, so a head that uses it as an attention sink would seem to
+    attend to rare tokens.
 
     Args:
-        model: that is run.
-        probe: with one position marked ``end``, the same in every example.
-        counts: of every token in the corpus.
-        seed: of the orders of the control.
+        model: model to run.
+        probe: probe with one position marked ``end``, the same in every example.
+        counts: number of occurrences of every token in the corpus.
+        seed: seed for the shuffled counts.
         batch_size: examples per pass.
-        about: provenance of the score.
+        about: provenance to record with the score.
 
     Raises:
         InputError: if the examples do not have one ``end`` each, at the same position.
@@ -309,7 +309,8 @@ def rare_attention(
     """
     if not isinstance(counts, Tensor) or counts.shape != (model.shape.d_vocab,):
         raise InputError(
-            f"counts: give a tensor of {model.shape.d_vocab} numbers, how often each token occurs."
+            f"counts: give a tensor of {model.shape.d_vocab} numbers, the occurrences of each "
+            "token."
         )
     ends = probe.host.mark("end").sum(1), probe.host.mark("end").int().argmax(1)
     if not bool((ends[0] == 1).all()) or len(set(ends[1].tolist())) > 1:
@@ -344,7 +345,7 @@ def rare_attention(
         alternative="two-sided",
         unit="tau",
         bounds=(-1.0, 1.0),
-        description="attention rises with how often a token occurs; below 0: rare tokens get more",
+        description="attention rises with token frequency; below 0: rare tokens get more",
         source=SOURCE,
         provenance=about or Provenance(),
     )
@@ -353,7 +354,7 @@ def rare_attention(
 def _gradients(
     model: HeadModel, probe: Probe | None, batch_size: int | None, about: Provenance
 ) -> list[HeadScores]:
-    """Largest gradient entry of every head's matrices; NaN without examples."""
+    """Largest absolute gradient entry of every head's matrices; NaN without examples."""
     shape = model.shape
     found = np.full((4, shape.n_layers, shape.n_heads), np.nan)
     if probe is not None and _readable(model):
@@ -361,7 +362,7 @@ def _gradients(
             for number, name in enumerate(_MATRICES):
                 one = values[name].abs().amax((-2, -1)).cpu().double().numpy()
                 found[number, layer] = np.repeat(one, shape.n_heads // len(one))
-    said = "the loss of known spans depends on an entry of the head's"
+    said = "the loss on known spans depends more on an entry of the head's"
     return [
         HeadScores.from_summary(
             f"grad_{name}",
@@ -392,8 +393,8 @@ def _need_plain(model: HeadModel, layer: int) -> None:
     shaped = model.parts.query_key(layer)
     if shaped.query_norm is not None or shaped.key_norm is not None:
         raise UnsupportedModelError(
-            f"{model.name} norms its queries and keys, so gradients of W_Q and W_K cannot be read "
-            "off those of its scores."
+            f"{model.name} norms its queries and keys, so gradients of W_Q and W_K cannot be "
+            "computed from those of its scores."
         )
 
 
@@ -404,19 +405,20 @@ def weight_gradients(
 ) -> dict[int, dict[str, Float[Tensor, "head first second"]]]:
     """Gradient of the mean loss with respect to ``W_Q``, ``W_K``, ``W_V`` and ``W_O``.
 
-    By layer and letter, in the shapes of ``model.weights(layer)``: key/value heads not repeated.
-    From gradients of activations: ``d L / d W_V = sum of x_i^T (d L / d v_i)``, and of queries
-    and keys likewise with the rotation undone; no gradient of a parameter is taken or kept.
+    Returned by layer and letter, in the shapes of ``model.weights(layer)``, with key/value heads
+    not repeated. They are computed from activation gradients: ``d L / d W_V = sum of x_i^T (d L / d
+    v_i)``, and likewise for queries and keys with the rotation undone; no parameter gradient is
+    taken or stored.
 
     Args:
-        model: without norms on its queries and keys.
-        probe: with targets.
+        model: model without query and key norms.
+        probe: probe with targets.
         batch_size: examples per pass.
 
     Raises:
         InputError: if the probe has no targets.
-        UnsupportedModelError: if queries and keys pass a norm, or attention's input is not a norm
-            of the residual stream.
+        UnsupportedModelError: if the model norms its queries and keys, or attention's input is not
+            a norm of the residual stream.
 
     Example:
         >>> found = hs.relevance.weight_gradients(model, probe)
@@ -425,7 +427,9 @@ def weight_gradients(
     """
     count = int((probe.host.targets >= 0).sum())
     if not count:
-        raise InputError("the probe has no targets, so there is no loss to take gradients of.")
+        raise InputError(
+            "the probe has no targets, so there is no loss to differentiate: add targets."
+        )
     found: dict[int, dict[str, Tensor]] = {}
     for _, part in capture.passes(
         model, probe, lambda batch, _: _of_batch(model, batch, count), batch_size=batch_size
@@ -498,7 +502,7 @@ def _broken(
     seed: int,
     batch_size: int | None,
 ) -> Float[np.ndarray, "known prefix"]:
-    """Number of tokens still correct when one prefix token is replaced, for every position."""
+    """Number of tokens still correct when one prefix token is replaced, for each position."""
     if not len(known):
         return np.full((0, prefix), np.nan)
     generator = torch.Generator().manual_seed(seed)

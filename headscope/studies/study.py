@@ -251,7 +251,6 @@ class Study(Shown):
             raise InputError(
                 f"study {self.name!r} has the claims {names}: give at least one claim, and a "
                 "unique name to each."
-                "its own."
             )
 
     def glance(self) -> Glance:

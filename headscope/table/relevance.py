@@ -86,7 +86,9 @@ class TokenRelevance(Saved, Shown, Tabular):
             InputError: if relevance by head was not measured.
         """
         if self.by_head is None:
-            raise InputError("this relevance is of all heads together: give top= to measure heads.")
+            raise InputError(
+                "this relevance is for all heads together: pass top= to measure single heads."
+            )
         return np.asarray(np.abs(self.by_head).sum(2))
 
     def head_scores(self) -> HeadScores:
@@ -97,7 +99,7 @@ class TokenRelevance(Saved, Shown, Tabular):
             kv_heads=1,
             unit="nats",
             bounds=(0.0, None),
-            description="suppressing tokens in this head alone changes the loss of the targets",
+            description="suppressing tokens in this head alone changes the loss on the targets",
             source="Deiseroth et al. 2023 (arXiv 2301.08110), AtMan, one head at a time",
             provenance=self.provenance,
         )
@@ -115,7 +117,7 @@ class TokenRelevance(Saved, Shown, Tabular):
             spec=ScoreSpec(
                 "token relevance",
                 unit="nats",
-                description="loss of the targets with the token suppressed minus that without",
+                description="loss on the targets with the token suppressed, minus that without",
             ),
             axes=axes,
             labels=(rows, self.units),

@@ -153,7 +153,7 @@ def test_what_cannot_be_asked_is_said() -> None:
         hs.kinds.survey(bundled(), "induction", alpha=2.0)
     with pytest.raises(InputError, match="no kinds"):
         hs.kinds.survey(bundled(), [])
-    with pytest.raises(InputError, match="two different"):
+    with pytest.raises(InputError, match="two distinct"):
         hs.kinds.relation_scores(bundled(), [[(1, 2), (3, 2)]])
 
 

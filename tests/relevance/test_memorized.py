@@ -151,10 +151,10 @@ def test_a_model_that_norms_its_queries_has_no_gradients() -> None:
     ("texts", "given", "said"),
     [
         ([[1, 2, 3, 4]], {"prefix": 2, "length": 1}, "occurs twice"),
-        ([[1, 1, 3]], {"prefix": 9, "length": 1}, "longest text 3"),
+        ([[1, 1, 3]], {"prefix": 9, "length": 1}, "longest text has 3"),
         ([[1, 1, 999]], {"prefix": 1, "length": 1}, "token 999"),
         ([[1, 1, -7]], {"prefix": 1, "length": 1}, "token -7"),
-        ([], {}, "one at least"),
+        ([], {}, "at least one"),
         ("one text", {}, "list of texts"),
         ([[1, 1, 3]], {"prefix": 0}, "prefix=0"),
     ],

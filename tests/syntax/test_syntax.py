@@ -206,7 +206,7 @@ def test_probe_puts_its_weight_on_the_heads_that_know() -> None:
     assert abs(weights[0, 0]) < weights[0, 1]
     vectors = {word: [rng.random() for _ in range(3)] for word in WORDS}
     assert hs.syntax.attention_probe(model, bank, vectors=vectors, epochs=20, rate=0.05).uas == 1.0
-    with pytest.raises(InputError, match="give one length"):
+    with pytest.raises(InputError, match="of one length"):
         hs.syntax.attention_probe(model, bank, vectors={"one": [1.0], "two": [1.0, 2.0]})
 
 
@@ -235,5 +235,5 @@ def test_too_little_is_refused() -> None:
     bank = hs.syntax.treebank(model, trees(3))
     with pytest.raises(InputError, match="no relation has 20 words"):
         hs.syntax.heads(model, bank)
-    with pytest.raises(InputError, match="give four sentences"):
+    with pytest.raises(InputError, match="at least four sentences"):
         hs.syntax.attention_probe(model, bank)
