@@ -356,7 +356,7 @@ def test_the_page_of_a_folder_joins_its_studies_and_needs_no_network(tmp_path: P
     for study in ("low-rank", "attention-sinks"):
         hs.studies.run(study, hs.load(), tmp_path, fast=True)
     page = (tmp_path / "index.html").read_text("utf-8")
-    for words in ("low-rank", "attention-sinks", "holds", "Bhojanapalli", "What is known of"):
+    for words in ("low-rank", "attention-sinks", "holds", "Bhojanapalli", "What is known about"):
         assert words in page
     assert 'src="http' not in page
     assert "Content-Security-Policy" in page
