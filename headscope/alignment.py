@@ -1,9 +1,9 @@
-"""What heads of cross-attention look for: the source of a target token, and concepts.
+"""Cross-attention heads: alignment of target tokens with their source, and concept heads.
 
-A query of cross-attention is the decoder's position that predicts a target token; its keys are
-source tokens, or frames of sound. Word timestamps of speech models are read off the heads whose
-attention follows the alignment (``generation_config.alignment_heads``), and alignments of
-translations likewise.
+A query of cross-attention is the decoder position that predicts a target token; its keys are source
+tokens or audio frames. Word timestamps of speech models come from the heads whose attention follows
+the alignment (``generation_config.alignment_heads``); word alignments of translations can be read
+the same way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from headscope.probes.translation import translation
 from headscope.table import ConceptHeads, HeadScores, HeadTable
 
 Links = Sequence[Sequence[Sequence[int]]] | Bool[Tensor, "batch target source"]
-# Queries whose rows are held at once, as bytes.
+# Memory budget for rows held at once, in bytes.
 _ROWS_BYTES = 1 << 28
 
 _AER = "Och & Ney 2003 (alignment error rate)"
@@ -39,14 +39,14 @@ _ACCURACY = ScoreSpec(
     bounds=(0.0, 1.0),
     source="Li et al. 2019 (arXiv 1906.10282); Och & Ney 2003",
     threshold=0.5,
-    description="Share of linked target tokens that attend most to a source token of theirs.",
+    description="Share of linked target tokens whose most attended source token is a correct one.",
 )
 _PRECISION = ScoreSpec(
     "alignment_precision",
     unit="share",
     bounds=(0.0, 1.0),
     source=_AER,
-    description="Share of a head's links, one for each target token, that are possible links.",
+    description="Share of a head's links, one per target token, that are possible links.",
 )
 _RECALL = ScoreSpec(
     "alignment_recall",
@@ -62,7 +62,7 @@ _ERROR = ScoreSpec(
     direction="lower",
     alternative="two-sided",
     source=_AER,
-    description="Error rate of a head's links: 1 less (|A and S| + |A and P|) / (|A| + |S|).",
+    description="Alignment error rate of a head: 1 - (|A and S| + |A and P|) / (|A| + |S|).",
 )
 _MONOTONE = ScoreSpec(
     "monotonicity",
@@ -70,28 +70,28 @@ _MONOTONE = ScoreSpec(
     bounds=(-1.0, 1.0),
     alternative="two-sided",
     source="Kendall 1938, tau-b",
-    description="Rank correlation of target positions and the source positions attended most.",
+    description="Rank correlation of target positions and their most attended source positions.",
 )
 _PATH = ScoreSpec(
     "path_mass",
     unit="attention",
     bounds=(0.0, 1.0),
     source="Radford et al. 2022 (arXiv 2212.04356), dynamic time warping of cross-attention",
-    description="Attention on the monotone path through source and target that holds most of it.",
+    description="Attention on the best monotone path through source and target.",
 )
 _COVERAGE = ScoreSpec(
     "coverage",
     unit="share",
     bounds=(0.0, 1.0),
     source="Tu et al. 2016 (arXiv 1601.04811), coverage",
-    description="Mean over source tokens but the last of the attention that each got, 1 at most.",
+    description="Total attention each source token but the last received, capped at 1, averaged.",
 )
 _END = ScoreSpec(
     "source_end",
     unit="attention",
     bounds=(0.0, 1.0),
     source="Voita et al. 2018 (arXiv 1805.10163), attention to the end of the source",
-    description="Attention to the last source token, where heads with nothing to do park it.",
+    description="Attention to the last source token, a sink for heads with nothing to do.",
 )
 
 
@@ -109,40 +109,39 @@ def find(
 ) -> HeadTable:
     """Score every cross-attention head as an aligner of source and target.
 
-    With links ``S`` (sure) and ``P`` (possible, sure ones included), and ``A`` the links of a head,
-    each target token with the source token that it attends to most (on ties the first):
-    ``alignment_accuracy``: share of target tokens with a link in P whose own is one of them;
+    Let ``S`` be the sure links, ``P`` the possible links (including sure ones), and ``A`` the links
+    of a head: each target token with its most attended source token (the first on ties).
+    ``alignment_accuracy``: share of target tokens with a link in P whose link in A is one of them;
     ``alignment_precision``: ``|A and P| / |A|``; ``alignment_recall``: ``|A and S| / |S|``;
     ``alignment_error``: ``1 - (|A and S| + |A and P|) / (|A| + |S|)``, lower is better. A target's
-    last token, mostly the end of the text, is left out of A where it has no link; others without
-    one count against the head. Without links, and beside them: ``path_mass``: attention on the
-    monotone path with the largest sum (dynamic time warping, steps of one token on either or both
-    sides), over the number of target tokens; ``monotonicity``: Kendall's tau of target positions
-    and A (with links, again without a last token that has none), -1 where the order is reversed;
-    ``coverage``: mean over source tokens but the last of
-    ``min(1, attention that the token got in all)``; ``source_end``: attention to the last source
-    token.
+    last token, usually the end of the text, is left out of A if it has no link; other tokens
+    without a link count against the head. Scores that need no links: ``path_mass``: attention on
+    the monotone path with the largest sum (dynamic time warping, with steps of one token on either
+    or both sides), divided by the number of target tokens; ``monotonicity``: Kendall's tau between
+    target positions and A (given links, also without an unlinked last token), -1 for a reversed
+    order; ``coverage``: mean over source tokens except the last of ``min(1, total attention
+    received)``; ``source_end``: attention to the last source token.
 
-    The null of all but the last two is the same rows in a random order of target tokens, paired by
-    example: a head that looks at one place whatever is asked scores there what it scores here.
+    The null of all but the last two scores is the same rows with target tokens in random order,
+    paired by example: a head that always attends to the same place gets the same score there.
 
     Args:
-        model: an encoder-decoder, or its cross-attention, ``model.stack("cross")``.
-        probe: sources and targets, as :func:`headscope.probes.translation` makes them.
-        links: sure links: for every example pairs ``(target, source)`` of positions from 0, or
-            booleans ``[batch target source]``. Target position i is that of ``probe.targets[i]``.
-        possible: more links that are not wrong.
-        at: ``output``: a target token's row is that of the position that predicts it; ``input``:
-            that of the position that reads it.
-        seed: of the null.
-        draws: random orders that the null averages.
+        model: encoder-decoder model, or its cross-attention, ``model.stack("cross")``.
+        probe: sources and targets, from :func:`headscope.probes.translation`.
+        links: sure links: for every example, pairs ``(target, source)`` of positions from 0, or
+            booleans ``[batch target source]``. Target position i refers to ``probe.targets[i]``.
+        possible: further links that are not wrong.
+        at: ``output``: use the row of the position that predicts a target token; ``input``: that of
+            the position that reads it.
+        seed: seed for the null.
+        draws: number of random orders averaged in the null.
         batch_size: examples per pass.
 
     Returns:
-        A table of the stack ``cross``.
+        A table for the stack ``cross``.
 
     Raises:
-        InputError: if the probe has no source, or links lie outside of it.
+        InputError: if the probe has no source, or links are outside of it.
 
     Example:
         >>> from transformers import T5Config, T5ForConditionalGeneration
@@ -158,11 +157,11 @@ def find(
     view = stack_of(model, stack="cross")
     check_fits(view, probe)
     if draws < 1:
-        raise InputError(f"draws={draws}: the null needs one random order or more.")
+        raise InputError(f"draws={draws}: give 1 or more random orders for the null.")
     if at not in ("output", "input"):
         raise InputError(f"at={at!r}: give 'output' or 'input'.")
     if possible is not None and links is None:
-        raise InputError("possible links go beside sure ones: give links too.")
+        raise InputError("possible= extends the sure links: give links too.")
     source = probe.of_source
     sure = None if links is None else _as_matrix(links, probe, source)
     wide = sure if possible is None or sure is None else sure | _as_matrix(possible, probe, source)
@@ -198,14 +197,15 @@ def find(
 def heads(
     table: HeadTable, top: int | None = None, *, score: str | None = None, alpha: float = 0.05
 ) -> list[list[int]]:
-    """Heads of a table of alignments, as ``generation_config.alignment_heads`` takes them.
+    """Pick alignment heads from a table, in the form of ``generation_config.alignment_heads``.
 
     Args:
-        table: from :func:`find`.
-        top: the best so many; None: those that are above the null at false discovery rate
-            ``alpha`` and reach the score's threshold.
-        score: by which; default: ``alignment_accuracy``, or ``path_mass`` of a table without links.
-        alpha: see above.
+        table: table from :func:`find`.
+        top: number of best heads to return; None: heads above the null at false discovery rate
+            ``alpha`` that reach the score's threshold.
+        score: score to rank by. Default: ``alignment_accuracy``, or ``path_mass`` for a table
+            without links.
+        alpha: false discovery rate, between 0 and 1.
 
     Returns:
         Pairs ``[layer, head]``, best first.
@@ -223,7 +223,7 @@ def heads(
     name = score or (_ACCURACY.name if _ACCURACY.name in own else _PATH.name)
     chosen = own[name]
     if top is not None and top < 1:
-        raise InputError(f"top={top}: ask for one head or more.")
+        raise InputError(f"top={top}: give 1 or more.")
     lower = chosen.spec.direction == "lower"
     ranked = chosen.bottom(chosen.mean.size) if lower else chosen.top(chosen.mean.size)
     if top is not None:
@@ -243,20 +243,20 @@ def matrix(
     at: str = "output",
     batch_size: int | None = None,
 ) -> Float[Tensor, "batch target source"]:
-    """Average attention of some cross heads: an alignment of each target with its source.
+    """Average attention of some cross-attention heads: a soft alignment of target and source.
 
     Args:
-        model: an encoder-decoder, or its cross-attention.
+        model: encoder-decoder model, or its cross-attention.
         probe: sources and targets.
-        heads: pairs ``[layer, head]``, as :func:`heads` gives them, or addresses ``X3H2``.
-        at: as :func:`find` takes it.
+        heads: pairs ``[layer, head]`` such as :func:`heads` returns, or addresses such as ``X3H2``.
+        at: see :func:`find`.
         batch_size: examples per pass.
 
     Returns:
-        Rows of target tokens, in fp32 on the CPU; 0 where there is no such token.
+        Attention ``[batch target source]``, fp32 on the CPU; 0 at padding.
 
     Raises:
-        InputError: if no heads are given, or the stack lacks one.
+        InputError: if no heads are given, or a head does not exist in the stack.
 
     Example:
         >>> from transformers import T5Config, T5ForConditionalGeneration
@@ -271,7 +271,7 @@ def matrix(
     pairs = [one if isinstance(one, str) else (int(one[0]), int(one[1])) for one in heads]
     chosen = [view.shape.check(HeadIndex.parse(one)) for one in pairs]
     if not chosen:
-        raise InputError("no heads given: name those that align, e.g. hs.alignment.heads(table).")
+        raise InputError("no heads given: give alignment heads, e.g. hs.alignment.heads(table).")
     parts = [
         part.total / len(chosen)
         for _, part in stream(view, probe, lambda *_: _Sum(chosen), batch_size=batch_size)
@@ -286,10 +286,10 @@ def path(
     """Best monotone path through an alignment, by dynamic time warping.
 
     Args:
-        weights: of target and source positions, e.g. of one example of :func:`matrix`.
+        weights: alignment of target and source positions, e.g. one example of :func:`matrix`.
 
     Returns:
-        Pairs ``(target, source)`` from the first of both to the last of both.
+        Pairs ``(target, source)`` from the first positions to the last.
 
     Source:
         Radford et al. 2022 (arXiv 2212.04356), word timestamps of Whisper.
@@ -300,7 +300,7 @@ def path(
     """
     values = np.asarray(weights, dtype=np.float64)
     if values.ndim != 2 or 0 in values.shape or not np.isfinite(values).all():
-        raise InputError(f"a path goes through numbers [target source]; got {values.shape}.")
+        raise InputError(f"weights have shape {list(values.shape)}: give a matrix [target source].")
     best = _best_paths(values[None])[0]
     i, j = values.shape[0] - 1, values.shape[1] - 1
     found = [(i, j)]
@@ -311,11 +311,11 @@ def path(
     return found[::-1]
 
 
-# Heads of concepts.
+# Concept heads.
 
 _CONCEPT_SOURCE = "Park et al. 2024 (arXiv 2412.02237), head relevance vectors of cross-attention"
-_EQUAL = 1e-6  # keys are fp32
-SourceWords = Mapping[str, Sequence[str] | Sequence[Sequence[int]]]
+_EQUAL = 1e-6  # precision of fp32 keys
+Words = Mapping[str, Sequence[str] | Sequence[Sequence[int]]]
 
 
 @checked
@@ -330,35 +330,38 @@ def concepts(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> ConceptHeads:
-    """Find which heads answer to which concept: head relevance vectors.
+    """Find which cross-attention heads respond to which concept (head relevance vectors).
 
-    For an example, a layer and a draw, one word is drawn for each concept. Every head attends with
-    the example's own queries to the keys of these words alone, each read by itself (tokens in front
-    of the first word, such as a start token, are keys too; those behind are not): softmax over all
-    of them, mean over queries, mean over a word's tokens. The concept with the largest share gets
-    the head's vote; ties share the vote. Votes for a concept by head, scaled to a mean of
+    For each example, layer and draw, one word is drawn per concept. Every head attends from the
+    example's own queries to the keys of these words only, each encoded separately (tokens before
+    the first word, such as a start token, are keys too; those after it are not), with a softmax
+    over all keys, averaged over queries and over a word's tokens. The concept with the largest
+    share gets the head's vote; ties split the vote. A concept's votes by head, scaled to a mean of
     1 over heads, are its relevance vector.
 
-    The null deals the same words to the concepts at random, ``deals`` times: a head that falls for
-    one word votes as often for the concept that this word is dealt to.
+    The null reassigns the words to concepts at random, ``deals`` times: a head that is attracted by
+    a single word votes as often for whatever concept that word is assigned to.
 
     Args:
-        model: an encoder-decoder or any model with a stack ``cross``; or a model of one text whose
-            keys do not depend on distance (no rotary positions, no position bias).
-        probe: whose queries ask.
-        words: of each concept, as texts or as token ids without special tokens; two concepts or
-            more. Ten words each are usual.
-        mark: name of the mark of the query positions; default: all real ones.
-        draws: of words, for each example and layer.
-        deals: of words to concepts, for the null; the smallest p-value is ``1 / (1 + deals)``.
-        seed: of draws and deals.
+        model: encoder-decoder or other model with a stack ``cross``, or a decoder-only or
+            encoder-only model whose keys do not depend on position (no rotary positions, no
+            position bias).
+        probe: examples that provide the queries.
+        words: words of each concept, as texts or as token ids without special tokens, for at least
+            two concepts; ten words each are typical.
+        mark: mark on the query positions. Default: all real positions.
+        draws: word draws per example and layer.
+        deals: random assignments of words to concepts, for the null; the smallest p-value is ``1 /
+            (1 + deals)``.
+        seed: seed for draws and assignments.
         batch_size: examples per pass.
 
     Raises:
-        InputError: if there are fewer than two concepts, one has no word, or a word has no token.
-        UnsupportedModelError: if the model's keys depend on distance.
+        InputError: if there are fewer than two concepts, a concept has no word, or a word has no
+            token.
+        UnsupportedModelError: if the model's keys depend on position.
 
-    Source: Park et al. 2024 (arXiv 2412.02237). The null is ours.
+    Source: Park et al. 2024 (arXiv 2412.02237). The null is headscope's.
 
     Example:
         >>> from transformers import T5Config, T5ForConditionalGeneration
@@ -378,15 +381,14 @@ def concepts(
     crosses = next(iter(view.stacks.values())).mask.kind == "cross"
     if not crosses and "rotary" not in view.limits:
         raise UnsupportedModelError(
-            f"{view.name} turns its keys by their position, so a word's key is not the same "
-            "everywhere: heads of concepts take cross-attention, or a model without rotary "
-            "positions."
+            f"{view.name} rotates its keys by position, so a word has no fixed key: use "
+            "cross-attention, or a model without rotary positions."
         )
     read = seen_by(view, probe)
     check_fits(view, probe)
     asked = read.real if mark is None else read.mark(mark) & read.real
     if not bool(asked.any(1).all()):
-        raise InputError("an example of the probe has no position that asks: choose another mark.")
+        raise InputError("an example of the probe has no query position: choose another mark.")
     lexicon = _Lexicon.of(view, model, words, crosses=crosses)
     keys = _word_keys(view, lexicon, batch_size)
     dealt = lexicon.deals(deals, seed)
@@ -416,7 +418,7 @@ def concepts(
         provenance=origin(
             view,
             probe,
-            control="words dealt to concepts at random",
+            control="random assignment of words to concepts",
             seed=seed,
             draws=draws,
             deals=deals,
@@ -429,13 +431,13 @@ def concepts(
 
 @dataclass(frozen=True, eq=False)
 class _Lexicon:
-    """Words of concepts, each as a text of its own.
+    """Words of concepts, each encoded as a separate text.
 
     Attributes:
-        probe: an example for each word.
-        owned: which of its positions are the word's.
-        before: which stand in front of it.
-        sizes: words of each concept, one concept after the other.
+        probe: one example per word.
+        owned: positions that belong to the word.
+        before: positions before the word.
+        sizes: number of words of each concept; the words are in the order of concepts.
     """
 
     probe: Probe
@@ -444,12 +446,10 @@ class _Lexicon:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls, view: HeadModel, model: HeadModel, words: SourceWords, *, crosses: bool
-    ) -> "_Lexicon":
-        """Tokens of all words, between what the tokenizer puts around a text."""
+    def of(cls, view: HeadModel, model: HeadModel, words: Words, *, crosses: bool) -> "_Lexicon":
+        """Encode all words, with the tokenizer's special tokens around each."""
         if len(words) < 2 or not all(len(some) for some in words.values()):
-            raise InputError("heads of concepts need two concepts or more, with a word each.")
+            raise InputError("words: give at least two concepts, each with at least one word.")
         rows = [_word_ids(view, one) for some in words.values() for one in some]
         prefix, suffix = frame(view, None) if view.tokenizer is not None else ([], [])
         framed = [[*prefix, *row, *suffix] for row in rows]
@@ -465,7 +465,7 @@ class _Lexicon:
         return cls(probe, (place < ends) & ~before, before, tuple(map(len, words.values())))
 
     def deals(self, count: int, seed: int) -> Int[Tensor, "deal word"]:
-        """Words in the order in which concepts get them; the first is the true one."""
+        """Orders in which words are assigned to concepts; the first is the true one."""
         draw = torch.Generator().manual_seed(seed)
         total = sum(self.sizes)
         orders = [torch.randperm(total, generator=draw) for _ in range(count)]
@@ -474,7 +474,7 @@ class _Lexicon:
     def drawn(
         self, examples: Sequence[int], layer: int, draws: int, seed: int
     ) -> Int[Tensor, "batch draw concept"]:
-        """For every example and draw, the place of a word of each concept."""
+        """Index of the word drawn for each concept, for every example and draw."""
         chance = np.stack(
             [
                 np.random.default_rng([seed, layer, one]).random((draws, len(self.sizes)))
@@ -501,15 +501,15 @@ def _word_ids(model: HeadModel, word: str | Sequence[int]) -> list[int]:
 def _word_keys(
     view: HeadModel, lexicon: _Lexicon, batch_size: int | None
 ) -> dict[int, Float[Tensor, "word head pos d_head"]]:
-    """Keys of every word, as attention multiplies them with its queries, by layer."""
+    """Keys of every word, as multiplied with queries by attention, by layer."""
     kept: dict[int, list[Tensor]] = {layer: [] for layer in view.shape.attention_layers}
 
     def keep(seen: TapView) -> None:
         both = seen.query_keys(torch.tensor([0]))
         if both.bias is not None and bool((both.bias != 0).any()):
             raise UnsupportedModelError(
-                f"{view.name} adds a bias of positions to its scores, so a word's weight depends "
-                "on where it stands: heads of concepts take attention without it."
+                f"{view.name} adds a position bias to its attention scores, so a word's weight "
+                "depends on its position: use a model without one."
             )
         groups = view.shape.n_heads // both.key.shape[1]
         kept[seen.layer].append(both.key.repeat_interleave(groups, 1))
@@ -528,7 +528,7 @@ def _fitted(keys: Tensor, width: int) -> Tensor:
 
 @dataclass
 class _Each:
-    """Reads every attention layer by one function."""
+    """Reader that passes every attention layer to one function."""
 
     read: Callable[[TapView], None]
 
@@ -542,7 +542,7 @@ def _numbers_of(batch: Probe) -> list[int]:
 
 @dataclass
 class _Voter:
-    """Votes of every head of a batch, summed over its examples, layer by layer."""
+    """Reader of every head's votes in a batch, summed over examples, layer by layer."""
 
     numbers: list[int]
     asked: Bool[Tensor, "all query"]
@@ -585,7 +585,7 @@ class _Voter:
     def _weights(
         self, view: TapView, part: Int[Tensor, " query"]
     ) -> tuple[tuple[Tensor, Tensor], Float[Tensor, "batch head query 1"]]:
-        """Unnormalised weights of words, in sum and mean over their tokens, and of what is before.
+        """Unnormalised weights of words (sum and mean over their tokens) and of tokens before.
 
         ``[batch head query word]``; the largest weight of a query is 1.
         """
@@ -606,7 +606,7 @@ _WITHOUT_NULL = (_COVERAGE.name, _END.name)
 
 
 def _best_paths(values: Float[np.ndarray, "some target source"]) -> Float[np.ndarray, "some t s"]:
-    """Largest sum of a monotone path to every cell, diagonal by diagonal."""
+    """Largest sum along a monotone path to every cell, computed diagonal by diagonal."""
     some, rows, columns = values.shape
     best = np.full((some, rows + 1, columns + 1), -np.inf)
     best[:, 0, 0] = 0.0
@@ -624,7 +624,7 @@ def _numbered(probe: Probe) -> Probe:
 
 
 def _rows_of_targets(probe: Probe, at: str) -> Bool[Tensor, "batch target"]:
-    """Target tokens with a row."""
+    """Mask of target tokens that have a row."""
     asked = probe.real & (probe.targets >= 0)
     if at == "output":
         return asked
@@ -632,17 +632,17 @@ def _rows_of_targets(probe: Probe, at: str) -> Bool[Tensor, "batch target"]:
 
 
 def _shifted(rows: Tensor, at: str) -> Tensor:
-    """Rows by target token, from rows ``[... query source]`` by decoder position."""
+    """Shift rows ``[... query source]`` from decoder positions to target tokens."""
     if at == "output":
         return rows
     return torch.cat([rows[..., 1:, :], torch.zeros_like(rows[..., :1, :])], -2)
 
 
 def _as_matrix(links: Links, probe: Probe, source: Probe) -> Bool[Tensor, "batch target source"]:
-    """Links as booleans.
+    """Convert links to a boolean mask.
 
     Raises:
-        InputError: if they are of other examples, or outside of source or target.
+        InputError: if the number of examples differs, or a link is outside of source or target.
     """
     size = (len(probe), probe.length, source.length)
     if isinstance(links, Tensor):
@@ -651,7 +651,9 @@ def _as_matrix(links: Links, probe: Probe, source: Probe) -> Bool[Tensor, "batch
         found = links.bool()
     else:
         if len(links) != len(probe):
-            raise InputError(f"there are links of {len(links)} examples and {len(probe)} examples.")
+            raise InputError(
+                f"there are links for {len(links)} examples, and the probe has {len(probe)}."
+            )
         found = torch.zeros(size, dtype=torch.bool)
         for number, pairs in enumerate(links):
             for pair in pairs:
@@ -717,7 +719,7 @@ class _Reader:
         return [int(one) for one in self.batch.facts["example"].tolist()]
 
     def _measure(self, view: TapView) -> None:
-        """Measure one layer, example by example on the CPU."""
+        """Measure one layer, one example at a time on the CPU."""
         queries = torch.arange(view.n_queries)
         width = 4 * len(self.batch) * view.z.shape[2] * self.source_real.shape[1]
         rows = [view.rows(part).pattern.cpu() for part in chunks(queries, width, _ROWS_BYTES)]
@@ -754,7 +756,7 @@ def _measures(
     sure: Bool[np.ndarray, "target source"] | None,
     possible: Bool[np.ndarray, "target source"] | None,
 ) -> dict[str, Float[np.ndarray, " head"]]:
-    """All measures of every head on one example; NaN where undefined."""
+    """All measures of every head on one example; NaN if undefined."""
     heads, targets, sources = rows.shape
     nothing = np.full(heads, np.nan)
     if targets == 0:
@@ -763,7 +765,7 @@ def _measures(
     most = rows.argmax(-1)
     ordered = most
     if possible is not None and not possible[-1].any():
-        ordered = most[:, :-1]  # the end of a text is linked to nothing, mostly
+        ordered = most[:, :-1]  # the end of a text usually has no link
     found = {
         _PATH.name: _best_paths(rows)[:, -1, -1] / targets,
         _MONOTONE.name: np.array([_tau(one) for one in ordered]),

@@ -1,9 +1,9 @@
 """Training with interventions on heads: masking, injected patterns, mixtures, noisy gates.
 
-:func:`head_mask` trains a copy while some heads are masked, :func:`inject_patterns` while some
-attend by a rule. On a frozen model :func:`mixture` learns how responsible each head is, and
-:func:`variational_gates` how much noise it bears. :func:`gini` and :func:`lorenz` say how unequal
-heads are. Runs with a folder go on where they were stopped, to the same numbers bit by bit.
+:func:`head_mask` trains a copy with some heads masked, :func:`inject_patterns` with some heads
+attending along given relations. On a frozen model, :func:`mixture` learns how responsible each head
+is, and :func:`variational_gates` how much noise it tolerates. :func:`gini` and :func:`lorenz`
+measure how unequal heads are. Runs with a folder can be resumed, with bit-identical results.
 """
 
 import copy
@@ -56,14 +56,14 @@ _VARIATIONAL = "VTrans (arXiv 2406.05276), variational information bottleneck on
 def gini(values: "HeadScores | Float[np.ndarray, ' *any']") -> float:
     """Gini coefficient of non-negative numbers: 0 if all are equal.
 
-    ``sum over i of (2 i - n - 1) x_i / (n sum x)`` of the n values in rising order: 0 where all are
-    equal, ``1 - 1/n`` where one has everything. NaN where all are 0.
+    ``sum over i of (2 i - n - 1) x_i / (n sum x)`` with the n values in ascending order: 0 if all
+    are equal, ``1 - 1/n`` if one value holds the total. NaN if all are 0.
 
     Args:
-        values: means of a score, or numbers; NaN is left out.
+        values: a score, whose means are used, or numbers; NaN is left out.
 
     Raises:
-        InputError: if a value is negative, or there is none.
+        InputError: if a value is negative, or there are no values.
 
     Source: Gini 1912; used for importance of heads by Sun et al. 2020 (arXiv 2009.09672).
 
@@ -82,15 +82,15 @@ def gini(values: "HeadScores | Float[np.ndarray, ' *any']") -> float:
 def lorenz(values: "HeadScores | Float[np.ndarray, ' *any']") -> Float[np.ndarray, " point"]:
     """Lorenz curve: share of the total held by the smallest values.
 
-    Entry k is the share of the k smallest of n values, from 0 to 1 for k from 0 to n; a straight
-    line where all are equal. The Gini coefficient is twice the area between the two, times
-    ``n / n``: ``1 - (sum of neighbouring entries) / n``.
+    Entry k is the share of the total held by the k smallest of n values, from 0 to 1 for k from 0
+    to n; a straight line if all are equal. The Gini coefficient is twice the area between that line
+    and the curve.
 
     Args:
-        values: as :func:`gini` takes them.
+        values: see :func:`gini`.
 
     Raises:
-        InputError: if a value is negative, or there is none.
+        InputError: if a value is negative, or there are no values.
 
     Example:
         >>> hs.training.lorenz(np.array([3.0, 1.0])).tolist()
@@ -107,7 +107,7 @@ def _ordered(values: "HeadScores | Float[np.ndarray, ' *any']") -> Float[np.ndar
     flat = np.sort(numbers[~np.isnan(numbers)].ravel())
     if not len(flat) or flat[0] < 0:
         what = "no values" if not len(flat) else f"{flat[0]:g} among the values"
-        raise InputError(f"{what}: inequality is of numbers from 0 up, such as importances.")
+        raise InputError(f"{what}: give numbers of at least 0, such as importances.")
     return flat
 
 
@@ -116,14 +116,14 @@ class Trained(Shown):
     """A trained copy of a model, with a comparison to the original.
 
     Attributes:
-        model: the copy; the model that was given is as it was.
-        losses: cost of every step, with what was masked or injected in it.
-        metrics: of the whole model: ``before`` and ``after``, and for injected patterns
-            ``injected`` and ``after, injected``.
-        metric: name and unit.
-        before: importance of heads before training, by gradients.
-        after: the same of the copy.
-        provenance: of the run.
+        model: trained copy; the original model is unchanged.
+        losses: cost of every step, with the masks or patterns applied in it.
+        metrics: metric of the full model ``before`` and ``after`` training, and for injected
+            patterns also ``injected`` and ``after, injected``.
+        metric: name and unit of the metric.
+        before: gradient importance of heads before training.
+        after: gradient importance of heads in the copy.
+        provenance: where the result came from.
     """
 
     model: HeadModel
@@ -136,7 +136,7 @@ class Trained(Shown):
 
     @property
     def inequality(self) -> tuple[float, float]:
-        """Gini coefficient of the heads' importance before and after."""
+        """Gini coefficient of the heads' importance before and after training."""
         return gini(self.before), gini(self.after)
 
     def glance(self) -> Glance:
@@ -229,7 +229,7 @@ def _train(
     """Train with Adam from the last checkpoint on, writing checkpoints.
 
     Raises:
-        HeadscopeError: if the cost is no longer finite; the checkpoint before it stays.
+        HeadscopeError: if the cost becomes NaN or infinite; the last checkpoint is kept.
     """
     leaves = task.parameters
     draws = torch.Generator().manual_seed(plan.seed)
@@ -264,11 +264,11 @@ def masked_heads(
     """Heads to mask in a batch: random without replacement, or those with the largest gradients.
 
     Args:
-        heads: to choose from.
-        count: how many.
-        draws: of those that are drawn.
-        slopes: derivative of the batch's loss by a gate on each head; None: draw. Of equal ones
-            the first head is taken.
+        heads: heads to choose from.
+        count: number of heads to mask.
+        draws: generator for the random choice.
+        slopes: derivative of the batch's loss with respect to a gate on each head; None: choose at
+            random. On ties, the first head is taken.
 
     Example:
         >>> heads = model.shape.heads
@@ -333,34 +333,35 @@ def head_mask(
     every: int = 20,
     progress: bool | None = None,
 ) -> Trained:
-    """Train a copy of a model with heads masked in every batch, so that they share the work.
+    """Train a copy of a model with heads masked in every batch, so that heads share the work.
 
-    Masked heads give 0, and no gradient passes through them; afterwards all heads are used, and
-    nothing is rescaled. ``random`` draws the heads of every batch; ``importance`` masks those with
-    the largest ``|d loss / d gate|`` of the batch, which costs one more forward and backward pass.
-    The copy runs without dropout. Adam, all weights.
+    Masked heads output 0 and pass no gradient. After training all heads are active, without
+    rescaling. ``random`` draws the masked heads for every batch; ``importance`` masks those with
+    the largest ``|d loss / d gate|`` on the batch, which costs one more forward and backward pass.
+    Adam trains all weights, without dropout.
 
     Args:
-        model: of one text stack, from :func:`headscope.load`; it stays as it is.
-        probe: to train on, with targets, such as :func:`headscope.probes.text` makes of texts.
-        count: of heads that each batch masks; 0 is plain fine-tuning.
+        model: model with a single text stack, from :func:`headscope.load`; it is not changed.
+        probe: training examples with targets, e.g. from :func:`headscope.probes.text`.
+        count: number of heads masked per batch; 0 is plain fine-tuning.
         by: ``random`` or ``importance``.
-        heads: among which; default: all.
-        metric: that is trained.
-        test: on which metric and importances are measured; default: the probe itself.
-        better: which direction of the metric is better, where it does not say.
-        steps: of Adam, one batch each.
-        rate: of Adam.
-        batch_size: examples per step; default: 8.
-        seed: of the order of examples and of the masks.
-        folder: where the run is kept every few steps, from which the same call resumes.
-        every: so many steps.
-        progress: show a bar.
+        heads: heads that may be masked. Default: all.
+        metric: metric to optimise.
+        test: examples for measuring metric and importance. Default: the training probe.
+        better: which direction of the metric is better, if the metric does not declare it.
+        steps: number of Adam steps, one batch each.
+        rate: learning rate of Adam.
+        batch_size: examples per step. Default: 8.
+        seed: seed for the order of examples and the masks.
+        folder: checkpoint folder; the same call resumes from it.
+        every: steps between two checkpoints.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if an argument does not fit, or the folder holds another run.
-        UnsupportedModelError: if the model is not a transformers model of one stack.
-        HeadscopeError: if the cost is no longer finite.
+        InputError: if an argument does not fit the model or is out of range, or the folder holds
+            another run.
+        UnsupportedModelError: if the model is not a transformers model with a single stack.
+        HeadscopeError: if the cost becomes NaN or infinite.
 
     Source: Sun et al. 2020 (arXiv 2009.09672), HeadMask, from the paper.
 
@@ -395,14 +396,15 @@ Relations = Mapping[Any, "PairsOf | PairsLike"]
 
 @dataclass(frozen=True, eq=False)
 class Injected:
-    """Edit of patterns: some heads attend along a relation, or uniformly.
+    """Edit of patterns: some heads attend along a relation, keeping or flattening their weights.
 
-    ``mask``: scores of all other keys are -inf, so that attention is divided among the relation's;
-    ``synthesize``: attention is even among them. A query without such a key attends as it would.
+    ``mask``: scores of keys outside the relation become -inf, so attention is renormalised over the
+    relation's keys; ``synthesize``: attention is uniform over them. A query without such a key
+    keeps its attention.
 
     Attributes:
-        keys: of every query, by head.
-        mode: see above.
+        keys: keys of every query, by head, ``[batch query key]``.
+        mode: ``mask`` or ``synthesize``.
     """
 
     keys: Mapping[HeadIndex, Bool[Tensor, "batch query key"]]
@@ -411,13 +413,13 @@ class Injected:
 
     @property
     def layers(self) -> frozenset[int]:
-        """Layers that it touches."""
+        """Layers that the edit applies to."""
         return frozenset(head.layer for head in self.keys)
 
     def __call__(
         self, layer: int, value: Float[Tensor, "batch head query key"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Return the rows with those of the heads replaced; the input is unchanged."""
+        """Return rows with those of the edited heads replaced; the input is not modified."""
         rows = list(value.unbind(1))
         for head, keys in self.keys.items():
             if head.layer == layer:
@@ -433,8 +435,8 @@ def injected_rows(
     """Replace attention rows with a relation's; see :class:`Injected`.
 
     Args:
-        pattern: rows; 0 where a key is not visible.
-        keys: of the relation; those that are not visible do not count.
+        pattern: attention rows, 0 for keys that are not visible.
+        keys: keys of the relation; invisible ones are ignored.
         mode: ``mask`` or ``synthesize``.
 
     Example:
@@ -452,7 +454,7 @@ def injected_rows(
 
 
 class _Given:
-    """Relations of heads on a whole probe, as keys of some of its examples."""
+    """Relations of heads on a full probe, from which batches take their examples."""
 
     def __init__(self, model: HeadModel, probe: Probe, relations: Relations, mode: str) -> None:
         self._mode, self._size = mode, probe.length
@@ -516,30 +518,31 @@ def inject_patterns(
 ) -> Trained:
     """Train a copy of a model in which some heads attend along given relations.
 
-    The relations are those of :func:`headscope.scorers.relation`: equal tokens, the token before,
-    a sentence. The heads keep them afterwards: ``metrics`` has the copy's with and without
-    (``after, injected`` and ``after``), beside those of the model before training.
+    Relations are those of :func:`headscope.scorers.relation`, e.g. equal tokens, the previous token
+    or the same sentence. ``metrics`` holds the metric of the trained copy with and without the
+    patterns (``after, injected`` and ``after``), and that of the model before training.
 
     Args:
-        model: of one text stack; it stays as it is.
-        probe: to train on, with targets.
-        relations: (query, key) pairs of each head: a function of the probe, or pairs of the whole
+        model: model with a single text stack; it is not changed.
+        probe: training examples with targets.
+        relations: (query, key) pairs for each head: a function of the probe, or pairs for the full
             probe in any form that :func:`headscope.scorers.relation` takes.
-        mode: ``mask``: attention is divided among the relation's keys; ``synthesize``: evenly.
-        metric: that is trained, and measured on the same probe.
-        better: which direction of the metric is better, where it does not say.
-        steps: of Adam, one batch each.
-        rate: of Adam.
-        batch_size: examples per step; default: 8.
-        seed: of the order of examples.
-        folder: where the run is kept every few steps, from which the same call resumes.
-        every: so many steps.
-        progress: show a bar.
+        mode: ``mask``: renormalise attention over the relation's keys; ``synthesize``: make it
+            uniform over them.
+        metric: metric to optimise, also measured on the same probe.
+        better: which direction of the metric is better, if the metric does not declare it.
+        steps: number of Adam steps, one batch each.
+        rate: learning rate of Adam.
+        batch_size: examples per step. Default: 8.
+        seed: seed for the order of examples.
+        folder: checkpoint folder; the same call resumes from it.
+        every: steps between two checkpoints.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if an argument does not fit, a relation is empty, or the folder holds another
-            run.
-        UnsupportedModelError: if the model is not a transformers model of one stack.
+        InputError: if an argument does not fit the model or is out of range, a relation is empty,
+            or the folder holds another run.
+        UnsupportedModelError: if the model is not a transformers model with a single stack.
 
     Source: Xiao et al. 2021 (arXiv 2112.05364), injected patterns.
 
@@ -554,7 +557,7 @@ def inject_patterns(
     if mode not in get_args(RelationUse):
         raise InputError(nearest(str(mode), get_args(RelationUse), kind="mode"))
     if not relations:
-        raise InputError("relations= names no head: give one relation at least.")
+        raise InputError("relations= names no head: give at least one relation.")
     plan = _Schedule.of(probe, steps, rate, batch_size, seed, every, progress)
     measured, sign = _measured(model, metric, better, probe, None)
     given = _Given(model, probe, relations, mode)
@@ -588,13 +591,13 @@ class _Mixing(_Task):
 
 
 class _Gates:
-    """Gating networks, one per layer: mean of the stream so far, tanh, softmax over heads."""
+    """Gating networks, one per layer: running mean of the stream, tanh, softmax over heads."""
 
     def __init__(self, shape: ModelShape, hidden: int, seed: int, device: torch.device) -> None:
         draws = torch.Generator().manual_seed(seed)
         layers, heads = len(shape.attention_layers), shape.n_heads
         first = torch.randn(layers, shape.d_model, hidden, generator=draws) / shape.d_model**0.5
-        # Zeros: at first the gate is even, and an even gate is the model itself.
+        # Zeros give a uniform gate, which leaves the model unchanged.
         made = {"first": first, "bias": torch.zeros(layers, hidden),
                 "second": torch.zeros(layers, hidden, heads)}  # fmt: skip
         self.parameters = {name: one.to(device).requires_grad_() for name, one in made.items()}
@@ -610,7 +613,7 @@ class _Gates:
         stream: Float[Tensor, "batch pos d_model"],
         real: Bool[Tensor, "batch pos"],
     ) -> Float[Tensor, "batch pos head"]:
-        """Responsibility of each head: ``n / (n - 1) (1 - gate)`` of a layer's n heads."""
+        """Responsibility of each head: ``n / (n - 1) (1 - gate)`` for n heads in a layer."""
         at, weight = self._place[layer], real.to(stream)[..., None]
         mean = (stream * weight).cumsum(1) / weight.cumsum(1).clamp_min(1)
         size = mean.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
@@ -622,7 +625,7 @@ class _Gates:
         return shared
 
     def value(self, task: _Task, batch: Probe) -> tuple[Tensor, dict[int, Tensor]]:
-        """Cost with the gates, and the gates' outputs in every layer."""
+        """Cost with the gates applied, and the gates' outputs in every layer."""
         seen: dict[int, Tensor] = {}
 
         def read(view: TapView) -> None:
@@ -661,34 +664,36 @@ def mixture(
     every: int = 20,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Learn a mixture of experts that each omit one head, to see which heads are responsible.
+    """Learn a mixture of experts that each omit one head, to measure each head's responsibility.
 
-    Expert i of a layer is attention with all n heads but i, multiplied by ``n / (n - 1)``; a gate
-    mixes them by what the layer reads, so that head h counts ``n / (n - 1) (1 - gate_h)``, its
-    responsibility: 1 under an even gate, which is the model itself, 0 where the head's absence is
-    always preferred. The gate is a network with one hidden layer on the mean of the residual stream
-    up to each position (not beyond, which would show a decoder its future). Only gates learn.
+    Expert i of a layer is attention with all n heads except i, multiplied by ``n / (n - 1)``. A
+    gate mixes the experts based on the layer's input, so head h is scaled by its responsibility,
+    ``n / (n - 1) (1 - gate_h)``: 1 under a uniform gate, which is the original model, and 0 if the
+    gate always omits the head. The gate is a network with one hidden layer on the mean of the
+    residual stream up to each position (later positions would leak a decoder's future). Only the
+    gates are trained.
 
     Args:
-        model: with two heads or more in every layer; it stays as it is.
-        probe: to train on, with targets.
-        hidden: width of the gate.
-        metric: that is trained.
-        better: which direction of the metric is better, where it does not say.
-        steps: of Adam, one batch each.
-        rate: of Adam.
-        batch_size: examples per step; default: 8.
-        seed: of the order of examples and of the gates' first weights.
-        folder: where the run is kept every few steps, from which the same call resumes.
-        every: so many steps.
-        progress: show a bar.
+        model: model with at least two heads in every layer; it is not changed.
+        probe: training examples with targets.
+        hidden: width of the gate's hidden layer.
+        metric: metric to optimise.
+        better: which direction of the metric is better, if the metric does not declare it.
+        steps: number of Adam steps, one batch each.
+        rate: learning rate of Adam.
+        batch_size: examples per step. Default: 8.
+        seed: seed for the order of examples and the initial gate weights.
+        folder: checkpoint folder; the same call resumes from it.
+        every: steps between two checkpoints.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        The score ``responsibility``, of every example the mean over its positions; from 0 to
-        ``n / (n - 1)``. Within a layer the mean is 1.
+        The score ``responsibility``, averaged over the positions of each example, from 0 to ``n /
+        (n - 1)``; its mean within a layer is 1.
 
     Raises:
-        InputError: if an argument does not fit, or the folder holds another run.
+        InputError: if an argument does not fit the model or is out of range, or the folder holds
+            another run.
         UnsupportedModelError: if a layer has a single head.
 
     Source: Peng et al. 2020 (arXiv 2005.06537), with the experts fixed.
@@ -704,7 +709,8 @@ def mixture(
     ]
     if min(by_layer) < 2:
         raise UnsupportedModelError(
-            f"{model.name} has a layer with a single head: a mixture leaves one of several out."
+            f"{model.name} has a layer with a single head: a mixture needs at least two heads per "
+            "layer."
         )
     whole(hidden, "hidden", 1)
     plan = _Schedule.of(probe, steps, rate, batch_size, seed, every, progress)
@@ -725,7 +731,7 @@ def mixture(
         found[layer, head] = np.nan
     return HeadScores.from_examples(
         "responsibility", found, kv_heads=shape.n_kv_heads, unit="share", bounds=(0.0, 2.0),
-        description="the head counts in a mixture of experts that each leave one head out",
+        description="a mixture of experts that each omit one head relies on the head",
         source=_MIXTURE, provenance=origin(model, probe, steps=steps, rate=rate, hidden=hidden),
     )  # fmt: skip
 
@@ -739,7 +745,7 @@ def _mean_shares(task: _Task, gates: _Gates, batch: Probe) -> Float[Tensor, "lay
 
 @dataclass(eq=False)
 class _Noisy(_Task):
-    """Task that trains the mean and the spread of a noisy gate on every head."""
+    """Task that trains the mean and spread of a noisy gate on every head."""
 
     penalty: float
     there: Bool[Tensor, "layer head"]
@@ -762,11 +768,11 @@ class _Noisy(_Task):
 def divergence(
     mean: Float[Tensor, "*any"], log_spread: Float[Tensor, "*any"]
 ) -> Float[Tensor, "*any"]:
-    """``ln(1 + mean^2 / spread^2) / 2``: nats that a noisy gate transmits; 0 for a mean of 0.
+    """Nats that a noisy gate transmits: ``ln(1 + mean^2 / spread^2) / 2``; 0 for a mean of 0.
 
     Args:
-        mean: of the gate.
-        log_spread: logarithm of its standard deviation.
+        mean: mean of the gate.
+        log_spread: logarithm of the gate's standard deviation.
 
     Example:
         >>> round(float(hs.training.divergence(torch.tensor(1.0), torch.tensor(0.0))), 4)
@@ -795,36 +801,37 @@ def variational_gates(
 ) -> HeadTable:
     """Learn noisy gates with a price on transmitted information (information bottleneck).
 
-    A head's output is multiplied by ``mean + spread e`` with e standard normal, drawn for every
-    head and step; ``metric + penalty * sum over heads of ln(1 + mean^2 / spread^2) / 2`` is
-    lowered, by the gates alone. A head that is needed keeps a mean far above its spread; one that
-    is not sinks into noise. Beside the gates of :func:`headscope.pruning.learn_gates`, which are 0
-    or 1, and those of :func:`headscope.edges.causal_gates`, which tell heads that help from heads
+    A head's output is multiplied by ``mean + spread e``, with e standard normal and drawn anew for
+    every head and step. Training minimises ``metric + penalty * sum over heads of ln(1 + mean^2 /
+    spread^2) / 2`` over the gates only. A head that is needed keeps a mean far above its spread; a
+    head that is not is drowned in noise. Compare :func:`headscope.pruning.learn_gates`, whose gates
+    are 0 or 1, and :func:`headscope.edges.causal_gates`, which separates heads that help from heads
     that hurt.
 
     Args:
-        model: that stays as it is.
-        probe: to train on, with targets.
-        penalty: price of a nat of a head, in the metric's unit.
-        start: spread of every gate at first; its mean is 1.
-        metric: that is to stay good.
-        better: which direction of the metric is better, where it does not say.
-        steps: of Adam, one batch each.
-        rate: of Adam.
-        batch_size: examples per step; default: 8.
-        seed: of the order of examples and of the noise.
-        folder: where the run is kept every few steps, from which the same call resumes.
-        every: so many steps.
-        progress: show a bar.
+        model: model to analyse; it is not changed.
+        probe: training examples with targets.
+        penalty: price per transmitted nat, in the metric's unit.
+        start: initial spread of every gate; the initial mean is 1.
+        metric: metric to preserve.
+        better: which direction of the metric is better, if the metric does not declare it.
+        steps: number of Adam steps, one batch each.
+        rate: learning rate of Adam.
+        batch_size: examples per step. Default: 8.
+        seed: seed for the order of examples and the noise.
+        folder: checkpoint folder; the same call resumes from it.
+        every: steps between two checkpoints.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        ``gate``, the mean; ``gate_nats``, what passes it; ``signal_to_noise``, ``mean^2 /
-        spread^2``, by which heads are pruned, the smallest first.
+        A table with ``gate``, the mean; ``gate_nats``, the transmitted nats; and
+        ``signal_to_noise``, ``mean^2 / spread^2``, the order for pruning (smallest first).
 
     Raises:
-        InputError: if an argument does not fit, or the folder holds another run.
+        InputError: if an argument does not fit the model or is out of range, or the folder holds
+            another run.
 
-    Source: VTrans (arXiv 2406.05276), on heads alone.
+    Source: VTrans (arXiv 2406.05276), applied to heads only.
 
     Example:
         >>> list(hs.training.variational_gates(model, probe, steps=2))
@@ -850,9 +857,9 @@ def variational_gates(
     said = {
         "gate": (mean, "gate", (None, None), "mean of a noisy gate on the head"),
         "gate_nats": (divergence(mean, log_spread), "nats", (0.0, None),
-                      "the head's noisy gate lets so much through"),
+                      "the head's noisy gate transmits more"),
         "signal_to_noise": ((mean / log_spread.exp()) ** 2, "ratio", (0.0, None),
-                            "the mean of the head's noisy gate stands out from its noise"),
+                            "the mean of the head's noisy gate is larger relative to its noise"),
     }  # fmt: skip
     return HeadTable(
         [
@@ -866,28 +873,28 @@ def variational_gates(
 
 
 def _weights(model: HeadModel) -> dict[str, Tensor]:
-    """Parameters of a copy, shared ones once."""
+    """Parameters of a copy, with shared ones listed once."""
     return dict(cast("HFModel", model).module.named_parameters())
 
 
 def _copy(model: HeadModel) -> HeadModel:
-    """A copy whose weights may be trained.
+    """Copy a model for training its weights.
 
     Raises:
-        UnsupportedModelError: if it is not a transformers model of one stack with weights of
-            floating point.
+        UnsupportedModelError: if it is not a transformers model with a single stack and
+            floating-point weights.
     """
     if not isinstance(model, HFModel):
         raise UnsupportedModelError(
-            f"{model.name} is not a transformers model of one stack that headscope can copy: its "
-            "weights cannot be trained here; gates can (hs.pruning.learn_gates)."
+            f"{model.name} is not a transformers model with a single stack, so headscope cannot "
+            "train its weights: train gates instead (hs.pruning.learn_gates)."
         )
     module = copy.deepcopy(model.module)
     for name, one in module.named_parameters():
         if not one.is_floating_point():
             raise UnsupportedModelError(
-                f"{model.name} has quantised weights ({name}): load it in a dtype of floating "
-                "point to train it."
+                f"{model.name} has quantised weights ({name}): load it in a floating-point dtype "
+                "to train it."
             )
         one.requires_grad_(True)
     made: HeadModel = load(module, tokenizer=model.tokenizer, check=False)
@@ -897,10 +904,10 @@ def _copy(model: HeadModel) -> HeadModel:
 def _measured(
     model: HeadModel, metric: Metricish, better: Direction | None, *probes: Probe | None
 ) -> tuple[AnyMetric, int]:
-    """The metric with its sign as a cost, checked to be readable on the probes.
+    """Metric and its sign as a cost, after checking that the probes support it.
 
     Raises:
-        InputError: if it cannot.
+        InputError: if a probe does not support the metric, or its direction is unknown.
     """
     found = as_metric(metric)
     for one in probes:
@@ -918,7 +925,7 @@ def _checkpoint(
     plan: _Schedule,
     **other: Any,
 ) -> Checkpoint:
-    """Checkpoint of a run with the facts that determine it; the number of steps may grow."""
+    """Checkpoint of a run, identified by its settings; the number of steps may grow."""
     if folder is None:
         return Checkpoint(None, {})
     facts = {
@@ -932,7 +939,7 @@ def _trained(
     model: HeadModel, copied: HeadModel, losses: tuple[float, ...], metric: AnyMetric,
     probe: Probe, other: Mapping[str, float], batch_size: int | None, about: Provenance,
 ) -> Trained:  # fmt: skip
-    """Result of a run; the trained copy is wrapped anew, since cached measurements are outdated."""
+    """Result of a run; the trained copy is wrapped again, since cached measurements are stale."""
     module = cast("HFModel", copied).module
     done: HeadModel = load(module, tokenizer=model.tokenizer, check=False)
     options: dict[str, Any] = {"normalise": False, "batch_size": batch_size, "progress": False}

@@ -20,11 +20,12 @@ CheckpointPath = str | PathLike[str] | None
 
 
 class Checkpoint:
-    """State of an interruptible run: tensors, with the facts that identify the run.
+    """Saved state of a resumable run: tensors, with the settings that identify the run.
 
     Args:
-        folder: where ``checkpoint.safetensors`` stands; None: nothing is kept.
-        facts: JSON values that decide the run: a file of others is refused.
+        folder: folder of ``checkpoint.safetensors``; None: nothing is saved.
+        facts: settings that identify the run, as JSON values; a file with other settings is
+            refused.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -37,22 +38,22 @@ class Checkpoint:
         3
     """
 
-    def __init__(self, folder: CheckpointPath, facts: Mapping[str, Any]) -> None:
-        """Check that the file can be written; nothing is stored yet."""
+    def __init__(self, folder: "str | PathLike[str] | None", facts: Mapping[str, Any]) -> None:
+        """Check that the file can be written, without writing it."""
         self._facts = json.loads(json.dumps(facts, default=str))
         self._file: Path | None = None
         if folder is not None:
             self._file = writable_folder(Path(folder)) / "checkpoint.safetensors"
 
     def __bool__(self) -> bool:
-        """Whether a file is used at all."""
+        """Whether a file is used."""
         return self._file is not None
 
     def read(self) -> dict[str, Tensor] | None:
-        """Read the last state; None if there is none.
+        """Read the last state; None if there is no file.
 
         Raises:
-            InputError: if the file is damaged, or of another run.
+            InputError: if the file is damaged, or belongs to another run.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -65,7 +66,7 @@ class Checkpoint:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{self._file} is not a checkpoint, or is damaged: give another folder, or delete "
-                "it to begin again."
+                "it to start over."
             ) from error
         check_same(self._file, facts, self._facts, "training run")
         return found
@@ -86,7 +87,7 @@ def adam_state(adam: torch.optim.Adam) -> dict[str, Tensor]:
     """Adam's state for every parameter, by name, in the form of :class:`Checkpoint`.
 
     Args:
-        adam: with one group of parameters.
+        adam: optimiser with one parameter group.
     """
     return {
         f"adam.{number}.{name}": value
@@ -99,8 +100,8 @@ def restore_adam(adam: torch.optim.Adam, tensors: Mapping[str, Tensor]) -> None:
     """Restore Adam's state from :func:`adam_state`.
 
     Args:
-        adam: of the same parameters, before its first step.
-        tensors: of a checkpoint.
+        adam: optimiser of the same parameters, before its first step.
+        tensors: tensors of a checkpoint.
     """
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -115,17 +116,17 @@ class AdamRun:
     """Resumable Adam steps on some tensors, bit-identical to an uninterrupted run.
 
     Attributes:
-        kept: where the state is written; one that keeps nothing does.
-        parameters: leaves that learn, by name; they are put back to what was kept.
+        kept: checkpoint to write to; it may be one that saves nothing.
+        parameters: trainable leaf tensors by name; restored from the checkpoint if there is one.
         rate: of Adam.
-        steps: to be taken in all.
-        every: steps between two writes; the last step is written too.
-        draws: generator whose state is kept; None: nothing is drawn.
-        other: values by name that are kept beside, such as the order of the examples.
-        losses: cost of every step, on the device of the parameters; NaN where none was taken yet.
+        steps: total number of steps.
+        every: steps between two writes; the last step is also written.
+        draws: random generator whose state is saved; None: no randomness.
+        other: further tensors to save, by name, e.g. the order of examples.
+        losses: cost of every step, on the parameters' device; NaN for steps not yet taken.
 
     Raises:
-        InputError: if ``every`` is not a count, or more steps were taken already.
+        InputError: if ``every`` is below 1, or the checkpoint has more steps than requested.
 
     Example:
         >>> x = torch.zeros(1, requires_grad=True)
@@ -159,7 +160,7 @@ class AdamRun:
         self.done = int(state["step"])
         if self.done > self.steps:
             raise InputError(
-                f"steps={self.steps}: the checkpoint has run {self.done} steps already."
+                f"steps={self.steps}: the checkpoint has already run {self.done} steps."
             )
         with torch.no_grad():
             for name, one in self.parameters.items():
@@ -171,10 +172,11 @@ class AdamRun:
         self.losses[: self.done] = state["losses"][: self.done].to(self.losses)
 
     def __iter__(self) -> Iterator[int]:
-        """Iterate over the remaining steps, writing a checkpoint after each step that is due.
+        """Iterate over the remaining steps, writing checkpoints when due.
 
         Raises:
-            HeadscopeError: if a cost since the last write is not finite; what was written stays.
+            HeadscopeError: if a cost since the last write is not finite; the last checkpoint is
+                kept.
         """
         for step in range(self.done, self.steps):
             yield step
@@ -188,7 +190,7 @@ class AdamRun:
         return self.done % self.every == 0 or self.done == self.steps
 
     def take(self, cost: Tensor) -> None:
-        """Take an optimiser step, and record the cost."""
+        """Take an optimiser step and record its cost."""
         self.adam.step()
         for one in self.parameters.values():
             one.grad = None
@@ -211,6 +213,5 @@ class AdamRun:
         wrong = (~self.losses[: self.done].isfinite()).nonzero()
         if len(wrong):
             raise HeadscopeError(
-                f"the cost of step {int(wrong[0]) + 1} is not a finite number: train with a "
-                "smaller rate."
+                f"the cost of step {int(wrong[0]) + 1} is not finite: use a smaller learning rate."
             )

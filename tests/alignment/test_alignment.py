@@ -186,11 +186,11 @@ def test_what_does_not_fit_is_a_sentence() -> None:
         (lambda: hs.alignment.find(model, probe, torch.ones(2, 2, 2) > 0), "have shape"),
         (lambda: hs.alignment.find(model, probe, None, [[], []]), "give links too"),
         (lambda: hs.alignment.find(model, probe, at="mid"), "give 'output' or 'input'"),
-        (lambda: hs.alignment.find(model, probe, draws=0), "one random order"),
+        (lambda: hs.alignment.find(model, probe, draws=0), "random orders"),
         (lambda: hs.alignment.find(model, probe.source), "source"),
         (lambda: hs.alignment.matrix(model, probe, []), "no heads given"),
         (lambda: hs.alignment.matrix(model, probe, [[0, 7]]), "no head X0H7"),
-        (lambda: hs.alignment.path(torch.zeros(0, 3)), "a path goes through"),
+        (lambda: hs.alignment.path(torch.zeros(0, 3)), "give a matrix"),
         (lambda: hs.alignment.find(hs.load("tiny-llama"), probe), "no stack 'cross'"),
     ):
         with pytest.raises(InputError, match=why):
