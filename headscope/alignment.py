@@ -315,7 +315,7 @@ def path(
 
 _CONCEPT_SOURCE = "Park et al. 2024 (arXiv 2412.02237), head relevance vectors of cross-attention"
 _EQUAL = 1e-6  # precision of fp32 keys
-Words = Mapping[str, Sequence[str] | Sequence[Sequence[int]]]
+SourceWords = Mapping[str, Sequence[str] | Sequence[Sequence[int]]]
 
 
 @checked
@@ -446,7 +446,9 @@ class _Lexicon:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, view: HeadModel, model: HeadModel, words: Words, *, crosses: bool) -> "_Lexicon":
+    def of(
+        cls, view: HeadModel, model: HeadModel, words: SourceWords, *, crosses: bool
+    ) -> "_Lexicon":
         """Encode all words, with the tokenizer's special tokens around each."""
         if len(words) < 2 or not all(len(some) for some in words.values()):
             raise InputError("words: give at least two concepts, each with at least one word.")

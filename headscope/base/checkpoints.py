@@ -38,7 +38,7 @@ class Checkpoint:
         3
     """
 
-    def __init__(self, folder: "str | PathLike[str] | None", facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: CheckpointPath, facts: Mapping[str, Any]) -> None:
         """Check that the file can be written, without writing it."""
         self._facts = json.loads(json.dumps(facts, default=str))
         self._file: Path | None = None

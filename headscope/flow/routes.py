@@ -516,7 +516,7 @@ def _recorded(model: HeadModel, prompt: Prompt) -> dict[int, _Block]:
     return {layer: _Block(sums[layer], mlps[layer]) for layer in layers}
 
 
-def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> Rows:
+def _rerun(model: HeadModel, ids: Int[Tensor, "1 pos"], layer: int) -> RowsAt:
     """Rows of one layer, computed in a separate pass on first use."""
     found: list[AttentionRows] = []
 

@@ -96,7 +96,7 @@ def below(scores: HeadScores, least: float = 0.0) -> Criterion:
 
 
 @checked
-def one_sided(scores: HeadScores, sign: int) -> Heads:
+def one_sided(scores: HeadScores, sign: int) -> HeadValues:
     """Turn a score's p-values into one-sided ones, for a mean above (1) or below (-1) its null.
 
     Example:
@@ -1508,7 +1508,7 @@ def clustering(
 @checked
 def cluster_ratio(
     z: Float[np.ndarray, "example layer head size"], groups: Int[np.ndarray, " example"], seed: int
-) -> tuple[Heads, Heads]:
+) -> tuple[HeadValues, HeadValues]:
     """Between-group share of the variance of head outputs, and its p-value.
 
     ``sum over groups of n_g |mean_g - mean|^2 / sum over examples of |z - mean|^2``: 1 if outputs

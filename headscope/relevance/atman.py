@@ -219,8 +219,8 @@ def atman(
 def _check(factor: float, mode: str, similar: float | None, top: int | None) -> None:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= 1:
         raise InputError(f"factor={factor!r}: give a number from 0 to 1.")
-    if mode not in get_args(Mode):
-        raise InputError(nearest(str(mode), get_args(Mode), kind="mode"))
+    if mode not in get_args(Suppression):
+        raise InputError(nearest(str(mode), get_args(Suppression), kind="mode"))
     if similar is not None and not (
         isinstance(similar, int | float) and not isinstance(similar, bool) and 0 < similar <= 1
     ):

@@ -549,7 +549,7 @@ class SteeringTable(Saved, Shown, Tabular):
 
 
 # Maps a batch, the positions to steer and the positions to read to logits ``[row d_vocab]``.
-Run = Callable[[Probe, Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Tensor]
+SteeredPass = Callable[[Probe, Bool[Tensor, "batch pos"], Bool[Tensor, "batch pos"]], Tensor]
 
 
 @checked
