@@ -41,8 +41,8 @@ LEFT = {
     "Readout": "Unembedding",
     "readout": "unembedding",
 }
-# The same thing on both ways into a model, and edges of a circuit found and a circuit known.
-SHARED = {"AttentionTaps", "Edge", "Look", "Scope"}
+# The same concept on both paths into a model.
+SHARED = {"AttentionTaps", "EditScope", "Look"}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if not path.as_posix().endswith(TEXTS)]
 
 
