@@ -1,4 +1,4 @@
-"""``hs.edges.attribute``: the contribution of every edge of a model to a metric.
+"""``hs.edges.attribute``: contribution of every edge of a model to a metric.
 
 Estimated by edge attribution patching, with one or several gradients or with other rules, or
 measured exactly by removing one edge at a time.
@@ -51,8 +51,8 @@ class SlotGradient:
     Attributes:
         site: ``query``, ``key`` or ``value``.
         layer: the model's layer number.
-        slope: gradient per query head, at the values that attention uses: after norms, rotation and
-            multiplier.
+        slope: gradient per query head, at the vectors that attention uses: after norms, rotation
+            and multiplier.
     """
 
     site: Site
@@ -69,14 +69,14 @@ class SlotGradient:
         """Matrix by which each head reads the normalised stream, with the gradient at its output.
 
         Args:
-            model: whose weights are taken.
-            stream: what enters the layer.
-            place: number of every position among the real ones of its text.
-            frozen: take the scales of norms as constants.
+            model: model whose weights are used.
+            stream: input of the layer.
+            place: index of every position among the real ones of its text.
+            frozen: treat norm scales as constants.
 
         Returns:
-            None where the weights do not say it: no weights per head, or queries and keys whose
-            heads share the scale of a norm.
+            None if the weights do not determine it: no per-head weights, or heads of queries and
+            keys that share the scale of a norm.
         """
         try:
             weights, norm = model.weights(self.layer), model.parts.input_norm(self.layer)
@@ -105,8 +105,8 @@ class HeadReads:
     """How heads read the normalised residual stream, with the gradient at their output.
 
     Attributes:
-        slope: of every head.
-        matrix: reads the norm's output.
+        slope: gradient at the output of every head's matrix.
+        matrix: matrix that reads the norm's output.
     """
 
     slope: Float[Tensor, "batch head pos d_head"]
@@ -125,13 +125,13 @@ class HeadReads:
     ) -> Float[Tensor, "batch head pos d_model"]:
         """Gradient at the residual stream before the norm, in fp32.
 
-        The matrix takes in the norm's gain and mean, so that what is as wide as the residual
-        stream is written once for every head and changed once.
+        The norm's gain and mean are folded into the matrix, so tensors as wide as the residual
+        stream are written only once per head and changed once.
 
         Args:
-            norm: any.
-            stream: its input.
-            frozen: take the norm's scale as a constant.
+            norm: norm before attention.
+            stream: input of the norm.
+            frozen: treat the norm's scale as a constant.
 
         Example:
             >>> norm = Norm(torch.ones(2), torch.zeros(2), centred=False, epsilon=0.0)
@@ -156,11 +156,11 @@ class HeadReads:
 def unturned(
     rotation: Rotation, slope: Float[Tensor, "*any pos d_head"], place: Tensor
 ) -> Float[Tensor, "*any pos d_head"]:
-    """Gradient before the rotation, from that after it.
+    """Gradient before the rotation, given the gradient after it.
 
     Args:
-        rotation: of a layer.
-        slope: at rotated vectors.
+        rotation: rotation of the layer.
+        slope: gradient at rotated vectors.
         place: position of each vector.
     """
     if not rotation.first:
@@ -196,7 +196,7 @@ def _behind_head_norm(
     return found - found.mean(-1, keepdim=True) if norm.centred else found
 
 
-# How closely a head's weights must agree with the model's own backward pass to stand for it.
+# Tolerance between gradients through a head's weights and the model's own backward pass.
 _AGREEMENT = 1e-4
 _LEAST = 1e-30
 
@@ -204,13 +204,13 @@ _LEAST = 1e-30
 def gradient_scores(batch: EdgeBatch, method: str, steps: int) -> Float[Tensor, "batch edge"]:
     """First-order effect of every edge on every example.
 
-    The change of what the source writes, times the gradient of the metric by what enters the
-    target's slot, summed over positions.
+    The change in the source's write, times the gradient of the metric with respect to the input of
+    the target's slot, summed over positions.
 
     Args:
-        batch: the batch.
-        method: any but ``exact``.
-        steps: number of gradients that integrated methods average.
+        batch: batch to score.
+        method: any method except ``exact``.
+        steps: number of gradients averaged by integrated methods.
     """
     if method == "relp":
         return _batch_scores(batch, Backwards(rules=RelevanceRules()))
@@ -225,13 +225,13 @@ def gradient_scores(batch: EdgeBatch, method: str, steps: int) -> Float[Tensor, 
 
 @dataclass(frozen=True, eq=False)
 class Backwards:
-    """Run and rules that gradients are taken with.
+    """Settings of a backward pass: changes to the run, and backward rules.
 
     Attributes:
-        embed: input of the first block instead of the embedding.
-        shift: added to the output of attention or an MLP.
-        rules: replacements of gradients; None: none.
-        shares: share of the gradient that queries, keys and values pass on.
+        embed: input of the first block in place of the embedding.
+        shift: offset added to the output of attention or an MLP.
+        rules: backward rules that replace gradients; None: none.
+        shares: shares of the gradient passed on by queries, keys and values.
     """
 
     embed: Float[Tensor, "batch pos d_model"] | None = None
@@ -241,7 +241,7 @@ class Backwards:
 
     @property
     def is_clean(self) -> bool:
-        """Whether it is the gradient of the clean run."""
+        """Whether this is the gradient of the clean run."""
         return self.embed is None and self.rules is None and not (self.shift or self.shares)
 
     def changes(self, n_layers: int) -> dict[Tap, Callable[[Tensor], Tensor]]:
@@ -271,7 +271,7 @@ def _over_inputs(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
 def _over_activations(batch: EdgeBatch, steps: int) -> Float[Tensor, "batch edge"]:
     """Mean over runs with one layer's heads, or one MLP, interpolated from corrupt to clean.
 
-    Edges that leave the embedding, the heads of a layer, or an MLP are scored by the runs that
+    Edges that leave the embedding, a layer's heads or an MLP are scored on the runs that
     interpolate these.
     """
     wiring = batch.study.wiring
@@ -318,8 +318,8 @@ def _batch_scores(batch: EdgeBatch, of: Backwards) -> Float[Tensor, "batch edge"
         values = batch.measured(run.logits)[0][batch.measured.counted.to(run.logits.device)]
     if not values.requires_grad:
         raise InputError(
-            f"{batch.measured.metric.name} has no gradient, so no edge can be estimated by "
-            "one: take another metric, or method='exact'."
+            f"{batch.measured.metric.name} has no gradient, so gradient methods cannot score "
+            "edges: use another metric, or method='exact'."
         )
     return _contracted(batch, _Slopes.of(batch, run, values.sum(), of.rules is not None))
 
@@ -329,8 +329,8 @@ class _Slopes:
     """Gradients of one backward pass, from the first corrupted position on.
 
     Attributes:
-        run: what they are of.
-        at: by tap; 0 where the metric does not depend on it.
+        run: run that was differentiated.
+        at: gradients by tap; 0 if the metric does not depend on it.
         frozen: whether norms divide by a constant in this pass.
     """
 
@@ -359,7 +359,7 @@ class _Slopes:
 
 @torch.no_grad()
 def _contracted(batch: EdgeBatch, slopes: _Slopes) -> Float[Tensor, "batch edge"]:
-    """Multiply gradients at every input with changes, layer by layer."""
+    """Multiply gradients at every input by the changes, layer by layer."""
     wiring, first = batch.study.wiring, batch.first
     parts = []
     for layer in range(wiring.n_layers):
@@ -376,7 +376,7 @@ def _times(
     change: Float[Tensor, "batch source pos d_model"],
     gradient: Float[Tensor, "batch target pos d_model"],
 ) -> Float[Tensor, "batch target source"]:
-    """Inner products over positions and dimensions; sums in fp64, on the CPU."""
+    """Inner products over positions and dimensions, summed in fp64 on the CPU."""
     return (gradient.float().flatten(2) @ change.flatten(2).mT).cpu().double()
 
 
@@ -385,12 +385,12 @@ def _head_inputs(
 ) -> Float[Tensor, "batch slot_head pos d_model"]:
     """Gradient at the residual stream for every slot of every head of a layer.
 
-    Uses each head's weights if these reproduce the model's backward pass in the first batch;
-    otherwise goes back through the model's code head by head, at the cost of a backward pass of the
-    layer's matrices for each.
+    Uses each head's weights if they reproduce the model's backward pass in the first batch;
+    otherwise differentiates the model's code head by head, at the cost of one backward pass through
+    the layer's matrices for each.
 
     Args:
-        batch: the batch.
+        batch: batch to score.
         slopes: gradients of the run.
         layer: the model's layer number.
         at_mlp: gradient at the stream that enters the MLP.
@@ -420,7 +420,7 @@ def _head_inputs(
 def _reads(
     batch: EdgeBatch, slopes: _Slopes, layer: int, slots: Sequence[SlotGradient]
 ) -> dict[str, HeadReads]:
-    """How heads read by their own weights, for slots where these are valid."""
+    """How heads read through their own weights, for slots where these are valid."""
     place = (batch.texts.real.long().cumsum(1) - 1).clamp_min(0)[:, batch.first :]
     stream = _later(batch, slopes, layer)
     found: dict[str, HeadReads] = {}
@@ -444,9 +444,9 @@ def _agree(
     at_mlp: Float[Tensor, "batch pos d_model"],
     each: Sequence[Float[Tensor, "batch head pos d_model"]],
 ) -> bool:
-    """Whether gradients by weights agree with attention's gradient in the model's backward pass.
+    """Whether gradients through weights match attention's gradient in the model's backward pass.
 
-    That is the gradient where the layer begins, less what goes past its attention.
+    The latter is the gradient at the layer's input minus the part that bypasses attention.
     """
     before = slopes.at[Tap("resid_pre", layer)].float()
     past = "mlp_out" if batch.study.wiring.parallel[layer] else "attn_out"
@@ -463,8 +463,8 @@ def _agree(
 def _slots(slopes: _Slopes, layer: int, group: int) -> list[SlotGradient]:
     """Gradients at a layer's queries, keys and values, per query head.
 
-    Where heads share keys and values, back through attention for one query head of every group at
-    a time, so that the slope at what they share is told apart by who read it.
+    If heads share keys and values, differentiate attention for one query head of each group at a
+    time, so gradients at shared vectors are separated by reading head.
     """
     if group == 1:
         return [SlotGradient(site, layer, slopes.at[Tap(site, layer)]) for site in ENTRIES]
@@ -486,7 +486,7 @@ def _slots(slopes: _Slopes, layer: int, group: int) -> list[SlotGradient]:
 def _through_code(
     slopes: _Slopes, slot: SlotGradient, group: int
 ) -> Float[Tensor, "batch head pos d_model"]:
-    """Gradients at the residual stream, taken back through the model's code."""
+    """Gradients at the residual stream, by differentiating the model's code."""
     stream = slopes.run.taps[Tap("resid_pre", slot.layer)]
     made = slopes.run.taps[Tap(slot.site, slot.layer)]
     group = 1 if slot.site == "query" else group
@@ -501,9 +501,10 @@ def _through_code(
 def _mlp_input(slopes: _Slopes, layer: int, wiring: Wiring) -> Float[Tensor, "batch pos d_model"]:
     """Gradient at the residual stream that enters an MLP.
 
-    The stream after attention goes into the MLP and past it: the gradient at attention's output
-    minus that at the MLP's output. In half precision, and in parallel blocks, it is taken back
-    through the MLP alone, since the difference would be lost in rounding, or include attention.
+    The stream after attention feeds both the MLP and the residual connection, so this is the
+    gradient at attention's output minus that at the MLP's output. In half precision the difference
+    would be lost to rounding, and in parallel blocks it would include attention; there the MLP
+    alone is differentiated.
     """
     mlp = slopes.at[Tap("mlp_out", layer)]
     if not wiring.parallel[layer] and mlp.dtype in (torch.float32, torch.float64):
@@ -518,12 +519,12 @@ def _mlp_input(slopes: _Slopes, layer: int, wiring: Wiring) -> Float[Tensor, "ba
 def exact_scores(
     batch: EdgeBatch, advance: Advance, asked: Bool[np.ndarray, " edge"] | None = None
 ) -> Float[Tensor, "batch edge"]:
-    """Measure the change of the metric when one edge carries its corrupted source.
+    """Measure the change in the metric when one edge carries its corrupted source.
 
     Args:
-        batch: the batch.
-        advance: callback with the number of finished edges.
-        asked: edges to measure; the others are NaN. None: all.
+        batch: batch to score.
+        advance: progress callback, called with the number of finished edges.
+        asked: mask of the edges to measure; others are NaN. None: all.
     """
     wiring = batch.study.wiring
     rows = torch.from_numpy(wiring.present if asked is None else wiring.kept(asked))
@@ -556,7 +557,7 @@ def _into_heads(
         moved = values_with(batch, {Tap("resid_pre", layer): stream + change}, taps)
     for entry, of_slot in zip(taps, asked, strict=True):
         if of_slot.any():
-            # A head's output depends on its own inputs alone: all heads are patched in one run.
+            # A head's output depends only on its own inputs, so all heads are patched in one run.
             given = {
                 tap: moved[tap] if tap == entry else clean[tap].expand_as(moved[tap])
                 for tap in taps
@@ -591,12 +592,12 @@ def _into_mlp(
 def output_edges(batch: EdgeBatch, advance: Advance) -> Float[Tensor, "source batch"]:
     """Metric of runs with one edge into the output removed.
 
-    By the final norm and the unembedding, where these give the logits of the clean run; else every
-    block runs again.
+    Computed with the final norm and the unembedding if these reproduce the clean run's logits;
+    otherwise every block runs again.
 
     Args:
-        batch: the batch.
-        advance: callback with the number of finished edges.
+        batch: batch to score.
+        advance: progress callback, called with the number of finished edges.
     """
     last = Tap("resid_post", batch.study.wiring.n_layers - 1)
     stream, change = batch.clean.taps[last], batch.change.transpose(0, 1)
@@ -646,52 +647,53 @@ def attribute(
     resume: "str | PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> EdgeGraph:
-    """Score every edge: change of the metric when the edge carries its corrupted source.
+    """Score every edge by the change in the metric when the edge carries its corrupted source.
 
-    Nodes are the embedding (positions included, where they are added to it), every head with its
-    query, key and value slots, every MLP, and the output. An edge carries what its source writes
-    to the residual stream into one slot of its target, at all positions. Taking it out leaves what
-    all other edges carry as it is; what follows the target is computed anew. Query heads that
-    share a key/value head have a key and a value slot each. GPT-2 small has 32,491 edges.
+    Nodes are the embedding (including added positions), every head with its query, key and value
+    slots, every MLP, and the output. An edge carries its source's write to the residual stream into
+    one slot of its target, at all positions. Ablating an edge leaves all other edges unchanged and
+    recomputes everything after the target. Query heads that share a key/value head each have their
+    own key and value slots. GPT-2 small has 32,491 edges.
 
-    ``exact`` takes out one edge at a time, which costs a pass per edge and example. ``eap``
-    estimates all of them by the gradient of the clean run: the change of what the source writes
-    times the gradient of the metric by the input of the slot, norms included. The scores of the
-    edges that leave a node sum to its own attribution, those of the edges that enter a slot to
-    that of its input, exactly. ``eap_ig`` takes the mean gradient of ``steps`` runs whose embedding
-    goes from the corrupt to the clean one (a left Riemann sum, which includes the corrupt run and
-    not the clean one); it sees what a saturated softmax hides from a single gradient.
-    ``eap_ig_activations`` moves what one layer's heads, or one MLP, write instead, and scores the
-    edges that leave them: ``(2 layers + 1) steps`` gradients.
+    ``exact`` ablates one edge at a time, which costs a pass per edge and example. ``eap`` estimates
+    all edges from the gradient of the clean run: the change in the source's write times the
+    gradient of the metric with respect to the slot's input, through norms. Scores of the edges that
+    leave a node sum exactly to the node's attribution, and those that enter a slot to the
+    attribution of its input. ``eap_ig`` averages the gradients of ``steps`` runs whose embedding is
+    interpolated from corrupt to clean (a left Riemann sum, which includes the corrupt run but not
+    the clean one); it captures effects that a saturated softmax hides from a single gradient.
+    ``eap_ig_activations`` instead interpolates the writes of one layer's heads, or of one MLP, and
+    scores the edges that leave them, with ``(2 layers + 1) steps`` gradients.
 
-    Two take one gradient by other rules. ``relp`` propagates relevance: norms divide by a constant,
-    an activation is its input times a constant, a gate shares with what it gates. ``gim`` freezes
-    norms, takes the gradient of softmax at twice its temperature, and passes on a quarter of what
-    comes to queries and keys and half of what comes to values: its scores rank edges of a slot
-    and are not changes of the metric.
+    Two methods take one gradient with other backward rules. ``relp`` propagates relevance: norms
+    divide by a constant, activations are their input times a constant, and gates split the gradient
+    with the gated value. ``gim`` freezes norms, takes the gradient of softmax at twice its
+    temperature, and passes on a quarter of the gradient to queries and keys and half to values; its
+    scores rank the edges of a slot and are not changes in the metric.
 
-    An edge can be true and have score 0: what is equal in both texts of a pair, such as positions,
-    is not seen by ``patch``; ``mean`` and ``zero`` see it.
+    An edge can matter and have score 0: ``patch`` cannot see information that is equal in both
+    texts of a pair, such as positions; ``mean`` and ``zero`` can.
 
     Args:
-        model: the model; its heads must write to the residual stream by a matrix of their own, so
-            families with a norm after attention are refused.
+        model: model whose heads each write to the residual stream through a matrix; families with a
+            norm after attention are refused.
         probe: texts with answers, and the pair ``corrupt`` for ``patch``.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
         method: ``eap``, ``eap_ig``, ``eap_ig_activations``, ``relp``, ``gim`` or ``exact``.
-        steps: gradients of integrated methods; others take none.
-        ablation: what an edge that is taken out carries: ``patch`` (also called ``corrupt``,
-            ``counterfactual`` or ``resample``), what its source writes on the paired text at the
-            same position; ``mean``, what it writes on average over the probe's real positions;
-            ``zero``. Default: ``patch`` where the probe has a pair, else ``mean``.
-        edges: of ``exact``, those to measure, as (source, target, slot); all others are NaN. Where
-            a pass per edge of the model is too many, measure the strongest, or a random draw.
+        steps: number of gradients in integrated methods; ignored by other methods.
+        ablation: what an ablated edge carries: ``patch`` (also called ``corrupt``,
+            ``counterfactual`` or ``resample``), its source's write on the paired text at the same
+            position; ``mean``, the source's mean write over the probe's real positions; or
+            ``zero``. Default: ``patch`` if the probe has a pair, else ``mean``.
+        edges: for ``exact``, the edges to measure, as (source, target, slot); all others are NaN.
+            If a pass for every edge is too expensive, measure the strongest ones or a random
+            sample.
         batch_size: examples per pass; changes no number.
-        memory: what the writes of all nodes in a batch may take, e.g. ``"2GB"``; batches are as
-            small as that needs. Default: no limit but that of ``batch_size``.
-        resume: folder that finished batches are kept in, atomically; a call with the
-            same arguments takes them from there and goes on. For ``exact``, which takes long, a
-            batch then has 8 examples unless ``batch_size`` says otherwise.
+        memory: memory budget for the writes of all nodes in a batch, e.g. ``"2GB"``, which limits
+            the batch size. Default: only ``batch_size`` limits it.
+        resume: folder for finished batches, written atomically; a call with the same arguments
+            resumes from it. For ``exact``, which takes long, batches then have 8 examples unless
+            ``batch_size`` is given.
         progress: show a bar.
 
     Returns:
@@ -699,7 +701,7 @@ def attribute(
 
     Raises:
         InputError: if probe, metric and method do not fit each other.
-        UnsupportedModelError: if heads of the model do not write by a matrix of their own.
+        UnsupportedModelError: if the model's heads do not each write through a matrix.
 
     Source:
         Syed et al. 2023, arXiv 2310.10348 (edge attribution patching); Hanna et al. 2024,
@@ -763,8 +765,8 @@ class _Store:
     """Finished batches of one computation on disk.
 
     Attributes:
-        folder: their folder.
-        name: identifies everything that the scores depend on.
+        folder: folder of the files.
+        name: digest of everything that the scores depend on.
     """
 
     folder: Path
@@ -809,15 +811,15 @@ class _Store:
 
 
 def check_method(method: str, steps: int, metric: AnyMetric) -> None:
-    """Refuse an unknown method, or one for which the metric has no gradient.
+    """Raise InputError for an unknown method, or if the metric has no gradient for it.
 
     Raises:
-        InputError: if so.
+        InputError: if the method does not fit.
     """
     if method not in get_args(EdgeMethod):
         raise InputError(nearest(str(method), get_args(EdgeMethod), kind="method"))
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps={steps!r}: integrated gradients take 1 run or more.")
+        raise InputError(f"steps={steps!r}: give 1 or more.")
     if method in ("eap", "relp", "gim") and "clean" in metric.needs:
         raise InputError(
             f"{metric.name} is smallest at the clean run, so its gradient there is 0: use "
@@ -833,12 +835,12 @@ def _asked(
         return None
     if method != "exact":
         raise InputError(
-            f"{method!r} scores all edges at once: leave out edges=, or take method='exact'."
+            f"{method!r} scores all edges at once: leave out edges=, or use method='exact'."
         )
     asked = np.zeros(len(wiring), bool)
     asked[[wiring.find(edge) for edge in edges]] = True
     if not asked.any():
-        raise InputError("edges is empty: name one edge or more, or leave it out for all.")
+        raise InputError("edges is empty: name at least one edge, or leave it out for all.")
     return asked
 
 

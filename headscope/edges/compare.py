@@ -51,34 +51,34 @@ def compare_methods(
 ) -> MethodComparison:
     """Rank methods by their agreement with exact patching.
 
-    Edges are compared with the effect of removing each alone, heads (outgoing edges summed, or
-    their gates) with that of removing each head alone, by Spearman's rank correlation of
-    magnitudes. Intervals resample the examples, the same for both sides.
+    Edge scores are compared with the effect of ablating each edge alone, and head scores (summed
+    outgoing edges, or gates) with that of ablating each head alone, by Spearman's rank correlation
+    of magnitudes. Intervals resample examples, the same on both sides.
 
-    Exact patching takes a pass per edge: give ``exact`` where it is at hand. Where a model has too
-    many, ``sample`` patches a random draw of them, or ``exact`` holds some edges alone, as
-    ``attribute(..., edges=)`` makes it; edges are then compared on those.
+    Exact patching takes a pass per edge: pass ``exact`` if you already have it. If a model has too
+    many edges, ``sample`` patches a random subset, or ``exact`` may cover only some edges, as from
+    ``attribute(..., edges=)``; edges are then compared on those.
 
     Args:
         model: as in :func:`attribute`.
         probe: texts with answers.
-        metric: as in :func:`attribute`; gates need one with a direction.
-        methods: of :func:`attribute`, and ``causal_gates`` and ``best_heads`` for heads; or graphs
-            that were made on the same texts. Default: all that do not need the exact scores.
-        steps: gradients of integrated methods.
-        ablation: as in :func:`attribute`.
-        exact: scores by ``exact`` on the same texts, of all edges or of some; default: computed.
+        metric: see :func:`attribute`; gates need a metric with a direction.
+        methods: methods of :func:`attribute`, ``causal_gates`` and ``best_heads`` for heads, or
+            graphs computed on the same texts. Default: all except exact patching.
+        steps: number of gradients in integrated methods.
+        ablation: see :func:`attribute`.
+        exact: scores from ``exact`` on the same texts, for all or some edges. Default: computed.
         sample: patch this many edges, drawn at random, instead of all.
-        count: strongest edges whose overlap is compared; default: one in twenty.
-        seed: of the bootstrap draws, and of the sample.
+        count: number of strongest edges whose overlap is compared. Default: one in twenty.
+        seed: seed for the bootstrap and the sample.
         batch_size: examples per pass.
-        progress: show bars.
+        progress: show progress bars. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         One row per method, best first.
 
     Raises:
-        InputError: if there is no such method, or ``exact`` is of other texts.
+        InputError: if there is no such method, or ``exact`` belongs to other texts.
 
     Example:
         >>> case = hs.compiled.make_case("previous", {}, batch=4)
@@ -94,7 +94,9 @@ def compare_methods(
         if not isinstance(name, EdgeGraph) and name not in known:
             raise InputError(nearest(str(name), known, kind="method"))
     if sample is not None and exact is not None:
-        raise InputError("give exact or sample: exact already says which edges are compared.")
+        raise InputError(
+            "give exact or sample, not both: exact already determines which edges are compared."
+        )
     options = RunOptions(batch_size, seed=seed, progress=progress)
     study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     common = {"ablation": study.ablation, "batch_size": batch_size, "progress": progress}
@@ -150,7 +152,7 @@ def compare_methods(
 
 
 def _drawn(wiring: Wiring, sample: int | None, seed: int) -> list[Edge] | None:
-    """Draw some edges at random; None: all."""
+    """Draw random edges; None: all."""
     if sample is None:
         return None
     if isinstance(sample, bool) or not isinstance(sample, int) or not 2 <= sample <= len(wiring):
@@ -160,7 +162,7 @@ def _drawn(wiring: Wiring, sample: int | None, seed: int) -> list[Edge] | None:
 
 
 def _check_given(graph: EdgeGraph, study: EdgeMeasurement) -> None:
-    """Refuse a graph with another model, metric or ablation, or another number of texts."""
+    """Raise if a graph has another model, metric or ablation, or another number of texts."""
     about, shape = graph.provenance, (len(study.wiring), len(study.probe))
     said = {"ablation": study.ablation, "metric": study.metric.name, "kind": study.probe.name}
     same = graph.wiring == study.wiring and graph.per_example.shape == shape
@@ -168,18 +170,18 @@ def _check_given(graph: EdgeGraph, study: EdgeMeasurement) -> None:
     if not same or any(about.probe.get(name, value) != value for name, value in said.items()):
         raise InputError(
             f"the graph by {graph.method!r} ({graph.per_example.shape[1]} examples, ablation "
-            f"{graph.ablation!r}) was not made of this model, probe, metric and ablation: name the "
-            "method instead, and it is run."
+            f"{graph.ablation!r}) was not computed with this model, probe, metric and ablation: "
+            "give the name of the method to run it."
         )
 
 
 def _check_exact(exact: EdgeGraph, study: EdgeMeasurement) -> None:
-    """Refuse scores that are not exact, or belong to other texts or another model."""
+    """Raise if scores are not exact, or belong to other texts or another model."""
     shape = (len(study.wiring), len(study.probe))
     same = exact.method == "exact" and exact.ablation == study.ablation
     if exact.wiring != study.wiring or not same or exact.per_example.shape != shape:
         raise InputError(
-            f"exact holds scores by {exact.method!r} with ablation {exact.ablation!r} of "
+            f"exact holds scores by {exact.method!r} with ablation {exact.ablation!r} on "
             f"{exact.per_example.shape[1]} examples: give those of hs.edges.attribute(..., "
             f"method='exact', ablation={study.ablation!r}) on the same model and probe."
         )
@@ -187,7 +189,7 @@ def _check_exact(exact: EdgeGraph, study: EdgeMeasurement) -> None:
 
 @torch.no_grad()
 def heads_out(study: EdgeMeasurement) -> Float[np.ndarray, "layer head example"]:
-    """Change of the metric when one head is ablated; NaN where the metric reads nothing."""
+    """Change in the metric when one head is ablated; NaN for examples that it does not read."""
     parts = []
     for batch in study.batches():
         values = (
@@ -200,7 +202,7 @@ def heads_out(study: EdgeMeasurement) -> Float[np.ndarray, "layer head example"]
 
 
 def _layer_out(batch: EdgeBatch, layer: int) -> Float[Tensor, "head batch"]:
-    """Metric without each head of a layer."""
+    """Metric with each head of a layer ablated in turn."""
     tap = Tap("attn_out", layer)
     change = batch.change[:, batch.study.wiring.heads_of(layer)].transpose(0, 1)
     return measured_with(batch, {tap: batch.clean.taps[tap] + change})
@@ -254,7 +256,7 @@ def _interval(
     clusters: tuple[int, ...] | None,
     seed: int,
 ) -> tuple[float, float]:
-    """Middle 95% of the correlation when examples (or clusters) are resampled."""
+    """Central 95% interval of the correlation when resampling examples (or clusters)."""
     counted = ~(np.isnan(a).all(0) | np.isnan(b).all(0))
     labels = np.arange(a.shape[1]) if clusters is None else np.array(clusters)
     _, group = np.unique(labels[counted], return_inverse=True)

@@ -41,8 +41,8 @@ class NodeWrite:
     """Output of one node, as the relevant part.
 
     Attributes:
-        tap: where it is added to the stream: ``embed``, ``attn_out`` or ``mlp_out``.
-        change: difference of the rest from the whole there.
+        tap: where the output is added to the stream: ``embed``, ``attn_out`` or ``mlp_out``.
+        change: rest minus whole at that tap.
     """
 
     tap: Tap
@@ -67,10 +67,11 @@ class SplitRules(Rules):
     """Propagation rules for whole and rests: shared norm scales, biases split by magnitude.
 
     Attributes:
-        batch: examples; copies of them follow each other, the whole first.
-        copies: of the batch, the whole included.
-        share_biases: each part gets the bias in proportion to its magnitude; else the rest has it.
-        sign_rule: inside MLPs, where parts have opposite signs the larger takes the whole.
+        batch: number of examples; copies are stacked, with the whole first.
+        copies: number of copies of the batch, including the whole.
+        share_biases: split biases between parts in proportion to their magnitudes; if False, the
+            rest gets them.
+        sign_rule: inside MLPs, the larger part gets the whole if parts have opposite signs.
     """
 
     def __init__(self, batch: int, copies: int, share_biases: bool, sign_rule: bool) -> None:
@@ -80,7 +81,7 @@ class SplitRules(Rules):
         self.share_biases, self.sign_rule = share_biases, sign_rule
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace norms, and maps with biases."""
+        """Replace norms, and linear maps with biases."""
         name, given = getattr(func, "__name__", ""), kwargs or {}
         if name in ("rsqrt", "sqrt") and self._stacked(args[0]):
             return self.of_whole(func(*args, **given))
@@ -101,12 +102,12 @@ class SplitRules(Rules):
         """Split the stacked copies.
 
         Raises:
-            UnsupportedModelError: if the model has taken the copies apart itself.
+            UnsupportedModelError: if the model has separated the copies itself.
         """
         if len(value) % (self.copies * self.batch):
             raise UnsupportedModelError(
-                "this model sends tokens different ways (experts), so that a part of what a layer "
-                "reads does not go the way of the whole; use hs.edges.attribute."
+                "this model routes tokens to experts, so a part of a layer's input is not routed "
+                "like the whole; use hs.edges.attribute."
             )
         apart: Tensor = value.unflatten(0, (self.copies, -1))
         return apart
@@ -144,7 +145,7 @@ class SplitRules(Rules):
         return x * scale if weight is None else x * scale * weight
 
     def _linear(self, made: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
-        """The map's output with its bias shared, and the sign rule inside MLPs."""
+        """Output of a linear map with its bias split, and the sign rule inside MLPs."""
         if made.ndim > 1 and (bias is not None or self.in_mlp):
             if bias is not None and self.share_biases:
                 without = made - bias
@@ -162,7 +163,7 @@ class SplitRules(Rules):
         return made + (share * bias).flatten(0, 1)
 
     def signed(self, value: Tensor) -> Tensor:
-        """Give the whole to the larger part where both parts have opposite signs."""
+        """Give the whole to the larger part where the parts have opposite signs."""
         copies = self.by_copy(value)
         whole, rest = copies[:1], copies
         relevant = whole - rest
@@ -176,8 +177,9 @@ class SplitRun:
     """Values of some taps in the whole run and in the rests.
 
     Attributes:
-        taps: the whole first, then the rest for every source, ``[copy batch *rest]``.
-        logits: at the positions that the metric reads; None where they were not asked for.
+        taps: values by tap: the whole first, then the rest for every source, ``[copy batch
+            *rest]``.
+        logits: logits at the positions that the metric reads; None if not requested.
     """
 
     taps: Mapping[Tap, Tensor]
@@ -203,17 +205,17 @@ def run_split(
     held: bool = True,
     logits: bool = True,
 ) -> SplitRun:
-    """Run a batch as a whole, and without each source.
+    """Run a batch as a whole, and as the rest without each source.
 
     Args:
-        batch: its texts are run.
-        sources: one relevant part each.
-        reads: taps to keep.
-        share_biases: as of :class:`SplitRules`.
-        sign_rule: likewise.
-        held: hold attention patterns and the scales of norms as in the whole run; else the rests
-            are runs of their own, with the source's change patched in.
-        logits: compute them.
+        batch: batch to run.
+        sources: node writes, each with one relevant part.
+        reads: taps to store.
+        share_biases: see :class:`SplitRules`.
+        sign_rule: see :class:`SplitRules`.
+        held: freeze attention patterns and norm scales at the whole run; if False, rests are
+            separate runs with the source's change patched in.
+        logits: also compute logits.
     """
     model, copies, size = batch.study.model, 1 + len(sources), len(batch.texts.tokens)
     rules = SplitRules(size, copies, share_biases, sign_rule)
@@ -251,7 +253,7 @@ def run_split(
 def _moved(
     changes: Sequence[Float[Tensor, "batch pos d_model"] | None], size: int
 ) -> Callable[[Tensor, Any], Tensor]:
-    """Add each source's change to its rest; the whole is unchanged."""
+    """Write that adds each source's change to its rest; the whole is unchanged."""
 
     def move(value: Tensor, _span: Any) -> Tensor:
         moved = value.clone()
@@ -272,11 +274,11 @@ class Contextual(Saved, Shown, Tabular):
     """Effect of each head's relevant part on the metric and on every later head.
 
     Attributes:
-        scores: change of the metric when the relevant part is left out, per head.
+        scores: change in the metric when the relevant part is left out, per head.
         passed: share of a later head's output that comes from each head, ``[layer head layer
-            head]``: ``mean |relevant| / (mean |relevant| + mean |rest|)``, from 0 to 1; 0 where the
+            head]``: ``mean |relevant| / (mean |relevant| + mean |rest|)``, from 0 to 1; 0 if the
             second head is not above the first.
-        by_position: scores of each head at each position; None where they were not asked for.
+        by_position: scores of each head at each position; None if not requested.
         provenance: where it came from.
     """
 
@@ -293,14 +295,14 @@ class Contextual(Saved, Shown, Tabular):
         return [(HeadIndex(int(a), int(b)), float(mean[a, b])) for a, b in places]
 
     def search(self, keep: int = 2, rounds: int = 3) -> tuple[tuple[HeadIndex, ...], ...]:
-        """Search heads round by round, from the metric backwards.
+        """Search for heads in rounds, backwards from the metric.
 
         First the ``keep`` heads with the largest scores; then, for each head of the previous round,
         the ``keep`` earlier heads with the largest shares of its output.
 
         Args:
-            keep: heads per target.
-            rounds: how often to go back; it ends earlier where nothing is below.
+            keep: number of heads to keep per target.
+            rounds: number of rounds; the search ends early if no head is below.
 
         Raises:
             InputError: if either is below 1.
@@ -325,7 +327,7 @@ class Contextual(Saved, Shown, Tabular):
         return [HeadIndex(int(a), int(b)) for a, b in places if shares[a, b] > 0]
 
     def glance(self) -> Glance:
-        """Heads with the largest scores, and what reaches them."""
+        """Show the heads with the largest scores, and the heads that feed them."""
         rows = [
             (str(head), number(score), " ".join(map(str, self._below(head, 3))))
             for head, score in self.top(6)
@@ -339,9 +341,9 @@ class Contextual(Saved, Shown, Tabular):
         )
 
     def sections(self) -> list[Section]:
-        """Scores by head."""
+        """Report scores by head."""
         rows = [(str(head), score) for head, score in self.top(20)]
-        grid = Rows(("head", "change without what comes of it"), rows)
+        grid = Rows(("head", "change without its relevant part"), rows)
         return [Section("Contextual decomposition", [grid])]
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -373,32 +375,33 @@ def contextual(
 ) -> Contextual:
     """Decompose each head's contribution to the output, with everything else held fixed.
 
-    What a head writes is split into a relevant part, by which it differs from what it writes once
-    taken out, and the rest. Both go on through the model and sum to the whole at every point:
-    attention patterns and the scales of norms are those of the whole run; a bias is shared by the
-    magnitudes of the two parts; of a nonlinear function the relevant part is
-    ``f(whole) - f(rest)``. The score is the metric of the rest minus that of the whole, so that in
-    a linear net with flat patterns it is the effect of taking the head out, exactly. Unlike
-    patching, it does not see what a head does through the queries and keys of others.
+    A head's write is split into a relevant part, the difference from its ablated write, and the
+    rest. Both are propagated through the model and sum to the whole everywhere: attention patterns
+    and norm scales are those of the whole run, biases are split by the magnitudes of the two parts,
+    and the relevant part of a nonlinear function is ``f(whole) - f(rest)``. The score is the metric
+    of the rest minus that of the whole, which in a linear net with fixed patterns is exactly the
+    effect of ablating the head. Unlike patching, it misses what a head does through the queries and
+    keys of other heads.
 
-    Heads of a layer run together: ``layers (heads + 1)`` passes, with positions that many times
-    the length.
+    Heads of a layer run together. The cost is ``layers (heads + 1)`` passes, times the length with
+    ``positions``.
 
     Args:
-        model: as in :func:`attribute`; of experts, the routing is part of the function.
+        model: see :func:`attribute`.
         probe: texts with answers.
         metric: as in :func:`attribute`.
-        ablation: what the rest has in place of the head's output, as in :func:`attribute`; the
-            paper has ``mean``.
-        positions: also take each head at each position apart; all texts then have one length.
-        sign_rule: in MLPs, where the parts have opposite signs, give the whole to the larger, as
-            the reference implementation does. It breaks exactness in linear nets.
+        ablation: what the rest has in place of the head's write; see :func:`attribute`. The paper
+            uses ``mean``.
+        positions: also decompose each head at each position; all texts must then have equal length.
+        sign_rule: in MLPs, give the whole to the larger part if parts have opposite signs, as in
+            the reference implementation. This breaks exactness in linear nets.
         batch_size: examples per pass; changes no number.
         progress: show a bar.
 
     Raises:
         InputError: if probe and metric do not fit.
-        UnsupportedModelError: as :func:`attribute`, and of experts with biases.
+        UnsupportedModelError: see :func:`attribute`; also for mixtures of experts that separate the
+            copies.
 
     Source:
         Hsu et al. 2024, "Efficient automated circuit discovery in transformers using contextual
@@ -437,7 +440,7 @@ def contextual(
     scores = HeadScores.from_effects(
         "contextual", values, kv_heads=model.shape.n_kv_heads,
         design=Design(clusters=probe.cluster_labels), unit=study.metric.unit,
-        description="Metric without what comes of the head, less the whole.",
+        description="Metric without the head's relevant part, minus that of the whole.",
         source=_SOURCE, provenance=about,
     )  # fmt: skip
     return Contextual(scores, passed, placed, about)
@@ -458,34 +461,34 @@ def contextual_circuit(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> PositionCircuit:
-    """Search for heads at positions by contextual decomposition, from the metric backwards.
+    """Search for heads at positions by contextual decomposition, backwards from the metric.
 
-    In the first round every head at every position is a source of its own, and the ``keep`` with
-    the largest effects on the metric are taken. In every later round those of the round before are
-    targets: of each, the ``keep`` earlier heads at positions that make the largest share of its
-    output, ``mean |relevant| / (mean |relevant| + mean |rest|)``, are taken. At last nodes are
-    pruned, the last one found first: a node goes for good where the model that has the remaining
-    nodes alone is not less faithful by more than ``tolerance``.
+    In the first round, every head at every position is a separate source, and the ``keep`` with the
+    largest effects on the metric are taken. In later rounds, the nodes of the previous round are
+    targets: for each, the ``keep`` earlier heads at positions with the largest shares of its
+    output, ``mean |relevant| / (mean |relevant| + mean |rest|)``, are taken. Finally nodes are
+    pruned, starting with the last one found: a node is removed if the model with only the remaining
+    nodes loses at most ``tolerance`` of its faithfulness.
 
-    Each round costs a pass per layer, head and position. Patterns are held, so what a head does
-    through queries and keys of others is not found; see :func:`contextual`.
+    Each round costs a pass per layer, head and position. Patterns are frozen, so effects through
+    the queries and keys of other heads are not found; see :func:`contextual`.
 
     Args:
-        model: as in :func:`contextual`.
+        model: see :func:`contextual`.
         probe: texts of one template, so that a position means the same in all of them.
         metric: as in :func:`attribute`.
-        keep: nodes taken per target.
-        rounds: how often to go back; it ends earlier where nothing is below.
-        tolerance: loss of faithfulness that pruning a node may cost.
-        ablation: what a node has once taken out, as in :func:`attribute`; the paper has ``mean``.
-        sign_rule: as in :func:`contextual`.
+        keep: number of nodes to take per target.
+        rounds: number of rounds; the search ends early if no head is below.
+        tolerance: loss of faithfulness that pruning a node may cost, 0 or more.
+        ablation: what an ablated node writes; see :func:`attribute`. The paper uses ``mean``.
+        sign_rule: see :func:`contextual`.
         batch_size: examples per pass; changes no number.
         progress: show a bar.
 
     Raises:
         InputError: if texts differ in length, a number is out of range, or probe and metric do not
             fit.
-        UnsupportedModelError: as :func:`contextual`.
+        UnsupportedModelError: see :func:`contextual`.
 
     Source:
         Hsu et al. 2024, "Efficient automated circuit discovery in transformers using contextual
@@ -550,8 +553,8 @@ def _check_search(keep: int, rounds: int, tolerance: float) -> None:
 def _check_one_length(probe: Probe) -> None:
     if not bool(probe.real.all()):
         raise InputError(
-            "heads at positions need texts of one length, as position 5 of one text is to be "
-            "position 5 of the other; this probe has padding: give texts of one template."
+            "heads at positions need texts of equal length, so that positions correspond; this "
+            "probe has padding: give texts of one template."
         )
 
 
@@ -565,7 +568,7 @@ def _by_node(
     sign_rule: bool,
     advance: Advance,
 ) -> list[Shares]:
-    """For the metric, or for every target, what each head at each position gives to it."""
+    """Contribution of each head at each position to the metric, or to every target."""
     study = batches[0].study
     wiring, length = study.wiring, batches[0].texts.tokens.shape[1]
     found = np.zeros((max(1, len(targets)), wiring.n_layers, wiring.n_heads, length))
@@ -591,7 +594,7 @@ def _given(
     targets: Sequence[HeadAt],
     sign_rule: bool,
 ) -> Float[np.ndarray, "target source"]:
-    """What some sources give to the metric, or to the output of every target above them."""
+    """Contribution of some sources to the metric, or to the output of every target above them."""
     if not targets:
         run = run_split(batch, sources, [], sign_rule=sign_rule)
         return np.asarray(np.nanmean(_change(batch, run), 1)[None])
@@ -609,7 +612,7 @@ def _given(
 
 
 def _largest_nodes(values: Shares, keep: int) -> list[tuple[HeadAt, float]]:
-    """Nodes of the largest magnitudes, those aside that are 0 but for rounding."""
+    """Nodes with the largest magnitudes, except those that are 0 up to rounding."""
     order = np.argsort(-np.abs(values), axis=None, kind="stable")[:keep]
     places = zip(*(axis.tolist() for axis in np.unravel_index(order, values.shape)), strict=True)
     least = _ROUNDED * float(np.abs(values).max())
@@ -619,7 +622,7 @@ def _largest_nodes(values: Shares, keep: int) -> list[tuple[HeadAt, float]]:
 def _pruned(
     batches: Sequence[EdgeBatch], nodes: Sequence[HeadAt], tolerance: float
 ) -> tuple[Bool[np.ndarray, " node"], tuple[float, float, float, float]]:
-    """Nodes that are needed, and the metric of these, of all nodes, of the model, and of none."""
+    """Nodes that are needed; the metric with these, with all, of the full model, with none."""
     wiring = batches[0].study.wiring
     size = (wiring.n_layers, wiring.n_heads, batches[0].texts.tokens.shape[1])
 
@@ -648,11 +651,11 @@ def _pruned(
 
 @torch.no_grad()
 def heads_value(batch: EdgeBatch, kept: Bool[Tensor, "layer head pos"]) -> Float[Tensor, " batch"]:
-    """The metric when all other heads write what they write once taken out.
+    """Metric with all other heads ablated.
 
     Args:
         batch: the batch.
-        kept: heads at positions that are left as they come out of this very run.
+        kept: mask of the heads at positions that keep their output in this run.
     """
     study = batch.study
     z: dict[Tap, Tensor] = {}
@@ -699,7 +702,7 @@ def _layer(
 
 
 def _change(batch: EdgeBatch, run: SplitRun) -> Float[np.ndarray, "source batch"]:
-    """Metric of each rest minus that of the whole; NaN where it reads nothing."""
+    """Metric of each rest minus that of the whole; NaN for examples that it does not read."""
     assert run.logits is not None  # noqa: S101  # they were asked for
     values = batch.measured(run.logits)
     unread = ~batch.measured.counted.to(values.device)

@@ -43,29 +43,29 @@ def acdc(
 ) -> Circuit:
     """Find a circuit with ACDC: remove edges one by one as long as the metric allows.
 
-    Targets are visited from the output down. Of each, every edge is removed in turn; it stays
-    removed if the mean metric changes by less than ``threshold``. Edges into a node without
-    outgoing edges are removed without a trial. Earlier decisions influence later ones, so the
-    result depends on the order: run both orders and compare.
+    Targets are visited from the output down. Each incoming edge of a target is removed in turn, and
+    stays removed if the mean metric changes by less than ``threshold``. Edges into a node without
+    outgoing edges are removed without a test. Earlier decisions influence later ones, so the result
+    depends on the order: run both orders and compare.
 
-    A single edge costs a pass of the whole model over all examples: minutes for hundreds of edges.
+    Each edge costs a full pass over all examples, so hundreds of edges take minutes.
 
     Args:
-        model: the model; as in :func:`attribute`.
+        model: see :func:`attribute`.
         probe: texts with answers, and the pair ``corrupt`` for ``patch``.
-        metric: of :mod:`headscope.metrics`, e.g. ``kl_divergence`` as in the paper, or
+        metric: metric from :mod:`headscope.metrics`, e.g. ``kl_divergence`` as in the paper, or
             ``f(logits, probe) -> [batch]``.
-        threshold: in the metric's unit, above 0.
-        order: of a target's sources: ``later first`` as in the paper, or ``earlier first``.
-        absolute: compare the magnitude of the change; else only a rise of the metric counts, as
-            for a divergence.
-        ablation: what an edge that is taken out carries, as in :func:`attribute`.
-        batch_size: examples per pass; changes no number.
+        threshold: largest change for removal, in the metric's unit, above 0.
+        order: order of a target's sources: ``later first`` as in the paper, or ``earlier first``.
+        absolute: compare the magnitude of the change; if False, only a rise of the metric counts,
+            as for a divergence.
+        ablation: what a removed edge carries; see :func:`attribute`.
+        batch_size: examples per pass; affects only time and memory.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if probe, metric, threshold or order do not fit.
-        UnsupportedModelError: as :func:`attribute` raises it.
+        InputError: if the probe does not fit the metric, or threshold or order is invalid.
+        UnsupportedModelError: see :func:`attribute`.
 
     Source:
         Conmy et al. 2023, "Towards automated circuit discovery", arXiv 2304.14997.
@@ -130,13 +130,13 @@ def run_circuit(
     """Run a circuit with known edges: from a paper, a graph's top edges, or ground truth.
 
     Args:
-        model: the model; as in :func:`attribute`.
+        model: see :func:`attribute`.
         probe: texts with answers.
-        metric: as in :func:`attribute`.
-        edges: as (source, target, slot).
-        ablation: what edges outside carry, as in :func:`attribute`.
-        method: how the edges were found, to be said with the result.
-        batch_size: examples per pass; changes no number.
+        metric: see :func:`attribute`.
+        edges: edges of the circuit, as (source, target, slot).
+        ablation: what edges outside the circuit carry; see :func:`attribute`.
+        method: how the edges were found, to record with the result.
+        batch_size: examples per pass; affects only time and memory.
 
     Raises:
         InputError: if the model has no such edge, or probe and metric do not fit.
@@ -170,22 +170,22 @@ def circuit(
 ) -> Circuit:
     """Grow a circuit from a graph's scores, run it, and check it.
 
-    Its edges are those of :func:`grown`. ``circuit.checks`` says how stable the choice is over
-    resampled prompts (it takes 100 of them, and an overlap of 0.8), how a circuit of the same size
-    does that was grown from the embedding up, and what the controls give: all edges out, a
-    position that no corruption reaches, and random heads of the same layers.
+    Its edges are those of :func:`grown`. ``circuit.checks`` holds its stability over resampled
+    prompts (stable needs 100 prompts and an overlap of 0.8), the result of a circuit of the same
+    size grown from the embedding up, and controls: all edges removed, a position that corruption
+    does not reach, and random heads from the same layers.
 
     Args:
-        model: the one that the graph is of.
-        probe: as the graph's.
-        metric: as the graph's.
-        graph: of :func:`attribute`.
-        count: edges of the circuit.
-        seed: of resampled prompts and random heads.
-        batch_size: examples per pass; changes no number.
+        model: model that the graph was computed on.
+        probe: probe that the graph was computed on.
+        metric: metric that the graph was computed with.
+        graph: graph from :func:`attribute`.
+        count: number of edges in the circuit.
+        seed: seed for resampled prompts and random heads.
+        batch_size: examples per pass; affects only time and memory.
 
     Raises:
-        InputError: if there are not as many edges, or the graph is of another model or probe.
+        InputError: if the graph has fewer edges, or belongs to another model or probe.
 
     Source:
         Hanna et al. 2024, arXiv 2403.17806 (greedy search); Meloux et al. 2025,
@@ -215,7 +215,7 @@ def _measured(
     graph: EdgeGraph | None,
     seed: int,
 ) -> Circuit:
-    """Run a circuit, all edges and none, and its checks."""
+    """Run a circuit, all edges and no edges, and compute the checks."""
     batches = list(study.batches())
     every, none = np.ones_like(kept), np.zeros_like(kept)
     value, full, empty = (mean_value(batches, study, one) for one in (kept, every, none))
@@ -265,18 +265,18 @@ def write_eap_json(
 ) -> None:
     """Write scores of edges, and a circuit among them, for EAP-IG and MIB.
 
-    A score there is, as here, the change of the metric when the edge is corrupted; a tool whose
-    metric is a loss has the other sign.
+    As here, a score in this format is the change in the metric when the edge is corrupted; tools
+    whose metric is a loss have the opposite sign.
 
     Args:
-        path: of the file; what is there is replaced.
+        path: path of the file; an existing file is replaced.
         graph: scores of all edges.
-        kept: edges of the circuit, as ``circuit.kept`` or ``graph.chosen(100)`` have them; default:
+        kept: mask of the circuit's edges, e.g. ``circuit.kept`` or ``graph.chosen(100)``. Default:
             all.
-        d_model: width of the model, which the format holds.
+        d_model: width of the model, recorded in the file.
 
     Raises:
-        InputError: if ``kept`` does not fit, or layers differ in whether their MLP is parallel.
+        InputError: if ``kept`` has another shape, or only some layers have a parallel MLP.
 
     Example:
         >>> names = hs.probes.pairs(model, "ioi", batch=2)
@@ -291,8 +291,8 @@ def write_eap_json(
         raise InputError(f"kept has shape {inside.shape}, and the graph {len(wiring):,} edges.")
     if len(set(wiring.parallel)) > 1:
         raise InputError(
-            "some layers of this model have an MLP beside their attention and some behind it, "
-            "which this format cannot say."
+            "only some layers of this model have a parallel MLP, which this format cannot "
+            "represent."
         )
     used = {wiring.edges[at].source for at in np.nonzero(inside)[0]}
     text = {
@@ -317,13 +317,13 @@ def write_eap_json(
 
 @checked
 def read_eap_json(path: "str | PathLike[str]") -> tuple[EdgeGraph, Bool[np.ndarray, " edge"]]:
-    """Read what EAP-IG, MIB or :func:`write_eap_json` wrote.
+    """Read a file written by EAP-IG, MIB or :func:`write_eap_json`.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
-        The scores as a graph of one example, and which edges are in the circuit.
+        The scores as a graph of one example, and a mask of the circuit's edges.
 
     Raises:
         InputError: if the file is missing or is not such a file.
@@ -355,7 +355,7 @@ def read_eap_json(path: "str | PathLike[str]") -> tuple[EdgeGraph, Bool[np.ndarr
 
 
 def _said(entry: Any) -> tuple[float, bool]:
-    """Score and membership of an edge; some files hold only one of them."""
+    """Score and membership of an edge; some files have only one of them."""
     if isinstance(entry, dict):
         score = entry.get("score", 0.0)
         return (0.0 if score is None else float(score)), bool(entry.get("in_graph", False))

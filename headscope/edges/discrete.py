@@ -1,7 +1,7 @@
-"""``hs.edges.discrete``: codes of heads and head pairs that occur only with the task.
+"""``hs.edges.discrete``: codes of heads and head pairs that occur only with a task.
 
-A small sparse autoencoder turns head outputs into codes, and codes are counted that occur on
-positive prompts and never on negative ones.
+A small sparse autoencoder turns head outputs into codes; codes that occur on positive prompts and
+never on negative ones are counted.
 """
 
 from collections.abc import Callable
@@ -43,12 +43,12 @@ class Discrete(Saved, Shown, Tabular):
 
     Attributes:
         scores: per head, number of distinct codes on positive and never on negative prompts, with
-            its mean and p-value when the labels are shuffled. That mean is far from 0.
-        control: the same with the roles exchanged: codes of negative prompts alone.
-        edges: number of distinct pairs of codes on positive prompts alone, ``[head head]``, heads
-            layer by layer; 0 on the diagonal.
-        edges_null: mean of that when the labels are shuffled.
-        codes: of every head on every prompt, positives first; -1 where no feature is on.
+            its mean and p-value under shuffled labels. That mean is far from 0.
+        control: the same with roles exchanged: codes only on negative prompts.
+        edges: number of distinct pairs of codes only on positive prompts, ``[head head]``, with
+            heads layer by layer; 0 on the diagonal.
+        edges_null: mean of ``edges`` under shuffled labels.
+        codes: code of every head on every prompt, positives first; -1 if no feature is active.
         provenance: where it came from.
     """
 
@@ -87,14 +87,14 @@ class Discrete(Saved, Shown, Tabular):
         return Glance(
             "discrete codes of heads",
             [f"{len(self.codes)} prompts", self.provenance.model],
-            ("head", "codes of positives alone", "labels shuffled", "p"),
+            ("head", "codes only on positives", "labels shuffled", "p"),
             self._rows(6),
             hint="result.top(10), result.scores, result.edges",
         )
 
     def sections(self) -> list[Section]:
-        """Heads and pairs, beside the null."""
-        said = "Distinct codes on positive prompts alone, beside their mean with shuffled labels."
+        """Report heads and pairs, next to the null."""
+        said = "Distinct codes only on positive prompts, next to their mean under shuffled labels."
         heads = Rows(("head", "codes", "labels shuffled", "p"), self._rows(20))
         pairs = [(str(a), str(b), count, null) for a, b, count, null in self.top(20)]
         return [
@@ -133,28 +133,28 @@ def discrete(
 ) -> Discrete:
     """Count the codes that each head, and each pair of heads, has only on positive prompts.
 
-    Of every prompt and head the mean over positions of what the head writes is taken. A sparse
-    autoencoder is trained on a few of the prompts of both kinds, one for all heads; a head's code
-    is its strongest feature. The score grows with the number of prompts and of codes in use, so
-    it is shown beside its mean under shuffled labels, and a p-value of ``(1 + shuffles as
-    large) / (1 + shuffles)`` from 100 of them.
+    Each head's write is averaged over the positions of a prompt. One sparse autoencoder for all
+    heads is trained on a few prompts of both kinds; a head's code is its strongest feature. The
+    score grows with the number of prompts and of codes in use, so it comes with its mean under
+    shuffled labels and a p-value of ``(1 + shuffles as large) / (1 + shuffles)`` from 100 shuffles.
 
     Args:
         model: as in :func:`attribute`.
         positives: prompts with the task.
-        negatives: as many without it, such as ``positives.corrupt``.
-        features: of the autoencoder.
-        penalty: on the mean magnitude of features.
-        steps: of Adam on all examples.
-        examples: prompts that it is trained on, drawn from both kinds.
+        negatives: as many prompts without it, e.g. ``positives.corrupt``.
+        features: number of features of the autoencoder.
+        penalty: weight of the mean magnitude of features in the loss.
+        steps: Adam steps, each over all examples.
+        examples: number of prompts to train on, drawn from both kinds.
         normalised: divide by the number of distinct codes on either kind.
-        seed: of the draw, the autoencoder and the shuffles.
-        batch_size: prompts per pass; changes no number.
+        seed: seed for the draw, the autoencoder and the shuffles.
+        batch_size: prompts per pass; affects only time and memory.
         progress: show a bar.
 
     Raises:
-        InputError: if there are not as many prompts of either kind, or a number is out of range.
-        UnsupportedModelError: if heads of the model do not write by a matrix of their own.
+        InputError: if the numbers of prompts of the two kinds differ, or an argument is out of
+            range.
+        UnsupportedModelError: if the model's heads do not each write through a matrix.
 
     Source:
         O'Neill and Bui 2024, "Sparse autoencoders enable scalable and reliable circuit
@@ -169,10 +169,10 @@ def discrete(
     if len(positives) != len(negatives):
         raise InputError(
             f"there are {len(positives)} positive and {len(negatives)} negative prompts: the score "
-            "grows with their number, so give as many of both."
+            "grows with their number, so give equally many."
         )
     if min(features, steps, examples) < 1 or penalty < 0:
-        raise InputError("features, steps and examples are 1 or more, and penalty is not below 0.")
+        raise InputError("features, steps and examples must be 1 or more, and penalty 0 or more.")
     check_family(model)
     for probe in (positives, negatives):
         capture.check_fits(model, probe)
@@ -240,7 +240,7 @@ def _trained(
             for weight, slope in zip(weights, slopes, strict=True):
                 weight.grad = slope
             along = (slopes[2] * decoder).sum(1, keepdim=True)
-            decoder.grad = slopes[2] - along * decoder  # rows keep their length
+            decoder.grad = slopes[2] - along * decoder  # rows keep their norm
             adam.step()
             decoder /= decoder.norm(dim=1, keepdim=True)
         advance(1.0)
@@ -261,7 +261,7 @@ def unique_codes(
     """Count distinct codes of each item that occur only on positive prompts; -1 means none.
 
     Args:
-        codes: of every prompt and item.
+        codes: code of every prompt and item.
         positive: which prompts are positive.
         normalised: divide by the number of distinct codes on either kind.
 
@@ -300,7 +300,7 @@ def _counted(
     normalised: bool,
     seed: int,
 ) -> Discrete:
-    """Counts of heads and pairs, with those under shuffled labels."""
+    """Counts for heads and pairs, with those under shuffled labels."""
     positive = np.arange(len(codes)) < len(codes) // 2
     pairs = _pair_codes(codes)
     drawn = np.random.default_rng(seed)
@@ -322,8 +322,8 @@ def _counted(
         )  # fmt: skip
 
     return Discrete(
-        scored("unique_codes", positive, "Distinct codes on positive prompts alone."),
-        scored("unique_codes_of_negatives", ~positive, "Distinct codes on negative prompts alone."),
+        scored("unique_codes", positive, "Distinct codes only on positive prompts."),
+        scored("unique_codes_of_negatives", ~positive, "Distinct codes only on negative prompts."),
         _square(unique_codes(pairs, positive, normalised), codes.shape[1]),
         _square(
             np.mean([unique_codes(pairs, one, normalised) for one in shuffles[:20]], 0),

@@ -38,7 +38,7 @@ from headscope.probes.probe import Probe
 if TYPE_CHECKING:
     import pandas
 
-# A sum of parts must give the whole to this share of the parts' magnitudes.
+# Tolerance for the sum of parts, relative to the parts' magnitudes.
 _EXACT = 1e-6
 _MISSED = 1e-4
 
@@ -50,13 +50,15 @@ class HeadLoadings(Saved, Shown, Tabular):
     ``heads.sum() + mlps.sum() + bypass = effect``, in the metric's unit.
 
     Attributes:
-        upstream: the node whose change is followed.
-        layer: that reads the stream; the number of layers: the output.
-        heads: what each head's write carried; 0 at and above the reader, and below the node.
-        mlps: the same of MLPs.
-        bypass: what the node's own write carried, along the residual stream.
-        effect: of the whole change of the stream, ``change . gradient``, summed over positions.
-        unit: of the metric.
+        upstream: node whose change is traced.
+        layer: layer that reads the stream; the number of layers stands for the output.
+        heads: effect carried by each head's write, ``[layer head]``; 0 at and above the reader, and
+            below the node.
+        mlps: effect carried by each MLP's write.
+        bypass: effect of the node's own write along the residual stream.
+        effect: effect of the total change of the stream, ``change . gradient``, summed over
+            positions.
+        unit: unit of the metric.
         provenance: where it came from.
     """
 
@@ -77,7 +79,7 @@ class HeadLoadings(Saved, Shown, Tabular):
         return np.asarray(self.heads / self.effect)
 
     def top(self, k: int = 10) -> list[tuple[HeadIndex, float]]:
-        """Heads that carried most, in either direction."""
+        """Heads that carried the largest effects of either sign."""
         order = np.argsort(-np.abs(self.heads), axis=None, kind="stable")[: max(k, 0)]
         places = zip(*np.unravel_index(order, self.heads.shape), strict=True)
         return [(HeadIndex(int(a), int(b)), float(self.heads[a, b])) for a, b in places]
@@ -89,7 +91,7 @@ class HeadLoadings(Saved, Shown, Tabular):
         return [(name, number(value), f"{100 * value / whole:.1f}%") for name, value in rows]
 
     def glance(self) -> Glance:
-        """The bypass, the MLPs and the heads that carried most."""
+        """Show the bypass, the MLPs and the heads that carried most."""
         where = f"before layer {self.layer}"
         return Glance(
             f"from {self.upstream} to the stream {where}",
@@ -101,7 +103,9 @@ class HeadLoadings(Saved, Shown, Tabular):
 
     def sections(self) -> list[Section]:
         """The same as a table."""
-        said = f"What carried the effect of {self.upstream} to the stream before {self.layer}."
+        said = (
+            f"What carried the effect of {self.upstream} to the stream before layer {self.layer}."
+        )
         rows = self._rows()
         return [
             Section("Head loadings", [Words(said), Rows(("carried by", "effect", "share"), rows)])
@@ -132,9 +136,9 @@ def head_loadings(
 ) -> HeadLoadings:
     """Split a node's effect on a later layer's input by the parts that carry it.
 
-    The node's write is changed as if it were taken out, and the change followed. At the stream that
-    enters ``layer`` it is a sum: the node's own change, which stayed on the stream, and the
-    changes of what each head and each MLP between wrote. Each is multiplied with the gradient of
+    The node's write is replaced by its ablated write, and the change is traced. At the stream that
+    enters ``layer``, the change is a sum: the node's own change, which stayed on the stream, and
+    the changes in the writes of each head and MLP in between. Each is multiplied by the gradient of
     the metric at that stream.
 
     Args:
@@ -142,14 +146,14 @@ def head_loadings(
         probe: texts with answers.
         metric: as in :func:`attribute`.
         upstream: ``embed``, a head such as ``L0H1``, or an MLP such as ``MLP0``.
-        layer: that reads; default: the output.
-        ablation: what the node writes once taken out, as in :func:`attribute`.
-        held: attention patterns and the scales of norms stay as they are, which makes heads carry
-            by their values alone, as in attribution graphs; False: all is computed anew.
+        layer: layer that reads the stream. Default: the output.
+        ablation: what the ablated node writes; see :func:`attribute`.
+        held: freeze attention patterns and norm scales, so heads carry effects through their values
+            only, as in attribution graphs; False: recompute everything.
         batch_size: examples per pass; changes no number.
 
     Returns:
-        Mean over examples, in the metric's unit; parts sum to the effect.
+        Loadings averaged over examples, in the metric's unit; parts sum to the effect.
 
     Raises:
         InputError: if there is no such node, or the layer is not above it.
@@ -203,7 +207,7 @@ def head_loadings(
 def _loaded(
     batch: EdgeBatch, node: int, reader: int, held: bool
 ) -> Float[np.ndarray, "part batch"]:
-    """Contribution of each node's output, in the order of the sources, and the whole effect."""
+    """Contribution of each node's write, in the order of the sources, and the total effect."""
     wiring = batch.study.wiring
     last = reader == wiring.n_layers
     stream = Tap("resid_post", reader - 1) if last else Tap("resid_pre", reader)
@@ -220,7 +224,7 @@ def _loaded(
         found[wiring.heads_of(at).stop] = _times(mlp, slope)
     found[node] = _times(-batch.change[:, node], slope)
     found[-1] = _times(run.relevant(stream)[0].float(), slope)
-    # effects are of taking the node out
+    # effects of ablating the node
     values: np.ndarray = -found[:, batch.measured.counted.cpu()].double().numpy()
     return values
 
@@ -256,12 +260,12 @@ class ScoreAttribution(Saved, Shown, Tabular):
     """One attention score as a sum over pairs of query-stream and key-stream parts.
 
     Attributes:
-        head: whose score it is.
-        query, key: positions.
-        names: of the parts: every earlier node, ``biases written`` (those of output projections,
-            which no node writes), and ``bias`` (of queries or keys themselves).
-        pairs: what each pair adds; the sum is the score.
-        score: as attention computes it, scaled, before soft cap and softmax.
+        head: head that the score belongs to.
+        query, key: positions of query and key.
+        names: names of the parts: every earlier node, ``biases written`` (output biases, which no
+            node writes), and ``bias`` (of the query or key projection).
+        pairs: contribution of each pair; they sum to the score.
+        score: attention score, scaled, before soft cap and softmax.
         provenance: where it came from.
     """
 
@@ -275,7 +279,7 @@ class ScoreAttribution(Saved, Shown, Tabular):
 
     @property
     def gap(self) -> float:
-        """Gap between sum and score, as a share of the pairs' magnitudes."""
+        """Gap between sum and score, relative to the pairs' magnitudes."""
         size = float(np.abs(self.pairs).sum())
         return abs(float(self.pairs.sum()) - self.score) / size if size else 0.0
 
@@ -321,27 +325,27 @@ def score_attribution(
     *,
     example: int = 0,
 ) -> ScoreAttribution:
-    """Split an attention score over pairs of earlier nodes' outputs at its two positions.
+    """Split an attention score over pairs of earlier nodes' writes at its two positions.
 
-    A score is bilinear in the two streams once the scales of norms are held, so it is a sum over
-    pairs of their parts, exactly: norms before attention and on queries and keys, biases, rotary
-    positions, and grouped keys included.
+    With frozen norm scales, a score is bilinear in the two residual streams, so it is exactly a sum
+    over pairs of their parts. This includes norms before attention and on queries and keys, biases,
+    rotary positions and grouped keys.
 
     Args:
         model: as in :func:`attribute`.
         probe: texts.
-        head: whose score.
-        query: position that attends.
-        key: position that is attended to.
-        example: number of the text.
+        head: head that the score belongs to.
+        query: query position.
+        key: key position.
+        example: index of the text.
 
     Raises:
         InputError: if there is no such head, text or position.
-        UnsupportedModelError: where queries and keys are changed by more than norms and a rotation.
+        UnsupportedModelError: if queries and keys go through more than norms and a rotation.
 
     Warns:
-        HeadscopeWarning: if the parts miss the score by more than 1e-6 of their magnitudes, as in
-            bfloat16.
+        HeadscopeWarning: if the sum misses the score by more than 1e-6 of the parts' magnitudes, as
+            in bfloat16.
 
     Source:
         Kamath et al. 2025, "Tracing attention computation through feature interactions",
@@ -382,14 +386,14 @@ def score_attribution(
     if found.gap > _EXACT and model.dtype in (torch.float32, torch.float64):
         if found.gap > _MISSED:
             raise UnsupportedModelError(
-                f"the scores of {model.name} are not a sum over pairs of what earlier nodes wrote "
-                f"(off by {found.gap:.2g} of the parts): use hs.edges.attribute."
+                f"the scores of {model.name} are not a sum over pairs of earlier nodes' writes "
+                f"(relative gap {found.gap:.2g}): use hs.edges.attribute."
             )
     elif found.gap > _EXACT:
         warnings.warn(
-            f"the parts of this score miss it by {found.gap:.2g} of their magnitudes: the model "
-            f"computes in {str(model.dtype).removeprefix('torch.')}; load it in float32 for parts "
-            "that add up.",
+            f"the parts of this score do not add up to it (relative gap {found.gap:.2g}): the "
+            f"model runs in {str(model.dtype).removeprefix('torch.')}; load it in float32 for "
+            "exact sums.",
             HeadscopeWarning,
             stacklevel=2,
         )
@@ -402,7 +406,7 @@ def _side(
     stream: Float[Tensor, " d_model"],
     sources: Float[Tensor, "source d_model"],
 ) -> Float[Tensor, "part wider"]:
-    """Parts of one stream over the norm's scale, with a bias coordinate."""
+    """Parts of one stream divided by the norm's scale, with a bias coordinate."""
     rest = stream.double() - sources.double().sum(0)
     parts = torch.cat([sources.double(), rest[None]])
     parts = parts / model.parts.input_norm(layer).scale(stream).double()
@@ -415,7 +419,7 @@ def _side(
 def _score(
     model: HeadModel, texts: PaddedTexts, head: HeadIndex, query: int, key: int
 ) -> tuple[float, float]:
-    """One score as attention computes it, before any soft cap, and the scaling in it."""
+    """One attention score before any soft cap, and its scaling factor."""
     found: list[tuple[float, float]] = []
 
     def read(view: TapView) -> None:

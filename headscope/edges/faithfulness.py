@@ -45,15 +45,15 @@ from headscope.table.edges import (
 def circuit_value(
     batch: EdgeBatch, kept: Bool[np.ndarray, "target source"]
 ) -> Float[Tensor, " batch"]:
-    """Runs a circuit and reads its metric on every example.
+    """Run of a circuit that measures the metric on every example.
 
-    The nodes run in order. The input of every slot is the clean run's, less what its sources write
-    there, plus what those of kept edges write in this run and those of the others once corrupted.
-    With all edges that is the clean run.
+    Nodes run in order. The input of each slot is the clean input minus its sources' clean writes,
+    plus the writes of kept edges' sources in this run and the corrupted writes of all other
+    sources. With all edges this is the clean run.
 
     Args:
-        batch: the batch.
-        kept: edges of the circuit, as :meth:`Wiring.kept` has them.
+        batch: batch to run.
+        kept: mask of the circuit's edges, from :meth:`Wiring.kept`.
     """
     return _Circuit(batch, torch.from_numpy(kept).to(batch.change.device)).run()
 
@@ -67,7 +67,7 @@ class _Circuit:
     def __post_init__(self) -> None:
         """Start from the clean run, with no changed outputs."""
         self.moved = torch.zeros_like(self.batch.change)
-        self.moved[:, 0] = 0.0  # the embedding of a circuit is the clean one
+        self.moved[:, 0] = 0.0  # a circuit always has the clean embedding
 
     def run(self) -> Float[Tensor, " batch"]:
         wiring, clean = self.batch.study.wiring, self.batch.clean.taps
@@ -79,7 +79,7 @@ class _Circuit:
         return measured_with(self.batch, {last: stream})[0]
 
     def _entering(self, kept: Bool[Tensor, "row source"]) -> Float[Tensor, "row batch pos d_model"]:
-        """Difference of some slots' inputs from the clean run, given rows of kept edges."""
+        """Difference of slot inputs from the clean run, given rows of kept edges."""
         reach = kept.shape[1]
         share = kept.to(self.moved)
         inside = torch.einsum("rs,bspm->rbpm", share, self.moved[:, :reach])
@@ -101,7 +101,7 @@ class _Circuit:
         z = values_with(batch, dict(zip(taps, (query, key, value), strict=True)), (z_tap,))[z_tap]
         own = torch.stack(
             [z[head % len(z), :, :, head] for head in range(wiring.n_heads)], 2
-        )  # of the run in which this member of its group had its keys
+        )  # index of the run with this group member's own keys
         change = heads_write(batch.study.model, layer, own - batch.clean.taps[z_tap])
         self.moved[:, wiring.heads_of(layer)] = self._real(change)
 
@@ -110,7 +110,8 @@ class _Circuit:
     ) -> Float[Tensor, "member batch head pos d_head"]:
         """Every head's queries, keys or values from the run with its own input.
 
-        One run per member of a group of query heads, as each sees the shared keys by its own edges.
+        One run per member of a group of query heads, since each receives the shared keys through
+        its own edges.
         """
         group = self.batch.study.model.shape.group_size
         members = []
@@ -156,29 +157,30 @@ def faithfulness(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Faithfulness:
-    """Measure circuits of a graph's best edges, and of random ones, against the whole model.
+    """Measure circuits of a graph's best edges, and of random edges, against the full model.
 
-    In a circuit, the input of every slot holds what the sources of kept edges write in this very
-    run, and what those of the others write once corrupted. Edges are kept by the magnitude of
-    their scores. Random circuits are nested draws from all edges, as many edges at every size.
+    In a circuit, kept edges carry their source's write in the same run and all other edges its
+    corrupted write. Edges are kept in order of the magnitude of their scores. Random circuits are
+    nested samples of all edges, with as many edges at every size.
 
     Args:
         model: the one that the graph is of.
-        probe: of the kind that the graph was made on; other examples of it are welcome.
-        metric: may be another than the graph's.
+        probe: probe of the same kind as the graph's, ideally with other examples.
+        metric: metric to measure; may differ from the graph's.
         graph: of :func:`attribute`.
-        sizes: shares of all edges, increasing, from above 0 to 1; ``int(size * edges)`` are kept.
-        ablation: what edges outside of the circuit carry; default: as in the graph.
-        controls: draws of random edges.
-        seed: of the draws.
+        sizes: increasing shares of all edges, from above 0 to 1; ``int(size * edges)`` are kept.
+        ablation: what edges outside the circuit carry. Default: as in the graph.
+        controls: number of random orders of edges.
+        seed: seed for the random draws.
         batch_size: examples per pass; changes no number.
         progress: show a bar.
 
     Returns:
-        f at every size, its areas, and those of random edges.
+        Faithfulness f at every size, its areas, and the same for random edges.
 
     Raises:
-        InputError: if the graph is of another model or kind of probe, or sizes are out of range.
+        InputError: if the graph belongs to another model or kind of probe, or sizes are out of
+            range.
 
     Source:
         Mueller et al. 2025, arXiv 2504.13151 (CPR, CMD); Wang et al. 2022, arXiv 2211.00593;
@@ -195,7 +197,7 @@ def faithfulness(
     options = RunOptions(batch_size, seed=seed, progress=progress)
     shares = _checked_sizes(sizes)
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < 1:
-        raise InputError(f"controls={controls!r}: draw random edges once or more.")
+        raise InputError(f"controls={controls!r}: give 1 or more.")
     check_graph(model, probe, graph)
     study = EdgeMeasurement.of(model, probe, metric, ablation or graph.ablation, options)
     total = len(study.wiring)
@@ -236,9 +238,9 @@ def mean_values(
     """Mean metric of every circuit over the examples that the metric reads.
 
     Args:
-        study: what is measured.
-        circuits: edges of each; one that occurs twice is run once.
-        options: whether a bar is shown.
+        study: the measurement.
+        circuits: mask of edges for each; duplicates are run once.
+        options: run options, including whether a progress bar is shown.
     """
     keys = [circuit.tobytes() for circuit in circuits]
     unique = dict(zip(keys, circuits, strict=True))
@@ -274,31 +276,31 @@ def _checked_sizes(sizes: Sequence[float]) -> Float[np.ndarray, " size"]:
         ) from None
     if shares.ndim != 1 or len(shares) < 2 or not ((shares > 0) & (shares <= 1)).all():
         raise InputError(
-            f"sizes={list(sizes)!r}: give two shares of all edges or more, above 0 and up to 1."
+            f"sizes={list(sizes)!r}: give at least two shares of all edges, above 0 and up to 1."
         )
     if (np.diff(shares) <= 0).any():
-        raise InputError(f"sizes={list(sizes)!r} must increase from one to the next.")
+        raise InputError(f"sizes={list(sizes)!r} must be increasing.")
     return shares
 
 
 def check_graph(model: HeadModel, probe: Probe, graph: EdgeGraph) -> None:
-    """Refuse a graph that belongs to another model or kind of probe.
+    """Raise InputError if a graph belongs to another model or kind of probe.
 
     Raises:
-        InputError: if it does.
+        InputError: if the graph does not belong to the model and kind of probe.
     """
     shape, about = model.shape, graph.provenance
     same = graph.wiring.n_layers == shape.n_layers and graph.wiring.n_heads == shape.n_heads
     if not same or (about.weight_digest and about.weight_digest != model.digest()):
         raise InputError(
             f"this graph is of another model ({about.model or 'unknown'}) than {model.name}: "
-            "make one of this model with hs.edges.attribute."
+            "compute one for this model with hs.edges.attribute."
         )
     kind = about.probe.get("kind", probe.name)
     if kind != probe.name:
         raise InputError(
             f"this graph was made on a probe of kind {kind!r}, and this one is {probe.name!r}: "
-            "take a probe of the same kind, or make another graph."
+            "use a probe of the same kind, or compute another graph."
         )
 
 
@@ -310,7 +312,7 @@ _MATCHED = 3
 def values_of(
     batches: Sequence[EdgeBatch], study: EdgeMeasurement, kept: Chosen
 ) -> Float[np.ndarray, " example"]:
-    """The metric of a circuit on every example that it reads."""
+    """Metric of a circuit on every example that the metric reads."""
     found = []
     for batch in batches:
         values = circuit_value(batch, study.wiring.kept(kept))
@@ -322,12 +324,12 @@ def values_of(
 def example_values(
     batches: Sequence[EdgeBatch], study: EdgeMeasurement, kept: Chosen | None = None
 ) -> Float[np.ndarray, " example"]:
-    """The metric of a circuit on every example; NaN where it reads nothing.
+    """Metric of a circuit on every example; NaN for examples that the metric does not read.
 
     Args:
-        batches: all batches of it.
-        study: what is measured.
-        kept: edges of the circuit; None: the model as it is.
+        batches: all batches of the measurement.
+        study: the measurement.
+        kept: mask of the circuit's edges; None: the full model.
     """
     found = []
     for batch in batches:
@@ -347,7 +349,7 @@ def mean_value(batches: Sequence[EdgeBatch], study: EdgeMeasurement, kept: Chose
 
 
 def strongest(values: Float[np.ndarray, " edge"], count: int) -> Chosen:
-    """Mask of the ``count`` edges of largest magnitude; ties in their order."""
+    """Mask of the ``count`` edges with the largest magnitudes; on ties, the first ones."""
     chosen = np.zeros(len(values), bool)
     chosen[np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:count]] = True
     return chosen
@@ -356,14 +358,14 @@ def strongest(values: Float[np.ndarray, " edge"], count: int) -> Chosen:
 def grown_from(
     wiring: Wiring, values: Float[np.ndarray, " edge"], count: int, start: str = "logits"
 ) -> Int[np.ndarray, " chosen"]:
-    """Connected edges of the largest magnitude, in the order in which they join.
+    """Connected edges with the largest magnitudes, in the order in which they join.
 
     Args:
         wiring: nodes and edges.
-        values: scores.
-        count: edges to choose; fewer where no more hang together.
-        start: ``logits`` grows downwards, an edge joining when its target is inside; ``embed``
-            grows upwards, by its source.
+        values: scores of the edges.
+        count: number of edges to choose; fewer if no more are connected.
+        start: ``logits`` grows downwards, from targets already in the circuit; ``embed`` grows
+            upwards, from sources.
     """
     down = start == "logits"
     size = np.abs(np.nan_to_num(values))
@@ -396,15 +398,15 @@ def grown_from(
 def grown(graph: EdgeGraph, count: int) -> list[Edge]:
     """Grow a connected circuit from the output by the largest magnitudes, best first.
 
-    An edge can join when its target is in the circuit already, so that every edge has a way to the
-    output; the plain top of a ranking has edges that lead nowhere.
+    An edge can join once its target is in the circuit, so every edge has a path to the output;
+    simply taking the top of a ranking includes edges that lead nowhere.
 
     Args:
         graph: of :func:`attribute`.
-        count: edges to choose.
+        count: number of edges to choose.
 
     Raises:
-        InputError: if there are not as many.
+        InputError: if there are fewer edges.
 
     Source:
         Hanna et al. 2024, arXiv 2403.17806, greedy search.
@@ -416,25 +418,25 @@ def grown(graph: EdgeGraph, count: int) -> list[Edge]:
         'logits'
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= len(graph.wiring):
-        raise InputError(f"count={count!r}: there are 1 to {len(graph.wiring):,} edges to choose.")
+        raise InputError(f"count={count!r}: give 1 to {len(graph.wiring):,} edges.")
     return [graph.edges[at] for at in grown_from(graph.wiring, graph.mean, count).tolist()]
 
 
 @checked
 def stability(graph: EdgeGraph, count: int, *, draws: int = 200, seed: int = 0) -> Stability:
-    """Compare the strongest edges with those on resampled prompts.
+    """Overlap of the strongest edges with those on resampled prompts.
 
-    Costs no pass: the scores of every example are in the graph. Examples of a cluster are drawn
+    Needs no forward pass, since the graph holds scores per example. Examples of a cluster are drawn
     together.
 
     Args:
         graph: of :func:`attribute`.
-        count: how many of the strongest edges make the circuit.
-        draws: bootstrap draws.
-        seed: of the draws.
+        count: number of strongest edges in the circuit.
+        draws: number of bootstrap draws.
+        seed: seed for the random draws.
 
     Raises:
-        InputError: if there are not as many edges, or a single example.
+        InputError: if there are fewer edges, or only a single example.
 
     Example:
         >>> names = hs.probes.pairs(model, "ioi", batch=8)
@@ -449,26 +451,28 @@ def stability(graph: EdgeGraph, count: int, *, draws: int = 200, seed: int = 0) 
 def resampled(
     graph: EdgeGraph, count: int, choose: Choose, draws: int = 200, seed: int = 0
 ) -> Stability:
-    """Overlap of a rule's chosen edges with those that it chooses on resampled prompts.
+    """Overlap of the edges that a rule chooses with those that it chooses on resampled prompts.
 
     Args:
         graph: scores per example.
-        count: edges chosen.
-        choose: the rule, from mean scores.
-        draws: bootstrap draws.
-        seed: of the draws.
+        count: number of edges chosen.
+        choose: rule that chooses edges from mean scores.
+        draws: number of bootstrap draws.
+        seed: seed for the random draws.
 
     Raises:
-        InputError: if there are not as many edges, or a single example.
+        InputError: if there are fewer edges, or only a single example.
     """
     total, examples = graph.per_example.shape
     if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < total:
-        raise InputError(f"count={count!r}: compare 1 to {total - 1:,} edges.")
+        raise InputError(f"count={count!r}: give 1 to {total - 1:,} edges.")
     labels = np.arange(examples) if graph.clusters is None else np.array(graph.clusters)
     _, group = np.unique(labels, return_inverse=True)
     groups = int(group.max()) + 1
     if groups < 2:
-        raise InputError("the graph has a single example (or cluster): nothing can be drawn again.")
+        raise InputError(
+            "the graph has a single example (or cluster), so it cannot be resampled: give more."
+        )
     drawn = np.random.default_rng(seed)
     values = graph.per_example.astype(np.float64)
     known = ~np.isnan(values)
@@ -488,7 +492,8 @@ def resampled(
 def chance(count: int, total: int) -> float:
     """Expected Jaccard overlap of two random sets of ``count`` out of ``total``.
 
-    The overlap is hypergeometric with mean ``count^2 / total``; the expectation is summed exactly.
+    The number of shared edges is hypergeometric with mean ``count^2 / total``; the expectation is
+    summed exactly.
 
     Example:
         >>> round(chance(1, 4), 4)
@@ -500,7 +505,7 @@ def chance(count: int, total: int) -> float:
 
 
 def jaccard(a: Chosen, b: Chosen) -> float:
-    """Edges in both over edges in either; 1 for two empty sets."""
+    """Jaccard index: edges in both sets over edges in either; 1 for two empty sets."""
     either = (a | b).sum()
     return float((a & b).sum() / either) if either else 1.0
 
@@ -515,11 +520,11 @@ def checks_of(
     """Stability and controls of a circuit.
 
     Args:
-        study: what is measured.
-        batches: all batches of it.
-        kept: edges of the circuit.
-        graph: scores that the circuit was grown from; None: it was found in another way.
-        seed: of all draws.
+        study: the measurement.
+        batches: all batches of the measurement.
+        kept: mask of the circuit's edges.
+        graph: scores that the circuit was grown from; None if it was found in another way.
+        seed: seed for all draws.
     """
     every = np.ones_like(kept)
     full, empty = (values_of(batches, study, one) for one in (every, ~every))
@@ -590,7 +595,7 @@ def _exchanged(wiring: Wiring, kept: Chosen, seed: int) -> Iterator[Chosen]:
 
 
 def _null(study: EdgeMeasurement) -> float:
-    """Largest change of the metric where a pair's texts are still identical; NaN if nowhere."""
+    """Largest change in the metric where a pair's texts are still identical; NaN if none."""
     probe, metric = study.probe, study.metric
     causal = lacks(study.model, "bidirectional") is not None
     if study.ablation != "patch" or not causal or not isinstance(metric, Metric):
@@ -640,21 +645,21 @@ def completeness(
 ) -> Completeness:
     """Remove heads from a circuit and from the whole model, and compare the metrics.
 
-    Every head of the circuit alone is taken, and then random sets of them, each head with
-    probability one half. Taking a head takes all edges that leave it.
+    Each head of the circuit is removed alone, then random sets of heads, each with probability one
+    half. Removing a head removes all edges that leave it.
 
     Args:
-        model: the one that the circuit is of.
+        model: model that the circuit was found in.
         probe: texts with answers.
-        metric: as the circuit's.
-        circuit: of :func:`acdc` or :func:`run_circuit`.
-        draws: random sets.
-        seed: of the draws.
+        metric: metric that the circuit was measured with.
+        circuit: circuit from :func:`acdc` or :func:`run_circuit`.
+        draws: number of random sets.
+        seed: seed for the random draws.
         batch_size: examples per pass; changes no number.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if the circuit is of another model or has no heads.
+        InputError: if the circuit belongs to another model or has no heads.
 
     Source:
         Wang et al. 2022, arXiv 2211.00593, section 4 (completeness).
@@ -669,7 +674,7 @@ def completeness(
     options = RunOptions(batch_size, seed=seed, progress=progress)
     study = _study(model, probe, metric, circuit, options)
     if not circuit.heads:
-        raise InputError("this circuit has no heads: nothing can be taken from it.")
+        raise InputError("this circuit has no heads to remove: give one with at least one head.")
     drawn = np.random.default_rng(seed)
     halves = drawn.random((draws, len(circuit.heads))) < 0.5
     subsets: list[tuple[HeadIndex, ...]] = [(head,) for head in circuit.heads]
@@ -701,23 +706,23 @@ def minimality(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> dict[HeadIndex, float]:
-    """How much each head of a circuit matters, with any other heads removed as well.
+    """How much each head of a circuit matters when other heads are removed as well.
 
     ``max over K of |m(C - K - head) - m(C - K)|`` over the empty set and random sets K of other
-    heads of the circuit. A head with a value near 0 need not be there.
+    heads in the circuit. A head with a value near 0 is redundant.
 
     Args:
-        model: the one that the circuit is of.
+        model: model that the circuit was found in.
         probe: texts with answers.
-        metric: as the circuit's.
-        circuit: of :func:`acdc` or :func:`run_circuit`.
-        draws: random sets beside the empty one.
-        seed: of the draws.
+        metric: metric that the circuit was measured with.
+        circuit: circuit from :func:`acdc` or :func:`run_circuit`.
+        draws: number of random sets besides the empty one.
+        seed: seed for the random draws.
         batch_size: examples per pass; changes no number.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if the circuit is of another model.
+        InputError: if the circuit belongs to another model.
 
     Source:
         Wang et al. 2022, arXiv 2211.00593, section 4 (minimality).

@@ -1,4 +1,4 @@
-"""Gates on heads, learned on a frozen model: which heads help, which hurt, which do neither.
+"""Learned gates on the heads of a frozen model: which heads help, hurt or do not matter.
 
 Causal head gating after Nam et al. 2025, and the best k heads by straight-through gates.
 """
@@ -28,7 +28,7 @@ from headscope.table import HeadScores, HeadTable
 
 _RATE = 0.2
 _START = 2.0  # a gate of 0.88
-_FAR = 4.0  # up to which logits are pressed; a gate of 0.98
+_FAR = 4.0  # logits are pushed up to here, a gate of 0.98
 _SOURCE = "Nam et al. 2025, arXiv 2505.13737"
 
 
@@ -47,40 +47,40 @@ def causal_gates(
     folder: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> HeadTable:
-    """Learn how far every head can be closed, and how far it can be opened.
+    """Learn a gate per head that separates helpful, harmful and irrelevant heads.
 
-    Every head has a gate ``g`` in (0, 1) that mixes what it writes with what it writes once it is
-    taken out. The gates alone learn: first to make the metric good, then twice more from there,
-    pressed open and pressed shut by ``strength`` times the mean of their logits (cut at 4). With
-    ``plus`` and ``minus`` for the two outcomes:
+    Every head has a gate ``g`` in (0, 1) that mixes its write with its ablated write. Only the
+    gates are trained: first to improve the metric, then twice more from that point, pushed open or
+    pushed shut by ``strength`` times the mean of their logits (capped at 4). With ``plus`` and
+    ``minus`` for the two outcomes:
 
-    - *facilitating*: ``minus``, which stays open against the pressure;
-    - *interfering*: ``1 - plus``, which stays shut;
-    - *irrelevant*: ``plus * (1 - minus)``, which goes where it is pressed.
+    - *facilitating*: ``minus``, the gate stays open although pushed shut;
+    - *interfering*: ``1 - plus``, the gate stays shut although pushed open;
+    - *irrelevant*: ``plus * (1 - minus)``, the gate goes where it is pushed.
 
-    It sees what heads do together, which taking them out singly does not: of two heads that do
-    the same, one may close.
+    Unlike ablating heads one at a time, this accounts for joint effects: of two redundant heads,
+    one may close.
 
     Args:
-        model: as in :func:`attribute`.
+        model: see :func:`attribute`.
         probe: texts with answers.
-        metric: with a direction, such as :data:`headscope.metrics.loss`.
-        strength: of the pressure, in the metric's unit per unit of logit.
-        steps: of Adam in each of the three fits, over all examples.
+        metric: metric with a direction, e.g. :data:`headscope.metrics.loss`.
+        strength: weight of the push, in the metric's unit per unit of logit.
+        steps: Adam steps in each of the three fits, each over all examples.
         ablation: what a closed head writes: ``zero`` as in the paper, ``patch`` or ``mean``.
-        better: which direction of the metric is better, where it does not say.
+        better: which direction of the metric is better, if the metric does not declare it.
         batch_size: examples per pass.
-        folder: where the three fits are kept every few steps: the same call resumes
-            from there to the same numbers.
-        progress: show a bar.
+        folder: checkpoint folder for the three fits; the same call resumes from it and gives the
+            same numbers.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        Three scores per head, from 0 to 1.
+        A table with three scores per head, each from 0 to 1.
 
     Raises:
         InputError: if metric and probe do not fit, a number is out of range, or the folder holds
             another run.
-        HeadscopeError: if the metric is no longer finite.
+        HeadscopeError: if the metric becomes NaN or infinite.
 
     Source:
         Nam et al. 2025, "Causal head gating", arXiv 2505.13737.
@@ -131,9 +131,9 @@ def _table(
         method="causal head gating", ablation=study.ablation,
     )  # fmt: skip
     said = {
-        "facilitating": (minus, "Stays open when all gates are pressed shut."),
-        "interfering": (1 - plus, "Stays shut when all gates are pressed open."),
-        "irrelevant": (plus * (1 - minus), "Goes where its gate is pressed."),
+        "facilitating": (minus, "Its gate stays open when all gates are pushed shut."),
+        "interfering": (1 - plus, "Its gate stays shut when all gates are pushed open."),
+        "irrelevant": (plus * (1 - minus), "Its gate goes where it is pushed."),
     }
     kv_heads = study.model.shape.n_kv_heads
     return HeadTable(
@@ -161,27 +161,28 @@ def best_heads(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Learn which k heads the model does best with, all others taken out.
+    """Learn which k heads give the best metric when all others are ablated.
 
-    Every head has a weight; in every step the k largest are open and the others shut, and the
-    gradient passes to all weights as if gates were their sigmoids (straight through).
+    Every head has a weight. In each step the k heads with the largest weights are open and the
+    others shut; gradients flow to all weights as if gates were their sigmoids (straight-through
+    estimator).
 
     Args:
-        model: as in :func:`attribute`.
+        model: see :func:`attribute`.
         probe: texts with answers.
-        metric: with a direction.
-        k: heads that stay.
-        steps: of Adam, over all examples.
-        ablation: what a head that is taken out writes, as in :func:`attribute`.
-        better: which direction of the metric is better, where it does not say.
+        metric: metric with a direction.
+        k: number of heads to keep.
+        steps: Adam steps, each over all examples.
+        ablation: what an ablated head writes; see :func:`attribute`.
+        better: which direction of the metric is better, if the metric does not declare it.
         batch_size: examples per pass.
-        progress: show a bar.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        The sigmoid of every weight, 0 to 1; ``.top(k)`` are the heads that stay.
+        The sigmoid of every weight, from 0 to 1; ``.top(k)`` gives the chosen heads.
 
     Raises:
-        InputError: if there are not as many heads, or metric and probe do not fit.
+        InputError: if the model has fewer than k heads, or metric and probe do not fit.
 
     Example:
         >>> names = hs.probes.pairs(model, "ioi", batch=2)
@@ -191,7 +192,7 @@ def best_heads(
     """
     shape = model.shape
     if isinstance(k, bool) or not isinstance(k, int) or not 0 < k <= len(shape.heads):
-        raise InputError(f"k={k!r}: there are 1 to {len(shape.heads)} heads to keep.")
+        raise InputError(f"k={k!r}: give 1 to {len(shape.heads)} heads to keep.")
     options = RunOptions(batch_size, progress=progress)
     study, sign = _gated_study(model, probe, metric, ablation, steps, better, options)
     batches = list(study.batches())
@@ -208,7 +209,7 @@ def best_heads(
     return HeadScores.from_summary(
         "best_heads", torch.sigmoid(weights).double().numpy(), kv_heads=shape.n_kv_heads,
         unit="share", bounds=(0.0, 1.0),
-        description=f"Weight of the head when {k} heads may stay, learned straight through.",
+        description=f"Learned weight of the head when {k} heads are kept (straight-through gates).",
         provenance=origin(
             model, probe, attention="whole passes", metric=study.metric.name,
             method="top-k gates", ablation=study.ablation, k=k, steps=steps,
@@ -225,9 +226,9 @@ def _gated_study(
     better: Direction | None,
     options: RunOptions,
 ) -> tuple[EdgeMeasurement, int]:
-    """What is measured, and the sign that makes it a cost."""
+    """The measurement, and the sign that turns its metric into a cost."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps={steps!r}: gates learn in 1 step or more.")
+        raise InputError(f"steps={steps!r}: give 1 or more.")
     study = EdgeMeasurement.of(model, probe, metric, ablation, options)
     return study, cost_sign(study.metric, better)
 
@@ -242,7 +243,7 @@ def _fitted(
     advance: Advance,
     kept: Checkpoint,
 ) -> Float[Tensor, "layer head"]:
-    """Weights of gates after some steps of Adam."""
+    """Gate weights after some steps of Adam."""
     weights = start.clone().requires_grad_()
     run = AdamRun(kept, {"weights": weights}, _RATE, steps)
     examples = sum(int(batch.measured.counted.sum()) for batch in batches)
@@ -266,7 +267,7 @@ def _fitted(
 
 
 def _gated_value(batch: EdgeBatch, gates: Float[Tensor, "layer head"]) -> Float[Tensor, " batch"]:
-    """The metric with what heads write mixed with what they write once taken out."""
+    """Metric with each head's write mixed with its ablated write."""
     study = batch.study
     corrupt = batch.change + batch.clean.sources
     z: dict[int, Tensor] = {}
@@ -297,7 +298,7 @@ def _closer(
     off: Float[Tensor, "batch head pos d_model"],
     z: dict[int, Tensor],
 ) -> Callable[[Tensor], Tensor]:
-    """Replaces a share of what every head adds to the stream by what it adds once taken out."""
+    """Edit that replaces a share of every head's write by its ablated write."""
 
     def close(value: Tensor) -> Tensor:
         moved = off - heads_write(model, layer, z[layer])

@@ -1,7 +1,7 @@
-"""Other ways backwards: rules that replace the gradient of norms, activations, gates and softmax.
+"""Backward rules that replace the gradients of norms, activations, gates and softmax.
 
-A pass under one of these scopes computes what it always computes; only the gradients differ. What
-torch is asked for is seen on its way, so that no model needs code of its own.
+A forward pass in one of these scopes computes the same values; only gradients differ. Calls of
+torch functions are intercepted, so no model-specific code is needed.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Functions f(x) that count as a factor f(x) / x, and those that are a factor already.
+# Functions f(x) treated as a factor f(x) / x, and functions that are already a factor.
 _ACTIVATIONS = ("gelu", "silu", "relu", "mish", "elu", "leaky_relu")
 _FACTORS = ("sigmoid", "tanh")
 _PRODUCTS = ("mul", "__mul__", "__rmul__", "multiply")
 TEMPERATURE = 2.0
-# Query times key and pattern times value: each product shares its gradient among its factors.
+# Query times key and pattern times value: each product splits its gradient between its factors.
 GIM_SHARES: Mapping[str, float] = {"query": 0.25, "key": 0.25, "value": 0.5}
 
 
 class Rules(TorchFunctionMode):
-    """Scope in which norms divide by a constant; subclasses replace more.
+    """Scope in which norms divide by a constant; subclasses replace more gradients.
 
     Attributes:
-        in_mlp: whether the pass is between attention and the end of the MLP; set by the pass's
-            readers.
+        in_mlp: whether the pass is between attention and the end of the MLP; set by readers of the
+            pass.
     """
 
     def __init__(self) -> None:
@@ -34,14 +34,14 @@ class Rules(TorchFunctionMode):
         self.in_mlp = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace what has a rule; let the rest pass."""
+        """Replace functions that have a rule; pass others through."""
         rule = self.rule(getattr(func, "__name__", ""))
         if rule is not None and torch.is_grad_enabled():
             return rule(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def rule(self, name: str) -> Callable[..., Any] | None:
-        """What is done instead of a function of torch; None: that function itself."""
+        """Replacement of a torch function; None: the function itself."""
         if name == "layer_norm":
             return _layer_norm
         if name == "rms_norm":
@@ -52,16 +52,16 @@ class Rules(TorchFunctionMode):
 class RelevanceRules(Rules):
     """Layer-wise relevance propagation: LN-rule, identity rule and half rule.
 
-    Norms divide by a constant, an activation is its input times a constant, and a gate shares its
-    gradient with what it gates. Attention keeps its gradient, as in the released code, so that
-    queries and keys have a score.
+    Norms divide by a constant, activations are their input times a constant, and gates split their
+    gradient with the gated value. Attention keeps its gradient, as in the released code, so queries
+    and keys have a score.
 
     Source:
         Jafari et al. 2025, arXiv 2508.21258.
     """
 
     def rule(self, name: str) -> Callable[..., Any] | None:
-        """Rules of norms everywhere, of activations and gates inside MLPs."""
+        """Rules for norms everywhere, and for activations and gates inside MLPs."""
         if self.in_mlp:
             if name in _ACTIVATIONS:
                 return _identity
@@ -73,20 +73,20 @@ class RelevanceRules(Rules):
 
 
 class InteractionRules(Rules):
-    """Gradient interaction modifications: frozen norms, and a softmax with a soft gradient.
+    """Gradient interaction modifications: frozen norms, and a softmax with a softened gradient.
 
-    The gradient of a softmax is taken at twice the temperature. Shares of queries, keys and values
-    are :data:`GIM_SHARES`, applied by the readers of these taps.
+    The gradient of a softmax is taken at twice the temperature. The gradient shares of queries,
+    keys and values are :data:`GIM_SHARES`, applied by the readers of these taps.
 
-    This is the form of the paper. Newer releases of its code also halve the gradients at the gate
-    and at what it gates in gated MLPs, which is not done here; MLPs keep their gradient.
+    This is the paper's version. Newer releases of its code also halve the gradients at the gate and
+    the gated value in gated MLPs; here MLPs keep their gradients.
 
     Source:
         Edin et al. 2025, arXiv 2505.17630.
     """
 
     def rule(self, name: str) -> Callable[..., Any] | None:
-        """Rules of norms everywhere, of the softmax in attention."""
+        """Rules for norms everywhere, and for the softmax in attention."""
         if not self.in_mlp:
             if name == "softmax":
                 return _softmax
@@ -95,8 +95,8 @@ class InteractionRules(Rules):
         return super().rule(name)
 
 
-def with_share(share: float) -> Callable[[Tensor], Tensor]:
-    """A function that changes no value and passes on a share of the gradient."""
+def shared(share: float) -> Callable[[Tensor], Tensor]:
+    """Identity function that passes on a share of the gradient."""
     return lambda value: value * share + (value * (1 - share)).detach()
 
 
@@ -129,7 +129,7 @@ def _rms_norm(
 
 
 def _affine(value: Tensor, normed: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The norm's own value, with the gradient of the same with a constant scale."""
+    """Output of a norm, with the gradient for a constant scale."""
     made = normed if weight is None else normed * weight
     made = made if bias is None else made + bias
     return value.detach() + made - made.detach()
@@ -143,7 +143,7 @@ def _identity(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _half(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
-    """A product of two inner values of one shape shares its gradient; others do not."""
+    """Product that splits its gradient if both factors are activations of the same shape."""
     inner = [isinstance(one, Tensor) and one.requires_grad and not one.is_leaf for one in (a, b)]
     product = func(a, b, *args, **kwargs)
     if not all(inner) or a.shape != b.shape:
@@ -152,7 +152,7 @@ def _half(func: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _SoftGradient(torch.autograd.Function):
-    """Softmax over the last axis whose gradient is that at a higher temperature."""
+    """Softmax over the last axis with the gradient of a higher temperature."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention written out, with the soft gradient."""
+    """Explicit attention with the softened softmax gradient."""
     if enable_gqa:
         group = query.shape[-3] // key.shape[-3]
         key, value = (one.repeat_interleave(group, -3) for one in (key, value))

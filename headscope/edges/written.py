@@ -1,4 +1,4 @@
-"""What every node writes to the residual stream in a run, and what it writes once corrupted."""
+"""Writes of every node to the residual stream, in clean and corrupted runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,9 +30,9 @@ class Measured:
     """A metric on one batch.
 
     Attributes:
-        metric: what is measured.
-        probe: the batch, clean, with its answers.
-        read: positions that the metric reads.
+        metric: metric to compute.
+        probe: clean batch with its answers.
+        read: mask of the positions that the metric reads.
         clean: logits of the clean run at :attr:`at`, for metrics that compare with it.
     """
 
@@ -48,14 +48,14 @@ class Measured:
 
     @cached_property
     def counted(self) -> Bool[Tensor, " batch"]:
-        """Examples in which it reads anything."""
+        """Mask of examples in which the metric reads a position."""
         return self.read.any(1)
 
     def __call__(self, logits: Float[Tensor, "row at d_vocab"]) -> Float[Tensor, "run batch"]:
-        """One number per run and example; 0 where it reads nothing.
+        """Metric per run and example; 0 for examples without a position to read.
 
         Args:
-            logits: of one or several runs of the batch, runs outermost.
+            logits: logits of one or several runs of the batch, with runs outermost.
         """
         runs = logits.unflatten(0, (-1, len(self.probe)))
         if not isinstance(self.metric, Metric):
@@ -91,33 +91,33 @@ ABLATIONS: Mapping[str, Ablation] = {
     "counterfactual": "patch",
     "resample": "patch",
 }
-# The nodes must add up to the residual stream to this share of it.
+# Relative tolerance for the sum of nodes against the residual stream.
 _ADDS_UP = 1e-3
 _TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class PaddedTexts:
-    """Token sequences as :meth:`HeadModel.run` takes them."""
+    """Padded token sequences in the form that :meth:`HeadModel.run` takes."""
 
     tokens: Int[Tensor, "batch pos"]
     real: Bool[Tensor, "batch pos"]
 
     def times(self, copies: int) -> "PaddedTexts":
-        """The same texts several times over, copies outermost."""
+        """Repeat the texts, with copies outermost."""
         return PaddedTexts(self.tokens.repeat(copies, 1), self.real.repeat(copies, 1))
 
 
 @dataclass(frozen=True, eq=False)
 class WrittenRun:
-    """One run of a batch, taken apart.
+    """Recorded run of a batch, split into the writes of nodes.
 
     Attributes:
-        model: what was run.
+        model: model that was run.
         real: False at padding.
-        taps: the residual stream before every layer and after the last, queries, keys, values
-            and head outputs, attention and MLP writes, as the pass holds them.
-        logits: at the positions asked for; None where none were.
+        taps: residual stream before every layer and after the last, queries, keys, values, head
+            outputs, and attention and MLP writes, as in the pass.
+        logits: logits at the requested positions; None if none were requested.
     """
 
     model: HeadModel
@@ -127,18 +127,18 @@ class WrittenRun:
 
     @cached_property
     def sources(self) -> Float[Tensor, "batch source pos d_model"]:
-        """What every node wrote, in fp32; 0 at padding."""
+        """Write of every node in fp32; 0 at padding."""
         return written_by_nodes(self.model, self.taps, self.real)
 
     @property
     def embed(self) -> Float[Tensor, "batch pos d_model"]:
-        """What entered the first block, in fp32; 0 at padding."""
+        """Input of the first block in fp32; 0 at padding."""
         value = self.taps[Tap("embed")].detach().float()
         return value * self.real.to(value.device)[..., None]
 
 
 def taps_of(model: HeadModel) -> list[Tap]:
-    """Every tap that edges are made of, in the order of a pass."""
+    """All taps needed for edges, in the order of a pass."""
     found = [Tap("embed")]
     for layer in range(model.shape.n_layers):
         sites = ("resid_pre", "query", "key", "value", "z", "attn_out", "mlp_out", "resid_post")
@@ -156,16 +156,16 @@ def run_apart(
     changes: Mapping[Tap, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     rules: Rules | None = None,
 ) -> WrittenRun:
-    """Run a batch once and keep what every node wrote.
+    """Run a batch once and record the write of every node.
 
     Args:
-        model: the model.
-        texts: the batch.
-        embed: what enters the first block instead of the embedding.
-        logits_at: positions whose logits are returned; None: all; empty: none.
-        grad: keep the graph; the taps are then part of it, from the embedding on.
-        changes: functions of what some taps hold, which go on with what they return.
-        rules: what stands in for gradients.
+        model: model to run.
+        texts: batch of texts.
+        embed: input of the first block in place of the embedding.
+        logits_at: positions of the returned logits; None: all; empty: none.
+        grad: keep the autograd graph, which then includes the taps from the embedding on.
+        changes: functions by tap that replace the tap's value.
+        rules: backward rules that replace gradients.
     """
     held: dict[Tap, Tensor] = {}
 
@@ -191,10 +191,10 @@ def run_apart(
 
 
 def keeper(held: dict[Tap, Tensor], tap: Tap) -> Callable[[Tensor, Any], Tensor]:
-    """A write that changes nothing and keeps what it sees.
+    """Write that stores a tap's value without changing it.
 
-    Queries, keys and values are kept as they are written, which every way of running a model
-    allows, and in the model's own type.
+    Queries, keys and values are stored through writes, which every model path supports, and in the
+    model's dtype.
     """
 
     def keep(value: Tensor, _span: Any) -> Tensor:
@@ -207,7 +207,7 @@ def keeper(held: dict[Tap, Tensor], tap: Tap) -> Callable[[Tensor, Any], Tensor]
 def _changer(
     held: dict[Tap, Tensor], tap: Tap, change: Callable[[Tensor], Tensor]
 ) -> Callable[[Tensor, Any], Tensor]:
-    """A write that changes a tap; of queries, keys and values what was there before is kept."""
+    """Write that changes a tap; for queries, keys and values, the original value is stored."""
 
     def write(value: Tensor, _span: Any) -> Tensor:
         there = value.view_as(value)
@@ -225,13 +225,13 @@ def written_by_nodes(
     real: Bool[Tensor, "batch pos"],
     less: Mapping[Tap, Tensor] | None = None,
 ) -> Float[Tensor, "batch source pos d_model"]:
-    """What every node writes, in fp32; 0 at padding.
+    """Write of every node in fp32; 0 at padding.
 
     Args:
-        model: the model.
+        model: model to run.
         held: embedding, head outputs and MLP writes of a run.
         real: False at padding.
-        less: those of another run, whose writes are subtracted; None: nothing is.
+        less: the same for another run, whose writes are subtracted; None: nothing is subtracted.
     """
     padded, shape = not bool(real.all()), model.shape
 
@@ -256,21 +256,21 @@ def written_by_nodes(
 def heads_write(
     model: HeadModel, layer: int, z: Float[Tensor, "batch pos head d_head"]
 ) -> Float[Tensor, "batch head pos d_model"]:
-    """What every head of a layer adds to the residual stream, in fp32, without biases."""
+    """Write of every head of a layer to the residual stream in fp32, without biases."""
     weights = model.output_weights(layer).detach().to(z.device).float()
     return torch.einsum("bphd,hdm->bhpm", z.float(), weights)
 
 
 @dataclass(eq=False)
 class EdgeMeasurement:
-    """A model, a probe, a metric and a corruption, checked and cut into batches.
+    """Model, probe, metric and corruption, validated and split into batches.
 
     Attributes:
-        ablation: what an edge that is taken out carries: ``patch``, ``zero`` or ``mean``.
+        ablation: what an ablated edge carries: ``patch``, ``zero`` or ``mean``.
         size: examples per batch.
-        means: what every node writes on average over real positions, for ``mean``.
-        by_weights: whether the weights of a layer's queries, keys or values were seen to give the
-            slopes that the model's own backward pass does.
+        means: mean write of every node over real positions, for ``mean``.
+        by_weights: whether gradients through the weights of a layer's queries, keys or values match
+            the model's backward pass.
     """
 
     model: HeadModel
@@ -291,12 +291,12 @@ class EdgeMeasurement:
         ablation: str | None = None,
         options: RunOptions = RunOptions(),
     ) -> "EdgeMeasurement":
-        """Check everything that can be checked before a pass; then see how the layers are wired.
+        """Validate all arguments before any pass, then find out how the layers are wired.
 
         Raises:
             InputError: if the arguments do not fit each other.
-            UnsupportedModelError: if the model's heads do not write to the residual stream by a
-                matrix of their own.
+            UnsupportedModelError: if the model's heads do not each write to the residual stream
+                through a matrix.
         """
         chosen = ablation_of(ablation, probe)
         measured = as_metric(metric)
@@ -315,16 +315,16 @@ class EdgeMeasurement:
         return study
 
     def batches(self) -> Iterator["EdgeBatch"]:
-        """Batches of the probe, each run once cleanly and once corrupted."""
+        """Batches of the probe, each with one clean and one corrupted run."""
         for start in range(0, len(self.probe), self.size):
             yield self.batch(start)
 
     def batch(self, start: int, grad: bool = False) -> "EdgeBatch":
-        """The batch whose first example has this number, run once cleanly and once corrupted.
+        """Batch starting at an example, with one clean and one corrupted run.
 
         Args:
-            start: number of the example.
-            grad: keep the graph of the clean run.
+            start: index of the first example.
+            grad: keep the autograd graph of the clean run.
         """
         chosen = slice(start, min(start + self.size, len(self.probe)))
         reads = self.metric.reads(self.probe)[chosen]
@@ -339,7 +339,7 @@ class EdgeMeasurement:
 
     @torch.no_grad()
     def _change(self, probe: Probe, clean: WrittenRun) -> Float[Tensor, "batch source pos d_model"]:
-        """What corruption changes in what every node writes."""
+        """Change in every node's write under corruption."""
         if self.ablation == "zero":
             return -clean.sources
         if self.means is not None:
@@ -364,7 +364,7 @@ class EdgeMeasurement:
 
     @torch.no_grad()
     def _check_sum(self) -> None:
-        """Refuse a model whose nodes do not add up to the residual stream, but for a constant."""
+        """Raise if the nodes do not sum to the residual stream, up to a constant."""
         part = self.probe.examples(slice(0, 1))
         run = run_apart(
             self.model, PaddedTexts(part.tokens, part.real), logits_at=torch.empty(0).long()
@@ -377,16 +377,16 @@ class EdgeMeasurement:
         if gap > allowed:
             raise UnsupportedModelError(
                 f"edges of {self.model.name}: embedding, heads and MLPs do not add up to its "
-                f"residual stream (off by {gap:.2g} of it), so no edge carries a part of its own; "
-                "use hs.ablate_heads or hs.path_patch."
+                f"residual stream (relative gap {gap:.2g}), so edges are not defined; use "
+                "hs.ablate_heads or hs.path_patch."
             )
 
 
 def _texts_that_fit(model: HeadModel, probe: Probe, limit: int) -> int:
-    """How many texts fit in a batch, by what all nodes write in both runs, in fp32.
+    """Number of texts per batch for which all nodes' writes in both runs fit in memory, in fp32.
 
     Raises:
-        InputError: if a single text does not, or the scores of all edges do not.
+        InputError: if a single text, or the scores of all edges, do not fit.
     """
     shape = model.shape
     wiring = Wiring(shape.n_heads, (False,) * shape.n_layers)
@@ -395,27 +395,27 @@ def _texts_that_fit(model: HeadModel, probe: Probe, limit: int) -> int:
     if scores > limit:
         raise InputError(
             f"scores of {len(wiring):,} edges on {len(probe):,} texts take {scores / 1e6:.3g} MB, "
-            f"and the memory given is {limit / 1e6:.3g} MB: give more, or fewer texts."
+            f"and the memory budget is {limit / 1e6:.3g} MB: raise it, or give fewer texts."
         )
     if text > limit:
         raise InputError(
-            f"what {nodes:,} nodes write on one text of {probe.length:,} tokens takes "
-            f"{text / 1e6:.3g} MB, and the memory given is {limit / 1e6:.3g} MB: give more, or "
-            "shorter texts."
+            f"the writes of {nodes:,} nodes on one text of {probe.length:,} tokens takes "
+            f"{text / 1e6:.3g} MB, and the memory budget is {limit / 1e6:.3g} MB: raise it, or "
+            "give shorter texts."
         )
     return limit // text
 
 
 @dataclass(frozen=True, eq=False)
 class EdgeBatch:
-    """One batch, ready to have edges taken out.
+    """One batch, prepared for ablating edges.
 
     Attributes:
-        study: what is measured.
-        texts: the batch.
-        measured: the metric on it.
+        study: the measurement.
+        texts: batch of texts.
+        measured: metric on this batch.
         clean: the clean run.
-        change: what corruption changes in what every node writes; 0 at padding.
+        change: change in every node's write under corruption; 0 at padding.
     """
 
     study: EdgeMeasurement
@@ -426,15 +426,14 @@ class EdgeBatch:
 
     @property
     def room(self) -> int:
-        """Runs of the batch that are stacked at once."""
+        """Number of runs of the batch that are stacked at once."""
         return max(1, 2 * _TOKENS // self.texts.tokens.numel())
 
     @cached_property
     def first(self) -> int:
-        """The first position where corruption changes anything.
+        """First position that corruption changes.
 
-        Before the first token in which pairs differ, what attention from left to right sees is
-        the same.
+        With causal attention, everything before the first differing token of a pair is the same.
         """
         probe = self.measured.probe
         if self.study.ablation != "patch" or not all_causal(self.study.model.stacks):
@@ -445,18 +444,18 @@ class EdgeBatch:
 
     @cached_property
     def recorded(self) -> Resumable | None:
-        """A clean pass, block by block, that others begin from; None where there is none."""
+        """Recorded clean pass from which others resume; None if the model does not support it."""
         model = self.study.model
         if not isinstance(model, HFModel) or not all_causal(model.stacks):
             return None
         return Resumable.of(model, Texts(self.texts.tokens, self.texts.real))
 
     def after(self, given: "Given", copies: int) -> AbstractContextManager[None]:
-        """Scope in which blocks before the first tap that is given give what they gave.
+        """Scope in which blocks before the first given tap return their recorded values.
 
         Args:
             given: values by tap.
-            copies: how often the batch is stacked.
+            copies: number of stacked copies of the batch.
         """
         first = min(-1 if tap.layer is None else tap.layer for tap in given)
         if first < 1 or self.recorded is None:
@@ -464,13 +463,13 @@ class EdgeBatch:
         return self.recorded.before(first, copies)
 
     def clean_value(self) -> Float[Tensor, " batch"]:
-        """The metric on the clean run."""
+        """Metric on the clean run."""
         assert self.clean.logits is not None  # noqa: S101  # they were asked for
         return self.measured(self.clean.logits)[0]
 
 
 def ablation_of(name: str | None, probe: Probe) -> Ablation:
-    """The corruption by its name; by default the probe's pair, or means where it has none.
+    """Look up a corruption by name. Default: the probe's pair, or means if it has none.
 
     Raises:
         InputError: if there is no such corruption, or the probe has no pair for it.
@@ -501,29 +500,27 @@ def _check_pair(model: HeadModel, probe: Probe) -> None:
 
 
 def check_family(model: HeadModel) -> None:
-    """Refuse models whose heads do not write by a matrix of their own, or read by other ways.
+    """Raise if the model's heads do not each read and write the residual stream through matrices.
 
     Raises:
-        UnsupportedModelError: if so.
+        UnsupportedModelError: if heads cannot be separated this way.
     """
     shape = model.shape
     for limit in ("linear_write", "values", "ov"):
         if limit in model.limits:
             raise UnsupportedModelError(
-                f"edges of {model.name}: {model.limits[limit].rstrip('.')}, so what a head writes "
-                "is not a sum of parts that edges could carry; use hs.ablate_heads or "
-                "hs.path_patch."
+                f"edges of {model.name}: {model.limits[limit].rstrip('.')}, so head writes are not "
+                "a sum of parts that edges could carry; use hs.ablate_heads or hs.path_patch."
             )
     if len(shape.attention_layers) < shape.n_layers or shape.removed:
         missing = "layers without attention" if not shape.removed else "heads that were removed"
         raise UnsupportedModelError(
-            f"edges of {model.name}: it has {missing}, which are not among the nodes; use "
-            "hs.ablate_heads."
+            f"edges of {model.name}: it has {missing}, which cannot be nodes; use hs.ablate_heads."
         )
 
 
 def wiring_of(model: HeadModel, probe: Probe) -> Wiring:
-    """Nodes and edges of a model; two tokens are run to see what its MLPs read."""
+    """Nodes and edges of a model; runs two tokens to find out what its MLPs read."""
     first = int(probe.first[0])
     tokens = probe.tokens[:1, first : first + 2]
     texts = PaddedTexts(tokens, torch.ones_like(tokens, dtype=torch.bool))
@@ -533,7 +530,7 @@ def wiring_of(model: HeadModel, probe: Probe) -> Wiring:
         except UnsupportedModelError as error:
             raise UnsupportedModelError(
                 f"edges of {model.name}: {str(error).rstrip('.')}, so edges into its heads cannot "
-                "be told apart; use hs.ablate_heads."
+                "be separated; use hs.ablate_heads."
             ) from None
         parallel = []
         for layer in range(model.shape.n_layers):
@@ -549,12 +546,13 @@ Given = Mapping[Tap, Tensor]
 
 
 def values_with(batch: EdgeBatch, given: Given, reads: Sequence[Tap]) -> dict[Tap, Tensor]:
-    """What some taps of a layer hold when others are given.
+    """Values of some taps of a layer, given the values of others.
 
     Args:
-        batch: its texts are run; what is not given is as it would be.
+        batch: batch to run; taps that are not given are computed as usual.
         given: values by tap, ``[run batch *rest]``.
-        reads: taps; the pass stops after the last. Queries, keys and values are read together.
+        reads: taps to read; the pass stops after the last. Queries, keys and values are read
+            together.
 
     Returns:
         By tap, ``[run batch *rest]``.
@@ -578,7 +576,7 @@ def values_with(batch: EdgeBatch, given: Given, reads: Sequence[Tap]) -> dict[Ta
 
 
 def measured_with(batch: EdgeBatch, given: Given) -> Float[Tensor, "run batch"]:
-    """The metric of runs with some taps given, ``[run batch *rest]``."""
+    """Metric of runs in which some taps are given, ``[run batch *rest]``."""
     parts = []
     for some, count in _stacks(batch, given):
         with batch.after(some, count):
@@ -591,7 +589,7 @@ def measured_with(batch: EdgeBatch, given: Given) -> Float[Tensor, "run batch"]:
 
 
 def _stacks(batch: EdgeBatch, given: Given) -> Iterator[tuple[dict[Tap, Tensor], int]]:
-    """Runs cut into as many as are stacked at once."""
+    """Split runs into stacks that fit at once."""
     runs = len(next(iter(given.values())))
     for start in range(0, runs, batch.room):
         some = {tap: value[start : start + batch.room] for tap, value in given.items()}

@@ -1,6 +1,7 @@
 """Measures of every layer's hidden states, or every head's outputs, over texts.
 
-One pass, and no states are kept, but by :func:`invariance`, whose measures compare texts.
+Measured in one pass without keeping states, except by :func:`invariance`, whose measures compare
+texts.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +30,12 @@ from headscope.table import HeadScores, HeadTable
 from headscope.table.lens import LayerMeasure, LayerTable
 
 NEIGHBOURS = 10
-SCALE = 2  # of GRIDE: ranks 2 and 4
-# Squared distances below this share of the points' own squares are computed again, term by term.
+SCALE = 2  # scale of GRIDE: neighbour ranks 2 and 4
+# Squared distances below this share of the points' squared norms are recomputed from differences.
 _CLOSE = 1e-6
-# States shorter than this share of the longest lose digits where the mean is added back.
+# States shorter than this share of the longest lose precision when the mean is added back.
 _TINY = 1e-3
-_STILL = 1e-12  # share of the squares up to which a step is none
+_STILL = 1e-12  # squared steps below this share of the squared norms count as zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +43,8 @@ class Points:
     """Point clouds at several places, with cached intermediate results.
 
     Attributes:
-        x: states; the points are the same in every place.
-        tokens: ids of the tokens that they are of.
+        x: hidden states of the same points at every place.
+        tokens: token ids of the points.
     """
 
     x: Float[Tensor, "place point d_model"]
@@ -51,17 +52,17 @@ class Points:
 
     @property
     def few(self) -> bool:
-        """Whether inner products of points are the smaller matrix."""
+        """Whether the matrix of inner products of points is smaller than the covariance."""
         return self.x.shape[-2] <= self.x.shape[-1]
 
     @cached_property
     def wide(self) -> Float[Tensor, "place point d_model"]:
-        """The states in fp64, on the CPU where the device has none."""
+        """States in fp64, on the CPU if the device does not support fp64."""
         return self.x.cpu().double() if self.x.device.type == "mps" else self.x.double()
 
     @cached_property
     def centred(self) -> Float[Tensor, "place point d_model"]:
-        """The states minus their mean."""
+        """States minus their mean."""
         return self.wide - self.wide.mean(-2, keepdim=True)
 
     @cached_property
@@ -76,7 +77,7 @@ class Points:
 
     @cached_property
     def cosines(self) -> Float[Tensor, "place point point"]:
-        """Cosines between states; 0 with a zero state."""
+        """Cosines between states; 0 for zero states."""
         norms = self.wide.norm(dim=-1)
         if bool((norms < _TINY * norms.amax(-1, keepdim=True)).any()):
             unit = torch.nn.functional.normalize(self.wide, dim=-1)
@@ -124,7 +125,7 @@ class Points:
         """See :func:`headscope.geometry.token_angle`."""
         if not self.few:
             return gm.token_angle(self.x)
-        there = self.cosines.diagonal(dim1=-2, dim2=-1) > 0.5  # 1, or 0 for a state that is 0
+        there = self.cosines.diagonal(dim1=-2, dim2=-1) > 0.5  # 1, or 0 for a zero state
         both = there[..., 1:] & there[..., :-1]
         return _angle(self.cosines.diagonal(1, -2, -1).masked_fill(~both, float("nan")))
 
@@ -154,7 +155,7 @@ class Points:
 
     @cached_property
     def near(self) -> tuple[Float[Tensor, "place point k"], Int[Tensor, "place point k"]]:
-        """Distances to the nearest other points and their indices; on ties the earlier first."""
+        """Distances to the nearest other points, and their indices; on ties, the earlier first."""
         if self.few:
             both = self.squares[..., None] + self.squares[..., None, :]
             square = both - 2 * self.products
@@ -169,7 +170,7 @@ class Points:
             far = torch.cdist(self.wide, self.wide, compute_mode="donot_use_mm_for_euclid_dist")
         far.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
         k = min(max(NEIGHBOURS, 2 * SCALE), self.x.shape[-2] - 1)
-        values, ids = far.topk(k + 1, largest=False)  # one more, to see whether the last is tied
+        values, ids = far.topk(k + 1, largest=False)  # one more, to detect a tie at the last
         if bool((values.diff(dim=-1) == 0).any()):
             values, ids = far.sort(dim=-1, stable=True)
         return values[..., :k].cpu(), ids[..., :k]
@@ -179,12 +180,12 @@ class Points:
         return gm.two_nn_of(self.near[0])
 
     def gride(self) -> Tensor:
-        """See :func:`headscope.geometry.gride`, of every place."""
+        """See :func:`headscope.geometry.gride`, for every place."""
         distances = self.near[0].numpy()
         return torch.from_numpy(np.array([gm.gride_of(one, SCALE) for one in distances]))
 
     def overlap(self) -> Tensor:
-        """Overlap of neighbours with the previous place; none at the first."""
+        """Overlap of neighbours with the previous place; NaN at the first."""
         k = min(NEIGHBOURS, self.x.shape[-2] - 2)
         ids = self.near[1][..., :k]
         later = (ids[:-1, :, :, None] == ids[1:, :, None, :]).any(-1).double().mean((-2, -1))
@@ -196,19 +197,19 @@ def _angle(cosines: Float[Tensor, "place pair"]) -> Tensor:
 
 
 _TOKENS_PER_PASS = 4096
-# Tokens per dimension from which a linear fit is settled: later ones are not added to it.
+# Tokens per dimension at which a linear fit has converged; later tokens are not added.
 _LINEAR = 32
 
 
 @dataclass(frozen=True)
 class TextMeasure:
-    """A measure that every text has at every place: what it is, and how to take it.
+    """A measure with a value per text and place: its declaration and how to compute it.
 
     Attributes:
-        spec: of the measure.
-        least: points that a text must have; texts with fewer have no value.
-        take: from the states of one text to a value per place.
-        along: whether places are compared with the one before, so that heads have no value.
+        spec: declaration of the measure.
+        least: smallest number of points; texts with fewer have no value.
+        take: maps the states of one text to a value per place.
+        along: whether a place is compared with the previous one, so heads have no value.
     """
 
     spec: ScoreSpec
@@ -236,7 +237,7 @@ TEXT_MEASURES = {
                 "curvature",
                 "radians",
                 (0.0, float(np.pi)),
-                description="The path through a text's tokens turns sharply from step to step.",
+                description="The trajectory through a text's tokens turns sharply at each step.",
                 source="Hosseini and Fedorenko 2023: angle between successive differences.",
             ),
             3,
@@ -280,8 +281,7 @@ TEXT_MEASURES = {
                 "intrinsic_dimension",
                 "dimensions",
                 (0.0, None),
-                description="Tokens of a text fill a space of many "
-                "dimensions; biased low above five.",
+                description="Tokens of a text fill many dimensions; underestimated above five.",
                 source="Facco et al. 2017 (TwoNN); per text as in Viswanathan et al. 2025.",
             ),
             20,
@@ -292,8 +292,7 @@ TEXT_MEASURES = {
                 "neighbourhood_overlap",
                 "share of neighbours",
                 (0.0, 1.0),
-                description="A layer leaves the tokens of a text in the "
-                "neighbourhoods that they had before it.",
+                description="Tokens of a text keep their neighbours through the layer.",
                 source=f"Valeriani et al. 2023, {NEIGHBOURS} neighbours, with the place before.",
             ),
             NEIGHBOURS + 2,
@@ -305,8 +304,7 @@ TEXT_MEASURES = {
                 "intrinsic_dimension_gride",
                 "dimensions",
                 (0.0, None),
-                description="As intrinsic_dimension, from farther neighbours, which "
-                "noise moves less.",
+                description="Like intrinsic_dimension, from more distant, less noisy neighbours.",
                 source=f"Denti et al. 2022 (GRIDE), neighbours {SCALE} and {2 * SCALE}.",
             ),
             20,
@@ -317,9 +315,8 @@ TEXT_MEASURES = {
                 "self_similarity",
                 "cosine",
                 (-2.0, 2.0),
-                description="A token's state is the same wherever it stands in "
-                "a text; low: context shapes it.",
-                source="Ethayarajh 2019, self-similarity within a text, less its mean cosine.",
+                description="A token keeps the same state throughout a text.",
+                source="Ethayarajh 2019, self-similarity within a text, minus its mean cosine.",
             ),
             2,
             Points.self_similarity,
@@ -331,7 +328,7 @@ POOLED = {
         "linearity",
         "share of variance",
         (None, 1.0),
-        description="A linear map explains what a layer makes of its input, less what fits noise.",
+        description="A linear map predicts a layer's output from its input; adjusted for noise.",
         source="Razzhigaev et al. 2024, adjusted; all tokens of all texts together.",
     )
 }
@@ -349,29 +346,28 @@ def layers(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> LayerTable:
-    """Measure the hidden states of every place of the residual stream over texts.
+    """Measure the hidden states at every place of the residual stream over texts.
 
-    Each text's tokens are the points. The states are dropped as soon as a batch is measured;
-    memory does not grow with the number of texts. ``linearity`` is of all tokens together (of the
-    texts up to ``32 * d_model`` tokens, where the fit is settled) and is left out where there are
-    fewer than ten times as many as ``d_model``, unless asked for.
+    The points are the tokens of a text. States are dropped as soon as a batch is measured, so
+    memory does not grow with the number of texts. ``linearity`` is computed over all tokens
+    together (up to ``32 * d_model`` tokens, where the fit has converged) and left out with fewer
+    than ``10 * d_model`` tokens, unless requested.
 
     Args:
         model: the model.
         texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
-        measures: names, of ``TEXT_MEASURES`` or ``linearity``; None: all.
-        length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
-            is cut.
-        skip: leave out this many tokens at each text's start: the first is often a sink whose
-            state dwarfs all others.
+        measures: names from ``TEXT_MEASURES``, or ``linearity``; None: all.
+        length: cut texts into pieces of this many tokens; None: whole texts. A probe is not cut.
+        skip: leave out this many tokens at each text's start, since the first is often an attention
+            sink whose state dwarfs all others.
         batch_size: texts per pass; default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        A table by place, ``embed`` and then one place after each block.
+        A table by place: ``embed``, then one place after each block.
 
     Raises:
-        InputError: if a measure is unknown, or all texts are too short for one that was asked for.
+        InputError: if a measure is unknown, or all texts are too short for a requested one.
 
     Example:
         >>> table = hs.geometry.layers(model, ["The cat sat on the mat.", "The dog ran."])
@@ -405,27 +401,26 @@ def heads(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadTable:
-    """Measure every head's outputs ``z`` over texts, with the same measures as layers.
+    """Measure every head's outputs ``z`` over texts, with the same measures as :func:`layers`.
 
     The points are a head's attention-weighted values at the tokens of a text, before the output
     projection, ``[pos d_head]``. ``neighbourhood_overlap`` and ``linearity`` compare layers and are
-    not among them. A head that writes nothing has no value.
+    not available for heads. A head whose outputs are all zero has no value.
 
     Args:
         model: the model.
         texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
-        measures: names, of ``TEXT_MEASURES``; None: all that heads have.
-        length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
-            is cut.
+        measures: names from ``TEXT_MEASURES``; None: all that apply to heads.
+        length: cut texts into pieces of this many tokens; None: whole texts. A probe is not cut.
         skip: leave out this many tokens at each text's start.
         batch_size: texts per pass; default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        A score by measure.
+        A table with one score per measure.
 
     Raises:
-        InputError: if a measure is unknown, or all texts are too short for one that was asked for.
+        InputError: if a measure is unknown, or all texts are too short for a requested one.
 
     Example:
         >>> table = hs.geometry.heads(model, ["The cat sat on the mat.", "The dog ran."])
@@ -492,12 +487,12 @@ _INVARIANCE = (
     ),
     ScoreSpec(
         "lidar", "dimensions", (1.0, None),
-        description="Many directions tell texts apart beyond what noise moves.",
+        description="Many directions separate texts beyond the noise between views.",
         source="Thilak et al. 2023.",
     ),
     ScoreSpec(
         "dime", "nats",
-        description="Two noisy views of a text say much about each other.",
+        description="Two noisy views of a text share much information.",
         source="Skean et al. 2023.",
     ),
 )  # fmt: skip
@@ -517,22 +512,21 @@ def invariance(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> LayerTable:
-    """Measure how little each place of the residual stream changes under noise in the texts.
+    """Measure how stable each place of the residual stream is under noise in the texts.
 
-    A view of a text is the text with some of its tokens taken out at random; its vector is the
-    mean state of the tokens left. ``info_nce`` and ``dime`` compare the first two views,
-    ``lidar`` all of them. A mean state per text, view and place is kept.
+    A view of a text is the text with some of its tokens dropped at random; its vector is the mean
+    state of the remaining tokens. ``info_nce`` and ``dime`` compare the first two views, ``lidar``
+    all of them. Memory holds one mean state per text, view and place.
 
     Args:
         model: the model.
-        texts: as :func:`headscope.probes.text` takes them, or a probe; three at least, and
-            ``lidar`` and ``dime`` want many more. None: the bundled passages.
-        views: of each text; two at least.
-        drop: share of the tokens to take out, the first ``skip`` excepted.
-        length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
-            is cut.
+        texts: texts or a path, as for :func:`headscope.probes.text`, or a probe; at least three,
+            and many more for reliable ``lidar`` and ``dime``. None: the bundled passages.
+        views: views per text, at least two.
+        drop: share of the tokens to drop, below 1; the first ``skip`` are kept.
+        length: cut texts into pieces of this many tokens; None: whole texts. A probe is not cut.
         skip: leave out this many tokens at each text's start.
-        seed: of what is taken out.
+        seed: seed for the dropped tokens.
         batch_size: texts per pass; default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
@@ -551,8 +545,8 @@ def invariance(
     probe = read_texts(model, texts, length, skip)
     if len(probe) < 3 or views < 2 or not 0 <= drop < 1:
         raise InputError(
-            f"invariance of {len(probe)} texts in {views} views with drop={drop}: give 3 texts and "
-            "2 views at least, and a share of tokens below 1."
+            f"invariance of {len(probe)} texts in {views} views with drop={drop}: give at least 3 "
+            "texts and 2 views, and a share of tokens below 1."
         )
     if int(probe.real.sum(1).min()) <= skip:
         raise InputError(f"a text has no token after the first {skip}: give longer texts.")
@@ -613,29 +607,29 @@ def read_texts(
     length: int | None,
     skip: int,
 ) -> Probe:
-    """Texts to measure, as a probe.
+    """Convert texts to a probe.
 
     Raises:
-        InputError: if ``skip`` is negative, or several texts are all the same.
+        InputError: if ``skip`` is negative, or there are several texts that are all the same.
     """
     if skip < 0:
-        raise InputError(f"skip={skip}: the number of tokens left out must be 0 or more.")
+        raise InputError(f"skip={skip}: give 0 or more tokens to leave out.")
     probe = texts if isinstance(texts, Probe) else text_probe(model, texts, length)
     need_different(probe)
     return probe
 
 
 def need_different(probe: Probe) -> None:
-    """Refuse identical texts, for which every error and interval would be 0.
+    """Raise InputError for identical texts, for which every standard error would be 0.
 
     Raises:
-        InputError: if so.
+        InputError: if there are several texts and all are the same.
     """
     same = probe.tokens == probe.tokens[:1]
     if len(probe) > 1 and bool((same & probe.real | ~probe.real & ~probe.real[:1]).all()):
         raise InputError(
-            f"the {len(probe)} texts are all the same, so errors and intervals over them mean "
-            "nothing: give different texts, or one."
+            f"the {len(probe)} texts are all the same, so errors and intervals over them are "
+            "meaningless: give different texts, or a single one."
         )
 
 
@@ -646,14 +640,14 @@ def _chosen(measures: Sequence[str] | None, known: list[str]) -> list[str]:
         if name not in known:
             raise InputError(nearest(name, known, kind="measure"))
     if not measures:
-        raise InputError(f"no measure given: choose some of {', '.join(known)}.")
+        raise InputError(f"no measure given: choose from {', '.join(known)}.")
     return list(dict.fromkeys(measures))
 
 
 def _fitting(
     names: list[str], points: Int[Tensor, " text"], model: HeadModel, *, asked: bool
 ) -> list[str]:
-    """Measures for which the texts are long enough; requested ones must be among them."""
+    """Measures for which the texts are long enough; raises if a requested one is not."""
     kept = []
     for name in names:
         if name in TEXT_MEASURES:
@@ -670,7 +664,7 @@ def _fitting(
 
 
 class _RunningMeasures:
-    """Accumulates one model's measures, batch by batch."""
+    """Accumulator of one model's measures, batch by batch."""
 
     def __init__(self, model: HeadModel, probe: Probe, names: list[str], skip: int) -> None:
         self.model, self.probe, self.names, self.skip = model, probe, names, skip

@@ -1,8 +1,7 @@
 """Measures of point clouds: entropy, curvature, dimension, neighbourhoods, linearity.
 
-Each takes points as rows, ``[*any point d_model]``, and gives a number per cloud in fp32 or better.
-They are invariant to a rotation of the space, and to its scale, unless the docstring says
-otherwise.
+Each takes points as rows, ``[*any point d_model]``, and returns a number per cloud in fp32 or
+better. They are invariant to rotation and scale of the space unless the docstring says otherwise.
 """
 
 import math
@@ -28,13 +27,13 @@ def matrix_entropy(x: Cloud, alpha: float = 1.0, *, normalise: bool = False) -> 
     0 for points on a line and ``ln(points)`` for orthogonal ones.
 
     Args:
-        x: points; two at least.
+        x: points, at least two per cloud.
         alpha: order of the entropy (Renyi); 1 is Shannon's.
         normalise: divide by ``ln(min(points - 1, d_model))``, the largest value possible for
             centred points.
 
     Returns:
-        A number per cloud, 0 to ``ln(min(points - 1, d_model))``; NaN where all points are equal.
+        A number per cloud, 0 to ``ln(min(points - 1, d_model))``; NaN if all points are equal.
 
     Source:
         Skean et al. 2025, "Layer by Layer", definition 1; Giraldo et al. 2014. Their code clamps
@@ -47,11 +46,11 @@ def matrix_entropy(x: Cloud, alpha: float = 1.0, *, normalise: bool = False) -> 
     """
     _at_least(x, 2, "matrix entropy")
     if alpha <= 0:
-        raise InputError(f"alpha={alpha}: the order of an entropy must be positive.")
+        raise InputError(f"alpha={alpha}: give a positive order.")
     wide = _wide(x)
     centred = wide - wide.mean(-2, keepdim=True)
     norms = centred.norm(dim=-1, keepdim=True)
-    at_mean = norms <= 1e-6 * wide.norm(dim=-1, keepdim=True)  # such a point has no direction
+    at_mean = norms <= 1e-6 * wide.norm(dim=-1, keepdim=True)  # a zero vector has no direction
     unit = (centred / norms).masked_fill(at_mean, 0)
     total = (~at_mean).double().sum((-2, -1))
     narrow = x.shape[-2] <= x.shape[-1]
@@ -73,17 +72,18 @@ def matrix_entropy(x: Cloud, alpha: float = 1.0, *, normalise: bool = False) -> 
 def curvature(x: Cloud) -> Tensor:
     """Mean angle between successive steps of the path through the points, in radians.
 
-    The steps are ``x[i + 1] - x[i]``; a straight path has 0, a path that turns back pi.
+    Steps are ``x[i + 1] - x[i]``. A straight path has curvature 0; a path that reverses at every
+    step has pi.
 
     Args:
-        x: points in order; three at least.
+        x: points in order, at least three per cloud.
 
     Returns:
-        A number per cloud, 0 to pi; NaN where a step is zero everywhere.
+        A number per cloud in radians, 0 to pi; NaN if a step is zero.
 
     Source:
         Hosseini and Fedorenko 2023, "Large language models implicitly learn to straighten neural
-        sentence trajectories". Skean et al. 2025 call by this name what is :func:`token_angle`.
+        sentence trajectories". Skean et al. 2025 use this name for :func:`token_angle`.
 
     Example:
         >>> curvature(torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])).item()
@@ -96,14 +96,14 @@ def curvature(x: Cloud) -> Tensor:
 
 @checked
 def token_angle(x: Cloud, apart: int = 1) -> Tensor:
-    """Mean angle between the vectors of points a fixed number of places apart, in radians.
+    """Mean angle between the vectors of points at a fixed distance in order, in radians.
 
     Args:
         x: points in order.
-        apart: places between the two; 1 or more.
+        apart: distance in order between the two points, 1 or more.
 
     Returns:
-        A number per cloud, 0 to pi. It changes when the cloud is shifted.
+        A number per cloud in radians, 0 to pi. Not invariant to shifting the cloud.
 
     Source:
         The code of Skean et al. 2025, "Layer by Layer", where it is called curvature.
@@ -114,14 +114,14 @@ def token_angle(x: Cloud, apart: int = 1) -> Tensor:
         True
     """
     if apart < 1:
-        raise InputError(f"apart={apart}: points must be 1 or more places apart.")
+        raise InputError(f"apart={apart}: give a distance of 1 or more.")
     _at_least(x, apart + 1, "the angle between tokens")
     x = _wide(x)
     return _mean_angle(x[..., :-apart, :], x[..., apart:, :])
 
 
 def _mean_angle(a: Tensor, b: Tensor) -> Tensor:
-    """Mean angle by ``atan2``, which keeps small angles that a cosine rounds away."""
+    """Mean angle by ``atan2``, which keeps small angles that a cosine would round away."""
     a, b = (v / v.norm(dim=-1, keepdim=True) for v in (a, b))
     return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1)).nanmean(-1)
 
@@ -131,10 +131,10 @@ def anisotropy(x: Cloud) -> Tensor:
     """Share of the centred cloud's variance along its first principal direction.
 
     Args:
-        x: points; two at least.
+        x: points, at least two per cloud.
 
     Returns:
-        A number per cloud, ``1 / min(points - 1, d_model)`` to 1; NaN where all points are equal.
+        A number per cloud, ``1 / min(points - 1, d_model)`` to 1; NaN if all points are equal.
 
     Source:
         Razzhigaev et al. 2024, "The Shape of Learning".
@@ -156,10 +156,10 @@ def mean_cosine(x: Cloud) -> Tensor:
     """Mean cosine between different points, without centring.
 
     Args:
-        x: points; two at least.
+        x: points, at least two per cloud.
 
     Returns:
-        A number per cloud, -1 / (points - 1) to 1. It changes when the cloud is shifted.
+        A number per cloud, -1 / (points - 1) to 1. Not invariant to shifting the cloud.
 
     Source:
         Ethayarajh 2019, "How Contextual are Contextualized Word Representations?".
@@ -178,18 +178,18 @@ def mean_cosine(x: Cloud) -> Tensor:
 def self_similarity(
     x: Float[Tensor, "*any point d_model"], tokens: Int[Tensor, " point"]
 ) -> Tensor:
-    """Mean cosine between states of equal tokens, minus that between all points.
+    """Mean cosine between hidden states of equal tokens, minus that between all points.
 
-    Mean over the tokens that occur twice or more, each with the mean over its pairs. Context that
-    shapes a token's state makes it low; taking off the mean cosine corrects for anisotropy.
+    Averaged over tokens that occur at least twice, each with the mean over its pairs. It is low if
+    context shapes a token's state; subtracting the mean cosine corrects for anisotropy.
 
     Args:
-        x: a point for each token.
-        tokens: ids of the tokens.
+        x: one point per token.
+        tokens: token ids.
 
     Returns:
-        A number per cloud, -2 to 2: 1 less the mean cosine where equal tokens have equal states;
-        about 0 for unrelated points. NaN where no token occurs twice.
+        A number per cloud, -2 to 2: 1 minus the mean cosine if equal tokens have equal states,
+        about 0 for unrelated points, and NaN if no token occurs twice.
 
     Source:
         Ethayarajh 2019, "How Contextual are Contextualized Word Representations?",
@@ -217,14 +217,14 @@ def self_similarity(
 def two_nn(x: Float[Tensor, "*any point d_model"]) -> Tensor:
     """Intrinsic dimension from the ratio of each point's two nearest distances.
 
-    The maximum-likelihood form ``(N - 1) / sum ln(r2 / r1)``; it is biased low in high dimensions
-    (a cube of 5 dimensions and 2,000 points gives 4.6).
+    The maximum-likelihood estimate ``(N - 1) / sum ln(r2 / r1)``. It underestimates high dimensions
+    (2,000 points in a 5-dimensional cube give 4.6).
 
     Args:
-        x: points; ten at least, and no two equal.
+        x: points, at least ten per cloud and all distinct.
 
     Returns:
-        A number per cloud, above 0; NaN where two points coincide.
+        A number per cloud, above 0; NaN if two points coincide.
 
     Source:
         Facco et al. 2017, "Estimating the intrinsic dimension of datasets by a minimal
@@ -240,7 +240,7 @@ def two_nn(x: Float[Tensor, "*any point d_model"]) -> Tensor:
 
 
 def two_nn_of(near: Float[Tensor, "*any point k"]) -> Tensor:
-    """:func:`two_nn` of the distances to each point's nearest neighbours, nearest first."""
+    """:func:`two_nn` from the distances to each point's nearest neighbours, nearest first."""
     ratio = (near[..., 1] / near[..., 0]).log()
     dimension = (near.shape[-2] - 1) / ratio.sum(-1)
     return dimension.masked_fill((near[..., 0] == 0).any(-1), float("nan"))
@@ -250,15 +250,15 @@ def two_nn_of(near: Float[Tensor, "*any point k"]) -> Tensor:
 def gride(x: Float[Tensor, "point d_model"], scale: int = 2) -> float:
     """Intrinsic dimension from neighbours of ranks ``scale`` and ``2 * scale``.
 
-    Larger scales look past the noise of the nearest neighbours; 1 is :func:`two_nn`. The maximum
-    of the likelihood of the ratios ``mu = r(2 scale) / r(scale)`` is found by bisection.
+    Larger scales are less sensitive to noise in the nearest neighbours; scale 1 is :func:`two_nn`.
+    The likelihood of the ratios ``mu = r(2 scale) / r(scale)`` is maximised by bisection.
 
     Args:
-        x: points of one cloud; more than ``2 * scale``, ten at least.
+        x: points of one cloud, more than ``2 * scale`` and at least ten.
         scale: rank of the nearer neighbour.
 
     Returns:
-        The dimension, above 0; NaN where points coincide.
+        The dimension, above 0; NaN if points coincide.
 
     Source:
         Denti et al. 2022, "The generalized ratios intrinsic dimension estimator".
@@ -269,13 +269,13 @@ def gride(x: Float[Tensor, "point d_model"], scale: int = 2) -> float:
         True
     """
     if scale < 1:
-        raise InputError(f"scale={scale}: the rank of a neighbour is 1 or more.")
+        raise InputError(f"scale={scale}: give a neighbour rank of 1 or more.")
     _at_least(x, max(10, 2 * scale + 1), f"GRIDE at scale {scale}")
     return gride_of(_nearest(x, 2 * scale).numpy(), scale)
 
 
 def gride_of(near: Float[np.ndarray, "point k"], scale: int) -> float:
-    """:func:`gride` of the distances to each point's nearest neighbours, nearest first."""
+    """:func:`gride` from the distances to each point's nearest neighbours, nearest first."""
     if (near[:, scale - 1] == 0).any():
         return float("nan")
     log_mu = np.log(near[:, 2 * scale - 1] / near[:, scale - 1])
@@ -293,12 +293,12 @@ def gride_of(near: Float[np.ndarray, "point k"], scale: int) -> float:
 def neighbourhood_overlap(
     x: Float[Tensor, "*any point d_model"], y: Float[Tensor, "*any point d_other"], k: int = 10
 ) -> Tensor:
-    """Share of k nearest neighbours that two clouds of the same points have in common.
+    """Share of k nearest neighbours that points have in common in two clouds.
 
     Args:
         x: points.
-        y: the same points elsewhere, e.g. one layer later.
-        k: neighbours, the point itself not counted.
+        y: the same points in another space, e.g. one layer later.
+        k: number of neighbours, not counting the point itself.
 
     Returns:
         A number per cloud, 0 to 1; independent clouds give about ``k / (points - 1)``.
@@ -323,14 +323,14 @@ def linearity(
 ) -> float:
     """Linear predictability of one cloud from another: 1 minus the residual share.
 
-    Both clouds are centred and scaled to unit Frobenius norm; the value is
-    ``1 - min_A |X A - Y|^2``. Even for unrelated clouds that is about ``d / (N - 1)``, so the
-    adjusted value takes it off: ``(v - d / (N - 1)) / (1 - d / (N - 1))``.
+    Both clouds are centred and scaled to unit Frobenius norm; the value is ``v = 1 - min_A |X A -
+    Y|^2``. Unrelated clouds already give about ``d / (N - 1)``, so the adjusted value is ``(v - d /
+    (N - 1)) / (1 - d / (N - 1))``.
 
     Args:
-        x: points before; ten times as many as dimensions at least.
+        x: points before, at least ten times as many as dimensions.
         y: the same points after.
-        adjusted: take off what a fit of noise gives.
+        adjusted: correct for the value that a fit to noise would reach.
 
     Returns:
         A number up to 1; about 0 for unrelated clouds if adjusted.
@@ -355,14 +355,14 @@ class LinearMoments:
     """Running sums for the linearity between two layers, without storing points.
 
     Attributes:
-        n: points so far.
+        n: number of points so far.
     """
 
     def __init__(self, d_model: int) -> None:
         """Start with no points.
 
         Args:
-            d_model: dimensions of both clouds.
+            d_model: dimension of both clouds.
         """
         self.n = 0
         self._sums = torch.zeros(2, d_model, dtype=torch.float64)
@@ -373,7 +373,7 @@ class LinearMoments:
     def of(
         cls, x: Float[Tensor, "point d_model"], y: Float[Tensor, "point d_model"]
     ) -> "LinearMoments":
-        """Sums of one pair of clouds."""
+        """Sums for one pair of clouds."""
         moments = cls(x.shape[-1])
         moments.add(x, y)
         return moments
@@ -392,8 +392,8 @@ class LinearMoments:
         d = self._sums.shape[1]
         if self.n < 10 * d:
             raise InputError(
-                f"linearity of {self.n} points in {d} dimensions: a linear map can fit noise that "
-                f"well; give {10 * d} points or more."
+                f"linearity of {self.n} points in {d} dimensions: a linear map would fit noise "
+                f"too; give at least {10 * d} points."
             )
         mean_x, mean_y = self._sums / self.n
         xx = self._products[0] - self.n * torch.outer(mean_x, mean_x)
@@ -412,20 +412,20 @@ def info_nce(
 ) -> float:
     """Contrastive loss (InfoNCE) of two views of each text, in nats.
 
-    Vectors are scaled to unit norm; each view must pick out its partner among the ``2N - 2``
+    Vectors are scaled to unit norm; each view must be matched to its partner against the ``2N - 2``
     views of other texts.
 
     Args:
-        a: a vector for each text, of the first view.
-        b: the same of the second view.
-        temperature: divides the cosines.
+        a: one vector per text, for the first view.
+        b: one vector per text, for the second view.
+        temperature: divisor of the cosines.
 
     Returns:
-        A loss of 0 or more; ``ln(2N - 1)`` where all vectors are equal.
+        A loss of at least 0, in nats; ``ln(2N - 1)`` if all vectors are equal.
 
     Source:
         van den Oord et al. 2018; Skean et al. 2025, "Layer by Layer". Their code does not
-        re-normalise averaged tokens, so that it compares no cosines.
+        re-normalise averaged tokens, so it does not compare cosines.
 
     Example:
         >>> round(info_nce(torch.ones(4, 3), torch.ones(4, 3)), 4) == round(math.log(7), 4)
@@ -437,7 +437,7 @@ def info_nce(
 def info_nce_by_text(
     a: Float[Tensor, "text d_model"], b: Float[Tensor, "text d_model"], temperature: float = 0.1
 ) -> Float[Tensor, " text"]:
-    """:func:`info_nce` of every text, the mean over its two views.
+    """:func:`info_nce` per text, averaged over its two views.
 
     Example:
         >>> info_nce_by_text(torch.ones(4, 3), torch.ones(4, 3)).shape
@@ -454,17 +454,17 @@ def info_nce_by_text(
 
 @checked
 def lidar(views: Float[Tensor, "text view d_model"], delta: float = 1e-4) -> float:
-    """Effective rank of between-text against within-text variation of views (LiDAR).
+    """Effective rank of between-text relative to within-text variation of views (LiDAR).
 
-    The spectrum of ``W^(-1/2) B W^(-1/2)``, with ``B`` the covariance of the texts' means and
-    ``W`` that of views around them; its exponentiated entropy is a number of dimensions.
+    The exponentiated entropy of the spectrum of ``W^(-1/2) B W^(-1/2)``, with ``B`` the covariance
+    of the texts' means and ``W`` that of views around them.
 
     Args:
         views: vectors of several views of each text.
-        delta: added to the diagonal of ``W``.
+        delta: constant added to the diagonal of ``W``.
 
     Returns:
-        A number of dimensions, 1 to ``min(texts - 1, d_model)``.
+        An effective number of dimensions, 1 to ``min(texts - 1, d_model)``.
 
     Source:
         Thilak et al. 2023, "LiDAR: Sensing Linear Probing Performance in Joint Embedding SSL
@@ -479,7 +479,9 @@ def lidar(views: Float[Tensor, "text view d_model"], delta: float = 1e-4) -> flo
     """
     texts, n_views, d = views.shape
     if texts < 3 or n_views < 2:
-        raise InputError(f"LiDAR of {texts} texts of {n_views} views: give 3 and 2 or more.")
+        raise InputError(
+            f"LiDAR of {texts} texts of {n_views} views: give at least 3 texts and 2 views."
+        )
     x = _wide(views)
     means = x.mean(1)
     between = torch.cov(means.T, correction=0).reshape(d, d)
@@ -501,21 +503,22 @@ def dime(
 ) -> float:
     """Difference of matrix entropies (DiME): mutual information of two views, in nats.
 
-    ``mean over permutations of H(Ka * P Kb P^T)`` less ``H(Ka * Kb)``, with Gram matrices of unit
-    vectors over the texts and the entry-wise product.
+    ``mean over permutations of H(Ka * P Kb P^T)`` minus ``H(Ka * Kb)``, with ``*`` the entry-wise
+    product of Gram matrices of unit vectors over the texts.
 
     Args:
-        a: a vector for each text, of the first view.
-        b: the same of the second view.
-        permutations: shuffles of the second view's texts.
-        seed: of the shuffles.
+        a: one vector per text, for the first view.
+        b: one vector per text, for the second view.
+        permutations: number of random permutations of the second view's texts.
+        seed: seed for the permutations.
 
     Returns:
-        About 0 for unrelated views, more the more they share.
+        A number in nats: about 0 for unrelated views, larger for views that share more.
 
     Source:
         Skean et al. 2023, "DiME: Maximizing Mutual Information by a Difference of Matrix-Based
-        Entropies". Always over texts: for covariances of dimensions the product means nothing.
+        Entropies". Always over texts, since the entry-wise product is meaningless for covariances
+        of dimensions.
 
     Example:
         >>> g = torch.Generator().manual_seed(0)
@@ -542,12 +545,12 @@ def _gram_entropy(gram: Float[Tensor, "text text"]) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """fp64 values, on the CPU if the device does not support it."""
+    """fp64 values, on the CPU if the device does not support fp64."""
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 def _distances(x: Float[Tensor, "*any point d_model"]) -> Float[Tensor, "*any point point"]:
-    """Euclidean distances, exactly 0 on the diagonal; no cancellation for close points."""
+    """Euclidean distances, exactly 0 on the diagonal, without cancellation for close points."""
     return torch.cdist(_wide(x), _wide(x), compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -559,7 +562,7 @@ def _nearest(x: Float[Tensor, "*any point d_model"], k: int) -> Float[Tensor, "*
 
 
 def _neighbours(x: Float[Tensor, "*any point d_model"], k: int) -> Int[Tensor, "*any point k"]:
-    """Indices of the nearest points; on ties the earlier first."""
+    """Indices of the nearest points; on ties, the earlier one first."""
     far = _distances(x)
     far.diagonal(dim1=-2, dim2=-1).fill_(float("inf"))
     return far.sort(dim=-1, stable=True).indices[..., :k]

@@ -1,8 +1,8 @@
-"""Position and content: their shares in states, head outputs and attention scores.
+"""Position and content: their shares in hidden states, head outputs and attention scores.
 
-Over texts of equal length a state is exactly a grand mean, a part of its position, a part of its
-text, and a rest. What a text owes to position is told by the mean of *other* texts, every second
-one, so that chance gives 0 and texts are independent.
+Over texts of equal length, a hidden state is exactly the sum of a grand mean, a position part, a
+text part and a rest. The position part of a text is estimated from the mean of *other* texts (every
+second one), so chance gives 0 and texts are independent.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,8 +34,8 @@ _PAPER = "Song and Zhong 2023, arXiv 2310.04861; {}"
 _LEAST_TEXTS, _LEAST_POSITIONS = 4, 3
 _LENGTH = 64
 _TOKENS_PER_PASS = 4096
-# Share of the variance of log rows, within rows, that query times key must explain; and the
-# smallest probability whose logarithm is looked at.
+# Share of the within-row variance of log rows that query times key must explain, and the smallest
+# probability whose logarithm is used. smallest probability whose logarithm is looked at.
 _EXPLAINED, _VISIBLE_FROM = 0.999, 1e-20
 
 
@@ -44,10 +44,10 @@ class Anova:
     """Decomposition of states of equally long texts: ``mean + position + context + rest``.
 
     Attributes:
-        mean: of all states.
-        position: mean of the position over texts, less ``mean``; sums to 0 over positions.
-        context: mean of the text over positions, less ``mean``; sums to 0 over texts.
-        rest: what is left; sums to 0 over texts and over positions.
+        mean: mean of all states.
+        position: mean of each position over texts, minus ``mean``; sums to 0 over positions.
+        context: mean of each text over positions, minus ``mean``; sums to 0 over texts.
+        rest: remainder; sums to 0 over texts and over positions.
     """
 
     mean: Float[Tensor, " d_model"]
@@ -57,10 +57,10 @@ class Anova:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of the variance around the mean: ``position``, ``context`` and ``rest`` sum to 1.
+        """Shares of the variance around the mean: ``position``, ``context`` and ``rest`` sum to 1.
 
-        Estimated means hold noise: with T positions and C texts and no structure at all, position
-        has about ``1 / C`` and context about ``1 / T``.
+        Estimated means contain noise: with T positions, C texts and no structure, position gets
+        about ``1 / C`` and context about ``1 / T``.
         """
         texts, positions = self.rest.shape[:2]
         sums = {
@@ -75,13 +75,13 @@ class Anova:
     def position_rank(self) -> float:
         """Stable rank of the position part: squared norm over the largest squared singular value.
 
-        From 1 to the smaller of its sides: 1 is a line, about 2 a circle.
+        From 1 to the smaller dimension of the matrix: 1 is a line, about 2 a circle.
         """
         return _stable_rank(self.position)
 
     @property
     def smoothness(self) -> float:
-        """Lag-1 autocorrelation of the position part, in [-1, 1]; noise has 0."""
+        """Lag-1 autocorrelation of the position part, in [-1, 1]; 0 for noise."""
         return _smoothness(self.position)
 
     @property
@@ -95,14 +95,14 @@ class Anova:
 def anova(states: Float[Tensor, "text pos d_model"]) -> Anova:
     """Decompose states of equally long texts exactly (two-way ANOVA).
 
-    Leave out the first position: it is often a sink whose state is a hundred times larger, and
-    then it is all that ``position`` shows.
+    Leave out the first position: it is often an attention sink whose state is a hundred times
+    larger and would dominate ``position``.
 
     Args:
-        states: of at least two texts and two positions.
+        states: hidden states of at least two texts and two positions.
 
     Raises:
-        InputError: if there are fewer.
+        InputError: if there are fewer than two texts or two positions.
 
     Source:
         Song and Zhong 2023, "Uncovering hidden geometry in transformers via disentangling
@@ -117,8 +117,8 @@ def anova(states: Float[Tensor, "text pos d_model"]) -> Anova:
     """
     if states.ndim != 3 or min(states.shape[:2]) < 2:
         raise InputError(
-            f"states of shape {list(states.shape)}: give [text pos d_model] with two texts and two "
-            "positions at least."
+            f"states of shape {list(states.shape)}: give [text pos d_model] with at least two "
+            "texts and two positions."
         )
     x = states.double()
     mean = x.mean((0, 1))
@@ -138,22 +138,23 @@ def position_layers(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> LayerTable:
-    """Shares of position and text in the hidden states, place by place.
+    """Shares of position and text in the hidden states, layer by layer.
 
-    Every second text is a reference, the others are measured. ``position_share`` of a text is how
-    much of its states' variance the reference explains: ``sum_t <h_t - g, P_t - g> /
-    sum_t |h_t - g|^2`` with ``P_t`` the mean of the reference at position t and ``g`` the mean of
-    those. ``context_share`` is how much the mean of the text's *other* positions explains, the
-    position part taken off first. Both are 0 by chance and at most 1. ``position_rank`` and
+    Every second text serves as a reference; the others are measured. ``position_share`` of a text
+    is the share of its states' variance explained by the reference: ``sum_t <h_t - g, P_t - g> /
+    sum_t |h_t - g|^2``, with ``P_t`` the mean of the reference at position t and ``g`` the mean of
+    those. ``context_share`` is the share explained by the mean of the text's *other* positions,
+    after subtracting the position part. Both are 0 by chance and at most 1. ``position_rank`` and
     ``position_smoothness`` are those of :class:`Anova`, over the reference.
 
     Args:
-        model: the model.
-        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
-            Pieces that are shorter than the longest are left out.
-        length: cut texts into pieces of this many tokens; default: 64. A probe is taken as it is.
-        skip: leave out this many positions at the start: the first is often a sink.
-        batch_size: texts per pass; default: about 4,096 tokens.
+        model: model to run.
+        texts: texts or a path, as for :func:`headscope.probes.text`, or a probe; None: the bundled
+            passages. Pieces shorter than the longest are left out.
+        length: cut texts into pieces of this many tokens. Default: 64. A probe is not cut.
+        skip: leave out this many positions at the start, since the first is often an attention
+            sink.
+        batch_size: texts per pass. Default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
@@ -208,34 +209,35 @@ def position_heads(
     ``position_share`` of :func:`position_layers`.
 
     The scores ``q . k`` are split exactly. Every query and key, as attention uses it (norm and
-    rotation included), is the mean of the reference at its position plus the text's own content,
-    so a score is a sum of four: ``qk_position`` (mean query, mean key: position alone),
-    ``qk_key_content``, ``qk_query_content``, and ``qk_content`` (content with content). A number
-    is the covariance of its part with the score over the variance of the score, over the visible
-    keys within each row, which is all that a softmax sees. The four sum to 1; each may be below 0.
-
-    A previous-token head with learned positions has ``qk_position`` near 1, a duplicate-token or
-    induction head ``qk_content``, and a head that always seeks commas ``qk_key_content``.
+    rotation included), is the mean of the reference at its position plus the text's own content, so
+    a score is a sum of four parts: ``qk_position`` (mean query, mean key: position alone),
+    ``qk_key_content``, ``qk_query_content``, and ``qk_content`` (content with content). Each number
+    is the covariance of its part with the score, divided by the variance of the score, over the
+    visible keys within each row, since a softmax only depends on differences within a row. The four
+    sum to 1; each may be negative. A previous-token head with learned positions has ``qk_position``
+    near 1; a duplicate-token or induction head has a large ``qk_content``, and a head that always
+    attends to commas a large ``qk_key_content``.
 
     Args:
-        model: the model; attention with a position bias (ALiBi) or a soft cap is refused, because
-            its scores are not ``q . k`` alone.
-        texts: as in :func:`position_layers`.
-        length: cut texts into pieces of this many tokens; default: 64.
+        model: model to run; a position bias (ALiBi) or a soft cap is refused, because scores are
+            then not ``q . k`` alone.
+        texts: see :func:`position_layers`.
+        length: cut texts into pieces of this many tokens. Default: 64.
         skip: leave out this many positions at the start, as queries and as keys.
-        batch_size: texts per pass; default: about 4,096 tokens.
+        batch_size: texts per pass. Default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
-        Five scores. ``output_position`` and ``qk_position`` are tested against 0, their chance.
+        Five scores. ``output_position`` and ``qk_position`` are tested against 0, their value by
+        chance.
 
     Raises:
         InputError: if fewer than four texts or three positions are left.
         UnsupportedModelError: if rows are not the softmax of ``q . k``.
 
     Source:
-        Song and Zhong 2023, arXiv 2310.04861, section on QK; their panels are normalised one by
-        one and do not sum to the score, these do.
+        Song and Zhong 2023, arXiv 2310.04861, section on QK; their panels are normalised separately
+        and do not sum to the score; these do.
 
     Example:
         >>> table = hs.geometry.position_heads(model, length=16)
@@ -275,10 +277,10 @@ class PositionContext(NamedTuple):
     """Shares of position and content in a model: by layer, and by head.
 
     Attributes:
-        layers: as :func:`position_layers` gives it.
-        heads: as :func:`position_heads` gives it; None where attention scores are more than
-            ``q . k`` (a soft cap, ALiBi).
-        refused: why there are no heads; None where there are.
+        layers: result of :func:`position_layers`.
+        heads: result of :func:`position_heads`; None if attention scores are not ``q . k`` alone
+            (soft cap, ALiBi).
+        refused: why ``heads`` is None; None if it is not.
     """
 
     layers: LayerTable
@@ -298,15 +300,17 @@ def position_context(
 ) -> PositionContext:
     """Split hidden states and attention scores into position and content.
 
-    :func:`position_layers` and :func:`position_heads` on the same texts: shares of the variance
-    of hidden states by layer, and the QK panels of every head.
+    Runs :func:`position_layers` and :func:`position_heads` on the same texts: shares of the
+    variance of hidden states by layer, and the QK panels of every head.
 
     Args:
-        model: the model.
-        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
-        length: cut texts into pieces of this many tokens; default: 64.
-        skip: leave out this many positions at the start: the first is often a sink.
-        batch_size: texts per pass; default: about 4,096 tokens.
+        model: model to run.
+        texts: texts or a path, as for :func:`headscope.probes.text`, or a probe; None: the bundled
+            passages.
+        length: cut texts into pieces of this many tokens. Default: 64.
+        skip: leave out this many positions at the start, since the first is often an attention
+            sink.
+        batch_size: texts per pass. Default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
@@ -335,11 +339,11 @@ def position_context(
 def held_out_shares(
     x: Float[Tensor, "text *head pos d"], mean: Float[Tensor, "*head pos d"]
 ) -> tuple[Float[Tensor, "text *head"], Float[Tensor, "text *head"]]:
-    """Share of each text's variance that a reference's positions, and its own tokens, explain.
+    """Share of each text's variance explained by a reference's positions, and by its own tokens.
 
     Args:
-        x: values of some texts.
-        mean: of other texts, by position.
+        x: values of the measured texts.
+        mean: mean of the reference texts at each position.
 
     Returns:
         ``position_share`` and ``context_share`` of :func:`position_layers`.
@@ -383,7 +387,7 @@ def _within(
 
 
 def _visible(view: TapView, skip: int) -> Bool[Tensor, "text pos pos"]:
-    """Mask of the visible keys of every query, from ``skip`` on."""
+    """Mask of the visible keys of every query, from position ``skip`` on."""
     rows = view.rows(slice(None))
     wide = rows.visible.new_zeros(*rows.visible.shape[:2], rows.visible.shape[1])
     wide[..., : rows.visible.shape[-1]] = rows.visible
@@ -436,7 +440,7 @@ def _by_position(view: TapView) -> Float[Tensor, "text head pos d_head"]:
 
 @dataclass(frozen=True, eq=False)
 class _PairedTexts:
-    """Equally long texts, with repeated passes over them."""
+    """Texts of equal length, split into reference and measured ones, with passes over each."""
 
     model: HeadModel
     probe: Probe
@@ -453,7 +457,7 @@ class _PairedTexts:
         options: RunOptions,
     ) -> "_PairedTexts":
         if skip < 0:
-            raise InputError(f"skip={skip}: the number of positions left out must be 0 or more.")
+            raise InputError(f"skip={skip}: give 0 or more positions to leave out.")
         if isinstance(texts, Probe):
             probe = texts
         else:
@@ -464,23 +468,23 @@ class _PairedTexts:
         if not bool(probe.real.all()):
             raise InputError(
                 "the texts differ in length: positions are compared across texts, so give texts of "
-                "one length without padding."
+                "equal length without padding."
             )
         if len(probe) < _LEAST_TEXTS or probe.length - skip < _LEAST_POSITIONS:
             raise InputError(
-                f"{len(probe)} texts of {probe.length} tokens, {skip} of them left out: position "
-                f"and content take {_LEAST_TEXTS} texts and {_LEAST_POSITIONS} positions at least."
+                f"{len(probe)} texts of {probe.length} tokens, {skip} of them left out: give at "
+                f"least {_LEAST_TEXTS} texts and {_LEAST_POSITIONS} positions."
             )
         return cls(model, probe, skip, options.per_pass(probe.length, _TOKENS_PER_PASS))
 
     @property
     def reference(self) -> Probe:
-        """Every second text: the reference for positional means."""
+        """Every second text, the reference for positional means."""
         return self.probe.examples(slice(0, None, 2))
 
     @property
     def measured(self) -> Probe:
-        """The other texts."""
+        """The texts that are not in the reference."""
         return self.probe.examples(slice(1, None, 2))
 
     def run(
@@ -497,7 +501,7 @@ class _PairedTexts:
             advance(float(len(batch)))
 
     def means(self, taps: Iterable[Tap], advance: Callable[[float], None]) -> dict[Tap, Tensor]:
-        """Mean over the reference at every tap, ``[*head pos d]``, from ``skip`` on."""
+        """Mean over the reference at every tap, ``[*head pos d]``, from position ``skip`` on."""
         found: dict[Tap, Tensor] = {}
 
         def add(view: TapView) -> None:
@@ -516,11 +520,11 @@ _LAYER_SPECS = {
     for name, unit, bounds, description, source in (
         (
             "position_share", "share of variance", (None, 1.0),
-            "States at one position are alike whatever the text.", "shares held out",
+            "States at the same position are similar across texts.", "shares held out",
         ),
         (
             "context_share", "share of variance", (None, 1.0),
-            "States of one text are alike whatever the position.", "shares held out",
+            "States of the same text are similar across positions.", "shares held out",
         ),
         (
             "position_rank", "dimensions", (1.0, None),
@@ -528,7 +532,7 @@ _LAYER_SPECS = {
         ),
         (
             "position_smoothness", "correlation", (-1.0, 1.0),
-            "Mean states of neighbouring positions are alike.", "smoothness as lag-1 correlation",
+            "Mean states of neighbouring positions are similar.", "smoothness as lag-1 correlation",
         ),
     )
 }  # fmt: skip
@@ -544,11 +548,11 @@ _HEAD_SPECS = tuple(
         description=description,
     )
     for name, description in (
-        ("output_position", "What the head writes depends on the position, whatever the text."),
-        ("qk_position", "The scores depend on the two positions alone."),
+        ("output_position", "What the head writes depends on the position, not on the text."),
+        ("qk_position", "The scores depend only on the two positions."),
         ("qk_query_content", "The scores depend on the query's content and the key's position."),
-        ("qk_key_content", "The scores depend on the key's content, whatever the query's."),
-        ("qk_content", "The scores depend on the content of query and key together."),
+        ("qk_key_content", "The scores depend on the key's content, not on the query's."),
+        ("qk_content", "The scores depend on the contents of query and key together."),
     )
 )
 

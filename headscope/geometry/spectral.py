@@ -1,8 +1,8 @@
-"""Spectra of attention: rotary bands that all tokens share, and high-frequency gain.
+"""Spectra of attention: entropy of rotary bands, and high-frequency gain.
 
-``rotary_bands`` finds the frequency bands of queries and keys that are nearly of rank one (DoPE);
-:class:`headscope.interventions.Denoise` takes them out. ``high_frequency_gain`` says how much of
-the differences between tokens a head's averaging leaves (length-induced collapse).
+``rotary_bands`` finds the frequency bands in which queries or keys have nearly rank one (DoPE);
+:class:`headscope.interventions.Denoise` removes them. ``high_frequency_gain`` bounds how much of
+the differences between tokens survives a head's averaging (length-induced collapse).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,22 +30,22 @@ from headscope.probes import Probe
 from headscope.table import HeadScores
 
 _TOKENS_PER_PASS = 4096
-# Takes the number of a text, a layer and the values of its heads.
+# Receives the index of a text, a layer, and the values of its heads.
 LayerReader = Callable[[int, int, Tensor], None]
 _DOPE = "Xiong et al. 2025, arXiv 2511.09146 (DoPE)"
 
 
 @dataclass(frozen=True, eq=False)
 class RotaryBands:
-    """Number of directions used by rotated queries or keys, by head and rotary plane.
+    """Entropy of rotated queries or keys, by head and by rotary plane.
 
     Attributes:
-        scores: truncated matrix entropy of every head, in nats, with a value per text.
-        entropy: of each plane, in nats, 0 (all tokens along one line) to ln 2 (a circle), the mean
-            over texts; planes run from the fastest to the slowest. NaN in layers without rotary
-            positions.
-        size: root mean square of the head's queries or keys.
-        frequency: radians by which one position turns each plane, by layer.
+        scores: truncated matrix entropy of every head in nats, with a value per text.
+        entropy: entropy of each plane in nats, from 0 (all tokens on a line) to ln 2 (a circle),
+            averaged over texts, with planes ordered from fastest to slowest. NaN in layers without
+            rotary positions.
+        size: root mean square of the entries of the head's queries or keys.
+        frequency: rotation of each plane per position, in radians, by layer.
     """
 
     scores: HeadScores
@@ -54,10 +54,10 @@ class RotaryBands:
     frequency: Float[np.ndarray, "layer plane"]
 
     def below(self, entropy: float) -> dict[HeadIndex, tuple[int, ...]]:
-        """Planes of each head whose entropy is lower than a threshold, for removal.
+        """Planes of each head with an entropy below a threshold, for removal.
 
         Args:
-            entropy: in nats, 0 to ln 2.
+            entropy: threshold in nats, 0 to ln 2.
 
         Example:
             >>> found = hs.geometry.rotary_bands(hs.load("tiny-llama"))
@@ -87,17 +87,17 @@ def rotary_bands(
 ) -> RotaryBands:
     """Truncated matrix entropy of every head's rotated keys or queries, and of each band.
 
-    Of the vectors X of a text, as attention uses them, the eigenvalues of ``X^T X`` are divided by
-    the sum of the ``rank`` largest, ``p``; the entropy is ``-sum p ln p`` over these. Nothing is
-    centred: a direction that all tokens share is what is looked for. Of a band, X has the two
-    coordinates of its plane. Slow planes turn little over a text, so that a constant part of keys
-    stays a constant: an entropy near 0, and a sink.
+    With X the keys or queries of a text as attention uses them, ``p`` are the ``rank`` largest
+    eigenvalues of ``X^T X`` divided by their sum, and the entropy is ``-sum p ln p``. X is not
+    centred, since the aim is to find directions that all tokens share. For a band, X has the two
+    coordinates of its plane. Slow planes rotate little over a text, so a constant part of the keys
+    stays constant, which gives an entropy near 0 and an attention sink.
 
     Args:
-        model: with rotary positions.
+        model: model with rotary positions.
         texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
-        side: ``key`` or ``query``; grouped heads share keys.
-        rank: eigenvalues that count; 2 at least.
+        side: ``key`` or ``query``; heads in a group share keys.
+        rank: number of eigenvalues to use, at least 2.
         length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
             is cut.
         skip: leave out this many tokens at each text's start.
@@ -110,7 +110,7 @@ def rotary_bands(
 
     Source:
         Xiong et al. 2025, "DoPE: Denoising Rotary Position Embedding" (arXiv 2511.09146); the
-        division by the sum of the largest alone is ours.
+        division by the sum of only the largest eigenvalues is headscope's.
 
     Example:
         >>> found = hs.geometry.rotary_bands(hs.load("tiny-llama"))
@@ -120,7 +120,7 @@ def rotary_bands(
     options = RunOptions(batch_size, progress=progress)
     if side not in ("key", "query") or rank < 2:
         raise InputError(
-            f"side={side!r}, rank={rank}: give 'key' or 'query', and a rank from 2 on."
+            f"side={side!r}, rank={rank}: give 'key' or 'query', and a rank of at least 2."
         )
     if "rotary" in model.limits:
         raise UnsupportedModelError(model.limits["rotary"])
@@ -128,7 +128,7 @@ def rotary_bands(
     counts = {len(rotation.first) for rotation in rotations.values() if rotation.first}
     if len(counts) != 1:
         what = "layers with different rotary planes" if counts else "no rotary positions"
-        raise UnsupportedModelError(f"{model.name} has {what}: its bands cannot be compared.")
+        raise UnsupportedModelError(f"{model.name} has {what}, so its bands cannot be compared.")
     probe = _probe(model, texts, length, skip, least=2)
     shape, planes = model.shape, counts.pop()
     heads = np.full((shape.n_layers, shape.n_heads, len(probe)), np.nan)
@@ -181,19 +181,19 @@ def high_frequency_gain(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> HeadScores:
-    """Share of the differences between tokens that each head's averaging can preserve at most.
+    """Largest factor by which each head's averaging can preserve differences between tokens.
 
-    With ``C = I - 1 1^T / n``, which takes off the mean over tokens, the gain is the largest
-    singular value of ``C A C``: the most by which the pattern A of a text stretches a signal that
-    sums to 0. 0 is the same average for every token (a low-pass filter that leaves nothing), 1 a
-    head that attends to its own token; what many tokens copy from one place may go beyond. The
-    product of the gains along a path bounds what is left of differences; where it falls with
-    ``length``, long texts collapse.
+    With ``C = I - 1 1^T / n``, which subtracts the mean over tokens, the gain is the largest
+    singular value of ``C A C``: the largest factor by which the pattern A stretches a signal that
+    sums to 0 over tokens. It is 0 if every token gets the same average (a complete low-pass
+    filter), 1 if each token attends to itself, and may exceed 1 if many tokens copy from one place.
+    The product of gains along a path bounds the remaining differences; if it falls with ``length``,
+    representations of long texts collapse.
 
     Args:
         model: the model.
         texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
-        length: cut texts into pieces of this many tokens: compare gains at different lengths.
+        length: cut texts into pieces of this many tokens; compare gains at different lengths.
         batch_size: texts per pass; default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
@@ -226,7 +226,7 @@ def high_frequency_gain(
         "high_frequency_gain",
         unit="gain",
         bounds=(0.0, None),
-        description="The head's averaging leaves differences between tokens as large as they were.",
+        description="The head's averaging preserves the differences between tokens.",
         source="Zhou et al. 2024, arXiv 2410.24200, sigma_a",
     )
     return HeadScores.from_examples(
@@ -239,7 +239,7 @@ def high_frequency_gain(
 
 
 def _truncated(gram: Float[Tensor, "*any dim dim"], rank: int) -> Float[Tensor, "*any"]:
-    """Entropy of the largest eigenvalues, normalised to sum 1; NaN if all are 0."""
+    """Entropy of the largest eigenvalues, normalised to sum to 1; NaN if all are 0."""
     values = torch.linalg.eigvalsh(gram).clamp_min(0)[..., -rank:]
     p = values / values.sum(-1, keepdim=True)
     entropy: Tensor = torch.special.entr(p).sum(-1)
@@ -253,12 +253,12 @@ def _probe(
     skip: int,
     least: int,
 ) -> Probe:
-    """Probe of the texts, each with enough tokens after the skipped ones."""
+    """Convert texts to a probe, each with enough tokens after the skipped ones."""
     probe = read_texts(model, texts, length, skip)
     shortest = int(probe.real.sum(1).min()) - skip
     if shortest < least:
         raise InputError(
-            f"a text has {max(shortest, 0)} tokens behind the first {skip}: give {least} or more."
+            f"a text has {max(shortest, 0)} tokens after the first {skip}: give {least} or more."
         )
     return probe
 

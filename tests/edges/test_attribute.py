@@ -366,7 +366,7 @@ def test_a_graph_is_kept_whole(tmp_path: Path) -> None:
         ({"corrupt": None}, {"ablation": "patch"}, "no corrupt pair"),
         ({}, {"ablation": "median"}, "unknown ablation 'median'"),
         ({}, {"method": "eap-ig"}, "unknown method 'eap-ig'; did you mean 'eap_ig'"),
-        ({}, {"method": "eap_ig", "steps": 0}, "1 run or more"),
+        ({}, {"method": "eap_ig", "steps": 0}, "1 or more"),
         ({}, {"batch_size": 0}, "give 1 or more"),
         ({}, {"memory": "1KB"}, "scores of 110 edges on 4 texts take 0.00176 MB"),
         ({}, {"memory": "8KB"}, "11 nodes write on one text of [0-9]+ tokens takes"),

@@ -247,6 +247,6 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         hs.edges.write_eap_json(tmp_path / "x.json", graph, np.ones(3, bool))
     mixed = Wiring(1, (False, True))
     uneven = EdgeGraph(mixed, "eap", "zero", np.zeros((len(mixed), 1)))
-    with pytest.raises(InputError, match="cannot say"):
+    with pytest.raises(InputError, match="cannot represent"):
         hs.edges.write_eap_json(tmp_path / "x.json", uneven)
     assert torch.isfinite(torch.tensor(empty.value))

@@ -279,9 +279,9 @@ def test_a_circuit_of_positions_is_kept_and_shown(tmp_path: Path) -> None:
     assert repr(again) == repr(found)
     assert len(again.to_pandas()) == len(found.nodes)
     assert hs.plots.position_circuit(again).data
-    with pytest.raises(InputError, match="texts of one length"):
+    with pytest.raises(InputError, match="texts of equal length"):
         hs.edges.contextual_circuit(model_of("gpt2"), pair("right"), logit_difference)
-    with pytest.raises(InputError, match="texts of one length"):
+    with pytest.raises(InputError, match="texts of equal length"):
         hs.edges.contextual(model_of("gpt2"), pair("right"), logit_difference, positions=True)
     with pytest.raises(InputError, match=r"tolerance=-1\.0"):
         hs.edges.contextual_circuit(model_of("gpt2"), pair(), logit_difference, tolerance=-1.0)
@@ -322,7 +322,7 @@ def test_mistakes_get_a_sentence() -> None:
         "none has number": lambda: hs.edges.score_attribution(
             model, probe, "L1H0", 5, 2, example=9
         ),
-        "as many of both": lambda: hs.edges.discrete(model, probe, probe.examples(slice(0, 1))),
+        "equally many": lambda: hs.edges.discrete(model, probe, probe.examples(slice(0, 1))),
         "1 or more": lambda: hs.edges.discrete(model, probe, probe, steps=0),
     }
     for said, call in cases.items():

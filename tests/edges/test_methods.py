@@ -190,7 +190,7 @@ def test_mistakes_get_a_sentence() -> None:
     eap = hs.edges.attribute(*given)
     with pytest.raises(InputError, match="exact holds scores by 'eap'"):
         hs.edges.compare_methods(*given, ["eap"], exact=eap)
-    with pytest.raises(InputError, match="was not made of this model"):
+    with pytest.raises(InputError, match="was not computed with this model"):
         hs.edges.compare_methods(*given, [hs.edges.attribute(*given, ablation="zero")])
     with pytest.raises(InputError, match="give exact or sample"):
         hs.edges.compare_methods(*given, ["eap"], exact=exact(), sample=5)
@@ -204,7 +204,7 @@ def test_mistakes_get_a_sentence() -> None:
         hs.edges.attribute(*given, "exact", edges=[("logits", "embed", "output")])
     with pytest.raises(InputError, match="a number above 0"):
         hs.edges.causal_gates(*given, strength=0.0)
-    with pytest.raises(InputError, match="1 step or more"):
+    with pytest.raises(InputError, match="1 or more"):
         hs.edges.best_heads(*given, 1, steps=0)
     with pytest.raises(InputError, match="1 to 8 heads"):
         hs.edges.best_heads(*given, 9)

@@ -233,7 +233,7 @@ def test_invariance_is_of_mean_states_of_views() -> None:
 
 def test_invariance_says_what_it_lacks() -> None:
     model = model_of("gpt2")
-    with pytest.raises(InputError, match="3 texts and 2 views at least"):
+    with pytest.raises(InputError, match="at least 3 texts and 2 views"):
         hs.geometry.invariance(model, probe_of(batch=3).examples(slice(0, 2)))
     with pytest.raises(InputError, match="drop=1"):
         hs.geometry.invariance(model, probe_of(), drop=1.0)

@@ -216,8 +216,8 @@ def test_dime_of_unrelated_views_is_near_zero() -> None:
         (lambda: gm.two_nn(torch.ones(9, 3)), "10 or more"),
         (lambda: gm.gride(torch.ones(12, 3), 8), "17 or more"),
         (lambda: gm.neighbourhood_overlap(torch.ones(9, 3), torch.ones(9, 3)), "12 or more"),
-        (lambda: gm.lidar(torch.ones(2, 3, 4)), "3 and 2 or more"),
-        (lambda: gm.token_angle(torch.ones(4, 3), apart=0), "1 or more places"),
+        (lambda: gm.lidar(torch.ones(2, 3, 4)), "at least 3 texts and 2 views"),
+        (lambda: gm.token_angle(torch.ones(4, 3), apart=0), "a distance of 1 or more"),
     ],
 )
 def test_too_few_points_get_a_sentence(call: object, least: str) -> None:

@@ -211,7 +211,7 @@ def test_mistakes_are_said() -> None:
         hs.geometry.position_layers(model, probe, skip=8)
     real = probe.real.clone()
     real[0, -1] = False
-    with pytest.raises(InputError, match="texts of one length"):
+    with pytest.raises(InputError, match="texts of equal length"):
         hs.geometry.position_layers(model, hs.probes.from_tokens(probe.tokens, real=real))
     with pytest.raises(InputError, match="two texts"):
         hs.geometry.anova(torch.zeros(1, 4, 2))
