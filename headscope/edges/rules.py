@@ -95,7 +95,7 @@ class InteractionRules(Rules):
         return super().rule(name)
 
 
-def shared(share: float) -> Callable[[Tensor], Tensor]:
+def with_share(share: float) -> Callable[[Tensor], Tensor]:
     """Identity function that passes on a share of the gradient."""
     return lambda value: value * share + (value * (1 - share)).detach()
 

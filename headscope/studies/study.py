@@ -699,7 +699,7 @@ def best_head(
     name = scorer if isinstance(scorer, str) else scorer.name
     first = score(model, chosen_on, [scorer], progress=False)[name]
     if not np.isfinite(first.mean).any():
-        raise UnsupportedModelError(f"no head has a {scorer} score.")
+        raise UnsupportedModelError(f"no head has a {name} score.")
     head = first.top(1)[0][0]
     scores = score(model, measured_on, [scorer], progress=False)[name]
     found = paired(
