@@ -4,8 +4,8 @@
     table = hs.score(made.model, made.probe())
     made.truth.roles                     # {"previous_token": (L0H0,), "induction": (L1H0,)}
 
-The models are the ground truth that methods are held to: their patterns, roles, edges and
-composition follow from the program and are found without looking at the weights.
+The models provide ground truth for testing methods: their patterns, roles, edges and composition
+follow from the program, not from the weights.
 """
 
 from headscope.compiled.benchmark import CASES as CASES

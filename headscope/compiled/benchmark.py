@@ -1,8 +1,8 @@
-"""Benchmark of methods on compiled models: does a method rank the true items first?
+"""Benchmark on compiled models: does a method rank the true items first?
 
 Every method answers one question about a model, e.g. which heads do induction, which heads the
-output depends on, who reads from whom. A compiled model has the answer, so that the methods of
-headscope, and those of its users, are held to it model by model.
+output depends on, or which head reads from which. Compiled models have known answers, so
+headscope's methods, and your own, can be scored against them.
 """
 
 import time
@@ -38,12 +38,12 @@ Found = Mapping[Item, float] | Float[np.ndarray, "layer head"]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A compiled model and the texts that methods are given.
+    """A compiled model with texts for methods to use.
 
     Attributes:
-        name: of the program and how it was built.
-        made: the model with its truth.
-        probe: texts whose targets are the program's own answers, paired with other texts; answers
+        name: name of the program and its build options.
+        made: compiled model with its ground truth.
+        probe: texts with the program's own answers as targets, paired with other texts; answers
             that mix several tokens are left out.
     """
 
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def names(self) -> Probe:
-        """Probe with two names, one of them repeated, and an end: ``BOS S w IO w S w w``."""
+        """Probe with two names, one of them repeated: ``BOS S w IO w S w w``."""
         drawn = np.random.default_rng(3)
         tokens = drawn.integers(self.made.program.tokens - 2, self.made.program.tokens, (8, 8))
         pairs = np.stack([1 + drawn.permutation(4)[:2] for _ in range(8)])
@@ -100,10 +100,10 @@ class Method:
     """A method that answers a question about a model.
 
     Attributes:
-        name: of the method.
-        asks: the question; one of :data:`QUESTIONS`.
-        answer: from a case to a number for every head ``[layer head]``, or by item; the larger,
-            the more the method says yes. Items that it leaves out count as its lowest.
+        name: name of the method.
+        asks: question that it answers, one of :data:`QUESTIONS`.
+        answer: maps a case to a number for every head ``[layer head]``, or by item; larger means a
+            stronger yes. Missing items count as the lowest.
     """
 
     name: str
@@ -113,12 +113,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Question:
-    """A question whose answer follows from the program.
+    """A question with a known answer from the program.
 
     Attributes:
-        text: in words.
-        true: what the answer names.
-        others: what it could have named and does not.
+        text: question in words.
+        true: items in the answer.
+        others: candidate items not in the answer.
     """
 
     text: str
@@ -131,15 +131,15 @@ class Trial(Stored):
     """Result of one method on one model.
 
     Attributes:
-        method: its name.
-        asks: the question.
-        model: the case's name.
+        method: name of the method.
+        asks: question that was asked.
+        model: name of the case.
         auroc: share of pairs of a true and another item in which the true one is ranked higher;
-            ties count against the method. NaN where it refused.
-        n_true: items that the truth names.
-        n_others: items that it does not.
-        seconds: that the method took.
-        refused: why it gave no answer; empty where it did.
+            ties count against the method. NaN if it refused.
+        n_true: number of true items.
+        n_others: number of other items.
+        seconds: run time of the method.
+        refused: why it gave no answer; empty if it gave one.
     """
 
     method: str
@@ -162,7 +162,7 @@ class Benchmark(Saved, Shown, Tabular):
     """Results of methods on compiled models.
 
     Attributes:
-        trials: one per method and model that has its question.
+        trials: one trial per method and model to which its question applies.
     """
 
     trials: tuple[Trial, ...]
@@ -184,10 +184,10 @@ class Benchmark(Saved, Shown, Tabular):
         """One row per question and method, best first.
 
         Columns:
-            ``models``: number of models with this question; ``refused``: on how many of them the
-            method gave no answer. ``auroc``: median over the others; ``worst``: the lowest, and
-            ``worst_model`` where. ``exact``: share of the models it answered on which it ranks
-            all true items above all others. ``seconds``: median.
+            ``models``: number of models with this question; ``refused``: number of these without an
+            answer. ``auroc``: median over the others; ``worst``: the lowest, and ``worst_model``
+            its model. ``exact``: share of answered models on which all true items rank above all
+            others. ``seconds``: median.
         """
         import pandas
 
@@ -213,7 +213,7 @@ class Benchmark(Saved, Shown, Tabular):
         return table.drop(columns="_at").reset_index(drop=True)
 
     def to_markdown(self) -> str:
-        """:meth:`by_method` as a table for a page."""
+        """:meth:`by_method` as a Markdown table."""
         lines = [
             "| question | method | models | median AUROC | lowest | exact | refused |",
             "|---|---|--:|--:|---|--:|--:|",
@@ -242,8 +242,8 @@ class Benchmark(Saved, Shown, Tabular):
         )
 
 
-# Programs and how they are built: both families, hidden bases, grouped heads, and noise heads, so
-# that there is always something to be mistaken about.
+# Programs and build options: both families, rotated bases, grouped heads and noise heads, so that
+# every case has distractors. that there is always something to be mistaken about.
 CASES: tuple[tuple[str, BuildOptions], ...] = (
     ("copy", {"noise_heads": 2}),
     ("previous", {"noise_heads": 2, "rotation_seed": 1}),
@@ -294,21 +294,21 @@ def benchmark(
 ) -> Benchmark:
     """Score methods against the truth of compiled models.
 
-    A method is asked on every model that has its question: one with at least one true item and
-    one other. Its number is the pessimistic AUROC of its ranking; a random ranking has 0.5, and
-    one that gives all items the same value has 0.
+    A method runs on every model to which its question applies, i.e. with at least one true and one
+    other item. Its score is the pessimistic AUROC of its ranking: 0.5 for a random ranking, and 0
+    if all items have the same value.
 
     Args:
-        methods: which, as values or names of :data:`METHODS`; default: all of them.
-        cases: programs of the library, with options of :class:`headscope.compiled.Build`;
-            default: :data:`CASES`.
-        extra: your own methods, beside those of ``methods``.
+        methods: methods to run, as values or names from :data:`METHODS`. Default: all of them.
+        cases: library programs with options of :class:`headscope.compiled.Build`. Default:
+            :data:`CASES`.
+        extra: your own methods, in addition to ``methods``.
         batch: texts per model.
-        seed: of the texts.
-        progress: show a progress bar.
+        seed: seed for the texts.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
-        InputError: if a method or a program is not known, or a method's answer does not fit.
+        InputError: if a method or program is unknown, or a method's answer has the wrong shape.
 
     Source:
         The programs follow Weiss et al. 2021 (RASP) and Lindner et al. 2023 (Tracr).
@@ -383,7 +383,7 @@ def _method(given: Method | str) -> Method:
 
 
 def _trial(method: Method, case: Case) -> list[Trial]:
-    """One trial, or none if the model lacks the question."""
+    """One trial, or none if the question does not apply to the model."""
     question = QUESTIONS[method.asks]
     true = sorted(set(question.true(case.made)))
     others = sorted(set(question.others(case.made)) - set(true))
@@ -408,7 +408,7 @@ def _by_item(method: Method, answer: Found, items: Sequence[Item]) -> list[float
         if not all(isinstance(one, HeadIndex) for one in items) or answer.ndim != 2:
             raise InputError(
                 f"the method {method.name!r} gave an array of shape {answer.shape}; the question "
-                f"{method.asks!r} wants a number by item."
+                f"{method.asks!r} needs a number per item."
             )
         numbers = [float(answer[one.layer, one.head]) for one in items]
     else:
@@ -465,7 +465,7 @@ def _composing(mode: str) -> Question:
 
     slot = {"Q": "queries", "K": "keys", "V": "values"}[mode]
     return Question(
-        f"Whose {slot} read which earlier head?",
+        f"Which {slot} read from which earlier head?",
         lambda made: made.truth.composition[mode],
         pairs,
     )
@@ -484,20 +484,20 @@ QUESTIONS: Mapping[str, Question] = {
         _heads,
     ),
     "copies": Question(
-        "Which heads write the logits of the token that they read?", _is_copying, _heads
+        "Which heads raise the logit of the token that they read?", _is_copying, _heads
     ),
     "matches": Question("Which heads match equal tokens by their weights?", _is_matching, _heads),
     "used": Question(
-        "Which heads does the output depend on, and no other head does the same?",
+        "Which non-redundant heads does the output depend on?",
         lambda made: made.truth.used - made.truth.redundant,
         lambda made: set(_heads(made)) - made.truth.redundant,
     ),
     "redundant": Question(
-        "Which heads does the output depend on whose work others do as well?",
+        "Which redundant heads does the output depend on?",
         lambda made: made.truth.redundant,
         lambda made: set(_heads(made)) - made.truth.used,
     ),
-    "edges": Question("Who reads what whom wrote?", _edges_of, _all_edges),
+    "edges": Question("Which node reads from which node?", _edges_of, _all_edges),
     "Q-composition": _composing("Q"),
     "K-composition": _composing("K"),
     "V-composition": _composing("V"),
@@ -508,7 +508,7 @@ QUESTIONS: Mapping[str, Question] = {
 
 
 def _scored(name: str, texts: str = "repeated") -> Callable[[Case], Found]:
-    """Method: a scorer of the catalogue, on the case's texts."""
+    """Method: a catalogue scorer on the case's texts."""
 
     def answer(case: Case) -> Found:
         return score(case.made.model, getattr(case, texts), [name], progress=False)[name].mean
@@ -602,8 +602,8 @@ def _composed_by_edges(mode: str, method: str) -> Callable[[Case], Found]:
 
 def _routed(name: str) -> Callable[[Case], Found]:
     def answer(case: Case) -> Found:
-        # The ballast that keeps norms constant dwarfs what heads write; routes at the usual
-        # thresholds hold no head.
+        # The constant that fixes the norms dwarfs head writes, so routes at the usual thresholds
+        # contain no heads. thresholds hold no head.
         least = 1e-3 if name == "on_route" else 1e-9
         found = flow.route_scores(
             case.made.model, case.probe, part_threshold=least, edge_threshold=least

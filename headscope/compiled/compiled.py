@@ -32,12 +32,12 @@ from headscope.table.edges import Edge, Slot
 
 Family = Literal["gpt2", "llama"]
 BALLAST = 300.0
-# Score by which a selected key leads: others get exp(-30) of its attention at most, 1e-13.
+# Score margin of selected keys: others get at most exp(-30), 1e-13, of their attention.
 LEAD = 30.0
 LOGIT_SCALE = 10.0
 _EPSILON = {"gpt2": 1e-5, "llama": 1e-6}
-_STEP = 200.0  # slope of the steps that cut a numeric variable
-_NOISE = 4  # coordinates that noise heads write to
+_STEP = 200.0  # slope of the steps that discretise a numeric variable
+_NOISE = 4  # number of coordinates that noise heads write to
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Build:
     """Options of compiling a program to a model.
 
     Attributes:
-        family: class of the model. Llama has no position variable: its heads look back by rotary
-            planes, so offsets are the only predicates on positions.
-        kv_group: query heads that share a key/value head (Llama only).
-        rotation_seed: rotate the residual stream by a random orthogonal matrix, so that no
-            coordinate means anything; None: no rotation.
-        noise_heads: heads added to every layer with random weights, whose output is not read.
-        seed: of the noise.
+        family: model class. Llama has no position variable: its heads look back through rotary
+            planes, so offsets are the only position predicates.
+        kv_group: query heads per key/value head (Llama only).
+        rotation_seed: rotate the residual stream by a random orthogonal matrix, so that no single
+            coordinate is meaningful; None: no rotation.
+        noise_heads: number of random heads added to every layer, whose output is not read.
+        seed: seed for the noise heads.
 
     Raises:
-        InputError: if the family cannot do that.
+        InputError: if the family does not support an option.
     """
 
     family: Family = "gpt2"
@@ -81,13 +81,13 @@ def compile_program(program: Program, build: Build) -> torch.nn.Module:
     """Build a model that computes a program.
 
     Args:
-        program: what it computes.
-        build: class of the model, grouping, rotation, noise.
+        program: program to compile.
+        build: model class, grouping, rotation and noise.
 
     Returns:
-        A ``GPT2LMHeadModel`` or ``LlamaForCausalLM`` in fp32. Its patterns are the program's to
-        within ``length * exp(-30)``, and its logits 10 times the program's distribution; programs
-        with mixtures or numbers to within 3e-3, and 1e-2 under a rotation.
+        A ``GPT2LMHeadModel`` or ``LlamaForCausalLM`` in fp32. Its patterns match the program's to
+        within ``length * exp(-30)``, and its logits are 10 times the program's output distribution;
+        with mixtures or numeric variables to within 3e-3, or 1e-2 with a rotation.
 
     Raises:
         InputError: if the program does not fit the family.
@@ -132,7 +132,7 @@ class _Compiler:
 
     @cached_property
     def slots(self) -> dict[str, slice]:
-        """Coordinates of each variable's values; those of the negated values follow."""
+        """Coordinates of each variable's values, followed by those of the negated values."""
         at, found = 0, {}
         for name, size in self.program.sizes.items():
             if name == "position" and self.build.family == "llama":
@@ -147,7 +147,7 @@ class _Compiler:
         used: int = max(2 * slot.stop - slot.start for slot in self.slots.values())
         used += 2 * _NOISE + 2
         if self.build.family == "llama":
-            unit = math.lcm(2, self.n_heads)  # some versions of LlamaConfig insist on it
+            unit = math.lcm(2, self.n_heads)  # required by some versions of LlamaConfig
             return -(-used // unit) * unit
         return self.n_heads * max(self.d_head, -(-used // self.n_heads))
 
@@ -174,7 +174,7 @@ class _Compiler:
         return rotation
 
     def pairs(self, name: str) -> Float[Tensor, "value d_model"]:
-        """Return what each value of a variable writes, before the rotation."""
+        """Return the write of each value of a variable, before the rotation."""
         slot = self.slots[name]
         size = slot.stop - slot.start
         rows = torch.zeros(size, self.width, dtype=torch.float64)
@@ -187,13 +187,13 @@ class _Compiler:
         """Return the matrix that reads a variable from the (rotated) residual stream."""
         if name not in self.slots:
             raise InputError(
-                f"program {self.program.name!r} reads {name!r}, which a Llama has no embedding "
-                "for: build it with family='gpt2'."
+                f"program {self.program.name!r} reads {name!r}, which a Llama cannot embed: build "
+                "it with family='gpt2'."
             )
         return self.turn.mT @ self.pairs(name).mT / 2
 
     def gain(self, layer: int, *, after_heads: bool) -> float:
-        """Return the multiplier that undoes the norm where a layer reads the stream."""
+        """Return the multiplier that undoes the norm at a layer's input."""
         program = self.program
         filled = 1 + len(program.features) + 1 + (self.build.family == "gpt2")
         filled += sum(head.layer < layer + after_heads for head in program.heads)
@@ -203,7 +203,7 @@ class _Compiler:
 
     @cached_property
     def n_heads(self) -> int:
-        """Heads per layer: those of the fullest layer, noise heads, and idle ones to fit."""
+        """Heads per layer: those of the fullest layer, noise heads, and idle heads as padding."""
         counts = [
             sum(head.layer == layer for head in self.program.heads)
             for layer in range(self.program.n_layers)
@@ -213,7 +213,7 @@ class _Compiler:
 
     @cached_property
     def block(self) -> int:
-        """Coordinates of head space that one head needs."""
+        """Number of head-space coordinates that one head needs."""
         sizes, needs = self.program.sizes, [_NOISE]
         for head in self.program.heads:
             content = 0 if self.rotary(head) else min(sizes[head.query], sizes[head.key])
@@ -228,7 +228,7 @@ class _Compiler:
         if self.build.family == "gpt2":
             used = sum(2 * max(size, 1) for size in self.program.sizes.values()) + 2 * _NOISE + 2
             return max(needed, -(-used // self.n_heads))
-        quarter = -(-needed // 6)  # planes of the turning quarter; the other three stand still
+        quarter = -(-needed // 6)  # planes in the rotating quarter; the other three do not rotate
         return max(8 * max(quarter, 1), 128)
 
     @cached_property
@@ -241,7 +241,7 @@ class _Compiler:
         return torch.cat([planes, planes + half])
 
     def rotary(self, head: Head) -> bool:
-        """Whether a head attends to a fixed offset by rotary planes."""
+        """Whether a head attends to a fixed offset through rotary planes."""
         return self.build.family == "llama" and head.predicate.distance is not None
 
     def layer(self, number: int) -> WrittenLayer:
@@ -276,7 +276,7 @@ class _Compiler:
     def query_key(
         self, head: Head
     ) -> tuple[Float[Tensor, "d_model dim"], Float[Tensor, "d_model dim"]]:
-        """Return what a head's queries and keys read; their product is its score."""
+        """Return a head's query and key matrices; the product of their outputs is its score."""
         sizes, queries, keys = self.program.sizes, [], []
         lead = 2 * LEAD
         if head.ties == "last":
@@ -316,8 +316,8 @@ class _Compiler:
     def _needs_positions(self, head: Head, what: str) -> None:
         if self.build.family != "gpt2":
             raise InputError(
-                f"head {head.output!r} of {self.program.name!r}: {what} needs position "
-                "embeddings, which a Llama has not; build it with family='gpt2'."
+                f"head {head.output!r} of {self.program.name!r}: {what} needs position embeddings, "
+                "which Llama does not have; build it with family='gpt2'."
             )
 
     def look_back(
@@ -334,7 +334,7 @@ class _Compiler:
         if strength > 1e5 or distance > 3:
             raise InputError(
                 f"head {head.output!r} looks back {distance} positions in texts of "
-                f"{self.program.length}: rotary planes tell at most 3 positions back apart in "
+                f"{self.program.length}: rotary planes can only look back up to 3 positions, in "
                 "short texts; build it with family='gpt2'."
             )
         half = self.d_head // 2
@@ -345,7 +345,7 @@ class _Compiler:
     def noise(
         self, number: int, first: int, W_Q: Tensor, W_K: Tensor, W_V: Tensor, W_O: Tensor
     ) -> None:
-        """Fill heads that attend at random and write where nothing reads."""
+        """Fill heads that attend at random and write to coordinates that nothing reads."""
         generator = torch.Generator().manual_seed(1000 * self.build.seed + number)
         group = self.build.kv_group
         names = ["token", *(["position"] if self.build.family == "gpt2" else [])]
@@ -367,7 +367,7 @@ class _Compiler:
             W_O[place][:, dims] = (free @ self.turn).mT
 
     def mlp(self, lookups: list[Lookup]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weights of one MLP: a hidden unit for every row of its tables."""
+        """Return the weights of one MLP, with a hidden unit for every row of its tables."""
         reads: list[Tensor] = []
         biases: list[Tensor] = []
         writes: list[Tensor] = []
@@ -384,7 +384,7 @@ class _Compiler:
         """Return one unit for every combination of categorical values."""
         sizes = [self.program.sizes[name] for name in lookup.inputs]
         if 0 in sizes:
-            raise InputError(f"lookup {lookup.output!r} reads a number: give it cuts.")
+            raise InputError(f"lookup {lookup.output!r} reads a numeric variable: give it cuts.")
         values = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).reshape(
             -1, len(sizes)
         )
@@ -395,7 +395,7 @@ class _Compiler:
         return reads, bias, (self.pairs(lookup.output) @ self.turn)[outputs]
 
     def steps(self, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor]:
-        """Return two units for every cut of a number, and a constant one for what lies below."""
+        """Return two units per cut of a numeric variable, and a constant one for lower values."""
         read, one = self.reads(lookup.inputs[0])[:, :1], self.reads("one")
         written = self.pairs(lookup.output) @ self.turn
         values = [int(lookup.maps(n)) for n in range(len(lookup.cuts) + 1)]
@@ -411,14 +411,15 @@ class _Compiler:
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """Ground truth of a compiled model: what methods should find.
+    """Ground truth of a compiled model, which methods should find.
 
     Attributes:
-        roles: heads by the role that the field calls them.
-        used: heads that the output depends on; what the others compute is not read.
-        redundant: used heads whose work others do as well: ablating one alone shows nothing.
-        edges: who reads from whom, among nodes that the output depends on.
-        composition: pairs ``(earlier head, later head)`` by the letter of the slot, ``Q K V``.
+        roles: heads by their usual role name, e.g. ``induction``.
+        used: heads that the output depends on; the output of other heads is not read.
+        redundant: used heads whose function other heads duplicate, so ablating one alone has no
+            effect.
+        edges: edges between nodes that the output depends on.
+        composition: pairs ``(earlier head, later head)`` by slot: ``Q``, ``K`` or ``V``.
         qk_rank: rank of each head's query-key matrix.
     """
 
@@ -435,9 +436,9 @@ def truth_of(program: Program, *, rotary: bool = False) -> Truth:
     """Derive the ground truth of a program from its variables.
 
     Args:
-        program: what the model computes.
-        rotary: it is built with rotary positions. Heads that look back by a fixed distance then do
-            so by their biases, and read nothing as queries and keys.
+        program: program that the model computes.
+        rotary: whether the model has rotary positions. Heads with a fixed offset then work through
+            their biases and do not read queries and keys from the stream.
 
     Example:
         >>> from headscope.compiled.library import induction_program
@@ -481,8 +482,8 @@ def truth_of(program: Program, *, rotary: bool = False) -> Truth:
 def qk_rank(program: Program, head: Head) -> int:
     """Return the rank of a head's scores as a bilinear form of its query and key features.
 
-    The features are the query and key variables, the constant, and positions; the score adds the
-    predicate, the default and the order of ties.
+    The features are the query and key variables, the constant, and positions; the score is the sum
+    of the terms for predicate, default and tie-breaking.
     """
     sizes = program.sizes
     starts, at = {}, 0
@@ -506,7 +507,7 @@ def qk_rank(program: Program, head: Head) -> int:
 
 
 def _writers(program: Program) -> dict[str, str]:
-    """Node that writes each variable."""
+    """Writing node of each variable."""
     embedded = ("token", "position", "one", *(feature.name for feature in program.features))
     writers = dict.fromkeys(embedded, "embed")
     writers |= {output: str(head) for output, head in program.addresses.items()}
@@ -560,10 +561,10 @@ class Compiled:
     """A model with known heads, and the program that it was compiled from.
 
     Attributes:
-        program: what it computes.
-        build: how it was made.
+        program: program to compile.
+        build: options that it was built with.
         module: the ``GPT2LMHeadModel`` or ``LlamaForCausalLM``, in fp32 and eval mode.
-        truth: what a method that looks at it should find.
+        truth: ground truth that methods should find.
     """
 
     program: Program
@@ -573,23 +574,23 @@ class Compiled:
 
     @cached_property
     def model(self) -> HeadModel:
-        """The model, ready for headscope."""
+        """The model, loaded into headscope."""
         return load(self.module)
 
     def interpret(self, tokens: Int[np.ndarray, "batch pos"]) -> Interpretation:
         """Run the program itself on token ids.
 
         Args:
-            tokens: ids; every text begins with the BOS (0).
+            tokens: token ids; every text begins with the BOS (0).
         """
         return interpret(self.program, tokens)
 
     def probe(self, batch: int = 8, seed: int = 0) -> Probe:
-        """Make a probe of random texts that fill the context, each with a BOS.
+        """Make a probe of random texts that fill the context, each beginning with a BOS.
 
         Args:
             batch: number of texts.
-            seed: of the draw.
+            seed: seed for the texts.
         """
         drawn = np.random.default_rng(seed)
         words = drawn.integers(1, self.program.tokens, (batch, self.program.length - 1))
@@ -620,22 +621,22 @@ def program(
     """Compile heads and lookup tables into a real model.
 
     Args:
-        heads: what each head looks for, reads and writes.
+        heads: specifications of the heads.
         tokens: number of token ids; 0 is the BOS, which begins every text.
-        length: longest text.
-        outputs: variables that the logits show.
-        lookups: MLPs.
+        length: length of the longest text, in tokens.
+        outputs: variables that determine the logits.
+        lookups: lookup tables, each built as an MLP.
         features: variables that are functions of the token.
-        redundant: outputs of heads whose work others do as well.
-        name: of the program.
+        redundant: output variables of heads whose function others duplicate.
+        name: name of the program.
         build: options of :class:`Build`: ``family``, ``kv_group``, ``rotation_seed``,
             ``noise_heads``, ``seed``.
 
     Returns:
-        The model, its program and its truth.
+        The model with its program and ground truth.
 
     Raises:
-        InputError: if the program is not well formed or does not fit the family.
+        InputError: if the program is invalid or does not fit the family.
 
     Example:
         >>> from headscope.compiled import Head, offset
@@ -656,7 +657,7 @@ def compiled(program: Program, **build: Unpack[BuildOptions]) -> Compiled:
     """Compile a program that is already a value.
 
     Args:
-        program: what to compute.
+        program: program to compile.
         build: options of :class:`Build`.
 
     Example:
@@ -674,8 +675,8 @@ def induction(tokens: int = 8, length: int = 16, **build: Unpack[BuildOptions]) 
     """Compile the induction pair: a previous-token head that feeds an induction head's keys.
 
     Args:
-        tokens: number of token ids, the BOS included.
-        length: longest text.
+        tokens: number of token ids, including the BOS.
+        length: length of the longest text, in tokens.
         build: options of :class:`Build`.
 
     Source:
@@ -690,7 +691,7 @@ def induction(tokens: int = 8, length: int = 16, **build: Unpack[BuildOptions]) 
 
 @checked
 def from_library(name: str, **build: Unpack[BuildOptions]) -> Compiled:
-    """Compile a program of the library by its name.
+    """Compile a library program by name.
 
     Args:
         name: one of ``LIBRARY``.

@@ -18,24 +18,24 @@ from headscope.compiled.program import (
 
 
 def copy_program(tokens: int = 5, length: int = 8) -> Program:
-    """Every position shows its own token, copied by a head that attends to itself."""
+    """Output each position's own token, copied by a head that attends to itself."""
     head = Head(0, "position", "position", offset(0), "token", "answer", role="current_token")
     return Program("copy", tokens, length, (head,), ("answer",))
 
 
 def previous_program(tokens: int = 5, length: int = 8) -> Program:
-    """Every position shows the token before it."""
+    """Output the previous token at each position."""
     return Program("previous", tokens, length, (_previous("answer"),), ("answer",))
 
 
 def two_back_program(tokens: int = 5, length: int = 8) -> Program:
-    """Every position shows the token two before it: a head moves what an earlier one moved."""
+    """Output the token two positions back: one head moves what an earlier head moved."""
     second = Head(1, "position", "position", offset(1), "previous", "answer", role="previous_token")
     return Program("two back", tokens, length, (_previous("previous"), second), ("answer",))
 
 
 def reverse_program(tokens: int = 5, length: int = 9) -> Program:
-    """The second half of the positions shows the first half's tokens, last first."""
+    """Output the first half's tokens in reverse order in the second half."""
     half = (length + 1) // 2
     mirror = table("mirror", {i: [length - 1 - i] for i in range(half, length)})
     head = Head(0, "position", "position", mirror, "token", "answer")
@@ -43,7 +43,7 @@ def reverse_program(tokens: int = 5, length: int = 9) -> Program:
 
 
 def duplicate_program(tokens: int = 5, length: int = 8) -> Program:
-    """Positions whose token occurred before show it; others show the BOS."""
+    """Output the token if it occurred before, else the BOS."""
     head = Head(
         0, "token", "token", same(), "token", "answer", ties="last", others_only=True,
         role="duplicate_token",
@@ -53,7 +53,7 @@ def duplicate_program(tokens: int = 5, length: int = 8) -> Program:
 
 @checked
 def induction_program(tokens: int = 8, length: int = 16) -> Program:
-    """Positions show what followed the earlier occurrences of their token (Elhage et al. 2021).
+    """Output what followed earlier occurrences of the token (Elhage et al. 2021).
 
     Example:
         >>> [head.role for head in hs.compiled.induction_program().heads]
@@ -64,7 +64,7 @@ def induction_program(tokens: int = 8, length: int = 16) -> Program:
 
 
 def redundant_induction_program(tokens: int = 8, length: int = 16) -> Program:
-    """Induction by two heads that do the same, so that neither alone is needed."""
+    """Induction by two redundant heads, so that neither alone is needed."""
     heads = (_previous("previous"), _induction("first"), _induction("second"))
     return Program(
         "redundant induction", tokens, length, heads, ("first", "second"),
@@ -73,7 +73,7 @@ def redundant_induction_program(tokens: int = 8, length: int = 16) -> Program:
 
 
 def recall_program(pairs: int = 3, length: int = 10) -> Program:
-    """Keys followed by values; a key shows its value: associative recall by an induction pair."""
+    """Associative recall by an induction pair: after key-value pairs, output a key's value."""
     tokens = 1 + 2 * pairs
     kind = Feature("kind", (0, *[1] * pairs, *[2] * pairs), size=3)
     heads = (_previous("previous"), _induction("answer"))
@@ -98,7 +98,7 @@ def pointer_program(tokens: int = 6, length: int = 8) -> Program:
 
 
 def trigram_program(tokens: int = 4, length: int = 8) -> Program:
-    """A table of the last two tokens decides what is shown, in an MLP fed by a head."""
+    """Output a table lookup on the last two tokens, by an MLP fed by a head."""
     lookup = Lookup(
         0, ("previous", "token"), "answer", tokens, lambda before, now: (before + 2 * now) % tokens
     )
@@ -106,17 +106,17 @@ def trigram_program(tokens: int = 4, length: int = 8) -> Program:
 
 
 def successor_program(tokens: int = 6, length: int = 8) -> Program:
-    """Every position shows the token after its own in order, by a head that reads that order."""
+    """Output the successor of each token in order, computed by a head's weights."""
     successors = Feature("successor", tuple((n + 1) % tokens for n in range(tokens)), size=tokens)
     head = Head(0, "token", "token", same(), "successor", "answer", role="successor")
     return Program("successor", tokens, length, (head,), ("answer",), features=(successors,))
 
 
 def histogram_program(tokens: int = 6, length: int = 6) -> Program:
-    """Every position shows how often its token has occurred so far.
+    """Output how often each token has occurred so far.
 
-    The head attends to all occurrences and the BOS alike; what it takes from the BOS is
-    ``1 / (1 + count)``, and the MLP reads the count off that (RASP's selector width).
+    The head attends equally to all occurrences and the BOS, so the BOS gets ``1 / (1 + count)``,
+    from which the MLP computes the count (RASP's selector width).
     """
     counts = [1 / (1 + n) for n in range(1, tokens)]
     cuts = tuple(sorted((a + b) / 2 for a, b in pairwise(counts)))
@@ -128,7 +128,7 @@ def histogram_program(tokens: int = 6, length: int = 6) -> Program:
 
 
 def most_frequent_program(tokens: int = 6, length: int = 6) -> Program:
-    """Every position shows the token that has occurred most so far; ties are averaged."""
+    """Output the most frequent token so far; ties are averaged."""
     counting = histogram_program(tokens, length)
     lookup = counting.lookups[0]
     counted = Lookup(0, lookup.inputs, "count", tokens, lookup.maps, lookup.cuts)
@@ -140,16 +140,16 @@ def most_frequent_program(tokens: int = 6, length: int = 6) -> Program:
 
 
 def largest_program(tokens: int = 6, length: int = 8) -> Program:
-    """Every position shows the largest token so far: the last step of a sort."""
+    """Output the largest token so far, the last step of a sort."""
     head = Head(0, "one", "token", always(), "token", "answer", ties="largest")
     return Program("largest", tokens, length, (head,), ("answer",))
 
 
 def sort_program(tokens: int = 8, length: int = 10) -> Program:
-    """Every position shows the largest token so far that is smaller than its own.
+    """Output the largest token so far that is smaller than the current one.
 
-    With the largest id as the separator, ``BOS 3 5 1 SEP`` goes on with ``5 3 1 BOS``: each answer,
-    written down, asks for the next. It sorts sets; what occurs twice is shown once.
+    With the largest id as the separator, ``BOS 3 5 1 SEP`` continues with ``5 3 1 BOS``: each
+    answer is the query for the next. It sorts sets: duplicates are output once.
 
     Example:
         >>> made = hs.compiled.from_library("sort")
@@ -165,7 +165,7 @@ def sort_program(tokens: int = 8, length: int = 10) -> Program:
 
 
 def dyck_program(length: int = 8) -> Program:
-    """Tokens 1 and 2 are brackets; shows 1 where more are open, 2 where closed, 0 if balanced."""
+    """Dyck-1 with brackets 1 and 2: output 1 if more open, 2 if more closed, 0 if balanced."""
     opened = Feature("opened", (0.5, 1.0, 0.0))
     head = Head(0, "one", "one", always(), "opened", "share")
     margin = 0.2 / length
@@ -176,11 +176,11 @@ def dyck_program(length: int = 8) -> Program:
 
 
 def two_bracket_program(length: int = 8) -> Program:
-    """Dyck-2: tokens 1 2 are one kind of brackets, 3 4 another; shows 0 balanced, 1 open, 2 broken.
+    """Dyck-2 with brackets 1 2 and 3 4: output 0 if balanced, 1 if open, 2 if broken.
 
-    Two heads count what was opened and closed, and MLPs make that the depth. A closing bracket then
-    looks for the last opening one of its level, an MLP compares their kinds, and a last head
-    carries a mistake on to every later position.
+    Two heads count opening and closing brackets, and MLPs compute the depth. A closing bracket then
+    attends to the last opening bracket at its level, an MLP compares their kinds, and a last head
+    carries errors to all later positions.
 
     Example:
         >>> made = hs.compiled.from_library("dyck 2")
@@ -223,22 +223,22 @@ def two_bracket_program(length: int = 8) -> Program:
 
 
 def mean_program(length: int = 8) -> Program:
-    """Every position shows the mean so far of the numbers that tokens stand for, rounded.
+    """Output the running mean of the numbers that tokens represent, rounded.
 
-    Token ``n`` stands for ``(n - 1) / 3``, the BOS for 0: the simplest in-context estimate.
+    Token ``n`` represents ``(n - 1) / 3``, and the BOS 0: the simplest in-context estimate.
     """
     number = Feature("number", (0.0, 0.0, 1 / 3, 2 / 3, 1.0))
     head = Head(0, "one", "one", always(), "number", "mean")
-    cuts = (0.118, 0.354, 0.646, 0.882)  # between the means that 8 such numbers can have
+    cuts = (0.118, 0.354, 0.646, 0.882)  # midpoints between the possible means of 8 such numbers
     lookup = Lookup(0, ("mean",), "answer", 5, lambda n: n, cuts)
     return Program("mean", 5, length, (head,), ("answer",), (lookup,), (number,))
 
 
 def regression_program(length: int = 8) -> Program:
-    """Regression in context: pairs ``x y`` give the mean ``y`` that has followed an ``x`` so far.
+    """In-context regression: after pairs ``x y``, output the mean ``y`` for an ``x`` so far.
 
-    Tokens 1 and 2 are two values of x; token ``n`` from 3 on is the number ``(n - 3) / 3``. An
-    induction head averages the numbers behind earlier occurrences of the position's token (the
+    Tokens 1 and 2 are the two values of x; token ``n`` from 3 on represents ``(n - 3) / 3``. An
+    induction head averages the numbers after earlier occurrences of the current token (the
     least-squares fit of y on a categorical x), and the MLP rounds the mean.
 
     Example:
@@ -248,7 +248,7 @@ def regression_program(length: int = 8) -> Program:
         4
     """
     number = Feature("number", (0.0, 0.0, 0.0, 0.0, 1 / 3, 2 / 3, 1.0))
-    cuts = (0.155, 0.488, 0.845)  # between the means that up to 7 such numbers can have
+    cuts = (0.155, 0.488, 0.845)  # midpoints between the possible means of up to 7 such numbers
     heads = (
         _previous("previous"),
         Head(1, "token", "previous", same(), "number", "mean", role="induction"),
@@ -258,7 +258,7 @@ def regression_program(length: int = 8) -> Program:
 
 
 def name_mover_program(names: int = 4, length: int = 8) -> Program:
-    """Tokens 1 to ``names`` are names: every position shows the names so far."""
+    """Output all names so far; tokens 1 to ``names`` are names."""
     tokens = names + 3
     listed = table("names", {0: range(1, names + 1)})
     head = Head(0, "one", "token", listed, "token", "answer", role="name_mover")
@@ -267,10 +267,10 @@ def name_mover_program(names: int = 4, length: int = 8) -> Program:
 
 @checked
 def ioi_program(names: int = 4, length: int = 8) -> Program:
-    """Indirect object: of two names, show the one that is not repeated (Wang et al. 2023).
+    """Indirect object identification: output the name that is not repeated (Wang et al. 2023).
 
-    A duplicate-token head marks the repeated name, an inhibition head carries it to every later
-    position, and a name mover attends to the other names.
+    A duplicate-token head marks the repeated name, an inhibition head moves it to all later
+    positions, and a name mover attends to the other names.
 
     Example:
         >>> hs.compiled.ioi_program(names=3).tokens
@@ -290,7 +290,7 @@ def ioi_program(names: int = 4, length: int = 8) -> Program:
 
 
 def retrieval_program(tokens: int = 8, length: int = 16) -> Program:
-    """Token 1 announces the needle: every later position shows the token after the latest one."""
+    """Retrieval: output the token after the latest marker (token 1)."""
     announced = table("after the marker", {0: [1]})
     heads = (
         _previous("previous"),
@@ -300,10 +300,10 @@ def retrieval_program(tokens: int = 8, length: int = 16) -> Program:
 
 
 def greater_than_program(numbers: int = 6, length: int = 10) -> Program:
-    """Token 1 announces a number: later positions show the numbers so far that are greater.
+    """Output all numbers so far that are greater than the one after the marker (token 1).
 
-    Tokens from 2 on are numbers. A head fetches the announced one, and another attends to all that
-    are greater (Hanna et al. 2023, who study years).
+    Tokens from 2 on are numbers. One head retrieves the marked number, and another attends to all
+    greater ones (Hanna et al. 2023, who study years).
     """
     tokens = 2 + numbers
     announced = table("after the marker", {0: [1]})
@@ -317,7 +317,7 @@ def greater_than_program(numbers: int = 6, length: int = 10) -> Program:
 
 
 def bystander_program(tokens: int = 8, length: int = 16) -> Program:
-    """Induction beside a duplicate-token head and a copying head whose output is not read."""
+    """Induction next to a duplicate-token head and a copying head whose outputs are not read."""
     heads = (
         _previous("previous"),
         Head(0, "token", "token", same(), "token", "seen", ties="last", others_only=True,

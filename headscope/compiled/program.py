@@ -1,4 +1,4 @@
-"""Head programs: specifications of small exact models by what each head matches and moves."""
+"""Head programs: specifications of small exact models, head by head."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +21,10 @@ class Predicate:
     """Relation between query and key values that a head attends along.
 
     Attributes:
-        name: how it reads in a table of programs.
+        name: short description, shown in tables of programs.
         holds: ``(query value, key value) -> bool``.
-        distance: the fixed distance of an offset between positions; None for other predicates.
-            Rotary models have no position variable, but can express these.
+        distance: distance of a fixed position offset; None for other predicates. Rotary models have
+            no position variable but can express offsets.
     """
 
     name: str
@@ -52,10 +52,10 @@ def offset(distance: int) -> Predicate:
     """Select the key ``distance`` positions before the query.
 
     Args:
-        distance: 0 is the query's own position.
+        distance: number of positions to look back; 0 is the query's own position.
 
     Raises:
-        InputError: if it is not a whole number from 0 on.
+        InputError: if the distance is not a whole number of at least 0.
 
     Example:
         >>> hs.compiled.offset(1).matrix(2, 2).tolist()
@@ -81,8 +81,8 @@ def table(name: str, pairs: Mapping[int, Sequence[int]]) -> Predicate:
     """Select, for each query value, the key values listed for it.
 
     Args:
-        name: how it reads in a table of programs.
-        pairs: ``{query value: key values}``; a query value that is missing selects nothing.
+        name: short description, shown in tables of programs.
+        pairs: ``{query value: key values}``; missing query values select nothing.
 
     Example:
         >>> hs.compiled.table("swap", {0: [1], 1: [0]}).matrix(2, 2).tolist()
@@ -96,19 +96,20 @@ def table(name: str, pairs: Mapping[int, Sequence[int]]) -> Predicate:
 class Head:
     """Specification of one attention head.
 
-    The head selects the keys (up to the query, itself included) whose ``key`` variable satisfies
-    the predicate, averages their ``value`` variable, and writes it to a new variable ``output``.
+    The head selects the keys (up to and including the query) whose ``key`` variable satisfies the
+    predicate, averages their ``value`` variable, and writes the mean to a new variable ``output``.
 
     Attributes:
-        layer: where it stands.
-        query, key, value: variables it reads.
-        predicate: which keys it selects.
-        output: variable it writes.
+        layer: layer of the head.
+        query, key, value: variables that it reads.
+        predicate: relation that selects keys.
+        output: variable that it writes.
         ties: ``mean`` averages over all selected keys; ``last`` takes the latest (GPT-2 only);
-            ``largest`` averages over those whose key variable has the largest value.
-        default: what an empty selection attends to: ``first`` (position 0) or ``spread`` (all).
+            ``largest`` averages over those with the largest key value.
+        default: where the head attends if no key is selected: ``first`` (position 0) or ``spread``
+            (all).
         others_only: never select the query's own position (GPT-2 only).
-        role: what the field calls such a head, e.g. ``previous_token``; empty: no common name.
+        role: usual name of such a head, e.g. ``previous_token``; empty if there is none.
     """
 
     layer: int
@@ -124,7 +125,7 @@ class Head:
 
     @property
     def hard(self) -> bool:
-        """Whether the head always attends to a single key, for every text."""
+        """Whether the head attends to a single key on every text."""
         single = self.ties == "last" or self.predicate.distance is not None
         return single and self.default == "first"
 
@@ -134,12 +135,14 @@ class Lookup:
     """Specification of one MLP: a table from the values of some variables to a new variable.
 
     Attributes:
-        layer: where it stands; it sees what the heads of its layer wrote.
-        inputs: categorical variables it reads, or one numeric variable.
-        output: variable it writes.
+        layer: layer of the MLP; it reads the outputs of the heads in its layer.
+        inputs: categorical variables that it reads, or one numeric variable.
+        output: variable that it writes.
         size: number of values of the output.
-        maps: ``(value, ...) -> value``. Of a numeric input it gets the index of its interval.
-        cuts: ends of the intervals of a numeric input, increasing; empty for categorical inputs.
+        maps: ``(value, ...) -> value``; for a numeric input, the argument is the index of its
+            interval.
+        cuts: increasing boundaries between the intervals of a numeric input; empty for categorical
+            inputs.
     """
 
     layer: int
@@ -152,12 +155,12 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Feature:
-    """A variable that is a function of the token alone.
+    """A variable that is a function of the token.
 
     Attributes:
-        name: of the variable.
-        values: its value for every token id; numbers in [0, 1] where it is numeric.
-        size: number of values; 0 makes it numeric.
+        name: name of the variable.
+        values: value for every token id; numbers in [0, 1] if it is numeric.
+        size: number of values; 0 for a numeric variable.
     """
 
     name: str
@@ -170,18 +173,18 @@ class Program:
     """Heads and lookup tables over named variables.
 
     Every text begins with the BOS, token 0. The variables ``token``, ``position`` and ``one`` (a
-    constant) are given, and one for every feature.
+    constant) are predefined, and so is one for each feature.
 
     Attributes:
         name: of the program.
         tokens: number of token ids, the BOS included.
         length: longest text.
-        heads: in any order; several heads may share a layer.
-        outputs: variables whose values are token ids; the logits show the mean of their
+        heads: heads in any order; several may share a layer.
+        outputs: variables whose values are token ids; the logits represent the mean of their
             distributions.
         lookups: MLPs.
         features: variables that are functions of the token.
-        redundant: heads whose work other heads do as well, so that ablating one shows nothing.
+        redundant: heads whose function other heads duplicate, so ablating one has no effect.
 
     Raises:
         InputError: if a variable is unknown, read before it is written, or written twice.
@@ -199,7 +202,7 @@ class Program:
     def __post_init__(self) -> None:
         """Check that every variable is written once, before it is read."""
         if self.tokens < 2 or self.length < 2:
-            raise InputError(f"program {self.name!r} needs 2 tokens and 2 positions at least.")
+            raise InputError(f"program {self.name!r} needs at least 2 tokens and 2 positions.")
         known = {*EMBEDDED, *(feature.name for feature in self.features)}
         for feature in self.features:
             if len(feature.values) != self.tokens:
@@ -233,7 +236,7 @@ class Program:
         if distance is not None and distance > self.length:
             raise InputError(
                 f"the head that writes {head.output!r} of program {self.name!r} looks back "
-                f"{distance} positions, and texts have {self.length} behind the BOS."
+                f"{distance} positions, and texts have {self.length} after the BOS."
             )
 
     def _check_read(self, names: Sequence[str], known: set[str], reader: str) -> None:
@@ -265,7 +268,7 @@ class Program:
 
     @cached_property
     def addresses(self) -> Mapping[str, HeadIndex]:
-        """Address of every head, by the variable it writes; numbered in the order given."""
+        """Address of every head, by the variable it writes, numbered in the given order."""
         counts = dict.fromkeys(range(self.n_layers), 0)
         found = {}
         for head in self.heads:
@@ -285,9 +288,9 @@ class Interpretation:
 
     Attributes:
         variables: by name, the distribution over values at each position, ``[batch pos value]``;
-            a numeric variable has one number, ``[batch pos 1]``.
-        patterns: by head, what each query attends to, ``[batch query key]``; rows sum to 1.
-        output: distribution over tokens that the logits show, ``[batch pos token]``.
+            numeric variables have shape ``[batch pos 1]``.
+        patterns: by head, the attention pattern ``[batch query key]``; rows sum to 1.
+        output: output distribution over tokens, ``[batch pos token]``.
     """
 
     variables: Mapping[str, Float[np.ndarray, "batch pos value"]]
@@ -300,11 +303,11 @@ def interpret(program: Program, tokens: Int[np.ndarray, "batch pos"]) -> Interpr
     """Run a program.
 
     Args:
-        program: what to run.
+        program: program to run.
         tokens: ids; every text begins with the BOS (0).
 
     Raises:
-        InputError: if a text lacks the BOS, is too long or has unknown ids.
+        InputError: if a text lacks the BOS, is too long, or has unknown ids.
 
     Example:
         >>> from headscope.compiled.library import induction_program
@@ -404,11 +407,11 @@ def _looked_up(
 def _single(
     name: str, variables: Mapping[str, Float[np.ndarray, "batch pos value"]]
 ) -> Int[np.ndarray, "batch pos"]:
-    """Return the value of a variable that holds a single one everywhere."""
+    """Return the values of a variable that is a single value at every position."""
     if (variables[name].max(-1) < 1 - 1e-6).any():
         raise InputError(
-            f"variable {name!r} is a mixture of values here, and it is read as a single one: "
-            "let the head that writes it take ties='last'."
+            f"variable {name!r} is a mixture of values here but is read as a single value: use "
+            "ties='last' in the head that writes it."
         )
     values: Int[np.ndarray, "batch pos"] = variables[name].argmax(-1)
     return values

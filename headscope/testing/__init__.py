@@ -1,10 +1,10 @@
 """Conformance checks for models, scorers and interventions.
 
-In the manner of scikit-learn's estimator checks: each function takes an object, tries
-it, raises at the first thing that is wrong, and returns a report of what was checked.
+Like scikit-learn's estimator checks: each function takes an object, runs all checks on it, raises
+at the first failure, and returns a report.
 
-hs.testing.check_model(model)          # from hs.load, or whatever hs.load takes
-hs.testing.check_scorer(scorer)        # of hs.row_scorer and its like
+hs.testing.check_model(model)          # from hs.load, or anything hs.load accepts
+hs.testing.check_scorer(scorer)        # from hs.row_scorer or a similar decorator
 hs.testing.check_intervention(edit)    # a function from heads to an edit, or an edit
 """
 

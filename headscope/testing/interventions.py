@@ -36,29 +36,28 @@ def check_intervention(
 ) -> CheckReport:
     """Check that an intervention satisfies what passes, suffix replay and sweeps rely on.
 
-    Checked are, in this order, on random values and in a model:
+    The checks, in order, on random values and in a model:
 
-    ``declared``: a known site, and layers that the model has. ``shape``: shape, dtype and device
-    of the value stay. ``pure``: the input is left as it was, no global random state is used, the
-    same call gives the same bytes. ``finite``: finite values stay finite. ``other heads``: those
-    that were not named stay as they are, bit by bit; NaN in them spreads to no other head (of a
-    function from heads to an edit). ``pattern``: an edited pattern is not negative and its rows
-    sum to at most 1. ``batch size``, ``example order``, ``positions``: an example alone, in
-    another place or cut off at the front gives what it gives in the batch. ``padding``: values at
-    padding change no other. ``replay``: :func:`headscope.ablate_heads` measures what whole passes
-    do (of a function from heads to an edit).
+    ``declared``: a known site, and layers that the model has. ``shape``: shape, dtype and device of
+    the value stay. ``pure``: the input is left as it was, no global random state is used, the same
+    call gives the same bytes. ``finite``: finite values stay finite. ``other heads``: heads that
+    were not named stay bit-identical, and NaN in them does not spread to other heads (for functions
+    from heads to an edit). ``pattern``: an edited pattern is not negative and its rows sum to at
+    most 1. ``batch size``, ``example order``, ``positions``: an example gives the same result
+    alone, at another place in the batch, or without its first positions. ``padding``: values at
+    padding do not affect others. ``replay``: :func:`headscope.ablate_heads` agrees with full passes
+    (for functions from heads to an edit).
 
     Args:
-        intervention: a value such as ``hs.interventions.Zero()``, or a function from heads to an
-            edit, such as ``hs.edits.zero``, as :func:`headscope.ablate_heads` takes them for
-            ``method``; or one edit. What it needs for
-            its batch (donors, positions) has to fit two examples of the bundled model.
-        model: default: the bundled model.
-        raises: raise at the first failure; else go on and list it in the report.
-        seed: of the values and texts.
+        intervention: a value such as ``hs.interventions.Zero()`` or a function from heads to an
+            edit such as ``hs.edits.zero``, as for ``method`` of :func:`headscope.ablate_heads`; or
+            a single edit. Its donors and positions must fit two examples of the bundled model.
+        model: model to test in. Default: the bundled model.
+        raises: raise at the first failure; if False, continue and list failures in the report.
+        seed: seed for values and texts.
 
     Raises:
-        CheckError: with the check and the difference.
+        CheckError: at the first failed check, with its name and the difference.
 
     Example:
         >>> import headscope as hs
@@ -74,7 +73,7 @@ def check_intervention(
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """An intervention and the values that it is tried on."""
+    """An intervention with the values that it is tested on."""
 
     intervention: Any
     model: HeadModel
@@ -82,7 +81,7 @@ class _Case:
 
     @cached_property
     def heads(self) -> tuple[HeadIndex, ...]:
-        """Heads that are named to a function from heads to an edit."""
+        """Heads passed to a function from heads to an edit."""
         layers = self.model.shape.attention_layers
         return (HeadIndex(layers[0], 1), HeadIndex(layers[-1], 0))
 
@@ -95,7 +94,7 @@ class _Case:
 
     @cached_property
     def maker(self) -> Any:
-        """What makes edits of heads; the edit itself where one was given."""
+        """Function that makes an edit for heads, or the edit itself if one was given."""
         given = self.intervention
         if not isinstance(given, Intervention):
             return given
@@ -104,7 +103,7 @@ class _Case:
 
     @property
     def makes_edits(self) -> bool:
-        """Whether heads can be named to it."""
+        """Whether the intervention takes heads."""
         return not isinstance(self.intervention, AnyEdit)
 
     @cached_property
@@ -119,12 +118,12 @@ class _Case:
 
     @cached_property
     def layer(self) -> int:
-        """A layer that it touches."""
+        """A layer that the edit applies to."""
         return min(self.edit.layers)
 
     @cached_property
     def value(self) -> Tensor:
-        """Values of the site for two examples; causal rows where it is the pattern."""
+        """Values of the site for two examples; causal rows for the pattern."""
         shape, length = self.model.shape, self.probe.length
         shared = self.edit.site in ("key", "value")
         heads = shape.n_kv_heads if shared else shape.n_heads
@@ -167,18 +166,18 @@ def _shape(case: _Case) -> None:
 def _pure(case: _Case) -> None:
     given, state = case.value.clone(), torch.get_rng_state()
     first = case(given).clone()
-    ensure(torch.equal(given, case.value), "it writes to the value that it is given.")
+    ensure(torch.equal(given, case.value), "it modifies the value that it is given.")
     ensure(torch.equal(state, torch.get_rng_state()), "it draws from torch's global random state.")
     ensure(torch.equal(first, case()), "two calls give two results.")
 
 
 def _finite(case: _Case) -> None:
-    ensure(bool(case().isfinite().all()), "it makes NaN or infinite values of finite ones.")
+    ensure(bool(case().isfinite().all()), "it turns finite values into NaN or infinity.")
 
 
 def _other_heads(case: _Case) -> None:
     if not case.makes_edits:
-        raise UnsupportedModelError("an edit does not say which heads it means.")
+        raise UnsupportedModelError("a single edit does not name its heads.")
     axis = case.axes[0]
     group = case.value.shape[axis]
     named = {head.head for head in case.heads if head.layer == case.layer}
@@ -243,7 +242,7 @@ def _padding(case: _Case) -> None:
 @torch.no_grad()
 def _replay(case: _Case) -> None:
     if not case.makes_edits:
-        raise UnsupportedModelError("replay is asked of functions from heads to an edit.")
+        raise UnsupportedModelError("replay applies to functions from heads to an edit.")
     probe, model = case.probe, case.model
     effect = ablate_heads(
         model, probe, metrics.loss, case.intervention, heads=case.heads, progress=False
@@ -264,7 +263,7 @@ def _replay(case: _Case) -> None:
 
 
 def _seen_in(layers: set[int]) -> Callable[[TapView], None]:
-    """A reader that notes which layers it saw."""
+    """Reader that records which layers it saw."""
     return lambda view: layers.add(view.layer)
 
 

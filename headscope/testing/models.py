@@ -51,10 +51,11 @@ from headscope.testing.report import (
 )
 from headscope.testing.stacks import check_stacks, refuse_nan
 
-# Texts are at least this long, and longer than any window of the model that is not huge.
+# Texts are at least this long, and longer than any window of moderate size.
 _LENGTH, _LONGEST = 72, 256
-# Share of the largest number that rounding may come to: fp32's, amplified two thousandfold by deep
-# stacks of wide random weights. Rows and scores are fp32 whatever the model's type.
+# Rounding tolerance, relative to the largest number: fp32 rounding, amplified two thousandfold by
+# deep stacks of wide random weights. Rows and scores are fp32 for models of any dtype. stacks of
+# wide random weights. Rows and scores are fp32 whatever the model's type.
 _TOLERANCE = {torch.float32: 2.5e-4, torch.float64: 2.5e-4}
 _HALF_TOLERANCE = 0.1
 
@@ -63,9 +64,9 @@ _HALF_TOLERANCE = 0.1
 def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckReport:
     """Check headscope's view of a model against plain eager attention and hooks.
 
-    The model is run plainly beside it: on its own eager attention, with torch's own hooks, on
-    random texts longer than its windows (72 to 256 tokens); an encoder-decoder on random sources
-    and targets, all its stacks and what can be asked of them. Checked are, in this order:
+    The reference is the model run on its own eager attention with plain torch hooks, on random
+    texts longer than its windows (72 to 256 tokens). Encoder-decoders run on random sources and
+    targets, with the checks that apply to each stack. The checks, in order:
 
     ``shape``: layers, heads and head sizes are those of the attention calls. ``logits``: as the
     model's own, watched or not. ``rows``: attention of every layer and head, whole and in chunks.
@@ -80,16 +81,17 @@ def check_model(model: Any, *, raises: bool = True, seed: int = 0) -> CheckRepor
     a pass and after one that fails. ``not a number``: is refused.
 
     Args:
-        model: from :func:`headscope.load`, or whatever that takes.
-        raises: raise at the first failure; else go on and list it in the report.
-        seed: of the texts.
+        model: model from :func:`headscope.load`, or anything that it accepts.
+        raises: raise at the first failure; if False, continue and list failures in the report.
+        seed: seed for the texts.
 
     Returns:
-        Every check: passed, limited (what it asks for is refused, and why) or failed.
+        A report of every check: passed, limited (not supported by the model, with the reason) or
+        failed.
 
     Raises:
-        CheckError: with the check and the difference.
-        HeadscopeError: from :func:`headscope.load`, where the model is refused.
+        CheckError: at the first failed check, with its name and the difference.
+        HeadscopeError: if :func:`headscope.load` refuses the model.
 
     Example:
         >>> import headscope as hs
@@ -154,9 +156,9 @@ class _Subject:
 
     def __init__(self, model: HeadModel, module: Any, seed: int) -> None:
         self.model = model
-        wrapped: Any = model  # a module is no part of the protocol, and both kinds have one
+        wrapped: Any = model  # module is not part of the protocol, but both implementations have it
         self.inside: Any = wrapped.module
-        # Without logits what is compared is what the body says, its last hidden states.
+        # Without logits, the last hidden states are compared.
         headless = "logits" in model.limits
         self.module: Any = self.inside if module is None else module
         self.module = getattr(model, "speaker", self.module) if headless else self.module
@@ -166,7 +168,7 @@ class _Subject:
 
     @cached_property
     def tokens(self) -> Int[Tensor, "batch pos"] | Float[Tensor, "batch channel height width"]:
-        """Two random texts, without the lowest ids, where special tokens often are; or images."""
+        """Two random texts, without the lowest ids, which are often special tokens; or images."""
         if self.reads_images:
             pixels = probes.random_images(self.model, 2, seed=self.seed).inputs[PIXELS]
             return pixels.to(self.model.device, self.model.dtype)
@@ -174,7 +176,9 @@ class _Subject:
         length = max([_LENGTH, *(2 * window + 3 for window in windows)])
         length = min(length, _LONGEST, self.model.shape.n_ctx or _LONGEST)
         turns_at = self.model.shape.turns_at
-        if turns_at is not None and turns_at > _LENGTH // 2:  # padded texts turn as whole ones do
+        if (
+            turns_at is not None and turns_at > _LENGTH // 2
+        ):  # padded texts rotate like unpadded ones
             length = min(length, turns_at)
         generator = torch.Generator().manual_seed(self.seed)
         d_vocab = min(self.model.shape.d_vocab, self.model.shape.d_vocab_out or 1 << 62)
@@ -193,14 +197,14 @@ class _Subject:
 
     @property
     def probe(self) -> Probe:
-        """The examples as a probe without targets of its own."""
+        """The examples as a probe without explicit targets."""
         if self.reads_images:
             inputs = {PIXELS: self.tokens.float().cpu()}
             return probes.from_batch(inputs, model=self.model)
         return probes.from_tokens(self.tokens.cpu())
 
     def own(self, module: Any) -> Tensor:
-        """Output of the module itself."""
+        """Output of the plain module."""
         inputs = {name_of(self.tokens): self.tokens, **_no_cache(self)}
         return by_position(answer(module(**inputs)))
 
@@ -248,9 +252,9 @@ class _Subject:
 
     @property
     def by_reader(self) -> bool:
-        """Whether the output projection reads head outputs, unlike attention's own output.
+        """Whether head outputs are read by the output projection and not returned by attention.
 
-        So it is with a gate or a norm in between, and where attention is not a function of its own.
+        True if a gate or a norm is in between, or attention is not a separate function.
         """
         return "values" in self.model.limits or not self.clean.calls
 
@@ -258,7 +262,7 @@ class _Subject:
         """Module with a matrix that reads the head outputs of a layer, found by its input.
 
         Raises:
-            UnsupportedModelError: if none does, as with a gate or a norm in between.
+            UnsupportedModelError: if there is none, e.g. because of a gate or a norm in between.
         """
         wanted = flat_heads(self.seen.z[layer])
         for module, given in self.sites.inputs.items():
@@ -267,7 +271,7 @@ class _Subject:
             if is_matrix and _equal(given, wanted, self.tolerance):
                 return module
         raise UnsupportedModelError(
-            f"no matrix of {self.model.name} reads the head outputs of layer {layer} as they are."
+            f"no matrix of {self.model.name} reads the head outputs of layer {layer} unchanged."
         )
 
     @cached_property
@@ -323,7 +327,7 @@ def _shape(subject: _Subject) -> None:
 
 @torch.no_grad()
 def _logits(subject: _Subject) -> None:
-    """Watched or not, as the model's own."""
+    """Logits match the model's own, with and without readers."""
     own = subject.own(subject.module)
     agree(subject.clean.logits, own, subject.tolerance, "logits of its own eager attention")
     agree(subject.run(subject.tokens), own, subject.tolerance, "logits")
@@ -337,7 +341,7 @@ def _logits(subject: _Subject) -> None:
 
 @torch.no_grad()
 def _rows(subject: _Subject) -> None:
-    """As plain eager attention; whole and in chunks."""
+    """Rows match plain eager attention, whole and in chunks."""
     for layer, pattern in zip(subject.layers, subject.clean.patterns, strict=True):
         rows = subject.seen.patterns[layer]
         agree(rows, pattern.float(), subject.tolerance, f"attention rows of layer {layer}")
@@ -349,9 +353,9 @@ def _rows(subject: _Subject) -> None:
 
 
 def _outputs(subject: _Subject) -> None:
-    """``z`` of every layer as plain eager attention gives it, or as the projection reads it.
+    """``z`` of every layer matches plain eager attention, or the projection's input.
 
-    The two differ where a gate or a norm stands in between, which ``model.limits`` says.
+    The two differ if a gate or a norm is in between, as recorded in ``model.limits``.
     """
     for layer in subject.layers if subject.by_reader else ():
         subject.reader(layer)
@@ -361,7 +365,7 @@ def _outputs(subject: _Subject) -> None:
 
 
 def _values(subject: _Subject) -> None:
-    """Rows times values are head outputs."""
+    """Rows times values give head outputs."""
     if "values" in subject.model.limits:
         raise UnsupportedModelError(subject.model.limits["values"])
     for layer, pattern in zip(subject.layers, subject.clean.patterns, strict=True):
@@ -375,7 +379,7 @@ def _values(subject: _Subject) -> None:
 
 @torch.no_grad()
 def _zero_ablation(subject: _Subject) -> None:
-    """One head's output at 0, in a pass and by suffix replay."""
+    """Zeroing one head's output has the same effect in a full pass and by suffix replay."""
     without = {head: subject.zeroed((head,)).logits for head in subject.some_heads}
     for head, expected in without.items():
         actual = subject.run(subject.tokens, edits=(zero(head),))
@@ -387,20 +391,20 @@ def _zero_ablation(subject: _Subject) -> None:
     if subject.reads_images:
         targets = torch.full_like(probe.targets, -1)
         targets[:, 0] = torch.arange(len(probe)) % max(1, subject.model.shape.n_logits)
-    else:  # any targets do, also of an encoder: the tokens that follow
+    else:  # any targets work, also for an encoder: use the next tokens
         targets = next_tokens(probe.tokens, torch.ones_like(probe.real))
     probe = replace(probe, targets=targets, next_token=False)
     try:
         effect = ablate_heads(
             subject.model, probe, metrics.loss, "zero", heads=subject.some_heads, progress=False
         )
-    except HeadscopeError as refusal:  # it holds replay against a whole pass by itself
+    except HeadscopeError as refusal:  # ablate_heads itself checks replay against a full pass
         raise UnsupportedModelError(str(refusal)) from refusal
     clean = _loss(subject.clean.logits, targets)
     for head, logits in without.items():
         change = float(_loss(logits, targets) - clean)
         measured = torch.tensor(float(effect.mean[head.layer, head.head]))
-        # A loss is a difference of logits, so that their rounding is its scale.
+        # A loss is a difference of logits, so their magnitude sets the rounding scale.
         scale = subject.clean.logits.abs().max().clamp_min(1.0).double().cpu()
         agree(
             measured / scale,
@@ -411,7 +415,7 @@ def _zero_ablation(subject: _Subject) -> None:
 
 
 def _moved_embedding(subject: _Subject, without: Mapping[HeadIndex, Tensor]) -> None:
-    """The same of a model without logits: how far the mean of its last states moves."""
+    """The same for a model without logits: the shift of its mean last state."""
     effect = ablate_heads(
         subject.model,
         subject.probe,
@@ -424,7 +428,7 @@ def _moved_embedding(subject: _Subject, without: Mapping[HeadIndex, Tensor]) -> 
     for head, states in without.items():
         moved = (states.float().mean(1) - clean).norm(dim=1).mean()
         measured = torch.tensor(float(effect.mean[head.layer, head.head]))
-        agree(measured, moved, subject.tolerance, f"what ablating {head} moves the embedding by")
+        agree(measured, moved, subject.tolerance, f"shifts of the embedding by ablating {head}")
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -435,7 +439,7 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _write(subject: _Subject) -> None:
-    """Without a head, some site of the residual stream changes by ``z @ W_O``."""
+    """Zeroing a head changes some site of the residual stream by ``z @ W_O``."""
     if "linear_write" in subject.model.limits:
         raise UnsupportedModelError(subject.model.limits["linear_write"])
     for head in subject.some_heads:
@@ -456,8 +460,8 @@ def _write(subject: _Subject) -> None:
         )
         ensure(
             found <= subject.tolerance,
-            f"what {head} adds to the residual stream is not z @ W_O: the site that is nearest "
-            f"to it differs by {found:.2g}.",
+            f"what {head} adds to the residual stream is not z @ W_O: the closest site differs by "
+            f"{found:.2g}.",
         )
 
 
@@ -474,9 +478,9 @@ def _block(subject: _Subject, layer: int) -> nn.Module:
 def _residual_sites(
     subject: _Subject, layer: int, without: Sites
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Values inside a block, with and without an edit, that are not just the attention's output.
+    """Values inside a block with and without an edit, except the attention output itself.
 
-    The attention's output itself would change by ``z @ W_O`` whatever comes after it.
+    The attention output would change by ``z @ W_O`` in any model.
     """
     clean, block = subject.sites, _block(subject, layer)
     written = clean.outputs[subject.reader(layer)]
@@ -487,7 +491,7 @@ def _residual_sites(
 
 
 def _equal(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether two tensors hold the same numbers, however their axes are split."""
+    """Whether two tensors hold the same numbers, regardless of shape."""
     same_size = actual.numel() == expected.numel()
     return same_size and relative_gap(actual.reshape(expected.shape), expected) <= tolerance
 
@@ -502,7 +506,7 @@ def _unembedding(subject: _Subject) -> None:
     ensure(everything.final is not None, "the last residual stream was never shown.")
     assert everything.final is not None  # noqa: S101  for the type checker
     own = subject.clean.logits
-    # Of an image the first position alone is read.
+    # For images, only the first position is read.
     logits = subject.model.unembedding.logits(everything.final)[:, : own.shape[1]]
     agree(logits[..., : own.shape[-1]], own.float(), subject.tolerance, "logits of the unembedding")
 
@@ -523,7 +527,7 @@ def _attribution(subject: _Subject) -> None:
 
 @torch.no_grad()
 def _ov(subject: _Subject) -> None:
-    """What one input adds to ``z @ W_O`` is its product with the OV circuit."""
+    """The contribution of one input to ``z @ W_O`` is its product with the OV circuit."""
     layers = sorted({head.layer for head in subject.some_heads})
     factors = circuits.ov(subject.model, fold_norm=False, layers=layers)
     unit = _unit_inputs(subject)
@@ -545,10 +549,10 @@ def _ov(subject: _Subject) -> None:
 def _after_norm(
     subject: _Subject, layer: int, write: Float[Tensor, "pos d_model"]
 ) -> Float[Tensor, "pos d_model"]:
-    """Directions of writes behind the norm that follows attention, whose scale weights do not know.
+    """Directions of writes after the norm that follows attention, whose scale is not in the weights.
 
     Raises:
-        UnsupportedModelError: if no module reads just what the output projection returns.
+        UnsupportedModelError: if no module reads exactly the output projection's output.
     """
     reader = subject.reader(layer)
     for module, given in subject.sites.inputs.items():
@@ -559,14 +563,14 @@ def _after_norm(
             normed: Tensor = (module(value) - module(torch.zeros_like(value)))[0].float()
             return nn.functional.normalize(normed, dim=-1)
     raise UnsupportedModelError(
-        f"no norm of {subject.model.name} reads just what attention of layer {layer} writes."
+        f"no norm of {subject.model.name} reads exactly what attention of layer {layer} writes."
     )
 
 
 def _qk(subject: _Subject) -> None:
     """Scores of single inputs are their products with the QK circuit at that distance.
 
-    Over what norms on queries and keys divide by at these inputs, where there are such norms.
+    If queries and keys are normed, they are divided by the norms' scales at these inputs.
     """
     unit, length = _unit_inputs(subject), subject.length
     layers = sorted({head.layer for head in subject.some_heads})
@@ -591,7 +595,7 @@ def _qk(subject: _Subject) -> None:
 def _held_scales(
     subject: _Subject, layer: int, unit: Tensor
 ) -> tuple[Float[Tensor, "pos head"], Float[Tensor, "pos kv_head"]]:
-    """Numbers between products of weights and the model's own queries and keys at some inputs."""
+    """Scales between products of weights and the model's own queries and keys at some inputs."""
     between, weights = subject.model.parts.query_key(layer), subject.model.weights(layer)
     found = []
     for norm, multiplier, weight, bias in (
@@ -605,7 +609,7 @@ def _held_scales(
 
 
 def _unit_inputs(subject: _Subject) -> Float[Tensor, "batch pos d_model"]:
-    """Random inputs of an attention layer, of about unit size each."""
+    """Random inputs of an attention layer, of roughly unit size."""
     generator = torch.Generator().manual_seed(subject.seed + 1)
     shape = (2, subject.length, subject.model.shape.d_model)
     value = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
@@ -614,11 +618,11 @@ def _unit_inputs(subject: _Subject) -> Float[Tensor, "batch pos d_model"]:
 
 
 def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
-    """One layer's attention call when its module is given other inputs."""
+    """One layer's attention call when its module gets other inputs."""
     if not subject.clean.calls:
         raise UnsupportedModelError(
-            f"the plain attention of {subject.model.name} does not show its queries and keys, so "
-            "its circuits are held against transformer-lens alone."
+            f"the plain attention of {subject.model.name} does not expose its queries and keys, so "
+            "its circuits are only checked against transformer-lens."
         )
     place = subject.layers.index(layer)
     module = subject.clean.calls[place].module
@@ -630,7 +634,7 @@ def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
         )
 
     def replace(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if args:  # ctrl gives it three times: for values, keys and queries
+        if args:  # ctrl passes it three times: for values, keys and queries
             return tuple(given if one is args[0] else one for one in args), kwargs
         return args, kwargs | {"hidden_states": given}
 
@@ -639,7 +643,7 @@ def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
 
 @torch.no_grad()
 def _pruning(subject: _Subject) -> None:
-    """The smaller model is the whole one with these heads' outputs at 0."""
+    """The pruned model equals the full model with these heads' outputs at 0."""
     smaller: Any = prune(subject.model, subject.some_heads)
     headless = "logits" in subject.model.limits
     logits = subject.own(body_of(smaller) if headless else smaller)
@@ -649,7 +653,7 @@ def _pruning(subject: _Subject) -> None:
 
 @torch.no_grad()
 def _padding(subject: _Subject, side: str) -> None:
-    """Real positions give what they give without padding."""
+    """Real positions are unaffected by padding."""
     if (reason := subject.model.limits.get("text")) is not None:
         raise UnsupportedModelError(reason)
     length = subject.tokens.shape[1]
@@ -673,7 +677,7 @@ def _padding(subject: _Subject, side: str) -> None:
 
 @torch.no_grad()
 def _batch_size(subject: _Subject) -> None:
-    """One example gives alone, and in another place of the batch, what it gives in a batch."""
+    """An example gives the same results alone and at any place in a batch."""
     seen = subject.seen
     for order in ([1], [1, 0]):
         one = _Everything(wants_values=False)
@@ -690,7 +694,7 @@ def _batch_size(subject: _Subject) -> None:
 
 
 def _scores(subject: _Subject) -> None:
-    """Scores of rows are what whole patterns give; every default score is in its bounds."""
+    """Row scores match those from whole patterns, and every default score is within its bounds."""
     probe, grid = subject.probe, grid_of(subject.model.stacks)
     one = "previous_token" if grid is None else "current_token"
     table = score(subject.model, probe, [one, "entropy"], progress=False)
@@ -723,7 +727,7 @@ def _entropy(rows: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batc
 
 @torch.no_grad()
 def _hooks(subject: _Subject) -> None:
-    """A hook of the model's owner acts during every pass and stays."""
+    """A user's hook is called in every pass and is not removed."""
     calls: list[int] = []
 
     def louder(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -734,8 +738,8 @@ def _hooks(subject: _Subject) -> None:
         embeddings = {m.get_input_embeddings() for m in (subject.module, subject.inside)}
     except NotImplementedError:
         raise UnsupportedModelError(
-            f"{type(subject.module).__name__} does not say which module its embedding is "
-            "(get_input_embeddings), which this check puts a hook on."
+            f"{type(subject.module).__name__} has no get_input_embeddings, which this check needs "
+            "to hook the embedding."
         ) from None
     with hooked(embeddings, louder):
         plain = subject.plain.run(subject.tokens)
@@ -795,7 +799,7 @@ def _training(module: nn.Module) -> Iterator[None]:
 
 
 def _state(subject: _Subject) -> Any:
-    """What a pass must leave as it was, as one value that can be compared."""
+    """State that a pass must not change, as one comparable value."""
     parts = [*subject.module.named_modules(), *subject.inside.named_modules()]
     return (
         [(name, part.training, sorted(part.__dict__), _hook_counts(part)) for name, part in parts],
@@ -809,10 +813,19 @@ def _hook_counts(part: nn.Module) -> tuple[int, ...]:
 
 
 def _not_a_number(subject: _Subject) -> None:
-    """A model whose weights hold a NaN is refused, and comparisons do not pass by one."""
+    """A model with NaN weights is refused, and NaN does not pass comparisons."""
     nan = torch.tensor([float("nan")])
-    ensure(not relative_gap(nan, torch.zeros(1)) <= 1.0, "a comparison passes by NaN.")
-    refuse_nan(subject.module, subject.reader(subject.layers[-1]))
+    ensure(not relative_gap(nan, torch.zeros(1)) <= 1.0, "a comparison with NaN passes.")
+    broken = copy.deepcopy(subject.module)
+    names = {module: name for name, module in subject.module.named_modules()}
+    name = names[subject.reader(subject.layers[-1])]
+    with torch.no_grad():
+        broken.get_submodule(name).weight.fill_(float("nan"))
+    try:
+        load(broken)
+    except HeadscopeError:
+        return
+    raise CheckError("NaN weights are accepted.")
 
 
 _CHECKS: tuple[tuple[str, Callable[[_Subject], None]], ...] = (

@@ -1,6 +1,6 @@
-"""A transformers model run plainly: its own eager attention and torch's own hooks.
+"""Reference runs of a transformers model: its own eager attention and plain torch hooks.
 
-Nothing here uses how headscope runs a model, so that the two can be held against each other.
+Nothing here shares code with headscope's own way to run models, so the two can be compared.
 """
 
 import sys
@@ -22,13 +22,15 @@ from headscope.models.running import answer
 from headscope.testing.report import relative_gap
 
 _NAME = "headscope_plain"
-_OWN = "eager_attention_forward"  # what transformers' model files call their plain attention
+_OWN = (
+    "eager_attention_forward"  # name of the eager attention function in transformers' model files
+)
 _RUN: ContextVar["PlainRun | None"] = ContextVar("headscope_plain_run", default=None)
 
 
 @dataclass(frozen=True, eq=False)
 class PlainCall:
-    """One layer's attention as the model's own eager function computed it.
+    """One layer's attention, computed by the model's own eager function.
 
     Attributes:
         module: the attention module that called it.
@@ -48,10 +50,10 @@ class PlainRun:
     """One plain pass.
 
     Attributes:
-        zeroed: heads whose output is set to 0, by the number of the attention call.
-        calls: what attention did, in order; empty where a family does not call a plain function.
+        zeroed: heads whose output is set to 0, by index of the attention call.
+        calls: attention calls in order; empty if a family has no separate attention function.
         patterns: attention probabilities of every attention layer, in order.
-        logits: of every position.
+        logits: logits at every position.
     """
 
     zeroed: Mapping[int, list[int]] = field(default_factory=dict)
@@ -61,12 +63,12 @@ class PlainRun:
 
 
 def name_of(given: Tensor) -> str:
-    """What a model calls its input: token ids, or images."""
+    """Name of a model's input argument, for token ids or images."""
     return "pixel_values" if given.ndim == 4 else "input_ids"
 
 
 def by_position(said: Tensor) -> Float[Tensor, "batch pos width"]:
-    """What a model says, by position; of a whole image at one."""
+    """Model output by position; for an image classifier, a single position."""
     return said[:, None] if said.ndim == 2 else said
 
 
@@ -74,7 +76,7 @@ class PlainModel:
     """A transformers model on its own eager attention.
 
     Args:
-        module: the model; left as it was after every pass.
+        module: model; its state is restored after every pass.
     """
 
     def __init__(self, module: Any) -> None:
@@ -99,8 +101,8 @@ class PlainModel:
         Args:
             tokens: token ids, or images.
             real: False at padding; None means no padding.
-            zeroed: heads whose output becomes 0, by the number of the attention call.
-            hooks: forward pre-hooks (called with keyword arguments) for the length of the pass.
+            zeroed: heads whose output is set to 0, by index of the attention call.
+            hooks: forward pre-hooks (called with keyword arguments) for the duration of the pass.
         """
         inputs: dict[str, Any] = {name_of(tokens): tokens}
         if "use_cache" in self.accepts:
@@ -119,7 +121,7 @@ class PlainModel:
         zeroed: Mapping[int, list[int]] | None = None,
         hooks: Mapping[nn.Module, Callable[..., Any]] | None = None,
     ) -> PlainRun:
-        """Run the model once on named inputs; the rest as :meth:`run` takes it."""
+        """Run the model once on named inputs; see :meth:`run` for the other arguments."""
         run = PlainRun(zeroed or {})
         with ExitStack() as stack:
             for module, hook in (hooks or {}).items():
@@ -135,7 +137,7 @@ class PlainModel:
     def _shown(
         self, inputs: Mapping[str, Any], hooks: Mapping[nn.Module, Callable[..., Any]]
     ) -> list[Tensor]:
-        """Patterns that the model itself returns, where it calls no plain function."""
+        """Patterns returned by the model itself, if it has no separate attention function."""
         with ExitStack() as stack:
             for module, hook in hooks.items():
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -159,7 +161,7 @@ class PlainModel:
 
 
 def _register() -> None:
-    """Enter the plain attention into transformers' registry, with eager masks."""
+    """Register plain attention in transformers' registry, with eager masks."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -175,11 +177,11 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The eager function of the model's own file, noted; see transformers' AttentionInterface."""
+    """Call the model's own eager function and record it; see transformers' AttentionInterface."""
     own = getattr(sys.modules[type(module).__module__], _OWN, None)
     if own is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} comes with no plain attention to be held against."
+            f"{type(module).__name__} has no eager attention to compare with."
         )
     output, pattern = own(module, query, key, value, attention_mask, **kwargs)
     run = _RUN.get()
@@ -198,10 +200,10 @@ def _rows(
     value: Float[Tensor, "batch kv_head key d_value"],
     z: Float[Tensor, "batch query head d_value"],
 ) -> Float[Tensor, "batch head query key"]:
-    """Rows by which values are really averaged.
+    """Rows that were effectively applied to the values.
 
-    Some families return the softmax alone and scale each row's average by what a learned sink
-    leaves of it (granite_swa): one factor a row, read off from ``z``.
+    Some families return only the softmax and scale each row's average by the share that a learned
+    sink leaves (granite_swa): one factor per row, recovered from ``z``.
     """
     repeated = value.repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
     average = (pattern.float() @ repeated.float()).transpose(1, 2)
@@ -224,10 +226,10 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[N
 
 
 class Sites:
-    """What went into and came out of every module of one pass, for those that give tensors.
+    """Inputs and outputs of every module in one pass, where these are tensors.
 
     Attributes:
-        inputs, outputs: first tensor that a module was given, and that it gave.
+        inputs, outputs: first input tensor and first output tensor of each module.
     """
 
     def __init__(self) -> None:
@@ -236,7 +238,7 @@ class Sites:
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        """Watch every part of a module."""
+        """Record every submodule of a module."""
         with ExitStack() as stack:
             for part in module.modules():
                 stack.callback(part.register_forward_hook(self._note, with_kwargs=True).remove)
@@ -254,5 +256,5 @@ class Sites:
 
 
 def flat_heads(z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos width"]:
-    """Head outputs side by side, as an output projection reads them."""
+    """Concatenated head outputs, as read by an output projection."""
     return rearrange(z, "batch pos head d_head -> batch pos (head d_head)")

@@ -14,7 +14,7 @@ Subject = TypeVar("Subject")
 
 
 class CheckError(HeadscopeError):
-    """A model, scorer or intervention does not do what headscope relies on."""
+    """Raised when a model, scorer or intervention fails a check."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Check:
     """One check with its outcome.
 
     Attributes:
-        name: of the check.
-        verdict: ``passed``; ``limited``: what it asks for is refused, with a reason; ``failed``.
-        reason: one sentence why it is limited or failed; empty where it passed.
+        name: name of the check.
+        verdict: ``passed``, ``limited`` (not supported, with a reason) or ``failed``.
+        reason: one sentence on why it is limited or failed; empty if it passed.
     """
 
     name: str
@@ -38,7 +38,7 @@ class CheckReport:
 
     Attributes:
         subject: name of what was checked.
-        checks: one entry a check.
+        checks: one entry per check.
     """
 
     subject: str
@@ -64,7 +64,7 @@ class CheckReport:
         return not self.failed
 
     def __str__(self) -> str:
-        """A line for the whole, and one for each check that did not simply pass."""
+        """Format a summary line, and a line for each check that did not pass."""
         told = [check for check in self.checks if check.verdict != "passed"]
         head = f"{self.subject}: {len(self.passed)} of {len(self.checks)} checks passed"
         return "\n".join([head, *(f"  {c.name}: {c.verdict}: {c.reason}" for c in told)])
@@ -81,14 +81,14 @@ def run_checks(
 
     Args:
         subject: name of what is checked.
-        given: what every check is called with.
+        given: argument of every check.
         checks: names and functions; a function that returns has passed, one that raises
             :class:`~headscope.errors.UnsupportedModelError` does not apply, one that raises
             anything else has failed.
-        raises: raise at the first failure, instead of going on.
+        raises: raise at the first failure instead of continuing.
 
     Raises:
-        CheckError: with the subject, the check and what differed.
+        CheckError: at the first failure, with the subject, the check and the difference.
     """
     found = []
     for name, check in checks:
@@ -96,7 +96,7 @@ def run_checks(
             check(given)
         except UnsupportedModelError as refusal:
             found.append(Check(name, "limited", str(refusal)))
-        except Exception as error:  # what is checked may break in any way
+        except Exception as error:  # the subject may fail in any way
             found.append(Check(name, "failed", _told(error)))
             if raises:
                 raise CheckError(f"{subject} fails the check {name!r}: {_told(error)}") from error
@@ -116,8 +116,8 @@ def _told(error: Exception) -> str:
 def relative_gap(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest expected number (at least 1).
 
-    Infinite where shapes differ or a number is not finite on one side only, so that no comparison
-    with a tolerance passes by NaN.
+    Infinite if shapes differ or a number is non-finite on one side only, so NaN never passes a
+    comparison with a tolerance.
     """
     if actual.shape != expected.shape:
         return float("inf")
@@ -134,7 +134,7 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None
     """Raise unless two tensors agree up to a tolerance.
 
     Raises:
-        CheckError: with the difference.
+        CheckError: if they differ, with the difference.
     """
     if actual.shape != expected.shape:
         raise CheckError(
@@ -142,14 +142,14 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None
         )
     difference = relative_gap(actual, expected)
     if not difference <= tolerance:
-        raise CheckError(f"{what} differ by {difference:.2g} (allowed: {tolerance:.2g}).")
+        raise CheckError(f"{what} differ by {difference:.2g} (tolerance: {tolerance:.2g}).")
 
 
 def ensure(holds: bool, otherwise: str) -> None:
     """Raise unless a condition holds.
 
     Raises:
-        CheckError: with what is the case otherwise.
+        CheckError: with the given message, if it does not.
     """
     if not holds:
         raise CheckError(otherwise)

@@ -43,8 +43,8 @@ def check_scorer(
 ) -> CheckReport:
     """Check that a scorer satisfies what the engine and its users rely on.
 
-    It is called on one made-up layer with peaky attention, whose numbers depend on the tokens and
-    their distances alone. Checked are, in this order:
+    The scorer is called on a synthetic layer with peaky attention that depends only on the tokens
+    and their distances. The checks, in order:
 
     ``declared``: unit, bounds and selected queries make sense. ``shape``: ``[batch head query]``,
     a number per query. ``finite``: NaN where a value is missing, never infinite, and some value
@@ -56,14 +56,14 @@ def check_scorer(
     the same value when the others are not read.
 
     Args:
-        scorer: from :func:`headscope.row_scorer` and its like.
-        probe: what to call it on, at least two examples; default: the kind that it is meant for,
-            for the bundled model. A scorer of weights takes none.
-        raises: raise at the first failure; else go on and list it in the report.
-        seed: of the layer.
+        scorer: scorer from :func:`headscope.row_scorer` or a similar decorator.
+        probe: probe to call the scorer on, with at least two examples. Default: the scorer's
+            default probe for the bundled model. Not used by weight scorers.
+        raises: raise at the first failure; if False, continue and list failures in the report.
+        seed: seed for the synthetic layer.
 
     Raises:
-        CheckError: with the check and the difference.
+        CheckError: at the first failed check, with its name and the difference.
 
     Example:
         >>> import headscope as hs
@@ -96,7 +96,7 @@ def _default_probe(kind: DefaultProbe | None) -> Probe:
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """A scorer, a probe, and the layer that it is shown."""
+    """A scorer, a probe and a synthetic layer."""
 
     scorer: Scorer
     probe: Probe
@@ -110,7 +110,7 @@ class _Case:
     def values(
         self, probe: Probe | None = None, query_pos: Tensor | None = None, **changed: Any
     ) -> Float[Tensor, "batch head query"]:
-        """What the scorer says of a layer, on this probe or another."""
+        """Values of the scorer on a layer, for this probe or another."""
         batch = self.probe if probe is None else probe
         return self.scorer(self.seen(batch, query_pos, **changed), batch)
 
@@ -177,10 +177,10 @@ class _Drawn:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A made-up layer whose queries, keys and values are drawn for each token of the vocabulary.
+    """A synthetic layer whose queries, keys and values are drawn per token of the vocabulary.
 
-    Scores get a part that depends on the distance, so that attention is not a function of tokens
-    alone, and padding shifts nothing.
+    Attention scores also depend on distance, so attention is not a function of tokens alone and is
+    unaffected by padding.
     """
 
     probe: Probe
@@ -194,7 +194,7 @@ class _Layer:
 
     @classmethod
     def of(cls, probe: Probe, drawn: "_Drawn", mask: MaskRule) -> "_Layer":
-        """What is drawn, for the tokens of a probe."""
+        """Look up the drawn vectors for the tokens of a probe."""
         query, key, value = (
             part[probe.tokens].transpose(1, 2) for part in (drawn.query, drawn.key, drawn.value)
         )
@@ -251,11 +251,11 @@ class _Layer:
         )
 
     def gradients(self, at: Tensor) -> HeadGradients:
-        """The outputs with a made-up gradient, which depends on the token and the head."""
+        """Outputs with a synthetic gradient that depends on token and head."""
         return HeadGradients(0, at, self.outputs(at).z, self.query[:, :, at].transpose(1, 2))
 
     def query_keys(self, at: Tensor) -> QueryKeys:
-        """Queries and keys themselves; without the part that depends on the distance."""
+        """Queries and keys, without the distance-dependent part of the scores."""
         visible = self._visible(at)
         half = _D_HEAD // 2
         rotation = Rotation(
@@ -293,13 +293,14 @@ def _chosen(case: _Case, probe: Probe | None = None) -> Tensor:
 def _declared(case: _Case) -> None:
     scorer, low, high = case.scorer, *case.scorer.bounds
     ensure(bool(scorer.name.isidentifier()), f"its name {scorer.name!r} is not a plain word.")
-    ensure(bool(scorer.unit), "it names no unit: say unit='attention', 'nats', 'logits', ...")
+    ensure(bool(scorer.unit), "it has no unit: give unit='attention', 'nats', 'logits', ...")
     ensure(
         low is None or high is None or low < high,
         f"its bounds {scorer.bounds} are not an interval.",
     )
     ensure(
-        scorer.description != scorer.name, "its function has no docstring: say what it measures."
+        scorer.description != scorer.name,
+        "its function has no docstring: describe what it measures.",
     )
     chosen = scorer.queries(case.probe)
     ensure(
@@ -308,7 +309,7 @@ def _declared(case: _Case) -> None:
     )
     ensure(
         bool((chosen & case.probe.real).any()),
-        "it selects no query of its own probe: give probe= one that it can be asked of.",
+        "it selects no query of its default probe: pass a suitable probe=.",
     )
 
 
@@ -354,13 +355,13 @@ def _pure(case: _Case) -> None:
 
 
 def _materialised(seen: Any) -> None:
-    """Let an output compute what it computes once, so that a second look finds the same."""
+    """Trigger an output's cached computations, so that a second look finds the same tensors."""
     if isinstance(seen, HeadOutputs):
         _ = seen.rows, seen.values, seen.query_keys
 
 
 def _named(seen: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor that an input holds, parts included."""
+    """Every tensor in an input, including nested ones."""
     found = []
     for name, value in vars(seen).items():
         if isinstance(value, Tensor) and value.dtype != torch.bool:
@@ -374,7 +375,7 @@ def _named(seen: Any) -> list[tuple[str, Tensor]]:
     return [(n, v) for n, v in found if n not in _DERIVED]
 
 
-# What inputs compute once, when it is first asked for.
+# Cached properties of inputs, computed on first access.
 _DERIVED = (
     *("total", "entropy", "scores", "first", "last", "position_in_text", "previous_occurrence"),
     *(
@@ -392,7 +393,7 @@ def _tensors(seen: Any) -> list[Tensor]:
 
 
 def _same(case: _Case, actual: Tensor, expected: Tensor, chosen: Tensor, what: str) -> None:
-    """Equal where both queries count; NaN in the same places."""
+    """Check that values agree where queries count, with NaN in the same places."""
     keep = chosen.expand_as(expected)
     ensure(
         torch.equal(actual.isnan() & keep, expected.isnan() & keep),
@@ -429,7 +430,7 @@ def _padded(probe: Probe, left: int, right: int) -> Probe:
 def _mapped(
     probe: Probe, change: Callable[[Tensor, Any], Tensor], fact: Callable[[Tensor], Tensor]
 ) -> Probe:
-    """A probe with every tensor of positions changed; the second argument fills new positions."""
+    """Probe with every per-position tensor transformed; the second argument fills new positions."""
 
     def other(part: Probe | None) -> Probe | None:
         return None if part is None else _mapped(part, change, fact)
@@ -493,7 +494,7 @@ def _weights_declared(scorer: Scorer) -> None:
     ensure(scorer.name.isidentifier(), f"its name {scorer.name!r} is not a plain word.")
     ensure(
         scorer.description not in ("", scorer.name),
-        "its function has no docstring: say what it measures.",
+        "its function has no docstring: describe what it measures.",
     )
 
 

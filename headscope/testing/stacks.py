@@ -34,16 +34,16 @@ def check_stacks(model: Seq2SeqModel, *, raises: bool, seed: int) -> CheckReport
     """Check every stack of an encoder-decoder against the model with eager attention.
 
     Args:
-        model: from :func:`headscope.load`.
+        model: model from :func:`headscope.load`.
         raises: raise at the first failure.
-        seed: of sources and targets.
+        seed: seed for sources and targets.
     """
     return run_checks(model.name, _Subject(model, seed), _CHECKS, raises=raises)
 
 
 @dataclass(eq=False)
 class _Subject:
-    """An encoder-decoder run both ways."""
+    """An encoder-decoder, run plainly and through headscope."""
 
     model: Any
     seed: int
@@ -87,7 +87,7 @@ class _Subject:
 
     @cached_property
     def numbers(self) -> dict[str, list[int]]:
-        """Numbers of the attention calls of each stack, told by their lengths."""
+        """Indices of the attention calls of each stack, identified by their lengths."""
         target = self.probe.length
         found: dict[str, list[int]] = {"encoder": [], "decoder": [], "cross": []}
         for number, call in enumerate(self.clean.calls):
@@ -98,16 +98,16 @@ class _Subject:
 
     @cached_property
     def seen(self) -> dict[str, dict[int, CapturedLayer]]:
-        """Rows and head outputs as headscope shows them, by stack and layer."""
+        """Rows and head outputs from headscope, by stack and layer."""
         return {name: collect(self.model, self.probe, stack=name) for name in self.model.stacks}
 
     def calls(self, name: str) -> Iterator[tuple[int, int]]:
-        """Layers of a stack with the numbers of their calls."""
+        """Layers of a stack, with the indices of their calls."""
         layers = self.model.stack(name).shape.attention_layers
         return zip(layers, self.numbers[name], strict=True)
 
     def heads(self, name: str) -> list[tuple[HeadIndex, int]]:
-        """A head of the first and one of the last layer, with the numbers of their calls."""
+        """One head of the first and one of the last layer, with the indices of their calls."""
         calls = list(self.calls(name))
         last = self.model.stacks[name].n_heads - 1
         chosen = [(*calls[0], 0), (*calls[-1], last)]
@@ -137,7 +137,7 @@ def _shape(subject: _Subject) -> None:
 
 @torch.no_grad()
 def _logits(subject: _Subject) -> None:
-    """Watched or not, as the model's own, seen from any stack."""
+    """Logits match the model's own, with and without readers, from any stack."""
     own = answer(subject.model.module(**subject.inputs)).float()
     agree(subject.clean.logits, own, subject.tolerance, "logits of its own eager attention")
     for name in subject.model.stacks:
@@ -152,7 +152,7 @@ def _nothing(_view: TapView) -> None:
 
 
 def _rows(subject: _Subject) -> None:
-    """As plain eager attention."""
+    """Rows match plain eager attention."""
     for name in subject.model.stacks:
         for layer, number in subject.calls(name):
             own = subject.clean.calls[number].pattern.float()
@@ -161,7 +161,7 @@ def _rows(subject: _Subject) -> None:
 
 
 def _outputs(subject: _Subject) -> None:
-    """``z`` of every layer as plain eager attention gives it."""
+    """``z`` of every layer matches plain eager attention."""
     for name in subject.model.stacks:
         for layer, number in subject.calls(name):
             own, z = subject.clean.calls[number].z.float(), subject.seen[name][layer].z
@@ -170,7 +170,7 @@ def _outputs(subject: _Subject) -> None:
 
 @torch.no_grad()
 def _zero_ablation(subject: _Subject) -> None:
-    """One head's output at 0, in a pass and by ``hs.ablate_heads``."""
+    """Zeroing one head's output has the same effect in a pass and by ``hs.ablate_heads``."""
     asked = subject.probe.targets >= 0
     for name in subject.model.stacks:
         view = subject.model.stack(name)
@@ -199,7 +199,7 @@ def _loss(logits: Tensor, subject: _Subject, asked: Tensor) -> Tensor:
 
 
 def _one_stack(subject: _Subject) -> None:
-    """Ablating a cross or decoder head leaves the encoder's rows as they are."""
+    """Ablating a cross or decoder head does not change the encoder's rows."""
     encoder = subject.model.stack("encoder")
     before = subject.seen["encoder"]
     for name in ("decoder", "cross"):
@@ -213,7 +213,7 @@ def _one_stack(subject: _Subject) -> None:
 
 @torch.no_grad()
 def _padding(subject: _Subject) -> None:
-    """Padding behind source and target changes nothing."""
+    """Right padding of source and target changes nothing."""
     probe, extra = subject.probe, 3
     real = torch.ones(len(probe), extra, dtype=torch.bool) & False
     more = {
@@ -234,11 +234,11 @@ def _padding(subject: _Subject) -> None:
     ensure(logits is not None, "a whole pass gives no logits.")
     assert logits is not None  # noqa: S101  for the type checker
     own = subject.clean.logits.float()
-    agree(logits[:, : probe.length], own, subject.tolerance, "logits with padding behind both")
+    agree(logits[:, : probe.length], own, subject.tolerance, "logits with right padding of both")
 
 
 def _batch_size(subject: _Subject) -> None:
-    """Scores of one example at a time are those of all together."""
+    """Scores of one example at a time match those of a batch."""
     one = score(subject.model, subject.probe, ["entropy"], batch_size=1, progress=False)
     both = score(subject.model, subject.probe, ["entropy"], batch_size=2, progress=False)
     for name in one:
@@ -291,7 +291,8 @@ def _state(subject: _Subject) -> Any:
 
 
 def _not_a_number(subject: _Subject) -> None:
-    """A model whose weights hold a NaN is refused."""
+    """A model with NaN weights is refused."""
+    broken = copy.deepcopy(subject.model.module)
     view = subject.model.stack("cross")
     layer = view.shape.attention_layers[-1]
     refuse_nan(subject.model.module, view.layout.layers[layer].projection)
@@ -308,7 +309,7 @@ def refuse_nan(module: nn.Module, part: nn.Module) -> None:
         load(broken)
     except HeadscopeError:
         return
-    raise CheckError("weights that are not numbers are accepted.")
+    raise CheckError("NaN weights are accepted.")
 
 
 _CHECKS: tuple[tuple[str, Callable[[_Subject], None]], ...] = (

@@ -107,7 +107,7 @@ def test_mistakes_are_said() -> None:
         hs.compiled.benchmark([Method("mine", "use", lambda _: {})], INDUCTION)
     wrong = Method("mine", "edges", lambda _: np.zeros((2, 2)))
     found = hs.compiled.benchmark([wrong], INDUCTION, progress=False)
-    assert "wants a number by item" in found.trials[0].refused
+    assert "needs a number per item" in found.trials[0].refused
 
 
 def test_a_benchmark_shows_itself_and_the_page_lists_every_method() -> None:

@@ -234,7 +234,7 @@ def test_bad_programs_get_a_sentence() -> None:
     place = Head(0, "position", "position", offset(0), "position", "place")
     with pytest.raises(InputError, match="has 5 values, not one for each of the 4 tokens"):
         hs.compiled.program([place], tokens=4, length=5, outputs=["place"])
-    with pytest.raises(InputError, match="needs position embeddings, which a Llama has not"):
+    with pytest.raises(InputError, match="needs position embeddings, which Llama does not have"):
         hs.compiled.from_library("duplicate", family="llama")
     with pytest.raises(InputError, match="GPT-2 has no grouped heads"):
         Build(kv_group=2)
